@@ -1,0 +1,105 @@
+"""Reads YAML and JSON documents into pydantic models, and reports all faults of one at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from salun_core.errors import UsageError
+
+MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+
+
+class Document(BaseModel):
+    """Base of every configuration and stored document: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+D = TypeVar("D", bound=BaseModel)
+
+
+def parse(kind: type[D], data: Any, source: str) -> D:  # noqa: ANN401 - whatever the file held
+    """Build a document from plain data.
+
+    Args:
+        kind: the pydantic model.
+        data: what YAML or JSON gave.
+        source: where it came from, for the message.
+
+    Returns:
+        The validated document.
+
+    Raises:
+        UsageError: with every fault, and the nearest known key for each unknown one.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        faults = [_fault(kind, fault) for fault in error.errors()]
+        count = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise UsageError(
+            f"{source} is not a valid {kind.__name__} ({count})",
+            "; ".join(faults),
+            "correct them and try again",
+        ) from error
+
+
+def _fault(kind: type[BaseModel], fault: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
+    where = ".".join(str(part) for part in fault["loc"]) or "document"
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg']}"
+    near = difflib.get_close_matches(str(fault["loc"][-1]), list(kind.model_fields), n=1, cutoff=0.5)
+    return f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def read_document(path: Path) -> Any:  # noqa: ANN401 - any YAML or JSON value
+    """Read a YAML or JSON file as plain data.
+
+    Raises:
+        UsageError: the file is missing, too large or not YAML/JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_DOCUMENT_BYTES:
+            raise UsageError(
+                f"{path} is too large",
+                f"over {MAX_DOCUMENT_BYTES} bytes",
+                "check that it is the file you meant",
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}", str(error), "check the path and its permissions") from error
+    return parse_text(text, str(path))
+
+
+def parse_text(text: str, source: str) -> Any:  # noqa: ANN401 - any YAML or JSON value
+    """Parse JSON, or YAML where it is not JSON.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    except RecursionError as error:
+        raise UsageError(f"{source} is nested too deep", "", "flatten it") from error
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise UsageError(f"{source} is neither YAML nor JSON", str(problem), "correct its syntax") from error
+
+
+def load(kind: type[D], path: Path) -> D:
+    """Read a file and build a document from it.
+
+    Raises:
+        UsageError: the file cannot be read or has faults (all are listed).
+    """
+    return parse(kind, read_document(path), str(path))

@@ -1,0 +1,89 @@
+"""Decodes images once, into one uint8 tensor."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from salun_core.data.table import Payload
+from salun_core.errors import DataError
+
+Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024
+
+
+def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, channels: int | None) -> Tensor:
+    """Decode images into one tensor.
+
+    Args:
+        payloads: encoded images or pixels, N of them.
+        ids: their sample ids, for messages.
+        size: side in pixels to resize the short side to before a centre crop; None: all must have one size.
+        channels: 1 or 3; None: as the first image has.
+
+    Returns:
+        uint8 [N, channels, height, width].
+
+    Raises:
+        DataError: an image is corrupt, or the sizes differ.
+    """
+    if not payloads:
+        raise DataError("there are no images", "the selection is empty", "check the data set and its limits")
+    channels = channels or _channels(payloads[0], ids[0])
+    with ThreadPoolExecutor(max_workers=2) as pool:  # PIL leaves the interpreter lock while it decodes
+        arrays = list(
+            pool.map(lambda pair: _decode_one(pair[0], pair[1], size, channels), zip(payloads, ids, strict=True))
+        )
+    for array, sample in zip(arrays, ids, strict=True):
+        if array.shape != arrays[0].shape:
+            raise DataError(
+                f"image {sample} is of another size",
+                f"{_size(array)} where the first is {_size(arrays[0])}",
+                "set `size` in the data spec to resize all",
+            )
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def _channels(payload: Payload, sample: str) -> int:
+    if isinstance(payload, np.ndarray):
+        return int(payload.shape[2])
+    return 1 if _open(payload, sample).mode in ("1", "L", "I;16") else 3
+
+
+def _open(payload: bytes, sample: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(payload))
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"image {sample} is corrupt", str(error).split("\n")[0], "replace it, or take it out of the data"
+        ) from error
+    return image
+
+
+def _decode_one(payload: Payload, sample: str, size: int | None, channels: int) -> np.ndarray:
+    if isinstance(payload, np.ndarray) and size is None and payload.shape[2] == channels:
+        return payload
+    image = Image.fromarray(payload.squeeze()) if isinstance(payload, np.ndarray) else _open(payload, sample)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size is not None and image.size != (size, size):
+        image = _resize(image, size)
+    array = np.asarray(image, dtype=np.uint8)
+    return array if array.ndim == 3 else array[..., None]
+
+
+def _resize(image: Image.Image, size: int) -> Image.Image:
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _size(array: np.ndarray) -> str:
+    return f"{array.shape[1]} x {array.shape[0]}"

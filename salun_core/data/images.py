@@ -1,0 +1,155 @@
+"""Decoded images: kept as uint8 on the device, normalised and augmented there in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from salun_core.errors import DataError
+
+_PADDING = 4  # of RandomCrop, as in the paper's recipe
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Per-channel mean and standard deviation of pixels in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, images: Tensor) -> Normalisation:
+        """Measure it on uint8 images [N, C, H, W]; a constant channel gets a deviation of 1."""
+        pixels = images.to(torch.float64).div_(255)
+        std = pixels.std(dim=(0, 2, 3))
+        std[std < 1e-6] = 1.0
+        return cls(
+            tuple(round(v, 6) for v in pixels.mean(dim=(0, 2, 3)).tolist()), tuple(round(v, 6) for v in std.tolist())
+        )
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Turn uint8 images [N, C, H, W] into normalised float32 in channels-last layout."""
+        shape = (1, -1, 1, 1)
+        scale = 1.0 / (255.0 * torch.tensor(self.std, device=images.device)).view(shape)
+        shift = (-torch.tensor(self.mean, device=images.device) / torch.tensor(self.std, device=images.device)).view(
+            shape
+        )
+        return images.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of one split.
+
+    Args:
+        images: uint8 [N, C, H, W]; or float32, taken as normalised already.
+        labels: int64 [N].
+        normalisation: applied to uint8 images in batches.
+        augment: `none`, `crop` (pad by 4, random crop) or `crop-flip`.
+        ids: sample ids, where they are known.
+    """
+
+    images: Tensor
+    labels: Tensor
+    normalisation: Normalisation | None = None
+    augment: str = "none"
+    ids: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, data: ImageSet | Dataset[tuple[Tensor, int]] | tuple[Tensor, Tensor]) -> ImageSet:
+        """Accept an image set, a pair (images, labels), or a torch data set of normalised images.
+
+        Raises:
+            DataError: images and labels differ in number.
+        """
+        if isinstance(data, ImageSet):
+            return data
+        if not isinstance(data, tuple):
+            pairs = [data[index] for index in range(len(data))]  # type: ignore[arg-type]
+            data = (
+                torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0),
+                torch.tensor([int(label) for _, label in pairs], dtype=torch.int64),
+            )
+        images, labels = data
+        if len(images) != len(labels):
+            raise DataError(
+                "images and labels differ in number", f"{len(images)} against {len(labels)}", "give one label an image"
+            )
+        return cls(images, labels.to(torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """Return the set with its tensors on a device."""
+        return self._with(self.images.to(device), self.labels.to(device), self.ids)
+
+    def select(self, indices: Sequence[int] | Tensor) -> ImageSet:
+        """Return the rows of these indices."""
+        index = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
+        ids = [self.ids[position] for position in index.tolist()] if self.ids else ()
+        return self._with(self.images[index], self.labels[index], ids)
+
+    def relabelled(self, labels: Tensor) -> ImageSet:
+        """Return the same images under other labels, int64 [N]."""
+        return self._with(self.images, labels, self.ids)
+
+    def joined(self, other: ImageSet) -> ImageSet:
+        """Return this set followed by another."""
+        ids = [*self.ids, *other.ids] if self.ids and other.ids else ()
+        return self._with(torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels]), ids)
+
+    def batches(
+        self, size: int, generator: torch.Generator | None = None, augment: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (normalised float32 images [B, C, H, W], labels [B]).
+
+        Args:
+            size: batch size B; the last batch may be smaller.
+            generator: a CPU generator that shuffles the order and draws the augmentation; None keeps the order.
+            augment: whether to augment; needs the generator.
+        """
+        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        for index in torch.split(order.to(self.labels.device), size):
+            images = self.images[index]
+            if augment and generator is not None and self.augment != "none":
+                images = random_crop(images, generator)
+                images = random_flip(images, generator) if self.augment == "crop-flip" else images
+            yield self._normalised(images), self.labels[index]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if self.normalisation is not None and images.dtype == torch.uint8:
+            return self.normalisation.apply(images)
+        return images.to(torch.float32)
+
+    def _with(self, images: Tensor, labels: Tensor, ids: Sequence[str]) -> ImageSet:
+        return ImageSet(images, labels, self.normalisation, self.augment, ids)
+
+
+def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Pad by 4 and crop each image at its own random place, all at once on the device.
+
+    Args:
+        images: [N, C, H, W].
+        generator: a CPU generator.
+
+    Returns:
+        The same shape.
+    """
+    count, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (_PADDING,) * 4)
+    offset = torch.randint(0, 2 * _PADDING + 1, (2, count), generator=generator).to(images.device)
+    rows = offset[0, :, None] + torch.arange(height, device=images.device)
+    columns = offset[1, :, None] + torch.arange(width, device=images.device)
+    index = torch.arange(count, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image [N, C, H, W] left to right with probability 1/2."""
+    flip = torch.rand(len(images), generator=generator).lt(0.5).to(images.device)
+    return torch.where(flip[:, None, None, None], images.flip(3), images)

@@ -1,0 +1,134 @@
+"""Loads a data set by its spec and its split manifest, checked, decoded once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from salun_core.data.decode import decode
+from salun_core.data.forget import ForgetSet
+from salun_core.data.images import ImageSet, Normalisation
+from salun_core.data.readers import read_table
+from salun_core.data.spec import BUILTIN, DataSpec
+from salun_core.data.split import SplitManifest, SplitName, make_split
+from salun_core.data.table import Table
+from salun_core.digest import check_digest
+from salun_core.errors import DataError
+from salun_core.storage import open_store
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """A data set whose rows were checked against a split manifest."""
+
+    spec: DataSpec
+    table: Table
+    split: SplitManifest
+
+    def images(self, name: SplitName, normalisation: Normalisation | None = None) -> ImageSet:
+        """Decode one split.
+
+        Args:
+            name: train, validation or test.
+            normalisation: the model's; None measures it on this split.
+
+        Returns:
+            The images in the order of `SplitManifest.ids`.
+
+        Raises:
+            DataError: an image is corrupt, or sizes differ.
+        """
+        ids = self.split.ids(name)
+        positions = [self.table.position[sample] for sample in ids]
+        images = decode([self.table.payloads[p] for p in positions], ids, self.spec.size, self.spec.channels)
+        labels = [self.table.labels[position] for position in positions]
+        scale = normalisation or Normalisation.of(images)
+        return ImageSet(images, torch.tensor(labels, dtype=torch.int64), scale, self.spec.augment, ids)
+
+    def forget_and_retain(self, train: ImageSet, forget: ForgetSet) -> tuple[ImageSet, ImageSet]:
+        """Part the training images into forget set and retain set.
+
+        Raises:
+            IntegrityError: the forget set was resolved against another split.
+            DataError: it names a sample that is not in the training split.
+        """
+        check_digest("the split of the forget set", self.split.digest, forget.split_digest)
+        wanted = set(forget.ids)
+        if not wanted <= set(train.ids):
+            raise DataError("forget set names samples outside the training split", "", "resolve it again")
+        inside = [index for index, sample in enumerate(train.ids) if sample in wanted]
+        outside = [index for index, sample in enumerate(train.ids) if sample not in wanted]
+        return train.select(inside), train.select(outside)
+
+
+def load_data(spec: DataSpec, split: SplitManifest | None = None) -> LoadedData:
+    """Read a data set and check it against its split, or make the split.
+
+    Args:
+        spec: where and how.
+        split: the manifest that the model was trained on; None makes one.
+
+    Returns:
+        The rows, still encoded, with their split.
+
+    Raises:
+        UsageError: the source does not exist.
+        DataError: it cannot be read.
+        IntegrityError: the data are not those of the split.
+    """
+    table = _read(spec, spec.source, train=True)
+    if spec.test_source is not None or (
+        spec.source.startswith("torchvision:") and not spec.source.endswith("FakeData")
+    ):
+        table = table.joined(_read(spec, spec.test_source or spec.source, train=False))
+    if split is None:
+        split = make_split(table, spec)
+    split.check(table)
+    return LoadedData(spec, table, split)
+
+
+def _read(spec: DataSpec, source: str, train: bool) -> Table:
+    if source in BUILTIN or source.startswith("torchvision:"):
+        return read_table(spec, None, train)
+    with _local(source) as path:
+        return read_table(spec, path, train)
+
+
+@contextmanager
+def _local(source: str) -> Iterator[Path]:
+    if not source.startswith("s3://"):
+        yield Path(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="salun-data-") as folder:
+        yield _download(source, Path(folder))
+
+
+def _download(source: str, folder: Path) -> Path:
+    parent, _, name = source.rstrip("/").rpartition("/")
+    store = open_store(source if parent in ("s3:/", "s3:") else parent)
+    prefix = "" if parent in ("s3:/", "s3:") else name
+    entries = [
+        entry.key
+        for entry in store.list(prefix)
+        if not prefix or entry.key == prefix or entry.key.startswith(f"{prefix}/")
+    ]
+    if not entries:
+        raise DataError(
+            f"there is no data at {source}", "no object has that prefix", "check the address in the data spec"
+        )
+    for key in _safe(entries):
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        store.download(key, folder / key)
+    return folder / prefix
+
+
+def _safe(keys: Sequence[str]) -> Sequence[str]:
+    for key in keys:
+        if key.startswith("/") or ".." in PurePosixPath(key).parts:
+            raise DataError("a data object has an unsafe key", repr(key), "rename it")
+    return keys

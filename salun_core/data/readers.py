@@ -1,0 +1,246 @@
+"""Readers: digits, torchvision names, folders of class folders, parquet in the Hugging Face layout."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from salun_core.data.spec import DataSpec
+from salun_core.data.table import Payload, Table
+from salun_core.errors import DataError, UsageError, unknown_name
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+MAX_IMAGE_BYTES = 64 * 1024 * 1024
+
+
+def read_digits(spec: DataSpec, train: bool) -> Table:
+    """Read scikit-learn's digits: 1,797 real handwritten digits of 8 x 8 pixels, shipped with the package."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = (digits.images * 15.9375).astype(np.uint8)[..., None]
+    return Table(
+        ids=[f"{index:06d}" for index in range(len(pixels))],
+        labels=[int(label) for label in digits.target],
+        payloads=list(pixels),
+        classes=[str(name) for name in digits.target_names],
+        subjects=[None] * len(pixels),
+    )
+
+
+def read_torchvision(spec: DataSpec, train: bool) -> Table:
+    """Read a torchvision data set that already lies under `root`; nothing is downloaded.
+
+    Raises:
+        UsageError: torchvision has no data set of that name.
+        DataError: its files are not there.
+    """
+    import torchvision
+
+    name = spec.source.removeprefix("torchvision:")
+    if name not in torchvision.datasets.__all__:
+        raise unknown_name("torchvision data set", name, torchvision.datasets.__all__)
+    kind = getattr(torchvision.datasets, name)
+    try:
+        rows = kind() if name == "FakeData" else _open_torchvision(kind, spec.root or "data", train)
+    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        why = str(error).split("\n")[0]
+        raise DataError(
+            f"cannot read torchvision's {name}", why, "put its files under `root`; none is downloaded"
+        ) from error
+    pairs = [rows[index] for index in range(len(rows))]
+    labels = [int(label) for _, label in pairs]
+    classes = getattr(rows, "classes", None) or [str(index) for index in range(max(labels) + 1)]
+    return Table(
+        ids=[f"{index:06d}" for index in range(len(pairs))],
+        labels=labels,
+        payloads=[_pixels(image) for image, _ in pairs],
+        classes=[str(item) for item in classes],
+        subjects=[None] * len(pairs),
+    )
+
+
+def _open_torchvision(kind: Callable[..., Any], root: str, train: bool) -> Any:  # noqa: ANN401 - torchvision has no types
+    try:
+        return kind(root, train=train, download=False)
+    except TypeError:
+        return kind(root, split="train" if train else "test")
+
+
+def _pixels(image: Any) -> np.ndarray:  # noqa: ANN401 - a PIL image
+    array = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"), dtype=np.uint8)
+    return array if array.ndim == 3 else array[..., None]
+
+
+def read_folder(spec: DataSpec, folder: Path) -> Table:
+    """Read a folder of class folders (ImageFolder); ids are the paths below it.
+
+    Raises:
+        DataError: there is no class folder, or no image.
+    """
+    classes = spec.classes or sorted(item.name for item in folder.iterdir() if item.is_dir())
+    if not classes:
+        raise DataError(
+            f"{folder.name} has no class folders", "an image folder has one folder a class", "check the path"
+        )
+    paths = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    ]
+    if not paths:
+        raise DataError(
+            f"{folder.name} holds no images", f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}", "check the path"
+        )
+    ids = [path.relative_to(folder).as_posix() for path, _ in paths]
+    subjects = _subjects(spec)
+    return Table(
+        ids=ids,
+        labels=[label for _, label in paths],
+        payloads=[_bounded(path) for path, _ in paths],
+        classes=classes,
+        subjects=[subjects.get(sample) for sample in ids],
+    )
+
+
+def _bounded(path: Path) -> bytes:
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise DataError(f"image {path.name} is too large", f"over {MAX_IMAGE_BYTES} bytes", "remove or shrink it")
+    return path.read_bytes()
+
+
+def _subjects(spec: DataSpec) -> dict[str, str]:
+    if spec.metadata is None or spec.subject_column is None:
+        return {}
+    path = Path(spec.metadata)
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
+    if rows and not {"file_name", spec.subject_column} <= rows[0].keys():
+        raise DataError(
+            f"metadata {path.name} lacks a column",
+            f"it needs file_name and {spec.subject_column}",
+            "add it, or correct the spec",
+        )
+    return {str(row["file_name"]): str(row[spec.subject_column]) for row in rows}
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise DataError(f"cannot read metadata {path.name}", str(error), "check the path") from error
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    return list(_arrow(path).to_pylist())
+
+
+def _arrow(path: Path) -> Any:  # noqa: ANN401 - pyarrow has no types
+    import pyarrow
+    import pyarrow.parquet
+
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    try:
+        return pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files])
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"cannot read {path.name}", str(error).split("\n")[0], "check that it is a whole parquet file"
+        ) from error
+
+
+def read_parquet(spec: DataSpec, path: Path) -> Table:
+    """Read parquet with an image and a label column; ids are the images' paths, or row numbers.
+
+    Raises:
+        DataError: the file is damaged, or a column is missing.
+    """
+    table = _arrow(path)
+    for column in (spec.image_column, spec.label_column, spec.subject_column):
+        if column is not None and column not in table.column_names:
+            error = unknown_name("column", column, table.column_names)
+            raise DataError(f"{path.name} has no column {column!r}", "", error.remedy)
+    images = table.column(spec.image_column).to_pylist()
+    labels = table.column(spec.label_column).to_pylist()
+    classes = spec.classes or _class_names(table, spec.label_column, path, labels)
+    subjects = table.column(spec.subject_column).to_pylist() if spec.subject_column else [None] * len(labels)
+    return Table(
+        ids=_row_ids(images),
+        labels=_label_ids(labels, classes, path),
+        payloads=[_encoded(image, index, path) for index, image in enumerate(images)],
+        classes=classes,
+        subjects=[None if subject is None else str(subject) for subject in subjects],
+    )
+
+
+def _row_ids(images: Sequence[Any]) -> list[str]:
+    paths = [image.get("path") if isinstance(image, dict) else None for image in images]
+    if all(paths) and len(set(paths)) == len(paths):
+        return [str(path) for path in paths]
+    return [f"{index:06d}" for index in range(len(images))]
+
+
+def _class_names(table: Any, column: str, path: Path, labels: Sequence[Any]) -> list[str]:  # noqa: ANN401
+    metadata = (table.schema.metadata or {}).get(b"huggingface")
+    if metadata:
+        feature = json.loads(metadata).get("info", {}).get("features", {}).get(column, {})
+        if feature.get("names"):
+            return [str(name) for name in feature["names"]]
+    beside = (path if path.is_dir() else path.parent) / "classes.json"
+    if beside.is_file():
+        return [str(name) for name in json.loads(beside.read_text(encoding="utf-8"))]
+    if labels and all(isinstance(label, str) for label in labels):
+        return sorted(set(labels))
+    return [str(index) for index in range(max((label for label in labels if isinstance(label, int)), default=-1) + 1)]
+
+
+def _label_ids(labels: Sequence[Any], classes: Sequence[str], path: Path) -> list[int]:
+    by_name = {name: index for index, name in enumerate(classes)}
+    ids = [
+        by_name.get(label, -1) if isinstance(label, str) else -1 if label is None else int(label) for label in labels
+    ]
+    bad = [index for index, label in enumerate(ids) if not 0 <= label < len(classes)]
+    if bad:
+        raise DataError(
+            f"{path.name} has labels outside its {len(classes)} classes",
+            f"{len(bad)} rows, the first is row {bad[0]} with label {labels[bad[0]]!r}",
+            "correct them, or list all classes in the spec",
+        )
+    return ids
+
+
+def _encoded(image: Any, index: int, path: Path) -> Payload:  # noqa: ANN401 - an arrow value
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(data, bytes) or not data:
+        raise DataError(
+            f"row {index} of {path.name} has no image bytes", "it is empty or only a path", "embed the images"
+        )
+    return data
+
+
+def read_table(spec: DataSpec, source: Path | None, train: bool) -> Table:
+    """Read the rows of a source.
+
+    Args:
+        spec: column names and classes.
+        source: a local folder or file; None for `digits` and torchvision names.
+        train: which part, for sources that have their own split.
+
+    Returns:
+        The rows, images still encoded.
+
+    Raises:
+        UsageError: nothing is there.
+        DataError: what is there cannot be read.
+    """
+    if source is None:
+        return read_digits(spec, train) if spec.source == "digits" else read_torchvision(spec, train)
+    if not source.exists():
+        raise UsageError(f"there is no data at {source}", "the path does not exist", "check `source` in the data spec")
+    parquet = source.suffix == ".parquet" or (source.is_dir() and any(source.glob("*.parquet")))
+    return read_parquet(spec, source) if parquet else read_folder(spec, source)

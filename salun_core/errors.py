@@ -1,0 +1,81 @@
+"""Errors that say what happened, why, and what to do; each carries its exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SalunError(Exception):
+    """Base of every error that a user can meet.
+
+    Args:
+        what: what went wrong, with the name of the thing.
+        why: the cause, as far as it is known.
+        remedy: what the reader can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str = "", remedy: str = "") -> None:
+        self.what, self.why, self.remedy = what, why, remedy
+        super().__init__(what, why, remedy)
+
+    def __str__(self) -> str:
+        parts = [self.what + (f": {self.why}" if self.why else "")]
+        if self.remedy:
+            parts.append(f"To fix it: {self.remedy}")
+        return ". ".join(" ".join(part.split()).rstrip(".") for part in parts) + "."
+
+
+class UsageError(SalunError):
+    """A wrong argument, name or configuration (exit 2)."""
+
+    exit_code = 2
+
+
+class DataError(SalunError):
+    """Data that cannot be read or does not fit (exit 1)."""
+
+
+class ModelError(SalunError):
+    """A checkpoint or an architecture that does not fit (exit 1)."""
+
+
+class StoreError(SalunError):
+    """The object store is unreachable, unsafe or refuses us (exit 1)."""
+
+
+class GateRefusedError(SalunError):
+    """The gate refused to publish (exit 3)."""
+
+    exit_code = 3
+
+
+class ConflictError(SalunError):
+    """Somebody else wrote first, or the parent is stale (exit 4)."""
+
+    exit_code = 4
+
+
+class IntegrityError(SalunError):
+    """Bytes that do not match their digest or their format (exit 5)."""
+
+    exit_code = 5
+
+
+def unknown_name(kind: str, name: str, options: Iterable[str]) -> UsageError:
+    """Build the error for a name that does not exist, with the nearest match.
+
+    Args:
+        kind: what the name is of, such as "method".
+        name: what was given.
+        options: the names that exist.
+
+    Returns:
+        A `UsageError` to raise.
+    """
+    known = sorted(options)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"did you mean {near[0]!r}? " if near else ""
+    return UsageError(f"unknown {kind} {name!r}", "there is none of that name", f"{remedy}known: {', '.join(known)}")

@@ -1,0 +1,50 @@
+"""Bit-for-bit comparison of two sets of weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from salun_core.errors import ModelError
+from salun_core.evaluation.evidence import Integrity
+from salun_core.saliency import SaliencyMask
+
+
+def compare_weights(before: nn.Module, after: nn.Module, mask: SaliencyMask | None = None) -> Integrity:
+    """Count which weights differ, inside and outside a mask, and which are not finite.
+
+    Args:
+        before: the original model.
+        after: the unlearned model.
+        mask: weights outside it must have kept their bits.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ModelError: the two have other parameters, or the mask is of another model.
+    """
+    old, new = dict(before.named_parameters()), dict(after.named_parameters())
+    if {n: p.shape for n, p in old.items()} != {n: p.shape for n, p in new.items()}:
+        raise ModelError("the two models differ in their parameters", "", "compare a model with its own child")
+    if mask is not None:
+        mask.check_fits({name: tuple(parameter.shape) for name, parameter in new.items()})
+    changed = {name: _differing_bits(old[name], new[name]) for name in old}
+    frozen = sum(int((changed[name] & ~mask.tensor(name)).sum()) for name in changed) if mask is not None else None
+    buffers = dict(before.named_buffers())
+    state = [*new.values(), *dict(after.named_buffers()).values()]
+    return Integrity(
+        weights=sum(parameter.numel() for parameter in new.values()),
+        weights_changed=sum(int(bits.sum()) for bits in changed.values()),
+        frozen_changed=frozen,
+        non_finite=sum(int((~torch.isfinite(value)).sum()) for value in state if value.is_floating_point()),
+        buffers_changed=sum(int(_differing_bits(buffers[name], value).sum()) for name, value in after.named_buffers()),
+    )
+
+
+def _differing_bits(left: Tensor, right: Tensor) -> Tensor:
+    """Return where two tensors of one shape differ in any bit, on the CPU."""
+    left, right = left.detach().cpu().contiguous(), right.detach().cpu().contiguous()
+    width = left.element_size()
+    a, b = left.view(-1).view(torch.uint8).view(-1, width), right.view(-1).view(torch.uint8).view(-1, width)
+    return (a != b).any(dim=1).view(left.shape)

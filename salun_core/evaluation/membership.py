@@ -1,0 +1,95 @@
+"""Membership inference: does the model still treat the forget set as data it was trained on?
+
+`confidence_attack` is the paper's MIA; `entropy_attack` is Song & Mittal's, corrected. Both are population attacks:
+one rule for all samples. A low value does not prove that a sample was forgotten.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from salun_core.evaluation.evidence import Curve
+from salun_core.evaluation.outputs import Outputs
+
+_TINY = 1e-30
+
+
+def confidence_attack(retain: Outputs, test: Outputs, forget: Outputs) -> np.ndarray:
+    """Attack by the probability of the true class: which forget samples are called non-members?
+
+    An RBF support vector classifier (C = 3, gamma "auto") is fitted on as many retain samples (members) as there
+    are test samples (non-members), the first of each.
+
+    Args:
+        retain: D_r, at least one sample.
+        test: unseen data.
+        forget: D_f.
+
+    Returns:
+        bool [len(forget)], true where the attack says non-member. Its mean is the paper's MIA.
+
+    Source:
+        Fan et al., "SalUn", ICLR 2024, appendix C.3; after Song & Mittal, USENIX Security 2021.
+    """
+    from sklearn.svm import SVC
+
+    size = min(len(retain), len(test))
+    features = np.concatenate([retain.confidences[:size], test.confidences[:size]])[:, None]
+    members = np.concatenate([np.ones(size, dtype=np.int64), np.zeros(size, dtype=np.int64)])
+    attack = SVC(C=3, gamma="auto", kernel="rbf").fit(features, members)
+    return np.asarray(attack.predict(forget.confidences[:, None]) == 0)
+
+
+def modified_entropy(outputs: Outputs) -> np.ndarray:
+    """Return Song & Mittal's modified entropy, in nats: low for a confident right answer, high for a wrong one.
+
+        Mentr(p, y) = -(1 - p_y) log p_y - sum_{i != y} p_i log(1 - p_i)
+
+    Source:
+        Song & Mittal, "Systematic Evaluation of Privacy Risks of Machine Learning Models", USENIX Security 2021,
+        equation (8).
+    """
+    p = outputs.probabilities
+    true = outputs.confidences
+    others = p * np.log(np.clip(1 - p, _TINY, 1))
+    others[np.arange(len(outputs)), outputs.labels] = 0.0
+    return np.asarray(-(1 - true) * np.log(np.clip(true, _TINY, 1)) - others.sum(axis=1))
+
+
+def entropy_attack(retain: Outputs, test: Outputs, forget: Outputs) -> np.ndarray:
+    """Attack by modified entropy with one threshold: which forget samples are called non-members?
+
+    The threshold is the one that parts retain (members, low) from test (non-members, high) with the best balanced
+    accuracy; of equal ones the lowest.
+
+    Returns:
+        bool [len(forget)], true where the attack says non-member.
+    """
+    members, others = np.sort(modified_entropy(retain)), np.sort(modified_entropy(test))
+    candidates = np.unique(np.concatenate([members, others]))
+    caught = np.searchsorted(members, candidates, side="right") / len(members)
+    kept = 1 - np.searchsorted(others, candidates, side="right") / len(others)
+    threshold = candidates[np.argmax(caught + kept)]
+    return np.asarray(modified_entropy(forget) > threshold)
+
+
+def attack_roc(forget: Outputs, test: Outputs, points: int = 200) -> Curve | None:
+    """Return the ROC of telling forget samples (positive) from test samples by a low loss.
+
+    Args:
+        forget: D_f.
+        test: unseen data.
+        points: most points to keep of the curve.
+
+    Returns:
+        The curve with its area: 1/2 when nobody can tell. None where a loss is not a number, or a set is empty.
+    """
+    from sklearn.metrics import auc, roc_curve
+
+    scores = np.concatenate([-forget.losses, -test.losses])
+    if not len(forget) or not len(test) or not np.isfinite(scores).all():
+        return None
+    truth = np.concatenate([np.ones(len(forget)), np.zeros(len(test))])
+    fpr, tpr, _ = roc_curve(truth, scores)
+    keep = np.unique(np.linspace(0, len(fpr) - 1, min(points, len(fpr))).astype(int))
+    return Curve(fpr=fpr[keep].tolist(), tpr=tpr[keep].tolist(), auc=float(auc(fpr, tpr)))

@@ -1,0 +1,282 @@
+"""The gate: policy + evidence -> decision with a verdict per rule. It fails closed.
+
+Before any rule of the policy, checks that no policy can switch off are made: the digests are the expected
+ones, the forget set is not empty, the model changed, its weights are finite, frozen weights are untouched.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from salun_core.config import Document, load, parse, parse_text
+from salun_core.digest import digest_json
+from salun_core.errors import GateRefusedError, unknown_name
+from salun_core.evaluation.evidence import Evidence, Metric
+
+State = Literal["before", "after", "reference"]
+_TOLERANCE = 1e-12  # of comparisons: 0.9 - 0.02 in binary is not 0.88
+
+
+class Relative(Document):
+    """A threshold taken from the evidence itself: `scale * metric.state + offset`."""
+
+    metric: str = Field(description="metric to take the threshold from")
+    state: State = Field(default="before", description="model it was measured on")
+    scale: float = Field(default=1.0, description="factor")
+    offset: float = Field(default=0.0, description="added afterwards, as a ratio")
+
+
+class Rule(Document):
+    """One condition on the model after unlearning."""
+
+    metric: str = Field(description="name of a metric in the evidence")
+    op: Literal["<=", ">=", "within"] = Field(description="`within`: |metric - threshold| <= tolerance")
+    value: float | None = Field(default=None, description="fixed threshold, as a ratio")
+    relative_to: Relative | None = Field(default=None, description="threshold taken from the evidence")
+    tolerance: float | None = Field(default=None, ge=0, description="for `within`")
+    judge: Literal["value", "low", "high"] = Field(
+        default="value", description="judge the value after, or an end of its 95 % interval"
+    )
+    targets: list[Literal["samples", "class", "subject", "concept"]] = Field(
+        default=[], description="forget targets that the rule applies to; empty: all"
+    )
+    min_n: int = Field(default=1, ge=1, description="fewest samples that the metric may rest on")
+    reason: str = Field(min_length=1, description="why the rule exists, in words for the report")
+
+    @model_validator(mode="after")
+    def _one_threshold(self) -> Rule:
+        if (self.value is None) == (self.relative_to is None):
+            raise ValueError("give exactly one of `value` and `relative_to`")
+        if (self.op == "within") != (self.tolerance is not None):
+            raise ValueError("`tolerance` goes with `within`, and `within` needs it")
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError("`value` must be finite")
+        return self
+
+
+class Policy(Document):
+    """A named list of rules; all that apply must hold."""
+
+    format: Literal["salun.policy/v1"] = "salun.policy/v1"
+    name: str = Field(min_length=1)
+    rules: list[Rule] = Field(min_length=1)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the policy's canonical JSON."""
+        return digest_json(self.model_dump(mode="json"))
+
+
+class Expected(Document):
+    """Digests that the publisher itself knows; each that is given must be the evidence's."""
+
+    before: str | None = None
+    after: str | None = None
+    split: str | None = None
+    dataset: str | None = None
+    forget_set: str | None = None
+    mask: str | None = None
+
+
+class Verdict(Document):
+    """What one rule or one built-in check gave."""
+
+    rule: str
+    metric: str | None = None
+    threshold: str
+    actual: float | None = None
+    margin: float | None = Field(default=None, description="distance to the threshold, positive when it holds")
+    passed: bool
+    reason: str
+
+
+class GateDecision(Document):
+    """The gate's answer, stored beside the version."""
+
+    format: Literal["salun.decision/v1"] = "salun.decision/v1"
+    passed: bool
+    policy: str
+    policy_digest: str
+    evidence_digest: str
+    summary: str
+    verdicts: list[Verdict]
+
+    def require(self) -> None:
+        """Raise unless the gate passed.
+
+        Raises:
+            GateRefusedError: with the reasons of all failed verdicts.
+        """
+        if not self.passed:
+            raise GateRefusedError(
+                "the gate refused the model", self.summary, "see decision.json; nothing was published"
+            )
+
+
+def load_policy(source: str | Path) -> Policy:
+    """Read a policy by the name of one that ships (`classifier`) or from a file.
+
+    Raises:
+        UsageError: no such policy, or the file has faults (all are listed).
+    """
+    shipped = importlib.resources.files("salun_core") / "policies"
+    names = {item.name.removesuffix(".yaml"): item for item in shipped.iterdir() if item.name.endswith(".yaml")}
+    if str(source) in names:
+        text = names[str(source)].read_text(encoding="utf-8")
+        return parse(Policy, parse_text(text, f"policy {source}"), f"policy {source}")
+    if "/" not in str(source) and "." not in str(source):
+        raise unknown_name("policy", str(source), names)
+    return load(Policy, Path(source))
+
+
+def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None) -> GateDecision:
+    """Judge evidence by a policy.
+
+    Args:
+        evidence: what was measured.
+        policy: the rules; those whose `targets` name none of the forget set's kinds are left out.
+        expected: digests that the caller computed itself from the artifacts at hand.
+
+    Returns:
+        The decision. It passes only when every built-in check and every rule that applies passed, and at
+        least one rule applied.
+    """
+    verdicts = _builtin(evidence, expected or Expected())
+    kinds = set(evidence.forgotten.kinds)
+    applying = [rule for rule in policy.rules if not rule.targets or kinds & set(rule.targets)]
+    verdicts.append(
+        _check(
+            "a rule applies",
+            bool(applying),
+            f"{len(applying)} rules",
+            "a policy must judge the forget set's kind",
+        )
+    )
+    verdicts += [_judge(rule, evidence) for rule in applying]
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    summary = "; ".join(f"{v.rule}: {v.reason}" for v in failed) or f"all {len(verdicts)} checks hold"
+    return GateDecision(
+        passed=not failed,
+        policy=policy.name,
+        policy_digest=policy.digest,
+        evidence_digest=digest_of(evidence),
+        summary=summary,
+        verdicts=verdicts,
+    )
+
+
+def digest_of(evidence: Evidence) -> str:
+    """Return the SHA-256 of the evidence's canonical JSON; a NaN or an infinity in it counts as null."""
+    return digest_json(_without_nan(evidence.model_dump(mode="json")))
+
+
+def _without_nan(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list) else value
+
+
+def _builtin(evidence: Evidence, expected: Expected) -> list[Verdict]:
+    measured, integrity, forgotten = evidence.measured, evidence.integrity, evidence.forgotten
+    verdicts = [
+        _check(
+            f"{name} digest",
+            getattr(measured, name) == digest,
+            digest[:12],
+            f"the evidence was measured on another {name.replace('_', ' ')}",
+        )
+        for name, digest in expected.model_dump().items()
+        if digest is not None
+    ]
+    frozen_ok = integrity.frozen_changed == 0 if measured.mask else integrity.frozen_changed in (None, 0)
+    return [
+        *verdicts,
+        _check(
+            "forget set",
+            0 < forgotten.count < forgotten.train_count,
+            "not empty, not all data",
+            "the forget set is empty or is the whole training split",
+        ),
+        _check(
+            "model changed",
+            measured.before != measured.after and integrity.weights_changed > 0,
+            "> 0 weights",
+            "the model is the one from before",
+        ),
+        _check("weights finite", integrity.non_finite == 0, "0 non-finite", "the weights hold NaN or infinity"),
+        _check("frozen weights", frozen_ok, "0 changed", "weights outside the mask changed, or were not compared"),
+    ]
+
+
+def _check(rule: str, passed: bool, threshold: str, reason: str) -> Verdict:
+    return Verdict(rule=rule, threshold=threshold, passed=passed, reason="holds" if passed else reason)
+
+
+def _judge(rule: Rule, evidence: Evidence) -> Verdict:
+    name = f"{rule.metric} {rule.op}" + (f" ({rule.judge} end)" if rule.judge != "value" else "")
+    metric = evidence.metrics.get(rule.metric)
+    threshold = _threshold(rule, evidence)
+    actual = _finite(getattr(metric, _JUDGED[rule.judge])) if metric else None
+    problem = _problem(rule, metric, actual, threshold)
+    if problem or actual is None or threshold is None:
+        return Verdict(
+            rule=name,
+            metric=rule.metric,
+            threshold=_number(threshold),
+            actual=actual,
+            passed=False,
+            reason=problem,
+        )
+    margin = _MARGINS[rule.op](actual, threshold, rule.tolerance or 0.0)
+    shown = f"{rule.op} {_number(threshold)}" + (f" ± {rule.tolerance:.4f}" if rule.tolerance is not None else "")
+    return Verdict(
+        rule=name,
+        metric=rule.metric,
+        threshold=shown,
+        actual=actual,
+        margin=margin,
+        passed=margin >= -_TOLERANCE,
+        reason=rule.reason,
+    )
+
+
+def _problem(rule: Rule, metric: Metric | None, actual: float | None, threshold: float | None) -> str:
+    if metric is None:
+        return f"the evidence has no metric {rule.metric}"
+    if actual is None:
+        return f"{rule.metric} is missing or not a number"
+    if metric.n < rule.min_n:
+        return f"{rule.metric} rests on {metric.n} samples, fewer than {rule.min_n}"
+    return "its threshold cannot be taken from the evidence" if threshold is None else ""
+
+
+def _threshold(rule: Rule, evidence: Evidence) -> float | None:
+    if rule.relative_to is None:
+        return rule.value
+    source = evidence.metrics.get(rule.relative_to.metric)
+    value = _finite(getattr(source, rule.relative_to.state)) if source else None
+    return None if value is None else rule.relative_to.scale * value + rule.relative_to.offset
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+_JUDGED = {"value": "after", "low": "low", "high": "high"}
+_MARGINS: dict[str, Callable[[float, float, float], float]] = {
+    "<=": lambda actual, threshold, _: threshold - actual,
+    ">=": lambda actual, threshold, _: actual - threshold,
+    "within": lambda actual, threshold, tolerance: tolerance - abs(actual - threshold),
+}

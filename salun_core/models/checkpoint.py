@@ -1,0 +1,195 @@
+"""Model folders: `model.safetensors` + `model.json`, strict in both directions. No pickle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from salun_core.config import load
+from salun_core.data.images import Normalisation
+from salun_core.data.split import SplitManifest
+from salun_core.digest import check_digest, sha256_bytes, sha256_file
+from salun_core.errors import IntegrityError, ModelError, UsageError
+from salun_core.models.card import ModelCard
+from salun_core.models.registry import build_classifier
+
+WEIGHTS, CARD, SPLIT = "model.safetensors", "model.json", "split.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier with its card, its split and the digest of its weights.
+
+    Args:
+        model: in eval mode, channels-last.
+        card: what it is.
+        split: the split that it was trained on.
+        digest: SHA-256 of `model.safetensors`.
+    """
+
+    model: nn.Module
+    card: ModelCard
+    split: SplitManifest
+    digest: str
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """The normalisation that the model expects."""
+        return Normalisation(tuple(self.card.mean), tuple(self.card.std))
+
+    def check_images(self, images: Tensor, num_classes: int) -> None:
+        """Check that images [N, C, H, W] and a number of classes are what the model was built for.
+
+        Raises:
+            ModelError: they are not.
+        """
+        expected = (self.card.channels, self.card.height, self.card.width)
+        if tuple(images.shape[1:]) != expected:
+            found = " x ".join(str(side) for side in images.shape[1:])
+            raise ModelError(
+                "images do not fit the model",
+                f"they are {found}, the model takes {' x '.join(map(str, expected))} (channels, height, width)",
+                f"set `size: {self.card.height}` and `channels: {self.card.channels}` in the data spec",
+            )
+        if num_classes != len(self.card.classes):
+            raise ModelError(
+                "class count does not match",
+                f"the data have {num_classes} classes, the model {len(self.card.classes)}",
+                "give the data that the model was trained on",
+            )
+
+
+def weights_bytes(model: nn.Module) -> bytes:
+    """Serialise a model's state as safetensors; the same state gives the same bytes on every device."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return serialise(state)
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's serialised state."""
+    return sha256_bytes(weights_bytes(model))
+
+
+def save_model(folder: Path, model: nn.Module, card: ModelCard, split: SplitManifest) -> str:
+    """Write a model folder, whole or not at all; one that is there is replaced.
+
+    Args:
+        folder: where to.
+        model: its weights.
+        card: must carry the split's digest.
+        split: written beside the card.
+
+    Returns:
+        The digest of the weights.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds something that is not a model.
+    """
+    check_digest("the split of the model card", split.digest, card.split_digest)
+    data = weights_bytes(model)
+    files = {WEIGHTS: data, CARD: _json(card), SPLIT: _json(split)}
+    write_folder(folder, files)
+    return sha256_bytes(data)
+
+
+def _json(document: ModelCard | SplitManifest) -> bytes:
+    return (json.dumps(document.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a new folder that appears whole, in place of an older model folder.
+
+    Raises:
+        UsageError: it cannot be written, or what is there is not a model folder.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / CARD).exists():
+        raise UsageError(f"{folder} is not empty", "it holds something that is not a model", "give a new folder")
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    except OSError as error:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UsageError(
+            f"cannot write {folder}", error.strerror or str(error), "check the path and the free space"
+        ) from error
+
+
+def load_model(folder: Path) -> LoadedModel:
+    """Read a model folder and check all of it.
+
+    Raises:
+        UsageError: there is no model folder.
+        ModelError: names, shapes or types differ from the architecture's.
+        IntegrityError: a file is damaged, or the split is another.
+    """
+    if not (folder / CARD).is_file():
+        raise UsageError(f"{folder} is no model folder", f"it has no {CARD}", "make one with `salun model import`")
+    card = load(ModelCard, folder / CARD)
+    split = load(SplitManifest, folder / SPLIT)
+    check_digest("the split beside the model", card.split_digest, split.digest)
+    model = build_classifier(card.architecture, len(card.classes), card.channels, card.height)
+    load_weights(model, read_weights(folder / WEIGHTS))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return LoadedModel(model.eval(), card, split, sha256_file(folder / WEIGHTS))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file.
+
+    Raises:
+        UsageError: there is no such file.
+        IntegrityError: it is damaged.
+    """
+    if not path.is_file():
+        raise UsageError(f"there are no weights {path}", "the file does not exist", "check the model folder")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise IntegrityError(f"weights {path.name} are damaged", str(error), "fetch them again") from error
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a model whose names, shapes and types are exactly theirs.
+
+    Raises:
+        ModelError: they differ; the message lists how.
+    """
+    faults = state_faults(model.state_dict(), state)
+    if faults:
+        shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
+        raise ModelError(
+            "checkpoint does not fit the architecture",
+            shown,
+            "give the architecture and class count that it was made with",
+        )
+    model.load_state_dict(dict(state))
+
+
+def state_faults(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """List how two states differ in names, shapes and types."""
+    faults = [f"missing {name}" for name in expected if name not in found]
+    faults += [f"unexpected {name}" for name in found if name not in expected]
+    for name, tensor in expected.items():
+        if name in found and found[name].shape != tensor.shape:
+            faults.append(f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}")
+        elif name in found and found[name].dtype != tensor.dtype:
+            faults.append(f"{name} is {found[name].dtype}, not {tensor.dtype}")
+    return faults

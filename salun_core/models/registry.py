@@ -1,0 +1,82 @@
+"""Classifiers by name: our own residual networks, torchvision's models, any timm model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from salun_core.errors import ModelError, unknown_name
+from salun_core.models.resnet import DEPTHS, cifar_resnet, resnet18
+
+Builder = Callable[[int, int], nn.Module]
+
+CLASSIFIERS: dict[str, Builder] = {
+    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in DEPTHS},
+    "resnet18": resnet18,
+}
+
+
+def build_classifier(architecture: str, num_classes: int, channels: int = 3, size: int | None = None) -> nn.Module:
+    """Build a classifier with fresh weights; none are downloaded.
+
+    Args:
+        architecture: a name of `CLASSIFIERS`, `torchvision:NAME`, or `timm:NAME`; a bare name that only timm has
+            is taken from there.
+        num_classes: outputs, at least 2.
+        channels: of the images.
+        size: side of the images in pixels, for architectures that are built for one size.
+
+    Returns:
+        The module, in train mode.
+
+    Raises:
+        UsageError: no architecture of that name (with the nearest match).
+        ModelError: it cannot be built with these numbers.
+    """
+    if num_classes < 2:
+        raise ModelError(
+            f"{num_classes} classes cannot be classified", "a classifier needs two or more", "check the data"
+        )
+    library, _, name = architecture.rpartition(":")
+    if library in ("", "salun") and name in CLASSIFIERS:
+        return CLASSIFIERS[name](num_classes, channels)
+    if library == "torchvision":
+        return _torchvision(name, num_classes, channels)
+    if library in ("", "timm"):
+        return _timm(name, num_classes, channels, size)
+    raise unknown_name("model library", library, ["torchvision", "timm"])
+
+
+def _torchvision(name: str, num_classes: int, channels: int) -> nn.Module:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise unknown_name("torchvision model", name, names)
+    if channels != 3:
+        raise ModelError(
+            f"torchvision's {name} takes colour images", f"the data have {channels} channel", "set `channels: 3`"
+        )
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    return model
+
+
+def _timm(name: str, num_classes: int, channels: int, size: int | None) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        raise unknown_name("architecture", name, [*CLASSIFIERS, *timm.list_models()])
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
+    try:
+        return _create_timm(name, **options, **({"img_size": size} if size else {}))
+    except TypeError:
+        return _create_timm(name, **options)  # an architecture that takes any size has no img_size
+
+
+def _create_timm(name: str, **options: Any) -> nn.Module:  # noqa: ANN401 - passed on to timm
+    import timm
+
+    return timm.create_model(name, pretrained=False, **options)

@@ -1,0 +1,76 @@
+"""Residual networks of the CIFAR kind (He et al., 2016, section 4.2) and ResNet-18 with a CIFAR stem."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+DEPTHS = (8, 14, 20, 32, 44, 56)
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions with a shortcut; a 1 x 1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map [B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        hidden = torch.relu(self.bn1(self.conv1(images)))
+        return torch.relu(self.bn2(self.conv2(hidden)) + self.shortcut(images))
+
+
+class ResNet(nn.Module):
+    """A residual network for small images: a 3 x 3 stem without pooling, stages that halve the size.
+
+    Args:
+        widths: channels of each stage.
+        blocks: residual blocks of each stage.
+        num_classes: outputs.
+        channels: of the images.
+    """
+
+    def __init__(self, widths: tuple[int, ...], blocks: int, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        stages, inputs = [], widths[0]
+        for stage, width in enumerate(widths):
+            strides = [2 if stage else 1] + [1] * (blocks - 1)
+            stages.append(nn.Sequential(*self._blocks(inputs, width, strides)))
+            inputs = width
+        self.stages = nn.Sequential(*stages)
+        self.fc = nn.Linear(inputs, num_classes)
+        self.apply(_initialise)
+
+    @staticmethod
+    def _blocks(inputs: int, width: int, strides: list[int]) -> list[BasicBlock]:
+        return [BasicBlock(inputs if index == 0 else width, width, stride) for index, stride in enumerate(strides)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, channels, H, W] to logits [B, num_classes]."""
+        hidden = self.stages(torch.relu(self.bn1(self.conv1(images))))
+        logits: Tensor = self.fc(hidden.mean(dim=(2, 3)))
+        return logits
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def cifar_resnet(depth: int, num_classes: int, channels: int) -> ResNet:
+    """Build ResNet-`depth` of the CIFAR kind: 6n + 2 layers, widths 16, 32, 64."""
+    return ResNet((16, 32, 64), (depth - 2) // 6, num_classes, channels)
+
+
+def resnet18(num_classes: int, channels: int) -> ResNet:
+    """Build ResNet-18 with a CIFAR stem, as in the paper: 11.2 M parameters, widths 64 to 512."""
+    return ResNet((64, 128, 256, 512), 2, num_classes, channels)

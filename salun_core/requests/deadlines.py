@@ -1,0 +1,86 @@
+"""When a request is due, by the calendar; the clock is always handed in."""
+
+from __future__ import annotations
+
+import calendar
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from salun_core.errors import UsageError
+from salun_core.requests.schema import SETTLED, DeletionRequest, Status
+
+Clock = Callable[[], datetime]
+"""Returns the time now, with its time zone."""
+
+
+def utc_clock() -> datetime:
+    """Return the time of this machine in UTC."""
+    return datetime.now(UTC)
+
+
+def as_utc(moment: datetime) -> datetime:
+    """Return a time in UTC.
+
+    Raises:
+        UsageError: it has no time zone.
+    """
+    if moment.tzinfo is None:
+        raise UsageError(f"the time {moment.isoformat()} has no time zone", "", "add one, such as +00:00 or Z")
+    return moment.astimezone(UTC)
+
+
+def parse_moment(text: str) -> datetime:
+    """Read a date or time in ISO 8601; without a time zone it is in UTC, and a date is its midnight.
+
+    Raises:
+        UsageError: it is neither.
+
+    Example:
+        >>> parse_moment("2026-01-31").isoformat()
+        '2026-01-31T00:00:00+00:00'
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f"{text[:80]!r} is no date or time", "", "write 2026-01-31 or 2026-01-31T12:00:00Z"
+        ) from error
+
+
+def due_after_one_month(received: datetime) -> datetime:
+    """Return the end of the month that GDPR Art. 12(3) gives.
+
+    That is the same day and time in the next month, or its last day where it has no such day.
+
+    Args:
+        received: when the request was received.
+
+    Returns:
+        The time it is due, in UTC.
+
+    Raises:
+        UsageError: it has no time zone, or lies at the end of the calendar.
+
+    Example:
+        >>> due_after_one_month(parse_moment("2028-01-31")).date().isoformat()
+        '2028-02-29'
+    """
+    received = as_utc(received)
+    year, month = (received.year + 1, 1) if received.month == 12 else (received.year, received.month + 1)
+    if year > datetime.max.year:
+        raise UsageError(f"the time {received.isoformat()} is too late", "the calendar ends there", "correct it")
+    return received.replace(year=year, month=month, day=min(received.day, calendar.monthrange(year, month)[1]))
+
+
+def is_overdue(request: DeletionRequest, status: Status, now: datetime) -> bool:
+    """Return whether a request is not settled although its month is over.
+
+    A hold stops the erasure and not the clock; a failed request is still owed.
+
+    Args:
+        request: the request.
+        status: where it stands.
+        now: the time, with its time zone.
+    """
+    return status not in SETTLED and as_utc(now) > request.due

@@ -1,0 +1,194 @@
+"""The documents of a deletion request: the request, its events, and the states that the events lead through.
+
+States and names follow OpenDSR 2.0 and the Data Rights Protocol; "overdue" is derived from the clock and never a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, Field, model_validator
+
+from salun_core.config import Document
+from salun_core.data.forget import ClassTarget, ConceptTarget, ForgetTarget, SubjectTarget, Target
+from salun_core.digest import canonical_json, sha256_bytes
+from salun_core.storage.lineage import Digest, LineId, RunId, UtcTime
+
+RequestId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+_PLAIN = r"^[^\x00-\x1f\x7f-\x9f]+$"  # one line, and nothing that a terminal would obey
+ShortText = Annotated[str, Field(max_length=128, pattern=_PLAIN)]
+Text = Annotated[str, Field(max_length=500, pattern=_PLAIN)]
+
+
+class Status(StrEnum):
+    """Where a request stands."""
+
+    RECEIVED = "received"
+    REJECTED = "rejected"
+    ON_HOLD = "on_hold"
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Outcome(StrEnum):
+    """How a completed request was met."""
+
+    UNLEARNED = "unlearned"
+    RETRAINED = "retrained"
+    NOTHING_TO_ERASE = "nothing_to_erase"
+
+
+TRANSITIONS: Mapping[Status, frozenset[Status]] = {
+    Status.RECEIVED: frozenset({Status.REJECTED, Status.ON_HOLD, Status.QUEUED, Status.CANCELLED}),
+    Status.REJECTED: frozenset(),
+    Status.ON_HOLD: frozenset({Status.QUEUED, Status.CANCELLED}),
+    Status.QUEUED: frozenset({Status.ON_HOLD, Status.IN_PROGRESS, Status.FAILED, Status.CANCELLED}),
+    Status.IN_PROGRESS: frozenset({Status.COMPLETED, Status.QUEUED, Status.FAILED}),
+    Status.COMPLETED: frozenset({Status.QUEUED}),
+    Status.FAILED: frozenset({Status.QUEUED}),
+    Status.CANCELLED: frozenset(),
+}
+"""Each status and those that may follow it."""
+
+SETTLED = frozenset({Status.REJECTED, Status.COMPLETED, Status.CANCELLED})
+"""Nothing is owed any more; a failed request still is."""
+
+
+def transition_allowed(source: Status, to: Status) -> bool:
+    """Return whether a request may go from one status to another."""
+    return to in TRANSITIONS[source]
+
+
+class Submission(Document):
+    """A request as it is handed in, before it has a deadline."""
+
+    id: RequestId = Field(description="chosen by whoever files it; filing the same id again is harmless")
+    model_line: LineId = Field(description="the model line to erase from")
+    target: ForgetTarget = Field(description="what is to be forgotten")
+    received_at: AwareDatetime | None = Field(default=None, description="when the person asked; now unless given")
+    source: ShortText | None = Field(default=None, description="where it came from; no personal data")
+
+
+class DeletionRequest(Document):
+    """A request as it is kept; it never changes."""
+
+    format: Literal["salun.request/v1"] = "salun.request/v1"
+    id: RequestId = Field(description="the request's id")
+    model_line: LineId = Field(description="the model line to erase from")
+    target: ForgetTarget = Field(description="what is to be forgotten")
+    received_at: UtcTime = Field(description="when the person asked, ISO 8601 in UTC")
+    due_at: UtcTime = Field(description="one calendar month later (GDPR Art. 12(3))")
+    source: ShortText | None = Field(default=None, description="where it came from; no personal data")
+
+    @model_validator(mode="after")
+    def _due_later(self) -> DeletionRequest:
+        if self.due <= self.received:
+            raise ValueError("`due_at` is not after `received_at`")
+        return self
+
+    @property
+    def received(self) -> datetime:
+        """When the person asked, in UTC."""
+        return datetime.fromisoformat(self.received_at)
+
+    @property
+    def due(self) -> datetime:
+        """When it must be settled, in UTC."""
+        return datetime.fromisoformat(self.due_at)
+
+    def canonical(self) -> bytes:
+        """Return the bytes that are stored and digested."""
+        return canonical_json(self.model_dump(mode="json", exclude_none=True))
+
+
+class RequestEvent(Document):
+    """One move of a request; all events together are its audit log."""
+
+    format: Literal["salun.event/v1"] = "salun.event/v1"
+    request: RequestId = Field(description="the request that moved")
+    n: Annotated[int, Field(ge=1, le=999_999, strict=True)] = Field(description="number of the event, from 1")
+    at: UtcTime = Field(description="when, ISO 8601 in UTC")
+    actor: ShortText = Field(description="who moved it: a person, or a service by name")
+    from_status: Status = Field(description="the status before")
+    to_status: Status = Field(description="the status after")
+    reason: Text = Field(description="why; no personal data")
+    attempt: Annotated[int, Field(ge=1, strict=True)] = Field(
+        description="which try this is: one more with each return from a run, 1 again after a retry or reopening"
+    )
+    run: RunId | None = Field(default=None, description="the unlearning run that moved it")
+    outcome: Outcome | None = Field(default=None, description="how it was met; with `completed` only")
+    writer: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(
+        description="random token of the writing call: two equal moves are still two"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> RequestEvent:
+        if not transition_allowed(self.from_status, self.to_status):
+            raise ValueError(f"there is no way from {self.from_status} to {self.to_status}")
+        if (self.outcome is not None) != (self.to_status is Status.COMPLETED):
+            raise ValueError("`outcome` goes with the status completed, and that needs it")
+        return self
+
+    def canonical(self) -> bytes:
+        """Return the bytes that are stored."""
+        return canonical_json(self.model_dump(mode="json", exclude_none=True))
+
+
+class Receipt(Document):
+    """What whoever filed a request gets; filing it again gives the same one."""
+
+    id: RequestId = Field(description="the request's id")
+    model_line: LineId = Field(description="the model line to erase from")
+    received_at: UtcTime = Field(description="when the month began")
+    due_at: UtcTime = Field(description="when it ends")
+    sha256: Digest = Field(description="SHA-256 of the stored request")
+
+    @classmethod
+    def of(cls, request: DeletionRequest) -> Receipt:
+        """Return the receipt of a stored request."""
+        return cls(
+            id=request.id,
+            model_line=request.model_line,
+            received_at=request.received_at,
+            due_at=request.due_at,
+            sha256=sha256_bytes(request.canonical()),
+        )
+
+
+class RequestState(Document):
+    """A request and its last event; none yet where it was received and no more."""
+
+    request: DeletionRequest = Field(description="the request")
+    last: RequestEvent | None = Field(default=None, description="its last event")
+
+    @property
+    def status(self) -> Status:
+        """Where the request stands."""
+        return self.last.to_status if self.last else Status.RECEIVED
+
+
+def summarise(target: Target) -> str:
+    """Say what a target names without sample ids, prompts or subject references.
+
+    Example:
+        >>> from salun_core.data.forget import SamplesTarget
+        >>> summarise(SamplesTarget(ids=["a", "b"]))
+        '2 samples'
+    """
+    if isinstance(target, ClassTarget):
+        return f"class {target.class_id}"
+    if isinstance(target, SubjectTarget):
+        return "1 subject"
+    if isinstance(target, ConceptTarget):
+        return f"1 concept by {_count(len(target.prompts), 'prompt')}"
+    return _count(len(target.ids), "sample") if target.ids else "samples of a manifest"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

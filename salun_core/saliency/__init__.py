@@ -1,0 +1,7 @@
+"""Weight saliency: scores, one-bit masks and the optimiser step that honours them."""
+
+from salun_core.saliency.mask import SaliencyMask
+from salun_core.saliency.masked_step import masked_optimizer
+from salun_core.saliency.score import saliency_scores
+
+__all__ = ["SaliencyMask", "masked_optimizer", "saliency_scores"]

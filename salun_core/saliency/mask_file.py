@@ -1,0 +1,127 @@
+"""The mask's file: safetensors, one uint8 tensor of packed bits a parameter, provenance in the metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as serialise
+
+from salun_core.errors import IntegrityError, SalunError, UsageError
+
+FORMAT = "salun.mask/v1"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def write(path: Path, shapes: Shapes, bits: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
+    """Write a mask file, whole or not at all.
+
+    Args:
+        path: where to.
+        shapes: shape of each parameter, in the model's order (kept in the metadata).
+        bits: packed bits of each parameter, uint8.
+        facts: further metadata; keys and values are text.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    metadata = {
+        **facts,
+        "format": FORMAT,
+        "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
+    }
+    data = serialise(dict(bits), metadata=metadata)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+            os.fchmod(file.fileno(), 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise UsageError(
+            f"cannot write {path}", error.strerror or str(error), "check the path and the free space"
+        ) from error
+
+
+def read(path: Path) -> tuple[Shapes, dict[str, np.ndarray], int, dict[str, str]]:
+    """Read a mask file and check all of it.
+
+    Returns:
+        (shapes, bits, k, facts).
+
+    Raises:
+        UsageError: there is no such file.
+        IntegrityError: it is not a mask, or is damaged.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no mask {path}", "the file does not exist", "compute one with `salun mask`")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            facts = dict(file.metadata() or {})
+            shapes, k = _header(facts)
+            _check_names(set(file.keys()), shapes)
+            _check_sizes(shapes, {name: tuple(file.get_slice(name).get_shape()) for name in shapes})
+            bits = {name: file.get_tensor(name) for name in shapes}
+    except SalunError:
+        raise
+    except (
+        SafetensorError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OSError,
+        RecursionError,
+        OverflowError,
+    ) as error:
+        raise _damaged(str(error)) from error
+    _check_bits(shapes, bits, k)
+    for key in ("format", "shapes", "k", "density"):
+        facts.pop(key, None)
+    return shapes, bits, k, facts
+
+
+def _header(facts: dict[str, str]) -> tuple[Shapes, int]:
+    if facts.get("format") != FORMAT:
+        raise IntegrityError(
+            "not a saliency mask", f"its format is {facts.get('format')!r}", f"give a file of format {FORMAT}"
+        )
+    shapes = {str(name): tuple(int(side) for side in shape) for name, shape in json.loads(facts["shapes"]).items()}
+    if any(side < 0 for shape in shapes.values() for side in shape):
+        raise _damaged("a shape is negative")
+    return shapes, int(facts["k"])
+
+
+def _check_names(names: set[str], shapes: Shapes) -> None:
+    if names != set(shapes):
+        raise _damaged(f"{len(names ^ set(shapes))} parameter names do not match its shapes")
+
+
+def _check_sizes(shapes: Shapes, stored: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in shapes.items():
+        if stored[name] != ((math.prod(shape) + 7) // 8,):
+            raise _damaged(f"{name} has the wrong number of bytes")
+
+
+def _check_bits(shapes: Shapes, bits: dict[str, np.ndarray], k: int) -> None:
+    for name, packed in bits.items():
+        spare = -math.prod(shapes[name]) % 8
+        if packed.dtype != np.uint8 or (spare and packed[-1] >> (8 - spare)):
+            raise _damaged(f"{name} has bits past its end")
+    found = sum(int(np.bitwise_count(packed).sum()) for packed in bits.values())
+    if found != k or k == 0:
+        raise _damaged(f"it has {found} salient weights and says {k}")
+
+
+def _damaged(why: str) -> IntegrityError:
+    return IntegrityError("mask file is damaged", why, "compute it again with `salun mask`")

@@ -1,0 +1,154 @@
+"""The one place where masked weights change: a hook in front of torch's own optimiser step.
+
+Update rule (SalUn, eq. 3): θ_u = m ⊙ θ + (1 - m) ⊙ θ_o. The gradient, weight decay included, is set to +0 outside
+the mask before the optimiser sees it. Then momentum, second moments and the update are zero there, and a weight that
+has `lr * 0` taken off keeps its bits: no copy of θ_o is needed, and the arithmetic stays torch's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from salun_core.errors import ModelError, UsageError
+from salun_core.saliency.mask import SaliencyMask
+
+O = TypeVar("O", bound=Optimizer)  # noqa: E741
+_DECAY = "masked_weight_decay"
+# Second moments outside the mask are 1, not 0: their numerator is 0, and torch's square root of 0 is slow on a CPU.
+_MOMENTS = {"momentum_buffer": 0.0, "exp_avg": 0.0, "exp_avg_sq": 1.0, "max_exp_avg_sq": 1.0}
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
+def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -> O:
+    """Make an optimiser leave every weight outside the mask bit-identical.
+
+    The optimiser is changed in place and returned; schedulers, gradient scalers and data parallelism go on to
+    work with it. Its `weight_decay` moves to the group key `masked_weight_decay` and acts inside the mask only.
+
+    Args:
+        torch_optimizer: SGD (momentum, nesterov, weight decay), Adam or AdamW over parameters of `model`.
+        model: names the parameters.
+        mask: covers exactly the model's parameters.
+
+    Returns:
+        The same optimiser.
+
+    Raises:
+        UsageError: an optimiser of another kind, or one that is masked already.
+        ModelError: the mask is of another model, or the optimiser holds parameters that the model has not.
+    """
+    if type(torch_optimizer) not in (SGD, Adam, AdamW):
+        kind = type(torch_optimizer).__name__
+        raise UsageError(
+            f"{kind} cannot be masked",
+            "bit-exact freezing is proven for SGD, Adam and AdamW",
+            "use one of them",
+        )
+    if any(_DECAY in group for group in torch_optimizer.param_groups):
+        raise UsageError(
+            "optimiser is masked already",
+            "two masks would be combined without notice",
+            "build a new optimiser",
+        )
+    mask.check_fits({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    keep = _keep_of(torch_optimizer, model, mask)
+    _take_over(torch_optimizer, keep)
+    torch_optimizer.register_step_pre_hook(functools.partial(_before_step, keep=keep))
+    _after_first_step(torch_optimizer, keep)
+    torch_optimizer.register_load_state_dict_post_hook(functools.partial(_take_over, keep=keep))
+    return torch_optimizer
+
+
+def _keep_of(optimizer: Optimizer, model: nn.Module, mask: SaliencyMask) -> dict[Tensor, Tensor]:
+    """By parameter: int8, -1 (all bits set) where salient and 0 where frozen, laid out as the parameter is."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    keep: dict[Tensor, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise ModelError(
+                    "optimiser holds a parameter that the model has not",
+                    "",
+                    "build it from model.parameters()",
+                )
+            salient = mask.tensor(names[parameter]).to(parameter.device)
+            keep[parameter] = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False).copy_(salient).neg_()
+    return keep
+
+
+def _take_over(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
+    """Move weight decay to our key and clear old moments outside the mask (at the start and after a load)."""
+    for group in optimizer.param_groups:
+        group[_DECAY] = group["weight_decay"] or group.get(_DECAY, 0.0)
+        group["weight_decay"] = 0.0
+    _clear_moments(optimizer, keep)
+
+
+def _clear_moments(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
+    for parameter, state in optimizer.state.items():
+        for key, neutral in _MOMENTS.items():
+            if isinstance(state.get(key), Tensor):
+                state[key].masked_fill_(keep[parameter] == 0, neutral)
+
+
+def _after_first_step(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
+    def clear_once(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _clear_moments(stepped, keep)
+        handle.remove()
+
+    handle = optimizer.register_step_post_hook(clear_once)
+
+
+@torch.no_grad()
+def _before_step(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], keep: dict[Tensor, Tensor]
+) -> None:
+    if any(callable(value) for value in (*args[1:], *kwargs.values())):
+        raise UsageError(
+            "a masked step takes no closure",
+            "its gradient would come after the mask",
+            "compute the gradient first",
+        )
+    if getattr(optimizer, "grad_scale", None) is not None:
+        raise UsageError(
+            "a fused optimiser with a gradient scaler cannot be masked",
+            "its gradients are still scaled",
+            "use fused=False",
+        )
+    for group in optimizer.param_groups:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if parameters:
+            _mask_group(group, parameters, keep, group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)))
+
+
+def _mask_group(group: dict[str, Any], parameters: list[Tensor], keep: dict[Tensor, Tensor], decoupled: bool) -> None:
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    decay = group[_DECAY]
+    if group["maximize"]:
+        torch._foreach_neg_(grads)  # torch negates again: the masked zeros must be +0 after that
+    if decay and decoupled:
+        for parameter in parameters:
+            _decay_salient(parameter, keep[parameter], 1.0 - float(group["lr"]) * decay)
+    elif decay:
+        torch._foreach_add_(grads, parameters, alpha=decay)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        grad.view(_BITS[grad.dtype]).bitwise_and_(keep[parameter])  # +0 outside, even for NaN; branch-free
+    if group["maximize"]:
+        torch._foreach_neg_(grads)
+
+
+def _decay_salient(parameter: Tensor, keep: Tensor, factor: float) -> None:
+    """Multiply salient weights by `factor`, exactly as torch's AdamW does, and the others by exactly 1."""
+    loss = 1.0 - torch.tensor(factor, dtype=parameter.dtype, device="cpu")  # exact for factors in [0.5, 2] (Sterbenz)
+    one = torch.ones((), dtype=parameter.dtype, device=parameter.device)
+    parameter.mul_(torch.add(one, keep, alpha=float(loss)))

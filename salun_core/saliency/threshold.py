@@ -1,0 +1,59 @@
+"""The exact k-th largest value of many tensors at once, without sorting and without joining them.
+
+The bit pattern of a non-negative IEEE number, read as an integer, orders as the number does. So the k-th largest
+is found digit by digit, 16 bits at a time from the top, with one histogram a digit (radix selection).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_DIGIT = 16
+
+
+def as_ordered(values: Tensor) -> Tensor:
+    """Return the magnitudes of a floating tensor as integers that order in the same way.
+
+    Args:
+        values: floating point, any shape.
+
+    Returns:
+        Flat int32 (for float32 and narrower) or int64 (for float64) of the same number of elements.
+    """
+    if values.dtype == torch.float64:
+        return values.detach().abs().flatten().view(torch.int64)
+    return values.detach().to(torch.float32).abs().flatten().view(torch.int32)
+
+
+def kth_largest(ordered: Sequence[Tensor], k: int) -> tuple[int, int]:
+    """Find the k-th largest of all elements of several integer tensors.
+
+    Args:
+        ordered: flat tensors from `as_ordered`, all of one dtype.
+        k: from 1 to the number of elements.
+
+    Returns:
+        (value, ties): the k-th largest, and how many elements equal to it belong to the k largest.
+    """
+    candidates = [values for values in ordered if values.numel()]
+    bits = 64 if candidates[0].dtype == torch.int64 else 32
+    prefix, remaining = 0, k
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        counts = sum(_histogram(values, shift) for values in candidates)
+        assert isinstance(counts, Tensor)
+        from_top = counts.flip(0).cumsum(0)
+        position = int(torch.searchsorted(from_top, remaining))
+        digit = (1 << _DIGIT) - 1 - position
+        remaining -= int(from_top[position - 1]) if position else 0
+        prefix |= digit << shift
+        if shift:
+            candidates = [kept for values in candidates if (kept := values[values >> shift == prefix >> shift]).numel()]
+    return prefix, remaining
+
+
+def _histogram(values: Tensor, shift: int) -> Tensor:
+    digits = (values >> shift) & ((1 << _DIGIT) - 1)
+    return torch.bincount(digits, minlength=1 << _DIGIT).cpu()

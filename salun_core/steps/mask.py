@@ -1,0 +1,66 @@
+"""Step 2: score the weights on the forget set and write the mask."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from salun_core.saliency import SaliencyMask, saliency_scores
+from salun_core.steps.inputs import load_inputs
+from salun_core.steps.observe import observed
+from salun_core.unlearn import get_method, pick_device
+
+_BATCH = 256
+
+
+def compute_mask(
+    model: Path,
+    forget_manifest_uri: str,
+    density: float,
+    out: Path,
+    *,
+    method: str = "salun",
+    model_line: str = "local",
+    data: str | None = None,
+    device: str = "auto",
+    random_seed: int | None = None,
+) -> SaliencyMask:
+    """Compute the saliency mask of a model for a forget set.
+
+    A method that takes no mask gets one in which every weight is salient.
+
+    Args:
+        model: folder of the original model.
+        forget_manifest_uri: address of the forget targets.
+        density: share of weights to keep salient, in (0, 1].
+        out: file to write.
+        method: the unlearning method that will use it.
+        model_line: for the metrics.
+        data: data set spec, where the data lie elsewhere than the model card says.
+        device: auto, cpu, cuda or cuda:N.
+        random_seed: draw a random mask of the same density in place of saliency: the control.
+
+    Returns:
+        The mask.
+    """
+    with observed("compute_mask", model_line) as metrics:
+        started = time.perf_counter()
+        inputs = load_inputs(model, forget_manifest_uri, data)
+        chosen = pick_device(device)
+        network = inputs.original.model.to(chosen)
+        facts = {"model_digest": inputs.original.digest, "forget_set_digest": inputs.forget_set.digest}
+        shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+        if not get_method(method).needs_mask:
+            mask = SaliencyMask.full(shapes)
+        elif random_seed is not None:
+            mask = SaliencyMask.random(shapes, density, random_seed)
+        else:
+            batches = inputs.forget.to(chosen).batches(_BATCH)
+            scores = saliency_scores(network, batches, torch.nn.functional.cross_entropy)
+            mask = SaliencyMask.from_scores(scores, density)
+        mask = mask.with_facts({**facts, "seconds": f"{time.perf_counter() - started:.3f}"})
+        mask.save(out)
+        metrics.record("salun_mask_density_ratio", mask.density, method=method)
+        return mask

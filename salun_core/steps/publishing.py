@@ -1,0 +1,186 @@
+"""Step 5: judge the evidence, and publish the model only when the gate passes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from salun_core.config import load
+from salun_core.digest import check_digest
+from salun_core.evaluation import Evidence
+from salun_core.gate import Expected, GateDecision, decide
+from salun_core.models import LoadedModel, load_model
+from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS
+from salun_core.report import Ancestor, ReportContext, write_report
+from salun_core.saliency import SaliencyMask
+from salun_core.steps.inputs import Inputs, load_inputs
+from salun_core.steps.observe import observed
+from salun_core.steps.sources import read_policy
+from salun_core.storage import FileStore, open_store
+from salun_core.storage.names import run_key
+from salun_core.storage.versions import VersionManifest, history, publish_head, read_version, stage_version
+from salun_core.telemetry.push import StepMetrics
+
+EVIDENCE, DECISION, REPORT = "evidence.json", "decision.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the step did.
+
+    Args:
+        version: digest of the new HEAD.
+        decision: the gate's answer; it passed.
+    """
+
+    version: str
+    decision: GateDecision
+
+
+def gate_and_publish(
+    before: Path,
+    after: Path,
+    evidence: Path,
+    report: Path,
+    forget_manifest_uri: str,
+    *,
+    store_uri: str,
+    model_line: str,
+    parent: str,
+    policy_uri: str = "classifier",
+    mask: Path | None = None,
+    run: str | None = None,
+) -> Published:
+    """Judge and publish. A refusal leaves the line as it was and writes decision and report under `runs/<run>/`.
+
+    Args:
+        before: folder of the original model.
+        after: folder of the unlearned model.
+        evidence: file from the evaluation.
+        report: HTML file to write, with the verdict.
+        forget_manifest_uri: address of the forget targets.
+        store_uri: `s3://bucket/prefix`.
+        model_line: name of the line.
+        parent: digest of the version that `before` was fetched as.
+        policy_uri: name of a policy that ships, a file, or an s3:// address.
+        mask: mask file that was used.
+        run: id of the run.
+
+    Returns:
+        What was published.
+
+    Raises:
+        GateRefusedError: the gate refused.
+        ConflictError: HEAD is not `parent` any more.
+        IntegrityError: `before` is not the parent's model.
+    """
+    with observed("gate_publish", model_line) as metrics:
+        store = open_store(store_uri)
+        inputs = load_inputs(before, forget_manifest_uri)
+        manifest = read_version(store, model_line, parent)
+        check_digest("the model before", manifest.files[WEIGHTS].sha256, inputs.original.digest)
+        measured = load(Evidence, evidence)
+        candidate = load_model(after)
+        decision = decide(measured, read_policy(policy_uri), _expected(inputs, candidate, mask, measured))
+        metrics.record_evidence(measured, decision)
+        context = report_context(store, model_line, parent, measured)
+        write_report(report, measured, decision, context)
+        decision_file = report.with_name(DECISION)
+        write_decision(decision_file, decision)
+        files = {EVIDENCE: evidence, DECISION: decision_file, REPORT: report}
+        if not decision.passed and run:
+            _keep(store, run, files)
+        decision.require()
+        files |= {name: after / name for name in (WEIGHTS, CARD, SPLIT)}
+        version = _publish(store, model_line, manifest, parent, measured, files, run)
+        _record_debt(metrics, read_version(store, model_line, version))
+        return Published(version, decision)
+
+
+def write_decision(path: Path, decision: GateDecision) -> None:
+    """Write a decision as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(decision.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _expected(inputs: Inputs, candidate: LoadedModel, mask: Path | None, measured: Evidence) -> Expected:
+    """The digests as this step itself finds them."""
+    return Expected(
+        before=inputs.original.digest,
+        after=candidate.digest,
+        split=inputs.original.split.digest,
+        dataset=inputs.original.split.dataset_digest,
+        forget_set=inputs.forget_set.digest,
+        mask=SaliencyMask.load(mask).digest if mask and measured.run.density is not None else None,
+    )
+
+
+def report_context(store: FileStore, line: str, parent: str, measured: Evidence) -> ReportContext:
+    """Collect what the report tells of the line."""
+    past = list(reversed(history(store, line)))
+    return ReportContext(
+        model_line=line,
+        parent=parent,
+        lineage=[
+            Ancestor(
+                version=item.digest,
+                method=item.manifest.method,
+                forgotten=item.manifest.forget_count,
+                published_at=item.manifest.created_at,
+                full_training=item.manifest.retrained,
+            )
+            for item in past
+        ],
+        reproduce=_command(line, measured),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _command(line: str, measured: Evidence) -> str:
+    run = measured.run
+    density = [f"--density {run.density:g}"] if run.density is not None else []
+    options = [f"--model-line {line}", f"--method {run.method}", *density, f"--seed {run.seed or 0}"]
+    return " ".join(["python -m pipelines run", *options, "--forget-manifest-uri …"])
+
+
+def _keep(store: FileStore, run: str, files: dict[str, Path]) -> None:
+    """Keep the evidence of a refused run; it holds neither weights nor sample ids."""
+    for name, path in files.items():
+        store.upload(path, run_key(run, name))
+
+
+def _publish(
+    store: FileStore,
+    line: str,
+    parent_manifest: VersionManifest,
+    parent: str,
+    measured: Evidence,
+    files: dict[str, Path],
+    run: str | None,
+) -> str:
+    retrained = measured.run.method == "retrain"
+    lineage = parent_manifest.lineage.after_run(measured.forgotten.count)
+    if retrained:
+        kept = measured.forgotten.train_count - measured.forgotten.count
+        lineage = type(lineage)(trained_on=kept)
+    fields = {
+        "line": line,
+        "parent": parent,
+        "run": run,
+        "method": measured.run.method,
+        "forget_set_digest": measured.measured.forget_set,
+        "forget_count": measured.forgotten.count,
+        "retrained": retrained,
+        "lineage": lineage,
+    }
+    version, _ = stage_version(store, fields, files)
+    publish_head(store, line, version, parent, run)
+    return version
+
+
+def _record_debt(metrics: StepMetrics, manifest: VersionManifest) -> None:
+    metrics.record("salun_unlearning_debt_ratio", manifest.lineage.debt)
+    metrics.record("salun_runs_since_training", manifest.lineage.runs_since_training)

@@ -1,0 +1,114 @@
+"""Finds what a step is given by name: models, forget targets and policies, in folders or in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from salun_core.config import MAX_DOCUMENT_BYTES, parse, parse_text, read_document
+from salun_core.data.forget import ForgetSet, SamplesTarget, Target, parse_target
+from salun_core.digest import check_digest, sha256_bytes
+from salun_core.errors import IntegrityError, UsageError
+from salun_core.gate import Policy, load_policy
+from salun_core.storage import open_store, split_uri
+from salun_core.storage.versions import fetch_version, resolve
+
+
+def read_bytes(uri: str) -> bytes:
+    """Read a small document from `s3://bucket/key` or a local file.
+
+    Raises:
+        UsageError: it does not exist.
+        IntegrityError: it is too large to be a document.
+    """
+    if not uri.startswith("s3://"):
+        path = Path(uri)
+        if not path.is_file():
+            raise UsageError(f"there is no file {uri}", "the path does not exist", "check it")
+        data = path.read_bytes()
+    else:
+        bucket, key = split_uri(uri)
+        found = open_store(f"s3://{bucket}").get(key)
+        if found is None:
+            raise UsageError(f"there is no object {uri}", "the store has none of that key", "check the address")
+        data = found.data
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise IntegrityError(f"{uri} is too large", f"over {MAX_DOCUMENT_BYTES} bytes", "split it")
+    return data
+
+
+def read_plain(uri: str) -> Any:  # noqa: ANN401 - any YAML or JSON value
+    """Read a YAML or JSON document from the store or a file as plain data."""
+    if not uri.startswith("s3://"):
+        return read_document(Path(uri))
+    try:
+        return parse_text(read_bytes(uri).decode("utf-8"), uri)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{uri} is no text", str(error), "give a YAML or JSON document") from error
+
+
+def read_forget(uri: str) -> ForgetSet | list[Target]:
+    """Read what is to be forgotten: a resolved forget set, one target, or a list of targets.
+
+    Raises:
+        UsageError: it does not exist, or has faults.
+        IntegrityError: a manifest of ids does not match its digest.
+    """
+    document = read_plain(uri)
+    if isinstance(document, dict) and document.get("format") == "salun.forget-set/v1":
+        return parse(ForgetSet, document, uri)
+    items = document if isinstance(document, list) else [document]
+    if not items:
+        raise UsageError(f"{uri} names nothing", "it is an empty list", "give at least one forget target")
+    return [_fetched(parse_target(item, uri)) for item in items]
+
+
+def _fetched(target: Target) -> Target:
+    if not isinstance(target, SamplesTarget) or target.manifest_uri is None:
+        return target
+    data = read_bytes(target.manifest_uri)
+    check_digest("a manifest of sample ids", target.sha256 or "", sha256_bytes(data))
+    ids = parse_text(data.decode("utf-8"), target.manifest_uri)
+    return SamplesTarget(dataset_digest=target.dataset_digest, ids=ids)
+
+
+def read_policy(uri: str) -> Policy:
+    """Read a gate policy: the name of one that ships, a file, or an object in the store."""
+    return parse(Policy, read_plain(uri), uri) if uri.startswith("s3://") else load_policy(uri)
+
+
+@contextmanager
+def model_folder(reference: str, store_uri: str | None = None) -> Iterator[Path]:
+    """Give a local folder that holds a model.
+
+    Args:
+        reference: a folder; `line` or `line@version` in the store; or `s3://bucket/prefix/line@version`.
+        store_uri: of the store that holds lines.
+
+    Yields:
+        The folder; one that was fetched is removed afterwards.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    if Path(reference).is_dir():
+        yield Path(reference)
+        return
+    if reference.startswith("s3://"):
+        store_uri, _, reference = reference.rpartition("/")
+    elif "/" in reference:
+        raise UsageError(f"there is no model folder {reference}", "the path does not exist", "check it")
+    if not store_uri:
+        raise UsageError(
+            f"{reference} is no folder",
+            "a model line needs a store",
+            "give --store s3://bucket/prefix, or set SALUN_STORE_URI",
+        )
+    store = open_store(store_uri)
+    line, version = resolve(store, reference)
+    with TemporaryDirectory(prefix="salun-model-") as folder:
+        fetch_version(store, line, version, Path(folder) / "model")
+        yield Path(folder) / "model"

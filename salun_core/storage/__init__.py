@@ -1,0 +1,33 @@
+"""The object store: conditional documents, content-addressed files, the lineage of model lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from salun_core.storage.names import split_uri
+from salun_core.storage.objects import Entry, FileStore, ObjectStore, StoredObject
+
+if TYPE_CHECKING:
+    from salun_core.storage.s3 import S3Store
+
+__all__ = ["Entry", "FileStore", "ObjectStore", "StoredObject", "open_store", "split_uri"]
+
+
+def open_store(uri: str) -> S3Store:
+    """Open a store by its address; nothing is sent to it yet.
+
+    Args:
+        uri: `s3://bucket` or `s3://bucket/prefix`. The endpoint comes from AWS_ENDPOINT_URL_S3 or
+            AWS_ENDPOINT_URL, region and credentials from the other AWS variables.
+
+    Raises:
+        UsageError: it is no such address; the remedy says the nearest right form.
+
+    Example:
+        >>> open_store("s3://models/production").uri
+        's3://models/production'
+    """
+    bucket, prefix = split_uri(uri)
+    from salun_core.storage.s3 import S3Store  # boto3 takes its time to import
+
+    return S3Store(bucket, prefix)

@@ -1,0 +1,291 @@
+"""The store on S3: conditional writes for documents, managed transfers for files."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import Iterator
+from datetime import UTC
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from botocore.exceptions import (
+    ClientError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+
+from salun_core.config import MAX_DOCUMENT_BYTES
+from salun_core.errors import IntegrityError, StoreError
+from salun_core.storage.local import disk_error
+from salun_core.storage.names import check_key
+from salun_core.storage.objects import Entry, StoredObject
+from salun_core.storage.s3_client import make_client
+from salun_core.storage.s3_errors import (
+    code_of,
+    conflict,
+    is_missing,
+    is_unclear,
+    status_of,
+    translated,
+)
+from salun_core.storage.s3_files import download_file, upload_file
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+
+_WRITER = "salun-writer"
+_RACE_ATTEMPTS = 8
+_READ_ATTEMPTS = 4
+_CUT_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(random.uniform(0.5, 1.0) * min(2.0, 0.05 * 2**attempt))
+
+
+class S3Store:
+    """A bucket, or a folder of one, as a `FileStore`.
+
+    Region and credentials come from the usual AWS variables.
+
+    Args:
+        bucket: name of the bucket.
+        prefix: folder that all keys are relative to; empty for the whole bucket.
+        endpoint: URL of the store; None takes it from the environment.
+        client: a ready client, in place of one built here.
+    """
+
+    def __init__(
+        self, bucket: str, prefix: str = "", endpoint: str | None = None, client: S3Client | None = None
+    ) -> None:
+        self._bucket = bucket
+        self._prefix = f"{check_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
+        self._client = client or make_client(endpoint)
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.uri!r})"
+
+    @property
+    def uri(self) -> str:
+        """The address of the store, such as `s3://bucket/prefix`."""
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    @property
+    def endpoint(self) -> str:
+        """The URL that the store is reached at."""
+        return self._client.meta.endpoint_url
+
+    def _full(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    def _address(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{key}"
+
+    def get(self, key: str) -> StoredObject | None:
+        """Return an object, or None where there is none of that key.
+
+        Raises:
+            StoreError: the store cannot be reached, refuses us, or the object is no document (over 64 MiB).
+            IntegrityError: the bytes do not match the store's own checksum.
+        """
+        found = self._fetch(key)
+        return found[0] if found else None
+
+    def _fetch(self, key: str) -> tuple[StoredObject, str] | None:
+        """Return an object and the token of its writer."""
+        full = self._full(key)
+        with translated(f"cannot read {self._address(key)}", self.endpoint):
+            for attempt in range(_READ_ATTEMPTS):
+                try:
+                    return self._fetch_once(full)
+                except _CUT_OFF:  # botocore retries a request, not the reading of its body
+                    if attempt == _READ_ATTEMPTS - 1:
+                        raise
+                    _pause(attempt)
+                except ClientError as error:
+                    if is_missing(error):
+                        return None
+                    raise
+        raise AssertionError("the loop returns or raises")
+
+    def _fetch_once(self, full: str) -> tuple[StoredObject, str]:
+        answer = self._client.get_object(Bucket=self._bucket, Key=full)
+        if answer["ContentLength"] > MAX_DOCUMENT_BYTES:
+            raise IntegrityError(
+                f"s3://{self._bucket}/{full} is too large for a document",
+                f"{answer['ContentLength']} bytes, at most {MAX_DOCUMENT_BYTES}",
+                "check what wrote it",
+            )
+        stored = StoredObject(answer["Body"].read(), answer["ETag"], answer["LastModified"].astimezone(UTC))
+        return stored, answer["Metadata"].get(_WRITER, "")
+
+    def put_new(self, key: str, data: bytes) -> str:
+        """Create an object and return its etag; the same bytes a second time are no conflict.
+
+        Raises:
+            ConflictError: an object of that key exists and holds other bytes.
+            StoreError: the store cannot be reached or refuses us.
+        """
+        return self._write(key, data, None)
+
+    def put_if(self, key: str, data: bytes, etag: str) -> str:
+        """Replace an object if its etag is still the given one, and return the new etag.
+
+        Raises:
+            ConflictError: the object changed, or is gone.
+            StoreError: the store cannot be reached or refuses us.
+        """
+        return self._write(key, data, etag)
+
+    def _write(self, key: str, data: bytes, etag: str | None) -> str:
+        """Write with a condition; a reply that was lost on the way does not count as a conflict.
+
+        When the store commits and its reply is lost, botocore sends the request again and is told 412
+        about our own write. The token of this call, which botocore's retries share, tells it apart.
+        """
+        writer = secrets.token_hex(16)
+        unclear: StoreError | None = None
+        try:
+            written = self.try_put(key, data, etag, writer)
+            if written is not None:
+                return written
+        except StoreError as error:
+            if not (error.__cause__ and is_unclear(error.__cause__)):  # type: ignore[arg-type]
+                raise
+            unclear = error
+        return self._settle(key, data, etag, writer, unclear)
+
+    def _settle(self, key: str, data: bytes, etag: str | None, writer: str, unclear: StoreError | None) -> str:
+        """Find out what became of a write by reading the object back."""
+        try:
+            found = self._fetch(key)
+        except StoreError:
+            if unclear:
+                raise unclear from unclear.__cause__
+            raise
+        if found and (found[1] == writer or (etag is None and found[0].data == data)):
+            return found[0].etag
+        if unclear:
+            raise unclear
+        raise conflict(self._address(key), etag, gone=found is None)
+
+    def try_put(self, key: str, data: bytes, etag: str | None = None, writer: str = "") -> str | None:
+        """Send one conditional write and return the new etag, or None where the condition was false.
+
+        This is the bare operation: it does not look whose write the store holds (`probe` needs that).
+
+        Args:
+            key: the key, relative to the prefix.
+            data: the bytes.
+            etag: what the object must have now; None if it must not exist.
+            writer: a token kept beside the object.
+
+        Raises:
+            StoreError: the store cannot be reached or refuses us, or the race does not end.
+        """
+        full = self._full(key)
+        with translated(f"cannot write {self._address(key)}", self.endpoint):
+            for attempt in range(_RACE_ATTEMPTS):
+                try:
+                    return self._put_once(full, data, etag, writer)
+                except ClientError as error:
+                    if status_of(error) == 412 or (etag is not None and code_of(error) == "NoSuchKey"):
+                        return None
+                    if status_of(error) != 409:
+                        raise
+                _pause(attempt)
+        raise StoreError(
+            f"cannot write {self._address(key)}",
+            f"the store answered 'conflicting request' (409) {_RACE_ATTEMPTS} times",
+            "run it again when fewer writers are at work",
+        )
+
+    def _put_once(self, full: str, data: bytes, etag: str | None, writer: str) -> str:
+        put, metadata = self._client.put_object, {_WRITER: writer} if writer else {}
+        if etag is None:
+            return put(
+                Bucket=self._bucket,
+                Key=full,
+                Body=data,
+                ChecksumAlgorithm="SHA256",
+                Metadata=metadata,
+                IfNoneMatch="*",
+            )["ETag"]
+        return put(
+            Bucket=self._bucket,
+            Key=full,
+            Body=data,
+            ChecksumAlgorithm="SHA256",
+            Metadata=metadata,
+            IfMatch=etag,
+        )["ETag"]
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Yield the objects whose key starts with a prefix, in key order.
+
+        Args:
+            prefix: the start of the keys, relative to the store's prefix; empty for all.
+
+        Raises:
+            StoreError: the store cannot be reached or refuses us.
+        """
+        if prefix.rstrip("/"):
+            check_key(prefix.rstrip("/"))
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + prefix
+        )
+        with translated(f"cannot list {self._address(prefix)}", self.endpoint):
+            found = [
+                Entry(
+                    row["Key"][len(self._prefix) :],
+                    row["Size"],
+                    row["LastModified"].astimezone(UTC),
+                    row["ETag"],
+                )
+                for page in pages
+                for row in page.get("Contents", [])
+            ]
+        # Not every store lists in key order (SeaweedFS puts `a/b` before `a-b`).
+        yield from sorted(found, key=lambda entry: entry.key)
+
+    def delete(self, key: str) -> None:
+        """Delete an object; deleting one that does not exist is no error.
+
+        Raises:
+            StoreError: the store cannot be reached or refuses us.
+        """
+        with translated(f"cannot delete {self._address(key)}", self.endpoint):
+            try:
+                self._client.delete_object(Bucket=self._bucket, Key=self._full(key))
+            except ClientError as error:
+                if not is_missing(error):
+                    raise
+
+    def upload(self, path: Path, key: str) -> None:
+        """Upload a file, in parts where it is large; the store checks the SHA-256 of each part.
+
+        Raises:
+            StoreError: the file cannot be read, or the store cannot be reached or refuses us.
+        """
+        what = f"cannot upload {path.name} to {self._address(key)}"
+        with translated(what, self.endpoint):
+            try:
+                upload_file(self._client, self._bucket, self._full(key), path)
+            except OSError as error:
+                raise disk_error(what, path, error) from error
+
+    def download(self, key: str, path: Path) -> None:
+        """Download to a file, which appears whole or not at all.
+
+        Raises:
+            StoreError: there is no object of that key, the disk is full, or the store cannot be reached.
+        """
+        what = f"cannot download {self._address(key)}"
+        with translated(what, self.endpoint):
+            try:
+                download_file(self._client, self._bucket, self._full(key), path)
+            except OSError as error:
+                raise disk_error(what, path, error) from error

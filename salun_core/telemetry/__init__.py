@@ -1,0 +1,1 @@
+"""Metrics and logs: names, labels and redaction in one place each."""

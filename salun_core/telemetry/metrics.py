@@ -1,0 +1,153 @@
+"""Every metric name of the project and the closed sets of label values.
+
+`python -m salun_core.telemetry.metrics` prints the table of the documentation.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from salun_core.errors import UsageError, unknown_name
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One metric; all are gauges, because pushed counters do not add up."""
+
+    name: str
+    help: str
+    unit: str
+    labels: tuple[str, ...] = ()
+
+
+_RESULT = ("model_line", "method")
+SPECS = {
+    spec.name: spec
+    for spec in (
+        Spec("salun_requests", "Deletion requests by status.", "requests", ("status",)),
+        Spec("salun_oldest_request_age_seconds", "Age of the oldest request that is not settled.", "seconds"),
+        Spec("salun_requests_overdue", "Requests past their due date that are not settled.", "requests"),
+        Spec("salun_forget_accuracy_ratio", "Accuracy on the forget set after unlearning.", "ratio", _RESULT),
+        Spec("salun_retain_accuracy_ratio", "Accuracy on the retain set after unlearning.", "ratio", _RESULT),
+        Spec("salun_test_accuracy_ratio", "Accuracy on the test set after unlearning.", "ratio", _RESULT),
+        Spec(
+            "salun_membership_attack_ratio",
+            "Share of the forget set that the membership attack calls never seen.",
+            "ratio",
+            _RESULT,
+        ),
+        Spec("salun_mask_density_ratio", "Share of salient weights in the mask.", "ratio", _RESULT),
+        Spec("salun_step_duration_seconds", "Wall-clock time of the step's last run.", "seconds", ("model_line",)),
+        Spec("salun_gate_passed", "1 when the gate passed the last run, else 0.", "boolean", _RESULT),
+        Spec(
+            "salun_unlearning_debt_ratio",
+            "Share of the training data forgotten since the last full training.",
+            "ratio",
+            ("model_line",),
+        ),
+        Spec("salun_runs_since_training", "Unlearning runs since the last full training.", "runs", ("model_line",)),
+        Spec("salun_last_run_timestamp_seconds", "Unix time of the last run's end.", "seconds", ("model_line",)),
+        Spec(
+            "salun_last_success_timestamp_seconds",
+            "Unix time of the end of the last run that succeeded.",
+            "seconds",
+            ("model_line",),
+        ),
+        Spec("salun_build_info", "Always 1; the version of the code is a label.", "info", ("version",)),
+    )
+}
+
+# A label value is from a fixed list, or matches a pattern that an operator's own names fill: no request, run,
+# sample or subject can become a label.
+LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
+    "pipeline": ("salun-unlearning", "salun-deletion-sweep"),
+    "step": (
+        "claim_requests",
+        "fetch_model",
+        "compute_mask",
+        "unlearn",
+        "evaluate",
+        "gate_publish",
+        "settle_requests",
+        "train",
+        "run",
+    ),
+    "model_line": re.compile(r"[a-z0-9][a-z0-9._-]{0,62}"),
+    "method": (
+        "salun",
+        "salun_soft",
+        "random_label",
+        "random_mask",
+        "retrain",
+        "finetune",
+        "gradient_ascent",
+        "influence",
+        "boundary_expanding",
+        "boundary_shrink",
+        "l1_sparse",
+        "erased_stable_diffusion",
+        "forget_me_not",
+        "other",
+    ),
+    "split": ("train", "validation", "test", "forget", "retain"),
+    "status": (
+        "received",
+        "rejected",
+        "on_hold",
+        "queued",
+        "in_progress",
+        "completed",
+        "failed",
+        "cancelled",
+    ),
+    "outcome": ("unlearned", "retrained", "nothing_to_erase"),
+    "version": re.compile(r"[0-9][0-9a-z.+-]{0,30}"),
+}
+
+
+def check_label(name: str, value: str) -> None:
+    """Refuse a label that could grow without bound.
+
+    Args:
+        name: of the label.
+        value: of the label.
+
+    Raises:
+        UsageError: the name is unknown, or the value is not in its closed set.
+    """
+    if name not in LABELS:
+        raise unknown_name("metric label", name, LABELS)
+    allowed = LABELS[name]
+    if isinstance(allowed, tuple):
+        if value not in allowed:
+            raise unknown_name(f"value of the metric label {name}", value, allowed)
+    elif not allowed.fullmatch(value):
+        raise UsageError(
+            f"the metric label {name} cannot be {value!r}", f"it must match {allowed.pattern}", "use its name"
+        )
+
+
+def metrics_table() -> str:
+    """Return the table of all metrics in Markdown."""
+    head = (
+        "# Metrics\n\nAll are gauges. A step pushes its values at its end to the Pushgateway that `PUSHGATEWAY_URL` "
+        "names, under the grouping key `pipeline`, `step`, `model` (job `salun`); scrape it with `honor_labels: true`."
+    )
+    lines = ["| name | unit | labels | meaning |", "|---|---|---|---|"]
+    lines += [f"| `{s.name}` | {s.unit} | {_listed(s.labels)} | {s.help} |" for s in SPECS.values()]
+    lines += ["", "Values of the labels:", "", "| label | values |", "|---|---|"]
+    lines += [f"| `{name}` | {_values(allowed)} |" for name, allowed in LABELS.items()]
+    return "\n".join([head, "", *lines])
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
+def _values(allowed: tuple[str, ...] | re.Pattern[str]) -> str:
+    return _listed(allowed) if isinstance(allowed, tuple) else f"matches `{allowed.pattern}`"
+
+
+if __name__ == "__main__":
+    print(metrics_table())

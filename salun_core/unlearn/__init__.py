@@ -1,0 +1,171 @@
+"""Unlearning methods on one resumable loop."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from salun_core.config import parse
+from salun_core.data.images import ImageSet
+from salun_core.digest import digest_json, sha256_bytes
+from salun_core.errors import DataError, UsageError, unknown_name
+from salun_core.evaluation.evidence import EpochRecord
+from salun_core.models.checkpoint import model_digest
+from salun_core.saliency import SaliencyMask
+from salun_core.unlearn import finetune, gradient_ascent, random_label, retrain, salun
+from salun_core.unlearn.checkpoint import CheckpointStore, FileCheckpoint
+from salun_core.unlearn.config import UnlearnConfig, pick_device
+from salun_core.unlearn.fresh import reinitialised
+from salun_core.unlearn.loop import OnEpoch, run_loop
+from salun_core.unlearn.method import Method, Task
+
+__all__ = ["METHODS", "FileCheckpoint", "UnlearnConfig", "UnlearnResult", "method_config", "pick_device", "unlearn"]
+
+METHODS: dict[str, Method] = {
+    "salun": salun.METHOD,
+    "random_label": random_label.METHOD,
+    "retrain": retrain.METHOD,
+    "finetune": finetune.METHOD,
+    "gradient_ascent": gradient_ascent.METHOD,
+}
+
+Images = ImageSet | Dataset[tuple[Tensor, int]] | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """What a method made.
+
+    Args:
+        model: in eval mode; the model that was given is unchanged.
+        method: its name.
+        config: resolved.
+        history: one record an epoch.
+        seconds: wall clock, loop only.
+        passes: images that went forward and backward.
+    """
+
+    model: nn.Module
+    method: str
+    config: UnlearnConfig
+    history: list[EpochRecord]
+    seconds: float
+    passes: int
+
+
+def get_method(name: str) -> Method:
+    """Return a method by name.
+
+    Raises:
+        UsageError: there is none of that name (with the nearest match).
+    """
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return METHODS[name]
+
+
+def method_config(method: str, overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
+    """Resolve a method's configuration: its own defaults, then what the user gave.
+
+    Raises:
+        UsageError: an unknown method or key, or a value out of range (all faults are listed).
+    """
+    row = get_method(method)
+    config = parse(UnlearnConfig, {**row.defaults, **(overrides or {})}, f"configuration of {method}")
+    if row.fresh_start and config.batch_norm == "freeze":
+        raise UsageError(
+            f"{method} cannot freeze batch norm", "fresh weights have no statistics yet", "set batch_norm: update"
+        )
+    return config
+
+
+def unlearn(
+    model: nn.Module,
+    method: str = "salun",
+    *,
+    forget: Images,
+    retain: Images,
+    config: UnlearnConfig | Mapping[str, Any] | None = None,
+    mask: SaliencyMask | None = None,
+    fresh: Callable[[], nn.Module] | None = None,
+    checkpoint: CheckpointStore | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> UnlearnResult:
+    """Make a model forget a set of images.
+
+    Args:
+        model: the original; it is copied, not changed.
+        method: a name of `METHODS`.
+        forget: D_f with true labels: an `ImageSet`, (images, labels), or a torch data set.
+        retain: D_r with true labels.
+        config: a `UnlearnConfig`, or what differs from the method's defaults.
+        mask: for methods that need one; refused by those that do not.
+        fresh: builds fresh weights for `retrain`; by default the model's layers are initialised anew.
+        checkpoint: keeps the state after each epoch, and resumes from it.
+        on_epoch: called after each epoch.
+
+    Returns:
+        The new model with its history.
+
+    Raises:
+        UsageError: an unknown method or configuration; a mask missing or not wanted.
+        DataError: an empty forget or retain set, or labels out of range.
+        ModelError: the loss became NaN or infinite.
+    """
+    row = get_method(method)
+    settings = config if isinstance(config, UnlearnConfig) else method_config(method, config)
+    if row.needs_mask and mask is None:
+        raise UsageError(f"{method} needs a mask", "it trains salient weights only", "compute one with `salun mask`")
+    if mask is not None and not row.needs_mask:
+        raise UsageError(
+            f"{method} takes no mask", "it would be ignored", "use the method salun, or leave the mask out"
+        )
+    device = pick_device(settings.device)
+    sets = ImageSet.of(forget).to(device), ImageSet.of(retain).to(device)
+    started = fresh() if row.fresh_start and fresh else copy.deepcopy(model)
+    if row.fresh_start and not fresh:
+        reinitialised(started, settings.seed)
+    started.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    task = Task(*sets, _checked_classes(started, *sets), settings.order)
+    begun = time.perf_counter()
+    history = run_loop(
+        started,
+        lambda generator: row.parts(task, generator),
+        settings,
+        mask,
+        checkpoint,
+        _fingerprint(model, method, settings, mask, task) if checkpoint else "",
+        on_epoch,
+    )
+    passes = settings.epochs * sum(len(part.images) for part in row.parts(task, torch.Generator().manual_seed(0)))
+    return UnlearnResult(started, method, settings, history, time.perf_counter() - begun, passes)
+
+
+def _checked_classes(model: nn.Module, forget: ImageSet, retain: ImageSet) -> int:
+    for name, images in (("forget", forget), ("retain", retain)):
+        if len(images) == 0:
+            raise DataError(f"{name} set is empty", "there is nothing to train on", "check the forget target")
+    with torch.no_grad():
+        inputs, _ = next(iter(forget.batches(1)))
+        num_classes = int(model.eval()(inputs).shape[1])
+    largest = max(int(forget.labels.max()), int(retain.labels.max()))
+    if largest >= num_classes or min(int(forget.labels.min()), int(retain.labels.min())) < 0:
+        raise DataError(
+            "labels are out of range", f"up to {largest} where the model has {num_classes} classes", "check the data"
+        )
+    return num_classes
+
+
+def _fingerprint(model: nn.Module, method: str, config: UnlearnConfig, mask: SaliencyMask | None, task: Task) -> str:
+    settings = config.model_dump(exclude={"device"})
+    parts: list[Any] = [model_digest(model), method, settings, mask.digest if mask else None]
+    for images in (task.forget, task.retain):
+        parts += [sha256_bytes(images.labels.cpu().numpy().tobytes()), list(images.ids), list(images.images.shape)]
+    return digest_json(parts)

@@ -1,0 +1,134 @@
+"""The loop's state after an epoch: weights, optimiser, history. safetensors, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialise
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from salun_core.errors import ConflictError, IntegrityError, UsageError
+from salun_core.evaluation.evidence import EpochRecord
+
+FORMAT = "salun.checkpoint/v1"
+_HEADER = "header"
+
+
+class CheckpointStore(Protocol):
+    """Where the loop keeps its last state."""
+
+    def load(self) -> bytes | None:
+        """Return the last state, or None."""
+        ...
+
+    def save(self, data: bytes) -> None:
+        """Replace the last state, whole or not at all."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileCheckpoint:
+    """A checkpoint in a local file."""
+
+    path: Path
+
+    def load(self) -> bytes | None:
+        """Return the file's bytes, or None where there is none."""
+        return self.path.read_bytes() if self.path.is_file() else None
+
+    def save(self, data: bytes) -> None:
+        """Replace the file, whole or not at all.
+
+        Raises:
+            UsageError: it cannot be written.
+        """
+        temporary = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".checkpoint-", delete=False) as file:
+                temporary = file.name
+                file.write(data)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
+            why = error.strerror or str(error)
+            raise UsageError(f"cannot write {self.path}", why, "check the path and the free space") from error
+
+
+def snapshot(fingerprint: str, model: nn.Module, optimizer: Optimizer, history: Sequence[EpochRecord]) -> bytes:
+    """Serialise the state of a loop.
+
+    Args:
+        fingerprint: of the run.
+        model: its weights and buffers.
+        optimizer: its moments and groups.
+        history: of the epochs so far.
+
+    Returns:
+        A safetensors document.
+    """
+    state = optimizer.state_dict()
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        plain[str(index)] = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
+        tensors |= {f"optimizer/{index}/{key}": value for key, value in entries.items() if isinstance(value, Tensor)}
+    header = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "history": [record.model_dump() for record in history],
+        "groups": state["param_groups"],
+        "plain": plain,
+    }
+    tensors[_HEADER] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
+    return serialise({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimizer: Optimizer) -> list[EpochRecord]:
+    """Load the last state into a model and its optimiser.
+
+    Returns:
+        The history of the epochs that are done; empty where there is no checkpoint.
+
+    Raises:
+        ConflictError: the checkpoint is of another run.
+        IntegrityError: it is damaged.
+    """
+    data = store.load()
+    if data is None:
+        return []
+    try:
+        tensors = deserialise(data)
+        header = json.loads(bytes(tensors.pop(_HEADER).numpy()))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise IntegrityError("checkpoint is damaged", str(error), "delete it and start again") from error
+    if header["fingerprint"] != fingerprint:
+        raise ConflictError(
+            "checkpoint is of another run", "its configuration or data differ", "delete it, or give another folder"
+        )
+    model.load_state_dict(
+        {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+    )
+    optimizer.load_state_dict(_optimizer_state(header, tensors))
+    return [EpochRecord(**record) for record in header["history"]]
+
+
+def _optimizer_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in header["plain"].items()}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            state[int(index)][key] = value
+    groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in header["groups"]]
+    return {"state": state, "param_groups": groups}
