@@ -28,8 +28,8 @@ class Relative(Document):
 
     metric: str = Field(description="metric to take the threshold from")
     state: State = Field(default="before", description="model it was measured on")
-    scale: float = Field(default=1.0, description="factor")
-    offset: float = Field(default=0.0, description="added afterwards, as a ratio")
+    scale: float = Field(default=1.0, allow_inf_nan=False, description="factor")
+    offset: float = Field(default=0.0, allow_inf_nan=False, description="added afterwards, as a ratio")
 
 
 class Rule(Document):
@@ -37,9 +37,9 @@ class Rule(Document):
 
     metric: str = Field(description="name of a metric in the evidence")
     op: Literal["<=", ">=", "within"] = Field(description="`within`: |metric - threshold| <= tolerance")
-    value: float | None = Field(default=None, description="fixed threshold, as a ratio")
+    value: float | None = Field(default=None, allow_inf_nan=False, description="fixed threshold, as a ratio")
     relative_to: Relative | None = Field(default=None, description="threshold taken from the evidence")
-    tolerance: float | None = Field(default=None, ge=0, description="for `within`")
+    tolerance: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="for `within`")
     judge: Literal["value", "low", "high"] = Field(
         default="value", description="judge the value after, or an end of its 95 % interval"
     )
@@ -55,8 +55,6 @@ class Rule(Document):
             raise ValueError("give exactly one of `value` and `relative_to`")
         if (self.op == "within") != (self.tolerance is not None):
             raise ValueError("`tolerance` goes with `within`, and `within` needs it")
-        if self.value is not None and not math.isfinite(self.value):
-            raise ValueError("`value` must be finite")
         return self
 
 
@@ -144,16 +142,17 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
         expected: digests that the caller computed itself from the artifacts at hand.
 
     Returns:
-        The decision. It passes only when every built-in check and every rule that applies passed, and at
-        least one rule applied.
+        The decision. It passes only when every built-in check and every rule that applies passed, at least one
+        rule applied, and no kind of forget target went unjudged by a policy that has rules for single kinds.
     """
     verdicts = _builtin(evidence, expected or Expected())
     kinds = set(evidence.forgotten.kinds)
     applying = [rule for rule in policy.rules if not rule.targets or kinds & set(rule.targets)]
+    named = {target for rule in policy.rules for target in rule.targets}
     verdicts.append(
         _check(
             "a rule applies",
-            bool(applying),
+            bool(applying) and bool(kinds) and (not named or kinds <= named),
             f"{len(applying)} rules",
             "a policy must judge the forget set's kind",
         )
@@ -262,8 +261,8 @@ def _threshold(rule: Rule, evidence: Evidence) -> float | None:
     if rule.relative_to is None:
         return rule.value
     source = evidence.metrics.get(rule.relative_to.metric)
-    value = _finite(getattr(source, rule.relative_to.state)) if source else None
-    return None if value is None else rule.relative_to.scale * value + rule.relative_to.offset
+    value = _finite(getattr(source, rule.relative_to.state)) if source and source.n else None
+    return None if value is None else _finite(rule.relative_to.scale * value + rule.relative_to.offset)
 
 
 def _finite(value: float | None) -> float | None:

@@ -15,6 +15,7 @@ from salun_core.data.table import Payload
 from salun_core.errors import DataError
 
 Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")  # others may start programs: EPS runs Ghostscript
 
 
 def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, channels: int | None) -> Tensor:
@@ -57,7 +58,7 @@ def _channels(payload: Payload, sample: str) -> int:
 
 def _open(payload: bytes, sample: str) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(payload))
+        image = Image.open(io.BytesIO(payload), formats=FORMATS)
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(

@@ -99,7 +99,21 @@ class ImageSet:
         return self._with(self.images, labels, self.ids)
 
     def joined(self, other: ImageSet) -> ImageSet:
-        """Return this set followed by another."""
+        """Return this set followed by another.
+
+        Raises:
+            DataError: they differ in type, size or normalisation.
+        """
+        if (self.images.dtype, self.images.shape[1:], self.normalisation) != (
+            other.images.dtype,
+            other.images.shape[1:],
+            other.normalisation,
+        ):
+            raise DataError(
+                "two image sets cannot be joined",
+                "they differ in type, size or normalisation",
+                "load both in the same way",
+            )
         ids = [*self.ids, *other.ids] if self.ids and other.ids else ()
         return self._with(torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels]), ids)
 

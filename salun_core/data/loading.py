@@ -93,6 +93,7 @@ def load_data(spec: DataSpec, split: SplitManifest | None = None) -> LoadedData:
 
 
 def _read(spec: DataSpec, source: str, train: bool) -> Table:
+    spec = spec.model_copy(update={"source": source})
     if source in BUILTIN or source.startswith("torchvision:"):
         return read_table(spec, None, train)
     with _local(source) as path:

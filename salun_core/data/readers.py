@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from salun_core.config import read_document
 from salun_core.data.spec import DataSpec
 from salun_core.data.table import Payload, Table
 from salun_core.errors import DataError, UsageError, unknown_name
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
+MAX_CLASSES = 100_000
 
 
 def read_digits(spec: DataSpec, train: bool) -> Table:
@@ -48,18 +50,19 @@ def read_torchvision(spec: DataSpec, train: bool) -> Table:
     kind = getattr(torchvision.datasets, name)
     try:
         rows = kind() if name == "FakeData" else _open_torchvision(kind, spec.root or "data", train)
-    except (RuntimeError, TypeError, ValueError, OSError) as error:
+        pairs = [rows[index] for index in range(len(rows))]
+        labels = [int(label) for _, label in pairs]
+        payloads = [_pixels(image) for image, _ in pairs]
+    except (RuntimeError, TypeError, ValueError, AttributeError, ImportError, OSError) as error:
         why = str(error).split("\n")[0]
         raise DataError(
             f"cannot read torchvision's {name}", why, "put its files under `root`; none is downloaded"
         ) from error
-    pairs = [rows[index] for index in range(len(rows))]
-    labels = [int(label) for _, label in pairs]
     classes = getattr(rows, "classes", None) or [str(index) for index in range(max(labels) + 1)]
     return Table(
         ids=[f"{index:06d}" for index in range(len(pairs))],
         labels=labels,
-        payloads=[_pixels(image) for image, _ in pairs],
+        payloads=payloads,
         classes=[str(item) for item in classes],
         subjects=[None] * len(pairs),
     )
@@ -83,6 +86,8 @@ def read_folder(spec: DataSpec, folder: Path) -> Table:
     Raises:
         DataError: there is no class folder, or no image.
     """
+    if not folder.is_dir():
+        raise DataError(f"{folder.name} is no data set", "it is neither a folder nor a parquet file", "check `source`")
     classes = spec.classes or sorted(item.name for item in folder.iterdir() if item.is_dir())
     if not classes:
         raise DataError(
@@ -126,14 +131,14 @@ def _subjects(spec: DataSpec) -> dict[str, str]:
             f"it needs file_name and {spec.subject_column}",
             "add it, or correct the spec",
         )
-    return {str(row["file_name"]): str(row[spec.subject_column]) for row in rows}
+    return {str(row["file_name"]): str(row[spec.subject_column]) for row in rows if row[spec.subject_column]}
 
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read metadata {path.name}", str(error), "check the path") from error
 
 
@@ -174,7 +179,7 @@ def read_parquet(spec: DataSpec, path: Path) -> Table:
         labels=_label_ids(labels, classes, path),
         payloads=[_encoded(image, index, path) for index, image in enumerate(images)],
         classes=classes,
-        subjects=[None if subject is None else str(subject) for subject in subjects],
+        subjects=[None if subject in (None, "") else str(subject) for subject in subjects],
     )
 
 
@@ -186,24 +191,39 @@ def _row_ids(images: Sequence[Any]) -> list[str]:
 
 
 def _class_names(table: Any, column: str, path: Path, labels: Sequence[Any]) -> list[str]:  # noqa: ANN401
-    metadata = (table.schema.metadata or {}).get(b"huggingface")
-    if metadata:
-        feature = json.loads(metadata).get("info", {}).get("features", {}).get(column, {})
-        if feature.get("names"):
-            return [str(name) for name in feature["names"]]
+    names = _hugging_face_names((table.schema.metadata or {}).get(b"huggingface", b"{}"), column)
+    if names:
+        return names
     beside = (path if path.is_dir() else path.parent) / "classes.json"
     if beside.is_file():
-        return [str(name) for name in json.loads(beside.read_text(encoding="utf-8"))]
+        document = read_document(beside)
+        if not isinstance(document, list):
+            raise DataError("classes.json is no list", "it must be a JSON list of names by id", "correct it")
+        return [str(name) for name in document]
     if labels and all(isinstance(label, str) for label in labels):
         return sorted(set(labels))
-    return [str(index) for index in range(max((label for label in labels if isinstance(label, int)), default=-1) + 1)]
+    largest = max((label for label in labels if isinstance(label, int)), default=-1)
+    return [str(index) for index in range(min(largest, MAX_CLASSES) + 1)]  # a wild label is refused by _label_ids
+
+
+def _hugging_face_names(metadata: bytes, column: str) -> list[str]:
+    """Class names that the datasets library left in the schema; none where it left something else."""
+    try:
+        names = json.loads(metadata)["info"]["features"][column]["names"]
+        return [str(name) for name in names]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
+def _label_id(label: Any, by_name: Mapping[str, int]) -> int:  # noqa: ANN401 - an arrow value
+    if isinstance(label, str):
+        return by_name.get(label, -1)
+    return int(label) if isinstance(label, int | float) and label == label // 1 else -1
 
 
 def _label_ids(labels: Sequence[Any], classes: Sequence[str], path: Path) -> list[int]:
     by_name = {name: index for index, name in enumerate(classes)}
-    ids = [
-        by_name.get(label, -1) if isinstance(label, str) else -1 if label is None else int(label) for label in labels
-    ]
+    ids = [_label_id(label, by_name) for label in labels]
     bad = [index for index, label in enumerate(ids) if not 0 <= label < len(classes)]
     if bad:
         raise DataError(

@@ -114,8 +114,15 @@ def _all_outputs(model: nn.Module, splits: Splits, forgotten_classes: list[int])
     }
 
 
-def _shares(by_split: Mapping[str, Outputs]) -> dict[str, np.ndarray]:
-    """Each metric as one bool a sample; its mean is the metric."""
+def metric_shares(by_split: Mapping[str, Outputs]) -> dict[str, np.ndarray]:
+    """Return each metric as one bool a sample; its mean is the metric.
+
+    Args:
+        by_split: outputs of one model on forget, retain and test.
+
+    Returns:
+        UA, RA, TA, and where every output is a number MIA and MIA_entropy.
+    """
     forget, retain, test = by_split["forget"], by_split["retain"], by_split["test"]
     shares = {"UA": ~forget.correct, "RA": retain.correct, "TA": test.correct}
     finite = all(np.isfinite(item.probabilities).all() for item in (forget, retain, test))
@@ -126,7 +133,7 @@ def _shares(by_split: Mapping[str, Outputs]) -> dict[str, np.ndarray]:
 
 
 def _metrics(outputs: ByModel) -> dict[str, Metric]:
-    shares = {model: _shares(by_split) for model, by_split in outputs.items()}
+    shares = {model: metric_shares(by_split) for model, by_split in outputs.items()}
     names = ("UA", "RA", "TA", "MIA", "MIA_entropy")
     sizes = {name: len(outputs["after"][_SPLIT_OF[name]]) for name in names}
     return {name: _share_metric({model: by.get(name) for model, by in shares.items()}, sizes[name]) for name in names}

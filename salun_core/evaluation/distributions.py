@@ -17,7 +17,7 @@ ByModel = Mapping[str, Mapping[str, Outputs]]
 
 
 def distributions(outputs: ByModel) -> dict[str, Distribution]:
-    """Return histograms of the loss (nats, geometric bins, what is beyond counted at the ends) and of the confidence."""
+    """Return histograms of the loss (nats, geometric bins, the rest counted at the ends) and of the confidence."""
     losses = {model: {split: item.losses for split, item in splits.items()} for model, splits in outputs.items()}
     confidences = {
         model: {split: item.confidences for split, item in splits.items()} for model, splits in outputs.items()

@@ -25,13 +25,17 @@ def compare_weights(before: nn.Module, after: nn.Module, mask: SaliencyMask | No
         ModelError: the two have other parameters, or the mask is of another model.
     """
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
-    if {n: p.shape for n, p in old.items()} != {n: p.shape for n, p in new.items()}:
-        raise ModelError("the two models differ in their parameters", "", "compare a model with its own child")
+    buffers = dict(before.named_buffers())
+    if _kinds({**old, **buffers}) != _kinds({**new, **dict(after.named_buffers())}):
+        raise ModelError(
+            "the two models differ",
+            "their parameters or buffers have other names, shapes or types",
+            "compare a model with its own child",
+        )
     if mask is not None:
         mask.check_fits({name: tuple(parameter.shape) for name, parameter in new.items()})
     changed = {name: _differing_bits(old[name], new[name]) for name in old}
     frozen = sum(int((changed[name] & ~mask.tensor(name)).sum()) for name in changed) if mask is not None else None
-    buffers = dict(before.named_buffers())
     state = [*new.values(), *dict(after.named_buffers()).values()]
     return Integrity(
         weights=sum(parameter.numel() for parameter in new.values()),
@@ -40,6 +44,10 @@ def compare_weights(before: nn.Module, after: nn.Module, mask: SaliencyMask | No
         non_finite=sum(int((~torch.isfinite(value)).sum()) for value in state if value.is_floating_point()),
         buffers_changed=sum(int(_differing_bits(buffers[name], value).sum()) for name, value in after.named_buffers()),
     )
+
+
+def _kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _differing_bits(left: Tensor, right: Tensor) -> Tensor:

@@ -61,10 +61,11 @@ def outputs_of(model: nn.Module, images: ImageSet, batch_size: int = 512) -> Out
     Returns:
         Its outputs, in the images' order.
     """
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     logits = [model(inputs).double() for inputs, _ in images.batches(batch_size)]
-    model.train(training)
+    for module, training in modes.items():
+        module.training = training
     joined = torch.cat(logits) if logits else torch.empty(0, 2, dtype=torch.float64)
     losses = torch.nn.functional.cross_entropy(joined, images.labels, reduction="none")
     return Outputs(joined.softmax(dim=1).cpu().numpy(), losses.cpu().numpy(), images.labels.cpu().numpy())

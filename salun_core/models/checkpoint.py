@@ -79,7 +79,13 @@ def model_digest(model: nn.Module) -> str:
     return sha256_bytes(weights_bytes(model))
 
 
-def save_model(folder: Path, model: nn.Module, card: ModelCard, split: SplitManifest) -> str:
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    card: ModelCard,
+    split: SplitManifest,
+    beside: Mapping[str, bytes] | None = None,
+) -> str:
     """Write a model folder, whole or not at all; one that is there is replaced.
 
     Args:
@@ -87,6 +93,7 @@ def save_model(folder: Path, model: nn.Module, card: ModelCard, split: SplitMani
         model: its weights.
         card: must carry the split's digest.
         split: written beside the card.
+        beside: further files by name.
 
     Returns:
         The digest of the weights.
@@ -96,7 +103,7 @@ def save_model(folder: Path, model: nn.Module, card: ModelCard, split: SplitMani
     """
     check_digest("the split of the model card", split.digest, card.split_digest)
     data = weights_bytes(model)
-    files = {WEIGHTS: data, CARD: _json(card), SPLIT: _json(split)}
+    files = {**(beside or {}), WEIGHTS: data, CARD: _json(card), SPLIT: _json(split)}
     write_folder(folder, files)
     return sha256_bytes(data)
 
@@ -111,7 +118,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         UsageError: it cannot be written, or what is there is not a model folder.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / CARD).exists():
+    if folder.exists() and not (folder / CARD).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty", "it holds something that is not a model", "give a new folder")
     temporary: Path | None = None
     try:
@@ -120,15 +127,28 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             (temporary / name).write_bytes(data)
         temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
+        _swap(temporary, folder)
     except OSError as error:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
         raise UsageError(
             f"cannot write {folder}", error.strerror or str(error), "check the path and the free space"
         ) from error
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put a folder in the place of another in two renames; the old one is deleted only then."""
+    if not folder.exists():
+        new.replace(folder)
+        return
+    old = new.with_name(f"{new.name}.old")
+    folder.replace(old)
+    try:
+        new.replace(folder)
+    except OSError:
+        old.replace(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_model(folder: Path) -> LoadedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"there is no checkpoint {path}", "the file does not exist", "check the path")
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # on damaged files torch raises nearly anything, AssertionError included
         why = str(error).strip().split("\n")[0]
         raise ModelError(
             f"cannot import {path.name}",
@@ -71,7 +70,9 @@ def _tensors(document: Any, path: Path) -> dict[str, Tensor]:  # noqa: ANN401 - 
 
 
 def _stripped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while state:
+        prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)

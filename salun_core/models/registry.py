@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -68,12 +69,18 @@ def _timm(name: str, num_classes: int, channels: int, size: int | None) -> nn.Mo
     import timm
 
     if not timm.is_model(name):
-        raise unknown_name("architecture", name, [*CLASSIFIERS, *timm.list_models()])
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        raise unknown_name("architecture", name, [*CLASSIFIERS, *near])
     options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     try:
         return _create_timm(name, **options, **({"img_size": size} if size else {}))
     except TypeError:
         return _create_timm(name, **options)  # an architecture that takes any size has no img_size
+    except (AssertionError, ArithmeticError, ValueError, RuntimeError, KeyError) as error:
+        why = str(error).split("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{name} cannot be built for images of {size} pixels", why, "set another `size`, or take a residual network"
+        ) from error
 
 
 def _create_timm(name: str, **options: Any) -> nn.Module:  # noqa: ANN401 - passed on to timm

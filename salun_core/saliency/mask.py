@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from salun_core.digest import canonical_json
 from salun_core.errors import ModelError, UsageError
 from salun_core.saliency import mask_file
 from salun_core.saliency.threshold import as_ordered, kth_largest
@@ -130,10 +128,7 @@ class SaliencyMask:
     @property
     def digest(self) -> str:
         """SHA-256 over names, shapes and bits, in hex: the same on every device, whatever the provenance."""
-        hasher = hashlib.sha256(canonical_json({name: list(shape) for name, shape in self.shapes.items()}))
-        for name in sorted(self.bits):
-            hasher.update(self.bits[name].tobytes())
-        return hasher.hexdigest()
+        return mask_file.content_digest(self.shapes, self.bits)
 
     def density_by_parameter(self) -> dict[str, float]:
         """Return the share of salient weights of each parameter, from 0 to 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,10 +14,23 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialise
 
+from salun_core.digest import canonical_json
 from salun_core.errors import IntegrityError, SalunError, UsageError
 
 FORMAT = "salun.mask/v1"
 Shapes = dict[str, tuple[int, ...]]
+
+
+def content_digest(shapes: Shapes, bits: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 over names, shapes and packed bits, in hex.
+
+    Raises:
+        IntegrityError: a size is beyond what JSON can say.
+    """
+    hasher = hashlib.sha256(canonical_json({name: list(shape) for name, shape in shapes.items()}))
+    for name in sorted(bits):
+        hasher.update(bits[name].tobytes())
+    return hasher.hexdigest()
 
 
 def write(path: Path, shapes: Shapes, bits: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
@@ -34,6 +48,7 @@ def write(path: Path, shapes: Shapes, bits: Mapping[str, np.ndarray], facts: Map
     metadata = {
         **facts,
         "format": FORMAT,
+        "digest": content_digest(shapes, bits),
         "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
     }
     data = serialise(dict(bits), metadata=metadata)
@@ -86,7 +101,9 @@ def read(path: Path) -> tuple[Shapes, dict[str, np.ndarray], int, dict[str, str]
     ) as error:
         raise _damaged(str(error)) from error
     _check_bits(shapes, bits, k)
-    for key in ("format", "shapes", "k", "density"):
+    if facts.get("digest") != content_digest(shapes, bits):
+        raise _damaged("its content does not match its digest")
+    for key in ("format", "shapes", "k", "density", "digest"):
         facts.pop(key, None)
     return shapes, bits, k, facts
 

@@ -34,6 +34,7 @@ def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -
 
     The optimiser is changed in place and returned; schedulers, gradient scalers and data parallelism go on to
     work with it. Its `weight_decay` moves to the group key `masked_weight_decay` and acts inside the mask only.
+    A step changes `.grad` (mask, weight decay): zero it before the next backward pass.
 
     Args:
         torch_optimizer: SGD (momentum, nesterov, weight decay), Adam or AdamW over parameters of `model`.
@@ -61,6 +62,10 @@ def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -
             "build a new optimiser",
         )
     mask.check_fits({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    if any("betas" in group and not float(group["eps"]) for group in torch_optimizer.param_groups):
+        raise UsageError(
+            "Adam with eps = 0 cannot be masked", "frozen weights would become 0 / 0", "give it an eps > 0"
+        )
     keep = _keep_of(torch_optimizer, model, mask)
     _take_over(torch_optimizer, keep)
     torch_optimizer.register_step_pre_hook(functools.partial(_before_step, keep=keep))
@@ -81,6 +86,10 @@ def _keep_of(optimizer: Optimizer, model: nn.Module, mask: SaliencyMask) -> dict
                     "",
                     "build it from model.parameters()",
                 )
+            if parameter.dtype not in _BITS:
+                raise UsageError(
+                    f"{names[parameter]} cannot be masked", f"it is of type {parameter.dtype}", "use floating point"
+                )
             salient = mask.tensor(names[parameter]).to(parameter.device)
             keep[parameter] = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False).copy_(salient).neg_()
     return keep
@@ -88,25 +97,40 @@ def _keep_of(optimizer: Optimizer, model: nn.Module, mask: SaliencyMask) -> dict
 
 def _take_over(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
     """Move weight decay to our key and clear old moments outside the mask (at the start and after a load)."""
+    _move_decay(optimizer)
+    _clear_moments(optimizer, keep)
+
+
+def _move_decay(optimizer: Optimizer) -> None:
+    """Take `weight_decay` from torch, which would let it act on frozen weights."""
     for group in optimizer.param_groups:
         group[_DECAY] = group["weight_decay"] or group.get(_DECAY, 0.0)
         group["weight_decay"] = 0.0
-    _clear_moments(optimizer, keep)
 
 
 def _clear_moments(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
     for parameter, state in optimizer.state.items():
         for key, neutral in _MOMENTS.items():
             if isinstance(state.get(key), Tensor):
-                state[key].masked_fill_(keep[parameter] == 0, neutral)
+                state[key] = _laid_out_as(parameter, state[key]).masked_fill_(keep[parameter] == 0, neutral)
+
+
+def _laid_out_as(parameter: Tensor, values: Tensor) -> Tensor:
+    """Return values in the parameter's memory layout: torch's fused kernels read both as flat memory, unchecked."""
+    if values.stride() == parameter.stride():
+        return values
+    return torch.empty_like(parameter, dtype=values.dtype, requires_grad=False).copy_(values)
 
 
 def _after_first_step(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
-    def clear_once(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _clear_moments(stepped, keep)
-        handle.remove()
+    stale = [True]  # a hook may not remove itself: torch is iterating over the hooks
 
-    handle = optimizer.register_step_post_hook(clear_once)
+    def clear_once(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if stale:
+            _clear_moments(stepped, keep)
+            stale.clear()
+
+    optimizer.register_step_post_hook(clear_once)
 
 
 @torch.no_grad()
@@ -119,14 +143,23 @@ def _before_step(
             "its gradient would come after the mask",
             "compute the gradient first",
         )
-    if getattr(optimizer, "grad_scale", None) is not None:
+    if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         raise UsageError(
             "a fused optimiser with a gradient scaler cannot be masked",
             "its gradients are still scaled",
             "use fused=False",
         )
+    _move_decay(optimizer)
     for group in optimizer.param_groups:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if any(parameter not in keep or parameter.grad.is_sparse for parameter in parameters):
+            raise UsageError(
+                "a parameter cannot be masked",
+                "it was added after the mask, or its gradient is sparse",
+                "build the optimiser with all parameters, and embeddings with sparse=False",
+            )
+        for parameter in parameters:
+            parameter.grad = _laid_out_as(parameter, parameter.grad)
         if parameters:
             _mask_group(group, parameters, keep, group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)))
 
@@ -138,7 +171,7 @@ def _mask_group(group: dict[str, Any], parameters: list[Tensor], keep: dict[Tens
         torch._foreach_neg_(grads)  # torch negates again: the masked zeros must be +0 after that
     if decay and decoupled:
         for parameter in parameters:
-            _decay_salient(parameter, keep[parameter], 1.0 - float(group["lr"]) * decay)
+            _decay_salient(parameter, keep[parameter], 1 - group["lr"] * decay, bool(group["foreach"]))
     elif decay:
         torch._foreach_add_(grads, parameters, alpha=decay)
     for parameter, grad in zip(parameters, grads, strict=True):
@@ -147,8 +180,16 @@ def _mask_group(group: dict[str, Any], parameters: list[Tensor], keep: dict[Tens
         torch._foreach_neg_(grads)
 
 
-def _decay_salient(parameter: Tensor, keep: Tensor, factor: float) -> None:
-    """Multiply salient weights by `factor`, exactly as torch's AdamW does, and the others by exactly 1."""
-    loss = 1.0 - torch.tensor(factor, dtype=parameter.dtype, device="cpu")  # exact for factors in [0.5, 2] (Sterbenz)
-    one = torch.ones((), dtype=parameter.dtype, device=parameter.device)
-    parameter.mul_(torch.add(one, keep, alpha=float(loss)))
+def _decay_salient(parameter: Tensor, keep: Tensor, factor: float | Tensor, foreach: bool) -> None:
+    """Multiply salient weights by `factor`, bit for bit as torch's AdamW does, and leave the others."""
+    if parameter.dtype in (torch.float32, torch.float64) and isinstance(factor, float):
+        rounded = float(torch.tensor(factor, dtype=parameter.dtype, device="cpu"))
+        one = torch.ones((), dtype=parameter.dtype, device=parameter.device)
+        # keep is -1 or 0, and 1 - (1 - factor) is exact for factors in [0.5, 2] (Sterbenz): no branch, no copy.
+        parameter.mul_(torch.add(one, keep, alpha=1.0 - rounded))
+        return
+    bits = _BITS[parameter.dtype]
+    scaled = parameter.clone()
+    torch._foreach_mul_([scaled], factor) if foreach else scaled.mul_(factor)  # on a CPU they round bfloat16 apart
+    change = scaled.view(bits).bitwise_xor_(parameter.view(bits)).bitwise_and_(keep)
+    parameter.view(bits).bitwise_xor_(change)

@@ -77,11 +77,11 @@ def _score(name: str, parameter: nn.Parameter, total: int) -> Tensor:
 def _scoring(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     kept = {parameter: (parameter.grad, parameter.requires_grad) for parameter in model.parameters()}
-    model.eval()
-    for parameter in model.parameters():
-        parameter.grad = None
-        parameter.requires_grad_(True)
     try:
+        model.eval()
+        for parameter in model.parameters():
+            parameter.grad = None
+            parameter.requires_grad_(True)
         with torch.enable_grad():
             yield
     finally:

@@ -155,6 +155,8 @@ def _checked_classes(model: nn.Module, forget: ImageSet, retain: ImageSet) -> in
     with torch.no_grad():
         inputs, _ = next(iter(forget.batches(1)))
         num_classes = int(model.eval()(inputs).shape[1])
+    if num_classes < 2:
+        raise DataError("the model has one class", "there is no other to forget towards", "give a classifier of two")
     largest = max(int(forget.labels.max()), int(retain.labels.max()))
     if largest >= num_classes or min(int(forget.labels.min()), int(retain.labels.min())) < 0:
         raise DataError(
@@ -167,5 +169,7 @@ def _fingerprint(model: nn.Module, method: str, config: UnlearnConfig, mask: Sal
     settings = config.model_dump(exclude={"device"})
     parts: list[Any] = [model_digest(model), method, settings, mask.digest if mask else None]
     for images in (task.forget, task.retain):
+        pixels = None if images.ids else sha256_bytes(images.images.cpu().contiguous().numpy().tobytes())
         parts += [sha256_bytes(images.labels.cpu().numpy().tobytes()), list(images.ids), list(images.images.shape)]
+        parts += [pixels, images.augment, images.normalisation.mean if images.normalisation else None]
     return digest_json(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -21,7 +22,7 @@ from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.evaluation.evidence import EpochRecord
 
 FORMAT = "salun.checkpoint/v1"
-_HEADER = "header"
+_HEADER, _DIGEST = "header", "digest"
 
 
 class CheckpointStore(Protocol):
@@ -92,7 +93,17 @@ def snapshot(fingerprint: str, model: nn.Module, optimizer: Optimizer, history: 
         "plain": plain,
     }
     tensors[_HEADER] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
-    return serialise({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return serialise({**stored, _DIGEST: _digest(stored)})
+
+
+def _digest(tensors: dict[str, Tensor]) -> Tensor:
+    """Return the SHA-256 over names, types, shapes and bytes, as uint8 [32]."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return torch.frombuffer(bytearray(hasher.digest()), dtype=torch.uint8)
 
 
 def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimizer: Optimizer) -> list[EpochRecord]:
@@ -108,11 +119,7 @@ def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimize
     data = store.load()
     if data is None:
         return []
-    try:
-        tensors = deserialise(data)
-        header = json.loads(bytes(tensors.pop(_HEADER).numpy()))
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise IntegrityError("checkpoint is damaged", str(error), "delete it and start again") from error
+    header, tensors = _read(data)
     if header["fingerprint"] != fingerprint:
         raise ConflictError(
             "checkpoint is of another run", "its configuration or data differ", "delete it, or give another folder"
@@ -121,7 +128,30 @@ def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimize
         {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
     )
     optimizer.load_state_dict(_optimizer_state(header, tensors))
+    _restore_layout(optimizer)
     return [EpochRecord(**record) for record in header["history"]]
+
+
+def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        tensors = deserialise(data)
+        digest = tensors.pop(_DIGEST)
+        if not torch.equal(digest, _digest(tensors)):
+            raise ValueError("its content does not match its digest")
+        header = json.loads(bytes(tensors.pop(_HEADER).numpy()))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise IntegrityError("checkpoint is damaged", str(error), "delete it and start again") from error
+    if header["format"] != FORMAT:
+        raise IntegrityError("checkpoint is of another format", str(header["format"]), "delete it and start again")
+    return header, tensors
+
+
+def _restore_layout(optimizer: Optimizer) -> None:
+    """Lay moments out in memory as their weights are: another layout takes a slower path."""
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entries[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _optimizer_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:

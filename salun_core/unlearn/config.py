@@ -16,7 +16,7 @@ class UnlearnConfig(Document):
     """How the loop runs. The fields are the same for every method; their defaults are the method's."""
 
     epochs: int = Field(default=5, ge=1, description="passes over the parts that the method trains on")
-    learning_rate: float = Field(default=0.003, gt=0, description="of the first step")
+    learning_rate: float = Field(default=0.003, gt=0, le=1e6, description="of the first step")
     schedule: Literal["constant", "cosine", "step"] = Field(default="constant", description="of the learning rate")
     milestones: list[float] = Field(
         default=[0.5, 0.75], description="`step`: shares of the run at which the rate falls by 10"
@@ -24,7 +24,9 @@ class UnlearnConfig(Document):
     optimizer: Literal["sgd", "adam", "adamw"] = Field(default="sgd", description="torch's own")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd")
     nesterov: bool = Field(default=False, description="sgd")
-    weight_decay: float = Field(default=5e-4, ge=0, description="acts on salient weights only where there is a mask")
+    weight_decay: float = Field(
+        default=5e-4, ge=0, allow_inf_nan=False, description="acts on salient weights only where there is a mask"
+    )
     batch_size: int = Field(default=64, ge=1, description="samples a step")
     order: Literal["sequential", "mixed"] = Field(
         default="sequential",
@@ -37,7 +39,7 @@ class UnlearnConfig(Document):
     gradient_clip: float | None = Field(default=None, gt=0, description="largest norm of the whole gradient")
     precision: Literal["float32", "bf16"] = Field(default="float32", description="of forward and backward passes")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    seed: int = Field(default=0, ge=0, description="of order, augmentation and random labels")
+    seed: int = Field(default=0, ge=0, lt=2**53, description="of order, augmentation and random labels")
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> UnlearnConfig:

@@ -47,7 +47,7 @@ def run_loop(
         One record an epoch, those before a resume included.
 
     Raises:
-        ModelError: the loss became NaN or infinite; the last good checkpoint is kept.
+        ModelError: the loss or a weight became NaN or infinite; the last good checkpoint is kept.
         ConflictError: the checkpoint is of another run.
     """
     optimizer = _optimizer(model, config)
@@ -56,6 +56,7 @@ def run_loop(
     history = restore(checkpoint, fingerprint, model, optimizer) if checkpoint else []
     for epoch in range(len(history), config.epochs):
         record = _run_epoch(model, optimizer, parts_of_epoch, config, epoch)
+        _require_finite(model, epoch)
         history.append(record)
         if checkpoint:
             checkpoint.save(snapshot(fingerprint, model, optimizer, history))
@@ -91,6 +92,16 @@ def _optimizer(model: nn.Module, config: UnlearnConfig) -> Optimizer:
         )
     kind = Adam if config.optimizer == "adam" else AdamW
     return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def _require_finite(model: nn.Module, epoch: int) -> None:
+    """The last step of an epoch may spoil weights after its loss was taken: such an epoch must not be kept."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise ModelError(
+            "a weight is not finite",
+            f"after epoch {epoch + 1}",
+            "lower the learning rate; the checkpoint of the last whole epoch is kept",
+        )
 
 
 def _run_epoch(

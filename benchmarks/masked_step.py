@@ -1,0 +1,105 @@
+"""What a masked optimiser step costs, beside the plain step and beside mask-and-restore, on ResNet-18.
+
+    python benchmarks/masked_step.py
+
+All variants take turns in one process, so a machine whose speed drifts does not favour one. "Mask and restore" is the
+usual procedure in our own words: multiply each gradient by an int64 mask, check each tensor for change (a host
+synchronisation), step, and copy the frozen weights back from a saved model. Prints a table of ratios (median of the
+rounds) and writes benchmarks/results/masked-step.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from salun_core.models import build_classifier
+from salun_core.saliency import SaliencyMask, masked_optimizer
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "SGD, momentum, weight decay": lambda model: SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4),
+    "Adam, weight decay": lambda model: Adam(model.parameters(), lr=1e-3, weight_decay=5e-4),
+    "AdamW": lambda model: AdamW(model.parameters(), lr=1e-3, weight_decay=0.01),
+}
+
+
+class MaskAndRestore:
+    """The usual procedure: mask the gradient, step, put the frozen weights back."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, mask: SaliencyMask) -> None:
+        self.optimizer, self.model = optimizer, model
+        self.masks = {name: tensor.to(torch.int64) for name, tensor in mask.tensors().items()}
+        self.original = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take one step."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and bool((self.masks[name] == 0).any()):
+                parameter.grad *= self.masks[name]
+        self.optimizer.step()
+        for name, parameter in self.model.named_parameters():
+            mask = self.masks[name]
+            parameter.copy_(parameter * mask + self.original[name] * (1 - mask))
+
+
+def measure(make: Callable[[nn.Module], Optimizer], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each variant, and the medians of the ratios to the plain step."""
+    base = build_classifier("resnet18", 10)
+    mask = SaliencyMask.random({name: p.shape for name, p in base.named_parameters()}, 0.5, seed=0)
+    models = {name: copy.deepcopy(base) for name in ("plain", "masked", "mask and restore")}
+    plain = make(models["plain"])
+    masked = masked_optimizer(make(models["masked"]), models["masked"], mask)
+    restore = MaskAndRestore(make(models["mask and restore"]), models["mask and restore"], mask)
+    steps = {"plain": plain.step, "masked": masked.step, "mask and restore": restore.step}
+    gradients = [torch.randn_like(parameter) * 1e-3 for parameter in base.parameters()]
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 3):
+        for name, step in steps.items():
+            for parameter, gradient in zip(models[name].parameters(), gradients, strict=True):
+                parameter.grad = gradient.clone()
+            started = time.perf_counter()
+            step()
+            if turn >= 3:
+                times[name].append(time.perf_counter() - started)
+    result = {name: statistics.median(values) for name, values in times.items()}
+    for name in ("masked", "mask and restore"):
+        pairs = zip(times[name], times["plain"], strict=True)
+        result[f"{name} / plain"] = statistics.median(ours / theirs for ours, theirs in pairs)
+    same = all(
+        torch.equal(left, right)
+        for left, right in zip(models["masked"].parameters(), models["mask and restore"].parameters(), strict=True)
+    )
+    return result | {"equal to mask and restore": float(same)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = {name: measure(make, arguments.rounds) for name, make in OPTIMIZERS.items()}
+    print("| optimiser | plain, ms | masked, ms | masked / plain | mask and restore / plain |\n|---|---|---|---|---|")
+    for name, row in rows.items():
+        print(
+            f"| {name} | {row['plain'] * 1e3:.1f} | {row['masked'] * 1e3:.1f} | {row['masked / plain']:.2f} "
+            f"| {row['mask and restore / plain']:.2f} |"
+        )
+    document = {"threads": arguments.threads, "rounds": arguments.rounds, "rows": rows}
+    target = Path(__file__).parent / "results" / "masked-step.json"
+    target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Fixtures for every test: a real S3 server on loopback, and quiet settings."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from salun_core.errors import StoreError
+
+settings.register_profile("salun", deadline=None)
+settings.load_profile("salun")
+
+_FOREIGN = ("AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE")
+_shared = pytest.StashKey[ExitStack]()
+_server_key = pytest.StashKey[object]()
+
+
+def _start_server(stack: ExitStack):
+    """Start one server in a folder of its own; return its variables, or the reason why there is none."""
+    from salun_core.storage.embedded import embedded_s3
+
+    folder = Path(tempfile.mkdtemp(prefix="salun-s3-"))
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        return stack.enter_context(embedded_s3(folder)).environ
+    except StoreError as error:
+        if "not installed" not in str(error):
+            raise
+        return str(error)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Under xdist the controller runs one server for all its workers."""
+    config = node.config
+    if _shared not in config.stash:
+        config.stash[_shared] = ExitStack()
+        config.stash[_server_key] = _start_server(config.stash[_shared])
+    node.workerinput["s3"] = config.stash[_server_key]
+
+
+def pytest_unconfigure(config):
+    if _shared in config.stash:
+        config.stash[_shared].close()
+
+
+@pytest.fixture(scope="session")
+def s3_server(request):
+    """The variables of a running S3 server, set in the environment for the session; bucket `salun`."""
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        given = getattr(request.config, "workerinput", {})
+        found = given["s3"] if "s3" in given else _start_server(stack)
+        if isinstance(found, str):
+            pytest.skip(found)
+        for name in _FOREIGN:
+            patch.delenv(name, raising=False)
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            patch.setenv(name, os.devnull)
+        for name, value in found.items():
+            patch.setenv(name, value)
+        yield found
+
+
+@pytest.fixture
+def store(s3_server):
+    """An empty store: a fresh prefix of the session's bucket."""
+    from salun_core.storage import open_store
+
+    return open_store(f"s3://salun/{secrets.token_hex(8)}")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Leave the machine's cores to the test workers, in tests that use torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)

@@ -1,0 +1,197 @@
+"""The ledger against a small model of its rules: many steps on a store in memory, some on a real one."""
+
+import secrets
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from salun_core.data.forget import ClassTarget
+from salun_core.errors import ConflictError
+from salun_core.requests.deadlines import is_overdue
+from salun_core.requests.ledger import Ledger
+from salun_core.requests.schema import Outcome, Status
+from salun_core.storage.objects import Entry, StoredObject
+from salun_core.storage.s3 import S3Store
+
+# Written out by hand from the rules, not taken from the code under test.
+MOVES = {
+    "received": {"rejected", "on_hold", "queued", "cancelled"},
+    "on_hold": {"queued", "cancelled"},
+    "queued": {"on_hold", "in_progress", "failed", "cancelled"},
+    "in_progress": {"completed", "queued", "failed"},
+    "completed": set(),
+    "failed": set(),
+    "rejected": set(),
+    "cancelled": set(),
+}
+WRAPPERS = {
+    "hold": ({"received", "queued"}, "on_hold"),
+    "release": ({"on_hold"}, "queued"),
+    "cancel": ({"received", "on_hold", "queued"}, "cancelled"),
+    "retry": ({"failed"}, "queued"),
+    "reopen": ({"completed"}, "queued"),
+}
+ANEW = {"failed": "retry", "completed": "reopen"}
+NAMES = ["r-0", "r-1"]
+names = st.sampled_from(NAMES)
+START = datetime(2026, 1, 31, 9, tzinfo=UTC)
+
+
+class Filed:
+    def __init__(self, receipt):
+        self.receipt, self.due = receipt, datetime.fromisoformat(receipt.due_at)
+        self.path, self.attempts = ["received", "queued"], [1]
+
+    @property
+    def status(self):
+        return self.path[-1]
+
+    def go(self, to):
+        given_back = (self.status, to) == ("in_progress", "queued")
+        anew = self.status in {"failed", "completed"}
+        self.attempts.append(1 if anew else self.attempts[-1] + given_back)
+        self.path.append(to)
+
+
+class MemoryStore:
+    """The documents of a store in a dict: what `ObjectStore` promises, without the network."""
+
+    def __init__(self):
+        self.objects = {}
+
+    def get(self, key):
+        return StoredObject(self.objects[key], "", START) if key in self.objects else None
+
+    def put_new(self, key, data):
+        if self.objects.setdefault(key, data) != data:
+            raise ConflictError(f"{key} exists already")
+        return ""
+
+    def list(self, prefix):
+        yield from (
+            Entry(key, len(self.objects[key]), START, "") for key in sorted(self.objects) if key.startswith(prefix)
+        )
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    new_store = MemoryStore
+
+    @initialize()
+    def open(self):
+        self.now, self.model = START, {}
+        self.ledger = Ledger(type(self).new_store(), lambda: self.now)
+        for name in NAMES:
+            self.submit(name)
+
+    @rule(name=names)
+    def submit(self, name):
+        receipt = self.ledger.submit(name, "faces", ClassTarget(class_id=NAMES.index(name)))
+        assert self.model.setdefault(name, Filed(receipt)).receipt == receipt
+        self.touched = name
+
+    @rule(name=names, number=st.integers(2, 9))
+    def submit_another_body(self, name, number):
+        with pytest.raises(ConflictError):
+            self.ledger.submit(name, "faces", ClassTarget(class_id=number))
+        self.touched = name
+
+    @rule(name=names, choices=st.lists(st.integers(0, 59), min_size=2, max_size=10))
+    def walk(self, name, choices):
+        """Go several ways that are allowed, each by the number of the last event."""
+        entry = self.model[name]
+        for choice in choices:
+            ways = sorted(MOVES[entry.status])
+            if ways:
+                self._move(name, ways[choice % len(ways)], allowed=True, expect=len(entry.attempts))
+            elif entry.status in ANEW:
+                verb = ANEW[entry.status]
+                self._try(entry, "queued", True, lambda verb=verb: getattr(self.ledger, verb)(name, "ana", "test"))
+        self.touched = name
+
+    @rule(name=names, data=st.data())
+    def move_late(self, name, data):
+        entry = self.model[name]
+        to = data.draw(st.sampled_from(sorted(MOVES[entry.status]) or ["queued"]))
+        self._move(name, to, allowed=False, expect=len(entry.attempts) - 1)
+
+    @rule(name=names, data=st.data())
+    def move_as_not_allowed(self, name, data):
+        ways = sorted({status.value for status in Status} - MOVES[self.model[name].status])
+        self._move(name, data.draw(st.sampled_from(ways)), allowed=False, expect=None)
+
+    def _move(self, name, to, allowed, expect):
+        outcome = Outcome.UNLEARNED if to == "completed" else None
+        self._try(
+            self.model[name],
+            to,
+            allowed,
+            lambda: self.ledger.move(name, Status(to), "sweep", "test", "run-1", outcome, expect),
+        )
+        self.touched = name
+
+    @rule(name=names, verb=st.sampled_from(sorted(WRAPPERS)))
+    def wrapper(self, name, verb):
+        entry = self.model[name]
+        sources, to = WRAPPERS[verb]
+        self._try(entry, to, entry.status in sources, lambda: getattr(self.ledger, verb)(name, "ana", "test"))
+        self.touched = name
+
+    def _try(self, entry, to, allowed, act):
+        if not allowed:
+            with pytest.raises(ConflictError):
+                act()
+            return
+        event = act()
+        assert (event.from_status, event.to_status) == (entry.status, to)
+        entry.go(to)
+
+    @rule(days=st.integers(1, 20))
+    def wait(self, days):
+        self.now += timedelta(days=days)
+
+    @invariant()
+    def the_log_is_the_path(self):
+        entry, events = self.model[self.touched], self.ledger.events(self.touched)
+        assert [event.n for event in events] == list(range(1, len(events) + 1))
+        assert ["received", *(event.to_status.value for event in events)] == entry.path
+        assert [event.attempt for event in events] == entry.attempts
+        assert len({event.writer for event in events}) == len(events)
+        assert self.ledger.status(self.touched).value == entry.status
+
+    @invariant()
+    def overdue_is_what_is_owed_and_late(self):
+        states = self.ledger.list()
+        assert {state.request.id: state.status.value for state in states} == {
+            name: entry.status for name, entry in self.model.items()
+        }
+        late = {state.request.id for state in states if is_overdue(state.request, state.status, self.now)}
+        expected = {
+            name
+            for name, entry in self.model.items()
+            if entry.status not in {"completed", "rejected", "cancelled"} and self.now > entry.due
+        }
+        assert late == expected
+
+
+LedgerTest = LedgerMachine.TestCase
+LedgerTest.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.s3
+def test_a_real_store_keeps_the_rules_too(store):
+    class OnS3(LedgerMachine):
+        def new_store():
+            return S3Store("salun", secrets.token_hex(8), client=store._client)
+
+    quick = settings(
+        phases=[Phase.explicit, Phase.generate],  # to shrink a failure takes minutes there
+        max_examples=8,
+        stateful_step_count=12,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    run_state_machine_as_test(OnS3, settings=quick)
