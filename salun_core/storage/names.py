@@ -139,6 +139,11 @@ def blob_key(digest: str) -> str:
     return f"blobs/sha256/{_digest(digest)}"
 
 
+def requests_prefix() -> str:
+    """Return the folder of all deletion requests."""
+    return "requests/"
+
+
 def request_key(request: str) -> str:
     """Return the key of a deletion request."""
     return f"requests/{check_id('request', request)}/request.json"

@@ -1,0 +1,123 @@
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from salun_core.errors import IntegrityError, UsageError
+from salun_core.storage import names, open_store, split_uri
+
+DIGEST = "a" * 64
+TRAVERSALS = ["..", ".", "", "../x", "a/b", "/etc/passwd", "a\\b", "a\x00b", "a\n", "-a", ".hidden", "a" * 200, "ä"]
+
+
+@pytest.mark.parametrize("text", TRAVERSALS)
+@pytest.mark.parametrize(
+    "build",
+    [
+        names.head_key,
+        names.lease_key,
+        names.versions_prefix,
+        names.request_key,
+        names.events_prefix,
+        names.certificate_key,
+        names.scratch_prefix,
+        names.check_file_name,
+        lambda text: names.version_key(text, DIGEST),
+        lambda text: names.run_key(text, "mask.safetensors"),
+        lambda text: names.run_key("run-1", text),
+        lambda text: names.scratch_key("run-1", text),
+        lambda text: names.event_key(text, 1),
+    ],
+)
+def test_no_key_is_built_from_unsafe_text(build, text):
+    with pytest.raises(UsageError):
+        build(text)
+
+
+@pytest.mark.parametrize("digest", ["", "a" * 63, "A" * 64, "a" * 64 + "\n", "../" + "a" * 61, "g" * 64])
+def test_no_key_is_built_from_what_is_no_digest(digest):
+    with pytest.raises(IntegrityError):
+        names.blob_key(digest)
+    with pytest.raises(IntegrityError):
+        names.version_key("line", digest)
+
+
+def test_keys_are_those_of_the_published_layout():
+    assert names.head_key("mnist") == "lines/mnist/HEAD.json"
+    assert names.version_key("mnist", DIGEST) == f"lines/mnist/versions/{DIGEST}/manifest.json"
+    assert names.blob_key(DIGEST) == f"blobs/sha256/{DIGEST}"
+    assert names.request_key("r1") == "requests/r1/request.json"
+    assert names.event_key("r1", 7) == "requests/r1/events/000007.json"
+    assert names.run_key("run", "mask.safetensors") == "runs/run/mask.safetensors"
+    assert names.certificate_key("r1") == "certificates/r1.json"
+    assert names.lease_key("mnist") == "leases/mnist.json"
+    assert names.scratch_key("run", "ids.json") == "scratch/run/ids.json"
+
+
+@pytest.mark.parametrize("number", [-1, 1_000_000])
+def test_event_numbers_keep_their_order(number):
+    with pytest.raises(UsageError):
+        names.event_key("r1", number)
+
+
+@given(st.text())
+def test_an_accepted_id_is_a_plain_segment(text):
+    try:
+        names.check_id("model line", text)
+    except UsageError as error:
+        suggested = re.search(r"did you mean '([^']*)'", error.remedy)
+        if suggested:
+            assert names.check_id("model line", suggested[1]) == suggested[1]
+    else:
+        assert re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", text)
+
+
+@given(st.lists(st.sampled_from(["a", "..", ".", "", "b\\c", "d\x7f", "é"]), max_size=5))
+def test_an_accepted_key_stays_where_it_seems_to_be(segments):
+    key = "/".join(segments)
+    unsafe = not segments or any(segment in {"..", ".", "", "b\\c", "d\x7f"} for segment in segments)
+    if unsafe:
+        with pytest.raises(UsageError):
+            names.check_key(key)
+    else:
+        assert names.check_key(key) == key
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://bucket", ("bucket", "")),
+        ("s3://bucket/", ("bucket", "")),
+        ("s3://bucket/a/b/", ("bucket", "a/b")),
+        ("s3://my.bucket-1/forget.json", ("my.bucket-1", "forget.json")),
+    ],
+)
+def test_split_uri(uri, expected):
+    assert split_uri(uri) == expected
+
+
+@pytest.mark.parametrize(
+    ("uri", "remedy"),
+    [
+        ("bucket/a", "did you mean 's3://bucket/a'"),
+        ("S3://Bucket/a", "did you mean 's3://bucket/a'"),
+        ("s3:/bucket/a", "s3://"),
+        ("http://minio:9000/bucket", "AWS_ENDPOINT_URL"),
+        ("gs://bucket/a", "only S3"),
+        ("s3://", "s3://bucket/prefix"),
+        ("", "s3://bucket/prefix"),
+        ("s3://bucket/../other", "plain/segments"),
+        ("s3://bucket//a", "plain/segments"),
+    ],
+)
+def test_a_wrong_address_names_the_right_form(uri, remedy):
+    with pytest.raises(UsageError) as caught:
+        open_store(uri)
+    assert remedy in caught.value.remedy
+
+
+def test_a_password_in_an_address_is_not_repeated():
+    with pytest.raises(UsageError) as caught:
+        split_uri("http://user:hunter2@host/bucket")
+    assert "hunter2" not in str(caught.value)

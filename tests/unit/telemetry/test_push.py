@@ -1,0 +1,259 @@
+"""Names, label sets, and the push to a real Pushgateway."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from salun_core import __version__
+from salun_core.errors import UsageError
+from salun_core.telemetry import metrics as names
+from salun_core.telemetry.push import StepMetrics
+
+ROOT = Path(__file__).parents[3]
+PUBLISHED = [
+    "salun_requests",
+    "salun_oldest_request_age_seconds",
+    "salun_requests_overdue",
+    "salun_forget_accuracy_ratio",
+    "salun_retain_accuracy_ratio",
+    "salun_test_accuracy_ratio",
+    "salun_membership_attack_ratio",
+    "salun_mask_density_ratio",
+    "salun_step_duration_seconds",
+    "salun_gate_passed",
+    "salun_unlearning_debt_ratio",
+    "salun_runs_since_training",
+    "salun_last_run_timestamp_seconds",
+    "salun_last_success_timestamp_seconds",
+    "salun_build_info",
+]
+
+
+def evidence(method="salun", density=0.5, **after):
+    shares = {name: SimpleNamespace(after=value) for name, value in after.items()}
+    return SimpleNamespace(metrics=shares, run=SimpleNamespace(method=method, density=density))
+
+
+def group(samples, step, model):
+    """Values of one group by name; the gateway's own series left out."""
+    return {
+        name: value
+        for (name, labels), value in samples.items()
+        if {("step", step), ("model", model)} <= labels and name.startswith("salun_")
+    }
+
+
+def test_the_published_names_and_no_others():
+    assert list(names.SPECS) == PUBLISHED
+    for spec in names.SPECS.values():
+        assert set(spec.labels) <= set(names.LABELS)
+        assert spec.unit not in ("ratio", "seconds") or spec.name.endswith(f"_{spec.unit}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("request_id", "r-1"),
+        ("subject", "x"),
+        ("method", "a prompt of somebody"),
+        ("status", "overdue"),
+        ("step", "unlearn-0001"),
+        ("pipeline", "salun-unlearning-x7k2p"),
+        ("split", ""),
+        ("model_line", "UPPER"),
+        ("model_line", "-leading"),
+        ("model_line", "a/b"),
+        ("model_line", "line\n"),
+        ("model_line", ""),
+        ("model_line", "a" * 64),
+        ("version", "sha-" + "f" * 64),
+    ],
+)
+def test_labels_outside_their_closed_set_are_refused(name, value):
+    with pytest.raises(UsageError) as caught:
+        names.check_label(name, value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model_line", "a" * 63), ("model_line", "0.cifar_10-x"), ("method", "salun"), ("version", __version__)],
+)
+def test_labels_of_the_closed_set_are_taken(name, value):
+    names.check_label(name, value)
+
+
+def test_a_wrong_metric_name_gets_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'salun_gate_passed'"):
+        StepMetrics().record("salun_gate_pased", 1.0, method="salun")
+
+
+@pytest.mark.parametrize("labels", [{}, {"method": "salun", "split": "test"}, {"status": "queued"}])
+def test_a_metric_takes_exactly_its_labels(labels):
+    with pytest.raises(UsageError, match="takes other labels"):
+        StepMetrics().record("salun_gate_passed", 1.0, **labels)
+
+
+def test_every_registered_method_has_a_label():
+    unlearn = pytest.importorskip("salun_core.unlearn", reason="the methods are not there yet")
+    if not hasattr(unlearn, "METHODS"):
+        pytest.skip("the methods are not there yet")
+    assert set(unlearn.METHODS) <= set(names.LABELS["method"])
+
+
+def test_the_table_of_the_documentation_is_in_step():
+    made = subprocess.run(
+        [sys.executable, "-m", "salun_core.telemetry.metrics"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert made.stderr == ""
+    assert made.stdout == (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(salun_\w+)`", made.stdout, re.MULTILINE) == PUBLISHED
+
+
+def test_a_push_reaches_a_real_gateway(gateway, scrape, monkeypatch):
+    monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
+    ticks = iter([100.0, 103.5])
+    step = StepMetrics(clock=lambda: 1_790_000_000.0, timer=lambda: next(ticks))
+    step.record_evidence(evidence(UA=0.25, RA=0.99, TA=0.9, MIA=0.125), SimpleNamespace(passed=True))
+    step.record("salun_unlearning_debt_ratio", 0.02)
+    assert step.push("evaluate", "cifar-10") is True
+    samples, _ = scrape()
+    assert group(samples, "evaluate", "cifar-10") == {
+        "salun_forget_accuracy_ratio": 0.75,
+        "salun_retain_accuracy_ratio": 0.99,
+        "salun_test_accuracy_ratio": 0.9,
+        "salun_membership_attack_ratio": 0.125,
+        "salun_mask_density_ratio": 0.5,
+        "salun_gate_passed": 1.0,
+        "salun_unlearning_debt_ratio": 0.02,
+        "salun_step_duration_seconds": 3.5,
+        "salun_last_run_timestamp_seconds": 1_790_000_000.0,
+        "salun_last_success_timestamp_seconds": 1_790_000_000.0,
+        "salun_build_info": 1.0,
+    }
+    key = {
+        ("job", "salun"),
+        ("instance", ""),
+        ("pipeline", "salun-unlearning"),
+        ("step", "evaluate"),
+        ("model", "cifar-10"),
+    }
+    own = {("model_line", "cifar-10"), ("method", "salun")}
+    assert ("salun_gate_passed", frozenset(key | own)) in samples
+    assert ("salun_build_info", frozenset({*key, ("version", __version__)})) in samples
+
+
+def test_a_second_push_replaces_the_group_and_no_other(gateway, scrape, monkeypatch):
+    monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
+    first, other, second = StepMetrics(), StepMetrics(), StepMetrics()
+    first.record_evidence(evidence(RA=0.5, TA=0.5))
+    other.record_evidence(evidence(RA=0.7))
+    second.record_evidence(evidence(method="retrain", density=None, RA=0.6))
+    assert first.push("evaluate", "replaced")
+    assert other.push("evaluate", "kept")
+    assert second.push("evaluate", "replaced")
+    samples, _ = scrape()
+    found = group(samples, "evaluate", "replaced")
+    assert found["salun_retain_accuracy_ratio"] == 0.6
+    assert "salun_test_accuracy_ratio" not in found
+    assert "salun_mask_density_ratio" not in found
+    assert group(samples, "evaluate", "kept")["salun_retain_accuracy_ratio"] == 0.7
+
+
+def test_a_failed_run_keeps_the_time_of_the_last_success(gateway, scrape, monkeypatch):
+    monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
+    assert StepMetrics(clock=lambda: 1000.0).push("unlearn", "line-a")
+    assert StepMetrics(clock=lambda: 2000.0).push("unlearn", "line-a", succeeded=False)
+    found = group(scrape()[0], "unlearn", "line-a")
+    assert found["salun_last_success_timestamp_seconds"] == 1000.0
+    assert found["salun_last_run_timestamp_seconds"] == 2000.0
+
+
+def test_what_was_not_measured_is_left_out(gateway, scrape, monkeypatch):
+    monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
+    step = StepMetrics()
+    step.record_evidence(evidence(density=None, UA=None, RA=float("nan"), TA=0.0, MIA=float("inf")), None)
+    assert step.push("evaluate", "sparse")
+    found = group(scrape()[0], "evaluate", "sparse")
+    assert {name for name in found if name.endswith("_ratio")} == {"salun_test_accuracy_ratio"}
+    assert "salun_gate_passed" not in found
+
+
+def test_a_method_from_elsewhere_becomes_other(gateway, scrape, monkeypatch):
+    monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
+    step = StepMetrics()
+    step.record_evidence(evidence(method="somebody's name", RA=1.0), SimpleNamespace(passed=False))
+    assert step.push("gate_publish", "elsewhere", pipeline="salun-deletion-sweep")
+    samples, text = scrape()
+    assert "somebody" not in text
+    labels = next(
+        dict(labels)
+        for (name, labels), _ in samples.items()
+        if name == "salun_gate_passed" and ("model", "elsewhere") in labels
+    )
+    assert labels["method"] == "other"
+    assert labels["pipeline"] == "salun-deletion-sweep"
+
+
+def test_promtool_finds_no_fault(gateway, scrape, monkeypatch):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
+    step = StepMetrics()
+    for spec in names.SPECS.values():
+        labels = {
+            label: {"method": "salun", "status": "queued", "version": "1.0"}[label]
+            for label in spec.labels
+            if label != "model_line"
+        }
+        step.record(spec.name, 1.0, **labels)
+    assert step.push("run", "all-metrics")
+    ours = [line for line in scrape()[1].splitlines() if re.match(r"(# (HELP|TYPE) )?salun_", line)]
+    assert {re.match(r"# TYPE (\w+) gauge", line).group(1) for line in ours if line.startswith("# TYPE")} == set(
+        PUBLISHED
+    )
+    checked = subprocess.run(
+        [promtool, "check", "metrics"], input="\n".join(ours) + "\n", capture_output=True, text=True, check=False
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def _closed_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_without_a_gateway_nothing_is_pushed_or_said(monkeypatch, capsys):
+    monkeypatch.delenv("PUSHGATEWAY_URL", raising=False)
+    assert StepMetrics().push("evaluate", "line") is False
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("broken", ["down", "not a URL", "bad port", "label", "step"])
+def test_a_failed_push_never_raises_and_says_so_once(broken, monkeypatch, capsys):
+    urls = {"not a URL": "ftp//:nowhere:x", "bad port": "http://127.0.0.1:99999999"}
+    monkeypatch.setenv("PUSHGATEWAY_URL", urls.get(broken, f"http://somebody:hidden@127.0.0.1:{_closed_port()}"))
+    monkeypatch.setenv("SALUN_LOG", "json")
+    step, line = {"label": ("evaluate", "No Good"), "step": ("another", "line")}.get(broken, ("evaluate", "line"))
+    assert StepMetrics().push(step, line) is False
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert [(line["event"], line["level"]) for line in lines] == [("metrics_push_failed", "warning")]
+    assert lines[0]["error"]
+    assert "hidden" not in err
+
+
+def test_a_gateway_that_refuses_is_a_failed_push(gateway, monkeypatch, capsys):
+    monkeypatch.setenv("PUSHGATEWAY_URL", f"{gateway}/nowhere")
+    assert StepMetrics().push("evaluate", "line") is False
+    assert "HTTPError" in capsys.readouterr().err
