@@ -43,9 +43,7 @@ def parse_moment(text: str) -> datetime:
         moment = datetime.fromisoformat(text)
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, OverflowError) as error:
-        raise UsageError(
-            f"{text[:80]!r} is no date or time", "", "write 2026-01-31 or 2026-01-31T12:00:00Z"
-        ) from error
+        raise UsageError(f"{text[:80]!r} is no date or time", "", "write 2026-01-31 or 2026-01-31T12:00:00Z") from error
 
 
 def due_after_one_month(received: datetime) -> datetime:

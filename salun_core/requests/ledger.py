@@ -6,15 +6,15 @@ creates event n + 1 of the n that it read: of two who race, the store lets one c
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
 from salun_core.config import parse
 from salun_core.data.forget import Target
-from salun_core.errors import ConflictError, IntegrityError, UsageError
+from salun_core.errors import ConflictError, UsageError
+from salun_core.requests import reading
 from salun_core.requests.deadlines import Clock, as_utc, due_after_one_month
 from salun_core.requests.schema import (
     TRANSITIONS,
@@ -24,13 +24,13 @@ from salun_core.requests.schema import (
     RequestEvent,
     RequestState,
     Status,
+    next_attempt,
+    status_after,
     transition_allowed,
 )
-from salun_core.storage.lineage import parse_stored
-from salun_core.storage.names import REQUESTS_PREFIX, event_key, events_prefix, request_key
+from salun_core.storage.names import event_key, request_key
 from salun_core.storage.objects import ObjectStore
 
-_READERS = 16
 _CLOCKS_APART = timedelta(minutes=5)
 # Ways that only their own method takes, so that no general move takes them by accident.
 _DELIBERATE = {(Status.COMPLETED, Status.QUEUED): "reopen", (Status.FAILED, Status.QUEUED): "retry"}
@@ -74,15 +74,13 @@ class Ledger:
             ConflictError: a request of that id says something else.
         """
         request = self._draft(request_id, model_line, target, received_at, source)
-        event = self._event_after(request.id, None, Status.QUEUED, actor, "submitted")
+        event = self._next(request.id, None, Status.QUEUED, actor, "submitted")
         try:
             self._create(request_key(request.id), request.canonical())
         except ConflictError:
             request = self._same_request(request, timed=received_at is not None)
-        try:
+        with contextlib.suppress(ConflictError):  # it has moved already: queued by a twin of this call, or held
             self._create(event_key(request.id, 1), event.canonical())
-        except ConflictError:  # it has moved already: queued by a twin of this call, or by a person
-            pass
         return Receipt.of(request)
 
     def _draft(
@@ -119,91 +117,20 @@ class Ledger:
         return stored
 
     def get(self, request_id: str) -> DeletionRequest:
-        """Return a request.
-
-        Raises:
-            UsageError: there is none of that id; the nearest is named.
-            IntegrityError: the document is damaged, or was moved.
-        """
-        key = request_key(request_id)
-        stored = self._store.get(key)
-        if stored is None:
-            raise self._unknown(request_id)
-        request = parse_stored(DeletionRequest, stored.data, key)
-        if request.id != request_id:
-            raise IntegrityError(f"{key} is request {request.id!r}", "it was copied or moved", "restore the right one")
-        return request
-
-    def _unknown(self, request_id: str) -> UsageError:
-        near = difflib.get_close_matches(request_id, self._scan(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return UsageError(
-            f"unknown request {request_id!r}", "there is none of that id", f"{hint}`salun request list` shows all"
-        )
+        """Return a request; raises as `reading.read_request`."""
+        return reading.read_request(self._store, request_id)
 
     def events(self, request_id: str) -> Sequence[RequestEvent]:
-        """Return all events of a request in their order.
-
-        Raises:
-            UsageError: there is no such request.
-            IntegrityError: an event is missing, damaged, or does not follow from the one before.
-        """
-        count = self._count(request_id)
-        if not count:
-            self.get(request_id)
-        events = [self._event(request_id, number) for number in range(1, count + 1)]
-        status = Status.RECEIVED
-        for event in events:
-            if event.from_status != status:
-                raise IntegrityError(
-                    f"event {event.n} of request {request_id} does not follow the one before",
-                    f"the request was {status}, the event says {event.from_status}",
-                    "restore the events from a copy",
-                )
-            status = event.to_status
-        return events
+        """Return all events of a request in their order; raises as `reading.read_events`."""
+        return reading.read_events(self._store, request_id)
 
     def state(self, request_id: str) -> RequestState:
-        """Return a request with its last event.
-
-        Raises:
-            UsageError: there is no such request.
-            IntegrityError: a document is damaged or missing.
-        """
-        return RequestState(request=self.get(request_id), last=self._last(request_id))
+        """Return a request with its last event; raises as `reading.read_request` and `reading.read_last`."""
+        return RequestState(request=self.get(request_id), last=reading.read_last(self._store, request_id))
 
     def status(self, request_id: str) -> Status:
-        """Return where a request stands, by its last event.
-
-        Raises:
-            UsageError: there is no such request.
-            IntegrityError: an event is damaged or missing.
-        """
-        last = self._last(request_id)
-        return last.to_status if last else Status.RECEIVED
-
-    def _last(self, request_id: str) -> RequestEvent | None:
-        count = self._count(request_id)
-        if count:
-            return self._event(request_id, count)
-        self.get(request_id)  # raises where there is no request either
-        return None
-
-    def _count(self, request_id: str) -> int:
-        keys = [entry.key for entry in self._store.list(events_prefix(request_id))]
-        if keys != [event_key(request_id, number) for number in range(1, len(keys) + 1)]:
-            raise _gap(request_id)
-        return len(keys)
-
-    def _event(self, request_id: str, number: int) -> RequestEvent:
-        key = event_key(request_id, number)
-        stored = self._store.get(key)
-        if stored is None:
-            raise _gap(request_id)
-        event = parse_stored(RequestEvent, stored.data, key)
-        if (event.request, event.n) != (request_id, number):
-            raise IntegrityError(f"{key} is another event", "it was copied or moved", "restore the right one")
-        return event
+        """Return where a request stands, by its last event; raises as `reading.read_last`."""
+        return status_after(reading.read_last(self._store, request_id))
 
     def list(
         self, line: str | None = None, status: Status | None = None, due_before: datetime | None = None
@@ -219,29 +146,10 @@ class Ledger:
             IntegrityError: a document is damaged or missing.
         """
         limit = as_utc(due_before) if due_before else None
-
-        def read(found: tuple[str, int]) -> RequestState | None:
-            request = self.get(found[0])
-            if (line is not None and request.model_line != line) or (limit is not None and request.due >= limit):
-                return None
-            state = RequestState(request=request, last=self._event(*found) if found[1] else None)
-            return state if status in {None, state.status} else None
-
-        with ThreadPoolExecutor(_READERS) as pool:
-            states = [state for state in pool.map(read, self._scan().items()) if state]
+        states = [
+            state for state in reading.read_states(self._store, line, limit) if status is None or state.status == status
+        ]
         return sorted(states, key=lambda state: (state.request.due, state.request.id))
-
-    def _scan(self) -> dict[str, int]:
-        """Return the ids of all requests with their numbers of events, by one listing."""
-        requests: set[str] = set()
-        numbers: dict[str, int] = {}
-        for entry in self._store.list(REQUESTS_PREFIX):
-            request_id, _, rest = entry.key[len(REQUESTS_PREFIX) :].partition("/")
-            if rest == "request.json":
-                requests.add(request_id)
-            else:
-                numbers[request_id] = numbers.get(request_id, 0) + 1
-        return {request_id: numbers.get(request_id, 0) for request_id in sorted(requests)}
 
     def move(
         self,
@@ -271,7 +179,7 @@ class Ledger:
             UsageError: there is no such request, or an argument is not valid.
             ConflictError: it may not move there from where it stands, or somebody else moved it meanwhile.
         """
-        last = self._last(request_id)
+        last = reading.read_last(self._store, request_id)
         number = last.n if last else 0
         if expect is not None and number != expect:
             raise ConflictError(
@@ -279,10 +187,10 @@ class Ledger:
                 f"its last event is {number}, not {expect}",
                 "read it again and decide anew",
             )
-        deliberate = _DELIBERATE.get((_status(last), to))
+        deliberate = _DELIBERATE.get((status_after(last), to))
         if deliberate:
             raise ConflictError(
-                f"request {request_id} is {_status(last)}",
+                f"request {request_id} is {status_after(last)}",
                 "only a deliberate act queues it again",
                 f"use `salun request {deliberate} {request_id}`",
             )
@@ -309,10 +217,10 @@ class Ledger:
         return self._requeue(request_id, Status.COMPLETED, actor, reason)
 
     def _requeue(self, request_id: str, source: Status, actor: str, reason: str) -> RequestEvent:
-        last = self._last(request_id)
-        if _status(last) is not source:
+        last = reading.read_last(self._store, request_id)
+        if status_after(last) is not source:
             raise ConflictError(
-                f"request {request_id} is {_status(last)}", f"that needs one that is {source}", "leave it as it is"
+                f"request {request_id} is {status_after(last)}", f"that needs one that is {source}", "leave it as it is"
             )
         return self._append(request_id, last, Status.QUEUED, actor, reason)
 
@@ -326,7 +234,7 @@ class Ledger:
         run: str | None = None,
         outcome: Outcome | None = None,
     ) -> RequestEvent:
-        event = self._event_after(request_id, last, to, actor, reason, run, outcome)
+        event = self._next(request_id, last, to, actor, reason, run, outcome)
         try:
             self._create(event_key(request_id, event.n), event.canonical())
         except ConflictError as error:
@@ -336,3 +244,44 @@ class Ledger:
                 "read it again and decide anew",
             ) from error
         return event
+
+    def _next(
+        self,
+        request_id: str,
+        last: RequestEvent | None,
+        to: Status,
+        actor: str,
+        reason: str,
+        run: str | None = None,
+        outcome: Outcome | None = None,
+    ) -> RequestEvent:
+        source = status_after(last)
+        if not transition_allowed(source, to):
+            ways = ", ".join(sorted(TRANSITIONS[source])) or "nowhere"
+            raise ConflictError(
+                f"request {request_id} cannot go from {source} to {to}",
+                f"from {source} it may go to {ways}",
+                f"look at it with `salun request show {request_id}`",
+            )
+        fields = {
+            "request": request_id,
+            "n": last.n + 1 if last else 1,
+            "at": as_utc(self._clock()).isoformat(),
+            "actor": actor,
+            "from_status": source,
+            "to_status": to,
+            "reason": reason,
+            "attempt": next_attempt(last, to),
+            "run": run,
+            "outcome": outcome,
+            "writer": secrets.token_hex(16),
+        }
+        return parse(RequestEvent, fields, f"a move of request {request_id}")
+
+    def _create(self, key: str, data: bytes) -> None:
+        if not self._dry_run:
+            self._store.put_new(key, data)
+            return
+        stored = self._store.get(key)
+        if stored is not None and stored.data != data:
+            raise ConflictError(f"{key} exists already", "it holds other content", "read it")

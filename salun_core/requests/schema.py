@@ -170,7 +170,28 @@ class RequestState(Document):
     @property
     def status(self) -> Status:
         """Where the request stands."""
-        return self.last.to_status if self.last else Status.RECEIVED
+        return status_after(self.last)
+
+
+def status_after(last: RequestEvent | None) -> Status:
+    """Return where a request stands after its last event; None where it was received and no more."""
+    return last.to_status if last else Status.RECEIVED
+
+
+def next_attempt(last: RequestEvent | None, to: Status) -> int:
+    """Return which try a move belongs to.
+
+    Args:
+        last: the event before, None where there is none.
+        to: the status that is moved to, one that the transitions allow.
+
+    Returns:
+        1 at first, one more when a run gives a request back, 1 again when a person queues it anew.
+    """
+    if last is None or last.to_status in {Status.FAILED, Status.COMPLETED}:
+        return 1
+    given_back = last.to_status is Status.IN_PROGRESS and to is Status.QUEUED
+    return last.attempt + 1 if given_back else last.attempt
 
 
 def summarise(target: Target) -> str:

@@ -1,0 +1,358 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from salun_core.data.forget import ClassTarget, SamplesTarget, SubjectTarget
+from salun_core.digest import sha256_bytes
+from salun_core.errors import ConflictError, IntegrityError, UsageError
+from salun_core.requests.ledger import Ledger
+from salun_core.requests.schema import Outcome, Status
+from salun_core.storage.names import event_key, request_key
+
+pytestmark = pytest.mark.s3
+
+TARGET = SamplesTarget(ids=["img-1", "img-2"])
+
+
+@pytest.fixture
+def filed(ledger):
+    ledger.submit("r-1", "faces", TARGET)
+    return ledger
+
+
+def keys(store):
+    return [entry.key for entry in store.list("")]
+
+
+def overwrite(store, key, data):
+    store.delete(key)
+    store.put_new(key, data)
+
+
+def walk(ledger, *ways, request="r-1"):
+    for way in ways:
+        outcome = Outcome.UNLEARNED if way == "completed" else None
+        ledger.move(request, Status(way), "sweep", "test", outcome=outcome)
+
+
+class TestSubmit:
+    def test_it_is_received_due_in_a_month_and_queued(self, ledger, store):
+        receipt = ledger.submit("r-1", "faces", TARGET, source="ticket 7")
+        assert (receipt.received_at, receipt.due_at) == ("2026-01-31T09:00:00+00:00", "2026-02-28T09:00:00+00:00")
+        assert receipt.sha256 == sha256_bytes(store.get(request_key("r-1")).data)
+        state = ledger.state("r-1")
+        assert (state.status, state.request.target, state.request.source) == (Status.QUEUED, TARGET, "ticket 7")
+        assert keys(store) == ["requests/r-1/events/000001.json", "requests/r-1/request.json"]
+        (event,) = ledger.events("r-1")
+        assert (event.n, event.from_status, event.to_status, event.attempt) == (1, "received", "queued", 1)
+
+    def test_the_same_again_gives_the_same_receipt_and_writes_nothing(self, ledger, clock, store):
+        first = ledger.submit("r-1", "faces", TARGET)
+        before = [(entry.key, entry.etag) for entry in store.list("")]
+        clock.tick(days=3)
+        assert ledger.submit("r-1", "faces", TARGET) == first
+        assert ledger.submit("r-1", "faces", TARGET, datetime(2026, 1, 31, 9, tzinfo=UTC)) == first
+        assert [(entry.key, entry.etag) for entry in store.list("")] == before
+
+    def test_the_same_again_leaves_a_request_where_it_stands(self, ledger):
+        receipt = ledger.submit("r-1", "faces", TARGET)
+        walk(ledger, "in_progress", "completed")
+        assert ledger.submit("r-1", "faces", TARGET) == receipt
+        assert ledger.status("r-1") is Status.COMPLETED
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"model_line": "cats"},
+            {"target": SamplesTarget(ids=["img-1"])},
+            {"target": SubjectTarget(subject_ref="img-1")},
+            {"received_at": datetime(2026, 1, 30, tzinfo=UTC)},
+            {"source": "ticket 8"},
+        ],
+    )
+    def test_another_body_under_the_id_is_a_conflict(self, ledger, store, other):
+        ledger.submit("r-1", "faces", TARGET)
+        before = store.get(request_key("r-1")).data
+        with pytest.raises(ConflictError, match="request r-1 exists already") as caught:
+            ledger.submit(**{"request_id": "r-1", "model_line": "faces", "target": TARGET, **other})
+        assert caught.value.exit_code == 4
+        assert store.get(request_key("r-1")).data == before
+        assert len(ledger.events("r-1")) == 1
+
+    def test_the_time_given_is_kept_in_utc(self, ledger):
+        receipt = ledger.submit("r-1", "faces", TARGET, datetime.fromisoformat("2026-01-01T01:00+02:00"))
+        assert (receipt.received_at, receipt.due_at) == ("2025-12-31T23:00:00+00:00", "2026-01-31T23:00:00+00:00")
+
+    def test_the_future_is_refused_but_not_a_clock_a_little_ahead(self, ledger, clock, store):
+        with pytest.raises(UsageError, match="in the future"):
+            ledger.submit("r-1", "faces", TARGET, clock() + timedelta(hours=1))
+        assert keys(store) == []
+        ledger.submit("r-1", "faces", TARGET, clock() + timedelta(minutes=1))
+
+    @pytest.mark.parametrize("bad", ["../r", "R 1", ""])
+    def test_a_bad_id_leaves_nothing_in_the_store(self, ledger, store, bad):
+        with pytest.raises(UsageError):
+            ledger.submit(bad, "faces", TARGET)
+        with pytest.raises(UsageError):
+            ledger.submit("r-1", bad, TARGET)
+        assert keys(store) == []
+
+    def test_twins_get_one_request_and_one_receipt(self, store, clock):
+        gate = threading.Barrier(8)
+
+        def file(number):
+            own = Ledger(store, lambda: clock() + timedelta(seconds=number))
+            gate.wait()
+            return own.submit("r-1", "faces", TARGET)
+
+        with ThreadPoolExecutor(8) as pool:
+            receipts = list(pool.map(file, range(8)))
+        assert receipts == [receipts[0]] * 8
+        assert len(keys(store)) == 2
+
+    def test_of_rivals_with_other_bodies_one_wins(self, store, clock):
+        gate = threading.Barrier(8)
+
+        def file(number):
+            gate.wait()
+            try:
+                return Ledger(store, clock).submit("r-1", "faces", ClassTarget(class_id=number)).sha256
+            except ConflictError:
+                return None
+
+        with ThreadPoolExecutor(8) as pool:
+            won = [digest for digest in pool.map(file, range(8)) if digest]
+        assert won == [sha256_bytes(store.get(request_key("r-1")).data)]
+        assert Ledger(store, clock).status("r-1") is Status.QUEUED
+
+    def test_a_submit_killed_before_its_event_is_completed_by_the_next(self, ledger, clock, store):
+        script = """
+            import os, signal, sys
+            from datetime import UTC, datetime
+            from salun_core.data.forget import SamplesTarget
+            from salun_core.requests.ledger import Ledger
+            from salun_core.storage import split_uri
+            from salun_core.storage.s3 import S3Store
+
+            class Dying(S3Store):
+                def put_new(self, key, data):
+                    etag = super().put_new(key, data)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                    return etag
+
+            clock = lambda: datetime(2026, 1, 31, 9, tzinfo=UTC)
+            Ledger(Dying(*split_uri(sys.argv[1])), clock).submit("r-1", "faces", SamplesTarget(ids=["img-1", "img-2"]))
+        """
+        command = [sys.executable, "-c", textwrap.dedent(script), store.uri]
+        assert subprocess.run(command, env=os.environ, timeout=120).returncode == -signal.SIGKILL
+        assert keys(store) == ["requests/r-1/request.json"]
+        assert ledger.status("r-1") is Status.RECEIVED
+        assert [state.status for state in ledger.list()] == [Status.RECEIVED]
+        assert ledger.events("r-1") == []
+        clock.tick(hours=1)
+        receipt = ledger.submit("r-1", "faces", TARGET)
+        assert receipt.received_at == "2026-01-31T09:00:00+00:00"
+        assert ledger.status("r-1") is Status.QUEUED
+
+    def test_a_half_written_request_may_be_held_and_is_not_queued_behind_the_back(self, ledger, store):
+        ledger.submit("r-1", "faces", TARGET)
+        store.delete(event_key("r-1", 1))
+        ledger.hold("r-1", "ana", "identity in doubt")
+        ledger.submit("r-1", "faces", TARGET)
+        assert ledger.status("r-1") is Status.ON_HOLD
+
+
+class TestMove:
+    def test_a_request_goes_its_way_and_leaves_a_log(self, filed, clock):
+        filed.hold("r-1", "ana", "in doubt")
+        clock.tick(days=2)
+        filed.release("r-1", "ana", "confirmed")
+        filed.move("r-1", Status.IN_PROGRESS, "sweep", "claimed", run="run-1")
+        filed.move("r-1", Status.QUEUED, "sweep", "gate refused", run="run-1")
+        filed.move("r-1", Status.IN_PROGRESS, "sweep", "claimed", run="run-2")
+        last = filed.move("r-1", Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED)
+        events = filed.events("r-1")
+        assert [event.n for event in events] == [1, 2, 3, 4, 5, 6, 7]
+        assert [event.attempt for event in events] == [1, 1, 1, 1, 2, 2, 2]
+        assert events[-1] == last
+        assert (last.run, last.outcome, last.actor) == ("run-2", Outcome.UNLEARNED, "sweep")
+        assert events[2].at == "2026-02-02T09:00:00+00:00"
+        assert filed.status("r-1") is Status.COMPLETED
+
+    @pytest.mark.parametrize(
+        ("ways", "to"),
+        [
+            ((), "completed"),
+            ((), "rejected"),
+            (("in_progress",), "cancelled"),
+            (("in_progress",), "on_hold"),
+            (("cancelled",), "queued"),
+            (("in_progress", "completed"), "failed"),
+        ],
+    )
+    def test_a_way_that_is_not_allowed_is_a_conflict_and_writes_nothing(self, filed, store, ways, to):
+        walk(filed, *ways)
+        before = keys(store)
+        outcome = Outcome.UNLEARNED if to == "completed" else None
+        with pytest.raises(ConflictError, match=f"cannot go from .* to {to}"):
+            filed.move("r-1", Status(to), "sweep", "test", outcome=outcome)
+        assert keys(store) == before
+
+    @pytest.mark.parametrize(("end", "verb"), [("completed", "reopen"), ("failed", "retry")])
+    def test_only_a_deliberate_act_queues_again_what_was_closed(self, filed, end, verb):
+        walk(filed, "in_progress", "queued", "in_progress", end)
+        with pytest.raises(ConflictError, match=f"salun request {verb} r-1"):
+            filed.move("r-1", Status.QUEUED, "sweep", "test")
+        event = getattr(filed, verb)("r-1", "ana", "rolled back")
+        assert (event.to_status, event.attempt) == (Status.QUEUED, 1)
+
+    @pytest.mark.parametrize("verb", ["release", "retry", "reopen"])
+    def test_a_requeue_from_elsewhere_is_refused(self, filed, verb):
+        walk(filed, "in_progress")
+        with pytest.raises(ConflictError, match="request r-1 is in_progress"):
+            getattr(filed, verb)("r-1", "ana", "by mistake")
+        assert filed.status("r-1") is Status.IN_PROGRESS
+
+    def test_a_decision_on_an_older_state_is_refused(self, filed):
+        seen = filed.state("r-1").last.n
+        walk(filed, "in_progress", "queued")
+        with pytest.raises(ConflictError, match="its last event is 3, not 1"):
+            filed.move("r-1", Status.IN_PROGRESS, "sweep", "late", expect=seen)
+        assert filed.move("r-1", Status.IN_PROGRESS, "sweep", "in time", expect=3).n == 4
+
+    @pytest.mark.parametrize("fields", [{"reason": ""}, {"actor": ""}, {"reason": "a\nb"}, {"run": "../x"}])
+    def test_a_faulty_argument_is_refused(self, filed, fields):
+        with pytest.raises(UsageError, match="a move of request r-1"):
+            filed.move("r-1", **{"to": Status.ON_HOLD, "actor": "ana", "reason": "test", **fields})
+
+    def test_an_outcome_goes_with_completed_only(self, filed):
+        with pytest.raises(UsageError, match="outcome"):
+            filed.move("r-1", Status.IN_PROGRESS, "sweep", "claimed", outcome=Outcome.UNLEARNED)
+        walk(filed, "in_progress")
+        with pytest.raises(UsageError, match="outcome"):
+            filed.move("r-1", Status.COMPLETED, "sweep", "published")
+
+    def test_racing_movers_have_one_winner_for_each_event(self, filed, store, clock):
+        """Equal moves too: same actor, same time, same way; the store must not take them for one write."""
+        rounds, workers = 6, 8
+        gate = threading.Barrier(workers)
+
+        def race(_):
+            own, won = Ledger(store, clock), []
+            for number in range(rounds):
+                to = Status.ON_HOLD if number % 2 == 0 else Status.QUEUED
+                gate.wait()
+                with contextlib.suppress(ConflictError):
+                    won.append(own.move("r-1", to, "racer", "race", expect=number + 1).n)
+                gate.wait()
+            return won
+
+        with ThreadPoolExecutor(workers) as pool:
+            won = [number for numbers in pool.map(race, range(workers)) for number in numbers]
+        assert sorted(won) == list(range(2, rounds + 2))
+        assert [event.n for event in filed.events("r-1")] == list(range(1, rounds + 2))
+
+
+class TestReading:
+    def test_an_unknown_id_names_the_nearest(self, filed):
+        calls = [filed.get, filed.state, filed.status, filed.events, lambda name: filed.hold(name, "ana", "test")]
+        for call in calls:
+            with pytest.raises(UsageError, match="did you mean 'r-1'"):
+                call("r-2")
+
+    def test_an_id_that_is_the_start_of_another_is_its_own(self, filed):
+        with pytest.raises(UsageError, match="unknown request 'r'"):
+            filed.status("r")
+
+    def test_list_filters_and_puts_those_due_first_at_the_head(self, ledger, clock):
+        for number in range(6):
+            received = clock() - timedelta(days=10 * number)
+            ledger.submit(f"r-{number}", "faces" if number % 2 else "cats", TARGET, received)
+        ledger.hold("r-3", "ana", "in doubt")
+
+        def ids(**filters):
+            return [state.request.id for state in ledger.list(**filters)]
+
+        assert ids() == ["r-5", "r-4", "r-3", "r-2", "r-1", "r-0"]
+        assert ids(line="faces") == ["r-5", "r-3", "r-1"]
+        assert ids(status=Status.ON_HOLD) == ["r-3"]
+        assert ids(line="cats", status=Status.ON_HOLD) == []
+        due = ledger.get("r-3").due
+        assert ids(due_before=due) == ["r-5", "r-4"]
+        assert ids(due_before=due + timedelta(seconds=1)) == ["r-5", "r-4", "r-3"]
+        assert ids(line="faces", status=Status.QUEUED, due_before=due) == ["r-5"]
+
+    def test_an_empty_ledger_lists_nothing(self, ledger):
+        assert list(ledger.list()) == []
+
+    def test_list_agrees_with_each_state(self, ledger):
+        for number in range(30):
+            ledger.submit(f"r-{number}", "faces", TARGET)
+            for _ in range(number % 3):
+                ledger.move(f"r-{number}", Status.IN_PROGRESS, "sweep", "claimed")
+                ledger.move(f"r-{number}", Status.QUEUED, "sweep", "refused")
+        listed = {state.request.id: state for state in ledger.list()}
+        assert listed == {f"r-{number}": ledger.state(f"r-{number}") for number in range(30)}
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_a_missing_event_is_noticed(self, filed, store, number):
+        walk(filed, "in_progress", "queued")
+        store.delete(event_key("r-1", number))
+        for call in (filed.status, filed.events, filed.state, lambda name: filed.hold(name, "ana", "test")):
+            with pytest.raises(IntegrityError, match="r-1"):
+                call("r-1")
+
+    def test_list_notices_a_gap(self, filed, store):
+        walk(filed, "in_progress", "queued")
+        store.delete(event_key("r-1", 2))
+        with pytest.raises(IntegrityError, match="r-1"):
+            filed.list()
+
+    @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff", b'{"format": "salun.event/v2"}'])
+    def test_a_damaged_document_is_refused(self, filed, store, data):
+        overwrite(store, event_key("r-1", 1), data)
+        with pytest.raises(IntegrityError):
+            filed.status("r-1")
+        overwrite(store, request_key("r-1"), data)
+        with pytest.raises(IntegrityError):
+            filed.get("r-1")
+
+    def test_a_copied_document_is_refused(self, filed, store):
+        filed.submit("r-2", "faces", ClassTarget(class_id=1))
+        overwrite(store, request_key("r-2"), store.get(request_key("r-1")).data)
+        overwrite(store, event_key("r-2", 1), store.get(event_key("r-1", 1)).data)
+        with pytest.raises(IntegrityError, match="copied or moved"):
+            filed.get("r-2")
+        with pytest.raises(IntegrityError, match="copied or moved"):
+            filed.status("r-2")
+
+    def test_events_that_do_not_follow_are_refused(self, filed, store):
+        walk(filed, "in_progress", "queued")
+        hold = filed.hold("r-1", "ana", "test").model_copy(update={"n": 3})
+        overwrite(store, event_key("r-1", 3), hold.canonical())
+        with pytest.raises(IntegrityError, match="does not follow"):
+            filed.events("r-1")
+
+
+class TestDryRun:
+    def test_it_checks_and_returns_but_writes_nothing(self, store, clock, ledger):
+        dry = Ledger(store, clock, dry_run=True)
+        receipt = dry.submit("r-1", "faces", TARGET)
+        assert keys(store) == []
+        assert ledger.submit("r-1", "faces", TARGET) == receipt
+        before = keys(store)
+        assert dry.submit("r-1", "faces", TARGET) == receipt
+        assert dry.hold("r-1", "ana", "test").n == 2
+        with pytest.raises(ConflictError):
+            dry.submit("r-1", "cats", TARGET)
+        with pytest.raises(ConflictError):
+            dry.release("r-1", "ana", "test")
+        assert keys(store) == before

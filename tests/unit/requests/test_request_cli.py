@@ -1,0 +1,240 @@
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from typer.testing import CliRunner
+
+from salun_core.cli.app import app
+from salun_core.requests.deadlines import utc_clock
+from salun_core.requests.ledger import Ledger
+from salun_core.requests.schema import Outcome, Status
+
+pytestmark = pytest.mark.s3
+
+VERBS = ["submit", "show", "list", "hold", "release", "cancel", "retry", "reopen"]
+FILE = ["submit", "--id", "r-1", "--line", "faces"]
+SAMPLES = [*FILE, "--samples", "secret-1,secret-2"]
+
+
+@pytest.fixture
+def invoke(store, monkeypatch):
+    monkeypatch.setenv("SALUN_STORE_URI", store.uri)
+    monkeypatch.setenv("SALUN_ACTOR", "ana")
+    return lambda *arguments, input=None: CliRunner().invoke(app, ["request", *arguments], input=input)
+
+
+@pytest.fixture
+def run(invoke):
+    """Run `salun request` on the store and return what it printed."""
+
+    def call(*arguments, input=None):
+        result = invoke(*arguments, input=input)
+        assert (result.exit_code, result.stderr) == (0, ""), result.output
+        return result.stdout
+
+    return call
+
+
+@pytest.fixture
+def refused(invoke):
+    """Run `salun request`, which must end with this exit code, and return its one line on standard error."""
+
+    def call(code, *arguments):
+        result = invoke(*arguments)
+        assert result.exit_code == code, result.output
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("Error: ")
+        return line
+
+    return call
+
+
+@pytest.fixture
+def ledger(store):
+    return Ledger(store, utc_clock)
+
+
+def entry(number, **changes):
+    target = {"kind": "samples", "ids": [f"secret-{number}"]}
+    return {"id": f"r-{number}", "model_line": "faces", "target": target, **changes}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_help_ends_in_an_example_with_its_output(run, verb):
+    lines = run(verb, "--help").strip().splitlines()
+    example = [line.strip() for line in lines[lines.index(next(line for line in lines if "Example:" in line)) :]]
+    assert any(line.startswith(f"$ salun request {verb}") for line in example)
+    assert len([line for line in example if line and not line.startswith(("$", "Example"))]) >= 1
+
+
+def test_the_group_loads_nothing_heavy():
+    code = "import sys, salun_core.cli.request; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"boto3", "torch", "pydantic", "yaml", "salun_core.requests.ledger"} & set(loaded)
+
+
+class TestSubmit:
+    @pytest.mark.parametrize(
+        ("flags", "target"),
+        [
+            (["--samples", "a, b"], {"kind": "samples", "ids": ["a", "b"]}),
+            (["--class", "3"], {"kind": "class", "class_id": 3}),
+            (["--class", "cat"], {"kind": "class", "class_id": "cat"}),
+            (["--subject", "person-7"], {"kind": "subject", "subject_ref": "person-7"}),
+        ],
+    )
+    def test_by_flags(self, run, ledger, flags, target):
+        (receipt,) = json.loads(run(*FILE, *flags, "--received-at", "2026-01-31", "--source", "ticket", "--json"))
+        assert receipt["due_at"] == "2026-02-28T00:00:00+00:00"
+        request = ledger.get("r-1")
+        assert request.target.model_dump(exclude_none=True) == target
+        assert request.source == "ticket"
+        assert ledger.events("r-1")[0].actor == "ana"
+
+    def test_by_file_and_by_stdin(self, run, ledger, tmp_path):
+        file = tmp_path / "requests.jsonl"
+        file.write_text("\n".join(json.dumps(entry(number)) for number in range(40)))
+        assert "40 requests filed" in run("submit", str(file))
+        assert "r-7" in run("submit", "-", input=json.dumps(entry(7)))
+        assert len(ledger.list(status=Status.QUEUED)) == 40
+
+    def test_the_table_shows_the_receipt_and_not_what_was_named(self, run):
+        text = run(*SAMPLES, "--received-at", "2026-01-31")
+        assert "2026-02-28 00:00" in text
+        assert "secret" not in text
+
+    def test_again_is_harmless_and_another_body_a_conflict(self, run, refused):
+        first = run(*SAMPLES, "--json")
+        assert run(*SAMPLES, "--json") == first
+        assert "request r-1 exists already" in refused(4, *FILE, "--samples", "other")
+
+    def test_of_many_the_refused_are_counted_and_the_others_filed(self, run, refused, ledger, tmp_path):
+        run(*SAMPLES)
+        file = tmp_path / "requests.json"
+        file.write_text(json.dumps([entry(0), entry(1, model_line="cats"), entry(2)]))
+        assert "1 of 3 requests were refused: request r-1 exists already" in refused(4, "submit", str(file))
+        assert [state.request.id for state in ledger.list(line="faces")] == ["r-1", "r-0", "r-2"]
+
+    def test_dry_run_writes_nothing(self, run, store):
+        assert "nothing was written" in run(*SAMPLES, "--dry-run")
+        assert list(store.list("")) == []
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["submit"],
+            ["submit", "no-such-file.json"],
+            ["submit", "no-such-file.json", "--id", "r-1"],
+            FILE,
+            [*SAMPLES, "--class", "3"],
+            [*FILE, "--samples", ""],
+            [*SAMPLES, "--received-at", "soon"],
+            [*SAMPLES, "--received-at", "2999-01-01"],
+            ["submit", "--id", "R 1", "--line", "faces", "--class", "3"],
+        ],
+    )
+    def test_a_wrong_call_is_refused(self, refused, store, arguments):
+        assert "To fix it: " in refused(2, *arguments)
+        assert list(store.list("")) == []
+
+    def test_a_terminal_shows_progress(self, store, tmp_path):
+        """On a real pseudo-terminal; elsewhere standard error stays empty."""
+        file = tmp_path / "requests.json"
+        file.write_text(json.dumps([entry(number) for number in range(100)]))
+        script = """
+            import os, pty, sys
+            sys.exit(os.waitstatus_to_exitcode(pty.spawn([sys.executable, *sys.argv[1:]])))
+        """
+        salun = ["-c", "from salun_core.cli.app import main; main()", "request"]
+        call = [*salun, "submit", str(file), "--store", store.uri]
+        command = [sys.executable, "-c", textwrap.dedent(script), *call]
+        shown = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+        assert shown.returncode == 0, shown.stdout
+        assert "filing requests" in shown.stdout
+        assert "100/100" in shown.stdout
+        quiet = subprocess.run([sys.executable, *call], capture_output=True, text=True, check=True, timeout=120)
+        assert quiet.stderr == ""
+
+
+class TestShow:
+    def test_where_it_stands_and_its_moves(self, run, ledger):
+        run(*SAMPLES)
+        ledger.move("r-1", Status.IN_PROGRESS, "sweep", "claimed", run="run-1")
+        ledger.move("r-1", Status.COMPLETED, "sweep", "[bold]published[/]", outcome=Outcome.UNLEARNED)
+        text = run("show", "r-1")
+        assert text.startswith("r-1: completed, due ")
+        assert "2 samples" in text
+        assert "completed: unlearned" in text
+        assert "[bold]published[/]" in text
+        assert "secret" not in text
+
+    def test_what_it_names_is_shown_only_on_demand(self, run):
+        run(*SAMPLES)
+        hidden, shown = json.loads(run("show", "r-1", "--json")), json.loads(run("show", "r-1", "--target", "--json"))
+        assert hidden["request"]["target"] == {"kind": "samples", "summary": "2 samples"}
+        assert shown["request"]["target"] == {"kind": "samples", "ids": ["secret-1", "secret-2"]}
+        assert "secret-1" in run("show", "r-1", "--target")
+        assert (hidden["status"], hidden["overdue"], len(hidden["events"])) == ("queued", False, 1)
+
+    def test_overdue_is_said(self, run):
+        run(*SAMPLES, "--received-at", "2020-01-31")
+        assert "queued, overdue, due 2020-02-29" in run("show", "r-1")
+        run("cancel", "r-1", "--reason", "withdrawn")
+        assert "overdue" not in run("show", "r-1")
+
+    def test_an_unknown_one_names_the_nearest(self, run, refused):
+        run(*SAMPLES)
+        assert "did you mean 'r-1'" in refused(2, "show", "r-2")
+
+
+class TestList:
+    def test_filters(self, run, ledger):
+        for number, day in enumerate(["2026-01-10", "2026-01-20", "2020-01-30"]):
+            run("submit", "--id", f"r-{number}", "--line", "faces", "--samples", "secret-1", "--received-at", day)
+        run("hold", "r-1", "--reason", "in doubt")
+
+        def ids(*flags):
+            return [row["id"] for row in json.loads(run("list", "--json", *flags))]
+
+        assert ids() == ["r-2", "r-0", "r-1"]
+        assert ids("--status", "on_hold") == ["r-1"]
+        assert ids("--due-before", "2026-02-20") == ["r-2", "r-0"]
+        assert ids("--line", "cats") == []
+        text = run("list")
+        assert "queued, overdue" in text
+        assert "secret" not in text
+        assert run("list", "--line", "cats") == "no requests\n"
+        assert json.loads(run("list", "--json"))[0]["overdue"] is True
+
+    def test_an_unknown_status_names_the_nearest(self, refused):
+        assert "did you mean 'queued'" in refused(2, "list", "--status", "queue")
+
+
+class TestMoves:
+    def test_hold_release_cancel(self, run, ledger):
+        run(*SAMPLES)
+        assert run("hold", "r-1", "--reason", "in doubt") == "r-1: queued -> on_hold (event 2)\n"
+        assert run("release", "r-1", "--reason", "clear") == "r-1: on_hold -> queued (event 3)\n"
+        event = json.loads(run("cancel", "r-1", "--reason", "withdrawn", "--actor", "bob", "--json"))
+        assert (event["to_status"], event["actor"], event["reason"]) == ("cancelled", "bob", "withdrawn")
+        assert ledger.status("r-1") is Status.CANCELLED
+
+    @pytest.mark.parametrize(("end", "verb"), [(Status.FAILED, "retry"), (Status.COMPLETED, "reopen")])
+    def test_retry_and_reopen(self, run, ledger, end, verb):
+        run(*SAMPLES)
+        ledger.move("r-1", Status.IN_PROGRESS, "sweep", "claimed")
+        outcome = Outcome.RETRAINED if end is Status.COMPLETED else None
+        ledger.move("r-1", end, "sweep", "ended", outcome=outcome)
+        assert f"{end} -> queued" in run(verb, "r-1", "--reason", "again")
+
+    @pytest.mark.parametrize("verb", ["hold", "release", "cancel", "retry", "reopen"])
+    def test_dry_run_checks_and_writes_nothing(self, run, refused, store, verb):
+        run(*SAMPLES)
+        before = [entry.key for entry in store.list("")]
+        if verb in {"hold", "cancel"}:
+            assert "nothing was written" in run(verb, "r-1", "--reason", "test", "--dry-run")
+        else:
+            assert "r-1 is queued" in refused(4, verb, "r-1", "--reason", "test", "--dry-run")
+        assert [entry.key for entry in store.list("")] == before
