@@ -1,0 +1,60 @@
+# Every target sets up what it needs. Overrides go on the command line: make demo DATA=cifar10 PORT=8333
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+# The first interpreter that answers and is new enough; PYTHON=/path/to/python3.12 chooses another.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell \
+	$(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
+BIN := .venv/bin
+INSTALLED := .venv/installed
+JOBS ?= 2
+ARGS ?=
+BENCHMARKS ?= benchmarks/mask.py benchmarks/masked_step.py
+
+.PHONY: help setup demo test check generated bench image clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## Install everything into .venv, once
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is needed and none was found." \
+		"Install it (Debian: apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x "$$(command -v $(PYTHON))" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make: PYTHON=$(PYTHON) is not a Python of 3.11 or newer"; exit 1; }
+	@echo "Installing into .venv; the first time takes some minutes."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[kfp,local,dev]'
+	@touch $@
+
+demo: setup ## Forget real images end to end on this machine: S3, pipeline, gate, report (DATA=, PORT=)
+	@$(BIN)/salun demo $(if $(DATA),--data '$(DATA)') $(if $(PORT),--port '$(PORT)')
+
+test: setup ## Run all tests (JOBS=2 processes; ARGS='-k mask' goes to pytest)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: setup ## Format, lint, types, layers, and generated files in step
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pipelines compile --check
+	$(BIN)/python .ci/generated.py --check
+
+generated: setup ## Rewrite the generated files: compiled pipelines, references, schemas, component READMEs
+	$(BIN)/python -m pipelines compile
+	$(BIN)/python .ci/generated.py
+
+bench: setup ## Time the mask and the masked step (BENCHMARKS= runs other scripts)
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+image: setup ## Build the container image and run it as a cluster would
+	.ci/image
+
+clean: ## Remove .venv and whatever else was made here
+	rm -rf .venv .salun build dist *.egg-info local_outputs benchmarks/out \
+		.pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
