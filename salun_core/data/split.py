@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -37,11 +37,25 @@ class SplitManifest(Document):
         rows: dict[str, str] = getattr(self, split)
         return sorted(rows, key=lambda sample: (rows[sample], sample))
 
+    def without(self, ids: Collection[str]) -> SplitManifest:
+        """Return the split of a model that forgot these training samples: a later run may never retain them again.
+
+        Args:
+            ids: sample ids; those outside the training split change nothing.
+        """
+        gone = set(ids)
+        return SplitManifest(
+            dataset_digest=self.dataset_digest,
+            train={sample: row for sample, row in self.train.items() if sample not in gone},
+            validation=self.validation,
+            test=self.test,
+        )
+
     def check(self, table: Table) -> None:
         """Check that the data still are what the split was made from.
 
         Raises:
-            IntegrityError: a sample is gone or its bytes changed.
+            IntegrityError: a sample is gone, or its bytes or its label changed.
         """
         rows = {**self.train, **self.validation, **self.test}
         missing = [sample for sample in rows if sample not in table.position]
@@ -56,7 +70,7 @@ class SplitManifest(Document):
         if changed:
             raise IntegrityError(
                 "the data do not match the split manifest",
-                f"{changed} of {len(rows)} samples have other bytes",
+                f"{changed} of {len(rows)} samples have other bytes or another label",
                 "give the data set that the model was trained on",
             )
 

@@ -44,11 +44,8 @@ class Table:
 
     @cached_property
     def row_digests(self) -> list[str]:
-        """SHA-256 of each row's encoded image, or of its pixels."""
-        return [
-            sha256_bytes(payload if isinstance(payload, bytes) else np.ascontiguousarray(payload).tobytes())
-            for payload in self.payloads
-        ]
+        """SHA-256 of each row: its label, then its encoded image or its pixels."""
+        return [_row_digest(label, payload) for label, payload in zip(self.labels, self.payloads, strict=True)]
 
     @cached_property
     def digest(self) -> str:
@@ -76,6 +73,11 @@ class Table:
             subjects=[*self.subjects, *test.subjects],
             parts=["train"] * len(self) + ["test"] * len(test),
         )
+
+
+def _row_digest(label: int, payload: Payload) -> str:
+    data = payload if isinstance(payload, bytes) else np.ascontiguousarray(payload).tobytes()
+    return sha256_bytes(f"{label}\n".encode() + data)
 
 
 def _first_difference(left: Sequence[str], right: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from salun_core.saliency import SaliencyMask
 from salun_core.steps.inputs import Inputs, load_inputs
 from salun_core.steps.observe import observed
 from salun_core.steps.unlearning import read_run
+from salun_core.storage.local import write_whole
 from salun_core.unlearn import method_config, pick_device, unlearn
 from salun_core.unlearn.training import fresh_classifier
 
@@ -65,7 +66,7 @@ def evaluate(
     with observed("evaluate", model_line) as metrics:
         inputs = load_inputs(before, forget_manifest_uri, data)
         candidate = load_model(after)
-        _check_pair(inputs.original, candidate)
+        check_pair(inputs.original, candidate, inputs.forget_set)
         chosen = pick_device(device)
         run = read_run(after, candidate)
         started = time.perf_counter()
@@ -94,9 +95,8 @@ def evaluate(
 
 def write_evidence(path: Path, evidence: Evidence) -> None:
     """Write evidence as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(evidence.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, f"{text}\n".encode())
 
 
 def forgotten(forget_set: ForgetSet, train_count: int) -> Forgotten:
@@ -106,14 +106,19 @@ def forgotten(forget_set: ForgetSet, train_count: int) -> Forgotten:
     )
 
 
-def _check_pair(original: LoadedModel, candidate: LoadedModel) -> None:
+def check_pair(original: LoadedModel, candidate: LoadedModel, forget_set: ForgetSet) -> None:
+    """Check that two models can be compared: one architecture, and one split but for what was forgotten.
+
+    Raises:
+        ModelError: they are of different architectures or splits.
+    """
     if original.card.architecture != candidate.card.architecture:
         raise ModelError(
             "the two models differ in architecture",
             f"{original.card.architecture} and {candidate.card.architecture}",
             "compare a model with its own child",
         )
-    if original.card.split_digest != candidate.card.split_digest:
+    if candidate.split.digest not in (original.split.digest, original.split.without(forget_set.ids).digest):
         raise ModelError("the two models are of different splits", "their figures cannot be compared", "use one split")
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from salun_core.config import load
-from salun_core.digest import check_digest
+from salun_core.digest import check_digest, sha256_file
 from salun_core.evaluation import Evidence
 from salun_core.gate import Expected, GateDecision, decide
 from salun_core.models import LoadedModel, load_model
@@ -19,6 +19,7 @@ from salun_core.steps.inputs import Inputs, load_inputs
 from salun_core.steps.observe import observed
 from salun_core.steps.sources import read_policy
 from salun_core.storage import FileStore, open_store
+from salun_core.storage.local import write_whole
 from salun_core.storage.names import run_key
 from salun_core.storage.versions import VersionManifest, history, publish_head, read_version, stage_version
 from salun_core.telemetry.push import StepMetrics
@@ -55,6 +56,8 @@ def gate_and_publish(
 ) -> Published:
     """Judge and publish. A refusal leaves the line as it was and writes decision and report under `runs/<run>/`.
 
+    The same run may try again: what it published already it finds and returns.
+
     Args:
         before: folder of the original model.
         after: folder of the unlearned model.
@@ -74,7 +77,7 @@ def gate_and_publish(
     Raises:
         GateRefusedError: the gate refused.
         ConflictError: HEAD is not `parent` any more.
-        IntegrityError: `before` is not the parent's model.
+        IntegrityError: `before` is not the parent's model, or the model after would retain a forgotten sample later.
     """
     with observed("gate_publish", model_line) as metrics:
         store = open_store(store_uri)
@@ -83,6 +86,8 @@ def gate_and_publish(
         check_digest("the model before", manifest.files[WEIGHTS].sha256, inputs.original.digest)
         measured = load(Evidence, evidence)
         candidate = load_model(after)
+        kept = inputs.original.split.without(inputs.forget_set.ids)
+        check_digest("the split of the model after, without what was forgotten", kept.digest, candidate.split.digest)
         decision = decide(measured, read_policy(policy_uri), _expected(inputs, candidate, mask, measured))
         metrics.record_evidence(measured, decision)
         context = report_context(store, model_line, parent, measured)
@@ -94,16 +99,16 @@ def gate_and_publish(
             _keep(store, run, files)
         decision.require()
         files |= {name: after / name for name in (WEIGHTS, CARD, SPLIT)}
-        version = _publish(store, model_line, manifest, parent, measured, files, run)
+        version = _published_before(store, model_line, parent, files[WEIGHTS], run)
+        version = version or _publish(store, model_line, manifest, parent, measured, files, run)
         _record_debt(metrics, read_version(store, model_line, version))
         return Published(version, decision)
 
 
 def write_decision(path: Path, decision: GateDecision) -> None:
     """Write a decision as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(decision.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, f"{text}\n".encode())
 
 
 def _expected(inputs: Inputs, candidate: LoadedModel, mask: Path | None, measured: Evidence) -> Expected:
@@ -150,6 +155,15 @@ def _keep(store: FileStore, run: str, files: dict[str, Path]) -> None:
     """Keep the evidence of a refused run; it holds neither weights nor sample ids."""
     for name, path in files.items():
         store.upload(path, run_key(run, name))
+
+
+def _published_before(store: FileStore, line: str, parent: str, weights: Path, run: str | None) -> str | None:
+    """Find what an earlier attempt of this very run published before it was lost."""
+    if run is None:
+        return None
+    ours = [item for item in history(store, line) if (item.manifest.run, item.manifest.parent) == (run, parent)]
+    digest = sha256_file(weights)
+    return next((item.digest for item in ours if item.manifest.files[WEIGHTS].sha256 == digest), None)
 
 
 def _publish(

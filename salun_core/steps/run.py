@@ -49,13 +49,16 @@ def new_run_id() -> str:
     return f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
-def run_all(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda step: None) -> RunOutcome:
+def run_all(
+    config: RunConfig, folder: Path, say: Callable[[str], None] = lambda step: None, run: str | None = None
+) -> RunOutcome:
     """Run the five steps one after the other.
 
     Args:
         config: the parameters.
         folder: working folder; each step writes below it.
         say: called with the name of each step before it starts.
+        run: id of the run; a fresh one by default.
 
     Returns:
         What was made.
@@ -64,7 +67,8 @@ def run_all(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda
         GateRefusedError: the gate refused; nothing was published.
         SalunError: any step failed.
     """
-    run, line, forget = new_run_id(), config.model_line, config.forget_manifest_uri
+    run = run or new_run_id()
+    line, forget = config.model_line, config.forget_manifest_uri
     before, after, mask = folder / "before", folder / "after", folder / "mask.safetensors"
     say("fetch_model")
     fetched = fetch_model(config.store_uri, line, forget, before)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from salun_core.config import parse
 from salun_core.data import DataSpec, ImageSet, LoadedData, load_data
 from salun_core.data.images import Normalisation
-from salun_core.errors import ModelError
+from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation.outputs import outputs_of
 from salun_core.models import ModelCard, build_classifier, save_model
 from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS, load_weights
@@ -21,6 +24,8 @@ from salun_core.unlearn import UnlearnConfig
 from salun_core.unlearn.checkpoint import CheckpointStore
 from salun_core.unlearn.loop import OnEpoch
 from salun_core.unlearn.training import train_classifier
+
+RECIPE = {"epochs": 30, "learning_rate": 0.1, "schedule": "cosine", "batch_size": 64, "batch_norm": "update"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,20 @@ class Made:
     digest: str
     train_accuracy: float
     test_accuracy: float
+
+
+def training_config(overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
+    """Resolve the configuration of a training: the recipe above, then what the user gave.
+
+    Raises:
+        UsageError: an unknown key, or a value out of range (all faults are listed).
+    """
+    config = parse(UnlearnConfig, {**RECIPE, **(overrides or {})}, "configuration of the training")
+    if config.batch_norm == "freeze":
+        raise UsageError(
+            "a training cannot freeze batch norm", "fresh weights have no statistics yet", "set batch_norm: update"
+        )
+    return config
 
 
 def train_model(

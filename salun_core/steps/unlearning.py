@@ -42,7 +42,7 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 def run_unlearning(
     model: Path,
-    mask: Path,
+    mask: Path | None,
     forget_manifest_uri: str,
     out: Path,
     *,
@@ -58,7 +58,7 @@ def run_unlearning(
 
     Args:
         model: folder of the original model.
-        mask: mask file of this very model and forget set.
+        mask: mask file of this very model and forget set; None for a method that takes none.
         forget_manifest_uri: address of the forget targets.
         out: folder for the new model; it appears whole or not at all.
         method: a name of `METHODS`.
@@ -80,8 +80,7 @@ def run_unlearning(
     with observed("unlearn", model_line):
         config = method_config(method, {**(overrides or {}), "seed": seed})
         inputs = load_inputs(model, forget_manifest_uri, data)
-        loaded = SaliencyMask.load(mask)
-        _check_mask(loaded, inputs)
+        loaded = read_mask(mask, inputs)
         checkpoint = checkpoint or _checkpoint_from_environment(model_line)
         result = unlearn(
             inputs.original.model,
@@ -102,9 +101,19 @@ def run_unlearning(
         return result
 
 
-def _check_mask(mask: SaliencyMask, inputs: Inputs) -> None:
+def read_mask(path: Path | None, inputs: Inputs) -> SaliencyMask | None:
+    """Read a mask, if there is one, and check that it is of this very model and forget set.
+
+    Raises:
+        UsageError: there is no such file.
+        IntegrityError: it is damaged, or of another model or forget set.
+    """
+    if path is None:
+        return None
+    mask = SaliencyMask.load(path)
     check_digest("the model of the mask", mask.facts.get("model_digest", ""), inputs.original.digest)
     check_digest("the forget set of the mask", mask.facts.get("forget_set_digest", ""), inputs.forget_set.digest)
+    return mask
 
 
 def _checkpoint_from_environment(model_line: str) -> Path | None:
@@ -112,30 +121,32 @@ def _checkpoint_from_environment(model_line: str) -> Path | None:
     return Path(folder) / f"{model_line}.checkpoint.safetensors" if folder else None
 
 
-def _write(out: Path, inputs: Inputs, result: UnlearnResult, mask: SaliencyMask) -> None:
+def _write(out: Path, inputs: Inputs, result: UnlearnResult, mask: SaliencyMask | None) -> None:
     original = inputs.original
+    split = original.split.without(inputs.forget_set.ids)
     card = original.card.model_copy(
         update={
+            "split_digest": split.digest,
             "parent": original.digest,
             "method": result.method,
             "forget_set_digest": inputs.forget_set.digest,
             "training": result.config.model_dump() if get_method(result.method).fresh_start else original.card.training,
         }
     )
-    save_model(out, result.model.cpu(), card, original.split)
-    masked = get_method(result.method).needs_mask
+    used = mask if get_method(result.method).needs_mask else None
     facts = RunFacts(
         method=result.method,
         config=result.config.model_dump(),
         seed=result.config.seed,
-        density=mask.density if masked else None,
-        density_by_parameter=mask.density_by_parameter() if masked else {},
-        seconds={"mask": float(mask.facts.get("seconds", "nan")) if masked else 0.0, "unlearn": result.seconds},
-        passes=result.passes + (len(inputs.forget_set.ids) if masked else 0),
+        density=used.density if used else None,
+        density_by_parameter=used.density_by_parameter() if used else {},
+        seconds={"mask": float(used.facts.get("seconds", 0.0)) if used else 0.0, "unlearn": result.seconds},
+        passes=result.passes + (len(inputs.forget_set.ids) if used else 0),
         history=result.history,
         environment=environment(),
     )
-    (out / RUN).write_text(json.dumps(facts.model_dump(mode="json"), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    run = json.dumps(facts.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+    save_model(out, result.model.cpu(), card, split, {RUN: run.encode()})
 
 
 def read_run(folder: Path, model: LoadedModel) -> RunFacts:
