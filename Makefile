@@ -34,7 +34,7 @@ demo: setup ## Forget real images end to end on this machine: S3, pipeline, gate
 	@$(BIN)/salun demo $(if $(DATA),--data '$(DATA)') $(if $(PORT),--port '$(PORT)')
 
 test: setup ## Run all tests (JOBS=2 processes; ARGS='-k mask' goes to pytest)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
 
 check: setup ## Format, lint, types, layers, and generated files in step
 	$(BIN)/ruff format --check .
@@ -43,10 +43,12 @@ check: setup ## Format, lint, types, layers, and generated files in step
 	$(BIN)/lint-imports
 	$(BIN)/python -m pipelines compile --check
 	$(BIN)/python .ci/generated.py --check
+	$(BIN)/python benchmarks/readme_tables.py --check
 
 generated: setup ## Rewrite the generated files: compiled pipelines, references, schemas, component READMEs
 	$(BIN)/python -m pipelines compile
 	$(BIN)/python .ci/generated.py
+	$(BIN)/python benchmarks/readme_tables.py
 
 bench: setup ## Time the mask and the masked step (BENCHMARKS= runs other scripts)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done

@@ -83,3 +83,31 @@ def _one_thread():
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def digits_model(tmp_path_factory):
+    """The folder of a small classifier that fits the digits, trained once a session."""
+    import torch
+
+    from salun_core.data import DataSpec
+    from salun_core.steps.training import train_model
+    from salun_core.unlearn import UnlearnConfig
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("digits") / "model"
+    config = UnlearnConfig(
+        epochs=6, learning_rate=0.1, schedule="cosine", batch_norm="update", batch_size=64, device="cpu"
+    )
+    train_model(DataSpec(source="digits"), "resnet8", config, folder)
+    return folder
+
+
+@pytest.fixture
+def digits_line(store, digits_model):
+    """The name of a model line in `store` whose first version is the digits' classifier."""
+    from salun_core.models import load_model
+    from salun_core.steps.training import register_model
+
+    register_model(store, "digits", digits_model, "train", len(load_model(digits_model).split.train))
+    return "digits"

@@ -130,12 +130,12 @@ def launch(binary: Path, folder: Path, bucket: str, ports: dict[str, int]) -> su
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # the terminal's Ctrl-C is for us; we stop the server afterwards
-            preexec_fn=_die_with_parent(),
+            preexec_fn=die_with_parent(),
         )
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """Return what makes the child end when this process is killed; Linux alone has it."""
+def die_with_parent() -> Callable[[], None] | None:
+    """Return a `preexec_fn` that makes the child end (SIGTERM) when this process is killed; Linux alone has it."""
     if sys.platform != "linux":
         return None
     prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()

@@ -7,26 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from salun_core.data import DataSpec
 from salun_core.errors import DataError, IntegrityError
 from salun_core.models import load_model, save_model
 from salun_core.steps.fetch import fetch_model
 from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.run import RunConfig, run_all
-from salun_core.steps.training import register_model, train_model
+from salun_core.steps.training import register_model
 from salun_core.storage.s3 import S3Store
 from salun_core.storage.versions import history, read_head
-from salun_core.unlearn import UnlearnConfig
 
 pytestmark = pytest.mark.s3
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "model"
-    config = UnlearnConfig(epochs=6, learning_rate=0.1, schedule="cosine", batch_norm="update")
-    train_model(DataSpec(source="digits", train_limit=600), "resnet8", config, folder)
-    return folder
 
 
 def targets(folder: Path, ids: list[str]) -> str:
@@ -39,16 +29,16 @@ def settings(store: S3Store, forget: str) -> RunConfig:
     return RunConfig(model_line="digits", forget_manifest_uri=forget, store_uri=store.uri, method_config={"epochs": 2})
 
 
-def test_a_second_run_does_not_retain_what_the_first_forgot(base: Path, store: S3Store, tmp_path: Path) -> None:
-    ids = load_model(base).split.ids("train")
-    register_model(store, "digits", base, "train", len(ids))
+def test_a_second_run_does_not_retain_what_the_first_forgot(digits_model: Path, store: S3Store, tmp_path: Path) -> None:
+    ids = load_model(digits_model).split.ids("train")
+    register_model(store, "digits", digits_model, "train", len(ids))
     first, second = ids[:8], ids[8:20]
     run_all(settings(store, targets(tmp_path, first)), tmp_path / "one")
     outcome = run_all(settings(store, targets(tmp_path, second)), tmp_path / "two")
 
     child = load_model(tmp_path / "two" / "after")
     assert set(child.split.train) == set(ids) - set(first) - set(second)
-    assert child.split.dataset_digest == load_model(base).split.dataset_digest
+    assert child.split.dataset_digest == load_model(digits_model).split.dataset_digest
     assert outcome.evidence.forgotten.train_count == len(ids) - len(first)
     newest = history(store, "digits")[0].manifest
     assert (newest.lineage.runs_since_training, newest.lineage.forgotten_since_training) == (2, 20)
@@ -56,11 +46,13 @@ def test_a_second_run_does_not_retain_what_the_first_forgot(base: Path, store: S
         fetch_model(store.uri, "digits", targets(tmp_path, first), tmp_path / "three")
 
 
-def test_a_candidate_that_would_retain_them_is_not_published(base: Path, store: S3Store, tmp_path: Path) -> None:
-    original = load_model(base)
+def test_a_candidate_that_would_retain_them_is_not_published(
+    digits_model: Path, store: S3Store, tmp_path: Path
+) -> None:
+    original = load_model(digits_model)
     forget = targets(tmp_path, original.split.ids("train")[:8])
-    parent = register_model(store, "digits", base, "train", len(original.split.train))
-    register_model(store, "twin", base, "train", len(original.split.train))
+    parent = register_model(store, "digits", digits_model, "train", len(original.split.train))
+    register_model(store, "twin", digits_model, "train", len(original.split.train))
     run_all(settings(store, forget).model_copy(update={"model_line": "twin"}), tmp_path / "run")
 
     made = load_model(tmp_path / "run" / "after")

@@ -1,0 +1,1 @@
+"""The steps of the pipelines as Kubeflow components, one folder a step; each only maps onto `salun_core.steps`."""

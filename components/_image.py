@@ -1,0 +1,25 @@
+"""The one place that names the image of every step, and the settings that all components share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl
+
+IMAGE = os.environ.get("SALUN_IMAGE", "salun:0.1.0")
+
+
+def component(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - kfp's component object, which has no types
+    """Turn a function into a component that runs in the project's image and installs nothing.
+
+    Args:
+        function: its source travels in the compiled pipeline, so it imports what it needs inside its body.
+
+    Returns:
+        The component.
+
+    The image is `SALUN_IMAGE` at compile time; a release names it by digest.
+    """
+    return dsl.component(function, base_image=IMAGE, install_kfp_package=False)

@@ -1,0 +1,49 @@
+"""Step 4 as a component."""
+
+from kfp import dsl
+
+from components._image import component
+
+
+@component
+def evaluate(
+    before: dsl.Input[dsl.Model],
+    after: dsl.Input[dsl.Model],
+    mask: dsl.Input[dsl.Artifact],
+    forget_manifest_uri: str,
+    evidence: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    classification: dsl.Output[dsl.ClassificationMetrics],
+    report: dsl.Output[dsl.HTML],
+    retrain_reference: bool = False,
+    model_line: str = "local",
+) -> None:
+    """Measure the model before and after: accuracies, membership attack, and which weights changed.
+
+    Args:
+        before: The model before unlearning.
+        after: The model after unlearning.
+        mask: The mask; weights outside it are compared bit by bit.
+        forget_manifest_uri: Address of what is to be forgotten.
+        evidence: Everything that the gate judges, as JSON.
+        metrics: The figures, to compare runs by.
+        classification: Confusion matrix of the test split and ROC curve of the membership attack, after unlearning.
+        report: The figures and their pictures, without a verdict yet.
+        retrain_reference: Also train a model from scratch without the forget set, and compare with it.
+        model_line: Name of the model line, for the metrics and the report.
+
+    Raises:
+        ModelError: The two models differ in architecture or split.
+    """
+    from pathlib import Path
+
+    from salun_core.steps.evaluation import evaluate as step
+    from salun_core.steps.summary import confusion, roc_points, scalar_metrics
+
+    paths = Path(before.path), Path(after.path), forget_manifest_uri, Path(evidence.path), Path(report.path)
+    found = step(*paths, mask=Path(mask.path), retrain_reference=retrain_reference, model_line=model_line)
+    for name, value in scalar_metrics(found).items():
+        metrics.log_metric(name, value)
+    if labels_and_counts := confusion(found):
+        classification.log_confusion_matrix(*labels_and_counts)
+    classification.log_roc_curve(*roc_points(found))

@@ -1,0 +1,32 @@
+"""Step 1 as a component."""
+
+from kfp import dsl
+
+from components._image import component
+
+
+@component
+def fetch_model(store_uri: str, model_line: str, forget_manifest_uri: str, model: dsl.Output[dsl.Model]) -> str:
+    """Fetch the HEAD of a model line and check that the forget set fits its data.
+
+    Args:
+        store_uri: The object store that holds the model lines, as s3://bucket/prefix.
+        model_line: Name of the model line.
+        forget_manifest_uri: Address of what is to be forgotten: a sealed manifest, a forget target or a list of them.
+        model: The model before unlearning: weights, card and split manifest in one folder.
+
+    Returns:
+        Digest of the version that was HEAD: the parent of what this run publishes.
+
+    Raises:
+        UsageError: There is no such line, or a target does not fit the data.
+        DataError: There is nothing to forget, or nothing to keep.
+        IntegrityError: A stored file or the data do not match their digests.
+    """
+    from pathlib import Path
+
+    from salun_core.steps.fetch import fetch_model as step
+
+    fetched = step(store_uri, model_line, forget_manifest_uri, Path(model.path))
+    model.metadata.update(model_line=model_line, version=fetched.version)
+    return fetched.version

@@ -1,0 +1,63 @@
+"""Step 5 as a component."""
+
+from kfp import dsl
+
+from components._image import component
+
+
+@component
+def gate_publish(
+    before: dsl.Input[dsl.Model],
+    after: dsl.Input[dsl.Model],
+    mask: dsl.Input[dsl.Artifact],
+    evidence: dsl.Input[dsl.Artifact],
+    forget_manifest_uri: str,
+    store_uri: str,
+    model_line: str,
+    parent: str,
+    decision: dsl.Output[dsl.Artifact],
+    report: dsl.Output[dsl.HTML],
+    policy_uri: str = "classifier",
+    run_id: str = "",
+) -> str:
+    """Judge the evidence by the policy and publish the model; a refusal fails the step and publishes nothing.
+
+    Args:
+        before: The model before unlearning.
+        after: The model after unlearning.
+        mask: The mask that was used.
+        evidence: What the evaluation measured.
+        forget_manifest_uri: Address of what is to be forgotten.
+        store_uri: The object store that holds the model lines, as s3://bucket/prefix.
+        model_line: Name of the model line.
+        parent: Digest of the version that the model before was fetched as.
+        decision: The gate's answer, a verdict for each rule, as JSON.
+        report: The report with the verdict.
+        policy_uri: The gate policy: the name of one that ships, a file, or an s3:// address.
+        run_id: Id of the run; a refused one keeps its evidence, decision and report under runs/ in the store.
+
+    Returns:
+        Digest of the version that is HEAD now.
+
+    Raises:
+        GateRefusedError: The gate refused; the line is as it was.
+        ConflictError: Another version was published meanwhile.
+        IntegrityError: The model before is not the parent's.
+    """
+    from pathlib import Path
+
+    from salun_core.steps.publishing import gate_and_publish, write_decision
+
+    paths = Path(before.path), Path(after.path), Path(evidence.path), Path(report.path)
+    published = gate_and_publish(
+        *paths,
+        forget_manifest_uri,
+        store_uri=store_uri,
+        model_line=model_line,
+        parent=parent,
+        policy_uri=policy_uri,
+        mask=Path(mask.path),
+        run=run_id or None,
+    )
+    write_decision(Path(decision.path), published.decision)
+    return published.version

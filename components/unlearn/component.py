@@ -1,0 +1,50 @@
+"""Step 3 as a component."""
+
+from kfp import dsl
+
+from components._image import component
+
+
+@component
+def unlearn(
+    model: dsl.Input[dsl.Model],
+    mask: dsl.Input[dsl.Artifact],
+    forget_manifest_uri: str,
+    unlearned: dsl.Output[dsl.Model],
+    method: str = "salun",
+    method_config: str = "{}",
+    seed: int = 0,
+    model_line: str = "local",
+) -> None:
+    """Unlearn the forget set; weights outside the mask stay bit-identical.
+
+    Args:
+        model: The model before unlearning.
+        mask: The mask of this model and this forget set.
+        forget_manifest_uri: Address of what is to be forgotten.
+        unlearned: The model after unlearning, with the facts of its run.
+        method: The unlearning method: salun, random_label, retrain, finetune or gradient_ascent.
+        method_config: What differs from the method's default configuration, as JSON text.
+        seed: Seed of the random labels, the order of the data and the augmentation.
+        model_line: Name of the model line, for the metrics.
+
+    Raises:
+        UsageError: The method or its configuration is wrong.
+        IntegrityError: The mask is of another model or another forget set.
+        ModelError: The loss became NaN or infinite.
+    """
+    from pathlib import Path
+
+    from salun_core.steps.unlearning import parse_overrides, run_unlearning
+
+    result = run_unlearning(
+        Path(model.path),
+        Path(mask.path),
+        forget_manifest_uri,
+        Path(unlearned.path),
+        method=method,
+        overrides=parse_overrides(method_config),
+        seed=seed,
+        model_line=model_line,
+    )
+    unlearned.metadata.update(method=method, seed=seed, seconds=result.seconds)

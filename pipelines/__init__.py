@@ -1,0 +1,1 @@
+"""The pipelines, their compiler and their local runner: `python -m pipelines --help`."""

@@ -1,0 +1,126 @@
+"""Compiles the pipelines into the files that ship, and tells when a file is out of step with its source."""
+
+from __future__ import annotations
+
+import tempfile
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kfp import compiler
+
+from components._image import IMAGE
+from pipelines.ir_lint import PLACEMENT, lint
+from pipelines.unlearning import NAME, unlearning
+from salun_core.errors import IntegrityError
+
+FOLDER = Path(__file__).resolve().parent / "compiled"
+CPU_NAME = f"{NAME}-cpu"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled pipeline.
+
+    Args:
+        name: of the pipeline and its file.
+        header: the comment that lists the run form's parameters.
+        spec: the pipeline spec.
+        platform: the platform spec: what Kubernetes is told.
+    """
+
+    name: str
+    header: str
+    spec: dict[str, Any]
+    platform: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The file that ships."""
+        return FOLDER / f"{self.name}.yaml"
+
+    @property
+    def text(self) -> str:
+        """The file's text; the same source gives the same text."""
+        documents = yaml.safe_dump_all([self.spec, self.platform], sort_keys=True, width=120)
+        return f"{self.header}\n{documents}"
+
+    def defects(self) -> list[str]:
+        """Return what the lint finds."""
+        placement = [name for name in PLACEMENT if name != "gpu_count" or self.name != CPU_NAME]
+        return lint(self.spec, self.platform, IMAGE, placement)
+
+
+def compile_all() -> list[Compiled]:
+    """Compile every pipeline that ships.
+
+    Returns:
+        The unlearning pipeline, and the same for clusters without accelerators.
+
+    Raises:
+        IntegrityError: a compiled pipeline has a defect; all are listed.
+    """
+    found = [compile_pipeline(unlearning, NAME)]
+    found.append(without_accelerator(found[0]))
+    for item in found:
+        if defects := item.defects():
+            raise IntegrityError(f"compiled {item.name} has defects", "; ".join(defects), "correct its source")
+    return found
+
+
+def compile_pipeline(pipeline: Any, name: str) -> Compiled:  # noqa: ANN401 - kfp's pipeline object
+    """Compile one pipeline.
+
+    Args:
+        pipeline: what `dsl.pipeline` gave.
+        name: of the file.
+
+    Returns:
+        The compiled pipeline.
+    """
+    with tempfile.TemporaryDirectory(prefix="salun-compile-") as folder:
+        path = Path(folder) / "pipeline.yaml"
+        compiler.Compiler().compile(pipeline, str(path))
+        text = path.read_text(encoding="utf-8")
+    header = "\n".join(line.rstrip() for line in text.splitlines() if line.startswith("#"))
+    spec, platform = yaml.safe_load_all(text)
+    return Compiled(name, header, spec, platform)
+
+
+def without_accelerator(compiled: Compiled) -> Compiled:
+    """Return the same pipeline for clusters without accelerators: no limit of them, and no parameter for it."""
+    spec = deepcopy(compiled.spec)
+    for executor in spec["deploymentSpec"]["executors"].values():
+        executor["container"]["resources"].pop("accelerator", None)
+    for task in spec["root"]["dag"]["tasks"].values():
+        for name in ("accelerator_count", "pipelinechannel--gpu_count"):
+            task["inputs"]["parameters"].pop(name, None)
+    spec["root"]["inputDefinitions"]["parameters"].pop("gpu_count")
+    spec["pipelineInfo"]["name"] = CPU_NAME
+    lines = [line for line in compiled.header.splitlines() if not line.startswith("#    gpu_count:")]
+    header = "\n".join(lines).replace(f"# Name: {compiled.name}", f"# Name: {CPU_NAME}")
+    return Compiled(CPU_NAME, header, spec, compiled.platform)
+
+
+def drift(compiled: Compiled) -> str | None:
+    """Compare with the file that ships; the version of the compiler does not count.
+
+    Args:
+        compiled: fresh from the source.
+
+    Returns:
+        What is wrong with the file, or None.
+    """
+    if not compiled.path.is_file():
+        return f"{compiled.path.name} does not exist"
+    shipped = list(yaml.safe_load_all(compiled.path.read_text(encoding="utf-8")))
+    wanted = [compiled.spec, compiled.platform]
+    return (
+        None if _comparable(shipped) == _comparable(wanted) else f"{compiled.path.name} is out of step with its source"
+    )
+
+
+def _comparable(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in document.items() if key != "sdkVersion"} for document in documents]

@@ -1,0 +1,66 @@
+"""What every step of a pipeline gets from Kubernetes: resources, place, identity, configuration, retries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kfp import kubernetes
+
+USER = 10001
+SECRET = "salun-s3"  # noqa: S105 - the name of a Secret
+SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+CONFIG_MAP = "salun-config"
+CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_REGION", "PUSHGATEWAY_URL")
+ACCELERATOR = "nvidia.com/gpu"
+HOUR = 3600
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The run form's parameters of a step's resources and place; each is a pipeline's own input.
+
+    Args:
+        cpu: request and limit of processor cores.
+        memory: request and limit of memory.
+        gpu_count: limit of accelerators, for the steps that compute.
+        node_selector: labels that the node must have.
+        tolerations: taints of nodes that the pod bears.
+    """
+
+    cpu: Any
+    memory: Any
+    gpu_count: Any
+    node_selector: Any
+    tolerations: Any
+
+
+def configure(task: Any, place: Placement, *, hours: float, gpu: bool = False, retries: int = 2) -> Any:  # noqa: ANN401 - kfp has no types
+    """Set up one task of a pipeline.
+
+    Args:
+        task: what calling a component inside a pipeline gave.
+        place: resources and place, from the pipeline's inputs.
+        hours: after which the pod is stopped.
+        gpu: whether the step computes on an accelerator.
+        retries: after a failure, with a back-off from half a minute; a step may always be repeated.
+
+    Returns:
+        The task.
+    """
+    task.set_caching_options(enable_caching=False)  # a hit could hand back what was to be forgotten
+    task.set_cpu_request(place.cpu).set_cpu_limit(place.cpu)
+    task.set_memory_request(place.memory).set_memory_limit(place.memory)
+    if gpu:
+        task.set_accelerator_type(ACCELERATOR).set_accelerator_limit(place.gpu_count)
+        kubernetes.empty_dir_mount(task, "dshm", "/dev/shm", medium="Memory", size_limit="2Gi")  # noqa: S108
+    task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
+    kubernetes.set_timeout(task, int(hours * HOUR))
+    kubernetes.add_node_selector_json(task, place.node_selector)
+    kubernetes.add_toleration_json(task, place.tolerations)
+    kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
+    kubernetes.use_secret_as_env(task, SECRET, {key: key for key in SECRET_KEYS}, optional=True)
+    kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in CONFIG_KEYS}, optional=True)
+    kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "salun")
+    kubernetes.add_pod_label(task, "app.kubernetes.io/component", task.name)
+    return task

@@ -1,0 +1,98 @@
+"""The unlearning pipeline: fetch -> mask -> unlearn -> evaluate -> gate & publish."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl
+
+from components.compute_mask import compute_mask
+from components.evaluate import evaluate
+from components.fetch_model import fetch_model
+from components.gate_publish import gate_publish
+from components.unlearn import unlearn
+from pipelines.resources import Placement, configure
+
+NAME = "salun-unlearning"
+
+
+def pipeline(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - kfp's component object, which has no types
+    """Turn a function into the pipeline of that name; its docstring is what the run form shows."""
+    return dsl.pipeline(name=NAME, description=(function.__doc__ or "").splitlines()[0])(function)
+
+
+@pipeline
+def unlearning(
+    model_line: str,
+    forget_manifest_uri: str,
+    store_uri: str,
+    method: str = "salun",
+    density: float = 0.5,
+    policy_uri: str = "classifier",
+    method_config: str = "{}",
+    seed: int = 0,
+    retrain_reference: bool = False,
+    gpu_count: int = 1,
+    cpu: str = "4",
+    memory: str = "16Gi",
+    node_selector: dict[str, str] = {},  # noqa: B006 - kfp reads the default and never calls with it
+    tolerations: list[dict[str, str]] = [],  # noqa: B006
+) -> None:
+    """Forget a part of the training data and publish the new model, if the gate passes it.
+
+    Args:
+        model_line: Name of the model line; its HEAD is what unlearns, and what a passed gate replaces.
+        forget_manifest_uri: Address of what is to be forgotten: a sealed manifest, a forget target or a list of them.
+        store_uri: The object store that holds the model lines, as s3://bucket/prefix.
+        method: The unlearning method: salun, random_label, retrain, finetune or gradient_ascent.
+        density: Share of the weights that may change, above 0 and at most 1.
+        policy_uri: The gate policy: the name of one that ships, or an s3:// address.
+        method_config: What differs from the method's default configuration, as JSON text such as {"epochs": 5}.
+        seed: Seed of the random labels, the order of the data and the augmentation.
+        retrain_reference: Also train a model from scratch without the forget set, and compare with it. Slow.
+        gpu_count: Accelerators for each of the steps that compute.
+        cpu: Processor cores for each step, such as 4 or 500m.
+        memory: Memory for each step, such as 16Gi.
+        node_selector: Labels that the nodes must have, as a JSON object.
+        tolerations: Taints that the pods bear, as a JSON list.
+    """
+    place = Placement(cpu, memory, gpu_count, node_selector, tolerations)
+    forget, line = forget_manifest_uri, model_line
+    fetched = fetch_model(store_uri=store_uri, model_line=line, forget_manifest_uri=forget)
+    before = fetched.outputs["model"]
+    masked = compute_mask(model=before, forget_manifest_uri=forget, density=density, method=method, model_line=line)
+    mask = masked.outputs["mask"]
+    unlearned = unlearn(
+        model=before,
+        mask=mask,
+        forget_manifest_uri=forget,
+        method=method,
+        method_config=method_config,
+        seed=seed,
+        model_line=line,
+    )
+    after = unlearned.outputs["unlearned"]
+    measured = evaluate(
+        before=before,
+        after=after,
+        mask=mask,
+        forget_manifest_uri=forget,
+        retrain_reference=retrain_reference,
+        model_line=line,
+    )
+    published = gate_publish(
+        before=before,
+        after=after,
+        mask=mask,
+        evidence=measured.outputs["evidence"],
+        forget_manifest_uri=forget,
+        store_uri=store_uri,
+        model_line=line,
+        parent=fetched.outputs["Output"],
+        policy_uri=policy_uri,
+        run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+    )
+    configure(fetched, place, hours=1)
+    configure(masked, place, hours=2, gpu=True)
+    configure(unlearned, place, hours=24, gpu=True)
+    configure(measured, place, hours=24, gpu=True)
+    configure(published, place, hours=1)

@@ -1,0 +1,114 @@
+"""`salun demo`: everything once, on this machine."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from salun_core.cli.options import DryRun
+from salun_core.cli.output import METRICS, emit, emit_plan, epochs, print_table, say
+
+if TYPE_CHECKING:
+    from salun_core.steps.demo import DemoOutcome
+
+
+def demo(
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="D", help="Own data: a folder of class folders, parquet, or a spec.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=1024, max=65535, help="Of the store; else a free one.")
+    ] = None,
+    work_dir: Annotated[Path, typer.Option("--work-dir", help="Folder for all that the demo makes.")] = Path(
+        ".salun", "demo"
+    ),
+    keep: Annotated[bool, typer.Option("--keep", help="Keep what is there, and add a model line.")] = False,
+    epochs_: Annotated[int | None, typer.Option("--epochs", min=1, help="Of the training.")] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Only start the store of an earlier demo again, until Ctrl-C.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Forget real images end to end: store, training, deletion requests, compiled pipeline, gate, report."""
+    from salun_core.steps.demo import demo_spec, run_demo
+    from salun_core.steps.demo_store import demo_store
+
+    spec = demo_spec(data)
+    if dry_run:
+        emit_plan("demo", {"would_write": work_dir, "data": spec.source, "train_limit": spec.train_limit})
+        return
+    say(f"starting the store in {work_dir}")
+    with demo_store(work_dir, port, fresh=not (keep or serve), must_exist=serve) as store_uri:
+        if serve:
+            _serve(work_dir, store_uri)
+            return
+        outcome = run_demo(work_dir, store_uri, spec, epochs_, say, epochs)
+    emit(_facts(outcome), lambda: _show(outcome, work_dir))
+    outcome.decision.require()
+
+
+def _serve(work_dir: Path, store_uri: str) -> None:
+    say(f"{store_uri} is served until Ctrl-C. In another shell:\n  set -a; . {work_dir}/s3.env; set +a")
+    signal.pause()
+
+
+def _facts(outcome: DemoOutcome) -> dict[str, object]:
+    return {
+        "line": outcome.line,
+        "parent": outcome.parent,
+        "version": outcome.version,
+        "passed": outcome.decision.passed,
+        "summary": outcome.decision.summary,
+        "metrics": {name: item.model_dump(mode="json") for name, item in outcome.evidence.metrics.items()},
+        "seconds": {"train": outcome.train_seconds, **outcome.evidence.run.seconds},
+        "requests": outcome.requests,
+        "files": {name: str(path) for name, path in outcome.files.items()},
+    }
+
+
+def _show(outcome: DemoOutcome, work_dir: Path) -> None:
+    evidence, seconds = outcome.evidence, outcome.evidence.run.seconds
+    rows: list[tuple[object, ...]] = [
+        (f"{name}  {_MEANING[name]}", *(_percent(value) for value in (item.before, item.after, item.reference)))
+        for name in METRICS
+        if (item := evidence.metrics.get(name)) is not None
+    ]
+    spent = (outcome.train_seconds, seconds["mask"] + seconds["unlearn"], seconds["reference"])
+    typer.echo()
+    print_table(["", "before", "after", "retrained"], [*rows, ("seconds", *(f"{value:.1f}" for value in spent))])
+    passed = outcome.decision.passed
+    typer.echo(f"\n{'PASSED' if passed else 'REFUSED'}: {outcome.decision.summary}")
+    state = "completed" if passed else "queued again"
+    for request, names in outcome.requests.items():
+        typer.echo(f"  {request} ({names}): {state}")
+    head, parent = outcome.version[:12], outcome.parent[:12]
+    typer.echo(f"\nmodel line {outcome.line}: HEAD is {head}" + (f", made from {parent}" if passed else ", as before"))
+    for name, path in outcome.files.items():
+        typer.echo(f"  {name:<17} {path}")
+    typer.echo(_NEXT.format(work=work_dir, line=outcome.line, request=next(iter(outcome.requests))))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+_MEANING = {
+    "UA": "forgotten images that the model gets wrong",
+    "UA_class": "of these: the forgotten class",
+    "UA_samples": "of these: the single samples",
+    "RA": "kept training images that it gets right",
+    "TA": "unseen images that it gets right",
+    "MIA": "forgotten images that an attack calls unseen",
+    "attack_auc": "attack that tells forgotten from unseen (50 % is chance)",
+    "gap": "mean distance to the retrained model",
+}
+_NEXT = """
+Next, open the report, or look into the store. In one shell:
+  salun demo --serve --work-dir {work}
+and in another:
+  set -a; . {work}/s3.env; set +a
+  salun model history {line}
+  salun request show {request}"""

@@ -1,0 +1,218 @@
+"""The worked example at the end of each verb's help, with its output as it was printed; a test runs them all."""
+
+from __future__ import annotations
+
+EXAMPLES = {
+    "doctor": """
+Example:
+
+  $ salun doctor --store s3://salun
+  check              state    found
+  ───────────────────────────────────────────────────────────
+  python             ok       3.11.7
+  torch              ok       2.13.0+cpu
+  torchvision        ok       0.28.0+cpu
+  timm               ok       1.0.31
+  safetensors        ok       0.8.0
+  scikit-learn       ok       1.9.1
+  boto3              ok       1.44.5
+  pyarrow            ok       26.0.1
+  matplotlib         ok       3.11.2
+  device             ok       cpu
+  threads            ok       2 cores, OMP_NUM_THREADS=1
+  disk               ok       65.3 GiB free
+  kfp                ok       2.17.0
+  embedded S3        ok       weed
+  container engine   ok       docker, podman
+  store              ok       s3://salun keeps all 6 promises
+  pushgateway        absent   none named
+  pushgateway: set PUSHGATEWAY_URL for metrics
+
+  everything that a run needs is here
+""",
+    "demo": """
+Example:
+
+  $ salun demo
+                                                                         before   after    retrained
+  ──────────────────────────────────────────────────────────────────────────────────────────────────
+  UA  forgotten images that the model gets wrong                         0.0%     84.5%    84.5%
+  UA_class  of these: the forgotten class                                0.0%     100.0%   100.0%
+  UA_samples  of these: the single samples                               0.0%     0.0%     0.0%
+  RA  kept training images that it gets right                            100.0%   100.0%   100.0%
+  TA  unseen images that it gets right                                   97.8%    97.8%    97.8%
+  MIA  forgotten images that an attack calls unseen                      0.0%     89.0%    84.5%
+  attack_auc  attack that tells forgotten from unseen (50 % is chance)   55.9%    38.0%    52.8%
+  gap  mean distance to the retrained model                              42.3%    1.1%     -
+  seconds                                                                5.4      2.5      2.8
+
+  PASSED: all 16 checks hold
+    demo-class (class 3): completed
+    demo-samples (24 samples): completed
+
+  model line demo: HEAD is 5e6b08a797b1, made from 11fddc7925f2
+    evidence.json     .salun/demo/evidence.json
+    decision.json     .salun/demo/decision.json
+    report.html       .salun/demo/report.html
+    mask.safetensors  .salun/demo/mask.safetensors
+
+  Next, open the report, or look into the store. In one shell:
+    salun demo --serve --work-dir .salun/demo
+  and in another:
+    set -a; . .salun/demo/s3.env; set +a
+    salun model history demo
+    salun request show demo-class
+""",
+    "train": """
+Example:
+
+  $ salun train --data digits --arch resnet8 --epochs 10 --out base
+  model           base
+  digest          ef62c1816b09faba1bce16db3423edc6ef9abcbf44887989771d0417ad202caa
+  train accuracy  1.0000
+  test accuracy   0.9777
+""",
+    "mask": """
+Example: forget.yaml holds {kind: class, class_id: 3}.
+
+  $ salun mask --model base --forget forget.yaml --density 0.5 --out mask.safetensors
+  mask     mask.safetensors
+  salient  38877
+  weights  77754
+  density  0.5000
+  scores   gradient-magnitude
+  digest   bbc0da81baa183065c86b714918d3808c462c218a030549a88f4e4cb160e1b6a
+""",
+    "unlearn": """
+Example:
+
+  $ salun unlearn --model base --mask mask.safetensors --forget forget.yaml --out after
+  model           after
+  method          salun
+  epochs          5
+  samples passed  6475
+  seconds         3.6800
+""",
+    "evaluate": """
+Example:
+
+  $ salun evaluate --before base --after after --mask mask.safetensors --forget forget.yaml \\
+          --out evidence.json --report report.html --retrain-reference
+  metric       before    after   retrained   n
+  ───────────────────────────────────────────────
+  UA           0.0000   1.0000      1.0000   131
+  UA_class     0.0000   1.0000      1.0000   131
+  RA           1.0000   0.9983      1.0000   1164
+  TA           0.9783   0.9689      0.9814   322
+  MIA          0.0000   1.0000      1.0000   131
+  attack_auc   0.6312   0.0000      0.0000   131
+  gap          0.5008   0.0035           -   131
+
+  evidence  evidence.json
+  report    report.html
+""",
+    "gate": """
+Example:
+
+  $ salun gate --evidence evidence.json --policy classifier --out decision.json
+  rule             threshold                 actual   margin   verdict
+  ────────────────────────────────────────────────────────────────────
+  forget set       not empty, not all data        -        -   pass
+  model changed    > 0 weights                    -        -   pass
+  weights finite   0 non-finite                   -        -   pass
+  frozen weights   0 changed                      -        -   pass
+  a rule applies   3 rules                        -        -   pass
+  RA >=            >= 0.9800                 0.9983   0.0183   pass
+  TA >=            >= 0.9483                 0.9689   0.0207   pass
+  UA_class >=      >= 0.9500                 1.0000   0.0500   pass
+
+  PASSED by policy classifier; decision in decision.json
+""",
+    "report": """
+Example:
+
+  $ salun report --evidence evidence.json --decision decision.json --out report.html
+  report  report.html
+  bytes   233126
+  judged  yes
+""",
+    "run": """
+Example: run.yaml holds {model_line: digits, forget_manifest_uri: forget.yaml, store_uri: 's3://salun', seed: 1}.
+
+  $ salun run --config run.yaml --work-dir work
+  metric       before    after   n
+  ───────────────────────────────────
+  UA           0.0000   1.0000   131
+  UA_class     0.0000   1.0000   131
+  RA           1.0000   0.9983   1164
+  TA           0.9783   0.9658   322
+  MIA          0.0000   1.0000   131
+  attack_auc   0.6312   0.0000   131
+
+  PASSED: all 14 checks hold
+  published 30ba85d143d2 in place of e0d83e8b3d6f
+  report    work/report.html
+  all else  work
+""",
+    "model import": """
+Example:
+
+  $ salun model import base/model.safetensors --arch resnet8 --data digits --out imported --line digits
+  model           imported
+  digest          ef62c1816b09faba1bce16db3423edc6ef9abcbf44887989771d0417ad202caa
+  train accuracy  1.0000
+  test accuracy   0.9777
+  line            digits
+  version         e0d83e8b3d6fb2fa5575783399a8aaa6bb84dc26ba8664c6dbb0d893084af46b
+""",
+    "model history": """
+Example:
+
+  $ salun model history digits
+  version        made by   forgotten   debt    runs   published
+  ────────────────────────────────────────────────────────────────────
+  30ba85d143d2   salun     131         10.1%   1      2026-11-24 09:29
+  e0d83e8b3d6f   import    0           0.0%    0      2026-11-24 09:29
+""",
+    "ls methods": """
+Example:
+
+  $ salun ls methods
+  method            needs_mask   epochs   learning_rate   about
+  ────────────────────────────────────────────────────────────────────────────
+  salun             yes          5               0.0030   SalUn
+  random_label      no           5               0.0030   Random labelling (RL)
+  retrain           no           182             0.1000   Retrain
+  finetune          no           5               0.0030   Fine-tuning (FT)
+  gradient_ascent   no           5               0.0005   Gradient ascent (GA)
+""",
+    "ls models": """
+Example:
+
+  $ salun ls models
+  model              kind
+  ───────────────────────────────
+  resnet8            architecture
+  resnet14           architecture
+  resnet20           architecture
+  resnet32           architecture
+  resnet44           architecture
+  resnet56           architecture
+  resnet18           architecture
+  torchvision:NAME   architecture
+  timm:NAME          architecture
+""",
+    "ls data": """
+Example:
+
+  $ salun ls data
+  data                 what
+  ────────────────────────────────────────────────────────────────────────────────────────────────
+  digits               1,797 handwritten digits of 8 x 8 pixels; comes with scikit-learn
+  torchvision:NAME     a torchvision data set that lies under `root`; none is downloaded
+  FOLDER               a folder of class folders, or one with train and test inside
+  FILE.parquet         image and label columns, the Hugging Face layout; or a folder of such files
+  s3://BUCKET/PREFIX   either of these in a store
+  SPEC.yaml            a data spec: source, test_source, columns, size, split, augmentation
+""",
+}

@@ -1,0 +1,152 @@
+"""What the command prints: results on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from salun_core.evaluation import Evidence
+    from salun_core.evaluation.evidence import EpochRecord
+
+
+@dataclass
+class Mode:
+    """How this call prints.
+
+    Args:
+        json: one JSON document on standard output, and nothing else there.
+        debug: tracebacks and logs on standard error.
+    """
+
+    json: bool = False
+    debug: bool = False
+
+
+MODE = Mode()
+METRICS = ("UA", "UA_class", "UA_samples", "RA", "TA", "MIA", "attack_auc", "gap")
+
+
+def emit(result: Mapping[str, Any] | Sequence[Any], show: Callable[[], None]) -> None:
+    """Print a result: as JSON where that was asked for, else by `show`."""
+    if MODE.json:
+        typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+    else:
+        show()
+
+
+def emit_facts(facts: Mapping[str, Any]) -> None:
+    """Print named values, one a line."""
+    emit(facts, lambda: _print_facts(facts))
+
+
+def _print_facts(facts: Mapping[str, Any]) -> None:
+    width = max((len(name) for name in facts), default=0)
+    for name, value in facts.items():
+        typer.echo(f"{name.replace('_', ' '):<{width}}  {_text(value)}")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def emit_plan(verb: str, facts: Mapping[str, Any]) -> None:
+    """Print what a dry run found: the inputs are valid, and this is what would be written."""
+
+    def show() -> None:
+        _print_facts(facts)
+        typer.echo(f"dry run: the inputs are valid, {verb} wrote nothing")
+
+    emit({"dry_run": True, **facts}, show)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under headings, numbers to the right; nothing is folded where no terminal is there."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for number, column in enumerate(columns):
+        cells = [row[number] for row in rows]
+        numeric = any(isinstance(cell, float) for cell in cells)
+        table.add_column(column, overflow="fold", justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(Text(_text(cell)) for cell in row))
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
+    with console.capture() as captured:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().rstrip().splitlines()))
+
+
+def print_metrics(evidence: Evidence) -> None:
+    """Print the metrics of evidence: before, after, and of the retrained model where there is one."""
+    rows = [
+        (name, item.before, item.after, item.reference, item.n)
+        for name in METRICS
+        if (item := evidence.metrics.get(name)) is not None
+    ]
+    with_reference = any(row[3] is not None for row in rows)
+    columns = ["metric", "before", "after", *(["retrained"] if with_reference else []), "n"]
+    print_table(columns, [row if with_reference else (*row[:3], row[4]) for row in rows])
+
+
+def say(text: str) -> None:
+    """Print a line of progress."""
+    typer.echo(text, err=True)
+
+
+@contextmanager
+def epochs(label: str, total: int) -> Iterator[Callable[[EpochRecord], None]]:
+    """Show the progress of a loop: a bar on a terminal, a line an epoch elsewhere.
+
+    Args:
+        label: what is running.
+        total: number of epochs.
+
+    Yields:
+        What the loop calls after each epoch.
+    """
+    if not sys.stderr.isatty():
+        yield lambda record: say(f"{label}: epoch {record.epoch} of {total}, {_losses(record)}")
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda record: bar.update(task, completed=record.epoch, description=f"{label}: {_losses(record)}")
+
+
+def _losses(record: EpochRecord) -> str:
+    return ", ".join(f"loss {name} {loss:.3f}" for name, loss in record.losses.items())
+
+
+def quiet_logs() -> None:
+    """Leave the logs of the steps out unless --debug asks for them: a verb says itself what it did or why not."""
+    import structlog
+
+    from salun_core.telemetry.logs import configure_logging
+
+    configure_logging(level="debug" if MODE.debug else "warning")
+    if not MODE.debug:
+        structlog.configure(processors=[_without_failures, *structlog.get_config()["processors"]])
+
+
+def _without_failures(_logger: Any, _method: str, event: Any) -> Any:  # noqa: ANN401 - structlog's own
+    import structlog
+
+    if event.get("event") == "step_failed":
+        raise structlog.DropEvent
+    return event

@@ -1,0 +1,57 @@
+"""A store with a trained model line, what is to be forgotten of it, and the compiled pipeline to run on both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.cli import COMPILED
+from pipelines.local import LocalRun, run_compiled
+from salun_core.models import load_model
+from salun_core.steps.training import register_model
+from salun_core.storage.s3 import S3Store
+from salun_core.storage.versions import read_head
+
+LINE = "digits"
+SHIPPED = COMPILED / "salun-unlearning.yaml"
+
+
+@dataclass(frozen=True)
+class House:
+    """A fresh store whose line holds one version, and one tenth of its training data to forget."""
+
+    store: S3Store
+    parent: str
+    forget_uri: str
+    forgotten: tuple[str, ...]
+
+    @property
+    def head(self) -> str:
+        return read_head(self.store, LINE)[0].version
+
+    def arguments(self, **changes: object) -> dict[str, object]:
+        quick = json.dumps({"epochs": 1, "learning_rate": 0.0005})
+        common = {"model_line": LINE, "store_uri": self.store.uri, "forget_manifest_uri": self.forget_uri}
+        return {**common, "method_config": quick, **changes}
+
+    def run(self, folder: Path, say=lambda line: None, **changes: object) -> LocalRun:
+        return run_compiled(SHIPPED, self.arguments(**changes), folder, say)
+
+
+@pytest.fixture
+def house(store, digits_model):
+    split = load_model(digits_model).split
+    parent = register_model(store, LINE, digits_model, "train", len(split.train))
+    ids = sorted(split.train)[::10]
+    store.put_new("forget.json", json.dumps({"kind": "samples", "ids": ids}).encode())
+    return House(store, parent, f"{store.uri}/forget.json", tuple(ids))
+
+
+@pytest.fixture
+def documents():
+    """Spec and platform of the shipped pipeline, to be damaged by a test."""
+    return list(yaml.safe_load_all(SHIPPED.read_text(encoding="utf-8")))

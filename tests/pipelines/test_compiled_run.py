@@ -1,0 +1,172 @@
+"""The very file that ships, run step by step in processes of their own, on a real store."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from salun_core.config import load
+from salun_core.evaluation import Evidence
+from salun_core.gate import GateDecision
+from salun_core.storage.names import run_key
+from salun_core.storage.versions import history, publish, read_version
+
+pytestmark = [pytest.mark.s3, pytest.mark.e2e]
+STEPS = ["fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish"]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def artifacts_of(run, step):
+    """The artifacts that a step handed to Kubeflow, by name."""
+    (path,) = run.folder.glob(f"steps/*/*/{step}/executor_output.json")
+    listed = json.loads(path.read_text(encoding="utf-8"))["artifacts"]
+    return {name: item["artifacts"][0] for name, item in listed.items()}
+
+
+def test_green_run(house, tmp_path):
+    """One test, for the run is long: what it published, wrote, logged, and kept to itself."""
+    said = []
+    run = house.run(tmp_path, said.append)
+    published(house, run, said)
+    left_its_documents(run)
+    handed_its_figures_to_kubeflow(run)
+    showed_no_sample_id(house, run)
+
+
+def published(house, run, said):
+    assert (run.exit_code, run.error) == (0, "")
+    assert list(run.steps) == STEPS
+    assert [line for line in said if "Executing" in line][0] == "Executing task fetch-model (1 of 5)"
+    assert run.parent == house.parent
+    assert run.version == house.head != house.parent
+    manifest = read_version(house.store, "digits", run.version)
+    assert manifest.parent == house.parent
+    assert manifest.forget_count == len(house.forgotten)
+    assert {"model.safetensors", "evidence.json", "decision.json", "report.html"} <= set(manifest.files)
+    assert re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", manifest.run)
+
+
+def left_its_documents(run):
+    evidence = load(Evidence, run.files["evidence.json"])
+    assert evidence.integrity.frozen_changed == 0
+    assert load(GateDecision, run.files["decision.json"]).passed
+    assert "<html" in run.files["report.html"].read_text(encoding="utf-8")[:200]
+    assert not list(run.folder.glob(".tmp-*"))
+
+
+def handed_its_figures_to_kubeflow(run):
+    evidence = load(Evidence, run.files["evidence.json"])
+    measured = artifacts_of(run, "evaluate")
+    metrics = measured["metrics"]["metadata"]
+    for name, metric in evidence.metrics.items():
+        assert metrics[f"{name}_after"] == pytest.approx(metric.after)
+    rows = measured["classification"]["metadata"]["confusionMatrix"]["rows"]
+    assert [row["row"] for row in rows] == evidence.confusion
+    curve = measured["classification"]["metadata"]["confidenceMetrics"]
+    assert [point["falsePositiveRate"] for point in curve] == evidence.roc["after"].fpr
+    assert all(0 <= point["confidenceThreshold"] <= 1 for point in curve)
+    for step in ("evaluate", "gate-publish"):
+        page = Path(artifacts_of(run, step)["report"]["uri"]).read_text(encoding="utf-8")
+        assert page.rstrip().endswith("</html>")
+
+
+def showed_no_sample_id(house, run):
+    log = run.files["run.log"].read_text(encoding="utf-8")
+    shown = [log, *(path.read_text() for path in run.folder.glob("steps/*/*/*/executor_output.json"))]
+    quoted = [f"{quote}{sample}{quote}" for sample in house.forgotten for quote in "'\""]
+    assert not [sample for sample in quoted for text in shown if sample in text]
+    assert house.parent in shown[0]  # where it would be found
+
+
+def test_refused_gate_is_red_and_publishes_nothing(house, tmp_path):
+    policy = tmp_path / "strict.yaml"
+    rule = {"metric": "TA", "op": ">=", "value": 1.0, "reason": "no model is perfect"}
+    policy.write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
+    run = house.run(tmp_path / "work", policy_uri=str(policy))
+    assert run.exit_code == 3
+    assert "the gate refused the model" in run.error
+    assert run.version is None
+    assert house.head == house.parent
+    assert not load(GateDecision, run.files["decision.json"]).passed
+    assert "<html" in run.files["report.html"].read_text(encoding="utf-8")[:200]
+    (run_id,) = re.findall(r'"run_id": "([^"]+)"', run.files["run.log"].read_text(encoding="utf-8"))
+    assert house.store.get(run_key(run_id, "decision.json")) is not None
+
+
+def test_stale_parent_is_red(house, tmp_path, digits_model):
+    moved = []
+
+    def publish_another(line):
+        """While this run works, another one publishes."""
+        if "compute-mask" in line:
+            files = {name: digits_model / name for name in ("model.safetensors", "model.json", "split.json")}
+            fields = {"line": "digits", "parent": house.parent, "method": "retrain", "lineage": {"trained_on": 1}}
+            moved.append(publish(house.store, fields, files)[0].version)
+
+    run = house.run(tmp_path, publish_another)
+    assert run.exit_code == 4
+    assert "stale parent" in run.error
+    assert house.head == moved[0]
+    assert len(history(house.store, "digits")) == 2
+
+
+def test_wrong_line_is_a_usage_error(house, tmp_path):
+    arguments = house.arguments(model_line="digitz")
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
+    result = CliRunner().invoke(app, ["run", *options, "--work-dir", str(tmp_path), "--json"])
+    assert result.exit_code == 2
+    outcome = json.loads(result.stdout)
+    assert outcome["exit_code"] == 2
+    assert list(outcome["seconds"]) == ["fetch-model"]
+    assert "model line digitz has no HEAD" in outcome["error"]
+    assert "Error: model line digitz has no HEAD" in result.stderr
+
+
+def test_remote_work_dir_is_refused(house, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in house.arguments().items()]
+    result = CliRunner().invoke(app, ["run", *options, "--work-dir", "s3://salun/work"])
+    assert result.exit_code != 0
+    assert "is no folder of this machine" in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def processes_of(folder):
+    """Ids of the processes whose temporary folder lies in a working folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"TMPDIR={folder}".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended, or belongs to somebody else
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to look for processes")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupt_leaves_no_process(house, tmp_path, number, code):
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in house.arguments().items()]
+    command = [sys.executable, "-m", "pipelines", "run", *options, "--work-dir", str(tmp_path), "--verbose"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        assert any("Got executor_input" in line for line in process.stderr)  # the step's own process is at work
+        assert len(processes_of(tmp_path)) >= 2
+        process.send_signal(number)
+        assert process.wait(timeout=60) == code
+    finally:
+        process.kill()
+        process.stderr.close()
+    deadline = time.monotonic() + 10
+    while processes_of(tmp_path) and time.monotonic() < deadline:  # the system still sweeps up
+        time.sleep(0.05)
+    assert processes_of(tmp_path) == []
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert house.head == house.parent

@@ -1,0 +1,85 @@
+"""A small trained model with all that the verbs make of it, and a runner that leaves no settings behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import structlog
+import torch
+from typer.testing import CliRunner
+
+from salun_core.cli.app import app
+from salun_core.cli.output import MODE
+
+
+@pytest.fixture(autouse=True)
+def _settings_restored():
+    """The command sets up logs for its process; the runner's streams are closed after each call."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    MODE.json = MODE.debug = False
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def salun(tmp_path, monkeypatch):
+    """Runs a verb in an empty folder of its own."""
+    for name in ("SALUN_STORE_URI", "PUSHGATEWAY_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return invoke
+
+
+@dataclass(frozen=True)
+class World:
+    """Files that one run of all verbs made, on scikit-learn's digits."""
+
+    folder: Path
+
+    def __getattr__(self, name):
+        return self.folder / name.replace("_", ".")
+
+    def listing(self):
+        return {path.relative_to(self.folder): path.stat().st_mtime_ns for path in self.folder.rglob("*")}
+
+
+def _made(*args):
+    result = invoke(*args)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    here = World(tmp_path_factory.mktemp("world"))
+    here.forget_json.write_text(json.dumps({"kind": "class", "class_id": 3}))
+    _made("train", "--data", "digits", "--arch", "resnet8", "--epochs", 10, "--out", here.base)
+    _made("mask", "--model", here.base, "--forget", here.forget_json, "--out", here.mask_st)
+    common = ("--mask", here.mask_st, "--forget", here.forget_json)
+    _made("unlearn", "--model", here.base, *common, "--out", here.after)
+    paths = ("--before", here.base, "--after", here.after, "--out", here.evidence_json, "--report", here.report_html)
+    _made("evaluate", *paths, *common)
+    torch.set_num_threads(threads)
+    return here
+
+
+@pytest.fixture
+def untouched(tmp_path, world):
+    """Fails a test that leaves a file behind, or changes one that was there."""
+    before = world.listing()
+    yield
+    assert sorted(path.name for path in tmp_path.rglob("*")) == []
+    assert world.listing() == before

@@ -1,0 +1,145 @@
+"""The demo with its steps in this process; tests/e2e runs it with the compiled pipeline."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+
+import pytest
+
+from salun_core.data import DataSpec, load_data
+from salun_core.data.forget import ClassTarget, SamplesTarget
+from salun_core.requests.deadlines import utc_clock
+from salun_core.requests.ledger import Ledger
+from salun_core.steps import demo as steps
+from salun_core.steps.demo_store import demo_store
+from salun_core.storage import open_store
+from salun_core.storage.versions import history, lines
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch, s3_server):  # s3_server: skipped where no server is installed
+    monkeypatch.setattr(steps, "find_checkout", lambda: None)
+
+
+def _states(work):
+    """Return the requests of a demo's store with where they stand, and its lines with their methods."""
+    with demo_store(work, None, fresh=False) as uri:
+        store = open_store(uri)
+        requests = {state.request.id: state.status.value for state in Ledger(store, utc_clock).list()}
+        methods = {line: [item.manifest.method for item in history(store, line)] for line in lines(store)}
+        scratch = [entry.key for entry in store.list("scratch/")]
+    return requests, methods, scratch
+
+
+def test_the_demo_forgets_and_a_second_one_adds_a_line(salun, tmp_path):
+    work = tmp_path / "work"
+    first = salun("demo", "--work-dir", work, "--json")
+    assert first.exit_code == 0, first.stderr
+    told = json.loads(first.stdout)
+    assert told["passed"]
+    assert told["metrics"]["RA"]["before"] >= 0.99
+    assert told["metrics"]["UA_class"]["after"] >= 0.95
+    assert told["metrics"]["gap"]["after"] < told["metrics"]["gap"]["before"]
+    assert sorted(told["files"]) == ["decision.json", "evidence.json", "mask.safetensors", "report.html"]
+    assert all((work / name).stat().st_size for name in told["files"])
+    assert not (work / "s3.env").exists()
+
+    again = salun("demo", "--work-dir", work, "--keep", "--epochs", "5", "--json")
+    assert again.exit_code in (0, 3), again.stderr
+    requests, methods, scratch = _states(work)
+    assert requests["demo-class"] == requests["demo-samples"] == "completed"
+    assert methods["demo"] == ["salun", "train"]
+    assert methods["demo-2"][-1] == "train"
+    assert scratch == []
+
+    fresh = salun("demo", "--work-dir", work, "--json")
+    assert fresh.exit_code == 0, fresh.stderr
+    assert list(_states(work)[1]) == ["demo"]
+
+
+def test_a_refusal_is_exit_3_and_queues_the_requests_again(salun, tmp_path, monkeypatch):
+    policy = {"name": "strict", "rules": [{"metric": "RA", "op": ">=", "value": 1.1, "reason": "more than all"}]}
+    (tmp_path / "policy.yaml").write_text(json.dumps(policy))
+    strict = functools.partial(steps.RunConfig, policy_uri=str(tmp_path / "policy.yaml"))
+    monkeypatch.setattr(steps, "RunConfig", strict)
+    result = salun("demo", "--work-dir", "work", "--epochs", "2")
+    assert result.exit_code == 3
+    assert "REFUSED: RA >=: more than all" in result.stdout
+    assert "demo-class (class 3): queued again" in result.stdout
+    requests, methods, _ = _states(tmp_path / "work")
+    assert requests == {"demo-class": "queued", "demo-samples": "queued"}
+    assert methods == {"demo": ["train"]}
+
+
+def test_a_failed_run_queues_the_requests_again(salun, tmp_path, monkeypatch):
+    def broken(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(steps, "run_all", broken)
+    result = salun("demo", "--work-dir", "work", "--epochs", "1")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert _states(tmp_path / "work")[0] == {"demo-class": "queued", "demo-samples": "queued"}
+
+
+def test_a_folder_of_something_else_is_left_alone(salun, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = salun("demo", "--work-dir", tmp_path)
+    assert result.exit_code == 2
+    assert "holds something else" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_demo_that_runs_is_left_alone(salun, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    with (work / ".salun-demo").open("w") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        result = salun("demo", "--work-dir", work)
+    assert result.exit_code == 2
+    assert "another demo runs there" in result.stderr
+
+
+def test_data_that_are_not_there_start_nothing(salun, tmp_path):
+    assert salun("demo", "--data", "no/where").exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_data_are_cut_to_a_size_that_takes_minutes(tmp_path):
+    (tmp_path / "spec.yaml").write_text("source: images\nsize: 48\n")
+    spec = steps.demo_spec(str(tmp_path / "spec.yaml"))
+    assert (spec.size, spec.train_limit, spec.test_limit) == (48, 2000, 1000)
+    assert steps.demo_spec(None) == DataSpec(source="digits")
+
+
+def test_of_two_classes_none_is_forgotten_as_a_whole(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    for label in ("left", "right"):
+        (tmp_path / label).mkdir()
+        for number in range(40):
+            pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / label / f"{number}.png")
+    targets = steps._targets(load_data(DataSpec(source=str(tmp_path))))
+    first, second = targets["first"], targets["second"]
+    assert isinstance(first, SamplesTarget)
+    assert not set(first.ids) & set(second.ids)
+
+
+def test_of_digits_a_class_and_samples_of_others_are_forgotten():
+    data = load_data(DataSpec(source="digits"))
+    targets = steps._targets(data)
+    assert targets["class"] == ClassTarget(dataset_digest=data.split.dataset_digest, class_id="3")
+    labels = {data.table.labels[data.table.position[sample]] for sample in targets["samples"].ids}
+    assert len(targets["samples"].ids) == steps.SAMPLES
+    assert 3 not in labels
+
+
+def test_there_is_nothing_to_serve_before_a_demo(salun, tmp_path):
+    result = salun("demo", "--serve", "--work-dir", "work")
+    assert result.exit_code == 2
+    assert "run `salun demo` first" in result.stderr
+    assert list(tmp_path.iterdir()) == []

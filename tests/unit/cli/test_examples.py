@@ -1,0 +1,67 @@
+"""Every example of the help runs as written and prints what the help shows, figures aside."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import typer
+
+from salun_core.cli.app import app
+from salun_core.cli.examples import EXAMPLES
+
+ORDER = ["train", "mask", "unlearn", "evaluate", "gate", "report", "model import", "run", "model history"]
+ALONE = ["doctor", "ls methods", "ls models", "ls data"]
+
+
+def _verbs(command, path=()):
+    for name, child in getattr(command, "commands", {}).items():
+        below = (*path, name)
+        yield from _verbs(child, below) if hasattr(child, "commands") else [" ".join(below)]
+
+
+def _parsed(text):
+    """Return the arguments and the lines of output of an example."""
+    lines = [line.removeprefix("  ") for line in text.strip().splitlines()[2:]]
+    typed = [lines.pop(0)]
+    while typed[-1].endswith("\\"):
+        typed.append(lines.pop(0))
+    return shlex.split(" ".join(line.rstrip("\\") for line in typed).removeprefix("$ ")), lines
+
+
+def _shape(lines):
+    """Names stay, figures and digests do not."""
+    words = [re.split(r" {2,}", re.sub(r"─+", "─", line.strip()))[0] for line in lines]
+    return [re.sub(r"\b[0-9a-f]{12}\b|\d+", "N", word) for word in words]
+
+
+def test_every_verb_has_an_example():
+    verbs = list(_verbs(typer.main.get_command(app)))
+    own = [verb for verb in verbs if not verb.startswith("request ")]
+    assert sorted(own) == sorted(EXAMPLES)
+    assert set(ORDER + ALONE) == set(own) - {"demo"}  # the demo's example is run in tests/e2e
+
+
+def _check(salun, verb):
+    (program, *args), lines = _parsed(EXAMPLES[verb])
+    assert program == "salun"
+    assert " ".join(args).startswith(verb)
+    result = salun(*args)
+    assert result.exit_code == 0, result.stderr
+    assert _shape(result.stdout.rstrip().splitlines()) == _shape(lines)
+
+
+def test_the_examples_follow_each_other(salun, store, monkeypatch, tmp_path):
+    monkeypatch.setenv("SALUN_STORE_URI", store.uri)
+    (tmp_path / "forget.yaml").write_text("{kind: class, class_id: 3}")
+    assert "forget.yaml holds {kind: class, class_id: 3}." in EXAMPLES["mask"]
+    settings = re.search(r"run\.yaml holds (.*)\.\n", EXAMPLES["run"])[1]
+    (tmp_path / "run.yaml").write_text(settings.replace("s3://salun", store.uri))
+    for verb in ORDER:
+        _check(salun, verb)
+
+
+@pytest.mark.parametrize("verb", ALONE)
+def test_an_example_that_stands_alone(salun, s3_server, verb):
+    _check(salun, verb)
