@@ -35,13 +35,13 @@ def compile_command(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a file is out of step.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Only the pipeline for clusters without accelerators.")] = False,
 ) -> None:
-    r"""Compile the pipelines into pipelines/compiled/, and check what came out.
+    """Compile the pipelines into pipelines/compiled/, and check what came out.
 
     \b
     $ python -m pipelines compile --check
     salun-unlearning.yaml is in step
     salun-unlearning-cpu.yaml is in step
-    """
+    """  # noqa: D301
     from pipelines.compile import CPU_NAME, compile_all, drift
 
     stale = False
@@ -87,7 +87,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the log of every step.")] = False,
 ) -> None:
-    r"""Run the compiled pipeline on this machine, each step in a process of its own.
+    """Run the compiled pipeline on this machine, each step in a process of its own.
 
     Progress goes to standard error, the outcome to standard output. Exit codes: 0 published, 2 usage,
     3 gate refused, 4 stale parent, 5 integrity, 1 anything else.
@@ -99,7 +99,7 @@ def run(
     ...
     published  digits@5f0c9b7a1d2e
     report     /tmp/salun-run-x1/report.html
-    """
+    """  # noqa: D301
     arguments = {
         "model_line": model_line,
         "forget_manifest_uri": forget_manifest_uri,

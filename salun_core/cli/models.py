@@ -134,9 +134,10 @@ def _plan(verb: str, spec: DataSpec, arch: str, out: Path, line: str | None, sto
 
 
 def _check_line(line: str | None, store: str | None) -> None:
-    """Refuse a line that cannot be begun before the work is done, not after it."""
+    """Refuse a line that cannot be begun, or a store that cannot hold one safely, before the work is done."""
     from salun_core.errors import ConflictError, UsageError
     from salun_core.storage import open_store
+    from salun_core.storage.probe import require_safe
     from salun_core.storage.versions import read_head
 
     if line is None:
@@ -145,6 +146,7 @@ def _check_line(line: str | None, store: str | None) -> None:
         raise UsageError("--line needs a store", "none is named", "give --store or set SALUN_STORE_URI")
     if read_head(open_store(store), line) is not None:
         raise ConflictError(f"model line {line} exists already", "it has a HEAD", "choose another name for a new line")
+    require_safe(open_store(store))
 
 
 def _finish(made: Made, out: Path, line: str | None, store: str | None, method: str) -> None:

@@ -21,6 +21,7 @@ from salun_core.digest import check_digest, sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, ModelError, UsageError
 from salun_core.models.card import ModelCard
 from salun_core.models.registry import build_classifier
+from salun_core.storage.local import disk_error
 
 WEIGHTS, CARD, SPLIT = "model.safetensors", "model.json", "split.json"
 
@@ -99,7 +100,8 @@ def save_model(
         The digest of the weights.
 
     Raises:
-        UsageError: the folder cannot be written, or holds something that is not a model.
+        StoreError: the folder cannot be written.
+        UsageError: it holds something that is not a model.
     """
     check_digest("the split of the model card", split.digest, card.split_digest)
     data = weights_bytes(model)
@@ -116,7 +118,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write files into a new folder that appears whole, in place of an older model folder.
 
     Raises:
-        UsageError: it cannot be written, or what is there is not a model folder.
+        StoreError: it cannot be written.
+        UsageError: what is there is not a model folder.
     """
     if folder.exists() and not (folder / CARD).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty", "it holds something that is not a model", "give a new folder")
@@ -131,9 +134,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise UsageError(
-            f"cannot write {folder}", error.strerror or str(error), "check the path and the free space"
-        ) from error
+        raise disk_error(f"cannot write {folder.name}", folder, error) from error
 
 
 def _swap(new: Path, folder: Path) -> None:

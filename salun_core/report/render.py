@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from salun_core.errors import IntegrityError, SalunError
 from salun_core.report import histograms, plots, view, wording
 from salun_core.report.context import ReportContext
 from salun_core.report.svg import STATES
+from salun_core.storage.local import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -86,30 +85,11 @@ def write_report(path: Path, evidence: Evidence, decision: GateDecision | None, 
         context: as for `render_report`.
 
     Raises:
-        SalunError: the file cannot be written, or the page would be too large.
+        StoreError: the file cannot be written.
+        SalunError: the page would be too large.
     """
     page = render_report(evidence, decision, context).encode("utf-8")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, page)
-    except OSError as error:
-        raise SalunError(
-            f"cannot write the report {path}", str(error), "check the folder, its permissions and free space"
-        ) from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes it private; whoever serves the report runs as another user
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, page)
 
 
 def _template() -> Template:

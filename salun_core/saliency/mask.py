@@ -168,7 +168,7 @@ class SaliencyMask:
         """Write the mask as safetensors (packed bits, metadata), whole or not at all.
 
         Raises:
-            UsageError: the file cannot be written.
+            StoreError: the file cannot be written.
         """
         mask_file.write(
             Path(path),

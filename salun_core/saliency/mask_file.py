@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from safetensors.numpy import save as serialise
 
 from salun_core.digest import canonical_json
 from salun_core.errors import IntegrityError, SalunError, UsageError
+from salun_core.storage.local import write_whole
 
 FORMAT = "salun.mask/v1"
 Shapes = dict[str, tuple[int, ...]]
@@ -43,7 +42,7 @@ def write(path: Path, shapes: Shapes, bits: Mapping[str, np.ndarray], facts: Map
         facts: further metadata; keys and values are text.
 
     Raises:
-        UsageError: the file cannot be written.
+        StoreError: the file cannot be written.
     """
     metadata = {
         **facts,
@@ -51,21 +50,7 @@ def write(path: Path, shapes: Shapes, bits: Mapping[str, np.ndarray], facts: Map
         "digest": content_digest(shapes, bits),
         "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()}),
     }
-    data = serialise(dict(bits), metadata=metadata)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(data)
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise UsageError(
-            f"cannot write {path}", error.strerror or str(error), "check the path and the free space"
-        ) from error
+    write_whole(path, serialise(dict(bits), metadata=metadata))
 
 
 def read(path: Path) -> tuple[Shapes, dict[str, np.ndarray], int, dict[str, str]]:

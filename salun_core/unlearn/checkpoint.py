@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +16,9 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from salun_core.errors import ConflictError, IntegrityError, UsageError
+from salun_core.errors import ConflictError, IntegrityError
 from salun_core.evaluation.evidence import EpochRecord
+from salun_core.storage.local import write_whole
 
 FORMAT = "salun.checkpoint/v1"
 _HEADER, _DIGEST = "header", "digest"
@@ -51,20 +50,9 @@ class FileCheckpoint:
         """Replace the file, whole or not at all.
 
         Raises:
-            UsageError: it cannot be written.
+            StoreError: it cannot be written.
         """
-        temporary = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=".checkpoint-", delete=False) as file:
-                temporary = file.name
-                file.write(data)
-            os.replace(temporary, self.path)
-        except OSError as error:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-            why = error.strerror or str(error)
-            raise UsageError(f"cannot write {self.path}", why, "check the path and the free space") from error
+        write_whole(self.path, data)
 
 
 def snapshot(fingerprint: str, model: nn.Module, optimizer: Optimizer, history: Sequence[EpochRecord]) -> bytes:

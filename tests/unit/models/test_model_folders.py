@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from salun_core.data.images import Normalisation
-from salun_core.errors import IntegrityError, ModelError, UsageError
+from salun_core.errors import IntegrityError, ModelError, StoreError, UsageError
 from salun_core.models import ModelCard, build_classifier, load_model, save_model
 from salun_core.models.checkpoint import (
     CARD,
@@ -112,11 +112,11 @@ def test_saving_replaces_a_model_and_nothing_else(folder, lab, card, tmp_path):
 
 def test_a_save_that_fails_leaves_the_old_model_and_no_rest(folder, tmp_path, lab):
     before = {item.name: item.read_bytes() for item in folder.iterdir()}
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(StoreError, match="cannot write"):
         write_folder(folder, {CARD: b"{}", "no/such/folder": b"x"})
     assert {item.name: item.read_bytes() for item in folder.iterdir()} == before
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(StoreError, match="cannot write"):
         write_folder(tmp_path / "file" / "model", {CARD: b"{}"})
     assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "model"]
 
@@ -132,7 +132,7 @@ def test_a_rename_that_fails_puts_the_old_model_back(folder, tmp_path, monkeypat
         return rename(self, target)
 
     monkeypatch.setattr(Path, "replace", failing)
-    with pytest.raises(UsageError, match="No space left"):
+    with pytest.raises(StoreError, match="No space left"):
         write_folder(folder, {CARD: b"{}"})
     monkeypatch.undo()
     load_model(folder)

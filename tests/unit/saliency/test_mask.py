@@ -4,7 +4,7 @@ import struct
 import pytest
 import torch
 
-from salun_core.errors import ModelError, UsageError
+from salun_core.errors import ModelError, StoreError, UsageError
 from salun_core.saliency import SaliencyMask
 
 SCORES = {"a": torch.tensor([[0.1, -0.9], [0.5, 0.0]]), "b": torch.tensor([0.7])}
@@ -93,9 +93,9 @@ def test_saving_replaces_whole_and_leaves_nothing_behind_when_it_cannot(tmp_path
     SaliencyMask.from_scores(SCORES, 0.8).save(path)
     assert SaliencyMask.load(path).k == 4
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(StoreError, match="cannot write"):
         SaliencyMask.from_scores(SCORES, 0.8).save(tmp_path / "folder")
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(StoreError, match="cannot write"):
         SaliencyMask.from_scores(SCORES, 0.8).save(path / "below")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["folder", "mask.safetensors"]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
-from salun_core.errors import ConflictError, IntegrityError, UsageError
+from salun_core.errors import ConflictError, IntegrityError, StoreError
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 from salun_core.unlearn import FileCheckpoint, unlearn
@@ -237,12 +237,12 @@ def test_a_checkpoint_without_its_digest_is_refused(tmp_path):
         start("salun", store, epochs=1)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_a_usage_error(tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(StoreError, match="cannot write"):
         start("finetune", FileCheckpoint(tmp_path / "file" / "state"), epochs=1)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match="cannot write"):
+    with pytest.raises(StoreError, match="cannot write"):
         FileCheckpoint(tmp_path / "folder").save(b"x")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "folder"]
 
