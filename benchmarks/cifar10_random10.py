@@ -42,7 +42,7 @@ BASE: dict[str, Any] = {
     "augment": False,
 }
 SHARED: dict[str, Any] = {"epochs": 5, "batch_size": 128, "batch_norm": "update", "augment": False}
-GRID = [{"learning_rate": rate} for rate in (0.005, 0.01, 0.02)]  # the same for every method
+GRID = [{"learning_rate": rate} for rate in (0.005, 0.01, 0.02, 0.04)]  # the same for every method
 MASKED = [{**settings, "density": 0.5} for settings in GRID]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "FT": GRID,

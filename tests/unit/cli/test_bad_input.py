@@ -147,7 +147,7 @@ class TestForgetTargets:
     def test_an_unreadable_file(self, salun, world, elsewhere):
         (elsewhere / "f.yaml").write_text("kind: [")
         args = ("--model", world.base, "--forget", elsewhere / "f.yaml", "--out", "m")
-        assert "neither YAML nor JSON" in one_line(salun("mask", *args), 1)
+        assert "neither YAML nor JSON" in one_line(salun("mask", *args), 2)
 
 
 @pytest.mark.usefixtures("untouched")
@@ -155,7 +155,7 @@ class TestSettings:
     @pytest.mark.parametrize("density", ["0", "-0.1", "1.01", "nan"])
     def test_a_density_outside_its_range(self, salun, world, density):
         args = ("--model", world.base, "--forget", world.forget_json, "--out", "m", "--density", density)
-        assert "outside (0, 1]" in one_line(salun("mask", *args), 1)
+        assert "outside (0, 1]" in one_line(salun("mask", *args), 2)
 
     def test_an_unknown_method(self, salun, world):
         args = ("--model", world.base, "--forget", world.forget_json, "--out", "new", "--method", "salum")
@@ -300,7 +300,7 @@ class TestStore:
     @pytest.mark.usefixtures("untouched")
     def test_no_store_is_named(self, salun, world):
         args = ("--model", "digits", "--forget", world.forget_json, "--out", "m")
-        assert "SALUN_STORE_URI" in one_line(salun("mask", *args), 1)
+        assert "SALUN_STORE_URI" in one_line(salun("mask", *args), 2)
 
     @pytest.mark.usefixtures("untouched")
     def test_a_line_with_a_typo(self, salun, line):
