@@ -48,16 +48,10 @@ def gate_publish(
 
     from salun_core.steps.publishing import gate_and_publish, write_decision
 
-    paths = Path(before.path), Path(after.path), Path(evidence.path), Path(report.path)
+    paths = Path(before.path), Path(after.path), Path(evidence.path), Path(report.path), forget_manifest_uri
+    used, run = Path(mask.path), run_id or None
     published = gate_and_publish(
-        *paths,
-        forget_manifest_uri,
-        store_uri=store_uri,
-        model_line=model_line,
-        parent=parent,
-        policy_uri=policy_uri,
-        mask=Path(mask.path),
-        run=run_id or None,
+        *paths, store_uri=store_uri, model_line=model_line, parent=parent, policy_uri=policy_uri, mask=used, run=run
     )
     write_decision(Path(decision.path), published.decision)
     return published.version
