@@ -15,7 +15,7 @@ from hypothesis import settings
 
 from salun_core.errors import StoreError
 
-settings.register_profile("salun", deadline=None)
+settings.register_profile("salun", deadline=None, derandomize=os.environ.get("CI") == "true")  # CI: the same examples
 settings.load_profile("salun")
 
 _FOREIGN = ("AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE")

@@ -67,9 +67,10 @@ def entropy_attack(retain: Outputs, test: Outputs, forget: Outputs) -> np.ndarra
     """
     members, others = np.sort(modified_entropy(retain)), np.sort(modified_entropy(test))
     candidates = np.unique(np.concatenate([members, others]))
-    caught = np.searchsorted(members, candidates, side="right") / len(members)
-    kept = 1 - np.searchsorted(others, candidates, side="right") / len(others)
-    threshold = candidates[np.argmax(caught + kept)]
+    caught = np.searchsorted(members, candidates, side="right")
+    kept = len(others) - np.searchsorted(others, candidates, side="right")
+    right = caught * len(others) + kept * len(members)  # balanced accuracy in whole numbers, so that ties are ties
+    threshold = candidates[np.argmax(right)]
     return np.asarray(modified_entropy(forget) > threshold)
 
 
