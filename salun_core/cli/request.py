@@ -41,6 +41,10 @@ _EXAMPLE_SHOW = """Example:
   r-1: queued, due 2026-02-28 09:00, faces, 2 samples
   n   at                 from       to       try   actor   reason
   1   2026-01-31 09:00   received   queued   1     ana     submitted"""
+_EXAMPLE_REINDEX = """Example:
+
+  $ salun request reindex
+  index entries put or deleted: 2"""
 _EXAMPLE_LIST = """Example:
 
   $ salun request list --status queued --due-before 2026-03-01
@@ -56,10 +60,13 @@ def _example(verb: str, source: str, to: str, reason: str, number: int) -> str:
 def submit(
     store: _Store,
     file: Annotated[
-        str | None, typer.Argument(metavar="FILE", help="JSON, YAML or JSON lines, of one or many; - is stdin.")
+        str | None,
+        typer.Argument(metavar="FILE", help="JSON, YAML, JSON lines or OpenDSR, of one or many; - is stdin."),
     ] = None,
     request_id: Annotated[str | None, typer.Option("--id", help="The request's id, in place of a file.")] = None,
-    line: Annotated[str | None, typer.Option("--line", help="The model line to erase from.")] = None,
+    line: Annotated[
+        str | None, typer.Option("--line", help="The model line to erase from; with a file of OpenDSR too.")
+    ] = None,
     samples: Annotated[str | None, typer.Option("--samples", help="Sample ids to forget, with commas.")] = None,
     class_id: Annotated[str | None, typer.Option("--class", help="Class to forget: its number or name.")] = None,
     subject: Annotated[str | None, typer.Option("--subject", help="Subject reference to forget.")] = None,
@@ -82,14 +89,16 @@ def submit(
         "received_at": received_at,
         "source": source,
     }
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = {
+        name: value for name, value in flags.items() if value is not None and (file is None or name != "model_line")
+    }
     if (file is None) == (not given):
         raise UsageError(
             "give either a file or the request's own flags",
             "both were given" if given else "neither was given",
             "see salun request submit --help",
         )
-    submissions = [_from_flags(given)] if file is None else read_submissions(_read(file), file)
+    submissions = [_from_flags(given)] if file is None else read_submissions(_read(file), file, line)
     filed = _file_all(_ledger(store, dry_run), submissions, _who(actor))
     _print_filed(filed, dry_run)
 
@@ -204,6 +213,14 @@ def list_requests(
     states = _ledger(store).list(line, Status(status) if status else None, limit)
     rows = [views.as_row(state, utc_clock()) for state in states]
     emit(rows, lambda: views.print_rows(rows))
+
+
+@app.command(epilog=_EXAMPLE_REINDEX)
+def reindex(store: _Store, dry_run: DryRun = False) -> None:
+    """Compare the index of where requests stand with all of them, and mend it: after a restored backup."""
+    changed = _ledger(store, dry_run).reindex()
+    note = " (dry run, nothing was written)" if dry_run else ""
+    emit({"changed": changed}, lambda: typer.echo(f"index entries put or deleted: {changed}{note}"))
 
 
 @app.command(epilog=_example("hold", "queued", "on_hold", "identity in doubt", 2))

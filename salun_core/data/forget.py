@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import hmac
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -59,13 +61,42 @@ class ConceptTarget(Document):
     anchor_prompt: str = Field(min_length=1)
 
 
-ForgetTarget = Annotated[SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget, Field(discriminator="kind")]
-Target = SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget
+class RedactedTarget(Document):
+    """What is left of a target once its request is settled; with the data set, its hashes find the samples again."""
+
+    kind: Literal["redacted"] = "redacted"
+    of: Literal["samples", "class", "subject", "concept"] = Field(description="kind of the target before")
+    count: Annotated[int, Field(ge=0, strict=True)] = Field(
+        description="how many ids or prompts it named, 1 of another kind; 0 where a manifest held the ids"
+    )
+    dataset_digest: str | None = Field(default=None, description="data set that it belonged to; checked when given")
+    class_id: int | str | None = Field(default=None, description="the class, of a class only")
+    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = Field(
+        default=None, description="key of the hashes; none where nothing was to be found again"
+    )
+    hashes: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(
+        default=[], description="sorted HMAC-SHA256 of `<of> NUL <sample id or subject reference>`"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> RedactedTarget:
+        if (self.class_id is not None) != (self.of == "class"):
+            raise ValueError("`class_id` goes with a class, and that needs it")
+        if self.hashes and self.salt is None:
+            raise ValueError("`hashes` need their `salt`")
+        return self
+
+
+ForgetTarget = Annotated[
+    SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget | RedactedTarget, Field(discriminator="kind")
+]
+Target = SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget | RedactedTarget
 _KINDS: dict[str, type[Document]] = {
     "samples": SamplesTarget,
     "class": ClassTarget,
     "subject": SubjectTarget,
     "concept": ConceptTarget,
+    "redacted": RedactedTarget,
 }
 
 
@@ -109,6 +140,42 @@ def parse_target(data: Any, source: str) -> Target:  # noqa: ANN401 - plain data
     return cast(Target, parse(_KINDS[kind], data, source))
 
 
+def redact(target: Target, salt: str | None, ids: Sequence[str] | None = None) -> RedactedTarget:
+    """Return what may be kept of a target once its request is settled.
+
+    Hashes are kept of sample ids and of a subject only: a class names no person and stays, prompts find no samples.
+
+    Args:
+        target: the target; one that is redacted already loses at most its hashes.
+        salt: key of the hashes, 32 random hex digits; None keeps no hashes.
+        ids: the sample ids of a manifest, where the target names one.
+    """
+    if isinstance(target, RedactedTarget):
+        return target if salt else target.model_copy(update={"salt": None, "hashes": []})
+    if isinstance(target, ConceptTarget):
+        return RedactedTarget(of="concept", count=len(target.prompts))
+    if isinstance(target, ClassTarget):
+        return RedactedTarget(of="class", count=1, dataset_digest=target.dataset_digest, class_id=target.class_id)
+    if isinstance(target, SubjectTarget):
+        return RedactedTarget(of="subject", count=1, salt=salt, hashes=_hashes("subject", [target.subject_ref], salt))
+    return RedactedTarget(
+        of="samples",
+        count=len(target.ids or ()),
+        dataset_digest=target.dataset_digest,
+        salt=salt,
+        hashes=_hashes("samples", target.ids or ids or (), salt),
+    )
+
+
+def _hashes(of: str, names: Iterable[str], salt: str | None) -> list[str]:
+    return sorted({_hash(of, name, salt) for name in names}) if salt else []
+
+
+def _hash(of: str, name: str, salt: str) -> str:
+    data = f"{of}\0{name}".encode("utf-8", "surrogatepass")  # an id may be the name of a file
+    return hmac.new(bytes.fromhex(salt), data, hashlib.sha256).hexdigest()
+
+
 def resolve_forget(targets: Sequence[Target], table: Table, split: SplitManifest) -> ForgetSet:
     """Find the training samples that targets name (their union).
 
@@ -121,14 +188,15 @@ def resolve_forget(targets: Sequence[Target], table: Table, split: SplitManifest
         The forget set; it may be empty when nothing that was named is in the training split.
 
     Raises:
-        UsageError: an id or class that the data do not have; a target that a classifier cannot forget.
+        UsageError: an id or class that the data do not have; a concept; a redacted target that kept no hashes.
         IntegrityError: a target is of another data set.
     """
+    targets = [_class_again(target) for target in targets]
     ids: set[str] = set()
     for target in targets:
         ids |= _resolve_one(target, table, split)
     classes = sorted({_class_id(target, table) for target in targets if isinstance(target, ClassTarget)})
-    kinds = {target.kind for target in targets}
+    kinds = {target.of if isinstance(target, RedactedTarget) else target.kind for target in targets}
     if classes and all(table.labels[table.position[sample]] in classes for sample in ids):
         kinds = {"class"}  # whatever else was named lies within the classes
     return ForgetSet(
@@ -160,19 +228,21 @@ def require_partial(forget: ForgetSet, split: SplitManifest) -> None:
         )
 
 
+def _class_again(target: Target) -> Target:
+    if isinstance(target, RedactedTarget) and target.class_id is not None:
+        return ClassTarget(dataset_digest=target.dataset_digest, class_id=target.class_id)
+    return target
+
+
 def _resolve_one(target: Target, table: Table, split: SplitManifest) -> set[str]:
+    if isinstance(target, RedactedTarget):
+        return _found_again(target, table, split)
     if isinstance(target, ConceptTarget):
         raise UsageError(
             "a classifier cannot forget a concept", "prompts name images of a text-to-image model", "name a class"
         )
     if isinstance(target, SubjectTarget):
-        if not any(table.subjects):
-            raise UsageError(
-                "the data name no subjects", "the data spec has no `subject_column`", "add it to the data spec"
-            )
-        return {
-            sample for sample, subject in zip(table.ids, table.subjects, strict=True) if subject == target.subject_ref
-        }
+        return _samples_of({target.subject_ref}, table)
     if target.dataset_digest is not None:
         check_digest("the data set of a forget target", target.dataset_digest, split.dataset_digest)
     if isinstance(target, ClassTarget):
@@ -181,6 +251,25 @@ def _resolve_one(target: Target, table: Table, split: SplitManifest) -> set[str]
     if target.ids is None:
         raise UsageError("forget manifest was not fetched", "its ids lie in the store", "give a store that holds it")
     return _known_ids(target.ids, table)
+
+
+def _found_again(target: RedactedTarget, table: Table, split: SplitManifest) -> set[str]:
+    """Hash all that the data name and return the samples whose hashes the target kept; what is gone is no fault."""
+    if target.salt is None or not target.hashes:
+        raise UsageError(
+            "a redacted target cannot be found again", "nothing was kept of what it named", "file it again"
+        )
+    if target.dataset_digest is not None:
+        check_digest("the data set of a forget target", target.dataset_digest, split.dataset_digest)
+    kept, names = set(target.hashes), table.subjects if target.of == "subject" else table.ids
+    found = {name for name in set(names) if name is not None and _hash(target.of, name, target.salt) in kept}
+    return _samples_of(found, table) if target.of == "subject" else found
+
+
+def _samples_of(subjects: set[str], table: Table) -> set[str]:
+    if not any(table.subjects):
+        raise UsageError("the data name no subjects", "the spec has no `subject_column`", "add it to the data spec")
+    return {sample for sample, subject in zip(table.ids, table.subjects, strict=True) if subject in subjects}
 
 
 def _known_ids(ids: Sequence[str], table: Table) -> set[str]:

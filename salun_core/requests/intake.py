@@ -10,6 +10,7 @@ from typing import Any
 from salun_core.config import parse, parse_text
 from salun_core.errors import ConflictError, SalunError, UsageError
 from salun_core.requests.ledger import Ledger
+from salun_core.requests.opendsr import is_opendsr, read_opendsr
 from salun_core.requests.schema import Receipt, Submission
 
 _WRITERS = 16
@@ -24,12 +25,13 @@ class Filed:
     refused: Sequence[SalunError]
 
 
-def read_submissions(text: str, source: str) -> Sequence[Submission]:
-    """Read requests from JSON, YAML (one, or a list) or JSON lines.
+def read_submissions(text: str, source: str, line: str | None = None) -> Sequence[Submission]:
+    """Read requests from JSON, YAML (one, or a list) or JSON lines; each is one of ours, or one of OpenDSR.
 
     Args:
         text: the document.
         source: where it came from, for the message.
+        line: the model line of the OpenDSR requests, which name none.
 
     Raises:
         UsageError: it is none of these, is empty, or an entry has faults; the faulty entries are counted, and the
@@ -40,7 +42,7 @@ def read_submissions(text: str, source: str) -> Sequence[Submission]:
     faults: list[UsageError] = []
     for where, entry in entries:
         try:
-            found.append(parse(Submission, entry, where))
+            found.append(_read(entry, where, line))
         except UsageError as error:
             faults.append(error)
     if len(entries) == 1 and faults:
@@ -50,6 +52,16 @@ def read_submissions(text: str, source: str) -> Sequence[Submission]:
         raise UsageError(f"{len(faults)} of {len(entries)} requests have faults", some, "nothing was filed; correct it")
     _check_distinct(found, source)
     return found
+
+
+def _read(entry: Any, where: str, line: str | None) -> Submission:  # noqa: ANN401 - any YAML or JSON value
+    if is_opendsr(entry):
+        return read_opendsr(entry, line, where)
+    if line is not None:
+        raise UsageError(
+            f"{where} is no OpenDSR request", "only these get their model line from outside", "omit --line"
+        )
+    return parse(Submission, entry, where)
 
 
 def _entries(text: str, source: str) -> list[tuple[str, Any]]:

@@ -2,38 +2,40 @@
 
 A request is `requests/<id>/request.json`; its moves are `requests/<id>/events/<n>.json`. Whoever moves a request
 creates event n + 1 of the n that it read: of two who race, the store lets one create it and refuses the other.
+What stands where is found by the index (`index.py`), which every write here keeps right.
 """
 
 from __future__ import annotations
 
 import contextlib
-import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 
 from salun_core.config import parse
 from salun_core.data.forget import Target
 from salun_core.errors import ConflictError, UsageError
-from salun_core.requests import reading
+from salun_core.requests import index, reading, standing
 from salun_core.requests.deadlines import Clock, as_utc, due_after_one_month
+from salun_core.requests.index import IndexEntry
+from salun_core.requests.journal import Journal
+from salun_core.requests.moves import Move, event_after
 from salun_core.requests.schema import (
-    TRANSITIONS,
     DeletionRequest,
     Outcome,
     Receipt,
     RequestEvent,
     RequestState,
     Status,
-    next_attempt,
     status_after,
-    transition_allowed,
 )
-from salun_core.storage.names import event_key, request_key
+from salun_core.storage.names import request_key
 from salun_core.storage.objects import ObjectStore
 
 _CLOCKS_APART = timedelta(minutes=5)
 # Ways that only their own method takes, so that no general move takes them by accident.
 _DELIBERATE = {(Status.COMPLETED, Status.QUEUED): "reopen", (Status.FAILED, Status.QUEUED): "retry"}
+# Nobody will erase these any more; of a completed request its run knows what must be found again.
+_REDACTED_AT_ONCE = {Status.CANCELLED, Status.REJECTED}
 
 
 class Ledger:
@@ -47,6 +49,7 @@ class Ledger:
 
     def __init__(self, store: ObjectStore, clock: Clock, dry_run: bool = False) -> None:
         self._store, self._clock, self._dry_run = store, clock, dry_run
+        self._journal = Journal(store, dry_run)
 
     def submit(
         self,
@@ -74,13 +77,19 @@ class Ledger:
             ConflictError: a request of that id says something else.
         """
         request = self._draft(request_id, model_line, target, received_at, source)
-        event = self._next(request.id, None, Status.QUEUED, actor, "submitted")
+        event = event_after(request.id, None, Move(Status.QUEUED, actor, "submitted"), self._clock())
+        announced = self._journal.announce(request, event)
         try:
-            self._create(request_key(request.id), request.canonical())
+            self._journal.create(request_key(request.id), request.canonical())
         except ConflictError:
-            request = self._same_request(request, timed=received_at is not None)
+            state = self.state(request.id)
+            self._journal.drop_stale(announced.entry, state)
+            request = self._same_request(state.request, request, timed=received_at is not None)
+            if state.last is not None:
+                return Receipt.of(request)
+            announced = self._journal.announce(request, event)
         with contextlib.suppress(ConflictError):  # it has moved already: queued by a twin of this call, or held
-            self._create(event_key(request.id, 1), event.canonical())
+            self._journal.log(event, announced)
         return Receipt.of(request)
 
     def _draft(
@@ -104,11 +113,10 @@ class Ledger:
         }
         return parse(DeletionRequest, fields, f"request {request_id[:80]!r}")
 
-    def _same_request(self, new: DeletionRequest, timed: bool) -> DeletionRequest:
+    def _same_request(self, stored: DeletionRequest, new: DeletionRequest, timed: bool) -> DeletionRequest:
         """Return the stored request if it says the same; the time counts only where it was given."""
-        stored = self.get(new.id)
         times = {} if timed else {"received_at": stored.received_at, "due_at": stored.due_at}
-        if stored != new.model_copy(update=times):
+        if stored.filed_sha256 != new.model_copy(update=times).filed_sha256:
             raise ConflictError(
                 f"request {new.id} exists already",
                 "it says something else",
@@ -126,7 +134,7 @@ class Ledger:
 
     def state(self, request_id: str) -> RequestState:
         """Return a request with its last event; raises as `reading.read_request` and `reading.read_last`."""
-        return RequestState(request=self.get(request_id), last=reading.read_last(self._store, request_id))
+        return reading.read_state(self._store, request_id)
 
     def status(self, request_id: str) -> Status:
         """Return where a request stands, by its last event; raises as `reading.read_last`."""
@@ -146,10 +154,20 @@ class Ledger:
             IntegrityError: a document is damaged or missing.
         """
         limit = as_utc(due_before) if due_before else None
-        states = [
-            state for state in reading.read_states(self._store, line, limit) if status is None or state.status == status
-        ]
-        return sorted(states, key=lambda state: (state.request.due, state.request.id))
+        states = self.open_states(line, [status] if status else list(Status))
+        return [state for state in states if limit is None or state.request.due < limit]
+
+    def open_states(self, line: str | None, statuses: Collection[Status]) -> Sequence[RequestState]:
+        """Return the requests that stand at some statuses, those due first at the head; see `read_standing`."""
+        return standing.read_standing(self._store, statuses, line, mend=not self._dry_run)
+
+    def standing(self, status: Status, line: str | None = None) -> Sequence[IndexEntry]:
+        """Return the index entries of a status by one listing, the oldest request first; see `index.entries`."""
+        return index.entries(self._store, status, line)
+
+    def reindex(self) -> int:
+        """Compare the index with all requests and mend it; returns how many entries were wrong or missing."""
+        return standing.reindex(self._store, self._dry_run)
 
     def move(
         self,
@@ -160,6 +178,10 @@ class Ledger:
         run: str | None = None,
         outcome: Outcome | None = None,
         expect: int | None = None,
+        *,
+        epoch: int | None = None,
+        rung: int | None = None,
+        group: str | None = None,
     ) -> RequestEvent:
         """Move a request to another status.
 
@@ -171,6 +193,9 @@ class Ledger:
             run: the unlearning run that moves it.
             outcome: how it was met; with `completed` only.
             expect: number of the last event that the decision rests on; a request that has moved since is refused.
+            epoch: of the model line's lease under which a run moves it.
+            rung: the recipe that comes next; that of the last event unless given.
+            group: the half of a refused batch that it belongs to.
 
         Returns:
             The event that was written.
@@ -179,29 +204,45 @@ class Ledger:
             UsageError: there is no such request, or an argument is not valid.
             ConflictError: it may not move there from where it stands, or somebody else moved it meanwhile.
         """
-        last = reading.read_last(self._store, request_id)
-        number = last.n if last else 0
+        state = self.state(request_id)
+        number = state.last.n if state.last else 0
         if expect is not None and number != expect:
             raise ConflictError(
                 f"request {request_id} has moved since",
                 f"its last event is {number}, not {expect}",
                 "read it again and decide anew",
             )
-        deliberate = _DELIBERATE.get((status_after(last), to))
+        return self.append(state, to, actor, reason, run, outcome, epoch=epoch, rung=rung, group=group)
+
+    def append(
+        self,
+        state: RequestState,
+        to: Status,
+        actor: str,
+        reason: str,
+        run: str | None = None,
+        outcome: Outcome | None = None,
+        *,
+        epoch: int | None = None,
+        rung: int | None = None,
+        group: str | None = None,
+    ) -> RequestEvent:
+        """Move a request from the state that it was read in; arguments, result and errors as those of `move`."""
+        deliberate = _DELIBERATE.get((state.status, to))
         if deliberate:
             raise ConflictError(
-                f"request {request_id} is {status_after(last)}",
+                f"request {state.request.id} is {state.status}",
                 "only a deliberate act queues it again",
-                f"use `salun request {deliberate} {request_id}`",
+                f"use `salun request {deliberate} {state.request.id}`",
             )
-        return self._append(request_id, last, to, actor, reason, run, outcome)
+        return self._append(state, Move(to, actor, reason, run, outcome, epoch, rung, group))
 
     def hold(self, request_id: str, actor: str, reason: str) -> RequestEvent:
         """Keep a request from being erased; its month goes on. Raises as `move`."""
         return self.move(request_id, Status.ON_HOLD, actor, reason)
 
     def cancel(self, request_id: str, actor: str, reason: str) -> RequestEvent:
-        """Withdraw a request that no run has taken up. Raises as `move`."""
+        """Withdraw a request that no run has taken up; what it named is redacted. Raises as `move`."""
         return self.move(request_id, Status.CANCELLED, actor, reason)
 
     def release(self, request_id: str, actor: str, reason: str) -> RequestEvent:
@@ -217,71 +258,27 @@ class Ledger:
         return self._requeue(request_id, Status.COMPLETED, actor, reason)
 
     def _requeue(self, request_id: str, source: Status, actor: str, reason: str) -> RequestEvent:
-        last = reading.read_last(self._store, request_id)
-        if status_after(last) is not source:
+        state = self.state(request_id)
+        if state.status is not source:
             raise ConflictError(
-                f"request {request_id} is {status_after(last)}", f"that needs one that is {source}", "leave it as it is"
+                f"request {request_id} is {state.status}", f"that needs one that is {source}", "leave it as it is"
             )
-        return self._append(request_id, last, Status.QUEUED, actor, reason)
+        return self._append(state, Move(Status.QUEUED, actor, reason))
 
-    def _append(
-        self,
-        request_id: str,
-        last: RequestEvent | None,
-        to: Status,
-        actor: str,
-        reason: str,
-        run: str | None = None,
-        outcome: Outcome | None = None,
-    ) -> RequestEvent:
-        event = self._next(request_id, last, to, actor, reason, run, outcome)
+    def _append(self, state: RequestState, move: Move) -> RequestEvent:
+        request = state.request
+        if state.status in _REDACTED_AT_ONCE:  # a call that was cut off after its event is completed by the next
+            self._journal.redact(request.id)
+        event = event_after(request.id, state.last, move, self._clock())
         try:
-            self._create(event_key(request_id, event.n), event.canonical())
+            self._journal.log(event, self._journal.announce(request, event))
         except ConflictError as error:
             raise ConflictError(
-                f"request {request_id} was moved by somebody else meanwhile",
+                f"request {request.id} was moved by somebody else meanwhile",
                 f"event {event.n} exists",
                 "read it again and decide anew",
             ) from error
+        self._journal.drop_stale(index.entry_now(state), RequestState(request=request, last=event))
+        if event.to_status in _REDACTED_AT_ONCE:
+            self._journal.redact(request.id)
         return event
-
-    def _next(
-        self,
-        request_id: str,
-        last: RequestEvent | None,
-        to: Status,
-        actor: str,
-        reason: str,
-        run: str | None = None,
-        outcome: Outcome | None = None,
-    ) -> RequestEvent:
-        source = status_after(last)
-        if not transition_allowed(source, to):
-            ways = ", ".join(sorted(TRANSITIONS[source])) or "nowhere"
-            raise ConflictError(
-                f"request {request_id} cannot go from {source} to {to}",
-                f"from {source} it may go to {ways}",
-                f"look at it with `salun request show {request_id}`",
-            )
-        fields = {
-            "request": request_id,
-            "n": last.n + 1 if last else 1,
-            "at": as_utc(self._clock()).isoformat(),
-            "actor": actor,
-            "from_status": source,
-            "to_status": to,
-            "reason": reason,
-            "attempt": next_attempt(last, to),
-            "run": run,
-            "outcome": outcome,
-            "writer": secrets.token_hex(16),
-        }
-        return parse(RequestEvent, fields, f"a move of request {request_id}")
-
-    def _create(self, key: str, data: bytes) -> None:
-        if not self._dry_run:
-            self._store.put_new(key, data)
-            return
-        stored = self._store.get(key)
-        if stored is not None and stored.data != data:
-            raise ConflictError(f"{key} exists already", "it holds other content", "read it")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 
 from salun_core.errors import IntegrityError, UsageError
 from salun_core.requests.schema import DeletionRequest, RequestEvent, RequestState, Status
@@ -13,7 +12,8 @@ from salun_core.storage.lineage import parse_stored
 from salun_core.storage.names import event_key, events_prefix, request_key, requests_prefix
 from salun_core.storage.objects import ObjectStore
 
-_READERS = 16
+READERS = 16
+"""How many threads read requests."""
 
 
 def read_request(store: ObjectStore, request_id: str) -> DeletionRequest:
@@ -23,17 +23,27 @@ def read_request(store: ObjectStore, request_id: str) -> DeletionRequest:
         UsageError: there is none of that id; the nearest is named.
         IntegrityError: the document is damaged, or was moved.
     """
-    key = request_key(request_id)
-    stored = store.get(key)
+    stored = store.get(request_key(request_id))
     if stored is None:
-        raise _unknown(store, request_id)
-    request = parse_stored(DeletionRequest, stored.data, key)
+        raise unknown(store, request_id)
+    return parse_request(stored.data, request_id)
+
+
+def parse_request(data: bytes, request_id: str) -> DeletionRequest:
+    """Return the request that a stored document is.
+
+    Raises:
+        IntegrityError: it is damaged, or another request's.
+    """
+    key = request_key(request_id)
+    request = parse_stored(DeletionRequest, data, key)
     if request.id != request_id:
         raise IntegrityError(f"{key} is request {request.id!r}", "it was copied or moved", "restore the right one")
     return request
 
 
-def _unknown(store: ObjectStore, request_id: str) -> UsageError:
+def unknown(store: ObjectStore, request_id: str) -> UsageError:
+    """Return the error that says that there is no such request; the nearest id is named."""
     near = difflib.get_close_matches(request_id, _scan(store), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UsageError(
@@ -71,11 +81,32 @@ def read_last(store: ObjectStore, request_id: str) -> RequestEvent | None:
         UsageError: there is no such request.
         IntegrityError: the event is damaged, or one is missing.
     """
+    last = _last(store, request_id)
+    if last is None:
+        read_request(store, request_id)
+    return last
+
+
+def _last(store: ObjectStore, request_id: str) -> RequestEvent | None:
     count = _count(store, request_id)
-    if count:
-        return _read_event(store, request_id, count)
-    read_request(store, request_id)
-    return None
+    return _read_event(store, request_id, count) if count else None
+
+
+def read_state(store: ObjectStore, request_id: str) -> RequestState:
+    """Return a request with its last event; raises as `read_request` and `read_last`."""
+    return RequestState(request=read_request(store, request_id), last=_last(store, request_id))
+
+
+def find_state(store: ObjectStore, request_id: str) -> RequestState | None:
+    """Return a request with its last event, or None where there is none of that id.
+
+    Raises:
+        IntegrityError: a document is damaged, or one is missing.
+    """
+    stored = store.get(request_key(request_id))
+    if stored is None:
+        return None
+    return RequestState(request=parse_request(stored.data, request_id), last=_last(store, request_id))
 
 
 def _count(store: ObjectStore, request_id: str) -> int:
@@ -104,28 +135,20 @@ def _read_event(store: ObjectStore, request_id: str, number: int) -> RequestEven
     return event
 
 
-def read_states(store: ObjectStore, line: str | None, due_before: datetime | None) -> Sequence[RequestState]:
-    """Return requests with their last events, read by many threads.
-
-    Args:
-        store: where they are kept.
-        line: only those of this model line.
-        due_before: only those due before this time (with its time zone).
+def read_all(store: ObjectStore) -> Sequence[RequestState]:
+    """Return all requests there are with their last events, found without the index and read by many threads.
 
     Raises:
         IntegrityError: a document is damaged or missing.
     """
 
-    def read(found: tuple[str, int]) -> RequestState | None:
+    def read(found: tuple[str, int]) -> RequestState:
         request_id, count = found
-        request = read_request(store, request_id)
-        if line not in {None, request.model_line} or (due_before is not None and request.due >= due_before):
-            return None
         last = _read_event(store, request_id, count) if count else None
-        return RequestState(request=request, last=last)
+        return RequestState(request=read_request(store, request_id), last=last)
 
-    with ThreadPoolExecutor(_READERS) as pool:
-        return [state for state in pool.map(read, _scan(store).items()) if state]
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read, _scan(store).items()))
 
 
 def _scan(store: ObjectStore) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AwareDatetime, Field, model_validator
 
 from salun_core.config import Document
-from salun_core.data.forget import ClassTarget, ConceptTarget, ForgetTarget, SubjectTarget, Target
+from salun_core.data.forget import ClassTarget, ConceptTarget, ForgetTarget, RedactedTarget, SubjectTarget, Target
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.storage.lineage import Digest, LineId, RunId, UtcTime
 
@@ -74,9 +74,15 @@ class Submission(Document):
     received_at: AwareDatetime | None = Field(default=None, description="when the person asked; now unless given")
     source: ShortText | None = Field(default=None, description="where it came from; no personal data")
 
+    @model_validator(mode="after")
+    def _names_something(self) -> Submission:
+        if isinstance(self.target, RedactedTarget):
+            raise ValueError("a redacted target names nothing any more: file what it named")
+        return self
+
 
 class DeletionRequest(Document):
-    """A request as it is kept; it never changes."""
+    """A request as it is kept; once it is settled, what it names is redacted, and nothing else ever changes."""
 
     format: Literal["salun.request/v1"] = "salun.request/v1"
     id: RequestId = Field(description="the request's id")
@@ -85,11 +91,14 @@ class DeletionRequest(Document):
     received_at: UtcTime = Field(description="when the person asked, ISO 8601 in UTC")
     due_at: UtcTime = Field(description="one calendar month later (GDPR Art. 12(3))")
     source: ShortText | None = Field(default=None, description="where it came from; no personal data")
+    sha256: Digest | None = Field(default=None, description="SHA-256 of the request as it was filed; once redacted")
 
     @model_validator(mode="after")
-    def _due_later(self) -> DeletionRequest:
+    def _fits(self) -> DeletionRequest:
         if self.due <= self.received:
             raise ValueError("`due_at` is not after `received_at`")
+        if (self.sha256 is not None) != isinstance(self.target, RedactedTarget):
+            raise ValueError("`sha256` goes with a redacted target, and that needs it")
         return self
 
     @property
@@ -101,6 +110,11 @@ class DeletionRequest(Document):
     def due(self) -> datetime:
         """When it must be settled, in UTC."""
         return datetime.fromisoformat(self.due_at)
+
+    @property
+    def filed_sha256(self) -> str:
+        """SHA-256 of the request as it was filed, before anything was redacted."""
+        return self.sha256 or sha256_bytes(self.canonical())
 
     def canonical(self) -> bytes:
         """Return the bytes that are stored and digested."""
@@ -123,6 +137,16 @@ class RequestEvent(Document):
     )
     run: RunId | None = Field(default=None, description="the unlearning run that moved it")
     outcome: Outcome | None = Field(default=None, description="how it was met; with `completed` only")
+    epoch: Annotated[int, Field(ge=1, strict=True)] | None = Field(
+        default=None, description="epoch of the model line's lease under which a run moved it"
+    )
+    rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(
+        default=0, description="which recipe of the ladder comes next, from 0; higher after each refusal"
+    )
+    group: ShortText | None = Field(
+        default=None,
+        description="the half of a refused batch that it belongs to; only its own half shares its next run",
+    )
     writer: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(
         description="random token of the writing call: two equal moves are still two"
     )
@@ -147,7 +171,7 @@ class Receipt(Document):
     model_line: LineId = Field(description="the model line to erase from")
     received_at: UtcTime = Field(description="when the month began")
     due_at: UtcTime = Field(description="when it ends")
-    sha256: Digest = Field(description="SHA-256 of the stored request")
+    sha256: Digest = Field(description="SHA-256 of the request as it was filed")
 
     @classmethod
     def of(cls, request: DeletionRequest) -> Receipt:
@@ -157,7 +181,7 @@ class Receipt(Document):
             model_line=request.model_line,
             received_at=request.received_at,
             due_at=request.due_at,
-            sha256=sha256_bytes(request.canonical()),
+            sha256=request.filed_sha256,
         )
 
 
@@ -194,6 +218,21 @@ def next_attempt(last: RequestEvent | None, to: Status) -> int:
     return last.attempt + 1 if given_back else last.attempt
 
 
+def next_rung(last: RequestEvent | None, given: int | None) -> int:
+    """Return which recipe comes next after a move.
+
+    Args:
+        last: the event before, None where there is none.
+        given: the recipe that the mover names, if any.
+
+    Returns:
+        That one, or that of the event before; 0 when a person queues it anew.
+    """
+    if given is not None:
+        return given
+    return 0 if last is None or last.to_status in {Status.FAILED, Status.COMPLETED} else last.rung
+
+
 def summarise(target: Target) -> str:
     """Say what a target names without sample ids, prompts or subject references.
 
@@ -202,13 +241,25 @@ def summarise(target: Target) -> str:
         >>> summarise(SamplesTarget(ids=["a", "b"]))
         '2 samples'
     """
+    if isinstance(target, RedactedTarget):
+        return f"{_summary(target.of, target.count, target.class_id)} (redacted)"
     if isinstance(target, ClassTarget):
-        return f"class {target.class_id}"
+        return _summary("class", 1, target.class_id)
     if isinstance(target, SubjectTarget):
-        return "1 subject"
+        return _summary("subject", 1, None)
     if isinstance(target, ConceptTarget):
-        return f"1 concept by {_count(len(target.prompts), 'prompt')}"
-    return _count(len(target.ids), "sample") if target.ids else "samples of a manifest"
+        return _summary("concept", len(target.prompts), None)
+    return _summary("samples", len(target.ids or ()), None)
+
+
+def _summary(kind: str, count: int, class_id: int | str | None) -> str:
+    if kind == "class":
+        return f"class {class_id}"
+    if kind == "subject":
+        return "1 subject"
+    if kind == "concept":
+        return f"1 concept by {_count(count, 'prompt')}"
+    return _count(count, "sample") if count else "samples of a manifest"
 
 
 def _count(number: int, noun: str) -> str:

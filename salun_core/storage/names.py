@@ -161,6 +161,69 @@ def event_key(request: str, number: int) -> str:
     return f"{events_prefix(request)}{number:06d}.json"
 
 
+def index_prefix(status: str, line: str = "") -> str:
+    """Return the folder of the index entries of a status, of one model line or of all."""
+    folder = f"index/{check_id('status', status)}/"
+    return f"{folder}{check_id('model line', line)}/" if line else folder
+
+
+def index_key(status: str, line: str, received: int, number: int, request: str) -> str:
+    """Return the key of the index entry that says where a request stands after its n-th event.
+
+    Args:
+        status: where it stands.
+        line: its model line.
+        received: when it was received, in whole seconds since 1970.
+        number: of the event that put it there; 0 before the first.
+        request: its id.
+    """
+    if not 0 <= received < 10_000_000_000 or not 0 <= number < 1_000_000:
+        raise UsageError(f"an index entry of request {request[:80]!r} is out of range", f"{received}, {number}", "")
+    return f"{index_prefix(status, line)}{received:010d}.{number:06d}.{check_id('request', request)}"
+
+
+def run_prefix(run: str) -> str:
+    """Return the folder of an unlearning run's documents."""
+    return f"runs/{check_id('run', run)}/"
+
+
+def run_event_key(run: str, number: int) -> str:
+    """Return the key of a run's n-th event; six digits, so that key order is the order of events."""
+    if not 0 <= number < 1_000_000:
+        raise UsageError(f"event number {number} is out of range", "events are numbered from 0 to 999999", "")
+    return f"{run_prefix(run)}events/{number:06d}.json"
+
+
+def version_hold_key(line: str, digest: str) -> str:
+    """Return the key of a hold that keeps a superseded version from being purged."""
+    return f"holds/{check_id('model line', line)}/{_digest(digest)}.json"
+
+
+def version_disposal_key(line: str, digest: str) -> str:
+    """Return the key of the record of a version's files that were disposed of."""
+    return f"{versions_prefix(line)}{_digest(digest)}/disposed.json"
+
+
+def deltas_prefix() -> str:
+    """Return the folder of all files that are stored as their difference to another."""
+    return "deltas/sha256/"
+
+
+def delta_key(digest: str) -> str:
+    """Return the key of a file that is stored as its difference to another, by the SHA-256 of the whole file."""
+    return f"{deltas_prefix()}{_digest(digest)}"
+
+
+def addendum_key(request: str, name: str) -> str:
+    """Return the key of a document that was added to a request's certificate later."""
+    return f"addenda/{check_id('request', request)}/{check_file_name(name)}"
+
+
+def work_key(digest: str) -> str:
+    """Return the key of the note that a piece of work was refused, by the digest of all that it depends on."""
+    return f"work/{_digest(digest)}.json"
+
+
 def run_key(run: str, name: str) -> str:
     """Return the key of a document of an unlearning run."""
     return f"runs/{check_id('run', run)}/{check_file_name(name)}"

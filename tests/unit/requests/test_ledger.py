@@ -50,7 +50,11 @@ class TestSubmit:
         assert receipt.sha256 == sha256_bytes(store.get(request_key("r-1")).data)
         state = ledger.state("r-1")
         assert (state.status, state.request.target, state.request.source) == (Status.QUEUED, TARGET, "ticket 7")
-        assert keys(store) == ["requests/r-1/events/000001.json", "requests/r-1/request.json"]
+        assert keys(store) == [
+            "index/queued/faces/1769850000.000001.r-1",
+            "requests/r-1/events/000001.json",
+            "requests/r-1/request.json",
+        ]
         (event,) = ledger.events("r-1")
         assert (event.n, event.from_status, event.to_status, event.attempt) == (1, "received", "queued", 1)
 
@@ -116,7 +120,7 @@ class TestSubmit:
         with ThreadPoolExecutor(8) as pool:
             receipts = list(pool.map(file, range(8)))
         assert receipts == [receipts[0]] * 8
-        assert len(keys(store)) == 2
+        assert len(keys(store)) == 3
 
     def test_of_rivals_with_other_bodies_one_wins(self, store, clock):
         gate = threading.Barrier(8)
@@ -145,7 +149,8 @@ class TestSubmit:
             class Dying(S3Store):
                 def put_new(self, key, data):
                     etag = super().put_new(key, data)
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    if key.startswith("requests/"):
+                        os.kill(os.getpid(), signal.SIGKILL)
                     return etag
 
             clock = lambda: datetime(2026, 1, 31, 9, tzinfo=UTC)
@@ -153,9 +158,11 @@ class TestSubmit:
         """
         command = [sys.executable, "-c", textwrap.dedent(script), store.uri]
         assert subprocess.run(command, env=os.environ, timeout=120).returncode == -signal.SIGKILL
-        assert keys(store) == ["requests/r-1/request.json"]
+        assert keys(store) == ["index/queued/faces/1769850000.000001.r-1", "requests/r-1/request.json"]
         assert ledger.status("r-1") is Status.RECEIVED
         assert [state.status for state in ledger.list()] == [Status.RECEIVED]
+        assert [state.status for state in ledger.list(status=Status.RECEIVED)] == [Status.RECEIVED]
+        assert ledger.list(status=Status.QUEUED) == []
         assert ledger.events("r-1") == []
         clock.tick(hours=1)
         receipt = ledger.submit("r-1", "faces", TARGET)
@@ -214,6 +221,15 @@ class TestMove:
         event = getattr(filed, verb)("r-1", "ana", "rolled back")
         assert (event.to_status, event.attempt) == (Status.QUEUED, 1)
 
+    def test_a_run_writes_its_lease_recipe_and_half(self, filed):
+        facts = {"run": "run-1", "epoch": 7, "rung": 2, "group": "run-0-a"}
+        taken = filed.append(filed.state("r-1"), Status.IN_PROGRESS, "sweep", "claimed", **facts)
+        assert (taken.run, taken.epoch, taken.rung, taken.group) == ("run-1", 7, 2, "run-0-a")
+        back = filed.move("r-1", Status.QUEUED, "sweep", "failed")
+        assert (back.epoch, back.rung, back.group) == (None, 2, None)
+        filed.move("r-1", Status.FAILED, "sweep", "used up", rung=3)
+        assert filed.retry("r-1", "ana", "again").rung == 0
+
     @pytest.mark.parametrize("verb", ["release", "retry", "reopen"])
     def test_a_requeue_from_elsewhere_is_refused(self, filed, verb):
         walk(filed, "in_progress")
@@ -242,7 +258,7 @@ class TestMove:
 
     def test_racing_movers_have_one_winner_for_each_event(self, filed, store, clock):
         """Equal moves too: same actor, same time, same way; the store must not take them for one write."""
-        rounds, workers = 6, 8
+        rounds, workers = 3, 6
         gate = threading.Barrier(workers)
 
         def race(_):
@@ -259,6 +275,10 @@ class TestMove:
             won = [number for numbers in pool.map(race, range(workers)) for number in numbers]
         assert sorted(won) == list(range(2, rounds + 2))
         assert [event.n for event in filed.events("r-1")] == list(range(1, rounds + 2))
+        assert [state.last.n for state in filed.list(status=Status.ON_HOLD)] == [rounds + 1]
+        assert [key for key in keys(store) if key.startswith("index/")] == [
+            f"index/on_hold/faces/1769850000.{rounds + 1:06d}.r-1"
+        ]
 
 
 class TestReading:
@@ -294,13 +314,13 @@ class TestReading:
         assert list(ledger.list()) == []
 
     def test_list_agrees_with_each_state(self, ledger):
-        for number in range(30):
+        for number in range(6):
             ledger.submit(f"r-{number}", "faces", TARGET)
             for _ in range(number % 3):
                 ledger.move(f"r-{number}", Status.IN_PROGRESS, "sweep", "claimed")
                 ledger.move(f"r-{number}", Status.QUEUED, "sweep", "refused")
         listed = {state.request.id: state for state in ledger.list()}
-        assert listed == {f"r-{number}": ledger.state(f"r-{number}") for number in range(30)}
+        assert listed == {f"r-{number}": ledger.state(f"r-{number}") for number in range(6)}
 
     @pytest.mark.parametrize("number", [1, 2])
     def test_a_missing_event_is_noticed(self, filed, store, number):

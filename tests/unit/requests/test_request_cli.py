@@ -13,7 +13,7 @@ from salun_core.requests.schema import Outcome, Status
 
 pytestmark = pytest.mark.s3
 
-VERBS = ["submit", "show", "list", "hold", "release", "cancel", "retry", "reopen"]
+VERBS = ["submit", "show", "list", "hold", "release", "cancel", "retry", "reopen", "reindex"]
 FILE = ["submit", "--id", "r-1", "--line", "faces"]
 SAMPLES = [*FILE, "--samples", "secret-1,secret-2"]
 
@@ -99,6 +99,23 @@ class TestSubmit:
         assert "40 requests filed" in run("submit", str(file))
         assert "r-7" in run("submit", "-", input=json.dumps(entry(7)))
         assert len(ledger.list(status=Status.QUEUED)) == 40
+
+    def test_opendsr_with_a_line(self, run, refused, ledger, tmp_path):
+        file, number = tmp_path / "erasure.json", "a7551968-d5d6-44b2-9831-815ac9017798"
+        identity = {"identity_type": "email", "identity_value": "secret@example.com", "identity_format": "raw"}
+        request = {
+            "regulation": "gdpr",
+            "subject_request_id": number,
+            "subject_request_type": "erasure",
+            "submitted_time": "2026-01-31T15:00:00Z",
+            "subject_identities": [identity],
+        }
+        file.write_text(json.dumps(request))
+        assert "give --line" in refused(2, "submit", str(file))
+        assert "secret" not in run("submit", str(file), "--line", "faces")
+        state = ledger.state(number)
+        assert (state.request.target.subject_ref, state.request.source) == ("secret@example.com", "opendsr")
+        assert state.request.due_at == "2026-02-28T15:00:00+00:00"
 
     def test_the_table_shows_the_receipt_and_not_what_was_named(self, run):
         text = run(*SAMPLES, "--received-at", "2026-01-31")
@@ -212,6 +229,18 @@ class TestList:
         assert "did you mean 'queued'" in refused(2, "list", "--status", "queue")
 
 
+class TestReindex:
+    def test_it_mends_and_says_how_much(self, run, store):
+        run(*SAMPLES)
+        (entry,) = [row.key for row in store.list("index/")]
+        store.delete(entry)
+        assert run("list") == "no requests\n"
+        assert "1 (dry run" in run("reindex", "--dry-run")
+        assert json.loads(run("reindex", "--json")) == {"changed": 1}
+        assert run("reindex") == "index entries put or deleted: 0\n"
+        assert [row.key for row in store.list("index/")] == [entry]
+
+
 class TestMoves:
     def test_hold_release_cancel(self, run, ledger):
         run(*SAMPLES)
@@ -220,6 +249,9 @@ class TestMoves:
         event = json.loads(run("cancel", "r-1", "--reason", "withdrawn", "--actor", "bob", "--json"))
         assert (event["to_status"], event["actor"], event["reason"]) == ("cancelled", "bob", "withdrawn")
         assert ledger.status("r-1") is Status.CANCELLED
+        shown = run("show", "r-1", "--target")
+        assert "2 samples (redacted)" in shown
+        assert "secret" not in shown
 
     @pytest.mark.parametrize(("end", "verb"), [(Status.FAILED, "retry"), (Status.COMPLETED, "reopen")])
     def test_retry_and_reopen(self, run, ledger, end, verb):
