@@ -54,6 +54,20 @@ SPECS = {
             "seconds",
             ("model_line",),
         ),
+        Spec(
+            "salun_requests_by_deadline",
+            "Requests not settled and past this stage of their month.",
+            "requests",
+            ("stage",),
+        ),
+        Spec(
+            "salun_exporter_last_refresh_timestamp_seconds",
+            "Unix time of the exporter's last refresh that succeeded.",
+            "seconds",
+        ),
+        Spec("salun_exporter_refresh_duration_seconds", "Wall-clock time of that refresh.", "seconds"),
+        Spec("salun_exporter_refresh_failures", "Refreshes that failed since then.", "refreshes"),
+        Spec("salun_exporter_unreadable_lines", "Model lines whose HEAD or version is damaged.", "lines"),
         Spec("salun_build_info", "Always 1; the version of the code is a label.", "info", ("version",)),
     )
 }
@@ -70,6 +84,7 @@ LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
         "evaluate",
         "gate_publish",
         "settle_requests",
+        "purge",
         "train",
         "run",
     ),
@@ -101,6 +116,7 @@ LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
         "failed",
         "cancelled",
     ),
+    "stage": ("target", "half", "most"),
     "outcome": ("unlearned", "retrained", "nothing_to_erase"),
     "version": re.compile(r"[0-9][0-9a-z.+-]{0,30}"),
 }
@@ -132,7 +148,8 @@ def metrics_table() -> str:
     """Return the table of all metrics in Markdown."""
     head = (
         "# Metrics\n\nAll are gauges. A step pushes its values at its end to the Pushgateway that `PUSHGATEWAY_URL` "
-        "names, under the grouping key `pipeline`, `step`, `model` (job `salun`); scrape it with `honor_labels: true`."
+        "names, under the grouping key `pipeline`, `step`, `model` (job `salun`); scrape it with `honor_labels: true`. "
+        "`salun exporter` serves those of the ledger and of the model lines: see [operations](operations.md)."
     )
     lines = ["| name | unit | labels | meaning |", "|---|---|---|---|"]
     lines += [f"| `{s.name}` | {s.unit} | {_listed(s.labels)} | {s.help} |" for s in SPECS.values()]

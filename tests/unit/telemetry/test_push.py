@@ -32,6 +32,11 @@ PUBLISHED = [
     "salun_runs_since_training",
     "salun_last_run_timestamp_seconds",
     "salun_last_success_timestamp_seconds",
+    "salun_requests_by_deadline",
+    "salun_exporter_last_refresh_timestamp_seconds",
+    "salun_exporter_refresh_duration_seconds",
+    "salun_exporter_refresh_failures",
+    "salun_exporter_unreadable_lines",
     "salun_build_info",
 ]
 
@@ -210,7 +215,7 @@ def test_promtool_finds_no_fault(gateway, scrape, monkeypatch):
     step = StepMetrics()
     for spec in names.SPECS.values():
         labels = {
-            label: {"method": "salun", "status": "queued", "version": "1.0"}[label]
+            label: {"method": "salun", "status": "queued", "stage": "half", "version": "1.0"}[label]
             for label in spec.labels
             if label != "model_line"
         }
