@@ -1,57 +1,108 @@
-"""Seals the targets of many requests into the one document that an unlearning run reads."""
+"""Decides when a batch of requests is due, what becomes of a refused one, and seals what a run will read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
-from salun_core.digest import canonical_json, sha256_bytes
-from salun_core.errors import UsageError
-from salun_core.requests.schema import DeletionRequest
-from salun_core.storage.names import scratch_key
-from salun_core.storage.objects import FileStore
+from salun_core.requests.deadlines import due_after_one_month
+from salun_core.requests.terms import Terms
 
-_FILE = "forget.json"
+
+def why_due(received: Sequence[datetime], returned: int, now: datetime, terms: Terms) -> str | None:
+    """Say why a batch is due, or return None while it may wait for more requests.
+
+    Args:
+        received: when each waiting request was received (UTC).
+        returned: how many of them came back from an earlier run: these never wait for company.
+        now: the time.
+        terms: of the sweep.
+    """
+    if not received:
+        return None
+    oldest = min(received)
+    if returned:
+        return f"{returned} came back from an earlier run"
+    if len(received) >= terms.min_requests:
+        return f"{len(received)} requests wait"
+    if now - oldest > timedelta(hours=terms.max_wait_hours):
+        return f"the oldest has waited for more than {terms.max_wait_hours:g} hours"
+    if due_after_one_month(oldest) - now < timedelta(days=terms.deadline_days):
+        return f"a month ends within {terms.deadline_days:g} days"
+    return None
 
 
 @dataclass(frozen=True)
-class SealedBatch:
-    """The forget targets of a run.
+class Next:
+    """What becomes of a request that a run did not erase: another try, or none.
 
     Args:
-        uri: address of the JSON list of forget targets.
-        sha256: SHA-256 of its bytes.
-        targets: how many it holds.
+        give_up: whether it becomes a dead letter.
+        rung: the recipe of the next try.
+        group: the half of the batch that tries again together.
+        reason: for the audit log.
     """
 
-    uri: str
-    sha256: str
-    targets: int
+    give_up: bool
+    rung: int = 0
+    group: str | None = None
+    reason: str = ""
 
 
-def seal_batch(store: FileStore, requests: Sequence[DeletionRequest], run_id: str) -> SealedBatch:
-    """Write the union of the requests' targets, once and for all.
+def after_refusal(members: Mapping[str, int], run: str, rung: int, terms: Terms) -> Mapping[str, Next]:
+    """Decide about the requests of a run that the gate refused.
 
-    The document names no request, and its order tells nothing of them. The same requests give the same bytes, so
-    that a run that begins again finds its batch.
+    The batch is halved and each half tries the next recipe, so that a request that no recipe can erase ends alone
+    and does not keep the others back; alone at the last recipe, it becomes a dead letter.
 
     Args:
-        store: where to.
-        requests: at least one, all of one model line.
-        run_id: the run that will read it.
-
-    Raises:
-        UsageError: there is no request, or they are of several model lines.
-        ConflictError: the run has another batch already.
+        members: attempt by request, in the order of the batch.
+        run: the refused run.
+        rung: the recipe that was refused.
+        terms: of the sweep.
     """
-    lines = sorted({request.model_line for request in requests})
-    if len(lines) != 1:
-        raise UsageError(
-            f"a batch is of one model line, this one of {len(lines)}",
-            ", ".join(lines) or "there is no request in it",
-            "seal one batch for each line",
-        )
-    distinct = {canonical_json(request.target.model_dump(mode="json", exclude_none=True)) for request in requests}
-    data, key = b"[" + b",".join(sorted(distinct)) + b"]", scratch_key(run_id, _FILE)
-    store.put_new(key, data)
-    return SealedBatch(f"{store.uri}/{key}", sha256_bytes(data), len(distinct))
+    last = len(terms.ladder) - 1
+    alone = len(members) == 1
+    return {
+        name: Next(True, rung, None, f"the gate refused it alone, with the last of {last + 1} recipes")
+        if alone and rung >= last
+        else _again(attempt, min(rung + 1, last), group, "the gate refused the run", terms)
+        for name, attempt, group in _halves(members, run)
+    }
+
+
+def after_failure(
+    members: Mapping[str, int], run: str, rung: int, group: str | None, terms: Terms
+) -> Mapping[str, Next]:
+    """Decide about the requests of a run that ended without a verdict; from the second time on they are halved.
+
+    Args:
+        members: attempt by request, in the order of the batch.
+        run: the run that failed.
+        rung: its recipe, which is tried again.
+        group: the half that the run was.
+        terms: of the sweep.
+    """
+    again = _halves(members, run) if min(members.values()) > 1 else [(name, n, group) for name, n in members.items()]
+    return {name: _again(attempt, rung, half, "the run failed", terms) for name, attempt, half in again}
+
+
+def after_stale(members: Mapping[str, int], rung: int, group: str | None, terms: Terms) -> Mapping[str, Next]:
+    """Decide about the requests of a run whose parent was superseded meanwhile: all try again as they were."""
+    reason = "another version was published meanwhile"
+    return {name: _again(attempt, rung, group, reason, terms) for name, attempt in members.items()}
+
+
+def _halves(members: Mapping[str, int], run: str) -> list[tuple[str, int, str | None]]:
+    middle = (len(members) + 1) // 2
+    return [
+        (name, attempt, f"{run}-{'a' if index < middle else 'b'}")
+        for index, (name, attempt) in enumerate(members.items())
+    ]
+
+
+def _again(attempt: int, rung: int, group: str | None, reason: str, terms: Terms) -> Next:
+    if attempt >= terms.max_attempts:
+        return Next(True, rung, None, f"{reason}; all {terms.max_attempts} attempts are used up")
+    return Next(False, rung, group, reason)

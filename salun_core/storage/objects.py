@@ -1,4 +1,4 @@
-"""The interface of an object store: five methods for small documents, two for large files."""
+"""The interface of an object store: five methods for small documents, three for large files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ class StoredObject:
         data: its bytes.
         etag: an opaque token for `put_if`; never a checksum.
         modified: the server's time of its last change (UTC).
+        served: the server's time of this answer (UTC); None where it tells none.
     """
 
     data: bytes
     etag: str
     modified: datetime
+    served: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -88,4 +90,8 @@ class FileStore(ObjectStore, Protocol):
         Raises:
             StoreError: there is no object of that key.
         """
+        ...
+
+    def read_start(self, key: str, size: int) -> bytes | None:
+        """Return the first `size` bytes of an object (all, where it has fewer), or None where there is none."""
         ...

@@ -10,19 +10,14 @@ from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from botocore.exceptions import (
-    ClientError,
-    IncompleteReadError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
+from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
 from salun_core.config import MAX_DOCUMENT_BYTES
 from salun_core.errors import IntegrityError, StoreError
 from salun_core.storage.local import disk_error
 from salun_core.storage.names import check_key
 from salun_core.storage.objects import Entry, StoredObject
-from salun_core.storage.s3_client import make_client
+from salun_core.storage.s3_client import date_of, make_client
 from salun_core.storage.s3_errors import (
     code_of,
     conflict,
@@ -31,7 +26,7 @@ from salun_core.storage.s3_errors import (
     status_of,
     translated,
 )
-from salun_core.storage.s3_files import download_file, upload_file
+from salun_core.storage.s3_files import download_file, read_start, upload_file
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -78,6 +73,11 @@ class S3Store:
         """The URL that the store is reached at."""
         return self._client.meta.endpoint_url
 
+    @property
+    def native(self) -> tuple[S3Client, str, str]:
+        """Client, bucket and prefix, for what S3 alone can do (`erase`)."""
+        return self._client, self._bucket, self._prefix
+
     def _full(self, key: str) -> str:
         return self._prefix + check_key(key)
 
@@ -119,7 +119,9 @@ class S3Store:
                 f"{answer['ContentLength']} bytes, at most {MAX_DOCUMENT_BYTES}",
                 "check what wrote it",
             )
-        stored = StoredObject(answer["Body"].read(), answer["ETag"], answer["LastModified"].astimezone(UTC))
+        served = date_of(answer["ResponseMetadata"]["HTTPHeaders"])
+        modified = answer["LastModified"].astimezone(UTC)
+        stored = StoredObject(answer["Body"].read(), answer["ETag"], modified, served)
         return stored, answer["Metadata"].get(_WRITER, "")
 
     def put_new(self, key: str, data: bytes) -> str:
@@ -289,3 +291,8 @@ class S3Store:
                 download_file(self._client, self._bucket, self._full(key), path)
             except OSError as error:
                 raise disk_error(what, path, error) from error
+
+    def read_start(self, key: str, size: int) -> bytes | None:
+        """Return the first `size` bytes of an object (all, where it has fewer), or None where there is none."""
+        with translated(f"cannot read {self._address(key)}", self.endpoint):
+            return read_start(self._client, self._bucket, self._full(key), size)

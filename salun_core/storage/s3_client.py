@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 import boto3.session
@@ -39,3 +42,11 @@ def make_client(endpoint: str | None = None) -> S3Client:
             str(error),
             "set AWS_ENDPOINT_URL to http://host:port or https://host",
         ) from error
+
+
+def date_of(headers: Mapping[str, str]) -> datetime | None:
+    """Return the server's time of an answer in UTC; None where a proxy dropped it or it is no date."""
+    try:
+        return parsedate_to_datetime(headers["date"]).astimezone(UTC)
+    except (KeyError, ValueError):
+        return None

@@ -1,72 +1,98 @@
-import json
+"""When a batch is due, and what becomes of the requests of a run that erased nothing."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from salun_core.data.forget import ClassTarget, SamplesTarget, SubjectTarget, read_targets
-from salun_core.digest import canonical_json, sha256_bytes
-from salun_core.errors import ConflictError, UsageError
-from salun_core.requests.batching import seal_batch
-from salun_core.storage import split_uri
+from salun_core.requests.batching import after_failure, after_refusal, after_stale, why_due
+from salun_core.requests.terms import Rung, Terms
 
-pytestmark = pytest.mark.s3
-
-TARGETS = [
-    SamplesTarget(ids=["img-1", "img-2"]),
-    ClassTarget(class_id=3, dataset_digest="a" * 64),
-    SubjectTarget(subject_ref="person-7"),
-    SamplesTarget(ids=["img-1", "img-2"]),
-]
+NOW = datetime(2028, 2, 20, 12, tzinfo=UTC)
+TERMS = Terms(ladder=[Rung(method="salun"), Rung(method="salun", density=0.75), Rung(method="retrain")])
 
 
-@pytest.fixture
-def requests(ledger):
-    for number, target in enumerate(TARGETS):
-        ledger.submit(f"r-{number}", "faces", target)
-    return [ledger.get(f"r-{number}") for number in range(len(TARGETS))]
+def hours(*ages):
+    return [NOW - timedelta(hours=age) for age in ages]
 
 
-def test_the_batch_is_the_union_of_the_targets(store, requests, tmp_path):
-    batch = seal_batch(store, requests, "run-1")
-    assert batch.uri == f"{store.uri}/scratch/run-1/forget.json"
-    assert batch.targets == 3
-    data = store.get("scratch/run-1/forget.json").data
-    assert batch.sha256 == sha256_bytes(data)
-    assert split_uri(batch.uri)[1].endswith("scratch/run-1/forget.json")
-    (tmp_path / "forget.json").write_bytes(data)
-    read = read_targets(tmp_path / "forget.json")
-    assert len(read) == 3
-    assert all(target in read for target in TARGETS)
+@pytest.mark.parametrize(
+    ("ages", "returned", "reason"),
+    [
+        ([], 0, None),
+        ([1], 0, None),
+        ([1] * 15, 0, None),
+        ([1] * 16, 0, "16 requests wait"),
+        ([24], 0, None),
+        ([24.1, 1], 0, "more than 24 hours"),
+        ([1], 1, "came back"),
+    ],
+)
+def test_a_batch_is_due_by_number_age_or_return(ages, returned, reason):
+    found = why_due(hours(*ages), returned, NOW, TERMS)
+    assert (found is None) if reason is None else reason in found
 
 
-def test_it_names_no_request_and_its_order_tells_nothing(store, requests):
-    seal_batch(store, requests, "run-1")
-    seal_batch(store, list(reversed(requests)), "run-2")
-    first, second = (store.get(f"scratch/{run}/forget.json").data for run in ("run-1", "run-2"))
-    assert first == second
-    assert b"r-0" not in first
+def test_a_batch_is_due_when_a_month_ends_soon():
+    patient = TERMS.model_copy(update={"max_wait_hours": 10_000})
+    received = datetime(2028, 1, 31, 9, tzinfo=UTC)  # due on 29 February 2028
+    eight_days_before = datetime(2028, 2, 21, 9, tzinfo=UTC)
+    assert why_due([received], 0, eight_days_before, patient) is None
+    assert "month ends" in why_due([received], 0, eight_days_before + timedelta(seconds=1), patient)
 
 
-def test_targets_stand_in_the_order_of_their_text(store, ledger):
-    for number in range(12):
-        ledger.submit(f"r-{number}", "faces", ClassTarget(class_id=11 - number))
-    seal_batch(store, [ledger.get(f"r-{number}") for number in range(12)], "run-1")
-    targets = [canonical_json(target) for target in json.loads(store.get("scratch/run-1/forget.json").data)]
-    assert targets == sorted(targets)
-    assert len(targets) == 12
+def test_a_refused_batch_is_halved_and_climbs():
+    plan = after_refusal({"a": 1, "b": 1, "c": 2}, "run-1", 0, TERMS)
+    assert {name: (step.group, step.rung, step.give_up) for name, step in plan.items()} == {
+        "a": ("run-1-a", 1, False),
+        "b": ("run-1-a", 1, False),
+        "c": ("run-1-b", 1, False),
+    }
 
 
-def test_sealing_again_is_harmless_and_another_batch_is_a_conflict(store, requests):
-    assert seal_batch(store, requests, "run-1") == seal_batch(store, requests[:3], "run-1")
-    with pytest.raises(ConflictError):
-        seal_batch(store, requests[:2], "run-1")
+def test_alone_at_the_last_recipe_a_person_decides():
+    (step,) = after_refusal({"a": 3}, "run-1", 2, TERMS).values()
+    assert step.give_up
+    assert "last of 3 recipes" in step.reason
+    several = after_refusal({"a": 3, "b": 3}, "run-1", 2, TERMS)
+    assert {(step.rung, step.give_up) for step in several.values()} == {(2, False)}
 
 
-def test_a_batch_of_nothing_or_of_two_lines_is_refused(store, ledger, requests):
-    ledger.submit("other", "cats", TARGETS[0])
-    with pytest.raises(UsageError, match="one model line, this one of 2: cats, faces"):
-        seal_batch(store, [*requests, ledger.get("other")], "run-1")
-    with pytest.raises(UsageError, match="one model line, this one of 0"):
-        seal_batch(store, [], "run-1")
-    with pytest.raises(UsageError, match="run"):
-        seal_batch(store, requests, "../run")
-    assert not list(store.list("scratch/"))
+def test_a_failed_run_is_halved_from_the_second_time_on():
+    first = after_failure({"a": 1, "b": 1}, "run-1", 1, "half", TERMS)
+    assert {(step.group, step.rung) for step in first.values()} == {("half", 1)}
+    second = after_failure({"a": 2, "b": 2}, "run-2", 1, "half", TERMS)
+    assert [step.group for step in second.values()] == ["run-2-a", "run-2-b"]
+
+
+def test_a_stale_run_tries_again_as_it_was():
+    (step,) = after_stale({"a": 1}, 1, "half", TERMS).values()
+    assert (step.group, step.rung, step.give_up) == ("half", 1, False)
+
+
+@given(st.integers(1, 64), st.integers(0, 2), st.integers(1, 9))
+def test_halving_loses_nobody_and_ends(size, rung, attempt):
+    """Every group gets smaller or climbs, so that each request is erased, or ends alone, within bounded runs."""
+    members = {f"r-{number}": attempt for number in range(size)}
+    plan = after_refusal(members, "run-1", rung, TERMS)
+    assert set(plan) == set(members)
+    groups: dict[str, int] = {}
+    for step in plan.values():
+        assert step.give_up == (size == 1 and rung == 2)
+        groups[step.group] = groups.get(step.group, 0) + 1
+        assert step.rung >= rung
+    assert all(count < size or (count == size == 1) for count in groups.values())
+
+
+def test_attempts_are_bounded_however_a_run_ends():
+    for plan in (
+        after_refusal({"a": 10}, "run-1", 0, TERMS),
+        after_failure({"a": 10}, "run-1", 0, None, TERMS),
+        after_stale({"a": 10}, 0, None, TERMS),
+    ):
+        (step,) = plan.values()
+        assert step.give_up
+        assert "10 attempts are used up" in step.reason

@@ -1,0 +1,180 @@
+"""A toy model line for the ledger's tests: the model is the set of the sample ids that it has forgotten.
+
+Everything around it is real: the store, the ledger, leases, claiming, publishing and settling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from salun_core.data.forget import RedactedTarget, SamplesTarget
+from salun_core.digest import canonical_json, digest_json
+from salun_core.errors import UsageError
+from salun_core.requests.books import Books, Erased
+from salun_core.requests.claiming import Claim, claim
+from salun_core.requests.deadlines import utc_clock
+from salun_core.requests.resolve import Resolved
+from salun_core.requests.runs import RunRecord, RunStatus
+from salun_core.requests.schema import DeletionRequest
+from salun_core.requests.settling import DECISION
+from salun_core.requests.terms import Rung, Terms
+from salun_core.storage import FileStore
+from salun_core.storage.lookup import Version, read_head, read_version
+from salun_core.storage.names import blob_key, certificate_key, run_key, scratch_key
+from salun_core.storage.versions import publish_head, stage_version
+
+LINE = "toy"
+MODEL = "forgotten.json"
+SAMPLES = 1000
+LADDER = [Rung(method="salun"), Rung(method="salun", density=0.75), Rung(method="retrain", density=1.0)]
+
+
+def terms(**settings: object) -> Terms:
+    """Terms under which every waiting request is due."""
+    return Terms(**{"ladder": LADDER, "min_requests": 1, "lease_seconds": 60, **settings})
+
+
+def sample(number: int) -> str:
+    return f"sample-{number}"
+
+
+def target(*numbers: int) -> SamplesTarget:
+    return SamplesTarget(ids=[sample(number) for number in numbers])
+
+
+def forgotten(store: FileStore, version: Version) -> set[str]:
+    stored = store.get(blob_key(version.manifest.files[MODEL].sha256))
+    assert stored is not None
+    return set(json.loads(stored.data))
+
+
+def head(store: FileStore, line: str = LINE) -> Version:
+    found = read_head(store, line)
+    assert found is not None
+    return Version(found[0].version, read_version(store, line, found[0].version))
+
+
+def begin(store: FileStore, line: str = LINE) -> str:
+    """Publish the first version: it knows all samples."""
+    return publish(store, line, None, set(), None, 0)
+
+
+def publish(
+    store: FileStore, line: str, parent: str | None, gone: set[str], run: str | None, count: int, method: str = "salun"
+) -> str:
+    """Stage a version that has forgotten some samples, and make it HEAD if its parent still is."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL
+        path.write_bytes(canonical_json(sorted(gone)))
+        fields = {
+            "line": line,
+            "parent": parent,
+            "run": run,
+            "method": method if parent else "train",
+            "forget_count": count,
+            "retrained": method == "retrain",
+        }
+        version, _ = stage_version(store, fields, {MODEL: path})
+    publish_head(store, line, version, parent, run)
+    return version
+
+
+@dataclass(frozen=True)
+class ToyResolver:
+    """Resolves samples against what a version has not forgotten yet."""
+
+    version: str
+    gone: frozenset[str]
+
+    @property
+    def train_count(self) -> int:
+        return SAMPLES - len(self.gone)
+
+    def resolve(self, request: DeletionRequest) -> Resolved:
+        named = self._names(request)
+        ids = sorted({name for name in named if name not in self.gone})
+        return Resolved(ids, digest_json(ids), len(named))
+
+    def seal(self, requests: Sequence[DeletionRequest]) -> bytes:
+        return canonical_json(sorted({name for request in requests for name in self.resolve(request).ids}))
+
+    @staticmethod
+    def _names(request: DeletionRequest) -> list[str]:
+        everything = [sample(number) for number in range(SAMPLES)]
+        wanted = request.target
+        if isinstance(wanted, SamplesTarget):
+            return [name for name in wanted.ids or () if name in set(everything)]
+        if isinstance(wanted, RedactedTarget) and wanted.salt:
+            return [name for name in everything if _hash(wanted.salt, name) in set(wanted.hashes)]
+        raise UsageError("the toy knows samples only", "", "")
+
+
+def _hash(salt: str, name: str) -> str:
+    return hmac.new(bytes.fromhex(salt), f"samples\0{name}".encode(), hashlib.sha256).hexdigest()
+
+
+class ToyCertifier:
+    """Writes a certificate once for each request and version; `issued` counts the new ones."""
+
+    def __init__(self, store: FileStore) -> None:
+        self._store = store
+
+    def certify(self, erased: Erased) -> str:
+        body = {"request": erased.request.id, "version": erased.version.digest, "outcome": erased.outcome}
+        data, key = canonical_json(body), certificate_key(erased.request.id)
+        stored = self._store.get(key)
+        if stored is None:
+            self._store.put_new(key, data)
+        elif stored.data != data:
+            self._store.put_if(key, data, stored.etag)
+        return digest_json(body)
+
+
+def books(store: FileStore, clock=utc_clock) -> Books:
+    return Books(store, clock, ToyCertifier(store))
+
+
+def resolver_of(store: FileStore):
+    return lambda version: ToyResolver(version.digest, frozenset(forgotten(store, version)))
+
+
+def claim_next(of: Books, run: str, line: str = LINE, **settings: object) -> Claim:
+    return claim(of, line, run, terms(**settings), resolver_of(of.store))
+
+
+def erase(of: Books, record: RunRecord, poison: frozenset[str] = frozenset(), at_last: bool = False) -> str | None:
+    """Do what the unlearning pipeline does: read the sealed set, judge, publish; None where the gate refused.
+
+    Args:
+        of: the books.
+        record: the run.
+        poison: samples that no recipe can forget (or only the last one).
+        at_last: whether the last recipe can.
+    """
+    store = of.store
+    stored = store.get(scratch_key(record.run, "forget.json"))
+    assert stored is not None
+    ids = set(json.loads(stored.data))
+    for status in (RunStatus.MASKING, RunStatus.UNLEARNING, RunStatus.EVALUATING):
+        of.runs.advance(record.run, status, "toy", "goes on")
+    parent = Version(record.parent, read_version(store, record.line, record.parent))
+    if ids & poison and not (at_last and record.rung == len(LADDER) - 1):
+        store.put_new(run_key(record.run, DECISION), json.dumps({"passed": False}).encode())
+        return None
+    of.runs.advance(record.run, RunStatus.GATED, "toy", "passed")
+    gone = forgotten(store, parent) | ids
+    version = publish(store, record.line, record.parent, gone, record.run, len(ids), record.method)
+    of.runs.advance(record.run, RunStatus.PUBLISHED, "toy", "published")
+    return version
+
+
+def erase_late(of: Books, record: RunRecord) -> None:
+    """Publish as a worker would that slept while its run was settled: its last look at the log is all that it does."""
+    of.runs.advance(record.run, RunStatus.GATED, "toy", "passed")
+    publish(of.store, record.line, record.parent, set(), record.run, 1)
