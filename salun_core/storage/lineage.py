@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from salun_core.config import Document, parse
+from salun_core.config import Document, parse, unique_keys
 from salun_core.digest import canonical_json, digest_json, is_digest
 from salun_core.errors import IntegrityError, SalunError, UsageError
 from salun_core.storage.names import check_file_name, check_id
@@ -129,7 +129,7 @@ def parse_stored(kind: type[S], data: bytes, source: str) -> S:
         IntegrityError: it is no JSON, or has faults.
     """
     try:
-        return parse(kind, json.loads(data), source)
+        return parse(kind, json.loads(data, object_pairs_hook=unique_keys), source)
     except SalunError as error:
         raise IntegrityError(error.what, error.why, "the document in the store is damaged: restore it") from error
     except (ValueError, RecursionError) as error:

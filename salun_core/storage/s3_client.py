@@ -31,6 +31,7 @@ def make_client(endpoint: str | None = None) -> S3Client:
         read_timeout=60,
         retries={"mode": "standard", "total_max_attempts": 5},
         max_pool_connections=64,
+        response_checksum_validation="when_supported",  # whatever the environment says: it catches a flipped bit
     )
     try:
         with translated("cannot set up the S3 client", endpoint or "the store"):

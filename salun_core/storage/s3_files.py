@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+
+from salun_core.storage.s3_errors import code_of, is_missing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,6 +25,7 @@ if TYPE_CHECKING:
 
 _PART = 16 * 1024 * 1024
 _TRANSFER = TransferConfig(multipart_threshold=2 * _PART, multipart_chunksize=_PART, max_concurrency=4)
+_READ_ATTEMPTS = 4
 
 
 def upload_file(client: S3Client, bucket: str, key: str, path: Path) -> None:
@@ -58,3 +67,25 @@ def download_file(client: S3Client, bucket: str, key: str, path: Path) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_start(client: S3Client, bucket: str, key: str, size: int) -> bytes | None:
+    """Return the first `size` bytes of an object (all, where it has fewer), or None where there is none.
+
+    Raises:
+        ClientError: the store refuses us.
+        BotoCoreError: the store cannot be reached, or the answer broke off each time.
+    """
+    for attempt in range(_READ_ATTEMPTS):
+        try:
+            return client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{size - 1}")["Body"].read()
+        except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+            if attempt == _READ_ATTEMPTS - 1:
+                raise
+        except ClientError as error:
+            if is_missing(error):
+                return None
+            if code_of(error) == "InvalidRange":  # it is empty
+                return b""
+            raise
+    raise AssertionError("the loop returns or raises")

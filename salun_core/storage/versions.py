@@ -16,12 +16,14 @@ from typing import Any
 from salun_core.config import parse
 from salun_core.digest import sha256_file
 from salun_core.errors import ConflictError, IntegrityError, UsageError
-from salun_core.storage.blobs import Blob, blob_size, fetch_blob, put_blob
+from salun_core.storage.blobs import Blob, fetch_blob, put_blob, stored_size
+from salun_core.storage.holds import read_disposal
 from salun_core.storage.lineage import FileEntry, Head, Lineage, VersionManifest, utc_now
 from salun_core.storage.local import disk_error
 from salun_core.storage.lookup import Version, history, lines, read_head, read_version, resolve
 from salun_core.storage.names import check_file_name, head_key, version_key
 from salun_core.storage.objects import FileStore, ObjectStore
+from salun_core.storage.sparse import FULL_COPY_EVERY, put_sparse
 
 __all__ = [
     "Blob",
@@ -45,7 +47,11 @@ __all__ = [
 
 
 def stage_version(
-    store: FileStore, fields: Mapping[str, Any], files: Mapping[str, Path]
+    store: FileStore,
+    fields: Mapping[str, Any],
+    files: Mapping[str, Path],
+    base: Mapping[str, Path] | None = None,
+    full_every: int = FULL_COPY_EVERY,
 ) -> tuple[str, VersionManifest]:
     """Upload the files of a version, then its manifest; it stays invisible until it is published.
 
@@ -53,27 +59,36 @@ def stage_version(
         store: where to.
         fields: the fields of `VersionManifest` but `files`; `created_at` is now unless it is given.
         files: plain file name -> file.
+        base: local copies of the parent's files, by name: what has one is stored as its difference to it.
+        full_every: so many versions share one full copy; 1 stores each whole.
 
     Returns:
         The digest of the version, and its manifest.
 
     Raises:
         UsageError: a field or a file name is wrong; nothing was uploaded.
+        IntegrityError: a file in `base` is not the parent's.
         StoreError: a file cannot be read, or the store cannot be reached or refuses us.
     """
     fields = {"created_at": utc_now(), **fields}
     for name in files:
         check_file_name(name)
     blank = {name: {"sha256": "0" * 64, "size": 0} for name in files}
-    parse(VersionManifest, {**fields, "files": blank}, "version manifest")
-    blobs = {name: put_blob(store, path) for name, path in files.items()}
+    planned = parse(VersionManifest, {**fields, "files": blank}, "version manifest")
+    parent = read_version(store, planned.line, planned.parent) if base and planned.parent else None
+    blobs = {}
+    for name, path in files.items():
+        if base and parent and name in base and name in parent.files:
+            blobs[name] = put_sparse(store, path, base[name], parent.files[name].sha256, full_every)
+        else:
+            blobs[name] = put_blob(store, path)
     entries = {name: {"sha256": blob.sha256, "size": blob.size} for name, blob in blobs.items()}
     manifest = parse(VersionManifest, {**fields, "files": entries}, "version manifest")
     store.put_new(version_key(manifest.line, manifest.digest), manifest.canonical())
     return manifest.digest, manifest
 
 
-def publish_head(store: ObjectStore, line: str, version: str, parent: str | None, run: str | None) -> Head:
+def publish_head(store: FileStore, line: str, version: str, parent: str | None, run: str | None) -> Head:
     """Make a staged version the HEAD of its line, if HEAD is still its parent.
 
     Publishing what is HEAD already returns that HEAD: the call may be repeated.
@@ -88,7 +103,8 @@ def publish_head(store: ObjectStore, line: str, version: str, parent: str | None
     Raises:
         ConflictError: HEAD is not the parent (any more).
         UsageError: there is no such version, or it was made from another parent.
-        IntegrityError: a file of the version is missing or has another size.
+        IntegrityError: a file of the version, or one that it is stored as its difference to, is missing or has
+            another size.
     """
     _check_staged(store, line, version, parent)
     found = read_head(store, line)
@@ -104,7 +120,7 @@ def publish_head(store: ObjectStore, line: str, version: str, parent: str | None
     return _swap(store, head, parent, found[1] if found else None)
 
 
-def _check_staged(store: ObjectStore, line: str, version: str, parent: str | None) -> None:
+def _check_staged(store: FileStore, line: str, version: str, parent: str | None) -> None:
     manifest = read_version(store, line, version)
     if manifest.parent != parent:
         raise UsageError(
@@ -113,7 +129,7 @@ def _check_staged(store: ObjectStore, line: str, version: str, parent: str | Non
             "publish it with its own parent",
         )
     for name, entry in manifest.files.items():
-        if blob_size(store, entry.sha256) != entry.size:
+        if stored_size(store, entry.sha256) != entry.size:
             raise IntegrityError(
                 f"{name} of {line}@{version[:12]} is missing from the store or has another size",
                 "it was removed or damaged after it was staged",
@@ -173,8 +189,8 @@ def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> Ver
         folder: a folder that does not exist or is empty, or holds this very version already.
 
     Raises:
-        UsageError: the line has no such version, or the folder holds something else.
-        IntegrityError: a file does not match its digest.
+        UsageError: the line has no such version, its files were purged, or the folder holds something else.
+        IntegrityError: a file does not match its digest, or what it was stored as a difference to is gone.
         StoreError: a file is missing, or the disk is full.
     """
     manifest = read_version(store, line, digest)
@@ -182,6 +198,7 @@ def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> Ver
         if _holds(folder, manifest):
             return manifest
         raise UsageError(f"{folder} is not empty", "it holds other files", "choose another folder, or empty it")
+    _check_not_purged(store, line, digest)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
@@ -195,6 +212,16 @@ def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> Ver
     except OSError as error:
         raise disk_error(f"cannot fetch {line}@{digest[:12]}", folder, error) from error
     return manifest
+
+
+def _check_not_purged(store: FileStore, line: str, digest: str) -> None:
+    disposed = read_disposal(store, line, digest)
+    if disposed is not None:
+        raise UsageError(
+            f"{line}@{digest[:12]} has no weights any more",
+            f"they were disposed of at {disposed.at}: {disposed.reason}",
+            f"choose a version that is whole: `salun model history {line}`",
+        )
 
 
 def _is_empty(folder: Path) -> bool:

@@ -1,0 +1,194 @@
+"""On a real server, in a bucket that keeps versions and in one that does not."""
+
+import secrets
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from botocore.exceptions import ClientError
+
+from salun_core.errors import ConflictError, StoreError, UsageError
+from salun_core.storage import open_store
+from salun_core.storage.erase import (
+    Erased,
+    abort,
+    erase,
+    erase_old,
+    inventory,
+    unfinished_uploads,
+    upload_bytes,
+    versions_of,
+)
+from salun_core.storage.holds import (
+    VersionDisposal,
+    hold_version,
+    holds,
+    read_disposal,
+    record_disposal,
+    release_version,
+)
+from salun_core.storage.versions import publish
+
+pytestmark = pytest.mark.s3
+FUTURE = datetime(2200, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def versioned(store):
+    """A store whose bucket keeps versions; the session's bucket does not."""
+    client, _, prefix = store.native
+    bucket = f"versions-{secrets.token_hex(4)}"
+    client.create_bucket(Bucket=bucket)
+    client.put_object(Bucket=bucket, Key=f"{prefix}before", Body=b"written before versions were kept")
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    return open_store(f"s3://{bucket}/{prefix}")
+
+
+def write(store, key, *bodies):
+    client, bucket, prefix = store.native
+    for body in bodies:
+        client.put_object(Bucket=bucket, Key=prefix + key, Body=body)
+
+
+def test_every_version_and_marker_of_exactly_one_key_is_erased(versioned):
+    write(versioned, "a/x", b"1", b"22", b"333")
+    versioned.delete("a/x")
+    write(versioned, "a/x", b"4444")
+    versioned.delete("a/x")
+    write(versioned, "a/xy", b"other")
+    write(versioned, "a/x/below", b"another")
+    assert versioned.get("a/x") is None
+    assert [(item.marker, item.latest) for item in versions_of(versioned, "a/x")][0] == (True, True)
+    assert len(versions_of(versioned, "a/x")) == 6
+    assert erase(versioned, "a/x") == Erased(keys=1, versions=6, bytes=10)
+    assert versions_of(versioned, "a/x") == []
+    assert erase(versioned, "a/x") == Erased()
+    assert versioned.get("a/xy").data == b"other"
+    assert versioned.get("a/x/below").data == b"another"
+
+
+def test_a_version_older_than_versioning_goes_too(versioned):
+    write(versioned, "before", b"newer")
+    assert [item.version == "null" for item in versions_of(versioned, "before")] == [False, True]
+    assert erase(versioned, "before").versions == 2
+    assert versions_of(versioned, "before") == []
+    assert versioned.get("before") is None
+
+
+def test_without_versions_it_is_a_plain_delete(store):
+    write(store, "a/x", b"1", b"22")
+    write(store, "a/xy", b"other")
+    assert erase(store, "a/x") == Erased(keys=1, versions=1, bytes=2)
+    assert store.get("a/x") is None
+    assert erase(store, "a/x") == Erased()
+    assert store.get("a/xy").data == b"other"
+
+
+def test_a_store_that_lists_no_versions_gets_a_plain_delete(store):
+    def refuse(params, **_):
+        raise ClientError({"Error": {"Code": "NotImplemented"}}, "ListObjectVersions")
+
+    write(store, "a/x", b"1")
+    store.native[0].meta.events.register("before-parameter-build.s3.ListObjectVersions", refuse)
+    assert [item.key for item in inventory(store)] == ["a/x"]
+    assert erase(store, "a/x") == Erased(1, 1, 1)
+    assert store.get("a/x") is None
+
+
+def test_a_store_that_forbids_to_list_versions_is_an_error_and_nothing_goes(store):
+    def refuse(params, **_):
+        raise ClientError({"Error": {"Code": "AccessDenied"}}, "ListObjectVersions")
+
+    write(store, "a/x", b"1")
+    store.native[0].meta.events.register("before-parameter-build.s3.ListObjectVersions", refuse)
+    with pytest.raises(StoreError, match="not allowed"):
+        erase(store, "a/x")
+    assert store.get("a/x").data == b"1"
+
+
+def test_the_old_versions_alone(versioned):
+    write(versioned, "doc", b"secret", b"redacted")
+    assert erase_old(versioned, "doc") == Erased(1, 1, 6)
+    assert versioned.get("doc").data == b"redacted"
+    assert erase_old(versioned, "doc") == Erased()
+
+
+def test_the_inventory_shows_what_is_hidden(versioned):
+    write(versioned, "a/hidden", b"1")
+    versioned.delete("a/hidden")
+    write(versioned, "a-seen", b"1", b"22")
+    found = {item.key: (item.size, item.live, item.old) for item in inventory(versioned)}
+    assert found["a/hidden"] == (1, False, 1)
+    assert found["a-seen"] == (3, True, 1)
+    assert [item.key for item in inventory(versioned, "a/")] == ["a/hidden"]
+    assert list(versioned.list("a/")) == []
+
+
+def test_a_killed_erase_leaves_a_key_that_is_still_seen(versioned):
+    write(versioned, "x", b"1", b"22", b"333")
+    calls = []
+
+    def killed(params, **_):
+        calls.append(params)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    events = versioned.native[0].meta.events
+    events.register("before-parameter-build.s3.DeleteObject", killed, unique_id="kill")
+    with pytest.raises(KeyboardInterrupt):
+        erase(versioned, "x")
+    events.unregister("before-parameter-build.s3.DeleteObject", unique_id="kill")
+    assert versioned.get("x").data == b"333"
+    assert erase(versioned, "x").versions == 1
+
+
+def test_uploads_that_never_ended(store):
+    client, bucket, prefix = store.native
+    begun = client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}blobs/x")["UploadId"]
+    client.upload_part(Bucket=bucket, Key=f"{prefix}blobs/x", UploadId=begun, PartNumber=1, Body=b"weights")
+    (found,) = unfinished_uploads(store, FUTURE)
+    assert (found.key, found.id) == ("blobs/x", begun)
+    assert upload_bytes(store, found) == 7
+    assert unfinished_uploads(store, found.initiated - timedelta(hours=1)) == []
+    assert unfinished_uploads(store, FUTURE, "runs/") == []
+    assert abort(store, found).bytes == 7
+    assert unfinished_uploads(store, FUTURE) == []
+    assert abort(store, found).bytes == 0  # gone already: no error
+
+
+@pytest.fixture
+def version(store, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    return publish(store, {"line": "faces", "method": "train"}, {path.name: path})[0].version
+
+
+def at_noon():
+    return datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+def test_holding_and_releasing(store, version):
+    hold = hold_version(store, "faces", version, "ana", "audit 7", at_noon)
+    assert hold == hold_version(store, "faces", version, "bob", "another", at_noon)  # the first stands
+    assert (hold.by, hold.at) == ("ana", "2026-01-31T12:00:00+00:00")
+    assert holds(store, "faces") == [hold]
+    assert holds(store, "face") == []
+    assert release_version(store, "faces", version) == hold
+    assert holds(store, "faces") == []
+    with pytest.raises(UsageError, match="is not held"):
+        release_version(store, "faces", version)
+    with pytest.raises(UsageError, match="no such version"):
+        hold_version(store, "faces", "0" * 64, "ana", "audit", at_noon)
+    with pytest.raises(UsageError, match="reason"):
+        hold_version(store, "faces", version, "ana", "two\nlines", at_noon)
+
+
+def test_what_is_gone_cannot_be_held_and_its_first_record_stands(store, version):
+    def record(by):
+        fields = {"line": "faces", "version": version, "files": ["model.safetensors"], "size": 7}
+        return VersionDisposal(**fields, at="2026-02-01T00:00:00+00:00", by=by, reason="30 days are over")
+
+    assert read_disposal(store, "faces", version) is None
+    assert record_disposal(store, record("purge")) == record_disposal(store, record("another")) == record("purge")
+    assert read_disposal(store, "faces", version) == record("purge")
+    with pytest.raises(ConflictError, match="disposed of at 2026-02-01"):
+        hold_version(store, "faces", version, "ana", "audit", at_noon)
