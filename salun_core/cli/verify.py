@@ -1,0 +1,138 @@
+"""`salun verify`, `salun certificate` and `salun key create`: certificates, for whoever must believe them."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from salun_core.cli.options import Store
+from salun_core.cli.output import METRICS, emit, emit_facts, print_table
+
+if TYPE_CHECKING:
+    from salun_core.requests.statement import Erasure
+    from salun_core.steps.verification import Verification
+
+key_app = typer.Typer(no_args_is_help=True, help="Make the keys that certificates are signed and verified with.")
+
+
+def verify(
+    certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE", help="The certificate's file.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="The model folder: every file of it is compared.")
+    ] = None,
+    key: Annotated[
+        list[Path],
+        typer.Option(
+            "--key",
+            metavar="PUB",
+            help="Public key of a signer to trust; may be given again. Else $SALUN_VERIFY_KEY, else salun.pub beside"
+            " the certificate.",
+        ),
+    ] = [],  # noqa: B006 - typer reads it and hands over a new list
+    addendum: Annotated[
+        list[Path], typer.Option("--addendum", metavar="FILE", help="What was added to it later; may be given again.")
+    ] = [],  # noqa: B006
+) -> None:
+    """Verify an erasure certificate offline: its signature, and that a model is the very one it is about."""
+    from salun_core.steps.verification import verify_certificate
+
+    found = verify_certificate(certificate, model, key, addendum)
+    emit(_document(found), lambda: _show(found, model))
+
+
+def certificate(
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="The request's id.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    store: Store = None,
+) -> None:
+    """Fetch the certificate of a request from the store, byte for byte."""
+    from salun_core.errors import UsageError
+    from salun_core.steps.verification import fetch_certificate
+
+    if not store:
+        raise UsageError("no store is named", "certificates lie in a store", "give --store or set SALUN_STORE_URI")
+    emit_facts({"sha256": fetch_certificate(store, request_id, out), "certificate": out})
+
+
+def create_key(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR/NAME", help="Where to write NAME.pem and NAME.pub.")],
+) -> None:
+    """Make an ed25519 key: NAME.pem signs and stays secret, NAME.pub verifies and may be published."""
+    from salun_core.requests.keys import create_key as create
+
+    made = create(out)
+    emit_facts({"signing_key": made.private, "public_key": made.public, "keyid": made.keyid})
+
+
+def _document(found: Verification) -> dict[str, Any]:
+    return {
+        "valid": True,
+        "sha256": found.sha256,
+        "keyid": found.keyid,
+        "key_source": found.key_source,
+        "model_files": found.files,
+        "certificate": found.certificate.model_dump(mode="json", by_alias=True, exclude_none=True),
+        "addenda": [item.model_dump(mode="json", by_alias=True) for item in found.addenda],
+    }
+
+
+def _show(found: Verification, model: Path | None) -> None:
+    from salun_core.requests.keys import BESIDE_CERTIFICATE
+
+    erasure = found.certificate.predicate
+    typer.echo(f"VALID: signed by a trusted key, from {found.key_source}")
+    if found.key_source == BESIDE_CERTIFICATE:
+        typer.echo("whoever made the certificate could have put that key there: compare its id with the signer's own")
+    checked = f"all {found.files} files of {model} are the certified ones"
+    typer.echo(checked if found.files is not None else "only the certificate was checked: give --model DIR as well")
+    typer.echo()
+    for name, value in _rows(erasure):
+        typer.echo(f"{name:<10}  {value}")
+    if erasure.metrics:
+        typer.echo()
+        known = {name: place for place, name in enumerate(METRICS)}
+        found_metrics = sorted(erasure.metrics, key=lambda item: known.get(item.name, len(known)))
+        rows = [(m.name, m.before, m.after, m.reference, m.low, m.high, m.n) for m in found_metrics]
+        print_table(["metric", "before", "after", "retrained", "low", "high", "n"], rows)
+    _show_disposals(found)
+    typer.echo(f"\n{textwrap.fill(erasure.statement, 100)}")
+
+
+def _rows(erasure: Erasure) -> list[tuple[str, str]]:
+    request, model, forgotten = erasure.request, erasure.model, erasure.forgotten
+    times = f"received {_time(request.received_at)}, due {_time(request.due_at)}, settled {_time(request.completed_at)}"
+    made = f"{model.line}@{model.version[:12]}" + (f", made from {model.parent[:12]}" if model.parent else "")
+    rows = [
+        ("request", f"{request.id}: {times}"),
+        ("outcome", erasure.outcome.value.replace("_", " ")),
+        ("model", made),
+        ("forgotten", f"{forgotten.count} training samples, of {forgotten.named} that the request names"),
+    ]
+    if erasure.procedure:
+        rows.append(("procedure", f"{erasure.procedure.method}, configuration {erasure.procedure.config_digest[:12]}"))
+    if erasure.gate:
+        rows.append(("gate", f"passed {len(erasure.gate.verdicts)} checks of policy {erasure.gate.policy}"))
+    debt = erasure.debt
+    rows.append(("debt", f"{debt.fraction:.1%} forgotten in {debt.runs_since_training} runs since the last training"))
+    rows.append(("signer", f"key {erasure.signer}"))
+    if erasure.supersedes:
+        rows.append(("supersedes", f"certificate {erasure.supersedes[:12]}"))
+    return rows
+
+
+def _show_disposals(found: Verification) -> None:
+    disposals = found.certificate.predicate.disposals
+    added = [item for addendum in found.addenda for item in addendum.predicate.done]
+    rows = [(item.what, "deleted", _time(item.at)) for item in disposals.done]
+    rows += [(item.what, "deleted (addendum)", _time(item.at)) for item in added]
+    rows += [(item.what, "due", _time(item.by)) for item in disposals.due if item.what not in {a.what for a in added}]
+    if rows:
+        typer.echo()
+        print_table(["disposal", "state", "when"], rows)
+
+
+def _time(text: str) -> str:
+    return text[:16].replace("T", " ")

@@ -1,0 +1,357 @@
+"""What a certificate says, what it is refused for, and that a request ends with exactly one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from salun_core.data.forget import SubjectTarget
+from salun_core.digest import canonical_json, digest_json, sha256_bytes
+from salun_core.errors import GateRefusedError, IntegrityError, UsageError
+from salun_core.evaluation.evidence import Evidence, Forgotten, Integrity, Measured, Metric, RunFacts
+from salun_core.gate import decide, load_policy
+from salun_core.requests.certificate import Facts, build_statement, certify, issue, issue_addendum
+from salun_core.requests.envelope import PAYLOAD_TYPE, keyid, sign
+from salun_core.requests.facts import salted_digest
+from salun_core.requests.schema import DeletionRequest, Outcome
+from salun_core.requests.statement import (
+    DisposalAddendum,
+    DisposalDone,
+    Disposals,
+    ErasureCertificate,
+    open_statement,
+)
+from salun_core.storage.lineage import VersionManifest
+from salun_core.storage.names import addendum_key, certificate_key
+
+CANARIES = ("person-canary-07", "ticket-canary", "sample-canary", "class-canary")
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+WEIGHTS, OTHER = sha256_bytes(b"weights"), sha256_bytes(b"other")
+REQUEST = DeletionRequest(
+    id="r-1",
+    model_line="faces",
+    target=SubjectTarget(subject_ref=CANARIES[0]),
+    received_at="2026-01-31T09:00:00+00:00",
+    due_at="2026-02-28T09:00:00+00:00",
+    source=CANARIES[1],
+)
+
+
+def manifest_of(files, method="salun", created_at="2026-02-03T10:00:00+00:00"):
+    return VersionManifest(
+        line="faces",
+        parent=OTHER,
+        created_at=created_at,
+        files={name: {"sha256": sha256_bytes(data), "size": len(data)} for name, data in files.items()},
+        run="run-7",
+        method=method,
+        forget_set_digest=OTHER,
+        forget_count=40,
+        retrained=method == "retrain",
+        lineage={"runs_since_training": 2, "forgotten_since_training": 60, "trained_on": 1200},
+    )
+
+
+def evidence_of(after=WEIGHTS, method="salun"):
+    metric = {"before": 0.0, "after": 0.975, "reference": 1.0, "n": 40, "low": 0.871, "high": 0.996}
+    return Evidence(
+        created_at="2026-02-03T10:00:00+00:00",
+        measured=Measured(before=OTHER, after=after, dataset=OTHER, split=OTHER, forget_set=OTHER, mask=OTHER),
+        forgotten=Forgotten(count=40, train_count=1200, kinds=["subject"]),
+        integrity=Integrity(weights=100, weights_changed=50, frozen_changed=0, non_finite=0, buffers_changed=0),
+        metrics={
+            "UA": Metric(**metric),
+            "RA": Metric(before=1.0, after=0.99, n=1160, low=0.98, high=0.995),
+            "TA": Metric(before=0.96, after=0.95, origin=0.97, n=300, low=0.92, high=0.97),
+            "UA_samples": Metric(before=0.0, after=0.1, n=40, low=0.04, high=0.23),
+            "MIA": Metric(**metric),
+            "attack_auc": Metric(before=0.7, after=0.5, n=40, low=0.4, high=0.6),
+            "MIA_entropy": Metric(before=float("nan"), after=None, n=0),
+        },
+        classes=[CANARIES[3]],
+        run=RunFacts(
+            method=method,
+            config={"epochs": 5, "learning_rate": 0.003, "clip": None, "momentum": 1.0},
+            seed=3,
+            density=0.5,
+            environment={"torch": "2.13.0", "device": "cpu"},
+        ),
+    )
+
+
+def facts_of(files=None, outcome=Outcome.UNLEARNED, **changed):
+    files = files or {"model.safetensors": b"weights", "model.json": b"{}"}
+    method = "retrain" if outcome is Outcome.RETRAINED else "salun"
+    manifest = manifest_of(files, method)
+    evidence = evidence_of(sha256_bytes(files["model.safetensors"]), method)
+    decision = decide(evidence, load_policy("classifier")).model_dump(mode="json")
+    fields = {
+        "request": REQUEST,
+        "outcome": outcome,
+        "completed_at": "2026-02-03T11:00:00.250000+00:00",
+        "version": manifest.digest,
+        "manifest": manifest,
+        "split_digest": OTHER,
+        "forget_digest": digest_json({"ids": [CANARIES[2]]}),
+        "found": 3,
+        "named": 4,
+        "run": "run-7",
+        "epoch": 2,
+        "evidence": evidence,
+        "decision": decision,
+        "disposals": Disposals(
+            done=[{"what": "resolved ids", "at": "2026-02-03T11:00:00+00:00"}],
+            due=[{"what": "superseded weights", "by": "2026-03-05T10:00:00+00:00"}],
+        ),
+        "environment": {"cpu": "x86"},
+        "code_commit": "8d062e0",
+    }
+    return Facts(**{**fields, **changed})
+
+
+def nothing(**changed):
+    return facts_of(outcome=Outcome.NOTHING_TO_ERASE, **{"evidence": None, "decision": None, "found": 0, **changed})
+
+
+def opened(data, key=KEY):
+    return open_statement(ErasureCertificate, data, [key.public_key()], "certificate")
+
+
+def read(store, key=KEY):
+    data = store.get(certificate_key("r-1")).data
+    return sha256_bytes(data), opened(data, key).predicate
+
+
+def test_a_certificate_says_what_was_done_and_measured():
+    facts = facts_of()
+    certificate = opened(certify(facts, KEY))
+    erasure = certificate.predicate
+    assert {item.name: item.digest.sha256 for item in certificate.subject} == {
+        "model.json": sha256_bytes(b"{}"),
+        "model.safetensors": WEIGHTS,
+    }
+    assert (erasure.model.version, erasure.model.parent) == (facts.version, OTHER)
+    assert erasure.procedure.config_digest == digest_json(facts.evidence.run.config)
+    assert erasure.procedure.config == facts.evidence.run.config
+    assert (erasure.procedure.seed, erasure.procedure.density, erasure.procedure.mask_digest) == (3, 0.5, OTHER)
+    assert erasure.provenance.environment == {"torch": "2.13.0", "device": "cpu", "cpu": "x86"}
+    found = {metric.name: metric for metric in erasure.metrics}
+    assert found.keys() == facts.evidence.metrics.keys()
+    assert found["UA"].model_dump(exclude={"name"}) == facts.evidence.metrics["UA"].model_dump()
+    assert found["TA"].model_dump(exclude={"name"}) == facts.evidence.metrics["TA"].model_dump()
+    assert found["MIA_entropy"].before is None  # NaN has no JSON
+    assert [verdict.rule for verdict in erasure.gate.verdicts] == [item["rule"] for item in facts.decision["verdicts"]]
+    assert erasure.debt.fraction == 0.05
+    assert erasure.signer == keyid(KEY.public_key())
+    assert "does not prove" in erasure.statement
+
+
+def test_the_forget_set_is_known_only_to_who_knows_it():
+    first, second = facts_of(), facts_of()
+    digests = [opened(certify(facts, KEY)).predicate.forgotten for facts in (first, second)]
+    assert digests[0].digest != digests[1].digest
+    assert all(found.digest == salted_digest(found.salt, first.forget_digest) for found in digests)
+    assert first.forget_digest.encode() not in build_statement(first, OTHER).canonical()
+
+
+def test_nothing_personal_is_copied():
+    text = build_statement(facts_of(), OTHER).canonical().decode()
+    assert [canary for canary in CANARIES if canary in text] == []
+
+
+def test_nothing_to_erase_is_certified_of_the_version_that_was_searched():
+    facts = nothing()
+    document = json.loads(build_statement(facts, OTHER).canonical())["predicate"]
+    assert document["model"]["version"] == facts.version
+    assert not {"procedure", "metrics", "gate", "supersedes"} & document.keys()
+    assert "parent" not in document["model"]
+
+
+REFUSED = decide(evidence_of().model_copy(update={"metrics": {}}), load_policy("classifier")).model_dump(mode="json")
+
+
+def judged(evidence):
+    """Evidence, with the decision that the gate made on it."""
+    return {"evidence": evidence, "decision": decide(evidence, load_policy("classifier")).model_dump(mode="json")}
+
+
+SALUN = {"manifest": facts_of().manifest, **judged(evidence_of())}
+CONTRADICTIONS = {
+    "another version": ({"version": OTHER}, "manifest"),
+    "another line": ({"request": REQUEST.model_copy(update={"model_line": "cars"})}, "cars"),
+    "no evidence": ({"evidence": None}, "missing"),
+    "no decision": ({"decision": None}, "missing"),
+    "none found": ({"found": 0}, "missing"),
+    "another model measured": (judged(evidence_of(after=OTHER)), "another model"),
+    "another method measured": (judged(evidence_of(method="finetune")), "another model"),
+    "a decision of other evidence": ({"decision": REFUSED}, "gate judged"),
+    "retrained, it says": (
+        {**SALUN, "version": SALUN["manifest"].digest, "outcome": Outcome.RETRAINED},
+        "made by salun",
+    ),
+    "nothing to erase, but evidence": ({"outcome": Outcome.NOTHING_TO_ERASE, "found": 0}, "nothing was erased"),
+}
+
+
+@pytest.mark.parametrize(("changed", "why"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_facts_that_contradict_each_other_are_not_signed(changed, why):
+    with pytest.raises(IntegrityError, match=why):
+        certify(facts_of(**changed), KEY)
+
+
+def test_a_retrained_version_is_certified_as_such():
+    assert opened(certify(facts_of(outcome=Outcome.RETRAINED), KEY)).predicate.procedure.method == "retrain"
+
+
+def test_a_refused_version_is_not_certified():
+    with pytest.raises(GateRefusedError):
+        certify(facts_of(decision={**facts_of().decision, "passed": False}), KEY)
+
+
+def test_a_configuration_without_a_canonical_form_is_not_signed():
+    evidence = evidence_of()
+    run = evidence.run.model_copy(update={"config": {"learning_rate": float("nan")}})
+    evidence = evidence.model_copy(update={"run": run})
+    decision = decide(evidence, load_policy("classifier")).model_dump(mode="json")
+    with pytest.raises(IntegrityError, match="canonical"):
+        certify(facts_of(evidence=evidence, decision=decision), KEY)
+
+
+@pytest.mark.parametrize("facts", [facts_of, nothing])
+def test_a_settle_that_repeats_ends_with_one_certificate(store, facts):
+    first = issue(store, facts(), KEY)
+    assert issue(store, facts(completed_at="2026-02-03T12:00:00+00:00"), KEY) == first  # other time, other salt
+    assert read(store)[0] == first
+    assert list(store.list("addenda/")) == []
+
+
+def test_another_outcome_supersedes_the_certificate_and_keeps_it(store):
+    first = issue(store, nothing(), KEY)
+    before = store.get(certificate_key("r-1")).data
+    second = issue(store, facts_of(), KEY)
+    digest, erasure = read(store)
+    assert (digest, erasure.supersedes, erasure.outcome) == (second, first, Outcome.UNLEARNED)
+    assert store.get(addendum_key("r-1", f"certificate-{first[:12]}.json")).data == before
+    assert issue(store, facts_of(), KEY) == second
+
+
+def test_a_settle_killed_between_copy_and_replacement_is_finished_by_the_next(store):
+    first = issue(store, nothing(), KEY)
+    store.put_new(addendum_key("r-1", f"certificate-{first[:12]}.json"), store.get(certificate_key("r-1")).data)
+    second = issue(store, facts_of(), KEY)
+    assert read(store)[0] == second
+    assert len(list(store.list("addenda/"))) == 1
+
+
+def test_a_certificate_of_another_key_is_superseded_not_believed(store):
+    stranger = Ed25519PrivateKey.generate()
+    first = issue(store, facts_of(), stranger)
+    second = issue(store, facts_of(), KEY)
+    assert second != first
+    assert read(store)[1].supersedes == first
+
+
+class _Rival:
+    """The store, where another settle of the same request is faster once."""
+
+    def __init__(self, store, facts):
+        self._store, self._facts = store, facts
+        self.winner = None
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def get(self, key):
+        found = self._store.get(key)
+        if self.winner is None:
+            self.winner = issue(self._store, self._facts, KEY)
+        return found
+
+
+@pytest.mark.parametrize("earlier", [[], [nothing]])
+def test_two_settles_at_once_end_with_one_certificate(store, earlier):
+    for facts in earlier:
+        issue(store, facts(), KEY)
+    rival = _Rival(store, facts_of())
+    assert issue(rival, facts_of(), KEY) == rival.winner == read(store)[0]
+
+
+def test_a_damaged_certificate_is_not_replaced(store):
+    data = bytearray(certify(facts_of(), KEY))
+    data[100] ^= 1
+    store.put_new(certificate_key("r-1"), bytes(data))
+    with pytest.raises(IntegrityError):
+        issue(store, facts_of(), KEY)
+    assert store.get(certificate_key("r-1")).data == data
+
+
+def test_a_certificate_of_another_request_is_not_taken_for_ours(store):
+    other = replace(facts_of(), request=REQUEST.model_copy(update={"id": "r-2"}))
+    store.put_new(certificate_key("r-1"), certify(other, KEY))
+    with pytest.raises(IntegrityError, match="another request"):
+        issue(store, facts_of(), KEY)
+
+
+DONE = DisposalDone(what="superseded weights", at="2026-03-01T00:00:00+00:00")
+
+
+def test_an_addendum_names_the_certificate_and_may_be_repeated(store):
+    certificate = issue(store, facts_of(), KEY)
+    first = issue_addendum(store, "r-1", [DONE], KEY)
+    assert issue_addendum(store, "r-1", [DONE], KEY) == first
+    (entry,) = store.list("addenda/")
+    addendum = open_statement(DisposalAddendum, store.get(entry.key).data, [KEY.public_key()], "addendum")
+    assert addendum.subject[0].digest.sha256 == certificate
+    assert addendum.predicate.done == (DONE,)
+
+
+def test_an_addendum_needs_a_certificate_and_something_that_was_deleted(store):
+    with pytest.raises(UsageError, match="no certificate"):
+        issue_addendum(store, "r-1", [DONE], KEY)
+    issue(store, facts_of(), KEY)
+    with pytest.raises(UsageError, match="done"):
+        issue_addendum(store, "r-1", [], KEY)
+
+
+def test_an_addendum_is_no_certificate(store):
+    issue(store, facts_of(), KEY)
+    issue_addendum(store, "r-1", [DONE], KEY)
+    (entry,) = store.list("addenda/")
+    with pytest.raises(IntegrityError):
+        opened(store.get(entry.key).data)
+
+
+def _edited(edit):
+    document = json.loads(build_statement(facts_of(), OTHER).canonical())
+    edit(document)
+    return document
+
+
+EDITS = {
+    "a config of another digest": lambda d: d["predicate"]["procedure"]["config"].update(epochs=6),
+    "no gate": lambda d: d["predicate"].pop("gate"),
+    "a gate that refused": lambda d: d["predicate"]["gate"].update(passed=False),
+    "nothing forgotten": lambda d: d["predicate"]["forgotten"].update(count=0),
+    "a file twice": lambda d: d["subject"].append(d["subject"][0]),
+    "a path as a file's name": lambda d: d["subject"][0].update(name="../model.json"),
+    "no file": lambda d: d.update(subject=[]),
+    "another predicate": lambda d: d.update(predicateType="urn:salun:erasure:v2"),
+    "a later format": lambda d: d["predicate"].update(format="salun.certificate/v2"),
+    "more": lambda d: d["predicate"].update(more=1),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_a_signed_statement_of_another_form_is_refused(edit):
+    with pytest.raises(IntegrityError):
+        opened(sign(canonical_json(_edited(edit)), PAYLOAD_TYPE, KEY))
+
+
+def test_the_signer_that_is_named_is_the_one_that_signed():
+    from salun_core.requests.statement import sign_statement
+
+    with pytest.raises(IntegrityError, match="another signer"):
+        opened(sign_statement(build_statement(facts_of(), OTHER), KEY))

@@ -1,0 +1,132 @@
+"""`salun verify`, `salun certificate` and `salun key`, and verifying without salun as docs/certificate.md says."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from salun_core.cli.app import app
+from salun_core.cli.output import MODE
+from tests.unit.requests.test_certificate import KEY, certify, nothing
+from tests.unit.requests.test_certificate_tampering import FIXTURE
+
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "certificate.md").read_text()
+
+
+@pytest.fixture
+def salun(tmp_path, monkeypatch):
+    """Runs a verb beside a copy of the fixture."""
+    for name in ("SALUN_STORE_URI", "SALUN_VERIFY_KEY", "SALUN_SIGNING_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    yield lambda *args: CliRunner().invoke(app, list(args))
+    MODE.json = MODE.debug = False
+
+
+def test_the_summary_says_all_that_a_reader_must_know(salun):
+    result = salun("verify", "certificate.json", "--model", "model", "--addendum", "disposal.json")
+    assert result.exit_code == 0, result.stderr
+    for text in (
+        "VALID: signed by a trusted key, from salun.pub beside the certificate",
+        "key 44d58a25bbf1c110ab42b0a1dc0d4b74095ca6b0cae4edbe1f879bc251427404",
+        "all 3 files of model",
+        "r-1: received 2026-01-31 09:00, due 2026-02-28 09:00, settled 2026-02-03 11:00",
+        "3 training samples, of 4",
+        "passed 9 checks of policy classifier",
+        "superseded weights   deleted (addendum)   2026-03-01 00:00",
+        "cannot be\nproved",
+    ):
+        assert text in result.stdout
+    assert re.search(r"UA +0\.0000 +0\.9750 +1\.0000 +0\.8710 +0\.9960 +40\n", result.stdout)
+
+
+def test_without_a_model_it_says_that_only_the_certificate_was_checked(salun):
+    result = salun("verify", "certificate.json", "--key", "salun.pub")
+    assert result.exit_code == 0
+    assert "only the certificate was checked" in result.stdout
+    assert "beside the certificate" not in result.stdout
+    assert re.search(r"superseded weights +due +2026-03-05", result.stdout)
+
+
+def test_json_is_one_document_with_the_whole_certificate(salun):
+    document = json.loads(salun("verify", "certificate.json", "--model", "model", "--json").stdout)
+    assert (document["valid"], document["model_files"]) == (True, 3)
+    assert document["certificate"]["_type"] == "https://in-toto.io/Statement/v1"
+
+
+def test_a_certificate_of_nothing_to_erase_is_summarised_too(salun, tmp_path):
+    from salun_core.requests.keys import public_pem
+
+    Path("nothing.json").write_bytes(certify(nothing(), KEY))
+    Path("signer.pub").write_bytes(public_pem(KEY.public_key()))
+    result = salun("verify", "nothing.json", "--key", "signer.pub")
+    assert result.exit_code == 0, result.stderr
+    assert "nothing to erase" in result.stdout
+    assert "metric" not in result.stdout
+
+
+def test_exit_codes_tell_damage_from_a_missing_key(salun):
+    Path("model/model.json").write_bytes(b"{}")
+    result = salun("verify", "certificate.json", "--model", "model")
+    assert (result.exit_code, result.stdout) == (5, "")
+    assert "model.json was changed" in result.stderr
+    Path("salun.pub").unlink()
+    result = salun("verify", "certificate.json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--key" in result.stderr
+    assert salun("verify", "nowhere.json", "--key", "salun.pub").exit_code == 2
+
+
+def test_a_certificate_is_fetched_byte_for_byte(salun, store):
+    data = (FIXTURE / "certificate.json").read_bytes()
+    store.put_new("certificates/r-1.json", data)
+    assert salun("certificate", "r-1", "--out", "fetched.json", "--store", store.uri).exit_code == 0
+    assert Path("fetched.json").read_bytes() == data
+    result = salun("certificate", "r-2", "--out", "other.json", "--store", store.uri)
+    assert (result.exit_code, Path("other.json").exists()) == (2, False)
+    assert "salun request show r-2" in result.stderr
+
+
+def test_a_key_is_made_once(salun):
+    result = salun("key", "create", "--out", "keys/mine", "--json")
+    assert len(json.loads(result.stdout)["keyid"]) == 64
+    assert salun("key", "create", "--out", "keys/mine").exit_code == 2
+
+
+def _block(language):
+    return re.search(rf"```{language}\n(.*?)```", DOCUMENT, re.DOTALL)[1]
+
+
+def _in_python(*args):
+    command = [sys.executable, "-c", _block("python"), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_documents_python_verifies(salun):
+    assert len(_block("python").strip().splitlines()) <= 16
+    files = ("certificate.json", "salun.pub", "model")
+    assert _in_python(*files).stdout == "VALID: unlearned\n"
+    Path("model/model.json").write_bytes(b"{}")
+    assert "another model" in _in_python(*files).stderr
+    data = json.loads(Path("certificate.json").read_text())
+    data["payload"] = data["payload"].replace("A", "B", 1)
+    Path("certificate.json").write_text(json.dumps(data))
+    assert "InvalidSignature" in _in_python(*files).stderr
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+def test_the_documents_openssl_verifies(salun):
+    command = ["bash", "-c", _block("bash"), "verify", "certificate.json", "salun.pub"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    data = json.loads(Path("certificate.json").read_text())
+    data["payload"] = data["payload"].replace("A", "B", 1)
+    Path("certificate.json").write_text(json.dumps(data))
+    assert subprocess.run(command, capture_output=True, check=False).returncode != 0
