@@ -1,0 +1,405 @@
+"""The plan of what must go, on made-up stores: no bytes, no clock."""
+
+import hashlib
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from salun_core.errors import IntegrityError
+from salun_core.requests.artifacts import parse_artifact
+from salun_core.requests.retention import Kind, RetentionRules, is_known, plan
+from salun_core.requests.runs import RunStatus
+from salun_core.requests.schema import Outcome, Status
+from salun_core.requests.stock import LAYOUT, Artifact, RequestFacts, RunFacts, Stock, kind_of_key
+from salun_core.storage import names
+from salun_core.storage.erase import StoredKey, Upload
+from salun_core.storage.lineage import Head, VersionManifest
+
+T0 = datetime(2026, 1, 1, tzinfo=UTC)
+EXACT = RetentionRules(every_hours=0)
+
+
+def day(number):
+    return T0 + timedelta(days=number)
+
+
+def sha(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class World:
+    """A store that is put together version by version, run by run."""
+
+    def __init__(self):
+        self.keys, self.heads, self.manifests, self.bases = [], {}, {}, {}
+        self.holders, self.runs, self.requests, self.uploads, self.artifacts = {}, {}, {}, [], []
+
+    def put(self, key, at=0.0, size=10, live=True, old=0):
+        self.keys.append(StoredKey(key, size, day(at), live, old))
+
+    def version(self, at, parent=None, weights=None, line="faces", run=None, head=True, delta_of=None, split=None):
+        weights = weights or f"weights {line} {at}"
+        split = split or f"split of {weights}"
+        texts = {"model.safetensors": weights, "split.json": split, "evidence.json": f"evidence {at}"}
+        entries = {name: {"sha256": sha(text), "size": 10} for name, text in texts.items()}
+        fields = {"line": line, "parent": parent, "created_at": day(at).isoformat(), "files": entries, "run": run}
+        manifest = VersionManifest(method="salun", **fields)
+        digest = manifest.digest
+        self.manifests[line, digest] = manifest
+        self.put(names.version_key(line, digest), at)
+        known = {item.key for item in self.keys}
+        for name, text in texts.items():
+            sparse = delta_of is not None and name == "model.safetensors"
+            key = names.delta_key(sha(text)) if sparse else names.blob_key(sha(text))
+            if key not in known:
+                self.put(key, at)
+        if delta_of:
+            self.bases[sha(weights)] = sha(delta_of)
+        if head:
+            self.move(line, digest, at)
+        return digest
+
+    def move(self, line, digest, at):
+        sequence = self.heads[line].sequence + 1 if line in self.heads else 1
+        self.heads[line] = Head(line=line, version=digest, sequence=sequence, published_at=day(at).isoformat())
+
+    def run(self, name, at, status=RunStatus.PUBLISHED, parent=None, members=(), line="faces"):
+        self.runs[name] = RunFacts(line, parent, tuple(members), status, day(at))
+
+    def stock(self):
+        names_ = ("keys", "heads", "manifests", "bases", "holders", "runs", "requests", "uploads", "artifacts")
+        return Stock(**{name: getattr(self, name) for name in names_})
+
+    def plan(self, at, rules=EXACT):
+        return plan(self.stock(), rules, day(at))
+
+    def gone(self, at, *kinds, rules=EXACT):
+        return {key for item in self.plan(at, rules).disposals if not kinds or item.kind in kinds for key in item.keys}
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def blob(text):
+    return names.blob_key(sha(text))
+
+
+def both(weights):
+    return {blob(weights), blob(f"split of {weights}")}
+
+
+def test_superseded_weights_go_after_thirty_days_and_no_file_of_head(world):
+    first = world.version(0)
+    second = world.version(5, first)
+    world.version(40, second)
+    assert world.gone(34.9) == set()
+    assert world.gone(35) == both("weights faces 0")
+    assert world.gone(69.9) == both("weights faces 0")
+    assert world.gone(70) == both("weights faces 0") | both("weights faces 5")
+    (item,) = world.plan(35).disposals
+    assert (item.line, item.version, item.files) == ("faces", first, ("model.safetensors", "split.json"))
+    assert item.size == 20
+    assert "superseded since 2026-01-06" in item.reason
+
+
+def test_what_would_be_too_old_by_the_next_purge_goes_now(world):
+    world.version(5, world.version(0))
+    assert world.gone(34.4, rules=RetentionRules()) == set()
+    assert world.gone(34.5, rules=RetentionRules()) == both("weights faces 0")
+    assert world.gone(6, rules=RetentionRules(weights_days=1, every_hours=0)) == both("weights faces 0")
+
+
+@pytest.mark.parametrize("rule", [{"mask_days": 31}, {"weights_days": 31}, {"scratch_hours": 25}, {"orphan_hours": 0}])
+def test_the_rules_may_be_lowered_only(rule):
+    with pytest.raises(ValidationError):
+        RetentionRules(**rule)
+
+
+def test_a_held_version_stays_whole(world):
+    first = world.version(0)
+    world.version(5, first)
+    world.put(names.version_hold_key("faces", first), 6)
+    assert world.gone(100) == set()
+    assert world.plan(100).held == [f"faces@{first}"]
+    world.keys[-1] = replace(world.keys[-1], live=False)  # released: only its S3 versions are left
+    assert world.gone(100) == both("weights faces 0")
+
+
+def test_files_that_a_version_of_any_line_needs_stay(world):
+    world.version(5, world.version(0, weights="same"))
+    other = world.version(0, line="cars", weights="same")
+    assert world.gone(100) == set()
+    assert len(world.plan(100).shared) == 1
+    world.version(50, other, line="cars")
+    assert world.gone(79.9) == set()
+    assert world.gone(80) == both("same")
+
+
+def test_a_list_of_samples_that_another_version_shares_stays(world):
+    world.version(5, world.version(0, split="same"), split="same")
+    assert world.gone(100) == {blob("weights faces 0")}
+    assert world.plan(100).disposals[0].files == ("model.safetensors",)
+
+
+def test_a_disposed_version_is_left_alone_unless_its_files_came_back(world):
+    first = world.version(0)
+    world.version(5, first)
+    world.put(names.version_disposal_key("faces", first), 36)
+    world.keys = [item for item in world.keys if item.key not in both("weights faces 0")]
+    assert world.plan(100).disposals == []
+    world.put(blob("weights faces 0"), 90)
+    assert world.gone(100, Kind.ORPHAN) == {blob("weights faces 0")}
+
+
+def test_what_a_living_file_is_a_difference_to_goes_only_after_that_was_made_whole(world):
+    first = world.version(0)
+    second = world.version(5, first, delta_of="weights faces 0")
+    world.version(40, second, delta_of="weights faces 5")
+    kinds = [(item.kind, item.keys[0]) for item in world.plan(36).disposals]
+    assert kinds == [(Kind.MATERIALISE, sha("weights faces 5")), (Kind.WEIGHTS, blob("weights faces 0"))]
+    kinds = [(item.kind, item.keys[0]) for item in world.plan(71).disposals]
+    assert kinds[0] == (Kind.MATERIALISE, sha("weights faces 40"))  # not the one between: that goes as well
+    assert [kind for kind, _ in kinds] == [Kind.MATERIALISE, Kind.WEIGHTS, Kind.WEIGHTS]
+    assert names.delta_key(sha("weights faces 5")) in world.gone(71, Kind.WEIGHTS)
+    world.put(blob("weights faces 40"), 71)
+    assert Kind.MATERIALISE not in {item.kind for item in world.plan(71).disposals}
+
+
+def test_versions_that_were_never_published_go_with_their_manifest(world):
+    first = world.version(0)
+    staged = world.version(5, first, run="run-1", head=False)
+    manifest = names.version_key("faces", staged)
+    every = {*both("weights faces 5"), blob("evidence 5"), manifest}
+    assert world.gone(5.9) == set()
+    assert world.gone(6) == every
+    assert world.plan(6).disposals[0].keys[-1] == manifest
+    world.run("run-1", 5.5, RunStatus.EVALUATING)
+    assert world.gone(6) == set()  # it may still be published
+    assert world.gone(6.5) == every
+    world.holders["faces"] = "run-1"
+    assert world.gone(60) == set()
+
+
+def test_after_a_rollback_the_abandoned_branch_is_superseded(world):
+    first = world.version(0)
+    second = world.version(5, first)
+    third = world.version(6, second, run="run-3")
+    world.version(7, second, run="run-stale", head=False)
+    world.run("run-3", 6)
+    world.run("run-stale", 7, RunStatus.STALE_PARENT)
+    world.move("faces", first, 10)
+    assert names.version_key("faces", third) not in world.gone(100)
+    assert len(world.gone(9, Kind.STAGED)) == 4
+    assert world.gone(9, Kind.STAGED) > both("weights faces 7")
+    assert world.gone(39.9, Kind.WEIGHTS) == set()
+    assert world.gone(40, Kind.WEIGHTS) == both("weights faces 5") | both("weights faces 6")
+    world.version(30, first)  # the fork's next version fixes the time
+    assert world.gone(59.9, Kind.WEIGHTS) == set()
+    assert world.gone(60, Kind.WEIGHTS) == both("weights faces 5") | both("weights faces 6") | both("weights faces 0")
+
+
+def test_a_broken_lineage_stops_everything(world):
+    first = world.version(0)
+    world.version(5, first)
+    del world.manifests["faces", first]
+    with pytest.raises(IntegrityError, match="lineage of faces is broken"):
+        world.plan(100)
+
+
+def test_orphans_go_when_they_are_old_and_hidden_copies_of_what_is_there(world):
+    world.version(0)
+    world.put(blob("young"), 9.5)
+    world.put(blob("old"), 1)
+    world.put(blob("hidden"), 1, live=False)
+    world.put(names.delta_key(sha("weights faces 0")), 1, live=False)
+    world.put("probe/123/stale", 1)
+    expected = {blob("old"), blob("hidden"), names.delta_key(sha("weights faces 0")), "probe/123/stale"}
+    assert world.gone(10) == expected
+
+
+def test_of_a_file_in_two_forms_the_difference_goes(world):
+    first = world.version(0)
+    world.version(5, first, delta_of="weights faces 0")
+    world.put(blob("weights faces 5"), 6)  # made whole, and killed before the difference was deleted
+    assert world.gone(7) == {names.delta_key(sha("weights faces 5"))}
+
+
+def test_the_only_copy_of_a_needed_file_is_never_removed(world):
+    world.version(0)
+    world.keys = [replace(item, live=False) if item.key == blob("weights faces 0") else item for item in world.keys]
+    assert world.gone(100) == set()
+
+
+def test_forget_data_and_masks_of_runs(world):
+    world.put("scratch/run-1/forget.json", 1)
+    world.put("scratch/run-1/deep/er", 1, live=False)
+    world.put("runs/run-1/mask.safetensors", 1)
+    world.put("runs/run-1/report.html", 1)
+    world.requests["r"] = RequestFacts("faces", Status.IN_PROGRESS, day(1), "run-1")
+    world.run("run-1", 1, RunStatus.PUBLISHED, members=["r"])
+    assert world.gone(1.9) == set()  # published, and not settled yet
+    assert world.gone(1.6, rules=RetentionRules()) == set()
+    world.requests["r"] = RequestFacts("faces", Status.COMPLETED, day(1.5), "run-1", Outcome.UNLEARNED, redacted=True)
+    assert world.gone(2.4) == set()
+    assert world.gone(2.5) == {"scratch/run-1/forget.json", "scratch/run-1/deep/er"}
+    assert world.gone(31.4) == {"scratch/run-1/forget.json", "scratch/run-1/deep/er"}
+    assert "runs/run-1/mask.safetensors" in world.gone(31.5, Kind.MASK)
+    assert "runs/run-1/report.html" not in world.gone(1000)
+
+
+def test_a_run_that_may_be_at_work_keeps_its_forget_data(world):
+    world.put("scratch/run-1/forget.json", 1)
+    world.run("run-1", 1, RunStatus.UNLEARNING)
+    assert world.gone(1.9) == set()
+    assert world.gone(2) == {"scratch/run-1/forget.json"}  # a day without a sign of life
+    world.holders["faces"] = "run-1"
+    assert world.gone(20) == set()
+
+
+def test_forget_data_of_an_unknown_run_go_a_day_after_the_last_was_written(world):
+    world.put("scratch/run-x/a", 1)
+    world.put("scratch/run-x/b", 2)
+    assert world.gone(2.9) == set()
+    assert world.gone(3) == {"scratch/run-x/a", "scratch/run-x/b"}
+
+
+def test_unknown_keys_are_listed_and_left_alone(world):
+    known = {"leases/faces.json", "index/queued/faces/1.2.r", "certificates/r.json", f"work/{sha('w')}.json"}
+    unknown = ["photo.jpg", "blobs/sha256/short", "scratch/UP/x", "lines/faces/versions/x/y"]
+    for key in [*known, *unknown]:
+        world.put(key)
+    found = world.plan(1000)
+    assert found.disposals == []
+    assert sorted(found.unknown) == sorted(unknown)
+
+
+def test_every_key_that_is_built_is_understood():
+    digest = sha("x")
+    built = [
+        names.head_key("l"),
+        names.version_key("l", digest),
+        names.version_disposal_key("l", digest),
+        names.version_hold_key("l", digest),
+        names.blob_key(digest),
+        names.delta_key(digest),
+        names.request_key("r"),
+        names.event_key("r", 1),
+        names.run_key("r", "run.json"),
+        names.run_key("r", "evidence.json"),
+        names.run_key("r", "report.html"),
+        names.run_event_key("r", 1),
+        names.certificate_key("r"),
+        names.addendum_key("r", "disposal-1.json"),
+        names.lease_key("l"),
+        names.scratch_key("r", "forget.json"),
+        names.index_key("queued", "l", 1, 1, "r"),
+        names.work_key(digest),
+    ]
+    assert "unknown" not in {kind_of_key(key)[0] for key in built}
+    assert len({kind_of_key(key)[0] for key in built}) == len(built) - 1  # evidence is a record like run.json
+    assert set(LAYOUT) >= {kind_of_key(key)[0] for key in built}
+
+
+def test_pipeline_artifacts_with_weights_go_and_evidence_stays(world):
+    def artifact(name, run="run-1"):
+        return Artifact(run, name, StoredKey(f"p/{run}/task/{name}", 5, day(1)))
+
+    world.artifacts = [artifact(n) for n in ("model", "mask", "unlearned", "evidence", "report", "executor-logs")]
+    world.run("run-1", 1)
+    assert world.gone(7.9) == set()
+    assert world.gone(8) == {"p/run-1/task/model", "p/run-1/task/mask", "p/run-1/task/unlearned"}
+    assert world.gone(2, rules=RetentionRules(mask_days=1, every_hours=0)) == world.gone(8)
+    world.holders["faces"] = "run-1"
+    assert world.gone(1000) == set()
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("p/r-1/task/0b0c2b0e-6a4f-4a38-9d0c-7a8f9c1d2e3f/model/split.json", ("r-1", "model")),
+        ("p/r-1/task/mask", ("r-1", "mask")),
+        ("namespace/n/pipeline/p/r-1/task/mask", ("r-1", "mask")),
+        ("a/b/c/d/e/r-1/task/mask", None),
+        ("p/r-1/task", ("r-1", "")),
+        ("p/r-2/task/model", None),
+        ("r-1", None),
+    ],
+)
+def test_places_under_the_pipeline_root(key, place):
+    assert parse_artifact(key, {"r-1"}) == place
+
+
+def test_uploads_that_never_ended(world):
+    world.uploads = [(Upload("blobs/sha256/x", "u", day(1)), 7)]
+    assert world.plan(1.9).disposals == []
+    (item,) = world.plan(2).disposals
+    assert (item.kind, item.size, item.upload.id) == (Kind.UPLOAD, 7, "u")
+
+
+def request(world, name, status, at=6.0, run="run-2", redacted=False, hashed=False, old=0, **more):
+    outcome = more.get("outcome", Outcome.UNLEARNED) if status is Status.COMPLETED else None
+    world.requests[name] = RequestFacts("faces", status, day(at), run, outcome, redacted, hashed)
+    world.put(names.request_key(name), at, old=old)
+
+
+def targets(world, at=10):
+    return {item.request: item.keep_hashes for item in world.plan(at).disposals if item.kind is Kind.REQUEST}
+
+
+def test_targets_of_settled_requests_are_redacted(world):
+    world.version(5, world.version(0), run="run-2")
+    request(world, "done", Status.COMPLETED)
+    request(world, "gone", Status.CANCELLED, run=None)
+    request(world, "no", Status.REJECTED, run=None)
+    request(world, "dead", Status.FAILED)
+    request(world, "waits", Status.QUEUED)
+    request(world, "clean", Status.COMPLETED, redacted=True, hashed=True)
+    request(world, "old", Status.COMPLETED, redacted=True, hashed=True, old=1)
+    assert targets(world) == {"done": True, "gone": False, "no": False, "old": True}
+
+
+def test_hashes_go_when_no_version_knows_the_data_any_more(world):
+    first = world.version(0)
+    second = world.version(5, first, run="run-2")
+    world.version(7, second, run="run-3")
+    request(world, "a", Status.COMPLETED, redacted=True, hashed=True)
+    request(world, "b", Status.COMPLETED, at=8, run="run-3", redacted=True, hashed=True)
+    nothing = Outcome.NOTHING_TO_ERASE
+    request(world, "c", Status.COMPLETED, at=8, run="run-3", redacted=True, hashed=True, outcome=nothing)
+    assert targets(world) == {}
+    world.put(names.version_disposal_key("faces", first), 36)
+    assert targets(world) == {"a": False}
+    world.put(names.version_disposal_key("faces", second), 38)
+    assert targets(world) == {"a": False, "b": False, "c": False}
+    assert not is_known(world.stock(), "b")
+    request(world, "lost", Status.COMPLETED, run="run-unknown", redacted=True, hashed=True)
+    assert "lost" not in targets(world)
+
+
+@given(st.data())
+def test_no_plan_ever_touches_what_a_needed_version_holds(data):
+    """Random lineages with shared weights, holds, branches and rollbacks."""
+    world = World()
+    digests = []
+    for at in range(data.draw(st.integers(1, 7))):
+        parent = data.draw(st.sampled_from(digests)) if digests else None
+        weights = data.draw(st.sampled_from(["a", "b", f"own {at}"]))
+        split = data.draw(st.sampled_from(["x", f"split {at}"]))
+        head = not digests or data.draw(st.booleans())
+        digests.append(world.version(at * 10, parent, weights=weights, split=split, head=head))
+    if data.draw(st.booleans()):
+        world.move("faces", data.draw(st.sampled_from(digests)), 75)
+    held = data.draw(st.sets(st.sampled_from(digests)))
+    for digest in held:
+        world.put(names.version_hold_key("faces", digest), 80)
+    gone = world.gone(data.draw(st.integers(75, 200)))
+    for digest in {*held, world.heads["faces"].version}:
+        files = world.manifests["faces", digest].files.values()
+        assert gone.isdisjoint(names.blob_key(entry.sha256) for entry in files)
+        assert names.version_key("faces", digest) not in gone

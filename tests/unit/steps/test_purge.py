@@ -1,0 +1,270 @@
+"""Purging a real store whose bucket keeps versions: what goes is gone, what stays is whole, a kill loses nothing."""
+
+import json
+import secrets
+import threading
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.numpy import save_file
+
+from salun_core.data.forget import RedactedTarget, SamplesTarget
+from salun_core.digest import canonical_json, sha256_bytes
+from salun_core.errors import ConflictError, IntegrityError, SalunError, UsageError
+from salun_core.requests.ledger import Ledger
+from salun_core.requests.retention import Kind
+from salun_core.requests.runs import RunLog, RunMember, RunRecord, RunStatus
+from salun_core.requests.schema import Outcome, Status
+from salun_core.requests.statement import DisposalAddendum, open_statement
+from salun_core.steps import purge as step
+from salun_core.steps.purge import purge
+from salun_core.storage import names, open_store
+from salun_core.storage.erase import inventory, versions_of
+from salun_core.storage.holds import hold_version, read_disposal, release_version
+from salun_core.storage.versions import fetch_version, publish_head, read_head, read_version, stage_version
+
+pytestmark = pytest.mark.s3
+START = datetime.now(UTC).replace(microsecond=0)
+SIGNER = Ed25519PrivateKey.generate()
+
+
+def after(**delta):
+    return lambda: START + timedelta(**delta)
+
+
+@pytest.fixture(scope="session")
+def bucket(s3_server):
+    """A bucket that keeps versions."""
+    client = open_store("s3://salun").native[0]
+    name = f"purge-{secrets.token_hex(4)}"
+    client.create_bucket(Bucket=name)
+    client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    return name
+
+
+def files(folder, number):
+    """Weights of which a fifth changes from version to version, the ids of the training samples, and evidence."""
+    folder.mkdir(parents=True)
+    weights = np.arange(20_000, dtype=np.float32)
+    weights[: 4_000 * number] += 0.5
+    save_file({"w": weights}, folder / "model.safetensors")
+    (folder / "split.json").write_text(json.dumps([f"sample-{n}" for n in range(9 - number)]))
+    (folder / "evidence.json").write_text(f"evidence {number}")
+    return {path.name: path for path in folder.iterdir()}
+
+
+class Line:
+    """Three versions, the last two stored as differences; run-2 made the second and erased request `r-1`."""
+
+    def __init__(self, bucket, folder):
+        self.store = open_store(f"s3://{bucket}/{secrets.token_hex(6)}")
+        self.uri, self.files, self.versions = self.store.uri, [], []
+        for number in range(3):
+            self.files.append(files(folder / f"v{number}", number))
+            self._publish(number)
+        store, weights = self.store, self.files[0]["model.safetensors"]
+        store.upload(weights, names.blob_key(self.digest(0)))  # once more: two S3 versions of the same bytes
+        self._request()
+        store.put_new("scratch/run-2/forget.json", b"sample-8")
+        store.delete("scratch/run-2/forget.json")  # settled: hidden, not gone
+        store.put_new("scratch/run-2/late.json", b"sample-8")
+        store.put_new("scratch/run-x/forget.json", b"of a run that nobody knows")
+        store.put_new("runs/run-2/mask.safetensors", b"critical weights")
+        store.put_new(names.blob_key(sha256_bytes(b"orphan")), b"orphan")
+        store.put_new("holiday/photo.jpg", b"not ours")
+        client, of, prefix = store.native
+        client.create_multipart_upload(Bucket=of, Key=f"{prefix}blobs/sha256/x")
+
+    def _publish(self, number):
+        parent = self.versions[-1] if self.versions else None
+        fields = {"line": "faces", "method": "salun", "parent": parent, "run": f"run-{number + 1}"}
+        fields["created_at"] = (START - timedelta(hours=30 - number)).isoformat()
+        base = {"model.safetensors": self.files[number - 1]["model.safetensors"]} if parent else None
+        digest, _ = stage_version(self.store, fields, self.files[number], base=base)
+        publish_head(self.store, "faces", digest, parent, None)
+        self.versions.append(digest)
+
+    def _request(self):
+        ledger, log = Ledger(self.store, after(hours=-28)), RunLog(self.store, after(hours=-28))
+        ledger.submit("r-1", "faces", SamplesTarget(ids=["sample-8"]), received_at=START - timedelta(days=2))
+        event = ledger.move("r-1", Status.IN_PROGRESS, "sweep", "claimed", run="run-2", epoch=1)
+        member = RunMember(
+            id="r-1", event=event.n, attempt=1, forget_digest="0" * 64, salt="0" * 32, found=1, named=1
+        ).model_dump()
+        fields = {"run": "run-2", "line": "faces", "parent": self.versions[0], "epoch": 1, "method": "salun"}
+        fields |= {"density": 0.5, "created_at": START.isoformat(), "work_key": "0" * 64, "members": [member]}
+        log.start(RunRecord(**fields, forget_count=1, train_count=9), "sweep")
+        log.advance("run-2", RunStatus.PUBLISHED, "sweep", "published")
+        self.store.put_new(names.certificate_key("r-1"), b"a certificate")
+        ledger.move("r-1", Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED)
+
+    def digest(self, number, name="model.safetensors"):
+        return read_version(self.store, "faces", self.versions[number]).files[name].sha256
+
+    def everything(self):
+        return {item.key: (item.size, item.live, item.old) for item in inventory(self.store)}
+
+    def fetched(self, number, folder):
+        fetch_version(self.store, "faces", self.versions[number], folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def original(self, number):
+        return {name: path.read_bytes() for name, path in self.files[number].items()}
+
+    def purge(self, **options):
+        return purge(self.uri, **{"signer": SIGNER, "clock": after(days=40), **options})
+
+    def traces(self, number):
+        """Every S3 version of a version's weights and of its list of samples."""
+        digests = [self.digest(number), self.digest(number, "split.json")]
+        keys = [build(digest) for digest in digests for build in (names.blob_key, names.delta_key)]
+        return [item for key in keys for item in versions_of(self.store, key)]
+
+    def addenda(self):
+        keys = [item.key for item in self.store.list("addenda/r-1/")]
+        read = [open_statement(DisposalAddendum, self.store.get(key).data, [SIGNER.public_key()], key) for key in keys]
+        return sorted(done.what for item in read for done in item.predicate.done)
+
+
+@pytest.fixture
+def line(bucket, tmp_path):
+    return Line(bucket, tmp_path / "line")
+
+
+def test_what_must_go_is_gone_and_what_stays_is_whole(line, tmp_path):
+    hold_version(line.store, "faces", line.versions[1], "ana", "audit", after(days=1))
+    assert len(line.traces(0)) == 3  # weights twice
+    before = line.everything()
+    with pytest.raises(UsageError, match=r"1 certificates .* unsigned disposal is no evidence"):
+        line.purge(signer=None)
+    dry = line.purge(dry_run=True, signer=None)
+    assert line.everything() == before
+    assert dry.erased == ()
+    planned = {key for item in dry.plan.disposals for key in item.keys}
+    assert {"scratch/run-2/forget.json", "runs/run-2/mask.safetensors", names.request_key("r-1")} <= planned
+    report = line.purge()
+    assert report.skipped == []
+    assert [item for item, _ in report.erased] == dry.plan.disposals
+    assert {item.kind for item, _ in report.erased} == {*Kind} - {Kind.ARTIFACT, Kind.STAGED}
+    assert line.traces(0) == []
+    assert line.fetched(2, tmp_path / "head") == line.original(2)
+    assert line.fetched(1, tmp_path / "held") == line.original(1)
+    with pytest.raises(SalunError):
+        line.fetched(0, tmp_path / "gone")
+    left = set(line.everything())
+    assert not [key for key in left if key.startswith(("scratch/", "runs/run-2/mask"))]
+    assert names.blob_key(sha256_bytes(b"orphan")) not in left
+    assert {"holiday/photo.jpg", names.certificate_key("r-1"), names.event_key("r-1", 3)} <= left
+    assert names.blob_key(line.digest(0, "evidence.json")) in left
+    assert report.plan.unknown == ["holiday/photo.jpg"]
+    assert report.plan.held == [f"faces@{line.versions[1]}"]
+    record = read_disposal(line.store, "faces", line.versions[0])
+    assert record.files == ["model.safetensors", "split.json"]
+    assert record.size == sum(line.files[0][name].stat().st_size for name in record.files)
+    assert read_head(line.store, "faces")[0].version == line.versions[2]
+
+
+def kubeflow(line):
+    """A pipeline root with what Kubeflow kept of run-2 and of a run that is not ours."""
+    root = open_store(f"{line.uri}-root/v2/artifacts")
+    client, of, prefix = root.native
+    ours, other = (f"{run}/0b0c2b0e-6a4f-4a38-9d0c-7a8f9c1d2e3f/" for run in ("salun/run-2/unlearn", "x/run-99/train"))
+    for key in ("unlearned/model.safetensors", "mask", "report", "evidence", "mask"):
+        client.put_object(Bucket=of, Key=f"{prefix}{ours}{key}", Body=b"x")
+    root.put_new(f"{other}model", b"not ours")
+    return root, {f"{ours}report", f"{ours}evidence", f"{other}model"}
+
+
+def test_what_was_disposed_of_is_added_to_the_certificate_and_the_target_goes(line):
+    key, (root, stays) = names.request_key("r-1"), kubeflow(line)
+    assert line.purge(clock=after(days=1)).addenda == []  # the mask is still there
+    target = Ledger(line.store, after()).get("r-1").target
+    assert isinstance(target, RedactedTarget)
+    assert len(target.hashes) == 1
+    assert len(versions_of(line.store, key)) == 1
+    report = line.purge(pipeline_root=root.uri)
+    assert report.addenda == ["r-1"]
+    assert {item.key for item in inventory(root)} == stays
+    assert report.plan.foreign_runs == 1
+    store, artifacts = ["forget data of the run", "masks in the store"], "weights and masks under the pipeline root"
+    assert line.addenda() == [*store, artifacts, "weights of the superseded version"]
+    report = line.purge()
+    assert (report.addenda, [item.kind for item in report.plan.disposals]) == ([], [Kind.REQUEST])
+    assert Ledger(line.store, after()).get("r-1").target.hashes == []  # no version knows it any more
+    assert len(versions_of(line.store, key)) == 1
+    before = line.everything()
+    assert line.purge(signer=None).plan.disposals == []  # nothing to certify, so no key is needed
+    assert line.everything() == before
+
+
+class KilledError(BaseException):
+    """Ends a purge as a kill would: nothing may catch it."""
+
+
+def test_killed_after_each_write_it_ends_the_same(line, bucket, tmp_path, monkeypatch):
+    """Each attempt may write once, and more only where that brought it no further; a twin is purged without a kill."""
+    twin = Line(bucket, tmp_path / "twin")
+    assert twin.versions == line.versions
+    for _ in range(2):
+        twin.purge()
+    calls, allowed, attempts, before = [], 1, 0, line.everything()
+
+    def die(**_):
+        calls.append(1)
+        if len(calls) > allowed and threading.current_thread() is threading.main_thread():  # else it would hang
+            raise KilledError
+
+    fragile = open_store(line.uri)
+    for name in ("DeleteObject", "PutObject", "AbortMultipartUpload"):
+        fragile.native[0].meta.events.register(f"before-call.s3.{name}", die)
+    monkeypatch.setattr(step, "open_store", lambda uri: fragile)
+    while attempts < 100:
+        calls.clear()
+        try:
+            line.purge()
+        except KilledError:
+            attempts += 1
+            now = line.everything()
+            allowed = allowed + 1 if now == before else 1
+            before = now
+            continue
+        if not calls:
+            break
+    assert 15 <= attempts < 100
+    ours, other = line.everything(), twin.everything()
+    assert {key for key in ours if "addenda" not in key} == {key for key in other if "addenda" not in key}
+    assert line.addenda() == twin.addenda()
+    for key in (names.version_disposal_key("faces", line.versions[0]), "runs/run-2/disposed-weights.json"):
+        assert line.store.get(key).data == twin.store.get(key).data
+    assert line.fetched(2, tmp_path / "head") == line.original(2)
+    assert line.traces(0) == line.traces(1) == []
+
+
+def test_a_version_held_while_purge_looks_stays_and_a_damaged_manifest_stops_it(line, monkeypatch, tmp_path):
+    real = step.take_stock
+
+    def meddled(store, now, root):
+        stock = real(store, now, root)
+        hold_version(line.store, "faces", line.versions[0], "ana", "in this very moment", after())
+        return stock
+
+    monkeypatch.setattr(step, "take_stock", meddled)
+    report = line.purge()
+    assert {item.kind for item in report.skipped} == {Kind.WEIGHTS, Kind.ORPHAN}
+    assert line.fetched(0, tmp_path / "held") == line.original(0)
+    monkeypatch.undo()
+    release_version(line.store, "faces", line.versions[0])
+    line.store.delete(names.certificate_key("r-1"))
+    line.purge(signer=None)  # nothing to certify
+    assert line.traces(0) == []
+    with pytest.raises(ConflictError, match="disposed of"):
+        hold_version(line.store, "faces", line.versions[0], "ana", "too late", after())
+    client, of, prefix = line.store.native
+    key = names.version_key("faces", line.versions[0])
+    client.put_object(Bucket=of, Key=prefix + key, Body=canonical_json({"format": "salun.version/v1"}))
+    line.store.put_new("scratch/run-y/forget.json", b"sample-1")
+    with pytest.raises(IntegrityError, match="does not match its digest"):
+        line.purge()
+    assert line.store.get("scratch/run-y/forget.json") is not None
