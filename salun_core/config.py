@@ -13,6 +13,39 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from salun_core.errors import UsageError
 
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+MAX_DEPTH = 64
+_TWICE = "a key occurs twice"
+# PyYAML meets `!!int ''`, `!!bool x` and their like with whatever its code happens to raise.
+_YAML_FAULTS = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases (a few lines stand for gigabytes, or for a list that holds itself) and repeated keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse an alias; compose any other node."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not supported")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that occurs twice; construct any other mapping."""
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(mapping) != len(node.value):
+            raise yaml.MarkedYAMLError(problem=_TWICE)
+        return mapping
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of JSON, as an `object_pairs_hook`: who reads it and who runs it must see the same.
+
+    Raises:
+        UsageError: a key occurs twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise UsageError("a document is ambiguous", _TWICE, "leave one of them")
+    return found
 
 
 class Document(BaseModel):
@@ -36,8 +69,9 @@ def parse(kind: type[D], data: Any, source: str) -> D:  # noqa: ANN401 - whateve
         The validated document.
 
     Raises:
-        UsageError: with every fault, and the nearest known key for each unknown one.
+        UsageError: with every fault, and the nearest known key for each unknown one; or nested over 64 levels deep.
     """
+    _check_depth(data, source)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -48,6 +82,20 @@ def parse(kind: type[D], data: Any, source: str) -> D:  # noqa: ANN401 - whateve
             "; ".join(faults),
             "correct them and try again",
         ) from error
+
+
+def _check_depth(data: Any, source: str) -> None:  # noqa: ANN401 - whatever the file held
+    level = [data]
+    for _ in range(MAX_DEPTH + 1):
+        inside = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [child for children in inside for child in children if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise _too_deep(source)
+
+
+def _too_deep(source: str) -> UsageError:
+    return UsageError(f"{source} is nested too deep", f"at most {MAX_DEPTH} levels are read", "flatten it")
 
 
 def _fault(kind: type[BaseModel], fault: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
@@ -72,7 +120,7 @@ def read_document(path: Path) -> Any:  # noqa: ANN401 - any YAML or JSON value
                 "check that it is the file you meant",
             )
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no text, or a path that holds a zero byte
         raise UsageError(f"cannot read {path}", str(error), "check the path and its permissions") from error
     return parse_text(text, str(path))
 
@@ -84,14 +132,16 @@ def parse_text(text: str, source: str) -> Any:  # noqa: ANN401 - any YAML or JSO
         UsageError: it is neither.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError:
         pass
     except RecursionError as error:
-        raise UsageError(f"{source} is nested too deep", "", "flatten it") from error
+        raise _too_deep(source) from error
+    except ValueError as error:  # thousands of digits: reading them would take quadratic time
+        raise UsageError(f"{source} holds a number that is too long", "", "shorten it") from error
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        return yaml.load(text, _PlainLoader)  # noqa: S506 - a SafeLoader
+    except _YAML_FAULTS as error:
         problem = getattr(error, "problem", None) or type(error).__name__
         raise UsageError(f"{source} is neither YAML nor JSON", str(problem), "correct its syntax") from error
 

@@ -1,0 +1,374 @@
+"""The policies of manifests/iam/ on a real server: what each role may do, and that its steps need no more.
+
+SeaweedFS takes the documents as they are: `s3.config` lists them under `policies`, and identities name them.
+"""
+
+import json
+import re
+import subprocess
+import time
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import boto3.session
+import pytest
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from salun_core.data.forget import SubjectTarget
+from salun_core.errors import StoreError
+from salun_core.requests.ledger import Ledger
+from salun_core.requests.redaction import redact_request
+from salun_core.requests.runs import RunLog, RunRecord, RunStatus
+from salun_core.requests.schema import Status
+from salun_core.requests.stock import LAYOUT
+from salun_core.requests.stocktaking import take_stock
+from salun_core.steps.claim import probe_once
+from salun_core.steps.gauges import GaugeReader
+from salun_core.storage import erase, lookup, names, versions, weed
+from salun_core.storage.lease import acquire, release
+from salun_core.storage.s3 import S3Store
+
+pytestmark = pytest.mark.s3
+IAM = Path(__file__).parents[2] / "manifests" / "iam"
+ROLES = sorted(path.stem for path in IAM.glob("*.json"))
+BUCKET, A, B = "salun", "a" * 64, "b" * 64
+NOW = datetime(2026, 1, 31, tzinfo=UTC)
+KEYS = {
+    "head": names.head_key("faces"),
+    "manifest": names.version_key("faces", A),
+    "disposed": names.version_disposal_key("faces", A),
+    "blob": names.blob_key(A),
+    "delta": names.delta_key(A),
+    "request": names.request_key("r-1"),
+    "event": names.event_key("r-1", 1),
+    "record": names.run_key("run-1", "run.json"),
+    "mark": names.run_key("run-1", "disposed-data.json"),
+    "report": names.run_key("run-1", "report.html"),
+    "run event": names.run_event_key("run-1", 1),
+    "mask": names.run_key("run-1", "mask.safetensors"),
+    "candidate": names.run_key("run-1", "model.safetensors"),
+    "scratch": names.scratch_key("run-1", "forget.json"),
+    "certificate": names.certificate_key("r-1"),
+    "addendum": names.addendum_key("r-1", "disposal.json"),
+    "lease": names.lease_key("faces"),
+    "hold": names.version_hold_key("faces", A),
+    "index": names.index_key("queued", "faces", 1, 1, "r-1"),
+    "work": names.work_key(A),
+    "probe": "probe/passed.json",
+    "stranger": "policies/mine.yaml",
+}
+RUN = {"record", "mark", "report", "run event", "mask", "candidate"}
+LINE = {"head", "manifest", "disposed"}
+WEIGHTS = {"blob", "delta"}
+_SETTLED = {"request", "event", "index", "certificate", "addendum", "lease", "work", "run event"}
+_GONE = {"blob", "delta", "mask", "candidate", "scratch", "probe", "manifest", "disposed"}
+READ = {
+    "submitter": {"request", "event", "index"},
+    "claimer": {*KEYS} - {"hold", "stranger"},
+    "fetcher": {*LINE, *WEIGHTS, "scratch"},
+    "worker": {*RUN, "scratch"},
+    "evaluator": {*RUN, "scratch"},
+    "publisher": {*LINE, *WEIGHTS, *RUN, "scratch"},
+    "settler": {*KEYS} - {"hold", "delta", "probe", "stranger"},
+    "purger": {*KEYS} - {"scratch", "index", "work", "probe", "stranger"},
+    "exporter": {"head", "manifest", "event"},
+    "auditor": {*LINE, *RUN, "event", "certificate", "addendum"},
+    "operator": {*LINE, *WEIGHTS, *RUN, "request", "event", "index", "lease", "hold"},
+}
+WRITE = {
+    "submitter": {"request", "event", "index"},
+    "claimer": {*_SETTLED, "record", "scratch", "probe"},
+    "fetcher": set(),
+    "worker": {"run event"},
+    "evaluator": RUN,
+    "publisher": {"head", "manifest", *WEIGHTS, *RUN},
+    "settler": _SETTLED,
+    "purger": {"blob", "request", "mark", "disposed", "addendum"},
+    "exporter": set(),
+    "auditor": set(),
+    "operator": {"head", "event", "index", "lease", "hold"},
+}
+DELETE = {
+    "submitter": {"index"},
+    "claimer": {"index", "scratch", "probe"},
+    "settler": {"index", "scratch"},
+    "purger": _GONE,
+    "operator": {"index", "hold"},
+}
+DELETE_VERSION = {"purger": _GONE | {"request"}}
+FOLDERS = sorted({key.split("/")[0] for key in KEYS.values()})
+
+
+def policy(role):
+    return json.loads((IAM / f"{role}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Clients by role, of a server that keeps versions; and `admin`, who may do all."""
+    folder = tmp_path_factory.mktemp("iam")
+    identities = [{"name": role, "credentials": [_key(role)], "policyNames": [role]} for role in ROLES]
+    identities.append({"name": "admin", "credentials": [_key("admin")], "actions": ["Admin", "Read", "Write", "List"]})
+    policies = [{"name": role, "content": (IAM / f"{role}.json").read_text()} for role in ROLES]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities, "policies": policies}))
+    try:
+        binary = weed.find_binary()
+    except StoreError as error:
+        pytest.skip(str(error))
+    ports = weed.free_ports(None)
+    process = weed.launch(binary, folder, BUCKET, ports)
+    try:
+        made = partial(_client, f"http://127.0.0.1:{ports['s3.port']}")
+        clients = {role: made(role) for role in (*ROLES, "admin")}
+        _wait(clients["admin"])
+        clients["admin"].put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
+        yield clients
+    finally:
+        weed.stop(process, ports)
+
+
+def _key(role):
+    return {"accessKey": f"key-{role}", "secretKey": f"secret-{role}"}
+
+
+def _client(endpoint, role):
+    key = _key(role)
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=key["accessKey"],
+        aws_secret_access_key=key["secretKey"],
+        config=Config(retries={"total_max_attempts": 1}, proxies={}),
+    )
+
+
+def _wait(client):
+    for _ in range(600):
+        try:
+            client.head_bucket(Bucket=BUCKET)
+        except (BotoCoreError, ClientError):
+            time.sleep(0.1)
+        else:
+            return
+    raise AssertionError("the server did not become ready")
+
+
+@pytest.fixture
+def stores(server):
+    """A store for each role, in the bucket itself."""
+    return {role: S3Store(BUCKET, client=client) for role, client in server.items()}
+
+
+def allowed(call, **arguments):
+    """Return whether the server lets a client do something; that the object is missing is no refusal."""
+    try:
+        call(Bucket=BUCKET, **arguments)
+    except ClientError as error:
+        status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+        if status not in {403, 404}:
+            raise
+        return status == 404
+    return True
+
+
+def test_the_matrix_has_every_kind_of_key():
+    assert {*KEYS} - {"stranger"} == {*LAYOUT} - {"unknown"}
+    assert {*READ} == {*WRITE} == {*ROLES}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_may_do_this_and_nothing_else(role, server):
+    client, admin = server[role], server["admin"]
+    for key in KEYS.values():
+        admin.put_object(Bucket=BUCKET, Key=key, Body=b"{}")
+    version = "0" * 32
+    may = {
+        "read": {kind for kind, key in KEYS.items() if allowed(client.get_object, Key=key)},
+        "write": {kind for kind, key in KEYS.items() if allowed(client.put_object, Key=key, Body=b"{}")},
+        "delete": {kind for kind, key in KEYS.items() if allowed(client.delete_object, Key=key)},
+        "delete version": {
+            kind for kind, key in KEYS.items() if allowed(client.delete_object, Key=key, VersionId=version)
+        },
+    }
+    assert may == {
+        "read": READ[role],
+        "write": WRITE[role],
+        "delete": DELETE.get(role, set()),
+        "delete version": DELETE_VERSION.get(role, set()),
+    }
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_lists_what_it_reads(role, server):
+    """Without the right to list, S3 answers 403 for a key that is missing, and our readers rely on the 404."""
+    listed = {folder for folder in FOLDERS if allowed(server[role].list_objects_v2, Prefix=f"{folder}/")}
+    read = {KEYS[kind].split("/")[0] for kind in READ[role]}
+    more = {"purger": {*FOLDERS}, "exporter": {"index"}}  # the keys of the index say all that an exporter tells
+    assert listed == read | more.get(role, set())
+    assert allowed(server[role].list_objects_v2, Prefix="") == (role == "purger")
+    assert allowed(server[role].list_object_versions, Prefix="requests/") == (role == "purger")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_nobody_changes_the_rules(role, server):
+    client, head = server[role], KEYS["head"]
+    open_to_all = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": f"arn:aws:s3:::{BUCKET}/*"}
+    document = json.dumps({"Version": "2012-10-17", "Statement": [open_to_all]})
+    assert not allowed(client.put_bucket_policy, Policy=document)
+    assert not allowed(client.put_bucket_versioning, VersioningConfiguration={"Status": "Suspended"})
+    assert not allowed(client.put_object_acl, Key=head, ACL="public-read")
+    if role in {"worker", "evaluator"}:
+        source = {"CopySource": f"{BUCKET}/{KEYS['request']}"}
+        assert not allowed(client.copy_object, Key=names.run_event_key("run-1", 7), **source)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_swap_needs_what_s3_asks_of_it(role):
+    """If-Match on AWS needs s3:GetObject beside s3:PutObject."""
+    assert WRITE[role] <= READ[role] | {"probe"}
+
+
+def test_the_steps_of_each_role_do_their_work(stores, server, tmp_path):
+    """From the request to the purge, each step with the rights of its role alone."""
+    files = {"model.json": tmp_path / "model.json"}
+    files["model.json"].write_text("{}")
+    fields = {"line": "people", "method": "train", "lineage": {"trained_on": 9}}
+    first, _ = versions.stage_version(stores["publisher"], fields, files)
+    versions.publish_head(stores["publisher"], "people", first, None, None)
+    Ledger(stores["submitter"], lambda: NOW).submit("r-9", "people", SubjectTarget(subject_ref="person-07"))
+
+    probe_once(stores["claimer"])
+    lease = acquire(stores["claimer"], "people", "run-9", 60)
+    ledger = Ledger(stores["claimer"], lambda: NOW)
+    (state,) = ledger.open_states("people", [Status.QUEUED])
+    ledger.append(state, Status.IN_PROGRESS, "sweep", "claimed", run="run-9", epoch=lease.epoch)
+    RunLog(stores["claimer"], lambda: NOW).start(_record(first), "sweep")
+    stores["claimer"].put_new(names.scratch_key("run-9", "forget.json"), b"[]")
+
+    versions.fetch_version(stores["fetcher"], "people", lookup.resolve(stores["fetcher"], "people")[1], tmp_path / "m")
+    for role, status in (
+        ("worker", RunStatus.MASKING),
+        ("worker", RunStatus.UNLEARNING),
+        ("evaluator", RunStatus.EVALUATING),
+        ("publisher", RunStatus.GATED),
+    ):
+        assert stores[role].get(names.scratch_key("run-9", "forget.json")) is not None
+        RunLog(stores[role], lambda: NOW).advance("run-9", status, role, "goes on")
+    files["model.json"].write_text('{"after": true}')
+    fields |= {"parent": first, "method": "salun", "run": "run-9"}
+    second, _ = versions.stage_version(stores["publisher"], fields, files)
+    versions.publish_head(stores["publisher"], "people", second, first, "run-9")
+
+    ledger = Ledger(stores["settler"], lambda: NOW)
+    stores["settler"].put_new(names.certificate_key("r-9"), b"{}")
+    ledger.move("r-9", Status.COMPLETED, "sweep", "erased", run="run-9", outcome="unlearned")
+    redact_request(stores["settler"], "r-9", keep_hashes=False)
+    RunLog(stores["settler"], lambda: NOW).advance("run-9", RunStatus.PUBLISHED, "settle", "published")
+    stores["settler"].delete(names.scratch_key("run-9", "forget.json"))
+    release(stores["settler"], "people", "run-9")
+
+    assert GaugeReader(stores["exporter"], lambda: NOW).take().lines["people"].runs == 0
+    assert [event.to_status for event in Ledger(stores["auditor"], lambda: NOW).events("r-9")][-1] == "completed"
+    assert len(lookup.history(stores["auditor"], "people")) == 2
+
+
+def _record(parent):
+    member = {"id": "r-9", "event": 2, "attempt": 1, "forget_digest": A, "salt": "0" * 32, "found": 1, "named": 1}
+    return RunRecord(
+        run="run-9",
+        line="people",
+        parent=parent,
+        epoch=1,
+        created_at=NOW.isoformat(),
+        method="salun",
+        density=0.5,
+        work_key=B,
+        members=[member],
+        forget_count=1,
+        train_count=9,
+    )
+
+
+def test_only_the_purger_erases_for_good(stores, server):
+    """In a bucket that keeps versions, what a settler deletes is only hidden."""
+    key = names.scratch_key("run-3", "forget.json")
+    stores["claimer"].put_new(key, b"who it was")
+    version = server["admin"].list_object_versions(Bucket=BUCKET, Prefix=key)["Versions"][0]["VersionId"]
+    stores["settler"].delete(key)
+    assert stores["settler"].get(key) is None
+    assert server["admin"].get_object(Bucket=BUCKET, Key=key, VersionId=version)["Body"].read() == b"who it was"
+    for role in {*ROLES} - {"purger"}:
+        assert not allowed(server[role].delete_object, Key=key, VersionId=version), role
+    erase.erase(stores["purger"], key)
+    assert erase.versions_of(stores["purger"], key) == []
+
+
+def test_the_purger_takes_stock_of_everything(stores, server):
+    for key in KEYS.values():  # what the matrix left is no document
+        server["admin"].delete_object(Bucket=BUCKET, Key=key)
+    stock = take_stock(stores["purger"], NOW)
+    assert stock.uploads == []
+
+
+@pytest.mark.parametrize(
+    ("role", "doing"),
+    [
+        ("evaluator", lambda store: versions.publish_head(store, "faces", A, None, None)),
+        ("evaluator", lambda store: store.put_new(names.head_key("new"), b"{}")),
+        ("evaluator", lambda store: store.put_new(names.certificate_key("r-2"), b"{}")),
+        ("worker", lambda store: store.get(names.request_key("r-1"))),
+        ("publisher", lambda store: store.put_new(names.certificate_key("r-2"), b"{}")),
+        ("exporter", lambda store: store.put_new(names.index_key("queued", "faces", 1, 1, "r-2"), b"{}")),
+        ("auditor", lambda store: store.get(names.request_key("r-1"))),
+        ("settler", lambda store: store.delete(names.blob_key(A))),
+    ],
+)
+def test_a_refusal_says_what_was_refused_and_no_secret(role, doing, stores):
+    with pytest.raises(StoreError, match=r"not allowed to do that \(AccessDenied\)") as refused:
+        doing(stores[role])
+    assert "secret-" not in str(refused.value)
+
+
+def rights(role):
+    """What a policy grants: patterns of keys by the short name of the right."""
+    named = {
+        "s3:GetObject": "reads",
+        "s3:PutObject": "writes",
+        "s3:DeleteObject": "deletes",
+        "s3:DeleteObjectVersion": "erases",
+    }
+    found = dict.fromkeys(named.values(), "")
+    for statement in policy(role)["Statement"]:
+        patterns = ", ".join(f"`{resource.partition(f'{BUCKET}/')[2]}`" for resource in statement["Resource"])
+        for action in statement["Action"]:
+            found |= {named[action]: patterns} if action in named else {}
+    return found
+
+
+def row(role):
+    return f"| {role} | {' | '.join(text or '-' for text in rights(role).values())} |"
+
+
+def test_the_table_of_the_readme_is_what_the_policies_say():
+    rows = [line for line in (IAM / "README.md").read_text().splitlines() if re.match(r"\| [a-z]+ \|", line)]
+    assert [line for line in rows if not line.startswith("| role ")] == [row(role) for role in ROLES]
+
+
+def test_the_readmes_command_moves_the_policies_to_another_bucket_and_prefix(tmp_path):
+    command = re.search(r"^    (sed -E .*)$", (IAM / "README.md").read_text(), re.MULTILINE).group(1)
+    for role in ROLES:
+        target = tmp_path / f"{role}.json"
+        with target.open("w") as file:
+            script = command.replace("manifests/iam/ROLE.json", str(IAM / f"{role}.json"))
+            subprocess.run(["bash", "-c", script], stdout=file, check=True)
+        before, after = policy(role), json.loads(target.read_text())
+        text = json.dumps(before).replace("arn:aws:s3:::salun/", "arn:aws:s3:::models/production/")
+        expected = json.loads(text.replace('"arn:aws:s3:::salun"', '"arn:aws:s3:::models"'))
+        for statement in expected["Statement"]:
+            if "Condition" in statement:
+                like = statement["Condition"]["StringLike"]
+                like["s3:prefix"] = [f"production/{prefix}" for prefix in like["s3:prefix"]]
+        assert after == expected
