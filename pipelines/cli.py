@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,34 @@ from pipelines.local import LocalRun, run_compiled
 from salun_core.errors import SalunError
 
 COMPILED = Path(__file__).resolve().parent / "compiled"
+CLAIM, SETTLE = "claim-requests", "settle-requests"
+
+Line = Annotated[str, typer.Option(help="Name of the model line.")]
+Store = Annotated[str, typer.Option(envvar="SALUN_STORE_URI", help="The store: s3://bucket/prefix.")]
+Forget = Annotated[
+    str | None, typer.Option(help="What is to be forgotten: a file or an s3:// address; a sweep finds it itself.")
+]
+Method = Annotated[str, typer.Option(help="The unlearning method.")]
+Density = Annotated[float, typer.Option(help="Share of the weights that may change.")]
+Policy = Annotated[str, typer.Option(help="The gate policy: a name, a file or an s3:// address.")]
+MethodConfig = Annotated[str, typer.Option(help="What differs from the method's defaults, as JSON.")]
+Seed = Annotated[int, typer.Option(help="Seed of the run.")]
+Reference = Annotated[
+    bool, typer.Option("--retrain-reference", help="Also retrain without the forget set, and compare.")
+]
+MinRequests = Annotated[int | None, typer.Option(help="Of a sweep: a batch of so many is due at once.")]
+MaxRequests = Annotated[int | None, typer.Option(help="Of a sweep: requests of one run, at most.")]
+MaxWaitHours = Annotated[float | None, typer.Option(help="Of a sweep: a batch is due when its oldest waits longer.")]
+MaxForgetFraction = Annotated[float | None, typer.Option(help="Of a sweep: share of the data that a run forgets.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Of a sweep: say what would be claimed, write nothing.")]
+Pipeline = Annotated[str, typer.Option(help="unlearning, deletion-sweep, or the file of a compiled pipeline.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the log of every step.")]
+WorkDir = Annotated[
+    str | None,
+    typer.Option("--work-dir", "--output-dir", help="Folder for everything that the run writes; else a new one."),
+]
+
 app = typer.Typer(
     name="python -m pipelines", help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
@@ -33,7 +62,7 @@ def main() -> None:
 @app.command("compile")
 def compile_command(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a file is out of step.")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Only the pipeline for clusters without accelerators.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Only those for clusters without accelerators.")] = False,
 ) -> None:
     """Compile the pipelines into pipelines/compiled/, and check what came out.
 
@@ -41,12 +70,14 @@ def compile_command(
     $ python -m pipelines compile --check
     salun-unlearning.yaml is in step
     salun-unlearning-cpu.yaml is in step
+    salun-deletion-sweep.yaml is in step
+    salun-deletion-sweep-cpu.yaml is in step
     """  # noqa: D301
-    from pipelines.compile import CPU_NAME, compile_all, drift
+    from pipelines.compile import CPU_SUFFIX, compile_all, drift
 
     stale = False
     for item in compile_all():
-        if cpu and item.name != CPU_NAME:
+        if cpu and not item.name.endswith(CPU_SUFFIX):
             continue
         fault = drift(item)
         stale = stale or fault is not None
@@ -62,35 +93,29 @@ def compile_command(
 
 @app.command()
 def run(
-    model_line: Annotated[str, typer.Option(help="Name of the model line.")],
-    forget_manifest_uri: Annotated[str, typer.Option(help="What is to be forgotten: a file or an s3:// address.")],
-    store_uri: Annotated[str, typer.Option(envvar="SALUN_STORE_URI", help="The store: s3://bucket/prefix.")],
-    method: Annotated[str, typer.Option(help="The unlearning method.")] = "salun",
-    density: Annotated[float, typer.Option(help="Share of the weights that may change.")] = 0.5,
-    policy_uri: Annotated[
-        str, typer.Option(help="The gate policy: a name, a file or an s3:// address.")
-    ] = "classifier",
-    method_config: Annotated[str, typer.Option(help="What differs from the method's defaults, as JSON.")] = "{}",
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
-    retrain_reference: Annotated[
-        bool, typer.Option("--retrain-reference", help="Also retrain without the forget set, and compare.")
-    ] = False,
-    work_dir: Annotated[
-        str | None,
-        typer.Option(
-            "--work-dir",
-            "--output-dir",
-            help="Folder of this machine for everything that the run writes; else a new one.",
-        ),
-    ] = None,
-    pipeline: Annotated[Path, typer.Option(help="The compiled pipeline.")] = COMPILED / "salun-unlearning.yaml",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the log of every step.")] = False,
+    model_line: Line,
+    store_uri: Store,
+    forget_manifest_uri: Forget = None,
+    method: Method = "salun",
+    density: Density = 0.5,
+    policy_uri: Policy = "classifier",
+    method_config: MethodConfig = "{}",
+    seed: Seed = 0,
+    retrain_reference: Reference = False,
+    min_requests: MinRequests = None,
+    max_requests: MaxRequests = None,
+    max_wait_hours: MaxWaitHours = None,
+    max_forget_fraction: MaxForgetFraction = None,
+    dry_run: DryRun = False,
+    work_dir: WorkDir = None,
+    pipeline: Pipeline = "unlearning",
+    as_json: AsJson = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run the compiled pipeline on this machine, each step in a process of its own.
 
-    Progress goes to standard error, the outcome to standard output. Exit codes: 0 published, 2 usage,
-    3 gate refused, 4 stale parent, 5 integrity, 1 anything else.
+    Progress goes to standard error, the outcome to standard output. Exit codes: 0 published, or nothing was due;
+    2 usage, 3 gate refused, 4 stale parent, 5 integrity, 1 anything else.
 
     \b
     $ python -m pipelines run --model-line digits --forget-manifest-uri forget.json --store-uri s3://salun/demo
@@ -110,13 +135,25 @@ def run(
         "method_config": method_config,
         "seed": seed,
         "retrain_reference": retrain_reference,
+        "min_requests": min_requests,
+        "max_requests": max_requests,
+        "max_wait_hours": max_wait_hours,
+        "max_forget_fraction": max_forget_fraction,
+        "dry_run": dry_run or None,
     }
+    given = {name: value for name, value in arguments.items() if value is not None}
     folder = work_dir or tempfile.mkdtemp(prefix="salun-run-")
-    outcome = run_compiled(pipeline, arguments, folder, _tell, _tell if verbose else lambda line: None)
+    outcome = run_compiled(_compiled(pipeline), given, folder, _tell, _tell if verbose else lambda line: None)
     typer.echo(json.dumps(_plain(outcome)) if as_json else "\n".join(_lines(outcome, model_line)))
     if outcome.exit_code:
         typer.echo(f"Error: {outcome.error}", err=True)
         raise typer.Exit(outcome.exit_code)
+
+
+def _compiled(name: str) -> Path:
+    """Return the file of a pipeline that ships by its short name, or the file that is named."""
+    shipped = COMPILED / f"salun-{name}.yaml"
+    return shipped if shipped.is_file() else Path(name)
 
 
 def _tell(line: str) -> None:
@@ -126,15 +163,35 @@ def _tell(line: str) -> None:
 def _plain(outcome: LocalRun) -> dict[str, object]:
     return {
         "exit_code": outcome.exit_code,
+        "run": outcome.run,
         "error": outcome.error or None,
         "version": outcome.version,
         "parent": outcome.parent,
+        "claimed": outcome.outputs.get(CLAIM),
+        "settled": outcome.outputs.get(SETTLE),
         "seconds": {name: round(seconds, 3) for name, seconds in outcome.steps.items()},
         "files": {name: str(path) for name, path in outcome.files.items()},
     }
 
 
 def _lines(outcome: LocalRun, line: str) -> list[str]:
-    ended = f"failed     at {list(outcome.steps)[-1]}" if outcome.steps else "failed     before the first step"
-    head = f"published  {line}@{outcome.version[:12]}" if outcome.version else ended
-    return [head, *(f"{name.split('.')[0]:<10} {path}" for name, path in sorted(outcome.files.items()))]
+    files = (f"{name.split('.')[0]:<10} {path}" for name, path in sorted(outcome.files.items()))
+    return [*_swept(outcome), _head(outcome, line), *files]
+
+
+def _head(outcome: LocalRun, line: str) -> str:
+    if outcome.version:
+        return f"published  {line}@{outcome.version[:12]}"
+    if outcome.exit_code == 0:
+        return "published  nothing"
+    return f"failed     at {outcome.failed}" if outcome.failed else "failed     before the first step"
+
+
+def _swept(outcome: LocalRun) -> Iterator[str]:
+    """Say what a sweep claimed, and what became of it."""
+    claimed, settled = (outcome.outputs.get(step) for step in (CLAIM, SETTLE))
+    if claimed:
+        yield f"claimed    {claimed['requests']}: {claimed['reason']}"
+    if settled and settled["status"]:
+        counts = ", ".join(f"{settled[name]} {name}" for name in ("completed", "queued", "failed"))
+        yield f"settled    {counts}"

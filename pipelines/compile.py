@@ -12,12 +12,13 @@ import yaml
 from kfp import compiler
 
 from components._image import IMAGE
+from pipelines import deletion_sweep, unlearning
 from pipelines.ir_lint import PLACEMENT, lint
-from pipelines.unlearning import NAME, unlearning
 from salun_core.errors import IntegrityError
 
 FOLDER = Path(__file__).resolve().parent / "compiled"
-CPU_NAME = f"{NAME}-cpu"
+CPU_SUFFIX = "-cpu"
+_ACCELERATORS = {"accelerator_count", "gpu_count", "pipelinechannel--gpu_count"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Compiled:
 
     def defects(self) -> list[str]:
         """Return what the lint finds."""
-        placement = [name for name in PLACEMENT if name != "gpu_count" or self.name != CPU_NAME]
+        placement = [name for name in PLACEMENT if name != "gpu_count" or not self.name.endswith(CPU_SUFFIX)]
         return lint(self.spec, self.platform, IMAGE, placement)
 
 
@@ -57,13 +58,14 @@ def compile_all() -> list[Compiled]:
     """Compile every pipeline that ships.
 
     Returns:
-        The unlearning pipeline, and the same for clusters without accelerators.
+        The unlearning pipeline and the deletion sweep, each followed by the same for clusters without accelerators.
 
     Raises:
         IntegrityError: a compiled pipeline has a defect; all are listed.
     """
-    found = [compile_pipeline(unlearning, NAME)]
-    found.append(without_accelerator(found[0]))
+    sources = ((unlearning.unlearning, unlearning.NAME), (deletion_sweep.deletion_sweep, deletion_sweep.NAME))
+    compiled = [compile_pipeline(*source) for source in sources]
+    found = [variant for item in compiled for variant in (item, without_accelerator(item))]
     for item in found:
         if defects := item.defects():
             raise IntegrityError(f"compiled {item.name} has defects", "; ".join(defects), "correct its source")
@@ -94,14 +96,15 @@ def without_accelerator(compiled: Compiled) -> Compiled:
     spec = deepcopy(compiled.spec)
     for executor in spec["deploymentSpec"]["executors"].values():
         executor["container"]["resources"].pop("accelerator", None)
-    for task in spec["root"]["dag"]["tasks"].values():
-        for name in ("accelerator_count", "pipelinechannel--gpu_count"):
-            task["inputs"]["parameters"].pop(name, None)
-    spec["root"]["inputDefinitions"]["parameters"].pop("gpu_count")
-    spec["pipelineInfo"]["name"] = CPU_NAME
+    for dag in [spec["root"], *(component for component in spec["components"].values() if "dag" in component)]:
+        for place in [dag["inputDefinitions"], *(task["inputs"] for task in dag["dag"]["tasks"].values())]:
+            for name in _ACCELERATORS & place.get("parameters", {}).keys():
+                place["parameters"].pop(name)
+    name = f"{compiled.name}{CPU_SUFFIX}"
+    spec["pipelineInfo"]["name"] = name
     lines = [line for line in compiled.header.splitlines() if not line.startswith("#    gpu_count:")]
-    header = "\n".join(lines).replace(f"# Name: {compiled.name}", f"# Name: {CPU_NAME}")
-    return Compiled(CPU_NAME, header, spec, compiled.platform)
+    header = "\n".join(lines).replace(f"# Name: {compiled.name}", f"# Name: {name}")
+    return Compiled(name, header, spec, compiled.platform)
 
 
 def drift(compiled: Compiled) -> str | None:

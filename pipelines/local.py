@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ KEPT = {"evaluate/evidence": "evidence.json", "gate-publish/decision.json": "dec
 REPORTS = ("gate-publish/report", "evaluate/report")  # the one with the verdict, where the run came that far
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(r"- Executing task '([a-z0-9-]+)'$")
+_FAILED = re.compile(r"- Task '([a-z0-9-]+)' finished with status FAILURE$")
 _ERROR = re.compile(r"^\s*(?:salun_core\.errors\.)?(\w*(?:Error|Exception|Interrupt)): (.+)$")
 _GRACE = 5.0
 
@@ -43,19 +45,25 @@ class LocalRun:
     Args:
         folder: working folder.
         exit_code: 0; or that of the error which ended it: 3 gate refused, 4 stale parent, and so on.
-        steps: seconds by step, in order; the last one is where a failed run ended.
-        error: the message of a failed run.
+        run: its id.
+        steps: seconds by step, in order.
+        failed: the first step that failed; a step that always runs may come after it.
+        error: the message of that step.
         version: digest of the version that is HEAD now, after a run that passed.
         parent: digest of the version that the run started from.
+        outputs: the values that each step returned, by step and name.
         files: by name: evidence.json, decision.json, report.html, run.log; what the run came to write.
     """
 
     folder: Path
     exit_code: int = 1
+    run: str = ""
     steps: dict[str, float] = field(default_factory=dict)
+    failed: str = ""
     error: str = ""
     version: str | None = None
     parent: str | None = None
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
 
 
@@ -79,19 +87,21 @@ def run_compiled(
         What happened; a failed step is no exception here.
 
     Raises:
-        UsageError: the folder is none of this machine, or the pipeline cannot be read.
+        UsageError: the folder is none of this machine, the pipeline cannot be read, or the arguments do not fit it.
     """
     if "://" in str(folder) or str(folder).startswith("s3:"):
         raise UsageError(f"{folder} is no folder of this machine", "a local run writes files", "give a local folder")
     folder = Path(folder).absolute()
     try:
         text = pipeline.read_text(encoding="utf-8")
-        total = len(next(yaml.safe_load_all(text))["deploymentSpec"]["executors"])
+        spec = next(yaml.safe_load_all(text))
+        total, declared = len(spec["deploymentSpec"]["executors"]), spec["root"]["inputDefinitions"]["parameters"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, StopIteration) as error:
         raise UsageError(f"cannot run {pipeline}", f"no compiled pipeline: {error}", "`make generated`") from error
+    _check_arguments(pipeline, arguments, declared)
     steps, scratch = _new_folders(folder)
-    run = LocalRun(folder)
-    job = {"pipeline": text, "arguments": dict(arguments), "root": str(steps)}
+    run = LocalRun(folder, run=f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
+    job = {"pipeline": text, "run": run.run, "arguments": dict(arguments), "root": str(steps)}
     try:
         with _worker(job, scratch) as worker, (folder / LOG).open("w", encoding="utf-8") as log:
             _follow(worker, log.write, _Progress(run, total, say), echo)
@@ -100,6 +110,14 @@ def run_compiled(
         shutil.rmtree(scratch, ignore_errors=True)
     _collect(run, steps)
     return run
+
+
+def _check_arguments(pipeline: Path, arguments: Mapping[str, Any], declared: Mapping[str, Any]) -> None:
+    unknown = sorted(set(arguments) - set(declared))
+    missing = sorted(name for name, item in declared.items() if not item.get("isOptional") and name not in arguments)
+    faults = [f"it has no {name}" for name in unknown] + [f"it needs {name}" for name in missing]
+    if faults:
+        raise UsageError(f"the arguments do not fit {pipeline.name}", ", ".join(faults), "see `--help`")
 
 
 def _new_folders(folder: Path) -> tuple[Path, Path]:
@@ -187,9 +205,14 @@ class _Progress:
         if step := _STEP.search(text):
             self.close()
             self.run.steps[step[1]] = 0.0
-            self.run.error = ""
+            if not self.run.failed:
+                self.run.error = ""
             self.started = time.monotonic()
             self.say(f"Executing task {step[1]} ({len(self.run.steps)} of {self.total})")
+        elif self.run.failed:  # what comes after it is about a step that always runs
+            return
+        elif failed := _FAILED.search(text):
+            self.run.failed = failed[1]
         elif error := _ERROR.match(text):
             self.run.error, self.run.exit_code = error[2], _code_of(error[1])
 
@@ -230,22 +253,12 @@ def _collect(run: LocalRun, steps: Path) -> None:
     """Copy what a reader wants to the top of the working folder."""
     run.files[LOG] = run.folder / LOG
     found = next(iter(sorted(path for path in steps.iterdir() if path.is_dir())), steps)
-    wanted = dict(KEPT)
-    report = next((name for name in REPORTS if (found / name).is_file()), None)
-    if report:
-        wanted[report] = "report.html"
-    for source, name in wanted.items():
+    report = next((name for name in REPORTS if (found / name).is_file()), REPORTS[0])
+    for source, name in {**KEPT, report: "report.html"}.items():
         (run.folder / name).unlink(missing_ok=True)  # of an earlier run in the same folder
         if (found / source).is_file():
             shutil.copyfile(found / source, run.folder / name)
             run.files[name] = run.folder / name
-    run.parent, run.version = (_output(found / task) for task in ("fetch-model", "gate-publish"))
-
-
-def _output(task: Path) -> str | None:
-    """Return the value that a step returned."""
-    path = task / "executor_output.json"
-    if not path.is_file():
-        return None
-    value = json.loads(path.read_text(encoding="utf-8")).get("parameterValues", {}).get("Output")
-    return str(value) if value else None
+    for path in sorted(found.glob("*/executor_output.json")):
+        run.outputs[path.parent.name] = json.loads(path.read_text(encoding="utf-8")).get("parameterValues", {})
+    run.parent, run.version = (run.outputs.get(step, {}).get("Output") for step in ("fetch-model", "gate-publish"))

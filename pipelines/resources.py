@@ -11,7 +11,16 @@ USER = 10001
 SECRET = "salun-s3"  # noqa: S105 - the name of a Secret
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 CONFIG_MAP = "salun-config"
-CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_REGION", "PUSHGATEWAY_URL")
+CONFIG_KEYS = (
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "PUSHGATEWAY_URL",
+    "SALUN_FULL_COPY_EVERY",
+    "SALUN_COMMIT",
+    "SALUN_IMAGE_DIGEST",
+)
+SIGNING_SECRET = "salun-signing"  # noqa: S105 - the name of a Secret
+SIGNING_FOLDER = "/etc/salun/signing"
 ACCELERATOR = "nvidia.com/gpu"
 HOUR = 3600
 
@@ -64,3 +73,16 @@ def configure(task: Any, place: Placement, *, hours: float, gpu: bool = False, r
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "salun")
     kubernetes.add_pod_label(task, "app.kubernetes.io/component", task.name)
     return task
+
+
+def with_signing_key(task: Any) -> Any:  # noqa: ANN401 - kfp has no types
+    """Give a task the key that certificates are signed with, as a file and never as text in its environment.
+
+    Args:
+        task: of a step that issues certificates.
+
+    Returns:
+        The task.
+    """
+    kubernetes.use_secret_as_volume(task, SIGNING_SECRET, mount_path=SIGNING_FOLDER, optional=True)
+    return task.set_env_variable("SALUN_SIGNING_KEY", f"{SIGNING_FOLDER}/key.pem")

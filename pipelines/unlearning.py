@@ -1,8 +1,5 @@
 """The unlearning pipeline: fetch -> mask -> unlearn -> evaluate -> gate & publish."""
 
-from collections.abc import Callable
-from typing import Any
-
 from kfp import dsl
 
 from components.compute_mask import compute_mask
@@ -10,17 +7,13 @@ from components.evaluate import evaluate
 from components.fetch_model import fetch_model
 from components.gate_publish import gate_publish
 from components.unlearn import unlearn
+from pipelines._pipeline import pipeline
 from pipelines.resources import Placement, configure
 
 NAME = "salun-unlearning"
 
 
-def pipeline(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - kfp's component object, which has no types
-    """Turn a function into the pipeline of that name; its docstring is what the run form shows."""
-    return dsl.pipeline(name=NAME, description=(function.__doc__ or "").splitlines()[0])(function)
-
-
-@pipeline
+@pipeline(NAME)
 def unlearning(
     model_line: str,
     forget_manifest_uri: str,
@@ -57,9 +50,10 @@ def unlearning(
     """
     place = Placement(cpu, memory, gpu_count, node_selector, tolerations)
     forget, line = forget_manifest_uri, model_line
+    ours = {"model_line": line, "store_uri": store_uri, "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
     fetched = fetch_model(store_uri=store_uri, model_line=line, forget_manifest_uri=forget)
     before = fetched.outputs["model"]
-    masked = compute_mask(model=before, forget_manifest_uri=forget, density=density, method=method, model_line=line)
+    masked = compute_mask(model=before, forget_manifest_uri=forget, density=density, method=method, **ours)
     mask = masked.outputs["mask"]
     unlearned = unlearn(
         model=before,
@@ -68,7 +62,7 @@ def unlearning(
         method=method,
         method_config=method_config,
         seed=seed,
-        model_line=line,
+        **ours,
     )
     after = unlearned.outputs["unlearned"]
     measured = evaluate(
@@ -77,7 +71,7 @@ def unlearning(
         mask=mask,
         forget_manifest_uri=forget,
         retrain_reference=retrain_reference,
-        model_line=line,
+        **ours,
     )
     published = gate_publish(
         before=before,
@@ -85,11 +79,9 @@ def unlearning(
         mask=mask,
         evidence=measured.outputs["evidence"],
         forget_manifest_uri=forget,
-        store_uri=store_uri,
-        model_line=line,
         parent=fetched.outputs["Output"],
         policy_uri=policy_uri,
-        run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        **ours,
     )
     configure(fetched, place, hours=1)
     configure(masked, place, hours=2, gpu=True)

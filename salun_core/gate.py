@@ -19,7 +19,7 @@ from salun_core.digest import digest_json
 from salun_core.errors import GateRefusedError, unknown_name
 from salun_core.evaluation.evidence import Evidence, Metric
 
-State = Literal["before", "after", "reference"]
+State = Literal["before", "after", "reference", "origin"]
 _TOLERANCE = 1e-12  # of comparisons: 0.9 - 0.02 in binary is not 0.88
 
 
@@ -27,7 +27,9 @@ class Relative(Document):
     """A threshold taken from the evidence itself: `scale * metric.state + offset`."""
 
     metric: str = Field(description="metric to take the threshold from")
-    state: State = Field(default="before", description="model it was measured on")
+    state: State = Field(
+        default="before", description="model it was measured on; `origin`: the last full training of the line"
+    )
     scale: float = Field(default=1.0, allow_inf_nan=False, description="factor")
     offset: float = Field(default=0.0, allow_inf_nan=False, description="added afterwards, as a ratio")
 

@@ -13,6 +13,8 @@ def compute_mask(
     mask: dsl.Output[dsl.Artifact],
     method: str = "salun",
     model_line: str = "local",
+    store_uri: str = "",
+    run_id: str = "",
 ) -> None:
     """Score every weight on the forget set and keep the most salient ones as a mask of one bit a weight.
 
@@ -25,16 +27,19 @@ def compute_mask(
         mask: The mask: a safetensors file of packed bits.
         method: The unlearning method that will use the mask.
         model_line: Name of the model line, for the metrics.
+        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
+        run_id: Id of the run, to record in the ledger how far it came.
 
     Raises:
         UsageError: The density or the method is wrong.
         IntegrityError: The data are of another split than the model's.
+        ConflictError: The run has ended: another settled it.
     """
     from pathlib import Path
 
     from salun_core.steps.mask import compute_mask as step
+    from salun_core.steps.observe import RunRef
 
-    computed = step(
-        Path(model.path), forget_manifest_uri, density, Path(mask.path), method=method, model_line=model_line
-    )
+    paths, run = (Path(model.path), forget_manifest_uri, density, Path(mask.path)), RunRef(store_uri, run_id)
+    computed = step(*paths, method=method, model_line=model_line, run=run)
     mask.metadata.update(density=computed.density, digest=computed.digest)

@@ -17,6 +17,8 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
     retrain_reference: bool = False,
     model_line: str = "local",
+    store_uri: str = "",
+    run_id: str = "",
 ) -> None:
     """Measure the model before and after: accuracies, membership attack, and which weights changed.
 
@@ -31,17 +33,22 @@ def evaluate(
         report: The figures and their pictures, without a verdict yet.
         retrain_reference: Also train a model from scratch without the forget set, and compare with it.
         model_line: Name of the model line, for the metrics and the report.
+        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
+        run_id: Id of the run, to record in the ledger how far it came.
 
     Raises:
         ModelError: The two models differ in architecture or split.
+        ConflictError: The run has ended: another settled it.
     """
     from pathlib import Path
 
     from salun_core.steps.evaluation import evaluate as step
+    from salun_core.steps.observe import RunRef
     from salun_core.steps.summary import confusion, roc_points, scalar_metrics
 
     paths = Path(before.path), Path(after.path), forget_manifest_uri, Path(evidence.path), Path(report.path)
-    found = step(*paths, mask=Path(mask.path), retrain_reference=retrain_reference, model_line=model_line)
+    used, run = Path(mask.path), RunRef(store_uri, run_id)
+    found = step(*paths, mask=used, retrain_reference=retrain_reference, model_line=model_line, run=run)
     for name, value in scalar_metrics(found).items():
         metrics.log_metric(name, value)
     if labels_and_counts := confusion(found):

@@ -15,6 +15,8 @@ def unlearn(
     method_config: str = "{}",
     seed: int = 0,
     model_line: str = "local",
+    store_uri: str = "",
+    run_id: str = "",
 ) -> None:
     """Unlearn the forget set; weights outside the mask stay bit-identical.
 
@@ -27,24 +29,21 @@ def unlearn(
         method_config: What differs from the method's default configuration, as JSON text.
         seed: Seed of the random labels, the order of the data and the augmentation.
         model_line: Name of the model line, for the metrics.
+        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
+        run_id: Id of the run, to record in the ledger how far it came.
 
     Raises:
         UsageError: The method or its configuration is wrong.
         IntegrityError: The mask is of another model or another forget set.
         ModelError: The loss became NaN or infinite.
+        ConflictError: The run has ended: another settled it.
     """
     from pathlib import Path
 
+    from salun_core.steps.observe import RunRef
     from salun_core.steps.unlearning import parse_overrides, run_unlearning
 
-    result = run_unlearning(
-        Path(model.path),
-        Path(mask.path),
-        forget_manifest_uri,
-        Path(unlearned.path),
-        method=method,
-        overrides=parse_overrides(method_config),
-        seed=seed,
-        model_line=model_line,
-    )
+    paths = Path(model.path), Path(mask.path), forget_manifest_uri, Path(unlearned.path)
+    overrides, run = parse_overrides(method_config), RunRef(store_uri, run_id)
+    result = run_unlearning(*paths, method=method, overrides=overrides, seed=seed, model_line=model_line, run=run)
     unlearned.metadata.update(method=method, seed=seed, seconds=result.seconds)

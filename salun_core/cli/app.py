@@ -9,7 +9,21 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from salun_core import __version__
-from salun_core.cli import demo, doctor, judging, listing, models, request, running, unlearning
+from salun_core.cli import (
+    demo,
+    doctor,
+    exporter,
+    judging,
+    lines,
+    listing,
+    models,
+    purge,
+    request,
+    running,
+    sweep,
+    unlearning,
+    verify,
+)
 from salun_core.cli.examples import EXAMPLES
 from salun_core.cli.failures import reported
 from salun_core.cli.interrupts import interruptible
@@ -98,13 +112,20 @@ def _add(group: typer.Typer, prefix: str, verbs: Mapping[str, Callable[..., None
 _add(app, "", {"doctor": doctor.doctor, "demo": demo.demo, "train": models.train, "mask": unlearning.mask})
 _add(app, "", {"unlearn": unlearning.unlearn, "evaluate": unlearning.evaluate, "gate": judging.gate})
 _add(app, "", {"report": judging.report, "run": running.run})
-_add(_model, "model ", {"import": models.import_, "history": models.history})
+_add(app, "", {"exporter": exporter.exporter})
+_add(app, "", {"sweep": sweep.sweep})
+_add(app, "", {"verify": verify.verify, "certificate": verify.certificate})
+_add(verify.key_app, "key ", {"create": verify.create_key})
+_add(app, "", {"purge": purge.purge})
+_add(_model, "model ", {"hold": purge.hold, "release": purge.release})
+_add(_model, "model ", {"import": models.import_, "history": lines.history, "rollback": lines.rollback})
 _add(listing.app, "ls ", {"methods": listing.methods, "models": listing.models, "data": listing.data})
 for _command in request.app.registered_commands:
     _command.cls = Verb
 app.add_typer(_model, name="model")
 app.add_typer(listing.app, name="ls")
 app.add_typer(request.app, name="request")
+app.add_typer(verify.key_app, name="key")
 
 
 def main() -> None:

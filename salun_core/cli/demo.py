@@ -13,7 +13,7 @@ from salun_core.cli.options import DryRun
 from salun_core.cli.output import METRICS, emit, emit_plan, epochs, print_table, say
 
 if TYPE_CHECKING:
-    from salun_core.steps.demo import DemoOutcome
+    from salun_core.steps.demo import DemoOutcome, Filed
 
 
 def demo(
@@ -33,7 +33,7 @@ def demo(
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Forget real images end to end: store, training, deletion requests, compiled pipeline, gate, report."""
+    """Forget real images end to end: store, training, five deletion requests, two sweeps, certificates, report."""
     if data in (None, "digits"):  # images of 8 x 8 pixels: a second thread only waits for the first
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
     from salun_core.steps.demo import demo_spec, run_demo
@@ -67,31 +67,58 @@ def _facts(outcome: DemoOutcome) -> dict[str, object]:
         "summary": outcome.decision.summary,
         "metrics": {name: item.model_dump(mode="json") for name, item in outcome.evidence.metrics.items()},
         "seconds": {"train": outcome.train_seconds, **outcome.evidence.run.seconds},
-        "requests": outcome.requests,
+        "requests": {
+            name: {
+                "names": item.names,
+                "status": item.state.status.value,
+                "outcome": item.state.last.outcome if item.state.last else None,
+                "certificate": str(item.certificate) if item.certificate else None,
+            }
+            for name, item in outcome.requests.items()
+        },
+        "rollback": outcome.rollback,
         "files": {name: str(path) for name, path in outcome.files.items()},
     }
 
 
 def _show(outcome: DemoOutcome, work_dir: Path) -> None:
+    _show_figures(outcome)
+    typer.echo(f"\n{'PASSED' if outcome.decision.passed else 'REFUSED'}: {outcome.decision.summary}\n")
+    rows = [(name, item.names, *_ending(item)) for name, item in outcome.requests.items()]
+    print_table(["request", "names", "is", "certificate"], rows)
+    if outcome.rollback:
+        typer.echo(f"\nA rollback was tried and refused:\n  {outcome.rollback}")
+    told = outcome.files["metrics.txt"].read_text(encoding="utf-8").splitlines()
+    typer.echo("\nThe exporter says:")
+    for text in told:
+        if text.startswith(_TOLD) and not text.endswith(" 0.0"):
+            typer.echo(f"  {text}")
+    head, parent = outcome.version[:12], outcome.parent[:12]
+    ancestry = f", made from {parent}" if outcome.version != outcome.parent else ", as before"
+    typer.echo(f"\nmodel line {outcome.line}: HEAD is {head}{ancestry}")
+    for name, path in outcome.files.items():
+        typer.echo(f"  {name:<17} {path}")
+    first = next((item.certificate for item in outcome.requests.values() if item.certificate), "CERTIFICATE")
+    typer.echo(_NEXT.format(work=work_dir, line=outcome.line, certificate=first, version=head))
+
+
+def _show_figures(outcome: DemoOutcome) -> None:
     evidence, seconds = outcome.evidence, outcome.evidence.run.seconds
     rows: list[tuple[object, ...]] = [
         (f"{name}  {_MEANING[name]}", *(_percent(value) for value in (item.before, item.after, item.reference)))
         for name in METRICS
         if (item := evidence.metrics.get(name)) is not None
     ]
-    spent = (outcome.train_seconds, seconds["mask"] + seconds["unlearn"], seconds["reference"])
+    unlearning = seconds.get("mask", 0.0) + seconds.get("unlearn", 0.0)
+    spent = (outcome.train_seconds, unlearning, seconds.get("reference", 0.0))
     typer.echo()
     print_table(["", "before", "after", "retrained"], [*rows, ("seconds", *(f"{value:.1f}" for value in spent))])
-    passed = outcome.decision.passed
-    typer.echo(f"\n{'PASSED' if passed else 'REFUSED'}: {outcome.decision.summary}")
-    state = "completed" if passed else "queued again"
-    for request, names in outcome.requests.items():
-        typer.echo(f"  {request} ({names}): {state}")
-    head, parent = outcome.version[:12], outcome.parent[:12]
-    typer.echo(f"\nmodel line {outcome.line}: HEAD is {head}" + (f", made from {parent}" if passed else ", as before"))
-    for name, path in outcome.files.items():
-        typer.echo(f"  {name:<17} {path}")
-    typer.echo(_NEXT.format(work=work_dir, line=outcome.line, request=next(iter(outcome.requests))))
+
+
+def _ending(item: Filed) -> tuple[str, str]:
+    outcome = item.state.last.outcome if item.state.last else None
+    status = f"{item.state.status}: {outcome}" if outcome else f"{item.state.status}"
+    return status, "verified" if item.certificate else "-"
 
 
 def _percent(value: float | None) -> str:
@@ -114,4 +141,7 @@ Next, open the report, or look into the store. In one shell:
 and in another:
   set -a; . {work}/s3.env; set +a
   salun model history {line}
-  salun request show {request}"""
+  salun request list
+  salun verify {certificate} --model {work}/versions/{version}
+  salun exporter"""
+_TOLD = ("salun_requests{", "salun_requests_overdue", "salun_oldest", "salun_unlearning_debt", "salun_runs_since")

@@ -1,4 +1,4 @@
-"""`salun train`, `salun model import` and `salun model history`: where a model line begins, and what became of it."""
+"""`salun train` and `salun model import`: where a model line begins."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from salun_core.cli.options import DryRun, Settings, Store, read_settings
-from salun_core.cli.output import emit, emit_facts, emit_plan, epochs, print_table
+from salun_core.cli.output import emit_facts, emit_plan, epochs
 
 if TYPE_CHECKING:
     from salun_core.data import DataSpec
     from salun_core.steps.training import Made
-    from salun_core.storage.versions import Version
 
 OwnData = Annotated[
     str,
@@ -80,35 +79,6 @@ def import_(
         return
     _check_line(line, store)
     _finish(import_model(checkpoint, spec, arch, out, *scale), out, line, store, "import")
-
-
-def history(
-    line: Annotated[str, typer.Argument(metavar="LINE", help="The model line.")],
-    store: Store = None,
-) -> None:
-    """Show the versions of a model line, the newest first, and its debt: what was forgotten since the last training."""
-    from salun_core.errors import UsageError
-    from salun_core.storage import open_store, versions
-
-    if not store:
-        raise UsageError("no store is named", "a model line lies in a store", "give --store or set SALUN_STORE_URI")
-    found = versions.history(open_store(store), line)
-    rows = [{"version": item.digest, **item.manifest.model_dump(mode="json", exclude={"format"})} for item in found]
-    emit(rows, lambda: print_table(["version", "made by", "forgotten", "debt", "runs", "published"], _rows(found)))
-
-
-def _rows(found: list[Version]) -> list[tuple[object, ...]]:
-    return [
-        (
-            item.digest[:12],
-            item.manifest.method,
-            item.manifest.forget_count,
-            f"{item.manifest.lineage.debt:.1%}",
-            item.manifest.lineage.runs_since_training,
-            item.manifest.created_at[:16].replace("T", " "),
-        )
-        for item in found
-    ]
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

@@ -30,6 +30,22 @@ Settings = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; may be given again.")
 ]
 
+Actor = Annotated[
+    str, typer.Option("--actor", envvar="SALUN_ACTOR", help="Who does it, for the audit log; your login unless given.")
+]
+
+
+def who(actor: str) -> str:
+    """Return who does something, for the audit log: the one that is named, or the login."""
+    if actor:
+        return actor
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user may have no name
+        return "unknown"
+
 
 def read_settings(pairs: list[str], file: Path | None = None) -> dict[str, Any]:
     """Read settings from a file and from KEY=VALUE pairs; a pair wins, and a dot leads into a section.

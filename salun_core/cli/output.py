@@ -147,6 +147,6 @@ def quiet_logs() -> None:
 def _without_failures(_logger: Any, _method: str, event: Any) -> Any:  # noqa: ANN401 - structlog's own
     import structlog
 
-    if event.get("event") == "step_failed":
+    if event.get("event") in {"step_failed", "run_ended"}:
         raise structlog.DropEvent
     return event

@@ -277,7 +277,7 @@ def _known_ids(ids: Sequence[str], table: Table) -> set[str]:
     if unknown:
         raise UsageError(
             f"{len(unknown)} of {len(ids)} ids are not in the data",
-            f"the first is {unknown[0]!r}; ids look like {table.ids[0]!r}",
+            f"the first of them is number {list(ids).index(unknown[0]) + 1}",
             "correct them; nothing was forgotten",
         )
     return set(ids)

@@ -26,12 +26,13 @@ def read_digits(spec: DataSpec, train: bool) -> Table:
 
     digits = load_digits()
     pixels = (digits.images * 15.9375).astype(np.uint8)[..., None]
+    ids, subjects = [f"{index:06d}" for index in range(len(pixels))], _subjects(spec)
     return Table(
-        ids=[f"{index:06d}" for index in range(len(pixels))],
+        ids=ids,
         labels=[int(label) for label in digits.target],
         payloads=list(pixels),
         classes=[str(name) for name in digits.target_names],
-        subjects=[None] * len(pixels),
+        subjects=[subjects.get(sample) for sample in ids],
     )
 
 

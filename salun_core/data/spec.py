@@ -25,7 +25,8 @@ class DataSpec(Document):
     label_column: str = Field(default="label", description="parquet: class id or class name")
     subject_column: str | None = Field(default=None, description="column that names the person a row belongs to")
     metadata: str | None = Field(
-        default=None, description="table (.csv or .parquet) with `file_name` and further columns, for folders of images"
+        default=None,
+        description="table (.csv or .parquet) with `file_name` and further columns, for folders of images and `digits`",
     )
     classes: list[str] = Field(default=[], description="class names by id; else read from the data")
     size: int | None = Field(

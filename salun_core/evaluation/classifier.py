@@ -84,6 +84,8 @@ def evaluate_classifier(
     metrics = _metrics(shown) | _by_group({name: by["forget"] for name, by in shown.items()}, forgotten.classes)
     sizes = len(attacked["after"]), len(shown["after"]["test"])
     metrics["attack_auc"] = _auc_metric({name: curve.auc for name, curve in roc.items()}, *sizes)
+    # Who knows the model's line puts the value of its last full training here.
+    metrics["TA"] = metrics["TA"].model_copy(update={"origin": metrics["TA"].before})
     if reference is not None:
         metrics["gap"] = Metric(before=average_gap(metrics, "before"), after=average_gap(metrics), n=len(splits.forget))
     return Evidence(

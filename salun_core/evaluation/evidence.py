@@ -15,6 +15,10 @@ class Metric(Document):
     before: float | None = Field(description="value for the model before unlearning")
     after: float | None = Field(description="value for the model after unlearning")
     reference: float | None = Field(default=None, description="value for the model retrained without the set")
+    origin: float | None = Field(
+        default=None,
+        description="TA only: value for the last full training of the model line; `before` where no line is known",
+    )
     n: int = Field(ge=0, description="number of samples behind the value")
     low: float | None = Field(default=None, description="lower end of the 95 % interval of `after`")
     high: float | None = Field(default=None, description="upper end of the 95 % interval of `after`")

@@ -11,15 +11,18 @@ from salun_core.data.spec import DataSpec
 
 
 class ModelCard(Document):
-    """`model.json`: everything that is needed to rebuild, feed and trace a classifier."""
+    """`model.json`: everything that is needed to rebuild, feed and trace a classifier.
+
+    Its numbers have bounds: the network is built from them before its weights are read.
+    """
 
     format: Literal["salun.model/v1"] = "salun.model/v1"
     task: Literal["classification"] = "classification"
     architecture: str = Field(description="name for `build_classifier`")
-    classes: list[str] = Field(min_length=2, description="class names by id")
-    channels: int = Field(ge=1, description="of the images")
-    height: int = Field(ge=1, description="of the images, in pixels")
-    width: int = Field(ge=1, description="of the images, in pixels")
+    classes: list[str] = Field(min_length=2, max_length=100_000, description="class names by id")
+    channels: int = Field(ge=1, le=64, description="of the images")
+    height: int = Field(ge=1, le=4096, description="of the images, in pixels")
+    width: int = Field(ge=1, le=4096, description="of the images, in pixels")
     mean: list[float] = Field(description="of pixels in [0, 1], by channel")
     std: list[float] = Field(description="of pixels in [0, 1], by channel")
     data: DataSpec = Field(description="where the data lie")

@@ -25,7 +25,7 @@ def why_due(received: Sequence[datetime], returned: int, now: datetime, terms: T
     if returned:
         return f"{returned} came back from an earlier run"
     if len(received) >= terms.min_requests:
-        return f"{len(received)} requests wait"
+        return f"{len(received)} waiting, and {terms.min_requests} make a batch"
     if now - oldest > timedelta(hours=terms.max_wait_hours):
         return f"the oldest has waited for more than {terms.max_wait_hours:g} hours"
     if due_after_one_month(oldest) - now < timedelta(days=terms.deadline_days):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from salun_core.config import parse
-from salun_core.digest import digest_json
+from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import ConflictError, SalunError, UsageError
 from salun_core.requests.books import Books, in_parallel
 from salun_core.requests.deadlines import as_utc
@@ -119,8 +119,8 @@ class _Batch:
         outcome = Claim(None, "", found.reason, settled, tuple(self.refused), found.recovered)
         if not taken:
             return replace(outcome, reason="nothing of what was asked is left to erase" if settled else found.reason)
-        record = self._record(taken, kind_of(found.states[0]))
         data = self.resolver.seal([state.request for state, _ in taken])
+        record = self._record(taken, kind_of(found.states[0]), sha256_bytes(data))
         self.books.store.put_new(scratch_key(self.run, FORGET_FILE), data)
         self.books.runs.start(record, self.books.actor)
         return replace(outcome, record=record, forget_uri=_uri(self.books, self.run))
@@ -204,7 +204,9 @@ class _Batch:
             version = Version(self.resolver.version, read_version(self.books.store, self.line, self.resolver.version))
             complete(self.books, taken[0], _member(*taken), version, None)
 
-    def _record(self, taken: Sequence[tuple[RequestState, Resolved]], kind: tuple[str | None, int]) -> RunRecord:
+    def _record(
+        self, taken: Sequence[tuple[RequestState, Resolved]], kind: tuple[str | None, int], sealed: str
+    ) -> RunRecord:
         group, rung = kind
         ids = sorted({sample for _, resolved in taken for sample in resolved.ids})
         rung = self._rung(ids, rung)
@@ -221,6 +223,7 @@ class _Batch:
             "group": group,
             "work_key": self._work(ids, rung),
             "members": [_member(state, resolved).model_dump() for state, resolved in taken],
+            "forget_sha256": sealed,
             "forget_count": len(ids),
             "train_count": self.resolver.train_count,
         }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from salun_core.config import parse
+from salun_core.digest import sha256_bytes
 from salun_core.errors import ConflictError
 from salun_core.requests.deadlines import as_utc
 from salun_core.requests.schema import (
@@ -78,6 +79,7 @@ def event_after(request_id: str, last: RequestEvent | None, move: Move, now: dat
         "attempt": next_attempt(last, move.to),
         "run": move.run,
         "outcome": move.outcome,
+        "previous": sha256_bytes(last.canonical()) if last else None,
         "epoch": move.epoch,
         "rung": next_rung(last, move.rung),
         "group": move.group,

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from salun_core.digest import sha256_bytes
 from salun_core.errors import IntegrityError, UsageError
 from salun_core.requests.schema import DeletionRequest, RequestEvent, RequestState, Status
 from salun_core.storage.lineage import parse_stored
@@ -62,15 +63,15 @@ def read_events(store: ObjectStore, request_id: str) -> Sequence[RequestEvent]:
     if not count:
         read_request(store, request_id)
     events = [_read_event(store, request_id, number) for number in range(1, count + 1)]
-    status = Status.RECEIVED
+    status, previous = Status.RECEIVED, None
     for event in events:
-        if event.from_status != status:
+        if event.from_status != status or event.previous != previous:
             raise IntegrityError(
                 f"event {event.n} of request {request_id} does not follow from the one before",
-                f"the request was {status}, the event says {event.from_status}",
+                f"the request was {status}, the event says {event.from_status}, or it names another event before it",
                 "restore the events from a copy",
             )
-        status = event.to_status
+        status, previous = event.to_status, sha256_bytes(event.canonical())
     return events
 
 

@@ -80,6 +80,7 @@ class RunRecord(Document):
     group: ShortText | None = Field(default=None, description="the half of a refused batch that it is")
     work_key: Digest = Field(description="digest of line, parent, forget set and recipe: equal work has an equal key")
     members: list[RunMember] = Field(min_length=1, description="its requests")
+    forget_sha256: Digest = Field(description="SHA-256 of the sealed document that the run reads")
     forget_count: Count = Field(description="training samples to forget, of all members together")
     train_count: Count = Field(description="training samples of the parent")
 

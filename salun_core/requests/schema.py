@@ -147,6 +147,9 @@ class RequestEvent(Document):
         default=None,
         description="the half of a refused batch that it belongs to; only its own half shares its next run",
     )
+    previous: Digest | None = Field(
+        default=None, description="SHA-256 of the event before, so that none can be changed or left out unseen"
+    )
     writer: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(
         description="random token of the writing call: two equal moves are still two"
     )

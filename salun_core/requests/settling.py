@@ -218,7 +218,8 @@ def complete(books: Books, state: RequestState, member: RunMember, version: Vers
     books.certifier.certify(Erased(state.request, outcome, version, member, record, now))
     assert state.last is not None
     reason = "published" if record else "nothing that it names was trained on"
-    run, epoch = state.last.run, state.last.epoch
+    run = record.run if record else state.last.run  # what erased it, which need not be what found out
+    epoch = record.epoch if record else state.last.epoch
     with suppress(ConflictError):  # a twin of this call was first
         books.ledger.append(state, Status.COMPLETED, books.actor, reason, run, outcome, epoch=epoch)
     redact_request(books.store, state.request.id, keep_hashes=True)

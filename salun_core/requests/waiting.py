@@ -36,7 +36,7 @@ def first_due(books: Books, line: str, run: str, terms: Terms) -> Found:
     waiting = books.ledger.standing(Status.QUEUED, line)
     reason = _why(waiting, books, terms)
     if reason is None:
-        return Found([], f"{len(waiting)} wait, and no batch is due" if waiting else "no request waits")
+        return Found([], f"{len(waiting)} waiting, and no batch is due" if waiting else "no request waits")
     states = [
         state
         for state in read_entries(books.store, waiting[: _LOOKED_AT * terms.max_requests])

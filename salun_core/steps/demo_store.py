@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from salun_core.errors import UsageError
+from salun_core.requests.keys import SIGNING_VARIABLE, VERIFY_VARIABLE, create_key
 from salun_core.storage.embedded import embedded_s3
 
 ENVIRONMENT = "s3.env"
@@ -39,9 +40,17 @@ def demo_store(work: Path, port: int | None, fresh: bool, must_exist: bool = Fal
         StoreError: the server cannot be started.
     """
     with _owned(work, fresh, must_exist), embedded_s3(work / "store", port=port) as server:
-        variables = {**server.environ, STORE_VARIABLE: server.uri}
+        variables = {**server.environ, STORE_VARIABLE: server.uri, **_keys(work / "keys")}
         with _environment(variables), _noted(work / ENVIRONMENT, variables):
             yield server.uri
+
+
+def _keys(folder: Path) -> dict[str, str]:
+    """Make the demo's signing key where there is none, and return the variables that name its files."""
+    private, public = (folder.resolve() / f"salun.{ending}" for ending in ("pem", "pub"))
+    if not private.is_file():
+        create_key(folder / "salun")
+    return {SIGNING_VARIABLE: str(private), VERIFY_VARIABLE: str(public)}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from salun_core.data import ForgetSet
+from salun_core.data import ForgetSet, ImageSet
 from salun_core.errors import ModelError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.evidence import Forgotten, Measured
@@ -19,7 +19,7 @@ from salun_core.models.checkpoint import model_digest
 from salun_core.report import ReportContext, write_report
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.inputs import Inputs, load_inputs
-from salun_core.steps.observe import observed
+from salun_core.steps.observe import RunRef, observed
 from salun_core.steps.unlearning import read_run
 from salun_core.storage.local import write_whole
 from salun_core.unlearn import method_config, pick_device, unlearn
@@ -39,6 +39,7 @@ def evaluate(
     reference_overrides: Mapping[str, Any] | None = None,
     model_line: str = "local",
     data: str | None = None,
+    run: RunRef | None = None,
     device: str = "auto",
 ) -> Evidence:
     """Evaluate an unlearned model against the original, and against a retrained one where asked for.
@@ -55,6 +56,7 @@ def evaluate(
         reference_overrides: what differs from that recipe.
         model_line: for the metrics and the report.
         data: data set spec, where the data lie elsewhere than the model card says.
+        run: the run of the deletion ledger that it belongs to.
         device: auto, cpu, cuda or cuda:N.
 
     Returns:
@@ -63,18 +65,18 @@ def evaluate(
     Raises:
         ModelError: the two models are of different architectures or splits.
     """
-    with observed("evaluate", model_line) as metrics:
+    with observed("evaluate", model_line, run) as metrics:
         inputs = load_inputs(before, forget_manifest_uri, data)
         candidate = load_model(after)
         check_pair(inputs.original, candidate, inputs.forget_set)
         chosen = pick_device(device)
-        run = read_run(after, candidate)
+        facts = read_run(after, candidate)
         started = time.perf_counter()
         retrained = _reference(inputs, reference, retrain_reference, reference_overrides or {}, device)
         if retrain_reference:
-            run = run.model_copy(update={"seconds": {**run.seconds, "reference": time.perf_counter() - started}})
-        used = SaliencyMask.load(mask) if mask and run.density is not None else None
-        test = inputs.data.images("test", inputs.original.normalisation)
+            facts = facts.model_copy(update={"seconds": {**facts.seconds, "reference": time.perf_counter() - started}})
+        used = SaliencyMask.load(mask) if mask and facts.density is not None else None
+        test = _of_known_classes(inputs)
         splits = Splits(*(images.to(chosen) for images in (inputs.forget, inputs.retain, test)))
         evidence = evaluate_classifier(
             inputs.original.model.to(chosen),
@@ -85,12 +87,20 @@ def evaluate(
             retrained.to(chosen) if retrained else None,
             used,
             inputs.original.card.classes,
-            run,
+            facts,
         )
         write_evidence(evidence_out, evidence)
         write_report(report_out, evidence, None, ReportContext(model_line=model_line, created_at=evidence.created_at))
         metrics.record_evidence(evidence)
         return evidence
+
+
+def _of_known_classes(inputs: Inputs) -> ImageSet:
+    """Return the test split without the classes that an earlier run forgot: the model is meant to miss these."""
+    images = inputs.data.images("test", inputs.original.normalisation)
+    table = inputs.data.table
+    known = {table.labels[table.position[sample]] for sample in inputs.original.split.train}
+    return images.select([index for index, label in enumerate(images.labels.tolist()) if label in known])
 
 
 def write_evidence(path: Path, evidence: Evidence) -> None:

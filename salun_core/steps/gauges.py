@@ -150,9 +150,7 @@ class GaugeReader:
         The request itself is left alone: an exporter has no business with what it names.
         """
         try:
-            return (
-                status_after(read_last(self._store, request)) not in SETTLED
-            )  # not what it names: we may not read that
+            return status_after(read_last(self._store, request)) not in SETTLED
         except (IntegrityError, UsageError):
             return True
 

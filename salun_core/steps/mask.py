@@ -9,7 +9,7 @@ import torch
 
 from salun_core.saliency import SaliencyMask, saliency_scores
 from salun_core.steps.inputs import load_inputs
-from salun_core.steps.observe import observed
+from salun_core.steps.observe import RunRef, observed
 from salun_core.unlearn import get_method, pick_device
 
 _BATCH = 256
@@ -26,6 +26,7 @@ def compute_mask(
     data: str | None = None,
     device: str = "auto",
     random_seed: int | None = None,
+    run: RunRef | None = None,
 ) -> SaliencyMask:
     """Compute the saliency mask of a model for a forget set.
 
@@ -41,11 +42,12 @@ def compute_mask(
         data: data set spec, where the data lie elsewhere than the model card says.
         device: auto, cpu, cuda or cuda:N.
         random_seed: draw a random mask of the same density in place of saliency: the control.
+        run: the run of the deletion ledger that it belongs to.
 
     Returns:
         The mask.
     """
-    with observed("compute_mask", model_line) as metrics:
+    with observed("compute_mask", model_line, run) as metrics:
         started = time.perf_counter()
         inputs = load_inputs(model, forget_manifest_uri, data)
         chosen = pick_device(device)

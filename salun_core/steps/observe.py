@@ -1,21 +1,63 @@
-"""Times a step, logs its start and end, and pushes its metrics whether it succeeds or fails."""
+"""Times a step, logs its start and end, records where its run stands, and pushes its metrics in any case."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
+from salun_core.errors import SalunError
+from salun_core.requests.deadlines import utc_clock
+from salun_core.requests.runs import RunLog, RunStatus
+from salun_core.storage import open_store
+from salun_core.storage.lease import read_lease, renew
 from salun_core.telemetry.logs import get_logger
 from salun_core.telemetry.push import StepMetrics
 
+_BEGUN = {
+    "compute_mask": RunStatus.MASKING,
+    "unlearn": RunStatus.UNLEARNING,
+    "evaluate": RunStatus.EVALUATING,
+}
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """A run of the deletion ledger that a step belongs to; either part is empty where there is none.
+
+    Args:
+        store_uri: `s3://bucket/prefix`.
+        run: id of the run.
+    """
+
+    store_uri: str = ""
+    run: str = ""
+
+    def advance(self, to: RunStatus, step: str) -> None:
+        """Record that the run came further, and renew its lease; a run that no request asked for has neither.
+
+        Raises:
+            ConflictError: the run has ended: another settled it, and what it makes is not wanted any more.
+        """
+        if not (self.store_uri and self.run):
+            return
+        log = RunLog(store := open_store(self.store_uri), utc_clock)
+        log.advance(self.run, to, step, f"{step} began")
+        record = log.read(self.run)
+        with suppress(SalunError):  # a lease saves work; that the line stays right does not rest on it
+            lease = read_lease(store, record.line) if record else None
+            if lease is not None and (lease.holder, lease.released) == (self.run, False):
+                renew(store, lease)
+
 
 @contextmanager
-def observed(step: str, model_line: str) -> Iterator[StepMetrics]:
+def observed(step: str, model_line: str, run: RunRef | None = None) -> Iterator[StepMetrics]:
     """Observe one step.
 
     Args:
         step: its name.
         model_line: the line it works on.
+        run: the run that it belongs to.
 
     Yields:
         The step's metrics, to record values in.
@@ -23,6 +65,8 @@ def observed(step: str, model_line: str) -> Iterator[StepMetrics]:
     metrics, log = StepMetrics(), get_logger()
     log.info("step_started", step=step, model_line=model_line)
     try:
+        if run and step in _BEGUN:
+            run.advance(_BEGUN[step], step)
         yield metrics
     except BaseException as error:
         log.error("step_failed", step=step, model_line=model_line, error=type(error).__name__)

@@ -14,17 +14,22 @@ from salun_core.gate import Expected, GateDecision, decide
 from salun_core.models import LoadedModel, load_model
 from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS
 from salun_core.report import Ancestor, ReportContext, write_report
+from salun_core.requests.runs import RunStatus
 from salun_core.saliency import SaliencyMask
+from salun_core.steps.evaluation import write_evidence
 from salun_core.steps.inputs import Inputs, load_inputs
-from salun_core.steps.observe import observed
+from salun_core.steps.observe import RunRef, observed
+from salun_core.steps.origin import with_origin
 from salun_core.steps.sources import read_policy
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.local import write_whole
 from salun_core.storage.names import run_key
+from salun_core.storage.sparse import full_copy_every
 from salun_core.storage.versions import VersionManifest, history, publish_head, read_version, stage_version
 from salun_core.telemetry.push import StepMetrics
 
 EVIDENCE, DECISION, REPORT = "evidence.json", "decision.json", "report.html"
+_JUDGED = "judged-evidence.json"  # what was measured, and the line's last full training beside it
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def gate_and_publish(
         inputs = load_inputs(before, forget_manifest_uri)
         manifest = read_version(store, model_line, parent)
         check_digest("the model before", manifest.files[WEIGHTS].sha256, inputs.original.digest)
-        measured = load(Evidence, evidence)
+        measured = with_origin(store, model_line, parent, load(Evidence, evidence))
         candidate = load_model(after)
         kept = inputs.original.split.without(inputs.forget_set.ids)
         check_digest("the split of the model after, without what was forgotten", kept.digest, candidate.split.digest)
@@ -92,15 +97,19 @@ def gate_and_publish(
         metrics.record_evidence(measured, decision)
         context = report_context(store, model_line, parent, measured)
         write_report(report, measured, decision, context)
-        decision_file = report.with_name(DECISION)
+        decision_file, judged = report.with_name(DECISION), report.with_name(_JUDGED)
         write_decision(decision_file, decision)
-        files = {EVIDENCE: evidence, DECISION: decision_file, REPORT: report}
+        write_evidence(judged, measured)
+        files = {EVIDENCE: judged, DECISION: decision_file, REPORT: report}
         if not decision.passed and run:
             _keep(store, run, files)
         decision.require()
+        ours = RunRef(store_uri, run or "")
+        ours.advance(RunStatus.GATED, "gate_publish")
         files |= {name: after / name for name in (WEIGHTS, CARD, SPLIT)}
         version = _published_before(store, model_line, parent, files[WEIGHTS], run)
-        version = version or _publish(store, model_line, manifest, parent, measured, files, run)
+        version = version or _publish(store, model_line, manifest, parent, measured, files, run, before)
+        ours.advance(RunStatus.PUBLISHED, "gate_publish")
         _record_debt(metrics, read_version(store, model_line, version))
         return Published(version, decision)
 
@@ -174,6 +183,7 @@ def _publish(
     measured: Evidence,
     files: dict[str, Path],
     run: str | None,
+    before: Path,
 ) -> str:
     retrained = measured.run.method == "retrain"
     lineage = parent_manifest.lineage.after_run(measured.forgotten.count)
@@ -190,7 +200,7 @@ def _publish(
         "retrained": retrained,
         "lineage": lineage,
     }
-    version, _ = stage_version(store, fields, files)
+    version, _ = stage_version(store, fields, files, {WEIGHTS: before / WEIGHTS}, full_copy_every())
     publish_head(store, line, version, parent, run)
     return version
 

@@ -15,6 +15,7 @@ from salun_core.evaluation import Evidence
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.fetch import fetch_model
 from salun_core.steps.mask import compute_mask
+from salun_core.steps.observe import RunRef
 from salun_core.steps.publishing import REPORT, Published, gate_and_publish
 from salun_core.steps.unlearning import run_unlearning
 
@@ -68,12 +69,13 @@ def run_all(
         SalunError: any step failed.
     """
     run = run or new_run_id()
+    ours = RunRef(config.store_uri, run)
     line, forget = config.model_line, config.forget_manifest_uri
     before, after, mask = folder / "before", folder / "after", folder / "mask.safetensors"
     say("fetch_model")
     fetched = fetch_model(config.store_uri, line, forget, before)
     say("compute_mask")
-    compute_mask(before, forget, config.density, mask, method=config.method, model_line=line)
+    compute_mask(before, forget, config.density, mask, method=config.method, model_line=line, run=ours)
     say("unlearn")
     run_unlearning(
         before,
@@ -84,6 +86,7 @@ def run_all(
         overrides=config.method_config,
         seed=config.seed,
         model_line=line,
+        run=ours,
     )
     say("evaluate")
     evidence = evaluate(
@@ -95,6 +98,7 @@ def run_all(
         mask=mask,
         retrain_reference=config.retrain_reference,
         model_line=line,
+        run=ours,
     )
     say("gate_publish")
     published = gate_and_publish(

@@ -44,8 +44,12 @@ def read_plain(uri: str) -> Any:  # noqa: ANN401 - any YAML or JSON value
     """Read a YAML or JSON document from the store or a file as plain data."""
     if not uri.startswith("s3://"):
         return read_document(Path(uri))
+    return _plain(read_bytes(uri), uri)
+
+
+def _plain(data: bytes, uri: str) -> Any:  # noqa: ANN401 - any YAML or JSON value
     try:
-        return parse_text(read_bytes(uri).decode("utf-8"), uri)
+        return parse_text(data.decode("utf-8"), uri)
     except UnicodeDecodeError as error:
         raise UsageError(f"{uri} is no text", str(error), "give a YAML or JSON document") from error
 
@@ -63,16 +67,25 @@ def read_forget(uri: str) -> ForgetSet | list[Target]:
     items = document if isinstance(document, list) else [document]
     if not items:
         raise UsageError(f"{uri} names nothing", "it is an empty list", "give at least one forget target")
-    return [_fetched(parse_target(item, uri)) for item in items]
+    return [fetched(parse_target(item, uri)) for item in items]
 
 
-def _fetched(target: Target) -> Target:
+def fetched(target: Target) -> Target:
+    """Return a target with the ids of its manifest in place of the manifest's address; others as they are.
+
+    Raises:
+        UsageError: the manifest does not exist.
+        IntegrityError: it does not match its digest.
+    """
     if not isinstance(target, SamplesTarget) or target.manifest_uri is None:
         return target
-    data = read_bytes(target.manifest_uri)
+    uri = target.manifest_uri
+    if not uri.startswith("s3://"):  # whoever files a request must not learn of this machine's files
+        raise UsageError("a manifest of sample ids lies outside the store", "it is no s3:// address", "upload it")
+    data = read_bytes(uri)
     check_digest("a manifest of sample ids", target.sha256 or "", sha256_bytes(data))
-    ids = parse_text(data.decode("utf-8"), target.manifest_uri)
-    return SamplesTarget(dataset_digest=target.dataset_digest, ids=ids)
+    fields = {"dataset_digest": target.dataset_digest, "ids": _plain(data, uri)}
+    return parse(SamplesTarget, fields, "a manifest of sample ids")
 
 
 def read_policy(uri: str) -> Policy:

@@ -19,7 +19,7 @@ from salun_core.evaluation.evidence import RunFacts
 from salun_core.models import LoadedModel, save_model
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.inputs import Inputs, load_inputs
-from salun_core.steps.observe import observed
+from salun_core.steps.observe import RunRef, observed
 from salun_core.unlearn import FileCheckpoint, UnlearnResult, get_method, method_config, unlearn
 from salun_core.unlearn.loop import OnEpoch
 from salun_core.unlearn.training import fresh_classifier
@@ -52,6 +52,7 @@ def run_unlearning(
     model_line: str = "local",
     data: str | None = None,
     checkpoint: Path | None = None,
+    run: RunRef | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> UnlearnResult:
     """Run one unlearning method and write the new model with the facts of its run.
@@ -67,6 +68,7 @@ def run_unlearning(
         model_line: for the metrics.
         data: data set spec, where the data lie elsewhere than the model card says.
         checkpoint: file that keeps the state after each epoch; by default under $SALUN_CHECKPOINT_DIR, if set.
+        run: the run of the deletion ledger that it belongs to.
         on_epoch: called after each epoch.
 
     Returns:
@@ -77,7 +79,7 @@ def run_unlearning(
         IntegrityError: the mask is of another model or forget set.
         ModelError: the loss became NaN or infinite.
     """
-    with observed("unlearn", model_line):
+    with observed("unlearn", model_line, run):
         config = method_config(method, {**(overrides or {}), "seed": seed})
         inputs = load_inputs(model, forget_manifest_uri, data)
         loaded = read_mask(mask, inputs)

@@ -8,16 +8,21 @@ from pathlib import Path
 import pytest
 from kfp import dsl
 
+from components.claim_requests import claim_requests
 from components.compute_mask import compute_mask
 from components.evaluate import evaluate
 from components.fetch_model import fetch_model
 from components.gate_publish import gate_publish
+from components.settle_requests import settle_requests
 from components.unlearn import unlearn
 from salun_core.config import load
+from salun_core.data.forget import ClassTarget
 from salun_core.errors import ConflictError, DataError, GateRefusedError, IntegrityError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
 from salun_core.models import load_model
+from salun_core.requests.deadlines import utc_clock
+from salun_core.requests.ledger import Ledger
 from salun_core.saliency import SaliencyMask
 from salun_core.storage.names import run_key
 from salun_core.storage.versions import history, publish, read_head, read_version
@@ -155,3 +160,28 @@ def test_gate_publish_refuses_another_model_as_parent(chain, tmp_path):
     shutil.copyfile(Path(chain.after.path) / "model.safetensors", other / "model.safetensors")
     with pytest.raises(IntegrityError, match="model before"):
         judge(chain, tmp_path, before=dsl.Model(uri=str(other)))
+
+
+def test_a_run_that_was_settled_goes_no_further(chain, digits_line, store, tmp_path):
+    """Claimed, given up by another while it slept, and settled: what it still makes is not wanted."""
+    Ledger(store, utc_clock).submit("r-1", digits_line, ClassTarget(class_id=3))
+    claim = {"store_uri": store.uri, "model_line": digits_line, "run_id": "run-1", "min_requests": 1}
+    seen = claim_requests.python_func(**claim, dry_run=True)
+    assert seen[0] == 0
+    assert seen[-1] == "1 waiting; a batch is due: 1 waiting, and 1 make a batch"
+
+    requests, forget_uri, *recipe, reason = claim_requests.python_func(**claim, method_config='{"epochs": 1}')
+    assert (requests, recipe, reason) == (1, ["salun", 0.5, '{"epochs": 1}'], "1 waiting, and 1 make a batch")
+    status = dsl.PipelineTaskFinalStatus("FAILED", "job", "exit-handler-1", None, None)
+    assert settle_requests.python_func(store.uri, digits_line, "run-1", status) == ("failed", 0, 1, 0)
+
+    with pytest.raises(ConflictError, match="run run-1 has ended"):
+        compute_mask.python_func(
+            chain.before,
+            chain.forget_uri,
+            0.5,
+            dsl.Artifact(uri=str(tmp_path / "mask")),
+            store_uri=store.uri,
+            run_id="run-1",
+        )
+    assert not (tmp_path / "mask").exists()

@@ -51,7 +51,24 @@ def house(store, digits_model):
     return House(store, parent, f"{store.uri}/forget.json", tuple(ids))
 
 
+def read(name):
+    """Spec and platform of a pipeline that ships."""
+    return list(yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
 @pytest.fixture
 def documents():
-    """Spec and platform of the shipped pipeline, to be damaged by a test."""
-    return list(yaml.safe_load_all(SHIPPED.read_text(encoding="utf-8")))
+    """Spec and platform of the unlearning pipeline, to be damaged by a test."""
+    return read("salun-unlearning")
+
+
+@pytest.fixture
+def sweep():
+    """Spec and platform of the deletion sweep, to be damaged by a test."""
+    return read("salun-deletion-sweep")
+
+
+@pytest.fixture(params=["salun-unlearning", "salun-deletion-sweep"])
+def each(request):
+    """Spec and platform of each pipeline that ships."""
+    return read(request.param)

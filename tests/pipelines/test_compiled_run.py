@@ -1,4 +1,7 @@
-"""The very file that ships, run step by step in processes of their own, on a real store."""
+"""The very file that ships, run step by step in processes of their own, on a real store.
+
+A gate that refuses is met in the deletion sweep (test_sweep_run.py), which runs the same steps.
+"""
 
 import json
 import re
@@ -13,9 +16,9 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from salun_core.config import load
+from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
-from salun_core.storage.names import run_key
 from salun_core.storage.versions import history, publish, read_version
 
 pytestmark = [pytest.mark.s3, pytest.mark.e2e]
@@ -85,21 +88,6 @@ def showed_no_sample_id(house, run):
     assert house.parent in shown[0]  # where it would be found
 
 
-def test_refused_gate_is_red_and_publishes_nothing(house, tmp_path):
-    policy = tmp_path / "strict.yaml"
-    rule = {"metric": "TA", "op": ">=", "value": 1.0, "reason": "no model is perfect"}
-    policy.write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
-    run = house.run(tmp_path / "work", policy_uri=str(policy))
-    assert run.exit_code == 3
-    assert "the gate refused the model" in run.error
-    assert run.version is None
-    assert house.head == house.parent
-    assert not load(GateDecision, run.files["decision.json"]).passed
-    assert "<html" in run.files["report.html"].read_text(encoding="utf-8")[:200]
-    (run_id,) = re.findall(r'"run_id": "([^"]+)"', run.files["run.log"].read_text(encoding="utf-8"))
-    assert house.store.get(run_key(run_id, "decision.json")) is not None
-
-
 def test_stale_parent_is_red(house, tmp_path, digits_model):
     moved = []
 
@@ -127,6 +115,24 @@ def test_wrong_line_is_a_usage_error(house, tmp_path):
     assert list(outcome["seconds"]) == ["fetch-model"]
     assert "model line digitz has no HEAD" in outcome["error"]
     assert "Error: model line digitz has no HEAD" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "changes", "message"),
+    [
+        ("unlearning", {"forget_manifest_uri": None}, "it needs forget_manifest_uri"),
+        ("unlearning", {"min_requests": 1}, "it has no min_requests"),
+        ("deletion-sweep", {}, "it has no forget_manifest_uri"),
+        ("deletion-sweeps", {}, "cannot run deletion-sweeps"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_pipeline_are_refused(tmp_path, pipeline, changes, message):
+    given = {"model_line": "digits", "store_uri": "s3://salun/none", "forget_manifest_uri": "forget.json", **changes}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    result = CliRunner().invoke(app, ["run", *options, "--pipeline", pipeline, "--work-dir", str(tmp_path / "work")])
+    assert isinstance(result.exception, UsageError)
+    assert message in str(result.exception)
+    assert not list(tmp_path.iterdir())
 
 
 def test_remote_work_dir_is_refused(house, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipelines import compile as compiling
 from pipelines.cli import app
-from pipelines.local_worker import without_retries
+from pipelines.local_worker import for_this_machine
 from salun_core.errors import IntegrityError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,8 @@ def copied(tmp_path, monkeypatch):
 def test_files_are_in_step():
     result = CliRunner().invoke(app, ["compile", "--check"])
     assert result.exit_code == 0, result.output
-    assert result.stdout == "salun-unlearning.yaml is in step\nsalun-unlearning-cpu.yaml is in step\n"
+    names = ("salun-unlearning", "salun-unlearning-cpu", "salun-deletion-sweep", "salun-deletion-sweep-cpu")
+    assert result.stdout == "".join(f"{name}.yaml is in step\n" for name in names)
 
 
 def test_compilation_is_deterministic():
@@ -63,7 +64,8 @@ def test_missing_file_is_drift(copied):
     (copied / "salun-unlearning-cpu.yaml").unlink()
     result = CliRunner().invoke(app, ["compile", "--check", "--cpu"])
     assert result.exit_code == 1
-    assert result.stdout == "salun-unlearning-cpu.yaml does not exist\n"
+    expected = "salun-unlearning-cpu.yaml does not exist\nsalun-deletion-sweep-cpu.yaml is in step\n"
+    assert result.stdout == expected
 
 
 def test_version_of_the_compiler_is_no_drift(copied):
@@ -80,16 +82,40 @@ def test_a_defect_stops_the_compiler(monkeypatch):
         compiling.compile_all()
 
 
-def test_pipeline_for_clusters_without_accelerators():
-    text = (compiling.FOLDER / "salun-unlearning-cpu.yaml").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["salun-unlearning-cpu", "salun-deletion-sweep-cpu"])
+def test_pipeline_for_clusters_without_accelerators(name):
+    text = (compiling.FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     spec, _ = yaml.safe_load_all(text)
     assert "gpu" not in text.lower()
-    assert "accelerator" not in str(spec["root"]["dag"]["tasks"])
-    assert spec["pipelineInfo"]["name"] == "salun-unlearning-cpu"
+    assert "accelerator" not in text
+    assert spec["pipelineInfo"]["name"] == name
 
 
-def test_local_runs_differ_from_the_file_by_retries_alone(documents):
-    spec, platform = yaml.safe_load_all(without_retries(yaml.safe_dump_all(documents)))
+def test_local_runs_differ_from_the_file_by_retries_and_the_id_alone(documents):
+    spec, platform = yaml.safe_load_all(for_this_machine(yaml.safe_dump_all(documents), "run-1", {}))
     for task in documents[0]["root"]["dag"]["tasks"].values():
         assert task.pop("retryPolicy")
+        given = task["inputs"]["parameters"]
+        if "run_id" in given:
+            assert given["run_id"] == {"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}
+            given["run_id"] = {"runtimeValue": {"constant": "run-1"}}
     assert [spec, platform] == documents
+
+
+def test_the_key_that_the_environment_names_wins_on_this_machine():
+    text = (compiling.FOLDER / "salun-deletion-sweep.yaml").read_text(encoding="utf-8")
+    for environ, kept in (({}, True), ({"SALUN_SIGNING_KEY": "key.pem"}, False)):
+        spec = next(yaml.safe_load_all(for_this_machine(text, "run-1", environ)))
+        for step in ("exec-claim-requests", "exec-settle-requests"):
+            assert bool(spec["deploymentSpec"]["executors"][step]["container"].get("env")) is kept
+
+
+def test_a_condition_on_a_named_output_is_spelt_for_this_machine():
+    """kfp.local silently skips what depends on an output of another name than `Output`."""
+    text = (compiling.FOLDER / "salun-deletion-sweep.yaml").read_text(encoding="utf-8")
+    spec = next(yaml.safe_load_all(for_this_machine(text, "run-1", {})))
+    (group,) = [item for name, item in spec["components"].items() if name.startswith("comp-exit-handler")]
+    (condition,) = [
+        task["triggerPolicy"]["condition"] for task in group["dag"]["tasks"].values() if "triggerPolicy" in task
+    ]
+    assert "['pipelinechannel--claim-requests--requests']) > 0" in " ".join(condition.split())

@@ -24,9 +24,20 @@ def tasks(documents):
     return documents[0]["root"]["dag"]["tasks"]
 
 
-def test_shipped_pipelines_have_no_defect(documents):
-    assert lint(*documents, IMAGE) == []
-    without = yaml.safe_load_all((FOLDER / "salun-unlearning-cpu.yaml").read_text(encoding="utf-8"))
+def all_tasks(documents):
+    dags = [documents[0]["root"], *(item for item in documents[0]["components"].values() if "dag" in item)]
+    return {name: task for dag in dags for name, task in dag["dag"]["tasks"].items()}
+
+
+def component(documents, start):
+    (found,) = [item for name, item in documents[0]["components"].items() if name.startswith(start)]
+    return found
+
+
+def test_shipped_pipelines_have_no_defect(each):
+    assert lint(*each, IMAGE) == []
+    name = f"{each[0]['pipelineInfo']['name']}-cpu.yaml"
+    without = yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8"))
     assert lint(*without, IMAGE, [name for name in PLACEMENT if name != "gpu_count"]) == []
 
 
@@ -130,47 +141,110 @@ def test_a_limit_inside_a_group_is_traced_through_it(documents):
     assert "comp-condition/unlearn: componentInputParameter cpu is not declared" in lint(*documents, IMAGE)
 
 
-def test_caching_is_off_everywhere(documents):
-    assert [task.get("cachingOptions", {}).get("enableCache", False) for task in tasks(documents).values()] == [
-        False
-    ] * 5
+def claim_memory_is_undeclared(sweep):
+    """What kfp compiles where nothing else in the exit handler asks for the memory."""
+    del component(sweep, "comp-exit-handler")["inputDefinitions"]["parameters"]["pipelinechannel--memory"]
 
 
-def test_run_form_explains_every_parameter(documents):
-    parameters = documents[0]["root"]["inputDefinitions"]["parameters"]
-    fixed = {"model_line", "forget_manifest_uri", "method", "density", "policy_uri", "store_uri", "method_config"}
-    assert fixed | {"seed", *PLACEMENT} <= set(parameters)
+def nested_caching(sweep):
+    all_tasks(sweep)["salun-unlearning"]["cachingOptions"] = {"enableCache": True}
+
+
+def nested_gpu_count_is_lost(sweep):
+    del component(sweep, "comp-condition")["dag"]["tasks"]["salun-unlearning"]["inputs"]["parameters"]["gpu_count"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (claim_memory_is_undeclared, "claim-requests: componentInputParameter pipelinechannel--memory is not declared"),
+        (nested_caching, "salun-unlearning: caching is on"),
+        (nested_gpu_count_is_lost, "parameter gpu_count reaches no executor"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_each_defect_of_nested_groups_is_found(sweep, damage, message):
+    damage(sweep)
+    assert any(message in defect for defect in lint(*sweep, IMAGE))
+
+
+def test_caching_is_off_everywhere(each):
+    found = all_tasks(each)
+    assert {"fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish"} <= set(found)
+    assert [name for name, task in found.items() if task.get("cachingOptions", {}).get("enableCache", False)] == []
+
+
+RECIPE = {"method", "density", "policy_uri", "method_config", "seed", "retrain_reference"}
+BATCH = {"min_requests", "max_requests", "max_wait_hours", "max_forget_fraction", "dry_run"}
+
+
+def test_run_form_explains_every_parameter(each):
+    parameters = each[0]["root"]["inputDefinitions"]["parameters"]
+    own = {"salun-unlearning": {"forget_manifest_uri"}, "salun-deletion-sweep": {*BATCH, "pipeline_root"}}
+    assert set(parameters) == {"model_line", "store_uri", *RECIPE, *PLACEMENT} | own[each[0]["pipelineInfo"]["name"]]
     assert [name for name, parameter in parameters.items() if not parameter.get("description")] == []
 
 
-def test_only_the_steps_that_compute_ask_for_accelerators(documents):
+def test_the_ladder_decides_what_a_sweep_runs(sweep):
+    given = component(sweep, "comp-condition")["dag"]["tasks"]["salun-unlearning"]["inputs"]["parameters"]
+    for name in ("forget_manifest_uri", "method", "density", "method_config"):
+        assert given[name] == {"componentInputParameter": f"pipelinechannel--claim-requests-{name}"}
+
+
+def test_settling_always_runs_and_is_tried_for_long(sweep):
+    settle = tasks(sweep)["settle-requests"]
+    assert settle["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    assert settle["retryPolicy"]["maxRetryCount"] >= 8
+    assert {"settle-requests"} == {name for name in tasks(sweep) if not name.startswith("exit-handler")}
+
+
+def test_only_the_steps_that_certify_get_the_signing_key_and_as_a_file(sweep):
+    holders = {name for name, pod in pods(sweep).items() if pod.get("secretAsVolume")}
+    assert holders == {"exec-claim-requests", "exec-settle-requests", "exec-purge-store"}
+    for name in holders:
+        (volume,) = pods(sweep)[name]["secretAsVolume"]
+        assert (volume["secretName"], volume["mountPath"]) == ("salun-signing", "/etc/salun/signing")
+        (variable,) = executors(sweep)[name]["container"]["env"]
+        assert variable == {"name": "SALUN_SIGNING_KEY", "value": "/etc/salun/signing/key.pem"}
+    assert "salun-signing" not in str([pod.get("secretAsEnv") for pod in pods(sweep).values()])
+
+
+def test_only_the_steps_that_compute_ask_for_accelerators(each):
     asking = {
         name: executor["container"]["resources"]["accelerator"]
-        for name, executor in executors(documents).items()
+        for name, executor in executors(each).items()
         if "accelerator" in executor["container"]["resources"]
     }
     assert set(asking) == GPU_STEPS
     assert {item["type"] for item in asking.values()} == {"nvidia.com/gpu"}
-    assert {name for name, pod in pods(documents).items() if pod.get("emptyDirMounts")} == GPU_STEPS
+    assert {name for name, pod in pods(each).items() if pod.get("emptyDirMounts")} == GPU_STEPS
 
 
-def test_pods_are_confined_and_configured(documents):
-    for pod in pods(documents).values():
+def test_pods_are_confined_and_configured(each):
+    for pod in pods(each).values():
         assert pod["securityContext"] == {"runAsUser": "10001", "runAsGroup": "10001", "runAsNonRoot": True}
         assert int(pod["activeDeadlineSeconds"]) > 0
         assert pod["secretAsEnv"][0]["secretName"] == "salun-s3"
         assert "PUSHGATEWAY_URL" in str(pod["configMapAsEnv"])
         assert pod["configMapAsEnv"][0]["optional"] is True
         assert pod["podMetadata"]["labels"]["app.kubernetes.io/part-of"] == "salun"
-        assert pod["tolerations"][0]["tolerationJson"] == {"componentInputParameter": "tolerations"}
+        assert {"SALUN_FULL_COPY_EVERY", "SALUN_COMMIT", "SALUN_IMAGE_DIGEST"} <= keys_of(pod)
+        assert pod["tolerations"][0]["tolerationJson"]["componentInputParameter"].endswith("tolerations")
 
 
-def test_steps_are_tried_again_with_a_back_off(documents):
-    for task in tasks(documents).values():
+def keys_of(pod):
+    return {item["envVar"] for item in pod["configMapAsEnv"][0]["keyToEnv"]}
+
+
+def test_steps_are_tried_again_with_a_back_off(each):
+    steps = [task for name, task in all_tasks(each).items() if f"exec-{name}" in executors(each)]
+    assert len(steps) == len(executors(each))
+    for task in steps:
         assert task["retryPolicy"]["maxRetryCount"] > 0
         assert task["retryPolicy"]["backoffDuration"] == "30s"
 
 
-def test_no_credential_is_in_the_file():
-    text = (FOLDER / "salun-unlearning.yaml").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["salun-unlearning", "salun-deletion-sweep"])
+def test_no_credential_is_in_the_file(name):
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     assert not re.search(r"AKIA[0-9A-Z]{16}|aws_secret_access_key\s*[:=]\s*\S", text)

@@ -72,6 +72,7 @@ RUN = {
     "method_config": {"epochs": 5, "more": {"a": [1, 2]}},
     "work_key": B,
     "members": [{"id": "r-1", "event": 1, "attempt": 1, "forget_digest": A, "salt": "0" * 32, "found": 3, "named": 3}],
+    "forget_sha256": "f" * 64,
     "forget_count": 3,
     "train_count": 100,
 }

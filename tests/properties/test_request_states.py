@@ -1,5 +1,6 @@
 """The ledger against a small model of its rules: many steps on a store in memory, some on a real one."""
 
+import os
 import secrets
 from datetime import UTC, datetime, timedelta
 
@@ -187,7 +188,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 LedgerTest = LedgerMachine.TestCase
-LedgerTest.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+EXAMPLES = 500 if os.environ.get("SALUN_RELIABILITY") == "full" else 40
+LedgerTest.settings = settings(max_examples=EXAMPLES, stateful_step_count=50, deadline=None)
 
 
 @pytest.mark.s3

@@ -110,6 +110,7 @@ def record(run):
         density=0.5,
         work_key=B,
         members=[member],
+        forget_sha256="f" * 64,
         forget_count=3,
         train_count=20,
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+from pathlib import Path
 
 import pytest
 
 from salun_core.data import DataSpec, load_data
-from salun_core.data.forget import ClassTarget, SamplesTarget
+from salun_core.data.forget import ClassTarget, SubjectTarget, resolve_forget
 from salun_core.requests.deadlines import utc_clock
 from salun_core.requests.ledger import Ledger
 from salun_core.steps import demo as steps
+from salun_core.steps.demo_requests import SAMPLES, demo_targets, with_writers
 from salun_core.steps.demo_store import demo_store
 from salun_core.storage import open_store
 from salun_core.storage.versions import history, lines
@@ -33,7 +35,10 @@ def _states(work):
     return requests, methods, scratch
 
 
-def test_the_demo_forgets_and_a_second_one_adds_a_line(salun, tmp_path):
+NAMES = ("samples-a", "samples-b", "class", "person", "nothing")
+
+
+def test_the_demo_erases_in_one_batch_certifies_each_and_a_second_one_adds_a_line(salun, tmp_path):
     work = tmp_path / "work"
     first = salun("demo", "--work-dir", work, "--json")
     assert first.exit_code == 0, first.stderr
@@ -42,34 +47,35 @@ def test_the_demo_forgets_and_a_second_one_adds_a_line(salun, tmp_path):
     assert told["metrics"]["RA"]["before"] >= 0.99
     assert told["metrics"]["UA_class"]["after"] >= 0.95
     assert told["metrics"]["gap"]["after"] < told["metrics"]["gap"]["before"]
-    assert sorted(told["files"]) == ["decision.json", "evidence.json", "mask.safetensors", "report.html"]
+    assert sorted(told["files"]) == ["decision.json", "evidence.json", "metrics.txt", "report.html"]
     assert all((work / name).stat().st_size for name in told["files"])
+    outcomes = {name: item["outcome"] for name, item in told["requests"].items()}
+    assert outcomes == {f"demo-{name}": "unlearned" for name in NAMES} | {"demo-nothing": "nothing_to_erase"}
+    assert all(Path(item["certificate"]).is_file() for item in told["requests"].values())
+    assert "would bring back" in told["rollback"]
+    assert 'salun_requests{status="completed"} 5.0' in (work / "metrics.txt").read_text()
     assert not (work / "s3.env").exists()
 
     again = salun("demo", "--work-dir", work, "--keep", "--epochs", "5", "--json")
     assert again.exit_code in (0, 3), again.stderr
     requests, methods, scratch = _states(work)
-    assert requests["demo-class"] == requests["demo-samples"] == "completed"
+    assert {requests[f"demo-{name}"] for name in NAMES} == {"completed"}
     assert methods["demo"] == ["salun", "train"]
     assert methods["demo-2"][-1] == "train"
     assert scratch == []
-
-    fresh = salun("demo", "--work-dir", work, "--json")
-    assert fresh.exit_code == 0, fresh.stderr
-    assert list(_states(work)[1]) == ["demo"]
 
 
 def test_a_refusal_is_exit_3_and_queues_the_requests_again(salun, tmp_path, monkeypatch):
     policy = {"name": "strict", "rules": [{"metric": "RA", "op": ">=", "value": 1.1, "reason": "more than all"}]}
     (tmp_path / "policy.yaml").write_text(json.dumps(policy))
-    strict = functools.partial(steps.RunConfig, policy_uri=str(tmp_path / "policy.yaml"))
-    monkeypatch.setattr(steps, "RunConfig", strict)
+    strict = functools.partial(steps.SweepConfig, policy_uri=str(tmp_path / "policy.yaml"))
+    monkeypatch.setattr(steps, "SweepConfig", strict)
     result = salun("demo", "--work-dir", "work", "--epochs", "2")
     assert result.exit_code == 3
     assert "REFUSED: RA >=: more than all" in result.stdout
-    assert "demo-class (class 3): queued again" in result.stdout
     requests, methods, _ = _states(tmp_path / "work")
-    assert requests == {"demo-class": "queued", "demo-samples": "queued"}
+    left = {name: status for name, status in requests.items() if name != "demo-nothing"}
+    assert (set(left.values()), requests["demo-nothing"]) == ({"queued"}, "completed")
     assert methods == {"demo": ["train"]}
 
 
@@ -77,11 +83,12 @@ def test_a_failed_run_queues_the_requests_again(salun, tmp_path, monkeypatch):
     def broken(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(steps, "run_all", broken)
+    monkeypatch.setattr("salun_core.steps.sweep.run_all", broken)
     result = salun("demo", "--work-dir", "work", "--epochs", "1")
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
-    assert _states(tmp_path / "work")[0] == {"demo-class": "queued", "demo-samples": "queued"}
+    requests = _states(tmp_path / "work")[0]
+    assert {status for name, status in requests.items() if name != "demo-nothing"} == {"queued"}
 
 
 def test_a_folder_of_something_else_is_left_alone(salun, tmp_path):
@@ -123,19 +130,20 @@ def test_of_two_classes_none_is_forgotten_as_a_whole(tmp_path):
         for number in range(40):
             pixels = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / label / f"{number}.png")
-    targets = steps._targets(load_data(DataSpec(source=str(tmp_path))))
-    first, second = targets["first"], targets["second"]
-    assert isinstance(first, SamplesTarget)
-    assert not set(first.ids) & set(second.ids)
+    targets = demo_targets(load_data(DataSpec(source=str(tmp_path))))
+    named = [sample for name in NAMES[:4] for sample in targets[name].ids]
+    assert len(named) == len(set(named))
 
 
-def test_of_digits_a_class_and_samples_of_others_are_forgotten():
-    data = load_data(DataSpec(source="digits"))
-    targets = steps._targets(data)
+def test_of_digits_a_class_a_person_and_samples_of_others_are_forgotten(tmp_path):
+    data = load_data(with_writers(DataSpec(source="digits"), tmp_path))
+    targets = demo_targets(data)
     assert targets["class"] == ClassTarget(dataset_digest=data.split.dataset_digest, class_id="3")
-    labels = {data.table.labels[data.table.position[sample]] for sample in targets["samples"].ids}
-    assert len(targets["samples"].ids) == steps.SAMPLES
+    labels = {data.table.labels[data.table.position[sample]] for sample in targets["samples-a"].ids}
+    assert len(targets["samples-a"].ids) == SAMPLES
     assert 3 not in labels
+    assert isinstance(targets["person"], SubjectTarget)
+    assert resolve_forget([targets["person"]], data.table, data.split).ids
 
 
 def test_there_is_nothing_to_serve_before_a_demo(salun, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import typer
@@ -11,7 +13,9 @@ import typer
 from salun_core.cli.app import app
 from salun_core.cli.examples import EXAMPLES
 
-ORDER = ["train", "mask", "unlearn", "evaluate", "gate", "report", "model import", "run", "model history"]
+ORDER = ["train", "mask", "unlearn", "evaluate", "gate", "report", "model import", "run", "model history", "exporter"]
+CERTIFICATES = ["key create", "certificate", "verify"]
+RETENTION = ["model hold", "model release", "purge"]
 ALONE = ["doctor", "ls methods", "ls models", "ls data"]
 
 
@@ -40,7 +44,8 @@ def test_every_verb_has_an_example():
     verbs = list(_verbs(typer.main.get_command(app)))
     own = [verb for verb in verbs if not verb.startswith("request ")]
     assert sorted(own) == sorted(EXAMPLES)
-    assert set(ORDER + ALONE) == set(own) - {"demo"}  # the demo's example is run in tests/e2e
+    run = ORDER + RETENTION + CERTIFICATES + ALONE
+    assert set(run) == set(own) - {"demo", "sweep"}  # run in tests/e2e and test_sweep_cli.py
 
 
 def _check(salun, verb):
@@ -58,7 +63,17 @@ def test_the_examples_follow_each_other(salun, store, monkeypatch, tmp_path):
     assert "forget.yaml holds {kind: class, class_id: 3}." in EXAMPLES["mask"]
     settings = re.search(r"run\.yaml holds (.*)\.\n", EXAMPLES["run"])[1]
     (tmp_path / "run.yaml").write_text(settings.replace("s3://salun", store.uri))
-    for verb in ORDER:
+    for verb in ORDER + RETENTION:
+        _check(salun, verb)
+
+
+def test_the_examples_of_certificates(salun, store, monkeypatch, tmp_path):
+    fixture = Path(__file__).parents[2] / "fixtures" / "certificates" / "v1"
+    shutil.copytree(fixture, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("SALUN_STORE_URI", store.uri)
+    monkeypatch.delenv("SALUN_VERIFY_KEY", raising=False)
+    store.put_new("certificates/r-1.json", (fixture / "certificate.json").read_bytes())
+    for verb in CERTIFICATES:
         _check(salun, verb)
 
 

@@ -25,7 +25,7 @@ def hours(*ages):
         ([], 0, None),
         ([1], 0, None),
         ([1] * 15, 0, None),
-        ([1] * 16, 0, "16 requests wait"),
+        ([1] * 16, 0, "16 waiting"),
         ([24], 0, None),
         ([24.1, 1], 0, "more than 24 hours"),
         ([1], 1, "came back"),

@@ -95,7 +95,7 @@ class Line:
         ).model_dump()
         fields = {"run": "run-2", "line": "faces", "parent": self.versions[0], "epoch": 1, "method": "salun"}
         fields |= {"density": 0.5, "created_at": START.isoformat(), "work_key": "0" * 64, "members": [member]}
-        log.start(RunRecord(**fields, forget_count=1, train_count=9), "sweep")
+        log.start(RunRecord(**fields, forget_sha256="f" * 64, forget_count=1, train_count=9), "sweep")
         log.advance("run-2", RunStatus.PUBLISHED, "sweep", "published")
         self.store.put_new(names.certificate_key("r-1"), b"a certificate")
         ledger.move("r-1", Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED)

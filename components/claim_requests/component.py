@@ -1,0 +1,76 @@
+"""The first step of a deletion sweep as a component."""
+
+from typing import NamedTuple
+
+from components._image import component
+
+
+@component
+def claim_requests(
+    store_uri: str,
+    model_line: str,
+    run_id: str,
+    method: str = "salun",
+    density: float = 0.5,
+    method_config: str = "{}",
+    seed: int = 0,
+    policy_uri: str = "classifier",
+    max_requests: int = 64,
+    min_requests: int = 16,
+    max_wait_hours: float = 24.0,
+    max_forget_fraction: float = 0.2,
+    dry_run: bool = False,
+) -> NamedTuple(  # type: ignore[valid-type]
+    "Outputs",
+    [
+        ("requests", int),
+        ("forget_manifest_uri", str),
+        ("method", str),
+        ("density", float),
+        ("method_config", str),
+        ("reason", str),
+    ],
+):
+    """Claim the next batch of deletion requests of a model line, and seal what the run will read.
+
+    The same run asks again and gets the same. Where no batch is due, or another run works on the line, the
+    batch is empty and that is no error. Requests that name nothing which was trained on are completed here.
+
+    Args:
+        store_uri: The object store that holds the model lines and the requests, as s3://bucket/prefix.
+        model_line: Name of the model line.
+        run_id: Id of the run.
+        method: The unlearning method of the first recipe; after refusals stronger ones and a retraining are tried.
+        density: Share of the weights that the first recipe may change.
+        method_config: What differs from the method's default configuration, as JSON text.
+        seed: Seed of the run.
+        policy_uri: The gate policy of the run: equal work that it refused is not tried again.
+        max_requests: Requests of one run, at most.
+        min_requests: A batch of so many is due even when none waits long.
+        max_wait_hours: A batch is due when its oldest request waits longer.
+        max_forget_fraction: Share of the training data that one run forgets, at most.
+        dry_run: Say what would be claimed, and write nothing.
+
+    Returns:
+        requests: How many requests were claimed; 0 when there is nothing to do.
+        forget_manifest_uri: Address of the sealed forget set.
+        method: The unlearning method of the recipe.
+        density: Share of the weights that may change.
+        method_config: What differs from the method's defaults, as JSON text.
+        reason: Why the batch is due, or why there is none.
+
+    Raises:
+        UsageError: A setting is out of range, there is no such line, or there is no signing key where one is due.
+        StoreError: The conditional writes of the store are not safe.
+        ConflictError: The run has ended already.
+    """
+    from salun_core.steps.claim import claim_requests as step
+    from salun_core.steps.claim import sweep_terms
+    from salun_core.steps.unlearning import parse_overrides
+
+    sizes = {"max_requests": max_requests, "min_requests": min_requests, "max_forget_fraction": max_forget_fraction}
+    settings = {"seed": seed, "policy_uri": policy_uri, "max_wait_hours": max_wait_hours, **sizes}
+    terms = sweep_terms(method, density, parse_overrides(method_config), **settings)
+    found = step(store_uri, model_line, run_id, terms, dry_run=dry_run)
+    recipe = found.method, found.density, found.method_config
+    return found.requests, found.forget_manifest_uri, *recipe, found.reason

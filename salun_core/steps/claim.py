@@ -1,0 +1,172 @@
+"""The first step of a sweep: claim the next batch of deletion requests of a model line."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from salun_core.config import parse
+from salun_core.data import load_data
+from salun_core.data.split import SplitManifest
+from salun_core.digest import check_digest, sha256_bytes
+from salun_core.errors import ConflictError, IntegrityError
+from salun_core.models import ModelCard
+from salun_core.models.checkpoint import CARD, SPLIT
+from salun_core.requests.books import Books
+from salun_core.requests.claiming import Claim, claim
+from salun_core.requests.deadlines import Clock, utc_clock
+from salun_core.requests.resolve import Resolver, TableResolver
+from salun_core.requests.terms import Rung, Terms
+from salun_core.requests.waiting import preview
+from salun_core.steps.certifying import ModelCertifier
+from salun_core.steps.observe import observed
+from salun_core.steps.sources import fetched
+from salun_core.storage import FileStore, open_store
+from salun_core.storage.lineage import parse_stored
+from salun_core.storage.lookup import Version
+from salun_core.storage.names import blob_key
+from salun_core.storage.probe import ProbedStore, require_safe
+from salun_core.unlearn import method_config
+
+_PROBED = "probe/passed.json"
+_PROBE_LASTS = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """What the step hands on to the run.
+
+    Args:
+        requests: how many requests it claimed; 0 when there is nothing to do.
+        forget_manifest_uri: address of the sealed forget set.
+        method: the unlearning method of the recipe.
+        density: share of the weights that may change.
+        method_config: what differs from the method's defaults, as JSON text.
+        reason: why the batch is due, or why there is none.
+        claim: all that was found.
+    """
+
+    requests: int
+    forget_manifest_uri: str
+    method: str
+    density: float
+    method_config: str
+    reason: str
+    claim: Claim | None = None
+
+
+def ladder(method: str, density: float, overrides: Mapping[str, Any]) -> list[Rung]:
+    """Return the recipes that a sweep tries: as asked, then stronger, then with more weights, then a full retraining.
+
+    Args:
+        method: the unlearning method.
+        density: share of the weights that may change.
+        overrides: what differs from the method's defaults.
+
+    Raises:
+        UsageError: the method or its configuration is wrong.
+    """
+    config = method_config(method, overrides)
+    given = dict(overrides)
+    stronger = {**given, "epochs": 2 * config.epochs, "learning_rate": 3 * config.learning_rate}
+    return [
+        Rung(method=method, density=density, method_config=given),
+        Rung(method=method, density=density, method_config=stronger),
+        Rung(method=method, density=min(1.0, (1 + density) / 2), method_config=stronger),
+        Rung(method="retrain", density=1.0),
+    ]
+
+
+def sweep_terms(method: str, density: float, overrides: Mapping[str, Any], **settings: Any) -> Terms:  # noqa: ANN401
+    """Return the terms of a sweep: the ladder of a recipe, and the settings of `Terms` that are given.
+
+    Raises:
+        UsageError: one is out of range, or the method or its configuration is wrong.
+    """
+    return parse(Terms, {"ladder": ladder(method, density, overrides), **settings}, "the terms of the sweep")
+
+
+def claim_requests(
+    store_uri: str, model_line: str, run: str, terms: Terms, *, dry_run: bool = False, clock: Clock = utc_clock
+) -> Claimed:
+    """Claim a batch for a run; see `requests.claiming.claim`.
+
+    Args:
+        store_uri: `s3://bucket/prefix`.
+        model_line: name of the line.
+        run: id of the run.
+        terms: of the sweep.
+        dry_run: say what would be claimed, and write nothing.
+        clock: gives the time now.
+
+    Returns:
+        What was claimed.
+
+    Raises:
+        StoreError: the store's conditional writes are not safe.
+        UsageError: no such line, or no signing key where a certificate is due.
+    """
+    with observed("claim_requests", model_line):
+        store = open_store(store_uri)
+        books = Books(store, clock, ModelCertifier(store), "sweep")
+        if dry_run:
+            waiting, why = preview(books, model_line, terms)
+            return _nothing(terms, f"{waiting} waiting; " + (f"a batch is due: {why}" if why else "no batch is due"))
+        probe_once(store)
+        found = claim(books, model_line, run, terms, lambda version: resolver_of(store, version))
+        record = found.record
+        if record is None:
+            return _nothing(terms, found.reason, found)
+        config = json.dumps(record.method_config, sort_keys=True)
+        return Claimed(
+            len(record.members), found.forget_uri, record.method, record.density, config, found.reason, found
+        )
+
+
+def _nothing(terms: Terms, reason: str, found: Claim | None = None) -> Claimed:
+    first = terms.ladder[0]
+    return Claimed(0, "", first.method, first.density, "{}", reason, found)
+
+
+def probe_once(store: ProbedStore) -> None:
+    """Put a store to the test before its first claim, and again after a week.
+
+    Raises:
+        StoreError: its conditional writes are not safe.
+    """
+    passed = store.get(_PROBED)
+    if passed and passed.served and passed.served - passed.modified < _PROBE_LASTS:
+        return
+    require_safe(store)
+    note = json.dumps({"format": "salun.probe/v1", "nonce": secrets.token_hex(8)}).encode()
+    try:
+        if passed is None:
+            store.put_new(_PROBED, note)
+        else:
+            store.put_if(_PROBED, note, passed.etag)
+    except ConflictError:  # another sweep found the same
+        return
+
+
+def resolver_of(store: FileStore, version: Version) -> Resolver:
+    """Build the resolver for a version of a classifier: its split manifest, and the rows of its data set.
+
+    Raises:
+        IntegrityError: a file of the version is gone or damaged, or the data are not what it was trained on.
+    """
+    card = parse_stored(ModelCard, _file(store, version, CARD), CARD)
+    split = parse_stored(SplitManifest, _file(store, version, SPLIT), SPLIT)
+    return TableResolver(version.digest, load_data(card.data, split).table, split, fetched)
+
+
+def _file(store: FileStore, version: Version, name: str) -> bytes:
+    entry = version.manifest.files[name]
+    stored = store.get(blob_key(entry.sha256))
+    if stored is None:
+        raise IntegrityError(f"{name} of version {version.digest[:12]} is gone", "its blob is missing", "restore it")
+    check_digest(f"{name} of version {version.digest[:12]}", entry.sha256, sha256_bytes(stored.data))
+    return stored.data

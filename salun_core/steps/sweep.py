@@ -1,0 +1,165 @@
+"""A whole sweep in one process: claim, run, settle; what the scheduled pipeline does, without Kubeflow."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from salun_core.config import Document
+from salun_core.errors import ConflictError, SalunError
+from salun_core.requests.keys import load_signing_key
+from salun_core.requests.settling import Settled
+from salun_core.requests.terms import Terms
+from salun_core.steps.claim import Claimed, claim_requests, sweep_terms
+from salun_core.steps.purge import PurgeReport, purge
+from salun_core.steps.run import RunConfig, RunOutcome, new_run_id, run_all
+from salun_core.steps.settle import settle_requests
+from salun_core.storage import open_store
+from salun_core.storage.lease import read_lease, renew
+from salun_core.telemetry.logs import get_logger
+
+LEASE_SECONDS = 900  # renewed while the sweep lives, so that one that was killed does not block the line for long
+_BEATS = 3  # a lease is renewed so many times before it would run out
+
+Say = Callable[[str], None]
+
+
+class SweepConfig(Document):
+    """The parameters of a sweep: those of the pipeline's run form."""
+
+    model_line: str = Field(description="name of the model line")
+    store_uri: str = Field(description="s3://bucket/prefix")
+    method: str = Field(default="salun", description="a name of METHODS")
+    density: float = Field(default=0.5, gt=0, le=1, description="share of salient weights")
+    policy_uri: str = Field(default="classifier", description="gate policy: name, file or s3:// address")
+    method_config: dict[str, Any] = Field(default={}, description="what differs from the method's defaults")
+    seed: int = Field(default=0, ge=0, description="of the loop")
+    retrain_reference: bool = Field(default=False, description="also train a model without the forget set, to compare")
+    max_requests: int = Field(default=64, ge=1, le=1000, description="requests of one run, at most")
+    min_requests: int = Field(default=16, ge=1, description="a batch of so many is due even when none waits long")
+    max_wait_hours: float = Field(default=24.0, ge=0, description="a batch is due when its oldest waits longer")
+    max_forget_fraction: float = Field(default=0.2, gt=0, lt=1, description="share of the data that a run forgets")
+    purge: bool = Field(default=True, description="afterwards delete what is past its time")
+    dry_run: bool = Field(default=False, description="say what would be claimed, and write nothing")
+
+    def terms(self) -> Terms:
+        """Return the terms of the sweep.
+
+        Raises:
+            UsageError: the method or its configuration is wrong.
+        """
+        names = ("seed", "policy_uri", "max_requests", "min_requests", "max_wait_hours", "max_forget_fraction")
+        settings = {name: getattr(self, name) for name in names}
+        return sweep_terms(self.method, self.density, self.method_config, lease_seconds=LEASE_SECONDS, **settings)
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """What a sweep did.
+
+    Args:
+        run: its id.
+        claimed: what it took up.
+        settled: what became of it; None after a dry run.
+        outcome: what the run made, if it passed.
+        error: what ended the run, if anything did.
+        purged: what was past its time, and was deleted; None where that was not wanted.
+    """
+
+    run: str
+    claimed: Claimed
+    settled: Settled | None = None
+    outcome: RunOutcome | None = None
+    error: SalunError | None = None
+    purged: PurgeReport | None = None
+
+
+def sweep_once(config: SweepConfig, folder: Path, say: Say = lambda step: None, run: str | None = None) -> SweepOutcome:
+    """Claim one batch, erase it, and settle it, whatever happens in between.
+
+    Args:
+        config: of the sweep.
+        folder: where the run writes.
+        say: called with the name of each step before it starts.
+        run: id of the run; a fresh one by default.
+
+    Returns:
+        What was done; look at `error`.
+
+    Raises:
+        SalunError: claiming or settling failed; the next sweep takes up what this one left.
+    """
+    run, terms = run or new_run_id(), config.terms()
+    say("claim_requests")
+    if config.dry_run:
+        return SweepOutcome(run, claim_requests(config.store_uri, config.model_line, run, terms, dry_run=True))
+    signer = load_signing_key()  # one that is missing is better missed now than after the run
+    claimed = claim_requests(config.store_uri, config.model_line, run, terms)
+    outcome, error = None, None
+    try:
+        if claimed.requests:
+            with _kept_alive(config, run, terms):
+                outcome, error = _erase(config, claimed, folder, say, run)
+    finally:
+        say("settle_requests")
+        settled = settle_requests(config.store_uri, config.model_line, run, terms)
+    if config.purge:
+        say("purge")
+    purged = purge(config.store_uri, signer=signer) if config.purge else None
+    return SweepOutcome(run, claimed, settled, outcome, error, purged)
+
+
+def _erase(
+    config: SweepConfig, claimed: Claimed, folder: Path, say: Say, run: str
+) -> tuple[RunOutcome | None, SalunError | None]:
+    assert claimed.claim is not None
+    assert claimed.claim.record is not None
+    record = claimed.claim.record
+    settings = RunConfig(
+        model_line=config.model_line,
+        forget_manifest_uri=claimed.forget_manifest_uri,
+        store_uri=config.store_uri,
+        method=record.method,
+        density=record.density,
+        policy_uri=config.policy_uri,
+        method_config=record.method_config,
+        seed=config.seed,
+        retrain_reference=config.retrain_reference,
+    )
+    try:
+        return run_all(settings, folder, say, run), None
+    except SalunError as error:
+        get_logger().warning("run_ended", model_line=config.model_line, error=type(error).__name__)
+        return None, error
+
+
+@contextmanager
+def _kept_alive(config: SweepConfig, run: str, terms: Terms) -> Iterator[None]:
+    """Renew the lease from a thread of its own as long as the block lasts."""
+    store, done = open_store(config.store_uri), threading.Event()
+
+    def beat() -> None:
+        while not done.wait(terms.lease_seconds / _BEATS):
+            try:
+                lease = read_lease(store, config.model_line)
+                if lease is None or lease.holder != run:
+                    return  # another took the line; the check of the parent stops us
+                renew(store, lease)
+            except ConflictError:
+                return
+            except SalunError as error:
+                get_logger().warning("lease_not_renewed", error=type(error).__name__)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,129 @@
+"""The compiled deletion sweep, run step by step on a real store: claimed, erased, certified, settled."""
+
+import base64
+import json
+import re
+
+import pytest
+
+from pipelines.cli import COMPILED
+from pipelines.local import run_compiled
+from salun_core.config import load
+from salun_core.data.forget import ClassTarget, SamplesTarget
+from salun_core.gate import GateDecision
+from salun_core.models import load_model
+from salun_core.requests.deadlines import utc_clock
+from salun_core.requests.keys import create_key
+from salun_core.requests.ledger import Ledger
+from salun_core.requests.runs import RunLog, RunStatus
+from salun_core.requests.schema import Status
+from salun_core.storage.lease import holder_of
+from salun_core.storage.names import certificate_key, run_key
+from salun_core.storage.versions import read_head, read_version
+
+pytestmark = [pytest.mark.s3, pytest.mark.e2e]
+SWEEP = COMPILED / "salun-deletion-sweep-cpu.yaml"
+INNER = ["fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish"]
+QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005})
+
+
+class Desk:
+    """A store with a model line, its ledger, and the compiled sweep to run on them."""
+
+    def __init__(self, store, folder, split):
+        self.store, self.folder, self.split = store, folder, split
+        self.ledger = Ledger(store, utc_clock)
+
+    @property
+    def head(self):
+        return read_head(self.store, "digits")[0].version
+
+    def sweep(self, name, **changes):
+        common = {"model_line": "digits", "store_uri": self.store.uri, "min_requests": 1, "method_config": QUICK}
+        return run_compiled(SWEEP, {**common, **changes}, self.folder / name)
+
+    def left_nothing_behind(self, run):
+        assert holder_of(self.store, "digits") is None
+        assert not list(self.store.list("scratch/"))
+        assert set(re.findall(r'"run_id": "([^"]+)"', log_of(run))) == {run.run}  # one id in every step
+
+    def certified(self, request):
+        envelope = json.loads(self.store.get(certificate_key(request)).data)
+        return json.loads(base64.b64decode(envelope["payload"]))["predicate"]
+
+
+def log_of(run):
+    return run.files["run.log"].read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def desk(store, digits_line, digits_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SALUN_SIGNING_KEY", str(create_key(tmp_path / "keys" / "salun").private))
+    return Desk(store, tmp_path, load_model(digits_model).split)
+
+
+def test_three_sweeps(desk):
+    """One story, for each sweep finds what the one before has left."""
+    parent, samples = desk.head, sorted(desk.split.train)[:5]
+    desk.ledger.submit("r-class", "digits", ClassTarget(dataset_digest=desk.split.dataset_digest, class_id=3))
+    desk.ledger.submit("r-samples", "digits", SamplesTarget(ids=samples))
+    desk.ledger.submit("r-nothing", "digits", SamplesTarget(ids=["nobody"]))
+    erases_what_is_due(desk, parent, samples)
+    finds_nothing(desk)
+    is_refused(desk)
+
+
+def erases_what_is_due(desk, parent, samples):
+    run = desk.sweep("green")
+    assert (run.exit_code, run.error, run.failed) == (0, "", "")
+    assert [step for step in run.steps if step != "purge-store"] == ["claim-requests", *INNER, "settle-requests"]
+    assert "purge-store" in run.steps
+    assert run.parent == parent != run.version == desk.head
+    assert read_version(desk.store, "digits", run.version).run == run.run
+    assert run.outputs["claim-requests"]["requests"] == 2
+    assert run.outputs["settle-requests"] == {"status": "published", "completed": 2, "queued": 0, "failed": 0}
+    outcomes = {"r-class": "unlearned", "r-samples": "unlearned", "r-nothing": "nothing_to_erase"}
+    for request, outcome in outcomes.items():
+        assert desk.ledger.status(request) is Status.COMPLETED
+        assert desk.certified(request)["outcome"] == outcome
+    statuses = [json.loads(desk.store.get(entry.key).data)["to_status"] for entry in desk.store.list(events_of(run))]
+    assert statuses == ["claimed", "masking", "unlearning", "evaluating", "gated", "published"]
+    desk.left_nothing_behind(run)
+    shown = [log_of(run), *(path.read_text() for path in run.folder.glob("steps/*/*/*/executor_output.json"))]
+    assert not [sample for sample in samples for text in shown if f'"{sample}"' in text or f"'{sample}'" in text]
+
+
+def events_of(run):
+    return f"runs/{run.run}/events/"
+
+
+def finds_nothing(desk):
+    head = desk.head
+    run = desk.sweep("idle")
+    assert (run.exit_code, sorted(run.steps)) == (0, ["claim-requests", "purge-store", "settle-requests"])
+    assert run.outputs["claim-requests"]["reason"] == "no request waits"
+    assert run.outputs["settle-requests"]["status"] == ""
+    assert desk.head == head
+    desk.left_nothing_behind(run)
+
+
+def is_refused(desk):
+    """A gate that refuses makes the run red, and yet it is settled: the request tries the next recipe."""
+    head = desk.head
+    rule = {"metric": "TA", "op": ">=", "value": 1.0, "reason": "no model is perfect"}
+    policy = desk.folder / "strict.yaml"
+    policy.write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
+    desk.ledger.submit("r-more", "digits", ClassTarget(class_id=5))
+    run = desk.sweep("red", policy_uri=str(policy))
+    assert (run.exit_code, run.failed, run.version) == (3, "gate-publish", None)
+    assert "the gate refused the model" in run.error
+    assert list(run.steps)[-1] == "settle-requests"
+    assert run.outputs["settle-requests"] == {"status": "gate_refused", "completed": 0, "queued": 1, "failed": 0}
+    state = desk.ledger.state("r-more")
+    assert (state.status, state.last.rung) == (Status.QUEUED, 1)
+    assert RunLog(desk.store, utc_clock).status(run.run) is RunStatus.GATE_REFUSED
+    assert desk.head == head
+    desk.left_nothing_behind(run)
+    assert not load(GateDecision, run.files["decision.json"]).passed
+    assert "<html" in run.files["report.html"].read_text(encoding="utf-8")[:200]
+    assert desk.store.get(run_key(run.run, "decision.json")) is not None

@@ -1,0 +1,134 @@
+"""`salun sweep`: a whole sweep in one process, its exit codes, and settling by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+
+from salun_core.cli.examples import EXAMPLES
+from salun_core.cli.sweep import _facts
+from salun_core.data.forget import ClassTarget, SamplesTarget
+from salun_core.errors import GateRefusedError
+from salun_core.requests.deadlines import utc_clock
+from salun_core.requests.keys import create_key
+from salun_core.requests.ledger import Ledger
+from salun_core.requests.runs import RunStatus
+from salun_core.requests.schema import Status
+from salun_core.requests.settling import Settled
+from salun_core.steps.claim import Claimed, claim_requests, sweep_terms
+from salun_core.steps.sweep import SweepOutcome
+from salun_core.storage.lease import holder_of
+from salun_core.storage.names import blob_key, certificate_key, scratch_prefix
+from salun_core.storage.versions import read_head, read_version
+
+pytestmark = pytest.mark.s3
+EXAMPLE = EXAMPLES["sweep"].splitlines()
+
+
+@pytest.fixture
+def ledger(store, digits_line, monkeypatch, tmp_path):
+    """The ledger of a store with a model line; a key to sign with is named in the environment."""
+    monkeypatch.setenv("SALUN_SIGNING_KEY", str(create_key(tmp_path / "keys" / "salun").private))
+    monkeypatch.setenv("SALUN_STORE_URI", store.uri)
+    return Ledger(store, utc_clock)
+
+
+@pytest.fixture
+def sweep(salun, ledger, monkeypatch, store):
+    monkeypatch.setenv("SALUN_STORE_URI", store.uri)  # `salun` takes it away
+    return lambda *args: salun("sweep", "--line", "digits", *args)
+
+
+def _shape(text):
+    return re.sub(r"run-[0-9a-f-]+|\b[0-9a-f]{12}\b|\d+", "N", text)
+
+
+def test_the_example_and_a_sweep_that_finds_nothing_more(sweep, salun, ledger, store):
+    ledger.submit("r-1", "digits", ClassTarget(class_id=3))
+    ledger.submit("r-2", "digits", SamplesTarget(ids=["nobody"]))
+    parent = read_head(store, "digits")[0].version
+    waiting = sweep("--once")
+    assert (waiting.exit_code, "claimed    0: 2 wait, and no batch is due" in waiting.stdout) == (0, True)
+
+    result = salun(*shlex.split(EXAMPLE[3].partition("$ salun ")[2]))
+    assert result.exit_code == 0, result.stderr
+    assert [_shape(line) for line in result.stdout.splitlines()] == [_shape(line[2:]) for line in EXAMPLE[4:]]
+    assert read_head(store, "digits")[0].version != parent
+    assert all(store.get(certificate_key(request)) for request in ("r-1", "r-2"))
+
+    assert json.loads(sweep("--once", "--json").stdout)["requests"] == {}
+
+
+def test_a_run_that_ends_in_an_error_is_told_whole_and_ends_in_its_exit_code(sweep, ledger, store):
+    ledger.submit("r-1", "digits", ClassTarget(class_id=3))
+    head = read_head(store, "digits")[0].version
+    weights = blob_key(read_version(store, "digits", head).files["model.safetensors"].sha256)
+    store.delete(weights)
+    store.put_new(weights, b"damaged")
+    broken = sweep("--once", "--min-requests", 1, "--json")
+    assert broken.exit_code == 5
+    facts = json.loads(broken.stdout)
+    assert (facts["claimed"], facts["requests"], facts["version"]) == (1, {"r-1": "queued"}, None)
+    assert facts["error"] in broken.stderr
+    assert holder_of(store, "digits") is None
+
+
+def test_a_refusal_says_why():
+    error = GateRefusedError("the gate refused the model", "TA >=: no model is perfect", "see decision.json")
+    claimed = Claimed(1, "s3://salun/forget.json", "salun", 0.5, "{}", "1 waiting, and 1 make a batch")
+    facts = _facts(
+        SweepOutcome("run-1", claimed, Settled("run-1", RunStatus.GATE_REFUSED, queued=["r-1"]), None, error)
+    )
+    assert facts["verdict"] == "REFUSED: TA >=: no model is perfect"
+    assert facts["requests"] == {"r-1": "queued"}
+
+
+def test_a_dry_run_writes_nothing(sweep, ledger, store):
+    ledger.submit("r-1", "digits", ClassTarget(class_id=3))
+    before = [(entry.key, entry.etag) for entry in store.list("")]
+    result = sweep("--once", "--dry-run", "--min-requests", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "1 waiting; a batch is due: 1 waiting, and 1 make a batch" in result.stdout
+    assert [(entry.key, entry.etag) for entry in store.list("")] == before
+
+
+def test_a_run_that_died_is_settled_by_hand(sweep, ledger, store):
+    ledger.submit("r-1", "digits", ClassTarget(class_id=3))
+    claim_requests(store.uri, "digits", "run-1", sweep_terms("salun", 0.5, {}, min_requests=1))
+    assert holder_of(store, "digits") == "run-1"
+    assert list(store.list(scratch_prefix("run-1")))
+
+    result = sweep("--settle", "run-1")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "run        run-1: failed\nsettled    r-1: queued\n"
+    assert holder_of(store, "digits") is None
+    assert not list(store.list(scratch_prefix("run-1")))
+    assert sweep("--settle", "run-2").stdout == "run        run-2: it had claimed nothing\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "salun-deletion-sweep"),
+        (("--once", "--settle", "run-1"), "exclude each other"),
+        (("--once", "--max-forget-fraction", 1.5), "max_forget_fraction"),
+        (("--once", "--method", "salum"), "did you mean 'salun'"),
+    ],
+)
+def test_wrong_usage(salun, monkeypatch, args, message):
+    monkeypatch.setenv("SALUN_STORE_URI", "s3://salun/none")
+    result = salun("sweep", "--line", "digits", "--store", "s3://salun/none", *args)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_key_that_is_missing_is_missed_before_the_run(sweep, ledger, store, monkeypatch):
+    monkeypatch.delenv("SALUN_SIGNING_KEY")
+    ledger.submit("r-1", "digits", ClassTarget(class_id=3))
+    result = sweep("--once", "--min-requests", 1)
+    assert result.exit_code == 2
+    assert "there is no signing key" in result.stderr
+    assert ledger.status("r-1") is Status.QUEUED

@@ -1,0 +1,116 @@
+"""Whole sweeps of a real classifier: from filed requests to certificates, and back by a rollback that is owed for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from salun_core.data.forget import ClassTarget, SamplesTarget
+from salun_core.errors import ConflictError, UsageError
+from salun_core.models import load_model
+from salun_core.requests.deadlines import utc_clock
+from salun_core.requests.keys import create_key
+from salun_core.requests.ledger import Ledger
+from salun_core.requests.runs import RunLog, RunStatus
+from salun_core.requests.schema import Outcome, Status
+from salun_core.steps.rollback import rollback
+from salun_core.steps.sweep import SweepConfig, sweep_once
+from salun_core.steps.verification import verify_certificate
+from salun_core.storage.lease import holder_of
+from salun_core.storage.names import certificate_key
+from salun_core.storage.versions import fetch_version, history, read_head
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    return create_key(tmp_path_factory.mktemp("keys") / "salun")
+
+
+@pytest.fixture
+def config(store, digits_line, keys, monkeypatch):
+    monkeypatch.setenv("SALUN_SIGNING_KEY", str(keys.private))
+    return SweepConfig(
+        model_line=digits_line,
+        store_uri=store.uri,
+        min_requests=1,
+        method_config={"epochs": 2, "device": "cpu", "batch_size": 32},
+    )
+
+
+def certificate(store, request, folder):
+    path = folder / f"{request}.json"
+    path.write_bytes(store.get(certificate_key(request)).data)
+    return path
+
+
+def test_requests_are_erased_certified_rolled_back_and_erased_again(config, store, keys, digits_model, tmp_path):
+    ledger, line = Ledger(store, utc_clock), config.model_line
+    ids = load_model(digits_model).split.ids("train")[:2]
+    ledger.submit("a-class", line, ClassTarget(class_id=3))
+    ledger.submit("unknown", line, SamplesTarget(ids=["no-such-digit"]))
+    before = read_head(store, line)[0].version
+
+    done = sweep_once(config, tmp_path / "run")
+    assert done.error is None
+    assert (list(done.settled.completed), done.claimed.requests) == (["a-class"], 1)
+    assert ledger.state("a-class").last.outcome is Outcome.UNLEARNED
+    assert ledger.state("unknown").last.outcome is Outcome.NOTHING_TO_ERASE
+    assert RunLog(store, utc_clock).status(done.run) is RunStatus.PUBLISHED
+    assert holder_of(store, line) is None
+
+    fetch_version(store, line, done.settled.version, tmp_path / "model")
+    found = verify_certificate(certificate(store, "a-class", tmp_path), tmp_path / "model", keys=[keys.public])
+    assert found.certificate.predicate.outcome is Outcome.UNLEARNED
+    fetch_version(store, line, before, tmp_path / "searched")
+    verify_certificate(certificate(store, "unknown", tmp_path), tmp_path / "searched", keys=[keys.public])
+
+    assert sweep_once(config, tmp_path / "empty").claimed.requests == 0
+
+    reference = f"{line}@{before[:12]}"
+    with pytest.raises(ConflictError, match="would bring back"):
+        rollback(store.uri, reference, "ana", "a bad day")
+    assert read_head(store, line)[0].version == done.settled.version
+    back = rollback(store.uri, reference, "ana", "a bad day", reopen=True)
+    assert (list(back.reopened), back.head.version) == (["a-class"], before)
+    assert ledger.status("a-class") is Status.QUEUED
+
+    again = sweep_once(config, tmp_path / "again")
+    assert again.error is None
+    assert ledger.status("a-class") is Status.COMPLETED  # found again by salted hashes or its class, though redacted
+    assert read_head(store, line)[0].version == again.settled.version
+    assert [item.digest for item in history(store, line)] == [again.settled.version, before]
+    newer = json.loads(store.get(certificate_key("a-class")).data)
+    assert newer != json.loads((tmp_path / "a-class.json").read_bytes())
+    assert len(list(store.list("addenda/a-class/certificate-"))) == 1
+    assert ids  # the samples of another class stay
+
+
+def test_a_refused_sweep_queues_the_request_with_the_next_recipe(config, store, tmp_path):
+    policy = tmp_path / "policy.yaml"
+    rule = {"metric": "RA", "op": ">=", "value": 1.1, "reason": "nobody is so good"}
+    policy.write_text(json.dumps({"name": "never", "rules": [rule]}))
+    ledger = Ledger(store, utc_clock)
+    ledger.submit("r-1", config.model_line, ClassTarget(class_id=3))
+    done = sweep_once(config.model_copy(update={"policy_uri": str(policy)}), tmp_path / "run")
+    last = ledger.state("r-1").last
+    assert (done.error.exit_code, last.to_status, last.rung, last.attempt) == (3, Status.QUEUED, 1, 2)
+    assert RunLog(store, utc_clock).status(done.run) is RunStatus.GATE_REFUSED
+
+
+def test_a_sweep_without_a_signing_key_ends_before_it_begins(config, store, tmp_path, monkeypatch):
+    monkeypatch.delenv("SALUN_SIGNING_KEY")
+    Ledger(store, utc_clock).submit("r-1", config.model_line, ClassTarget(class_id=3))
+    with pytest.raises(UsageError, match="signing key|SALUN_SIGNING_KEY"):
+        sweep_once(config, tmp_path / "run")
+    assert Ledger(store, utc_clock).status("r-1") is Status.QUEUED
+
+
+def test_a_dry_run_says_what_waits_and_writes_nothing(config, store, tmp_path):
+    Ledger(store, utc_clock).submit("r-1", config.model_line, ClassTarget(class_id=3))
+    keys = sorted(entry.key for entry in store.list(""))
+    done = sweep_once(config.model_copy(update={"dry_run": True}), tmp_path / "run")
+    assert "1 waiting; a batch is due" in done.claimed.reason
+    assert sorted(entry.key for entry in store.list("")) == keys
