@@ -36,32 +36,48 @@ Example:
   $ salun demo
                                                                          before   after    retrained
   ──────────────────────────────────────────────────────────────────────────────────────────────────
-  UA  forgotten images that the model gets wrong                         0.0%     84.5%    84.5%
+  UA  forgotten images that the model gets wrong                         0.0%     71.6%    72.1%
   UA_class  of these: the forgotten class                                0.0%     100.0%   100.0%
-  UA_samples  of these: the single samples                               0.0%     0.0%     0.0%
+  UA_samples  of these: the single samples                               0.0%     0.0%     1.9%
   RA  kept training images that it gets right                            100.0%   100.0%   100.0%
-  TA  unseen images that it gets right                                   97.8%    97.8%    97.8%
-  MIA  forgotten images that an attack calls unseen                      0.0%     89.0%    84.5%
-  attack_auc  attack that tells forgotten from unseen (50 % is chance)   55.9%    38.0%    52.8%
-  gap  mean distance to the retrained model                              42.3%    1.1%     -
-  seconds                                                                5.4      2.5      2.8
+  TA  unseen images that it gets right                                   98.1%    96.9%    98.4%
+  MIA  forgotten images that an attack calls unseen                      0.0%     73.2%    72.1%
+  attack_auc  attack that tells forgotten from unseen (50 % is chance)   55.3%    43.8%    54.8%
+  gap  mean distance to the retrained model                              36.1%    0.8%     -
+  seconds                                                                5.9      3.0      3.1
 
-  PASSED: all 16 checks hold
-    demo-class (class 3): completed
-    demo-samples (24 samples): completed
+  PASSED: all 17 checks hold
 
-  model line demo: HEAD is 5e6b08a797b1, made from 11fddc7925f2
+  request          names        is                            certificate
+  ───────────────────────────────────────────────────────────────────────
+  demo-samples-a   12 samples   completed: unlearned          verified
+  demo-samples-b   12 samples   completed: unlearned          verified
+  demo-class       class 3      completed: unlearned          verified
+  demo-person      1 subject    completed: unlearned          verified
+  demo-nothing     1 sample     completed: nothing_to_erase   verified
+
+  A rollback was tried and refused:
+    rolling demo back to 98cf06e111de would bring back 183 forgotten samples
+
+  The exporter says:
+    salun_requests{status="completed"} 5.0
+    salun_unlearning_debt_ratio{model_line="demo"} 0.14131274131274132
+    salun_runs_since_training{model_line="demo"} 1.0
+
+  model line demo: HEAD is 7cdcd4b03f04, made from 98cf06e111de
     evidence.json     .salun/demo/evidence.json
     decision.json     .salun/demo/decision.json
     report.html       .salun/demo/report.html
-    mask.safetensors  .salun/demo/mask.safetensors
+    metrics.txt       .salun/demo/metrics.txt
 
   Next, open the report, or look into the store. In one shell:
     salun demo --serve --work-dir .salun/demo
   and in another:
     set -a; . .salun/demo/s3.env; set +a
     salun model history demo
-    salun request show demo-class
+    salun request list
+    salun verify .salun/demo/certificates/demo-samples-a.json --model .salun/demo/versions/7cdcd4b03f04
+    salun exporter
 """,
     "train": """
 Example:

@@ -244,5 +244,5 @@ def _try_rollback(store_uri: str, line: str, parent: str, say: Say) -> str:
         rollback(store_uri, f"{line}@{parent}", ACTOR, "the demo tries it")
     except ConflictError as error:
         say(f"a rollback was refused: {error.what}")
-        return str(error)
+        return error.what
     raise SalunError("a rollback past an erasure was not refused", "the demo expected a refusal", "report it")

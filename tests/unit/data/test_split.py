@@ -216,7 +216,7 @@ def test_several_targets_give_their_union(people):
 @pytest.mark.parametrize(
     ("target", "error", "why"),
     [
-        ({"kind": "samples", "ids": ["img-0", "img-99", "x"]}, UsageError, "2 of 3 ids.*'img-99'"),
+        ({"kind": "samples", "ids": ["img-0", "img-99", "x"]}, UsageError, "2 of 3 ids.*number 2"),
         ({"kind": "class", "class_id": 4}, UsageError, "there is no class 4.*0 to 3"),
         ({"kind": "class", "class_id": -1}, UsageError, "there is no class -1"),
         ({"kind": "class", "class_id": "class9"}, UsageError, "did you mean 'class"),
