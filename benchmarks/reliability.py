@@ -1,0 +1,199 @@
+"""The reliability of the deletion ledger in figures: every row of the table at full size.
+
+    python benchmarks/reliability.py [--only lineage] [--sweeps 1000]
+
+A toy model line stands in for a model: its weights are the set of the samples that it has forgotten. All else is real:
+the S3 server, the ledger, leases, publishing, the processes and their SIGKILLs. Prints a table, and writes
+benchmarks/results/reliability.json and docs/reliability.md; with --only the other rows stay as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from salun_core.storage.embedded import embedded_s3  # noqa: E402
+from salun_core.storage.weed import find_binary  # noqa: E402
+from tests.reliability import faults, rows  # noqa: E402
+from tests.reliability.figures import Figures  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
+PAGE = ROOT / "docs" / "reliability.md"
+MEMORY = "memory"
+OF_PYTEST = {
+    "states of a request, 500 x 50 steps": ["tests/properties/test_request_states.py"],
+    "damaged objects": ["tests/reliability/test_damage.py"],
+    "fuzzed documents, masks, archives, pickles": [
+        "tests/properties/test_fuzz_documents.py",
+        "tests/properties/test_mask_file_fuzz.py",
+    ],
+    "privacy canary": ["tests/e2e/test_canary.py"],
+    "deadlines by a fake clock": ["tests/unit/requests/test_deadlines.py", "tests/unit/telemetry/test_exporter.py"],
+    "resuming, all methods": ["tests/unit/unlearn/test_resume.py"],
+}
+HEAD = """# Reliability
+
+What the deletion ledger does when processes are killed, replies are lost and clocks are wrong: measured, not promised.
+`make reliability` runs everything again and rewrites this page; `make test` runs the same at a smaller size.
+
+A toy stands in for the model: its weights are the set of the samples that it has forgotten, so that an auditor can say
+of every sample in every version whether it is known. The rest is real: an S3 server, the ledger, leases, claiming,
+publishing and settling, processes of their own, SIGKILL and SIGSTOP.
+
+- **lost**: a request that was filed and is not completed, or that HEAD still knows.
+- **twice**: a request that was completed twice, a sample that two versions erased, an event that was written twice.
+- **resurrected**: a sample that a HEAD had forgotten and a later one knows.
+- **torn**: a read of HEAD whose manifest or files were missing or did not match their digests.
+- **other**: forks of the lineage, reads that went backwards, requests at no or two index statuses, certificates that
+  say what is not so, own writes that were taken for another's, leases that were taken too early, unexpected errors.
+
+"""
+
+
+def table(sweeps: int) -> Mapping[str, Callable[[str], Figures]]:
+    """Return all rows at full size."""
+    return {
+        "ledger under kills": lambda uri: rows.ledger_under_kills(uri, 8, 4, 200, 80, 1000),
+        "lineage under kills": lambda uri: rows.lineage_under_kills(uri, 8, 60, 15, 1000),
+        "seeded defects": rows.seeded_defects,
+        "lost replies": lambda uri: faults.lost_replies(uri, 100),
+        "a faulty store": lambda uri: faults.faulty_store(uri, 12, 3),
+        "late workers": lambda uri: rows.late_workers(uri, 100),
+        "kills in a publish": lambda uri: rows.killed_publishes(uri, large=False),
+        "kills in a publish, file in parts": lambda uri: rows.killed_publishes(uri, large=True),
+        "kills in mid-training": lambda uri: rows.killed_training(20),
+        MEMORY: lambda uri: rows.flat_memory(uri, sweeps, min(200, sweeps // 2)),
+        **{name: of_pytest(name, paths) for name, paths in OF_PYTEST.items()},
+    }
+
+
+def of_pytest(name: str, paths: list[str]) -> Callable[[str], Figures]:
+    """Return a row that runs tests at full size."""
+
+    def row(uri: str) -> Figures:
+        there = [path for path in paths if (ROOT / path).exists()]
+        if not there:
+            return Figures(name, more="not there yet", holds=False)
+        begin = time.monotonic()
+        command = [sys.executable, "-m", "pytest", "-q", "--no-header", *there]
+        variables = {**os.environ, "SALUN_RELIABILITY": "full", "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+        last = re.sub(r" in [\d.]+s.*", "", (ran.stdout.strip().splitlines() or ["no output"])[-1]).strip("= ")
+        return Figures(name, seconds=time.monotonic() - begin, more=f"tests: {last}", holds=ran.returncode == 0)
+
+    return row
+
+
+def run(chosen: Mapping[str, Callable[[str], Figures]], uri: str) -> Iterator[Figures]:
+    """Run rows one after the other; memory beside them, for it takes long and little."""
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(chosen[MEMORY], f"{uri}/{MEMORY}") if MEMORY in chosen else None
+        for number, (name, row) in enumerate(chosen.items()):
+            if name != MEMORY:
+                yield _tried(name, partial(row, f"{uri}/row-{number}"))
+        if beside:
+            yield _tried(MEMORY, beside.result)
+
+
+def _tried(name: str, row: Callable[[], Figures]) -> Figures:
+    """Run a row; one that breaks down has failed, and the others still run."""
+    try:
+        figures = row()
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        return Figures(name, more=f"broke down: {type(error).__name__}: {error}", holds=False)
+    figures.name = name
+    return figures
+
+
+def line_of(figures: Figures) -> str:
+    """Return a row of the table."""
+    faults, verdict = dict(figures.verdict.faults), figures.verdict
+    for name in ("lost", "twice", "resurrected", "torn"):
+        faults.pop(name, None)
+    other = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in faults.items()) or "0"
+    told = [f"{figures.versions} versions"] if figures.versions else []
+    told += [f"{figures.polls:,} reads of HEAD"] if figures.polls else []
+    told += [figures.more] if figures.more else []
+    cells = [
+        figures.name if figures.passed else f"**FAILED** {figures.name}",
+        figures.workers,
+        figures.kills,
+        figures.requests,
+        verdict.lost,
+        verdict.twice,
+        verdict.resurrected,
+        verdict.torn,
+        other,
+        f"{figures.seconds:.0f}",
+        "; ".join(told),
+    ]
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def machine() -> str:
+    """Say what this ran on."""
+    weed = subprocess.run([str(find_binary()), "version"], capture_output=True, text=True).stdout
+    weed_version = (re.search(r"\d+\.\d+", weed) or ["?"])[0]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("boto3", "torch", "hypothesis"))
+    load = "idle" if os.getloadavg()[2] < 3 else "shared with other work"
+    return (
+        f"{os.cpu_count()} cores, {load}, {platform.system()} {platform.machine()}, "
+        f"Python {platform.python_version()}, SeaweedFS {weed_version}, {versions}"
+    )
+
+
+def page(known: Mapping[str, Any]) -> str:
+    """Return docs/reliability.md.
+
+    Args:
+        known: by the name of a row what it gave: `row`, `passed`, and the `machine` that it ran on.
+    """
+    titles = "row | workers | kills | requests | lost | twice | resurrected | torn | other | seconds | more"
+    lines = [f"| {titles} |", "|" + "---|" * len(titles.split("|")), *(item["row"] for item in known.values())]
+    passed = sum(item["passed"] for item in known.values())
+    machines = "\n".join(f"- {text}" for text in dict.fromkeys(item["machine"] for item in known.values()))
+    end = f"\n{passed} of {len(known)} rows hold. It ran on:\n\n{machines}\n"
+    return HEAD + "\n".join(lines) + "\n" + end
+
+
+def main() -> None:
+    """Run the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help="rows whose name holds this")
+    parser.add_argument("--sweeps", type=int, default=1000, help="sweeps of the memory row")
+    args = parser.parse_args()
+    every = table(args.sweeps)
+    chosen = {name: row for name, row in every.items() if not args.only or any(text in name for text in args.only)}
+    known = json.loads(RESULTS.read_text()) if args.only and RESULTS.exists() else {}
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="salun-reliability-") as folder, embedded_s3(Path(folder)) as server:
+        os.environ.update(server.environ)
+        for figures in run(chosen, server.uri):
+            print(line_of(figures), flush=True)
+            known[figures.name] = {"row": line_of(figures), "passed": figures.passed, "machine": machine()}
+            failed += not figures.passed
+    known = {name: known[name] for name in every if name in known}
+    RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    if len(known) == len(every):
+        PAGE.write_text(page(known))
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
