@@ -11,12 +11,13 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 JOBS ?= 2
 ARGS ?=
+NATIVE := --kubernetes-native manifests/kubernetes-native --namespace salun
 BENCHMARKS ?= benchmarks/mask.py benchmarks/masked_step.py
 
-.PHONY: help setup demo test check generated bench image clean
+.PHONY: help setup demo test check audit generated bench bench-ledger reliability image manifests clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Install everything into .venv, once
 
@@ -42,16 +43,30 @@ check: setup ## Format, lint, types, layers, and generated files in step
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pipelines compile --check
+	$(BIN)/python -m pipelines compile --check $(NATIVE)
 	$(BIN)/python .ci/generated.py --check
 	$(BIN)/python benchmarks/readme_tables.py --check
 
+audit: setup ## Look the installed packages up among known vulnerabilities (ARGS='--ignore-vuln ID')
+	@$(BIN)/python .ci/audit $(ARGS)
+
 generated: setup ## Rewrite the generated files: compiled pipelines, references, schemas, component READMEs
 	$(BIN)/python -m pipelines compile
+	$(BIN)/python -m pipelines compile $(NATIVE)
 	$(BIN)/python .ci/generated.py
 	$(BIN)/python benchmarks/readme_tables.py
 
 bench: setup ## Time the mask and the masked step (BENCHMARKS= runs other scripts)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+bench-ledger: setup ## Time the ledger with 10,000 requests, beside PostgreSQL; ten minutes (ARGS= goes to it)
+	@$(BIN)/python -m benchmarks.ledger $(ARGS)
+
+reliability: setup ## Count what kills, lost replies and late workers break: docs/reliability.md (ARGS= goes to it)
+	@$(BIN)/python benchmarks/reliability.py $(ARGS)
+
+manifests: setup ## Check manifests/: schemas, kubectl, the restricted profile, the very commands
+	$(BIN)/python -m pytest tests/manifests $(ARGS)
 
 image: setup ## Build the container image and run it as a cluster would
 	.ci/image

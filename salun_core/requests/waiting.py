@@ -37,15 +37,21 @@ def first_due(books: Books, line: str, run: str, terms: Terms) -> Found:
     reason = _why(waiting, books, terms)
     if reason is None:
         return Found([], f"{len(waiting)} waiting, and no batch is due" if waiting else "no request waits")
-    states = [
-        state
-        for state in read_entries(books.store, waiting[: _LOOKED_AT * terms.max_requests])
-        if state.status is Status.QUEUED
-    ]
-    if not states:
-        return Found([], "no request waits")
-    first = min(states, key=lambda state: (state.request.due, state.request.id))
-    return Found([state for state in states if kind_of(state) == kind_of(first)], reason)
+    states = _together(books, waiting, terms.max_requests)
+    return Found(states, reason) if states else Found([], "no request waits")
+
+
+def _together(books: Books, waiting: Sequence[IndexEntry], size: int) -> list[RequestState]:
+    """Read the requests that go with the oldest one, the oldest first, and no more of them than a batch takes."""
+    found: list[RequestState] = []
+    for start in range(0, _LOOKED_AT * size, size):
+        states = read_entries(books.store, waiting[start : start + size])
+        found += [state for state in states if state.status is Status.QUEUED]
+        first = min(found, key=lambda state: (state.request.due, state.request.id), default=None)
+        together = [state for state in found if first and kind_of(state) == kind_of(first)]
+        if len(together) >= size or start + size >= len(waiting):
+            break
+    return together
 
 
 def kind_of(state: RequestState) -> tuple[str | None, int]:

@@ -120,7 +120,7 @@ def launch(binary: Path, folder: Path, bucket: str, ports: dict[str, int]) -> su
         *(f"-{name}={number}" for name, number in ports.items()),
     ]
     # Not our whole environment: it would take AWS_* for an account of its own, and WEED_* for settings.
-    environ = {"PATH": os.defpath, "HOME": str(folder), "GOMEMLIMIT": "200MiB"}
+    environ = {"PATH": os.defpath, "HOME": str(folder), "GOMEMLIMIT": "400MiB"}
     with (folder / "weed.log").open("wb") as log:
         return subprocess.Popen(  # noqa: S603 - the binary is ours, the arguments are built above
             [str(binary), "mini", *flags],
