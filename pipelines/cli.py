@@ -1,4 +1,4 @@
-"""`python -m pipelines`: compile the pipelines, and run a compiled one on this machine."""
+"""`python -m pipelines`: compile the pipelines, run one on this machine, or have Kubeflow run it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipelines import remote_cli
 from pipelines.local import LocalRun, run_compiled
 from salun_core.errors import SalunError
+
+if TYPE_CHECKING:
+    from pipelines.compile import Compiled
 
 COMPILED = Path(__file__).resolve().parent / "compiled"
 CLAIM, SETTLE = "claim-requests", "settle-requests"
@@ -46,6 +50,7 @@ WorkDir = Annotated[
 app = typer.Typer(
     name="python -m pipelines", help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
+remote_cli.add_to(app)
 
 
 def main() -> None:
@@ -63,8 +68,15 @@ def main() -> None:
 def compile_command(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a file is out of step.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="Only those for clusters without accelerators.")] = False,
+    native: Annotated[
+        Path | None,
+        typer.Option("--kubernetes-native", metavar="DIR", help="Write Pipeline and PipelineVersion objects there."),
+    ] = None,
+    namespace: Annotated[str | None, typer.Option(help="Of these objects; else they name none.")] = None,
 ) -> None:
     """Compile the pipelines into pipelines/compiled/, and check what came out.
+
+    With --kubernetes-native nothing but the objects in that folder is written or checked.
 
     \b
     $ python -m pipelines compile --check
@@ -73,22 +85,30 @@ def compile_command(
     salun-deletion-sweep.yaml is in step
     salun-deletion-sweep-cpu.yaml is in step
     """  # noqa: D301
-    from pipelines.compile import CPU_SUFFIX, compile_all, drift
+    from pipelines.compile import CPU_SUFFIX, compile_all
 
-    stale = False
-    for item in compile_all():
-        if cpu and not item.name.endswith(CPU_SUFFIX):
-            continue
-        fault = drift(item)
-        stale = stale or fault is not None
-        if fault and not check:
-            item.path.parent.mkdir(exist_ok=True)
-            item.path.write_text(item.text, encoding="utf-8")
-            fault = f"{item.path.name} was written"
-        typer.echo(fault or f"{item.path.name} is in step")
-    if check and stale:
-        typer.echo("To fix it: python -m pipelines compile", err=True)
+    chosen = [item for item in compile_all() if not cpu or item.name.endswith(CPU_SUFFIX)]
+    stale = [_compiled_to(item, native, namespace, check) for item in chosen]
+    if check and any(stale):
+        typer.echo(
+            f"To fix it: python -m pipelines compile{f' --kubernetes-native {native}' if native else ''}", err=True
+        )
         raise typer.Exit(1)
+
+
+def _compiled_to(item: Compiled, native: Path | None, namespace: str | None, check: bool) -> bool:
+    """Compare one pipeline with its file, write it unless this is a check, and return whether it was stale."""
+    from pipelines.compile import drift
+    from pipelines.native import native_drift, native_text
+
+    path = native / item.path.name if native else item.path
+    fault = native_drift(item, path, namespace) if native else drift(item)
+    if fault and not check:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(native_text(item, namespace) if native else item.text, encoding="utf-8")
+        fault = f"{path.name} was written"
+    typer.echo(fault or f"{path.name} is in step")
+    return fault is not None
 
 
 @app.command()
