@@ -1,7 +1,7 @@
 """Writes the documents that come from the source, or says with --check which ones are out of step.
 
-docs/metrics.md, docs/cli.md, docs/formats/*.schema.json and components/*/README.md. The compiled pipelines
-have a command of their own: `python -m pipelines compile`.
+docs/metrics.md, docs/cli.md, docs/formats/*.schema.json, components/*/README.md, and the manifests that
+.ci/observability.py builds. The compiled pipelines have a command of their own: `python -m pipelines compile`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import docstring_parser
+import observability
 import typer
 from pydantic import TypeAdapter
 
@@ -70,6 +71,7 @@ def documents() -> Iterator[tuple[Path, str]]:
         yield FORMATS / f"{name}.schema.json", schema(name, load(source))
     for file in sorted((ROOT / "components").glob("*/component.py")):
         yield Path("components", file.parent.name, "README.md"), component(file.parent.name)
+    yield from observability.documents()
 
 
 def load(source: str) -> Any:  # noqa: ANN401 - whatever has that name

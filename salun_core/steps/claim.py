@@ -23,7 +23,7 @@ from salun_core.requests.resolve import Resolver, TableResolver
 from salun_core.requests.terms import Rung, Terms
 from salun_core.requests.waiting import preview
 from salun_core.steps.certifying import ModelCertifier
-from salun_core.steps.observe import observed
+from salun_core.steps.observe import RunRef, observed
 from salun_core.steps.sources import fetched
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.lineage import parse_stored
@@ -110,7 +110,7 @@ def claim_requests(
         StoreError: the store's conditional writes are not safe.
         UsageError: no such line, or no signing key where a certificate is due.
     """
-    with observed("claim_requests", model_line):
+    with observed("claim_requests", model_line, RunRef(store_uri, run)):
         store = open_store(store_uri)
         books = Books(store, clock, ModelCertifier(store), "sweep")
         if dry_run:

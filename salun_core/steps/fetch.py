@@ -7,7 +7,7 @@ from pathlib import Path
 
 from salun_core.errors import UsageError
 from salun_core.steps.inputs import load_inputs
-from salun_core.steps.observe import observed
+from salun_core.steps.observe import RunRef, observed
 from salun_core.storage import open_store
 from salun_core.storage.versions import fetch_version, read_head
 
@@ -27,7 +27,9 @@ class Fetched:
     train_count: int
 
 
-def fetch_model(store_uri: str, model_line: str, forget_manifest_uri: str, out: Path) -> Fetched:
+def fetch_model(
+    store_uri: str, model_line: str, forget_manifest_uri: str, out: Path, run: RunRef | None = None
+) -> Fetched:
     """Fetch HEAD of a line into a folder and resolve the forget set against its split.
 
     Args:
@@ -35,6 +37,7 @@ def fetch_model(store_uri: str, model_line: str, forget_manifest_uri: str, out: 
         model_line: name of the line.
         forget_manifest_uri: address of the forget targets.
         out: folder for the model; it appears whole or not at all.
+        run: the run that the step belongs to.
 
     Returns:
         What was found.
@@ -44,7 +47,7 @@ def fetch_model(store_uri: str, model_line: str, forget_manifest_uri: str, out: 
         DataError: there is nothing to forget, or nothing to keep.
         IntegrityError: a stored file or the data do not match their digests.
     """
-    with observed("fetch_model", model_line):
+    with observed("fetch_model", model_line, run):
         store = open_store(store_uri)
         head = read_head(store, model_line)
         if head is None:

@@ -11,7 +11,7 @@ from salun_core.requests.deadlines import utc_clock
 from salun_core.requests.runs import RunLog, RunStatus
 from salun_core.storage import open_store
 from salun_core.storage.lease import read_lease, renew
-from salun_core.telemetry.logs import get_logger
+from salun_core.telemetry.logs import get_logger, run_bound
 from salun_core.telemetry.push import StepMetrics
 
 _BEGUN = {
@@ -57,20 +57,21 @@ def observed(step: str, model_line: str, run: RunRef | None = None) -> Iterator[
     Args:
         step: its name.
         model_line: the line it works on.
-        run: the run that it belongs to.
+        run: the run that it belongs to; every line that is logged meanwhile carries its id.
 
     Yields:
         The step's metrics, to record values in.
     """
-    metrics, log = StepMetrics(), get_logger()
-    log.info("step_started", step=step, model_line=model_line)
-    try:
-        if run and step in _BEGUN:
-            run.advance(_BEGUN[step], step)
-        yield metrics
-    except BaseException as error:
-        log.error("step_failed", step=step, model_line=model_line, error=type(error).__name__)
-        metrics.push(step, model_line, succeeded=False)
-        raise
-    log.info("step_finished", step=step, model_line=model_line)
-    metrics.push(step, model_line)
+    with run_bound(run.run if run else None):
+        metrics, log = StepMetrics(), get_logger()
+        log.info("step_started", step=step, model_line=model_line)
+        try:
+            if run and step in _BEGUN:
+                run.advance(_BEGUN[step], step)
+            yield metrics
+        except BaseException as error:
+            log.error("step_failed", step=step, model_line=model_line, error=type(error).__name__)
+            metrics.push(step, model_line, succeeded=False)
+            raise
+        log.info("step_finished", step=step, model_line=model_line)
+        metrics.push(step, model_line)

@@ -84,7 +84,8 @@ def gate_and_publish(
         ConflictError: HEAD is not `parent` any more.
         IntegrityError: `before` is not the parent's model, or the model after would retain a forgotten sample later.
     """
-    with observed("gate_publish", model_line) as metrics:
+    ours = RunRef(store_uri, run or "")
+    with observed("gate_publish", model_line, ours) as metrics:
         store = open_store(store_uri)
         inputs = load_inputs(before, forget_manifest_uri)
         manifest = read_version(store, model_line, parent)
@@ -104,7 +105,6 @@ def gate_and_publish(
         if not decision.passed and run:
             _keep(store, run, files)
         decision.require()
-        ours = RunRef(store_uri, run or "")
         ours.advance(RunStatus.GATED, "gate_publish")
         files |= {name: after / name for name in (WEIGHTS, CARD, SPLIT)}
         version = _published_before(store, model_line, parent, files[WEIGHTS], run)

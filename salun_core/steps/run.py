@@ -73,7 +73,7 @@ def run_all(
     line, forget = config.model_line, config.forget_manifest_uri
     before, after, mask = folder / "before", folder / "after", folder / "mask.safetensors"
     say("fetch_model")
-    fetched = fetch_model(config.store_uri, line, forget, before)
+    fetched = fetch_model(config.store_uri, line, forget, before, ours)
     say("compute_mask")
     compute_mask(before, forget, config.density, mask, method=config.method, model_line=line, run=ours)
     say("unlearn")

@@ -9,7 +9,7 @@ from salun_core.requests.deadlines import Clock, utc_clock
 from salun_core.requests.settling import Settled, settle
 from salun_core.requests.terms import Terms
 from salun_core.steps.certifying import ModelCertifier
-from salun_core.steps.observe import observed
+from salun_core.steps.observe import RunRef, observed
 from salun_core.storage import open_store
 
 
@@ -32,6 +32,6 @@ def settle_requests(
     Raises:
         UsageError: a certificate is due and there is no signing key; settling again goes on.
     """
-    with observed("settle_requests", model_line):
+    with observed("settle_requests", model_line, RunRef(store_uri, run)):
         store = open_store(store_uri)
         return settle(Books(store, clock, ModelCertifier(store, key), "sweep"), model_line, run, terms)

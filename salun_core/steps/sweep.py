@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from salun_core.steps.run import RunConfig, RunOutcome, new_run_id, run_all
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
 from salun_core.storage.lease import read_lease, renew
-from salun_core.telemetry.logs import get_logger
+from salun_core.telemetry.logs import get_logger, run_bound
 
 LEASE_SECONDS = 900  # renewed while the sweep lives, so that one that was killed does not block the line for long
 _BEATS = 3  # a lease is renewed so many times before it would run out
@@ -95,7 +96,13 @@ def sweep_once(config: SweepConfig, folder: Path, say: Say = lambda step: None, 
     Raises:
         SalunError: claiming or settling failed; the next sweep takes up what this one left.
     """
-    run, terms = run or new_run_id(), config.terms()
+    run = run or new_run_id()
+    with run_bound(run):
+        return _sweep(config, folder, say, run)
+
+
+def _sweep(config: SweepConfig, folder: Path, say: Say, run: str) -> SweepOutcome:
+    terms = config.terms()
     say("claim_requests")
     if config.dry_run:
         return SweepOutcome(run, claim_requests(config.store_uri, config.model_line, run, terms, dry_run=True))
@@ -156,7 +163,7 @@ def _kept_alive(config: SweepConfig, run: str, terms: Terms) -> Iterator[None]:
             except SalunError as error:
                 get_logger().warning("lease_not_renewed", error=type(error).__name__)
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(beat,), daemon=True)
     thread.start()
     try:
         yield

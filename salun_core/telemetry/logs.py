@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import structlog
@@ -14,6 +16,7 @@ from salun_core.errors import unknown_name
 from salun_core.telemetry.redaction import redact
 
 FORMAT_VARIABLE = "SALUN_LOG"
+RUN_VARIABLE = "SALUN_RUN_ID"
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -48,9 +51,17 @@ def get_logger() -> structlog.typing.FilteringBoundLogger:
     return logger
 
 
-def bind_run(run_id: str) -> None:
-    """Put the run's id on every later line of this thread or task."""
-    structlog.contextvars.bind_contextvars(run=run_id)
+@contextmanager
+def run_bound(run_id: str | None) -> Iterator[None]:
+    """Put a run's id on every line that is logged inside the block, by libraries too.
+
+    Threads that the block starts do not inherit it; `contextvars.copy_context` gives it to them.
+
+    Args:
+        run_id: the id; empty or None leaves the lines with what an outer block or `SALUN_RUN_ID` says.
+    """
+    with structlog.contextvars.bound_contextvars(**({"run": run_id} if run_id else {})):
+        yield
 
 
 def _wants_json(json: bool | None) -> bool:
@@ -63,9 +74,17 @@ def _wants_json(json: bool | None) -> bool:
 def _shared() -> list[Processor]:
     return [
         structlog.contextvars.merge_contextvars,
+        _add_run,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+
+
+def _add_run(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Give a line the run of its pod, where no step said which run it works for."""
+    if "run" not in event and (run := os.environ.get(RUN_VARIABLE)):
+        event["run"] = run
+    return event
 
 
 def _ending(as_json: bool) -> list[Processor]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from salun_core.errors import UsageError
-from salun_core.telemetry.logs import bind_run, configure_logging, get_logger
+from salun_core.steps.observe import RunRef, observed
+from salun_core.telemetry.logs import configure_logging, get_logger, run_bound
 from salun_core.telemetry.redaction import MASK, is_denied, redact, redact_text
 
 ACCESS_KEY = "AKIA" + "IOSFODNN7EXAMPLE"
@@ -26,8 +27,8 @@ def lines(capsys):
 
 def test_a_line_is_json_with_time_level_event_and_run(capsys):
     configure_logging(json=True)
-    bind_run("run-7")
-    get_logger().info("step_done", step="evaluate", seconds=1.5, nested={"loss": [0.5, None, True]})
+    with run_bound("run-7"):
+        get_logger().info("step_done", step="evaluate", seconds=1.5, nested={"loss": [0.5, None, True]})
     (line,) = lines(capsys)
     assert line.pop("timestamp").endswith("Z")
     assert line == {
@@ -38,6 +39,46 @@ def test_a_line_is_json_with_time_level_event_and_run(capsys):
         "seconds": 1.5,
         "nested": {"loss": [0.5, None, True]},
     }
+
+
+def test_the_run_is_on_every_line_of_its_block_and_on_no_other(capsys, monkeypatch):
+    configure_logging(json=True)
+    monkeypatch.delenv("SALUN_RUN_ID", raising=False)
+    get_logger().info("before")
+    with run_bound("run-7"):
+        logging.getLogger("botocore").warning("of a library")
+        with run_bound(""):
+            get_logger().info("nothing known")
+        with run_bound("run-8"):
+            get_logger().info("inner")
+        get_logger().info("outer")
+    get_logger().info("after")
+    monkeypatch.setenv("SALUN_RUN_ID", "of-the-pod")
+    get_logger().info("pod")
+    with run_bound("run-9"):
+        get_logger().info("step in a pod")
+    assert [line.get("run") for line in lines(capsys)] == [
+        *(None, "run-7", "run-7", "run-8", "run-7", None),
+        *("of-the-pod", "run-9"),
+    ]
+
+
+def test_a_step_says_its_run_on_each_line_also_when_it_fails(capsys, monkeypatch):
+    monkeypatch.delenv("PUSHGATEWAY_URL", raising=False)
+    configure_logging(json=True)
+
+    def step():
+        with observed("purge", "all", RunRef("s3://nowhere", "run-7")):
+            get_logger().warning("within")
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        step()
+    get_logger().info("next")
+    assert [(line["event"], line.get("run")) for line in lines(capsys)] == [
+        *[("step_started", "run-7"), ("within", "run-7"), ("step_failed", "run-7")],
+        ("next", None),
+    ]
 
 
 def test_lines_below_the_level_are_dropped(capsys):

@@ -1,0 +1,133 @@
+"""The very commands of the manifests, without a cluster: another uid, a folder that it may not write, real servers."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3.session
+import pytest
+from botocore.exceptions import ClientError
+
+from salun_core.errors import StoreError
+from salun_core.storage import weed
+from tests.manifests.tree import containers, default, everything, named, workloads
+
+
+def container(name):
+    (found,) = (item for found in workloads() for item in containers(found) if item["name"] == name)
+    return found
+
+
+def paths(item):
+    return {item[probe]["httpGet"]["path"] for probe in ("readinessProbe", "livenessProbe")}
+
+
+@contextmanager
+def running(command, environment, folder):
+    """Run it from `/`, as uid 10001 where that is possible, so that it can write nowhere but in its folder."""
+    reached = all(path.stat().st_mode & 1 for path in (Path(command[0]).resolve(), *Path(command[0]).resolve().parents))
+    another = os.geteuid() == 0 and reached and Path(command[0]).read_bytes()[:2] != b"#!"
+    as_user = {"user": 10001, "group": 10001, "extra_groups": []} if another else {}
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd="/", env=environment, stdout=log, stderr=log, **as_user)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def wait(url, process, folder):
+    for _ in range(600):
+        assert process.poll() is None, (folder / "log").read_text()
+        try:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url) as answer:
+                return answer.status
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.05)
+    raise AssertionError(f"{url} does not answer: {(folder / 'log').read_text()}")
+
+
+@pytest.fixture
+def folder(tmp_path_factory):
+    """A folder that every uid may enter and write."""
+    made = tmp_path_factory.mktemp("pod")
+    for path in (made, *made.parents[:2]):
+        path.chmod(0o777)
+    return made
+
+
+@pytest.mark.s3
+def test_the_laptops_store_starts_with_its_bucket_and_its_keys_alone(folder):
+    try:
+        binary = weed.find_binary()
+    except StoreError as error:
+        pytest.skip(str(error))
+    (folder / "s3.json").write_text(named("Secret", "salun-seaweedfs", everything())["stringData"]["s3.json"])
+    (folder / "data").mkdir(mode=0o777)
+    (folder / "data").chmod(0o777)
+    item, ports = container("seaweedfs"), weed.free_ports(None)
+    args = [word.replace("/data", f"{folder}/data").replace("/etc/seaweedfs", str(folder)) for word in item["args"]]
+    args = [word.replace("0.0.0.0", "127.0.0.1") for word in args if not word.startswith("-s3.port=")]
+    command = [binary, *args, *(f"-{name}={number}" for name, number in ports.items())]
+    address = f"http://127.0.0.1:{ports['s3.port']}"
+    try:
+        with running(command, {"PATH": os.defpath, "HOME": str(folder)}, folder) as process:
+            assert {wait(address + path, process, folder) for path in paths(item)} == {200}
+            keys = named("Secret", "salun-s3", everything())["stringData"]
+            assert _names(address, keys, process) == ["salun"]
+            with pytest.raises(ClientError, match="InvalidAccessKeyId"):
+                _client(address, {"AWS_ACCESS_KEY_ID": "other", "AWS_SECRET_ACCESS_KEY": "other"}).list_buckets()
+    finally:
+        for number in ports.values():
+            for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                left.unlink()
+
+
+def _client(address, keys):
+    lower = {name.lower(): value for name, value in keys.items()}
+    return boto3.session.Session().client("s3", endpoint_url=address, region_name="us-east-1", **lower)
+
+
+def _names(address, keys, process):
+    for _ in range(200):
+        if names := [bucket["Name"] for bucket in _client(address, keys).list_buckets()["Buckets"]]:
+            return names
+        assert process.poll() is None
+        time.sleep(0.05)
+    return []
+
+
+def test_the_pushgateway_starts_and_answers_its_probes(folder):
+    binary = shutil.which("prometheus-pushgateway") or shutil.which("pushgateway")
+    if binary is None:
+        pytest.skip("prometheus-pushgateway is not installed")
+    item, port = container("pushgateway"), weed.free_ports(None)["s3.port"]
+    args = [word.replace(":9091", f"127.0.0.1:{port}").replace("/data", str(folder)) for word in item["args"]]
+    with running([binary, *args], {"PATH": os.defpath}, folder) as process:
+        assert {wait(f"http://127.0.0.1:{port}{path}", process, folder) for path in paths(item)} == {200}
+
+
+@pytest.mark.s3
+def test_the_exporter_starts_with_the_config_and_answers_its_probes(s3_server, folder):
+    item, port = container("exporter"), weed.free_ports(None)["s3.port"]
+    config = named("ConfigMap", "salun-config", default())["data"]
+    (source,) = item["envFrom"]
+    assert source["configMapRef"]["name"] == "salun-config"
+    mounted = {one["name"] for one in item["env"]}
+    assert mounted == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    program, *rest = item["command"]
+    args = [word.replace("0.0.0.0", "127.0.0.1").replace("9400", str(port)) for word in (*rest, *item["args"])]
+    environment = {"PATH": os.defpath, "HOME": str(folder), **config, **s3_server}
+    with running([Path(sys.executable).with_name(program), *args], environment, folder) as process:
+        assert {wait(f"http://127.0.0.1:{port}{path}", process, folder) for path in paths(item)} == {200}
