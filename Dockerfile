@@ -37,7 +37,7 @@ lists = {'run': project['dependencies'], \
          'tools': document['build-system']['requires']}; \
 [pathlib.Path(name + '.txt').write_text('\n'.join(lines)) for name, lines in lists.items()]"
 ARG TORCH_INDEX_URL=""
-# kfp's executor imports nothing but the standard library: --no-deps keeps its client's 25 packages out.
+# With kfp's client and its 25 packages: the cluster's schedule submits from this image.
 RUN --mount=type=bind,from=pip,target=/pip \
     --mount=type=secret,id=pip.conf --mount=type=secret,id=ca.crt \
     set -eu; \
@@ -47,8 +47,7 @@ RUN --mount=type=bind,from=pip,target=/pip \
     export PIP_FIND_LINKS=/pip PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1; \
     pip="/opt/tools/bin/pip --python /opt/venv/bin/python"; \
     if [ -n "$TORCH_INDEX_URL" ]; then $pip install --index-url "$TORCH_INDEX_URL" -r torch.txt; fi; \
-    $pip install -r run.txt; \
-    $pip install --no-deps -r kfp.txt; \
+    $pip install -r run.txt -r kfp.txt; \
     /opt/tools/bin/pip install wheel -r tools.txt
 COPY LICENSE README.md ./
 COPY salun_core salun_core
