@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,9 @@ from salun_core.cli.output import emit, emit_facts, emit_plan, epochs, print_met
 if TYPE_CHECKING:
     from salun_core.evaluation import Evidence
 
+Processes = Annotated[
+    int, typer.Option("--processes", min=1, help="Processes that share the work, on this machine; one a GPU.")
+]
 MethodName = Annotated[str, typer.Option("--method", help="The unlearning method; `salun ls methods` shows all.")]
 
 
@@ -21,21 +24,32 @@ def mask(
     model: Model,
     forget: Forget,
     out: Annotated[Path, typer.Option("--out", help="Mask file to write (.safetensors).")],
+    shards: Annotated[list[Path] | None, typer.Argument(help="Files of all shards, for --merge.")] = None,
     density: Annotated[float, typer.Option("--density", help="Share of weights that are salient, in (0, 1].")] = 0.5,
     data: Data = None,
     random_seed: Annotated[
         int | None, typer.Option("--random-seed", min=0, help="Draw the mask at random: the control for saliency.")
     ] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Score the I-th of N shards and write its sums.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add the shards up and write the mask.")] = False,
+    processes: Processes = 1,
     device: Device = "auto",
     store: Store = None,
     dry_run: DryRun = False,
 ) -> None:
     """Compute the saliency mask of a model: the weights that matter most for what is to be forgotten."""
+    from salun_core.cli.sharding import check_shards, launch, merge_files, score_one, silent
     from salun_core.saliency import SaliencyMask
     from salun_core.steps.inputs import load_inputs
     from salun_core.steps.mask import compute_mask
     from salun_core.steps.sources import model_folder
 
+    part = check_shards(shard, merge, shards or [], processes, random_seed)
+    if processes > 1 and not dry_run:
+        launch(processes)
+        return
     with model_folder(model, store) as folder:
         if dry_run:
             inputs = load_inputs(folder, forget, data)
@@ -43,7 +57,15 @@ def mask(
             sizes = {"forget_samples": len(inputs.forget), "retain_samples": len(inputs.retain)}
             emit_plan("mask", {"would_write": out, **sizes, "salient": salient})
             return
-        made = compute_mask(folder, forget, density, out, data=data, device=device, random_seed=random_seed)
+        if part is not None:
+            score_one(folder, forget, part, out, data, device)
+            return
+        if merge:
+            made = merge_files(folder, forget, shards or [], density, out, data)
+        else:
+            made = compute_mask(folder, forget, density, out, data=data, device=device, random_seed=random_seed)
+    if silent():
+        return
     facts = {"salient": made.k, "weights": made.weights, "density": made.density, "scores": made.facts["scores"]}
     emit_facts({"mask": out, **facts, "digest": made.digest})
 
@@ -58,10 +80,12 @@ def unlearn(
     settings: Settings = [],  # noqa: B006 - typer reads it and hands over a new list
     config: Annotated[Path | None, typer.Option("--config", help="YAML or JSON with settings of the method.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of order, augmentation and random labels.")] = 0,
+    processes: Processes = 1,
     store: Store = None,
     dry_run: DryRun = False,
 ) -> None:
     """Make a model forget; weights outside the mask keep their bits."""
+    from salun_core.cli.sharding import launch, silent
     from salun_core.steps.inputs import load_inputs
     from salun_core.steps.sources import model_folder
     from salun_core.steps.unlearning import read_mask, run_unlearning
@@ -69,6 +93,9 @@ def unlearn(
 
     overrides = read_settings(settings, config)
     resolved = method_config(method, {"seed": seed, **overrides})
+    if processes > 1 and not dry_run:
+        launch(processes)
+        return
     with model_folder(model, store) as folder:
         if dry_run:
             inputs = load_inputs(folder, forget, data)
@@ -76,7 +103,8 @@ def unlearn(
             sizes = {"forget_samples": len(inputs.forget), "retain_samples": len(inputs.retain)}
             emit_plan("unlearn", {"would_write": out, "method": method, **sizes, "epochs": resolved.epochs})
             return
-        with epochs(method, resolved.epochs) as on_epoch:
+        progress = nullcontext(None) if silent() else epochs(method, resolved.epochs)
+        with progress as on_epoch:
             result = run_unlearning(
                 folder,
                 mask,
@@ -88,6 +116,8 @@ def unlearn(
                 data=data,
                 on_epoch=on_epoch,
             )
+    if silent():
+        return
     facts = {"method": method, "epochs": len(result.history), "samples_passed": result.passes}
     emit_facts({"model": out, **facts, "seconds": round(result.seconds, 3)})
 

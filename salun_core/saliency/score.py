@@ -41,7 +41,7 @@ def saliency_scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], 
         raise ModelError(
             "model has no parameters", "there is nothing to score", "check that the right model was loaded"
         )
-    with _scoring(model):
+    with scoring(model):
         total = _accumulate(model, batches, loss_fn)
         if total == 0:
             raise DataError("forget set is empty", "no batch was given to score", "name at least one sample to forget")
@@ -62,8 +62,26 @@ def _accumulate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss
 def _score(name: str, parameter: nn.Parameter, total: int) -> Tensor:
     if parameter.grad is None:
         return torch.zeros_like(parameter, requires_grad=False)
-    score = parameter.grad.detach().div_(total).abs_()
+    score = mean_magnitude(name, parameter.grad.detach(), total)
     parameter.grad = None
+    return score
+
+
+def mean_magnitude(name: str, gradient: Tensor, total: int) -> Tensor:
+    """Turn the gradient of a sum over samples into the score, in place.
+
+    Args:
+        name: of the parameter.
+        gradient: of the summed loss, of the parameter's shape.
+        total: number of samples.
+
+    Returns:
+        The same tensor, |gradient / total|.
+
+    Raises:
+        ModelError: it is NaN or infinite somewhere.
+    """
+    score = gradient.div_(total).abs_()
     if not bool(torch.isfinite(score).all()):
         raise ModelError(
             f"saliency of {name} is not finite",
@@ -74,7 +92,12 @@ def _score(name: str, parameter: nn.Parameter, total: int) -> Tensor:
 
 
 @contextmanager
-def _scoring(model: nn.Module) -> Iterator[None]:
+def scoring(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode with every gradient asked for and none there; leave it as it was.
+
+    Args:
+        model: to take gradients of.
+    """
     modes = {module: module.training for module in model.modules()}
     kept = {parameter: (parameter.grad, parameter.requires_grad) for parameter in model.parameters()}
     try:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
-
-from salun_core.saliency import SaliencyMask, saliency_scores
+from salun_core.saliency import SaliencyMask
 from salun_core.steps.inputs import load_inputs
-from salun_core.steps.observe import RunRef, observed
+from salun_core.steps.observe import RunRef
+from salun_core.steps.sharding import distributed, forget_scores, require_same_inputs
 from salun_core.unlearn import get_method, pick_device
-
-_BATCH = 256
 
 
 def compute_mask(
@@ -30,7 +27,8 @@ def compute_mask(
 ) -> SaliencyMask:
     """Compute the saliency mask of a model for a forget set.
 
-    A method that takes no mask gets one in which every weight is salient.
+    A method that takes no mask gets one in which every weight is salient. Where torchrun has started several
+    processes, each scores its share, and the first one writes the same mask as one process alone.
 
     Args:
         model: folder of the original model.
@@ -47,9 +45,10 @@ def compute_mask(
     Returns:
         The mask.
     """
-    with observed("compute_mask", model_line, run) as metrics:
+    with distributed("compute_mask", model_line, run) as (metrics, world):
         started = time.perf_counter()
         inputs = load_inputs(model, forget_manifest_uri, data)
+        require_same_inputs(inputs, world)
         chosen = pick_device(device)
         network = inputs.original.model.to(chosen)
         facts = {"model_digest": inputs.original.digest, "forget_set_digest": inputs.forget_set.digest}
@@ -59,10 +58,9 @@ def compute_mask(
         elif random_seed is not None:
             mask = SaliencyMask.random(shapes, density, random_seed)
         else:
-            batches = inputs.forget.to(chosen).batches(_BATCH)
-            scores = saliency_scores(network, batches, torch.nn.functional.cross_entropy)
-            mask = SaliencyMask.from_scores(scores, density)
+            mask = SaliencyMask.from_scores(forget_scores(network, inputs.forget, chosen, world), density)
         mask = mask.with_facts({**facts, "seconds": f"{time.perf_counter() - started:.3f}"})
-        mask.save(out)
+        if world.main:
+            mask.save(out)
         metrics.record("salun_mask_density_ratio", mask.density, method=method)
         return mask

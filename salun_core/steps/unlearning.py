@@ -19,7 +19,8 @@ from salun_core.evaluation.evidence import RunFacts
 from salun_core.models import LoadedModel, save_model
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.inputs import Inputs, load_inputs
-from salun_core.steps.observe import RunRef, observed
+from salun_core.steps.observe import RunRef
+from salun_core.steps.sharding import distributed, require_same_inputs
 from salun_core.unlearn import FileCheckpoint, UnlearnResult, get_method, method_config, unlearn
 from salun_core.unlearn.loop import OnEpoch
 from salun_core.unlearn.training import fresh_classifier
@@ -57,6 +58,8 @@ def run_unlearning(
 ) -> UnlearnResult:
     """Run one unlearning method and write the new model with the facts of its run.
 
+    Where torchrun has started several processes, they share each batch, and the first one writes.
+
     Args:
         model: folder of the original model.
         mask: mask file of this very model and forget set; None for a method that takes none.
@@ -79,9 +82,10 @@ def run_unlearning(
         IntegrityError: the mask is of another model or forget set.
         ModelError: the loss became NaN or infinite.
     """
-    with observed("unlearn", model_line, run):
+    with distributed("unlearn", model_line, run) as (_, world):
         config = method_config(method, {**(overrides or {}), "seed": seed})
         inputs = load_inputs(model, forget_manifest_uri, data)
+        require_same_inputs(inputs, world)
         loaded = read_mask(mask, inputs)
         checkpoint = checkpoint or _checkpoint_from_environment(model_line)
         result = unlearn(
@@ -95,10 +99,12 @@ def run_unlearning(
                 inputs.original.card.architecture, inputs.retain, len(inputs.original.card.classes), seed
             ),
             checkpoint=FileCheckpoint(checkpoint) if checkpoint else None,
-            on_epoch=on_epoch,
+            on_epoch=on_epoch if world.main else None,
+            world=world,
         )
-        _write(out, inputs, result, loaded)
-        if checkpoint:
+        if world.main:
+            _write(out, inputs, result, loaded, world.size)
+        if checkpoint and world.main:
             checkpoint.unlink(missing_ok=True)
         return result
 
@@ -123,7 +129,7 @@ def _checkpoint_from_environment(model_line: str) -> Path | None:
     return Path(folder) / f"{model_line}.checkpoint.safetensors" if folder else None
 
 
-def _write(out: Path, inputs: Inputs, result: UnlearnResult, mask: SaliencyMask | None) -> None:
+def _write(out: Path, inputs: Inputs, result: UnlearnResult, mask: SaliencyMask | None, processes: int) -> None:
     original = inputs.original
     split = original.split.without(inputs.forget_set.ids)
     card = original.card.model_copy(
@@ -145,7 +151,7 @@ def _write(out: Path, inputs: Inputs, result: UnlearnResult, mask: SaliencyMask 
         seconds={"mask": float(used.facts.get("seconds", 0.0)) if used else 0.0, "unlearn": result.seconds},
         passes=result.passes + (len(inputs.forget_set.ids) if used else 0),
         history=result.history,
-        environment=environment(),
+        environment=environment() | ({"processes": str(processes)} if processes > 1 else {}),
     )
     run = json.dumps(facts.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
     save_model(out, result.model.cpu(), card, split, {RUN: run.encode()})

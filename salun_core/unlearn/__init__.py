@@ -22,6 +22,7 @@ from salun_core.saliency import SaliencyMask
 from salun_core.unlearn import finetune, gradient_ascent, random_label, retrain, salun
 from salun_core.unlearn.checkpoint import CheckpointStore, FileCheckpoint
 from salun_core.unlearn.config import UnlearnConfig, pick_device
+from salun_core.unlearn.distributed import ALONE, SharedCheckpoint, World
 from salun_core.unlearn.fresh import reinitialised
 from salun_core.unlearn.loop import OnEpoch, run_loop
 from salun_core.unlearn.method import Method, Task
@@ -97,6 +98,7 @@ def unlearn(
     fresh: Callable[[], nn.Module] | None = None,
     checkpoint: CheckpointStore | None = None,
     on_epoch: OnEpoch | None = None,
+    world: World = ALONE,
 ) -> UnlearnResult:
     """Make a model forget a set of images.
 
@@ -110,6 +112,7 @@ def unlearn(
         fresh: builds fresh weights for `retrain`; by default the model's layers are initialised anew.
         checkpoint: keeps the state after each epoch, and resumes from it.
         on_epoch: called after each epoch.
+        world: this process, where several that have joined share the work; all get the same new model.
 
     Returns:
         The new model with its history.
@@ -118,6 +121,7 @@ def unlearn(
         UsageError: an unknown method or configuration; a mask missing or not wanted.
         DataError: an empty forget or retain set, or labels out of range.
         ModelError: the loss became NaN or infinite.
+        IntegrityError: several processes were not given the same, or ended with different weights.
     """
     row = get_method(method)
     settings = config if isinstance(config, UnlearnConfig) else method_config(method, config)
@@ -134,15 +138,18 @@ def unlearn(
         reinitialised(started, settings.seed)
     started.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     task = Task(*sets, _checked_classes(started, *sets), settings.order)
+    fingerprint = _fingerprint(model, method, settings, mask, task) if checkpoint or world.size > 1 else ""
+    world.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
     begun = time.perf_counter()
     history = run_loop(
         started,
         lambda generator: row.parts(task, generator),
         settings,
         mask,
-        checkpoint,
-        _fingerprint(model, method, settings, mask, task) if checkpoint else "",
+        SharedCheckpoint(checkpoint, world) if checkpoint else None,
+        fingerprint,
         on_epoch,
+        world,
     )
     passes = settings.epochs * sum(len(part.images) for part in row.parts(task, torch.Generator().manual_seed(0)))
     return UnlearnResult(started, method, settings, history, time.perf_counter() - begun, passes)

@@ -15,6 +15,7 @@ from salun_core.evaluation.evidence import EpochRecord
 from salun_core.saliency import SaliencyMask, masked_optimizer
 from salun_core.unlearn.checkpoint import CheckpointStore, restore, snapshot
 from salun_core.unlearn.config import UnlearnConfig
+from salun_core.unlearn.distributed import ALONE, World
 from salun_core.unlearn.method import Part
 
 PartsOfEpoch = Callable[[torch.Generator], Sequence[Part]]
@@ -29,6 +30,7 @@ def run_loop(
     checkpoint: CheckpointStore | None = None,
     fingerprint: str = "",
     on_epoch: OnEpoch | None = None,
+    world: World = ALONE,
 ) -> list[EpochRecord]:
     """Train a model in place.
 
@@ -42,6 +44,7 @@ def run_loop(
         checkpoint: where to keep the state after each epoch, and to look for one at the start.
         fingerprint: names the run; a checkpoint of another run is refused.
         on_epoch: called after each epoch.
+        world: this process, where several that have joined share the batches.
 
     Returns:
         One record an epoch, those before a resume included.
@@ -55,8 +58,9 @@ def run_loop(
         optimizer = masked_optimizer(optimizer, model, mask)
     history = restore(checkpoint, fingerprint, model, optimizer) if checkpoint else []
     for epoch in range(len(history), config.epochs):
-        record = _run_epoch(model, optimizer, parts_of_epoch, config, epoch)
+        record = _run_epoch(model, optimizer, parts_of_epoch, config, epoch, world)
         _require_finite(model, epoch)
+        world.settle(model)
         history.append(record)
         if checkpoint:
             checkpoint.save(snapshot(fingerprint, model, optimizer, history))
@@ -105,19 +109,24 @@ def _require_finite(model: nn.Module, epoch: int) -> None:
 
 
 def _run_epoch(
-    model: nn.Module, optimizer: Optimizer, parts_of_epoch: PartsOfEpoch, config: UnlearnConfig, epoch: int
+    model: nn.Module,
+    optimizer: Optimizer,
+    parts_of_epoch: PartsOfEpoch,
+    config: UnlearnConfig,
+    epoch: int,
+    world: World,
 ) -> EpochRecord:
     started = time.perf_counter()
     generator = epoch_generator(config.seed, epoch)
     losses: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())  # for dropout and the like
+        torch.manual_seed((generator.initial_seed() + world.rank) % 2**63)  # for dropout and the like
         set_training_mode(model, config.batch_norm)
         parts = [part for part in parts_of_epoch(generator) if len(part.images)]
         steps = sum(-(-len(part.images) // config.batch_size) for part in parts)
         done = 0
         for part in parts:
-            losses[part.name], taken = _run_part(model, optimizer, part, config, generator, (epoch, done, steps))
+            losses[part.name], taken = _run_part(model, optimizer, part, config, generator, world, (epoch, done, steps))
             done += taken
             if not torch.isfinite(torch.tensor(losses[part.name])):
                 raise ModelError(
@@ -139,6 +148,7 @@ def _run_part(
     part: Part,
     config: UnlearnConfig,
     generator: torch.Generator,
+    world: World,
     position: tuple[int, int, int],
 ) -> tuple[float, int]:
     epoch, done, steps = position
@@ -146,16 +156,18 @@ def _run_part(
     for images, labels in part.images.batches(config.batch_size, generator, config.augment):
         for group in optimizer.param_groups:
             group["lr"] = config.rate_at((epoch + (done + taken) / steps) / config.epochs)
+        share = world.share(images, labels)
         with _autocast(config, images):
-            loss = part.loss(model(images), labels)
+            loss = part.loss(model(share.images), share.labels)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss * share.weight if share.weight != 1 else loss).backward()  # type: ignore[no-untyped-call]
+        world.add_gradients(model)
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
         optimizer.step()
-        total += loss.detach() * len(labels)
+        total += loss.detach() * share.count
         taken += 1
-    return float(total) / len(part.images), taken
+    return float(world.total(total)) / len(part.images), taken
 
 
 def _autocast(config: UnlearnConfig, images: Tensor) -> AbstractContextManager[object]:

@@ -30,7 +30,7 @@ def body_lines(function):
 
 
 def test_all_steps_are_there():
-    assert {*RUN, "claim_requests", "settle_requests", "purge_store"} == set(NAMES)
+    assert {*RUN, "score_shard", "merge_scores", "claim_requests", "settle_requests", "purge_store"} == set(NAMES)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)

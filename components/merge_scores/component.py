@@ -1,0 +1,47 @@
+"""The end of a sharded step 2 as a component."""
+
+from typing import List  # noqa: UP035 - kfp knows the type by this name
+
+from kfp import dsl
+
+from components._image import component
+
+
+@component
+def merge_scores(
+    model: dsl.Input[dsl.Model],
+    forget_manifest_uri: str,
+    shards: dsl.Input[List[dsl.Artifact]],  # noqa: UP006
+    density: float,
+    mask: dsl.Output[dsl.Artifact],
+    model_line: str = "local",
+    store_uri: str = "",
+    run_id: str = "",
+) -> None:
+    """Add the shards of a saliency up and keep the most salient weights: the same mask as of one process.
+
+    Args:
+        model: The model before unlearning.
+        forget_manifest_uri: Address of what is to be forgotten.
+        shards: The sums of all shards, in any order.
+        density: Share of the weights to keep salient, above 0 and at most 1.
+        mask: The mask: a safetensors file of packed bits.
+        model_line: Name of the model line, for the metrics.
+        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
+        run_id: Id of the run, to record in the ledger how far it came.
+
+    Raises:
+        UsageError: A shard is missing or given twice, or the density is wrong.
+        IntegrityError: A shard is damaged, or of another model or forget set.
+        ConflictError: The run has ended: another settled it.
+    """
+    from pathlib import Path
+
+    from salun_core.steps.observe import RunRef
+    from salun_core.steps.sharding import merge_scores as step
+
+    files, run = [Path(shard.path) for shard in shards], RunRef(store_uri, run_id)
+    merged = step(
+        Path(model.path), forget_manifest_uri, files, density, Path(mask.path), model_line=model_line, run=run
+    )
+    mask.metadata.update(density=merged.density, digest=merged.digest)

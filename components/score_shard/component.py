@@ -1,0 +1,42 @@
+"""One shard of step 2 as a component."""
+
+from kfp import dsl
+
+from components._image import component
+
+
+@component
+def score_shard(
+    model: dsl.Input[dsl.Model],
+    forget_manifest_uri: str,
+    shard: str,
+    sums: dsl.Output[dsl.Artifact],
+    model_line: str = "local",
+    store_uri: str = "",
+    run_id: str = "",
+) -> None:
+    """Sum the gradients of one shard of the forget set, to be merged into a mask.
+
+    Args:
+        model: The model before unlearning.
+        forget_manifest_uri: Address of what is to be forgotten.
+        shard: Which shard of how many, such as 2/8.
+        sums: The sums of the shard's gradients: a safetensors file.
+        model_line: Name of the model line, for the metrics.
+        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
+        run_id: Id of the run, to record in the ledger how far it came.
+
+    Raises:
+        UsageError: The shard is none.
+        IntegrityError: The data are of another split than the model's.
+        ConflictError: The run has ended: another settled it.
+    """
+    from pathlib import Path
+
+    from salun_core.saliency.shards import Shard
+    from salun_core.steps.observe import RunRef
+    from salun_core.steps.sharding import score_shard as step
+
+    paths = Path(model.path), forget_manifest_uri, Shard.parse(shard), Path(sums.path)
+    header = step(*paths, model_line=model_line, run=RunRef(store_uri, run_id))
+    sums.metadata.update(shard=shard, seconds=header.seconds)

@@ -1,0 +1,296 @@
+"""Two real processes, joined by gloo: one saliency, one unlearned model, and an end for both when one fails."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from salun_core.data import ImageSet
+from salun_core.errors import IntegrityError, SalunError, UsageError
+from salun_core.models import load_model
+from salun_core.saliency import SaliencyMask
+from salun_core.saliency.shards import CHUNK, Shard, sharded_scores
+from salun_core.steps.mask import compute_mask
+from salun_core.steps.sharding import merge_scores, score_shard
+from salun_core.steps.unlearning import run_unlearning
+from salun_core.unlearn import FileCheckpoint, distributed, unlearn
+from salun_core.unlearn.distributed import ALONE, World, joined
+
+SAMPLES = 3 * CHUNK + 40
+SGD = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, "gradient_clip": 1.0, "device": "cpu"}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 4)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, images):
+        return self.head(torch.relu(self.norm(self.conv(images))).mean(dim=(2, 3)))
+
+
+def network():
+    torch.manual_seed(0)
+    return Net()
+
+
+def images(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return ImageSet(torch.randn(count, 1, 6, 6, generator=generator), torch.arange(count) % 4)
+
+
+def mask_of(model):
+    return SaliencyMask.random(dict(model.named_parameters()), 0.4, 7)
+
+
+def scores_in(world):
+    shard, forget = Shard(world.rank, world.size), images(SAMPLES, 1)
+    mine = forget.select(shard.samples(SAMPLES)).batches(CHUNK)
+    return sharded_scores(network(), mine, cross_entropy, SAMPLES, shard)
+
+
+def unlearned_in(world, checkpoint=None, seed=2, **config):
+    """17 images to forget: the last batch has one, fewer than there are processes."""
+    model = network()
+    return unlearn(
+        model,
+        "salun",
+        forget=images(17, seed),
+        retain=images(30, 3),
+        config=SGD | config,
+        mask=mask_of(model),
+        checkpoint=checkpoint,
+        world=world,
+    )
+
+
+def plain(result):
+    losses = [record.losses for record in result.history]
+    return {"state": result.model.state_dict(), "losses": losses, "config": result.config.model_dump()}
+
+
+def failure_of(act):
+    try:
+        act()
+    except SalunError as error:
+        return type(error).__name__, error.exit_code
+    return None
+
+
+def falls_out(world, failing, error):
+    """One process raises while the other waits for it."""
+    with joined(world, timedelta(seconds=30)):
+        if world.rank == failing:
+            raise error
+        world.require_same("steps", "1")
+
+
+def never_answers(world, folder):
+    """The first process waits for one that does something else, until its time is over."""
+    with joined(world, timedelta(seconds=1)):
+        if world.main:
+            try:
+                world.require_same("steps", "1")
+            finally:
+                (folder / "given-up").touch()
+        while not (folder / "given-up").exists():
+            time.sleep(0.05)
+
+
+def scenes(world, folder, work):
+    with joined(world):
+        yield "scores", scores_in(world)
+        yield "freeze", plain(unlearned_in(world))
+        yield "update", plain(unlearned_in(world, batch_norm="update"))
+        kept = FileCheckpoint(folder / f"checkpoint-{world.rank}")
+        unlearned_in(world, kept, epochs=2)
+        yield "checkpoints", (folder / f"checkpoint-{world.rank}").exists()
+        yield "resumed", plain(unlearned_in(world, kept, epochs=2))
+    given = work / "model", work / "mask", str(work / "forget.json"), work / f"after-{world.rank}"
+    result = run_unlearning(*given, overrides={"epochs": 1, "device": "cpu"})
+    yield "step", (plain(result), (work / f"after-{world.rank}").exists())
+    yield "other data", failure_of(lambda: _joined_unlearning(world))
+    yield "second fails", failure_of(lambda: falls_out(world, 1, IntegrityError("a file", "is damaged", "")))
+    yield "no answer", failure_of(lambda: never_answers(world, folder))
+
+
+def _joined_unlearning(world):
+    with joined(world):
+        unlearned_in(world, seed=2 + world.rank)
+
+
+def worker(rank, folder, work, ports):
+    torch.set_num_threads(1)
+    distributed._PEER = timedelta(seconds=1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(ports[0])
+    found = {}
+    for name, value in scenes(World.of_environment(), folder, work):
+        found[name] = value
+        os.environ["MASTER_PORT"] = str(ports[len(found) % len(ports)])
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def free_ports(count):
+    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in taken]
+    for server in taken:
+        server.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, digits_model):
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "model").symlink_to(digits_model)
+    train = load_model(digits_model).split.train
+    ids = sorted(train)[: 2 * CHUNK + 100]
+    (folder / "forget.json").write_text(json.dumps({"kind": "samples", "ids": ids}))
+    given = digits_model, str(folder / "forget.json")
+    compute_mask(*given, 0.5, folder / "mask", device="cpu")
+    for index in range(2):
+        score_shard(*given, Shard(index, 2), folder / f"shard-{index}", device="cpu")
+    merge_scores(*given, [folder / "shard-1", folder / "shard-0"], 0.5, folder / "merged")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, work):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(folder, work, free_ports(12)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def assert_same_bits(found, expected):
+    assert list(found) == list(expected)
+    for name, value in found.items():
+        kind = torch.int32 if value.is_floating_point() else value.dtype
+        assert torch.equal(value.contiguous().view(kind), expected[name].contiguous().view(kind)), name
+
+
+def test_two_processes_score_the_same_bits_as_one(ranks):
+    alone = scores_in(ALONE)
+    for rank in ranks:
+        assert_same_bits(rank["scores"], alone)
+        assert SaliencyMask.from_scores(rank["scores"], 0.5).digest == SaliencyMask.from_scores(alone, 0.5).digest
+
+
+@pytest.mark.parametrize("name", ["freeze", "update", "resumed"])
+def test_all_processes_end_with_the_same_model_and_frozen_weights_keep_their_bits(ranks, name):
+    first, second = (rank[name] for rank in ranks)
+    assert_same_bits(first["state"], second["state"])
+    assert first["losses"] == second["losses"]
+    mask, before = mask_of(network()), network()
+    for parameter, value in before.named_parameters():
+        salient, now = mask.tensor(parameter), first["state"][parameter].view(torch.int32)
+        assert torch.equal(now[~salient], value.detach().view(torch.int32)[~salient]), parameter
+    assert not torch.equal(first["state"]["conv.weight"], before.conv.weight)
+
+
+def test_two_processes_take_the_steps_of_one(ranks):
+    """Other sums, so other last bits; but no other steps: both clip, and both weigh each image alike."""
+    alone = plain(unlearned_in(ALONE))
+    torch.testing.assert_close(ranks[0]["freeze"]["state"], alone["state"], rtol=1e-4, atol=1e-6)
+    for together, single in zip(ranks[0]["freeze"]["losses"], alone["losses"], strict=True):
+        assert together == pytest.approx(single, rel=1e-4)
+
+
+def test_statistics_of_batch_norm_come_from_all_images(ranks):
+    alone = plain(unlearned_in(ALONE, batch_norm="update"))["state"]
+    assert int(ranks[0]["update"]["state"]["norm.num_batches_tracked"]) == int(alone["norm.num_batches_tracked"])
+    together = ranks[0]["update"]["state"]["norm.running_mean"]
+    torch.testing.assert_close(together, alone["norm.running_mean"], rtol=0.1, atol=0.05)
+
+
+def test_the_first_process_keeps_the_checkpoint_and_both_resume_from_it(ranks):
+    assert [rank["checkpoints"] for rank in ranks] == [True, False]
+    assert_same_bits(ranks[1]["resumed"]["state"], ranks[0]["freeze"]["state"])
+
+
+def test_processes_with_different_data_are_refused(ranks):
+    assert [rank["other data"] for rank in ranks] == [("IntegrityError", 5)] * 2
+
+
+def test_when_one_process_fails_the_other_ends_with_its_exit_code(ranks):
+    assert [rank["second fails"] for rank in ranks] == [("PeerError", 5), ("IntegrityError", 5)]
+
+
+def test_a_process_that_does_not_answer_is_not_waited_for_for_ever(ranks):
+    assert ranks[0]["no answer"] == ("PeerError", 1)
+
+
+@pytest.mark.parametrize(("rank", "size"), [("1", "1"), ("a", "2"), ("0", ""), ("-1", "2")])
+def test_an_environment_that_contradicts_itself_is_refused(monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UsageError, match="torchrun"):
+        World.of_environment()
+
+
+def test_a_share_weighs_as_many_images_as_it_has():
+    pixels, labels = torch.arange(5.0), torch.arange(5)
+    shares = [World(rank, 3).share(pixels, labels) for rank in range(3)]
+    assert torch.cat([share.images for share in shares]).tolist() == pixels.tolist()
+    mean = sum(share.images.mean() * share.weight for share in shares)
+    assert float(mean) == pytest.approx(float(pixels.mean()))
+    assert [(World(rank, 3).share(pixels[:2], labels[:2]).count) for rank in range(3)] == [1, 1, 0]
+    assert World(2, 3).share(pixels[:2], labels[:2]).weight == 0
+
+
+def salun(folder, *args):
+    """Run the command as a user would, on one thread a process."""
+    hidden = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PUSHGATEWAY_URL", "SALUN_STORE_URI"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "salun_core.cli", "--json", *map(str, args)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_merged_shards_are_the_mask_of_one_process(work):
+    alone, merged = (SaliencyMask.load(work / name) for name in ("mask", "merged"))
+    assert merged.digest == alone.digest
+    for fact in ("model_digest", "forget_set_digest", "threshold"):
+        assert merged.facts[fact] == alone.facts[fact]
+
+
+def test_the_step_in_two_processes_is_written_by_the_first(ranks, work):
+    (first, written), (second, also) = (rank["step"] for rank in ranks)
+    assert (written, also) == (True, False)
+    before, after = (load_model(work / name).model for name in ("model", "after-0"))
+    assert_same_bits(first["state"], second["state"])
+    assert_same_bits(after.state_dict(), first["state"])
+    mask = SaliencyMask.load(work / "mask")
+    for name, value in after.named_parameters():
+        changed = value.view(torch.int32) != before.get_parameter(name).view(torch.int32)
+        assert not bool(changed[~mask.tensor(name)].any()), name
+        assert bool(changed.any()), name
+    assert json.loads((work / "after-0" / "run.json").read_text())["environment"]["processes"] == "2"
+
+
+@pytest.mark.e2e
+def test_the_command_in_two_processes_makes_the_same_mask_and_prints_once(work, digits_model):
+    done = salun(work, "mask", "--model", digits_model, "--forget", "forget.json", "--out", "two", "--processes", 2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["digest"] == SaliencyMask.load(work / "mask").digest
+    assert SaliencyMask.load(work / "two").digest == SaliencyMask.load(work / "mask").digest
+
+
+@pytest.mark.e2e
+def test_the_command_ends_with_the_exit_code_of_the_process_that_failed(work, digits_model):
+    (work / "damaged").write_bytes((work / "mask").read_bytes()[:-1])
+    inputs = "--model", digits_model, "--forget", "forget.json", "--mask", "damaged"
+    done = salun(work, "unlearn", *inputs, "--out", "never", "--processes", 2)
+    assert done.returncode == 5, done.stderr
+    assert "damaged" in done.stderr
+    assert not (work / "never").exists()
