@@ -137,9 +137,10 @@ Example:
   model changed    > 0 weights                    -        -   pass
   weights finite   0 non-finite                   -        -   pass
   frozen weights   0 changed                      -        -   pass
-  a rule applies   3 rules                        -        -   pass
+  a rule applies   4 rules                        -        -   pass
   RA >=            >= 0.9800                 0.9983   0.0183   pass
   TA >=            >= 0.9483                 0.9689   0.0207   pass
+  TA >=            >= 0.9283                 0.9689   0.0407   pass
   UA_class >=      >= 0.9500                 1.0000   0.0500   pass
 
   PASSED by policy classifier; decision in decision.json
@@ -297,19 +298,19 @@ Example:
     "model history": """
 Example:
 
-  $ salun model history demo
-  version        made by   requests   forgotten   debt      runs   weights   held by          published
-  ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-  30ba85d143d2   salun     4          172         13.3% !   1      sparse    -                2026-11-24 09:29
-  e0d83e8b3d6f   train     -          0           0.0%      0      whole     legal: case 17   2026-11-24 09:29
+  $ salun model history digits
+  version        made by   requests   forgotten   debt      runs   weights   held by   published
+  ─────────────────────────────────────────────────────────────────────────────────────────────────────
+  30ba85d143d2   salun     -          131         10.1% !   1      sparse    -         2026-11-24 09:29
+  e0d83e8b3d6f   import    -          0           0.0%      0      whole     -         2026-11-24 09:29
 
   Much was forgotten since the last full training: a new one is due.
 """,
     "model rollback": """
 Example:
 
-  $ salun model rollback demo@e0d83e8b --reason "accuracy fell"
-  Error: rolling demo back to e0d83e8b3d6f would bring back 172 forgotten samples: 1 versions lie between, and 4
+  $ salun model rollback digits@e0d83e8b --reason "accuracy fell"
+  Error: rolling digits back to e0d83e8b3d6f would bring back 131 forgotten samples: 1 versions lie between, and 4
   completed requests would be undone. To fix it: keep HEAD, or give --reopen to queue these requests again.
 """,
     "purge": """

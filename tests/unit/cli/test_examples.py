@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -45,7 +46,7 @@ def test_every_verb_has_an_example():
     own = [verb for verb in verbs if not verb.startswith("request ")]
     assert sorted(own) == sorted(EXAMPLES)
     run = ORDER + RETENTION + CERTIFICATES + ALONE
-    assert set(run) == set(own) - {"demo", "sweep"}  # run in tests/e2e and test_sweep_cli.py
+    assert set(run) == set(own) - {"demo", "sweep", "model rollback"}  # run in e2e, test_sweep_cli.py, and below
 
 
 def _check(salun, verb):
@@ -65,6 +66,13 @@ def test_the_examples_follow_each_other(salun, store, monkeypatch, tmp_path):
     (tmp_path / "run.yaml").write_text(settings.replace("s3://salun", store.uri))
     for verb in ORDER + RETENTION:
         _check(salun, verb)
+    first = json.loads(salun("model", "history", "digits", "--json").stdout)[-1]["version"]
+    refused = salun("model", "rollback", f"digits@{first}", "--reason", "accuracy fell")
+    assert refused.exit_code == 4
+    said = " ".join(EXAMPLES["model rollback"].split())
+    for part in ("would bring back", "versions lie between", "give --reopen to queue these requests again"):
+        assert part in said
+        assert part in refused.stderr
 
 
 def test_the_examples_of_certificates(salun, store, monkeypatch, tmp_path):
