@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -59,12 +60,11 @@ def wait(url, process, folder):
 
 
 @pytest.fixture
-def folder(tmp_path_factory):
-    """A folder that every uid may enter and write."""
-    made = tmp_path_factory.mktemp("pod")
-    for path in (made, *made.parents[:2]):
-        path.chmod(0o777)
-    return made
+def folder():
+    """A folder that every uid may enter and write; pytest's own lies under one that is for its user alone."""
+    with tempfile.TemporaryDirectory(prefix="salun-pod-") as made:
+        Path(made).chmod(0o777)
+        yield Path(made)
 
 
 @pytest.mark.s3

@@ -51,7 +51,7 @@ def test_the_example_and_a_sweep_that_finds_nothing_more(sweep, salun, ledger, s
     ledger.submit("r-2", "digits", SamplesTarget(ids=["nobody"]))
     parent = read_head(store, "digits")[0].version
     waiting = sweep("--once")
-    assert (waiting.exit_code, "claimed    0: 2 wait, and no batch is due" in waiting.stdout) == (0, True)
+    assert (waiting.exit_code, "claimed    0: 2 waiting, and no batch is due" in waiting.stdout) == (0, True)
 
     result = salun(*shlex.split(EXAMPLE[3].partition("$ salun ")[2]))
     assert result.exit_code == 0, result.stderr
