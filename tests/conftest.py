@@ -85,6 +85,15 @@ def _one_thread():
         torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _logs_of_its_own():
+    """Let no test log to the standard error of an earlier one, which was captured and is closed."""
+    yield
+    structlog = sys.modules.get("structlog")
+    if structlog is not None and structlog.is_configured():
+        structlog.reset_defaults()
+
+
 @pytest.fixture(scope="session")
 def digits_model(tmp_path_factory):
     """The folder of a small classifier that fits the digits, trained once a session."""

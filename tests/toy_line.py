@@ -136,6 +136,22 @@ class ToyCertifier:
         return digest_json(body)
 
 
+def run_record(run: str, parent: str, created_at: str, **changes: object) -> RunRecord:
+    """A record of a run with one member, which nobody claimed."""
+    member = {
+        "id": "r-1",
+        "event": 2,
+        "attempt": 1,
+        "forget_digest": "a" * 64,
+        "salt": "0" * 32,
+        "found": 3,
+        "named": 3,
+    }
+    fields = {"run": run, "line": LINE, "parent": parent, "epoch": 1, "created_at": created_at, "method": "salun"}
+    rest = {"density": 0.5, "work_key": "b" * 64, "members": [member], "forget_sha256": "f" * 64}
+    return RunRecord.model_validate({**fields, **rest, "forget_count": 3, "train_count": 20, **changes})
+
+
 def books(store: FileStore, clock=utc_clock) -> Books:
     return Books(store, clock, ToyCertifier(store))
 

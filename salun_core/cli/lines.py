@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from salun_core.cli.options import Actor, DryRun, Store, who
+from salun_core.cli.options import Actor, DryRun, Store, named_store, who
 from salun_core.cli.output import emit, emit_facts, print_table
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def history(
     from salun_core.steps.lineage import tell
     from salun_core.storage import open_store
 
-    chapters = tell(open_store(_named(store)), line)
+    chapters = tell(open_store(named_store(store)), line)
     emit([_document(item) for item in chapters], lambda: _print(chapters))
 
 
@@ -68,7 +68,7 @@ def rollback(
     """Make an earlier version HEAD again. Past an erasure it is refused, unless its requests are to be reopened."""
     from salun_core.steps.rollback import rollback as step
 
-    done = step(_named(store), version, who(actor), reason, reopen=reopen, dry_run=dry_run)
+    done = step(named_store(store), version, who(actor), reason, reopen=reopen, dry_run=dry_run)
     emit_facts(
         {
             "head": done.head.version if done.head else "as before (dry run)",
@@ -76,11 +76,3 @@ def rollback(
             "reopened_requests": len(done.reopened),
         }
     )
-
-
-def _named(store: str | None) -> str:
-    from salun_core.errors import UsageError
-
-    if not store:
-        raise UsageError("no store is named", "a model line lies in a store", "give --store or set SALUN_STORE_URI")
-    return store

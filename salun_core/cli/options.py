@@ -47,6 +47,19 @@ def who(actor: str) -> str:
         return "unknown"
 
 
+def named_store(store: str | None) -> str:
+    """Return the address of the store.
+
+    Raises:
+        UsageError: none is named.
+    """
+    from salun_core.errors import UsageError
+
+    if not store:
+        raise UsageError("no store is named", "a model line lies in a store", "give --store or set SALUN_STORE_URI")
+    return store
+
+
 def read_settings(pairs: list[str], file: Path | None = None) -> dict[str, Any]:
     """Read settings from a file and from KEY=VALUE pairs; a pair wins, and a dot leads into a section.
 

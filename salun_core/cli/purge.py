@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from salun_core.cli.options import Actor, Store, who
+from salun_core.cli.options import Actor, Store, named_store, who
 from salun_core.cli.output import MODE, emit, emit_facts, print_table
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def purge(
         artifact_days=artifact_days,
         every_hours=every_hours,
     )
-    report = step.purge(_named(store), rules, pipeline_root, dry_run=dry_run, signer=find_signing_key())
+    report = step.purge(named_store(store), rules, pipeline_root, dry_run=dry_run, signer=find_signing_key())
     emit(_document(report), lambda: _show(report))
 
 
@@ -72,7 +72,7 @@ def hold(
     from salun_core.storage.holds import hold_version
     from salun_core.storage.versions import resolve
 
-    opened = open_store(_named(store))
+    opened = open_store(named_store(store))
     line, digest = resolve(opened, version)
     held = hold_version(opened, line, digest, who(actor), reason, utc_clock)
     emit_facts({"held": f"{line}@{digest}", "by": held.by, "since": held.at, "reason": held.reason})
@@ -84,18 +84,10 @@ def release(version: _Version, store: Store = None) -> None:
     from salun_core.storage.holds import release_version
     from salun_core.storage.versions import resolve
 
-    opened = open_store(_named(store))
+    opened = open_store(named_store(store))
     line, digest = resolve(opened, version)
     held = release_version(opened, line, digest)
     emit_facts({"released": f"{line}@{digest}", "was_held_by": held.by, "since": held.at, "reason": held.reason})
-
-
-def _named(store: str | None) -> str:
-    from salun_core.errors import UsageError
-
-    if not store:
-        raise UsageError("no store is named", "model lines lie in a store", "give --store or set SALUN_STORE_URI")
-    return store
 
 
 def _document(report: PurgeReport) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from salun_core.cli.options import DryRun
+from salun_core.cli.options import Actor, DryRun, who
 from salun_core.cli.output import emit
 from salun_core.errors import ConflictError, UsageError
 
@@ -23,9 +23,6 @@ app = typer.Typer(no_args_is_help=True, help="File deletion requests, see where 
 
 _Store = Annotated[
     str, typer.Option("--store", envvar="SALUN_STORE_URI", help="Where the requests are kept: s3://bucket/prefix.")
-]
-_Actor = Annotated[
-    str, typer.Option("--actor", envvar="SALUN_ACTOR", help="Who does it, for the audit log; your login unless given.")
 ]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="The request's id.")]
 _Reason = Annotated[str, typer.Option("--reason", help="Why, for the audit log; no personal data.")]
@@ -76,7 +73,7 @@ def submit(
     source: Annotated[
         str | None, typer.Option("--source", help="Where it came from, such as a ticket; no personal data.")
     ] = None,
-    actor: _Actor = "",
+    actor: Actor = "",
     dry_run: DryRun = False,
 ) -> None:
     """File deletion requests. Filing the same again is harmless; another text under the same id is refused."""
@@ -99,7 +96,7 @@ def submit(
             "see salun request submit --help",
         )
     submissions = [_from_flags(given)] if file is None else read_submissions(_read(file), file, line)
-    filed = _file_all(_ledger(store, dry_run), submissions, _who(actor))
+    filed = _file_all(_ledger(store, dry_run), submissions, who(actor))
     _print_filed(filed, dry_run)
 
 
@@ -224,33 +221,33 @@ def reindex(store: _Store, dry_run: DryRun = False) -> None:
 
 
 @app.command(epilog=_example("hold", "queued", "on_hold", "identity in doubt", 2))
-def hold(request_id: _Id, store: _Store, reason: _Reason, actor: _Actor = "", dry_run: DryRun = False) -> None:
+def hold(request_id: _Id, store: _Store, reason: _Reason, actor: Actor = "", dry_run: DryRun = False) -> None:
     """Keep a request from being erased. Its month goes on."""
-    _print_move(_ledger(store, dry_run).hold(request_id, _who(actor), reason), dry_run)
+    _print_move(_ledger(store, dry_run).hold(request_id, who(actor), reason), dry_run)
 
 
 @app.command(epilog=_example("release", "on_hold", "queued", "identity confirmed", 3))
-def release(request_id: _Id, store: _Store, reason: _Reason, actor: _Actor = "", dry_run: DryRun = False) -> None:
+def release(request_id: _Id, store: _Store, reason: _Reason, actor: Actor = "", dry_run: DryRun = False) -> None:
     """Queue a request that is on hold."""
-    _print_move(_ledger(store, dry_run).release(request_id, _who(actor), reason), dry_run)
+    _print_move(_ledger(store, dry_run).release(request_id, who(actor), reason), dry_run)
 
 
 @app.command(epilog=_example("cancel", "queued", "cancelled", "withdrawn", 2))
-def cancel(request_id: _Id, store: _Store, reason: _Reason, actor: _Actor = "", dry_run: DryRun = False) -> None:
+def cancel(request_id: _Id, store: _Store, reason: _Reason, actor: Actor = "", dry_run: DryRun = False) -> None:
     """Withdraw a request that no run has taken up."""
-    _print_move(_ledger(store, dry_run).cancel(request_id, _who(actor), reason), dry_run)
+    _print_move(_ledger(store, dry_run).cancel(request_id, who(actor), reason), dry_run)
 
 
 @app.command(epilog=_example("retry", "failed", "queued", "data set repaired", 4))
-def retry(request_id: _Id, store: _Store, reason: _Reason, actor: _Actor = "", dry_run: DryRun = False) -> None:
+def retry(request_id: _Id, store: _Store, reason: _Reason, actor: Actor = "", dry_run: DryRun = False) -> None:
     """Queue a failed request again, with its attempts counted anew."""
-    _print_move(_ledger(store, dry_run).retry(request_id, _who(actor), reason), dry_run)
+    _print_move(_ledger(store, dry_run).retry(request_id, who(actor), reason), dry_run)
 
 
 @app.command(epilog=_example("reopen", "completed", "queued", "model rolled back", 4))
-def reopen(request_id: _Id, store: _Store, reason: _Reason, actor: _Actor = "", dry_run: DryRun = False) -> None:
+def reopen(request_id: _Id, store: _Store, reason: _Reason, actor: Actor = "", dry_run: DryRun = False) -> None:
     """Queue a completed request again, for a rollback past its erasure undid it."""
-    _print_move(_ledger(store, dry_run).reopen(request_id, _who(actor), reason), dry_run)
+    _print_move(_ledger(store, dry_run).reopen(request_id, who(actor), reason), dry_run)
 
 
 def _print_move(event: RequestEvent, dry_run: bool) -> None:
@@ -265,14 +262,3 @@ def _ledger(store: str, dry_run: bool = False) -> Ledger:
     from salun_core.storage import open_store
 
     return Ledger(open_store(store), utc_clock, dry_run)
-
-
-def _who(actor: str) -> str:
-    if actor:
-        return actor
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user may have no name
-        return "unknown"

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salun_core.config import Document
-from salun_core.digest import check_digest, sha256_bytes
-from salun_core.errors import IntegrityError
+from salun_core.digest import check_digest
 from salun_core.requests.books import Erased
 from salun_core.requests.certificate import Facts, issue
 from salun_core.requests.keys import load_signing_key
 from salun_core.requests.schema import Outcome
 from salun_core.requests.statement import DisposalDue, Disposals
 from salun_core.storage.lineage import parse_stored
-from salun_core.storage.lookup import Version
-from salun_core.storage.names import blob_key
+from salun_core.storage.lookup import Version, read_file
 from salun_core.storage.objects import ObjectStore
 
 if TYPE_CHECKING:
@@ -88,18 +86,8 @@ class ModelCertifier:
         """Return the small files of a version, checked against its manifest; those of the last one are kept."""
         if version.digest not in self._files:
             names = [name for name in (_EVIDENCE, _DECISION, _CARD) if name in version.manifest.files]
-            self._files = {version.digest: {name: self._read(version, name) for name in names}}
+            self._files = {version.digest: {name: read_file(self._store, version, name) for name in names}}
         return self._files[version.digest]
-
-    def _read(self, version: Version, name: str) -> bytes:
-        digest = version.manifest.files[name].sha256
-        stored = self._store.get(blob_key(digest))
-        if stored is None:
-            raise IntegrityError(
-                f"{name} of version {version.digest[:12]} is gone", "its blob is missing", "restore it"
-            )
-        check_digest(f"{name} of version {version.digest[:12]}", digest, sha256_bytes(stored.data))
-        return stored.data
 
 
 def _evidence(documents: dict[str, bytes]) -> Any:  # noqa: ANN401 - Evidence, whose package loads torch

@@ -12,8 +12,7 @@ from typing import Any
 from salun_core.config import parse
 from salun_core.data import load_data
 from salun_core.data.split import SplitManifest
-from salun_core.digest import check_digest, sha256_bytes
-from salun_core.errors import ConflictError, IntegrityError
+from salun_core.errors import ConflictError
 from salun_core.models import ModelCard
 from salun_core.models.checkpoint import CARD, SPLIT
 from salun_core.requests.books import Books
@@ -27,8 +26,7 @@ from salun_core.steps.observe import RunRef, observed
 from salun_core.steps.sources import fetched
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.lineage import parse_stored
-from salun_core.storage.lookup import Version
-from salun_core.storage.names import blob_key
+from salun_core.storage.lookup import Version, read_file
 from salun_core.storage.probe import ProbedStore, require_safe
 from salun_core.unlearn import method_config
 
@@ -158,15 +156,6 @@ def resolver_of(store: FileStore, version: Version) -> Resolver:
     Raises:
         IntegrityError: a file of the version is gone or damaged, or the data are not what it was trained on.
     """
-    card = parse_stored(ModelCard, _file(store, version, CARD), CARD)
-    split = parse_stored(SplitManifest, _file(store, version, SPLIT), SPLIT)
+    card = parse_stored(ModelCard, read_file(store, version, CARD), CARD)
+    split = parse_stored(SplitManifest, read_file(store, version, SPLIT), SPLIT)
     return TableResolver(version.digest, load_data(card.data, split).table, split, fetched)
-
-
-def _file(store: FileStore, version: Version, name: str) -> bytes:
-    entry = version.manifest.files[name]
-    stored = store.get(blob_key(entry.sha256))
-    if stored is None:
-        raise IntegrityError(f"{name} of version {version.digest[:12]} is gone", "its blob is missing", "restore it")
-    check_digest(f"{name} of version {version.digest[:12]}", entry.sha256, sha256_bytes(stored.data))
-    return stored.data

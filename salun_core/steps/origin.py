@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from salun_core.digest import check_digest, sha256_bytes
-from salun_core.errors import IntegrityError
 from salun_core.evaluation import Evidence
 from salun_core.storage.lineage import VersionManifest, parse_stored
-from salun_core.storage.lookup import read_version
-from salun_core.storage.names import blob_key
+from salun_core.storage.lookup import Version, read_file, read_version
 from salun_core.storage.objects import ObjectStore
 
 EVIDENCE = "evidence.json"
@@ -41,12 +38,8 @@ def with_origin(store: ObjectStore, line: str, parent: str, measured: Evidence) 
 
 def _before(store: ObjectStore, manifest: VersionManifest) -> float | None:
     """Return the test accuracy of a version's parent, from the version's own evidence; None where it has none."""
-    entry = manifest.files.get(EVIDENCE)
-    if entry is None:
+    if EVIDENCE not in manifest.files:
         return None
-    stored = store.get(blob_key(entry.sha256))
-    if stored is None:
-        raise IntegrityError(f"the evidence of {manifest.line}@{manifest.digest[:12]} is gone", "", "restore its blob")
-    check_digest("the evidence of an earlier version", entry.sha256, sha256_bytes(stored.data))
-    found = parse_stored(Evidence, stored.data, EVIDENCE).metrics.get(_KEPT)
+    data = read_file(store, Version(manifest.digest, manifest), EVIDENCE)
+    found = parse_stored(Evidence, data, EVIDENCE).metrics.get(_KEPT)
     return found.before if found else None

@@ -121,6 +121,6 @@ def _check_allowed(line: str, version: str, undone: Sequence[Version], owed: Seq
         )
     raise ConflictError(
         f"rolling {line} back to {version[:12]} would bring back {forgotten} forgotten samples",
-        f"{len(undone)} versions lie between, and {len(owed)} completed requests would be undone",
+        f"between lie {len(undone)} of its versions, and {len(owed)} completed requests would be undone",
         "keep HEAD, or give --reopen to queue these requests again",
     )

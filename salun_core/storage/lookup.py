@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from salun_core.digest import check_digest, is_digest, sha256_bytes
 from salun_core.errors import IntegrityError, UsageError, unknown_name
 from salun_core.storage.lineage import Head, VersionManifest, parse_stored
-from salun_core.storage.names import check_id, head_key, version_key, versions_prefix
+from salun_core.storage.names import blob_key, check_id, head_key, version_key, versions_prefix
 from salun_core.storage.objects import ObjectStore
 
 _MIN_PREFIX = 6
@@ -51,6 +51,25 @@ def read_version(store: ObjectStore, line: str, digest: str) -> VersionManifest:
     manifest = parse_stored(VersionManifest, stored.data, key)
     _check_line(key, line, manifest.line)
     return manifest
+
+
+def read_file(store: ObjectStore, version: Version, name: str) -> bytes:
+    """Return a small file of a version, its bytes verified.
+
+    Args:
+        store: where the version lies.
+        version: its digest and manifest, which has a file of that name.
+        name: of the file.
+
+    Raises:
+        IntegrityError: the file is gone, or does not match its digest.
+    """
+    digest, what = version.manifest.files[name].sha256, f"{name} of version {version.digest[:12]}"
+    stored = store.get(blob_key(digest))
+    if stored is None:
+        raise IntegrityError(f"{what} is gone", "its blob is missing", "restore it")
+    check_digest(what, digest, sha256_bytes(stored.data))
+    return stored.data
 
 
 def _check_line(key: str, expected: str, actual: str) -> None:

@@ -20,7 +20,7 @@ from salun_core.data.forget import SubjectTarget
 from salun_core.errors import StoreError
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.redaction import redact_request
-from salun_core.requests.runs import RunLog, RunRecord, RunStatus
+from salun_core.requests.runs import RunLog, RunStatus
 from salun_core.requests.schema import Status
 from salun_core.requests.stock import LAYOUT
 from salun_core.requests.stocktaking import take_stock
@@ -29,6 +29,7 @@ from salun_core.steps.gauges import GaugeReader
 from salun_core.storage import erase, lookup, names, versions, weed
 from salun_core.storage.lease import acquire, release
 from salun_core.storage.s3 import S3Store
+from tests.toy_line import run_record
 
 pytestmark = pytest.mark.s3
 IAM = Path(__file__).parents[2] / "manifests" / "iam"
@@ -277,20 +278,7 @@ def test_the_steps_of_each_role_do_their_work(stores, server, tmp_path):
 
 def _record(parent):
     member = {"id": "r-9", "event": 2, "attempt": 1, "forget_digest": A, "salt": "0" * 32, "found": 1, "named": 1}
-    return RunRecord(
-        run="run-9",
-        line="people",
-        parent=parent,
-        epoch=1,
-        created_at=NOW.isoformat(),
-        method="salun",
-        density=0.5,
-        work_key=B,
-        members=[member],
-        forget_sha256="f" * 64,
-        forget_count=1,
-        train_count=9,
-    )
+    return run_record("run-9", parent, NOW.isoformat(), line="people", members=[member])
 
 
 def test_only_the_purger_erases_for_good(stores, server):

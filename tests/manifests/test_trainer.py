@@ -101,7 +101,7 @@ def test_the_pod_is_restricted_and_has_room_to_write(runtime):
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert spec["automountServiceAccountToken"] is False
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-    assert mounts.keys() == {"/tmp", "/dev/shm", "/work"}
+    assert mounts.keys() == {"/tmp", "/dev/shm", "/artifacts"}
     assert set(mounts.values()) == {volume["name"] for volume in spec["volumes"]}
     (claim,) = [item["persistentVolumeClaim"] for item in spec["volumes"] if "persistentVolumeClaim" in item]
     assert claim["claimName"] == shipped("PersistentVolumeClaim")["metadata"]["name"]
@@ -134,6 +134,6 @@ def test_salun_takes_the_command(job):
     verb, *options = [re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], word) for word in trainer["args"]]
     command = typer.main.get_command(app).commands[verb]
     context = command.make_context(verb, list(options))
-    assert str(context.params["mask"]).startswith("/work/")
-    assert str(context.params["out"]).startswith("/work/")
+    assert str(context.params["mask"]).startswith("/artifacts/")
+    assert str(context.params["out"]).startswith("/artifacts/")
     assert context.params["processes"] == 1  # torchrun starts them

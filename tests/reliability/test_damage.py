@@ -39,6 +39,7 @@ from salun_core.storage.lineage import Head
 from salun_core.storage.objects import Entry, StoredObject
 from salun_core.storage.s3 import S3Store
 from salun_core.storage.versions import fetch_version, publish_head, read_version, stage_version
+from tests.toy_line import run_record
 
 pytestmark = pytest.mark.s3
 DAMAGES = 1000 if os.environ.get("SALUN_RELIABILITY") == "full" else 100  # of each of two kinds
@@ -99,21 +100,7 @@ def model_files(folder):
 
 
 def record(run):
-    member = {"id": "r-1", "event": 2, "attempt": 1, "forget_digest": A, "salt": "0" * 32, "found": 3, "named": 3}
-    return RunRecord(
-        run=run,
-        line=LINE,
-        parent=A,
-        epoch=1,
-        created_at=NOW.isoformat(),
-        method="salun",
-        density=0.5,
-        work_key=B,
-        members=[member],
-        forget_sha256="f" * 64,
-        forget_count=3,
-        train_count=20,
-    )
+    return run_record(run, A, NOW.isoformat(), line=LINE)
 
 
 def fill(store, folder):
