@@ -179,14 +179,20 @@ def flat_memory(uri: str, sweeps: int, warm_up: int = 200) -> Figures:
 
 
 def killed_training(kills: int) -> Figures:
-    """Kill one training at a step of its own again and again, and compare its end with that of an unbroken one."""
+    """Kill one training at a step of its own again and again, and compare its end with that of an unbroken one.
+
+    All of it on one thread: with another number of threads a sum has other last bits, killed or not.
+    """
     import tempfile
+
+    import torch
 
     from salun_core.models.checkpoint import model_digest
     from salun_core.unlearn import FileCheckpoint
     from tests.unit.unlearn import test_resume as training
 
     begin, settings = time.monotonic(), {"epochs": kills + 2}
+    torch.set_num_threads(1)
     whole = training.start("salun", **settings)
     steps = training.STEPS_AN_EPOCH["salun"]
     with tempfile.TemporaryDirectory() as folder:
