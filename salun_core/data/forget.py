@@ -1,215 +1,120 @@
-"""What is to be forgotten: targets as people name them, and the set of training samples that they resolve to."""
+"""The forget set: the training samples and the concepts that forget targets resolve to."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from salun_core.config import Document, parse, read_document
+from salun_core.config import Document
 from salun_core.data.split import SplitManifest
 from salun_core.data.table import Table
-from salun_core.digest import check_digest, digest_json
+from salun_core.data.targets import (
+    ClassTarget,
+    ConceptTarget,
+    ForgetTarget,
+    RedactedTarget,
+    SamplesTarget,
+    SubjectTarget,
+    Target,
+    hash_of,
+    parse_target,
+    read_targets,
+    redact,
+)
+from salun_core.digest import canonical_json, check_digest, sha256_bytes
 from salun_core.errors import DataError, UsageError, unknown_name
 
-
-class SamplesTarget(Document):
-    """Single training samples, by id."""
-
-    kind: Literal["samples"] = "samples"
-    dataset_digest: str | None = Field(default=None, description="data set that the ids belong to; checked when given")
-    ids: list[str] | None = Field(default=None, min_length=1, description="sample ids")
-    manifest_uri: str | None = Field(default=None, description="s3:// address of a JSON list of ids, in place of `ids`")
-    sha256: str | None = Field(default=None, description="SHA-256 of that manifest's bytes")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> SamplesTarget:
-        if (self.ids is None) == (self.manifest_uri is None):
-            raise ValueError("give exactly one of `ids` and `manifest_uri`")
-        if (self.manifest_uri is None) != (self.sha256 is None):
-            raise ValueError("`sha256` goes with `manifest_uri`, and it needs it")
-        return self
-
-
-class ClassTarget(Document):
-    """All samples of one class."""
-
-    kind: Literal["class"] = "class"
-    dataset_digest: str | None = Field(
-        default=None, description="data set that the class belongs to; checked when given"
-    )
-    class_id: int | str = Field(description="class id from 0, or its name")
-
-
-class SubjectTarget(Document):
-    """All samples of one person, found through the data set's own metadata column."""
-
-    kind: Literal["subject"] = "subject"
-    subject_ref: str = Field(min_length=1, max_length=256, description="opaque reference, as in the metadata column")
-
-
-class ConceptTarget(Document):
-    """A concept of a text-to-image model, by prompts."""
-
-    kind: Literal["concept"] = "concept"
-    prompts: list[str] = Field(min_length=1)
-    anchor_prompt: str = Field(min_length=1)
-
-
-class RedactedTarget(Document):
-    """What is left of a target once its request is settled; with the data set, its hashes find the samples again."""
-
-    kind: Literal["redacted"] = "redacted"
-    of: Literal["samples", "class", "subject", "concept"] = Field(description="kind of the target before")
-    count: Annotated[int, Field(ge=0, strict=True)] = Field(
-        description="how many ids or prompts it named, 1 of another kind; 0 where a manifest held the ids"
-    )
-    dataset_digest: str | None = Field(default=None, description="data set that it belonged to; checked when given")
-    class_id: int | str | None = Field(default=None, description="the class, of a class only")
-    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = Field(
-        default=None, description="key of the hashes; none where nothing was to be found again"
-    )
-    hashes: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(
-        default=[], description="sorted HMAC-SHA256 of `<of> NUL <sample id or subject reference>`"
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> RedactedTarget:
-        if (self.class_id is not None) != (self.of == "class"):
-            raise ValueError("`class_id` goes with a class, and that needs it")
-        if self.hashes and self.salt is None:
-            raise ValueError("`hashes` need their `salt`")
-        return self
-
-
-ForgetTarget = Annotated[
-    SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget | RedactedTarget, Field(discriminator="kind")
+__all__ = [
+    "ClassTarget",
+    "ConceptTarget",
+    "ForgetSet",
+    "ForgetTarget",
+    "RedactedTarget",
+    "SamplesTarget",
+    "SubjectTarget",
+    "Target",
+    "parse_target",
+    "read_targets",
+    "redact",
+    "require_partial",
+    "resolve_forget",
 ]
-Target = SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget | RedactedTarget
-_KINDS: dict[str, type[Document]] = {
-    "samples": SamplesTarget,
-    "class": ClassTarget,
-    "subject": SubjectTarget,
-    "concept": ConceptTarget,
-    "redacted": RedactedTarget,
-}
 
 
 class ForgetSet(Document):
-    """The training samples that one or more targets resolve to; content-addressed."""
+    """The training samples and concepts that one or more targets resolve to; content-addressed."""
 
     format: Literal["salun.forget-set/v1"] = "salun.forget-set/v1"
     dataset_digest: str = Field(description="data set that the ids belong to")
     split_digest: str = Field(description="split manifest whose training split they are in")
-    ids: list[str] = Field(description="sorted unique ids of training samples")
+    ids: list[str] = Field(description="sorted unique ids of training samples, and a pseudo id for each concept")
     kinds: list[str] = Field(description="sorted kinds of the targets that it came from")
     classes: list[int] = Field(default=[], description="sorted classes that are forgotten as a whole")
+    concepts: list[ConceptTarget] = Field(default=[], description="concepts that are forgotten, sorted by pseudo id")
+
+    @model_validator(mode="after")
+    def _counted(self) -> ForgetSet:
+        if self.concepts and not {concept.pseudo_id for concept in self.concepts} <= set(self.ids):
+            raise ValueError("`ids` lacks the pseudo id of a concept")
+        return self
+
+    def canonical(self) -> bytes:
+        """Return the bytes that are sealed and digested; without concepts they do not speak of them."""
+        return canonical_json(self.model_dump(mode="json", exclude=set() if self.concepts else {"concepts"}))
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the set's canonical JSON."""
-        return digest_json(self.model_dump(mode="json"))
+        return sha256_bytes(self.canonical())
+
+    @cached_property
+    def samples(self) -> list[str]:
+        """The training samples alone: `ids` without the pseudo ids of concepts, sorted."""
+        pseudo = {concept.pseudo_id for concept in self.concepts}
+        return [name for name in self.ids if name not in pseudo]
 
 
-def read_targets(path: Path) -> list[Target]:
-    """Read one forget target, or a list of them, from YAML or JSON.
-
-    Raises:
-        UsageError: the file is missing or has faults.
-    """
-    document = read_document(path)
-    return [parse_target(item, str(path)) for item in (document if isinstance(document, list) else [document])]
-
-
-def parse_target(data: Any, source: str) -> Target:  # noqa: ANN401 - plain data from YAML or JSON
-    """Build a forget target from plain data.
-
-    Raises:
-        UsageError: an unknown kind (with the nearest match) or faults.
-    """
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if not isinstance(kind, str):
-        raise UsageError(f"{source} is no forget target", "it has no `kind`", f"give one of {', '.join(_KINDS)}")
-    if kind not in _KINDS:
-        raise unknown_name("forget target", kind, _KINDS)
-    return cast(Target, parse(_KINDS[kind], data, source))
-
-
-def redact(target: Target, salt: str | None, ids: Sequence[str] | None = None) -> RedactedTarget:
-    """Return what may be kept of a target once its request is settled.
-
-    Hashes are kept of sample ids and of a subject only: a class names no person and stays, prompts find no samples.
-
-    Args:
-        target: the target; one that is redacted already loses at most its hashes.
-        salt: key of the hashes, 32 random hex digits; None keeps no hashes.
-        ids: the sample ids of a manifest, where the target names one.
-    """
-    if isinstance(target, RedactedTarget):
-        return target if salt else target.model_copy(update={"salt": None, "hashes": []})
-    if isinstance(target, ConceptTarget):
-        return RedactedTarget(of="concept", count=len(target.prompts))
-    if isinstance(target, ClassTarget):
-        return RedactedTarget(of="class", count=1, dataset_digest=target.dataset_digest, class_id=target.class_id)
-    if isinstance(target, SubjectTarget):
-        return RedactedTarget(of="subject", count=1, salt=salt, hashes=_hashes("subject", [target.subject_ref], salt))
-    return RedactedTarget(
-        of="samples",
-        count=len(target.ids or ()),
-        dataset_digest=target.dataset_digest,
-        salt=salt,
-        hashes=_hashes("samples", target.ids or ids or (), salt),
-    )
-
-
-def _hashes(of: str, names: Iterable[str], salt: str | None) -> list[str]:
-    return sorted({_hash(of, name, salt) for name in names}) if salt else []
-
-
-def _hash(of: str, name: str, salt: str) -> str:
-    data = f"{of}\0{name}".encode("utf-8", "surrogatepass")  # an id may be the name of a file
-    return hmac.new(bytes.fromhex(salt), data, hashlib.sha256).hexdigest()
-
-
-def resolve_forget(targets: Sequence[Target], table: Table, split: SplitManifest) -> ForgetSet:
-    """Find the training samples that targets name (their union).
+def resolve_forget(
+    targets: Sequence[Target], table: Table | None, split: SplitManifest, *, generative: bool = False
+) -> ForgetSet:
+    """Find the training samples and the concepts that targets name (their union).
 
     Args:
         targets: at least one; `manifest_uri` must have been fetched into `ids` before.
-        table: the data.
-        split: the split that the model was trained on.
+        table: the data; None where the model came without any.
+        split: the split that the model was trained on; empty where it came without data.
+        generative: whether it is a diffusion model, which forgets classes and concepts; a classifier forgets classes,
+            samples and subjects.
 
     Returns:
         The forget set; it may be empty when nothing that was named is in the training split.
 
     Raises:
-        UsageError: an id or class that the data do not have; a concept; a redacted target that kept no hashes.
+        UsageError: an id or class that the data do not have; what such a model cannot forget; a redacted target that
+            kept no hashes.
         IntegrityError: a target is of another data set.
     """
     targets = [_class_again(target) for target in targets]
-    ids: set[str] = set()
-    for target in targets:
-        ids |= _resolve_one(target, table, split)
-    classes = sorted({_class_id(target, table) for target in targets if isinstance(target, ClassTarget)})
-    kinds = {target.of if isinstance(target, RedactedTarget) else target.kind for target in targets}
-    if classes and all(table.labels[table.position[sample]] in classes for sample in ids):
-        kinds = {"class"}  # whatever else was named lies within the classes
+    if generative:
+        _check_generative(targets)
+    concepts = {target.pseudo_id: target for target in targets if generative and isinstance(target, ConceptTarget)}
+    named = [target for target in targets if not (generative and isinstance(target, ConceptTarget))]
+    ids, kinds, classes = _of_data(named, table, split) if named else (set(), set(), [])
     return ForgetSet(
         dataset_digest=split.dataset_digest,
         split_digest=split.digest,
-        ids=sorted(ids & split.train.keys()),
-        kinds=sorted(kinds),
+        ids=sorted({*(ids & split.train.keys()), *concepts}),
+        kinds=sorted(kinds | ({"concept"} if concepts else set())),
         classes=classes,
+        concepts=[concepts[name] for name in sorted(concepts)],
     )
 
 
 def require_partial(forget: ForgetSet, split: SplitManifest) -> None:
-    """Check that there is something to forget and something to keep.
+    """Check that there is something to forget and something to keep; beside concepts there always is.
 
     Raises:
         DataError: the forget set is empty, or is the whole training split.
@@ -220,7 +125,7 @@ def require_partial(forget: ForgetSet, split: SplitManifest) -> None:
             "nothing that was named is in the training split",
             "there is nothing to erase; check the names",
         )
-    if len(forget.ids) >= len(split.train):
+    if forget.samples and len(forget.samples) >= len(split.train):
         raise DataError(
             "forget set is the whole training data",
             f"all {len(split.train)} samples",
@@ -234,15 +139,53 @@ def _class_again(target: Target) -> Target:
     return target
 
 
-def _resolve_one(target: Target, table: Table, split: SplitManifest) -> set[str]:
-    if isinstance(target, RedactedTarget):
-        return _found_again(target, table, split)
-    if isinstance(target, ConceptTarget):
+def _kind(target: Target) -> str:
+    return target.of if isinstance(target, RedactedTarget) else target.kind
+
+
+def _check_generative(targets: Sequence[Target]) -> None:
+    for kind in map(_kind, targets):
+        if kind not in {"class", "concept"}:
+            raise UsageError(
+                "a diffusion model forgets classes and concepts",
+                f"a target of kind {kind!r} names single training images",
+                "name their class, or a concept by prompts",
+            )
+    if any(isinstance(target, RedactedTarget) for target in targets):
+        raise _not_kept()
+
+
+def _of_data(
+    targets: Sequence[Target], table: Table | None, split: SplitManifest
+) -> tuple[set[str], set[str], list[int]]:
+    """Return the samples that targets name in the data, the targets' kinds, and the classes named as a whole."""
+    _check_no_concept(targets)
+    if table is None:
+        raise UsageError(
+            "the model came without training data", "only concepts can be forgotten from it", "name a concept"
+        )
+    ids: set[str] = set()
+    for target in targets:
+        ids |= _resolve_one(target, table, split)
+    classes = sorted({_class_id(target, table) for target in targets if isinstance(target, ClassTarget)})
+    if classes and all(table.labels[table.position[sample]] in classes for sample in ids):
+        return ids, {"class"}, classes  # whatever else was named lies within the classes
+    return ids, {_kind(target) for target in targets}, classes
+
+
+def _check_no_concept(targets: Sequence[Target]) -> None:
+    if any(isinstance(target, ConceptTarget) for target in targets):
         raise UsageError(
             "a classifier cannot forget a concept", "prompts name images of a text-to-image model", "name a class"
         )
+
+
+def _resolve_one(target: Target, table: Table, split: SplitManifest) -> set[str]:
+    if isinstance(target, RedactedTarget):
+        return _found_again(target, table, split)
     if isinstance(target, SubjectTarget):
         return _samples_of({target.subject_ref}, table)
+    assert not isinstance(target, ConceptTarget)
     if target.dataset_digest is not None:
         check_digest("the data set of a forget target", target.dataset_digest, split.dataset_digest)
     if isinstance(target, ClassTarget):
@@ -256,14 +199,16 @@ def _resolve_one(target: Target, table: Table, split: SplitManifest) -> set[str]
 def _found_again(target: RedactedTarget, table: Table, split: SplitManifest) -> set[str]:
     """Hash all that the data name and return the samples whose hashes the target kept; what is gone is no fault."""
     if target.salt is None or not target.hashes:
-        raise UsageError(
-            "a redacted target cannot be found again", "nothing was kept of what it named", "file it again"
-        )
+        raise _not_kept()
     if target.dataset_digest is not None:
         check_digest("the data set of a forget target", target.dataset_digest, split.dataset_digest)
     kept, names = set(target.hashes), table.subjects if target.of == "subject" else table.ids
-    found = {name for name in set(names) if name is not None and _hash(target.of, name, target.salt) in kept}
+    found = {name for name in set(names) if name is not None and hash_of(target.of, name, target.salt) in kept}
     return _samples_of(found, table) if target.of == "subject" else found
+
+
+def _not_kept() -> UsageError:
+    return UsageError("a redacted target cannot be found again", "nothing was kept of what it named", "file it again")
 
 
 def _samples_of(subjects: set[str], table: Table) -> set[str]:

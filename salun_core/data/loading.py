@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
+from torch import Tensor
 
 from salun_core.data.decode import decode
 from salun_core.data.forget import ForgetSet
@@ -44,11 +45,19 @@ class LoadedData:
             DataError: an image is corrupt, or sizes differ.
         """
         ids = self.split.ids(name)
-        positions = [self.table.position[sample] for sample in ids]
-        images = decode([self.table.payloads[p] for p in positions], ids, self.spec.size, self.spec.channels)
-        labels = [self.table.labels[position] for position in positions]
+        images = self.pixels(ids)
+        labels = [self.table.labels[self.table.position[sample]] for sample in ids]
         scale = normalisation or Normalisation.of(images)
         return ImageSet(images, torch.tensor(labels, dtype=torch.int64), scale, self.spec.augment, ids)
+
+    def pixels(self, ids: Sequence[str]) -> Tensor:
+        """Decode single samples, in the order of their ids, to uint8 [N, C, H, W].
+
+        Raises:
+            DataError: an image is corrupt, or sizes differ.
+        """
+        payloads = [self.table.payloads[self.table.position[sample]] for sample in ids]
+        return decode(payloads, ids, self.spec.size, self.spec.channels)
 
     def forget_and_retain(self, train: ImageSet, forget: ForgetSet) -> tuple[ImageSet, ImageSet]:
         """Part the training images into forget set and retain set.
@@ -82,9 +91,7 @@ def load_data(spec: DataSpec, split: SplitManifest | None = None) -> LoadedData:
         IntegrityError: the data are not those of the split.
     """
     table = _read(spec, spec.source, train=True)
-    if spec.test_source is not None or (
-        spec.source.startswith("torchvision:") and not spec.source.endswith("FakeData")
-    ):
+    if spec.brings_test_data:
         table = table.joined(_read(spec, spec.test_source or spec.source, train=False))
     if split is None:
         split = make_split(table, spec)

@@ -1,4 +1,4 @@
-"""Readers: digits, torchvision names, folders of class folders, parquet in the Hugging Face layout."""
+"""Readers: digits, Fashion-MNIST, torchvision names, folders of class folders, parquet in the Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from salun_core.config import read_document
+from salun_core.data.idx import CLASSES, fashion_mnist
 from salun_core.data.spec import DataSpec
 from salun_core.data.table import Payload, Table
 from salun_core.errors import DataError, UsageError, unknown_name
@@ -33,6 +34,22 @@ def read_digits(spec: DataSpec, train: bool) -> Table:
         payloads=list(pixels),
         classes=[str(name) for name in digits.target_names],
         subjects=[subjects.get(sample) for sample in ids],
+    )
+
+
+def read_fashion_mnist(spec: DataSpec, train: bool) -> Table:
+    """Read one part of Fashion-MNIST, 28 x 28 pixels of grey, from its files on this machine.
+
+    Raises:
+        DataError: they are nowhere, or damaged.
+    """
+    images, labels = fashion_mnist(spec.root, train)
+    return Table(
+        ids=[f"{index:06d}" for index in range(len(images))],
+        labels=[int(label) for label in labels],
+        payloads=list(images[..., None]),
+        classes=list(CLASSES),
+        subjects=[None] * len(images),
     )
 
 
@@ -244,12 +261,15 @@ def _encoded(image: Any, index: int, path: Path) -> Payload:  # noqa: ANN401 - a
     return data
 
 
+_BY_NAME = {"digits": read_digits, "fashion-mnist": read_fashion_mnist}
+
+
 def read_table(spec: DataSpec, source: Path | None, train: bool) -> Table:
     """Read the rows of a source.
 
     Args:
         spec: column names and classes.
-        source: a local folder or file; None for `digits` and torchvision names.
+        source: a local folder or file; None for names.
         train: which part, for sources that have their own split.
 
     Returns:
@@ -260,7 +280,7 @@ def read_table(spec: DataSpec, source: Path | None, train: bool) -> Table:
         DataError: what is there cannot be read.
     """
     if source is None:
-        return read_digits(spec, train) if spec.source == "digits" else read_torchvision(spec, train)
+        return _BY_NAME.get(spec.source, read_torchvision)(spec, train)
     if not source.exists():
         raise UsageError(f"there is no data at {source}", "the path does not exist", "check `source` in the data spec")
     parquet = source.suffix == ".parquet" or (source.is_dir() and any(source.glob("*.parquet")))

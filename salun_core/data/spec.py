@@ -10,15 +10,15 @@ from pydantic import Field
 from salun_core.config import Document, load
 from salun_core.errors import UsageError, unknown_name
 
-BUILTIN = ("digits",)
+BUILTIN = ("digits", "fashion-mnist")
 
 
 class DataSpec(Document):
     """A data set of labelled images."""
 
     source: str = Field(
-        description="`digits`, `torchvision:NAME`, a folder of class folders, a parquet file or a folder of them; "
-        "local or s3://"
+        description="`digits`, `fashion-mnist`, `torchvision:NAME`, a folder of class folders, a parquet file or a "
+        "folder of them; local or s3://"
     )
     test_source: str | None = Field(default=None, description="test data of the same layout; else a share of `source`")
     image_column: str = Field(default="image", description="parquet: encoded bytes, or a struct with `bytes`")
@@ -41,14 +41,20 @@ class DataSpec(Document):
     validation_fraction: float = Field(default=0.1, ge=0, lt=1, description="share of the training rows held out")
     test_fraction: float = Field(default=0.2, gt=0, lt=1, description="share for the test split without test_source")
     split_seed: int = Field(default=0, ge=0, description="of the split")
-    root: str | None = Field(default=None, description="torchvision: the folder that holds the data")
+    root: str | None = Field(default=None, description="torchvision and `fashion-mnist`: the folder of the files")
+
+    @property
+    def brings_test_data(self) -> bool:
+        """Whether test data come apart from the training data, not as a share of them."""
+        of_torchvision = self.source.startswith("torchvision:") and not self.source.endswith("FakeData")
+        return self.test_source is not None or self.source == "fashion-mnist" or of_torchvision
 
 
 def load_spec(text: str) -> DataSpec:
     """Read a data set spec from what the command line was given.
 
     Args:
-        text: a YAML or JSON file, a data folder, a parquet file, `digits`, `torchvision:NAME` or an s3:// URI.
+        text: a YAML or JSON file, a data folder, a parquet file, a name of `BUILTIN`, `torchvision:NAME` or s3:// URI.
 
     Returns:
         The spec.

@@ -161,7 +161,7 @@ class _Batch:
             if not resolved.ids:
                 self.nothing.append((state, resolved))
                 continue
-            larger = together | set(resolved.ids)
+            larger = together | resolved.samples
             if chosen and len(larger) > self.terms.max_forget_fraction * self.resolver.train_count:
                 continue
             chosen.append((state, resolved))
@@ -174,7 +174,7 @@ class _Batch:
         """Find what a request names; one that cannot be resolved becomes a dead letter, and its error says no name."""
         try:
             resolved = self.resolver.resolve(state.request)
-            if len(resolved.ids) < self.resolver.train_count:
+            if not resolved.samples or len(resolved.samples) < self.resolver.train_count:
                 return resolved
             reason = "it names all of the training data"
         except SalunError as error:
@@ -208,8 +208,9 @@ class _Batch:
         self, taken: Sequence[tuple[RequestState, Resolved]], kind: tuple[str | None, int], sealed: str
     ) -> RunRecord:
         group, rung = kind
-        ids = sorted({sample for _, resolved in taken for sample in resolved.ids})
-        rung = self._rung(ids, rung)
+        ids = sorted({name for _, resolved in taken for name in resolved.ids})
+        samples = {sample for _, resolved in taken for sample in resolved.samples}
+        rung = self._rung(ids, len(samples), rung)
         recipe = self.terms.ladder[rung]
         fields = {
             "run": self.run,
@@ -229,13 +230,13 @@ class _Batch:
         }
         return parse(RunRecord, fields, f"run {self.run}")
 
-    def _rung(self, ids: Sequence[str], rung: int) -> int:
+    def _rung(self, ids: Sequence[str], samples: int, rung: int) -> int:
         """Return the recipe to try: the last one where a single request is beyond the bound, else one not refused yet.
 
         The very same work would be refused again; only the last recipe is repeated, for then a person asked for it.
         """
         last = len(self.terms.ladder) - 1
-        if len(ids) > self.terms.max_forget_fraction * self.resolver.train_count:
+        if samples > self.terms.max_forget_fraction * self.resolver.train_count:
             return last
         rung = min(rung, last)
         while rung < last and self.books.store.get(work_key(self._work(ids, rung))) is not None:

@@ -23,6 +23,7 @@ from salun_core.requests.statement import (
     Disposals,
     ErasureCertificate,
 )
+from salun_core.storage.identity import weights_digest
 from salun_core.storage.lineage import VersionManifest
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def build_statement(facts: Facts, signer: str) -> ErasureCertificate:
     Raises:
         IntegrityError: the facts are not of one version, one run and one outcome.
         GateRefusedError: the gate refused; nothing is certified.
+        ModelError: the version's files are no model.
         UsageError: a fact is missing or of the wrong form.
     """
     _check(facts)
@@ -166,11 +168,10 @@ def _check(facts: Facts) -> None:
         raise _contradiction("something was erased, but evidence, the decision or the count of samples is missing")
     if manifest.retrained != (facts.outcome is Outcome.RETRAINED):
         raise _contradiction(f"the outcome is {facts.outcome}, the version was made by {manifest.method}")
-    weights = {entry.sha256 for entry in manifest.files.values()}
-    if evidence.measured.after not in weights or evidence.run.method != manifest.method:
+    weights = weights_digest({name: entry.sha256 for name, entry in manifest.files.items()})
+    if evidence.measured.after != weights or evidence.run.method != manifest.method:
         raise _contradiction("the evidence was measured on another model than the version's")
-    measured = digest_json(json.loads(evidence.model_dump_json()))  # in JSON, NaN is null, as the gate digests it
-    check_digest("the evidence that the gate judged", str(decision.get("evidence_digest")), measured)
+    check_digest("the evidence that the gate judged", str(decision.get("evidence_digest")), evidence.digest)
     if decision.get("passed") is not True:
         raise GateRefusedError("nothing is certified", "the gate refused the version", "see its decision.json")
 

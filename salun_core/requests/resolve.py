@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from salun_core.data.forget import ForgetSet, SamplesTarget, Target, resolve_forget
-from salun_core.digest import canonical_json
 from salun_core.requests.schema import DeletionRequest
 
 if TYPE_CHECKING:
@@ -20,14 +20,21 @@ class Resolved:
     """What one request names.
 
     Args:
-        ids: training samples of the version, sorted; none where there is nothing to erase.
+        ids: training samples of the version, and what stands for concepts, sorted; none: there is nothing to erase.
         digest: digest of its forget set.
         named: how many samples it names, whether in training or not.
+        concepts: those of the ids that stand for concepts, which no data set holds.
     """
 
     ids: Sequence[str]
     digest: str
     named: int
+    concepts: frozenset[str] = frozenset()
+
+    @cached_property
+    def samples(self) -> frozenset[str]:
+        """The training samples among the ids: what counts against the bounds of a run."""
+        return frozenset(self.ids) - self.concepts
 
 
 class Resolver(Protocol):
@@ -61,19 +68,23 @@ class TableResolver:
 
     Args:
         version: digest of the version.
-        table: the rows of the data set, checked against the split.
+        table: the rows of the data set, checked against the split; None where the model came without data.
         split: which of them the version was trained on and has not forgotten.
         fetch: replaces a target that names a manifest of ids by one that holds them.
+        generative: whether it is a diffusion model, which forgets classes and concepts, and no single samples.
     """
 
     def __init__(
         self,
         version: str,
-        table: Table,
+        table: Table | None,
         split: SplitManifest,
         fetch: Callable[[Target], Target] = lambda target: target,
+        *,
+        generative: bool = False,
     ) -> None:
         self._version, self._table, self._split, self._fetch = version, table, split, fetch
+        self._generative = generative
 
     @property
     def version(self) -> str:
@@ -89,26 +100,25 @@ class TableResolver:
         """Find what a request names; ids that the data do not know are nothing to erase, and no fault.
 
         Raises:
-            UsageError: it names a class that there is not, or something that a classifier cannot forget.
+            UsageError: it names a class that there is not, or something that such a model cannot forget.
             IntegrityError: it is of another data set.
         """
         target = self._fetch(request.target)
         found = self._set([target])
         named = len(target.ids or ()) if isinstance(target, SamplesTarget) else len(found.ids)
-        return Resolved(found.ids, found.digest, named)
+        return Resolved(found.ids, found.digest, named, frozenset(concept.pseudo_id for concept in found.concepts))
 
     def seal(self, requests: Sequence[DeletionRequest]) -> bytes:
         """Return the forget set of all requests together, as canonical JSON."""
-        together = self._set([self._fetch(request.target) for request in requests])
-        return canonical_json(together.model_dump(mode="json"))
+        return self._set([self._fetch(request.target) for request in requests]).canonical()
 
     def _set(self, targets: Sequence[Target]) -> ForgetSet:
         known = [found for target in targets if (found := self._known(target)) is not None]
-        return resolve_forget(known, self._table, self._split)
+        return resolve_forget(known, self._table, self._split, generative=self._generative)
 
     def _known(self, target: Target) -> Target | None:
         """Leave out the ids that the data do not have."""
-        if not isinstance(target, SamplesTarget):
+        if not isinstance(target, SamplesTarget) or self._table is None or self._generative:
             return target
         ids = [sample for sample in target.ids or () if sample in self._table.position]
         return target.model_copy(update={"ids": ids}) if ids else None

@@ -14,7 +14,7 @@ from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import IntegrityError, SalunError
 from salun_core.requests.envelope import PAYLOAD_TYPE, claimed_keyid, open_envelope, sign
 from salun_core.requests.schema import Outcome, RequestId, ShortText, Text
-from salun_core.storage.lineage import Count, Digest, FileName, LineId, RunId, UtcTime
+from salun_core.storage.lineage import Count, Digest, FileName, LineId, RunId, UtcTime, valid_tree
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 ERASURE_TYPE = "urn:salun:erasure:v1"
@@ -44,7 +44,7 @@ class Subject(Document):
 class ModelFile(Subject):
     """A file of the model version."""
 
-    name: FileName = Field(description="plain name of the file in the model's folder")
+    name: FileName = Field(description="name of the file in the model's folder, with `/` between folders")
 
 
 class RequestTimes(Document):
@@ -63,8 +63,8 @@ class ForgottenSet(Document):
         description="HMAC-SHA256, key: the salt's bytes, message: the set's SHA-256 as 64 hex digits"
     )
     salt: Annotated[str, Field(pattern=r"^(?:[0-9a-f]{2}){16,64}$")] = Field(description="random, in hex")
-    count: Count = Field(description="samples of the request that were in the training split")
-    named: Count = Field(description="samples that the request names in the data set")
+    count: Count = Field(description="samples of the request that were in the training split; a concept counts as one")
+    named: Count = Field(description="samples that the request names in the data set; a concept counts as one")
 
 
 class ModelFacts(Document):
@@ -106,7 +106,7 @@ class Provenance(Document):
 
 
 class CertifiedMetric(Document):
-    """One measured share; a value that could not be measured is left out."""
+    """One measured value, as the evidence has it; one that could not be measured is left out."""
 
     name: ShortText = Field(description="name of the metric")
     before: Share | None = Field(default=None, description="of the model before")
@@ -226,6 +226,7 @@ class ErasureCertificate(_Statement):
     def _distinct(self) -> ErasureCertificate:
         if len({item.name for item in self.subject}) < len(self.subject):
             raise ValueError("`subject` names a file twice")
+        valid_tree({item.name for item in self.subject})
         return self
 
 

@@ -26,7 +26,7 @@ class Terms(Document):
         min_length=1, description="the recipes; after a refusal the next is tried, and after the last a person decides"
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of each run")
-    policy_uri: str = Field(default="classifier", description="the gate policy")
+    policy_uri: str = Field(default="auto", description="the gate policy")
     max_requests: Annotated[int, Field(ge=1, le=1000)] = Field(default=64, description="requests of one run, at most")
     min_requests: Annotated[int, Field(ge=1)] = Field(
         default=16, description="a batch of so many is due even when none waits long"
@@ -38,7 +38,7 @@ class Terms(Document):
         default=8.0, description="a batch is due when one of its months ends so soon"
     )
     max_forget_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.2, description="share of the training data that one run forgets, at most"
+        default=0.2, description="share of the training data that one run forgets, at most; concepts do not count"
     )
     max_attempts: Annotated[int, Field(ge=1)] = Field(default=10, description="tries of a request, at most")
     lease_seconds: Annotated[int, Field(ge=1, le=7 * 86400)] = Field(

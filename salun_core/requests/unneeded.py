@@ -6,17 +6,17 @@ that stays is stored as its difference to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime, timedelta
 
 from salun_core.requests.disposal import Disposal, Kind, RetentionRules, disposal
 from salun_core.requests.stock import Stock, kind_of_key
 from salun_core.requests.superseded import Standing, VersionFacts, stand
 from salun_core.storage.erase import StoredKey
+from salun_core.storage.identity import weight_files
 from salun_core.storage.names import version_key
 
-PURGED = ("model.safetensors", "split.json", "mask.safetensors")
-"""Files of a superseded version that go: weights, the ids of the training samples, the critical weights."""
+_PURGED_TOO = ("split.json", "mask.safetensors")  # the ids of the training samples, the critical weights
 
 
 class Unneeded:
@@ -59,7 +59,7 @@ class Unneeded:
                 self.held.append(f"{item.line}@{item.digest}")
             else:
                 self._superseded.append(item)
-                needed -= set(PURGED)
+                needed -= set(purged_files(files))
         elif item.standing is Standing.STAGED and not self._in_use(item) and not self._held(item):
             self._unpublished.append(item)
             needed = set()
@@ -98,11 +98,12 @@ class Unneeded:
         for item in self._superseded:
             if (item.line, item.digest) in self._stock.disposed:
                 continue
-            files = {name: entry.sha256 for name, entry in item.manifest.files.items() if name in PURGED}
+            files = {name: item.manifest.files[name].sha256 for name in purged_files(item.manifest.files)}
             if not files:
                 continue
             gone = {name: digest for name, digest in files.items() if digest not in self._keep}
-            if not gone or files.get(PURGED[0]) in self._keep:
+            weights = weight_files(files)
+            if not gone or (weights and not gone.keys() & weights):
                 self.shared.append(f"{item.line}@{item.digest}")
                 continue
             reason = f"superseded since {item.since:%Y-%m-%d %H:%M}"
@@ -144,6 +145,15 @@ class Unneeded:
         fresh = [digest for digest in dict.fromkeys(digests) if digest not in taken]
         taken.update(fresh)
         return [item for digest in fresh for item in self._stored.get(digest, [])]
+
+
+def purged_files(names: Collection[str]) -> list[str]:
+    """Return those of a version's files that go when it is superseded: weights, training samples, critical weights.
+
+    Args:
+        names: of all its files.
+    """
+    return [*weight_files(names), *(name for name in _PURGED_TOO if name in names)]
 
 
 def _digests(item: VersionFacts) -> set[str]:

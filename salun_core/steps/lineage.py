@@ -11,9 +11,9 @@ from salun_core.requests.runs import RunLog
 from salun_core.storage import FileStore
 from salun_core.storage.blobs import blob_size, stored_size
 from salun_core.storage.holds import holds, read_disposal
+from salun_core.storage.identity import weight_files
 from salun_core.storage.lookup import Version, history
 
-WEIGHTS = "model.safetensors"
 DEBT_LIMIT, RUNS_LIMIT = 0.05, 10
 
 Kept = Literal["whole", "sparse", "purged", "missing"]
@@ -58,9 +58,10 @@ def _chapter(store: FileStore, line: str, item: Version, runs: RunLog, held_by: 
 
 
 def _kept(store: FileStore, line: str, item: Version) -> Kept:
-    entry = item.manifest.files.get(WEIGHTS)
-    if entry is None or blob_size(store, entry.sha256) is not None:
+    files = item.manifest.files
+    digests = [files[name].sha256 for name in weight_files(files)]
+    if all(blob_size(store, digest) is not None for digest in digests):
         return "whole"
     if read_disposal(store, line, item.digest) is not None:
         return "purged"
-    return "sparse" if stored_size(store, entry.sha256) is not None else "missing"
+    return "sparse" if all(stored_size(store, digest) is not None for digest in digests) else "missing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from salun_core.requests.statement import DisposalAddendum, ErasureCertificate, 
 from salun_core.storage import open_store
 from salun_core.storage.local import write_whole
 from salun_core.storage.names import certificate_key
+from salun_core.storage.tree import list_tree
 
 _SHOWN = 10
 
@@ -123,18 +123,17 @@ def _check_model(folder: Path, certificate: ErasureCertificate) -> int:
     return len(expected)
 
 
-def _plain_files(folder: Path) -> set[str]:
+def _plain_files(folder: Path) -> frozenset[str]:
     try:
-        entries = list(os.scandir(folder))
+        found = list_tree(folder)
     except OSError as error:
         raise UsageError(
             f"cannot read the model folder {folder}", error.strerror or "", "check the path and its permissions"
         ) from error
-    strange = sorted(entry.name for entry in entries if not entry.is_file(follow_symlinks=False))
-    if strange:
+    if found.strange:
         raise IntegrityError(
             f"{folder} holds more than files",
-            f"{', '.join(repr(name) for name in strange[:_SHOWN])}: a folder, a link or a device",
-            "a model version has plain files only; fetch it again",
+            f"{', '.join(repr(name) for name in found.strange[:_SHOWN])}: a link, a device, an empty or a deep folder",
+            "a model version has plain files only, in folders or not; fetch it again",
         )
-    return {entry.name for entry in entries}
+    return found.files

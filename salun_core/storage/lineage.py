@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from salun_core.config import Document, parse, unique_keys
 from salun_core.digest import canonical_json, digest_json, is_digest
 from salun_core.errors import IntegrityError, SalunError, UsageError
-from salun_core.storage.names import check_file_name, check_id
+from salun_core.storage.names import check_id, check_relative_name, check_tree
 
 
 def _valid_digest(text: str) -> str:
@@ -30,12 +30,24 @@ def _valid_run(text: str) -> str:
 
 
 def _valid_file(text: str) -> str:
-    return _as_value_error(check_file_name, text)
+    return _as_value_error(check_relative_name, text)
 
 
 def _as_value_error(check: Callable[..., str], *arguments: str) -> str:
     try:
         return check(*arguments)
+    except UsageError as error:
+        raise ValueError(f"{error.what}: {error.why}") from error
+
+
+def valid_tree(names: Collection[str]) -> None:
+    """Check, for a document, that files of these names can lie in one folder.
+
+    Raises:
+        ValueError: a name is also the folder of another one.
+    """
+    try:
+        check_tree(names)
     except UsageError as error:
         raise ValueError(f"{error.what}: {error.why}") from error
 
@@ -90,13 +102,19 @@ class VersionManifest(Document):
     line: LineId = Field(description="the model line it belongs to")
     parent: Digest | None = Field(default=None, description="digest of the version it was made from")
     created_at: UtcTime = Field(description="when it was staged, ISO 8601 in UTC")
-    files: dict[FileName, FileEntry] = Field(min_length=1, description="its files by name")
+    files: dict[FileName, FileEntry] = Field(min_length=1, description="its files by name, with `/` between folders")
     run: RunId | None = Field(default=None, description="the unlearning run that made it")
     method: str = Field(min_length=1, max_length=63, description="the method, or how it was trained")
     forget_set_digest: Digest | None = Field(default=None, description="digest of what was forgotten")
     forget_count: Count = Field(default=0, description="how many samples were forgotten")
     retrained: bool = Field(default=False, description="whether it was trained anew in full")
     lineage: Lineage = Field(default_factory=Lineage, description="the debt since the last full training")
+
+    @field_validator("files")
+    @classmethod
+    def _one_tree(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        valid_tree(files)
+        return files
 
     def canonical(self) -> bytes:
         """Return the bytes that are stored and digested."""

@@ -7,6 +7,7 @@ leave its folder.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from salun_core.digest import is_digest
 from salun_core.errors import IntegrityError, UsageError
@@ -16,6 +17,9 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 _MAX_KEY_BYTES = 1024
+_MAX_NAME = 200
+MAX_SEGMENTS = 4
+"""Of the name of a file in a version: itself and three folders."""
 _SCHEME = "s3://"
 
 
@@ -50,9 +54,44 @@ def check_file_name(text: str) -> str:
         return text
     raise UsageError(
         f"{text[:80]!r} is not a plain file name",
-        "a model version holds files only, of letters, digits, '.', '_' and '-'",
+        "it has letters, digits, '.', '_' and '-' only",
         "rename the file and leave folders out",
     )
+
+
+def check_relative_name(text: str) -> str:
+    """Return the name of a file in a folder of files unchanged if it can name no place outside.
+
+    Args:
+        text: 1 to 4 plain file names joined by `/`, at most 200 characters, such as `unet/config.json`.
+
+    Raises:
+        UsageError: it is anything else.
+    """
+    segments = text.split("/")
+    if len(text) <= _MAX_NAME and len(segments) <= MAX_SEGMENTS and all(map(_FILE.fullmatch, segments)):
+        return text
+    raise UsageError(
+        f"{text[:80]!r} is neither a plain file name nor one in a plain folder",
+        f"at most {MAX_SEGMENTS} names joined by '/', of letters, digits, '.', '_' and '-', none begun with '.'",
+        "rename the file or its folder",
+    )
+
+
+def check_tree(names: Collection[str]) -> None:
+    """Check that files of these names can lie in one folder.
+
+    Args:
+        names: valid relative names.
+
+    Raises:
+        UsageError: a name is also the folder of another one.
+    """
+    parts = (name.split("/") for name in names)
+    folders = {"/".join(part[:end]) for part in parts for end in range(1, len(part))}
+    both = sorted(folders.intersection(names))
+    if both:
+        raise UsageError(f"{both[0]!r} is a file and a folder at once", "a name is one of the two", "rename the file")
 
 
 def check_key(text: str) -> str:

@@ -21,9 +21,10 @@ from salun_core.storage.holds import read_disposal
 from salun_core.storage.lineage import FileEntry, Head, Lineage, VersionManifest, utc_now
 from salun_core.storage.local import disk_error
 from salun_core.storage.lookup import Version, history, lines, read_head, read_version, resolve
-from salun_core.storage.names import check_file_name, head_key, version_key
+from salun_core.storage.names import check_relative_name, head_key, version_key
 from salun_core.storage.objects import FileStore, ObjectStore
 from salun_core.storage.sparse import FULL_COPY_EVERY, put_sparse
+from salun_core.storage.tree import list_tree
 
 __all__ = [
     "Blob",
@@ -58,7 +59,7 @@ def stage_version(
     Args:
         store: where to.
         fields: the fields of `VersionManifest` but `files`; `created_at` is now unless it is given.
-        files: plain file name -> file.
+        files: name, with `/` between folders -> file.
         base: local copies of the parent's files, by name: what has one is stored as its difference to it.
         full_every: so many versions share one full copy; 1 stores each whole.
 
@@ -72,7 +73,7 @@ def stage_version(
     """
     fields = {"created_at": utc_now(), **fields}
     for name in files:
-        check_file_name(name)
+        check_relative_name(name)
     blank = {name: {"sha256": "0" * 64, "size": 0} for name in files}
     planned = parse(VersionManifest, {**fields, "files": blank}, "version manifest")
     parent = read_version(store, planned.line, planned.parent) if base and planned.parent else None
@@ -204,7 +205,9 @@ def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> Ver
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         try:
             for name, entry in manifest.files.items():
-                fetch_blob(store, entry.sha256, part / check_file_name(name), entry.size)
+                path = part / check_relative_name(name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fetch_blob(store, entry.sha256, path, entry.size)
             part.chmod(0o755)
             part.replace(folder)
         finally:
@@ -229,8 +232,11 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _holds(folder: Path, manifest: VersionManifest) -> bool:
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return names == set(manifest.files) and all(
-        (folder / name).is_file() and sha256_file(folder / name) == entry.sha256
-        for name, entry in manifest.files.items()
+    if not folder.is_dir():
+        return False
+    found = list_tree(folder)
+    return (
+        not found.strange
+        and found.files == manifest.files.keys()
+        and all(sha256_file(folder / name) == entry.sha256 for name, entry in manifest.files.items())
     )

@@ -5,7 +5,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from memory_store import MemoryStore
 
 from salun_core.config import parse
 from salun_core.data.forget import ClassTarget, ConceptTarget, SamplesTarget, SubjectTarget
@@ -13,6 +12,7 @@ from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import DeletionRequest, Outcome, Status, Submission, summarise
+from tests.memory_store import MemoryStore
 
 KEY = "requests/r-1/request.json"
 TARGETS = {

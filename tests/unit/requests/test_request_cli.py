@@ -75,6 +75,28 @@ def test_the_group_loads_nothing_heavy():
     assert not {"boto3", "torch", "pydantic", "yaml", "salun_core.requests.ledger"} & set(loaded)
 
 
+CONCEPT = {"kind": "concept", "prompts": ["secret cat", "secret dog"], "anchor_prompt": "a secret", "images": 8}
+
+
+class TestConcepts:
+    def test_it_is_filed_and_shown_by_the_number_of_its_prompts(self, run, ledger):
+        run("submit", "-", input=json.dumps(entry(1, target={**CONCEPT, "neighbours": ["secret mouse"]})))
+        assert ledger.get("r-1").target.neighbours == ["secret mouse"]
+        for arguments in (["show", "r-1"], ["show", "r-1", "--json"], ["list"], ["list", "--json"]):
+            told = run(*arguments)
+            assert "1 concept by 2 prompts" in " ".join(told.split())
+            assert "secret" not in told
+        assert "secret mouse" in run("show", "r-1", "--target")
+
+    def test_one_that_cannot_be_is_refused_without_its_words(self, refused, ledger, tmp_path):
+        path = tmp_path / "request.json"
+        path.write_text(json.dumps(entry(1, target={**CONCEPT, "anchor_prompt": "Secret  CAT"})))
+        line = refused(2, "submit", str(path))
+        assert "a prompt equals `anchor_prompt`" in line
+        assert "secret" not in line.lower().replace(str(tmp_path).lower(), "")
+        assert list(ledger.list()) == []
+
+
 class TestSubmit:
     @pytest.mark.parametrize(
         ("flags", "target"),

@@ -137,7 +137,7 @@ def test_attempts_count_runs_and_begin_anew_with_a_person():
         (SamplesTarget(manifest_uri="s3://secret/ids.json", sha256="0" * 64), "samples of a manifest"),
         (ClassTarget(class_id=3), "class 3"),
         (SubjectTarget(subject_ref="secret"), "1 subject"),
-        (ConceptTarget(prompts=["secret"], anchor_prompt="secret"), "1 concept by 1 prompt"),
+        (ConceptTarget(prompts=["secret"], anchor_prompt="other", neighbours=["secret too"]), "1 concept by 1 prompt"),
     ],
 )
 def test_a_summary_names_no_person(target, text):

@@ -18,6 +18,7 @@ from salun_core.requests.stock import LAYOUT, Artifact, RequestFacts, RunFacts, 
 from salun_core.storage import names
 from salun_core.storage.erase import StoredKey, Upload
 from salun_core.storage.lineage import Head, VersionManifest
+from tests.folder_model import TEXT, UNET, VAE
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 EXACT = RetentionRules(every_hours=0)
@@ -41,10 +42,14 @@ class World:
     def put(self, key, at=0.0, size=10, live=True, old=0):
         self.keys.append(StoredKey(key, size, day(at), live, old))
 
-    def version(self, at, parent=None, weights=None, line="faces", run=None, head=True, delta_of=None, split=None):
+    def version(
+        self, at, parent=None, weights=None, line="faces", run=None, head=True, delta_of=None, split=None, more=None
+    ):
         weights = weights or f"weights {line} {at}"
         split = split or f"split of {weights}"
         texts = {"model.safetensors": weights, "split.json": split, "evidence.json": f"evidence {at}"}
+        texts |= more or {}
+        texts = {name: text for name, text in texts.items() if text}
         entries = {name: {"sha256": sha(text), "size": 10} for name, text in texts.items()}
         fields = {"line": line, "parent": parent, "created_at": day(at).isoformat(), "files": entries, "run": run}
         manifest = VersionManifest(method="salun", **fields)
@@ -106,6 +111,31 @@ def test_superseded_weights_go_after_thirty_days_and_no_file_of_head(world):
     assert (item.line, item.version, item.files) == ("faces", first, ("model.safetensors", "split.json"))
     assert item.size == 20
     assert "superseded since 2026-01-06" in item.reason
+
+
+def folder(unet, text="text"):
+    """The files of a diffusion model whose UNet and text encoder are these, in place of a classifier's."""
+    more = {UNET: unet, TEXT: text, VAE: "vae", "model_index.json": "index", "unet/config.json": "config"}
+    return {"more": {"model.safetensors": None, **more}, "split": "split"}
+
+
+def test_of_a_superseded_folder_the_weights_go_that_no_version_needs(world):
+    first = world.version(0, **folder("unet 0"))
+    second = world.version(5, first, **folder("unet 5"))
+    world.version(10, second, **folder("unet 5", "text 10"))
+    assert world.gone(34.9) == set()
+    (item,) = world.plan(35).disposals
+    assert (item.version, item.files, item.keys) == (first, (UNET,), (blob("unet 0"),))
+    assert world.plan(35).shared == []
+    (_, item) = sorted(world.plan(40).disposals, key=lambda item: item.version == second)
+    assert (item.version, item.files, item.keys) == (second, (TEXT,), (blob("text"),))
+
+
+def test_a_folder_all_of_whose_weights_are_still_used_stays(world):
+    first = world.version(0, **folder("unet"))
+    world.version(5, first, more={**folder("unet")["more"], "model.json": "another card"}, split="split 5")
+    assert world.gone(100) == set()
+    assert world.plan(100).shared == [f"faces@{first}"]
 
 
 def test_what_would_be_too_old_by_the_next_purge_goes_now(world):

@@ -24,6 +24,7 @@ from salun_core.storage import names, open_store
 from salun_core.storage.erase import inventory, versions_of
 from salun_core.storage.holds import hold_version, read_disposal, release_version
 from salun_core.storage.versions import fetch_version, publish_head, read_head, read_version, stage_version
+from tests.folder_model import UNET, contents, write_folder
 
 pytestmark = pytest.mark.s3
 START = datetime.now(UTC).replace(microsecond=0)
@@ -164,6 +165,27 @@ def test_what_must_go_is_gone_and_what_stays_is_whole(line, tmp_path):
     assert record.files == ["model.safetensors", "split.json"]
     assert record.size == sum(line.files[0][name].stat().st_size for name in record.files)
     assert read_head(line.store, "faces")[0].version == line.versions[2]
+
+
+def test_of_a_model_with_folders_the_old_weights_go_and_the_rest_stays_whole(bucket, tmp_path):
+    store = open_store(f"s3://{bucket}/{secrets.token_hex(6)}")
+    versions, model = [], [write_folder(tmp_path / f"v{number}", 4000 * number) for number in range(2)]
+    for number, made in enumerate(model):
+        parent = versions[-1] if versions else None
+        fields = {"line": "sd", "method": "salun", "parent": parent}
+        fields["created_at"] = (START - timedelta(hours=30 - number)).isoformat()
+        versions.append(stage_version(store, fields, made, model[0] if parent else None)[0])
+        publish_head(store, "sd", versions[-1], parent, None)
+    first, head = (read_version(store, "sd", digest) for digest in versions)
+    assert versions_of(store, names.delta_key(head.files[UNET].sha256))
+    report = purge(store.uri, clock=after(days=40))
+    assert [item.kind for item, _ in report.erased] == [Kind.MATERIALISE, Kind.WEIGHTS]
+    assert read_disposal(store, "sd", versions[0]).files == [UNET]  # all else is HEAD's too
+    assert versions_of(store, names.blob_key(first.files[UNET].sha256)) == []
+    fetch_version(store, "sd", versions[1], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "v1")
+    with pytest.raises(UsageError, match="no weights any more"):
+        fetch_version(store, "sd", versions[0], tmp_path / "gone")
 
 
 def kubeflow(line):

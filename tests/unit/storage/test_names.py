@@ -1,4 +1,6 @@
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -33,6 +35,66 @@ TRAVERSALS = ["..", ".", "", "../x", "a/b", "/etc/passwd", "a\\b", "a\x00b", "a\
 def test_no_key_is_built_from_unsafe_text(build, text):
     with pytest.raises(UsageError):
         build(text)
+
+
+RELATIVE = ["model.json", "unet/config.json", "a/b/c/d", "A9/b-_.c", "/".join(["x" * 49] * 4)]
+
+
+@pytest.mark.parametrize("text", RELATIVE)
+def test_a_file_of_a_version_may_lie_in_folders(text):
+    assert names.check_relative_name(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(text for text in TRAVERSALS if text != "a/b"),
+        *("a/../b", "a/./b", "../a", "a/..", "a//b", "/a", "a/", "a/.b", ".a/b", "a/-b", "a/b\\c", "a/b\n", "a/é"),
+        *("a/b/c/d/e", "a/" + "b" * 129, "/".join(["x" * 50] * 4)),
+    ],
+)
+def test_no_file_of_a_version_lies_outside_its_folder(text):
+    with pytest.raises(UsageError, match="neither a plain file name nor one in a plain folder"):
+        names.check_relative_name(text)
+
+
+_SEGMENT = st.sampled_from(
+    ["a", "b", "unet", "..", ".", "", ".git", "x" * 128, "x" * 129, "c\\d", "e\x00", "ü", "CON", "~"]
+)
+
+
+@given(st.text(max_size=12) | st.lists(_SEGMENT, max_size=6).map("/".join))
+def test_an_accepted_name_stays_below_its_folder(text):
+    try:
+        names.check_relative_name(text)
+    except UsageError:
+        return
+    root = Path("/folder")
+    path = root / text
+    assert path.relative_to(root).as_posix() == text
+    assert (root / text).resolve() == path
+    assert 1 <= len(path.relative_to(root).parts) <= 4
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", part) for part in text.split("/"))
+    assert len(text) <= 200
+
+
+@given(st.sets(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join), max_size=6))
+def test_accepted_names_can_lie_in_one_folder(found):
+    """The file system is the judge."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name in sorted(found, key=len, reverse=True):
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).write_bytes(b"")
+            possible = True
+        except OSError:
+            possible = False
+    try:
+        names.check_tree(found)
+        accepted = True
+    except UsageError:
+        accepted = False
+    assert accepted is possible
 
 
 @pytest.mark.parametrize("digest", ["", "a" * 63, "A" * 64, "a" * 64 + "\n", "../" + "a" * 61, "g" * 64])

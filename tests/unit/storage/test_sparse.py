@@ -19,6 +19,7 @@ from salun_core.storage.s3 import S3Store
 from salun_core.storage.sparse import dependants, full_copy_every, materialise, put_sparse
 from salun_core.storage.tensor_file import TensorFile
 from salun_core.storage.versions import fetch_version, publish, publish_head, read_version, stage_version
+from tests.folder_model import TEXT, UNET, VAE, contents, write_folder
 
 WEIGHTS = "model.safetensors"
 WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F4": 1}
@@ -282,6 +283,24 @@ def test_a_chain_of_versions_has_a_full_copy_every_so_often(store, weights, tmp_
         assert read_version(store, "mnist", version).files[WEIGHTS].size == path.stat().st_size
     sizes = [store_size(store, digest) for digest in digests]
     assert all(delta < 0.5 * whole for delta, whole in zip(sizes[1:3], [sizes[0]] * 2, strict=True))
+
+
+@pytest.mark.s3
+def test_of_a_folder_only_what_changed_is_stored_again_and_as_a_difference(store, tmp_path):
+    before, after = write_folder(tmp_path / "before"), write_folder(tmp_path / "after", 4000)
+    fields = {"line": "sd", "method": "salun"}
+    head, parent = publish(store, fields, before)
+    held = {entry.key for entry in store.list("blobs/")}
+    base = {name: before[name] for name in (UNET, VAE, TEXT)}
+    digest, manifest = stage_version(store, {**fields, "parent": head.version}, after, base)
+    publish_head(store, "sd", digest, head.version, None)
+    assert {entry.key for entry in store.list("blobs/")} == held
+    assert [entry.key for entry in store.list("deltas/")] == [names.delta_key(manifest.files[UNET].sha256)]
+    assert [facts.base for facts in chain_of(store, manifest.files[UNET].sha256)[0]] == [parent.files[UNET].sha256]
+    fetch_version(store, "sd", digest, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "after")
+    with pytest.raises(IntegrityError, match="parent's file"):  # of the same name, but of another version
+        stage_version(store, {**fields, "parent": head.version}, write_folder(tmp_path / "x", 9), {UNET: after[UNET]})
 
 
 def store_size(store, digest):

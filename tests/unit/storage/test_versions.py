@@ -27,6 +27,7 @@ from salun_core.storage.versions import (
     resolve,
     stage_version,
 )
+from tests.folder_model import UNET, contents, write_folder
 
 pytestmark = pytest.mark.s3
 
@@ -245,7 +246,9 @@ def test_a_version_is_published_with_its_own_parent_and_all_its_files(store, mod
     assert read_head(store, "mnist")[0] == head
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b", "..", ".hidden", "/etc/passwd", "a\\b", "", "x" * 200])
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/../b", "a//b", "a/b/c/d/e", "..", ".hidden", "a/.b", "/etc/passwd", "a\\b", "", "x" * 200]
+)
 def test_a_traversal_name_is_refused_before_anything_is_sent(store, model, name):
     path = model()["model.json"]
     with pytest.raises(UsageError):
@@ -253,7 +256,7 @@ def test_a_traversal_name_is_refused_before_anything_is_sent(store, model, name)
     assert list(store.list("")) == []
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b", ".."])
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "a/b/c/d/e", ".."])
 def test_a_traversal_name_in_a_forged_manifest_writes_nothing(store, tmp_path, name):
     blob = tmp_path / "blob"
     blob.write_bytes(b"evil")
@@ -270,6 +273,71 @@ def test_a_traversal_name_in_a_forged_manifest_writes_nothing(store, tmp_path, n
     with pytest.raises(IntegrityError, match="plain file name"):
         fetch_version(store, "mnist", sha256_bytes(data), tmp_path / "deep" / "out")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["blob"]
+
+
+DIFFUSION = {"line": "sd", "method": "train"}
+
+
+def test_a_version_with_folders_travels_whole(store, tmp_path):
+    files = write_folder(tmp_path / "model")
+    head, manifest = publish(store, DIFFUSION, files)
+    assert manifest.files.keys() == files.keys()
+    assert VersionManifest.model_validate_json(manifest.canonical()) == manifest
+    out = tmp_path / "deep" / "out"
+    assert fetch_version(store, "sd", head.version, out) == manifest
+    assert contents(out) == contents(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out"}
+    stamp = (out / UNET).stat().st_mtime_ns
+    fetch_version(store, "sd", head.version, out)  # there already: verified, not sent again
+    assert (out / UNET).stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda out: (out / UNET).write_bytes(b"changed"),
+        lambda out: (out / "unet" / "config.json").unlink(),
+        lambda out: (out / "unet" / "more.json").write_text("{}"),
+        lambda out: (out / "empty").mkdir(),
+        lambda out: (out / "unet" / "link").symlink_to("config.json"),
+        lambda out: ((out / "unet").rename(out.with_name("kept")), (out / "unet").symlink_to(out.with_name("kept"))),
+        lambda out: (
+            (out / "model.json").rename(out.with_name("kept")),
+            (out / "model.json").symlink_to(out.with_name("kept")),
+        ),
+    ],
+)
+def test_a_folder_that_is_not_the_version_is_not_taken_for_it(store, tmp_path, spoil):
+    head, _ = publish(store, DIFFUSION, write_folder(tmp_path / "model"))
+    fetch_version(store, "sd", head.version, tmp_path / "out")
+    spoil(tmp_path / "out")
+    with pytest.raises(UsageError, match="not empty"):
+        fetch_version(store, "sd", head.version, tmp_path / "out")
+
+
+def test_a_version_with_folders_appears_whole_or_not_at_all(store, tmp_path):
+    head, manifest = publish(store, DIFFUSION, write_folder(tmp_path / "model"))
+    for name in (UNET, "tokenizer/vocab.json"):
+        key = names.blob_key(manifest.files[name].sha256)
+        good = store.get(key).data
+        overwrite(store, key, flipped(good))
+        with pytest.raises(IntegrityError):
+            fetch_version(store, "sd", head.version, tmp_path / "out")
+        overwrite(store, key, good)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_name_that_is_a_file_and_a_folder_is_refused(store, tmp_path):
+    files = write_folder(tmp_path / "model")
+    with pytest.raises(UsageError, match="'unet' is a file and a folder at once"):
+        stage_version(store, DIFFUSION, {**files, "unet": files["model.json"]})
+    assert list(store.list("")) == []
+    entry = {"sha256": "0" * 64, "size": 1}
+    forged = {"line": "sd", "created_at": "2026-01-01T00:00:00+00:00", "method": "x", "format": "salun.version/v1"}
+    data = canonical_json({**forged, "files": {"unet": entry, "unet/config.json": entry}})
+    store.put_new(names.version_key("sd", sha256_bytes(data)), data)
+    with pytest.raises(IntegrityError, match="a file and a folder at once"):
+        fetch_version(store, "sd", sha256_bytes(data), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,198 @@
+"""Forget targets: what is to be forgotten as people name it, and what is left of that once a request is settled."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import AfterValidator, Field, model_validator
+
+from salun_core.config import Document, parse, read_document
+from salun_core.digest import digest_json
+from salun_core.errors import UsageError, unknown_name
+
+
+class SamplesTarget(Document):
+    """Single training samples, by id."""
+
+    kind: Literal["samples"] = "samples"
+    dataset_digest: str | None = Field(default=None, description="data set that the ids belong to; checked when given")
+    ids: list[str] | None = Field(default=None, min_length=1, description="sample ids")
+    manifest_uri: str | None = Field(default=None, description="s3:// address of a JSON list of ids, in place of `ids`")
+    sha256: str | None = Field(default=None, description="SHA-256 of that manifest's bytes")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SamplesTarget:
+        if (self.ids is None) == (self.manifest_uri is None):
+            raise ValueError("give exactly one of `ids` and `manifest_uri`")
+        if (self.manifest_uri is None) != (self.sha256 is None):
+            raise ValueError("`sha256` goes with `manifest_uri`, and it needs it")
+        return self
+
+
+class ClassTarget(Document):
+    """All samples of one class."""
+
+    kind: Literal["class"] = "class"
+    dataset_digest: str | None = Field(
+        default=None, description="data set that the class belongs to; checked when given"
+    )
+    class_id: int | str = Field(description="class id from 0, or its name")
+
+
+class SubjectTarget(Document):
+    """All samples of one person, found through the data set's own metadata column."""
+
+    kind: Literal["subject"] = "subject"
+    subject_ref: str = Field(min_length=1, max_length=256, description="opaque reference, as in the metadata column")
+
+
+def _prompt(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a prompt is empty")
+    return text.strip()
+
+
+Prompt = Annotated[str, AfterValidator(_prompt)]
+
+
+class ConceptTarget(Document):
+    """A concept of a text-to-image model, by prompts, and what is put in its place."""
+
+    kind: Literal["concept"] = "concept"
+    prompts: list[Prompt] = Field(min_length=1, description="what is to be forgotten, as one would ask for it")
+    anchor_prompt: Prompt = Field(description="what the model shall make of these prompts instead")
+    images: Annotated[int, Field(ge=2, le=100_000, strict=True)] = Field(
+        default=64, description="images to generate of the concept, and as many of its anchor"
+    )
+    neighbours: list[Prompt] = Field(default=[], description="prompts near the concept that must stay")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ConceptTarget:
+        prompts, neighbours = ([_folded(text) for text in texts] for texts in (self.prompts, self.neighbours))
+        if _folded(self.anchor_prompt) in prompts:
+            raise ValueError("a prompt equals `anchor_prompt` (case and spaces aside): nothing would be forgotten")
+        if any(len(set(texts)) < len(texts) for texts in (prompts, neighbours)):
+            raise ValueError("a prompt occurs twice (case and spaces aside)")
+        if set(prompts) & set(neighbours):
+            raise ValueError("a prompt of `neighbours` is to be forgotten too (case and spaces aside)")
+        return self
+
+    @cached_property
+    def pseudo_id(self) -> str:
+        """What stands for the concept among sample ids: `concept/` and 16 hex digits of its digest."""
+        return f"concept/{digest_json(self.model_dump(mode='json'))[:16]}"
+
+
+def _folded(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
+
+
+class RedactedTarget(Document):
+    """What is left of a target once its request is settled; with the data set, its hashes find the samples again."""
+
+    kind: Literal["redacted"] = "redacted"
+    of: Literal["samples", "class", "subject", "concept"] = Field(description="kind of the target before")
+    count: Annotated[int, Field(ge=0, strict=True)] = Field(
+        description="how many ids or prompts it named, 1 of another kind; 0 where a manifest held the ids"
+    )
+    dataset_digest: str | None = Field(default=None, description="data set that it belonged to; checked when given")
+    class_id: int | str | None = Field(default=None, description="the class, of a class only")
+    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = Field(
+        default=None, description="key of the hashes; none where nothing was to be found again"
+    )
+    hashes: list[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(
+        default=[], description="sorted HMAC-SHA256 of `<of> NUL <sample id or subject reference>`"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> RedactedTarget:
+        if (self.class_id is not None) != (self.of == "class"):
+            raise ValueError("`class_id` goes with a class, and that needs it")
+        if self.hashes and self.salt is None:
+            raise ValueError("`hashes` need their `salt`")
+        return self
+
+
+ForgetTarget = Annotated[
+    SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget | RedactedTarget, Field(discriminator="kind")
+]
+Target = SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget | RedactedTarget
+_KINDS: dict[str, type[Document]] = {
+    "samples": SamplesTarget,
+    "class": ClassTarget,
+    "subject": SubjectTarget,
+    "concept": ConceptTarget,
+    "redacted": RedactedTarget,
+}
+
+
+def read_targets(path: Path) -> list[Target]:
+    """Read one forget target, or a list of them, from YAML or JSON.
+
+    Raises:
+        UsageError: the file is missing or has faults.
+    """
+    document = read_document(path)
+    return [parse_target(item, str(path)) for item in (document if isinstance(document, list) else [document])]
+
+
+def parse_target(data: Any, source: str) -> Target:  # noqa: ANN401 - plain data from YAML or JSON
+    """Build a forget target from plain data.
+
+    Raises:
+        UsageError: an unknown kind (with the nearest match) or faults.
+    """
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if not isinstance(kind, str):
+        raise UsageError(f"{source} is no forget target", "it has no `kind`", f"give one of {', '.join(_KINDS)}")
+    if kind not in _KINDS:
+        raise unknown_name("forget target", kind, _KINDS)
+    return cast(Target, parse(_KINDS[kind], data, source))
+
+
+def redact(target: Target, salt: str | None, ids: Sequence[str] | None = None) -> RedactedTarget:
+    """Return what may be kept of a target once its request is settled.
+
+    Hashes are kept of sample ids and of a subject only: a class names no person and stays, prompts find no samples.
+
+    Args:
+        target: the target; one that is redacted already loses at most its hashes.
+        salt: key of the hashes, 32 random hex digits; None keeps no hashes.
+        ids: the sample ids of a manifest, where the target names one.
+    """
+    if isinstance(target, RedactedTarget):
+        return target if salt else target.model_copy(update={"salt": None, "hashes": []})
+    if isinstance(target, ConceptTarget):
+        return RedactedTarget(of="concept", count=len(target.prompts))
+    if isinstance(target, ClassTarget):
+        return RedactedTarget(of="class", count=1, dataset_digest=target.dataset_digest, class_id=target.class_id)
+    if isinstance(target, SubjectTarget):
+        return RedactedTarget(of="subject", count=1, salt=salt, hashes=_hashes("subject", [target.subject_ref], salt))
+    return RedactedTarget(
+        of="samples",
+        count=len(target.ids or ()),
+        dataset_digest=target.dataset_digest,
+        salt=salt,
+        hashes=_hashes("samples", target.ids or ids or (), salt),
+    )
+
+
+def _hashes(of: str, names: Iterable[str], salt: str | None) -> list[str]:
+    return sorted({hash_of(of, name, salt) for name in names}) if salt else []
+
+
+def hash_of(of: str, name: str, salt: str) -> str:
+    """Return the hash that a redacted target keeps of a name: HMAC-SHA256 of `<of> NUL <name>`, in hex.
+
+    Args:
+        of: the kind of the target.
+        name: a sample id or a subject reference.
+        salt: the key, in hex.
+    """
+    data = f"{of}\0{name}".encode("utf-8", "surrogatepass")  # an id may be the name of a file
+    return hmac.new(bytes.fromhex(salt), data, hashlib.sha256).hexdigest()

@@ -1,0 +1,116 @@
+"""Concepts in forget sets; what classifiers forget is in test_split.py and test_redacted_targets.py."""
+
+import json
+
+import pytest
+
+from salun_core.config import parse
+from salun_core.data import DataSpec, ForgetSet, SplitManifest, resolve_forget
+from salun_core.data.forget import (
+    ClassTarget,
+    ConceptTarget,
+    RedactedTarget,
+    SamplesTarget,
+    SubjectTarget,
+    redact,
+    require_partial,
+)
+from salun_core.data.split import make_split
+from salun_core.data.table import Table
+from salun_core.digest import sha256_bytes
+from salun_core.errors import DataError, UsageError
+
+ONE = ConceptTarget(prompts=["a parachute"], anchor_prompt="a bird")
+TWO = ConceptTarget(prompts=["golf"], anchor_prompt="tennis", images=8, neighbours=["hockey"])
+EMPTY = SplitManifest(dataset_digest="0" * 64, train={}, validation={}, test={})
+
+
+@pytest.fixture(scope="module")
+def data():
+    table = Table(
+        ids=[f"img-{number}" for number in range(40)],
+        labels=[0, 1, 2, 3] * 10,
+        payloads=[bytes([number]) for number in range(40)],
+        classes=[f"class{number}" for number in range(4)],
+    )
+    return table, make_split(table, DataSpec(source="digits", test_fraction=0.3))
+
+
+def test_the_digest_of_a_set_without_concepts_is_what_it_always_was():
+    found = ForgetSet(dataset_digest="a" * 64, split_digest="b" * 64, ids=["x", "y"], kinds=["class"], classes=[3])
+    assert found.digest == "0a696c436c70381e2f4a5edbcfff3d08c5cdbade6dd941a652864e3608cd2c37"
+    assert "concepts" not in json.loads(found.canonical())
+    assert found.samples == found.ids
+
+
+def test_concepts_count_by_a_pseudo_id_each(data):
+    found = resolve_forget([TWO, ONE, TWO], *data, generative=True)
+    assert found.ids == sorted([ONE.pseudo_id, TWO.pseudo_id])
+    assert [concept.pseudo_id for concept in found.concepts] == found.ids
+    assert (found.kinds, found.classes, found.samples) == (["concept"], [], [])
+    assert sha256_bytes(found.canonical()) == found.digest
+    assert parse(ForgetSet, json.loads(found.canonical()), "x") == found
+    assert resolve_forget([ONE, TWO], *data, generative=True).digest == found.digest
+    assert resolve_forget([ONE], *data, generative=True).digest != found.digest
+
+
+def test_classes_and_concepts_go_together(data):
+    table, split = data
+    alone = resolve_forget([ClassTarget(class_id=2)], table, split)
+    assert resolve_forget([ClassTarget(class_id="class2")], table, split, generative=True) == alone
+    found = resolve_forget([ONE, ClassTarget(class_id=2)], table, split, generative=True)
+    assert (found.kinds, found.classes, found.samples) == (["class", "concept"], [2], alone.ids)
+    assert found.ids == sorted([*alone.ids, ONE.pseudo_id])
+    again = resolve_forget([redact(ClassTarget(class_id=2), None), ONE], table, split, generative=True)
+    assert again == found
+    assert split.without(found.ids) == split.without(alone.ids)
+    split.without(found.ids).check(table)
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        (SamplesTarget(ids=["img-1"]), "diffusion model forgets classes and concepts"),
+        (SubjectTarget(subject_ref="ann"), "diffusion model forgets classes and concepts"),
+        (redact(SamplesTarget(ids=["img-1"]), "0" * 32), "diffusion model forgets classes and concepts"),
+        (redact(ONE, "0" * 32), "file it again"),
+        (ClassTarget(class_id=9), "there is no class 9"),
+    ],
+)
+def test_what_a_diffusion_model_cannot_forget_is_refused(data, target, why):
+    with pytest.raises(UsageError, match=why):
+        resolve_forget([ONE, target], *data, generative=True)
+
+
+def test_a_model_that_came_without_data_forgets_concepts_only():
+    found = resolve_forget([ONE], None, EMPTY, generative=True)
+    assert (found.ids, found.split_digest) == ([ONE.pseudo_id], EMPTY.digest)
+    require_partial(found, EMPTY)
+    for target in (ClassTarget(class_id=1), RedactedTarget(of="class", count=1, class_id=1)):
+        with pytest.raises(UsageError, match="came without training data"):
+            resolve_forget([ONE, target], None, EMPTY, generative=True)
+    with pytest.raises(UsageError, match="file it again"):
+        resolve_forget([redact(ONE, None)], None, EMPTY, generative=True)
+    with pytest.raises(UsageError, match="a classifier cannot forget a concept"):
+        resolve_forget([ONE], None, EMPTY)
+
+
+def test_there_must_be_something_to_forget_and_something_to_keep(data):
+    table, split = data
+    with pytest.raises(DataError, match="forget set is empty"):
+        require_partial(resolve_forget([], None, EMPTY, generative=True), EMPTY)
+    everything = [ClassTarget(class_id=number) for number in range(4)]
+    with pytest.raises(DataError, match="the whole training data"):
+        require_partial(resolve_forget([*everything, ONE], table, split, generative=True), split)
+    require_partial(resolve_forget([*everything[:3], ONE], table, split, generative=True), split)
+    require_partial(resolve_forget([ONE, TWO], table, split, generative=True), split)
+    all_but_one = sorted(split.train)[1:]
+    fields = {"dataset_digest": split.dataset_digest, "split_digest": split.digest, "kinds": ["class", "concept"]}
+    require_partial(ForgetSet(**fields, ids=[*all_but_one, ONE.pseudo_id], concepts=[ONE]), split)
+
+
+def test_a_set_that_does_not_count_its_concepts_is_refused():
+    fields = {"dataset_digest": "a" * 64, "split_digest": "b" * 64, "kinds": ["concept"], "concepts": [ONE]}
+    with pytest.raises(UsageError, match="lacks the pseudo id"):
+        parse(ForgetSet, {**fields, "ids": ["x"]}, "x")
+    assert ForgetSet(**fields, ids=[ONE.pseudo_id]).samples == []

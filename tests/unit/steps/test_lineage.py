@@ -1,0 +1,31 @@
+import pytest
+
+from salun_core.steps.lineage import tell
+from salun_core.storage.holds import VersionDisposal, record_disposal
+from salun_core.storage.lineage import utc_now
+from salun_core.storage.names import blob_key, delta_key
+from salun_core.storage.versions import publish, publish_head, stage_version
+from tests.folder_model import TEXT, UNET, VAE, write_folder
+
+pytestmark = pytest.mark.s3
+
+
+def kept(store):
+    return [chapter.kept for chapter in tell(store, "sd")]
+
+
+def test_how_a_folder_is_kept_is_said_of_all_its_weights(store, tmp_path):
+    before, after = write_folder(tmp_path / "before"), write_folder(tmp_path / "after", 4000)
+    head, parent = publish(store, {"line": "sd", "method": "train"}, before)
+    child = {"line": "sd", "method": "salun", "parent": head.version, "run": "run-1"}
+    digest, manifest = stage_version(store, child, after, {name: before[name] for name in (UNET, VAE, TEXT)})
+    publish_head(store, "sd", digest, head.version, "run-1")
+    assert kept(store) == ["sparse", "whole"]
+    store.upload(after[UNET], blob_key(manifest.files[UNET].sha256))
+    assert kept(store) == ["whole", "whole"]
+    store.delete(delta_key(manifest.files[UNET].sha256))
+    store.delete(blob_key(parent.files[UNET].sha256))  # the VAE is still there: both versions need it
+    assert kept(store) == ["whole", "missing"]
+    fields = {"line": "sd", "version": head.version, "files": [UNET], "size": 1, "by": "purge", "reason": "superseded"}
+    record_disposal(store, VersionDisposal(**fields, at=utc_now()))
+    assert kept(store) == ["whole", "purged"]

@@ -1,0 +1,54 @@
+import hashlib
+import json
+
+import pytest
+
+from salun_core.digest import sha256_file
+from salun_core.errors import ModelError
+from salun_core.storage.identity import weight_files, weights_digest
+from tests.folder_model import UNET, VAE, WEIGHTS, write_folder
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+FOLDER = {"model_index.json": A, UNET: B, "unet/config.json": C}
+
+
+def test_a_single_file_of_weights_is_its_own_digest():
+    assert weights_digest({"model.safetensors": A, "model.json": B, "split.json": C, "mask.safetensors": C}) == A
+
+
+def test_a_folder_is_the_digest_of_all_that_makes_its_images(tmp_path):
+    files = {name: sha256_file(path) for name, path in write_folder(tmp_path).items()}
+    expected = {name: digest for name, digest in files.items() if name not in {"model.json", "split.json"}}
+    text = json.dumps(expected, sort_keys=True, separators=(",", ":"))
+    assert weights_digest(files) == hashlib.sha256(text.encode()).hexdigest()
+    assert weights_digest(dict(reversed(files.items()))) == weights_digest(files)
+    for name in files:
+        beside = name in {"model.json", "split.json"}
+        assert (weights_digest({**files, name: A}) == weights_digest(files)) is beside, name
+
+
+def test_the_digest_of_a_folder_never_changes():
+    assert weights_digest(FOLDER) == "098241ad457479a4e751d4217d819c03467213fc9355c1c4e2ef59836667cc82"
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({}, "no model"),
+        ({"model.json": A, "mask.safetensors": B}, "no model"),
+        ({"model_index.json": A, "unet/config.json": B}, "no model"),
+        ({UNET: A, "unet/config.json": B}, "no model"),
+        ({**FOLDER, "model.safetensors": A}, "two models"),
+        ({"model.safetensors": A, "model_index.json": B}, "two models"),
+        ({"model.safetensors": A, UNET: B}, "two models"),
+    ],
+)
+def test_what_is_no_model_or_two_has_no_digest(files, why):
+    with pytest.raises(ModelError, match=why):
+        weights_digest(files)
+
+
+def test_the_files_of_weights(tmp_path):
+    assert weight_files(write_folder(tmp_path)) == sorted(WEIGHTS)
+    assert weight_files(["model.safetensors", "mask.safetensors", "model.json"]) == ["model.safetensors"]
+    assert weight_files(["vae/config.json", VAE]) == [VAE]
