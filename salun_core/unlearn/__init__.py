@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +20,26 @@ from salun_core.errors import DataError, UsageError, unknown_name
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
-from salun_core.unlearn import finetune, gradient_ascent, random_label, retrain, salun
+from salun_core.unlearn import (
+    boundary_expanding,
+    boundary_shrink,
+    finetune,
+    gradient_ascent,
+    influence,
+    l1_sparse,
+    neggrad_plus,
+    random_label,
+    retrain,
+    salun,
+    salun_soft,
+    scrub,
+    sfr_on,
+)
 from salun_core.unlearn.checkpoint import CheckpointStore, FileCheckpoint
 from salun_core.unlearn.config import UnlearnConfig, pick_device
 from salun_core.unlearn.distributed import ALONE, SharedCheckpoint, World
 from salun_core.unlearn.fresh import reinitialised
-from salun_core.unlearn.loop import OnEpoch, run_loop
+from salun_core.unlearn.loop import OnEpoch, epoch_generator, run_loop
 from salun_core.unlearn.method import Method, Task
 
 __all__ = ["METHODS", "FileCheckpoint", "UnlearnConfig", "UnlearnResult", "method_config", "pick_device", "unlearn"]
@@ -35,6 +50,14 @@ METHODS: dict[str, Method] = {
     "retrain": retrain.METHOD,
     "finetune": finetune.METHOD,
     "gradient_ascent": gradient_ascent.METHOD,
+    "influence": influence.METHOD,
+    "boundary_expanding": boundary_expanding.METHOD,
+    "boundary_shrink": boundary_shrink.METHOD,
+    "l1_sparse": l1_sparse.METHOD,
+    "salun_soft": salun_soft.METHOD,
+    "scrub": scrub.METHOD,
+    "neggrad_plus": neggrad_plus.METHOD,
+    "sfr_on": sfr_on.METHOD,
 }
 
 Images = ImageSet | Dataset[tuple[Tensor, int]] | tuple[Tensor, Tensor]
@@ -48,9 +71,10 @@ class UnlearnResult:
         model: in eval mode; the model that was given is unchanged.
         method: its name.
         config: resolved.
-        history: one record an epoch.
-        seconds: wall clock, loop only.
-        passes: images that went forward and backward.
+        history: one record an epoch; empty after a method in closed form.
+        seconds: wall clock, of loop or edit only.
+        passes: images that went forward and backward; one that only goes forward counts 1/3, rounded up in all.
+        moved: share of weights whose value differs from the original's, from 0 to 1.
     """
 
     model: nn.Module
@@ -59,6 +83,7 @@ class UnlearnResult:
     history: list[EpochRecord]
     seconds: float
     passes: int
+    moved: float
 
 
 def get_method(name: str) -> Method:
@@ -76,7 +101,8 @@ def method_config(method: str, overrides: Mapping[str, Any] | None = None) -> Un
     """Resolve a method's configuration: its own defaults, then what the user gave.
 
     Raises:
-        UsageError: an unknown method or key, or a value out of range (all faults are listed).
+        UsageError: an unknown method or key, a value out of range (all faults are listed), or a setting that only
+            other methods read.
     """
     row = get_method(method)
     config = parse(UnlearnConfig, {**row.defaults, **(overrides or {})}, f"configuration of {method}")
@@ -84,6 +110,10 @@ def method_config(method: str, overrides: Mapping[str, Any] | None = None) -> Un
         raise UsageError(
             f"{method} cannot freeze batch norm", "fresh weights have no statistics yet", "set batch_norm: update"
         )
+    unread = sorted({key for other in METHODS.values() for key in other.reads} - row.reads)
+    ignored = [key for key in unread if getattr(config, key) != UnlearnConfig.model_fields[key].default]
+    if ignored:
+        raise UsageError(f"{method} does not read {', '.join(ignored)}", "it would be ignored", "leave it out")
     return config
 
 
@@ -125,34 +155,97 @@ def unlearn(
     """
     row = get_method(method)
     settings = config if isinstance(config, UnlearnConfig) else method_config(method, config)
+    _check_mask(method, row, mask)
+    device = pick_device(settings.device)
+    sets = ImageSet.of(forget).to(device), ImageSet.of(retain).to(device)
+    started = _started(model, row, fresh, settings.seed, device)
+    original = _on(copy.deepcopy(model), device).requires_grad_(False).eval() if row.needs_original else None
+    task = Task(*sets, _checked_classes(started, *sets), settings.order, settings, started, original)
+    fingerprint = _fingerprint(model, method, settings, mask, task) if checkpoint or world.size > 1 else ""
+    world.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
+    begun = time.perf_counter()
+    shared = SharedCheckpoint(checkpoint, world) if checkpoint else None
+    history = _run(row, task, mask, shared, fingerprint, on_epoch, world)
+    seconds = time.perf_counter() - begun
+    return UnlearnResult(started, method, settings, history, seconds, _passes(row, task), _moved(model, started))
+
+
+def _check_mask(method: str, row: Method, mask: SaliencyMask | None) -> None:
     if row.needs_mask and mask is None:
         raise UsageError(f"{method} needs a mask", "it trains salient weights only", "compute one with `salun mask`")
     if mask is not None and not row.needs_mask:
         raise UsageError(
             f"{method} takes no mask", "it would be ignored", "use the method salun, or leave the mask out"
         )
-    device = pick_device(settings.device)
-    sets = ImageSet.of(forget).to(device), ImageSet.of(retain).to(device)
+
+
+def _started(
+    model: nn.Module, row: Method, fresh: Callable[[], nn.Module] | None, seed: int, device: torch.device
+) -> nn.Module:
     started = fresh() if row.fresh_start and fresh else copy.deepcopy(model)
     if row.fresh_start and not fresh:
-        reinitialised(started, settings.seed)
-    started.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    task = Task(*sets, _checked_classes(started, *sets), settings.order)
-    fingerprint = _fingerprint(model, method, settings, mask, task) if checkpoint or world.size > 1 else ""
-    world.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
-    begun = time.perf_counter()
+        reinitialised(started, seed)
+    return _on(started, device)
+
+
+def _on(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def _run(
+    row: Method,
+    task: Task,
+    mask: SaliencyMask | None,
+    checkpoint: CheckpointStore | None,
+    fingerprint: str,
+    on_epoch: OnEpoch | None,
+    world: World,
+) -> list[EpochRecord]:
+    """Train or edit the task's model in place; its architecture is the same afterwards."""
+    assert task.model is not None
+    if row.edit is not None:
+        row.edit(task)
+        world.settle(task.model)
+        task.model.eval()
+        return []
+    assert row.parts is not None
+    shapes = _shapes(task.model)
+    begun, parts, config = row.begin(task) if row.begin else task, row.parts, task.config
+    epochs = {epoch_generator(config.seed, epoch).initial_seed(): epoch for epoch in range(config.epochs)}
     history = run_loop(
-        started,
-        lambda generator: row.parts(task, generator),
-        settings,
+        task.model,
+        lambda generator: parts(replace(begun, epoch=epochs[generator.initial_seed()]), generator),
+        config,
         mask,
-        SharedCheckpoint(checkpoint, world) if checkpoint else None,
+        checkpoint,
         fingerprint,
         on_epoch,
         world,
     )
-    passes = settings.epochs * sum(len(part.images) for part in row.parts(task, torch.Generator().manual_seed(0)))
-    return UnlearnResult(started, method, settings, history, time.perf_counter() - begun, passes)
+    if row.finish:
+        row.finish(task.model, task.num_classes)
+    assert _shapes(task.model) == shapes
+    return history
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _passes(row: Method, task: Task) -> int:
+    if row.passes:
+        return math.ceil(row.passes(task) - 1e-6)
+    assert row.parts is not None
+    return task.config.epochs * sum(len(part) for part in row.parts(task, torch.Generator().manual_seed(0)))
+
+
+def _moved(before: nn.Module, after: nn.Module) -> float:
+    """Return the share of weights that differ; fresh weights of another architecture have all moved."""
+    pairs = list(zip(before.parameters(), after.parameters(), strict=False))
+    if any(old.shape != new.shape for old, new in pairs):
+        return 1.0
+    differing = sum(int((old.detach().to(new.device) != new.detach()).sum()) for old, new in pairs)
+    return differing / max(1, sum(new.numel() for _, new in pairs))
 
 
 def _checked_classes(model: nn.Module, forget: ImageSet, retain: ImageSet) -> int:

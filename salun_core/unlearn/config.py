@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -13,10 +13,10 @@ from salun_core.config import Document
 from salun_core.errors import UsageError
 
 
-class UnlearnConfig(Document):
-    """How the loop runs. The fields are the same for every method; their defaults are the method's."""
+class LoopConfig(Document):
+    """How the loop runs, whatever it trains."""
 
-    epochs: int = Field(default=5, ge=1, description="passes over the parts that the method trains on")
+    epochs: int = Field(default=5, ge=1, description="stretches of the run; the state is kept after each")
     learning_rate: float = Field(default=0.003, gt=0, le=1e6, description="of the first step")
     schedule: Literal["constant", "cosine", "step"] = Field(default="constant", description="of the learning rate")
     milestones: list[float] = Field(
@@ -29,21 +29,18 @@ class UnlearnConfig(Document):
         default=5e-4, ge=0, allow_inf_nan=False, description="acts on salient weights only where there is a mask"
     )
     batch_size: int = Field(default=64, ge=1, description="samples a step")
-    order: Literal["sequential", "mixed"] = Field(
-        default="sequential",
-        description="each epoch all of the forget set, then all of the retain set; or both shuffled together",
-    )
     batch_norm: Literal["freeze", "update"] = Field(
         default="freeze", description="running statistics of batch-norm layers"
     )
-    augment: bool = Field(default=True, description="as the data spec says")
     gradient_clip: float | None = Field(default=None, gt=0, description="largest norm of the whole gradient")
-    precision: Literal["float32", "bf16"] = Field(default="float32", description="of forward and backward passes")
+    precision: Literal["float32", "bf16", "auto"] = Field(
+        default="float32", description="of forward and backward passes; auto: bf16 on a GPU, float32 elsewhere"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
-    seed: int = Field(default=0, ge=0, lt=2**53, description="of order, augmentation and random labels")
+    seed: int = Field(default=0, ge=0, lt=2**53, description="of all that is drawn at random")
 
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> UnlearnConfig:
+    def _nesterov_needs_momentum(self) -> Self:
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs a momentum above 0")
         return self
@@ -55,6 +52,67 @@ class UnlearnConfig(Document):
         if self.schedule == "step":
             return float(self.learning_rate * 0.1 ** sum(progress >= milestone for milestone in self.milestones))
         return self.learning_rate
+
+
+class UnlearnConfig(LoopConfig):
+    """How a classifier unlearns. The fields are the same for every method; their defaults are the method's."""
+
+    epochs: int = Field(default=5, ge=1, description="passes over the parts that the method trains on")
+    order: Literal["sequential", "mixed"] = Field(
+        default="sequential",
+        description="each epoch all of the forget set, then all of the retain set; or both shuffled together",
+    )
+    augment: bool = Field(default=True, description="as the data spec says")
+    seed: int = Field(default=0, ge=0, lt=2**53, description="of order, augmentation and random labels")
+    soft_density: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="salun_soft: share of weights that differ after the first step; it grows to 1",
+    )
+    l1_strength: float = Field(
+        default=5e-5, ge=0, allow_inf_nan=False, description="l1_sparse: γ of the first epoch; it falls linearly"
+    )
+    influence_strength: float = Field(
+        default=15.0, gt=0, allow_inf_nan=False, description="influence: α, what the direction is multiplied by"
+    )
+    influence_samples: int = Field(default=1000, ge=1, description="influence: N, single retain images of the Fisher")
+    influence_sweeps: int = Field(
+        default=1, ge=1, description="influence: times that these images are gone through; many give the exact inverse"
+    )
+    influence_damping: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="influence: λ, added to the Fisher's diagonal"
+    )
+    adversarial_step: float = Field(
+        default=0.1, gt=0, le=1, description="boundary_shrink: ε, where pixels go from 0 to 1"
+    )
+    ascent_epochs: int = Field(default=2, ge=1, description="scrub: epochs that begin with ascent on the forget set")
+    distillation_weight: float = Field(
+        default=0.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="scrub: α, of the divergence from the original on the retain set",
+    )
+    label_weight: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="scrub: γ, of the cross-entropy on the retain set"
+    )
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False, description="scrub: T, that divides all logits")
+    retain_weight: float = Field(
+        default=0.95, gt=0, lt=1, description="neggrad_plus: α, of the retain loss; the forget loss has 1 - α"
+    )
+    forget_every: int = Field(default=5, ge=1, description="sfr_on: retain steps after each forget step")
+    forget_strength: float = Field(
+        default=25.0, gt=0, allow_inf_nan=False, description="sfr_on: α of the first forget step; it falls as a cosine"
+    )
+    adaptive_power: float = Field(
+        default=0.5, ge=0, allow_inf_nan=False, description="sfr_on: λ; samples count by their loss to the power -λ"
+    )
+    saliency_ratio: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="sfr_on: γ, least ratio of forget to retain Fisher"
+    )
+    slow_rate: float = Field(
+        default=1.0, gt=0, le=1, description="sfr_on: β, how far the weights follow each round of fast steps"
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -7,25 +7,25 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.saliency import SaliencyMask, masked_optimizer
 from salun_core.unlearn.checkpoint import CheckpointStore, restore, snapshot
-from salun_core.unlearn.config import UnlearnConfig
+from salun_core.unlearn.config import LoopConfig
 from salun_core.unlearn.distributed import ALONE, World
-from salun_core.unlearn.method import Part
+from salun_core.unlearn.method import Stretch
 
-PartsOfEpoch = Callable[[torch.Generator], Sequence[Part]]
+PartsOfEpoch = Callable[[torch.Generator], Sequence[Stretch]]
 OnEpoch = Callable[[EpochRecord], None]
 
 
 def run_loop(
     model: nn.Module,
     parts_of_epoch: PartsOfEpoch,
-    config: UnlearnConfig,
+    config: LoopConfig,
     mask: SaliencyMask | None = None,
     checkpoint: CheckpointStore | None = None,
     fingerprint: str = "",
@@ -84,8 +84,8 @@ def set_training_mode(model: nn.Module, batch_norm: str) -> None:
                 module.eval()
 
 
-def _optimizer(model: nn.Module, config: UnlearnConfig) -> Optimizer:
-    parameters = list(model.parameters())
+def _optimizer(model: nn.Module, config: LoopConfig) -> Optimizer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "sgd":
         return SGD(
             parameters,
@@ -112,7 +112,7 @@ def _run_epoch(
     model: nn.Module,
     optimizer: Optimizer,
     parts_of_epoch: PartsOfEpoch,
-    config: UnlearnConfig,
+    config: LoopConfig,
     epoch: int,
     world: World,
 ) -> EpochRecord:
@@ -122,8 +122,8 @@ def _run_epoch(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed((generator.initial_seed() + world.rank) % 2**63)  # for dropout and the like
         set_training_mode(model, config.batch_norm)
-        parts = [part for part in parts_of_epoch(generator) if len(part.images)]
-        steps = sum(-(-len(part.images) // config.batch_size) for part in parts)
+        parts = [part for part in parts_of_epoch(generator) if len(part)]
+        steps = sum(part.steps(config.batch_size) for part in parts)
         done = 0
         for part in parts:
             losses[part.name], taken = _run_part(model, optimizer, part, config, generator, world, (epoch, done, steps))
@@ -145,32 +145,31 @@ def _run_epoch(
 def _run_part(
     model: nn.Module,
     optimizer: Optimizer,
-    part: Part,
-    config: UnlearnConfig,
+    part: Stretch,
+    config: LoopConfig,
     generator: torch.Generator,
     world: World,
     position: tuple[int, int, int],
 ) -> tuple[float, int]:
     epoch, done, steps = position
-    total, taken = torch.zeros((), device=part.images.labels.device), 0
-    for images, labels in part.images.batches(config.batch_size, generator, config.augment):
+    total, taken = torch.zeros((), device=part.device), 0
+    for step in part.draw(config, generator, world):
         for group in optimizer.param_groups:
             group["lr"] = config.rate_at((epoch + (done + taken) / steps) / config.epochs)
-        share = world.share(images, labels)
-        with _autocast(config, images):
-            loss = part.loss(model(share.images), share.labels)
+        with _autocast(config, part.device):
+            loss = step.loss(model)
         optimizer.zero_grad()
-        (loss * share.weight if share.weight != 1 else loss).backward()  # type: ignore[no-untyped-call]
+        (loss * step.weight if step.weight != 1 else loss).backward()  # type: ignore[no-untyped-call]
         world.add_gradients(model)
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
         optimizer.step()
-        total += loss.detach() * share.count
+        total += loss.detach() * step.samples
         taken += 1
-    return float(world.total(total)) / len(part.images), taken
+    return float(world.total(total)) / len(part), taken
 
 
-def _autocast(config: UnlearnConfig, images: Tensor) -> AbstractContextManager[object]:
-    if config.precision == "bf16":
-        return torch.autocast(images.device.type, torch.bfloat16)
+def _autocast(config: LoopConfig, device: torch.device) -> AbstractContextManager[object]:
+    if config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()

@@ -1,0 +1,160 @@
+"""What all methods of the loop have in common: they resume, they repeat, they refuse settings of others."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from by_hand import image_set, net, run
+
+from salun_core.errors import UsageError
+from salun_core.models.checkpoint import model_digest
+from salun_core.unlearn import METHODS, FileCheckpoint, UnlearnConfig, method_config
+from salun_core.unlearn.distributed import World
+from salun_core.unlearn.method import Task
+
+ROOT = Path(__file__).parents[3]
+
+TRAINED = ["boundary_expanding", "boundary_shrink", "l1_sparse", "salun_soft", "scrub", "neggrad_plus", "sfr_on"]
+SETTINGS = {
+    "epochs": 3,
+    "batch_size": 8,
+    "batch_norm": "update",
+    "learning_rate": 0.02,
+    "schedule": "cosine",
+    "momentum": 0.9,
+    "augment": True,
+    "forget_every": 2,
+    "slow_rate": 0.5,
+}
+
+
+class BrokenOffError(Exception):
+    """Stands for whatever ends a run."""
+
+
+def started(method, **extra):
+    return run(method, net(), image_set(11, 1), image_set(30, 2), **SETTINGS, **extra)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_broken_run_ends_in_the_same_bits(method, tmp_path):
+    whole = started(method)
+    store = FileCheckpoint(tmp_path / "state")
+
+    def stop(record):
+        if record.epoch == 2:
+            raise BrokenOffError
+
+    with pytest.raises(BrokenOffError):
+        started(method, checkpoint=store, on_epoch=stop)
+    fresh = []
+    resumed = started(method, checkpoint=store, on_epoch=fresh.append)
+    assert [record.epoch for record in fresh] == [3]
+    assert model_digest(resumed.model) == model_digest(whole.model)
+    assert [r.losses for r in resumed.history] == [r.losses for r in whole.history]
+    assert resumed.passes == whole.passes
+
+
+@pytest.mark.parametrize("method", [*TRAINED, "influence"])
+def test_the_same_run_gives_the_same_weights_and_leaves_the_model(method):
+    model = net()
+    before = model_digest(model)
+    first, second = (run(method, model, image_set(11, 1), image_set(30, 2), batch_size=8) for _ in range(2))
+    assert model_digest(first.model) == model_digest(second.model) != before == model_digest(model)
+    assert 0 < first.moved <= 1
+    assert not first.model.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["influence", *TRAINED])
+def test_unknown_settings_and_those_of_other_methods_are_refused(method):
+    with pytest.raises(UsageError, match="did you mean 'temperature'"):
+        method_config(method, {"temperatur": 2.0})
+    for other, row in METHODS.items():
+        for key in row.reads - METHODS[method].reads:
+            value = 3 if "epochs" in key or "every" in key or "samples" in key or "sweeps" in key else 0.123
+            with pytest.raises(UsageError, match=f"{method} does not read {key}"):
+                method_config(method, {key: value})
+            assert getattr(method_config(other, {key: value}), key) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("soft_density", 0),
+        ("l1_strength", -1),
+        ("influence_damping", 0),
+        ("influence_samples", 0),
+        ("adversarial_step", 2),
+        ("temperature", float("nan")),
+        ("retain_weight", 1),
+        ("forget_every", 0),
+        ("slow_rate", 0),
+        ("forget_strength", float("inf")),
+    ],
+)
+def test_values_out_of_range_are_refused(key, value):
+    method = next(name for name, row in METHODS.items() if key in row.reads)
+    with pytest.raises(UsageError, match=key):
+        method_config(method, {key: value})
+
+
+@pytest.mark.parametrize("method", [name for name in TRAINED if name != "sfr_on"])
+def test_the_shares_of_several_processes_add_up_to_the_batch(method):
+    """17 images in batches of 4: the last batch has one, fewer than there are processes."""
+    model = net()
+    with torch.no_grad():
+        model.conv.weight.mul_(1.1)
+    config = UnlearnConfig(batch_size=4, augment=False)
+    task = Task(image_set(17, 1), image_set(17, 2), 4, "sequential", config, model, net())
+    task = METHODS[method].begin(task) if METHODS[method].begin else task
+    original = net() if method == "salun_soft" else task.original
+
+    def losses(world):
+        generator = torch.Generator().manual_seed(0)
+        parts = METHODS[method].parts(replace(task, model=copy.deepcopy(model), original=original), generator)
+        return [
+            float(step.loss(model).detach() * step.weight)
+            for part in parts
+            for step in part.draw(config, generator, world)
+        ]
+
+    alone = losses(World())
+    shared = [sum(values) for values in zip(*(losses(World(rank, 3)) for rank in range(3)), strict=True)]
+    assert shared == pytest.approx(alone, rel=1e-4, abs=1e-6)
+
+
+def test_the_documentation_names_every_method_and_setting():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for method, row in METHODS.items():
+        assert f"## `{method}`" in text
+        section = text.split(f"## `{method}`")[1].split("\n## ")[0]
+        for key in sorted({*row.defaults, *row.reads}):
+            value = getattr(method_config(method), key)
+            assert f"`{key}: {f'{value:g}' if isinstance(value, float) else value}`" in section, (method, key)
+
+
+CLASS_WISE = [
+    ("influence", {"influence_samples": 200}),
+    ("boundary_expanding", {"epochs": 5, "learning_rate": 3e-4}),
+    ("boundary_shrink", {"epochs": 3, "learning_rate": 3e-4}),
+    ("salun_soft", {"epochs": 2}),
+    ("scrub", {"epochs": 2}),
+    ("neggrad_plus", {"epochs": 4}),
+    ("sfr_on", {"epochs": 2}),
+]
+
+
+@pytest.mark.parametrize(("method", "config"), CLASS_WISE)
+def test_a_digit_is_forgotten_and_the_others_are_kept(lab, method, config):
+    forget, retain = lab.parts("class")
+    made = lab.unlearn("class", method, **{**METHODS[method].defaults, **config})
+    with torch.no_grad():
+        correct = [
+            sum(int((made(images).argmax(1) == labels).sum()) for images, labels in part.batches(512)) / len(part)
+            for part in (forget, retain)
+        ]
+    assert correct[0] < 0.5
+    assert correct[1] > 0.9
