@@ -1,0 +1,141 @@
+"""Examples to train a denoiser on: latents (or pixels), each with the row of its condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from salun_core.diffusion.denoiser import require_finite
+from salun_core.diffusion.process import Process
+from salun_core.errors import DataError
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Clean samples with their conditions, computed once.
+
+    Args:
+        mean: float32 [N, C, H, W]: pixels from -1 to 1, or the mean of the autoencoder's latent, scaled.
+        condition: int64 [N]: rows of the condition table.
+        std: the latent's standard deviation, scaled; a fresh latent is drawn at each visit. None: `mean` is exact.
+        pseudo: int64 [N]: rows of what a forget example is to look like instead (c'); None where none was chosen.
+        ids: sample ids, where they are known.
+    """
+
+    mean: Tensor
+    condition: Tensor
+    std: Tensor | None = None
+    pseudo: Tensor | None = None
+    ids: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.condition):
+            raise DataError("latents and conditions differ in number", "", "compute both from the same images")
+        require_finite("latents", self.mean)
+
+    def __len__(self) -> int:
+        return len(self.condition)
+
+    def to(self, device: torch.device | str) -> Examples:
+        """Return the examples with their tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device), self.ids)
+
+    def select(self, indices: Sequence[int] | Tensor) -> Examples:
+        """Return the examples of these indices."""
+        index = torch.as_tensor(indices, dtype=torch.int64, device=self.condition.device)
+        ids = [self.ids[position] for position in index.tolist()] if self.ids else ()
+        return self._map(lambda tensor: tensor[index], ids)
+
+    def joined(self, other: Examples) -> Examples:
+        """Return these followed by others of the same shape; a latent without a deviation gets one of 0.
+
+        Raises:
+            DataError: their shapes differ.
+        """
+        if self.mean.shape[1:] != other.mean.shape[1:]:
+            raise DataError("two sets of examples cannot be joined", "their shapes differ", "use one size of image")
+        std = None
+        if self.std is not None or other.std is not None:
+            parts = [item.std if item.std is not None else torch.zeros_like(item.mean) for item in (self, other)]
+            std = torch.cat(parts)
+        pseudo = (
+            torch.cat([self.pseudo, other.pseudo]) if self.pseudo is not None and other.pseudo is not None else None
+        )
+        ids = [*self.ids, *other.ids] if self.ids and other.ids else ()
+        return Examples(
+            torch.cat([self.mean, other.mean]), torch.cat([self.condition, other.condition]), std, pseudo, ids
+        )
+
+    def with_pseudo(self, pseudo: Tensor) -> Examples:
+        """Return the same examples with what each is to look like instead, int64 [N]."""
+        return replace(self, pseudo=pseudo)
+
+    def _map(self, change: Callable[[Tensor], Tensor], ids: Sequence[str]) -> Examples:
+        std = None if self.std is None else change(self.std)
+        pseudo = None if self.pseudo is None else change(self.pseudo)
+        return Examples(change(self.mean), change(self.condition), std, pseudo, ids)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch on its way into the denoiser.
+
+    Args:
+        noisy: x_t [B, C, H, W].
+        times: int64 [B].
+        target: what the network ought to predict, [B, C, H, W].
+        condition: int64 [B]: rows of c.
+        pseudo: int64 [B]: rows of c', of forget examples.
+    """
+
+    noisy: Tensor
+    times: Tensor
+    target: Tensor
+    condition: Tensor
+    pseudo: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def select(self, index: Tensor) -> Noised:
+        """Return the rows of an index, int64."""
+        pseudo = None if self.pseudo is None else self.pseudo[index]
+        return Noised(self.noisy[index], self.times[index], self.target[index], self.condition[index], pseudo)
+
+
+def noised(examples: Examples, process: Process, generator: torch.Generator, times: Tensor | None = None) -> Noised:
+    """Noise examples at random times.
+
+    Args:
+        examples: the batch.
+        process: the forward process.
+        generator: a CPU generator for latents, noise and times, so that every device draws the same.
+        times: int64 [B]; drawn uniformly where none are given.
+    """
+    shape, device = examples.mean.shape, examples.mean.device
+    clean = examples.mean
+    if examples.std is not None:
+        clean = clean + examples.std * torch.randn(shape, generator=generator).to(device)
+    noise = torch.randn(shape, generator=generator).to(device)
+    times = (process.draw_times(len(examples), generator) if times is None else times).to(device)
+    target = process.target(clean, noise, times)
+    return Noised(process.noisy(clean, noise, times), times, target, examples.condition, examples.pseudo)
+
+
+def endless(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield index batches without end: every example once before any comes again, in a new order each time.
+
+    Args:
+        count: of examples, at least 1.
+        size: of a batch.
+        generator: a CPU generator.
+    """
+    left = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(left) < size:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        yield left[:size]
+        left = left[size:]

@@ -1,0 +1,168 @@
+"""Families of diffusion models: how one that was loaded is fed, told what to draw, and its output turned to images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from salun_core.data.images import ImageSet
+from salun_core.diffusion.conditions import ConditionTable
+from salun_core.diffusion.denoiser import Denoiser
+from salun_core.diffusion.examples import Examples
+from salun_core.diffusion.latents import decoder, latents_of, pixels_of
+from salun_core.diffusion.process import Process
+from salun_core.diffusion.sampling import Decode, Sampler, to_bytes
+from salun_core.diffusion.stored import remembered
+from salun_core.diffusion.texts import check_prompts, encode_prompts
+from salun_core.digest import digest_json, sha256_bytes
+from salun_core.errors import ModelError, unknown_name
+from salun_core.evaluation.judging import fitted
+from salun_core.models.diffusers_folder import LoadedDiffusion
+from salun_core.models.generation_card import GenerationCard, GenerationEvaluation
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Family:
+    """A loaded model, ready to be trained and to draw.
+
+    Args:
+        loaded: parts and card.
+        denoiser: its network in float32, whatever type the files keep.
+        shape: of one sample, (C, H, W): pixels, or latents.
+        decode: from samples to images.
+    """
+
+    loaded: LoadedDiffusion
+    denoiser: Denoiser
+    shape: tuple[int, int, int]
+    decode: Decode
+
+    @property
+    def card(self) -> GenerationCard:
+        """The model's card."""
+        return self.loaded.card
+
+    @property
+    def pixels(self) -> bool:
+        """Whether samples are pixels, not latents."""
+        return "vae" not in self.loaded.components.parts
+
+    def sampler(self, evaluation: GenerationEvaluation) -> Sampler:
+        """Return how images are drawn under these settings."""
+        return Sampler.of_scheduler(
+            self.loaded.components.parts["scheduler"],
+            self.shape,
+            steps=evaluation.steps,
+            guidance_scale=evaluation.guidance_scale,
+            batch_size=evaluation.batch_size,
+        )
+
+    def conditions(self, names: Sequence[str]) -> ConditionTable:
+        """Return the conditions of class names, or of prompts for a model that is told by text.
+
+        Args:
+            names: class names of the card, or prompts; each gets one row, in order of its first occurrence.
+
+        Returns:
+            The table on the CPU, with the null condition last where the model has one.
+
+        Raises:
+            UsageError: an unknown class, an empty prompt.
+        """
+        if self.card.task == "class-conditional":
+            return class_conditions(self.loaded, names)
+        unique, size = check_prompts(names), (self.card.height, self.card.width)
+        key = digest_json([self.loaded.digest, unique, *size])
+        rows = remembered("prompts", key, lambda: dict(encode_prompts(self.loaded.components, unique, *size).rows))
+        return ConditionTable([*unique, ""], rows, len(unique))
+
+    def examples(self, images: ImageSet, condition: Tensor) -> Examples:
+        """Return images as the denoiser sees them: pixels from -1 to 1, or latents with their deviations.
+
+        Args:
+            images: uint8; resized to the model's size.
+            condition: int64 [N]: the row of each image's condition.
+
+        Raises:
+            DataError: their channels do not fit.
+            ModelError: a latent is NaN or infinite.
+        """
+        size = self.card.channels, self.card.height, self.card.width
+        ready = torch.cat([fitted(part, *size) for part in torch.split(images.images, _BATCH)])
+        if self.pixels:
+            return Examples(pixels_of(ready), condition, ids=images.ids)
+        vae = self.loaded.components.parts["vae"]
+
+        def compute() -> dict[str, Tensor]:
+            mean, std = latents_of(vae, ready)
+            return {"mean": mean, "std": std}
+
+        key = digest_json([self.loaded.digest, sha256_bytes(ready.contiguous().cpu().numpy().tobytes())])
+        found = remembered("latents", key, compute)
+        return Examples(found["mean"], condition, found["std"], ids=images.ids)
+
+
+def family_of(loaded: LoadedDiffusion, device: torch.device | str = "cpu") -> Family:
+    """Make a loaded model ready.
+
+    Args:
+        loaded: with its card.
+        device: where denoiser, autoencoder and text encoders are put.
+
+    Raises:
+        ModelError: its scheduler is not supported, or the card's size does not fit the autoencoder.
+    """
+    for part in loaded.components.parts.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(device)
+    network = loaded.network if loaded.network.dtype == torch.float32 else loaded.network.to(torch.float32)
+    denoiser = Denoiser(network, Process.of_scheduler(loaded.components.parts["scheduler"]))
+    card = loaded.card
+    if "vae" not in loaded.components.parts:
+        return Family(loaded, denoiser, (card.channels, card.height, card.width), to_bytes)
+    vae = loaded.components.parts["vae"]
+    shrinks = 2 ** (len(vae.config.block_out_channels) - 1)
+    if card.height % shrinks or card.width % shrinks or vae.config.in_channels != card.channels:
+        raise ModelError(
+            "the card does not fit the autoencoder",
+            f"{card.channels} x {card.height} x {card.width} against {vae.config.in_channels} channels and sides in "
+            f"steps of {shrinks}",
+            "correct channels, height and width when you import it",
+        )
+    shape = (int(vae.config.latent_channels), card.height // shrinks, card.width // shrinks)
+    return Family(loaded, denoiser, shape, decoder(vae))
+
+
+def class_conditions(loaded: LoadedDiffusion, names: Sequence[str]) -> ConditionTable:
+    """Return the conditions of class names: their ids, and the null class after them if the model has one.
+
+    Raises:
+        UsageError: an unknown class.
+        ModelError: the network has not as many classes as the card.
+    """
+    classes, held = loaded.card.classes, embedded_classes(loaded)
+    if held not in (len(classes), len(classes) + 1):
+        raise ModelError(
+            "the card does not fit the denoiser", f"{len(classes)} classes against {held} embeddings", "import it again"
+        )
+    unique = list(dict.fromkeys(names))
+    for name in unique:
+        if name not in classes:
+            raise unknown_name("class", name, classes)
+    ids = [classes.index(name) for name in unique]
+    if held == len(classes):
+        return ConditionTable(unique, {"class_labels": torch.tensor(ids, dtype=torch.int64)})
+    return ConditionTable([*unique, ""], {"class_labels": torch.tensor([*ids, len(classes)])}, len(unique))
+
+
+def embedded_classes(loaded: LoadedDiffusion) -> int:
+    """Return how many classes the denoiser has embeddings for, the null class included."""
+    for name, parameter in loaded.network.named_parameters():
+        if name.startswith("class_embedding.") or name.endswith("class_embedder.embedding_table.weight"):
+            return len(parameter)
+    raise ModelError("the denoiser knows no classes", "it has no class embedding", "give a class-conditional model")

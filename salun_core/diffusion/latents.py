@@ -1,0 +1,78 @@
+"""From images to what a denoiser sees and back: pixels from -1 to 1, or an autoencoder's latents, computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun_core.diffusion.denoiser import require_finite
+from salun_core.diffusion.sampling import Decode, to_bytes
+
+
+def pixels_of(images: Tensor) -> Tensor:
+    """Turn uint8 images [N, C, H, W] into pixels from -1 to 1, float32."""
+    return images.to(torch.float32).div_(127.5).sub_(1)
+
+
+@torch.no_grad()
+def latents_of(
+    autoencoder: Any,  # noqa: ANN401 - diffusers' AutoencoderKL
+    images: Tensor,
+    batch_size: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """Encode images once: mean and standard deviation of each latent, scaled as the denoiser takes them.
+
+        mean = (μ - shift) · scale,    std = σ · scale
+
+    so that `mean + std · noise` is a fresh draw of the latent each time, as if the image were encoded again.
+
+    Args:
+        autoencoder: in eval mode; computed in float32 on its own device, whatever type it is kept in.
+        images: uint8 [N, C, H, W] of the autoencoder's size.
+        batch_size: images that are encoded together.
+
+    Returns:
+        Mean and standard deviation, float32 [N, c, h, w] each, on the CPU.
+
+    Raises:
+        ModelError: a latent is NaN or infinite.
+    """
+    shift, scale = scaling(autoencoder)
+    device, kind = next(autoencoder.parameters()).device, autoencoder.dtype
+    means, deviations = [], []
+    _cast(autoencoder, torch.float32)
+    try:
+        for part in torch.split(images, batch_size):
+            latent = autoencoder.encode(pixels_of(part.to(device))).latent_dist
+            means.append(((latent.mean - shift) * scale).cpu())
+            deviations.append((latent.std * scale).cpu())
+    finally:
+        _cast(autoencoder, kind)
+    mean, deviation = torch.cat(means), torch.cat(deviations)
+    return require_finite("latents", mean), require_finite("latents", deviation)
+
+
+def _cast(autoencoder: Any, kind: torch.dtype) -> None:  # noqa: ANN401
+    if autoencoder.dtype != kind:
+        autoencoder.to(kind)
+
+
+def scaling(autoencoder: Any) -> tuple[float, float]:  # noqa: ANN401
+    """Return an autoencoder's shift and scale: a denoiser takes (latent - shift) · scale."""
+    config = autoencoder.config
+    return float(config.get("shift_factor") or 0.0), float(config.get("scaling_factor") or 1.0)
+
+
+def decoder(autoencoder: Any) -> Decode:  # noqa: ANN401
+    """Return the way from scaled latents [B, c, h, w] to images uint8 [B, 3, H, W]."""
+    shift, scale = scaling(autoencoder)
+
+    @torch.no_grad()
+    def decode(latents: Tensor) -> Tensor:
+        device, kind = next(autoencoder.parameters()).device, autoencoder.dtype
+        wanted = (latents / scale + shift).to(device, kind)
+        return to_bytes(require_finite("decoded images", autoencoder.decode(wanted).sample))
+
+    return decode

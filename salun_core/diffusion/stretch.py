@@ -1,0 +1,94 @@
+"""The stretches of the shared training loop that a diffusion method is run as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from salun_core.diffusion.examples import Examples, Noised, endless, noised
+from salun_core.diffusion.method import GenerationMethod, Setting
+from salun_core.errors import UsageError
+from salun_core.unlearn.config import LoopConfig
+from salun_core.unlearn.distributed import World
+from salun_core.unlearn.method import Step
+
+
+@dataclass(frozen=True)
+class DiffusionStretch:
+    """So many steps of one method, each on a forget batch and a retain batch of its own.
+
+    Args:
+        method: whose loss.
+        setting: denoiser, examples, configuration.
+        count: of steps.
+    """
+
+    method: GenerationMethod
+    setting: Setting
+    count: int
+
+    @property
+    def name(self) -> str:
+        """For the history."""
+        return "denoising"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the examples are."""
+        return self.setting.task.retain.mean.device
+
+    def __len__(self) -> int:
+        return self.count * self.setting.config.batch_size
+
+    def steps(self, batch_size: int) -> int:
+        """Return the number of steps."""
+        return self.count
+
+    def draw(self, config: LoopConfig, generator: torch.Generator, world: World) -> Iterator[Step]:
+        """Yield the steps; every process draws the same batches and takes its own share of each.
+
+        Raises:
+            UsageError: the batch cannot be shared evenly.
+        """
+        size = config.batch_size
+        if size % world.size:
+            raise UsageError(f"a batch of {size} cannot be shared by {world.size} processes", "", "choose a multiple")
+        task, method = self.setting.task, self.method
+        setting = replace(self.setting, generator=generator)
+        forget = endless(len(task.forget), size, generator)
+        retain = endless(len(task.retain), size, generator)
+        mine = torch.arange(size).chunk(world.size)[world.rank]
+        for _ in range(self.count):
+            batches = [
+                self._noised(examples, next(order), mine, generator) if needed else _EMPTY
+                for examples, order, needed in (
+                    (task.forget, forget, method.needs_forget),
+                    (task.retain, retain, method.needs_retain),
+                )
+            ]
+            kept = self._told_less(batches[1], generator)
+            yield Step(partial(self._loss, setting, batches[0], kept), len(mine), 1 / world.size)
+
+    def _noised(self, examples: Examples, index: Tensor, mine: Tensor, generator: torch.Generator) -> Noised:
+        batch = noised(examples.select(index), self.setting.denoiser.process, generator)
+        return batch if len(mine) == len(batch) else batch.select(mine.to(batch.times.device))
+
+    def _told_less(self, batch: Noised, generator: torch.Generator) -> Noised:
+        """Give a share of the retain examples the null condition, as a training with guidance in mind does."""
+        share, null = self.setting.config.null_share, self.setting.task.table.null
+        if not share or null is None or not len(batch):
+            return batch
+        chosen = (torch.rand(len(batch), generator=generator) < share).to(batch.condition.device)
+        return replace(batch, condition=batch.condition.masked_fill(chosen, null))
+
+    def _loss(self, setting: Setting, forget: Noised, retain: Noised, model: nn.Module) -> Tensor:
+        assert self.method.loss is not None
+        return self.method.loss(replace(setting, denoiser=setting.denoiser.of(model)), forget, retain)
+
+
+_NONE = torch.empty(0)
+_EMPTY = Noised(_NONE, torch.empty(0, dtype=torch.int64), _NONE, torch.empty(0, dtype=torch.int64))

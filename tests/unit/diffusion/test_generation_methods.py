@@ -1,0 +1,459 @@
+"""Each method against explicit calls of the network and a few lines of numpy."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_diffusion import (
+    LENGTH,
+    NULL,
+    WIDTH,
+    batches,
+    class_unet,
+    digits_task,
+    flow_transformer,
+    lab,
+    pixart,
+    text_table,
+    text_unet,
+)
+
+from salun_core.diffusion import METHODS, Setting, generation_config, unlearn_generation
+from salun_core.diffusion.erased_stable_diffusion import ddim_step, partly_denoised, path
+from salun_core.diffusion.examples import noised
+from salun_core.diffusion.forget_me_not import attention_energy, attention_maps
+from salun_core.diffusion.saliency import denoiser_mask, denoising_scores, selection_mask
+from salun_core.diffusion.unified_concept_editing import correction, matched_tokens, projections
+from salun_core.errors import ConflictError, DataError, UsageError
+from salun_core.models.checkpoint import model_digest
+from salun_core.unlearn import FileCheckpoint
+
+diffusers = pytest.importorskip("diffusers")
+
+QUICK = {"steps": 2, "epochs": 2, "batch_size": 4, "device": "cpu"}
+TRAINED = ("salun", "random_label", "finetune", "gradient_ascent", "retrain", "esd", "forget_me_not")
+
+
+def setting(denoiser, task, method, original=None, **config):
+    return Setting(denoiser, original, task, generation_config(method, config), torch.Generator().manual_seed(0))
+
+
+def mask_of(denoiser, task, density=0.5, **config):
+    return denoiser_mask(denoiser, denoising_scores(denoiser, task, generation_config("salun", config)), density)
+
+
+def run(method, denoiser, task, **more):
+    config = {**QUICK, **more.pop("config", {})}
+    mask = mask_of(denoiser, task) if method == "salun" and "mask" not in more else more.pop("mask", None)
+    return unlearn_generation(denoiser, task, method, config=config, mask=mask, **more)
+
+
+def changed(before, after):
+    other = dict(after.network.named_parameters())
+    return {name for name, value in before.network.named_parameters() if not torch.equal(value, other[name])}
+
+
+def ask(denoiser, noisy, times, table, rows):
+    with torch.no_grad():
+        return denoiser.predict(noisy, times, table.take(torch.as_tensor(rows)))
+
+
+# --- what all have in common
+
+
+@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("kind", ["text", "class", "flow"])
+def test_every_method_runs_on_every_kind_of_network_or_says_why_not(method, kind):
+    denoiser, task = lab(kind)
+    before = model_digest(denoiser.network)
+    config = {"selection": "noxattn"} if method == "esd" and kind == "class" else {}
+    if method == "forget_me_not" and kind != "text":
+        with pytest.raises(UsageError, match=r"selection xattn is empty|has no cross-attention"):
+            run(method, denoiser, task)
+        return
+    result = run(method, denoiser, task, config=config)
+    assert model_digest(denoiser.network) == before
+    assert changed(denoiser, result.denoiser)
+    assert len(result.history) == 2
+    assert all(np.isfinite(list(record.losses.values())).all() for record in result.history)
+    assert not result.denoiser.network.training
+    row = METHODS[method]
+    assert result.passes == 2 * 4 * (row.needs_forget + row.needs_retain)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_resumed_run_ends_in_the_same_bits(method, tmp_path):
+    denoiser, task = lab("text")
+    store = FileCheckpoint(tmp_path / "state")
+    whole = run(method, denoiser, task)
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(method, denoiser, task, checkpoint=store, on_epoch=stop)
+    resumed = run(method, denoiser, task, checkpoint=store)
+    assert [record.epoch for record in resumed.history] == [1, 2]
+    assert model_digest(resumed.denoiser.network) == model_digest(whole.denoiser.network)
+    with pytest.raises(ConflictError):
+        run(method, denoiser, task, checkpoint=store, config={"seed": 1})
+
+
+@pytest.mark.parametrize("method", ["esd", "forget_me_not"])
+def test_text_methods_change_cross_attention_alone(method):
+    denoiser, task = lab("text")
+    names = changed(denoiser, run(method, denoiser, task, config={"learning_rate": 1e-3}).denoiser)
+    assert names
+    assert all(".attn2." in name for name in names)
+
+
+@pytest.mark.parametrize("method", ["esd", "uce", "finetune"])
+def test_a_mask_is_refused_where_it_would_be_ignored(method):
+    denoiser, task = lab("text")
+    with pytest.raises(UsageError, match="takes no mask"):
+        run(method, denoiser, task, mask=selection_mask(denoiser, generation_config("salun")))
+
+
+def test_bad_tasks_are_refused():
+    denoiser, task = lab("class")
+    with pytest.raises(UsageError, match="salun needs a mask"):
+        unlearn_generation(denoiser, task, "salun", config=QUICK)
+    with pytest.raises(DataError, match="look like itself"):
+        run("random_label", denoiser, replace(task, forget=task.forget.with_pseudo(task.forget.condition)))
+    with pytest.raises(DataError, match="retain set is empty"):
+        run("finetune", denoiser, replace(task, retain=task.retain.select([])))
+    with pytest.raises(UsageError, match="method for diffusion models.*esd"):
+        generation_config("esdd")
+
+
+# --- SalUn, random labelling, fine-tuning, retraining, ascent
+
+
+@pytest.mark.parametrize("kind", ["text", "class", "flow"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"optimizer": "adam", "weight_decay": 0.1},
+        {"optimizer": "adamw", "weight_decay": 0.1},
+        {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1},
+    ],
+    ids=lambda item: item["optimizer"],
+)
+def test_weights_outside_the_mask_keep_their_bits(kind, optimizer):
+    denoiser, task = lab(kind)
+    mask = mask_of(denoiser, task, 0.3)
+    result = run("salun", denoiser, task, mask=mask, config={**optimizer, "learning_rate": 1e-2})
+    after = dict(result.denoiser.network.named_parameters())
+    moved = total = 0
+    for name, before in denoiser.network.named_parameters():
+        salient = mask.tensor(name)
+        assert torch.equal(before[~salient].view(torch.int32), after[name][~salient].view(torch.int32)), name
+        moved += int((before != after[name]).sum())
+        total += int(salient.sum())
+    assert moved > 0.9 * total
+
+
+def test_a_full_mask_is_random_labelling():
+    denoiser, task = lab("class")
+    full = selection_mask(denoiser, generation_config("salun"))
+    masked, free = run("salun", denoiser, task, mask=full), run("random_label", denoiser, task)
+    after = dict(free.denoiser.network.named_parameters())
+    for name, weight in masked.denoiser.network.named_parameters():
+        assert torch.allclose(weight, after[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize(("method", "sign"), [("gradient_ascent", -1), ("finetune", 1)])
+def test_ascent_climbs_and_fine_tuning_descends_by_plain_gradients(method, sign):
+    denoiser, task = lab("class")
+    rate = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.01, "gradient_clip": None}
+    result = run(method, denoiser, task, config={**rate, "steps": 1, "epochs": 1, "batch_size": 16})
+    forget, twin = method == "gradient_ascent", copy.deepcopy(denoiser.network)
+    generator = torch.Generator().manual_seed(0)  # of epoch 0 under seed 0
+    examples = task.forget if forget else task.retain
+    order = torch.randperm(len(examples), generator=generator)[:16]  # drawn where the batch is due
+    batch = noised(examples.select(order), denoiser.process, generator)
+    found = denoiser.of(twin).predict(batch.noisy, batch.times, task.table.take(batch.condition))
+    (sign * ((found - batch.target) ** 2).mean()).backward()
+    after = dict(result.denoiser.network.named_parameters())
+    for name, weight in twin.named_parameters():
+        wanted = weight.detach() if weight.grad is None else weight.detach() - 0.01 * weight.grad
+        assert torch.allclose(after[name], wanted, atol=1e-6), name
+
+
+def test_ascent_is_minus_the_denoising_loss():
+    denoiser, task = lab("flow")
+    forget, retain = batches(denoiser, task)
+    error = ask(denoiser, forget.noisy, forget.times, task.table, forget.condition) - forget.target
+    loss = METHODS["gradient_ascent"].loss(setting(denoiser, task, "gradient_ascent"), forget, retain)
+    assert loss.item() == pytest.approx(-float((error**2).mean()), rel=1e-5)
+
+
+def test_retraining_knows_nothing_of_the_old_weights_and_depends_on_the_seed():
+    _, task = lab("class")
+    first, second = (run("retrain", class_unet(seed), task).denoiser.network for seed in (1, 2))
+    assert model_digest(first) == model_digest(second)
+    other = run("retrain", class_unet(1), task, config={"seed": 5}).denoiser.network
+    assert model_digest(first) != model_digest(other)
+
+
+def test_retraining_a_part_of_fresh_weights_is_refused():
+    denoiser, task = lab("class")
+    with pytest.raises(UsageError, match="retrain cannot train selfattn alone"):
+        run("retrain", denoiser, task, config={"selection": "selfattn"})
+
+
+def test_retraining_learns():
+    denoiser, task = lab("class")
+    history = run("retrain", denoiser, task, config={"steps": 40, "epochs": 2, "batch_size": 8}).history
+    assert history[1].losses["denoising"] < 0.8 * history[0].losses["denoising"]
+
+
+# --- ESD
+
+
+@pytest.mark.parametrize("kind", ["text", "class", "flow", "v_prediction"])
+def test_esd_aims_at_the_original_s_negatively_guided_prediction(kind):
+    denoiser, task = lab("text" if kind == "v_prediction" else kind)
+    if kind == "v_prediction":
+        denoiser = text_unet(prediction="v_prediction")
+    original = denoiser.of(copy.deepcopy(denoiser.network))
+    for weight in denoiser.network.parameters():
+        weight.data.mul_(1.05)  # the model in training has moved on
+    forget, _ = batches(denoiser, task)
+    chosen = setting(denoiser, task, "esd", original, negative_guidance=1.5, start_steps=3)
+    loss = METHODS["esd"].loss(chosen, forget, forget)
+    chosen.generator.manual_seed(0)
+    drawn = partly_denoised(chosen, forget)
+    conditional, free = (ask(original, drawn.noisy, drawn.times, task.table, [row] * 6) for row in (0, NULL))
+    found = ask(denoiser, drawn.noisy, drawn.times, task.table, [0] * 6)
+    assert loss.item() == pytest.approx(float(((found - (free - 1.5 * (conditional - free))) ** 2).mean()), rel=1e-4)
+    loss.backward()
+    assert all(weight.grad is None for weight in original.network.parameters())
+
+
+def test_esd_starts_from_the_batch_s_own_noise_and_ends_at_one_drawn_time():
+    denoiser, task = lab("text")
+    forget, _ = batches(denoiser, task)
+    chosen = setting(denoiser, task, "esd", start_steps=4, start_guidance=2.0)
+    drawn = partly_denoised(chosen, forget)
+    end = int(torch.randint(1000, (1,), generator=torch.Generator().manual_seed(0)))
+    assert drawn.times.tolist() == [end] * 6
+    alphas, current = diffusers.DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod, forget.target
+    times = path(1000, end, 4)
+    for now, then in zip(times[:-1], times[1:], strict=True):
+        free, told = (ask(denoiser, current, torch.full((6,), now), task.table, [row] * 6) for row in (NULL, 0))
+        noise = free + 2.0 * (told - free)
+        clean = ((current - (1 - alphas[now]).sqrt() * noise) / alphas[now].sqrt()).clamp(-1, 1)
+        current = alphas[then].sqrt() * clean + (1 - alphas[then]).sqrt() * noise
+    assert torch.allclose(drawn.noisy, current, atol=1e-4)
+
+
+def test_the_path_to_a_time_keeps_its_pace():
+    assert path(1000, 999, 20) == [999]
+    assert path(1000, 0, 4) == [999, 749, 500, 250, 0]
+    for end in range(0, 1000, 37):
+        times = path(1000, end, 20)
+        assert (times[0], times[-1]) == (999, end)
+        assert all(0 < a - b <= 51 for a, b in zip(times[:-1], times[1:], strict=True))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_step_is_diffusers_own_ddim_step(prediction):
+    denoiser, task = text_unet(prediction=prediction), digits_task(text_table())
+    batch = replace(batches(denoiser, task)[0], times=torch.full((6,), 750))
+    predicted = torch.randn(batch.noisy.shape, generator=torch.Generator().manual_seed(1))
+    scheduler = diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", prediction_type=prediction, clip_sample=False, timestep_spacing="leading"
+    )
+    scheduler.set_timesteps(4)
+    wanted = scheduler.step(predicted, 750, batch.noisy).prev_sample
+    moved = ddim_step(denoiser, batch, predicted, 500, pixels=False)
+    assert torch.allclose(moved.noisy, wanted, atol=1e-5)
+    assert moved.times.tolist() == [500] * 6
+
+
+def test_a_step_of_a_flow_is_eulers():
+    denoiser, task = lab("flow")
+    batch = replace(batches(denoiser, task)[0], times=torch.full((6,), 750))
+    predicted = torch.randn(batch.noisy.shape, generator=torch.Generator().manual_seed(1))
+    sigma = denoiser.process.noise
+    moved = ddim_step(denoiser, batch, predicted, 500, pixels=False)
+    assert torch.allclose(moved.noisy, batch.noisy + (sigma[500] - sigma[750]) * predicted, atol=1e-5)
+
+
+def test_esd_x_is_refused_for_classes_and_esd_needs_a_null_condition():
+    denoiser, task = lab("class")
+    with pytest.raises(UsageError, match="selection xattn is empty.*choose full, noxattn"):
+        run("esd", denoiser, task)
+    with pytest.raises(UsageError, match="null condition"):
+        run("esd", denoiser, replace(task, table=replace(task.table, null=None)), config={"selection": "noxattn"})
+
+
+def test_esd_moves_the_prediction_towards_its_aim():
+    denoiser, task = lab("text")
+    history = run("esd", denoiser, task, config={"steps": 30, "learning_rate": 1e-2, "start_steps": 2}).history
+    assert history[1].losses["denoising"] < 0.9 * history[0].losses["denoising"]
+
+
+# --- Forget-Me-Not
+
+
+def test_attention_is_the_softmax_that_the_layer_itself_takes():
+    denoiser, task = lab("text")
+    forget, _ = batches(denoiser, task)
+    layer = next(iter(denoiser.cross_attentions().values()))
+    seen = {}
+    watch = [
+        getattr(layer, part).register_forward_hook(lambda m, a, out, part=part: seen.setdefault(part, out))
+        for part in ("to_q", "to_k", "to_v")
+    ]
+    mixed = layer.to_out[0].register_forward_pre_hook(lambda m, args: seen.setdefault("mixed", args[0]))
+    with attention_maps(denoiser) as maps:
+        ask(denoiser, forget.noisy, forget.times, task.table, forget.condition)
+    for hook in [*watch, mixed]:
+        hook.remove()
+    query, key, value = (
+        seen[part].detach().double().numpy().reshape(6, -1, layer.heads, 4).transpose(0, 2, 1, 3)
+        for part in ("to_q", "to_k", "to_v")
+    )
+    scores = query @ key.transpose(0, 1, 3, 2) / np.sqrt(4)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    assert maps[0].shape == (6, layer.heads, 16, LENGTH)
+    np.testing.assert_allclose(maps[0].detach().numpy(), weights, atol=1e-5)
+    out = (weights @ value).transpose(0, 2, 1, 3).reshape(6, 16, -1)
+    np.testing.assert_allclose(seen["mixed"].detach().numpy(), out, atol=1e-5)  # what the fused kernel made of it
+
+
+def test_energy_is_the_mean_square_of_the_marked_probabilities():
+    probabilities = torch.tensor([[[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]], [[[0.0, 1.0, 0.0], [0.6, 0.2, 0.2]]]])
+    marks = torch.tensor([[False, True, False], [True, False, True]])
+    wanted = (0.3**2 + 0.1**2 + 0.0 + 0.0 + 0.6**2 + 0.2**2) / 6
+    assert float(attention_energy(probabilities, marks)) == pytest.approx(wanted)
+
+
+def test_the_loss_looks_at_each_prompt_s_own_tokens():
+    denoiser, task = text_unet(), digits_task(text_table(tokens=[[2], [1], [3], []]))
+    forget, retain = batches(denoiser, task)
+    with attention_maps(denoiser) as maps:
+        ask(denoiser, forget.noisy, forget.times, task.table, forget.condition)
+    wanted = np.mean([float((found[..., 2] ** 2).mean()) for found in maps])
+    loss = METHODS["forget_me_not"].loss(setting(denoiser, task, "forget_me_not"), forget, retain)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert len(maps) == 4
+
+
+def test_forgetting_me_lowers_the_attention_and_leaves_no_hook():
+    denoiser, task = text_unet(), digits_task(text_table(tokens=[[2], [1], [3], []]))
+    config = {"steps": 20, "learning_rate": 1e-2}
+    result = run("forget_me_not", denoiser, task, config=config)
+    assert result.history[1].losses["denoising"] < 0.9 * result.history[0].losses["denoising"]
+    assert not [m for m in result.denoiser.network.modules() if m._forward_pre_hooks or m._forward_hooks]
+
+
+def test_hooks_go_even_when_the_network_fails():
+    denoiser, task = lab("text")
+    with pytest.raises(KeyError), attention_maps(denoiser):
+        denoiser.predict(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), {})
+    assert not [m for m in denoiser.network.modules() if m._forward_pre_hooks]
+
+
+def test_forget_me_not_cannot_read_checkpointed_attention():
+    denoiser, task = lab("text")
+    with pytest.raises(UsageError, match="gradient checkpointing"):
+        run("forget_me_not", denoiser, task, config={"gradient_checkpointing": True})
+    with pytest.raises(UsageError, match="has no cross-attention"):
+        run("forget_me_not", *lab("flow"), config={"selection": "full"})
+
+
+# --- UCE
+
+
+def test_the_correction_solves_the_weighted_least_squares():
+    old, new, kept = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0)).double()
+    projection = torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).double()
+    found = (projection + projection @ correction(old, new, kept, 0.3, 0.7)).numpy()
+    # min_W Σ|W c_e - W_o c_a|² + p Σ|W c_k - W_o c_k|² + λ |W - W_o|², as one stacked system for lstsq
+    sources = np.concatenate([old, np.sqrt(0.7) * kept, np.sqrt(0.3) * np.eye(5)])
+    aims = np.concatenate([new, np.sqrt(0.7) * kept, np.sqrt(0.3) * np.eye(5)]) @ projection.numpy().T
+    np.testing.assert_allclose(found, np.linalg.lstsq(sources, aims, rcond=None)[0].T, atol=1e-10)
+
+
+def test_the_edit_is_the_published_quotient():
+    denoiser, task = lab("text")
+    config = {"edit_strength": 0.2, "preserve_strength": 0.5}
+    result = unlearn_generation(denoiser, task, "uce", config=config)
+    texts = task.table.rows["encoder_hidden_states"].double().numpy()[:, 1:]
+    forgotten, anchor = texts[0], texts[1]
+    kept = texts[[1, 2, NULL]].reshape(-1, WIDTH)
+    after = projections(result.denoiser)
+    for name, layer in projections(denoiser).items():
+        before = layer.weight.detach().double().numpy()
+        gram = forgotten.T @ forgotten + 0.2 * np.eye(WIDTH) + 0.5 * kept.T @ kept
+        aims = before @ anchor.T @ forgotten + 0.2 * before + 0.5 * before @ kept.T @ kept
+        np.testing.assert_allclose(after[name].weight.detach().numpy(), aims @ np.linalg.inv(gram), atol=1e-6)
+
+
+def test_the_edit_changes_keys_and_values_alone():
+    denoiser, task = lab("text")
+    result = unlearn_generation(denoiser, task, "uce")
+    assert changed(denoiser, result.denoiser) == {f"{name}.weight" for name in projections(denoiser)}
+    assert (result.history, result.passes) == ([], 0)
+    assert not [m for m in result.denoiser.network.modules() if m._forward_pre_hooks]
+    again = unlearn_generation(denoiser, task, "uce", config={"batch_size": 1})
+    assert model_digest(again.denoiser.network) == model_digest(result.denoiser.network)
+
+
+def test_a_forgotten_prompt_then_looks_like_its_anchor_and_the_others_like_themselves():
+    denoiser, task = lab("text")
+    after = unlearn_generation(denoiser, task, "uce", config={"edit_strength": 1e-6, "preserve_strength": 1.0}).denoiser
+    noisy, times = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((4,), 500)
+
+    def keys(model, row):
+        text = task.table.rows["encoder_hidden_states"][row, 1:]
+        return next(iter(projections(model).values()))(text).detach()
+
+    before = float((keys(denoiser, 0) - keys(denoiser, 1)).norm())
+    assert float((keys(after, 0) - keys(denoiser, 1)).norm()) < 0.75 * before
+    assert float((keys(after, 2) - keys(denoiser, 2)).norm()) < 0.5 * before
+    told = [ask(model, noisy, times, task.table, [2] * 4) for model in (denoiser, after)]
+    assert not torch.equal(*told)
+
+
+def test_tokens_are_matched_from_the_last_own_token_on():
+    table = text_table(tokens=[[1, 2], [3], [1], []])
+    task = digits_task(table)
+    texts = table.rows["encoder_hidden_states"]
+    old, new, kept = matched_tokens(texts, task, [2, 3, 1, 1])
+    assert torch.equal(old, texts[0, 2:4])
+    assert torch.equal(new, texts[1, 3:5])
+    assert torch.equal(kept, torch.cat([texts[1, 3:], texts[2, 1:], texts[NULL, 1:]]))
+    denoiser = text_unet()
+    result = unlearn_generation(denoiser, task, "uce")
+    name, layer = next(iter(projections(denoiser).items()))
+    weight = layer.weight.detach().double()
+    wanted = weight + weight @ correction(old, new, kept, 0.1, 0.1)
+    assert torch.allclose(projections(result.denoiser)[name].weight.detach().double(), wanted, atol=1e-6)
+
+
+def test_a_network_that_projects_its_text_is_edited_where_the_text_is_read():
+    denoiser, task = pixart(), digits_task(text_table())
+    result = unlearn_generation(denoiser, task, "uce")
+    with torch.no_grad():
+        texts = denoiser.network.caption_projection(task.table.rows["encoder_hidden_states"])
+    change = correction(*matched_tokens(texts, task, [1] * 4), 0.1, 0.1)
+    for name, layer in projections(denoiser).items():
+        weight = layer.weight.detach().double()
+        found = projections(result.denoiser)[name].weight.detach().double()
+        assert torch.allclose(found, weight + weight @ change, atol=1e-6)
+    names = {f"{name}.weight" for name in projections(denoiser)}
+    assert changed(denoiser, result.denoiser) == names  # the biases stay
+
+
+@pytest.mark.parametrize("make", [class_unet, flow_transformer])
+def test_uce_needs_cross_attention(make):
+    task = lab("class" if make is class_unet else "flow")[1]
+    with pytest.raises(UsageError, match="has no cross-attention"):
+        unlearn_generation(make(), task, "uce")
