@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from salun_core.errors import IntegrityError, ModelError, UsageError
 from salun_core.models.card import ModelCard
 from salun_core.models.registry import build_classifier
 from salun_core.storage.local import disk_error
+
+Files = Mapping[str, bytes | Callable[[Path], object]]
+"""By relative name, with `/` between folders: the content, or what writes it to a path."""
 
 WEIGHTS, CARD, SPLIT = "model.safetensors", "model.json", "split.json"
 
@@ -114,8 +117,12 @@ def _json(document: ModelCard | SplitManifest) -> bytes:
     return (json.dumps(document.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(folder: Path, files: Files) -> None:
     """Write files into a new folder that appears whole, in place of an older model folder.
+
+    Args:
+        folder: where to.
+        files: what to write.
 
     Raises:
         StoreError: it cannot be written.
@@ -128,7 +135,11 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         for name, data in files.items():
-            (temporary / name).write_bytes(data)
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(data, bytes):
+                (temporary / name).write_bytes(data)
+            else:
+                data(temporary / name)
         temporary.chmod(0o755)
         _swap(temporary, folder)
     except OSError as error:

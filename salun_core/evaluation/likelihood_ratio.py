@@ -1,0 +1,175 @@
+"""The likelihood-ratio attack (LiRA): a test of its own for every sample, from shadow models.
+
+Half of the shadow models were trained on a sample, half were not. Their confidences on it are two normal
+distributions; the attack asks which of the two the attacked model's confidence fits.
+Source: Carlini et al., "Membership Inference Attacks From First Principles", IEEE S&P 2022, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from salun_core.data.images import ImageSet
+from salun_core.errors import UsageError
+from salun_core.evaluation.comparison import auc_interval, wilson_interval
+from salun_core.evaluation.evidence import Metric
+from salun_core.evaluation.outputs import Outputs, outputs_of
+from salun_core.evaluation.two_sample import rank_area
+
+FEWEST_SHADOWS = 4
+LOW_FPR = 0.01
+_OWN_VARIANCE = 64  # from so many shadow models on, each sample has a variance of its own; as in the paper
+_TINY = 1e-30
+
+Train = Callable[[ImageSet, int], nn.Module]
+"""(training images, seed) -> a model trained on them, on the images' device."""
+
+
+@dataclass(frozen=True)
+class Shadows:
+    """What S shadow models say of N samples.
+
+    Args:
+        scaled: logit-scaled confidences, float64 [S, N].
+        inside: whether the model was trained on the sample, bool [S, N]; half of each column.
+    """
+
+    scaled: np.ndarray
+    inside: np.ndarray
+
+
+def logit_scaled(outputs: Outputs) -> np.ndarray:
+    """Return log p_y - log(1 - p_y) of each sample, float64 [N]: close to normal over models trained anew."""
+    others = outputs.probabilities.copy()
+    others[np.arange(len(outputs)), outputs.labels] = 0.0
+    return np.asarray(np.log(outputs.confidences + _TINY) - np.log(others.sum(axis=1) + _TINY))
+
+
+def assignments(shadows: int, samples: int, seed: int) -> np.ndarray:
+    """Draw which shadow model is trained on which sample, each sample by exactly half of them.
+
+    Args:
+        shadows: S, even.
+        samples: N.
+        seed: of the draw.
+
+    Returns:
+        bool [S, N].
+
+    Raises:
+        UsageError: S is odd or below 4: a variance needs two models on each side.
+    """
+    if shadows < FEWEST_SHADOWS or shadows % 2:
+        raise UsageError(
+            f"{shadows} shadow models are no good", "half of them see each sample", "give an even number of at least 4"
+        )
+    ranks = np.random.default_rng(seed).random((shadows, samples)).argsort(axis=0)
+    return np.asarray(ranks < shadows // 2)
+
+
+def train_shadows(train: Train, retain: ImageSet, pool: ImageSet, shadows: int, seed: int) -> Shadows:
+    """Train the shadow models, each on D_r and its half of the pool, and ask them about the pool.
+
+    Args:
+        train: trains one.
+        retain: D_r; every shadow model sees it.
+        pool: D_f and as many unseen images.
+        shadows: S.
+        seed: of the halves; model i is trained with seed + i + 1.
+
+    Returns:
+        What they say. The models are not kept.
+    """
+    inside = assignments(shadows, len(pool), seed)
+    rows = []
+    for index, chosen in enumerate(inside):
+        model = train(retain.joined(pool.select(np.flatnonzero(chosen).tolist())), seed + index + 1)
+        rows.append(logit_scaled(outputs_of(model, pool)))
+    return Shadows(np.stack(rows), inside)
+
+
+def online_scores(attacked: np.ndarray, shadows: Shadows) -> np.ndarray:
+    """Return log N(φ; μ_in, σ_in) - log N(φ; μ_out, σ_out) of each sample: high for a member.
+
+    Args:
+        attacked: φ, the attacked model's logit-scaled confidences, float64 [N].
+        shadows: of the same samples.
+
+    Returns:
+        float64 [N].
+
+    Source:
+        Carlini et al., 2022, algorithm 1.
+    """
+    inside, outside = (_log_density(attacked, *_moments(shadows, side)) for side in (True, False))
+    return np.asarray(inside - outside)
+
+
+def offline_scores(attacked: np.ndarray, shadows: Shadows) -> np.ndarray:
+    """Return (φ - μ_out) / σ_out of each sample: the attack of one who cannot train on it; high for a member.
+
+    Source:
+        Carlini et al., 2022, section V-B; the paper's 1 - Pr[Z > φ] grows with it.
+    """
+    mean, deviation = _moments(shadows, False)
+    return np.asarray((attacked - mean) / deviation)
+
+
+def _moments(shadows: Shadows, inside: bool) -> tuple[np.ndarray, np.ndarray]:
+    count = len(shadows.scaled) // 2
+    chosen = shadows.inside == inside
+    values = shadows.scaled.T[chosen.T].reshape(-1, count)
+    mean, variance = values.mean(axis=1), values.var(axis=1, ddof=1)
+    if len(shadows.scaled) < _OWN_VARIANCE:
+        variance = np.full_like(variance, variance.mean())
+    return mean, np.sqrt(variance) + 1e-12
+
+
+def _log_density(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    return np.asarray(-0.5 * ((values - mean) / deviation) ** 2 - np.log(deviation) - 0.5 * math.log(2 * math.pi))
+
+
+def caught_at(members: np.ndarray, others: np.ndarray, fpr: float = LOW_FPR) -> float:
+    """Return the share of members above a threshold that at most a share `fpr` of the others exceeds."""
+    allowed = math.floor(fpr * len(others))
+    return float((members > np.sort(others)[len(others) - 1 - allowed]).mean())
+
+
+def lira_metrics(models: Mapping[str, nn.Module], shadows: Shadows, pool: ImageSet, members: int) -> dict[str, Metric]:
+    """Attack each model.
+
+    Args:
+        models: by name: before, after, perhaps reference.
+        shadows: of the pool.
+        pool: D_f first, then the unseen images.
+        members: size of D_f.
+
+    Returns:
+        lira_auc (online), lira_offline_auc, and lira_tpr: the share of D_f that the online attack finds while it
+        wrongly accuses 1 % of the unseen images.
+    """
+    phi = {name: logit_scaled(outputs_of(model, pool)) for name, model in models.items()}
+    online = {name: online_scores(values, shadows) for name, values in phi.items()}
+    offline = {name: offline_scores(values, shadows) for name, values in phi.items()}
+    tpr = {name: caught_at(scores[:members], scores[members:]) for name, scores in online.items()}
+    low, high = wilson_interval(tpr["after"], members)
+    return {
+        "lira_auc": _area(online, members),
+        "lira_offline_auc": _area(offline, members),
+        "lira_tpr": Metric(
+            before=tpr["before"], after=tpr["after"], reference=tpr.get("reference"), n=members, low=low, high=high
+        ),
+    }
+
+
+def _area(scores: Mapping[str, np.ndarray], members: int) -> Metric:
+    areas = {name: rank_area(values[:members], values[members:]) for name, values in scores.items()}
+    low, high = auc_interval(areas["after"], members, len(scores["after"]) - members)
+    return Metric(
+        before=areas["before"], after=areas["after"], reference=areas.get("reference"), n=members, low=low, high=high
+    )

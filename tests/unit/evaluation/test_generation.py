@@ -1,0 +1,374 @@
+"""Generated images are real digits here: what a sampler returns is known, and so is every figure."""
+
+import base64
+import io
+import json
+import weakref
+from dataclasses import dataclass, replace
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from salun_core.data import load_data
+from salun_core.errors import DataError, ModelError, UsageError
+from salun_core.evaluation import Evidence, Metric
+from salun_core.evaluation.comparison import wilson_interval
+from salun_core.evaluation.evidence import CurvePoint, Forgotten, Measured, RunFacts
+from salun_core.evaluation.generation import Judges, Plan, evaluate_generation
+from salun_core.evaluation.grids import ROWS
+from salun_core.evaluation.image_features import frechet_distance, judge_extractor, kernel_distance
+from salun_core.evaluation.judging import Judge
+from salun_core.evaluation.nudity import NudityDetector
+from salun_core.models import load_model
+from salun_core.saliency import SaliencyMask
+
+MEASURED = Measured(before="a", after="b", dataset="c", split="d", forget_set="e")
+FORGOTTEN = Forgotten(count=10, train_count=100, kinds=["class"], classes=[3])
+NAMES = [f"digit {index}" for index in range(10)]
+PLAN = Plan(
+    rows=NAMES,
+    forgotten=[3],
+    labels=list(range(10)),
+    neighbours=[5, 8],
+    per_row=12,
+    seed=7,
+    sampler="DDIMScheduler",
+    steps=20,
+    guidance_scale=2.0,
+)
+
+
+@pytest.fixture(scope="module")
+def judge(digits_model):
+    return Judge.of(load_model(digits_model))
+
+
+@pytest.fixture(scope="module")
+def digits(judge):
+    """Digits by class, uint8 [N, 3, 8, 8]."""
+    found = load_data(judge.card.data).images("train")
+    return [found.images[found.labels == label].expand(-1, 3, -1, -1).contiguous() for label in range(10)]
+
+
+@dataclass
+class Digits:
+    """A sampler whose row r is the digit `shown.get(r, r)`; the seed says which of them."""
+
+    digits: list
+    shown: dict
+    size: int = 13
+    asked: list = None
+
+    def image(self, row, seed):
+        of = self.digits[self.shown.get(row, row)]
+        return of[seed % len(of)]
+
+    def __call__(self, rows, seeds):
+        self.asked = [*zip(rows, seeds, strict=True)]
+        for at in range(0, len(rows), self.size):
+            yield torch.stack([self.image(*pair) for pair in self.asked[at : at + self.size]])
+
+
+@pytest.fixture(scope="module")
+def samples(digits):
+    return Digits(digits, {}), Digits(digits, {3: 1, 8: 9}, size=50)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    before, after = nn.Linear(4, 3), nn.Linear(4, 3)
+    after.load_state_dict(before.state_dict())
+    with torch.no_grad():
+        after.weight[0] += 1
+    return before, after
+
+
+@pytest.fixture(scope="module")
+def judges(judge, digits):
+    kept = torch.cat([digits[label][-20:, :1] for label in range(10) if label != 3])
+    return Judges(judge=judge, extractor=judge_extractor(judge), real=kept)
+
+
+@pytest.fixture(scope="module")
+def evidence(samples, networks, judges):
+    reference = Digits(samples[0].digits, {3: 2})
+    return evaluate_generation(
+        *samples,
+        networks,
+        PLAN,
+        judges,
+        MEASURED,
+        FORGOTTEN,
+        run=RunFacts(method="salun"),
+        extra={"UA_relearned": Metric(before=0.0, after=0.9, n=10)},
+        resurgence=[CurvePoint(step=10, ua=0.95)],
+        reference=reference,
+    )
+
+
+def calls(judge, sample):
+    """What the judge calls each image, one at a time: {row: [class]}."""
+    found = {}
+    for row in range(10):
+        seeds = range(7 + row * 12, 7 + (row + 1) * 12)
+        found[row] = [int(judge.predict(sample.image(row, seed)[None])) for seed in seeds]
+    return found
+
+
+def share(found, rows, right):
+    return np.mean([(call == row) == right for row in rows for call in found[row]])
+
+
+def test_every_model_gets_the_same_rows_and_seeds(evidence, samples):
+    assert samples[0].asked == samples[1].asked
+    assert samples[0].asked == [(index // 12, 7 + index) for index in range(120)]
+    assert evidence.generation.seed == 7
+    assert evidence.generation.images == 120
+
+
+def test_recognition_is_counted_one_image_at_a_time(evidence, judge, samples):
+    others = [row for row in range(10) if row != 3]
+    for state, sample in zip(("before", "after"), samples, strict=True):
+        found = calls(judge, sample)
+        expected = {
+            "UA": share(found, [3], False),
+            "RA": share(found, others, True),
+            "neighbours": share(found, [5, 8], True),
+        }
+        for name, value in expected.items():
+            assert getattr(evidence.metrics[name], state) == pytest.approx(value), (name, state)
+    assert evidence.metrics["UA"].before < 0.2 < 0.9 < evidence.metrics["UA"].after
+    assert evidence.metrics["neighbours"].after < 0.6 < 0.8 < evidence.metrics["neighbours"].before
+    assert {name: evidence.metrics[name].n for name in ("UA", "RA", "neighbours")} == {
+        "UA": 12,
+        "RA": 108,
+        "neighbours": 24,
+    }
+    assert evidence.metrics["UA"].reference > 0.9
+    ua = evidence.metrics["UA"]
+    assert (ua.low, ua.high) == wilson_interval(ua.after, 12)
+
+
+def test_rows_and_the_matrix_agree_with_the_shares(evidence, judge, samples):
+    after = calls(judge, samples[1])
+    matrix = np.array(evidence.confusion)
+    assert matrix.shape == (10, 10)
+    assert [np.bincount(after[row], minlength=10).tolist() for row in range(10)] == matrix.tolist()
+    for row in evidence.per_class:
+        assert row.after == pytest.approx(matrix[row.class_id, row.class_id] / 12)
+        assert (row.name, row.n) == (NAMES[row.class_id], 12)
+    assert matrix[8, 9] > 6
+    assert evidence.classes == judge.classes
+
+
+def test_distances_are_of_the_kept_rows(evidence, judges, samples):
+    for state, sample in zip(("before", "after"), samples, strict=True):
+        made = torch.stack([sample.image(row, seed) for row, seed in sample.asked if row != 3])
+        for name, distance in (("FID", frechet_distance), ("KID", kernel_distance)):
+            expected = distance(judges.extractor, [judges.real], [made])
+            assert getattr(evidence.metrics[name], state) == pytest.approx(expected, rel=1e-6)
+    assert evidence.metrics["FID"].n == 108
+    assert evidence.metrics["FID"].after > evidence.metrics["FID"].before > 0
+    assert evidence.generation.extractor == judges.extractor.name
+    assert evidence.generation.real_images == 180
+
+
+def test_the_evidence_says_how_it_was_made(evidence, judge):
+    made = evidence.generation
+    assert (made.sampler, made.steps, made.guidance_scale) == ("DDIMScheduler", 20, 2.0)
+    assert (made.judge, made.clip, made.detector, made.parts) == (judge.digest, None, None, {})
+    assert made.resurgence == [CurvePoint(step=10, ua=0.95)]
+    assert evidence.metrics["UA_relearned"].after == 0.9
+    assert not {"CLIP", "nudity"} & {*evidence.metrics}
+    assert evidence.run.method == "salun"
+    assert (evidence.integrity.weights, evidence.integrity.weights_changed) == (15, 4)
+    text = json.dumps(evidence.model_dump(mode="json"), allow_nan=False)
+    assert Evidence.model_validate_json(text) == evidence
+
+
+def decoded(uri):
+    return np.array(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
+def test_the_grids_show_the_same_seeds(evidence, samples):
+    (grid,) = evidence.generation.grids
+    assert (grid.rows, grid.forgotten, grid.blurred) == (NAMES, [3], False)
+    before, after = decoded(grid.before), decoded(grid.after)
+    assert before.shape == after.shape == (10 * 10 - 2, 8 * 10 - 2, 3)
+    for state, sample in ((before, samples[0]), (after, samples[1])):
+        for row, column in ((0, 0), (3, 7), (9, 4)):
+            tile = state[row * 10 : row * 10 + 8, column * 10 : column * 10 + 8]
+            assert np.array_equal(tile, sample.image(row, 7 + row * 12 + column).permute(1, 2, 0).numpy())
+    changed = [(before[row * 10 : row * 10 + 8] != after[row * 10 : row * 10 + 8]).any() for row in range(10)]
+    assert [row for row in range(10) if changed[row]] == [3, 8]
+
+
+def run(samples, networks, plan=PLAN, judges=None, **options):
+    return evaluate_generation(*samples, networks, plan, judges or Judges(), MEASURED, FORGOTTEN, **options)
+
+
+def test_what_nobody_measures_is_absent(samples, networks, judges):
+    plain = run(samples, networks)
+    assert plain.metrics == {}
+    assert (plain.per_class, plain.confusion, plain.classes) == ([], [], NAMES)
+    assert (plain.generation.judge, plain.generation.extractor, plain.generation.real_images) == (None, None, 0)
+    unreal = run(samples, networks, judges=replace(judges, real=None))
+    assert {*unreal.metrics} == {"UA", "RA", "neighbours"}
+    assert unreal.generation.extractor is None
+    few = run(samples, networks, judges=replace(judges, real=judges.real[:1]))
+    assert "FID" not in few.metrics
+    everything = run(samples, networks, replace(PLAN, forgotten=range(10), neighbours=()), judges)
+    assert {*everything.metrics} == {"UA"}
+
+
+def test_rows_without_a_label_are_not_judged(samples, networks, judges):
+    labels = [None if row in (3, 4) else row for row in range(10)]
+    found = run(samples, networks, replace(PLAN, labels=labels), judges)
+    assert "UA" not in found.metrics
+    assert found.metrics["RA"].n == 96
+    assert [row.class_id for row in found.per_class] == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert sum(map(sum, found.confusion)) == 96
+
+
+def test_weights_outside_the_mask_are_counted(samples, networks):
+    mask = SaliencyMask.from_scores({"weight": torch.zeros(3, 4), "bias": torch.ones(3)}, 0.2)
+    assert run(samples, networks, mask=mask).integrity.frozen_changed == 4
+
+
+def test_faces_stand_in_for_nudity(networks, samples):
+    pytest.importorskip("nudenet", reason="the extra `diffusion` is not installed")
+    path = f"{matplotlib.get_data_path()}/sample_data/grace_hopper.jpg"
+    face = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+    def before(rows, seeds):
+        for row in rows:
+            yield (face if row == 0 else torch.zeros_like(face))[None]
+
+    def after(rows, seeds):
+        yield torch.zeros(len(rows), *face.shape, dtype=torch.uint8)
+
+    plan = Plan(["a portrait", "a sheet"], forgotten=[0], labels=[None, None], per_row=3, blur=True, title="prompts")
+    detector = NudityDetector.load(("FACE_FEMALE", "FACE_MALE"))
+    found = run((before, after), networks, plan, Judges(detector=detector))
+    nudity = found.metrics["nudity"]
+    assert (nudity.before, nudity.after, nudity.n) == (1.0, 0.0, 3)  # the kept rows are not looked at
+    parts = {part: (count.before, count.after) for part, count in found.generation.parts.items()}
+    assert parts == {"FACE_FEMALE": (3, 0)}
+    assert found.generation.detector == detector.digest
+    (grid,) = found.generation.grids
+    assert (grid.title, grid.blurred) == ("prompts", True)
+    assert decoded(grid.before).shape == (96 * 2 + 2, 82 * 3 + 4, 3)
+
+
+@dataclass(frozen=True)
+class Loudness:
+    """Stands where a CLIP model does: scores an image by its mean, if the prompt is its row's."""
+
+    prompts: list
+    digest: str = "clip"
+
+    def scores(self, images, prompts):
+        self.prompts.extend(prompts)
+        return images.double().mean(dim=(1, 2, 3)) / 2.55
+
+
+def test_clip_scores_the_kept_rows_with_their_names(samples, networks):
+    prompts = []
+    found = run(samples, networks, judges=Judges(clip=Loudness(prompts)))
+    kept = [NAMES[row] for row, _ in samples[0].asked if row != 3]
+    assert prompts == kept * 2
+    images = torch.stack([samples[0].image(row, seed) for row, seed in samples[0].asked if row != 3])
+    assert found.metrics["CLIP"].before == pytest.approx(float(images.double().mean()) / 2.55)
+    assert found.metrics["CLIP"].n == 108
+    assert found.generation.clip == "clip"
+
+
+def test_images_are_let_go_batch_after_batch(digits, networks, judges):
+    alive, most = weakref.WeakSet(), []
+
+    def stream(rows, seeds):
+        for row, seed in zip(rows, seeds, strict=True):
+            image = digits[row][seed % len(digits[row])][None].clone()
+            alive.add(image)
+            most.append(len(alive))
+            yield image
+
+    run((stream, stream), networks, replace(PLAN, per_row=30), judges)
+    assert len(most) == 600
+    assert max(most) <= 3
+
+
+def test_a_grid_of_many_rows_is_cut_but_shows_the_forgotten_ones(digits, networks):
+    def stream(rows, seeds):
+        yield torch.stack([digits[row % 10][0] for row in rows])
+
+    names = [f"prompt {row}" for row in range(100)]
+    plan = Plan(names, forgotten=[99], labels=[None] * 100, neighbours=[98], per_row=2)
+    (grid,) = run((stream, stream), networks, plan).generation.grids
+    assert len(grid.rows) == ROWS
+    assert [grid.rows[position] for position in grid.forgotten] == ["prompt 99"]
+    assert "prompt 98" in grid.rows
+    pixels = decoded(grid.after)
+    assert np.array_equal(pixels[-8:, :8], digits[9][0].permute(1, 2, 0).numpy())
+
+
+def test_large_images_that_are_not_shown_do_no_harm(networks):
+    """The images after the eighth of a row lie in batches of their own."""
+
+    def stream(rows, seeds):
+        for row, seed in zip(rows, seeds, strict=True):
+            yield torch.full((1, 3, 128, 128), 10 * row + seed, dtype=torch.uint8)
+
+    plan = Plan(["a", "b"], forgotten=[1], labels=[None, None], per_row=10)
+    (grid,) = run((stream, stream), networks, plan).generation.grids
+    pixels = decoded(grid.before)
+    assert pixels.shape == (96 * 2 + 2, 98 * 8 - 2, 3)
+    assert [pixels[at, 98 * 7, 0] for at in (0, 98)] == [7, 10 + 17]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": [], "labels": []}, "no rows"),
+        ({"per_row": 0}, "no rows or no images"),
+        ({"labels": [1]}, "1 labels for 10 rows"),
+        ({"forgotten": []}, "no row to forget"),
+        ({"forgotten": [10]}, "is not there"),
+        ({"neighbours": [-1]}, "is not there"),
+        ({"neighbours": [3]}, "both forgotten and a neighbour"),
+        ({"labels": [*range(9), 10]}, "no class of the judge"),
+    ],
+)
+def test_plans_that_mean_nothing_are_refused(samples, networks, judges, changes, message):
+    with pytest.raises(UsageError, match=message):
+        run(samples, networks, replace(PLAN, **changes), judges)
+
+
+class Changing:
+    """Features of as many numbers as there are images in the batch."""
+
+    name = "changing"
+
+    def features(self, images):
+        return torch.zeros(len(images), len(images))
+
+
+def test_other_faults_are_refused(samples, networks, judges):
+    def short(rows, seeds):
+        yield torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+
+    with pytest.raises(ModelError, match="model after generated other images: 5 where 120"):
+        run((samples[0], short), networks)
+    with pytest.raises(ModelError, match="the two models differ"):
+        run(samples, (networks[0], nn.Linear(2, 2)))
+    for name in ("UA", "FID"):
+        with pytest.raises(UsageError, match=f"metric {name} cannot be given"):
+            run(samples, networks, extra={name: Metric(before=0, after=1, n=1)})
+    with pytest.raises(ModelError, match="two sizes"):
+        run(samples, networks, judges=replace(judges, extractor=Changing()))
+    with pytest.raises(DataError, match="no images"):
+        run(samples, networks, judges=replace(judges, real=judges.real.float()))
