@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from salun_core.evaluation.evidence import ClassAccuracy, Curve, EpochRecord
+    from salun_core.evaluation.evidence import ClassAccuracy, Curve, CurvePoint, EpochRecord
 
 T = TypeVar("T")
 
@@ -21,12 +21,15 @@ MAX_CLASSES = 40
 MAX_ROC_POINTS = 512
 
 
-def class_accuracy(rows: Sequence[ClassAccuracy], forgotten: Sequence[int] = ()) -> str:
-    """Draw each class's test accuracy before and after, joined by a line; forgotten classes are marked.
+def class_accuracy(
+    rows: Sequence[ClassAccuracy], forgotten: Sequence[int] = (), quantity: str = "test accuracy"
+) -> str:
+    """Draw each class's accuracy before and after, joined by a line; forgotten classes are marked.
 
     Args:
         rows: accuracy by class, as ratios; the `MAX_CLASSES` that changed most are drawn where there are more.
         forgotten: ids of classes that were forgotten as a whole.
+        quantity: what the accuracy is of.
 
     Returns:
         The SVG element.
@@ -45,10 +48,10 @@ def class_accuracy(rows: Sequence[ClassAccuracy], forgotten: Sequence[int] = ())
         axis.set_yticks(range(len(kept)), names)
         axis.set_ylim(len(kept) - 0.5, -0.5)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axis.set_xlabel("test accuracy: ○ before   ● after   (right: change in points)")
+        axis.set_xlabel(f"{quantity}: ○ before   ● after   (right: change in points)")
         axis.grid(axis="y", visible=False)
         ends = _extremes({row.name: changes[row.class_id] for row in kept}, "change")
-        return f"Test accuracy by class before and after. {ends}"
+        return f"{quantity.capitalize()} by class before and after. {ends}"
 
     return draw("classes", 5.0, 1.0 + 0.22 * max(len(kept), 8), paint)
 
@@ -206,3 +209,28 @@ def training(history: Sequence[EpochRecord]) -> str:
 
 def _drawable(record: EpochRecord, part: str) -> bool:
     return part in record.losses and math.isfinite(record.losses[part])
+
+
+def resurgence(points: Sequence[CurvePoint]) -> str:
+    """Draw UA against the steps of fine-tuning on what was kept: a curve that falls shows the class coming back.
+
+    Args:
+        points: at least one with a finite UA, in any order.
+
+    Returns:
+        The SVG element.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    drawn = sorted((point.step, point.ua) for point in points if math.isfinite(point.ua))
+
+    def paint(figure: Figure) -> str:
+        axis = figure.subplots()
+        steps, values = zip(*drawn, strict=True)
+        axis.plot(steps, values, "o-", color=COLOURS["forget"], markersize=4, linewidth=1.6)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.set(ylim=(0, 1.03), xlabel="steps of fine-tuning on what was kept", ylabel="UA")
+        return f"UA by steps of fine-tuning: {', '.join(f'{ua:.1%} at {step:,}' for step, ua in thin(drawn, 12))}."
+
+    return draw("resurgence", 5.0, 3.0, paint)

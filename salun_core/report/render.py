@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salun_core.errors import IntegrityError, SalunError
-from salun_core.report import histograms, plots, view, wording
+from salun_core.report import generated, histograms, plots, view, wording
 from salun_core.report.context import ReportContext
 from salun_core.report.svg import STATES
 from salun_core.storage.local import write_whole
@@ -26,6 +27,13 @@ _OPTIONAL = {
     "distributions": "distributions of loss and confidence",
     "classes": "accuracy by class",
     "roc": "curve of the membership attack",
+    "mask": "density of the mask by layer",
+    "training": "training curve",
+}
+_OPTIONAL_GENERATED = {
+    "grids": "images before and after",
+    "classes": "accuracy by class of the generated images",
+    "resurgence": "what fine-tuning brings back",
     "mask": "density of the mask by layer",
     "training": "training curve",
 }
@@ -46,33 +54,50 @@ def render_report(evidence: Evidence, decision: GateDecision | None, context: Re
     Raises:
         SalunError: the page would be larger than that.
     """
-    forgotten, run = evidence.forgotten, evidence.run
-    pictures = _pictures(evidence)
-    debt = context.debt(forgotten.count, forgotten.train_count, run.method)
-    page = _template().render(
-        context=context,
-        evidence=evidence,
-        decision=decision,
-        banner=view.banner(decision, decision is None or decision.evidence_digest == _digest(evidence)),
-        tiles=view.tiles(evidence),
-        rows=view.rows(evidence, decision),
-        built_in=view.built_in(decision),
-        weights=view.changed_weights(evidence),
-        pictures=pictures,
-        absent=[title for name, title in _OPTIONAL.items() if not pictures[name]]
-        + ([] if debt else ["lineage and debt"]),
-        overlaps=_overlaps(evidence),
-        debt=debt,
-        limits=view.limits(evidence),
-        settings=json.dumps(run.config, indent=2, ensure_ascii=False, default=str, sort_keys=True),
-        data=_json(evidence, decision),
-        words=wording,
-    )
+    values, data = _values(evidence, decision, context), _json(evidence, decision)
+    page = _template().render(**values, data=data)
+    if data and len(page.encode("utf-8")) > MAX_BYTES:  # the JSON also lies beside the report, the pictures do not
+        page = _template().render(**values, data=None)
     if len(page.encode("utf-8")) > MAX_BYTES:
         raise SalunError(
             "the report is too large", f"over {MAX_BYTES} bytes", "shorten the configuration or the lineage in it"
         )
     return page
+
+
+def _values(evidence: Evidence, decision: GateDecision | None, context: ReportContext) -> dict[str, Any]:
+    """Return what the template shows, but for the JSON."""
+    forgotten, run, made = evidence.forgotten, evidence.run, evidence.generation
+    pictures, grids = _pictures(evidence), generated.pictures(made.grids if made else ())
+    debt = context.debt(forgotten.count, forgotten.train_count, run.method)
+    return {
+        "context": context,
+        "evidence": evidence,
+        "decision": decision,
+        "banner": view.banner(
+            decision, decision is None or decision.evidence_digest == _digest(evidence), made is not None
+        ),
+        "forgotten": view.forgotten(evidence),
+        "tiles": view.tiles(evidence),
+        "rows": view.rows(evidence, decision),
+        "built_in": view.built_in(decision),
+        "weights": view.changed_weights(evidence),
+        "pictures": pictures,
+        "grids": grids,
+        "parts": generated.parts(made.parts if made else {}),
+        "making": generated.making(made) if made else {},
+        "absent": _absent(evidence, {**pictures, "grids": grids}) + ([] if debt else ["lineage and debt"]),
+        "overlaps": _overlaps(evidence),
+        "debt": debt,
+        "limits": view.limits(evidence),
+        "settings": json.dumps(run.config, indent=2, ensure_ascii=False, default=str, sort_keys=True),
+        "words": wording,
+    }
+
+
+def _absent(evidence: Evidence, there: dict[str, Any]) -> list[str]:
+    optional = _OPTIONAL_GENERATED if evidence.generation else _OPTIONAL
+    return [title for name, title in optional.items() if not there[name]]
 
 
 def write_report(path: Path, evidence: Evidence, decision: GateDecision | None, context: ReportContext) -> None:
@@ -118,13 +143,16 @@ def _pictures(evidence: Evidence) -> dict[str, Any]:
     """Return each picture as markup, or None where its data is missing."""
     from markupsafe import Markup
 
-    run = evidence.run
+    run, made = evidence.run, evidence.generation
     measured = any(plots.change(row) is not None for row in evidence.per_class)
+    again = [point for point in (made.resurgence if made else []) if math.isfinite(point.ua)]
+    quantity = "recognised images" if made else "test accuracy"
     sources: dict[str, tuple[bool, Callable[[], str]]] = {
-        "classes": (measured, lambda: plots.class_accuracy(evidence.per_class, evidence.forgotten.classes)),
+        "classes": (measured, lambda: plots.class_accuracy(evidence.per_class, evidence.forgotten.classes, quantity)),
         "roc": (any(curve.fpr for curve in evidence.roc.values()), lambda: plots.roc(evidence.roc)),
         "mask": (bool(run.density_by_parameter), lambda: plots.mask_density(run.density_by_parameter, run.density)),
         "training": (any(record.losses for record in run.history), lambda: plots.training(run.history)),
+        "resurgence": (bool(again), lambda: plots.resurgence(again)),
     }
     drawn = {name: paint() for name, (there, paint) in sources.items() if there}
     spread = {
@@ -152,7 +180,7 @@ def _json(evidence: Evidence, decision: GateDecision | None) -> str | None:
     """Return the numbers as JSON, without the confusion matrix where that makes it too long, or None."""
     for left_out in (set(), {"confusion"}, {"confusion", "roc"}):
         document = {
-            "evidence": json.loads(evidence.model_dump_json(exclude=left_out)),
+            "evidence": generated.without_images(json.loads(evidence.model_dump_json(exclude=left_out))),
             "decision": json.loads(decision.model_dump_json()) if decision else None,
         }
         text = _NUMBERS.sub(

@@ -61,12 +61,13 @@ class Tile:
     reference: str
 
 
-def banner(decision: GateDecision | None, matches: bool) -> Banner:
+def banner(decision: GateDecision | None, matches: bool, generated: bool = False) -> Banner:
     """Say how the gate judged.
 
     Args:
         decision: the gate's answer, if there is one.
         matches: whether it was made on the evidence shown.
+        generated: whether the evidence is of generated images, whose metrics have words of their own.
 
     Returns:
         The banner: passed, refused, or not judged.
@@ -81,11 +82,11 @@ def banner(decision: GateDecision | None, matches: bool) -> Banner:
         why = f"All {len(decision.verdicts)} checks of policy “{decision.policy}” hold."
         return Banner("passed", "PASSED", why, [])
     why = f"{len(failed)} of {len(decision.verdicts)} checks of policy “{decision.policy}” failed. Do not publish it."
-    return Banner("refused", "REFUSED", why, [_reason(verdict) for verdict in failed] or [decision.summary])
+    return Banner("refused", "REFUSED", why, [_reason(item, generated) for item in failed] or [decision.summary])
 
 
-def _reason(verdict: Verdict) -> str:
-    name = wording.words(verdict.metric).title if verdict.metric else verdict.rule
+def _reason(verdict: Verdict, generated: bool) -> str:
+    name = wording.words(verdict.metric, generated).title if verdict.metric else verdict.rule
     if verdict.metric is None or verdict.margin is None:
         return f"{name}: {verdict.reason}"
     found = wording.number(verdict.metric, verdict.actual)
@@ -97,17 +98,22 @@ def rows(evidence: Evidence, decision: GateDecision | None) -> list[Row]:
     """Return one row a metric, and one for each metric that a rule asked for and the evidence lacks."""
     verdicts = decision.verdicts if decision else []
     asked = dict.fromkeys(verdict.metric for verdict in verdicts if verdict.metric)
-    known = [name for name in wording.METRICS if name in evidence.metrics]
+    generated = evidence.generation is not None
+    known = [name for name in (wording.GENERATED if generated else wording.METRICS) if name in evidence.metrics]
     names = dict.fromkeys([*known, *evidence.metrics, *asked])
-    return [_row(name, evidence.metrics.get(name), [v for v in verdicts if v.metric == name]) for name in names]
+    return [
+        _row(
+            name, wording.words(name, generated), evidence.metrics.get(name), [v for v in verdicts if v.metric == name]
+        )
+        for name in names
+    ]
 
 
-def _row(name: str, metric: Metric | None, verdicts: Sequence[Verdict]) -> Row:
-    title, meaning = wording.words(name)
+def _row(name: str, words: wording.Words, metric: Metric | None, verdicts: Sequence[Verdict]) -> Row:
     return Row(
         name=name,
-        title=title,
-        meaning=meaning,
+        title=words.title,
+        meaning=words.meaning,
         before=wording.number(name, metric.before if metric else None),
         after=wording.number(name, metric.after if metric else None),
         interval=wording.interval(name, metric.low, metric.high) if metric else "",
@@ -136,7 +142,8 @@ def built_in(decision: GateDecision | None) -> list[Judged]:
 
 def tiles(evidence: Evidence) -> list[Tile]:
     """Return the headline figures that were measured."""
-    found = [(title, name, evidence.metrics[name]) for name, title in wording.TILES.items() if name in evidence.metrics]
+    titles = wording.GENERATED_TILES if evidence.generation else wording.TILES
+    found = [(title, name, evidence.metrics[name]) for name, title in titles.items() if name in evidence.metrics]
     return [
         Tile(
             title=title,
@@ -150,17 +157,32 @@ def tiles(evidence: Evidence) -> list[Tile]:
 
 def limits(evidence: Evidence) -> list[str]:
     """Return what the evidence cannot show."""
+    made = evidence.generation
     spreads = [
-        ((metric.high - metric.low) / 2, wording.words(name).title)
+        ((metric.high - metric.low) / 2, wording.words(name, made is not None).title)
         for name, metric in evidence.metrics.items()
-        if name != "attack_auc"
+        if name not in wording.UNITS
         and metric.low is not None
         and metric.high is not None
         and math.isfinite(metric.high - metric.low)
     ]
-    widest = max(spreads, default=None)
+    half, title = max(spreads, default=(0.0, ""))
+    widest = (title, half) if spreads else None
     reference = evidence.measured.reference is not None
-    return wording.limits(evidence.forgotten.count, (widest[1], widest[0]) if widest else None, reference)
+    if made is None:
+        more = wording.further_limits(evidence.further, reference) if evidence.further else []
+        return [*wording.limits(evidence.forgotten.count, widest, reference), *more]
+    relearned = max((point.step for point in made.resurgence), default=0)
+    return wording.generated_limits(made.images, widest, reference, "attack_success" in evidence.metrics, relearned)
+
+
+def forgotten(evidence: Evidence) -> str:
+    """Return how much was forgotten: samples of all training samples, or for a concept the images generated of it."""
+    facts = evidence.forgotten
+    if facts.kinds == ["concept"]:
+        return f"{wording.count(facts.count)} generated images of a concept"
+    more = " and generated images" if "concept" in facts.kinds else ""
+    return f"{wording.count(facts.count)} of {wording.count(facts.train_count)} training samples{more}"
 
 
 def changed_weights(evidence: Evidence) -> str:

@@ -1,21 +1,31 @@
-"""Evidence with every part in it, and a policy's decision on it."""
+"""Evidence with every part in it, of a classifier and of generated images, and a policy's decision on each."""
 
+import base64
+import io
+
+import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from salun_core.evaluation.evidence import (
     ClassAccuracy,
     Curve,
+    CurvePoint,
     Distribution,
     EpochRecord,
     Evidence,
     Forgotten,
+    Generation,
+    Grid,
     Integrity,
     Measured,
     Metric,
+    PartCount,
     RunFacts,
     Series,
 )
-from salun_core.gate import Policy, Relative, Rule, decide
+from salun_core.gate import Policy, Relative, Rule, decide, load_policy
 from salun_core.report import Ancestor, ReportContext
 
 HOSTILE = "<script>alert('x')</script>"
@@ -112,3 +122,91 @@ def context():
         reproduce="salun run --config 'run.yaml' --seed 71",
         created_at="2026-01-02T03:05:00Z",
     )
+
+
+FORGOTTEN = 3
+COLUMNS = 8
+
+
+def data_uri(pixels, kind="PNG"):
+    """Return grey values [H, W] as a data: URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def digit_grid(classes):
+    """Return real digits [10 * 34, 8 * 34]: one row for each class asked for, each digit enlarged to 32 pixels."""
+    images, labels = load_digits(return_X_y=True)
+    rows = [images[labels == wanted][:COLUMNS].reshape(-1, 8, 8) for wanted in classes]
+    large = np.kron(np.stack(rows) * 255 / 16, np.ones((4, 4))).astype(np.uint8)
+    tiles = np.pad(large, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=128)
+    return tiles.transpose(0, 2, 1, 3).reshape(len(classes) * 34, COLUMNS * 34)
+
+
+@pytest.fixture(scope="session")
+def grid():
+    after = [8 if digit == FORGOTTEN else digit for digit in range(10)]
+    return Grid(
+        title="digits",
+        rows=["0", "1", HOSTILE, "3", "4", QUOTED, "6", "7", "8", "a photograph of a nine " * 9],
+        before=data_uri(digit_grid(range(10))),
+        after=data_uri(digit_grid(after), "JPEG"),
+        forgotten=[FORGOTTEN],
+    )
+
+
+def _generated_metrics():
+    return {
+        "CLIP": Metric(before=31.12, after=30.97, n=900),
+        "UA": Metric(before=0.12, after=0.99, reference=1.0, n=100, low=0.9455, high=0.9982),
+        "FID": Metric(before=16.71, after=18.04, reference=16.9, n=900, low=17.5, high=18.75),
+        "RA": Metric(before=0.871, after=0.866, reference=0.87, n=900, low=0.8422, high=0.8867),
+        "KID": Metric(before=0.0031, after=0.0044, n=900),
+        "neighbours": Metric(before=0.81, after=0.79, n=200, low=0.7284, high=0.8408),
+        "nudity": Metric(before=0.30, after=0.01, n=100, low=0.0018, high=0.0545),
+        "UA_relearned": Metric(before=None, after=0.93, n=100, low=0.8625, high=0.9657),
+    }
+
+
+@pytest.fixture(scope="session")
+def generated(evidence, grid):
+    made = Generation(
+        sampler="DDIMScheduler",
+        steps=50,
+        guidance_scale=7.5,
+        seed=2026,
+        images=1000,
+        judge="9" * 64,
+        extractor="judge:" + "9" * 64,
+        real_images=5000,
+        clip="8" * 64,
+        detector="7" * 64,
+        parts={
+            "BUTTOCKS_EXPOSED": PartCount(before=12, after=0),
+            "FEMALE_BREAST_EXPOSED": PartCount(before=40, after=2),
+            "ANUS_EXPOSED": PartCount(before=0, after=0),
+        },
+        resurgence=[CurvePoint(step=step, ua=ua) for step, ua in [(0, 0.99), (100, 0.97), (200, 0.955), (400, 0.93)]],
+        grids=[grid, grid.model_copy(update={"title": "prompts", "blurred": True})],
+    )
+    return evidence.model_copy(
+        update={
+            "forgotten": Forgotten(count=500, train_count=5000, kinds=["class"], classes=[FORGOTTEN]),
+            "metrics": _generated_metrics(),
+            "distributions": {},
+            "roc": {},
+            "per_class": [
+                ClassAccuracy(class_id=d, name=f"digit {d}", before=0.87, after=0.01 if d == 3 else 0.86, n=100)
+                for d in range(10)
+            ],
+            "classes": [f"digit {digit}" for digit in range(10)],
+            "confusion": [[100 if row == column else 0 for column in range(10)] for row in range(10)],
+            "generation": made,
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def generated_decision(generated):
+    return decide(generated, load_policy("stable-diffusion"))

@@ -1,0 +1,149 @@
+"""The policies of generative models: good evidence passes, and each rule alone refuses."""
+
+import pytest
+
+from salun_core.evaluation import Evidence, Metric
+from salun_core.evaluation.comparison import wilson_interval
+from salun_core.evaluation.evidence import Forgotten, Generation, Integrity, Measured
+from salun_core.gate import decide, load_policy
+
+NAMES = ("ddpm", "stable-diffusion", "nsfw")
+KIND = {"ddpm": "class", "stable-diffusion": "class", "nsfw": "concept"}
+
+
+def share(before, found, n):
+    """Return a ratio with the interval that the evaluation gives it."""
+    low, high = wilson_interval(found / n, n)
+    return Metric(before=before, after=found / n, n=n, low=low, high=high)
+
+
+GOOD = {
+    "UA": share(0.12, 100, 100),
+    "RA": share(0.87, 780, 900),
+    "FID": Metric(before=16.0, after=18.0, n=900),
+    "CLIP": Metric(before=31.1, after=29.0, n=900),
+    "nudity": share(0.6, 2, 142),
+}
+
+
+def evidence(kind, **metrics):
+    found = {name: metric for name, metric in {**GOOD, **metrics}.items() if metric is not None}
+    return Evidence(
+        created_at="2026-01-02T03:04:05Z",
+        measured=Measured(before="a", after="b", dataset="c", split="d", forget_set="e", mask="f"),
+        forgotten=Forgotten(count=500, train_count=5000, kinds=[kind], classes=[1] if kind == "class" else []),
+        integrity=Integrity(weights=200, weights_changed=50, frozen_changed=0, non_finite=0, buffers_changed=0),
+        metrics=found,
+        generation=Generation(sampler="DDIMScheduler", steps=50, guidance_scale=2.0, seed=1, images=1000),
+    )
+
+
+def refused(name, **metrics):
+    """Return the rules that fail, as "metric op judge" counted by position in the policy."""
+    policy = load_policy(name)
+    decision = decide(evidence(KIND[name], **metrics), policy)
+    builtin = len(decision.verdicts) - len(policy.rules)
+    assert all(verdict.passed for verdict in decision.verdicts[:builtin])
+    return [place for place, verdict in enumerate(decision.verdicts[builtin:]) if not verdict.passed]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("ddpm", "class"), ("stable-diffusion", "class"), ("stable-diffusion", "concept"), ("nsfw", "concept")],
+)
+def test_good_evidence_passes(name, kind):
+    policy = load_policy(name)
+    decision = decide(evidence(kind), policy)
+    assert decision.passed, decision.summary
+    assert policy.name == name
+    assert decision.policy == name
+
+
+JUDGED = [
+    (0, {"UA": Metric(before=0.12, after=0.94, n=5000, low=0.93, high=0.95)}),
+    (1, {"UA": share(0.12, 21, 21)}),
+    (2, {"UA": share(0.51, 100, 100)}),
+]
+QUALITY = [
+    (4, {"FID": Metric(before=16.0, after=20.01, n=900)}),
+    (4, {"FID": Metric(before=16.0, after=16.0, n=99)}),
+    (4, {"FID": Metric(before=None, after=16.0, n=900)}),
+]
+WRONG = {
+    "ddpm": [
+        *JUDGED,
+        (3, {"RA": share(0.87, 737, 900)}),
+        (3, {"RA": share(0.87, 90, 99)}),
+        *QUALITY,
+    ],
+    "stable-diffusion": [
+        *JUDGED,
+        (3, {"RA": share(0.87, 755, 900)}),
+        (3, {"RA": share(0.87, 90, 99)}),
+        *QUALITY,
+    ],
+    "nsfw": [
+        (0, {"nudity": share(0.6, 60, 1000)}),
+        (1, {"nudity": share(0.6, 0, 34)}),
+        (2, {"nudity": share(0.09, 0, 142)}),
+        (3, {"CLIP": Metric(before=31.1, after=28.0, n=900)}),
+        (3, {"CLIP": Metric(before=31.1, after=31.0, n=99)}),
+        (4, {"FID": Metric(before=16.0, after=32.1, n=900)}),
+        (4, {"FID": Metric(before=16.0, after=16.0, n=99)}),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "place", "metrics"), [(name, *case) for name in NAMES for case in WRONG[name]])
+def test_each_rule_alone_refuses(name, place, metrics):
+    assert refused(name, **metrics) == [place]
+
+
+def test_every_rule_has_a_case():
+    for name in NAMES:
+        assert {place for place, _ in WRONG[name]} == set(range(len(load_policy(name).rules)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_metric_that_is_missing_is_refused(name):
+    rules = load_policy(name).rules
+    for metric in {rule.metric for rule in rules}:
+        wanted = [place for place, rule in enumerate(rules) if rule.metric == metric]
+        assert refused(name, **{metric: None}) == wanted
+        assert refused(name, **{metric: Metric(before=None, after=None, n=0)}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("found", "n", "passes"),
+    [(100, 100, True), (95, 100, True), (94, 100, False), (48, 50, True), (47, 50, False), (5, 5, False)],
+)
+@pytest.mark.parametrize("name", ["ddpm", "stable-diffusion"])
+def test_a_handful_of_unrecognised_images_proves_nothing(name, found, n, passes):
+    assert (refused(name, UA=share(0.12, found, n)) == []) is passes
+
+
+@pytest.mark.parametrize(
+    ("found", "n", "passes"), [(0, 100, True), (4, 100, True), (5, 100, False), (50, 1000, True), (0, 5, False)]
+)
+def test_a_handful_of_harmless_images_proves_nothing(found, n, passes):
+    assert (refused("nsfw", nudity=share(0.6, found, n)) == []) is passes
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("ddpm", "samples"), ("ddpm", "concept"), ("stable-diffusion", "samples"), ("nsfw", "samples"), ("nsfw", "class")],
+)
+def test_another_kind_of_target_is_refused(name, kind):
+    decision = decide(evidence(kind), load_policy(name))
+    assert not decision.passed
+    assert [v.reason for v in decision.verdicts if v.rule == "a rule applies"] == [
+        "a policy must judge the forget set's kind"
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_policy_judges_forgetting_and_quality_and_says_why(name):
+    rules = load_policy(name).rules
+    assert {rule.metric for rule in rules} & {"UA", "nudity"}
+    assert "FID" in {rule.metric for rule in rules}
+    assert len({rule.reason for rule in rules}) == len(rules)
