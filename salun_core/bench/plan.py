@@ -1,0 +1,119 @@
+"""What a run of a suite measures: one cell for each row and seed, and what each of them hangs on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from salun_core.bench.suite import Entry, Size, Suite
+from salun_core.data import DataSpec
+from salun_core.data.spec import relative_to
+from salun_core.digest import digest_json
+from salun_core.errors import UsageError, unknown_name
+from salun_core.steps.inputs import moved_spec
+
+_NOT_MEASURED = {"methods", "seeds", "budget_seconds"}  # a cell is the same whatever stands beside it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row at one seed.
+
+    Args:
+        entry: the row.
+        seed: of draw and method.
+        plan: digest of all that the suite says about this cell.
+    """
+
+    entry: Entry
+    seed: int
+    plan: str
+
+    @property
+    def name(self) -> str:
+        """The cell's folder."""
+        return f"{self.entry.slug}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A suite at one size, as it is run.
+
+    Args:
+        suite: it.
+        size_name: cpu or paper.
+        folder: of the suite's file: relative paths in it begin here.
+        moved: data set, where it does not lie where the suite says; as `--data` takes it.
+        only: names of the rows to measure; empty means all.
+        seed_count: how many of the seeds to measure; None means all.
+    """
+
+    suite: Suite
+    size_name: str
+    folder: Path = Path()
+    moved: str | None = None
+    only: Sequence[str] = ()
+    seed_count: int | None = None
+
+    @cached_property
+    def size(self) -> Size:
+        """The size, with its rows."""
+        return self.suite.size(self.size_name)
+
+    @property
+    def data(self) -> DataSpec | None:
+        """The data set, where it lies on this machine."""
+        spec = self.size.data
+        return moved_spec(relative_to(spec, self.folder), self.moved) if spec else None
+
+    def path(self, text: str) -> Path:
+        """Return a path of the suite as seen from here."""
+        return self.folder / text
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds to measure.
+
+        Raises:
+            UsageError: the suite has fewer.
+        """
+        count, seeds = self.seed_count, self.size.seeds
+        if count is not None and not 1 <= count <= len(seeds):
+            raise UsageError(f"there are no {count} seeds", f"{self.suite.name} has {len(seeds)}", "give fewer")
+        return seeds[:count]
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """All cells, one seed after the other, so that whatever is measured first is a whole table.
+
+        Raises:
+            UsageError: a row that was named does not exist, or too many seeds.
+        """
+        names = {entry.slug: entry for entry in self.size.methods} | {entry.name: entry for entry in self.size.methods}
+        unknown = [name for name in self.only if name not in names]
+        if unknown:
+            raise unknown_name("row", unknown[0], [entry.name for entry in self.size.methods])
+        chosen = [names[name] for name in self.only] or self.size.methods
+        return [self.cell(entry, seed) for seed in self.seeds for entry in chosen]
+
+    def cell(self, entry: Entry, seed: int) -> Cell:
+        """Return the cell of a row at a seed."""
+        measured: dict[str, Any] = self.size.model_dump(mode="json", exclude=_NOT_MEASURED)
+        own = entry.model_dump(mode="json", exclude={"name"})
+        return Cell(entry, seed, digest_json([self.suite.kind, measured, own, seed]))
+
+    def cost(self, cell: Cell) -> dict[str, int]:
+        """Return what is known of a cell's cost beforehand: epochs; or steps, passes and the images to generate."""
+        from salun_core.diffusion import generation_config, get_generation_method
+        from salun_core.unlearn import method_config
+
+        entry = cell.entry
+        if self.suite.kind == "classification":
+            return {"epochs": method_config(entry.method, entry.config).epochs}
+        row, config = get_generation_method(entry.method), generation_config(entry.method, entry.config)
+        steps = 0 if row.edit else config.steps
+        passes = steps * config.batch_size * (row.needs_forget + row.needs_retain)
+        return {"steps": steps, "passes": passes, "images a row and model": self.size.evaluation.images_per_class}

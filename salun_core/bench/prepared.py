@@ -1,0 +1,279 @@
+"""What all cells of a seed share, made once: judge, base model, forget target, reference, masks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from salun_core.bench.imported import taken_over, with_evaluation
+from salun_core.bench.plan import Cell, Plan
+from salun_core.bench.suite import BaseModelSpec, JudgeSpec, RandomTarget
+from salun_core.config import Document, load
+from salun_core.data.split import SplitManifest
+from salun_core.digest import digest_json, sha256_file
+from salun_core.errors import SalunError, UsageError
+from salun_core.models.checkpoint import CARD, SPLIT
+from salun_core.models.generation_card import read_card
+from salun_core.saliency import SaliencyMask
+from salun_core.steps.mask import compute_mask
+from salun_core.steps.opening import open_model
+from salun_core.steps.run_facts import read_run
+from salun_core.steps.training import train_model, training_config
+from salun_core.steps.unlearning import run_unlearning
+from salun_core.storage.local import write_whole
+from salun_core.unlearn import FileCheckpoint
+
+if TYPE_CHECKING:
+    from salun_core.evaluation.evidence import EpochRecord
+    from salun_core.unlearn.loop import OnEpoch
+
+Say = Callable[[str], None]
+
+
+class Part(Document):
+    """`<part>.json` beside a part that is ready."""
+
+    inputs: str = Field(description="digest of all that it hangs on")
+    digest: str = Field(description="of its weights and its split")
+    seconds: float = Field(description="that its training took")
+    passes: int | None = Field(default=None, description="examples forward and backward, of a reference")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a cell needs.
+
+    Args:
+        base: folder of the model that is to forget.
+        forget: file of the forget target.
+        reference: folder of the retrained model, if the suite asks for one.
+        inputs: digests of all of it.
+    """
+
+    base: Path
+    forget: Path
+    reference: Path | None
+    inputs: dict[str, str]
+
+
+class Preparation:
+    """Makes the parts below an output folder; what is ready is not made again.
+
+    Args:
+        plan: the suite.
+        out: the folder.
+        say: called with a line of progress.
+    """
+
+    def __init__(self, plan: Plan, out: Path, say: Say) -> None:
+        self.plan, self.out, self.say = plan, out, say
+
+    def ready(self, seed: int) -> Ready:
+        """Make whatever the cells of a seed share.
+
+        Args:
+            seed: of base model, draw and reference.
+        """
+        judge = self._judge()
+        base, digest = self._base(seed, judge)
+        forget = self._forget(base, seed)
+        inputs = {"base": digest, "forget": sha256_file(forget)}
+        if judge:
+            inputs["judge"] = judge[1]
+        reference = self._reference(base, forget, seed, inputs)
+        if reference:
+            inputs["reference"] = reference[1]
+        return Ready(base, forget, reference[0] if reference else None, inputs)
+
+    def mask(self, cell: Cell, ready: Ready) -> Path | None:
+        """Return the mask of a cell; cells that differ in nothing that a mask hangs on share one file.
+
+        Args:
+            cell: it.
+            ready: what the cells of its seed share.
+        """
+        entry = cell.entry
+        if entry.mask == "none" or entry.density is None:
+            return None
+        hangs_on = [ready.inputs, self._drawing(), self._scoring(cell), entry.mask, entry.density, cell.seed]
+        key = digest_json(hangs_on)
+        path = self.out / "masks" / f"{entry.mask}-{entry.density:g}-{cell.seed}-{key[:12]}.safetensors"
+        if path.is_file():
+            SaliencyMask.load(path)
+            return path
+        self.say(f"mask {path.stem}")
+        compute_mask(
+            ready.base,
+            str(ready.forget),
+            entry.density,
+            path,
+            method=entry.method,
+            overrides=None if self.plan.suite.kind == "classification" else {**entry.config, "seed": cell.seed},
+            data=self.plan.moved,
+            random_seed=cell.seed if entry.mask == "random" else None,
+        )
+        return path
+
+    def _drawing(self) -> dict[str, Any]:
+        """Return how images are drawn: those of a concept are, and masks and references are made from them."""
+        return self.plan.size.evaluation.model_dump(mode="json")
+
+    def _scoring(self, cell: Cell) -> dict[str, Any]:
+        """Return the settings that the scores of a diffusion model hang on."""
+        if self.plan.suite.kind == "classification":
+            return {}
+        from salun_core.diffusion import generation_config
+
+        config = generation_config(cell.entry.method, cell.entry.config)
+        return config.model_dump(
+            mode="json", include={"selection", "saliency_passes", "saliency_times", "batch_size", "pseudo"}
+        )
+
+    def _part(self, name: str, inputs: Any, make: Callable[[Path, Path], None]) -> tuple[Path, str]:  # noqa: ANN401
+        """Return folder and digest of a part; `make(folder, checkpoints)` makes it unless it is there."""
+        folder, note, wanted = self.out / name, self.out / f"{name}.json", digest_json(inputs)
+        if note.is_file() and (folder / CARD).is_file():
+            kept = load(Part, note)
+            if kept.inputs == wanted and _as_it_was(folder, kept.digest):
+                return folder, kept.digest
+        note.unlink(missing_ok=True)
+        self.say(f"{name}: making it")
+        checkpoints = self.out / "unfinished" / f"{name}-{wanted[:16]}"
+        started = time.perf_counter()
+        make(folder, checkpoints)
+        seconds = time.perf_counter() - started
+        facts = read_run(folder, "")
+        seconds = facts.seconds.get("unlearn", seconds)
+        part = Part(inputs=wanted, digest=identity(folder), seconds=seconds, passes=facts.passes)
+        write_whole(note, (json.dumps(part.model_dump(), indent=1) + "\n").encode())
+        shutil.rmtree(checkpoints.parent, ignore_errors=True)
+        return folder, part.digest
+
+    def _judge(self) -> tuple[Path, str] | None:
+        wish = self.plan.size.judge
+        if wish is None or self.plan.suite.kind == "classification":
+            return None
+        if wish.folder is not None:
+            folder = self.plan.path(wish.folder)
+            return folder, identity(folder)
+        return self._part("judge", [wish.model_dump(), self._data()], lambda *where: self._train(wish, 0, *where))
+
+    def _data(self) -> dict[str, Any] | None:
+        spec = self.plan.size.data
+        return spec.model_dump(mode="json") if spec else None
+
+    def _train(self, wish: JudgeSpec | BaseModelSpec, seed: int, folder: Path, checkpoints: Path) -> None:
+        spec = self.plan.data
+        if spec is None or wish.architecture is None:
+            raise UsageError("nothing to train on", "the size names no data or no architecture", "add them")
+        config = training_config({**wish.training, "seed": seed})
+        kept = FileCheckpoint(checkpoints / "classifier.safetensors")
+        train_model(spec, wish.architecture, config, folder, kept, self._progress(folder.name))
+
+    def _progress(self, name: str) -> OnEpoch:
+        def said(record: EpochRecord) -> None:
+            losses = ", ".join(f"loss {part} {loss:.3f}" for part, loss in record.losses.items())
+            self.say(f"{name}: epoch {record.epoch}, {losses}")
+
+        return said
+
+    def _base(self, seed: int, judge: tuple[Path, str] | None) -> tuple[Path, str]:
+        plan, wish = self.plan, self.plan.size.model
+        each = wish.per_seed and wish.folder is None
+        used = seed if each else 0
+
+        def make(folder: Path, checkpoints: Path) -> None:
+            if wish.folder is not None:
+                taken_over(plan.path(wish.folder), folder, plan.data, wish.prompt)
+            elif plan.suite.kind == "classification":
+                self._train(wish, used, folder, checkpoints)
+            else:
+                self._train_diffusion(wish, used, folder, checkpoints)
+
+        inputs = [plan.suite.kind, wish.model_dump(), self._data(), used]
+        folder, digest = self._part(f"base-{used}" if each else "base", inputs, make)
+        settings = plan.size.evaluation
+        places = {"judge": str(judge[0].resolve())} if judge else {}
+        if settings.clip:
+            places["clip"] = str(plan.path(settings.clip).resolve())
+        if settings.extractor not in ("judge", "none"):
+            places["extractor"] = str(plan.path(settings.extractor).resolve())
+        with_evaluation(folder, settings.model_copy(update=places))
+        return folder, digest
+
+    def _train_diffusion(self, wish: BaseModelSpec, seed: int, folder: Path, checkpoints: Path) -> None:
+        from salun_core.steps import generation_training as training
+
+        spec, given = self.plan.data, {**wish.training, "seed": seed}
+        assert spec is not None
+        said = self._progress(folder.name)
+        if self.plan.suite.kind == "class-conditional":
+            recipe = training.ddpm_recipe(given)
+            training.train_ddpm(spec, recipe, folder, checkpoints=checkpoints, on_epoch=said)
+            return
+        text = training.stable_diffusion_recipe({"prompt": wish.prompt, **given})
+        training.train_stable_diffusion(spec, text, folder, checkpoints=checkpoints, on_epoch=said)
+
+    def _forget(self, base: Path, seed: int) -> Path:
+        wish = self.plan.size.forget
+        target: dict[str, Any] = wish.model_dump(mode="json", exclude_none=True)
+        if isinstance(wish, RandomTarget):
+            target = {"kind": "samples", "ids": drawn(load(SplitManifest, base / SPLIT), wish.fraction, seed)}
+        path = self.out / f"forget-{seed}.json"
+        data = (json.dumps(target, indent=1, sort_keys=True) + "\n").encode()
+        if not path.is_file() or path.read_bytes() != data:
+            write_whole(path, data)
+        return path
+
+    def _reference(self, base: Path, forget: Path, seed: int, inputs: dict[str, str]) -> tuple[Path, str] | None:
+        given = self.plan.size.retrain
+        if given is None:
+            return None
+        own: dict[str, Any] = {}
+        if self.plan.suite.kind == "classification":  # a diffusion model's recipe holds more than a training
+            own = {name: value for name, value in read_card(base).training.items() if name != "seed"}
+        overrides = {**own, **given}
+
+        def make(folder: Path, _checkpoints: Path) -> None:  # never resumed: its seconds are in the table
+            run_unlearning(
+                base, None, str(forget), folder, method="retrain", overrides=overrides, seed=seed, data=self.plan.moved
+            )
+
+        return self._part(f"reference-{seed}", [inputs, self._drawing(), overrides, seed], make)
+
+
+def identity(folder: Path) -> str:
+    """Return what a model is: the digests of its weights and of its split."""
+    model = open_model(folder)
+    return digest_json([model.digest, model.split.digest if model.split else None])
+
+
+def _as_it_was(folder: Path, digest: str) -> bool:
+    try:
+        return identity(folder) == digest
+    except SalunError:
+        return False
+
+
+def drawn(split: SplitManifest, fraction: float, seed: int) -> list[str]:
+    """Draw a share of the training split, at least one sample; the draw hangs on the rows' content, not on their names.
+
+    Args:
+        split: of the base model.
+        fraction: in (0, 1).
+        seed: of the draw.
+
+    Returns:
+        Sample ids, sorted.
+    """
+    ids = split.ids("train")
+    count = max(1, round(fraction * len(ids)))
+    return sorted(ids[index] for index in np.random.default_rng(seed).permutation(len(ids))[:count])

@@ -1,0 +1,179 @@
+"""The figures of a suite, `salun.bench/v1`: read from the evidence of its cells, and what the tables are made from."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from salun_core.bench.plan import Cell, Plan
+from salun_core.bench.prepared import Part
+from salun_core.bench.runner import EVIDENCE, CellNote, kept_cell
+from salun_core.config import Document, load
+from salun_core.errors import UsageError
+from salun_core.evaluation import Evidence
+from salun_core.evaluation.comparison import average_gap
+
+FORMAT = "salun.bench/v1"
+CLASSIFIER_METRICS = ("UA", "RA", "TA", "MIA")
+GENERATED_METRICS = ("UA", "RA", "FID", "KID")
+OPTIONAL_METRICS = ("neighbours", "CLIP", "nudity", "UA_relearned", "attack_success")
+ORIGINAL, RETRAIN = "original", "Retrain"
+
+
+class Figures(Document):
+    """What one row measured at one seed."""
+
+    seed: int
+    values: dict[str, float | None] = Field(description="by metric, in the evidence's own units")
+    gap: float | None = Field(default=None, description="mean distance to the retrained model, as a ratio")
+    seconds: float | None = Field(default=None, description="wall clock of mask and unlearning")
+    passes: int | None = Field(default=None, description="examples forward and backward, mask included")
+    evidence: str | None = Field(default=None, description="SHA-256 of the evidence file")
+    inputs: str | None = Field(default=None, description="digest of all that the cell hangs on")
+
+
+class Row(Document):
+    """One row of the table."""
+
+    name: str
+    method: str | None = Field(default=None, description="none of the model before, and of the retrained one")
+    mask: Literal["saliency", "random", "none"] = "none"
+    density: float | None = None
+    config: dict[str, Any] = {}
+    figures: list[Figures] = []
+
+
+class Results(Document):
+    """All figures of a suite at one size."""
+
+    format: Literal["salun.bench/v1"] = "salun.bench/v1"
+    suite: str
+    size: str
+    title: str
+    about: str
+    kind: Literal["classification", "class-conditional", "text-to-image"]
+    command: str = Field(description="that measures it")
+    settings: dict[str, Any] = Field(description="of the size, as the suite says; rows apart")
+    extractor: str | None = Field(default=None, description="whose features FID and KID compare")
+    images: int | None = Field(default=None, description="generated images by model")
+    environment: dict[str, str] = Field(description="versions, device, threads; several values where cells differ")
+    machine: str = Field(description="processor and cores")
+    rows: list[Row]
+    missing: list[str] = Field(default=[], description="cells that were not measured")
+
+    @property
+    def metrics(self) -> list[str]:
+        """The columns: those of the kind, and of the others what was measured."""
+        fixed = CLASSIFIER_METRICS if self.kind == "classification" else GENERATED_METRICS
+        found = {name for row in self.rows for item in row.figures for name, value in item.values.items() if value}
+        return [*fixed, *(name for name in OPTIONAL_METRICS if name in found)]
+
+
+def collect(plan: Plan, out: Path) -> Results:
+    """Read the figures of all cells that are there.
+
+    Args:
+        plan: the suite; all its rows and seeds are looked for, whatever was chosen to be measured.
+        out: folder of the run.
+
+    Raises:
+        UsageError: not one cell was measured.
+    """
+    whole = Plan(plan.suite, plan.size_name, plan.folder, plan.moved)
+    found = [(cell, note) for cell in whole.cells if (note := kept_cell(out, cell)) is not None]
+    if not found:
+        raise UsageError(f"{out} holds no cell of this suite", "nothing was measured as it says", "run it first")
+    read = {cell.name: load(Evidence, out / "cells" / cell.name / EVIDENCE) for cell, _ in found}
+    rows = [_original(found, read)]
+    reference = _reference(found, read, out)
+    rows += [reference] if reference else []
+    for entry in whole.size.methods:
+        figures = [_after(cell, note, read[cell.name]) for cell, note in found if cell.entry == entry]
+        if figures:
+            fields = entry.model_dump(include={"name", "method", "mask", "density", "config"})
+            rows.append(Row(**fields, figures=figures))
+    generation = next(iter(read.values())).generation
+    settings = whole.size.model_dump(mode="json", exclude={"methods"}, exclude_none=True, exclude_defaults=True)
+    return Results(
+        suite=whole.suite.name,
+        size=whole.size_name,
+        title=whole.suite.title,
+        about=whole.suite.about,
+        kind=whole.suite.kind,
+        command=f"salun bench {whole.suite.name} --size {whole.size_name}",
+        settings=settings,
+        extractor=generation.extractor if generation else None,
+        images=generation.images if generation else None,
+        environment=_environment(item.run.environment for item in read.values()),
+        machine=machine(),
+        rows=rows,
+        missing=[cell.name for cell in whole.cells if cell.name not in read],
+    )
+
+
+def _first_of_seeds(found: list[tuple[Cell, CellNote]], read: dict[str, Evidence]) -> dict[int, Evidence]:
+    seeds: dict[int, Evidence] = {}
+    for cell, _ in found:
+        seeds.setdefault(cell.seed, read[cell.name])
+    return seeds
+
+
+def _original(found: list[tuple[Cell, CellNote]], read: dict[str, Evidence]) -> Row:
+    """One base model that all seeds share, with one forget set, counts once."""
+    figures: dict[tuple[str, str], Figures] = {}
+    for seed, evidence in _first_of_seeds(found, read).items():
+        values = {name: item.before for name, item in evidence.metrics.items() if name != "gap"}
+        one = Figures(seed=seed, values=values, gap=average_gap(evidence.metrics, "before"))
+        figures.setdefault((evidence.measured.before, evidence.measured.forget_set), one)
+    return Row(name=ORIGINAL, figures=list(figures.values()))
+
+
+def _reference(found: list[tuple[Cell, CellNote]], read: dict[str, Evidence], out: Path) -> Row | None:
+    figures = []
+    for seed, evidence in _first_of_seeds(found, read).items():
+        note = out / f"reference-{seed}.json"
+        if evidence.measured.reference is None or not note.is_file():
+            continue
+        part = load(Part, note)
+        values = {name: item.reference for name, item in evidence.metrics.items() if name != "gap"}
+        gap = 0.0 if average_gap(evidence.metrics) is not None else None
+        figures.append(Figures(seed=seed, values=values, gap=gap, seconds=part.seconds, passes=part.passes))
+    return Row(name=RETRAIN, figures=figures) if figures else None
+
+
+def _after(cell: Cell, note: CellNote, evidence: Evidence) -> Figures:
+    spent = evidence.run.seconds
+    return Figures(
+        seed=cell.seed,
+        values={name: item.after for name, item in evidence.metrics.items() if name != "gap"},
+        gap=average_gap(evidence.metrics),
+        seconds=spent.get("mask", 0.0) + spent.get("unlearn", 0.0),
+        passes=evidence.run.passes,
+        evidence=note.evidence,
+        inputs=note.inputs,
+    )
+
+
+def _environment(facts: Iterable[dict[str, str]]) -> dict[str, str]:
+    values: dict[str, list[str]] = {}
+    for fact in facts:
+        for name, value in fact.items():
+            if value not in values.setdefault(name, []):
+                values[name].append(value)
+    return {name: " or ".join(found) for name, found in sorted(values.items())}
+
+
+def machine() -> str:
+    """Describe this machine by its processor and cores; no name of it."""
+    model = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cores} core{'s' if cores != 1 else ''}"

@@ -1,0 +1,150 @@
+"""A bench suite: what is measured, written down as YAML, `salun.suite/v1`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from salun_core.bench.faults import suite_faults
+from salun_core.config import Document, parse, read_document
+from salun_core.data import DataSpec
+from salun_core.data.targets import ClassTarget, ConceptTarget, SubjectTarget
+from salun_core.errors import UsageError, unknown_name
+from salun_core.models.generation_card import GenerationEvaluation
+
+SUITES = Path("benchmarks", "suites")
+SizeName = Literal["cpu", "paper"]
+Kind = Literal["classification", "class-conditional", "text-to-image"]
+
+
+class RandomTarget(Document):
+    """A share of the training split, drawn by the seed."""
+
+    kind: Literal["random"] = "random"
+    fraction: float = Field(gt=0, lt=1, description="share of the training split")
+
+
+Scenario = Annotated[RandomTarget | ClassTarget | SubjectTarget | ConceptTarget, Field(discriminator="kind")]
+
+
+def _named(data: Any) -> Any:  # noqa: ANN401 - whatever the file held
+    return {"source": data} if isinstance(data, str) else data
+
+
+Data = Annotated[DataSpec, BeforeValidator(_named)]
+
+
+class BaseModelSpec(Document):
+    """The model that is to forget: how it is trained, or the folder that it lies in."""
+
+    architecture: str | None = Field(default=None, description="of a classifier; a diffusion model has a recipe")
+    training: dict[str, Any] = Field(default={}, description="what differs from the training's or recipe's defaults")
+    folder: str | None = Field(default=None, description="a model folder, or a plain diffusers folder")
+    prompt: str = Field(
+        default="an image of a {label}", description="text-to-image: what an image of a class is called"
+    )
+    per_seed: bool = Field(default=True, description="train one for each seed; false: one for all, of seed 0")
+
+
+class JudgeSpec(Document):
+    """The classifier that judges generated images: how it is trained, or the folder that it lies in."""
+
+    architecture: str = Field(default="resnet8", description="a name of `salun ls models`")
+    training: dict[str, Any] = Field(default={}, description="what differs from the training's defaults")
+    folder: str | None = Field(default=None, description="a model folder, in place of a training")
+
+
+class Entry(Document):
+    """One row of the table: a method with its mask and its settings."""
+
+    name: str = Field(min_length=1, max_length=60, description="as the table shows it")
+    method: str = Field(description="a method of classifiers or of diffusion models")
+    mask: Literal["saliency", "random", "none"] = Field(default="none", description="which weights may change")
+    density: float | None = Field(default=None, gt=0, le=1, description="of the mask")
+    config: dict[str, Any] = Field(default={}, description="what differs from the method's defaults")
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name."""
+        return slug(self.name)
+
+
+class Size(Document):
+    """One size of a suite."""
+
+    data: Data | None = Field(default=None, description="data set: a spec, or a name; paths as seen from the suite")
+    model: BaseModelSpec = Field(description="the model that is to forget")
+    judge: JudgeSpec | None = Field(default=None, description="of generated images")
+    forget: Scenario = Field(description="random with a fraction; class, subject or concept as in a forget target")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**53)]] = Field(min_length=1, description="of base, draw and method")
+    methods: list[Entry] = Field(default=[], description="in place of the suite's methods")
+    retrain: dict[str, Any] | None = Field(
+        default=None, description="train a reference without the forget set; what differs from the base's training"
+    )
+    evaluation: GenerationEvaluation = Field(default=GenerationEvaluation(), description="of generated images")
+    threads: int | None = Field(default=None, ge=1, description="of the processor; none: as many as torch takes")
+    budget_seconds: float | None = Field(default=None, gt=0, description="no cell begins that would end later")
+
+
+class Suite(Document):
+    """A bench suite."""
+
+    format: Literal["salun.suite/v1"] = "salun.suite/v1"
+    name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=60, description="as the file is called")
+    title: str = Field(min_length=1, description="heading of the table")
+    about: str = Field(default="", description="what the table shows, in words")
+    kind: Kind = Field(description="of the model")
+    methods: list[Entry] = Field(default=[], description="rows of every size that names none itself")
+    sizes: dict[SizeName, Size] = Field(min_length=1, description="cpu: minutes on two cores; paper: one GPU")
+
+    def size(self, name: str) -> Size:
+        """Return a size with its rows.
+
+        Raises:
+            UsageError: the suite has none of that name.
+        """
+        if name not in self.sizes:
+            raise unknown_name(f"size of {self.name}", name, self.sizes)
+        found = self.sizes[name]
+        return found if found.methods else found.model_copy(update={"methods": self.methods})
+
+
+def slug(name: str) -> str:
+    """Return a name as a file name: lower case, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "row"
+
+
+def load_suite(path: Path) -> Suite:
+    """Read a suite and check it against the methods, recipes and controls that there are.
+
+    Raises:
+        UsageError: it cannot be read, or has faults; all are listed.
+    """
+    data = read_document(path)
+    faults: list[str] = []
+    try:
+        suite = parse(Suite, data, str(path))
+    except UsageError as error:
+        faults.append(error.why)
+    faults += suite_faults(data, Entry)
+    if faults:
+        raise UsageError(f"{path} is no valid suite", "; ".join(faults), "correct them and try again")
+    return suite
+
+
+def find_suite(text: str, folders: Sequence[Path] = (SUITES,)) -> Path:
+    """Return the file of a suite: a path, or a name that is looked up in `benchmarks/suites`.
+
+    Raises:
+        UsageError: there is none (with the nearest match).
+    """
+    if text.endswith((".yaml", ".yml", ".json")):
+        return Path(text)
+    known = {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    if text not in known:
+        raise unknown_name("suite", text, known or ["a YAML file"])
+    return known[text]

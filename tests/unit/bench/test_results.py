@@ -1,0 +1,80 @@
+"""The figures of the table, against the evidence that they were read from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+
+import pytest
+
+from salun_core.bench.page import results_json
+from salun_core.bench.results import Results, collect
+from salun_core.bench.table import table
+from salun_core.config import parse_text
+from salun_core.errors import UsageError
+
+
+def evidence_of(out, cell):
+    return json.loads((out / "cells" / cell / "evidence.json").read_text())
+
+
+def test_rows_are_original_retrain_and_the_methods_in_their_order(plan, resumed):
+    results = collect(plan, resumed[0])
+    assert [row.name for row in results.rows] == ["original", "Retrain", "SalUn", "RL"]
+    assert results.missing == ["salun-random-mask-0", "salun-random-mask-1"]
+
+
+def test_a_cell_of_the_table_is_mean_deviation_and_mean_distance_to_the_retrained_model(plan, resumed):
+    out = resumed[0]
+    metric = [evidence_of(out, f"salun-{seed}")["metrics"]["TA"] for seed in (0, 1)]
+    values = [100 * item["after"] for item in metric]
+    gap = statistics.mean(abs(100 * (item["after"] - item["reference"])) for item in metric)
+    wanted = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({gap:.2f})"
+    line = next(line for line in table(collect(plan, out)).splitlines() if line.startswith("| SalUn (30%)"))
+    assert line.split(" | ")[3] == wanted
+
+
+def test_the_average_gap_is_the_mean_of_the_parentheses(plan, resumed):
+    lines = table(collect(plan, resumed[0])).splitlines()
+    for line in (item for item in lines if item.startswith(("| SalUn", "| RL"))):
+        cells = line.strip("| ").split(" | ")
+        gaps = [float(cell.split("(")[1].rstrip(")")) for cell in cells[1:5]]
+        assert float(cells[5].split(" ± ")[0]) == pytest.approx(statistics.mean(gaps), abs=0.011)
+
+
+def test_seconds_are_of_mask_and_unlearning_and_passes_count_both(plan, resumed):
+    out = resumed[0]
+    run = evidence_of(out, "salun-1")["run"]
+    row = next(row for row in collect(plan, out).rows if row.name == "SalUn")
+    assert row.figures[1].seconds == run["seconds"]["mask"] + run["seconds"]["unlearn"]
+    assert run["seconds"]["mask"] > 0
+    forgotten = evidence_of(out, "salun-1")["forgotten"]
+    assert row.figures[1].passes == forgotten["count"] + forgotten["train_count"]  # one pass of scores, one epoch
+
+
+def test_one_base_model_of_all_seeds_counts_once(plan, resumed):
+    results = collect(plan, resumed[0])
+    assert len(results.rows[0].figures) == 1
+    assert len(results.rows[1].figures) == 2
+
+
+def test_results_say_what_measured_them_and_name_no_host_and_no_place(plan, resumed):
+    results = collect(plan, resumed[0])
+    text = results_json(results).decode()
+    assert results.command == "salun bench digits --size cpu"
+    assert results.environment["threads"] == "1"
+    assert str(resumed[0]) not in text
+    import socket
+
+    assert socket.gethostname() not in text
+    assert Results.model_validate(parse_text(text, "results")) == results
+
+
+def test_a_folder_without_a_cell_of_this_suite_has_no_table(plan, resumed, tmp_path):
+    with pytest.raises(UsageError, match="holds no cell"):
+        collect(plan, tmp_path)
+    size = plan.suite.sizes["cpu"].model_copy(update={"threads": 2})
+    other = dataclasses.replace(plan, suite=plan.suite.model_copy(update={"sizes": {"cpu": size}}))
+    with pytest.raises(UsageError, match="holds no cell"):
+        collect(other, resumed[0])

@@ -1,0 +1,117 @@
+"""A killed run goes on where it stopped; what is there is neither measured nor made again."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import shutil
+
+import pytest
+
+from salun_core.bench.results import collect
+from salun_core.bench.runner import Outcome, run_suite
+from salun_core.bench.table import table
+from salun_core.digest import sha256_file
+from salun_core.errors import ConflictError
+from tests.unit.bench.conftest import files
+
+
+def quiet(_text: str) -> None:
+    pass
+
+
+def test_the_first_cell_of_a_killed_run_is_kept_and_the_others_are_measured(plan, resumed):
+    out, killed, outcome = resumed
+    assert [name for name in killed if name.startswith("cells/")] == [
+        f"cells/salun-0/{name}" for name in ("cell.json", "evidence.json", "report.html")
+    ]
+    assert outcome.kept == ["salun-0"]
+    assert outcome.measured == ["rl-0", "salun-1", "rl-1"]
+    now = files(out)
+    assert {name: now[name] for name in killed} == killed  # base, reference, mask, cell: neither time nor byte
+    assert not (out / "work").exists()
+
+
+def test_a_run_that_has_everything_measures_nothing_and_gives_the_same_table(plan, resumed):
+    out, _, _ = resumed
+    before = table(collect(plan, out))
+    outcome = run_suite(plan, out, quiet)
+    assert outcome == Outcome(kept=[cell.name for cell in plan.cells])
+    assert table(collect(plan, out)) == before
+
+
+def test_a_cell_names_the_digest_of_its_evidence_and_is_measured_anew_where_that_differs(plan, resumed, tmp_path):
+    out = shutil.copytree(resumed[0], tmp_path / "copy")
+    note = json.loads((out / "cells/rl-1/cell.json").read_text())
+    assert note["evidence"] == sha256_file(out / "cells/rl-1/evidence.json")
+    (out / "cells/rl-1/evidence.json").write_text("{}")
+    lost = dataclasses.replace(plan, only=("RL",))
+    assert "rl-1" in collect(lost, out).missing
+    assert run_suite(lost, out, quiet).measured == ["rl-1"]
+    metrics = [json.loads((folder / "cells/rl-1/evidence.json").read_text())["metrics"] for folder in (out, resumed[0])]
+    assert metrics[0] == metrics[1]  # the same seed, the same figures
+
+
+def test_a_changed_setting_of_one_row_measures_that_row_alone(plan, resumed, tmp_path):
+    out = shutil.copytree(resumed[0], tmp_path / "copy")
+    rows = [row.model_copy(update={"config": {"epochs": 2}}) if row.name == "RL" else row for row in plan.suite.methods]
+    changed = dataclasses.replace(plan, suite=plan.suite.model_copy(update={"methods": rows}), seed_count=1)
+    outcome = run_suite(changed, out, quiet)
+    assert outcome.measured == ["rl-0"]
+    assert outcome.kept == ["salun-0"]
+
+
+def test_a_seed_and_density_has_one_mask(plan, resumed, tmp_path):
+    out = shutil.copytree(resumed[0], tmp_path / "copy")
+    names = sorted(path.name.rsplit("-", 1)[0] for path in (out / "masks").iterdir())
+    assert names == ["saliency-0.3-0", "saliency-0.3-1"]
+    longer = plan.suite.methods[0].model_copy(update={"name": "longer", "config": {"epochs": 2}})
+    rows = plan.suite.model_copy(update={"methods": [longer]})
+    before = files(out / "masks")
+    assert run_suite(dataclasses.replace(plan, suite=rows, only=(), seed_count=1), out, quiet).measured == ["longer-0"]
+    assert files(out / "masks") == before  # neither time nor byte
+
+
+def test_a_budget_stops_before_a_cell_that_would_exceed_it_and_names_what_is_missing(plan, resumed, tmp_path):
+    out = shutil.copytree(resumed[0], tmp_path / "copy")
+    shutil.rmtree(out / "cells" / "rl-1")
+    note = json.loads((out / "cells/rl-0/cell.json").read_text())
+    (out / "cells/rl-0/cell.json").write_text(json.dumps(note | {"seconds": 1e6}))
+    outcome = run_suite(plan, out, quiet, budget_seconds=1000)
+    assert outcome.missing == ["rl-1"]
+    assert outcome.measured == []
+    assert not (out / "cells" / "rl-1").exists()
+
+
+def test_two_runs_in_one_folder_are_refused(plan, resumed):
+    out, _, _ = resumed
+
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConflictError, match="is in use"):
+            run_suite(plan, out, quiet)
+
+
+def test_a_cell_whose_loss_is_no_number_is_reported_and_the_others_go_on(plan, resumed, tmp_path):
+    out = shutil.copytree(resumed[0], tmp_path / "copy")
+    wild = plan.suite.methods[2].model_copy(
+        update={"name": "wild", "config": {"epochs": 1, "learning_rate": 1e6, "momentum": 0.99}}
+    )
+    rows = [wild, *plan.suite.methods]
+    suite = plan.suite.model_copy(update={"methods": rows})
+    wanted = dataclasses.replace(plan, suite=suite, only=("wild", "SalUn", "RL"), seed_count=1)
+    outcome = run_suite(wanted, out, quiet)
+    assert list(outcome.failed) == ["wild-0"]
+    assert outcome.kept == ["salun-0", "rl-0"]
+    assert not (out / "cells" / "wild-0").exists()
+
+
+def test_a_base_model_that_was_damaged_is_made_again_and_is_the_same(plan, resumed, tmp_path):
+    out = shutil.copytree(resumed[0], tmp_path / "copy")
+    weights = out / "base" / "model.safetensors"
+    wanted = weights.read_bytes()
+    weights.write_bytes(wanted[:-1] + bytes([wanted[-1] ^ 1]))
+    outcome = run_suite(dataclasses.replace(plan, only=("RL",), seed_count=1), out, quiet)
+    assert outcome.kept == ["rl-0"]
+    assert weights.read_bytes() == wanted

@@ -1,0 +1,120 @@
+"""Suites: those that ship are valid, a broken one lists all its faults, and no table goes without its controls."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from salun_core.bench.plan import Plan
+from salun_core.bench.suite import find_suite, load_suite, slug
+from salun_core.errors import UsageError
+from tests.unit.bench.conftest import SUITE
+
+SHIPPED = sorted((Path(__file__).parents[3] / "benchmarks" / "suites").glob("*.yaml"))
+GENERATIVE = ["ddpm-class", "sd-class", "sd-concept"]
+
+
+def load(tmp_path, data):
+    path = tmp_path / "suite.yaml"
+    path.write_text(json.dumps(data))
+    return load_suite(path)
+
+
+def faults(tmp_path, data):
+    with pytest.raises(UsageError, match="is no valid suite") as caught:
+        load(tmp_path, data)
+    return caught.value.why
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_suite_is_valid_and_called_as_its_file(path):
+    suite = load_suite(path)
+    assert suite.name == path.stem
+    assert "cpu" in suite.sizes
+    for size in suite.sizes:
+        plan = Plan(suite, size, path.parent)
+        assert all(plan.cost(cell) for cell in plan.cells)
+        assert len({cell.plan for cell in plan.cells}) == len(plan.cells)
+
+
+@pytest.mark.parametrize("name", GENERATIVE)
+def test_the_generative_suites_have_both_sizes_and_the_rivals(name):
+    suite = load_suite(next(path for path in SHIPPED if path.stem == name))
+    assert set(suite.sizes) == {"cpu", "paper"}
+    for size in suite.sizes:
+        methods = {row.method for row in suite.size(size).methods}
+        assert {"salun", "random_label", "gradient_ascent", "finetune", "esd"} <= methods
+        assert ("uce" in methods) == ("forget_me_not" in methods) == (suite.kind == "text-to-image")
+
+
+def test_a_broken_suite_lists_all_faults(tmp_path):
+    data = copy.deepcopy(SUITE)
+    data["titel"] = data.pop("title")
+    data["methods"][0]["density"] = 1.5
+    data["methods"][2]["method"] = "random_labels"
+    data["sizes"]["cpu"]["model"]["training"] = {"epoch": 1}
+    data["sizes"]["cpu"]["seeds"] = [0, 0]
+    data["sizes"]["cpu"]["forget"] = {"kind": "concept", "prompts": ["a"], "anchor_prompt": "b"}
+    why = faults(tmp_path, data)
+    for fault in (
+        "titel: unknown key, did you mean 'title'?",
+        "methods.0.density",
+        "did you mean 'random_label'?",
+        "epoch: unknown key, did you mean 'epochs'?",
+        "sizes.cpu.seeds: a seed occurs twice",
+        "a classification model forgets random or class or subject, not concept",
+    ):
+        assert fault in why
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"name": "x", "method": "salun"}, "salun needs a mask"),
+        ({"name": "x", "method": "finetune", "mask": "saliency", "density": 0.5}, "finetune takes no mask"),
+        ({"name": "x", "method": "finetune", "density": 0.5}, "only a mask does"),
+        ({"name": "x", "method": "retrain"}, "retrain is the reference"),
+        ({"name": "x", "method": "finetune", "config": {"seed": 1}}, "config sets a seed"),
+        ({"name": "x", "method": "finetune", "config": {"epochs": 0}}, "epochs"),
+        ({"name": "rl!", "method": "finetune"}, "'rl' occurs twice"),
+    ],
+)
+def test_a_row_that_cannot_be_measured_is_refused(tmp_path, row, fault):
+    assert fault in faults(tmp_path, SUITE | {"methods": [*SUITE["methods"], row]})
+
+
+@pytest.mark.parametrize(("left_out", "fault"), [(1, "'SalUn' has no control"), (2, "no control without a mask")])
+def test_a_table_without_its_controls_is_refused(tmp_path, left_out, fault):
+    rows = [row for number, row in enumerate(SUITE["methods"]) if number != left_out]
+    assert fault in faults(tmp_path, SUITE | {"methods": rows})
+
+
+def test_a_control_of_another_density_or_config_is_none(tmp_path):
+    for change in ({"density": 0.4}, {"config": {"epochs": 2}}):
+        rows = [row | (change if row["name"] == "SalUn, random mask" else {}) for row in SUITE["methods"]]
+        assert "'SalUn' has no control" in faults(tmp_path, SUITE | {"methods": rows})
+
+
+def test_a_suite_is_found_by_name_with_the_nearest_match():
+    folder = SHIPPED[0].parent
+    assert find_suite("sd-class", (folder,)) == folder / "sd-class.yaml"
+    with pytest.raises(UsageError, match="did you mean 'sd-class'"):
+        find_suite("sd-clas", (folder,))
+
+
+def test_cells_go_seed_by_seed_and_can_be_chosen(plan):
+    whole = Plan(plan.suite, "cpu")
+    assert [cell.name for cell in whole.cells][:4] == ["salun-0", "salun-random-mask-0", "rl-0", "salun-1"]
+    chosen = Plan(plan.suite, "cpu", only=("SalUn, random mask",), seed_count=1)
+    assert [cell.name for cell in chosen.cells] == ["salun-random-mask-0"]
+    with pytest.raises(UsageError, match="unknown row"):
+        _ = Plan(plan.suite, "cpu", only=("Salu",)).cells
+    with pytest.raises(UsageError, match="there are no 3 seeds"):
+        _ = Plan(plan.suite, "cpu", seed_count=3).cells
+
+
+def test_slugs():
+    assert [slug(name) for name in ("SalUn, random mask", "ESD-x", "α")] == ["salun-random-mask", "esd-x", "row"]
