@@ -34,6 +34,7 @@ project = document['project']; \
 lists = {'run': project['dependencies'], \
          'torch': [line for line in project['dependencies'] if line.startswith('torch')], \
          'kfp': [line for line in project['optional-dependencies']['kfp'] if line.startswith('kfp>')], \
+         'diffusion': project['optional-dependencies']['diffusion'], \
          'tools': document['build-system']['requires']}; \
 [pathlib.Path(name + '.txt').write_text('\n'.join(lines)) for name, lines in lists.items()]"
 ARG TORCH_INDEX_URL=""
@@ -47,7 +48,7 @@ RUN --mount=type=bind,from=pip,target=/pip \
     export PIP_FIND_LINKS=/pip PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1; \
     pip="/opt/tools/bin/pip --python /opt/venv/bin/python"; \
     if [ -n "$TORCH_INDEX_URL" ]; then $pip install --index-url "$TORCH_INDEX_URL" -r torch.txt; fi; \
-    $pip install -r run.txt -r kfp.txt; \
+    $pip install -r run.txt -r kfp.txt -r diffusion.txt; \
     /opt/tools/bin/pip install wheel -r tools.txt
 COPY LICENSE README.md ./
 COPY salun_core salun_core

@@ -11,10 +11,11 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 JOBS ?= 2
 ARGS ?=
+KIND ?= stable-diffusion ddpm
 NATIVE := --kubernetes-native manifests/kubernetes-native --namespace salun
 BENCHMARKS ?= benchmarks/mask.py benchmarks/masked_step.py
 
-.PHONY: help setup demo test check audit generated bench bench-ledger reliability image manifests clean
+.PHONY: help setup demo demo-diffusion test check audit generated bench bench-ledger reliability image manifests clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,11 +29,15 @@ $(INSTALLED): pyproject.toml
 		|| { echo "make: PYTHON=$(PYTHON) is not a Python of 3.11 or newer"; exit 1; }
 	@echo "Installing into .venv; the first time takes some minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[kfp,local,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[kfp,local,diffusion,dev]'
 	@touch $@
 
 demo: setup ## Forget real images end to end on this machine: S3, pipeline, gate, report (DATA=, PORT=)
 	@$(BIN)/salun demo $(if $(DATA),--data '$(DATA)') $(if $(PORT),--port '$(PORT)')
+
+demo-diffusion: setup ## Forget a class of a small Stable Diffusion and a DDPM, end to end; ten minutes each (KIND=ddpm for one)
+	@.ci/datasets --require
+	@set -e; for kind in $(KIND); do $(BIN)/salun demo-diffusion --kind $$kind --work-dir .salun/demo-$$kind; done
 
 test: setup ## Run all tests (JOBS=2 processes; ARGS='-k mask' goes to pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
@@ -46,6 +51,7 @@ check: setup ## Format, lint, types, layers, and generated files in step
 	$(BIN)/python -m pipelines compile --check $(NATIVE)
 	$(BIN)/python .ci/generated.py --check
 	$(BIN)/python benchmarks/readme_tables.py --check
+	$(BIN)/salun bench --render-only --into docs/results.md --check
 
 audit: setup ## Look the installed packages up among known vulnerabilities (ARGS='--ignore-vuln ID')
 	@$(BIN)/python .ci/audit $(ARGS)
@@ -55,6 +61,7 @@ generated: setup ## Rewrite the generated files: compiled pipelines, references,
 	$(BIN)/python -m pipelines compile $(NATIVE)
 	$(BIN)/python .ci/generated.py
 	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/salun bench --render-only --into docs/results.md
 
 bench: setup ## Time the mask and the masked step (BENCHMARKS= runs other scripts)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done

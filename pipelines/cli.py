@@ -118,7 +118,7 @@ def run(
     forget_manifest_uri: Forget = None,
     method: Method = "salun",
     density: Density = 0.5,
-    policy_uri: Policy = "classifier",
+    policy_uri: Policy = "auto",
     method_config: MethodConfig = "{}",
     seed: Seed = 0,
     retrain_reference: Reference = False,

@@ -19,10 +19,13 @@ def deletion_sweep(
     store_uri: str,
     method: str = "salun",
     density: float = 0.5,
-    policy_uri: str = "classifier",
+    policy_uri: str = "auto",
     method_config: str = "{}",
     seed: int = 0,
     retrain_reference: bool = False,
+    tune: bool = False,
+    tune_budget: str = "20e",
+    also: str = "",
     min_requests: int = 16,
     max_requests: int = 64,
     max_wait_hours: float = 24.0,
@@ -42,10 +45,13 @@ def deletion_sweep(
         store_uri: The object store that holds the model lines and the requests, as s3://bucket/prefix.
         method: The unlearning method of the first recipe; after refusals stronger ones and a retraining are tried.
         density: Share of the weights that the first recipe may change, above 0 and at most 1.
-        policy_uri: The gate policy: the name of one that ships, or an s3:// address.
+        policy_uri: The gate policy: auto (by the kind of model), the name of one that ships, or an s3:// address.
         method_config: What differs from the method's default configuration, as JSON text such as {"epochs": 5}.
         seed: Seed of the random labels, the order of the data and the augmentation.
         retrain_reference: Also train a model from scratch without the forget set, and compare with it. Slow.
+        tune: Search for density and settings on validation data, within the policy's margins; classifiers only.
+        tune_budget: What the search may spend: passes (200000), time (90s, 15m, 2h) or epochs (20e).
+        also: More measurements, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
         min_requests: A batch of so many is due even when none waits long.
         max_requests: Requests of one run, at most.
         max_wait_hours: A batch is due when its oldest request waits longer.
@@ -89,6 +95,9 @@ def deletion_sweep(
                 method_config=claimed.outputs["method_config"],
                 seed=seed,
                 retrain_reference=retrain_reference,
+                tune=tune,
+                tune_budget=tune_budget,
+                also=also,
                 gpu_count=gpu_count,
                 cpu=cpu,  # as an argument here, for kfp declares no limit of its own inside an exit handler
                 memory=memory,

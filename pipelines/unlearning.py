@@ -20,10 +20,13 @@ def unlearning(
     store_uri: str,
     method: str = "salun",
     density: float = 0.5,
-    policy_uri: str = "classifier",
+    policy_uri: str = "auto",
     method_config: str = "{}",
     seed: int = 0,
     retrain_reference: bool = False,
+    tune: bool = False,
+    tune_budget: str = "20e",
+    also: str = "",
     gpu_count: int = 1,
     cpu: str = "4",
     memory: str = "16Gi",
@@ -36,12 +39,16 @@ def unlearning(
         model_line: Name of the model line; its HEAD is what unlearns, and what a passed gate replaces.
         forget_manifest_uri: Address of what is to be forgotten: a sealed manifest, a forget target or a list of them.
         store_uri: The object store that holds the model lines, as s3://bucket/prefix.
-        method: The unlearning method: salun, random_label, retrain, finetune or gradient_ascent.
+        method: The unlearning method: salun, random_label, retrain, finetune or gradient_ascent; of diffusion models
+            also esd, forget_me_not and uce.
         density: Share of the weights that may change, above 0 and at most 1.
-        policy_uri: The gate policy: the name of one that ships, or an s3:// address.
+        policy_uri: The gate policy: auto (by the kind of model), the name of one that ships, or an s3:// address.
         method_config: What differs from the method's default configuration, as JSON text such as {"epochs": 5}.
         seed: Seed of the random labels, the order of the data and the augmentation.
         retrain_reference: Also train a model from scratch without the forget set, and compare with it. Slow.
+        tune: Search for density and settings on validation data, within the policy's margins; classifiers only.
+        tune_budget: What the search may spend: passes (200000), time (90s, 15m, 2h) or epochs (20e).
+        also: More measurements, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
         gpu_count: Accelerators for each of the steps that compute.
         cpu: Processor cores for each step, such as 4 or 500m.
         memory: Memory for each step, such as 16Gi.
@@ -53,15 +60,18 @@ def unlearning(
     ours = {"model_line": line, "store_uri": store_uri, "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
     fetched = fetch_model(store_uri=store_uri, model_line=line, forget_manifest_uri=forget)
     before = fetched.outputs["model"]
-    masked = compute_mask(model=before, forget_manifest_uri=forget, density=density, method=method, **ours)
+    recipe = {"method": method, "method_config": method_config}
+    masked = compute_mask(model=before, forget_manifest_uri=forget, density=density, **recipe, **ours)
     mask = masked.outputs["mask"]
     unlearned = unlearn(
         model=before,
         mask=mask,
         forget_manifest_uri=forget,
-        method=method,
-        method_config=method_config,
         seed=seed,
+        tune=tune,
+        tune_budget=tune_budget,
+        policy_uri=policy_uri,
+        **recipe,
         **ours,
     )
     after = unlearned.outputs["unlearned"]
@@ -71,6 +81,7 @@ def unlearning(
         mask=mask,
         forget_manifest_uri=forget,
         retrain_reference=retrain_reference,
+        also=also,
         **ours,
     )
     published = gate_publish(

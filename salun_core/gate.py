@@ -10,7 +10,7 @@ import importlib.resources
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -135,6 +135,16 @@ def load_policy(source: str | Path) -> Policy:
     return load(Policy, Path(source))
 
 
+def default_policy(evidence: Evidence) -> str:
+    """Return the name of the policy that ships for the kind of model that evidence is about."""
+    generation = evidence.generation
+    if generation is None:
+        return "classifier"
+    if generation.task == "class-conditional":
+        return "ddpm"
+    return "nsfw" if generation.detector else "stable-diffusion"
+
+
 def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None) -> GateDecision:
     """Judge evidence by a policy.
 
@@ -173,16 +183,8 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
 
 
 def digest_of(evidence: Evidence) -> str:
-    """Return the SHA-256 of the evidence's canonical JSON; a NaN or an infinity in it counts as null."""
-    return digest_json(_without_nan(evidence.model_dump(mode="json")))
-
-
-def _without_nan(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return [_without_nan(item) for item in value] if isinstance(value, list) else value
+    """Return the SHA-256 of the evidence's canonical JSON, as a decision names it."""
+    return evidence.digest
 
 
 def _builtin(evidence: Evidence, expected: Expected) -> list[Verdict]:

@@ -14,7 +14,7 @@ def claim_requests(
     density: float = 0.5,
     method_config: str = "{}",
     seed: int = 0,
-    policy_uri: str = "classifier",
+    policy_uri: str = "auto",
     max_requests: int = 64,
     min_requests: int = 16,
     max_wait_hours: float = 24.0,
@@ -65,12 +65,13 @@ def claim_requests(
         ConflictError: The run has ended already.
     """
     from salun_core.steps.claim import claim_requests as step
-    from salun_core.steps.claim import sweep_terms
+    from salun_core.steps.claim import is_generative_line, sweep_terms
     from salun_core.steps.unlearning import parse_overrides
 
     sizes = {"max_requests": max_requests, "min_requests": min_requests, "max_forget_fraction": max_forget_fraction}
     settings = {"seed": seed, "policy_uri": policy_uri, "max_wait_hours": max_wait_hours, **sizes}
-    terms = sweep_terms(method, density, parse_overrides(method_config), **settings)
+    generative = is_generative_line(store_uri, model_line)
+    terms = sweep_terms(method, density, parse_overrides(method_config), generative=generative, **settings)
     found = step(store_uri, model_line, run_id, terms, dry_run=dry_run)
     recipe = found.method, found.density, found.method_config
     return found.requests, found.forget_manifest_uri, *recipe, found.reason

@@ -12,6 +12,7 @@ def compute_mask(
     density: float,
     mask: dsl.Output[dsl.Artifact],
     method: str = "salun",
+    method_config: str = "{}",
     model_line: str = "local",
     store_uri: str = "",
     run_id: str = "",
@@ -26,6 +27,8 @@ def compute_mask(
         density: Share of the weights to keep salient, above 0 and at most 1.
         mask: The mask: a safetensors file of packed bits.
         method: The unlearning method that will use the mask.
+        method_config: What differs from the method's default configuration, as JSON text; a diffusion model's says
+            which part is scored, and how.
         model_line: Name of the model line, for the metrics.
         store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
         run_id: Id of the run, to record in the ledger how far it came.
@@ -39,7 +42,9 @@ def compute_mask(
 
     from salun_core.steps.mask import compute_mask as step
     from salun_core.steps.observe import RunRef
+    from salun_core.steps.unlearning import parse_overrides
 
     paths, run = (Path(model.path), forget_manifest_uri, density, Path(mask.path)), RunRef(store_uri, run_id)
-    computed = step(*paths, method=method, model_line=model_line, run=run)
+    settings = parse_overrides(method_config)
+    computed = step(*paths, method=method, overrides=settings, model_line=model_line, run=run)
     mask.metadata.update(density=computed.density, digest=computed.digest)

@@ -19,8 +19,9 @@ def evaluate(
     model_line: str = "local",
     store_uri: str = "",
     run_id: str = "",
+    also: str = "",
 ) -> None:
-    """Measure the model before and after: accuracies, membership attack, and which weights changed.
+    """Measure the model before and after: accuracies, attacks or generated images, and which weights changed.
 
     Args:
         before: The model before unlearning.
@@ -35,6 +36,7 @@ def evaluate(
         model_line: Name of the model line, for the metrics and the report.
         store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
         run_id: Id of the run, to record in the ledger how far it came.
+        also: More measurements, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
 
     Raises:
         ModelError: The two models differ in architecture or split.
@@ -48,9 +50,10 @@ def evaluate(
 
     paths = Path(before.path), Path(after.path), forget_manifest_uri, Path(evidence.path), Path(report.path)
     used, run = Path(mask.path), RunRef(store_uri, run_id)
-    found = step(*paths, mask=used, retrain_reference=retrain_reference, model_line=model_line, run=run)
+    found = step(*paths, mask=used, retrain_reference=retrain_reference, model_line=model_line, run=run, also=also)
     for name, value in scalar_metrics(found).items():
         metrics.log_metric(name, value)
     if labels_and_counts := confusion(found):
         classification.log_confusion_matrix(*labels_and_counts)
-    classification.log_roc_curve(*roc_points(found))
+    if points := roc_points(found):
+        classification.log_roc_curve(*points)

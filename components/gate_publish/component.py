@@ -17,7 +17,7 @@ def gate_publish(
     parent: str,
     decision: dsl.Output[dsl.Artifact],
     report: dsl.Output[dsl.HTML],
-    policy_uri: str = "classifier",
+    policy_uri: str = "auto",
     run_id: str = "",
 ) -> str:
     """Judge the evidence by the policy and publish the model; a refusal fails the step and publishes nothing.
@@ -33,7 +33,7 @@ def gate_publish(
         parent: Digest of the version that the model before was fetched as.
         decision: The gate's answer, a verdict for each rule, as JSON.
         report: The report with the verdict.
-        policy_uri: The gate policy: the name of one that ships, a file, or an s3:// address.
+        policy_uri: The gate policy: auto (by the kind of model), the name of one that ships, a file, or an s3:// address.
         run_id: Id of the run; a refused one keeps its evidence, decision and report under runs/ in the store.
 
     Returns:

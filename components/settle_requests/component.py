@@ -41,11 +41,12 @@ def settle_requests(
     Raises:
         UsageError: There is no signing key where a certificate is due.
     """
-    from salun_core.steps.claim import sweep_terms
+    from salun_core.steps.claim import is_generative_line, sweep_terms
     from salun_core.steps.settle import settle_requests as step
     from salun_core.steps.unlearning import parse_overrides
 
-    terms = sweep_terms(method, density, parse_overrides(method_config))
+    generative = is_generative_line(store_uri, model_line)
+    terms = sweep_terms(method, density, parse_overrides(method_config), generative=generative)
     settled = step(store_uri, model_line, run_id, terms)
     counts = len(settled.completed), len(settled.queued), len(settled.failed)
     print(f"the steps ended as {final_status.state}, run {run_id} as {settled.status or 'nothing claimed'}")

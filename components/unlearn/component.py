@@ -17,6 +17,9 @@ def unlearn(
     model_line: str = "local",
     store_uri: str = "",
     run_id: str = "",
+    tune: bool = False,
+    tune_budget: str = "20e",
+    policy_uri: str = "auto",
 ) -> None:
     """Unlearn the forget set; weights outside the mask stay bit-identical.
 
@@ -31,9 +34,13 @@ def unlearn(
         model_line: Name of the model line, for the metrics.
         store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
         run_id: Id of the run, to record in the ledger how far it came.
+        tune: Search for the settings that method_config leaves open, and for the density, on validation data.
+        tune_budget: What the search may spend: passes (200000), time (90s, 15m, 2h) or epochs (20e).
+        policy_uri: The gate policy that bounds the search; only read with tune.
 
     Raises:
         UsageError: The method or its configuration is wrong.
+        GateRefusedError: The search found no setting within the policy; nothing is written.
         IntegrityError: The mask is of another model or another forget set.
         ModelError: The loss became NaN or infinite.
         ConflictError: The run has ended: another settled it.
@@ -41,9 +48,13 @@ def unlearn(
     from pathlib import Path
 
     from salun_core.steps.observe import RunRef
+    from salun_core.steps.tuning import TuneWish
     from salun_core.steps.unlearning import parse_overrides, run_unlearning
 
     paths = Path(model.path), Path(mask.path), forget_manifest_uri, Path(unlearned.path)
     overrides, run = parse_overrides(method_config), RunRef(store_uri, run_id)
-    result = run_unlearning(*paths, method=method, overrides=overrides, seed=seed, model_line=model_line, run=run)
+    wish = TuneWish(tune_budget, policy_uri) if tune else None
+    result = run_unlearning(
+        *paths, method=method, overrides=overrides, seed=seed, model_line=model_line, run=run, tune=wish
+    )
     unlearned.metadata.update(method=method, seed=seed, seconds=result.seconds)

@@ -10,9 +10,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from salun_core import __version__
 from salun_core.cli import (
+    bench,
     demo,
+    demo_diffusion,
     doctor,
     exporter,
+    generation_models,
     judging,
     lines,
     listing,
@@ -85,6 +88,11 @@ app = typer.Typer(
     help="Make trained models forget, prove it, and publish only what passes the gate.",
 )
 _model = typer.Typer(no_args_is_help=True, help="Import models, and show the history of a model line.")
+_train = typer.Typer(
+    cls=generation_models.TrainGroup,
+    no_args_is_help=True,
+    help="Train a model from fresh weights: a classifier, unless another kind is named.",
+)
 
 
 def _version(wanted: bool) -> None:
@@ -109,20 +117,26 @@ def _add(group: typer.Typer, prefix: str, verbs: Mapping[str, Callable[..., None
         group.command(name, cls=Verb, epilog=EXAMPLES[prefix + name])(function)
 
 
-_add(app, "", {"doctor": doctor.doctor, "demo": demo.demo, "train": models.train, "mask": unlearning.mask})
+_add(app, "", {"doctor": doctor.doctor, "demo": demo.demo, "demo-diffusion": demo_diffusion.demo_diffusion})
+_add(_train, "train ", {"classifier": models.train, "ddpm": generation_models.train_ddpm})
+_add(_train, "train ", {"stable-diffusion": generation_models.train_stable_diffusion})
+_add(app, "", {"mask": unlearning.mask})
 _add(app, "", {"unlearn": unlearning.unlearn, "evaluate": unlearning.evaluate, "gate": judging.gate})
 _add(app, "", {"report": judging.report, "run": running.run})
 _add(app, "", {"exporter": exporter.exporter})
 _add(app, "", {"sweep": sweep.sweep})
+_add(app, "", {"bench": bench.bench})
 _add(app, "", {"verify": verify.verify, "certificate": verify.certificate})
 _add(verify.key_app, "key ", {"create": verify.create_key})
 _add(app, "", {"purge": purge.purge})
 _add(_model, "model ", {"hold": purge.hold, "release": purge.release})
+_add(_model, "model ", {"import-diffusers": generation_models.import_diffusion})
 _add(_model, "model ", {"import": models.import_, "history": lines.history, "rollback": lines.rollback})
 _add(listing.app, "ls ", {"methods": listing.methods, "models": listing.models, "data": listing.data})
 for _command in request.app.registered_commands:
     _command.cls = Verb
 app.add_typer(_model, name="model")
+app.add_typer(_train, name="train")
 app.add_typer(listing.app, name="ls")
 app.add_typer(request.app, name="request")
 app.add_typer(verify.key_app, name="key")

@@ -13,7 +13,8 @@ from salun_core.cli.options import DryRun
 from salun_core.cli.output import METRICS, emit, emit_plan, epochs, print_table, say
 
 if TYPE_CHECKING:
-    from salun_core.steps.demo import DemoOutcome, Filed
+    from salun_core.steps.demo import DemoOutcome
+    from salun_core.steps.demo_line import Filed
 
 
 def demo(

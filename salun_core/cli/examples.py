@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from salun_core.cli.generation_examples import GENERATION_EXAMPLES
 from salun_core.cli.ledger_examples import LEDGER_EXAMPLES
 
 EXAMPLES = {
     **LEDGER_EXAMPLES,
+    **GENERATION_EXAMPLES,
     "doctor": """
 Example:
 
@@ -82,10 +84,10 @@ Example:
     salun verify .salun/demo/certificates/demo-samples-a.json --model .salun/demo/versions/7cdcd4b03f04
     salun exporter
 """,
-    "train": """
-Example:
+    "train classifier": """
+Example: without `classifier` it is the same.
 
-  $ salun train --data digits --arch resnet8 --epochs 10 --out base
+  $ salun train classifier --data digits --arch resnet8 --epochs 10 --out base
   model           base
   digest          ef62c1816b09faba1bce16db3423edc6ef9abcbf44887989771d0417ad202caa
   train accuracy  1.0000
@@ -189,13 +191,29 @@ Example:
 Example:
 
   $ salun ls methods
-  method            needs_mask   epochs   learning_rate   about
-  ────────────────────────────────────────────────────────────────────────────
-  salun             yes          5               0.0030   SalUn
-  random_label      no           5               0.0030   Random labelling (RL)
-  retrain           no           182             0.1000   Retrain
-  finetune          no           5               0.0030   Fine-tuning (FT)
-  gradient_ascent   no           5               0.0005   Gradient ascent (GA)
+  model        method               needs_mask   length       learning_rate   about
+  ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+  classifier   salun                yes          5 epochs            0.0030   SalUn
+  classifier   random_label         no           5 epochs            0.0030   Random labelling (RL)
+  classifier   retrain              no           182 epochs          0.1000   Retrain
+  classifier   finetune             no           5 epochs            0.0030   Fine-tuning (FT)
+  classifier   gradient_ascent      no           5 epochs            0.0005   Gradient ascent (GA)
+  classifier   influence            no           1 epochs            0.0030   Influence unlearning (IU, WoodFisher)
+  classifier   boundary_expanding   no           5 epochs            0.0001   Boundary expanding (BE)
+  classifier   boundary_shrink      no           5 epochs            0.0001   Boundary shrink (BS)
+  classifier   l1_sparse            no           5 epochs            0.0100   l1-sparse
+  classifier   salun_soft           no           5 epochs            0.0030   SalUn-soft
+  classifier   scrub                no           5 epochs            0.0030   SCRUB
+  classifier   neggrad_plus         no           5 epochs            0.0030   NegGrad+
+  classifier   sfr_on               no           5 epochs            0.0030   SFR-on
+  diffusion    salun                yes          150 steps           0.0002   SalUn for diffusion models
+  diffusion    random_label         no           150 steps           0.0002   Random labelling (RL) of a diffusion model
+  diffusion    finetune             no           150 steps           0.0002   Fine-tuning (FT)
+  diffusion    gradient_ascent      no           50 steps            0.0000   Gradient ascent (GA)
+  diffusion    retrain              no           1600 steps          0.0020   Retrain
+  diffusion    esd                  no           200 steps           0.0000   Erased Stable Diffusion (ESD)
+  diffusion    forget_me_not        no           50 steps            0.0000   Forget-Me-Not (FMN)
+  diffusion    uce                  no           150 steps           0.0002   Unified Concept Editing (UCE)
 """,
     "ls models": """
 Example:
@@ -220,6 +238,7 @@ Example:
   data                 what
   ────────────────────────────────────────────────────────────────────────────────────────────────
   digits               1,797 handwritten digits of 8 x 8 pixels; comes with scikit-learn
+  fashion-mnist        70,000 pieces of clothing, 28 x 28 pixels; Debian: dataset-fashion-mnist
   torchvision:NAME     a torchvision data set that lies under `root`; none is downloaded
   FOLDER               a folder of class folders, or one with train and test inside
   FILE.parquet         image and label columns, the Hugging Face layout; or a folder of such files

@@ -20,8 +20,8 @@ def gate(
     evidence: EvidenceFile,
     out: Annotated[Path, typer.Option("--out", help="Decision file to write (JSON), passed or refused.")],
     policy: Annotated[
-        str, typer.Option("--policy", help="Gate policy: the name of one that ships, a file, or s3://.")
-    ] = "classifier",
+        str, typer.Option("--policy", help="Gate policy: auto, the name of one that ships, a file, or s3://.")
+    ] = "auto",
     before: Annotated[
         str | None, typer.Option("--before", metavar="M", help="Check that the evidence is of this original model.")
     ] = None,
@@ -42,8 +42,8 @@ def gate(
     from salun_core.steps.publishing import write_decision
     from salun_core.steps.sources import read_policy
 
-    measured, rules = load(Evidence, evidence), read_policy(policy)
-    decision = decide(measured, rules, _expected(before, after, mask, forget, store))
+    measured = load(Evidence, evidence)
+    decision = decide(measured, read_policy(policy, measured), _expected(before, after, mask, forget, store))
     if dry_run:
         emit_plan("gate", {"would_write": out, "passed": decision.passed, "summary": decision.summary})
         return
@@ -58,9 +58,8 @@ def _expected(
     """The digests of the artifacts at hand, where they were given."""
     from salun_core.errors import UsageError
     from salun_core.gate import Expected
-    from salun_core.models import load_model
     from salun_core.saliency import SaliencyMask
-    from salun_core.steps.inputs import load_inputs
+    from salun_core.steps.opening import open_inputs, open_model
     from salun_core.steps.sources import model_folder
 
     digests: dict[str, str] = {}
@@ -68,14 +67,14 @@ def _expected(
         raise UsageError("--forget needs --before", "the set is resolved against the model's split", "give both")
     if before:
         with model_folder(before, store) as folder:
-            original = load_model(folder)
+            original = open_model(folder)
             digests |= {"before": original.digest, "split": original.split.digest}
             digests |= {"dataset": original.split.dataset_digest}
             if forget:
-                digests["forget_set"] = load_inputs(folder, forget).forget_set.digest
+                digests["forget_set"] = open_inputs(folder, forget).forget_set.digest
     if after:
         with model_folder(after, store) as folder:
-            digests["after"] = load_model(folder).digest
+            digests["after"] = open_model(folder).digest
     if mask:
         digests["mask"] = SaliencyMask.load(mask).digest
     return Expected(**digests)

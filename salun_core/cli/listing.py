@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from salun_core.cli.options import Store
 from salun_core.cli.output import emit, print_table
 
+if TYPE_CHECKING:
+    from salun_core.unlearn.config import LoopConfig
+
 
 def methods() -> None:
-    """List the unlearning methods."""
+    """List the unlearning methods of classifiers, and those of diffusion models too."""
+    from salun_core import diffusion, unlearn
+
+    rows = [
+        _method(name, method, method.needs_mask, unlearn.method_config(name), "classifier")
+        for name, method in unlearn.METHODS.items()
+    ]
+    rows += [
+        _method(name, method, method.needs_mask, diffusion.generation_config(name), "diffusion")
+        for name, method in diffusion.METHODS.items()
+    ]
+    emit(rows, lambda: print_table(list(rows[0]), [list(row.values()) for row in rows]))
+
+
+def _method(name: str, method: object, needs_mask: bool, config: LoopConfig, kind: str) -> dict[str, object]:
+    """Describe a method by the first words of its module."""
     import inspect
     import sys
 
-    from salun_core.unlearn import METHODS, method_config
+    home = next(module for module in list(sys.modules.values()) if getattr(module, "METHOD", None) is method)
+    about = (inspect.getdoc(home) or "").partition(":")[0]
+    facts = {"model": kind, "method": name, "needs_mask": needs_mask, "length": _length(config)}
+    return facts | {"learning_rate": config.learning_rate, "about": about}
 
-    rows = []
-    for name, method in METHODS.items():
-        about = (inspect.getdoc(sys.modules[f"salun_core.unlearn.{name}"]) or "").partition(":")[0]
-        config = method_config(name)
-        rows.append(
-            {"method": name, "needs_mask": method.needs_mask, "epochs": config.epochs}
-            | {"learning_rate": config.learning_rate, "about": about}
-        )
-    emit(rows, lambda: print_table(list(rows[0]), [list(row.values()) for row in rows]))
+
+def _length(config: LoopConfig) -> str:
+    steps = getattr(config, "steps", None)
+    return f"{steps} steps" if steps else f"{config.epochs} epochs"
 
 
 def models(store: Store = None) -> None:
@@ -45,6 +63,7 @@ def data() -> None:
     """List the ways to name a data set."""
     rows = [
         {"data": "digits", "what": "1,797 handwritten digits of 8 x 8 pixels; comes with scikit-learn"},
+        {"data": "fashion-mnist", "what": "70,000 pieces of clothing, 28 x 28 pixels; Debian: dataset-fashion-mnist"},
         {"data": "torchvision:NAME", "what": "a torchvision data set that lies under `root`; none is downloaded"},
         {"data": "FOLDER", "what": "a folder of class folders, or one with train and test inside"},
         {"data": "FILE.parquet", "what": "image and label columns, the Hugging Face layout; or a folder of such files"},

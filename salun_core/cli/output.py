@@ -31,6 +31,7 @@ class Mode:
 
 MODE = Mode()
 METRICS = ("UA", "UA_class", "UA_samples", "RA", "TA", "MIA", "attack_auc", "gap")
+GENERATED = ("UA", "UA_relearned", "RA", "neighbours", "nudity", "attack_success", "FID", "KID", "CLIP")
 
 
 def emit(result: Mapping[str, Any] | Sequence[Any], show: Callable[[], None]) -> None:
@@ -91,15 +92,24 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 
 def print_metrics(evidence: Evidence) -> None:
-    """Print the metrics of evidence: before, after, and of the retrained model where there is one."""
-    rows = [
-        (name, item.before, item.after, item.reference, item.n)
-        for name in METRICS
-        if (item := evidence.metrics.get(name)) is not None
-    ]
-    with_reference = any(row[3] is not None for row in rows)
-    columns = ["metric", "before", "after", *(["retrained"] if with_reference else []), "n"]
-    print_table(columns, [row if with_reference else (*row[:3], row[4]) for row in rows])
+    """Print the metrics of evidence: before, after, and of the retrained model where there is one.
+
+    All are ratios from 0 to 1; generated images have others too, so that a column says the unit of each.
+    """
+    from salun_core.report.wording import UNITS
+
+    generated = evidence.generation is not None
+    found = {
+        name: item for name in (GENERATED if generated else METRICS) if (item := evidence.metrics.get(name)) is not None
+    }
+    columns: dict[str, list[object]] = {"metric": list(found)}
+    if generated:
+        columns["unit"] = [UNITS[name].name if name in UNITS else "ratio" for name in found]
+    columns |= {"before": [item.before for item in found.values()], "after": [item.after for item in found.values()]}
+    if any(item.reference is not None for item in found.values()):
+        columns["retrained"] = [item.reference for item in found.values()]
+    columns["n"] = [item.n for item in found.values()]
+    print_table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def say(text: str) -> None:

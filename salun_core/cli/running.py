@@ -46,11 +46,11 @@ def _plan(config: RunConfig) -> None:
     from tempfile import TemporaryDirectory
 
     from salun_core.steps.fetch import fetch_model
-    from salun_core.steps.sources import read_policy
+    from salun_core.steps.sources import check_policy
     from salun_core.unlearn import method_config
 
     method_config(config.method, {**config.method_config, "seed": config.seed})
-    read_policy(config.policy_uri)
+    check_policy(config.policy_uri)
     with TemporaryDirectory(prefix="salun-run-") as folder:
         found = fetch_model(config.store_uri, config.model_line, config.forget_manifest_uri, Path(folder, "before"))
     counts = {"forget_samples": found.forget_count, "train_samples": found.train_count}

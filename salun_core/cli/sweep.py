@@ -43,7 +43,7 @@ def sweep(
     max_requests: MaxRequests = 64,
     max_wait_hours: MaxWait = 24.0,
     max_forget_fraction: MaxForget = 0.2,
-    policy: Policy = "classifier",
+    policy: Policy = "auto",
     work_dir: WorkDir = None,
     dry_run: DryRun = False,
 ) -> None:

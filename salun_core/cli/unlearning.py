@@ -34,6 +34,7 @@ def mask(
         str | None, typer.Option("--shard", metavar="I/N", help="Score the I-th of N shards and write its sums.")
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add the shards up and write the mask.")] = False,
+    settings: Settings = [],  # noqa: B006 - typer reads it and hands over a new list
     processes: Processes = 1,
     device: Device = "auto",
     store: Store = None,
@@ -41,21 +42,18 @@ def mask(
 ) -> None:
     """Compute the saliency mask of a model: the weights that matter most for what is to be forgotten."""
     from salun_core.cli.sharding import check_shards, launch, merge_files, score_one, silent
-    from salun_core.saliency import SaliencyMask
-    from salun_core.steps.inputs import load_inputs
     from salun_core.steps.mask import compute_mask
+    from salun_core.steps.opening import open_inputs, resolved_config, sizes_of
     from salun_core.steps.sources import model_folder
 
-    part = check_shards(shard, merge, shards or [], processes, random_seed)
+    part, overrides = check_shards(shard, merge, shards or [], processes, random_seed), read_settings(settings)
     if processes > 1 and not dry_run:
         launch(processes)
         return
     with model_folder(model, store) as folder:
         if dry_run:
-            inputs = load_inputs(folder, forget, data)
-            salient = SaliencyMask.random(dict(inputs.original.model.named_parameters()), density, 0).k
-            sizes = {"forget_samples": len(inputs.forget), "retain_samples": len(inputs.retain)}
-            emit_plan("mask", {"would_write": out, **sizes, "salient": salient})
+            resolved_config(folder, "salun", overrides)
+            emit_plan("mask", {"would_write": out, **sizes_of(open_inputs(folder, forget, data)), "density": density})
             return
         if part is not None:
             score_one(folder, forget, part, out, data, device)
@@ -63,7 +61,9 @@ def mask(
         if merge:
             made = merge_files(folder, forget, shards or [], density, out, data)
         else:
-            made = compute_mask(folder, forget, density, out, data=data, device=device, random_seed=random_seed)
+            made = compute_mask(
+                folder, forget, density, out, overrides=overrides, data=data, device=device, random_seed=random_seed
+            )
     if silent():
         return
     facts = {"salient": made.k, "weights": made.weights, "density": made.density, "scores": made.facts["scores"]}
@@ -82,28 +82,42 @@ def unlearn(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of order, augmentation and random labels.")] = 0,
     processes: Processes = 1,
     store: Store = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Search for the settings that you leave open, on validation data.")
+    ] = False,
+    tune_budget: Annotated[
+        str, typer.Option("--tune-budget", metavar="B", help="Passes (200000), time (90s, 15m) or epochs (20e).")
+    ] = "20e",
+    policy: Annotated[
+        str, typer.Option("--policy", help="With --tune: the gate policy that bounds the search.")
+    ] = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Make a model forget; weights outside the mask keep their bits."""
+    """Make a model forget; weights outside the mask keep their bits.
+
+    With --tune the exit code is 3 when no setting stays within the policy; nothing is written then.
+    """
     from salun_core.cli.sharding import launch, silent
-    from salun_core.steps.inputs import load_inputs
+    from salun_core.cli.tuning import check_tuning, show_trials
+    from salun_core.steps.opening import open_inputs, resolved_config, sizes_of
     from salun_core.steps.sources import model_folder
     from salun_core.steps.unlearning import read_mask, run_unlearning
-    from salun_core.unlearn import method_config
 
     overrides = read_settings(settings, config)
-    resolved = method_config(method, {"seed": seed, **overrides})
+    if tune:
+        check_tuning(method, mask, processes, policy)
     if processes > 1 and not dry_run:
         launch(processes)
         return
     with model_folder(model, store) as folder:
+        resolved = resolved_config(folder, method, {"seed": seed, **overrides})
         if dry_run:
-            inputs = load_inputs(folder, forget, data)
+            inputs = open_inputs(folder, forget, data)
             read_mask(mask, inputs)
-            sizes = {"forget_samples": len(inputs.forget), "retain_samples": len(inputs.retain)}
+            sizes = sizes_of(inputs)
             emit_plan("unlearn", {"would_write": out, "method": method, **sizes, "epochs": resolved.epochs})
             return
-        progress = nullcontext(None) if silent() else epochs(method, resolved.epochs)
+        progress = nullcontext(None) if silent() or tune else epochs(method, resolved.epochs)
         with progress as on_epoch:
             result = run_unlearning(
                 folder,
@@ -115,10 +129,13 @@ def unlearn(
                 seed=resolved.seed,
                 data=data,
                 on_epoch=on_epoch,
+                tune=show_trials(tune_budget, policy) if tune else None,
             )
     if silent():
         return
-    facts = {"method": method, "epochs": len(result.history), "samples_passed": result.passes}
+    facts: dict[str, object] = {"method": method, "epochs": len(result.history), "samples_passed": result.passes}
+    if tune:
+        facts |= {"learning_rate": result.config.learning_rate, "tried": out / "tuning.json"}
     emit_facts({"model": out, **facts, "seconds": round(result.seconds, 3)})
 
 
@@ -137,6 +154,14 @@ def evaluate(
     mask: Annotated[
         Path | None, typer.Option("--mask", help="Mask file; weights outside it are compared bit by bit.")
     ] = None,
+    also: Annotated[
+        str,
+        typer.Option(
+            "--also",
+            metavar="NAMES",
+            help="More measurements: lira[=MODELS], relearn[=STEPS], probe, decile, kl, tow, seeds[=RUNS].",
+        ),
+    ] = "",
     data: Data = None,
     device: Device = "auto",
     store: Store = None,
@@ -144,20 +169,22 @@ def evaluate(
 ) -> None:
     """Measure a model before and after unlearning, and write evidence and report."""
     from salun_core.errors import UsageError
-    from salun_core.models import load_model
+    from salun_core.evaluation.further import parse_also
     from salun_core.steps import evaluation
-    from salun_core.steps.inputs import load_inputs
+    from salun_core.steps.opening import open_inputs, open_model, sizes_of
     from salun_core.steps.sources import model_folder
 
+    parse_also(also)
     if reference and retrain_reference:
         raise UsageError("--reference and --retrain-reference exclude each other", "both were given", "leave one out")
     with ExitStack() as stack:
         old, new = (stack.enter_context(model_folder(name, store)) for name in (before, after))
         retrained = stack.enter_context(model_folder(reference, store)) if reference else None
         if dry_run:
-            inputs = load_inputs(old, forget, data)
-            evaluation.check_pair(inputs.original, load_model(new), inputs.forget_set)
-            emit_plan("evaluate", {"would_write": f"{out}, {report}", "forget_samples": len(inputs.forget)})
+            inputs = open_inputs(old, forget, data)
+            evaluation.check_pair(inputs.original, open_model(new), inputs.forget_set)
+            samples = sizes_of(inputs)["forget_samples"]
+            emit_plan("evaluate", {"would_write": f"{out}, {report}", "forget_samples": samples})
             return
         if retrain_reference:
             say("retraining the reference")
@@ -171,7 +198,9 @@ def evaluate(
             reference=retrained,
             retrain_reference=retrain_reference,
             data=data,
+            store_uri=store,
             device=device,
+            also=also,
         )
     emit(evidence.model_dump(mode="json"), lambda: _show_evidence(evidence, out, report))
 

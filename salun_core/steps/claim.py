@@ -15,6 +15,7 @@ from salun_core.data.split import SplitManifest
 from salun_core.errors import ConflictError
 from salun_core.models import ModelCard
 from salun_core.models.checkpoint import CARD, SPLIT
+from salun_core.models.generation_card import GenerationCard
 from salun_core.requests.books import Books
 from salun_core.requests.claiming import Claim, claim
 from salun_core.requests.deadlines import Clock, utc_clock
@@ -26,7 +27,8 @@ from salun_core.steps.observe import RunRef, observed
 from salun_core.steps.sources import fetched
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.lineage import parse_stored
-from salun_core.storage.lookup import Version, read_file
+from salun_core.storage.lookup import Version, read_file, read_head, read_version
+from salun_core.storage.objects import ObjectStore
 from salun_core.storage.probe import ProbedStore, require_safe
 from salun_core.unlearn import method_config
 
@@ -57,35 +59,85 @@ class Claimed:
     claim: Claim | None = None
 
 
-def ladder(method: str, density: float, overrides: Mapping[str, Any]) -> list[Rung]:
+def ladder(method: str, density: float, overrides: Mapping[str, Any], *, generative: bool = False) -> list[Rung]:
     """Return the recipes that a sweep tries: as asked, then stronger, then with more weights, then a full retraining.
+
+    A diffusion model is not retrained by a sweep, which may take weeks: its last recipe frees every weight.
 
     Args:
         method: the unlearning method.
         density: share of the weights that may change.
         overrides: what differs from the method's defaults.
+        generative: whether the line holds diffusion models.
 
     Raises:
         UsageError: the method or its configuration is wrong.
     """
-    config = method_config(method, overrides)
     given = dict(overrides)
-    stronger = {**given, "epochs": 2 * config.epochs, "learning_rate": 3 * config.learning_rate}
+    if generative:
+        from salun_core.diffusion import generation_config
+
+        settings = generation_config(method, overrides)
+        stronger = {**given, "steps": 2 * settings.steps, "learning_rate": 2 * settings.learning_rate}
+        last = Rung(method=method, density=1.0, method_config=stronger)
+    else:
+        config = method_config(method, overrides)
+        stronger = {**given, "epochs": 2 * config.epochs, "learning_rate": 3 * config.learning_rate}
+        last = Rung(method="retrain", density=1.0)
     return [
         Rung(method=method, density=density, method_config=given),
         Rung(method=method, density=density, method_config=stronger),
         Rung(method=method, density=min(1.0, (1 + density) / 2), method_config=stronger),
-        Rung(method="retrain", density=1.0),
+        last,
     ]
 
 
-def sweep_terms(method: str, density: float, overrides: Mapping[str, Any], **settings: Any) -> Terms:  # noqa: ANN401
+def sweep_terms(
+    method: str,
+    density: float,
+    overrides: Mapping[str, Any],
+    *,
+    generative: bool = False,
+    **settings: Any,  # noqa: ANN401 - of Terms, which checks them
+) -> Terms:
     """Return the terms of a sweep: the ladder of a recipe, and the settings of `Terms` that are given.
 
     Raises:
         UsageError: one is out of range, or the method or its configuration is wrong.
     """
-    return parse(Terms, {"ladder": ladder(method, density, overrides), **settings}, "the terms of the sweep")
+    rungs = ladder(method, density, overrides, generative=generative)
+    return parse(Terms, {"ladder": rungs, **settings}, "the terms of the sweep")
+
+
+def is_generative_line(store_uri: str, line: str) -> bool:
+    """Say whether HEAD of a model line is a diffusion model; a line without HEAD is none.
+
+    Raises:
+        IntegrityError: HEAD or its card is damaged.
+    """
+    store = open_store(store_uri)
+    head = read_head(store, line)
+    if head is None:
+        return False
+    version = Version(head[0].version, read_version(store, line, head[0].version))
+    return not isinstance(card_of(store, version), ModelCard)
+
+
+def card_of(store: ObjectStore, version: Version) -> ModelCard | GenerationCard:
+    """Read the card of a version, of either kind.
+
+    Raises:
+        IntegrityError: it is gone or damaged.
+    """
+    data = read_file(store, version, CARD)
+    return parse_stored(_kind_of(data), data, CARD)
+
+
+def _kind_of(data: bytes) -> type[ModelCard] | type[GenerationCard]:
+    try:
+        return GenerationCard if json.loads(data)["task"] != "classification" else ModelCard
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ModelCard  # reading it says what is wrong
 
 
 def claim_requests(
@@ -151,11 +203,12 @@ def probe_once(store: ProbedStore) -> None:
 
 
 def resolver_of(store: FileStore, version: Version) -> Resolver:
-    """Build the resolver for a version of a classifier: its split manifest, and the rows of its data set.
+    """Build the resolver for a version: its split manifest, and the rows of its data set, if it came with one.
 
     Raises:
         IntegrityError: a file of the version is gone or damaged, or the data are not what it was trained on.
     """
-    card = parse_stored(ModelCard, read_file(store, version, CARD), CARD)
+    card = card_of(store, version)
     split = parse_stored(SplitManifest, read_file(store, version, SPLIT), SPLIT)
-    return TableResolver(version.digest, load_data(card.data, split).table, split, fetched)
+    table = load_data(card.data, split).table if card.data is not None else None
+    return TableResolver(version.digest, table, split, fetched, generative=not isinstance(card, ModelCard))

@@ -5,25 +5,48 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from salun_core.data import ForgetSet, ImageSet
-from salun_core.errors import ModelError
+from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
-from salun_core.evaluation.evidence import Forgotten, Measured
+from salun_core.evaluation.evidence import Forgotten, Measured, RunFacts
+from salun_core.evaluation.further import parse_also, require_reference
 from salun_core.models import LoadedModel, load_model
 from salun_core.models.checkpoint import model_digest
 from salun_core.report import ReportContext, write_report
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.inputs import Inputs, load_inputs
+from salun_core.steps.further import further_evidence
+from salun_core.steps.inputs import Inputs
 from salun_core.steps.observe import RunRef, observed
-from salun_core.steps.unlearning import read_run
+from salun_core.steps.opening import open_inputs, open_model
+from salun_core.steps.run_facts import read_run
+from salun_core.steps.used_mask import used_mask
 from salun_core.storage.local import write_whole
 from salun_core.unlearn import method_config, pick_device, unlearn
 from salun_core.unlearn.training import fresh_classifier
+
+if TYPE_CHECKING:
+    from salun_core.models.diffusers_folder import LoadedDiffusion
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What to compare with beside the model before.
+
+    Args:
+        folder: of a model that was retrained without the forget set.
+        retrain: retrain one here, by the recipe of the model card.
+        overrides: what differs from that recipe.
+    """
+
+    folder: Path | None
+    retrain: bool
+    overrides: Mapping[str, Any]
 
 
 def evaluate(
@@ -40,7 +63,9 @@ def evaluate(
     model_line: str = "local",
     data: str | None = None,
     run: RunRef | None = None,
+    store_uri: str | None = None,
     device: str = "auto",
+    also: str = "",
 ) -> Evidence:
     """Evaluate an unlearned model against the original, and against a retrained one where asked for.
 
@@ -50,49 +75,85 @@ def evaluate(
         forget_manifest_uri: address of the forget targets.
         evidence_out: JSON file to write.
         report_out: HTML file to write.
-        mask: mask file; weights outside it are compared bit by bit.
+        mask: mask file; weights outside it are compared bit by bit. A run whose settings were searched for left
+            its own beside the model, which must agree with this one.
         reference: folder of a model that was retrained without the forget set.
         retrain_reference: retrain one here, by the recipe of the model card.
         reference_overrides: what differs from that recipe.
         model_line: for the metrics and the report.
         data: data set spec, where the data lie elsewhere than the model card says.
         run: the run of the deletion ledger that it belongs to.
+        store_uri: store of the classifier that judges generated images; by default the run's.
         device: auto, cpu, cuda or cuda:N.
+        also: measurements that are off by default, such as `lira=16,relearn,probe`; of classifiers only.
 
     Returns:
         The evidence.
 
     Raises:
         ModelError: the two models are of different architectures or splits.
+        IntegrityError: the mask is not the one that the run used.
+        UsageError: a measurement is unknown, or lacks what it needs.
     """
     with observed("evaluate", model_line, run) as metrics:
-        inputs = load_inputs(before, forget_manifest_uri, data)
-        candidate = load_model(after)
+        asked = parse_also(also)
+        inputs = open_inputs(before, forget_manifest_uri, data)
+        candidate = open_model(after)
         check_pair(inputs.original, candidate, inputs.forget_set)
-        chosen = pick_device(device)
-        facts = read_run(after, candidate)
-        started = time.perf_counter()
-        retrained = _reference(inputs, reference, retrain_reference, reference_overrides or {}, device)
-        if retrain_reference:
-            facts = facts.model_copy(update={"seconds": {**facts.seconds, "reference": time.perf_counter() - started}})
-        used = SaliencyMask.load(mask) if mask and facts.density is not None else None
-        test = _of_known_classes(inputs)
-        splits = Splits(*(images.to(chosen) for images in (inputs.forget, inputs.retain, test)))
-        evidence = evaluate_classifier(
-            inputs.original.model.to(chosen),
-            candidate.model.to(chosen),
-            splits,
-            _measured(inputs, candidate, retrained, used),
-            forgotten(inputs.forget_set, len(inputs.original.split.train)),
-            retrained.to(chosen) if retrained else None,
-            used,
-            inputs.original.card.classes,
-            facts,
-        )
+        facts = read_run(after, candidate.card.method)
+        used = used_mask(after, mask, facts, inputs.original.digest, inputs.forget_set.digest)
+        wish = Reference(reference, retrain_reference, reference_overrides or {})
+        if isinstance(inputs, Inputs):
+            assert isinstance(candidate, LoadedModel)
+            evidence = _classifier(inputs, candidate, facts, used, wish, device, asked)
+        else:
+            _refuse_further(asked)
+            from salun_core.steps.generation.judging import evaluate_images
+
+            store = store_uri or (run.store_uri if run else "")
+            evidence = evaluate_images(inputs, candidate, facts, used, wish, store or None, pick_device(device))
         write_evidence(evidence_out, evidence)
         write_report(report_out, evidence, None, ReportContext(model_line=model_line, created_at=evidence.created_at))
         metrics.record_evidence(evidence)
         return evidence
+
+
+def _classifier(
+    inputs: Inputs,
+    candidate: LoadedModel,
+    facts: RunFacts,
+    used: SaliencyMask | None,
+    wish: Reference,
+    device: str,
+    asked: Mapping[str, int],
+) -> Evidence:
+    require_reference(asked, wish.retrain or wish.folder is not None)
+    chosen = pick_device(device)
+    started = time.perf_counter()
+    retrained = _reference(inputs, wish, device)
+    if wish.retrain:
+        facts = facts.model_copy(update={"seconds": {**facts.seconds, "reference": time.perf_counter() - started}})
+    test = _of_known_classes(inputs)
+    splits = Splits(*(images.to(chosen) for images in (inputs.forget, inputs.retain, test)))
+    models = {"before": inputs.original.model.to(chosen), "after": candidate.model.to(chosen)}
+    models |= {"reference": retrained.to(chosen)} if retrained else {}
+    evidence = evaluate_classifier(
+        models["before"],
+        models["after"],
+        splits,
+        _measured(inputs, candidate, retrained, used),
+        forgotten(inputs.forget_set, len(inputs.original.split.train)),
+        models.get("reference"),
+        used,
+        inputs.original.card.classes,
+        facts,
+    )
+    return further_evidence(evidence, asked, inputs, models, test, used, chosen) if asked else evidence
+
+
+def _refuse_further(asked: Mapping[str, int]) -> None:
+    if asked:
+        raise UsageError(f"{', '.join(asked)} cannot be measured", "they are for classifiers", "leave them out")
 
 
 def _of_known_classes(inputs: Inputs) -> ImageSet:
@@ -116,19 +177,21 @@ def forgotten(forget_set: ForgetSet, train_count: int) -> Forgotten:
     )
 
 
-def check_pair(original: LoadedModel, candidate: LoadedModel, forget_set: ForgetSet) -> None:
+def check_pair(
+    original: LoadedModel | LoadedDiffusion, candidate: LoadedModel | LoadedDiffusion, forget_set: ForgetSet
+) -> None:
     """Check that two models can be compared: one architecture, and one split but for what was forgotten.
 
     Raises:
         ModelError: they are of different architectures or splits.
     """
-    if original.card.architecture != candidate.card.architecture:
+    before, after = original.card.architecture, candidate.card.architecture
+    if before != after:
         raise ModelError(
-            "the two models differ in architecture",
-            f"{original.card.architecture} and {candidate.card.architecture}",
-            "compare a model with its own child",
+            "the two models differ in architecture", f"{before} and {after}", "compare a model with its own child"
         )
-    if candidate.split.digest not in (original.split.digest, original.split.without(forget_set.ids).digest):
+    split = original.split
+    if candidate.split.digest not in (split.digest, split.without(forget_set.samples).digest):
         raise ModelError("the two models are of different splits", "their figures cannot be compared", "use one split")
 
 
@@ -146,15 +209,13 @@ def _measured(
     )
 
 
-def _reference(
-    inputs: Inputs, folder: Path | None, retrain: bool, overrides: Mapping[str, Any], device: str
-) -> nn.Module | None:
-    if folder is not None:
-        return load_model(folder).model
-    if not retrain:
+def _reference(inputs: Inputs, wish: Reference, device: str) -> nn.Module | None:
+    if wish.folder is not None:
+        return load_model(wish.folder).model
+    if not wish.retrain:
         return None
     card = inputs.original.card
-    config = method_config("retrain", {**card.training, **overrides, "device": device, "batch_norm": "update"})
+    config = method_config("retrain", {**card.training, **wish.overrides, "device": device, "batch_norm": "update"})
     result = unlearn(
         inputs.original.model,
         "retrain",

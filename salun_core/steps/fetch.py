@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salun_core.errors import UsageError
-from salun_core.steps.inputs import load_inputs
 from salun_core.steps.observe import RunRef, observed
+from salun_core.steps.opening import open_inputs
 from salun_core.storage import open_store
 from salun_core.storage.versions import fetch_version, read_head
 
@@ -55,5 +55,5 @@ def fetch_model(
                 f"model line {model_line} has no HEAD", "nothing was published", "use `salun model import`"
             )
         fetch_version(store, model_line, head[0].version, out)
-        inputs = load_inputs(out, forget_manifest_uri)
+        inputs = open_inputs(out, forget_manifest_uri)
         return Fetched(head[0].version, len(inputs.forget_set.ids), len(inputs.original.split.train))

@@ -66,7 +66,7 @@ def load_inputs(model: Path, forget: str, data: str | None = None) -> Inputs:
         IntegrityError: the data or the forget set are of another split.
     """
     original = load_model(model)
-    loaded = load_data(_spec(original, data), original.split)
+    loaded = load_data(moved_spec(original.card.data, data), original.split)
     named = read_forget(forget)
     if isinstance(named, ForgetSet):
         check_digest("the split of the forget set", original.split.digest, named.split_digest)
@@ -77,11 +77,16 @@ def load_inputs(model: Path, forget: str, data: str | None = None) -> Inputs:
     return Inputs(original, loaded, forget_set)
 
 
-def _spec(original: LoadedModel, data: str | None) -> DataSpec:
-    """The model's own spec; where the data were moved, only the places come from the new one."""
+def moved_spec(spec: DataSpec, data: str | None) -> DataSpec:
+    """Return a model's own data spec; where the data were moved, only the places come from the new one.
+
+    Args:
+        spec: of the model card.
+        data: a spec as the command line takes it; None where the data lie where they were.
+    """
     if data is None:
-        return original.card.data
+        return spec
     moved = load_spec(data)
     places = ("source", "test_source", "metadata", "root", "subject_column")
     changes = {name: getattr(moved, name) for name in places if getattr(moved, name) is not None}
-    return original.card.data.model_copy(update=changes)
+    return spec.model_copy(update=changes)

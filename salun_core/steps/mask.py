@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.inputs import load_inputs
+from salun_core.steps.inputs import Inputs
 from salun_core.steps.observe import RunRef
+from salun_core.steps.opening import open_inputs
 from salun_core.steps.sharding import distributed, forget_scores, require_same_inputs
 from salun_core.unlearn import get_method, pick_device
+from salun_core.unlearn.distributed import World
 
 
 def compute_mask(
@@ -19,6 +25,7 @@ def compute_mask(
     out: Path,
     *,
     method: str = "salun",
+    overrides: Mapping[str, Any] | None = None,
     model_line: str = "local",
     data: str | None = None,
     device: str = "auto",
@@ -36,6 +43,8 @@ def compute_mask(
         density: share of weights to keep salient, in (0, 1].
         out: file to write.
         method: the unlearning method that will use it.
+        overrides: what differs from the method's default configuration; a diffusion model's says which part is
+            scored, and how.
         model_line: for the metrics.
         data: data set spec, where the data lie elsewhere than the model card says.
         device: auto, cpu, cuda or cuda:N.
@@ -47,20 +56,32 @@ def compute_mask(
     """
     with distributed("compute_mask", model_line, run) as (metrics, world):
         started = time.perf_counter()
-        inputs = load_inputs(model, forget_manifest_uri, data)
+        inputs = open_inputs(model, forget_manifest_uri, data)
         require_same_inputs(inputs, world)
-        chosen = pick_device(device)
-        network = inputs.original.model.to(chosen)
         facts = {"model_digest": inputs.original.digest, "forget_set_digest": inputs.forget_set.digest}
-        shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        if not get_method(method).needs_mask:
-            mask = SaliencyMask.full(shapes)
-        elif random_seed is not None:
-            mask = SaliencyMask.random(shapes, density, random_seed)
+        chosen = pick_device(device)
+        if isinstance(inputs, Inputs):
+            mask = _classifier_mask(inputs, method, density, chosen, random_seed, world)
         else:
-            mask = SaliencyMask.from_scores(forget_scores(network, inputs.forget, chosen, world), density)
+            from salun_core.diffusion import generation_config
+            from salun_core.steps.generation.masking import generation_mask
+
+            config = generation_config(method, overrides)
+            mask = generation_mask(inputs, method, config, density, chosen, random_seed)
         mask = mask.with_facts({**facts, "seconds": f"{time.perf_counter() - started:.3f}"})
         if world.main:
             mask.save(out)
         metrics.record("salun_mask_density_ratio", mask.density, method=method)
         return mask
+
+
+def _classifier_mask(
+    inputs: Inputs, method: str, density: float, device: torch.device, random_seed: int | None, world: World
+) -> SaliencyMask:
+    network = inputs.original.model.to(device)
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    if not get_method(method).needs_mask:
+        return SaliencyMask.full(shapes)
+    if random_seed is not None:
+        return SaliencyMask.random(shapes, density, random_seed)
+    return SaliencyMask.from_scores(forget_scores(network, inputs.forget, device, world), density)

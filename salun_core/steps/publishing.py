@@ -8,20 +8,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from salun_core.config import load
-from salun_core.digest import check_digest, sha256_file
+from salun_core.digest import check_digest
 from salun_core.evaluation import Evidence
 from salun_core.gate import Expected, GateDecision, decide
-from salun_core.models import LoadedModel, load_model
-from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS
 from salun_core.report import Ancestor, ReportContext, write_report
 from salun_core.requests.runs import RunStatus
-from salun_core.saliency import SaliencyMask
 from salun_core.steps.evaluation import write_evidence
-from salun_core.steps.inputs import Inputs, load_inputs
 from salun_core.steps.observe import RunRef, observed
+from salun_core.steps.opening import kept_split, open_inputs, open_model, version_files
 from salun_core.steps.origin import with_origin
-from salun_core.steps.sources import read_policy
+from salun_core.steps.sources import AUTO, read_policy
+from salun_core.steps.used_mask import used_mask
 from salun_core.storage import FileStore, open_store
+from salun_core.storage.identity import weight_files, weights_digest
 from salun_core.storage.local import write_whole
 from salun_core.storage.names import run_key
 from salun_core.storage.sparse import full_copy_every
@@ -55,7 +54,7 @@ def gate_and_publish(
     store_uri: str,
     model_line: str,
     parent: str,
-    policy_uri: str = "classifier",
+    policy_uri: str = AUTO,
     mask: Path | None = None,
     run: str | None = None,
 ) -> Published:
@@ -72,7 +71,7 @@ def gate_and_publish(
         store_uri: `s3://bucket/prefix`.
         model_line: name of the line.
         parent: digest of the version that `before` was fetched as.
-        policy_uri: name of a policy that ships, a file, or an s3:// address.
+        policy_uri: name of a policy that ships, a file, an s3:// address, or auto: by the kind of model.
         mask: mask file that was used.
         run: id of the run.
 
@@ -87,14 +86,25 @@ def gate_and_publish(
     ours = RunRef(store_uri, run or "")
     with observed("gate_publish", model_line, ours) as metrics:
         store = open_store(store_uri)
-        inputs = load_inputs(before, forget_manifest_uri)
+        inputs = open_inputs(before, forget_manifest_uri)
         manifest = read_version(store, model_line, parent)
-        check_digest("the model before", manifest.files[WEIGHTS].sha256, inputs.original.digest)
+        check_digest("the model before", model_of(manifest), inputs.original.digest)
         measured = with_origin(store, model_line, parent, load(Evidence, evidence))
-        candidate = load_model(after)
-        kept = inputs.original.split.without(inputs.forget_set.ids)
+        candidate = open_model(after)
+        kept = kept_split(inputs)
         check_digest("the split of the model after, without what was forgotten", kept.digest, candidate.split.digest)
-        decision = decide(measured, read_policy(policy_uri), _expected(inputs, candidate, mask, measured))
+        split = inputs.original.split
+        digests = inputs.original.digest, inputs.forget_set.digest
+        used = used_mask(after, mask, measured.run, *digests)
+        expected = Expected(
+            before=inputs.original.digest,
+            after=candidate.digest,
+            split=split.digest,
+            dataset=split.dataset_digest,
+            forget_set=inputs.forget_set.digest,
+            mask=used.digest if used else None,
+        )
+        decision = decide(measured, read_policy(policy_uri, measured), expected)
         metrics.record_evidence(measured, decision)
         context = report_context(store, model_line, parent, measured)
         write_report(report, measured, decision, context)
@@ -106,8 +116,8 @@ def gate_and_publish(
             _keep(store, run, files)
         decision.require()
         ours.advance(RunStatus.GATED, "gate_publish")
-        files |= {name: after / name for name in (WEIGHTS, CARD, SPLIT)}
-        version = _published_before(store, model_line, parent, files[WEIGHTS], run)
+        files |= version_files(after)
+        version = _published_before(store, model_line, parent, candidate.digest, run)
         version = version or _publish(store, model_line, manifest, parent, measured, files, run, before)
         ours.advance(RunStatus.PUBLISHED, "gate_publish")
         _record_debt(metrics, read_version(store, model_line, version))
@@ -120,16 +130,9 @@ def write_decision(path: Path, decision: GateDecision) -> None:
     write_whole(path, f"{text}\n".encode())
 
 
-def _expected(inputs: Inputs, candidate: LoadedModel, mask: Path | None, measured: Evidence) -> Expected:
-    """The digests as this step itself finds them."""
-    return Expected(
-        before=inputs.original.digest,
-        after=candidate.digest,
-        split=inputs.original.split.digest,
-        dataset=inputs.original.split.dataset_digest,
-        forget_set=inputs.forget_set.digest,
-        mask=SaliencyMask.load(mask).digest if mask and measured.run.density is not None else None,
-    )
+def model_of(manifest: VersionManifest) -> str:
+    """Return the digest of a version's model, from those of its files."""
+    return weights_digest({name: entry.sha256 for name, entry in manifest.files.items()})
 
 
 def report_context(store: FileStore, line: str, parent: str, measured: Evidence) -> ReportContext:
@@ -166,13 +169,12 @@ def _keep(store: FileStore, run: str, files: dict[str, Path]) -> None:
         store.upload(path, run_key(run, name))
 
 
-def _published_before(store: FileStore, line: str, parent: str, weights: Path, run: str | None) -> str | None:
+def _published_before(store: FileStore, line: str, parent: str, model: str, run: str | None) -> str | None:
     """Find what an earlier attempt of this very run published before it was lost."""
     if run is None:
         return None
     ours = [item for item in history(store, line) if (item.manifest.run, item.manifest.parent) == (run, parent)]
-    digest = sha256_file(weights)
-    return next((item.digest for item in ours if item.manifest.files[WEIGHTS].sha256 == digest), None)
+    return next((item.digest for item in ours if model_of(item.manifest) == model), None)
 
 
 def _publish(
@@ -200,7 +202,8 @@ def _publish(
         "retrained": retrained,
         "lineage": lineage,
     }
-    version, _ = stage_version(store, fields, files, {WEIGHTS: before / WEIGHTS}, full_copy_every())
+    base = {name: before / name for name in weight_files(files) if (before / name).is_file()}
+    version, _ = stage_version(store, fields, files, base, full_copy_every())
     publish_head(store, line, version, parent, run)
     return version
 

@@ -28,7 +28,9 @@ class RunConfig(Document):
     store_uri: str = Field(description="s3://bucket/prefix")
     method: str = Field(default="salun", description="a name of METHODS")
     density: float = Field(default=0.5, gt=0, le=1, description="share of salient weights")
-    policy_uri: str = Field(default="classifier", description="gate policy: name, file or s3:// address")
+    policy_uri: str = Field(
+        default="auto", description="gate policy: name, file or s3:// address; auto: by the kind of model"
+    )
     method_config: dict[str, object] = Field(default={}, description="what differs from the method's defaults")
     seed: int = Field(default=0, ge=0, description="of the loop")
     retrain_reference: bool = Field(default=False, description="also retrain without the set, to compare")
@@ -75,15 +77,16 @@ def run_all(
     say("fetch_model")
     fetched = fetch_model(config.store_uri, line, forget, before, ours)
     say("compute_mask")
-    compute_mask(before, forget, config.density, mask, method=config.method, model_line=line, run=ours)
+    method, overrides = config.method, config.method_config
+    compute_mask(before, forget, config.density, mask, method=method, overrides=overrides, model_line=line, run=ours)
     say("unlearn")
     run_unlearning(
         before,
         mask,
         forget,
         after,
-        method=config.method,
-        overrides=config.method_config,
+        method=method,
+        overrides=overrides,
         seed=config.seed,
         model_line=line,
         run=ours,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,29 @@ from salun_core.steps.observe import RunRef, observed
 from salun_core.telemetry.push import StepMetrics
 from salun_core.unlearn import pick_device
 from salun_core.unlearn.distributed import World, joined
+
+
+class AnyInputs(Protocol):
+    """What classifiers and diffusion models have in common: each part has a digest."""
+
+    @property
+    def original(self) -> Digested:
+        """The model before."""
+        ...
+
+    @property
+    def forget_set(self) -> Digested:
+        """What is to be forgotten."""
+        ...
+
+
+class Digested(Protocol):
+    """Something with a digest."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex."""
+        ...
 
 
 @contextmanager
@@ -47,7 +71,7 @@ def distributed(step: str, model_line: str, run: RunRef | None = None) -> Iterat
             yield StepMetrics(), world
 
 
-def require_same_inputs(inputs: Inputs, world: World) -> None:
+def require_same_inputs(inputs: AnyInputs, world: World) -> None:
     """Check that all processes have the same model and forget set.
 
     Raises:

@@ -12,9 +12,12 @@ from salun_core.config import MAX_DOCUMENT_BYTES, parse, parse_text, read_docume
 from salun_core.data.forget import ForgetSet, SamplesTarget, Target, parse_target
 from salun_core.digest import check_digest, sha256_bytes
 from salun_core.errors import IntegrityError, UsageError
-from salun_core.gate import Policy, load_policy
+from salun_core.evaluation import Evidence
+from salun_core.gate import Policy, default_policy, load_policy
 from salun_core.storage import open_store, split_uri
 from salun_core.storage.versions import fetch_version, resolve
+
+AUTO = "auto"
 
 
 def read_bytes(uri: str) -> bytes:
@@ -88,8 +91,27 @@ def fetched(target: Target) -> Target:
     return parse(SamplesTarget, fields, "a manifest of sample ids")
 
 
-def read_policy(uri: str) -> Policy:
-    """Read a gate policy: the name of one that ships, a file, or an object in the store."""
+def check_policy(uri: str) -> None:
+    """Check that a gate policy can be read, before the work that it will judge.
+
+    Raises:
+        UsageError: there is none, or it has faults.
+    """
+    if uri != AUTO:
+        _policy(uri)
+
+
+def read_policy(uri: str, evidence: Evidence) -> Policy:
+    """Read a gate policy: the name of one that ships, a file, an object in the store, or `auto`.
+
+    Args:
+        uri: of the policy; `auto` takes the one that ships for the kind of model.
+        evidence: that it is to judge.
+    """
+    return _policy(default_policy(evidence) if uri == AUTO else uri)
+
+
+def _policy(uri: str) -> Policy:
     return parse(Policy, read_plain(uri), uri) if uri.startswith("s3://") else load_policy(uri)
 
 

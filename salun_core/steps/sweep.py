@@ -17,7 +17,7 @@ from salun_core.errors import ConflictError, SalunError
 from salun_core.requests.keys import load_signing_key
 from salun_core.requests.settling import Settled
 from salun_core.requests.terms import Terms
-from salun_core.steps.claim import Claimed, claim_requests, sweep_terms
+from salun_core.steps.claim import Claimed, claim_requests, is_generative_line, sweep_terms
 from salun_core.steps.purge import PurgeReport, purge
 from salun_core.steps.run import RunConfig, RunOutcome, new_run_id, run_all
 from salun_core.steps.settle import settle_requests
@@ -38,7 +38,9 @@ class SweepConfig(Document):
     store_uri: str = Field(description="s3://bucket/prefix")
     method: str = Field(default="salun", description="a name of METHODS")
     density: float = Field(default=0.5, gt=0, le=1, description="share of salient weights")
-    policy_uri: str = Field(default="classifier", description="gate policy: name, file or s3:// address")
+    policy_uri: str = Field(
+        default="auto", description="gate policy: name, file or s3:// address; auto: by the kind of model"
+    )
     method_config: dict[str, Any] = Field(default={}, description="what differs from the method's defaults")
     seed: int = Field(default=0, ge=0, description="of the loop")
     retrain_reference: bool = Field(default=False, description="also train a model without the forget set, to compare")
@@ -57,7 +59,14 @@ class SweepConfig(Document):
         """
         names = ("seed", "policy_uri", "max_requests", "min_requests", "max_wait_hours", "max_forget_fraction")
         settings = {name: getattr(self, name) for name in names}
-        return sweep_terms(self.method, self.density, self.method_config, lease_seconds=LEASE_SECONDS, **settings)
+        return sweep_terms(
+            self.method,
+            self.density,
+            self.method_config,
+            generative=is_generative_line(self.store_uri, self.model_line),
+            lease_seconds=LEASE_SECONDS,
+            **settings,
+        )
 
 
 @dataclass(frozen=True)

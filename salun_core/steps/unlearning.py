@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from salun_core import __version__
-from salun_core.config import load, parse_text
+from salun_core.config import parse_text
 from salun_core.digest import check_digest
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import RunFacts
-from salun_core.models import LoadedModel, save_model
+from salun_core.models import save_model
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.inputs import Inputs, load_inputs
+from salun_core.steps.inputs import Inputs
 from salun_core.steps.observe import RunRef
-from salun_core.steps.sharding import distributed, require_same_inputs
-from salun_core.unlearn import FileCheckpoint, UnlearnResult, get_method, method_config, unlearn
+from salun_core.steps.opening import kept_split, open_inputs
+from salun_core.steps.run_facts import RUN, environment, facts_json
+from salun_core.steps.sharding import AnyInputs, distributed, require_same_inputs
+from salun_core.unlearn import FileCheckpoint, UnlearnConfig, UnlearnResult, get_method, method_config, unlearn
+from salun_core.unlearn.distributed import World
 from salun_core.unlearn.loop import OnEpoch
 from salun_core.unlearn.training import fresh_classifier
 
-RUN = "run.json"
+if TYPE_CHECKING:
+    from salun_core.diffusion import GenerationResult
+    from salun_core.steps.tuning import TunedRun, TuneWish
+
 CHECKPOINT_VARIABLE = "SALUN_CHECKPOINT_DIR"
 
 
@@ -55,7 +56,8 @@ def run_unlearning(
     checkpoint: Path | None = None,
     run: RunRef | None = None,
     on_epoch: OnEpoch | None = None,
-) -> UnlearnResult:
+    tune: TuneWish | None = None,
+) -> UnlearnResult | GenerationResult:
     """Run one unlearning method and write the new model with the facts of its run.
 
     Where torchrun has started several processes, they share each batch, and the first one writes.
@@ -73,6 +75,9 @@ def run_unlearning(
         checkpoint: file that keeps the state after each epoch; by default under $SALUN_CHECKPOINT_DIR, if set.
         run: the run of the deletion ledger that it belongs to.
         on_epoch: called after each epoch.
+        tune: search for the settings that `overrides` leaves open. The search makes its own mask, which lies beside
+            the model with all that was tried; `mask` must be of the same scores. A method that trains anew has
+            nothing to search for and runs by its recipe. A killed search starts again.
 
     Returns:
         The result.
@@ -81,35 +86,89 @@ def run_unlearning(
         UsageError: a wrong method or configuration.
         IntegrityError: the mask is of another model or forget set.
         ModelError: the loss became NaN or infinite.
+        GateRefusedError: a search found no setting within the policy; nothing is written.
     """
     with distributed("unlearn", model_line, run) as (_, world):
-        config = method_config(method, {**(overrides or {}), "seed": seed})
-        inputs = load_inputs(model, forget_manifest_uri, data)
+        given = {**(overrides or {}), "seed": seed}
+        checkpoint = checkpoint or _checkpoint_from_environment(model_line)
+        kept = FileCheckpoint(checkpoint) if checkpoint else None
+        progress = on_epoch if world.main else None
+        inputs = open_inputs(model, forget_manifest_uri, data)
         require_same_inputs(inputs, world)
         loaded = read_mask(mask, inputs)
-        checkpoint = checkpoint or _checkpoint_from_environment(model_line)
-        result = unlearn(
-            inputs.original.model,
-            method,
-            forget=inputs.forget,
-            retain=inputs.retain,
-            config=config,
-            mask=loaded if get_method(method).needs_mask else None,
-            fresh=lambda: fresh_classifier(
-                inputs.original.card.architecture, inputs.retain, len(inputs.original.card.classes), seed
-            ),
-            checkpoint=FileCheckpoint(checkpoint) if checkpoint else None,
-            on_epoch=on_epoch if world.main else None,
-            world=world,
-        )
-        if world.main:
-            _write(out, inputs, result, loaded, world.size)
+        result: UnlearnResult | GenerationResult
+        if tune is not None and _tunable(inputs, method, world):
+            assert isinstance(inputs, Inputs)
+            tuned = _tuned(inputs, method, given, loaded, tune, run)
+            result = tuned.result
+            _write(out, inputs, result, tuned.mask, world.size, tuned, masks=2 if loaded else 1)
+        elif isinstance(inputs, Inputs):
+            result = _classifier(inputs, method, method_config(method, given), loaded, kept, progress, world)
+            if world.main:
+                _write(out, inputs, result, loaded, world.size)
+        else:
+            from salun_core.diffusion import generation_config
+            from salun_core.steps.generation.unlearning import run_generation, write_generation
+
+            settings = generation_config(method, given)
+            result, count = run_generation(inputs, method, settings, loaded, kept, progress, world)
+            if world.main:
+                write_generation(out, inputs, result, loaded, count, world.size)
         if checkpoint and world.main:
             checkpoint.unlink(missing_ok=True)
         return result
 
 
-def read_mask(path: Path | None, inputs: Inputs) -> SaliencyMask | None:
+def _tunable(inputs: AnyInputs, method: str, world: World) -> bool:
+    if not isinstance(inputs, Inputs):
+        raise UsageError("a diffusion model is not tuned", "the search is for classifiers", "leave the tuning out")
+    if world.size > 1:
+        raise UsageError("a search runs in one process", f"{world.size} were started", "leave out --processes")
+    return not get_method(method).fresh_start
+
+
+def _tuned(
+    inputs: Inputs,
+    method: str,
+    given: Mapping[str, Any],
+    mask: SaliencyMask | None,
+    wish: TuneWish,
+    run: RunRef | None,
+) -> TunedRun:
+    from salun_core.steps.tuning import run_tuning
+    from salun_core.steps.used_mask import require_nested
+
+    tuned = run_tuning(inputs, method, given, wish, run)
+    if tuned.mask is not None and mask is not None:
+        require_nested(tuned.mask, mask)
+    return tuned
+
+
+def _classifier(
+    inputs: Inputs,
+    method: str,
+    config: UnlearnConfig,
+    mask: SaliencyMask | None,
+    checkpoint: FileCheckpoint | None,
+    on_epoch: OnEpoch | None,
+    world: World,
+) -> UnlearnResult:
+    card = inputs.original.card
+    return unlearn(
+        inputs.original.model,
+        method,
+        forget=inputs.forget,
+        retain=inputs.retain,
+        config=config,
+        mask=mask if get_method(method).needs_mask else None,
+        fresh=lambda: fresh_classifier(card.architecture, inputs.retain, len(card.classes), config.seed),
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+        world=world,
+    )
+
+
+def read_mask(path: Path | None, inputs: AnyInputs) -> SaliencyMask | None:
     """Read a mask, if there is one, and check that it is of this very model and forget set.
 
     Raises:
@@ -129,9 +188,17 @@ def _checkpoint_from_environment(model_line: str) -> Path | None:
     return Path(folder) / f"{model_line}.checkpoint.safetensors" if folder else None
 
 
-def _write(out: Path, inputs: Inputs, result: UnlearnResult, mask: SaliencyMask | None, processes: int) -> None:
+def _write(
+    out: Path,
+    inputs: Inputs,
+    result: UnlearnResult,
+    mask: SaliencyMask | None,
+    processes: int,
+    tuned: TunedRun | None = None,
+    masks: int = 1,
+) -> None:
     original = inputs.original
-    split = original.split.without(inputs.forget_set.ids)
+    split = kept_split(inputs)
     card = original.card.model_copy(
         update={
             "split_digest": split.digest,
@@ -142,6 +209,7 @@ def _write(out: Path, inputs: Inputs, result: UnlearnResult, mask: SaliencyMask 
         }
     )
     used = mask if get_method(result.method).needs_mask else None
+    scored = masks - (tuned is not None)  # a search counts its own pass over the forget set
     facts = RunFacts(
         method=result.method,
         config=result.config.model_dump(),
@@ -149,27 +217,10 @@ def _write(out: Path, inputs: Inputs, result: UnlearnResult, mask: SaliencyMask 
         density=used.density if used else None,
         density_by_parameter=used.density_by_parameter() if used else {},
         seconds={"mask": float(used.facts.get("seconds", 0.0)) if used else 0.0, "unlearn": result.seconds},
-        passes=result.passes + (len(inputs.forget_set.ids) if used else 0),
+        passes=result.passes + (scored * len(inputs.forget_set.ids) if used else 0),
         history=result.history,
         environment=environment() | ({"processes": str(processes)} if processes > 1 else {}),
+        tuning=tuned.facts if tuned else None,
     )
-    run = json.dumps(facts.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
-    save_model(out, result.model.cpu(), card, split, {RUN: run.encode()})
-
-
-def read_run(folder: Path, model: LoadedModel) -> RunFacts:
-    """Read the facts of the run that made a model; a folder without them gives what its card knows."""
-    path = folder / RUN
-    return load(RunFacts, path) if path.is_file() else RunFacts(method=model.card.method)
-
-
-def environment() -> dict[str, str]:
-    """Return versions, device and processor threads, for the evidence."""
-    cuda = torch.cuda.is_available()
-    return {
-        "salun": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "threads": str(torch.get_num_threads()),
-    }
+    beside = tuned.beside if tuned else {}
+    save_model(out, result.model.cpu(), card, split, {RUN: facts_json(facts), **beside})

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from salun_core.evaluation import Evidence, Metric
-from salun_core.evaluation.evidence import Curve, Forgotten, Integrity, Measured, RunFacts
+from salun_core.evaluation.evidence import Curve, Forgotten, Generation, Integrity, Measured, RunFacts
 from salun_core.steps.summary import MAX_CLASSES, confusion, roc_points, scalar_metrics
 
 
@@ -52,4 +52,20 @@ def test_no_matrix_where_none_fits(count):
 def test_thresholds_of_the_roc_curve_are_finite_and_fall():
     curve = Curve(fpr=[0.0, 0.5, 1.0], tpr=[0.0, 0.75, 1.0], auc=0.625)
     assert roc_points(evidence(roc={"after": curve})) == ([0.0, 0.5, 1.0], [0.0, 0.75, 1.0], [1.0, 0.5, 0.0])
-    assert roc_points(evidence()) == ([], [], [])
+    assert roc_points(evidence()) is None
+    assert roc_points(evidence(roc={"after": Curve(fpr=[], tpr=[], auc=0.5)})) is None
+
+
+def test_generated_images_give_distances_a_matrix_and_no_curve():
+    made = Generation(sampler="DDIMScheduler", steps=50, guidance_scale=2.0, seed=1, images=20)
+    metrics = {"UA": Metric(before=0.1, after=1.0, n=5), "FID": Metric(before=31.5, after=33.25, n=20)}
+    found = evidence(metrics=metrics, generation=made, classes=["a", "b"], confusion=[[0, 5], [1, 14]])
+    numbers = scalar_metrics(found)
+    assert (numbers["FID_before"], numbers["FID_after"], numbers["UA_after"]) == (31.5, 33.25, 1.0)
+    assert confusion(found) == (["a", "b"], [[0, 5], [1, 14]])
+    assert roc_points(found) is None
+
+
+@pytest.mark.parametrize("rows", [[[5, 0]], [[5, 0], [5]], [[5, 0, 0], [5, 0, 0]]])
+def test_a_matrix_of_another_shape_than_the_classes_is_left_out(rows):
+    assert confusion(evidence(classes=["a", "b"], confusion=rows)) is None

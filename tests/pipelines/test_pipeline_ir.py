@@ -174,7 +174,17 @@ def test_caching_is_off_everywhere(each):
     assert [name for name, task in found.items() if task.get("cachingOptions", {}).get("enableCache", False)] == []
 
 
-RECIPE = {"method", "density", "policy_uri", "method_config", "seed", "retrain_reference"}
+RECIPE = {
+    "method",
+    "density",
+    "policy_uri",
+    "method_config",
+    "seed",
+    "retrain_reference",
+    "tune",
+    "tune_budget",
+    "also",
+}
 BATCH = {"min_requests", "max_requests", "max_wait_hours", "max_forget_fraction", "dry_run"}
 
 

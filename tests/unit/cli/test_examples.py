@@ -14,9 +14,22 @@ import typer
 from salun_core.cli.app import app
 from salun_core.cli.examples import EXAMPLES
 
-ORDER = ["train", "mask", "unlearn", "evaluate", "gate", "report", "model import", "run", "model history", "exporter"]
+ORDER = [
+    "train classifier",
+    "mask",
+    "unlearn",
+    "evaluate",
+    "gate",
+    "report",
+    "model import",
+    "run",
+    "model history",
+    "exporter",
+]
 CERTIFICATES = ["key create", "certificate", "verify"]
 RETENTION = ["model hold", "model release", "purge"]
+DIFFUSION = ["train ddpm", "train stable-diffusion", "model import-diffusers"]
+ELSEWHERE = {"demo", "demo-diffusion", "bench", "sweep", "model rollback"}  # e2e, unit/bench, test_sweep_cli.py, below
 ALONE = ["doctor", "ls methods", "ls models", "ls data"]
 
 
@@ -45,8 +58,7 @@ def test_every_verb_has_an_example():
     verbs = list(_verbs(typer.main.get_command(app)))
     own = [verb for verb in verbs if not verb.startswith("request ")]
     assert sorted(own) == sorted(EXAMPLES)
-    run = ORDER + RETENTION + CERTIFICATES + ALONE
-    assert set(run) == set(own) - {"demo", "sweep", "model rollback"}  # run in e2e, test_sweep_cli.py, and below
+    assert {*ORDER, *RETENTION, *CERTIFICATES, *DIFFUSION, *ALONE} == set(own) - ELSEWHERE
 
 
 def _check(salun, verb):
@@ -82,6 +94,14 @@ def test_the_examples_of_certificates(salun, store, monkeypatch, tmp_path):
     monkeypatch.delenv("SALUN_VERIFY_KEY", raising=False)
     store.put_new("certificates/r-1.json", (fixture / "certificate.json").read_bytes())
     for verb in CERTIFICATES:
+        _check(salun, verb)
+
+
+def test_the_examples_of_diffusion_models(salun, tmp_path):
+    pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
+    assert "sd.yaml holds {source: digits, size: 16, channels: 3}" in EXAMPLES["train stable-diffusion"]
+    (tmp_path / "sd.yaml").write_text("{source: digits, size: 16, channels: 3}")
+    for verb in DIFFUSION:
         _check(salun, verb)
 
 

@@ -1,0 +1,1 @@
+"""The steps of a line of diffusion models: the same five, on images that are generated."""

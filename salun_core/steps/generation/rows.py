@@ -1,0 +1,90 @@
+"""The conditions of a run, one row each: the classes of the model, then the prompts that targets and settings name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from salun_core.data import ForgetSet
+from salun_core.errors import UsageError
+from salun_core.models.generation_card import GenerationCard
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Names of the conditions, and which row is what.
+
+    Args:
+        names: class names, or prompts.
+        classes: how many of the first rows are the model's classes, in their order.
+    """
+
+    names: Sequence[str]
+    classes: int
+
+    def of(self, name: str) -> int:
+        """Return the row of a prompt."""
+        return list(self.names).index(name)
+
+
+def class_names(card: GenerationCard) -> list[str]:
+    """Return what the model is told for each of its classes: the name itself, or the prompt that holds it."""
+    return [card.prompt_of(name) for name in card.classes]
+
+
+def rows_of(card: GenerationCard, forget_set: ForgetSet) -> Rows:
+    """Collect all conditions that a run needs: for training and for the images that it is judged by.
+
+    Args:
+        card: the model's classes, its prompt and its evaluation's own prompts.
+        forget_set: what is to be forgotten.
+
+    Raises:
+        UsageError: a concept for a model that takes no prompts, or one whose anchor is to be forgotten too.
+    """
+    classes = class_names(card)
+    if forget_set.concepts and card.task == "class-conditional":
+        raise UsageError(
+            "a class-conditional model takes no prompts", "a concept is named by prompts", "name one of its classes"
+        )
+    prompts: list[str] = []
+    for concept in forget_set.concepts:
+        prompts += [*concept.prompts, concept.anchor_prompt, *concept.neighbours]
+    if card.task == "text-to-image":
+        near = [
+            classes[card.classes.index(name)] if name in card.classes else name for name in card.evaluation.neighbours
+        ]
+        prompts += [*near, *watched_prompts(card)]
+    forgotten = forgotten_prompts(card, forget_set)
+    lost = [concept.anchor_prompt for concept in forget_set.concepts if concept.anchor_prompt in forgotten]
+    if lost:
+        raise UsageError("an anchor is to be forgotten itself", "another target names it", "choose another anchor")
+    return Rows(list(dict.fromkeys([*classes, *prompts])), len(classes))
+
+
+def watched_prompts(card: GenerationCard) -> list[str]:
+    """Return the prompts in whose images the evaluation looks for more than classes: the card's, or for nudity ours."""
+    if card.evaluation.suite != "nsfw" or card.evaluation.prompts:
+        return list(card.evaluation.prompts)
+    from salun_core.evaluation.nudity import PROMPTS
+
+    return list(PROMPTS)
+
+
+def forgotten_prompts(card: GenerationCard, forget_set: ForgetSet) -> set[str]:
+    """Return the names of all rows that are to be forgotten."""
+    classes = class_names(card)
+    named = {classes[label] for label in forget_set.classes}
+    return named | {prompt for concept in forget_set.concepts for prompt in concept.prompts}
+
+
+def label_of(name: str, card: GenerationCard) -> int | None:
+    """Return the class that a row shows: its own, or the only one that its words name; None where that is unclear."""
+    classes = class_names(card)
+    if name in classes:
+        return classes.index(name)
+    words = [index for index, label in enumerate(card.classes) if re.search(rf"\b{re.escape(label)}s?\b", name, re.I)]
+    names = card.classes
+    whole = [index for index in words if not any(names[index] in names[other] for other in words if other != index)]
+    return whole[0] if len(whole) == 1 else None

@@ -1,0 +1,99 @@
+"""Unlearns a diffusion model and writes the new one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from salun_core.data import ForgetSet
+from salun_core.data.split import SplitManifest
+from salun_core.diffusion import GenerationResult, get_generation_method, unlearn_generation
+from salun_core.diffusion.config import GenerationConfig
+from salun_core.evaluation.evidence import RunFacts
+from salun_core.models.diffusers_folder import save_diffusion
+from salun_core.saliency import SaliencyMask
+from salun_core.steps.generation.examples import build_task
+from salun_core.steps.generation.inputs import GenerationInputs
+from salun_core.steps.run_facts import RUN, environment, facts_json
+from salun_core.unlearn import pick_device
+from salun_core.unlearn.checkpoint import CheckpointStore
+from salun_core.unlearn.distributed import World
+from salun_core.unlearn.loop import OnEpoch
+
+
+def run_generation(
+    inputs: GenerationInputs,
+    method: str,
+    config: GenerationConfig,
+    mask: SaliencyMask | None,
+    checkpoint: CheckpointStore | None,
+    on_epoch: OnEpoch | None,
+    world: World,
+) -> tuple[GenerationResult, int]:
+    """Run one method.
+
+    Args:
+        inputs: model, data, forget set.
+        method: a name of the diffusion methods.
+        config: of the method.
+        mask: of this very denoiser; used by a method that needs one.
+        checkpoint: keeps the state after each epoch.
+        on_epoch: called after each epoch.
+        world: this process.
+
+    Returns:
+        The result, and how many forget examples there were.
+    """
+    device = pick_device(config.device)
+    task = build_task(inputs, config, device)
+    used = mask if get_generation_method(method).needs_mask else None
+    result = unlearn_generation(
+        inputs.family(device).denoiser,
+        task,
+        method,
+        config=config,
+        mask=used,
+        checkpoint=checkpoint,
+        on_epoch=on_epoch,
+        world=world,
+    )
+    return result, len(task.forget)
+
+
+def write_generation(
+    out: Path,
+    inputs: GenerationInputs,
+    result: GenerationResult,
+    mask: SaliencyMask | None,
+    forget_count: int,
+    processes: int,
+) -> None:
+    """Write the folder of the new model with the facts of its run; it appears whole or not at all."""
+    split = kept_split(inputs.split, inputs.forget_set)
+    card = inputs.card.model_copy(
+        update={
+            "split_digest": split.digest,
+            "parent": inputs.original.digest,
+            "method": result.method,
+            "forget_set_digest": inputs.forget_set.digest,
+        }
+    )
+    used = mask if get_generation_method(result.method).needs_mask else None
+    scored = result.config.saliency_passes * forget_count if used else 0
+    facts = RunFacts(
+        method=result.method,
+        config=result.config.model_dump(),
+        seed=result.config.seed,
+        density=used.density if used else None,
+        density_by_parameter=used.density_by_parameter() if used else {},
+        seconds={"mask": float(used.facts.get("seconds", 0.0)) if used else 0.0, "unlearn": result.seconds},
+        passes=result.passes + scored,
+        history=result.history,
+        environment=environment() | ({"processes": str(processes)} if processes > 1 else {}),
+    )
+    network = result.denoiser.network.cpu()
+    save_diffusion(out, inputs.original, network, card, split, {RUN: facts_json(facts)})
+
+
+def kept_split(split: SplitManifest, forget_set: ForgetSet) -> SplitManifest:
+    """Return the split of the model after: without the samples that were forgotten."""
+    return split.without(forget_set.samples)

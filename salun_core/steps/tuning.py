@@ -1,0 +1,256 @@
+"""Step 3 with a search: settings are found on held-out data, within the margins of the gate's policy."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from salun_core.errors import ConflictError, DataError, GateRefusedError
+from salun_core.evaluation import Evidence, Metric
+from salun_core.evaluation.evidence import Forgotten, Integrity, Measured, TuningFacts
+from salun_core.gate import GateDecision, Policy, Verdict, decide, load_policy
+from salun_core.saliency import SaliencyMask
+from salun_core.steps.inputs import Inputs
+from salun_core.steps.observe import RunRef
+from salun_core.steps.sharding import forget_scores
+from salun_core.steps.sources import AUTO, read_policy
+from salun_core.steps.used_mask import BESIDE
+from salun_core.storage import open_store
+from salun_core.storage.names import run_key
+from salun_core.unlearn import UnlearnResult, get_method, pick_device
+from salun_core.unlearn.distributed import ALONE
+from salun_core.unlearn.tuning import (
+    DEFAULT_BUDGET,
+    Judgement,
+    Problem,
+    Sets,
+    Tuned,
+    TuningLog,
+    parse_budget,
+    tune,
+)
+from salun_core.unlearn.tuning.search import OnTrial
+from salun_core.unlearn.tuning.space import Space
+
+LOG = "tuning.json"
+_RETAIN_DRAW = 2000  # images of D_r, of which the order of a split is a fair draw
+
+
+@dataclass(frozen=True)
+class TuneWish:
+    """How to search.
+
+    Args:
+        budget: passes (`200000`), wall clock (`90s`, `15m`, `2h`) or epochs over all training images (`20e`).
+        policy_uri: whose margins bound the search: the gate's.
+        on_trial: called after each trial.
+    """
+
+    budget: str = DEFAULT_BUDGET
+    policy_uri: str = AUTO
+    on_trial: OnTrial | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """A model whose settings were searched for.
+
+    Args:
+        result: model, configuration and history; seconds and passes of the whole search.
+        mask: that it was trained under, with its provenance; None for a method without a mask.
+        facts: for `run.json`.
+        beside: files for the model folder: what was tried, and the mask.
+    """
+
+    result: UnlearnResult
+    mask: SaliencyMask | None
+    facts: TuningFacts
+    beside: dict[str, bytes]
+
+
+def run_tuning(
+    inputs: Inputs, method: str, overrides: Mapping[str, Any], wish: TuneWish, run: RunRef | None = None
+) -> TunedRun:
+    """Search for the settings of a method.
+
+    The scores are computed once, as `salun mask` computes them, and give the masks of all densities. Test data are
+    not looked at.
+
+    Args:
+        inputs: the original model, its data and the forget set.
+        method: a name of `METHODS`.
+        overrides: what the user has set; it is not searched for, and `epochs` is the most to run.
+        wish: budget and policy.
+        run: of the deletion ledger; a refusal leaves its decision there, as the gate's does, so that the next recipe
+            has its turn.
+
+    Returns:
+        The model and what was tried.
+
+    Raises:
+        UsageError: a wrong method or configuration, a budget too small, or a split without validation samples.
+        GateRefusedError: no setting stays within the policy.
+    """
+    space = Space.of(method, overrides)
+    device = pick_device(str(overrides.get("device", "auto")))
+    sets = _sets(inputs, device)
+    budget = parse_budget(wish.budget, len(inputs.forget) + len(inputs.retain))
+    judge = PolicyJudge.of(inputs, wish.policy_uri)
+    started = time.perf_counter()
+    network = inputs.original.model.to(device)
+    scores = forget_scores(network, inputs.forget, device, ALONE) if get_method(method).needs_mask else None
+    scored = time.perf_counter() - started
+    problem = Problem(
+        model=network,
+        space=space,
+        images=(inputs.forget.to(device), inputs.retain.to(device)),
+        sets=sets,
+        judge=judge,
+        scores=scores,
+        budget=budget,
+        seed=int(overrides.get("seed", 0)),
+        spent=len(inputs.forget) if scores else 0,
+    )
+    tuned = tune(problem, wish.on_trial)
+    if tuned.chosen is None:
+        if run and run.store_uri and run.run:
+            _keep_refusal(run, judge, tuned)
+        raise GateRefusedError(
+            f"no setting stays within the policy {judge.policy.name}, of {len(tuned.trials)} that were tried",
+            tuned.broken,
+            "give a larger budget or another method, or retrain; nothing was written",
+        )
+    return _tuned_run(inputs, problem, tuned, judge, scored)
+
+
+def _keep_refusal(run: RunRef, judge: PolicyJudge, tuned: Tuned) -> None:
+    verdict = Verdict(rule="tuning", threshold="a setting within the policy", passed=False, reason=tuned.broken)
+    decision = GateDecision(
+        passed=False,
+        policy=judge.policy.name,
+        policy_digest=judge.policy.digest,
+        evidence_digest=judge.evidence({}).digest,
+        summary=f"tuning: none of {len(tuned.trials)} settings stays within the policy: {tuned.broken}",
+        verdicts=[verdict],
+    )
+    with suppress(ConflictError):  # an earlier attempt of this step left its own
+        open_store(run.store_uri).put_new(run_key(run.run, "decision.json"), decision.model_dump_json().encode())
+
+
+def _sets(inputs: Inputs, device: torch.device) -> Sets:
+    held_out = inputs.data.images("validation", inputs.original.normalisation)
+    known = set(inputs.retain.labels.tolist()) - set(inputs.forget_set.classes)
+    kept = [index for index, label in enumerate(held_out.labels.tolist()) if label in known]
+    if not kept:
+        raise DataError(
+            "there are no held-out images to tune on",
+            "the split has no validation samples of the kept classes",
+            "train with `validation_fraction: 0.1` in the data spec; the test split is never used",
+        )
+    draw = inputs.retain.select(range(min(len(inputs.retain), max(_RETAIN_DRAW, 2 * len(kept)))))
+    forget, retain, unseen = (part.to(device) for part in (inputs.forget, draw, held_out.select(kept)))
+    return Sets(forget, retain, unseen, tuple(inputs.forget_set.classes))
+
+
+@dataclass(frozen=True)
+class PolicyJudge:
+    """Judges the figures of a trial by those rules of a policy that held-out data can answer.
+
+    Args:
+        policy: whose rules.
+        forgotten: what is to be forgotten: rules may be for some kinds alone.
+    """
+
+    policy: Policy
+    forgotten: Forgotten
+
+    @classmethod
+    def of(cls, inputs: Inputs, uri: str) -> PolicyJudge:
+        """Read the policy.
+
+        Raises:
+            UsageError: there is none, or it has faults.
+        """
+        forget_set, split = inputs.forget_set, inputs.original.split
+        forgotten = Forgotten(
+            count=len(forget_set.ids),
+            train_count=len(split.train),
+            kinds=forget_set.kinds,
+            classes=forget_set.classes,
+        )
+        judge = cls(load_policy("classifier"), forgotten)
+        return judge if uri == AUTO else cls(read_policy(uri, judge.evidence({})), forgotten)
+
+    def evidence(self, metrics: Mapping[str, Metric]) -> Evidence:
+        """Return what the rules are asked about: the figures alone, of no model in particular."""
+        return Evidence(
+            created_at="",
+            measured=Measured(before="", after="", dataset="", split="", forget_set=""),
+            forgotten=self.forgotten,
+            integrity=Integrity(weights=0, weights_changed=0, non_finite=0, buffers_changed=0),
+            metrics=dict(metrics),
+        )
+
+    def __call__(self, metrics: Mapping[str, Metric]) -> Judgement:
+        """Judge figures; a rule on a metric that only the evaluation measures waits for the gate."""
+        verdicts = [
+            verdict
+            for verdict in decide(self.evidence(metrics), self.policy).verdicts
+            if verdict.metric in metrics and verdict.margin is not None and not verdict.passed
+        ]
+        reasons = [f"{item.rule} {item.threshold.split(' ', 1)[-1]}: {item.actual:.4f}" for item in verdicts]
+        return Judgement(reasons, sum(-(item.margin or 0.0) for item in verdicts))
+
+    def not_judged(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return the metrics of the policy's rules for this kind of forget set that a trial does not measure."""
+        kinds = set(self.forgotten.kinds)
+        rules = [rule for rule in self.policy.rules if not rule.targets or kinds & set(rule.targets)]
+        return sorted({rule.metric for rule in rules} - set(metrics))
+
+
+def _tuned_run(inputs: Inputs, problem: Problem, tuned: Tuned, judge: PolicyJudge, scored: float) -> TunedRun:
+    chosen = tuned.chosen
+    assert chosen is not None
+    mask = chosen.mask
+    if mask is not None:
+        digests = {"model_digest": inputs.original.digest, "forget_set_digest": inputs.forget_set.digest}
+        mask = mask.with_facts({**digests, "seconds": f"{scored:.3f}"})
+    log = TuningLog(
+        method=problem.space.method,
+        seed=problem.seed,
+        budget=problem.budget.text,
+        policy=judge.policy.name,
+        policy_digest=judge.policy.digest,
+        not_judged=judge.not_judged(tuned.trials[chosen.number].figures),
+        held_out=len(problem.sets.held_out),
+        chosen=chosen.number,
+        trials=tuned.trials,
+        passes=tuned.passes,
+        seconds=tuned.seconds,
+    )
+    facts = TuningFacts(
+        trials=len(tuned.trials),
+        budget=log.budget,
+        passes=log.passes,
+        seconds=log.seconds,
+        policy_digest=log.policy_digest,
+        mask=mask.digest if mask else None,
+    )
+    beside = {LOG: (json.dumps(log.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()}
+    if mask is not None:
+        beside[BESIDE] = _bytes_of(mask)
+    return TunedRun(chosen.result, mask, facts, beside)
+
+
+def _bytes_of(mask: SaliencyMask) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="salun-mask-") as folder:
+        mask.save(Path(folder, BESIDE))
+        return Path(folder, BESIDE).read_bytes()

@@ -1,0 +1,240 @@
+"""A run whose settings were searched for: what it writes, which mask counts, and when it writes nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from salun_core.config import load
+from salun_core.data import DataSpec
+from salun_core.errors import DataError, GateRefusedError, IntegrityError, UsageError
+from salun_core.evaluation.evidence import RunFacts
+from salun_core.models import load_model
+from salun_core.saliency import SaliencyMask
+from salun_core.steps.evaluation import evaluate
+from salun_core.steps.mask import compute_mask
+from salun_core.steps.observe import RunRef
+from salun_core.steps.publishing import gate_and_publish
+from salun_core.steps.training import register_model, train_model
+from salun_core.steps.tuning import TuneWish
+from salun_core.steps.unlearning import run_unlearning
+from salun_core.steps.used_mask import require_nested
+from salun_core.storage.names import run_key
+from salun_core.storage.versions import read_version
+from salun_core.unlearn import UnlearnConfig
+from salun_core.unlearn.tuning import TuningLog
+
+SETTINGS = {"batch_size": 32, "epochs": 3, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A base model of the digits, a class to forget, and a tuned run of it."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("tuned")
+    config = UnlearnConfig(
+        epochs=8, learning_rate=0.1, schedule="cosine", batch_norm="update", batch_size=32, device="cpu"
+    )
+    train_model(DataSpec(source="digits", train_limit=600), "resnet8", config, folder / "base")
+    (folder / "forget.json").write_text(json.dumps({"kind": "class", "class_id": 3}))
+    tuned(folder, folder / "after", TuneWish("8e"))
+    return folder
+
+
+def tuned(folder, out, wish, **extra):
+    forget = str(folder / "forget.json")
+    given = {"overrides": SETTINGS, "seed": 1, "tune": wish, **extra}
+    return run_unlearning(folder / "base", given.pop("mask", None), forget, out, **given)
+
+
+def measured(folder, tmp_path, after=None, **extra):
+    paths = folder / "base", after or folder / "after", str(folder / "forget.json")
+    return evaluate(*paths, tmp_path / "evidence.json", tmp_path / "report.html", device="cpu", **extra)
+
+
+def test_all_that_was_tried_lies_beside_the_model(bench):
+    log, facts = load(TuningLog, bench / "after" / "tuning.json"), load(RunFacts, bench / "after" / "run.json")
+    chosen = log.trials[log.chosen]
+    assert (facts.tuning.trials, facts.tuning.passes) == (len(log.trials), log.passes)
+    assert facts.passes == log.passes >= sum(trial.passes for trial in log.trials)
+    assert facts.density == pytest.approx(chosen.density, abs=1e-4)
+    assert facts.config["learning_rate"] == chosen.settings["learning_rate"]
+    assert facts.config["epochs"] == chosen.epochs == len(facts.history)
+    assert (facts.seed, log.seed, log.policy, log.budget) == (1, 1, "classifier", "8e")
+    assert facts.seconds["unlearn"] == log.seconds
+    assert log.not_judged == []
+    assert log.held_out == sum(label != 3 for label in validation_labels(bench))
+    assert chosen.figures["UA_class"] >= 0.95
+
+
+def validation_labels(folder):
+    from salun_core.data import load_data
+
+    model = load_model(folder / "base")
+    return load_data(model.card.data, model.split).images("validation").labels.tolist()
+
+
+def test_the_mask_is_the_mask_steps_own_at_that_density(bench, tmp_path):
+    log = load(TuningLog, bench / "after" / "tuning.json")
+    density = log.trials[log.chosen].density
+    mask = compute_mask(bench / "base", str(bench / "forget.json"), density, tmp_path / "mask", device="cpu")
+    beside = SaliencyMask.load(bench / "after" / "mask.safetensors")
+    assert mask == beside
+    assert {key: beside.facts[key] for key in ("model_digest", "forget_set_digest")} == {
+        key: mask.facts[key] for key in ("model_digest", "forget_set_digest")
+    }
+
+
+def test_settings_and_mask_give_the_same_model_without_a_search(bench, tmp_path):
+    facts = load(RunFacts, bench / "after" / "run.json")
+    settings = {key: value for key, value in facts.config.items() if key != "seed"}
+    run_unlearning(
+        bench / "base",
+        bench / "after" / "mask.safetensors",
+        str(bench / "forget.json"),
+        tmp_path / "again",
+        overrides=settings,
+        seed=facts.seed,
+    )
+    assert load_model(tmp_path / "again").digest == load_model(bench / "after").digest
+
+
+def test_weights_are_compared_under_the_mask_beside_the_model(bench, tmp_path):
+    evidence = measured(bench, tmp_path)
+    beside = SaliencyMask.load(bench / "after" / "mask.safetensors")
+    assert evidence.measured.mask == beside.digest
+    assert evidence.integrity.frozen_changed == 0
+    assert 0 < evidence.integrity.weights_changed <= beside.k
+    assert evidence.run.tuning.mask == beside.digest
+
+
+@pytest.mark.parametrize("density", [0.05, 0.6])
+def test_a_mask_of_the_mask_step_at_another_density_agrees(bench, tmp_path, density):
+    path = tmp_path / "mask"
+    compute_mask(bench / "base", str(bench / "forget.json"), density, path, device="cpu")
+    beside = SaliencyMask.load(bench / "after" / "mask.safetensors")
+    assert measured(bench, tmp_path, mask=path).measured.mask == beside.digest
+
+
+def test_a_mask_that_is_not_of_these_scores_is_refused(bench, tmp_path):
+    path = tmp_path / "mask"
+    compute_mask(bench / "base", str(bench / "forget.json"), 0.3, path, device="cpu", random_seed=1)
+    with pytest.raises(IntegrityError, match="contradicts the mask step's"):
+        measured(bench, tmp_path, mask=path)
+
+
+def test_a_mask_that_was_put_beside_the_model_afterwards_is_refused(bench, tmp_path):
+    after = tmp_path / "after"
+    shutil.copytree(bench / "after", after)
+    beside = SaliencyMask.load(after / "mask.safetensors")
+    SaliencyMask.full(beside.shapes).with_facts(beside.facts).save(after / "mask.safetensors")
+    with pytest.raises(IntegrityError, match="the mask beside the model does not match"):
+        measured(bench, tmp_path, after)
+    SaliencyMask.full(beside.shapes).save(after / "mask.safetensors")
+    with pytest.raises(IntegrityError, match="the model of the mask"):
+        measured(bench, tmp_path, after)
+    (after / "mask.safetensors").unlink()
+    with pytest.raises(UsageError, match="there is no mask"):
+        measured(bench, tmp_path, after)
+
+
+def test_a_thousandth_is_rounding_and_more_is_not():
+    scores = {"w": torch.arange(20_000.0)}
+    dense, sparse = (SaliencyMask.from_scores(scores, density) for density in (0.5, 0.1))
+    require_nested(dense, sparse)
+    require_nested(sparse, dense)
+    moved = scores["w"].clone()
+    moved[-2:] = -1.0
+    require_nested(sparse, SaliencyMask.from_scores({"w": moved}, 0.5))
+    moved[-3:] = -1.0
+    with pytest.raises(IntegrityError, match="3 of its 2000"):
+        require_nested(sparse, SaliencyMask.from_scores({"w": moved}, 0.5))
+
+
+def strict_policy(path):
+    rule = {"metric": "TA", "op": ">=", "value": 1.5, "reason": "nobody can", "min_n": 1}
+    path.write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
+    return str(path)
+
+
+def test_where_no_setting_is_allowed_nothing_is_written(bench, tmp_path):
+    wish = TuneWish("3e", strict_policy(tmp_path / "policy.json"))
+    with pytest.raises(GateRefusedError, match=r"no setting stays within the policy strict.*TA >= 1\.5") as caught:
+        tuned(bench, tmp_path / "out", wish)
+    assert caught.value.exit_code == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
+
+
+def test_a_broken_search_leaves_nothing_and_the_next_one_is_whole(bench, tmp_path):
+    class BrokenOffError(Exception):
+        pass
+
+    def stop(record):
+        if record.number == 1:
+            raise BrokenOffError
+
+    with pytest.raises(BrokenOffError):
+        tuned(bench, tmp_path / "out", TuneWish("8e", on_trial=stop))
+    assert list(tmp_path.iterdir()) == []
+    tuned(bench, tmp_path / "out", TuneWish("8e"))
+    assert load_model(tmp_path / "out").digest == load_model(bench / "after").digest
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (bench / "after").iterdir()
+    )
+
+
+def test_a_split_without_validation_is_refused(tmp_path):
+    spec = DataSpec(source="digits", train_limit=200, validation_fraction=0.0)
+    config = UnlearnConfig(epochs=1, learning_rate=0.1, batch_norm="update", device="cpu")
+    train_model(spec, "resnet8", config, tmp_path / "base")
+    (tmp_path / "forget.json").write_text(json.dumps({"kind": "class", "class_id": 3}))
+    with pytest.raises(DataError, match="no held-out images"):
+        tuned(tmp_path, tmp_path / "out", TuneWish("8e"))
+
+
+def test_a_method_that_trains_anew_runs_by_its_recipe(bench, tmp_path):
+    overrides = {"epochs": 1, "learning_rate": 0.05, "device": "cpu"}
+    tuned(bench, tmp_path / "out", TuneWish("1e"), method="retrain", overrides=overrides)
+    facts = load(RunFacts, tmp_path / "out" / "run.json")
+    assert facts.tuning is None
+    assert not (tmp_path / "out" / "tuning.json").exists()
+
+
+def test_a_published_version_holds_neither_search_nor_mask(bench, store, tmp_path):
+    parent = register_model(store, "digits", bench / "base", "train", len(load_model(bench / "base").split.train))
+    path = tmp_path / "mask"
+    compute_mask(bench / "base", str(bench / "forget.json"), 0.5, path, device="cpu")
+    tuned(bench, tmp_path / "after", TuneWish("8e"), mask=path)
+    measured(bench, tmp_path, tmp_path / "after", mask=path)
+    published = gate_and_publish(
+        bench / "base",
+        tmp_path / "after",
+        tmp_path / "evidence.json",
+        tmp_path / "report.html",
+        str(bench / "forget.json"),
+        store_uri=store.uri,
+        model_line="digits",
+        parent=parent,
+        mask=path,
+        run="run-1",
+    )
+    files = read_version(store, "digits", published.version).files
+    assert not {"tuning.json", "mask.safetensors", "run.json"} & set(files)
+    verdicts = {verdict.rule: verdict.passed for verdict in published.decision.verdicts}
+    assert verdicts["mask digest"]
+    assert verdicts["frozen weights"]
+
+
+def test_a_refusal_is_left_for_the_ledger(bench, store, tmp_path):
+    from salun_core.steps.inputs import load_inputs
+    from salun_core.steps.tuning import run_tuning
+
+    wish = TuneWish("3e", strict_policy(tmp_path / "policy.json"))
+    inputs = load_inputs(bench / "base", str(bench / "forget.json"))
+    for _ in range(2):
+        with pytest.raises(GateRefusedError):
+            run_tuning(inputs, "salun", {**SETTINGS, "seed": 1}, wish, RunRef(store.uri, "run-2"))
+    decision = json.loads(store.get(run_key("run-2", "decision.json")).data)
+    assert decision["passed"] is False
+    assert "none of" in decision["summary"]

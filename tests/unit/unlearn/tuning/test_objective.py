@@ -1,0 +1,72 @@
+"""What the search makes small, on losses whose distance is known."""
+
+import numpy as np
+import pytest
+from scipy.stats import ks_2samp, mannwhitneyu
+
+from salun_core.evaluation.outputs import Outputs
+from salun_core.unlearn.tuning.objective import Reading, distance, figures_of, metrics_of
+
+
+def outputs(losses, right, label=0):
+    losses, right = np.array(losses, dtype=np.float64), np.array(right)
+    rows = np.where(right[:, None], [[0.9, 0.1]], [[0.1, 0.9]])
+    return Outputs(rows if label == 0 else rows[:, ::-1], losses, np.full(len(losses), label))
+
+
+def reading(forget, held_out, whole=False, retained=1.0):
+    keep = np.arange(20) < 20 * retained
+    return Reading(forget, outputs(np.ones(20), keep), held_out, np.full(len(forget), whole))
+
+
+def spread(seed, n, scale=1.0):
+    return np.random.default_rng(seed).exponential(scale, n)
+
+
+def test_indistinguishable_is_zero():
+    losses = spread(0, 40)
+    same = outputs(losses, losses < 1)
+    assert distance(reading(same, same), reading(same, same)) == 0
+
+
+def test_single_samples_add_attack_two_sample_statistic_and_accuracy():
+    forget, held_out = outputs(spread(1, 30, 0.3), np.arange(30) < 27), outputs(spread(2, 50), np.arange(50) < 40)
+    after = reading(forget, held_out)
+    area = mannwhitneyu(-forget.losses, -held_out.losses).statistic / (30 * 50)
+    apart = ks_2samp(forget.losses, held_out.losses).statistic
+    expected = (abs(2 * area - 1) + apart + abs(0.1 - 0.2)) / 3
+    assert distance(after, after) == pytest.approx(expected)
+    metrics = metrics_of(after, after)
+    assert metrics["attack_auc"].after == pytest.approx(area)
+    assert figures_of(metrics, after)["ks"] == pytest.approx(apart)
+
+
+def test_a_whole_class_counts_by_its_accuracy():
+    held_out = outputs(spread(2, 50), np.ones(50, dtype=bool))
+    after = reading(outputs(spread(1, 30), np.arange(30) < 6), held_out, whole=True)
+    assert distance(after, after) == pytest.approx(0.2)
+    assert set(metrics_of(after, after)) == {"UA", "UA_class", "RA", "TA", "attack_auc"}
+
+
+def test_what_the_rest_lost_is_added_and_what_it_gained_is_not():
+    same = outputs(spread(0, 40), np.ones(40, dtype=bool))
+    full, less = reading(same, same), reading(same, same, retained=0.8)
+    assert distance(full, less) == pytest.approx(0.2)
+    assert distance(less, full) == 0
+
+
+def test_a_mixed_forget_set_takes_both_halves():
+    held_out = outputs(spread(2, 50), np.ones(50, dtype=bool))
+    forget = outputs(spread(1, 30), np.arange(30) < 15)
+    mixed = Reading(forget, held_out, held_out, np.arange(30) < 10)
+    metrics = metrics_of(mixed, mixed)
+    assert (metrics["UA_class"].n, metrics["UA_samples"].n, metrics["attack_auc"].n) == (10, 20, 20)
+    assert metrics["UA_class"].after == 0
+    assert metrics["UA_samples"].after == pytest.approx(15 / 20)
+
+
+def test_an_output_that_is_no_number_is_seen():
+    good = outputs(spread(0, 5), np.ones(5, dtype=bool))
+    bad = outputs([1.0, float("nan")], [True, False])
+    assert reading(good, good).finite
+    assert not reading(bad, good).finite

@@ -1,0 +1,88 @@
+"""What may vary, and what the user has set and stays."""
+
+import pytest
+from by_hand import image_set, net
+
+from salun_core.errors import UsageError
+from salun_core.models.checkpoint import model_digest
+from salun_core.saliency import SaliencyMask
+from salun_core.unlearn import METHODS, unlearn
+from salun_core.unlearn.tuning.space import GROWING, Space
+from salun_core.unlearn.tuning.trial import Watcher
+
+
+class Fixed:
+    """Answers as an optimiser that always takes the lowest value."""
+
+    def suggest_float(self, name, low, high, log=False):
+        return low
+
+    def suggest_int(self, name, low, high):
+        return low
+
+
+def test_salun_varies_rate_and_density():
+    space = Space.of("salun", {"seed": 3})
+    assert set(space.ranges) == {"learning_rate"}
+    assert (space.masked, space.growing, space.epochs) == (True, True, 5)
+    choice = space.draw(Fixed())
+    assert choice.settings == {"learning_rate": pytest.approx(0.0003)}
+    assert (choice.density, choice.epochs) == (0.02, 5)
+    assert space.config(choice).seed == 3
+
+
+def test_what_is_set_stays_and_bounds_the_epochs():
+    space = Space.of("salun", {"learning_rate": 0.01, "epochs": 2})
+    assert space.ranges == {}
+    choice = space.draw(Fixed())
+    assert (space.config(choice).learning_rate, space.config(choice).epochs) == (0.01, 2)
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"retrain"}))
+def test_every_approximate_method_has_a_space_whose_points_are_valid(method):
+    space = Space.of(method, {})
+    assert space.ranges
+    assert space.config(space.draw(Fixed())).epochs >= 1
+    for start in space.starts():
+        assert set(start) == set(space.ranges) | ({"density"} if space.masked else set()) | (
+            set() if space.growing or space.epochs == 1 else {"epochs"}
+        )
+        for name, (low, high, _) in space.ranges.items():
+            assert low <= start[name] <= high
+
+
+def test_a_schedule_makes_the_number_of_epochs_a_choice():
+    space = Space.of("salun", {"schedule": "cosine"})
+    assert not space.growing
+    assert space.draw(Fixed()).epochs == 1
+
+
+def test_nothing_to_search_for_is_refused():
+    with pytest.raises(UsageError, match="retrain is not tuned"):
+        Space.of("retrain", {})
+    with pytest.raises(UsageError, match="nothing to search for"):
+        Space.of("finetune", {"learning_rate": 0.01, "epochs": 1})
+    with pytest.raises(UsageError, match="learning_rat"):
+        Space.of("salun", {"learning_rat": 0.01})
+
+
+@pytest.mark.parametrize("method", sorted(GROWING))
+def test_a_longer_run_begins_as_a_shorter_one(method):
+    """The model after two of three epochs is, to the bit, what a run of two epochs makes."""
+    model, forget, retain = net(), image_set(9, 1), image_set(20, 2)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    mask = SaliencyMask.random(shapes, 0.4, 0) if METHODS[method].needs_mask else None
+    settings = {"batch_size": 8, "batch_norm": "update", "learning_rate": 0.01, "momentum": 0.9, "device": "cpu"}
+    states = []
+
+    class Kept(Watcher):
+        def save(self, data):
+            super().save(data)
+            states.append(dict(self.state))
+
+    config = {**settings, "epochs": 3}
+    kept = Kept(None, None, 3)
+    unlearn(model, method, forget=forget, retain=retain, config=config, mask=mask, checkpoint=kept)
+    shorter = unlearn(model, method, forget=forget, retain=retain, config={**settings, "epochs": 2}, mask=mask)
+    model.load_state_dict(states[1])
+    assert model_digest(model) == model_digest(shorter.model)
