@@ -78,7 +78,8 @@ def write_generation(
         }
     )
     used = mask if get_generation_method(result.method).needs_mask else None
-    scored = result.config.saliency_passes * forget_count if used else 0
+    drawn = used is None or used.facts.get("scores") == "random"
+    scored = 0 if drawn else result.config.saliency_passes * forget_count
     facts = RunFacts(
         method=result.method,
         config=result.config.model_dump(),
