@@ -174,6 +174,9 @@ class Preparation:
         spec = self.plan.data
         if spec is None or wish.architecture is None:
             raise UsageError("nothing to train on", "the size names no data or no architecture", "add them")
+        if isinstance(wish, JudgeSpec):
+            seen = {"size": wish.size or spec.size, "channels": wish.channels or spec.channels}
+            spec = spec.model_copy(update=seen)
         config = training_config({**wish.training, "seed": seed})
         kept = FileCheckpoint(checkpoints / "classifier.safetensors")
         train_model(spec, wish.architecture, config, folder, kept, self._progress(folder.name))

@@ -55,6 +55,8 @@ class JudgeSpec(Document):
 
     architecture: str = Field(default="resnet8", description="a name of `salun ls models`")
     training: dict[str, Any] = Field(default={}, description="what differs from the training's defaults")
+    size: int | None = Field(default=None, ge=4, le=1024, description="side of the images that it sees; the data's")
+    channels: Literal[1, 3] | None = Field(default=None, description="of the images that it sees; else the data's")
     folder: str | None = Field(default=None, description="a model folder, in place of a training")
 
 

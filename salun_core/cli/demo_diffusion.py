@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,6 +39,7 @@ def demo_diffusion(
     dry_run: DryRun = False,
 ) -> None:
     """Forget one class of a small Stable Diffusion or DDPM end to end: training, request, sweep, grids, certificate."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # nets this small: a second thread waits, and the first for it
     from salun_core.data import load_spec
     from salun_core.steps.demo_diffusion import diffusion_spec, run_diffusion_demo
     from salun_core.steps.demo_store import demo_store

@@ -25,7 +25,7 @@ _WORD_END = "</w>"
 class DenoiserRecipe(LoopConfig):
     """How a denoiser is built and trained, whatever it is told."""
 
-    steps: int = Field(default=1600, ge=1, description="steps in all, spread over the epochs")
+    steps: int = Field(default=960, ge=1, description="steps in all, spread over the epochs")
     epochs: int = Field(default=8, ge=1, description="stretches of the run; the state is kept after each")
     learning_rate: float = Field(default=2e-3, gt=0, le=1e6, description="of the first step")
     schedule: Literal["constant", "cosine", "step"] = Field(default="cosine", description="of the learning rate")
@@ -58,7 +58,6 @@ class DenoiserRecipe(LoopConfig):
 class DdpmRecipe(DenoiserRecipe):
     """A class-conditional DDPM in pixels (Ho et al., "DDPM", NeurIPS 2020), with a class for nothing at all."""
 
-    steps: int = Field(default=960, ge=1, description="steps in all, spread over the epochs")
     attention: list[int] = Field(default=[1], description="levels of the U-Net that attend, from 0")
 
 
@@ -72,7 +71,7 @@ class StableDiffusionRecipe(DenoiserRecipe):
     autoencoder_channels: list[int] = Field(
         default=[16, 32, 32], min_length=2, max_length=5, description="by level; each but the first halves the side"
     )
-    autoencoder_steps: int = Field(default=480, ge=1, description="steps of the autoencoder's training")
+    autoencoder_steps: int = Field(default=360, ge=1, description="steps of the autoencoder's training")
     autoencoder_rate: float = Field(default=2e-3, gt=0, le=1e6, description="learning rate of its first step")
     latent_channels: int = Field(default=4, ge=1, le=64, description="of the latent")
     divergence: float = Field(

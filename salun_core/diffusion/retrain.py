@@ -37,7 +37,7 @@ METHOD = GenerationMethod(
     needs_forget=False,
     fresh_start=True,
     defaults={
-        "steps": 1600,
+        "steps": 960,
         "epochs": 8,
         "batch_size": 64,
         "optimizer": "adamw",

@@ -43,8 +43,8 @@ _SIZES: dict[Kind, dict[str, Any]] = {
     "ddpm": {"size": 16, "channels": 1, "train_limit": 20_000, "test_limit": 2000},
 }
 _JUDGED: dict[Kind, dict[str, Any]] = {
-    "stable-diffusion": {"guidance_scale": 5.0, "images_per_class": 100},
-    "ddpm": {"guidance_scale": 1.5, "images_per_class": 100},
+    "stable-diffusion": {"guidance_scale": 5.0, "images_per_class": 60},
+    "ddpm": {"guidance_scale": 1.5, "images_per_class": 60},
 }
 
 
