@@ -40,6 +40,7 @@ SCHEMAS = {
     "request": "salun_core.requests.schema:DeletionRequest",
     "split": "salun_core.data.split:SplitManifest",
     "suite": "salun_core.bench.suite:Suite",
+    "tuning": "salun_core.unlearn.tuning.record:TuningLog",
     "version": "salun_core.storage.versions:VersionManifest",
 }
 

@@ -33,7 +33,7 @@ def gate_publish(
         parent: Digest of the version that the model before was fetched as.
         decision: The gate's answer, a verdict for each rule, as JSON.
         report: The report with the verdict.
-        policy_uri: The gate policy: auto (by the kind of model), the name of one that ships, a file, or an s3:// address.
+        policy_uri: The gate policy: auto (by the kind of model), the name of one that ships, a file, or s3://.
         run_id: Id of the run; a refused one keeps its evidence, decision and report under runs/ in the store.
 
     Returns:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from salun_core.unlearn.tuning.search import OnTrial
 from salun_core.unlearn.tuning.space import Space
 
 LOG = "tuning.json"
-_RETAIN_DRAW = 2000  # images of D_r, of which the order of a split is a fair draw
+_RETAIN_DRAW = 500  # images of D_r at least; the order of a split makes the first ones a fair draw
 
 
 @dataclass(frozen=True)
@@ -146,16 +147,19 @@ def _keep_refusal(run: RunRef, judge: PolicyJudge, tuned: Tuned) -> None:
 
 
 def _sets(inputs: Inputs, device: torch.device) -> Sets:
+    nothing = DataError(
+        "there are no held-out images to tune on",
+        "the split has no validation samples of the kept classes",
+        "train with `validation_fraction: 0.1` in the data spec; the test split is never used",
+    )
+    if not inputs.original.split.validation:
+        raise nothing
     held_out = inputs.data.images("validation", inputs.original.normalisation)
     known = set(inputs.retain.labels.tolist()) - set(inputs.forget_set.classes)
     kept = [index for index, label in enumerate(held_out.labels.tolist()) if label in known]
     if not kept:
-        raise DataError(
-            "there are no held-out images to tune on",
-            "the split has no validation samples of the kept classes",
-            "train with `validation_fraction: 0.1` in the data spec; the test split is never used",
-        )
-    draw = inputs.retain.select(range(min(len(inputs.retain), max(_RETAIN_DRAW, 2 * len(kept)))))
+        raise nothing
+    draw = inputs.retain.select(range(min(len(inputs.retain), max(_RETAIN_DRAW, len(kept)))))
     forget, retain, unseen = (part.to(device) for part in (inputs.forget, draw, held_out.select(kept)))
     return Sets(forget, retain, unseen, tuple(inputs.forget_set.classes))
 
@@ -226,6 +230,7 @@ def _tuned_run(inputs: Inputs, problem: Problem, tuned: Tuned, judge: PolicyJudg
     log = TuningLog(
         method=problem.space.method,
         seed=problem.seed,
+        optimiser=f"optuna {version('optuna')}, TPE",
         budget=problem.budget.text,
         policy=judge.policy.name,
         policy_digest=judge.policy.digest,

@@ -22,7 +22,7 @@ from salun_core.storage.versions import history, lines
 
 @pytest.fixture(autouse=True)
 def _in_process(monkeypatch, s3_server):  # s3_server: skipped where no server is installed
-    monkeypatch.setattr(steps, "find_checkout", lambda: None)
+    monkeypatch.setattr("salun_core.steps.demo_line.find_checkout", lambda: None)
 
 
 def _states(work):

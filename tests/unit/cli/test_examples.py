@@ -67,7 +67,13 @@ def _check(salun, verb):
     assert " ".join(args).startswith(verb)
     result = salun(*args)
     assert result.exit_code == 0, result.stderr
-    assert _shape(result.stdout.rstrip().splitlines()) == _shape(lines)
+    shown, told = (_shape(_anywhere(text)) for text in (result.stdout.rstrip().splitlines(), lines))
+    assert shown == told
+
+
+def _anywhere(lines):
+    """Leave out what depends on the machine: whether it has an engine for containers, and the advice if not."""
+    return [line for line in lines if not line.strip().startswith("container engine")]
 
 
 def test_the_examples_follow_each_other(salun, store, monkeypatch, tmp_path):

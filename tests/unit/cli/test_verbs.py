@@ -141,9 +141,11 @@ def test_doctor_fails_where_the_gateway_is_named_and_gone(salun, monkeypatch):
 
 
 def test_ls_names_every_method(salun):
-    from salun_core.unlearn import METHODS
+    from salun_core import diffusion, unlearn
 
-    assert [row["method"] for row in _json(salun("ls", "methods", "--json"))] == list(METHODS)
+    rows = [(row["model"], row["method"]) for row in _json(salun("ls", "methods", "--json"))]
+    assert [method for model, method in rows if model == "classifier"] == list(unlearn.METHODS)
+    assert [method for model, method in rows if model == "diffusion"] == list(diffusion.METHODS)
     assert "resnet8" in salun("ls", "models").stdout
     assert "digits" in salun("ls", "data").stdout
 

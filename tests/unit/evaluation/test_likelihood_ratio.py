@@ -97,7 +97,7 @@ def test_a_net_that_learnt_noise_by_heart_is_found_out(lab):
     labels = torch.randint(0, 10, (48,), generator=generator)
     pool = ImageSet(noise, labels, lab.train.normalisation)
     retain = ImageSet(*(getattr(lab.train.select(range(64)), key) for key in ("images", "labels", "normalisation")))
-    config = {"epochs": 12, "learning_rate": 0.05, "batch_size": 16, "batch_norm": "update", "device": "cpu"}
+    config = {"epochs": 9, "learning_rate": 0.05, "batch_size": 16, "batch_norm": "update", "device": "cpu"}
 
     def train(images, seed):
         return train_classifier("resnet8", images, 10, UnlearnConfig(**config, seed=seed))[0]

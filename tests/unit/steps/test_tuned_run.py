@@ -19,7 +19,7 @@ from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.training import register_model, train_model
 from salun_core.steps.tuning import TuneWish
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.steps.used_mask import require_nested
+from salun_core.steps.used_mask import require_nested, used_mask
 from salun_core.storage.names import run_key
 from salun_core.storage.versions import read_version
 from salun_core.unlearn import UnlearnConfig
@@ -34,7 +34,7 @@ def bench(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("tuned")
     config = UnlearnConfig(
-        epochs=8, learning_rate=0.1, schedule="cosine", batch_norm="update", batch_size=32, device="cpu"
+        epochs=6, learning_rate=0.1, schedule="cosine", batch_norm="update", batch_size=32, device="cpu"
     )
     train_model(DataSpec(source="digits", train_limit=600), "resnet8", config, folder / "base")
     (folder / "forget.json").write_text(json.dumps({"kind": "class", "class_id": 3}))
@@ -63,6 +63,7 @@ def test_all_that_was_tried_lies_beside_the_model(bench):
     assert facts.config["epochs"] == chosen.epochs == len(facts.history)
     assert (facts.seed, log.seed, log.policy, log.budget) == (1, 1, "classifier", "8e")
     assert facts.seconds["unlearn"] == log.seconds
+    assert log.optimiser.startswith("optuna ")
     assert log.not_judged == []
     assert log.held_out == sum(label != 3 for label in validation_labels(bench))
     assert chosen.figures["UA_class"] >= 0.95
@@ -109,12 +110,18 @@ def test_weights_are_compared_under_the_mask_beside_the_model(bench, tmp_path):
     assert evidence.run.tuning.mask == beside.digest
 
 
+def mask_used(folder, after, mask=None):
+    beside = SaliencyMask.load(folder / "after" / "mask.safetensors")
+    digests = beside.facts["model_digest"], beside.facts["forget_set_digest"]
+    return used_mask(after, mask, load(RunFacts, after / "run.json"), *digests)
+
+
 @pytest.mark.parametrize("density", [0.05, 0.6])
 def test_a_mask_of_the_mask_step_at_another_density_agrees(bench, tmp_path, density):
     path = tmp_path / "mask"
     compute_mask(bench / "base", str(bench / "forget.json"), density, path, device="cpu")
     beside = SaliencyMask.load(bench / "after" / "mask.safetensors")
-    assert measured(bench, tmp_path, mask=path).measured.mask == beside.digest
+    assert mask_used(bench, bench / "after", path) == beside
 
 
 def test_a_mask_that_is_not_of_these_scores_is_refused(bench, tmp_path):
@@ -122,6 +129,15 @@ def test_a_mask_that_is_not_of_these_scores_is_refused(bench, tmp_path):
     compute_mask(bench / "base", str(bench / "forget.json"), 0.3, path, device="cpu", random_seed=1)
     with pytest.raises(IntegrityError, match="contradicts the mask step's"):
         measured(bench, tmp_path, mask=path)
+    assert not (tmp_path / "evidence.json").exists()
+
+
+def test_a_search_refuses_a_mask_that_is_not_of_its_scores(bench, tmp_path):
+    path = tmp_path / "mask"
+    compute_mask(bench / "base", str(bench / "forget.json"), 0.3, path, device="cpu", random_seed=1)
+    with pytest.raises(IntegrityError, match="contradicts the mask step's"):
+        tuned(bench, tmp_path / "out", TuneWish("8e"), mask=path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mask_that_was_put_beside_the_model_afterwards_is_refused(bench, tmp_path):
@@ -133,10 +149,10 @@ def test_a_mask_that_was_put_beside_the_model_afterwards_is_refused(bench, tmp_p
         measured(bench, tmp_path, after)
     SaliencyMask.full(beside.shapes).save(after / "mask.safetensors")
     with pytest.raises(IntegrityError, match="the model of the mask"):
-        measured(bench, tmp_path, after)
+        mask_used(bench, after)
     (after / "mask.safetensors").unlink()
     with pytest.raises(UsageError, match="there is no mask"):
-        measured(bench, tmp_path, after)
+        mask_used(bench, after)
 
 
 def test_a_thousandth_is_rounding_and_more_is_not():
@@ -205,11 +221,10 @@ def test_a_published_version_holds_neither_search_nor_mask(bench, store, tmp_pat
     parent = register_model(store, "digits", bench / "base", "train", len(load_model(bench / "base").split.train))
     path = tmp_path / "mask"
     compute_mask(bench / "base", str(bench / "forget.json"), 0.5, path, device="cpu")
-    tuned(bench, tmp_path / "after", TuneWish("8e"), mask=path)
-    measured(bench, tmp_path, tmp_path / "after", mask=path)
+    measured(bench, tmp_path, mask=path)
     published = gate_and_publish(
         bench / "base",
-        tmp_path / "after",
+        bench / "after",
         tmp_path / "evidence.json",
         tmp_path / "report.html",
         str(bench / "forget.json"),

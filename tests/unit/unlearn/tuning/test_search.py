@@ -17,13 +17,13 @@ from salun_core.unlearn.tuning.space import Space
 
 @pytest.fixture(scope="module")
 def digits():
-    """A net that fits its digits, 60 of them to forget, and validation digits that it never saw."""
-    data = load_data(DataSpec(source="digits", train_limit=800, validation_fraction=0.2))
+    """A net that fits its digits, 40 of them to forget, and validation digits that it never saw."""
+    data = load_data(DataSpec(source="digits", train_limit=400, validation_fraction=0.2))
     train = data.images("train")
     held_out = data.images("validation", train.normalisation)
-    config = UnlearnConfig(epochs=8, learning_rate=0.1, schedule="cosine", batch_size=32, batch_norm="update")
+    config = UnlearnConfig(epochs=6, learning_rate=0.1, schedule="cosine", batch_size=32, batch_norm="update")
     model, _ = train_classifier("resnet8", train, 10, config)
-    forget, retain = train.select(range(60)), train.select(range(60, len(train)))
+    forget, retain = train.select(range(40)), train.select(range(40, len(train)))
     scores = saliency_scores(model, forget.batches(64), torch.nn.functional.cross_entropy)
     return model, forget, retain, held_out, scores
 
@@ -32,7 +32,7 @@ def anything(metrics):
     return Judgement([])
 
 
-def problem(digits, method="salun", budget="8e", judge=anything, seed=0, **overrides):
+def problem(digits, method="salun", budget="15e", judge=anything, seed=0, **overrides):
     model, forget, retain, held_out, scores = digits
     settings = {"epochs": 2, "batch_size": 64, "device": "cpu", "seed": seed, **overrides}
     return Problem(
@@ -79,9 +79,9 @@ def test_the_model_is_what_unlearning_with_the_chosen_settings_gives(digits, sea
 
 
 def test_it_tries_the_defaults_first_and_keeps_the_best(digits, searched):
-    assert len(searched.trials) >= 4
-    assert [trial.density for trial in searched.trials[:2]] == [0.1, 0.5]
-    assert {trial.settings["learning_rate"] for trial in searched.trials[:2]} == {0.003}
+    assert len(searched.trials) >= 5
+    assert [trial.density for trial in searched.trials[:4]] == [0.1, 0.5, 0.5, 0.05]
+    assert [trial.settings["learning_rate"] for trial in searched.trials[:4]] == [0.003, 0.003, 0.001, 0.009]
     assert searched.trials[searched.chosen.number].distance == min(trial.distance for trial in searched.trials)
 
 
@@ -93,13 +93,13 @@ def test_passes_are_counted_and_stay_in_the_budget(digits, searched):
         trial.epochs_run * (epoch + reading) for trial in searched.trials
     ]
     assert searched.passes == len(forget) + reading + sum(trial.passes for trial in searched.trials)
-    assert searched.passes <= 8 * epoch
+    assert searched.passes <= 15 * epoch
     assert searched.chosen.result.passes == searched.passes
 
 
 def test_another_seed_tries_other_settings(digits, searched):
     other = tune(problem(digits, seed=1))
-    rates = [[trial.settings["learning_rate"] for trial in found.trials[2:]] for found in (searched, other)]
+    rates = [[trial.settings["learning_rate"] for trial in found.trials[4:]] for found in (searched, other)]
     assert rates[0] != rates[1]
 
 
@@ -135,17 +135,17 @@ def test_a_rate_that_breaks_the_net_fails_its_trial_alone(digits):
 
 
 def test_a_budget_too_small_is_refused(digits):
-    with pytest.raises(UsageError, match="is too small: it is 700 passes, and the first trial needs"):
-        tune(problem(digits, budget="700"))
+    with pytest.raises(UsageError, match="is too small: it is 300 passes, and the first trial needs"):
+        tune(problem(digits, budget="300"))
 
 
 @pytest.mark.parametrize("method", ["salun_soft", "influence", "boundary_expanding"])
 def test_methods_whose_last_model_alone_is_an_answer(digits, method):
     overrides = {"influence_samples": 20} if method == "influence" else {}
     settings = {"epochs": 1} if method == "influence" else {}
-    tuned = tune(problem(digits, method, budget="6e", **settings, **overrides))
+    tuned = tune(problem(digits, method, budget="5e", **settings, **overrides))
     model, forget, retain, *_ = digits
     chosen = tuned.chosen.result
     plain = unlearn(model, method, forget=forget, retain=retain, config=chosen.config)
     assert model_digest(plain.model) == model_digest(chosen.model)
-    assert tuned.passes <= 6 * (len(forget) + len(retain))
+    assert tuned.passes <= 5 * (len(forget) + len(retain))

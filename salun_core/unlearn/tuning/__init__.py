@@ -1,0 +1,19 @@
+"""A search for a method's settings under a budget, against held-out data, without a retrained model."""
+
+from salun_core.unlearn.tuning.budget import DEFAULT_BUDGET, Budget, parse_budget
+from salun_core.unlearn.tuning.objective import Judgement, Sets
+from salun_core.unlearn.tuning.record import TrialRecord, TuningLog
+from salun_core.unlearn.tuning.search import Problem, Tuned, tune
+
+__all__ = [
+    "DEFAULT_BUDGET",
+    "Budget",
+    "Judgement",
+    "Problem",
+    "Sets",
+    "TrialRecord",
+    "Tuned",
+    "TuningLog",
+    "parse_budget",
+    "tune",
+]

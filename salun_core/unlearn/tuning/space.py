@@ -1,0 +1,118 @@
+"""What a search may vary, by method; what the user has set stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from salun_core.errors import UsageError
+from salun_core.unlearn import METHODS, UnlearnConfig, get_method, method_config
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+_FIRST = ((1.0, 0.1), (1.0, 0.5), (1 / 3, 0.5), (3.0, 0.05))  # (factor of the default rate, density)
+_REACH = 10.0
+
+_OWN: dict[str, dict[str, tuple[float, float, bool]]] = {
+    "salun_soft": {"soft_density": (0.02, 1.0, True)},
+    "l1_sparse": {"l1_strength": (1e-6, 1e-3, True)},
+    "neggrad_plus": {"retain_weight": (0.8, 0.999, False)},
+    "sfr_on": {"forget_strength": (2.5, 250.0, True)},
+    "influence": {"influence_strength": (1.5, 150.0, True)},
+}
+
+GROWING = frozenset({"salun", "random_label", "finetune", "gradient_ascent", "boundary_shrink", "neggrad_plus"})
+"""Methods whose run of n epochs is, at a constant rate, the beginning of a longer one: one trial tries all n."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One point of the space.
+
+    Args:
+        settings: overrides of the method's configuration.
+        density: share of salient weights, for a method with a mask.
+        epochs: the most to run.
+    """
+
+    settings: dict[str, float]
+    density: float | None
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may vary.
+
+    Args:
+        method: its name.
+        fixed: what the user has set, seed and device included.
+        ranges: (lowest, highest, logarithmic) by setting.
+        masked: whether the density varies.
+        epochs: the most to run.
+        growing: whether each epoch of a trial is an answer of its own.
+    """
+
+    method: str
+    fixed: Mapping[str, Any]
+    ranges: Mapping[str, tuple[float, float, bool]]
+    masked: bool
+    epochs: int
+    growing: bool
+
+    @classmethod
+    def of(cls, method: str, overrides: Mapping[str, Any]) -> Space:
+        """Return a method's space.
+
+        Args:
+            method: a name of `METHODS`.
+            overrides: what the user has set; `epochs` there is the most to run.
+
+        Raises:
+            UsageError: a wrong method or configuration; or nothing is left to search for.
+        """
+        config, row = method_config(method, overrides), get_method(method)
+        if row.fresh_start:
+            raise UsageError(f"{method} is not tuned", "it trains anew by its recipe", "leave the tuning out")
+        rate = config.learning_rate
+        ranges = {} if row.edit else {"learning_rate": (rate / _REACH, rate * _REACH, True)}
+        ranges = {name: item for name, item in (ranges | _OWN.get(method, {})).items() if name not in overrides}
+        growing = method in GROWING and config.schedule == "constant"
+        if not ranges and not row.needs_mask and config.epochs == 1:
+            raise UsageError("there is nothing to search for", "all settings are fixed", "leave one of them out")
+        return cls(method, dict(overrides), ranges, row.needs_mask, 1 if row.edit else config.epochs, growing)
+
+    def draw(self, trial: Trial) -> Choice:
+        """Let the optimiser choose a point."""
+        settings = {
+            name: float(f"{trial.suggest_float(name, low, high, log=log):.3g}")
+            for name, (low, high, log) in self.ranges.items()
+        }
+        density = DENSITIES[trial.suggest_int("density", 0, len(DENSITIES) - 1)] if self.masked else None
+        epochs = self.epochs
+        if not self.growing and epochs > 1:
+            epochs = trial.suggest_int("epochs", 1, epochs)
+        return Choice(settings, density, epochs)
+
+    def starts(self) -> list[dict[str, float]]:
+        """Return the points to try first: the method's defaults, and a third and three times of its rate."""
+        config = method_config(self.method, self.fixed)
+        point: dict[str, float] = {name: getattr(config, name) for name in self.ranges}
+        if not self.growing and self.epochs > 1:
+            point["epochs"] = self.epochs
+        found = []
+        for factor, density in _FIRST:
+            scaled = {"learning_rate": point["learning_rate"] * factor} if "learning_rate" in point else {}
+            masked = {"density": DENSITIES.index(density)} if self.masked else {}
+            found.append({**point, **scaled, **masked})
+        return [start for number, start in enumerate(found) if start not in found[:number]]
+
+    def config(self, choice: Choice) -> UnlearnConfig:
+        """Return the configuration of a point."""
+        return method_config(self.method, {**self.fixed, **choice.settings, "epochs": choice.epochs})
+
+
+assert set(METHODS) >= GROWING | set(_OWN)

@@ -1,0 +1,104 @@
+"""The evaluation step with the measurements that are off by default, and a policy that requires one."""
+
+import json
+
+import pytest
+import torch
+
+from salun_core.data import DataSpec
+from salun_core.errors import UsageError
+from salun_core.gate import Policy, decide
+from salun_core.steps.evaluation import evaluate
+from salun_core.steps.training import train_model
+from salun_core.steps.unlearning import run_unlearning
+from salun_core.unlearn import UnlearnConfig
+
+ALL = "lira=4,relearn=3,probe,decile,kl,tow,seeds=2"
+NEW = {
+    *("lira_auc", "lira_offline_auc", "lira_tpr", "relearn", "probe_auc", "worst_decile", "worst_class_drop"),
+    *("KL_forget", "KL_test", "ToW", "UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small base model, single digits to forget, an unlearned and a retrained model."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("further")
+    config = UnlearnConfig(epochs=3, learning_rate=0.1, batch_norm="update", batch_size=16, device="cpu")
+    result = train_model(DataSpec(source="digits", train_limit=150, test_limit=100), "resnet8", config, folder / "base")
+    assert result is not None
+    from salun_core.models import load_model
+
+    ids = load_model(folder / "base").split.ids("train")[:20]
+    (folder / "forget.json").write_text(json.dumps({"kind": "samples", "ids": ids}))
+    for name, method, overrides in (
+        ("after", "random_label", {"epochs": 1, "batch_size": 16}),
+        ("retrained", "retrain", {"epochs": 3, "batch_size": 16, "schedule": "constant"}),
+    ):
+        given = {"method": method, "overrides": {**overrides, "device": "cpu"}, "seed": 4}
+        run_unlearning(folder / "base", None, str(folder / "forget.json"), folder / name, **given)
+    return folder
+
+
+def measured(folder, tmp_path, **extra):
+    paths = folder / "base", folder / "after", str(folder / "forget.json")
+    return evaluate(*paths, tmp_path / "evidence.json", tmp_path / "report.html", device="cpu", **extra)
+
+
+@pytest.fixture(scope="module")
+def everything(small, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return measured(small, out, also=ALL, reference=small / "retrained"), (out / "report.html").read_text("utf-8")
+
+
+def test_all_of_them_are_in_the_evidence_with_n(everything):
+    evidence, _ = everything
+    assert set(evidence.metrics) >= NEW
+    assert {name for name in NEW if not evidence.metrics[name].n} == set()
+    assert {name for name in NEW if evidence.metrics[name].after is None} == set()
+    assert evidence.further.shadow_models == 4
+    assert evidence.further.unseen == evidence.metrics["lira_auc"].n == 20
+    assert evidence.further.seeds == [4, 5]
+    assert set(evidence.further.relearning) == {"before", "after", "reference"}
+
+
+def test_the_first_of_the_seeds_is_the_model_itself_and_the_next_another(everything):
+    evidence, _ = everything
+    metric = evidence.metrics["TA_seeds"]
+    other = 2 * metric.after - evidence.metrics["TA"].after
+    assert 0 <= other <= 1
+    assert evidence.metrics["attack_auc_seeds"].low < evidence.metrics["attack_auc_seeds"].high
+    assert metric.low <= min(evidence.metrics["TA"].after, other) <= max(metric.low, other) <= metric.high
+
+
+def test_the_report_says_what_each_cannot_show(everything):
+    _, page = everything
+    for words in ("4 shadow models", "3 steps at one learning rate", "nonlinear one may succeed", "2 seeds repeat"):
+        assert words in page
+    for title in ("Per-sample attack (LiRA)", "Tug of war (ToW)", "Most familiar tenth", "Linear probe"):
+        assert title in page
+
+
+def test_off_by_default(small, tmp_path):
+    evidence = measured(small, tmp_path)
+    assert not NEW & set(evidence.metrics)
+    assert evidence.further is None
+    assert "shadow models" not in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_a_policy_can_require_one(small, tmp_path, everything):
+    rule = {"metric": "lira_auc", "op": "<=", "value": 1.0, "reason": "no sample may be found out"}
+    policy = Policy.model_validate({"name": "attacked", "rules": [rule]})
+    assert decide(everything[0], policy).passed
+    refused = decide(measured(small, tmp_path), policy)
+    assert not refused.passed
+    assert "the evidence has no metric lira_auc" in refused.summary
+
+
+def test_distances_need_a_reference_and_names_must_exist(small, tmp_path):
+    with pytest.raises(UsageError, match="kl cannot be measured"):
+        measured(small, tmp_path, also="kl")
+    with pytest.raises(UsageError, match="did you mean 'probe'"):
+        measured(small, tmp_path, also="prob")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,68 @@
+"""When a trial ends early, and what it answers then."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from salun_core.evaluation.evidence import EpochRecord
+from salun_core.unlearn.tuning.trial import Measured, Stopped, Watcher
+
+
+@dataclass
+class Told:
+    """A yardstick that reads the value off the weights."""
+
+    def fits(self, state):
+        return "w" in state
+
+    def measure(self, epoch, state):
+        value = float(state["w"])
+        return Measured(epoch, state, {}, value, [], value)
+
+
+def epochs_of(values, last, go_on=lambda found: True):
+    """Let a watcher see one value an epoch; return it with the epochs that it let pass."""
+    watcher = Watcher(Told(), go_on, last)
+    for epoch, value in enumerate(values, 1):
+        watcher.save(save({"model/w": torch.tensor(value), "optimizer/0/momentum": torch.zeros(1)}))
+        try:
+            watcher.look(EpochRecord(epoch=epoch, learning_rate=0.1, losses={}, seconds=0.0))
+        except Stopped:
+            return watcher, epoch
+    return watcher, None
+
+
+@pytest.mark.parametrize(
+    ("values", "stopped"),
+    [
+        ([5.0, 4.0, 3.0, 2.0, 1.0], None),
+        ([1.0, 2.0, 3.0, 0.0, 0.0], 3),
+        ([3.0, 1.0, 2.0, 0.5, 0.7], None),
+        ([3.0, 1.0, 1.0, 1.0, 0.0], 4),
+        ([1.0, 1.0, 1.0], 3),
+    ],
+)
+def test_two_epochs_without_a_better_one_end_it(values, stopped):
+    watcher, ended = epochs_of(values, 9)
+    assert ended == stopped
+    assert len(watcher.seen) == len(watcher.history) == (stopped or len(values))
+    assert set(watcher.state) == {"w"}
+
+
+def test_the_last_epoch_is_no_early_end():
+    watcher, ended = epochs_of([1.0, 2.0, 3.0], 3)
+    assert ended is None
+    assert [item.epoch for item in watcher.seen] == [1, 2, 3]
+
+
+def test_the_search_may_end_it_at_any_other_epoch():
+    assert epochs_of([3.0, 2.0, 1.0], 3, lambda found: found.epoch < 2)[1] == 2
+
+
+def test_a_state_of_another_architecture_is_not_measured():
+    watcher = Watcher(Told(), lambda found: False, 3)
+    watcher.save(save({"model/v": torch.tensor(1.0)}))
+    watcher.look(EpochRecord(epoch=1, learning_rate=0.1, losses={}, seconds=0.0))
+    assert watcher.seen == []
