@@ -33,7 +33,6 @@ from salun_core.evaluation.nudity import NudityDetector, count_parts
 from salun_core.evaluation.outputs import Outputs
 from salun_core.saliency import SaliencyMask
 
-_REAL_BATCH = 256
 _MEASURED = {"UA", "RA", "neighbours", "FID", "KID", "CLIP", "nudity"}
 
 Sample = Callable[[Sequence[int], Sequence[int]], Iterator[Tensor]]
@@ -236,7 +235,7 @@ def _distances(seen: Mapping[str, _Seen], judges: Judges) -> dict[str, Metric]:
     n = len(seen["after"].features)
     if judges.extractor is None or judges.real is None or n == 0:
         return {}
-    real = features_of(judges.extractor, torch.split(judges.real, _REAL_BATCH))
+    real = features_of(judges.extractor, torch.split(judges.real, 256))
     metrics = {}
     for name, distance in (("FID", frechet_of), ("KID", kernel_of)):
         values = {state: distance(real, item.features) for state, item in seen.items()}

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from salun_core.diffusion.families import family_of
-from salun_core.errors import UsageError
+from salun_core.digest import sha256_file
+from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation.evidence import Evidence, RunFacts
-from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion
+from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion, model_files
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.generation.evaluation import Candidate, judges_of, measure, retrained
 from salun_core.steps.generation.inputs import GenerationInputs
@@ -49,6 +50,7 @@ def evaluate_images(
         raise UsageError(
             "the model after is a classifier", "the one before is a diffusion model", "compare like with like"
         )
+    require_same_parts(inputs.original, candidate)
     named = inputs.card.evaluation.judge
     with ExitStack() as stack:
         judge = stack.enter_context(model_folder(named, store_uri)) if named else None
@@ -61,3 +63,25 @@ def evaluate_images(
             seconds = {**facts.seconds, "reference": time.perf_counter() - started}
             facts = facts.model_copy(update={"seconds": seconds})
         return measure(inputs, Candidate(candidate, facts, mask), judges, device, reference)
+
+
+def require_same_parts(original: LoadedDiffusion, candidate: LoadedDiffusion) -> None:
+    """Check that nothing but the denoiser changed: no other component is unlearned, or compared bit by bit.
+
+    Raises:
+        ModelError: a file of another component differs, is missing or was added.
+    """
+    before, after = (_other_files(model) for model in (original, candidate))
+    differing = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    if differing:
+        raise ModelError(
+            "the two models differ in more than the denoiser",
+            ", ".join(differing[:5]),
+            "compare a model with its own child",
+        )
+
+
+def _other_files(model: LoadedDiffusion) -> dict[str, str]:
+    folder, own = model.components.folder, f"{model.components.denoiser_name}/"
+    names = [name for name in model_files(folder) if not name.startswith(own)]
+    return {name: sha256_file(folder / name) for name in names}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from salun_core.data.forget import ClassTarget, ConceptTarget
-from salun_core.errors import DataError, GateRefusedError, UsageError
+from salun_core.errors import DataError, GateRefusedError, ModelError, UsageError
 from salun_core.models.diffusers_folder import load_diffusion
 from salun_core.models.generation_card import GenerationCard
 from salun_core.requests.deadlines import utc_clock
@@ -101,6 +101,15 @@ def test_the_mask_and_the_training_see_the_same_generated_images(sd, tmp_path):
     anchor = trained.table.row(CONCEPT["anchor_prompt"])
     assert set(trained.forget.pseudo.tolist()) == {anchor}
     assert anchor in kept
+
+
+def test_a_change_of_another_component_is_refused(sd, tmp_path):
+    forget = target_file(tmp_path, kind="class", class_id=CLASS)
+    _, after = unlearned(sd, forget, tmp_path)
+    settings = after / "scheduler" / "scheduler_config.json"
+    settings.write_text(settings.read_text().replace('"num_train_timesteps": 1000', '"num_train_timesteps": 999'))
+    with pytest.raises(ModelError, match="more than the denoiser"):
+        evaluate(sd, after, forget, tmp_path / "e.json", tmp_path / "r.html", mask=tmp_path / "mask.safetensors")
 
 
 def test_an_attack_is_measured_where_the_card_asks_for_it(sd, tmp_path):
