@@ -193,27 +193,27 @@ Example:
   $ salun ls methods
   model        method               needs_mask   length       learning_rate   about
   ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-  classifier   salun                yes          5 epochs            0.0030   SalUn
-  classifier   random_label         no           5 epochs            0.0030   Random labelling (RL)
-  classifier   retrain              no           182 epochs          0.1000   Retrain
-  classifier   finetune             no           5 epochs            0.0030   Fine-tuning (FT)
-  classifier   gradient_ascent      no           5 epochs            0.0005   Gradient ascent (GA)
-  classifier   influence            no           1 epochs            0.0030   Influence unlearning (IU, WoodFisher)
-  classifier   boundary_expanding   no           5 epochs            0.0001   Boundary expanding (BE)
-  classifier   boundary_shrink      no           5 epochs            0.0001   Boundary shrink (BS)
-  classifier   l1_sparse            no           5 epochs            0.0100   l1-sparse
-  classifier   salun_soft           no           5 epochs            0.0030   SalUn-soft
-  classifier   scrub                no           5 epochs            0.0030   SCRUB
-  classifier   neggrad_plus         no           5 epochs            0.0030   NegGrad+
-  classifier   sfr_on               no           5 epochs            0.0030   SFR-on
-  diffusion    salun                yes          150 steps           0.0002   SalUn for diffusion models
-  diffusion    random_label         no           150 steps           0.0002   Random labelling (RL) of a diffusion model
-  diffusion    finetune             no           150 steps           0.0002   Fine-tuning (FT)
-  diffusion    gradient_ascent      no           50 steps            0.0000   Gradient ascent (GA)
-  diffusion    retrain              no           1600 steps          0.0020   Retrain
-  diffusion    esd                  no           200 steps           0.0000   Erased Stable Diffusion (ESD)
-  diffusion    forget_me_not        no           50 steps            0.0000   Forget-Me-Not (FMN)
-  diffusion    uce                  no           150 steps           0.0002   Unified Concept Editing (UCE)
+  classifier   salun                yes          5 epochs     0.003           SalUn
+  classifier   random_label         no           5 epochs     0.003           Random labelling (RL)
+  classifier   retrain              no           182 epochs   0.1             Retrain
+  classifier   finetune             no           5 epochs     0.003           Fine-tuning (FT)
+  classifier   gradient_ascent      no           5 epochs     0.0005          Gradient ascent (GA)
+  classifier   influence            no           1 epochs     0.003           Influence unlearning (IU, WoodFisher)
+  classifier   boundary_expanding   no           5 epochs     0.0001          Boundary expanding (BE)
+  classifier   boundary_shrink      no           5 epochs     0.0001          Boundary shrink (BS)
+  classifier   l1_sparse            no           5 epochs     0.01            l1-sparse
+  classifier   salun_soft           no           5 epochs     0.003           SalUn-soft
+  classifier   scrub                no           5 epochs     0.003           SCRUB
+  classifier   neggrad_plus         no           5 epochs     0.003           NegGrad+
+  classifier   sfr_on               no           5 epochs     0.003           SFR-on
+  diffusion    salun                yes          150 steps    0.0002          SalUn for diffusion models
+  diffusion    random_label         no           150 steps    0.0002          Random labelling (RL) of a diffusion model
+  diffusion    finetune             no           150 steps    0.0002          Fine-tuning (FT)
+  diffusion    gradient_ascent      no           50 steps     1e-05           Gradient ascent (GA)
+  diffusion    retrain              no           960 steps    0.002           Retrain
+  diffusion    esd                  no           200 steps    1e-05           Erased Stable Diffusion (ESD)
+  diffusion    forget_me_not        no           50 steps     1e-05           Forget-Me-Not (FMN)
+  diffusion    uce                  no           150 steps    0.0002          Unified Concept Editing (UCE)
 """,
     "ls models": """
 Example:

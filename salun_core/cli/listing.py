@@ -25,7 +25,11 @@ def methods() -> None:
         _method(name, method, method.needs_mask, diffusion.generation_config(name), "diffusion")
         for name, method in diffusion.METHODS.items()
     ]
-    emit(rows, lambda: print_table(list(rows[0]), [list(row.values()) for row in rows]))
+    emit(rows, lambda: print_table(list(rows[0]), [_told(row) for row in rows]))
+
+
+def _told(row: dict[str, object]) -> list[object]:
+    return [f"{value:g}" if isinstance(value, float) else value for value in row.values()]
 
 
 def _method(name: str, method: object, needs_mask: bool, config: LoopConfig, kind: str) -> dict[str, object]:
