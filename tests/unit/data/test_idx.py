@@ -33,7 +33,7 @@ def write_all(folder, train=40, test=20, packed=True, seed=0):
         pixels = rng.integers(0, 256, shape) if "images" in name else np.arange(count) % 10
         arrays[name] = pixels.astype(np.uint8)
         data = encode(arrays[name])
-        (folder / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(data) if packed else data)
+        (folder / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(data, mtime=0) if packed else data)
     return arrays
 
 
@@ -53,13 +53,13 @@ def test_both_parts_are_read_with_the_split_they_bring(tmp_path, packed):
 
 
 def test_a_file_of_known_bytes(tmp_path):
-    for name, data in (("a", THREE), ("a.gz", gzip.compress(THREE))):
+    for name, data in (("a", THREE), ("a.gz", gzip.compress(THREE, mtime=0))):
         (tmp_path / name).write_bytes(data)
     assert idx.read_idx(tmp_path / "a", axes=3).tolist() == [[[0, 1, 2]], [[3, 4, 5]]]
     assert idx.read_idx(tmp_path / "a.gz", axes=3).tolist() == [[[0, 1, 2]], [[3, 4, 5]]]
 
 
-PACKED = gzip.compress(THREE)
+PACKED = gzip.compress(THREE, mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, name, data, why):
 
 
 def test_a_file_that_unpacks_to_far_more_than_it_promises_is_not_unpacked(tmp_path):
-    (tmp_path / "bomb.gz").write_bytes(gzip.compress(THREE + bytes(200 * 2**20), 1))
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(THREE + bytes(200 * 2**20), 1, mtime=0))
     tracemalloc.start()
     with pytest.raises(DataError, match="it holds more"):
         idx.read_idx(tmp_path / "bomb.gz", axes=3)
