@@ -38,6 +38,7 @@ METHOD = GenerationMethod(
     fresh_start=True,
     defaults={
         "steps": 960,
+        "null_share": 0.0,  # the loss drops conditions itself
         "epochs": 8,
         "batch_size": 64,
         "optimizer": "adamw",

@@ -64,18 +64,18 @@ class DiffusionStretch:
         mine = torch.arange(size).chunk(world.size)[world.rank]
         for _ in range(self.count):
             batches = [
-                self._noised(examples, next(order), mine, generator) if needed else _EMPTY
+                self._noised(examples, next(order), generator) if needed else _EMPTY
                 for examples, order, needed in (
                     (task.forget, forget, method.needs_forget),
                     (task.retain, retain, method.needs_retain),
                 )
             ]
-            kept = self._told_less(batches[1], generator)
-            yield Step(partial(self._loss, setting, batches[0], kept), len(mine), 1 / world.size)
+            shares = batches[0], self._told_less(batches[1], generator)
+            ours, kept = (batch.select(mine.to(self.device)) if len(batch) else batch for batch in shares)
+            yield Step(partial(self._loss, setting, ours, kept), len(mine), 1 / world.size)
 
-    def _noised(self, examples: Examples, index: Tensor, mine: Tensor, generator: torch.Generator) -> Noised:
-        batch = noised(examples.select(index), self.setting.denoiser.process, generator)
-        return batch if len(mine) == len(batch) else batch.select(mine.to(batch.times.device))
+    def _noised(self, examples: Examples, index: Tensor, generator: torch.Generator) -> Noised:
+        return noised(examples.select(index), self.setting.denoiser.process, generator)
 
     def _told_less(self, batch: Noised, generator: torch.Generator) -> Noised:
         """Give a share of the retain examples the null condition, as a training with guidance in mind does."""

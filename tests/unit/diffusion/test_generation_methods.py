@@ -167,7 +167,7 @@ def test_a_full_mask_is_random_labelling():
 @pytest.mark.parametrize(("method", "sign"), [("gradient_ascent", -1), ("finetune", 1)])
 def test_ascent_climbs_and_fine_tuning_descends_by_plain_gradients(method, sign):
     denoiser, task = lab("class")
-    rate = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.01, "gradient_clip": None}
+    rate = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.01, "gradient_clip": None, "null_share": 0.0}
     result = run(method, denoiser, task, config={**rate, "steps": 1, "epochs": 1, "batch_size": 16})
     forget, twin = method == "gradient_ascent", copy.deepcopy(denoiser.network)
     generator = torch.Generator().manual_seed(0)  # of epoch 0 under seed 0

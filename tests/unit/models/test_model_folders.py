@@ -113,7 +113,7 @@ def test_saving_replaces_a_model_and_nothing_else(folder, lab, card, tmp_path):
 def test_a_save_that_fails_leaves_the_old_model_and_no_rest(folder, tmp_path, lab):
     before = {item.name: item.read_bytes() for item in folder.iterdir()}
     with pytest.raises(StoreError, match="cannot write"):
-        write_folder(folder, {CARD: b"{}", "no/such/folder": b"x"})
+        write_folder(folder, {CARD: b"{}", "a" * 300: b"x"})
     assert {item.name: item.read_bytes() for item in folder.iterdir()} == before
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="cannot write"):
