@@ -20,6 +20,8 @@ from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import summarise
 from salun_core.steps.demo_line import ACTOR, Filed, Say, collect, free_line, head, look, sweep
 from salun_core.steps.generation_training import (
+    JUDGED,
+    JUDGED_PIXELS,
     MadeDiffusion,
     ddpm_recipe,
     register_diffusion,
@@ -42,9 +44,9 @@ _SIZES: dict[Kind, dict[str, Any]] = {
     "stable-diffusion": {"size": 32, "channels": 3, "train_limit": 20_000, "test_limit": 2000},
     "ddpm": {"size": 16, "channels": 1, "train_limit": 20_000, "test_limit": 2000},
 }
-_JUDGED: dict[Kind, dict[str, Any]] = {
-    "stable-diffusion": {"guidance_scale": 5.0, "images_per_class": 60},
-    "ddpm": {"guidance_scale": 1.5, "images_per_class": 60},
+_JUDGED: dict[Kind, GenerationEvaluation] = {
+    "stable-diffusion": JUDGED.model_copy(update={"guidance_scale": 5.0, "images_per_class": 60}),
+    "ddpm": JUDGED_PIXELS.model_copy(update={"images_per_class": 60}),
 }
 
 
@@ -109,7 +111,7 @@ def run_diffusion_demo(
     judge, seconds = _judge(store, spec, work, say, progress)
     line = free_line(store, kind)
     started = time.perf_counter()
-    made = _train(kind, spec, work / "model", GenerationEvaluation(judge=judge, **_JUDGED[kind]), progress)
+    made = _train(kind, spec, work / "model", _JUDGED[kind].model_copy(update={"judge": judge}), progress)
     seconds["train"] = time.perf_counter() - started
     say(f"trained {kind} with {made.parameters:,} parameters in {seconds['train']:.0f} s")
     parent = register_diffusion(store, line, work / "model", "train", len(split.train))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from salun_core.data import ForgetSet
-from salun_core.data.split import SplitManifest
 from salun_core.diffusion import GenerationResult, get_generation_method, unlearn_generation
 from salun_core.diffusion.config import GenerationConfig
 from salun_core.evaluation.evidence import RunFacts
@@ -13,6 +11,7 @@ from salun_core.models.diffusers_folder import save_diffusion
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.generation.examples import build_task
 from salun_core.steps.generation.inputs import GenerationInputs
+from salun_core.steps.opening import kept_split
 from salun_core.steps.run_facts import RUN, environment, facts_json
 from salun_core.unlearn import pick_device
 from salun_core.unlearn.checkpoint import CheckpointStore
@@ -68,7 +67,7 @@ def write_generation(
     processes: int,
 ) -> None:
     """Write the folder of the new model with the facts of its run; it appears whole or not at all."""
-    split = kept_split(inputs.split, inputs.forget_set)
+    split = kept_split(inputs)
     card = inputs.card.model_copy(
         update={
             "split_digest": split.digest,
@@ -93,8 +92,3 @@ def write_generation(
     )
     network = result.denoiser.network.cpu()
     save_diffusion(out, inputs.original, network, card, split, {RUN: facts_json(facts)})
-
-
-def kept_split(split: SplitManifest, forget_set: ForgetSet) -> SplitManifest:
-    """Return the split of the model after: without the samples that were forgotten."""
-    return split.without(forget_set.samples)
