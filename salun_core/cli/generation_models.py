@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from salun_core.data import DataSpec
     from salun_core.models.generation_card import GenerationEvaluation
     from salun_core.steps.generation_training import MadeDiffusion
+    from salun_core.unlearn.loop import OnEpoch
 
 CLASSIFIER = "classifier"
 
@@ -59,13 +61,11 @@ def train_ddpm(
 
     recipe = ddpm_recipe({"seed": seed, **read_settings(settings)})
     spec, judged = _spec(data), _evaluation(judge, evaluation, JUDGED_PIXELS)
-    if dry_run:
-        _plan("train ddpm", spec, out, line, store)
-        return
-    _check_line(line, store)
-    with epochs("train ddpm", recipe.epochs) as on_epoch:
-        made = train_ddpm(spec, recipe, out, judged, checkpoints, on_epoch)
-    _finish(made, out, line, store, "train")
+
+    def made(on_epoch: OnEpoch) -> MadeDiffusion:
+        return train_ddpm(spec, recipe, out, judged, checkpoints, on_epoch)
+
+    _train("train ddpm", made, recipe.epochs, spec, out, line, store, dry_run)
 
 
 def train_stable_diffusion(
@@ -85,13 +85,31 @@ def train_stable_diffusion(
 
     recipe = stable_diffusion_recipe({"seed": seed, **read_settings(settings)})
     spec, judged = _spec(data), _evaluation(judge, evaluation, JUDGED)
+
+    def made(on_epoch: OnEpoch) -> MadeDiffusion:
+        return train_stable_diffusion(spec, recipe, out, judged, checkpoints, on_epoch)
+
+    _train("train stable-diffusion", made, recipe.epochs, spec, out, line, store, dry_run)
+
+
+def _train(
+    verb: str,
+    made: Callable[[OnEpoch], MadeDiffusion],
+    length: int,
+    spec: DataSpec,
+    out: Path,
+    line: str | None,
+    store: str | None,
+    dry_run: bool,
+) -> None:
+    """Plan a training, or run it and publish what it made where a line is named."""
     if dry_run:
-        _plan("train stable-diffusion", spec, out, line, store)
+        _plan(verb, spec, out, line, store)
         return
     _check_line(line, store)
-    with epochs("train stable-diffusion", recipe.epochs) as on_epoch:
-        made = train_stable_diffusion(spec, recipe, out, judged, checkpoints, on_epoch)
-    _finish(made, out, line, store, "train")
+    with epochs(verb, length) as on_epoch:
+        trained = made(on_epoch)
+    _finish(trained, out, line, store, "train")
 
 
 def import_diffusion(
