@@ -122,8 +122,8 @@ def require_partial(forget: ForgetSet, split: SplitManifest) -> None:
     if not forget.ids:
         raise DataError(
             "forget set is empty",
-            "nothing that was named is in the training split",
-            "there is nothing to erase; check the names",
+            f"{_named(forget)} in the training split",
+            "there is nothing to erase; check the names, and whether it was forgotten before",
         )
     if forget.samples and len(forget.samples) >= len(split.train):
         raise DataError(
@@ -131,6 +131,12 @@ def require_partial(forget: ForgetSet, split: SplitManifest) -> None:
             f"all {len(split.train)} samples",
             "nothing would be left to keep; delete the model",
         )
+
+
+def _named(forget: ForgetSet) -> str:
+    if not forget.classes:
+        return "nothing that was named is"
+    return f"class {', '.join(map(str, forget.classes))} has no images"
 
 
 def _class_again(target: Target) -> Target:
@@ -232,10 +238,17 @@ def _class_id(target: ClassTarget, table: Table) -> int:
     names = list(table.classes)
     if isinstance(target.class_id, str):
         if target.class_id not in names:
-            raise unknown_name("class", target.class_id, names)
+            raise _unknown_class(target.class_id, names)
         return names.index(target.class_id)
     if not 0 <= target.class_id < len(names):
         raise UsageError(
             f"there is no class {target.class_id}", f"the data have {len(names)}", f"give 0 to {len(names) - 1}"
         )
     return target.class_id
+
+
+def _unknown_class(name: str, names: Sequence[str]) -> UsageError:
+    alike = next((known for known in names if known.casefold() == name.casefold()), None)
+    if alike is None:
+        return unknown_name("class", name, names)
+    return UsageError(f"unknown class {name!r}", "upper and lower case count", f"did you mean {alike!r}?")

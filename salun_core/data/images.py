@@ -33,12 +33,13 @@ class Normalisation:
 
     def apply(self, images: Tensor) -> Tensor:
         """Turn uint8 images [N, C, H, W] into normalised float32 in channels-last layout."""
-        shape = (1, -1, 1, 1)
-        scale = 1.0 / (255.0 * torch.tensor(self.std, device=images.device)).view(shape)
-        shift = (-torch.tensor(self.mean, device=images.device) / torch.tensor(self.std, device=images.device)).view(
-            shape
-        )
-        return images.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
+        scale = 1.0 / (255.0 * torch.tensor(self.std, device=images.device))
+        shift = -torch.tensor(self.mean, device=images.device) / torch.tensor(self.std, device=images.device)
+        values = images.to(torch.float32, memory_format=torch.channels_last)
+        count, channels, height, width = values.shape
+        rows = values.permute(0, 2, 3, 1).view(count, height, width * channels)
+        rows.mul_(scale.repeat(width)).add_(shift.repeat(width))  # whole rows: steps of 3 channels are no work for SIMD
+        return values
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class ImageSet:
         """
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for index in torch.split(order.to(self.labels.device), size):
-            images = self.images[index]
+            images = _taken(self.images, index)
             if augment and generator is not None and self.augment != "none":
                 images = random_crop(images, generator)
                 images = random_flip(images, generator) if self.augment == "crop-flip" else images
@@ -154,16 +155,29 @@ def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     Returns:
         The same shape.
     """
-    count, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (_PADDING,) * 4)
+    count, channels, height, width = images.shape
+    padded = torch.nn.functional.pad(images.permute(0, 2, 3, 1), (0, 0) + (_PADDING,) * 4).contiguous()
+    line = (width + 2 * _PADDING) * channels
     offset = torch.randint(0, 2 * _PADDING + 1, (2, count), generator=generator).to(images.device)
-    rows = offset[0, :, None] + torch.arange(height, device=images.device)
-    columns = offset[1, :, None] + torch.arange(width, device=images.device)
-    index = torch.arange(count, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    top = torch.arange(count, device=images.device) * (height + 2 * _PADDING) + offset[0]
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    starts = rows * line + offset[1, :, None] * channels
+    # Every place of the padded batch starts a row: overlapping views cost nothing, and rows are copied as a whole.
+    every = padded.as_strided((padded.numel() - width * channels + 1, width * channels), (1, 1))
+    cropped = every.index_select(0, starts.flatten())
+    return cropped.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each image [N, C, H, W] left to right with probability 1/2."""
-    flip = torch.rand(len(images), generator=generator).lt(0.5).to(images.device)
-    return torch.where(flip[:, None, None, None], images.flip(3), images)
+    flip = torch.rand(len(images), generator=generator).lt(0.5)
+    source = torch.arange(len(images)).where(~flip, len(images) - 1 + flip.cumsum(0)).to(images.device)
+    mirrored = _taken(images, flip.nonzero().flatten().to(images.device)).flip(3)
+    return _taken(torch.cat([images, mirrored]), source)
+
+
+def _taken(images: Tensor, index: Tensor) -> Tensor:
+    """Return images by index [K]; those in channels-last layout keep it, and are copied image by image."""
+    if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
+        return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return images.index_select(0, index)

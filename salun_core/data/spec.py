@@ -78,6 +78,8 @@ def load_spec(text: str) -> DataSpec:
 
 def _of_folder(path: Path) -> DataSpec:
     """A folder with `train` and `test` (or `val`) inside has its own split."""
+    if (path / "val" / "val_annotations.txt").is_file():  # Tiny-ImageNet, read as a whole; some of its images are grey
+        return DataSpec(source=str(path.resolve()), channels=3)
     if path.is_dir():
         for suffix in ("", ".parquet"):
             for test in ("test", "val"):

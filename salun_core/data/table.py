@@ -57,8 +57,14 @@ class Table:
         """Return this table as the training part with another as the test part.
 
         Raises:
-            DataError: their classes differ.
+            DataError: their classes differ, or one has a test part already.
         """
+        if "test" in (*self.parts, *test.parts):
+            raise DataError(
+                "the data have two test sets",
+                "`source` or `test_source` brings one of its own",
+                "name only one part each",
+            )
         if list(self.classes) != list(test.classes):
             raise DataError(
                 "training and test data have different classes",
@@ -72,6 +78,30 @@ class Table:
             classes=self.classes,
             subjects=[*self.subjects, *test.subjects],
             parts=["train"] * len(self) + ["test"] * len(test),
+        )
+
+
+def check_labels(labels: Sequence[int], num_classes: int, name: str, shown: Sequence[object] = ()) -> None:
+    """Check that every label is the id of a class.
+
+    Args:
+        labels: class ids.
+        num_classes: they must be below it, and not below 0.
+        name: of the source, for the message.
+        shown: the labels as the source has them, where they were others.
+
+    Raises:
+        DataError: one is not; the message names the first.
+    """
+    bad = [index for index, label in enumerate(labels) if not 0 <= label < num_classes]
+    if bad:
+        first = (shown or labels)[bad[0]]
+        raise DataError(
+            f"{name} has labels outside its {num_classes} classes",
+            f"{len(bad)} rows, the first is row {bad[0]} with label {first!r}",
+            "give a part of the data that has labels"
+            if first == -1
+            else "correct them, or list all classes in the spec",
         )
 
 

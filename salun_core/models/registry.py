@@ -1,4 +1,4 @@
-"""Classifiers by name: our own residual networks, torchvision's models, any timm model."""
+"""Classifiers by name: those of the classification study, torchvision's models, any timm model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from torch import nn
 
 from salun_core.errors import ModelError, unknown_name
 from salun_core.models.resnet import DEPTHS, cifar_resnet, resnet18
+from salun_core.models.transformers import swin_t, vit_tiny
+from salun_core.models.vgg import vgg16_bn
 
-Builder = Callable[[int, int], nn.Module]
+Builder = Callable[[int, int, int | None], nn.Module]
+"""(classes, channels, side of the images in pixels if known) -> fresh weights."""
 
 CLASSIFIERS: dict[str, Builder] = {
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in DEPTHS},
     "resnet18": resnet18,
+    "vgg16_bn": vgg16_bn,
+    "swin_t": swin_t,
+    "vit_tiny": vit_tiny,
 }
 
 
@@ -43,7 +49,7 @@ def build_classifier(architecture: str, num_classes: int, channels: int = 3, siz
         )
     library, _, name = architecture.rpartition(":")
     if library in ("", "salun") and name in CLASSIFIERS:
-        return CLASSIFIERS[name](num_classes, channels)
+        return CLASSIFIERS[name](num_classes, channels, size)
     if library == "torchvision":
         return _torchvision(name, num_classes, channels)
     if library in ("", "timm"):

@@ -66,11 +66,11 @@ def _initialise(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-def cifar_resnet(depth: int, num_classes: int, channels: int) -> ResNet:
-    """Build ResNet-`depth` of the CIFAR kind: 6n + 2 layers, widths 16, 32, 64."""
+def cifar_resnet(depth: int, num_classes: int, channels: int, size: int | None = None) -> ResNet:
+    """Build ResNet-`depth` of the CIFAR kind: 6n + 2 layers, widths 16, 32, 64; it takes any size."""
     return ResNet((16, 32, 64), (depth - 2) // 6, num_classes, channels)
 
 
-def resnet18(num_classes: int, channels: int) -> ResNet:
-    """Build ResNet-18 with a CIFAR stem, as in the paper: 11.2 M parameters, widths 64 to 512."""
+def resnet18(num_classes: int, channels: int, size: int | None = None) -> ResNet:
+    """Build ResNet-18 with a CIFAR stem, as in the paper: 11.2 M parameters, widths 64 to 512; it takes any size."""
     return ResNet((64, 128, 256, 512), 2, num_classes, channels)

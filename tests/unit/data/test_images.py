@@ -45,6 +45,45 @@ def test_crop_takes_one_window_of_the_padded_image_for_each():
         assert np.array_equal(cropped[index].numpy(), padded[:, top : top + 7, left : left + 9])
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 5, 9), (4, 1, 3), (1, 1, 1)])
+def test_batches_have_the_bits_of_images_cropped_flipped_and_scaled_one_by_one(layout, dtype, shape):
+    """In any layout; the reference slices, and scales each channel by itself."""
+    count, (channels, height, width) = 60, shape
+    mean, std = (0.5, 0.4, 0.3, 0.2)[:channels], (0.2, 0.21, 0.22, 0.7)[:channels]
+    stored = pixels(count, *shape).to(dtype).contiguous(memory_format=layout)
+    images = ImageSet(stored, torch.arange(count), Normalisation(mean, std), "crop-flip")
+    found = list(images.batches(32, torch.Generator().manual_seed(5), augment=True))
+    generator = torch.Generator().manual_seed(5)
+    order = torch.randperm(count, generator=generator)
+    assert [len(labels) for _, labels in found] == [32, 28]
+    for (batch, labels), index in zip(found, torch.split(order, 32), strict=True):
+        offsets = torch.randint(0, 9, (2, len(index)), generator=generator)
+        turned = torch.rand(len(index), generator=generator) < 0.5
+        assert labels.tolist() == index.tolist()
+        for place, source in enumerate(index.tolist()):
+            top, left = offsets[:, place].tolist()
+            padded = torch.nn.functional.pad(pixels(count, *shape)[source], (4, 4, 4, 4))
+            image = padded[:, top : top + height, left : left + width].to(torch.float32)
+            image = image.flip(2) if turned[place] else image
+            if dtype == torch.uint8:
+                scales = [1 / (255 * torch.tensor(value)) for value in std]
+                shifts = [-torch.tensor(m) / torch.tensor(s) for m, s in zip(mean, std, strict=True)]
+                image = torch.stack([image[c] * scales[c] + shifts[c] for c in range(channels)])
+            assert torch.equal(batch[place], image)
+
+
+def test_batches_leave_the_images_as_they_are():
+    images = image_set(40, "crop-flip")
+    for layout in (torch.contiguous_format, torch.channels_last):
+        stored = images.images.contiguous(memory_format=layout)
+        kept = ImageSet(stored, images.labels, images.normalisation, "crop-flip")
+        for batch, _ in kept.batches(7, torch.Generator().manual_seed(0), augment=True):
+            batch.zero_()
+        assert torch.equal(stored, images.images)
+
+
 def test_every_offset_of_the_crop_occurs_equally_often():
     image = torch.zeros(8100, 1, 9, 9, dtype=torch.uint8)
     image[:, 0, 4, 4] = 1

@@ -22,9 +22,9 @@ def test_our_own_networks(name, channels, parameters):
     assert model.training
 
 
-@pytest.mark.parametrize("name", list(CLASSIFIERS))
-def test_all_our_networks_map_small_images_to_logits(name):
-    model = build_classifier(name, 3, 3).eval()
+@pytest.mark.parametrize("name", [name for name in CLASSIFIERS if name != "vgg16_bn"])
+def test_nearly_all_our_networks_map_tiny_images_to_logits(name):
+    model = build_classifier(name, 3, 3, 8).eval()
     assert model(torch.randn(1, 3, 8, 8)).shape == (1, 3)
 
 
