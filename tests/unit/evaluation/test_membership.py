@@ -52,6 +52,43 @@ def test_the_confidence_attack_uses_the_true_label():
     assert confidence_attack(sure, unsure, unsure).all()
 
 
+def simulated(count, rng, kind, member):
+    """Confidences of the true class: of a model that knows its data by heart, of a gentle one, and Beta draws."""
+    if kind == "beta":
+        return rng.beta(20, 0.3, count) if member else rng.beta(1.5, 0.7, count)
+    if kind == "flat":
+        return rng.beta(3, 2, count) if member else rng.beta(2, 2, count)
+    middle, spread, wrong = {
+        ("by heart", True): (13, 1.5, 0.0),
+        ("by heart", False): (7, 3, 0.06),
+        ("gentle", True): (6, 3, 0.03),
+        ("gentle", False): (5.5, 3, 0.05),
+    }[kind, member]
+    lifted = rng.normal(middle, spread, count)
+    lifted[rng.random(count) < wrong] -= 10
+    return 1 / (1 + np.exp(-lifted))
+
+
+def by_confidence(values):
+    p = np.stack([values, 1 - values], axis=1)
+    return Outputs(p, -np.log(np.clip(values, 1e-300, 1)), np.zeros(len(values), dtype=np.int64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("by heart", 3000), ("gentle", 2500), ("beta", 4500), ("flat", 2049), ("flat", 4000)]
+)
+def test_many_samples_are_attacked_as_if_each_were_fitted(kind, size):
+    rng = np.random.default_rng(size)
+    members, others = simulated(size, rng, kind, True), simulated(size, rng, kind, False)
+    asked = np.concatenate([simulated(1000, rng, kind, True), simulated(1000, rng, kind, False)])
+    each = SVC(C=3, gamma="auto", kernel="rbf").fit(np.concatenate([members, others])[:, None], [1] * size + [0] * size)
+    expected = each.predict(asked[:, None]) == 0
+    found = confidence_attack(by_confidence(members), by_confidence(others), by_confidence(asked))
+    assert 0 < expected.mean() < 1
+    assert abs(100 * found.mean() - 100 * expected.mean()) <= 0.1
+    assert (found != expected).mean() <= 0.001
+
+
 def song_and_mittal(p, y):
     """Equation (8), one number at a time."""
     total = -(1 - p[y]) * math.log(p[y])
