@@ -34,6 +34,9 @@ Seed = Annotated[int, typer.Option(help="Seed of the run.")]
 Reference = Annotated[
     bool, typer.Option("--retrain-reference", help="Also retrain without the forget set, and compare.")
 ]
+Tune = Annotated[bool, typer.Option("--tune", help="Search for density and settings on validation data.")]
+TuneBudget = Annotated[str, typer.Option(help="Of the search: passes (200000), time (90s, 15m) or epochs (20e).")]
+Also = Annotated[str, typer.Option(help="More measurements, such as lira=16,relearn,probe,decile,seeds=3.")]
 MinRequests = Annotated[int | None, typer.Option(help="Of a sweep: a batch of so many is due at once.")]
 MaxRequests = Annotated[int | None, typer.Option(help="Of a sweep: requests of one run, at most.")]
 MaxWaitHours = Annotated[float | None, typer.Option(help="Of a sweep: a batch is due when its oldest waits longer.")]
@@ -122,6 +125,9 @@ def run(
     method_config: MethodConfig = "{}",
     seed: Seed = 0,
     retrain_reference: Reference = False,
+    tune: Tune = False,
+    tune_budget: TuneBudget = "20e",
+    also: Also = "",
     min_requests: MinRequests = None,
     max_requests: MaxRequests = None,
     max_wait_hours: MaxWaitHours = None,
@@ -155,6 +161,9 @@ def run(
         "method_config": method_config,
         "seed": seed,
         "retrain_reference": retrain_reference,
+        "tune": tune,
+        "tune_budget": tune_budget,
+        "also": also,
         "min_requests": min_requests,
         "max_requests": max_requests,
         "max_wait_hours": max_wait_hours,

@@ -6,6 +6,7 @@ ones, the forget set is not empty, the model changed, its weights are finite, fr
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 import math
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from pydantic import Field, model_validator
 from salun_core.config import Document, load, parse, parse_text
 from salun_core.digest import digest_json
 from salun_core.errors import GateRefusedError, unknown_name
-from salun_core.evaluation.evidence import Evidence, Metric
+from salun_core.evaluation.evidence import METRIC_NAMES, Evidence, Metric
 
 State = Literal["before", "after", "reference", "origin"]
 _TOLERANCE = 1e-12  # of comparisons: 0.9 - 0.02 in binary is not 0.88
@@ -253,12 +254,21 @@ def _judge(rule: Rule, evidence: Evidence) -> Verdict:
 
 def _problem(rule: Rule, metric: Metric | None, actual: float | None, threshold: float | None) -> str:
     if metric is None:
-        return f"the evidence has no metric {rule.metric}"
+        return _lacking(rule.metric)
     if actual is None:
         return f"{rule.metric} is missing or not a number"
     if metric.n < rule.min_n:
         return f"{rule.metric} rests on {metric.n} samples, fewer than {rule.min_n}"
-    return "its threshold cannot be taken from the evidence" if threshold is None else ""
+    if threshold is not None:
+        return ""
+    source = rule.relative_to.metric if rule.relative_to else rule.metric
+    cause = "" if source in METRIC_NAMES else f": {_lacking(source)}"
+    return f"its threshold cannot be taken from the evidence{cause}"
+
+
+def _lacking(metric: str) -> str:
+    near = [] if metric in METRIC_NAMES else difflib.get_close_matches(metric, METRIC_NAMES, n=1, cutoff=0.5)
+    return f"the evidence has no metric {metric}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _threshold(rule: Rule, evidence: Evidence) -> float | None:

@@ -30,6 +30,18 @@ Settings = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; may be given again.")
 ]
 
+Tune = Annotated[bool, typer.Option("--tune", help="Search for the settings that you leave open, on validation data.")]
+TuneBudget = Annotated[
+    str, typer.Option("--tune-budget", metavar="B", help="Passes (200000), time (90s, 15m) or epochs (20e).")
+]
+Also = Annotated[
+    str,
+    typer.Option(
+        "--also",
+        metavar="NAMES",
+        help="More measurements: lira[=MODELS], relearn[=STEPS], probe, decile, kl, tow, seeds[=RUNS].",
+    ),
+]
 Actor = Annotated[
     str, typer.Option("--actor", envvar="SALUN_ACTOR", help="Who does it, for the audit log; your login unless given.")
 ]

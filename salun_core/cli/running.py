@@ -25,7 +25,11 @@ def run(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Fetch, mask, unlearn, evaluate, and publish if the gate passes (exit code 3 when it refuses)."""
+    """Fetch, mask, unlearn, evaluate, and publish if the gate passes (exit code 3 when it refuses).
+
+    With `tune: true` a search for which no setting stays within the policy is such a refusal.
+    """
+    from salun_core.cli.tuning import trial_line
     from salun_core.config import parse
     from salun_core.steps.run import RunConfig, new_run_id, run_all
 
@@ -38,7 +42,7 @@ def run(
         return
     name = new_run_id()
     folder = work_dir or Path(".salun", "runs", name)
-    outcome = run_all(parsed, folder, say, name)
+    outcome = run_all(parsed, folder, say, name, lambda record: say(trial_line(record)))
     emit(_facts(outcome, folder), lambda: _show(outcome, folder))
 
 
@@ -46,13 +50,13 @@ def _plan(config: RunConfig) -> None:
     from tempfile import TemporaryDirectory
 
     from salun_core.steps.fetch import fetch_model
-    from salun_core.steps.sources import check_policy
-    from salun_core.unlearn import method_config
+    from salun_core.steps.opening import resolved_config
 
-    method_config(config.method, {**config.method_config, "seed": config.seed})
-    check_policy(config.policy_uri)
+    config.check()
     with TemporaryDirectory(prefix="salun-run-") as folder:
-        found = fetch_model(config.store_uri, config.model_line, config.forget_manifest_uri, Path(folder, "before"))
+        before = Path(folder, "before")
+        found = fetch_model(config.store_uri, config.model_line, config.forget_manifest_uri, before)
+        resolved_config(before, config.method, {**config.method_config, "seed": config.seed})
     counts = {"forget_samples": found.forget_count, "train_samples": found.train_count}
     emit_plan("run", {"would_publish": config.model_line, "parent": found.version, "method": config.method, **counts})
 

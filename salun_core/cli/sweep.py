@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from salun_core.cli.options import DryRun, Settings, Store, read_settings
+from salun_core.cli.options import Also, DryRun, Settings, Store, Tune, TuneBudget, read_settings
 from salun_core.cli.output import emit, emit_plan, say
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ MaxRequests = Annotated[int, typer.Option("--max-requests", help="Requests of on
 MaxWait = Annotated[float, typer.Option("--max-wait-hours", help="A batch is due when its oldest waits longer.")]
 MaxForget = Annotated[float, typer.Option("--max-forget-fraction", help="Share of the data that one run forgets.")]
 Policy = Annotated[str, typer.Option("--policy", help="The gate policy: a name, a file or an s3:// address.")]
+Reference = Annotated[
+    bool, typer.Option("--retrain-reference", help="Also retrain without the forget set, and compare.")
+]
 WorkDir = Annotated[
     Path | None, typer.Option("--work-dir", help="Folder for what the steps make; .salun/runs/<run> by default.")
 ]
@@ -44,6 +47,10 @@ def sweep(
     max_wait_hours: MaxWait = 24.0,
     max_forget_fraction: MaxForget = 0.2,
     policy: Policy = "auto",
+    retrain_reference: Reference = False,
+    tune: Tune = False,
+    tune_budget: TuneBudget = "20e",
+    also: Also = "",
     work_dir: WorkDir = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -51,6 +58,7 @@ def sweep(
 
     The exit code is that of the error which ended the run: 3 when the gate refused, 4 when its parent was stale.
     `--set` overrides settings of the method, such as epochs=3. Certificates are signed with $SALUN_SIGNING_KEY.
+    With --tune a search for which no setting stays within the policy is a refusal of the gate.
     """
     from salun_core.config import parse
     from salun_core.steps.sweep import SweepConfig
@@ -68,6 +76,10 @@ def sweep(
         "max_wait_hours": max_wait_hours,
         "max_forget_fraction": max_forget_fraction,
         "policy_uri": policy,
+        "retrain_reference": retrain_reference,
+        "tune": tune,
+        "tune_budget": tune_budget,
+        "also": also,
         "dry_run": dry_run,
     }
     config = parse(SweepConfig, given, "the sweep")
@@ -93,11 +105,13 @@ def _check(once: bool, settle: str | None, store: str | None) -> None:
 
 
 def _sweep(config: SweepConfig, work_dir: Path | None) -> None:
+    from salun_core.cli.tuning import trial_line
     from salun_core.steps.run import new_run_id
     from salun_core.steps.sweep import sweep_once
 
     run = new_run_id()
-    done = sweep_once(config, work_dir or Path(".salun", "runs", run), say, run)
+    folder = work_dir or Path(".salun", "runs", run)
+    done = sweep_once(config, folder, say, run, lambda record: say(trial_line(record)))
     if config.dry_run:
         emit_plan("sweep", {"model_line": config.model_line, "would_claim": done.claimed.reason})
         return

@@ -40,7 +40,9 @@ def show_trials(budget: str, policy: str) -> TuneWish:
 
 def trial_line(record: TrialRecord) -> str:
     """Return one trial in one line."""
-    settings = [f"{name} {value:g}" for name, value in record.settings.items()]
+    settings = [
+        f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in record.settings.items()
+    ]
     settings += [f"density {record.density:g}"] if record.density is not None else []
     found = "no figures" if record.distance is None else f"distance {record.distance:.4f}"
     broken = f"; breaks {', '.join(record.refused)}" if record.refused else ""

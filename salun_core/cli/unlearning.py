@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from salun_core.cli.options import Data, Device, DryRun, Forget, Model, Settings, Store, read_settings
+from salun_core.cli.options import (
+    Also,
+    Data,
+    Device,
+    DryRun,
+    Forget,
+    Model,
+    Settings,
+    Store,
+    Tune,
+    TuneBudget,
+    read_settings,
+)
 from salun_core.cli.output import emit, emit_facts, emit_plan, epochs, print_metrics, say
 
 if TYPE_CHECKING:
@@ -82,12 +94,8 @@ def unlearn(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of order, augmentation and random labels.")] = 0,
     processes: Processes = 1,
     store: Store = None,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Search for the settings that you leave open, on validation data.")
-    ] = False,
-    tune_budget: Annotated[
-        str, typer.Option("--tune-budget", metavar="B", help="Passes (200000), time (90s, 15m) or epochs (20e).")
-    ] = "20e",
+    tune: Tune = False,
+    tune_budget: TuneBudget = "20e",
     policy: Annotated[
         str, typer.Option("--policy", help="With --tune: the gate policy that bounds the search.")
     ] = "auto",
@@ -154,14 +162,7 @@ def evaluate(
     mask: Annotated[
         Path | None, typer.Option("--mask", help="Mask file; weights outside it are compared bit by bit.")
     ] = None,
-    also: Annotated[
-        str,
-        typer.Option(
-            "--also",
-            metavar="NAMES",
-            help="More measurements: lira[=MODELS], relearn[=STEPS], probe, decile, kl, tow, seeds[=RUNS].",
-        ),
-    ] = "",
+    also: Also = "",
     data: Data = None,
     device: Device = "auto",
     store: Store = None,

@@ -10,6 +10,16 @@ from pydantic import Field
 from salun_core.config import Document
 from salun_core.digest import digest_json
 
+METRIC_NAMES = (
+    *("UA", "UA_class", "UA_samples", "RA", "TA", "MIA", "MIA_entropy", "attack_auc", "gap"),
+    *("lira_auc", "lira_offline_auc", "lira_tpr", "relearn", "probe_auc", "worst_decile", "worst_class_drop"),
+    *("KL_forget", "KL_test", "ToW", "UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
+    *("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "attack_success"),
+)
+"""All that an evaluation can measure, of either kind of model."""
+
+_ADDED_TO_RUNS = ("tuning", "moved")  # fields that came later, and that earlier decisions' digests leave out
+
 
 class Metric(Document):
     """One measured value, null where it could not be measured.
@@ -192,6 +202,9 @@ class RunFacts(Document):
     history: list[EpochRecord] = []
     environment: dict[str, str] = Field(default={}, description="versions, device, processor threads")
     tuning: TuningFacts | None = Field(default=None, description="of a run whose settings were searched for")
+    moved: float | None = Field(
+        default=None, ge=0, le=1, description="share of weights whose value the run changed; null where it is not known"
+    )
 
 
 class Evidence(Document):
@@ -224,8 +237,8 @@ class Evidence(Document):
         What this evidence lacks of later additions is left out: earlier decisions name such a document without it.
         """
         absent: dict[str, Any] = {name: True for name in ("generation", "further") if getattr(self, name) is None}
-        if self.run.tuning is None:
-            absent["run"] = {"tuning"}
+        if lacking := {name for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}:
+            absent["run"] = lacking
         return digest_json(_without_nan(self.model_dump(mode="json", exclude=absent)))
 
 

@@ -67,7 +67,7 @@ def sweep(config: SweepConfig, folder: Path, which: str, say: Say) -> None:
             raise done.error
         return
     say(f"{which} sweep: running the compiled pipeline with kfp.local")
-    given = config.model_dump(mode="json", exclude={"purge", "dry_run", "method_config"})
+    given = config.model_dump(mode="json", exclude={"purge", "dry_run", "method_config"}, exclude_unset=True)
     arguments = {"pipeline": "deletion-sweep", **given, "method_config": json.dumps(config.method_config)}
     arguments = {name: value if isinstance(value, bool) else str(value) for name, value in arguments.items()}
     code = run_pipeline(checkout, arguments, folder, lambda step: say(f"step {step}"))

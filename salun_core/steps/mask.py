@@ -75,6 +75,11 @@ def compute_mask(
         return mask
 
 
+def was_scored(mask: SaliencyMask) -> bool:
+    """Say whether a mask rests on scores, which cost a pass over the forget set; random and full masks do not."""
+    return mask.facts.get("scores", "none") not in ("none", "random")
+
+
 def _classifier_mask(
     inputs: Inputs, method: str, density: float, device: torch.device, random_seed: int | None, world: World
 ) -> SaliencyMask:

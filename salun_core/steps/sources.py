@@ -11,8 +11,9 @@ from typing import Any
 from salun_core.config import MAX_DOCUMENT_BYTES, parse, parse_text, read_document
 from salun_core.data.forget import ForgetSet, SamplesTarget, Target, parse_target
 from salun_core.digest import check_digest, sha256_bytes
-from salun_core.errors import IntegrityError, UsageError
+from salun_core.errors import IntegrityError, UsageError, unknown_name
 from salun_core.evaluation import Evidence
+from salun_core.evaluation.evidence import METRIC_NAMES
 from salun_core.gate import Policy, default_policy, load_policy
 from salun_core.storage import open_store, split_uri
 from salun_core.storage.versions import fetch_version, resolve
@@ -95,10 +96,13 @@ def check_policy(uri: str) -> None:
     """Check that a gate policy can be read, before the work that it will judge.
 
     Raises:
-        UsageError: there is none, or it has faults.
+        UsageError: there is none, it has faults, or it asks for a metric that nobody measures.
     """
     if uri != AUTO:
-        _policy(uri)
+        policy = _policy(uri)
+        for name in [item.metric for rule in policy.rules for item in (rule, rule.relative_to) if item]:
+            if name not in METRIC_NAMES:
+                raise unknown_name(f"metric in policy {policy.name}:", name, METRIC_NAMES)
 
 
 def read_policy(uri: str, evidence: Evidence) -> Policy:

@@ -8,22 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
-from salun_core.config import Document
 from salun_core.errors import ConflictError, SalunError
 from salun_core.requests.keys import load_signing_key
 from salun_core.requests.settling import Settled
 from salun_core.requests.terms import Terms
 from salun_core.steps.claim import Claimed, claim_requests, is_generative_line, sweep_terms
 from salun_core.steps.purge import PurgeReport, purge
-from salun_core.steps.run import RunConfig, RunOutcome, new_run_id, run_all
+from salun_core.steps.run import RunConfig, RunOutcome, RunSettings, new_run_id, run_all
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
 from salun_core.storage.lease import read_lease, renew
 from salun_core.telemetry.logs import get_logger, run_bound
+from salun_core.unlearn.tuning.search import OnTrial
 
 LEASE_SECONDS = 900  # renewed while the sweep lives, so that one that was killed does not block the line for long
 _BEATS = 3  # a lease is renewed so many times before it would run out
@@ -31,19 +30,9 @@ _BEATS = 3  # a lease is renewed so many times before it would run out
 Say = Callable[[str], None]
 
 
-class SweepConfig(Document):
+class SweepConfig(RunSettings):
     """The parameters of a sweep: those of the pipeline's run form."""
 
-    model_line: str = Field(description="name of the model line")
-    store_uri: str = Field(description="s3://bucket/prefix")
-    method: str = Field(default="salun", description="a name of METHODS")
-    density: float = Field(default=0.5, gt=0, le=1, description="share of salient weights")
-    policy_uri: str = Field(
-        default="auto", description="gate policy: name, file or s3:// address; auto: by the kind of model"
-    )
-    method_config: dict[str, Any] = Field(default={}, description="what differs from the method's defaults")
-    seed: int = Field(default=0, ge=0, description="of the loop")
-    retrain_reference: bool = Field(default=False, description="also train a model without the forget set, to compare")
     max_requests: int = Field(default=64, ge=1, le=1000, description="requests of one run, at most")
     min_requests: int = Field(default=16, ge=1, description="a batch of so many is due even when none waits long")
     max_wait_hours: float = Field(default=24.0, ge=0, description="a batch is due when its oldest waits longer")
@@ -90,7 +79,13 @@ class SweepOutcome:
     purged: PurgeReport | None = None
 
 
-def sweep_once(config: SweepConfig, folder: Path, say: Say = lambda step: None, run: str | None = None) -> SweepOutcome:
+def sweep_once(
+    config: SweepConfig,
+    folder: Path,
+    say: Say = lambda step: None,
+    run: str | None = None,
+    on_trial: OnTrial | None = None,
+) -> SweepOutcome:
     """Claim one batch, erase it, and settle it, whatever happens in between.
 
     Args:
@@ -98,20 +93,23 @@ def sweep_once(config: SweepConfig, folder: Path, say: Say = lambda step: None, 
         folder: where the run writes.
         say: called with the name of each step before it starts.
         run: id of the run; a fresh one by default.
+        on_trial: called after each trial of a search.
 
     Returns:
         What was done; look at `error`.
 
     Raises:
+        UsageError: the configuration asks for what there is not; nothing was claimed.
         SalunError: claiming or settling failed; the next sweep takes up what this one left.
     """
     run = run or new_run_id()
     with run_bound(run):
-        return _sweep(config, folder, say, run)
+        return _sweep(config, folder, say, run, on_trial)
 
 
-def _sweep(config: SweepConfig, folder: Path, say: Say, run: str) -> SweepOutcome:
+def _sweep(config: SweepConfig, folder: Path, say: Say, run: str, on_trial: OnTrial | None) -> SweepOutcome:
     terms = config.terms()
+    config.check()
     say("claim_requests")
     if config.dry_run:
         return SweepOutcome(run, claim_requests(config.store_uri, config.model_line, run, terms, dry_run=True))
@@ -121,7 +119,7 @@ def _sweep(config: SweepConfig, folder: Path, say: Say, run: str) -> SweepOutcom
     try:
         if claimed.requests:
             with _kept_alive(config, run, terms):
-                outcome, error = _erase(config, claimed, folder, say, run)
+                outcome, error = _erase(config, claimed, folder, say, run, on_trial)
     finally:
         say("settle_requests")
         settled = settle_requests(config.store_uri, config.model_line, run, terms)
@@ -132,24 +130,16 @@ def _sweep(config: SweepConfig, folder: Path, say: Say, run: str) -> SweepOutcom
 
 
 def _erase(
-    config: SweepConfig, claimed: Claimed, folder: Path, say: Say, run: str
+    config: SweepConfig, claimed: Claimed, folder: Path, say: Say, run: str, on_trial: OnTrial | None
 ) -> tuple[RunOutcome | None, SalunError | None]:
     assert claimed.claim is not None
     assert claimed.claim.record is not None
     record = claimed.claim.record
-    settings = RunConfig(
-        model_line=config.model_line,
-        forget_manifest_uri=claimed.forget_manifest_uri,
-        store_uri=config.store_uri,
-        method=record.method,
-        density=record.density,
-        policy_uri=config.policy_uri,
-        method_config=record.method_config,
-        seed=config.seed,
-        retrain_reference=config.retrain_reference,
-    )
+    recipe = {"method": record.method, "density": record.density, "method_config": record.method_config}
+    common = {name: getattr(config, name) for name in RunSettings.model_fields}
+    settings = RunConfig(**common | recipe, forget_manifest_uri=claimed.forget_manifest_uri)
     try:
-        return run_all(settings, folder, say, run), None
+        return run_all(settings, folder, say, run, on_trial), None
     except SalunError as error:
         get_logger().warning("run_ended", model_line=config.model_line, error=type(error).__name__)
         return None, error

@@ -14,6 +14,7 @@ from salun_core.evaluation.evidence import RunFacts
 from salun_core.models import save_model
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.inputs import Inputs
+from salun_core.steps.mask import was_scored
 from salun_core.steps.observe import RunRef
 from salun_core.steps.opening import kept_split, open_inputs
 from salun_core.steps.run_facts import RUN, environment, facts_json
@@ -101,7 +102,7 @@ def run_unlearning(
             assert isinstance(inputs, Inputs)
             tuned = _tuned(inputs, method, given, loaded, tune, run)
             result = tuned.result
-            _write(out, inputs, result, tuned.mask, world.size, tuned, masks=2 if loaded else 1)
+            _write(out, inputs, result, loaded, world.size, tuned)
         elif isinstance(inputs, Inputs):
             result = _classifier(inputs, method, method_config(method, given), loaded, kept, progress, world)
             if world.main:
@@ -195,7 +196,6 @@ def _write(
     mask: SaliencyMask | None,
     processes: int,
     tuned: TunedRun | None = None,
-    masks: int = 1,
 ) -> None:
     original = inputs.original
     split = kept_split(inputs)
@@ -208,8 +208,9 @@ def _write(
             "training": result.config.model_dump() if get_method(result.method).fresh_start else original.card.training,
         }
     )
-    used = mask if get_method(result.method).needs_mask else None
-    scored = masks - (tuned is not None)  # a search counts its own pass over the forget set
+    given = mask if get_method(result.method).needs_mask else None
+    used = tuned.mask if tuned else given
+    scored = len(inputs.forget_set.ids) if given and was_scored(given) else 0  # a search counts its own scores
     facts = RunFacts(
         method=result.method,
         config=result.config.model_dump(),
@@ -217,10 +218,11 @@ def _write(
         density=used.density if used else None,
         density_by_parameter=used.density_by_parameter() if used else {},
         seconds={"mask": float(used.facts.get("seconds", 0.0)) if used else 0.0, "unlearn": result.seconds},
-        passes=result.passes + (scored * len(inputs.forget_set.ids) if used else 0),
+        passes=result.passes + scored,
         history=result.history,
         environment=environment() | ({"processes": str(processes)} if processes > 1 else {}),
         tuning=tuned.facts if tuned else None,
+        moved=result.moved,
     )
     beside = tuned.beside if tuned else {}
     save_model(out, result.model.cpu(), card, split, {RUN: facts_json(facts), **beside})

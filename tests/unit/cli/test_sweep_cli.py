@@ -113,6 +113,7 @@ def test_a_run_that_died_is_settled_by_hand(sweep, ledger, store):
     ("args", "message"),
     [
         ((), "salun-deletion-sweep"),
+        (("--once", "--also", "prob"), "did you mean 'probe'"),
         (("--once", "--settle", "run-1"), "exclude each other"),
         (("--once", "--max-forget-fraction", 1.5), "max_forget_fraction"),
         (("--once", "--method", "salum"), "did you mean 'salun'"),
@@ -132,3 +133,17 @@ def test_a_key_that_is_missing_is_missed_before_the_run(sweep, ledger, store, mo
     assert result.exit_code == 2
     assert "there is no signing key" in result.stderr
     assert ledger.status("r-1") is Status.QUEUED
+
+
+def test_a_sweep_is_tuned_and_measured_further(sweep, ledger, store, tmp_path):
+    ledger.submit("r-1", "digits", ClassTarget(class_id=3))
+    policy = tmp_path / "asked.yaml"
+    rule = {"metric": "worst_decile", "op": ">=", "value": 0.0, "reason": "it must have been measured"}
+    policy.write_text(json.dumps({"name": "asked", "rules": [rule]}))
+    search = ("--tune", "--tune-budget", "3e", "--also", "decile", "--policy", policy, "--set", "epochs=1")
+    result = sweep("--once", "--min-requests", 1, "--work-dir", "swept", *search)
+    assert result.exit_code == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("trial ")]
+    evidence = json.loads((tmp_path / "swept" / "evidence.json").read_text())
+    assert (evidence["run"]["tuning"]["trials"], evidence["further"]["asked"]) == (len(lines), ["decile"])
+    assert ledger.status("r-1") is Status.COMPLETED
