@@ -51,7 +51,7 @@ check: setup ## Format, lint, types, layers, and generated files in step
 	$(BIN)/python -m pipelines compile --check $(NATIVE)
 	$(BIN)/python .ci/generated.py --check
 	$(BIN)/python benchmarks/readme_tables.py --check
-	$(BIN)/salun bench --render-only --into docs/results.md --check
+	$(BIN)/salun bench render --into docs/results.md --check
 
 audit: setup ## Look the installed packages up among known vulnerabilities (ARGS='--ignore-vuln ID')
 	@$(BIN)/python .ci/audit $(ARGS)
@@ -61,7 +61,7 @@ generated: setup ## Rewrite the generated files: compiled pipelines, references,
 	$(BIN)/python -m pipelines compile $(NATIVE)
 	$(BIN)/python .ci/generated.py
 	$(BIN)/python benchmarks/readme_tables.py
-	$(BIN)/salun bench --render-only --into docs/results.md
+	$(BIN)/salun bench render --into docs/results.md
 
 bench: setup ## Time the mask and the masked step (BENCHMARKS= runs other scripts)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from salun_core.bench.plot import digest, plot
 from salun_core.bench.results import FORMAT, Results
-from salun_core.bench.table import table
+from salun_core.bench.table import choices, table
 from salun_core.config import parse, read_document
 from salun_core.errors import ConflictError, UsageError
 from salun_core.storage.local import write_whole
@@ -43,7 +43,7 @@ def section(results: Results) -> str:
     seeds = len({item.seed for row in results.rows for item in row.figures})
     lines = [f"### {results.title} ({results.size})", ""]
     lines += [*results.about.strip().splitlines(), ""] if results.about else []
-    lines += [table(results), "", _meaning(results), ""]
+    lines += [table(results), "", *([choices(results), ""] if results.searched else []), _meaning(results), ""]
     lines += [f"![{results.title}: distance from the goal against cost]({picture})", ""]
     lines += [f"{seeds} seed{'s' if seeds != 1 else ''}; {results.machine}; {_versions(results)}. Measured by:", ""]
     lines += [f"    {results.command}"]
@@ -63,7 +63,7 @@ def _meaning(results: Results) -> str:
     if results.kind == "classification":
         return (
             "UA, RA, TA, MIA and gap in percent, mean ± standard deviation over the seeds; in parentheses the distance "
-            "to Retrain. RTE: wall-clock seconds of mask and unlearning."
+            "to Retrain. RTE: wall-clock seconds of mask and unlearning." + _of_search(results)
         )
     whose = (results.extractor or "").partition(":")[0]
     features = {"judge": "of the judging classifier", "inception": "of Inception-v3"}.get(whose, "of nothing")
@@ -72,6 +72,18 @@ def _meaning(results: Results) -> str:
         f"UA: images asked for as forgotten that the judge does not recognise; RA: images of the other classes that it "
         f"does; both in percent{count}. FID and KID compare features {features} with held-out real images. "
         "RTE: wall-clock seconds of mask and unlearning. Mean ± standard deviation over the seeds."
+    )
+
+
+def _of_search(results: Results) -> str:
+    if not results.searched:
+        return ""
+    search = results.settings.get("search", {})
+    policy = search.get("policy", "none")
+    bound = "no policy bounds it" if policy == "none" else f"bounded by the policy {policy}"
+    return (
+        f" Each row's settings were searched for with the same budget, {search.get('budget', '?')}, on held-out data; "
+        f"{bound}. RTE and passes are of the whole search. Rows as written were not searched."
     )
 
 
@@ -126,9 +138,7 @@ def write_page(page: Path, folder: Path, check: bool = False) -> list[str]:
         stale = strange + [name for results, name in zip(found, names, strict=True) if not _drawn(page, results)]
         if before != after or stale:
             what = ", ".join(stale) or "a section"
-            raise ConflictError(
-                f"{page} is out of step with {folder}", what, f"run `salun bench --render-only --into {page}`"
-            )
+            raise ConflictError(f"{page} is out of step with {folder}", what, f"run `salun bench render --into {page}`")
         return names
     for results in found:
         if not _drawn(page, results):

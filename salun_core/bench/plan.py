@@ -8,14 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from salun_core.bench.suite import Entry, Size, Suite
+from salun_core.bench.suite import Entry, Search, Size, Suite
 from salun_core.data import DataSpec
 from salun_core.data.spec import relative_to
 from salun_core.digest import digest_json
 from salun_core.errors import UsageError, unknown_name
+from salun_core.gate import load_policy
 from salun_core.steps.inputs import moved_spec
+from salun_core.steps.sources import AUTO
 
-_NOT_MEASURED = {"methods", "seeds", "budget_seconds"}  # a cell is the same whatever stands beside it
+_NOT_MEASURED = {"methods", "seeds", "budget_seconds", "search"}  # a cell is the same whatever stands beside it
+
+UNBOUNDED = "none"  # a word of a suite alone: no policy of a pipeline bears it
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,43 @@ class Plan:
     def cell(self, entry: Entry, seed: int) -> Cell:
         """Return the cell of a row at a seed."""
         measured: dict[str, Any] = self.size.model_dump(mode="json", exclude=_NOT_MEASURED)
-        own = entry.model_dump(mode="json", exclude={"name"})
-        return Cell(entry, seed, digest_json([self.suite.kind, measured, own, seed]))
+        own = entry.model_dump(mode="json", exclude={"name", "search", "budget"})
+        search = self.search(entry)
+        searched = [search.budget, self._policy_digest(search)] if search else []
+        return Cell(entry, seed, digest_json([self.suite.kind, measured, own, seed, *searched]))
 
-    def cost(self, cell: Cell) -> dict[str, int]:
-        """Return what is known of a cell's cost beforehand: epochs; or steps, passes and the images to generate."""
+    def search(self, entry: Entry) -> Search | None:
+        """How the settings of a row are searched for; None where it runs as written."""
+        search = self.size.search if entry.search else None
+        return search.model_copy(update={"budget": entry.budget}) if search and entry.budget else search
+
+    def policy(self, search: Search) -> str | None:
+        """Return what bounds a search, as `TuneWish` takes it; None: nothing does."""
+        if search.policy == UNBOUNDED:
+            return None
+        name = search.policy
+        return str(self.path(name)) if name.endswith((".yaml", ".yml", ".json")) else name
+
+    def _policy_digest(self, search: Search) -> str:
+        policy = self.policy(search)
+        return load_policy("classifier" if policy == AUTO else policy).digest if policy else ""
+
+    def cost(self, cell: Cell) -> dict[str, int | str]:
+        """Return what is known of a cell's cost beforehand.
+
+        Returns:
+            By name: the budget of a search and the epochs of a trial; epochs; or steps, passes and images to generate.
+        """
         from salun_core.diffusion import generation_config, get_generation_method
         from salun_core.unlearn import method_config
 
-        entry = cell.entry
+        entry, search = cell.entry, self.search(cell.entry)
         if self.suite.kind == "classification":
-            return {"epochs": method_config(entry.method, entry.config).epochs}
+            epochs = method_config(entry.method, entry.config).epochs
+            if search is None:
+                return {"epochs": epochs}
+            budget = {"passes": int(search.budget)} if search.budget.isdecimal() else {"search": search.budget}
+            return {**budget, "epochs a trial at most": epochs}
         row, config = get_generation_method(entry.method), generation_config(entry.method, entry.config)
         steps = 0 if row.edit else config.steps
         passes = steps * config.batch_size * (row.needs_forget + row.needs_retain)

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import Field
 
+from salun_core.bench.forgetting import forget_files
 from salun_core.bench.imported import taken_over, with_evaluation
 from salun_core.bench.plan import Cell, Plan
-from salun_core.bench.suite import BaseModelSpec, JudgeSpec, RandomTarget
+from salun_core.bench.suite import BaseModelSpec, JudgeSpec
 from salun_core.config import Document, load
-from salun_core.data.split import SplitManifest
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import SalunError, UsageError
-from salun_core.models.checkpoint import CARD, SPLIT
+from salun_core.models.checkpoint import CARD
 from salun_core.models.generation_card import read_card
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.mask import compute_mask
@@ -53,13 +52,15 @@ class Ready:
 
     Args:
         base: folder of the model that is to forget.
-        forget: file of the forget target.
+        forget: file of all that is forgotten.
+        requests: its file again; of a sequence one file a request, in order.
         reference: folder of the retrained model, if the suite asks for one.
         inputs: digests of all of it.
     """
 
     base: Path
     forget: Path
+    requests: tuple[Path, ...]
     reference: Path | None
     inputs: dict[str, str]
 
@@ -84,14 +85,16 @@ class Preparation:
         """
         judge = self._judge()
         base, digest = self._base(seed, judge)
-        forget = self._forget(base, seed)
+        forget, requests = forget_files(self.plan.size.forget, base, self.out, seed, self.plan.moved)
         inputs = {"base": digest, "forget": sha256_file(forget)}
         if judge:
             inputs["judge"] = judge[1]
         reference = self._reference(base, forget, seed, inputs)
         if reference:
             inputs["reference"] = reference[1]
-        return Ready(base, forget, reference[0] if reference else None, inputs)
+        if len(requests) > 1:
+            inputs["requests"] = digest_json([sha256_file(path) for path in requests])
+        return Ready(base, forget, requests, reference[0] if reference else None, inputs)
 
     def mask(self, cell: Cell, ready: Ready) -> Path | None:
         """Return the mask of a cell; cells that differ in nothing that a mask hangs on share one file.
@@ -225,17 +228,6 @@ class Preparation:
         text = training.stable_diffusion_recipe({"prompt": wish.prompt, **given})
         training.train_stable_diffusion(spec, text, folder, checkpoints=checkpoints, on_epoch=said)
 
-    def _forget(self, base: Path, seed: int) -> Path:
-        wish = self.plan.size.forget
-        target: dict[str, Any] = wish.model_dump(mode="json", exclude_none=True)
-        if isinstance(wish, RandomTarget):
-            target = {"kind": "samples", "ids": drawn(load(SplitManifest, base / SPLIT), wish.fraction, seed)}
-        path = self.out / f"forget-{seed}.json"
-        data = (json.dumps(target, indent=1, sort_keys=True) + "\n").encode()
-        if not path.is_file() or path.read_bytes() != data:
-            write_whole(path, data)
-        return path
-
     def _reference(self, base: Path, forget: Path, seed: int, inputs: dict[str, str]) -> tuple[Path, str] | None:
         given = self.plan.size.retrain
         if given is None:
@@ -264,19 +256,3 @@ def _as_it_was(folder: Path, digest: str) -> bool:
         return identity(folder) == digest
     except SalunError:
         return False
-
-
-def drawn(split: SplitManifest, fraction: float, seed: int) -> list[str]:
-    """Draw a share of the training split, at least one sample; the draw hangs on the rows' content, not on their names.
-
-    Args:
-        split: of the base model.
-        fraction: in (0, 1).
-        seed: of the draw.
-
-    Returns:
-        Sample ids, sorted.
-    """
-    ids = split.ids("train")
-    count = max(1, round(fraction * len(ids)))
-    return sorted(ids[index] for index in np.random.default_rng(seed).permutation(len(ids))[:count])

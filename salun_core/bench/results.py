@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from salun_core.bench.cell import EVIDENCE, CellNote, kept_cell
 from salun_core.bench.plan import Cell, Plan
 from salun_core.bench.prepared import Part
-from salun_core.bench.runner import EVIDENCE, CellNote, kept_cell
 from salun_core.config import Document, load
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.comparison import average_gap
+from salun_core.unlearn.tuning import TuningLog
 
 FORMAT = "salun.bench/v1"
 CLASSIFIER_METRICS = ("UA", "RA", "TA", "MIA")
 GENERATED_METRICS = ("UA", "RA", "FID", "KID")
 OPTIONAL_METRICS = ("neighbours", "CLIP", "nudity", "UA_relearned", "attack_success")
 ORIGINAL, RETRAIN = "original", "Retrain"
+Setting = float | str
+_SOMETIMES = {"chosen", "tried", "search_passes", "search_seconds", "own_passes", "debt", "runs"}
 
 
 class Figures(Document):
@@ -35,6 +38,21 @@ class Figures(Document):
     passes: int | None = Field(default=None, description="examples forward and backward, mask included")
     evidence: str | None = Field(default=None, description="SHA-256 of the evidence file")
     inputs: str | None = Field(default=None, description="digest of all that the cell hangs on")
+    chosen: dict[str, Setting | list[Setting]] | None = Field(
+        default=None, description="settings that a search picked; of a sequence one value a request"
+    )
+    tried: int | None = Field(default=None, ge=1, description="trials of the search")
+    search_passes: int | None = Field(default=None, description="of all trials, their measurements and the scores")
+    search_seconds: float | None = Field(default=None, description="wall clock of the search")
+    own_passes: int | None = Field(default=None, description="of the chosen settings alone, their scores included")
+    debt: float | None = Field(default=None, description="share of the training data that a sequence forgot")
+    runs: int | None = Field(default=None, description="unlearning runs of a sequence")
+
+    @model_serializer(mode="wrap")
+    def _of_what_was_done(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the facts of a search or of a sequence where there was none."""
+        data: dict[str, Any] = handler(self)
+        return {name: value for name, value in data.items() if value is not None or name not in _SOMETIMES}
 
 
 class Row(Document):
@@ -73,6 +91,11 @@ class Results(Document):
         found = {name for row in self.rows for item in row.figures for name, value in item.values.items() if value}
         return [*fixed, *(name for name in OPTIONAL_METRICS if name in found)]
 
+    @property
+    def searched(self) -> bool:
+        """Whether the settings of a row were searched for."""
+        return any(item.chosen is not None for row in self.rows for item in row.figures)
+
 
 def collect(plan: Plan, out: Path) -> Results:
     """Read the figures of all cells that are there.
@@ -93,7 +116,7 @@ def collect(plan: Plan, out: Path) -> Results:
     reference = _reference(found, read, out)
     rows += [reference] if reference else []
     for entry in whole.size.methods:
-        figures = [_after(cell, note, read[cell.name]) for cell, note in found if cell.entry == entry]
+        figures = [_after(cell, note, read[cell.name], out) for cell, note in found if cell.entry == entry]
         if figures:
             fields = entry.model_dump(include={"name", "method", "mask", "density", "config"})
             rows.append(Row(**fields, figures=figures))
@@ -105,7 +128,7 @@ def collect(plan: Plan, out: Path) -> Results:
         title=whole.suite.title,
         about=whole.suite.about,
         kind=whole.suite.kind,
-        command=f"salun bench {whole.suite.name} --size {whole.size_name}",
+        command=f"salun bench run {whole.suite.name} --size {whole.size_name}",
         settings=settings,
         extractor=generation.extractor if generation else None,
         images=generation.images if generation else None,
@@ -146,7 +169,7 @@ def _reference(found: list[tuple[Cell, CellNote]], read: dict[str, Evidence], ou
     return Row(name=RETRAIN, figures=figures) if figures else None
 
 
-def _after(cell: Cell, note: CellNote, evidence: Evidence) -> Figures:
+def _after(cell: Cell, note: CellNote, evidence: Evidence, out: Path) -> Figures:
     spent = evidence.run.seconds
     return Figures(
         seed=cell.seed,
@@ -156,7 +179,31 @@ def _after(cell: Cell, note: CellNote, evidence: Evidence) -> Figures:
         passes=evidence.run.passes,
         evidence=note.evidence,
         inputs=note.inputs,
+        **_search_facts([load(TuningLog, out / "cells" / cell.name / name) for name in note.logs]),
+        own_passes=note.own_passes,
+        debt=note.lineage.debt if note.lineage else None,
+        runs=note.lineage.runs_since_training if note.lineage else None,
     )
+
+
+def _search_facts(logs: Sequence[TuningLog]) -> dict[str, Any]:
+    if not logs:
+        return {}
+    picked = [_picked(log) for log in logs]
+    chosen = picked[0] if len(logs) == 1 else {name: [one[name] for one in picked] for name in picked[0]}
+    return {
+        "chosen": chosen,
+        "tried": sum(len(log.trials) for log in logs),
+        "search_passes": sum(log.passes for log in logs),
+        "search_seconds": sum(log.seconds for log in logs),
+    }
+
+
+def _picked(log: TuningLog) -> dict[str, Setting]:
+    assert log.chosen is not None  # a cell has a model
+    trial = log.trials[log.chosen]
+    density = {} if trial.density is None else {"density": trial.density}
+    return {**trial.settings, **density, "epochs": trial.epochs}
 
 
 def _environment(facts: Iterable[dict[str, str]]) -> dict[str, str]:

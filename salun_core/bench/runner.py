@@ -1,39 +1,24 @@
-"""Runs the cells of a suite: each is mask, unlearning and evaluation; one that is done is not done again."""
+"""Runs the cells of a suite; one that is done is not done again."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from salun_core.bench.cell import kept_cell, measure_cell
 from salun_core.bench.plan import Cell, Plan
 from salun_core.bench.prepared import Preparation, Ready, Say
-from salun_core.config import Document, load
-from salun_core.digest import digest_json, sha256_file
-from salun_core.errors import ConflictError, DataError, IntegrityError, ModelError, UsageError
-from salun_core.steps.evaluation import evaluate
-from salun_core.steps.unlearning import run_unlearning
-from salun_core.storage.local import write_whole
+from salun_core.digest import digest_json
+from salun_core.errors import ConflictError, DataError, GateRefusedError, IntegrityError, ModelError, UsageError
 
-CELL, EVIDENCE, REPORT = "cell.json", "evidence.json", "report.html"
-
-
-class CellNote(Document):
-    """`cell.json`: what a cell was measured on, beside its evidence."""
-
-    format: Literal["salun.bench-cell/v1"] = "salun.bench-cell/v1"
-    plan: str
-    inputs: str
-    evidence: str
-    seconds: float
+_OF_ONE_ROW = (UsageError, DataError, ModelError, IntegrityError, GateRefusedError)
 
 
 @dataclass
@@ -104,59 +89,14 @@ def run_suite(
     return outcome
 
 
-def kept_cell(out: Path, cell: Cell) -> CellNote | None:
-    """Return the note of a cell whose evidence is there as it was written, for the suite as it is; else None."""
-    folder = out / "cells" / cell.name
-    try:
-        note = load(CellNote, folder / CELL)
-        fits = note.plan == cell.plan and sha256_file(folder / EVIDENCE) == note.evidence
-    except (UsageError, OSError):
-        return None
-    return note if fits else None
-
-
 def _measure(preparation: Preparation, cell: Cell, ready: Ready, inputs: str, outcome: Outcome) -> None:
-    out, plan = preparation.out, preparation.plan
-    work, target = out / "work" / cell.name, out / "cells" / cell.name
     preparation.say(f"cell {cell.name}")
-    started = time.perf_counter()
     try:
-        work.mkdir(parents=True)
-        mask = preparation.mask(cell, ready)
-        run_unlearning(
-            ready.base,
-            mask,
-            str(ready.forget),
-            work / "model",
-            method=cell.entry.method,
-            overrides=cell.entry.config,
-            seed=cell.seed,
-            data=plan.moved,
-        )
-        evaluate(
-            ready.base,
-            work / "model",
-            str(ready.forget),
-            work / EVIDENCE,
-            work / REPORT,
-            mask=mask,
-            reference=ready.reference,
-            model_line=plan.suite.name,
-            data=plan.moved,
-        )
-        shutil.rmtree(work / "model")
-        seconds = time.perf_counter() - started
-        note = CellNote(plan=cell.plan, inputs=inputs, evidence=sha256_file(work / EVIDENCE), seconds=seconds)
-        write_whole(work / CELL, (json.dumps(note.model_dump(), indent=1) + "\n").encode())
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work.replace(target)
+        measure_cell(preparation, cell, ready, inputs)
         outcome.measured.append(cell.name)
-    except (UsageError, DataError, ModelError, IntegrityError) as error:  # of this row; the others may do
+    except _OF_ONE_ROW as error:  # the others may do
         outcome.failed[cell.name] = str(error)
         preparation.say(f"cell {cell.name} failed: {error}")
-    finally:
-        shutil.rmtree(out / "work", ignore_errors=True)
 
 
 def _over(budget: float | None, started: float, more: float) -> bool:

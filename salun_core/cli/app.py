@@ -125,7 +125,7 @@ _add(app, "", {"unlearn": unlearning.unlearn, "evaluate": unlearning.evaluate, "
 _add(app, "", {"report": judging.report, "run": running.run})
 _add(app, "", {"exporter": exporter.exporter})
 _add(app, "", {"sweep": sweep.sweep})
-_add(app, "", {"bench": bench.bench})
+_add(bench.app, "bench ", {"run": bench.run, "render": bench.render})
 _add(app, "", {"verify": verify.verify, "certificate": verify.certificate})
 _add(verify.key_app, "key ", {"create": verify.create_key})
 _add(app, "", {"purge": purge.purge})
@@ -135,6 +135,7 @@ _add(_model, "model ", {"import": models.import_, "history": lines.history, "rol
 _add(listing.app, "ls ", {"methods": listing.methods, "models": listing.models, "data": listing.data})
 for _command in request.app.registered_commands:
     _command.cls = Verb
+app.add_typer(bench.app, name="bench")
 app.add_typer(_model, name="model")
 app.add_typer(_train, name="train")
 app.add_typer(listing.app, name="ls")

@@ -1,40 +1,75 @@
-"""`salun bench`: methods side by side, by a suite that is written down, and the tables that come of it."""
+"""`salun bench`: `run` measures methods side by side, by a suite that is written down; `render` makes the page."""
 
 from __future__ import annotations
 
+import difflib
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from salun_core.cli.options import DryRun
 from salun_core.cli.output import emit, print_table, say
+from salun_core.errors import UsageError
 
 if TYPE_CHECKING:
     from salun_core.bench.plan import Plan
     from salun_core.bench.results import Results
     from salun_core.bench.runner import Outcome
 
-SuiteName = Annotated[str | None, typer.Argument(metavar="SUITE", help="A YAML file, or a name in benchmarks/suites.")]
+RESULTS = Path("benchmarks", "results")
+SuiteName = Annotated[str, typer.Argument(metavar="SUITE", help="A YAML file, or a name in benchmarks/suites.")]
 SizeOption = Annotated[str, typer.Option("--size", help="cpu (minutes) or paper (one GPU).")]
 Only = Annotated[list[str], typer.Option("--only", metavar="NAME", help="Measure this row; may be given again.")]
 RenderOnly = Annotated[
-    bool, typer.Option("--render-only", help="Measure nothing; without a suite, the page of all results.")
+    bool, typer.Option("--render-only", help="Measure nothing: print the table of what is measured already.")
 ]
 Into = Annotated[Path | None, typer.Option("--into", metavar="PAGE", help="Also put the table into this page.")]
 ResultsFolder = Annotated[Path, typer.Option("--results", help="With --into: folder of all suites' results (JSON).")]
 Moved = Annotated[
     str | None, typer.Option("--data", metavar="D", help="The data, where they lie elsewhere than the suite says.")
 ]
-EXAMPLE = """
+RUN_EXAMPLE = """
 Example:
 
-  $ salun bench ddpm-class --size cpu --into docs/results.md
+  $ salun bench run ddpm-class --size cpu --into docs/results.md
+"""
+RENDER_EXAMPLE = """
+Example:
+
+  $ salun bench render --into docs/results.md
+  docs/results.md: ddpm-class:cpu, sd-class:cpu, sd-concept:cpu
 """
 
 
-def bench(
-    suite: SuiteName = None,
+class BenchGroup(TyperGroup):
+    """`salun bench` with its verbs; a suite or an option in a verb's place is answered with the verb that it needs."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - click's, which typer hides
+        """Refuse what names no verb and is no slip of one.
+
+        Raises:
+            UsageError: with the command to type.
+        """
+        first = args[0] if args else "--help"
+        slip = not first.startswith("-") and difflib.get_close_matches(first, self.commands)
+        if first == "--help" or slip:  # click names the nearest verb
+            return super().parse_args(ctx, args)
+        what, why = f"salun bench has no command {first!r}", "its commands are run and render"
+        if first.startswith("-"):
+            raise UsageError(what, why, "type `salun bench run SUITE` or `salun bench render --into PAGE`")
+        raise UsageError(what, why, f"type `salun bench run {shlex.join(args)}`")
+
+
+app = typer.Typer(
+    cls=BenchGroup, no_args_is_help=True, help="Measure methods side by side, and make the page of all results."
+)
+
+
+def run(
+    suite: SuiteName,
     size: SizeOption = "cpu",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for all that is made; .salun/bench/SUITE-SIZE by default.")
@@ -47,20 +82,10 @@ def bench(
     ] = None,
     render_only: RenderOnly = False,
     into: Into = None,
-    results: ResultsFolder = Path("benchmarks", "results"),
-    check: Annotated[
-        bool, typer.Option("--check", help="With --render-only --into: write nothing, fail if it is out of step.")
-    ] = False,
+    results: ResultsFolder = RESULTS,
     dry_run: DryRun = False,
 ) -> None:
     """Measure all methods of a suite and print its table; what is measured is kept, and a killed run goes on."""
-    from salun_core.errors import UsageError
-
-    if suite is None:
-        if not render_only or into is None:
-            raise UsageError("no suite is named", "there is nothing to measure", "give one of benchmarks/suites")
-        _page(into, results, check)
-        return
     plan = _plan(suite, size, data, only, seeds)
     folder = out or Path(".salun", "bench", f"{plan.suite.name}-{size}")
     if dry_run:
@@ -74,6 +99,18 @@ def bench(
     _show(plan, folder, outcome, into, results)
 
 
+def render(
+    into: Annotated[Path, typer.Option("--into", metavar="PAGE", help="The page; other text on it is left as it is.")],
+    results: Annotated[Path, typer.Option("--results", help="Folder of all suites' results (JSON).")] = RESULTS,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page is out of step.")] = False,
+) -> None:
+    """Make the page of all results from their JSON, with its pictures; nothing is measured."""
+    from salun_core.bench.page import write_page
+
+    names = write_page(into, results, check)
+    emit({"page": str(into), "sections": names}, lambda: typer.echo(f"{into}: {', '.join(names) or 'no section'}"))
+
+
 def _plan(suite: str, size: str, data: str | None, only: list[str], seeds: int | None) -> Plan:
     from salun_core.bench.plan import Plan
     from salun_core.bench.suite import find_suite, load_suite
@@ -82,20 +119,13 @@ def _plan(suite: str, size: str, data: str | None, only: list[str], seeds: int |
     return Plan(load_suite(path), size, path.parent, data, tuple(only), seeds)
 
 
-def _page(into: Path, results: Path, check: bool) -> None:
-    from salun_core.bench.page import write_page
-
-    names = write_page(into, results, check)
-    emit({"page": str(into), "sections": names}, lambda: typer.echo(f"{into}: {', '.join(names) or 'no section'}"))
-
-
 def _dry_run(plan: Plan, folder: Path) -> None:
-    from salun_core.bench.runner import kept_cell
+    from salun_core.bench.cell import kept_cell
 
     rows: list[dict[str, Any]] = []
     for cell in plan.cells:
         note = kept_cell(folder, cell)
-        cost = ", ".join(f"{count:,} {name}" for name, count in plan.cost(cell).items() if count)
+        cost = ", ".join(_cost(name, amount) for name, amount in plan.cost(cell).items() if amount)
         rows.append(
             {"cell": cell.name, "method": cell.entry.method, "mask": cell.entry.mask, "cost": cost or "closed form"}
             | {"seconds": round(note.seconds, 1) if note else None}
@@ -109,17 +139,21 @@ def _dry_run(plan: Plan, folder: Path) -> None:
     emit(facts, show)
 
 
+def _cost(name: str, amount: int | str) -> str:
+    return f"{name} {amount}" if isinstance(amount, str) else f"{amount:,} {name}"
+
+
 def _show(plan: Plan, folder: Path, outcome: Outcome | None, into: Path | None, kept: Path) -> None:
     from salun_core.bench.page import results_json, write_page
     from salun_core.bench.plot import plot
     from salun_core.bench.results import collect
-    from salun_core.bench.table import table
+    from salun_core.bench.table import choices, table
     from salun_core.storage.local import write_whole
 
     if outcome and outcome.failed and not (outcome.measured or outcome.kept):
         _raise_failures(outcome)
     found = collect(plan, folder)
-    text = table(found)
+    text = "\n\n".join(filter(None, (table(found), choices(found))))
     write_whole(folder / "results.json", results_json(found))
     write_whole(folder / "table.md", f"{text}\n".encode())
     write_whole(folder / "plot.svg", plot(found).encode())

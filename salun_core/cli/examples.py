@@ -228,6 +228,9 @@ Example:
   resnet44           architecture
   resnet56           architecture
   resnet18           architecture
+  vgg16_bn           architecture
+  swin_t             architecture
+  vit_tiny           architecture
   torchvision:NAME   architecture
   timm:NAME          architecture
 """,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from salun_core.cli.bench import EXAMPLE
+from salun_core.cli.bench import RENDER_EXAMPLE, RUN_EXAMPLE
 
 GENERATION_EXAMPLES = {
-    "bench": EXAMPLE,
+    "bench run": RUN_EXAMPLE,
+    "bench render": RENDER_EXAMPLE,
     "train ddpm": """
 Example: far too few steps to draw anything; without the settings it is the recipe that does.
 

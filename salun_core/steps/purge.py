@@ -15,7 +15,7 @@ from salun_core.requests.redaction import redact_request
 from salun_core.requests.retention import Plan, plan
 from salun_core.requests.stock import Artifact, Stock
 from salun_core.requests.stocktaking import take_artifacts, take_stock
-from salun_core.steps.observe import observed
+from salun_core.steps.observe import RunRef, observed
 from salun_core.storage import open_store
 from salun_core.storage.erase import Erased, abort, erase, erase_old, inventory
 from salun_core.storage.holds import VersionDisposal, record_disposal
@@ -65,6 +65,7 @@ def purge(
     dry_run: bool = False,
     signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
+    run: RunRef | None = None,
 ) -> PurgeReport:
     """Dispose of what the rules say, and add it to the certificates of the requests that it concerns.
 
@@ -75,6 +76,7 @@ def purge(
         dry_run: say what would go, and touch nothing.
         signer: the key for the addenda; needed where a request's certificate must be added to.
         clock: gives the time now.
+        run: the run that the step belongs to, if any.
 
     Returns:
         What was done.
@@ -85,7 +87,7 @@ def purge(
             could not be made whole, and what it rests on stays.
         StoreError: the store cannot be reached or refuses us.
     """
-    with observed("purge", ALL_LINES):
+    with observed("purge", ALL_LINES, run):
         store, now = open_store(store_uri), as_utc(clock())
         root = open_store(pipeline_root) if pipeline_root else None
         before = _lines(store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from salun_core.errors import ConflictError, DataError, GateRefusedError
+from salun_core.errors import ConflictError, DataError, GateRefusedError, ModelError
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import Forgotten, Integrity, Measured, TuningFacts
 from salun_core.gate import GateDecision, Policy, Verdict, decide, load_policy
@@ -38,10 +39,11 @@ from salun_core.unlearn.tuning import (
     parse_budget,
     tune,
 )
-from salun_core.unlearn.tuning.search import OnTrial
-from salun_core.unlearn.tuning.space import Space
+from salun_core.unlearn.tuning.search import OnTrial, passes_of
+from salun_core.unlearn.tuning.space import Choice, Space
 
-LOG = "tuning.json"
+LOG, UNBOUNDED = "tuning.json", "none: the objective alone decides"
+OnChosen = Callable[[int], None]
 _RETAIN_DRAW = 500  # images of D_r at least; the order of a split makes the first ones a fair draw
 
 
@@ -53,11 +55,20 @@ class TuneWish:
         budget: passes (`200000`), wall clock (`90s`, `15m`, `2h`) or epochs over all training images (`20e`).
         policy_uri: whose margins bound the search: the gate's.
         on_trial: called after each trial.
+        bounded: False: no policy bounds the search, and the nearest setting is taken. For a comparison, never for
+            what is to be published.
+        density: of the mask, where it is not to be searched for.
+        random_mask_seed: the control: random masks of this seed in place of the saliency's, which cost no pass.
+        on_chosen: called with the passes that the chosen setting alone costs: its scores and its epochs.
     """
 
     budget: str = DEFAULT_BUDGET
     policy_uri: str = AUTO
     on_trial: OnTrial | None = field(default=None, compare=False)
+    bounded: bool = True
+    density: float | None = None
+    random_mask_seed: int | None = None
+    on_chosen: OnChosen | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -99,15 +110,19 @@ def run_tuning(
     Raises:
         UsageError: a wrong method or configuration, a budget too small, or a split without validation samples.
         GateRefusedError: no setting stays within the policy.
+        ModelError: no policy bounds the search, and no trial had a model.
     """
-    space = Space.of(method, overrides)
+    network = inputs.original.model
+    normalised = any(isinstance(module, _BatchNorm) for module in network.modules())
+    space = Space.of(method, overrides, wish.density, normalised)
     device = pick_device(str(overrides.get("device", "auto")))
     sets = _sets(inputs, device)
     budget = parse_budget(wish.budget, len(inputs.forget) + len(inputs.retain))
-    judge = PolicyJudge.of(inputs, wish.policy_uri)
+    judge = PolicyJudge.of(inputs, wish.policy_uri if wish.bounded else None)
     started = time.perf_counter()
-    network = inputs.original.model.to(device)
-    scores = forget_scores(network, inputs.forget, device, ALONE) if get_method(method).needs_mask else None
+    network = network.to(device)
+    salient = get_method(method).needs_mask and wish.random_mask_seed is None
+    scores = forget_scores(network, inputs.forget, device, ALONE) if salient else None
     scored = time.perf_counter() - started
     problem = Problem(
         model=network,
@@ -118,26 +133,29 @@ def run_tuning(
         scores=scores,
         budget=budget,
         seed=int(overrides.get("seed", 0)),
-        spent=len(inputs.forget) if scores else 0,
+        spent=len(inputs.forget) if salient else 0,
+        random_seed=wish.random_mask_seed,
     )
     tuned = tune(problem, wish.on_trial)
     if tuned.chosen is None:
+        if judge.policy is None:
+            raise ModelError("no setting gave a model", tuned.broken, "give a larger budget or other settings")
         if run and run.store_uri and run.run:
             _keep_refusal(run, judge, tuned)
         raise GateRefusedError(
-            f"no setting stays within the policy {judge.policy.name}, of {len(tuned.trials)} that were tried",
+            f"no setting stays within the policy {judge.name}, of {len(tuned.trials)} that were tried",
             tuned.broken,
             "give a larger budget or another method, or retrain; nothing was written",
         )
-    return _tuned_run(inputs, problem, tuned, judge, scored)
+    return _tuned_run(inputs, problem, tuned, judge, scored, wish)
 
 
 def _keep_refusal(run: RunRef, judge: PolicyJudge, tuned: Tuned) -> None:
     verdict = Verdict(rule="tuning", threshold="a setting within the policy", passed=False, reason=tuned.broken)
     decision = GateDecision(
         passed=False,
-        policy=judge.policy.name,
-        policy_digest=judge.policy.digest,
+        policy=judge.name,
+        policy_digest=judge.digest,
         evidence_digest=judge.evidence({}).digest,
         summary=f"tuning: none of {len(tuned.trials)} settings stays within the policy: {tuned.broken}",
         verdicts=[verdict],
@@ -161,7 +179,8 @@ def _sets(inputs: Inputs, device: torch.device) -> Sets:
         raise nothing
     draw = inputs.retain.select(range(min(len(inputs.retain), max(_RETAIN_DRAW, len(kept)))))
     forget, retain, unseen = (part.to(device) for part in (inputs.forget, draw, held_out.select(kept)))
-    return Sets(forget, retain, unseen, tuple(inputs.forget_set.classes))
+    emptied = set(inputs.forget.labels.tolist()) - set(inputs.retain.labels.tolist())  # such as that of a person
+    return Sets(forget, retain, unseen, tuple(sorted(emptied | set(inputs.forget_set.classes))))
 
 
 @dataclass(frozen=True)
@@ -169,16 +188,26 @@ class PolicyJudge:
     """Judges the figures of a trial by those rules of a policy that held-out data can answer.
 
     Args:
-        policy: whose rules.
+        policy: whose rules; None: nothing is refused.
         forgotten: what is to be forgotten: rules may be for some kinds alone.
     """
 
-    policy: Policy
+    policy: Policy | None
     forgotten: Forgotten
 
+    @property
+    def name(self) -> str:
+        """Of the policy; without one, in words that nothing bounds the search."""
+        return self.policy.name if self.policy else UNBOUNDED
+
+    @property
+    def digest(self) -> str:
+        """Of the policy; empty without one."""
+        return self.policy.digest if self.policy else ""
+
     @classmethod
-    def of(cls, inputs: Inputs, uri: str) -> PolicyJudge:
-        """Read the policy.
+    def of(cls, inputs: Inputs, uri: str | None) -> PolicyJudge:
+        """Read the policy; None is none.
 
         Raises:
             UsageError: there is none, or it has faults.
@@ -190,8 +219,8 @@ class PolicyJudge:
             kinds=forget_set.kinds,
             classes=forget_set.classes,
         )
-        judge = cls(load_policy("classifier"), forgotten)
-        return judge if uri == AUTO else cls(read_policy(uri, judge.evidence({})), forgotten)
+        judge = cls(load_policy("classifier") if uri else None, forgotten)
+        return judge if uri in (AUTO, None) else cls(read_policy(uri, judge.evidence({})), forgotten)
 
     def evidence(self, metrics: Mapping[str, Metric]) -> Evidence:
         """Return what the rules are asked about: the figures alone, of no model in particular."""
@@ -205,6 +234,8 @@ class PolicyJudge:
 
     def __call__(self, metrics: Mapping[str, Metric]) -> Judgement:
         """Judge figures; a rule on a metric that only the evaluation measures waits for the gate."""
+        if self.policy is None:
+            return Judgement([])
         verdicts = [
             verdict
             for verdict in decide(self.evidence(metrics), self.policy).verdicts
@@ -215,26 +246,34 @@ class PolicyJudge:
 
     def not_judged(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the metrics of the policy's rules for this kind of forget set that a trial does not measure."""
-        kinds = set(self.forgotten.kinds)
-        rules = [rule for rule in self.policy.rules if not rule.targets or kinds & set(rule.targets)]
+        kinds, rules = set(self.forgotten.kinds), self.policy.rules if self.policy else []
+        rules = [rule for rule in rules if not rule.targets or kinds & set(rule.targets)]
         return sorted({rule.metric for rule in rules} - set(metrics))
 
 
-def _tuned_run(inputs: Inputs, problem: Problem, tuned: Tuned, judge: PolicyJudge, scored: float) -> TunedRun:
+def _tuned_run(
+    inputs: Inputs, problem: Problem, tuned: Tuned, judge: PolicyJudge, scored: float, wish: TuneWish
+) -> TunedRun:
     chosen = tuned.chosen
     assert chosen is not None
     mask = chosen.mask
     if mask is not None:
         digests = {"model_digest": inputs.original.digest, "forget_set_digest": inputs.forget_set.digest}
-        mask = mask.with_facts({**digests, "seconds": f"{scored:.3f}"})
+        seed = wish.random_mask_seed
+        drawn = {} if seed is None else {"scores": "random", "seed": str(seed)}
+        mask = mask.with_facts({**drawn, **digests, "seconds": f"{scored:.3f}"})
+    record = tuned.trials[chosen.number]
+    if wish.on_chosen:
+        choice = Choice(record.settings, record.density, record.epochs)
+        wish.on_chosen(problem.spent + passes_of(problem, choice, record.epochs))
     log = TuningLog(
         method=problem.space.method,
         seed=problem.seed,
-        optimiser=f"optuna {version('optuna')}, TPE",
+        optimiser=f"optuna {version('optuna')}, Gaussian process",
         budget=problem.budget.text,
-        policy=judge.policy.name,
-        policy_digest=judge.policy.digest,
-        not_judged=judge.not_judged(tuned.trials[chosen.number].figures),
+        policy=judge.name,
+        policy_digest=judge.digest,
+        not_judged=judge.not_judged(record.figures),
         held_out=len(problem.sets.held_out),
         chosen=chosen.number,
         trials=tuned.trials,

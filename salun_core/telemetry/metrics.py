@@ -75,7 +75,14 @@ SPECS = {
 # A label value is from a fixed list, or matches a pattern that an operator's own names fill: no request, run,
 # sample or subject can become a label.
 LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
-    "pipeline": ("salun-unlearning", "salun-deletion-sweep"),
+    "pipeline": (
+        "salun-unlearning",
+        "salun-unlearning-cpu",
+        "salun-deletion-sweep",
+        "salun-deletion-sweep-cpu",
+        "salun-sharded-mask",
+        "salun-sharded-mask-cpu",
+    ),
     "step": (
         "claim_requests",
         "fetch_model",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 5.0
 URL_VARIABLE = "PUSHGATEWAY_URL"
+PIPELINE_VARIABLE = "SALUN_PIPELINE"
+PIPELINE = "salun-unlearning"  # of a step that no pipeline runs
 
 
 class _Metric(Protocol):
@@ -108,7 +110,7 @@ class StepMetrics:
         self.record("salun_mask_density_ratio", evidence.run.density, method=label)
         self.record("salun_gate_passed", None if decision is None else float(decision.passed), method=label)
 
-    def push(self, step: str, model_line: str, pipeline: str = "salun-unlearning", succeeded: bool = True) -> bool:
+    def push(self, step: str, model_line: str, pipeline: str | None = None, succeeded: bool = True) -> bool:
         """Push everything to the Pushgateway that `PUSHGATEWAY_URL` names.
 
         A success replaces the whole group {pipeline, step, model}. A failure replaces only what it measured, so
@@ -117,7 +119,7 @@ class StepMetrics:
         Args:
             step: name of the step.
             model_line: name of the model line.
-            pipeline: name of the pipeline.
+            pipeline: name of the pipeline; else what `SALUN_PIPELINE` says, which each compiled pipeline sets.
             succeeded: whether the step did its work.
 
         Returns:
@@ -127,6 +129,7 @@ class StepMetrics:
         url = os.environ.get(URL_VARIABLE, "").strip()
         if not url:
             return False
+        pipeline = pipeline or os.environ.get(PIPELINE_VARIABLE) or PIPELINE
         try:
             self._push(url, {"pipeline": pipeline, "step": step, "model": model_line}, succeeded)
         except Exception as error:  # whatever the network or a bad URL brings

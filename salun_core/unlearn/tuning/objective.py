@@ -41,7 +41,7 @@ class Sets:
         forget: D_f.
         retain: a fair draw of D_r.
         held_out: the validation split without classes that are forgotten as a whole; never the test split.
-        classes: those classes.
+        classes: those classes, and any other of which nothing is left to retain.
     """
 
     forget: ImageSet
@@ -123,9 +123,10 @@ def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
 def distance(before: Reading, after: Reading) -> float:
     """Return what the search makes small.
 
-    Single samples and subjects: the mean of |2 AUC - 1|, the Kolmogorov-Smirnov distance of the losses of D_f and of
-    held-out data, and |UA - (1 - accuracy on held-out data)|. Whole classes: their accuracy, which is 0 in a model
-    that never saw them. Both kinds: the mean of the two. What RA and the accuracy on held-out data lost is added.
+    Single samples: the mean of |2 AUC - 1|, the Kolmogorov-Smirnov distance of the losses of D_f and of held-out data,
+    and |UA - (1 - accuracy on held-out data)|. Whole classes, a person's own among them: their accuracy, which is 0 in
+    a model that never saw them. Both kinds: the mean of the two. What RA and the accuracy on held-out data lost is
+    added.
 
     Args:
         before: of the original model.

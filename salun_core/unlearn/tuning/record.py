@@ -13,7 +13,7 @@ class TrialRecord(Document):
     """One setting that was tried."""
 
     number: int = Field(ge=0, description="from 0, in the order they were tried")
-    settings: dict[str, float] = Field(description="settings that were searched for, by name")
+    settings: dict[str, float | str] = Field(description="settings that were searched for, by name")
     density: float | None = Field(default=None, description="share of salient weights; null for a method without mask")
     epochs: int = Field(ge=0, description="of the best model of the trial; 0 where it made none")
     epochs_run: int = Field(ge=0, description="epochs that it ran")

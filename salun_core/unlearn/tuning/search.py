@@ -1,10 +1,11 @@
-"""The search: Optuna's TPE chooses settings, trials are measured on held-out data, the best allowed one is kept."""
+"""The search: a Gaussian process chooses settings, trials are measured on held-out data, the best allowed one stays."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 OnTrial = Callable[[TrialRecord], None]
 _FAILED = 10.0  # told of a trial without figures: worse than any that breaks rules
 _RANDOM = 4  # trials before the optimiser learns from them: a budget is a few dozen epochs
-_WARMUP = 2  # first epoch after which it may: the first alone says little, forgetting comes before repair
+_WARMUP = 1  # first epoch after which it may: the first alone says little, forgetting comes before repair
 _STARTUP = 2  # finished trials before the median of the others ends one
 
 
@@ -46,10 +47,12 @@ class Problem:
         images: D_f and D_r.
         sets: what trials are measured on.
         judge: what the policy says of figures.
-        scores: saliency by parameter name: the masks of all densities; None for a method without a mask.
+        scores: saliency by parameter name: the masks of all densities; None for a method without a mask, and for
+            random masks.
         budget: the most to spend.
         seed: of the optimiser.
         spent: passes that were spent before, on the scores.
+        random_seed: of random masks in place of the saliency's, for a comparison.
     """
 
     model: nn.Module
@@ -61,6 +64,7 @@ class Problem:
     budget: Budget
     seed: int
     spent: int = 0
+    random_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -155,9 +159,10 @@ def _study(problem: Problem) -> Study:
         import optuna
     except ImportError as error:
         raise SalunError("Optuna is not installed", str(error), "pip install 'optuna>=4'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP, n_warmup_steps=_WARMUP)
-    sampler = optuna.samplers.TPESampler(n_startup_trials=_RANDOM, seed=problem.seed)
+    with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
+        sampler = optuna.samplers.GPSampler(n_startup_trials=_RANDOM, seed=problem.seed, deterministic_objective=True)
     study = optuna.create_study(sampler=sampler, pruner=pruner)
     for point in problem.space.starts():
         study.enqueue_trial(point)
@@ -222,17 +227,16 @@ def _try(problem: Problem, yardstick: Yardstick, course: _Course, suggestion: Su
 
 
 def _mask(problem: Problem, choice: Choice) -> SaliencyMask | None:
-    if problem.scores is None or choice.density is None:
+    if choice.density is None:
         return None
+    if problem.random_seed is not None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in problem.model.named_parameters()}
+        return SaliencyMask.random(shapes, choice.density, problem.random_seed)
+    assert problem.scores is not None  # a method with a mask has one or the other
     return SaliencyMask.from_scores(problem.scores, choice.density)
 
 
 def _tell(study: Study, suggestion: Suggestion, trial: Trial) -> None:
-    from optuna.trial import TrialState
-
-    if trial.state == "stopped":
-        study.tell(suggestion, state=TrialState.PRUNED)
-        return
     best = trial.best
     study.tell(suggestion, min(best.value, _FAILED) if best else _FAILED)
 
@@ -275,7 +279,7 @@ def _nearness(trial: TrialRecord) -> tuple[int, float]:
 
 def _too_small(problem: Problem, needed: int) -> UsageError:
     if problem.budget.passes is None:
-        why = "it was over before the first trial"
+        why = f"it was over before the first trial, which needs {needed} passes"
     else:
         why = f"it is {problem.budget.passes} passes, and the first trial needs {needed}"
     return UsageError(f"the budget {problem.budget.text} is too small", why, "give a larger --tune-budget")

@@ -5,50 +5,91 @@ from __future__ import annotations
 import json
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from salun_core.cli import output
-from salun_core.cli.bench import bench
-from salun_core.errors import ConflictError, UsageError
+from tests.unit.cli.conftest import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
 
-app = typer.Typer()
-app.command()(bench)
+REFUSED = "Error: salun bench has no command "
 
 
-def call(*words: object) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=True)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
+def call(*words):
+    result = invoke("bench", *words)
+    assert result.exit_code == 0, result.stderr
     return result.stdout
 
 
-def test_a_dry_run_lists_the_cells_with_their_cost_and_writes_nothing(suite_file, resumed, tmp_path, monkeypatch):
-    monkeypatch.setattr(output.MODE, "json", True)
-    plain = json.loads(call(suite_file, "--dry-run", "--out", tmp_path / "none"))
+def refused(*words):
+    """Return the exit code and what the call says on standard error; it prints nothing else."""
+    result = invoke("bench", *words)
+    assert result.stdout == ""
+    return result.exit_code, result.stderr
+
+
+def test_a_dry_run_lists_the_cells_with_their_cost_and_writes_nothing(suite_file, resumed, tmp_path):
+    plain = json.loads(call("run", suite_file, "--dry-run", "--out", tmp_path / "none", "--json"))
     assert [row["seconds"] for row in plain["cells"]] == [None] * 6
     assert plain["cells"][0]["cost"] == "1 epochs"
     assert not (tmp_path / "none").exists()
-    known = json.loads(call(suite_file, "--dry-run", "--out", resumed[0], "--only", "SalUn", "--seeds", "1"))
+    chosen = ("--only", "SalUn", "--seeds", "1")
+    known = json.loads(call("run", suite_file, "--dry-run", "--out", resumed[0], *chosen, "--json"))
     assert [row["cell"] for row in known["cells"]] == ["salun-0"]
     assert known["cells"][0]["seconds"] > 0
 
 
-def test_render_only_writes_table_json_and_picture_and_the_page(suite_file, resumed, tmp_path):
+def test_what_is_measured_is_printed_without_measuring_and_the_page_is_made_from_its_json(
+    suite_file, resumed, tmp_path
+):
     page, kept = tmp_path / "docs" / "results.md", tmp_path / "results"
-    text = call(suite_file, "--render-only", "--out", resumed[0], "--into", page, "--results", kept)
+    text = call("run", suite_file, "--render-only", "--out", resumed[0], "--into", page, "--results", kept)
     assert text.startswith("| method | UA |")
     assert (resumed[0] / "table.md").read_text() == text
     assert (kept / "digits-cpu.json").read_bytes() == (resumed[0] / "results.json").read_bytes()
     assert (resumed[0] / "plot.svg").read_text().startswith("<svg xmlns=")
     assert text.strip() in page.read_text()
-    assert call("--render-only", "--into", page, "--results", kept, "--check").strip() == f"{page}: digits:cpu"
+    assert "    salun bench run digits --size cpu\n" in page.read_text()
+    written = page.read_bytes()
+    page.unlink()
+    assert call("render", "--into", page, "--results", kept).strip() == f"{page}: digits:cpu"
+    assert page.read_bytes() == written
+    assert call("render", "--into", page, "--results", kept, "--check").strip() == f"{page}: digits:cpu"
+
+
+def test_a_page_out_of_step_is_left_as_it_is_and_the_command_that_makes_it_is_said(suite_file, resumed, tmp_path):
+    page, kept = tmp_path / "results.md", tmp_path / "results"
+    call("run", suite_file, "--render-only", "--out", resumed[0], "--into", page, "--results", kept)
     page.write_text(page.read_text().replace("| RL |", "| LR |"))
-    with pytest.raises(ConflictError, match="out of step"):
-        call("--render-only", "--into", page, "--results", kept, "--check")
+    before = page.read_bytes()
+    code, said = refused("render", "--into", page, "--results", kept, "--check")
+    assert code == 4
+    assert "out of step" in said
+    assert f"run `salun bench render --into {page}`" in said
+    assert page.read_bytes() == before
 
 
-def test_without_a_suite_there_is_nothing_to_measure():
-    with pytest.raises(UsageError, match="no suite is named"):
-        call()
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("sd-class", "--size", "cpu"), "`salun bench run sd-class --size cpu`"),
+        (("my suite.yaml", "--only", "SalUn"), "`salun bench run 'my suite.yaml' --only SalUn`"),
+        (("--render-only", "--into", "page.md", "--check"), "`salun bench render --into PAGE`"),
+        (("--size", "cpu", "sd-class"), "`salun bench run SUITE`"),
+    ],
+)
+def test_a_call_without_a_verb_is_told_the_verb_in_one_line(words, told):
+    code, said = refused(*words)
+    assert code == 2
+    assert said.startswith(REFUSED + repr(words[0]))
+    assert told in said
+    assert said.count("\n") == 1
+
+
+def test_a_slip_of_a_verb_gets_the_nearest_one():
+    code, said = refused("rendr", "--into", "page.md")
+    assert code == 2
+    assert "Did you mean 'render'?" in said
+
+
+@pytest.mark.parametrize("words", [("run",), ("render",), ()])
+def test_without_a_suite_or_a_page_nothing_is_done(words):
+    result = invoke("bench", *words)
+    assert result.exit_code == 2
+    assert "Usage: " in result.output

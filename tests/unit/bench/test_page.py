@@ -22,7 +22,7 @@ RESULTS = Results(
     title="Toy",
     about="Two rows.",
     kind="text-to-image",
-    command="salun bench toy-class --size cpu",
+    command="salun bench run toy-class --size cpu",
     settings={},
     extractor="judge:0123",
     images=500,
@@ -53,7 +53,7 @@ def test_the_table_of_generated_images():
 
 def test_a_section_says_how_to_measure_it_again_and_what_was_not_measured():
     text = section(RESULTS)
-    assert "    salun bench toy-class --size cpu" in text
+    assert "    salun bench run toy-class --size cpu" in text
     assert "Not measured: esd-0." in text
     assert "2 seeds; A processor, 2 cores; torch 2, 2 threads." in text
 

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from salun_core.bench.forgetting import drawn
 from salun_core.bench.plan import Plan
-from salun_core.bench.prepared import drawn, identity
+from salun_core.bench.prepared import identity
 from salun_core.bench.results import collect
 from salun_core.bench.runner import run_suite
 from salun_core.bench.suite import load_suite

@@ -62,7 +62,7 @@ def test_one_base_model_of_all_seeds_counts_once(plan, resumed):
 def test_results_say_what_measured_them_and_name_no_host_and_no_place(plan, resumed):
     results = collect(plan, resumed[0])
     text = results_json(results).decode()
-    assert results.command == "salun bench digits --size cpu"
+    assert results.command == "salun bench run digits --size cpu"
     assert results.environment["threads"] == "1"
     assert str(resumed[0]) not in text
     import socket

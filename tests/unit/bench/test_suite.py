@@ -65,7 +65,7 @@ def test_a_broken_suite_lists_all_faults(tmp_path):
         "did you mean 'random_label'?",
         "epoch: unknown key, did you mean 'epochs'?",
         "sizes.cpu.seeds: a seed occurs twice",
-        "a classification model forgets random or class or subject, not concept",
+        "a classification model forgets random or class or subject or sequence, not concept",
     ):
         assert fault in why
 

@@ -29,7 +29,11 @@ ORDER = [
 CERTIFICATES = ["key create", "certificate", "verify"]
 RETENTION = ["model hold", "model release", "purge"]
 DIFFUSION = ["train ddpm", "train stable-diffusion", "model import-diffusers"]
-ELSEWHERE = {"demo", "demo-diffusion", "bench", "sweep", "model rollback"}  # e2e, unit/bench, test_sweep_cli.py, below
+ELSEWHERE = {  # e2e, unit/bench, test_sweep_cli.py, below
+    *("demo", "demo-diffusion"),
+    *("bench run", "bench render"),
+    *("sweep", "model rollback"),
+}
 ALONE = ["doctor", "ls methods", "ls models", "ls data"]
 
 

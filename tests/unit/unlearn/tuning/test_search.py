@@ -78,10 +78,10 @@ def test_the_model_is_what_unlearning_with_the_chosen_settings_gives(digits, sea
     assert chosen.mask.density == pytest.approx(searched.trials[chosen.number].density, abs=1e-4)
 
 
-def test_it_tries_the_defaults_first_and_keeps_the_best(digits, searched):
+def test_it_tries_its_starting_points_first_and_keeps_the_best(digits, searched):
     assert len(searched.trials) >= 5
-    assert [trial.density for trial in searched.trials[:4]] == [0.1, 0.5, 0.5, 0.05]
-    assert [trial.settings["learning_rate"] for trial in searched.trials[:4]] == [0.003, 0.003, 0.001, 0.009]
+    assert [trial.density for trial in searched.trials[:4]] == [0.5, 0.5, 0.1, 0.5]
+    assert [trial.settings["learning_rate"] for trial in searched.trials[:4]] == [0.03, 0.003, 0.009, 0.009]
     assert searched.trials[searched.chosen.number].distance == min(trial.distance for trial in searched.trials)
 
 

@@ -7,7 +7,7 @@ from salun_core.errors import UsageError
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 from salun_core.unlearn import METHODS, unlearn
-from salun_core.unlearn.tuning.space import GROWING, Space
+from salun_core.unlearn.tuning.space import DENSITIES, GROWING, Space
 from salun_core.unlearn.tuning.trial import Watcher
 
 
@@ -21,20 +21,48 @@ class Fixed:
         return low
 
 
-def test_salun_varies_rate_and_density():
+def test_salun_varies_rate_order_batch_norm_and_density():
     space = Space.of("salun", {"seed": 3})
     assert set(space.ranges) == {"learning_rate"}
-    assert (space.masked, space.growing, space.epochs) == (True, True, 5)
+    assert set(space.choices) == {"order", "batch_norm"}
+    assert (space.densities, space.growing, space.epochs) == (DENSITIES, True, 5)
     choice = space.draw(Fixed())
-    assert choice.settings == {"learning_rate": pytest.approx(0.0003)}
+    assert choice.settings == {
+        "learning_rate": pytest.approx(0.0003),
+        "order": "sequential",
+        "batch_norm": "freeze",
+    }
     assert (choice.density, choice.epochs) == (0.02, 5)
     assert space.config(choice).seed == 3
+
+
+def test_only_what_a_method_and_a_model_can_tell_apart_varies():
+    assert set(Space.of("finetune", {}).choices) == {"batch_norm"}
+    assert set(Space.of("salun", {}, normalised=False).choices) == {"order"}
+    assert Space.of("influence", {}).choices == {}
+    assert Space.of("salun", {"order": "mixed", "batch_norm": "update"}).choices == {}
+
+
+def test_a_density_that_is_given_stays_and_a_method_without_a_mask_has_none():
+    space = Space.of("salun", {}, density=0.15)
+    assert all("density" not in start for start in space.starts())
+    assert space.draw(Fixed()).density == 0.15
+    assert Space.of("finetune", {}, density=0.15).draw(Fixed()).density is None
+
+
+def test_the_first_points_are_far_apart_and_one_is_the_method_as_it_is():
+    space = Space.of("salun", {})
+    starts = [(start["learning_rate"], start["order"], start["batch_norm"]) for start in space.starts()]
+    assert (0.003, 0, 0) in starts
+    assert starts[0] == (pytest.approx(0.03), 1, 1)
+    assert len(set(starts)) == len(starts)
 
 
 def test_what_is_set_stays_and_bounds_the_epochs():
     space = Space.of("salun", {"learning_rate": 0.01, "epochs": 2})
     assert space.ranges == {}
     choice = space.draw(Fixed())
+    assert "learning_rate" not in choice.settings
     assert (space.config(choice).learning_rate, space.config(choice).epochs) == (0.01, 2)
 
 
@@ -44,7 +72,7 @@ def test_every_approximate_method_has_a_space_whose_points_are_valid(method):
     assert space.ranges
     assert space.config(space.draw(Fixed())).epochs >= 1
     for start in space.starts():
-        assert set(start) == set(space.ranges) | ({"density"} if space.masked else set()) | (
+        assert set(start) == {*space.ranges, *space.choices} | ({"density"} if space.densities else set()) | (
             set() if space.growing or space.epochs == 1 else {"epochs"}
         )
         for name, (low, high, _) in space.ranges.items():
@@ -61,7 +89,10 @@ def test_nothing_to_search_for_is_refused():
     with pytest.raises(UsageError, match="retrain is not tuned"):
         Space.of("retrain", {})
     with pytest.raises(UsageError, match="nothing to search for"):
-        Space.of("finetune", {"learning_rate": 0.01, "epochs": 1})
+        Space.of("finetune", {"learning_rate": 0.01, "epochs": 1, "batch_norm": "freeze"})
+    fixed = {"learning_rate": 0.01, "epochs": 1, "batch_norm": "freeze", "order": "mixed"}
+    with pytest.raises(UsageError, match="nothing to search for"):
+        Space.of("salun", fixed, density=0.5)
     with pytest.raises(UsageError, match="learning_rat"):
         Space.of("salun", {"learning_rat": 0.01})
 

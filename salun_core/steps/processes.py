@@ -1,0 +1,111 @@
+"""Runs a step in several processes of this machine, one a GPU, from a process that is none of them.
+
+`salun mask --processes` starts the same command again. A step of a Kubeflow pipeline has no command of ours to start
+again, so here each process calls the step's function, and the first error of any comes back as what it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from salun_core import errors
+from salun_core.errors import SalunError
+from salun_core.telemetry.logs import get_logger, run_bound
+from salun_core.unlearn.distributed import PeerError
+
+Step = Callable[..., object]
+_THREADS = "OMP_NUM_THREADS"
+
+
+def in_processes(processes: int, step: Step, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the step's own
+    """Call a step in several processes that are joined as torchrun joins them, and wait for all.
+
+    Args:
+        processes: how many are wanted. One, and the step runs in this process; where there are GPUs, no more than
+            these; where torchrun has started us, it is one of its processes.
+        step: a function of a module, such as `steps.mask.compute_mask`; what it returns is dropped, so look at the
+            files that it wrote.
+        args: its arguments.
+        kwargs: its arguments; `run` is the run whose id the processes log.
+
+    Raises:
+        SalunError: the first error of a process, of its own class.
+    """
+    count = _processes(processes)
+    if count == 1:
+        step(*args, **kwargs)
+        return
+    with tempfile.TemporaryDirectory(prefix="salun-processes-") as folder:
+        _launch(count, Path(folder), step, args, kwargs)
+
+
+def _processes(wanted: int) -> int:
+    import torch
+
+    if "WORLD_SIZE" in os.environ:
+        return 1
+    there = torch.cuda.device_count() if torch.cuda.is_available() else wanted
+    return max(1, min(wanted, there))
+
+
+def _launch(count: int, folder: Path, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say ourselves what failed
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"salun-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    threads = os.environ.get(_THREADS)
+    os.environ.setdefault(_THREADS, str(max(1, (os.cpu_count() or 1) // count)))
+    try:
+        elastic_launch(config, _work)(folder, step, args, kwargs)
+    except ChildFailedError as error:
+        raise _told(folder) or _silent(error.get_first_failure()[1].exitcode) from None
+    finally:
+        if threads is None:
+            del os.environ[_THREADS]
+
+
+def _work(folder: Path, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Be one of the processes; an error of ours is written down for the parent before it ends this process."""
+    run = kwargs.get("run")
+    try:
+        with run_bound(run.run if run else None):
+            step(*args, **kwargs)
+    except PeerError:  # another process has the cause
+        raise
+    except SalunError as error:
+        told = {"error": type(error).__name__, "what": error.what, "why": error.why, "remedy": error.remedy}
+        (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(told), encoding="utf-8")
+        raise
+    except Exception:
+        get_logger().exception("process_failed", rank=os.environ["RANK"])
+        raise
+
+
+def _told(folder: Path) -> SalunError | None:
+    """Return the error that a process wrote down; the oldest, where several did."""
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        kind: type[SalunError] = getattr(errors, told.pop("error"))
+        return kind(**told)
+    return None
+
+
+def _silent(code: int) -> SalunError:
+    how = f"signal {-code} ended it" if code < 0 else f"it ended with exit code {code}"
+    return SalunError("one of the step's processes failed", how, "see the log above, and whether the memory suffices")

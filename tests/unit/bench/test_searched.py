@@ -1,0 +1,335 @@
+"""A suite whose settings are searched: the same budget for all rows, the same figures each time, all cost counted."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from salun_core.bench.cell import kept_cell
+from salun_core.bench.page import section
+from salun_core.bench.plan import Plan
+from salun_core.bench.plot import plot
+from salun_core.bench.results import collect
+from salun_core.bench.runner import run_suite
+from salun_core.bench.suite import load_suite
+from salun_core.bench.table import choices, table
+from salun_core.config import load
+from salun_core.errors import UsageError
+from salun_core.evaluation import Evidence
+from salun_core.evaluation.evidence import RunFacts
+from salun_core.models import load_model
+from salun_core.saliency import SaliencyMask
+from salun_core.steps.mask import compute_mask
+from salun_core.steps.tuning import TuneWish
+from salun_core.steps.unlearning import run_unlearning
+from salun_core.unlearn.tuning import TuningLog
+
+ROWS = [
+    {"name": "SalUn", "method": "salun", "mask": "saliency", "config": {"epochs": 2}},
+    {"name": "SalUn, random mask", "method": "salun", "mask": "random", "config": {"epochs": 2}},
+    {"name": "RL", "method": "random_label", "config": {"epochs": 2}},
+    {
+        "name": "SalUn as written",
+        "method": "salun",
+        "mask": "saliency",
+        "density": 0.5,
+        "config": {"epochs": 1},
+        "search": False,
+    },
+]
+SUITE = {
+    "format": "salun.suite/v1",
+    "name": "searched",
+    "title": "Digits: searched",
+    "kind": "classification",
+    "methods": ROWS,
+    "sizes": {
+        "cpu": {
+            "data": {"source": "digits", "train_limit": 200, "test_limit": 60},
+            "model": {"architecture": "resnet8", "training": {"epochs": 2, "batch_size": 32}},
+            "forget": {"kind": "random", "fraction": 0.1},
+            "seeds": [3],
+            "threads": 1,
+            "search": {"budget": "5e"},
+        }
+    },
+}
+
+
+def quiet(_text: str) -> None:
+    pass
+
+
+def plan_of(folder: Path, data: dict, **extra) -> Plan:
+    path = folder / "searched.yaml"
+    path.write_text(json.dumps(data))
+    return Plan(load_suite(path), "cpu", folder, **extra)
+
+
+def changed(**size) -> dict:
+    data = copy.deepcopy(SUITE)
+    data["sizes"]["cpu"] |= size
+    return data
+
+
+def faults(folder: Path, data: dict) -> str:
+    with pytest.raises(UsageError, match="is no valid suite") as caught:
+        plan_of(folder, data)
+    return caught.value.why
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return plan_of(tmp_path_factory.mktemp("suite"), SUITE)
+
+
+@pytest.fixture(scope="module")
+def out(plan, tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("searched")
+    assert not run_suite(plan, folder, quiet).failed
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(plan, tmp_path_factory):
+    """A second run from scratch, killed after its second cell."""
+    folder = tmp_path_factory.mktemp("again")
+    done = []
+
+    def die(name):
+        done.append(name)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(plan, folder, quiet, on_cell=die)
+    return folder, run_suite(plan, folder, quiet)
+
+
+def figures(plan, out, name):
+    return next(row for row in collect(plan, out).rows if row.name == name).figures[0]
+
+
+def log_of(out, cell):
+    return load(TuningLog, out / "cells" / cell / "tuning.json")
+
+
+def test_two_runs_from_scratch_give_the_same_figures_but_for_seconds(plan, out, resumed):
+    def repeatable(folder):
+        rows = json.loads(collect(plan, folder).model_dump_json())["rows"]
+        for item in (item for row in rows for item in row["figures"]):
+            item["seconds"] = item["search_seconds"] = None
+            item["evidence"] = None  # its bytes hold seconds
+        return rows
+
+    assert repeatable(out) == repeatable(resumed[0])
+    assert choices(collect(plan, out)) == choices(collect(plan, resumed[0]))
+
+
+def test_a_killed_run_keeps_its_searched_cells(resumed):
+    assert resumed[1].kept == ["salun-3", "salun-random-mask-3"]
+    assert resumed[1].measured == ["rl-3", "salun-as-written-3"]
+
+
+def test_a_cell_keeps_what_its_search_tried_and_is_measured_anew_without_it(plan, out, tmp_path):
+    cell = plan.cells[0]
+    assert kept_cell(out, cell) is not None
+    copied = shutil.copytree(out, tmp_path / "copy")
+    log = copied / "cells" / cell.name / "tuning.json"
+    log.write_text(log.read_text().replace('"seed": 3', '"seed": 4'))
+    assert kept_cell(copied, cell) is None
+    log.unlink()
+    assert kept_cell(copied, cell) is None
+    assert not (out / "cells" / "salun-as-written-3" / "tuning.json").exists()
+
+
+def test_no_policy_bounds_the_search_of_a_suite_and_its_log_says_so(out):
+    log = log_of(out, "salun-3")
+    assert (log.policy, log.policy_digest, log.budget) == ("none: the objective alone decides", "", "5e")
+    assert not any(trial.refused for trial in log.trials)
+    best = min(trial.distance for trial in log.trials if trial.distance is not None)
+    assert log.trials[log.chosen].distance == best
+
+
+def test_a_row_counts_its_whole_search_and_what_the_chosen_setting_alone_costs(plan, out, tmp_path):
+    item, log = figures(plan, out, "SalUn"), log_of(out, "salun-3")
+    assert item.tried == len(log.trials)
+    assert item.passes == item.search_passes == log.passes
+    settings = {name: value for name, value in item.chosen.items() if name != "density"}
+    settings["epochs"] = int(settings["epochs"])
+    base, forget = out / "base-3", str(out / "forget-3.json")
+    compute_mask(base, forget, item.chosen["density"], tmp_path / "mask.safetensors")
+    run_unlearning(
+        base,
+        tmp_path / "mask.safetensors",
+        forget,
+        tmp_path / "after",
+        overrides={**ROWS[0]["config"], **settings},
+        seed=3,
+    )
+    assert item.own_passes == load(RunFacts, tmp_path / "after" / "run.json").passes < item.passes
+    evidence = load(Evidence, out / "cells" / "salun-3" / "evidence.json")
+    assert load_model(tmp_path / "after").digest == evidence.measured.after  # the very model that the search chose
+
+
+def test_a_row_that_takes_no_part_runs_as_written(plan, out):
+    item = figures(plan, out, "SalUn as written")
+    assert (item.chosen, item.tried, item.own_passes) == (None, None, None)
+    config = load(Evidence, out / "cells" / "salun-as-written-3" / "evidence.json").run.config
+    assert config["epochs"] == 1
+    assert "search_passes" not in json.loads(item.model_dump_json())  # results without a search stay as they were
+
+
+def test_the_random_control_is_searched_as_its_rival_is_without_a_pass_for_scores(out, tmp_path):
+    salient, control = log_of(out, "salun-3"), log_of(out, "salun-random-mask-3")
+    evidence = load(Evidence, out / "cells" / "salun-random-mask-3" / "evidence.json")
+
+    def before_the_trials(log):
+        return log.passes - sum(trial.passes for trial in log.trials)
+
+    assert control.budget == salient.budget
+    first = [(log.trials[0].settings, log.trials[0].density) for log in (salient, control)]
+    assert first[0] == first[1]
+    assert before_the_trials(salient) - before_the_trials(control) == evidence.forgotten.count
+    density, path = control.trials[control.chosen].density, tmp_path / "mask.safetensors"
+    drawn = compute_mask(out / "base-3", str(out / "forget-3.json"), density, path, random_seed=3)
+    assert evidence.measured.mask == drawn.digest
+    assert evidence.integrity.frozen_changed == 0
+
+
+def test_at_a_given_density_the_control_is_the_mask_that_the_mask_step_draws(out, tmp_path):
+    base, forget = out / "base-3", str(out / "forget-3.json")
+    alone: list[int] = []
+    for density, seed in ((0.05, 1), (0.3, 2)):
+        wish = TuneWish("3e", bounded=False, density=density, random_mask_seed=seed, on_chosen=alone.append)
+        after = tmp_path / f"after-{seed}"
+        run_unlearning(base, None, forget, after, overrides={"epochs": 1}, tune=wish)
+        wanted = compute_mask(base, forget, density, tmp_path / "mask.safetensors", random_seed=seed)
+        used = SaliencyMask.load(after / "mask.safetensors")
+        assert used == wanted
+        assert used.facts["scores"] == "random"
+        assert {trial.density for trial in load(TuningLog, after / "tuning.json").trials} == {density}
+    assert len(alone) == 2
+
+
+def test_a_cell_hangs_on_the_budget_of_its_search_and_a_row_as_written_does_not(plan, tmp_path):
+    other = plan_of(tmp_path, changed(search={"budget": "6e"}))
+    same = [before.plan == after.plan for before, after in zip(plan.cells, other.cells, strict=True)]
+    assert same == [False, False, False, True]
+    bounded = plan_of(tmp_path, changed(search={"budget": "5e", "policy": "classifier"}))
+    assert [before.plan == after.plan for before, after in zip(plan.cells, bounded.cells, strict=True)] == same
+
+
+def test_a_row_that_finds_nothing_within_a_policy_is_reported_and_the_others_go_on(out, tmp_path):
+    rule = {"metric": "RA", "op": ">=", "value": 2, "reason": "nothing can"}
+    (tmp_path / "strict.json").write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
+    data = changed(search={"budget": "2e", "policy": "strict.json"})
+    plan = plan_of(tmp_path, data, only=("RL", "SalUn as written"))
+    copied = shutil.copytree(out, tmp_path / "copy")
+    outcome = run_suite(plan, copied, quiet)
+    assert list(outcome.failed) == ["rl-3"]
+    assert "no setting stays within the policy strict" in outcome.failed["rl-3"]
+    assert outcome.kept == ["salun-as-written-3"]
+
+
+def test_the_table_shows_both_costs_and_a_second_one_the_settings(plan, out):
+    results = collect(plan, out)
+    head, _, *lines = table(results).splitlines()
+    assert head.endswith("| passes | of which the chosen run |")
+    item = figures(plan, out, "SalUn")
+    assert next(line for line in lines if line.startswith("| SalUn |")).endswith(
+        f"| {item.passes:,} | {item.own_passes:,} |"
+    )
+    settings = choices(results).splitlines()
+    assert settings[0] == "| chosen settings | seed 3 | trials |"
+    assert f"density {item.chosen['density']:g}, epochs {item.chosen['epochs']:g}" in settings[2]
+    assert settings[-1] == "| SalUn as written (50%) | as written | – |"
+    text = section(results)
+    assert choices(results) in text
+    assert "the same budget, 5e, on held-out data; no policy bounds it" in text
+    picture = plot(results.model_copy(update={"kind": "text-to-image"}))  # without a reference there is no gap
+    assert f"SalUn {100 - 100 * item.values['RA']:.2f} at {item.passes} passes" in picture
+
+
+def test_a_dry_run_says_what_a_search_may_cost(plan, tmp_path):
+    assert plan.cost(plan.cells[0]) == {"search": "5e", "epochs a trial at most": 2}
+    assert plan.cost(plan.cells[3]) == {"epochs": 1}
+    passes = plan_of(tmp_path, changed(search={"budget": "20000"}))
+    assert passes.cost(passes.cells[0]) == {"passes": 20000, "epochs a trial at most": 2}
+
+
+@pytest.mark.parametrize(
+    ("search", "fault"),
+    [
+        ({"budget": "90s"}, "finds other settings each time"),
+        ({"budget": "2h"}, "finds other settings each time"),
+        ({"budget": "many"}, "is no budget"),
+        ({"budget": "0e"}, "is no budget"),
+        ({}, "sizes.cpu.search.budget"),
+        ({"budget": "5e", "polici": "none"}, "sizes.cpu.search.polici: unknown key"),
+    ],
+)
+def test_a_budget_that_does_not_repeat_is_refused(tmp_path, search, fault):
+    assert fault in faults(tmp_path, changed(search=search))
+
+
+@pytest.mark.parametrize("left_out", [1, 2])
+def test_a_searched_table_without_its_controls_is_refused(tmp_path, left_out):
+    rows = [row for number, row in enumerate(ROWS) if number != left_out]
+    assert "no control" in faults(tmp_path, SUITE | {"methods": rows})
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_control_that_is_not_searched_is_none(tmp_path, number):
+    rows = [row | ({"search": False} if at == number else {}) for at, row in enumerate(ROWS)]
+    rows[1] = rows[1] | ({"density": 0.5} if number == 1 else {})
+    assert "no control" in faults(tmp_path, SUITE | {"methods": rows})
+
+
+def test_a_control_of_a_given_density_is_none_of_a_searched_one(tmp_path):
+    rows = [row | ({"density": 0.5} if at == 1 else {}) for at, row in enumerate(ROWS)]
+    assert "'SalUn' has no control" in faults(tmp_path, SUITE | {"methods": rows})
+    both = [row | ({"density": 0.5} if at < 2 else {}) for at, row in enumerate(ROWS)]
+    assert plan_of(tmp_path, SUITE | {"methods": both}).cells
+
+
+def test_a_density_may_lack_in_a_searched_row_alone(tmp_path):
+    wanted = "a mask goes with a density"
+    assert wanted in faults(tmp_path, changed(search=None))
+    rows = [*ROWS, ROWS[3] | {"name": "more", "density": None}]
+    assert f"methods.4: {wanted}" in faults(tmp_path, SUITE | {"methods": rows})
+    sizes = SUITE["sizes"] | {"paper": changed(search=None)["sizes"]["cpu"]}
+    assert wanted in faults(tmp_path, SUITE | {"sizes": sizes})  # the rows serve both sizes
+
+
+def test_only_classifiers_with_held_out_images_and_something_to_vary_are_searched(tmp_path):
+    data = changed(data={"source": "digits", "validation_fraction": 0.0})
+    assert "no held-out images to search on" in faults(tmp_path, data)
+    assert "only the settings of classifiers" in faults(tmp_path, SUITE | {"kind": "text-to-image"})
+    fixed = {"name": "fixed", "method": "gradient_ascent"}
+    fixed["config"] = {"learning_rate": 0.01, "epochs": 1, "batch_norm": "update"}
+    assert "there is nothing to search for" in faults(tmp_path, SUITE | {"methods": [*ROWS, fixed]})
+
+
+def test_what_a_row_sets_is_fixed(out, tmp_path):
+    rows = [ROWS[2] | {"config": {"epochs": 1, "learning_rate": 0.02}}]
+    plan = plan_of(tmp_path, changed(search={"budget": "3e"}) | {"methods": [*rows, *ROWS[:2]]}, only=("RL",))
+    copied = shutil.copytree(out, tmp_path / "copy")
+    assert run_suite(plan, copied, quiet).measured == ["rl-3"]
+    log = log_of(copied, "rl-3")
+    assert all("learning_rate" not in trial.settings and trial.epochs_run <= 1 for trial in log.trials)
+    config = load(Evidence, copied / "cells" / "rl-3" / "evidence.json").run.config
+    assert (config["learning_rate"], config["epochs"]) == (0.02, 1)
+
+
+def test_nothing_but_a_suite_can_leave_the_policy_out(out, tmp_path):
+    base, forget = out / "base-3", str(out / "forget-3.json")
+    assert TuneWish("3e").bounded
+    with pytest.raises(UsageError, match="unknown policy"):
+        run_unlearning(base, None, forget, tmp_path / "after", overrides={"epochs": 1}, tune=TuneWish("3e", "none"))

@@ -1,0 +1,169 @@
+"""Several requests on one line: each from the model that the last one left, judged together, debt counted."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+from salun_core.bench.cell import together
+from salun_core.bench.results import collect
+from salun_core.bench.runner import run_suite
+from salun_core.bench.suite import load_suite
+from salun_core.bench.table import choices, table
+from salun_core.config import load
+from salun_core.data.split import SplitManifest
+from salun_core.errors import ModelError, UsageError
+from salun_core.evaluation import Evidence
+from salun_core.evaluation.evidence import EpochRecord, RunFacts
+from salun_core.steps.evaluation import evaluate
+from salun_core.steps.inputs import load_inputs
+from salun_core.steps.mask import compute_mask
+from salun_core.steps.unlearning import run_unlearning
+from salun_core.unlearn.tuning import TuningLog
+from tests.unit.bench.test_searched import ROWS, SUITE, plan_of
+
+STEPS = [
+    {"kind": "random", "fraction": 0.05},
+    {"kind": "class", "class_id": "3"},
+    {"kind": "random", "fraction": 0.05},
+]
+AS_WRITTEN = {"density": 0.5, "config": {"epochs": 1, "learning_rate": 0.05}}
+SEQUENCE = copy.deepcopy(SUITE)
+SEQUENCE["sizes"]["cpu"] |= {
+    "forget": {"kind": "sequence", "steps": STEPS},
+    "search": {"budget": "2e"},
+    "retrain": {},
+}
+SEQUENCE["methods"] = [*ROWS[:3], ROWS[3] | AS_WRITTEN, ROWS[3] | AS_WRITTEN | {"mask": "random", "name": "random"}]
+ONLY = ("SalUn", "SalUn as written", "random")
+
+
+def quiet(_text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return plan_of(tmp_path_factory.mktemp("suite"), SEQUENCE, only=ONLY)
+
+
+@pytest.fixture(scope="module")
+def out(plan, tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("sequence")
+    assert not run_suite(plan, folder, quiet).failed
+    return folder
+
+
+def evidence_of(out, cell):
+    return load(Evidence, out / "cells" / cell / "evidence.json")
+
+
+def test_each_random_share_is_drawn_from_what_is_left(out):
+    split = load(SplitManifest, out / "base-3" / "split.json")
+    gone: set[str] = set()
+    for number in (1, 2, 3):
+        path = out / f"forget-3-{number}.json"
+        own = set(load_inputs(out / "base-3", str(path)).forget_set.samples)
+        if number != 2:
+            assert len(own) == round(0.05 * (len(split.train) - len(gone)))
+            assert not own & gone
+        gone |= own
+    assert set(load_inputs(out / "base-3", str(out / "forget-3.json")).forget_set.samples) == gone
+    assert load(SplitManifest, out / "reference-3" / "split.json").digest == split.without(gone).digest
+
+
+def test_a_cell_is_what_its_requests_do_one_after_the_other(plan, out, tmp_path):
+    model, passes = out / "base-3", 0
+    for number in (1, 2, 3):
+        forget, mask, after = str(out / f"forget-3-{number}.json"), tmp_path / f"{number}.mask", tmp_path / str(number)
+        compute_mask(model, forget, 0.5, mask)
+        run_unlearning(model, mask, forget, after, overrides=AS_WRITTEN["config"], seed=3)
+        model, passes = after, passes + load(RunFacts, after / "run.json").passes
+    evidence = evidence_of(out, "salun-as-written-3")
+    again = evaluate(
+        out / "base-3",
+        model,
+        str(out / "forget-3.json"),
+        tmp_path / "evidence.json",
+        tmp_path / "report.html",
+        reference=out / "reference-3",
+        mask=None,
+    )
+    assert evidence.measured.after == again.measured.after
+    assert evidence.metrics == again.metrics
+    assert evidence.run.passes == passes
+    assert [record.epoch for record in evidence.run.history] == [1, 2, 3]
+
+
+def test_debt_and_runs_are_counted_and_passes_are_sums(plan, out):
+    rows = {row.name: row.figures[0] for row in collect(plan, out).rows}
+    for name in ONLY:
+        forgotten = evidence_of(out, f"{'salun' if name == 'SalUn' else name.lower().replace(' ', '-')}-3").forgotten
+        assert rows[name].runs == 3
+        assert rows[name].debt == forgotten.count / forgotten.train_count
+    assert rows["Retrain"].runs is None
+    logs = [load(TuningLog, out / "cells" / "salun-3" / f"tuning-{number}.json") for number in (1, 2, 3)]
+    assert rows["SalUn"].passes == sum(log.passes for log in logs)
+    assert rows["SalUn"].tried == sum(len(log.trials) for log in logs)
+    assert len(rows["SalUn"].chosen["density"]) == 3
+
+
+def test_the_table_of_a_sequence_shows_runs_and_debt(plan, out):
+    results = collect(plan, out)
+    head, _, *lines = table(results).splitlines()
+    assert head.endswith("| passes | of which the chosen run | runs | debt |")
+    debt = next(row for row in results.rows if row.name == "SalUn").figures[0].debt
+    assert next(line for line in lines if line.startswith("| SalUn |")).endswith(f"| 3 | {100 * debt:.2f} % |")
+    assert next(line for line in lines if line.startswith("| Retrain |")).endswith("| – | – | – |")
+    assert "SalUn as written (50%) | as written" in choices(results)
+
+
+def test_a_model_that_missed_a_request_is_not_taken_for_one_that_forgot_all(out, tmp_path):
+    after = tmp_path / "after"
+    run_unlearning(
+        out / "base-3", None, str(out / "forget-3-1.json"), after, method="finetune", overrides={"epochs": 1}
+    )
+    with pytest.raises(ModelError, match="different splits"):
+        evaluate(out / "base-3", after, str(out / "forget-3.json"), tmp_path / "e.json", tmp_path / "r.html")
+
+
+def test_a_cell_hangs_on_its_requests_and_their_order(plan, tmp_path):
+    data = copy.deepcopy(SEQUENCE)
+    data["sizes"]["cpu"]["forget"]["steps"] = [STEPS[1], STEPS[0], STEPS[2]]
+    assert {cell.plan for cell in plan.cells}.isdisjoint({cell.plan for cell in plan_of(tmp_path, data).cells})
+
+
+def test_the_facts_of_several_runs_are_those_of_one_without_a_mask():
+    first = RunFacts(
+        method="salun",
+        seed=1,
+        density=0.5,
+        seconds={"mask": 1.0, "unlearn": 2.0},
+        passes=10,
+        history=[EpochRecord(epoch=1, learning_rate=0.1, losses={"forget": 1.0}, seconds=1.0)],
+    )
+    both = together([first, first.model_copy(update={"passes": 7})])
+    assert (both.passes, both.seconds, both.density) == (17, {"mask": 2.0, "unlearn": 4.0}, None)
+    assert [record.epoch for record in both.history] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind", "fault"),
+    [
+        ([STEPS[0]], "classification", "sizes.cpu.forget"),
+        ([STEPS[1], STEPS[0], STEPS[1]], "classification", "occurs twice: nothing of it is left"),
+        ([STEPS[0], {"kind": "concept"}], "classification", "sizes.cpu.forget"),
+        ([STEPS[0], STEPS[1]], "text-to-image", "a text-to-image model forgets class or concept, not sequence"),
+    ],
+)
+def test_a_sequence_that_cannot_be_forgotten_is_refused(tmp_path, steps, kind, fault):
+    data = copy.deepcopy(SEQUENCE) | {"kind": kind}
+    data["sizes"]["cpu"]["forget"]["steps"] = steps
+    (tmp_path / "suite.json").write_text(json.dumps(data))
+    with pytest.raises(UsageError, match="is no valid suite") as caught:
+        load_suite(tmp_path / "suite.json")
+    assert fault in caught.value.why
