@@ -172,7 +172,7 @@ def _study(problem: Problem) -> Study:
 def _least(problem: Problem, choice: Choice) -> int:
     """Passes that a trial costs before it has an answer."""
     epochs = 1 if problem.space.growing else choice.epochs
-    return passes_of(problem, choice, epochs) + epochs * problem.sets.passes
+    return passes_of(problem, choice, epochs) + problem.sets.passes
 
 
 def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:

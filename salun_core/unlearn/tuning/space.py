@@ -32,7 +32,9 @@ _OWN: dict[str, dict[str, tuple[float, float, bool]]] = {
     "influence": {"influence_strength": (1.5, 150.0, True)},
 }
 
-GROWING = frozenset({"salun", "random_label", "finetune", "gradient_ascent", "boundary_shrink", "neggrad_plus"})
+GROWING = frozenset(
+    {"salun", "random_label", "finetune", "gradient_ascent", "boundary_shrink", "neggrad_plus", "scrub"}
+)
 """Methods whose run of n epochs is, at a constant rate, the beginning of a longer one: one trial tries all n."""
 
 

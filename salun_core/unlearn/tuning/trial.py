@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from salun_core.data.images import ImageSet
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import EpochRecord
-from salun_core.models.checkpoint import state_faults
 from salun_core.saliency import SaliencyMask
 from salun_core.unlearn import UnlearnConfig, unlearn
 from salun_core.unlearn.tuning.objective import Judge, Reading, Sets, distance, figures_of, metrics_of
@@ -72,10 +71,6 @@ class Yardstick:
         value = far + (1 + judged.shortfall if judged.reasons else 0.0)
         return Measured(epoch, state, figures_of(metrics, after), far, judged.reasons, value)
 
-    def fits(self, state: dict[str, Tensor]) -> bool:
-        """Say whether a state is of the original's architecture; a method may change it on the way."""
-        return not state_faults(self.model.state_dict(), state)
-
 
 class Stopped(Exception):  # noqa: N818 - a way out of the loop, no error
     """Ends a trial from within its loop."""
@@ -117,8 +112,6 @@ class Watcher:
             Stopped: it does.
         """
         self.history.append(record)
-        if not self.yardstick.fits(self.state):
-            return
         found = self.yardstick.measure(record.epoch, self.state)
         self.seen.append(found)
         more = self.go_on(found) and self._improves()
@@ -170,7 +163,8 @@ def run_trial(
         images: D_f and D_r.
         mask: for a method that needs one.
         watcher: looks at each epoch.
-        growing: whether each epoch's model is an answer; otherwise the last one's alone.
+        growing: whether each epoch's model is an answer; otherwise only the last one is measured, for what comes
+            before it is no model of a shorter run and says little of the end.
 
     Returns:
         What it came to. A loss that is not a number makes it a failed trial, not an error.
@@ -187,18 +181,17 @@ def run_trial(
             retain=retain,
             config=config,
             mask=mask,
-            checkpoint=watcher,
-            on_epoch=watcher.look,
+            checkpoint=watcher if growing else None,
+            on_epoch=watcher.look if growing else watcher.history.append,
         )
-        if not growing:
-            answers = watcher.seen[-1:] or [yardstick.measure(config.epochs, _state(result.model))]
+        if not watcher.seen:
+            answers = [yardstick.measure(config.epochs, _state(result.model))]
     except Stopped:
         state = "stopped"
     except ModelError:
         state = "failed"
-    answers = watcher.seen if growing else answers
-    readings = len(watcher.seen) or len(answers)
-    return Trial(list(answers), watcher.history, readings, state, time.perf_counter() - started)
+    answers = watcher.seen or answers
+    return Trial(list(answers), watcher.history, len(answers), state, time.perf_counter() - started)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

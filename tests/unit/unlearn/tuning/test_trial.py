@@ -4,18 +4,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from by_hand import image_set, net
 from safetensors.torch import save
 
 from salun_core.evaluation.evidence import EpochRecord
-from salun_core.unlearn.tuning.trial import Measured, Stopped, Watcher
+from salun_core.unlearn import method_config
+from salun_core.unlearn.tuning.space import GROWING
+from salun_core.unlearn.tuning.trial import Measured, Stopped, Watcher, run_trial
 
 
 @dataclass
 class Told:
     """A yardstick that reads the value off the weights."""
-
-    def fits(self, state):
-        return "w" in state
 
     def measure(self, epoch, state):
         value = float(state["w"])
@@ -61,8 +61,27 @@ def test_the_search_may_end_it_at_any_other_epoch():
     assert epochs_of([3.0, 2.0, 1.0], 3, lambda found: found.epoch < 2)[1] == 2
 
 
-def test_a_state_of_another_architecture_is_not_measured():
-    watcher = Watcher(Told(), lambda found: False, 3)
-    watcher.save(save({"model/v": torch.tensor(1.0)}))
-    watcher.look(EpochRecord(epoch=1, learning_rate=0.1, losses={}, seconds=0.0))
-    assert watcher.seen == []
+class Counting(Told):
+    """A yardstick with a model, that counts what it measures."""
+
+    def __init__(self, model):
+        self.model, self.epochs = model, []
+
+    def measure(self, epoch, state):
+        self.epochs.append(epoch)
+        return Measured(epoch, state, {}, 1.0 + epoch, [], 1.0 + epoch)
+
+
+@pytest.mark.parametrize(
+    ("method", "measured"), [("finetune", [1, 2, 3]), ("sfr_on", [4]), ("boundary_expanding", [4])]
+)
+def test_where_epochs_are_no_answers_nothing_ends_a_trial_and_only_its_end_is_measured(method, measured):
+    yardstick = Counting(net())
+    watcher = Watcher(yardstick, lambda found: True, 4)
+    config = method_config(method, {"epochs": 4, "device": "cpu", "batch_size": 8})
+    trial = run_trial(method, config, (image_set(9, 1), image_set(20, 2)), None, watcher, method in GROWING)
+    assert yardstick.epochs == measured
+    assert [item.epoch for item in trial.answers] == measured
+    assert trial.readings == len(measured)
+    assert len(trial.history) == measured[-1]
+    assert trial.state == ("stopped" if method in GROWING else "finished")
