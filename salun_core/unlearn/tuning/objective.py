@@ -126,7 +126,8 @@ def distance(before: Reading, after: Reading) -> float:
     Single samples: the mean of |2 AUC - 1|, the Kolmogorov-Smirnov distance of the losses of D_f and of held-out data,
     and |UA - (1 - accuracy on held-out data)|. Whole classes, a person's own among them: their accuracy, which is 0 in
     a model that never saw them. Both kinds: the mean of the two. What RA and the accuracy on held-out data lost is
-    added.
+    added; where whole classes alone are forgotten, what the latter gained is subtracted, for the classes that stay are
+    told apart better without the others.
 
     Args:
         before: of the original model.
@@ -136,15 +137,16 @@ def distance(before: Reading, after: Reading) -> float:
         0 where nothing tells forgotten from unseen and nothing was lost.
     """
     old, new = before.shares(), after.shares()
+    lost = {name: float(old[name].mean() - new[name].mean()) for name in ("RA", "TA")}
     terms = []
     if "UA_samples" in new:
         apart = kolmogorov_smirnov(after.single.losses, after.held_out.losses)
         missed = abs(new["UA_samples"].mean() - (1 - new["TA"].mean()))
         terms.append((abs(2 * after.attack_auc() - 1) + apart + missed) / 3)
+        lost["TA"] = max(0.0, lost["TA"])
     if "UA_class" in new:
         terms.append(1 - new["UA_class"].mean())
-    lost = sum(max(0.0, float(old[name].mean() - new[name].mean())) for name in ("RA", "TA"))
-    return float(np.mean(terms)) + lost
+    return float(np.mean(terms)) + max(0.0, lost["RA"]) + lost["TA"]
 
 
 def figures_of(metrics: Mapping[str, Metric], after: Reading) -> dict[str, float]:

@@ -55,6 +55,15 @@ def test_what_the_rest_lost_is_added_and_what_it_gained_is_not():
     assert distance(less, full) == 0
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_held_out_accuracy_that_rises_counts_where_whole_classes_alone_are_forgotten(gone):
+    low, high = (outputs(np.ones(50), np.arange(50) < right) for right in (30, 40))
+    forget = outputs(np.ones(30), np.zeros(30, dtype=bool))
+    before, after = reading(forget, low, whole=gone), reading(forget, high, whole=gone)
+    assert distance(before, after) - distance(after, after) == pytest.approx(-0.2 if gone else 0.0)
+    assert distance(after, before) - distance(before, before) == pytest.approx(0.2)
+
+
 def test_a_mixed_forget_set_takes_both_halves():
     held_out = outputs(spread(2, 50), np.ones(50, dtype=bool))
     forget = outputs(spread(1, 30), np.arange(30) < 15)
