@@ -13,7 +13,7 @@ JOBS ?= 2
 ARGS ?=
 KIND ?= stable-diffusion ddpm
 NATIVE := --kubernetes-native manifests/kubernetes-native --namespace salun
-BENCHMARKS ?= benchmarks/mask.py benchmarks/masked_step.py
+BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
 
 .PHONY: help setup demo demo-diffusion test check audit generated bench bench-ledger reliability image manifests clean
 
@@ -51,6 +51,7 @@ check: setup ## Format, lint, types, layers, and generated files in step
 	$(BIN)/python -m pipelines compile --check $(NATIVE)
 	$(BIN)/python .ci/generated.py --check
 	$(BIN)/python benchmarks/readme_tables.py --check
+	$(BIN)/python -m benchmarks.deviations --render-only --check
 	$(BIN)/salun bench render --into docs/results.md --check
 
 audit: setup ## Look the installed packages up among known vulnerabilities (ARGS='--ignore-vuln ID')
@@ -61,9 +62,10 @@ generated: setup ## Rewrite the generated files: compiled pipelines, references,
 	$(BIN)/python -m pipelines compile $(NATIVE)
 	$(BIN)/python .ci/generated.py
 	$(BIN)/python benchmarks/readme_tables.py
+	$(BIN)/python -m benchmarks.deviations --render-only
 	$(BIN)/salun bench render --into docs/results.md
 
-bench: setup ## Time the mask and the masked step (BENCHMARKS= runs other scripts)
+bench: setup ## Time mask, step, epoch, loading and attack beside the usual procedure (BENCHMARKS= runs others)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 bench-ledger: setup ## Time the ledger with 10,000 requests, beside PostgreSQL; ten minutes (ARGS= goes to it)

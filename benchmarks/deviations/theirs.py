@@ -1,0 +1,198 @@
+"""The behaviours that this repository left behind, restated in our own words from their description."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from salun_core.data.images import ImageSet, random_flip
+from salun_core.evaluation.outputs import Outputs
+from salun_core.saliency import SaliencyMask
+from salun_core.saliency.score import scoring
+from salun_core.unlearn import boundary_shrink, salun_soft
+from salun_core.unlearn.config import LoopConfig, UnlearnConfig
+from salun_core.unlearn.distributed import World
+from salun_core.unlearn.loop import epoch_generator, run_loop
+from salun_core.unlearn.method import ModelPart, Part, Step, Stretch, Task, cross_entropy
+from salun_core.unlearn.random_label import parts as random_label_parts
+
+Parts = Callable[[Task, torch.Generator], Sequence[Stretch]]
+
+
+def trained(model: nn.Module, task: Task, parts: Parts, mask: SaliencyMask | None = None) -> nn.Module:
+    """Run the loop on a copy of a model with parts of one's own; θ_o is in the task."""
+    started = copy.deepcopy(model)
+    return trained_in_place(started, replace(task, original=copy.deepcopy(model).requires_grad_(False)), parts, mask)
+
+
+def trained_in_place(model: nn.Module, task: Task, parts: Parts, mask: SaliencyMask | None = None) -> nn.Module:
+    """Run the loop on a model."""
+    config = task.config
+    epochs = {epoch_generator(config.seed, epoch).initial_seed(): epoch for epoch in range(config.epochs)}
+    begun = replace(task, model=model)
+    run_loop(model, lambda g: parts(replace(begun, epoch=epochs[g.initial_seed()]), g), config, mask)
+    return model
+
+
+def labels_of_all_classes(task: Task, generator: torch.Generator) -> Sequence[Part]:
+    """Random labelling whose labels may be the true ones."""
+    labels = torch.randint(0, task.num_classes, (len(task.forget),), generator=generator)
+    return [Part("forget", task.forget.relabelled(labels)), Part("retain", task.retain)]
+
+
+def scores_by_batch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Magnitudes of the sum over batches of each batch's mean gradient: a short batch weighs as a whole one."""
+    with scoring(model):
+        for inputs, labels in batches:
+            cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
+        return {
+            name: weight.grad.detach().abs() for name, weight in model.named_parameters() if weight.grad is not None
+        }
+
+
+def augmented_once(images: ImageSet, seed: int) -> ImageSet:
+    """Draw each image anew: padded by an eighth of its side, cropped at random, mirrored half of the time."""
+    generator = torch.Generator().manual_seed(seed)
+    side = images.images.shape[-1]
+    padded = torch.nn.functional.pad(images.images, (side // 8,) * 4)
+    corners = torch.randint(0, 2 * (side // 8) + 1, (len(images), 2), generator=generator).tolist()
+    cut = [image[:, y : y + side, x : x + side] for image, (y, x) in zip(padded, corners, strict=True)]
+    return ImageSet(random_flip(torch.stack(cut), generator), images.labels, images.normalisation)
+
+
+def only_gradient_masked(model: nn.Module, task: Task, mask: SaliencyMask) -> nn.Module:
+    """SalUn whose momentum and weight decay act on every weight."""
+    started = copy.deepcopy(model)
+    for name, weight in started.named_parameters():
+        keep = mask.tensor(name).to(weight.dtype)
+        weight.register_hook(partial(torch.mul, keep))  # type: ignore[no-untyped-call]
+    return trained_in_place(started, task, random_label_parts)
+
+
+def label_blind_entropy(outputs: Outputs) -> np.ndarray:
+    """-Σ_i (1 - p_i) log p_i: every class is treated as the true one, with log p where log (1 - p) belongs."""
+    p = outputs.probabilities
+    return np.asarray(-((1 - p) * np.log(np.clip(p, 1e-30, 1))).sum(axis=1))
+
+
+def label_of_rounded_step(task: Task, images: Tensor, labels: Tensor, exclude: bool, rounded: bool) -> Tensor:
+    """Return the class that a step of the fast gradient sign method leads to."""
+    assert task.original is not None
+    inputs = images.detach().requires_grad_(True)
+    (slope,) = torch.autograd.grad(cross_entropy(task.original(inputs), labels), inputs)
+    with torch.no_grad():
+        scale = task.forget.normalisation
+        moved = boundary_shrink._moved(images, slope.sign(), task.config.adversarial_step, scale)
+        if rounded and scale is not None:
+            mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (scale.mean, scale.std))
+            moved = (((moved * std + mean) * 255).round() / 255 - mean) / std
+        logits: Tensor = task.original(moved)
+        return (logits.scatter(1, labels[:, None], -torch.inf) if exclude else logits).argmax(dim=1)
+
+
+def shrink_with_true_labels(task: Task, generator: torch.Generator) -> Sequence[ModelPart]:
+    """Boundary shrinking, rounded to 256 levels, towards the true label where the step stays in its class."""
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        nearest = label_of_rounded_step(task, images, labels, exclude=False, rounded=True)
+        return cross_entropy(model(images), nearest)
+
+    return [ModelPart("forget", task.forget, loss)]
+
+
+def one_running_vector(gradients: Iterable[Tensor], vector: Tensor, count: int) -> Tensor:
+    """Return v, corrected along the first gradient alone.
+
+    Args:
+        gradients: of single images, flat; the first gives the direction o.
+        vector: v.
+        count: N.
+
+    Returns:
+        k: for each further gradient g, k loses (k·g) / (N + o·g) times o, and o shrinks by N / (N + o·g).
+    """
+    product, running = vector.clone(), None
+    for gradient in gradients:
+        if running is None:
+            running = gradient.clone()
+            continue
+        overlap = running @ gradient
+        product -= (product @ gradient) / (count + overlap) * running
+        running *= count / (count + overlap)
+    return product
+
+
+@dataclass(frozen=True)
+class SoftenedByEpoch:
+    """Random labelling, softened after each step with a share that falls once an epoch.
+
+    Args:
+        inner: the stretch.
+        task: model and original.
+    """
+
+    inner: Stretch
+    task: Task
+
+    @property
+    def name(self) -> str:
+        """For the history."""
+        return self.inner.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.inner.device
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def steps(self, batch_size: int) -> int:
+        """Return the number of batches."""
+        return self.inner.steps(batch_size)
+
+    def draw(self, config: LoopConfig, generator: torch.Generator, world: World) -> Iterator[Step]:
+        """Yield the inner steps, and draw the weights back after each."""
+        assert self.task.model is not None
+        assert self.task.original is not None
+        settings = self.task.config
+        whole = settings.epochs * self.steps(config.batch_size)
+        share = (1 - settings.soft_density) * (1 - self.task.epoch / settings.epochs - 1 / whole)
+        for step in self.inner.draw(config, generator, world):
+            yield step
+            salun_soft.shrink(self.task.model, self.task.original, share)
+
+
+def softened_by_epoch(task: Task, generator: torch.Generator) -> Sequence[SoftenedByEpoch]:
+    """Return one epoch."""
+    return [SoftenedByEpoch(part, task) for part in random_label_parts(task, generator)]
+
+
+def fisher_by_batch(model: nn.Module, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
+    """Mean over batches of the squares of each batch's mean gradient; a short batch counts as a whole one."""
+    squares = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
+    batches = math.ceil(len(images) / batch_size)
+    with scoring(model):
+        for inputs, labels in images.batches(batch_size):
+            model.zero_grad()
+            cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
+            for name, weight in model.named_parameters():
+                if weight.grad is not None:
+                    squares[name].addcmul_(weight.grad, weight.grad, value=1 / batches)
+    return squares
+
+
+def salient_by_batch(model: nn.Module, task: Task, config: UnlearnConfig) -> dict[str, Tensor]:
+    """The mask of SFR-on from squares of batch means on augmented images."""
+    forget, retain = (
+        fisher_by_batch(model, augmented_once(images, config.seed), config.batch_size)
+        for images in (task.forget, task.retain)
+    )
+    return {name: forget[name] + 1e-15 >= config.saliency_ratio * (retain[name] + 1e-15) for name in forget}
