@@ -1,4 +1,4 @@
-"""Writes the measured tables from benchmarks/results/*.json into README.md and docs/speed.md, between their markers.
+"""Writes the measured tables from benchmarks/results/*.json into README.md and docs, between their markers.
 
 python benchmarks/readme_tables.py [--check]
 """
@@ -8,13 +8,26 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = {"README.md": ("cifar10-random10", "masked-step"), "docs/speed.md": ("speed", "speed-machines")}
+PAGES = {
+    "README.md": ("study", "masked-step"),
+    "docs/results.md": ("study", "study-cost"),
+    "docs/speed.md": ("speed", "speed-machines", "study-cost"),
+}
+STUDY = {  # suites of the classification study, by the heading of their column
+    "random 10 %": "cifar10-random10-cpu",
+    "random 50 %": "cifar10-random50-cpu",
+    "class": "cifar10-class-cpu",
+    "class, photographs": "imagenette-class-cpu",
+    "person": "faces-subject-cpu",
+}
+RECIPES = {"SalUn, quick recipe": 3, "SalUn, default recipe": 5, "SalUn, published recipe": 10}  # epochs, as written
 COMPARED = {  # by the name of the results: the script that writes them
     "mask": "benchmarks/mask.py",
     "masked-step": "benchmarks/masked_step.py",
@@ -41,6 +54,47 @@ def cost_table(step: dict[str, Any], mask: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _gaps(row: dict[str, Any]) -> list[float]:
+    return [100 * item["gap"] for item in row["figures"] if item["gap"] is not None]
+
+
+def _rows(documents: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the rows of each suite by name."""
+    return {title: {row["name"]: row for row in documents[stem]["rows"]} for title, stem in STUDY.items()}
+
+
+def study_table(documents: dict[str, Any]) -> str:
+    """Render the average gap of every method whose settings were searched, by suite; the smallest is bold."""
+    suites = _rows(documents)
+    first = next(iter(suites.values()))
+    searched = [name for name, row in first.items() if any(item.get("chosen") for item in row["figures"])]
+    names = ["original", *(name for name in searched if "third" not in name)]
+    means = {title: {name: statistics.mean(_gaps(rows[name])) for name in names} for title, rows in suites.items()}
+    lines = ["| average gap, points | " + " | ".join(STUDY) + " |", "|---" + "|--:" * len(STUDY) + "|"]
+    for name in names:
+        cells = []
+        for title, rows in suites.items():
+            text = f"{means[title][name]:.2f} ± {statistics.stdev(_gaps(rows[name])):.2f}"
+            cells.append(f"**{text}**" if means[title][name] == min(means[title].values()) else text)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cost_of_gap(documents: dict[str, Any]) -> str:
+    """Render gap and passes of SalUn as written and with a search, by suite."""
+    suites = _rows(documents)
+    names = ["SalUn", next(name for name in next(iter(suites.values())) if "third" in name), *RECIPES]
+    lines = ["| gap, points (passes) | " + " | ".join(STUDY) + " |", "|---" + "|--:" * len(STUDY) + "|"]
+    for name in names:
+        cells = []
+        for rows in suites.values():
+            passes = statistics.mean(item["passes"] for item in rows[name]["figures"])
+            cells.append(f"{statistics.mean(_gaps(rows[name])):.2f} ({passes:,.0f})")
+        shown = f"{name}, {RECIPES[name]} epochs" if name in RECIPES else f"{name}, searched"
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def speed_table(documents: dict[str, Any]) -> str:
     """Render every comparison with its target, as the scripts printed them."""
     lines = ["| what | usual procedure | here | found | target |", "|---|---|---|---|---|"]
@@ -64,7 +118,8 @@ def tables() -> dict[str, str]:
     """Return each marker's table."""
     documents = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     return {
-        "cifar10-random10": documents["cifar10-random10"]["table"],
+        "study": study_table(documents),
+        "study-cost": cost_of_gap(documents),
         "masked-step": cost_table(documents["masked-step"], documents["mask"]),
         "speed": speed_table(documents),
         "speed-machines": machines(documents),

@@ -18,11 +18,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.cifar10_random10 import BASE, SHARED
 from benchmarks.deviations.effects import table
 from benchmarks.deviations.measures import MEASURES, Measured
 from benchmarks.deviations.page import PAGE, RESULT, filled
-from benchmarks.deviations.stage import ARCHITECTURE, DENSITY, FORGET, POOL, RATE, TEST, TRAIN, Stage, images_of
+from benchmarks.deviations.stage import (
+    ARCHITECTURE,
+    BASE,
+    DENSITY,
+    FORGET,
+    POOL,
+    RATE,
+    SHARED,
+    TEST,
+    TRAIN,
+    Stage,
+    images_of,
+)
 from salun_core.digest import digest_json
 
 

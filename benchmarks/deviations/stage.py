@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping
@@ -13,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks.cifar10_random10 import BASE, SHARED, by_content
 from salun_core.data import DataSpec, ImageSet, load_data
+from salun_core.data.table import Table
 from salun_core.evaluation.classifier import metric_shares
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.saliency import SaliencyMask, saliency_scores
@@ -25,8 +26,23 @@ from salun_core.unlearn.training import fresh_classifier, train_classifier
 ARCHITECTURE, CLASSES = "resnet8", 10
 POOL, TRAIN, TEST, FORGET = 5000, 4500, 2000, 450
 RATE, DENSITY = 0.02, 0.5
+BASE: dict[str, Any] = {
+    "epochs": 30,
+    "learning_rate": 0.1,
+    "schedule": "cosine",
+    "batch_size": 64,
+    "batch_norm": "update",
+    "augment": False,
+}
+SHARED: dict[str, Any] = {"epochs": 5, "batch_size": 128, "batch_norm": "update", "augment": False}
 METRICS = ("UA", "RA", "TA", "MIA", "gap")
 Cell = dict[str, float]
+
+
+def by_content(images: ImageSet, table: Table) -> ImageSet:
+    """Order images by the digest of their bytes, so that a draw by position does not hang on names or files."""
+    digests = {sample: hashlib.sha256(bytes(table.payloads[table.position[sample]])).digest() for sample in images.ids}
+    return images.select(sorted(range(len(images)), key=lambda index: (digests[images.ids[index]], images.ids[index])))
 
 
 def images_of(folder: Path, side: int) -> tuple[ImageSet, ImageSet]:

@@ -118,3 +118,38 @@ def test_cells_go_seed_by_seed_and_can_be_chosen(plan):
 
 def test_slugs():
     assert [slug(name) for name in ("SalUn, random mask", "ESD-x", "α")] == ["salun-random-mask", "esd-x", "row"]
+
+
+def rows_in_a_file(tmp_path, rows):
+    data = copy.deepcopy(SUITE)
+    (tmp_path / "rows.yaml").write_text(json.dumps({"methods": rows}))
+    data["rows_from"] = "rows.yaml"
+    return data
+
+
+def test_rows_may_lie_in_a_file_that_suites_share(tmp_path):
+    data = rows_in_a_file(tmp_path, SUITE["methods"])
+    del data["methods"]
+    assert load(tmp_path, data).methods == load(tmp_path, SUITE).methods
+
+
+def test_what_is_wrong_with_shared_rows_is_listed_too(tmp_path):
+    data = rows_in_a_file(tmp_path, [{"name": "x", "method": "saluns"}])
+    assert "rows_from: the suite has `methods` of its own" in faults(tmp_path, data)
+    del data["methods"]
+    assert "did you mean 'salun'?" in faults(tmp_path, data)
+    assert "rows_from" in faults(tmp_path, {**data, "rows_from": "none.yaml"})
+
+
+def test_a_row_with_a_budget_of_its_own_is_no_rival_and_takes_part_in_a_search(tmp_path):
+    data = copy.deepcopy(SUITE)
+    cheap = {"name": "cheap", "method": "salun", "mask": "saliency", "budget": "2e"}
+    data["methods"].append(cheap)
+    assert "a budget goes with a search" in faults(tmp_path, data)
+    data["sizes"]["cpu"]["search"] = {"budget": "8e"}
+    suite = load(tmp_path, data)
+    plan = Plan(suite, "cpu", tmp_path)
+    assert {plan.search(row).budget for row in suite.methods if row.search and row.name != "cheap"} == {"8e"}
+    assert plan.search(suite.methods[-1]).budget == "2e"
+    data["methods"][-1] = {**cheap, "budget": "2m"}
+    assert "finds other settings each time" in faults(tmp_path, data)
