@@ -118,7 +118,10 @@ ROWS = {
         ),
         View(
             "Duration of the steps",
-            {"{{model_line}} {{step}}": f"max by (model_line, step) (salun_step_duration_seconds{PUSHED})"},
+            {
+                "{{pipeline}} {{model_line}} {{step}}": "max by (pipeline, model_line, step) "
+                f"(salun_step_duration_seconds{PUSHED})"
+            },
             "s",
         ),
         View(
@@ -137,21 +140,21 @@ ROWS = {
         View(
             "Accuracy after unlearning",
             {
-                "{{model_line}} {{method}} forgotten": f"salun_forget_accuracy_ratio{EVALUATED}",
-                "{{model_line}} {{method}} kept": f"salun_retain_accuracy_ratio{EVALUATED}",
-                "{{model_line}} {{method}} unseen": f"salun_test_accuracy_ratio{EVALUATED}",
+                "{{pipeline}} {{model_line}} {{method}} forgotten": f"salun_forget_accuracy_ratio{EVALUATED}",
+                "{{pipeline}} {{model_line}} {{method}} kept": f"salun_retain_accuracy_ratio{EVALUATED}",
+                "{{pipeline}} {{model_line}} {{method}} unseen": f"salun_test_accuracy_ratio{EVALUATED}",
             },
             "percentunit",
         ),
         View(
             "Forgotten samples that the attack calls never seen",
-            {"{{model_line}} {{method}}": f"salun_membership_attack_ratio{EVALUATED}"},
+            {"{{pipeline}} {{model_line}} {{method}}": f"salun_membership_attack_ratio{EVALUATED}"},
             "percentunit",
             span=6,
         ),
         View(
             "Share of salient weights",
-            {"{{model_line}} {{method}}": f"salun_mask_density_ratio{EVALUATED}"},
+            {"{{pipeline}} {{model_line}} {{method}}": f"salun_mask_density_ratio{EVALUATED}"},
             "percentunit",
             span=6,
         ),

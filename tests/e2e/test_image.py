@@ -84,6 +84,14 @@ def test_the_context_holds_what_is_copied_and_no_more() -> None:
     assert all((ROOT / name).exists() for name in admitted)
 
 
+def test_every_deployment_is_played_and_its_image_is_known() -> None:
+    played = re.findall(r"image_in ([\w/.-]+)\)", (ROOT / ".ci" / "pods").read_text())
+    files = [path for path in (ROOT / "manifests").rglob("*.yaml") if "kind: Deployment\n" in path.read_text()]
+    assert sorted(played) == sorted(str(path.relative_to(ROOT / "manifests")) for path in files)
+    for path in files:
+        assert len(re.findall(r"^ +image: \S", path.read_text(), re.MULTILINE)) == 1, path
+
+
 @pytest.mark.e2e
 @pytest.mark.skipif(os.environ.get("SALUN_TEST_IMAGE") != "1", reason="takes minutes: SALUN_TEST_IMAGE=1 or make image")
 def test_the_image_is_built_and_runs_a_step() -> None:
