@@ -77,7 +77,7 @@ reliability: setup ## Count what kills, lost replies and late workers break: doc
 manifests: setup ## Check manifests/: schemas, kubectl, the restricted profile, the very commands
 	$(BIN)/python -m pytest tests/manifests $(ARGS)
 
-image: setup ## Build the container image and run it as a cluster would
+image: setup ## Build the container image, run both pipelines in it, play the manifests
 	.ci/image
 
 clean: ## Remove .venv and whatever else was made here

@@ -8,7 +8,7 @@ from typing import Any
 
 from kfp import dsl
 
-IMAGE = os.environ.get("SALUN_IMAGE", "salun:0.1.0")
+IMAGE = os.environ.get("SALUN_IMAGE") or "salun:0.1.0"
 
 
 def component(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - kfp's component object, which has no types

@@ -76,6 +76,12 @@ def compile_command(
         typer.Option("--kubernetes-native", metavar="DIR", help="Write Pipeline and PipelineVersion objects there."),
     ] = None,
     namespace: Annotated[str | None, typer.Option(help="Of these objects; else they name none.")] = None,
+    s3_secrets: Annotated[
+        str,
+        typer.Option(
+            envvar="SALUN_S3_SECRETS", metavar="STEP=SECRET,...", help="Secrets of single steps; else salun-s3 for all."
+        ),
+    ] = "",
 ) -> None:
     """Compile the pipelines into pipelines/compiled/, and check what came out.
 
@@ -87,10 +93,14 @@ def compile_command(
     salun-unlearning-cpu.yaml is in step
     salun-deletion-sweep.yaml is in step
     salun-deletion-sweep-cpu.yaml is in step
+    salun-sharded-mask.yaml is in step
+    salun-sharded-mask-cpu.yaml is in step
     """  # noqa: D301
-    from pipelines.compile import CPU_SUFFIX, compile_all
+    from pipelines.compile import CPU_SUFFIX, compile_all, with_secrets
+    from pipelines.step_secrets import read_secrets
 
-    chosen = [item for item in compile_all() if not cpu or item.name.endswith(CPU_SUFFIX)]
+    secrets = read_secrets(s3_secrets)
+    chosen = [with_secrets(item, secrets) for item in compile_all() if not cpu or item.name.endswith(CPU_SUFFIX)]
     stale = [_compiled_to(item, native, namespace, check) for item in chosen]
     if check and any(stale):
         typer.echo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ import yaml
 from kfp import compiler
 
 from components._image import IMAGE
-from pipelines import deletion_sweep, unlearning
+from pipelines import deletion_sweep, sharded_mask, unlearning
 from pipelines.ir_lint import PLACEMENT, lint
+from pipelines.step_secrets import give_secrets
 from salun_core.errors import IntegrityError
+from salun_core.telemetry.push import PIPELINE_VARIABLE
 
 FOLDER = Path(__file__).resolve().parent / "compiled"
 CPU_SUFFIX = "-cpu"
@@ -58,12 +61,17 @@ def compile_all() -> list[Compiled]:
     """Compile every pipeline that ships.
 
     Returns:
-        The unlearning pipeline and the deletion sweep, each followed by the same for clusters without accelerators.
+        The unlearning pipeline, the deletion sweep and the sharded mask, each followed by the same for clusters
+        without accelerators.
 
     Raises:
         IntegrityError: a compiled pipeline has a defect; all are listed.
     """
-    sources = ((unlearning.unlearning, unlearning.NAME), (deletion_sweep.deletion_sweep, deletion_sweep.NAME))
+    sources = (
+        (unlearning.unlearning, unlearning.NAME),
+        (deletion_sweep.deletion_sweep, deletion_sweep.NAME),
+        (sharded_mask.sharded_mask, sharded_mask.NAME),
+    )
     compiled = [compile_pipeline(*source) for source in sources]
     found = [variant for item in compiled for variant in (item, without_accelerator(item))]
     for item in found:
@@ -88,7 +96,16 @@ def compile_pipeline(pipeline: Any, name: str) -> Compiled:  # noqa: ANN401 - kf
         text = path.read_text(encoding="utf-8")
     header = "\n".join(line.rstrip() for line in text.splitlines() if line.startswith("#"))
     spec, platform = yaml.safe_load_all(text)
+    _tell_steps(spec, name)
     return Compiled(name, header, spec, platform)
+
+
+def _tell_steps(spec: Mapping[str, Any], name: str) -> None:
+    """Tell every step which pipeline it runs in, for the label of its metrics; a nested pipeline is none."""
+    for executor in spec["deploymentSpec"]["executors"].values():
+        container = executor["container"]
+        others = [item for item in container.get("env", []) if item["name"] != PIPELINE_VARIABLE]
+        container["env"] = [*others, {"name": PIPELINE_VARIABLE, "value": name}]
 
 
 def without_accelerator(compiled: Compiled) -> Compiled:
@@ -98,13 +115,31 @@ def without_accelerator(compiled: Compiled) -> Compiled:
         executor["container"]["resources"].pop("accelerator", None)
     for dag in [spec["root"], *(component for component in spec["components"].values() if "dag" in component)]:
         for place in [dag["inputDefinitions"], *(task["inputs"] for task in dag["dag"]["tasks"].values())]:
-            for name in _ACCELERATORS & place.get("parameters", {}).keys():
-                place["parameters"].pop(name)
+            given = place.get("parameters", {})
+            for name in [name for name, value in given.items() if _counts_accelerators(name, value)]:
+                given.pop(name)
     name = f"{compiled.name}{CPU_SUFFIX}"
     spec["pipelineInfo"]["name"] = name
+    _tell_steps(spec, name)
     lines = [line for line in compiled.header.splitlines() if not line.startswith("#    gpu_count:")]
     header = "\n".join(lines).replace(f"# Name: {compiled.name}", f"# Name: {name}")
     return Compiled(name, header, spec, compiled.platform)
+
+
+def _counts_accelerators(name: str, value: Mapping[str, Any]) -> bool:
+    return name in _ACCELERATORS or value.get("componentInputParameter") in _ACCELERATORS
+
+
+def with_secrets(compiled: Compiled, secrets: Mapping[str, str]) -> Compiled:
+    """Return the same pipeline with a Secret of its own for each step that is named.
+
+    Args:
+        compiled: the pipeline.
+        secrets: names of Secrets by step, from `step_secrets.read_secrets`.
+    """
+    platform = deepcopy(compiled.platform)
+    give_secrets(platform, secrets)
+    return Compiled(compiled.name, compiled.header, compiled.spec, platform)
 
 
 def drift(compiled: Compiled) -> str | None:

@@ -58,19 +58,20 @@ def deletion_sweep(
         max_forget_fraction: Share of the training data that one run forgets, at most.
         dry_run: Say what would be claimed and how much would be purged, and write nothing.
         pipeline_root: Where Kubeflow keeps files of the runs, such as s3://mlpipeline/v2/artifacts, to purge it too.
-        gpu_count: Accelerators for each of the steps that compute.
+        gpu_count: Accelerators for each of the steps that compute; mask and unlearning run one process on each.
         cpu: Processor cores for each step, such as 4 or 500m.
         memory: Memory for each step, such as 16Gi.
         node_selector: Labels that the nodes must have, as a JSON object.
         tolerations: Taints that the pods bear, as a JSON list.
     """
     place = Placement(cpu, memory, gpu_count, node_selector, tolerations)
-    ours = {"store_uri": store_uri, "model_line": model_line, "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
+    run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    ours = {"store_uri": store_uri, "model_line": model_line, "run_id": run_id}
     recipe = {"method": method, "density": density, "method_config": method_config}
     settled = settle_requests(**ours, **recipe)
     configure(with_signing_key(settled), place, hours=1, retries=SETTLE_RETRIES)
     with dsl.ExitHandler(settled):
-        purged = purge_store(store_uri=store_uri, pipeline_root=pipeline_root, dry_run=dry_run)
+        purged = purge_store(store_uri=store_uri, pipeline_root=pipeline_root, dry_run=dry_run, run_id=run_id)
         configure(with_signing_key(purged), place, hours=2)
         claimed = claim_requests(
             **ours,

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.step_secrets import VARIABLE, give_secrets, read_secrets
 from salun_core.digest import digest_json
 from salun_core.errors import UsageError, unknown_name
 
@@ -111,13 +112,14 @@ def load_package(name: str, image: str | None = None) -> Package:
 
     Args:
         name: with or without the prefix: unlearning, deletion-sweep, or one of them with -cpu.
-        image: of every step; else `SALUN_IMAGE`, else what the file says.
+        image: of every step; else `SALUN_IMAGE`, else what the file says. Likewise `SALUN_S3_SECRETS` names the
+            Secret of each step.
 
     Returns:
         The package.
 
     Raises:
-        UsageError: no such pipeline ships, or its file cannot be read.
+        UsageError: no such pipeline ships, its file cannot be read, or `SALUN_S3_SECRETS` is wrong.
     """
     short = name.removeprefix(PREFIX)
     if short not in shipped():
@@ -131,4 +133,5 @@ def load_package(name: str, image: str | None = None) -> Package:
     if wanted := image or os.environ.get("SALUN_IMAGE"):
         for executor in executors:
             executor["container"]["image"] = wanted
+    give_secrets(platform, read_secrets(os.environ.get(VARIABLE, "")))
     return Package(spec, platform)

@@ -35,7 +35,7 @@ Token = Annotated[
     str | None,
     typer.Option("--token-path", envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File of the token; read at each call."),
 ]
-Pipeline = Annotated[str, typer.Option(help="unlearning or deletion-sweep, or one of them with -cpu.")]
+Pipeline = Annotated[str, typer.Option(help="unlearning, deletion-sweep or sharded-mask, or one of them with -cpu.")]
 Image = Annotated[str | None, typer.Option(envvar="SALUN_IMAGE", help="Of every step; else what was compiled.")]
 Experiment = Annotated[str, typer.Option(envvar="KFP_EXPERIMENT", help="That the runs are shown in.")]
 Account = Annotated[

@@ -7,8 +7,9 @@ from typing import Any
 
 from kfp import kubernetes
 
+from pipelines.step_secrets import SECRET
+
 USER = 10001
-SECRET = "salun-s3"  # noqa: S105 - the name of a Secret
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 CONFIG_MAP = "salun-config"
 CONFIG_KEYS = (

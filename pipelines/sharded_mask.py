@@ -17,6 +17,7 @@ def one_shard(
     forget_manifest_uri: str,
     shard: str,
     model_line: str,
+    store_uri: str,
     gpu_count: int,
     cpu: str,
     memory: str,
@@ -28,7 +29,8 @@ def one_shard(
     A pipeline of its own: inside a loop the compiler forgets to hand on what resources are read from.
     """
     place = Placement(cpu, memory, gpu_count, node_selector, tolerations)
-    scored = score_shard(model=model, forget_manifest_uri=forget_manifest_uri, shard=shard, model_line=model_line)
+    ours = {"model_line": model_line, "store_uri": store_uri, "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
+    scored = score_shard(model=model, forget_manifest_uri=forget_manifest_uri, shard=shard, **ours)
     configure(scored, place, hours=2, gpu=True, retries=0)  # issue 13897: retries inside a loop
     return scored.outputs["sums"]
 
@@ -62,7 +64,8 @@ def sharded_mask(
     """
     place = Placement(cpu, memory, gpu_count, node_selector, tolerations)
     forget = forget_manifest_uri
-    fetched = fetch_model(store_uri=store_uri, model_line=model_line, forget_manifest_uri=forget)
+    ours = {"model_line": model_line, "store_uri": store_uri, "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
+    fetched = fetch_model(forget_manifest_uri=forget, **ours)
     configure(fetched, place, hours=1)
     before = fetched.outputs["model"]
     with dsl.ParallelFor(shards, name="shards") as shard:
@@ -71,6 +74,7 @@ def sharded_mask(
             forget_manifest_uri=forget,
             shard=shard,
             model_line=model_line,
+            store_uri=store_uri,
             gpu_count=gpu_count,
             cpu=cpu,
             memory=memory,
@@ -83,6 +87,6 @@ def sharded_mask(
         forget_manifest_uri=forget,
         shards=dsl.Collected(scored.output),
         density=density,
-        model_line=model_line,
+        **ours,
     )
     configure(merged, place, hours=1)

@@ -49,7 +49,7 @@ def unlearning(
         tune: Search for density and settings on validation data, within the policy's margins; classifiers only.
         tune_budget: What the search may spend: passes (200000), time (90s, 15m, 2h) or epochs (20e).
         also: More measurements, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
-        gpu_count: Accelerators for each of the steps that compute.
+        gpu_count: Accelerators for each of the steps that compute; mask and unlearning run one process on each.
         cpu: Processor cores for each step, such as 4 or 500m.
         memory: Memory for each step, such as 16Gi.
         node_selector: Labels that the nodes must have, as a JSON object.
@@ -58,10 +58,12 @@ def unlearning(
     place = Placement(cpu, memory, gpu_count, node_selector, tolerations)
     forget, line = forget_manifest_uri, model_line
     ours = {"model_line": line, "store_uri": store_uri, "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
-    fetched = fetch_model(store_uri=store_uri, model_line=line, forget_manifest_uri=forget)
+    fetched = fetch_model(forget_manifest_uri=forget, **ours)
     before = fetched.outputs["model"]
     recipe = {"method": method, "method_config": method_config}
-    masked = compute_mask(model=before, forget_manifest_uri=forget, density=density, **recipe, **ours)
+    masked = compute_mask(
+        model=before, forget_manifest_uri=forget, density=density, processes=gpu_count, **recipe, **ours
+    )
     mask = masked.outputs["mask"]
     unlearned = unlearn(
         model=before,
@@ -71,6 +73,7 @@ def unlearning(
         tune=tune,
         tune_budget=tune_budget,
         policy_uri=policy_uri,
+        processes=gpu_count,
         **recipe,
         **ours,
     )

@@ -16,6 +16,7 @@ def compute_mask(
     model_line: str = "local",
     store_uri: str = "",
     run_id: str = "",
+    processes: int = 1,
 ) -> None:
     """Score every weight on the forget set and keep the most salient ones as a mask of one bit a weight.
 
@@ -32,6 +33,7 @@ def compute_mask(
         model_line: Name of the model line, for the metrics.
         store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
         run_id: Id of the run, to record in the ledger how far it came.
+        processes: Processes that share the work in this container; the mask has the same bits.
 
     Raises:
         UsageError: The density or the method is wrong.
@@ -40,11 +42,14 @@ def compute_mask(
     """
     from pathlib import Path
 
+    from salun_core.saliency import SaliencyMask
     from salun_core.steps.mask import compute_mask as step
     from salun_core.steps.observe import RunRef
+    from salun_core.steps.processes import in_processes
     from salun_core.steps.unlearning import parse_overrides
 
     paths, run = (Path(model.path), forget_manifest_uri, density, Path(mask.path)), RunRef(store_uri, run_id)
     settings = parse_overrides(method_config)
-    computed = step(*paths, method=method, overrides=settings, model_line=model_line, run=run)
+    in_processes(processes, step, *paths, method=method, overrides=settings, model_line=model_line, run=run)
+    computed = SaliencyMask.load(mask.path)
     mask.metadata.update(density=computed.density, digest=computed.digest)

@@ -6,7 +6,9 @@ from components._image import component
 
 
 @component
-def fetch_model(store_uri: str, model_line: str, forget_manifest_uri: str, model: dsl.Output[dsl.Model]) -> str:
+def fetch_model(
+    store_uri: str, model_line: str, forget_manifest_uri: str, model: dsl.Output[dsl.Model], run_id: str = ""
+) -> str:
     """Fetch the HEAD of a model line and check that the forget set fits its data.
 
     Args:
@@ -14,6 +16,7 @@ def fetch_model(store_uri: str, model_line: str, forget_manifest_uri: str, model
         model_line: Name of the model line.
         forget_manifest_uri: Address of what is to be forgotten: a sealed manifest, a forget target or a list of them.
         model: The model before unlearning: weights, card and split manifest in one folder.
+        run_id: Id of the run, for the log.
 
     Returns:
         Digest of the version that was HEAD: the parent of what this run publishes.
@@ -26,7 +29,8 @@ def fetch_model(store_uri: str, model_line: str, forget_manifest_uri: str, model
     from pathlib import Path
 
     from salun_core.steps.fetch import fetch_model as step
+    from salun_core.steps.observe import RunRef
 
-    fetched = step(store_uri, model_line, forget_manifest_uri, Path(model.path))
+    fetched = step(store_uri, model_line, forget_manifest_uri, Path(model.path), RunRef(store_uri, run_id))
     model.metadata.update(model_line=model_line, version=fetched.version)
     return fetched.version

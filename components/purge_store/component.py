@@ -4,13 +4,14 @@ from components._image import component
 
 
 @component
-def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False) -> int:
+def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False, run_id: str = "") -> int:
     """Delete what is past its time: forget data, masks, superseded weights, orphans; and add it to the certificates.
 
     Args:
         store_uri: The object store that holds the model lines and the requests, as s3://bucket/prefix.
         pipeline_root: Where Kubeflow keeps files of the runs, such as s3://mlpipeline/v2/artifacts, to purge it too.
         dry_run: Count what would go, and touch nothing.
+        run_id: Id of the run, for the log.
 
     Returns:
         How many objects were deleted.
@@ -20,7 +21,9 @@ def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False) 
         IntegrityError: Something is damaged, so that nobody can tell what is needed: nothing was touched.
     """
     from salun_core.requests.keys import find_signing_key
+    from salun_core.steps.observe import RunRef
     from salun_core.steps.purge import purge as step
 
-    report = step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=find_signing_key())
+    key, run = find_signing_key(), RunRef(store_uri, run_id)
+    report = step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run)
     return report.total.keys

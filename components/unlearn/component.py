@@ -20,6 +20,7 @@ def unlearn(
     tune: bool = False,
     tune_budget: str = "20e",
     policy_uri: str = "auto",
+    processes: int = 1,
 ) -> None:
     """Unlearn the forget set; weights outside the mask stay bit-identical.
 
@@ -37,6 +38,7 @@ def unlearn(
         tune: Search for the settings that method_config leaves open, and for the density, on validation data.
         tune_budget: What the search may spend: passes (200000), time (90s, 15m, 2h) or epochs (20e).
         policy_uri: The gate policy that bounds the search; only read with tune.
+        processes: Processes that share the work in this container; a search runs in one.
 
     Raises:
         UsageError: The method or its configuration is wrong.
@@ -48,13 +50,15 @@ def unlearn(
     from pathlib import Path
 
     from salun_core.steps.observe import RunRef
+    from salun_core.steps.processes import in_processes
+    from salun_core.steps.run_facts import read_run
     from salun_core.steps.tuning import TuneWish
     from salun_core.steps.unlearning import parse_overrides, run_unlearning
 
     paths = Path(model.path), Path(mask.path), forget_manifest_uri, Path(unlearned.path)
     overrides, run = parse_overrides(method_config), RunRef(store_uri, run_id)
     wish = TuneWish(tune_budget, policy_uri) if tune else None
-    result = run_unlearning(
-        *paths, method=method, overrides=overrides, seed=seed, model_line=model_line, run=run, tune=wish
-    )
-    unlearned.metadata.update(method=method, seed=seed, seconds=result.seconds)
+    given = {"method": method, "overrides": overrides, "seed": seed, "model_line": model_line}
+    in_processes(1 if wish else processes, run_unlearning, *paths, **given, run=run, tune=wish)
+    seconds = read_run(Path(unlearned.path), method).seconds["unlearn"]
+    unlearned.metadata.update(method=method, seed=seed, seconds=seconds)

@@ -122,8 +122,12 @@ def push_steps():
     refused = StepMetrics()
     refused.record_evidence(evidence, SimpleNamespace(passed=False))
     refused.record("salun_unlearning_debt_ratio", 0.9)
-    assert refused.push("gate_publish", "faces", succeeded=False)
-    assert StepMetrics(clock=lambda: time.time() - 48 * HOUR).push("settle_requests", "faces")
+    assert refused.push("gate_publish", "faces", pipeline="salun-deletion-sweep", succeeded=False)
+    earlier = StepMetrics(clock=lambda: time.time() - 48 * HOUR)
+    earlier.record_evidence(evidence, SimpleNamespace(passed=True))
+    assert earlier.push("gate_publish", "faces", pipeline="salun-unlearning-cpu")
+    sweep = StepMetrics(clock=lambda: time.time() - 48 * HOUR)
+    assert sweep.push("settle_requests", "faces", pipeline="salun-deletion-sweep")
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,12 @@ def house(store, digits_model):
     return House(store, parent, f"{store.uri}/forget.json", tuple(ids))
 
 
+def told(run):
+    """The log lines of the steps, which kfp.local indents."""
+    lines = (line.strip() for line in run.files["run.log"].read_text(encoding="utf-8").splitlines())
+    return [json.loads(line) for line in lines if line.startswith("{") and '"event": ' in line]
+
+
 def read(name):
     """Spec and platform of a pipeline that ships."""
     return list(yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text(encoding="utf-8")))
@@ -68,7 +74,7 @@ def sweep():
     return read("salun-deletion-sweep")
 
 
-@pytest.fixture(params=["salun-unlearning", "salun-deletion-sweep"])
+@pytest.fixture(params=["salun-unlearning", "salun-deletion-sweep", "salun-sharded-mask"])
 def each(request):
     """Spec and platform of each pipeline that ships."""
     return read(request.param)

@@ -30,7 +30,8 @@ def copied(tmp_path, monkeypatch):
 def test_files_are_in_step():
     result = CliRunner().invoke(app, ["compile", "--check"])
     assert result.exit_code == 0, result.output
-    names = ("salun-unlearning", "salun-unlearning-cpu", "salun-deletion-sweep", "salun-deletion-sweep-cpu")
+    shipped = ("salun-unlearning", "salun-deletion-sweep", "salun-sharded-mask")
+    names = [name for one in shipped for name in (one, f"{one}-cpu")]
     assert result.stdout == "".join(f"{name}.yaml is in step\n" for name in names)
 
 
@@ -64,8 +65,8 @@ def test_missing_file_is_drift(copied):
     (copied / "salun-unlearning-cpu.yaml").unlink()
     result = CliRunner().invoke(app, ["compile", "--check", "--cpu"])
     assert result.exit_code == 1
-    expected = "salun-unlearning-cpu.yaml does not exist\nsalun-deletion-sweep-cpu.yaml is in step\n"
-    assert result.stdout == expected
+    in_step = "".join(f"salun-{name}-cpu.yaml is in step\n" for name in ("deletion-sweep", "sharded-mask"))
+    assert result.stdout == f"salun-unlearning-cpu.yaml does not exist\n{in_step}"
 
 
 def test_version_of_the_compiler_is_no_drift(copied):
@@ -82,7 +83,7 @@ def test_a_defect_stops_the_compiler(monkeypatch):
         compiling.compile_all()
 
 
-@pytest.mark.parametrize("name", ["salun-unlearning-cpu", "salun-deletion-sweep-cpu"])
+@pytest.mark.parametrize("name", ["salun-unlearning-cpu", "salun-deletion-sweep-cpu", "salun-sharded-mask-cpu"])
 def test_pipeline_for_clusters_without_accelerators(name):
     text = (compiling.FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     spec, _ = yaml.safe_load_all(text)
@@ -107,7 +108,8 @@ def test_the_key_that_the_environment_names_wins_on_this_machine():
     for environ, kept in (({}, True), ({"SALUN_SIGNING_KEY": "key.pem"}, False)):
         spec = next(yaml.safe_load_all(for_this_machine(text, "run-1", environ)))
         for step in ("exec-claim-requests", "exec-settle-requests"):
-            assert bool(spec["deploymentSpec"]["executors"][step]["container"].get("env")) is kept
+            given = {item["name"] for item in spec["deploymentSpec"]["executors"][step]["container"]["env"]}
+            assert given == {"SALUN_PIPELINE", *(["SALUN_SIGNING_KEY"] if kept else [])}
 
 
 def test_a_condition_on_a_named_output_is_spelt_for_this_machine():

@@ -30,7 +30,8 @@ JWT = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJzdWJtaXR0ZXIifQ.c2lnbmF0dXJl"
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    for name in ("KFP_ENDPOINT", "KFP_NAMESPACE", "KF_PIPELINES_SA_TOKEN_PATH", "SALUN_IMAGE", "SALUN_STORE_URI"):
+    kubeflows = ("KFP_ENDPOINT", "KFP_NAMESPACE", "KF_PIPELINES_SA_TOKEN_PATH")
+    for name in (*kubeflows, "SALUN_IMAGE", "SALUN_STORE_URI", "SALUN_S3_SECRETS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client, "ATTEMPTS", 4)
@@ -74,14 +75,16 @@ def states(**names):
 def test_register_is_idempotent_and_names_the_digest(fake):
     code, first, _ = run("register")
     assert code == 0
-    assert first.count("uploaded") == 4
+    assert first.count("uploaded") == 6
     names = sorted(version["display_name"] for version in fake.versions.values())
     assert SWEEP.version in names
-    assert all(re.fullmatch(r"salun-(unlearning|deletion-sweep)(-cpu)?-[0-9a-f]{12}", name) for name in names)
+    assert all(
+        re.fullmatch(r"salun-(unlearning|deletion-sweep|sharded-mask)(-cpu)?-[0-9a-f]{12}", name) for name in names
+    )
     code, second, _ = run("register")
     assert code == 0
     assert second == first.replace("uploaded ", "was there")
-    assert (len(fake.pipelines), len(fake.versions)) == (4, 4)
+    assert (len(fake.pipelines), len(fake.versions)) == (6, 6)
 
 
 def test_another_image_is_another_version(fake):
@@ -91,6 +94,22 @@ def test_another_image_is_another_version(fake):
     spec = list(fake.versions.values())[1]["pipeline_spec"]["pipeline_spec"]
     images = {item["container"]["image"] for item in spec["deploymentSpec"]["executors"].values()}
     assert images == {"registry.example/salun@sha256:00"}
+
+
+def test_secrets_of_single_steps_are_another_version(fake, monkeypatch):
+    monkeypatch.setattr(packages, "load_package", load_package)  # one that looks at the environment each time
+    monkeypatch.setenv("SALUN_S3_SECRETS", "gate_publish=salun-s3-publisher")
+    run("register", "--pipeline", "deletion-sweep")
+    (version,) = fake.versions.values()
+    assert version["display_name"] != SWEEP.version
+    pods = version["pipeline_spec"]["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    named = {name: source["secretName"] for name, pod in pods.items() for source in pod["secretAsEnv"]}
+    assert named.pop("exec-gate-publish") == "salun-s3-publisher"
+    assert set(named.values()) == {"salun-s3"}
+    monkeypatch.setenv("SALUN_S3_SECRETS", "unlearn=A B")
+    code, _, error = run("register")
+    assert (code, len(fake.versions)) == (2, 1)
+    assert "'A B' is no name of a Secret" in error
 
 
 def test_a_sweep_that_is_submitted_twice_runs_once(fake):
@@ -559,6 +578,6 @@ def test_native_objects_carry_the_digest_and_are_checked(tmp_path, monkeypatch):
     assert "--kubernetes-native" in error
 
 
-@pytest.mark.parametrize("name", ["unlearning", "deletion-sweep"])
+@pytest.mark.parametrize("name", ["unlearning", "deletion-sweep", "sharded-mask"])
 def test_the_fields_of_the_run_form_are_documented(name):
     assert form_table(load_package(name)) in (ROOT / "docs" / "kfp-ui.md").read_text(encoding="utf-8")

@@ -2,48 +2,43 @@
 
 import json
 
-import pytest
 import yaml
 
-from pipelines import sharded_mask
-from pipelines.compile import compile_pipeline
+from pipelines.cli import COMPILED
 from pipelines.local import run_compiled
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.mask import compute_mask
+from tests.pipelines.conftest import told
+
+SHIPPED = COMPILED / "salun-sharded-mask-cpu.yaml"
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    return compile_pipeline(sharded_mask.sharded_mask, sharded_mask.NAME)
-
-
-def test_the_compiled_fan_out_has_no_defects(compiled):
-    assert compiled.defects() == []
-
-
-def test_no_retry_inside_the_loop(compiled):
+def test_no_retry_inside_the_loop():
     """An open fault of Kubeflow's: issue 13897."""
-    (shard,) = compiled.spec["components"]["comp-salun-score-shard"]["dag"]["tasks"].values()
+    spec = next(yaml.safe_load_all(SHIPPED.read_text(encoding="utf-8")))
+    (shard,) = spec["components"]["comp-salun-score-shard"]["dag"]["tasks"].values()
     assert shard["retryPolicy"].get("maxRetryCount", 0) == 0
 
 
-def test_the_fan_out_makes_the_mask_of_one_process(compiled, house, digits_model, tmp_path, monkeypatch):
+def test_the_fan_out_makes_the_mask_of_one_process(house, digits_model, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     forget = json.dumps({"kind": "samples", "ids": sorted(house_ids(digits_model))[:600]})
     house.store.put_new("many.json", forget.encode())
-    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump_all([compiled.spec, compiled.platform]))
     arguments = {
         "model_line": "digits",
         "store_uri": house.store.uri,
         "forget_manifest_uri": f"{house.store.uri}/many.json",
         "shards": ["1/2", "2/2"],
     }
-    run = run_compiled(tmp_path / "pipeline.yaml", arguments, tmp_path / "run")
+    run = run_compiled(SHIPPED, arguments, tmp_path / "run")
     assert run.exit_code == 0, run.error
     (made,) = (tmp_path / "run").rglob("merge-scores/mask")
     alone = compute_mask(digits_model, arguments["forget_manifest_uri"], 0.5, tmp_path / "alone", device="cpu")
     assert SaliencyMask.load(made).digest == alone.digest
     assert SaliencyMask.load(made).facts["shards"] == "2"
+    said = told(run)
+    assert sum(line["event"] == "step_finished" for line in said) == 4
+    assert {line.get("run") for line in said} == {run.run}
 
 
 def house_ids(folder):

@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -20,6 +22,7 @@ from salun_core.requests.schema import Status
 from salun_core.storage.lease import holder_of
 from salun_core.storage.names import certificate_key, run_key
 from salun_core.storage.versions import read_head, read_version
+from tests.pipelines.conftest import told
 
 pytestmark = [pytest.mark.s3, pytest.mark.e2e]
 SWEEP = COMPILED / "salun-deletion-sweep-cpu.yaml"
@@ -46,14 +49,48 @@ class Desk:
         assert holder_of(self.store, "digits") is None
         assert not list(self.store.list("scratch/"))
         assert set(re.findall(r'"run_id": "([^"]+)"', log_of(run))) == {run.run}  # one id in every step
+        said = told(run)
+        assert [line for line in said if line.get("run") != run.run] == []
+        assert {line["step"] for line in said if line["event"] == "step_started"} == {named(step) for step in run.steps}
 
     def certified(self, request):
         envelope = json.loads(self.store.get(certificate_key(request)).data)
         return json.loads(base64.b64decode(envelope["payload"]))["predicate"]
 
 
+def named(step):
+    """The name that a step has in logs and metrics."""
+    return "purge" if step == "purge-store" else step.replace("-", "_")
+
+
 def log_of(run):
     return run.files["run.log"].read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """The groups that are pushed to a gateway: path by path."""
+    paths = []
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_PUT(self):  # noqa: N802 - a name of the standard library
+            paths.append(self.path)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(202)
+            self.end_headers()
+
+        do_POST = do_PUT  # noqa: N815
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        monkeypatch.setenv("PUSHGATEWAY_URL", f"http://127.0.0.1:{server.server_port}")
+        yield paths
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture
@@ -62,13 +99,14 @@ def desk(store, digits_line, digits_model, tmp_path, monkeypatch):
     return Desk(store, tmp_path, load_model(digits_model).split)
 
 
-def test_three_sweeps(desk):
+def test_three_sweeps(desk, pushed):
     """One story, for each sweep finds what the one before has left."""
     parent, samples = desk.head, sorted(desk.split.train)[:5]
     desk.ledger.submit("r-class", "digits", ClassTarget(dataset_digest=desk.split.dataset_digest, class_id=3))
     desk.ledger.submit("r-samples", "digits", SamplesTarget(ids=samples))
     desk.ledger.submit("r-nothing", "digits", SamplesTarget(ids=["nobody"]))
     erases_what_is_due(desk, parent, samples)
+    pushed_as_the_sweep(pushed)
     finds_nothing(desk)
     is_refused(desk)
 
@@ -91,6 +129,16 @@ def erases_what_is_due(desk, parent, samples):
     desk.left_nothing_behind(run)
     shown = [log_of(run), *(path.read_text() for path in run.folder.glob("steps/*/*/*/executor_output.json"))]
     assert not [sample for sample in samples for text in shown if f'"{sample}"' in text or f"'{sample}'" in text]
+
+
+def pushed_as_the_sweep(paths):
+    """Also the steps of the pipeline that is nested in it."""
+    keys = [dict(zip(words[::2], words[1::2], strict=True)) for words in (path.split("/")[2:] for path in paths)]
+    groups = {(key["pipeline"], key["step"], key["model"]) for key in keys}
+    steps = {named(step) for step in [*INNER, "claim-requests", "settle-requests"]}
+    assert groups == {("salun-deletion-sweep-cpu", step, "digits") for step in steps} | {
+        ("salun-deletion-sweep-cpu", "purge", "all")
+    }
 
 
 def events_of(run):

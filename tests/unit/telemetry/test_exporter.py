@@ -246,7 +246,7 @@ def test_it_listens_on_ipv6_too():
 def _promtool(*args, text=None):
     tool = shutil.which("promtool")
     if tool is None:
-        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus, from 13 on promtool)")
     done = subprocess.run([tool, *args], input=text, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 

@@ -207,10 +207,31 @@ def test_a_method_from_elsewhere_becomes_other(gateway, scrape, monkeypatch):
     assert labels["pipeline"] == "salun-deletion-sweep"
 
 
+def test_the_pipeline_is_the_one_that_runs(gateway, scrape, monkeypatch, capsys):
+    """What the compiled pipelines set; outside of them it is the unlearning."""
+    monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
+    for value in ("", "salun-sharded-mask", "salun-deletion-sweep-cpu"):
+        monkeypatch.setenv("SALUN_PIPELINE", value)
+        assert StepMetrics().push("compute_mask", "labelled")
+    assert StepMetrics().push("compute_mask", "labelled", pipeline="salun-unlearning-cpu")
+    labels = [dict(labels) for (name, labels) in scrape()[0] if name == "salun_build_info"]
+    found = {label["pipeline"] for label in labels if label["model"] == "labelled"}
+    assert found == {"salun-unlearning", "salun-sharded-mask", "salun-deletion-sweep-cpu", "salun-unlearning-cpu"}
+    capsys.readouterr()
+    monkeypatch.setenv("SALUN_PIPELINE", "salun-unlearning-x7k2p")
+    assert StepMetrics().push("compute_mask", "labelled") is False
+    assert "metrics_push_failed" in capsys.readouterr().err
+
+
+def test_every_pipeline_that_ships_has_a_label():
+    shipped = {path.stem for path in (ROOT / "pipelines" / "compiled").glob("*.yaml")}
+    assert shipped == set(names.LABELS["pipeline"])
+
+
 def test_promtool_finds_no_fault(gateway, scrape, monkeypatch):
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus, from 13 on promtool)")
     monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
     step = StepMetrics()
     for spec in names.SPECS.values():

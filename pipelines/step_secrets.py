@@ -1,0 +1,66 @@
+"""Which Secret with the store's keys each step gets: one for all of them, or one for each role of manifests/iam/."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from salun_core.errors import UsageError, unknown_name
+
+VARIABLE = "SALUN_S3_SECRETS"  # noqa: S105 - the name of a variable
+SECRET = "salun-s3"  # noqa: S105 - the name of a Secret, of every step that names none
+ROLES = {
+    "claim_requests": "claimer",
+    "fetch_model": "fetcher",
+    "compute_mask": "worker",
+    "score_shard": "worker",
+    "merge_scores": "worker",
+    "unlearn": "worker",
+    "evaluate": "evaluator",
+    "gate_publish": "publisher",
+    "settle_requests": "settler",
+    "purge_store": "purger",
+}
+"""Each step, and the role whose rights it needs."""
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+_EXECUTOR = re.compile(r"exec-(.+?)(?:-\d+)?")
+
+
+def read_secrets(text: str) -> dict[str, str]:
+    """Read `fetch_model=salun-s3-fetcher,gate_publish=salun-s3-publisher`.
+
+    Args:
+        text: pairs of a step and the name of its Secret; nothing gives all steps the same one.
+
+    Returns:
+        Names of Secrets by step; a step that is not there has the common one.
+
+    Raises:
+        UsageError: no pair, an unknown step, a step that is given twice, or what is no name of a Secret.
+    """
+    found: dict[str, str] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        step, given, name = (part.strip() for part in pair.partition("="))
+        if step not in ROLES:
+            raise unknown_name("step", step, ROLES)
+        if not given or not _NAME.fullmatch(name) or step in found:
+            why = f"{step} is there twice" if step in found else f"{name!r} is no name of a Secret"
+            raise UsageError(f"{VARIABLE} cannot be read", why, f"write {step}={SECRET}-{ROLES[step]}")
+        found[step] = name
+    return found
+
+
+def give_secrets(platform: Mapping[str, Any], secrets: Mapping[str, str]) -> None:
+    """Write into a platform spec which Secret each step takes the store's keys from.
+
+    Args:
+        platform: the second document of a compiled pipeline; it is changed.
+        secrets: from `read_secrets`; a step that is not there keeps what it has.
+    """
+    for executor, pod in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].items():
+        step = _EXECUTOR.fullmatch(executor)
+        name = secrets.get(step[1].replace("-", "_")) if step else None
+        for source in pod.get("secretAsEnv", []) if name else []:
+            source["secretName"] = name
+            source["secretNameParameter"] = {"runtimeValue": {"constant": name}}

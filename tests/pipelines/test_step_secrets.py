@@ -1,0 +1,96 @@
+"""Each step may take the store's keys from a Secret of its own; else all take the same one."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.packages import shipped
+from pipelines.step_secrets import ROLES, give_secrets, read_secrets
+from salun_core.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+BOTH = "fetch_model=salun-s3-reader, gate_publish=salun-s3-publisher"
+
+
+def named(platform):
+    """The Secret of each step."""
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for name, pod in pods.items():
+        (source,) = pod["secretAsEnv"]
+        assert source["secretNameParameter"] == {"runtimeValue": {"constant": source["secretName"]}}
+        assert [item["secretKey"] for item in source["keyToEnv"]] == ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"]
+        yield name.removeprefix("exec-").replace("-", "_"), source["secretName"]
+
+
+def test_all_steps_take_the_same_one_and_each_has_a_role(each):
+    found = dict(named(each[1]))
+    assert set(found.values()) == {"salun-s3"}
+    assert set(found) <= set(ROLES)
+
+
+def test_named_steps_take_their_own(sweep):
+    give_secrets(sweep[1], read_secrets(BOTH))
+    found = dict(named(sweep[1]))
+    assert {found.pop("fetch_model"), found.pop("gate_publish")} == {"salun-s3-reader", "salun-s3-publisher"}
+    assert set(found.values()) == {"salun-s3"}
+
+
+def test_a_second_executor_of_a_step_is_the_same_step(sweep):
+    pods = sweep[1]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    pods["exec-fetch-model-2"] = json.loads(json.dumps(pods["exec-fetch-model"]))
+    give_secrets(sweep[1], {"fetch_model": "salun-s3-reader"})
+    assert pods["exec-fetch-model-2"]["secretAsEnv"][0]["secretName"] == "salun-s3-reader"
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_the_compiler_takes_them(how, tmp_path, monkeypatch):
+    """Into a folder of objects, so that the files that ship stay as they are."""
+    monkeypatch.delenv("SALUN_S3_SECRETS", raising=False)
+    words = ["compile", "--cpu", "--kubernetes-native", str(tmp_path)]
+    if how == "option":
+        words += ["--s3-secrets", BOTH]
+    else:
+        monkeypatch.setenv("SALUN_S3_SECRETS", BOTH)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    files = sorted(tmp_path.glob("*.yaml"))
+    assert {path.stem for path in files} == {f"salun-{name}" for name in shipped() if name.endswith("-cpu")}
+    for path in files:
+        _, version = yaml.load_all(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        found = dict(named(version["spec"]["platformSpec"]))
+        assert found["fetch_model"] == "salun-s3-reader"
+        assert found.get("gate_publish", "salun-s3-publisher") == "salun-s3-publisher"
+    assert CliRunner().invoke(app, [*words, "--check"]).exit_code == 0
+    monkeypatch.delenv("SALUN_S3_SECRETS", raising=False)
+    assert CliRunner().invoke(app, [*words[:4], "--check"]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fetch_modle=a", "did you mean 'fetch_model'"),
+        ("fetch_model", "'' is no name of a Secret"),
+        ("fetch_model=Upper", "'Upper' is no name of a Secret"),
+        ("fetch_model=a,fetch_model=b", "fetch_model is there twice"),
+    ],
+)
+def test_what_is_no_choice_of_secrets_is_refused(text, message):
+    with pytest.raises(UsageError, match=message):
+        read_secrets(text)
+
+
+def test_nothing_chooses_nothing():
+    assert read_secrets("") == read_secrets(" , ") == {}
+
+
+def test_the_roles_are_those_that_have_a_policy_and_the_documentation_says_so():
+    policies = {path.stem for path in (ROOT / "manifests" / "iam").glob("*.json")}
+    assert set(ROLES.values()) <= policies
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.MULTILINE))
+    assert rows == ROLES
