@@ -38,7 +38,8 @@ class Normalisation:
         values = images.to(torch.float32, memory_format=torch.channels_last)
         count, channels, height, width = values.shape
         rows = values.permute(0, 2, 3, 1).view(count, height, width * channels)
-        rows.mul_(scale.repeat(width)).add_(shift.repeat(width))  # whole rows: steps of 3 channels are no work for SIMD
+        scale, shift = (one.expand(channels).repeat(width) for one in (scale, shift))
+        rows.mul_(scale).add_(shift)  # whole rows: steps of 3 channels are no work for SIMD
         return values
 
 

@@ -254,7 +254,7 @@ def test_the_table_shows_both_costs_and_a_second_one_the_settings(plan, out):
     assert choices(results) in text
     assert "the same budget, 5e, on held-out data; no policy bounds it" in text
     picture = plot(results.model_copy(update={"kind": "text-to-image"}))  # without a reference there is no gap
-    assert f"SalUn {100 - 100 * item.values['RA']:.2f} at {item.passes} passes" in picture
+    assert f"SalUn {100 - 100 * item.values['RA']:.2f} at {item.own_passes} passes" in picture
 
 
 def test_a_dry_run_says_what_a_search_may_cost(plan, tmp_path):
