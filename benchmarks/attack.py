@@ -15,18 +15,16 @@ procedures take turns, and the table shows medians. Writes benchmarks/results/at
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
+from compared import report
 from sklearn.svm import SVC
 
-from salun_core.bench.results import machine
 from salun_core.evaluation.membership import attack_roc, confidence_attack, entropy_attack, modified_entropy
 from salun_core.evaluation.outputs import Outputs
 
@@ -142,23 +140,17 @@ def main() -> None:
     for name, row in rows.items():
         print(f"| {name} | {row['cpu_s']:.2f} | {row['value']:.4f} |")
     print("\n| | usual | here | ratio | target |\n|---|---|---|---|---|")
-    found = comparisons(rows)
-    for item in found:
-        print("| " + " | ".join(item.values()) + " |")
-    document = {
-        "machine": machine(),
-        "torch": torch.__version__,
-        "threads": arguments.threads,
-        "quick": arguments.quick,
-        "rounds": rounds,
-        "members": size,
-        "others": size,
-        "asked": size // 2,
-        "rows": rows,
-        "comparisons": found,
-    }
-    target = Path(__file__).parent / "results" / "attack.json"
-    target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    report(
+        "attack",
+        rows,
+        comparisons(rows),
+        threads=arguments.threads,
+        quick=arguments.quick,
+        rounds=rounds,
+        members=size,
+        others=size,
+        asked=size // 2,
+    )
 
 
 if __name__ == "__main__":

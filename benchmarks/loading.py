@@ -16,20 +16,18 @@ benchmarks/results/loading.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
+from compared import report
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from salun_core.bench.results import machine
 from salun_core.data.decode import decode
 from salun_core.data.images import ImageSet, Normalisation
 
@@ -124,24 +122,17 @@ def main() -> None:
     print("| procedure | s an epoch | images a second |\n|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['seconds']:.3f} | {row['images_per_s']:,.0f} |")
-    print(f"\nDecoded once before: {rows['ours']['decoded_once_s']:.2f} s\n")
-    found = comparisons(rows)
-    print("| | usual | here | ratio | target |\n|---|---|---|---|---|")
-    for item in found:
-        print("| " + " | ".join(item.values()) + " |")
-    document = {
-        "machine": machine(),
-        "torch": torch.__version__,
-        "threads": arguments.threads,
-        "quick": arguments.quick,
-        "rounds": rounds,
-        "images": count,
-        "batch": BATCH,
-        "rows": rows,
-        "comparisons": found,
-    }
-    target = Path(__file__).parent / "results" / "loading.json"
-    target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    print(f"\nDecoded once before: {rows['ours']['decoded_once_s']:.2f} s")
+    report(
+        "loading",
+        rows,
+        comparisons(rows),
+        threads=arguments.threads,
+        quick=arguments.quick,
+        rounds=rounds,
+        images=count,
+        batch=BATCH,
+    )
 
 
 if __name__ == "__main__":

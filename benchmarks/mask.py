@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 import torch
+from compared import report
 
-from salun_core.bench.results import machine
 from salun_core.models import build_classifier
 from salun_core.saliency import SaliencyMask
 
@@ -128,21 +128,7 @@ def main() -> None:
     print("| procedure | CPU, s | added peak memory, MB | mask file, MB |\n|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['cpu_s']:.2f} | {row['peak_mb']:.0f} | {row['file_bytes'] / 1e6:.2f} |")
-    found = comparisons(rows)
-    print("\n| | usual | here | ratio | target |\n|---|---|---|---|---|")
-    for item in found:
-        print("| " + " | ".join(item.values()) + " |")
-    document = {
-        "machine": machine(),
-        "torch": torch.__version__,
-        "threads": 1,
-        "quick": arguments.quick,
-        "rounds": rounds,
-        "rows": rows,
-        "comparisons": found,
-    }
-    target = Path(__file__).parent / "results" / "mask.json"
-    target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    report("mask", rows, comparisons(rows), threads=1, quick=arguments.quick, rounds=rounds)
     return None
 
 

@@ -16,19 +16,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
+from compared import report
 from masked_step import MaskAndRestore
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from salun_core.bench.results import machine
 from salun_core.data.images import ImageSet, Normalisation
 from salun_core.models import build_classifier
 from salun_core.saliency import SaliencyMask
@@ -147,23 +145,16 @@ def main() -> None:
     for name, row in rows.items():
         ratios = " | ".join(f"{row[key]:.3f}" for key in ("against plain", "lowest", "highest"))
         print(f"| {name} | {row['seconds']:.2f} | {ratios} |")
-    found = comparisons(rows)
-    print("\n| | usual | here | ratio | target |\n|---|---|---|---|---|")
-    for item in found:
-        print("| " + " | ".join(item.values()) + " |")
-    document = {
-        "machine": machine(),
-        "torch": torch.__version__,
-        "threads": arguments.threads,
-        "quick": arguments.quick,
-        "rounds": rounds,
-        "images": count,
-        "batch": batch,
-        "rows": rows,
-        "comparisons": found,
-    }
-    target = Path(__file__).parent / "results" / "masked-epoch.json"
-    target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    report(
+        "masked-epoch",
+        rows,
+        comparisons(rows),
+        threads=arguments.threads,
+        quick=arguments.quick,
+        rounds=rounds,
+        images=count,
+        batch=batch,
+    )
 
 
 if __name__ == "__main__":

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from compared import report
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from salun_core.bench.results import machine
 from salun_core.models import build_classifier
 from salun_core.saliency import SaliencyMask, masked_optimizer
 
@@ -130,21 +128,7 @@ def main() -> None:
             f"| {name} | {row['plain'] * 1e3:.1f} | {row['masked'] * 1e3:.1f} | {row['masked / plain']:.2f} "
             f"| {row['mask and restore / plain']:.2f} |"
         )
-    found = comparisons(rows)
-    print("\n| | usual | here | ratio | target |\n|---|---|---|---|---|")
-    for item in found:
-        print("| " + " | ".join(item.values()) + " |")
-    document = {
-        "machine": machine(),
-        "torch": torch.__version__,
-        "threads": arguments.threads,
-        "quick": arguments.quick,
-        "rounds": rounds,
-        "rows": rows,
-        "comparisons": found,
-    }
-    target = Path(__file__).parent / "results" / "masked-step.json"
-    target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    report("masked-step", rows, comparisons(rows), threads=arguments.threads, quick=arguments.quick, rounds=rounds)
 
 
 if __name__ == "__main__":

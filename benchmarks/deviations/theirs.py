@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -129,34 +129,8 @@ def one_running_vector(gradients: Iterable[Tensor], vector: Tensor, count: int) 
     return product
 
 
-@dataclass(frozen=True)
-class SoftenedByEpoch:
-    """Random labelling, softened after each step with a share that falls once an epoch.
-
-    Args:
-        inner: the stretch.
-        task: model and original.
-    """
-
-    inner: Stretch
-    task: Task
-
-    @property
-    def name(self) -> str:
-        """For the history."""
-        return self.inner.name
-
-    @property
-    def device(self) -> torch.device:
-        """Where the images are."""
-        return self.inner.device
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def steps(self, batch_size: int) -> int:
-        """Return the number of batches."""
-        return self.inner.steps(batch_size)
+class SoftenedByEpoch(salun_soft.Softened):
+    """Random labelling, softened after each step with a share that falls once an epoch."""
 
     def draw(self, config: LoopConfig, generator: torch.Generator, world: World) -> Iterator[Step]:
         """Yield the inner steps, and draw the weights back after each."""
@@ -172,7 +146,7 @@ class SoftenedByEpoch:
 
 def softened_by_epoch(task: Task, generator: torch.Generator) -> Sequence[SoftenedByEpoch]:
     """Return one epoch."""
-    return [SoftenedByEpoch(part, task) for part in random_label_parts(task, generator)]
+    return [SoftenedByEpoch(**vars(part)) for part in salun_soft.parts(task, generator)]
 
 
 def fisher_by_batch(model: nn.Module, images: ImageSet, batch_size: int) -> dict[str, Tensor]:

@@ -73,27 +73,15 @@ def launch(processes: int) -> None:
         typer.Exit: one failed; with the exit code of the first that did.
         UsageError: this is one of several processes already.
     """
-    import logging
-
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from salun_core.steps.processes import joined
 
     if "WORLD_SIZE" in os.environ:
         raise UsageError(f"{_OPTION} within torchrun", "torchrun has started the processes", f"leave {_OPTION} out")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process says itself what failed
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=f"salun-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
     try:
-        elastic_launch(config, sys.executable)("-m", "salun_core.cli", *_without_option(sys.argv[1:]))
+        joined(processes, sys.executable)("-m", "salun_core.cli", *_without_option(sys.argv[1:]))
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         raise typer.Exit(code if code > 0 else 128 - code) from error

@@ -54,11 +54,20 @@ def _processes(wanted: int) -> int:
     return max(1, min(wanted, there))
 
 
-def _launch(count: int, folder: Path, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+def joined(count: int, entry: Callable[..., object] | str) -> Callable[..., object]:
+    """Return what starts processes on this machine, joined as torchrun joins them, and waits for them.
+
+    Args:
+        count: how many; each gets its share of the cores, unless $OMP_NUM_THREADS says another.
+        entry: a function of a module, or a program.
+
+    Returns:
+        It takes the entry's arguments, and raises torch's `ChildFailedError` where a process failed.
+    """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say ourselves what failed
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it is said elsewhere what failed
+    os.environ.setdefault(_THREADS, str(max(1, (os.cpu_count() or 1) // count)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -69,15 +78,21 @@ def _launch(count: int, folder: Path, step: Step, args: tuple[Any, ...], kwargs:
         max_restarts=0,
         start_method="spawn",
     )
+    launched: Callable[..., object] = elastic_launch(config, entry)
+    return launched
+
+
+def _launch(count: int, folder: Path, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     threads = os.environ.get(_THREADS)
-    os.environ.setdefault(_THREADS, str(max(1, (os.cpu_count() or 1) // count)))
     try:
-        elastic_launch(config, _work)(folder, step, args, kwargs)
+        joined(count, _work)(folder, step, args, kwargs)
     except ChildFailedError as error:
         raise _told(folder) or _silent(error.get_first_failure()[1].exitcode) from None
     finally:
         if threads is None:
-            del os.environ[_THREADS]
+            os.environ.pop(_THREADS, None)
 
 
 def _work(folder: Path, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
