@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from salun_core.data import DataSpec
+from salun_core.methods.classification import UnlearnConfig
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.training import train_model
-from salun_core.unlearn import UnlearnConfig
+from salun_core.tasks.classification.training import train_model
 
 COMPILED = Path("/opt/salun/pipelines/compiled/salun-unlearning.yaml")
 DENSITY = 0.25

@@ -18,14 +18,14 @@ from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from salun_core.diffusion import generation_config
 from salun_core.diffusion.architectures import build_architecture
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples, Noised
-from salun_core.diffusion.method import Setting, Task
-from salun_core.diffusion.objectives import denoising_loss, relabel_loss
 from salun_core.diffusion.process import Process
+from salun_core.methods.diffusion import generation_config
+from salun_core.methods.diffusion.method import Setting, Task
+from salun_core.methods.diffusion.objectives import denoising_loss, relabel_loss
 
 EPOCHS = 5
 

@@ -225,7 +225,7 @@ def sweeping(name: str, where: str, sweeps: int) -> Figures:
 
 
 def measure_s3(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> Figures:
-    from salun_core.storage.embedded import embedded_s3
+    from salun_core.storage.seaweedfs import embedded_s3
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     server = stack.enter_context(embedded_s3(folder))

@@ -16,11 +16,11 @@ from typing import Any
 from benchmarks.ledger_s3 import LINE, THREADS, TRAINED_ON, Wide
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import ConflictError
-from salun_core.requests.deadlines import due_after_one_month, utc_clock
-from salun_core.requests.moves import Move, event_after
+from salun_core.requests.ledger import Move, event_after
 from salun_core.requests.redaction import redacted_request
-from salun_core.requests.runs import RunMember, RunRecord
 from salun_core.requests.schema import DeletionRequest, Outcome, RequestEvent, RequestState, Status, Submission
+from salun_core.sweeps.runs import RunMember, RunRecord
+from salun_core.times import due_after_one_month, utc_clock
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS lines (line text PRIMARY KEY, version text NOT NULL, lease_epoch int NOT NULL,

@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from salun_core.data.forget import SamplesTarget
-from salun_core.requests.claiming import claim
-from salun_core.requests.deadlines import utc_clock
+from salun_core.data.forget_set import SamplesTarget
+from salun_core.requests.gauges import GaugeReader, Snapshot
 from salun_core.requests.intake import submit_all
-from salun_core.requests.moves import Move, event_after
-from salun_core.requests.runs import RunRecord
+from salun_core.requests.ledger import Move, event_after
 from salun_core.requests.schema import DeletionRequest, Outcome, RequestState, Status, Submission
-from salun_core.requests.settling import settle
-from salun_core.requests.terms import Terms
-from salun_core.steps.gauges import GaugeReader, Snapshot
 from salun_core.storage import open_store
+from salun_core.sweeps.claim import claim
+from salun_core.sweeps.policy import Terms
+from salun_core.sweeps.runs import RunRecord
+from salun_core.sweeps.settle import settle
+from salun_core.times import utc_clock
 from tests import toy_line as toy
 
 LINE = toy.LINE

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from salun_core.data.images import ImageSet, Normalisation
+from salun_core.methods.classification.method import Part
+from salun_core.methods.config import UnlearnConfig
+from salun_core.methods.loop import run_loop
 from salun_core.models import build_classifier
 from salun_core.saliency import SaliencyMask
-from salun_core.unlearn.config import UnlearnConfig
-from salun_core.unlearn.loop import run_loop
-from salun_core.unlearn.method import Part
 
 VARIANTS = ("plain", "masked", "mask and restore", "not channels-last")
 MOST_COST = 0.03

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from salun_core.storage.weed import die_with_parent
+from salun_core.storage.seaweedfs import die_with_parent
 
 _READY_SECONDS = 30.0
 

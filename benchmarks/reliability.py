@@ -28,8 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from salun_core.storage.embedded import embedded_s3  # noqa: E402
-from salun_core.storage.weed import find_binary  # noqa: E402
+from salun_core.storage.seaweedfs import embedded_s3, find_binary  # noqa: E402
 from tests.reliability import faults, rows  # noqa: E402
 from tests.reliability.figures import Figures  # noqa: E402
 

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from salun_core.digest import sha256_file
+from salun_core.registry.sparse import FULL_COPY_EVERY, put_sparse
 from salun_core.storage import open_store
 from salun_core.storage.blobs import fetch_blob, put_blob
-from salun_core.storage.sparse import FULL_COPY_EVERY, put_sparse
 
 DENSITY = 0.5
 VARIANTS = {"whole": 0, "difference": 1, "difference, deepest": FULL_COPY_EVERY - 1}
@@ -118,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         return child(*arguments.child[:3], Path(arguments.child[3]))
-    from salun_core.storage.embedded import embedded_s3
+    from salun_core.storage.seaweedfs import embedded_s3
 
     with tempfile.TemporaryDirectory() as folder, embedded_s3(Path(folder) / "s3") as server:
         os.environ.update(server.environ)

@@ -25,7 +25,7 @@ _server_key = pytest.StashKey[object]()
 
 def _start_server(stack: ExitStack):
     """Start one server in a folder of its own; return its variables, or the reason why there is none."""
-    from salun_core.storage.embedded import embedded_s3
+    from salun_core.storage.seaweedfs import embedded_s3
 
     folder = Path(tempfile.mkdtemp(prefix="salun-s3-"))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -100,8 +100,8 @@ def digits_model(tmp_path_factory):
     import torch
 
     from salun_core.data import DataSpec
-    from salun_core.steps.training import train_model
-    from salun_core.unlearn import UnlearnConfig
+    from salun_core.methods.classification import UnlearnConfig
+    from salun_core.tasks.classification.training import train_model
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("digits") / "model"
@@ -116,7 +116,7 @@ def digits_model(tmp_path_factory):
 def digits_line(store, digits_model):
     """The name of a model line in `store` whose first version is the digits' classifier."""
     from salun_core.models import load_model
-    from salun_core.steps.training import register_model
+    from salun_core.tasks.classification.training import register_model
 
     register_model(store, "digits", digits_model, "train", len(load_model(digits_model).split.train))
     return "digits"

@@ -16,7 +16,7 @@ PERMISSIVE = {
 
 def quick_evaluation(judge: Path, **changes: object):
     """How few images of such a model are judged."""
-    from salun_core.models.generation_card import GenerationEvaluation
+    from salun_core.models.card import GenerationEvaluation
 
     return GenerationEvaluation(judge=str(judge), images_per_class=4, steps=2, real_images=20, **changes)
 
@@ -24,7 +24,7 @@ def quick_evaluation(judge: Path, **changes: object):
 def tiny_ddpm(folder: Path, judge: Path, **changes: object) -> Path:
     """Write the folder of a class-conditional DDPM of digits."""
     from salun_core.data import DataSpec
-    from salun_core.steps.generation_training import ddpm_recipe, train_ddpm
+    from salun_core.tasks.diffusion.training import ddpm_recipe, train_ddpm
 
     recipe = ddpm_recipe({"steps": 2, "epochs": 1, "channels": [16, 16], "batch_size": 16, "device": "cpu"})
     train_ddpm(DataSpec(source="digits"), recipe, folder, quick_evaluation(judge, **changes))
@@ -34,7 +34,7 @@ def tiny_ddpm(folder: Path, judge: Path, **changes: object) -> Path:
 def tiny_stable_diffusion(folder: Path, judge: Path, **changes: object) -> Path:
     """Write the folder of a Stable Diffusion of digits."""
     from salun_core.data import DataSpec
-    from salun_core.steps.generation_training import stable_diffusion_recipe, train_stable_diffusion
+    from salun_core.tasks.diffusion.training import stable_diffusion_recipe, train_stable_diffusion
 
     small = {"channels": [16, 16], "autoencoder_channels": [8, 8], "autoencoder_steps": 2, "text_steps": 2}
     recipe = stable_diffusion_recipe({"steps": 2, "epochs": 1, "batch_size": 16, "device": "cpu", **small})

@@ -13,21 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from salun_core.data.forget import RedactedTarget, SamplesTarget
+from salun_core.data.forget_set import RedactedTarget, SamplesTarget
 from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import UsageError
-from salun_core.requests.books import Books, Erased
-from salun_core.requests.claiming import Claim, claim
-from salun_core.requests.deadlines import utc_clock
+from salun_core.registry.lookup import Version, read_head, read_version
+from salun_core.registry.versions import publish_head, stage_version
 from salun_core.requests.resolve import Resolved
-from salun_core.requests.runs import RunRecord, RunStatus
 from salun_core.requests.schema import DeletionRequest
-from salun_core.requests.settling import DECISION
-from salun_core.requests.terms import Rung, Terms
 from salun_core.storage import FileStore
-from salun_core.storage.lookup import Version, read_head, read_version
-from salun_core.storage.names import blob_key, certificate_key, run_key, scratch_key
-from salun_core.storage.versions import publish_head, stage_version
+from salun_core.storage.keys import blob_key, certificate_key, run_key, scratch_key
+from salun_core.sweeps.claim import Claim, claim
+from salun_core.sweeps.context import Books, Erased
+from salun_core.sweeps.policy import Rung, Terms
+from salun_core.sweeps.runs import RunRecord, RunStatus
+from salun_core.sweeps.settle import DECISION
+from salun_core.times import utc_clock
 
 LINE = "toy"
 MODEL = "forgotten.json"

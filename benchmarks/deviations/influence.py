@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from benchmarks.deviations.stage import Stage
 from benchmarks.deviations.theirs import one_running_vector
 from salun_core.data import ImageSet
-from salun_core.saliency.score import scoring
-from salun_core.unlearn import influence
-from salun_core.unlearn.method import Task, cross_entropy
+from salun_core.methods.classification import influence
+from salun_core.methods.classification.method import Task, cross_entropy
+from salun_core.saliency.scores import scoring
 
 EXACT_IMAGES = 200
 

@@ -22,10 +22,10 @@ from benchmarks.deviations.stage import CLASSES, DENSITY, RATE, Cell, Stage
 from benchmarks.deviations.weights import frozen_change, overlap
 from salun_core.evaluation.membership import entropy_attack, modified_entropy
 from salun_core.evaluation.outputs import Outputs
+from salun_core.methods.classification import boundary_expanding, sfr_on
+from salun_core.methods.classification.method import Task
 from salun_core.saliency import SaliencyMask
-from salun_core.saliency.score import scoring
-from salun_core.unlearn import boundary_expanding, sfr_on
-from salun_core.unlearn.method import Task
+from salun_core.saliency.scores import scoring
 
 RATES = (0.01, 0.02, 0.04, 0.08)
 FROZEN_RATES = (0.0025, 0.005, 0.01, 0.02)

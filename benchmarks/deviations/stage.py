@@ -18,10 +18,10 @@ from salun_core.data import DataSpec, ImageSet, load_data
 from salun_core.data.table import Table
 from salun_core.evaluation.classifier import metric_shares
 from salun_core.evaluation.outputs import Outputs, outputs_of
+from salun_core.methods.classification import UnlearnConfig, method_config, unlearn
+from salun_core.methods.classification.method import Task, cross_entropy
+from salun_core.methods.classification.training import fresh_classifier, train_classifier
 from salun_core.saliency import SaliencyMask, saliency_scores
-from salun_core.unlearn import UnlearnConfig, method_config, unlearn
-from salun_core.unlearn.method import Task, cross_entropy
-from salun_core.unlearn.training import fresh_classifier, train_classifier
 
 ARCHITECTURE, CLASSES = "resnet8", 10
 POOL, TRAIN, TEST, FORGET = 5000, 4500, 2000, 450

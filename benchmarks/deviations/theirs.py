@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet, random_flip
 from salun_core.evaluation.outputs import Outputs
+from salun_core.methods.classification import boundary_shrink, salun_soft
+from salun_core.methods.classification.method import ModelPart, Part, Step, Stretch, Task, cross_entropy
+from salun_core.methods.classification.random_label import parts as random_label_parts
+from salun_core.methods.config import LoopConfig, UnlearnConfig
+from salun_core.methods.distributed import World
+from salun_core.methods.loop import epoch_generator, run_loop
 from salun_core.saliency import SaliencyMask
-from salun_core.saliency.score import scoring
-from salun_core.unlearn import boundary_shrink, salun_soft
-from salun_core.unlearn.config import LoopConfig, UnlearnConfig
-from salun_core.unlearn.distributed import World
-from salun_core.unlearn.loop import epoch_generator, run_loop
-from salun_core.unlearn.method import ModelPart, Part, Step, Stretch, Task, cross_entropy
-from salun_core.unlearn.random_label import parts as random_label_parts
+from salun_core.saliency.scores import scoring
 
 Parts = Callable[[Task, torch.Generator], Sequence[Stretch]]
 

@@ -20,9 +20,9 @@ def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False, 
         UsageError: Certificates must be added to, and there is no signing key: nothing was touched.
         IntegrityError: Something is damaged, so that nobody can tell what is needed: nothing was touched.
     """
-    from salun_core.requests.keys import find_signing_key
+    from salun_core.certificates.keys import find_signing_key
+    from salun_core.retention.purge import purge as step
     from salun_core.steps.observe import RunRef
-    from salun_core.steps.purge import purge as step
 
     key, run = find_signing_key(), RunRef(store_uri, run_id)
     report = step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run)

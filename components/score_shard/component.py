@@ -33,7 +33,7 @@ def score_shard(
     """
     from pathlib import Path
 
-    from salun_core.saliency.shards import Shard
+    from salun_core.saliency.scores import Shard
     from salun_core.steps.observe import RunRef
     from salun_core.steps.sharding import score_shard as step
 

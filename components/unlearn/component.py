@@ -52,8 +52,8 @@ def unlearn(
     from salun_core.steps.observe import RunRef
     from salun_core.steps.processes import in_processes
     from salun_core.steps.run_facts import read_run
-    from salun_core.steps.tuning import TuneWish
     from salun_core.steps.unlearning import parse_overrides, run_unlearning
+    from salun_core.tasks.classification.tuning import TuneWish
 
     paths = Path(model.path), Path(mask.path), forget_manifest_uri, Path(unlearned.path)
     overrides, run = parse_overrides(method_config), RunRef(store_uri, run_id)

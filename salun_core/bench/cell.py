@@ -20,14 +20,14 @@ from salun_core.digest import sha256_file
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.models.checkpoint import SPLIT
+from salun_core.registry.manifest import Lineage
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.run_facts import RUN, facts_json, read_run
-from salun_core.steps.sources import AUTO
-from salun_core.steps.tuning import LOG, TuneWish
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.storage.lineage import Lineage
-from salun_core.storage.local import write_whole
+from salun_core.storage.local_files import write_whole
+from salun_core.tasks.classification.tuning import LOG, TuneWish
+from salun_core.tasks.resolve import AUTO
 
 CELL, EVIDENCE, REPORT, RUNS = "cell.json", "evidence.json", "report.html", "runs"
 _APART = 1_000_003  # between the seeds of one cell's random masks

@@ -12,7 +12,7 @@ from salun_core.bench.results import FORMAT, Results
 from salun_core.bench.table import choices, table
 from salun_core.config import parse, read_document
 from salun_core.errors import ConflictError, UsageError
-from salun_core.storage.local import write_whole
+from salun_core.storage.local_files import write_whole
 
 RESULTS, IMAGES = Path("benchmarks", "results"), "images"
 _BEGIN = re.compile(r"<!-- suite:([a-z0-9-]+):(cpu|paper) -->")

@@ -14,8 +14,8 @@ from salun_core.data.spec import relative_to
 from salun_core.digest import digest_json
 from salun_core.errors import UsageError, unknown_name
 from salun_core.gate import load_policy
-from salun_core.steps.inputs import moved_spec
-from salun_core.steps.sources import AUTO
+from salun_core.tasks.classification.inputs import moved_spec
+from salun_core.tasks.resolve import AUTO
 
 _NOT_MEASURED = {"methods", "seeds", "budget_seconds", "search"}  # a cell is the same whatever stands beside it
 
@@ -133,8 +133,8 @@ class Plan:
         Returns:
             By name: the budget of a search and the epochs of a trial; epochs; or steps, passes and images to generate.
         """
-        from salun_core.diffusion import generation_config, get_generation_method
-        from salun_core.unlearn import method_config
+        from salun_core.methods.classification import method_config
+        from salun_core.methods.diffusion import generation_config, get_generation_method
 
         entry, search = cell.entry, self.search(cell.entry)
         if self.suite.kind == "classification":

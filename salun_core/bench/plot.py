@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from salun_core.bench.results import ORIGINAL, RETRAIN, Figures, Results, Row
 from salun_core.digest import sha256_bytes
-from salun_core.report.svg import COLOURS, draw, label
+from salun_core.report.plots import COLOURS, draw, label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

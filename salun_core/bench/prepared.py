@@ -1,38 +1,147 @@
-"""What all cells of a seed share, made once: judge, base model, forget target, reference, masks."""
+"""What all cells of a seed share, made once: image classifier, base model, forget target, reference, masks."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import Field
 
-from salun_core.bench.forgetting import forget_files
-from salun_core.bench.imported import taken_over, with_evaluation
 from salun_core.bench.plan import Cell, Plan
-from salun_core.bench.suite import BaseModelSpec, JudgeSpec
-from salun_core.config import Document, load
+from salun_core.bench.suite import BaseModelSpec, JudgeSpec, RandomTarget, Request, Scenario, SequenceTarget
+from salun_core.config import Document, load, read_document
+from salun_core.data import DataSpec
+from salun_core.data.split import SplitManifest
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import SalunError, UsageError
-from salun_core.models.checkpoint import CARD
-from salun_core.models.generation_card import read_card
+from salun_core.methods.classification import FileCheckpoint
+from salun_core.models.card import GenerationCard, GenerationEvaluation, parse_card, read_card
+from salun_core.models.checkpoint import CARD, SPLIT
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.mask import compute_mask
-from salun_core.steps.opening import open_model
 from salun_core.steps.run_facts import read_run
-from salun_core.steps.training import train_model, training_config
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.storage.local import write_whole
-from salun_core.unlearn import FileCheckpoint
+from salun_core.storage.local_files import write_whole
+from salun_core.tasks import open_model
+from salun_core.tasks.classification.inputs import load_inputs
+from salun_core.tasks.classification.training import train_model, training_config
 
 if TYPE_CHECKING:
     from salun_core.evaluation.evidence import EpochRecord
-    from salun_core.unlearn.loop import OnEpoch
+    from salun_core.methods.loop import OnEpoch
+
+
+Plain = dict[str, Any]
+
+
+def forget_files(
+    scenario: Scenario, base: Path, out: Path, seed: int, data: str | None = None
+) -> tuple[Path, tuple[Path, ...]]:
+    """Write what is forgotten.
+
+    Args:
+        scenario: of the suite.
+        base: folder of the model that is to forget.
+        out: folder of the run.
+        seed: of the draws.
+        data: data set, where it does not lie where the model card says.
+
+    Returns:
+        The file of all that is forgotten, and the files of its requests, in order. A single request has one file.
+    """
+    whole = out / f"forget-{seed}.json"
+    if not isinstance(scenario, SequenceTarget):
+        _write(whole, _plain(scenario, base, (), seed))
+        return whole, (whole,)
+    targets: list[Plain] = []
+    files = []
+    for number, request in enumerate(scenario.steps, start=1):
+        gone = load_inputs(base, str(whole), data).forget_set.samples if targets else ()
+        targets.append(_plain(request, base, gone, [seed, number]))
+        files.append(out / f"forget-{seed}-{number}.json")
+        _write(files[-1], targets[-1])
+        _write(whole, targets)
+    return whole, tuple(files)
+
+
+def _plain(request: Scenario | Request, base: Path, gone: Collection[str], seed: int | Sequence[int]) -> Plain:
+    if isinstance(request, RandomTarget):
+        split = load(SplitManifest, base / SPLIT).without(gone)
+        return {"kind": "samples", "ids": drawn(split, request.fraction, seed)}
+    return request.model_dump(mode="json", exclude_none=True)
+
+
+def _write(path: Path, target: Plain | list[Plain]) -> None:
+    data = (json.dumps(target, indent=1, sort_keys=True) + "\n").encode()
+    if not path.is_file() or path.read_bytes() != data:
+        write_whole(path, data)
+
+
+def drawn(split: SplitManifest, fraction: float, seed: int | Sequence[int]) -> list[str]:
+    """Draw a share of the training split, at least one sample; the draw hangs on the rows' content, not on their names.
+
+    Args:
+        split: of the base model, or what earlier requests left of it.
+        fraction: in (0, 1).
+        seed: of the draw.
+
+    Returns:
+        Sample ids, sorted.
+    """
+    ids = split.ids("train")
+    count = max(1, round(fraction * len(ids)))
+    return sorted(ids[index] for index in np.random.default_rng(seed).permutation(len(ids))[:count])
+
+
+def taken_over(source: Path, folder: Path, spec: DataSpec | None, prompt: str) -> None:
+    """Make the base model of a bench out of a folder.
+
+    The weights are linked where the file system can, not copied.
+
+    Args:
+        source: a model folder of either kind, or a plain diffusers folder.
+        folder: where the base model goes.
+        spec: the data of a plain diffusers folder.
+        prompt: what it calls an image of a class.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if not source.is_dir():
+        raise UsageError(f"there is no model folder {source}", "the suite names it", "put the model there, or a link")
+    if not (source / CARD).is_file():
+        from salun_core.tasks.diffusion.importing import import_diffusion
+
+        import_diffusion(str(source), spec, folder, prompt)
+        return
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=_link)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def with_evaluation(folder: Path, evaluation: GenerationEvaluation) -> None:
+    """Set how the images of a model are judged, on its card alone; a classifier's card has no such part."""
+    card = parse_card(read_document(folder / CARD), str(folder / CARD))
+    if isinstance(card, GenerationCard) and card.evaluation != evaluation:
+        given = card.model_copy(update={"evaluation": evaluation})
+        write_whole(folder / CARD, (given.model_dump_json(indent=1) + "\n").encode())
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
 
 Say = Callable[[str], None]
 
@@ -133,7 +242,7 @@ class Preparation:
         """Return the settings that the scores of a diffusion model hang on."""
         if self.plan.suite.kind == "classification":
             return {}
-        from salun_core.diffusion import generation_config
+        from salun_core.methods.diffusion import generation_config
 
         config = generation_config(cell.entry.method, cell.entry.config)
         return config.model_dump(
@@ -216,7 +325,7 @@ class Preparation:
         return folder, digest
 
     def _train_diffusion(self, wish: BaseModelSpec, seed: int, folder: Path, checkpoints: Path) -> None:
-        from salun_core.steps import generation_training as training
+        from salun_core.tasks.diffusion import training
 
         spec, given = self.plan.data, {**wish.training, "seed": seed}
         assert spec is not None

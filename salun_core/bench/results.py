@@ -16,8 +16,8 @@ from salun_core.bench.prepared import Part
 from salun_core.config import Document, load
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
-from salun_core.evaluation.comparison import average_gap
-from salun_core.unlearn.tuning import TuningLog
+from salun_core.evaluation.statistics import average_gap
+from salun_core.tuning import TuningLog
 
 FORMAT = "salun.bench/v1"
 CLASSIFIER_METRICS = ("UA", "RA", "TA", "MIA")

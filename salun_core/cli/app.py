@@ -17,19 +17,18 @@ from salun_core.cli import (
     exporter,
     generation_models,
     judging,
-    lines,
     listing,
     models,
     purge,
     request,
-    running,
     sweep,
     unlearning,
     verify,
 )
+from salun_core.cli import models as lines
+from salun_core.cli import sweep as running
 from salun_core.cli.examples import EXAMPLES
-from salun_core.cli.failures import reported
-from salun_core.cli.interrupts import interruptible
+from salun_core.cli.failures import interruptible, reported
 from salun_core.cli.output import MODE, quiet_logs
 
 _EVERYWHERE = (

@@ -148,7 +148,7 @@ def _show(plan: Plan, folder: Path, outcome: Outcome | None, into: Path | None, 
     from salun_core.bench.plot import plot
     from salun_core.bench.results import collect
     from salun_core.bench.table import choices, table
-    from salun_core.storage.local import write_whole
+    from salun_core.storage.local_files import write_whole
 
     if outcome and outcome.failed and not (outcome.measured or outcome.kept):
         _raise_failures(outcome)

@@ -12,7 +12,7 @@ from salun_core.cli.output import emit, print_table
 
 def doctor(store: Store = None) -> None:
     """Check this machine, the store and the metrics gateway. Exit code 1 when something that a run needs fails."""
-    from salun_core.steps.checks import run_checks
+    from salun_core.doctor import run_checks
 
     checks = list(run_checks(store, Path.cwd()))
     failed = [check.name for check in checks if check.state == "failed"]

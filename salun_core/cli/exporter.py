@@ -22,10 +22,10 @@ def exporter(
     once: Annotated[bool, typer.Option("--once", help="Print the metrics and end.")] = False,
 ) -> None:
     """Serve the ledger's gauges to Prometheus: /metrics, and /healthz. A scrape never reads the store."""
-    from salun_core.requests.deadlines import utc_clock
-    from salun_core.steps.gauges import GaugeReader
+    from salun_core.requests.gauges import GaugeReader
     from salun_core.storage import open_store
     from salun_core.telemetry.exporter import Exporter, serving
+    from salun_core.times import utc_clock
 
     serve = Exporter(GaugeReader(open_store(store), utc_clock).take, interval)
     if once:

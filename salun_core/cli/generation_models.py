@@ -15,9 +15,9 @@ from salun_core.cli.output import emit_facts, emit_plan, epochs
 
 if TYPE_CHECKING:
     from salun_core.data import DataSpec
-    from salun_core.models.generation_card import GenerationEvaluation
-    from salun_core.steps.generation_training import MadeDiffusion
-    from salun_core.unlearn.loop import OnEpoch
+    from salun_core.methods.loop import OnEpoch
+    from salun_core.models.card import GenerationEvaluation
+    from salun_core.tasks.diffusion.training import MadeDiffusion
 
 CLASSIFIER = "classifier"
 
@@ -57,7 +57,7 @@ def train_ddpm(
     dry_run: DryRun = False,
 ) -> None:
     """Train a small class-conditional DDPM from fresh weights, and write its model folder."""
-    from salun_core.steps.generation_training import JUDGED_PIXELS, ddpm_recipe, train_ddpm
+    from salun_core.tasks.diffusion.training import JUDGED_PIXELS, ddpm_recipe, train_ddpm
 
     recipe = ddpm_recipe({"seed": seed, **read_settings(settings)})
     spec, judged = _spec(data), _evaluation(judge, evaluation, JUDGED_PIXELS)
@@ -81,7 +81,7 @@ def train_stable_diffusion(
     dry_run: DryRun = False,
 ) -> None:
     """Train a small Stable Diffusion from fresh weights, its autoencoder first, and write its model folder."""
-    from salun_core.steps.generation_training import JUDGED, stable_diffusion_recipe, train_stable_diffusion
+    from salun_core.tasks.diffusion.training import JUDGED, stable_diffusion_recipe, train_stable_diffusion
 
     recipe = stable_diffusion_recipe({"seed": seed, **read_settings(settings)})
     spec, judged = _spec(data), _evaluation(judge, evaluation, JUDGED)
@@ -129,8 +129,8 @@ def import_diffusion(
     store: Store = None,
 ) -> None:
     """Turn a diffusers folder into a model folder. Safetensors only; no code in it is run."""
-    from salun_core.steps.generation_import import import_diffusion as made_of
-    from salun_core.steps.generation_training import JUDGED
+    from salun_core.tasks.diffusion.importing import import_diffusion as made_of
+    from salun_core.tasks.diffusion.training import JUDGED
 
     judged = _evaluation(judge, evaluation, JUDGED)
     spec = _spec(data) if data else None
@@ -147,7 +147,7 @@ def _spec(data: str) -> DataSpec:
 
 def _evaluation(judge: str | None, settings: list[str], defaults: GenerationEvaluation) -> GenerationEvaluation:
     from salun_core.config import parse
-    from salun_core.models.generation_card import GenerationEvaluation
+    from salun_core.models.card import GenerationEvaluation
 
     given = {**({"judge": judge} if judge else {}), **read_settings(settings)}
     return parse(GenerationEvaluation, {**defaults.model_dump(), **given}, "--evaluation")
@@ -166,8 +166,8 @@ def _finish(made: MadeDiffusion, out: Path, line: str | None, store: str | None,
     from salun_core.config import load
     from salun_core.data.split import SplitManifest
     from salun_core.models.checkpoint import SPLIT
-    from salun_core.steps.generation_training import register_diffusion
     from salun_core.storage import open_store
+    from salun_core.tasks.diffusion.training import register_diffusion
 
     facts: dict[str, object] = {"model": out, "digest": made.digest, "parameters": made.parameters}
     facts |= {"loss": made.loss} if made.loss is not None else {}

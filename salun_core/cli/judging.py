@@ -40,7 +40,7 @@ def gate(
     from salun_core.evaluation import Evidence
     from salun_core.gate import decide
     from salun_core.steps.publishing import write_decision
-    from salun_core.steps.sources import read_policy
+    from salun_core.tasks.resolve import read_policy
 
     measured = load(Evidence, evidence)
     decision = decide(measured, read_policy(policy, measured), _expected(before, after, mask, forget, store))
@@ -59,8 +59,8 @@ def _expected(
     from salun_core.errors import UsageError
     from salun_core.gate import Expected
     from salun_core.saliency import SaliencyMask
-    from salun_core.steps.opening import open_inputs, open_model
-    from salun_core.steps.sources import model_folder
+    from salun_core.tasks import open_inputs, open_model
+    from salun_core.tasks.resolve import model_folder
 
     digests: dict[str, str] = {}
     if forget and not before:

@@ -10,12 +10,13 @@ from salun_core.cli.options import Store
 from salun_core.cli.output import emit, print_table
 
 if TYPE_CHECKING:
-    from salun_core.unlearn.config import LoopConfig
+    from salun_core.methods.config import LoopConfig
 
 
 def methods() -> None:
     """List the unlearning methods of classifiers, and those of diffusion models too."""
-    from salun_core import diffusion, unlearn
+    from salun_core.methods import classification as unlearn
+    from salun_core.methods import diffusion
 
     rows = [
         _method(name, method, method.needs_mask, unlearn.method_config(name), "classifier")
@@ -50,9 +51,9 @@ def _length(config: LoopConfig) -> str:
 
 def models(store: Store = None) -> None:
     """List the model architectures, and the model lines of the store where one is named."""
-    from salun_core.models.registry import CLASSIFIERS
+    from salun_core.models.architectures import CLASSIFIERS
+    from salun_core.registry.versions import lines, read_head
     from salun_core.storage import open_store
-    from salun_core.storage.versions import lines, read_head
 
     rows = [{"model": name, "kind": "architecture"} for name in CLASSIFIERS]
     rows += [{"model": f"{library}:NAME", "kind": "architecture"} for library in ("torchvision", "timm")]

@@ -1,4 +1,4 @@
-"""`salun train` and `salun model import`: where a model line begins."""
+"""`salun train` and `salun model`: create, import, list and roll back model lines."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from salun_core.cli.options import DryRun, Settings, Store, read_settings
-from salun_core.cli.output import emit_facts, emit_plan, epochs
+from salun_core.cli.options import Actor, DryRun, Settings, Store, named_store, read_settings, who
+from salun_core.cli.output import emit, emit_facts, emit_plan, epochs, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from salun_core.data import DataSpec
-    from salun_core.steps.training import Made
+    from salun_core.registry.history import Chapter
+    from salun_core.tasks.classification.training import Made
+
 
 OwnData = Annotated[
     str,
@@ -40,7 +44,7 @@ def train(
 ) -> None:
     """Train a classifier from fresh weights, and write its model folder."""
     from salun_core.data import load_spec
-    from salun_core.steps.training import train_model, training_config
+    from salun_core.tasks.classification.training import train_model, training_config
 
     named = {"epochs": epochs_, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     config = training_config({**named, **read_settings(settings)})
@@ -70,7 +74,7 @@ def import_(
     """Turn a checkpoint of yours into a model folder, names and shapes strict. No code in it is run."""
     from salun_core.data import load_spec
     from salun_core.models.importing import read_checkpoint
-    from salun_core.steps.training import import_model
+    from salun_core.tasks.classification.training import import_model
 
     spec, scale = load_spec(data), (_numbers("--mean", mean), _numbers("--std", std))
     if dry_run:
@@ -106,9 +110,9 @@ def _plan(verb: str, spec: DataSpec, arch: str, out: Path, line: str | None, sto
 def _check_line(line: str | None, store: str | None) -> None:
     """Refuse a line that cannot be begun, or a store that cannot hold one safely, before the work is done."""
     from salun_core.errors import ConflictError, UsageError
+    from salun_core.registry.versions import read_head
     from salun_core.storage import open_store
     from salun_core.storage.probe import require_safe
-    from salun_core.storage.versions import read_head
 
     if line is None:
         return
@@ -121,8 +125,8 @@ def _check_line(line: str | None, store: str | None) -> None:
 
 def _finish(made: Made, out: Path, line: str | None, store: str | None, method: str) -> None:
     from salun_core.models import load_model
-    from salun_core.steps.training import register_model
     from salun_core.storage import open_store
+    from salun_core.tasks.classification.training import register_model
 
     facts: dict[str, object] = {"model": out, "digest": made.digest}
     facts |= {"train_accuracy": made.train_accuracy, "test_accuracy": made.test_accuracy}
@@ -130,3 +134,66 @@ def _finish(made: Made, out: Path, line: str | None, store: str | None, method: 
         count = len(load_model(out).split.train)
         facts |= {"line": line, "version": register_model(open_store(store), line, out, method, count)}
     emit_facts(facts)
+
+
+def history(
+    line: Annotated[str, typer.Argument(metavar="LINE", help="The model line.")],
+    store: Store = None,
+) -> None:
+    """Show the versions of a model line, the newest first: what each erased, how it is kept, who holds it, its debt."""
+    from salun_core.registry.history import tell
+    from salun_core.storage import open_store
+
+    chapters = tell(open_store(named_store(store)), line)
+    emit([_document(item) for item in chapters], lambda: _print(chapters))
+
+
+def _document(item: Chapter) -> dict[str, object]:
+    manifest = item.version.manifest.model_dump(mode="json", exclude={"format"})
+    facts = {"requests": item.requests, "weights": item.kept, "held_by": item.held_by, "alarm": item.alarm}
+    return {"version": item.version.digest, **manifest, **facts}
+
+
+def _print(chapters: Sequence[Chapter]) -> None:
+    head = ["version", "made by", "requests", "forgotten", "debt", "runs", "weights", "held by", "published"]
+    print_table(head, [_row(item) for item in chapters])
+    if chapters and chapters[0].alarm:
+        typer.echo("\nMuch was forgotten since the last full training: a new one is due.")
+
+
+def _row(item: Chapter) -> tuple[object, ...]:
+    manifest = item.version.manifest
+    return (
+        item.version.digest[:12],
+        manifest.method,
+        "-" if item.requests is None else item.requests,
+        manifest.forget_count,
+        f"{manifest.lineage.debt:.1%}" + (" !" if item.alarm else ""),
+        manifest.lineage.runs_since_training,
+        item.kept,
+        item.held_by or "-",
+        manifest.created_at[:16].replace("T", " "),
+    )
+
+
+def rollback(
+    version: Annotated[str, typer.Argument(metavar="LINE@VERSION", help="The version to go back to.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the audit log; no personal data.")],
+    store: Store = None,
+    reopen: Annotated[
+        bool, typer.Option("--reopen", help="Queue the deletion requests again that it undoes; else it is refused.")
+    ] = False,
+    actor: Actor = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Make an earlier version HEAD again. Past an erasure it is refused, unless its requests are to be reopened."""
+    from salun_core.sweeps.rollback import rollback as step
+
+    done = step(named_store(store), version, who(actor), reason, reopen=reopen, dry_run=dry_run)
+    emit_facts(
+        {
+            "head": done.head.version if done.head else "as before (dry run)",
+            "undone_versions": len(done.undone),
+            "reopened_requests": len(done.reopened),
+        }
+    )

@@ -12,7 +12,7 @@ from salun_core.cli.output import MODE, emit, emit_facts, print_table
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from salun_core.steps.purge import PurgeReport
+    from salun_core.retention.purge import PurgeReport
 
 _Version = Annotated[
     str, typer.Argument(metavar="LINE@VERSION", help="The version, by 6 or more digits of its digest.")
@@ -45,9 +45,9 @@ def purge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List each key that would go, and touch nothing.")] = False,
 ) -> None:
     """Dispose of forget data, masks, superseded weights and what nothing needs, and add it to the certificates."""
-    from salun_core.requests.disposal import RetentionRules
-    from salun_core.requests.keys import find_signing_key
-    from salun_core.steps import purge as step
+    from salun_core.certificates.keys import find_signing_key
+    from salun_core.retention import purge as step
+    from salun_core.retention.rules import RetentionRules
 
     rules = RetentionRules(
         scratch_hours=scratch_hours,
@@ -67,10 +67,10 @@ def hold(
     actor: Actor = "",
 ) -> None:
     """Keep the weights of a version from being purged, until it is released."""
-    from salun_core.requests.deadlines import utc_clock
+    from salun_core.registry.holds import hold_version
+    from salun_core.registry.versions import resolve
     from salun_core.storage import open_store
-    from salun_core.storage.holds import hold_version
-    from salun_core.storage.versions import resolve
+    from salun_core.times import utc_clock
 
     opened = open_store(named_store(store))
     line, digest = resolve(opened, version)
@@ -80,9 +80,9 @@ def hold(
 
 def release(version: _Version, store: Store = None) -> None:
     """Give up the hold of a version: the next purge treats it like any other."""
+    from salun_core.registry.holds import release_version
+    from salun_core.registry.versions import resolve
     from salun_core.storage import open_store
-    from salun_core.storage.holds import release_version
-    from salun_core.storage.versions import resolve
 
     opened = open_store(named_store(store))
     line, digest = resolve(opened, version)

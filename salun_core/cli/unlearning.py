@@ -1,7 +1,9 @@
-"""`salun mask`, `salun unlearn` and `salun evaluate`: steps 2 to 4 of the pipeline, by hand."""
+"""`salun mask`, `salun unlearn` and `salun evaluate`: steps 2 to 4 of the pipeline by hand."""
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,9 +24,134 @@ from salun_core.cli.options import (
     read_settings,
 )
 from salun_core.cli.output import emit, emit_facts, emit_plan, epochs, print_metrics, say
+from salun_core.errors import UsageError
 
 if TYPE_CHECKING:
     from salun_core.evaluation import Evidence
+    from salun_core.saliency import SaliencyMask
+    from salun_core.saliency.scores import Shard
+    from salun_core.tasks.classification.tuning import TuneWish
+    from salun_core.tuning import TrialRecord
+
+
+def check_tuning(method: str, mask: Path | None, processes: int, policy: str) -> None:
+    """Refuse what a search cannot do, before it starts.
+
+    Raises:
+        UsageError: a mask is given, several processes are asked for, the method has nothing to search for, or there
+            is no such policy.
+    """
+    from salun_core.errors import UsageError
+    from salun_core.tasks.resolve import check_policy
+    from salun_core.tuning.space import Space
+
+    if mask is not None:
+        raise UsageError("--tune and --mask exclude each other", "the search chooses the density", "leave out --mask")
+    if processes > 1:
+        raise UsageError("--tune takes one process", "trials follow each other", "leave out --processes")
+    Space.of(method, {})
+    check_policy(policy)
+
+
+def show_trials(budget: str, policy: str) -> TuneWish:
+    """Return the wish for a search that says a line a trial."""
+    from salun_core.tasks.classification.tuning import TuneWish
+
+    return TuneWish(budget, policy, lambda record: say(trial_line(record)))
+
+
+def trial_line(record: TrialRecord) -> str:
+    """Return one trial in one line."""
+    settings = [
+        f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in record.settings.items()
+    ]
+    settings += [f"density {record.density:g}"] if record.density is not None else []
+    found = "no figures" if record.distance is None else f"distance {record.distance:.4f}"
+    broken = f"; breaks {', '.join(record.refused)}" if record.refused else ""
+    return f"trial {record.number}: {', '.join(settings)}, {record.epochs} epochs: {found}, {record.state}{broken}"
+
+
+_OPTION = "--processes"
+
+
+def silent() -> bool:
+    """Whether this is one of several processes and not the one that prints."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def check_shards(
+    shard: str | None, merge: bool, files: list[Path], processes: int, random_seed: int | None
+) -> Shard | None:
+    """Check which of the options go together.
+
+    Returns:
+        The shard to score, if one was named.
+
+    Raises:
+        UsageError: they do not.
+    """
+    from salun_core.saliency.scores import Shard
+
+    ways = [shard is not None, merge, processes > 1, random_seed is not None]
+    if sum(ways[:3]) > 1 or (sum(ways) > 1 and not ways[2]):
+        raise UsageError("these options exclude each other", "--shard, --merge, --processes", "give one of them")
+    if bool(files) != merge:
+        raise UsageError("--merge and the files of shards go together", "one is missing", "write --merge shard-*")
+    return None if shard is None else Shard.parse(shard)
+
+
+def score_one(model: Path, forget: str, shard: Shard, out: Path, data: str | None, device: str) -> None:
+    """Score one shard, write its file and print what it is."""
+    from salun_core.steps.sharding import score_shard
+
+    header = score_shard(model, forget, shard, out, data=data, device=device)
+    samples = len(shard.samples(header.samples))
+    emit_facts({"shard": out, "number": str(shard), "samples": samples, "of": header.samples})
+
+
+def merge_files(
+    model: Path, forget: str, files: list[Path], density: float, out: Path, data: str | None
+) -> SaliencyMask:
+    """Merge the files of all shards into a mask and write it."""
+    from salun_core.steps.sharding import merge_scores
+
+    return merge_scores(model, forget, files, density, out, data=data)
+
+
+def launch(processes: int) -> None:
+    """Run this very command in several processes on this machine, joined as torchrun joins them.
+
+    Args:
+        processes: how many.
+
+    Raises:
+        typer.Exit: one failed; with the exit code of the first that did.
+        UsageError: this is one of several processes already.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from salun_core.steps.processes import joined
+
+    if "WORLD_SIZE" in os.environ:
+        raise UsageError(f"{_OPTION} within torchrun", "torchrun has started the processes", f"leave {_OPTION} out")
+    try:
+        joined(processes, sys.executable)("-m", "salun_core.cli", *_without_option(sys.argv[1:]))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        raise typer.Exit(code if code > 0 else 128 - code) from error
+    except SignalException as error:
+        raise typer.Exit(128 + int(error.sigval)) from error
+
+
+def _without_option(arguments: list[str]) -> list[str]:
+    """Leave `--processes N` out of the arguments of a verb."""
+    kept = [word for word in arguments if not word.startswith(f"{_OPTION}=")]
+    if _OPTION in kept:
+        place = kept.index(_OPTION)
+        del kept[place : place + 2]
+    return kept
+
 
 Processes = Annotated[
     int, typer.Option("--processes", min=1, help="Processes that share the work, on this machine; one a GPU.")
@@ -53,10 +180,9 @@ def mask(
     dry_run: DryRun = False,
 ) -> None:
     """Compute the saliency mask of a model: the weights that matter most for what is to be forgotten."""
-    from salun_core.cli.sharding import check_shards, launch, merge_files, score_one, silent
     from salun_core.steps.mask import compute_mask
-    from salun_core.steps.opening import open_inputs, resolved_config, sizes_of
-    from salun_core.steps.sources import model_folder
+    from salun_core.tasks import open_inputs, resolved_config, sizes_of
+    from salun_core.tasks.resolve import model_folder
 
     part, overrides = check_shards(shard, merge, shards or [], processes, random_seed), read_settings(settings)
     if processes > 1 and not dry_run:
@@ -105,11 +231,10 @@ def unlearn(
 
     With --tune the exit code is 3 when no setting stays within the policy; nothing is written then.
     """
-    from salun_core.cli.sharding import launch, silent
-    from salun_core.cli.tuning import check_tuning, show_trials
-    from salun_core.steps.opening import open_inputs, resolved_config, sizes_of
-    from salun_core.steps.sources import model_folder
+    from salun_core.cli.unlearning import check_tuning, show_trials
     from salun_core.steps.unlearning import read_mask, run_unlearning
+    from salun_core.tasks import open_inputs, resolved_config, sizes_of
+    from salun_core.tasks.resolve import model_folder
 
     overrides = read_settings(settings, config)
     if tune:
@@ -170,10 +295,10 @@ def evaluate(
 ) -> None:
     """Measure a model before and after unlearning, and write evidence and report."""
     from salun_core.errors import UsageError
-    from salun_core.evaluation.further import parse_also
+    from salun_core.evaluation.optional_metrics import parse_also
     from salun_core.steps import evaluation
-    from salun_core.steps.opening import open_inputs, open_model, sizes_of
-    from salun_core.steps.sources import model_folder
+    from salun_core.tasks import open_inputs, open_model, sizes_of
+    from salun_core.tasks.resolve import model_folder
 
     parse_also(also)
     if reference and retrain_reference:

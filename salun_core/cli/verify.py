@@ -12,8 +12,8 @@ from salun_core.cli.options import Store
 from salun_core.cli.output import METRICS, emit, emit_facts, print_table
 
 if TYPE_CHECKING:
-    from salun_core.requests.statement import Erasure
-    from salun_core.steps.verification import Verification
+    from salun_core.certificates.statement import Erasure
+    from salun_core.certificates.verify import Verification
 
 key_app = typer.Typer(no_args_is_help=True, help="Make the keys that certificates are signed and verified with.")
 
@@ -37,7 +37,7 @@ def verify(
     ] = [],  # noqa: B006
 ) -> None:
     """Verify an erasure certificate offline: its signature, and that a model is the very one it is about."""
-    from salun_core.steps.verification import verify_certificate
+    from salun_core.certificates.verify import verify_certificate
 
     found = verify_certificate(certificate, model, key, addendum)
     emit(_document(found), lambda: _show(found, model))
@@ -49,8 +49,8 @@ def certificate(
     store: Store = None,
 ) -> None:
     """Fetch the certificate of a request from the store, byte for byte."""
+    from salun_core.certificates.verify import fetch_certificate
     from salun_core.errors import UsageError
-    from salun_core.steps.verification import fetch_certificate
 
     if not store:
         raise UsageError("no store is named", "certificates lie in a store", "give --store or set SALUN_STORE_URI")
@@ -61,7 +61,7 @@ def create_key(
     out: Annotated[Path, typer.Option("--out", metavar="DIR/NAME", help="Where to write NAME.pem and NAME.pub.")],
 ) -> None:
     """Make an ed25519 key: NAME.pem signs and stays secret, NAME.pub verifies and may be published."""
-    from salun_core.requests.keys import create_key as create
+    from salun_core.certificates.keys import create_key as create
 
     made = create(out)
     emit_facts({"signing_key": made.private, "public_key": made.public, "keyid": made.keyid})
@@ -80,7 +80,7 @@ def _document(found: Verification) -> dict[str, Any]:
 
 
 def _show(found: Verification, model: Path | None) -> None:
-    from salun_core.requests.keys import BESIDE_CERTIFICATE
+    from salun_core.certificates.keys import BESIDE_CERTIFICATE
 
     erasure = found.certificate.predicate
     typer.echo(f"VALID: signed by a trusted key, from {found.key_source}")

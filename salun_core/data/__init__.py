@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from salun_core.data.forget import ForgetSet, ForgetTarget, resolve_forget
+    from salun_core.data.forget_set import ForgetSet, ForgetTarget, resolve_forget
     from salun_core.data.images import ImageSet
     from salun_core.data.loading import LoadedData, load_data
     from salun_core.data.spec import DataSpec, load_spec
@@ -25,15 +25,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "ForgetSet": "forget",
-    "ForgetTarget": "forget",
+    "ForgetSet": "forget_set",
+    "ForgetTarget": "forget_set",
     "ImageSet": "images",
     "LoadedData": "loading",
     "SplitManifest": "split",
     "DataSpec": "spec",
     "load_data": "loading",
     "load_spec": "spec",
-    "resolve_forget": "forget",
+    "resolve_forget": "forget_set",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from salun_core.data.decode import decode
-from salun_core.data.forget import ForgetSet
+from salun_core.data.forget_set import ForgetSet
 from salun_core.data.images import ImageSet, Normalisation
 from salun_core.data.readers import read_table
 from salun_core.data.spec import BUILTIN, DataSpec

@@ -1,7 +1,8 @@
-"""Parquet with an image and a label column, as the Hugging Face hub keeps data sets."""
+"""Parquet with image and label columns (the Hugging Face layout), and the table that names each image's subject."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,3 +131,37 @@ def _encoded(image: Any, index: int, path: Path) -> Payload:  # noqa: ANN401 - a
             f"row {index} of {path.name} has no image bytes", "it is empty or only a path", "embed the images"
         )
     return data
+
+
+def subjects_of(spec: DataSpec) -> dict[str, str]:
+    """Return the person of each image by sample id; empty where the spec names no metadata.
+
+    Args:
+        spec: its `metadata` and `subject_column`.
+
+    Raises:
+        DataError: the table cannot be read, or lacks a column.
+    """
+    if spec.metadata is None or spec.subject_column is None:
+        return {}
+    path = Path(spec.metadata)
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
+    if rows and not {"file_name", spec.subject_column} <= rows[0].keys():
+        raise DataError(
+            f"metadata {path.name} lacks a column",
+            f"it needs file_name and {spec.subject_column}",
+            "add it, or correct the spec",
+        )
+    return {str(row["file_name"]): str(row[spec.subject_column]) for row in rows if row[spec.subject_column]}
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read metadata {path.name}", str(error), "check the path") from error
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    return list(arrow_table([path]).to_pylist())

@@ -7,14 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from salun_core.data.folders import read_folder
-from salun_core.data.idx import CLASSES, fashion_mnist
-from salun_core.data.metadata import subjects_of
-from salun_core.data.parquet import read_parquet
+from salun_core.data.folders import is_tiny_imagenet, read_folder, read_tiny_imagenet
+from salun_core.data.parquet import read_parquet, subjects_of
 from salun_core.data.spec import DataSpec
 from salun_core.data.table import Table
-from salun_core.data.tiny_imagenet import is_tiny_imagenet, read_tiny_imagenet
-from salun_core.data.torchvision_sets import read_torchvision
+from salun_core.data.torchvision_sets import CLASSES, fashion_mnist, read_torchvision
 from salun_core.errors import UsageError
 
 

@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from salun_core.data.images import ImageSet
-from salun_core.diffusion.conditions import ConditionTable
+from salun_core.diffusion.conditions import ConditionTable, check_prompts, encode_prompts
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples
-from salun_core.diffusion.latents import decoder, latents_of, pixels_of
+from salun_core.diffusion.latents import decoder, latents_of, pixels_of, remembered
 from salun_core.diffusion.process import Process
 from salun_core.diffusion.sampling import Decode, Sampler, to_bytes
-from salun_core.diffusion.stored import remembered
-from salun_core.diffusion.texts import check_prompts, encode_prompts
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import ModelError, unknown_name
-from salun_core.evaluation.judging import fitted
+from salun_core.evaluation.image_classifier import fitted
+from salun_core.models.card import GenerationCard, GenerationEvaluation
 from salun_core.models.diffusers_folder import LoadedDiffusion
-from salun_core.models.generation_card import GenerationCard, GenerationEvaluation
 
 _BATCH = 256
 

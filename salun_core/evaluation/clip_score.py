@@ -12,7 +12,7 @@ from torch import Tensor
 
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import DataError, ModelError, UsageError
-from salun_core.evaluation.judging import fitted
+from salun_core.evaluation.image_classifier import fitted
 
 _BATCH = 64
 _CONVERT = (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from salun_core.digest import sha256_file
 from salun_core.errors import DataError, ModelError, UsageError
-from salun_core.evaluation.judging import Judge, fitted
+from salun_core.evaluation.image_classifier import Judge, fitted
 from salun_core.models.checkpoint import read_weights
 
 _BATCH = 1024

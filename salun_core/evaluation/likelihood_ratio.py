@@ -16,10 +16,9 @@ from torch import nn
 
 from salun_core.data.images import ImageSet
 from salun_core.errors import UsageError
-from salun_core.evaluation.comparison import auc_interval, wilson_interval
 from salun_core.evaluation.evidence import Metric
 from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.evaluation.two_sample import rank_area
+from salun_core.evaluation.statistics import auc_interval, rank_area, wilson_interval
 
 FEWEST_SHADOWS = 4
 LOW_FPR = 0.01

@@ -15,7 +15,7 @@ from torch import Tensor
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import DataError, UsageError, unknown_name
 from salun_core.evaluation.evidence import PartCount
-from salun_core.evaluation.judging import fitted
+from salun_core.evaluation.image_classifier import fitted
 
 NUDITY = (
     "ANUS_EXPOSED",

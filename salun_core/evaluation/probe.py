@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet
-from salun_core.evaluation.comparison import auc_interval
 from salun_core.evaluation.evidence import Metric
-from salun_core.evaluation.two_sample import rank_area
+from salun_core.evaluation.statistics import auc_interval, rank_area
 
 _FOLDS = 5
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from salun_core.data.images import ImageSet
-from salun_core.evaluation.comparison import wilson_interval
 from salun_core.evaluation.evidence import Metric, RelearnPoint
 from salun_core.evaluation.outputs import outputs_of
+from salun_core.evaluation.statistics import wilson_interval
 
 LEARNING_RATE, MOMENTUM, BATCH = 0.003, 0.9, 64
 _POINTS = 10

@@ -1,13 +1,16 @@
-"""The model card beside the weights: what the model is and what it was trained on."""
+"""Model cards: what a model is, what it was trained on, and how it is evaluated."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from salun_core.config import Document
+from salun_core.config import Document, parse, read_document
 from salun_core.data.spec import DataSpec
+from salun_core.errors import UsageError
 
 
 class ModelCard(Document):
@@ -32,3 +35,89 @@ class ModelCard(Document):
     method: str = Field(default="train", description="how it was made")
     forget_set_digest: str | None = Field(default=None, description="set that was forgotten last")
     training: dict[str, object] = Field(default={}, description="resolved configuration of the method")
+
+
+CARD = "model.json"
+
+
+class GenerationEvaluation(Document):
+    """How images are drawn from a diffusion model, and what they are judged by."""
+
+    judge: str | None = Field(
+        default=None, description="classifier that knows the classes by name: line, line@version, folder or s3://"
+    )
+    images_per_class: int = Field(default=50, ge=1, le=100_000, description="or per prompt")
+    steps: int = Field(default=20, ge=1, le=1000, description="of denoising")
+    guidance_scale: float = Field(default=3.0, ge=1, le=100, description="1: no guidance")
+    seed: int = Field(default=0, ge=0, lt=2**53, description="of the first image")
+    batch_size: int = Field(default=64, ge=1, description="images that are drawn together")
+    extractor: str = Field(
+        default="judge", description="features for FID and KID: judge, none, or an Inception .safetensors"
+    )
+    clip: str | None = Field(default=None, description="folder of a CLIP model for the CLIP score")
+    suite: Literal["class", "concept", "nsfw"] = Field(default="class", description="what is looked for")
+    prompts: list[str] = Field(default=[], description="further prompts of the concept and nsfw suites")
+    neighbours: list[str] = Field(default=[], description="prompts near the concept that must stay")
+    real_images: int = Field(default=1000, ge=2, description="that FID and KID compare with")
+    relearn_steps: int = Field(default=0, ge=0, description="of benign fine-tuning before it is looked for again")
+    attack_steps: int = Field(default=0, ge=0, description="of the search for a prompt that brings it back")
+
+
+class GenerationCard(Document):
+    """`model.json` of a diffusers folder: everything that is needed to feed, judge and trace a diffusion model."""
+
+    format: Literal["salun.model/v1"] = "salun.model/v1"
+    task: Literal["class-conditional", "text-to-image"]
+    architecture: str = Field(description="class of the denoiser, in diffusers")
+    classes: list[str] = Field(default=[], max_length=100_000, description="class names by id; may be empty")
+    prompt: str = Field(
+        default="an image of a {label}", description="text-to-image: what an image of a class is called"
+    )
+    channels: int = Field(ge=1, le=64, description="of the images")
+    height: int = Field(ge=1, le=4096, description="of the images, in pixels")
+    width: int = Field(ge=1, le=4096, description="of the images, in pixels")
+    data: DataSpec | None = Field(default=None, description="where the data lie; null: they are generated")
+    dataset_digest: str = Field(description="data set that it was trained on")
+    split_digest: str = Field(description="split manifest that it was trained on; empty where there are no data")
+    parent: str | None = Field(default=None, description="digest of the model that it was made from")
+    method: str = Field(default="train", description="how it was made")
+    forget_set_digest: str | None = Field(default=None, description="set that was forgotten last")
+    training: dict[str, object] = Field(default={}, description="resolved configuration of the method")
+    evaluation: GenerationEvaluation = Field(default=GenerationEvaluation(), description="how it is judged")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.task == "text-to-image" and "{label}" not in self.prompt:
+            raise ValueError("prompt must hold {label}, where the name of the class goes")
+        if self.task == "class-conditional" and not self.classes:
+            raise ValueError("a class-conditional model needs classes")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("a class name occurs twice")
+        return self
+
+    def prompt_of(self, label: str) -> str:
+        """Return what an image of a class is called: the prompt, or of a class-conditional model the class name."""
+        return self.prompt.replace("{label}", label) if self.task == "text-to-image" else label
+
+
+def parse_card(data: Any, source: str = CARD) -> ModelCard | GenerationCard:  # noqa: ANN401 - whatever the file held
+    """Build the card that a document's `task` means; without one it is a classifier's.
+
+    Raises:
+        UsageError: an unknown task, or faults (all are listed).
+    """
+    task = data.get("task", "classification") if isinstance(data, Mapping) else "classification"
+    if task == "classification":
+        return parse(ModelCard, data, source)
+    return parse(GenerationCard, data, source)
+
+
+def read_card(folder: Path) -> ModelCard | GenerationCard:
+    """Read the card of a model folder, of either kind.
+
+    Raises:
+        UsageError: there is none, or it has faults.
+    """
+    if not (folder / CARD).is_file():
+        raise UsageError(f"{folder} is no model folder", f"it has no {CARD}", "make one with `salun model import`")
+    return parse_card(read_document(folder / CARD), str(folder / CARD))

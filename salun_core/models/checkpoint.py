@@ -19,9 +19,9 @@ from salun_core.data.images import Normalisation
 from salun_core.data.split import SplitManifest
 from salun_core.digest import check_digest, sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, ModelError, UsageError
+from salun_core.models.architectures import build_classifier
 from salun_core.models.card import ModelCard
-from salun_core.models.registry import build_classifier
-from salun_core.storage.local import disk_error
+from salun_core.storage.local_files import disk_error
 
 Files = Mapping[str, bytes | Callable[[Path], object]]
 """By relative name, with `/` between folders: the content, or what writes it to a path."""

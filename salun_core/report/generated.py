@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from salun_core.report import wording
-from salun_core.report.svg import STATES, label
+from salun_core.report.plots import STATES, label
 
 if TYPE_CHECKING:
     from salun_core.evaluation.evidence import Generation, Grid, PartCount

@@ -1,18 +1,253 @@
-"""The pictures beside the histograms: plain data in, one SVG element out. No sample is ever shown."""
+"""The figures of the report: plain data in, one SVG element out. No sample is shown."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
-
-from salun_core.report.svg import COLOURS, STATES, draw, label
+from xml.sax.saxutils import quoteattr
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from salun_core.evaluation.evidence import ClassAccuracy, Curve, CurvePoint, EpochRecord
+    from salun_core.evaluation.evidence import ClassAccuracy, Curve, CurvePoint, Distribution, EpochRecord, Series
+
+
+# Blue, vermilion and green of Okabe and Ito stay apart for every common colour blindness. Each colour becomes
+# a CSS variable of the page, so that one picture serves the light and the dark theme.
+COLOURS = {
+    "ink": "#1f2328",
+    "muted": "#59636f",
+    "grid": "#d8dee5",
+    "forget": "#d55e00",
+    "retain": "#009e73",
+    "test": "#0072b2",
+    "before": "#818b98",
+    "after": "#6f42c1",
+    "reference": "#9a6700",
+}
+STATES = {"before": "Before", "after": "After", "reference": "Retrained reference"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "salun-report",
+    "text.parse_math": False,  # a class may be called `$`
+    "font.family": ["sans-serif"],
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.0,
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.titlecolor": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["grid"],
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.6,
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["grid"],
+    "ytick.color": COLOURS["grid"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "path.simplify": True,
+}
+_TAG = re.compile(r"<[^>]+>")
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
+
+def draw(name: str, width: float, height: float, paint: Callable[[Figure], str]) -> str:
+    """Draw one picture.
+
+    Args:
+        name: unique in the page; it keeps the ids of two pictures apart.
+        width: in inches.
+        height: in inches.
+        paint: puts the axes on the figure and returns the alternative text.
+
+    Returns:
+        An `<svg>` element with `role="img"` and the alternative text as its label.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with _style():
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.06))
+        FigureCanvasSVG(figure)
+        alt = paint(figure)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
+    return _embed(buffer.getvalue().decode("utf-8"), re.sub(r"[^A-Za-z0-9]", "", name), alt)
+
+
+def label(text: str, limit: int = 22) -> str:
+    """Return a name fit for an axis: no control or direction characters, shortened to `limit` characters."""
+    visible = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c for c in text)
+    return visible if len(visible) <= limit else visible[: limit - 1] + "…"
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():  # type: ignore[arg-type]  # keys are a Literal there
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's browser has its own fonts
+        yield
+
+
+def _embed(document: str, name: str, alt: str) -> str:
+    body = document[document.index("<svg") :]
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
+    body = body[body.index(">") + 1 :]
+    size = re.search(r'viewBox="([^"]+)"', document)
+    assert size is not None, "matplotlib writes a viewBox"
+    # text has its `>` escaped, so only real tags are rewritten, never a class name
+    inner = re.sub(r">\s+<", "><", _TAG.sub(lambda tag: _adapt(tag.group(), name), body)).strip()
+    return f'<svg class="plot" role="img" aria-label={quoteattr(alt)} viewBox="{size.group(1)}">{inner}'
+
+
+def _adapt(tag: str, name: str) -> str:
+    tag = re.sub(r'\bid="', f'id="{name}-', tag).replace("url(#", f"url(#{name}-")
+    tag = tag.replace('xlink:href="#', f'href="#{name}-').replace("\n", " ")
+    tag = re.sub(r"font-family: [^;\"]+;? ?", "", tag)
+    for colour, value in COLOURS.items():
+        tag = tag.replace(value, f"var(--{colour}, {value})")
+    return tag
+
+
+SPLITS = ("retain", "test", "forget")
+_SPIKE = 0.4  # one bin with more than this share hides all others on a linear scale
+
+
+def distributions(quantity: str, data: Distribution) -> str:
+    """Draw the histograms of the splits before, after and for the reference, side by side.
+
+    Args:
+        quantity: what is counted, such as `loss`.
+        data: common bins and the counts by split and model.
+
+    Returns:
+        The SVG element.
+    """
+    states = [state for state in STATES if any(_counts(series, state) for series in data.splits.values())]
+
+    def paint(figure: Figure) -> str:
+        axes = figure.subplots(1, len(states), sharex=True, sharey=True, squeeze=False)[0]
+        heights = [
+            share for state in states for split in data.splits.values() for share in shares(_counts(split, state))
+        ]
+        for axis, state in zip(axes, states, strict=True):
+            _histograms(axis, data, state)
+            _scales(axis, data.edges, max(heights, default=0.0))
+            axis.set_xlabel(quantity)
+        root = max(heights, default=0.0) > _SPIKE
+        axes[0].set_ylabel("share of samples per bin" + (" (root scale)" if root else ""))
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper right", ncols=len(names))
+        return f"Histograms of {quantity} by split. " + " ".join(_describe(data, state) for state in states)
+
+    return draw(f"dist{quantity}", 10.2, 2.9, paint)
+
+
+def shares(counts: Sequence[int]) -> list[float]:
+    """Return each bin's share of the counts; zeros where there are none."""
+    total = sum(counts)
+    return [count / total if total else 0.0 for count in counts]
+
+
+def overlap(data: Distribution, state: str, first: str = "forget", second: str = "test") -> float | None:
+    """Return the area that two splits' histograms share: 1 when they cannot be told apart, else less.
+
+    Returns:
+        The sum over bins of the smaller share, or None where a split has no counts.
+    """
+    pair = [_counts(data.splits[split], state) if split in data.splits else [] for split in (first, second)]
+    if not all(sum(counts) for counts in pair):
+        return None
+    return math.fsum(map(min, shares(pair[0]), shares(pair[1])))
+
+
+def _counts(series: Series, state: str) -> list[int]:
+    counts: list[int] | None = getattr(series, state)
+    return counts or []
+
+
+def _histograms(axis: Axes, data: Distribution, state: str) -> None:
+    for split in (name for name in SPLITS if name in data.splits):
+        values = shares(_counts(data.splits[split], state))
+        if not values:
+            continue
+        colour, width = COLOURS[split], 1.8 if split == "forget" else 1.2
+        axis.stairs(values, data.edges, fill=True, color=colour, alpha=0.10 if split == "retain" else 0.22, linewidth=0)
+        axis.stairs(values, data.edges, color=colour, linewidth=width, label=split)
+    common = overlap(data, state)
+    axis.set_title(STATES[state])
+    if common is not None:
+        axis.set_title(f"forget ∩ test {common:.1%}", loc="right", fontsize=8.5, fontweight="normal")
+
+
+def _scales(axis: Axes, edges: Sequence[float], highest: float) -> None:
+    if is_geometric(edges):
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.minorticks_off()
+    if highest > _SPIKE:
+        axis.set_yscale("function", functions=(_root, _square))
+        axis.set_yticks([tick for tick in (0.01, 0.1, 0.25, 0.5, 0.75, 1.0) if tick <= 1.2 * highest])
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.set_ylim(bottom=0)
+    axis.set_xlim(edges[0], edges[-1])
+
+
+def is_geometric(edges: Sequence[float]) -> bool:
+    """Return whether bins grow by a constant factor, so that a logarithmic axis shows them evenly."""
+    if len(edges) < 3 or edges[0] <= 0:
+        return False
+    first = edges[1] / edges[0]
+    return first > 1.001 and all(
+        math.isclose(b / a, first, rel_tol=1e-3) for a, b in zip(edges, edges[1:], strict=False)
+    )
+
+
+def _root(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - arrays, called by matplotlib
+    import numpy as np
+
+    return np.sqrt(np.maximum(values, 0.0))
+
+
+def _square(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - arrays, called by matplotlib
+    return values * values
+
+
+def _describe(data: Distribution, state: str) -> str:
+    medians = [
+        f"{split} {_median(data.edges, _counts(data.splits[split], state))}" for split in SPLITS if split in data.splits
+    ]
+    return f"{STATES[state]}: medians near {', '.join(medians)}."
+
+
+def _median(edges: Sequence[float], counts: Sequence[int]) -> str:
+    reached, half = 0, sum(counts) / 2
+    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+        reached += count
+        if count and reached >= half:
+            return f"{(low + high) / 2:.3g}"
+    return "none"
+
 
 T = TypeVar("T")
 

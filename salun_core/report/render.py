@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salun_core.errors import IntegrityError, SalunError
-from salun_core.report import generated, histograms, plots, view, wording
+from salun_core.report import generated, plots, view, wording
+from salun_core.report import plots as histograms
 from salun_core.report.context import ReportContext
-from salun_core.report.svg import STATES
-from salun_core.storage.local import write_whole
+from salun_core.report.plots import STATES
+from salun_core.storage.local_files import write_whole
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -1,35 +1,183 @@
-"""The ledger: every request and every move of one, each a document that is created once and never changed.
-
-A request is `requests/<id>/request.json`; its moves are `requests/<id>/events/<n>.json`. Whoever moves a request
-creates event n + 1 of the n that it read: of two who race, the store lets one create it and refuses the other.
-What stands where is found by the index (`index.py`), which every write here keeps right.
-"""
+"""The ledger of deletion requests: every request and event is a document that is created once and never changed."""
 
 from __future__ import annotations
 
 import contextlib
+import secrets
+import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from salun_core.config import parse
-from salun_core.data.forget import Target
-from salun_core.errors import ConflictError, UsageError
-from salun_core.requests import index, reading, standing
-from salun_core.requests.deadlines import Clock, as_utc, due_after_one_month
+from salun_core.data.forget_set import Target
+from salun_core.digest import sha256_bytes
+from salun_core.errors import ConflictError, StoreError, UsageError
+from salun_core.requests import index, reading
+from salun_core.requests import index as standing
 from salun_core.requests.index import IndexEntry
-from salun_core.requests.journal import Journal
-from salun_core.requests.moves import Move, event_after
+from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import (
+    TRANSITIONS,
     DeletionRequest,
     Outcome,
     Receipt,
     RequestEvent,
     RequestState,
     Status,
+    next_attempt,
+    next_rung,
     status_after,
+    transition_allowed,
 )
-from salun_core.storage.names import request_key
+from salun_core.storage.keys import event_key, request_key
 from salun_core.storage.objects import ObjectStore
+from salun_core.times import Clock, as_utc, due_after_one_month
+
+
+@dataclass(frozen=True)
+class Move:
+    """Where a request goes, and why.
+
+    Args:
+        to: the status to move to.
+        actor: who moves it.
+        reason: why, without personal data.
+        run: the unlearning run that moves it.
+        outcome: how it was met; with `completed` only.
+        epoch: of the model line's lease under which a run moves it.
+        rung: the recipe of the ladder that comes next; None keeps that of the event before.
+        group: the half of a refused batch that it belongs to.
+    """
+
+    to: Status
+    actor: str
+    reason: str
+    run: str | None = None
+    outcome: Outcome | None = None
+    epoch: int | None = None
+    rung: int | None = None
+    group: str | None = None
+
+
+def event_after(request_id: str, last: RequestEvent | None, move: Move, now: datetime) -> RequestEvent:
+    """Return the event that a move writes.
+
+    Args:
+        request_id: the request.
+        last: its last event; None where it was received and no more.
+        move: where it goes.
+        now: the time.
+
+    Raises:
+        ConflictError: it may not go there from where it stands.
+        UsageError: an argument is not valid.
+    """
+    source = status_after(last)
+    if not transition_allowed(source, move.to):
+        ways = ", ".join(sorted(TRANSITIONS[source])) or "nowhere"
+        raise ConflictError(
+            f"request {request_id} cannot go from {source} to {move.to}",
+            f"from {source} it may go to {ways}",
+            f"look at it with `salun request show {request_id}`",
+        )
+    fields = {
+        "request": request_id,
+        "n": last.n + 1 if last else 1,
+        "at": as_utc(now).isoformat(),
+        "actor": move.actor,
+        "from_status": source,
+        "to_status": move.to,
+        "reason": move.reason,
+        "attempt": next_attempt(last, move.to),
+        "run": move.run,
+        "outcome": move.outcome,
+        "previous": sha256_bytes(last.canonical()) if last else None,
+        "epoch": move.epoch,
+        "rung": next_rung(last, move.rung),
+        "group": move.group,
+        "writer": secrets.token_hex(16),
+    }
+    return parse(RequestEvent, fields, f"a move of request {request_id}")
+
+
+_SLOW_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Announced:
+    """An index entry that was put before its event.
+
+    Args:
+        entry: the entry.
+        new: whether it was not there before.
+        at: when, on this machine's monotonic clock.
+    """
+
+    entry: IndexEntry
+    new: bool
+    at: float
+
+
+class Journal:
+    """Writes requests, events and index entries.
+
+    Args:
+        store: where to.
+        dry_run: check everything and write nothing.
+    """
+
+    def __init__(self, store: ObjectStore, dry_run: bool = False) -> None:
+        self._store, self._dry_run = store, dry_run
+
+    def announce(self, request: DeletionRequest, event: RequestEvent) -> Announced:
+        """Put the index entry of an event that is about to be written."""
+        entry = index.entry_of(request, event.to_status, event.n)
+        new = self._dry_run or index.put(self._store, entry, event.writer)
+        return Announced(entry, new, time.monotonic())
+
+    def log(self, event: RequestEvent, announced: Announced) -> None:
+        """Write an event whose entry was announced; an entry in vain is taken back.
+
+        An entry that lay there from long ago, or has waited for long, may be deleted as left behind just before its
+        event is written, and is put again.
+
+        Raises:
+            ConflictError: somebody else has written an event of that number.
+        """
+        try:
+            self.create(event_key(event.request, event.n), event.canonical())
+        except ConflictError:
+            self.drop_stale(announced.entry, reading.read_state(self._store, event.request))
+            raise
+        sure = announced.new and time.monotonic() - announced.at < _SLOW_SECONDS
+        if not sure and not self._dry_run:
+            index.put(self._store, announced.entry, event.writer)
+
+    def drop_stale(self, entry: IndexEntry, state: RequestState) -> None:
+        """Delete an entry if it is stale; where that fails, whoever reads it may do it."""
+        if not self._dry_run and index.is_stale(entry, state):
+            with contextlib.suppress(StoreError):
+                index.drop(self._store, entry)
+
+    def redact(self, request_id: str) -> None:
+        """Redact a request that nobody will erase any more; raises as `redact_request`."""
+        if not self._dry_run:
+            redact_request(self._store, request_id, keep_hashes=False)
+
+    def create(self, key: str, data: bytes) -> None:
+        """Create a document.
+
+        Raises:
+            ConflictError: there is one already, and it holds other bytes.
+        """
+        if not self._dry_run:
+            self._store.put_new(key, data)
+            return
+        stored = self._store.get(key)
+        if stored is not None and stored.data != data:
+            raise ConflictError(f"{key} exists already", "it holds other content", "read it")
+
 
 _CLOCKS_APART = timedelta(minutes=5)
 # Ways that only their own method takes, so that no general move takes them by accident.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from salun_core.data.forget import redact
+from salun_core.data.forget_set import redact
 from salun_core.errors import ConflictError
 from salun_core.requests import reading
 from salun_core.requests.schema import DeletionRequest
-from salun_core.storage.names import request_key
+from salun_core.storage.keys import request_key
 from salun_core.storage.objects import ObjectStore
 
 _ATTEMPTS = 8

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
-from salun_core.data.forget import ForgetSet, SamplesTarget, Target, resolve_forget
+from salun_core.data.forget_set import ForgetSet, SamplesTarget, Target, resolve_forget
 from salun_core.requests.schema import DeletionRequest
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 from pydantic import AwareDatetime, Field, model_validator
 
 from salun_core.config import Document
-from salun_core.data.forget import ClassTarget, ConceptTarget, ForgetTarget, RedactedTarget, SubjectTarget, Target
+from salun_core.data.forget_set import ClassTarget, ConceptTarget, ForgetTarget, RedactedTarget, SubjectTarget, Target
 from salun_core.digest import canonical_json, sha256_bytes
-from salun_core.storage.lineage import Digest, LineId, RunId, UtcTime
+from salun_core.registry.manifest import Digest, LineId, RunId, UtcTime
 
 RequestId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 _PLAIN = r"^[^\x00-\x1f\x7f-\x9f]+$"  # one line, and nothing that a terminal would obey
@@ -240,7 +240,7 @@ def summarise(target: Target) -> str:
     """Say what a target names without sample ids, prompts or subject references.
 
     Example:
-        >>> from salun_core.data.forget import SamplesTarget
+        >>> from salun_core.data.forget_set import SamplesTarget
         >>> summarise(SamplesTarget(ids=["a", "b"]))
         '2 samples'
     """

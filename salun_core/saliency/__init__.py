@@ -2,6 +2,6 @@
 
 from salun_core.saliency.mask import SaliencyMask
 from salun_core.saliency.masked_step import masked_optimizer
-from salun_core.saliency.score import saliency_scores
+from salun_core.saliency.scores import saliency_scores
 
 __all__ = ["SaliencyMask", "masked_optimizer", "saliency_scores"]

@@ -14,7 +14,7 @@ from safetensors.numpy import save as serialise
 
 from salun_core.digest import canonical_json
 from salun_core.errors import IntegrityError, SalunError, UsageError
-from salun_core.storage.local import write_whole
+from salun_core.storage.local_files import write_whole
 
 FORMAT = "salun.mask/v1"
 Shapes = dict[str, tuple[int, ...]]

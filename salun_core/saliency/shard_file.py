@@ -16,8 +16,8 @@ from torch import Tensor
 from salun_core.config import Document
 from salun_core.digest import canonical_json, check_digest
 from salun_core.errors import IntegrityError, UsageError
-from salun_core.saliency.shards import CHUNK, PartialSums, Shard, layout
-from salun_core.storage.local import write_whole
+from salun_core.saliency.scores import CHUNK, PartialSums, Shard, layout
+from salun_core.storage.local_files import write_whole
 
 _HEADER, _DIGEST = "header", "digest"
 

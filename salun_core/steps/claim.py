@@ -9,28 +9,27 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from salun_core.certificates.issue import ModelCertifier
 from salun_core.config import parse
 from salun_core.data import load_data
 from salun_core.data.split import SplitManifest
 from salun_core.errors import ConflictError
+from salun_core.methods.classification import method_config
 from salun_core.models import ModelCard
+from salun_core.models.card import GenerationCard
 from salun_core.models.checkpoint import CARD, SPLIT
-from salun_core.models.generation_card import GenerationCard
-from salun_core.requests.books import Books
-from salun_core.requests.claiming import Claim, claim
-from salun_core.requests.deadlines import Clock, utc_clock
+from salun_core.registry.lookup import Version, read_file, read_head, read_version
+from salun_core.registry.manifest import parse_stored
 from salun_core.requests.resolve import Resolver, TableResolver
-from salun_core.requests.terms import Rung, Terms
-from salun_core.requests.waiting import preview
-from salun_core.steps.certifying import ModelCertifier
 from salun_core.steps.observe import RunRef, observed
-from salun_core.steps.sources import fetched
 from salun_core.storage import FileStore, open_store
-from salun_core.storage.lineage import parse_stored
-from salun_core.storage.lookup import Version, read_file, read_head, read_version
 from salun_core.storage.objects import ObjectStore
 from salun_core.storage.probe import ProbedStore, require_safe
-from salun_core.unlearn import method_config
+from salun_core.sweeps.claim import Claim, claim, preview
+from salun_core.sweeps.context import Books
+from salun_core.sweeps.policy import Rung, Terms
+from salun_core.tasks.resolve import fetched
+from salun_core.times import Clock, utc_clock
 
 _PROBED = "probe/passed.json"
 _PROBE_LASTS = timedelta(days=7)
@@ -75,7 +74,7 @@ def ladder(method: str, density: float, overrides: Mapping[str, Any], *, generat
     """
     given = dict(overrides)
     if generative:
-        from salun_core.diffusion import generation_config
+        from salun_core.methods.diffusion import generation_config
 
         settings = generation_config(method, overrides)
         stronger = {**given, "steps": 2 * settings.steps, "learning_rate": 2 * settings.learning_rate}

@@ -12,16 +12,16 @@ from salun_core.config import load
 from salun_core.data import DataSpec, LoadedData, load_data, load_spec
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
-from salun_core.requests.deadlines import utc_clock
+from salun_core.methods.loop import OnEpoch
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import summarise
 from salun_core.steps.demo_line import ACTOR, Filed, Say, collect, free_line, head, look, scrape, sweep, try_rollback
 from salun_core.steps.demo_requests import demo_targets, with_writers
 from salun_core.steps.publishing import DECISION, EVIDENCE
 from salun_core.steps.sweep import SweepConfig
-from salun_core.steps.training import register_model, train_model, training_config
 from salun_core.storage import open_store
-from salun_core.unlearn.loop import OnEpoch
+from salun_core.tasks.classification.training import register_model, train_model, training_config
+from salun_core.times import utc_clock
 
 ARCHITECTURE = "resnet8"
 _EPOCHS, _DIGITS_EPOCHS = 30, 10

@@ -11,15 +11,19 @@ from typing import Any, Literal
 
 from salun_core.config import load
 from salun_core.data import DataSpec, load_data
-from salun_core.data.forget import ClassTarget
+from salun_core.data.forget_set import ClassTarget
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
-from salun_core.models.generation_card import GenerationEvaluation
-from salun_core.requests.deadlines import utc_clock
+from salun_core.methods.loop import OnEpoch
+from salun_core.models.card import GenerationEvaluation
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import summarise
 from salun_core.steps.demo_line import ACTOR, Filed, Say, collect, free_line, head, look, sweep
-from salun_core.steps.generation_training import (
+from salun_core.steps.publishing import DECISION, EVIDENCE
+from salun_core.steps.sweep import SweepConfig
+from salun_core.storage import FileStore, open_store
+from salun_core.tasks.classification.training import register_model, train_model, training_config
+from salun_core.tasks.diffusion.training import (
     JUDGED,
     JUDGED_PIXELS,
     MadeDiffusion,
@@ -29,11 +33,7 @@ from salun_core.steps.generation_training import (
     train_ddpm,
     train_stable_diffusion,
 )
-from salun_core.steps.publishing import DECISION, EVIDENCE
-from salun_core.steps.sweep import SweepConfig
-from salun_core.steps.training import register_model, train_model, training_config
-from salun_core.storage import FileStore, open_store
-from salun_core.unlearn.loop import OnEpoch
+from salun_core.times import utc_clock
 
 Kind = Literal["stable-diffusion", "ddpm"]
 

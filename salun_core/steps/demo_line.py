@@ -9,23 +9,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from salun_core.certificates.verify import verify_certificate
 from salun_core.errors import ConflictError, GateRefusedError, SalunError
-from salun_core.requests.deadlines import utc_clock
+from salun_core.registry.lookup import Version, lines, read_head, read_version
+from salun_core.registry.versions import fetch_version
+from salun_core.requests.gauges import GaugeReader
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import RequestState, Status
-from salun_core.steps.gauges import GaugeReader
 from salun_core.steps.local_pipeline import find_checkout, last_error, run_pipeline
 from salun_core.steps.publishing import DECISION, EVIDENCE, REPORT
-from salun_core.steps.rollback import rollback
 from salun_core.steps.sweep import SweepConfig, sweep_once
-from salun_core.steps.verification import verify_certificate
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.blobs import fetch_blob
-from salun_core.storage.local import write_whole
-from salun_core.storage.lookup import Version, lines, read_head, read_version
-from salun_core.storage.names import certificate_key
-from salun_core.storage.versions import fetch_version
+from salun_core.storage.keys import certificate_key
+from salun_core.storage.local_files import write_whole
+from salun_core.sweeps.rollback import rollback
 from salun_core.telemetry.exporter import Exporter, serving
+from salun_core.times import utc_clock
 
 ACTOR = "demo"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from salun_core.data import DataSpec, LoadedData
-from salun_core.data.forget import ClassTarget, SamplesTarget, SubjectTarget, Target
+from salun_core.data.forget_set import ClassTarget, SamplesTarget, SubjectTarget, Target
 
 SAMPLES, DIGITS, WRITERS = 12, 1797, 43
 _NOBODY = "no-such-sample"

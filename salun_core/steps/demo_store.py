@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from salun_core.certificates.keys import SIGNING_VARIABLE, VERIFY_VARIABLE, create_key
 from salun_core.errors import UsageError
-from salun_core.requests.keys import SIGNING_VARIABLE, VERIFY_VARIABLE, create_key
-from salun_core.storage.embedded import embedded_s3
+from salun_core.storage.seaweedfs import embedded_s3
 
 ENVIRONMENT = "s3.env"
 STORE_VARIABLE = "SALUN_STORE_URI"

@@ -15,20 +15,20 @@ from salun_core.data import ForgetSet, ImageSet
 from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.evidence import Forgotten, Measured, RunFacts
-from salun_core.evaluation.further import parse_also, require_reference
+from salun_core.evaluation.optional_metrics import parse_also, require_reference
+from salun_core.methods.classification import method_config, pick_device, unlearn
+from salun_core.methods.classification.training import fresh_classifier
 from salun_core.models import LoadedModel, load_model
 from salun_core.models.checkpoint import model_digest
 from salun_core.report import ReportContext, write_report
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.further import further_evidence
-from salun_core.steps.inputs import Inputs
 from salun_core.steps.observe import RunRef, observed
-from salun_core.steps.opening import open_inputs, open_model
 from salun_core.steps.run_facts import read_run
 from salun_core.steps.used_mask import used_mask
-from salun_core.storage.local import write_whole
-from salun_core.unlearn import method_config, pick_device, unlearn
-from salun_core.unlearn.training import fresh_classifier
+from salun_core.storage.local_files import write_whole
+from salun_core.tasks import open_inputs, open_model
+from salun_core.tasks.classification.inputs import Inputs
+from salun_core.tasks.classification.optional_metrics import further_evidence
 
 if TYPE_CHECKING:
     from salun_core.models.diffusers_folder import LoadedDiffusion
@@ -108,7 +108,7 @@ def evaluate(
             evidence = _classifier(inputs, candidate, facts, used, wish, device, asked)
         else:
             _refuse_further(asked)
-            from salun_core.steps.generation.judging import evaluate_images
+            from salun_core.tasks.diffusion.evaluation import evaluate_images
 
             store = store_uri or (run.store_uri if run else "")
             evidence = evaluate_images(inputs, candidate, facts, used, wish, store or None, pick_device(device))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salun_core.errors import UsageError
+from salun_core.registry.versions import fetch_version, read_head
 from salun_core.steps.observe import RunRef, observed
-from salun_core.steps.opening import open_inputs
 from salun_core.storage import open_store
-from salun_core.storage.versions import fetch_version, read_head
+from salun_core.tasks import open_inputs
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import salun_core
 from salun_core.errors import SalunError
-from salun_core.storage.weed import die_with_parent
+from salun_core.storage.seaweedfs import die_with_parent
 
 _STEP = re.compile(r"Executing task '?([a-z0-9-]+)'?")
 _STOP_SECONDS = 10.0

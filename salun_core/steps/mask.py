@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from salun_core.methods.classification import get_method, pick_device
+from salun_core.methods.distributed import World
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.inputs import Inputs
 from salun_core.steps.observe import RunRef
-from salun_core.steps.opening import open_inputs
 from salun_core.steps.sharding import distributed, forget_scores, require_same_inputs
-from salun_core.unlearn import get_method, pick_device
-from salun_core.unlearn.distributed import World
+from salun_core.tasks import open_inputs
+from salun_core.tasks.classification.inputs import Inputs
 
 
 def compute_mask(
@@ -63,8 +63,8 @@ def compute_mask(
         if isinstance(inputs, Inputs):
             mask = _classifier_mask(inputs, method, density, chosen, random_seed, world)
         else:
-            from salun_core.diffusion import generation_config
-            from salun_core.steps.generation.masking import generation_mask
+            from salun_core.methods.diffusion import generation_config
+            from salun_core.tasks.diffusion.unlearning import generation_mask
 
             config = generation_config(method, overrides)
             mask = generation_mask(inputs, method, config, density, chosen, random_seed)

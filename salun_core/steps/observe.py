@@ -7,12 +7,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from salun_core.errors import SalunError
-from salun_core.requests.deadlines import utc_clock
-from salun_core.requests.runs import RunLog, RunStatus
 from salun_core.storage import open_store
-from salun_core.storage.lease import read_lease, renew
+from salun_core.storage.leases import read_lease, renew
+from salun_core.sweeps.runs import RunLog, RunStatus
 from salun_core.telemetry.logs import get_logger, run_bound
 from salun_core.telemetry.push import StepMetrics
+from salun_core.times import utc_clock
 
 _BEGUN = {
     "compute_mask": RunStatus.MASKING,

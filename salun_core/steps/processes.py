@@ -16,8 +16,8 @@ from typing import Any
 
 from salun_core import errors
 from salun_core.errors import SalunError
+from salun_core.methods.distributed import PeerError
 from salun_core.telemetry.logs import get_logger, run_bound
-from salun_core.unlearn.distributed import PeerError
 
 Step = Callable[..., object]
 _THREADS = "OMP_NUM_THREADS"

@@ -1,4 +1,4 @@
-"""Step 5: judge the evidence, and publish the model only when the gate passes."""
+"""Step 5: apply the gate, and publish the model only if it passes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,60 @@ from salun_core.config import load
 from salun_core.digest import check_digest
 from salun_core.evaluation import Evidence
 from salun_core.gate import Expected, GateDecision, decide
+from salun_core.registry.lookup import Version, read_file, read_version
+from salun_core.registry.manifest import VersionManifest, parse_stored, weight_files, weights_digest
+from salun_core.registry.sparse import full_copy_every
+from salun_core.registry.versions import history, publish_head, stage_version
 from salun_core.report import Ancestor, ReportContext, write_report
-from salun_core.requests.runs import RunStatus
 from salun_core.steps.evaluation import write_evidence
 from salun_core.steps.observe import RunRef, observed
-from salun_core.steps.opening import kept_split, open_inputs, open_model, version_files
-from salun_core.steps.origin import with_origin
-from salun_core.steps.sources import AUTO, read_policy
 from salun_core.steps.used_mask import used_mask
 from salun_core.storage import FileStore, open_store
-from salun_core.storage.identity import weight_files, weights_digest
-from salun_core.storage.local import write_whole
-from salun_core.storage.names import run_key
-from salun_core.storage.sparse import full_copy_every
-from salun_core.storage.versions import VersionManifest, history, publish_head, read_version, stage_version
+from salun_core.storage.keys import run_key
+from salun_core.storage.local_files import write_whole
+from salun_core.storage.objects import ObjectStore
+from salun_core.sweeps.runs import RunStatus
+from salun_core.tasks import kept_split, open_inputs, open_model, version_files
+from salun_core.tasks.resolve import AUTO, read_policy
 from salun_core.telemetry.push import StepMetrics
+
+ORIGIN_EVIDENCE = "evidence.json"
+_KEPT = "TA"  # of all metrics this one alone is measured on the same samples for every version
+
+
+def with_origin(store: ObjectStore, line: str, parent: str, measured: Evidence) -> Evidence:
+    """Return evidence in which the test accuracy also says what the last full training had.
+
+    The first child of that training was measured together with it, and carries the figure.
+
+    Args:
+        store: where the line is.
+        line: the model line.
+        parent: the version that the candidate was made from.
+        measured: the evidence.
+
+    Raises:
+        IntegrityError: a version on the way, or its evidence, is missing or damaged.
+    """
+    metric = measured.metrics.get(_KEPT)
+    if metric is None:
+        return measured
+    child, manifest = None, read_version(store, line, parent)
+    while manifest.lineage.runs_since_training and manifest.parent:
+        child, manifest = manifest, read_version(store, line, manifest.parent)
+    origin = metric.before if child is None else _before(store, child)
+    metrics = {**measured.metrics, _KEPT: metric.model_copy(update={"origin": origin})}
+    return measured.model_copy(update={"metrics": metrics})
+
+
+def _before(store: ObjectStore, manifest: VersionManifest) -> float | None:
+    """Return the test accuracy of a version's parent, from the version's own evidence; None where it has none."""
+    if ORIGIN_EVIDENCE not in manifest.files:
+        return None
+    data = read_file(store, Version(manifest.digest, manifest), ORIGIN_EVIDENCE)
+    found = parse_stored(Evidence, data, ORIGIN_EVIDENCE).metrics.get(_KEPT)
+    return found.before if found else None
+
 
 EVIDENCE, DECISION, REPORT = "evidence.json", "decision.json", "report.html"
 _JUDGED = "judged-evidence.json"  # what was measured, and the line's last full training beside it

@@ -14,21 +14,21 @@ from pydantic import Field
 from salun_core.config import Document
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
-from salun_core.evaluation.further import parse_also, require_reference
+from salun_core.evaluation.optional_metrics import parse_also, require_reference
+from salun_core.methods.classification import get_method
 from salun_core.steps.claim import is_generative_line
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.fetch import fetch_model
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.observe import RunRef
-from salun_core.steps.opening import resolved_config
 from salun_core.steps.publishing import REPORT, Published, gate_and_publish
-from salun_core.steps.sources import check_policy
-from salun_core.steps.tuning import TuneWish
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.unlearn import get_method
-from salun_core.unlearn.tuning import DEFAULT_BUDGET, parse_budget
-from salun_core.unlearn.tuning.search import OnTrial
-from salun_core.unlearn.tuning.space import Space
+from salun_core.tasks import resolved_config
+from salun_core.tasks.classification.tuning import TuneWish
+from salun_core.tasks.resolve import check_policy
+from salun_core.tuning import DEFAULT_BUDGET, parse_budget
+from salun_core.tuning.search import OnTrial
+from salun_core.tuning.space import Space
 
 
 class RunSettings(Document):

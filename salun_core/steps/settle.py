@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from salun_core.requests.books import Books
-from salun_core.requests.deadlines import Clock, utc_clock
-from salun_core.requests.settling import Settled, settle
-from salun_core.requests.terms import Terms
-from salun_core.steps.certifying import ModelCertifier
+from salun_core.certificates.issue import ModelCertifier
 from salun_core.steps.observe import RunRef, observed
 from salun_core.storage import open_store
+from salun_core.sweeps.context import Books
+from salun_core.sweeps.policy import Terms
+from salun_core.sweeps.settle import Settled, settle
+from salun_core.times import Clock, utc_clock
 
 
 def settle_requests(

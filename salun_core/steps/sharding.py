@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.data import ImageSet
+from salun_core.methods.classification import pick_device
+from salun_core.methods.distributed import World, joined
 from salun_core.saliency import SaliencyMask
+from salun_core.saliency.scores import CHUNK, Shard, sharded_scores
+from salun_core.saliency.scores import score_shard as partial_sums
 from salun_core.saliency.shard_file import ShardHeader, merge_shards, write_shard
-from salun_core.saliency.shards import CHUNK, Shard, sharded_scores
-from salun_core.saliency.shards import score_shard as partial_sums
-from salun_core.steps.inputs import Inputs, load_inputs
 from salun_core.steps.observe import RunRef, observed
+from salun_core.tasks.classification.inputs import Inputs, load_inputs
 from salun_core.telemetry.push import StepMetrics
-from salun_core.unlearn import pick_device
-from salun_core.unlearn.distributed import World, joined
 
 
 class AnyInputs(Protocol):

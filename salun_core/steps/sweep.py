@@ -11,18 +11,18 @@ from pathlib import Path
 
 from pydantic import Field
 
+from salun_core.certificates.keys import load_signing_key
 from salun_core.errors import ConflictError, SalunError
-from salun_core.requests.keys import load_signing_key
-from salun_core.requests.settling import Settled
-from salun_core.requests.terms import Terms
+from salun_core.retention.purge import PurgeReport, purge
 from salun_core.steps.claim import Claimed, claim_requests, is_generative_line, sweep_terms
-from salun_core.steps.purge import PurgeReport, purge
 from salun_core.steps.run import RunConfig, RunOutcome, RunSettings, new_run_id, run_all
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
-from salun_core.storage.lease import read_lease, renew
+from salun_core.storage.leases import read_lease, renew
+from salun_core.sweeps.policy import Terms
+from salun_core.sweeps.settle import Settled
 from salun_core.telemetry.logs import get_logger, run_bound
-from salun_core.unlearn.tuning.search import OnTrial
+from salun_core.tuning.search import OnTrial
 
 LEASE_SECONDS = 900  # renewed while the sweep lives, so that one that was killed does not block the line for long
 _BEATS = 3  # a lease is renewed so many times before it would run out

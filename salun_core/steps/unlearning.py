@@ -11,22 +11,29 @@ from salun_core.config import parse_text
 from salun_core.digest import check_digest
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import RunFacts
+from salun_core.methods.classification import (
+    FileCheckpoint,
+    UnlearnConfig,
+    UnlearnResult,
+    get_method,
+    method_config,
+    unlearn,
+)
+from salun_core.methods.classification.training import fresh_classifier
+from salun_core.methods.distributed import World
+from salun_core.methods.loop import OnEpoch
 from salun_core.models import save_model
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.inputs import Inputs
 from salun_core.steps.mask import was_scored
 from salun_core.steps.observe import RunRef
-from salun_core.steps.opening import kept_split, open_inputs
 from salun_core.steps.run_facts import RUN, environment, facts_json
 from salun_core.steps.sharding import AnyInputs, distributed, require_same_inputs
-from salun_core.unlearn import FileCheckpoint, UnlearnConfig, UnlearnResult, get_method, method_config, unlearn
-from salun_core.unlearn.distributed import World
-from salun_core.unlearn.loop import OnEpoch
-from salun_core.unlearn.training import fresh_classifier
+from salun_core.tasks import kept_split, open_inputs
+from salun_core.tasks.classification.inputs import Inputs
 
 if TYPE_CHECKING:
-    from salun_core.diffusion import GenerationResult
-    from salun_core.steps.tuning import TunedRun, TuneWish
+    from salun_core.methods.diffusion import GenerationResult
+    from salun_core.tasks.classification.tuning import TunedRun, TuneWish
 
 CHECKPOINT_VARIABLE = "SALUN_CHECKPOINT_DIR"
 
@@ -108,8 +115,8 @@ def run_unlearning(
             if world.main:
                 _write(out, inputs, result, loaded, world.size)
         else:
-            from salun_core.diffusion import generation_config
-            from salun_core.steps.generation.unlearning import run_generation, write_generation
+            from salun_core.methods.diffusion import generation_config
+            from salun_core.tasks.diffusion.unlearning import run_generation, write_generation
 
             settings = generation_config(method, given)
             result, count = run_generation(inputs, method, settings, loaded, kept, progress, world)
@@ -136,8 +143,8 @@ def _tuned(
     wish: TuneWish,
     run: RunRef | None,
 ) -> TunedRun:
-    from salun_core.steps.tuning import run_tuning
     from salun_core.steps.used_mask import require_nested
+    from salun_core.tasks.classification.tuning import run_tuning
 
     tuned = run_tuning(inputs, method, given, wish, run)
     if tuned.mask is not None and mask is not None:

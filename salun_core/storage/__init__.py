@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from salun_core.storage.names import split_uri
+from salun_core.storage.keys import split_uri
 from salun_core.storage.objects import Entry, FileStore, ObjectStore, StoredObject
 
 if TYPE_CHECKING:

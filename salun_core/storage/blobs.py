@@ -15,8 +15,8 @@ from pathlib import Path
 from salun_core.digest import check_digest, sha256_file
 from salun_core.errors import IntegrityError, StoreError
 from salun_core.storage.delta import MAX_DEPTH, START_BYTES, DeltaFacts, parse_facts, write_rebuilt
-from salun_core.storage.local import disk_error
-from salun_core.storage.names import blob_key, delta_key
+from salun_core.storage.keys import blob_key, delta_key
+from salun_core.storage.local_files import disk_error
 from salun_core.storage.objects import FileStore, ObjectStore
 
 

@@ -1,12 +1,4 @@
-"""The delta: a safetensors file stored as what differs from another one, from which it is rebuilt bit by bit.
-
-It is a safetensors file itself. Its metadata come first in its header and say what it rebuilds (`DeltaFacts`); the
-tensor `header` holds the raw header of the file; and for each of the file's tensors there is
-
-- nothing, where the base has the same bits;
-- `bits:<name>` (one bit an element, little bit order, set where the bits differ) and `values:<name>` (the new ones);
-- `whole:<name>`, where type or shape differ, or where that is shorter.
-"""
+"""Deltas: a safetensors file stored as its difference from another one, rebuilt bit for bit."""
 
 from __future__ import annotations
 
@@ -23,8 +15,140 @@ from pydantic import Field, ValidationError
 
 from salun_core.config import Document
 from salun_core.errors import IntegrityError
-from salun_core.storage.lineage import Digest
-from salun_core.storage.tensor_file import BLOCK, METADATA, Raw, Span, TensorFile, read_spans
+from salun_core.registry.manifest import Digest
+
+MAX_HEADER_BYTES = 100_000_000  # what safetensors itself allows
+BLOCK = 1 << 20  # elements held in memory at once; a multiple of 8, so that packed bits of blocks join
+METADATA = "__metadata__"
+_WIDTHS = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "C64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+}
+
+_Count = Annotated[int, Field(strict=True, ge=0)]
+Raw = NDArray[np.unsignedinteger]
+
+
+class Span(Document):
+    """Where a tensor lies, as the header says it: type, shape, first byte and the byte past its end."""
+
+    dtype: str
+    shape: tuple[_Count, ...]
+    data_offsets: tuple[_Count, _Count]
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return self.data_offsets[1] - self.data_offsets[0]
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element; a type that is not known, or narrower than a byte, counts in bytes."""
+        width = _WIDTHS.get(self.dtype, 1)
+        return width if self.size % width == 0 else 1
+
+    @property
+    def elements(self) -> int:
+        """How many elements of that width it has."""
+        return self.size // self.width
+
+    def like(self, other: Span | None) -> bool:
+        """Return whether another tensor has the same type, shape and size."""
+        return other is not None and (self.dtype, self.shape, self.size) == (other.dtype, other.shape, other.size)
+
+
+def read_spans(header: bytes) -> tuple[dict[str, Span], int]:
+    """Read a safetensors header.
+
+    Returns:
+        The tensors by name in the order of their bytes, which follow each other without a gap, and their size.
+
+    Raises:
+        IntegrityError: it is no such header.
+    """
+    try:
+        document = json.loads(header)
+        document.pop(METADATA, None)
+        spans = {name: Span.model_validate(fields) for name, fields in document.items()}
+    except ValidationError as error:
+        raise _damaged(f"a tensor is not described as it must be ({error.error_count()} faults)") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(str(error)[:200]) from error
+    ordered, at = dict(sorted(spans.items(), key=lambda item: item[1].data_offsets)), 0
+    for span in ordered.values():
+        if span.data_offsets[0] != at or span.size < 0:
+            raise _damaged("its tensors overlap or leave a gap")
+        at = span.data_offsets[1]
+    return ordered, at
+
+
+class TensorFile:
+    """An open safetensors file whose sizes were checked; use it as a context manager.
+
+    Args:
+        path: the file.
+
+    Raises:
+        IntegrityError: its header is damaged, or does not fit its size.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("rb")
+        try:
+            size = path.stat().st_size
+            length = int.from_bytes(self._file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise _damaged("its header is longer than the file")
+            self.header = self._file.read(length)
+            self._data = 8 + length
+            self.spans, data = read_spans(self.header)
+            if self._data + data != size:
+                raise _damaged(f"its header speaks of {self._data + data} bytes, it has {size}")
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, name: str, width: int, start: int, count: int) -> Raw:
+        """Return elements of a tensor as unsigned integers of `width` bytes, [count].
+
+        Raises:
+            IntegrityError: it has no such elements.
+        """
+        span = self.spans.get(name)
+        if span is None or (start + count) * width > span.size:
+            raise _damaged(f"{name[:80]!r} is missing or too short")
+        self._file.seek(self._data + span.data_offsets[0] + start * width)
+        data = self._file.read(count * width)
+        if len(data) != count * width:
+            raise _damaged("it was cut while it was read")
+        return np.frombuffer(data, dtype=f"<u{width}")
+
+    def blocks(self, name: str) -> Iterator[Raw]:
+        """Yield a tensor of the file as unsigned integers of its width, at most `BLOCK` at a time."""
+        span = self.spans[name]
+        for start in range(0, span.elements, BLOCK):
+            yield self.read(name, span.width, start, min(BLOCK, span.elements - start))
+
+
+def _damaged(why: str) -> IntegrityError:
+    return IntegrityError("tensor file is damaged", why, "fetch it again, or restore it from a copy")
+
 
 MAX_DEPTH = 64
 START_BYTES = 1024  # of a delta hold its facts
@@ -147,7 +271,7 @@ def rebuild(delta: Path, base: Path) -> Iterator[bytes]:
             if f"whole:{name}" in new.spans:
                 yield from _same(new, f"whole:{name}", span)
             elif not span.like(old.spans.get(name)):
-                raise _damaged(f"the base has no {name[:80]!r} of its type and shape")
+                raise _damaged_delta(f"the base has no {name[:80]!r} of its type and shape")
             elif f"bits:{name}" in new.spans:
                 yield from _patched(new, old, name, span)
             else:
@@ -171,7 +295,7 @@ def write_rebuilt(delta: Path, base: Path, sink: BinaryIO | None = None) -> str:
 
 def _same(file: TensorFile, name: str, span: Span) -> Iterator[bytes]:
     if file.spans[name].size != span.size:
-        raise _damaged(f"{name[:80]!r} has another size")
+        raise _damaged_delta(f"{name[:80]!r} has another size")
     for block in file.blocks(name):
         yield block.tobytes()
 
@@ -179,20 +303,20 @@ def _same(file: TensorFile, name: str, span: Span) -> Iterator[bytes]:
 def _patched(new: TensorFile, old: TensorFile, name: str, span: Span) -> Iterator[bytes]:
     bits, values, taken = f"bits:{name}", f"values:{name}", 0
     if new.spans[bits].size != _packed(span):
-        raise _damaged(f"{bits[:80]!r} has another size")
+        raise _damaged_delta(f"{bits[:80]!r} has another size")
     for number, before in enumerate(old.blocks(name)):
         packed = new.read(bits, 1, number * BLOCK // 8, (len(before) + 7) // 8)
         flags = np.unpackbits(packed.astype(np.uint8, copy=False), bitorder="little").astype(np.bool_)
         differs, spare = flags[: len(before)], flags[len(before) :]
         if spare.any():
-            raise _damaged(f"{bits[:80]!r} has bits past its end")
+            raise _damaged_delta(f"{bits[:80]!r} has bits past its end")
         count = int(np.count_nonzero(differs))
         block = before.copy()
         block[differs] = new.read(values, span.width, taken, count)
         taken += count
         yield block.tobytes()
     if values not in new.spans or new.spans[values].size != taken * span.width:
-        raise _damaged(f"{values[:80]!r} does not fit its bits")
+        raise _damaged_delta(f"{values[:80]!r} does not fit its bits")
 
 
 def parse_facts(start: bytes, source: str) -> DeltaFacts:
@@ -216,5 +340,5 @@ def parse_facts(start: bytes, source: str) -> DeltaFacts:
         raise IntegrityError(f"{source} is no delta", why[:200], "restore it, or stage the version again") from error
 
 
-def _damaged(why: str) -> IntegrityError:
+def _damaged_delta(why: str) -> IntegrityError:
     return IntegrityError("delta is damaged", why, "restore it, or stage the version again")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
-from salun_core.storage.names import check_key
+from salun_core.storage.keys import check_key
 from salun_core.storage.s3_errors import code_of, is_missing, translated
 
 if TYPE_CHECKING:

@@ -1,39 +1,149 @@
-"""The store on S3: conditional writes for documents, managed transfers for files."""
+"""The object store on S3: conditional writes for documents, managed transfers for files."""
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import time
-from collections.abc import Iterator
-from datetime import UTC
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+import boto3.session
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
 
 from salun_core.config import MAX_DOCUMENT_BYTES
 from salun_core.errors import IntegrityError, StoreError
-from salun_core.storage.local import disk_error
-from salun_core.storage.names import check_key
+from salun_core.storage.keys import check_key
+from salun_core.storage.local_files import disk_error
 from salun_core.storage.objects import Entry, StoredObject
-from salun_core.storage.s3_client import date_of, make_client
-from salun_core.storage.s3_errors import (
-    code_of,
-    conflict,
-    is_missing,
-    is_unclear,
-    status_of,
-    translated,
-)
-from salun_core.storage.s3_files import download_file, read_start, upload_file
+from salun_core.storage.s3_errors import code_of, conflict, is_missing, is_unclear, status_of, translated
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from types_boto3_s3 import S3Client
+
+
+def make_client(endpoint: str | None = None) -> S3Client:
+    """Build a client with bounded retries and timeouts.
+
+    Args:
+        endpoint: URL of the store; None takes AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or AWS itself.
+
+    Raises:
+        StoreError: the settings in the environment are wrong.
+    """
+    config = Config(
+        connect_timeout=5,
+        read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": 5},
+        max_pool_connections=64,
+        response_checksum_validation="when_supported",  # whatever the environment says: it catches a flipped bit
+    )
+    try:
+        with translated("cannot set up the S3 client", endpoint or "the store"):
+            # A session of its own: boto3's default one keeps the first credentials for ever.
+            return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
+    except ValueError as error:  # botocore's answer to an endpoint that is no URL
+        raise StoreError(
+            "cannot set up the S3 client",
+            str(error),
+            "set AWS_ENDPOINT_URL to http://host:port or https://host",
+        ) from error
+
+
+def date_of(headers: Mapping[str, str]) -> datetime | None:
+    """Return the server's time of an answer in UTC; None where a proxy dropped it or it is no date."""
+    try:
+        return parsedate_to_datetime(headers["date"]).astimezone(UTC)
+    except (KeyError, ValueError):
+        return None
+
+
+_PART = 16 * 1024 * 1024
+_TRANSFER = TransferConfig(multipart_threshold=2 * _PART, multipart_chunksize=_PART, max_concurrency=4)
+_READ_ATTEMPTS = 4
+
+
+def upload_file(client: S3Client, bucket: str, key: str, path: Path) -> None:
+    """Upload a file, in parts of 16 MiB where it is over 32 MiB.
+
+    Raises:
+        OSError: the file cannot be read.
+        Boto3Error: the transfer failed.
+    """
+    size = path.stat().st_size
+    try:
+        extra = {"ChecksumAlgorithm": "SHA256"}
+        client.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=_TRANSFER)
+    except (Boto3Error, ClientError) as error:
+        # The reply to the last step may be lost; its retry then finds the upload closed.
+        if "NoSuchUpload" not in str(error) or _size(client, bucket, key) != size:
+            raise
+
+
+def _size(client: S3Client, bucket: str, key: str) -> int | None:
+    try:
+        return client.head_object(Bucket=bucket, Key=key)["ContentLength"]
+    except (ClientError, BotoCoreError):
+        return None
+
+
+def download_file(client: S3Client, bucket: str, key: str, path: Path) -> None:
+    """Download beside the target and rename; nothing is left when it is interrupted.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+        ClientError: there is no such object, or the store refuses us.
+        RetriesExceededError: the transfer broke off again and again.
+    """
+    part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
+    try:
+        with part.open("wb") as file:
+            client.download_fileobj(bucket, key, file, Config=_TRANSFER)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_start(client: S3Client, bucket: str, key: str, size: int) -> bytes | None:
+    """Return the first `size` bytes of an object (all, where it has fewer), or None where there is none.
+
+    Raises:
+        ClientError: the store refuses us.
+        BotoCoreError: the store cannot be reached, or the answer broke off each time.
+    """
+    for attempt in range(_READ_ATTEMPTS):
+        try:
+            return client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{size - 1}")["Body"].read()
+        except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+            if attempt == _READ_ATTEMPTS - 1:
+                raise
+        except ClientError as error:
+            if is_missing(error):
+                return None
+            if code_of(error) == "InvalidRange":  # it is empty
+                return b""
+            raise
+    raise AssertionError("the loop returns or raises")
+
 
 _WRITER = "salun-writer"
 _RACE_ATTEMPTS = 8
-_READ_ATTEMPTS = 4
+_READ_ATTEMPTS_S3 = 4
 _CUT_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 
 
@@ -98,11 +208,11 @@ class S3Store:
         """Return an object and the token of its writer."""
         full = self._full(key)
         with translated(f"cannot read {self._address(key)}", self.endpoint):
-            for attempt in range(_READ_ATTEMPTS):
+            for attempt in range(_READ_ATTEMPTS_S3):
                 try:
                     return self._fetch_once(full)
                 except _CUT_OFF:  # botocore retries a request, not the reading of its body
-                    if attempt == _READ_ATTEMPTS - 1:
+                    if attempt == _READ_ATTEMPTS_S3 - 1:
                         raise
                     _pause(attempt)
                 except ClientError as error:

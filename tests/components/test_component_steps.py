@@ -16,16 +16,16 @@ from components.gate_publish import gate_publish
 from components.settle_requests import settle_requests
 from components.unlearn import unlearn
 from salun_core.config import load
-from salun_core.data.forget import ClassTarget
+from salun_core.data.forget_set import ClassTarget
 from salun_core.errors import ConflictError, DataError, GateRefusedError, IntegrityError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
 from salun_core.models import load_model
-from salun_core.requests.deadlines import utc_clock
+from salun_core.registry.versions import history, publish, read_head, read_version
 from salun_core.requests.ledger import Ledger
 from salun_core.saliency import SaliencyMask
-from salun_core.storage.names import run_key
-from salun_core.storage.versions import history, publish, read_head, read_version
+from salun_core.storage.keys import run_key
+from salun_core.times import utc_clock
 
 pytestmark = pytest.mark.s3
 

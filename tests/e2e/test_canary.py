@@ -12,18 +12,18 @@ from sklearn.datasets import load_digits
 
 from pipelines.cli import COMPILED
 from pipelines.local import run_compiled
+from salun_core.certificates.keys import create_key, load_signing_key
 from salun_core.data import DataSpec
-from salun_core.data.forget import SamplesTarget, SubjectTarget
+from salun_core.data.forget_set import SamplesTarget, SubjectTarget
+from salun_core.methods.classification import UnlearnConfig
 from salun_core.models import load_model
-from salun_core.requests.deadlines import utc_clock
-from salun_core.requests.keys import create_key, load_signing_key
+from salun_core.requests.gauges import GaugeReader
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
-from salun_core.steps.gauges import GaugeReader
-from salun_core.steps.purge import purge
-from salun_core.steps.training import register_model, train_model
+from salun_core.retention.purge import purge
+from salun_core.tasks.classification.training import register_model, train_model
 from salun_core.telemetry.exporter import Exporter
-from salun_core.unlearn import UnlearnConfig
+from salun_core.times import utc_clock
 
 pytestmark = [pytest.mark.s3, pytest.mark.e2e]
 MARK, PERSON = "canary-5ca1ab1e", "canary-person-0ddba11"

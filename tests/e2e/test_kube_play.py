@@ -21,12 +21,12 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from salun_core.data.forget import ClassTarget
-from salun_core.requests.deadlines import utc_clock
+from salun_core.data.forget_set import ClassTarget
 from salun_core.requests.ledger import Ledger
-from salun_core.steps.training import register_model
 from salun_core.storage import open_store
-from salun_core.storage.weed import free_ports
+from salun_core.storage.seaweedfs import free_ports
+from salun_core.tasks.classification.training import register_model
+from salun_core.times import utc_clock
 from tests.manifests.tree import MANIFESTS, containers, default, everything, named, pod, read
 
 PODMAN = shutil.which("podman")

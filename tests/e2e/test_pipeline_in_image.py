@@ -17,19 +17,19 @@ import pytest
 
 from pipelines.local_worker import for_this_machine
 from pipelines.packages import load_package
+from salun_core.certificates.keys import create_key
+from salun_core.certificates.verify import fetch_certificate, verify_certificate
 from salun_core.config import load
-from salun_core.data.forget import ClassTarget
+from salun_core.data.forget_set import ClassTarget
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
 from salun_core.models import load_model
-from salun_core.requests.deadlines import utc_clock
-from salun_core.requests.keys import create_key
+from salun_core.registry.lookup import history
+from salun_core.registry.versions import fetch_version, read_head
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
-from salun_core.steps.verification import fetch_certificate, verify_certificate
-from salun_core.storage.lease import holder_of
-from salun_core.storage.lookup import history
-from salun_core.storage.versions import fetch_version, read_head
+from salun_core.storage.leases import holder_of
+from salun_core.times import utc_clock
 
 IMAGE = os.environ.get("SALUN_BUILT_IMAGE", "")
 pytestmark = [

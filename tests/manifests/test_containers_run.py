@@ -16,7 +16,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from salun_core.errors import StoreError
-from salun_core.storage import weed
+from salun_core.storage import seaweedfs as weed
 from tests.manifests.tree import containers, default, everything, named, workloads
 
 

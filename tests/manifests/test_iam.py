@@ -16,19 +16,21 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from salun_core.data.forget import SubjectTarget
+from salun_core.data.forget_set import SubjectTarget
 from salun_core.errors import StoreError
+from salun_core.registry import lookup, versions
+from salun_core.requests.gauges import GaugeReader
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.redaction import redact_request
-from salun_core.requests.runs import RunLog, RunStatus
 from salun_core.requests.schema import Status
-from salun_core.requests.stock import LAYOUT
-from salun_core.requests.stocktaking import take_stock
+from salun_core.retention.inventory import LAYOUT, take_stock
 from salun_core.steps.claim import probe_once
-from salun_core.steps.gauges import GaugeReader
-from salun_core.storage import erase, lookup, names, versions, weed
-from salun_core.storage.lease import acquire, release
+from salun_core.storage import erase
+from salun_core.storage import keys as names
+from salun_core.storage import seaweedfs as weed
+from salun_core.storage.leases import acquire, release
 from salun_core.storage.s3 import S3Store
+from salun_core.sweeps.runs import RunLog, RunStatus
 from tests.toy_line import run_record
 
 pytestmark = pytest.mark.s3

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from salun_core.requests.gauges import LineGauges, Snapshot, stages
 from salun_core.requests.schema import Status
-from salun_core.steps.gauges import LineGauges, Snapshot, stages
 from salun_core.telemetry.exporter import Exporter, serving
 from salun_core.telemetry.push import StepMetrics
 

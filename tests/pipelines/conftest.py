@@ -12,9 +12,9 @@ import yaml
 from pipelines.cli import COMPILED
 from pipelines.local import LocalRun, run_compiled
 from salun_core.models import load_model
-from salun_core.steps.training import register_model
+from salun_core.registry.versions import read_head
 from salun_core.storage.s3 import S3Store
-from salun_core.storage.versions import read_head
+from salun_core.tasks.classification.training import register_model
 
 LINE = "digits"
 SHIPPED = COMPILED / "salun-unlearning.yaml"

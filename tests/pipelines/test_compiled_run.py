@@ -19,7 +19,7 @@ from salun_core.config import load
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
-from salun_core.storage.versions import history, publish, read_version
+from salun_core.registry.versions import history, publish, read_version
 
 pytestmark = [pytest.mark.s3, pytest.mark.e2e]
 STEPS = ["fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish"]

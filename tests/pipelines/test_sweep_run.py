@@ -10,18 +10,18 @@ import pytest
 
 from pipelines.cli import COMPILED
 from pipelines.local import run_compiled
+from salun_core.certificates.keys import create_key
 from salun_core.config import load
-from salun_core.data.forget import ClassTarget, SamplesTarget
+from salun_core.data.forget_set import ClassTarget, SamplesTarget
 from salun_core.gate import GateDecision
 from salun_core.models import load_model
-from salun_core.requests.deadlines import utc_clock
-from salun_core.requests.keys import create_key
+from salun_core.registry.versions import read_head, read_version
 from salun_core.requests.ledger import Ledger
-from salun_core.requests.runs import RunLog, RunStatus
 from salun_core.requests.schema import Status
-from salun_core.storage.lease import holder_of
-from salun_core.storage.names import certificate_key, run_key
-from salun_core.storage.versions import read_head, read_version
+from salun_core.storage.keys import certificate_key, run_key
+from salun_core.storage.leases import holder_of
+from salun_core.sweeps.runs import RunLog, RunStatus
+from salun_core.times import utc_clock
 from tests.pipelines.conftest import told
 
 pytestmark = [pytest.mark.s3, pytest.mark.e2e]

@@ -27,18 +27,18 @@ from salun_core.data.split import SplitManifest
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.errors import IntegrityError, SalunError, UsageError
 from salun_core.gate import GateDecision, Policy
+from salun_core.models.architectures import build_classifier
 from salun_core.models.card import ModelCard
 from salun_core.models.checkpoint import load_model, read_weights, save_model
 from salun_core.models.importing import read_checkpoint
-from salun_core.models.registry import build_classifier
+from salun_core.registry.manifest import Head, VersionManifest, parse_stored
+from salun_core.registry.versions import fetch_version
 from salun_core.requests.intake import read_submissions
-from salun_core.requests.runs import RunEvent, RunRecord
 from salun_core.requests.schema import DeletionRequest, RequestEvent
-from salun_core.steps.sources import read_forget
-from salun_core.storage import names
-from salun_core.storage.lease import Lease
-from salun_core.storage.lineage import Head, VersionManifest, parse_stored
-from salun_core.storage.versions import fetch_version
+from salun_core.storage import keys as names
+from salun_core.storage.leases import Lease
+from salun_core.sweeps.runs import RunEvent, RunRecord
+from salun_core.tasks.resolve import read_forget
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # torch, before it refuses
 ROOT = Path(__file__).parents[2]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from salun_core.errors import SalunError, UsageError
+from salun_core.registry.lookup import Version, history, read_head, read_version
 from salun_core.requests import index
-from salun_core.requests.deadlines import utc_clock
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome, Status
-from salun_core.storage.lookup import Version, history, read_head, read_version
-from salun_core.storage.names import certificate_key
+from salun_core.storage.keys import certificate_key
 from salun_core.storage.objects import FileStore
+from salun_core.times import utc_clock
 from tests import toy_line as toy
 from tests.reliability import journal
 from tests.reliability.plan import Asked

@@ -10,10 +10,10 @@ from pathlib import Path
 from boto3.s3.transfer import TransferConfig
 
 from salun_core.errors import ConflictError
-from salun_core.requests.settling import settle
-from salun_core.storage import s3_files
-from salun_core.storage.names import head_key
-from salun_core.storage.versions import publish_head, stage_version
+from salun_core.registry.versions import publish_head, stage_version
+from salun_core.storage import s3 as s3_files
+from salun_core.storage.keys import head_key
+from salun_core.sweeps.settle import settle
 from tests import toy_line as toy
 from tests.reliability import journal, mutants
 from tests.reliability.plan import Plan

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 from salun_core.errors import ConflictError
-from salun_core.storage.lease import acquire, release
-from salun_core.storage.lookup import read_head
-from salun_core.storage.names import event_key, head_key, lease_key, request_key
+from salun_core.registry.lookup import read_head
+from salun_core.storage.keys import event_key, head_key, lease_key, request_key
+from salun_core.storage.leases import acquire, release
 from tests import toy_line as toy
 from tests.fault_proxy import LOST, FaultProxy
 from tests.reliability import harness, journal

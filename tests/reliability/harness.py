@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from salun_core.requests.deadlines import utc_clock
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
-from salun_core.storage.names import index_prefix
+from salun_core.storage.keys import index_prefix
+from salun_core.times import utc_clock
 from tests import toy_line as toy
 from tests.reliability import journal, worker
 from tests.reliability.audit import Auditor

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from salun_core.digest import sha256_bytes
-from salun_core.storage.s3 import S3Store
-from salun_core.storage.s3_client import make_client
+from salun_core.storage.s3 import S3Store, make_client
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client

@@ -11,12 +11,12 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from salun_core.requests.deadlines import utc_clock
-from salun_core.requests.settling import settle
+from salun_core.registry.lookup import history
 from salun_core.storage.erase import unfinished_uploads
-from salun_core.storage.lease import holder_of
-from salun_core.storage.lookup import history
-from salun_core.storage.names import blob_key
+from salun_core.storage.keys import blob_key
+from salun_core.storage.leases import holder_of
+from salun_core.sweeps.settle import settle
+from salun_core.times import utc_clock
 from tests import toy_line as toy
 from tests.reliability import children, harness, journal
 from tests.reliability.audit import Auditor, Verdict
@@ -159,7 +159,7 @@ def orphans(store: JournalStore) -> int:
 
 
 def _purge(uri: str) -> None:
-    from salun_core.steps.purge import purge
+    from salun_core.retention.purge import purge
 
     purge(uri, clock=lambda: utc_clock() + timedelta(days=2))
 
@@ -187,8 +187,8 @@ def killed_training(kills: int) -> Figures:
 
     import torch
 
+    from salun_core.methods.classification import FileCheckpoint
     from salun_core.models.checkpoint import model_digest
-    from salun_core.unlearn import FileCheckpoint
     from tests.unit.unlearn import test_resume as training
 
     begin, settings = time.monotonic(), {"epochs": kills + 2}

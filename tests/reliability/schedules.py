@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 from salun_core.errors import ConflictError
 from salun_core.requests.schema import Status
-from salun_core.requests.settling import settle
-from salun_core.storage.lease import release
-from salun_core.storage.names import event_key, head_key
+from salun_core.storage.keys import event_key, head_key
+from salun_core.storage.leases import release
+from salun_core.sweeps.settle import settle
 from tests import toy_line as toy
 from tests.fault_proxy import LOST, FaultProxy
 from tests.reliability import children, harness, mutants

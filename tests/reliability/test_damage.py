@@ -20,25 +20,27 @@ from urllib.parse import urlsplit
 import pytest
 from fault_proxy import FaultProxy
 
-from salun_core.data.forget import ClassTarget, ForgetSet, SamplesTarget, SubjectTarget
+from salun_core.data.forget_set import ClassTarget, ForgetSet, SamplesTarget, SubjectTarget
 from salun_core.data.split import SplitManifest
 from salun_core.digest import canonical_json
 from salun_core.errors import IntegrityError, SalunError
+from salun_core.models.architectures import build_classifier
 from salun_core.models.card import ModelCard
 from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS, load_model, save_model
-from salun_core.models.registry import build_classifier
+from salun_core.registry import lookup
+from salun_core.registry.manifest import Head
+from salun_core.registry.versions import fetch_version, publish_head, read_version, stage_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.reading import read_events, read_request
-from salun_core.requests.runs import RunEvent, RunLog, RunRecord, RunStatus
 from salun_core.requests.schema import DeletionRequest, Receipt, RequestEvent
 from salun_core.saliency import SaliencyMask
-from salun_core.storage import lookup, names, open_store
+from salun_core.storage import keys as names
+from salun_core.storage import open_store
 from salun_core.storage.blobs import fetch_blob
-from salun_core.storage.lease import Lease, acquire, read_lease
-from salun_core.storage.lineage import Head
+from salun_core.storage.leases import Lease, acquire, read_lease
 from salun_core.storage.objects import Entry, StoredObject
 from salun_core.storage.s3 import S3Store
-from salun_core.storage.versions import fetch_version, publish_head, read_version, stage_version
+from salun_core.sweeps.runs import RunEvent, RunLog, RunRecord, RunStatus
 from tests.toy_line import run_record
 
 pytestmark = pytest.mark.s3

@@ -5,13 +5,13 @@ from contextlib import suppress
 import pytest
 
 from salun_core.errors import ConflictError
+from salun_core.registry.lookup import history
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, Status
-from salun_core.requests.settling import settle
-from salun_core.steps.rollback import rollback
-from salun_core.storage.lease import acquire, holder_of, release
-from salun_core.storage.lookup import history
-from salun_core.storage.names import event_key, head_key, lease_key, request_key
+from salun_core.storage.keys import event_key, head_key, lease_key, request_key
+from salun_core.storage.leases import acquire, holder_of, release
+from salun_core.sweeps.rollback import rollback
+from salun_core.sweeps.settle import settle
 from tests import toy_line as toy
 from tests.reliability.faults import LostReplies
 from tests.reliability.journal import JournalStore

@@ -17,14 +17,14 @@ from botocore import endpoint
 
 from salun_core.digest import sha256_bytes
 from salun_core.errors import ConflictError, SalunError, StoreError
-from salun_core.requests.books import Books
+from salun_core.registry.lookup import read_head, read_version
 from salun_core.requests.schema import Status
-from salun_core.requests.settling import settle
 from salun_core.storage import s3
-from salun_core.storage.lease import holder_of
-from salun_core.storage.lookup import read_head, read_version
-from salun_core.storage.names import blob_key
+from salun_core.storage.keys import blob_key
+from salun_core.storage.leases import holder_of
 from salun_core.storage.objects import FileStore
+from salun_core.sweeps.context import Books
+from salun_core.sweeps.settle import settle
 from tests import toy_line as toy
 from tests.reliability import journal
 from tests.reliability.plan import Plan

@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 from salun_core.data import DataSpec, ForgetSet, ImageSet, LoadedData, load_data
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.evidence import Forgotten, Measured
+from salun_core.methods.classification import UnlearnConfig, unlearn
+from salun_core.methods.classification.training import train_classifier
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask, saliency_scores
-from salun_core.unlearn import UnlearnConfig, unlearn
-from salun_core.unlearn.training import train_classifier
 
 CLASS = 3
 

@@ -14,7 +14,7 @@ from salun_core.errors import GateRefusedError, UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.evidence import Forgotten, Measured
 from salun_core.gate import Expected, GateDecision, Policy, decide, digest_of, load_policy
-from salun_core.unlearn.training import fresh_classifier
+from salun_core.methods.classification.training import fresh_classifier
 
 POLICY = load_policy("classifier")
 

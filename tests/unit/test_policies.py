@@ -3,8 +3,8 @@
 import pytest
 
 from salun_core.evaluation import Evidence, Metric
-from salun_core.evaluation.comparison import wilson_interval
 from salun_core.evaluation.evidence import Forgotten, Generation, Integrity, Measured
+from salun_core.evaluation.statistics import wilson_interval
 from salun_core.gate import decide, load_policy
 
 NAMES = ("ddpm", "stable-diffusion", "nsfw")

@@ -18,9 +18,9 @@ from benchmarks.deviations.weights import frozen_change, overlap
 from salun_core.data import ImageSet
 from salun_core.evaluation.membership import modified_entropy
 from salun_core.evaluation.outputs import Outputs
+from salun_core.methods.classification import method_config, unlearn
+from salun_core.methods.classification.method import Task, cross_entropy
 from salun_core.saliency import SaliencyMask, saliency_scores
-from salun_core.unlearn import method_config, unlearn
-from salun_core.unlearn.method import Task, cross_entropy
 
 
 def toy(count=10, classes=3):

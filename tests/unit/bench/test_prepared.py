@@ -6,16 +6,15 @@ import json
 
 import pytest
 
-from salun_core.bench.forgetting import drawn
 from salun_core.bench.plan import Plan
-from salun_core.bench.prepared import identity
+from salun_core.bench.prepared import drawn, identity
 from salun_core.bench.results import collect
 from salun_core.bench.runner import run_suite
 from salun_core.bench.suite import load_suite
 from salun_core.config import load
 from salun_core.data.split import SplitManifest
 from salun_core.errors import UsageError
-from salun_core.models.generation_card import read_card
+from salun_core.models.card import read_card
 
 CONFIG = {"steps": 2, "epochs": 1, "batch_size": 8}
 CONCEPT = {

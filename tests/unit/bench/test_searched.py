@@ -25,9 +25,9 @@ from salun_core.evaluation.evidence import RunFacts
 from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.mask import compute_mask
-from salun_core.steps.tuning import TuneWish
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.unlearn.tuning import TuningLog
+from salun_core.tasks.classification.tuning import TuneWish
+from salun_core.tuning import TuningLog
 
 ROWS = [
     {"name": "SalUn", "method": "salun", "mask": "saliency", "config": {"epochs": 2}},

@@ -19,10 +19,10 @@ from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import EpochRecord, RunFacts
 from salun_core.steps.evaluation import evaluate
-from salun_core.steps.inputs import load_inputs
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.unlearn.tuning import TuningLog
+from salun_core.tasks.classification.inputs import load_inputs
+from salun_core.tuning import TuningLog
 from tests.unit.bench.test_searched import ROWS, SUITE, plan_of
 
 STEPS = [

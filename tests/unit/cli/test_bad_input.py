@@ -256,8 +256,8 @@ class TestGate:
         assert "measured on another after" in result.stderr
 
     def test_a_refused_run_leaves_the_line_alone(self, salun, world, store, tmp_path):
-        from salun_core.steps.training import register_model
-        from salun_core.storage.versions import read_head
+        from salun_core.registry.versions import read_head
+        from salun_core.tasks.classification.training import register_model
 
         version = register_model(store, "digits", world.base, "import", 1)
         settings = ("--set", "model_line=digits", "--set", f"forget_manifest_uri={world.forget_json}")
@@ -271,7 +271,7 @@ class TestGate:
 class TestStore:
     @pytest.fixture
     def line(self, world, store):
-        from salun_core.steps.training import register_model
+        from salun_core.tasks.classification.training import register_model
 
         register_model(store, "digits", world.base, "import", 1)
         return store
@@ -313,8 +313,8 @@ class TestStore:
 
     def test_a_head_that_moved_is_exit_4(self, salun, world, line, monkeypatch):
         """While a run evaluates, another publishes; the run must not publish over it."""
+        from salun_core.registry.versions import publish, read_head
         from salun_core.steps import run as steps
-        from salun_core.storage.versions import publish, read_head
 
         def overtaken(*args, **kwargs):
             parent = read_head(line, "digits")[0].version
@@ -374,7 +374,7 @@ class TestFullDisk:
 
 
 def test_an_internal_error_is_one_line(salun, monkeypatch):
-    from salun_core.steps import checks
+    from salun_core import doctor as checks
 
     monkeypatch.setattr(checks, "run_checks", lambda *args: 1 / 0)
     result = salun("doctor")
@@ -385,7 +385,7 @@ def test_an_internal_error_is_one_line(salun, monkeypatch):
 
 
 def test_ctrl_c_is_exit_130(salun, monkeypatch):
-    from salun_core.steps import checks
+    from salun_core import doctor as checks
 
     def interrupted(*args):
         raise KeyboardInterrupt

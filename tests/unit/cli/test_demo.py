@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from salun_core.data import DataSpec, load_data
-from salun_core.data.forget import ClassTarget, SubjectTarget, resolve_forget
-from salun_core.requests.deadlines import utc_clock
+from salun_core.data.forget_set import ClassTarget, SubjectTarget, resolve_forget
+from salun_core.registry.versions import history, lines
 from salun_core.requests.ledger import Ledger
 from salun_core.steps import demo as steps
 from salun_core.steps.demo_requests import SAMPLES, demo_targets, with_writers
 from salun_core.steps.demo_store import demo_store
 from salun_core.storage import open_store
-from salun_core.storage.versions import history, lines
+from salun_core.times import utc_clock
 
 
 @pytest.fixture(autouse=True)

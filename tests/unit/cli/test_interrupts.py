@@ -10,7 +10,7 @@ import pytest
 
 LOST = """
 import time, sys
-from salun_core.cli.interrupts import interruptible
+from salun_core.cli.failures import interruptible
 class Slow:
     def __del__(self):  # an exception that is raised in here is dropped
         print("ready", flush=True)
@@ -25,7 +25,7 @@ with interruptible():
 """
 PLAIN = """
 import time
-from salun_core.cli.interrupts import interruptible
+from salun_core.cli.failures import interruptible
 with interruptible():
     try:
         print("ready", flush=True)
@@ -36,7 +36,7 @@ with interruptible():
 """
 THREAD = """
 import threading, time
-from salun_core.cli.interrupts import interruptible
+from salun_core.cli.failures import interruptible
 with interruptible():
     threading.Thread(target=time.sleep, args=(60,)).start()  # Python waits for it at its end
     try:
@@ -47,7 +47,7 @@ with interruptible():
 """
 LOGGING = """
 import logging, time
-from salun_core.cli.interrupts import interruptible
+from salun_core.cli.failures import interruptible
 class Slow(logging.Handler):
     def emit(self, record):
         print("ready", flush=True)

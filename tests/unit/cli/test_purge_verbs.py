@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from salun_core.storage.versions import publish
+from salun_core.registry.versions import publish
 
 pytestmark = pytest.mark.s3
 

@@ -8,21 +8,21 @@ import shlex
 
 import pytest
 
+from salun_core.certificates.keys import create_key
 from salun_core.cli.examples import EXAMPLES
-from salun_core.cli.sweep import _facts
-from salun_core.data.forget import ClassTarget, SamplesTarget
+from salun_core.cli.sweep import _facts_sweep as _facts
+from salun_core.data.forget_set import ClassTarget, SamplesTarget
 from salun_core.errors import GateRefusedError
-from salun_core.requests.deadlines import utc_clock
-from salun_core.requests.keys import create_key
+from salun_core.registry.versions import read_head, read_version
 from salun_core.requests.ledger import Ledger
-from salun_core.requests.runs import RunStatus
 from salun_core.requests.schema import Status
-from salun_core.requests.settling import Settled
 from salun_core.steps.claim import Claimed, claim_requests, sweep_terms
 from salun_core.steps.sweep import SweepOutcome
-from salun_core.storage.lease import holder_of
-from salun_core.storage.names import blob_key, certificate_key, scratch_prefix
-from salun_core.storage.versions import read_head, read_version
+from salun_core.storage.keys import blob_key, certificate_key, scratch_prefix
+from salun_core.storage.leases import holder_of
+from salun_core.sweeps.runs import RunStatus
+from salun_core.sweeps.settle import Settled
+from salun_core.times import utc_clock
 
 pytestmark = pytest.mark.s3
 EXAMPLE = EXAMPLES["sweep"].splitlines()

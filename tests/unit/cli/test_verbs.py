@@ -141,7 +141,8 @@ def test_doctor_fails_where_the_gateway_is_named_and_gone(salun, monkeypatch):
 
 
 def test_ls_names_every_method(salun):
-    from salun_core import diffusion, unlearn
+    from salun_core.methods import classification as unlearn
+    from salun_core.methods import diffusion
 
     rows = [(row["model"], row["method"]) for row in _json(salun("ls", "methods", "--json"))]
     assert [method for model, method in rows if model == "classifier"] == list(unlearn.METHODS)
@@ -177,7 +178,7 @@ def test_a_dry_run_writes_nothing(salun, world, store, untouched, place):
 
 
 def test_a_dry_run_of_run_publishes_nothing(salun, world, store):
-    from salun_core.steps.training import register_model
+    from salun_core.tasks.classification.training import register_model
 
     register_model(store, "digits", world.base, "import", 1)
     before = {entry.key for entry in store.list("")}

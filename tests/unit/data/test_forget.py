@@ -6,7 +6,7 @@ import pytest
 
 from salun_core.config import parse
 from salun_core.data import DataSpec, ForgetSet, SplitManifest, resolve_forget
-from salun_core.data.forget import (
+from salun_core.data.forget_set import (
     ClassTarget,
     ConceptTarget,
     RedactedTarget,

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from salun_core.data import DataSpec, idx, load_data, load_spec
+from salun_core.data import DataSpec, load_data, load_spec
+from salun_core.data import torchvision_sets as idx
 from salun_core.errors import DataError, UsageError
 
 ROOT = Path(__file__).resolve().parents[3]

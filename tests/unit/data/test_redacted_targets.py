@@ -5,7 +5,7 @@ import json
 import pytest
 
 from salun_core.data import DataSpec, resolve_forget
-from salun_core.data.forget import (
+from salun_core.data.forget_set import (
     ClassTarget,
     ConceptTarget,
     SamplesTarget,

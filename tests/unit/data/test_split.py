@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salun_core.data import DataSpec, ForgetSet, SplitManifest, load_data, resolve_forget
-from salun_core.data.forget import parse_target, read_targets, require_partial
+from salun_core.data.forget_set import parse_target, read_targets, require_partial
 from salun_core.data.split import make_split
 from salun_core.data.table import Table
 from salun_core.errors import DataError, IntegrityError, UsageError

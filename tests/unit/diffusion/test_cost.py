@@ -13,19 +13,19 @@ from diffusers import DDPMScheduler  # noqa: E402
 
 from benchmarks.diffusion_cost import LiveBytes, sampling_peak, small_unet  # noqa: E402
 from benchmarks.diffusion_flops import batch_of, flops, our_step, setting_of, usual_step  # noqa: E402
-from salun_core.diffusion import Task, generation_config, unlearn_generation  # noqa: E402
 from salun_core.diffusion.architectures import build_architecture  # noqa: E402
 from salun_core.diffusion.conditions import ConditionTable  # noqa: E402
 from salun_core.diffusion.denoiser import Denoiser  # noqa: E402
 from salun_core.diffusion.examples import Examples  # noqa: E402
 from salun_core.diffusion.latents import latents_of  # noqa: E402
 from salun_core.diffusion.process import Process  # noqa: E402
-from salun_core.diffusion.recipes import (  # noqa: E402
+from salun_core.methods.diffusion import Task, generation_config, unlearn_generation  # noqa: E402
+from salun_core.methods.diffusion.saliency import denoiser_mask, denoising_scores  # noqa: E402
+from salun_core.methods.diffusion.training import (  # noqa: E402
     StableDiffusionRecipe,
     build_autoencoder,
     build_text_encoder,
 )
-from salun_core.diffusion.saliency import denoiser_mask, denoising_scores  # noqa: E402
 
 
 def test_a_pair_costs_at_most_0_55_of_the_usual_procedure():

@@ -7,15 +7,15 @@ import pytest
 import torch
 from tiny_diffusion import lab
 
-from salun_core.diffusion import generation_config
 from salun_core.diffusion.examples import Examples, noised
-from salun_core.diffusion.saliency import (
+from salun_core.errors import DataError, UsageError
+from salun_core.methods.diffusion import generation_config
+from salun_core.methods.diffusion.saliency import (
     denoiser_mask,
     denoising_scores,
     random_denoiser_mask,
     selection_mask,
 )
-from salun_core.errors import DataError, UsageError
 
 pytest.importorskip("diffusers")
 
@@ -65,7 +65,7 @@ def test_scores_are_the_same_each_time_and_depend_on_the_seed():
 
 
 def test_stratified_times_fall_one_into_each_stretch():
-    from salun_core.diffusion.saliency import _times
+    from salun_core.methods.diffusion.saliency import _times
 
     times = _times(1000, 40, config(saliency_times="stratified"), torch.Generator().manual_seed(0))
     assert sorted((times // 25).tolist()) == list(range(40))

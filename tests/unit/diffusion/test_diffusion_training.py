@@ -13,7 +13,9 @@ from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples
 from salun_core.diffusion.latents import pixels_of
 from salun_core.diffusion.process import Process
-from salun_core.diffusion.recipes import (
+from salun_core.methods.checkpoint import FileCheckpoint
+from salun_core.methods.diffusion.training import (
+    Averaged,
     DdpmRecipe,
     StableDiffusionRecipe,
     build_autoencoder,
@@ -21,9 +23,10 @@ from salun_core.diffusion.recipes import (
     build_scheduler,
     build_text_encoder,
     build_tokenizer,
+    train_autoencoder,
+    train_denoiser,
+    train_text_encoder,
 )
-from salun_core.diffusion.training import Averaged, train_autoencoder, train_denoiser, train_text_encoder
-from salun_core.unlearn.checkpoint import FileCheckpoint
 
 RECIPE = DdpmRecipe(
     channels=[8, 16], head_channels=4, steps=12, epochs=3, batch_size=16, average=0.9, seed=3, device="cpu"

@@ -14,8 +14,8 @@ from salun_core.diffusion.examples import noised
 from salun_core.diffusion.families import family_of
 from salun_core.diffusion.sampling import images
 from salun_core.errors import ModelError, UsageError
+from salun_core.models.card import GenerationEvaluation
 from salun_core.models.diffusers_folder import load_diffusion
-from salun_core.models.generation_card import GenerationEvaluation
 from tests.unit.models.tiny_folders import CLASS_TOLD, CLASSES, FAMILIES, SIDE, save_model_folder
 
 

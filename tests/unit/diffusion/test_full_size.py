@@ -11,7 +11,6 @@ pytest.importorskip("transformers", reason="the diffusion extra is not installed
 
 from diffusers import DDPMScheduler  # noqa: E402
 
-from salun_core.diffusion import generation_config  # noqa: E402
 from salun_core.diffusion.architectures import (  # noqa: E402
     architecture_config,
     architecture_names,
@@ -19,8 +18,9 @@ from salun_core.diffusion.architectures import (  # noqa: E402
 )
 from salun_core.diffusion.denoiser import Denoiser  # noqa: E402
 from salun_core.diffusion.process import Process  # noqa: E402
-from salun_core.diffusion.saliency import selection_mask, shapes_of  # noqa: E402
 from salun_core.errors import UsageError  # noqa: E402
+from salun_core.methods.diffusion import generation_config  # noqa: E402
+from salun_core.methods.diffusion.saliency import selection_mask, shapes_of  # noqa: E402
 from salun_core.saliency import SaliencyMask  # noqa: E402
 
 TEXT_UNETS = {"sd-1.4-unet": 859_520_964, "sd-2.1-unet": 865_910_724, "sdxl-unet": 2_567_463_684}

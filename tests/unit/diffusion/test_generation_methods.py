@@ -20,15 +20,15 @@ from tiny_diffusion import (
     text_unet,
 )
 
-from salun_core.diffusion import METHODS, Setting, generation_config, unlearn_generation
-from salun_core.diffusion.erased_stable_diffusion import ddim_step, partly_denoised, path
 from salun_core.diffusion.examples import noised
-from salun_core.diffusion.forget_me_not import attention_energy, attention_maps
-from salun_core.diffusion.saliency import denoiser_mask, denoising_scores, selection_mask
-from salun_core.diffusion.unified_concept_editing import correction, matched_tokens, projections
 from salun_core.errors import ConflictError, DataError, UsageError
+from salun_core.methods.classification import FileCheckpoint
+from salun_core.methods.diffusion import METHODS, Setting, generation_config, unlearn_generation
+from salun_core.methods.diffusion.erased_stable_diffusion import ddim_step, partly_denoised, path
+from salun_core.methods.diffusion.forget_me_not import attention_energy, attention_maps
+from salun_core.methods.diffusion.saliency import denoiser_mask, denoising_scores, selection_mask
+from salun_core.methods.diffusion.unified_concept_editing import correction, matched_tokens, projections
 from salun_core.models.checkpoint import model_digest
-from salun_core.unlearn import FileCheckpoint
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from tiny_diffusion import NULL, batches, lab
 
-from salun_core.diffusion import Setting, Task, generation_config
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.examples import Examples
-from salun_core.diffusion.objectives import (
+from salun_core.errors import UsageError
+from salun_core.methods.diffusion import Setting, Task, generation_config
+from salun_core.methods.diffusion.objectives import (
     denoising_loss,
     denoising_loss_with_drop,
     guided,
     relabel_loss,
     retain_weight,
 )
-from salun_core.errors import UsageError
 
 pytest.importorskip("diffusers")
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from salun_core.diffusion.examples import Examples
-from salun_core.diffusion.prompt_attack import nearest, search
 from salun_core.errors import UsageError
+from salun_core.evaluation.prompt_attack import nearest, search
 from tests.tiny_generation import tiny_stable_diffusion
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
@@ -71,7 +71,7 @@ def test_special_tokens_are_never_chosen():
 
 
 def test_a_clip_encoder_reads_embeddings_as_it_reads_their_words(tmp_path, digits_model):
-    from salun_core.diffusion.prompt_words import ClipWords
+    from salun_core.evaluation.prompt_attack import ClipWords
     from salun_core.models.diffusers_folder import load_diffusion
 
     components = load_diffusion(tiny_stable_diffusion(tmp_path / "sd", digits_model)).components

@@ -8,7 +8,8 @@ pytest.importorskip("transformers", reason="the extra `generation` is not instal
 import torch
 
 from salun_core.config import parse
-from salun_core.diffusion.recipes import (
+from salun_core.errors import UsageError
+from salun_core.methods.diffusion.training import (
     DdpmRecipe,
     StableDiffusionRecipe,
     build_autoencoder,
@@ -17,7 +18,6 @@ from salun_core.diffusion.recipes import (
     build_text_unet,
     build_tokenizer,
 )
-from salun_core.errors import UsageError
 
 
 def test_default_sizes_are_those_that_are_documented():

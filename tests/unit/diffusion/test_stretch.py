@@ -6,11 +6,10 @@ import pytest
 import torch
 from tiny_diffusion import lab
 
-from salun_core.diffusion import METHODS, Setting, generation_config
-from salun_core.diffusion.method import GenerationMethod
-from salun_core.diffusion.stretch import DiffusionStretch
 from salun_core.errors import UsageError
-from salun_core.unlearn.distributed import ALONE, World
+from salun_core.methods.diffusion import METHODS, Setting, generation_config
+from salun_core.methods.diffusion.method import DiffusionStretch, GenerationMethod
+from salun_core.methods.distributed import ALONE, World
 
 pytest.importorskip("diffusers")
 

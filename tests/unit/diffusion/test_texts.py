@@ -7,9 +7,9 @@ pytest.importorskip("transformers", reason="the extra `generation` is not instal
 
 import torch
 
+from salun_core.diffusion.conditions import cut_prompts, encode_prompts
 from salun_core.diffusion.families import family_of
-from salun_core.diffusion.stored import remembered
-from salun_core.diffusion.texts import cut_prompts, encode_prompts
+from salun_core.diffusion.latents import remembered
 from salun_core.errors import UsageError
 from salun_core.models.diffusers_folder import load_diffusion
 from tests.unit.models.tiny_folders import LENGTH, PROMPTS, SIDE, save_model_folder

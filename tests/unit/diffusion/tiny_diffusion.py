@@ -3,11 +3,11 @@
 import torch
 from sklearn.datasets import load_digits
 
-from salun_core.diffusion import Task
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples
 from salun_core.diffusion.process import Process
+from salun_core.methods.diffusion import Task
 
 NULL, LENGTH, WIDTH = 3, 5, 12  # of the tables: three conditions and the null one
 

@@ -12,12 +12,12 @@ from torch import nn
 from salun_core.data import ImageSet
 from salun_core.errors import DataError, ModelError
 from salun_core.evaluation import Evidence, Metric, Splits, evaluate_classifier
-from salun_core.evaluation.comparison import auc_interval, average_gap, wilson_interval
-from salun_core.evaluation.distributions import BINS, accuracy_by_class, confusion
+from salun_core.evaluation.classifier import BINS, accuracy_by_class, confusion
 from salun_core.evaluation.evidence import Forgotten, Measured
 from salun_core.evaluation.integrity import compare_weights
 from salun_core.evaluation.membership import confidence_attack, entropy_attack
 from salun_core.evaluation.outputs import Outputs, outputs_of
+from salun_core.evaluation.statistics import auc_interval, average_gap, wilson_interval
 from salun_core.saliency import SaliencyMask
 
 MEASURED = Measured(before="a", after="b", dataset="c", split="d", forget_set="e")

@@ -7,7 +7,7 @@ import pytest
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import Further, TuningFacts
-from salun_core.evaluation.further import Subject, measure_further, parse_also, require_reference
+from salun_core.evaluation.optional_metrics import Subject, measure_further, parse_also, require_reference
 
 
 def test_names_and_counts():

@@ -16,13 +16,12 @@ from torch import nn
 from salun_core.data import load_data
 from salun_core.errors import DataError, ModelError, UsageError
 from salun_core.evaluation import Evidence, Metric
-from salun_core.evaluation.comparison import wilson_interval
 from salun_core.evaluation.evidence import CurvePoint, Forgotten, Measured, RunFacts
-from salun_core.evaluation.generation import Judges, Plan, evaluate_generation
-from salun_core.evaluation.grids import ROWS
+from salun_core.evaluation.generated_images import ROWS, Judges, Plan, evaluate_generation
+from salun_core.evaluation.image_classifier import Judge
 from salun_core.evaluation.image_features import frechet_distance, judge_extractor, kernel_distance
-from salun_core.evaluation.judging import Judge
 from salun_core.evaluation.nudity import NudityDetector
+from salun_core.evaluation.statistics import wilson_interval
 from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from salun_core.errors import DataError
-from salun_core.evaluation.grids import COLUMNS, LIMIT, ROWS, SIDE, grid_image, rows_shown, thumbnails
+from salun_core.evaluation.generated_images import COLUMNS, LIMIT, ROWS, SIDE, grid_image, rows_shown, thumbnails
 
 
 def noise(count, height=10, width=10, seed=0):

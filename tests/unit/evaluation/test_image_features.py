@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from salun_core.errors import IntegrityError, ModelError, UsageError
+from salun_core.evaluation.image_classifier import Judge
 from salun_core.evaluation.image_features import (
     features_of,
     frechet_distance,
@@ -20,7 +21,6 @@ from salun_core.evaluation.image_features import (
     kernel_of,
     require_same_extractor,
 )
-from salun_core.evaluation.judging import Judge
 from salun_core.models import load_model
 
 pytest.importorskip("torchmetrics", reason="the extra `diffusion` is not installed")

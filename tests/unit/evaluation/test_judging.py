@@ -10,7 +10,7 @@ from torch import nn
 
 from salun_core.data import load_data
 from salun_core.errors import DataError, ModelError
-from salun_core.evaluation.judging import Judge, as_asked, fitted
+from salun_core.evaluation.image_classifier import Judge, as_asked, fitted
 from salun_core.models import load_model
 
 

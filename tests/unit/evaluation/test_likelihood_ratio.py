@@ -18,9 +18,9 @@ from salun_core.evaluation.likelihood_ratio import (
     train_shadows,
 )
 from salun_core.evaluation.outputs import Outputs
-from salun_core.evaluation.two_sample import rank_area
-from salun_core.unlearn import UnlearnConfig
-from salun_core.unlearn.training import train_classifier
+from salun_core.evaluation.statistics import rank_area
+from salun_core.methods.classification import UnlearnConfig
+from salun_core.methods.classification.training import train_classifier
 
 
 def drawn(shadows, samples, seed, gap):

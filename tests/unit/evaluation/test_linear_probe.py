@@ -7,7 +7,7 @@ from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.evaluation.probe import features_of, probe_metric, probe_scores
-from salun_core.evaluation.two_sample import rank_area
+from salun_core.evaluation.statistics import rank_area
 
 
 def images(count, seed, shift=0.0):

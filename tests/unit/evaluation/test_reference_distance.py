@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from salun_core.evaluation.optional_metrics import kl_divergences, kl_metrics, tow_metric, tug_of_war
 from salun_core.evaluation.outputs import Outputs
-from salun_core.evaluation.reference_distance import kl_divergences, kl_metrics, tow_metric, tug_of_war
 
 
 def outputs(rows, labels):

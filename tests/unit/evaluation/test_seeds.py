@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from salun_core.evaluation.optional_metrics import mean_interval, run_figures, seed_metrics
 from salun_core.evaluation.outputs import outputs_of
-from salun_core.evaluation.seeds import mean_interval, run_figures, seed_metrics
 
 
 def test_interval_equals_scipy():

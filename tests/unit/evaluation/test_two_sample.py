@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from salun_core.evaluation.two_sample import kolmogorov_smirnov, rank_area
+from salun_core.evaluation.statistics import kolmogorov_smirnov, rank_area
 
 
 @pytest.mark.parametrize(("n", "m", "seed"), [(1, 1, 0), (1, 9, 1), (40, 25, 2), (100, 100, 3)])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from salun_core.evaluation.evidence import ClassAccuracy
+from salun_core.evaluation.optional_metrics import decile_metric, familiar_share, worst_drop_metric
 from salun_core.evaluation.outputs import Outputs
-from salun_core.evaluation.worst_group import decile_metric, familiar_share, worst_drop_metric
 
 
 def with_losses(losses):

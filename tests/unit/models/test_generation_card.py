@@ -5,8 +5,7 @@ import json
 import pytest
 
 from salun_core.errors import UsageError
-from salun_core.models.card import ModelCard
-from salun_core.models.generation_card import GenerationCard, GenerationEvaluation, parse_card, read_card
+from salun_core.models.card import GenerationCard, GenerationEvaluation, ModelCard, parse_card, read_card
 
 FACTS = {"channels": 3, "height": 32, "width": 32, "dataset_digest": "a", "split_digest": "b"}
 CARD = {"task": "text-to-image", "architecture": "UNet2DConditionModel", "classes": ["bag", "coat"], **FACTS}

@@ -3,7 +3,7 @@ import torch
 
 from salun_core.errors import ModelError, UsageError
 from salun_core.models import build_classifier
-from salun_core.models.registry import CLASSIFIERS
+from salun_core.models.architectures import CLASSIFIERS
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from torch import nn
 
 from salun_core.data import DataSpec, ImageSet, SplitManifest
 from salun_core.errors import ModelError
+from salun_core.methods.classification import unlearn
+from salun_core.methods.classification.boundary_expanding import last_linear
 from salun_core.models import ModelCard, build_classifier, load_model, save_model
 from salun_core.models.transformers import swin_patch_and_window, vit_patch
 from salun_core.saliency import SaliencyMask, saliency_scores
-from salun_core.unlearn import unlearn
-from salun_core.unlearn.boundary_expanding import last_linear
 
 CLASSES, SIZE = 5, 32
 STUDY = ["resnet18", "resnet20", "resnet56", "vgg16_bn", "swin_t", "vit_tiny"]

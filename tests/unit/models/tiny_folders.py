@@ -10,7 +10,7 @@ SIDE, LENGTH, WIDTH = 8, 12, 16
 
 
 def tokenizer():
-    from salun_core.diffusion.recipes import build_tokenizer
+    from salun_core.methods.diffusion.training import build_tokenizer
 
     return build_tokenizer(PROMPTS, LENGTH)
 
@@ -189,7 +189,7 @@ def save_raw(name, folder, **options):
 
 def save_model_folder(name, folder, tmp):
     """Save a family as a model folder, by way of the import."""
-    from salun_core.steps.generation_import import import_diffusion
+    from salun_core.tasks.diffusion.importing import import_diffusion
 
     raw = save_raw(name, tmp / f"raw-{name}")
     import_diffusion(str(raw), None, folder, classes=CLASSES)

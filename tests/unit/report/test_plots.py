@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salun_core.evaluation.evidence import ClassAccuracy, Curve, Distribution, Series
-from salun_core.report import Ancestor, ReportContext, histograms, plots, wording
-from salun_core.report.svg import label
+from salun_core.report import Ancestor, ReportContext, plots, wording
+from salun_core.report import plots as histograms
+from salun_core.report.plots import label
 
 COUNTS = st.lists(st.integers(0, 10_000), min_size=4, max_size=4)
 

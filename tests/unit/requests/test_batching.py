@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from salun_core.requests.batching import after_failure, after_refusal, after_stale, why_due
-from salun_core.requests.terms import Rung, Terms
+from salun_core.sweeps.policy import Rung, Terms, after_failure, after_refusal, after_stale, why_due
 
 NOW = datetime(2028, 2, 20, 12, tzinfo=UTC)
 TERMS = Terms(ladder=[Rung(method="salun"), Rung(method="salun", density=0.75), Rung(method="retrain")])

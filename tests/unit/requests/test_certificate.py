@@ -8,24 +8,23 @@ from dataclasses import replace
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from salun_core.data.forget import SubjectTarget
-from salun_core.digest import canonical_json, digest_json, sha256_bytes
-from salun_core.errors import GateRefusedError, IntegrityError, UsageError
-from salun_core.evaluation.evidence import Evidence, Forgotten, Integrity, Measured, Metric, RunFacts
-from salun_core.gate import decide, load_policy
-from salun_core.requests.certificate import Facts, build_statement, certify, issue, issue_addendum
-from salun_core.requests.envelope import PAYLOAD_TYPE, keyid, sign
-from salun_core.requests.facts import salted_digest
-from salun_core.requests.schema import DeletionRequest, Outcome
-from salun_core.requests.statement import (
+from salun_core.certificates.envelope import PAYLOAD_TYPE, keyid, sign
+from salun_core.certificates.issue import Facts, build_statement, certify, issue, issue_addendum, salted_digest
+from salun_core.certificates.statement import (
     DisposalAddendum,
     DisposalDone,
     Disposals,
     ErasureCertificate,
     open_statement,
 )
-from salun_core.storage.lineage import VersionManifest
-from salun_core.storage.names import addendum_key, certificate_key
+from salun_core.data.forget_set import SubjectTarget
+from salun_core.digest import canonical_json, digest_json, sha256_bytes
+from salun_core.errors import GateRefusedError, IntegrityError, UsageError
+from salun_core.evaluation.evidence import Evidence, Forgotten, Integrity, Measured, Metric, RunFacts
+from salun_core.gate import decide, load_policy
+from salun_core.registry.manifest import VersionManifest
+from salun_core.requests.schema import DeletionRequest, Outcome
+from salun_core.storage.keys import addendum_key, certificate_key
 
 CANARIES = ("person-canary-07", "ticket-canary", "sample-canary", "class-canary")
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -351,7 +350,7 @@ def test_a_signed_statement_of_another_form_is_refused(edit):
 
 
 def test_the_signer_that_is_named_is_the_one_that_signed():
-    from salun_core.requests.statement import sign_statement
+    from salun_core.certificates.statement import sign_statement
 
     with pytest.raises(IntegrityError, match="another signer"):
         opened(sign_statement(build_statement(facts_of(), OTHER), KEY))

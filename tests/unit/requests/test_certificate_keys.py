@@ -16,9 +16,9 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
+from salun_core.certificates.envelope import PAYLOAD_TYPE, keyid, open_envelope, sign
+from salun_core.certificates.keys import create_key, load_public_key, load_signing_key, load_trusted_keys
 from salun_core.errors import UsageError
-from salun_core.requests.envelope import PAYLOAD_TYPE, keyid, open_envelope, sign
-from salun_core.requests.keys import create_key, load_public_key, load_signing_key, load_trusted_keys
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from salun_core.certificates.envelope import MAX_ENVELOPE_BYTES, PAYLOAD_TYPE, open_envelope, sign
+from salun_core.certificates.keys import load_public_key, public_pem
+from salun_core.certificates.statement import DisposalAddendum, ErasureCertificate, open_statement
+from salun_core.certificates.verify import verify_certificate
 from salun_core.digest import canonical_json
 from salun_core.errors import IntegrityError, UsageError
-from salun_core.requests.envelope import MAX_ENVELOPE_BYTES, PAYLOAD_TYPE, open_envelope, sign
-from salun_core.requests.keys import load_public_key, public_pem
-from salun_core.requests.statement import DisposalAddendum, ErasureCertificate, open_statement
-from salun_core.steps.verification import verify_certificate
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "certificates" / "v1"
 CERTIFICATE = (FIXTURE / "certificate.json").read_bytes()
@@ -187,7 +187,7 @@ def test_an_envelope_of_another_form_is_refused(forged):
 def test_a_payload_that_is_not_canonical_is_neither_signed_nor_opened(payload, monkeypatch):
     with pytest.raises(IntegrityError):
         sign(payload, PAYLOAD_TYPE, KEY)
-    monkeypatch.setattr("salun_core.requests.envelope._check_canonical", lambda *_: None)
+    monkeypatch.setattr("salun_core.certificates.envelope._check_canonical", lambda *_: None)
     data = sign(payload, PAYLOAD_TYPE, KEY)
     monkeypatch.undo()
     with pytest.raises(IntegrityError, match="payload"):

@@ -8,13 +8,13 @@ from datetime import timedelta
 import pytest
 
 from salun_core.data import DataSpec, ForgetSet, load_data
-from salun_core.data.forget import ClassTarget, ConceptTarget, SamplesTarget
+from salun_core.data.forget_set import ClassTarget, ConceptTarget, SamplesTarget
 from salun_core.data.split import SplitManifest
-from salun_core.requests.claiming import claim
-from salun_core.requests.deadlines import utc_clock
 from salun_core.requests.resolve import TableResolver
 from salun_core.requests.schema import Status
-from salun_core.storage.names import request_key, run_key, scratch_key
+from salun_core.storage.keys import request_key, run_key, scratch_key
+from salun_core.sweeps.claim import claim
+from salun_core.times import utc_clock
 from tests import toy_line as toy
 
 pytestmark = pytest.mark.s3

@@ -3,13 +3,13 @@ from datetime import UTC, datetime
 
 import pytest
 
-from salun_core.data.forget import SamplesTarget
+from salun_core.data.forget_set import SamplesTarget
 from salun_core.errors import ConflictError, StoreError, UsageError
-from salun_core.requests.deadlines import utc_clock
 from salun_core.requests.intake import read_submissions, submit_all
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.storage.s3 import S3Store
+from salun_core.times import utc_clock
 
 ONE = {"id": "r-1", "model_line": "faces", "target": {"kind": "samples", "ids": ["img-1"]}}
 TWO = {**ONE, "id": "r-2", "received_at": "2026-01-31T09:00:00+02:00", "source": "line\u2028separator"}

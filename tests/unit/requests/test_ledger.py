@@ -10,12 +10,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from salun_core.data.forget import ClassTarget, SamplesTarget, SubjectTarget
+from salun_core.data.forget_set import ClassTarget, SamplesTarget, SubjectTarget
 from salun_core.digest import sha256_bytes
 from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome, Status
-from salun_core.storage.names import event_key, request_key
+from salun_core.storage.keys import event_key, request_key
 
 pytestmark = pytest.mark.s3
 
@@ -141,7 +141,7 @@ class TestSubmit:
         script = """
             import os, signal, sys
             from datetime import UTC, datetime
-            from salun_core.data.forget import SamplesTarget
+            from salun_core.data.forget_set import SamplesTarget
             from salun_core.requests.ledger import Ledger
             from salun_core.storage import split_uri
             from salun_core.storage.s3 import S3Store

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from salun_core.cli.app import app
-from salun_core.requests.deadlines import utc_clock
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome, Status
+from salun_core.times import utc_clock
 
 pytestmark = pytest.mark.s3
 

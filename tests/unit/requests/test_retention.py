@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from salun_core.errors import IntegrityError
-from salun_core.requests.artifacts import parse_artifact
-from salun_core.requests.retention import Kind, RetentionRules, is_known, plan
-from salun_core.requests.runs import RunStatus
+from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.schema import Outcome, Status
-from salun_core.requests.stock import LAYOUT, Artifact, RequestFacts, RunFacts, Stock, kind_of_key
-from salun_core.storage import names
+from salun_core.retention.inventory import LAYOUT, Artifact, RequestFacts, RunFacts, Stock, kind_of_key, parse_artifact
+from salun_core.retention.rules import Kind, RetentionRules, is_known, plan
+from salun_core.storage import keys as names
 from salun_core.storage.erase import StoredKey, Upload
-from salun_core.storage.lineage import Head, VersionManifest
+from salun_core.sweeps.runs import RunStatus
 from tests.folder_model import TEXT, UNET, VAE
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)

@@ -7,13 +7,13 @@ from datetime import timedelta
 
 import pytest
 
-from salun_core.data.forget import ClassTarget
+from salun_core.data.forget_set import ClassTarget
 from salun_core.errors import ConflictError
-from salun_core.requests.deadlines import utc_clock
 from salun_core.requests.schema import Outcome, Status
-from salun_core.requests.settling import settle
-from salun_core.storage.lease import holder_of
-from salun_core.storage.names import certificate_key, scratch_prefix
+from salun_core.storage.keys import certificate_key, scratch_prefix
+from salun_core.storage.leases import holder_of
+from salun_core.sweeps.settle import settle
+from salun_core.times import utc_clock
 from tests import toy_line as toy
 
 pytestmark = pytest.mark.s3

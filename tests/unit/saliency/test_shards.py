@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from salun_core.errors import DataError, IntegrityError, ModelError, UsageError
-from salun_core.saliency import SaliencyMask, saliency_scores, shards
+from salun_core.saliency import SaliencyMask, saliency_scores
+from salun_core.saliency import scores as shards
+from salun_core.saliency.scores import CHUNK, PartialSums, Shard, layout, score_shard, sharded_scores
 from salun_core.saliency.shard_file import ShardHeader, merge_shards, read_shard, write_shard
-from salun_core.saliency.shards import CHUNK, PartialSums, Shard, layout, score_shard, sharded_scores
 
 SAMPLES = 5 * CHUNK - 100
 MODEL, FORGET = "a" * 64, "b" * 64

@@ -9,13 +9,13 @@ from salun_core.config import load
 from salun_core.data import DataSpec
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import METRIC_NAMES, Forgotten, Integrity, Measured, Metric, RunFacts
+from salun_core.methods.classification import UnlearnConfig
 from salun_core.models import load_model
 from salun_core.report import wording
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
-from salun_core.steps.training import train_model
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.unlearn import UnlearnConfig
+from salun_core.tasks.classification.training import train_model
 
 SETTINGS = {"epochs": 1, "batch_size": 32, "device": "cpu"}
 

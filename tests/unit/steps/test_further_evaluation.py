@@ -8,10 +8,10 @@ import torch
 from salun_core.data import DataSpec
 from salun_core.errors import UsageError
 from salun_core.gate import Policy, decide
+from salun_core.methods.classification import UnlearnConfig
 from salun_core.steps.evaluation import evaluate
-from salun_core.steps.training import train_model
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.unlearn import UnlearnConfig
+from salun_core.tasks.classification.training import train_model
 
 ALL = "lira=4,relearn=3,probe,decile,kl,tow,seeds=2"
 NEW = {

@@ -6,27 +6,27 @@ import re
 import pytest
 import torch
 
-from salun_core.data.forget import ClassTarget, ConceptTarget
+from salun_core.certificates.keys import create_key
+from salun_core.certificates.verify import verify_certificate
+from salun_core.data.forget_set import ClassTarget, ConceptTarget
 from salun_core.errors import DataError, GateRefusedError, ModelError, UsageError
+from salun_core.models.card import GenerationCard
 from salun_core.models.diffusers_folder import load_diffusion
-from salun_core.models.generation_card import GenerationCard
-from salun_core.requests.deadlines import utc_clock
-from salun_core.requests.keys import create_key
+from salun_core.registry.versions import fetch_version, read_head, read_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.claim import ladder
 from salun_core.steps.evaluation import evaluate
-from salun_core.steps.generation.rows import label_of, rows_of
-from salun_core.steps.generation_training import register_diffusion
 from salun_core.steps.mask import compute_mask
-from salun_core.steps.opening import open_inputs
 from salun_core.steps.run import RunConfig, run_all
 from salun_core.steps.sweep import SweepConfig, sweep_once
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.steps.verification import verify_certificate
-from salun_core.storage.names import certificate_key
-from salun_core.storage.versions import fetch_version, read_head, read_version
+from salun_core.storage.keys import certificate_key
+from salun_core.tasks import open_inputs
+from salun_core.tasks.diffusion.inputs import label_of, rows_of
+from salun_core.tasks.diffusion.training import register_diffusion
+from salun_core.times import utc_clock
 from tests.tiny_generation import CLASS, OTHER, PERMISSIVE, QUICK, target_file, tiny_ddpm, tiny_stable_diffusion
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
@@ -86,8 +86,8 @@ def test_a_concept_of_a_stable_diffusion(sd, tmp_path):
 
 
 def test_the_mask_and_the_training_see_the_same_generated_images(sd, tmp_path):
-    from salun_core.diffusion import generation_config
-    from salun_core.steps.generation.examples import build_task
+    from salun_core.methods.diffusion import generation_config
+    from salun_core.tasks.diffusion.examples import build_task
 
     forget = target_file(tmp_path, kind="concept", images=6, **CONCEPT)
     config, device = generation_config("salun", QUICK), torch.device("cpu")

@@ -11,16 +11,16 @@ from salun_core.data import DataSpec
 from salun_core.diffusion.families import family_of
 from salun_core.diffusion.sampling import images
 from salun_core.errors import DataError, UsageError
+from salun_core.models.card import GenerationEvaluation
 from salun_core.models.diffusers_folder import load_diffusion, model_files
-from salun_core.models.generation_card import GenerationEvaluation
-from salun_core.steps.generation_training import (
+from salun_core.registry.versions import read_head, read_version
+from salun_core.tasks.diffusion.training import (
     ddpm_recipe,
     register_diffusion,
     stable_diffusion_recipe,
     train_ddpm,
     train_stable_diffusion,
 )
-from salun_core.storage.versions import read_head, read_version
 
 DIGITS = DataSpec(source="digits", train_limit=64)
 SHORT = {"steps": 2, "epochs": 2, "batch_size": 8, "channels": [8, 16], "head_channels": 4, "device": "cpu"}

@@ -1,10 +1,10 @@
 import pytest
 
-from salun_core.steps.lineage import tell
-from salun_core.storage.holds import VersionDisposal, record_disposal
-from salun_core.storage.lineage import utc_now
-from salun_core.storage.names import blob_key, delta_key
-from salun_core.storage.versions import publish, publish_head, stage_version
+from salun_core.registry.history import tell
+from salun_core.registry.holds import VersionDisposal, record_disposal
+from salun_core.registry.manifest import utc_now
+from salun_core.registry.versions import publish, publish_head, stage_version
+from salun_core.storage.keys import blob_key, delta_key
 from tests.folder_model import TEXT, UNET, VAE, write_folder
 
 pytestmark = pytest.mark.s3

@@ -9,12 +9,12 @@ import pytest
 
 from salun_core.errors import DataError, IntegrityError
 from salun_core.models import load_model, save_model
+from salun_core.registry.versions import history, read_head
 from salun_core.steps.fetch import fetch_model
 from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.run import RunConfig, run_all
-from salun_core.steps.training import register_model
 from salun_core.storage.s3 import S3Store
-from salun_core.storage.versions import history, read_head
+from salun_core.tasks.classification.training import register_model
 
 pytestmark = pytest.mark.s3
 

@@ -10,20 +10,21 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import save_file
 
-from salun_core.data.forget import RedactedTarget, SamplesTarget
+from salun_core.certificates.statement import DisposalAddendum, open_statement
+from salun_core.data.forget_set import RedactedTarget, SamplesTarget
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.errors import ConflictError, IntegrityError, SalunError, UsageError
+from salun_core.registry.holds import hold_version, read_disposal, release_version
+from salun_core.registry.versions import fetch_version, publish_head, read_head, read_version, stage_version
 from salun_core.requests.ledger import Ledger
-from salun_core.requests.retention import Kind
-from salun_core.requests.runs import RunLog, RunMember, RunRecord, RunStatus
 from salun_core.requests.schema import Outcome, Status
-from salun_core.requests.statement import DisposalAddendum, open_statement
-from salun_core.steps import purge as step
-from salun_core.steps.purge import purge
-from salun_core.storage import names, open_store
+from salun_core.retention import purge as step
+from salun_core.retention.purge import purge
+from salun_core.retention.rules import Kind
+from salun_core.storage import keys as names
+from salun_core.storage import open_store
 from salun_core.storage.erase import inventory, versions_of
-from salun_core.storage.holds import hold_version, read_disposal, release_version
-from salun_core.storage.versions import fetch_version, publish_head, read_head, read_version, stage_version
+from salun_core.sweeps.runs import RunLog, RunMember, RunRecord, RunStatus
 from tests.folder_model import UNET, contents, write_folder
 
 pytestmark = pytest.mark.s3

@@ -6,20 +6,20 @@ import json
 
 import pytest
 
-from salun_core.data.forget import ClassTarget, SamplesTarget
+from salun_core.certificates.keys import create_key
+from salun_core.certificates.verify import verify_certificate
+from salun_core.data.forget_set import ClassTarget, SamplesTarget
 from salun_core.errors import ConflictError, UsageError
 from salun_core.models import load_model
-from salun_core.requests.deadlines import utc_clock
-from salun_core.requests.keys import create_key
+from salun_core.registry.versions import fetch_version, history, read_head
 from salun_core.requests.ledger import Ledger
-from salun_core.requests.runs import RunLog, RunStatus
 from salun_core.requests.schema import Outcome, Status
-from salun_core.steps.rollback import rollback
 from salun_core.steps.sweep import SweepConfig, sweep_once
-from salun_core.steps.verification import verify_certificate
-from salun_core.storage.lease import holder_of
-from salun_core.storage.names import certificate_key
-from salun_core.storage.versions import fetch_version, history, read_head
+from salun_core.storage.keys import certificate_key
+from salun_core.storage.leases import holder_of
+from salun_core.sweeps.rollback import rollback
+from salun_core.sweeps.runs import RunLog, RunStatus
+from salun_core.times import utc_clock
 
 pytestmark = pytest.mark.s3
 

@@ -10,20 +10,20 @@ from salun_core.config import load
 from salun_core.data import DataSpec
 from salun_core.errors import DataError, GateRefusedError, IntegrityError, UsageError
 from salun_core.evaluation.evidence import RunFacts
+from salun_core.methods.classification import UnlearnConfig
 from salun_core.models import load_model
+from salun_core.registry.versions import read_version
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.observe import RunRef
 from salun_core.steps.publishing import gate_and_publish
-from salun_core.steps.training import register_model, train_model
-from salun_core.steps.tuning import TuneWish
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.steps.used_mask import require_nested, used_mask
-from salun_core.storage.names import run_key
-from salun_core.storage.versions import read_version
-from salun_core.unlearn import UnlearnConfig
-from salun_core.unlearn.tuning import TuningLog
+from salun_core.storage.keys import run_key
+from salun_core.tasks.classification.training import register_model, train_model
+from salun_core.tasks.classification.tuning import TuneWish
+from salun_core.tuning import TuningLog
 
 SETTINGS = {"batch_size": 32, "epochs": 3, "device": "cpu"}
 
@@ -242,8 +242,8 @@ def test_a_published_version_holds_neither_search_nor_mask(bench, store, tmp_pat
 
 
 def test_a_refusal_is_left_for_the_ledger(bench, store, tmp_path):
-    from salun_core.steps.inputs import load_inputs
-    from salun_core.steps.tuning import run_tuning
+    from salun_core.tasks.classification.inputs import load_inputs
+    from salun_core.tasks.classification.tuning import run_tuning
 
     wish = TuneWish("3e", strict_policy(tmp_path / "policy.json"))
     inputs = load_inputs(bench / "base", str(bench / "forget.json"))

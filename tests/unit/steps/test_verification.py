@@ -7,15 +7,14 @@ import os
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from salun_core.certificates.issue import certify
+from salun_core.certificates.keys import public_pem
+from salun_core.certificates.verify import verify_certificate
 from salun_core.digest import sha256_file
 from salun_core.errors import IntegrityError, ModelError
 from salun_core.gate import decide, load_policy
-from salun_core.requests.certificate import certify
-from salun_core.requests.keys import public_pem
-from salun_core.steps.verification import verify_certificate
-from salun_core.storage.identity import weights_digest
-from salun_core.storage.lineage import VersionManifest
-from salun_core.storage.versions import fetch_version, stage_version
+from salun_core.registry.manifest import VersionManifest, weights_digest
+from salun_core.registry.versions import fetch_version, stage_version
 from tests.folder_model import UNET, files_in, write_folder
 from tests.unit.requests.test_certificate import evidence_of, facts_of
 

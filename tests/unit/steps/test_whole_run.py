@@ -6,19 +6,19 @@ import json
 
 import pytest
 
+from salun_core.certificates.keys import create_key
 from salun_core.config import load, parse
-from salun_core.data.forget import ClassTarget
+from salun_core.data.forget_set import ClassTarget
 from salun_core.errors import GateRefusedError, UsageError
-from salun_core.requests.deadlines import utc_clock
-from salun_core.requests.keys import create_key
+from salun_core.registry.versions import read_head
 from salun_core.requests.ledger import Ledger
-from salun_core.requests.runs import RunLog, RunStatus
 from salun_core.requests.schema import Status
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.run import RunConfig, run_all
 from salun_core.steps.sweep import SweepConfig, sweep_once
-from salun_core.storage.versions import read_head
-from salun_core.unlearn.tuning import TuningLog
+from salun_core.sweeps.runs import RunLog, RunStatus
+from salun_core.times import utc_clock
+from salun_core.tuning import TuningLog
 
 QUICK = {"epochs": 1, "device": "cpu", "batch_size": 64}
 

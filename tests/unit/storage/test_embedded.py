@@ -13,7 +13,7 @@ import pytest
 
 from salun_core.errors import StoreError
 from salun_core.storage import open_store
-from salun_core.storage.embedded import embedded_s3
+from salun_core.storage.seaweedfs import embedded_s3
 
 pytestmark = pytest.mark.s3
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -139,7 +139,7 @@ def test_an_exception_in_the_block_ends_it(tmp_path):
 
 PARENT = """
     import pathlib, sys, time
-    from salun_core.storage.embedded import embedded_s3
+    from salun_core.storage.seaweedfs import embedded_s3
     with embedded_s3(pathlib.Path(sys.argv[1])) as server:
         print(server.pid, flush=True)
         time.sleep(600)

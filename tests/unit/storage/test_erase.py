@@ -7,6 +7,15 @@ import pytest
 from botocore.exceptions import ClientError
 
 from salun_core.errors import ConflictError, StoreError, UsageError
+from salun_core.registry.holds import (
+    VersionDisposal,
+    hold_version,
+    holds,
+    read_disposal,
+    record_disposal,
+    release_version,
+)
+from salun_core.registry.versions import publish
 from salun_core.storage import open_store
 from salun_core.storage.erase import (
     Erased,
@@ -18,15 +27,6 @@ from salun_core.storage.erase import (
     upload_bytes,
     versions_of,
 )
-from salun_core.storage.holds import (
-    VersionDisposal,
-    hold_version,
-    holds,
-    read_disposal,
-    record_disposal,
-    release_version,
-)
-from salun_core.storage.versions import publish
 
 pytestmark = pytest.mark.s3
 FUTURE = datetime(2200, 1, 1, tzinfo=UTC)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salun_core.errors import IntegrityError, UsageError
-from salun_core.storage import names, open_store, split_uri
+from salun_core.storage import keys as names
+from salun_core.storage import open_store, split_uri
 
 DIGEST = "a" * 64
 TRAVERSALS = ["..", ".", "", "../x", "a/b", "/etc/passwd", "a\\b", "a\x00b", "a\n", "-a", ".hidden", "a" * 200, "ä"]

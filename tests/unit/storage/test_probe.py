@@ -3,8 +3,7 @@ import pytest
 from salun_core.errors import StoreError
 from salun_core.storage import open_store
 from salun_core.storage.probe import probe, require_safe
-from salun_core.storage.s3 import S3Store
-from salun_core.storage.s3_client import make_client
+from salun_core.storage.s3 import S3Store, make_client
 
 pytestmark = pytest.mark.s3
 

@@ -16,8 +16,7 @@ from urllib3 import HTTPResponse
 
 from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
 from salun_core.storage import open_store
-from salun_core.storage.s3 import S3Store
-from salun_core.storage.s3_client import make_client
+from salun_core.storage.s3 import S3Store, make_client
 
 pytestmark = pytest.mark.s3
 

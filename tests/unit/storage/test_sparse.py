@@ -11,14 +11,23 @@ from safetensors.numpy import save_file
 
 from salun_core.digest import sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, StoreError, UsageError
-from salun_core.storage import blobs, names, tensor_file
+from salun_core.registry.sparse import dependants, full_copy_every, materialise, put_sparse
+from salun_core.registry.versions import fetch_version, publish, publish_head, read_version, stage_version
+from salun_core.storage import blobs
 from salun_core.storage import delta as delta_module
+from salun_core.storage import delta as tensor_file
+from salun_core.storage import keys as names
 from salun_core.storage.blobs import blob_size, chain_of, delta_facts, fetch_blob, put_blob, stored_size
-from salun_core.storage.delta import MAX_DEPTH, START_BYTES, DeltaFacts, parse_facts, write_delta, write_rebuilt
+from salun_core.storage.delta import (
+    MAX_DEPTH,
+    START_BYTES,
+    DeltaFacts,
+    TensorFile,
+    parse_facts,
+    write_delta,
+    write_rebuilt,
+)
 from salun_core.storage.s3 import S3Store
-from salun_core.storage.sparse import dependants, full_copy_every, materialise, put_sparse
-from salun_core.storage.tensor_file import TensorFile
-from salun_core.storage.versions import fetch_version, publish, publish_head, read_version, stage_version
 from tests.folder_model import TEXT, UNET, VAE, contents, write_folder
 
 WEIGHTS = "model.safetensors"

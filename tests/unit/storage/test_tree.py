@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from salun_core.storage.tree import list_tree
+from salun_core.storage.local_files import list_tree
 from tests.folder_model import files_in, write_folder
 
 

@@ -10,9 +10,7 @@ import pytest
 
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
-from salun_core.storage import names
-from salun_core.storage.s3 import S3Store
-from salun_core.storage.versions import (
+from salun_core.registry.versions import (
     Lineage,
     VersionManifest,
     fetch_blob,
@@ -27,6 +25,8 @@ from salun_core.storage.versions import (
     resolve,
     stage_version,
 )
+from salun_core.storage import keys as names
+from salun_core.storage.s3 import S3Store
 from tests.folder_model import UNET, contents, write_folder
 
 pytestmark = pytest.mark.s3
@@ -474,7 +474,7 @@ def test_the_manifest_is_read_as_it_was_written():
 KILLED = """
     import os, pathlib, signal, sys
     from salun_core.storage.s3 import S3Store
-    from salun_core.storage.versions import publish
+    from salun_core.registry.versions import publish
 
     class Fragile(S3Store):
         step = 0

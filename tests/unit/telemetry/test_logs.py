@@ -12,8 +12,7 @@ import pytest
 
 from salun_core.errors import UsageError
 from salun_core.steps.observe import RunRef, observed
-from salun_core.telemetry.logs import configure_logging, get_logger, run_bound
-from salun_core.telemetry.redaction import MASK, is_denied, redact, redact_text
+from salun_core.telemetry.logs import MASK, configure_logging, get_logger, is_denied, redact, redact_text, run_bound
 
 ACCESS_KEY = "AKIA" + "IOSFODNN7EXAMPLE"
 SECRET_KEY = "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY"

@@ -6,7 +6,7 @@ from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
-from salun_core.unlearn import UnlearnConfig, unlearn
+from salun_core.methods.classification import UnlearnConfig, unlearn
 
 RATE = 0.1
 PLAIN = {

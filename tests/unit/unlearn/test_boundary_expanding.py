@@ -8,8 +8,8 @@ from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.errors import ModelError
-from salun_core.unlearn import UnlearnConfig, boundary_expanding
-from salun_core.unlearn.method import Task
+from salun_core.methods.classification import UnlearnConfig, boundary_expanding
+from salun_core.methods.classification.method import Task
 
 
 def task_of(model, classes=3, forget=FORGET, **config):
@@ -44,7 +44,7 @@ def test_the_result_has_the_names_and_shapes_of_the_original():
 
 @pytest.mark.parametrize("name", ["torchvision:vgg11", "torchvision:swin_t", "timm:vit_tiny_patch16_224", "resnet20"])
 def test_heads_of_real_architectures_are_found(name):
-    from salun_core.models.registry import build_classifier
+    from salun_core.models.architectures import build_classifier
 
     with torch.device("meta"):
         model = build_classifier(name, 10, 3, 32 if name.startswith("timm") else None)

@@ -8,7 +8,7 @@ from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
-from salun_core.unlearn.boundary_shrink import nearest_wrong_labels
+from salun_core.methods.classification.boundary_shrink import nearest_wrong_labels
 
 
 def by_hand(theta, images, labels, step):

@@ -16,14 +16,15 @@ from torch.nn.functional import cross_entropy
 
 from salun_core.data import ImageSet
 from salun_core.errors import IntegrityError, SalunError, UsageError
+from salun_core.methods import distributed
+from salun_core.methods.classification import FileCheckpoint, unlearn
+from salun_core.methods.distributed import ALONE, World, joined
 from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask
-from salun_core.saliency.shards import CHUNK, Shard, sharded_scores
+from salun_core.saliency.scores import CHUNK, Shard, sharded_scores
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.sharding import merge_scores, score_shard
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.unlearn import FileCheckpoint, distributed, unlearn
-from salun_core.unlearn.distributed import ALONE, World, joined
 
 SAMPLES = 3 * CHUNK + 40
 SGD = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, "gradient_clip": 1.0, "device": "cpu"}

@@ -9,10 +9,10 @@ import torch
 from by_hand import image_set, net, run
 
 from salun_core.errors import UsageError
+from salun_core.methods.classification import METHODS, FileCheckpoint, UnlearnConfig, method_config
+from salun_core.methods.classification.method import Task
+from salun_core.methods.distributed import World
 from salun_core.models.checkpoint import model_digest
-from salun_core.unlearn import METHODS, FileCheckpoint, UnlearnConfig, method_config
-from salun_core.unlearn.distributed import World
-from salun_core.unlearn.method import Task
 
 ROOT = Path(__file__).parents[3]
 

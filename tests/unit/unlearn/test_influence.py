@@ -8,8 +8,8 @@ from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.errors import ModelError
-from salun_core.saliency.score import scoring
-from salun_core.unlearn.influence import inverse_product
+from salun_core.methods.classification.influence import inverse_product
+from salun_core.saliency.scores import scoring
 
 
 def removal(theta, forget=FORGET, retain=RETAIN):

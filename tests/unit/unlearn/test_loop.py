@@ -8,10 +8,10 @@ from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.errors import ModelError
+from salun_core.methods.classification import FileCheckpoint, UnlearnConfig, unlearn
+from salun_core.methods.classification.training import train_classifier
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
-from salun_core.unlearn import FileCheckpoint, UnlearnConfig, unlearn
-from salun_core.unlearn.training import train_classifier
 
 
 class Net(nn.Module):

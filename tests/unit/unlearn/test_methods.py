@@ -11,11 +11,11 @@ from torch.utils.data import TensorDataset
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
 from salun_core.errors import DataError, ModelError, UsageError
+from salun_core.methods.classification import METHODS, UnlearnConfig, method_config, pick_device, unlearn
+from salun_core.methods.classification.random_label import wrong_labels
+from salun_core.methods.loop import epoch_generator
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
-from salun_core.unlearn import METHODS, UnlearnConfig, method_config, pick_device, unlearn
-from salun_core.unlearn.loop import epoch_generator
-from salun_core.unlearn.random_label import wrong_labels
 
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 0.01
 STEP = {

@@ -12,10 +12,10 @@ from torch import nn
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
 from salun_core.errors import ConflictError, IntegrityError, StoreError
+from salun_core.methods.checkpoint import _digest as checkpoint_digest
+from salun_core.methods.classification import FileCheckpoint, unlearn
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
-from salun_core.unlearn import FileCheckpoint, unlearn
-from salun_core.unlearn.checkpoint import _digest as checkpoint_digest
 
 STEPS_AN_EPOCH = {"salun": 5, "random_label": 5, "finetune": 4, "retrain": 4}
 

@@ -8,7 +8,7 @@ import torch
 from by_hand import FORGET, RATE, RETAIN, gradients, image_set, linear, net, run, weights
 from torch import nn
 
-from salun_core.unlearn.salun_soft import shrink
+from salun_core.methods.classification.salun_soft import shrink
 
 
 def soft(moved, share):

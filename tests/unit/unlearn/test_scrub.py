@@ -5,7 +5,7 @@ import pytest
 import torch
 from by_hand import FORGET, RATE, RETAIN, gradients, image_set, inputs, linear, losses, net, run, softmax, weights
 
-from salun_core.unlearn.scrub import divergence
+from salun_core.methods.classification.scrub import divergence
 
 
 def kl(old, new, temperature):

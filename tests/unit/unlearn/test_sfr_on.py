@@ -9,8 +9,8 @@ from by_hand import FORGET, RATE, RETAIN, gradients, linear, losses, run, weight
 from torch import nn
 
 from salun_core.data import ImageSet
-from salun_core.saliency.score import scoring
-from salun_core.unlearn.sfr_on import adaptive_ascent, fisher_diagonal
+from salun_core.methods.classification.sfr_on import adaptive_ascent, fisher_diagonal
+from salun_core.saliency.scores import scoring
 
 
 def fisher(theta, images, batch):

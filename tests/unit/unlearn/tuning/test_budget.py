@@ -3,7 +3,7 @@
 import pytest
 
 from salun_core.errors import UsageError
-from salun_core.unlearn.tuning.budget import parse_budget
+from salun_core.tuning.budget import parse_budget
 
 
 @pytest.mark.parametrize(

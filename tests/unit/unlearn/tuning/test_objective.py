@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import ks_2samp, mannwhitneyu
 
 from salun_core.evaluation.outputs import Outputs
-from salun_core.unlearn.tuning.objective import Reading, distance, figures_of, metrics_of
+from salun_core.tuning.objective import Reading, distance, figures_of, metrics_of
 
 
 def outputs(losses, right, label=0):

@@ -7,12 +7,12 @@ import torch
 
 from salun_core.data import DataSpec, load_data
 from salun_core.errors import UsageError
+from salun_core.methods.classification import METHODS, UnlearnConfig, unlearn
+from salun_core.methods.classification.training import train_classifier
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import saliency_scores
-from salun_core.unlearn import METHODS, UnlearnConfig, unlearn
-from salun_core.unlearn.training import train_classifier
-from salun_core.unlearn.tuning import Judgement, Problem, Sets, parse_budget, tune
-from salun_core.unlearn.tuning.space import Space
+from salun_core.tuning import Judgement, Problem, Sets, parse_budget, tune
+from salun_core.tuning.space import Space
 
 
 @pytest.fixture(scope="module")

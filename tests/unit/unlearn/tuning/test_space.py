@@ -4,11 +4,11 @@ import pytest
 from by_hand import image_set, net
 
 from salun_core.errors import UsageError
+from salun_core.methods.classification import METHODS, unlearn
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
-from salun_core.unlearn import METHODS, unlearn
-from salun_core.unlearn.tuning.space import DENSITIES, GROWING, Space
-from salun_core.unlearn.tuning.trial import Watcher
+from salun_core.tuning.space import DENSITIES, GROWING, Space
+from salun_core.tuning.trial import Watcher
 
 
 class Fixed:

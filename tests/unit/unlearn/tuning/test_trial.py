@@ -8,9 +8,9 @@ from by_hand import image_set, net
 from safetensors.torch import save
 
 from salun_core.evaluation.evidence import EpochRecord
-from salun_core.unlearn import method_config
-from salun_core.unlearn.tuning.space import GROWING
-from salun_core.unlearn.tuning.trial import Measured, Stopped, Watcher, run_trial
+from salun_core.methods.classification import method_config
+from salun_core.tuning.space import GROWING
+from salun_core.tuning.trial import Measured, Stopped, Watcher, run_trial
 
 
 @dataclass

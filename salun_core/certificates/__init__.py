@@ -1,0 +1,1 @@
+"""Erasure certificates: statement, envelope, keys, issue and verification."""

@@ -1,0 +1,235 @@
+"""Signing keys in PEM files: made, read and checked. A key's content never comes into a message or a log."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+
+from salun_core.certificates.envelope import keyid
+from salun_core.errors import UsageError
+
+SIGNING_VARIABLE = "SALUN_SIGNING_KEY"
+VERIFY_VARIABLE = "SALUN_VERIFY_KEY"
+_BESIDE = "salun.pub"
+BESIDE_CERTIFICATE = f"{_BESIDE} beside the certificate"
+_MAX_KEY_BYTES = 16 * 1024
+_PRIVATE_MARK = b"PRIVATE KEY-----"
+
+
+@dataclass(frozen=True)
+class CreatedKey:
+    """A new pair of keys: its two files, and the id by which certificates name it."""
+
+    private: Path
+    public: Path
+    keyid: str
+
+
+@dataclass(frozen=True)
+class TrustedKeys:
+    """The public keys that count, and where they came from, for the message."""
+
+    keys: tuple[Ed25519PublicKey, ...]
+    source: str
+
+
+def create_key(place: Path) -> CreatedKey:
+    """Make a signing key: `place`.pem for the signer (mode 0600), `place`.pub for whoever verifies.
+
+    Args:
+        place: folder and name; the folder is made.
+
+    Raises:
+        UsageError: one of the files exists, or cannot be written.
+    """
+    private, public = place.with_name(f"{place.name}.pem"), place.with_name(f"{place.name}.pub")
+    for path in (private, public):
+        if path.exists() or path.is_symlink():
+            raise _exists(path)
+    key = Ed25519PrivateKey.generate()
+    _write_new(private, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+    _write_new(public, public_pem(key.public_key()), 0o644)
+    return CreatedKey(private, public, keyid(key.public_key()))
+
+
+def public_pem(key: Ed25519PublicKey) -> bytes:
+    """Return a public key as it stands in a .pub file (SubjectPublicKeyInfo, PEM)."""
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _write_new(path: Path, data: bytes, mode: int) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(data)
+    except FileExistsError as error:
+        raise _exists(path) from error
+    except OSError as error:
+        raise UsageError(f"cannot write {path}", error.strerror or "", "check the path and its permissions") from error
+
+
+def _exists(path: Path) -> UsageError:
+    return UsageError(f"{path} exists already", "a key is never overwritten", "choose another name with --out")
+
+
+def load_signing_key(path: Path | None = None) -> Ed25519PrivateKey:
+    """Read the private key that certificates are signed with.
+
+    Args:
+        path: its file; unless given, the file that `SALUN_SIGNING_KEY` names.
+
+    Raises:
+        UsageError: none is named, everybody may read the file, or it holds no plain ed25519 key in PKCS8 PEM.
+    """
+    named = path or _from_environment()
+    data = _read(named, private=True)
+    try:
+        key = load_pem_private_key(data, password=None)
+    except TypeError as error:
+        raise UsageError(
+            f"the signing key in {named} is encrypted",
+            "there is nobody to type its password",
+            f"decrypt it once with `openssl pkey -in {named.name} -out NEW.pem`, and protect that file",
+        ) from error
+    except (ValueError, UnsupportedAlgorithm):
+        raise _no_key(named, "private key in PEM (PKCS8)", "`salun key create` makes one") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise _other_type(named)
+    return key
+
+
+def find_signing_key() -> Ed25519PrivateKey | None:
+    """Read the private key that `SALUN_SIGNING_KEY` names; None where it names none. Raises as `load_signing_key`."""
+    return load_signing_key() if os.environ.get(SIGNING_VARIABLE, "").strip() else None
+
+
+def _from_environment() -> Path:
+    named = os.environ.get(SIGNING_VARIABLE, "").strip()
+    if not named:
+        raise UsageError(
+            "there is no signing key",
+            f"{SIGNING_VARIABLE} names no file",
+            f"make one with `salun key create --out DIR/NAME` and set {SIGNING_VARIABLE}=DIR/NAME.pem",
+        )
+    if "-----" in named:
+        raise UsageError(
+            f"{SIGNING_VARIABLE} holds a key", "it names the file of one", "mount the Secret as a file and name that"
+        )
+    return Path(named)
+
+
+def load_public_key(path: Path) -> Ed25519PublicKey:
+    """Read a public key.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no ed25519 public key in PEM.
+    """
+    data = _read(path, private=False)
+    if _PRIVATE_MARK in data:
+        raise UsageError(f"{path} holds a private key", "only the public one is needed here", "name the .pub file")
+    try:
+        key = load_pem_public_key(data)
+    except (ValueError, UnsupportedAlgorithm):
+        remedy = "name the .pub file that `salun key create` wrote"
+        raise _no_key(path, "public key in PEM (SubjectPublicKeyInfo)", remedy) from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise _other_type(path)
+    return key
+
+
+def load_trusted_keys(paths: Sequence[Path], certificate: Path) -> TrustedKeys:
+    """Read the public keys that may have signed a certificate.
+
+    Args:
+        paths: files that the caller named. Where there is none, those in `SALUN_VERIFY_KEY` (with colons between
+            them) count; where that is empty, the file `salun.pub` beside the certificate.
+        certificate: the certificate's file; no key is read from inside it.
+
+    Raises:
+        UsageError: no key is named, or one cannot be read.
+    """
+    named, source = list(paths), "--key"
+    if not named:
+        named = [Path(part) for part in os.environ.get(VERIFY_VARIABLE, "").split(os.pathsep) if part.strip()]
+        source = VERIFY_VARIABLE
+    beside = certificate.with_name(_BESIDE)
+    if not named and beside.is_file():
+        named, source = [beside], BESIDE_CERTIFICATE
+    if not named:
+        raise UsageError(
+            "no trusted key is named",
+            "a certificate is worth no more than the key that it is checked with",
+            f"give --key SIGNER.pub, set {VERIFY_VARIABLE}, or put {_BESIDE} beside the certificate",
+        )
+    return TrustedKeys(tuple(load_public_key(path) for path in named), source)
+
+
+def _read(path: Path, *, private: bool) -> bytes:
+    kind = "signing key" if private else "public key"
+    data, mode = read_small(path, _MAX_KEY_BYTES)
+    if not 0 < len(data) <= _MAX_KEY_BYTES:
+        raise _no_key(path, kind, "name a PEM file")
+    if private and mode & (stat.S_IROTH | stat.S_IWOTH) and not _mounted_read_only(path):
+        raise UsageError(
+            f"everybody may read or write the signing key {path}",
+            f"its mode is {stat.S_IMODE(mode):04o}",
+            "chmod 600 it",
+        )
+    return data
+
+
+def _mounted_read_only(path: Path) -> bool:
+    """Return whether a file lies on a read-only mount: a Secret's volume, whose mode Kubeflow does not let us set.
+
+    Nobody but the container's own processes sees it there.
+    """
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def read_small(path: Path, limit: int) -> tuple[bytes, int]:
+    """Read a small file whole.
+
+    Args:
+        path: a plain file, or a link to one.
+        limit: bytes that it may have.
+
+    Returns:
+        Its content, cut after `limit` + 1 bytes, and its mode.
+
+    Raises:
+        UsageError: it cannot be read, or is no plain file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
+        with os.fdopen(descriptor, "rb") as file:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise UsageError(f"{path} is no plain file", "it is a pipe or a device", "name the file itself")
+            return file.read(limit + 1), mode
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise UsageError(f"cannot read {path}", why, "check the path and its permissions") from error
+
+
+def _no_key(path: Path, kind: str, remedy: str) -> UsageError:
+    return UsageError(f"{path} holds no {kind}", "it is something else, or damaged", remedy)
+
+
+def _other_type(path: Path) -> UsageError:
+    return UsageError(
+        f"{path} holds a key of another type", "certificates are signed with ed25519", "`salun key create` makes one"
+    )

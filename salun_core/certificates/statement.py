@@ -1,0 +1,270 @@
+"""The documents that are signed: the erasure certificate, and what is added to it later; in-toto statements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import ConfigDict, Field, model_validator
+
+from salun_core.certificates.envelope import PAYLOAD_TYPE, claimed_keyid, open_envelope, sign
+from salun_core.config import Document, parse
+from salun_core.digest import canonical_json, digest_json
+from salun_core.errors import IntegrityError, SalunError
+from salun_core.registry.manifest import Count, Digest, FileName, LineId, RunId, UtcTime, valid_tree
+from salun_core.requests.schema import Outcome, RequestId, ShortText, Text
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+ERASURE_TYPE = "urn:salun:erasure:v1"
+DISPOSAL_TYPE = "urn:salun:disposal:v1"
+LIMITS = (
+    "This certificate attests that the named procedure was applied to the named model and that the named evidence was "
+    "measured. It does not prove that the model holds nothing of the data: that cannot be proved from a model alone "
+    "(Thudi et al., arXiv 2110.11891)."
+)
+Share = Annotated[float, Field(allow_inf_nan=False)]
+Ordinal = Annotated[int, Field(ge=0, strict=True, le=2**53 - 1)]
+
+
+class Sha256(Document):
+    """A digest, as in-toto writes it."""
+
+    sha256: Digest = Field(description="SHA-256 in hex")
+
+
+class Subject(Document):
+    """A file that a statement is about."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)] = Field(description="name of the file")
+    digest: Sha256 = Field(description="digest of its content")
+
+
+class ModelFile(Subject):
+    """A file of the model version."""
+
+    name: FileName = Field(description="name of the file in the model's folder, with `/` between folders")
+
+
+class RequestTimes(Document):
+    """The request, by its id and its times."""
+
+    id: RequestId = Field(description="the request's id")
+    received_at: UtcTime = Field(description="when the person asked, ISO 8601 in UTC")
+    due_at: UtcTime = Field(description="when it had to be settled")
+    completed_at: UtcTime = Field(description="when it was settled")
+
+
+class ForgottenSet(Document):
+    """What was forgotten, so that only who knows the set can recognise it."""
+
+    digest: Digest = Field(
+        description="HMAC-SHA256, key: the salt's bytes, message: the set's SHA-256 as 64 hex digits"
+    )
+    salt: Annotated[str, Field(pattern=r"^(?:[0-9a-f]{2}){16,64}$")] = Field(description="random, in hex")
+    count: Count = Field(description="samples of the request that were in the training split; a concept counts as one")
+    named: Count = Field(description="samples that the request names in the data set; a concept counts as one")
+
+
+class ModelFacts(Document):
+    """The model version that the subject's files make up."""
+
+    line: LineId = Field(description="the model line")
+    version: Digest = Field(description="digest of the version's manifest; nothing to erase: of the one searched")
+    parent: Digest | None = Field(default=None, description="digest of the version that it was unlearned from")
+    split: Digest = Field(description="digest of the version's split manifest")
+
+
+class Procedure(Document):
+    """How the version was made."""
+
+    method: ShortText = Field(description="the method's name")
+    config: dict[str, Any] = Field(description="its resolved configuration")
+    config_digest: Digest = Field(description="SHA-256 of the configuration's canonical JSON")
+    seed: int | None = Field(default=None, description="of all random choices")
+    density: Share | None = Field(default=None, description="share of salient weights in the mask")
+    mask_digest: Digest | None = Field(default=None, description="digest of the saliency mask")
+    rung: Ordinal = Field(description="which recipe of the ladder it was, from 0")
+    attempt: Ordinal = Field(description="which try of the request, from 1")
+    run: RunId | None = Field(default=None, description="the unlearning run")
+    lease_epoch: Ordinal | None = Field(default=None, description="epoch of the model line's lease")
+
+    @model_validator(mode="after")
+    def _config_fits(self) -> Procedure:
+        if digest_json(self.config) != self.config_digest:
+            raise ValueError("`config_digest` is not the digest of `config`")
+        return self
+
+
+class Provenance(Document):
+    """What ran, and on what."""
+
+    code_commit: ShortText | None = Field(default=None, description="commit of the code")
+    image_digest: ShortText | None = Field(default=None, description="digest of the container image")
+    environment: dict[ShortText, Text] = Field(default={}, description="versions of libraries, and hardware")
+
+
+class CertifiedMetric(Document):
+    """One measured value, as the evidence has it; one that could not be measured is left out."""
+
+    name: ShortText = Field(description="name of the metric")
+    before: Share | None = Field(default=None, description="of the model before")
+    after: Share | None = Field(default=None, description="of the model after")
+    reference: Share | None = Field(default=None, description="of a model retrained without the set")
+    origin: Share | None = Field(default=None, description="of the last full training of the model line")
+    n: Count = Field(description="samples behind it")
+    low: Share | None = Field(default=None, description="lower end of the 95 % interval of `after`")
+    high: Share | None = Field(default=None, description="upper end of it")
+
+
+class CertifiedVerdict(Document):
+    """What one rule of the gate gave."""
+
+    rule: ShortText = Field(description="the rule")
+    threshold: ShortText = Field(description="what it asks for")
+    actual: Share | None = Field(default=None, description="what was measured")
+    passed: bool = Field(description="whether it holds")
+    reason: Text = Field(description="why the rule exists, or why it failed")
+
+
+class Gate(Document):
+    """The gate's decision; a certificate of one that refused does not exist."""
+
+    policy: ShortText = Field(description="name of the policy")
+    policy_digest: Digest = Field(description="SHA-256 of the policy's canonical JSON")
+    evidence_digest: Digest = Field(description="SHA-256 of the evidence's canonical JSON")
+    passed: Literal[True] = Field(description="always true")
+    verdicts: list[CertifiedVerdict] = Field(min_length=1, description="one a rule")
+
+
+class DisposalDone(Document):
+    """Something that was deleted."""
+
+    what: ShortText = Field(description="what; no personal data")
+    at: UtcTime = Field(description="when")
+
+
+class DisposalDue(Document):
+    """Something that will be deleted."""
+
+    what: ShortText = Field(description="what; no personal data")
+    by: UtcTime = Field(description="until when")
+
+
+class Disposals(Document):
+    """What was deleted when the certificate was issued, and what still must be."""
+
+    done: tuple[DisposalDone, ...] = Field(default=(), description="deleted")
+    due: tuple[DisposalDue, ...] = Field(default=(), description="still to be deleted")
+
+
+class Debt(Document):
+    """What was forgotten since the line was last trained in full."""
+
+    fraction: Share = Field(description="of the samples that the last full training saw")
+    runs_since_training: Count = Field(description="unlearning runs since")
+
+
+class Erasure(Document):
+    """The certificate's predicate."""
+
+    format: Literal["salun.certificate/v1"] = "salun.certificate/v1"
+    request: RequestTimes = Field(description="the request")
+    outcome: Outcome = Field(description="how it was met")
+    forgotten: ForgottenSet = Field(description="what was forgotten")
+    model: ModelFacts = Field(description="the model version")
+    procedure: Procedure | None = Field(default=None, description="how it was made; absent: nothing to erase")
+    provenance: Provenance = Field(description="what ran")
+    metrics: list[CertifiedMetric] | None = Field(
+        default=None, description="what was measured; absent: nothing to erase"
+    )
+    gate: Gate | None = Field(default=None, description="how it was judged; absent: nothing to erase")
+    disposals: Disposals = Field(default=Disposals(), description="what was and will be deleted besides")
+    debt: Debt = Field(description="of the model line at this version")
+    supersedes: Digest | None = Field(default=None, description="SHA-256 of the earlier certificate of this request")
+    signer: Digest = Field(description="id of the signing key: SHA-256 of the raw public key")
+    statement: Annotated[str, Field(max_length=1000)] = Field(description="what it attests, and what it does not prove")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Erasure:
+        ran = self.outcome is not Outcome.NOTHING_TO_ERASE
+        if any((part is not None) != ran for part in (self.procedure, self.metrics, self.gate)):
+            raise ValueError("`procedure`, `metrics` and `gate` go with an erasure, and it needs all three")
+        if (self.forgotten.count > 0) != ran:
+            raise ValueError("`forgotten.count` is 0 where there was nothing to erase, and only there")
+        return self
+
+
+class Disposal(Document):
+    """An addendum's predicate: what was deleted after the certificate was issued."""
+
+    format: Literal["salun.disposal/v1"] = "salun.disposal/v1"
+    request: RequestId = Field(description="the request's id")
+    done: tuple[DisposalDone, ...] = Field(min_length=1, description="what was deleted")
+    signer: Digest = Field(description="id of the signing key")
+
+
+class _Statement(Document):
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type", description="in-toto Statement v1")
+
+    def canonical(self) -> bytes:
+        """Return the bytes that are signed."""
+        return canonical_json(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+class ErasureCertificate(_Statement):
+    """That a deletion request was met: an in-toto statement about every file of a model version."""
+
+    predicate_type: Literal["urn:salun:erasure:v1"] = Field(alias="predicateType", description="kind of the predicate")
+    subject: list[ModelFile] = Field(min_length=1, description="every file of the model version")
+    predicate: Erasure = Field(description="what is attested")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> ErasureCertificate:
+        if len({item.name for item in self.subject}) < len(self.subject):
+            raise ValueError("`subject` names a file twice")
+        valid_tree({item.name for item in self.subject})
+        return self
+
+
+class DisposalAddendum(_Statement):
+    """What was deleted after a certificate was issued: an in-toto statement about the certificate's file."""
+
+    predicate_type: Literal["urn:salun:disposal:v1"] = Field(alias="predicateType", description="kind of the predicate")
+    subject: list[Subject] = Field(min_length=1, max_length=1, description="the certificate's file")
+    predicate: Disposal = Field(description="what is attested")
+
+
+S = TypeVar("S", ErasureCertificate, DisposalAddendum)
+
+
+def sign_statement(statement: ErasureCertificate | DisposalAddendum, signer: Ed25519PrivateKey) -> bytes:
+    """Return the file of a statement, signed."""
+    return sign(statement.canonical(), PAYLOAD_TYPE, signer)
+
+
+def open_statement(kind: type[S], data: bytes, trusted: Iterable[Ed25519PublicKey], source: str) -> S:
+    """Check a signed file and return what it states.
+
+    Args:
+        kind: `ErasureCertificate` or `DisposalAddendum`.
+        data: the whole file.
+        trusted: the public keys that may have signed it.
+        source: where it came from, for the message.
+
+    Raises:
+        IntegrityError: it is damaged, of another signer, or a statement of another kind or a later version.
+        UsageError: no key is trusted.
+    """
+    payload = open_envelope(data, trusted)
+    try:
+        statement = parse(kind, json.loads(payload), source)
+    except SalunError as error:
+        remedy = "name the right file; a later version of the format needs a later salun"
+        raise IntegrityError(error.what, error.why, remedy) from error
+    if statement.predicate.signer != claimed_keyid(data):
+        raise IntegrityError(f"{source} names another signer", "the key that signed it is not the one it names", "")
+    return statement

@@ -1,0 +1,138 @@
+"""Verifies an erasure certificate offline: envelope, signature, contents, and every file of the model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from salun_core.certificates.envelope import MAX_ENVELOPE_BYTES, claimed_keyid
+from salun_core.certificates.keys import load_trusted_keys, read_small
+from salun_core.certificates.statement import DisposalAddendum, ErasureCertificate, open_statement
+from salun_core.digest import sha256_bytes, sha256_file
+from salun_core.errors import IntegrityError, UsageError
+from salun_core.storage import open_store
+from salun_core.storage.keys import certificate_key
+from salun_core.storage.local_files import list_tree, write_whole
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was verified; it exists only where everything held.
+
+    Args:
+        certificate: what the file states.
+        sha256: of the certificate's file.
+        keyid: of the trusted key that signed it.
+        key_source: where that key came from.
+        files: files of the model folder that were compared; None where no folder was given.
+        addenda: what the added files state.
+    """
+
+    certificate: ErasureCertificate
+    sha256: str
+    keyid: str
+    key_source: str
+    files: int | None
+    addenda: tuple[DisposalAddendum, ...]
+
+
+def verify_certificate(
+    path: Path, model: Path | None = None, keys: Sequence[Path] = (), addenda: Sequence[Path] = ()
+) -> Verification:
+    """Check a certificate with nothing but files on this machine.
+
+    Args:
+        path: the certificate's file.
+        model: the folder of the model that it is said to be about; its weights are not loaded.
+        keys: public keys of the signers to trust; else see `load_trusted_keys`.
+        addenda: files that were added to the certificate later.
+
+    Returns:
+        What was verified.
+
+    Raises:
+        UsageError: a file cannot be read, or no key is trusted.
+        IntegrityError: a byte of the certificate, of an addendum or of the model differs, or the signer is another.
+    """
+    trusted = load_trusted_keys(keys, path)
+    data = _read(path)
+    certificate = open_statement(ErasureCertificate, data, trusted.keys, str(path))
+    digest = sha256_bytes(data)
+    added = tuple(open_statement(DisposalAddendum, _read(item), trusted.keys, str(item)) for item in addenda)
+    for item, addendum in zip(addenda, added, strict=True):
+        _check_addendum(item, addendum, certificate, digest)
+    files = _check_model(model, certificate) if model is not None else None
+    return Verification(certificate, digest, claimed_keyid(data), trusted.source, files, added)
+
+
+def fetch_certificate(store_uri: str, request_id: str, out: Path) -> str:
+    """Write a request's certificate to a file, byte for byte, and return its SHA-256; nothing is verified.
+
+    Raises:
+        UsageError: the request has none.
+        StoreError: the store cannot be reached, or the file cannot be written.
+    """
+    stored = open_store(store_uri).get(certificate_key(request_id))
+    if stored is None:
+        raise UsageError(
+            f"request {request_id!r} has no certificate",
+            "none was issued yet, or there is no such request",
+            f"see where it stands: salun request show {request_id}",
+        )
+    write_whole(out, stored.data)
+    return sha256_bytes(stored.data)
+
+
+def _read(path: Path) -> bytes:
+    return read_small(path, MAX_ENVELOPE_BYTES)[0]  # one byte more than allowed is refused as too large
+
+
+def _check_addendum(path: Path, addendum: DisposalAddendum, certificate: ErasureCertificate, digest: str) -> None:
+    belongs = addendum.predicate.request == certificate.predicate.request.id
+    if not belongs or addendum.subject[0].digest.sha256 != digest:
+        raise IntegrityError(
+            f"{path} was not added to this certificate",
+            f"it is about a certificate of request {addendum.predicate.request} with another content",
+            "name the addenda of this certificate only",
+        )
+
+
+def _check_model(folder: Path, certificate: ErasureCertificate) -> int:
+    """Compare every file of a folder with the certificate's subject; return their number."""
+    expected = {item.name: item.digest.sha256 for item in certificate.subject}
+    names = _plain_files(folder)
+    faults = [f"{name} is missing" for name in sorted(expected.keys() - names)]
+    faults += [f"{name!r} is not in the certificate" for name in sorted(names - expected.keys())]
+    for name in sorted(names & expected.keys()):
+        try:
+            changed = sha256_file(folder / name) != expected[name]
+        except OSError as error:
+            raise UsageError(f"cannot read {folder / name}", error.strerror or "", "check its permissions") from error
+        faults += [f"{name} was changed"] if changed else []
+    if faults:
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise IntegrityError(
+            f"{folder} is not the model that the certificate is about",
+            "; ".join(faults[:_SHOWN]) + more,
+            f"fetch {certificate.predicate.model.line}@{certificate.predicate.model.version[:12]} again",
+        )
+    return len(expected)
+
+
+def _plain_files(folder: Path) -> frozenset[str]:
+    try:
+        found = list_tree(folder)
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the model folder {folder}", error.strerror or "", "check the path and its permissions"
+        ) from error
+    if found.strange:
+        raise IntegrityError(
+            f"{folder} holds more than files",
+            f"{', '.join(repr(name) for name in found.strange[:_SHOWN])}: a link, a device, an empty or a deep folder",
+            "a model version has plain files only, in folders or not; fetch it again",
+        )
+    return found.files

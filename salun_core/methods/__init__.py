@@ -1,0 +1,1 @@
+"""Unlearning methods and the resumable loop that runs them."""

@@ -1,0 +1,152 @@
+"""The loop's state after an epoch: weights, optimiser, history. safetensors, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialise
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from salun_core.errors import ConflictError, IntegrityError
+from salun_core.evaluation.evidence import EpochRecord
+from salun_core.storage.local_files import write_whole
+
+FORMAT = "salun.checkpoint/v1"
+_HEADER, _DIGEST = "header", "digest"
+
+
+class CheckpointStore(Protocol):
+    """Where the loop keeps its last state."""
+
+    def load(self) -> bytes | None:
+        """Return the last state, or None."""
+        ...
+
+    def save(self, data: bytes) -> None:
+        """Replace the last state, whole or not at all."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileCheckpoint:
+    """A checkpoint in a local file."""
+
+    path: Path
+
+    def load(self) -> bytes | None:
+        """Return the file's bytes, or None where there is none."""
+        return self.path.read_bytes() if self.path.is_file() else None
+
+    def save(self, data: bytes) -> None:
+        """Replace the file, whole or not at all.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        write_whole(self.path, data)
+
+
+def snapshot(fingerprint: str, model: nn.Module, optimizer: Optimizer, history: Sequence[EpochRecord]) -> bytes:
+    """Serialise the state of a loop.
+
+    Args:
+        fingerprint: of the run.
+        model: its weights and buffers.
+        optimizer: its moments and groups.
+        history: of the epochs so far.
+
+    Returns:
+        A safetensors document.
+    """
+    state = optimizer.state_dict()
+    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        plain[str(index)] = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
+        tensors |= {f"optimizer/{index}/{key}": value for key, value in entries.items() if isinstance(value, Tensor)}
+    header = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "history": [record.model_dump() for record in history],
+        "groups": state["param_groups"],
+        "plain": plain,
+    }
+    tensors[_HEADER] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return serialise({**stored, _DIGEST: _digest(stored)})
+
+
+def _digest(tensors: dict[str, Tensor]) -> Tensor:
+    """Return the SHA-256 over names, types, shapes and bytes, as uint8 [32]."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return torch.frombuffer(bytearray(hasher.digest()), dtype=torch.uint8)
+
+
+def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimizer: Optimizer) -> list[EpochRecord]:
+    """Load the last state into a model and its optimiser.
+
+    Returns:
+        The history of the epochs that are done; empty where there is no checkpoint.
+
+    Raises:
+        ConflictError: the checkpoint is of another run.
+        IntegrityError: it is damaged.
+    """
+    data = store.load()
+    if data is None:
+        return []
+    header, tensors = _read(data)
+    if header["fingerprint"] != fingerprint:
+        raise ConflictError(
+            "checkpoint is of another run", "its configuration or data differ", "delete it, or give another folder"
+        )
+    model.load_state_dict(
+        {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+    )
+    optimizer.load_state_dict(_optimizer_state(header, tensors))
+    _restore_layout(optimizer)
+    return [EpochRecord(**record) for record in header["history"]]
+
+
+def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        tensors = deserialise(data)
+        digest = tensors.pop(_DIGEST)
+        if not torch.equal(digest, _digest(tensors)):
+            raise ValueError("its content does not match its digest")
+        header = json.loads(bytes(tensors.pop(_HEADER).numpy()))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise IntegrityError("checkpoint is damaged", str(error), "delete it and start again") from error
+    if header["format"] != FORMAT:
+        raise IntegrityError("checkpoint is of another format", str(header["format"]), "delete it and start again")
+    return header, tensors
+
+
+def _restore_layout(optimizer: Optimizer) -> None:
+    """Lay moments out in memory as their weights are: another layout takes a slower path."""
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entries[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def _optimizer_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in header["plain"].items()}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            state[int(index)][key] = value
+    groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in header["groups"]]
+    return {"state": state, "param_groups": groups}

@@ -1,0 +1,87 @@
+"""Boundary expanding (BE): give the forget set a class of its own, which is then taken away.
+
+    min_θ'  E_{x in D_f} CE(f_θ'(x), K),    θ' = θ and one more row of the last layer;    θ_u = θ' without that row
+
+Source: Chen et al., "Boundary Unlearning", CVPR 2023; as the baseline of Fan et al., ICLR 2024. The retain
+set is not used. The new row is drawn as `nn.Linear` draws its own. The reference leaves the new logit in the model
+that it evaluates; here the result has the original's architecture, names and shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from salun_core.errors import ModelError
+from salun_core.methods.classification.method import Method, Part, Task
+
+
+def last_linear(model: nn.Module, outputs: int) -> nn.Linear:
+    """Return the last linear layer with so many outputs.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == outputs]
+    if not found:
+        raise ModelError(
+            "the model has no layer to expand",
+            f"boundary_expanding needs a linear layer of {outputs} outputs",
+            "use another method",
+        )
+    return found[-1]
+
+
+def begin(task: Task) -> Task:
+    """Add a row to the last layer, in place.
+
+    Raises:
+        ModelError: the model's outputs do not grow with it.
+    """
+    assert task.model is not None
+    head = last_linear(task.model, task.num_classes)
+    bound = 1 / math.sqrt(head.in_features)
+    generator = torch.Generator().manual_seed(task.config.seed)
+    row = (2 * torch.rand(head.in_features + 1, generator=generator) - 1) * bound
+    _replace(head, "weight", torch.cat([head.weight.detach(), row[None, :-1].to(head.weight)]))
+    if head.bias is not None:
+        _replace(head, "bias", torch.cat([head.bias.detach(), row[-1:].to(head.bias)]))
+    head.out_features += 1
+    _check_outputs(task.model, task, task.num_classes + 1)
+    return task
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, task: Task, expected: int) -> None:
+    what, remedy = "the model's last linear layer does not make its logits", "use another method"
+    try:
+        outputs = model(next(iter(task.forget.batches(1)))[0]).shape[1]
+    except RuntimeError as error:
+        raise ModelError(what, f"with one row more it does not run: {str(error).splitlines()[0]}", remedy) from error
+    if outputs != expected:
+        raise ModelError(what, f"with one row more there are {outputs} outputs", remedy)
+
+
+def finish(model: nn.Module, num_classes: int) -> None:
+    """Take the added row away, in place."""
+    head = last_linear(model, num_classes + 1)
+    _replace(head, "weight", head.weight.detach()[:-1].clone())
+    if head.bias is not None:
+        _replace(head, "bias", head.bias.detach()[:-1].clone())
+    head.out_features -= 1
+
+
+def _replace(head: nn.Linear, name: str, values: Tensor) -> None:
+    old = getattr(head, name)
+    setattr(head, name, nn.Parameter(values, requires_grad=old.requires_grad))
+
+
+def parts(task: Task, generator: torch.Generator) -> Sequence[Part]:
+    """Return one epoch: D_f under the label K."""
+    return [Part("forget", task.forget.relabelled(torch.full_like(task.forget.labels, task.num_classes)))]
+
+
+METHOD = Method(parts, defaults={"learning_rate": 1e-4}, begin=begin, finish=finish)

@@ -1,0 +1,82 @@
+"""Boundary shrink (BS): move each forget image over the nearest decision boundary of the original.
+
+    min_θ  E_{(x, y) in D_f} CE(f_θ(x), y'),    y' = argmax_{k != y} f_θo(x + ε sign ∇_x CE(f_θo(x), y))_k
+
+Source: Chen et al., "Boundary Unlearning", CVPR 2023; as the baseline of Fan et al., ICLR 2024.
+ε counts where pixels go from 0 to 1, before normalisation, and the image that was moved stays within them; images
+that came normalised are moved by ε as they are, without bounds. The reference rounds it to 256 levels, and trains
+towards the true label where the step does not leave its class; here y' is never y. The labels are those of the
+augmented images and are asked for at each batch, of θ_o, which stays frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from salun_core.data.images import Normalisation
+from salun_core.methods.classification.method import Method, ModelPart, Task, cross_entropy
+
+
+def nearest_wrong_labels(
+    original: nn.Module, images: Tensor, labels: Tensor, step: float, normalisation: Normalisation | None
+) -> Tensor:
+    """Return the label that one step of the fast gradient sign method leads to, the true one excluded.
+
+    Args:
+        original: θ_o in eval mode.
+        images: [B, C, H, W], normalised.
+        labels: true, int64 [B].
+        step: ε, in pixels from 0 to 1.
+        normalisation: what the images went through; None where it is not known.
+
+    Returns:
+        int64 [B], nowhere equal to `labels`.
+    """
+    inputs = images.detach().requires_grad_(True)
+    (slope,) = torch.autograd.grad(cross_entropy(original(inputs), labels), inputs)
+    with torch.no_grad():
+        logits: Tensor = original(_moved(images, slope.sign(), step, normalisation))
+        return logits.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+
+
+def _moved(images: Tensor, direction: Tensor, step: float, normalisation: Normalisation | None) -> Tensor:
+    if normalisation is None:
+        return images + step * direction
+    mean, std = (
+        torch.tensor(values, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
+        for values in (normalisation.mean, normalisation.std)
+    )
+    moved = images + step / std * direction
+    return moved.maximum(-mean / std).minimum((1 - mean) / std)
+
+
+def towards_nearest(task: Task, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy towards the nearest wrong labels."""
+    assert task.original is not None
+    nearest = nearest_wrong_labels(
+        task.original, images, labels, task.config.adversarial_step, task.forget.normalisation
+    )
+    return cross_entropy(model(images), nearest)
+
+
+def parts(task: Task, generator: torch.Generator) -> Sequence[ModelPart]:
+    """Return one epoch: D_f."""
+    return [ModelPart("forget", task.forget, partial(towards_nearest, task))]
+
+
+def passes(task: Task) -> float:
+    """Return images forward and backward: the model, the original for the slope, and a third for the label."""
+    return task.config.epochs * len(task.forget) * 7 / 3
+
+
+METHOD = Method(
+    parts,
+    defaults={"learning_rate": 1e-4},
+    reads=frozenset({"adversarial_step"}),
+    needs_original=True,
+    passes=passes,
+)

@@ -1,0 +1,36 @@
+"""l1-sparse: fine-tuning on the retain set with a penalty that drives weights towards zero.
+
+    min_θ  E_{(x, y) in D_r} CE(f_θ(x), y)  +  γ_e ||θ||_1,    γ_e = γ (1 - e / E) in epoch e of E
+
+Source: Jia et al., "Model Sparsity Can Simplify Machine Unlearning", NeurIPS 2023; as the baseline of Fan et al.,
+ICLR 2024. The norm is over all parameters, and its subgradient at 0 is 0. The strength falls once an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from salun_core.methods.classification.method import Method, ModelPart, Task, cross_entropy
+
+
+def strength(task: Task) -> float:
+    """Return γ_e, which falls linearly from γ and would be 0 after the last epoch."""
+    return task.config.l1_strength * (1 - task.epoch / task.config.epochs)
+
+
+def penalised(gamma: float, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy plus γ times the sum of all weights' magnitudes."""
+    norm = torch.stack([parameter.abs().sum() for parameter in model.parameters()]).sum()
+    return cross_entropy(model(images), labels) + gamma * norm
+
+
+def parts(task: Task, generator: torch.Generator) -> Sequence[ModelPart]:
+    """Return one epoch: D_r with the penalty of this epoch."""
+    return [ModelPart("retain", task.retain, partial(penalised, strength(task)))]
+
+
+METHOD = Method(parts, defaults={"learning_rate": 0.01}, reads=frozenset({"l1_strength"}))

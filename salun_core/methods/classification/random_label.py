@@ -1,0 +1,42 @@
+"""Random labelling (RL): train the forget set towards wrong labels and the retain set towards the true ones.
+
+    min_θ  E_{x in D_f} CE(f_θ(x), y')  +  E_{(x, y) in D_r} CE(f_θ(x), y),    y' uniform over the classes != y
+
+Source: Golatkar et al., "Eternal Sunshine of the Spotless Net", CVPR 2020; as the baseline of Fan et al., ICLR 2024.
+The labels are drawn anew each epoch. A wrong label is never the true one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from salun_core.methods.classification.method import Method, Part, Task
+
+
+def wrong_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Draw for each label another one, uniform over the remaining classes.
+
+    Args:
+        labels: int64 [N], from 0 to num_classes - 1.
+        num_classes: K, at least 2.
+        generator: a CPU generator.
+
+    Returns:
+        int64 [N], nowhere equal to `labels`.
+    """
+    shift = torch.randint(1, num_classes, (len(labels),), generator=generator).to(labels.device)
+    return (labels + shift) % num_classes
+
+
+def parts(task: Task, generator: torch.Generator) -> Sequence[Part]:
+    """Return one epoch: D_f under wrong labels, then D_r; or both shuffled together."""
+    wrong = task.forget.relabelled(wrong_labels(task.forget.labels, task.num_classes, generator))
+    if task.order == "mixed":
+        return [Part("mixed", wrong.joined(task.retain))]
+    return [Part("forget", wrong), Part("retain", task.retain)]
+
+
+METHOD = Method(parts)

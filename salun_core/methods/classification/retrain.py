@@ -1,0 +1,18 @@
+"""Retrain: the exact answer; train fresh weights on the retain set alone.
+
+    min_θ  E_{(x, y) in D_r} CE(f_θ(x), y),    starting at fresh weights
+
+The recipe is the one the base model was trained with (Fan et al., ICLR 2024, appendix: SGD 0.1, momentum 0.9,
+weight decay 5e-4, rate divided by 10 at half and at three quarters of the run).
+"""
+
+from __future__ import annotations
+
+from salun_core.methods.classification import finetune
+from salun_core.methods.classification.method import Method
+
+METHOD = Method(
+    finetune.parts,
+    fresh_start=True,
+    defaults={"epochs": 182, "learning_rate": 0.1, "schedule": "step", "batch_norm": "update"},
+)

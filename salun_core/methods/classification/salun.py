@@ -1,0 +1,14 @@
+"""SalUn: random labelling that moves salient weights only.
+
+    θ_u = m ⊙ (Δθ + θ_o) + (1 - m) ⊙ θ_o,    Δθ from random labelling,    m = 1(|∇_θ ℓ_f(θ_o; D_f)| >= γ)
+
+Source: Fan et al., "SalUn", ICLR 2024, equations (3) to (5). The mask is applied inside the optimiser step
+(`salun_core.saliency.masked_optimizer`), so weights outside it keep their bits.
+"""
+
+from __future__ import annotations
+
+from salun_core.methods.classification import random_label
+from salun_core.methods.classification.method import Method
+
+METHOD = Method(random_label.parts, needs_mask=True)

@@ -1,0 +1,79 @@
+"""Training of a classifier from fresh weights, on the loop that unlearning uses."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from salun_core.data.images import ImageSet
+from salun_core.errors import ModelError
+from salun_core.evaluation.evidence import EpochRecord
+from salun_core.methods.checkpoint import CheckpointStore
+from salun_core.methods.classification.method import Part
+from salun_core.methods.config import UnlearnConfig, pick_device
+from salun_core.methods.loop import OnEpoch, run_loop
+from salun_core.models.architectures import build_classifier
+
+
+def reinitialised(model: nn.Module, seed: int) -> nn.Module:
+    """Initialise every layer of a model anew, in place, as torch's layers do by themselves.
+
+    Args:
+        model: each module that owns parameters must have `reset_parameters`.
+        seed: of the draw.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ModelError: a module has parameters and no `reset_parameters`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in model.named_modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+            elif any(True for _ in module.parameters(recurse=False)):
+                raise ModelError(
+                    f"{name or 'the model'} cannot be initialised anew", "it has no reset_parameters", "give `fresh`"
+                )
+    return model
+
+
+def fresh_classifier(architecture: str, images: ImageSet, num_classes: int, seed: int) -> nn.Module:
+    """Build a classifier for these images with fresh weights drawn from a seed; the global random state is kept."""
+    channels, height = images.images.shape[1:3]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_classifier(architecture, num_classes, channels, height)
+
+
+def train_classifier(
+    architecture: str,
+    images: ImageSet,
+    num_classes: int,
+    config: UnlearnConfig,
+    checkpoint: CheckpointStore | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> tuple[nn.Module, list[EpochRecord]]:
+    """Train a classifier.
+
+    Args:
+        architecture: a name for `build_classifier`.
+        images: the training split.
+        num_classes: outputs.
+        config: of the loop; `batch_norm` must be `update`.
+        checkpoint: keeps the state after each epoch, and resumes from it.
+        on_epoch: called after each epoch.
+
+    Returns:
+        The model in eval mode, and one record an epoch.
+    """
+    device = pick_device(config.device)
+    model = fresh_classifier(architecture, images, num_classes, config.seed)
+    model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    resident = images.to(device)
+    fingerprint = f"train {architecture} {len(images)} {config.model_dump_json(exclude={'device'})}"
+    history = run_loop(model, lambda _: [Part("train", resident)], config, None, checkpoint, fingerprint, on_epoch)
+    return model, history

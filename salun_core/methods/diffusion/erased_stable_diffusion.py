@@ -1,0 +1,96 @@
+"""Erased Stable Diffusion (ESD): steer the conditional prediction away from the concept, as guidance would.
+
+    ε_θ(x_t, c) -> ε_o(x_t, ∅) - η (ε_o(x_t, c) - ε_o(x_t, ∅))
+
+x_t is drawn by the model in training itself: denoised with guidance from pure noise to a random time. Forget examples
+only give shapes, conditions and the noise to start from; no image is looked at. `selection: xattn` is ESD-x, for
+concepts that a prompt names; `noxattn` is ESD-u, for what prompts need not name, and for networks that are told
+classes.
+
+Source: Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, section 4 (negative guidance).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from salun_core.diffusion.denoiser import Denoiser
+from salun_core.diffusion.examples import Noised
+from salun_core.methods.diffusion.method import GenerationMethod, Setting
+from salun_core.methods.diffusion.objectives import guided
+
+
+def loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
+    """Return the mean squared distance between the prediction and the negatively guided one of θ_o."""
+    assert setting.original is not None
+    table = setting.task.table
+    drawn = partly_denoised(setting, forget)
+    with torch.no_grad():
+        wanted = guided(setting.original, drawn, table, -setting.config.negative_guidance)
+    found = setting.denoiser.predict(drawn.noisy, drawn.times, table.take(drawn.condition))
+    return mse_loss(found, wanted)
+
+
+@torch.no_grad()
+def partly_denoised(setting: Setting, batch: Noised) -> Noised:
+    """Denoise the batch's own noise to one random time, by the model in training and with guidance.
+
+    Args:
+        setting: denoiser, conditions, `start_steps` and `start_guidance`.
+        batch: gives noise and conditions, [B, ...].
+
+    Returns:
+        The batch at that time; its target is what it was.
+
+    Raises:
+        UsageError: the model has no null condition.
+    """
+    denoiser, config = setting.denoiser, setting.config
+    process = denoiser.process
+    end = int(process.draw_times(1, setting.generator))
+    noise = process.noise_of(batch.noisy, batch.target, batch.times)
+    current = replace(batch, noisy=noise, times=torch.full_like(batch.times, process.times - 1))
+    for _, time in pairwise(path(process.times, end, config.start_steps)):
+        predicted = guided(denoiser, current, setting.task.table, config.start_guidance)
+        current = ddim_step(denoiser, current, predicted, time, setting.task.pixels)
+    return current
+
+
+def path(times: int, end: int, steps: int) -> list[int]:
+    """Return the times from T - 1 down to `end`, as far apart as `steps` steps over all T would be."""
+    count = -(-(times - 1 - end) * steps // times)
+    return [round(times - 1 - (times - 1 - end) * step / max(count, 1)) for step in range(count + 1)]
+
+
+def ddim_step(denoiser: Denoiser, batch: Noised, predicted: Tensor, time: int, pixels: bool) -> Noised:
+    """Go to an earlier time without fresh noise; of a flow this is an Euler step.
+
+    Args:
+        denoiser: whose process.
+        batch: x_t with its times.
+        predicted: what the network said about it, [B, C, H, W].
+        time: the earlier time.
+        pixels: whether samples lie from -1 to 1.
+
+    Source:
+        Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, equation (12) with σ = 0.
+    """
+    process = denoiser.process
+    clean = process.clean_of(batch.noisy, predicted, batch.times)
+    noise = process.noise_of(batch.noisy, predicted, batch.times)
+    earlier = torch.full_like(batch.times, time)
+    moved = process.noisy(clean.clamp(-1, 1) if pixels else clean, noise, earlier)
+    return replace(batch, noisy=moved, times=earlier)
+
+
+METHOD = GenerationMethod(
+    loss,
+    needs_original=True,
+    needs_retain=False,
+    defaults={"selection": "xattn", "steps": 200, "batch_size": 8, "learning_rate": 1e-5},
+)

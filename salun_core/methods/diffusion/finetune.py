@@ -1,0 +1,22 @@
+"""Fine-tuning (FT): go on training on what is kept and hope that the rest is forgotten.
+
+    min_θ  E||ε - ε_θ(x_t | c_r)||²  over D_r,    starting at θ_o
+
+Source: Warnecke et al., 2021; as the baseline of Fan et al., ICLR 2024.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from salun_core.diffusion.examples import Noised
+from salun_core.methods.diffusion.method import GenerationMethod, Setting
+from salun_core.methods.diffusion.objectives import denoising_loss
+
+
+def loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
+    """Return the denoising loss of the retain batch."""
+    return denoising_loss(setting.denoiser, retain, setting.task.table)
+
+
+METHOD = GenerationMethod(loss, needs_forget=False)

@@ -1,0 +1,93 @@
+"""Forget-Me-Not (FMN): teach the network to look away from the concept's tokens.
+
+    min_θ  mean over cross-attention layers of  E (A_θ[·, tokens of c])²  over D_f,    A = softmax(Q K^T / √d)
+
+The layers are re-steered as published; the textual inversion that may come before it is left out, for here a concept
+has a name. Which tokens are the concept's own is in `ConditionTable.tokens`.
+
+Source: Zhang et al., "Forget-Me-Not: Learning to Forget in Text-to-Image Diffusion Models", 2023, attention
+re-steering; there the norm is descended, here its square as a mean over all elements, as every loss of ours is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salun_core.diffusion.denoiser import Denoiser
+from salun_core.diffusion.examples import Noised
+from salun_core.errors import UsageError
+from salun_core.methods.diffusion.method import GenerationMethod, Setting
+
+
+def loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
+    """Return the mean squared attention that the forget batch pays to its concept's tokens.
+
+    Raises:
+        UsageError: the network has no cross-attention, or hides it by gradient checkpointing.
+    """
+    if setting.config.gradient_checkpointing:
+        raise UsageError(
+            "forget_me_not cannot work with gradient checkpointing",
+            "it reads attention, which would be computed twice",
+            "set gradient_checkpointing: false",
+        )
+    table = setting.task.table
+    with attention_maps(setting.denoiser) as maps:
+        setting.denoiser.predict(forget.noisy, forget.times, table.take(forget.condition))
+    marks = table.own_tokens()[forget.condition.cpu()].to(forget.noisy.device)
+    return torch.stack([attention_energy(found, marks) for found in maps]).mean()
+
+
+def attention_energy(probabilities: Tensor, marks: Tensor) -> Tensor:
+    """Return the mean square of the marked probabilities, a scalar.
+
+    Args:
+        probabilities: [B, heads, queries, L], each row adds up to 1.
+        marks: bool [B, L].
+    """
+    chosen = marks[:, None, None, :].expand_as(probabilities)
+    return probabilities.square()[chosen].mean()
+
+
+@contextmanager
+def attention_maps(denoiser: Denoiser) -> Iterator[list[Tensor]]:
+    """Collect what each cross-attention layer attends to while the network is asked; the network stays as it was.
+
+    Yields:
+        A list that fills up: [B, heads, queries, L] a layer.
+
+    Raises:
+        UsageError: the network has no cross-attention.
+    """
+    found: list[Tensor] = []
+
+    def keep(layer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:  # noqa: ANN401
+        image = args[0] if args else named["hidden_states"]
+        found.append(_probabilities(layer, image, named["encoder_hidden_states"], named.get("attention_mask")))
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in denoiser.cross_attentions().values()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _probabilities(layer: Any, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:  # noqa: ANN401
+    """Attention of one of diffusers' layers; its fused kernel never shows these."""
+    if layer.norm_cross:
+        text = layer.norm_encoder_hidden_states(text)
+    query, key = (layer.head_to_batch_dim(part) for part in (layer.to_q(image), layer.to_k(text)))
+    mask = layer.prepare_attention_mask(mask, text.shape[1], len(text))
+    scores: Tensor = layer.get_attention_scores(query, key, mask)
+    return scores.view(len(text), layer.heads, *scores.shape[1:])
+
+
+METHOD = GenerationMethod(
+    loss, needs_retain=False, defaults={"selection": "xattn", "steps": 50, "batch_size": 8, "learning_rate": 1e-5}
+)

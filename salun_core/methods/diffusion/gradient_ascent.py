@@ -1,0 +1,25 @@
+"""Gradient ascent (GA): climb the denoising loss of the forget set.
+
+    max_θ  E||ε - ε_θ(x_t | c)||²  over D_f,    starting at θ_o
+
+The loss has no upper bound: a small rate, few steps and the clipped gradient keep the rest of the model alive.
+
+Source: Graves et al., "Amnesiac Machine Learning", AAAI 2021; Thudi et al., 2022; as the baseline of Fan et al.,
+ICLR 2024.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from salun_core.diffusion.examples import Noised
+from salun_core.methods.diffusion.method import GenerationMethod, Setting
+from salun_core.methods.diffusion.objectives import denoising_loss
+
+
+def loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
+    """Return the negated denoising loss of the forget batch."""
+    return -denoising_loss(setting.denoiser, forget, setting.task.table)
+
+
+METHOD = GenerationMethod(loss, needs_retain=False, defaults={"steps": 50, "learning_rate": 1e-5})

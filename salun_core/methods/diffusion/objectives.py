@@ -1,0 +1,108 @@
+"""The losses that the methods are made of. One reduction for all: the mean over every element."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from salun_core.diffusion.conditions import ConditionTable
+from salun_core.diffusion.denoiser import Denoiser
+from salun_core.diffusion.examples import Noised
+from salun_core.methods.diffusion.config import GenerationConfig
+from salun_core.methods.diffusion.method import Setting
+
+
+def denoising_loss(denoiser: Denoiser, batch: Noised, table: ConditionTable) -> Tensor:
+    """Mean squared error of the prediction under its own condition: E||ε - ε_θ(x_t | c)||² (SalUn, eq. 6).
+
+    Args:
+        denoiser: ε_θ.
+        batch: x_t with times, targets and rows of c.
+        table: the conditions.
+    """
+    return mse_loss(denoiser.predict(batch.noisy, batch.times, table.take(batch.condition)), batch.target)
+
+
+def denoising_loss_with_drop(
+    denoiser: Denoiser, batch: Noised, table: ConditionTable, generator: torch.Generator, share: float = 0.1
+) -> Tensor:
+    """`denoising_loss` as a training takes it: a share of the conditions is dropped, so that guidance is learnt too.
+
+    Args:
+        denoiser: ε_θ.
+        batch: x_t with times, targets and rows of c.
+        table: the conditions; nothing is dropped where there is no null condition.
+        generator: a CPU generator.
+        share: probability of the null condition, from 0 to 1.
+
+    Source:
+        Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022, algorithm 1.
+    """
+    if table.null is None:
+        return denoising_loss(denoiser, batch, table)
+    dropped = (torch.rand(len(batch), generator=generator) < share).to(batch.condition.device)
+    return denoising_loss(denoiser, replace(batch, condition=batch.condition.masked_fill(dropped, table.null)), table)
+
+
+def retain_weight(setting: Setting) -> float:
+    """Return what the retain loss is multiplied by, so that both losses are means over all elements.
+
+    The published DDPM code sums the retain loss over pixels and averages the forget loss: its α of 1e-3 is
+    1e-3 x C x H x W of ours.
+    """
+    config, shape = setting.config, setting.task.retain.mean.shape[1:]
+    if config.alpha_convention == "reference" and setting.task.pixels:
+        return config.alpha * float(torch.Size(shape).numel())
+    return config.alpha
+
+
+def relabel_loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
+    """Forget by looking like something else, and keep the rest (SalUn, eq. 7).
+
+        E||ε_θ(x_t | c') - ε_θ(x_t | c)||² + α E||ε - ε_θ(x_t | c_r)||²,    the first ε_θ a constant
+
+    What is asked for gradients goes through the network in one batch; the target is computed without any.
+
+    Args:
+        setting: denoiser, conditions, α.
+        forget: D_f with c and c'.
+        retain: D_r.
+    """
+    denoiser, table = setting.denoiser, setting.task.table
+    assert forget.pseudo is not None
+    with torch.no_grad():
+        wanted = denoiser.predict(forget.noisy, forget.times, table.take(forget.pseudo))
+    found = denoiser.predict(
+        torch.cat([forget.noisy, retain.noisy]),
+        torch.cat([forget.times, retain.times]),
+        table.take(torch.cat([forget.condition, retain.condition])),
+    )
+    count = len(forget)
+    kept = mse_loss(found[count:], retain.target)
+    return mse_loss(found[:count], wanted) + retain_weight(setting) * kept
+
+
+def guided(denoiser: Denoiser, batch: Noised, table: ConditionTable, scale: float) -> Tensor:
+    """Return the prediction under classifier-free guidance, ε_∅ + scale (ε_c - ε_∅), [B, C, H, W].
+
+    Raises:
+        UsageError: the model has no null condition.
+
+    Source:
+        Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022; their w is scale - 1.
+    """
+    conditions, nulls = table.take(batch.condition), table.nulls(len(batch))
+    told = {name: torch.cat([conditions[name], nulls[name]]) for name in conditions}
+    both = denoiser.predict(batch.noisy.repeat(2, 1, 1, 1), batch.times.repeat(2), told)
+    conditional, free = both.chunk(2)
+    return free + scale * (conditional - free)
+
+
+def check_alpha(config: GenerationConfig) -> str | None:
+    """Say why an α is refused, or return None."""
+    if config.alpha > 0 or config.allow_zero_alpha:
+        return None
+    return "without a retain loss every class is destroyed"

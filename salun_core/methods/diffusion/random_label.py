@@ -1,0 +1,13 @@
+"""Random labelling (RL) of a diffusion model: relabelled denoising, every weight free.
+
+    min_θ  E||ε_θ(x_t | c') - ε_θ(x_t | c)||² + α E||ε - ε_θ(x_t | c_r)||²
+
+Source: Fan et al., "SalUn", ICLR 2024, equation (7) without its mask.
+"""
+
+from __future__ import annotations
+
+from salun_core.methods.diffusion.method import GenerationMethod
+from salun_core.methods.diffusion.objectives import relabel_loss
+
+METHOD = GenerationMethod(relabel_loss)

@@ -1,0 +1,49 @@
+"""Retrain: the exact answer; train fresh weights on what is kept, for models small enough.
+
+    min_θ  E||ε - ε_θ(x_t | c_r)||²  over D_r,    starting at fresh weights; c_r is the null condition once in ten
+
+The defaults are those that the small base models are trained with (`DenoiserRecipe`).
+
+Source: Fan et al., "SalUn", ICLR 2024; Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from salun_core.diffusion.examples import Noised
+from salun_core.errors import UsageError
+from salun_core.methods.diffusion.method import GenerationMethod, Setting
+from salun_core.methods.diffusion.objectives import denoising_loss_with_drop
+
+
+def loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
+    """Return the denoising loss of the retain batch, a tenth of its conditions dropped.
+
+    Raises:
+        UsageError: only a part of the network is to be trained; the rest would stay random.
+    """
+    if setting.config.selection != "full":
+        raise UsageError(
+            f"retrain cannot train {setting.config.selection} alone",
+            "the other weights are fresh and would stay random",
+            "leave selection at full",
+        )
+    return denoising_loss_with_drop(setting.denoiser, retain, setting.task.table, setting.generator)
+
+
+METHOD = GenerationMethod(
+    loss,
+    needs_forget=False,
+    fresh_start=True,
+    defaults={
+        "steps": 960,
+        "null_share": 0.0,  # the loss drops conditions itself
+        "epochs": 8,
+        "batch_size": 64,
+        "optimizer": "adamw",
+        "learning_rate": 2e-3,
+        "weight_decay": 1e-4,
+        "schedule": "cosine",
+    },
+)

@@ -1,0 +1,13 @@
+"""SalUn for diffusion models: relabelled denoising that moves salient weights only.
+
+    θ_u = m ⊙ (Δθ + θ_o) + (1 - m) ⊙ θ_o,    m = 1(|∇_θ E||ε - ε_θ(x_t | c)||²| >= γ) over D_f at θ_o
+
+Source: Fan et al., "SalUn", ICLR 2024, equations (3), (6) and (7).
+"""
+
+from __future__ import annotations
+
+from salun_core.methods.diffusion.method import GenerationMethod
+from salun_core.methods.diffusion.objectives import relabel_loss
+
+METHOD = GenerationMethod(relabel_loss, needs_mask=True)

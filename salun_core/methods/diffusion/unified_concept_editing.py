@@ -1,0 +1,127 @@
+"""Unified Concept Editing (UCE): change what the concept's tokens are projected to, in closed form.
+
+    W = (Σ_e v*_e c_e^T + λ W_o + p Σ_k W_o c_k c_k^T) (Σ_e c_e c_e^T + λ I + p Σ_k c_k c_k^T)^-1,    v*_e = W_o c_a
+
+for the key and value projections of every cross-attention layer. e runs over the forgotten conditions, a is what each
+is to look like instead, k runs over all other conditions; λ is `edit_strength`, p is `preserve_strength`. As v* is
+W_o's own projection, W = W_o (I + D) with D = Σ_e (c_a - c_e) c_e^T (...)^-1: one system of equations serves all
+layers that read the same text. Biases, where there are any, stay.
+
+Tokens of two prompts are matched from the last of the concept's own tokens on, through end of text and padding, as
+far as the longer prompt allows; where the own tokens are unknown, from the second position on.
+
+Source: Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024, the closed-form solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from salun_core.diffusion.denoiser import Denoiser
+from salun_core.methods.diffusion.config import GenerationConfig
+from salun_core.methods.diffusion.method import GenerationMethod, Task
+
+
+@torch.no_grad()
+def edit(denoiser: Denoiser, task: Task, config: GenerationConfig) -> None:
+    """Edit the network's weights in place; everything but keys and values of cross-attention keeps its bits.
+
+    Args:
+        denoiser: the network to change.
+        task: forgotten conditions, what they are to look like, and all conditions.
+        config: λ, p; the batch size bounds the memory.
+
+    Raises:
+        UsageError: the network has no cross-attention.
+    """
+    layers = projections(denoiser)
+    for names, texts in _by_text(denoiser, task, config.batch_size, layers):
+        second = min(1, texts.shape[1] - 1)
+        first = [max(own, default=second) for own in task.table.tokens or [()] * len(texts)]
+        old, new, kept = matched_tokens(texts, task, first)
+        change = correction(old, new, kept, config.edit_strength, config.preserve_strength)
+        for name in names:
+            weight = layers[name].weight
+            before = weight.double().cpu()
+            weight.copy_(before + before @ change)
+
+
+def projections(denoiser: Denoiser) -> dict[str, nn.Linear]:
+    """Return the key and value projections of every cross-attention layer by name."""
+    found: dict[str, nn.Linear] = {}
+    for name, layer in denoiser.cross_attentions().items():
+        attention: Any = layer
+        found |= {f"{name}.to_k": attention.to_k, f"{name}.to_v": attention.to_v}
+    return found
+
+
+def matched_tokens(texts: Tensor, task: Task, first: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Line up the tokens of the forgotten conditions with those of their anchors.
+
+    Args:
+        texts: [K, L, d], as the projections read them.
+        task: pairs of forgotten condition and anchor; each counts once.
+        first: by row, the first position that counts.
+
+    Returns:
+        c_e [n, d], c_a [n, d], and the tokens to preserve [m, d].
+    """
+    assert task.forget.pseudo is not None
+    length = texts.shape[1]
+    pairs = sorted(set(zip(task.forget.condition.tolist(), task.forget.pseudo.tolist(), strict=True)))
+    old, new = [], []
+    for row, anchor in pairs:
+        count = length - max(first[row], first[anchor])
+        old.append(texts[row, first[row] : first[row] + count])
+        new.append(texts[anchor, first[anchor] : first[anchor] + count])
+    forgotten = {row for row, _ in pairs}
+    kept = [texts[row, first[row] :] for row in range(len(texts)) if row not in forgotten]
+    return torch.cat(old), torch.cat(new), torch.cat([texts[0, :0], *kept])
+
+
+def correction(old: Tensor, new: Tensor, kept: Tensor, strength: float, preserve: float) -> Tensor:
+    """Return D of W = W_o (I + D), float64 [d, d], on the CPU.
+
+    Args:
+        old: c_e, [n, d].
+        new: c_a, [n, d].
+        kept: c_k, [m, d].
+        strength: λ.
+        preserve: p.
+    """
+    old, new, kept = (tokens.double().cpu() for tokens in (old, new, kept))
+    gram = old.T @ old + preserve * (kept.T @ kept) + strength * torch.eye(old.shape[1], dtype=torch.float64)
+    return torch.linalg.solve(gram, old.T @ (new - old)).T  # type: ignore[no-any-return]
+
+
+def _by_text(
+    denoiser: Denoiser, task: Task, batch_size: int, layers: Mapping[str, nn.Linear]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield the names of projections that read the same text, with that text [K, L, d].
+
+    What they read is not the table itself where a network projects or normalises the text first, so it is asked once.
+    """
+    read: dict[str, list[Tensor]] = {name: [] for name in layers}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: read[name].append(args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        for rows in torch.split(torch.arange(len(task.table)), batch_size):
+            noisy = task.forget.mean.new_zeros((len(rows), *task.forget.mean.shape[1:]))
+            denoiser.predict(noisy, noisy.new_zeros(len(rows), dtype=torch.int64), task.table.take(rows))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, parts in read.items():
+        groups.setdefault(tuple(id(part) for part in parts), []).append(name)
+    for names in groups.values():
+        yield names, torch.cat(read[names[0]])
+
+
+METHOD = GenerationMethod(edit=edit)

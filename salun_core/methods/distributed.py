@@ -1,0 +1,247 @@
+"""Several processes that train one model: each takes its share of every batch, and all end with the same weights.
+
+`torchrun` starts them and says to each by RANK, WORLD_SIZE and LOCAL_RANK which one it is. Gradients are added up
+before the optimiser, and so before the mask, sees them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from salun_core.digest import sha256_bytes
+from salun_core.errors import IntegrityError, SalunError, UsageError
+from salun_core.methods.checkpoint import CheckpointStore
+
+TIMEOUT = timedelta(minutes=10)
+_PEER = timedelta(seconds=5)
+_FAILURE = "failure"
+_JOINED = itertools.count()  # a second group of the same processes needs names of its own in their store
+
+
+class PeerError(SalunError):
+    """Another process of the group failed; its exit code is this one's too."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(
+            "another process of the group failed", "this one cannot go on alone", "see what the other one said"
+        )
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of a batch.
+
+    Args:
+        images: [B', C, H, W].
+        labels: [B'].
+        count: B'; 0 where the batch had fewer images than there are processes, and one image stands in.
+        weight: B' / B: times the part's mean loss, and added up over processes, it is the batch's mean.
+    """
+
+    images: Tensor
+    labels: Tensor
+    count: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is, and of how many.
+
+    Args:
+        rank: from 0.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of_environment(cls) -> World:
+        """Return what torchrun said; one process alone where it did not start us.
+
+        Raises:
+            UsageError: RANK or WORLD_SIZE is no number, or they contradict each other.
+        """
+        rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+            raise UsageError(
+                "RANK and WORLD_SIZE do not fit",
+                f"they are {rank!r} and {size!r}",
+                "start with torchrun, or unset them",
+            )
+        return cls(int(rank), int(size))
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes, logs and reports."""
+        return self.rank == 0
+
+    def share(self, images: Tensor, labels: Tensor) -> Share:
+        """Return this process's part of a batch that all processes hold alike."""
+        if self.size == 1:
+            return Share(images, labels, len(labels), 1.0)
+        mine = torch.tensor_split(torch.arange(len(labels), device=labels.device), self.size)[self.rank]
+        count = len(mine)
+        if count == 0:
+            return Share(images[:1], labels[:1], 0, 0.0)
+        return Share(images[mine], labels[mine], count, count / len(labels))
+
+    def add_gradients(self, model: nn.Module) -> None:
+        """Replace the gradients by their sums over all processes, in one exchange."""
+        if self.size == 1:
+            return
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        together = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(together)
+        sizes = [grad.numel() for grad in grads]
+        for grad, summed in zip(grads, torch.split(together, sizes), strict=True):
+            grad.copy_(summed.view(grad.shape))
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum of a scalar over all processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    @torch.no_grad()
+    def settle(self, model: nn.Module) -> None:
+        """Average the running statistics of batch norm, and check that all processes hold the same weights.
+
+        Raises:
+            IntegrityError: they do not.
+        """
+        if self.size == 1:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer.div_(self.size)
+            else:
+                dist.broadcast(buffer, 0)
+        hashes = [sha256_bytes(value.cpu().contiguous().numpy().tobytes()) for value in model.state_dict().values()]
+        self.require_same("weights", "".join(hashes))
+
+    def require_same(self, what: str, text: str) -> None:
+        """Check that all processes hold the same.
+
+        Args:
+            what: names it in the message.
+            text: such as a digest.
+
+        Raises:
+            IntegrityError: they differ; every process raises it.
+        """
+        if self.size == 1:
+            return
+        mine = torch.frombuffer(bytearray.fromhex(sha256_bytes(text.encode())), dtype=torch.uint8)
+        all_of_them = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(all_of_them, mine)
+        if any(not torch.equal(other, mine) for other in all_of_them):
+            raise IntegrityError(
+                f"the processes differ in their {what}", "they must work on the same", "give all the same files"
+            )
+
+
+ALONE = World()
+
+
+@dataclass(frozen=True)
+class SharedCheckpoint:
+    """A checkpoint that the first process keeps, and all resume from.
+
+    Args:
+        inner: where it lies; used by the first process alone.
+        world: this process.
+    """
+
+    inner: CheckpointStore
+    world: World
+
+    def load(self) -> bytes | None:
+        """Return the last state, or None; the same in every process."""
+        data = self.inner.load() if self.world.main else None
+        if self.world.size == 1:
+            return data
+        size = torch.tensor([-1 if data is None else len(data)])
+        dist.broadcast(size, 0)
+        if int(size) < 0:
+            return None
+        content = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
+        dist.broadcast(content, 0)
+        return content.numpy().tobytes()
+
+    def save(self, data: bytes) -> None:
+        """Replace the last state, in the first process."""
+        if self.world.main:
+            self.inner.save(data)
+
+
+@contextmanager
+def joined(world: World, timeout: timedelta = TIMEOUT) -> Iterator[None]:
+    """Join the group of processes for a while; alone, or where the caller has joined, there is nothing to do.
+
+    A process that fails says so with its exit code; the others, whose next exchange then fails, end with the same.
+
+    Args:
+        world: this process, from `World.of_environment`.
+        timeout: how long one exchange may wait for the others.
+
+    Raises:
+        PeerError: another process failed, or did not answer in time.
+    """
+    if world.size == 1 or dist.is_initialized():
+        yield
+        return
+    store = _join(world, timeout)
+    try:
+        yield
+    except BaseException as error:
+        failed = _failure(error, store)
+        if not torch.cuda.is_available():  # with NCCL, leaving in order would wait for the others
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+        if failed is error:
+            raise
+        raise failed from error
+    dist.destroy_process_group()
+
+
+def _join(world: World, timeout: timedelta) -> Store:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        found, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+        found.set_timeout(timeout)
+        store = PrefixStore(f"salun-{next(_JOINED)}", found)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=world.rank, world_size=world.size)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            "cannot join the other processes", str(error).split("\n")[0], "start with torchrun; see MASTER_ADDR"
+        ) from error
+    return store
+
+
+def _failure(error: BaseException, store: Store) -> BaseException:
+    """Return what to raise: our own error, told to the others, or the failure of another process."""
+    ours = not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)))
+    with suppress(RuntimeError):  # the store's host may be gone
+        if ours:
+            store.compare_set(_FAILURE, "", str(getattr(error, "exit_code", 1)))
+        else:
+            store.wait([_FAILURE], _PEER)
+            return PeerError(int(store.get(_FAILURE)))
+    return error if ours else PeerError(1)

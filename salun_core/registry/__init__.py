@@ -1,0 +1,1 @@
+"""Model lines: versions, HEAD, lineage, holds and rollback."""

@@ -1,0 +1,146 @@
+"""Reads model lines: HEAD, versions by digest or prefix, and the lineage along the parents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from salun_core.digest import check_digest, is_digest, sha256_bytes
+from salun_core.errors import IntegrityError, UsageError, unknown_name
+from salun_core.registry.manifest import Head, VersionManifest, parse_stored
+from salun_core.storage.keys import blob_key, check_id, head_key, version_key, versions_prefix
+from salun_core.storage.objects import ObjectStore
+
+_MIN_PREFIX = 6
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a line: its digest and its manifest."""
+
+    digest: str
+    manifest: VersionManifest
+
+
+def read_head(store: ObjectStore, line: str) -> tuple[Head, str] | None:
+    """Return HEAD of a line and its etag, or None where the line has none.
+
+    Raises:
+        IntegrityError: the document is damaged, or belongs to another line.
+    """
+    key = head_key(line)
+    stored = store.get(key)
+    if stored is None:
+        return None
+    head = parse_stored(Head, stored.data, key)
+    _check_line(key, line, head.line)
+    return head, stored.etag
+
+
+def read_version(store: ObjectStore, line: str, digest: str) -> VersionManifest:
+    """Return the manifest of a version, its digest verified before it is parsed.
+
+    Raises:
+        UsageError: the line has no such version.
+        IntegrityError: the manifest does not match its digest.
+    """
+    key = version_key(line, digest)
+    stored = store.get(key)
+    if stored is None:
+        raise UsageError(f"{line}@{digest[:12]} does not exist", "the line has no such version", f"try {line}@HEAD")
+    check_digest(f"manifest of {line}@{digest[:12]}", digest, sha256_bytes(stored.data))
+    manifest = parse_stored(VersionManifest, stored.data, key)
+    _check_line(key, line, manifest.line)
+    return manifest
+
+
+def read_file(store: ObjectStore, version: Version, name: str) -> bytes:
+    """Return a small file of a version, its bytes verified.
+
+    Args:
+        store: where the version lies.
+        version: its digest and manifest, which has a file of that name.
+        name: of the file.
+
+    Raises:
+        IntegrityError: the file is gone, or does not match its digest.
+    """
+    digest, what = version.manifest.files[name].sha256, f"{name} of version {version.digest[:12]}"
+    stored = store.get(blob_key(digest))
+    if stored is None:
+        raise IntegrityError(f"{what} is gone", "its blob is missing", "restore it")
+    check_digest(what, digest, sha256_bytes(stored.data))
+    return stored.data
+
+
+def _check_line(key: str, expected: str, actual: str) -> None:
+    if expected != actual:
+        raise IntegrityError(f"{key} belongs to line {actual!r}", "it was copied or moved", "restore the right one")
+
+
+def resolve(store: ObjectStore, reference: str) -> tuple[str, str]:
+    """Resolve `line`, `line@HEAD` or `line@<digest or its first 6 or more digits>`.
+
+    Returns:
+        The line and the digest of the version.
+
+    Raises:
+        UsageError: there is no such line (the nearest is named) or version, or the prefix is ambiguous.
+    """
+    line, _, version = reference.partition("@")
+    check_id("model line", line)
+    if version in {"", "HEAD"}:
+        found = read_head(store, line)
+        if found is None:
+            raise unknown_name("model line", line, lines(store))
+        return line, found[0].version
+    return line, _resolve_prefix(store, line, version)
+
+
+def _resolve_prefix(store: ObjectStore, line: str, version: str) -> str:
+    if len(version) < _MIN_PREFIX or not is_digest(version.ljust(64, "0")):
+        raise UsageError(
+            f"{version[:80]!r} names no version",
+            "a version is HEAD or 6 to 64 lower-case hex digits of its digest",
+            f"try {line}@HEAD",
+        )
+    start = versions_prefix(line)
+    keys = [entry.key for entry in store.list(start + version) if entry.key.endswith("/manifest.json")]
+    digests = [key[len(start) :].partition("/")[0] for key in keys]
+    if len(digests) == 1:
+        return digests[0]
+    if digests:
+        some = ", ".join(digest[:12] for digest in digests[:4])
+        raise UsageError(f"{line}@{version} is ambiguous", f"it may be {some}", "give more digits")
+    known = lines(store)
+    if line not in known:
+        raise unknown_name("model line", line, known)
+    raise UsageError(f"{line}@{version} does not exist", "the line has no such version", f"try {line}@HEAD")
+
+
+def lines(store: ObjectStore) -> list[str]:
+    """Return the lines that have a HEAD, sorted."""
+    parts = (entry.key.split("/") for entry in store.list("lines/"))
+    return sorted(part[1] for part in parts if len(part) == 3 and part[2] == "HEAD.json")
+
+
+def history(store: ObjectStore, line: str) -> list[Version]:
+    """Return the versions of a line from HEAD back along the parents, the newest first.
+
+    Raises:
+        IntegrityError: a manifest on the way is damaged or missing.
+        UsageError: there is no such line.
+    """
+    digest: str | None = resolve(store, line)[1]
+    versions: list[Version] = []
+    while digest is not None:
+        try:
+            manifest = read_version(store, line, digest)
+        except UsageError as error:
+            raise IntegrityError(
+                f"the lineage of {line} is broken at {digest[:12]}",
+                "that manifest is missing",
+                "restore it from a copy",
+            ) from error
+        versions.append(Version(digest, manifest))
+        digest = manifest.parent
+    return versions

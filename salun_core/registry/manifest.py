@@ -1,0 +1,205 @@
+"""The documents of a model line: version manifests, the HEAD pointer, lineage, and model digests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, Field, field_validator
+
+from salun_core.config import Document, parse, unique_keys
+from salun_core.digest import canonical_json, digest_json, is_digest
+from salun_core.errors import IntegrityError, ModelError, SalunError, UsageError
+from salun_core.storage.keys import check_id, check_relative_name, check_tree
+
+
+def _valid_digest(text: str) -> str:
+    if not is_digest(text):
+        raise ValueError("a digest is 64 lower-case hex digits")
+    return text
+
+
+def _valid_line(text: str) -> str:
+    return _as_value_error(check_id, "model line", text)
+
+
+def _valid_run(text: str) -> str:
+    return _as_value_error(check_id, "run", text)
+
+
+def _valid_file(text: str) -> str:
+    return _as_value_error(check_relative_name, text)
+
+
+def _as_value_error(check: Callable[..., str], *arguments: str) -> str:
+    try:
+        return check(*arguments)
+    except UsageError as error:
+        raise ValueError(f"{error.what}: {error.why}") from error
+
+
+def valid_tree(names: Collection[str]) -> None:
+    """Check, for a document, that files of these names can lie in one folder.
+
+    Raises:
+        ValueError: a name is also the folder of another one.
+    """
+    try:
+        check_tree(names)
+    except UsageError as error:
+        raise ValueError(f"{error.what}: {error.why}") from error
+
+
+def _valid_time(text: str) -> str:
+    moment = datetime.fromisoformat(text)
+    if moment.utcoffset() != UTC.utcoffset(None):
+        raise ValueError("a time is in UTC, such as 2026-01-31T12:00:00+00:00")
+    return text
+
+
+Digest = Annotated[str, AfterValidator(_valid_digest)]
+LineId = Annotated[str, AfterValidator(_valid_line)]
+RunId = Annotated[str, AfterValidator(_valid_run)]
+FileName = Annotated[str, AfterValidator(_valid_file)]
+UtcTime = Annotated[str, AfterValidator(_valid_time)]
+Count = Annotated[int, Field(ge=0, strict=True, le=2**53 - 1)]
+
+
+class FileEntry(Document):
+    """A file of a version."""
+
+    sha256: Digest = Field(description="SHA-256 of the file, and the name of its blob")
+    size: Count = Field(description="size in bytes")
+
+
+class Lineage(Document):
+    """The debt of a version: what was forgotten since a model of its line was last trained in full."""
+
+    runs_since_training: Count = Field(default=0, description="unlearning runs since the last full training")
+    forgotten_since_training: Count = Field(default=0, description="samples forgotten since then")
+    trained_on: Count = Field(default=0, description="samples that the last full training saw")
+
+    @property
+    def debt(self) -> float:
+        """The fraction of the training samples that was forgotten since (0 where nothing is known)."""
+        return self.forgotten_since_training / self.trained_on if self.trained_on else 0.0
+
+    def after_run(self, forgotten: int) -> Lineage:
+        """Return the debt after one more unlearning run."""
+        return Lineage(
+            runs_since_training=self.runs_since_training + 1,
+            forgotten_since_training=self.forgotten_since_training + forgotten,
+            trained_on=self.trained_on,
+        )
+
+
+class VersionManifest(Document):
+    """An immutable model version; its digest is the SHA-256 of this document's canonical JSON."""
+
+    format: Literal["salun.version/v1"] = "salun.version/v1"
+    line: LineId = Field(description="the model line it belongs to")
+    parent: Digest | None = Field(default=None, description="digest of the version it was made from")
+    created_at: UtcTime = Field(description="when it was staged, ISO 8601 in UTC")
+    files: dict[FileName, FileEntry] = Field(min_length=1, description="its files by name, with `/` between folders")
+    run: RunId | None = Field(default=None, description="the unlearning run that made it")
+    method: str = Field(min_length=1, max_length=63, description="the method, or how it was trained")
+    forget_set_digest: Digest | None = Field(default=None, description="digest of what was forgotten")
+    forget_count: Count = Field(default=0, description="how many samples were forgotten")
+    retrained: bool = Field(default=False, description="whether it was trained anew in full")
+    lineage: Lineage = Field(default_factory=Lineage, description="the debt since the last full training")
+
+    @field_validator("files")
+    @classmethod
+    def _one_tree(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        valid_tree(files)
+        return files
+
+    def canonical(self) -> bytes:
+        """Return the bytes that are stored and digested."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return digest_json(self.model_dump(mode="json"))
+
+
+class Head(Document):
+    """Which version of a line is in use."""
+
+    format: Literal["salun.head/v1"] = "salun.head/v1"
+    line: LineId = Field(description="the model line")
+    version: Digest = Field(description="digest of the version in use")
+    sequence: Annotated[int, Field(ge=1, strict=True)] = Field(description="one more with each publish")
+    published_at: UtcTime = Field(description="when, ISO 8601 in UTC")
+    run: RunId | None = Field(default=None, description="the run that published it")
+
+
+S = TypeVar("S", bound=Document)
+
+
+def parse_stored(kind: type[S], data: bytes, source: str) -> S:
+    """Read a document that came out of the store.
+
+    Raises:
+        IntegrityError: it is no JSON, or has faults.
+    """
+    try:
+        return parse(kind, json.loads(data, object_pairs_hook=unique_keys), source)
+    except SalunError as error:
+        raise IntegrityError(error.what, error.why, "the document in the store is damaged: restore it") from error
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{source} is no JSON", str(error)[:200], "restore it from a copy") from error
+
+
+def utc_now() -> str:
+    """Return the time in UTC as ISO 8601 with microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+SINGLE_WEIGHTS, PIPELINE_INDEX = "model.safetensors", "model_index.json"
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """Return those of a version's files that hold weights, sorted: `model.safetensors`, or any in a folder.
+
+    Args:
+        names: of all files, with `/` between folders.
+
+    Example:
+        >>> weight_files(["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "mask.safetensors"])
+        ['unet/diffusion_pytorch_model.safetensors']
+    """
+    return sorted(name for name in names if name == SINGLE_WEIGHTS or ("/" in name and name.endswith(".safetensors")))
+
+
+def weights_digest(files: Mapping[str, str]) -> str:
+    """Return the digest that a model is known by, from the digests of its files.
+
+    Of a single file of weights it is that file's SHA-256. Of a diffusers folder it is the SHA-256 of the canonical
+    JSON of `{name: SHA-256}` over `model_index.json` and every file in a folder: scheduler and tokenizer make the
+    images too.
+
+    Args:
+        files: name, with `/` between folders -> SHA-256 in hex; others beside the model's do not matter.
+
+    Raises:
+        ModelError: there are no weights, or two models at once.
+    """
+    weights = weight_files(files)
+    single, folders = SINGLE_WEIGHTS in weights, PIPELINE_INDEX in files
+    if single and not folders and weights == [SINGLE_WEIGHTS]:
+        return files[SINGLE_WEIGHTS]
+    if folders and not single and weights:
+        return digest_json({name: digest for name, digest in files.items() if name == PIPELINE_INDEX or "/" in name})
+    raise _no_model(single and (folders or len(weights) > 1))
+
+
+def _no_model(both: bool) -> ModelError:
+    return ModelError(
+        "the files are two models at once" if both else "the files are no model",
+        f"a model has {SINGLE_WEIGHTS}, or {PIPELINE_INDEX} and folders with weights in safetensors",
+        "leave one of the two" if both else "give the whole folder of the model",
+    )

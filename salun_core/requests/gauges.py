@@ -1,0 +1,209 @@
+"""Reads the ledger's gauges from the listings of its index and the HEADs of the model lines."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from salun_core.errors import IntegrityError, UsageError
+from salun_core.registry.lookup import lines, read_head, read_version
+from salun_core.registry.manifest import Head, Lineage
+from salun_core.requests.index import IndexEntry, entries
+from salun_core.requests.reading import read_last
+from salun_core.requests.schema import SETTLED, Status, status_after
+from salun_core.storage.objects import ObjectStore
+from salun_core.telemetry.logs import get_logger
+from salun_core.times import Clock, as_utc, due_after_one_month
+
+# In the order in which a request takes them: one that moves on while we list is met again, not missed.
+OPEN = tuple(status for status in Status if status not in SETTLED)
+TARGET = timedelta(days=7)
+RARELY = timedelta(minutes=10)
+_OVERDUE = "overdue"
+Sample = tuple[str, Mapping[str, str], float]
+
+
+def stages(received: datetime) -> Mapping[str, datetime]:
+    """Return the times at which a request passes the stages of its month.
+
+    Args:
+        received: when it was received.
+
+    Returns:
+        `target` (the internal target of 7 days), `half` and `most` (50 % and 80 % of the month), `overdue`.
+    """
+    received = as_utc(received)
+    due = due_after_one_month(received)
+    month = due - received
+    return {"target": received + TARGET, "half": received + month / 2, "most": received + month * 0.8, _OVERDUE: due}
+
+
+@dataclass(frozen=True)
+class LineGauges:
+    """What is told of a model line.
+
+    Args:
+        debt: share of the training data forgotten since the last full training.
+        runs: unlearning runs since then.
+        last_success: Unix time of the last publish of a run; None where none is known.
+    """
+
+    debt: float
+    runs: int
+    last_success: float | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The ledger and its lines at one moment; ages and deadlines are told as of any later time.
+
+    Args:
+        counts: requests by status.
+        received: Unix time at which the oldest request that is not settled was received; None without one.
+        passing: by stage of `stages`, the Unix times at which the unsettled requests pass it, ascending.
+        lines: model lines by name.
+        unreadable: lines whose HEAD or version is damaged.
+    """
+
+    counts: Mapping[Status, int]
+    received: float | None
+    passing: Mapping[str, Sequence[float]]
+    lines: Mapping[str, LineGauges]
+    unreadable: int
+
+    def past(self, stage: str, now: float) -> int:
+        """Return how many unsettled requests are past a stage at a Unix time."""
+        return bisect_left(self.passing[stage], now)
+
+    def at(self, now: float) -> Iterator[Sample]:
+        """Yield name, labels and value of each gauge, as of a Unix time."""
+        for status in Status:
+            yield "salun_requests", {"status": status.value}, self.counts.get(status, 0)
+        oldest = 0.0 if self.received is None else max(0.0, now - self.received)
+        yield "salun_oldest_request_age_seconds", {}, oldest
+        yield "salun_requests_overdue", {}, self.past(_OVERDUE, now)
+        for stage in self.passing:
+            if stage != _OVERDUE:
+                yield "salun_requests_by_deadline", {"stage": stage}, self.past(stage, now)
+        yield "salun_exporter_unreadable_lines", {}, self.unreadable
+        for line, gauges in self.lines.items():
+            label = {"model_line": line}
+            yield "salun_unlearning_debt_ratio", label, gauges.debt
+            yield "salun_runs_since_training", label, gauges.runs
+            if gauges.last_success is not None:
+                yield "salun_last_success_timestamp_seconds", label, gauges.last_success
+
+
+class GaugeReader:
+    """Takes snapshots; between two of them it remembers what is dear to list and what never changes.
+
+    The open statuses are listed each time; the settled requests, and which model lines there are, every `rarely`.
+
+    Args:
+        store: where ledger and model lines are kept.
+        clock: gives the time now.
+        rarely: how long the count of settled requests may lag behind.
+    """
+
+    def __init__(self, store: ObjectStore, clock: Clock, rarely: timedelta = RARELY) -> None:
+        self._store, self._clock, self._rarely = store, clock, rarely
+        self._listed: datetime | None = None
+        self._settled: Counter[Status] = Counter()
+        self._superseded: frozenset[tuple[str, int]] = frozenset()
+        self._known_lines: frozenset[str] = frozenset()
+        self._versions: dict[tuple[str, str], Lineage] = {}
+        self._successes: dict[str, float] = {}
+        self._unreadable: frozenset[str] = frozenset()
+
+    def take(self) -> Snapshot:
+        """Read the store and return what it holds.
+
+        Raises:
+            StoreError: the store cannot be reached or refuses us.
+            IntegrityError: the index holds what is no entry of it.
+        """
+        found = [entry for status in OPEN for entry in entries(self._store, status)]
+        now = as_utc(self._clock())
+        if self._listed is None or not timedelta(0) <= now - self._listed < self._rarely:
+            self._list_the_rest(found)
+            self._listed = now
+        standing = newest(entry for entry in found if (entry.request, entry.n) not in self._superseded)
+        readings = self._read_lines(self._known_lines.union(entry.line for entry in standing))
+        return _snapshot(standing, self._settled, readings, len(self._unreadable))
+
+    def _list_the_rest(self, found: Sequence[IndexEntry]) -> None:
+        """Count the settled and list the lines; of the entries only those stay in memory that were left behind."""
+        settled = newest(entry for status in sorted(SETTLED) for entry in entries(self._store, status))
+        doubtful = {entry.request for entry in found}.intersection(entry.request for entry in settled)
+        owed = {request for request in doubtful if self._is_owed(request)}
+        self._settled = Counter(entry.status for entry in settled if entry.request not in owed)
+        self._superseded = frozenset((entry.request, entry.n) for entry in found if entry.request in doubtful - owed)
+        self._known_lines = frozenset(lines(self._store))
+
+    def _is_owed(self, request: str) -> bool:
+        """Return whether a request with an open and a settled entry is open: only its events tell.
+
+        A move puts the new entry first; one that was cut off there settled nothing. Where nobody can tell, it is owed.
+        The request itself is left alone: an exporter has no business with what it names.
+        """
+        try:
+            return status_after(read_last(self._store, request)) not in SETTLED
+        except (IntegrityError, UsageError):
+            return True
+
+    def _read_lines(self, names: Iterable[str]) -> dict[str, LineGauges]:
+        """Read each HEAD; a damaged line is left out, so that it hides no deadline."""
+        before, self._versions = self._versions, {}
+        readings: dict[str, LineGauges] = {}
+        damaged: set[str] = set()
+        for line in sorted(names):
+            try:
+                found = read_head(self._store, line)
+                if found is not None:
+                    readings[line] = self._line(found[0], before)
+            except (IntegrityError, UsageError) as error:
+                damaged.add(line)
+                if line not in self._unreadable:
+                    get_logger().warning("model_line_unreadable", model_line=line, error=str(error))
+        self._unreadable = frozenset(damaged)
+        return readings
+
+    def _line(self, head: Head, known: Mapping[tuple[str, str], Lineage]) -> LineGauges:
+        """Return the gauges of a line; a manifest never changes, and is read once."""
+        name = (head.line, head.version)
+        lineage = known[name] if name in known else read_version(self._store, *name).lineage
+        self._versions[name] = lineage
+        if head.run is not None:
+            self._successes[head.line] = datetime.fromisoformat(head.published_at).timestamp()
+        return LineGauges(lineage.debt, lineage.runs_since_training, self._successes.get(head.line))
+
+
+def newest(found: Iterable[IndexEntry]) -> Sequence[IndexEntry]:
+    """Return the entry of the latest event of each request; one that is being moved has two for a moment."""
+    last: dict[str, IndexEntry] = {}
+    for entry in found:
+        if entry.request not in last or entry.n > last[entry.request].n:
+            last[entry.request] = entry
+    return list(last.values())
+
+
+def _snapshot(
+    standing: Sequence[IndexEntry], settled: Mapping[Status, int], readings: Mapping[str, LineGauges], unreadable: int
+) -> Snapshot:
+    received = sorted(_received(entry) for entry in standing)
+    times = [stages(moment) for moment in received]
+    names = stages(datetime(2026, 1, 1, tzinfo=UTC))
+    return Snapshot(
+        counts={**Counter(entry.status for entry in standing), **settled},
+        received=received[0].timestamp() if received else None,
+        passing={name: sorted(time[name].timestamp() for time in times) for name in names},
+        lines=readings,
+        unreadable=unreadable,
+    )
+
+
+def _received(entry: IndexEntry) -> datetime:
+    return datetime.fromtimestamp(entry.received, UTC)

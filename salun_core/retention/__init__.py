@@ -1,0 +1,1 @@
+"""Retention: inventory, rules, plan, purge and addenda."""

@@ -1,0 +1,95 @@
+"""Files on the local disk: atomic writes, folder listings, and the errors of both."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from salun_core.errors import StoreError
+from salun_core.storage.keys import MAX_SEGMENTS
+
+
+def disk_error(what: str, path: Path, error: OSError) -> StoreError:
+    """Build the error for a local file that cannot be read or written.
+
+    Args:
+        what: what was being done.
+        path: the file or folder.
+        error: what the system said.
+    """
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    remedy = "free some space there, or choose another folder" if full else "check the path and its permissions"
+    return StoreError(what, f"{path}: {error.strerror or type(error).__name__}", remedy)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all; its folder is made, a file there is replaced.
+
+    Args:
+        path: the file.
+        data: its bytes.
+
+    Raises:
+        StoreError: it cannot be written; what was there is unchanged.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        temporary.chmod(0o644)  # mkstemp makes it private; others may read what we write
+        temporary.replace(path)
+    except OSError as error:
+        raise disk_error(f"cannot write {path.name}", path, error) from error
+    finally:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What a folder holds.
+
+    Args:
+        files: plain files, by name relative to the folder, with `/` between folders.
+        strange: names of links, devices, pipes, and folders that are empty or too deep, sorted.
+    """
+
+    files: frozenset[str]
+    strange: tuple[str, ...]
+
+
+def list_tree(folder: Path) -> Tree:
+    """List a folder and all folders in it; no link is followed.
+
+    An empty folder is strange: no model version needs one, and nothing in a version's manifest would name it. So is
+    one too deep for any file of a version; it is not read.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        OSError: it, or a folder in it, cannot be read.
+    """
+    files: set[str] = set()
+    strange: list[str] = []
+    waiting = [""]
+    while waiting:
+        inside = waiting.pop()
+        with os.scandir(folder / inside) as entries:
+            found = [(inside + entry.name, entry) for entry in entries]
+        if inside and not found:
+            strange.append(inside)
+        for name, entry in found:
+            if entry.is_file(follow_symlinks=False):
+                files.add(name)
+            elif entry.is_dir(follow_symlinks=False) and name.count("/") < MAX_SEGMENTS - 1:
+                waiting.append(f"{name}/")
+            else:
+                strange.append(name)
+    return Tree(frozenset(files), tuple(sorted(strange)))

@@ -1,0 +1,1 @@
+"""Sweeps: batches of deletion requests from claim to settlement."""

@@ -1,0 +1,126 @@
+"""Rolls a model line back, and never quietly past an erasure: the requests that it would undo are owed again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from salun_core.errors import ConflictError, IntegrityError
+from salun_core.registry.lookup import Version, read_version, resolve
+from salun_core.registry.manifest import Head
+from salun_core.registry.rollback import roll_back, undone_by
+from salun_core.requests.ledger import Ledger
+from salun_core.requests.schema import Status
+from salun_core.steps.run import new_run_id
+from salun_core.storage import FileStore, open_store
+from salun_core.storage.blobs import stored_size
+from salun_core.storage.leases import acquire, release
+from salun_core.sweeps.runs import RunLog
+from salun_core.times import Clock, utc_clock
+
+_LEASE_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """What a rollback did, or would do.
+
+    Args:
+        head: HEAD afterwards; None after a dry run.
+        undone: the versions that it undid, the newest first.
+        reopened: the requests that are owed again.
+    """
+
+    head: Head | None
+    undone: Sequence[Version]
+    reopened: Sequence[str]
+
+
+def rollback(
+    store_uri: str,
+    reference: str,
+    actor: str,
+    reason: str,
+    *,
+    reopen: bool = False,
+    dry_run: bool = False,
+    clock: Clock = utc_clock,
+) -> RolledBack:
+    """Make an earlier version of a line its HEAD again.
+
+    Args:
+        store_uri: `s3://bucket/prefix`.
+        reference: `line@version`, an ancestor of HEAD.
+        actor: who does it, for the audit log.
+        reason: why, without personal data.
+        reopen: queue the requests again that it undoes; without it a rollback past an erasure is refused.
+        dry_run: say what would be undone, and write nothing.
+        clock: gives the time now.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConflictError: it would undo an erasure, or a run works on the line.
+        UsageError: there is no such version, or it is no ancestor of HEAD.
+        IntegrityError: the version's files were purged.
+    """
+    store = open_store(store_uri)
+    line, version = resolve(store, reference)
+    undone = undone_by(store, line, version)
+    _check_whole(store, line, version)
+    owed = _erased_by(store, Ledger(store, clock), RunLog(store, clock), undone)
+    _check_allowed(line, version, undone, owed, reopen)
+    if dry_run:
+        return RolledBack(None, undone, owed)
+    holder = f"rollback-{new_run_id()}"[:63]
+    acquire(store, line, holder, _LEASE_SECONDS)
+    try:
+        _check_whole(store, line, version)  # again: a purge may have come between
+        ledger = Ledger(store, clock)
+        for request in owed:  # first what is owed, then the pointer: a crash in between forgets no request
+            if ledger.status(request) is Status.COMPLETED:
+                ledger.reopen(request, actor, reason)
+        return RolledBack(roll_back(store, line, version, undone[0].digest), undone, owed)
+    finally:
+        release(store, line, holder)
+
+
+def _check_whole(store: FileStore, line: str, version: str) -> None:
+    manifest = read_version(store, line, version)
+    gone = [name for name, entry in manifest.files.items() if stored_size(store, entry.sha256) is None]
+    if gone:
+        raise IntegrityError(
+            f"cannot roll back to {line}@{version[:12]}",
+            f"{', '.join(sorted(gone))} of it was purged or is missing",
+            "choose a version that is still whole, or train anew",
+        )
+
+
+def _erased_by(store: FileStore, ledger: Ledger, runs: RunLog, undone: Sequence[Version]) -> list[str]:
+    """Return the requests that the runs of some versions completed."""
+    found = []
+    for item in undone:
+        record = runs.read(item.manifest.run) if item.manifest.run else None
+        for member in record.members if record else ():
+            last = ledger.state(member.id).last
+            if last and last.to_status is Status.COMPLETED and last.run == item.manifest.run:
+                found.append(member.id)
+    return found
+
+
+def _check_allowed(line: str, version: str, undone: Sequence[Version], owed: Sequence[str], reopen: bool) -> None:
+    forgotten = sum(item.manifest.forget_count for item in undone)
+    if not forgotten or (reopen and owed):
+        return
+    if reopen:
+        raise ConflictError(
+            f"rolling {line} back to {version[:12]} would bring back {forgotten} forgotten samples",
+            "no deletion request of the ledger names them, so none can be reopened",
+            "file requests for them, or publish a version that has forgotten them too",
+        )
+    raise ConflictError(
+        f"rolling {line} back to {version[:12]} would bring back {forgotten} forgotten samples",
+        f"between lie {len(undone)} of its versions, and {len(owed)} completed requests would be undone",
+        "keep HEAD, or give --reopen to queue these requests again",
+    )

@@ -1,0 +1,213 @@
+"""Unlearning runs: the record of what a run was given, and the states it passes through.
+
+Each move of a run is a document that is created once, like those of the requests: together they are its audit log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from salun_core.config import Document, parse
+from salun_core.digest import canonical_json
+from salun_core.errors import ConflictError, IntegrityError
+from salun_core.registry.manifest import Count, Digest, LineId, RunId, UtcTime, parse_stored
+from salun_core.requests.schema import RequestId, ShortText, Text
+from salun_core.storage.keys import run_event_key, run_key, run_prefix
+from salun_core.storage.objects import ObjectStore
+from salun_core.times import Clock, as_utc
+
+RECORD = "run.json"
+
+
+class RunStatus(StrEnum):
+    """Where a run stands."""
+
+    CLAIMED = "claimed"
+    MASKING = "masking"
+    UNLEARNING = "unlearning"
+    EVALUATING = "evaluating"
+    GATED = "gated"
+    PUBLISHED = "published"
+    GATE_REFUSED = "gate_refused"
+    STALE_PARENT = "stale_parent"
+    FAILED = "failed"
+
+
+_ORDER = tuple(RunStatus)[:6]
+ENDED = frozenset({RunStatus.PUBLISHED, RunStatus.GATE_REFUSED, RunStatus.STALE_PARENT, RunStatus.FAILED})
+"""A run that came here does nothing more."""
+RUN_TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
+    status: frozenset()
+    if status in ENDED
+    else frozenset({*_ORDER[_ORDER.index(status) + 1 :], *(ENDED - {RunStatus.PUBLISHED})})
+    for status in RunStatus
+}
+"""Each status and those that may follow it: forward, or out."""
+
+
+class RunMember(Document):
+    """A request that a run erases, by what of it may be kept: no target, no sample id."""
+
+    id: RequestId = Field(description="the request")
+    event: Annotated[int, Field(ge=1, strict=True)] = Field(description="number of the event that claimed it")
+    attempt: Annotated[int, Field(ge=1, strict=True)] = Field(description="which try this is")
+    forget_digest: Digest = Field(description="SHA-256 of its own forget set; the certificate shows it salted")
+    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(description="random, in hex: of its certificate")
+    found: Count = Field(description="training samples that it names")
+    named: Count = Field(description="samples that it names, whether the model was trained on them or not")
+
+
+class RunRecord(Document):
+    """What a run was given; written once, when its requests are claimed."""
+
+    format: Literal["salun.run/v1"] = "salun.run/v1"
+    run: RunId = Field(description="the run's id")
+    line: LineId = Field(description="the model line")
+    parent: Digest = Field(description="the version that it starts from")
+    epoch: Annotated[int, Field(ge=1, strict=True)] = Field(description="epoch of the line's lease")
+    created_at: UtcTime = Field(description="when its requests were claimed, ISO 8601 in UTC")
+    method: ShortText = Field(description="the unlearning method")
+    density: float = Field(gt=0, le=1, description="share of the weights that may change")
+    method_config: dict[str, Any] = Field(default={}, description="what differs from the method's defaults")
+    seed: Count = Field(default=0, description="of the run")
+    rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(default=0, description="which recipe of the ladder")
+    group: ShortText | None = Field(default=None, description="the half of a refused batch that it is")
+    work_key: Digest = Field(description="digest of line, parent, forget set and recipe: equal work has an equal key")
+    members: list[RunMember] = Field(min_length=1, description="its requests")
+    forget_sha256: Digest = Field(description="SHA-256 of the sealed document that the run reads")
+    forget_count: Count = Field(description="training samples to forget, of all members together")
+    train_count: Count = Field(description="training samples of the parent")
+
+    def canonical(self) -> bytes:
+        """Return the bytes that are stored."""
+        return canonical_json(self.model_dump(mode="json", exclude_none=True))
+
+
+class RunEvent(Document):
+    """One move of a run."""
+
+    format: Literal["salun.run-event/v1"] = "salun.run-event/v1"
+    run: RunId = Field(description="the run that moved")
+    n: Annotated[int, Field(ge=1, le=999_999, strict=True)] = Field(description="number of the event, from 1")
+    at: UtcTime = Field(description="when, ISO 8601 in UTC")
+    actor: ShortText = Field(description="the step that moved it")
+    from_status: RunStatus | None = Field(default=None, description="the status before; none at first")
+    to_status: RunStatus = Field(description="the status after")
+    reason: Text = Field(description="why; no personal data")
+    epoch: Annotated[int, Field(ge=1, strict=True)] = Field(description="epoch of the line's lease")
+    writer: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(description="random token of the writing call")
+
+    def canonical(self) -> bytes:
+        """Return the bytes that are stored."""
+        return canonical_json(self.model_dump(mode="json", exclude_none=True))
+
+
+class RunLog:
+    """Records runs and their moves.
+
+    Args:
+        store: where they are kept.
+        clock: gives the time now.
+    """
+
+    def __init__(self, store: ObjectStore, clock: Clock) -> None:
+        self._store, self._clock = store, clock
+
+    def start(self, record: RunRecord, actor: str) -> None:
+        """Record a run that claimed its requests; the same again is harmless.
+
+        Raises:
+            ConflictError: the run was given something else before.
+        """
+        self._store.put_new(run_key(record.run, RECORD), record.canonical())
+        if self.last(record.run) is None:
+            with contextlib.suppress(ConflictError):  # a twin of this call was first
+                self._append(record, None, RunStatus.CLAIMED, actor, "claimed")
+
+    def read(self, run: str) -> RunRecord | None:
+        """Return what a run was given, or None where it claimed nothing.
+
+        Raises:
+            IntegrityError: the document is damaged, or was moved.
+        """
+        key = run_key(run, RECORD)
+        stored = self._store.get(key)
+        if stored is None:
+            return None
+        record = parse_stored(RunRecord, stored.data, key)
+        if record.run != run:
+            raise IntegrityError(f"{key} is run {record.run!r}", "it was copied or moved", "restore the right one")
+        return record
+
+    def last(self, run: str) -> RunEvent | None:
+        """Return the last move of a run, or None before its first.
+
+        Raises:
+            IntegrityError: the document is damaged, or an event is missing.
+        """
+        keys = [entry.key for entry in self._store.list(f"{run_prefix(run)}events/")]
+        if not keys:
+            return None
+        stored = self._store.get(keys[-1])
+        if stored is None or keys != [run_event_key(run, number) for number in range(1, len(keys) + 1)]:
+            raise IntegrityError(f"the events of run {run} are not whole", "one is missing", "restore them from a copy")
+        event = parse_stored(RunEvent, stored.data, keys[-1])
+        if (event.run, event.n) != (run, len(keys)):
+            raise IntegrityError(f"{keys[-1]} is another event", "it was copied or moved", "restore the right one")
+        return event
+
+    def status(self, run: str) -> RunStatus | None:
+        """Return where a run stands, or None before its first move."""
+        last = self.last(run)
+        return last.to_status if last else None
+
+    def advance(self, run: str, to: RunStatus, actor: str, reason: str) -> RunStatus:
+        """Move a run forward; where it is there already, or beyond, nothing happens.
+
+        A step that is tried again finds its run where it left it.
+
+        Returns:
+            Where it stands.
+
+        Raises:
+            ConflictError: the run has ended otherwise.
+        """
+        record = self.read(run)
+        if record is None:  # a run that no request asked for has no log
+            return to
+        while True:
+            last = self.last(run)
+            status = last.to_status if last else RunStatus.CLAIMED
+            beyond = status in _ORDER and to in _ORDER and _ORDER.index(status) >= _ORDER.index(to)
+            if status == to or beyond:
+                return status
+            if status in ENDED:
+                raise ConflictError(
+                    f"run {run} has ended",
+                    f"it is {status} and cannot become {to}",
+                    "let it be; a later run tries again",
+                )
+            with contextlib.suppress(ConflictError):  # somebody moved it meanwhile: look again
+                self._append(record, last, to, actor, reason)
+                return to
+
+    def _append(self, record: RunRecord, last: RunEvent | None, to: RunStatus, actor: str, reason: str) -> None:
+        fields = {
+            "run": record.run,
+            "n": last.n + 1 if last else 1,
+            "at": as_utc(self._clock()).isoformat(),
+            "actor": actor,
+            "from_status": last.to_status if last else None,
+            "to_status": to,
+            "reason": reason,
+            "epoch": record.epoch,
+            "writer": secrets.token_hex(16),
+        }
+        event = parse(RunEvent, fields, f"a move of run {record.run}")
+        self._store.put_new(run_event_key(record.run, event.n), event.canonical())

@@ -1,0 +1,191 @@
+"""Turns a diffusers folder, or one that lies in the hub's local cache, into a model folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from salun_core.config import parse, read_document
+from salun_core.data import DataSpec, load_data
+from salun_core.data.split import SplitManifest
+from salun_core.digest import digest_json
+from salun_core.errors import ModelError, UsageError
+from salun_core.models.card import GenerationCard, GenerationEvaluation
+from salun_core.models.checkpoint import CARD, SPLIT, write_folder
+from salun_core.models.diffusers_folder import (
+    INDEX,
+    Components,
+    check_folder,
+    copies,
+    document_bytes,
+    folder_digest,
+    read_diffusers,
+    refuse_pickle,
+)
+from salun_core.tasks.diffusion.training import JUDGED, MadeDiffusion
+
+_KEPT = {".json", ".txt", ".safetensors", ".model"}
+_CLASS_TOLD = ("UNet2DModel", "DiTTransformer2DModel")
+
+
+def import_diffusion(
+    source: str,
+    spec: DataSpec | None,
+    out: Path,
+    prompt: str = "an image of a {label}",
+    evaluation: GenerationEvaluation = JUDGED,
+    classes: Sequence[str] = (),
+    hub: bool = False,
+) -> MadeDiffusion:
+    """Copy a diffusers folder into a model folder, checked: safetensors only, of classes that are known here.
+
+    Args:
+        source: the folder, or a name on the hub that lies in the local cache.
+        spec: the data that it was trained on, or that it shall be unlearned with; None if they are generated.
+        out: folder to write.
+        prompt: what an image of a class is called.
+        evaluation: how its images shall be judged.
+        classes: class names by id, where there are no data.
+        hub: whether a hub name may be fetched if the cache lacks it.
+
+    Raises:
+        UsageError: there is no such folder, or it is refused (see `check_folder`).
+        ModelError: a part does not fit its configuration, or is not supported.
+    """
+    refuse_pickle(Path(source))
+    found = Path(source) if Path(source).exists() else cached(source, hub)
+    with tempfile.TemporaryDirectory(prefix="salun-import-") as name:
+        staged = Path(name)
+        _stage(found, staged)
+        loaded = read_diffusers(staged)
+        data = load_data(spec) if spec else None
+        names = list(data.table.classes) if data else list(classes)
+        split = data.split if data else no_split(names)
+        card = card_of(loaded, spec, split, names, prompt, evaluation)
+        write_folder(out, {**copies(staged), CARD: document_bytes(card), SPLIT: document_bytes(split)})
+    count = sum(parameter.numel() for parameter in loaded.network.parameters())
+    return MadeDiffusion(folder_digest(out), count, None)
+
+
+def cached(name: str, fetch: bool = False) -> Path:
+    """Return the folder in the hub's local cache that holds a repository.
+
+    Args:
+        name: `owner/name`.
+        fetch: whether it may be fetched if the cache lacks it.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                local_files_only=not fetch,
+                allow_patterns=[INDEX, *(f"*/*{suffix}" for suffix in sorted(_KEPT))],
+            )
+        )
+    except Exception as error:  # of the hub's client, of its cache, of the network
+        raise UsageError(
+            f"there is no model {source_name(name)}",
+            "it is neither a folder nor in the hub's local cache",
+            "give the folder, or allow it to be fetched by --hub",
+        ) from error
+
+
+def source_name(text: str) -> str:
+    """Return what a user gave, short enough for one line."""
+    return repr(text[:80])
+
+
+def _stage(source: Path, target: Path) -> None:
+    """Copy the named components: of a hub's folder the links are followed, and its pickled twins are left out."""
+    if not (source / INDEX).is_file():
+        check_folder(source)  # says so
+    index = read_document(source / INDEX)
+    shutil.copyfile(source / INDEX, target / INDEX)
+    names = [name for name in index if (source / name).is_dir()] if isinstance(index, Mapping) else []
+    for name in sorted(names):
+        for path in _files(source / name):
+            place = target / name / path.relative_to(source / name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Variants (`model.fp16.safetensors`) are left out, and so are pickled files beside safetensors."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if any(path.is_symlink() and not path.resolve().is_relative_to(_home(folder)) for path in [folder, *files]):
+        raise UsageError(f"{folder.name} holds a link out of its folder", "it is not followed", "copy with `cp -rL`")
+    whole = [path for path in files if path.suffix == ".safetensors" and "." not in _bare(path)]
+    if not whole:
+        return files
+    return [path for path in files if path in whole or (path.suffix in _KEPT and path.suffix != ".safetensors")]
+
+
+def _home(folder: Path) -> Path:
+    """Where links may lead: the folder, or the hub's cache of the same repository, whose snapshots are links."""
+    model = folder.resolve().parent
+    return model.parent.parent if model.parent.name == "snapshots" else model
+
+
+def _bare(path: Path) -> str:
+    return path.name.removesuffix(".safetensors")
+
+
+def no_split(classes: Sequence[str]) -> SplitManifest:
+    """Return the empty split of a model that comes without data; its digest tells one set of classes from another."""
+    nothing: dict[str, str] = {}
+    digest = digest_json({"classes": list(classes), "rows": []})
+    return SplitManifest(dataset_digest=digest, train=nothing, validation=nothing, test=nothing)
+
+
+def card_of(
+    model: Components,
+    spec: DataSpec | None,
+    split: SplitManifest,
+    classes: list[str],
+    prompt: str,
+    evaluation: GenerationEvaluation,
+) -> GenerationCard:
+    """Write the card of a diffusers folder from its own configuration.
+
+    Raises:
+        UsageError: the classes or the prompt do not fit (all faults are listed).
+        ModelError: its denoiser does not say its size.
+    """
+    kind = type(model.network).__name__
+    channels, height, width = _size(model)
+    fields = {
+        "task": "class-conditional" if kind in _CLASS_TOLD else "text-to-image",
+        "architecture": kind,
+        "classes": classes,
+        "prompt": prompt,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "data": spec.model_dump() if spec else None,
+        "dataset_digest": split.dataset_digest,
+        "split_digest": split.digest,
+        "method": "import",
+        "evaluation": evaluation.model_dump(),
+    }
+    return parse(GenerationCard, fields, "the card of the import")
+
+
+def _size(model: Components) -> tuple[int, int, int]:
+    config: Any = model.network.config
+    side = config.get("sample_size")
+    if side is None:
+        raise ModelError("the denoiser does not say its size", "sample_size is null", "set it in its config.json")
+    height, width = (side, side) if isinstance(side, int) else side
+    vae = model.parts.get("vae")
+    if vae is None:
+        return int(config["in_channels"]), height, width
+    step = 2 ** (len(vae.config.block_out_channels) - 1)
+    return int(vae.config.in_channels), height * step, width * step

@@ -1,0 +1,170 @@
+"""Inputs of a diffusion run: the model, its data, the forget set, and the conditions of all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from salun_core.data import ForgetSet, LoadedData, load_data, resolve_forget
+from salun_core.data.forget_set import require_partial
+from salun_core.data.split import SplitManifest
+from salun_core.diffusion.families import Family, family_of
+from salun_core.digest import check_digest
+from salun_core.errors import UsageError
+from salun_core.models.card import GenerationCard
+from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion
+from salun_core.tasks.classification.inputs import moved_spec
+from salun_core.tasks.resolve import read_forget
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Names of the conditions, and which row is what.
+
+    Args:
+        names: class names, or prompts.
+        classes: how many of the first rows are the model's classes, in their order.
+    """
+
+    names: Sequence[str]
+    classes: int
+
+    def of(self, name: str) -> int:
+        """Return the row of a prompt."""
+        return list(self.names).index(name)
+
+
+def class_names(card: GenerationCard) -> list[str]:
+    """Return what the model is told for each of its classes: the name itself, or the prompt that holds it."""
+    return [card.prompt_of(name) for name in card.classes]
+
+
+def rows_of(card: GenerationCard, forget_set: ForgetSet) -> Rows:
+    """Collect all conditions that a run needs: for training and for the images that it is judged by.
+
+    Args:
+        card: the model's classes, its prompt and its evaluation's own prompts.
+        forget_set: what is to be forgotten.
+
+    Raises:
+        UsageError: a concept for a model that takes no prompts, or one whose anchor is to be forgotten too.
+    """
+    classes = class_names(card)
+    if forget_set.concepts and card.task == "class-conditional":
+        raise UsageError(
+            "a class-conditional model takes no prompts", "a concept is named by prompts", "name one of its classes"
+        )
+    prompts: list[str] = []
+    for concept in forget_set.concepts:
+        prompts += [*concept.prompts, concept.anchor_prompt, *concept.neighbours]
+    if card.task == "text-to-image":
+        near = [
+            classes[card.classes.index(name)] if name in card.classes else name for name in card.evaluation.neighbours
+        ]
+        prompts += [*near, *watched_prompts(card)]
+    forgotten = forgotten_prompts(card, forget_set)
+    lost = [concept.anchor_prompt for concept in forget_set.concepts if concept.anchor_prompt in forgotten]
+    if lost:
+        raise UsageError("an anchor is to be forgotten itself", "another target names it", "choose another anchor")
+    return Rows(list(dict.fromkeys([*classes, *prompts])), len(classes))
+
+
+def watched_prompts(card: GenerationCard) -> list[str]:
+    """Return the prompts in whose images the evaluation looks for more than classes: the card's, or for nudity ours."""
+    if card.evaluation.suite != "nsfw" or card.evaluation.prompts:
+        return list(card.evaluation.prompts)
+    from salun_core.evaluation.nudity import PROMPTS
+
+    return list(PROMPTS)
+
+
+def forgotten_prompts(card: GenerationCard, forget_set: ForgetSet) -> set[str]:
+    """Return the names of all rows that are to be forgotten."""
+    classes = class_names(card)
+    named = {classes[label] for label in forget_set.classes}
+    return named | {prompt for concept in forget_set.concepts for prompt in concept.prompts}
+
+
+def label_of(name: str, card: GenerationCard) -> int | None:
+    """Return the class that a row shows: its own, or the only one that its words name; None where that is unclear."""
+    classes = class_names(card)
+    if name in classes:
+        return classes.index(name)
+    words = [index for index, label in enumerate(card.classes) if re.search(rf"\b{re.escape(label)}s?\b", name, re.I)]
+    names = card.classes
+    whole = [index for index in words if not any(names[index] in names[other] for other in words if other != index)]
+    return whole[0] if len(whole) == 1 else None
+
+
+@dataclass(frozen=True)
+class GenerationInputs:
+    """A diffusion model with the data that it was trained on, if it came with any, and the set to forget.
+
+    Args:
+        original: the model before unlearning.
+        data: rows, checked against the model's split manifest; None for a model without data.
+        forget_set: classes and concepts.
+    """
+
+    original: LoadedDiffusion
+    data: LoadedData | None
+    forget_set: ForgetSet
+
+    def family(self, device: torch.device) -> Family:
+        """Return the model's denoiser, encoders and decoder, on a device."""
+        return family_of(self.original, device)
+
+    @property
+    def card(self) -> GenerationCard:
+        """The model's card."""
+        return self.original.card
+
+    @property
+    def split(self) -> SplitManifest:
+        """The split that the model was trained on; empty for a model without data."""
+        return self.original.split
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The conditions of the run."""
+        return rows_of(self.card, self.forget_set)
+
+    @cached_property
+    def kept_classes(self) -> list[int]:
+        """Classes that the model knows and is to keep, sorted: none that this run or an earlier one forgot."""
+        gone = set(self.forget_set.classes)
+        if self.data is None:
+            return [label for label in range(len(self.card.classes)) if label not in gone]
+        table = self.data.table
+        return sorted({table.labels[table.position[name]] for name in self.split.train} - gone)
+
+
+def load_generation_inputs(model: Path, forget: str, data: str | None = None) -> GenerationInputs:
+    """Load and check what a step works on.
+
+    Args:
+        model: folder of the original model.
+        forget: address of the forget targets or of a resolved forget set.
+        data: data set spec, where the data lie elsewhere than the model card says.
+
+    Raises:
+        UsageError: something does not exist or has faults, or the model cannot forget it.
+        DataError: the forget set is empty or is all of the data.
+        IntegrityError: the data or the forget set are of another split.
+    """
+    original = load_diffusion(model)
+    card, split = original.card, original.split
+    loaded = load_data(moved_spec(card.data, data), split) if card.data is not None else None
+    named = read_forget(forget)
+    if isinstance(named, ForgetSet):
+        check_digest("the split of the forget set", split.digest, named.split_digest)
+        forget_set = named
+    else:
+        forget_set = resolve_forget(named, loaded.table if loaded else None, split, generative=True)
+    require_partial(forget_set, split)
+    return GenerationInputs(original, loaded, forget_set)

@@ -1,0 +1,153 @@
+"""Finds what a step is given by name: models, forget targets and policies, in folders or in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from salun_core.config import MAX_DOCUMENT_BYTES, parse, parse_text, read_document
+from salun_core.data.forget_set import ForgetSet, SamplesTarget, Target, parse_target
+from salun_core.digest import check_digest, sha256_bytes
+from salun_core.errors import IntegrityError, UsageError, unknown_name
+from salun_core.evaluation import Evidence
+from salun_core.evaluation.evidence import METRIC_NAMES
+from salun_core.gate import Policy, default_policy, load_policy
+from salun_core.registry.versions import fetch_version, resolve
+from salun_core.storage import open_store, split_uri
+
+AUTO = "auto"
+
+
+def read_bytes(uri: str) -> bytes:
+    """Read a small document from `s3://bucket/key` or a local file.
+
+    Raises:
+        UsageError: it does not exist.
+        IntegrityError: it is too large to be a document.
+    """
+    if not uri.startswith("s3://"):
+        path = Path(uri)
+        if not path.is_file():
+            raise UsageError(f"there is no file {uri}", "the path does not exist", "check it")
+        data = path.read_bytes()
+    else:
+        bucket, key = split_uri(uri)
+        found = open_store(f"s3://{bucket}").get(key)
+        if found is None:
+            raise UsageError(f"there is no object {uri}", "the store has none of that key", "check the address")
+        data = found.data
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise IntegrityError(f"{uri} is too large", f"over {MAX_DOCUMENT_BYTES} bytes", "split it")
+    return data
+
+
+def read_plain(uri: str) -> Any:  # noqa: ANN401 - any YAML or JSON value
+    """Read a YAML or JSON document from the store or a file as plain data."""
+    if not uri.startswith("s3://"):
+        return read_document(Path(uri))
+    return _plain(read_bytes(uri), uri)
+
+
+def _plain(data: bytes, uri: str) -> Any:  # noqa: ANN401 - any YAML or JSON value
+    try:
+        return parse_text(data.decode("utf-8"), uri)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{uri} is no text", str(error), "give a YAML or JSON document") from error
+
+
+def read_forget(uri: str) -> ForgetSet | list[Target]:
+    """Read what is to be forgotten: a resolved forget set, one target, or a list of targets.
+
+    Raises:
+        UsageError: it does not exist, or has faults.
+        IntegrityError: a manifest of ids does not match its digest.
+    """
+    document = read_plain(uri)
+    if isinstance(document, dict) and document.get("format") == "salun.forget-set/v1":
+        return parse(ForgetSet, document, uri)
+    items = document if isinstance(document, list) else [document]
+    if not items:
+        raise UsageError(f"{uri} names nothing", "it is an empty list", "give at least one forget target")
+    return [fetched(parse_target(item, uri)) for item in items]
+
+
+def fetched(target: Target) -> Target:
+    """Return a target with the ids of its manifest in place of the manifest's address; others as they are.
+
+    Raises:
+        UsageError: the manifest does not exist.
+        IntegrityError: it does not match its digest.
+    """
+    if not isinstance(target, SamplesTarget) or target.manifest_uri is None:
+        return target
+    uri = target.manifest_uri
+    if not uri.startswith("s3://"):  # whoever files a request must not learn of this machine's files
+        raise UsageError("a manifest of sample ids lies outside the store", "it is no s3:// address", "upload it")
+    data = read_bytes(uri)
+    check_digest("a manifest of sample ids", target.sha256 or "", sha256_bytes(data))
+    fields = {"dataset_digest": target.dataset_digest, "ids": _plain(data, uri)}
+    return parse(SamplesTarget, fields, "a manifest of sample ids")
+
+
+def check_policy(uri: str) -> None:
+    """Check that a gate policy can be read, before the work that it will judge.
+
+    Raises:
+        UsageError: there is none, it has faults, or it asks for a metric that nobody measures.
+    """
+    if uri != AUTO:
+        policy = _policy(uri)
+        for name in [item.metric for rule in policy.rules for item in (rule, rule.relative_to) if item]:
+            if name not in METRIC_NAMES:
+                raise unknown_name(f"metric in policy {policy.name}:", name, METRIC_NAMES)
+
+
+def read_policy(uri: str, evidence: Evidence) -> Policy:
+    """Read a gate policy: the name of one that ships, a file, an object in the store, or `auto`.
+
+    Args:
+        uri: of the policy; `auto` takes the one that ships for the kind of model.
+        evidence: that it is to judge.
+    """
+    return _policy(default_policy(evidence) if uri == AUTO else uri)
+
+
+def _policy(uri: str) -> Policy:
+    return parse(Policy, read_plain(uri), uri) if uri.startswith("s3://") else load_policy(uri)
+
+
+@contextmanager
+def model_folder(reference: str, store_uri: str | None = None) -> Iterator[Path]:
+    """Give a local folder that holds a model.
+
+    Args:
+        reference: a folder; `line` or `line@version` in the store; or `s3://bucket/prefix/line@version`.
+        store_uri: of the store that holds lines.
+
+    Yields:
+        The folder; one that was fetched is removed afterwards.
+
+    Raises:
+        UsageError: there is no such model.
+    """
+    if Path(reference).is_dir():
+        yield Path(reference)
+        return
+    if reference.startswith("s3://"):
+        store_uri, _, reference = reference.rpartition("/")
+    elif "/" in reference:
+        raise UsageError(f"there is no model folder {reference}", "the path does not exist", "check it")
+    if not store_uri:
+        raise UsageError(
+            f"{reference} is no folder",
+            "a model line needs a store",
+            "give --store s3://bucket/prefix, or set SALUN_STORE_URI",
+        )
+    store = open_store(store_uri)
+    line, version = resolve(store, reference)
+    with TemporaryDirectory(prefix="salun-model-") as folder:
+        fetch_version(store, line, version, Path(folder) / "model")
+        yield Path(folder) / "model"

@@ -1,0 +1,100 @@
+"""The budget of a search, and the record of its trials (`salun.tuning/v1`)."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import Field
+
+from salun_core.config import Document
+from salun_core.errors import UsageError
+
+DEFAULT_BUDGET = "20e"
+_FORM = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|e|)")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a search may spend; it counts from when it is made.
+
+    Args:
+        text: as it was given.
+        passes: images forward and backward; None where seconds bound the search.
+        seconds: wall clock; None where passes do.
+    """
+
+    text: str
+    passes: int | None = None
+    seconds: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    def allows(self, passes: int) -> bool:
+        """Say whether so many passes in all may be spent; a limit of seconds asks the clock alone."""
+        if self.passes is not None:
+            return passes <= self.passes
+        return self.seconds is not None and time.perf_counter() - self.started < self.seconds
+
+
+def parse_budget(text: str, images: int) -> Budget:
+    """Read a budget.
+
+    Args:
+        text: `200000` passes; `90s`, `15m` or `2h` of wall clock; or `20e`, twenty times all training images.
+        images: in D_f and D_r together.
+
+    Returns:
+        The budget. Only one in passes or epochs finds the same settings on every machine.
+
+    Raises:
+        UsageError: it has another form, or is zero.
+    """
+    match = _FORM.fullmatch(text.strip())
+    amount = float(match[1]) if match else 0.0
+    if match is None or amount <= 0:
+        raise UsageError(
+            f"{text!r} is no budget", "it is a number of passes, or ends in s, m, h or e", "give 200000, 90s or 20e"
+        )
+    unit = match[2]
+    if unit in _SECONDS:
+        return Budget(text.strip(), seconds=amount * _SECONDS[unit])
+    return Budget(text.strip(), passes=int(amount * images) if unit == "e" else int(amount))
+
+
+class TrialRecord(Document):
+    """One setting that was tried."""
+
+    number: int = Field(ge=0, description="from 0, in the order they were tried")
+    settings: dict[str, float | str] = Field(description="settings that were searched for, by name")
+    density: float | None = Field(default=None, description="share of salient weights; null for a method without mask")
+    epochs: int = Field(ge=0, description="of the best model of the trial; 0 where it made none")
+    epochs_run: int = Field(ge=0, description="epochs that it ran")
+    state: Literal["finished", "stopped", "failed"] = Field(
+        description="stopped: by its own figures or the other trials'; failed: the loss or a weight was not a number"
+    )
+    figures: dict[str, float] = Field(default={}, description="of its best model, on held-out data in place of test")
+    distance: float | None = Field(default=None, description="what the search makes small; 0 is indistinguishable")
+    refused: list[str] = Field(default=[], description="rules of the policy that its best model broke")
+    passes: int = Field(ge=0, description="sample passes of the trial, its measurements included")
+    seconds: float = Field(ge=0, description="wall clock")
+
+
+class TuningLog(Document):
+    """All that a search tried, and what it chose."""
+
+    format: Literal["salun.tuning/v1"] = "salun.tuning/v1"
+    method: str
+    seed: int
+    optimiser: str = Field(description="with its version: another may try other settings")
+    budget: str = Field(description="as it was given")
+    policy: str = Field(description="name of the policy whose margins bound the search")
+    policy_digest: str
+    not_judged: list[str] = Field(default=[], description="metrics of its rules that the search cannot measure")
+    held_out: int = Field(ge=0, description="validation images that stood for unseen data")
+    chosen: int | None = Field(default=None, description="number of the trial that was chosen; null: refused")
+    trials: list[TrialRecord]
+    passes: int = Field(ge=0, description="of all trials, and of the saliency scores")
+    seconds: float = Field(ge=0, description="wall clock of the whole search")

@@ -1,0 +1,146 @@
+"""What a search may vary, by method; what the user has set stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from salun_core.errors import UsageError
+from salun_core.methods.classification import METHODS, UnlearnConfig, get_method, method_config
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
+DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+_LEAST, _MOST = 0.1, 50.0  # of the method's default rate
+_FIRST: tuple[tuple[float, float, str, str], ...] = (
+    (10.0, 0.5, "mixed", "update"),
+    (1.0, 0.5, "sequential", "freeze"),
+    (3.0, 0.1, "sequential", "update"),
+    (3.0, 0.5, "mixed", "freeze"),
+)  # factor of the default rate, density, order, batch norm
+
+_CHOICES: dict[str, tuple[str, ...]] = {"order": ("sequential", "mixed"), "batch_norm": ("freeze", "update")}
+_ORDERED = frozenset({"salun", "random_label", "salun_soft"})
+
+_OWN: dict[str, dict[str, tuple[float, float, bool]]] = {
+    "salun_soft": {"soft_density": (0.02, 1.0, True)},
+    "l1_sparse": {"l1_strength": (1e-6, 1e-3, True)},
+    "neggrad_plus": {"retain_weight": (0.8, 0.999, False)},
+    "sfr_on": {"forget_strength": (2.5, 250.0, True)},
+    "influence": {"influence_strength": (1.5, 150.0, True)},
+}
+
+GROWING = frozenset(
+    {"salun", "random_label", "finetune", "gradient_ascent", "boundary_shrink", "neggrad_plus", "scrub"}
+)
+"""Methods whose run of n epochs is, at a constant rate, the beginning of a longer one: one trial tries all n."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One point of the space.
+
+    Args:
+        settings: overrides of the method's configuration.
+        density: share of salient weights, for a method with a mask.
+        epochs: the most to run.
+    """
+
+    settings: dict[str, float | str]
+    density: float | None
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may vary.
+
+    Args:
+        method: its name.
+        fixed: what the user has set, seed and device included.
+        ranges: (lowest, highest, logarithmic) by setting.
+        choices: values by setting, where it is no number.
+        densities: of the mask, one of them where it is given; none for a method without a mask.
+        epochs: the most to run.
+        growing: whether each epoch of a trial is an answer of its own.
+    """
+
+    method: str
+    fixed: Mapping[str, Any]
+    ranges: Mapping[str, tuple[float, float, bool]]
+    choices: Mapping[str, tuple[str, ...]]
+    densities: tuple[float, ...]
+    epochs: int
+    growing: bool
+
+    @classmethod
+    def of(
+        cls, method: str, overrides: Mapping[str, Any], density: float | None = None, normalised: bool = True
+    ) -> Space:
+        """Return a method's space.
+
+        Args:
+            method: a name of `METHODS`.
+            overrides: what the user has set; `epochs` there is the most to run.
+            density: of the mask, where it is not to be searched for; a method without a mask has none.
+            normalised: whether the model has batch-norm layers; without them there is nothing to choose.
+
+        Raises:
+            UsageError: a wrong method or configuration; or nothing is left to search for.
+        """
+        config, row = method_config(method, overrides), get_method(method)
+        if row.fresh_start:
+            raise UsageError(f"{method} is not tuned", "it trains anew by its recipe", "leave the tuning out")
+        rate = config.learning_rate
+        ranges = {} if row.edit else {"learning_rate": (rate * _LEAST, rate * _MOST, True)}
+        ranges = {name: item for name, item in (ranges | _OWN.get(method, {})).items() if name not in overrides}
+        read = {"batch_norm": not row.edit and normalised, "order": method in _ORDERED}
+        choices = {name: values for name, values in _CHOICES.items() if read[name] and name not in overrides}
+        growing = method in GROWING and config.schedule == "constant"
+        densities = (DENSITIES if density is None else (density,)) if row.needs_mask else ()
+        if not ranges and not choices and len(densities) < 2 and config.epochs == 1:
+            raise UsageError("there is nothing to search for", "all settings are fixed", "leave one of them out")
+        epochs = 1 if row.edit else config.epochs
+        return cls(method, dict(overrides), ranges, choices, densities, epochs, growing)
+
+    def draw(self, trial: Trial) -> Choice:
+        """Let the optimiser choose a point."""
+        settings: dict[str, float | str] = {
+            name: float(f"{trial.suggest_float(name, low, high, log=log):.3g}")
+            for name, (low, high, log) in self.ranges.items()
+        }
+        settings |= {name: values[trial.suggest_int(name, 0, len(values) - 1)] for name, values in self.choices.items()}
+        density = self.densities[0] if self.densities else None
+        if len(self.densities) > 1:
+            density = self.densities[trial.suggest_int("density", 0, len(self.densities) - 1)]
+        epochs = self.epochs
+        if not self.growing and epochs > 1:
+            epochs = trial.suggest_int("epochs", 1, epochs)
+        return Choice(settings, density, epochs)
+
+    def starts(self) -> list[dict[str, float]]:
+        """Return the points to try first: a strong one, the method's defaults, and two that lie between them."""
+        config = method_config(self.method, self.fixed)
+        point: dict[str, float] = {name: getattr(config, name) for name in self.ranges}
+        if not self.growing and self.epochs > 1:
+            point["epochs"] = self.epochs
+        found = []
+        for factor, density, order, batch_norm in _FIRST:
+            start = {**point}
+            if "learning_rate" in point:
+                start["learning_rate"] = point["learning_rate"] * factor
+            if len(self.densities) > 1:
+                start["density"] = self.densities.index(density)
+            wanted = {"order": order, "batch_norm": batch_norm}
+            start |= {name: values.index(wanted[name]) for name, values in self.choices.items()}
+            found.append(start)
+        return [start for number, start in enumerate(found) if start not in found[:number]]
+
+    def config(self, choice: Choice) -> UnlearnConfig:
+        """Return the configuration of a point."""
+        return method_config(self.method, {**self.fixed, **choice.settings, "epochs": choice.epochs})
+
+
+assert set(METHODS) >= GROWING | _ORDERED | set(_OWN)
