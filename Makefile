@@ -15,7 +15,7 @@ KIND ?= stable-diffusion ddpm
 NATIVE := --kubernetes-native manifests/kubernetes-native --namespace salun
 BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
 
-.PHONY: help setup demo demo-diffusion test check audit generated bench bench-ledger reliability image manifests clean
+.PHONY: help setup demo demo-diffusion test check audit generated docs bench bench-ledger reliability image manifests clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,7 +42,7 @@ demo-diffusion: setup ## Forget a class of a small Stable Diffusion and a DDPM, 
 test: setup ## Run all tests (JOBS=2 processes; ARGS='-k mask' goes to pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
 
-check: setup ## Format, lint, types, layers, and generated files in step
+check: setup docs ## Format, lint, types, layers, generated files, and the documentation site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -52,7 +52,7 @@ check: setup ## Format, lint, types, layers, and generated files in step
 	$(BIN)/python .ci/generated.py --check
 	$(BIN)/python benchmarks/readme_tables.py --check
 	$(BIN)/python -m benchmarks.deviations --render-only --check
-	$(BIN)/salun bench render --into docs/results.md --check
+	$(BIN)/salun bench render --into docs/research/results.md --check
 
 audit: setup ## Look the installed packages up among known vulnerabilities (ARGS='--ignore-vuln ID')
 	@$(BIN)/python .ci/audit $(ARGS)
@@ -63,7 +63,11 @@ generated: setup ## Rewrite the generated files: compiled pipelines, references,
 	$(BIN)/python .ci/generated.py
 	$(BIN)/python benchmarks/readme_tables.py
 	$(BIN)/python -m benchmarks.deviations --render-only
-	$(BIN)/salun bench render --into docs/results.md
+	$(BIN)/salun bench render --into docs/research/results.md
+
+docs: setup ## Build the documentation site into build/site; fails on a broken link
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/site/index.html"
 
 bench: setup ## Time mask, step, epoch, loading and attack beside the usual procedure (BENCHMARKS= runs others)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
@@ -71,7 +75,7 @@ bench: setup ## Time mask, step, epoch, loading and attack beside the usual proc
 bench-ledger: setup ## Time the ledger with 10,000 requests, beside PostgreSQL; ten minutes (ARGS= goes to it)
 	@$(BIN)/python -m benchmarks.ledger $(ARGS)
 
-reliability: setup ## Count what kills, lost replies and late workers break: docs/reliability.md (ARGS= goes to it)
+reliability: setup ## Count what kills, lost replies and late workers break: docs/research/reliability.md (ARGS= goes to it)
 	@$(BIN)/python benchmarks/reliability.py $(ARGS)
 
 manifests: setup ## Check manifests/: schemas, kubectl, the restricted profile, the very commands

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
     "README.md": ("study", "masked-step"),
-    "docs/results.md": ("study", "study-cost"),
-    "docs/speed.md": ("speed", "speed-machines", "study-cost"),
+    "docs/research/results.md": ("study", "study-cost"),
+    "docs/research/speed.md": ("speed", "speed-machines", "study-cost"),
 }
 STUDY = {  # suites of the classification study, by the heading of their column
     "random 10 %": "cifar10-random10-cpu",

@@ -4,7 +4,7 @@
 
 A toy model line stands in for a model: its weights are the set of the samples that it has forgotten. All else is real:
 the S3 server, the ledger, leases, publishing, the processes and their SIGKILLs. Prints a table, and writes
-benchmarks/results/reliability.json and docs/reliability.md; with --only the other rows stay as they were.
+benchmarks/results/reliability.json and docs/research/reliability.md; with --only the other rows stay as they were.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.reliability import faults, rows  # noqa: E402
 from tests.reliability.figures import Figures  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
-PAGE = ROOT / "docs" / "reliability.md"
+PAGE = ROOT / "docs" / "research" / "reliability.md"
 MEMORY = "memory"
 OF_PYTEST = {
     "states of a request, 500 x 50 steps": ["tests/properties/test_request_states.py"],
@@ -158,7 +158,7 @@ def machine() -> str:
 
 
 def page(known: Mapping[str, Any]) -> str:
-    """Return docs/reliability.md.
+    """Return docs/research/reliability.md.
 
     Args:
         known: by the name of a row what it gave: `row`, `passed`, and the `machine` that it ran on.

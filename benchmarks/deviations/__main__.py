@@ -1,4 +1,4 @@
-"""Measures what each difference from the published code changes, and writes it into docs/deviations.md.
+"""Measures the effect of each difference from the published code and writes docs/research/deviations.md.
 
     python -m benchmarks.deviations --data ../shared/data/cifar10 [--seeds 3] [--only order,split]
     python -m benchmarks.deviations --render-only [--check]

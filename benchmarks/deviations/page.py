@@ -1,4 +1,4 @@
-"""Says in a sentence what each difference changed, and puts it into docs/deviations.md between its markers."""
+"""Describes the effect of each difference in docs/research/deviations.md, between its markers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.deviations.effects import best, differences
 
 ROOT = Path(__file__).parent.parent.parent
-PAGE = ROOT / "docs" / "deviations.md"
+PAGE = ROOT / "docs" / "research" / "deviations.md"
 RESULTS = ROOT / "benchmarks" / "results"
 RESULT = RESULTS / "deviations.json"
 Found = Mapping[str, Any]

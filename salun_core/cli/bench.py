@@ -34,13 +34,13 @@ Moved = Annotated[
 RUN_EXAMPLE = """
 Example:
 
-  $ salun bench run ddpm-class --size cpu --into docs/results.md
+  $ salun bench run ddpm-class --size cpu --into docs/research/results.md
 """
 RENDER_EXAMPLE = """
 Example:
 
-  $ salun bench render --into docs/results.md
-  docs/results.md: ddpm-class:cpu, sd-class:cpu, sd-concept:cpu
+  $ salun bench render --into docs/research/results.md
+  docs/research/results.md: ddpm-class:cpu, sd-class:cpu, sd-concept:cpu
 """
 
 

@@ -1,4 +1,4 @@
-"""docs/cluster.md, followed literally: its commands are run, by kubectl too, and must say what the page says they say.
+"""docs/tutorials/cluster.md step by step: every command runs, kubectl included, and prints what the page shows.
 
 The API servers are the stand-ins of the tests. Digests and ids differ from day to day and count as one word.
 """
@@ -21,7 +21,7 @@ from tests.manifests.test_apply import KUBECTL
 from tests.manifests.tree import ROOT, everything
 from tests.pipelines.fake_kfp import FakeKubeflow
 
-PAGE = ROOT / "docs" / "cluster.md"
+PAGE = ROOT / "docs" / "tutorials" / "cluster.md"
 RUN = ("kubectl apply", "sed ", "salun key", "kubectl -n kubeflow create", "export KFP", "python -m pipelines register")
 VARIES = re.compile(r"\b([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{64}|[0-9a-f]{12})\b|http://[\w.]+:\d+")
 

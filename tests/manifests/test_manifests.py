@@ -26,7 +26,7 @@ from tests.manifests.tree import (
 )
 
 NAMESPACE = "salun"
-# Made by their owner, and described in docs/cluster.md, secret.yaml.example and kfp-launcher.yaml.example.
+# Made by their owner, and described in docs/tutorials/cluster.md, secret.yaml.example and kfp-launcher.yaml.example.
 THE_USERS = {("Secret", "salun-s3"), ("Secret", "salun-signing")}
 KUBEFLOWS = {("Secret", "mlpipeline-minio-artifact"), ("ConfigMap", "kfp-launcher")}
 FOLDERS = sorted(path.parent for path in MANIFESTS.rglob("Kustomization"))
@@ -127,7 +127,7 @@ def test_everything_that_is_referenced_exists():
 
 
 def test_what_the_user_makes_is_documented():
-    said = (MANIFESTS / "secret.yaml.example").read_text() + (ROOT / "docs" / "cluster.md").read_text()
+    said = (MANIFESTS / "secret.yaml.example").read_text() + (ROOT / "docs" / "tutorials" / "cluster.md").read_text()
     assert all(name in said for _, name in THE_USERS | KUBEFLOWS)
 
 
@@ -138,7 +138,7 @@ def test_the_copy_for_the_runs_of_a_standalone_kubeflow_holds_both_objects():
     assert found == [("ConfigMap", "kubeflow"), ("Secret", "kubeflow")]
     assert (
         "manifests/10-config.yaml manifests/dev/10-secret.yaml | kubectl apply"
-        in (ROOT / "docs" / "cluster.md").read_text()
+        in (ROOT / "docs" / "tutorials" / "cluster.md").read_text()
     )
 
 

@@ -580,4 +580,4 @@ def test_native_objects_carry_the_digest_and_are_checked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["unlearning", "deletion-sweep", "sharded-mask"])
 def test_the_fields_of_the_run_form_are_documented(name):
-    assert form_table(load_package(name)) in (ROOT / "docs" / "kfp-ui.md").read_text(encoding="utf-8")
+    assert form_table(load_package(name)) in (ROOT / "docs" / "how-to" / "kfp-ui.md").read_text(encoding="utf-8")

@@ -91,6 +91,6 @@ def test_nothing_chooses_nothing():
 def test_the_roles_are_those_that_have_a_policy_and_the_documentation_says_so():
     policies = {path.stem for path in (ROOT / "manifests" / "iam").glob("*.json")}
     assert set(ROLES.values()) <= policies
-    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "how-to" / "operations.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.MULTILINE))
     assert rows == ROLES

@@ -286,7 +286,7 @@ def test_a_part_without_labels_is_told(tmp_path):
 
 
 def test_the_specs_of_the_documentation_are_specs(tmp_path):
-    page = Path(__file__).resolve().parents[3] / "docs" / "data-and-models.md"
+    page = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "data-and-models.md"
     specs = re.findall(r"`(source: [^|]+)` \|", page.read_text())
     assert len(specs) == 8
     for text in specs:

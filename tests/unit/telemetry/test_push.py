@@ -118,7 +118,7 @@ def test_the_table_of_the_documentation_is_in_step():
         [sys.executable, "-m", "salun_core.telemetry.metrics"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert made.stderr == ""
-    assert made.stdout == (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert made.stdout == (ROOT / "docs" / "reference" / "metrics.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(salun_\w+)`", made.stdout, re.MULTILINE) == PUBLISHED
 
 

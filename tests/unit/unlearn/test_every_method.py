@@ -127,7 +127,7 @@ def test_the_shares_of_several_processes_add_up_to_the_batch(method):
 
 
 def test_the_documentation_names_every_method_and_setting():
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "research" / "methods.md").read_text(encoding="utf-8")
     for method, row in METHODS.items():
         assert f"## `{method}`" in text
         section = text.split(f"## `{method}`")[1].split("\n## ")[0]
