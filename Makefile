@@ -15,7 +15,7 @@ KIND ?= stable-diffusion ddpm
 NATIVE := --kubernetes-native manifests/kubernetes-native --namespace salun
 BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
 
-.PHONY: help setup demo demo-diffusion test check audit generated docs bench bench-ledger reliability image manifests clean
+.PHONY: help setup demo demo-diffusion test check audit generated docs bench reliability image manifests clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,9 +71,6 @@ docs: setup ## Build the documentation site into build/site; fails on a broken l
 
 bench: setup ## Time mask, step, epoch, loading and attack beside the usual procedure (BENCHMARKS= runs others)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
-
-bench-ledger: setup ## Time the ledger with 10,000 requests, beside PostgreSQL; ten minutes (ARGS= goes to it)
-	@$(BIN)/python -m benchmarks.ledger $(ARGS)
 
 reliability: setup ## Count what kills, lost replies and late workers break: docs/research/reliability.md (ARGS= goes to it)
 	@$(BIN)/python benchmarks/reliability.py $(ARGS)
