@@ -12,7 +12,6 @@ INSTALLED := .venv/installed
 JOBS ?= 2
 ARGS ?=
 KIND ?= stable-diffusion ddpm
-NATIVE := --kubernetes-native manifests/kubernetes-native --namespace salun
 BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
 
 .PHONY: help setup demo demo-diffusion test check audit generated docs bench reliability image manifests clean
@@ -48,7 +47,6 @@ check: setup docs ## Format, lint, types, layers, generated files, and the docum
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pipelines compile --check
-	$(BIN)/python -m pipelines compile --check $(NATIVE)
 	$(BIN)/python .ci/generated.py --check
 	$(BIN)/python benchmarks/readme_tables.py --check
 	$(BIN)/python -m benchmarks.deviations --render-only --check
@@ -59,7 +57,6 @@ audit: setup ## Look the installed packages up among known vulnerabilities (ARGS
 
 generated: setup ## Rewrite the generated files: compiled pipelines, references, schemas, component READMEs
 	$(BIN)/python -m pipelines compile
-	$(BIN)/python -m pipelines compile $(NATIVE)
 	$(BIN)/python .ci/generated.py
 	$(BIN)/python benchmarks/readme_tables.py
 	$(BIN)/python -m benchmarks.deviations --render-only

@@ -28,7 +28,7 @@ def main() -> None:
     """Check the surroundings, the command, and the mask step."""
     check_surroundings()
     subprocess.run(["salun", "--help"], check=True, stdout=subprocess.DEVNULL)  # noqa: S607 - found by PATH, as a pod does
-    submit = [sys.executable, "-c", "import kfp.client, pipelines.submitting"]  # what the cluster's schedule runs
+    submit = [sys.executable, "-c", "import kfp.client, pipelines.runs"]  # what the cluster's schedule runs
     subprocess.run(submit, check=True, cwd="/opt/salun")  # noqa: S603
     with tempfile.TemporaryDirectory() as folder:
         mask = run_mask_step(Path(folder))

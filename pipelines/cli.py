@@ -3,57 +3,74 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
+import yaml
 
-from pipelines import remote_cli
-from pipelines.local import LocalRun, run_compiled
-from salun_core.errors import SalunError
+from pipelines import packages
+from pipelines.local import LocalRun, exit_on_signals, run_compiled
+from pipelines.parameters import read_parameters
+from salun_core.errors import SalunError, UsageError
 
 if TYPE_CHECKING:
-    from pipelines.compile import Compiled
+    from pipelines.client import Api
+    from pipelines.runs import Result
 
-COMPILED = Path(__file__).resolve().parent / "compiled"
 CLAIM, SETTLE = "claim-requests", "settle-requests"
+FORM = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-Line = Annotated[str, typer.Option(help="Name of the model line.")]
-Store = Annotated[str, typer.Option(envvar="SALUN_STORE_URI", help="The store: s3://bucket/prefix.")]
-Forget = Annotated[
-    str | None, typer.Option(help="What is to be forgotten: a file or an s3:// address; a sweep finds it itself.")
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Host = Annotated[
+    str, typer.Option(envvar="KFP_ENDPOINT", help="Address of the API, such as http://ml-pipeline.kubeflow:8888.")
 ]
-Method = Annotated[str, typer.Option(help="The unlearning method.")]
-Density = Annotated[float, typer.Option(help="Share of the weights that may change.")]
-Policy = Annotated[str, typer.Option(help="The gate policy: a name, a file or an s3:// address.")]
-MethodConfig = Annotated[str, typer.Option(help="What differs from the method's defaults, as JSON.")]
-Seed = Annotated[int, typer.Option(help="Seed of the run.")]
-Reference = Annotated[
-    bool, typer.Option("--retrain-reference", help="Also retrain without the forget set, and compare.")
+Ui = Annotated[
+    str | None, typer.Option("--ui-host", envvar="KFP_UI_ENDPOINT", help="Address of the user interface, for links.")
 ]
-Tune = Annotated[bool, typer.Option("--tune", help="Search for density and settings on validation data.")]
-TuneBudget = Annotated[str, typer.Option(help="Of the search: passes (200000), time (90s, 15m) or epochs (20e).")]
-Also = Annotated[str, typer.Option(help="More measurements, such as lira=16,relearn,probe,decile,seeds=3.")]
-MinRequests = Annotated[int | None, typer.Option(help="Of a sweep: a batch of so many is due at once.")]
-MaxRequests = Annotated[int | None, typer.Option(help="Of a sweep: requests of one run, at most.")]
-MaxWaitHours = Annotated[float | None, typer.Option(help="Of a sweep: a batch is due when its oldest waits longer.")]
-MaxForgetFraction = Annotated[float | None, typer.Option(help="Of a sweep: share of the data that a run forgets.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Of a sweep: say what would be claimed, write nothing.")]
-Pipeline = Annotated[str, typer.Option(help="unlearning, deletion-sweep, or the file of a compiled pipeline.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the log of every step.")]
-WorkDir = Annotated[
+Namespace = Annotated[
     str | None,
-    typer.Option("--work-dir", "--output-dir", help="Folder for everything that the run writes; else a new one."),
+    typer.Option(
+        envvar="KFP_NAMESPACE", help="Of the runs, on a multi-user Kubeflow; in a pod it defaults to its own."
+    ),
 ]
+Token = Annotated[
+    str | None,
+    typer.Option("--token-path", envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File of the token; read at each call."),
+]
+Pipeline = Annotated[str, typer.Option(help="unlearning, deletion-sweep or sharded-mask, or one of them with -cpu.")]
+Image = Annotated[str | None, typer.Option(envvar="SALUN_IMAGE", help="Of every step; else the compiled one.")]
+Experiment = Annotated[str, typer.Option(envvar="KFP_EXPERIMENT", help="Under which the runs are listed.")]
+Account = Annotated[
+    str | None, typer.Option("--service-account", envvar="KFP_SERVICE_ACCOUNT", help="Of the run's pods.")
+]
+
+
+class FormCommand(typer.core.TyperCommand):
+    """A command that takes the parameters of the pipeline as further options, and lists them in its help."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - click's, which typer may carry itself
+        """List the parameters of the default pipeline."""
+        (default,) = (str(option.default) for option in self.params if option.name == "pipeline")
+        fields = [
+            (f"--{name.replace('_', '-')}", f"{item['description']} [{packages.default_text(item)}]")
+            for name, item in packages.load_package(default).inputs.items()
+        ]
+        with formatter.section(f"Parameters of {default}"):
+            formatter.write_dl(fields)
+
 
 app = typer.Typer(
     name="python -m pipelines", help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
-remote_cli.add_to(app)
 
 
 def main() -> None:
@@ -75,7 +92,7 @@ def compile_command(
         Path | None,
         typer.Option("--kubernetes-native", metavar="DIR", help="Write Pipeline and PipelineVersion objects there."),
     ] = None,
-    namespace: Annotated[str | None, typer.Option(help="Of these objects; else they name none.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Of these objects; by default they name none.")] = None,
     s3_secrets: Annotated[
         str,
         typer.Option(
@@ -83,9 +100,9 @@ def compile_command(
         ),
     ] = "",
 ) -> None:
-    """Compile the pipelines into pipelines/compiled/, and check what came out.
+    """Compile the pipelines into pipelines/compiled/, and check the result.
 
-    With --kubernetes-native nothing but the objects in that folder is written or checked.
+    With --kubernetes-native only the objects in that folder are written or checked. SALUN_IMAGE names the image.
 
     \b
     $ python -m pipelines compile --check
@@ -96,62 +113,47 @@ def compile_command(
     salun-sharded-mask.yaml is in step
     salun-sharded-mask-cpu.yaml is in step
     """  # noqa: D301
-    from pipelines.compile import CPU_SUFFIX, compile_all, with_secrets
-    from pipelines.step_secrets import read_secrets
+    from pipelines import compile as compiling
+    from pipelines.step_secrets import give_secrets, read_secrets
 
-    secrets = read_secrets(s3_secrets)
-    chosen = [with_secrets(item, secrets) for item in compile_all() if not cpu or item.name.endswith(CPU_SUFFIX)]
-    stale = [_compiled_to(item, native, namespace, check) for item in chosen]
-    if check and any(stale):
-        typer.echo(
-            f"To fix it: python -m pipelines compile{f' --kubernetes-native {native}' if native else ''}", err=True
-        )
+    secrets, stale = read_secrets(s3_secrets), False
+    for package in compiling.compile_all():
+        if cpu and not package.name.endswith(compiling.CPU_SUFFIX):
+            continue
+        give_secrets(package.platform, secrets)
+        path = native / package.path.name if native else package.path
+        text = packages.native_text(package, namespace) if native else package.text
+        fault = packages.drift(path, text)
+        stale |= fault is not None
+        if fault and not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            fault = f"{path.name} was written"
+        typer.echo(fault or f"{path.name} is in step")
+    if check and stale:
+        again = f" --kubernetes-native {native}" if native else ""
+        typer.echo(f"To fix it: python -m pipelines compile{again}", err=True)
         raise typer.Exit(1)
 
 
-def _compiled_to(item: Compiled, native: Path | None, namespace: str | None, check: bool) -> bool:
-    """Compare one pipeline with its file, write it unless this is a check, and return whether it was stale."""
-    from pipelines.compile import drift
-    from pipelines.native import native_drift, native_text
-
-    path = native / item.path.name if native else item.path
-    fault = native_drift(item, path, namespace) if native else drift(item)
-    if fault and not check:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(native_text(item, namespace) if native else item.text, encoding="utf-8")
-        fault = f"{path.name} was written"
-    typer.echo(fault or f"{path.name} is in step")
-    return fault is not None
-
-
-@app.command()
+@app.command(cls=FormCommand, context_settings=FORM)
 def run(
-    model_line: Line,
-    store_uri: Store,
-    forget_manifest_uri: Forget = None,
-    method: Method = "salun",
-    density: Density = 0.5,
-    policy_uri: Policy = "auto",
-    method_config: MethodConfig = "{}",
-    seed: Seed = 0,
-    retrain_reference: Reference = False,
-    tune: Tune = False,
-    tune_budget: TuneBudget = "20e",
-    also: Also = "",
-    min_requests: MinRequests = None,
-    max_requests: MaxRequests = None,
-    max_wait_hours: MaxWaitHours = None,
-    max_forget_fraction: MaxForgetFraction = None,
-    dry_run: DryRun = False,
-    work_dir: WorkDir = None,
-    pipeline: Pipeline = "unlearning",
+    context: typer.Context,
+    pipeline: Annotated[
+        str, typer.Option(help="unlearning, deletion-sweep, or the file of a compiled pipeline.")
+    ] = "unlearning",
+    work_dir: Annotated[
+        str | None,
+        typer.Option("--work-dir", "--output-dir", help="Folder for all files of the run; by default a new one."),
+    ] = None,
     as_json: AsJson = False,
-    verbose: Verbose = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the log of every step.")] = False,
 ) -> None:
     """Run the compiled pipeline on this machine, each step in a process of its own.
 
-    Progress goes to standard error, the outcome to standard output. Exit codes: 0 published, or nothing was due;
-    2 usage, 3 gate refused, 4 stale parent, 5 integrity, 1 anything else.
+    The pipeline's parameters are further options; SALUN_STORE_URI stands for --store-uri. Progress goes to standard
+    error, the outcome to standard output. Exit codes: 0 published, or nothing was due; 2 usage, 3 gate refused,
+    4 stale parent, 5 integrity, 1 anything else.
 
     \b
     $ python -m pipelines run --model-line digits --forget-manifest-uri forget.json --store-uri s3://salun/demo
@@ -161,45 +163,18 @@ def run(
     published  digits@5f0c9b7a1d2e
     report     /tmp/salun-run-x1/report.html
     """  # noqa: D301
-    arguments = {
-        "model_line": model_line,
-        "forget_manifest_uri": forget_manifest_uri,
-        "store_uri": store_uri,
-        "method": method,
-        "density": density,
-        "policy_uri": policy_uri,
-        "method_config": method_config,
-        "seed": seed,
-        "retrain_reference": retrain_reference,
-        "tune": tune,
-        "tune_budget": tune_budget,
-        "also": also,
-        "min_requests": min_requests,
-        "max_requests": max_requests,
-        "max_wait_hours": max_wait_hours,
-        "max_forget_fraction": max_forget_fraction,
-        "dry_run": dry_run or None,
-    }
-    given = {name: value for name, value in arguments.items() if value is not None}
+    package = packages.read_package(path) if (path := Path(pipeline)).is_file() else packages.load_package(pipeline)
+    form = read_parameters(package, context.args, os.environ)
+    source = path if path.is_file() else package.path
     folder = work_dir or tempfile.mkdtemp(prefix="salun-run-")
-    outcome = run_compiled(_compiled(pipeline), given, folder, _tell, _tell if verbose else lambda line: None)
-    typer.echo(json.dumps(_plain(outcome)) if as_json else "\n".join(_lines(outcome, model_line)))
+    outcome = run_compiled(source, form, folder, _progress, _progress if verbose else lambda line: None)
+    typer.echo(json.dumps(_document(outcome)) if as_json else "\n".join(_lines(outcome, form.get("model_line", ""))))
     if outcome.exit_code:
         typer.echo(f"Error: {outcome.error}", err=True)
         raise typer.Exit(outcome.exit_code)
 
 
-def _compiled(name: str) -> Path:
-    """Return the file of a pipeline that ships by its short name, or the file that is named."""
-    shipped = COMPILED / f"salun-{name}.yaml"
-    return shipped if shipped.is_file() else Path(name)
-
-
-def _tell(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-def _plain(outcome: LocalRun) -> dict[str, object]:
+def _document(outcome: LocalRun) -> dict[str, object]:
     return {
         "exit_code": outcome.exit_code,
         "run": outcome.run,
@@ -213,24 +188,230 @@ def _plain(outcome: LocalRun) -> dict[str, object]:
     }
 
 
-def _lines(outcome: LocalRun, line: str) -> list[str]:
-    files = (f"{name.split('.')[0]:<10} {path}" for name, path in sorted(outcome.files.items()))
-    return [*_swept(outcome), _head(outcome, line), *files]
-
-
-def _head(outcome: LocalRun, line: str) -> str:
-    if outcome.version:
-        return f"published  {line}@{outcome.version[:12]}"
-    if outcome.exit_code == 0:
-        return "published  nothing"
-    return f"failed     at {outcome.failed}" if outcome.failed else "failed     before the first step"
-
-
-def _swept(outcome: LocalRun) -> Iterator[str]:
-    """Say what a sweep claimed, and what became of it."""
+def _lines(outcome: LocalRun, line: str) -> Iterator[str]:
+    """Yield the outcome for a reader: what a sweep claimed and settled, what was published, and the files."""
     claimed, settled = (outcome.outputs.get(step) for step in (CLAIM, SETTLE))
     if claimed:
         yield f"claimed    {claimed['requests']}: {claimed['reason']}"
     if settled and settled["status"]:
         counts = ", ".join(f"{settled[name]} {name}" for name in ("completed", "queued", "failed"))
         yield f"settled    {counts}"
+    if outcome.version:
+        yield f"published  {line}@{outcome.version[:12]}"
+    elif outcome.exit_code == 0:
+        yield "published  nothing"
+    else:
+        yield f"failed     at {outcome.failed}" if outcome.failed else "failed     before the first step"
+    for name, path in sorted(outcome.files.items()):
+        yield f"{name.split('.')[0]:<10} {path}"
+
+
+@app.command()
+def register(
+    host: Host = "",
+    namespace: Namespace = None,
+    token_path: Token = None,
+    ui_host: Ui = None,
+    pipeline: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    image: Image = None,
+) -> None:
+    """Upload the pipelines, each as a version named by its digest, so that the UI offers them.
+
+    \b
+    $ python -m pipelines register --host http://localhost:8888
+    uploaded   salun-deletion-sweep-5f0c9b7a1d2e  http://localhost:8888/#/pipelines/details/6f2d...
+    was there  salun-unlearning-77d04c3b9a10      http://localhost:8888/#/pipelines/details/0a91...
+    """  # noqa: D301
+    _require_client()
+    from pipelines import runs
+
+    found = [packages.load_package(name, image) for name in pipeline or packages.shipped()]
+    api = _connect(host, namespace, token_path, ui_host)
+    for package in found:
+        version, made = runs.register(api, package)
+        state = "uploaded" if made else "was there"
+        typer.echo(f"{state:<9}  {package.version}  {api.link('pipelines', version.pipeline_id)}")
+
+
+@app.command(cls=FormCommand, context_settings=FORM)
+def submit(
+    context: typer.Context,
+    pipeline: Pipeline = "deletion-sweep",
+    host: Host = "",
+    namespace: Namespace = None,
+    token_path: Token = None,
+    ui_host: Ui = None,
+    image: Image = None,
+    experiment: Experiment = "salun",
+    service_account: Account = None,
+    slot: Annotated[
+        str | None,
+        typer.Option(help="Equal work of one slot runs once: hour, day, or any word. Default of a sweep: hour."),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the run to its end.")] = True,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait, at most.")] = 86400,
+    poll: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a run, with the pipeline's parameters as further options, and follow it.
+
+    Equal work is submitted once: an active or succeeded run of the same pipeline, parameters and slot takes the place
+    of a new one; a failed run does not. Exit codes: 0 succeeded, 2 usage, 3 gate refused, 4 stale parent,
+    5 integrity (if Kubeflow passes on the step's message), 124 not finished in time, 1 anything else.
+
+    \b
+    $ python -m pipelines submit --pipeline deletion-sweep --model-line digits --store-uri s3://salun/demo
+    submitted  http://localhost:8888/#/runs/details/3c1f...
+    claim-requests     running
+    claim-requests     succeeded
+    ...
+    succeeded  salun-deletion-sweep digits 2026-11-24T02Z 8c1e55a0f3b2
+    """  # noqa: D301
+    _require_client()
+    from pipelines import runs
+
+    package = packages.load_package(pipeline, image)
+    job = runs.Job(package, read_parameters(package, context.args, os.environ), experiment, service_account)
+    default = "hour" if "sweep" in package.name else ""
+    api = _connect(host, namespace, token_path, ui_host)
+    run_id, made = runs.submit(api, job, runs.slot_of(slot if slot is not None else default))
+    url = api.link("runs", run_id)
+    _progress(f"{'submitted' if made else 'was there'}  {url}")
+    if not wait:
+        typer.echo(json.dumps({"run_id": run_id, "url": url, "made": made}) if as_json else run_id)
+        return
+    with _continuing(url):
+        result = runs.follow(api, run_id, package.steps(), _progress, timeout=timeout, poll=poll)
+    _print(result, as_json)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(help="Id of a run; without it the newest runs are listed.")] = None,
+    host: Host = "",
+    namespace: Namespace = None,
+    token_path: Token = None,
+    ui_host: Ui = None,
+    experiment: Experiment = "salun",
+    last: Annotated[int, typer.Option(min=1, max=200, help="How many runs to list.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Show the state of a run, step by step, or list the newest runs.
+
+    The exit code for a failed run is the one of `submit`.
+
+    \b
+    $ python -m pipelines status --last 2
+    running    salun-deletion-sweep digits 2026-11-24T02Z 8c1e55a0f3b2  http://localhost:8888/#/runs/details/3c1f...
+    succeeded  salun-deletion-sweep digits 2026-11-23T02Z 07f2a4c9be11  http://localhost:8888/#/runs/details/9b04...
+    """  # noqa: D301
+    _require_client()
+    from pipelines import runs
+
+    api = _connect(host, namespace, token_path, ui_host)
+    if run:
+        known = [step for name in packages.shipped() for step in packages.load_package(name).steps()]
+        result = runs.look(api, run, known)
+        if not as_json:
+            for step, state in result.steps.items():
+                typer.echo(f"{step:<18} {state.lower()}")
+        _print(result, as_json)
+        return
+    found = runs.latest(api, experiment, last)
+    if as_json:
+        typer.echo(json.dumps([{"run_id": item.run_id, "name": item.name, "state": item.state} for item in found]))
+        return
+    for item in found:
+        typer.echo(f"{item.state.lower():<9}  {item.name}  {item.url}")
+
+
+@app.command(cls=FormCommand, context_settings=FORM)
+def schedule(
+    context: typer.Context,
+    pipeline: Pipeline = "deletion-sweep",
+    cron: Annotated[str, typer.Option(help="When: second minute hour day month weekday, in UTC.")] = "0 0 2 * * *",
+    delete: Annotated[bool, typer.Option("--delete", help="Delete the recurring run.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the recurring run.")] = False,
+    cronjob: Annotated[
+        bool, typer.Option("--print-cronjob-args", help="Print the equivalent fields of a CronJob; call no server.")
+    ] = False,
+    host: Host = "",
+    namespace: Namespace = None,
+    token_path: Token = None,
+    ui_host: Ui = None,
+    image: Image = None,
+    experiment: Experiment = "salun",
+    service_account: Account = None,
+) -> None:
+    """Create or update the recurring run of a model line's sweep, with the pipeline's parameters as further options.
+
+    Use this or the CronJob of manifests/, not both.
+
+    \b
+    $ python -m pipelines schedule --cron '0 0 2 * * *' --model-line digits --store-uri s3://salun/demo
+    created    salun-deletion-sweep digits  http://localhost:8888/#/recurringrun/details/51c2...
+    """  # noqa: D301
+    _require_client()
+    from pipelines import schedules
+    from pipelines.runs import Job
+
+    package = packages.load_package(pipeline, image)
+    form = read_parameters(package, context.args, os.environ, ("model_line",) if delete or show else None)
+    if cronjob:
+        entry = schedules.cronjob_entry(cron, pipeline, context.args)
+        typer.echo(yaml.safe_dump(entry, sort_keys=False, width=120), nl=False)
+        return
+    job = Job(package, form, experiment, service_account)
+    schedules.check_cron(cron)
+    api = _connect(host, namespace, token_path, ui_host)
+    if show:
+        found = schedules.find_schedules(api, job)
+        for item in found:
+            at = item.trigger.cron_schedule.cron if item.trigger and item.trigger.cron_schedule else "no cron"
+            link = api.link("recurringrun", item.recurring_run_id)
+            typer.echo(f"{str(item.status).lower():<9}  {item.display_name}  {at}  {link}")
+        if not found:
+            typer.echo("none")
+    elif delete:
+        typer.echo(f"{'deleted' if schedules.delete_schedule(api, job) else 'none':<9}  {job.name}")
+    else:
+        identity, done = schedules.put_schedule(api, job, cron)
+        typer.echo(f"{done:<9}  {job.name}  {api.link('recurringrun', identity)}")
+
+
+def _connect(host: str, namespace: str | None, token_path: str | None, ui_host: str | None) -> Api:
+    from pipelines.client import connect
+
+    return connect(host, namespace, token_path, ui_host)
+
+
+def _require_client() -> None:
+    """Name the missing extra if kfp's client is not installed."""
+    try:
+        import pipelines.client  # noqa: F401
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'salun[kfp]'"
+        raise UsageError("kfp's client is not installed", f"there is no module {error.name}", remedy) from error
+
+
+def _print(result: Result, as_json: bool) -> None:
+    """Print a result, and end with its exit code."""
+    typer.echo(json.dumps(asdict(result)) if as_json else f"{result.state.lower():<9}  {result.name}")
+    if result.exit_code:
+        typer.echo(f"Error: {result.error}", err=True)
+        raise typer.Exit(result.exit_code)
+
+
+@contextmanager
+def _continuing(url: str) -> Iterator[None]:
+    """Report, when this process is interrupted, that the run continues."""
+    with exit_on_signals(signal.SIGTERM):
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            _progress(f"The run continues: {url}")
+            raise
+
+
+def _progress(line: str) -> None:
+    typer.echo(line, err=True)

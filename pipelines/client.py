@@ -1,7 +1,9 @@
-"""The connection to a Kubeflow Pipelines API: who asks, how often, and what a refusal means.
+"""The connection to a Kubeflow Pipelines API: identity, time limits, retries, and the meaning of a refusal.
 
-The calls are those of `kfp.Client`'s own generated services, each with a time limit, which the client's
-convenience methods lack.
+The calls are those of the generated services of `kfp.Client`, which take a time limit; its convenience methods do not.
+
+A lost reply must not make a second run. So urllib3 repeats only what may be repeated blindly (GET, DELETE, and any
+connection that was never established), and `Api.ensure` repeats a POST after it has looked for the result.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,24 +27,35 @@ from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentia
 
 from salun_core.errors import SalunError, UsageError
 
-ATTEMPTS = 7
-FIRST_PAUSE = 0.5  # seconds, twice as long after each attempt
+ATTEMPTS = 7  # with these pauses about half a minute, in which the API server's pod can restart
+FIRST_PAUSE = 0.5  # seconds, doubled after each attempt
 LONGEST_PAUSE = 15.0
 TIME_LIMIT = (10, 60)  # seconds to connect, seconds to answer
 PAGE = 100
 POD_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _SECRETS = re.compile(r"(?i)bearer\s+\S+|eyJ[\w-]+\.[\w-]+\.[\w-]*")
-_UNREACHABLE, _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _CONFLICT = 0, 401, 403, 404, 409
+_REFUSALS = {
+    401: (
+        "Kubeflow at {host} does not accept the credentials (401)",
+        "give a token of audience pipelines.kubeflow.org by KF_PIPELINES_SA_TOKEN_PATH",
+    ),
+    403: (
+        "the right to {verb} {resource} in {place} is missing (403)",
+        "bind a Role with `{verb}` on `{resource}` of pipelines.kubeflow.org",
+    ),
+    404: ("cannot {verb} {resource} in {place}: not found (404)", "check --host, --namespace and the name or id"),
+    409: ("cannot {verb} {resource} in {place} (409)", "try again"),
+}
 
 
 class RemoteError(SalunError):
-    """Kubeflow cannot be reached, fails or refuses us (exit 1).
+    """Kubeflow is unreachable, fails or refuses (exit 1).
 
     Args:
         what: what went wrong.
         why: the cause.
         remedy: what the reader can do.
-        status: of the HTTP answer; 0 where there was none, and -1 for what no repetition can mend.
+        status: of the HTTP answer; 0 without an answer, -1 where a repetition cannot help.
     """
 
     def __init__(self, what: str, why: str = "", remedy: str = "", *, status: int = -1) -> None:
@@ -52,18 +65,21 @@ class RemoteError(SalunError):
     @property
     def transient(self) -> bool:
         """Whether the same call may succeed a little later."""
-        return self.status == _UNREACHABLE or self.status >= 500  # noqa: PLR2004
+        return self.status == 0 or self.status >= 500  # noqa: PLR2004
 
 
 @dataclass(frozen=True)
 class Api:
     """A Kubeflow Pipelines API that answered.
 
+    Every method that calls it raises `RemoteError` if Kubeflow is unreachable, fails or refuses, and `UsageError` if
+    it rejects the request as wrong or the token cannot be read.
+
     Args:
-        client: kfp's own.
+        client: of kfp.
         host: its address.
         ui: address of the user interface, for links.
-        namespace: of the runs on a multi-user Kubeflow; None on a standalone one, which has no such thing.
+        namespace: of the runs on a multi-user Kubeflow; None on a standalone one, which has no namespaces.
         token_path: file of the token, if one is used.
     """
 
@@ -73,122 +89,90 @@ class Api:
     namespace: str | None = None
     token_path: str | None = None
 
+    @property
+    def scope(self) -> dict[str, str]:
+        """The argument of lists that are limited to the namespace."""
+        return {"namespace": self.namespace} if self.namespace else {}
+
     def call(self, act: str, function: Callable[..., Any], *args: object, **kwargs: object) -> Any:  # noqa: ANN401
-        """Make a call that may be repeated, and repeat it while Kubeflow fails or cannot be reached.
+        """Make a call; GET and DELETE are repeated while Kubeflow fails or cannot be reached, POST is not.
 
         Args:
             act: the right that the call needs, such as "list runs".
             function: of the generated services.
             args: its arguments.
             kwargs: its arguments.
-
-        Returns:
-            What it returns.
-
-        Raises:
-            RemoteError: it still fails after all attempts, or Kubeflow refuses.
-            UsageError: Kubeflow calls the request wrong.
         """
-        for pause in pauses():
-            try:
-                return self.once(act, function, *args, **kwargs)
-            except RemoteError as error:
-                if not error.transient or pause is None:
-                    raise
-                time.sleep(pause)
-        raise AssertionError("the last pause is None")
-
-    def once(self, act: str, function: Callable[..., Any], *args: object, **kwargs: object) -> Any:  # noqa: ANN401
-        """Make a call once; everything else is as in `call`."""
         try:
             return function(*args, **kwargs, _request_timeout=TIME_LIMIT)
         except kfp_server_api.ApiException as error:
             raise self._refusal(act, error) from None
         except urllib3.exceptions.HTTPError as error:
+            reason = getattr(error, "reason", None) or error
+            what, why = f"cannot reach Kubeflow at {self.host}", self._clean(str(reason))
+            if isinstance(reason, urllib3.exceptions.SSLError):
+                raise RemoteError(what, why, "check its certificate") from None
             raise RemoteError(
-                f"cannot reach Kubeflow at {self.host}",
-                self._clean(str(getattr(error, "reason", None) or error)),
-                "check --host (KFP_ENDPOINT) and that this machine may reach it",
-                status=_UNREACHABLE,
+                what, why, "check --host (KFP_ENDPOINT) and that this machine may reach it", status=0
             ) from None
-        except AttributeError as error:  # the generated client's own fault, where TLS failed and there is no body
-            if not isinstance(error.__context__, kfp_server_api.ApiException):
-                raise
-            reason = self._clean(str(error.__context__.reason))
-            raise RemoteError(f"cannot reach Kubeflow at {self.host}", reason, "check its certificate") from None
         except OSError as error:
-            raise UsageError(
-                f"cannot read the token {self.token_path}", str(error.strerror), "check KF_PIPELINES_SA_TOKEN_PATH"
-            ) from None
+            what, remedy = f"cannot read the token {self.token_path}", "check KF_PIPELINES_SA_TOKEN_PATH"
+            raise UsageError(what, str(error.strerror), remedy) from None
 
-    def ensure(self, act: str, find: Callable[[], Any], make: Callable[[], Any]) -> tuple[Any, bool]:
-        """Find something, or make it; a reply that was lost on the way makes no second one.
+    def ensure(self, act: str, find: Callable[[], Any], make: Callable[..., Any]) -> tuple[Any, bool]:
+        """Find something, or make it; a lost reply does not make a second one.
 
         Args:
             act: the right that making it needs.
-            find: returns it, or None.
+            find: returns it, or None; it always returns None for a POST that may be repeated blindly.
             make: the call that makes it, of the generated services.
 
         Returns:
             The thing, and whether it was made now.
-
-        Raises:
-            RemoteError: as in `call`.
         """
-        for pause in pauses():
+        for attempt in range(1, ATTEMPTS + 1):
             if (found := find()) is not None:
                 return found, False
             try:
-                return self.once(act, make), True
+                return self.call(act, make), True
             except RemoteError as error:
-                if not (error.transient or error.status == _CONFLICT) or pause is None:
+                # 409: another process made it first, and the next look finds it.
+                if not (error.transient or error.status == 409) or attempt == ATTEMPTS:  # noqa: PLR2004
                     raise
-                time.sleep(pause)
-        raise AssertionError("the last pause is None")
+            # The random factor keeps several submitters from meeting again and again.
+            time.sleep(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0))
+        raise AssertionError("the last attempt returns or raises")
 
-    def ensure_gone(self, act: str, function: Callable[..., Any], identity: str) -> None:
-        """Delete something; that it is gone already is no fault, for the reply of the first attempt may be lost."""
-        try:
-            self.call(act, function, identity)
-        except RemoteError as error:
-            if error.status != _NOT_FOUND:
-                raise
-
-    def every(self, act: str, function: Callable[..., Any], field: str, **kwargs: object) -> Iterator[Any]:
-        """Yield all items of a list, page by page.
+    def every(self, kind: str, name: str, **scope: object) -> Iterator[Any]:
+        """Yield, page by page, everything of a kind that has a display name.
 
         Args:
-            act: the right that it needs.
-            function: of the generated services.
-            field: of its answer that holds the items.
-            kwargs: its arguments; `name` becomes a filter by the name that the UI shows.
+            kind: experiments, pipelines, pipeline_versions, runs or recurring_runs.
+            name: what the user interface shows.
+            scope: arguments that limit the list, such as `experiment_id`.
         """
-        token, name = "", kwargs.pop("name", None)
-        if name is not None:
-            predicate = {"key": "display_name", "operation": "EQUALS", "stringValue": name}
-            kwargs["filter"] = json.dumps({"predicates": [predicate]})
+        service = "pipelines" if kind == "pipeline_versions" else kind
+        listing = getattr(getattr(self.client, service), f"{service.removesuffix('s')}_service_list_{kind}")
+        predicate = {"key": "display_name", "operation": "EQUALS", "stringValue": name}
+        scope["filter"], token = json.dumps({"predicates": [predicate]}), ""
         while True:
-            answer = self.call(act, function, page_size=PAGE, page_token=token, **kwargs)
-            yield from getattr(answer, field) or []
+            right = f"list {service.replace('_', '')}"
+            answer = self.call(right, listing, page_size=PAGE, page_token=token, **scope)
+            yield from getattr(answer, kind) or []
             token = answer.next_page_token or ""
             if not token:
                 return
 
-    def experiment(self, name: str, *, make: bool = True) -> str | None:
-        """Return the id of an experiment; it is made where it is missing, unless that is not wanted."""
-        service = self.client.experiments
+    def find(self, kind: str, name: str, **scope: object) -> Any:  # noqa: ANN401 - kfp's model
+        """Return the first item that `every` yields, or None."""
+        return next(self.every(kind, name, **scope), None)
+
+    def experiment(self, name: str) -> str:
+        """Return the id of an experiment; it is created if it does not exist."""
         body = kfp_server_api.V2beta1Experiment(display_name=name, namespace=self.namespace)
-        kwargs = {"namespace": self.namespace} if self.namespace else {}
-
-        def find() -> Any:  # noqa: ANN401 - kfp's model
-            listing = service.experiment_service_list_experiments
-            return next(self.every("list experiments", listing, "experiments", name=name, **kwargs), None)
-
-        if not make:
-            return getattr(find(), "experiment_id", None)
-        found, _ = self.ensure(
-            "create experiments", find, lambda **more: service.experiment_service_create_experiment(body, **more)
-        )
+        create = self.client.experiments.experiment_service_create_experiment
+        find = lambda: self.find("experiments", name, **self.scope)  # noqa: E731
+        found, _ = self.ensure("create experiments", find, lambda **more: create(body, **more))
         return str(found.experiment_id)
 
     def link(self, kind: str, identity: str) -> str:
@@ -196,26 +180,20 @@ class Api:
         return f"{self.ui}/#/{kind}/details/{identity}"
 
     def _refusal(self, act: str, error: Any) -> SalunError:  # noqa: ANN401 - kfp's exception
-        place = f"namespace {self.namespace}" if self.namespace else "this Kubeflow"
         why, status = self._clean(_message(error.body) or str(error.reason)), int(error.status or -1)
-        if status == _UNAUTHORIZED:
-            remedy = "give a token of audience pipelines.kubeflow.org by KF_PIPELINES_SA_TOKEN_PATH"
-            return RemoteError(f"Kubeflow at {self.host} does not accept who asks (401)", why, remedy, status=status)
-        if status == _FORBIDDEN:
-            remedy = f"bind a Role with `{act.split()[0]}` on `{act.split()[-1]}` of pipelines.kubeflow.org"
-            return RemoteError(f"the right to {act} in {place} is missing (403)", why, remedy, status=status)
-        if status == _NOT_FOUND:
-            remedy = "check --host, --namespace and the name or id"
-            return RemoteError(f"cannot {act} in {place}: not found (404)", why, remedy, status=status)
         if status >= 500:  # noqa: PLR2004
-            remedy = "look at the log of ml-pipeline"
-            return RemoteError(f"Kubeflow fails to {act} ({status})", why, remedy, status=status)
-        if status == _CONFLICT:
-            return RemoteError(f"cannot {act} in {place} (409)", why, "try again", status=status)
-        return UsageError(f"Kubeflow refuses to {act} ({status})", why, "correct the request")
+            what, remedy = f"Kubeflow fails to {act} ({status})", "look at the log of ml-pipeline"
+        elif status in _REFUSALS:
+            verb, resource = act.split()
+            place = f"namespace {self.namespace}" if self.namespace else "this Kubeflow"
+            words = {"verb": verb, "resource": resource, "place": place, "host": self.host}
+            what, remedy = (text.format(**words) for text in _REFUSALS[status])
+        else:
+            return UsageError(f"Kubeflow refuses to {act} ({status})", why, "correct the request")
+        return RemoteError(what, why, remedy, status=status)
 
     def _clean(self, text: str) -> str:
-        """Return a text of one line, without the token, cut at a length that a reader bears."""
+        """Return a text in one line, without the token, and cut at a readable length."""
         try:
             token = Path(self.token_path).read_text(encoding="utf-8").strip() if self.token_path else ""
         except OSError:
@@ -225,61 +203,59 @@ class Api:
 
 
 def connect(host: str, namespace: str | None = None, token_path: str | None = None, ui: str | None = None) -> Api:
-    """Connect, and see what kind of Kubeflow answers.
+    """Connect, and find out which kind of Kubeflow answers.
 
     Args:
         host: address of the API, such as http://ml-pipeline.kubeflow:8888.
-        namespace: of the runs; on a multi-user Kubeflow else the pod's own.
-        token_path: file of a ServiceAccount token, read again at each call; else the one that Kubernetes projects,
-            if there is any.
+        namespace: of the runs; on a multi-user Kubeflow it defaults to the pod's own.
+        token_path: file of a ServiceAccount token, which is read at each call; else the one that Kubernetes projects
+            into the pod, if there is one.
         ui: address of the user interface; else the host's.
 
-    Returns:
-        The connection.
-
     Raises:
-        UsageError: no address or none of the right form, or a namespace is needed.
-        RemoteError: it cannot be reached or refuses.
+        UsageError: the address is missing or malformed, or a namespace is needed.
+        RemoteError: Kubeflow is unreachable or refuses.
     """
     _check_address(host)
-    kept = kfp.client.KF_PIPELINES_SA_TOKEN_PATH
-    path = token_path or (kept if os.path.isfile(kept) else None)
+    projected = kfp.client.KF_PIPELINES_SA_TOKEN_PATH
+    path = token_path or (projected if os.path.isfile(projected) else None)
     credentials = ServiceAccountTokenVolumeCredentials(path) if path else None
     host = host.rstrip("/")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        # any name keeps the constructor from asking the server itself, with long pauses and tracebacks
+        # With a namespace the constructor does not call the server itself, with long pauses and tracebacks.
         client = kfp.Client(host=host, namespace=namespace or "unset", credentials=credentials)
+    http = client.runs.api_client  # shared by all services
+    http.configuration.retries = urllib3.Retry(
+        ATTEMPTS - 1,
+        other=0,  # a wrong certificate stays wrong
+        status_forcelist=range(500, 600),
+        raise_on_status=False,  # the last answer says more than urllib3's "too many error responses"
+        backoff_factor=FIRST_PAUSE,
+        backoff_max=LONGEST_PAUSE,
+        backoff_jitter=FIRST_PAUSE,
+    )
+    http.rest_client = kfp_server_api.rest.RESTClientObject(http.configuration)  # the first one has no retries
     api = Api(client, host, (ui or host).rstrip("/"), token_path=path)
-    health = api.call("read healthz", client.healthzs.healthz_service_get_healthz)
-    if not health.multi_user:
+    if not api.call("read healthz", client.healthzs.healthz_service_get_healthz).multi_user:
         return api
     namespace = namespace or (POD_NAMESPACE.read_text("utf-8").strip() if POD_NAMESPACE.is_file() else None)
     if not namespace:
-        raise UsageError("no namespace was given", "this Kubeflow is a multi-user one", "--namespace (KFP_NAMESPACE)")
-    return Api(client, host, api.ui, namespace, path)
-
-
-def pauses() -> Iterator[float | None]:
-    """Yield the pause after each attempt, longer each time and never the same for two; None after the last."""
-    for number in range(ATTEMPTS - 1):
-        yield min(FIRST_PAUSE * 2**number, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-    yield None
+        raise UsageError("no namespace was given", "this is a multi-user Kubeflow", "--namespace (KFP_NAMESPACE)")
+    return replace(api, namespace=namespace)
 
 
 def _check_address(host: str) -> None:
-    parts = urlsplit(host)
-    if parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc:
-        return
-    remedy = "--host http://ml-pipeline.kubeflow:8888, or KFP_ENDPOINT"
+    parts, remedy = urlsplit(host), "--host http://ml-pipeline.kubeflow:8888, or KFP_ENDPOINT"
     if not host:
-        raise UsageError("no Kubeflow was named", "there is no address of its API", remedy)
-    shown = parts.hostname or host.partition("@")[2] or host
-    raise UsageError(f"{shown!r} is no address of an API", "it needs http:// or https://, and no password", remedy)
+        raise UsageError("the address of Kubeflow's API is missing", "neither option nor variable was given", remedy)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        shown = parts.hostname or host.partition("@")[2] or host  # never a password
+        raise UsageError(f"{shown!r} is not the address of an API", "it needs http:// or https://, no password", remedy)
 
 
 def _message(body: object) -> str:
-    """Return what the server says of an error; a page of HTML says nothing."""
+    """Return the error message of the server's JSON; a page of HTML has none."""
     try:
         document = json.loads(str(body))
     except json.JSONDecodeError:

@@ -5,8 +5,7 @@ from kfp import dsl
 from components.claim_requests import claim_requests
 from components.purge_store import purge_store
 from components.settle_requests import settle_requests
-from pipelines._pipeline import pipeline
-from pipelines.resources import Placement, configure, with_signing_key
+from pipelines.resources import Placement, configure, pipeline, with_signing_key
 from pipelines.unlearning import unlearning
 
 NAME = "salun-deletion-sweep"

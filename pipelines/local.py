@@ -1,6 +1,10 @@
-"""Runs a compiled pipeline on this machine, each step in a process of its own, as kfp.local does.
+"""Runs a compiled pipeline on this machine with kfp.local, each step in a process of its own.
 
-The whole run is one group of processes under this one, so that nothing of it outlives an interrupt.
+kfp.local blocks until the pipeline ends and has neither callbacks nor a result, so the run is a process of its own
+(`python -m pipelines.local`) whose log is read while it works. The three patterns below match lines that are the same
+in kfp 2.16.0 and 2.17.3; test_compiled_run.py fails if they change.
+
+The run and its steps are one process group, which this process ends, so that nothing of it outlives an interrupt.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,35 +29,36 @@ from typing import Any
 
 import yaml
 
-from salun_core import errors
-from salun_core.errors import UsageError
+from pipelines.packages import read_package
+from salun_core.errors import UsageError, exit_code_of
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "run.log"
 KEPT = {"evaluate/evidence": "evidence.json", "gate-publish/decision.json": "decision.json"}
-REPORTS = ("gate-publish/report", "evaluate/report")  # the one with the verdict, where the run came that far
+REPORTS = ("gate-publish/report", "evaluate/report")  # the first one has the verdict, but not every run gets there
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(r"- Executing task '([a-z0-9-]+)'$")
 _FAILED = re.compile(r"- Task '([a-z0-9-]+)' finished with status FAILURE$")
-_ERROR = re.compile(r"^\s*(?:salun_core\.errors\.)?(\w*(?:Error|Exception|Interrupt)): (.+)$")
-_GRACE = 5.0
+_ERROR = re.compile(r"^\s*(?:salun_core\.errors\.)?(\w*(?:Error|Exception|Interrupt)): (.+)$")  # ends a traceback
+_GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+_JOB_ID = "{{$.pipeline_job_uuid}}"  # dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 
 @dataclass
 class LocalRun:
-    """What a run on this machine did.
+    """The outcome of a run on this machine.
 
     Args:
         folder: working folder.
-        exit_code: 0; or that of the error which ended it: 3 gate refused, 4 stale parent, and so on.
+        exit_code: 0, or that of the error that ended the run: 3 gate refused, 4 stale parent, and so on.
         run: its id.
         steps: seconds by step, in order.
-        failed: the first step that failed; a step that always runs may come after it.
+        failed: the first step that failed; a step that always runs may follow it.
         error: the message of that step.
         version: digest of the version that is HEAD now, after a run that passed.
         parent: digest of the version that the run started from.
         outputs: the values that each step returned, by step and name.
-        files: by name: evidence.json, decision.json, report.html, run.log; what the run came to write.
+        files: by name: evidence.json, decision.json, report.html, run.log; those that the run wrote.
     """
 
     folder: Path
@@ -71,53 +77,58 @@ def run_compiled(
     pipeline: Path,
     arguments: Mapping[str, Any],
     folder: str | Path,
-    say: Callable[[str], None] = lambda line: None,
-    echo: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> LocalRun:
     """Run a compiled pipeline.
 
     Args:
         pipeline: the YAML file.
         arguments: the run form.
-        folder: working folder on this machine; made where it is missing.
-        say: called with a line as each step starts and ends.
-        echo: called with every line of the log.
+        folder: working folder on this machine; created if it does not exist.
+        progress: called with a line as each step starts and ends.
+        log: called with every line of the log.
 
     Returns:
-        What happened; a failed step is no exception here.
+        The outcome; a failed step does not raise.
 
     Raises:
-        UsageError: the folder is none of this machine, the pipeline cannot be read, or the arguments do not fit it.
+        UsageError: the folder is not on this machine or cannot be written, or the pipeline cannot be read.
     """
-    if "://" in str(folder) or str(folder).startswith("s3:"):
-        raise UsageError(f"{folder} is no folder of this machine", "a local run writes files", "give a local folder")
+    if "://" in str(folder) or str(folder).startswith("s3:"):  # kfp.local would make a folder with that name
+        raise UsageError(f"{folder} is not a folder of this machine", "a local run writes files", "give a local folder")
     folder = Path(folder).absolute()
-    try:
-        text = pipeline.read_text(encoding="utf-8")
-        spec = next(yaml.safe_load_all(text))
-        total, declared = len(spec["deploymentSpec"]["executors"]), spec["root"]["inputDefinitions"]["parameters"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, StopIteration) as error:
-        raise UsageError(f"cannot run {pipeline}", f"no compiled pipeline: {error}", "`make generated`") from error
-    _check_arguments(pipeline, arguments, declared)
+    total = len(read_package(pipeline).spec["deploymentSpec"]["executors"])
     steps, scratch = _new_folders(folder)
     run = LocalRun(folder, run=f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
-    job = {"pipeline": text, "run": run.run, "arguments": dict(arguments), "root": str(steps)}
+    job = {"pipeline": str(pipeline.absolute()), "run": run.run, "arguments": dict(arguments), "root": str(steps)}
     try:
-        with _worker(job, scratch) as worker, (folder / LOG).open("w", encoding="utf-8") as log:
-            _follow(worker, log.write, _Progress(run, total, say), echo)
-        run.exit_code = _exit_code(worker.returncode, run)
+        with _worker(job, scratch) as worker:
+            _follow(worker, run, total, progress, log)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if worker.returncode == 0:
+        run.exit_code, run.error = 0, ""  # what a step reported and survived is not the run's error
+    else:
+        run.exit_code = run.exit_code or 1
+        run.error = run.error or f"the run ended with status {worker.returncode}; see its log"
     _collect(run, steps)
     return run
 
 
-def _check_arguments(pipeline: Path, arguments: Mapping[str, Any], declared: Mapping[str, Any]) -> None:
-    unknown = sorted(set(arguments) - set(declared))
-    missing = sorted(name for name, item in declared.items() if not item.get("isOptional") and name not in arguments)
-    faults = [f"it has no {name}" for name in unknown] + [f"it needs {name}" for name in missing]
-    if faults:
-        raise UsageError(f"the arguments do not fit {pipeline.name}", ", ".join(faults), "see `--help`")
+@contextmanager
+def exit_on_signals(*numbers: int) -> Iterator[None]:
+    """Turn signals into SystemExit with the exit code that a shell gives them, so that cleanup runs."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _new_folders(folder: Path) -> tuple[Path, Path]:
@@ -131,12 +142,12 @@ def _new_folders(folder: Path) -> tuple[Path, Path]:
 
 @contextmanager
 def _worker(job: Mapping[str, Any], scratch: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start the run in a group of its own, and leave none of the group behind."""
+    """Start the run in a process group of its own, and end the whole group."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)}
-    with _stopped_by_signals():
+    with exit_on_signals(signal.SIGTERM, signal.SIGHUP):
         worker = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.local_worker"],
+            [sys.executable, "-m", "pipelines.local"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -157,100 +168,57 @@ def _worker(job: Mapping[str, Any], scratch: Path) -> Iterator[subprocess.Popen[
 
 
 def _stop(worker: subprocess.Popen[str]) -> None:
-    """End the whole group: politely, then not."""
+    """End the whole group: first politely, then by force."""
     deadline = time.monotonic() + _GRACE
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(worker.pid, sign)
-        except (ProcessLookupError, PermissionError):
-            break
-        while time.monotonic() < deadline and _alive(worker):
+    with suppress(ProcessLookupError, PermissionError):  # nobody of the group is left
+        os.killpg(worker.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            worker.poll()  # removes the zombie, which would count as a member
+            os.killpg(worker.pid, 0)
             time.sleep(0.05)
+        os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
 
 
-def _alive(worker: subprocess.Popen[str]) -> bool:
-    worker.poll()
-    try:
-        os.killpg(worker.pid, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exception, so that the group is ended before this process is."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Progress:
-    """Tells which step runs, and remembers what the run said last."""
-
-    def __init__(self, run: LocalRun, total: int, say: Callable[[str], None]) -> None:
-        self.run, self.total, self.say = run, total, say
-        self.started = time.monotonic()
-
-    def line(self, text: str) -> None:
-        """Take one line of the log."""
-        if step := _STEP.search(text):
-            self.close()
-            self.run.steps[step[1]] = 0.0
-            if not self.run.failed:
-                self.run.error = ""
-            self.started = time.monotonic()
-            self.say(f"Executing task {step[1]} ({len(self.run.steps)} of {self.total})")
-        elif self.run.failed:  # what comes after it is about a step that always runs
-            return
-        elif failed := _FAILED.search(text):
-            self.run.failed = failed[1]
-        elif error := _ERROR.match(text):
-            self.run.error, self.run.exit_code = error[2], _code_of(error[1])
-
-    def close(self) -> None:
-        """End the step that runs."""
-        if self.run.steps:
-            last = list(self.run.steps)[-1]
-            self.run.steps[last] = time.monotonic() - self.started
-            self.say(f"  {self.run.steps[last]:.1f} s")
-
-
-def _code_of(name: str) -> int:
-    kind = getattr(errors, name, None)
-    return kind.exit_code if isinstance(kind, type) and issubclass(kind, errors.SalunError) else 1
-
-
 def _follow(
-    worker: subprocess.Popen[str], write: Callable[[str], Any], progress: _Progress, echo: Callable[[str], None]
+    worker: subprocess.Popen[str],
+    run: LocalRun,
+    total: int,
+    progress: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
+    """Copy the log of a run to its file, and take from it which step runs, which one failed first, and why."""
+    started = time.monotonic()
+
+    def end_step() -> None:
+        if run.steps:
+            last = list(run.steps)[-1]
+            run.steps[last] = time.monotonic() - started
+            progress(f"  {run.steps[last]:.1f} s")
+
     assert worker.stdout is not None
-    for raw in worker.stdout:
-        text = _COLOUR.sub("", raw.rstrip("\n"))
-        write(text + "\n")
-        echo(text)
-        progress.line(text)
-    progress.close()
-
-
-def _exit_code(returncode: int, run: LocalRun) -> int:
-    if returncode == 0:
-        run.error = ""
-        return 0
-    run.error = run.error or f"the run ended with status {returncode}; see its log"
-    return run.exit_code or 1
+    with (run.folder / LOG).open("w", encoding="utf-8") as file:
+        for raw in worker.stdout:
+            text = _COLOUR.sub("", raw.rstrip("\n"))
+            file.write(text + "\n")
+            log(text)
+            if step := _STEP.search(text):
+                end_step()
+                run.steps[step[1]], started = 0.0, time.monotonic()
+                progress(f"Executing task {step[1]} ({len(run.steps)} of {total})")
+                if not run.failed:
+                    run.error = ""
+            elif run.failed:  # later errors are those of a step that always runs
+                continue
+            elif failed := _FAILED.search(text):
+                run.failed = failed[1]
+            elif error := _ERROR.match(text):
+                run.error, run.exit_code = error[2], exit_code_of(error[1]) or 1
+    end_step()
 
 
 def _collect(run: LocalRun, steps: Path) -> None:
-    """Copy what a reader wants to the top of the working folder."""
+    """Copy the files for the reader to the top of the working folder, and read what the steps returned."""
     run.files[LOG] = run.folder / LOG
     found = next(iter(sorted(path for path in steps.iterdir() if path.is_dir())), steps)
     report = next((name for name in REPORTS if (found / name).is_file()), REPORTS[0])
@@ -262,3 +230,67 @@ def _collect(run: LocalRun, steps: Path) -> None:
     for path in sorted(found.glob("*/executor_output.json")):
         run.outputs[path.parent.name] = json.loads(path.read_text(encoding="utf-8")).get("parameterValues", {})
     run.parent, run.version = (run.outputs.get(step, {}).get("Output") for step in ("fetch-model", "gate-publish"))
+
+
+def main() -> int:
+    """Run the pipeline that standard input describes; the log goes to standard output.
+
+    Returns:
+        0, or 1 if a step failed.
+    """
+    given = json.load(sys.stdin)
+    warnings.filterwarnings("ignore", module="kfp")  # about images and resources, which have no effect here
+    from kfp import components, local
+
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=given["root"])
+    text = Path(given["pipeline"]).read_text(encoding="utf-8")
+    pipeline = components.load_component_from_text(for_this_machine(text, given["run"], os.environ))
+    try:
+        pipeline(**given["arguments"])
+    except RuntimeError as error:  # a step failed
+        print(error)
+        return 1
+    return 0
+
+
+def for_this_machine(text: str, run: str, environ: Mapping[str, str]) -> str:
+    """Return a compiled pipeline with the changes that a run on this machine needs.
+
+    Its steps are not retried, because somebody waits for the first answer. A variable of the environment wins over
+    one that names a place in the image. The id of the run is unique; that of kfp.local has only eight digits.
+
+    Args:
+        text: the compiled pipeline.
+        run: id of the run.
+        environ: the environment of the steps.
+    """
+    documents: list[dict[str, Any]] = list(yaml.safe_load_all(text.replace(_JOB_ID, run)))
+    spec = documents[0]
+    for component in [spec["root"], *spec["components"].values()]:
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task.pop("retryPolicy", None)
+            _rename_condition(task)
+    for executor in spec["deploymentSpec"]["executors"].values():
+        container = executor["container"]
+        if given := container.pop("env", None):
+            container["env"] = [item for item in given if item["name"] not in environ]
+    return yaml.safe_dump_all(documents)
+
+
+def _rename_condition(task: Mapping[str, Any]) -> None:
+    """Write the condition of a task so that kfp.local resolves it.
+
+    kfp.local takes each output of a step for the one named `Output`, unless a second hyphen precedes the output's
+    name. It skips the task without an error if it finds no value.
+    """
+    policy = task.get("triggerPolicy", {})
+    if "condition" not in policy:
+        return
+    for name, value in task["inputs"]["parameters"].items():
+        if made := value.get("taskOutputParameter"):
+            channel = f"pipelinechannel--{made['producerTask']}--{made['outputParameterKey']}"
+            policy["condition"] = policy["condition"].replace(f"'{name}'", f"'{channel}'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,10 @@
-"""A compiled pipeline as Kubeflow gets it: its text, its digest and the name of the version that carries the digest."""
+"""A compiled pipeline: its two documents, its digest, its run form, and the files and objects that are made of it."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from salun_core.errors import UsageError, unknown_name
 
 COMPILED = Path(__file__).resolve().parent / "compiled"
 PREFIX = "salun-"
-SHORT = 12
+SHORT = 12  # hexadecimal digits of a digest in a name
 _KINDS = {
     "BOOLEAN": "yes or no",
     "LIST": "JSON list",
@@ -27,8 +28,7 @@ _KINDS = {
     "STRING": "text",
     "STRUCT": "JSON object",
 }
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is
-_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster where libyaml is installed
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,13 @@ class Package:
 
     Args:
         spec: the pipeline spec.
-        platform: the platform spec: what Kubernetes is told.
+        platform: the platform spec, which holds the settings for Kubernetes.
+        header: the comment that lists the parameters of the run form.
     """
 
     spec: dict[str, Any]
     platform: dict[str, Any]
+    header: str = ""
 
     @property
     def name(self) -> str:
@@ -53,21 +55,26 @@ class Package:
         """What the pipeline does, in a sentence."""
         return str(self.spec["pipelineInfo"].get("description", ""))
 
+    @property
+    def path(self) -> Path:
+        """The file in `pipelines/compiled/`."""
+        return COMPILED / f"{self.name}.yaml"
+
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON of both specs; the version of the compiler does not count."""
+        """SHA-256 of the canonical JSON of both specs, without the version of the compiler."""
         spec = {key: value for key, value in self.spec.items() if key != "sdkVersion"}
         return digest_json([spec, self.platform])
 
     @property
     def version(self) -> str:
-        """The name of the version: the pipeline's, and the beginning of the digest."""
+        """The name of the version: the pipeline's name and the start of the digest."""
         return f"{self.name}-{self.digest[:SHORT]}"
 
     @cached_property
     def text(self) -> str:
-        """The package to upload."""
-        return str(yaml.dump_all([self.spec, self.platform], Dumper=_DUMPER, sort_keys=True, width=120))
+        """The file's text, which is also what is uploaded; the same source gives the same text."""
+        return f"{self.header}\n{_dump(self.spec, self.platform)}"
 
     @property
     def inputs(self) -> dict[str, dict[str, Any]]:
@@ -87,21 +94,6 @@ class Package:
                 yield from self._steps(component)
 
 
-def form_table(package: Package) -> str:
-    """Return the run form's fields as a Markdown table; those that must be filled in come first."""
-    rows = ["| Field | Type | Default | Meaning |", "|---|---|---|---|"]
-    for name, item in sorted(package.inputs.items(), key=lambda pair: bool(pair[1].get("isOptional"))):
-        kind = _KINDS[item["parameterType"]]
-        default = f"`{_default(item)}`" if item.get("isOptional") else "required"
-        rows.append(f"| `{name}` | {kind} | {default} | {' '.join(str(item.get('description', '')).split())} |")
-    return "\n".join(rows)
-
-
-def _default(item: Mapping[str, Any]) -> str:
-    value = item["defaultValue"]
-    return json.dumps(int(value) if item["parameterType"] == "NUMBER_INTEGER" else value)
-
-
 def shipped() -> list[str]:
     """Return the short names of the pipelines that ship, such as deletion-sweep."""
     return sorted(path.stem.removeprefix(PREFIX) for path in COMPILED.glob("*.yaml"))
@@ -112,8 +104,8 @@ def load_package(name: str, image: str | None = None) -> Package:
 
     Args:
         name: with or without the prefix: unlearning, deletion-sweep, or one of them with -cpu.
-        image: of every step; else `SALUN_IMAGE`, else what the file says. Likewise `SALUN_S3_SECRETS` names the
-            Secret of each step.
+        image: of every step; else `SALUN_IMAGE`, else the image in the file. `SALUN_S3_SECRETS` names the Secret of
+            each step.
 
     Returns:
         The package.
@@ -124,14 +116,93 @@ def load_package(name: str, image: str | None = None) -> Package:
     short = name.removeprefix(PREFIX)
     if short not in shipped():
         raise unknown_name("pipeline", name, shipped())
-    path = COMPILED / f"{PREFIX}{short}.yaml"
-    try:
-        spec, platform = yaml.load_all(path.read_text(encoding="utf-8"), _LOADER)  # noqa: S506 - a safe one
-        executors = spec["deploymentSpec"]["executors"].values()
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UsageError(f"cannot read {path.name}", f"no compiled pipeline: {error}", "`make generated`") from error
+    package = read_package(COMPILED / f"{PREFIX}{short}.yaml")
     if wanted := image or os.environ.get("SALUN_IMAGE"):
-        for executor in executors:
+        for executor in package.spec["deploymentSpec"]["executors"].values():
             executor["container"]["image"] = wanted
-    give_secrets(platform, read_secrets(os.environ.get(VARIABLE, "")))
+    give_secrets(package.platform, read_secrets(os.environ.get(VARIABLE, "")))
+    return package
+
+
+def read_package(path: Path) -> Package:
+    """Read the file of a compiled pipeline.
+
+    Raises:
+        UsageError: it cannot be read, or it is not a compiled pipeline.
+    """
+    try:
+        spec, platform = _load(path.read_text(encoding="utf-8"))
+        _ = spec["deploymentSpec"]["executors"].values(), spec["root"]["inputDefinitions"]["parameters"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"cannot read {path}", f"not a compiled pipeline: {error}", "`make generated`") from error
     return Package(spec, platform)
+
+
+def native_text(package: Package, namespace: str | None = None) -> str:
+    """Return the Pipeline and the PipelineVersion for a Kubeflow that keeps its pipelines in Kubernetes.
+
+    Args:
+        package: the compiled pipeline.
+        namespace: of the objects; None leaves it to `kubectl -n` or a kustomization.
+
+    Returns:
+        Both objects as the text of a file. Kubernetes refuses to change a version, so its name carries the digest.
+    """
+    place = {"namespace": namespace} if namespace else {}
+    common = {"displayName": package.name, "description": package.description}
+    version = {"pipelineName": package.name, "pipelineSpec": package.spec, "platformSpec": package.platform}
+    return _dump(
+        {
+            "apiVersion": "pipelines.kubeflow.org/v2beta1",
+            "kind": "Pipeline",
+            "metadata": {"name": package.name, **place},
+            "spec": common,
+        },
+        {
+            "apiVersion": "pipelines.kubeflow.org/v2beta1",
+            "kind": "PipelineVersion",
+            "metadata": {"name": package.version, **place},
+            "spec": {**common, "displayName": package.version, **version},
+        },
+    )
+
+
+def drift(path: Path, text: str) -> str | None:
+    """Compare a file with the text that it should have; the version of the compiler and comments do not count.
+
+    Returns:
+        What is wrong with the file, or None.
+    """
+    if not path.is_file():
+        return f"{path.name} does not exist"
+    there, wanted = (
+        _load(re.sub(r"^ *sdkVersion: .*\n", "", one, flags=re.MULTILINE))
+        for one in (path.read_text(encoding="utf-8"), text)
+    )
+    return None if there == wanted else f"{path.name} is out of step with its source"
+
+
+def form_table(package: Package) -> str:
+    """Return the run form's fields as a Markdown table; the required ones come first."""
+    rows = ["| Field | Type | Default | Meaning |", "|---|---|---|---|"]
+    for name, item in sorted(package.inputs.items(), key=lambda pair: bool(pair[1].get("isOptional"))):
+        default = f"`{default_text(item)}`" if item.get("isOptional") else "required"
+        meaning = " ".join(str(item.get("description", "")).split())
+        rows.append(f"| `{name}` | {_KINDS[item['parameterType']]} | {default} | {meaning} |")
+    return "\n".join(rows)
+
+
+def default_text(item: Mapping[str, Any]) -> str:
+    """Return the default of a field of the run form as JSON, or that it is required."""
+    if not item.get("isOptional"):
+        return "required"
+    value = item["defaultValue"]
+    return json.dumps(int(value) if item["parameterType"] == "NUMBER_INTEGER" else value)
+
+
+def _load(text: str) -> list[dict[str, Any]]:
+    return list(yaml.load_all(text, _LOADER))  # noqa: S506 - a safe one
+
+
+def _dump(*documents: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump_all(documents, sort_keys=True, width=120))

@@ -1,11 +1,12 @@
-"""What every step of a pipeline gets from Kubernetes: resources, place, identity, configuration, retries."""
+"""What every pipeline and each of its steps get: resources, place, identity, configuration, retries."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kfp import kubernetes
+from kfp import dsl, kubernetes
 
 from pipelines.step_secrets import SECRET
 
@@ -43,6 +44,12 @@ class Placement:
     gpu_count: Any
     node_selector: Any
     tolerations: Any
+
+
+def pipeline(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Return the decorator that turns a function into a pipeline; the run form shows the function's docstring."""
+    decorate: Callable[[Callable[..., Any]], Any] = dsl.pipeline(name=name)
+    return decorate
 
 
 def configure(task: Any, place: Placement, *, hours: float, gpu: bool = False, retries: int = 2) -> Any:  # noqa: ANN401 - kfp has no types

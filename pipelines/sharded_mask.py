@@ -5,8 +5,7 @@ from kfp import dsl
 from components.fetch_model import fetch_model
 from components.merge_scores import merge_scores
 from components.score_shard import score_shard
-from pipelines._pipeline import pipeline
-from pipelines.resources import Placement, configure
+from pipelines.resources import Placement, configure, pipeline
 
 NAME = "salun-sharded-mask"
 

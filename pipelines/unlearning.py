@@ -7,8 +7,7 @@ from components.evaluate import evaluate
 from components.fetch_model import fetch_model
 from components.gate_publish import gate_publish
 from components.unlearn import unlearn
-from pipelines._pipeline import pipeline
-from pipelines.resources import Placement, configure
+from pipelines.resources import Placement, configure, pipeline
 
 NAME = "salun-unlearning"
 

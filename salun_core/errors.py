@@ -64,6 +64,12 @@ class IntegrityError(SalunError):
     exit_code = 5
 
 
+def exit_code_of(name: str) -> int | None:
+    """Return the exit code of the error class with a name, or None if it is not one of these."""
+    kind = globals().get(name)
+    return kind.exit_code if isinstance(kind, type) and issubclass(kind, SalunError) else None
+
+
 def unknown_name(kind: str, name: str, options: Iterable[str]) -> UsageError:
     """Build the error for a name that does not exist, with the nearest match.
 

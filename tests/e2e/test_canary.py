@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipelines.cli import COMPILED
 from pipelines.local import run_compiled
+from pipelines.packages import COMPILED
 from salun_core.certificates.keys import create_key, load_signing_key
 from salun_core.data import DataSpec
 from salun_core.data.forget_set import SamplesTarget, SubjectTarget

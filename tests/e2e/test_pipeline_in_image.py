@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.local_worker import for_this_machine
+from pipelines.local import for_this_machine
 from pipelines.packages import load_package
 from salun_core.certificates.keys import create_key
 from salun_core.certificates.verify import fetch_certificate, verify_certificate

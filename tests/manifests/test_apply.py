@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.packages import load_package, native_text, shipped
 from tests.manifests.fake_api import FakeApi, serving
 from tests.manifests.test_manifests import FOLDERS
 from tests.manifests.tree import LOADER, MANIFESTS, default, everything, read
@@ -76,6 +77,19 @@ def test_a_folder_beside_them_is_applied_after_them(api, folder):
         assert said
         assert all(line.endswith(f" {word}") for line in said), said
     del fake.objects[place]
+    assert roomy(fake)
+
+
+def test_the_objects_of_the_pipelines_are_applied_after_them(api, tmp_path):
+    fake, run = api
+    for package in map(load_package, shipped()):
+        (tmp_path / package.path.name).write_text(native_text(package, "salun"))
+    assert run("apply", "-f", tmp_path).returncode == 1
+    assert lines(run("apply", "-f", MANIFESTS))
+    for word in ("created", "unchanged"):
+        said = lines(run("apply", "-f", tmp_path))
+        assert len(said) == 2 * len(shipped())
+        assert all(line.endswith(f" {word}") for line in said), said
     assert roomy(fake)
 
 

@@ -19,6 +19,7 @@ from tests.manifests.tree import (
     default,
     everything,
     named,
+    native,
     pod,
     read,
     walk,
@@ -259,7 +260,7 @@ def test_the_sweep_is_a_command_that_the_pipelines_understand():
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
 def test_the_objects_of_a_pipeline_hold_what_was_compiled_and_their_name_carries_its_digest(path):
-    pipeline, version = (found.document for found in read(MANIFESTS / "kubernetes-native" / path.name))
+    pipeline, version = (found.document for found in native() if found.path.name == path.name)
     spec, platform = (document.document for document in read(path))
     for one in (spec := dict(spec), held := dict(version["spec"]["pipelineSpec"])):
         one.pop("sdkVersion")

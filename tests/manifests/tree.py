@@ -9,9 +9,12 @@ from typing import Any
 
 import yaml
 
+from pipelines.packages import load_package, native_text, shipped
+
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "manifests"
 NOT_KUBERNETES = ("iam", "prometheus-rules")  # policies of the store, and a plain rule file
+NATIVE = MANIFESTS / "kubernetes-native"  # written on demand, not in git
 CRDS = ROOT.parent / "shared" / "crds"
 
 
@@ -59,8 +62,16 @@ def default() -> list[Found]:
 @cache
 def everything(suffixes: tuple[str, ...] = (".yaml",)) -> list[Found]:
     files = (path for path in sorted(MANIFESTS.rglob("*")) if path.name.endswith(suffixes))
-    ours = (path for path in files if path.relative_to(MANIFESTS).parts[0] not in NOT_KUBERNETES)
-    return [found for path in ours for found in read(path)]
+    ours = (path for path in files if path.relative_to(MANIFESTS).parts[0] not in (*NOT_KUBERNETES, NATIVE.name))
+    return [*(found for path in ours for found in read(path)), *native()]
+
+
+@cache
+def native() -> list[Found]:
+    """What `python -m pipelines compile --kubernetes-native` writes for the pipelines that ship."""
+    packages = [load_package(name) for name in shipped()]
+    texts = [(NATIVE / package.path.name, native_text(package, "salun")) for package in packages]
+    return [Found(path, document) for path, text in texts for document in yaml.load_all(text, LOADER)]
 
 
 def pod(found: Found) -> dict[str, Any] | None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.cli import COMPILED
 from pipelines.local import LocalRun, run_compiled
+from pipelines.packages import COMPILED
 from salun_core.models import load_model
 from salun_core.registry.versions import read_head
 from salun_core.storage.s3 import S3Store

@@ -120,10 +120,10 @@ def test_wrong_line_is_a_usage_error(house, tmp_path):
 @pytest.mark.parametrize(
     ("pipeline", "changes", "message"),
     [
-        ("unlearning", {"forget_manifest_uri": None}, "it needs forget_manifest_uri"),
-        ("unlearning", {"min_requests": 1}, "it has no min_requests"),
-        ("deletion-sweep", {}, "it has no forget_manifest_uri"),
-        ("deletion-sweeps", {}, "cannot run deletion-sweeps"),
+        ("unlearning", {"forget_manifest_uri": None}, "--forget-manifest-uri is missing"),
+        ("unlearning", {"min_requests": 1}, "--min-requests is unknown"),
+        ("deletion-sweep", {}, "--forget-manifest-uri is unknown"),
+        ("deletion-sweeps", {}, "unknown pipeline 'deletion-sweeps'"),
     ],
 )
 def test_arguments_that_do_not_fit_the_pipeline_are_refused(tmp_path, pipeline, changes, message):
@@ -140,7 +140,7 @@ def test_remote_work_dir_is_refused(house, tmp_path, monkeypatch):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in house.arguments().items()]
     result = CliRunner().invoke(app, ["run", *options, "--work-dir", "s3://salun/work"])
     assert result.exit_code != 0
-    assert "is no folder of this machine" in str(result.exception)
+    assert "is not a folder of this machine" in str(result.exception)
     assert not list(tmp_path.iterdir())
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipelines.cli import COMPILED
 from pipelines.local import run_compiled
+from pipelines.packages import COMPILED
 from salun_core.models import load_model
 from salun_core.registry.versions import read_head, read_version
 from salun_core.tasks.classification.training import register_model

@@ -11,8 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from pipelines import compile as compiling
+from pipelines import packages
 from pipelines.cli import app
-from pipelines.local_worker import for_this_machine
+from pipelines.local import for_this_machine
 from salun_core.errors import IntegrityError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,8 +23,8 @@ PRINT_TEXT = "from pipelines.compile import compile_all; print(''.join(item.text
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
     """A copy of the files that ship, to be changed by a test."""
-    shutil.copytree(compiling.FOLDER, tmp_path / "compiled")
-    monkeypatch.setattr(compiling, "FOLDER", tmp_path / "compiled")
+    shutil.copytree(packages.COMPILED, tmp_path / "compiled")
+    monkeypatch.setattr(packages, "COMPILED", tmp_path / "compiled")
     return tmp_path / "compiled"
 
 
@@ -85,7 +86,7 @@ def test_a_defect_stops_the_compiler(monkeypatch):
 
 @pytest.mark.parametrize("name", ["salun-unlearning-cpu", "salun-deletion-sweep-cpu", "salun-sharded-mask-cpu"])
 def test_pipeline_for_clusters_without_accelerators(name):
-    text = (compiling.FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (packages.COMPILED / f"{name}.yaml").read_text(encoding="utf-8")
     spec, _ = yaml.safe_load_all(text)
     assert "gpu" not in text.lower()
     assert "accelerator" not in text
@@ -104,7 +105,7 @@ def test_local_runs_differ_from_the_file_by_retries_and_the_id_alone(documents):
 
 
 def test_the_key_that_the_environment_names_wins_on_this_machine():
-    text = (compiling.FOLDER / "salun-deletion-sweep.yaml").read_text(encoding="utf-8")
+    text = (packages.COMPILED / "salun-deletion-sweep.yaml").read_text(encoding="utf-8")
     for environ, kept in (({}, True), ({"SALUN_SIGNING_KEY": "key.pem"}, False)):
         spec = next(yaml.safe_load_all(for_this_machine(text, "run-1", environ)))
         for step in ("exec-claim-requests", "exec-settle-requests"):
@@ -114,7 +115,7 @@ def test_the_key_that_the_environment_names_wins_on_this_machine():
 
 def test_a_condition_on_a_named_output_is_spelt_for_this_machine():
     """kfp.local silently skips what depends on an output of another name than `Output`."""
-    text = (compiling.FOLDER / "salun-deletion-sweep.yaml").read_text(encoding="utf-8")
+    text = (packages.COMPILED / "salun-deletion-sweep.yaml").read_text(encoding="utf-8")
     spec = next(yaml.safe_load_all(for_this_machine(text, "run-1", {})))
     (group,) = [item for name, item in spec["components"].items() if name.startswith("comp-exit-handler")]
     (condition,) = [

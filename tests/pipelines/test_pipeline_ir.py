@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from components._image import IMAGE
-from pipelines.compile import FOLDER
 from pipelines.ir_lint import PLACEMENT, lint
+from pipelines.packages import COMPILED
 from salun_core.telemetry.metrics import check_label
 
 GPU_STEPS = {"exec-compute-mask", "exec-unlearn", "exec-evaluate"}
@@ -43,7 +43,7 @@ def component(documents, start):
 def test_shipped_pipelines_have_no_defect(each):
     assert lint(*each, IMAGE) == []
     name = f"{each[0]['pipelineInfo']['name']}-cpu.yaml"
-    without = yaml.safe_load_all((FOLDER / name).read_text(encoding="utf-8"))
+    without = yaml.safe_load_all((COMPILED / name).read_text(encoding="utf-8"))
     assert lint(*without, IMAGE, [name for name in PLACEMENT if name != "gpu_count"]) == []
 
 
@@ -250,7 +250,7 @@ def test_mask_and_unlearning_run_one_process_a_gpu(each):
     for name, task in all_tasks(each).items():
         if name in ("compute-mask", "unlearn"):
             assert task["inputs"]["parameters"]["processes"] == {"componentInputParameter": "gpu_count"}
-    without = list(yaml.safe_load_all((FOLDER / f"{name_of(each)}-cpu.yaml").read_text(encoding="utf-8")))
+    without = list(yaml.safe_load_all((COMPILED / f"{name_of(each)}-cpu.yaml").read_text(encoding="utf-8")))
     assert not [name for name, task in all_tasks(without).items() if "processes" in task["inputs"]["parameters"]]
 
 
@@ -258,7 +258,7 @@ def test_mask_and_unlearning_run_one_process_a_gpu(each):
 def test_every_step_knows_its_pipeline_and_its_run(each, variant):
     """By the name that its metrics carry: of the pipeline that was started, not of one nested in it."""
     name = f"{name_of(each)}{variant}"
-    documents = list(yaml.safe_load_all((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
+    documents = list(yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text(encoding="utf-8")))
     check_label("pipeline", name)
     for executor in executors(documents).values():
         assert {"name": "SALUN_PIPELINE", "value": name} in executor["container"]["env"]
@@ -296,5 +296,5 @@ def test_steps_are_tried_again_with_a_back_off(each):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_no_credential_is_in_the_file(name):
-    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (COMPILED / f"{name}.yaml").read_text(encoding="utf-8")
     assert not re.search(r"AKIA[0-9A-Z]{16}|aws_secret_access_key\s*[:=]\s*\S", text)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipelines import client, packages, submitting
+from pipelines import client, packages, runs
 from pipelines import compile as compiling
 from pipelines.cli import app
 from pipelines.packages import form_table, load_package
@@ -35,7 +35,7 @@ def fake(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client, "ATTEMPTS", 4)
-    monkeypatch.setattr(submitting, "SETTLING", 0.0)
+    monkeypatch.setattr(runs, "SETTLING", 0.0)
     monkeypatch.setattr(packages, "load_package", _load)
     server = FakeKubeflow()
     monkeypatch.setenv("KFP_ENDPOINT", server.host)
@@ -189,10 +189,11 @@ def test_a_refusal_is_not_repeated(fake, status):
 
 
 def test_two_submitters_at_once_leave_one_run(fake, monkeypatch):
-    version = submitting.Registered(*_registered(fake))
-    monkeypatch.setattr(submitting, "SETTLING", 1.2)
+    run("submit", "--model-line", "other", "--store-uri", "s3://salun/demo", "--no-wait")  # registers, too
+    fake.runs.clear()
+    monkeypatch.setattr(runs, "SETTLING", 1.2)
     meet = threading.Barrier(2, timeout=20)
-    listing = submitting._first
+    listing = runs._first
     local = threading.local()
 
     def both_found_nothing(*args):
@@ -202,30 +203,18 @@ def test_two_submitters_at_once_leave_one_run(fake, monkeypatch):
             meet.wait()
         return found
 
-    monkeypatch.setattr(submitting, "_first", both_found_nothing)
+    monkeypatch.setattr(runs, "_first", both_found_nothing)
     outcomes = []
     api = client.connect(fake.host)
-    work = submitting.Work(SWEEP, {"model_line": "digits", "store_uri": "s3://salun/demo"}, "2026-11-24")
-    both = [
-        threading.Thread(target=lambda: outcomes.append(submitting.submit(api, work, version, "salun")))
-        for _ in range(2)
-    ]
+    job = runs.Job(SWEEP, {"model_line": "digits", "store_uri": "s3://salun/demo"})
+    both = [threading.Thread(target=lambda: outcomes.append(runs.submit(api, job, "2026-11-24"))) for _ in range(2)]
     for one in both:
         one.start()
     for one in both:
         one.join(30)
     assert sorted(item["state"] for item in fake.runs.values()) == ["CANCELED", "PENDING"]
     (alive,) = [item["run_id"] for item in fake.runs.values() if item["state"] == "PENDING"]
-    assert [outcome.run_id for outcome in outcomes] == [alive, alive]
-    assert sorted(outcome.made for outcome in outcomes) == [False, True]
-
-
-def _registered(fake):
-    run("register", "--pipeline", "deletion-sweep")
-    run("submit", "--model-line", "other", "--store-uri", "s3://salun/demo", "--no-wait")  # makes the experiment
-    fake.runs.clear()
-    (version,) = fake.versions.values()
-    return version["pipeline_id"], version["pipeline_version_id"], version["display_name"], True
+    assert sorted(outcomes) == [(alive, False), (alive, True)]
 
 
 def test_waiting_tells_each_step_once(fake):
@@ -273,7 +262,7 @@ def test_a_failure_that_says_nothing_names_the_step(fake):
     fake.script = [to("FAILED", **states(evaluate="FAILED"))]
     code, _, said = submit(wait=True)
     assert code == 1
-    assert "Error: evaluate failed and said nothing" in said
+    assert "Error: evaluate failed without a message" in said
 
 
 def test_a_canceled_run_ends_the_wait(fake):
@@ -303,7 +292,7 @@ def test_a_signal_leaves_the_run_going(fake, sign):
         process.kill()
     (item,) = fake.runs.values()
     assert process.returncode == 128 + sign
-    assert said.splitlines()[-1] == f"The run goes on: {fake.host}/#/runs/details/{item['run_id']}"
+    assert said.splitlines()[-1] == f"The run continues: {fake.host}/#/runs/details/{item['run_id']}"
     assert item["state"] == "PENDING"
 
 
@@ -387,8 +376,8 @@ def test_the_entry_of_a_cronjob_asks_nobody(fake):
     ("words", "text"),
     [
         (("--cron", "0 2 * * *"), "did you mean '0 0 2 * * *'?"),
-        (("--cron", "0 0 2 * * $(x)"), "no schedule"),
-        (("--cron", "30 0 2 * * *", "--print-cronjob-args"), "a CronJob knows no seconds"),
+        (("--cron", "0 0 2 * * $(x)"), "is not a schedule"),
+        (("--cron", "30 0 2 * * *", "--print-cronjob-args"), "a CronJob has no seconds"),
     ],
 )
 def test_a_wrong_schedule_is_refused(fake, words, text):
@@ -438,7 +427,7 @@ def test_an_expired_token_is_refused_and_never_shown(fake, multi):
     fake.token = "another"
     code, out, error = submit()
     assert code == 1
-    assert "does not accept who asks (401): Unauthenticated: token *** is expired" in error
+    assert "does not accept the credentials (401): Unauthenticated: token *** is expired" in error
     assert "eyJ" not in out + error
 
 
@@ -479,7 +468,7 @@ def test_a_run_that_is_not_there(fake):
     assert code == 1
     assert "cannot get runs in this Kubeflow: not found (404)" in error
     code, _, error = run("status")
-    assert "there is no experiment salun" in error
+    assert "experiment salun does not exist" in error
 
 
 def test_nobody_listens(fake):
@@ -498,7 +487,7 @@ def test_an_address_that_is_none(fake, host):
 
 
 def test_without_the_client_the_extra_is_named(fake, monkeypatch):
-    for name in ("kfp_server_api", "pipelines.client", "pipelines.registering", "pipelines.submitting"):
+    for name in ("kfp_server_api", "pipelines.client", "pipelines.runs", "pipelines.schedules"):
         monkeypatch.setitem(sys.modules, name, None)  # as where the import finds nothing
     code, _, error = submit()
     assert code == 2
@@ -512,10 +501,10 @@ def test_all_faults_of_the_form_are_named_at_once(fake):
     assert code == 2
     for text in (
         "--model-lin is unknown (did you mean --model-line?)",
-        "--seed needs a whole number",
-        "--density needs a number",
-        "--dry-run is true or false",
-        "--tolerations needs a JSON list",
+        "--seed must be a whole number",
+        "--density must be a number",
+        "--dry-run must be true or false",
+        "--tolerations must be a JSON list",
         "stray is unknown",
         "--model-line is missing",
         "--store-uri is missing",
@@ -558,8 +547,7 @@ def test_the_form_is_read_by_its_types(fake):
 
 
 def test_native_objects_carry_the_digest_and_are_checked(tmp_path, monkeypatch):
-    item = compiling.Compiled(SWEEP.name, "", SWEEP.spec, SWEEP.platform)
-    monkeypatch.setattr(compiling, "compile_all", lambda: [item])
+    monkeypatch.setattr(compiling, "compile_all", lambda: [SWEEP])
     folder = tmp_path / "native"
     words = ("compile", "--kubernetes-native", str(folder))
     assert run(*words)[0] == 0

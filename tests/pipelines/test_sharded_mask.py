@@ -4,8 +4,8 @@ import json
 
 import yaml
 
-from pipelines.cli import COMPILED
 from pipelines.local import run_compiled
+from pipelines.packages import COMPILED
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.mask import compute_mask
 from tests.pipelines.conftest import told

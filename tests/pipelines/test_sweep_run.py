@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pipelines.cli import COMPILED
 from pipelines.local import run_compiled
+from pipelines.packages import COMPILED
 from salun_core.certificates.keys import create_key
 from salun_core.config import load
 from salun_core.data.forget_set import ClassTarget, SamplesTarget
