@@ -75,7 +75,7 @@ def measure_cell(preparation: Preparation, cell: Cell, ready: Ready, inputs: str
     started = time.perf_counter()
     try:
         (work / RUNS).mkdir(parents=True)
-        course = _Course(preparation, cell, ready, work)
+        course = _CellRun(preparation, cell, ready, work)
         course.run()
         shutil.rmtree(work / RUNS)
         note = course.note(inputs, time.perf_counter() - started)
@@ -88,7 +88,7 @@ def measure_cell(preparation: Preparation, cell: Cell, ready: Ready, inputs: str
 
 
 @dataclass
-class _Course:
+class _CellRun:
     """The requests of a cell, one after the other.
 
     Args:

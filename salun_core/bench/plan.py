@@ -43,7 +43,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SuiteRun:
     """A suite at one size, as it is run.
 
     Args:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from salun_core.bench.plan import Cell, Plan
+from salun_core.bench.plan import Cell, SuiteRun
 from salun_core.bench.suite import BaseModelSpec, JudgeSpec, RandomTarget, Request, Scenario, SequenceTarget
 from salun_core.config import Document, load, read_document
 from salun_core.data import DataSpec
@@ -143,10 +143,10 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 
-class Part(Document):
+class SharedArtifact(Document):
     """`<part>.json` beside a part that is ready."""
 
     inputs: str = Field(description="digest of all that it hangs on")
@@ -183,7 +183,7 @@ class Preparation:
         say: called with a line of progress.
     """
 
-    def __init__(self, plan: Plan, out: Path, say: Say) -> None:
+    def __init__(self, plan: SuiteRun, out: Path, say: Progress) -> None:
         self.plan, self.out, self.say = plan, out, say
 
     def ready(self, seed: int) -> Ready:
@@ -253,7 +253,7 @@ class Preparation:
         """Return folder and digest of a part; `make(folder, checkpoints)` makes it unless it is there."""
         folder, note, wanted = self.out / name, self.out / f"{name}.json", digest_json(inputs)
         if note.is_file() and (folder / CARD).is_file():
-            kept = load(Part, note)
+            kept = load(SharedArtifact, note)
             if kept.inputs == wanted and _as_it_was(folder, kept.digest):
                 return folder, kept.digest
         note.unlink(missing_ok=True)
@@ -264,7 +264,7 @@ class Preparation:
         seconds = time.perf_counter() - started
         facts = read_run(folder, "")
         seconds = facts.seconds.get("unlearn", seconds)
-        part = Part(inputs=wanted, digest=identity(folder), seconds=seconds, passes=facts.passes)
+        part = SharedArtifact(inputs=wanted, digest=identity(folder), seconds=seconds, passes=facts.passes)
         write_whole(note, (json.dumps(part.model_dump(), indent=1) + "\n").encode())
         shutil.rmtree(checkpoints.parent, ignore_errors=True)
         return folder, part.digest

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from salun_core.bench.cell import EVIDENCE, CellNote, kept_cell
-from salun_core.bench.plan import Cell, Plan
-from salun_core.bench.prepared import Part
+from salun_core.bench.plan import Cell, SuiteRun
+from salun_core.bench.prepared import SharedArtifact
 from salun_core.config import Document, load
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
@@ -97,7 +97,7 @@ class Results(Document):
         return any(item.chosen is not None for row in self.rows for item in row.figures)
 
 
-def collect(plan: Plan, out: Path) -> Results:
+def collect(plan: SuiteRun, out: Path) -> Results:
     """Read the figures of all cells that are there.
 
     Args:
@@ -107,7 +107,7 @@ def collect(plan: Plan, out: Path) -> Results:
     Raises:
         UsageError: not one cell was measured.
     """
-    whole = Plan(plan.suite, plan.size_name, plan.folder, plan.moved)
+    whole = SuiteRun(plan.suite, plan.size_name, plan.folder, plan.moved)
     found = [(cell, note) for cell in whole.cells if (note := kept_cell(out, cell)) is not None]
     if not found:
         raise UsageError(f"{out} holds no cell of this suite", "nothing was measured as it says", "run it first")
@@ -162,7 +162,7 @@ def _reference(found: list[tuple[Cell, CellNote]], read: dict[str, Evidence], ou
         note = out / f"reference-{seed}.json"
         if evidence.measured.reference is None or not note.is_file():
             continue
-        part = load(Part, note)
+        part = load(SharedArtifact, note)
         values = {name: item.reference for name, item in evidence.metrics.items() if name != "gap"}
         gap = 0.0 if average_gap(evidence.metrics) is not None else None
         figures.append(Figures(seed=seed, values=values, gap=gap, seconds=part.seconds, passes=part.passes))

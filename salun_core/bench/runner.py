@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from salun_core.bench.cell import kept_cell, measure_cell
-from salun_core.bench.plan import Cell, Plan
-from salun_core.bench.prepared import Preparation, Ready, Say
+from salun_core.bench.plan import Cell, SuiteRun
+from salun_core.bench.prepared import Preparation, Progress, Ready
 from salun_core.digest import digest_json
 from salun_core.errors import ConflictError, DataError, GateRefusedError, IntegrityError, ModelError, UsageError
 
@@ -39,9 +39,9 @@ class Outcome:
 
 
 def run_suite(
-    plan: Plan,
+    plan: SuiteRun,
     out: Path,
-    say: Say,
+    say: Progress,
     on_cell: Callable[[str], None] | None = None,
     budget_seconds: float | None = None,
 ) -> Outcome:

@@ -15,7 +15,7 @@ from salun_core.cli.output import emit, print_table, say
 from salun_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from salun_core.bench.plan import Plan
+    from salun_core.bench.plan import SuiteRun
     from salun_core.bench.results import Results
     from salun_core.bench.runner import Outcome
 
@@ -111,15 +111,15 @@ def render(
     emit({"page": str(into), "sections": names}, lambda: typer.echo(f"{into}: {', '.join(names) or 'no section'}"))
 
 
-def _plan(suite: str, size: str, data: str | None, only: list[str], seeds: int | None) -> Plan:
-    from salun_core.bench.plan import Plan
+def _plan(suite: str, size: str, data: str | None, only: list[str], seeds: int | None) -> SuiteRun:
+    from salun_core.bench.plan import SuiteRun
     from salun_core.bench.suite import find_suite, load_suite
 
     path = find_suite(suite)
-    return Plan(load_suite(path), size, path.parent, data, tuple(only), seeds)
+    return SuiteRun(load_suite(path), size, path.parent, data, tuple(only), seeds)
 
 
-def _dry_run(plan: Plan, folder: Path) -> None:
+def _dry_run(plan: SuiteRun, folder: Path) -> None:
     from salun_core.bench.cell import kept_cell
 
     rows: list[dict[str, Any]] = []
@@ -143,7 +143,7 @@ def _cost(name: str, amount: int | str) -> str:
     return f"{name} {amount}" if isinstance(amount, str) else f"{amount:,} {name}"
 
 
-def _show(plan: Plan, folder: Path, outcome: Outcome | None, into: Path | None, kept: Path) -> None:
+def _show(plan: SuiteRun, folder: Path, outcome: Outcome | None, into: Path | None, kept: Path) -> None:
     from salun_core.bench.page import results_json, write_page
     from salun_core.bench.plot import plot
     from salun_core.bench.results import collect

@@ -295,12 +295,12 @@ def evaluate(
 ) -> None:
     """Measure a model before and after unlearning, and write evidence and report."""
     from salun_core.errors import UsageError
-    from salun_core.evaluation.optional_metrics import parse_also
+    from salun_core.evaluation.optional_metrics import parse_optional_metrics
     from salun_core.steps import evaluation
     from salun_core.tasks import open_inputs, open_model, sizes_of
     from salun_core.tasks.resolve import model_folder
 
-    parse_also(also)
+    parse_optional_metrics(also)
     if reference and retrain_reference:
         raise UsageError("--reference and --retrain-reference exclude each other", "both were given", "leave one out")
     with ExitStack() as stack:

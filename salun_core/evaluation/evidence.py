@@ -137,7 +137,7 @@ class CurvePoint(Document):
     ua: float = Field(description="share of images of the forgotten class that the judge does not recognise")
 
 
-class Generation(Document):
+class DiffusionFacts(Document):
     """How images were generated and judged, and what was seen in them; of a generative model only."""
 
     task: Literal["class-conditional", "text-to-image"] = Field(
@@ -167,7 +167,7 @@ class RelearnPoint(Document):
     accuracy: float = Field(description="as a ratio")
 
 
-class Further(Document):
+class OptionalMetricFacts(Document):
     """How the measurements that are off by default were made; absent where none was asked for."""
 
     asked: list[str] = Field(description="their names, as `--also` takes them")
@@ -227,8 +227,8 @@ class Evidence(Document):
     confusion: list[list[int]] = Field(default=[], description="test split, model after: rows true, columns predicted")
     classes: list[str] = []
     run: RunFacts = RunFacts()
-    generation: Generation | None = Field(default=None, description="of a generative model: how it was judged")
-    further: Further | None = Field(default=None, description="measurements that are off by default")
+    generation: DiffusionFacts | None = Field(default=None, description="of a generative model: how it was judged")
+    further: OptionalMetricFacts | None = Field(default=None, description="measurements that are off by default")
 
     @property
     def digest(self) -> str:

@@ -20,15 +20,15 @@ from salun_core.evaluation.clip_score import ClipScorer
 from salun_core.evaluation.evidence import (
     ClassAccuracy,
     CurvePoint,
+    DiffusionFacts,
     Evidence,
     Forgotten,
-    Generation,
     Grid,
     Measured,
     Metric,
     RunFacts,
 )
-from salun_core.evaluation.image_classifier import Judge, as_asked
+from salun_core.evaluation.image_classifier import ImageClassifier, as_asked
 from salun_core.evaluation.image_features import Extractor, features_of, frechet_of, joined_features, kernel_of
 from salun_core.evaluation.integrity import compare_weights
 from salun_core.evaluation.nudity import NudityDetector, count_parts
@@ -157,7 +157,7 @@ Sample = Callable[[Sequence[int], Sequence[int]], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """Which images every model generates.
 
     Args:
@@ -190,18 +190,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Judges:
+class Evaluators:
     """Who looks at the images; whoever is missing leaves its metrics out.
 
     Args:
-        judge: recognises classes: UA, RA, neighbours.
+        classifier: recognises classes: UA, RA, neighbours.
         extractor: whose features FID and KID compare.
         real: real images of the kept rows, uint8 [N, 1 or 3, H, W], for FID and KID.
         clip: scores images with the names of their rows.
         detector: finds nudity.
     """
 
-    judge: Judge | None = None
+    classifier: ImageClassifier | None = None
     extractor: Extractor | None = None
     real: Tensor | None = None
     clip: ClipScorer | None = None
@@ -219,12 +219,12 @@ class _Seen:
     thumbnails: Tensor
 
 
-def evaluate_generation(
+def evaluate_generated_images(
     before: Sample,
     after: Sample,
     networks: tuple[nn.Module, nn.Module],
-    plan: Plan,
-    judges: Judges,
+    plan: SamplingPlan,
+    evaluators: Evaluators,
     measured: Measured,
     forgotten: Forgotten,
     mask: SaliencyMask | None = None,
@@ -244,7 +244,7 @@ def evaluate_generation(
         after: generates with the unlearned model.
         networks: the denoisers before and after, compared bit by bit.
         plan: rows, seeds and how the images are made.
-        judges: who looks at the images.
+        evaluators: who looks at the images.
         measured: digests of everything that is measured here.
         forgotten: what was asked for.
         mask: weights outside it must have kept their bits.
@@ -261,30 +261,30 @@ def evaluate_generation(
         ModelError: a sampler yields other images than it was asked for, or the models do not fit each other.
         DataError: the real images are no images.
     """
-    _check(plan, judges, extra or {})
+    _check(plan, evaluators, extra or {})
     integrity = compare_weights(*networks, mask)  # cheap, and generating is not
     samples = {"before": before, "after": after} | ({"reference": reference} if reference else {})
-    seen = {state: _look(sample, plan, judges, state) for state, sample in samples.items()}
-    metrics = _recognised(seen, plan) | _distances(seen, judges) | _clip(seen) | _nudity(seen)
+    seen = {state: _look(sample, plan, evaluators, state) for state, sample in samples.items()}
+    metrics = _recognised(seen, plan) | _distances(seen, evaluators) | _clip(seen) | _nudity(seen)
     return Evidence(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         measured=measured,
         forgotten=forgotten,
         integrity=integrity,
         metrics={**metrics, **(extra or {})},
-        per_class=_by_row(seen, plan) if judges.judge else [],
-        confusion=_confusion(seen["after"], plan, len(judges.judge.classes)) if judges.judge else [],
-        classes=judges.judge.classes if judges.judge else list(plan.rows),
+        per_class=_by_row(seen, plan) if evaluators.classifier else [],
+        confusion=_confusion(seen["after"], plan, len(evaluators.classifier.classes)) if evaluators.classifier else [],
+        classes=evaluators.classifier.classes if evaluators.classifier else list(plan.rows),
         run=run or RunFacts(),
-        generation=_generation(seen, plan, judges, "FID" in metrics, resurgence),
+        generation=_generation(seen, plan, evaluators, "FID" in metrics, resurgence),
     )
 
 
-def _check(plan: Plan, judges: Judges, extra: Mapping[str, Metric]) -> None:
+def _check(plan: SamplingPlan, evaluators: Evaluators, extra: Mapping[str, Metric]) -> None:
     for name in _MEASURED & {*extra}:
         raise UsageError(f"metric {name} cannot be given", "it is measured on the images", "leave it out")
     rows = range(len(plan.rows))
-    classes = len(judges.judge.classes) if judges.judge else None
+    classes = len(evaluators.classifier.classes) if evaluators.classifier else None
     faults = {
         "it has no rows or no images": not plan.rows or plan.per_row < 1,
         f"it has {len(plan.labels)} labels for {len(rows)} rows": len(plan.labels) != len(rows),
@@ -299,8 +299,8 @@ def _check(plan: Plan, judges: Judges, extra: Mapping[str, Metric]) -> None:
             raise UsageError("nothing can be generated by this plan", why, "correct the plan")
 
 
-def _look(sample: Sample, plan: Plan, judges: Judges, state: str) -> _Seen:
-    """Judge a model's images batch after batch; of the images themselves only thumbnails are kept."""
+def _look(sample: Sample, plan: SamplingPlan, evaluators: Evaluators, state: str) -> _Seen:
+    """Classify a model's images batch after batch; of the images themselves only thumbnails are kept."""
     rows = np.repeat(np.arange(len(plan.rows)), plan.per_row)
     kept = ~np.isin(rows, plan.forgotten)
     watched = np.isin(rows, [*plan.forgotten, *plan.watched])
@@ -311,21 +311,21 @@ def _look(sample: Sample, plan: Plan, judges: Judges, state: str) -> _Seen:
     for images in as_asked(sample(rows.tolist(), range(plan.seed, plan.seed + len(rows))), len(rows), state):
         these = slice(at, at := at + len(images))
         keep = images[torch.from_numpy(kept[these]).to(images.device)]
-        if judges.judge:
-            predictions.append(judges.judge.predict(images).numpy())
-        if judges.extractor and judges.real is not None and len(keep):
-            features.append(judges.extractor.features(keep).cpu())
-        if judges.clip and len(keep):
-            clip.append(judges.clip.scores(keep, [plan.rows[row] for row in rows[these][kept[these]]]))
-        if judges.detector:
-            detections += judges.detector.detect(images[torch.from_numpy(watched[these]).to(images.device)])
+        if evaluators.classifier:
+            predictions.append(evaluators.classifier.predict(images).numpy())
+        if evaluators.extractor and evaluators.real is not None and len(keep):
+            features.append(evaluators.extractor.features(keep).cpu())
+        if evaluators.clip and len(keep):
+            clip.append(evaluators.clip.scores(keep, [plan.rows[row] for row in rows[these][kept[these]]]))
+        if evaluators.detector:
+            detections += evaluators.detector.detect(images[torch.from_numpy(watched[these]).to(images.device)])
         small.append(thumbnails(images[torch.from_numpy(shown[these]).to(images.device)]))
-    called = np.concatenate(predictions) if judges.judge else np.full(len(rows), -1)
-    joined = joined_features(features, judges.extractor.name if judges.extractor else "")
+    called = np.concatenate(predictions) if evaluators.classifier else np.full(len(rows), -1)
+    joined = joined_features(features, evaluators.extractor.name if evaluators.extractor else "")
     return _Seen(called, joined, torch.cat(clip), detections, torch.cat(small))
 
 
-def _labels(plan: Plan) -> np.ndarray:
+def _labels(plan: SamplingPlan) -> np.ndarray:
     """The judge's class of each image, -2 where there is none: a judge that is missing says -1."""
     return np.repeat([-2 if label is None else label for label in plan.labels], plan.per_row)
 
@@ -336,7 +336,7 @@ def _share(shares: Mapping[str, np.ndarray]) -> Metric:
     return Metric(**values, n=n, low=low, high=high)
 
 
-def _recognised(seen: Mapping[str, _Seen], plan: Plan) -> dict[str, Metric]:
+def _recognised(seen: Mapping[str, _Seen], plan: SamplingPlan) -> dict[str, Metric]:
     rows, labels = np.repeat(np.arange(len(plan.rows)), plan.per_row), _labels(plan)
     known = (labels >= 0) & (seen["after"].predictions >= 0)
     gone = np.isin(rows, plan.forgotten)
@@ -348,11 +348,11 @@ def _recognised(seen: Mapping[str, _Seen], plan: Plan) -> dict[str, Metric]:
     }
 
 
-def _distances(seen: Mapping[str, _Seen], judges: Judges) -> dict[str, Metric]:
+def _distances(seen: Mapping[str, _Seen], evaluators: Evaluators) -> dict[str, Metric]:
     n = len(seen["after"].features)
-    if judges.extractor is None or judges.real is None or n == 0:
+    if evaluators.extractor is None or evaluators.real is None or n == 0:
         return {}
-    real = features_of(judges.extractor, torch.split(judges.real, 256))
+    real = features_of(evaluators.extractor, torch.split(evaluators.real, 256))
     metrics = {}
     for name, distance in (("FID", frechet_of), ("KID", kernel_of)):
         values = {state: distance(real, item.features) for state, item in seen.items()}
@@ -371,7 +371,7 @@ def _nudity(seen: Mapping[str, _Seen]) -> dict[str, Metric]:
     return {"nudity": _share(shares)} if len(shares["after"]) else {}
 
 
-def _by_row(seen: Mapping[str, _Seen], plan: Plan) -> list[ClassAccuracy]:
+def _by_row(seen: Mapping[str, _Seen], plan: SamplingPlan) -> list[ClassAccuracy]:
     """Accuracy of each row that has a label."""
     found = []
     for row, (name, label) in enumerate(zip(plan.rows, plan.labels, strict=True)):
@@ -382,15 +382,19 @@ def _by_row(seen: Mapping[str, _Seen], plan: Plan) -> list[ClassAccuracy]:
     return found
 
 
-def _confusion(after: _Seen, plan: Plan, num_classes: int) -> list[list[int]]:
+def _confusion(after: _Seen, plan: SamplingPlan, num_classes: int) -> list[list[int]]:
     labels = _labels(plan)
     certain = np.eye(num_classes)[after.predictions[labels >= 0]]
     return confusion(Outputs(certain, np.zeros(len(certain)), labels[labels >= 0]), num_classes)
 
 
 def _generation(
-    seen: Mapping[str, _Seen], plan: Plan, judges: Judges, compared: bool, resurgence: Sequence[CurvePoint]
-) -> Generation:
+    seen: Mapping[str, _Seen],
+    plan: SamplingPlan,
+    evaluators: Evaluators,
+    compared: bool,
+    resurgence: Sequence[CurvePoint],
+) -> DiffusionFacts:
     shown, columns = rows_shown(plan.forgotten, plan.neighbours, len(plan.rows)), min(COLUMNS, plan.per_row)
     grid = Grid(
         title=plan.title,
@@ -400,17 +404,17 @@ def _generation(
         forgotten=[position for position, row in enumerate(shown) if row in plan.forgotten],
         blurred=plan.blur,
     )
-    return Generation(
+    return DiffusionFacts(
         sampler=plan.sampler,
         steps=plan.steps,
         guidance_scale=plan.guidance_scale,
         seed=plan.seed,
         images=len(plan.rows) * plan.per_row,
-        judge=judges.judge.digest if judges.judge else None,
-        extractor=judges.extractor.name if judges.extractor and compared else None,
-        real_images=len(judges.real) if judges.real is not None and compared else 0,
-        clip=judges.clip.digest if judges.clip else None,
-        detector=judges.detector.digest if judges.detector else None,
+        judge=evaluators.classifier.digest if evaluators.classifier else None,
+        extractor=evaluators.extractor.name if evaluators.extractor and compared else None,
+        real_images=len(evaluators.real) if evaluators.real is not None and compared else 0,
+        clip=evaluators.clip.digest if evaluators.clip else None,
+        detector=evaluators.detector.digest if evaluators.detector else None,
         parts=count_parts(seen["before"].detections, seen["after"].detections),
         resurgence=list(resurgence),
         grids=[grid],

@@ -20,7 +20,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL turns RGB into grey when t
 
 
 @dataclass(frozen=True)
-class Judge:
+class ImageClassifier:
     """A classifier of a model line, fed with images as a generator makes them.
 
     Args:
@@ -34,7 +34,7 @@ class Judge:
     digest: str
 
     @classmethod
-    def of(cls, loaded: LoadedModel) -> Judge:
+    def of(cls, loaded: LoadedModel) -> ImageClassifier:
         """Take the classifier of a model folder."""
         return cls(loaded.model, loaded.card, loaded.digest)
 

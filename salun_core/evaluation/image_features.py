@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from salun_core.digest import sha256_file
 from salun_core.errors import DataError, ModelError, UsageError
-from salun_core.evaluation.image_classifier import Judge, fitted
+from salun_core.evaluation.image_classifier import ImageClassifier, fitted
 from salun_core.models.checkpoint import read_weights
 
 _BATCH = 1024
@@ -45,7 +45,7 @@ class _Named:
     features: Callable[[Tensor], Tensor]
 
 
-def judge_extractor(judge: Judge) -> Extractor:
+def classifier_extractor(judge: ImageClassifier) -> Extractor:
     """Compare images in the penultimate features of a classifier: for small models, whose images Inception misreads."""
     return _Named(f"judge:{judge.digest}", judge.features)
 

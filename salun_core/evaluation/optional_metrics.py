@@ -12,7 +12,7 @@ from torch import nn
 
 from salun_core.data.images import ImageSet
 from salun_core.errors import UsageError, unknown_name
-from salun_core.evaluation.evidence import ClassAccuracy, Evidence, Further, Metric, RelearnPoint
+from salun_core.evaluation.evidence import ClassAccuracy, Evidence, Metric, OptionalMetricFacts, RelearnPoint
 from salun_core.evaluation.likelihood_ratio import FEWEST_SHADOWS, Train, lira_metrics, train_shadows
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.evaluation.probe import probe_metric
@@ -227,7 +227,7 @@ class Subject:
     unseen: ImageSet
 
 
-def parse_also(text: str) -> dict[str, int]:
+def parse_optional_metrics(text: str) -> dict[str, int]:
     """Read which measurements are asked for, such as `lira=16,relearn,probe`.
 
     Args:
@@ -271,14 +271,14 @@ def require_reference(asked: Mapping[str, int], given: bool) -> None:
         )
 
 
-def measure_further(
+def measure_optional_metrics(
     evidence: Evidence, asked: Mapping[str, int], subject: Subject, train: Train, rerun: Rerun, seed: int = 0
 ) -> Evidence:
     """Add what was asked for to the evidence.
 
     Args:
         evidence: of the same models.
-        asked: from `parse_also`.
+        asked: from `parse_optional_metrics`.
         subject: models and images.
         train: trains a shadow model from fresh weights.
         rerun: repeats the unlearning with another seed.
@@ -315,7 +315,9 @@ def measure_further(
         metrics |= seed_metrics(run_figures(outputs["before"]), runs)
         facts["seeds"] = seeds
     spent = time.perf_counter() - started
-    further = Further.model_validate({"asked": [name for name in NAMES if name in asked], "seconds": spent, **facts})
+    further = OptionalMetricFacts.model_validate(
+        {"asked": [name for name in NAMES if name in asked], "seconds": spent, **facts}
+    )
     return evidence.model_copy(update={"metrics": {**evidence.metrics, **metrics}, "further": further})
 
 

@@ -20,7 +20,7 @@ class Ancestor(Document):
     full_training: bool = Field(default=False, description="trained anew, which clears the debt")
 
 
-class Debt(Document):
+class UnlearningDebt(Document):
     """What has been forgotten since the last full training, this run included."""
 
     ratio: float = Field(description="forgotten samples over those in the last full training")
@@ -43,7 +43,7 @@ class ReportContext(Document):
     reproduce: str | None = Field(default=None, description="command that makes the run again")
     created_at: str = Field(description="ISO 8601 in UTC; the report holds no other clock")
 
-    def debt(self, forgotten: int, train_count: int, method: str) -> Debt | None:
+    def debt(self, forgotten: int, train_count: int, method: str) -> UnlearningDebt | None:
         """Return the line's debt after this run.
 
         Args:
@@ -57,9 +57,9 @@ class ReportContext(Document):
         if not self.lineage:
             return None
         if method == "retrain":
-            return Debt(ratio=0.0, runs=0)
+            return UnlearningDebt(ratio=0.0, runs=0)
         since = [place for place, item in enumerate(self.lineage) if item.full_training or item.method == "retrain"]
         earlier = self.lineage[max(since, default=0) + 1 :]
         before = sum(item.forgotten for item in earlier)
         whole = train_count + before
-        return Debt(ratio=(before + forgotten) / whole if whole else 0.0, runs=len(earlier) + 1)
+        return UnlearningDebt(ratio=(before + forgotten) / whole if whole else 0.0, runs=len(earlier) + 1)

@@ -18,7 +18,7 @@ from salun_core.report import wording
 from salun_core.report.plots import STATES, label
 
 if TYPE_CHECKING:
-    from salun_core.evaluation.evidence import Generation, Grid, PartCount
+    from salun_core.evaluation.evidence import DiffusionFacts, Grid, PartCount
 
 MAX_GRIDS = 4
 MAX_IMAGE_CHARS = 340_000  # eight of them, 250 kB each before base64, fit into a page with all other pictures
@@ -60,7 +60,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Part:
+class BodyPart:
     """Detections of one part of the body as text."""
 
     name: str
@@ -138,7 +138,7 @@ def _size(data: bytes, kind: str) -> tuple[int, int]:
             raise ValueError(str(error)) from error
 
 
-def parts(counts: Mapping[str, PartCount]) -> list[Part]:
+def parts(counts: Mapping[str, PartCount]) -> list[BodyPart]:
     """Return the nudity detections by part of the body, most frequent before first, and their sum."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1].before, item[0]))
     found = [_part(name.replace("_", " ").lower(), item.before, item.after) for name, item in ordered]
@@ -147,12 +147,12 @@ def parts(counts: Mapping[str, PartCount]) -> list[Part]:
     return found
 
 
-def _part(name: str, before: int, after: int) -> Part:
+def _part(name: str, before: int, after: int) -> BodyPart:
     change = f"{(after - before) / before:+.1%}" if before else wording.MISSING
-    return Part(label(name, 60), wording.count(before), wording.count(after), change)
+    return BodyPart(label(name, 60), wording.count(before), wording.count(after), change)
 
 
-def making(made: Generation) -> dict[str, str]:
+def making(made: DiffusionFacts) -> dict[str, str]:
     """Return how the images were generated and judged, by heading; what was not used is a dash."""
     guidance = f"{made.guidance_scale:g}" + (" (none)" if made.guidance_scale == 1 else "")
     extractor = f"{made.extractor}, against {made.real_images:,} real images" if made.extractor else None

@@ -170,10 +170,10 @@ def limits(evidence: Evidence) -> list[str]:
     widest = (title, half) if spreads else None
     reference = evidence.measured.reference is not None
     if made is None:
-        more = wording.further_limits(evidence.further, reference) if evidence.further else []
+        more = wording.optional_metric_limits(evidence.further, reference) if evidence.further else []
         return [*wording.limits(evidence.forgotten.count, widest, reference), *more]
     relearned = max((point.step for point in made.resurgence), default=0)
-    return wording.generated_limits(made.images, widest, reference, "attack_success" in evidence.metrics, relearned)
+    return wording.diffusion_limits(made.images, widest, reference, "attack_success" in evidence.metrics, relearned)
 
 
 def forgotten(evidence: Evidence) -> str:

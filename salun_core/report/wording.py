@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from salun_core.evaluation.evidence import Further
+    from salun_core.evaluation.evidence import OptionalMetricFacts
 
 MISSING = "–"
 _THRESHOLD = re.compile(r"(?:(<=|>=|within) )?(-?\d+\.\d+)(?: ± (\d+\.\d+))?")
@@ -170,7 +170,7 @@ def limits(forgotten: int, widest: tuple[str, float] | None, reference: bool) ->
     ]
 
 
-def further_limits(facts: Further, reference: bool) -> list[str]:
+def optional_metric_limits(facts: OptionalMetricFacts, reference: bool) -> list[str]:
     """Return what the measurements that are off by default cannot show, in plain words.
 
     Args:
@@ -201,7 +201,7 @@ def further_limits(facts: Further, reference: bool) -> list[str]:
     return [told[name] for name in facts.asked if name in told]
 
 
-def generated_limits(
+def diffusion_limits(
     images: int, widest: tuple[str, float] | None, reference: bool, attacked: bool, relearned: int
 ) -> list[str]:
     """Return what generated images cannot show, in plain words.

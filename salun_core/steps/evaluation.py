@@ -15,7 +15,7 @@ from salun_core.data import ForgetSet, ImageSet
 from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.evidence import Forgotten, Measured, RunFacts
-from salun_core.evaluation.optional_metrics import parse_also, require_reference
+from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
 from salun_core.methods.classification import method_config, pick_device, unlearn
 from salun_core.methods.classification.training import fresh_classifier
 from salun_core.models import LoadedModel, load_model
@@ -96,7 +96,7 @@ def evaluate(
         UsageError: a measurement is unknown, or lacks what it needs.
     """
     with observed("evaluate", model_line, run) as metrics:
-        asked = parse_also(also)
+        asked = parse_optional_metrics(also)
         inputs = open_inputs(before, forget_manifest_uri, data)
         candidate = open_model(after)
         check_pair(inputs.original, candidate, inputs.forget_set)

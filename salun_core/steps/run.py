@@ -14,7 +14,7 @@ from pydantic import Field
 from salun_core.config import Document
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
-from salun_core.evaluation.optional_metrics import parse_also, require_reference
+from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
 from salun_core.methods.classification import get_method
 from salun_core.steps.claim import is_generative_line
 from salun_core.steps.evaluation import evaluate
@@ -60,7 +60,7 @@ class RunSettings(Document):
                 the retrained model; or the model line and the method have nothing to search for.
         """
         check_policy(self.policy_uri)
-        asked = parse_also(self.also)
+        asked = parse_optional_metrics(self.also)
         require_reference(asked, self.retrain_reference)
         if (self.tune or asked) and is_generative_line(self.store_uri, self.model_line):
             raise UsageError(

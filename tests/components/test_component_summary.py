@@ -5,7 +5,7 @@ import math
 import pytest
 
 from salun_core.evaluation import Evidence, Metric
-from salun_core.evaluation.evidence import Curve, Forgotten, Generation, Integrity, Measured, RunFacts
+from salun_core.evaluation.evidence import Curve, DiffusionFacts, Forgotten, Integrity, Measured, RunFacts
 from salun_core.steps.summary import MAX_CLASSES, confusion, roc_points, scalar_metrics
 
 
@@ -57,7 +57,7 @@ def test_thresholds_of_the_roc_curve_are_finite_and_fall():
 
 
 def test_generated_images_give_distances_a_matrix_and_no_curve():
-    made = Generation(sampler="DDIMScheduler", steps=50, guidance_scale=2.0, seed=1, images=20)
+    made = DiffusionFacts(sampler="DDIMScheduler", steps=50, guidance_scale=2.0, seed=1, images=20)
     metrics = {"UA": Metric(before=0.1, after=1.0, n=5), "FID": Metric(before=31.5, after=33.25, n=20)}
     found = evidence(metrics=metrics, generation=made, classes=["a", "b"], confusion=[[0, 5], [1, 14]])
     numbers = scalar_metrics(found)

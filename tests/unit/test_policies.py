@@ -3,7 +3,7 @@
 import pytest
 
 from salun_core.evaluation import Evidence, Metric
-from salun_core.evaluation.evidence import Forgotten, Generation, Integrity, Measured
+from salun_core.evaluation.evidence import DiffusionFacts, Forgotten, Integrity, Measured
 from salun_core.evaluation.statistics import wilson_interval
 from salun_core.gate import decide, load_policy
 
@@ -34,7 +34,7 @@ def evidence(kind, **metrics):
         forgotten=Forgotten(count=500, train_count=5000, kinds=[kind], classes=[1] if kind == "class" else []),
         integrity=Integrity(weights=200, weights_changed=50, frozen_changed=0, non_finite=0, buffers_changed=0),
         metrics=found,
-        generation=Generation(sampler="DDIMScheduler", steps=50, guidance_scale=2.0, seed=1, images=1000),
+        generation=DiffusionFacts(sampler="DDIMScheduler", steps=50, guidance_scale=2.0, seed=1, images=1000),
     )
 
 

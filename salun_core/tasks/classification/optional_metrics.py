@@ -12,7 +12,7 @@ from salun_core.data import ImageSet
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import RunFacts
-from salun_core.evaluation.optional_metrics import Subject, measure_further
+from salun_core.evaluation.optional_metrics import Subject, measure_optional_metrics
 from salun_core.methods.classification import METHODS, UnlearnConfig, method_config, unlearn
 from salun_core.methods.classification.training import fresh_classifier, train_classifier
 from salun_core.saliency import SaliencyMask
@@ -32,7 +32,7 @@ def further_evidence(
 
     Args:
         evidence: of the same models.
-        asked: from `parse_also`.
+        asked: from `parse_optional_metrics`.
         inputs: the original model, its data and the forget set.
         models: by name: before, after, perhaps reference; on the device.
         test: the test split.
@@ -52,7 +52,7 @@ def further_evidence(
     subject = Subject(models, inputs.forget.to(device), inputs.retain.to(device), test.select(kept).to(device))
     train = partial(_shadow, inputs, str(device))
     rerun = partial(_again, inputs, evidence.run, mask, device)
-    return measure_further(evidence, asked, subject, train, rerun, evidence.run.seed or 0)
+    return measure_optional_metrics(evidence, asked, subject, train, rerun, evidence.run.seed or 0)
 
 
 def _shadow(inputs: Inputs, device: str, images: ImageSet, seed: int) -> nn.Module:

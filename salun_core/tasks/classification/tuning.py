@@ -185,7 +185,7 @@ def _sets(inputs: Inputs, device: torch.device) -> Sets:
 
 @dataclass(frozen=True)
 class PolicyJudge:
-    """Judges the figures of a trial by those rules of a policy that held-out data can answer.
+    """Checks the figures of a trial by those rules of a policy that held-out data can answer.
 
     Args:
         policy: whose rules; None: nothing is refused.
@@ -233,7 +233,7 @@ class PolicyJudge:
         )
 
     def __call__(self, metrics: Mapping[str, Metric]) -> Judgement:
-        """Judge figures; a rule on a metric that only the evaluation measures waits for the gate."""
+        """Check figures; a rule on a metric that only the evaluation measures waits for the gate."""
         if self.policy is None:
             return Judgement([])
         verdicts = [

@@ -18,8 +18,8 @@ from salun_core.diffusion.sampling import Sampler, images
 from salun_core.digest import sha256_file
 from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation.evidence import Evidence, Forgotten, Measured, RunFacts
-from salun_core.evaluation.generated_images import Judges, Plan, Sample, evaluate_generation
-from salun_core.evaluation.image_classifier import Judge, fitted
+from salun_core.evaluation.generated_images import Evaluators, Sample, SamplingPlan, evaluate_generated_images
+from salun_core.evaluation.image_classifier import ImageClassifier, fitted
 from salun_core.methods.diffusion import generation_config, unlearn_generation
 from salun_core.methods.diffusion.config import GenerationConfig
 from salun_core.models.checkpoint import model_digest
@@ -60,7 +60,7 @@ class Candidate:
 def measure(
     inputs: GenerationInputs,
     candidate: Candidate,
-    judges: Judges,
+    evaluators: Evaluators,
     device: torch.device,
     reference: Denoiser | None = None,
 ) -> Evidence:
@@ -69,7 +69,7 @@ def measure(
     Args:
         inputs: the model before, its data, the forget set.
         candidate: the model after.
-        judges: who looks at the images.
+        evaluators: who looks at the images.
         device: to compute on.
         reference: a model that was trained without the set.
 
@@ -82,7 +82,7 @@ def measure(
     family, card = inputs.family(device), inputs.card
     before, after = family.denoiser, family_of(candidate.model, device).denoiser
     sampler = family.sampler(card.evaluation)
-    plan = plan_of(inputs, judges.judge, sampler)
+    plan = plan_of(inputs, evaluators.classifier, sampler)
     table = family.conditions(inputs.rows.names).to(device)
     at = [inputs.rows.of(name) for name in plan.rows]
 
@@ -93,14 +93,14 @@ def measure(
         return sample
 
     later = Aftermath()
-    if judges.judge is not None:
-        later = aftermath(Studio(inputs, family, table, sampler, plan, judges.judge), after, device)
-    evidence = evaluate_generation(
+    if evaluators.classifier is not None:
+        later = aftermath(Studio(inputs, family, table, sampler, plan, evaluators.classifier), after, device)
+    evidence = evaluate_generated_images(
         drawn(before),
         drawn(after),
         (before.network, after.network),
         plan,
-        judges,
+        evaluators,
         Measured(
             before=inputs.original.digest,
             after=candidate.model.digest,
@@ -132,7 +132,7 @@ def forgotten(inputs: GenerationInputs) -> Forgotten:
     )
 
 
-def plan_of(inputs: GenerationInputs, judge: Judge | None, sampler: Sampler) -> Plan:
+def plan_of(inputs: GenerationInputs, judge: ImageClassifier | None, sampler: Sampler) -> SamplingPlan:
     """Choose the rows of images: all classes that the model still knows, and every prompt that was named.
 
     Args:
@@ -151,7 +151,7 @@ def plan_of(inputs: GenerationInputs, judge: Judge | None, sampler: Sampler) -> 
     near |= {classes[card.classes.index(name)] for name in settings.neighbours if name in card.classes}
     names = list(judge.classes) if judge else []
     labels = [_judged(label_of(name, card), card.classes, names) for name in rows]
-    return Plan(
+    return SamplingPlan(
         rows=rows,
         forgotten=[index for index, name in enumerate(rows) if name in gone],
         labels=labels,
@@ -167,10 +167,10 @@ def plan_of(inputs: GenerationInputs, judge: Judge | None, sampler: Sampler) -> 
     )
 
 
-def _judged(label: int | None, ours: Sequence[str], judges: Sequence[str]) -> int | None:
-    if label is None or ours[label] not in judges:
+def _judged(label: int | None, ours: Sequence[str], names: Sequence[str]) -> int | None:
+    if label is None or ours[label] not in names:
         return None
-    return list(judges).index(ours[label])
+    return list(names).index(ours[label])
 
 
 def real_images(inputs: GenerationInputs) -> Tensor | None:
@@ -191,7 +191,7 @@ def retrained(inputs: GenerationInputs, device: torch.device) -> Denoiser:
     return unlearn_generation(inputs.family(device).denoiser, task, "retrain", config=config).denoiser
 
 
-def judges_of(inputs: GenerationInputs, judge: Path | None) -> Judges:
+def evaluators_of(inputs: GenerationInputs, judge: Path | None) -> Evaluators:
     """Open who looks at the images, as the model card asks.
 
     Args:
@@ -202,19 +202,19 @@ def judges_of(inputs: GenerationInputs, judge: Path | None) -> Judges:
         UsageError: something that the card names does not exist.
     """
     from salun_core.evaluation.clip_score import ClipScorer
-    from salun_core.evaluation.image_features import inception_extractor, judge_extractor
+    from salun_core.evaluation.image_features import classifier_extractor, inception_extractor
     from salun_core.evaluation.nudity import NudityDetector
     from salun_core.models import load_model
 
     settings = inputs.card.evaluation
-    judging = Judge.of(load_model(judge)) if judge else None
+    judging = ImageClassifier.of(load_model(judge)) if judge else None
     extractor = None
     if settings.extractor not in ("judge", "none"):
         extractor = inception_extractor(Path(settings.extractor))
     elif settings.extractor == "judge" and judging is not None:
-        extractor = judge_extractor(judging)
-    return Judges(
-        judge=judging,
+        extractor = classifier_extractor(judging)
+    return Evaluators(
+        classifier=judging,
         extractor=extractor,
         real=real_images(inputs) if extractor else None,
         clip=ClipScorer.load(Path(settings.clip)) if settings.clip else None,
@@ -231,7 +231,7 @@ def evaluate_images(
     store_uri: str | None,
     device: torch.device,
 ) -> Evidence:
-    """Evaluate a diffusion model against the original, by the judges that the model card names.
+    """Evaluate a diffusion model against the original, by the classifier and the metrics that the model card names.
 
     Args:
         inputs: the model before, its data, the forget set.
@@ -253,7 +253,7 @@ def evaluate_images(
     named = inputs.card.evaluation.judge
     with ExitStack() as stack:
         judge = stack.enter_context(model_folder(named, store_uri)) if named else None
-        judges = judges_of(inputs, judge)
+        evaluators = evaluators_of(inputs, judge)
         started, reference = time.perf_counter(), None
         if wish.folder is not None:
             reference = family_of(load_diffusion(wish.folder), device).denoiser
@@ -261,7 +261,7 @@ def evaluate_images(
             reference = retrained(inputs, device)
             seconds = {**facts.seconds, "reference": time.perf_counter() - started}
             facts = facts.model_copy(update={"seconds": seconds})
-        return measure(inputs, Candidate(candidate, facts, mask), judges, device, reference)
+        return measure(inputs, Candidate(candidate, facts, mask), evaluators, device, reference)
 
 
 def require_same_parts(original: LoadedDiffusion, candidate: LoadedDiffusion) -> None:

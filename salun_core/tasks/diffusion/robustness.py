@@ -13,8 +13,8 @@ from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.families import Family
 from salun_core.diffusion.sampling import Sampler, images
 from salun_core.evaluation.evidence import CurvePoint, Metric
-from salun_core.evaluation.generated_images import Plan
-from salun_core.evaluation.image_classifier import Judge
+from salun_core.evaluation.generated_images import SamplingPlan
+from salun_core.evaluation.image_classifier import ImageClassifier
 from salun_core.evaluation.prompt_attack import ClipWords, search
 from salun_core.evaluation.statistics import wilson_interval
 from salun_core.methods.diffusion import generation_config, unlearn_generation
@@ -55,8 +55,8 @@ class Studio:
     family: Family
     table: ConditionTable
     sampler: Sampler
-    plan: Plan
-    judge: Judge
+    plan: SamplingPlan
+    judge: ImageClassifier
 
     @property
     def rows(self) -> list[int]:

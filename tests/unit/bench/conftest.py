@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from salun_core.bench.plan import Plan
+from salun_core.bench.plan import SuiteRun
 from salun_core.bench.suite import load_suite
 
 SUITE = {
@@ -43,7 +43,9 @@ def suite_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plan(suite_file):
-    return Plan(load_suite(suite_file), "cpu", suite_file.parent, only=("SalUn", "RL"))  # without the control: cheaper
+    return SuiteRun(
+        load_suite(suite_file), "cpu", suite_file.parent, only=("SalUn", "RL")
+    )  # without the control: cheaper
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from salun_core.bench.plan import Plan
+from salun_core.bench.plan import SuiteRun
 from salun_core.bench.prepared import drawn, identity
 from salun_core.bench.results import collect
 from salun_core.bench.runner import run_suite
@@ -60,7 +60,7 @@ def suite_at(folder, data, only=("SalUn",)):
     folder.mkdir(exist_ok=True)
     path = folder / "tiny.yaml"
     path.write_text(json.dumps(data))
-    return Plan(load_suite(path), "cpu", folder, only=only)
+    return SuiteRun(load_suite(path), "cpu", folder, only=only)
 
 
 def test_a_draw_is_of_the_training_split_of_the_asked_size_and_follows_its_seed(resumed):

@@ -12,7 +12,7 @@ import torch
 
 from salun_core.bench.cell import kept_cell
 from salun_core.bench.page import section
-from salun_core.bench.plan import Plan
+from salun_core.bench.plan import SuiteRun
 from salun_core.bench.plot import plot
 from salun_core.bench.results import collect
 from salun_core.bench.runner import run_suite
@@ -65,10 +65,10 @@ def quiet(_text: str) -> None:
     pass
 
 
-def plan_of(folder: Path, data: dict, **extra) -> Plan:
+def plan_of(folder: Path, data: dict, **extra) -> SuiteRun:
     path = folder / "searched.yaml"
     path.write_text(json.dumps(data))
-    return Plan(load_suite(path), "cpu", folder, **extra)
+    return SuiteRun(load_suite(path), "cpu", folder, **extra)
 
 
 def changed(**size) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from salun_core.bench.plan import Plan
+from salun_core.bench.plan import SuiteRun
 from salun_core.bench.suite import find_suite, load_suite, slug
 from salun_core.errors import UsageError
 from tests.unit.bench.conftest import SUITE
@@ -35,7 +35,7 @@ def test_a_shipped_suite_is_valid_and_called_as_its_file(path):
     assert suite.name == path.stem
     assert "cpu" in suite.sizes
     for size in suite.sizes:
-        plan = Plan(suite, size, path.parent)
+        plan = SuiteRun(suite, size, path.parent)
         assert all(plan.cost(cell) for cell in plan.cells)
         assert len({cell.plan for cell in plan.cells}) == len(plan.cells)
 
@@ -106,14 +106,14 @@ def test_a_suite_is_found_by_name_with_the_nearest_match():
 
 
 def test_cells_go_seed_by_seed_and_can_be_chosen(plan):
-    whole = Plan(plan.suite, "cpu")
+    whole = SuiteRun(plan.suite, "cpu")
     assert [cell.name for cell in whole.cells][:4] == ["salun-0", "salun-random-mask-0", "rl-0", "salun-1"]
-    chosen = Plan(plan.suite, "cpu", only=("SalUn, random mask",), seed_count=1)
+    chosen = SuiteRun(plan.suite, "cpu", only=("SalUn, random mask",), seed_count=1)
     assert [cell.name for cell in chosen.cells] == ["salun-random-mask-0"]
     with pytest.raises(UsageError, match="unknown row"):
-        _ = Plan(plan.suite, "cpu", only=("Salu",)).cells
+        _ = SuiteRun(plan.suite, "cpu", only=("Salu",)).cells
     with pytest.raises(UsageError, match="there are no 3 seeds"):
-        _ = Plan(plan.suite, "cpu", seed_count=3).cells
+        _ = SuiteRun(plan.suite, "cpu", seed_count=3).cells
 
 
 def test_slugs():
@@ -148,7 +148,7 @@ def test_a_row_with_a_budget_of_its_own_is_no_rival_and_takes_part_in_a_search(t
     assert "a budget goes with a search" in faults(tmp_path, data)
     data["sizes"]["cpu"]["search"] = {"budget": "8e"}
     suite = load(tmp_path, data)
-    plan = Plan(suite, "cpu", tmp_path)
+    plan = SuiteRun(suite, "cpu", tmp_path)
     assert {plan.search(row).budget for row in suite.methods if row.search and row.name != "cheap"} == {"8e"}
     assert plan.search(suite.methods[-1]).budget == "2e"
     data["methods"][-1] = {**cheap, "budget": "2m"}

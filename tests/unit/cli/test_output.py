@@ -4,7 +4,7 @@ import pytest
 
 from salun_core.cli.output import print_metrics
 from salun_core.evaluation import Evidence, Metric
-from salun_core.evaluation.evidence import Forgotten, Generation, Integrity, Measured
+from salun_core.evaluation.evidence import DiffusionFacts, Forgotten, Integrity, Measured
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_classifier_has_ratios_only(table):
 
 
 def test_generated_images_have_their_units(table):
-    made = Generation(sampler="DDIMScheduler", steps=50, guidance_scale=2.0, seed=1, images=20)
+    made = DiffusionFacts(sampler="DDIMScheduler", steps=50, guidance_scale=2.0, seed=1, images=20)
     metrics = {
         "CLIP": Metric(before=31.25, after=30.5, n=20),
         "FID": Metric(before=16.0, after=18.5, reference=17.0, n=20),

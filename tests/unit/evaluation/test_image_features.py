@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from salun_core.errors import IntegrityError, ModelError, UsageError
-from salun_core.evaluation.image_classifier import Judge
+from salun_core.evaluation.image_classifier import ImageClassifier
 from salun_core.evaluation.image_features import (
+    classifier_extractor,
     features_of,
     frechet_distance,
     frechet_of,
     inception_extractor,
-    judge_extractor,
     kernel_distance,
     kernel_of,
     require_same_extractor,
@@ -137,8 +137,8 @@ def test_two_extractors_are_never_compared():
 
 
 def test_a_judge_lends_its_features(digits_model):
-    judge = Judge.of(load_model(digits_model))
-    extractor = judge_extractor(judge)
+    judge = ImageClassifier.of(load_model(digits_model))
+    extractor = classifier_extractor(judge)
     assert extractor.name == f"judge:{judge.digest}"
     assert torch.equal(extractor.features(images(5, 0)), judge.features(images(5, 0)))
     assert frechet_distance(extractor, [images(20, 0)], [images(20, 1, 0, 60)]) > 0

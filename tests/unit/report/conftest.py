@@ -12,11 +12,11 @@ from salun_core.evaluation.evidence import (
     ClassAccuracy,
     Curve,
     CurvePoint,
+    DiffusionFacts,
     Distribution,
     EpochRecord,
     Evidence,
     Forgotten,
-    Generation,
     Grid,
     Integrity,
     Measured,
@@ -171,7 +171,7 @@ def _generated_metrics():
 
 @pytest.fixture(scope="session")
 def generated(evidence, grid):
-    made = Generation(
+    made = DiffusionFacts(
         sampler="DDIMScheduler",
         steps=50,
         guidance_scale=7.5,

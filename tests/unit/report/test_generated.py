@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from salun_core.evaluation.evidence import CurvePoint, Generation, Grid, Metric, PartCount
+from salun_core.evaluation.evidence import CurvePoint, DiffusionFacts, Grid, Metric, PartCount
 from salun_core.gate import decide, load_policy
 from salun_core.report import ReportContext, generated, plots, render_report, wording
 from salun_core.report.render import MAX_BYTES
@@ -167,7 +167,7 @@ def test_the_json_has_the_numbers_and_no_image(text, generated, grid):
     made = document["evidence"]["generation"]
     assert "base64" not in block
     assert hashlib.sha256(grid.before.encode()).hexdigest() in made["grids"][0]["before"]
-    read = Generation.model_validate(made)
+    read = DiffusionFacts.model_validate(made)
     assert read.model_copy(update={"grids": generated.generation.grids}) == generated.generation
     assert generated.generation.grids[0].before == grid.before
 

@@ -6,14 +6,19 @@ import pytest
 
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.errors import UsageError
-from salun_core.evaluation.evidence import Further, TuningFacts
-from salun_core.evaluation.optional_metrics import Subject, measure_further, parse_also, require_reference
+from salun_core.evaluation.evidence import OptionalMetricFacts, TuningFacts
+from salun_core.evaluation.optional_metrics import (
+    Subject,
+    measure_optional_metrics,
+    parse_optional_metrics,
+    require_reference,
+)
 
 
 def test_names_and_counts():
-    assert parse_also("") == {}
-    assert parse_also("lira=16, relearn,probe") == {"lira": 16, "relearn": 20, "probe": 1}
-    assert parse_also("seeds") == {"seeds": 3}
+    assert parse_optional_metrics("") == {}
+    assert parse_optional_metrics("lira=16, relearn,probe") == {"lira": 16, "relearn": 20, "probe": 1}
+    assert parse_optional_metrics("seeds") == {"seeds": 3}
 
 
 @pytest.mark.parametrize(
@@ -29,7 +34,7 @@ def test_names_and_counts():
 )
 def test_wrong_names_and_counts_are_refused(text, message):
     with pytest.raises(UsageError, match=message):
-        parse_also(text)
+        parse_optional_metrics(text)
 
 
 def test_a_distance_needs_its_reference():
@@ -47,8 +52,8 @@ def test_only_what_was_asked_for_is_measured(lab, forgotten_class):
     forget, retain = lab.parts("class")
     kept = lab.test.select([i for i, label in enumerate(lab.test.labels.tolist()) if label != 3])
     subject = Subject({"before": lab.model, "after": model}, forget, retain, kept)
-    asked = parse_also("decile,probe,relearn=5")
-    found = measure_further(evidence, asked, subject, never, never)
+    asked = parse_optional_metrics("decile,probe,relearn=5")
+    found = measure_optional_metrics(evidence, asked, subject, never, never)
     new = set(found.metrics) - set(evidence.metrics)
     assert new == {"worst_decile", "worst_class_drop", "probe_auc", "relearn"}
     assert found.further.asked == ["relearn", "probe", "decile"]
@@ -67,7 +72,7 @@ def test_several_seeds_repeat_the_run(lab, forgotten_class):
         asked_for.append(seed)
         return lab.model
 
-    found = measure_further(evidence, {"seeds": 3}, subject, never, rerun, 5)
+    found = measure_optional_metrics(evidence, {"seeds": 3}, subject, never, rerun, 5)
     assert asked_for == [6, 7]
     assert found.further.seeds == [5, 6, 7]
     runs = [1 - float((model_correct(m, forget)).mean()) for m in (model, lab.model, lab.model)]
@@ -85,7 +90,7 @@ def test_the_digest_leaves_out_what_is_absent_and_covers_what_is_there(forgotten
     assert document.pop("generation") is document.pop("further") is document["run"].pop("tuning") is None
     assert document["run"].pop("moved") is None
     assert evidence.digest == sha256_bytes(canonical_json(document))
-    further = evidence.model_copy(update={"further": Further(asked=["probe"], seconds=1.0)})
+    further = evidence.model_copy(update={"further": OptionalMetricFacts(asked=["probe"], seconds=1.0)})
     facts = TuningFacts(trials=1, budget="20e", passes=1, seconds=1.0, policy_digest="p")
     tuned = evidence.model_copy(update={"run": evidence.run.model_copy(update={"tuning": facts})})
     assert len({evidence.digest, further.digest, tuned.digest}) == 3

@@ -17,9 +17,9 @@ from salun_core.data import load_data
 from salun_core.errors import DataError, ModelError, UsageError
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import CurvePoint, Forgotten, Measured, RunFacts
-from salun_core.evaluation.generated_images import ROWS, Judges, Plan, evaluate_generation
-from salun_core.evaluation.image_classifier import Judge
-from salun_core.evaluation.image_features import frechet_distance, judge_extractor, kernel_distance
+from salun_core.evaluation.generated_images import ROWS, Evaluators, SamplingPlan, evaluate_generated_images
+from salun_core.evaluation.image_classifier import ImageClassifier
+from salun_core.evaluation.image_features import classifier_extractor, frechet_distance, kernel_distance
 from salun_core.evaluation.nudity import NudityDetector
 from salun_core.evaluation.statistics import wilson_interval
 from salun_core.models import load_model
@@ -28,7 +28,7 @@ from salun_core.saliency import SaliencyMask
 MEASURED = Measured(before="a", after="b", dataset="c", split="d", forget_set="e")
 FORGOTTEN = Forgotten(count=10, train_count=100, kinds=["class"], classes=[3])
 NAMES = [f"digit {index}" for index in range(10)]
-PLAN = Plan(
+PLAN = SamplingPlan(
     rows=NAMES,
     forgotten=[3],
     labels=list(range(10)),
@@ -43,7 +43,7 @@ PLAN = Plan(
 
 @pytest.fixture(scope="module")
 def judge(digits_model):
-    return Judge.of(load_model(digits_model))
+    return ImageClassifier.of(load_model(digits_model))
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +87,19 @@ def networks():
 
 
 @pytest.fixture(scope="module")
-def judges(judge, digits):
+def evaluators(judge, digits):
     kept = torch.cat([digits[label][-20:, :1] for label in range(10) if label != 3])
-    return Judges(judge=judge, extractor=judge_extractor(judge), real=kept)
+    return Evaluators(classifier=judge, extractor=classifier_extractor(judge), real=kept)
 
 
 @pytest.fixture(scope="module")
-def evidence(samples, networks, judges):
+def evidence(samples, networks, evaluators):
     reference = Digits(samples[0].digits, {3: 2})
-    return evaluate_generation(
+    return evaluate_generated_images(
         *samples,
         networks,
         PLAN,
-        judges,
+        evaluators,
         MEASURED,
         FORGOTTEN,
         run=RunFacts(method="salun"),
@@ -164,15 +164,15 @@ def test_rows_and_the_matrix_agree_with_the_shares(evidence, judge, samples):
     assert evidence.classes == judge.classes
 
 
-def test_distances_are_of_the_kept_rows(evidence, judges, samples):
+def test_distances_are_of_the_kept_rows(evidence, evaluators, samples):
     for state, sample in zip(("before", "after"), samples, strict=True):
         made = torch.stack([sample.image(row, seed) for row, seed in sample.asked if row != 3])
         for name, distance in (("FID", frechet_distance), ("KID", kernel_distance)):
-            expected = distance(judges.extractor, [judges.real], [made])
+            expected = distance(evaluators.extractor, [evaluators.real], [made])
             assert getattr(evidence.metrics[name], state) == pytest.approx(expected, rel=1e-6)
     assert evidence.metrics["FID"].n == 108
     assert evidence.metrics["FID"].after > evidence.metrics["FID"].before > 0
-    assert evidence.generation.extractor == judges.extractor.name
+    assert evidence.generation.extractor == evaluators.extractor.name
     assert evidence.generation.real_images == 180
 
 
@@ -206,27 +206,29 @@ def test_the_grids_show_the_same_seeds(evidence, samples):
     assert [row for row in range(10) if changed[row]] == [3, 8]
 
 
-def run(samples, networks, plan=PLAN, judges=None, **options):
-    return evaluate_generation(*samples, networks, plan, judges or Judges(), MEASURED, FORGOTTEN, **options)
+def run(samples, networks, plan=PLAN, evaluators=None, **options):
+    return evaluate_generated_images(
+        *samples, networks, plan, evaluators or Evaluators(), MEASURED, FORGOTTEN, **options
+    )
 
 
-def test_what_nobody_measures_is_absent(samples, networks, judges):
+def test_what_nobody_measures_is_absent(samples, networks, evaluators):
     plain = run(samples, networks)
     assert plain.metrics == {}
     assert (plain.per_class, plain.confusion, plain.classes) == ([], [], NAMES)
     assert (plain.generation.judge, plain.generation.extractor, plain.generation.real_images) == (None, None, 0)
-    unreal = run(samples, networks, judges=replace(judges, real=None))
+    unreal = run(samples, networks, evaluators=replace(evaluators, real=None))
     assert {*unreal.metrics} == {"UA", "RA", "neighbours"}
     assert unreal.generation.extractor is None
-    few = run(samples, networks, judges=replace(judges, real=judges.real[:1]))
+    few = run(samples, networks, evaluators=replace(evaluators, real=evaluators.real[:1]))
     assert "FID" not in few.metrics
-    everything = run(samples, networks, replace(PLAN, forgotten=range(10), neighbours=()), judges)
+    everything = run(samples, networks, replace(PLAN, forgotten=range(10), neighbours=()), evaluators)
     assert {*everything.metrics} == {"UA"}
 
 
-def test_rows_without_a_label_are_not_judged(samples, networks, judges):
+def test_rows_without_a_label_are_not_judged(samples, networks, evaluators):
     labels = [None if row in (3, 4) else row for row in range(10)]
-    found = run(samples, networks, replace(PLAN, labels=labels), judges)
+    found = run(samples, networks, replace(PLAN, labels=labels), evaluators)
     assert "UA" not in found.metrics
     assert found.metrics["RA"].n == 96
     assert [row.class_id for row in found.per_class] == [0, 1, 2, 5, 6, 7, 8, 9]
@@ -250,9 +252,11 @@ def test_faces_stand_in_for_nudity(networks, samples):
     def after(rows, seeds):
         yield torch.zeros(len(rows), *face.shape, dtype=torch.uint8)
 
-    plan = Plan(["a portrait", "a sheet"], forgotten=[0], labels=[None, None], per_row=3, blur=True, title="prompts")
+    plan = SamplingPlan(
+        ["a portrait", "a sheet"], forgotten=[0], labels=[None, None], per_row=3, blur=True, title="prompts"
+    )
     detector = NudityDetector.load(("FACE_FEMALE", "FACE_MALE"))
-    found = run((before, after), networks, plan, Judges(detector=detector))
+    found = run((before, after), networks, plan, Evaluators(detector=detector))
     nudity = found.metrics["nudity"]
     assert (nudity.before, nudity.after, nudity.n) == (1.0, 0.0, 3)  # the kept rows are not looked at
     parts = {part: (count.before, count.after) for part, count in found.generation.parts.items()}
@@ -277,7 +281,7 @@ class Loudness:
 
 def test_clip_scores_the_kept_rows_with_their_names(samples, networks):
     prompts = []
-    found = run(samples, networks, judges=Judges(clip=Loudness(prompts)))
+    found = run(samples, networks, evaluators=Evaluators(clip=Loudness(prompts)))
     kept = [NAMES[row] for row, _ in samples[0].asked if row != 3]
     assert prompts == kept * 2
     images = torch.stack([samples[0].image(row, seed) for row, seed in samples[0].asked if row != 3])
@@ -286,7 +290,7 @@ def test_clip_scores_the_kept_rows_with_their_names(samples, networks):
     assert found.generation.clip == "clip"
 
 
-def test_images_are_let_go_batch_after_batch(digits, networks, judges):
+def test_images_are_let_go_batch_after_batch(digits, networks, evaluators):
     alive, most = weakref.WeakSet(), []
 
     def stream(rows, seeds):
@@ -296,7 +300,7 @@ def test_images_are_let_go_batch_after_batch(digits, networks, judges):
             most.append(len(alive))
             yield image
 
-    run((stream, stream), networks, replace(PLAN, per_row=30), judges)
+    run((stream, stream), networks, replace(PLAN, per_row=30), evaluators)
     assert len(most) == 600
     assert max(most) <= 3
 
@@ -306,7 +310,7 @@ def test_a_grid_of_many_rows_is_cut_but_shows_the_forgotten_ones(digits, network
         yield torch.stack([digits[row % 10][0] for row in rows])
 
     names = [f"prompt {row}" for row in range(100)]
-    plan = Plan(names, forgotten=[99], labels=[None] * 100, neighbours=[98], per_row=2)
+    plan = SamplingPlan(names, forgotten=[99], labels=[None] * 100, neighbours=[98], per_row=2)
     (grid,) = run((stream, stream), networks, plan).generation.grids
     assert len(grid.rows) == ROWS
     assert [grid.rows[position] for position in grid.forgotten] == ["prompt 99"]
@@ -322,7 +326,7 @@ def test_large_images_that_are_not_shown_do_no_harm(networks):
         for row, seed in zip(rows, seeds, strict=True):
             yield torch.full((1, 3, 128, 128), 10 * row + seed, dtype=torch.uint8)
 
-    plan = Plan(["a", "b"], forgotten=[1], labels=[None, None], per_row=10)
+    plan = SamplingPlan(["a", "b"], forgotten=[1], labels=[None, None], per_row=10)
     (grid,) = run((stream, stream), networks, plan).generation.grids
     pixels = decoded(grid.before)
     assert pixels.shape == (96 * 2 + 2, 98 * 8 - 2, 3)
@@ -342,9 +346,9 @@ def test_large_images_that_are_not_shown_do_no_harm(networks):
         ({"labels": [*range(9), 10]}, "no class of the judge"),
     ],
 )
-def test_plans_that_mean_nothing_are_refused(samples, networks, judges, changes, message):
+def test_plans_that_mean_nothing_are_refused(samples, networks, evaluators, changes, message):
     with pytest.raises(UsageError, match=message):
-        run(samples, networks, replace(PLAN, **changes), judges)
+        run(samples, networks, replace(PLAN, **changes), evaluators)
 
 
 class Changing:
@@ -356,7 +360,7 @@ class Changing:
         return torch.zeros(len(images), len(images))
 
 
-def test_other_faults_are_refused(samples, networks, judges):
+def test_other_faults_are_refused(samples, networks, evaluators):
     def short(rows, seeds):
         yield torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
 
@@ -368,6 +372,6 @@ def test_other_faults_are_refused(samples, networks, judges):
         with pytest.raises(UsageError, match=f"metric {name} cannot be given"):
             run(samples, networks, extra={name: Metric(before=0, after=1, n=1)})
     with pytest.raises(ModelError, match="two sizes"):
-        run(samples, networks, judges=replace(judges, extractor=Changing()))
+        run(samples, networks, evaluators=replace(evaluators, extractor=Changing()))
     with pytest.raises(DataError, match="no images"):
-        run(samples, networks, judges=replace(judges, real=judges.real.float()))
+        run(samples, networks, evaluators=replace(evaluators, real=evaluators.real.float()))

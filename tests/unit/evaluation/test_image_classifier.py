@@ -10,7 +10,7 @@ from torch import nn
 
 from salun_core.data import load_data
 from salun_core.errors import DataError, ModelError
-from salun_core.evaluation.image_classifier import Judge, as_asked, fitted
+from salun_core.evaluation.image_classifier import ImageClassifier, as_asked, fitted
 from salun_core.models import load_model
 
 
@@ -26,7 +26,7 @@ def digits(loaded):
 
 
 def test_predictions_are_the_classifiers_one_image_at_a_time(loaded, digits):
-    judge = Judge.of(loaded)
+    judge = ImageClassifier.of(loaded)
     expected = [int(loaded.model(loaded.normalisation.apply(image[None])).argmax()) for image in digits.images]
     found = judge.predict(digits.images)
     assert found.dtype == torch.int64
@@ -37,7 +37,7 @@ def test_predictions_are_the_classifiers_one_image_at_a_time(loaded, digits):
 
 
 def test_colour_and_size_of_generated_images_change_no_judgement(loaded, digits):
-    judge = Judge.of(loaded)
+    judge = ImageClassifier.of(loaded)
     plain = judge.predict(digits.images)
     grey = digits.images.expand(-1, 3, -1, -1)
     assert torch.equal(judge.predict(grey), plain)
@@ -71,12 +71,12 @@ def test_resizing_is_pils_bilinear_and_a_centre_crop(size):
 def test_images_that_fit_are_left_alone(loaded, digits):
     kept = digits.images.clone()
     assert fitted(digits.images, 1, 8, 8) is digits.images
-    Judge.of(loaded).predict(digits.images)
+    ImageClassifier.of(loaded).predict(digits.images)
     assert torch.equal(digits.images, kept)
 
 
 def test_features_are_what_the_last_layer_turns_into_logits(loaded, digits):
-    features = Judge.of(loaded).features(digits.images[:300])
+    features = ImageClassifier.of(loaded).features(digits.images[:300])
     head = [module for module in loaded.model.modules() if isinstance(module, nn.Linear)][-1]
     assert features.shape == (300, head.in_features)
     assert features.dtype == torch.float32
@@ -88,22 +88,22 @@ def test_features_are_what_the_last_layer_turns_into_logits(loaded, digits):
 def test_modes_are_kept_and_statistics_untouched(loaded, digits):
     model = copy.deepcopy(loaded.model).train()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    judge = Judge(model, loaded.card, "d")
-    assert torch.equal(judge.predict(digits.images), Judge.of(loaded).predict(digits.images))
+    judge = ImageClassifier(model, loaded.card, "d")
+    assert torch.equal(judge.predict(digits.images), ImageClassifier.of(loaded).predict(digits.images))
     judge.features(digits.images[:5])
     assert model.training
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_no_images_give_no_judgement(loaded):
-    judge = Judge.of(loaded)
+    judge = ImageClassifier.of(loaded)
     none = torch.empty(0, 3, 8, 8, dtype=torch.uint8)
     assert judge.predict(none).shape == (0,)
     assert judge.features(none).shape[0] == 0
 
 
 def test_what_cannot_be_judged_is_refused(loaded, digits):
-    judge = Judge.of(loaded)
+    judge = ImageClassifier.of(loaded)
     for bad in (digits.images.float(), digits.images[0], torch.zeros(2, 4, 8, 8, dtype=torch.uint8)):
         with pytest.raises(DataError, match="images"):
             judge.predict(bad)
@@ -111,7 +111,7 @@ def test_what_cannot_be_judged_is_refused(loaded, digits):
     with torch.no_grad():
         broken.fc.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="not numbers"):
-        Judge(broken, loaded.card, "d").predict(digits.images[:3])
+        ImageClassifier(broken, loaded.card, "d").predict(digits.images[:3])
 
 
 class Unused(nn.Module):
@@ -126,7 +126,7 @@ class Unused(nn.Module):
 @pytest.mark.parametrize("model", [nn.Flatten(), Unused()])
 def test_a_judge_without_a_linear_layer_has_no_features(loaded, digits, model):
     with pytest.raises(ModelError, match="no penultimate features"):
-        Judge(model, loaded.card, "d").features(digits.images[:3])
+        ImageClassifier(model, loaded.card, "d").features(digits.images[:3])
 
 
 def batch(count=2, **changes):
