@@ -1,4 +1,4 @@
-"""When a request is due, by the calendar; the clock is always handed in."""
+"""Times in UTC, the month in which a request is due, and the type of a clock that callers pass in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from salun_core.errors import UsageError
-from salun_core.requests.schema import SETTLED, DeletionRequest, Status
 
 Clock = Callable[[], datetime]
 """Returns the time now, with its time zone."""
@@ -69,16 +68,3 @@ def due_after_one_month(received: datetime) -> datetime:
     if year > datetime.max.year:
         raise UsageError(f"the time {received.isoformat()} is too late", "the calendar ends there", "correct it")
     return received.replace(year=year, month=month, day=min(received.day, calendar.monthrange(year, month)[1]))
-
-
-def is_overdue(request: DeletionRequest, status: Status, now: datetime) -> bool:
-    """Return whether a request is not settled although its month is over.
-
-    A hold stops the erasure and not the clock; a failed request is still owed.
-
-    Args:
-        request: the request.
-        status: where it stands.
-        now: the time, with its time zone.
-    """
-    return status not in SETTLED and as_utc(now) > request.due

@@ -143,8 +143,11 @@ def history(
     """Show the versions of a model line, the newest first: what each erased, how it is kept, who holds it, its debt."""
     from salun_core.registry.history import tell
     from salun_core.storage import open_store
+    from salun_core.sweeps.runs import RunLog
+    from salun_core.times import utc_clock
 
-    chapters = tell(open_store(named_store(store)), line)
+    opened = open_store(named_store(store))
+    chapters = tell(opened, line, RunLog(opened, utc_clock).request_count)
     emit([_document(item) for item in chapters], lambda: _print(chapters))
 
 

@@ -19,10 +19,10 @@ from salun_core.requests.schema import (
     RequestEvent,
     RequestState,
     Status,
+    is_overdue,
     status_after,
     summarise,
 )
-from salun_core.times import is_overdue
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -33,7 +33,8 @@ def run(
     """
     from salun_core.cli.unlearning import trial_line
     from salun_core.config import parse
-    from salun_core.steps.run import RunConfig, new_run_id, run_all
+    from salun_core.steps.run import RunConfig, run_all
+    from salun_core.sweeps.runs import new_run_id
 
     given = read_settings(settings, config)
     if store:
@@ -174,8 +175,8 @@ def _check(once: bool, settle: str | None, store: str | None) -> None:
 
 def _sweep(config: SweepConfig, work_dir: Path | None) -> None:
     from salun_core.cli.unlearning import trial_line
-    from salun_core.steps.run import new_run_id
     from salun_core.steps.sweep import sweep_once
+    from salun_core.sweeps.runs import new_run_id
 
     run = new_run_id()
     folder = work_dir or Path(".salun", "runs", run)

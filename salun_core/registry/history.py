@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,10 +11,6 @@ from salun_core.registry.lookup import Version, history
 from salun_core.registry.manifest import weight_files
 from salun_core.storage import FileStore
 from salun_core.storage.blobs import blob_size, stored_size
-from salun_core.sweeps.runs import RunLog
-from salun_core.times import utc_clock
-
-DEBT_LIMIT, RUNS_LIMIT = 0.05, 10
 
 Kept = Literal["whole", "sparse", "purged", "missing"]
 
@@ -25,7 +21,7 @@ class Chapter:
 
     Args:
         version: its digest and manifest.
-        requests: how many deletion requests its run erased; None where no run of the ledger made it.
+        requests: how many deletion requests its run erased; None if no run of the ledger made it.
         kept: how its weights lie in the store.
         held_by: who keeps it from being purged, and why; None where nobody does.
         alarm: whether so much was forgotten since the last full training that a new one is due.
@@ -38,23 +34,29 @@ class Chapter:
     alarm: bool
 
 
-def tell(store: FileStore, line: str) -> Sequence[Chapter]:
+def tell(store: FileStore, line: str, requests_of: Callable[[str], int | None]) -> Sequence[Chapter]:
     """Return the versions of a line, the newest first.
+
+    Args:
+        store: the store that holds the line.
+        line: the model line.
+        requests_of: returns how many deletion requests a run erased, or None if the ledger has no such run.
 
     Raises:
         UsageError: there is no such line.
         IntegrityError: a manifest on the way is damaged or missing.
     """
     held = {hold.version: f"{hold.by}: {hold.reason}" for hold in holds(store, line)}
-    runs = RunLog(store, utc_clock)
-    return [_chapter(store, line, item, runs, held.get(item.digest)) for item in history(store, line)]
-
-
-def _chapter(store: FileStore, line: str, item: Version, runs: RunLog, held_by: str | None) -> Chapter:
-    record = runs.read(item.manifest.run) if item.manifest.run else None
-    lineage = item.manifest.lineage
-    alarm = lineage.debt >= DEBT_LIMIT or lineage.runs_since_training >= RUNS_LIMIT
-    return Chapter(item, len(record.members) if record else None, _kept(store, line, item), held_by, alarm)
+    return [
+        Chapter(
+            version=item,
+            requests=requests_of(item.manifest.run) if item.manifest.run else None,
+            kept=_kept(store, line, item),
+            held_by=held.get(item.digest),
+            alarm=item.manifest.lineage.retraining_recommended,
+        )
+        for item in history(store, line)
+    ]
 
 
 def _kept(store: FileStore, line: str, item: Version) -> Kept:

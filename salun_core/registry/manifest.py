@@ -67,6 +67,20 @@ UtcTime = Annotated[str, AfterValidator(_valid_time)]
 Count = Annotated[int, Field(ge=0, strict=True, le=2**53 - 1)]
 
 
+DEBT_LIMIT, RUNS_LIMIT = 0.05, 10
+"""Share of forgotten samples and number of runs from which a full training is recommended; the alert rules agree."""
+
+
+def retraining_recommended(debt: float, runs: int) -> bool:
+    """Return whether so much was forgotten since the last full training that another one is recommended.
+
+    Args:
+        debt: share of the training samples that was forgotten since then.
+        runs: unlearning runs since then.
+    """
+    return debt >= DEBT_LIMIT or runs >= RUNS_LIMIT
+
+
 class FileEntry(Document):
     """A file of a version."""
 
@@ -85,6 +99,11 @@ class Lineage(Document):
     def debt(self) -> float:
         """The fraction of the training samples that was forgotten since (0 where nothing is known)."""
         return self.forgotten_since_training / self.trained_on if self.trained_on else 0.0
+
+    @property
+    def retraining_recommended(self) -> bool:
+        """Whether so much was forgotten since the last full training that another one is recommended."""
+        return retraining_recommended(self.debt, self.runs_since_training)
 
     def after_run(self, forgotten: int) -> Lineage:
         """Return the debt after one more unlearning run."""

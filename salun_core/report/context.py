@@ -5,9 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from salun_core.config import Document
-
-DEBT_ALARM_RATIO = 0.05
-DEBT_ALARM_RUNS = 10
+from salun_core.registry.manifest import retraining_recommended
 
 
 class Ancestor(Document):
@@ -29,7 +27,7 @@ class UnlearningDebt(Document):
     @property
     def alarming(self) -> bool:
         """Whether a full training is advised."""
-        return self.ratio >= DEBT_ALARM_RATIO or self.runs >= DEBT_ALARM_RUNS
+        return retraining_recommended(self.ratio, self.runs)
 
 
 class ReportContext(Document):

@@ -16,6 +16,7 @@ from salun_core.config import Document
 from salun_core.data.forget_set import ClassTarget, ConceptTarget, ForgetTarget, RedactedTarget, SubjectTarget, Target
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.registry.manifest import Digest, LineId, RunId, UtcTime
+from salun_core.times import as_utc
 
 RequestId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 _PLAIN = r"^[^\x00-\x1f\x7f-\x9f]+$"  # one line, and nothing that a terminal would obey
@@ -203,6 +204,19 @@ class RequestState(Document):
 def status_after(last: RequestEvent | None) -> Status:
     """Return where a request stands after its last event; None where it was received and no more."""
     return last.to_status if last else Status.RECEIVED
+
+
+def is_overdue(request: DeletionRequest, status: Status, now: datetime) -> bool:
+    """Return whether a request is past its month and not settled.
+
+    A hold stops the erasure but not the month; a failed request is not settled.
+
+    Args:
+        request: the request.
+        status: its status.
+        now: the time, with its time zone.
+    """
+    return status not in SETTLED and as_utc(now) > request.due
 
 
 def next_attempt(last: RequestEvent | None, to: Status) -> int:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from salun_core.steps.mask import compute_mask
 from salun_core.steps.observe import RunRef
 from salun_core.steps.publishing import REPORT, Published, gate_and_publish
 from salun_core.steps.unlearning import run_unlearning
+from salun_core.sweeps.runs import new_run_id
 from salun_core.tasks import resolved_config
 from salun_core.tasks.classification.tuning import TuneWish
 from salun_core.tasks.resolve import check_policy
@@ -89,11 +88,6 @@ class RunOutcome:
     evidence: Evidence
     published: Published
     report: Path
-
-
-def new_run_id() -> str:
-    """Return a fresh run id such as `run-20260131-120000-3f9a1c`."""
-    return f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 def run_all(

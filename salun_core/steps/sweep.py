@@ -15,11 +15,12 @@ from salun_core.certificates.keys import load_signing_key
 from salun_core.errors import ConflictError, SalunError
 from salun_core.retention.purge import PurgeReport, purge
 from salun_core.steps.claim import Claimed, claim_requests, is_generative_line, sweep_terms
-from salun_core.steps.run import RunConfig, RunOutcome, RunSettings, new_run_id, run_all
+from salun_core.steps.run import RunConfig, RunOutcome, RunSettings, run_all
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
 from salun_core.storage.leases import read_lease, renew
 from salun_core.sweeps.policy import Terms
+from salun_core.sweeps.runs import new_run_id
 from salun_core.sweeps.settle import Settled
 from salun_core.telemetry.logs import get_logger, run_bound
 from salun_core.tuning.search import OnTrial

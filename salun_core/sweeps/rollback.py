@@ -11,11 +11,10 @@ from salun_core.registry.manifest import Head
 from salun_core.registry.rollback import roll_back, undone_by
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
-from salun_core.steps.run import new_run_id
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.blobs import stored_size
 from salun_core.storage.leases import acquire, release
-from salun_core.sweeps.runs import RunLog
+from salun_core.sweeps.runs import RunLog, new_run_id
 from salun_core.times import Clock, utc_clock
 
 _LEASE_SECONDS = 600

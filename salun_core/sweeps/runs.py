@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -108,6 +109,11 @@ class RunEvent(Document):
         return canonical_json(self.model_dump(mode="json", exclude_none=True))
 
 
+def new_run_id() -> str:
+    """Return a fresh run id such as `run-20260131-120000-3f9a1c`."""
+    return f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
 class RunLog:
     """Records runs and their moves.
 
@@ -144,6 +150,11 @@ class RunLog:
         if record.run != run:
             raise IntegrityError(f"{key} is run {record.run!r}", "it was copied or moved", "restore the right one")
         return record
+
+    def request_count(self, run: str) -> int | None:
+        """Return how many requests a run claimed, or None if it claimed nothing; raises as `read`."""
+        record = self.read(run)
+        return len(record.members) if record else None
 
     def last(self, run: str) -> RunEvent | None:
         """Return the last move of a run, or None before its first.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from salun_core.registry.manifest import DEBT_LIMIT, RUNS_LIMIT
 from salun_core.telemetry.metrics import LABELS, SPECS, check_label
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,11 @@ def test_the_alerts_fire_when_they_should_and_not_before(promtool):
     for command in (("check", "rules", RULES), ("test", "rules", CASES)):
         code, said = promtool(*command)
         assert code == 0, said
+
+
+def test_the_alerts_use_the_debt_limits_of_the_library():
+    limits = {alert: float(ALERTS[alert]["expr"].split()[-1]) for alert in ("SalunDebtHigh", "SalunRunsHigh")}
+    assert limits == {"SalunDebtHigh": DEBT_LIMIT, "SalunRunsHigh": RUNS_LIMIT}
 
 
 @pytest.mark.parametrize("alert", ALERTS)

@@ -14,9 +14,8 @@ from salun_core.data.forget_set import SamplesTarget
 from salun_core.errors import ConflictError
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.redaction import redact_request
-from salun_core.requests.schema import Outcome, Status
+from salun_core.requests.schema import Outcome, Status, is_overdue
 from salun_core.storage.s3 import S3Store
-from salun_core.times import is_overdue
 
 # Written out by hand from the rules, not taken from the code under test.
 MOVES = {

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from salun_core.config import parse
 from salun_core.errors import UsageError
-from salun_core.requests.schema import DeletionRequest, Status
-from salun_core.times import as_utc, due_after_one_month, is_overdue, parse_moment, utc_clock
+from salun_core.requests.schema import DeletionRequest, Status, is_overdue
+from salun_core.times import as_utc, due_after_one_month, parse_moment, utc_clock
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ from salun_core.data.forget_set import SubjectTarget
 from salun_core.registry.versions import publish
 from salun_core.requests.gauges import GaugeReader, stages
 from salun_core.requests.ledger import Ledger
-from salun_core.requests.schema import Outcome, Status
+from salun_core.requests.schema import Outcome, Status, is_overdue
 from salun_core.storage.keys import head_key, index_key, version_key
-from salun_core.times import is_overdue
 
 pytestmark = pytest.mark.s3
 TARGET = SubjectTarget(subject_ref="person-07")
