@@ -1,4 +1,4 @@
-"""The one place that names the image of every step, and the settings that all components share."""
+"""The image of every step, and the settings that all components share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def component(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - kfp's comp
     """Turn a function into a component that runs in the project's image and installs nothing.
 
     Args:
-        function: its source travels in the compiled pipeline, so it imports what it needs inside its body.
+        function: only its source is in the compiled pipeline, so it imports what it needs inside its body.
 
     Returns:
         The component.
 
-    The image is `SALUN_IMAGE` at compile time; a release names it by digest.
+    `SALUN_IMAGE` at compile time names the image; a release names it by digest.
     """
     return dsl.component(function, base_image=IMAGE, install_kfp_package=False)

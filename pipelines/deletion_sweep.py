@@ -1,4 +1,4 @@
-"""The scheduled pipeline: claim a batch of requests -> the unlearning pipeline -> settle, whatever happened."""
+"""The scheduled pipeline: claim a batch of requests -> the unlearning pipeline -> settle, in any case."""
 
 from kfp import dsl
 
@@ -9,7 +9,7 @@ from pipelines.resources import Placement, configure, pipeline, with_signing_key
 from pipelines.unlearning import unlearning
 
 NAME = "salun-deletion-sweep"
-SETTLE_RETRIES = 8  # over half an hour with their back-off; until it is settled the model line waits
+SETTLE_RETRIES = 8  # with their back-off over half an hour; the model line is blocked until it is settled
 
 
 @pipeline(NAME)
@@ -37,31 +37,31 @@ def deletion_sweep(
     node_selector: dict[str, str] = {},  # noqa: B006 - kfp reads the default and never calls with it
     tolerations: list[dict[str, str]] = [],  # noqa: B006
 ) -> None:
-    """Erase the deletion requests of a model line that are due, publish if the gate passes, and certify each.
+    """Erase the due deletion requests of a model line, publish if the gate passes, and certify each request.
 
     Args:
         model_line: Name of the model line whose requests are swept.
         store_uri: The object store that holds the model lines and the requests, as s3://bucket/prefix.
-        method: The unlearning method of the first recipe; after refusals stronger ones and a retraining are tried.
+        method: The unlearning method of the first recipe; after refusals stronger ones and then retraining.
         density: Share of the weights that the first recipe may change, above 0 and at most 1.
-        policy_uri: The gate policy: auto (by the kind of model), the name of one that ships, or an s3:// address.
-        method_config: What differs from the method's default configuration, as JSON text such as {"epochs": 5}.
+        policy_uri: The gate policy: auto (by the kind of model), a shipped policy's name, or an s3:// address.
+        method_config: Settings that replace the method's defaults, as JSON text such as {"epochs": 5}.
         seed: Seed of the random labels, the order of the data and the augmentation.
         retrain_reference: Also train a model from scratch without the forget set, and compare with it. Slow.
         tune: Search for density and settings on validation data, within the policy's margins; classifiers only.
-        tune_budget: What the search may spend: passes (200000), time (90s, 15m, 2h) or epochs (20e).
-        also: More measurements, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
-        min_requests: A batch of so many is due even when none waits long.
-        max_requests: Requests of one run, at most.
-        max_wait_hours: A batch is due when its oldest request waits longer.
-        max_forget_fraction: Share of the training data that one run forgets, at most.
-        dry_run: Say what would be claimed and how much would be purged, and write nothing.
-        pipeline_root: Where Kubeflow keeps files of the runs, such as s3://mlpipeline/v2/artifacts, to purge it too.
+        tune_budget: Budget of the search: passes (200000), time (90s, 15m, 2h) or epochs (20e).
+        also: Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
+        min_requests: A batch of this many requests is due at once.
+        max_requests: Maximum number of requests in one run.
+        max_wait_hours: A batch is due when its oldest request has waited for so many hours.
+        max_forget_fraction: Maximum share of the training data that one run forgets.
+        dry_run: Report what would be claimed and how much would be purged, and write nothing.
+        pipeline_root: Where Kubeflow stores artifacts, such as s3://mlpipeline/v2/artifacts, to purge them too.
         gpu_count: Accelerators for each of the steps that compute; mask and unlearning run one process on each.
         cpu: Processor cores for each step, such as 4 or 500m.
         memory: Memory for each step, such as 16Gi.
         node_selector: Labels that the nodes must have, as a JSON object.
-        tolerations: Taints that the pods bear, as a JSON list.
+        tolerations: Taints that the pods tolerate, as a JSON list.
     """
     place = Placement(cpu, memory, gpu_count, node_selector, tolerations)
     run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
@@ -99,7 +99,7 @@ def deletion_sweep(
                 tune_budget=tune_budget,
                 also=also,
                 gpu_count=gpu_count,
-                cpu=cpu,  # as an argument here, for kfp declares no limit of its own inside an exit handler
+                cpu=cpu,  # an argument, because the compiler declares no inputs for limits inside an exit handler
                 memory=memory,
                 node_selector=node_selector,
                 tolerations=tolerations,

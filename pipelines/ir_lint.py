@@ -1,4 +1,4 @@
-"""Finds what a compiled pipeline must not hold: inputs that nothing declares, caches, installers, open resources."""
+"""Finds defects of a compiled pipeline: undeclared inputs, caches, installers, missing resource limits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def lint(spec: Spec, platform: Spec, image: str, placement: Iterable[str] = PLAC
         placement: parameters of the run form that must reach an executor or its pod.
 
     Returns:
-        One line a defect; empty when there is none.
+        One line per defect.
     """
     reached = set(_reached(spec, platform, spec["root"], {name: name for name in _parameters(spec["root"])}))
     return [
@@ -92,7 +92,7 @@ def _dag_defects(spec: Spec, platform: Spec, name: str, dag: Spec) -> Iterator[s
                 if wanted not in declared:
                     yield f"{name}/{task_name}: {key} {wanted} is not declared"
         for wanted in set(_references(spec, executor)) - set(given):
-            yield f"{name}/{task_name}: its resources ask for {wanted}, which the task is not given"
+            yield f"{name}/{task_name}: its resources need {wanted}, which is not an input of the task"
         if task.get("cachingOptions", {}).get("enableCache"):
             yield f"{name}/{task_name}: caching is on"
 
@@ -111,7 +111,7 @@ def _executor_defects(name: str, container: Spec, image: str) -> Iterator[str]:
     resources = container.get("resources", {})
     for what, keys in _LIMITS.items():
         if not any(resources.get(key) for key in keys):
-            yield f"{name}: it has no {what}"
+            yield f"{name}: {what} is missing"
 
 
 def _reached(spec: Spec, platform: Spec, dag: Spec, origin: Mapping[str, str]) -> Iterator[str]:
@@ -129,7 +129,7 @@ def _reached(spec: Spec, platform: Spec, dag: Spec, origin: Mapping[str, str]) -
 
 
 def _list_defects(spec: Spec) -> Iterator[str]:
-    """Parameters are shown to everybody who may see a run: none may come with a list of samples in it."""
+    """Everybody who may see a run sees its parameters, so none may hold a list of samples."""
     for name, component in [("root", spec["root"]), *spec.get("components", {}).items()]:
         for key, parameter in _parameters(component).items():
             if _is_list(parameter.get("defaultValue")):

@@ -10,7 +10,7 @@ from kfp import dsl, kubernetes
 
 from pipelines.step_secrets import SECRET
 
-USER = 10001
+USER = 10001  # of the image; a number, because Kubernetes cannot check that a name is not root
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 CONFIG_MAP = "salun-config"
 CONFIG_KEYS = (
@@ -29,14 +29,14 @@ HOUR = 3600
 
 @dataclass(frozen=True)
 class Placement:
-    """The run form's parameters of a step's resources and place; each is a pipeline's own input.
+    """The run form's parameters for the resources and the node of a step; each is an input of the pipeline.
 
     Args:
         cpu: request and limit of processor cores.
         memory: request and limit of memory.
         gpu_count: limit of accelerators, for the steps that compute.
         node_selector: labels that the node must have.
-        tolerations: taints of nodes that the pod bears.
+        tolerations: taints of nodes that the pod tolerates.
     """
 
     cpu: Any
@@ -56,19 +56,20 @@ def configure(task: Any, place: Placement, *, hours: float, gpu: bool = False, r
     """Set up one task of a pipeline.
 
     Args:
-        task: what calling a component inside a pipeline gave.
+        task: what a component returns inside a pipeline.
         place: resources and place, from the pipeline's inputs.
         hours: after which the pod is stopped.
         gpu: whether the step computes on an accelerator.
-        retries: after a failure, with a back-off from half a minute; a step may always be repeated.
+        retries: after a failure, with a back-off from half a minute; every step is idempotent.
 
     Returns:
         The task.
     """
-    task.set_caching_options(enable_caching=False)  # a hit could hand back what was to be forgotten
+    task.set_caching_options(enable_caching=False)  # a hit could return a model from before the deletion
     task.set_cpu_request(place.cpu).set_cpu_limit(place.cpu)
     task.set_memory_request(place.memory).set_memory_limit(place.memory)
     if gpu:
+        # The workers of the data loader share batches in /dev/shm, of which a container has only 64 MB by default.
         task.set_accelerator_type(ACCELERATOR).set_accelerator_limit(place.gpu_count)
         kubernetes.empty_dir_mount(task, "dshm", "/dev/shm", medium="Memory", size_limit="2Gi")  # noqa: S108
     task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
@@ -84,7 +85,7 @@ def configure(task: Any, place: Placement, *, hours: float, gpu: bool = False, r
 
 
 def with_signing_key(task: Any) -> Any:  # noqa: ANN401 - kfp has no types
-    """Give a task the key that certificates are signed with, as a file and never as text in its environment.
+    """Mount the key that certificates are signed with, as a file: an environment is inherited and may be logged.
 
     Args:
         task: of a step that issues certificates.

@@ -1,4 +1,4 @@
-"""A mask of a large forget set: fetch -> score every shard in a pod of its own -> merge."""
+"""The mask of a large forget set: fetch -> score every shard in a pod of its own -> merge."""
 
 from kfp import dsl
 
@@ -25,7 +25,7 @@ def one_shard(
 ) -> dsl.Artifact:
     """Score one shard.
 
-    A pipeline of its own: inside a loop the compiler forgets to hand on what resources are read from.
+    A pipeline of its own, because inside a loop the compiler does not declare the inputs for limits.
     """
     place = Placement(cpu, memory, gpu_count, node_selector, tolerations)
     ours = {"model_line": model_line, "store_uri": store_uri, "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
@@ -47,11 +47,11 @@ def sharded_mask(
     node_selector: dict[str, str] = {},  # noqa: B006 - kfp reads the default and never calls with it
     tolerations: list[dict[str, str]] = [],  # noqa: B006
 ) -> None:
-    """Compute a saliency mask in shards, one pod each; the mask has the same bits for any number of them.
+    """Compute a saliency mask in shards, one pod each; the mask has the same bits for any number of shards.
 
     Args:
-        model_line: Name of the model line; the mask is of its HEAD.
-        forget_manifest_uri: Address of what is to be forgotten: a sealed manifest, a forget target or a list of them.
+        model_line: Name of the model line; the mask is computed for its HEAD.
+        forget_manifest_uri: Address of the forget set: a frozen manifest, a forget target or a list of targets.
         store_uri: The object store that holds the model lines, as s3://bucket/prefix.
         shards: All shards, as a JSON list: ["1/2", "2/2"] for two.
         density: Share of the weights that may change, above 0 and at most 1.
@@ -59,7 +59,7 @@ def sharded_mask(
         cpu: Processor cores for each step, such as 4 or 500m.
         memory: Memory for each step, such as 16Gi.
         node_selector: Labels that the nodes must have, as a JSON object.
-        tolerations: Taints that the pods bear, as a JSON list.
+        tolerations: Taints that the pods tolerate, as a JSON list.
     """
     place = Placement(cpu, memory, gpu_count, node_selector, tolerations)
     forget = forget_manifest_uri

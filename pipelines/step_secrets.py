@@ -1,4 +1,4 @@
-"""Which Secret with the store's keys each step gets: one for all of them, or one for each role of manifests/iam/."""
+"""The Secret from which each step takes the keys of the store: the same for all, or one per role of manifests/iam/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from salun_core.errors import UsageError, unknown_name
 
 VARIABLE = "SALUN_S3_SECRETS"  # noqa: S105 - the name of a variable
-SECRET = "salun-s3"  # noqa: S105 - the name of a Secret, of every step that names none
+SECRET = "salun-s3"  # noqa: S105 - the name of a Secret, the default of every step
 ROLES = {
     "claim_requests": "claimer",
     "fetch_model": "fetcher",
@@ -22,7 +22,7 @@ ROLES = {
     "settle_requests": "settler",
     "purge_store": "purger",
 }
-"""Each step, and the role whose rights it needs."""
+"""The role whose rights each step needs."""
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _EXECUTOR = re.compile(r"exec-(.+?)(?:-\d+)?")
 
@@ -31,13 +31,13 @@ def read_secrets(text: str) -> dict[str, str]:
     """Read `fetch_model=salun-s3-fetcher,gate_publish=salun-s3-publisher`.
 
     Args:
-        text: pairs of a step and the name of its Secret; nothing gives all steps the same one.
+        text: pairs of a step and the name of its Secret; empty for one Secret for all.
 
     Returns:
-        Names of Secrets by step; a step that is not there has the common one.
+        Names of Secrets by step; a step that is missing takes the common one.
 
     Raises:
-        UsageError: no pair, an unknown step, a step that is given twice, or what is no name of a Secret.
+        UsageError: a malformed pair, an unknown step, a step that is given twice, or an invalid name of a Secret.
     """
     found: dict[str, str] = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
@@ -45,18 +45,18 @@ def read_secrets(text: str) -> dict[str, str]:
         if step not in ROLES:
             raise unknown_name("step", step, ROLES)
         if not given or not _NAME.fullmatch(name) or step in found:
-            why = f"{step} is there twice" if step in found else f"{name!r} is no name of a Secret"
+            why = f"{step} is given twice" if step in found else f"{name!r} is not a valid name of a Secret"
             raise UsageError(f"{VARIABLE} cannot be read", why, f"write {step}={SECRET}-{ROLES[step]}")
         found[step] = name
     return found
 
 
 def give_secrets(platform: Mapping[str, Any], secrets: Mapping[str, str]) -> None:
-    """Write into a platform spec which Secret each step takes the store's keys from.
+    """Set the Secret of each step in a platform spec.
 
     Args:
         platform: the second document of a compiled pipeline; it is changed.
-        secrets: from `read_secrets`; a step that is not there keeps what it has.
+        secrets: from `read_secrets`; a step that is missing keeps its Secret.
     """
     for executor, pod in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].items():
         step = _EXECUTOR.fullmatch(executor)

@@ -35,24 +35,24 @@ def unlearning(
     """Forget a part of the training data and publish the new model, if the gate passes it.
 
     Args:
-        model_line: Name of the model line; its HEAD is what unlearns, and what a passed gate replaces.
-        forget_manifest_uri: Address of what is to be forgotten: a sealed manifest, a forget target or a list of them.
+        model_line: Name of the model line; its HEAD is unlearned, and replaced if the gate passes.
+        forget_manifest_uri: Address of the forget set: a frozen manifest, a forget target or a list of targets.
         store_uri: The object store that holds the model lines, as s3://bucket/prefix.
         method: The unlearning method: salun, random_label, retrain, finetune or gradient_ascent; of diffusion models
             also esd, forget_me_not and uce.
         density: Share of the weights that may change, above 0 and at most 1.
-        policy_uri: The gate policy: auto (by the kind of model), the name of one that ships, or an s3:// address.
-        method_config: What differs from the method's default configuration, as JSON text such as {"epochs": 5}.
+        policy_uri: The gate policy: auto (by the kind of model), a shipped policy's name, or an s3:// address.
+        method_config: Settings that replace the method's defaults, as JSON text such as {"epochs": 5}.
         seed: Seed of the random labels, the order of the data and the augmentation.
         retrain_reference: Also train a model from scratch without the forget set, and compare with it. Slow.
         tune: Search for density and settings on validation data, within the policy's margins; classifiers only.
-        tune_budget: What the search may spend: passes (200000), time (90s, 15m, 2h) or epochs (20e).
-        also: More measurements, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
+        tune_budget: Budget of the search: passes (200000), time (90s, 15m, 2h) or epochs (20e).
+        also: Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
         gpu_count: Accelerators for each of the steps that compute; mask and unlearning run one process on each.
         cpu: Processor cores for each step, such as 4 or 500m.
         memory: Memory for each step, such as 16Gi.
         node_selector: Labels that the nodes must have, as a JSON object.
-        tolerations: Taints that the pods bear, as a JSON list.
+        tolerations: Taints that the pods tolerate, as a JSON list.
     """
     place = Placement(cpu, memory, gpu_count, node_selector, tolerations)
     forget, line = forget_manifest_uri, model_line

@@ -31,37 +31,37 @@ def claim_requests(
         ("reason", str),
     ],
 ):
-    """Claim the next batch of deletion requests of a model line, and seal what the run will read.
+    """Claim the next batch of deletion requests of a model line, and freeze its forget set.
 
-    The same run asks again and gets the same. Where no batch is due, or another run works on the line, the
-    batch is empty and that is no error. Requests that name nothing which was trained on are completed here.
+    A run that calls it again gets the same batch. If no batch is due, or another run works on the line, the batch is
+    empty, which is not an error. Requests whose targets are not in the training data are completed here.
 
     Args:
         store_uri: The object store that holds the model lines and the requests, as s3://bucket/prefix.
         model_line: Name of the model line.
         run_id: Id of the run.
-        method: The unlearning method of the first recipe; after refusals stronger ones and a retraining are tried.
+        method: The unlearning method of the first recipe; after refusals stronger ones and then retraining.
         density: Share of the weights that the first recipe may change.
-        method_config: What differs from the method's default configuration, as JSON text.
+        method_config: Settings that replace the method's defaults, as JSON text.
         seed: Seed of the run.
         policy_uri: The gate policy of the run: equal work that it refused is not tried again.
-        max_requests: Requests of one run, at most.
-        min_requests: A batch of so many is due even when none waits long.
-        max_wait_hours: A batch is due when its oldest request waits longer.
-        max_forget_fraction: Share of the training data that one run forgets, at most.
-        dry_run: Say what would be claimed, and write nothing.
+        max_requests: Maximum number of requests in one run.
+        min_requests: A batch of this many requests is due at once.
+        max_wait_hours: A batch is due when its oldest request has waited for so many hours.
+        max_forget_fraction: Maximum share of the training data that one run forgets.
+        dry_run: Report what would be claimed, and write nothing.
 
     Returns:
         requests: How many requests were claimed; 0 when there is nothing to do.
-        forget_manifest_uri: Address of the sealed forget set.
+        forget_manifest_uri: Address of the frozen forget set.
         method: The unlearning method of the recipe.
         density: Share of the weights that may change.
-        method_config: What differs from the method's defaults, as JSON text.
-        reason: Why the batch is due, or why there is none.
+        method_config: Settings that replace the method's defaults, as JSON text.
+        reason: Why the batch is due, or why no batch is due.
 
     Raises:
-        UsageError: A setting is out of range, there is no such line, or there is no signing key where one is due.
-        StoreError: The conditional writes of the store are not safe.
+        UsageError: A setting is out of range, the line does not exist, or a signing key is needed and missing.
+        StoreError: The store's conditional writes are not safe.
         ConflictError: The run has ended already.
     """
     from salun_core.steps.claim import claim_requests as step

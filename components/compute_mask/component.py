@@ -18,27 +18,27 @@ def compute_mask(
     run_id: str = "",
     processes: int = 1,
 ) -> None:
-    """Score every weight on the forget set and keep the most salient ones as a mask of one bit a weight.
+    """Score every weight on the forget set and keep the most salient ones as a mask with one bit per weight.
 
     A method that takes no mask gets one in which every weight is salient.
 
     Args:
         model: The model before unlearning.
-        forget_manifest_uri: Address of what is to be forgotten.
+        forget_manifest_uri: Address of the forget set.
         density: Share of the weights to keep salient, above 0 and at most 1.
         mask: The mask: a safetensors file of packed bits.
         method: The unlearning method that will use the mask.
-        method_config: What differs from the method's default configuration, as JSON text; a diffusion model's says
-            which part is scored, and how.
+        method_config: Settings that replace the method's defaults, as JSON text; for diffusion models also which part
+            is scored, and how.
         model_line: Name of the model line, for the metrics.
-        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
-        run_id: Id of the run, to record in the ledger how far it came.
+        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty without a ledger.
+        run_id: Id of the run, to record its progress in the ledger.
         processes: Processes that share the work in this container; the mask has the same bits.
 
     Raises:
         UsageError: The density or the method is wrong.
-        IntegrityError: The data are of another split than the model's.
-        ConflictError: The run has ended: another settled it.
+        IntegrityError: The data belong to another split than the model.
+        ConflictError: The run has ended: another run settled it.
     """
     from pathlib import Path
 

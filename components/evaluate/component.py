@@ -27,20 +27,20 @@ def evaluate(
         before: The model before unlearning.
         after: The model after unlearning.
         mask: The mask; weights outside it are compared bit by bit.
-        forget_manifest_uri: Address of what is to be forgotten.
-        evidence: Everything that the gate judges, as JSON.
-        metrics: The figures, to compare runs by.
+        forget_manifest_uri: Address of the forget set.
+        evidence: All measurements that the gate reads, as JSON.
+        metrics: The figures that runs are compared by.
         classification: Confusion matrix of the test split and ROC curve of the membership attack, after unlearning.
-        report: The figures and their pictures, without a verdict yet.
+        report: The figures and plots, without a verdict.
         retrain_reference: Also train a model from scratch without the forget set, and compare with it.
         model_line: Name of the model line, for the metrics and the report.
-        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
-        run_id: Id of the run, to record in the ledger how far it came.
-        also: More measurements, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
+        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty without a ledger.
+        run_id: Id of the run, to record its progress in the ledger.
+        also: Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
 
     Raises:
         ModelError: The two models differ in architecture or split.
-        ConflictError: The run has ended: another settled it.
+        ConflictError: The run has ended: another run settled it.
     """
     from pathlib import Path
 

@@ -14,16 +14,16 @@ def fetch_model(
     Args:
         store_uri: The object store that holds the model lines, as s3://bucket/prefix.
         model_line: Name of the model line.
-        forget_manifest_uri: Address of what is to be forgotten: a sealed manifest, a forget target or a list of them.
+        forget_manifest_uri: Address of the forget set: a frozen manifest, a forget target or a list of targets.
         model: The model before unlearning: weights, card and split manifest in one folder.
         run_id: Id of the run, for the log.
 
     Returns:
-        Digest of the version that was HEAD: the parent of what this run publishes.
+        Digest of the version that was HEAD: the parent of the version that this run publishes.
 
     Raises:
-        UsageError: There is no such line, or a target does not fit the data.
-        DataError: There is nothing to forget, or nothing to keep.
+        UsageError: The line does not exist, or a target does not fit the data.
+        DataError: The forget set or the retain set is empty.
         IntegrityError: A stored file or the data do not match their digests.
     """
     from pathlib import Path

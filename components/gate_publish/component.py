@@ -20,29 +20,29 @@ def gate_publish(
     policy_uri: str = "auto",
     run_id: str = "",
 ) -> str:
-    """Judge the evidence by the policy and publish the model; a refusal fails the step and publishes nothing.
+    """Apply the policy to the evidence and publish the model if it passes; a refusal fails the step.
 
     Args:
         before: The model before unlearning.
         after: The model after unlearning.
         mask: The mask that was used.
         evidence: What the evaluation measured.
-        forget_manifest_uri: Address of what is to be forgotten.
+        forget_manifest_uri: Address of the forget set.
         store_uri: The object store that holds the model lines, as s3://bucket/prefix.
         model_line: Name of the model line.
-        parent: Digest of the version that the model before was fetched as.
-        decision: The gate's answer, a verdict for each rule, as JSON.
+        parent: Digest of the version that the run started from.
+        decision: The gate's decision with a verdict for each rule, as JSON.
         report: The report with the verdict.
-        policy_uri: The gate policy: auto (by the kind of model), the name of one that ships, a file, or s3://.
+        policy_uri: The gate policy: auto (by the kind of model), a shipped policy's name, a file, or s3://.
         run_id: Id of the run; a refused one keeps its evidence, decision and report under runs/ in the store.
 
     Returns:
         Digest of the version that is HEAD now.
 
     Raises:
-        GateRefusedError: The gate refused; the line is as it was.
+        GateRefusedError: The gate refused; nothing was published.
         ConflictError: Another version was published meanwhile.
-        IntegrityError: The model before is not the parent's.
+        IntegrityError: The model before unlearning is not the parent version.
     """
     from pathlib import Path
 

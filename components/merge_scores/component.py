@@ -18,22 +18,22 @@ def merge_scores(
     store_uri: str = "",
     run_id: str = "",
 ) -> None:
-    """Add the shards of a saliency up and keep the most salient weights: the same mask as of one process.
+    """Sum the shards and keep the most salient weights; the mask equals that of one process.
 
     Args:
         model: The model before unlearning.
-        forget_manifest_uri: Address of what is to be forgotten.
+        forget_manifest_uri: Address of the forget set.
         shards: The sums of all shards, in any order.
         density: Share of the weights to keep salient, above 0 and at most 1.
         mask: The mask: a safetensors file of packed bits.
         model_line: Name of the model line, for the metrics.
-        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
-        run_id: Id of the run, to record in the ledger how far it came.
+        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty without a ledger.
+        run_id: Id of the run, to record its progress in the ledger.
 
     Raises:
         UsageError: A shard is missing or given twice, or the density is wrong.
-        IntegrityError: A shard is damaged, or of another model or forget set.
-        ConflictError: The run has ended: another settled it.
+        IntegrityError: A shard is damaged, or belongs to another model or forget set.
+        ConflictError: The run has ended: another run settled it.
     """
     from pathlib import Path
 

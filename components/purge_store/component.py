@@ -1,24 +1,24 @@
-"""What a sweep deletes for good, as a component."""
+"""The purge of a deletion sweep as a component."""
 
 from components._image import component
 
 
 @component
 def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False, run_id: str = "") -> int:
-    """Delete what is past its time: forget data, masks, superseded weights, orphans; and add it to the certificates.
+    """Delete expired forget sets, masks, superseded weights and orphans, and add addenda to the certificates.
 
     Args:
         store_uri: The object store that holds the model lines and the requests, as s3://bucket/prefix.
-        pipeline_root: Where Kubeflow keeps files of the runs, such as s3://mlpipeline/v2/artifacts, to purge it too.
-        dry_run: Count what would go, and touch nothing.
+        pipeline_root: Where Kubeflow stores artifacts, such as s3://mlpipeline/v2/artifacts, to purge them too.
+        dry_run: Count what would be deleted, and delete nothing.
         run_id: Id of the run, for the log.
 
     Returns:
         How many objects were deleted.
 
     Raises:
-        UsageError: Certificates must be added to, and there is no signing key: nothing was touched.
-        IntegrityError: Something is damaged, so that nobody can tell what is needed: nothing was touched.
+        UsageError: A certificate needs an addendum and the signing key is missing; nothing was deleted.
+        IntegrityError: An object is damaged, so it is unknown what is still needed; nothing was deleted.
     """
     from salun_core.certificates.keys import find_signing_key
     from salun_core.retention.purge import purge as step

@@ -19,17 +19,17 @@ def score_shard(
 
     Args:
         model: The model before unlearning.
-        forget_manifest_uri: Address of what is to be forgotten.
-        shard: Which shard of how many, such as 2/8.
+        forget_manifest_uri: Address of the forget set.
+        shard: Number of the shard and number of all shards, such as 2/8.
         sums: The sums of the shard's gradients: a safetensors file.
         model_line: Name of the model line, for the metrics.
-        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
-        run_id: Id of the run, to record in the ledger how far it came.
+        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty without a ledger.
+        run_id: Id of the run, to record its progress in the ledger.
 
     Raises:
-        UsageError: The shard is none.
-        IntegrityError: The data are of another split than the model's.
-        ConflictError: The run has ended: another settled it.
+        UsageError: The shard is malformed.
+        IntegrityError: The data belong to another split than the model.
+        ConflictError: The run has ended: another run settled it.
     """
     from pathlib import Path
 

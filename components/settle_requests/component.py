@@ -19,27 +19,27 @@ def settle_requests(
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Outputs", [("status", str), ("completed", int), ("queued", int), ("failed", int)]
 ):
-    """Complete and certify the requests of a published run, queue those of another again, and free the model line.
+    """Certify the requests of a published run, requeue those of a failed run, and release the model line.
 
-    What counts is what the store shows, not how the steps ended. Settling again is harmless.
+    The state of the store decides, not how the steps ended. The step is idempotent.
 
     Args:
         store_uri: The object store that holds the model lines and the requests, as s3://bucket/prefix.
         model_line: Name of the model line.
         run_id: Id of the run.
-        final_status: How the steps before ended; Kubeflow fills it in.
-        method: The unlearning method of the first recipe, as it was claimed with.
+        final_status: Status of the previous steps; Kubeflow fills it in.
+        method: The unlearning method of the first recipe, as in the claim.
         density: Share of the weights that the first recipe may change.
-        method_config: What differs from the method's default configuration, as JSON text.
+        method_config: Settings that replace the method's defaults, as JSON text.
 
     Returns:
-        status: How the run ended: published, gate_refused, stale_parent or failed; empty where it claimed nothing.
+        status: How the run ended: published, gate_refused, stale_parent or failed; empty if it claimed nothing.
         completed: Requests that were erased and certified.
-        queued: Requests that try again.
+        queued: Requests that are queued again.
         failed: Requests that a person must look at.
 
     Raises:
-        UsageError: There is no signing key where a certificate is due.
+        UsageError: A certificate is due and the signing key is missing.
     """
     from salun_core.steps.claim import is_generative_line, sweep_terms
     from salun_core.steps.settle import settle_requests as step

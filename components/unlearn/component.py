@@ -27,25 +27,25 @@ def unlearn(
     Args:
         model: The model before unlearning.
         mask: The mask of this model and this forget set.
-        forget_manifest_uri: Address of what is to be forgotten.
+        forget_manifest_uri: Address of the forget set.
         unlearned: The model after unlearning, with the facts of its run.
         method: The unlearning method: salun, random_label, retrain, finetune or gradient_ascent.
-        method_config: What differs from the method's default configuration, as JSON text.
+        method_config: Settings that replace the method's defaults, as JSON text.
         seed: Seed of the random labels, the order of the data and the augmentation.
         model_line: Name of the model line, for the metrics.
-        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty where there is none.
-        run_id: Id of the run, to record in the ledger how far it came.
+        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty without a ledger.
+        run_id: Id of the run, to record its progress in the ledger.
         tune: Search for the settings that method_config leaves open, and for the density, on validation data.
-        tune_budget: What the search may spend: passes (200000), time (90s, 15m, 2h) or epochs (20e).
+        tune_budget: Budget of the search: passes (200000), time (90s, 15m, 2h) or epochs (20e).
         policy_uri: The gate policy that bounds the search; only read with tune.
         processes: Processes that share the work in this container; a search runs in one.
 
     Raises:
         UsageError: The method or its configuration is wrong.
         GateRefusedError: The search found no setting within the policy; nothing is written.
-        IntegrityError: The mask is of another model or another forget set.
+        IntegrityError: The mask belongs to another model or forget set.
         ModelError: The loss became NaN or infinite.
-        ConflictError: The run has ended: another settled it.
+        ConflictError: The run has ended: another run settled it.
     """
     from pathlib import Path
 

@@ -109,7 +109,7 @@ def test_secrets_of_single_steps_are_another_version(fake, monkeypatch):
     monkeypatch.setenv("SALUN_S3_SECRETS", "unlearn=A B")
     code, _, error = run("register")
     assert (code, len(fake.versions)) == (2, 1)
-    assert "'A B' is no name of a Secret" in error
+    assert "'A B' is not a valid name of a Secret" in error
 
 
 def test_a_sweep_that_is_submitted_twice_runs_once(fake):

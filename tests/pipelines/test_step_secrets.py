@@ -74,9 +74,9 @@ def test_the_compiler_takes_them(how, tmp_path, monkeypatch):
     ("text", "message"),
     [
         ("fetch_modle=a", "did you mean 'fetch_model'"),
-        ("fetch_model", "'' is no name of a Secret"),
-        ("fetch_model=Upper", "'Upper' is no name of a Secret"),
-        ("fetch_model=a,fetch_model=b", "fetch_model is there twice"),
+        ("fetch_model", "'' is not a valid name of a Secret"),
+        ("fetch_model=Upper", "'Upper' is not a valid name of a Secret"),
+        ("fetch_model=a,fetch_model=b", "fetch_model is given twice"),
     ],
 )
 def test_what_is_no_choice_of_secrets_is_refused(text, message):
