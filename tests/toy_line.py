@@ -23,8 +23,8 @@ from salun_core.requests.schema import DeletionRequest
 from salun_core.storage import FileStore
 from salun_core.storage.keys import blob_key, certificate_key, run_key, scratch_key
 from salun_core.sweeps.claim import Claim, claim
-from salun_core.sweeps.context import Books, Erased
-from salun_core.sweeps.policy import Rung, Terms
+from salun_core.sweeps.context import Erased, SweepContext
+from salun_core.sweeps.policy import Recipe, SweepPolicy
 from salun_core.sweeps.runs import RunRecord, RunStatus
 from salun_core.sweeps.settle import DECISION
 from salun_core.times import utc_clock
@@ -32,12 +32,12 @@ from salun_core.times import utc_clock
 LINE = "toy"
 MODEL = "forgotten.json"
 SAMPLES = 1000
-LADDER = [Rung(method="salun"), Rung(method="salun", density=0.75), Rung(method="retrain", density=1.0)]
+RECIPES = [Recipe(method="salun"), Recipe(method="salun", density=0.75), Recipe(method="retrain", density=1.0)]
 
 
-def terms(**settings: object) -> Terms:
-    """Terms under which every waiting request is due."""
-    return Terms(**{"ladder": LADDER, "min_requests": 1, "lease_seconds": 60, **settings})
+def policy(**settings: object) -> SweepPolicy:
+    """SweepPolicy under which every waiting request is due."""
+    return SweepPolicy(**{"recipes": RECIPES, "min_requests": 1, "lease_seconds": 60, **settings})
 
 
 def sample(number: int) -> str:
@@ -101,7 +101,7 @@ class ToyResolver:
         ids = sorted({name for name in named if name not in self.gone})
         return Resolved(ids, digest_json(ids), len(named))
 
-    def seal(self, requests: Sequence[DeletionRequest]) -> bytes:
+    def freeze_forget_set(self, requests: Sequence[DeletionRequest]) -> bytes:
         return canonical_json(sorted({name for request in requests for name in self.resolve(request).ids}))
 
     @staticmethod
@@ -152,45 +152,47 @@ def run_record(run: str, parent: str, created_at: str, **changes: object) -> Run
     return RunRecord.model_validate({**fields, **rest, "forget_count": 3, "train_count": 20, **changes})
 
 
-def books(store: FileStore, clock=utc_clock) -> Books:
-    return Books(store, clock, ToyCertifier(store))
+def sweep_context(store: FileStore, clock=utc_clock) -> SweepContext:
+    return SweepContext(store, clock, ToyCertifier(store))
 
 
 def resolver_of(store: FileStore):
     return lambda version: ToyResolver(version.digest, frozenset(forgotten(store, version)))
 
 
-def claim_next(of: Books, run: str, line: str = LINE, **settings: object) -> Claim:
-    return claim(of, line, run, terms(**settings), resolver_of(of.store))
+def claim_next(context: SweepContext, run: str, line: str = LINE, **settings: object) -> Claim:
+    return claim(context, line, run, policy(**settings), resolver_of(context.store))
 
 
-def erase(of: Books, record: RunRecord, poison: frozenset[str] = frozenset(), at_last: bool = False) -> str | None:
+def erase(
+    context: SweepContext, record: RunRecord, poison: frozenset[str] = frozenset(), at_last: bool = False
+) -> str | None:
     """Do what the unlearning pipeline does: read the sealed set, judge, publish; None where the gate refused.
 
     Args:
-        of: the books.
+        context: the sweep context.
         record: the run.
         poison: samples that no recipe can forget (or only the last one).
         at_last: whether the last recipe can.
     """
-    store = of.store
+    store = context.store
     stored = store.get(scratch_key(record.run, "forget.json"))
     assert stored is not None
     ids = set(json.loads(stored.data))
     for status in (RunStatus.MASKING, RunStatus.UNLEARNING, RunStatus.EVALUATING):
-        of.runs.advance(record.run, status, "toy", "goes on")
+        context.runs.advance(record.run, status, "toy", "goes on")
     parent = Version(record.parent, read_version(store, record.line, record.parent))
-    if ids & poison and not (at_last and record.rung == len(LADDER) - 1):
+    if ids & poison and not (at_last and record.rung == len(RECIPES) - 1):
         store.put_new(run_key(record.run, DECISION), json.dumps({"passed": False}).encode())
         return None
-    of.runs.advance(record.run, RunStatus.GATED, "toy", "passed")
+    context.runs.advance(record.run, RunStatus.GATED, "toy", "passed")
     gone = forgotten(store, parent) | ids
     version = publish(store, record.line, record.parent, gone, record.run, len(ids), record.method)
-    of.runs.advance(record.run, RunStatus.PUBLISHED, "toy", "published")
+    context.runs.advance(record.run, RunStatus.PUBLISHED, "toy", "published")
     return version
 
 
-def erase_late(of: Books, record: RunRecord) -> None:
+def erase_late(context: SweepContext, record: RunRecord) -> None:
     """Publish as a worker would that slept while its run was settled: its last look at the log is all that it does."""
-    of.runs.advance(record.run, RunStatus.GATED, "toy", "passed")
-    publish(of.store, record.line, record.parent, set(), record.run, 1)
+    context.runs.advance(record.run, RunStatus.GATED, "toy", "passed")
+    publish(context.store, record.line, record.parent, set(), record.run, 1)

@@ -240,7 +240,7 @@ def _show_sweep(facts: dict[str, Any], line: str) -> None:
 def _settle(config: SweepConfig, run: str) -> None:
     from salun_core.steps.settle import settle_requests
 
-    settled = settle_requests(config.store_uri, config.model_line, run, config.terms())
+    settled = settle_requests(config.store_uri, config.model_line, run, config.sweep_policy())
     facts = {"run": run, "status": settled.status, "requests": _statuses(settled), "version": settled.version}
 
     def show() -> None:

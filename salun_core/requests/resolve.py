@@ -58,7 +58,7 @@ class Resolver(Protocol):
         """
         ...
 
-    def seal(self, requests: Sequence[DeletionRequest]) -> bytes:
+    def freeze_forget_set(self, requests: Sequence[DeletionRequest]) -> bytes:
         """Return the document that the run reads: all that the requests name."""
         ...
 
@@ -108,7 +108,7 @@ class TableResolver:
         named = len(target.ids or ()) if isinstance(target, SamplesTarget) else len(found.ids)
         return Resolved(found.ids, found.digest, named, frozenset(concept.pseudo_id for concept in found.concepts))
 
-    def seal(self, requests: Sequence[DeletionRequest]) -> bytes:
+    def freeze_forget_set(self, requests: Sequence[DeletionRequest]) -> bytes:
         """Return the forget set of all requests together, as canonical JSON."""
         return self._set([self._fetch(request.target) for request in requests]).canonical()
 

@@ -26,8 +26,8 @@ from salun_core.storage import FileStore, open_store
 from salun_core.storage.objects import ObjectStore
 from salun_core.storage.probe import ProbedStore, require_safe
 from salun_core.sweeps.claim import Claim, claim, preview
-from salun_core.sweeps.context import Books
-from salun_core.sweeps.policy import Rung, Terms
+from salun_core.sweeps.context import SweepContext
+from salun_core.sweeps.policy import Recipe, SweepPolicy
 from salun_core.tasks.resolve import fetched
 from salun_core.times import Clock, utc_clock
 
@@ -58,7 +58,7 @@ class Claimed:
     claim: Claim | None = None
 
 
-def ladder(method: str, density: float, overrides: Mapping[str, Any], *, generative: bool = False) -> list[Rung]:
+def ladder(method: str, density: float, overrides: Mapping[str, Any], *, generative: bool = False) -> list[Recipe]:
     """Return the recipes that a sweep tries: as asked, then stronger, then with more weights, then a full retraining.
 
     A diffusion model is not retrained by a sweep, which may take weeks: its last recipe frees every weight.
@@ -78,15 +78,15 @@ def ladder(method: str, density: float, overrides: Mapping[str, Any], *, generat
 
         settings = generation_config(method, overrides)
         stronger = {**given, "steps": 2 * settings.steps, "learning_rate": 2 * settings.learning_rate}
-        last = Rung(method=method, density=1.0, method_config=stronger)
+        last = Recipe(method=method, density=1.0, method_config=stronger)
     else:
         config = method_config(method, overrides)
         stronger = {**given, "epochs": 2 * config.epochs, "learning_rate": 3 * config.learning_rate}
-        last = Rung(method="retrain", density=1.0)
+        last = Recipe(method="retrain", density=1.0)
     return [
-        Rung(method=method, density=density, method_config=given),
-        Rung(method=method, density=density, method_config=stronger),
-        Rung(method=method, density=min(1.0, (1 + density) / 2), method_config=stronger),
+        Recipe(method=method, density=density, method_config=given),
+        Recipe(method=method, density=density, method_config=stronger),
+        Recipe(method=method, density=min(1.0, (1 + density) / 2), method_config=stronger),
         last,
     ]
 
@@ -97,15 +97,15 @@ def sweep_terms(
     overrides: Mapping[str, Any],
     *,
     generative: bool = False,
-    **settings: Any,  # noqa: ANN401 - of Terms, which checks them
-) -> Terms:
-    """Return the terms of a sweep: the ladder of a recipe, and the settings of `Terms` that are given.
+    **settings: Any,  # noqa: ANN401 - of SweepPolicy, which checks them
+) -> SweepPolicy:
+    """Return the policy of a sweep: the ladder of a recipe, and the settings of `SweepPolicy` that are given.
 
     Raises:
         UsageError: one is out of range, or the method or its configuration is wrong.
     """
     rungs = ladder(method, density, overrides, generative=generative)
-    return parse(Terms, {"ladder": rungs, **settings}, "the terms of the sweep")
+    return parse(SweepPolicy, {"recipes": rungs, **settings}, "the policy of the sweep")
 
 
 def is_generative_line(store_uri: str, line: str) -> bool:
@@ -140,7 +140,7 @@ def _kind_of(data: bytes) -> type[ModelCard] | type[GenerationCard]:
 
 
 def claim_requests(
-    store_uri: str, model_line: str, run: str, terms: Terms, *, dry_run: bool = False, clock: Clock = utc_clock
+    store_uri: str, model_line: str, run: str, policy: SweepPolicy, *, dry_run: bool = False, clock: Clock = utc_clock
 ) -> Claimed:
     """Claim a batch for a run; see `requests.claiming.claim`.
 
@@ -148,7 +148,7 @@ def claim_requests(
         store_uri: `s3://bucket/prefix`.
         model_line: name of the line.
         run: id of the run.
-        terms: of the sweep.
+        policy: of the sweep.
         dry_run: say what would be claimed, and write nothing.
         clock: gives the time now.
 
@@ -161,23 +161,23 @@ def claim_requests(
     """
     with observed("claim_requests", model_line, RunRef(store_uri, run)):
         store = open_store(store_uri)
-        books = Books(store, clock, ModelCertifier(store), "sweep")
+        context = SweepContext(store, clock, ModelCertifier(store), "sweep")
         if dry_run:
-            waiting, why = preview(books, model_line, terms)
-            return _nothing(terms, f"{waiting} waiting; " + (f"a batch is due: {why}" if why else "no batch is due"))
+            waiting, why = preview(context, model_line, policy)
+            return _nothing(policy, f"{waiting} waiting; " + (f"a batch is due: {why}" if why else "no batch is due"))
         probe_once(store)
-        found = claim(books, model_line, run, terms, lambda version: resolver_of(store, version))
+        found = claim(context, model_line, run, policy, lambda version: resolver_of(store, version))
         record = found.record
         if record is None:
-            return _nothing(terms, found.reason, found)
+            return _nothing(policy, found.reason, found)
         config = json.dumps(record.method_config, sort_keys=True)
         return Claimed(
             len(record.members), found.forget_uri, record.method, record.density, config, found.reason, found
         )
 
 
-def _nothing(terms: Terms, reason: str, found: Claim | None = None) -> Claimed:
-    first = terms.ladder[0]
+def _nothing(policy: SweepPolicy, reason: str, found: Claim | None = None) -> Claimed:
+    first = policy.recipes[0]
     return Claimed(0, "", first.method, first.density, "{}", reason, found)
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from salun_core.certificates.issue import ModelCertifier
 from salun_core.steps.observe import RunRef, observed
 from salun_core.storage import open_store
-from salun_core.sweeps.context import Books
-from salun_core.sweeps.policy import Terms
+from salun_core.sweeps.context import SweepContext
+from salun_core.sweeps.policy import SweepPolicy
 from salun_core.sweeps.settle import Settled, settle
 from salun_core.times import Clock, utc_clock
 
 
 def settle_requests(
-    store_uri: str, model_line: str, run: str, terms: Terms, *, key: Path | None = None, clock: Clock = utc_clock
+    store_uri: str, model_line: str, run: str, policy: SweepPolicy, *, key: Path | None = None, clock: Clock = utc_clock
 ) -> Settled:
     """Settle a run; see `requests.settling.settle`.
 
@@ -22,7 +22,7 @@ def settle_requests(
         store_uri: `s3://bucket/prefix`.
         model_line: name of the line.
         run: id of the run; one that claimed nothing is no error.
-        terms: of the sweep.
+        policy: of the sweep.
         key: file of the signing key; by default the one that $SALUN_SIGNING_KEY names.
         clock: gives the time now.
 
@@ -34,4 +34,4 @@ def settle_requests(
     """
     with observed("settle_requests", model_line, RunRef(store_uri, run)):
         store = open_store(store_uri)
-        return settle(Books(store, clock, ModelCertifier(store, key), "sweep"), model_line, run, terms)
+        return settle(SweepContext(store, clock, ModelCertifier(store, key), "sweep"), model_line, run, policy)

@@ -19,7 +19,7 @@ from salun_core.steps.run import RunConfig, RunOutcome, RunSettings, run_all
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
 from salun_core.storage.leases import read_lease, renew
-from salun_core.sweeps.policy import Terms
+from salun_core.sweeps.policy import SweepPolicy
 from salun_core.sweeps.runs import new_run_id
 from salun_core.sweeps.settle import Settled
 from salun_core.telemetry.logs import get_logger, run_bound
@@ -41,8 +41,8 @@ class SweepConfig(RunSettings):
     purge: bool = Field(default=True, description="afterwards delete what is past its time")
     dry_run: bool = Field(default=False, description="say what would be claimed, and write nothing")
 
-    def terms(self) -> Terms:
-        """Return the terms of the sweep.
+    def sweep_policy(self) -> SweepPolicy:
+        """Return the policy of the sweep.
 
         Raises:
             UsageError: the method or its configuration is wrong.
@@ -109,21 +109,21 @@ def sweep_once(
 
 
 def _sweep(config: SweepConfig, folder: Path, say: Say, run: str, on_trial: OnTrial | None) -> SweepOutcome:
-    terms = config.terms()
+    policy = config.sweep_policy()
     config.check()
     say("claim_requests")
     if config.dry_run:
-        return SweepOutcome(run, claim_requests(config.store_uri, config.model_line, run, terms, dry_run=True))
+        return SweepOutcome(run, claim_requests(config.store_uri, config.model_line, run, policy, dry_run=True))
     signer = load_signing_key()  # one that is missing is better missed now than after the run
-    claimed = claim_requests(config.store_uri, config.model_line, run, terms)
+    claimed = claim_requests(config.store_uri, config.model_line, run, policy)
     outcome, error = None, None
     try:
         if claimed.requests:
-            with _kept_alive(config, run, terms):
+            with _kept_alive(config, run, policy):
                 outcome, error = _erase(config, claimed, folder, say, run, on_trial)
     finally:
         say("settle_requests")
-        settled = settle_requests(config.store_uri, config.model_line, run, terms)
+        settled = settle_requests(config.store_uri, config.model_line, run, policy)
     if config.purge:
         say("purge")
     purged = purge(config.store_uri, signer=signer) if config.purge else None
@@ -147,12 +147,12 @@ def _erase(
 
 
 @contextmanager
-def _kept_alive(config: SweepConfig, run: str, terms: Terms) -> Iterator[None]:
+def _kept_alive(config: SweepConfig, run: str, policy: SweepPolicy) -> Iterator[None]:
     """Renew the lease from a thread of its own as long as the block lasts."""
     store, done = open_store(config.store_uri), threading.Event()
 
     def beat() -> None:
-        while not done.wait(terms.lease_seconds / _BEATS):
+        while not done.wait(policy.lease_seconds / _BEATS):
             try:
                 lease = read_lease(store, config.model_line)
                 if lease is None or lease.holder != run:

@@ -17,8 +17,8 @@ from salun_core.requests.resolve import Resolved, Resolver
 from salun_core.requests.schema import RequestState, Status
 from salun_core.storage.keys import scratch_key, work_key
 from salun_core.storage.leases import Lease, acquire
-from salun_core.sweeps.context import Books, in_parallel
-from salun_core.sweeps.policy import Terms, why_due
+from salun_core.sweeps.context import SweepContext, in_parallel
+from salun_core.sweeps.policy import SweepPolicy, why_due
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord
 from salun_core.sweeps.settle import complete, published_by, recover
 from salun_core.times import as_utc
@@ -35,26 +35,28 @@ class Found:
     recovered: Sequence[str] = ()
 
 
-def first_due(books: Books, line: str, run: str, terms: Terms) -> Found:
+def first_due(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Found:
     """Find the requests that go together with the oldest one that waits."""
     ours = [
-        state for state in books.ledger.open_states(line, [Status.IN_PROGRESS]) if state.last and state.last.run == run
+        state
+        for state in context.ledger.open_states(line, [Status.IN_PROGRESS])
+        if state.last and state.last.run == run
     ]
     if ours:  # an earlier attempt of this very step took them, and was killed before it could record them
         return Found(ours, "claimed before")
-    waiting = books.ledger.standing(Status.QUEUED, line)
-    reason = _why(waiting, books, terms)
+    waiting = context.ledger.standing(Status.QUEUED, line)
+    reason = _why(waiting, context, policy)
     if reason is None:
         return Found([], f"{len(waiting)} waiting, and no batch is due" if waiting else "no request waits")
-    states = _together(books, waiting, terms.max_requests)
+    states = _together(context, waiting, policy.max_requests)
     return Found(states, reason) if states else Found([], "no request waits")
 
 
-def _together(books: Books, waiting: Sequence[IndexEntry], size: int) -> list[RequestState]:
+def _together(context: SweepContext, waiting: Sequence[IndexEntry], size: int) -> list[RequestState]:
     """Read the requests that go with the oldest one, the oldest first, and no more of them than a batch takes."""
     found: list[RequestState] = []
     for start in range(0, _LOOKED_AT * size, size):
-        states = read_entries(books.store, waiting[start : start + size])
+        states = read_entries(context.store, waiting[start : start + size])
         found += [state for state in states if state.status is Status.QUEUED]
         first = min(found, key=lambda state: (state.request.due, state.request.id), default=None)
         together = [state for state in found if first and kind_of(state) == kind_of(first)]
@@ -68,16 +70,16 @@ def kind_of(state: RequestState) -> tuple[str | None, int]:
     return (state.last.group, state.last.rung) if state.last else (None, 0)
 
 
-def _why(waiting: Sequence[IndexEntry], books: Books, terms: Terms) -> str | None:
+def _why(waiting: Sequence[IndexEntry], context: SweepContext, policy: SweepPolicy) -> str | None:
     received = [datetime.fromtimestamp(entry.received, UTC) for entry in waiting]
     returned = sum(entry.n > 1 for entry in waiting)
-    return why_due(received, returned, as_utc(books.clock()), terms)
+    return why_due(received, returned, as_utc(context.clock()), policy)
 
 
-def preview(books: Books, line: str, terms: Terms) -> tuple[int, str | None]:
+def preview(context: SweepContext, line: str, policy: SweepPolicy) -> tuple[int, str | None]:
     """Say what a sweep would do, and write nothing: how many requests wait, and why a batch is due, if one is."""
-    waiting = books.ledger.standing(Status.QUEUED, line)
-    return len(waiting), _why(waiting, books, terms)
+    waiting = context.ledger.standing(Status.QUEUED, line)
+    return len(waiting), _why(waiting, context, policy)
 
 
 FORGET_FILE = "forget.json"
@@ -104,14 +106,16 @@ class Claim:
     recovered: Sequence[str] = ()
 
 
-def claim(books: Books, line: str, run: str, terms: Terms, resolver_of: Callable[[Version], Resolver]) -> Claim:
+def claim(
+    context: SweepContext, line: str, run: str, policy: SweepPolicy, resolver_of: Callable[[Version], Resolver]
+) -> Claim:
     """Claim the next batch of a model line for a run.
 
     Args:
-        books: where requests and runs are recorded.
+        context: where requests and runs are recorded.
         line: the model line.
         run: id of the run.
-        terms: of the sweep.
+        policy: of the sweep.
         resolver_of: builds the resolver for the line's HEAD; called only when a batch is due.
 
     Returns:
@@ -122,43 +126,45 @@ def claim(books: Books, line: str, run: str, terms: Terms, resolver_of: Callable
         UsageError: the line has no HEAD.
     """
     try:
-        lease = acquire(books.store, line, run, terms.lease_seconds)
+        lease = acquire(context.store, line, run, policy.lease_seconds)
     except ConflictError as error:
         return Claim(None, reason=f"{error.what}: {error.why}")
-    record = books.runs.read(run)
+    record = context.runs.read(run)
     if record is not None:
-        return _again(books, record)
-    recovered = recover(books, line, run, terms)
-    found = replace(first_due(books, line, run, terms), recovered=tuple(recovered))
+        return _again(context, record)
+    recovered = recover(context, line, run, policy)
+    found = replace(first_due(context, line, run, policy), recovered=tuple(recovered))
     if not found.states:
         return Claim(None, reason=found.reason, recovered=recovered)
-    return _Batch(books, line, run, terms, lease, resolver_of(_head(books, line))).claim(found)
+    return _Batch(context, line, run, policy, lease, resolver_of(_head(context, line))).claim(found)
 
 
-def _again(books: Books, record: RunRecord) -> Claim:
-    status = books.runs.status(record.run)
+def _again(context: SweepContext, record: RunRecord) -> Claim:
+    status = context.runs.status(record.run)
     if status in ENDED:
         raise ConflictError(f"run {record.run} has ended", f"it is {status}", "start a new run")
-    books.runs.start(record, books.actor)
-    return Claim(record, _uri(books, record.run), "claimed before")
+    context.runs.start(record, context.actor)
+    return Claim(record, _uri(context, record.run), "claimed before")
 
 
-def _head(books: Books, line: str) -> Version:
-    head = read_head(books.store, line)
+def _head(context: SweepContext, line: str) -> Version:
+    head = read_head(context.store, line)
     if head is None:
         raise UsageError(f"model line {line} has no HEAD", "nothing was published", "use `salun model import`")
-    return Version(head[0].version, read_version(books.store, line, head[0].version))
+    return Version(head[0].version, read_version(context.store, line, head[0].version))
 
 
-def _uri(books: Books, run: str) -> str:
-    return f"{books.store.uri}/{scratch_key(run, FORGET_FILE)}"
+def _uri(context: SweepContext, run: str) -> str:
+    return f"{context.store.uri}/{scratch_key(run, FORGET_FILE)}"
 
 
 class _Batch:
     """Claims the requests of one batch."""
 
-    def __init__(self, books: Books, line: str, run: str, terms: Terms, lease: Lease, resolver: Resolver) -> None:
-        self.books, self.line, self.run, self.terms = books, line, run, terms
+    def __init__(
+        self, context: SweepContext, line: str, run: str, policy: SweepPolicy, lease: Lease, resolver: Resolver
+    ) -> None:
+        self.context, self.line, self.run, self.policy = context, line, run, policy
         self.lease, self.resolver = lease, resolver
         self.nothing: list[tuple[RequestState, Resolved]] = []
         self.refused: list[str] = []
@@ -174,18 +180,18 @@ class _Batch:
         outcome = Claim(None, "", found.reason, settled, tuple(self.refused), found.recovered)
         if not taken:
             return replace(outcome, reason="nothing of what was asked is left to erase" if settled else found.reason)
-        data = self.resolver.seal([state.request for state, _ in taken])
+        data = self.resolver.freeze_forget_set([state.request for state, _ in taken])
         record = self._record(taken, kind_of(found.states[0]), sha256_bytes(data))
-        self.books.store.put_new(scratch_key(self.run, FORGET_FILE), data)
-        self.books.runs.start(record, self.books.actor)
-        return replace(outcome, record=record, forget_uri=_uri(self.books, self.run))
+        self.context.store.put_new(scratch_key(self.run, FORGET_FILE), data)
+        self.context.runs.start(record, self.context.actor)
+        return replace(outcome, record=record, forget_uri=_uri(self.context, self.run))
 
     def _not_erased_yet(self, states: Sequence[RequestState]) -> list[RequestState]:
         """Complete what an earlier run published after it was given up for dead, and return the rest."""
         tried = in_parallel(self._earlier_runs, states)
         runs = {run for names in tried for run in names}
-        records = [record for run in runs if (record := self.books.runs.read(run)) is not None]
-        late = {record.run: (record, version) for record in records if (version := published_by(self.books, record))}
+        records = [record for run in runs if (record := self.context.runs.read(run)) is not None]
+        late = {record.run: (record, version) for record in records if (version := published_by(self.context, record))}
         rest = []
         for state, names in zip(states, tried, strict=True):
             record, version = next((late[run] for run in names if run in late), (None, None))
@@ -193,7 +199,7 @@ class _Batch:
             if member is None or version is None:
                 rest.append(state)
             elif (taken := self._take(state, Resolved((), member.forget_digest, member.named))) is not None:
-                complete(self.books, taken[0], member, version, record)
+                complete(self.context, taken[0], member, version, record)
         return rest
 
     def _earlier_runs(self, state: RequestState) -> list[str]:
@@ -201,7 +207,7 @@ class _Batch:
         if state.last is None or state.last.n < 3:  # no run has given it back yet
             return []
         runs: list[str] = []
-        for event in self.books.ledger.events(state.request.id):
+        for event in self.context.ledger.events(state.request.id):
             runs = [] if event.to_status is Status.COMPLETED else [*runs, event.run or ""]
         return [run for run in dict.fromkeys(runs) if run not in {"", self.run}]
 
@@ -217,11 +223,11 @@ class _Batch:
                 self.nothing.append((state, resolved))
                 continue
             larger = together | resolved.samples
-            if chosen and len(larger) > self.terms.max_forget_fraction * self.resolver.train_count:
+            if chosen and len(larger) > self.policy.max_forget_fraction * self.resolver.train_count:
                 continue
             chosen.append((state, resolved))
             together = larger
-            if len(chosen) == self.terms.max_requests:
+            if len(chosen) == self.policy.max_requests:
                 break
         return chosen
 
@@ -235,7 +241,7 @@ class _Batch:
         except SalunError as error:
             reason = f"what it names cannot be resolved ({type(error).__name__})"
         with suppress(ConflictError):  # somebody held or withdrew it in this moment
-            self.books.ledger.move(state.request.id, Status.FAILED, self.books.actor, reason, expect=_number(state))
+            self.context.ledger.move(state.request.id, Status.FAILED, self.context.actor, reason, expect=_number(state))
             self.refused.append(state.request.id)
         return None
 
@@ -244,9 +250,9 @@ class _Batch:
         if state.status is Status.IN_PROGRESS:
             return state, resolved
         group, rung = kind_of(state)
-        actor, epoch = self.books.actor, self.lease.epoch
+        actor, epoch = self.context.actor, self.lease.epoch
         try:
-            event = self.books.ledger.append(
+            event = self.context.ledger.append(
                 state, Status.IN_PROGRESS, actor, "claimed", self.run, epoch=epoch, rung=rung, group=group
             )
         except ConflictError:
@@ -256,8 +262,8 @@ class _Batch:
     def _settle_nothing(self, state: RequestState, resolved: Resolved) -> None:
         taken = self._take(state, resolved)
         if taken is not None:
-            version = Version(self.resolver.version, read_version(self.books.store, self.line, self.resolver.version))
-            complete(self.books, taken[0], _member(*taken), version, None)
+            version = Version(self.resolver.version, read_version(self.context.store, self.line, self.resolver.version))
+            complete(self.context, taken[0], _member(*taken), version, None)
 
     def _record(
         self, taken: Sequence[tuple[RequestState, Resolved]], kind: tuple[str | None, int], sealed: str
@@ -266,15 +272,15 @@ class _Batch:
         ids = sorted({name for _, resolved in taken for name in resolved.ids})
         samples = {sample for _, resolved in taken for sample in resolved.samples}
         rung = self._rung(ids, len(samples), rung)
-        recipe = self.terms.ladder[rung]
+        recipe = self.policy.recipes[rung]
         fields = {
             "run": self.run,
             "line": self.line,
             "parent": self.resolver.version,
             "epoch": self.lease.epoch,
-            "created_at": as_utc(self.books.clock()).isoformat(),
+            "created_at": as_utc(self.context.clock()).isoformat(),
             **recipe.model_dump(),
-            "seed": self.terms.seed,
+            "seed": self.policy.seed,
             "rung": rung,
             "group": group,
             "work_key": self._work(ids, rung),
@@ -290,11 +296,11 @@ class _Batch:
 
         The very same work would be refused again; only the last recipe is repeated, for then a person asked for it.
         """
-        last = len(self.terms.ladder) - 1
-        if samples > self.terms.max_forget_fraction * self.resolver.train_count:
+        last = len(self.policy.recipes) - 1
+        if samples > self.policy.max_forget_fraction * self.resolver.train_count:
             return last
         rung = min(rung, last)
-        while rung < last and self.books.store.get(work_key(self._work(ids, rung))) is not None:
+        while rung < last and self.context.store.get(work_key(self._work(ids, rung))) is not None:
             rung += 1
         return rung
 
@@ -303,9 +309,9 @@ class _Batch:
             "line": self.line,
             "parent": self.resolver.version,
             "forget": ids,
-            "recipe": self.terms.ladder[rung].model_dump(mode="json"),
-            "seed": self.terms.seed,
-            "policy": self.terms.policy_uri,
+            "recipe": self.policy.recipes[rung].model_dump(mode="json"),
+            "seed": self.policy.seed,
+            "policy": self.policy.policy_uri,
         }
         return digest_json(work)
 

@@ -1,4 +1,4 @@
-"""The books of the deletion requests: the ledger, the log of runs and the store, as claiming and settling use them."""
+"""What claiming and settling share: the store, the ledger, the log of runs, the clock and the certifier."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Certifier(Protocol):
 
 
 @dataclass(frozen=True)
-class Books:
+class SweepContext:
     """Where requests and runs are recorded.
 
     Args:

@@ -15,7 +15,7 @@ from salun_core.times import due_after_one_month
 LEASE_SECONDS = 26 * 3600  # longer than the longest step of a run may take
 
 
-class Rung(Document):
+class Recipe(Document):
     """One recipe of the ladder."""
 
     method: str = Field(description="the unlearning method")
@@ -23,10 +23,10 @@ class Rung(Document):
     method_config: dict[str, Any] = Field(default={}, description="what differs from the method's defaults")
 
 
-class Terms(Document):
+class SweepPolicy(Document):
     """How a sweep batches, and what it tries."""
 
-    ladder: list[Rung] = Field(
+    recipes: list[Recipe] = Field(
         min_length=1, description="the recipes; after a refusal the next is tried, and after the last a person decides"
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of each run")
@@ -50,26 +50,26 @@ class Terms(Document):
     )
 
 
-def why_due(received: Sequence[datetime], returned: int, now: datetime, terms: Terms) -> str | None:
+def why_due(received: Sequence[datetime], returned: int, now: datetime, policy: SweepPolicy) -> str | None:
     """Say why a batch is due, or return None while it may wait for more requests.
 
     Args:
         received: when each waiting request was received (UTC).
         returned: how many of them came back from an earlier run: these never wait for company.
         now: the time.
-        terms: of the sweep.
+        policy: of the sweep.
     """
     if not received:
         return None
     oldest = min(received)
     if returned:
         return f"{returned} came back from an earlier run"
-    if len(received) >= terms.min_requests:
-        return f"{len(received)} waiting, and {terms.min_requests} make a batch"
-    if now - oldest > timedelta(hours=terms.max_wait_hours):
-        return f"the oldest has waited for more than {terms.max_wait_hours:g} hours"
-    if due_after_one_month(oldest) - now < timedelta(days=terms.deadline_days):
-        return f"a month ends within {terms.deadline_days:g} days"
+    if len(received) >= policy.min_requests:
+        return f"{len(received)} waiting, and {policy.min_requests} make a batch"
+    if now - oldest > timedelta(hours=policy.max_wait_hours):
+        return f"the oldest has waited for more than {policy.max_wait_hours:g} hours"
+    if due_after_one_month(oldest) - now < timedelta(days=policy.deadline_days):
+        return f"a month ends within {policy.deadline_days:g} days"
     return None
 
 
@@ -90,7 +90,7 @@ class Next:
     reason: str = ""
 
 
-def after_refusal(members: Mapping[str, int], run: str, rung: int, terms: Terms) -> Mapping[str, Next]:
+def after_refusal(members: Mapping[str, int], run: str, rung: int, policy: SweepPolicy) -> Mapping[str, Next]:
     """Decide about the requests of a run that the gate refused.
 
     The batch is halved and each half tries the next recipe, so that a request that no recipe can erase ends alone
@@ -100,20 +100,20 @@ def after_refusal(members: Mapping[str, int], run: str, rung: int, terms: Terms)
         members: attempt by request, in the order of the batch.
         run: the refused run.
         rung: the recipe that was refused.
-        terms: of the sweep.
+        policy: of the sweep.
     """
-    last = len(terms.ladder) - 1
+    last = len(policy.recipes) - 1
     alone = len(members) == 1
     return {
         name: Next(True, rung, None, f"the gate refused it alone, with the last of {last + 1} recipes")
         if alone and rung >= last
-        else _again(attempt, min(rung + 1, last), group, "the gate refused the run", terms)
+        else _again(attempt, min(rung + 1, last), group, "the gate refused the run", policy)
         for name, attempt, group in _halves(members, run)
     }
 
 
 def after_failure(
-    members: Mapping[str, int], run: str, rung: int, group: str | None, terms: Terms
+    members: Mapping[str, int], run: str, rung: int, group: str | None, policy: SweepPolicy
 ) -> Mapping[str, Next]:
     """Decide about the requests of a run that ended without a verdict; from the second time on they are halved.
 
@@ -122,16 +122,16 @@ def after_failure(
         run: the run that failed.
         rung: its recipe, which is tried again.
         group: the half that the run was.
-        terms: of the sweep.
+        policy: of the sweep.
     """
     again = _halves(members, run) if min(members.values()) > 1 else [(name, n, group) for name, n in members.items()]
-    return {name: _again(attempt, rung, half, "the run failed", terms) for name, attempt, half in again}
+    return {name: _again(attempt, rung, half, "the run failed", policy) for name, attempt, half in again}
 
 
-def after_stale(members: Mapping[str, int], rung: int, group: str | None, terms: Terms) -> Mapping[str, Next]:
+def after_stale(members: Mapping[str, int], rung: int, group: str | None, policy: SweepPolicy) -> Mapping[str, Next]:
     """Decide about the requests of a run whose parent was superseded meanwhile: all try again as they were."""
     reason = "another version was published meanwhile"
-    return {name: _again(attempt, rung, group, reason, terms) for name, attempt in members.items()}
+    return {name: _again(attempt, rung, group, reason, policy) for name, attempt in members.items()}
 
 
 def _halves(members: Mapping[str, int], run: str) -> list[tuple[str, int, str | None]]:
@@ -142,7 +142,7 @@ def _halves(members: Mapping[str, int], run: str) -> list[tuple[str, int, str | 
     ]
 
 
-def _again(attempt: int, rung: int, group: str | None, reason: str, terms: Terms) -> Next:
-    if attempt >= terms.max_attempts:
-        return Next(True, rung, None, f"{reason}; all {terms.max_attempts} attempts are used up")
+def _again(attempt: int, rung: int, group: str | None, reason: str, policy: SweepPolicy) -> Next:
+    if attempt >= policy.max_attempts:
+        return Next(True, rung, None, f"{reason}; all {policy.max_attempts} attempts are used up")
     return Next(False, rung, group, reason)

@@ -17,8 +17,8 @@ from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status
 from salun_core.storage.keys import run_key, scratch_prefix, work_key
 from salun_core.storage.leases import release
-from salun_core.sweeps.context import Books, Erased, in_parallel
-from salun_core.sweeps.policy import Next, Terms, after_failure, after_refusal, after_stale
+from salun_core.sweeps.context import Erased, SweepContext, in_parallel
+from salun_core.sweeps.policy import Next, SweepPolicy, after_failure, after_refusal, after_stale
 from salun_core.sweeps.runs import RunMember, RunRecord, RunStatus
 from salun_core.times import as_utc
 
@@ -46,14 +46,14 @@ class Settled:
     failed: Sequence[str] = ()
 
 
-def settle(books: Books, line: str, run: str, terms: Terms) -> Settled:
+def settle(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Settled:
     """Settle a run, remove its scratch files, and give the lease back.
 
     Args:
-        books: where requests and runs are recorded.
+        context: where requests and runs are recorded.
         line: the model line.
         run: the run; one that claimed nothing is no error.
-        terms: of the sweep.
+        policy: of the sweep.
 
     Returns:
         What became of it.
@@ -61,14 +61,14 @@ def settle(books: Books, line: str, run: str, terms: Terms) -> Settled:
     Raises:
         SalunError: a certificate cannot be issued; nothing was completed that has none, and settling again goes on.
     """
-    settled = _settle(books, line, run, terms)
-    for entry in books.store.list(scratch_prefix(run)):
-        books.store.delete(entry.key)
-    release(books.store, line, run)
+    settled = _settle(context, line, run, policy)
+    for entry in context.store.list(scratch_prefix(run)):
+        context.store.delete(entry.key)
+    release(context.store, line, run)
     return settled
 
 
-def recover(books: Books, line: str, run: str, terms: Terms) -> list[str]:
+def recover(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> list[str]:
     """Settle what dead runs left: whoever holds the lease may.
 
     Returns:
@@ -76,30 +76,30 @@ def recover(books: Books, line: str, run: str, terms: Terms) -> list[str]:
     """
     found = []
     others: dict[str, list[str]] = {}
-    for state in books.ledger.open_states(line, [Status.IN_PROGRESS]):
+    for state in context.ledger.open_states(line, [Status.IN_PROGRESS]):
         if state.last and state.last.run and state.last.run != run:
             others.setdefault(state.last.run, []).append(state.request.id)
     for other, requests in others.items():
-        settle(books, line, other, terms)
+        settle(context, line, other, policy)
         found += requests
     return found
 
 
-def _settle(books: Books, line: str, run: str, terms: Terms) -> Settled:
-    record = books.runs.read(run)
+def _settle(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Settled:
+    record = context.runs.read(run)
     if record is None:  # claimed and killed before the run was recorded: it never began
-        left = [s for s in books.ledger.open_states(line, [Status.IN_PROGRESS]) if s.last and s.last.run == run]
-        plan = after_stale(_attempts(left), 0, None, terms) if left else {}
-        return _requeue(books, run, None, left, {name: _unbegun(step, left) for name, step in plan.items()})
-    states = _members(books, record)
-    version = published_by(books, record)
+        left = [s for s in context.ledger.open_states(line, [Status.IN_PROGRESS]) if s.last and s.last.run == run]
+        plan = after_stale(_attempts(left), 0, None, policy) if left else {}
+        return _requeue(context, run, None, left, {name: _unbegun(step, left) for name, step in plan.items()})
+    states = _members(context, record)
+    version = published_by(context, record)
     if version is not None:
-        completed = in_parallel(lambda state: _complete(books, state, record, version), states)
-        _end(books, run, RunStatus.PUBLISHED, "published")
+        completed = in_parallel(lambda state: _complete(context, state, record, version), states)
+        _end(context, run, RunStatus.PUBLISHED, "published")
         return Settled(run, RunStatus.PUBLISHED, version.digest, completed=completed)
-    status, plan = _unpublished(books, record, states, terms)
-    settled = _requeue(books, run, status, states, plan)
-    _end(books, run, status, _REASONS[status])
+    status, plan = _unpublished(context, record, states, policy)
+    settled = _requeue(context, run, status, states, plan)
+    _end(context, run, status, _REASONS[status])
     return settled
 
 
@@ -110,26 +110,26 @@ _REASONS = {
 }
 
 
-def _members(books: Books, record: RunRecord) -> list[RequestState]:
+def _members(context: SweepContext, record: RunRecord) -> list[RequestState]:
     """Return the members that are still in this run's hands."""
-    states = in_parallel(lambda member: books.ledger.state(member.id), record.members)
+    states = in_parallel(lambda member: context.ledger.state(member.id), record.members)
     return [s for s in states if s.status is Status.IN_PROGRESS and s.last and s.last.run == record.run]
 
 
-def published_by(books: Books, record: RunRecord) -> Version | None:
+def published_by(context: SweepContext, record: RunRecord) -> Version | None:
     """Find what a run published: a version of it between HEAD and its parent. None where there is none."""
-    for version in _since(books, record.line, record.parent, record.created_at):
+    for version in _since(context, record.line, record.parent, record.created_at):
         if version.manifest.run == record.run:
             return version
     return None
 
 
-def _since(books: Books, line: str, parent: str, created_at: str) -> Iterator[Version]:
+def _since(context: SweepContext, line: str, parent: str, created_at: str) -> Iterator[Version]:
     """Yield the versions from HEAD back to a parent; after a rollback as far as any can be younger than the run."""
-    head = read_head(books.store, line)
+    head = read_head(context.store, line)
     digest = head[0].version if head else None
     while digest is not None and digest != parent:
-        manifest = read_version(books.store, line, digest)
+        manifest = read_version(context.store, line, digest)
         yield Version(digest, manifest)
         if manifest.created_at < created_at:
             return
@@ -137,23 +137,23 @@ def _since(books: Books, line: str, parent: str, created_at: str) -> Iterator[Ve
 
 
 def _unpublished(
-    books: Books, record: RunRecord, states: Sequence[RequestState], terms: Terms
+    context: SweepContext, record: RunRecord, states: Sequence[RequestState], policy: SweepPolicy
 ) -> tuple[RunStatus, Mapping[str, Next]]:
     attempts = _attempts(states)
-    if _refused(books, record.run):
-        books.store.put_new(work_key(record.work_key), json.dumps({"format": "salun.work/v1"}).encode())
-        plan = after_refusal(attempts, record.run, record.rung, terms) if attempts else {}
+    if _refused(context, record.run):
+        context.store.put_new(work_key(record.work_key), json.dumps({"format": "salun.work/v1"}).encode())
+        plan = after_refusal(attempts, record.run, record.rung, policy) if attempts else {}
         return RunStatus.GATE_REFUSED, plan
-    head = read_head(books.store, record.line)
+    head = read_head(context.store, record.line)
     if head is None or head[0].version != record.parent:
-        return RunStatus.STALE_PARENT, after_stale(attempts, record.rung, record.group, terms)
-    plan = after_failure(attempts, record.run, record.rung, record.group, terms) if attempts else {}
+        return RunStatus.STALE_PARENT, after_stale(attempts, record.rung, record.group, policy)
+    plan = after_failure(attempts, record.run, record.rung, record.group, policy) if attempts else {}
     return RunStatus.FAILED, plan
 
 
-def _refused(books: Books, run: str) -> bool:
+def _refused(context: SweepContext, run: str) -> bool:
     """Return whether the gate refused the run: it left its decision."""
-    stored = books.store.get(run_key(run, DECISION))
+    stored = context.store.get(run_key(run, DECISION))
     if stored is None:
         return False
     try:
@@ -175,14 +175,16 @@ def _unbegun(step: Next, left: Sequence[RequestState]) -> Next:
 
 
 def _requeue(
-    books: Books, run: str, status: RunStatus | None, states: Sequence[RequestState], plan: Mapping[str, Next]
+    context: SweepContext, run: str, status: RunStatus | None, states: Sequence[RequestState], plan: Mapping[str, Next]
 ) -> Settled:
     def move(state: RequestState) -> bool:
         step = plan[state.request.id]
         to = Status.FAILED if step.give_up else Status.QUEUED
         epoch = state.last.epoch if state.last else None
         with suppress(ConflictError):  # a twin of this call was first
-            books.ledger.append(state, to, books.actor, step.reason, run, epoch=epoch, rung=step.rung, group=step.group)
+            context.ledger.append(
+                state, to, context.actor, step.reason, run, epoch=epoch, rung=step.rung, group=step.group
+            )
         return step.give_up
 
     gave_up = in_parallel(move, states)
@@ -191,17 +193,19 @@ def _requeue(
     return Settled(run, status, queued=[name for name in names if name not in failed], failed=failed)
 
 
-def _complete(books: Books, state: RequestState, record: RunRecord, version: Version) -> str:
+def _complete(context: SweepContext, state: RequestState, record: RunRecord, version: Version) -> str:
     member = next(member for member in record.members if member.id == state.request.id)
-    complete(books, state, member, version, record)
+    complete(context, state, member, version, record)
     return state.request.id
 
 
-def complete(books: Books, state: RequestState, member: RunMember, version: Version, record: RunRecord | None) -> None:
+def complete(
+    context: SweepContext, state: RequestState, member: RunMember, version: Version, record: RunRecord | None
+) -> None:
     """Certify one request, complete it, and take what it names out of the store.
 
     Args:
-        books: where requests and runs are recorded.
+        context: where requests and runs are recorded.
         state: the request, in progress.
         member: what the run knew of it.
         version: what has forgotten it, or was searched.
@@ -213,18 +217,18 @@ def complete(books: Books, state: RequestState, member: RunMember, version: Vers
     outcome = Outcome.NOTHING_TO_ERASE
     if record is not None:
         outcome = Outcome.RETRAINED if version.manifest.retrained else Outcome.UNLEARNED
-    now = as_utc(books.clock()).isoformat()
-    books.certifier.certify(Erased(state.request, outcome, version, member, record, now))
+    now = as_utc(context.clock()).isoformat()
+    context.certifier.certify(Erased(state.request, outcome, version, member, record, now))
     assert state.last is not None
     reason = "published" if record else "nothing that it names was trained on"
     run = record.run if record else state.last.run  # what erased it, which need not be what found out
     epoch = record.epoch if record else state.last.epoch
     with suppress(ConflictError):  # a twin of this call was first
-        books.ledger.append(state, Status.COMPLETED, books.actor, reason, run, outcome, epoch=epoch)
-    redact_request(books.store, state.request.id, keep_hashes=True)
+        context.ledger.append(state, Status.COMPLETED, context.actor, reason, run, outcome, epoch=epoch)
+    redact_request(context.store, state.request.id, keep_hashes=True)
 
 
-def _end(books: Books, run: str, status: RunStatus, reason: str) -> None:
+def _end(context: SweepContext, run: str, status: RunStatus, reason: str) -> None:
     """Record how a run ended; one that ended otherwise by its own word keeps that."""
     with suppress(SalunError):
-        books.runs.advance(run, status, books.actor, reason)
+        context.runs.advance(run, status, context.actor, reason)

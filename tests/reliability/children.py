@@ -39,19 +39,19 @@ def late(plan: Plan, line: str, run: str, stop: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     store = journal.JournalStore(plan.uri, plan.journal)
-    books = toy.books(store)
+    context = toy.sweep_context(store)
     for item in plan.asked():
         if item.line == line:
-            books.ledger.submit(item.id, line, toy.target(*item.numbers))
-    claimed = toy.claim_next(books, run, line, **plan.terms)
+            context.ledger.submit(item.id, line, toy.target(*item.numbers))
+    claimed = toy.claim_next(context, run, line, **plan.policy)
     store.hook = sleep
     try:
-        toy.erase(books, claimed.record)
+        toy.erase(context, claimed.record)
         outcome = "published"
     except ConflictError:
         outcome = "refused"
     store.hook = lambda step, key: None
-    settle(books, line, run, toy.terms(**plan.terms))
+    settle(context, line, run, toy.policy(**plan.policy))
     plan.tell(run, outcome)
 
 
@@ -95,22 +95,22 @@ def die_once(plan: Plan, line: str, run: str, step: str, key: str, mutant: str |
             os.kill(os.getpid(), signal.SIGKILL)
 
     with mutants.seeded(mutant):
-        books = toy.books(journal.JournalStore(plan.uri, plan.journal))
-        claimed = toy.claim_next(books, run, line, **plan.terms)
-        books.store.hook = die
-        toy.erase(books, claimed.record)
+        context = toy.sweep_context(journal.JournalStore(plan.uri, plan.journal))
+        claimed = toy.claim_next(context, run, line, **plan.policy)
+        context.store.hook = die
+        toy.erase(context, claimed.record)
 
 
 def sweep_often(plan: Plan, count: int, every: int) -> None:
     """File and erase one request after the other, and note the memory in use every so often."""
     os.environ.update(plan.environ)
-    books = toy.books(journal.JournalStore(plan.uri))
+    context = toy.sweep_context(journal.JournalStore(plan.uri))
     for number in range(count):
         line = plan.lines[number % len(plan.lines)]
-        books.ledger.submit(f"r-{number}", line, toy.target(number // len(plan.lines)))
-        claimed = toy.claim_next(books, f"run-{number}", line, **plan.terms)
-        toy.erase(books, claimed.record)
-        settle(books, line, f"run-{number}", toy.terms(**plan.terms))
+        context.ledger.submit(f"r-{number}", line, toy.target(number // len(plan.lines)))
+        claimed = toy.claim_next(context, f"run-{number}", line, **plan.policy)
+        toy.erase(context, claimed.record)
+        settle(context, line, f"run-{number}", toy.policy(**plan.policy))
         if (number + 1) % every == 0:
             journal.write(plan.journal, kind="memory", sweeps=number + 1, bytes=_resident())
 

@@ -58,7 +58,7 @@ class LostReplies:
 def _operations(store: JournalStore, lost: LostReplies, number: int) -> None:
     """Submit, move, lease and publish on a line of their own; of each the reply to its write is lost."""
     line, request = f"line-{number}", f"r-{number}"
-    books = toy.books(store)
+    context = toy.sweep_context(store)
     kind = number % 5
     keys = (request_key(request), event_key(request, 1), event_key(request, 2), lease_key(line), head_key(line))
     parent = toy.begin(JournalStore(lost.uri), line) if kind == 4 else None
@@ -67,9 +67,9 @@ def _operations(store: JournalStore, lost: LostReplies, number: int) -> None:
         release(JournalStore(lost.uri), line, "run-0")
     lost.waiting.add(keys[kind])
     if kind < 3:
-        books.ledger.submit(request, line, toy.target(1))
-        books.ledger.hold(request, "ana", "identity in doubt")
-        assert [event.n for event in books.ledger.events(request)] == [1, 2]
+        context.ledger.submit(request, line, toy.target(1))
+        context.ledger.hold(request, "ana", "identity in doubt")
+        assert [event.n for event in context.ledger.events(request)] == [1, 2]
     elif kind == 3:
         assert acquire(store, line, "run-1", 60).epoch == 1 + number % 2
         assert acquire(store, line, "run-1", 60).beat == 2 + 2 * (number % 2)

@@ -94,22 +94,22 @@ def _local_clock():
 def _event_first():
     real = toy.publish
 
-    def erase(books, record, *_, **__):
-        sealed = json.loads(books.store.get(scratch_key(record.run, "forget.json")).data)
-        head = toy.head(books.store, record.line)
+    def erase(context, record, *_, **__):
+        sealed = json.loads(context.store.get(scratch_key(record.run, "forget.json")).data)
+        head = toy.head(context.store, record.line)
         for member in record.members:
-            state = books.ledger.state(member.id)
-            settling.complete(books, state, member, Version("f" * 64, head.manifest), record)
-        gone = toy.forgotten(books.store, head) | set(sealed)
-        return real(books.store, record.line, record.parent, gone, record.run, len(sealed), record.method)
+            state = context.ledger.state(member.id)
+            settling.complete(context, state, member, Version("f" * 64, head.manifest), record)
+        gone = toy.forgotten(context.store, head) | set(sealed)
+        return real(context.store, record.line, record.parent, gone, record.run, len(sealed), record.method)
 
     return patch.object(toy, "erase", erase)
 
 
 def _by_its_word(module):
-    def published_by(books, record):
-        ended = books.runs.status(record.run) is RunStatus.PUBLISHED
-        return settling_published_by(books, record) if ended else None
+    def published_by(context, record):
+        ended = context.runs.status(record.run) is RunStatus.PUBLISHED
+        return settling_published_by(context, record) if ended else None
 
     return lambda: patch.object(module, "published_by", published_by)
 

@@ -79,7 +79,7 @@ class Plan:
         return Path(f"/proc/{self.harness}").exists() and not self.told("stop")
 
     @property
-    def terms(self) -> dict[str, int]:
+    def policy(self) -> dict[str, int]:
         """Settings of the sweeps: nobody gives up, for nothing here is impossible."""
         return {"max_requests": self.max_requests, "lease_seconds": self.lease_seconds, "max_attempts": 10_000}
 

@@ -95,9 +95,9 @@ def _sleep_and_wake(plan: Plan, numbers: range) -> int:
     ]
     try:
         harness.wait_until(lambda: all(_is_stopped(process) for process in sleepers), 120)
-        books = toy.books(JournalStore(plan.uri, plan.journal))
+        context = toy.sweep_context(JournalStore(plan.uri, plan.journal))
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(partial(_take_over, plan, books), plan.lines))
+            list(pool.map(partial(_take_over, plan, context), plan.lines))
         for process in sleepers:
             os.kill(process.pid, signal.SIGCONT)
         for process in sleepers:
@@ -113,12 +113,12 @@ def _is_stopped(process: BaseProcess) -> bool:
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def _take_over(plan: Plan, books, line: str) -> None:
+def _take_over(plan: Plan, context, line: str) -> None:
     """Wait for the end of a lease, as the store sees it, and do the work."""
-    harness.wait_until(lambda: holder_of(books.store, line) is None, 60, 0.3)
-    claimed = toy.claim_next(books, f"next-{line}", line, **plan.terms)
-    toy.erase(books, claimed.record)
-    settle(books, line, f"next-{line}", toy.terms(**plan.terms))
+    harness.wait_until(lambda: holder_of(context.store, line) is None, 60, 0.3)
+    claimed = toy.claim_next(context, f"next-{line}", line, **plan.policy)
+    toy.erase(context, claimed.record)
+    settle(context, line, f"next-{line}", toy.policy(**plan.policy))
 
 
 def killed_publishes(uri: str, large: bool, sweep: bool = True) -> Figures:

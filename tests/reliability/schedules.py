@@ -43,17 +43,17 @@ def judge(uri: str, name: str, mutant: str | None) -> Verdict:
 
 def _finish(store: JournalStore, plan: Plan, item: Asked) -> None:
     """Do what the next sweeps would, with the product as it is."""
-    books = toy.books(store)
+    context = toy.sweep_context(store)
     with suppress(Exception):  # a defect may have left the line so that nothing works any more
-        if books.ledger.state(item.id).status is not Status.COMPLETED:
-            _sweep(books, plan, f"after-{item.id}")
+        if context.ledger.state(item.id).status is not Status.COMPLETED:
+            _sweep(context, plan, f"after-{item.id}")
 
 
-def _sweep(books, plan: Plan, run: str) -> None:
-    claimed = toy.claim_next(books, run, LINE, **plan.terms)
+def _sweep(context, plan: Plan, run: str) -> None:
+    claimed = toy.claim_next(context, run, LINE, **plan.policy)
     if claimed.record:
-        toy.erase(books, claimed.record)
-    settle(books, LINE, run, toy.terms())
+        toy.erase(context, claimed.record)
+    settle(context, LINE, run, toy.policy())
 
 
 def _race_at_the_swap(plan: Plan, mutant: str | None) -> None:
@@ -82,10 +82,10 @@ def _stale_parent(plan: Plan, mutant: str | None) -> None:
 
 def _two_claims(plan: Plan, mutant: str | None) -> None:
     """Two claimers have read the same last event."""
-    store, other = JournalStore(plan.uri, plan.journal), toy.books(JournalStore(plan.uri, plan.journal))
-    books, (item,), done = toy.books(store), plan.asked(), []
-    books.ledger.submit(item.id, LINE, toy.target(*item.numbers))
-    state = books.ledger.state(item.id)
+    store, other = JournalStore(plan.uri, plan.journal), toy.sweep_context(JournalStore(plan.uri, plan.journal))
+    context, (item,), done = toy.sweep_context(store), plan.asked(), []
+    context.ledger.submit(item.id, LINE, toy.target(*item.numbers))
+    state = context.ledger.state(item.id)
 
     def first(step: str, key: str) -> None:
         if step == "before put" and key == event_key(item.id, 2) and not done:
@@ -93,14 +93,14 @@ def _two_claims(plan: Plan, mutant: str | None) -> None:
 
     store.hook = first
     with suppress(ConflictError):
-        books.ledger.append(state, Status.IN_PROGRESS, "a", "claimed", run="run-a", epoch=1)
+        context.ledger.append(state, Status.IN_PROGRESS, "a", "claimed", run="run-a", epoch=1)
     assert done
 
 
 def _lost_reply(plan: Plan, mutant: str | None) -> int:
     """The reply to a move is lost on the way; returns how often our own write was called somebody else's."""
     direct, lost = JournalStore(plan.uri, plan.journal), []
-    toy.books(direct).ledger.submit("r-0", LINE, toy.target(0))
+    toy.sweep_context(direct).ledger.submit("r-0", LINE, toy.target(0))
 
     def lose(request: str) -> bytes | None:
         if request.startswith("PUT") and event_key("r-0", 2) in request and not lost:
@@ -110,9 +110,9 @@ def _lost_reply(plan: Plan, mutant: str | None) -> int:
 
     parts = urlsplit(direct.endpoint)
     with FaultProxy((parts.hostname, parts.port), lose) as proxy:
-        books = toy.books(JournalStore(plan.uri, plan.journal, endpoint=proxy.endpoint))
+        context = toy.sweep_context(JournalStore(plan.uri, plan.journal, endpoint=proxy.endpoint))
         try:
-            books.ledger.hold("r-0", "ana", "identity in doubt")
+            context.ledger.hold("r-0", "ana", "identity in doubt")
         except ConflictError:
             return 1
     assert lost
@@ -122,10 +122,10 @@ def _lost_reply(plan: Plan, mutant: str | None) -> int:
 def _second_holder(plan: Plan, mutant: str | None) -> None:
     """A worker whose clock is an hour ahead looks at a lease that was just taken."""
     for run in ("run-a", "run-b"):
-        books = toy.books(JournalStore(plan.uri, plan.journal))
+        context = toy.sweep_context(JournalStore(plan.uri, plan.journal))
         for item in plan.asked():
-            books.ledger.submit(item.id, LINE, toy.target(*item.numbers))
-        toy.claim_next(books, run, LINE, **plan.terms)
+            context.ledger.submit(item.id, LINE, toy.target(*item.numbers))
+        toy.claim_next(context, run, LINE, **plan.policy)
     release(JournalStore(plan.uri, plan.journal), LINE, "run-a")
 
 
@@ -134,7 +134,7 @@ def _killed(step: str, key: str) -> Schedule:
         """A worker dies at a step of its publish."""
         store = JournalStore(plan.uri, plan.journal)
         (item,) = plan.asked()
-        toy.books(store).ledger.submit(item.id, LINE, toy.target(*item.numbers))
+        toy.sweep_context(store).ledger.submit(item.id, LINE, toy.target(*item.numbers))
         child = harness.start(children.die_once, plan, LINE, "run-a", step, key, mutant)
         child.join(120)
         assert child.exitcode == -9

@@ -39,24 +39,24 @@ def test_a_lost_swap_is_ours_even_when_it_has_a_child_by_now(direct):
 
 
 def test_a_lost_move_is_ours_and_a_racing_one_is_refused(direct):
-    books, refused = toy.books(direct), []
-    books.ledger.submit("r-0", LINE, toy.target(0))
-    state = books.ledger.state("r-0")
+    context, refused = toy.sweep_context(direct), []
+    context.ledger.submit("r-0", LINE, toy.target(0))
+    state = context.ledger.state("r-0")
 
     def race():
         try:
-            books.ledger.append(state, Status.CANCELLED, "b", "withdrawn")
+            context.ledger.append(state, Status.CANCELLED, "b", "withdrawn")
         except ConflictError as error:
             refused.append(error)
 
     lost = LostReplies(direct.uri, race)
     lost.waiting.add(event_key("r-0", 2))
     with lost.store() as store:
-        toy.books(store).ledger.hold("r-0", "a", "identity in doubt")
-    assert [event.to_status for event in books.ledger.events("r-0")] == [Status.QUEUED, Status.ON_HOLD]
+        toy.sweep_context(store).ledger.hold("r-0", "a", "identity in doubt")
+    assert [event.to_status for event in context.ledger.events("r-0")] == [Status.QUEUED, Status.ON_HOLD]
     assert len(refused) == 1
-    assert [entry.request for entry in books.ledger.standing(Status.ON_HOLD)] == ["r-0"]
-    assert not books.ledger.standing(Status.CANCELLED)
+    assert [entry.request for entry in context.ledger.standing(Status.ON_HOLD)] == ["r-0"]
+    assert not context.ledger.standing(Status.CANCELLED)
 
 
 def test_a_lost_release_lets_the_next_one_in(direct):
@@ -80,7 +80,7 @@ def test_a_lost_lease_that_a_twin_renews_is_still_that_runs(direct):
 
 
 def test_a_lost_redaction_is_done_once(direct):
-    toy.books(direct).ledger.submit("r-0", LINE, toy.target(0))
+    toy.sweep_context(direct).ledger.submit("r-0", LINE, toy.target(0))
     bodies = []
 
     def redact_too():
@@ -96,20 +96,20 @@ def test_a_lost_redaction_is_done_once(direct):
 
 
 def test_what_a_late_worker_published_between_two_claims_is_its_own_erasure(direct):
-    start, books = toy.begin(direct), toy.books(direct)
-    books.ledger.submit("r-0", LINE, toy.target(0))
-    first = toy.claim_next(books, "run-1")
+    start, context = toy.begin(direct), toy.sweep_context(direct)
+    context.ledger.submit("r-0", LINE, toy.target(0))
+    first = toy.claim_next(context, "run-1")
     release(direct, LINE, "run-1")  # in place of waiting for its end
-    second = toy.claim_next(books, "run-2")
+    second = toy.claim_next(context, "run-2")
     assert list(second.recovered) == ["r-0"]
     toy.publish(direct, LINE, first.record.parent, {"sample-0"}, "run-1", 1)
     with pytest.raises(ConflictError, match="stale parent"):
-        toy.erase(books, second.record)
-    settle(books, LINE, "run-2", toy.terms())
-    toy.claim_next(books, "run-3")
-    settle(books, LINE, "run-3", toy.terms())
-    last = books.ledger.state("r-0").last
+        toy.erase(context, second.record)
+    settle(context, LINE, "run-2", toy.policy())
+    toy.claim_next(context, "run-3")
+    settle(context, LINE, "run-3", toy.policy())
+    last = context.ledger.state("r-0").last
     assert (last.to_status, last.outcome, last.run) == (Status.COMPLETED, Outcome.UNLEARNED, "run-1")
     back = rollback(direct.uri, f"{LINE}@{start}", "ana", "a bad version", reopen=True)
     assert list(back.reopened) == ["r-0"]
-    assert books.ledger.status("r-0") is Status.QUEUED
+    assert context.ledger.status("r-0") is Status.QUEUED

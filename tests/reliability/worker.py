@@ -23,7 +23,7 @@ from salun_core.storage import s3
 from salun_core.storage.keys import blob_key
 from salun_core.storage.leases import holder_of
 from salun_core.storage.objects import FileStore
-from salun_core.sweeps.context import Books
+from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.settle import settle
 from tests import toy_line as toy
 from tests.reliability import journal
@@ -71,10 +71,10 @@ class Worker:
     def __init__(self, plan: Plan, number: int, address: str | None) -> None:
         self.plan, self.number, self.address = plan, number, address
         self.filed = max(0, int(plan.told(f"filed-{number}") or 0) - _AGAIN)
-        self.books = self._books()
+        self.context = self._books()
 
-    def _books(self) -> Books:
-        return toy.books(journal.JournalStore(self.plan.uri, self.plan.journal, endpoint=self.address))
+    def _books(self) -> SweepContext:
+        return toy.sweep_context(journal.JournalStore(self.plan.uri, self.plan.journal, endpoint=self.address))
 
     def file(self) -> None:
         """File what was released of this worker's share; a new process files the last of it again."""
@@ -82,23 +82,23 @@ class Worker:
         for place, item in self.plan.share(self.number):
             if self.filed <= place < released:
                 target = toy.target(*item.numbers)
-                self._step(lambda item=item, target=target: self.books.ledger.submit(item.id, item.line, target))
+                self._step(lambda item=item, target=target: self.context.ledger.submit(item.id, item.line, target))
                 journal.write(self.plan.journal, kind="receipt", id=item.id)
                 self.filed = place + 1
                 self.plan.tell(f"filed-{self.number}", str(self.filed))
 
     def sweep(self, line: str, run: str) -> None:
         """Do one sweep: claim, erase, settle, whatever happens in between."""
-        standing = self.books.ledger.standing
-        if not any(standing(status, line) for status in _OPEN) or holder_of(self.books.store, line):
+        standing = self.context.ledger.standing
+        if not any(standing(status, line) for status in _OPEN) or holder_of(self.context.store, line):
             return
-        claimed = self._step(lambda: toy.claim_next(self.books, run, line, **self.plan.terms))
+        claimed = self._step(lambda: toy.claim_next(self.context, run, line, **self.plan.policy))
         if claimed.record is None and claimed.reason.startswith("another run"):
             return
         if claimed.record:
             with self.noted():
-                self._step(lambda: toy.erase(self.books, claimed.record))
-        self._step(lambda: settle(self.books, line, run, toy.terms(**self.plan.terms)))
+                self._step(lambda: toy.erase(self.context, claimed.record))
+        self._step(lambda: settle(self.context, line, run, toy.policy(**self.plan.policy)))
 
     def _step(self, call: Callable[[], T]) -> T:
         for again in range(_TRIES):
@@ -109,7 +109,7 @@ class Worker:
                 if again == _TRIES - 1:
                     raise
                 journal.forget_clients()
-                self.books = self._books()
+                self.context = self._books()
                 time.sleep(self.plan.backoff * 2**again)
         raise AssertionError("the loop returns or raises")
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from salun_core.sweeps.policy import Rung, Terms, after_failure, after_refusal, after_stale, why_due
+from salun_core.sweeps.policy import Recipe, SweepPolicy, after_failure, after_refusal, after_stale, why_due
 
 NOW = datetime(2028, 2, 20, 12, tzinfo=UTC)
-TERMS = Terms(ladder=[Rung(method="salun"), Rung(method="salun", density=0.75), Rung(method="retrain")])
+POLICY = SweepPolicy(recipes=[Recipe(method="salun"), Recipe(method="salun", density=0.75), Recipe(method="retrain")])
 
 
 def hours(*ages):
@@ -31,12 +31,12 @@ def hours(*ages):
     ],
 )
 def test_a_batch_is_due_by_number_age_or_return(ages, returned, reason):
-    found = why_due(hours(*ages), returned, NOW, TERMS)
+    found = why_due(hours(*ages), returned, NOW, POLICY)
     assert (found is None) if reason is None else reason in found
 
 
 def test_a_batch_is_due_when_a_month_ends_soon():
-    patient = TERMS.model_copy(update={"max_wait_hours": 10_000})
+    patient = POLICY.model_copy(update={"max_wait_hours": 10_000})
     received = datetime(2028, 1, 31, 9, tzinfo=UTC)  # due on 29 February 2028
     eight_days_before = datetime(2028, 2, 21, 9, tzinfo=UTC)
     assert why_due([received], 0, eight_days_before, patient) is None
@@ -44,7 +44,7 @@ def test_a_batch_is_due_when_a_month_ends_soon():
 
 
 def test_a_refused_batch_is_halved_and_climbs():
-    plan = after_refusal({"a": 1, "b": 1, "c": 2}, "run-1", 0, TERMS)
+    plan = after_refusal({"a": 1, "b": 1, "c": 2}, "run-1", 0, POLICY)
     assert {name: (step.group, step.rung, step.give_up) for name, step in plan.items()} == {
         "a": ("run-1-a", 1, False),
         "b": ("run-1-a", 1, False),
@@ -53,22 +53,22 @@ def test_a_refused_batch_is_halved_and_climbs():
 
 
 def test_alone_at_the_last_recipe_a_person_decides():
-    (step,) = after_refusal({"a": 3}, "run-1", 2, TERMS).values()
+    (step,) = after_refusal({"a": 3}, "run-1", 2, POLICY).values()
     assert step.give_up
     assert "last of 3 recipes" in step.reason
-    several = after_refusal({"a": 3, "b": 3}, "run-1", 2, TERMS)
+    several = after_refusal({"a": 3, "b": 3}, "run-1", 2, POLICY)
     assert {(step.rung, step.give_up) for step in several.values()} == {(2, False)}
 
 
 def test_a_failed_run_is_halved_from_the_second_time_on():
-    first = after_failure({"a": 1, "b": 1}, "run-1", 1, "half", TERMS)
+    first = after_failure({"a": 1, "b": 1}, "run-1", 1, "half", POLICY)
     assert {(step.group, step.rung) for step in first.values()} == {("half", 1)}
-    second = after_failure({"a": 2, "b": 2}, "run-2", 1, "half", TERMS)
+    second = after_failure({"a": 2, "b": 2}, "run-2", 1, "half", POLICY)
     assert [step.group for step in second.values()] == ["run-2-a", "run-2-b"]
 
 
 def test_a_stale_run_tries_again_as_it_was():
-    (step,) = after_stale({"a": 1}, 1, "half", TERMS).values()
+    (step,) = after_stale({"a": 1}, 1, "half", POLICY).values()
     assert (step.group, step.rung, step.give_up) == ("half", 1, False)
 
 
@@ -76,7 +76,7 @@ def test_a_stale_run_tries_again_as_it_was():
 def test_halving_loses_nobody_and_ends(size, rung, attempt):
     """Every group gets smaller or climbs, so that each request is erased, or ends alone, within bounded runs."""
     members = {f"r-{number}": attempt for number in range(size)}
-    plan = after_refusal(members, "run-1", rung, TERMS)
+    plan = after_refusal(members, "run-1", rung, POLICY)
     assert set(plan) == set(members)
     groups: dict[str, int] = {}
     for step in plan.values():
@@ -88,9 +88,9 @@ def test_halving_loses_nobody_and_ends(size, rung, attempt):
 
 def test_attempts_are_bounded_however_a_run_ends():
     for plan in (
-        after_refusal({"a": 10}, "run-1", 0, TERMS),
-        after_failure({"a": 10}, "run-1", 0, None, TERMS),
-        after_stale({"a": 10}, 0, None, TERMS),
+        after_refusal({"a": 10}, "run-1", 0, POLICY),
+        after_failure({"a": 10}, "run-1", 0, None, POLICY),
+        after_stale({"a": 10}, 0, None, POLICY),
     ):
         (step,) = plan.values()
         assert step.give_up

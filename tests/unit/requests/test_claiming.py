@@ -26,70 +26,70 @@ def concept(number):
 
 
 @pytest.fixture
-def books(store):
+def context(store):
     toy.begin(store)
-    return toy.books(store)
+    return toy.sweep_context(store)
 
 
-def submit(books, *targets):
+def submit(context, *targets):
     """File requests `r-0`, `r-1`…, each a minute after the one before."""
     start = utc_clock() - timedelta(hours=1)
     for number, target in enumerate(targets):
-        books.ledger.submit(f"r-{number}", toy.LINE, target, start + timedelta(minutes=number))
+        context.ledger.submit(f"r-{number}", toy.LINE, target, start + timedelta(minutes=number))
 
 
-def claimed(books, table, split, **settings):
+def claimed(context, table, split, **settings):
     def resolver_of(version):
         return TableResolver(version.digest, table, split, generative=True)
 
-    return claim(books, toy.LINE, "run-1", toy.terms(**settings), resolver_of)
+    return claim(context, toy.LINE, "run-1", toy.policy(**settings), resolver_of)
 
 
-def test_a_line_without_data_claims_concepts_with_its_first_recipe(books):
-    submit(books, concept(0), concept(1), concept(0), ClassTarget(class_id=3))
-    found = claimed(books, None, EMPTY, max_forget_fraction=0.01)
+def test_a_line_without_data_claims_concepts_with_its_first_recipe(context):
+    submit(context, concept(0), concept(1), concept(0), ClassTarget(class_id=3))
+    found = claimed(context, None, EMPTY, max_forget_fraction=0.01)
     record = found.record
     assert [member.id for member in record.members] == ["r-0", "r-1", "r-2"]
     assert [(member.found, member.named) for member in record.members] == [(1, 1)] * 3
     assert (record.forget_count, record.train_count, record.rung, record.method) == (2, 0, 0, "salun")
     assert list(found.refused) == ["r-3"]
-    sealed = ForgetSet.model_validate_json(books.store.get(scratch_key("run-1", "forget.json")).data)
+    sealed = ForgetSet.model_validate_json(context.store.get(scratch_key("run-1", "forget.json")).data)
     assert sealed.digest == record.forget_sha256
     assert len(sealed.concepts) == 2
-    assert [books.ledger.status(f"r-{number}") for number in range(3)] == [Status.IN_PROGRESS] * 3
+    assert [context.ledger.status(f"r-{number}") for number in range(3)] == [Status.IN_PROGRESS] * 3
 
 
-def test_no_concept_counts_against_the_share_but_classes_do(books):
+def test_no_concept_counts_against_the_share_but_classes_do(context):
     data = load_data(DataSpec(source="digits"))
-    submit(books, ClassTarget(class_id=3), *map(concept, range(5)), ClassTarget(class_id=4), concept(9))
-    found = claimed(books, data.table, data.split, max_forget_fraction=0.12)
+    submit(context, ClassTarget(class_id=3), *map(concept, range(5)), ClassTarget(class_id=4), concept(9))
+    found = claimed(context, data.table, data.split, max_forget_fraction=0.12)
     assert [member.id for member in found.record.members] == [*(f"r-{number}" for number in range(6)), "r-7"]
     assert found.record.rung == 0
-    assert books.ledger.status("r-6") is Status.QUEUED
+    assert context.ledger.status("r-6") is Status.QUEUED
 
 
-def test_a_class_beyond_the_share_still_goes_alone_and_with_the_last_recipe(books):
+def test_a_class_beyond_the_share_still_goes_alone_and_with_the_last_recipe(context):
     data = load_data(DataSpec(source="digits"))
-    submit(books, ClassTarget(class_id=3), concept(1))
-    found = claimed(books, data.table, data.split, max_forget_fraction=0.01)
+    submit(context, ClassTarget(class_id=3), concept(1))
+    found = claimed(context, data.table, data.split, max_forget_fraction=0.01)
     assert [member.id for member in found.record.members] == ["r-0"]
-    assert (found.record.rung, found.record.method) == (len(toy.LADDER) - 1, "retrain")
+    assert (found.record.rung, found.record.method) == (len(toy.RECIPES) - 1, "retrain")
 
 
-def test_single_samples_become_a_dead_letter_and_hold_nothing_back(books):
-    submit(books, SamplesTarget(ids=["unknown"]), concept(1))
-    found = claimed(books, None, EMPTY)
+def test_single_samples_become_a_dead_letter_and_hold_nothing_back(context):
+    submit(context, SamplesTarget(ids=["unknown"]), concept(1))
+    found = claimed(context, None, EMPTY)
     assert [member.id for member in found.record.members] == ["r-1"]
-    assert books.ledger.status("r-0") is Status.FAILED
-    assert "UsageError" in books.ledger.state("r-0").last.reason
+    assert context.ledger.status("r-0") is Status.FAILED
+    assert "UsageError" in context.ledger.state("r-0").last.reason
 
 
-def test_no_prompt_leaves_the_request_and_the_sealed_set(books, caplog, capfd):
-    submit(books, concept(1), concept(2))
-    claimed(books, None, EMPTY)
+def test_no_prompt_leaves_the_request_and_the_sealed_set(context, caplog, capfd):
+    submit(context, concept(1), concept(2))
+    claimed(context, None, EMPTY)
     allowed = {request_key("r-0"), request_key("r-1"), scratch_key("run-1", "forget.json")}
-    holding = {entry.key for entry in books.store.list("") if b"secret" in books.store.get(entry.key).data}
+    holding = {entry.key for entry in context.store.list("") if b"secret" in context.store.get(entry.key).data}
     assert holding == allowed
-    assert json.loads(books.store.get(run_key("run-1", "run.json")).data)["forget_count"] == 2
+    assert json.loads(context.store.get(run_key("run-1", "run.json")).data)["forget_count"] == 2
     told = capfd.readouterr()
     assert "secret" not in caplog.text + told.out + told.err

@@ -40,7 +40,7 @@ def test_a_concept_is_one_thing_that_no_data_set_holds(digits):
 def test_what_is_sealed_is_the_digest_of_the_forget_set(digits):
     resolver = TableResolver("v", digits.table, digits.split, generative=True)
     for targets in ([CONCEPT], [ClassTarget(class_id=7)], [CONCEPT, ClassTarget(class_id=7)]):
-        sealed = resolver.seal([request(target) for target in targets])
+        sealed = resolver.freeze_forget_set([request(target) for target in targets])
         document = parse(ForgetSet, json.loads(sealed), "sealed")
         assert document == resolve_forget(targets, digits.table, digits.split, generative=True)
         assert sha256_bytes(sealed) == document.digest
