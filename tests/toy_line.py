@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from salun_core.certificates.issue import CertificateInput
 from salun_core.data.forget_set import RedactedTarget, SamplesTarget
 from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import UsageError
@@ -23,7 +24,7 @@ from salun_core.requests.schema import DeletionRequest
 from salun_core.storage import FileStore
 from salun_core.storage.keys import blob_key, certificate_key, run_key, scratch_key
 from salun_core.sweeps.claim import Claim, claim
-from salun_core.sweeps.context import Erased, SweepContext
+from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.policy import Recipe, SweepPolicy
 from salun_core.sweeps.runs import RunRecord, RunStatus
 from salun_core.sweeps.settle import DECISION
@@ -125,9 +126,9 @@ class ToyCertifier:
     def __init__(self, store: FileStore) -> None:
         self._store = store
 
-    def certify(self, erased: Erased) -> str:
-        body = {"request": erased.request.id, "version": erased.version.digest, "outcome": erased.outcome}
-        data, key = canonical_json(body), certificate_key(erased.request.id)
+    def certify(self, facts: CertificateInput) -> str:
+        body = {"request": facts.request.id, "version": facts.version.digest, "outcome": facts.outcome}
+        data, key = canonical_json(body), certificate_key(facts.request.id)
         stored = self._store.get(key)
         if stored is None:
             self._store.put_new(key, data)

@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from salun_core.registry.lookup import Version
+from salun_core.certificates.issue import CertificateInput
 from salun_core.requests.ledger import Ledger
-from salun_core.requests.schema import DeletionRequest, Outcome
 from salun_core.storage.objects import FileStore
-from salun_core.sweeps.runs import RunLog, RunMember, RunRecord
+from salun_core.sweeps.runs import RunLog
 from salun_core.times import Clock
 
 _WORKERS = 16
@@ -19,31 +18,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Erased:
-    """All that a certificate says of one request.
-
-    Args:
-        request: the request.
-        outcome: how it was met.
-        version: the version that has forgotten it, or that was searched.
-        member: what the run knew of it.
-        record: the run; None where there was nothing to erase.
-        completed_at: when, ISO 8601 in UTC.
-    """
-
-    request: DeletionRequest
-    outcome: Outcome
-    version: Version
-    member: RunMember
-    record: RunRecord | None
-    completed_at: str
-
-
 class Certifier(Protocol):
     """Issues the certificate of one request; doing it again gives the same one."""
 
-    def certify(self, erased: Erased) -> str:
+    def certify(self, facts: CertificateInput) -> str:
         """Write the certificate and return its SHA-256."""
         ...
 

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from salun_core.certificates.issue import CertificateInput
 from salun_core.errors import ConflictError, SalunError
 from salun_core.registry.lookup import Version, read_head, read_version
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status
 from salun_core.storage.keys import run_key, scratch_prefix, work_key
 from salun_core.storage.leases import release
-from salun_core.sweeps.context import Erased, SweepContext, in_parallel
+from salun_core.sweeps.context import SweepContext, in_parallel
 from salun_core.sweeps.policy import Next, SweepPolicy, after_failure, after_refusal, after_stale
 from salun_core.sweeps.runs import RunMember, RunRecord, RunStatus
 from salun_core.times import as_utc
@@ -217,8 +218,23 @@ def complete(
     outcome = Outcome.NOTHING_TO_ERASE
     if record is not None:
         outcome = Outcome.RETRAINED if version.manifest.retrained else Outcome.UNLEARNED
-    now = as_utc(context.clock()).isoformat()
-    context.certifier.certify(Erased(state.request, outcome, version, member, record, now))
+    context.certifier.certify(
+        CertificateInput(
+            request=state.request,
+            outcome=outcome,
+            completed_at=as_utc(context.clock()).isoformat(),
+            version=version,
+            forget_digest=member.forget_digest,
+            salt=member.salt,
+            found=member.found,
+            named=member.named,
+            attempt=member.attempt,
+            level=record.rung if record else 0,
+            run=record.run if record else None,
+            epoch=record.epoch if record else None,
+            frozen_digest=record.forget_sha256 if record else None,
+        )
+    )
     assert state.last is not None
     reason = "published" if record else "nothing that it names was trained on"
     run = record.run if record else state.last.run  # what erased it, which need not be what found out

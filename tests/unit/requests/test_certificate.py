@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from salun_core.certificates.envelope import PAYLOAD_TYPE, keyid, sign
-from salun_core.certificates.issue import Facts, build_statement, certify, issue, issue_addendum, salted_digest
+from salun_core.certificates.issue import (
+    CertificateInput,
+    VersionDocuments,
+    build_statement,
+    certify,
+    issue,
+    issue_addendum,
+    salted_digest,
+)
 from salun_core.certificates.statement import (
     DisposalAddendum,
     DisposalDone,
-    Disposals,
     ErasureCertificate,
     open_statement,
 )
@@ -22,6 +30,7 @@ from salun_core.digest import canonical_json, digest_json, sha256_bytes
 from salun_core.errors import GateRefusedError, IntegrityError, UsageError
 from salun_core.evaluation.evidence import Evidence, Forgotten, Integrity, Measured, Metric, RunFacts
 from salun_core.gate import decide, load_policy
+from salun_core.registry.lookup import Version
 from salun_core.registry.manifest import VersionManifest
 from salun_core.requests.schema import DeletionRequest, Outcome
 from salun_core.storage.keys import addendum_key, certificate_key
@@ -81,38 +90,37 @@ def evidence_of(after=WEIGHTS, method="salun"):
     )
 
 
-def facts_of(files=None, outcome=Outcome.UNLEARNED, **changed):
+def judged(evidence):
+    """The documents of a version: its evidence, and the decision that the gate made on it."""
+    return VersionDocuments(OTHER, evidence, decide(evidence, load_policy("classifier")).model_dump(mode="json"))
+
+
+def input_of(files=None, outcome=Outcome.UNLEARNED, documents=None, **changed):
+    """What a certificate is made from: the sweep's input, and the version's documents."""
     files = files or {"model.safetensors": b"weights", "model.json": b"{}"}
     method = "retrain" if outcome is Outcome.RETRAINED else "salun"
     manifest = manifest_of(files, method)
-    evidence = evidence_of(sha256_bytes(files["model.safetensors"]), method)
-    decision = decide(evidence, load_policy("classifier")).model_dump(mode="json")
+    documents = documents or judged(evidence_of(sha256_bytes(files["model.safetensors"]), method))
     fields = {
         "request": REQUEST,
         "outcome": outcome,
         "completed_at": "2026-02-03T11:00:00.250000+00:00",
-        "version": manifest.digest,
-        "manifest": manifest,
-        "split_digest": OTHER,
+        "version": Version(manifest.digest, manifest),
+        "salt": secrets.token_hex(16),
         "forget_digest": digest_json({"ids": [CANARIES[2]]}),
         "found": 3,
         "named": 4,
         "run": "run-7",
         "epoch": 2,
-        "evidence": evidence,
-        "decision": decision,
-        "disposals": Disposals(
-            done=[{"what": "resolved ids", "at": "2026-02-03T11:00:00+00:00"}],
-            due=[{"what": "superseded weights", "by": "2026-03-05T10:00:00+00:00"}],
-        ),
-        "environment": {"cpu": "x86"},
-        "code_commit": "8d062e0",
+        "frozen_digest": OTHER,
     }
-    return Facts(**{**fields, **changed})
+    return CertificateInput(**{**fields, **changed}), documents
 
 
 def nothing(**changed):
-    return facts_of(outcome=Outcome.NOTHING_TO_ERASE, **{"evidence": None, "decision": None, "found": 0, **changed})
+    """Input about a request that names nothing to erase."""
+    fields = {"found": 0, "run": None, "epoch": None, "frozen_digest": None}
+    return input_of(outcome=Outcome.NOTHING_TO_ERASE, **{**fields, **changed})
 
 
 def opened(data, key=KEY):
@@ -125,130 +133,124 @@ def read(store, key=KEY):
 
 
 def test_a_certificate_says_what_was_done_and_measured():
-    facts = facts_of()
-    certificate = opened(certify(facts, KEY))
+    facts, documents = input_of()
+    evidence = documents.evidence
+    certificate = opened(certify(facts, documents, KEY))
     erasure = certificate.predicate
     assert {item.name: item.digest.sha256 for item in certificate.subject} == {
         "model.json": sha256_bytes(b"{}"),
         "model.safetensors": WEIGHTS,
     }
-    assert (erasure.model.version, erasure.model.parent) == (facts.version, OTHER)
-    assert erasure.procedure.config_digest == digest_json(facts.evidence.run.config)
-    assert erasure.procedure.config == facts.evidence.run.config
+    assert (erasure.model.version, erasure.model.parent) == (facts.version.digest, OTHER)
+    assert erasure.procedure.config_digest == digest_json(evidence.run.config)
+    assert erasure.procedure.config == evidence.run.config
     assert (erasure.procedure.seed, erasure.procedure.density, erasure.procedure.mask_digest) == (3, 0.5, OTHER)
-    assert erasure.provenance.environment == {"torch": "2.13.0", "device": "cpu", "cpu": "x86"}
+    assert erasure.provenance.environment == {"torch": "2.13.0", "device": "cpu"}
     found = {metric.name: metric for metric in erasure.metrics}
-    assert found.keys() == facts.evidence.metrics.keys()
-    assert found["UA"].model_dump(exclude={"name"}) == facts.evidence.metrics["UA"].model_dump()
-    assert found["TA"].model_dump(exclude={"name"}) == facts.evidence.metrics["TA"].model_dump()
+    assert found.keys() == evidence.metrics.keys()
+    assert found["UA"].model_dump(exclude={"name"}) == evidence.metrics["UA"].model_dump()
+    assert found["TA"].model_dump(exclude={"name"}) == evidence.metrics["TA"].model_dump()
     assert found["MIA_entropy"].before is None  # NaN has no JSON
-    assert [verdict.rule for verdict in erasure.gate.verdicts] == [item["rule"] for item in facts.decision["verdicts"]]
+    assert [verdict.rule for verdict in erasure.gate.verdicts] == [
+        item["rule"] for item in documents.decision["verdicts"]
+    ]
     assert erasure.debt.fraction == 0.05
     assert erasure.signer == keyid(KEY.public_key())
     assert "does not prove" in erasure.statement
 
 
 def test_the_forget_set_is_known_only_to_who_knows_it():
-    first, second = facts_of(), facts_of()
-    digests = [opened(certify(facts, KEY)).predicate.forgotten for facts in (first, second)]
+    first, second = input_of(), input_of()
+    digests = [opened(certify(*given, KEY)).predicate.forgotten for given in (first, second)]
     assert digests[0].digest != digests[1].digest
-    assert all(found.digest == salted_digest(found.salt, first.forget_digest) for found in digests)
-    assert first.forget_digest.encode() not in build_statement(first, OTHER).canonical()
+    assert all(found.digest == salted_digest(found.salt, first[0].forget_digest) for found in digests)
+    assert first[0].forget_digest.encode() not in build_statement(*first, OTHER).canonical()
 
 
 def test_nothing_personal_is_copied():
-    text = build_statement(facts_of(), OTHER).canonical().decode()
+    text = build_statement(*input_of(), OTHER).canonical().decode()
     assert [canary for canary in CANARIES if canary in text] == []
 
 
 def test_nothing_to_erase_is_certified_of_the_version_that_was_searched():
-    facts = nothing()
-    document = json.loads(build_statement(facts, OTHER).canonical())["predicate"]
-    assert document["model"]["version"] == facts.version
+    given = nothing()
+    document = json.loads(build_statement(*given, OTHER).canonical())["predicate"]
+    assert document["model"]["version"] == given[0].version.digest
     assert not {"procedure", "metrics", "gate", "supersedes"} & document.keys()
     assert "parent" not in document["model"]
 
 
-REFUSED = decide(evidence_of().model_copy(update={"metrics": {}}), load_policy("classifier")).model_dump(mode="json")
-
-
-def judged(evidence):
-    """Evidence, with the decision that the gate made on it."""
-    return {"evidence": evidence, "decision": decide(evidence, load_policy("classifier")).model_dump(mode="json")}
-
-
-SALUN = {"manifest": facts_of().manifest, **judged(evidence_of())}
+JUDGED = judged(evidence_of())
+OTHERS = judged(evidence_of().model_copy(update={"metrics": {}}))
+SALUN = input_of()[0].version
 CONTRADICTIONS = {
-    "another version": ({"version": OTHER}, "manifest"),
+    "another version": ({"version": Version(OTHER, SALUN.manifest)}, "manifest"),
     "another line": ({"request": REQUEST.model_copy(update={"model_line": "cars"})}, "cars"),
-    "no evidence": ({"evidence": None}, "missing"),
-    "no decision": ({"decision": None}, "missing"),
+    "no evidence": ({"documents": replace(JUDGED, evidence=None)}, "missing"),
+    "no decision": ({"documents": replace(JUDGED, decision=None)}, "missing"),
     "none found": ({"found": 0}, "missing"),
-    "another model measured": (judged(evidence_of(after=OTHER)), "another model"),
-    "another method measured": (judged(evidence_of(method="finetune")), "another model"),
-    "a decision of other evidence": ({"decision": REFUSED}, "gate judged"),
-    "retrained, it says": (
-        {**SALUN, "version": SALUN["manifest"].digest, "outcome": Outcome.RETRAINED},
-        "made by salun",
-    ),
-    "nothing to erase, but evidence": ({"outcome": Outcome.NOTHING_TO_ERASE, "found": 0}, "nothing was erased"),
+    "another forget set": ({"frozen_digest": WEIGHTS}, "the claimed forget set"),
+    "another model measured": ({"documents": judged(evidence_of(after=OTHER))}, "another model"),
+    "another method measured": ({"documents": judged(evidence_of(method="finetune"))}, "another model"),
+    "a decision of other evidence": ({"documents": replace(JUDGED, decision=OTHERS.decision)}, "gate's decision"),
+    "retrained, it says": ({"version": SALUN, "documents": JUDGED, "outcome": Outcome.RETRAINED}, "made by salun"),
+    "nothing to erase, but samples": ({"outcome": Outcome.NOTHING_TO_ERASE, "run": None}, "nothing was erased"),
+    "nothing to erase, but a run": ({"outcome": Outcome.NOTHING_TO_ERASE, "found": 0}, "nothing was erased"),
 }
 
 
 @pytest.mark.parametrize(("changed", "why"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
 def test_facts_that_contradict_each_other_are_not_signed(changed, why):
     with pytest.raises(IntegrityError, match=why):
-        certify(facts_of(**changed), KEY)
+        certify(*input_of(**changed), KEY)
 
 
 def test_a_retrained_version_is_certified_as_such():
-    assert opened(certify(facts_of(outcome=Outcome.RETRAINED), KEY)).predicate.procedure.method == "retrain"
+    assert opened(certify(*input_of(outcome=Outcome.RETRAINED), KEY)).predicate.procedure.method == "retrain"
 
 
 def test_a_refused_version_is_not_certified():
     with pytest.raises(GateRefusedError):
-        certify(facts_of(decision={**facts_of().decision, "passed": False}), KEY)
+        certify(*input_of(documents=replace(JUDGED, decision={**JUDGED.decision, "passed": False})), KEY)
 
 
 def test_a_configuration_without_a_canonical_form_is_not_signed():
     evidence = evidence_of()
     run = evidence.run.model_copy(update={"config": {"learning_rate": float("nan")}})
-    evidence = evidence.model_copy(update={"run": run})
-    decision = decide(evidence, load_policy("classifier")).model_dump(mode="json")
     with pytest.raises(IntegrityError, match="canonical"):
-        certify(facts_of(evidence=evidence, decision=decision), KEY)
+        certify(*input_of(documents=judged(evidence.model_copy(update={"run": run}))), KEY)
 
 
-@pytest.mark.parametrize("facts", [facts_of, nothing])
-def test_a_settle_that_repeats_ends_with_one_certificate(store, facts):
-    first = issue(store, facts(), KEY)
-    assert issue(store, facts(completed_at="2026-02-03T12:00:00+00:00"), KEY) == first  # other time, other salt
+@pytest.mark.parametrize("given", [input_of, nothing])
+def test_a_settle_that_repeats_ends_with_one_certificate(store, given):
+    first = issue(store, *given(), KEY)
+    assert issue(store, *given(completed_at="2026-02-03T12:00:00+00:00"), KEY) == first  # other time, other salt
     assert read(store)[0] == first
     assert list(store.list("addenda/")) == []
 
 
 def test_another_outcome_supersedes_the_certificate_and_keeps_it(store):
-    first = issue(store, nothing(), KEY)
+    first = issue(store, *nothing(), KEY)
     before = store.get(certificate_key("r-1")).data
-    second = issue(store, facts_of(), KEY)
+    second = issue(store, *input_of(), KEY)
     digest, erasure = read(store)
     assert (digest, erasure.supersedes, erasure.outcome) == (second, first, Outcome.UNLEARNED)
     assert store.get(addendum_key("r-1", f"certificate-{first[:12]}.json")).data == before
-    assert issue(store, facts_of(), KEY) == second
+    assert issue(store, *input_of(), KEY) == second
 
 
 def test_a_settle_killed_between_copy_and_replacement_is_finished_by_the_next(store):
-    first = issue(store, nothing(), KEY)
+    first = issue(store, *nothing(), KEY)
     store.put_new(addendum_key("r-1", f"certificate-{first[:12]}.json"), store.get(certificate_key("r-1")).data)
-    second = issue(store, facts_of(), KEY)
+    second = issue(store, *input_of(), KEY)
     assert read(store)[0] == second
     assert len(list(store.list("addenda/"))) == 1
 
 
 def test_a_certificate_of_another_key_is_superseded_not_believed(store):
     stranger = Ed25519PrivateKey.generate()
-    first = issue(store, facts_of(), stranger)
-    second = issue(store, facts_of(), KEY)
+    first = issue(store, *input_of(), stranger)
+    second = issue(store, *input_of(), KEY)
     assert second != first
     assert read(store)[1].supersedes == first
 
@@ -256,8 +258,8 @@ def test_a_certificate_of_another_key_is_superseded_not_believed(store):
 class _Rival:
     """The store, where another settle of the same request is faster once."""
 
-    def __init__(self, store, facts):
-        self._store, self._facts = store, facts
+    def __init__(self, store, given):
+        self._store, self._given = store, given
         self.winner = None
 
     def __getattr__(self, name):
@@ -266,39 +268,39 @@ class _Rival:
     def get(self, key):
         found = self._store.get(key)
         if self.winner is None:
-            self.winner = issue(self._store, self._facts, KEY)
+            self.winner = issue(self._store, *self._given, KEY)
         return found
 
 
 @pytest.mark.parametrize("earlier", [[], [nothing]])
 def test_two_settles_at_once_end_with_one_certificate(store, earlier):
-    for facts in earlier:
-        issue(store, facts(), KEY)
-    rival = _Rival(store, facts_of())
-    assert issue(rival, facts_of(), KEY) == rival.winner == read(store)[0]
+    for given in earlier:
+        issue(store, *given(), KEY)
+    rival = _Rival(store, input_of())
+    assert issue(rival, *input_of(), KEY) == rival.winner == read(store)[0]
 
 
 def test_a_damaged_certificate_is_not_replaced(store):
-    data = bytearray(certify(facts_of(), KEY))
+    data = bytearray(certify(*input_of(), KEY))
     data[100] ^= 1
     store.put_new(certificate_key("r-1"), bytes(data))
     with pytest.raises(IntegrityError):
-        issue(store, facts_of(), KEY)
+        issue(store, *input_of(), KEY)
     assert store.get(certificate_key("r-1")).data == data
 
 
 def test_a_certificate_of_another_request_is_not_taken_for_ours(store):
-    other = replace(facts_of(), request=REQUEST.model_copy(update={"id": "r-2"}))
-    store.put_new(certificate_key("r-1"), certify(other, KEY))
+    other = input_of(request=REQUEST.model_copy(update={"id": "r-2"}))
+    store.put_new(certificate_key("r-1"), certify(*other, KEY))
     with pytest.raises(IntegrityError, match="another request"):
-        issue(store, facts_of(), KEY)
+        issue(store, *input_of(), KEY)
 
 
 DONE = DisposalDone(what="superseded weights", at="2026-03-01T00:00:00+00:00")
 
 
 def test_an_addendum_names_the_certificate_and_may_be_repeated(store):
-    certificate = issue(store, facts_of(), KEY)
+    certificate = issue(store, *input_of(), KEY)
     first = issue_addendum(store, "r-1", [DONE], KEY)
     assert issue_addendum(store, "r-1", [DONE], KEY) == first
     (entry,) = store.list("addenda/")
@@ -310,13 +312,13 @@ def test_an_addendum_names_the_certificate_and_may_be_repeated(store):
 def test_an_addendum_needs_a_certificate_and_something_that_was_deleted(store):
     with pytest.raises(UsageError, match="no certificate"):
         issue_addendum(store, "r-1", [DONE], KEY)
-    issue(store, facts_of(), KEY)
+    issue(store, *input_of(), KEY)
     with pytest.raises(UsageError, match="done"):
         issue_addendum(store, "r-1", [], KEY)
 
 
 def test_an_addendum_is_no_certificate(store):
-    issue(store, facts_of(), KEY)
+    issue(store, *input_of(), KEY)
     issue_addendum(store, "r-1", [DONE], KEY)
     (entry,) = store.list("addenda/")
     with pytest.raises(IntegrityError):
@@ -324,7 +326,7 @@ def test_an_addendum_is_no_certificate(store):
 
 
 def _edited(edit):
-    document = json.loads(build_statement(facts_of(), OTHER).canonical())
+    document = json.loads(build_statement(*input_of(), OTHER).canonical())
     edit(document)
     return document
 
@@ -353,4 +355,4 @@ def test_the_signer_that_is_named_is_the_one_that_signed():
     from salun_core.certificates.statement import sign_statement
 
     with pytest.raises(IntegrityError, match="another signer"):
-        opened(sign_statement(build_statement(facts_of(), OTHER), KEY))
+        opened(sign_statement(build_statement(*input_of(), OTHER), KEY))

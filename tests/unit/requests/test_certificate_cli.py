@@ -65,7 +65,7 @@ def test_json_is_one_document_with_the_whole_certificate(salun):
 def test_a_certificate_of_nothing_to_erase_is_summarised_too(salun, tmp_path):
     from salun_core.certificates.keys import public_pem
 
-    Path("nothing.json").write_bytes(certify(nothing(), KEY))
+    Path("nothing.json").write_bytes(certify(*nothing(), KEY))
     Path("signer.pub").write_bytes(public_pem(KEY.public_key()))
     result = salun("verify", "nothing.json", "--key", "signer.pub")
     assert result.exit_code == 0, result.stderr

@@ -117,9 +117,9 @@ def test_a_file_replaced_by_a_link_to_its_copy_is_refused(copy):
 
 
 def test_an_addendum_of_another_certificate_is_refused(copy):
-    from tests.unit.requests.test_certificate import certify, facts_of
+    from tests.unit.requests.test_certificate import certify, input_of
 
-    (copy / "other.json").write_bytes(certify(facts_of(), KEY))
+    (copy / "other.json").write_bytes(certify(*input_of(), KEY))
     (copy / "other.pub").write_bytes(public_pem(KEY.public_key()))
     with pytest.raises(IntegrityError, match="not added to this"):
         verify_certificate(

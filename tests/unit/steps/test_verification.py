@@ -12,21 +12,20 @@ from salun_core.certificates.keys import public_pem
 from salun_core.certificates.verify import verify_certificate
 from salun_core.digest import sha256_file
 from salun_core.errors import IntegrityError, ModelError
-from salun_core.gate import decide, load_policy
+from salun_core.registry.lookup import Version
 from salun_core.registry.manifest import VersionManifest, weights_digest
 from salun_core.registry.versions import fetch_version, stage_version
 from tests.folder_model import UNET, files_in, write_folder
-from tests.unit.requests.test_certificate import evidence_of, facts_of
+from tests.unit.requests.test_certificate import evidence_of, input_of, judged
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
 
-def facts(manifest, after=None):
-    """The facts of an erasure that made this version."""
+def erased_by(manifest, after=None):
+    """What the certificate of an erasure that made this version is made from."""
     digests = {name: entry.sha256 for name, entry in manifest.files.items()}
-    evidence = evidence_of(after or weights_digest(digests))
-    decision = decide(evidence, load_policy("classifier")).model_dump(mode="json")
-    return facts_of(manifest=manifest, version=manifest.digest, evidence=evidence, decision=decision)
+    documents = judged(evidence_of(after or weights_digest(digests)))
+    return input_of(version=Version(manifest.digest, manifest), documents=documents, frozen_digest=None)
 
 
 def manifest_in(folder, **changes):
@@ -41,7 +40,7 @@ def certified(tmp_path, monkeypatch):
     """A model folder and its certificate beside it."""
     monkeypatch.delenv("SALUN_VERIFY_KEY", raising=False)
     write_folder(tmp_path / "model")
-    (tmp_path / "certificate.json").write_bytes(certify(facts(manifest_in(tmp_path / "model")), KEY))
+    (tmp_path / "certificate.json").write_bytes(certify(*erased_by(manifest_in(tmp_path / "model")), KEY))
     (tmp_path / "salun.pub").write_bytes(public_pem(KEY.public_key()))
     return tmp_path
 
@@ -56,7 +55,7 @@ def test_a_fetched_version_with_folders_is_the_certified_one(store, tmp_path, mo
     files = write_folder(tmp_path / "made")
     digest, manifest = stage_version(store, {"line": "faces", "method": "salun", "run": "run-7"}, files)
     fetch_version(store, "faces", digest, tmp_path / "model")
-    (tmp_path / "certificate.json").write_bytes(certify(facts(manifest), KEY))
+    (tmp_path / "certificate.json").write_bytes(certify(*erased_by(manifest), KEY))
     (tmp_path / "salun.pub").write_bytes(public_pem(KEY.public_key()))
     found = verify(tmp_path)
     assert found.files == len(files)
@@ -97,7 +96,7 @@ def test_the_evidence_is_of_the_whole_folder_and_of_no_single_file(tmp_path):
     manifest = manifest_in(tmp_path)
     for other in (manifest.files[UNET].sha256, manifest.files["model_index.json"].sha256):
         with pytest.raises(IntegrityError, match="another model"):
-            certify(facts(manifest, other), KEY)
+            certify(*erased_by(manifest, other), KEY)
     both = manifest_in(tmp_path, **{"model.safetensors": {"sha256": "0" * 64, "size": 1}})
     with pytest.raises(ModelError, match="two models"):
-        certify(facts(both, "0" * 64), KEY)
+        certify(*erased_by(both, "0" * 64), KEY)
