@@ -1,4 +1,4 @@
-"""What holds for the source of every component: thin bodies, late imports, words for every parameter."""
+"""Rules for the source of every component: thin bodies, late imports, a description of every parameter."""
 
 import ast
 import importlib
@@ -34,13 +34,13 @@ def test_all_steps_are_there():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
-def test_body_only_maps(path):
+def test_body_is_thin(path):
     _, function = function_of(path)
     assert body_lines(function) <= MAX_LINES
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)
-def test_module_scope_knows_kfp_and_the_image_alone(path):
+def test_module_scope_imports_only_kfp_and_the_image(path):
     tree, _ = function_of(path)
     imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert {"components._image"} <= imported <= {"kfp", "typing", "components._image"}

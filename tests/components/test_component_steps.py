@@ -30,7 +30,7 @@ from salun_core.times import utc_clock
 pytestmark = pytest.mark.s3
 
 
-def test_fetch_model_gives_the_head(chain):
+def test_fetch_model_returns_head(chain):
     assert chain.fetched == chain.parent
     assert chain.before.metadata == {"model_line": "digits", "version": chain.parent}
     assert load_model(Path(chain.before.path)).card.architecture == "resnet8"
@@ -84,7 +84,7 @@ def test_unlearn_refuses_a_wrong_configuration(chain, tmp_path, text):
     assert not (tmp_path / "after").exists()
 
 
-def test_evaluate_logs_what_the_evidence_says(chain):
+def test_evaluate_logs_the_evidence(chain):
     evidence = load(Evidence, Path(chain.evidence.path))
     logged = chain.metrics.metadata
     assert {"UA_after", "RA_after", "TA_after", "MIA_after", "mask_density"} <= set(logged)
@@ -126,7 +126,7 @@ def judge(chain, folder, **changes):
 
 
 def test_gate_publish_refuses_publishes_and_may_be_repeated(chain, tmp_path):
-    """One story, for each part changes the line that the next one finds."""
+    """One test, because each part changes the line for the next one."""
     strict = tmp_path / "strict.json"
     rule = {"metric": "TA", "op": ">=", "value": 1.0, "reason": "no model is perfect"}
     strict.write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
@@ -142,7 +142,7 @@ def test_gate_publish_refuses_publishes_and_may_be_repeated(chain, tmp_path):
     assert "run-2" not in decision.metadata.values()
     assert Path(report.path).read_text(encoding="utf-8").rstrip().endswith("</html>")
 
-    assert judge(chain, tmp_path, run_id="run-2")[2] == version  # the pod was lost after it had published
+    assert judge(chain, tmp_path, run_id="run-2")[2] == version  # the pod was lost after publishing
     assert len(history(chain.store, "digits")) == 2
     with pytest.raises(ConflictError, match="stale parent"):
         judge(chain, tmp_path, run_id="run-3")
@@ -150,7 +150,7 @@ def test_gate_publish_refuses_publishes_and_may_be_repeated(chain, tmp_path):
     files = {name: Path(chain.after.path) / name for name in ("model.safetensors", "model.json", "split.json")}
     fields = {"line": "digits", "parent": version, "method": "retrain", "lineage": {"trained_on": 1}}
     newest = publish(chain.store, fields, files)[0].version
-    assert judge(chain, tmp_path, run_id="run-2")[2] == version  # and somebody went on from it
+    assert judge(chain, tmp_path, run_id="run-2")[2] == version  # and another version was published on top
     assert read_head(chain.store, "digits")[0].version == newest
 
 
@@ -162,8 +162,8 @@ def test_gate_publish_refuses_another_model_as_parent(chain, tmp_path):
         judge(chain, tmp_path, before=dsl.Model(uri=str(other)))
 
 
-def test_a_run_that_was_settled_goes_no_further(chain, digits_line, store, tmp_path):
-    """Claimed, given up by another while it slept, and settled: what it still makes is not wanted."""
+def test_settled_run_publishes_nothing(chain, digits_line, store, tmp_path):
+    """Another process took the run over and settled it; its later results are refused."""
     Ledger(store, utc_clock).submit("r-1", digits_line, ClassTarget(class_id=3))
     claim = {"store_uri": store.uri, "model_line": digits_line, "run_id": "run-1", "min_requests": 1}
     seen = claim_requests.python_func(**claim, dry_run=True)

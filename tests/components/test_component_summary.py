@@ -1,4 +1,4 @@
-"""What the evaluation hands to the user interface, also where little was measured."""
+"""What the evaluation shows in the user interface, also if little was measured."""
 
 import math
 
@@ -31,20 +31,20 @@ def test_metrics_are_named_by_state():
     }
 
 
-def test_what_is_no_number_is_left_out():
+def test_values_that_are_not_numbers_are_left_out():
     metrics = {"TA": Metric(before=math.nan, after=math.inf, reference=None, n=0)}
     found = scalar_metrics(evidence(metrics=metrics, run=RunFacts(seconds={"mask": math.nan})))
     assert set(found) == {"weights_changed_ratio", "forget_ratio"}
 
 
-def test_equal_class_names_are_told_apart():
+def test_equal_class_names_are_made_distinct():
     names, rows = confusion(evidence(classes=["cat", "dog", "cat"], confusion=[[1, 0, 0], [0, 2, 0], [0, 1, 3]]))
     assert names == ["cat (0)", "dog (1)", "cat (2)"]
     assert rows == [[1, 0, 0], [0, 2, 0], [0, 1, 3]]
 
 
 @pytest.mark.parametrize("count", [0, MAX_CLASSES + 1])
-def test_no_matrix_where_none_fits(count):
+def test_no_matrix_if_it_does_not_fit(count):
     rows = [[0] * count for _ in range(count)]
     assert confusion(evidence(classes=[str(index) for index in range(count)], confusion=rows)) is None
 
@@ -67,5 +67,5 @@ def test_generated_images_give_distances_a_matrix_and_no_curve():
 
 
 @pytest.mark.parametrize("rows", [[[5, 0]], [[5, 0], [5]], [[5, 0, 0], [5, 0, 0]]])
-def test_a_matrix_of_another_shape_than_the_classes_is_left_out(rows):
+def test_matrix_of_a_wrong_shape_is_left_out(rows):
     assert confusion(evidence(classes=["a", "b"], confusion=rows)) is None

@@ -1,4 +1,4 @@
-"""As much of an API server as `kubectl apply` asks for: discovery, and objects that are kept."""
+"""The parts of an API server that `kubectl apply` needs: discovery and stored objects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLURALS = {"NetworkPolicy": "networkpolicies", "AuthorizationPolicy": "authoriza
 
 
 class FakeApi:
-    """Serves the kinds that it is told; like a real one it refuses an object whose namespace is missing.
+    """Serves the given kinds; like a real one it refuses an object whose namespace is missing.
 
     Args:
         documents: objects of every kind that it shall know.

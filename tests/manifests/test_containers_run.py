@@ -1,4 +1,4 @@
-"""The very commands of the manifests, without a cluster: another uid, a folder that it may not write, real servers."""
+"""The commands of the manifests without a cluster: with another uid, in a read-only folder, with real servers."""
 
 import os
 import shutil
@@ -68,7 +68,7 @@ def folder():
 
 
 @pytest.mark.s3
-def test_the_laptops_store_starts_with_its_bucket_and_its_keys_alone(folder):
+def test_the_dev_store_starts_with_its_bucket_and_keys(folder):
     try:
         binary = weed.find_binary()
     except StoreError as error:

@@ -37,7 +37,7 @@ def test_there_is_one_of_each_kind_and_more():
 
 
 @pytest.mark.parametrize("found", OURS, ids=str)
-def test_what_ships_fits(found):
+def test_shipped_objects_fit(found):
     check(found.document)
 
 
@@ -115,7 +115,7 @@ def test_a_typo_is_found(name, damage, said):
         (POD_DEFAULT, ("spec", "sidecars"), [{"name": "side", "image": "side"}]),
     ],
 )
-def test_other_published_fields_are_taken(name, place, value):
+def test_other_published_fields_are_accepted(name, place, value):
     document = deepcopy(BY_NAME[name])
     put(place, value)(document)
     check(document)

@@ -1,4 +1,4 @@
-"""The policies of manifests/iam/ on a real server: what each role may do, and that its steps need no more.
+"""The policies of manifests/iam/ on a real server: the rights of each role, and that its steps need no more.
 
 SeaweedFS takes the documents as they are: `s3.config` lists them under `policies`, and identities name them.
 """
@@ -183,7 +183,7 @@ def test_the_matrix_has_every_kind_of_key():
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_role_may_do_this_and_nothing_else(role, server):
+def test_a_role_has_only_these_rights(role, server):
     client, admin = server[role], server["admin"]
     for key in KEYS.values():
         admin.put_object(Bucket=BUCKET, Key=key, Body=b"{}")
@@ -216,7 +216,7 @@ def test_a_role_lists_what_it_reads(role, server):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_nobody_changes_the_rules(role, server):
+def test_no_role_changes_the_rules(role, server):
     client, head = server[role], KEYS["head"]
     open_to_all = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": f"arn:aws:s3:::{BUCKET}/*"}
     document = json.dumps({"Version": "2012-10-17", "Statement": [open_to_all]})
@@ -229,7 +229,7 @@ def test_nobody_changes_the_rules(role, server):
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_a_swap_needs_what_s3_asks_of_it(role):
+def test_conditional_write_needs_get_and_put(role):
     """If-Match on AWS needs s3:GetObject beside s3:PutObject."""
     assert WRITE[role] <= READ[role] | {"probe"}
 
@@ -283,7 +283,7 @@ def _record(parent):
     return run_record("run-9", parent, NOW.isoformat(), line="people", members=[member])
 
 
-def test_only_the_purger_erases_for_good(stores, server):
+def test_only_the_purger_deletes_versions(stores, server):
     """In a bucket that keeps versions, what a settler deletes is only hidden."""
     key = names.scratch_key("run-3", "forget.json")
     stores["claimer"].put_new(key, b"who it was")
@@ -297,7 +297,7 @@ def test_only_the_purger_erases_for_good(stores, server):
     assert erase.versions_of(stores["purger"], key) == []
 
 
-def test_the_purger_takes_stock_of_everything(stores, server):
+def test_the_purger_scans_everything(stores, server):
     for key in KEYS.values():  # what the matrix left is no document
         server["admin"].delete_object(Bucket=BUCKET, Key=key)
     stock = take_stock(stores["purger"], NOW)
@@ -317,7 +317,7 @@ def test_the_purger_takes_stock_of_everything(stores, server):
         ("settler", lambda store: store.delete(names.blob_key(A))),
     ],
 )
-def test_a_refusal_says_what_was_refused_and_no_secret(role, doing, stores):
+def test_a_refusal_names_the_action_and_no_secret(role, doing, stores):
     with pytest.raises(StoreError, match=r"not allowed to do that \(AccessDenied\)") as refused:
         doing(stores[role])
     assert "secret-" not in str(refused.value)
@@ -343,12 +343,12 @@ def row(role):
     return f"| {role} | {' | '.join(text or '-' for text in rights(role).values())} |"
 
 
-def test_the_table_of_the_readme_is_what_the_policies_say():
+def test_the_readme_table_matches_the_policies():
     rows = [line for line in (IAM / "README.md").read_text().splitlines() if re.match(r"\| [a-z]+ \|", line)]
     assert [line for line in rows if not line.startswith("| role ")] == [row(role) for role in ROLES]
 
 
-def test_the_readmes_command_moves_the_policies_to_another_bucket_and_prefix(tmp_path):
+def test_the_readme_command_sets_bucket_and_prefix(tmp_path):
     command = re.search(r"^    (sed -E .*)$", (IAM / "README.md").read_text(), re.MULTILINE).group(1)
     for role in ROLES:
         target = tmp_path / f"{role}.json"

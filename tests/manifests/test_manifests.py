@@ -74,19 +74,19 @@ def test_apply_finds_no_kustomization_with_an_ending():
     assert not [path for path in MANIFESTS.rglob("*") if path.stem.lower() == "kustomization" and path.suffix]
 
 
-def test_the_default_apply_can_be_repeated_and_touches_nothing_of_others():
+def test_the_default_apply_can_be_repeated_and_owns_its_objects():
     kinds = {found.kind for found in default()}
     assert not kinds & {"Secret", "Job", "Pod"}
     assert [found.name for found in default() if found.namespace is None] == [NAMESPACE]
     assert default()[0].kind == "Namespace"
 
 
-def test_nothing_asks_for_rights_or_objects_outside_the_namespace():
+def test_no_rights_or_objects_outside_the_namespace():
     assert not {found.kind for found in everything()} & {"ClusterRole", "ClusterRoleBinding", "Profile"}
     assert {found.namespace for found in everything() if found.kind != "Namespace"} == {NAMESPACE}
 
 
-def test_no_name_is_given_twice():
+def test_names_are_unique():
     seen = [(found.kind, found.name) for found in everything()]
     assert len(seen) == len(set(seen))
 
@@ -160,7 +160,7 @@ def test_every_workload_has_a_policy_and_every_policy_a_workload():
     assert all(policy["policyTypes"] == ["Ingress", "Egress"] for policy in policies())
 
 
-def test_whoever_reads_a_store_or_calls_kubeflow_may_reach_it():
+def test_policies_allow_the_store_and_kubeflow():
     reached = {
         found.name: {
             port["port"] for policy in policies() if found in selected(policy["podSelector"]["matchLabels"])
@@ -203,7 +203,7 @@ def test_the_addresses_of_the_config_are_services_of_the_tree():
         assert namespace == NAMESPACE
 
 
-def test_the_laptops_store_takes_the_keys_that_the_steps_get_and_makes_their_bucket():
+def test_the_dev_store_accepts_the_keys_of_the_steps_and_creates_the_bucket():
     keys = named("Secret", "salun-s3", everything())["stringData"]
     (identity,) = json.loads(named("Secret", "salun-seaweedfs", everything())["stringData"]["s3.json"])["identities"]
     assert identity["credentials"] == [
@@ -220,7 +220,7 @@ def test_the_secret_template_has_the_keys_of_the_real_one():
     assert set(template["stringData"].values()) == {""}
 
 
-def test_the_quota_has_room_for_the_limits_that_are_set_for_whoever_sets_none():
+def test_the_quota_has_room_for_the_default_limits():
     quota = named("ResourceQuota", "salun", default())["spec"]["hard"]
     (limit,) = named("LimitRange", "salun", default())["spec"]["limits"]
     counted = {name.split(".", 1)[1] for name in quota if name.startswith(("requests.", "limits."))}
@@ -245,7 +245,7 @@ def test_the_sweeps_schedule_starts_one_at_a_time_and_can_be_suspended_for_good(
     assert environment["KF_PIPELINES_SA_TOKEN_PATH"] == f"{mount}/{tokens[0]['path']}"
 
 
-def test_the_sweep_is_a_command_that_the_pipelines_understand():
+def test_the_sweep_is_a_valid_command():
     (container,) = pod(Found(MANIFESTS, named("CronJob", "salun-sweep", default())))["spec"]["containers"]
     words = [re.sub(r"\$\((\w+)\)", lambda found: config()[found[1]], word) for word in container["args"]]
     pipeline = next(word.partition("=")[2] for word in words if word.startswith("--pipeline="))
@@ -259,7 +259,7 @@ def test_the_sweep_is_a_command_that_the_pipelines_understand():
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
-def test_the_objects_of_a_pipeline_hold_what_was_compiled_and_their_name_carries_its_digest(path):
+def test_native_objects_hold_the_compiled_pipeline_and_its_digest(path):
     pipeline, version = (found.document for found in native() if found.path.name == path.name)
     spec, platform = (document.document for document in read(path))
     for one in (spec := dict(spec), held := dict(version["spec"]["pipelineSpec"])):

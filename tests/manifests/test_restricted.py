@@ -52,7 +52,7 @@ def test_a_pod_is_restricted(found):
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
-def test_a_step_says_what_kubeflow_does_not_add_by_itself(path):
+def test_steps_set_what_kubeflow_does_not_add(path):
     steps = yaml.load(path.read_text().split("\n---\n")[0], LOADER)["deploymentSpec"]["executors"]
     assert steps.keys() == executors(path).keys()
     for name, executor in executors(path).items():

@@ -65,7 +65,7 @@ def _without_none(value):
     return [_without_none(item) for item in value] if isinstance(value, list) else value
 
 
-def test_the_job_names_the_runtime_that_ships(job, runtime):
+def test_the_job_names_the_shipped_runtime(job, runtime):
     assert job["spec"]["runtimeRef"] == {
         "apiGroup": "trainer.kubeflow.org",
         "kind": "TrainingRuntime",
@@ -84,7 +84,7 @@ def test_trainer_finds_its_container_in_the_runtime(runtime):
     assert "torch" in runtime["spec"]["mlPolicy"]
 
 
-def test_the_pod_is_one_that_kubernetes_takes(runtime):
+def test_the_pod_is_valid(runtime):
     _, template = pod_of(runtime)
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"} | template["metadata"]}
     kubernetes_validate.validate(pod | {"spec": template["spec"]}, kubernetes_validate.latest_version(), strict=True)
@@ -119,13 +119,13 @@ def test_the_pod_reads_what_the_default_manifests_hold(runtime):
     assert ("ServiceAccount", template["spec"]["serviceAccountName"]) in held
 
 
-def test_gpus_and_processes_of_a_node_are_as_many(job):
+def test_one_process_per_gpu_of_a_node(job):
     trainer = job["spec"]["trainer"]
     for kind in ("requests", "limits"):
         assert int(trainer["resourcesPerNode"][kind]["nvidia.com/gpu"]) == trainer["numProcPerNode"]
 
 
-def test_salun_takes_the_command(job):
+def test_salun_accepts_the_command(job):
     trainer = job["spec"]["trainer"]
     assert trainer["command"] == ["torchrun", "-m", "salun_core.cli"]
     values = {item["name"]: item["value"] for item in trainer["env"]}

@@ -1,4 +1,4 @@
-"""A store with a trained model line, what is to be forgotten of it, and the compiled pipeline to run on both."""
+"""A store with a trained model line and a forget set, and the compiled pipelines that run on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHIPPED = COMPILED / "salun-unlearning.yaml"
 
 
 @dataclass(frozen=True)
-class House:
+class TrainedLine:
     """A fresh store whose line holds one version, and one tenth of its training data to forget."""
 
     store: S3Store
@@ -43,15 +43,15 @@ class House:
 
 
 @pytest.fixture
-def house(store, digits_model):
+def trained(store, digits_model):
     split = load_model(digits_model).split
     parent = register_model(store, LINE, digits_model, "train", len(split.train))
     ids = sorted(split.train)[::10]
     store.put_new("forget.json", json.dumps({"kind": "samples", "ids": ids}).encode())
-    return House(store, parent, f"{store.uri}/forget.json", tuple(ids))
+    return TrainedLine(store, parent, f"{store.uri}/forget.json", tuple(ids))
 
 
-def told(run):
+def messages(run):
     """The log lines of the steps, which kfp.local indents."""
     lines = (line.strip() for line in run.files["run.log"].read_text(encoding="utf-8").splitlines())
     return [json.loads(line) for line in lines if line.startswith("{") and '"event": ' in line]

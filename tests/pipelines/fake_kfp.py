@@ -1,4 +1,4 @@
-"""A Kubeflow Pipelines API on loopback: it keeps what it is sent, and refuses what KFP's published types refuse.
+"""A Kubeflow Pipelines API on loopback: it stores objects and refuses what KFP's published types refuse.
 
 It answers the real `kfp.Client`. Every body is checked against the models of `kfp_server_api`, key by key, and
 every run form against the uploaded pipeline, as the server of KFP does.
@@ -41,7 +41,7 @@ class RefusedError(Exception):
 
 
 def check(value, kind, where):
-    """Refuse what is none of the published type: another JSON type, an unknown key, an unknown word of an enum."""
+    """Refuse what does not fit the published type: a wrong JSON type, an unknown key, an unknown enum value."""
     if kind == "object" or value is None:
         return
     if found := re.fullmatch(r"list\[(.*)\]", kind):
@@ -83,7 +83,7 @@ def hang_up(handler):
 
 
 class FakeKubeflow:
-    """The state of the server, and what a test makes it do."""
+    """The state of the server, and the faults that a test injects."""
 
     def __init__(self, *, multi_user=False, namespaces=("team",), token=None):
         self.multi_user, self.namespaces, self.token = multi_user, set(namespaces), token

@@ -1,4 +1,4 @@
-"""The very file that ships, run step by step in processes of their own, on a real store.
+"""The shipped file, run step by step in processes of their own, on a real store.
 
 A gate that refuses is met in the deletion sweep (test_sweep_run.py), which runs the same steps.
 """
@@ -33,25 +33,25 @@ def artifacts_of(run, step):
     return {name: item["artifacts"][0] for name, item in listed.items()}
 
 
-def test_green_run(house, tmp_path):
-    """One test, for the run is long: what it published, wrote, logged, and kept to itself."""
+def test_green_run(trained, tmp_path):
+    """One test because the run is long: what it published, wrote, logged, and did not show."""
     said = []
-    run = house.run(tmp_path, said.append)
-    published(house, run, said)
+    run = trained.run(tmp_path, said.append)
+    published(trained, run, said)
     left_its_documents(run)
     handed_its_figures_to_kubeflow(run)
-    showed_no_sample_id(house, run)
+    showed_no_sample_id(trained, run)
 
 
-def published(house, run, said):
+def published(trained, run, said):
     assert (run.exit_code, run.error) == (0, "")
     assert list(run.steps) == STEPS
     assert [line for line in said if "Executing" in line][0] == "Executing task fetch-model (1 of 5)"
-    assert run.parent == house.parent
-    assert run.version == house.head != house.parent
-    manifest = read_version(house.store, "digits", run.version)
-    assert manifest.parent == house.parent
-    assert manifest.forget_count == len(house.forgotten)
+    assert run.parent == trained.parent
+    assert run.version == trained.head != trained.parent
+    manifest = read_version(trained.store, "digits", run.version)
+    assert manifest.parent == trained.parent
+    assert manifest.forget_count == len(trained.forgotten)
     assert {"model.safetensors", "evidence.json", "decision.json", "report.html"} <= set(manifest.files)
     assert re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", manifest.run)
 
@@ -80,33 +80,33 @@ def handed_its_figures_to_kubeflow(run):
         assert page.rstrip().endswith("</html>")
 
 
-def showed_no_sample_id(house, run):
+def showed_no_sample_id(trained, run):
     log = run.files["run.log"].read_text(encoding="utf-8")
     shown = [log, *(path.read_text() for path in run.folder.glob("steps/*/*/*/executor_output.json"))]
-    quoted = [f"{quote}{sample}{quote}" for sample in house.forgotten for quote in "'\""]
+    quoted = [f"{quote}{sample}{quote}" for sample in trained.forgotten for quote in "'\""]
     assert not [sample for sample in quoted for text in shown if sample in text]
-    assert house.parent in shown[0]  # where it would be found
+    assert trained.parent in shown[0]  # where it would be found
 
 
-def test_stale_parent_is_red(house, tmp_path, digits_model):
+def test_stale_parent_is_red(trained, tmp_path, digits_model):
     moved = []
 
     def publish_another(line):
         """While this run works, another one publishes."""
         if "compute-mask" in line:
             files = {name: digits_model / name for name in ("model.safetensors", "model.json", "split.json")}
-            fields = {"line": "digits", "parent": house.parent, "method": "retrain", "lineage": {"trained_on": 1}}
-            moved.append(publish(house.store, fields, files)[0].version)
+            fields = {"line": "digits", "parent": trained.parent, "method": "retrain", "lineage": {"trained_on": 1}}
+            moved.append(publish(trained.store, fields, files)[0].version)
 
-    run = house.run(tmp_path, publish_another)
+    run = trained.run(tmp_path, publish_another)
     assert run.exit_code == 4
     assert "stale parent" in run.error
-    assert house.head == moved[0]
-    assert len(history(house.store, "digits")) == 2
+    assert trained.head == moved[0]
+    assert len(history(trained.store, "digits")) == 2
 
 
-def test_wrong_line_is_a_usage_error(house, tmp_path):
-    arguments = house.arguments(model_line="digitz")
+def test_wrong_line_is_a_usage_error(trained, tmp_path):
+    arguments = trained.arguments(model_line="digitz")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
     result = CliRunner().invoke(app, ["run", *options, "--work-dir", str(tmp_path), "--json"])
     assert result.exit_code == 2
@@ -135,9 +135,9 @@ def test_arguments_that_do_not_fit_the_pipeline_are_refused(tmp_path, pipeline, 
     assert not list(tmp_path.iterdir())
 
 
-def test_remote_work_dir_is_refused(house, tmp_path, monkeypatch):
+def test_remote_work_dir_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in house.arguments().items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in trained.arguments().items()]
     result = CliRunner().invoke(app, ["run", *options, "--work-dir", "s3://salun/work"])
     assert result.exit_code != 0
     assert "is not a folder of this machine" in str(result.exception)
@@ -158,8 +158,8 @@ def processes_of(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to look for processes")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_interrupt_leaves_no_process(house, tmp_path, number, code):
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in house.arguments().items()]
+def test_interrupt_ends_all_processes(trained, tmp_path, number, code):
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in trained.arguments().items()]
     command = [sys.executable, "-m", "pipelines", "run", *options, "--work-dir", str(tmp_path), "--verbose"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
@@ -171,8 +171,8 @@ def test_interrupt_leaves_no_process(house, tmp_path, number, code):
         process.kill()
         process.stderr.close()
     deadline = time.monotonic() + 10
-    while processes_of(tmp_path) and time.monotonic() < deadline:  # the system still sweeps up
+    while processes_of(tmp_path) and time.monotonic() < deadline:  # the system is still cleaning up
         time.sleep(0.05)
     assert processes_of(tmp_path) == []
     assert not list(tmp_path.glob(".tmp-*"))
-    assert house.head == house.parent
+    assert trained.head == trained.parent

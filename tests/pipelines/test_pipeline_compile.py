@@ -1,4 +1,4 @@
-"""The files that ship are what the source compiles to, whoever compiles it."""
+"""The shipped files are what the source compiles to, in every environment."""
 
 import os
 import shutil
@@ -51,7 +51,7 @@ def test_compilation_is_deterministic():
     assert texts[0] == texts[1] != ""
 
 
-def test_drift_is_reported_and_mended(copied):
+def test_drift_is_reported_and_fixed(copied):
     file = copied / "salun-unlearning.yaml"
     file.write_text(file.read_text(encoding="utf-8").replace("runAsUser: '10001'", "runAsUser: '0'"), encoding="utf-8")
     result = CliRunner().invoke(app, ["compile", "--check"])
@@ -70,7 +70,7 @@ def test_missing_file_is_drift(copied):
     assert result.stdout == f"salun-unlearning-cpu.yaml does not exist\n{in_step}"
 
 
-def test_version_of_the_compiler_is_no_drift(copied):
+def test_compiler_version_is_not_drift(copied):
     file = copied / "salun-unlearning.yaml"
     text = file.read_text(encoding="utf-8")
     (line,) = [line for line in text.splitlines() if line.startswith("sdkVersion:")]
@@ -104,7 +104,7 @@ def test_local_runs_differ_from_the_file_by_retries_and_the_id_alone(documents):
     assert [spec, platform] == documents
 
 
-def test_the_key_that_the_environment_names_wins_on_this_machine():
+def test_signing_key_of_the_environment_wins_on_this_machine():
     text = (packages.COMPILED / "salun-deletion-sweep.yaml").read_text(encoding="utf-8")
     for environ, kept in (({}, True), ({"SALUN_SIGNING_KEY": "key.pem"}, False)):
         spec = next(yaml.safe_load_all(for_this_machine(text, "run-1", environ)))
@@ -113,8 +113,8 @@ def test_the_key_that_the_environment_names_wins_on_this_machine():
             assert given == {"SALUN_PIPELINE", *(["SALUN_SIGNING_KEY"] if kept else [])}
 
 
-def test_a_condition_on_a_named_output_is_spelt_for_this_machine():
-    """kfp.local silently skips what depends on an output of another name than `Output`."""
+def test_condition_on_a_named_output_is_rewritten_for_this_machine():
+    """kfp.local silently skips a task that depends on an output with another name than `Output`."""
     text = (packages.COMPILED / "salun-deletion-sweep.yaml").read_text(encoding="utf-8")
     spec = next(yaml.safe_load_all(for_this_machine(text, "run-1", {})))
     (group,) = [item for name, item in spec["components"].items() if name.startswith("comp-exit-handler")]

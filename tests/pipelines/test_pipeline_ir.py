@@ -209,20 +209,20 @@ def test_run_form_explains_every_parameter(each):
     assert [name for name, parameter in parameters.items() if not parameter.get("description")] == []
 
 
-def test_the_ladder_decides_what_a_sweep_runs(sweep):
+def test_the_claim_decides_which_recipe_a_sweep_runs(sweep):
     given = component(sweep, "comp-condition")["dag"]["tasks"]["salun-unlearning"]["inputs"]["parameters"]
     for name in ("forget_manifest_uri", "method", "density", "method_config"):
         assert given[name] == {"componentInputParameter": f"pipelinechannel--claim-requests-{name}"}
 
 
-def test_settling_always_runs_and_is_tried_for_long(sweep):
+def test_settling_always_runs_and_retries_for_half_an_hour(sweep):
     settle = tasks(sweep)["settle-requests"]
     assert settle["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
     assert settle["retryPolicy"]["maxRetryCount"] >= 8
     assert {"settle-requests"} == {name for name in tasks(sweep) if not name.startswith("exit-handler")}
 
 
-def test_only_the_steps_that_certify_get_the_signing_key_and_as_a_file(sweep):
+def test_only_certifying_steps_get_the_signing_key_as_a_file(sweep):
     holders = {name for name, pod in pods(sweep).items() if pod.get("secretAsVolume")}
     assert holders == {"exec-claim-requests", "exec-settle-requests", "exec-purge-store"}
     for name in holders:
@@ -234,7 +234,7 @@ def test_only_the_steps_that_certify_get_the_signing_key_and_as_a_file(sweep):
     assert "salun-signing" not in str([pod.get("secretAsEnv") for pod in pods(sweep).values()])
 
 
-def test_only_the_steps_that_compute_ask_for_accelerators(each):
+def test_only_computing_steps_request_accelerators(each):
     asking = {
         name: executor["container"]["resources"]["accelerator"]
         for name, executor in executors(each).items()
@@ -246,7 +246,7 @@ def test_only_the_steps_that_compute_ask_for_accelerators(each):
     assert {name for name, pod in pods(each).items() if pod.get("emptyDirMounts")} == computing
 
 
-def test_mask_and_unlearning_run_one_process_a_gpu(each):
+def test_mask_and_unlearning_run_one_process_per_gpu(each):
     for name, task in all_tasks(each).items():
         if name in ("compute-mask", "unlearn"):
             assert task["inputs"]["parameters"]["processes"] == {"componentInputParameter": "gpu_count"}
@@ -255,7 +255,7 @@ def test_mask_and_unlearning_run_one_process_a_gpu(each):
 
 
 @pytest.mark.parametrize("variant", ["", "-cpu"])
-def test_every_step_knows_its_pipeline_and_its_run(each, variant):
+def test_every_step_gets_the_pipeline_name_and_the_run_id(each, variant):
     """By the name that its metrics carry: of the pipeline that was started, not of one nested in it."""
     name = f"{name_of(each)}{variant}"
     documents = list(yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text(encoding="utf-8")))
@@ -284,7 +284,7 @@ def keys_of(pod):
     return {item["envVar"] for item in pod["configMapAsEnv"][0]["keyToEnv"]}
 
 
-def test_steps_are_tried_again_with_a_back_off(each):
+def test_steps_are_retried_with_back_off(each):
     steps = [task for name, task in all_tasks(each).items() if f"exec-{name}" in executors(each)]
     assert len(steps) == len(executors(each))
     in_a_loop = name_of(each) == "salun-sharded-mask"  # where retries are an open fault of Kubeflow's
@@ -295,6 +295,6 @@ def test_steps_are_tried_again_with_a_back_off(each):
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_no_credential_is_in_the_file(name):
+def test_the_file_contains_no_credential(name):
     text = (COMPILED / f"{name}.yaml").read_text(encoding="utf-8")
     assert not re.search(r"AKIA[0-9A-Z]{16}|aws_secret_access_key\s*[:=]\s*\S", text)

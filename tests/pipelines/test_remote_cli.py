@@ -132,7 +132,7 @@ def test_a_sweep_that_is_submitted_twice_runs_once(fake):
 @pytest.mark.parametrize(
     ("state", "runs"), [("RUNNING", 1), ("SUCCEEDED", 1), ("FAILED", 2), ("CANCELED", 2), ("CANCELING", 2)]
 )
-def test_only_what_goes_on_or_succeeded_stands_for_equal_work(fake, state, runs):
+def test_active_and_succeeded_runs_replace_equal_work(fake, state, runs):
     submit()
     next(iter(fake.runs.values()))["state"] = state
     assert submit()[0] == 0
@@ -148,7 +148,7 @@ def test_other_work_is_another_run(fake):
     assert len({item["display_name"] for item in fake.runs.values()}) == 4
 
 
-def test_the_slot_of_a_sweep_is_the_hour_and_none_of_an_unlearning(fake):
+def test_default_slot_is_the_hour_for_sweeps_and_empty_for_unlearning(fake):
     forget = ("--forget-manifest-uri", "s3://salun/demo/forget.json")
     run("submit", *FORM, "--no-wait")
     run("submit", "--pipeline", "unlearning", *FORM, *forget, "--no-wait")
@@ -159,7 +159,7 @@ def test_the_slot_of_a_sweep_is_the_hour_and_none_of_an_unlearning(fake):
 
 @pytest.mark.parametrize("what", [503, "lost"])
 @pytest.mark.parametrize("path", ["/experiments", "/pipelines", "/pipelines/upload_version", "/runs"])
-def test_a_failed_or_lost_reply_makes_nothing_twice(fake, what, path):
+def test_failed_or_lost_reply_creates_nothing_twice(fake, what, path):
     fake.faults.append(("POST", f"{path}$", what))
     code, _, error = submit()
     assert (code, fake.faults) == (0, []), error
@@ -167,13 +167,13 @@ def test_a_failed_or_lost_reply_makes_nothing_twice(fake, what, path):
 
 
 @pytest.mark.parametrize("what", [500, "cut"])
-def test_reading_is_repeated(fake, what):
+def test_reads_are_retried(fake, what):
     fake.faults += [("GET", path, what) for path in ("/healthz", "/experiments", "/pipelines$", "/versions", "/runs")]
     assert submit()[0] == 0
     assert fake.faults == []
 
 
-def test_repetition_is_bounded_and_tells_what_failed(fake):
+def test_retries_are_bounded_and_report_the_failure(fake):
     fake.faults += [("POST", "/runs$", 503)] * 9
     code, _, error = submit()
     assert code == 1
@@ -182,7 +182,7 @@ def test_repetition_is_bounded_and_tells_what_failed(fake):
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
-def test_a_refusal_is_not_repeated(fake, status):
+def test_a_refusal_is_not_retried(fake, status):
     fake.faults += [("POST", "/runs$", status)] * 2
     assert submit()[0] == (2 if status == 400 else 1)
     assert fake.count("POST", "/runs$") == 1
@@ -217,7 +217,7 @@ def test_two_submitters_at_once_leave_one_run(fake, monkeypatch):
     assert sorted(outcomes) == [(alive, False), (alive, True)]
 
 
-def test_waiting_tells_each_step_once(fake):
+def test_waiting_reports_each_step_once(fake):
     fake.script = [
         to("PENDING"),
         to("RUNNING", **states(root="RUNNING", claim_requests="RUNNING")),
@@ -258,7 +258,7 @@ def test_the_exit_code_is_that_of_the_failed_step(fake, message, code):
     assert run("status", run_id)[0] == code
 
 
-def test_a_failure_that_says_nothing_names_the_step(fake):
+def test_failure_without_message_names_the_step(fake):
     fake.script = [to("FAILED", **states(evaluate="FAILED"))]
     code, _, said = submit(wait=True)
     assert code == 1
@@ -270,7 +270,7 @@ def test_a_canceled_run_ends_the_wait(fake):
     assert submit(wait=True)[0] == 1
 
 
-def test_waiting_ends_in_time(fake):
+def test_waiting_times_out(fake):
     code, _, error = submit("--timeout", "0.1", wait=True)
     (run_id,) = fake.runs
     assert code == 124
@@ -279,7 +279,7 @@ def test_waiting_ends_in_time(fake):
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_the_run_going(fake, sign):
+def test_the_run_continues_after_a_signal(fake, sign):
     looked = threading.Event()
     fake.script = [lambda server, item: looked.set()]
     command = [sys.executable, "-m", "pipelines", "submit", *FORM, "--poll", "30"]
@@ -353,7 +353,7 @@ def test_an_update_survives_lost_replies(fake, method, path, what):
 
 
 @pytest.mark.parametrize(("method", "path"), [("DELETE", "/recurring"), ("POST", ":enable")])
-def test_an_update_that_broke_off_is_mended_by_the_next(fake, method, path):
+def test_the_next_update_completes_an_interrupted_one(fake, method, path):
     schedule()
     fake.faults += [(method, path, 403)]
     assert schedule("--seed", "2")[0] == 1
@@ -364,7 +364,7 @@ def test_an_update_that_broke_off_is_mended_by_the_next(fake, method, path):
     assert (item["status"], item["runtime_config"]["parameters"]["seed"]) == ("ENABLED", 2)
 
 
-def test_the_entry_of_a_cronjob_asks_nobody(fake):
+def test_cronjob_entry_needs_no_server(fake):
     code, out, _ = schedule("--cron", "0 15 2 * * ?", "--print-cronjob-args")
     entry = yaml.safe_load(out)
     assert (code, entry["schedule"], fake.requests) == (0, "15 2 * * *", [])
@@ -387,7 +387,7 @@ def test_a_wrong_schedule_is_refused(fake, words, text):
     assert fake.schedules == {}
 
 
-# who asks, and bad input
+# identity and bad input
 
 
 @pytest.fixture
@@ -400,7 +400,7 @@ def multi(fake, monkeypatch, tmp_path):
     return path
 
 
-def test_multi_user_asks_with_its_token_in_its_namespace(fake, multi):
+def test_multi_user_sends_its_token_and_namespace(fake, multi):
     assert submit()[0] == 0
     assert schedule()[0] == 0
     assert {item["namespace"] for table in (fake.experiments, fake.pipelines) for item in table.values()} == {"team"}
@@ -431,7 +431,7 @@ def test_an_expired_token_is_refused_and_never_shown(fake, multi):
     assert "eyJ" not in out + error
 
 
-def test_a_missing_token_file_is_named(fake, multi):
+def test_missing_token_file_is_reported(fake, multi):
     multi.unlink()
     code, _, error = submit()
     assert code == 2
@@ -446,14 +446,14 @@ def test_a_missing_token_file_is_named(fake, multi):
         (("create", "pipelines"), "bind a Role with `create` on `pipelines` of pipelines.kubeflow.org"),
     ],
 )
-def test_a_missing_right_is_named(fake, multi, right, text):
+def test_missing_right_is_reported(fake, multi, right, text):
     fake.forbidden.add(right)
     code, _, error = submit()
     assert code == 1
     assert text in error
 
 
-def test_multi_user_needs_a_namespace_that_it_knows(fake, multi, monkeypatch):
+def test_multi_user_needs_a_known_namespace(fake, multi, monkeypatch):
     code, _, error = submit("--namespace", "strangers")
     assert code == 1
     assert "in namespace strangers is missing (403)" in error
@@ -463,7 +463,7 @@ def test_multi_user_needs_a_namespace_that_it_knows(fake, multi, monkeypatch):
     assert "no namespace was given" in error
 
 
-def test_a_run_that_is_not_there(fake):
+def test_run_that_does_not_exist(fake):
     code, _, error = run("status", "nowhere")
     assert code == 1
     assert "cannot get runs in this Kubeflow: not found (404)" in error
@@ -471,7 +471,7 @@ def test_a_run_that_is_not_there(fake):
     assert "experiment salun does not exist" in error
 
 
-def test_nobody_listens(fake):
+def test_unreachable_server(fake):
     fake.close()
     code, _, error = submit()
     assert code == 1
@@ -480,13 +480,13 @@ def test_nobody_listens(fake):
 
 
 @pytest.mark.parametrize("host", ["", "localhost:8888", "ftp://x", "http://me:secret@kfp.example"])
-def test_an_address_that_is_none(fake, host):
+def test_malformed_address(fake, host):
     code, _, error = submit("--host", host)
     assert code == 2
     assert "secret" not in error
 
 
-def test_without_the_client_the_extra_is_named(fake, monkeypatch):
+def test_missing_client_names_the_extra(fake, monkeypatch):
     for name in ("kfp_server_api", "pipelines.client", "pipelines.runs", "pipelines.schedules"):
         monkeypatch.setitem(sys.modules, name, None)  # as where the import finds nothing
     code, _, error = submit()
@@ -495,7 +495,7 @@ def test_without_the_client_the_extra_is_named(fake, monkeypatch):
     assert "pip install 'salun[kfp]'" in error
 
 
-def test_all_faults_of_the_form_are_named_at_once(fake):
+def test_all_faults_of_the_form_are_reported_at_once(fake):
     words = ("--model-lin", "digits", "--seed", "x", "--density=nan", "--dry-run=maybe", "--tolerations", "{}", "stray")
     code, _, error = run("submit", *words)
     assert code == 2
@@ -513,7 +513,7 @@ def test_all_faults_of_the_form_are_named_at_once(fake):
     assert fake.requests == []
 
 
-def test_a_pipeline_that_does_not_ship(fake):
+def test_unknown_pipeline(fake):
     code, _, error = submit("--pipeline", "deletion-swep")
     assert code == 2
     assert "did you mean 'deletion-sweep'?" in error

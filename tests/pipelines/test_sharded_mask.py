@@ -8,26 +8,26 @@ from pipelines.local import run_compiled
 from pipelines.packages import COMPILED
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.mask import compute_mask
-from tests.pipelines.conftest import told
+from tests.pipelines.conftest import messages
 
 SHIPPED = COMPILED / "salun-sharded-mask-cpu.yaml"
 
 
 def test_no_retry_inside_the_loop():
-    """An open fault of Kubeflow's: issue 13897."""
+    """Retries inside a loop are an open defect of Kubeflow: issue 13897."""
     spec = next(yaml.safe_load_all(SHIPPED.read_text(encoding="utf-8")))
     (shard,) = spec["components"]["comp-salun-score-shard"]["dag"]["tasks"].values()
     assert shard["retryPolicy"].get("maxRetryCount", 0) == 0
 
 
-def test_the_fan_out_makes_the_mask_of_one_process(house, digits_model, tmp_path, monkeypatch):
+def test_sharded_mask_equals_the_mask_of_one_process(trained, digits_model, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    forget = json.dumps({"kind": "samples", "ids": sorted(house_ids(digits_model))[:600]})
-    house.store.put_new("many.json", forget.encode())
+    forget = json.dumps({"kind": "samples", "ids": sorted(train_ids(digits_model))[:600]})
+    trained.store.put_new("many.json", forget.encode())
     arguments = {
         "model_line": "digits",
-        "store_uri": house.store.uri,
-        "forget_manifest_uri": f"{house.store.uri}/many.json",
+        "store_uri": trained.store.uri,
+        "forget_manifest_uri": f"{trained.store.uri}/many.json",
         "shards": ["1/2", "2/2"],
     }
     run = run_compiled(SHIPPED, arguments, tmp_path / "run")
@@ -36,12 +36,12 @@ def test_the_fan_out_makes_the_mask_of_one_process(house, digits_model, tmp_path
     alone = compute_mask(digits_model, arguments["forget_manifest_uri"], 0.5, tmp_path / "alone", device="cpu")
     assert SaliencyMask.load(made).digest == alone.digest
     assert SaliencyMask.load(made).facts["shards"] == "2"
-    said = told(run)
+    said = messages(run)
     assert sum(line["event"] == "step_finished" for line in said) == 4
     assert {line.get("run") for line in said} == {run.run}
 
 
-def house_ids(folder):
+def train_ids(folder):
     from salun_core.models import load_model
 
     return load_model(folder).split.train

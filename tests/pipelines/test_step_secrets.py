@@ -1,4 +1,4 @@
-"""Each step may take the store's keys from a Secret of its own; else all take the same one."""
+"""Each step may take the store's keys from its own Secret; by default all use the same one."""
 
 import json
 import re
@@ -27,13 +27,13 @@ def named(platform):
         yield name.removeprefix("exec-").replace("-", "_"), source["secretName"]
 
 
-def test_all_steps_take_the_same_one_and_each_has_a_role(each):
+def test_all_steps_use_the_same_secret_and_have_a_role(each):
     found = dict(named(each[1]))
     assert set(found.values()) == {"salun-s3"}
     assert set(found) <= set(ROLES)
 
 
-def test_named_steps_take_their_own(sweep):
+def test_named_steps_use_their_own_secret(sweep):
     give_secrets(sweep[1], read_secrets(BOTH))
     found = dict(named(sweep[1]))
     assert {found.pop("fetch_model"), found.pop("gate_publish")} == {"salun-s3-reader", "salun-s3-publisher"}
@@ -48,7 +48,7 @@ def test_a_second_executor_of_a_step_is_the_same_step(sweep):
 
 
 @pytest.mark.parametrize("how", ["option", "variable"])
-def test_the_compiler_takes_them(how, tmp_path, monkeypatch):
+def test_the_compiler_applies_them(how, tmp_path, monkeypatch):
     """Into a folder of objects, so that the files that ship stay as they are."""
     monkeypatch.delenv("SALUN_S3_SECRETS", raising=False)
     words = ["compile", "--cpu", "--kubernetes-native", str(tmp_path)]
@@ -79,16 +79,16 @@ def test_the_compiler_takes_them(how, tmp_path, monkeypatch):
         ("fetch_model=a,fetch_model=b", "fetch_model is given twice"),
     ],
 )
-def test_what_is_no_choice_of_secrets_is_refused(text, message):
+def test_malformed_choice_of_secrets_is_refused(text, message):
     with pytest.raises(UsageError, match=message):
         read_secrets(text)
 
 
-def test_nothing_chooses_nothing():
+def test_empty_choice_of_secrets():
     assert read_secrets("") == read_secrets(" , ") == {}
 
 
-def test_the_roles_are_those_that_have_a_policy_and_the_documentation_says_so():
+def test_every_role_has_a_policy_and_is_documented():
     policies = {path.stem for path in (ROOT / "manifests" / "iam").glob("*.json")}
     assert set(ROLES.values()) <= policies
     text = (ROOT / "docs" / "how-to" / "operations.md").read_text(encoding="utf-8")

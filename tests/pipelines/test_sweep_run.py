@@ -22,7 +22,7 @@ from salun_core.storage.keys import certificate_key, run_key
 from salun_core.storage.leases import holder_of
 from salun_core.sweeps.runs import RunLog, RunStatus
 from salun_core.times import utc_clock
-from tests.pipelines.conftest import told
+from tests.pipelines.conftest import messages
 
 pytestmark = [pytest.mark.s3, pytest.mark.e2e]
 SWEEP = COMPILED / "salun-deletion-sweep-cpu.yaml"
@@ -30,7 +30,7 @@ INNER = ["fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish"]
 QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005})
 
 
-class Desk:
+class SweptLine:
     """A store with a model line, its ledger, and the compiled sweep to run on them."""
 
     def __init__(self, store, folder, split):
@@ -49,7 +49,7 @@ class Desk:
         assert holder_of(self.store, "digits") is None
         assert not list(self.store.list("scratch/"))
         assert set(re.findall(r'"run_id": "([^"]+)"', log_of(run))) == {run.run}  # one id in every step
-        said = told(run)
+        said = messages(run)
         assert [line for line in said if line.get("run") != run.run] == []
         assert {line["step"] for line in said if line["event"] == "step_started"} == {named(step) for step in run.steps}
 
@@ -94,45 +94,45 @@ def pushed(monkeypatch):
 
 
 @pytest.fixture
-def desk(store, digits_line, digits_model, tmp_path, monkeypatch):
+def line(store, digits_line, digits_model, tmp_path, monkeypatch):
     monkeypatch.setenv("SALUN_SIGNING_KEY", str(create_key(tmp_path / "keys" / "salun").private))
-    return Desk(store, tmp_path, load_model(digits_model).split)
+    return SweptLine(store, tmp_path, load_model(digits_model).split)
 
 
-def test_three_sweeps(desk, pushed):
-    """One story, for each sweep finds what the one before has left."""
-    parent, samples = desk.head, sorted(desk.split.train)[:5]
-    desk.ledger.submit("r-class", "digits", ClassTarget(dataset_digest=desk.split.dataset_digest, class_id=3))
-    desk.ledger.submit("r-samples", "digits", SamplesTarget(ids=samples))
-    desk.ledger.submit("r-nothing", "digits", SamplesTarget(ids=["nobody"]))
-    erases_what_is_due(desk, parent, samples)
+def test_three_sweeps(line, pushed):
+    """One test, because each sweep starts from the state that the previous one left."""
+    parent, samples = line.head, sorted(line.split.train)[:5]
+    line.ledger.submit("r-class", "digits", ClassTarget(dataset_digest=line.split.dataset_digest, class_id=3))
+    line.ledger.submit("r-samples", "digits", SamplesTarget(ids=samples))
+    line.ledger.submit("r-nothing", "digits", SamplesTarget(ids=["nobody"]))
+    erases_what_is_due(line, parent, samples)
     pushed_as_the_sweep(pushed)
-    finds_nothing(desk)
-    is_refused(desk)
+    finds_nothing(line)
+    is_refused(line)
 
 
-def erases_what_is_due(desk, parent, samples):
-    run = desk.sweep("green")
+def erases_what_is_due(line, parent, samples):
+    run = line.sweep("green")
     assert (run.exit_code, run.error, run.failed) == (0, "", "")
     assert [step for step in run.steps if step != "purge-store"] == ["claim-requests", *INNER, "settle-requests"]
     assert "purge-store" in run.steps
-    assert run.parent == parent != run.version == desk.head
-    assert read_version(desk.store, "digits", run.version).run == run.run
+    assert run.parent == parent != run.version == line.head
+    assert read_version(line.store, "digits", run.version).run == run.run
     assert run.outputs["claim-requests"]["requests"] == 2
     assert run.outputs["settle-requests"] == {"status": "published", "completed": 2, "queued": 0, "failed": 0}
     outcomes = {"r-class": "unlearned", "r-samples": "unlearned", "r-nothing": "nothing_to_erase"}
     for request, outcome in outcomes.items():
-        assert desk.ledger.status(request) is Status.COMPLETED
-        assert desk.certified(request)["outcome"] == outcome
-    statuses = [json.loads(desk.store.get(entry.key).data)["to_status"] for entry in desk.store.list(events_of(run))]
+        assert line.ledger.status(request) is Status.COMPLETED
+        assert line.certified(request)["outcome"] == outcome
+    statuses = [json.loads(line.store.get(entry.key).data)["to_status"] for entry in line.store.list(events_of(run))]
     assert statuses == ["claimed", "masking", "unlearning", "evaluating", "gated", "published"]
-    desk.left_nothing_behind(run)
+    line.left_nothing_behind(run)
     shown = [log_of(run), *(path.read_text() for path in run.folder.glob("steps/*/*/*/executor_output.json"))]
     assert not [sample for sample in samples for text in shown if f'"{sample}"' in text or f"'{sample}'" in text]
 
 
 def pushed_as_the_sweep(paths):
-    """Also the steps of the pipeline that is nested in it."""
+    """Including the steps of the nested pipeline."""
     keys = [dict(zip(words[::2], words[1::2], strict=True)) for words in (path.split("/")[2:] for path in paths)]
     groups = {(key["pipeline"], key["step"], key["model"]) for key in keys}
     steps = {named(step) for step in [*INNER, "claim-requests", "settle-requests"]}
@@ -145,33 +145,33 @@ def events_of(run):
     return f"runs/{run.run}/events/"
 
 
-def finds_nothing(desk):
-    head = desk.head
-    run = desk.sweep("idle")
+def finds_nothing(line):
+    head = line.head
+    run = line.sweep("idle")
     assert (run.exit_code, sorted(run.steps)) == (0, ["claim-requests", "purge-store", "settle-requests"])
     assert run.outputs["claim-requests"]["reason"] == "no request waits"
     assert run.outputs["settle-requests"]["status"] == ""
-    assert desk.head == head
-    desk.left_nothing_behind(run)
+    assert line.head == head
+    line.left_nothing_behind(run)
 
 
-def is_refused(desk):
-    """A gate that refuses makes the run red, and yet it is settled: the request tries the next recipe."""
-    head = desk.head
+def is_refused(line):
+    """A refusing gate fails the run, which is settled all the same: the request is queued with the next recipe."""
+    head = line.head
     rule = {"metric": "TA", "op": ">=", "value": 1.0, "reason": "no model is perfect"}
-    policy = desk.folder / "strict.yaml"
+    policy = line.folder / "strict.yaml"
     policy.write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
-    desk.ledger.submit("r-more", "digits", ClassTarget(class_id=5))
-    run = desk.sweep("red", policy_uri=str(policy))
+    line.ledger.submit("r-more", "digits", ClassTarget(class_id=5))
+    run = line.sweep("red", policy_uri=str(policy))
     assert (run.exit_code, run.failed, run.version) == (3, "gate-publish", None)
     assert "the gate refused the model" in run.error
     assert list(run.steps)[-1] == "settle-requests"
     assert run.outputs["settle-requests"] == {"status": "gate_refused", "completed": 0, "queued": 1, "failed": 0}
-    state = desk.ledger.state("r-more")
+    state = line.ledger.state("r-more")
     assert (state.status, state.last.rung) == (Status.QUEUED, 1)
-    assert RunLog(desk.store, utc_clock).status(run.run) is RunStatus.GATE_REFUSED
-    assert desk.head == head
-    desk.left_nothing_behind(run)
+    assert RunLog(line.store, utc_clock).status(run.run) is RunStatus.GATE_REFUSED
+    assert line.head == head
+    line.left_nothing_behind(run)
     assert not load(GateDecision, run.files["decision.json"]).passed
     assert "<html" in run.files["report.html"].read_text(encoding="utf-8")[:200]
-    assert desk.store.get(run_key(run.run, "decision.json")) is not None
+    assert line.store.get(run_key(run.run, "decision.json")) is not None
