@@ -566,6 +566,14 @@ def test_native_objects_carry_the_digest_and_are_checked(tmp_path, monkeypatch):
     assert "--kubernetes-native" in error
 
 
+@pytest.mark.parametrize("verb", ["run", "submit", "schedule"])
+def test_help_lists_the_parameters_of_the_default_pipeline(verb):
+    code, out, _ = run(verb, "--help")
+    shown = load_package("unlearning" if verb == "run" else "deletion-sweep").inputs
+    assert code == 0
+    assert [name for name in shown if f"--{name.replace('_', '-')}" not in out] == []
+
+
 @pytest.mark.parametrize("name", ["unlearning", "deletion-sweep", "sharded-mask"])
 def test_the_fields_of_the_run_form_are_documented(name):
     assert form_table(load_package(name)) in (ROOT / "docs" / "how-to" / "kfp-ui.md").read_text(encoding="utf-8")
