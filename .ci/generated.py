@@ -112,7 +112,7 @@ def _command(command: Any, name: str, parent: Any) -> Iterator[str]:  # noqa: AN
     if rows:
         yield table(("Parameter", "Meaning"), rows)
     if command.epilog:
-        yield _prose(command.epilog)
+        yield f"```console\n{load('salun_core.cli.examples:load_examples')()[command.epilog]}\n```"
     for child, below in sorted(getattr(command, "commands", {}).items()):
         if not below.hidden:
             yield from _command(below, f"{name} {child}", context)

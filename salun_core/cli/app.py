@@ -1,35 +1,18 @@
-"""The `salun` command: its verbs, and what all of them share."""
+"""The `salun` command: its verbs, and the behaviour that all of them share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from salun_core import __version__
-from salun_core.cli import (
-    bench,
-    demo,
-    demo_diffusion,
-    doctor,
-    exporter,
-    generation_models,
-    judging,
-    listing,
-    models,
-    purge,
-    request,
-    sweep,
-    unlearning,
-    verify,
-)
-from salun_core.cli import models as lines
-from salun_core.cli import sweep as running
-from salun_core.cli.examples import EXAMPLES
+from salun_core.cli import bench, certificates, demo, demo_diffusion, listing, models, operations, requests, runs, steps
+from salun_core.cli.examples import load_examples
 from salun_core.cli.failures import interruptible, reported
-from salun_core.cli.output import MODE, quiet_logs
+from salun_core.cli.output import MODE, silence_logs
 
 _EVERYWHERE = (
     ("--json", "Print one JSON document and nothing else on standard output."),
@@ -38,40 +21,40 @@ _EVERYWHERE = (
 
 
 class Verb(TyperCommand):
-    """A verb whose help shows the options of every verb, and its example as it was typed."""
+    """A verb whose help ends with the options of every verb and an example; `epilog` is the verb's full name."""
 
-    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
-        """Run the verb; the logs are set up here, because that takes a while and help needs none."""
-        quiet_logs()
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - click's, which typer hides
+        """Run the verb. Logs are set up here and not earlier: it takes a while, and help needs no logs."""
+        silence_logs()
         return super().invoke(ctx)
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401 - click's, which typer hides
-        """Add the options that may stand anywhere."""
+    def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
+        """Add the options that every verb has."""
         super().format_options(ctx, formatter)
         with formatter.section("Everywhere"):
             formatter.write_dl(_EVERYWHERE)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
         """Write the example without folding its lines."""
-        if self.epilog:
-            formatter.write(f"\n{self.epilog.strip()}\n")
+        lines = load_examples()[self.epilog or ""].splitlines()
+        formatter.write("\nExample:\n\n" + "\n".join(f"  {line}".rstrip() for line in lines) + "\n")
 
 
 class Root(TyperGroup):
-    """The command itself: `--json` and `--debug` may stand anywhere, and every failure is one line."""
+    """The command itself: `--json` and `--debug` may stand anywhere, and each failure is reported in one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
-        """Take the options of every verb from wherever they stand."""
+        """Move the options that every verb has to the front."""
         return super().parse_args(ctx, list(_hoisted(args)))
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
-        """Run the verb and report what it raises."""
+        """Run the verb and report its exception."""
         with reported():
             return super().invoke(ctx)
 
 
 def _hoisted(args: Sequence[str]) -> Iterator[str]:
-    """Yield the arguments with `--json` and `--debug` first, wherever before a `--` they stood."""
+    """Yield the arguments with `--json` and `--debug` first, unless they stand after a `--`."""
     end = args.index("--") if "--" in args else len(args)
     found = [name for name, _ in _EVERYWHERE if name in args[:end]]
     yield from found
@@ -85,12 +68,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="Make trained models forget, prove it, and publish only what passes the gate.",
-)
-_model = typer.Typer(no_args_is_help=True, help="Import models, and show the history of a model line.")
-_train = typer.Typer(
-    cls=generation_models.TrainGroup,
-    no_args_is_help=True,
-    help="Train a model from fresh weights: a classifier, unless another kind is named.",
 )
 
 
@@ -111,38 +88,70 @@ def _options(
     MODE.json, MODE.debug = json, debug
 
 
-def _add(group: typer.Typer, prefix: str, verbs: Mapping[str, Callable[..., None]]) -> None:
-    for name, function in verbs.items():
-        group.command(name, cls=Verb, epilog=EXAMPLES[prefix + name])(function)
+_GROUPS: dict[str, tuple[type[TyperGroup], str]] = {
+    "bench": (bench.BenchGroup, "Compare methods on a suite, and write the page of all results."),
+    "model": (TyperGroup, "Import models, and manage the versions of a model line."),
+    "train": (models.TrainGroup, "Train a model from fresh weights; a classifier if no other kind is named."),
+    "ls": (TyperGroup, "List the names of methods, models and data."),
+    "request": (TyperGroup, "File deletion requests, show their status, and change it by hand."),
+    "key": (TyperGroup, "Create the keys that sign and verify certificates."),
+}
+_VERBS: dict[str, Callable[..., None]] = {
+    "doctor": operations.doctor,
+    "demo": demo.demo,
+    "demo-diffusion": demo_diffusion.demo_diffusion,
+    "mask": steps.mask,
+    "unlearn": steps.unlearn,
+    "evaluate": steps.evaluate,
+    "gate": steps.gate,
+    "report": steps.report,
+    "run": runs.run,
+    "exporter": operations.exporter,
+    "sweep": runs.sweep,
+    "verify": certificates.verify,
+    "certificate": certificates.certificate,
+    "purge": operations.purge,
+    "bench run": bench.run,
+    "bench render": bench.render,
+    "model hold": models.hold,
+    "model release": models.release,
+    "model import-diffusers": models.import_diffusion,
+    "model import": models.import_classifier,
+    "model history": models.history,
+    "model rollback": models.rollback,
+    "train classifier": models.train_classifier,
+    "train ddpm": models.train_ddpm,
+    "train stable-diffusion": models.train_stable_diffusion,
+    "ls methods": listing.methods,
+    "ls models": listing.models,
+    "ls data": listing.data,
+    "request submit": requests.submit,
+    "request show": requests.show,
+    "request list": requests.list_requests,
+    "request reindex": requests.reindex,
+    "request hold": requests.hold,
+    "request release": requests.release,
+    "request cancel": requests.cancel,
+    "request retry": requests.retry,
+    "request reopen": requests.reopen,
+    "key create": certificates.create_key,
+}
 
 
-_add(app, "", {"doctor": doctor.doctor, "demo": demo.demo, "demo-diffusion": demo_diffusion.demo_diffusion})
-_add(_train, "train ", {"classifier": models.train, "ddpm": generation_models.train_ddpm})
-_add(_train, "train ", {"stable-diffusion": generation_models.train_stable_diffusion})
-_add(app, "", {"mask": unlearning.mask})
-_add(app, "", {"unlearn": unlearning.unlearn, "evaluate": unlearning.evaluate, "gate": judging.gate})
-_add(app, "", {"report": judging.report, "run": running.run})
-_add(app, "", {"exporter": exporter.exporter})
-_add(app, "", {"sweep": sweep.sweep})
-_add(bench.app, "bench ", {"run": bench.run, "render": bench.render})
-_add(app, "", {"verify": verify.verify, "certificate": verify.certificate})
-_add(verify.key_app, "key ", {"create": verify.create_key})
-_add(app, "", {"purge": purge.purge})
-_add(_model, "model ", {"hold": purge.hold, "release": purge.release})
-_add(_model, "model ", {"import-diffusers": generation_models.import_diffusion})
-_add(_model, "model ", {"import": models.import_, "history": lines.history, "rollback": lines.rollback})
-_add(listing.app, "ls ", {"methods": listing.methods, "models": listing.models, "data": listing.data})
-for _command in request.app.registered_commands:
-    _command.cls = Verb
-app.add_typer(bench.app, name="bench")
-app.add_typer(_model, name="model")
-app.add_typer(_train, name="train")
-app.add_typer(listing.app, name="ls")
-app.add_typer(request.app, name="request")
-app.add_typer(verify.key_app, name="key")
+def _add_verbs() -> None:
+    groups = {"": app}
+    for name, (kind, about) in _GROUPS.items():
+        groups[name] = typer.Typer(cls=kind, no_args_is_help=True, help=about)
+        app.add_typer(groups[name], name=name)
+    for verb, function in _VERBS.items():
+        group, _, name = verb.rpartition(" ")
+        groups[group].command(name, cls=Verb, epilog=verb)(function)
+
+
+_add_verbs()
 
 
 def main() -> None:
-    """Run the command line; SIGTERM ends it as Ctrl-C does, so that nothing it started stays behind."""
+    """Run the command line. SIGTERM ends it like Ctrl-C, so that its child processes end as well."""
     with interruptible():
         app(prog_name="salun")

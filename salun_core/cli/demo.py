@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from salun_core.cli.options import DryRun
-from salun_core.cli.output import METRICS, emit, emit_plan, epochs, print_table, say
+from salun_core.cli.output import METRICS, emit, emit_plan, epoch_progress, print_table, progress
 
 if TYPE_CHECKING:
     from salun_core.steps.demo import DemoOutcome
@@ -44,18 +44,18 @@ def demo(
     if dry_run:
         emit_plan("demo", {"would_write": work_dir, "data": spec.source, "train_limit": spec.train_limit})
         return
-    say(f"starting the store in {work_dir}")
+    progress(f"starting the store in {work_dir}")
     with demo_store(work_dir, port, fresh=not (keep or serve), must_exist=serve) as store_uri:
         if serve:
             _serve(work_dir, store_uri)
             return
-        outcome = run_demo(work_dir, store_uri, spec, epochs_, say, epochs)
+        outcome = run_demo(work_dir, store_uri, spec, epochs_, progress, epoch_progress)
     emit(_facts(outcome), lambda: _show(outcome, work_dir))
     outcome.decision.require()
 
 
 def _serve(work_dir: Path, store_uri: str) -> None:
-    say(f"{store_uri} is served until Ctrl-C. In another shell:\n  set -a; . {work_dir}/s3.env; set +a")
+    progress(f"{store_uri} is served until Ctrl-C. In another shell:\n  set -a; . {work_dir}/s3.env; set +a")
     signal.pause()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from salun_core.cli.options import DryRun
-from salun_core.cli.output import emit, emit_plan, epochs, print_metrics, print_table, say
+from salun_core.cli.output import emit, emit_plan, epoch_progress, print_metrics, print_table, progress
 
 if TYPE_CHECKING:
     from salun_core.steps.demo_diffusion import DiffusionOutcome
@@ -50,9 +50,9 @@ def demo_diffusion(
             "demo-diffusion", {"would_write": work_dir, "kind": kind.value, "data": spec.source, "size": spec.size}
         )
         return
-    say(f"starting the store in {work_dir}")
+    progress(f"starting the store in {work_dir}")
     with demo_store(work_dir, port, fresh=not keep, must_exist=False) as store_uri:
-        outcome = run_diffusion_demo(work_dir, store_uri, kind.value, spec, forget, say, epochs)
+        outcome = run_diffusion_demo(work_dir, store_uri, kind.value, spec, forget, progress, epoch_progress)
     emit(_facts(outcome), lambda: _show(outcome))
     outcome.decision.require()
 

@@ -1,4 +1,4 @@
-"""Errors, Ctrl-C and SIGTERM: one line on standard error and an exit code."""
+"""Turns errors, Ctrl-C and SIGTERM into one line on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -14,32 +14,39 @@ from types import FrameType
 
 import typer
 
-from salun_core.cli.output import MODE, say
+from salun_core.cli.output import MODE, progress
 from salun_core.errors import SalunError
 
-_AGAIN_SECONDS = 2.0
+INTERRUPTED = 130  # the shell's exit code after Ctrl-C
+_AGAIN_SECONDS = 2.0  # time for the exception to reach a handler before it is raised again
 _SOON_SECONDS = 0.02
-_GRACE_SECONDS = 30.0
+_GRACE_SECONDS = 30.0  # time for the clean-up before the process ends anyway
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _Interrupt:
-    """The first signal that came, and what is done about it until the process ends."""
+    """Raises the first signal as an exception, and raises it again until it takes effect.
+
+    Python drops an exception that is raised inside a destructor or a callback, so one exception is not enough: a
+    timer raises it again. There are two exceptions to that: while clean-up is running because of the interrupt, and
+    inside `logging`, whose locks would stay held. If clean-up or a thread hangs, the process ends after 30 seconds.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.deadline = 0.0
 
-    def first(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Handle SIGINT and SIGTERM."""
         if self.number is None:
             self.number, self.deadline = number, time.monotonic() + _GRACE_SECONDS
         self._raise(frame)
 
-    def again(self, _number: int, frame: FrameType | None) -> None:
-        """Handle the timer."""
+    def on_timer(self, _number: int, frame: FrameType | None) -> None:
+        """Handle SIGALRM."""
         if time.monotonic() > self.deadline:
             self.leave()
-        if not _on_its_way(sys.exc_info()[1]):
+        if not _cleaning_up():
             self._raise(frame)
 
     def _raise(self, frame: FrameType | None) -> None:
@@ -48,10 +55,10 @@ class _Interrupt:
         if not inside:
             raise KeyboardInterrupt if self.number == signal.SIGINT else SystemExit(self.code)
 
-    def unraisable(self, lost: sys.UnraisableHookArgs) -> None:
-        """Keep quiet about our own exception where Python drops it; it will be raised again."""
-        if self.number is None or not isinstance(lost.exc_value, (KeyboardInterrupt, SystemExit)):
-            sys.__unraisablehook__(lost)
+    def on_unraisable(self, dropped: sys.UnraisableHookArgs) -> None:
+        """Do not report our own exception when Python drops it: the timer raises it again."""
+        if self.number is None or not isinstance(dropped.exc_value, (KeyboardInterrupt, SystemExit)):
+            sys.__unraisablehook__(dropped)
 
     @property
     def code(self) -> int:
@@ -59,25 +66,10 @@ class _Interrupt:
         return 128 + (self.number or 0)
 
     def leave(self) -> None:
-        """End the process now: a thread that hangs must not keep it."""
+        """End the process now, without waiting for threads."""
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(self.code)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Let SIGINT and SIGTERM end the block by an exception: KeyboardInterrupt, and SystemExit(143)."""
-    interrupt = _Interrupt()
-    sys.unraisablehook = interrupt.unraisable
-    signal.signal(signal.SIGALRM, interrupt.again)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt.first)
-    try:
-        yield
-    finally:
-        if interrupt.number is not None:
-            interrupt.leave()
 
 
 def _inside_logging(frame: FrameType | None) -> bool:
@@ -88,8 +80,9 @@ def _inside_logging(frame: FrameType | None) -> bool:
     return False
 
 
-def _on_its_way(error: BaseException | None) -> bool:
-    """Whether clean-up is running because of an interrupt: it is what is being handled, or led to it."""
+def _cleaning_up() -> bool:
+    """Whether an interrupt is being handled, or led to the exception that is."""
+    error = sys.exc_info()[1]
     while error is not None:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             return True
@@ -97,13 +90,24 @@ def _on_its_way(error: BaseException | None) -> bool:
     return False
 
 
-INTERRUPTED = 130
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the block by an exception: KeyboardInterrupt or SystemExit(143)."""
+    interrupt = _Interrupt()
+    sys.unraisablehook = interrupt.on_unraisable
+    signal.signal(signal.SIGALRM, interrupt.on_timer)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt.on_signal)
+    try:
+        yield
+    finally:
+        if interrupt.number is not None:
+            interrupt.leave()
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Report what the block raises; `--debug` adds the traceback.
+    """Report an exception of the block in one line; `--debug` adds the traceback.
 
     Raises:
         typer.Exit: with the exit code of the error: 1, 2, 3, 4 or 5; 130 after Ctrl-C.
@@ -117,26 +121,22 @@ def reported() -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except OSError as error:
-        if error.errno == errno.EPIPE:  # whoever read our output has gone; typer ends quietly
+        if error.errno == errno.EPIPE:  # the reader of our output has gone; typer ends quietly
             raise
-        raise _exit(error, str(_of_system(error)), 1) from error
+        place = f"{error.filename}: " if error.filename else ""
+        full = error.errno in _DISK_FULL
+        remedy = "free some space, or choose another place" if full else "check the path and its permissions"
+        what = SalunError("cannot read or write a file", f"{place}{error.strerror or error}", remedy)
+        raise _exit(error, str(what), 1) from error
     except Exception as error:
-        if hasattr(error, "format_message"):  # a usage error, that typer reports with the usage line
+        if hasattr(error, "format_message"):  # a usage error: typer reports it with the usage line
             raise
         why = f"internal error ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         raise _exit(error, f"{why}. To fix it: run with --debug and report the traceback.", 1) from error
 
 
-def _of_system(error: OSError) -> SalunError:
-    place = f"{error.filename}: " if error.filename else ""
-    remedy = (
-        "free some space, or choose another place" if error.errno in _FULL else "check the path and its permissions"
-    )
-    return SalunError("cannot read or write a file", f"{place}{error.strerror or error}", remedy)
-
-
 def _exit(error: BaseException, text: str, code: int) -> typer.Exit:
     if MODE.debug:
-        say("".join(traceback.format_exception(error)).rstrip())
-    say(f"Error: {text}")
+        progress("".join(traceback.format_exception(error)).rstrip())
+    progress(f"Error: {text}")
     return typer.Exit(code)

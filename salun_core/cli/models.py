@@ -1,22 +1,26 @@
-"""`salun train` and `salun model`: create, import, list and roll back model lines."""
+"""`salun train` and `salun model`: create and import models, and manage the versions of a model line."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from salun_core.cli.options import Actor, DryRun, Settings, Store, named_store, read_settings, who
-from salun_core.cli.output import emit, emit_facts, emit_plan, epochs, print_table
+from salun_core.cli.options import Actor, DryRun, OptionalStore, Reason, Settings, Store, read_settings, who
+from salun_core.cli.output import emit, emit_facts, emit_plan, epoch_progress, print_table
+from salun_core.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from salun_core.data import DataSpec
+    from salun_core.models.card import GenerationEvaluation
     from salun_core.registry.history import Chapter
-    from salun_core.tasks.classification.training import Made
+    from salun_core.tasks.diffusion.training import MadeDiffusion
 
+CLASSIFIER = "classifier"
 
 OwnData = Annotated[
     str,
@@ -27,141 +31,268 @@ Architecture = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write the model to.")]
 Line = Annotated[str | None, typer.Option("--line", help="Also publish it as the first version of this model line.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights, the order and the noise.")]
+Judge = Annotated[
+    str | None,
+    typer.Option("--judge", help="Classifier for the generated images: LINE, LINE@VERSION, a folder or s3://."),
+]
+Evaluation = Annotated[
+    list[str],
+    typer.Option("--evaluation", metavar="KEY=VALUE", help="Setting of the images' evaluation; may be repeated."),
+]
+Version = Annotated[str, typer.Argument(metavar="LINE@VERSION", help="The version, by 6 or more digits of its digest.")]
 
 
-def train(
+@dataclass(frozen=True)
+class _Destination:
+    """Where a new model goes.
+
+    Args:
+        out: its folder.
+        line: the model line that begins with it, if any.
+        store: the store of that line.
+    """
+
+    out: Path
+    line: str | None
+    store: str | None
+
+    def check(self) -> None:
+        """Refuse, before any work, a line that exists already or a store that cannot hold one safely."""
+        from salun_core.registry.versions import read_head
+        from salun_core.storage import open_store
+        from salun_core.storage.probe import require_safe
+
+        if self.line is None:
+            return
+        if not self.store:
+            raise UsageError("--line needs a store", "no store is given", "give --store or set SALUN_STORE_URI")
+        store = open_store(self.store)
+        if read_head(store, self.line) is not None:
+            raise ConflictError(f"model line {self.line} exists already", "it has a HEAD", "choose another name")
+        require_safe(store)
+
+    def plan(self, verb: str, spec: DataSpec, arch: str | None = None) -> None:
+        """Read the data, build the architecture, check the line, and print what would be made."""
+        from salun_core.data import load_data
+        from salun_core.models import build_classifier
+
+        loaded = load_data(spec)
+        images = loaded.images("train").images
+        if arch:
+            build_classifier(arch, len(loaded.table.classes), *images.shape[1:3])
+        self.check()
+        facts = {"would_write": self.out, "would_publish": self.line, **({"arch": arch} if arch else {})}
+        sizes = {"train_images": len(images), "test_images": len(loaded.split.test)}
+        emit_plan(verb, {**facts, "classes": len(loaded.table.classes), **sizes})
+
+    def finish(self, register: Callable[..., str], method: str, facts: Mapping[str, object]) -> None:
+        """Publish the model if a line was given, and print what was made."""
+        from salun_core.config import load
+        from salun_core.data.split import SplitManifest
+        from salun_core.models.checkpoint import SPLIT
+        from salun_core.storage import open_store
+
+        published: dict[str, object] = {}
+        if self.line and self.store:
+            count = len(load(SplitManifest, self.out / SPLIT).train)
+            version = register(open_store(self.store), self.line, self.out, method, count)
+            published = {"line": self.line, "version": version}
+        emit_facts({"model": self.out, **facts, **published})
+
+
+class TrainGroup(TyperGroup):
+    """`salun train`, which trains a classifier if no kind of model is named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - click's, which typer hides
+        """Insert the kind if it is missing."""
+        named = bool(args) and (args[0] in self.commands or args[0] == "--help")
+        return super().parse_args(ctx, args if named or not args else [CLASSIFIER, *args])
+
+
+def train_classifier(
     data: OwnData,
     arch: Architecture,
     out: Out,
-    epochs_: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training data.")] = 30,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of the first step.")] = 0.1,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images a step.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights, order and augmentation.")] = 0,
-    settings: Settings = [],  # noqa: B006 - typer reads it and hands over a new list
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training data.")] = 30,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Learning rate of the first step.")] = 0.1,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per step.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights, order and augmentation.")] = 0,
+    settings: Settings = [],  # noqa: B006 - typer reads it and passes a new list
     line: Line = None,
-    store: Store = None,
+    store: OptionalStore = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train a classifier from fresh weights, and write its model folder."""
     from salun_core.data import load_spec
-    from salun_core.tasks.classification.training import train_model, training_config
+    from salun_core.tasks.classification.training import register_model, train_model, training_config
 
-    named = {"epochs": epochs_, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    named = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     config = training_config({**named, **read_settings(settings)})
-    spec = load_spec(data)
+    spec, to = load_spec(data), _Destination(out, line, store)
     if dry_run:
-        _plan("train", spec, arch, out, line, store)
+        to.plan("train", spec, arch)
         return
-    _check_line(line, store)
-    with epochs(f"train {arch}", config.epochs) as on_epoch:
+    to.check()
+    with epoch_progress(f"train {arch}", config.epochs) as on_epoch:
         made = train_model(spec, arch, config, out, on_epoch=on_epoch)
-    _finish(made, out, line, store, "train")
+    accuracy = {"train_accuracy": made.train_accuracy, "test_accuracy": made.test_accuracy}
+    to.finish(register_model, "train", {"digest": made.digest, **accuracy})
 
 
-def import_(
+def import_classifier(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A .safetensors, .pt, .pth or .th file.")],
     arch: Architecture,
     data: OwnData,
     out: Out,
     mean: Annotated[
-        str | None, typer.Option("--mean", help="Of the normalisation it was trained with: 0.49,0.48,0.45.")
+        str | None, typer.Option("--mean", help="Means of the normalisation in training, such as 0.49,0.48,0.45.")
     ] = None,
-    std: Annotated[str | None, typer.Option("--std", help="The same, standard deviations.")] = None,
+    std: Annotated[str | None, typer.Option("--std", help="Standard deviations of that normalisation.")] = None,
     line: Line = None,
-    store: Store = None,
+    store: OptionalStore = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Turn a checkpoint of yours into a model folder, names and shapes strict. No code in it is run."""
+    """Turn a checkpoint into a model folder; names and shapes must match. No code in it is run."""
     from salun_core.data import load_spec
     from salun_core.models.importing import read_checkpoint
-    from salun_core.tasks.classification.training import import_model
+    from salun_core.tasks.classification.training import import_model, register_model
 
     spec, scale = load_spec(data), (_numbers("--mean", mean), _numbers("--std", std))
+    to = _Destination(out, line, store)
     if dry_run:
         read_checkpoint(checkpoint)
-        _plan("model import", spec, arch, out, line, store)
+        to.plan("model import", spec, arch)
         return
-    _check_line(line, store)
-    _finish(import_model(checkpoint, spec, arch, out, *scale), out, line, store, "import")
+    to.check()
+    made = import_model(checkpoint, spec, arch, out, *scale)
+    accuracy = {"train_accuracy": made.train_accuracy, "test_accuracy": made.test_accuracy}
+    to.finish(register_model, "import", {"digest": made.digest, **accuracy})
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
-    from salun_core.errors import UsageError
-
     try:
         return [float(part) for part in text.split(",")] if text is not None else None
     except ValueError as error:
-        raise UsageError(f"{option} {text!r} is no list of numbers", str(error), "write 0.49,0.48,0.45") from error
+        raise UsageError(f"{option} {text!r} is not a list of numbers", str(error), "write 0.49,0.48,0.45") from error
 
 
-def _plan(verb: str, spec: DataSpec, arch: str, out: Path, line: str | None, store: str | None) -> None:
-    """Read the data, build the architecture, look at the line; write nothing."""
-    from salun_core.data import load_data
-    from salun_core.models import build_classifier
+def _train_diffusion(kind: str, about: str) -> Callable[..., None]:
+    """Return the verb that trains one kind of diffusion model."""
 
-    loaded = load_data(spec)
-    images = loaded.images("train").images
-    build_classifier(arch, len(loaded.table.classes), *images.shape[1:3])
-    _check_line(line, store)
-    facts = {"classes": len(loaded.table.classes), "train_images": len(images), "test_images": len(loaded.split.test)}
-    emit_plan(verb, {"would_write": out, "would_publish": line, "arch": arch, **facts})
+    def train(
+        data: OwnData,
+        out: Out,
+        seed: Seed = 0,
+        settings: Settings = [],  # noqa: B006
+        judge: Judge = None,
+        evaluation: Evaluation = [],  # noqa: B006
+        checkpoints: Annotated[
+            Path | None, typer.Option("--checkpoints", help="Folder for the state after each epoch, to resume from.")
+        ] = None,
+        line: Line = None,
+        store: OptionalStore = None,
+        dry_run: DryRun = False,
+    ) -> None:
+        from salun_core.data import load_spec
+        from salun_core.tasks.diffusion import training
 
+        kinds: dict[str, tuple[Callable[..., Any], Callable[..., MadeDiffusion], GenerationEvaluation]] = {
+            "ddpm": (training.ddpm_recipe, training.train_ddpm, training.JUDGED_PIXELS),
+            "stable-diffusion": (training.stable_diffusion_recipe, training.train_stable_diffusion, training.JUDGED),
+        }
+        recipe_of, train_kind, defaults = kinds[kind]
+        recipe = recipe_of({"seed": seed, **read_settings(settings)})
+        spec, judged, to = load_spec(data), _evaluation(judge, evaluation, defaults), _Destination(out, line, store)
+        if dry_run:
+            to.plan(f"train {kind}", spec)
+            return
+        to.check()
+        with epoch_progress(f"train {kind}", recipe.epochs) as on_epoch:
+            made = train_kind(spec, recipe, out, judged, checkpoints, on_epoch)
+        to.finish(training.register_diffusion, "train", _made(made))
 
-def _check_line(line: str | None, store: str | None) -> None:
-    """Refuse a line that cannot be begun, or a store that cannot hold one safely, before the work is done."""
-    from salun_core.errors import ConflictError, UsageError
-    from salun_core.registry.versions import read_head
-    from salun_core.storage import open_store
-    from salun_core.storage.probe import require_safe
-
-    if line is None:
-        return
-    if not store:
-        raise UsageError("--line needs a store", "none is named", "give --store or set SALUN_STORE_URI")
-    if read_head(open_store(store), line) is not None:
-        raise ConflictError(f"model line {line} exists already", "it has a HEAD", "choose another name for a new line")
-    require_safe(open_store(store))
-
-
-def _finish(made: Made, out: Path, line: str | None, store: str | None, method: str) -> None:
-    from salun_core.models import load_model
-    from salun_core.storage import open_store
-    from salun_core.tasks.classification.training import register_model
-
-    facts: dict[str, object] = {"model": out, "digest": made.digest}
-    facts |= {"train_accuracy": made.train_accuracy, "test_accuracy": made.test_accuracy}
-    if line and store:
-        count = len(load_model(out).split.train)
-        facts |= {"line": line, "version": register_model(open_store(store), line, out, method, count)}
-    emit_facts(facts)
+    train.__doc__ = about
+    return train
 
 
-def history(
-    line: Annotated[str, typer.Argument(metavar="LINE", help="The model line.")],
-    store: Store = None,
+train_ddpm = _train_diffusion(
+    "ddpm", "Train a small class-conditional DDPM from fresh weights, and write its model folder."
+)
+train_stable_diffusion = _train_diffusion(
+    "stable-diffusion",
+    "Train a small Stable Diffusion from fresh weights, its autoencoder first, and write its model folder.",
+)
+
+
+def import_diffusion(
+    source: Annotated[str, typer.Argument(metavar="FOLDER", help="A diffusers folder, or a hub name in the cache.")],
+    out: Out,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="D", help="The data, as for a classifier. Default: images are generated."),
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="Prompt for an image of a class; {label} stands for its name.")
+    ] = "an image of a {label}",
+    judge: Judge = None,
+    evaluation: Evaluation = [],  # noqa: B006
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Class names, separated by commas, if there are no data.")
+    ] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="Download a hub name that is not in the local cache.")] = False,
+    line: Line = None,
+    store: OptionalStore = None,
 ) -> None:
-    """Show the versions of a model line, the newest first: what each erased, how it is kept, who holds it, its debt."""
+    """Turn a diffusers folder into a model folder. It reads safetensors only and runs no code in the folder."""
+    from salun_core.data import load_spec
+    from salun_core.tasks.diffusion import importing, training
+
+    judged = _evaluation(judge, evaluation, training.JUDGED)
+    spec = load_spec(data) if data else None
+    names = [name.strip() for name in classes.split(",")] if classes else []
+    to = _Destination(out, line, store)
+    to.check()
+    made = importing.import_diffusion(source, spec, out, prompt, judged, names, hub)
+    to.finish(training.register_diffusion, "import", _made(made))
+
+
+def _evaluation(judge: str | None, settings: list[str], defaults: GenerationEvaluation) -> GenerationEvaluation:
+    from salun_core.config import parse
+    from salun_core.models.card import GenerationEvaluation
+
+    given = {**({"judge": judge} if judge else {}), **read_settings(settings)}
+    return parse(GenerationEvaluation, {**defaults.model_dump(), **given}, "--evaluation")
+
+
+def _made(made: MadeDiffusion) -> dict[str, object]:
+    loss = {"loss": made.loss} if made.loss is not None else {}
+    return {"digest": made.digest, "parameters": made.parameters, **loss}
+
+
+def history(line: Annotated[str, typer.Argument(metavar="LINE", help="The model line.")], store: Store) -> None:
+    """List the versions of a model line, newest first: what each erased, how it is stored, its holder and its debt."""
     from salun_core.registry.history import tell
     from salun_core.storage import open_store
     from salun_core.sweeps.runs import RunLog
     from salun_core.times import utc_clock
 
-    opened = open_store(named_store(store))
-    chapters = tell(opened, line, RunLog(opened, utc_clock).request_count)
-    emit([_document(item) for item in chapters], lambda: _print(chapters))
+    opened = open_store(store)
+    versions = tell(opened, line, RunLog(opened, utc_clock).request_count)
+
+    def show() -> None:
+        head = ["version", "made by", "requests", "forgotten", "debt", "runs", "weights", "held by", "published"]
+        print_table(head, [_row(item) for item in versions])
+        if versions and versions[0].alarm:
+            typer.echo("\nRetraining recommended: much was forgotten since the last full training.")
+
+    emit([_document(item) for item in versions], show)
 
 
 def _document(item: Chapter) -> dict[str, object]:
     manifest = item.version.manifest.model_dump(mode="json", exclude={"format"})
     facts = {"requests": item.requests, "weights": item.kept, "held_by": item.held_by, "alarm": item.alarm}
     return {"version": item.version.digest, **manifest, **facts}
-
-
-def _print(chapters: Sequence[Chapter]) -> None:
-    head = ["version", "made by", "requests", "forgotten", "debt", "runs", "weights", "held by", "published"]
-    print_table(head, [_row(item) for item in chapters])
-    if chapters and chapters[0].alarm:
-        typer.echo("\nMuch was forgotten since the last full training: a new one is due.")
 
 
 def _row(item: Chapter) -> tuple[object, ...]:
@@ -180,23 +311,43 @@ def _row(item: Chapter) -> tuple[object, ...]:
 
 
 def rollback(
-    version: Annotated[str, typer.Argument(metavar="LINE@VERSION", help="The version to go back to.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why, for the audit log; no personal data.")],
-    store: Store = None,
+    version: Version,
+    reason: Reason,
+    store: Store,
     reopen: Annotated[
-        bool, typer.Option("--reopen", help="Queue the deletion requests again that it undoes; else it is refused.")
+        bool, typer.Option("--reopen", help="Queue the deletion requests again that the rollback undoes.")
     ] = False,
     actor: Actor = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Make an earlier version HEAD again. Past an erasure it is refused, unless its requests are to be reopened."""
+    """Make an earlier version HEAD again. A rollback past an erasure is refused unless --reopen is given."""
     from salun_core.sweeps.rollback import rollback as step
 
-    done = step(named_store(store), version, who(actor), reason, reopen=reopen, dry_run=dry_run)
-    emit_facts(
-        {
-            "head": done.head.version if done.head else "as before (dry run)",
-            "undone_versions": len(done.undone),
-            "reopened_requests": len(done.reopened),
-        }
-    )
+    done = step(store, version, who(actor), reason, reopen=reopen, dry_run=dry_run)
+    head = done.head.version if done.head else "as before (dry run)"
+    emit_facts({"head": head, "undone_versions": len(done.undone), "reopened_requests": len(done.reopened)})
+
+
+def hold(version: Version, reason: Reason, store: Store, actor: Actor = "") -> None:
+    """Exclude the weights of a version from purges until the version is released."""
+    from salun_core.registry.holds import hold_version
+    from salun_core.registry.versions import resolve
+    from salun_core.storage import open_store
+    from salun_core.times import utc_clock
+
+    opened = open_store(store)
+    line, digest = resolve(opened, version)
+    held = hold_version(opened, line, digest, who(actor), reason, utc_clock)
+    emit_facts({"held": f"{line}@{digest}", "by": held.by, "since": held.at, "reason": held.reason})
+
+
+def release(version: Version, store: Store) -> None:
+    """Remove the hold of a version: the next purge treats it like any other."""
+    from salun_core.registry.holds import release_version
+    from salun_core.registry.versions import resolve
+    from salun_core.storage import open_store
+
+    opened = open_store(store)
+    line, digest = resolve(opened, version)
+    held = release_version(opened, line, digest)
+    emit_facts({"released": f"{line}@{digest}", "was_held_by": held.by, "since": held.at, "reason": held.reason})

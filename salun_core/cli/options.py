@@ -8,47 +8,39 @@ from typing import Annotated, Any
 import typer
 
 Model = Annotated[
-    str, typer.Option("--model", metavar="M", help="The model: a folder, LINE or LINE@VERSION in the store, or s3://.")
+    str,
+    typer.Option("--model", metavar="M", help="The model: a folder, LINE or LINE@VERSION in the store, or s3://."),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
         "--data",
         metavar="D",
-        help="The data: a YAML spec, a folder, parquet, `digits` or torchvision:NAME; else as the model card says.",
+        help="The data: a YAML spec, a folder, parquet, `digits` or torchvision:NAME. Default: the model card's.",
     ),
 ]
 Forget = Annotated[
     str, typer.Option("--forget", metavar="F", help="What to forget: a YAML or JSON file, or its s3:// address.")
 ]
-Store = Annotated[
-    str | None, typer.Option("--store", envvar="SALUN_STORE_URI", help="The store of model lines: s3://bucket/prefix.")
-]
+_STORE = typer.Option("--store", envvar="SALUN_STORE_URI", help="The object store: s3://bucket/prefix.")
+Store = Annotated[str, _STORE]
+OptionalStore = Annotated[str | None, _STORE]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the inputs, say what would be done, write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the inputs and print the plan; write nothing.")]
 Settings = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; may be given again.")
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; may be repeated.")
 ]
-
-Tune = Annotated[bool, typer.Option("--tune", help="Search for the settings that you leave open, on validation data.")]
-TuneBudget = Annotated[
-    str, typer.Option("--tune-budget", metavar="B", help="Passes (200000), time (90s, 15m) or epochs (20e).")
-]
-Also = Annotated[
-    str,
-    typer.Option(
-        "--also",
-        metavar="NAMES",
-        help="More measurements: lira[=MODELS], relearn[=STEPS], probe, decile, kl, tow, seeds[=RUNS].",
-    ),
+WorkDir = Annotated[
+    Path | None, typer.Option("--work-dir", help="Folder for the files of the steps. Default: .salun/runs/RUN.")
 ]
 Actor = Annotated[
-    str, typer.Option("--actor", envvar="SALUN_ACTOR", help="Who does it, for the audit log; your login unless given.")
+    str, typer.Option("--actor", envvar="SALUN_ACTOR", help="Your name, for the audit log. Default: your login.")
 ]
+Reason = Annotated[str, typer.Option("--reason", help="The reason, for the audit log. No personal data.")]
 
 
 def who(actor: str) -> str:
-    """Return who does something, for the audit log: the one that is named, or the login."""
+    """Return the name for the audit log: the one that was given, or the login."""
     if actor:
         return actor
     import getpass
@@ -59,47 +51,34 @@ def who(actor: str) -> str:
         return "unknown"
 
 
-def named_store(store: str | None) -> str:
-    """Return the address of the store.
-
-    Raises:
-        UsageError: none is named.
-    """
-    from salun_core.errors import UsageError
-
-    if not store:
-        raise UsageError("no store is named", "a model line lies in a store", "give --store or set SALUN_STORE_URI")
-    return store
-
-
 def read_settings(pairs: list[str], file: Path | None = None) -> dict[str, Any]:
-    """Read settings from a file and from KEY=VALUE pairs; a pair wins, and a dot leads into a section.
+    """Read settings from a file and from KEY=VALUE pairs. Pairs override the file; dots separate sections.
 
     Args:
         pairs: such as `epochs=3` or `method_config.epochs=3`; values are read as YAML.
         file: YAML or JSON with a mapping.
 
     Returns:
-        The settings, unchecked.
+        The settings, not validated.
 
     Raises:
-        UsageError: the file holds something else, or a pair is none.
+        UsageError: the file does not hold a mapping, or a pair has the wrong form.
     """
     from salun_core.config import parse_text, read_document
     from salun_core.errors import UsageError
 
     settings = read_document(file) if file else {}
     if not isinstance(settings, dict):
-        raise UsageError(f"{file} holds no settings", f"it is a {type(settings).__name__}", "write `key: value` lines")
+        raise UsageError(f"{file} has no settings", f"it is a {type(settings).__name__}", "write `key: value` lines")
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise UsageError(f"--set {pair!r} is no setting", "it has the form KEY=VALUE", "write --set epochs=3")
+            raise UsageError(f"--set {pair!r} is not a setting", "it must have the form KEY=VALUE", "see --help")
         section = settings
         *outer, key = name.split(".")
         for part in outer:
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
-                raise UsageError(f"--set {pair!r} does not fit", f"{part} is no section", "correct its name")
+                raise UsageError(f"--set {pair!r} does not fit", f"{part} is not a section", "correct the name")
         section[key] = parse_text(value, f"--set {name}")
     return settings

@@ -1,4 +1,4 @@
-"""What the command prints: results on standard output, progress on standard error."""
+"""Prints results on standard output and progress on standard error."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Mode:
     """How this call prints.
 
     Args:
-        json: one JSON document on standard output, and nothing else there.
-        debug: tracebacks and logs on standard error.
+        json: print one JSON document on standard output, and nothing else there.
+        debug: print tracebacks and logs on standard error.
     """
 
     json: bool = False
@@ -35,42 +35,35 @@ GENERATED = ("UA", "UA_relearned", "RA", "neighbours", "nudity", "attack_success
 
 
 def emit(result: Mapping[str, Any] | Sequence[Any], show: Callable[[], None]) -> None:
-    """Print a result: as JSON where that was asked for, else by `show`."""
+    """Print a result as JSON if --json was given, else call `show`."""
     if MODE.json:
         typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
     else:
         show()
 
 
-def emit_facts(facts: Mapping[str, Any]) -> None:
-    """Print named values, one a line."""
-    emit(facts, lambda: _print_facts(facts))
+def emit_facts(facts: Mapping[str, Any], footer: str = "") -> None:
+    """Print named values, one a line, and a footer."""
 
+    def show() -> None:
+        width = max((len(name) for name in facts), default=0)
+        for name, value in facts.items():
+            typer.echo(f"{name.replace('_', ' '):<{width}}  {_cell(value)}")
+        if footer:
+            typer.echo(footer)
 
-def _print_facts(facts: Mapping[str, Any]) -> None:
-    width = max((len(name) for name in facts), default=0)
-    for name, value in facts.items():
-        typer.echo(f"{name.replace('_', ' '):<{width}}  {_text(value)}")
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+    emit(facts, show)
 
 
 def emit_plan(verb: str, facts: Mapping[str, Any]) -> None:
-    """Print what a dry run found: the inputs are valid, and this is what would be written."""
-
-    def show() -> None:
-        _print_facts(facts)
-        typer.echo(f"dry run: the inputs are valid, {verb} wrote nothing")
-
-    emit({"dry_run": True, **facts}, show)
+    """Print the result of a dry run: the inputs are valid, and this is what would be written."""
+    if MODE.json:
+        facts = {"dry_run": True, **facts}
+    emit_facts(facts, f"dry run: the inputs are valid, {verb} wrote nothing")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under headings, numbers to the right; nothing is folded where no terminal is there."""
+    """Print rows under headings, numbers aligned to the right; long rows are folded on a terminal only."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -78,11 +71,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for number, column in enumerate(columns):
-        cells = [row[number] for row in rows]
-        numeric = any(isinstance(cell, float) for cell in cells)
+        numeric = any(isinstance(row[number], float) for row in rows)
         table.add_column(column, overflow="fold", justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*(Text(_text(cell)) for cell in row))
+        table.add_row(*(Text(_cell(cell)) for cell in row))
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, 200)
@@ -91,17 +83,21 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     typer.echo("\n".join(line.rstrip() for line in captured.get().rstrip().splitlines()))
 
 
-def print_metrics(evidence: Evidence) -> None:
-    """Print the metrics of evidence: before, after, and of the retrained model where there is one.
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
 
-    All are ratios from 0 to 1; generated images have others too, so that a column says the unit of each.
+
+def print_metrics(evidence: Evidence) -> None:
+    """Print the metrics of evidence: before, after, and of the retrained model if there is one.
+
+    Metrics of classifiers are ratios from 0 to 1. Those of generated images have several units, so a column names it.
     """
     from salun_core.report.wording import UNITS
 
     generated = evidence.generation is not None
-    found = {
-        name: item for name in (GENERATED if generated else METRICS) if (item := evidence.metrics.get(name)) is not None
-    }
+    found = {name: evidence.metrics[name] for name in (GENERATED if generated else METRICS) if name in evidence.metrics}
     columns: dict[str, list[object]] = {"metric": list(found)}
     if generated:
         columns["unit"] = [UNITS[name].name if name in UNITS else "ratio" for name in found]
@@ -112,51 +108,51 @@ def print_metrics(evidence: Evidence) -> None:
     print_table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
-def say(text: str) -> None:
+def progress(text: str) -> None:
     """Print a line of progress."""
     typer.echo(text, err=True)
 
 
 @contextmanager
-def epochs(label: str, total: int) -> Iterator[Callable[[EpochRecord], None]]:
-    """Show the progress of a loop: a bar on a terminal, a line an epoch elsewhere.
+def epoch_progress(label: str, total: int) -> Iterator[Callable[[EpochRecord], None]]:
+    """Show the progress of a loop: a bar on a terminal, otherwise a line per epoch.
 
     Args:
         label: what is running.
         total: number of epochs.
 
     Yields:
-        What the loop calls after each epoch.
+        The function for the loop to call after each epoch.
     """
+
+    def losses(record: EpochRecord) -> str:
+        return ", ".join(f"loss {name} {loss:.3f}" for name, loss in record.losses.items())
+
     if not sys.stderr.isatty():
-        yield lambda record: say(f"{label}: epoch {record.epoch} of {total}, {_losses(record)}")
+        yield lambda record: progress(f"{label}: epoch {record.epoch} of {total}, {losses(record)}")
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda record: bar.update(task, completed=record.epoch, description=f"{label}: {_losses(record)}")
+        yield lambda record: bar.update(task, completed=record.epoch, description=f"{label}: {losses(record)}")
 
 
-def _losses(record: EpochRecord) -> str:
-    return ", ".join(f"loss {name} {loss:.3f}" for name, loss in record.losses.items())
+def silence_logs() -> None:
+    """Show the steps' warnings only, or everything with --debug.
 
-
-def quiet_logs() -> None:
-    """Leave the logs of the steps out unless --debug asks for them: a verb says itself what it did or why not."""
+    Failures are dropped as well: the command reports them itself, in one line.
+    """
     import structlog
 
     from salun_core.telemetry.logs import configure_logging
 
+    def drop_failures(_logger: Any, _method: str, event: Any) -> Any:  # noqa: ANN401 - structlog's own
+        if event.get("event") in {"step_failed", "run_ended"}:
+            raise structlog.DropEvent
+        return event
+
     configure_logging(level="debug" if MODE.debug else "warning")
     if not MODE.debug:
-        structlog.configure(processors=[_without_failures, *structlog.get_config()["processors"]])
-
-
-def _without_failures(_logger: Any, _method: str, event: Any) -> Any:  # noqa: ANN401 - structlog's own
-    import structlog
-
-    if event.get("event") in {"step_failed", "run_ended"}:
-        raise structlog.DropEvent
-    return event
+        structlog.configure(processors=[drop_failures, *structlog.get_config()["processors"]])

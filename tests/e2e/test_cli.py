@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from salun_core.cli.examples import EXAMPLES
+from salun_core.cli.examples import load_examples
 
 pytestmark = pytest.mark.e2e
 
@@ -56,7 +56,7 @@ def test_the_demo_runs_the_compiled_pipeline_and_the_commands_that_it_names_next
     assert "running the compiled pipeline with kfp.local" in first.stderr
     assert "PASSED" in first.stdout
     assert "Traceback" not in first.stderr
-    shown = [_name(line) for line in EXAMPLES["demo"].strip().splitlines()[3:]]
+    shown = [_name(line) for line in load_examples()["demo"].splitlines()[1:]]
     assert [_name(line) for line in first.stdout.strip().splitlines()] == shown
     assert _left_behind(tmp_path) == []
     _look_into_the_store(tmp_path, work, first.stdout)

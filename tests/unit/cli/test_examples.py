@@ -6,14 +6,19 @@ import json
 import re
 import shlex
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import typer
 
 from salun_core.cli.app import app
-from salun_core.cli.examples import EXAMPLES
+from salun_core.cli.examples import load_examples
+from salun_core.requests.ledger import Ledger
+from salun_core.requests.schema import Outcome, Status
+from salun_core.times import utc_clock
 
+EXAMPLES = load_examples()
 ORDER = [
     "train classifier",
     "mask",
@@ -27,6 +32,8 @@ ORDER = [
     "exporter",
 ]
 CERTIFICATES = ["key create", "certificate", "verify"]
+REQUESTS = [f"request {verb}" for verb in ("submit", "show", "list", "reindex", "hold", "release")]
+REQUESTS += [f"request {verb}" for verb in ("retry", "reopen", "cancel")]
 RETENTION = ["model hold", "model release", "purge"]
 DIFFUSION = ["train ddpm", "train stable-diffusion", "model import-diffusers"]
 ELSEWHERE = {  # e2e, unit/bench, test_sweep_cli.py, below
@@ -45,7 +52,9 @@ def _verbs(command, path=()):
 
 def _parsed(text):
     """Return the arguments and the lines of output of an example."""
-    lines = [line.removeprefix("  ") for line in text.strip().splitlines()[2:]]
+    lines = text.splitlines()
+    while lines[0].startswith("# "):
+        lines.pop(0)
     typed = [lines.pop(0)]
     while typed[-1].endswith("\\"):
         typed.append(lines.pop(0))
@@ -60,9 +69,8 @@ def _shape(lines):
 
 def test_every_verb_has_an_example():
     verbs = list(_verbs(typer.main.get_command(app)))
-    own = [verb for verb in verbs if not verb.startswith("request ")]
-    assert sorted(own) == sorted(EXAMPLES)
-    assert {*ORDER, *RETENTION, *CERTIFICATES, *DIFFUSION, *ALONE} == set(own) - ELSEWHERE
+    assert sorted(verbs) == sorted(EXAMPLES)
+    assert {*ORDER, *RETENTION, *REQUESTS, *CERTIFICATES, *DIFFUSION, *ALONE} == set(verbs) - ELSEWHERE
 
 
 def _check(salun, verb):
@@ -83,8 +91,8 @@ def _anywhere(lines):
 def test_the_examples_follow_each_other(salun, store, monkeypatch, tmp_path):
     monkeypatch.setenv("SALUN_STORE_URI", store.uri)
     (tmp_path / "forget.yaml").write_text("{kind: class, class_id: 3}")
-    assert "forget.yaml holds {kind: class, class_id: 3}." in EXAMPLES["mask"]
-    settings = re.search(r"run\.yaml holds (.*)\.\n", EXAMPLES["run"])[1]
+    assert "# forget.yaml: {kind: class, class_id: 3}\n" in EXAMPLES["mask"]
+    settings = re.search(r"# run\.yaml: (.*)\n", EXAMPLES["run"])[1]
     (tmp_path / "run.yaml").write_text(settings.replace("s3://salun", store.uri))
     for verb in ORDER + RETENTION:
         _check(salun, verb)
@@ -95,6 +103,20 @@ def test_the_examples_follow_each_other(salun, store, monkeypatch, tmp_path):
     for part in ("would bring back", "of its versions, and", "give --reopen to queue these requests again"):
         assert part in said
         assert part in refused.stderr
+
+
+def test_the_examples_of_requests(salun, store, monkeypatch):
+    monkeypatch.setenv("SALUN_STORE_URI", store.uri)
+    monkeypatch.setenv("SALUN_ACTOR", "ana")
+    monkeypatch.setattr("salun_core.times.utc_clock", lambda: datetime(2026, 1, 31, 9, tzinfo=UTC))
+    ledger = Ledger(store, utc_clock)
+    ends = {"request retry": Status.FAILED, "request reopen": Status.COMPLETED}
+    for verb in REQUESTS:
+        if verb in ends:
+            ledger.move("r-1", Status.IN_PROGRESS, "sweep", "claimed")
+            outcome = Outcome.UNLEARNED if ends[verb] is Status.COMPLETED else None
+            ledger.move("r-1", ends[verb], "sweep", "ended", outcome=outcome)
+        _check(salun, verb)
 
 
 def test_the_examples_of_certificates(salun, store, monkeypatch, tmp_path):
@@ -109,7 +131,7 @@ def test_the_examples_of_certificates(salun, store, monkeypatch, tmp_path):
 
 def test_the_examples_of_diffusion_models(salun, tmp_path):
     pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
-    assert "sd.yaml holds {source: digits, size: 16, channels: 3}" in EXAMPLES["train stable-diffusion"]
+    assert "# sd.yaml: {source: digits, size: 16, channels: 3}" in EXAMPLES["train stable-diffusion"]
     (tmp_path / "sd.yaml").write_text("{source: digits, size: 16, channels: 3}")
     for verb in DIFFUSION:
         _check(salun, verb)

@@ -10,8 +10,13 @@ pytest.importorskip("transformers", reason="the extra `generation` is not instal
 import typer
 from typer.testing import CliRunner
 
-from salun_core.cli.generation_models import TrainGroup, import_diffusion, train_ddpm, train_stable_diffusion
-from salun_core.cli.models import train
+from salun_core.cli.models import (
+    TrainGroup,
+    import_diffusion,
+    train_classifier,
+    train_ddpm,
+    train_stable_diffusion,
+)
 from salun_core.errors import UsageError
 from tests.unit.models.tiny_folders import save_raw
 
@@ -21,7 +26,11 @@ SHORT = ["steps=2", "epochs=1", "batch_size=8", "channels=[8,16]", "head_channel
 @pytest.fixture(scope="module")
 def app():
     app, group = typer.Typer(), typer.Typer(cls=TrainGroup)
-    for name, verb in {"classifier": train, "ddpm": train_ddpm, "stable-diffusion": train_stable_diffusion}.items():
+    for name, verb in {
+        "classifier": train_classifier,
+        "ddpm": train_ddpm,
+        "stable-diffusion": train_stable_diffusion,
+    }.items():
         group.command(name)(verb)
     app.add_typer(group, name="train")
     app.command("import")(import_diffusion)

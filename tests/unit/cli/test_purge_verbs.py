@@ -32,7 +32,7 @@ def test_a_purge_lists_first_and_holds_count(salun, store, versions):
     assert dry.exit_code == 0, dry.stderr
     (key,) = [entry.key for entry in store.list("blobs/") if entry.key in dry.stdout]
     assert "superseded weights" in dry.stdout
-    assert dry.stdout.rstrip().endswith("dry run: nothing was touched\nkeys that are not ours, left alone: 1")
+    assert dry.stdout.rstrip().endswith("dry run: nothing was deleted\nunknown keys, not deleted: 1")
     held = salun("model", "hold", f"faces@{versions[0][:8]}", "--reason", "audit", "--json")
     assert {"held": f"faces@{versions[0]}", "by": "ana"}.items() <= json.loads(held.stdout).items()
     assert "superseded and held: 1" in salun("purge").stdout
@@ -45,7 +45,7 @@ def test_a_purge_lists_first_and_holds_count(salun, store, versions):
     assert report["disposals"][0]["keys"] == [key]
     assert report["unknown"] == ["holiday/photo.jpg"]
     assert store.get(key) is None
-    assert "nothing had to go" in salun("purge").stdout
+    assert "nothing to delete" in salun("purge").stdout
 
 
 def test_wrong_words(salun, versions, monkeypatch):
@@ -53,4 +53,4 @@ def test_wrong_words(salun, versions, monkeypatch):
     assert salun("model", "hold", "faces@000000", "--reason", "x").exit_code == 2
     assert salun("purge", "--weights-days", 31).exit_code == 2
     monkeypatch.delenv("SALUN_STORE_URI")
-    assert "no store is named" in salun("purge").stderr
+    assert "SALUN_STORE_URI" in salun("purge").stderr

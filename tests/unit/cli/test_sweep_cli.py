@@ -9,8 +9,8 @@ import shlex
 import pytest
 
 from salun_core.certificates.keys import create_key
-from salun_core.cli.examples import EXAMPLES
-from salun_core.cli.sweep import _facts_sweep as _facts
+from salun_core.cli.examples import load_examples
+from salun_core.cli.runs import sweep_facts
 from salun_core.data.forget_set import ClassTarget, SamplesTarget
 from salun_core.errors import GateRefusedError
 from salun_core.registry.versions import read_head, read_version
@@ -25,7 +25,7 @@ from salun_core.sweeps.settle import Settled
 from salun_core.times import utc_clock
 
 pytestmark = pytest.mark.s3
-EXAMPLE = EXAMPLES["sweep"].splitlines()
+EXAMPLE = load_examples()["sweep"].splitlines()
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def test_the_example_and_a_sweep_that_finds_nothing_more(sweep, salun, ledger, s
     waiting = sweep("--once")
     assert (waiting.exit_code, "claimed    0: 2 waiting, and no batch is due" in waiting.stdout) == (0, True)
 
-    result = salun(*shlex.split(EXAMPLE[3].partition("$ salun ")[2]))
+    result = salun(*shlex.split(EXAMPLE[0].removeprefix("$ salun ")))
     assert result.exit_code == 0, result.stderr
-    assert [_shape(line) for line in result.stdout.splitlines()] == [_shape(line[2:]) for line in EXAMPLE[4:]]
+    assert [_shape(line) for line in result.stdout.splitlines()] == [_shape(line) for line in EXAMPLE[1:]]
     assert read_head(store, "digits")[0].version != parent
     assert all(store.get(certificate_key(request)) for request in ("r-1", "r-2"))
 
@@ -79,7 +79,7 @@ def test_a_run_that_ends_in_an_error_is_told_whole_and_ends_in_its_exit_code(swe
 def test_a_refusal_says_why():
     error = GateRefusedError("the gate refused the model", "TA >=: no model is perfect", "see decision.json")
     claimed = Claimed(1, "s3://salun/forget.json", "salun", 0.5, "{}", "1 waiting, and 1 make a batch")
-    facts = _facts(
+    facts = sweep_facts(
         SweepOutcome("run-1", claimed, Settled("run-1", RunStatus.GATE_REFUSED, queued=["r-1"]), None, error)
     )
     assert facts["verdict"] == "REFUSED: TA >=: no model is perfect"

@@ -70,7 +70,7 @@ def test_each_help_ends_in_an_example_with_its_output(run, verb):
 
 
 def test_the_group_loads_nothing_heavy():
-    code = "import sys, salun_core.cli.request; print(*sys.modules)"
+    code = "import sys, salun_core.cli.requests; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"boto3", "torch", "pydantic", "yaml", "salun_core.requests.ledger"} & set(loaded)
 

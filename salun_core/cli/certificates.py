@@ -1,4 +1,4 @@
-"""`salun verify`, `salun certificate` and `salun key create`: certificates, for whoever must believe them."""
+"""`salun verify`, `salun certificate` and `salun key create`: erasure certificates and their keys."""
 
 from __future__ import annotations
 
@@ -15,56 +15,30 @@ if TYPE_CHECKING:
     from salun_core.certificates.statement import Erasure
     from salun_core.certificates.verify import Verification
 
-key_app = typer.Typer(no_args_is_help=True, help="Make the keys that certificates are signed and verified with.")
-
 
 def verify(
-    certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE", help="The certificate's file.")],
+    certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE", help="File of the certificate.")],
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="DIR", help="The model folder: every file of it is compared.")
+        Path | None, typer.Option("--model", metavar="DIR", help="The model folder; all its files are compared.")
     ] = None,
     key: Annotated[
         list[Path],
         typer.Option(
             "--key",
             metavar="PUB",
-            help="Public key of a signer to trust; may be given again. Else $SALUN_VERIFY_KEY, else salun.pub beside"
-            " the certificate.",
+            help="Public key of a trusted signer; may be repeated. Default: $SALUN_VERIFY_KEY, then salun.pub in the"
+            " certificate's folder.",
         ),
-    ] = [],  # noqa: B006 - typer reads it and hands over a new list
+    ] = [],  # noqa: B006 - typer reads it and passes a new list
     addendum: Annotated[
-        list[Path], typer.Option("--addendum", metavar="FILE", help="What was added to it later; may be given again.")
+        list[Path], typer.Option("--addendum", metavar="FILE", help="A later addition to it; may be repeated.")
     ] = [],  # noqa: B006
 ) -> None:
-    """Verify an erasure certificate offline: its signature, and that a model is the very one it is about."""
+    """Verify an erasure certificate offline: its signature, and that a model is the certified one."""
     from salun_core.certificates.verify import verify_certificate
 
     found = verify_certificate(certificate, model, key, addendum)
     emit(_document(found), lambda: _show(found, model))
-
-
-def certificate(
-    request_id: Annotated[str, typer.Argument(metavar="ID", help="The request's id.")],
-    out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    store: Store = None,
-) -> None:
-    """Fetch the certificate of a request from the store, byte for byte."""
-    from salun_core.certificates.verify import fetch_certificate
-    from salun_core.errors import UsageError
-
-    if not store:
-        raise UsageError("no store is named", "certificates lie in a store", "give --store or set SALUN_STORE_URI")
-    emit_facts({"sha256": fetch_certificate(store, request_id, out), "certificate": out})
-
-
-def create_key(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR/NAME", help="Where to write NAME.pem and NAME.pub.")],
-) -> None:
-    """Make an ed25519 key: NAME.pem signs and stays secret, NAME.pub verifies and may be published."""
-    from salun_core.certificates.keys import create_key as create
-
-    made = create(out)
-    emit_facts({"signing_key": made.private, "public_key": made.public, "keyid": made.keyid})
 
 
 def _document(found: Verification) -> dict[str, Any]:
@@ -85,24 +59,26 @@ def _show(found: Verification, model: Path | None) -> None:
     erasure = found.certificate.predicate
     typer.echo(f"VALID: signed by a trusted key, from {found.key_source}")
     if found.key_source == BESIDE_CERTIFICATE:
-        typer.echo("whoever made the certificate could have put that key there: compare its id with the signer's own")
+        typer.echo("the issuer could have put that key there: compare its id with the one that the signer publishes")
     checked = f"all {found.files} files of {model} are the certified ones"
     typer.echo(checked if found.files is not None else "only the certificate was checked: give --model DIR as well")
     typer.echo()
-    for name, value in _rows(erasure):
+    for name, value in _summary(erasure):
         typer.echo(f"{name:<10}  {value}")
     if erasure.metrics:
         typer.echo()
-        known = {name: place for place, name in enumerate(METRICS)}
-        found_metrics = sorted(erasure.metrics, key=lambda item: known.get(item.name, len(known)))
-        rows = [(m.name, m.before, m.after, m.reference, m.low, m.high, m.n) for m in found_metrics]
+        order = {name: place for place, name in enumerate(METRICS)}
+        metrics = sorted(erasure.metrics, key=lambda item: order.get(item.name, len(order)))
+        rows = [(m.name, m.before, m.after, m.reference, m.low, m.high, m.n) for m in metrics]
         print_table(["metric", "before", "after", "retrained", "low", "high", "n"], rows)
-    _show_disposals(found)
+    if disposals := _disposals(found):
+        typer.echo()
+        print_table(["disposal", "state", "when"], disposals)
     typer.echo(f"\n{textwrap.fill(erasure.statement, 100)}")
 
 
-def _rows(erasure: Erasure) -> list[tuple[str, str]]:
-    request, model, forgotten = erasure.request, erasure.model, erasure.forgotten
+def _summary(erasure: Erasure) -> list[tuple[str, str]]:
+    request, model, forgotten, debt = erasure.request, erasure.model, erasure.forgotten, erasure.debt
     times = f"received {_time(request.received_at)}, due {_time(request.due_at)}, settled {_time(request.completed_at)}"
     made = f"{model.line}@{model.version[:12]}" + (f", made from {model.parent[:12]}" if model.parent else "")
     rows = [
@@ -115,7 +91,6 @@ def _rows(erasure: Erasure) -> list[tuple[str, str]]:
         rows.append(("procedure", f"{erasure.procedure.method}, configuration {erasure.procedure.config_digest[:12]}"))
     if erasure.gate:
         rows.append(("gate", f"passed {len(erasure.gate.verdicts)} checks of policy {erasure.gate.policy}"))
-    debt = erasure.debt
     rows.append(("debt", f"{debt.fraction:.1%} forgotten in {debt.runs_since_training} runs since the last training"))
     rows.append(("signer", f"key {erasure.signer}"))
     if erasure.supersedes:
@@ -123,16 +98,36 @@ def _rows(erasure: Erasure) -> list[tuple[str, str]]:
     return rows
 
 
-def _show_disposals(found: Verification) -> None:
+def _disposals(found: Verification) -> list[tuple[str, str, str]]:
     disposals = found.certificate.predicate.disposals
     added = [item for addendum in found.addenda for item in addendum.predicate.done]
     rows = [(item.what, "deleted", _time(item.at)) for item in disposals.done]
     rows += [(item.what, "deleted (addendum)", _time(item.at)) for item in added]
-    rows += [(item.what, "due", _time(item.by)) for item in disposals.due if item.what not in {a.what for a in added}]
-    if rows:
-        typer.echo()
-        print_table(["disposal", "state", "when"], rows)
+    return rows + [
+        (item.what, "due", _time(item.by)) for item in disposals.due if item.what not in {a.what for a in added}
+    ]
 
 
 def _time(text: str) -> str:
     return text[:16].replace("T", " ")
+
+
+def certificate(
+    request_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the request.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    store: Store,
+) -> None:
+    """Fetch the certificate of a request from the store, byte for byte."""
+    from salun_core.certificates.verify import fetch_certificate
+
+    emit_facts({"sha256": fetch_certificate(store, request_id, out), "certificate": out})
+
+
+def create_key(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR/NAME", help="Where to write NAME.pem and NAME.pub.")],
+) -> None:
+    """Create an ed25519 key: NAME.pem signs and stays secret, NAME.pub verifies and may be published."""
+    from salun_core.certificates.keys import create_key as create
+
+    made = create(out)
+    emit_facts({"signing_key": made.private, "public_key": made.public, "keyid": made.keyid})

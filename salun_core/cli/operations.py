@@ -1,0 +1,164 @@
+"""`salun doctor`, `salun exporter` and `salun purge`: check an installation, monitor it, and dispose of old data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from salun_core.cli.options import OptionalStore, Store
+from salun_core.cli.output import MODE, emit, print_table
+
+if TYPE_CHECKING:
+    from salun_core.retention.purge import PurgeReport
+
+
+def doctor(store: OptionalStore = None) -> None:
+    """Check this machine, the store and the metrics gateway. The exit code is 1 if a requirement is missing."""
+    from salun_core.doctor import run_checks
+
+    checks = list(run_checks(store, Path.cwd()))
+    failed = [check.name for check in checks if check.state == "failed"]
+
+    def show() -> None:
+        print_table(["check", "state", "found"], [(item.name, item.state, item.detail) for item in checks])
+        for item in checks:
+            if item.remedy:
+                typer.echo(f"{item.name}: {item.remedy}")
+        typer.echo(f"\n{'failed: ' + ', '.join(failed) if failed else 'all requirements are met'}")
+
+    emit([check.model_dump(mode="json") for check in checks], show)
+    if failed:
+        raise typer.Exit(1)
+
+
+def exporter(
+    store: Store,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 for a free one.")] = 9400,
+    interval: Annotated[
+        float, typer.Option("--interval", min=1, max=3600, metavar="SECONDS", help="Time between two refreshes.")
+    ] = 15,
+    once: Annotated[bool, typer.Option("--once", help="Print the metrics and exit.")] = False,
+) -> None:
+    """Serve the ledger's gauges to Prometheus on /metrics, and /healthz. A scrape does not read the store."""
+    from salun_core.requests.gauges import GaugeReader
+    from salun_core.storage import open_store
+    from salun_core.telemetry.exporter import Exporter, serving
+    from salun_core.times import utc_clock
+
+    exporter = Exporter(GaugeReader(open_store(store), utc_clock).take, interval)
+    if once:
+        exporter.refresh()
+        rows = [{"metric": name, "labels": labels, "value": value} for name, labels, value in exporter.samples()]
+        emit(rows, lambda: typer.echo(exporter.text(), nl=False))
+        return
+    with serving(exporter, host, port) as url:
+        emit({"url": url}, lambda: typer.echo(f"serving {url}"))
+        Event().wait()
+
+
+def purge(
+    store: Store,
+    pipeline_root: Annotated[
+        str | None,
+        typer.Option(
+            "--pipeline-root",
+            envvar="SALUN_PIPELINE_ROOT",
+            help="Where Kubeflow stores the files of the runs, such as s3://mlpipeline/v2/artifacts.",
+        ),
+    ] = None,
+    scratch_hours: Annotated[
+        int, typer.Option("--scratch-hours", min=0, max=24, help="Age limit of the forget data of settled runs.")
+    ] = 24,
+    mask_days: Annotated[int, typer.Option("--mask-days", min=0, max=30, help="Age limit of masks.")] = 30,
+    weights_days: Annotated[
+        int, typer.Option("--weights-days", min=0, max=30, help="Age limit of superseded weights.")
+    ] = 30,
+    artifact_days: Annotated[
+        int, typer.Option("--artifact-days", min=0, max=30, help="Age limit of Kubeflow's copies.")
+    ] = 7,
+    every_hours: Annotated[
+        int, typer.Option("--every-hours", min=0, max=24, help="Time between purges; expiry is checked this far ahead.")
+    ] = 12,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List each key that would be deleted; delete none.")
+    ] = False,
+) -> None:
+    """Delete forget data, masks, superseded weights and garbage, and add the deletions to the certificates."""
+    from salun_core.certificates.keys import find_signing_key
+    from salun_core.retention import purge as step
+    from salun_core.retention.rules import RetentionRules
+
+    rules = RetentionRules(
+        scratch_hours=scratch_hours,
+        mask_days=mask_days,
+        weights_days=weights_days,
+        artifact_days=artifact_days,
+        every_hours=every_hours,
+    )
+    report = step.purge(store, rules, pipeline_root, dry_run=dry_run, signer=find_signing_key())
+    emit(_purge_document(report), lambda: _show_purge(report))
+
+
+def _purge_document(report: PurgeReport) -> dict[str, Any]:
+    planned, total = report.plan, report.total
+    fields = ("kind", "keys", "size", "reason", "run", "line", "version", "request")
+    return {
+        "dry_run": report.dry_run,
+        "disposals": [{name: getattr(item, name) for name in fields} for item in planned.disposals],
+        "erased": {"keys": total.keys, "versions": total.versions, "bytes": total.bytes},
+        "skipped": len(report.skipped),
+        "addenda": list(report.addenda),
+        "held": list(planned.held),
+        "shared": list(planned.shared),
+        "unknown": list(planned.unknown),
+        "foreign_runs": planned.foreign_runs,
+    }
+
+
+def _show_purge(report: PurgeReport) -> None:
+    if report.dry_run:
+        columns, rows = ["what", "key", "bytes", "reason"], _each_key(report)
+    else:
+        columns, rows = ["what", "count", "keys", "bytes", "first reason"], _by_kind(report)
+    if rows:
+        print_table(columns, rows)
+    else:
+        typer.echo("nothing to delete")
+    if report.dry_run:
+        typer.echo("dry run: nothing was deleted")
+    for text, count in _remaining(report):
+        if count:
+            typer.echo(f"{text}: {count}")
+    for key in report.plan.unknown if MODE.debug else ():
+        typer.echo(f"  {key}")
+
+
+def _each_key(report: PurgeReport) -> list[tuple[object, ...]]:
+    return [
+        (item.kind, key, item.size if number == 0 else "", item.reason if number == 0 else "")
+        for item in report.plan.disposals
+        for number, key in enumerate(item.keys or ("-",))
+    ]
+
+
+def _by_kind(report: PurgeReport) -> list[tuple[object, ...]]:
+    rows: dict[str, tuple[str, int, int, int, str]] = {}
+    for item, removed in report.erased:
+        kind, count, keys, size, reason = rows.get(item.kind, (item.kind, 0, 0, 0, item.reason))
+        rows[item.kind] = (kind, count + 1, keys + removed.keys, size + removed.bytes, reason)
+    return list(rows.values())
+
+
+def _remaining(report: PurgeReport) -> Iterator[tuple[str, int]]:
+    planned = report.plan
+    yield "certificates that got an addendum", len(report.addenda)
+    yield "left for the next purge because a model line changed meanwhile", len(report.skipped)
+    yield "superseded and held", len(planned.held)
+    yield "superseded, with the weights of a version that stays", len(planned.shared)
+    yield "unknown keys, not deleted", len(planned.unknown)
+    yield "unknown runs under the pipeline root, not deleted", planned.foreign_runs

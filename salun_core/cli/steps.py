@@ -1,0 +1,359 @@
+"""`salun mask`, `unlearn`, `evaluate`, `gate` and `report`: steps 2 to 5 of the pipeline by hand."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from salun_core.cli.options import Data, Device, DryRun, Forget, Model, OptionalStore, Settings, read_settings
+from salun_core.cli.output import emit, emit_facts, emit_plan, epoch_progress, print_metrics, print_table, progress
+from salun_core.cli.runs import Also, Tune, TuneBudget, trial_line
+from salun_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from salun_core.gate import Expected
+    from salun_core.saliency.scores import Shard
+
+Processes = Annotated[
+    int, typer.Option("--processes", min=1, help="Processes on this machine that share the work; one per GPU.")
+]
+EvidenceFile = Annotated[Path, typer.Option("--evidence", help="Evidence file, from `salun evaluate`.")]
+
+
+def mask(
+    model: Model,
+    forget: Forget,
+    out: Annotated[Path, typer.Option("--out", help="Mask file to write (.safetensors).")],
+    shards: Annotated[list[Path] | None, typer.Argument(help="Files of all shards, for --merge.")] = None,
+    density: Annotated[float, typer.Option("--density", help="Share of salient weights, in (0, 1].")] = 0.5,
+    data: Data = None,
+    random_seed: Annotated[
+        int | None, typer.Option("--random-seed", min=0, help="Draw the mask at random, as a control for saliency.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Score the I-th of N shards and write its sums.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add up the shards and write the mask.")] = False,
+    settings: Settings = [],  # noqa: B006 - typer reads it and passes a new list
+    processes: Processes = 1,
+    device: Device = "auto",
+    store: OptionalStore = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Compute the saliency mask of a model: the weights that matter most for the forget set."""
+    from salun_core.steps.mask import compute_mask
+    from salun_core.steps.sharding import merge_scores, score_shard
+    from salun_core.tasks import open_inputs, resolved_config, sizes_of
+    from salun_core.tasks.resolve import model_folder
+
+    files, overrides = shards or [], read_settings(settings)
+    part = _shard(shard, merge, files, processes, random_seed)
+    if processes > 1 and not dry_run:
+        _launch(processes)
+        return
+    with model_folder(model, store) as folder:
+        if dry_run:
+            resolved_config(folder, "salun", overrides)
+            emit_plan("mask", {"would_write": out, **sizes_of(open_inputs(folder, forget, data)), "density": density})
+            return
+        if part is not None:
+            header = score_shard(folder, forget, part, out, data=data, device=device)
+            samples = len(part.samples(header.samples))
+            emit_facts({"shard": out, "number": str(part), "samples": samples, "of": header.samples})
+            return
+        if merge:
+            made = merge_scores(folder, forget, files, density, out, data=data)
+        else:
+            made = compute_mask(
+                folder, forget, density, out, overrides=overrides, data=data, device=device, random_seed=random_seed
+            )
+    if _is_first_process():
+        facts = {"salient": made.k, "weights": made.weights, "density": made.density, "scores": made.facts["scores"]}
+        emit_facts({"mask": out, **facts, "digest": made.digest})
+
+
+def _shard(shard: str | None, merge: bool, files: list[Path], processes: int, random_seed: int | None) -> Shard | None:
+    """Check the options that exclude each other, and return the shard to score, if one was named."""
+    from salun_core.saliency.scores import Shard
+
+    ways = [shard is not None, merge, processes > 1]
+    if sum(ways) > 1 or (random_seed is not None and (shard is not None or merge)):
+        raise UsageError("these options exclude each other", "--shard, --merge, --processes", "give one of them")
+    if bool(files) != merge:
+        raise UsageError("--merge and the files of shards go together", "one is missing", "write --merge shard-*")
+    return None if shard is None else Shard.parse(shard)
+
+
+def unlearn(
+    model: Model,
+    forget: Forget,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the new model to.")],
+    method: Annotated[
+        str, typer.Option("--method", help="The unlearning method; `salun ls methods` lists all.")
+    ] = "salun",
+    mask: Annotated[Path | None, typer.Option("--mask", help="Mask file, for methods that need one.")] = None,
+    data: Data = None,
+    settings: Settings = [],  # noqa: B006
+    config: Annotated[Path | None, typer.Option("--config", help="YAML or JSON with settings of the method.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of order, augmentation and random labels.")] = 0,
+    processes: Processes = 1,
+    store: OptionalStore = None,
+    tune: Tune = False,
+    tune_budget: TuneBudget = "20e",
+    policy: Annotated[
+        str, typer.Option("--policy", help="With --tune: the gate policy that bounds the search.")
+    ] = "auto",
+    dry_run: DryRun = False,
+) -> None:
+    """Make a model forget; weights outside the mask stay bit-identical.
+
+    With --tune the exit code is 3 if no setting satisfies the policy; nothing is written then.
+    """
+    from salun_core.steps.unlearning import read_mask, run_unlearning
+    from salun_core.tasks import open_inputs, resolved_config, sizes_of
+    from salun_core.tasks.classification.tuning import TuneWish
+    from salun_core.tasks.resolve import model_folder
+
+    overrides = read_settings(settings, config)
+    if tune:
+        _check_tuning(method, mask, processes, policy)
+    if processes > 1 and not dry_run:
+        _launch(processes)
+        return
+    first = _is_first_process()
+    with model_folder(model, store) as folder:
+        resolved = resolved_config(folder, method, {"seed": seed, **overrides})
+        if dry_run:
+            inputs = open_inputs(folder, forget, data)
+            read_mask(mask, inputs)
+            facts = {"would_write": out, "method": method, **sizes_of(inputs), "epochs": resolved.epochs}
+            emit_plan("unlearn", facts)
+            return
+        with epoch_progress(method, resolved.epochs) if first and not tune else nullcontext(None) as on_epoch:
+            result = run_unlearning(
+                folder,
+                mask,
+                forget,
+                out,
+                method=method,
+                overrides=overrides,
+                seed=resolved.seed,
+                data=data,
+                on_epoch=on_epoch,
+                tune=TuneWish(tune_budget, policy, lambda record: progress(trial_line(record))) if tune else None,
+            )
+    if first:
+        tried = {"learning_rate": result.config.learning_rate, "tried": out / "tuning.json"} if tune else {}
+        facts = {"method": method, "epochs": len(result.history), "samples_passed": result.passes, **tried}
+        emit_facts({"model": out, **facts, "seconds": round(result.seconds, 3)})
+
+
+def _check_tuning(method: str, mask: Path | None, processes: int, policy: str) -> None:
+    """Refuse, before any work, what a search cannot do."""
+    from salun_core.tasks.resolve import check_policy
+    from salun_core.tuning.space import Space
+
+    if mask is not None:
+        raise UsageError("--tune and --mask exclude each other", "the search chooses the density", "leave out --mask")
+    if processes > 1:
+        raise UsageError("--tune takes one process", "trials follow each other", "leave out --processes")
+    Space.of(method, {})
+    check_policy(policy)
+
+
+def evaluate(
+    before: Annotated[str, typer.Option("--before", metavar="M", help="The original model.")],
+    after: Annotated[str, typer.Option("--after", metavar="M", help="The unlearned model.")],
+    forget: Forget,
+    out: Annotated[Path, typer.Option("--out", help="Evidence file to write (JSON).")],
+    report: Annotated[Path, typer.Option("--report", help="Report to write (HTML).")],
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="M", help="A model that was retrained without the forget set.")
+    ] = None,
+    retrain_reference: Annotated[
+        bool, typer.Option("--retrain-reference", help="Retrain one now, by the recipe on the model card.")
+    ] = False,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="Mask file; weights outside it are compared bit by bit.")
+    ] = None,
+    also: Also = "",
+    data: Data = None,
+    device: Device = "auto",
+    store: OptionalStore = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure a model before and after unlearning, and write evidence and report."""
+    from salun_core.evaluation.optional_metrics import parse_optional_metrics
+    from salun_core.steps import evaluation
+    from salun_core.tasks import open_inputs, open_model, sizes_of
+    from salun_core.tasks.resolve import model_folder
+
+    parse_optional_metrics(also)
+    if reference and retrain_reference:
+        raise UsageError("--reference and --retrain-reference exclude each other", "both were given", "leave one out")
+    with ExitStack() as stack:
+        old, new = (stack.enter_context(model_folder(name, store)) for name in (before, after))
+        retrained = stack.enter_context(model_folder(reference, store)) if reference else None
+        if dry_run:
+            inputs = open_inputs(old, forget, data)
+            evaluation.check_pair(inputs.original, open_model(new), inputs.forget_set)
+            samples = sizes_of(inputs)["forget_samples"]
+            emit_plan("evaluate", {"would_write": f"{out}, {report}", "forget_samples": samples})
+            return
+        if retrain_reference:
+            progress("retraining the reference")
+        evidence = evaluation.evaluate(
+            old,
+            new,
+            forget,
+            out,
+            report,
+            mask=mask,
+            reference=retrained,
+            retrain_reference=retrain_reference,
+            data=data,
+            store_uri=store,
+            device=device,
+            also=also,
+        )
+
+    def show() -> None:
+        print_metrics(evidence)
+        typer.echo(f"\nevidence  {out}\nreport    {report}")
+
+    emit(evidence.model_dump(mode="json"), show)
+
+
+def gate(
+    evidence: EvidenceFile,
+    out: Annotated[Path, typer.Option("--out", help="Decision file to write (JSON), also if the gate refuses.")],
+    policy: Annotated[
+        str, typer.Option("--policy", help="The gate policy: auto, the name of a built-in one, a file, or s3://.")
+    ] = "auto",
+    before: Annotated[
+        str | None, typer.Option("--before", metavar="M", help="Check that the evidence is of this original model.")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="M", help="Check that the evidence is of this unlearned model.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option("--mask", help="Check that the evidence is of this mask.")] = None,
+    forget: Annotated[
+        str | None, typer.Option("--forget", metavar="F", help="Check that it is of this forget set; needs --before.")
+    ] = None,
+    store: OptionalStore = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Apply a policy to evidence. The exit code is 3 if the gate refuses; the decision is written in both cases."""
+    from salun_core.config import load
+    from salun_core.evaluation import Evidence
+    from salun_core.gate import decide
+    from salun_core.steps.publishing import write_decision
+    from salun_core.tasks.resolve import read_policy
+
+    measured = load(Evidence, evidence)
+    decision = decide(measured, read_policy(policy, measured), _expected(before, after, mask, forget, store))
+    if dry_run:
+        emit_plan("gate", {"would_write": out, "passed": decision.passed, "summary": decision.summary})
+        return
+    write_decision(out, decision)
+
+    def show() -> None:
+        rows = [
+            (item.rule, item.threshold, item.actual, item.margin, "pass" if item.passed else "FAIL")
+            for item in decision.verdicts
+        ]
+        print_table(["rule", "threshold", "actual", "margin", "verdict"], rows)
+        typer.echo(f"\n{'PASSED' if decision.passed else 'REFUSED'} by policy {decision.policy}; decision in {out}")
+
+    emit(decision.model_dump(mode="json"), show)
+    decision.require()
+
+
+def _expected(
+    before: str | None, after: str | None, mask: Path | None, forget: str | None, store: str | None
+) -> Expected:
+    """Return the digests of the given artifacts, to compare with those in the evidence."""
+    from salun_core.gate import Expected
+    from salun_core.saliency import SaliencyMask
+    from salun_core.tasks import open_inputs, open_model
+    from salun_core.tasks.resolve import model_folder
+
+    digests: dict[str, str] = {}
+    if forget and not before:
+        raise UsageError("--forget needs --before", "the set is resolved against the model's split", "give both")
+    if before:
+        with model_folder(before, store) as folder:
+            original = open_model(folder)
+            digests |= {"before": original.digest, "split": original.split.digest}
+            digests |= {"dataset": original.split.dataset_digest}
+            if forget:
+                digests["forget_set"] = open_inputs(folder, forget).forget_set.digest
+    if after:
+        with model_folder(after, store) as folder:
+            digests["after"] = open_model(folder).digest
+    if mask:
+        digests["mask"] = SaliencyMask.load(mask).digest
+    return Expected(**digests)
+
+
+def report(
+    evidence: EvidenceFile,
+    out: Annotated[Path, typer.Option("--out", help="Report to write (HTML).")],
+    decision: Annotated[Path | None, typer.Option("--decision", help="Decision file, from `salun gate`.")] = None,
+    line: Annotated[str, typer.Option("--line", help="Name of the model line, for the heading.")] = "local",
+    dry_run: DryRun = False,
+) -> None:
+    """Write the report of evidence: one HTML file without scripts, readable offline."""
+    from salun_core.config import load
+    from salun_core.evaluation import Evidence
+    from salun_core.gate import GateDecision
+    from salun_core.report import ReportContext, write_report
+
+    measured = load(Evidence, evidence)
+    verdict = load(GateDecision, decision) if decision else None
+    if dry_run:
+        emit_plan("report", {"would_write": out, "judged": verdict is not None})
+        return
+    write_report(out, measured, verdict, ReportContext(model_line=line, created_at=measured.created_at))
+    emit_facts({"report": out, "bytes": out.stat().st_size, "judged": verdict is not None})
+
+
+_PROCESSES = "--processes"
+
+
+def _launch(processes: int) -> None:
+    """Run this command again in several processes on this machine, joined as torchrun joins them.
+
+    Raises:
+        typer.Exit: a process failed; with the exit code of the first one that did.
+        UsageError: torchrun has started this process.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from salun_core.steps.processes import joined
+
+    if "WORLD_SIZE" in os.environ:
+        what = f"{_PROCESSES} does not work within torchrun"
+        raise UsageError(what, "torchrun has started the processes", f"leave {_PROCESSES} out")
+    words = [word for word in sys.argv[1:] if not word.startswith(f"{_PROCESSES}=")]
+    if _PROCESSES in words:
+        place = words.index(_PROCESSES)
+        del words[place : place + 2]
+    try:
+        joined(processes, sys.executable)("-m", "salun_core.cli", *words)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        raise typer.Exit(code if code > 0 else 128 - code) from error
+    except SignalException as error:
+        raise typer.Exit(128 + int(error.sigval)) from error
+
+
+def _is_first_process() -> bool:
+    """Whether this process prints: of several that torchrun started, only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
