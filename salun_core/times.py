@@ -17,6 +17,11 @@ def utc_clock() -> datetime:
     return datetime.now(UTC)
 
 
+def utc_now() -> str:
+    """Return the time in UTC as ISO 8601 with microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
 def as_utc(moment: datetime) -> datetime:
     """Return a time in UTC.
 

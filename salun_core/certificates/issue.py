@@ -48,8 +48,9 @@ from salun_core.config import parse
 from salun_core.digest import check_digest, digest_json, sha256_bytes
 from salun_core.errors import ConflictError, GateRefusedError, IntegrityError, UsageError
 from salun_core.registry.lookup import Version, read_file
-from salun_core.registry.manifest import parse_stored, weights_digest
+from salun_core.registry.manifest import weights_digest
 from salun_core.requests.schema import DeletionRequest, Outcome
+from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import addendum_key, certificate_key
 from salun_core.storage.objects import ObjectStore
 

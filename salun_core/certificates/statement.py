@@ -13,8 +13,8 @@ from salun_core.certificates.envelope import PAYLOAD_TYPE, claimed_keyid, open_e
 from salun_core.config import Document, parse
 from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import IntegrityError, SalunError
-from salun_core.registry.manifest import Count, Digest, FileName, LineId, RunId, UtcTime, valid_tree
-from salun_core.requests.schema import Outcome, RequestId, ShortText, Text
+from salun_core.requests.schema import Outcome, RequestId
+from salun_core.storage.documents import Count, Digest, FileName, LineId, RunId, ShortText, Text, UtcTime, valid_tree
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 ERASURE_TYPE = "urn:salun:erasure:v1"

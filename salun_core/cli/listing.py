@@ -59,7 +59,7 @@ def _method(kind: str, name: str, method: Any, config: LoopConfig) -> dict[str, 
 def models(store: OptionalStore = None) -> None:
     """List the model architectures, and the model lines of the store if one is given."""
     from salun_core.models.architectures import CLASSIFIERS
-    from salun_core.registry.versions import lines, read_head
+    from salun_core.registry.lookup import lines, read_head
     from salun_core.storage import open_store
 
     names = [*CLASSIFIERS, "torchvision:NAME", "timm:NAME"]

@@ -17,7 +17,7 @@ from salun_core.errors import ConflictError, UsageError
 if TYPE_CHECKING:
     from salun_core.data import DataSpec
     from salun_core.models.card import GenerationEvaluation
-    from salun_core.registry.history import Chapter
+    from salun_core.registry.history import VersionSummary
     from salun_core.tasks.diffusion.training import MadeDiffusion
 
 CLASSIFIER = "classifier"
@@ -59,7 +59,7 @@ class _Destination:
 
     def check(self) -> None:
         """Refuse, before any work, a line that exists already or a store that cannot hold one safely."""
-        from salun_core.registry.versions import read_head
+        from salun_core.registry.lookup import read_head
         from salun_core.storage import open_store
         from salun_core.storage.probe import require_safe
 
@@ -272,13 +272,13 @@ def _made(made: MadeDiffusion) -> dict[str, object]:
 
 def history(line: Annotated[str, typer.Argument(metavar="LINE", help="The model line.")], store: Store) -> None:
     """List the versions of a model line, newest first: what each erased, how it is stored, its holder and its debt."""
-    from salun_core.registry.history import tell
+    from salun_core.registry.history import history as summarise
     from salun_core.storage import open_store
     from salun_core.sweeps.runs import RunLog
     from salun_core.times import utc_clock
 
     opened = open_store(store)
-    versions = tell(opened, line, RunLog(opened, utc_clock).request_count)
+    versions = summarise(opened, line, RunLog(opened, utc_clock).request_count)
 
     def show() -> None:
         head = ["version", "made by", "requests", "forgotten", "debt", "runs", "weights", "held by", "published"]
@@ -289,13 +289,13 @@ def history(line: Annotated[str, typer.Argument(metavar="LINE", help="The model 
     emit([_document(item) for item in versions], show)
 
 
-def _document(item: Chapter) -> dict[str, object]:
+def _document(item: VersionSummary) -> dict[str, object]:
     manifest = item.version.manifest.model_dump(mode="json", exclude={"format"})
     facts = {"requests": item.requests, "weights": item.kept, "held_by": item.held_by, "alarm": item.alarm}
     return {"version": item.version.digest, **manifest, **facts}
 
 
-def _row(item: Chapter) -> tuple[object, ...]:
+def _row(item: VersionSummary) -> tuple[object, ...]:
     manifest = item.version.manifest
     return (
         item.version.digest[:12],
@@ -331,7 +331,7 @@ def rollback(
 def hold(version: Version, reason: Reason, store: Store, actor: Actor = "") -> None:
     """Exclude the weights of a version from purges until the version is released."""
     from salun_core.registry.holds import hold_version
-    from salun_core.registry.versions import resolve
+    from salun_core.registry.lookup import resolve
     from salun_core.storage import open_store
     from salun_core.times import utc_clock
 
@@ -344,7 +344,7 @@ def hold(version: Version, reason: Reason, store: Store, actor: Actor = "") -> N
 def release(version: Version, store: Store) -> None:
     """Remove the hold of a version: the next purge treats it like any other."""
     from salun_core.registry.holds import release_version
-    from salun_core.registry.versions import resolve
+    from salun_core.registry.lookup import resolve
     from salun_core.storage import open_store
 
     opened = open_store(store)

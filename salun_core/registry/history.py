@@ -1,4 +1,4 @@
-"""Tells the story of a model line: what each version erased, how its files are kept, and who holds it."""
+"""The history of a model line: what each version erased, how its weights are stored, and who holds it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from salun_core.registry.holds import holds, read_disposal
-from salun_core.registry.lookup import Version, history
+from salun_core.registry.lookup import Version, ancestry
 from salun_core.registry.manifest import weight_files
 from salun_core.storage import FileStore
 from salun_core.storage.blobs import blob_size, stored_size
@@ -16,15 +16,15 @@ Kept = Literal["whole", "sparse", "purged", "missing"]
 
 
 @dataclass(frozen=True)
-class Chapter:
+class VersionSummary:
     """One version of a line.
 
     Args:
         version: its digest and manifest.
-        requests: how many deletion requests its run erased; None if no run of the ledger made it.
-        kept: how its weights lie in the store.
-        held_by: who keeps it from being purged, and why; None where nobody does.
-        alarm: whether so much was forgotten since the last full training that a new one is due.
+        requests: how many deletion requests its run erased; None if no recorded run made it.
+        kept: how its weights are stored.
+        held_by: who keeps it from being purged, and why; None if nobody does.
+        alarm: whether a full training is recommended.
     """
 
     version: Version
@@ -34,28 +34,28 @@ class Chapter:
     alarm: bool
 
 
-def tell(store: FileStore, line: str, requests_of: Callable[[str], int | None]) -> Sequence[Chapter]:
-    """Return the versions of a line, the newest first.
+def history(store: FileStore, line: str, requests_of: Callable[[str], int | None]) -> Sequence[VersionSummary]:
+    """Summarise the versions of a line, the newest first.
 
     Args:
-        store: the store that holds the line.
+        store: where the line is stored.
         line: the model line.
-        requests_of: returns how many deletion requests a run erased, or None if the ledger has no such run.
+        requests_of: returns how many requests a run erased, or None if the run is not recorded.
 
     Raises:
-        UsageError: there is no such line.
+        UsageError: the line does not exist.
         IntegrityError: a manifest on the way is damaged or missing.
     """
     held = {hold.version: f"{hold.by}: {hold.reason}" for hold in holds(store, line)}
     return [
-        Chapter(
-            version=item,
-            requests=requests_of(item.manifest.run) if item.manifest.run else None,
-            kept=_kept(store, line, item),
-            held_by=held.get(item.digest),
-            alarm=item.manifest.lineage.retraining_recommended,
+        VersionSummary(
+            item,
+            requests_of(item.manifest.run) if item.manifest.run else None,
+            _kept(store, line, item),
+            held.get(item.digest),
+            item.manifest.lineage.retraining_recommended,
         )
-        for item in history(store, line)
+        for item in ancestry(store, line)
     ]
 
 

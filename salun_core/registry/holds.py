@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,13 +13,9 @@ from salun_core.config import Document, parse
 from salun_core.digest import canonical_json
 from salun_core.errors import ConflictError, UsageError
 from salun_core.registry.lookup import read_version
-from salun_core.registry.manifest import Count, Digest, FileName, LineId, UtcTime, parse_stored
+from salun_core.storage.documents import Count, Digest, FileName, LineId, ShortText, Text, UtcTime, parse_stored
 from salun_core.storage.keys import version_disposal_key, version_hold_key
 from salun_core.storage.objects import ObjectStore
-
-_PLAIN = r"^[^\x00-\x1f\x7f-\x9f]+$"
-Who = Annotated[str, Field(max_length=128, pattern=_PLAIN)]
-Why = Annotated[str, Field(max_length=500, pattern=_PLAIN)]
 
 
 class VersionHold(Document):
@@ -28,9 +24,9 @@ class VersionHold(Document):
     format: Literal["salun.version-hold/v1"] = "salun.version-hold/v1"
     line: LineId = Field(description="the model line")
     version: Digest = Field(description="the version that is kept")
-    by: Who = Field(description="who wants it kept")
+    by: ShortText = Field(description="who wants it kept")
     at: UtcTime = Field(description="since when, ISO 8601 in UTC")
-    reason: Why = Field(description="why; no personal data")
+    reason: Text = Field(description="why; no personal data")
 
 
 class VersionDisposal(Document):
@@ -42,8 +38,8 @@ class VersionDisposal(Document):
     files: list[FileName] = Field(description="names of its files that were erased, with all their S3 versions")
     size: Count = Field(description="their size together, in bytes")
     at: UtcTime = Field(description="when the last of them was gone, ISO 8601 in UTC")
-    by: Who = Field(description="who erased them")
-    reason: Why = Field(description="by which rule")
+    by: ShortText = Field(description="who erased them")
+    reason: Text = Field(description="by which rule")
 
     def canonical(self) -> bytes:
         """Return the bytes that are stored."""

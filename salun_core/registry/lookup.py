@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from salun_core.digest import check_digest, is_digest, sha256_bytes
 from salun_core.errors import IntegrityError, UsageError, unknown_name
-from salun_core.registry.manifest import Head, VersionManifest, parse_stored
+from salun_core.registry.manifest import Head, VersionManifest
+from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import blob_key, check_id, head_key, version_key, versions_prefix
 from salun_core.storage.objects import ObjectStore
 
@@ -123,8 +124,8 @@ def lines(store: ObjectStore) -> list[str]:
     return sorted(part[1] for part in parts if len(part) == 3 and part[2] == "HEAD.json")
 
 
-def history(store: ObjectStore, line: str) -> list[Version]:
-    """Return the versions of a line from HEAD back along the parents, the newest first.
+def ancestry(store: ObjectStore, line: str) -> list[Version]:
+    """Return HEAD of a line and its ancestors, the newest first.
 
     Raises:
         IntegrityError: a manifest on the way is damaged or missing.

@@ -2,70 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping
-from datetime import UTC, datetime
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import Field, field_validator
 
-from salun_core.config import Document, parse, unique_keys
-from salun_core.digest import canonical_json, digest_json, is_digest
-from salun_core.errors import IntegrityError, ModelError, SalunError, UsageError
-from salun_core.storage.keys import check_id, check_relative_name, check_tree
-
-
-def _valid_digest(text: str) -> str:
-    if not is_digest(text):
-        raise ValueError("a digest is 64 lower-case hex digits")
-    return text
-
-
-def _valid_line(text: str) -> str:
-    return _as_value_error(check_id, "model line", text)
-
-
-def _valid_run(text: str) -> str:
-    return _as_value_error(check_id, "run", text)
-
-
-def _valid_file(text: str) -> str:
-    return _as_value_error(check_relative_name, text)
-
-
-def _as_value_error(check: Callable[..., str], *arguments: str) -> str:
-    try:
-        return check(*arguments)
-    except UsageError as error:
-        raise ValueError(f"{error.what}: {error.why}") from error
-
-
-def valid_tree(names: Collection[str]) -> None:
-    """Check, for a document, that files of these names can lie in one folder.
-
-    Raises:
-        ValueError: a name is also the folder of another one.
-    """
-    try:
-        check_tree(names)
-    except UsageError as error:
-        raise ValueError(f"{error.what}: {error.why}") from error
-
-
-def _valid_time(text: str) -> str:
-    moment = datetime.fromisoformat(text)
-    if moment.utcoffset() != UTC.utcoffset(None):
-        raise ValueError("a time is in UTC, such as 2026-01-31T12:00:00+00:00")
-    return text
-
-
-Digest = Annotated[str, AfterValidator(_valid_digest)]
-LineId = Annotated[str, AfterValidator(_valid_line)]
-RunId = Annotated[str, AfterValidator(_valid_run)]
-FileName = Annotated[str, AfterValidator(_valid_file)]
-UtcTime = Annotated[str, AfterValidator(_valid_time)]
-Count = Annotated[int, Field(ge=0, strict=True, le=2**53 - 1)]
-
+from salun_core.config import Document
+from salun_core.digest import canonical_json, digest_json
+from salun_core.errors import ModelError
+from salun_core.storage.documents import Count, Digest, FileName, LineId, RunId, UtcTime, valid_tree
 
 DEBT_LIMIT, RUNS_LIMIT = 0.05, 10
 """Share of forgotten samples and number of runs from which a full training is recommended; the alert rules agree."""
@@ -154,28 +99,6 @@ class Head(Document):
     sequence: Annotated[int, Field(ge=1, strict=True)] = Field(description="one more with each publish")
     published_at: UtcTime = Field(description="when, ISO 8601 in UTC")
     run: RunId | None = Field(default=None, description="the run that published it")
-
-
-S = TypeVar("S", bound=Document)
-
-
-def parse_stored(kind: type[S], data: bytes, source: str) -> S:
-    """Read a document that came out of the store.
-
-    Raises:
-        IntegrityError: it is no JSON, or has faults.
-    """
-    try:
-        return parse(kind, json.loads(data, object_pairs_hook=unique_keys), source)
-    except SalunError as error:
-        raise IntegrityError(error.what, error.why, "the document in the store is damaged: restore it") from error
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{source} is no JSON", str(error)[:200], "restore it from a copy") from error
-
-
-def utc_now() -> str:
-    """Return the time in UTC as ISO 8601 with microseconds."""
-    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 SINGLE_WEIGHTS, PIPELINE_INDEX = "model.safetensors", "model_index.json"

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from salun_core.config import parse
 from salun_core.errors import ConflictError, IntegrityError, UsageError
-from salun_core.registry.lookup import Version, history, read_head
-from salun_core.registry.manifest import Head, utc_now
+from salun_core.registry.lookup import Version, ancestry, read_head
+from salun_core.registry.manifest import Head
 from salun_core.storage.keys import head_key
 from salun_core.storage.objects import ObjectStore
+from salun_core.times import utc_now
 
 
 def undone_by(store: ObjectStore, line: str, version: str) -> Sequence[Version]:
@@ -23,7 +24,7 @@ def undone_by(store: ObjectStore, line: str, version: str) -> Sequence[Version]:
     Raises:
         UsageError: it is HEAD already, or no ancestor of HEAD.
     """
-    past = history(store, line)
+    past = ancestry(store, line)
     place = next((index for index, item in enumerate(past) if item.digest == version), None)
     if not place:
         why = "it is HEAD" if place == 0 else f"it is not among the {len(past)} versions that HEAD came from"

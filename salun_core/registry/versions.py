@@ -17,33 +17,14 @@ from salun_core.config import parse
 from salun_core.digest import sha256_file
 from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.registry.holds import read_disposal
-from salun_core.registry.lookup import Version, history, lines, read_head, read_version, resolve
-from salun_core.registry.manifest import FileEntry, Head, Lineage, VersionManifest, utc_now
+from salun_core.registry.lookup import ancestry, read_head, read_version
+from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.registry.sparse import FULL_COPY_EVERY, put_sparse
-from salun_core.storage.blobs import Blob, fetch_blob, put_blob, stored_size
+from salun_core.storage.blobs import fetch_blob, put_blob, stored_size
 from salun_core.storage.keys import check_relative_name, head_key, version_key
 from salun_core.storage.local_files import disk_error, list_tree
 from salun_core.storage.objects import FileStore, ObjectStore
-
-__all__ = [
-    "Blob",
-    "FileEntry",
-    "Head",
-    "Lineage",
-    "Version",
-    "VersionManifest",
-    "fetch_blob",
-    "fetch_version",
-    "history",
-    "lines",
-    "publish",
-    "publish_head",
-    "put_blob",
-    "read_head",
-    "read_version",
-    "resolve",
-    "stage_version",
-]
+from salun_core.times import utc_now
 
 
 def stage_version(
@@ -162,7 +143,7 @@ def _swap(store: ObjectStore, head: Head, parent: str | None, etag: str | None) 
         actual = moved[0].version if moved else None
         if moved and actual == head.version:  # the same version, published by a twin of this run
             return moved[0]
-        if moved and any(past.digest == head.version for past in history(store, head.line)):
+        if moved and any(past.digest == head.version for past in ancestry(store, head.line)):
             return head  # ours was published (its reply was lost), and has a child by now
         _check_parent(head.line, actual, parent)
         raise

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from salun_core.digest import sha256_bytes
 from salun_core.errors import IntegrityError, UsageError
-from salun_core.registry.manifest import parse_stored
 from salun_core.requests.schema import DeletionRequest, RequestEvent, RequestState, Status
+from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import event_key, events_prefix, request_key, requests_prefix
 from salun_core.storage.objects import ObjectStore
 

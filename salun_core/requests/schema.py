@@ -15,13 +15,10 @@ from pydantic import AwareDatetime, Field, model_validator
 from salun_core.config import Document
 from salun_core.data.forget_set import ClassTarget, ConceptTarget, ForgetTarget, RedactedTarget, SubjectTarget, Target
 from salun_core.digest import canonical_json, sha256_bytes
-from salun_core.registry.manifest import Digest, LineId, RunId, UtcTime
+from salun_core.storage.documents import Digest, LineId, RunId, ShortText, Text, UtcTime
 from salun_core.times import as_utc
 
 RequestId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-_PLAIN = r"^[^\x00-\x1f\x7f-\x9f]+$"  # one line, and nothing that a terminal would obey
-ShortText = Annotated[str, Field(max_length=128, pattern=_PLAIN)]
-Text = Annotated[str, Field(max_length=500, pattern=_PLAIN)]
 
 
 class Status(StrEnum):

@@ -19,10 +19,10 @@ from salun_core.models import ModelCard
 from salun_core.models.card import GenerationCard
 from salun_core.models.checkpoint import CARD, SPLIT
 from salun_core.registry.lookup import Version, read_file, read_head, read_version
-from salun_core.registry.manifest import parse_stored
 from salun_core.requests.resolve import Resolver, TableResolver
 from salun_core.steps.observe import RunRef, observed
 from salun_core.storage import FileStore, open_store
+from salun_core.storage.documents import parse_stored
 from salun_core.storage.objects import ObjectStore
 from salun_core.storage.probe import ProbedStore, require_safe
 from salun_core.sweeps.claim import Claim, claim, preview

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salun_core.errors import UsageError
-from salun_core.registry.versions import fetch_version, read_head
+from salun_core.registry.lookup import read_head
+from salun_core.registry.versions import fetch_version
 from salun_core.steps.observe import RunRef, observed
 from salun_core.storage import open_store
 from salun_core.tasks import open_inputs

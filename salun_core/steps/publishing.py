@@ -11,15 +11,16 @@ from salun_core.config import load
 from salun_core.digest import check_digest
 from salun_core.evaluation import Evidence
 from salun_core.gate import Expected, GateDecision, decide
-from salun_core.registry.lookup import Version, read_file, read_version
-from salun_core.registry.manifest import VersionManifest, parse_stored, weight_files, weights_digest
+from salun_core.registry.lookup import Version, ancestry, read_file, read_version
+from salun_core.registry.manifest import VersionManifest, weight_files, weights_digest
 from salun_core.registry.sparse import full_copy_every
-from salun_core.registry.versions import history, publish_head, stage_version
+from salun_core.registry.versions import publish_head, stage_version
 from salun_core.report import Ancestor, ReportContext, write_report
 from salun_core.steps.evaluation import write_evidence
 from salun_core.steps.observe import RunRef, observed
 from salun_core.steps.used_mask import used_mask
 from salun_core.storage import FileStore, open_store
+from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import run_key
 from salun_core.storage.local_files import write_whole
 from salun_core.storage.objects import ObjectStore
@@ -176,7 +177,7 @@ def model_of(manifest: VersionManifest) -> str:
 
 def report_context(store: FileStore, line: str, parent: str, measured: Evidence) -> ReportContext:
     """Collect what the report tells of the line."""
-    past = list(reversed(history(store, line)))
+    past = list(reversed(ancestry(store, line)))
     return ReportContext(
         model_line=line,
         parent=parent,
@@ -213,7 +214,7 @@ def _published_before(store: FileStore, line: str, parent: str, model: str, run:
     """Find what an earlier attempt of this very run published before it was lost."""
     if run is None:
         return None
-    ours = [item for item in history(store, line) if (item.manifest.run, item.manifest.parent) == (run, parent)]
+    ours = [item for item in ancestry(store, line) if (item.manifest.run, item.manifest.parent) == (run, parent)]
     return next((item.digest for item in ours if model_of(item.manifest) == model), None)
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from salun_core.config import Document
 from salun_core.errors import IntegrityError
-from salun_core.registry.manifest import Digest
+from salun_core.storage.documents import Digest
 
 MAX_HEADER_BYTES = 100_000_000  # what safetensors itself allows
 BLOCK = 1 << 20  # elements held in memory at once; a multiple of 8, so that packed bits of blocks join

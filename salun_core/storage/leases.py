@@ -13,7 +13,7 @@ from pydantic import Field
 
 from salun_core.config import Document
 from salun_core.errors import ConflictError, IntegrityError, StoreError
-from salun_core.registry.manifest import LineId, RunId, parse_stored
+from salun_core.storage.documents import LineId, RunId, parse_stored
 from salun_core.storage.keys import lease_key
 from salun_core.storage.objects import ObjectStore, StoredObject
 

@@ -17,8 +17,8 @@ from pydantic import Field
 from salun_core.config import Document, parse
 from salun_core.digest import canonical_json
 from salun_core.errors import ConflictError, IntegrityError
-from salun_core.registry.manifest import Count, Digest, LineId, RunId, UtcTime, parse_stored
-from salun_core.requests.schema import RequestId, ShortText, Text
+from salun_core.requests.schema import RequestId
+from salun_core.storage.documents import Count, Digest, LineId, RunId, ShortText, Text, UtcTime, parse_stored
 from salun_core.storage.keys import run_event_key, run_key, run_prefix
 from salun_core.storage.objects import ObjectStore
 from salun_core.times import Clock, as_utc

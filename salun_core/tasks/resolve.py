@@ -15,7 +15,8 @@ from salun_core.errors import IntegrityError, UsageError, unknown_name
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import METRIC_NAMES
 from salun_core.gate import Policy, default_policy, load_policy
-from salun_core.registry.versions import fetch_version, resolve
+from salun_core.registry.lookup import resolve
+from salun_core.registry.versions import fetch_version
 from salun_core.storage import open_store, split_uri
 
 AUTO = "auto"

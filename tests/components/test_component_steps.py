@@ -21,7 +21,8 @@ from salun_core.errors import ConflictError, DataError, GateRefusedError, Integr
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
 from salun_core.models import load_model
-from salun_core.registry.versions import history, publish, read_head, read_version
+from salun_core.registry.lookup import ancestry, read_head, read_version
+from salun_core.registry.versions import publish
 from salun_core.requests.ledger import Ledger
 from salun_core.saliency import SaliencyMask
 from salun_core.storage.keys import run_key
@@ -143,7 +144,7 @@ def test_gate_publish_refuses_publishes_and_may_be_repeated(chain, tmp_path):
     assert Path(report.path).read_text(encoding="utf-8").rstrip().endswith("</html>")
 
     assert judge(chain, tmp_path, run_id="run-2")[2] == version  # the pod was lost after publishing
-    assert len(history(chain.store, "digits")) == 2
+    assert len(ancestry(chain.store, "digits")) == 2
     with pytest.raises(ConflictError, match="stale parent"):
         judge(chain, tmp_path, run_id="run-3")
 

@@ -24,8 +24,8 @@ from salun_core.data.forget_set import ClassTarget
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
 from salun_core.models import load_model
-from salun_core.registry.lookup import history
-from salun_core.registry.versions import fetch_version, read_head
+from salun_core.registry.lookup import ancestry, read_head
+from salun_core.registry.versions import fetch_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.storage.leases import holder_of
@@ -132,7 +132,7 @@ def test_a_sweep_from_claim_to_certificate(cluster, store, digits_line, digits_m
     assert ledger.status("r-1") is Status.COMPLETED
     assert holder_of(store, LINE) is None
     head = read_head(store, LINE)[0].version
-    assert [version.digest for version in history(store, LINE)] == [head, parent]
+    assert [version.digest for version in ancestry(store, LINE)] == [head, parent]
     fetch_version(store, LINE, head, tmp_path / "model")
     fetch_certificate(store.uri, "r-1", tmp_path / "r-1.json")
     verified = verify_certificate(tmp_path / "r-1.json", tmp_path / "model", [cluster.public])

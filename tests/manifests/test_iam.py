@@ -275,7 +275,7 @@ def test_the_steps_of_each_role_do_their_work(stores, server, tmp_path):
 
     assert GaugeReader(stores["exporter"], lambda: NOW).take().lines["people"].runs == 0
     assert [event.to_status for event in Ledger(stores["auditor"], lambda: NOW).events("r-9")][-1] == "completed"
-    assert len(lookup.history(stores["auditor"], "people")) == 2
+    assert len(lookup.ancestry(stores["auditor"], "people")) == 2
 
 
 def _record(parent):

@@ -12,7 +12,7 @@ import yaml
 from pipelines.local import LocalRun, run_compiled
 from pipelines.packages import COMPILED
 from salun_core.models import load_model
-from salun_core.registry.versions import read_head
+from salun_core.registry.lookup import read_head
 from salun_core.storage.s3 import S3Store
 from salun_core.tasks.classification.training import register_model
 

@@ -19,7 +19,8 @@ from salun_core.config import load
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
-from salun_core.registry.versions import history, publish, read_version
+from salun_core.registry.lookup import ancestry, read_version
+from salun_core.registry.versions import publish
 
 pytestmark = [pytest.mark.s3, pytest.mark.e2e]
 STEPS = ["fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish"]
@@ -102,7 +103,7 @@ def test_stale_parent_is_red(trained, tmp_path, digits_model):
     assert run.exit_code == 4
     assert "stale parent" in run.error
     assert trained.head == moved[0]
-    assert len(history(trained.store, "digits")) == 2
+    assert len(ancestry(trained.store, "digits")) == 2
 
 
 def test_wrong_line_is_a_usage_error(trained, tmp_path):

@@ -15,7 +15,7 @@ from salun_core.config import load
 from salun_core.data.forget_set import ClassTarget, SamplesTarget
 from salun_core.gate import GateDecision
 from salun_core.models import load_model
-from salun_core.registry.versions import read_head, read_version
+from salun_core.registry.lookup import read_head, read_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.storage.keys import certificate_key, run_key

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from salun_core.errors import SalunError, UsageError
-from salun_core.registry.lookup import Version, history, read_head, read_version
+from salun_core.registry.lookup import Version, ancestry, read_head, read_version
 from salun_core.requests import index
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome, Status
@@ -169,7 +169,7 @@ class Auditor:
 
     def _history(self, line: str) -> list[Version]:
         try:
-            return history(self.store, line)
+            return ancestry(self.store, line)
         except SalunError:
             return []
 

@@ -15,13 +15,14 @@ from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.errors import ConflictError
 from salun_core.registry import versions
 from salun_core.registry.lookup import Version, read_head
-from salun_core.registry.manifest import Head, VersionManifest, utc_now
+from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.storage import leases as lease
 from salun_core.storage.keys import head_key, scratch_key
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps import claim as claiming
 from salun_core.sweeps import settle as settling
 from salun_core.sweeps.runs import RunStatus
+from salun_core.times import utc_now
 from tests import toy_line as toy
 
 

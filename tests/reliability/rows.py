@@ -11,7 +11,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from salun_core.registry.lookup import history
+from salun_core.registry.lookup import ancestry
 from salun_core.storage.erase import unfinished_uploads
 from salun_core.storage.keys import blob_key
 from salun_core.storage.leases import holder_of
@@ -151,9 +151,9 @@ def killed_publishes(uri: str, large: bool, sweep: bool = True) -> Figures:
 
 def orphans(store: JournalStore) -> int:
     """Count files and manifests that no published version refers to."""
-    needed = {entry.sha256 for version in history(store, "line-0") for entry in version.manifest.files.values()}
+    needed = {entry.sha256 for version in ancestry(store, "line-0") for entry in version.manifest.files.values()}
     keep = {blob_key(digest) for digest in needed}
-    past = {version.digest for version in history(store, "line-0")}
+    past = {version.digest for version in ancestry(store, "line-0")}
     manifests = [entry.key for entry in store.list("lines/line-0/versions/") if entry.key.split("/")[3] not in past]
     return len([entry for entry in store.list("blobs/") if entry.key not in keep]) + len(manifests)
 

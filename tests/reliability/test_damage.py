@@ -28,8 +28,9 @@ from salun_core.models.architectures import build_classifier
 from salun_core.models.card import ModelCard
 from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS, load_model, save_model
 from salun_core.registry import lookup
+from salun_core.registry.lookup import read_version
 from salun_core.registry.manifest import Head
-from salun_core.registry.versions import fetch_version, publish_head, read_version, stage_version
+from salun_core.registry.versions import fetch_version, publish_head, stage_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.reading import read_events, read_request
 from salun_core.requests.schema import DeletionRequest, Receipt, RequestEvent
@@ -135,7 +136,7 @@ def fill(store, folder):
 def objects_of(store, folder):
     """Each object under its key, with its reader."""
     found = [Object(names.head_key(LINE), Head, lambda store: read_line(store))]
-    for version in lookup.history(store, LINE):
+    for version in lookup.ancestry(store, LINE):
         key = names.version_key(LINE, version.digest)
         found.append(
             Object(key, "manifest", lambda store, digest=version.digest: read_version(store, LINE, digest), True)

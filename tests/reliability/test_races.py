@@ -5,7 +5,7 @@ from contextlib import suppress
 import pytest
 
 from salun_core.errors import ConflictError
-from salun_core.registry.lookup import history
+from salun_core.registry.lookup import ancestry
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, Status
 from salun_core.storage.keys import event_key, head_key, lease_key, request_key
@@ -35,7 +35,7 @@ def test_a_lost_swap_is_ours_even_when_it_has_a_child_by_now(direct):
     lost.waiting.add(head_key(LINE))
     with lost.store() as store:
         ours = toy.publish(store, LINE, start, {"sample-0"}, "run-1", 1)
-    assert [version.digest for version in history(direct, LINE)] == [others[0], ours, start]
+    assert [version.digest for version in ancestry(direct, LINE)] == [others[0], ours, start]
 
 
 def test_a_lost_move_is_ours_and_a_racing_one_is_refused(direct):

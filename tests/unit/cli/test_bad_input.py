@@ -256,7 +256,7 @@ class TestGate:
         assert "measured on another after" in result.stderr
 
     def test_a_refused_run_leaves_the_line_alone(self, salun, world, store, tmp_path):
-        from salun_core.registry.versions import read_head
+        from salun_core.registry.lookup import read_head
         from salun_core.tasks.classification.training import register_model
 
         version = register_model(store, "digits", world.base, "import", 1)
@@ -313,7 +313,8 @@ class TestStore:
 
     def test_a_head_that_moved_is_exit_4(self, salun, world, line, monkeypatch):
         """While a run evaluates, another publishes; the run must not publish over it."""
-        from salun_core.registry.versions import publish, read_head
+        from salun_core.registry.lookup import read_head
+        from salun_core.registry.versions import publish
         from salun_core.steps import run as steps
 
         def overtaken(*args, **kwargs):

@@ -11,7 +11,7 @@ import pytest
 
 from salun_core.data import DataSpec, load_data
 from salun_core.data.forget_set import ClassTarget, SubjectTarget, resolve_forget
-from salun_core.registry.versions import history, lines
+from salun_core.registry.lookup import ancestry, lines
 from salun_core.requests.ledger import Ledger
 from salun_core.steps import demo as steps
 from salun_core.steps.demo_requests import SAMPLES, demo_targets, with_writers
@@ -30,7 +30,7 @@ def _states(work):
     with demo_store(work, None, fresh=False) as uri:
         store = open_store(uri)
         requests = {state.request.id: state.status.value for state in Ledger(store, utc_clock).list()}
-        methods = {line: [item.manifest.method for item in history(store, line)] for line in lines(store)}
+        methods = {line: [item.manifest.method for item in ancestry(store, line)] for line in lines(store)}
         scratch = [entry.key for entry in store.list("scratch/")]
     return requests, methods, scratch
 

@@ -13,7 +13,7 @@ from salun_core.cli.examples import load_examples
 from salun_core.cli.runs import sweep_facts
 from salun_core.data.forget_set import ClassTarget, SamplesTarget
 from salun_core.errors import GateRefusedError
-from salun_core.registry.versions import read_head, read_version
+from salun_core.registry.lookup import read_head, read_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.steps.claim import Claimed, claim_requests, sweep_terms

@@ -12,7 +12,8 @@ from salun_core.data.forget_set import ClassTarget, ConceptTarget
 from salun_core.errors import DataError, GateRefusedError, ModelError, UsageError
 from salun_core.models.card import GenerationCard
 from salun_core.models.diffusers_folder import load_diffusion
-from salun_core.registry.versions import fetch_version, read_head, read_version
+from salun_core.registry.lookup import read_head, read_version
+from salun_core.registry.versions import fetch_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome
 from salun_core.saliency import SaliencyMask

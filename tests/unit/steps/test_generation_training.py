@@ -13,7 +13,7 @@ from salun_core.diffusion.sampling import images
 from salun_core.errors import DataError, UsageError
 from salun_core.models.card import GenerationEvaluation
 from salun_core.models.diffusers_folder import load_diffusion, model_files
-from salun_core.registry.versions import read_head, read_version
+from salun_core.registry.lookup import read_head, read_version
 from salun_core.tasks.diffusion.training import (
     ddpm_recipe,
     register_diffusion,

@@ -1,17 +1,17 @@
 import pytest
 
-from salun_core.registry.history import tell
+from salun_core.registry.history import history
 from salun_core.registry.holds import VersionDisposal, record_disposal
-from salun_core.registry.manifest import utc_now
 from salun_core.registry.versions import publish, publish_head, stage_version
 from salun_core.storage.keys import blob_key, delta_key
+from salun_core.times import utc_now
 from tests.folder_model import TEXT, UNET, VAE, write_folder
 
 pytestmark = pytest.mark.s3
 
 
 def kept(store):
-    return [chapter.kept for chapter in tell(store, "sd", lambda run: None)]
+    return [version.kept for version in history(store, "sd", lambda run: None)]
 
 
 def test_how_a_folder_is_kept_is_said_of_all_its_weights(store, tmp_path):

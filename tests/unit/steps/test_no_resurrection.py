@@ -9,7 +9,7 @@ import pytest
 
 from salun_core.errors import DataError, IntegrityError
 from salun_core.models import load_model, save_model
-from salun_core.registry.versions import history, read_head
+from salun_core.registry.lookup import ancestry, read_head
 from salun_core.steps.fetch import fetch_model
 from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.run import RunConfig, run_all
@@ -40,7 +40,7 @@ def test_a_second_run_does_not_retain_what_the_first_forgot(digits_model: Path, 
     assert set(child.split.train) == set(ids) - set(first) - set(second)
     assert child.split.dataset_digest == load_model(digits_model).split.dataset_digest
     assert outcome.evidence.forgotten.train_count == len(ids) - len(first)
-    newest = history(store, "digits")[0].manifest
+    newest = ancestry(store, "digits")[0].manifest
     assert (newest.lineage.runs_since_training, newest.lineage.forgotten_since_training) == (2, 20)
     with pytest.raises(DataError, match="forget set is empty"):
         fetch_model(store.uri, "digits", targets(tmp_path, first), tmp_path / "three")

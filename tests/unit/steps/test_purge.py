@@ -15,7 +15,8 @@ from salun_core.data.forget_set import RedactedTarget, SamplesTarget
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.errors import ConflictError, IntegrityError, SalunError, UsageError
 from salun_core.registry.holds import hold_version, read_disposal, release_version
-from salun_core.registry.versions import fetch_version, publish_head, read_head, read_version, stage_version
+from salun_core.registry.lookup import read_head, read_version
+from salun_core.registry.versions import fetch_version, publish_head, stage_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome, Status
 from salun_core.retention import purge as step

@@ -11,7 +11,8 @@ from salun_core.certificates.verify import verify_certificate
 from salun_core.data.forget_set import ClassTarget, SamplesTarget
 from salun_core.errors import ConflictError, UsageError
 from salun_core.models import load_model
-from salun_core.registry.versions import fetch_version, history, read_head
+from salun_core.registry.lookup import ancestry, read_head
+from salun_core.registry.versions import fetch_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome, Status
 from salun_core.steps.sweep import SweepConfig, sweep_once
@@ -81,7 +82,7 @@ def test_requests_are_erased_certified_rolled_back_and_erased_again(config, stor
     assert again.error is None
     assert ledger.status("a-class") is Status.COMPLETED  # found again by salted hashes or its class, though redacted
     assert read_head(store, line)[0].version == again.settled.version
-    assert [item.digest for item in history(store, line)] == [again.settled.version, before]
+    assert [item.digest for item in ancestry(store, line)] == [again.settled.version, before]
     newer = json.loads(store.get(certificate_key("a-class")).data)
     assert newer != json.loads((tmp_path / "a-class.json").read_bytes())
     assert len(list(store.list("addenda/a-class/certificate-"))) == 1

@@ -12,7 +12,7 @@ from salun_core.errors import DataError, GateRefusedError, IntegrityError, Usage
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.methods.classification import UnlearnConfig
 from salun_core.models import load_model
-from salun_core.registry.versions import read_version
+from salun_core.registry.lookup import read_version
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask

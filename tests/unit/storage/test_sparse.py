@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 
 from salun_core.digest import sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, StoreError, UsageError
+from salun_core.registry.lookup import read_version
 from salun_core.registry.sparse import dependants, full_copy_every, materialise, put_sparse
-from salun_core.registry.versions import fetch_version, publish, publish_head, read_version, stage_version
+from salun_core.registry.versions import fetch_version, publish, publish_head, stage_version
 from salun_core.storage import blobs
 from salun_core.storage import delta as delta_module
 from salun_core.storage import delta as tensor_file

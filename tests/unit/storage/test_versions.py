@@ -10,22 +10,11 @@ import pytest
 
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
-from salun_core.registry.versions import (
-    Lineage,
-    VersionManifest,
-    fetch_blob,
-    fetch_version,
-    history,
-    lines,
-    publish,
-    publish_head,
-    put_blob,
-    read_head,
-    read_version,
-    resolve,
-    stage_version,
-)
+from salun_core.registry.lookup import ancestry, lines, read_head, read_version, resolve
+from salun_core.registry.manifest import Lineage, VersionManifest
+from salun_core.registry.versions import fetch_version, publish, publish_head, stage_version
 from salun_core.storage import keys as names
+from salun_core.storage.blobs import fetch_blob, put_blob
 from salun_core.storage.s3 import S3Store
 from tests.folder_model import UNET, contents, write_folder
 
@@ -127,7 +116,7 @@ def test_a_lineage_grows_and_carries_its_debt(store, model):
     third, _ = publish(
         store, child_of(second, "run-3", lineage=after.after_run(3).model_dump(), forget_count=3), model("third")
     )
-    past = history(store, "mnist")
+    past = ancestry(store, "mnist")
     assert [version.digest for version in past] == [third.version, second.version, head.version]
     assert [version.manifest.parent for version in past] == [second.version, head.version, None]
     assert (head.sequence, second.sequence, third.sequence) == (1, 2, 3)
@@ -209,7 +198,7 @@ def test_a_twin_that_publishes_the_same_version_is_no_conflict(store, model):
     later, _ = stage_version(store, child_of(published, "run-2"), model("later"))
     third = publish_head(Meddled(store, overtake), "mnist", later, published.version, "run-2")
     assert third.version == later
-    assert [version.digest for version in history(store, "mnist")][1:] == [later, mine, head.version]
+    assert [version.digest for version in ancestry(store, "mnist")][1:] == [later, mine, head.version]
 
 
 def test_of_eight_children_of_one_parent_one_wins(store, model):
@@ -230,7 +219,7 @@ def test_of_eight_children_of_one_parent_one_wins(store, model):
     winners = [outcome for outcome in outcomes if outcome not in losers]
     assert all("stale parent" in str(error) for error in losers)
     assert winners == [read_head(store, "mnist")[0]]
-    assert len(history(store, "mnist")) == 2
+    assert len(ancestry(store, "mnist")) == 2
 
 
 def test_a_version_is_published_with_its_own_parent_and_all_its_files(store, model):
@@ -410,7 +399,7 @@ def test_a_broken_lineage_is_said(store, model):
     publish(store, child_of(head, "run-2"), model("second"))
     store.delete(names.version_key("mnist", head.version))
     with pytest.raises(IntegrityError, match="lineage of mnist is broken"):
-        history(store, "mnist")
+        ancestry(store, "mnist")
 
 
 def test_references_are_resolved(store, model):
@@ -508,8 +497,8 @@ def test_a_kill_at_any_step_leaves_nothing_visible(store, model):
     for step in range(1, 5):
         assert run(f"killed-{step}", step) == -signal.SIGKILL
         assert read_head(store, "mnist")[0] == head
-        assert [version.digest for version in history(store, "mnist")] == [head.version]
+        assert [version.digest for version in ancestry(store, "mnist")] == [head.version]
     assert run("finished", 0) == 0
-    after = history(store, "mnist")
+    after = ancestry(store, "mnist")
     assert [version.manifest.run for version in after] == ["run-2", None]
     assert after[0].digest == read_head(store, "mnist")[0].version
