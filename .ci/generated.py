@@ -33,7 +33,7 @@ SCHEMAS = {
     "evidence": "salun_core.evaluation.evidence:Evidence",
     "forget-set": "salun_core.data.forget_set:ForgetSet",
     "forget-target": "salun_core.data.forget_set:ForgetTarget",
-    "generation-model": "salun_core.models.card:GenerationCard",
+    "generation-model": "salun_core.models.card:DiffusionCard",
     "head": "salun_core.registry.versions:Head",
     "model": "salun_core.models.card:ModelCard",
     "policy": "salun_core.gate:Policy",

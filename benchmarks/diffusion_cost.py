@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.diffusion_flops import arithmetic, batch_of, denoiser_of, our_step, setting_of, table, usual_step
+from benchmarks.diffusion_flops import arithmetic, batch_of, context_of, denoiser_of, our_step, table, usual_step
 from salun_core.diffusion.architectures import build_architecture
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.sampling import Sampler, samples
@@ -131,14 +131,14 @@ def step_times(rounds: int, threads: int, count: int = 32) -> dict[str, float]:
     """Time a gradient of the small U-Net, ours and the usual one in turns: medians, seconds."""
     torch.set_num_threads(threads)
     network, shape = small_unet(), (4, 8, 8)
-    setting = setting_of(network, shape, (16, 64), "cpu")
+    context = context_of(network, shape, (16, 64), "cpu")
     forget, retain = batch_of(shape, count, "cpu", 0, 1), batch_of(shape, count, "cpu", 2)
     times: dict[str, list[float]] = {"ours": [], "usual": []}
     for turn in range(rounds + 2):
         for name, step in (("ours", our_step), ("usual", usual_step)):
             network.zero_grad()
             started = time.perf_counter()
-            step(setting, forget, retain)
+            step(context, forget, retain)
             if turn >= 2:
                 times[name].append(time.perf_counter() - started)
     pairs = zip(times["ours"], times["usual"], strict=True)

@@ -23,8 +23,8 @@ from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples, Noised
 from salun_core.diffusion.process import Process
-from salun_core.methods.diffusion import generation_config
-from salun_core.methods.diffusion.method import Setting, Task
+from salun_core.methods.diffusion import diffusion_config
+from salun_core.methods.diffusion.method import ExampleSets, MethodContext
 from salun_core.methods.diffusion.objectives import denoising_loss, relabel_loss
 
 EPOCHS = 5
@@ -53,31 +53,31 @@ def batch_of(shape: tuple[int, int, int], count: int, device: str, row: int, pse
     return Noised(noisy, torch.full((count,), 500, **kept), target, torch.full((count,), row, **kept), told)
 
 
-def setting_of(network: nn.Module, shape: tuple[int, int, int], text: tuple[int, int], device: str) -> Setting:
+def context_of(network: nn.Module, shape: tuple[int, int, int], text: tuple[int, int], device: str) -> MethodContext:
     """Return what a loss works with: three prompts and one example of each kind."""
     table = ConditionTable(["c", "c'", "r"], {"encoder_hidden_states": torch.randn(3, *text, device=device)})
     one = Examples(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
-    task = Task(one, one, table, pixels=False)
-    return Setting(denoiser_of(network), None, task, generation_config("salun"), torch.Generator())
+    sets = ExampleSets(one, one, table, pixels=False)
+    return MethodContext(denoiser_of(network), None, sets, diffusion_config("salun"), torch.Generator())
 
 
-def our_step(setting: Setting, forget: Noised, retain: Noised) -> None:
+def our_step(context: MethodContext, forget: Noised, retain: Noised) -> None:
     """Take the gradient of one step of ours."""
-    relabel_loss(setting, forget, retain).backward()
+    relabel_loss(context, forget, retain).backward()
 
 
-def usual_step(setting: Setting, forget: Noised, retain: Noised) -> None:
+def usual_step(context: MethodContext, forget: Noised, retain: Noised) -> None:
     """Take the gradient as the usual procedure does: three calls, each with gradients on."""
-    denoiser, table = setting.denoiser, setting.task.table
+    denoiser, table = context.denoiser, context.sets.table
     kept = denoising_loss(denoiser, retain, table)
     found = denoiser.predict(forget.noisy, forget.times, table.take(forget.condition))
     wanted = denoiser.predict(forget.noisy, forget.times, table.take(forget.pseudo)).detach()
-    (mse_loss(found, wanted) + setting.config.alpha * kept).backward()
+    (mse_loss(found, wanted) + context.config.alpha * kept).backward()
 
 
-def usual_scoring(setting: Setting, forget: Noised) -> None:
+def usual_scoring(context: MethodContext, forget: Noised) -> None:
     """Take the gradient of the usual saliency: of the guided prediction, from two calls."""
-    denoiser, table = setting.denoiser, setting.task.table
+    denoiser, table = context.denoiser, context.sets.table
     found = denoiser.predict(forget.noisy, forget.times, table.take(forget.condition))
     free = denoiser.predict(forget.noisy, forget.times, table.take(forget.pseudo))
     mse_loss(8.5 * found - 7.5 * free, forget.target).backward()
@@ -87,22 +87,22 @@ def arithmetic() -> dict[str, float]:
     """Count Stable Diffusion 1.4: its parts, a pair of examples, and the scoring of one, in FLOPs."""
     unet, shape, text = build_architecture("sd-1.4-unet"), (4, 64, 64), (77, 768)
     vae, clip = build_architecture("sd-1.4-vae"), build_architecture("sd-1.4-text-encoder")
-    setting = setting_of(unet, shape, text, "meta")
+    context = context_of(unet, shape, text, "meta")
     forget, retain = batch_of(shape, 1, "meta", 0, 1), batch_of(shape, 1, "meta", 2)
-    told = setting.task.table.take(forget.condition)
+    told = context.sets.table.take(forget.condition)
     with torch.no_grad():
         counts: dict[str, float] = {
-            "unet forward": flops(lambda: setting.denoiser.predict(forget.noisy, forget.times, told)),
+            "unet forward": flops(lambda: context.denoiser.predict(forget.noisy, forget.times, told)),
             "vae encode": flops(lambda: vae.encode(torch.empty(1, 3, 512, 512, device="meta"))),
             "clip encode": flops(lambda: clip(input_ids=torch.zeros(1, 77, dtype=torch.int64, device="meta"))),
         }
-    counts["our pair"] = flops(lambda: our_step(setting, forget, retain))
-    counts["our scoring"] = flops(lambda: denoising_loss(setting.denoiser, forget, setting.task.table).backward())
-    counts["usual unet, no recomputation"] = flops(lambda: usual_step(setting, forget, retain))
+    counts["our pair"] = flops(lambda: our_step(context, forget, retain))
+    counts["our scoring"] = flops(lambda: denoising_loss(context.denoiser, forget, context.sets.table).backward())
+    counts["usual unet, no recomputation"] = flops(lambda: usual_step(context, forget, retain))
     unet.train().enable_gradient_checkpointing()
     with set_checkpoint_early_stop(False):
-        counts["usual unet"] = flops(lambda: usual_step(setting, forget, retain))
-        counts["usual scoring unet"] = flops(lambda: usual_scoring(setting, forget))
+        counts["usual unet"] = flops(lambda: usual_step(context, forget, retain))
+        counts["usual scoring unet"] = flops(lambda: usual_scoring(context, forget))
     return counts | totals(counts)
 
 

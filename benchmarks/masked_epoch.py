@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from salun_core.data.images import ImageSet, Normalisation
-from salun_core.methods.classification.method import Part
+from salun_core.methods.classification.method import dataset_phase
 from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.loop import run_loop
 from salun_core.models import build_classifier
@@ -71,13 +71,13 @@ def epoch(variant: str, base: nn.Module, mask: SaliencyMask, images: ImageSet, b
     model = copy.deepcopy(base)
     if variant == "not channels-last":
         model = DefaultLayout(model.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
-    parts = [Part("retain", images)]
+    phases = [dataset_phase("retain", images, config)]
     started = time.perf_counter()
     if variant == "mask and restore":
         with restoring(model, mask):
-            run_loop(model, lambda _: parts, config)
+            run_loop(model, lambda *_: phases, config)
     else:
-        run_loop(model, lambda _: parts, config, mask if variant == "masked" else None)
+        run_loop(model, lambda *_: phases, config, mask if variant == "masked" else None)
     return time.perf_counter() - started, model
 
 

@@ -16,9 +16,9 @@ PERMISSIVE = {
 
 def quick_evaluation(judge: Path, **changes: object):
     """How few images of such a model are judged."""
-    from salun_core.models.card import GenerationEvaluation
+    from salun_core.models.card import DiffusionEvaluation
 
-    return GenerationEvaluation(judge=str(judge), images_per_class=4, steps=2, real_images=20, **changes)
+    return DiffusionEvaluation(judge=str(judge), images_per_class=4, steps=2, real_images=20, **changes)
 
 
 def tiny_ddpm(folder: Path, judge: Path, **changes: object) -> Path:

@@ -12,7 +12,7 @@ from benchmarks.deviations.stage import Stage
 from benchmarks.deviations.theirs import one_running_vector
 from salun_core.data import ImageSet
 from salun_core.methods.classification import influence
-from salun_core.methods.classification.method import Task, cross_entropy
+from salun_core.methods.classification.method import MethodContext, cross_entropy
 from salun_core.saliency.scores import scoring
 
 EXACT_IMAGES = 200
@@ -49,12 +49,12 @@ def distances(stage: Stage) -> dict[str, float]:
     Returns:
         By side: cosine to the exact product, cosine of the corrections k - v, and their relative error.
     """
-    task = stage.task("influence", influence_samples=EXACT_IMAGES)
+    context = stage.context("influence", influence_samples=EXACT_IMAGES)
     model = copy.deepcopy(stage.base)
     with scoring(model):
-        vector = influence.removal_gradient(_with_model(task, model))
+        vector = influence.removal_gradient(_with_model(context, model))
     with scoring(model):
-        images = influence.fisher_images(task)
+        images = influence.fisher_images(context)
         gradients = torch.stack(list(gradients_of(model, images)))
     start = flat(vector)
     with scoring(model):
@@ -74,7 +74,7 @@ def edited(stage: Stage) -> nn.Module:
     config = stage.config("influence")
     model = copy.deepcopy(stage.base)
     with scoring(model):
-        vector = flat(influence.removal_gradient(_with_model(stage.task("influence"), model)))
+        vector = flat(influence.removal_gradient(_with_model(stage.context("influence"), model)))
     count = config.influence_samples
     first = stage.retain.select(range(min(count + 2, len(stage.retain))))
     with scoring(model):
@@ -88,8 +88,8 @@ def edited(stage: Stage) -> nn.Module:
     return model.eval()
 
 
-def _with_model(task: Task, model: nn.Module) -> Task:
-    return Task(task.forget, task.retain, task.num_classes, task.order, task.config, model)
+def _with_model(context: MethodContext, model: nn.Module) -> MethodContext:
+    return MethodContext(context.forget, context.retain, context.num_classes, context.config, model)
 
 
 def _cosine(left: Tensor, right: Tensor) -> float:

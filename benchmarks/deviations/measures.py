@@ -23,7 +23,7 @@ from benchmarks.deviations.weights import frozen_change, overlap
 from salun_core.evaluation.membership import entropy_attack, modified_entropy
 from salun_core.evaluation.outputs import Outputs
 from salun_core.methods.classification import boundary_expanding, sfr_on
-from salun_core.methods.classification.method import Task
+from salun_core.methods.classification.method import MethodContext
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import scoring
 
@@ -68,12 +68,12 @@ def wrong_labels(stage: Stage) -> Measured:
 
     def make(method: str) -> nn.Module:
         mask = stage.mask if method == "salun" else None
-        return theirs.trained(stage.base, stage.task(), theirs.labels_of_all_classes, mask)
+        return theirs.trained(stage.base, stage.context(), theirs.labels_of_all_classes, mask)
 
     cells = {f"ours {method}": stage.ours(method, learning_rate=RATE) for method in METHODS}
     for method in METHODS:
         cells[f"theirs {method}"] = stage.cell(f"{method} labels of all classes", partial(make, method))
-    draw = theirs.labels_of_all_classes(stage.task(), torch.Generator().manual_seed(stage.seed))[0]
+    draw = theirs.labels_of_all_classes(stage.context(), torch.Generator().manual_seed(stage.seed))[0]
     return Measured(cells, {"true": float((draw.images.labels == stage.forget.labels).float().mean())})
 
 
@@ -133,7 +133,7 @@ def masked_step(stage: Stage) -> Measured:
     facts: dict[str, float] = {}
 
     def make() -> nn.Module:
-        model = theirs.only_gradient_masked(stage.base, stage.task(), stage.mask)
+        model = theirs.only_gradient_masked(stage.base, stage.context(), stage.mask)
         facts.update(stage.kept("frozen weights", lambda: frozen_change(stage.base, model, stage.mask)))
         return model
 
@@ -182,8 +182,8 @@ def expanding(stage: Stage) -> Measured:
 
 def _expanded(stage: Stage, rate: float) -> nn.Module:
     model = copy.deepcopy(stage.base)
-    task = replace(stage.task("boundary_expanding", learning_rate=rate), model=model)
-    return theirs.trained_in_place(model, boundary_expanding.begin(task), boundary_expanding.parts)
+    context = replace(stage.context("boundary_expanding", learning_rate=rate), model=model)
+    return theirs.trained_in_place(model, boundary_expanding.begin(context), boundary_expanding.parts)
 
 
 def _called_extra(stage: Stage, rate: float) -> dict[str, float]:
@@ -204,16 +204,16 @@ def shrink(stage: Stage) -> Measured:
 
 
 def _shrunk(stage: Stage, rate: float) -> nn.Module:
-    task = stage.task("boundary_shrink", learning_rate=rate)
-    return theirs.trained(stage.base, task, theirs.shrink_with_true_labels)
+    context = stage.context("boundary_shrink", learning_rate=rate)
+    return theirs.trained(stage.base, context, theirs.shrink_with_true_labels)
 
 
 def nearest_labels(stage: Stage) -> dict[str, float]:
     """Return the share of D_f whose nearest class is the true one, and whose label the rounding changes."""
-    task: Task = replace(stage.task("boundary_shrink"), original=stage.base)
+    context: MethodContext = replace(stage.context("boundary_shrink"), original=stage.base)
     images, labels = next(stage.forget.batches(len(stage.forget)))
     free, plain, rounded = (
-        theirs.label_of_rounded_step(task, images, labels, exclude, rounding)
+        theirs.label_of_rounded_step(context, images, labels, exclude, rounding)
         for exclude, rounding in ((False, True), (True, False), (True, True))
     )
     return {
@@ -236,7 +236,7 @@ def soft(stage: Stage) -> Measured:
     facts: dict[str, float] = {}
 
     def make() -> nn.Module:
-        model = theirs.trained(stage.base, stage.task("salun_soft", order="mixed"), theirs.softened_by_epoch)
+        model = theirs.trained(stage.base, stage.context("salun_soft", order="mixed"), theirs.softened_by_epoch)
         pairs = list(zip(stage.base.parameters(), model.parameters(), strict=True))
         moved = sum(int((old != new).sum()) for old, new in pairs) / sum(old.numel() for old, _ in pairs)
         facts.update(stage.kept("moved by epochs", lambda: {"moved": moved}))
@@ -251,13 +251,13 @@ def soft(stage: Stage) -> Measured:
 
 def sfr_mask(stage: Stage) -> Measured:
     """SFR-on's mask from squares of batch means on augmented images; steps and clipping as here."""
-    task = stage.task("sfr_on", learning_rate=RATE / 2)
+    context = stage.context("sfr_on", learning_rate=RATE / 2)
     with scoring(stage.base):
-        ours = sfr_on.begin(replace(task, model=stage.base)).salient
-    found = theirs.salient_by_batch(stage.base, task, task.config)
+        ours = sfr_on.begin(replace(context, model=stage.base)).salient
+    found = theirs.salient_by_batch(stage.base, context, context.config)
     differ = sum(int((ours[name] != found[name]).sum()) for name in ours) / sum(bits.numel() for bits in ours.values())
     made = stage.cell(
-        "sfr_on batch means", lambda: theirs.trained(stage.base, replace(task, salient=found), sfr_on.parts)
+        "sfr_on batch means", lambda: theirs.trained(stage.base, replace(context, salient=found), sfr_on.parts)
     )
     cells = {"ours sfr_on": stage.ours("sfr_on", learning_rate=RATE / 2), "theirs sfr_on": made}
     return Measured(cells, {"bits that differ": differ})

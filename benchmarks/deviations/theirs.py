@@ -15,36 +15,43 @@ from torch import Tensor, nn
 from salun_core.data.images import ImageSet, random_flip
 from salun_core.evaluation.outputs import Outputs
 from salun_core.methods.classification import boundary_shrink, salun_soft
-from salun_core.methods.classification.method import ModelPart, Part, Step, Stretch, Task, cross_entropy
-from salun_core.methods.classification.random_label import parts as random_label_parts
-from salun_core.methods.config import LoopConfig, UnlearnConfig
-from salun_core.methods.distributed import World
-from salun_core.methods.loop import epoch_generator, run_loop
+from salun_core.methods.classification.method import MethodContext, cross_entropy
+from salun_core.methods.classification.random_label import phases as random_label_phases
+from salun_core.methods.config import UnlearnConfig
+from salun_core.methods.distributed import ProcessGroup
+from salun_core.methods.loop import Phase, Step, run_loop
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import scoring
 
-Parts = Callable[[Task, torch.Generator], Sequence[Stretch]]
+Phases = Callable[[MethodContext, torch.Generator], Sequence[Phase]]
 
 
-def trained(model: nn.Module, task: Task, parts: Parts, mask: SaliencyMask | None = None) -> nn.Module:
-    """Run the loop on a copy of a model with parts of one's own; θ_o is in the task."""
+def trained(model: nn.Module, context: MethodContext, phases: Phases, mask: SaliencyMask | None = None) -> nn.Module:
+    """Run the loop on a copy of a model with phases of one's own; θ_o is in the context."""
     started = copy.deepcopy(model)
-    return trained_in_place(started, replace(task, original=copy.deepcopy(model).requires_grad_(False)), parts, mask)
+    return trained_in_place(
+        started, replace(context, original=copy.deepcopy(model).requires_grad_(False)), phases, mask
+    )
 
 
-def trained_in_place(model: nn.Module, task: Task, parts: Parts, mask: SaliencyMask | None = None) -> nn.Module:
+def trained_in_place(
+    model: nn.Module, context: MethodContext, phases: Phases, mask: SaliencyMask | None = None
+) -> nn.Module:
     """Run the loop on a model."""
-    config = task.config
-    epochs = {epoch_generator(config.seed, epoch).initial_seed(): epoch for epoch in range(config.epochs)}
-    begun = replace(task, model=model)
-    run_loop(model, lambda g: parts(replace(begun, epoch=epochs[g.initial_seed()]), g), config, mask)
+    begun = replace(context, model=model)
+    run_loop(model, lambda epoch, generator: phases(replace(begun, epoch=epoch), generator), context.config, mask)
     return model
 
 
-def labels_of_all_classes(task: Task, generator: torch.Generator) -> Sequence[Part]:
+def any_labels(context: MethodContext, generator: torch.Generator) -> Tensor:
+    """Draw a label for each forget image, uniform over all classes."""
+    return torch.randint(0, context.num_classes, (len(context.forget),), generator=generator)
+
+
+def labels_of_all_classes(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Random labelling whose labels may be the true ones."""
-    labels = torch.randint(0, task.num_classes, (len(task.forget),), generator=generator)
-    return [Part("forget", task.forget.relabelled(labels)), Part("retain", task.retain)]
+    labels = any_labels(context, generator)
+    return [context.phase("forget", context.forget.relabelled(labels)), context.phase("retain", context.retain)]
 
 
 def scores_by_batch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -67,13 +74,13 @@ def augmented_once(images: ImageSet, seed: int) -> ImageSet:
     return ImageSet(random_flip(torch.stack(cut), generator), images.labels, images.normalisation)
 
 
-def only_gradient_masked(model: nn.Module, task: Task, mask: SaliencyMask) -> nn.Module:
+def only_gradient_masked(model: nn.Module, context: MethodContext, mask: SaliencyMask) -> nn.Module:
     """SalUn whose momentum and weight decay act on every weight."""
     started = copy.deepcopy(model)
     for name, weight in started.named_parameters():
         keep = mask.tensor(name).to(weight.dtype)
         weight.register_hook(partial(torch.mul, keep))  # type: ignore[no-untyped-call]
-    return trained_in_place(started, task, random_label_parts)
+    return trained_in_place(started, context, random_label_phases)
 
 
 def label_blind_entropy(outputs: Outputs) -> np.ndarray:
@@ -82,29 +89,31 @@ def label_blind_entropy(outputs: Outputs) -> np.ndarray:
     return np.asarray(-((1 - p) * np.log(np.clip(p, 1e-30, 1))).sum(axis=1))
 
 
-def label_of_rounded_step(task: Task, images: Tensor, labels: Tensor, exclude: bool, rounded: bool) -> Tensor:
+def label_of_rounded_step(
+    context: MethodContext, images: Tensor, labels: Tensor, exclude: bool, rounded: bool
+) -> Tensor:
     """Return the class that a step of the fast gradient sign method leads to."""
-    assert task.original is not None
+    assert context.original is not None
     inputs = images.detach().requires_grad_(True)
-    (slope,) = torch.autograd.grad(cross_entropy(task.original(inputs), labels), inputs)
+    (slope,) = torch.autograd.grad(cross_entropy(context.original(inputs), labels), inputs)
     with torch.no_grad():
-        scale = task.forget.normalisation
-        moved = boundary_shrink._moved(images, slope.sign(), task.config.adversarial_step, scale)
+        scale = context.forget.normalisation
+        moved = boundary_shrink._moved(images, slope.sign(), context.config.adversarial_step, scale)
         if rounded and scale is not None:
             mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (scale.mean, scale.std))
             moved = (((moved * std + mean) * 255).round() / 255 - mean) / std
-        logits: Tensor = task.original(moved)
+        logits: Tensor = context.original(moved)
         return (logits.scatter(1, labels[:, None], -torch.inf) if exclude else logits).argmax(dim=1)
 
 
-def shrink_with_true_labels(task: Task, generator: torch.Generator) -> Sequence[ModelPart]:
+def shrink_with_true_labels(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Boundary shrinking, rounded to 256 levels, towards the true label where the step stays in its class."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        nearest = label_of_rounded_step(task, images, labels, exclude=False, rounded=True)
+        nearest = label_of_rounded_step(context, images, labels, exclude=False, rounded=True)
         return cross_entropy(model(images), nearest)
 
-    return [ModelPart("forget", task.forget, loss)]
+    return [context.phase("forget", context.forget, loss)]
 
 
 def one_running_vector(gradients: Iterable[Tensor], vector: Tensor, count: int) -> Tensor:
@@ -129,24 +138,24 @@ def one_running_vector(gradients: Iterable[Tensor], vector: Tensor, count: int) 
     return product
 
 
-class SoftenedByEpoch(salun_soft.Softened):
-    """Random labelling, softened after each step with a share that falls once an epoch."""
+def softened_by_epoch(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+    """Return one epoch of random labelling, softened after each step with a share that falls once an epoch."""
+    return [_softened(phase, context) for phase in random_label_phases(context, generator)]
 
-    def draw(self, config: LoopConfig, generator: torch.Generator, world: World) -> Iterator[Step]:
-        """Yield the inner steps, and draw the weights back after each."""
-        assert self.task.model is not None
-        assert self.task.original is not None
-        settings = self.task.config
-        whole = settings.epochs * self.steps(config.batch_size)
-        share = (1 - settings.soft_density) * (1 - self.task.epoch / settings.epochs - 1 / whole)
-        for step in self.inner.draw(config, generator, world):
+
+def _softened(inner: Phase, context: MethodContext) -> Phase:
+    model, original, config = context.model, context.original, context.config
+    whole = config.epochs * inner.steps
+    share = (1 - config.soft_density) * (1 - context.epoch / config.epochs - 1 / whole)
+
+    def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
+        assert model is not None
+        assert original is not None
+        for step in inner.draw(generator, group):
             yield step
-            salun_soft.shrink(self.task.model, self.task.original, share)
+            salun_soft.shrink(model, original, share)
 
-
-def softened_by_epoch(task: Task, generator: torch.Generator) -> Sequence[SoftenedByEpoch]:
-    """Return one epoch."""
-    return [SoftenedByEpoch(**vars(part)) for part in salun_soft.parts(task, generator)]
+    return replace(inner, draw=draw)
 
 
 def fisher_by_batch(model: nn.Module, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
@@ -163,10 +172,10 @@ def fisher_by_batch(model: nn.Module, images: ImageSet, batch_size: int) -> dict
     return squares
 
 
-def salient_by_batch(model: nn.Module, task: Task, config: UnlearnConfig) -> dict[str, Tensor]:
+def salient_by_batch(model: nn.Module, context: MethodContext, config: UnlearnConfig) -> dict[str, Tensor]:
     """The mask of SFR-on from squares of batch means on augmented images."""
     forget, retain = (
         fisher_by_batch(model, augmented_once(images, config.seed), config.batch_size)
-        for images in (task.forget, task.retain)
+        for images in (context.forget, context.retain)
     )
     return {name: forget[name] + 1e-15 >= config.saliency_ratio * (retain[name] + 1e-15) for name in forget}

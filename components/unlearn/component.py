@@ -53,11 +53,11 @@ def unlearn(
     from salun_core.steps.processes import in_processes
     from salun_core.steps.run_facts import read_run
     from salun_core.steps.unlearning import parse_overrides, run_unlearning
-    from salun_core.tasks.classification.tuning import TuneWish
+    from salun_core.tasks.classification.tuning import TuningOptions
 
     paths = Path(model.path), Path(mask.path), forget_manifest_uri, Path(unlearned.path)
     overrides, run = parse_overrides(method_config), RunRef(store_uri, run_id)
-    wish = TuneWish(tune_budget, policy_uri) if tune else None
+    wish = TuningOptions(tune_budget, policy_uri) if tune else None
     given = {"method": method, "overrides": overrides, "seed": seed, "model_line": model_line}
     in_processes(1 if wish else processes, run_unlearning, *paths, **given, run=run, tune=wish)
     seconds = read_run(Path(unlearned.path), method).seconds["unlearn"]

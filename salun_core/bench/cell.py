@@ -26,7 +26,7 @@ from salun_core.steps.mask import compute_mask
 from salun_core.steps.run_facts import RUN, facts_json, read_run
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage.local_files import write_whole
-from salun_core.tasks.classification.tuning import LOG, TuneWish
+from salun_core.tasks.classification.tuning import LOG, TuningOptions
 from salun_core.tasks.resolve import AUTO
 
 CELL, EVIDENCE, REPORT, RUNS = "cell.json", "evidence.json", "report.html", "runs"
@@ -190,13 +190,13 @@ class _CellRun:
         self.facts.append(read_run(after, entry.method))
         return after
 
-    def _wish(self, number: int) -> TuneWish | None:
+    def _wish(self, number: int) -> TuningOptions | None:
         plan, entry = self.preparation.plan, self.cell.entry
         search = plan.search(entry)
         if search is None:
             return None
         policy = plan.policy(search)
-        return TuneWish(
+        return TuningOptions(
             search.budget,
             policy or AUTO,
             bounded=policy is not None,
@@ -226,6 +226,6 @@ def together(facts: Sequence[RunFacts]) -> RunFacts:
             "passes": sum(run.passes or 0 for run in facts),
             "history": [item.model_copy(update={"epoch": at}) for at, item in enumerate(history, start=1)],
             "tuning": None,
-            "moved": None,
+            "changed_fraction": None,
         }
     )

@@ -117,7 +117,7 @@ class SuiteRun:
         return search.model_copy(update={"budget": entry.budget}) if search and entry.budget else search
 
     def policy(self, search: Search) -> str | None:
-        """Return what bounds a search, as `TuneWish` takes it; None: nothing does."""
+        """Return what bounds a search, as `TuningOptions` takes it; None: nothing does."""
         if search.policy == UNBOUNDED:
             return None
         name = search.policy
@@ -134,7 +134,7 @@ class SuiteRun:
             By name: the budget of a search and the epochs of a trial; epochs; or steps, passes and images to generate.
         """
         from salun_core.methods.classification import method_config
-        from salun_core.methods.diffusion import generation_config, get_generation_method
+        from salun_core.methods.diffusion import METHODS, diffusion_config
 
         entry, search = cell.entry, self.search(cell.entry)
         if self.suite.kind == "classification":
@@ -143,7 +143,10 @@ class SuiteRun:
                 return {"epochs": epochs}
             budget = {"passes": int(search.budget)} if search.budget.isdecimal() else {"search": search.budget}
             return {**budget, "epochs a trial at most": epochs}
-        row, config = get_generation_method(entry.method), generation_config(entry.method, entry.config)
+        row, config = METHODS[entry.method], diffusion_config(entry.method, entry.config)
         steps = 0 if row.edit else config.steps
-        passes = steps * config.batch_size * (row.needs_forget + row.needs_retain)
-        return {"steps": steps, "passes": passes, "images a row and model": self.size.evaluation.images_per_class}
+        return {
+            "steps": steps,
+            "passes": row.passes(config),
+            "images a row and model": self.size.evaluation.images_per_class,
+        }

@@ -22,7 +22,7 @@ from salun_core.data.split import SplitManifest
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import SalunError, UsageError
 from salun_core.methods.classification import FileCheckpoint
-from salun_core.models.card import GenerationCard, GenerationEvaluation, parse_card, read_card
+from salun_core.models.card import DiffusionCard, DiffusionEvaluation, parse_card, read_card
 from salun_core.models.checkpoint import CARD, SPLIT
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.mask import compute_mask
@@ -128,10 +128,10 @@ def taken_over(source: Path, folder: Path, spec: DataSpec | None, prompt: str) -
     temporary.replace(folder)
 
 
-def with_evaluation(folder: Path, evaluation: GenerationEvaluation) -> None:
+def with_evaluation(folder: Path, evaluation: DiffusionEvaluation) -> None:
     """Set how the images of a model are judged, on its card alone; a classifier's card has no such part."""
     card = parse_card(read_document(folder / CARD), str(folder / CARD))
-    if isinstance(card, GenerationCard) and card.evaluation != evaluation:
+    if isinstance(card, DiffusionCard) and card.evaluation != evaluation:
         given = card.model_copy(update={"evaluation": evaluation})
         write_whole(folder / CARD, (given.model_dump_json(indent=1) + "\n").encode())
 
@@ -242,9 +242,9 @@ class Preparation:
         """Return the settings that the scores of a diffusion model hang on."""
         if self.plan.suite.kind == "classification":
             return {}
-        from salun_core.methods.diffusion import generation_config
+        from salun_core.methods.diffusion import diffusion_config
 
-        config = generation_config(cell.entry.method, cell.entry.config)
+        config = diffusion_config(cell.entry.method, cell.entry.config)
         return config.model_dump(
             mode="json", include={"selection", "saliency_passes", "saliency_times", "batch_size", "pseudo"}
         )

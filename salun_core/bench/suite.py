@@ -13,7 +13,7 @@ from salun_core.config import Document, parse, read_document
 from salun_core.data import DataSpec
 from salun_core.data.targets import ClassTarget, ConceptTarget, SubjectTarget
 from salun_core.errors import UsageError, unknown_name
-from salun_core.models.card import GenerationEvaluation
+from salun_core.models.card import DiffusionEvaluation
 from salun_core.tuning import parse_budget
 
 SUITES = Path("benchmarks", "suites")
@@ -132,7 +132,7 @@ class Size(Document):
     retrain: dict[str, Any] | None = Field(
         default=None, description="train a reference without the forget set; what differs from the base's training"
     )
-    evaluation: GenerationEvaluation = Field(default=GenerationEvaluation(), description="of generated images")
+    evaluation: DiffusionEvaluation = Field(default=DiffusionEvaluation(), description="of generated images")
     threads: int | None = Field(default=None, ge=1, description="of the processor; none: as many as torch takes")
     budget_seconds: float | None = Field(default=None, gt=0, description="no cell begins that would end later")
 
@@ -291,13 +291,10 @@ def _of_entry(kind: str, row: Entry, searched: bool) -> Iterator[str]:
 
 
 def _needs_mask(kind: str, method: str) -> bool:
-    if kind == "classification":
-        from salun_core.methods.classification import get_method
+    from salun_core.methods import classification, diffusion
+    from salun_core.methods.method import get_method
 
-        return get_method(method).needs_mask
-    from salun_core.methods.diffusion import get_generation_method
-
-    return get_generation_method(method).needs_mask
+    return get_method(classification.METHODS if kind == "classification" else diffusion.METHODS, method).needs_mask
 
 
 def _method_config(kind: str, row: Entry) -> None:
@@ -306,9 +303,9 @@ def _method_config(kind: str, row: Entry) -> None:
 
         method_config(row.method, row.config)
     else:
-        from salun_core.methods.diffusion import generation_config
+        from salun_core.methods.diffusion import diffusion_config
 
-        generation_config(row.method, row.config)
+        diffusion_config(row.method, row.config)
 
 
 def _space(row: Entry) -> None:
@@ -410,9 +407,9 @@ def _recipe(kind: str, settings: Plain) -> None:
 
 
 def _retrain(settings: Plain) -> None:
-    from salun_core.methods.diffusion import generation_config
+    from salun_core.methods.diffusion import diffusion_config
 
-    generation_config("retrain", settings)
+    diffusion_config("retrain", settings)
 
 
 def _refused(check: Callable[[], None]) -> Iterator[str]:

@@ -28,7 +28,7 @@ def methods() -> None:
 
     kinds: list[tuple[str, Mapping[str, Any], Any]] = [
         ("classifier", classification.METHODS, classification.method_config),
-        ("diffusion", diffusion.METHODS, diffusion.generation_config),
+        ("diffusion", diffusion.METHODS, diffusion.diffusion_config),
     ]
     rows = [
         _method(kind, name, method, config_of(name))

@@ -16,7 +16,7 @@ from salun_core.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
     from salun_core.data import DataSpec
-    from salun_core.models.card import GenerationEvaluation
+    from salun_core.models.card import DiffusionEvaluation
     from salun_core.registry.history import VersionSummary
     from salun_core.tasks.diffusion.training import MadeDiffusion
 
@@ -197,7 +197,7 @@ def _train_diffusion(kind: str, about: str) -> Callable[..., None]:
         from salun_core.data import load_spec
         from salun_core.tasks.diffusion import training
 
-        kinds: dict[str, tuple[Callable[..., Any], Callable[..., MadeDiffusion], GenerationEvaluation]] = {
+        kinds: dict[str, tuple[Callable[..., Any], Callable[..., MadeDiffusion], DiffusionEvaluation]] = {
             "ddpm": (training.ddpm_recipe, training.train_ddpm, training.JUDGED_PIXELS),
             "stable-diffusion": (training.stable_diffusion_recipe, training.train_stable_diffusion, training.JUDGED),
         }
@@ -257,12 +257,12 @@ def import_diffusion(
     to.finish(training.register_diffusion, "import", _made(made))
 
 
-def _evaluation(judge: str | None, settings: list[str], defaults: GenerationEvaluation) -> GenerationEvaluation:
+def _evaluation(judge: str | None, settings: list[str], defaults: DiffusionEvaluation) -> DiffusionEvaluation:
     from salun_core.config import parse
-    from salun_core.models.card import GenerationEvaluation
+    from salun_core.models.card import DiffusionEvaluation
 
     given = {**({"judge": judge} if judge else {}), **read_settings(settings)}
-    return parse(GenerationEvaluation, {**defaults.model_dump(), **given}, "--evaluation")
+    return parse(DiffusionEvaluation, {**defaults.model_dump(), **given}, "--evaluation")
 
 
 def _made(made: MadeDiffusion) -> dict[str, object]:

@@ -116,7 +116,7 @@ def unlearn(
     """
     from salun_core.steps.unlearning import read_mask, run_unlearning
     from salun_core.tasks import open_inputs, resolved_config, sizes_of
-    from salun_core.tasks.classification.tuning import TuneWish
+    from salun_core.tasks.classification.tuning import TuningOptions
     from salun_core.tasks.resolve import model_folder
 
     overrides = read_settings(settings, config)
@@ -145,7 +145,7 @@ def unlearn(
                 seed=resolved.seed,
                 data=data,
                 on_epoch=on_epoch,
-                tune=TuneWish(tune_budget, policy, lambda record: progress(trial_line(record))) if tune else None,
+                tune=TuningOptions(tune_budget, policy, lambda record: progress(trial_line(record))) if tune else None,
             )
     if first:
         tried = {"learning_rate": result.config.learning_rate, "tried": out / "tuning.json"} if tune else {}

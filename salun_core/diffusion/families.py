@@ -18,7 +18,7 @@ from salun_core.diffusion.sampling import Decode, Sampler, to_bytes
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import ModelError, unknown_name
 from salun_core.evaluation.image_classifier import fitted
-from salun_core.models.card import GenerationCard, GenerationEvaluation
+from salun_core.models.card import DiffusionCard, DiffusionEvaluation
 from salun_core.models.diffusers_folder import LoadedDiffusion
 
 _BATCH = 256
@@ -41,7 +41,7 @@ class Family:
     decode: Decode
 
     @property
-    def card(self) -> GenerationCard:
+    def card(self) -> DiffusionCard:
         """The model's card."""
         return self.loaded.card
 
@@ -50,7 +50,7 @@ class Family:
         """Whether samples are pixels, not latents."""
         return "vae" not in self.loaded.components.parts
 
-    def sampler(self, evaluation: GenerationEvaluation) -> Sampler:
+    def sampler(self, evaluation: DiffusionEvaluation) -> Sampler:
         """Return how images are drawn under these settings."""
         return Sampler.of_scheduler(
             self.loaded.components.parts["scheduler"],

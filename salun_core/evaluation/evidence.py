@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from salun_core.config import Document
 from salun_core.digest import digest_json
@@ -18,7 +18,7 @@ METRIC_NAMES = (
 )
 """All that an evaluation can measure, of either kind of model."""
 
-_ADDED_TO_RUNS = ("tuning", "moved")  # fields that came later, and that earlier decisions' digests leave out
+_ADDED_TO_RUNS = ("tuning", "changed_fraction")  # fields that came later, and that earlier decisions' digests leave out
 
 
 class Metric(Document):
@@ -192,6 +192,8 @@ class TuningFacts(Document):
 class RunFacts(Document):
     """How the model after was made; empty for a model that came from elsewhere."""
 
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
     method: str = "unknown"
     config: dict[str, object] = Field(default={}, description="the method's resolved configuration")
     seed: int | None = None
@@ -202,8 +204,12 @@ class RunFacts(Document):
     history: list[EpochRecord] = []
     environment: dict[str, str] = Field(default={}, description="versions, device, processor threads")
     tuning: TuningFacts | None = Field(default=None, description="of a run whose settings were searched for")
-    moved: float | None = Field(
-        default=None, ge=0, le=1, description="share of weights whose value the run changed; null where it is not known"
+    changed_fraction: float | None = Field(
+        default=None,
+        alias="moved",  # the stored key
+        ge=0,
+        le=1,
+        description="share of weights whose value the run changed; null if it was not measured",
     )
 
 

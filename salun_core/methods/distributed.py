@@ -57,7 +57,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """Which process this is, and of how many.
 
     Args:
@@ -69,7 +69,7 @@ class World:
     size: int = 1
 
     @classmethod
-    def of_environment(cls) -> World:
+    def from_environment(cls) -> ProcessGroup:
         """Return what torchrun said; one process alone where it did not start us.
 
         Raises:
@@ -117,7 +117,7 @@ class World:
         return value
 
     @torch.no_grad()
-    def settle(self, model: nn.Module) -> None:
+    def synchronise(self, model: nn.Module) -> None:
         """Average the running statistics of batch norm, and check that all processes hold the same weights.
 
         Raises:
@@ -155,7 +155,7 @@ class World:
             )
 
 
-ALONE = World()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @dataclass(frozen=True)
@@ -164,16 +164,16 @@ class SharedCheckpoint:
 
     Args:
         inner: where it lies; used by the first process alone.
-        world: this process.
+        group: this process.
     """
 
     inner: CheckpointStore
-    world: World
+    group: ProcessGroup
 
     def load(self) -> bytes | None:
         """Return the last state, or None; the same in every process."""
-        data = self.inner.load() if self.world.main else None
-        if self.world.size == 1:
+        data = self.inner.load() if self.group.main else None
+        if self.group.size == 1:
             return data
         size = torch.tensor([-1 if data is None else len(data)])
         dist.broadcast(size, 0)
@@ -185,27 +185,27 @@ class SharedCheckpoint:
 
     def save(self, data: bytes) -> None:
         """Replace the last state, in the first process."""
-        if self.world.main:
+        if self.group.main:
             self.inner.save(data)
 
 
 @contextmanager
-def joined(world: World, timeout: timedelta = TIMEOUT) -> Iterator[None]:
+def joined(group: ProcessGroup, timeout: timedelta = TIMEOUT) -> Iterator[None]:
     """Join the group of processes for a while; alone, or where the caller has joined, there is nothing to do.
 
     A process that fails says so with its exit code; the others, whose next exchange then fails, end with the same.
 
     Args:
-        world: this process, from `World.of_environment`.
+        group: this process, from `ProcessGroup.from_environment`.
         timeout: how long one exchange may wait for the others.
 
     Raises:
         PeerError: another process failed, or did not answer in time.
     """
-    if world.size == 1 or dist.is_initialized():
+    if group.size == 1 or dist.is_initialized():
         yield
         return
-    store = _join(world, timeout)
+    store = _join(group, timeout)
     try:
         yield
     except BaseException as error:
@@ -219,15 +219,15 @@ def joined(world: World, timeout: timedelta = TIMEOUT) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _join(world: World, timeout: timedelta) -> Store:
+def _join(group: ProcessGroup, timeout: timedelta) -> Store:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        found, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+        found, _, _ = next(rendezvous("env://", group.rank, group.size, timeout=timeout))
         found.set_timeout(timeout)
         store = PrefixStore(f"salun-{next(_JOINED)}", found)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=world.rank, world_size=world.size)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=group.rank, world_size=group.size)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             "cannot join the other processes", str(error).split("\n")[0], "start with torchrun; see MASTER_ADDR"

@@ -1,50 +1,88 @@
-"""The one training loop: epochs of parts, resumable after each epoch, the same bits after a kill and a resume."""
+"""The one training loop: epochs of phases, resumable after each epoch, the same bits after a kill and a resume."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore, restore, snapshot
-from salun_core.methods.classification.method import Stretch
 from salun_core.methods.config import LoopConfig
-from salun_core.methods.distributed import ALONE, World
+from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.saliency import SaliencyMask, masked_optimizer
 
-PartsOfEpoch = Callable[[torch.Generator], Sequence[Stretch]]
+
+@dataclass(frozen=True)
+class Step:
+    """This process's part of one step of the loop.
+
+    Args:
+        loss: model -> mean loss over this process's samples, a scalar.
+        samples: number of these samples.
+        weight: their share of the step's batch.
+    """
+
+    loss: Callable[[nn.Module], Tensor]
+    samples: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of an epoch, such as one pass over the retain set.
+
+    Args:
+        name: key of its loss in the history.
+        device: device of its tensors.
+        samples: samples of all its steps, over all processes.
+        steps: number of its steps.
+        draw: (generator of the epoch, process group) -> its steps. All randomness comes from the generator.
+    """
+
+    name: str
+    device: torch.device
+    samples: int
+    steps: int
+    draw: Callable[[torch.Generator, ProcessGroup], Iterator[Step]]
+
+
+PhasesOfEpoch = Callable[[int, torch.Generator], Sequence[Phase]]
+"""(epoch from 0, generator of the epoch) -> its phases."""
+
 OnEpoch = Callable[[EpochRecord], None]
 
 
 def run_loop(
     model: nn.Module,
-    parts_of_epoch: PartsOfEpoch,
+    phases_of_epoch: PhasesOfEpoch,
     config: LoopConfig,
     mask: SaliencyMask | None = None,
     checkpoint: CheckpointStore | None = None,
     fingerprint: str = "",
     on_epoch: OnEpoch | None = None,
-    world: World = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> list[EpochRecord]:
     """Train a model in place.
 
     All randomness of an epoch comes from generators seeded by (seed, epoch), so a resumed run needs no random state.
 
     Args:
-        model: on the device that the parts' images are on.
-        parts_of_epoch: gives the parts of an epoch from its own generator.
+        model: on the device of the phases' tensors.
+        phases_of_epoch: returns the phases of an epoch.
         config: rates, optimiser, batch norm.
         mask: weights outside it keep their bits.
         checkpoint: where to keep the state after each epoch, and to look for one at the start.
         fingerprint: names the run; a checkpoint of another run is refused.
         on_epoch: called after each epoch.
-        world: this process, where several that have joined share the batches.
+        group: the processes that share the batches, and which of them this one is.
 
     Returns:
         One record an epoch, those before a resume included.
@@ -58,9 +96,9 @@ def run_loop(
         optimizer = masked_optimizer(optimizer, model, mask)
     history = restore(checkpoint, fingerprint, model, optimizer) if checkpoint else []
     for epoch in range(len(history), config.epochs):
-        record = _run_epoch(model, optimizer, parts_of_epoch, config, epoch, world)
+        record = _run_epoch(model, optimizer, phases_of_epoch, config, epoch, group)
         _require_finite(model, epoch)
-        world.settle(model)
+        group.synchronise(model)
         history.append(record)
         if checkpoint:
             checkpoint.save(snapshot(fingerprint, model, optimizer, history))
@@ -111,26 +149,26 @@ def _require_finite(model: nn.Module, epoch: int) -> None:
 def _run_epoch(
     model: nn.Module,
     optimizer: Optimizer,
-    parts_of_epoch: PartsOfEpoch,
+    phases_of_epoch: PhasesOfEpoch,
     config: LoopConfig,
     epoch: int,
-    world: World,
+    group: ProcessGroup,
 ) -> EpochRecord:
     started = time.perf_counter()
     generator = epoch_generator(config.seed, epoch)
     losses: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((generator.initial_seed() + world.rank) % 2**63)  # for dropout and the like
+        torch.manual_seed((generator.initial_seed() + group.rank) % 2**63)  # for dropout and the like
         set_training_mode(model, config.batch_norm)
-        parts = [part for part in parts_of_epoch(generator) if len(part)]
-        steps = sum(part.steps(config.batch_size) for part in parts)
+        phases = [phase for phase in phases_of_epoch(epoch, generator) if phase.samples]
+        steps = sum(phase.steps for phase in phases)
         done = 0
-        for part in parts:
-            losses[part.name], taken = _run_part(model, optimizer, part, config, generator, world, (epoch, done, steps))
-            done += taken
-            if not torch.isfinite(torch.tensor(losses[part.name])):
+        for phase in phases:
+            losses[phase.name] = _run_phase(model, optimizer, phase, config, generator, group, (epoch, done, steps))
+            done += phase.steps
+            if not math.isfinite(losses[phase.name]):
                 raise ModelError(
-                    f"loss of the {part.name} part is not finite",
+                    f"loss of the {phase.name} phase is not finite",
                     f"in epoch {epoch + 1} of {config.epochs}",
                     "lower the learning rate; the checkpoint of the last whole epoch is kept",
                 )
@@ -142,31 +180,31 @@ def _run_epoch(
     )
 
 
-def _run_part(
+def _run_phase(
     model: nn.Module,
     optimizer: Optimizer,
-    part: Stretch,
+    phase: Phase,
     config: LoopConfig,
     generator: torch.Generator,
-    world: World,
+    group: ProcessGroup,
     position: tuple[int, int, int],
-) -> tuple[float, int]:
+) -> float:
+    """Train on one phase and return its mean loss; `position` is (epoch, steps done in it, steps of the epoch)."""
     epoch, done, steps = position
-    total, taken = torch.zeros((), device=part.device), 0
-    for step in part.draw(config, generator, world):
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate_at((epoch + (done + taken) / steps) / config.epochs)
-        with _autocast(config, part.device):
+    total = torch.zeros((), device=phase.device)
+    for taken, step in enumerate(phase.draw(generator, group), start=done):
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = config.rate_at((epoch + taken / steps) / config.epochs)
+        with _autocast(config, phase.device):
             loss = step.loss(model)
         optimizer.zero_grad()
         (loss * step.weight if step.weight != 1 else loss).backward()  # type: ignore[no-untyped-call]
-        world.add_gradients(model)
+        group.add_gradients(model)
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
         optimizer.step()
         total += loss.detach() * step.samples
-        taken += 1
-    return float(world.total(total)) / len(part), taken
+    return float(group.total(total)) / phase.samples
 
 
 def _autocast(config: LoopConfig, device: torch.device) -> AbstractContextManager[object]:

@@ -40,7 +40,7 @@ class ModelCard(Document):
 CARD = "model.json"
 
 
-class GenerationEvaluation(Document):
+class DiffusionEvaluation(Document):
     """How images are drawn from a diffusion model, and what they are judged by."""
 
     judge: str | None = Field(
@@ -63,7 +63,7 @@ class GenerationEvaluation(Document):
     attack_steps: int = Field(default=0, ge=0, description="of the search for a prompt that brings it back")
 
 
-class GenerationCard(Document):
+class DiffusionCard(Document):
     """`model.json` of a diffusers folder: everything that is needed to feed, judge and trace a diffusion model."""
 
     format: Literal["salun.model/v1"] = "salun.model/v1"
@@ -83,7 +83,7 @@ class GenerationCard(Document):
     method: str = Field(default="train", description="how it was made")
     forget_set_digest: str | None = Field(default=None, description="set that was forgotten last")
     training: dict[str, object] = Field(default={}, description="resolved configuration of the method")
-    evaluation: GenerationEvaluation = Field(default=GenerationEvaluation(), description="how it is judged")
+    evaluation: DiffusionEvaluation = Field(default=DiffusionEvaluation(), description="how it is judged")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -100,7 +100,7 @@ class GenerationCard(Document):
         return self.prompt.replace("{label}", label) if self.task == "text-to-image" else label
 
 
-def parse_card(data: Any, source: str = CARD) -> ModelCard | GenerationCard:  # noqa: ANN401 - whatever the file held
+def parse_card(data: Any, source: str = CARD) -> ModelCard | DiffusionCard:  # noqa: ANN401 - whatever the file held
     """Build the card that a document's `task` means; without one it is a classifier's.
 
     Raises:
@@ -109,10 +109,10 @@ def parse_card(data: Any, source: str = CARD) -> ModelCard | GenerationCard:  # 
     task = data.get("task", "classification") if isinstance(data, Mapping) else "classification"
     if task == "classification":
         return parse(ModelCard, data, source)
-    return parse(GenerationCard, data, source)
+    return parse(DiffusionCard, data, source)
 
 
-def read_card(folder: Path) -> ModelCard | GenerationCard:
+def read_card(folder: Path) -> ModelCard | DiffusionCard:
     """Read the card of a model folder, of either kind.
 
     Raises:

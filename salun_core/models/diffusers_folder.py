@@ -19,7 +19,7 @@ from salun_core.config import load, read_document
 from salun_core.data.split import SplitManifest
 from salun_core.digest import check_digest, sha256_file
 from salun_core.errors import IntegrityError, ModelError, SalunError, UsageError, unknown_name
-from salun_core.models.card import CARD, GenerationCard, read_card
+from salun_core.models.card import CARD, DiffusionCard, read_card
 from salun_core.models.checkpoint import SPLIT, Files, write_folder
 from salun_core.registry.manifest import weights_digest
 from salun_core.storage.local_files import list_tree
@@ -247,7 +247,7 @@ class LoadedDiffusion:
     """
 
     components: Components
-    card: GenerationCard
+    card: DiffusionCard
     split: SplitManifest
 
     @property
@@ -273,7 +273,7 @@ def load_diffusion(folder: Path) -> LoadedDiffusion:
         IntegrityError: a file is damaged, or the split is another.
     """
     card = read_card(folder)
-    if not isinstance(card, GenerationCard):
+    if not isinstance(card, DiffusionCard):
         raise UsageError(f"{folder} is no diffusion model", f"its card says {card.task}", "give a diffusers folder")
     split = load(SplitManifest, folder / SPLIT)
     check_digest("the split beside the model", card.split_digest, split.digest)
@@ -384,7 +384,7 @@ def save_diffusion(
     folder: Path,
     original: LoadedDiffusion,
     network: nn.Module,
-    card: GenerationCard,
+    card: DiffusionCard,
     split: SplitManifest,
     beside: Mapping[str, bytes] | None = None,
 ) -> str:
@@ -448,6 +448,6 @@ def _write_shard(state: Mapping[str, torch.Tensor], names: list[str], like: Path
     save_file(tensors, target, metadata=facts)
 
 
-def document_bytes(document: GenerationCard | SplitManifest) -> bytes:
+def document_bytes(document: DiffusionCard | SplitManifest) -> bytes:
     """Return a document as it is written into a model folder."""
     return (json.dumps(document.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()

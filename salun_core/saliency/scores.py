@@ -308,7 +308,7 @@ def sharded_scores(
         batches: this process's samples (`shard.samples`), in batches of `CHUNK`.
         loss_fn: (model output, targets) -> mean loss over the batch, a scalar.
         samples: of the whole forget set.
-        shard: of this process: (rank, world size).
+        shard: of this process: (rank, number of processes).
 
     Returns:
         By parameter name, in the model's order: a tensor of the parameter's shape, >= 0.
@@ -326,7 +326,7 @@ def gathered(own: PartialSums, shard: Shard, parameters: Sequence[tuple[str, nn.
 
     Args:
         own: of this process's shard.
-        shard: (rank, world size).
+        shard: (rank, number of processes).
         parameters: names, shapes and device.
 
     Returns:

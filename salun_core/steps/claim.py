@@ -16,7 +16,7 @@ from salun_core.data.split import SplitManifest
 from salun_core.errors import ConflictError
 from salun_core.methods.classification import method_config
 from salun_core.models import ModelCard
-from salun_core.models.card import GenerationCard
+from salun_core.models.card import DiffusionCard
 from salun_core.models.checkpoint import CARD, SPLIT
 from salun_core.registry.lookup import Version, read_file, read_head, read_version
 from salun_core.requests.resolve import Resolver, TableResolver
@@ -74,9 +74,9 @@ def ladder(method: str, density: float, overrides: Mapping[str, Any], *, generat
     """
     given = dict(overrides)
     if generative:
-        from salun_core.methods.diffusion import generation_config
+        from salun_core.methods.diffusion import diffusion_config
 
-        settings = generation_config(method, overrides)
+        settings = diffusion_config(method, overrides)
         stronger = {**given, "steps": 2 * settings.steps, "learning_rate": 2 * settings.learning_rate}
         last = Recipe(method=method, density=1.0, method_config=stronger)
     else:
@@ -122,7 +122,7 @@ def is_generative_line(store_uri: str, line: str) -> bool:
     return not isinstance(card_of(store, version), ModelCard)
 
 
-def card_of(store: ObjectStore, version: Version) -> ModelCard | GenerationCard:
+def card_of(store: ObjectStore, version: Version) -> ModelCard | DiffusionCard:
     """Read the card of a version, of either kind.
 
     Raises:
@@ -132,9 +132,9 @@ def card_of(store: ObjectStore, version: Version) -> ModelCard | GenerationCard:
     return parse_stored(_kind_of(data), data, CARD)
 
 
-def _kind_of(data: bytes) -> type[ModelCard] | type[GenerationCard]:
+def _kind_of(data: bytes) -> type[ModelCard] | type[DiffusionCard]:
     try:
-        return GenerationCard if json.loads(data)["task"] != "classification" else ModelCard
+        return DiffusionCard if json.loads(data)["task"] != "classification" else ModelCard
     except (ValueError, KeyError, TypeError, RecursionError):
         return ModelCard  # reading it says what is wrong
 

@@ -15,7 +15,7 @@ from salun_core.data.forget_set import ClassTarget
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
 from salun_core.methods.loop import OnEpoch
-from salun_core.models.card import GenerationEvaluation
+from salun_core.models.card import DiffusionEvaluation
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import summarise
 from salun_core.steps.demo_line import ACTOR, Filed, Say, collect, free_line, head, look, sweep
@@ -44,7 +44,7 @@ _SIZES: dict[Kind, dict[str, Any]] = {
     "stable-diffusion": {"size": 32, "channels": 3, "train_limit": 20_000, "test_limit": 2000},
     "ddpm": {"size": 16, "channels": 1, "train_limit": 20_000, "test_limit": 2000},
 }
-_JUDGED: dict[Kind, GenerationEvaluation] = {
+_JUDGED: dict[Kind, DiffusionEvaluation] = {
     "stable-diffusion": JUDGED.model_copy(update={"guidance_scale": 5.0, "images_per_class": 60}),
     "ddpm": JUDGED_PIXELS.model_copy(update={"images_per_class": 60}),
 }
@@ -142,7 +142,7 @@ def _judge(store: FileStore, spec: DataSpec, work: Path, say: Say, progress: Pro
     return f"{line}@{version}", {"judge": seconds}
 
 
-def _train(kind: Kind, spec: DataSpec, out: Path, judged: GenerationEvaluation, progress: Progress) -> MadeDiffusion:
+def _train(kind: Kind, spec: DataSpec, out: Path, judged: DiffusionEvaluation, progress: Progress) -> MadeDiffusion:
     if kind == "ddpm":
         recipe = ddpm_recipe()
         with progress("ddpm", recipe.epochs) as on_epoch:

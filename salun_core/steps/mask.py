@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from salun_core.methods.classification import get_method, pick_device
-from salun_core.methods.distributed import World
+from salun_core.methods.classification import METHODS, pick_device
+from salun_core.methods.distributed import ProcessGroup
+from salun_core.methods.method import get_method
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.observe import RunRef
 from salun_core.steps.sharding import distributed, forget_scores, require_same_inputs
@@ -54,22 +55,22 @@ def compute_mask(
     Returns:
         The mask.
     """
-    with distributed("compute_mask", model_line, run) as (metrics, world):
+    with distributed("compute_mask", model_line, run) as (metrics, group):
         started = time.perf_counter()
         inputs = open_inputs(model, forget_manifest_uri, data)
-        require_same_inputs(inputs, world)
+        require_same_inputs(inputs, group)
         facts = {"model_digest": inputs.original.digest, "forget_set_digest": inputs.forget_set.digest}
         chosen = pick_device(device)
         if isinstance(inputs, Inputs):
-            mask = _classifier_mask(inputs, method, density, chosen, random_seed, world)
+            mask = _classifier_mask(inputs, method, density, chosen, random_seed, group)
         else:
-            from salun_core.methods.diffusion import generation_config
+            from salun_core.methods.diffusion import diffusion_config
             from salun_core.tasks.diffusion.unlearning import generation_mask
 
-            config = generation_config(method, overrides)
+            config = diffusion_config(method, overrides)
             mask = generation_mask(inputs, method, config, density, chosen, random_seed)
         mask = mask.with_facts({**facts, "seconds": f"{time.perf_counter() - started:.3f}"})
-        if world.main:
+        if group.main:
             mask.save(out)
         metrics.record("salun_mask_density_ratio", mask.density, method=method)
         return mask
@@ -81,12 +82,12 @@ def was_scored(mask: SaliencyMask) -> bool:
 
 
 def _classifier_mask(
-    inputs: Inputs, method: str, density: float, device: torch.device, random_seed: int | None, world: World
+    inputs: Inputs, method: str, density: float, device: torch.device, random_seed: int | None, group: ProcessGroup
 ) -> SaliencyMask:
     network = inputs.original.model.to(device)
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    if not get_method(method).needs_mask:
+    if not get_method(METHODS, method).needs_mask:
         return SaliencyMask.full(shapes)
     if random_seed is not None:
         return SaliencyMask.random(shapes, density, random_seed)
-    return SaliencyMask.from_scores(forget_scores(network, inputs.forget, device, world), density)
+    return SaliencyMask.from_scores(forget_scores(network, inputs.forget, device, group), density)

@@ -13,7 +13,8 @@ from salun_core.config import Document
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
-from salun_core.methods.classification import get_method
+from salun_core.methods.classification import METHODS
+from salun_core.methods.method import get_method
 from salun_core.steps.claim import is_generative_line
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.fetch import fetch_model
@@ -23,7 +24,7 @@ from salun_core.steps.publishing import REPORT, Published, gate_and_publish
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.sweeps.runs import new_run_id
 from salun_core.tasks import resolved_config
-from salun_core.tasks.classification.tuning import TuneWish
+from salun_core.tasks.classification.tuning import TuningOptions
 from salun_core.tasks.resolve import check_policy
 from salun_core.tuning import DEFAULT_BUDGET, parse_budget
 from salun_core.tuning.search import OnTrial
@@ -69,7 +70,7 @@ class RunSettings(Document):
             )
         if self.tune:
             parse_budget(self.tune_budget, images=1)
-            if not get_method(self.method).fresh_start:  # such a method runs by its recipe
+            if not get_method(METHODS, self.method).fresh_start:  # such a method runs by its recipe
                 Space.of(self.method, {**self.method_config, "seed": self.seed})
 
 
@@ -136,7 +137,7 @@ def run_all(
         seed=config.seed,
         model_line=line,
         run=ours,
-        tune=TuneWish(config.tune_budget, config.policy_uri, on_trial) if config.tune else None,
+        tune=TuningOptions(config.tune_budget, config.policy_uri, on_trial) if config.tune else None,
     )
     say("evaluate")
     evidence = evaluate(

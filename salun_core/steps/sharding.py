@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from salun_core.data import ImageSet
 from salun_core.methods.classification import pick_device
-from salun_core.methods.distributed import World, joined
+from salun_core.methods.distributed import ProcessGroup, joined
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import CHUNK, Shard, sharded_scores
 from salun_core.saliency.scores import score_shard as partial_sums
@@ -48,7 +48,7 @@ class Digested(Protocol):
 
 
 @contextmanager
-def distributed(step: str, model_line: str, run: RunRef | None = None) -> Iterator[tuple[StepMetrics, World]]:
+def distributed(step: str, model_line: str, run: RunRef | None = None) -> Iterator[tuple[StepMetrics, ProcessGroup]]:
     """Observe a step and join the processes that torchrun started; the first one alone logs, records and pushes.
 
     Args:
@@ -62,37 +62,37 @@ def distributed(step: str, model_line: str, run: RunRef | None = None) -> Iterat
     Raises:
         PeerError: another process failed.
     """
-    world = World.of_environment()
-    if world.main:
-        with observed(step, model_line, run) as metrics, joined(world):
-            yield metrics, world
+    group = ProcessGroup.from_environment()
+    if group.main:
+        with observed(step, model_line, run) as metrics, joined(group):
+            yield metrics, group
     else:
-        with joined(world):
-            yield StepMetrics(), world
+        with joined(group):
+            yield StepMetrics(), group
 
 
-def require_same_inputs(inputs: AnyInputs, world: World) -> None:
+def require_same_inputs(inputs: AnyInputs, group: ProcessGroup) -> None:
     """Check that all processes have the same model and forget set.
 
     Raises:
         IntegrityError: they have not.
     """
-    world.require_same("model or forget set", f"{inputs.original.digest} {inputs.forget_set.digest}")
+    group.require_same("model or forget set", f"{inputs.original.digest} {inputs.forget_set.digest}")
 
 
-def forget_scores(network: nn.Module, forget: ImageSet, device: torch.device, world: World) -> dict[str, Tensor]:
+def forget_scores(network: nn.Module, forget: ImageSet, device: torch.device, group: ProcessGroup) -> dict[str, Tensor]:
     """Score a model on its forget set, this process its share of it.
 
     Args:
         network: on the device.
         forget: D_f, in its order.
         device: to compute on.
-        world: this process.
+        group: this process.
 
     Returns:
         The scores by parameter name, the same bits for any number of processes.
     """
-    shard = Shard(world.rank, world.size)
+    shard = Shard(group.rank, group.size)
     mine = forget.select(shard.samples(len(forget))).to(device)
     loss = torch.nn.functional.cross_entropy
     return sharded_scores(network, mine.batches(CHUNK), loss, len(forget), shard)

@@ -12,16 +12,17 @@ from salun_core.digest import check_digest
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.methods.classification import (
+    METHODS,
     FileCheckpoint,
     UnlearnConfig,
     UnlearnResult,
-    get_method,
     method_config,
     unlearn,
 )
 from salun_core.methods.classification.training import fresh_classifier
-from salun_core.methods.distributed import World
+from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import OnEpoch
+from salun_core.methods.method import get_method
 from salun_core.models import save_model
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.mask import was_scored
@@ -32,8 +33,7 @@ from salun_core.tasks import kept_split, open_inputs
 from salun_core.tasks.classification.inputs import Inputs
 
 if TYPE_CHECKING:
-    from salun_core.methods.diffusion import GenerationResult
-    from salun_core.tasks.classification.tuning import TunedRun, TuneWish
+    from salun_core.tasks.classification.tuning import TunedRun, TuningOptions
 
 CHECKPOINT_VARIABLE = "SALUN_CHECKPOINT_DIR"
 
@@ -64,8 +64,8 @@ def run_unlearning(
     checkpoint: Path | None = None,
     run: RunRef | None = None,
     on_epoch: OnEpoch | None = None,
-    tune: TuneWish | None = None,
-) -> UnlearnResult | GenerationResult:
+    tune: TuningOptions | None = None,
+) -> UnlearnResult:
     """Run one unlearning method and write the new model with the facts of its run.
 
     Where torchrun has started several processes, they share each batch, and the first one writes.
@@ -96,43 +96,43 @@ def run_unlearning(
         ModelError: the loss became NaN or infinite.
         GateRefusedError: a search found no setting within the policy; nothing is written.
     """
-    with distributed("unlearn", model_line, run) as (_, world):
+    with distributed("unlearn", model_line, run) as (_, group):
         given = {**(overrides or {}), "seed": seed}
         checkpoint = checkpoint or _checkpoint_from_environment(model_line)
         kept = FileCheckpoint(checkpoint) if checkpoint else None
-        progress = on_epoch if world.main else None
+        progress = on_epoch if group.main else None
         inputs = open_inputs(model, forget_manifest_uri, data)
-        require_same_inputs(inputs, world)
+        require_same_inputs(inputs, group)
         loaded = read_mask(mask, inputs)
-        result: UnlearnResult | GenerationResult
-        if tune is not None and _tunable(inputs, method, world):
+        result: UnlearnResult
+        if tune is not None and _tunable(inputs, method, group):
             assert isinstance(inputs, Inputs)
             tuned = _tuned(inputs, method, given, loaded, tune, run)
             result = tuned.result
-            _write(out, inputs, result, loaded, world.size, tuned)
+            _write(out, inputs, result, loaded, group.size, tuned)
         elif isinstance(inputs, Inputs):
-            result = _classifier(inputs, method, method_config(method, given), loaded, kept, progress, world)
-            if world.main:
-                _write(out, inputs, result, loaded, world.size)
+            result = _classifier(inputs, method, method_config(method, given), loaded, kept, progress, group)
+            if group.main:
+                _write(out, inputs, result, loaded, group.size)
         else:
-            from salun_core.methods.diffusion import generation_config
+            from salun_core.methods.diffusion import diffusion_config
             from salun_core.tasks.diffusion.unlearning import run_generation, write_generation
 
-            settings = generation_config(method, given)
-            result, count = run_generation(inputs, method, settings, loaded, kept, progress, world)
-            if world.main:
-                write_generation(out, inputs, result, loaded, count, world.size)
-        if checkpoint and world.main:
+            settings = diffusion_config(method, given)
+            result, count = run_generation(inputs, method, settings, loaded, kept, progress, group)
+            if group.main:
+                write_generation(out, inputs, result, loaded, count, group.size)
+        if checkpoint and group.main:
             checkpoint.unlink(missing_ok=True)
         return result
 
 
-def _tunable(inputs: AnyInputs, method: str, world: World) -> bool:
+def _tunable(inputs: AnyInputs, method: str, group: ProcessGroup) -> bool:
     if not isinstance(inputs, Inputs):
         raise UsageError("a diffusion model is not tuned", "the search is for classifiers", "leave the tuning out")
-    if world.size > 1:
-        raise UsageError("a search runs in one process", f"{world.size} were started", "leave out --processes")
-    return not get_method(method).fresh_start
+    if group.size > 1:
+        raise UsageError("a search runs in one process", f"{group.size} were started", "leave out --processes")
+    return not get_method(METHODS, method).fresh_start
 
 
 def _tuned(
@@ -140,7 +140,7 @@ def _tuned(
     method: str,
     given: Mapping[str, Any],
     mask: SaliencyMask | None,
-    wish: TuneWish,
+    wish: TuningOptions,
     run: RunRef | None,
 ) -> TunedRun:
     from salun_core.steps.used_mask import require_nested
@@ -159,7 +159,7 @@ def _classifier(
     mask: SaliencyMask | None,
     checkpoint: FileCheckpoint | None,
     on_epoch: OnEpoch | None,
-    world: World,
+    group: ProcessGroup,
 ) -> UnlearnResult:
     card = inputs.original.card
     return unlearn(
@@ -168,11 +168,11 @@ def _classifier(
         forget=inputs.forget,
         retain=inputs.retain,
         config=config,
-        mask=mask if get_method(method).needs_mask else None,
+        mask=mask if get_method(METHODS, method).needs_mask else None,
         fresh=lambda: fresh_classifier(card.architecture, inputs.retain, len(card.classes), config.seed),
         checkpoint=checkpoint,
         on_epoch=on_epoch,
-        world=world,
+        group=group,
     )
 
 
@@ -212,10 +212,12 @@ def _write(
             "parent": original.digest,
             "method": result.method,
             "forget_set_digest": inputs.forget_set.digest,
-            "training": result.config.model_dump() if get_method(result.method).fresh_start else original.card.training,
+            "training": result.config.model_dump()
+            if get_method(METHODS, result.method).fresh_start
+            else original.card.training,
         }
     )
-    given = mask if get_method(result.method).needs_mask else None
+    given = mask if get_method(METHODS, result.method).needs_mask else None
     used = tuned.mask if tuned else given
     scored = len(inputs.forget_set.ids) if given and was_scored(given) else 0  # a search counts its own scores
     facts = RunFacts(
@@ -229,7 +231,7 @@ def _write(
         history=result.history,
         environment=environment() | ({"processes": str(processes)} if processes > 1 else {}),
         tuning=tuned.facts if tuned else None,
-        moved=result.moved,
+        changed_fraction=result.changed_fraction,
     )
     beside = tuned.beside if tuned else {}
     save_model(out, result.model.cpu(), card, split, {RUN: facts_json(facts), **beside})

@@ -10,7 +10,7 @@ from salun_core.data.split import SplitManifest
 from salun_core.methods.classification import method_config
 from salun_core.methods.config import LoopConfig
 from salun_core.models import LoadedModel, load_model
-from salun_core.models.card import GenerationCard, read_card
+from salun_core.models.card import DiffusionCard, read_card
 from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS
 from salun_core.registry.manifest import PIPELINE_INDEX
 from salun_core.storage.local_files import list_tree
@@ -18,7 +18,7 @@ from salun_core.tasks.classification.inputs import Inputs, load_inputs
 
 if TYPE_CHECKING:
     from salun_core.models.diffusers_folder import LoadedDiffusion
-    from salun_core.tasks.diffusion.inputs import GenerationInputs
+    from salun_core.tasks.diffusion.inputs import DiffusionInputs
 
 
 def is_generative(folder: Path) -> bool:
@@ -27,7 +27,7 @@ def is_generative(folder: Path) -> bool:
     Raises:
         UsageError: it is no model folder, or its card has faults.
     """
-    return isinstance(read_card(folder), GenerationCard)
+    return isinstance(read_card(folder), DiffusionCard)
 
 
 def open_model(folder: Path) -> LoadedModel | LoadedDiffusion:
@@ -39,7 +39,7 @@ def open_model(folder: Path) -> LoadedModel | LoadedDiffusion:
     return load_diffusion(folder)
 
 
-def open_inputs(model: Path, forget: str, data: str | None = None) -> Inputs | GenerationInputs:
+def open_inputs(model: Path, forget: str, data: str | None = None) -> Inputs | DiffusionInputs:
     """Load and check what a step works on, of either kind; see `load_inputs` and `load_generation_inputs`."""
     if not is_generative(model):
         return load_inputs(model, forget, data)
@@ -56,19 +56,19 @@ def resolved_config(model: Path, method: str, overrides: Mapping[str, Any]) -> L
     """
     if not is_generative(model):
         return method_config(method, overrides)
-    from salun_core.methods.diffusion import generation_config
+    from salun_core.methods.diffusion import diffusion_config
 
-    return generation_config(method, overrides)
+    return diffusion_config(method, overrides)
 
 
-def sizes_of(inputs: Inputs | GenerationInputs) -> dict[str, int]:
+def sizes_of(inputs: Inputs | DiffusionInputs) -> dict[str, int]:
     """Return how much there is to forget and to keep: samples, and images that concepts generate."""
     generated = sum(concept.images for concept in inputs.forget_set.concepts)
     kept = len(inputs.original.split.train) - len(inputs.forget_set.samples)
     return {"forget_samples": len(inputs.forget_set.samples) + generated, "retain_samples": kept + generated}
 
 
-def kept_split(inputs: Inputs | GenerationInputs) -> SplitManifest:
+def kept_split(inputs: Inputs | DiffusionInputs) -> SplitManifest:
     """Return the split of the model after: without the samples that are forgotten."""
     return inputs.original.split.without(inputs.forget_set.samples)
 

@@ -1,13 +1,13 @@
 """A search for a method's settings under a budget, against held-out data, without a retrained model."""
 
 from salun_core.tuning.budget import DEFAULT_BUDGET, Budget, TrialRecord, TuningLog, parse_budget
-from salun_core.tuning.objective import Judgement, Sets
+from salun_core.tuning.objective import ConstraintResult, Sets
 from salun_core.tuning.search import Problem, Tuned, tune
 
 __all__ = [
     "DEFAULT_BUDGET",
     "Budget",
-    "Judgement",
+    "ConstraintResult",
     "Problem",
     "Sets",
     "TrialRecord",

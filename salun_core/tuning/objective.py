@@ -16,7 +16,7 @@ from salun_core.evaluation.statistics import auc_interval, kolmogorov_smirnov, r
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ConstraintResult:
     """Whether figures stay within a policy.
 
     Args:
@@ -28,7 +28,7 @@ class Judgement:
     shortfall: float = 0.0
 
 
-Judge = Callable[[Mapping[str, Metric]], Judgement]
+Judge = Callable[[Mapping[str, Metric]], ConstraintResult]
 """Figures by the names of the evidence, TA and attack_auc on held-out data -> what a policy says of them."""
 
 

@@ -17,13 +17,14 @@ from salun_core.data.images import ImageSet
 from salun_core.errors import SalunError, UsageError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.evaluation.integrity import compare_weights
-from salun_core.methods.classification import UnlearnConfig, UnlearnResult, get_method
-from salun_core.methods.classification.method import Task
+from salun_core.methods.classification import METHODS, UnlearnConfig, UnlearnResult
+from salun_core.methods.classification.method import MethodContext
+from salun_core.methods.method import get_method
 from salun_core.saliency import SaliencyMask
 from salun_core.tuning.budget import Budget, TrialRecord
 from salun_core.tuning.objective import Judge, Sets
 from salun_core.tuning.space import Choice, Space
-from salun_core.tuning.trial import Measured, Trial, Watcher, Yardstick, run_trial
+from salun_core.tuning.trial import CandidateEvaluator, EpochCallback, Measured, Trial, run_trial
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -105,7 +106,7 @@ class Tuned:
 
 
 @dataclass
-class _Course:
+class SearchState:
     """How far the search has come."""
 
     passes: int
@@ -135,22 +136,22 @@ def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
         SalunError: Optuna is not installed.
     """
     begun = time.perf_counter()
-    yardstick = Yardstick(problem.model, problem.sets, problem.sets.read(problem.model), problem.judge)
-    course = _Course(problem.spent + problem.sets.passes)
+    evaluator = CandidateEvaluator(problem.model, problem.sets, problem.sets.read(problem.model), problem.judge)
+    state = SearchState(problem.spent + problem.sets.passes)
     study = _study(problem)
     while True:
         suggestion = study.ask()
         choice = problem.space.draw(suggestion)
-        if not problem.budget.allows(course.passes + _least(problem, choice)):
+        if not problem.budget.allows(state.passes + _least(problem, choice)):
             break
-        trial = _try(problem, yardstick, course, suggestion, choice)
+        trial = _try(problem, evaluator, state, suggestion, choice)
         _tell(study, suggestion, trial)
         if on_trial:
-            on_trial(course.trials[-1])
-    if not course.trials:
-        raise _too_small(problem, course.passes + _least(problem, choice))
+            on_trial(state.trials[-1])
+    if not state.trials:
+        raise _too_small(problem, state.passes + _least(problem, choice))
     seconds = time.perf_counter() - begun
-    return Tuned(course.trials, course.passes, seconds, _chosen(problem, course, seconds))
+    return Tuned(state.trials, state.passes, seconds, _chosen(problem, state, seconds))
 
 
 def _study(problem: Problem) -> Study:
@@ -184,13 +185,10 @@ def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
     """
     if epochs == 0:
         return 0
-    row, forget, retain = get_method(problem.space.method), *problem.images
     config = problem.space.config(choice).model_copy(update={"epochs": epochs})
-    task = Task(forget, retain, _classes(problem.model, forget), config.order, config, problem.model)
-    if row.passes:
-        return math.ceil(row.passes(task) - 1e-6)
-    assert row.parts is not None
-    return epochs * sum(len(part) for part in row.parts(task, torch.Generator().manual_seed(0)))
+    forget, retain = problem.images
+    context = MethodContext(forget, retain, _classes(problem.model, forget), config, problem.model)
+    return get_method(METHODS, problem.space.method).total_passes(context)
 
 
 @torch.no_grad()
@@ -199,29 +197,31 @@ def _classes(model: nn.Module, images: ImageSet) -> int:
     return int(model(inputs).shape[1])
 
 
-def _try(problem: Problem, yardstick: Yardstick, course: _Course, suggestion: Suggestion, choice: Choice) -> Trial:
+def _try(
+    problem: Problem, evaluator: CandidateEvaluator, state: SearchState, suggestion: Suggestion, choice: Choice
+) -> Trial:
     config = problem.space.config(choice)
-    before = course.passes
+    before = state.passes
 
     def go_on(seen: Measured) -> bool:
         suggestion.report(seen.value, seen.epoch)
         spent = before + passes_of(problem, choice, seen.epoch + 1) + (seen.epoch + 1) * problem.sets.passes
         return problem.budget.allows(spent) and not suggestion.should_prune()
 
-    watcher = Watcher(yardstick, go_on, config.epochs)
+    callback = EpochCallback(evaluator, go_on, config.epochs)
     method, growing = problem.space.method, problem.space.growing
-    trial = run_trial(method, config, problem.images, _mask(problem, choice), watcher, growing)
-    epochs = len(trial.history) if get_method(method).edit is None else config.epochs
+    trial = run_trial(method, config, problem.images, _mask(problem, choice), callback, growing)
+    epochs = len(trial.history) if get_method(METHODS, method).edit is None else config.epochs
     if trial.state == "failed":
         epochs = min(epochs + 1, config.epochs)  # the one that failed was paid for
     passes = passes_of(problem, choice, epochs) + trial.readings * problem.sets.passes
-    course.passes += passes
-    course.trials.append(_record(len(course.trials), choice, trial, passes))
+    state.passes += passes
+    state.trials.append(_record(len(state.trials), choice, trial, passes))
     best = trial.best
-    if best is not None and not best.refused and (course.best is None or best.value < course.best.value):
-        course.best, course.choice, course.chosen = best, choice, course.trials[-1].number
-        course.config = config.model_copy(update={"epochs": best.epoch})
-        course.history = trial.history[: best.epoch]
+    if best is not None and not best.refused and (state.best is None or best.value < state.best.value):
+        state.best, state.choice, state.chosen = best, choice, state.trials[-1].number
+        state.config = config.model_copy(update={"epochs": best.epoch})
+        state.history = trial.history[: best.epoch]
     return trial
 
 
@@ -259,8 +259,8 @@ def _record(number: int, choice: Choice, trial: Trial, passes: int) -> TrialReco
     return TrialRecord.model_validate(fields)
 
 
-def _chosen(problem: Problem, course: _Course, seconds: float) -> Chosen | None:
-    best, config, choice = course.best, course.config, course.choice
+def _chosen(problem: Problem, state: SearchState, seconds: float) -> Chosen | None:
+    best, config, choice = state.best, state.config, state.choice
     if best is None or config is None or choice is None:
         return None
     model = copy.deepcopy(problem.model)
@@ -268,8 +268,8 @@ def _chosen(problem: Problem, course: _Course, seconds: float) -> Chosen | None:
     compared = compare_weights(problem.model, model)
     moved = compared.weights_changed / max(1, compared.weights)
     method = problem.space.method
-    result = UnlearnResult(model.eval(), method, config, course.history, seconds, course.passes, moved)
-    return Chosen(course.chosen, result, _mask(problem, choice))
+    result = UnlearnResult(model.eval(), method, config, state.history, seconds, state.passes, moved)
+    return Chosen(state.chosen, result, _mask(problem, choice))
 
 
 def _nearness(trial: TrialRecord) -> tuple[int, float]:

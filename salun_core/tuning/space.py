@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from salun_core.errors import UsageError
-from salun_core.methods.classification import METHODS, UnlearnConfig, get_method, method_config
+from salun_core.methods.classification import METHODS, UnlearnConfig, method_config
+from salun_core.methods.method import get_method
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -90,7 +91,7 @@ class Space:
         Raises:
             UsageError: a wrong method or configuration; or nothing is left to search for.
         """
-        config, row = method_config(method, overrides), get_method(method)
+        config, row = method_config(method, overrides), get_method(METHODS, method)
         if row.fresh_start:
             raise UsageError(f"{method} is not tuned", "it trains anew by its recipe", "leave the tuning out")
         rate = config.learning_rate

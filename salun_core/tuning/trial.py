@@ -44,7 +44,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class CandidateEvaluator:
     """Measures candidates.
 
     Args:
@@ -77,11 +77,11 @@ class Stopped(Exception):  # noqa: N818 - a way out of the loop, no error
 
 
 @dataclass
-class Watcher:
+class EpochCallback:
     """Looks at a run after each epoch: a checkpoint store that keeps the last state in memory.
 
     Args:
-        yardstick: measures.
+        evaluator: measures.
         go_on: says of what was measured last whether the trial may run another epoch.
         last: epochs of the whole trial.
         state: weights after the last epoch.
@@ -89,7 +89,7 @@ class Watcher:
         history: one record an epoch.
     """
 
-    yardstick: Yardstick
+    evaluator: CandidateEvaluator
     go_on: Callable[[Measured], bool]
     last: int
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Watcher:
             Stopped: it does.
         """
         self.history.append(record)
-        found = self.yardstick.measure(record.epoch, self.state)
+        found = self.evaluator.measure(record.epoch, self.state)
         self.seen.append(found)
         more = self.go_on(found) and self._improves()
         if not more and record.epoch < self.last:
@@ -152,7 +152,7 @@ def run_trial(
     config: UnlearnConfig,
     images: tuple[ImageSet, ImageSet],
     mask: SaliencyMask | None,
-    watcher: Watcher,
+    callback: EpochCallback,
     growing: bool,
 ) -> Trial:
     """Run one setting.
@@ -162,7 +162,7 @@ def run_trial(
         config: resolved.
         images: D_f and D_r.
         mask: for a method that needs one.
-        watcher: looks at each epoch.
+        callback: looks at each epoch.
         growing: whether each epoch's model is an answer; otherwise only the last one is measured, for what comes
             before it is no model of a shorter run and says little of the end.
 
@@ -171,27 +171,27 @@ def run_trial(
     """
     started = time.perf_counter()
     forget, retain = images
-    yardstick, state = watcher.yardstick, "finished"
+    evaluator, state = callback.evaluator, "finished"
     answers: list[Measured] = []
     try:
         result = unlearn(
-            yardstick.model,
+            evaluator.model,
             method,
             forget=forget,
             retain=retain,
             config=config,
             mask=mask,
-            checkpoint=watcher if growing else None,
-            on_epoch=watcher.look if growing else watcher.history.append,
+            checkpoint=callback if growing else None,
+            on_epoch=callback.look if growing else callback.history.append,
         )
-        if not watcher.seen:
-            answers = [yardstick.measure(config.epochs, _state(result.model))]
+        if not callback.seen:
+            answers = [evaluator.measure(config.epochs, _state(result.model))]
     except Stopped:
         state = "stopped"
     except ModelError:
         state = "failed"
-    answers = watcher.seen or answers
-    return Trial(list(answers), watcher.history, len(answers), state, time.perf_counter() - started)
+    answers = callback.seen or answers
+    return Trial(list(answers), callback.history, len(answers), state, time.perf_counter() - started)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,22 +1,20 @@
-"""Unlearning methods on one resumable loop."""
+"""Unlearning methods of classifiers."""
 
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from salun_core.config import parse
 from salun_core.data.images import ImageSet
 from salun_core.digest import digest_json, sha256_bytes
-from salun_core.errors import DataError, UsageError, unknown_name
+from salun_core.errors import DataError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore, FileCheckpoint
 from salun_core.methods.classification import (
@@ -34,11 +32,12 @@ from salun_core.methods.classification import (
     scrub,
     sfr_on,
 )
-from salun_core.methods.classification.method import Method, Task
+from salun_core.methods.classification.method import Method, MethodContext
 from salun_core.methods.classification.training import reinitialised
 from salun_core.methods.config import UnlearnConfig, pick_device
-from salun_core.methods.distributed import ALONE, SharedCheckpoint, World
-from salun_core.methods.loop import OnEpoch, epoch_generator, run_loop
+from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
+from salun_core.methods.loop import OnEpoch, run_loop
+from salun_core.methods.method import UnlearnResult, get_method, resolve_config
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
@@ -63,58 +62,9 @@ METHODS: dict[str, Method] = {
 Images = ImageSet | Dataset[tuple[Tensor, int]] | tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class UnlearnResult:
-    """What a method made.
-
-    Args:
-        model: in eval mode; the model that was given is unchanged.
-        method: its name.
-        config: resolved.
-        history: one record an epoch; empty after a method in closed form.
-        seconds: wall clock, of loop or edit only.
-        passes: images that went forward and backward; one that only goes forward counts 1/3, rounded up in all.
-        moved: share of weights whose value differs from the original's, from 0 to 1.
-    """
-
-    model: nn.Module
-    method: str
-    config: UnlearnConfig
-    history: list[EpochRecord]
-    seconds: float
-    passes: int
-    moved: float
-
-
-def get_method(name: str) -> Method:
-    """Return a method by name.
-
-    Raises:
-        UsageError: there is none of that name (with the nearest match).
-    """
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    return METHODS[name]
-
-
-def method_config(method: str, overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
-    """Resolve a method's configuration: its own defaults, then what the user gave.
-
-    Raises:
-        UsageError: an unknown method or key, a value out of range (all faults are listed), or a setting that only
-            other methods read.
-    """
-    row = get_method(method)
-    config = parse(UnlearnConfig, {**row.defaults, **(overrides or {})}, f"configuration of {method}")
-    if row.fresh_start and config.batch_norm == "freeze":
-        raise UsageError(
-            f"{method} cannot freeze batch norm", "fresh weights have no statistics yet", "set batch_norm: update"
-        )
-    unread = sorted({key for other in METHODS.values() for key in other.reads} - row.reads)
-    ignored = [key for key in unread if getattr(config, key) != UnlearnConfig.model_fields[key].default]
-    if ignored:
-        raise UsageError(f"{method} does not read {', '.join(ignored)}", "it would be ignored", "leave it out")
-    return config
+def method_config(name: str, overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
+    """Resolve the configuration of a classifier's method; see `salun_core.methods.method.resolve_config`."""
+    return resolve_config(METHODS, name, overrides)
 
 
 def unlearn(
@@ -128,7 +78,7 @@ def unlearn(
     fresh: Callable[[], nn.Module] | None = None,
     checkpoint: CheckpointStore | None = None,
     on_epoch: OnEpoch | None = None,
-    world: World = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> UnlearnResult:
     """Make a model forget a set of images.
 
@@ -142,7 +92,7 @@ def unlearn(
         fresh: builds fresh weights for `retrain`; by default the model's layers are initialised anew.
         checkpoint: keeps the state after each epoch, and resumes from it.
         on_epoch: called after each epoch.
-        world: this process, where several that have joined share the work; all get the same new model.
+        group: this process, where several that have joined share the work; all get the same new model.
 
     Returns:
         The new model with its history.
@@ -153,39 +103,28 @@ def unlearn(
         ModelError: the loss became NaN or infinite.
         IntegrityError: several processes were not given the same, or ended with different weights.
     """
-    row = get_method(method)
+    row = get_method(METHODS, method)
     settings = config if isinstance(config, UnlearnConfig) else method_config(method, config)
-    _check_mask(method, row, mask)
+    row.check_mask(method, mask)
     device = pick_device(settings.device)
     sets = ImageSet.of(forget).to(device), ImageSet.of(retain).to(device)
-    started = _started(model, row, fresh, settings.seed, device)
+    started = _on(_started(model, row, fresh, settings.seed), device)
     original = _on(copy.deepcopy(model), device).requires_grad_(False).eval() if row.needs_original else None
-    task = Task(*sets, _checked_classes(started, *sets), settings.order, settings, started, original)
-    fingerprint = _fingerprint(model, method, settings, mask, task) if checkpoint or world.size > 1 else ""
-    world.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
+    context = MethodContext(*sets, _checked_classes(started, *sets), settings, started, original)
+    fingerprint = _fingerprint(model, method, mask, context) if checkpoint or group.size > 1 else ""
+    group.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
     begun = time.perf_counter()
-    shared = SharedCheckpoint(checkpoint, world) if checkpoint else None
-    history = _run(row, task, mask, shared, fingerprint, on_epoch, world)
+    shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
+    history = _run(row, context, mask, shared, fingerprint, on_epoch, group)
     seconds = time.perf_counter() - begun
-    return UnlearnResult(started, method, settings, history, seconds, _passes(row, task), _moved(model, started))
+    passes, changed = row.total_passes(context), _changed_fraction(model, started)
+    return UnlearnResult(started, method, settings, history, seconds, passes, changed)
 
 
-def _check_mask(method: str, row: Method, mask: SaliencyMask | None) -> None:
-    if row.needs_mask and mask is None:
-        raise UsageError(f"{method} needs a mask", "it trains salient weights only", "compute one with `salun mask`")
-    if mask is not None and not row.needs_mask:
-        raise UsageError(
-            f"{method} takes no mask", "it would be ignored", "use the method salun, or leave the mask out"
-        )
-
-
-def _started(
-    model: nn.Module, row: Method, fresh: Callable[[], nn.Module] | None, seed: int, device: torch.device
-) -> nn.Module:
-    started = fresh() if row.fresh_start and fresh else copy.deepcopy(model)
-    if row.fresh_start and not fresh:
-        reinitialised(started, seed)
-    return _on(started, device)
+def _started(model: nn.Module, row: Method, fresh: Callable[[], nn.Module] | None, seed: int) -> nn.Module:
+    if not row.fresh_start:
+        return copy.deepcopy(model)
+    return fresh() if fresh else reinitialised(copy.deepcopy(model), seed)
 
 
 def _on(model: nn.Module, device: torch.device) -> nn.Module:
@@ -194,37 +133,38 @@ def _on(model: nn.Module, device: torch.device) -> nn.Module:
 
 def _run(
     row: Method,
-    task: Task,
+    context: MethodContext,
     mask: SaliencyMask | None,
     checkpoint: CheckpointStore | None,
     fingerprint: str,
     on_epoch: OnEpoch | None,
-    world: World,
+    group: ProcessGroup,
 ) -> list[EpochRecord]:
-    """Train or edit the task's model in place; its architecture is the same afterwards."""
-    assert task.model is not None
+    """Train or edit the context's model in place; its architecture is the same afterwards."""
+    model = context.model
+    assert model is not None
     if row.edit is not None:
-        row.edit(task)
-        world.settle(task.model)
-        task.model.eval()
+        row.edit(context)
+        group.synchronise(model)
+        model.eval()
         return []
-    assert row.parts is not None
-    shapes = _shapes(task.model)
-    begun, parts, config = row.begin(task) if row.begin else task, row.parts, task.config
-    epochs = {epoch_generator(config.seed, epoch).initial_seed(): epoch for epoch in range(config.epochs)}
+    phases = row.phases
+    assert phases is not None
+    shapes = _shapes(model)
+    begun = row.begin(context) if row.begin else context
     history = run_loop(
-        task.model,
-        lambda generator: parts(replace(begun, epoch=epochs[generator.initial_seed()]), generator),
-        config,
+        model,
+        lambda epoch, generator: phases(replace(begun, epoch=epoch), generator),
+        context.config,
         mask,
         checkpoint,
         fingerprint,
         on_epoch,
-        world,
+        group,
     )
     if row.finish:
-        row.finish(task.model, task.num_classes)
-    assert _shapes(task.model) == shapes
+        row.finish(model, context.num_classes)
+    assert _shapes(model) == shapes
     return history
 
 
@@ -232,15 +172,8 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def _passes(row: Method, task: Task) -> int:
-    if row.passes:
-        return math.ceil(row.passes(task) - 1e-6)
-    assert row.parts is not None
-    return task.config.epochs * sum(len(part) for part in row.parts(task, torch.Generator().manual_seed(0)))
-
-
-def _moved(before: nn.Module, after: nn.Module) -> float:
-    """Return the share of weights that differ; fresh weights of another architecture have all moved."""
+def _changed_fraction(before: nn.Module, after: nn.Module) -> float:
+    """Return the share of weights that differ: all of them for fresh weights of another architecture."""
     pairs = list(zip(before.parameters(), after.parameters(), strict=False))
     if any(old.shape != new.shape for old, new in pairs):
         return 1.0
@@ -265,10 +198,10 @@ def _checked_classes(model: nn.Module, forget: ImageSet, retain: ImageSet) -> in
     return num_classes
 
 
-def _fingerprint(model: nn.Module, method: str, config: UnlearnConfig, mask: SaliencyMask | None, task: Task) -> str:
-    settings = config.model_dump(exclude={"device"})
+def _fingerprint(model: nn.Module, method: str, mask: SaliencyMask | None, context: MethodContext) -> str:
+    settings = context.config.model_dump(exclude={"device"})
     parts: list[Any] = [model_digest(model), method, settings, mask.digest if mask else None]
-    for images in (task.forget, task.retain):
+    for images in (context.forget, context.retain):
         pixels = None if images.ids else sha256_bytes(images.images.cpu().contiguous().numpy().tobytes())
         parts += [sha256_bytes(images.labels.cpu().numpy().tobytes()), list(images.ids), list(images.images.shape)]
         parts += [pixels, images.augment, images.normalisation.mean if images.normalisation else None]

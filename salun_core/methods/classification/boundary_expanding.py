@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.errors import ModelError
-from salun_core.methods.classification.method import Method, Part, Task
+from salun_core.methods.classification.method import Method, MethodContext
+from salun_core.methods.loop import Phase
 
 
 def last_linear(model: nn.Module, outputs: int) -> nn.Linear:
@@ -35,30 +36,30 @@ def last_linear(model: nn.Module, outputs: int) -> nn.Linear:
     return found[-1]
 
 
-def begin(task: Task) -> Task:
+def begin(context: MethodContext) -> MethodContext:
     """Add a row to the last layer, in place.
 
     Raises:
         ModelError: the model's outputs do not grow with it.
     """
-    assert task.model is not None
-    head = last_linear(task.model, task.num_classes)
+    assert context.model is not None
+    head = last_linear(context.model, context.num_classes)
     bound = 1 / math.sqrt(head.in_features)
-    generator = torch.Generator().manual_seed(task.config.seed)
+    generator = torch.Generator().manual_seed(context.config.seed)
     row = (2 * torch.rand(head.in_features + 1, generator=generator) - 1) * bound
     _replace(head, "weight", torch.cat([head.weight.detach(), row[None, :-1].to(head.weight)]))
     if head.bias is not None:
         _replace(head, "bias", torch.cat([head.bias.detach(), row[-1:].to(head.bias)]))
     head.out_features += 1
-    _check_outputs(task.model, task, task.num_classes + 1)
-    return task
+    _check_outputs(context.model, context, context.num_classes + 1)
+    return context
 
 
 @torch.no_grad()
-def _check_outputs(model: nn.Module, task: Task, expected: int) -> None:
+def _check_outputs(model: nn.Module, context: MethodContext, expected: int) -> None:
     what, remedy = "the model's last linear layer does not make its logits", "use another method"
     try:
-        outputs = model(next(iter(task.forget.batches(1)))[0]).shape[1]
+        outputs = model(next(iter(context.forget.batches(1)))[0]).shape[1]
     except RuntimeError as error:
         raise ModelError(what, f"with one row more it does not run: {str(error).splitlines()[0]}", remedy) from error
     if outputs != expected:
@@ -79,9 +80,10 @@ def _replace(head: nn.Linear, name: str, values: Tensor) -> None:
     setattr(head, name, nn.Parameter(values, requires_grad=old.requires_grad))
 
 
-def parts(task: Task, generator: torch.Generator) -> Sequence[Part]:
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f under the label K."""
-    return [Part("forget", task.forget.relabelled(torch.full_like(task.forget.labels, task.num_classes)))]
+    beyond = torch.full_like(context.forget.labels, context.num_classes)
+    return [context.phase("forget", context.forget.relabelled(beyond))]
 
 
-METHOD = Method(parts, defaults={"learning_rate": 1e-4}, begin=begin, finish=finish)
+METHOD = Method(phases, defaults={"learning_rate": 1e-4}, begin=begin, finish=finish)

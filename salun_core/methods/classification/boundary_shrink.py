@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.data.images import Normalisation
-from salun_core.methods.classification.method import Method, ModelPart, Task, cross_entropy
+from salun_core.methods.classification.method import Method, MethodContext, cross_entropy
+from salun_core.methods.loop import Phase
 
 
 def nearest_wrong_labels(
@@ -54,27 +55,27 @@ def _moved(images: Tensor, direction: Tensor, step: float, normalisation: Normal
     return moved.maximum(-mean / std).minimum((1 - mean) / std)
 
 
-def towards_nearest(task: Task, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def towards_nearest(context: MethodContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy towards the nearest wrong labels."""
-    assert task.original is not None
+    assert context.original is not None
     nearest = nearest_wrong_labels(
-        task.original, images, labels, task.config.adversarial_step, task.forget.normalisation
+        context.original, images, labels, context.config.adversarial_step, context.forget.normalisation
     )
     return cross_entropy(model(images), nearest)
 
 
-def parts(task: Task, generator: torch.Generator) -> Sequence[ModelPart]:
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f."""
-    return [ModelPart("forget", task.forget, partial(towards_nearest, task))]
+    return [context.phase("forget", context.forget, partial(towards_nearest, context))]
 
 
-def passes(task: Task) -> float:
+def passes(context: MethodContext) -> float:
     """Return images forward and backward: the model, the original for the slope, and a third for the label."""
-    return task.config.epochs * len(task.forget) * 7 / 3
+    return context.config.epochs * len(context.forget) * 7 / 3
 
 
 METHOD = Method(
-    parts,
+    phases,
     defaults={"learning_rate": 1e-4},
     reads=frozenset({"adversarial_step"}),
     needs_original=True,

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
-from salun_core.methods.classification.method import Method, Part, Task
+from salun_core.methods.classification.method import Method, MethodContext
+from salun_core.methods.loop import Phase
 
 
-def parts(task: Task, generator: torch.Generator) -> Sequence[Part]:
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_r."""
-    return [Part("retain", task.retain)]
+    return [context.phase("retain", context.retain)]
 
 
-METHOD = Method(parts)
+METHOD = Method(phases)

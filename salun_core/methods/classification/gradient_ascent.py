@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from salun_core.methods.classification.method import Method, Part, Task, cross_entropy
+from salun_core.methods.classification.method import Method, MethodContext, classification_loss
+from salun_core.methods.loop import Phase
 
 
-def ascent(logits: Tensor, labels: Tensor) -> Tensor:
+def ascent(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Negated mean cross-entropy."""
-    return -cross_entropy(logits, labels)
+    return -classification_loss(model, images, labels)
 
 
-def parts(task: Task, generator: torch.Generator) -> Sequence[Part]:
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f with the loss negated."""
-    return [Part("forget", task.forget, ascent)]
+    return [context.phase("forget", context.forget, ascent)]
 
 
-METHOD = Method(parts, defaults={"learning_rate": 5e-4})
+METHOD = Method(phases, defaults={"learning_rate": 5e-4})

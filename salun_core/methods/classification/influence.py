@@ -23,22 +23,22 @@ from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet
 from salun_core.errors import ModelError
-from salun_core.methods.classification.method import Method, Task, cross_entropy
+from salun_core.methods.classification.method import Method, MethodContext, cross_entropy
 from salun_core.saliency.scores import scoring
 
 
-def edit(task: Task) -> None:
+def edit(context: MethodContext) -> None:
     """Change the model in training once, in place.
 
     Raises:
         ModelError: the direction is not finite.
     """
-    assert task.model is not None
-    config, model = task.config, task.model
+    assert context.model is not None
+    config, model = context.config, context.model
     with scoring(model):
-        vector = removal_gradient(task)
+        vector = removal_gradient(context)
         step = inverse_product(
-            model, fisher_images(task), vector, damping=config.influence_damping, sweeps=config.influence_sweeps
+            model, fisher_images(context), vector, damping=config.influence_damping, sweeps=config.influence_sweeps
         )
     if not all(bool(torch.isfinite(values).all()) for values in step):
         raise ModelError("the influence is not finite", "a gradient is NaN or infinite", "check images and weights")
@@ -47,23 +47,23 @@ def edit(task: Task) -> None:
             parameter.add_(values, alpha=config.influence_strength)
 
 
-def removal_gradient(task: Task) -> list[Tensor]:
+def removal_gradient(context: MethodContext) -> list[Tensor]:
     """Return v, one tensor a parameter; it is summed up in the gradients themselves."""
-    assert task.model is not None
-    forgotten, kept = len(task.forget), len(task.retain)
+    assert context.model is not None
+    forgotten, kept = len(context.forget), len(context.retain)
     total = forgotten + kept
-    for images, weight in ((task.forget, 1 / total), (task.retain, -forgotten / (total * kept))):
-        for inputs, labels in images.batches(task.config.batch_size):
-            loss = cross_entropy(task.model(inputs), labels) * (len(labels) * weight)
+    for images, weight in ((context.forget, 1 / total), (context.retain, -forgotten / (total * kept))):
+        for inputs, labels in images.batches(context.config.batch_size):
+            loss = cross_entropy(context.model(inputs), labels) * (len(labels) * weight)
             loss.backward()  # type: ignore[no-untyped-call]
-    return _taken(task.model)
+    return _taken(context.model)
 
 
-def fisher_images(task: Task) -> ImageSet:
+def fisher_images(context: MethodContext) -> ImageSet:
     """Draw the retain images of the Fisher matrix, at most `influence_samples`."""
-    generator = torch.Generator().manual_seed(task.config.seed)
-    order = torch.randperm(len(task.retain), generator=generator)
-    return task.retain.select(order[: task.config.influence_samples])
+    generator = torch.Generator().manual_seed(context.config.seed)
+    order = torch.randperm(len(context.retain), generator=generator)
+    return context.retain.select(order[: context.config.influence_samples])
 
 
 def inverse_product(
@@ -110,10 +110,10 @@ def _taken(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def passes(task: Task) -> float:
+def passes(context: MethodContext) -> float:
     """Return images forward and backward: both sets, and the Fisher's images in each sweep."""
-    samples = min(task.config.influence_samples, len(task.retain))
-    return len(task.forget) + len(task.retain) + samples * task.config.influence_sweeps
+    samples = min(context.config.influence_samples, len(context.retain))
+    return len(context.forget) + len(context.retain) + samples * context.config.influence_sweeps
 
 
 METHOD = Method(

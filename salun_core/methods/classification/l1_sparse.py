@@ -14,23 +14,24 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from salun_core.methods.classification.method import Method, ModelPart, Task, cross_entropy
+from salun_core.methods.classification.method import Method, MethodContext, classification_loss
+from salun_core.methods.loop import Phase
 
 
-def strength(task: Task) -> float:
+def strength(context: MethodContext) -> float:
     """Return γ_e, which falls linearly from γ and would be 0 after the last epoch."""
-    return task.config.l1_strength * (1 - task.epoch / task.config.epochs)
+    return context.config.l1_strength * (1 - context.epoch / context.config.epochs)
 
 
 def penalised(gamma: float, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy plus γ times the sum of all weights' magnitudes."""
     norm = torch.stack([parameter.abs().sum() for parameter in model.parameters()]).sum()
-    return cross_entropy(model(images), labels) + gamma * norm
+    return classification_loss(model, images, labels) + gamma * norm
 
 
-def parts(task: Task, generator: torch.Generator) -> Sequence[ModelPart]:
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_r with the penalty of this epoch."""
-    return [ModelPart("retain", task.retain, partial(penalised, strength(task)))]
+    return [context.phase("retain", context.retain, partial(penalised, strength(context)))]
 
 
-METHOD = Method(parts, defaults={"learning_rate": 0.01}, reads=frozenset({"l1_strength"}))
+METHOD = Method(phases, defaults={"learning_rate": 0.01}, reads=frozenset({"l1_strength"}))

@@ -11,68 +11,48 @@ that the loss of a whole class, which has no bound, takes the rest with it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from salun_core.methods.classification.method import Method, Step, Task, augmented, cross_entropy, cycled, cycled_count
-from salun_core.methods.config import LoopConfig
-from salun_core.methods.distributed import Share, World
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Every retain image once, in random order, each batch beside one of forget images.
-
-    Args:
-        task: what to forget and to keep.
-    """
-
-    task: Task
-
-    @property
-    def name(self) -> str:
-        """For the history."""
-        return "paired"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the images are."""
-        return self.task.retain.labels.device
-
-    def __len__(self) -> int:
-        return len(self.task.retain)
-
-    def steps(self, batch_size: int) -> int:
-        """Return the number of retain batches."""
-        return -(-len(self.task.retain) // batch_size)
-
-    def draw(self, config: LoopConfig, generator: torch.Generator, world: World) -> Iterator[Step]:
-        """Yield one step a retain batch; its loss is this process's summand of the batch's loss."""
-        retained = self.task.retain.batches(config.batch_size, generator, augmented(config))
-        forgotten = cycled(self.task.forget, config, generator)
-        for retain, forget in zip(retained, forgotten, strict=False):
-            yield Step(partial(self._loss, world.share(*retain), world.share(*forget)), len(retain[1]), 1.0)
-
-    def _loss(self, retain: Share, forget: Share, model: nn.Module) -> torch.Tensor:
-        alpha = self.task.config.retain_weight
-        kept = cross_entropy(model(retain.images), retain.labels) * retain.weight
-        forgotten = cross_entropy(model(forget.images), forget.labels) * forget.weight
-        return alpha * kept - (1 - alpha) * forgotten
+from salun_core.methods.classification.method import (
+    Method,
+    MethodContext,
+    batches_of,
+    classification_loss,
+    cycled,
+    cycled_count,
+)
+from salun_core.methods.distributed import ProcessGroup, Share
+from salun_core.methods.loop import Phase, Step
 
 
-def parts(task: Task, generator: torch.Generator) -> Sequence[Paired]:
-    """Return one epoch: D_r, paired."""
-    return [Paired(task)]
+def paired_loss(alpha: float, retain: Share, forget: Share, model: nn.Module) -> Tensor:
+    """This process's summand of the batch's loss, α CE(retain) - (1 - α) CE(forget)."""
+    kept = classification_loss(model, retain.images, retain.labels) * retain.weight
+    forgotten = classification_loss(model, forget.images, forget.labels) * forget.weight
+    return alpha * kept - (1 - alpha) * forgotten
 
 
-def passes(task: Task) -> float:
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+    """Return one epoch: every retain image once, in random order, each batch paired with one of forget images."""
+    config, retain = context.config, context.retain
+
+    def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
+        kept = retain.batches(config.batch_size, generator, config.augment)
+        forgotten = cycled(context.forget, config, generator)
+        for retained, paired in zip(kept, forgotten, strict=False):
+            loss = partial(paired_loss, config.retain_weight, group.share(*retained), group.share(*paired))
+            yield Step(loss, len(retained[1]), 1.0)
+
+    return [Phase("paired", retain.labels.device, len(retain), batches_of(retain, config), draw)]
+
+
+def passes(context: MethodContext) -> float:
     """Return images forward and backward: D_r and as many batches of D_f, each epoch."""
-    steps = -(-len(task.retain) // task.config.batch_size)
-    forgotten = cycled_count(len(task.forget), task.config.batch_size, steps)
-    return task.config.epochs * (len(task.retain) + forgotten)
+    forgotten = cycled_count(context.forget, context.config, batches_of(context.retain, context.config))
+    return context.config.epochs * (len(context.retain) + forgotten)
 
 
-METHOD = Method(parts, defaults={"gradient_clip": 1.0}, reads=frozenset({"retain_weight"}), passes=passes)
+METHOD = Method(phases, defaults={"gradient_clip": 1.0}, reads=frozenset({"retain_weight"}), passes=passes)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from salun_core.methods.classification.method import Method, Part, Task
+from salun_core.methods.classification.method import Method, MethodContext
+from salun_core.methods.loop import Phase
 
 
 def wrong_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -31,12 +32,12 @@ def wrong_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -
     return (labels + shift) % num_classes
 
 
-def parts(task: Task, generator: torch.Generator) -> Sequence[Part]:
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f under wrong labels, then D_r; or both shuffled together."""
-    wrong = task.forget.relabelled(wrong_labels(task.forget.labels, task.num_classes, generator))
-    if task.order == "mixed":
-        return [Part("mixed", wrong.joined(task.retain))]
-    return [Part("forget", wrong), Part("retain", task.retain)]
+    wrong = context.forget.relabelled(wrong_labels(context.forget.labels, context.num_classes, generator))
+    if context.config.order == "mixed":
+        return [context.phase("mixed", wrong.joined(context.retain))]
+    return [context.phase("forget", wrong), context.phase("retain", context.retain)]
 
 
-METHOD = Method(parts)
+METHOD = Method(phases)

@@ -12,7 +12,7 @@ from salun_core.methods.classification import finetune
 from salun_core.methods.classification.method import Method
 
 METHOD = Method(
-    finetune.parts,
+    finetune.phases,
     fresh_start=True,
     defaults={"epochs": 182, "learning_rate": 0.1, "schedule": "step", "batch_norm": "update"},
 )

@@ -11,4 +11,4 @@ from __future__ import annotations
 from salun_core.methods.classification import random_label
 from salun_core.methods.classification.method import Method
 
-METHOD = Method(random_label.parts, needs_mask=True)
+METHOD = Method(random_label.phases, needs_mask=True)

@@ -12,15 +12,15 @@ original's; the result says what share did. Momentum is not thresholded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from salun_core.methods.classification import random_label
-from salun_core.methods.classification.method import Method, Step, Stretch, Task
-from salun_core.methods.config import LoopConfig
-from salun_core.methods.distributed import World
+from salun_core.methods.classification.method import Method, MethodContext
+from salun_core.methods.distributed import ProcessGroup
+from salun_core.methods.loop import Phase, Step
 from salun_core.saliency.threshold import as_ordered, kth_largest
 
 
@@ -49,55 +49,33 @@ def shrink(model: nn.Module, original: nn.Module, share: float) -> None:
         parameter.copy_(torch.where(change.abs() <= threshold, before, nearer))
 
 
-@dataclass(frozen=True)
-class Softened:
-    """A stretch of random labelling; after each of its steps the weights are drawn back.
+def softened(inner: Phase, context: MethodContext, first: int, of_epoch: int) -> Phase:
+    """Return a phase of random labelling that draws the weights back after each of its steps.
 
     Args:
-        inner: the stretch.
-        task: model and original.
-        first: number of steps of this epoch that come before it.
+        inner: the phase of random labelling.
+        context: model and original.
+        first: number of steps of this epoch that come before the phase.
         of_epoch: number of steps of the whole epoch.
     """
+    model, original, config = context.model, context.original, context.config
 
-    inner: Stretch
-    task: Task
-    first: int
-    of_epoch: int
+    def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
+        assert model is not None
+        assert original is not None
+        for done, step in enumerate(inner.draw(generator, group), first + 1):
+            yield step  # the code below runs after the optimiser has taken the step
+            left = 1 - (context.epoch + done / of_epoch) / config.epochs
+            shrink(model, original, max(0.0, (1 - config.soft_density) * left))
 
-    @property
-    def name(self) -> str:
-        """For the history."""
-        return self.inner.name
-
-    @property
-    def device(self) -> torch.device:
-        """Where the images are."""
-        return self.inner.device
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def steps(self, batch_size: int) -> int:
-        """Return the number of batches."""
-        return self.inner.steps(batch_size)
-
-    def draw(self, config: LoopConfig, generator: torch.Generator, world: World) -> Iterator[Step]:
-        """Yield the inner steps; the code after each `yield` runs when the optimiser has taken it."""
-        assert self.task.model is not None
-        assert self.task.original is not None
-        settings = self.task.config
-        for done, step in enumerate(self.inner.draw(config, generator, world), self.first + 1):
-            yield step
-            left = 1 - (self.task.epoch + done / self.of_epoch) / settings.epochs
-            shrink(self.task.model, self.task.original, max(0.0, (1 - settings.soft_density) * left))
+    return replace(inner, draw=draw)
 
 
-def parts(task: Task, generator: torch.Generator) -> Sequence[Softened]:
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch of random labelling, softened."""
-    inner = random_label.parts(task, generator)
-    counts = [part.steps(task.config.batch_size) for part in inner]
-    return [Softened(part, task, sum(counts[:index]), sum(counts)) for index, part in enumerate(inner)]
+    inner = random_label.phases(context, generator)
+    counts = [phase.steps for phase in inner]
+    return [softened(phase, context, sum(counts[:index]), sum(counts)) for index, phase in enumerate(inner)]
 
 
-METHOD = Method(parts, reads=frozenset({"soft_density"}), needs_original=True)
+METHOD = Method(phases, reads=frozenset({"soft_density"}), needs_original=True)

@@ -18,7 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from salun_core.methods.classification.method import Method, ModelPart, Task, cross_entropy
+from salun_core.methods.classification.method import Method, MethodContext, cross_entropy
+from salun_core.methods.loop import Phase
 
 
 def divergence(logits: Tensor, original: Tensor, temperature: float) -> Tensor:
@@ -34,41 +35,41 @@ def divergence(logits: Tensor, original: Tensor, temperature: float) -> Tensor:
     return torch.nn.functional.kl_div(new, old, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _divergence(task: Task, logits: Tensor, images: Tensor) -> Tensor:
-    assert task.original is not None
+def _divergence(context: MethodContext, logits: Tensor, images: Tensor) -> Tensor:
+    assert context.original is not None
     with torch.no_grad():
-        original = task.original(images)
-    return divergence(logits, original, task.config.temperature)
+        original = context.original(images)
+    return divergence(logits, original, context.config.temperature)
 
 
-def ascent(task: Task, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def ascent(context: MethodContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Negated divergence from the original."""
-    return -_divergence(task, model(images), images)
+    return -_divergence(context, model(images), images)
 
 
-def descent(task: Task, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def descent(context: MethodContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy and divergence, weighted."""
     logits = model(images)
-    kept = task.config.distillation_weight * _divergence(task, logits, images)
-    return kept + task.config.label_weight * cross_entropy(logits, labels)
+    kept = context.config.distillation_weight * _divergence(context, logits, images)
+    return kept + context.config.label_weight * cross_entropy(logits, labels)
 
 
-def parts(task: Task, generator: torch.Generator) -> Sequence[ModelPart]:
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: ascent on D_f where its time is not over, then descent on D_r."""
-    retain = ModelPart("retain", task.retain, partial(descent, task))
-    if task.epoch >= task.config.ascent_epochs:
+    retain = context.phase("retain", context.retain, partial(descent, context))
+    if context.epoch >= context.config.ascent_epochs:
         return [retain]
-    return [ModelPart("forget", task.forget, partial(ascent, task)), retain]
+    return [context.phase("forget", context.forget, partial(ascent, context)), retain]
 
 
-def passes(task: Task) -> float:
+def passes(context: MethodContext) -> float:
     """Return images forward and backward, and a third for each that the original sees."""
-    ascents = min(task.config.ascent_epochs, task.config.epochs)
-    return (ascents * len(task.forget) + task.config.epochs * len(task.retain)) * 4 / 3
+    ascents = min(context.config.ascent_epochs, context.config.epochs)
+    return (ascents * len(context.forget) + context.config.epochs * len(context.retain)) * 4 / 3
 
 
 METHOD = Method(
-    parts,
+    phases,
     defaults={"batch_norm": "update"},
     reads=frozenset({"ascent_epochs", "distillation_weight", "label_weight", "temperature"}),
     needs_original=True,

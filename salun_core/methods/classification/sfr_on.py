@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -28,9 +28,17 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy as sample_losses
 
 from salun_core.data.images import ImageSet
-from salun_core.methods.classification.method import Method, Step, Task, augmented, cross_entropy, cycled, cycled_count
-from salun_core.methods.config import LoopConfig
-from salun_core.methods.distributed import ALONE, Share, World
+from salun_core.methods.classification.method import (
+    Method,
+    MethodContext,
+    batches_of,
+    classification_loss,
+    cross_entropy,
+    cycled,
+    cycled_count,
+)
+from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, Share
+from salun_core.methods.loop import Phase, Step
 from salun_core.saliency.scores import scoring
 
 _LEAST = 1e-15
@@ -54,117 +62,86 @@ def fisher_diagonal(model: nn.Module, images: ImageSet, batch_size: int) -> dict
     return squares
 
 
-def begin(task: Task) -> Task:
-    """Return the task with the saliency mask of the model before its first step."""
-    assert task.model is not None
-    with scoring(task.model):
-        forget = fisher_diagonal(task.model, task.forget, task.config.batch_size)
-        retain = fisher_diagonal(task.model, task.retain, task.config.batch_size)
-    ratio = task.config.saliency_ratio
-    return replace(task, salient={name: forget[name] + _LEAST >= ratio * (retain[name] + _LEAST) for name in forget})
+def begin(context: MethodContext) -> MethodContext:
+    """Return the context with the saliency mask of the model before its first step."""
+    assert context.model is not None
+    with scoring(context.model):
+        forget = fisher_diagonal(context.model, context.forget, context.config.batch_size)
+        retain = fisher_diagonal(context.model, context.retain, context.config.batch_size)
+    ratio = context.config.saliency_ratio
+    return replace(context, salient={name: forget[name] + _LEAST >= ratio * (retain[name] + _LEAST) for name in forget})
 
 
-def adaptive_ascent(logits: Tensor, labels: Tensor, power: float, world: World = ALONE) -> Tensor:
+def adaptive_ascent(logits: Tensor, labels: Tensor, power: float, group: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """Negated mean of the losses, each weighted by its own value to the power -λ.
 
     Args:
         logits: [B, K].
         labels: int64 [B].
         power: λ.
-        world: this process; where several share a batch, each gets its summand of the batch's mean.
+        group: this process; where several share a batch, each gets its summand of the batch's mean.
     """
     losses = sample_losses(logits, labels, reduction="none")
     weights = 1 / (losses.detach() ** power + _LEAST)
-    return -(weights / world.total(weights.sum()) * losses).sum()
+    return -(weights / group.total(weights.sum()) * losses).sum()
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """Every retain image once, in random order, with a forget batch before every so many retain batches.
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+    """Return one epoch: every retain image once, with a forget batch before each `forget_every` retain batches."""
+    model, config, retain = context.model, context.config, context.retain
+    retain_steps = batches_of(retain, config)
+    steps = retain_steps + -(-retain_steps // config.forget_every)
 
-    Args:
-        task: what to forget and to keep, with the saliency mask.
-    """
+    def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
+        assert model is not None
+        retained = retain.batches(config.batch_size, generator, config.augment)
+        forgotten = cycled(context.forget, config, generator)
+        for done in range(0, steps, config.forget_every + 1):
+            slow = [parameter.detach().clone() for parameter in model.parameters()] if config.slow_rate < 1 else []
+            progress = (context.epoch + done / steps) / config.epochs
+            strength = config.forget_strength * 0.5 * (1 + math.cos(math.pi * progress))
+            yield Step(partial(_forget_loss, context, group.share(*next(forgotten)), strength, group), 0, 1.0)
+            for images, labels in islice(retained, config.forget_every):
+                share = group.share(images, labels)
+                yield Step(partial(_retain_loss, share), share.count, share.weight)
+            _pull_back(model, slow, config.slow_rate)  # after the optimiser has taken the last step of the round
 
-    task: Task
-
-    @property
-    def name(self) -> str:
-        """For the history: the loss of the retain steps."""
-        return "retain"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the images are."""
-        return self.task.retain.labels.device
-
-    def __len__(self) -> int:
-        return len(self.task.retain)
-
-    def steps(self, batch_size: int) -> int:
-        """Return the number of retain and forget batches."""
-        retained = -(-len(self.task.retain) // batch_size)
-        return retained - (-retained // self.task.config.forget_every)
-
-    def draw(self, config: LoopConfig, generator: torch.Generator, world: World) -> Iterator[Step]:
-        """Yield the steps of all rounds; the slow update runs when the optimiser has taken a round's last one."""
-        settings, every = self.task.config, self.task.config.forget_every
-        retained = self.task.retain.batches(config.batch_size, generator, augmented(config))
-        forgotten = cycled(self.task.forget, config, generator)
-        steps = self.steps(config.batch_size)
-        for done in range(0, steps, every + 1):
-            slow = self._weights() if settings.slow_rate < 1 else []
-            progress = (self.task.epoch + done / steps) / settings.epochs
-            yield self._forget_step(next(forgotten), progress, world)
-            for images, labels in islice(retained, every):
-                share = world.share(images, labels)
-                yield Step(partial(_retain_loss, share.images, share.labels), share.count, share.weight)
-            self._pull_back(slow, settings.slow_rate)
-
-    def _forget_step(self, batch: tuple[Tensor, Tensor], progress: float, world: World) -> Step:
-        strength = self.task.config.forget_strength * 0.5 * (1 + math.cos(math.pi * progress))
-        return Step(partial(self._forget_loss, world.share(*batch), strength, world), 0, 1.0)
-
-    def _forget_loss(self, share: Share, strength: float, world: World, model: nn.Module) -> Tensor:
-        """Only salient weights get a gradient: the others are constants here."""
-        weights = {
-            name: torch.where(self.task.salient[name], parameter, parameter.detach())
-            for name, parameter in model.named_parameters()
-        }
-        logits = functional_call(model, weights, (share.images,))[: share.count]
-        return strength * adaptive_ascent(logits, share.labels[: share.count], self.task.config.adaptive_power, world)
-
-    def _weights(self) -> list[Tensor]:
-        assert self.task.model is not None
-        return [parameter.detach().clone() for parameter in self.task.model.parameters()]
-
-    @torch.no_grad()
-    def _pull_back(self, slow: Sequence[Tensor], rate: float) -> None:
-        assert self.task.model is not None
-        if slow:
-            for parameter, before in zip(self.task.model.parameters(), slow, strict=True):
-                parameter.copy_(torch.lerp(before, parameter, rate))
+    return [Phase("retain", retain.labels.device, len(retain), steps, draw)]
 
 
-def _retain_loss(images: Tensor, labels: Tensor, model: nn.Module) -> Tensor:
-    return cross_entropy(model(images), labels)
+def _forget_loss(
+    context: MethodContext, share: Share, strength: float, group: ProcessGroup, model: nn.Module
+) -> Tensor:
+    """Only salient weights get a gradient: the others are constants here."""
+    weights = {
+        name: torch.where(context.salient[name], parameter, parameter.detach())
+        for name, parameter in model.named_parameters()
+    }
+    logits = functional_call(model, weights, (share.images,))[: share.count]
+    return strength * adaptive_ascent(logits, share.labels[: share.count], context.config.adaptive_power, group)
 
 
-def parts(task: Task, generator: torch.Generator) -> Sequence[Rounds]:
-    """Return one epoch: D_r in rounds."""
-    return [Rounds(task)]
+def _retain_loss(share: Share, model: nn.Module) -> Tensor:
+    return classification_loss(model, share.images, share.labels)
 
 
-def passes(task: Task) -> float:
+@torch.no_grad()
+def _pull_back(model: nn.Module, slow: Sequence[Tensor], rate: float) -> None:
+    if slow:
+        for parameter, before in zip(model.parameters(), slow, strict=True):
+            parameter.copy_(torch.lerp(before, parameter, rate))
+
+
+def passes(context: MethodContext) -> float:
     """Return images forward and backward: the mask over both sets, then D_r and its forget batches each epoch."""
-    size = task.config.batch_size
-    retained = -(-len(task.retain) // size)
-    forgotten = cycled_count(len(task.forget), size, -(-retained // task.config.forget_every))
-    return len(task.forget) + len(task.retain) + task.config.epochs * (len(task.retain) + forgotten)
+    config = context.config
+    batches = -(-batches_of(context.retain, config) // config.forget_every)
+    forgotten = cycled_count(context.forget, config, batches)
+    return len(context.forget) + len(context.retain) + config.epochs * (len(context.retain) + forgotten)
 
 
 METHOD = Method(
-    parts,
+    phases,
     defaults={"schedule": "cosine", "gradient_clip": 7.0},
     reads=frozenset({"forget_every", "forget_strength", "adaptive_power", "saliency_ratio", "slow_rate"}),
     begin=begin,

@@ -9,7 +9,7 @@ from salun_core.data.images import ImageSet
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore
-from salun_core.methods.classification.method import Part
+from salun_core.methods.classification.method import dataset_phase
 from salun_core.methods.config import UnlearnConfig, pick_device
 from salun_core.methods.loop import OnEpoch, run_loop
 from salun_core.models.architectures import build_classifier
@@ -75,5 +75,6 @@ def train_classifier(
     model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     resident = images.to(device)
     fingerprint = f"train {architecture} {len(images)} {config.model_dump_json(exclude={'device'})}"
-    history = run_loop(model, lambda _: [Part("train", resident)], config, None, checkpoint, fingerprint, on_epoch)
+    phases = [dataset_phase("train", resident, config)]
+    history = run_loop(model, lambda *_: phases, config, None, checkpoint, fingerprint, on_epoch)
     return model, history

@@ -10,7 +10,7 @@ from salun_core.diffusion.denoiser import Selection
 from salun_core.methods.config import LoopConfig
 
 
-class GenerationConfig(LoopConfig):
+class DiffusionConfig(LoopConfig):
     """How a diffusion model unlearns. The fields are the same for every method; their defaults are the method's."""
 
     steps: int = Field(default=150, ge=1, description="steps in all, spread over the epochs")

@@ -21,27 +21,27 @@ from torch.nn.functional import mse_loss
 
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
-from salun_core.methods.diffusion.method import GenerationMethod, Setting
+from salun_core.methods.diffusion.method import Method, MethodContext
 from salun_core.methods.diffusion.objectives import guided
 
 
-def loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
     """Return the mean squared distance between the prediction and the negatively guided one of θ_o."""
-    assert setting.original is not None
-    table = setting.task.table
-    drawn = partly_denoised(setting, forget)
+    assert context.original is not None
+    table = context.sets.table
+    drawn = partly_denoised(context, forget)
     with torch.no_grad():
-        wanted = guided(setting.original, drawn, table, -setting.config.negative_guidance)
-    found = setting.denoiser.predict(drawn.noisy, drawn.times, table.take(drawn.condition))
+        wanted = guided(context.original, drawn, table, -context.config.negative_guidance)
+    found = context.denoiser.predict(drawn.noisy, drawn.times, table.take(drawn.condition))
     return mse_loss(found, wanted)
 
 
 @torch.no_grad()
-def partly_denoised(setting: Setting, batch: Noised) -> Noised:
+def partly_denoised(context: MethodContext, batch: Noised) -> Noised:
     """Denoise the batch's own noise to one random time, by the model in training and with guidance.
 
     Args:
-        setting: denoiser, conditions, `start_steps` and `start_guidance`.
+        context: denoiser, conditions, `start_steps` and `start_guidance`.
         batch: gives noise and conditions, [B, ...].
 
     Returns:
@@ -50,14 +50,14 @@ def partly_denoised(setting: Setting, batch: Noised) -> Noised:
     Raises:
         UsageError: the model has no null condition.
     """
-    denoiser, config = setting.denoiser, setting.config
+    denoiser, config = context.denoiser, context.config
     process = denoiser.process
-    end = int(process.draw_times(1, setting.generator))
+    end = int(process.draw_times(1, context.generator))
     noise = process.noise_of(batch.noisy, batch.target, batch.times)
     current = replace(batch, noisy=noise, times=torch.full_like(batch.times, process.times - 1))
     for _, time in pairwise(path(process.times, end, config.start_steps)):
-        predicted = guided(denoiser, current, setting.task.table, config.start_guidance)
-        current = ddim_step(denoiser, current, predicted, time, setting.task.pixels)
+        predicted = guided(denoiser, current, context.sets.table, config.start_guidance)
+        current = ddim_step(denoiser, current, predicted, time, context.sets.pixels)
     return current
 
 
@@ -88,7 +88,7 @@ def ddim_step(denoiser: Denoiser, batch: Noised, predicted: Tensor, time: int, p
     return replace(batch, noisy=moved, times=earlier)
 
 
-METHOD = GenerationMethod(
+METHOD = Method(
     loss,
     needs_original=True,
     needs_retain=False,

@@ -21,24 +21,24 @@ from torch import Tensor
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
 from salun_core.errors import UsageError
-from salun_core.methods.diffusion.method import GenerationMethod, Setting
+from salun_core.methods.diffusion.method import Method, MethodContext
 
 
-def loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
     """Return the mean squared attention that the forget batch pays to its concept's tokens.
 
     Raises:
         UsageError: the network has no cross-attention, or hides it by gradient checkpointing.
     """
-    if setting.config.gradient_checkpointing:
+    if context.config.gradient_checkpointing:
         raise UsageError(
             "forget_me_not cannot work with gradient checkpointing",
             "it reads attention, which would be computed twice",
             "set gradient_checkpointing: false",
         )
-    table = setting.task.table
-    with attention_maps(setting.denoiser) as maps:
-        setting.denoiser.predict(forget.noisy, forget.times, table.take(forget.condition))
+    table = context.sets.table
+    with attention_maps(context.denoiser) as maps:
+        context.denoiser.predict(forget.noisy, forget.times, table.take(forget.condition))
     marks = table.own_tokens()[forget.condition.cpu()].to(forget.noisy.device)
     return torch.stack([attention_energy(found, marks) for found in maps]).mean()
 
@@ -88,6 +88,6 @@ def _probabilities(layer: Any, image: Tensor, text: Tensor, mask: Tensor | None)
     return scores.view(len(text), layer.heads, *scores.shape[1:])
 
 
-METHOD = GenerationMethod(
+METHOD = Method(
     loss, needs_retain=False, defaults={"selection": "xattn", "steps": 50, "batch_size": 8, "learning_rate": 1e-5}
 )

@@ -1,8 +1,8 @@
-"""The interface of a diffusion method: a loss per step, or an edit in closed form."""
+"""The interface of a diffusion model's unlearning method: a loss per step, or a closed-form edit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -13,14 +13,14 @@ from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples, Noised, endless, noised
 from salun_core.errors import UsageError
-from salun_core.methods.classification.method import Step
-from salun_core.methods.config import LoopConfig
-from salun_core.methods.diffusion.config import GenerationConfig
-from salun_core.methods.distributed import World
+from salun_core.methods import method
+from salun_core.methods.diffusion.config import DiffusionConfig
+from salun_core.methods.distributed import ProcessGroup
+from salun_core.methods.loop import Phase, Step
 
 
 @dataclass(frozen=True)
-class Task:
+class ExampleSets:
     """What there is to forget and to keep.
 
     Args:
@@ -35,133 +35,110 @@ class Task:
     table: ConditionTable
     pixels: bool
 
-    def to(self, device: torch.device) -> Task:
-        """Return the task with its tensors on a device."""
-        return Task(self.forget.to(device), self.retain.to(device), self.table.to(device), self.pixels)
+    def to(self, device: torch.device) -> ExampleSets:
+        """Return the sets with their tensors on a device."""
+        return ExampleSets(self.forget.to(device), self.retain.to(device), self.table.to(device), self.pixels)
 
 
 @dataclass(frozen=True)
-class Setting:
+class MethodContext:
     """What a loss works with, the same at every step.
 
     Args:
         denoiser: the one in training.
-        original: θ_o, frozen; only for methods that ask for it.
-        task: examples and conditions.
+        original: θ_o, frozen; only for methods that need it.
+        sets: examples and conditions.
         config: of the method.
-        generator: a CPU generator of this epoch, for what the method itself draws.
+        generator: a CPU generator of this epoch, for random numbers of the method itself.
     """
 
     denoiser: Denoiser
     original: Denoiser | None
-    task: Task
-    config: GenerationConfig
+    sets: ExampleSets
+    config: DiffusionConfig
     generator: torch.Generator
 
 
-StepLoss = Callable[[Setting, Noised, Noised], Tensor]
-"""(setting, forget batch, retain batch) -> scalar to descend."""
-
-Edit = Callable[[Denoiser, Task, GenerationConfig], None]
-"""Changes the denoiser's weights in place, once."""
+StepLoss = Callable[[MethodContext, Noised, Noised], Tensor]
+"""(context, forget batch, retain batch) -> scalar to descend."""
 
 
 @dataclass(frozen=True)
-class GenerationMethod:
+class Method(method.Method[DiffusionConfig]):
     """One row of `METHODS`.
 
     Args:
-        loss: of one step; None for a method in closed form.
-        edit: in closed form; None for a method that trains.
-        needs_mask: whether it trains salient weights only.
-        needs_original: whether its loss asks the model before.
-        needs_forget: whether each step reads forget examples; False spares the work.
+        loss: of one step; None for a closed-form method.
+        edit: closed form: changes the denoiser's weights in place, once; None for a method that trains.
+        needs_forget: whether each step reads forget examples; False saves the work.
         needs_retain: whether each step reads retain examples.
-        fresh_start: whether it begins from fresh weights.
-        defaults: configuration that differs from `GenerationConfig`'s defaults.
     """
 
     loss: StepLoss | None = None
-    edit: Edit | None = None
-    needs_mask: bool = False
-    needs_original: bool = False
+    edit: Callable[[Denoiser, ExampleSets, DiffusionConfig], None] | None = None
     needs_forget: bool = True
     needs_retain: bool = True
-    fresh_start: bool = False
-    defaults: Mapping[str, object] = field(default_factory=dict)
+    config_type: type[DiffusionConfig] = field(default=DiffusionConfig, kw_only=True)
 
-
-@dataclass(frozen=True)
-class DiffusionStretch:
-    """So many steps of one method, each on a forget batch and a retain batch of its own.
-
-    Args:
-        method: whose loss.
-        setting: denoiser, examples, configuration.
-        count: of steps.
-    """
-
-    method: GenerationMethod
-    setting: Setting
-    count: int
-
-    @property
-    def name(self) -> str:
-        """For the history."""
-        return "denoising"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the examples are."""
-        return self.setting.task.retain.mean.device
-
-    def __len__(self) -> int:
-        return self.count * self.setting.config.batch_size
-
-    def steps(self, batch_size: int) -> int:
-        """Return the number of steps."""
-        return self.count
-
-    def draw(self, config: LoopConfig, generator: torch.Generator, world: World) -> Iterator[Step]:
-        """Yield the steps; every process draws the same batches and takes its own share of each.
+    def check(self, name: str, config: DiffusionConfig) -> None:
+        """Refuse α = 0 for a method that has both losses, unless the configuration forces it.
 
         Raises:
-            UsageError: the batch cannot be shared evenly.
+            UsageError: without a retain loss every class is destroyed.
         """
-        size = config.batch_size
-        if size % world.size:
-            raise UsageError(f"a batch of {size} cannot be shared by {world.size} processes", "", "choose a multiple")
-        task, method = self.setting.task, self.method
-        setting = replace(self.setting, generator=generator)
-        forget = endless(len(task.forget), size, generator)
-        retain = endless(len(task.retain), size, generator)
-        mine = torch.arange(size).chunk(world.size)[world.rank]
-        for _ in range(self.count):
-            batches = [
-                self._noised(examples, next(order), generator) if needed else _EMPTY
-                for examples, order, needed in (
-                    (task.forget, forget, method.needs_forget),
-                    (task.retain, retain, method.needs_retain),
-                )
-            ]
-            shares = batches[0], self._told_less(batches[1], generator)
-            ours, kept = (batch.select(mine.to(self.device)) if len(batch) else batch for batch in shares)
-            yield Step(partial(self._loss, setting, ours, kept), len(mine), 1 / world.size)
+        if self.needs_forget and self.needs_retain and config.alpha <= 0 and not config.allow_zero_alpha:
+            raise UsageError(
+                "alpha 0 is refused",
+                "without a retain loss every class is destroyed",
+                "give an alpha above 0, or force it by allow_zero_alpha: true",
+            )
 
-    def _noised(self, examples: Examples, index: Tensor, generator: torch.Generator) -> Noised:
-        return noised(examples.select(index), self.setting.denoiser.process, generator)
+    def passes(self, config: DiffusionConfig) -> int:
+        """Return the examples that a run puts through the network, forward and backward."""
+        return 0 if self.edit else config.steps * config.batch_size * (self.needs_forget + self.needs_retain)
 
-    def _told_less(self, batch: Noised, generator: torch.Generator) -> Noised:
-        """Give a share of the retain examples the null condition, as a training with guidance in mind does."""
-        share, null = self.setting.config.null_share, self.setting.task.table.null
-        if not share or null is None or not len(batch):
-            return batch
-        chosen = (torch.rand(len(batch), generator=generator) < share).to(batch.condition.device)
-        return replace(batch, condition=batch.condition.masked_fill(chosen, null))
 
-    def _loss(self, setting: Setting, forget: Noised, retain: Noised, model: nn.Module) -> Tensor:
-        assert self.method.loss is not None
-        return self.method.loss(replace(setting, denoiser=setting.denoiser.of(model)), forget, retain)
+def denoising_phase(row: Method, context: MethodContext) -> Phase:
+    """Return the steps of one epoch of a method, each on a forget batch and a retain batch of its own.
+
+    Args:
+        row: whose loss.
+        context: denoiser, examples, configuration.
+    """
+    sets, config, process = context.sets, context.config, context.denoiser.process
+    size, count, device = config.batch_size, config.steps // config.epochs, sets.retain.mean.device
+    loss = row.loss
+    assert loss is not None
+
+    def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
+        """Yield the steps; every process draws the same batches and takes its own share of each."""
+        if size % group.size:
+            raise UsageError(f"a batch of {size} cannot be shared by {group.size} processes", "", "choose a multiple")
+        forget = endless(len(sets.forget), size, generator)
+        retain = endless(len(sets.retain), size, generator)
+        mine = torch.arange(size).chunk(group.size)[group.rank].to(device)
+        for _ in range(count):
+            forgotten = noised(sets.forget.select(next(forget)), process, generator) if row.needs_forget else _EMPTY
+            kept = noised(sets.retain.select(next(retain)), process, generator) if row.needs_retain else _EMPTY
+            kept = _with_null_condition(kept, context, generator)
+            forgotten, kept = (batch.select(mine) if len(batch) else batch for batch in (forgotten, kept))
+            step_loss = partial(_loss_of, loss, replace(context, generator=generator), forgotten, kept)
+            yield Step(step_loss, len(mine), 1 / group.size)
+
+    return Phase("denoising", device, count * size, count, draw)
+
+
+def _loss_of(loss: StepLoss, context: MethodContext, forget: Noised, retain: Noised, model: nn.Module) -> Tensor:
+    return loss(replace(context, denoiser=context.denoiser.of(model)), forget, retain)
+
+
+def _with_null_condition(batch: Noised, context: MethodContext, generator: torch.Generator) -> Noised:
+    """Give a share of the retain examples the null condition, as training for classifier-free guidance does."""
+    share, null = context.config.null_share, context.sets.table.null
+    if not share or null is None or not len(batch):
+        return batch
+    chosen = (torch.rand(len(batch), generator=generator) < share).to(batch.condition.device)
+    return replace(batch, condition=batch.condition.masked_fill(chosen, null))
 
 
 _NONE = torch.empty(0)

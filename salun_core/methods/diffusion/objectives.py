@@ -11,8 +11,7 @@ from torch.nn.functional import mse_loss
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
-from salun_core.methods.diffusion.config import GenerationConfig
-from salun_core.methods.diffusion.method import Setting
+from salun_core.methods.diffusion.method import MethodContext
 
 
 def denoising_loss(denoiser: Denoiser, batch: Noised, table: ConditionTable) -> Tensor:
@@ -47,19 +46,19 @@ def denoising_loss_with_drop(
     return denoising_loss(denoiser, replace(batch, condition=batch.condition.masked_fill(dropped, table.null)), table)
 
 
-def retain_weight(setting: Setting) -> float:
+def retain_weight(context: MethodContext) -> float:
     """Return what the retain loss is multiplied by, so that both losses are means over all elements.
 
     The published DDPM code sums the retain loss over pixels and averages the forget loss: its α of 1e-3 is
     1e-3 x C x H x W of ours.
     """
-    config, shape = setting.config, setting.task.retain.mean.shape[1:]
-    if config.alpha_convention == "reference" and setting.task.pixels:
+    config, shape = context.config, context.sets.retain.mean.shape[1:]
+    if config.alpha_convention == "reference" and context.sets.pixels:
         return config.alpha * float(torch.Size(shape).numel())
     return config.alpha
 
 
-def relabel_loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
+def relabel_loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
     """Forget by looking like something else, and keep the rest (SalUn, eq. 7).
 
         E||ε_θ(x_t | c') - ε_θ(x_t | c)||² + α E||ε - ε_θ(x_t | c_r)||²,    the first ε_θ a constant
@@ -67,11 +66,11 @@ def relabel_loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
     What is asked for gradients goes through the network in one batch; the target is computed without any.
 
     Args:
-        setting: denoiser, conditions, α.
+        context: denoiser, conditions, α.
         forget: D_f with c and c'.
         retain: D_r.
     """
-    denoiser, table = setting.denoiser, setting.task.table
+    denoiser, table = context.denoiser, context.sets.table
     assert forget.pseudo is not None
     with torch.no_grad():
         wanted = denoiser.predict(forget.noisy, forget.times, table.take(forget.pseudo))
@@ -82,7 +81,7 @@ def relabel_loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
     )
     count = len(forget)
     kept = mse_loss(found[count:], retain.target)
-    return mse_loss(found[:count], wanted) + retain_weight(setting) * kept
+    return mse_loss(found[:count], wanted) + retain_weight(context) * kept
 
 
 def guided(denoiser: Denoiser, batch: Noised, table: ConditionTable, scale: float) -> Tensor:
@@ -99,10 +98,3 @@ def guided(denoiser: Denoiser, batch: Noised, table: ConditionTable, scale: floa
     both = denoiser.predict(batch.noisy.repeat(2, 1, 1, 1), batch.times.repeat(2), told)
     conditional, free = both.chunk(2)
     return free + scale * (conditional - free)
-
-
-def check_alpha(config: GenerationConfig) -> str | None:
-    """Say why an α is refused, or return None."""
-    if config.alpha > 0 or config.allow_zero_alpha:
-        return None
-    return "without a retain loss every class is destroyed"

@@ -13,26 +13,26 @@ from torch import Tensor
 
 from salun_core.diffusion.examples import Noised
 from salun_core.errors import UsageError
-from salun_core.methods.diffusion.method import GenerationMethod, Setting
+from salun_core.methods.diffusion.method import Method, MethodContext
 from salun_core.methods.diffusion.objectives import denoising_loss_with_drop
 
 
-def loss(setting: Setting, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
     """Return the denoising loss of the retain batch, a tenth of its conditions dropped.
 
     Raises:
         UsageError: only a part of the network is to be trained; the rest would stay random.
     """
-    if setting.config.selection != "full":
+    if context.config.selection != "full":
         raise UsageError(
-            f"retrain cannot train {setting.config.selection} alone",
+            f"retrain cannot train {context.config.selection} alone",
             "the other weights are fresh and would stay random",
             "leave selection at full",
         )
-    return denoising_loss_with_drop(setting.denoiser, retain, setting.task.table, setting.generator)
+    return denoising_loss_with_drop(context.denoiser, retain, context.sets.table, context.generator)
 
 
-METHOD = GenerationMethod(
+METHOD = Method(
     loss,
     needs_forget=False,
     fresh_start=True,

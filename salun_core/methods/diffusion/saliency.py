@@ -11,22 +11,22 @@ from torch import Tensor
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import noised
 from salun_core.errors import DataError
-from salun_core.methods.diffusion.config import GenerationConfig
-from salun_core.methods.diffusion.method import Task
+from salun_core.methods.diffusion.config import DiffusionConfig
+from salun_core.methods.diffusion.method import ExampleSets
 from salun_core.methods.diffusion.objectives import denoising_loss
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.mask import Shapes
 from salun_core.saliency.scores import mean_magnitude, scoring
 
 
-def denoising_scores(denoiser: Denoiser, task: Task, config: GenerationConfig) -> dict[str, Tensor]:
+def denoising_scores(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> dict[str, Tensor]:
     """Score the selected parameters by the magnitude of the denoising loss's gradient over the forget set.
 
     The gradient is of the mean over samples, passes and times. It is accumulated in `.grad` itself.
 
     Args:
-        denoiser: θ_o, unchanged by the call, on the task's device.
-        task: D_f with its conditions.
+        denoiser: θ_o, unchanged by the call, on the device of the sets.
+        sets: D_f with its conditions.
         config: batch size, passes, how times are drawn, selection, seed.
 
     Returns:
@@ -41,7 +41,7 @@ def denoising_scores(denoiser: Denoiser, task: Task, config: GenerationConfig) -
         Fan et al., "SalUn", ICLR 2024, equations (4) and (6).
     """
     chosen = denoiser.selected(config.selection)
-    total = config.saliency_passes * len(task.forget)
+    total = config.saliency_passes * len(sets.forget)
     if total == 0:
         raise DataError("forget set is empty", "there is nothing to score", "name at least one sample to forget")
     network = denoiser.network
@@ -51,7 +51,7 @@ def denoising_scores(denoiser: Denoiser, task: Task, config: GenerationConfig) -
             parameter.requires_grad_(name in wanted)
         generator = torch.Generator().manual_seed(config.seed)
         for _ in range(config.saliency_passes):
-            _accumulate(denoiser, task, config, generator)
+            _accumulate(denoiser, sets, config, generator)
         parameters = dict(network.named_parameters())
         scores = {}
         for name in chosen:
@@ -61,15 +61,15 @@ def denoising_scores(denoiser: Denoiser, task: Task, config: GenerationConfig) -
         return {name: score.detach() for name, score in scores.items()}
 
 
-def _accumulate(denoiser: Denoiser, task: Task, config: GenerationConfig, generator: torch.Generator) -> None:
-    count = len(task.forget)
+def _accumulate(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig, generator: torch.Generator) -> None:
+    count = len(sets.forget)
     times = _times(denoiser.process.times, count, config, generator)
     for index in torch.split(torch.arange(count), config.batch_size):
-        batch = noised(task.forget.select(index), denoiser.process, generator, times[index])
-        (denoising_loss(denoiser, batch, task.table) * len(index)).backward()  # type: ignore[no-untyped-call]
+        batch = noised(sets.forget.select(index), denoiser.process, generator, times[index])
+        (denoising_loss(denoiser, batch, sets.table) * len(index)).backward()  # type: ignore[no-untyped-call]
 
 
-def _times(times: int, count: int, config: GenerationConfig, generator: torch.Generator) -> Tensor:
+def _times(times: int, count: int, config: DiffusionConfig, generator: torch.Generator) -> Tensor:
     """Uniform times; stratified ones fall one into each of `count` equal stretches, in random order."""
     if config.saliency_times == "uniform":
         return torch.randint(times, (count,), generator=generator)
@@ -91,14 +91,14 @@ def denoiser_mask(denoiser: Denoiser, scores: Mapping[str, Tensor], density: flo
     return within(denoiser, SaliencyMask.from_scores(scores, density))
 
 
-def random_denoiser_mask(denoiser: Denoiser, config: GenerationConfig, density: float, seed: int) -> SaliencyMask:
+def random_denoiser_mask(denoiser: Denoiser, config: DiffusionConfig, density: float, seed: int) -> SaliencyMask:
     """Draw as many of the selected weights at random: the control for saliency."""
     shapes = shapes_of(denoiser)
     chosen = {name: shapes[name] for name in denoiser.selected(config.selection)}
     return within(denoiser, SaliencyMask.random(chosen, density, seed))
 
 
-def selection_mask(denoiser: Denoiser, config: GenerationConfig) -> SaliencyMask:
+def selection_mask(denoiser: Denoiser, config: DiffusionConfig) -> SaliencyMask:
     """Make every selected weight salient: what a method without a mask trains."""
     shapes = shapes_of(denoiser)
     return within(denoiser, SaliencyMask.full({name: shapes[name] for name in denoiser.selected(config.selection)}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -20,11 +19,10 @@ from salun_core.diffusion.examples import Examples, Noised, endless, noised
 from salun_core.diffusion.latents import pixels_of
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.methods.checkpoint import CheckpointStore
-from salun_core.methods.classification.method import Step
 from salun_core.methods.config import LoopConfig, pick_device
 from salun_core.methods.diffusion.objectives import denoising_loss
-from salun_core.methods.distributed import World
-from salun_core.methods.loop import OnEpoch, run_loop
+from salun_core.methods.distributed import ProcessGroup
+from salun_core.methods.loop import OnEpoch, Phase, Step, run_loop
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet2DModel
@@ -277,102 +275,60 @@ class Averaged(nn.Module):
         return kept.requires_grad_(True).eval()
 
 
-@dataclass(frozen=True)
-class DenoisingStretch:
-    """So many steps of plain denoising; a share of the examples is told nothing.
+def denoising_phase(
+    denoiser: Denoiser, model: Averaged, examples: Examples, table: ConditionTable, recipe: DenoiserRecipe
+) -> Phase:
+    """Return one epoch of plain denoising; a share of the examples gets the null condition.
 
     Args:
         denoiser: the process, and how the network is called.
+        model: in training.
         examples: all of them, on the device.
         table: of their conditions, with a null row if any are dropped.
-        drop: share of examples told nothing.
-        count: of steps.
-        size: of a batch.
+        recipe: batch size, number of steps, share to drop.
     """
+    count, device = recipe.steps // recipe.epochs, examples.mean.device
 
-    denoiser: Denoiser
-    examples: Examples
-    table: ConditionTable
-    drop: float
-    count: int
-    size: int
+    def loss(batch: Noised, model: Any) -> Tensor:  # noqa: ANN401 - an `Averaged`
+        return denoising_loss(denoiser.of(model.network), batch, table)
 
-    name = "denoising"
+    def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
+        order = endless(len(examples), recipe.batch_size, generator)
+        for _ in range(count):
+            chosen = examples.select(next(order))
+            if recipe.drop and table.null is not None:
+                dropped = (torch.rand(len(chosen), generator=generator) < recipe.drop).to(device)
+                chosen = Examples(chosen.mean, chosen.condition.masked_fill(dropped, table.null), chosen.std)
+            batch = noised(chosen, denoiser.process, generator)
+            yield Step(partial(loss, batch), len(batch), 1.0)
+            model.follow()  # after the optimiser has taken the step
 
-    @property
-    def device(self) -> torch.device:
-        """Where the examples are."""
-        return self.examples.mean.device
-
-    def __len__(self) -> int:
-        return self.count * self.size
-
-    def steps(self, batch_size: int) -> int:
-        """Return the number of steps."""
-        return self.count
-
-    def draw(self, config: LoopConfig, generator: torch.Generator, world: World) -> Iterator[Step]:
-        """Yield the steps; the average of the weights follows each."""
-        trained: list[Averaged] = []
-        order = endless(len(self.examples), config.batch_size, generator)
-        for _ in range(self.count):
-            chosen = self.examples.select(next(order))
-            if self.drop and self.table.null is not None:
-                dropped = (torch.rand(len(chosen), generator=generator) < self.drop).to(self.device)
-                chosen = Examples(chosen.mean, chosen.condition.masked_fill(dropped, self.table.null), chosen.std)
-            batch = noised(chosen, self.denoiser.process, generator)
-            yield Step(partial(self._loss, batch, trained), len(batch), 1.0)
-            trained.pop().follow()
-
-    def _loss(self, batch: Noised, trained: list[Averaged], model: nn.Module) -> Tensor:
-        assert isinstance(model, Averaged)
-        trained.append(model)
-        return denoising_loss(self.denoiser.of(model.network), batch, self.table)
+    return Phase("denoising", device, count * recipe.batch_size, count, draw)
 
 
-@dataclass(frozen=True)
-class ReconstructionStretch:
-    """So many steps of an autoencoder: squared error, and the latent's divergence from a unit normal.
+def reconstruction_phase(images: Tensor, recipe: StableDiffusionRecipe, count: int) -> Phase:
+    """Return steps of an autoencoder: squared error, and the latent's divergence from a unit normal.
 
     Args:
         images: uint8 [N, C, H, W].
-        divergence: weight of the divergence, summed over the latent, a pixel.
-        count: of steps.
-        size: of a batch.
+        recipe: batch size, and weight of the divergence, summed over the latent, per pixel.
+        count: number of steps.
     """
 
-    images: Tensor
-    divergence: float
-    count: int
-    size: int
-
-    name = "reconstruction"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the images are."""
-        return self.images.device
-
-    def __len__(self) -> int:
-        return self.count * self.size
-
-    def steps(self, batch_size: int) -> int:
-        """Return the number of steps."""
-        return self.count
-
-    def draw(self, config: LoopConfig, generator: torch.Generator, world: World) -> Iterator[Step]:
-        """Yield the steps."""
-        order = endless(len(self.images), config.batch_size, generator)
-        for _ in range(self.count):
-            pixels = pixels_of(self.images[next(order).to(self.device)])
-            noise = torch.Generator().manual_seed(int(torch.randint(2**53, (), generator=generator)))
-            yield Step(partial(self._loss, pixels, noise), len(pixels), 1.0)
-
-    def _loss(self, pixels: Tensor, noise: torch.Generator, model: Any) -> Tensor:  # noqa: ANN401 - diffusers' own
+    def loss(pixels: Tensor, noise: torch.Generator, model: Any) -> Tensor:  # noqa: ANN401 - diffusers' own
         latent = model.encode(pixels).latent_dist
         drawn = latent.mean + latent.std * torch.randn(latent.mean.shape, generator=noise).to(pixels.device)
         error = mse_loss(model.decode(drawn).sample, pixels)
-        return error + self.divergence * latent.kl().sum() / pixels.numel()  # type: ignore[no-any-return]
+        return error + recipe.divergence * latent.kl().sum() / pixels.numel()  # type: ignore[no-any-return]
+
+    def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
+        order = endless(len(images), recipe.batch_size, generator)
+        for _ in range(count):
+            pixels = pixels_of(images[next(order).to(images.device)])
+            noise = torch.Generator().manual_seed(int(torch.randint(2**53, (), generator=generator)))
+            yield Step(partial(loss, pixels, noise), len(pixels), 1.0)
+
+    return Phase("reconstruction", images.device, count * recipe.batch_size, count, draw)
 
 
 def train_denoiser(
@@ -401,12 +357,10 @@ def train_denoiser(
     """
     device = pick_device(recipe.device)
     model = Averaged(denoiser.network, recipe.average).to(device)
-    stretch = DenoisingStretch(
-        denoiser, examples.to(device), table.to(device), recipe.drop, recipe.steps // recipe.epochs, recipe.batch_size
-    )
+    phases = [denoising_phase(denoiser, model, examples.to(device), table.to(device), recipe)]
     parts = [recipe.model_dump(exclude={"device"}), type(denoiser.network).__name__, list(table.names)]
     parts += [sha256_bytes(item.cpu().numpy().tobytes()) for item in (examples.mean, examples.condition)]
-    run_loop(model, lambda _: [stretch], recipe, None, checkpoint, f"train {digest_json(parts)}", on_epoch)
+    run_loop(model, lambda *_: phases, recipe, None, checkpoint, f"train {digest_json(parts)}", on_epoch)
     return denoiser.of(model.result())
 
 
@@ -432,11 +386,9 @@ def train_autoencoder(
     )
     device = pick_device(recipe.device)
     autoencoder.to(device)
-    stretch = ReconstructionStretch(
-        images.to(device), recipe.divergence, max(1, recipe.autoencoder_steps // epochs), recipe.batch_size
-    )
+    phases = [reconstruction_phase(images.to(device), recipe, max(1, recipe.autoencoder_steps // epochs))]
     digest = digest_json([config.model_dump(exclude={"device"}), sha256_bytes(images.cpu().numpy().tobytes())])
-    run_loop(autoencoder, lambda _: [stretch], config, None, checkpoint, f"autoencoder {digest}", on_epoch)
+    run_loop(autoencoder, lambda *_: phases, config, None, checkpoint, f"autoencoder {digest}", on_epoch)
     _scale(autoencoder, images[:1024].to(device))
 
 

@@ -22,27 +22,27 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.diffusion.denoiser import Denoiser
-from salun_core.methods.diffusion.config import GenerationConfig
-from salun_core.methods.diffusion.method import GenerationMethod, Task
+from salun_core.methods.diffusion.config import DiffusionConfig
+from salun_core.methods.diffusion.method import ExampleSets, Method
 
 
 @torch.no_grad()
-def edit(denoiser: Denoiser, task: Task, config: GenerationConfig) -> None:
+def edit(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> None:
     """Edit the network's weights in place; everything but keys and values of cross-attention keeps its bits.
 
     Args:
         denoiser: the network to change.
-        task: forgotten conditions, what they are to look like, and all conditions.
+        sets: forgotten conditions, what they are to look like, and all conditions.
         config: λ, p; the batch size bounds the memory.
 
     Raises:
         UsageError: the network has no cross-attention.
     """
     layers = projections(denoiser)
-    for names, texts in _by_text(denoiser, task, config.batch_size, layers):
+    for names, texts in _by_text(denoiser, sets, config.batch_size, layers):
         second = min(1, texts.shape[1] - 1)
-        first = [max(own, default=second) for own in task.table.tokens or [()] * len(texts)]
-        old, new, kept = matched_tokens(texts, task, first)
+        first = [max(own, default=second) for own in sets.table.tokens or [()] * len(texts)]
+        old, new, kept = matched_tokens(texts, sets, first)
         change = correction(old, new, kept, config.edit_strength, config.preserve_strength)
         for name in names:
             weight = layers[name].weight
@@ -59,20 +59,20 @@ def projections(denoiser: Denoiser) -> dict[str, nn.Linear]:
     return found
 
 
-def matched_tokens(texts: Tensor, task: Task, first: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def matched_tokens(texts: Tensor, sets: ExampleSets, first: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Line up the tokens of the forgotten conditions with those of their anchors.
 
     Args:
         texts: [K, L, d], as the projections read them.
-        task: pairs of forgotten condition and anchor; each counts once.
+        sets: pairs of forgotten condition and anchor; each counts once.
         first: by row, the first position that counts.
 
     Returns:
         c_e [n, d], c_a [n, d], and the tokens to preserve [m, d].
     """
-    assert task.forget.pseudo is not None
+    assert sets.forget.pseudo is not None
     length = texts.shape[1]
-    pairs = sorted(set(zip(task.forget.condition.tolist(), task.forget.pseudo.tolist(), strict=True)))
+    pairs = sorted(set(zip(sets.forget.condition.tolist(), sets.forget.pseudo.tolist(), strict=True)))
     old, new = [], []
     for row, anchor in pairs:
         count = length - max(first[row], first[anchor])
@@ -99,7 +99,7 @@ def correction(old: Tensor, new: Tensor, kept: Tensor, strength: float, preserve
 
 
 def _by_text(
-    denoiser: Denoiser, task: Task, batch_size: int, layers: Mapping[str, nn.Linear]
+    denoiser: Denoiser, sets: ExampleSets, batch_size: int, layers: Mapping[str, nn.Linear]
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Yield the names of projections that read the same text, with that text [K, L, d].
 
@@ -111,9 +111,9 @@ def _by_text(
         for name, layer in layers.items()
     ]
     try:
-        for rows in torch.split(torch.arange(len(task.table)), batch_size):
-            noisy = task.forget.mean.new_zeros((len(rows), *task.forget.mean.shape[1:]))
-            denoiser.predict(noisy, noisy.new_zeros(len(rows), dtype=torch.int64), task.table.take(rows))
+        for rows in torch.split(torch.arange(len(sets.table)), batch_size):
+            noisy = sets.forget.mean.new_zeros((len(rows), *sets.forget.mean.shape[1:]))
+            denoiser.predict(noisy, noisy.new_zeros(len(rows), dtype=torch.int64), sets.table.take(rows))
     finally:
         for hook in hooks:
             hook.remove()
@@ -124,4 +124,4 @@ def _by_text(
         yield names, torch.cat(read[names[0]])
 
 
-METHOD = GenerationMethod(edit=edit)
+METHOD = Method(edit=edit)

@@ -19,8 +19,9 @@ from salun_core.errors import ConflictError, DataError, GateRefusedError, ModelE
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import Forgotten, Integrity, Measured, TuningFacts
 from salun_core.gate import GateDecision, Policy, Verdict, decide, load_policy
-from salun_core.methods.classification import UnlearnResult, get_method, pick_device
-from salun_core.methods.distributed import ALONE
+from salun_core.methods.classification import METHODS, UnlearnResult, pick_device
+from salun_core.methods.distributed import SINGLE_PROCESS
+from salun_core.methods.method import get_method
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.observe import RunRef
 from salun_core.steps.sharding import forget_scores
@@ -31,7 +32,7 @@ from salun_core.tasks.classification.inputs import Inputs
 from salun_core.tasks.resolve import AUTO, read_policy
 from salun_core.tuning import (
     DEFAULT_BUDGET,
-    Judgement,
+    ConstraintResult,
     Problem,
     Sets,
     Tuned,
@@ -48,7 +49,7 @@ _RETAIN_DRAW = 500  # images of D_r at least; the order of a split makes the fir
 
 
 @dataclass(frozen=True)
-class TuneWish:
+class TuningOptions:
     """How to search.
 
     Args:
@@ -89,7 +90,7 @@ class TunedRun:
 
 
 def run_tuning(
-    inputs: Inputs, method: str, overrides: Mapping[str, Any], wish: TuneWish, run: RunRef | None = None
+    inputs: Inputs, method: str, overrides: Mapping[str, Any], wish: TuningOptions, run: RunRef | None = None
 ) -> TunedRun:
     """Search for the settings of a method.
 
@@ -118,11 +119,11 @@ def run_tuning(
     device = pick_device(str(overrides.get("device", "auto")))
     sets = _sets(inputs, device)
     budget = parse_budget(wish.budget, len(inputs.forget) + len(inputs.retain))
-    judge = PolicyJudge.of(inputs, wish.policy_uri if wish.bounded else None)
+    judge = PolicyConstraint.of(inputs, wish.policy_uri if wish.bounded else None)
     started = time.perf_counter()
     network = network.to(device)
-    salient = get_method(method).needs_mask and wish.random_mask_seed is None
-    scores = forget_scores(network, inputs.forget, device, ALONE) if salient else None
+    salient = get_method(METHODS, method).needs_mask and wish.random_mask_seed is None
+    scores = forget_scores(network, inputs.forget, device, SINGLE_PROCESS) if salient else None
     scored = time.perf_counter() - started
     problem = Problem(
         model=network,
@@ -150,7 +151,7 @@ def run_tuning(
     return _tuned_run(inputs, problem, tuned, judge, scored, wish)
 
 
-def _keep_refusal(run: RunRef, judge: PolicyJudge, tuned: Tuned) -> None:
+def _keep_refusal(run: RunRef, judge: PolicyConstraint, tuned: Tuned) -> None:
     verdict = Verdict(rule="tuning", threshold="a setting within the policy", passed=False, reason=tuned.broken)
     decision = GateDecision(
         passed=False,
@@ -184,7 +185,7 @@ def _sets(inputs: Inputs, device: torch.device) -> Sets:
 
 
 @dataclass(frozen=True)
-class PolicyJudge:
+class PolicyConstraint:
     """Checks the figures of a trial by those rules of a policy that held-out data can answer.
 
     Args:
@@ -206,7 +207,7 @@ class PolicyJudge:
         return self.policy.digest if self.policy else ""
 
     @classmethod
-    def of(cls, inputs: Inputs, uri: str | None) -> PolicyJudge:
+    def of(cls, inputs: Inputs, uri: str | None) -> PolicyConstraint:
         """Read the policy; None is none.
 
         Raises:
@@ -232,17 +233,17 @@ class PolicyJudge:
             metrics=dict(metrics),
         )
 
-    def __call__(self, metrics: Mapping[str, Metric]) -> Judgement:
+    def __call__(self, metrics: Mapping[str, Metric]) -> ConstraintResult:
         """Check figures; a rule on a metric that only the evaluation measures waits for the gate."""
         if self.policy is None:
-            return Judgement([])
+            return ConstraintResult([])
         verdicts = [
             verdict
             for verdict in decide(self.evidence(metrics), self.policy).verdicts
             if verdict.metric in metrics and verdict.margin is not None and not verdict.passed
         ]
         reasons = [f"{item.rule} {item.threshold.split(' ', 1)[-1]}: {item.actual:.4f}" for item in verdicts]
-        return Judgement(reasons, sum(-(item.margin or 0.0) for item in verdicts))
+        return ConstraintResult(reasons, sum(-(item.margin or 0.0) for item in verdicts))
 
     def not_judged(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the metrics of the policy's rules for this kind of forget set that a trial does not measure."""
@@ -252,7 +253,7 @@ class PolicyJudge:
 
 
 def _tuned_run(
-    inputs: Inputs, problem: Problem, tuned: Tuned, judge: PolicyJudge, scored: float, wish: TuneWish
+    inputs: Inputs, problem: Problem, tuned: Tuned, judge: PolicyConstraint, scored: float, wish: TuningOptions
 ) -> TunedRun:
     chosen = tuned.chosen
     assert chosen is not None

@@ -20,20 +20,20 @@ from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation.evidence import Evidence, Forgotten, Measured, RunFacts
 from salun_core.evaluation.generated_images import Evaluators, Sample, SamplingPlan, evaluate_generated_images
 from salun_core.evaluation.image_classifier import ImageClassifier, fitted
-from salun_core.methods.diffusion import generation_config, unlearn_generation
-from salun_core.methods.diffusion.config import GenerationConfig
+from salun_core.methods.diffusion import diffusion_config, unlearn_denoiser
+from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.models.checkpoint import model_digest
 from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion, model_files
 from salun_core.saliency import SaliencyMask
-from salun_core.tasks.diffusion.examples import build_task
+from salun_core.tasks.diffusion.examples import build_example_sets
 from salun_core.tasks.diffusion.inputs import (
-    GenerationInputs,
+    DiffusionInputs,
     class_names,
     forgotten_prompts,
     label_of,
     watched_prompts,
 )
-from salun_core.tasks.diffusion.robustness import Aftermath, Studio, aftermath
+from salun_core.tasks.diffusion.robustness import RobustnessResult, Studio, aftermath
 from salun_core.tasks.resolve import model_folder
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Candidate:
 
 
 def measure(
-    inputs: GenerationInputs,
+    inputs: DiffusionInputs,
     candidate: Candidate,
     evaluators: Evaluators,
     device: torch.device,
@@ -92,7 +92,7 @@ def measure(
 
         return sample
 
-    later = Aftermath()
+    later = RobustnessResult()
     if evaluators.classifier is not None:
         later = aftermath(Studio(inputs, family, table, sampler, plan, evaluators.classifier), after, device)
     evidence = evaluate_generated_images(
@@ -121,7 +121,7 @@ def measure(
     return evidence.model_copy(update={"generation": evidence.generation.model_copy(update={"task": card.task})})
 
 
-def forgotten(inputs: GenerationInputs) -> Forgotten:
+def forgotten(inputs: DiffusionInputs) -> Forgotten:
     """Describe a forget set: images of classes, and as many as each concept generates, beside all there were."""
     generated = sum(concept.images for concept in inputs.forget_set.concepts)
     return Forgotten(
@@ -132,7 +132,7 @@ def forgotten(inputs: GenerationInputs) -> Forgotten:
     )
 
 
-def plan_of(inputs: GenerationInputs, judge: ImageClassifier | None, sampler: Sampler) -> SamplingPlan:
+def plan_of(inputs: DiffusionInputs, judge: ImageClassifier | None, sampler: Sampler) -> SamplingPlan:
     """Choose the rows of images: all classes that the model still knows, and every prompt that was named.
 
     Args:
@@ -173,7 +173,7 @@ def _judged(label: int | None, ours: Sequence[str], names: Sequence[str]) -> int
     return list(names).index(ours[label])
 
 
-def real_images(inputs: GenerationInputs) -> Tensor | None:
+def real_images(inputs: DiffusionInputs) -> Tensor | None:
     """Return held-out images of the kept classes, uint8 [N, C, H, W] of the model's size; None without data."""
     data, card = inputs.data, inputs.card
     if data is None:
@@ -183,15 +183,15 @@ def real_images(inputs: GenerationInputs) -> Tensor | None:
     return fitted(data.pixels(ids[: card.evaluation.real_images]), card.channels, card.height, card.width)
 
 
-def retrained(inputs: GenerationInputs, device: torch.device) -> Denoiser:
+def retrained(inputs: DiffusionInputs, device: torch.device) -> Denoiser:
     """Train a denoiser without the forget set, by the recipe on the model card."""
-    known = {name: value for name, value in inputs.card.training.items() if name in GenerationConfig.model_fields}
-    config = generation_config("retrain", {**known, "device": str(device)})
-    task = build_task(inputs, config, device)
-    return unlearn_generation(inputs.family(device).denoiser, task, "retrain", config=config).denoiser
+    known = {name: value for name, value in inputs.card.training.items() if name in DiffusionConfig.model_fields}
+    config = diffusion_config("retrain", {**known, "device": str(device)})
+    sets, denoiser = build_example_sets(inputs, config, device), inputs.family(device).denoiser
+    return denoiser.of(unlearn_denoiser(denoiser, sets, "retrain", config=config).model)
 
 
-def evaluators_of(inputs: GenerationInputs, judge: Path | None) -> Evaluators:
+def evaluators_of(inputs: DiffusionInputs, judge: Path | None) -> Evaluators:
     """Open who looks at the images, as the model card asks.
 
     Args:
@@ -223,7 +223,7 @@ def evaluators_of(inputs: GenerationInputs, judge: Path | None) -> Evaluators:
 
 
 def evaluate_images(
-    inputs: GenerationInputs,
+    inputs: DiffusionInputs,
     candidate: LoadedModel | LoadedDiffusion,
     facts: RunFacts,
     mask: SaliencyMask | None,

@@ -14,20 +14,20 @@ from salun_core.diffusion.examples import Examples
 from salun_core.diffusion.families import Family
 from salun_core.diffusion.sampling import samples
 from salun_core.errors import DataError, UsageError
-from salun_core.methods.diffusion.config import GenerationConfig
-from salun_core.methods.diffusion.method import Task
-from salun_core.tasks.diffusion.inputs import GenerationInputs, class_names, forgotten_prompts
+from salun_core.methods.diffusion.config import DiffusionConfig
+from salun_core.methods.diffusion.method import ExampleSets
+from salun_core.tasks.diffusion.inputs import DiffusionInputs, class_names, forgotten_prompts
 
 
-def build_task(
-    inputs: GenerationInputs, config: GenerationConfig, device: torch.device, *, retain: bool = True
-) -> Task:
+def build_example_sets(
+    inputs: DiffusionInputs, config: DiffusionConfig, device: torch.device, *, retain: bool = True
+) -> ExampleSets:
     """Turn images and prompts into what a method works with; VAE and text encoders are asked here and never again.
 
     Args:
         inputs: model, data, forget set.
         config: how pseudo conditions are chosen, and how much is kept.
-        device: for the encoders; the task is on it too.
+        device: for the encoders; the sets are on it too.
         retain: whether there is need of examples to keep; scoring has none.
 
     Raises:
@@ -44,7 +44,7 @@ def build_task(
     if retain and not kept:
         raise DataError("there is nothing to keep", "no class is left", "name fewer classes")
     together = _joined(forget)
-    return Task(together.to(device), _joined(kept or [together.select([])]).to(device), table, family.pixels)
+    return ExampleSets(together.to(device), _joined(kept or [together.select([])]).to(device), table, family.pixels)
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:
@@ -54,7 +54,7 @@ def _joined(parts: Sequence[Examples]) -> Examples:
     return whole
 
 
-def _class_examples(inputs: GenerationInputs, family: Family, label: int, config: GenerationConfig) -> Examples:
+def _class_examples(inputs: DiffusionInputs, family: Family, label: int, config: DiffusionConfig) -> Examples:
     data = inputs.data
     if data is None:
         raise UsageError(
@@ -66,7 +66,7 @@ def _class_examples(inputs: GenerationInputs, family: Family, label: int, config
     return examples.with_pseudo(_pseudo(label, len(ids), inputs.kept_classes, config).to(examples.mean.device))
 
 
-def _pseudo(label: int, count: int, kept: Sequence[int], config: GenerationConfig) -> Tensor:
+def _pseudo(label: int, count: int, kept: Sequence[int], config: DiffusionConfig) -> Tensor:
     """Choose what the images of a class are to look like instead."""
     if config.pseudo == "anchor":
         raise UsageError("a class has no anchor", "only a concept names one", "set pseudo to next or random")
@@ -79,7 +79,7 @@ def _pseudo(label: int, count: int, kept: Sequence[int], config: GenerationConfi
     return torch.full((count,), following, dtype=torch.int64)
 
 
-def _kept_examples(inputs: GenerationInputs, family: Family, config: GenerationConfig) -> list[Examples]:
+def _kept_examples(inputs: DiffusionInputs, family: Family, config: DiffusionConfig) -> list[Examples]:
     """Encode training images that are kept; no more than the run can visit, or is wished."""
     data = inputs.data
     if data is None:
@@ -100,7 +100,7 @@ def _encoded(data: LoadedData, family: Family, ids: Sequence[str]) -> Examples:
 
 
 def _generated(
-    inputs: GenerationInputs, family: Family, concept: ConceptTarget, table: ConditionTable, anchor: bool = False
+    inputs: DiffusionInputs, family: Family, concept: ConceptTarget, table: ConditionTable, anchor: bool = False
 ) -> Examples:
     """Generate a concept or its anchor with the model before; what the sampler ends at is a latent already.
 

@@ -13,7 +13,7 @@ from salun_core.data import DataSpec, load_data
 from salun_core.data.split import SplitManifest
 from salun_core.digest import digest_json
 from salun_core.errors import ModelError, UsageError
-from salun_core.models.card import GenerationCard, GenerationEvaluation
+from salun_core.models.card import DiffusionCard, DiffusionEvaluation
 from salun_core.models.checkpoint import CARD, SPLIT, write_folder
 from salun_core.models.diffusers_folder import (
     INDEX,
@@ -36,7 +36,7 @@ def import_diffusion(
     spec: DataSpec | None,
     out: Path,
     prompt: str = "an image of a {label}",
-    evaluation: GenerationEvaluation = JUDGED,
+    evaluation: DiffusionEvaluation = JUDGED,
     classes: Sequence[str] = (),
     hub: bool = False,
 ) -> MadeDiffusion:
@@ -151,8 +151,8 @@ def card_of(
     split: SplitManifest,
     classes: list[str],
     prompt: str,
-    evaluation: GenerationEvaluation,
-) -> GenerationCard:
+    evaluation: DiffusionEvaluation,
+) -> DiffusionCard:
     """Write the card of a diffusers folder from its own configuration.
 
     Raises:
@@ -175,7 +175,7 @@ def card_of(
         "method": "import",
         "evaluation": evaluation.model_dump(),
     }
-    return parse(GenerationCard, fields, "the card of the import")
+    return parse(DiffusionCard, fields, "the card of the import")
 
 
 def _size(model: Components) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from salun_core.data.split import SplitManifest
 from salun_core.diffusion.families import Family, family_of
 from salun_core.digest import check_digest
 from salun_core.errors import UsageError
-from salun_core.models.card import GenerationCard
+from salun_core.models.card import DiffusionCard
 from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion
 from salun_core.tasks.classification.inputs import moved_spec
 from salun_core.tasks.resolve import read_forget
@@ -39,12 +39,12 @@ class Rows:
         return list(self.names).index(name)
 
 
-def class_names(card: GenerationCard) -> list[str]:
+def class_names(card: DiffusionCard) -> list[str]:
     """Return what the model is told for each of its classes: the name itself, or the prompt that holds it."""
     return [card.prompt_of(name) for name in card.classes]
 
 
-def rows_of(card: GenerationCard, forget_set: ForgetSet) -> Rows:
+def rows_of(card: DiffusionCard, forget_set: ForgetSet) -> Rows:
     """Collect all conditions that a run needs: for training and for the images that it is judged by.
 
     Args:
@@ -74,7 +74,7 @@ def rows_of(card: GenerationCard, forget_set: ForgetSet) -> Rows:
     return Rows(list(dict.fromkeys([*classes, *prompts])), len(classes))
 
 
-def watched_prompts(card: GenerationCard) -> list[str]:
+def watched_prompts(card: DiffusionCard) -> list[str]:
     """Return the prompts in whose images the evaluation looks for more than classes: the card's, or for nudity ours."""
     if card.evaluation.suite != "nsfw" or card.evaluation.prompts:
         return list(card.evaluation.prompts)
@@ -83,14 +83,14 @@ def watched_prompts(card: GenerationCard) -> list[str]:
     return list(PROMPTS)
 
 
-def forgotten_prompts(card: GenerationCard, forget_set: ForgetSet) -> set[str]:
+def forgotten_prompts(card: DiffusionCard, forget_set: ForgetSet) -> set[str]:
     """Return the names of all rows that are to be forgotten."""
     classes = class_names(card)
     named = {classes[label] for label in forget_set.classes}
     return named | {prompt for concept in forget_set.concepts for prompt in concept.prompts}
 
 
-def label_of(name: str, card: GenerationCard) -> int | None:
+def label_of(name: str, card: DiffusionCard) -> int | None:
     """Return the class that a row shows: its own, or the only one that its words name; None where that is unclear."""
     classes = class_names(card)
     if name in classes:
@@ -102,7 +102,7 @@ def label_of(name: str, card: GenerationCard) -> int | None:
 
 
 @dataclass(frozen=True)
-class GenerationInputs:
+class DiffusionInputs:
     """A diffusion model with the data that it was trained on, if it came with any, and the set to forget.
 
     Args:
@@ -120,7 +120,7 @@ class GenerationInputs:
         return family_of(self.original, device)
 
     @property
-    def card(self) -> GenerationCard:
+    def card(self) -> DiffusionCard:
         """The model's card."""
         return self.original.card
 
@@ -144,7 +144,7 @@ class GenerationInputs:
         return sorted({table.labels[table.position[name]] for name in self.split.train} - gone)
 
 
-def load_generation_inputs(model: Path, forget: str, data: str | None = None) -> GenerationInputs:
+def load_generation_inputs(model: Path, forget: str, data: str | None = None) -> DiffusionInputs:
     """Load and check what a step works on.
 
     Args:
@@ -167,4 +167,4 @@ def load_generation_inputs(model: Path, forget: str, data: str | None = None) ->
     else:
         forget_set = resolve_forget(named, loaded.table if loaded else None, split, generative=True)
     require_partial(forget_set, split)
-    return GenerationInputs(original, loaded, forget_set)
+    return DiffusionInputs(original, loaded, forget_set)

@@ -17,16 +17,16 @@ from salun_core.evaluation.generated_images import SamplingPlan
 from salun_core.evaluation.image_classifier import ImageClassifier
 from salun_core.evaluation.prompt_attack import ClipWords, search
 from salun_core.evaluation.statistics import wilson_interval
-from salun_core.methods.diffusion import generation_config, unlearn_generation
-from salun_core.methods.diffusion.method import Task
-from salun_core.tasks.diffusion.examples import build_task
-from salun_core.tasks.diffusion.inputs import GenerationInputs
+from salun_core.methods.diffusion import diffusion_config, unlearn_denoiser
+from salun_core.methods.diffusion.method import ExampleSets
+from salun_core.tasks.diffusion.examples import build_example_sets
+from salun_core.tasks.diffusion.inputs import DiffusionInputs
 
 _POINTS = 4
 
 
 @dataclass(frozen=True)
-class Aftermath:
+class RobustnessResult:
     """What was measured after the unlearning.
 
     Args:
@@ -51,7 +51,7 @@ class Studio:
         judge: recognises the rows.
     """
 
-    inputs: GenerationInputs
+    inputs: DiffusionInputs
     family: Family
     table: ConditionTable
     sampler: Sampler
@@ -80,7 +80,7 @@ class Studio:
         return torch.cat([self.judge.predict(batch) for batch in drawn]).eq(label)
 
 
-def aftermath(studio: Studio, after: Denoiser, device: torch.device) -> Aftermath:
+def aftermath(studio: Studio, after: Denoiser, device: torch.device) -> RobustnessResult:
     """Do what the model card asks for: `relearn_steps` of fine-tuning, `attack_steps` of a search for prompts.
 
     Args:
@@ -93,29 +93,29 @@ def aftermath(studio: Studio, after: Denoiser, device: torch.device) -> Aftermat
     """
     settings = studio.inputs.card.evaluation
     if not studio.rows or not (settings.relearn_steps or settings.attack_steps):
-        return Aftermath()
-    task = build_task(studio.inputs, generation_config("finetune", {"device": str(device)}), device)
+        return RobustnessResult()
+    sets = build_example_sets(studio.inputs, diffusion_config("finetune", {"device": str(device)}), device)
     metrics: dict[str, Metric] = {}
     points: list[CurvePoint] = []
     if settings.relearn_steps:
-        points, metrics["UA_relearned"] = _relearned(studio, after, task, settings.relearn_steps, device)
+        points, metrics["UA_relearned"] = _relearned(studio, after, sets, settings.relearn_steps, device)
     if settings.attack_steps:
-        metrics["attack_success"] = _attacked(studio, after, task, settings.attack_steps)
-    return Aftermath(metrics, points)
+        metrics["attack_success"] = _attacked(studio, after, sets, settings.attack_steps)
+    return RobustnessResult(metrics, points)
 
 
 def _relearned(
-    studio: Studio, after: Denoiser, task: Task, steps: int, device: torch.device
+    studio: Studio, after: Denoiser, sets: ExampleSets, steps: int, device: torch.device
 ) -> tuple[list[CurvePoint], Metric]:
     """Fine-tune on what was kept, a quarter of the steps at a time, and look each time."""
     stretch = max(1, steps // _POINTS)
     given = {"steps": stretch, "epochs": 1, "schedule": "constant", "device": str(device)}
-    config = generation_config("finetune", given)
+    config = diffusion_config("finetune", given)
     current, points, missed = after, list[CurvePoint](), _missed(studio, after)
     points.append(CurvePoint(step=0, ua=float(missed.float().mean())))
     for index in range(1, _POINTS + 1):
         seeded = config.model_copy(update={"seed": index})
-        current = unlearn_generation(current, task, "finetune", config=seeded).denoiser
+        current = current.of(unlearn_denoiser(current, sets, "finetune", config=seeded).model)
         missed = _missed(studio, current)
         points.append(CurvePoint(step=index * stretch, ua=float(missed.float().mean())))
     return points, _share(missed)
@@ -125,14 +125,14 @@ def _missed(studio: Studio, denoiser: Denoiser) -> Tensor:
     return ~torch.cat([studio.recognised(denoiser, row) for row in studio.rows])
 
 
-def _attacked(studio: Studio, after: Denoiser, task: Task, steps: int) -> Metric:
+def _attacked(studio: Studio, after: Denoiser, sets: ExampleSets, steps: int) -> Metric:
     """Search for words before each forgotten prompt, and draw with the best of them."""
     encoder = ClipWords.of(studio.family.loaded.components)
     hits = []
     for row in studio.rows:
         name = studio.plan.rows[row]
-        own = task.forget.condition == studio.inputs.rows.of(name)
-        shown = task.forget.select(torch.nonzero(own).flatten()) if bool(own.any()) else task.forget
+        own = sets.forget.condition == studio.inputs.rows.of(name)
+        shown = sets.forget.select(torch.nonzero(own).flatten()) if bool(own.any()) else sets.forget
         found = search(after, encoder, name, shown, steps=steps, seed=studio.plan.seed)
         rows = {key: torch.cat([tensor, found.conditions[key].to(tensor)]) for key, tensor in studio.table.rows.items()}
         table = ConditionTable([*studio.table.names, f"{found.words} {name}"], rows, studio.table.null)

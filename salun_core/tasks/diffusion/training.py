@@ -35,14 +35,14 @@ from salun_core.methods.diffusion.training import (
     train_text_encoder,
 )
 from salun_core.methods.loop import OnEpoch
-from salun_core.models.card import GenerationCard, GenerationEvaluation
+from salun_core.models.card import DiffusionCard, DiffusionEvaluation
 from salun_core.models.checkpoint import CARD, SPLIT, Files, write_folder
 from salun_core.models.diffusers_folder import Components, copies, document_bytes, folder_digest, hush, model_files
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.storage import FileStore
 
-JUDGED = GenerationEvaluation()
-JUDGED_PIXELS = GenerationEvaluation(guidance_scale=1.5)
+JUDGED = DiffusionEvaluation()
+JUDGED_PIXELS = DiffusionEvaluation(guidance_scale=1.5)
 """Of a DDPM in pixels: pixels are clipped at every step, and more guidance than this drives them to the bounds."""
 
 
@@ -79,7 +79,7 @@ def train_ddpm(
     spec: DataSpec,
     recipe: DdpmRecipe,
     out: Path,
-    evaluation: GenerationEvaluation = JUDGED_PIXELS,
+    evaluation: DiffusionEvaluation = JUDGED_PIXELS,
     checkpoints: Path | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> MadeDiffusion:
@@ -123,7 +123,7 @@ def train_stable_diffusion(
     spec: DataSpec,
     recipe: StableDiffusionRecipe,
     out: Path,
-    evaluation: GenerationEvaluation = JUDGED,
+    evaluation: DiffusionEvaluation = JUDGED,
     checkpoints: Path | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> MadeDiffusion:
@@ -218,10 +218,10 @@ def _card(
     data: LoadedData,
     train: ImageSet,
     recipe: DenoiserRecipe,
-    evaluation: GenerationEvaluation,
-) -> GenerationCard:
+    evaluation: DiffusionEvaluation,
+) -> DiffusionCard:
     channels, height, width = train.images.shape[1:]
-    return GenerationCard(
+    return DiffusionCard(
         task=task,
         architecture=type(network).__name__,
         classes=list(data.table.classes),
@@ -239,7 +239,7 @@ def _card(
 def _write(
     out: Path,
     pipeline: Any,  # noqa: ANN401 - diffusers' pipelines
-    card: GenerationCard,
+    card: DiffusionCard,
     data: LoadedData,
     network: nn.Module,
     losses: list[float],

@@ -9,23 +9,24 @@ import torch
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.classification import pick_device
-from salun_core.methods.diffusion import GenerationResult, get_generation_method, unlearn_generation
-from salun_core.methods.diffusion.config import GenerationConfig
+from salun_core.methods.diffusion import METHODS, unlearn_denoiser
+from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.saliency import denoiser_mask, denoising_scores, random_denoiser_mask, selection_mask
-from salun_core.methods.distributed import World
+from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import OnEpoch
+from salun_core.methods.method import UnlearnResult
 from salun_core.models.diffusers_folder import save_diffusion
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.run_facts import RUN, environment, facts_json
 from salun_core.tasks import kept_split
-from salun_core.tasks.diffusion.examples import build_task
-from salun_core.tasks.diffusion.inputs import GenerationInputs
+from salun_core.tasks.diffusion.examples import build_example_sets
+from salun_core.tasks.diffusion.inputs import DiffusionInputs
 
 
 def generation_mask(
-    inputs: GenerationInputs,
+    inputs: DiffusionInputs,
     method: str,
-    config: GenerationConfig,
+    config: DiffusionConfig,
     density: float,
     device: torch.device,
     random_seed: int | None = None,
@@ -44,12 +45,12 @@ def generation_mask(
         The mask over all parameters.
     """
     denoiser = inputs.family(device).denoiser
-    if not get_generation_method(method).needs_mask:
+    if not METHODS[method].needs_mask:
         return selection_mask(denoiser, config)
     if random_seed is not None:
         return random_denoiser_mask(denoiser, config, density, random_seed)
-    task = build_task(inputs, config, device, retain=False)
-    scores = denoising_scores(denoiser, task, config)
+    sets = build_example_sets(inputs, config, device, retain=False)
+    scores = denoising_scores(denoiser, sets, config)
     facts = {
         "scores": "denoising-gradient-magnitude",
         "selection": config.selection,
@@ -60,14 +61,14 @@ def generation_mask(
 
 
 def run_generation(
-    inputs: GenerationInputs,
+    inputs: DiffusionInputs,
     method: str,
-    config: GenerationConfig,
+    config: DiffusionConfig,
     mask: SaliencyMask | None,
     checkpoint: CheckpointStore | None,
     on_epoch: OnEpoch | None,
-    world: World,
-) -> tuple[GenerationResult, int]:
+    group: ProcessGroup,
+) -> tuple[UnlearnResult, int]:
     """Run one method.
 
     Args:
@@ -77,31 +78,31 @@ def run_generation(
         mask: of this very denoiser; used by a method that needs one.
         checkpoint: keeps the state after each epoch.
         on_epoch: called after each epoch.
-        world: this process.
+        group: this process.
 
     Returns:
         The result, and how many forget examples there were.
     """
     device = pick_device(config.device)
-    task = build_task(inputs, config, device)
-    used = mask if get_generation_method(method).needs_mask else None
-    result = unlearn_generation(
+    sets = build_example_sets(inputs, config, device)
+    used = mask if METHODS[method].needs_mask else None
+    result = unlearn_denoiser(
         inputs.family(device).denoiser,
-        task,
+        sets,
         method,
         config=config,
         mask=used,
         checkpoint=checkpoint,
         on_epoch=on_epoch,
-        world=world,
+        group=group,
     )
-    return result, len(task.forget)
+    return result, len(sets.forget)
 
 
 def write_generation(
     out: Path,
-    inputs: GenerationInputs,
-    result: GenerationResult,
+    inputs: DiffusionInputs,
+    result: UnlearnResult,
     mask: SaliencyMask | None,
     forget_count: int,
     processes: int,
@@ -116,9 +117,9 @@ def write_generation(
             "forget_set_digest": inputs.forget_set.digest,
         }
     )
-    used = mask if get_generation_method(result.method).needs_mask else None
+    used = mask if METHODS[result.method].needs_mask else None
     drawn = used is None or used.facts.get("scores") == "random"
-    scored = 0 if drawn else result.config.saliency_passes * forget_count
+    scored = 0 if drawn else getattr(result.config, "saliency_passes", 1) * forget_count
     facts = RunFacts(
         method=result.method,
         config=result.config.model_dump(),
@@ -130,5 +131,5 @@ def write_generation(
         history=result.history,
         environment=environment() | ({"processes": str(processes)} if processes > 1 else {}),
     )
-    network = result.denoiser.network.cpu()
+    network = result.model.cpu()
     save_diffusion(out, inputs.original, network, card, split, {RUN: facts_json(facts)})

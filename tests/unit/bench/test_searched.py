@@ -26,7 +26,7 @@ from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.tasks.classification.tuning import TuneWish
+from salun_core.tasks.classification.tuning import TuningOptions
 from salun_core.tuning import TuningLog
 
 ROWS = [
@@ -207,7 +207,7 @@ def test_at_a_given_density_the_control_is_the_mask_that_the_mask_step_draws(out
     base, forget = out / "base-3", str(out / "forget-3.json")
     alone: list[int] = []
     for density, seed in ((0.05, 1), (0.3, 2)):
-        wish = TuneWish("3e", bounded=False, density=density, random_mask_seed=seed, on_chosen=alone.append)
+        wish = TuningOptions("3e", bounded=False, density=density, random_mask_seed=seed, on_chosen=alone.append)
         after = tmp_path / f"after-{seed}"
         run_unlearning(base, None, forget, after, overrides={"epochs": 1}, tune=wish)
         wanted = compute_mask(base, forget, density, tmp_path / "mask.safetensors", random_seed=seed)
@@ -330,6 +330,8 @@ def test_what_a_row_sets_is_fixed(out, tmp_path):
 
 def test_nothing_but_a_suite_can_leave_the_policy_out(out, tmp_path):
     base, forget = out / "base-3", str(out / "forget-3.json")
-    assert TuneWish("3e").bounded
+    assert TuningOptions("3e").bounded
     with pytest.raises(UsageError, match="unknown policy"):
-        run_unlearning(base, None, forget, tmp_path / "after", overrides={"epochs": 1}, tune=TuneWish("3e", "none"))
+        run_unlearning(
+            base, None, forget, tmp_path / "after", overrides={"epochs": 1}, tune=TuningOptions("3e", "none")
+        )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_diffusion import batches, class_unet, digits_task, flow_transformer, lab, pixart, text_table, text_unet
+from tiny_diffusion import batches, class_unet, digits_sets, flow_transformer, lab, pixart, text_table, text_unet
 from torch import nn
 
 from salun_core.diffusion.denoiser import Denoiser, require_finite
@@ -24,7 +24,7 @@ def test_every_network_predicts_what_it_is_shown_in_the_shape_of_it(kind):
 
 def test_a_learned_variance_is_cut_off():
     denoiser = pixart()
-    batch, _ = batches(denoiser, digits_task(text_table()))
+    batch, _ = batches(denoiser, digits_sets(text_table()))
     with torch.no_grad():
         found = denoiser.predict(batch.noisy, batch.times, text_table().take(batch.condition))
     assert found.shape[1] == 1

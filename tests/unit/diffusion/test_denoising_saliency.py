@@ -9,7 +9,7 @@ from tiny_diffusion import lab
 
 from salun_core.diffusion.examples import Examples, noised
 from salun_core.errors import DataError, UsageError
-from salun_core.methods.diffusion import generation_config
+from salun_core.methods.diffusion import diffusion_config
 from salun_core.methods.diffusion.saliency import (
     denoiser_mask,
     denoising_scores,
@@ -21,17 +21,17 @@ pytest.importorskip("diffusers")
 
 
 def config(**changes):
-    return generation_config("salun", {"batch_size": 16, **changes})
+    return diffusion_config("salun", {"batch_size": 16, **changes})
 
 
 @pytest.mark.parametrize("kind", ["text", "class", "flow"])
 def test_scores_are_the_gradient_of_the_mean_over_the_forget_set(kind):
-    denoiser, task = lab(kind)
-    scores = denoising_scores(denoiser, task, config())
+    denoiser, sets = lab(kind)
+    scores = denoising_scores(denoiser, sets, config())
     generator = torch.Generator().manual_seed(0)
     times = torch.randint(1000, (16,), generator=generator)
-    batch = noised(task.forget, denoiser.process, generator, times)
-    found = denoiser.predict(batch.noisy, batch.times, task.table.take(batch.condition))
+    batch = noised(sets.forget, denoiser.process, generator, times)
+    found = denoiser.predict(batch.noisy, batch.times, sets.table.take(batch.condition))
     ((found - batch.target) ** 2).mean().backward()
     for name, parameter in denoiser.network.named_parameters():
         wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.abs()
@@ -39,27 +39,27 @@ def test_scores_are_the_gradient_of_the_mean_over_the_forget_set(kind):
 
 
 def test_a_short_last_batch_weighs_no_more():
-    denoiser, task = lab("class")
+    denoiser, sets = lab("class")
     times = config(saliency_passes=1)
-    whole = denoising_scores(denoiser, replace(task, forget=task.forget.select(range(15))), times)
-    twice = Examples(task.forget.mean[:15], task.forget.condition[:15])
-    parts = denoising_scores(denoiser, replace(task, forget=twice), config(batch_size=4))
+    whole = denoising_scores(denoiser, replace(sets, forget=sets.forget.select(range(15))), times)
+    twice = Examples(sets.forget.mean[:15], sets.forget.condition[:15])
+    parts = denoising_scores(denoiser, replace(sets, forget=twice), config(batch_size=4))
     ratio = sum(float(score.sum()) for score in parts.values()) / sum(float(score.sum()) for score in whole.values())
     assert 0.5 < ratio < 2  # other noise, the same scale: a mean over samples, not a sum over batches
 
 
 def test_scoring_leaves_the_network_as_it_was():
-    denoiser, task = lab("text")
+    denoiser, sets = lab("text")
     before = {name: value.clone() for name, value in denoiser.network.state_dict().items()}
-    denoising_scores(denoiser, task, config(saliency_passes=2, saliency_times="stratified"))
+    denoising_scores(denoiser, sets, config(saliency_passes=2, saliency_times="stratified"))
     assert all(torch.equal(before[name], value) for name, value in denoiser.network.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in denoiser.network.parameters())
     assert not denoiser.network.training
 
 
 def test_scores_are_the_same_each_time_and_depend_on_the_seed():
-    denoiser, task = lab("class")
-    first, again, other = (denoising_scores(denoiser, task, config(seed=seed)) for seed in (0, 0, 1))
+    denoiser, sets = lab("class")
+    first, again, other = (denoising_scores(denoiser, sets, config(seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
@@ -73,9 +73,9 @@ def test_stratified_times_fall_one_into_each_stretch():
 
 
 def test_a_mask_covers_the_selected_part_and_freezes_the_rest():
-    denoiser, task = lab("text")
+    denoiser, sets = lab("text")
     chosen = config(selection="xattn")
-    scores = denoising_scores(denoiser, task, chosen)
+    scores = denoising_scores(denoiser, sets, chosen)
     assert list(scores) == denoiser.selected("xattn")
     mask = denoiser_mask(denoiser, scores, 0.5)
     selected = sum(score.numel() for score in scores.values())
@@ -98,8 +98,8 @@ def test_controls_are_as_large_as_the_mask():
 
 
 def test_nothing_to_forget_and_an_empty_selection_are_refused():
-    denoiser, task = lab("class")
+    denoiser, sets = lab("class")
     with pytest.raises(DataError, match="forget set is empty"):
-        denoising_scores(denoiser, replace(task, forget=task.forget.select([])), config())
+        denoising_scores(denoiser, replace(sets, forget=sets.forget.select([])), config())
     with pytest.raises(UsageError, match="selection xattn is empty"):
-        denoising_scores(denoiser, task, config(selection="xattn"))
+        denoising_scores(denoiser, sets, config(selection="xattn"))

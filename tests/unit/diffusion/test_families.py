@@ -14,7 +14,7 @@ from salun_core.diffusion.examples import noised
 from salun_core.diffusion.families import family_of
 from salun_core.diffusion.sampling import images
 from salun_core.errors import ModelError, UsageError
-from salun_core.models.card import GenerationEvaluation
+from salun_core.models.card import DiffusionEvaluation
 from salun_core.models.diffusers_folder import load_diffusion
 from tests.unit.models.tiny_folders import CLASS_TOLD, CLASSES, FAMILIES, SIDE, save_model_folder
 
@@ -43,7 +43,7 @@ def test_every_family_goes_the_whole_way(folders, name):
     assert (examples.std is None) == family.pixels == (name == "ddpm")
     batch = noised(examples, family.denoiser.process, torch.Generator().manual_seed(1))
     assert family.denoiser.predict(batch.noisy, batch.times, table.take(batch.condition)).shape == batch.target.shape
-    sampler = family.sampler(GenerationEvaluation(steps=2))
+    sampler = family.sampler(DiffusionEvaluation(steps=2))
     drawn = torch.cat(list(images(family.denoiser, table, sampler, [0, 2], [5, 6], family.decode)))
     assert (drawn.shape, drawn.dtype) == ((2, 3, SIDE, SIDE), torch.uint8)
 

@@ -19,7 +19,7 @@ from salun_core.diffusion.architectures import (  # noqa: E402
 from salun_core.diffusion.denoiser import Denoiser  # noqa: E402
 from salun_core.diffusion.process import Process  # noqa: E402
 from salun_core.errors import UsageError  # noqa: E402
-from salun_core.methods.diffusion import generation_config  # noqa: E402
+from salun_core.methods.diffusion import diffusion_config  # noqa: E402
 from salun_core.methods.diffusion.saliency import selection_mask, shapes_of  # noqa: E402
 from salun_core.saliency import SaliencyMask  # noqa: E402
 
@@ -177,7 +177,7 @@ def test_the_ddpm_has_self_attention_alone(denoisers):
 
 
 def test_a_full_size_mask_takes_one_bit_a_weight(denoisers, tmp_path):
-    mask = selection_mask(denoisers["sd-1.4-unet"], generation_config("salun", {"selection": "xattn"}))
+    mask = selection_mask(denoisers["sd-1.4-unet"], diffusion_config("salun", {"selection": "xattn"}))
     assert (mask.weights, mask.k) == (859_520_964, 43_962_560)
     packed = sum(bits.nbytes for bits in mask.bits.values())
     assert packed == 107_440_121  # 859,520,964 / 8, and half a byte more for the four biases of conv_out

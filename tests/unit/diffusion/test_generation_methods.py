@@ -12,7 +12,7 @@ from tiny_diffusion import (
     WIDTH,
     batches,
     class_unet,
-    digits_task,
+    digits_sets,
     flow_transformer,
     lab,
     pixart,
@@ -23,7 +23,7 @@ from tiny_diffusion import (
 from salun_core.diffusion.examples import noised
 from salun_core.errors import ConflictError, DataError, UsageError
 from salun_core.methods.classification import FileCheckpoint
-from salun_core.methods.diffusion import METHODS, Setting, generation_config, unlearn_generation
+from salun_core.methods.diffusion import METHODS, MethodContext, diffusion_config, unlearn_denoiser
 from salun_core.methods.diffusion.erased_stable_diffusion import ddim_step, partly_denoised, path
 from salun_core.methods.diffusion.forget_me_not import attention_energy, attention_maps
 from salun_core.methods.diffusion.saliency import denoiser_mask, denoising_scores, selection_mask
@@ -36,18 +36,18 @@ QUICK = {"steps": 2, "epochs": 2, "batch_size": 4, "device": "cpu"}
 TRAINED = ("salun", "random_label", "finetune", "gradient_ascent", "retrain", "esd", "forget_me_not")
 
 
-def setting(denoiser, task, method, original=None, **config):
-    return Setting(denoiser, original, task, generation_config(method, config), torch.Generator().manual_seed(0))
+def context(denoiser, sets, method, original=None, **config):
+    return MethodContext(denoiser, original, sets, diffusion_config(method, config), torch.Generator().manual_seed(0))
 
 
-def mask_of(denoiser, task, density=0.5, **config):
-    return denoiser_mask(denoiser, denoising_scores(denoiser, task, generation_config("salun", config)), density)
+def mask_of(denoiser, sets, density=0.5, **config):
+    return denoiser_mask(denoiser, denoising_scores(denoiser, sets, diffusion_config("salun", config)), density)
 
 
-def run(method, denoiser, task, **more):
+def run(method, denoiser, sets, **more):
     config = {**QUICK, **more.pop("config", {})}
-    mask = mask_of(denoiser, task) if method == "salun" and "mask" not in more else more.pop("mask", None)
-    return unlearn_generation(denoiser, task, method, config=config, mask=mask, **more)
+    mask = mask_of(denoiser, sets) if method == "salun" and "mask" not in more else more.pop("mask", None)
+    return unlearn_denoiser(denoiser, sets, method, config=config, mask=mask, **more)
 
 
 def changed(before, after):
@@ -66,66 +66,67 @@ def ask(denoiser, noisy, times, table, rows):
 @pytest.mark.parametrize("method", TRAINED)
 @pytest.mark.parametrize("kind", ["text", "class", "flow"])
 def test_every_method_runs_on_every_kind_of_network_or_says_why_not(method, kind):
-    denoiser, task = lab(kind)
+    denoiser, sets = lab(kind)
     before = model_digest(denoiser.network)
     config = {"selection": "noxattn"} if method == "esd" and kind == "class" else {}
     if method == "forget_me_not" and kind != "text":
         with pytest.raises(UsageError, match=r"selection xattn is empty|has no cross-attention"):
-            run(method, denoiser, task)
+            run(method, denoiser, sets)
         return
-    result = run(method, denoiser, task, config=config)
+    result = run(method, denoiser, sets, config=config)
     assert model_digest(denoiser.network) == before
-    assert changed(denoiser, result.denoiser)
+    assert changed(denoiser, denoiser.of(result.model))
     assert len(result.history) == 2
     assert all(np.isfinite(list(record.losses.values())).all() for record in result.history)
-    assert not result.denoiser.network.training
+    assert not result.model.training
     row = METHODS[method]
     assert result.passes == 2 * 4 * (row.needs_forget + row.needs_retain)
 
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_a_resumed_run_ends_in_the_same_bits(method, tmp_path):
-    denoiser, task = lab("text")
+    denoiser, sets = lab("text")
     store = FileCheckpoint(tmp_path / "state")
-    whole = run(method, denoiser, task)
+    whole = run(method, denoiser, sets)
 
     def stop(record):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(method, denoiser, task, checkpoint=store, on_epoch=stop)
-    resumed = run(method, denoiser, task, checkpoint=store)
+        run(method, denoiser, sets, checkpoint=store, on_epoch=stop)
+    resumed = run(method, denoiser, sets, checkpoint=store)
     assert [record.epoch for record in resumed.history] == [1, 2]
-    assert model_digest(resumed.denoiser.network) == model_digest(whole.denoiser.network)
+    assert model_digest(resumed.model) == model_digest(whole.model)
     with pytest.raises(ConflictError):
-        run(method, denoiser, task, checkpoint=store, config={"seed": 1})
+        run(method, denoiser, sets, checkpoint=store, config={"seed": 1})
 
 
 @pytest.mark.parametrize("method", ["esd", "forget_me_not"])
 def test_text_methods_change_cross_attention_alone(method):
-    denoiser, task = lab("text")
-    names = changed(denoiser, run(method, denoiser, task, config={"learning_rate": 1e-3}).denoiser)
+    denoiser, sets = lab("text")
+    result = run(method, denoiser, sets, config={"learning_rate": 1e-3})
+    names = changed(denoiser, denoiser.of(result.model))
     assert names
     assert all(".attn2." in name for name in names)
 
 
 @pytest.mark.parametrize("method", ["esd", "uce", "finetune"])
 def test_a_mask_is_refused_where_it_would_be_ignored(method):
-    denoiser, task = lab("text")
+    denoiser, sets = lab("text")
     with pytest.raises(UsageError, match="takes no mask"):
-        run(method, denoiser, task, mask=selection_mask(denoiser, generation_config("salun")))
+        run(method, denoiser, sets, mask=selection_mask(denoiser, diffusion_config("salun")))
 
 
-def test_bad_tasks_are_refused():
-    denoiser, task = lab("class")
+def test_bad_sets_are_refused():
+    denoiser, sets = lab("class")
     with pytest.raises(UsageError, match="salun needs a mask"):
-        unlearn_generation(denoiser, task, "salun", config=QUICK)
+        unlearn_denoiser(denoiser, sets, "salun", config=QUICK)
     with pytest.raises(DataError, match="look like itself"):
-        run("random_label", denoiser, replace(task, forget=task.forget.with_pseudo(task.forget.condition)))
+        run("random_label", denoiser, replace(sets, forget=sets.forget.with_pseudo(sets.forget.condition)))
     with pytest.raises(DataError, match="retain set is empty"):
-        run("finetune", denoiser, replace(task, retain=task.retain.select([])))
-    with pytest.raises(UsageError, match="method for diffusion models.*esd"):
-        generation_config("esdd")
+        run("finetune", denoiser, replace(sets, retain=sets.retain.select([])))
+    with pytest.raises(UsageError, match="unknown method.*esd"):
+        diffusion_config("esdd")
 
 
 # --- SalUn, random labelling, fine-tuning, retraining, ascent
@@ -142,10 +143,10 @@ def test_bad_tasks_are_refused():
     ids=lambda item: item["optimizer"],
 )
 def test_weights_outside_the_mask_keep_their_bits(kind, optimizer):
-    denoiser, task = lab(kind)
-    mask = mask_of(denoiser, task, 0.3)
-    result = run("salun", denoiser, task, mask=mask, config={**optimizer, "learning_rate": 1e-2})
-    after = dict(result.denoiser.network.named_parameters())
+    denoiser, sets = lab(kind)
+    mask = mask_of(denoiser, sets, 0.3)
+    result = run("salun", denoiser, sets, mask=mask, config={**optimizer, "learning_rate": 1e-2})
+    after = dict(result.model.named_parameters())
     moved = total = 0
     for name, before in denoiser.network.named_parameters():
         salient = mask.tensor(name)
@@ -156,57 +157,57 @@ def test_weights_outside_the_mask_keep_their_bits(kind, optimizer):
 
 
 def test_a_full_mask_is_random_labelling():
-    denoiser, task = lab("class")
-    full = selection_mask(denoiser, generation_config("salun"))
-    masked, free = run("salun", denoiser, task, mask=full), run("random_label", denoiser, task)
-    after = dict(free.denoiser.network.named_parameters())
-    for name, weight in masked.denoiser.network.named_parameters():
+    denoiser, sets = lab("class")
+    full = selection_mask(denoiser, diffusion_config("salun"))
+    masked, free = run("salun", denoiser, sets, mask=full), run("random_label", denoiser, sets)
+    after = dict(free.model.named_parameters())
+    for name, weight in masked.model.named_parameters():
         assert torch.allclose(weight, after[name], atol=1e-6), name
 
 
 @pytest.mark.parametrize(("method", "sign"), [("gradient_ascent", -1), ("finetune", 1)])
 def test_ascent_climbs_and_fine_tuning_descends_by_plain_gradients(method, sign):
-    denoiser, task = lab("class")
+    denoiser, sets = lab("class")
     rate = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.01, "gradient_clip": None, "null_share": 0.0}
-    result = run(method, denoiser, task, config={**rate, "steps": 1, "epochs": 1, "batch_size": 16})
+    result = run(method, denoiser, sets, config={**rate, "steps": 1, "epochs": 1, "batch_size": 16})
     forget, twin = method == "gradient_ascent", copy.deepcopy(denoiser.network)
     generator = torch.Generator().manual_seed(0)  # of epoch 0 under seed 0
-    examples = task.forget if forget else task.retain
+    examples = sets.forget if forget else sets.retain
     order = torch.randperm(len(examples), generator=generator)[:16]  # drawn where the batch is due
     batch = noised(examples.select(order), denoiser.process, generator)
-    found = denoiser.of(twin).predict(batch.noisy, batch.times, task.table.take(batch.condition))
+    found = denoiser.of(twin).predict(batch.noisy, batch.times, sets.table.take(batch.condition))
     (sign * ((found - batch.target) ** 2).mean()).backward()
-    after = dict(result.denoiser.network.named_parameters())
+    after = dict(result.model.named_parameters())
     for name, weight in twin.named_parameters():
         wanted = weight.detach() if weight.grad is None else weight.detach() - 0.01 * weight.grad
         assert torch.allclose(after[name], wanted, atol=1e-6), name
 
 
 def test_ascent_is_minus_the_denoising_loss():
-    denoiser, task = lab("flow")
-    forget, retain = batches(denoiser, task)
-    error = ask(denoiser, forget.noisy, forget.times, task.table, forget.condition) - forget.target
-    loss = METHODS["gradient_ascent"].loss(setting(denoiser, task, "gradient_ascent"), forget, retain)
+    denoiser, sets = lab("flow")
+    forget, retain = batches(denoiser, sets)
+    error = ask(denoiser, forget.noisy, forget.times, sets.table, forget.condition) - forget.target
+    loss = METHODS["gradient_ascent"].loss(context(denoiser, sets, "gradient_ascent"), forget, retain)
     assert loss.item() == pytest.approx(-float((error**2).mean()), rel=1e-5)
 
 
 def test_retraining_knows_nothing_of_the_old_weights_and_depends_on_the_seed():
-    _, task = lab("class")
-    first, second = (run("retrain", class_unet(seed), task).denoiser.network for seed in (1, 2))
+    _, sets = lab("class")
+    first, second = (run("retrain", class_unet(seed), sets).model for seed in (1, 2))
     assert model_digest(first) == model_digest(second)
-    other = run("retrain", class_unet(1), task, config={"seed": 5}).denoiser.network
+    other = run("retrain", class_unet(1), sets, config={"seed": 5}).model
     assert model_digest(first) != model_digest(other)
 
 
 def test_retraining_a_part_of_fresh_weights_is_refused():
-    denoiser, task = lab("class")
+    denoiser, sets = lab("class")
     with pytest.raises(UsageError, match="retrain cannot train selfattn alone"):
-        run("retrain", denoiser, task, config={"selection": "selfattn"})
+        run("retrain", denoiser, sets, config={"selection": "selfattn"})
 
 
 def test_retraining_learns():
-    denoiser, task = lab("class")
-    history = run("retrain", denoiser, task, config={"steps": 40, "epochs": 2, "batch_size": 8}).history
+    denoiser, sets = lab("class")
+    history = run("retrain", denoiser, sets, config={"steps": 40, "epochs": 2, "batch_size": 8}).history
     assert history[1].losses["denoising"] < 0.8 * history[0].losses["denoising"]
 
 
@@ -215,35 +216,35 @@ def test_retraining_learns():
 
 @pytest.mark.parametrize("kind", ["text", "class", "flow", "v_prediction"])
 def test_esd_aims_at_the_original_s_negatively_guided_prediction(kind):
-    denoiser, task = lab("text" if kind == "v_prediction" else kind)
+    denoiser, sets = lab("text" if kind == "v_prediction" else kind)
     if kind == "v_prediction":
         denoiser = text_unet(prediction="v_prediction")
     original = denoiser.of(copy.deepcopy(denoiser.network))
     for weight in denoiser.network.parameters():
         weight.data.mul_(1.05)  # the model in training has moved on
-    forget, _ = batches(denoiser, task)
-    chosen = setting(denoiser, task, "esd", original, negative_guidance=1.5, start_steps=3)
+    forget, _ = batches(denoiser, sets)
+    chosen = context(denoiser, sets, "esd", original, negative_guidance=1.5, start_steps=3)
     loss = METHODS["esd"].loss(chosen, forget, forget)
     chosen.generator.manual_seed(0)
     drawn = partly_denoised(chosen, forget)
-    conditional, free = (ask(original, drawn.noisy, drawn.times, task.table, [row] * 6) for row in (0, NULL))
-    found = ask(denoiser, drawn.noisy, drawn.times, task.table, [0] * 6)
+    conditional, free = (ask(original, drawn.noisy, drawn.times, sets.table, [row] * 6) for row in (0, NULL))
+    found = ask(denoiser, drawn.noisy, drawn.times, sets.table, [0] * 6)
     assert loss.item() == pytest.approx(float(((found - (free - 1.5 * (conditional - free))) ** 2).mean()), rel=1e-4)
     loss.backward()
     assert all(weight.grad is None for weight in original.network.parameters())
 
 
 def test_esd_starts_from_the_batch_s_own_noise_and_ends_at_one_drawn_time():
-    denoiser, task = lab("text")
-    forget, _ = batches(denoiser, task)
-    chosen = setting(denoiser, task, "esd", start_steps=4, start_guidance=2.0)
+    denoiser, sets = lab("text")
+    forget, _ = batches(denoiser, sets)
+    chosen = context(denoiser, sets, "esd", start_steps=4, start_guidance=2.0)
     drawn = partly_denoised(chosen, forget)
     end = int(torch.randint(1000, (1,), generator=torch.Generator().manual_seed(0)))
     assert drawn.times.tolist() == [end] * 6
     alphas, current = diffusers.DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod, forget.target
     times = path(1000, end, 4)
     for now, then in zip(times[:-1], times[1:], strict=True):
-        free, told = (ask(denoiser, current, torch.full((6,), now), task.table, [row] * 6) for row in (NULL, 0))
+        free, told = (ask(denoiser, current, torch.full((6,), now), sets.table, [row] * 6) for row in (NULL, 0))
         noise = free + 2.0 * (told - free)
         clean = ((current - (1 - alphas[now]).sqrt() * noise) / alphas[now].sqrt()).clamp(-1, 1)
         current = alphas[then].sqrt() * clean + (1 - alphas[then]).sqrt() * noise
@@ -261,8 +262,8 @@ def test_the_path_to_a_time_keeps_its_pace():
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_step_is_diffusers_own_ddim_step(prediction):
-    denoiser, task = text_unet(prediction=prediction), digits_task(text_table())
-    batch = replace(batches(denoiser, task)[0], times=torch.full((6,), 750))
+    denoiser, sets = text_unet(prediction=prediction), digits_sets(text_table())
+    batch = replace(batches(denoiser, sets)[0], times=torch.full((6,), 750))
     predicted = torch.randn(batch.noisy.shape, generator=torch.Generator().manual_seed(1))
     scheduler = diffusers.DDIMScheduler(
         beta_schedule="scaled_linear", prediction_type=prediction, clip_sample=False, timestep_spacing="leading"
@@ -275,8 +276,8 @@ def test_a_step_is_diffusers_own_ddim_step(prediction):
 
 
 def test_a_step_of_a_flow_is_eulers():
-    denoiser, task = lab("flow")
-    batch = replace(batches(denoiser, task)[0], times=torch.full((6,), 750))
+    denoiser, sets = lab("flow")
+    batch = replace(batches(denoiser, sets)[0], times=torch.full((6,), 750))
     predicted = torch.randn(batch.noisy.shape, generator=torch.Generator().manual_seed(1))
     sigma = denoiser.process.noise
     moved = ddim_step(denoiser, batch, predicted, 500, pixels=False)
@@ -284,16 +285,16 @@ def test_a_step_of_a_flow_is_eulers():
 
 
 def test_esd_x_is_refused_for_classes_and_esd_needs_a_null_condition():
-    denoiser, task = lab("class")
+    denoiser, sets = lab("class")
     with pytest.raises(UsageError, match="selection xattn is empty.*choose full, noxattn"):
-        run("esd", denoiser, task)
+        run("esd", denoiser, sets)
     with pytest.raises(UsageError, match="null condition"):
-        run("esd", denoiser, replace(task, table=replace(task.table, null=None)), config={"selection": "noxattn"})
+        run("esd", denoiser, replace(sets, table=replace(sets.table, null=None)), config={"selection": "noxattn"})
 
 
 def test_esd_moves_the_prediction_towards_its_aim():
-    denoiser, task = lab("text")
-    history = run("esd", denoiser, task, config={"steps": 30, "learning_rate": 1e-2, "start_steps": 2}).history
+    denoiser, sets = lab("text")
+    history = run("esd", denoiser, sets, config={"steps": 30, "learning_rate": 1e-2, "start_steps": 2}).history
     assert history[1].losses["denoising"] < 0.9 * history[0].losses["denoising"]
 
 
@@ -301,8 +302,8 @@ def test_esd_moves_the_prediction_towards_its_aim():
 
 
 def test_attention_is_the_softmax_that_the_layer_itself_takes():
-    denoiser, task = lab("text")
-    forget, _ = batches(denoiser, task)
+    denoiser, sets = lab("text")
+    forget, _ = batches(denoiser, sets)
     layer = next(iter(denoiser.cross_attentions().values()))
     seen = {}
     watch = [
@@ -311,7 +312,7 @@ def test_attention_is_the_softmax_that_the_layer_itself_takes():
     ]
     mixed = layer.to_out[0].register_forward_pre_hook(lambda m, args: seen.setdefault("mixed", args[0]))
     with attention_maps(denoiser) as maps:
-        ask(denoiser, forget.noisy, forget.times, task.table, forget.condition)
+        ask(denoiser, forget.noisy, forget.times, sets.table, forget.condition)
     for hook in [*watch, mixed]:
         hook.remove()
     query, key, value = (
@@ -335,35 +336,35 @@ def test_energy_is_the_mean_square_of_the_marked_probabilities():
 
 
 def test_the_loss_looks_at_each_prompt_s_own_tokens():
-    denoiser, task = text_unet(), digits_task(text_table(tokens=[[2], [1], [3], []]))
-    forget, retain = batches(denoiser, task)
+    denoiser, sets = text_unet(), digits_sets(text_table(tokens=[[2], [1], [3], []]))
+    forget, retain = batches(denoiser, sets)
     with attention_maps(denoiser) as maps:
-        ask(denoiser, forget.noisy, forget.times, task.table, forget.condition)
+        ask(denoiser, forget.noisy, forget.times, sets.table, forget.condition)
     wanted = np.mean([float((found[..., 2] ** 2).mean()) for found in maps])
-    loss = METHODS["forget_me_not"].loss(setting(denoiser, task, "forget_me_not"), forget, retain)
+    loss = METHODS["forget_me_not"].loss(context(denoiser, sets, "forget_me_not"), forget, retain)
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
     assert len(maps) == 4
 
 
 def test_forgetting_me_lowers_the_attention_and_leaves_no_hook():
-    denoiser, task = text_unet(), digits_task(text_table(tokens=[[2], [1], [3], []]))
+    denoiser, sets = text_unet(), digits_sets(text_table(tokens=[[2], [1], [3], []]))
     config = {"steps": 20, "learning_rate": 1e-2}
-    result = run("forget_me_not", denoiser, task, config=config)
+    result = run("forget_me_not", denoiser, sets, config=config)
     assert result.history[1].losses["denoising"] < 0.9 * result.history[0].losses["denoising"]
-    assert not [m for m in result.denoiser.network.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert not [m for m in result.model.modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
 def test_hooks_go_even_when_the_network_fails():
-    denoiser, task = lab("text")
+    denoiser, sets = lab("text")
     with pytest.raises(KeyError), attention_maps(denoiser):
         denoiser.predict(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), {})
     assert not [m for m in denoiser.network.modules() if m._forward_pre_hooks]
 
 
 def test_forget_me_not_cannot_read_checkpointed_attention():
-    denoiser, task = lab("text")
+    denoiser, sets = lab("text")
     with pytest.raises(UsageError, match="gradient checkpointing"):
-        run("forget_me_not", denoiser, task, config={"gradient_checkpointing": True})
+        run("forget_me_not", denoiser, sets, config={"gradient_checkpointing": True})
     with pytest.raises(UsageError, match="has no cross-attention"):
         run("forget_me_not", *lab("flow"), config={"selection": "full"})
 
@@ -382,13 +383,13 @@ def test_the_correction_solves_the_weighted_least_squares():
 
 
 def test_the_edit_is_the_published_quotient():
-    denoiser, task = lab("text")
+    denoiser, sets = lab("text")
     config = {"edit_strength": 0.2, "preserve_strength": 0.5}
-    result = unlearn_generation(denoiser, task, "uce", config=config)
-    texts = task.table.rows["encoder_hidden_states"].double().numpy()[:, 1:]
+    result = unlearn_denoiser(denoiser, sets, "uce", config=config)
+    texts = sets.table.rows["encoder_hidden_states"].double().numpy()[:, 1:]
     forgotten, anchor = texts[0], texts[1]
     kept = texts[[1, 2, NULL]].reshape(-1, WIDTH)
-    after = projections(result.denoiser)
+    after = projections(denoiser.of(result.model))
     for name, layer in projections(denoiser).items():
         before = layer.weight.detach().double().numpy()
         gram = forgotten.T @ forgotten + 0.2 * np.eye(WIDTH) + 0.5 * kept.T @ kept
@@ -397,63 +398,64 @@ def test_the_edit_is_the_published_quotient():
 
 
 def test_the_edit_changes_keys_and_values_alone():
-    denoiser, task = lab("text")
-    result = unlearn_generation(denoiser, task, "uce")
-    assert changed(denoiser, result.denoiser) == {f"{name}.weight" for name in projections(denoiser)}
+    denoiser, sets = lab("text")
+    result = unlearn_denoiser(denoiser, sets, "uce")
+    assert changed(denoiser, denoiser.of(result.model)) == {f"{name}.weight" for name in projections(denoiser)}
     assert (result.history, result.passes) == ([], 0)
-    assert not [m for m in result.denoiser.network.modules() if m._forward_pre_hooks]
-    again = unlearn_generation(denoiser, task, "uce", config={"batch_size": 1})
-    assert model_digest(again.denoiser.network) == model_digest(result.denoiser.network)
+    assert not [m for m in result.model.modules() if m._forward_pre_hooks]
+    again = unlearn_denoiser(denoiser, sets, "uce", config={"batch_size": 1})
+    assert model_digest(again.model) == model_digest(result.model)
 
 
 def test_a_forgotten_prompt_then_looks_like_its_anchor_and_the_others_like_themselves():
-    denoiser, task = lab("text")
-    after = unlearn_generation(denoiser, task, "uce", config={"edit_strength": 1e-6, "preserve_strength": 1.0}).denoiser
+    denoiser, sets = lab("text")
+    config = {"edit_strength": 1e-6, "preserve_strength": 1.0}
+    after = denoiser.of(unlearn_denoiser(denoiser, sets, "uce", config=config).model)
     noisy, times = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((4,), 500)
 
     def keys(model, row):
-        text = task.table.rows["encoder_hidden_states"][row, 1:]
+        text = sets.table.rows["encoder_hidden_states"][row, 1:]
         return next(iter(projections(model).values()))(text).detach()
 
     before = float((keys(denoiser, 0) - keys(denoiser, 1)).norm())
     assert float((keys(after, 0) - keys(denoiser, 1)).norm()) < 0.75 * before
     assert float((keys(after, 2) - keys(denoiser, 2)).norm()) < 0.5 * before
-    told = [ask(model, noisy, times, task.table, [2] * 4) for model in (denoiser, after)]
+    told = [ask(model, noisy, times, sets.table, [2] * 4) for model in (denoiser, after)]
     assert not torch.equal(*told)
 
 
 def test_tokens_are_matched_from_the_last_own_token_on():
     table = text_table(tokens=[[1, 2], [3], [1], []])
-    task = digits_task(table)
+    sets = digits_sets(table)
     texts = table.rows["encoder_hidden_states"]
-    old, new, kept = matched_tokens(texts, task, [2, 3, 1, 1])
+    old, new, kept = matched_tokens(texts, sets, [2, 3, 1, 1])
     assert torch.equal(old, texts[0, 2:4])
     assert torch.equal(new, texts[1, 3:5])
     assert torch.equal(kept, torch.cat([texts[1, 3:], texts[2, 1:], texts[NULL, 1:]]))
     denoiser = text_unet()
-    result = unlearn_generation(denoiser, task, "uce")
+    result = unlearn_denoiser(denoiser, sets, "uce")
     name, layer = next(iter(projections(denoiser).items()))
     weight = layer.weight.detach().double()
     wanted = weight + weight @ correction(old, new, kept, 0.1, 0.1)
-    assert torch.allclose(projections(result.denoiser)[name].weight.detach().double(), wanted, atol=1e-6)
+    assert torch.allclose(projections(denoiser.of(result.model))[name].weight.detach().double(), wanted, atol=1e-6)
 
 
 def test_a_network_that_projects_its_text_is_edited_where_the_text_is_read():
-    denoiser, task = pixart(), digits_task(text_table())
-    result = unlearn_generation(denoiser, task, "uce")
+    denoiser, sets = pixart(), digits_sets(text_table())
+    result = unlearn_denoiser(denoiser, sets, "uce")
     with torch.no_grad():
-        texts = denoiser.network.caption_projection(task.table.rows["encoder_hidden_states"])
-    change = correction(*matched_tokens(texts, task, [1] * 4), 0.1, 0.1)
+        texts = denoiser.network.caption_projection(sets.table.rows["encoder_hidden_states"])
+    change = correction(*matched_tokens(texts, sets, [1] * 4), 0.1, 0.1)
     for name, layer in projections(denoiser).items():
         weight = layer.weight.detach().double()
-        found = projections(result.denoiser)[name].weight.detach().double()
+        found = projections(denoiser.of(result.model))[name].weight.detach().double()
         assert torch.allclose(found, weight + weight @ change, atol=1e-6)
     names = {f"{name}.weight" for name in projections(denoiser)}
-    assert changed(denoiser, result.denoiser) == names  # the biases stay
+    assert changed(denoiser, denoiser.of(result.model)) == names  # the biases stay
 
 
 @pytest.mark.parametrize("make", [class_unet, flow_transformer])
 def test_uce_needs_cross_attention(make):
-    task = lab("class" if make is class_unet else "flow")[1]
+    sets = lab("class" if make is class_unet else "flow")[1]
     with pytest.raises(UsageError, match="has no cross-attention"):
-        unlearn_generation(make(), task, "uce")
+        unlearn_denoiser(make(), sets, "uce")

@@ -11,7 +11,7 @@ from tiny_diffusion import NULL, batches, lab
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.examples import Examples
 from salun_core.errors import UsageError
-from salun_core.methods.diffusion import Setting, Task, generation_config
+from salun_core.methods.diffusion import ExampleSets, MethodContext, diffusion_config
 from salun_core.methods.diffusion.objectives import (
     denoising_loss,
     denoising_loss_with_drop,
@@ -23,8 +23,8 @@ from salun_core.methods.diffusion.objectives import (
 pytest.importorskip("diffusers")
 
 
-def setting(denoiser, task, method="salun", **config):
-    return Setting(denoiser, None, task, generation_config(method, config), torch.Generator().manual_seed(0))
+def context(denoiser, sets, method="salun", **config):
+    return MethodContext(denoiser, None, sets, diffusion_config(method, config), torch.Generator().manual_seed(0))
 
 
 def value(loss):
@@ -38,95 +38,95 @@ def ask(denoiser, batch, table, condition):
 
 @pytest.mark.parametrize("kind", ["text", "class", "flow"])
 def test_denoising_is_the_mean_squared_error_over_every_element(kind):
-    denoiser, task = lab(kind)
-    batch, _ = batches(denoiser, task)
-    by_hand = np.mean((ask(denoiser, batch, task.table, batch.condition) - batch.target.double().numpy()) ** 2)
-    assert value(denoising_loss(denoiser, batch, task.table)) == pytest.approx(by_hand, rel=1e-5)
+    denoiser, sets = lab(kind)
+    batch, _ = batches(denoiser, sets)
+    by_hand = np.mean((ask(denoiser, batch, sets.table, batch.condition) - batch.target.double().numpy()) ** 2)
+    assert value(denoising_loss(denoiser, batch, sets.table)) == pytest.approx(by_hand, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["text", "class", "flow"])
 def test_relabelling_follows_the_network_s_own_answer_for_the_other_condition(kind):
-    denoiser, task = lab(kind)
-    forget, retain = batches(denoiser, task)
-    wanted = ask(denoiser, forget, task.table, torch.ones(6, dtype=torch.int64))
-    found = ask(denoiser, forget, task.table, torch.zeros(6, dtype=torch.int64))
-    kept = np.mean((ask(denoiser, retain, task.table, retain.condition) - retain.target.double().numpy()) ** 2)
+    denoiser, sets = lab(kind)
+    forget, retain = batches(denoiser, sets)
+    wanted = ask(denoiser, forget, sets.table, torch.ones(6, dtype=torch.int64))
+    found = ask(denoiser, forget, sets.table, torch.zeros(6, dtype=torch.int64))
+    kept = np.mean((ask(denoiser, retain, sets.table, retain.condition) - retain.target.double().numpy()) ** 2)
     by_hand = np.mean((wanted - found) ** 2) + 2.5 * kept
-    assert value(relabel_loss(setting(denoiser, task, alpha=2.5), forget, retain)) == pytest.approx(by_hand, rel=1e-4)
+    assert value(relabel_loss(context(denoiser, sets, alpha=2.5), forget, retain)) == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_no_gradient_flows_into_what_is_wanted():
-    denoiser, task = lab("text")
-    forget, retain = batches(denoiser, task)
-    relabel_loss(setting(denoiser, task, alpha=2.5), forget, retain).backward()
+    denoiser, sets = lab("text")
+    forget, retain = batches(denoiser, sets)
+    relabel_loss(context(denoiser, sets, alpha=2.5), forget, retain).backward()
     twin = denoiser.of(copy.deepcopy(denoiser.network))
     twin.network.zero_grad()
-    wanted = torch.from_numpy(ask(twin, forget, task.table, forget.pseudo)).float()
-    towards = denoising_loss(twin, replace(forget, target=wanted), task.table)
-    (towards + 2.5 * denoising_loss(twin, retain, task.table)).backward()
+    wanted = torch.from_numpy(ask(twin, forget, sets.table, forget.pseudo)).float()
+    towards = denoising_loss(twin, replace(forget, target=wanted), sets.table)
+    (towards + 2.5 * denoising_loss(twin, retain, sets.table)).backward()
     for mine, other in zip(denoiser.network.parameters(), twin.network.parameters(), strict=True):
         assert torch.allclose(mine.grad, other.grad, atol=1e-6)
 
 
 def test_the_reference_s_alpha_counts_pixels():
     images = Examples(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))
-    task = Task(images, images, ConditionTable(["a"], {"class_labels": torch.arange(1)}), pixels=True)
+    sets = ExampleSets(images, images, ConditionTable(["a"], {"class_labels": torch.arange(1)}), pixels=True)
     denoiser, _ = lab("class")
     reference = {"alpha": 1e-3, "alpha_convention": "reference"}
-    assert retain_weight(setting(denoiser, task, **reference)) == pytest.approx(3.072)
-    assert retain_weight(setting(denoiser, task, alpha=1e-3)) == pytest.approx(1e-3)
-    assert retain_weight(setting(denoiser, replace(task, pixels=False), **reference)) == pytest.approx(1e-3)
+    assert retain_weight(context(denoiser, sets, **reference)) == pytest.approx(3.072)
+    assert retain_weight(context(denoiser, sets, alpha=1e-3)) == pytest.approx(1e-3)
+    assert retain_weight(context(denoiser, replace(sets, pixels=False), **reference)) == pytest.approx(1e-3)
 
 
 def test_the_reference_s_mixed_reductions_are_its_alpha_times_the_pixels():
-    denoiser, task = lab("class")
-    forget, retain = batches(denoiser, task)
-    error = ask(denoiser, retain, task.table, retain.condition) - retain.target.double().numpy()
+    denoiser, sets = lab("class")
+    forget, retain = batches(denoiser, sets)
+    error = ask(denoiser, retain, sets.table, retain.condition) - retain.target.double().numpy()
     summed = np.mean(np.sum(error**2, axis=(1, 2, 3)))  # as the published code has it: a sum over pixels
-    wanted, found = (ask(denoiser, forget, task.table, rows) for rows in (forget.pseudo, forget.condition))
+    wanted, found = (ask(denoiser, forget, sets.table, rows) for rows in (forget.pseudo, forget.condition))
     by_hand = np.mean((wanted - found) ** 2) + 1e-3 * summed
-    chosen = setting(denoiser, task, alpha=1e-3, alpha_convention="reference")
+    chosen = context(denoiser, sets, alpha=1e-3, alpha_convention="reference")
     assert value(relabel_loss(chosen, forget, retain)) == pytest.approx(by_hand, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", ["salun", "random_label"])
 def test_alpha_zero_is_refused_unless_forced(method):
     with pytest.raises(UsageError, match="alpha 0 is refused.*every class is destroyed"):
-        generation_config(method, {"alpha": 0})
-    assert generation_config(method, {"alpha": 0, "allow_zero_alpha": True}).alpha == 0
-    assert generation_config("gradient_ascent", {"alpha": 0}).alpha == 0  # it has no retain loss to begin with
+        diffusion_config(method, {"alpha": 0})
+    assert diffusion_config(method, {"alpha": 0, "allow_zero_alpha": True}).alpha == 0
+    assert diffusion_config("gradient_ascent", {"alpha": 0}).alpha == 0  # it has no retain loss to begin with
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, -1.0])
 def test_guidance_goes_from_the_null_condition_through_the_condition(scale):
-    denoiser, task = lab("text")
-    batch, _ = batches(denoiser, task)
-    free = ask(denoiser, batch, task.table, torch.full((6,), NULL))
-    conditional = ask(denoiser, batch, task.table, batch.condition)
+    denoiser, sets = lab("text")
+    batch, _ = batches(denoiser, sets)
+    free = ask(denoiser, batch, sets.table, torch.full((6,), NULL))
+    conditional = ask(denoiser, batch, sets.table, batch.condition)
     with torch.no_grad():
-        found = guided(denoiser, batch, task.table, scale).numpy()
+        found = guided(denoiser, batch, sets.table, scale).numpy()
     np.testing.assert_allclose(found, free + scale * (conditional - free), atol=1e-5)
 
 
 def test_guidance_without_a_null_condition_is_refused():
-    denoiser, task = lab("class")
-    batch, _ = batches(denoiser, task)
+    denoiser, sets = lab("class")
+    batch, _ = batches(denoiser, sets)
     with pytest.raises(UsageError, match="null condition"):
-        guided(denoiser, batch, replace(task.table, null=None), 3.0)
+        guided(denoiser, batch, replace(sets.table, null=None), 3.0)
 
 
 def test_a_tenth_of_the_conditions_is_dropped():
-    denoiser, task = lab("class")
-    batch, _ = batches(denoiser, task)
+    denoiser, sets = lab("class")
+    batch, _ = batches(denoiser, sets)
 
-    def loss(share, seed=0, table=task.table):
+    def loss(share, seed=0, table=sets.table):
         return value(denoising_loss_with_drop(denoiser, batch, table, torch.Generator().manual_seed(seed), share))
 
-    plain = value(denoising_loss(denoiser, batch, task.table))
-    dropped = value(denoising_loss(denoiser, replace(batch, condition=torch.full((6,), NULL)), task.table))
+    plain = value(denoising_loss(denoiser, batch, sets.table))
+    dropped = value(denoising_loss(denoiser, replace(batch, condition=torch.full((6,), NULL)), sets.table))
     assert (loss(0.0), loss(1.0)) == (plain, dropped)
-    assert loss(1.0, table=replace(task.table, null=None)) == plain
+    assert loss(1.0, table=replace(sets.table, null=None)) == plain
     chosen = torch.rand(6, generator=torch.Generator().manual_seed(4)) < 0.5
     mixed = replace(batch, condition=torch.where(chosen, NULL, batch.condition))
     assert 0 < int(chosen.sum()) < 6
-    assert loss(0.5, seed=4) == value(denoising_loss(denoiser, mixed, task.table))
+    assert loss(0.5, seed=4) == value(denoising_loss(denoiser, mixed, sets.table))

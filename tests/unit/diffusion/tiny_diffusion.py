@@ -7,7 +7,7 @@ from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples
 from salun_core.diffusion.process import Process
-from salun_core.methods.diffusion import Task
+from salun_core.methods.diffusion import ExampleSets
 
 NULL, LENGTH, WIDTH = 3, 5, 12  # of the tables: three conditions and the null one
 
@@ -107,23 +107,23 @@ def class_table():
     return ConditionTable(["zero", "one", "two", ""], {"class_labels": torch.arange(4)}, NULL)
 
 
-def digits_task(table, pixels=True, count=16):
+def digits_sets(table, pixels=True, count=16):
     """Forget the zeros, which are to look like ones; keep the ones and twos."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
     labels = torch.from_numpy(digits.target)
     zeros, others = (labels == 0).nonzero()[:count, 0], ((labels == 1) | (labels == 2)).nonzero()[: 2 * count, 0]
     forget = Examples(images[zeros], labels[zeros], pseudo=torch.ones(len(zeros), dtype=torch.int64))
-    return Task(forget, Examples(images[others], labels[others]), table, pixels)
+    return ExampleSets(forget, Examples(images[others], labels[others]), table, pixels)
 
 
-def batches(denoiser, task, count=6, seed=0):
+def batches(denoiser, sets, count=6, seed=0):
     """One forget batch and one retain batch, noised."""
     from salun_core.diffusion.examples import noised
 
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        noised(examples.select(range(count)), denoiser.process, generator) for examples in (task.forget, task.retain)
+        noised(examples.select(range(count)), denoiser.process, generator) for examples in (sets.forget, sets.retain)
     )
 
 
@@ -135,6 +135,6 @@ KINDS = {
 
 
 def lab(kind):
-    """A denoiser with its task."""
+    """A denoiser with its sets."""
     make, table = KINDS[kind]
-    return make(), digits_task(table())
+    return make(), digits_sets(table())

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from salun_core.errors import UsageError
-from salun_core.models.card import GenerationCard, GenerationEvaluation, ModelCard, parse_card, read_card
+from salun_core.models.card import DiffusionCard, DiffusionEvaluation, ModelCard, parse_card, read_card
 
 FACTS = {"channels": 3, "height": 32, "width": 32, "dataset_digest": "a", "split_digest": "b"}
 CARD = {"task": "text-to-image", "architecture": "UNet2DConditionModel", "classes": ["bag", "coat"], **FACTS}
@@ -21,7 +21,7 @@ CLASSIFIER = {
 
 def test_task_decides_which_card_a_document_is(tmp_path):
     """Cards of classifiers that were written before there were others have no task."""
-    assert isinstance(parse_card(CARD), GenerationCard)
+    assert isinstance(parse_card(CARD), DiffusionCard)
     assert isinstance(parse_card(CLASSIFIER), ModelCard)
     (tmp_path / "model.json").write_text(json.dumps(CARD))
     assert read_card(tmp_path) == parse_card(CARD)
@@ -56,5 +56,5 @@ def test_faults_are_named(change, fault):
 
 
 def test_evaluation_has_the_published_defaults():
-    settings = GenerationEvaluation()
+    settings = DiffusionEvaluation()
     assert (settings.steps, settings.guidance_scale, settings.extractor) == (20, 3.0, "judge")

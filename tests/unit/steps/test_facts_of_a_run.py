@@ -55,12 +55,16 @@ def test_only_a_mask_of_scores_costs_a_pass_over_the_forget_set(small, tmp_path)
 
 def test_the_share_that_moved_is_in_facts_evidence_and_report(small, tmp_path):
     result, facts = unlearnt(small, tmp_path)
-    assert 0 < result.moved <= 0.3001
-    assert facts.moved == result.moved
+    assert 0 < result.changed_fraction <= 0.3001
+    assert facts.changed_fraction == result.changed_fraction
     paths = small / "base", tmp_path / "after", str(small / "forget.json"), tmp_path / "e.json", tmp_path / "r.html"
     evidence = evaluate(*paths, mask=tmp_path / "mask", device="cpu")
-    assert evidence.run.moved == load(Evidence, tmp_path / "e.json").run.moved == result.moved
-    shown = f"<dt>Weights moved</dt><dd>{wording.number(None, result.moved)}"
+    assert (
+        evidence.run.changed_fraction
+        == load(Evidence, tmp_path / "e.json").run.changed_fraction
+        == result.changed_fraction
+    )
+    shown = f"<dt>Weights moved</dt><dd>{wording.number(None, result.changed_fraction)}"
     assert shown in (tmp_path / "r.html").read_text("utf-8")
 
 
@@ -77,7 +81,7 @@ def test_evidence_from_before_it_was_counted_keeps_its_digest():
     document = json.loads(old.model_dump_json())
     del document["run"]["moved"], document["run"]["tuning"]
     assert Evidence.model_validate(document).digest == old.digest
-    moved = old.model_copy(update={"run": old.run.model_copy(update={"moved": 0.5})})
+    moved = old.model_copy(update={"run": old.run.model_copy(update={"changed_fraction": 0.5})})
     assert moved.digest != old.digest
 
 

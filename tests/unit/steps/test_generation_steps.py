@@ -10,7 +10,7 @@ from salun_core.certificates.keys import create_key
 from salun_core.certificates.verify import verify_certificate
 from salun_core.data.forget_set import ClassTarget, ConceptTarget
 from salun_core.errors import DataError, GateRefusedError, ModelError, UsageError
-from salun_core.models.card import GenerationCard
+from salun_core.models.card import DiffusionCard
 from salun_core.models.diffusers_folder import load_diffusion
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.registry.versions import fetch_version
@@ -87,13 +87,13 @@ def test_a_concept_of_a_stable_diffusion(sd, tmp_path):
 
 
 def test_the_mask_and_the_training_see_the_same_generated_images(sd, tmp_path):
-    from salun_core.methods.diffusion import generation_config
-    from salun_core.tasks.diffusion.examples import build_task
+    from salun_core.methods.diffusion import diffusion_config
+    from salun_core.tasks.diffusion.examples import build_example_sets
 
     forget = target_file(tmp_path, kind="concept", images=6, **CONCEPT)
-    config, device = generation_config("salun", QUICK), torch.device("cpu")
-    scored = build_task(open_inputs(sd, forget), config, device, retain=False)
-    trained = build_task(open_inputs(sd, forget), config, device)
+    config, device = diffusion_config("salun", QUICK), torch.device("cpu")
+    scored = build_example_sets(open_inputs(sd, forget), config, device, retain=False)
+    trained = build_example_sets(open_inputs(sd, forget), config, device)
     assert torch.equal(scored.forget.mean, trained.forget.mean)
     assert len(scored.retain) == 0
     kept = set(trained.retain.condition.tolist())
@@ -222,7 +222,7 @@ def test_a_sweep_of_a_diffusion_line_frees_every_weight_at_last():
 def card(**changes):
     fields = {"task": "text-to-image", "architecture": "UNet2DConditionModel", "channels": 3, "height": 32, "width": 32}
     digests = {"dataset_digest": "0" * 64, "split_digest": "0" * 64}
-    return GenerationCard(classes=["shirt", "t-shirt", "bag"], **fields, **digests, **changes)
+    return DiffusionCard(classes=["shirt", "t-shirt", "bag"], **fields, **digests, **changes)
 
 
 def test_a_prompt_shows_the_class_that_its_words_name():

@@ -11,7 +11,7 @@ from salun_core.data import DataSpec
 from salun_core.diffusion.families import family_of
 from salun_core.diffusion.sampling import images
 from salun_core.errors import DataError, UsageError
-from salun_core.models.card import GenerationEvaluation
+from salun_core.models.card import DiffusionEvaluation
 from salun_core.models.diffusers_folder import load_diffusion, model_files
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.tasks.diffusion.training import (
@@ -24,7 +24,7 @@ from salun_core.tasks.diffusion.training import (
 
 DIGITS = DataSpec(source="digits", train_limit=64)
 SHORT = {"steps": 2, "epochs": 2, "batch_size": 8, "channels": [8, 16], "head_channels": 4, "device": "cpu"}
-JUDGED = GenerationEvaluation(steps=2, judge="judges")
+JUDGED = DiffusionEvaluation(steps=2, judge="judges")
 
 
 def _drawn(folder):

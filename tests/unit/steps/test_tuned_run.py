@@ -22,7 +22,7 @@ from salun_core.steps.unlearning import run_unlearning
 from salun_core.steps.used_mask import require_nested, used_mask
 from salun_core.storage.keys import run_key
 from salun_core.tasks.classification.training import register_model, train_model
-from salun_core.tasks.classification.tuning import TuneWish
+from salun_core.tasks.classification.tuning import TuningOptions
 from salun_core.tuning import TuningLog
 
 SETTINGS = {"batch_size": 32, "epochs": 3, "device": "cpu"}
@@ -38,7 +38,7 @@ def bench(tmp_path_factory):
     )
     train_model(DataSpec(source="digits", train_limit=600), "resnet8", config, folder / "base")
     (folder / "forget.json").write_text(json.dumps({"kind": "class", "class_id": 3}))
-    tuned(folder, folder / "after", TuneWish("8e"))
+    tuned(folder, folder / "after", TuningOptions("8e"))
     return folder
 
 
@@ -136,7 +136,7 @@ def test_a_search_refuses_a_mask_that_is_not_of_its_scores(bench, tmp_path):
     path = tmp_path / "mask"
     compute_mask(bench / "base", str(bench / "forget.json"), 0.3, path, device="cpu", random_seed=1)
     with pytest.raises(IntegrityError, match="contradicts the mask step's"):
-        tuned(bench, tmp_path / "out", TuneWish("8e"), mask=path)
+        tuned(bench, tmp_path / "out", TuningOptions("8e"), mask=path)
     assert not (tmp_path / "out").exists()
 
 
@@ -175,7 +175,7 @@ def strict_policy(path):
 
 
 def test_where_no_setting_is_allowed_nothing_is_written(bench, tmp_path):
-    wish = TuneWish("3e", strict_policy(tmp_path / "policy.json"))
+    wish = TuningOptions("3e", strict_policy(tmp_path / "policy.json"))
     with pytest.raises(GateRefusedError, match=r"no setting stays within the policy strict.*TA >= 1\.5") as caught:
         tuned(bench, tmp_path / "out", wish)
     assert caught.value.exit_code == 3
@@ -191,9 +191,9 @@ def test_a_broken_search_leaves_nothing_and_the_next_one_is_whole(bench, tmp_pat
             raise BrokenOffError
 
     with pytest.raises(BrokenOffError):
-        tuned(bench, tmp_path / "out", TuneWish("8e", on_trial=stop))
+        tuned(bench, tmp_path / "out", TuningOptions("8e", on_trial=stop))
     assert list(tmp_path.iterdir()) == []
-    tuned(bench, tmp_path / "out", TuneWish("8e"))
+    tuned(bench, tmp_path / "out", TuningOptions("8e"))
     assert load_model(tmp_path / "out").digest == load_model(bench / "after").digest
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in (bench / "after").iterdir()
@@ -206,12 +206,12 @@ def test_a_split_without_validation_is_refused(tmp_path):
     train_model(spec, "resnet8", config, tmp_path / "base")
     (tmp_path / "forget.json").write_text(json.dumps({"kind": "class", "class_id": 3}))
     with pytest.raises(DataError, match="no held-out images"):
-        tuned(tmp_path, tmp_path / "out", TuneWish("8e"))
+        tuned(tmp_path, tmp_path / "out", TuningOptions("8e"))
 
 
 def test_a_method_that_trains_anew_runs_by_its_recipe(bench, tmp_path):
     overrides = {"epochs": 1, "learning_rate": 0.05, "device": "cpu"}
-    tuned(bench, tmp_path / "out", TuneWish("1e"), method="retrain", overrides=overrides)
+    tuned(bench, tmp_path / "out", TuningOptions("1e"), method="retrain", overrides=overrides)
     facts = load(RunFacts, tmp_path / "out" / "run.json")
     assert facts.tuning is None
     assert not (tmp_path / "out" / "tuning.json").exists()
@@ -245,7 +245,7 @@ def test_a_refusal_is_left_for_the_ledger(bench, store, tmp_path):
     from salun_core.tasks.classification.inputs import load_inputs
     from salun_core.tasks.classification.tuning import run_tuning
 
-    wish = TuneWish("3e", strict_policy(tmp_path / "policy.json"))
+    wish = TuningOptions("3e", strict_policy(tmp_path / "policy.json"))
     inputs = load_inputs(bench / "base", str(bench / "forget.json"))
     for _ in range(2):
         with pytest.raises(GateRefusedError):

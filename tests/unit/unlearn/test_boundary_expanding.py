@@ -9,17 +9,17 @@ from torch import nn
 from salun_core.data import ImageSet
 from salun_core.errors import ModelError
 from salun_core.methods.classification import UnlearnConfig, boundary_expanding
-from salun_core.methods.classification.method import Task
+from salun_core.methods.classification.method import MethodContext
 
 
-def task_of(model, classes=3, forget=FORGET, **config):
+def context_of(model, classes=3, forget=FORGET, **config):
     forget = ImageSet.of(forget)
-    return Task(forget, forget, classes, "sequential", UnlearnConfig(**config), model)
+    return MethodContext(forget, forget, classes, UnlearnConfig(**config), model)
 
 
 def test_the_forget_set_is_trained_towards_the_new_class_alone():
     expanded = linear()
-    boundary_expanding.begin(task_of(expanded))
+    boundary_expanding.begin(context_of(expanded))
     theta = weights(expanded)
     assert theta.shape == (4, 13)
     np.testing.assert_array_equal(theta[:3], weights(linear()))
@@ -54,7 +54,7 @@ def test_heads_of_real_architectures_are_found(name):
 
 def test_a_layer_without_bias_is_expanded_too():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False))
-    boundary_expanding.begin(task_of(model))
+    boundary_expanding.begin(context_of(model))
     assert model[1].weight.shape == (4, 12)
     boundary_expanding.finish(model, 3)
     assert model[1].weight.shape == (3, 12)
@@ -65,7 +65,7 @@ def test_the_new_row_is_the_seeds():
     rows = []
     for seed in (0, 0, 1):
         model = linear()
-        boundary_expanding.begin(task_of(model, seed=seed))
+        boundary_expanding.begin(context_of(model, seed=seed))
         rows.append(model[1].weight[-1].detach())
     assert torch.equal(rows[0], rows[1])
     assert not torch.equal(rows[0], rows[2])
@@ -79,4 +79,4 @@ def test_models_without_such_a_layer_are_refused():
         inner = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), rest)
         labels = FORGET[1].clamp(max=1)
         with pytest.raises(ModelError, match="does not make its logits"):
-            boundary_expanding.begin(task_of(inner, forget=(FORGET[0], labels)))
+            boundary_expanding.begin(context_of(inner, forget=(FORGET[0], labels)))

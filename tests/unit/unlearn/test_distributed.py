@@ -18,7 +18,7 @@ from salun_core.data import ImageSet
 from salun_core.errors import IntegrityError, SalunError, UsageError
 from salun_core.methods import distributed
 from salun_core.methods.classification import FileCheckpoint, unlearn
-from salun_core.methods.distributed import ALONE, World, joined
+from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, joined
 from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import CHUNK, Shard, sharded_scores
@@ -56,13 +56,13 @@ def mask_of(model):
     return SaliencyMask.random(dict(model.named_parameters()), 0.4, 7)
 
 
-def scores_in(world):
-    shard, forget = Shard(world.rank, world.size), images(SAMPLES, 1)
+def scores_in(group):
+    shard, forget = Shard(group.rank, group.size), images(SAMPLES, 1)
     mine = forget.select(shard.samples(SAMPLES)).batches(CHUNK)
     return sharded_scores(network(), mine, cross_entropy, SAMPLES, shard)
 
 
-def unlearned_in(world, checkpoint=None, seed=2, **config):
+def unlearned_in(group, checkpoint=None, seed=2, **config):
     """17 images to forget: the last batch has one, fewer than there are processes."""
     model = network()
     return unlearn(
@@ -73,7 +73,7 @@ def unlearned_in(world, checkpoint=None, seed=2, **config):
         config=SGD | config,
         mask=mask_of(model),
         checkpoint=checkpoint,
-        world=world,
+        group=group,
     )
 
 
@@ -90,46 +90,46 @@ def failure_of(act):
     return None
 
 
-def falls_out(world, failing, error):
+def falls_out(group, failing, error):
     """One process raises while the other waits for it."""
-    with joined(world, timedelta(seconds=30)):
-        if world.rank == failing:
+    with joined(group, timedelta(seconds=30)):
+        if group.rank == failing:
             raise error
-        world.require_same("steps", "1")
+        group.require_same("steps", "1")
 
 
-def never_answers(world, folder):
+def never_answers(group, folder):
     """The first process waits for one that does something else, until its time is over."""
-    with joined(world, timedelta(seconds=1)):
-        if world.main:
+    with joined(group, timedelta(seconds=1)):
+        if group.main:
             try:
-                world.require_same("steps", "1")
+                group.require_same("steps", "1")
             finally:
                 (folder / "given-up").touch()
         while not (folder / "given-up").exists():
             time.sleep(0.05)
 
 
-def scenes(world, folder, work):
-    with joined(world):
-        yield "scores", scores_in(world)
-        yield "freeze", plain(unlearned_in(world))
-        yield "update", plain(unlearned_in(world, batch_norm="update"))
-        kept = FileCheckpoint(folder / f"checkpoint-{world.rank}")
-        unlearned_in(world, kept, epochs=2)
-        yield "checkpoints", (folder / f"checkpoint-{world.rank}").exists()
-        yield "resumed", plain(unlearned_in(world, kept, epochs=2))
-    given = work / "model", work / "mask", str(work / "forget.json"), work / f"after-{world.rank}"
+def scenes(group, folder, work):
+    with joined(group):
+        yield "scores", scores_in(group)
+        yield "freeze", plain(unlearned_in(group))
+        yield "update", plain(unlearned_in(group, batch_norm="update"))
+        kept = FileCheckpoint(folder / f"checkpoint-{group.rank}")
+        unlearned_in(group, kept, epochs=2)
+        yield "checkpoints", (folder / f"checkpoint-{group.rank}").exists()
+        yield "resumed", plain(unlearned_in(group, kept, epochs=2))
+    given = work / "model", work / "mask", str(work / "forget.json"), work / f"after-{group.rank}"
     result = run_unlearning(*given, overrides={"epochs": 1, "device": "cpu"})
-    yield "step", (plain(result), (work / f"after-{world.rank}").exists())
-    yield "other data", failure_of(lambda: _joined_unlearning(world))
-    yield "second fails", failure_of(lambda: falls_out(world, 1, IntegrityError("a file", "is damaged", "")))
-    yield "no answer", failure_of(lambda: never_answers(world, folder))
+    yield "step", (plain(result), (work / f"after-{group.rank}").exists())
+    yield "other data", failure_of(lambda: _joined_unlearning(group))
+    yield "second fails", failure_of(lambda: falls_out(group, 1, IntegrityError("a file", "is damaged", "")))
+    yield "no answer", failure_of(lambda: never_answers(group, folder))
 
 
-def _joined_unlearning(world):
-    with joined(world):
-        unlearned_in(world, seed=2 + world.rank)
+def _joined_unlearning(group):
+    with joined(group):
+        unlearned_in(group, seed=2 + group.rank)
 
 
 def worker(rank, folder, work, ports):
@@ -138,7 +138,7 @@ def worker(rank, folder, work, ports):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(ports[0])
     found = {}
-    for name, value in scenes(World.of_environment(), folder, work):
+    for name, value in scenes(ProcessGroup.from_environment(), folder, work):
         found[name] = value
         os.environ["MASTER_PORT"] = str(ports[len(found) % len(ports)])
     torch.save(found, folder / f"{rank}.pt")
@@ -182,7 +182,7 @@ def assert_same_bits(found, expected):
 
 
 def test_two_processes_score_the_same_bits_as_one(ranks):
-    alone = scores_in(ALONE)
+    alone = scores_in(SINGLE_PROCESS)
     for rank in ranks:
         assert_same_bits(rank["scores"], alone)
         assert SaliencyMask.from_scores(rank["scores"], 0.5).digest == SaliencyMask.from_scores(alone, 0.5).digest
@@ -202,14 +202,14 @@ def test_all_processes_end_with_the_same_model_and_frozen_weights_keep_their_bit
 
 def test_two_processes_take_the_steps_of_one(ranks):
     """Other sums, so other last bits; but no other steps: both clip, and both weigh each image alike."""
-    alone = plain(unlearned_in(ALONE))
+    alone = plain(unlearned_in(SINGLE_PROCESS))
     torch.testing.assert_close(ranks[0]["freeze"]["state"], alone["state"], rtol=1e-4, atol=1e-6)
     for together, single in zip(ranks[0]["freeze"]["losses"], alone["losses"], strict=True):
         assert together == pytest.approx(single, rel=1e-4)
 
 
 def test_statistics_of_batch_norm_come_from_all_images(ranks):
-    alone = plain(unlearned_in(ALONE, batch_norm="update"))["state"]
+    alone = plain(unlearned_in(SINGLE_PROCESS, batch_norm="update"))["state"]
     assert int(ranks[0]["update"]["state"]["norm.num_batches_tracked"]) == int(alone["norm.num_batches_tracked"])
     together = ranks[0]["update"]["state"]["norm.running_mean"]
     torch.testing.assert_close(together, alone["norm.running_mean"], rtol=0.1, atol=0.05)
@@ -237,17 +237,17 @@ def test_an_environment_that_contradicts_itself_is_refused(monkeypatch, rank, si
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(UsageError, match="torchrun"):
-        World.of_environment()
+        ProcessGroup.from_environment()
 
 
 def test_a_share_weighs_as_many_images_as_it_has():
     pixels, labels = torch.arange(5.0), torch.arange(5)
-    shares = [World(rank, 3).share(pixels, labels) for rank in range(3)]
+    shares = [ProcessGroup(rank, 3).share(pixels, labels) for rank in range(3)]
     assert torch.cat([share.images for share in shares]).tolist() == pixels.tolist()
     mean = sum(share.images.mean() * share.weight for share in shares)
     assert float(mean) == pytest.approx(float(pixels.mean()))
-    assert [(World(rank, 3).share(pixels[:2], labels[:2]).count) for rank in range(3)] == [1, 1, 0]
-    assert World(2, 3).share(pixels[:2], labels[:2]).weight == 0
+    assert [(ProcessGroup(rank, 3).share(pixels[:2], labels[:2]).count) for rank in range(3)] == [1, 1, 0]
+    assert ProcessGroup(2, 3).share(pixels[:2], labels[:2]).weight == 0
 
 
 def salun(folder, *args):

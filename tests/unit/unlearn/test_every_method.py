@@ -10,8 +10,8 @@ from by_hand import image_set, net, run
 
 from salun_core.errors import UsageError
 from salun_core.methods.classification import METHODS, FileCheckpoint, UnlearnConfig, method_config
-from salun_core.methods.classification.method import Task
-from salun_core.methods.distributed import World
+from salun_core.methods.classification.method import MethodContext
+from salun_core.methods.distributed import ProcessGroup
 from salun_core.models.checkpoint import model_digest
 
 ROOT = Path(__file__).parents[3]
@@ -63,7 +63,7 @@ def test_the_same_run_gives_the_same_weights_and_leaves_the_model(method):
     before = model_digest(model)
     first, second = (run(method, model, image_set(11, 1), image_set(30, 2), batch_size=8) for _ in range(2))
     assert model_digest(first.model) == model_digest(second.model) != before == model_digest(model)
-    assert 0 < first.moved <= 1
+    assert 0 < first.changed_fraction <= 1
     assert not first.model.training
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
@@ -108,21 +108,19 @@ def test_the_shares_of_several_processes_add_up_to_the_batch(method):
     with torch.no_grad():
         model.conv.weight.mul_(1.1)
     config = UnlearnConfig(batch_size=4, augment=False)
-    task = Task(image_set(17, 1), image_set(17, 2), 4, "sequential", config, model, net())
-    task = METHODS[method].begin(task) if METHODS[method].begin else task
-    original = net() if method == "salun_soft" else task.original
+    context = MethodContext(image_set(17, 1), image_set(17, 2), 4, config, model, net())
+    context = METHODS[method].begin(context) if METHODS[method].begin else context
+    original = net() if method == "salun_soft" else context.original
 
-    def losses(world):
+    def losses(group):
         generator = torch.Generator().manual_seed(0)
-        parts = METHODS[method].parts(replace(task, model=copy.deepcopy(model), original=original), generator)
+        phases = METHODS[method].phases(replace(context, model=copy.deepcopy(model), original=original), generator)
         return [
-            float(step.loss(model).detach() * step.weight)
-            for part in parts
-            for step in part.draw(config, generator, world)
+            float(step.loss(model).detach() * step.weight) for phase in phases for step in phase.draw(generator, group)
         ]
 
-    alone = losses(World())
-    shared = [sum(values) for values in zip(*(losses(World(rank, 3)) for rank in range(3)), strict=True)]
+    alone = losses(ProcessGroup())
+    shared = [sum(values) for values in zip(*(losses(ProcessGroup(rank, 3)) for rank in range(3)), strict=True)]
     assert shared == pytest.approx(alone, rel=1e-4, abs=1e-6)
 
 

@@ -62,7 +62,7 @@ def test_the_threshold_follows_every_step_and_falls_to_none():
     result = run("salun_soft", linear(2), forget, retain, epochs=2, soft_density=0.4)
     np.testing.assert_allclose(weights(result.model), theta, atol=2e-6)
     assert result.passes == 54
-    assert result.moved > 0.9
+    assert result.changed_fraction > 0.9
 
 
 def test_full_density_is_random_labelling():

@@ -11,7 +11,7 @@ from salun_core.methods.classification import METHODS, UnlearnConfig, unlearn
 from salun_core.methods.classification.training import train_classifier
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import saliency_scores
-from salun_core.tuning import Judgement, Problem, Sets, parse_budget, tune
+from salun_core.tuning import ConstraintResult, Problem, Sets, parse_budget, tune
 from salun_core.tuning.space import Space
 
 
@@ -29,7 +29,7 @@ def digits():
 
 
 def anything(metrics):
-    return Judgement([])
+    return ConstraintResult([])
 
 
 def problem(digits, method="salun", budget="15e", judge=anything, seed=0, **overrides):
@@ -74,7 +74,7 @@ def test_the_model_is_what_unlearning_with_the_chosen_settings_gives(digits, sea
     plain = unlearn(model, "salun", forget=forget, retain=retain, config=chosen.result.config, mask=chosen.mask)
     assert model_digest(plain.model) == model_digest(chosen.result.model)
     assert [record.losses for record in plain.history] == [record.losses for record in chosen.result.history]
-    assert chosen.result.moved == pytest.approx(plain.moved)
+    assert chosen.result.changed_fraction == pytest.approx(plain.changed_fraction)
     assert chosen.mask.density == pytest.approx(searched.trials[chosen.number].density, abs=1e-4)
 
 
@@ -105,7 +105,7 @@ def test_another_seed_tries_other_settings(digits, searched):
 
 def test_the_policy_decides_and_none_may_be_allowed(digits):
     def sparse_only(metrics):
-        return Judgement([] if metrics["RA"].after > 2 else ["RA > 2"], 0.5)
+        return ConstraintResult([] if metrics["RA"].after > 2 else ["RA > 2"], 0.5)
 
     tuned = tune(problem(digits, budget="3e", judge=sparse_only))
     assert tuned.chosen is None
@@ -118,7 +118,7 @@ def test_a_worse_model_that_is_allowed_beats_a_better_one_that_is_not(digits, se
 
     def not_that(metrics):
         same = all(metrics[name].after == value for name, value in best.items() if name in metrics)
-        return Judgement(["taken"] if same else [], 0.1)
+        return ConstraintResult(["taken"] if same else [], 0.1)
 
     tuned = tune(problem(digits, judge=not_that))
     chosen = tuned.trials[tuned.chosen.number]

@@ -8,7 +8,7 @@ from salun_core.methods.classification import METHODS, unlearn
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 from salun_core.tuning.space import DENSITIES, GROWING, Space
-from salun_core.tuning.trial import Watcher
+from salun_core.tuning.trial import EpochCallback
 
 
 class Fixed:
@@ -106,7 +106,7 @@ def test_a_longer_run_begins_as_a_shorter_one(method):
     settings = {"batch_size": 8, "batch_norm": "update", "learning_rate": 0.01, "momentum": 0.9, "device": "cpu"}
     states = []
 
-    class Kept(Watcher):
+    class Kept(EpochCallback):
         def save(self, data):
             super().save(data)
             states.append(dict(self.state))

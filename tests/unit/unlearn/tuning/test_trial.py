@@ -10,12 +10,12 @@ from safetensors.torch import save
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.classification import method_config
 from salun_core.tuning.space import GROWING
-from salun_core.tuning.trial import Measured, Stopped, Watcher, run_trial
+from salun_core.tuning.trial import EpochCallback, Measured, Stopped, run_trial
 
 
 @dataclass
 class Told:
-    """A yardstick that reads the value off the weights."""
+    """A evaluator that reads the value off the weights."""
 
     def measure(self, epoch, state):
         value = float(state["w"])
@@ -23,15 +23,15 @@ class Told:
 
 
 def epochs_of(values, last, go_on=lambda found: True):
-    """Let a watcher see one value an epoch; return it with the epochs that it let pass."""
-    watcher = Watcher(Told(), go_on, last)
+    """Let a callback see one value an epoch; return it with the epochs that it let pass."""
+    callback = EpochCallback(Told(), go_on, last)
     for epoch, value in enumerate(values, 1):
-        watcher.save(save({"model/w": torch.tensor(value), "optimizer/0/momentum": torch.zeros(1)}))
+        callback.save(save({"model/w": torch.tensor(value), "optimizer/0/momentum": torch.zeros(1)}))
         try:
-            watcher.look(EpochRecord(epoch=epoch, learning_rate=0.1, losses={}, seconds=0.0))
+            callback.look(EpochRecord(epoch=epoch, learning_rate=0.1, losses={}, seconds=0.0))
         except Stopped:
-            return watcher, epoch
-    return watcher, None
+            return callback, epoch
+    return callback, None
 
 
 @pytest.mark.parametrize(
@@ -45,16 +45,16 @@ def epochs_of(values, last, go_on=lambda found: True):
     ],
 )
 def test_two_epochs_without_a_better_one_end_it(values, stopped):
-    watcher, ended = epochs_of(values, 9)
+    callback, ended = epochs_of(values, 9)
     assert ended == stopped
-    assert len(watcher.seen) == len(watcher.history) == (stopped or len(values))
-    assert set(watcher.state) == {"w"}
+    assert len(callback.seen) == len(callback.history) == (stopped or len(values))
+    assert set(callback.state) == {"w"}
 
 
 def test_the_last_epoch_is_no_early_end():
-    watcher, ended = epochs_of([1.0, 2.0, 3.0], 3)
+    callback, ended = epochs_of([1.0, 2.0, 3.0], 3)
     assert ended is None
-    assert [item.epoch for item in watcher.seen] == [1, 2, 3]
+    assert [item.epoch for item in callback.seen] == [1, 2, 3]
 
 
 def test_the_search_may_end_it_at_any_other_epoch():
@@ -62,7 +62,7 @@ def test_the_search_may_end_it_at_any_other_epoch():
 
 
 class Counting(Told):
-    """A yardstick with a model, that counts what it measures."""
+    """A evaluator with a model, that counts what it measures."""
 
     def __init__(self, model):
         self.model, self.epochs = model, []
@@ -76,11 +76,11 @@ class Counting(Told):
     ("method", "measured"), [("finetune", [1, 2, 3]), ("sfr_on", [4]), ("boundary_expanding", [4])]
 )
 def test_where_epochs_are_no_answers_nothing_ends_a_trial_and_only_its_end_is_measured(method, measured):
-    yardstick = Counting(net())
-    watcher = Watcher(yardstick, lambda found: True, 4)
+    evaluator = Counting(net())
+    callback = EpochCallback(evaluator, lambda found: True, 4)
     config = method_config(method, {"epochs": 4, "device": "cpu", "batch_size": 8})
-    trial = run_trial(method, config, (image_set(9, 1), image_set(20, 2)), None, watcher, method in GROWING)
-    assert yardstick.epochs == measured
+    trial = run_trial(method, config, (image_set(9, 1), image_set(20, 2)), None, callback, method in GROWING)
+    assert evaluator.epochs == measured
     assert [item.epoch for item in trial.answers] == measured
     assert trial.readings == len(measured)
     assert len(trial.history) == measured[-1]

@@ -1,0 +1,117 @@
+"""What the methods of all tasks share: a row of the table of methods, its configuration and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from salun_core.config import parse
+from salun_core.errors import UsageError, unknown_name
+from salun_core.evaluation.evidence import EpochRecord
+from salun_core.methods.config import LoopConfig
+from salun_core.saliency import SaliencyMask
+
+C = TypeVar("C", bound=LoopConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Generic[C]):
+    """One row of a table of methods.
+
+    Args:
+        config_type: class of its configuration.
+        needs_mask: whether it trains salient weights only.
+        needs_original: whether it reads the outputs of the original model.
+        fresh_start: whether it starts from fresh weights.
+        defaults: what differs from the defaults of the configuration class.
+        reads: settings that some methods read and others do not, and this one does.
+    """
+
+    config_type: type[C]
+    needs_mask: bool = False
+    needs_original: bool = False
+    fresh_start: bool = False
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    reads: frozenset[str] = frozenset()
+
+    def check(self, name: str, config: C) -> None:
+        """Check settings that the configuration class cannot check, because they depend on the method.
+
+        Raises:
+            UsageError: the configuration does not fit the method.
+        """
+
+    def check_mask(self, name: str, mask: SaliencyMask | None) -> None:
+        """Check that a mask is given if and only if the method needs one.
+
+        Raises:
+            UsageError: the mask is missing, or would be ignored.
+        """
+        if self.needs_mask and mask is None:
+            raise UsageError(f"{name} needs a mask", "it trains salient weights only", "compute one with `salun mask`")
+        if mask is not None and not self.needs_mask:
+            raise UsageError(
+                f"{name} takes no mask", "it would be ignored", "use the method salun, or leave the mask out"
+            )
+
+
+M = TypeVar("M", bound=Method[Any])
+
+
+def get_method(methods: Mapping[str, M], name: str) -> M:
+    """Return a method of a table by name.
+
+    Raises:
+        UsageError: the table has no such method; the message names the nearest match.
+    """
+    if name not in methods:
+        raise unknown_name("method", name, methods)
+    return methods[name]
+
+
+def resolve_config(methods: Mapping[str, Method[C]], name: str, overrides: Mapping[str, Any] | None = None) -> C:
+    """Resolve a method's configuration: its own defaults, then what the user set.
+
+    Args:
+        methods: the table.
+        name: of the method.
+        overrides: settings that differ from its defaults.
+
+    Raises:
+        UsageError: an unknown method or setting, a value out of range (the message lists all faults), or a setting
+            that only other methods read.
+    """
+    row = get_method(methods, name)
+    config = parse(row.config_type, {**row.defaults, **(overrides or {})}, f"configuration of {name}")
+    row.check(name, config)
+    unread = sorted({key for other in methods.values() for key in other.reads} - row.reads)
+    ignored = [key for key in unread if getattr(config, key) != row.config_type.model_fields[key].default]
+    if ignored:
+        raise UsageError(f"{name} does not read {', '.join(ignored)}", "it would be ignored", "leave it out")
+    return config
+
+
+@dataclass(frozen=True)
+class UnlearnResult:
+    """What a method made.
+
+    Args:
+        model: the new network, in eval mode; the network that was given is unchanged.
+        method: its name.
+        config: the resolved configuration.
+        history: one record per epoch; empty after a closed-form method.
+        seconds: wall clock of the loop or the edit only.
+        passes: samples that went forward and backward; one that only goes forward counts 1/3, rounded up in total.
+        changed_fraction: share of weights whose value differs from the original's, from 0 to 1; None if not measured.
+    """
+
+    model: nn.Module
+    method: str
+    config: LoopConfig
+    history: list[EpochRecord]
+    seconds: float
+    passes: int
+    changed_fraction: float | None = None
