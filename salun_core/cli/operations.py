@@ -90,8 +90,8 @@ def purge(
 ) -> None:
     """Delete forget data, masks, superseded weights and garbage, and add the deletions to the certificates."""
     from salun_core.certificates.keys import find_signing_key
-    from salun_core.retention import purge as step
     from salun_core.retention.rules import RetentionRules
+    from salun_core.steps.purge import purge_store
 
     rules = RetentionRules(
         scratch_hours=scratch_hours,
@@ -100,7 +100,7 @@ def purge(
         artifact_days=artifact_days,
         every_hours=every_hours,
     )
-    report = step.purge(store, rules, pipeline_root, dry_run=dry_run, signer=find_signing_key())
+    report = purge_store(store, rules, pipeline_root, dry_run=dry_run, signer=find_signing_key())
     emit(_purge_document(report), lambda: _show_purge(report))
 
 

@@ -13,8 +13,6 @@ from salun_core.requests.redaction import redact_request
 from salun_core.retention.addenda import attest, certified
 from salun_core.retention.inventory import NAMES, Artifact, Stock, take_artifacts, take_stock
 from salun_core.retention.rules import Disposal, Kind, Plan, RetentionRules, plan
-from salun_core.steps.observe import RunRef, observed
-from salun_core.storage import open_store
 from salun_core.storage.erase import Erased, abort, erase, erase_old, inventory
 from salun_core.storage.keys import delta_key
 from salun_core.telemetry.logs import get_logger
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 
     from salun_core.storage.s3 import S3Store
 
-ALL_LINES = "all"
 _ACTOR = "purge"
 _BY_LINES = {Kind.WEIGHTS, Kind.STAGED, Kind.ORPHAN}
 
@@ -55,25 +52,23 @@ class PurgeReport:
 
 
 def purge(
-    store_uri: str,
+    store: S3Store,
     rules: RetentionRules | None = None,
-    pipeline_root: str | None = None,
+    root: S3Store | None = None,
     *,
     dry_run: bool = False,
     signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
-    run: RunRef | None = None,
 ) -> PurgeReport:
     """Dispose of what the rules say, and add it to the certificates of the requests that it concerns.
 
     Args:
-        store_uri: `s3://bucket/prefix`.
+        store: the store of model lines.
         rules: how long things are kept; the longest that is allowed by default.
-        pipeline_root: where Kubeflow keeps the files of the runs, as `s3://bucket/prefix`.
+        root: where Kubeflow stores the artifacts of the runs.
         dry_run: say what would go, and touch nothing.
         signer: the key for the addenda; needed where a request's certificate must be added to.
         clock: gives the time now.
-        run: the run that the step belongs to, if any.
 
     Returns:
         What was done.
@@ -84,27 +79,25 @@ def purge(
             could not be made whole, and what it rests on stays.
         StoreError: the store cannot be reached or refuses us.
     """
-    with observed("purge", ALL_LINES, run):
-        store, now = open_store(store_uri), as_utc(clock())
-        root = open_store(pipeline_root) if pipeline_root else None
-        before = _lines(store)
-        stock = take_stock(store, now, root)
-        planned = plan(stock, rules or RetentionRules(), now)
-        if dry_run:
-            return PurgeReport(True, planned)
-        if signer is None:
-            _check_nothing_to_certify(stock, planned)
-        worker = _Purge(store, root, stock, before, now.isoformat())
-        for item in planned.disposals:
-            worker.dispose(item)
-        addenda = []
-        if signer is not None:
-            left = None if root is None else _runs_with_weights(take_artifacts(root, stock.runs)[0])
-            addenda = attest(store, stock, inventory(store), left, signer, now)
-        report = PurgeReport(False, planned, worker.erased, worker.skipped, addenda)
-        removed = report.total
-        get_logger().info("purged", keys=removed.keys, versions=removed.versions, bytes=removed.bytes)
-        return report
+    now = as_utc(clock())
+    before = _lines(store)
+    stock = take_stock(store, now, root)
+    planned = plan(stock, rules or RetentionRules(), now)
+    if dry_run:
+        return PurgeReport(True, planned)
+    if signer is None:
+        _check_nothing_to_certify(stock, planned)
+    worker = _Purge(store, root, stock, before, now.isoformat())
+    for item in planned.disposals:
+        worker.dispose(item)
+    addenda = []
+    if signer is not None:
+        left = None if root is None else _runs_with_weights(take_artifacts(root, stock.runs)[0])
+        addenda = attest(store, stock, inventory(store), left, signer, now)
+    report = PurgeReport(False, planned, worker.erased, worker.skipped, addenda)
+    removed = report.total
+    get_logger().info("purged", keys=removed.keys, versions=removed.versions, bytes=removed.bytes)
+    return report
 
 
 def _check_nothing_to_certify(stock: Stock, planned: Plan) -> None:

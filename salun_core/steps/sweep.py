@@ -13,8 +13,9 @@ from pydantic import Field
 
 from salun_core.certificates.keys import load_signing_key
 from salun_core.errors import ConflictError, SalunError
-from salun_core.retention.purge import PurgeReport, purge
+from salun_core.retention.purge import PurgeReport
 from salun_core.steps.claim import Claimed, claim_requests, is_generative_line, sweep_terms
+from salun_core.steps.purge import purge_store
 from salun_core.steps.run import RunConfig, RunOutcome, RunSettings, run_all
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
@@ -126,7 +127,7 @@ def _sweep(config: SweepConfig, folder: Path, say: Say, run: str, on_trial: OnTr
         settled = settle_requests(config.store_uri, config.model_line, run, policy)
     if config.purge:
         say("purge")
-    purged = purge(config.store_uri, signer=signer) if config.purge else None
+    purged = purge_store(config.store_uri, signer=signer) if config.purge else None
     return SweepOutcome(run, claimed, settled, outcome, error, purged)
 
 

@@ -20,7 +20,7 @@ from salun_core.models import load_model
 from salun_core.requests.gauges import GaugeReader
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
-from salun_core.retention.purge import purge
+from salun_core.steps.purge import purge_store
 from salun_core.tasks.classification.training import register_model, train_model
 from salun_core.telemetry.exporter import Exporter
 from salun_core.times import utc_clock
@@ -116,5 +116,5 @@ def test_nothing_that_was_named_is_found_after_settling(store, line, tmp_path, m
     assert len(parents_split) == 1
 
     later = utc_clock() + timedelta(days=31)
-    purge(store.uri, signer=load_signing_key(keys.private), clock=lambda: later)
+    purge_store(store.uri, signer=load_signing_key(keys.private), clock=lambda: later)
     assert hits(contents(store)) == []

@@ -159,9 +159,9 @@ def orphans(store: JournalStore) -> int:
 
 
 def _purge(uri: str) -> None:
-    from salun_core.retention.purge import purge
+    from salun_core.steps.purge import purge_store
 
-    purge(uri, clock=lambda: utc_clock() + timedelta(days=2))
+    purge_store(uri, clock=lambda: utc_clock() + timedelta(days=2))
 
 
 def flat_memory(uri: str, sweeps: int, warm_up: int = 200) -> Figures:

@@ -25,6 +25,7 @@ from salun_core.retention.rules import Kind
 from salun_core.storage import keys as names
 from salun_core.storage import open_store
 from salun_core.storage.erase import inventory, versions_of
+from salun_core.storage.s3 import S3Store, make_client
 from salun_core.sweeps.runs import RunLog, RunMember, RunRecord, RunStatus
 from tests.folder_model import UNET, contents, write_folder
 
@@ -117,7 +118,7 @@ class Line:
         return {name: path.read_bytes() for name, path in self.files[number].items()}
 
     def purge(self, **options):
-        return purge(self.uri, **{"signer": SIGNER, "clock": after(days=40), **options})
+        return purge(self.store, **{"signer": SIGNER, "clock": after(days=40), **options})
 
     def traces(self, number):
         """Every S3 version of a version's weights and of its list of samples."""
@@ -180,7 +181,7 @@ def test_of_a_model_with_folders_the_old_weights_go_and_the_rest_stays_whole(buc
         publish_head(store, "sd", versions[-1], parent, None)
     first, head = (read_version(store, "sd", digest) for digest in versions)
     assert versions_of(store, names.delta_key(head.files[UNET].sha256))
-    report = purge(store.uri, clock=after(days=40))
+    report = purge(store, clock=after(days=40))
     assert [item.kind for item, _ in report.erased] == [Kind.MATERIALISE, Kind.WEIGHTS]
     assert read_disposal(store, "sd", versions[0]).files == [UNET]  # all else is HEAD's too
     assert versions_of(store, names.blob_key(first.files[UNET].sha256)) == []
@@ -208,7 +209,7 @@ def test_what_was_disposed_of_is_added_to_the_certificate_and_the_target_goes(li
     assert isinstance(target, RedactedTarget)
     assert len(target.hashes) == 1
     assert len(versions_of(line.store, key)) == 1
-    report = line.purge(pipeline_root=root.uri)
+    report = line.purge(root=root)
     assert report.addenda == ["r-1"]
     assert {item.key for item in inventory(root)} == stays
     assert report.plan.foreign_runs == 1
@@ -240,10 +241,10 @@ def test_killed_after_each_write_it_ends_the_same(line, bucket, tmp_path, monkey
         if len(calls) > allowed and threading.current_thread() is threading.main_thread():  # else it would hang
             raise KilledError
 
-    fragile = open_store(line.uri)
+    fragile = S3Store(bucket, line.uri.partition(f"s3://{bucket}/")[2], client=make_client())
     for name in ("DeleteObject", "PutObject", "AbortMultipartUpload"):
         fragile.native[0].meta.events.register(f"before-call.s3.{name}", die)
-    monkeypatch.setattr(step, "open_store", lambda uri: fragile)
+    monkeypatch.setattr(line, "store", fragile)
     while attempts < 100:
         calls.clear()
         try:

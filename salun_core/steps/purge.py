@@ -1,0 +1,42 @@
+"""The purge step of the sweep pipeline, and of `salun purge`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from salun_core.retention.purge import PurgeReport, purge
+from salun_core.retention.rules import RetentionRules
+from salun_core.steps.observe import RunRef, observed
+from salun_core.storage import open_store
+from salun_core.times import Clock, utc_clock
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+ALL_LINES = "all"  # the metrics of this step belong to no single model line
+
+
+def purge_store(
+    store_uri: str,
+    rules: RetentionRules | None = None,
+    pipeline_root: str | None = None,
+    *,
+    dry_run: bool = False,
+    signer: Ed25519PrivateKey | None = None,
+    clock: Clock = utc_clock,
+    run: RunRef | None = None,
+) -> PurgeReport:
+    """Purge a store, and log and measure it as a step; see `retention.purge.purge`.
+
+    Args:
+        store_uri: `s3://bucket/prefix`.
+        rules: how long things are kept; by default the longest allowed.
+        pipeline_root: where Kubeflow stores artifacts, as `s3://bucket/prefix`.
+        dry_run: return the plan, and delete nothing.
+        signer: the key that signs addenda.
+        clock: returns the time now.
+        run: the run that the step belongs to, if any.
+    """
+    with observed("purge", ALL_LINES, run):
+        root = open_store(pipeline_root) if pipeline_root else None
+        return purge(open_store(store_uri), rules, root, dry_run=dry_run, signer=signer, clock=clock)
