@@ -162,7 +162,7 @@ def metrics_table() -> str:
         "names, under the grouping key `pipeline`, `step`, `model` (job `salun`); scrape it with `honor_labels: true`. "
         "`pipeline` is the one that was started, also for the steps of one nested in it; outside of any it is "
         "`salun-unlearning`. "
-        "`salun exporter` serves those of the ledger and of the model lines: see [operations](../how-to/operations.md)."
+        "`salun exporter` serves those of the ledger and of the model lines: see [operations](../how-to/monitor.md)."
     )
     lines = ["| name | unit | labels | meaning |", "|---|---|---|---|"]
     lines += [f"| `{s.name}` | {s.unit} | {_listed(s.labels)} | {s.help} |" for s in SPECS.values()]

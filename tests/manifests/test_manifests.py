@@ -128,7 +128,7 @@ def test_everything_that_is_referenced_exists():
 
 
 def test_what_the_user_makes_is_documented():
-    said = (MANIFESTS / "secret.yaml.example").read_text() + (ROOT / "docs" / "tutorials" / "cluster.md").read_text()
+    said = (MANIFESTS / "secret.yaml.example").read_text() + (ROOT / "docs" / "how-to" / "production.md").read_text()
     assert all(name in said for _, name in THE_USERS | KUBEFLOWS)
 
 

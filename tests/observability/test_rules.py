@@ -59,16 +59,16 @@ def test_every_alert_is_tried_both_quiet_and_firing(alert):
 
 @pytest.mark.parametrize("alert", ALERTS)
 def test_every_alert_says_how_bad_it_is_and_what_to_do(alert):
-    rule, text = ALERTS[alert], (ROOT / "docs" / "how-to" / "operations.md").read_text()
+    rule, text = ALERTS[alert], (ROOT / "docs" / "how-to" / "monitor.md").read_text()
     assert rule["labels"]["severity"] in {"warning", "critical"}
     assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
-    assert rule["annotations"]["runbook_url"] == f"docs/how-to/operations.md#{alert.lower()}"
+    assert rule["annotations"]["runbook_url"] == f"docs/how-to/monitor.md#{alert.lower()}"
     assert f"\n### {alert}\n" in text
     assert set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"]))) <= {"model_line", "step"}
 
 
-def test_operations_speaks_of_no_alert_that_is_not_there():
-    text = (ROOT / "docs" / "how-to" / "operations.md").read_text()
+def test_the_page_describes_only_alerts_that_exist():
+    text = (ROOT / "docs" / "how-to" / "monitor.md").read_text()
     assert set(re.findall(r"\bSalun[A-Z]\w+", text)) == set(ALERTS)
 
 

@@ -91,6 +91,6 @@ def test_empty_choice_of_secrets():
 def test_every_role_has_a_policy_and_is_documented():
     policies = {path.stem for path in (ROOT / "manifests" / "iam").glob("*.json")}
     assert set(ROLES.values()) <= policies
-    text = (ROOT / "docs" / "how-to" / "operations.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "how-to" / "keys.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| (\w+) \|", text, re.MULTILINE))
     assert rows == ROLES

@@ -1,4 +1,4 @@
-"""`salun verify`, `salun certificate`, `salun key`; verification without salun as in docs/reference/certificate.md."""
+"""`salun verify`, `salun certificate`, `salun key`, and the other ways of docs/how-to/verify-certificates.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from salun_core.cli.output import MODE
 from tests.unit.requests.test_certificate import KEY, certify, nothing
 from tests.unit.requests.test_certificate_tampering import FIXTURE
 
-DOCUMENT = (Path(__file__).parents[3] / "docs" / "reference" / "certificate.md").read_text()
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "how-to" / "verify-certificates.md").read_text()
 
 
 @pytest.fixture
