@@ -1,4 +1,4 @@
-"""Writes the measured tables from benchmarks/results/*.json into README.md and docs, between their markers.
+"""Writes the measured tables from benchmarks/results/*.json into the pages of docs/research, between their markers.
 
 python benchmarks/readme_tables.py [--check]
 """
@@ -16,9 +16,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
-    "README.md": ("study", "masked-step"),
-    "docs/research/results.md": ("study", "study-cost"),
-    "docs/research/speed.md": ("speed", "speed-machines", "study-cost"),
+    "docs/research/study.md": ("study", "study-cost"),
+    "docs/research/speed.md": ("masked-step", "speed", "speed-machines"),
 }
 STUDY = {  # suites of the classification study, by the heading of their column
     "random 10 %": "cifar10-random10-cpu",
@@ -105,7 +104,7 @@ def speed_table(documents: dict[str, Any]) -> str:
 
 
 def machines(documents: dict[str, Any]) -> str:
-    """Say on what each comparison ran."""
+    """Render where each comparison ran."""
     lines = ["| script | rounds | threads | torch | processor |", "|---|---|---|---|---|"]
     for name, script in COMPARED.items():
         facts = documents[name]

@@ -576,4 +576,4 @@ def test_help_lists_the_parameters_of_the_default_pipeline(verb):
 
 @pytest.mark.parametrize("name", ["unlearning", "deletion-sweep", "sharded-mask"])
 def test_the_fields_of_the_run_form_are_documented(name):
-    assert form_table(load_package(name)) in (ROOT / "docs" / "how-to" / "kfp-ui.md").read_text(encoding="utf-8")
+    assert form_table(load_package(name)) in (ROOT / "docs" / "reference" / "run-form.md").read_text(encoding="utf-8")
