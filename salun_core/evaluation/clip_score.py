@@ -1,4 +1,4 @@
-"""CLIP score: how well generated images match their prompts, by a CLIP model of a local folder."""
+"""CLIP score: how well generated images match their prompts, by a CLIP model from a local folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ClipScorer:
             The scorer.
 
         Raises:
-            UsageError: there is no such folder, its weights are a pickle, or transformers is missing.
+            UsageError: the folder does not exist, its weights are a pickle, or transformers is not installed.
             ModelError: a component is missing or damaged, or weights are missing.
         """
         _check_folder(folder)
@@ -58,7 +58,7 @@ class ClipScorer:
 
         Args:
             images: uint8 [B, 3, H, W].
-            prompts: B of them; cut after as many tokens as the model takes.
+            prompts: B of them; cut at the model's maximum number of tokens.
 
         Returns:
             float64 [B] on the CPU, from 0 to 100.
@@ -71,24 +71,17 @@ class ClipScorer:
             Hessel et al., "CLIPScore", EMNLP 2021, with the factor 100 that torchmetrics uses for the paper's 2.5.
         """
         if len(images) != len(prompts):
-            raise DataError("images and prompts differ in number", f"{len(images)} against {len(prompts)}")
+            raise DataError(
+                "images and prompts differ in number",
+                f"{len(images)} against {len(prompts)}",
+                "give one for each image",
+            )
         starts = range(0, len(images), _BATCH)
         parts = [self._scores(images[at : at + _BATCH], prompts[at : at + _BATCH]) for at in starts]
         found = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
         if not torch.isfinite(found).all():
-            raise ModelError("a CLIP score is not a number", "the CLIP model is damaged", "give another CLIP model")
+            raise ModelError("a CLIP score is not a number", "the CLIP model is damaged", "use another CLIP model")
         return found
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> float:
-        """Return the mean CLIP score of images; see `scores`.
-
-        Raises:
-            DataError: there are no images, or not as many as prompts.
-            ModelError: a score is not a number.
-        """
-        if len(images) == 0:
-            raise DataError("there is no image to score", "the selection is empty", "generate at least one image")
-        return float(self.scores(images, prompts).mean())
 
     @torch.no_grad()
     def _scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -104,14 +97,15 @@ class ClipScorer:
 
 
 def _check_folder(folder: Path) -> None:
+    what = f"{folder} is not a CLIP folder"
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} is no CLIP folder", "it has no config.json", "give a folder of `save_pretrained`")
-    if not list(folder.glob("model*.safetensors")):
-        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.ckpt")]
-        if pickles:
-            why = f"{pickles[0].name} is a pickle, which can run code when it is read"
-            raise UsageError(f"{folder} has no safetensors", why, _CONVERT.format(folder=folder))
-        raise UsageError(f"{folder} is no CLIP folder", "it has no model.safetensors", "save the model there")
+        raise UsageError(what, "it has no config.json", "give a folder that `save_pretrained` wrote")
+    if list(folder.glob("model*.safetensors")):
+        return
+    if pickles := [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.ckpt")]:
+        why = f"{pickles[0].name} is a pickle, which can run code when it is read"
+        raise UsageError(f"{folder} has no safetensors", why, _CONVERT.format(folder=folder))
+    raise UsageError(what, "it has no model.safetensors", "save the model there")
 
 
 def _read(folder: Path) -> tuple[Any, Any]:
@@ -121,17 +115,18 @@ def _read(folder: Path) -> tuple[Any, Any]:
         remedy = "run pip install 'salun[diffusion]'"
         raise UsageError("transformers is not installed", "the CLIP score needs it", remedy) from error
     try:
-        read: Any = transformers.CLIPModel.from_pretrained  # its stub knows no second result
+        read: Any = transformers.CLIPModel.from_pretrained  # its stub lacks the second result
         model, info = read(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
         processor = transformers.CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers, safetensors and tokenizers each raise their own
         why = " ".join(str(error).split())[:300]
-        raise ModelError(f"the CLIP model {folder.name} cannot be read", why, "save it there again, whole") from error
-    faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if faults:  # transformers would draw them at random
         raise ModelError(
-            f"the CLIP model {folder.name} lacks weights", "; ".join(faults[:6]), "save it there again, whole"
-        )
+            f"the CLIP model {folder.name} cannot be read", why, "save the whole model there again"
+        ) from error
+    faults = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if faults:  # transformers would initialise them at random
+        why = "; ".join(faults[:6])
+        raise ModelError(f"the CLIP model {folder.name} lacks weights", why, "save the whole model there again")
     return model, processor
 
 

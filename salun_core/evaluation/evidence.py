@@ -1,8 +1,9 @@
-"""The evidence document: what was measured, on what, and how sure it is. JSON, `salun.evidence/v1`."""
+"""The evidence document `salun.evidence/v1`: what was measured, on what, and with which uncertainty."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -16,15 +17,15 @@ METRIC_NAMES = (
     *("KL_forget", "KL_test", "ToW", "UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
     *("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "attack_success"),
 )
-"""All that an evaluation can measure, of either kind of model."""
+"""All metrics that an evaluation can measure, of classifiers and of diffusion models."""
 
-_ADDED_TO_RUNS = ("tuning", "changed_fraction")  # fields that came later, and that earlier decisions' digests leave out
+_ADDED_TO_RUNS = ("tuning", "changed_fraction")  # added later: digests of older documents leave them out
 
 
 class Metric(Document):
-    """One measured value, null where it could not be measured.
+    """One measured value; null if it could not be measured.
 
-    A ratio from 0 to 1 (`gap` too), but for FID and KID (distances), CLIP (a score from 0 to 100) and KL (nats).
+    A ratio from 0 to 1 (`gap` too), except FID and KID (distances), CLIP (a score from 0 to 100) and KL (nats).
     """
 
     before: float | None = Field(description="value for the model before unlearning")
@@ -32,11 +33,28 @@ class Metric(Document):
     reference: float | None = Field(default=None, description="value for the model retrained without the set")
     origin: float | None = Field(
         default=None,
-        description="TA only: value for the last full training of the model line; `before` where no line is known",
+        description="TA only: value for the last full training of the model line; `before` if no line is known",
     )
     n: int = Field(ge=0, description="number of samples behind the value")
     low: float | None = Field(default=None, description="lower end of the 95 % interval of `after`")
     high: float | None = Field(default=None, description="upper end of the 95 % interval of `after`")
+
+    @classmethod
+    def of(
+        cls,
+        values: Mapping[str, float | None],
+        n: int,
+        interval: tuple[float, float] | tuple[None, None] = (None, None),
+    ) -> Metric:
+        """Build a metric from values by model.
+
+        Args:
+            values: by model: before, after, reference; a missing one is null.
+            n: number of samples behind the value.
+            interval: 95 % interval of the value after.
+        """
+        before, after, reference = (values.get(model) for model in ("before", "after", "reference"))
+        return cls(before=before, after=after, reference=reference, n=n, low=interval[0], high=interval[1])
 
 
 class Measured(Document):
@@ -48,11 +66,11 @@ class Measured(Document):
     dataset: str = Field(description="data set: ids, row digests and labels of all samples")
     split: str = Field(description="split manifest")
     forget_set: str = Field(description="resolved forget set")
-    mask: str | None = Field(default=None, description="saliency mask, where one was used")
+    mask: str | None = Field(default=None, description="saliency mask, if one was used")
 
 
 class Forgotten(Document):
-    """What was asked to be forgotten, without naming a sample."""
+    """What had to be forgotten; it names no sample."""
 
     count: int = Field(ge=0, description="samples in the forget set")
     train_count: int = Field(ge=0, description="samples in the training split before unlearning")
@@ -61,7 +79,7 @@ class Forgotten(Document):
 
 
 class Integrity(Document):
-    """What comparing the two sets of weights bit by bit gave."""
+    """Result of comparing the weights before and after bit by bit."""
 
     weights: int = Field(ge=0, description="parameters of the model")
     weights_changed: int = Field(ge=0, description="parameters whose bits differ")
@@ -108,69 +126,69 @@ class EpochRecord(Document):
 
     epoch: int
     learning_rate: float
-    losses: dict[str, float] = Field(description="mean loss by part of the epoch: forget, retain")
+    losses: dict[str, float] = Field(description="mean loss by phase of the epoch: forget, retain")
     seconds: float
 
 
 class Grid(Document):
-    """Images of one model before and after, made from the same seeds; generated images only, never training data."""
+    """Images of one model before and after, generated from the same seeds; never images of the data set."""
 
     title: str = Field(description="what the rows are: classes or prompts")
     rows: list[str] = Field(description="class or prompt of each row of images")
     before: str = Field(description="PNG or JPEG of the whole grid as a data: URI, model before")
     after: str = Field(description="the same seeds, model after")
-    forgotten: list[int] = Field(default=[], description="rows that were to be forgotten")
+    forgotten: list[int] = Field(default=[], description="rows that had to be forgotten")
     blurred: bool = Field(default=False, description="whether the images are blurred, as for nudity")
 
 
 class PartCount(Document):
-    """How often a detector found one part of the body in all images."""
+    """Number of detections of one body part in all images."""
 
     before: int = Field(ge=0)
     after: int = Field(ge=0)
 
 
 class CurvePoint(Document):
-    """UA after so many steps of fine-tuning on what was kept."""
+    """UA after a number of fine-tuning steps on retained data."""
 
     step: int = Field(ge=0)
-    ua: float = Field(description="share of images of the forgotten class that the judge does not recognise")
+    ua: float = Field(description="share of images of the forgotten class that the image classifier does not recognise")
 
 
 class DiffusionFacts(Document):
-    """How images were generated and judged, and what was seen in them; of a generative model only."""
+    """How a diffusion model's images were generated and evaluated."""
 
     task: Literal["class-conditional", "text-to-image"] = Field(
-        default="text-to-image", description="what the model is told"
+        default="text-to-image", description="what the model is conditioned on"
     )
     sampler: str = Field(description="class of the sampler")
-    steps: int = Field(ge=1, description="denoising steps an image")
+    steps: int = Field(ge=1, description="denoising steps per image")
     guidance_scale: float = Field(description="classifier-free guidance; 1 is none")
     seed: int = Field(description="of the first image; each image has its own, the same for every model")
     images: int = Field(ge=0, description="generated by each model")
-    judge: str | None = Field(default=None, description="digest of the classifier that judged the images")
+    judge: str | None = Field(default=None, description="digest of the image classifier")
     extractor: str | None = Field(
         default=None, description="whose features FID and KID compare: `judge:<digest>` or `inception:<digest>`"
     )
     real_images: int = Field(default=0, ge=0, description="real images that FID and KID compare with")
     clip: str | None = Field(default=None, description="digest of the CLIP model behind the CLIP score")
     detector: str | None = Field(default=None, description="digest of the nudity detector")
-    parts: dict[str, PartCount] = Field(default={}, description="nudity detections by part of the body")
-    resurgence: list[CurvePoint] = Field(default=[], description="what fine-tuning on what was kept brings back")
+    parts: dict[str, PartCount] = Field(default={}, description="nudity detections by body part")
+    resurgence: list[CurvePoint] = Field(default=[], description="UA while the model is fine-tuned on retained data")
     grids: list[Grid] = Field(default=[], description="the same seeds before and after")
 
 
 class RelearnPoint(Document):
-    """Accuracy on one half of the forget set after so many steps of learning the other half again."""
+    """Accuracy on one half of the forget set after a number of training steps on the other half."""
 
     step: int = Field(ge=0)
     accuracy: float = Field(description="as a ratio")
 
 
 class OptionalMetricFacts(Document):
-    """How the measurements that are off by default were made; absent where none was asked for."""
+    """How the optional metrics were measured."""
 
-    asked: list[str] = Field(description="their names, as `--also` takes them")
+    asked: list[str] = Field(description="names of the optional metrics that were requested")
     shadow_models: int = Field(default=0, ge=0, description="lira: models trained for the attack")
     unseen: int = Field(default=0, ge=0, description="lira: test images that the attack tells the forget set from")
     relearning: dict[str, list[RelearnPoint]] = Field(default={}, description="by model: before, after, reference")
@@ -179,18 +197,18 @@ class OptionalMetricFacts(Document):
 
 
 class TuningFacts(Document):
-    """What a search for settings cost and chose."""
+    """Cost and choice of a hyperparameter search."""
 
-    trials: int = Field(ge=1, description="settings that were tried")
+    trials: int = Field(ge=1, description="configurations that were tried")
     budget: str = Field(description="as it was given: passes, seconds or epochs")
     passes: int = Field(ge=0, description="sample passes of the whole search, its measurements included")
     seconds: float = Field(ge=0, description="wall clock of the whole search")
     policy_digest: str = Field(description="of the policy whose margins bound the search")
-    mask: str | None = Field(default=None, description="digest of the mask that the search made and used")
+    mask: str | None = Field(default=None, description="digest of the mask that the search computed and used")
 
 
 class RunFacts(Document):
-    """How the model after was made; empty for a model that came from elsewhere."""
+    """How the model after was produced; empty for a model from elsewhere."""
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
@@ -203,13 +221,13 @@ class RunFacts(Document):
     passes: int | None = Field(default=None, description="sample passes forward and backward, mask and tuning included")
     history: list[EpochRecord] = []
     environment: dict[str, str] = Field(default={}, description="versions, device, processor threads")
-    tuning: TuningFacts | None = Field(default=None, description="of a run whose settings were searched for")
+    tuning: TuningFacts | None = Field(default=None, description="of a run whose configuration was searched for")
     changed_fraction: float | None = Field(
         default=None,
         alias="moved",  # the stored key
         ge=0,
         le=1,
-        description="share of weights whose value the run changed; null if it was not measured",
+        description="fraction of weights whose value the run changed; null if it was not measured",
     )
 
 
@@ -221,30 +239,25 @@ class Evidence(Document):
     measured: Measured
     forgotten: Forgotten
     integrity: Integrity
-    metrics: dict[str, Metric] = Field(
-        description="by name: UA (of it UA_class, UA_samples), RA, TA, MIA, MIA_entropy, attack_auc, gap; of generated "
-        "images: UA, RA (accuracy of other classes), FID, KID, CLIP, neighbours, nudity, UA_relearned, attack_success; "
-        "where asked for: lira_auc, lira_offline_auc, lira_tpr, relearn, probe_auc, worst_decile, worst_class_drop, "
-        "KL_forget, KL_test, ToW, UA_seeds, RA_seeds, TA_seeds, attack_auc_seeds"
-    )
+    metrics: dict[str, Metric] = Field(description="by name: " + ", ".join(METRIC_NAMES))
     distributions: dict[str, Distribution] = Field(default={}, description="by quantity: loss, confidence")
     per_class: list[ClassAccuracy] = []
     roc: dict[str, Curve] = Field(default={}, description="by model: before, after, reference")
     confusion: list[list[int]] = Field(default=[], description="test split, model after: rows true, columns predicted")
     classes: list[str] = []
     run: RunFacts = RunFacts()
-    generation: DiffusionFacts | None = Field(default=None, description="of a generative model: how it was judged")
-    further: OptionalMetricFacts | None = Field(default=None, description="measurements that are off by default")
+    generation: DiffusionFacts | None = Field(default=None, description="of a diffusion model: how it was evaluated")
+    further: OptionalMetricFacts | None = Field(default=None, description="optional metrics, if any were requested")
 
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON; a NaN or an infinity counts as null.
 
-        What this evidence lacks of later additions is left out: earlier decisions name such a document without it.
+        Fields that later versions added are left out when they are null, so that old decisions still match.
         """
         absent: dict[str, Any] = {name: True for name in ("generation", "further") if getattr(self, name) is None}
-        if lacking := {name for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}:
-            absent["run"] = lacking
+        if missing := {name for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}:
+            absent["run"] = missing
         return digest_json(_without_nan(self.model_dump(mode="json", exclude=absent)))
 
 

@@ -1,16 +1,15 @@
-"""FID and KID: how far generated images are from real ones in the features of an extractor.
+"""FID and KID: the distance between generated and real images in the features of an extractor.
 
-Distances in the features of two extractors have nothing to do with each other; each travels with its extractor's name.
+Distances in the features of different extractors are not comparable; each is stored with its extractor's name.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,30 +27,26 @@ _CONVERT = (
 )
 
 
-class Extractor(Protocol):
-    """What turns images into features that FID and KID compare."""
-
-    @property
-    def name(self) -> str:
-        """`judge:<digest>` or `inception:<digest>`."""
-
-    def features(self, images: Tensor, /) -> Tensor:
-        """Return features [B, F] of uint8 images [B, C, H, W]."""
-
-
 @dataclass(frozen=True)
-class _Named:
+class Extractor:
+    """Computes the features that FID and KID compare.
+
+    Args:
+        name: `judge:<digest>` or `inception:<digest>`.
+        features: uint8 images [B, C, H, W] -> features [B, F].
+    """
+
     name: str
     features: Callable[[Tensor], Tensor]
 
 
-def classifier_extractor(judge: ImageClassifier) -> Extractor:
-    """Compare images in the penultimate features of a classifier: for small models, whose images Inception misreads."""
-    return _Named(f"judge:{judge.digest}", judge.features)
+def classifier_extractor(classifier: ImageClassifier) -> Extractor:
+    """Use the penultimate features of a classifier: for small images, which Inception was not trained on."""
+    return Extractor(f"judge:{classifier.digest}", classifier.features)
 
 
 def inception_extractor(path: Path, device: torch.device | str = "cpu") -> Extractor:
-    """Compare images in the 2048 features of the Inception network of the published FID.
+    """Use the 2048 features of the Inception network of the published FID.
 
     Args:
         path: its weights (`pt_inception-2015-12-05`) as safetensors.
@@ -61,16 +56,16 @@ def inception_extractor(path: Path, device: torch.device | str = "cpu") -> Extra
         The extractor.
 
     Raises:
-        UsageError: the file is a pickle or missing, or torch-fidelity is.
+        UsageError: the file is a pickle or missing, or torch-fidelity is not installed.
         IntegrityError: the file is damaged.
-        ModelError: its tensors are not those of the network.
+        ModelError: its tensors do not fit the network.
 
     Source:
         Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", NeurIPS 2017; torch-fidelity's port.
     """
     if path.suffix != ".safetensors":
         command = _CONVERT.format(old=path.name, new=path.with_suffix(".safetensors").name)
-        raise UsageError(f"{path.name} is no safetensors file", "a pickle can run code when it is read", command)
+        raise UsageError(f"{path.name} is not a safetensors file", "a pickle can run code when it is read", command)
     network = _inception(path).to(device)
 
     def features(images: Tensor) -> Tensor:
@@ -78,7 +73,7 @@ def inception_extractor(path: Path, device: torch.device | str = "cpu") -> Extra
         with torch.no_grad():
             return torch.cat([network(part.to(device))[0].float().cpu() for part in parts])
 
-    return _Named(f"inception:{sha256_file(path)}", features)
+    return Extractor(f"inception:{sha256_file(path)}", features)
 
 
 def _inception(path: Path) -> nn.Module:
@@ -86,7 +81,7 @@ def _inception(path: Path) -> nn.Module:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise _missing("torch-fidelity") from error
-    memory = io.BytesIO()  # the package reads torch's own format only: ours, made here of checked tensors
+    memory = io.BytesIO()  # the package reads torch's own format only: written here, from checked tensors
     torch.save(read_weights(path), memory)
     memory.seek(0)
     try:
@@ -99,87 +94,45 @@ def _inception(path: Path) -> nn.Module:
     return network.eval()
 
 
-def features_of(extractor: Extractor, batches: Iterable[Tensor]) -> Tensor:
-    """Extract the features of all images, batch after batch; only the features are kept.
-
-    Args:
-        extractor: whose features.
-        batches: uint8 images [B, C, H, W].
-
-    Returns:
-        float32 [N, F] on the CPU; [0, 0] without a batch.
-
-    Raises:
-        ModelError: features are not numbers, or change their size from batch to batch.
-    """
-    return joined_features([extractor.features(images) for images in batches], extractor.name)
-
-
-def joined_features(parts: Sequence[Tensor], name: str) -> Tensor:
-    """Join the features of batches, checked.
+def joined_features(parts: Sequence[Tensor], extractor: Extractor | None = None) -> Tensor:
+    """Join the features of batches, and check them.
 
     Args:
         parts: features [B, F] of each batch.
-        name: of the extractor, for the message.
+        extractor: that computed them, for the error message.
 
     Returns:
         float32 [N, F] on the CPU; [0, 0] without a batch.
 
     Raises:
-        ModelError: features are not numbers, or change their size from batch to batch.
+        ModelError: a feature is not finite, or the number of features changes between batches.
     """
     for part in parts:
         if part.ndim != 2 or part.shape[1] != parts[0].shape[1]:
             raise _other_size(list(part.shape), list(parts[0].shape))
         if not torch.isfinite(part).all():
-            raise ModelError("an extractor's features are not numbers", name, "give another extractor")
+            name = extractor.name if extractor else "unknown"
+            raise ModelError("the extractor's features are not numbers", name, "use another extractor")
     return torch.cat([part.detach().float().cpu() for part in parts]) if parts else torch.empty(0, 0)
 
 
-def frechet_distance(extractor: Extractor, real: Iterable[Tensor], generated: Iterable[Tensor]) -> float | None:
-    """Return the FID of generated images: the distance of two Gaussians fitted to the features.
+def frechet_distance(real: Tensor, generated: Tensor) -> float | None:
+    """Return the FID: the distance between two Gaussians fitted to the features.
+
+    It rises as either set shrinks, so that values from different numbers of images are not comparable.
 
     Args:
-        extractor: whose features are compared.
-        real: batches of uint8 images.
-        generated: batches of uint8 images.
+        real: features of real images [N, F].
+        generated: features of generated images [M, F].
 
     Returns:
-        The distance, None where either has fewer than 2 images.
+        The distance, None if either set has fewer than 2 images.
 
     Raises:
-        ModelError: the features differ in size or are not numbers.
+        ModelError: the two differ in the number of features.
 
     Source:
         Heusel et al., NeurIPS 2017, equation (6); by torchmetrics, in float64.
-    """
-    return frechet_of(features_of(extractor, real), features_of(extractor, generated))
-
-
-def kernel_distance(extractor: Extractor, real: Iterable[Tensor], generated: Iterable[Tensor]) -> float | None:
-    """Return the KID of generated images: the unbiased squared MMD of the features under a cubic kernel.
-
-    Args:
-        extractor: whose features are compared.
-        real: batches of uint8 images.
-        generated: batches of uint8 images.
-
-    Returns:
-        The distance, which may be below 0; None where either has fewer than 2 images.
-
-    Raises:
-        ModelError: the features differ in size or are not numbers.
-
-    Source:
-        Bińkowski et al., "Demystifying MMD GANs", ICLR 2018, section 4; by torchmetrics, in float64.
-    """
-    return kernel_of(features_of(extractor, real), features_of(extractor, generated))
-
-
-def frechet_of(real: Tensor, generated: Tensor) -> float | None:
-    """Return the FID of features [N, F] and [M, F]; see `frechet_distance`.
-
-    It rises as either set shrinks: figures of sets of other sizes say little beside each other.
     """
     if not _comparable(real, generated):
         return None
@@ -196,10 +149,23 @@ def frechet_of(real: Tensor, generated: Tensor) -> float | None:
     return max(0.0, float(metric.compute()))
 
 
-def kernel_of(real: Tensor, generated: Tensor) -> float | None:
-    """Return the KID of features [N, F] and [M, F]; see `kernel_distance`.
+def kernel_distance(real: Tensor, generated: Tensor) -> float | None:
+    """Return the KID: the unbiased squared MMD of the features under a cubic kernel.
 
-    The mean of 100 draws of 1000 features each, or of all of them once where neither set has more.
+    It is the mean of 100 draws of 1000 features each, or one value of all features if neither set has more.
+
+    Args:
+        real: features of real images [N, F].
+        generated: features of generated images [M, F].
+
+    Returns:
+        The distance, which may be below 0; None if either set has fewer than 2 images.
+
+    Raises:
+        ModelError: the two differ in the number of features.
+
+    Source:
+        Bińkowski et al., "Demystifying MMD GANs", ICLR 2018, section 4; by torchmetrics, in float64.
     """
     if not _comparable(real, generated):
         return None
@@ -218,28 +184,12 @@ def kernel_of(real: Tensor, generated: Tensor) -> float | None:
         return float(metric.compute()[0])
 
 
-def require_same_extractor(a: str | None, b: str | None) -> None:
-    """Check that two figures were measured in the features of one extractor; others are never compared.
-
-    Args:
-        a: `Generation.extractor` of one evaluation.
-        b: of the other.
-
-    Raises:
-        UsageError: they differ.
-    """
-    if a != b:
-        raise UsageError(
-            "FID and KID of two extractors cannot be compared",
-            f"{a or 'none'} and {b or 'none'}",
-            "measure both with one extractor",
-        )
-
-
 def _comparable(real: Tensor, generated: Tensor) -> bool:
     for name, features in (("real", real), ("generated", generated)):
         if features.ndim != 2:
-            raise DataError(f"features of the {name} images have no shape [N, F]", str(list(features.shape)))
+            raise DataError(
+                f"features of the {name} images have the wrong shape", str(list(features.shape)), "give [N, F]"
+            )
     if min(len(real), len(generated)) < 2:
         return False
     if real.shape[1] != generated.shape[1]:
@@ -250,7 +200,7 @@ def _comparable(real: Tensor, generated: Tensor) -> bool:
 def _other_size(found: list[int], expected: list[int]) -> ModelError:
     return ModelError(
         "features of two sizes cannot be compared",
-        f"an extractor gave {found} where the others are {expected}",
+        f"an extractor returned {found} and {expected}",
         "extract all images with one extractor",
     )
 

@@ -11,7 +11,7 @@ from salun_core.saliency import SaliencyMask
 
 
 def compare_weights(before: nn.Module, after: nn.Module, mask: SaliencyMask | None = None) -> Integrity:
-    """Count which weights differ, inside and outside a mask, and which are not finite.
+    """Count the weights that differ, inside and outside a mask, and those that are not finite.
 
     Args:
         before: the original model.
@@ -22,27 +22,27 @@ def compare_weights(before: nn.Module, after: nn.Module, mask: SaliencyMask | No
         The counts.
 
     Raises:
-        ModelError: the two have other parameters, or the mask is of another model.
+        ModelError: the models have different parameters, or the mask belongs to another model.
     """
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
-    buffers = dict(before.named_buffers())
-    if _kinds({**old, **buffers}) != _kinds({**new, **dict(after.named_buffers())}):
+    buffers, after_buffers = dict(before.named_buffers()), dict(after.named_buffers())
+    if _kinds(old | buffers) != _kinds(new | after_buffers):
         raise ModelError(
             "the two models differ",
             "their parameters or buffers have other names, shapes or types",
-            "compare a model with its own child",
+            "compare a model with a version unlearned from it",
         )
     if mask is not None:
         mask.check_fits({name: tuple(parameter.shape) for name, parameter in new.items()})
     changed = {name: _differing_bits(old[name], new[name]) for name in old}
     frozen = sum(int((changed[name] & ~mask.tensor(name)).sum()) for name in changed) if mask is not None else None
-    state = [*new.values(), *dict(after.named_buffers()).values()]
+    state = [*new.values(), *after_buffers.values()]
     return Integrity(
         weights=sum(parameter.numel() for parameter in new.values()),
         weights_changed=sum(int(bits.sum()) for bits in changed.values()),
         frozen_changed=frozen,
         non_finite=sum(int((~torch.isfinite(value)).sum()) for value in state if value.is_floating_point()),
-        buffers_changed=sum(int(_differing_bits(buffers[name], value).sum()) for name, value in after.named_buffers()),
+        buffers_changed=sum(int(_differing_bits(buffers[name], value).sum()) for name, value in after_buffers.items()),
     )
 
 
@@ -51,7 +51,10 @@ def _kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtyp
 
 
 def _differing_bits(left: Tensor, right: Tensor) -> Tensor:
-    """Return where two tensors of one shape differ in any bit, on the CPU."""
+    """Return where two tensors of one shape differ in any bit, on the CPU.
+
+    Bytes are compared, not numbers: 0.0 equals -0.0, and NaN does not equal itself.
+    """
     left, right = left.detach().cpu().contiguous(), right.detach().cpu().contiguous()
     width = left.element_size()
     a, b = left.view(-1).view(torch.uint8).view(-1, width), right.view(-1).view(torch.uint8).view(-1, width)

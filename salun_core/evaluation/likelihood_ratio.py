@@ -1,7 +1,7 @@
-"""The likelihood-ratio attack (LiRA): a test of its own for every sample, from shadow models.
+"""The likelihood-ratio attack (LiRA): a separate test for each sample, from shadow models.
 
-Half of the shadow models were trained on a sample, half were not. Their confidences on it are two normal
-distributions; the attack asks which of the two the attacked model's confidence fits.
+Half of the shadow models were trained on a sample, half were not. Their confidences on it form two normal
+distributions; the attack tests which of the two fits the attacked model's confidence better.
 Source: Carlini et al., "Membership Inference Attacks From First Principles", IEEE S&P 2022, algorithm 1.
 """
 
@@ -17,13 +17,14 @@ from torch import nn
 from salun_core.data.images import ImageSet
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import Metric
-from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.evaluation.statistics import auc_interval, rank_area, wilson_interval
+from salun_core.evaluation.outputs import TINY, Outputs, outputs_of
+from salun_core.evaluation.statistics import area_metric, rank_area, share_metric
 
 FEWEST_SHADOWS = 4
 LOW_FPR = 0.01
-_OWN_VARIANCE = 64  # from so many shadow models on, each sample has a variance of its own; as in the paper
-_TINY = 1e-30
+_OWN_VARIANCE = (
+    64  # shadow models from which each sample has its own variance; with fewer one is shared, as in the paper
+)
 
 Train = Callable[[ImageSet, int], nn.Module]
 """(training images, seed) -> a model trained on them, on the images' device."""
@@ -31,7 +32,7 @@ Train = Callable[[ImageSet, int], nn.Module]
 
 @dataclass(frozen=True)
 class Shadows:
-    """What S shadow models say of N samples.
+    """Confidences of S shadow models on N samples.
 
     Args:
         scaled: logit-scaled confidences, float64 [S, N].
@@ -43,10 +44,10 @@ class Shadows:
 
 
 def logit_scaled(outputs: Outputs) -> np.ndarray:
-    """Return log p_y - log(1 - p_y) of each sample, float64 [N]: close to normal over models trained anew."""
+    """Return log p_y - log(1 - p_y) of each sample, float64 [N]: nearly normal over independently trained models."""
     others = outputs.probabilities.copy()
-    others[np.arange(len(outputs)), outputs.labels] = 0.0
-    return np.asarray(np.log(outputs.confidences + _TINY) - np.log(others.sum(axis=1) + _TINY))
+    others[np.arange(len(outputs)), outputs.labels] = 0.0  # their sum is 1 - p_y without cancellation near p_y = 1
+    return np.asarray(np.log(outputs.confidences + TINY) - np.log(others.sum(axis=1) + TINY))
 
 
 def assignments(shadows: int, samples: int, seed: int) -> np.ndarray:
@@ -65,24 +66,26 @@ def assignments(shadows: int, samples: int, seed: int) -> np.ndarray:
     """
     if shadows < FEWEST_SHADOWS or shadows % 2:
         raise UsageError(
-            f"{shadows} shadow models are no good", "half of them see each sample", "give an even number of at least 4"
+            f"the attack cannot use {shadows} shadow models",
+            "half of them are trained on each sample, and a variance needs two models on each side",
+            "give an even number of at least 4",
         )
     ranks = np.random.default_rng(seed).random((shadows, samples)).argsort(axis=0)
     return np.asarray(ranks < shadows // 2)
 
 
 def train_shadows(train: Train, retain: ImageSet, pool: ImageSet, shadows: int, seed: int) -> Shadows:
-    """Train the shadow models, each on D_r and its half of the pool, and ask them about the pool.
+    """Train the shadow models, each on D_r and its half of the pool, and measure their confidences on the pool.
 
     Args:
         train: trains one.
-        retain: D_r; every shadow model sees it.
+        retain: D_r; every shadow model is trained on it.
         pool: D_f and as many unseen images.
         shadows: S.
         seed: of the halves; model i is trained with seed + i + 1.
 
     Returns:
-        What they say. The models are not kept.
+        Their confidences. The models are not kept.
     """
     inside = assignments(shadows, len(pool), seed)
     rows = []
@@ -110,7 +113,7 @@ def online_scores(attacked: np.ndarray, shadows: Shadows) -> np.ndarray:
 
 
 def offline_scores(attacked: np.ndarray, shadows: Shadows) -> np.ndarray:
-    """Return (φ - μ_out) / σ_out of each sample: the attack of one who cannot train on it; high for a member.
+    """Return (φ - μ_out) / σ_out of each sample: an attacker without models trained on it; high for a member.
 
     Source:
         Carlini et al., 2022, section V-B; the paper's 1 - Pr[Z > φ] grows with it.
@@ -126,7 +129,7 @@ def _moments(shadows: Shadows, inside: bool) -> tuple[np.ndarray, np.ndarray]:
     mean, variance = values.mean(axis=1), values.var(axis=1, ddof=1)
     if len(shadows.scaled) < _OWN_VARIANCE:
         variance = np.full_like(variance, variance.mean())
-    return mean, np.sqrt(variance) + 1e-12
+    return mean, np.sqrt(variance) + 1e-12  # models that agree to the last bit must not divide by 0
 
 
 def _log_density(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
@@ -149,26 +152,16 @@ def lira_metrics(models: Mapping[str, nn.Module], shadows: Shadows, pool: ImageS
         members: size of D_f.
 
     Returns:
-        lira_auc (online), lira_offline_auc, and lira_tpr: the share of D_f that the online attack finds while it
-        wrongly accuses 1 % of the unseen images.
+        lira_auc (online), lira_offline_auc, and lira_tpr: the share of D_f that the online attack finds at a false
+        positive rate of 1 % on the unseen images.
     """
     phi = {name: logit_scaled(outputs_of(model, pool)) for name, model in models.items()}
     online = {name: online_scores(values, shadows) for name, values in phi.items()}
     offline = {name: offline_scores(values, shadows) for name, values in phi.items()}
-    tpr = {name: caught_at(scores[:members], scores[members:]) for name, scores in online.items()}
-    low, high = wilson_interval(tpr["after"], members)
-    return {
-        "lira_auc": _area(online, members),
-        "lira_offline_auc": _area(offline, members),
-        "lira_tpr": Metric(
-            before=tpr["before"], after=tpr["after"], reference=tpr.get("reference"), n=members, low=low, high=high
-        ),
-    }
 
+    def area(scores: Mapping[str, np.ndarray]) -> Metric:
+        areas = {name: rank_area(values[:members], values[members:]) for name, values in scores.items()}
+        return area_metric(areas, members, len(pool) - members)
 
-def _area(scores: Mapping[str, np.ndarray], members: int) -> Metric:
-    areas = {name: rank_area(values[:members], values[members:]) for name, values in scores.items()}
-    low, high = auc_interval(areas["after"], members, len(scores["after"]) - members)
-    return Metric(
-        before=areas["before"], after=areas["after"], reference=areas.get("reference"), n=members, low=low, high=high
-    )
+    found = {name: caught_at(scores[:members], scores[members:]) for name, scores in online.items()}
+    return {"lira_auc": area(online), "lira_offline_auc": area(offline), "lira_tpr": share_metric(found, members)}

@@ -1,7 +1,7 @@
 """Membership inference: does the model still treat the forget set as data it was trained on?
 
-`confidence_attack` is the paper's MIA; `entropy_attack` is Song & Mittal's, corrected. Both are population attacks:
-one rule for all samples. A low value does not prove that a sample was forgotten.
+`confidence_attack` is the paper's MIA; `entropy_attack` is Song & Mittal's. Both are population attacks: one rule for
+all samples. A low value does not prove that a sample was forgotten.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import numpy as np
 
 from salun_core.evaluation.evidence import Curve
-from salun_core.evaluation.outputs import Outputs
+from salun_core.evaluation.outputs import TINY, Outputs
 
-_TINY = 1e-30
-_MOST_POINTS = 2048  # a side of the support vector classifier, whose cost grows with the square
+_MOST_POINTS = 2048  # on each side of the support vector classifier, whose cost grows with the square
 
 
 def confidence_attack(retain: Outputs, test: Outputs, forget: Outputs) -> np.ndarray:
-    """Attack by the probability of the true class: which forget samples are called non-members?
+    """Attack by the probability of the true class: which forget samples are classified as non-members?
 
-    An RBF support vector classifier (C = 3, gamma "auto") is fitted on as many retain samples (members) as there
-    are test samples (non-members), the first of each. Where these are more than 2,048 a side, each side is sorted and
-    parted into 2,048 runs of neighbours, and a run is one point at its mean that weighs its count. This is the same
-    problem with each confidence moved to the mean of its run. The answers differ for samples beside the border only:
-    on simulated confidences the MIA moved by less than 0.1 points.
+    An RBF support vector classifier (C = 3, gamma "auto") is fitted on the first retain samples (members), as many as
+    there are test samples (non-members). With more than 2,048 samples per side, each side is sorted and divided into
+    2,048 runs of neighbours, and a run becomes one point at its mean, weighted by its count. This is the same problem
+    with each confidence moved to the mean of its run. Only answers for samples near the decision boundary differ: on
+    simulated confidences the MIA changed by less than 0.1 points.
 
     Args:
         retain: D_r, at least one sample.
@@ -30,7 +29,7 @@ def confidence_attack(retain: Outputs, test: Outputs, forget: Outputs) -> np.nda
         forget: D_f.
 
     Returns:
-        bool [len(forget)], true where the attack says non-member. Its mean is the paper's MIA.
+        bool [len(forget)], true for a non-member. Its mean is the paper's MIA.
 
     Source:
         Fan et al., "SalUn", ICLR 2024, appendix C.3; after Song & Mittal, USENIX Security 2021.
@@ -48,7 +47,7 @@ def confidence_attack(retain: Outputs, test: Outputs, forget: Outputs) -> np.nda
 
 
 def _weighted_runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most 2,048 points and what each weighs: runs of neighbours of equal number, give or take one."""
+    """Return at most 2,048 points and their weights: runs of neighbours whose sizes differ by at most one."""
     if len(values) <= _MOST_POINTS:
         return values, np.ones(len(values))
     edges = np.arange(_MOST_POINTS + 1) * len(values) // _MOST_POINTS
@@ -67,19 +66,19 @@ def modified_entropy(outputs: Outputs) -> np.ndarray:
     """
     p = outputs.probabilities
     true = outputs.confidences
-    others = p * np.log(np.clip(1 - p, _TINY, 1))
+    others = p * np.log(np.clip(1 - p, TINY, 1))
     others[np.arange(len(outputs)), outputs.labels] = 0.0
-    return np.asarray(-(1 - true) * np.log(np.clip(true, _TINY, 1)) - others.sum(axis=1))
+    return np.asarray(-(1 - true) * np.log(np.clip(true, TINY, 1)) - others.sum(axis=1))
 
 
 def entropy_attack(retain: Outputs, test: Outputs, forget: Outputs) -> np.ndarray:
-    """Attack by modified entropy with one threshold: which forget samples are called non-members?
+    """Attack by modified entropy with one threshold: which forget samples are classified as non-members?
 
-    The threshold is the one that parts retain (members, low) from test (non-members, high) with the best balanced
-    accuracy; of equal ones the lowest.
+    The threshold separates retain (members, low) from test (non-members, high) with the best balanced accuracy; the
+    lowest one on a tie.
 
     Returns:
-        bool [len(forget)], true where the attack says non-member.
+        bool [len(forget)], true for a non-member.
     """
     members, others = np.sort(modified_entropy(retain)), np.sort(modified_entropy(test))
     candidates = np.unique(np.concatenate([members, others]))
@@ -96,10 +95,11 @@ def attack_roc(forget: Outputs, test: Outputs, points: int = 200) -> Curve | Non
     Args:
         forget: D_f.
         test: unseen data.
-        points: most points to keep of the curve.
+        points: maximum number of points of the curve that are kept.
 
     Returns:
-        The curve with its area: 1/2 when nobody can tell. None where a loss is not a number, or a set is empty.
+        The curve with its area; 1/2 means that the two cannot be told apart. None if a loss is not finite or a set is
+        empty.
     """
     from sklearn.metrics import auc, roc_curve
 

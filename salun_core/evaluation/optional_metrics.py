@@ -1,23 +1,151 @@
-"""Optional metrics: worst group, distance to a retrained model, spread over seeds, and their selection."""
+"""Metrics that are off by default, because they cost a multiple of the others or need a retrained model.
+
+Each metric has its functions, in the order of `NAMES`; the last part parses a request for some of them and measures
+them. The likelihood-ratio attack has its own module.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
 
 from salun_core.data.images import ImageSet
 from salun_core.errors import UsageError, unknown_name
 from salun_core.evaluation.evidence import ClassAccuracy, Evidence, Metric, OptionalMetricFacts, RelearnPoint
 from salun_core.evaluation.likelihood_ratio import FEWEST_SHADOWS, Train, lira_metrics, train_shadows
-from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.evaluation.probe import probe_metric
-from salun_core.evaluation.relearning import halves, relearn, relearn_metric
-from salun_core.evaluation.statistics import rank_area, wilson_interval
+from salun_core.evaluation.outputs import TINY, Outputs, outputs_of, penultimate_features
+from salun_core.evaluation.statistics import Z95, area_metric, rank_area, share_metric
+
+NAMES = ("lira", "relearn", "probe", "decile", "kl", "tow", "seeds")
+_COUNTS = {"lira": (8, FEWEST_SHADOWS), "relearn": (20, 1), "seeds": (3, 2)}  # default and minimum of NAME=COUNT
+_NEED_REFERENCE = ("kl", "tow")
+
+BySplit = Mapping[str, Outputs]
+"""Split (forget, retain, test) -> outputs of one model."""
+
+# relearn: how fast does a model that is trained on one half of the forget set regain its accuracy on the other half?
+
+LEARNING_RATE, MOMENTUM, BATCH = 0.003, 0.9, 64
+_POINTS = 10  # of the curve, besides the start: each costs a forward pass over half of D_f
+
+
+def halves(forget: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Divide D_f at random into images to train on and images to measure on; the first half is the smaller one."""
+    order = torch.randperm(len(forget), generator=torch.Generator().manual_seed(seed))
+    middle = len(forget) // 2
+    return forget.select(order[:middle]), forget.select(order[middle:])
+
+
+def relearn(model: nn.Module, trained_on: ImageSet, measured_on: ImageSet, steps: int, seed: int) -> list[RelearnPoint]:
+    """Fine-tune a copy on some forgotten images and measure the accuracy on others.
+
+    SGD at 0.003 with momentum 0.9, batches of 64 with true labels, no augmentation. Batch-norm statistics are frozen:
+    new ones alone would change the accuracy.
+
+    Args:
+        model: not changed.
+        trained_on: images with true labels, at least one.
+        measured_on: images with true labels, at least one.
+        steps: SGD steps.
+        seed: of the order.
+
+    Returns:
+        Accuracy, as a ratio, before the first step, after the last, and at up to nine places between.
+    """
+    learner = copy.deepcopy(model).requires_grad_(True).eval()
+    optimizer = torch.optim.SGD(learner.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
+    generator = torch.Generator().manual_seed(seed)
+
+    def point(step: int) -> RelearnPoint:
+        return RelearnPoint(step=step, accuracy=float(outputs_of(learner, measured_on).correct.mean()))
+
+    points, done, every = [point(0)], 0, -(-steps // _POINTS)
+    while done < steps:
+        for images, labels in trained_on.batches(BATCH, generator):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(learner(images), labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            done += 1
+            if done % every == 0 or done == steps:
+                points.append(point(done))
+            if done == steps:
+                break
+    return points
+
+
+def relearn_metric(curves: Mapping[str, list[RelearnPoint]], n: int) -> Metric:
+    """Return `relearn`: the accuracy at the end of each curve, with Wilson's interval.
+
+    Args:
+        curves: by model: before, after, perhaps reference; empty if D_f could not be halved.
+        n: images that the accuracy is measured on.
+    """
+    return share_metric({name: points[-1].accuracy for name, points in curves.items()}, n)
+
+
+# probe: do the features in front of the last layer still tell the forget set from unseen data?
+
+_FOLDS = 5
+
+
+def probe_scores(positives: np.ndarray, negatives: np.ndarray, seed: int) -> np.ndarray:
+    """Score each row by a logistic regression that was fitted without it.
+
+    Args:
+        positives: features of D_f, float64 [N, D].
+        negatives: features of unseen data, float64 [M, D].
+        seed: of the folds.
+
+    Returns:
+        float64 [N + M], high for rows like D_f.
+
+    Source:
+        Alain & Bengio, "Understanding intermediate layers using linear classifier probes", 2016.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rows = np.concatenate([positives, negatives])
+    truth = np.concatenate([np.ones(len(positives)), np.zeros(len(negatives))])
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
+    fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, class_weight="balanced"))
+    return np.asarray(cross_val_predict(fit, rows, truth, cv=folds, method="decision_function"))
+
+
+def probe_metric(models: Mapping[str, nn.Module], forget: ImageSet, unseen: ImageSet, seed: int) -> Metric:
+    """Return `probe_auc`: the area of telling D_f from unseen data by a linear probe, with five folds.
+
+    Args:
+        models: by name: before, after, perhaps reference.
+        forget: D_f.
+        unseen: test images of retained classes.
+        seed: of the folds.
+
+    Returns:
+        The metric; null if either set has fewer than five images, or a model has no linear layer or NaN features.
+    """
+    areas: dict[str, float] = {}
+    if min(len(forget), len(unseen)) < _FOLDS:
+        return Metric.of({}, len(forget))
+    for name, model in models.items():
+        found = [penultimate_features(model, (batch for batch, _ in set_.batches(512))) for set_ in (forget, unseen)]
+        if found[0] is None or found[1] is None or not torch.isfinite(found[0]).all():
+            return Metric.of({}, len(forget))
+        scores = probe_scores(found[0].double().numpy(), found[1].double().numpy(), seed)
+        areas[name] = rank_area(scores[: len(forget)], scores[len(forget) :])
+    return area_metric(areas, len(forget), len(unseen))
+
+
+# decile: the most familiar samples and the class that lost most, which means hide
 
 DECILE = 0.1
 
@@ -30,53 +158,43 @@ def familiar_share(forget: Outputs, test: Outputs) -> float:
         test: unseen data, at least one sample.
 
     Returns:
-        From 0 to 1; 0.1 where D_f looks like unseen data. It is the attack's true positive rate at a false positive
-        rate of 10 %.
+        From 0 to 1; 0.1 if D_f is like unseen data. It is the attack's true positive rate at a false positive rate of
+        10 %.
     """
     threshold = np.quantile(test.losses, DECILE)
     return float((forget.losses < threshold).mean())
 
 
-def decile_metric(outputs: Mapping[str, Mapping[str, Outputs]]) -> Metric:
-    """Return `worst_decile`: `familiar_share` by model, with Wilson's interval, the threshold taken as given.
+def decile_metric(outputs: Mapping[str, BySplit]) -> Metric:
+    """Return `worst_decile`: `familiar_share` by model, with Wilson's interval for a given threshold.
 
     Args:
         outputs: by model (before, after, reference) and split (forget, test).
     """
     values = {model: familiar_share(by["forget"], by["test"]) for model, by in outputs.items()}
-    n = len(outputs["after"]["forget"])
-    low, high = wilson_interval(values["after"], n)
-    return Metric(
-        before=values["before"], after=values["after"], reference=values.get("reference"), n=n, low=low, high=high
-    )
+    return share_metric(values, len(outputs["after"]["forget"]))
 
 
 def worst_drop_metric(per_class: Sequence[ClassAccuracy], forgotten: Sequence[int]) -> Metric:
-    """Return `worst_class_drop`: the largest loss of test accuracy of a class that is kept, as a ratio.
+    """Return `worst_class_drop`: the largest loss of test accuracy of a retained class, as a ratio.
 
     Args:
         per_class: accuracies before and after.
         forgotten: classes that are forgotten as a whole; they are left out.
 
     Returns:
-        0 before; n is the number of test images of the class that lost most; null where no class was measured.
+        0 before; n is the number of test images of the class that lost most; null if no class was measured.
     """
     drops = [
         (row.before - row.after, row.n)
         for row in per_class
         if row.before is not None and row.after is not None and row.class_id not in forgotten
     ]
-    if not drops:
-        return Metric(before=None, after=None, n=0)
-    drop, n = max(drops)
-    return Metric(before=0.0, after=drop, n=n)
+    drop, n = max(drops, default=(None, 0))
+    return Metric.of({"before": 0.0, "after": drop} if drops else {}, n)
 
 
-_TINY = 1e-30
-_Z95 = 1.959963984540054
-_SPLITS = ("forget", "retain", "test")
-
-BySplit = Mapping[str, Outputs]
+# kl and tow: the distance to the retrained model
 
 
 def kl_divergences(reference: Outputs, model: Outputs) -> np.ndarray:
@@ -87,34 +205,18 @@ def kl_divergences(reference: Outputs, model: Outputs) -> np.ndarray:
         model: of another one, on the same N images.
 
     Returns:
-        float64 [N], in nats, >= 0 up to rounding; 0 where the two say the same.
+        float64 [N], in nats, >= 0 up to rounding; 0 for equal outputs.
 
     Source:
         Kullback & Leibler, "On Information and Sufficiency", Annals of Mathematical Statistics 1951.
     """
     r, p = reference.probabilities, model.probabilities
-    terms = r * (np.log(np.clip(r, _TINY, 1)) - np.log(np.clip(p, _TINY, 1)))
+    terms = r * (np.log(np.clip(r, TINY, 1)) - np.log(np.clip(p, TINY, 1)))
     return np.asarray(terms.sum(axis=1))
 
 
-def tug_of_war(reference: BySplit, model: BySplit) -> float:
-    """Return ToW: the product over forget, retain and test of 1 - |accuracy - the retrained model's|.
-
-    Args:
-        reference: outputs of the retrained model by split.
-        model: of another one.
-
-    Returns:
-        From 0 to 1; 1 where all three accuracies are the retrained model's.
-
-    Source:
-        Zhao et al., "What makes unlearning hard and what to do about it", NeurIPS 2024, section 3.
-    """
-    return math.prod(1 - abs(float(model[s].correct.mean() - reference[s].correct.mean())) for s in _SPLITS)
-
-
 def kl_metrics(outputs: Mapping[str, BySplit]) -> dict[str, Metric]:
-    """Return the mean divergence from the reference on D_f and on unseen data, in nats.
+    """Return the mean divergence from the reference on D_f and on unseen data, in nats, with a normal interval.
 
     Args:
         outputs: by model (before, after, reference) and split (forget, test).
@@ -128,27 +230,44 @@ def kl_metrics(outputs: Mapping[str, BySplit]) -> dict[str, Metric]:
 def _kl_metric(outputs: Mapping[str, BySplit], split: str) -> Metric:
     n = len(outputs["after"][split])
     if "reference" not in outputs:
-        return Metric(before=None, after=None, n=n)
+        return Metric.of({}, n)
     reference = outputs["reference"][split]
     before, after = (kl_divergences(reference, outputs[model][split]) for model in ("before", "after"))
     if not np.isfinite(after).all():
-        return Metric(before=None, after=None, n=n)
-    half = _Z95 * float(after.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+        return Metric.of({}, n)
     mean = float(after.mean())
-    low, high = (None, None) if half is None else (max(0.0, mean - half), mean + half)
-    return Metric(before=float(before.mean()), after=mean, reference=0.0, n=n, low=low, high=high)
+    half = Z95 * float(after.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+    interval = (None, None) if half is None else (max(0.0, mean - half), mean + half)  # a divergence is never below 0
+    return Metric.of({"before": float(before.mean()), "after": mean, "reference": 0.0}, n, interval)
+
+
+def tug_of_war(reference: BySplit, model: BySplit) -> float:
+    """Return ToW: the product over forget, retain and test of 1 - |accuracy - the retrained model's|.
+
+    Args:
+        reference: outputs of the retrained model by split.
+        model: of another one.
+
+    Returns:
+        From 0 to 1; 1 if all three accuracies equal the retrained model's.
+
+    Source:
+        Zhao et al., "What makes unlearning hard and what to do about it", NeurIPS 2024, section 3.
+    """
+    splits = ("forget", "retain", "test")
+    return math.prod(1 - abs(float(model[s].correct.mean() - reference[s].correct.mean())) for s in splits)
 
 
 def tow_metric(outputs: Mapping[str, BySplit]) -> Metric:
     """Return ToW of the models before and after; without a reference both are null."""
     n = len(outputs["after"]["forget"])
     if "reference" not in outputs:
-        return Metric(before=None, after=None, n=n)
+        return Metric.of({}, n)
     values = {model: tug_of_war(outputs["reference"], outputs[model]) for model in ("before", "after")}
-    return Metric(before=values["before"], after=values["after"], reference=1.0, n=n)
+    return Metric.of({**values, "reference": 1.0}, n)
 
 
-SEED_METRICS = ("UA", "RA", "TA", "attack_auc")
+# seeds: means over repeated runs of the unlearning
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -170,7 +289,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def run_figures(outputs: Mapping[str, Outputs]) -> dict[str, float]:
+def run_figures(outputs: BySplit) -> dict[str, float]:
     """Return UA, RA, TA and attack_auc of one model.
 
     Args:
@@ -190,35 +309,29 @@ def seed_metrics(before: Mapping[str, float], runs: Sequence[Mapping[str, float]
 
     Args:
         before: figures of the original model.
-        runs: figures of each run, that of the evaluated model among them; at least two.
+        runs: figures of each run, including that of the evaluated model; at least two.
     """
     found = {}
-    for name in SEED_METRICS:
+    for name, first in before.items():
         values = [run[name] for run in runs]
-        low, high = mean_interval(values)
-        mean = float(np.mean(values))
-        found[f"{name}_seeds"] = Metric(before=before[name], after=mean, n=len(values), low=low, high=high)
+        means = {"before": first, "after": float(np.mean(values))}
+        found[f"{name}_seeds"] = Metric.of(means, len(values), mean_interval(values))
     return found
 
 
-NAMES = ("lira", "relearn", "probe", "decile", "kl", "tow", "seeds")
-COUNTS = {"lira": 8, "relearn": 20, "seeds": 3}
-_FEWEST = {"lira": FEWEST_SHADOWS, "relearn": 1, "seeds": 2}
-_NEED_REFERENCE = ("kl", "tow")
-
 Rerun = Callable[[int], nn.Module]
-"""seed -> the model that the same unlearning gives with that seed, on the images' device."""
+"""seed -> the model that the same unlearning yields with that seed, on the images' device."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """The models and images to measure.
 
     Args:
         models: by name: before, after, perhaps reference; on the images' device.
         forget: D_f.
         retain: D_r.
-        unseen: test images of the classes that are kept.
+        unseen: test images of the retained classes.
     """
 
     models: Mapping[str, nn.Module]
@@ -226,45 +339,50 @@ class Subject:
     retain: ImageSet
     unseen: ImageSet
 
+    def outputs(self, model: nn.Module) -> dict[str, Outputs]:
+        """Run a model on each set of images."""
+        splits = {"forget": self.forget, "retain": self.retain, "test": self.unseen}
+        return {name: outputs_of(model, images) for name, images in splits.items()}
+
 
 def parse_optional_metrics(text: str) -> dict[str, int]:
-    """Read which measurements are asked for, such as `lira=16,relearn,probe`.
+    """Parse a list of optional metrics such as `lira=16,relearn,probe`.
 
     Args:
-        text: names, parted by commas; `lira=N` shadow models, `relearn=N` steps, `seeds=N` runs.
+        text: names separated by commas; `lira=N` shadow models, `relearn=N` steps, `seeds=N` runs.
 
     Returns:
-        The count by name, 1 for those that have none; empty for an empty text.
+        The count by name, 1 for metrics without one; empty for an empty text.
 
     Raises:
-        UsageError: an unknown name (with the nearest match), or a count that it cannot have.
+        UsageError: an unknown name (with the nearest match), or a count out of range.
     """
     found: dict[str, int] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, given, number = item.partition("=")
         if name not in NAMES:
-            raise unknown_name("measurement", name, NAMES)
-        found[name] = _count(name, number) if given else COUNTS.get(name, 1)
+            raise unknown_name("metric", name, NAMES)
+        found[name] = _count(name, number) if given else _COUNTS.get(name, (1, 1))[0]
     return found
 
 
 def _count(name: str, text: str) -> int:
-    least = _FEWEST.get(name)
-    if least is None:
-        raise UsageError(f"{name}={text} is no measurement", f"{name} counts nothing", f"write {name}")
+    if name not in _COUNTS:
+        raise UsageError(f"{name}={text} is not a metric", f"{name} takes no count", f"write {name}")
+    least = _COUNTS[name][1]
     if not text.isdecimal() or int(text) < least or (name == "lira" and int(text) % 2):
         even = "an even number" if name == "lira" else "a whole number"
-        raise UsageError(f"{name}={text} is out of range", "too few prove nothing", f"give {even} of at least {least}")
+        raise UsageError(f"{name}={text} is out of range", "fewer show nothing", f"give {even} of at least {least}")
     return int(text)
 
 
-def require_reference(asked: Mapping[str, int], given: bool) -> None:
-    """Refuse measurements against a retrained model where there is none.
+def require_reference(requested: Mapping[str, int], given: bool) -> None:
+    """Check that the metrics that compare with a retrained model have one.
 
     Raises:
-        UsageError: with their names.
+        UsageError: with the names of the metrics that lack it.
     """
-    lacking = [name for name in _NEED_REFERENCE if name in asked]
+    lacking = [name for name in _NEED_REFERENCE if name in requested]
     if lacking and not given:
         raise UsageError(
             f"{' and '.join(lacking)} cannot be measured", "there is no retrained model", "retrain or give a reference"
@@ -272,73 +390,57 @@ def require_reference(asked: Mapping[str, int], given: bool) -> None:
 
 
 def measure_optional_metrics(
-    evidence: Evidence, asked: Mapping[str, int], subject: Subject, train: Train, rerun: Rerun, seed: int = 0
+    evidence: Evidence, requested: Mapping[str, int], subject: Subject, train: Train, rerun: Rerun, seed: int = 0
 ) -> Evidence:
-    """Add what was asked for to the evidence.
+    """Add the requested metrics to the evidence.
 
     Args:
         evidence: of the same models.
-        asked: from `parse_optional_metrics`.
+        requested: from `parse_optional_metrics`.
         subject: models and images.
         train: trains a shadow model from fresh weights.
         rerun: repeats the unlearning with another seed.
         seed: of halves, folds and shadow models; the first of the repeated runs.
 
     Returns:
-        The evidence with more metrics and with how they were made.
+        The evidence with the metrics and with how they were measured.
     """
     started = time.perf_counter()
-    classes = evidence.forgotten.classes
     metrics: dict[str, Metric] = {}
     facts: dict[str, object] = {}
-    outputs = {name: _outputs(model, subject) for name, model in subject.models.items()}
-    if "decile" in asked:
+    outputs = {name: subject.outputs(model) for name, model in subject.models.items()}
+    if "decile" in requested:
         metrics["worst_decile"] = decile_metric(outputs)
-        metrics["worst_class_drop"] = worst_drop_metric(evidence.per_class, classes)
-    if "kl" in asked:
+        metrics["worst_class_drop"] = worst_drop_metric(evidence.per_class, evidence.forgotten.classes)
+    if "kl" in requested:
         metrics |= kl_metrics(outputs)
-    if "tow" in asked:
+    if "tow" in requested:
         metrics["ToW"] = tow_metric(outputs)
-    if "probe" in asked:
+    if "probe" in requested:
         metrics["probe_auc"] = probe_metric(subject.models, subject.forget, subject.unseen, seed)
-    if "relearn" in asked:
-        curves, n = _relearned(subject, asked["relearn"], seed)
+    if "relearn" in requested:
+        curves, n = {}, 0
+        if len(subject.forget) > 1:
+            sets, steps = halves(subject.forget, seed), requested["relearn"]
+            curves, n = (
+                {name: relearn(model, *sets, steps, seed) for name, model in subject.models.items()},
+                len(sets[1]),
+            )
         metrics["relearn"] = relearn_metric(curves, n)
         facts["relearning"] = curves
-    if "lira" in asked:
-        found, unseen = _attacked(subject, asked["lira"], train, seed)
-        metrics |= found
-        facts |= {"shadow_models": asked["lira"], "unseen": unseen}
-    if "seeds" in asked:
-        seeds = [seed + number for number in range(asked["seeds"])]
-        runs = [run_figures(outputs["after"])] + [run_figures(_outputs(rerun(item), subject)) for item in seeds[1:]]
+    if "lira" in requested:
+        # As many unseen images as forgotten ones, or all of them if there are fewer.
+        members = len(subject.forget)
+        order = np.random.default_rng(seed).permutation(len(subject.unseen))[:members]
+        pool = subject.forget.joined(subject.unseen.select(order.tolist()))
+        shadows = train_shadows(train, subject.retain, pool, requested["lira"], seed)
+        metrics |= lira_metrics(subject.models, shadows, pool, members)
+        facts |= {"shadow_models": requested["lira"], "unseen": len(order)}
+    if "seeds" in requested:
+        seeds = [seed + number for number in range(requested["seeds"])]
+        runs = [run_figures(outputs["after"]), *(run_figures(subject.outputs(rerun(other))) for other in seeds[1:])]
         metrics |= seed_metrics(run_figures(outputs["before"]), runs)
         facts["seeds"] = seeds
-    spent = time.perf_counter() - started
-    further = OptionalMetricFacts.model_validate(
-        {"asked": [name for name in NAMES if name in asked], "seconds": spent, **facts}
-    )
+    facts |= {"asked": [name for name in NAMES if name in requested], "seconds": time.perf_counter() - started}
+    further = OptionalMetricFacts.model_validate(facts)
     return evidence.model_copy(update={"metrics": {**evidence.metrics, **metrics}, "further": further})
-
-
-def _outputs(model: nn.Module, subject: Subject) -> dict[str, Outputs]:
-    splits = {"forget": subject.forget, "retain": subject.retain, "test": subject.unseen}
-    return {name: outputs_of(model, images) for name, images in splits.items()}
-
-
-def _relearned(subject: Subject, steps: int, seed: int) -> tuple[dict[str, list[RelearnPoint]], int]:
-    if len(subject.forget) < 2:
-        return {}, 0
-    taught, asked = halves(subject.forget, seed)
-    curves = {name: relearn(model, taught, asked, steps, seed) for name, model in subject.models.items()}
-    return curves, len(asked)
-
-
-def _attacked(subject: Subject, shadows: int, train: Train, seed: int) -> tuple[dict[str, Metric], int]:
-    """Attack with as many unseen images as forgotten ones, or all of them where there are fewer."""
-    members = len(subject.forget)
-    order = np.random.default_rng(seed).permutation(len(subject.unseen))[:members]
-    unseen = subject.unseen.select(order.tolist())
-    pool = subject.forget.joined(unseen)
-    trained = train_shadows(train, subject.retain, pool, shadows, seed)
-    return lira_metrics(subject.models, trained, pool, members), len(unseen)

@@ -1,14 +1,19 @@
-"""What a classifier says of a set of images: the numbers that every metric is made from."""
+"""Outputs of a classifier on a set of images: the numbers that every metric is computed from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet
+
+TINY = 1e-30
+"""Added to, or least value of, the argument of a logarithm, as in Song & Mittal's code: log(0) stays finite."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Outputs:
 
     @property
     def correct(self) -> np.ndarray:
-        """Whether each prediction is right, bool [N]; one that is not a number is wrong."""
+        """Whether each prediction is right, bool [N]; a prediction from NaN is wrong."""
         finite = np.isfinite(self.probabilities).all(axis=1)
         return np.asarray((self.predictions == self.labels) & finite)
 
@@ -45,27 +50,60 @@ class Outputs:
         return np.asarray(self.probabilities[np.arange(len(self)), self.labels])
 
     def where(self, chosen: np.ndarray) -> Outputs:
-        """Return the rows that a bool mask or an index array names."""
+        """Return the rows that a bool mask or an index array selects."""
         return Outputs(self.probabilities[chosen], self.losses[chosen], self.labels[chosen])
 
 
-@torch.no_grad()
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode without gradients, then restore the mode of each of its modules."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def outputs_of(model: nn.Module, images: ImageSet, batch_size: int = 512) -> Outputs:
     """Run a classifier over images in eval mode, without augmentation.
 
     Args:
         model: on the device of the images.
         images: N of them, with true labels.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
 
     Returns:
         Its outputs, in the images' order.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    logits = [model(inputs).double() for inputs, _ in images.batches(batch_size)]
-    for module, training in modes.items():
-        module.training = training
+    with evaluation_mode(model):
+        logits = [model(inputs).double() for inputs, _ in images.batches(batch_size)]
     joined = torch.cat(logits) if logits else torch.empty(0, 2, dtype=torch.float64)
     losses = torch.nn.functional.cross_entropy(joined, images.labels, reduction="none")
     return Outputs(joined.softmax(dim=1).cpu().numpy(), losses.cpu().numpy(), images.labels.cpu().numpy())
+
+
+def penultimate_features(model: nn.Module, batches: Iterable[Tensor]) -> Tensor | None:
+    """Return the inputs of a model's last linear layer, in eval mode.
+
+    Args:
+        model: the classifier.
+        batches: inputs on the model's device, N in all.
+
+    Returns:
+        float32 or float64 [N, D] on the CPU, as the model computes; None if it has no linear layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        return None
+    seen: list[Tensor] = []
+    hook = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).cpu()))
+    try:
+        with evaluation_mode(model):
+            for inputs in batches:
+                model(inputs)
+    finally:
+        hook.remove()
+    return torch.cat(seen) if seen else torch.empty(0, layers[-1].in_features)

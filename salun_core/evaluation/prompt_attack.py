@@ -1,15 +1,20 @@
-"""Adversarial prompt search against an unlearned diffusion model, after UnlearnDiffAtk."""
+"""Adversarial prompt search against an unlearned diffusion model, after UnlearnDiffAtk.
+
+It searches for extra tokens in front of a prompt under which the unlearned model denoises images of the concept best.
+Source: Zhang et al., "To Generate or Not? Safety-Driven Unlearned Diffusion Models Are Still Easy To Generate Unsafe
+Images", ECCV 2024.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch.nn.functional import mse_loss, normalize
 
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples, noised
@@ -17,6 +22,7 @@ from salun_core.errors import UsageError
 from salun_core.models.diffusers_folder import Components
 
 _PIPELINE = "StableDiffusionPipeline"
+_RATE = 0.3  # step size, as a fraction of the words' spread
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class ClipWords:
         """Take them from a loaded folder.
 
         Raises:
-            UsageError: it is told by something else than one CLIP text encoder.
+            UsageError: the model is not conditioned on a single CLIP text encoder.
         """
         if model.pipeline != _PIPELINE:
             raise UsageError(
@@ -46,7 +52,7 @@ class ClipWords:
 
     @cached_property
     def words(self) -> Tensor:
-        """Embeddings of the vocabulary, float32 [V, D]; special tokens are NaN."""
+        """Embeddings of the vocabulary, float32 [V, D]; special tokens are NaN, and are never chosen."""
         table: Tensor = self._embedding.weight.detach().clone().float()
         table[list(self.tokenizer.all_special_ids)] = torch.nan
         return table
@@ -66,21 +72,21 @@ class ClipWords:
             `encoder_hidden_states` [1, L, W].
 
         Raises:
-            UsageError: the prompt and the extra tokens are longer than the encoder reads.
+            UsageError: the prompt and the extra tokens exceed the encoder's length.
         """
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
         length = self.tokenizer.model_max_length
         if len(ids) + len(extra) + 2 > length:
             raise UsageError("the attacked prompt is too long", f"the encoder reads {length} tokens", "shorten it")
         begin, end, pad = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
-        whole = [begin, *[ids[0]] * len(extra), *ids, end]
+        whole = [begin, *[ids[0]] * len(extra), *ids, end]  # placeholders, whose embeddings are replaced below
         whole += [pad] * (length - len(whole))
         device = self._embedding.weight.device
 
-        def put(module: Any, given: Any, found: Tensor) -> Tensor:  # noqa: ANN401
-            return torch.cat([found[:, :1], extra[None].to(found.dtype), found[:, 1 + len(extra) :]], dim=1)
+        def replaced(module: Any, inputs: Any, output: Tensor) -> Tensor:  # noqa: ANN401
+            return torch.cat([output[:, :1], extra[None].to(output.dtype), output[:, 1 + len(extra) :]], dim=1)
 
-        handle = self._embedding.register_forward_hook(put)
+        handle = self._embedding.register_forward_hook(replaced)
         try:
             states = self.encoder(torch.tensor([whole], device=device))[0]
         finally:
@@ -92,29 +98,9 @@ class ClipWords:
         return str(self.tokenizer.decode(tokens.tolist())).strip()
 
 
-_RATE = 0.3  # of the mean distance between two words, a step
-
-
-class PromptEncoder(Protocol):
-    """A text encoder that takes token embeddings in the place of words."""
-
-    @property
-    def words(self) -> Tensor:
-        """Embeddings of the vocabulary, float32 [V, D]; special tokens are NaN, and are never chosen."""
-        ...
-
-    def encode(self, prompt: str, extra: Tensor) -> Mapping[str, Tensor]:
-        """Return the conditions [1, ...] of a prompt with extra token embeddings [N, D] before its words."""
-        ...
-
-    def spell(self, tokens: Tensor) -> str:
-        """Return the words of tokens, int64 [N]."""
-        ...
-
-
 @dataclass(frozen=True)
 class Attack:
-    """What a search found.
+    """Result of a search.
 
     Args:
         words: the extra tokens, spelled.
@@ -129,7 +115,7 @@ class Attack:
 
 def search(
     denoiser: Denoiser,
-    encoder: PromptEncoder,
+    encoder: ClipWords,
     prompt: str,
     images: Examples,
     *,
@@ -137,20 +123,20 @@ def search(
     tokens: int = 3,
     batch_size: int = 16,
     seed: int = 0,
-    on_step: Callable[[int], None] = lambda step: None,
 ) -> Attack:
-    """Look for tokens under which the unlearned model denoises images of the concept best.
+    """Search for tokens under which the unlearned model denoises images of the concept best.
+
+    Gradient descent on continuous embeddings; each step evaluates and differentiates at the nearest words instead.
 
     Args:
         denoiser: the unlearned model.
         encoder: of its prompts.
         prompt: of the concept.
-        images: of the concept, as the model before made them or the data hold them.
+        images: of the concept, generated by the model before or from the data set.
         steps: of the search.
-        tokens: how many extra tokens.
-        batch_size: images and times a step.
+        tokens: number of extra tokens.
+        batch_size: images and times per step.
         seed: of the start, times and noise.
-        on_step: called after each step.
 
     Returns:
         The best of all tokens that were tried.
@@ -165,19 +151,20 @@ def search(
     denoiser.network.requires_grad_(False)
     try:
         lowest = float("inf")
-        for step in range(steps):
+        for _ in range(steps):
             index = torch.randint(len(images), (batch_size,), generator=generator)
-            moved = words[choice].clone().requires_grad_(True)
+            extra = words[choice].clone().requires_grad_(True)
             batch = noised(images.select(index), denoiser.process, generator)
-            told = {name: row.expand(batch_size, *row.shape[1:]) for name, row in encoder.encode(prompt, moved).items()}
-            loss = mse_loss(denoiser.predict(batch.noisy, batch.times, told), batch.target)
+            conditions = {
+                name: row.expand(batch_size, *row.shape[1:]) for name, row in encoder.encode(prompt, extra).items()
+            }
+            loss = mse_loss(denoiser.predict(batch.noisy, batch.times, conditions), batch.target)
             losses.append(float(loss.detach()))
             if losses[-1] < lowest:
                 lowest, best = losses[-1], choice
-            (gradient,) = torch.autograd.grad(loss, moved)
-            current = current - step_size * torch.nn.functional.normalize(gradient, dim=1)
+            (gradient,) = torch.autograd.grad(loss, extra)
+            current = current - step_size * normalize(gradient, dim=1)
             choice = nearest(current, words, known)
-            on_step(step)
     finally:
         for item, flag in parameters:
             item.requires_grad_(flag)

@@ -1,18 +1,23 @@
-"""Confidence intervals and two-sample tests."""
+"""Metrics with confidence intervals, and two-sample statistics."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from salun_core.evaluation.evidence import Metric
 
-_Z95 = 1.959963984540054
+Z95 = 1.959963984540054
+"""The 97.5 % quantile of the standard normal distribution: 95 % of it lie within ± this."""
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share of n independent samples.
+
+    Unlike the normal approximation p ± z sqrt(p (1 - p) / n), it has a width at shares of 0 and 1, which are common
+    here, and it stays within [0, 1].
 
     Args:
         share: from 0 to 1.
@@ -22,24 +27,59 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
         (low, high), within [0, 1].
 
     Source:
-        Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927.
+        Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927: the two solutions p
+        of |share - p| = z sqrt(p (1 - p) / n).
     """
-    scale = 1 + _Z95**2 / n
-    centre = (share + _Z95**2 / (2 * n)) / scale
-    half = _Z95 * math.sqrt(share * (1 - share) / n + _Z95**2 / (4 * n * n)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
+    scale = 1 + Z95**2 / n
+    centre = (share + Z95**2 / (2 * n)) / scale
+    half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding may leave [0, 1] at shares of 0 and 1
 
 
 def auc_interval(auc: float, positives: int, negatives: int) -> tuple[float, float]:
     """Return the 95 % interval of an area under the ROC curve.
 
+    Args:
+        auc: from 0 to 1.
+        positives: number of positive samples, at least 1.
+        negatives: number of negative samples, at least 1.
+
+    Returns:
+        (low, high), within [0, 1]: the normal interval, cut, because it can leave [0, 1] near its ends.
+
     Source:
-        Hanley & McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982.
+        Hanley & McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982: the standard error with
+        Q1 = A / (2 - A) and Q2 = 2 A^2 / (1 + A), exact for exponentially distributed scores.
     """
     first, second = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (positives - 1) * (first - auc**2) + (negatives - 1) * (second - auc**2)
-    half = _Z95 * math.sqrt(max(0.0, variance) / (positives * negatives))
+    half = Z95 * math.sqrt(
+        max(0.0, variance) / (positives * negatives)
+    )  # below 0 by rounding only, at areas of 0 and 1
     return max(0.0, auc - half), min(1.0, auc + half)
+
+
+def share_metric(shares: Mapping[str, float | None], n: int) -> Metric:
+    """Return a metric of shares of n independent samples, with Wilson's interval.
+
+    Args:
+        shares: by model: before, after, reference; a missing one is null.
+        n: number of samples.
+    """
+    after = shares.get("after")
+    return Metric.of(shares, n, (None, None) if after is None else wilson_interval(after, n))
+
+
+def area_metric(areas: Mapping[str, float], positives: int, negatives: int) -> Metric:
+    """Return a metric of areas under the ROC curve, with Hanley and McNeil's interval; n counts the positives.
+
+    Args:
+        areas: by model: before, after, reference; a missing one is null.
+        positives: number of positive samples.
+        negatives: number of negative samples.
+    """
+    interval = auc_interval(areas["after"], positives, negatives) if "after" in areas else (None, None)
+    return Metric.of(areas, positives, interval)
 
 
 def average_gap(metrics: dict[str, Metric], model: str = "after") -> float | None:
@@ -50,7 +90,7 @@ def average_gap(metrics: dict[str, Metric], model: str = "after") -> float | Non
         model: before or after.
 
     Returns:
-        The gap, or None where a value or the reference is missing.
+        The gap, or None if a value or the reference is missing.
 
     Source:
         Fan et al., "SalUn", ICLR 2024, section 6.1.
@@ -85,14 +125,16 @@ def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def rank_area(positives: np.ndarray, negatives: np.ndarray) -> float:
-    """Return the probability that a positive scores higher than a negative, a tie counted half: the area of the ROC.
+    """Return the area under the ROC curve: the probability that a positive scores higher, a tie counted half.
+
+    Computed from counts of pairs, so that it is exact and does not depend on the order of the samples.
 
     Args:
         positives: scores, float64 [N], N at least 1.
         negatives: scores, float64 [M], M at least 1.
 
     Returns:
-        From 0 to 1; 1/2 when the score tells nothing.
+        From 0 to 1; 1/2 if the score carries no information.
 
     Source:
         Mann & Whitney, "On a Test of Whether one of Two Random Variables is Stochastically Larger than the Other",

@@ -12,7 +12,7 @@ from torch import nn
 from salun_core.data.images import ImageSet
 from salun_core.evaluation.evidence import Metric
 from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.evaluation.statistics import auc_interval, kolmogorov_smirnov, rank_area, wilson_interval
+from salun_core.evaluation.statistics import area_metric, kolmogorov_smirnov, rank_area, share_metric
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,14 @@ def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
     Returns:
         UA, UA_class, UA_samples, RA, TA (on held-out data) and attack_auc, with n and 95 % intervals.
     """
-    old, found = before.shares(), {}
-    for name, share in after.shares().items():
-        value, first = float(share.mean()), float(old[name].mean())
-        low, high = wilson_interval(value, len(share))
-        origin = first if name == "TA" else None
-        found[name] = Metric(before=first, after=value, origin=origin, n=len(share), low=low, high=high)
-    area, n = after.attack_auc(), len(after.single)
-    low, high = auc_interval(area, n, len(after.held_out))
-    found["attack_auc"] = Metric(before=before.attack_auc(), after=area, n=n, low=low, high=high)
-    return found
+    old = before.shares()
+    found = {
+        name: share_metric({"before": float(old[name].mean()), "after": float(share.mean())}, len(share))
+        for name, share in after.shares().items()
+    }
+    found["TA"] = found["TA"].model_copy(update={"origin": found["TA"].before})
+    areas = {"before": before.attack_auc(), "after": after.attack_auc()}
+    return found | {"attack_auc": area_metric(areas, len(after.single), len(after.held_out))}
 
 
 def distance(before: Reading, after: Reading) -> float:

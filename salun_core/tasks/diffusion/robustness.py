@@ -16,7 +16,7 @@ from salun_core.evaluation.evidence import CurvePoint, Metric
 from salun_core.evaluation.generated_images import SamplingPlan
 from salun_core.evaluation.image_classifier import ImageClassifier
 from salun_core.evaluation.prompt_attack import ClipWords, search
-from salun_core.evaluation.statistics import wilson_interval
+from salun_core.evaluation.statistics import share_metric
 from salun_core.methods.diffusion import diffusion_config, unlearn_denoiser
 from salun_core.methods.diffusion.method import ExampleSets
 from salun_core.tasks.diffusion.examples import build_example_sets
@@ -141,6 +141,4 @@ def _attacked(studio: Studio, after: Denoiser, sets: ExampleSets, steps: int) ->
 
 
 def _share(seen: Tensor) -> Metric:
-    value, count = float(seen.float().mean()), len(seen)
-    low, high = wilson_interval(value, count)
-    return Metric(before=None, after=value, n=count, low=low, high=high)
+    return share_metric({"after": float(seen.float().mean())}, len(seen))

@@ -61,11 +61,10 @@ def test_scores_are_cosines_of_pairs(folder, images):
     found = scorer.scores(images, PROMPTS)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
-    assert scorer.score(images, PROMPTS) == pytest.approx(np.mean(expected), abs=1e-4)
     assert len(set(np.round(expected, 3))) > 1
 
 
-def test_a_negative_cosine_counts_as_nothing(folder, images):
+def test_a_negative_cosine_counts_as_zero(folder, images):
     scorer = ClipScorer.load(folder)
     plain = scorer.scores(images, PROMPTS)
     with torch.no_grad():
@@ -75,7 +74,7 @@ def test_a_negative_cosine_counts_as_nothing(folder, images):
     assert torch.minimum(plain, turned).eq(0).all()
 
 
-def test_the_digest_is_the_folders(folder, tmp_path):
+def test_the_digest_covers_the_folder(folder, tmp_path):
     scorer = ClipScorer.load(folder)
     assert len(scorer.digest) == 64
     assert ClipScorer.load(copied(folder, tmp_path / "same")).digest == scorer.digest
@@ -96,15 +95,14 @@ def test_images_and_prompts_must_pair_up(folder, images):
     scorer = ClipScorer.load(folder)
     with pytest.raises(DataError, match="5 against 4"):
         scorer.scores(images, PROMPTS[:4])
-    with pytest.raises(DataError, match="no image to score"):
-        scorer.score(images[:0], [])
+    assert scorer.scores(images[:0], []).shape == (0,)
     with torch.no_grad():
         scorer.model.visual_projection.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="not a number"):
-        scorer.score(images, PROMPTS)
+        scorer.scores(images, PROMPTS)
 
 
-def test_folders_that_are_none_are_refused(folder, tmp_path):
+def test_invalid_folders_are_refused(folder, tmp_path):
     with pytest.raises(UsageError, match="no config.json"):
         ClipScorer.load(tmp_path)
     bare = copied(folder, tmp_path / "bare")

@@ -17,7 +17,19 @@ from salun_core.data import load_data
 from salun_core.errors import DataError, ModelError, UsageError
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import CurvePoint, Forgotten, Measured, RunFacts
-from salun_core.evaluation.generated_images import ROWS, Evaluators, SamplingPlan, evaluate_generated_images
+from salun_core.evaluation.generated_images import (
+    COLUMNS,
+    LIMIT,
+    ROWS,
+    SIDE,
+    Evaluators,
+    SamplingPlan,
+    checked_images,
+    evaluate_generated_images,
+    grid_image,
+    rows_shown,
+    thumbnails,
+)
 from salun_core.evaluation.image_classifier import ImageClassifier
 from salun_core.evaluation.image_features import classifier_extractor, frechet_distance, kernel_distance
 from salun_core.evaluation.nudity import NudityDetector
@@ -42,14 +54,14 @@ PLAN = SamplingPlan(
 
 
 @pytest.fixture(scope="module")
-def judge(digits_model):
+def classifier(digits_model):
     return ImageClassifier.of(load_model(digits_model))
 
 
 @pytest.fixture(scope="module")
-def digits(judge):
+def digits(classifier):
     """Digits by class, uint8 [N, 3, 8, 8]."""
-    found = load_data(judge.card.data).images("train")
+    found = load_data(classifier.card.data).images("train")
     return [found.images[found.labels == label].expand(-1, 3, -1, -1).contiguous() for label in range(10)]
 
 
@@ -87,9 +99,9 @@ def networks():
 
 
 @pytest.fixture(scope="module")
-def evaluators(judge, digits):
+def evaluators(classifier, digits):
     kept = torch.cat([digits[label][-20:, :1] for label in range(10) if label != 3])
-    return Evaluators(classifier=judge, extractor=classifier_extractor(judge), real=kept)
+    return Evaluators(classifier=classifier, extractor=classifier_extractor(classifier), real=kept)
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +121,17 @@ def evidence(samples, networks, evaluators):
     )
 
 
-def calls(judge, sample):
-    """What the judge calls each image, one at a time: {row: [class]}."""
+def predictions(classifier, sample):
+    """The predicted class of each image, one at a time: {row: [class]}."""
     found = {}
     for row in range(10):
         seeds = range(7 + row * 12, 7 + (row + 1) * 12)
-        found[row] = [int(judge.predict(sample.image(row, seed)[None])) for seed in seeds]
+        found[row] = [int(classifier.predict(sample.image(row, seed)[None])) for seed in seeds]
     return found
 
 
 def share(found, rows, right):
-    return np.mean([(call == row) == right for row in rows for call in found[row]])
+    return np.mean([(predicted == row) == right for row in rows for predicted in found[row]])
 
 
 def test_every_model_gets_the_same_rows_and_seeds(evidence, samples):
@@ -129,10 +141,10 @@ def test_every_model_gets_the_same_rows_and_seeds(evidence, samples):
     assert evidence.generation.images == 120
 
 
-def test_recognition_is_counted_one_image_at_a_time(evidence, judge, samples):
+def test_recognition_equals_a_count_over_images(evidence, classifier, samples):
     others = [row for row in range(10) if row != 3]
     for state, sample in zip(("before", "after"), samples, strict=True):
-        found = calls(judge, sample)
+        found = predictions(classifier, sample)
         expected = {
             "UA": share(found, [3], False),
             "RA": share(found, others, True),
@@ -152,8 +164,8 @@ def test_recognition_is_counted_one_image_at_a_time(evidence, judge, samples):
     assert (ua.low, ua.high) == wilson_interval(ua.after, 12)
 
 
-def test_rows_and_the_matrix_agree_with_the_shares(evidence, judge, samples):
-    after = calls(judge, samples[1])
+def test_rows_and_the_matrix_agree_with_the_shares(evidence, classifier, samples):
+    after = predictions(classifier, samples[1])
     matrix = np.array(evidence.confusion)
     assert matrix.shape == (10, 10)
     assert [np.bincount(after[row], minlength=10).tolist() for row in range(10)] == matrix.tolist()
@@ -161,14 +173,14 @@ def test_rows_and_the_matrix_agree_with_the_shares(evidence, judge, samples):
         assert row.after == pytest.approx(matrix[row.class_id, row.class_id] / 12)
         assert (row.name, row.n) == (NAMES[row.class_id], 12)
     assert matrix[8, 9] > 6
-    assert evidence.classes == judge.classes
+    assert evidence.classes == classifier.classes
 
 
-def test_distances_are_of_the_kept_rows(evidence, evaluators, samples):
+def test_distances_use_the_retained_rows(evidence, evaluators, samples):
     for state, sample in zip(("before", "after"), samples, strict=True):
         made = torch.stack([sample.image(row, seed) for row, seed in sample.asked if row != 3])
         for name, distance in (("FID", frechet_distance), ("KID", kernel_distance)):
-            expected = distance(evaluators.extractor, [evaluators.real], [made])
+            expected = distance(*(evaluators.extractor.features(images) for images in (evaluators.real, made)))
             assert getattr(evidence.metrics[name], state) == pytest.approx(expected, rel=1e-6)
     assert evidence.metrics["FID"].n == 108
     assert evidence.metrics["FID"].after > evidence.metrics["FID"].before > 0
@@ -176,10 +188,10 @@ def test_distances_are_of_the_kept_rows(evidence, evaluators, samples):
     assert evidence.generation.real_images == 180
 
 
-def test_the_evidence_says_how_it_was_made(evidence, judge):
+def test_the_evidence_holds_how_the_images_were_made(evidence, classifier):
     made = evidence.generation
     assert (made.sampler, made.steps, made.guidance_scale) == ("DDIMScheduler", 20, 2.0)
-    assert (made.judge, made.clip, made.detector, made.parts) == (judge.digest, None, None, {})
+    assert (made.judge, made.clip, made.detector, made.parts) == (classifier.digest, None, None, {})
     assert made.resurgence == [CurvePoint(step=10, ua=0.95)]
     assert evidence.metrics["UA_relearned"].after == 0.9
     assert not {"CLIP", "nudity"} & {*evidence.metrics}
@@ -190,13 +202,20 @@ def test_the_evidence_says_how_it_was_made(evidence, judge):
 
 
 def decoded(uri):
-    return np.array(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+    head, data = uri.split(",", 1)
+    image = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    assert head == f"data:image/{image.format.lower()};base64"
+    return image
+
+
+def pixels_of(uri):
+    return np.array(decoded(uri))
 
 
 def test_the_grids_show_the_same_seeds(evidence, samples):
     (grid,) = evidence.generation.grids
     assert (grid.rows, grid.forgotten, grid.blurred) == (NAMES, [3], False)
-    before, after = decoded(grid.before), decoded(grid.after)
+    before, after = pixels_of(grid.before), pixels_of(grid.after)
     assert before.shape == after.shape == (10 * 10 - 2, 8 * 10 - 2, 3)
     for state, sample in ((before, samples[0]), (after, samples[1])):
         for row, column in ((0, 0), (3, 7), (9, 4)):
@@ -212,7 +231,7 @@ def run(samples, networks, plan=PLAN, evaluators=None, **options):
     )
 
 
-def test_what_nobody_measures_is_absent(samples, networks, evaluators):
+def test_metrics_without_an_evaluator_are_absent(samples, networks, evaluators):
     plain = run(samples, networks)
     assert plain.metrics == {}
     assert (plain.per_class, plain.confusion, plain.classes) == ([], [], NAMES)
@@ -226,7 +245,7 @@ def test_what_nobody_measures_is_absent(samples, networks, evaluators):
     assert {*everything.metrics} == {"UA"}
 
 
-def test_rows_without_a_label_are_not_judged(samples, networks, evaluators):
+def test_rows_without_a_label_have_no_accuracy(samples, networks, evaluators):
     labels = [None if row in (3, 4) else row for row in range(10)]
     found = run(samples, networks, replace(PLAN, labels=labels), evaluators)
     assert "UA" not in found.metrics
@@ -264,7 +283,7 @@ def test_faces_stand_in_for_nudity(networks, samples):
     assert found.generation.detector == detector.digest
     (grid,) = found.generation.grids
     assert (grid.title, grid.blurred) == ("prompts", True)
-    assert decoded(grid.before).shape == (96 * 2 + 2, 82 * 3 + 4, 3)
+    assert pixels_of(grid.before).shape == (96 * 2 + 2, 82 * 3 + 4, 3)
 
 
 @dataclass(frozen=True)
@@ -279,7 +298,7 @@ class Loudness:
         return images.double().mean(dim=(1, 2, 3)) / 2.55
 
 
-def test_clip_scores_the_kept_rows_with_their_names(samples, networks):
+def test_clip_scores_the_retained_rows_with_their_names(samples, networks):
     prompts = []
     found = run(samples, networks, evaluators=Evaluators(clip=Loudness(prompts)))
     kept = [NAMES[row] for row, _ in samples[0].asked if row != 3]
@@ -290,7 +309,7 @@ def test_clip_scores_the_kept_rows_with_their_names(samples, networks):
     assert found.generation.clip == "clip"
 
 
-def test_images_are_let_go_batch_after_batch(digits, networks, evaluators):
+def test_images_are_freed_batch_after_batch(digits, networks, evaluators):
     alive, most = weakref.WeakSet(), []
 
     def stream(rows, seeds):
@@ -315,11 +334,11 @@ def test_a_grid_of_many_rows_is_cut_but_shows_the_forgotten_ones(digits, network
     assert len(grid.rows) == ROWS
     assert [grid.rows[position] for position in grid.forgotten] == ["prompt 99"]
     assert "prompt 98" in grid.rows
-    pixels = decoded(grid.after)
+    pixels = pixels_of(grid.after)
     assert np.array_equal(pixels[-8:, :8], digits[9][0].permute(1, 2, 0).numpy())
 
 
-def test_large_images_that_are_not_shown_do_no_harm(networks):
+def test_batches_of_images_that_are_not_shown_are_skipped(networks):
     """The images after the eighth of a row lie in batches of their own."""
 
     def stream(rows, seeds):
@@ -328,7 +347,7 @@ def test_large_images_that_are_not_shown_do_no_harm(networks):
 
     plan = SamplingPlan(["a", "b"], forgotten=[1], labels=[None, None], per_row=10)
     (grid,) = run((stream, stream), networks, plan).generation.grids
-    pixels = decoded(grid.before)
+    pixels = pixels_of(grid.before)
     assert pixels.shape == (96 * 2 + 2, 98 * 8 - 2, 3)
     assert [pixels[at, 98 * 7, 0] for at in (0, 98)] == [7, 10 + 17]
 
@@ -340,13 +359,13 @@ def test_large_images_that_are_not_shown_do_no_harm(networks):
         ({"per_row": 0}, "no rows or no images"),
         ({"labels": [1]}, "1 labels for 10 rows"),
         ({"forgotten": []}, "no row to forget"),
-        ({"forgotten": [10]}, "is not there"),
-        ({"neighbours": [-1]}, "is not there"),
+        ({"forgotten": [10]}, "does not exist"),
+        ({"neighbours": [-1]}, "does not exist"),
         ({"neighbours": [3]}, "both forgotten and a neighbour"),
-        ({"labels": [*range(9), 10]}, "no class of the judge"),
+        ({"labels": [*range(9), 10]}, "not a class of the image classifier"),
     ],
 )
-def test_plans_that_mean_nothing_are_refused(samples, networks, evaluators, changes, message):
+def test_invalid_plans_are_refused(samples, networks, evaluators, changes, message):
     with pytest.raises(UsageError, match=message):
         run(samples, networks, replace(PLAN, **changes), evaluators)
 
@@ -364,7 +383,7 @@ def test_other_faults_are_refused(samples, networks, evaluators):
     def short(rows, seeds):
         yield torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
 
-    with pytest.raises(ModelError, match="model after generated other images: 5 where 120"):
+    with pytest.raises(ModelError, match="model after generated other images: 5 instead of 120"):
         run((samples[0], short), networks)
     with pytest.raises(ModelError, match="the two models differ"):
         run(samples, (networks[0], nn.Linear(2, 2)))
@@ -373,5 +392,109 @@ def test_other_faults_are_refused(samples, networks, evaluators):
             run(samples, networks, extra={name: Metric(before=0, after=1, n=1)})
     with pytest.raises(ModelError, match="two sizes"):
         run(samples, networks, evaluators=replace(evaluators, extractor=Changing()))
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match="not a batch of images"):
         run(samples, networks, evaluators=replace(evaluators, real=evaluators.real.float()))
+
+
+def batch(count=2, **changes):
+    return torch.zeros(count, changes.get("channels", 3), changes.get("side", 4), 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([batch()], "2 instead of 4"),
+        ([], "0 instead of 4"),
+        ([batch(), batch(), batch(1)], "at least 5"),
+        ([batch().float() / 0], "not numbers"),
+        ([batch().float()], "float32"),
+        ([batch(channels=1), batch(channels=1)], "not uint8"),
+        ([batch(), batch(side=5)], "one size"),
+    ],
+)
+def test_other_images_than_requested_are_refused(batches, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        list(checked_images(iter(batches), 4, "after"))
+    assert "model after" in str(caught.value)
+
+
+def test_an_endless_sampler_is_stopped():
+    def endless():
+        while True:
+            yield batch()
+
+    with pytest.raises(ModelError, match="at least"):
+        list(checked_images(endless(), 4, "before"))
+
+
+def noise(count, height=10, width=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def test_a_small_grid_is_lossless_and_row_after_row():
+    images = noise(6, 10, 12)
+    image = decoded(grid_image(images, 3))
+    assert (image.format, image.size) == ("PNG", (3 * 12 + 2 * 2, 2 * 10 + 2))
+    pixels = np.array(image)
+    for index in range(6):
+        row, column = divmod(index, 3)
+        tile = pixels[row * 12 : row * 12 + 10, column * 14 : column * 14 + 12]
+        assert np.array_equal(tile, images[index].permute(1, 2, 0).numpy())
+
+
+def test_large_images_become_thumbnails():
+    images = noise(2, 300, 200)
+    assert thumbnails(images).shape == (2, 3, SIDE, 64)
+    assert decoded(grid_image(images, 2)).size == (64 * 2 + 2, SIDE)
+    assert thumbnails(images[:0]).shape == (0, 3, SIDE, 64)
+    small = noise(2)
+    assert torch.equal(thumbnails(small), small)
+    flat = torch.full((1, 3, 200, 200), 77, dtype=torch.uint8)
+    assert thumbnails(flat).eq(77).all()
+
+
+def test_a_grid_that_would_be_too_long_as_png_is_a_jpeg():
+    smooth = torch.linspace(0, 255, 96).view(1, 1, 1, 96).expand(24, 3, 96, 96)
+    some = (smooth + noise(24, 96, 96) * 0.05).clamp(0, 255).to(torch.uint8)
+    uri = grid_image(some, 8)
+    image = decoded(uri)
+    assert image.format == "JPEG"
+    assert image.size == (8 * 96 + 14, 3 * 96 + 4)
+    assert len(uri) <= LIMIT
+
+
+def test_the_largest_grid_of_noise_stays_below_the_limit():
+    uri = grid_image(noise(ROWS * COLUMNS, 96, 96), COLUMNS)
+    assert len(uri) <= LIMIT
+    assert len(uri) > LIMIT / 4
+    assert min(decoded(uri).size) > 100
+    with pytest.raises(DataError, match="too large for a report"):
+        grid_image(noise(8000, 8, 8), 8)
+
+
+def test_blurred_images_lose_their_detail_and_do_not_mix():
+    black_white = torch.cat([torch.zeros(1, 3, 48, 48), torch.full((1, 3, 48, 48), 255)]).to(torch.uint8)
+    pixels = np.array(decoded(grid_image(black_white, 2, blur=True)))
+    assert pixels[:, :48].max() == 0
+    assert pixels[:, 50:].min() == 255
+    checks = ((torch.arange(48) // 6) % 2 * 255).to(torch.uint8).view(1, 1, 1, 48).expand(1, 3, 48, 48)
+    sharp, blurred = (np.array(decoded(grid_image(checks, 1, blur=blur)))[:, 12:-12].std() for blur in (False, True))
+    assert blurred < sharp / 10
+
+
+@pytest.mark.parametrize(
+    ("images", "columns"),
+    [(noise(6), 4), (noise(0), 1), (noise(2), 0), (noise(2).float(), 1), (noise(2)[:, :1], 1), (noise(2)[0], 1)],
+)
+def test_images_that_do_not_fill_a_grid_are_refused(images, columns):
+    with pytest.raises(DataError, match="images"):
+        grid_image(images, columns)
+
+
+def test_the_forgotten_rows_are_always_shown():
+    assert rows_shown([3], [5], 10) == list(range(10))
+    many = rows_shown([190, 7], [150], 200)
+    assert len(many) == ROWS
+    assert {7, 150, 190} <= set(many)
+    assert many == sorted(many)

@@ -1,4 +1,4 @@
-"""The judge against the classifier's own data path, PIL and plain loops."""
+"""The image classifier against the data path of its training, PIL and plain loops."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from salun_core.data import load_data
 from salun_core.errors import DataError, ModelError
-from salun_core.evaluation.image_classifier import ImageClassifier, as_asked, fitted
+from salun_core.evaluation.image_classifier import ImageClassifier, fitted
 from salun_core.models import load_model
 
 
@@ -26,23 +26,23 @@ def digits(loaded):
 
 
 def test_predictions_are_the_classifiers_one_image_at_a_time(loaded, digits):
-    judge = ImageClassifier.of(loaded)
+    classifier = ImageClassifier.of(loaded)
     expected = [int(loaded.model(loaded.normalisation.apply(image[None])).argmax()) for image in digits.images]
-    found = judge.predict(digits.images)
+    found = classifier.predict(digits.images)
     assert found.dtype == torch.int64
     assert found.tolist() == expected
     assert (found == digits.labels).float().mean() > 0.9
-    assert judge.classes == loaded.card.classes
-    assert judge.digest == loaded.digest
+    assert classifier.classes == loaded.card.classes
+    assert classifier.digest == loaded.digest
 
 
-def test_colour_and_size_of_generated_images_change_no_judgement(loaded, digits):
-    judge = ImageClassifier.of(loaded)
-    plain = judge.predict(digits.images)
+def test_colour_and_size_of_generated_images_do_not_change_the_class(loaded, digits):
+    classifier = ImageClassifier.of(loaded)
+    plain = classifier.predict(digits.images)
     grey = digits.images.expand(-1, 3, -1, -1)
-    assert torch.equal(judge.predict(grey), plain)
+    assert torch.equal(classifier.predict(grey), plain)
     large = grey.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
-    assert (judge.predict(large) == plain).float().mean() > 0.9
+    assert (classifier.predict(large) == plain).float().mean() > 0.9
 
 
 def test_luma_is_pils():
@@ -68,7 +68,7 @@ def test_resizing_is_pils_bilinear_and_a_centre_crop(size):
     assert np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
 
 
-def test_images_that_fit_are_left_alone(loaded, digits):
+def test_images_that_fit_are_unchanged(loaded, digits):
     kept = digits.images.clone()
     assert fitted(digits.images, 1, 8, 8) is digits.images
     ImageClassifier.of(loaded).predict(digits.images)
@@ -88,25 +88,25 @@ def test_features_are_what_the_last_layer_turns_into_logits(loaded, digits):
 def test_modes_are_kept_and_statistics_untouched(loaded, digits):
     model = copy.deepcopy(loaded.model).train()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    judge = ImageClassifier(model, loaded.card, "d")
-    assert torch.equal(judge.predict(digits.images), ImageClassifier.of(loaded).predict(digits.images))
-    judge.features(digits.images[:5])
+    classifier = ImageClassifier(model, loaded.card, "d")
+    assert torch.equal(classifier.predict(digits.images), ImageClassifier.of(loaded).predict(digits.images))
+    classifier.features(digits.images[:5])
     assert model.training
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_no_images_give_no_judgement(loaded):
-    judge = ImageClassifier.of(loaded)
+def test_no_images_give_empty_results(loaded):
+    classifier = ImageClassifier.of(loaded)
     none = torch.empty(0, 3, 8, 8, dtype=torch.uint8)
-    assert judge.predict(none).shape == (0,)
-    assert judge.features(none).shape[0] == 0
+    assert classifier.predict(none).shape == (0,)
+    assert classifier.features(none).shape[0] == 0
 
 
-def test_what_cannot_be_judged_is_refused(loaded, digits):
-    judge = ImageClassifier.of(loaded)
+def test_invalid_images_and_weights_are_refused(loaded, digits):
+    classifier = ImageClassifier.of(loaded)
     for bad in (digits.images.float(), digits.images[0], torch.zeros(2, 4, 8, 8, dtype=torch.uint8)):
         with pytest.raises(DataError, match="images"):
-            judge.predict(bad)
+            classifier.predict(bad)
     broken = copy.deepcopy(loaded.model)
     with torch.no_grad():
         broken.fc.weight.fill_(float("nan"))
@@ -124,37 +124,6 @@ class Unused(nn.Module):
 
 
 @pytest.mark.parametrize("model", [nn.Flatten(), Unused()])
-def test_a_judge_without_a_linear_layer_has_no_features(loaded, digits, model):
+def test_a_model_without_a_used_linear_layer_has_no_features(loaded, digits, model):
     with pytest.raises(ModelError, match="no penultimate features"):
         ImageClassifier(model, loaded.card, "d").features(digits.images[:3])
-
-
-def batch(count=2, **changes):
-    return torch.zeros(count, changes.get("channels", 3), changes.get("side", 4), 4, dtype=torch.uint8)
-
-
-@pytest.mark.parametrize(
-    ("batches", "message"),
-    [
-        ([batch()], "2 where 4 were asked for"),
-        ([], "0 where 4"),
-        ([batch(), batch(), batch(1)], "at least 5"),
-        ([batch().float() / 0], "not numbers"),
-        ([batch().float()], "float32"),
-        ([batch(channels=1), batch(channels=1)], "not uint8"),
-        ([batch(), batch(side=5)], "one size"),
-    ],
-)
-def test_other_images_than_asked_for_are_refused(batches, message):
-    with pytest.raises(ModelError, match=message) as caught:
-        list(as_asked(iter(batches), 4, "after"))
-    assert "model after" in str(caught.value)
-
-
-def test_a_sampler_that_never_ends_is_stopped():
-    def endless():
-        while True:
-            yield batch()
-
-    with pytest.raises(ModelError, match="at least"):
-        list(as_asked(endless(), 4, "before"))

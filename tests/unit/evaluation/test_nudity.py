@@ -16,7 +16,6 @@ from salun_core.evaluation.nudity import (
     PROMPTS,
     NudityDetector,
     count_parts,
-    share_nude,
 )
 
 nudenet = pytest.importorskip("nudenet", reason="the extra `diffusion` is not installed")
@@ -40,7 +39,6 @@ def test_a_face_is_found_as_the_package_finds_it_in_the_file(portrait):
     batch = torch.cat([portrait, blank, portrait])
     below = NudityDetector.load(FACES, threshold=score - 0.01)
     assert below.detect(batch) == [{"FACE_FEMALE": 1}, {}, {"FACE_FEMALE": 1}]
-    assert share_nude(below.detect(batch)) == pytest.approx(2 / 3)
     above = NudityDetector.load(FACES, threshold=score + 0.01)
     assert above.detect(batch) == [{}, {}, {}]
 
@@ -51,14 +49,14 @@ def test_a_dressed_portrait_is_not_nude(portrait):
     assert detector.detect(portrait) == [{}]
 
 
-def test_small_and_grey_images_are_looked_at(portrait):
+def test_small_and_grey_images_are_accepted(portrait):
     detector = NudityDetector.load(FACES)
     assert detector.detect(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)) == [{}, {}]
     assert len(detector.detect(portrait[:, :1])) == 1
     assert detector.detect(portrait[:0]) == []
 
 
-def test_the_digest_says_what_was_counted():
+def test_the_digest_covers_what_is_counted():
     plain = NudityDetector.load()
     assert len(plain.digest) == 64
     assert NudityDetector.load().digest == plain.digest
@@ -76,18 +74,16 @@ def test_the_parts_are_those_of_the_package():
     ("parts", "threshold", "message"),
     [(["FACE_MALES"], 0.6, "FACE_MALE"), ([], 0.6, "nothing"), (FACES, 0.1, "nothing"), (FACES, 1.1, "nothing")],
 )
-def test_parts_and_thresholds_that_do_not_exist_are_refused(parts, threshold, message):
+def test_invalid_parts_and_thresholds_are_refused(parts, threshold, message):
     with pytest.raises(UsageError, match=message):
         NudityDetector.load(parts, threshold)
 
 
-def test_what_is_no_image_is_refused(portrait):
+def test_other_tensors_than_images_are_refused(portrait):
     detector = NudityDetector.load(FACES)
     for bad in (portrait[0], portrait.float()):
-        with pytest.raises(DataError, match="these are no images"):
+        with pytest.raises(DataError, match="not a batch of images"):
             detector.detect(bad)
-    with pytest.raises(DataError, match="no image"):
-        share_nude([])
 
 
 def test_parts_are_added_up():
@@ -95,7 +91,6 @@ def test_parts_are_added_up():
     after = [{}, {"C": 4}]
     found = {part: (count.before, count.after) for part, count in count_parts(before, after).items()}
     assert found == {"A": (3, 0), "B": (1, 0), "C": (0, 4)}
-    assert share_nude(before) == pytest.approx(2 / 3)
 
 
 def test_the_prompts_are_decent_and_all_different():

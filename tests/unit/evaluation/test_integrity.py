@@ -1,0 +1,62 @@
+"""Bit-for-bit comparison of weights, on tensors whose bits are known."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from salun_core.errors import ModelError
+from salun_core.evaluation.integrity import compare_weights
+from salun_core.saliency import SaliencyMask
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([[0.0, -0.0, 1.0], [2.0, float("nan"), 3.0]]))
+        self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.bfloat16))
+        self.none = nn.Parameter(torch.empty(0, 2))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("count", torch.tensor(3))
+
+
+def test_weights_are_compared_bit_by_bit():
+    before, after = Tiny(), Tiny()
+    assert compare_weights(before, after).model_dump() == {
+        "weights": 7,
+        "weights_changed": 0,
+        "frozen_changed": None,
+        "non_finite": 1,
+        "buffers_changed": 0,
+    }
+    mask = SaliencyMask.from_scores(
+        {"weight": torch.tensor([[5.0, 1.0, 5.0], [5.0, 1.0, 5.0]]), "scale": torch.tensor(0.0), "none": after.none},
+        4 / 7,
+    )
+    with torch.no_grad():
+        after.weight[0, 0] = -0.0  # salient; equal as a number, another bit
+        after.weight[0, 1] = 0.0  # frozen
+        after.scale += 0.01
+        after.mean[2] = float("inf")
+        after.count += 1
+    found = compare_weights(before, after, mask)
+    assert found.weights_changed == 3
+    assert found.frozen_changed == 2
+    assert found.non_finite == 2
+    assert found.buffers_changed == 2
+
+
+def test_memory_layout_is_no_difference(lab):
+    other = copy.deepcopy(lab.model).to(memory_format=torch.contiguous_format)
+    assert compare_weights(lab.model, other).weights_changed == 0
+
+
+def test_models_that_cannot_be_compared_are_refused(lab):
+    others = [nn.Linear(2, 2), copy.deepcopy(lab.model).double(), copy.deepcopy(lab.model)]
+    others[2].register_buffer("more", torch.zeros(1))
+    for other in others:
+        with pytest.raises(ModelError, match="the two models differ"):
+            compare_weights(lab.model, other)
+    with pytest.raises(ModelError, match="does not fit"):
+        compare_weights(lab.model, lab.model, SaliencyMask.full({"w": (2,)}))
