@@ -226,7 +226,7 @@ def list_requests(
     if status is not None and status not in set(Status):
         raise unknown_name("status", status, [known.value for known in Status])
     limit = parse_moment(due_before) if due_before is not None else None
-    states = _ledger(store).list(line, Status(status) if status else None, limit)
+    states = _ledger(store).list(line, [Status(status)] if status else list(Status), limit)
     rows = [_row(state, utc_clock()) for state in states]
     emit(rows, lambda: _show_rows(rows))
 

@@ -1,35 +1,57 @@
-"""The index of request states: small objects whose keys hold all that a claim needs, repaired on read."""
+"""The index of request statuses: small objects whose keys hold all that a claim needs, so that one listing finds it.
+
+The events are the truth and the index follows them. `IndexedWriter` writes in this order:
+
+1. Reserve: put the entry of the new event (status, line, time of receipt, event number, request).
+2. Write the event, on the condition that its number is free.
+3. Drop the entry of the event before.
+
+Failures and what follows from them:
+
+- The process dies after 1. The entry stands for an event that does not exist. Readers check every entry against its
+  request and ignore this one; when it is 24 hours old by the store's clock, a reader deletes it.
+- The process dies after 2. Both entries exist. The old one has a lower event number, so it can never become right
+  again, and any reader deletes it.
+- The process stalls between 1 and 2 for so long that a reader deletes its entry. It puts the entry again after 2 if
+  the entry was already there before 1, or if more than an hour has passed.
+- Two processes write the same event number. The condition of 2 lets one win; the other drops its own entry.
+- The reply of 2 is lost. The store reads the event back; its random `writer` shows whose event it is.
+
+So a request always has the entry of its last event, and at times others that readers recognise as wrong.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
+import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
-from salun_core.requests import index, reading
-from salun_core.requests.schema import DeletionRequest, RequestState, Status
-from salun_core.storage.keys import index_key, index_prefix
+from salun_core.requests import reading
+from salun_core.requests.redaction import redact_request
+from salun_core.requests.schema import DeletionRequest, RequestEvent, RequestState, Status
+from salun_core.storage.keys import event_key, index_key, index_prefix
 from salun_core.storage.objects import ObjectStore
 
-LEFT_BEHIND = timedelta(hours=24)
-"""Age from which an entry in flight counts as left by a crash."""
+_ABANDONED_AFTER = timedelta(hours=24)  # an entry without its event is then left from a crash
+_SLOW_SECONDS = 3600.0  # far below a day: a writer that took longer puts its entry again
 
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """That a request stands at a status since its n-th event.
+    """The status of a request since its n-th event.
 
     Args:
-        request: its id.
+        request: id of the request.
         line: its model line.
-        status: where it stands.
+        status: its status.
         received: when it was received, in whole seconds since 1970.
-        n: number of the event that put it there.
-        modified: the server's time when the entry was put (UTC); None where it was not listed.
+        n: number of the event that led to the status.
+        modified: the server's time when the entry was put (UTC); None if the entry was not listed.
     """
 
     request: str
@@ -39,168 +61,208 @@ class IndexEntry:
     n: int
     modified: datetime | None = field(default=None, compare=False)
 
+    @classmethod
+    def of(cls, request: DeletionRequest, status: Status, number: int) -> IndexEntry:
+        """Return the entry of a request that has a status since its n-th event."""
+        return cls(request.id, request.model_line, status, int(request.received.timestamp()), number)
+
+    @classmethod
+    def expected(cls, state: RequestState) -> IndexEntry:
+        """Return the entry that a request must have; one without events is indexed as queued by its first event."""
+        if state.last is None:
+            return cls.of(state.request, Status.QUEUED, 1)
+        return cls.of(state.request, state.last.to_status, state.last.n)
+
+    @classmethod
+    def parse(cls, key: str) -> IndexEntry | None:
+        """Return the entry of a key, or None if the key is not a valid entry."""
+        parts = key.split("/")
+        numbers = parts[-1].split(".", 2)
+        if len(parts) != 4 or len(numbers) != 3 or parts[1] not in set(Status):
+            return None
+        received, number, request = numbers
+        if not (received.isdecimal() and number.isdecimal()):
+            return None
+        entry = cls(request, parts[2], Status(parts[1]), int(received), int(number))
+        try:
+            return entry if entry.key == key else None
+        except UsageError:  # an id in it is not valid
+            return None
+
     @property
     def key(self) -> str:
         """Its key in the store."""
         return index_key(self.status, self.line, self.received, self.n, self.request)
 
+    def put(self, store: ObjectStore, writer: str) -> bool:
+        """Put the entry, and return whether it was not there before.
 
-def entry_of(request: DeletionRequest, status: Status, number: int) -> IndexEntry:
-    """Return the entry of a request that stands at a status since its n-th event."""
-    return IndexEntry(request.id, request.model_line, status, int(request.received.timestamp()), number)
+        Args:
+            store: where to put it.
+            writer: random token of the call, which tells two calls apart.
+        """
+        try:
+            store.put_new(self.key, writer.encode())
+        except ConflictError:
+            return False
+        return True
+
+    def is_stale(self, state: RequestState) -> bool:
+        """Return whether the entry can never become right again, so that any process may delete it.
+
+        Args:
+            state: the request as it was read after the entry.
+        """
+        now, last = IndexEntry.expected(state), state.last.n if state.last else 0
+        if (self.line, self.received) != (now.line, now.received):
+            return True
+        return self.n < last or (self.n == last and self.status is not state.status)
+
+    def is_abandoned(self, state: RequestState | None, now: datetime | None) -> bool:
+        """Return whether a crash left the entry behind before its event was written.
+
+        Args:
+            state: the request; None if it does not exist.
+            now: a lower bound of the store's time.
+        """
+        if self.modified is None or now is None or now - self.modified <= _ABANDONED_AFTER:
+            return False
+        return state is None or self != IndexEntry.expected(state)
 
 
-def entry_now(state: RequestState) -> IndexEntry:
-    """Return the entry that a request must have now."""
-    if state.last is None:
-        return entry_of(state.request, Status.QUEUED, 1)
-    return entry_of(state.request, state.last.to_status, state.last.n)
-
-
-def put(store: ObjectStore, entry: IndexEntry, writer: str) -> bool:
-    """Put an entry, and return whether it was not there before.
+class IndexedWriter:
+    """Writes requests and events together with their index entries.
 
     Args:
-        store: where to.
-        entry: the entry.
-        writer: random token of the call, by which two calls are told apart.
+        store: where to write.
+        dry_run: check everything and write nothing.
     """
-    try:
-        store.put_new(entry.key, writer.encode())
-    except ConflictError:
-        return False
-    return True
 
+    def __init__(self, store: ObjectStore, dry_run: bool = False) -> None:
+        self._store, self._dry_run = store, dry_run
 
-def drop(store: ObjectStore, entry: IndexEntry) -> None:
-    """Take an entry away; it is no error where there is none."""
-    store.delete(entry.key)
+    def reserve(self, request: DeletionRequest, event: RequestEvent) -> tuple[IndexEntry, float]:
+        """Put the index entry of an event that will be written next.
+
+        Returns:
+            The entry, and until when it is safe from readers, on this machine's monotonic clock.
+        """
+        entry = IndexEntry.of(request, event.to_status, event.n)
+        new = self._dry_run or entry.put(self._store, event.writer)
+        return entry, time.monotonic() + _SLOW_SECONDS if new else 0.0
+
+    def write_event(self, event: RequestEvent, reserved: tuple[IndexEntry, float]) -> None:
+        """Write an event after its entry was reserved.
+
+        Raises:
+            ConflictError: another process has written an event of this number; the reserved entry is dropped.
+        """
+        entry, safe_until = reserved
+        try:
+            self.create(event_key(event.request, event.n), event.canonical())
+        except ConflictError:
+            self.drop_stale(entry, reading.read_state(self._store, event.request))
+            raise
+        if time.monotonic() >= safe_until and not self._dry_run:
+            entry.put(self._store, event.writer)
+
+    def drop_stale(self, entry: IndexEntry, state: RequestState) -> None:
+        """Delete an entry if it is stale; if the store refuses, the next reader deletes it."""
+        if not self._dry_run and entry.is_stale(state):
+            with contextlib.suppress(StoreError):
+                self._store.delete(entry.key)
+
+    def create(self, key: str, data: bytes) -> None:
+        """Create a document.
+
+        Raises:
+            ConflictError: it exists and holds other bytes.
+        """
+        if not self._dry_run:
+            self._store.put_new(key, data)
+            return
+        stored = self._store.get(key)
+        if stored is not None and stored.data != data:
+            raise ConflictError(f"{key} exists already", "it holds other content", "read it")
+
+    def redact(self, request_id: str) -> None:
+        """Redact a request that will not be erased; raises as `redact_request`."""
+        if not self._dry_run:
+            redact_request(self._store, request_id, keep_hashes=False)
 
 
 def entries(store: ObjectStore, status: Status, line: str | None = None) -> Sequence[IndexEntry]:
-    """Return the entries of a status by one listing, the oldest request first; some may be stale or in flight.
+    """Return the entries of a status from one listing, the oldest request first; some may be wrong for a moment.
 
     Args:
-        store: where they are kept.
+        store: where they are stored.
         status: the status.
         line: only those of this model line.
 
     Raises:
-        IntegrityError: something there is no entry.
+        IntegrityError: a key is not a valid entry.
     """
     found = []
     for row in store.list(index_prefix(status, line or "")):
-        entry = parse_key(row.key)
+        entry = IndexEntry.parse(row.key)
         if entry is None:
             raise IntegrityError(
-                f"{row.key} is no index entry", "something else wrote it", "use `salun request reindex`"
+                f"{row.key} is not a valid index entry", "another program wrote it", "use `salun request reindex`"
             )
         found.append(replace(entry, modified=row.modified))
     return sorted(found, key=lambda entry: (entry.received, entry.request, entry.n))
 
 
-def parse_key(key: str) -> IndexEntry | None:
-    """Return the entry that a key is, or None where it is none."""
-    parts = key.split("/")
-    numbers = parts[-1].split(".", 2)
-    if len(parts) != 4 or len(numbers) != 3 or parts[1] not in set(Status):
-        return None
-    received, number, request = numbers
-    if not (received.isdecimal() and number.isdecimal()):
-        return None
-    entry = IndexEntry(request, parts[2], Status(parts[1]), int(received), int(number))
-    try:
-        return entry if entry.key == key else None
-    except UsageError:  # no valid id
-        return None
-
-
-def is_stale(entry: IndexEntry, state: RequestState) -> bool:
-    """Return whether an entry can never be right again, so that anybody may delete it.
-
-    Args:
-        entry: an entry of the request.
-        state: the request as it was read after the entry.
-    """
-    now, last = entry_now(state), state.last.n if state.last else 0
-    if (entry.line, entry.received) != (now.line, now.received):
-        return True
-    return entry.n < last or (entry.n == last and entry.status is not state.status)
-
-
-def is_left_behind(entry: IndexEntry, state: RequestState | None, now: datetime | None) -> bool:
-    """Return whether an entry announces a move that a crash cut off long ago.
-
-    Args:
-        entry: an entry that is not stale.
-        state: the request, or None where there is none.
-        now: the store's time, at least.
-    """
-    if entry.modified is None or now is None or now - entry.modified <= LEFT_BEHIND:
-        return False
-    return state is None or entry != entry_now(state)
-
-
-def store_time(found: Iterable[IndexEntry]) -> datetime | None:
-    """Return the latest time of a listing: the store's clock was there or later."""
-    return max((entry.modified for entry in found if entry.modified is not None), default=None)
-
-
-def read_standing(
+def read_states(
     store: ObjectStore, statuses: Collection[Status], line: str | None = None, mend: bool = True
 ) -> Sequence[RequestState]:
-    """Return the requests that stand at some statuses, those due first at the head.
+    """Return the requests of some statuses, the earliest due first.
 
-    A request that moves twice while this reads may be missed; the next call finds it.
+    A request that moves twice during the call may be missed; the next call finds it.
 
     Args:
-        store: where they are kept.
+        store: where they are stored.
         statuses: the statuses.
         line: only those of this model line.
-        mend: delete the entries that turn out to be stale.
+        mend: delete entries that are stale or abandoned.
 
     Raises:
         IntegrityError: a document is damaged or missing.
     """
-    found = [entry for status in _folders(set(statuses)) for entry in index.entries(store, status, line)]
+    # Requests without events are indexed as queued. That folder is listed first and last, since most transitions
+    # start or end there.
+    others = [status for status in Status if status in set(statuses) - {Status.QUEUED, Status.RECEIVED}]
+    queued = [Status.QUEUED] if {Status.QUEUED, Status.RECEIVED} & set(statuses) else []
+    folders = [*queued, *others, *(queued if others else [])]
+    found = [entry for status in folders for entry in entries(store, status, line)]
     if set(statuses) == {Status.RECEIVED}:
         found = [entry for entry in found if entry.n == 1]
     states = [state for state in read_entries(store, found, mend) if state.status in statuses]
     return sorted(states, key=lambda state: (state.request.due, state.request.id))
 
 
-def _folders(statuses: set[Status]) -> Sequence[Status]:
-    """Return the folders to list: that of the queued first and last, for most moves come from there or go there.
+def read_entries(store: ObjectStore, found: Sequence[IndexEntry], mend: bool = True) -> Sequence[RequestState]:
+    """Return the requests of index entries, each once and in their order; many threads read them.
 
-    What was received and no more is there too.
-    """
-    others = [status for status in Status if status in statuses - {Status.QUEUED, Status.RECEIVED}]
-    queued = [Status.QUEUED] if statuses & {Status.QUEUED, Status.RECEIVED} else []
-    return [*queued, *others, *(queued if others else [])]
-
-
-def read_entries(store: ObjectStore, entries: Sequence[IndexEntry], mend: bool = True) -> Sequence[RequestState]:
-    """Return the requests of index entries, each once and in their order, read by many threads.
-
-    They stand where they stand, which need not be where an entry says.
+    The events decide about the status, which may differ from that of the entry.
 
     Args:
-        store: where they are kept.
-        entries: the entries.
-        mend: delete those that turn out to be stale.
+        store: where they are stored.
+        found: the entries.
+        mend: delete entries that are stale or abandoned.
 
     Raises:
         IntegrityError: a document is damaged or missing.
     """
     of: dict[str, set[IndexEntry]] = {}
-    for entry in entries:
+    for entry in found:
         of.setdefault(entry.request, set()).add(entry)
-    now = index.store_time(entries)
+    now = _store_time(found)
 
     def read(request_id: str) -> RequestState | None:
         state = reading.find_state(store, request_id)
         if mend:
-            with contextlib.suppress(StoreError):  # whoever may only read leaves it to others
+            with contextlib.suppress(StoreError):  # a reader without the right to delete leaves it to others
                 _mend(store, of[request_id], state, now)
         return state
 
@@ -208,35 +270,13 @@ def read_entries(store: ObjectStore, entries: Sequence[IndexEntry], mend: bool =
         return [state for state in pool.map(read, of) if state]
 
 
-def _mend(store: ObjectStore, entries: Collection[IndexEntry], state: RequestState | None, now: datetime | None) -> int:
-    """Delete the entries of a request that are stale or were left behind; returns how many."""
-    count = 0
-    for entry in entries:
-        if state is not None and index.is_stale(entry, state):
-            index.drop(store, entry)
-        elif index.is_left_behind(entry, state, now):
-            _drop_left_behind(store, entry)
-        else:
-            continue
-        count += 1
-    return count
-
-
-def _drop_left_behind(store: ObjectStore, entry: IndexEntry) -> None:
-    """Delete an entry of long ago; should its move be made in this very moment, put it back."""
-    index.drop(store, entry)
-    state = reading.find_state(store, entry.request)
-    if state is not None and index.entry_now(state) == entry:
-        index.put(store, entry, secrets.token_hex(16))
-
-
 def reindex(store: ObjectStore, dry_run: bool = False) -> int:
     """Compare the whole index with all requests: put what is missing, delete what is wrong.
 
-    It is needed after a restored backup only, and may run while requests move.
+    Only a restored backup needs it. It may run while requests move.
 
     Args:
-        store: where they are kept.
+        store: where they are stored.
         dry_run: write nothing.
 
     Returns:
@@ -246,31 +286,41 @@ def reindex(store: ObjectStore, dry_run: bool = False) -> int:
         IntegrityError: a request or an event is damaged or missing.
     """
     states = {state.request.id: state for state in reading.read_all(store)}
-    found, strange = _whole_index(store)
-    missing = {index.entry_now(state) for state in states.values()} - found
-    wrong, now = {}, index.store_time(found)
-    for entry in found:
-        state = states.get(entry.request)
-        if (state is not None and index.is_stale(entry, state)) or index.is_left_behind(entry, state, now):
-            wrong[entry] = state
+    rows = [row for status in Status for row in store.list(index_prefix(status))]
+    parsed = {row.key: IndexEntry.parse(row.key) for row in rows}
+    found = {replace(entry, modified=row.modified) for row in rows if (entry := parsed[row.key]) is not None}
+    invalid = [key for key, entry in parsed.items() if entry is None]
+    missing = {IndexEntry.expected(state) for state in states.values()} - found
+    now = _store_time(found)
+    wrong = [entry for entry in found if _is_wrong(entry, states.get(entry.request), now)]
     if not dry_run:
         for entry in missing:
-            index.put(store, entry, secrets.token_hex(16))
-        for entry, state in wrong.items():
-            _mend(store, [entry], state, now)
-        for key in strange:
+            entry.put(store, secrets.token_hex(16))
+        for entry in wrong:
+            _mend(store, [entry], states.get(entry.request), now)
+        for key in invalid:
             store.delete(key)
-    return len(missing) + len(wrong) + len(strange)
+    return len(missing) + len(wrong) + len(invalid)
 
 
-def _whole_index(store: ObjectStore) -> tuple[set[IndexEntry], list[str]]:
-    """Return all entries, and the keys among them that are none."""
-    found: set[IndexEntry] = set()
-    strange: list[str] = []
-    for row in (row for status in Status for row in store.list(index_prefix(status))):
-        entry = index.parse_key(row.key)
-        if entry is None:
-            strange.append(row.key)
-        else:
-            found.add(replace(entry, modified=row.modified))
-    return found, strange
+def _store_time(found: Iterable[IndexEntry]) -> datetime | None:
+    """Return the latest time of a listing: the store's clock shows this time or a later one."""
+    return max((entry.modified for entry in found if entry.modified is not None), default=None)
+
+
+def _is_wrong(entry: IndexEntry, state: RequestState | None, now: datetime | None) -> bool:
+    return (state is not None and entry.is_stale(state)) or entry.is_abandoned(state, now)
+
+
+def _mend(store: ObjectStore, found: Collection[IndexEntry], state: RequestState | None, now: datetime | None) -> None:
+    """Delete the entries of a request that are stale or abandoned."""
+    for entry in found:
+        if not _is_wrong(entry, state, now):
+            continue
+        store.delete(entry.key)
+        if state is not None and entry.is_stale(state):
+            continue
+        # The writer of an abandoned entry may wake up and write its event now: then the entry is put back.
+        state_after = reading.find_state(store, entry.request)
+        if state_after is not None and IndexEntry.expected(state_after) == entry:
+            entry.put(store, secrets.token_hex(16))

@@ -1,4 +1,4 @@
-"""Reads requests and their events out of the store, and refuses what is damaged, moved or missing."""
+"""Reads requests and their events from the store, and refuses documents that are damaged, moved or missing."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def read_request(store: ObjectStore, request_id: str) -> DeletionRequest:
     """Return a request.
 
     Raises:
-        UsageError: there is none of that id; the nearest is named.
+        UsageError: no request has this id; the message names the nearest id.
         IntegrityError: the document is damaged, or was moved.
     """
     stored = store.get(request_key(request_id))
     if stored is None:
-        raise unknown(store, request_id)
+        raise unknown_request(store, request_id)
     return parse_request(stored.data, request_id)
 
 
 def parse_request(data: bytes, request_id: str) -> DeletionRequest:
-    """Return the request that a stored document is.
+    """Parse the stored document of a request.
 
     Raises:
-        IntegrityError: it is damaged, or another request's.
+        IntegrityError: it is damaged, or belongs to another request.
     """
     key = request_key(request_id)
     request = parse_stored(DeletionRequest, data, key)
@@ -43,23 +43,64 @@ def parse_request(data: bytes, request_id: str) -> DeletionRequest:
     return request
 
 
-def unknown(store: ObjectStore, request_id: str) -> UsageError:
-    """Return the error that says that there is no such request; the nearest id is named."""
+def unknown_request(store: ObjectStore, request_id: str) -> UsageError:
+    """Return the error for an id that no request has, with the nearest id."""
     near = difflib.get_close_matches(request_id, _scan(store), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UsageError(
-        f"unknown request {request_id!r}", "there is none of that id", f"{hint}`salun request list` shows all"
+        f"unknown request {request_id!r}", "no request has this id", f"{hint}`salun request list` shows all"
     )
 
 
-def read_events(store: ObjectStore, request_id: str) -> Sequence[RequestEvent]:
-    """Return all events of a request in their order.
+def find_state(store: ObjectStore, request_id: str) -> RequestState | None:
+    """Return a request with its last event, or None if no request has this id.
 
     Raises:
-        UsageError: there is no such request.
+        IntegrityError: a document is damaged, or an event is missing.
+    """
+    stored = store.get(request_key(request_id))
+    if stored is None:
+        return None
+    count = _count_events(store, request_id)
+    last = _read_event(store, request_id, count) if count else None
+    return RequestState(request=parse_request(stored.data, request_id), last=last)
+
+
+def read_state(store: ObjectStore, request_id: str) -> RequestState:
+    """Return a request with its last event.
+
+    Raises:
+        UsageError: no request has this id; the message names the nearest id.
+        IntegrityError: a document is damaged, or an event is missing.
+    """
+    state = find_state(store, request_id)
+    if state is None:
+        raise unknown_request(store, request_id)
+    return state
+
+
+def read_last(store: ObjectStore, request_id: str) -> RequestEvent | None:
+    """Return the last event of a request, or None if it has no events yet; the request itself is not read.
+
+    Raises:
+        UsageError: no request has this id.
+        IntegrityError: the event is damaged, or an event is missing.
+    """
+    count = _count_events(store, request_id)
+    if count:
+        return _read_event(store, request_id, count)
+    read_request(store, request_id)
+    return None
+
+
+def read_events(store: ObjectStore, request_id: str) -> Sequence[RequestEvent]:
+    """Return all events of a request in order.
+
+    Raises:
+        UsageError: no request has this id.
         IntegrityError: an event is missing, damaged, or does not follow from the one before.
     """
-    count = _count(store, request_id)
+    count = _count_events(store, request_id)
     if not count:
         read_request(store, request_id)
     events = [_read_event(store, request_id, number) for number in range(1, count + 1)]
@@ -68,76 +109,15 @@ def read_events(store: ObjectStore, request_id: str) -> Sequence[RequestEvent]:
         if event.from_status != status or event.previous != previous:
             raise IntegrityError(
                 f"event {event.n} of request {request_id} does not follow from the one before",
-                f"the request was {status}, the event says {event.from_status}, or it names another event before it",
+                f"the request was {status}, the event starts from {event.from_status}, or it names another event",
                 "restore the events from a copy",
             )
         status, previous = event.to_status, sha256_bytes(event.canonical())
     return events
 
 
-def read_last(store: ObjectStore, request_id: str) -> RequestEvent | None:
-    """Return the last event of a request, or None where it was received and no more.
-
-    Raises:
-        UsageError: there is no such request.
-        IntegrityError: the event is damaged, or one is missing.
-    """
-    last = _last(store, request_id)
-    if last is None:
-        read_request(store, request_id)
-    return last
-
-
-def _last(store: ObjectStore, request_id: str) -> RequestEvent | None:
-    count = _count(store, request_id)
-    return _read_event(store, request_id, count) if count else None
-
-
-def read_state(store: ObjectStore, request_id: str) -> RequestState:
-    """Return a request with its last event; raises as `read_request` and `read_last`."""
-    return RequestState(request=read_request(store, request_id), last=_last(store, request_id))
-
-
-def find_state(store: ObjectStore, request_id: str) -> RequestState | None:
-    """Return a request with its last event, or None where there is none of that id.
-
-    Raises:
-        IntegrityError: a document is damaged, or one is missing.
-    """
-    stored = store.get(request_key(request_id))
-    if stored is None:
-        return None
-    return RequestState(request=parse_request(stored.data, request_id), last=_last(store, request_id))
-
-
-def _count(store: ObjectStore, request_id: str) -> int:
-    keys = [entry.key for entry in store.list(events_prefix(request_id))]
-    if keys != [event_key(request_id, number) for number in range(1, len(keys) + 1)]:
-        raise _gap(request_id)
-    return len(keys)
-
-
-def _gap(request_id: str) -> IntegrityError:
-    return IntegrityError(
-        f"the events of request {request_id} are not whole",
-        "they are numbered from 1 without a gap, and something is missing or does not belong there",
-        "restore them from a copy",
-    )
-
-
-def _read_event(store: ObjectStore, request_id: str, number: int) -> RequestEvent:
-    key = event_key(request_id, number)
-    stored = store.get(key)
-    if stored is None:
-        raise _gap(request_id)
-    event = parse_stored(RequestEvent, stored.data, key)
-    if (event.request, event.n) != (request_id, number):
-        raise IntegrityError(f"{key} is another event", "it was copied or moved", "restore the right one")
-    return event
-
-
 def read_all(store: ObjectStore) -> Sequence[RequestState]:
-    """Return all requests there are with their last events, found without the index and read by many threads.
+    """Return all requests with their last events, without the index; many threads read them.
 
     Raises:
         IntegrityError: a document is damaged or missing.
@@ -153,7 +133,7 @@ def read_all(store: ObjectStore) -> Sequence[RequestState]:
 
 
 def _scan(store: ObjectStore) -> dict[str, int]:
-    """Return the ids of all requests with their numbers of events, by one listing."""
+    """Return the number of events by request id, from one listing."""
     requests: set[str] = set()
     counts: dict[str, int] = {}
     for entry in store.list(requests_prefix()):
@@ -163,3 +143,29 @@ def _scan(store: ObjectStore) -> dict[str, int]:
         else:
             counts[request_id] = counts.get(request_id, 0) + 1
     return {request_id: counts.get(request_id, 0) for request_id in sorted(requests)}
+
+
+def _count_events(store: ObjectStore, request_id: str) -> int:
+    keys = [entry.key for entry in store.list(events_prefix(request_id))]
+    if keys != [event_key(request_id, number) for number in range(1, len(keys) + 1)]:
+        raise _gap(request_id)
+    return len(keys)
+
+
+def _read_event(store: ObjectStore, request_id: str, number: int) -> RequestEvent:
+    key = event_key(request_id, number)
+    stored = store.get(key)
+    if stored is None:
+        raise _gap(request_id)
+    event = parse_stored(RequestEvent, stored.data, key)
+    if (event.request, event.n) != (request_id, number):
+        raise IntegrityError(f"{key} is another event", "it was copied or moved", "restore the right one")
+    return event
+
+
+def _gap(request_id: str) -> IntegrityError:
+    return IntegrityError(
+        f"the events of request {request_id} are incomplete",
+        "they must be numbered from 1 without a gap; an event is missing or an extra file is there",
+        "restore them from a copy",
+    )

@@ -13,6 +13,7 @@ from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import ConflictError, SalunError, UsageError
 from salun_core.registry.lookup import Version, read_head, read_version
 from salun_core.requests.index import IndexEntry, read_entries
+from salun_core.requests.ledger import Transition
 from salun_core.requests.resolve import Resolved, Resolver
 from salun_core.requests.schema import RequestState, Status
 from salun_core.storage.keys import scratch_key, work_key
@@ -37,14 +38,10 @@ class Found:
 
 def first_due(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Found:
     """Find the requests that go together with the oldest one that waits."""
-    ours = [
-        state
-        for state in context.ledger.open_states(line, [Status.IN_PROGRESS])
-        if state.last and state.last.run == run
-    ]
+    ours = [state for state in context.ledger.list(line, [Status.IN_PROGRESS]) if state.last and state.last.run == run]
     if ours:  # an earlier attempt of this very step took them, and was killed before it could record them
         return Found(ours, "claimed before")
-    waiting = context.ledger.standing(Status.QUEUED, line)
+    waiting = context.ledger.entries(Status.QUEUED, line)
     reason = _why(waiting, context, policy)
     if reason is None:
         return Found([], f"{len(waiting)} waiting, and no batch is due" if waiting else "no request waits")
@@ -78,7 +75,7 @@ def _why(waiting: Sequence[IndexEntry], context: SweepContext, policy: SweepPoli
 
 def preview(context: SweepContext, line: str, policy: SweepPolicy) -> tuple[int, str | None]:
     """Say what a sweep would do, and write nothing: how many requests wait, and why a batch is due, if one is."""
-    waiting = context.ledger.standing(Status.QUEUED, line)
+    waiting = context.ledger.entries(Status.QUEUED, line)
     return len(waiting), _why(waiting, context, policy)
 
 
@@ -241,7 +238,7 @@ class _Batch:
         except SalunError as error:
             reason = f"what it names cannot be resolved ({type(error).__name__})"
         with suppress(ConflictError):  # somebody held or withdrew it in this moment
-            self.context.ledger.move(state.request.id, Status.FAILED, self.context.actor, reason, expect=_number(state))
+            self.context.ledger.move(state, Transition(Status.FAILED, self.context.actor, reason))
             self.refused.append(state.request.id)
         return None
 
@@ -252,8 +249,8 @@ class _Batch:
         group, rung = kind_of(state)
         actor, epoch = self.context.actor, self.lease.epoch
         try:
-            event = self.context.ledger.append(
-                state, Status.IN_PROGRESS, actor, "claimed", self.run, epoch=epoch, rung=rung, group=group
+            event = self.context.ledger.move(
+                state, Transition(Status.IN_PROGRESS, actor, "claimed", self.run, epoch=epoch, level=rung, group=group)
             )
         except ConflictError:
             return None
@@ -314,10 +311,6 @@ class _Batch:
             "policy": self.policy.policy_uri,
         }
         return digest_json(work)
-
-
-def _number(state: RequestState) -> int:
-    return state.last.n if state.last else 0
 
 
 def _member(state: RequestState, resolved: Resolved) -> RunMember:

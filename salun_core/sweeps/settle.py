@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from salun_core.certificates.issue import CertificateInput
 from salun_core.errors import ConflictError, SalunError
 from salun_core.registry.lookup import Version, read_head, read_version
+from salun_core.requests.ledger import Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status
 from salun_core.storage.keys import run_key, scratch_prefix, work_key
@@ -77,7 +78,7 @@ def recover(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> 
     """
     found = []
     others: dict[str, list[str]] = {}
-    for state in context.ledger.open_states(line, [Status.IN_PROGRESS]):
+    for state in context.ledger.list(line, [Status.IN_PROGRESS]):
         if state.last and state.last.run and state.last.run != run:
             others.setdefault(state.last.run, []).append(state.request.id)
     for other, requests in others.items():
@@ -89,7 +90,7 @@ def recover(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> 
 def _settle(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Settled:
     record = context.runs.read(run)
     if record is None:  # claimed and killed before the run was recorded: it never began
-        left = [s for s in context.ledger.open_states(line, [Status.IN_PROGRESS]) if s.last and s.last.run == run]
+        left = [s for s in context.ledger.list(line, [Status.IN_PROGRESS]) if s.last and s.last.run == run]
         plan = after_stale(_attempts(left), 0, None, policy) if left else {}
         return _requeue(context, run, None, left, {name: _unbegun(step, left) for name, step in plan.items()})
     states = _members(context, record)
@@ -183,8 +184,8 @@ def _requeue(
         to = Status.FAILED if step.give_up else Status.QUEUED
         epoch = state.last.epoch if state.last else None
         with suppress(ConflictError):  # a twin of this call was first
-            context.ledger.append(
-                state, to, context.actor, step.reason, run, epoch=epoch, rung=step.rung, group=step.group
+            context.ledger.move(
+                state, Transition(to, context.actor, step.reason, run, epoch=epoch, level=step.rung, group=step.group)
             )
         return step.give_up
 
@@ -240,7 +241,7 @@ def complete(
     run = record.run if record else state.last.run  # what erased it, which need not be what found out
     epoch = record.epoch if record else state.last.epoch
     with suppress(ConflictError):  # a twin of this call was first
-        context.ledger.append(state, Status.COMPLETED, context.actor, reason, run, outcome, epoch=epoch)
+        context.ledger.move(state, Transition(Status.COMPLETED, context.actor, reason, run, outcome, epoch=epoch))
     redact_request(context.store, state.request.id, keep_hashes=True)
 
 

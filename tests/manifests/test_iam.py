@@ -20,7 +20,7 @@ from salun_core.data.forget_set import SubjectTarget
 from salun_core.errors import StoreError
 from salun_core.registry import lookup, versions
 from salun_core.requests.gauges import GaugeReader
-from salun_core.requests.ledger import Ledger
+from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Status
 from salun_core.retention.inventory import LAYOUT, take_stock
@@ -246,8 +246,8 @@ def test_the_steps_of_each_role_do_their_work(stores, server, tmp_path):
     probe_once(stores["claimer"])
     lease = acquire(stores["claimer"], "people", "run-9", 60)
     ledger = Ledger(stores["claimer"], lambda: NOW)
-    (state,) = ledger.open_states("people", [Status.QUEUED])
-    ledger.append(state, Status.IN_PROGRESS, "sweep", "claimed", run="run-9", epoch=lease.epoch)
+    (state,) = ledger.list("people", [Status.QUEUED])
+    ledger.move(state, Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-9", epoch=lease.epoch))
     RunLog(stores["claimer"], lambda: NOW).start(_record(first), "sweep")
     stores["claimer"].put_new(names.scratch_key("run-9", "forget.json"), b"[]")
 
@@ -267,7 +267,7 @@ def test_the_steps_of_each_role_do_their_work(stores, server, tmp_path):
 
     ledger = Ledger(stores["settler"], lambda: NOW)
     stores["settler"].put_new(names.certificate_key("r-9"), b"{}")
-    ledger.move("r-9", Status.COMPLETED, "sweep", "erased", run="run-9", outcome="unlearned")
+    ledger.move("r-9", Transition(Status.COMPLETED, "sweep", "erased", run="run-9", outcome="unlearned"))
     redact_request(stores["settler"], "r-9", keep_hashes=False)
     RunLog(stores["settler"], lambda: NOW).advance("run-9", RunStatus.PUBLISHED, "settle", "published")
     stores["settler"].delete(names.scratch_key("run-9", "forget.json"))

@@ -12,9 +12,9 @@ from memory_store import MemoryStore
 
 from salun_core.data.forget_set import SamplesTarget
 from salun_core.errors import ConflictError
-from salun_core.requests.ledger import Ledger
+from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request
-from salun_core.requests.schema import Outcome, Status, is_overdue
+from salun_core.requests.schema import Outcome, RequestState, Status, is_overdue
 from salun_core.storage.s3 import S3Store
 
 # Written out by hand from the rules, not taken from the code under test.
@@ -97,12 +97,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(name=names, choices=st.lists(st.integers(0, 59), min_size=2, max_size=10))
     def walk(self, name, choices):
-        """Go several ways that are allowed, each by the number of the last event."""
+        """Go several ways that are allowed, each from the state that was read before."""
         entry = self.model[name]
         for choice in choices:
             ways = sorted(MOVES[entry.status])
             if ways:
-                self._move(name, ways[choice % len(ways)], allowed=True, expect=len(entry.attempts))
+                self._move(name, ways[choice % len(ways)], allowed=True, state=self.ledger.state(name))
             elif entry.status in ANEW:
                 verb = ANEW[entry.status]
                 self._try(entry, "queued", True, lambda verb=verb: getattr(self.ledger, verb)(name, "ana", "test"))
@@ -111,21 +111,23 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(name=names, data=st.data())
     def move_late(self, name, data):
         entry = self.model[name]
-        to = data.draw(st.sampled_from(sorted(MOVES[entry.status]) or ["queued"]))
-        self._move(name, to, allowed=False, expect=len(entry.attempts) - 1)
+        to = data.draw(st.sampled_from(sorted(MOVES[entry.path[-2]]) or ["queued"]))
+        request, events = self.ledger.get(name), self.ledger.events(name)
+        earlier = RequestState(request=request, last=events[-2] if len(events) > 1 else None)
+        self._move(name, to, allowed=False, state=earlier)
 
     @rule(name=names, data=st.data())
     def move_as_not_allowed(self, name, data):
         ways = sorted({status.value for status in Status} - MOVES[self.model[name].status])
-        self._move(name, data.draw(st.sampled_from(ways)), allowed=False, expect=None)
+        self._move(name, data.draw(st.sampled_from(ways)), allowed=False, state=name)
 
-    def _move(self, name, to, allowed, expect):
+    def _move(self, name, to, allowed, state):
         outcome = Outcome.UNLEARNED if to == "completed" else None
         self._try(
             self.model[name],
             to,
             allowed,
-            lambda: self.ledger.move(name, Status(to), "sweep", "test", "run-1", outcome, expect),
+            lambda: self.ledger.move(state, Transition(Status(to), "sweep", "test", "run-1", outcome)),
         )
         self.touched = name
 

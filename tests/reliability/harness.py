@@ -153,7 +153,7 @@ class Crew:
         wait_until(self._all_completed, pause=0.3)
 
     def _all_completed(self) -> bool:
-        done = {entry.request for entry in self.ledger.standing(Status.COMPLETED)}
+        done = {entry.request for entry in self.ledger.entries(Status.COMPLETED)}
         if len(done) < self.plan.requests:
             return False
         others = [status for status in Status if status is not Status.COMPLETED]

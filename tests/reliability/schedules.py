@@ -7,6 +7,7 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 
 from salun_core.errors import ConflictError
+from salun_core.requests.ledger import Transition
 from salun_core.requests.schema import Status
 from salun_core.storage.keys import event_key, head_key
 from salun_core.storage.leases import release
@@ -89,11 +90,11 @@ def _two_claims(plan: Plan, mutant: str | None) -> None:
 
     def first(step: str, key: str) -> None:
         if step == "before put" and key == event_key(item.id, 2) and not done:
-            done.append(other.ledger.append(state, Status.IN_PROGRESS, "b", "claimed", run="run-b", epoch=1))
+            done.append(other.ledger.move(state, Transition(Status.IN_PROGRESS, "b", "claimed", run="run-b", epoch=1)))
 
     store.hook = first
     with suppress(ConflictError):
-        context.ledger.append(state, Status.IN_PROGRESS, "a", "claimed", run="run-a", epoch=1)
+        context.ledger.move(state, Transition(Status.IN_PROGRESS, "a", "claimed", run="run-a", epoch=1))
     assert done
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from salun_core.errors import ConflictError
 from salun_core.registry.lookup import ancestry
+from salun_core.requests.ledger import Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, Status
 from salun_core.storage.keys import event_key, head_key, lease_key, request_key
@@ -45,7 +46,7 @@ def test_a_lost_move_is_ours_and_a_racing_one_is_refused(direct):
 
     def race():
         try:
-            context.ledger.append(state, Status.CANCELLED, "b", "withdrawn")
+            context.ledger.move(state, Transition(Status.CANCELLED, "b", "withdrawn"))
         except ConflictError as error:
             refused.append(error)
 
@@ -55,8 +56,8 @@ def test_a_lost_move_is_ours_and_a_racing_one_is_refused(direct):
         toy.sweep_context(store).ledger.hold("r-0", "a", "identity in doubt")
     assert [event.to_status for event in context.ledger.events("r-0")] == [Status.QUEUED, Status.ON_HOLD]
     assert len(refused) == 1
-    assert [entry.request for entry in context.ledger.standing(Status.ON_HOLD)] == ["r-0"]
-    assert not context.ledger.standing(Status.CANCELLED)
+    assert [entry.request for entry in context.ledger.entries(Status.ON_HOLD)] == ["r-0"]
+    assert not context.ledger.entries(Status.CANCELLED)
 
 
 def test_a_lost_release_lets_the_next_one_in(direct):

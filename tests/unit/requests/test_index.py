@@ -8,7 +8,7 @@ from memory_store import Killed, MemoryStore
 from salun_core.data.forget_set import SamplesTarget
 from salun_core.errors import ConflictError, IntegrityError, StoreError
 from salun_core.requests.index import IndexEntry, entries
-from salun_core.requests.ledger import Ledger
+from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 
 TARGET = SamplesTarget(ids=["secret-1", "secret-2"])
@@ -24,11 +24,11 @@ def submit(ledger, name="r-1", line="faces"):
 
 
 def complete(ledger):
-    ledger.move("r-1", Status.COMPLETED, "sweep", "published", outcome=Outcome.UNLEARNED)
+    ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "published", outcome=Outcome.UNLEARNED))
 
 
 def claim(ledger):
-    ledger.move("r-1", Status.IN_PROGRESS, "sweep", "claimed")
+    ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed"))
 
 
 ACTS = {
@@ -75,7 +75,7 @@ def test_wherever_a_call_is_killed_the_entry_is_there_and_the_next_call_goes_on(
     assert set(standing(ledger)) <= set(index(store))
     status = ledger.state("r-1").status if standing(ledger) else None
     if status is not None:
-        assert [state.request.id for state in ledger.list(status=status)] == ["r-1"]
+        assert [state.request.id for state in ledger.list(statuses=[status])] == ["r-1"]
     if not done:
         try:
             last(ledger)
@@ -92,19 +92,19 @@ def test_entries_are_read_from_their_keys_the_oldest_request_first(store, clock)
     for number, line in enumerate(["faces", "cats", "faces.v2"]):
         ledger.submit(f"r.{number}", line, TARGET, clock() - timedelta(days=number))
     ledger.hold("r.1", "ana", "test")
-    assert [entry.request for entry in ledger.standing(Status.QUEUED)] == ["r.2", "r.0"]
-    (entry,) = ledger.standing(Status.QUEUED, "faces")
+    assert [entry.request for entry in ledger.entries(Status.QUEUED)] == ["r.2", "r.0"]
+    (entry,) = ledger.entries(Status.QUEUED, "faces")
     assert entry == IndexEntry("r.0", "faces", Status.QUEUED, int(clock().timestamp()), 1)
-    assert ledger.standing(Status.ON_HOLD)[0].n == 2
-    assert ledger.standing(Status.ON_HOLD, "faces") == []
+    assert ledger.entries(Status.ON_HOLD)[0].n == 2
+    assert ledger.entries(Status.ON_HOLD, "faces") == []
 
 
 def test_of_two_lines_each_lists_its_own(store, clock):
     ledger = Ledger(store, clock)
     for number in range(6):
         submit(ledger, f"r-{number}", "cats" if number % 2 else "faces")
-    assert [state.request.id for state in ledger.open_states("cats", [Status.QUEUED])] == ["r-1", "r-3", "r-5"]
-    assert ledger.open_states("cats", [Status.IN_PROGRESS, Status.FAILED]) == []
+    assert [state.request.id for state in ledger.list("cats", [Status.QUEUED])] == ["r-1", "r-3", "r-5"]
+    assert ledger.list("cats", [Status.IN_PROGRESS, Status.FAILED]) == []
 
 
 def test_a_claim_does_not_grow_with_what_is_finished(store, clock):
@@ -112,7 +112,7 @@ def test_a_claim_does_not_grow_with_what_is_finished(store, clock):
 
     def calls():
         before = store.calls
-        assert len(ledger.open_states("faces", [Status.QUEUED])) == 2
+        assert len(ledger.list("faces", [Status.QUEUED])) == 2
         return store.calls - before
 
     submit(ledger, "r-1")
@@ -130,12 +130,12 @@ def test_a_mover_who_loses_takes_its_entry_back(store, clock):
     seen = ledger.state("r-1")
     ledger.hold("r-1", "ana", "first")
     for to in (Status.IN_PROGRESS, Status.ON_HOLD):  # another status, and that of the winner
-        with pytest.raises(ConflictError, match="moved by somebody else"):
-            ledger.append(seen, to, "sweep", "late")
+        with pytest.raises(ConflictError, match="another process moved"):
+            ledger.move(seen, Transition(to, "sweep", "late"))
         assert index(store) == standing(ledger)
     ledger.release("r-1", "ana", "test")
     with pytest.raises(ConflictError):
-        ledger.append(seen, Status.ON_HOLD, "sweep", "later still")
+        ledger.move(seen, Transition(Status.ON_HOLD, "sweep", "later still"))
     assert index(store) == standing(ledger)
 
 
@@ -166,7 +166,7 @@ def test_an_entry_in_flight_is_ignored_and_goes_after_a_day(store, clock, act):
     for name, hours, left in (("late-1", 23, 2), ("late-2", 2, 1)):
         store.now += timedelta(hours=hours)
         submit(ledger, name)  # the store's clock is seen by what it holds
-        states = ledger.open_states("faces", [Status.QUEUED, Status.IN_PROGRESS])
+        states = ledger.list("faces", [Status.QUEUED, Status.IN_PROGRESS])
         assert {"r-1", name} <= {state.request.id for state in states} <= {"r-1", "late-1", "late-2"}
         assert len([key for key in index(store) if "late" not in key]) == left
 
@@ -178,15 +178,15 @@ def test_the_one_trace_of_a_request_that_was_received_and_no_more_stays(store, c
     store.now += timedelta(days=9)
     submit(ledger, "r-3")
     before, calls = dict(store.objects), store.calls
-    assert [state.request.id for state in ledger.list(status=Status.QUEUED)] == ["r-2", "r-3"]
-    assert [state.request.id for state in ledger.list(status=Status.RECEIVED)] == ["r-1"]
+    assert [state.request.id for state in ledger.list(statuses=[Status.QUEUED])] == ["r-2", "r-3"]
+    assert [state.request.id for state in ledger.list(statuses=[Status.RECEIVED])] == ["r-1"]
     assert store.objects == before  # those that are right stay untouched, however old
     once = store.calls - calls
     for name in ("r-2", "r-3"):  # they had more than one event, so that nobody need look whether they had none
         ledger.hold(name, "ana", "test")
         ledger.release(name, "ana", "test")
     calls = store.calls
-    assert len(ledger.list(status=Status.RECEIVED)) == 1
+    assert len(ledger.list(statuses=[Status.RECEIVED])) == 1
     assert store.calls - calls < once / 2
 
 

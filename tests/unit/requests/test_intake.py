@@ -99,7 +99,7 @@ class TestSubmitAll:
         filed = submit_all(ledger, many, "ana", lambda: done.append(1))
         assert [receipt.id for receipt in filed.receipts] == [item.id for item in many]
         assert (len(filed.refused), len(done)) == (0, 20)
-        assert len(ledger.list(status=Status.QUEUED)) == 20
+        assert len(ledger.list(statuses=[Status.QUEUED])) == 20
         assert submit_all(ledger, many, "ana") == filed
         assert {state.last.actor for state in ledger.list()} == {"ana"}
 

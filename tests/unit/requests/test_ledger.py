@@ -13,7 +13,7 @@ import pytest
 from salun_core.data.forget_set import ClassTarget, SamplesTarget, SubjectTarget
 from salun_core.digest import sha256_bytes
 from salun_core.errors import ConflictError, IntegrityError, UsageError
-from salun_core.requests.ledger import Ledger
+from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.storage.keys import event_key, request_key
 
@@ -40,7 +40,7 @@ def overwrite(store, key, data):
 def walk(ledger, *ways, request="r-1"):
     for way in ways:
         outcome = Outcome.UNLEARNED if way == "completed" else None
-        ledger.move(request, Status(way), "sweep", "test", outcome=outcome)
+        ledger.move(request, Transition(Status(way), "sweep", "test", outcome=outcome))
 
 
 class TestSubmit:
@@ -161,8 +161,8 @@ class TestSubmit:
         assert keys(store) == ["index/queued/faces/1769850000.000001.r-1", "requests/r-1/request.json"]
         assert ledger.status("r-1") is Status.RECEIVED
         assert [state.status for state in ledger.list()] == [Status.RECEIVED]
-        assert [state.status for state in ledger.list(status=Status.RECEIVED)] == [Status.RECEIVED]
-        assert ledger.list(status=Status.QUEUED) == []
+        assert [state.status for state in ledger.list(statuses=[Status.RECEIVED])] == [Status.RECEIVED]
+        assert ledger.list(statuses=[Status.QUEUED]) == []
         assert ledger.events("r-1") == []
         clock.tick(hours=1)
         receipt = ledger.submit("r-1", "faces", TARGET)
@@ -182,10 +182,12 @@ class TestMove:
         filed.hold("r-1", "ana", "in doubt")
         clock.tick(days=2)
         filed.release("r-1", "ana", "confirmed")
-        filed.move("r-1", Status.IN_PROGRESS, "sweep", "claimed", run="run-1")
-        filed.move("r-1", Status.QUEUED, "sweep", "gate refused", run="run-1")
-        filed.move("r-1", Status.IN_PROGRESS, "sweep", "claimed", run="run-2")
-        last = filed.move("r-1", Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED)
+        filed.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-1"))
+        filed.move("r-1", Transition(Status.QUEUED, "sweep", "gate refused", run="run-1"))
+        filed.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-2"))
+        last = filed.move(
+            "r-1", Transition(Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED)
+        )
         events = filed.events("r-1")
         assert [event.n for event in events] == [1, 2, 3, 4, 5, 6, 7]
         assert [event.attempt for event in events] == [1, 1, 1, 1, 2, 2, 2]
@@ -209,25 +211,25 @@ class TestMove:
         walk(filed, *ways)
         before = keys(store)
         outcome = Outcome.UNLEARNED if to == "completed" else None
-        with pytest.raises(ConflictError, match=f"cannot go from .* to {to}"):
-            filed.move("r-1", Status(to), "sweep", "test", outcome=outcome)
+        with pytest.raises(ConflictError, match=f"cannot move from .* to {to}"):
+            filed.move("r-1", Transition(Status(to), "sweep", "test", outcome=outcome))
         assert keys(store) == before
 
     @pytest.mark.parametrize(("end", "verb"), [("completed", "reopen"), ("failed", "retry")])
     def test_only_a_deliberate_act_queues_again_what_was_closed(self, filed, end, verb):
         walk(filed, "in_progress", "queued", "in_progress", end)
         with pytest.raises(ConflictError, match=f"salun request {verb} r-1"):
-            filed.move("r-1", Status.QUEUED, "sweep", "test")
+            filed.move("r-1", Transition(Status.QUEUED, "sweep", "test"))
         event = getattr(filed, verb)("r-1", "ana", "rolled back")
         assert (event.to_status, event.attempt) == (Status.QUEUED, 1)
 
     def test_a_run_writes_its_lease_recipe_and_half(self, filed):
-        facts = {"run": "run-1", "epoch": 7, "rung": 2, "group": "run-0-a"}
-        taken = filed.append(filed.state("r-1"), Status.IN_PROGRESS, "sweep", "claimed", **facts)
+        details = {"run": "run-1", "epoch": 7, "level": 2, "group": "run-0-a"}
+        taken = filed.move(filed.state("r-1"), Transition(Status.IN_PROGRESS, "sweep", "claimed", **details))
         assert (taken.run, taken.epoch, taken.rung, taken.group) == ("run-1", 7, 2, "run-0-a")
-        back = filed.move("r-1", Status.QUEUED, "sweep", "failed")
+        back = filed.move("r-1", Transition(Status.QUEUED, "sweep", "failed"))
         assert (back.epoch, back.rung, back.group) == (None, 2, None)
-        filed.move("r-1", Status.FAILED, "sweep", "used up", rung=3)
+        filed.move("r-1", Transition(Status.FAILED, "sweep", "used up", level=3))
         assert filed.retry("r-1", "ana", "again").rung == 0
 
     @pytest.mark.parametrize("verb", ["release", "retry", "reopen"])
@@ -238,23 +240,23 @@ class TestMove:
         assert filed.status("r-1") is Status.IN_PROGRESS
 
     def test_a_decision_on_an_older_state_is_refused(self, filed):
-        seen = filed.state("r-1").last.n
+        seen = filed.state("r-1")
         walk(filed, "in_progress", "queued")
-        with pytest.raises(ConflictError, match="its last event is 3, not 1"):
-            filed.move("r-1", Status.IN_PROGRESS, "sweep", "late", expect=seen)
-        assert filed.move("r-1", Status.IN_PROGRESS, "sweep", "in time", expect=3).n == 4
+        with pytest.raises(ConflictError, match="another process moved request r-1 meanwhile: event 2 exists"):
+            filed.move(seen, Transition(Status.IN_PROGRESS, "sweep", "late"))
+        assert filed.move(filed.state("r-1"), Transition(Status.IN_PROGRESS, "sweep", "in time")).n == 4
 
     @pytest.mark.parametrize("fields", [{"reason": ""}, {"actor": ""}, {"reason": "a\nb"}, {"run": "../x"}])
     def test_a_faulty_argument_is_refused(self, filed, fields):
-        with pytest.raises(UsageError, match="a move of request r-1"):
-            filed.move("r-1", **{"to": Status.ON_HOLD, "actor": "ana", "reason": "test", **fields})
+        with pytest.raises(UsageError, match="a transition of request r-1"):
+            filed.move("r-1", Transition(**{"to": Status.ON_HOLD, "actor": "ana", "reason": "test", **fields}))
 
     def test_an_outcome_goes_with_completed_only(self, filed):
         with pytest.raises(UsageError, match="outcome"):
-            filed.move("r-1", Status.IN_PROGRESS, "sweep", "claimed", outcome=Outcome.UNLEARNED)
+            filed.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed", outcome=Outcome.UNLEARNED))
         walk(filed, "in_progress")
         with pytest.raises(UsageError, match="outcome"):
-            filed.move("r-1", Status.COMPLETED, "sweep", "published")
+            filed.move("r-1", Transition(Status.COMPLETED, "sweep", "published"))
 
     def test_racing_movers_have_one_winner_for_each_event(self, filed, store, clock):
         """Equal moves too: same actor, same time, same way; the store must not take them for one write."""
@@ -265,9 +267,10 @@ class TestMove:
             own, won = Ledger(store, clock), []
             for number in range(rounds):
                 to = Status.ON_HOLD if number % 2 == 0 else Status.QUEUED
+                seen = own.state("r-1")
                 gate.wait()
                 with contextlib.suppress(ConflictError):
-                    won.append(own.move("r-1", to, "racer", "race", expect=number + 1).n)
+                    won.append(own.move(seen, Transition(to, "racer", "race")).n)
                 gate.wait()
             return won
 
@@ -275,7 +278,7 @@ class TestMove:
             won = [number for numbers in pool.map(race, range(workers)) for number in numbers]
         assert sorted(won) == list(range(2, rounds + 2))
         assert [event.n for event in filed.events("r-1")] == list(range(1, rounds + 2))
-        assert [state.last.n for state in filed.list(status=Status.ON_HOLD)] == [rounds + 1]
+        assert [state.last.n for state in filed.list(statuses=[Status.ON_HOLD])] == [rounds + 1]
         assert [key for key in keys(store) if key.startswith("index/")] == [
             f"index/on_hold/faces/1769850000.{rounds + 1:06d}.r-1"
         ]
@@ -303,12 +306,12 @@ class TestReading:
 
         assert ids() == ["r-5", "r-4", "r-3", "r-2", "r-1", "r-0"]
         assert ids(line="faces") == ["r-5", "r-3", "r-1"]
-        assert ids(status=Status.ON_HOLD) == ["r-3"]
-        assert ids(line="cats", status=Status.ON_HOLD) == []
+        assert ids(statuses=[Status.ON_HOLD]) == ["r-3"]
+        assert ids(line="cats", statuses=[Status.ON_HOLD]) == []
         due = ledger.get("r-3").due
         assert ids(due_before=due) == ["r-5", "r-4"]
         assert ids(due_before=due + timedelta(seconds=1)) == ["r-5", "r-4", "r-3"]
-        assert ids(line="faces", status=Status.QUEUED, due_before=due) == ["r-5"]
+        assert ids(line="faces", statuses=[Status.QUEUED], due_before=due) == ["r-5"]
 
     def test_an_empty_ledger_lists_nothing(self, ledger):
         assert list(ledger.list()) == []
@@ -317,8 +320,8 @@ class TestReading:
         for number in range(6):
             ledger.submit(f"r-{number}", "faces", TARGET)
             for _ in range(number % 3):
-                ledger.move(f"r-{number}", Status.IN_PROGRESS, "sweep", "claimed")
-                ledger.move(f"r-{number}", Status.QUEUED, "sweep", "refused")
+                ledger.move(f"r-{number}", Transition(Status.IN_PROGRESS, "sweep", "claimed"))
+                ledger.move(f"r-{number}", Transition(Status.QUEUED, "sweep", "refused"))
         listed = {state.request.id: state for state in ledger.list()}
         assert listed == {f"r-{number}": ledger.state(f"r-{number}") for number in range(6)}
 

@@ -9,7 +9,7 @@ import pytest
 from salun_core.config import parse
 from salun_core.data.forget_set import ClassTarget, ConceptTarget, SamplesTarget, SubjectTarget
 from salun_core.errors import ConflictError, IntegrityError, UsageError
-from salun_core.requests.ledger import Ledger
+from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import DeletionRequest, Outcome, Status, Submission, summarise
 from tests.memory_store import MemoryStore
@@ -108,7 +108,7 @@ def test_a_request_that_nobody_will_erase_keeps_no_hashes(store, clock, to):
     ledger.submit("r-1", "faces", TARGETS["samples"])
     if to is Status.REJECTED:
         del store.objects["requests/r-1/events/000001.json"]
-    ledger.move("r-1", to, "ana", "test")
+    ledger.move("r-1", Transition(to, "ana", "test"))
     assert b"secret" not in store.objects[KEY][0]
     assert "salt" not in document(store)["target"]
 
@@ -116,8 +116,8 @@ def test_a_request_that_nobody_will_erase_keeps_no_hashes(store, clock, to):
 def test_a_reopened_one_that_is_withdrawn_loses_its_hashes(store, clock):
     ledger = Ledger(store, clock)
     ledger.submit("r-1", "faces", TARGETS["samples"])
-    ledger.move("r-1", Status.IN_PROGRESS, "sweep", "claimed")
-    ledger.move("r-1", Status.COMPLETED, "sweep", "published", outcome=Outcome.UNLEARNED)
+    ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed"))
+    ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "published", outcome=Outcome.UNLEARNED))
     redact_request(store, "r-1", keep_hashes=True)
     ledger.reopen("r-1", "ana", "rolled back")
     assert len(ledger.get("r-1").target.hashes) == 2
@@ -188,7 +188,7 @@ def test_a_faulty_redacted_request_is_refused(changes):
 
 def test_nobody_files_a_redacted_target(store, clock):
     target = {"kind": "redacted", "of": "class", "count": 1, "class_id": 3}
-    with pytest.raises(UsageError, match="names nothing any more"):
+    with pytest.raises(UsageError, match="names nothing: file"):
         parse(Submission, {"id": "r-1", "model_line": "faces", "target": target}, "file")
     ledger = Ledger(store, clock)
     ledger.submit("r-1", "faces", TARGETS["class"])

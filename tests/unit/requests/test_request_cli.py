@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from salun_core.cli.app import app
-from salun_core.requests.ledger import Ledger
+from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.times import utc_clock
 
@@ -120,7 +120,7 @@ class TestSubmit:
         file.write_text("\n".join(json.dumps(entry(number)) for number in range(40)))
         assert "40 requests filed" in run("submit", str(file))
         assert "r-7" in run("submit", "-", input=json.dumps(entry(7)))
-        assert len(ledger.list(status=Status.QUEUED)) == 40
+        assert len(ledger.list(statuses=[Status.QUEUED])) == 40
 
     def test_opendsr_with_a_line(self, run, refused, ledger, tmp_path):
         file, number = tmp_path / "erasure.json", "a7551968-d5d6-44b2-9831-815ac9017798"
@@ -200,8 +200,8 @@ class TestSubmit:
 class TestShow:
     def test_where_it_stands_and_its_moves(self, run, ledger):
         run(*SAMPLES)
-        ledger.move("r-1", Status.IN_PROGRESS, "sweep", "claimed", run="run-1")
-        ledger.move("r-1", Status.COMPLETED, "sweep", "[bold]published[/]", outcome=Outcome.UNLEARNED)
+        ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-1"))
+        ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "[bold]published[/]", outcome=Outcome.UNLEARNED))
         text = run("show", "r-1")
         assert text.startswith("r-1: completed, due ")
         assert "2 samples" in text
@@ -278,9 +278,9 @@ class TestMoves:
     @pytest.mark.parametrize(("end", "verb"), [(Status.FAILED, "retry"), (Status.COMPLETED, "reopen")])
     def test_retry_and_reopen(self, run, ledger, end, verb):
         run(*SAMPLES)
-        ledger.move("r-1", Status.IN_PROGRESS, "sweep", "claimed")
+        ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed"))
         outcome = Outcome.RETRAINED if end is Status.COMPLETED else None
-        ledger.move("r-1", end, "sweep", "ended", outcome=outcome)
+        ledger.move("r-1", Transition(end, "sweep", "ended", outcome=outcome))
         assert f"{end} -> queued" in run(verb, "r-1", "--reason", "again")
 
     @pytest.mark.parametrize("verb", ["hold", "release", "cancel", "retry", "reopen"])

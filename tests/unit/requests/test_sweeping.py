@@ -84,7 +84,7 @@ def test_a_refused_batch_is_halved_until_the_poison_is_alone(context):
     requests = [submit(context, number) for number in range(8)]
     poison = frozenset({toy.sample(5)})
     runs = 0
-    while any(context.ledger.standing(Status.QUEUED, LINE)):
+    while any(context.ledger.entries(Status.QUEUED, LINE)):
         runs += 1
         assert runs < 20
         run_once(context, f"run-{runs}", poison)

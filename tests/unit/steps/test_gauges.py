@@ -18,7 +18,7 @@ from salun_core.cli.output import MODE
 from salun_core.data.forget_set import SubjectTarget
 from salun_core.registry.versions import publish
 from salun_core.requests.gauges import GaugeReader, stages
-from salun_core.requests.ledger import Ledger
+from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status, is_overdue
 from salun_core.storage.keys import head_key, index_key, version_key
 
@@ -67,8 +67,8 @@ def file(ledger, *ids, line="faces", received=None):
 
 
 def complete(ledger, request):
-    ledger.move(request, Status.IN_PROGRESS, "sweep", "claimed", run="run-1")
-    ledger.move(request, Status.COMPLETED, "sweep", "published", run="run-1", outcome=Outcome.UNLEARNED)
+    ledger.move(request, Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-1"))
+    ledger.move(request, Transition(Status.COMPLETED, "sweep", "published", run="run-1", outcome=Outcome.UNLEARNED))
 
 
 def counts(snapshot):
@@ -86,8 +86,8 @@ def test_requests_are_counted_where_they_stand(store, ledger, clock):
     ledger.hold("r-2", "ana", "checking")
     ledger.cancel("r-3", "ana", "withdrawn")
     complete(ledger, "r-4")
-    ledger.move("r-5", Status.FAILED, "sweep", "attempts used up")
-    ledger.move("r-6", Status.IN_PROGRESS, "sweep", "claimed", run="run-2")
+    ledger.move("r-5", Transition(Status.FAILED, "sweep", "attempts used up"))
+    ledger.move("r-6", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-2"))
     everywhere = {"queued": 1, "on_hold": 1, "cancelled": 1, "completed": 1, "failed": 1, "in_progress": 1}
     assert counts(GaugeReader(store, clock).take()) == everywhere
 
@@ -115,7 +115,7 @@ def test_the_overdue_are_exactly_those_whose_month_is_over(store, ledger, clock)
     for number, received in enumerate(MOMENTS):
         file(ledger, f"r-{number}", received=datetime.fromisoformat(received))
     ledger.hold("r-1", "ana", "a hold stops the erasure and not the clock")
-    ledger.move("r-2", Status.FAILED, "sweep", "still owed")
+    ledger.move("r-2", Transition(Status.FAILED, "sweep", "still owed"))
     complete(ledger, "r-3")
     snapshot, states = GaugeReader(store, clock).take(), ledger.list()
     seconds = [timedelta(seconds=n) for n in (-1, 0, 1)]

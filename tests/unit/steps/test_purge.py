@@ -17,7 +17,7 @@ from salun_core.errors import ConflictError, IntegrityError, SalunError, UsageEr
 from salun_core.registry.holds import hold_version, read_disposal, release_version
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.registry.versions import fetch_version, publish_head, stage_version
-from salun_core.requests.ledger import Ledger
+from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.retention import purge as step
 from salun_core.retention.purge import purge
@@ -93,7 +93,7 @@ class Line:
     def _request(self):
         ledger, log = Ledger(self.store, after(hours=-28)), RunLog(self.store, after(hours=-28))
         ledger.submit("r-1", "faces", SamplesTarget(ids=["sample-8"]), received_at=START - timedelta(days=2))
-        event = ledger.move("r-1", Status.IN_PROGRESS, "sweep", "claimed", run="run-2", epoch=1)
+        event = ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-2", epoch=1))
         member = RunMember(
             id="r-1", event=event.n, attempt=1, forget_digest="0" * 64, salt="0" * 32, found=1, named=1
         ).model_dump()
@@ -102,7 +102,7 @@ class Line:
         log.start(RunRecord(**fields, forget_sha256="f" * 64, forget_count=1, train_count=9), "sweep")
         log.advance("run-2", RunStatus.PUBLISHED, "sweep", "published")
         self.store.put_new(names.certificate_key("r-1"), b"a certificate")
-        ledger.move("r-1", Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED)
+        ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED))
 
     def digest(self, number, name="model.safetensors"):
         return read_version(self.store, "faces", self.versions[number]).files[name].sha256
