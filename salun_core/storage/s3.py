@@ -1,4 +1,17 @@
-"""The object store on S3: conditional writes for documents, managed transfers for files."""
+"""The object store on S3: conditional writes for documents, managed transfers for files.
+
+What can happen to a conditional write (`put_new`, `put_if`), and what the caller sees:
+
+- The request is lost before the store commits it: botocore sends it again.
+- The store commits it and the reply is lost: botocore sends it again, and the store answers 412 because of our own
+  first write. So every write carries a random token in the object's metadata. After a 412, or when no answer came at
+  all, the object is read back: with our token in it (or, for a create, with the same bytes) the write succeeded.
+- Two writers race: the loser gets 412 and a ConflictError, or 409 and another try.
+- The write succeeds, and another writer replaces it before it is read back: the caller sees a ConflictError although
+  its bytes were in the store for a moment. `registry.versions` therefore also looks through the ancestors of HEAD.
+- The process is killed after the commit: the caller repeats the call. A create of the same bytes succeeds again; a
+  swap ends in a ConflictError, and the caller decides from what it reads.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +19,13 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import boto3.session
 from boto3.exceptions import Boto3Error
@@ -25,6 +40,7 @@ from botocore.exceptions import (
 )
 
 from salun_core.config import MAX_DOCUMENT_BYTES
+from salun_core.digest import sha256_bytes
 from salun_core.errors import IntegrityError, StoreError
 from salun_core.storage.keys import check_key
 from salun_core.storage.local_files import disk_error
@@ -32,16 +48,23 @@ from salun_core.storage.objects import Entry, StoredObject
 from salun_core.storage.s3_errors import code_of, conflict, is_missing, is_unclear, status_of, translated
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from types_boto3_s3 import S3Client
+
+_PART = 16 * 1024 * 1024  # few enough parts for 160 GB (S3 allows 10,000), small enough to send again
+_TRANSFER = TransferConfig(multipart_threshold=2 * _PART, multipart_chunksize=_PART, max_concurrency=4)
+_WRITER = "salun-writer"  # metadata that holds the token of the writing call
+_READ_ATTEMPTS = 4
+_RACE_ATTEMPTS = 8
+_CUT_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
+_CREDENTIAL_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
+T = TypeVar("T")
 
 
 def make_client(endpoint: str | None = None) -> S3Client:
     """Build a client with bounded retries and timeouts.
 
     Args:
-        endpoint: URL of the store; None takes AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or AWS itself.
+        endpoint: URL of the store; by default AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or AWS itself.
 
     Raises:
         StoreError: the settings in the environment are wrong.
@@ -51,13 +74,13 @@ def make_client(endpoint: str | None = None) -> S3Client:
         read_timeout=60,
         retries={"mode": "standard", "total_max_attempts": 5},
         max_pool_connections=64,
-        response_checksum_validation="when_supported",  # whatever the environment says: it catches a flipped bit
+        response_checksum_validation="when_supported",  # overrides the environment: it catches flipped bits
     )
     try:
         with translated("cannot set up the S3 client", endpoint or "the store"):
-            # A session of its own: boto3's default one keeps the first credentials for ever.
+            # A session of its own: boto3's default session never reads changed credentials.
             return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
-    except ValueError as error:  # botocore's answer to an endpoint that is no URL
+    except ValueError as error:  # botocore raises it for an endpoint that is not a URL
         raise StoreError(
             "cannot set up the S3 client",
             str(error),
@@ -65,90 +88,36 @@ def make_client(endpoint: str | None = None) -> S3Client:
         ) from error
 
 
-def date_of(headers: Mapping[str, str]) -> datetime | None:
-    """Return the server's time of an answer in UTC; None where a proxy dropped it or it is no date."""
-    try:
-        return parsedate_to_datetime(headers["date"]).astimezone(UTC)
-    except (KeyError, ValueError):
-        return None
+def shared_client() -> S3Client:
+    """Return the client of this process for the settings that the environment holds now.
 
-
-_PART = 16 * 1024 * 1024
-_TRANSFER = TransferConfig(multipart_threshold=2 * _PART, multipart_chunksize=_PART, max_concurrency=4)
-_READ_ATTEMPTS = 4
-
-
-def upload_file(client: S3Client, bucket: str, key: str, path: Path) -> None:
-    """Upload a file, in parts of 16 MiB where it is over 32 MiB.
+    Building a client takes 50 ms and opens new connections; clients are safe to share between threads. Other
+    settings (endpoint, region, account, proxy) give another client, and so does a forked process: sockets must not
+    be shared with the parent.
 
     Raises:
-        OSError: the file cannot be read.
-        Boto3Error: the transfer failed.
+        StoreError: the settings in the environment are wrong.
     """
-    size = path.stat().st_size
-    try:
-        extra = {"ChecksumAlgorithm": "SHA256"}
-        client.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=_TRANSFER)
-    except (Boto3Error, ClientError) as error:
-        # The reply to the last step may be lost; its retry then finds the upload closed.
-        if "NoSuchUpload" not in str(error) or _size(client, bucket, key) != size:
-            raise
+    return _client_of(os.getpid(), _settings_digest())
 
 
-def _size(client: S3Client, bucket: str, key: str) -> int | None:
-    try:
-        return client.head_object(Bucket=bucket, Key=key)["ContentLength"]
-    except (ClientError, BotoCoreError):
-        return None
+@lru_cache(maxsize=8)  # a process uses one or two accounts; an evicted client lives as long as its stores
+def _client_of(_process: int, _settings: str) -> S3Client:
+    return make_client()
 
 
-def download_file(client: S3Client, bucket: str, key: str, path: Path) -> None:
-    """Download beside the target and rename; nothing is left when it is interrupted.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written.
-        ClientError: there is no such object, or the store refuses us.
-        RetriesExceededError: the transfer broke off again and again.
-    """
-    part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
-    try:
-        with part.open("wb") as file:
-            client.download_fileobj(bucket, key, file, Config=_TRANSFER)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def read_start(client: S3Client, bucket: str, key: str, size: int) -> bytes | None:
-    """Return the first `size` bytes of an object (all, where it has fewer), or None where there is none.
-
-    Raises:
-        ClientError: the store refuses us.
-        BotoCoreError: the store cannot be reached, or the answer broke off each time.
-    """
-    for attempt in range(_READ_ATTEMPTS):
-        try:
-            return client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{size - 1}")["Body"].read()
-        except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-            if attempt == _READ_ATTEMPTS - 1:
-                raise
-        except ClientError as error:
-            if is_missing(error):
-                return None
-            if code_of(error) == "InvalidRange":  # it is empty
-                return b""
-            raise
-    raise AssertionError("the loop returns or raises")
-
-
-_WRITER = "salun-writer"
-_RACE_ATTEMPTS = 8
-_READ_ATTEMPTS_S3 = 4
-_CUT_OFF = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
-
-
-def _pause(attempt: int) -> None:
-    time.sleep(random.uniform(0.5, 1.0) * min(2.0, 0.05 * 2**attempt))
+def _settings_digest() -> str:
+    """Digest what a client is built from; a digest, so that no cache or traceback can show a secret."""
+    found = [
+        (name, value)
+        for name, value in sorted(os.environ.items())
+        if name.startswith("AWS_") or name.lower().endswith("_proxy") or name == "REQUESTS_CA_BUNDLE"
+    ]
+    for variable, default in _CREDENTIAL_FILES.items():
+        with suppress(OSError):
+            path = Path(os.environ.get(variable, default)).expanduser()
+            found.append((str(path), str(path.stat().st_mtime_ns)))
+    return sha256_bytes(repr(found).encode())
 
 
 class S3Store:
@@ -159,8 +128,8 @@ class S3Store:
     Args:
         bucket: name of the bucket.
         prefix: folder that all keys are relative to; empty for the whole bucket.
-        endpoint: URL of the store; None takes it from the environment.
-        client: a ready client, in place of one built here.
+        endpoint: URL of the store; by default from the environment.
+        client: the client to use instead of a new one.
     """
 
     def __init__(
@@ -180,13 +149,17 @@ class S3Store:
 
     @property
     def endpoint(self) -> str:
-        """The URL that the store is reached at."""
+        """The URL of the S3 server."""
         return self._client.meta.endpoint_url
 
     @property
     def native(self) -> tuple[S3Client, str, str]:
-        """Client, bucket and prefix, for what S3 alone can do (`erase`)."""
+        """Client, bucket and prefix, for operations that only S3 has (`erase`)."""
         return self._client, self._bucket, self._prefix
+
+    def translating(self, doing: str, key: str) -> AbstractContextManager[None]:
+        """Turn botocore's errors in a block into `cannot <doing> s3://bucket/prefix/key` and its cause."""
+        return translated(f"cannot {doing} {self._address(key)}", self.endpoint)
 
     def _full(self, key: str) -> str:
         return self._prefix + check_key(key)
@@ -195,11 +168,11 @@ class S3Store:
         return f"s3://{self._bucket}/{self._prefix}{key}"
 
     def get(self, key: str) -> StoredObject | None:
-        """Return an object, or None where there is none of that key.
+        """Return an object, or None if it does not exist.
 
         Raises:
-            StoreError: the store cannot be reached, refuses us, or the object is no document (over 64 MiB).
-            IntegrityError: the bytes do not match the store's own checksum.
+            StoreError: the store is unreachable or refuses the credentials.
+            IntegrityError: the object is too large for a document (64 MiB), or does not match the store's checksum.
         """
         found = self._fetch(key)
         return found[0] if found else None
@@ -207,39 +180,47 @@ class S3Store:
     def _fetch(self, key: str) -> tuple[StoredObject, str] | None:
         """Return an object and the token of its writer."""
         full = self._full(key)
-        with translated(f"cannot read {self._address(key)}", self.endpoint):
-            for attempt in range(_READ_ATTEMPTS_S3):
-                try:
-                    return self._fetch_once(full)
-                except _CUT_OFF:  # botocore retries a request, not the reading of its body
-                    if attempt == _READ_ATTEMPTS_S3 - 1:
-                        raise
-                    _pause(attempt)
-                except ClientError as error:
-                    if is_missing(error):
-                        return None
-                    raise
-        raise AssertionError("the loop returns or raises")
 
-    def _fetch_once(self, full: str) -> tuple[StoredObject, str]:
-        answer = self._client.get_object(Bucket=self._bucket, Key=full)
-        if answer["ContentLength"] > MAX_DOCUMENT_BYTES:
-            raise IntegrityError(
-                f"s3://{self._bucket}/{full} is too large for a document",
-                f"{answer['ContentLength']} bytes, at most {MAX_DOCUMENT_BYTES}",
-                "check what wrote it",
-            )
-        served = date_of(answer["ResponseMetadata"]["HTTPHeaders"])
-        modified = answer["LastModified"].astimezone(UTC)
-        stored = StoredObject(answer["Body"].read(), answer["ETag"], modified, served)
-        return stored, answer["Metadata"].get(_WRITER, "")
+        def read() -> tuple[StoredObject, str]:
+            answer = self._client.get_object(Bucket=self._bucket, Key=full)
+            if answer["ContentLength"] > MAX_DOCUMENT_BYTES:
+                raise IntegrityError(
+                    f"{self._address(key)} is too large for a document",
+                    f"it has {answer['ContentLength']} bytes, the limit is {MAX_DOCUMENT_BYTES}",
+                    "check what wrote it",
+                )
+            served: datetime | None = None
+            with suppress(KeyError, ValueError):  # a proxy may drop the header
+                served = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(UTC)
+            modified = answer["LastModified"].astimezone(UTC)
+            stored = StoredObject(answer["Body"].read(), answer["ETag"], modified, served)
+            return stored, answer["Metadata"].get(_WRITER, "")
+
+        with self.translating("read", key):
+            return _read_whole(read)
+
+    def read_start(self, key: str, size: int) -> bytes | None:
+        """Return the first `size` bytes of an object (all, if it has fewer), or None if it does not exist."""
+        full = self._full(key)
+
+        def read() -> bytes:
+            try:
+                range_ = f"bytes=0-{size - 1}"
+                return self._client.get_object(Bucket=self._bucket, Key=full, Range=range_)["Body"].read()
+            except ClientError as error:
+                if code_of(error) == "InvalidRange":  # the object is empty
+                    return b""
+                raise
+
+        with self.translating("read", key):
+            return _read_whole(read)
 
     def put_new(self, key: str, data: bytes) -> str:
-        """Create an object and return its etag; the same bytes a second time are no conflict.
+        """Create an object and return its etag; creating it again with the same bytes succeeds.
 
         Raises:
-            ConflictError: an object of that key exists and holds other bytes.
-            StoreError: the store cannot be reached or refuses us.
+            ConflictError: the object exists with other bytes.
+            StoreError: the store is unreachable or refuses the credentials.
         """
         return self._write(key, data, None)
 
@@ -247,31 +228,26 @@ class S3Store:
         """Replace an object if its etag is still the given one, and return the new etag.
 
         Raises:
-            ConflictError: the object changed, or is gone.
-            StoreError: the store cannot be reached or refuses us.
+            ConflictError: the object changed or was deleted.
+            StoreError: the store is unreachable or refuses the credentials.
         """
         return self._write(key, data, etag)
 
     def _write(self, key: str, data: bytes, etag: str | None) -> str:
-        """Write with a condition; a reply that was lost on the way does not count as a conflict.
-
-        When the store commits and its reply is lost, botocore sends the request again and is told 412
-        about our own write. The token of this call, which botocore's retries share, tells it apart.
-        """
-        writer = secrets.token_hex(16)
+        writer = secrets.token_hex(16)  # botocore's retries of this call share it
         unclear: StoreError | None = None
         try:
             written = self.try_put(key, data, etag, writer)
             if written is not None:
                 return written
         except StoreError as error:
-            if not (error.__cause__ and is_unclear(error.__cause__)):  # type: ignore[arg-type]
+            if not is_unclear(error.__cause__):
                 raise
             unclear = error
         return self._settle(key, data, etag, writer, unclear)
 
     def _settle(self, key: str, data: bytes, etag: str | None, writer: str, unclear: StoreError | None) -> str:
-        """Find out what became of a write by reading the object back."""
+        """Find out from the object whether a write was done."""
         try:
             found = self._fetch(key)
         except StoreError:
@@ -285,24 +261,24 @@ class S3Store:
         raise conflict(self._address(key), etag, gone=found is None)
 
     def try_put(self, key: str, data: bytes, etag: str | None = None, writer: str = "") -> str | None:
-        """Send one conditional write and return the new etag, or None where the condition was false.
+        """Send one conditional write and return the new etag, or None if its condition was false.
 
-        This is the bare operation: it does not look whose write the store holds (`probe` needs that).
+        It does not read the object back: `probe` tests this bare operation.
 
         Args:
             key: the key, relative to the prefix.
             data: the bytes.
-            etag: what the object must have now; None if it must not exist.
-            writer: a token kept beside the object.
+            etag: the etag that the object must have; None if it must not exist.
+            writer: a token stored with the object.
 
         Raises:
-            StoreError: the store cannot be reached or refuses us, or the race does not end.
+            StoreError: the store is unreachable, refuses the credentials, or keeps answering 409.
         """
         full = self._full(key)
-        with translated(f"cannot write {self._address(key)}", self.endpoint):
+        with self.translating("write", key):
             for attempt in range(_RACE_ATTEMPTS):
                 try:
-                    return self._put_once(full, data, etag, writer)
+                    return self._put(full, data, etag, writer)
                 except ClientError as error:
                     if status_of(error) == 412 or (etag is not None and code_of(error) == "NoSuchKey"):
                         return None
@@ -315,25 +291,15 @@ class S3Store:
             "run it again when fewer writers are at work",
         )
 
-    def _put_once(self, full: str, data: bytes, etag: str | None, writer: str) -> str:
-        put, metadata = self._client.put_object, {_WRITER: writer} if writer else {}
+    def _put(self, full: str, data: bytes, etag: str | None, writer: str) -> str:
+        put, bucket, metadata = self._client.put_object, self._bucket, {_WRITER: writer} if writer else {}
         if etag is None:
             return put(
-                Bucket=self._bucket,
-                Key=full,
-                Body=data,
-                ChecksumAlgorithm="SHA256",
-                Metadata=metadata,
-                IfNoneMatch="*",
+                Bucket=bucket, Key=full, Body=data, ChecksumAlgorithm="SHA256", Metadata=metadata, IfNoneMatch="*"
             )["ETag"]
-        return put(
-            Bucket=self._bucket,
-            Key=full,
-            Body=data,
-            ChecksumAlgorithm="SHA256",
-            Metadata=metadata,
-            IfMatch=etag,
-        )["ETag"]
+        return put(Bucket=bucket, Key=full, Body=data, ChecksumAlgorithm="SHA256", Metadata=metadata, IfMatch=etag)[
+            "ETag"
+        ]
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """Yield the objects whose key starts with a prefix, in key order.
@@ -342,21 +308,17 @@ class S3Store:
             prefix: the start of the keys, relative to the store's prefix; empty for all.
 
         Raises:
-            StoreError: the store cannot be reached or refuses us.
+            StoreError: the store is unreachable or refuses the credentials.
         """
         if prefix.rstrip("/"):
             check_key(prefix.rstrip("/"))
+        skip = len(self._prefix)
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=self._prefix + prefix
         )
-        with translated(f"cannot list {self._address(prefix)}", self.endpoint):
+        with self.translating("list", prefix):
             found = [
-                Entry(
-                    row["Key"][len(self._prefix) :],
-                    row["Size"],
-                    row["LastModified"].astimezone(UTC),
-                    row["ETag"],
-                )
+                Entry(row["Key"][skip:], row["Size"], row["LastModified"].astimezone(UTC), row["ETag"])
                 for page in pages
                 for row in page.get("Contents", [])
             ]
@@ -364,45 +326,79 @@ class S3Store:
         yield from sorted(found, key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:
-        """Delete an object; deleting one that does not exist is no error.
+        """Delete an object; deleting one that does not exist succeeds.
 
         Raises:
-            StoreError: the store cannot be reached or refuses us.
+            StoreError: the store is unreachable or refuses the credentials.
         """
-        with translated(f"cannot delete {self._address(key)}", self.endpoint):
+        full = self._full(key)
+        with self.translating("delete", key):
             try:
-                self._client.delete_object(Bucket=self._bucket, Key=self._full(key))
+                self._client.delete_object(Bucket=self._bucket, Key=full)
             except ClientError as error:
                 if not is_missing(error):
                     raise
 
     def upload(self, path: Path, key: str) -> None:
-        """Upload a file, in parts where it is large; the store checks the SHA-256 of each part.
+        """Upload a file, in parts of 16 MiB if it has more than 32 MiB; the store checks the SHA-256 of each part.
 
         Raises:
-            StoreError: the file cannot be read, or the store cannot be reached or refuses us.
+            StoreError: the file cannot be read, or the store is unreachable or refuses the credentials.
         """
-        what = f"cannot upload {path.name} to {self._address(key)}"
+        full, what = self._full(key), f"cannot upload {path.name} to {self._address(key)}"
         with translated(what, self.endpoint):
             try:
-                upload_file(self._client, self._bucket, self._full(key), path)
+                extra = {"ChecksumAlgorithm": "SHA256"}
+                self._client.upload_file(str(path), self._bucket, full, ExtraArgs=extra, Config=_TRANSFER)
             except OSError as error:
                 raise disk_error(what, path, error) from error
+            except (Boto3Error, ClientError) as error:
+                # If the reply to the last step is lost, botocore's retry finds the upload closed.
+                if "NoSuchUpload" not in str(error) or self._size(full) != path.stat().st_size:
+                    raise
+
+    def _size(self, full: str) -> int | None:
+        try:
+            return self._client.head_object(Bucket=self._bucket, Key=full)["ContentLength"]
+        except (ClientError, BotoCoreError):
+            return None
 
     def download(self, key: str, path: Path) -> None:
-        """Download to a file, which appears whole or not at all.
+        """Download to a file, which appears complete or not at all.
 
         Raises:
-            StoreError: there is no object of that key, the disk is full, or the store cannot be reached.
+            StoreError: the object does not exist, the disk is full, or the store is unreachable.
         """
-        what = f"cannot download {self._address(key)}"
+        full, what = self._full(key), f"cannot download {self._address(key)}"
+        part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")
         with translated(what, self.endpoint):
             try:
-                download_file(self._client, self._bucket, self._full(key), path)
+                with part.open("wb") as file:
+                    self._client.download_fileobj(self._bucket, full, file, Config=_TRANSFER)
+                part.replace(path)
             except OSError as error:
                 raise disk_error(what, path, error) from error
+            finally:
+                part.unlink(missing_ok=True)
 
-    def read_start(self, key: str, size: int) -> bytes | None:
-        """Return the first `size` bytes of an object (all, where it has fewer), or None where there is none."""
-        with translated(f"cannot read {self._address(key)}", self.endpoint):
-            return read_start(self._client, self._bucket, self._full(key), size)
+
+def _read_whole(read: Callable[[], T]) -> T | None:
+    """Read an object again if its body breaks off: botocore retries requests, but not the reading of a body."""
+    attempt = 0
+    while True:
+        try:
+            return read()
+        except _CUT_OFF:
+            attempt += 1
+            if attempt == _READ_ATTEMPTS:
+                raise
+            _pause(attempt)
+        except ClientError as error:
+            if is_missing(error):
+                return None
+            raise
+
+
+def _pause(attempt: int) -> None:
+    """Wait 50 ms, 100 ms and so on up to 2 s, with jitter, so that racing writers do not stay in step."""
+    time.sleep(random.uniform(0.5, 1.0) * min(2.0, 0.05 * 2**attempt))

@@ -1,4 +1,4 @@
-"""Turns botocore's errors into ours: what failed, why, and what to do; never a secret."""
+"""Translates botocore's errors into SalUn's: what failed, why, and how to fix it. No message holds a secret."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from s3transfer.exceptions import RetriesExceededError
 from salun_core.errors import ConflictError, IntegrityError, SalunError, StoreError
 
 _NO_ANSWER = (HTTPClientError, UnreachableError)
-_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN if there is one)"
+_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN if you use one)"
 _POLICY = "allow this account s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket below the prefix"
+_UNKNOWN_KEY = ("the store does not know the access key", _CREDENTIALS)
 _REASONS = {
-    "InvalidAccessKeyId": ("the store does not know the access key", _CREDENTIALS),
+    "InvalidAccessKeyId": _UNKNOWN_KEY,
+    "InvalidClientTokenId": _UNKNOWN_KEY,
     "SignatureDoesNotMatch": ("the secret key does not fit the access key", _CREDENTIALS),
     "InvalidToken": ("the session token is not valid", _CREDENTIALS),
-    "InvalidClientTokenId": ("the store does not know the access key", _CREDENTIALS),
     "ExpiredToken": ("the credentials have expired", "fetch new credentials and run it again"),
     "AccessDenied": ("the credentials are not allowed to do that", _POLICY),
     "403": ("the credentials are wrong or not allowed to do that", f"{_CREDENTIALS}; {_POLICY}"),
     "RequestTimeTooSkewed": ("this machine's clock is wrong", "set the clock (NTP) and run it again"),
     "NoSuchBucket": ("the bucket does not exist", "create the bucket, or correct its name in the address"),
-    "NoSuchKey": ("there is no object of that key", "check the key; it may have been deleted"),
-    "404": ("there is no object of that key, or no such bucket", "check the bucket and the key"),
-    "PermanentRedirect": ("the bucket lies in another region", "set AWS_REGION to the bucket's region"),
+    "NoSuchKey": ("the object does not exist", "check the key; it may have been deleted"),
+    "404": ("the object or the bucket does not exist", "check the bucket and the key"),
+    "PermanentRedirect": ("the bucket is in another region", "set AWS_REGION to the bucket's region"),
     "NotImplemented": ("the store does not support this operation", "use a store with conditional writes"),
 }
 
@@ -51,89 +52,76 @@ def status_of(error: ClientError) -> int:
 
 
 def is_missing(error: ClientError) -> bool:
-    """Return whether an answer says that there is no such key."""
+    """Return whether the object does not exist."""
     return code_of(error) in {"NoSuchKey", "404"}
 
 
-def is_unclear(error: Exception) -> bool:
-    """Return whether a write that ended so may have been done all the same."""
+def is_unclear(error: BaseException | None) -> bool:
+    """Return whether a write that failed with this error may have been done nevertheless."""
     return isinstance(error, _NO_ANSWER) or (isinstance(error, ClientError) and status_of(error) >= 500)
 
 
 @contextmanager
 def translated(what: str, endpoint: str) -> Iterator[None]:
-    """Raise our errors instead of botocore's from a block.
+    """Raise SalUn's errors in place of botocore's.
 
     Args:
         what: what was being done, such as "cannot read s3://bucket/key".
-        endpoint: the URL of the store, for the remedy.
+        endpoint: the URL of the store, for the message.
 
     Raises:
-        StoreError: the store is unreachable, refuses us, or lacks what was asked for.
-        IntegrityError: the bytes did not match the checksum that the store gave.
+        StoreError: the store is unreachable, refuses the credentials, or the object does not exist.
+        IntegrityError: the bytes do not match the store's checksum.
     """
     try:
         yield
     except (BotoCoreError, ClientError, Boto3Error, RetriesExceededError) as error:
-        raise _ours(what, endpoint, _root(error)) from error
+        cause = error.__cause__ or error.__context__
+        wraps = isinstance(error, Boto3Error) and isinstance(cause, BotoCoreError | ClientError)
+        raise _translate(what, endpoint, cause if wraps and cause else error) from error
 
 
-def _root(error: Exception) -> Exception:
-    inner = error.__cause__ or error.__context__
-    return inner if isinstance(error, Boto3Error) and isinstance(inner, (BotoCoreError, ClientError)) else error
-
-
-def _ours(what: str, endpoint: str, error: Exception) -> SalunError:
+def _translate(what: str, endpoint: str, error: BaseException) -> SalunError:
     if isinstance(error, ClientError):
-        return _refused(what, error)
+        return _refusal(what, error)
     if isinstance(error, FlexibleChecksumError):
         return IntegrityError(what, "the bytes do not match the store's checksum", "restore the object from a copy")
-    if isinstance(error, (NoCredentialsError, PartialCredentialsError)):
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return StoreError(
             what, "there are no credentials for the store", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     if isinstance(error, _NO_ANSWER):
         remedy = "check that the store runs and that AWS_ENDPOINT_URL is right"
         return StoreError(what, f"no answer from {endpoint} ({type(error).__name__})", remedy)
-    if isinstance(error, (RetriesExceededError, IncompleteReadError)):
-        return StoreError(what, "the answer broke off each time", "run it again; if it lasts, check the network")
-    return StoreError(what, _one_line(error), "check the AWS_* settings and run it again")
+    if isinstance(error, RetriesExceededError | IncompleteReadError):
+        return StoreError(what, "the answer broke off each time", "run it again; check the network if it lasts")
+    why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return StoreError(what, why, "check the AWS_* settings and run it again")
 
 
-def _refused(what: str, error: ClientError) -> StoreError:
+def _refusal(what: str, error: ClientError) -> StoreError:
     code, status = code_of(error), status_of(error)
     if code in _REASONS:
         why, remedy = _REASONS[code]
         return StoreError(what, f"{why} ({code})", remedy)
     if status >= 500 or code in {"SlowDown", "Throttling", "RequestTimeout"}:
-        return StoreError(
-            what,
-            f"the store is busy or broken ({status} {code})",
-            "run it again; if it lasts, look at the store's log",
-        )
+        remedy = "run it again; check the store's log if it lasts"
+        return StoreError(what, f"the store is busy or broken ({status} {code})", remedy)
     message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())[:200]
-    return StoreError(
-        what, f"the store refused it ({status} {code}) {message}".strip(), "see the store's log for the cause"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    why = f"the store refused it ({status} {code}) {message}".strip()
+    return StoreError(what, why, "find the cause in the store's log")
 
 
 def conflict(address: str, etag: str | None, *, gone: bool) -> ConflictError:
     """Build the error for a write whose condition was false.
 
     Args:
-        address: what was to be written.
-        etag: what it should have had; None if it should not have existed.
-        gone: whether there is no such object now.
+        address: the object.
+        etag: the etag that it should have had; None if it should not have existed.
+        gone: whether the object does not exist now.
     """
     if etag is None:
-        return ConflictError(
-            f"{address} exists already",
-            "it holds other content",
-            "read it, and choose another name or keep it",
-        )
-    why = "it was deleted meanwhile" if gone else "somebody else changed it meanwhile"
-    return ConflictError(f"{address} was not replaced", why, "read it again and decide anew")
+        remedy = "read it, and choose another name or keep it"
+        return ConflictError(f"{address} exists already", "it holds other content", remedy)
+    why = "it was deleted meanwhile" if gone else "another writer changed it meanwhile"
+    return ConflictError(f"{address} was not replaced", why, "read it again and decide again")

@@ -16,7 +16,6 @@ from salun_core.registry.holds import (
     release_version,
 )
 from salun_core.registry.versions import publish
-from salun_core.storage import open_store
 from salun_core.storage.erase import (
     Erased,
     abort,
@@ -27,6 +26,7 @@ from salun_core.storage.erase import (
     upload_bytes,
     versions_of,
 )
+from salun_core.storage.s3 import S3Store, make_client
 
 pytestmark = pytest.mark.s3
 FUTURE = datetime(2200, 1, 1, tzinfo=UTC)
@@ -40,7 +40,14 @@ def versioned(store):
     client.create_bucket(Bucket=bucket)
     client.put_object(Bucket=bucket, Key=f"{prefix}before", Body=b"written before versions were kept")
     client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
-    return open_store(f"s3://{bucket}/{prefix}")
+    return S3Store(bucket, prefix, client=make_client())
+
+
+@pytest.fixture
+def unshared(store):
+    """The store with a client of its own, to which a test may add event handlers."""
+    client, bucket, prefix = make_client(), *store.native[1:]
+    return S3Store(bucket, prefix, client=client)
 
 
 def write(store, key, *bodies):
@@ -83,26 +90,26 @@ def test_without_versions_it_is_a_plain_delete(store):
     assert store.get("a/xy").data == b"other"
 
 
-def test_a_store_that_lists_no_versions_gets_a_plain_delete(store):
+def test_a_store_that_lists_no_versions_gets_a_plain_delete(unshared):
     def refuse(params, **_):
         raise ClientError({"Error": {"Code": "NotImplemented"}}, "ListObjectVersions")
 
-    write(store, "a/x", b"1")
-    store.native[0].meta.events.register("before-parameter-build.s3.ListObjectVersions", refuse)
-    assert [item.key for item in inventory(store)] == ["a/x"]
-    assert erase(store, "a/x") == Erased(1, 1, 1)
-    assert store.get("a/x") is None
+    write(unshared, "a/x", b"1")
+    unshared.native[0].meta.events.register("before-parameter-build.s3.ListObjectVersions", refuse)
+    assert [item.key for item in inventory(unshared)] == ["a/x"]
+    assert erase(unshared, "a/x") == Erased(1, 1, 1)
+    assert unshared.get("a/x") is None
 
 
-def test_a_store_that_forbids_to_list_versions_is_an_error_and_nothing_goes(store):
+def test_a_store_that_forbids_to_list_versions_is_an_error_and_nothing_goes(unshared):
     def refuse(params, **_):
         raise ClientError({"Error": {"Code": "AccessDenied"}}, "ListObjectVersions")
 
-    write(store, "a/x", b"1")
-    store.native[0].meta.events.register("before-parameter-build.s3.ListObjectVersions", refuse)
+    write(unshared, "a/x", b"1")
+    unshared.native[0].meta.events.register("before-parameter-build.s3.ListObjectVersions", refuse)
     with pytest.raises(StoreError, match="not allowed"):
-        erase(store, "a/x")
-    assert store.get("a/x").data == b"1"
+        erase(unshared, "a/x")
+    assert unshared.get("a/x").data == b"1"
 
 
 def test_the_old_versions_alone(versioned):

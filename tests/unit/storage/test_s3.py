@@ -16,7 +16,7 @@ from urllib3 import HTTPResponse
 
 from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
 from salun_core.storage import open_store
-from salun_core.storage.s3 import S3Store, make_client
+from salun_core.storage.s3 import S3Store, make_client, shared_client
 
 pytestmark = pytest.mark.s3
 
@@ -67,7 +67,7 @@ def test_create_only(store):
 def test_compare_and_swap(store):
     first = store.put_new("doc", b"one")
     second = store.put_if("doc", b"two", first)
-    with pytest.raises(ConflictError, match="somebody else changed it"):
+    with pytest.raises(ConflictError, match="another writer changed it"):
         store.put_if("doc", b"three", first)
     assert store.get("doc").data == b"two"
     store.delete("doc")
@@ -151,7 +151,7 @@ def test_files_travel_whole(store, tmp_path, size):
 def test_a_missing_file_or_key_is_said(store, tmp_path):
     with pytest.raises(StoreError, match="No such file"):
         store.upload(tmp_path / "none", "x")
-    with pytest.raises(StoreError, match="no object of that key"):
+    with pytest.raises(StoreError, match="the object or the bucket does not exist"):
         store.download("none", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -425,7 +425,7 @@ def test_a_missing_bucket_is_named(s3_server, tmp_path):
     for call in every_call(lost, tmp_path)[:6]:
         with pytest.raises(StoreError, match="bucket does not exist"):
             call()
-    with pytest.raises(StoreError, match="no such bucket"):
+    with pytest.raises(StoreError, match="bucket does not exist"):
         lost.download("a", tmp_path / "out")
 
 
@@ -436,3 +436,47 @@ def test_a_client_keeps_its_own_credentials(store, monkeypatch):
     with pytest.raises(StoreError):
         other.get("a")
     assert store.get("a") is None
+
+
+def test_stores_with_the_same_settings_share_a_client(store, monkeypatch):
+    client = open_store(store.uri).native[0]
+    with ThreadPoolExecutor(8) as pool:
+        assert {id(found) for found in pool.map(lambda _: open_store("s3://other/x").native[0], range(32))} == {
+            id(client)
+        }
+    monkeypatch.setenv("SALUN_RUN_ID", "run-1")  # not a setting of the client
+    assert shared_client() is client
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9"),
+        ("AWS_REGION", "eu-west-1"),
+        ("AWS_SECRET_ACCESS_KEY", "another"),
+        ("HTTPS_PROXY", "http://127.0.0.1:9"),
+    ],
+)
+def test_other_settings_give_another_client(store, monkeypatch, name, value):
+    before = shared_client()
+    with monkeypatch.context() as patch:
+        patch.setenv(name, value)
+        assert shared_client() is not before
+    assert shared_client() is before
+
+
+def test_a_changed_credentials_file_gives_another_client(store, monkeypatch, tmp_path):
+    path = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    before = shared_client()
+    path.write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    assert shared_client() is not before
+
+
+def test_a_forked_process_builds_its_own_client(store):
+    before, (read, write) = shared_client(), os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(write, b"other" if shared_client() is not before else b"same")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 9) == b"other"

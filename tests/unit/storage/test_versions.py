@@ -81,7 +81,7 @@ def test_a_damaged_blob_never_appears(store, tmp_path, damaged, size):
 
 
 def test_a_missing_blob_is_said(store, tmp_path):
-    with pytest.raises(StoreError, match="no object"):
+    with pytest.raises(StoreError, match="does not exist"):
         fetch_blob(store, "0" * 64, tmp_path / "target")
     with pytest.raises(StoreError, match="No such file"):
         put_blob(store, tmp_path / "none")
