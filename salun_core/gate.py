@@ -1,7 +1,7 @@
 """The gate: policy + evidence -> decision with a verdict per rule. It fails closed.
 
-Before any rule of the policy, checks that no policy can switch off are made: the digests are the expected
-ones, the forget set is not empty, the model changed, its weights are finite, frozen weights are untouched.
+Some checks are always enforced, whatever the policy: the digests are the expected ones, the forget set is not empty,
+the model changed, its weights are finite, and the weights outside the mask kept their bits.
 """
 
 from __future__ import annotations
@@ -22,17 +22,23 @@ from salun_core.evaluation.evidence import METRIC_NAMES, Evidence, Metric
 
 State = Literal["before", "after", "reference", "origin"]
 _TOLERANCE = 1e-12  # of comparisons: 0.9 - 0.02 in binary is not 0.88
+_ENDS = {"value": "after", "low": "low", "high": "high"}
+_MARGINS: dict[str, Callable[[float, float, float], float]] = {
+    "<=": lambda actual, threshold, _: threshold - actual,
+    ">=": lambda actual, threshold, _: actual - threshold,
+    "within": lambda actual, threshold, tolerance: tolerance - abs(actual - threshold),
+}
 
 
 class Relative(Document):
-    """A threshold taken from the evidence itself: `scale * metric.state + offset`."""
+    """A threshold computed from the evidence: `scale * metric.state + offset`."""
 
     metric: str = Field(description="metric to take the threshold from")
     state: State = Field(
         default="before", description="model it was measured on; `origin`: the last full training of the line"
     )
     scale: float = Field(default=1.0, allow_inf_nan=False, description="factor")
-    offset: float = Field(default=0.0, allow_inf_nan=False, description="added afterwards, as a ratio")
+    offset: float = Field(default=0.0, allow_inf_nan=False, description="added to the product, as a ratio")
 
 
 class Rule(Document):
@@ -41,23 +47,23 @@ class Rule(Document):
     metric: str = Field(description="name of a metric in the evidence")
     op: Literal["<=", ">=", "within"] = Field(description="`within`: |metric - threshold| <= tolerance")
     value: float | None = Field(default=None, allow_inf_nan=False, description="fixed threshold, as a ratio")
-    relative_to: Relative | None = Field(default=None, description="threshold taken from the evidence")
+    relative_to: Relative | None = Field(default=None, description="threshold computed from the evidence")
     tolerance: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="for `within`")
     judge: Literal["value", "low", "high"] = Field(
-        default="value", description="judge the value after, or an end of its 95 % interval"
+        default="value", description="compare the value after, or an end of its 95 % interval"
     )
     targets: list[Literal["samples", "class", "subject", "concept"]] = Field(
         default=[], description="forget targets that the rule applies to; empty: all"
     )
-    min_n: int = Field(default=1, ge=1, description="fewest samples that the metric may rest on")
-    reason: str = Field(min_length=1, description="why the rule exists, in words for the report")
+    min_n: int = Field(default=1, ge=1, description="minimum number of samples behind the metric")
+    reason: str = Field(min_length=1, description="why the rule exists, for the report")
 
     @model_validator(mode="after")
     def _one_threshold(self) -> Rule:
         if (self.value is None) == (self.relative_to is None):
             raise ValueError("give exactly one of `value` and `relative_to`")
         if (self.op == "within") != (self.tolerance is not None):
-            raise ValueError("`tolerance` goes with `within`, and `within` needs it")
+            raise ValueError("`within` needs a `tolerance`, and no other operator takes one")
         return self
 
 
@@ -75,7 +81,7 @@ class Policy(Document):
 
 
 class Expected(Document):
-    """Digests that the publisher itself knows; each that is given must be the evidence's."""
+    """Digests that the publisher computed itself; each given one must equal the evidence's."""
 
     before: str | None = None
     after: str | None = None
@@ -86,7 +92,7 @@ class Expected(Document):
 
 
 class Verdict(Document):
-    """What one rule or one built-in check gave."""
+    """Result of one rule or one built-in check."""
 
     rule: str
     metric: str | None = None
@@ -98,7 +104,7 @@ class Verdict(Document):
 
 
 class GateDecision(Document):
-    """The gate's answer, stored beside the version."""
+    """The gate's decision, stored with the version."""
 
     format: Literal["salun.decision/v1"] = "salun.decision/v1"
     passed: bool
@@ -121,10 +127,10 @@ class GateDecision(Document):
 
 
 def load_policy(source: str | Path) -> Policy:
-    """Read a policy by the name of one that ships (`classifier`) or from a file.
+    """Read a shipped policy by its name (`classifier`), or a policy from a file.
 
     Raises:
-        UsageError: no such policy, or the file has faults (all are listed).
+        UsageError: the policy does not exist, or the file has faults (all are listed).
     """
     shipped = importlib.resources.files("salun_core") / "policies"
     names = {item.name.removesuffix(".yaml"): item for item in shipped.iterdir() if item.name.endswith(".yaml")}
@@ -137,7 +143,7 @@ def load_policy(source: str | Path) -> Policy:
 
 
 def default_policy(evidence: Evidence) -> str:
-    """Return the name of the policy that ships for the kind of model that evidence is about."""
+    """Return the name of the shipped policy for the kind of model that the evidence describes."""
     generation = evidence.generation
     if generation is None:
         return "classifier"
@@ -147,38 +153,33 @@ def default_policy(evidence: Evidence) -> str:
 
 
 def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None) -> GateDecision:
-    """Judge evidence by a policy.
+    """Apply a policy to evidence.
 
     Args:
         evidence: what was measured.
-        policy: the rules; those whose `targets` name none of the forget set's kinds are left out.
+        policy: the rules; a rule whose `targets` name none of the forget set's kinds is left out.
         expected: digests that the caller computed itself from the artifacts at hand.
 
     Returns:
-        The decision. It passes only when every built-in check and every rule that applies passed, at least one
-        rule applied, and no kind of forget target went unjudged by a policy that has rules for single kinds.
+        The decision. It passes only if all built-in checks and all rules that apply pass, at least one rule applies,
+        and a policy with rules for single kinds covers every kind of forget target in the set.
     """
-    verdicts = _builtin(evidence, expected or Expected())
     kinds = set(evidence.forgotten.kinds)
     applying = [rule for rule in policy.rules if not rule.targets or kinds & set(rule.targets)]
     named = {target for rule in policy.rules for target in rule.targets}
-    verdicts.append(
-        _check(
-            "a rule applies",
-            bool(applying) and bool(kinds) and (not named or kinds <= named),
-            f"{len(applying)} rules",
-            "a policy must judge the forget set's kind",
-        )
-    )
-    verdicts += [_judge(rule, evidence) for rule in applying]
+    covered = bool(applying) and bool(kinds) and (not named or kinds <= named)
+    verdicts = [
+        *_builtin(evidence, expected or Expected()),
+        _check("a rule applies", covered, f"{len(applying)} rules", "the policy does not cover the forget set's kind"),
+        *(_apply(rule, evidence) for rule in applying),
+    ]
     failed = [verdict for verdict in verdicts if not verdict.passed]
-    summary = "; ".join(f"{v.rule}: {v.reason}" for v in failed) or f"all {len(verdicts)} checks hold"
     return GateDecision(
         passed=not failed,
         policy=policy.name,
         policy_digest=policy.digest,
-        evidence_digest=digest_of(evidence),
-        summary=summary,
+        evidence_digest=evidence.digest,
+        summary="; ".join(f"{v.rule}: {v.reason}" for v in failed) or f"all {len(verdicts)} checks hold",
         verdicts=verdicts,
     )
 
@@ -190,33 +191,20 @@ def digest_of(evidence: Evidence) -> str:
 
 def _builtin(evidence: Evidence, expected: Expected) -> list[Verdict]:
     measured, integrity, forgotten = evidence.measured, evidence.integrity, evidence.forgotten
-    verdicts = [
-        _check(
-            f"{name} digest",
-            getattr(measured, name) == digest,
-            digest[:12],
-            f"the evidence was measured on another {name.replace('_', ' ')}",
-        )
-        for name, digest in expected.model_dump().items()
-        if digest is not None
-    ]
-    frozen_ok = integrity.frozen_changed == 0 if measured.mask else integrity.frozen_changed in (None, 0)
+    verdicts = []
+    for name, digest in expected.model_dump(exclude_none=True).items():
+        other = f"the evidence was measured on another {name.replace('_', ' ')}"
+        verdicts.append(_check(f"{name} digest", getattr(measured, name) == digest, digest[:12], other))
+    part = 0 < forgotten.count < forgotten.train_count
+    changed = measured.before != measured.after and integrity.weights_changed > 0
+    frozen = integrity.frozen_changed == 0 if measured.mask else integrity.frozen_changed in (None, 0)
+    empty = "the forget set is empty or is the whole training split"
     return [
         *verdicts,
-        _check(
-            "forget set",
-            0 < forgotten.count < forgotten.train_count,
-            "not empty, not all data",
-            "the forget set is empty or is the whole training split",
-        ),
-        _check(
-            "model changed",
-            measured.before != measured.after and integrity.weights_changed > 0,
-            "> 0 weights",
-            "the model is the one from before",
-        ),
-        _check("weights finite", integrity.non_finite == 0, "0 non-finite", "the weights hold NaN or infinity"),
-        _check("frozen weights", frozen_ok, "0 changed", "weights outside the mask changed, or were not compared"),
+        _check("forget set", part, "not empty, not all data", empty),
+        _check("model changed", changed, "> 0 weights", "the model did not change"),
+        _check("weights finite", integrity.non_finite == 0, "0 non-finite", "the weights contain NaN or infinity"),
+        _check("frozen weights", frozen, "0 changed", "weights outside the mask changed, or were not compared"),
     ]
 
 
@@ -224,46 +212,39 @@ def _check(rule: str, passed: bool, threshold: str, reason: str) -> Verdict:
     return Verdict(rule=rule, threshold=threshold, passed=passed, reason="holds" if passed else reason)
 
 
-def _judge(rule: Rule, evidence: Evidence) -> Verdict:
+def _apply(rule: Rule, evidence: Evidence) -> Verdict:
     name = f"{rule.metric} {rule.op}" + (f" ({rule.judge} end)" if rule.judge != "value" else "")
     metric = evidence.metrics.get(rule.metric)
     threshold = _threshold(rule, evidence)
-    actual = _finite(getattr(metric, _JUDGED[rule.judge])) if metric else None
-    problem = _problem(rule, metric, actual, threshold)
-    if problem or actual is None or threshold is None:
-        return Verdict(
-            rule=name,
-            metric=rule.metric,
-            threshold=_number(threshold),
-            actual=actual,
-            passed=False,
-            reason=problem,
-        )
-    margin = _MARGINS[rule.op](actual, threshold, rule.tolerance or 0.0)
-    shown = f"{rule.op} {_number(threshold)}" + (f" ± {rule.tolerance:.4f}" if rule.tolerance is not None else "")
+    actual = _finite(getattr(metric, _ENDS[rule.judge])) if metric else None
+    shown, margin, reason = _number(threshold), None, _problem(rule, metric, actual, threshold)
+    if not reason and actual is not None and threshold is not None:
+        margin, reason = _MARGINS[rule.op](actual, threshold, rule.tolerance or 0.0), rule.reason
+        shown = f"{rule.op} {shown}" + (f" ± {rule.tolerance:.4f}" if rule.tolerance is not None else "")
     return Verdict(
         rule=name,
         metric=rule.metric,
         threshold=shown,
         actual=actual,
         margin=margin,
-        passed=margin >= -_TOLERANCE,
-        reason=rule.reason,
+        passed=margin is not None and margin >= -_TOLERANCE,
+        reason=reason,
     )
 
 
 def _problem(rule: Rule, metric: Metric | None, actual: float | None, threshold: float | None) -> str:
+    """Why the rule cannot be applied; empty if it can."""
     if metric is None:
         return _lacking(rule.metric)
     if actual is None:
         return f"{rule.metric} is missing or not a number"
     if metric.n < rule.min_n:
-        return f"{rule.metric} rests on {metric.n} samples, fewer than {rule.min_n}"
+        return f"{rule.metric} was measured on {metric.n} samples, fewer than {rule.min_n}"
     if threshold is not None:
         return ""
     source = rule.relative_to.metric if rule.relative_to else rule.metric
     cause = "" if source in METRIC_NAMES else f": {_lacking(source)}"
-    return f"its threshold cannot be taken from the evidence{cause}"
+    return f"its threshold cannot be computed from the evidence{cause}"
 
 
 def _lacking(metric: str) -> str:
@@ -285,11 +266,3 @@ def _finite(value: float | None) -> float | None:
 
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.4f}"
-
-
-_JUDGED = {"value": "after", "low": "low", "high": "high"}
-_MARGINS: dict[str, Callable[[float, float, float], float]] = {
-    "<=": lambda actual, threshold, _: threshold - actual,
-    ">=": lambda actual, threshold, _: actual - threshold,
-    "within": lambda actual, threshold, tolerance: tolerance - abs(actual - threshold),
-}

@@ -66,7 +66,7 @@ def test_the_unchanged_model_is_refused(lab):
     for kind in ("class", "samples"):
         decision = decide(lab.evidence(kind, lab.model), POLICY)
         assert "model changed" in failed(decision)
-        with pytest.raises(GateRefusedError, match="the model is the one from before") as caught:
+        with pytest.raises(GateRefusedError, match="the model did not change") as caught:
             decision.require()
         assert caught.value.exit_code == 3
 
@@ -89,7 +89,7 @@ def test_noise_on_the_weights_is_refused(lab, copy_of, scale):
 
 
 def fit(model, images, epochs):
-    """Train until a model knows these images by heart."""
+    """Train until a model has memorised these images."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     model.train()
@@ -110,7 +110,7 @@ def evidence_of_few(lab, before, after, count):
 
 
 def test_a_model_that_marks_the_forgotten_samples_is_refused(lab, copy_of):
-    """It gives each of them a wrong label of its own, which tells whom it forgot."""
+    """It gives each of them a wrong label of its own, which reveals what it forgot."""
     forget, retain = lab.train.select(range(60)), lab.train.select(range(60, 180))
     marked = fit(copy_of, forget.relabelled((forget.labels + 1) % 10).joined(retain), 40)
     evidence = evidence_of_few(lab, lab.model, marked, 60)
@@ -120,7 +120,7 @@ def test_a_model_that_marks_the_forgotten_samples_is_refused(lab, copy_of):
 
 
 def test_a_model_that_still_remembers_single_samples_is_refused(lab):
-    """A base that knows few images by heart, and noise in place of unlearning."""
+    """A base that memorised a few images, and noise in place of unlearning."""
     few = lab.train.select(range(180))
     before = fit(fresh_classifier("resnet8", few, 10, 0), few, 25)
     after = copy.deepcopy(before)
@@ -183,7 +183,7 @@ def test_evidence_on_something_else_is_refused(good, name):
     assert f"another {name.replace('_', ' ')}" in decision.summary
 
 
-def test_a_mask_that_the_evidence_does_not_know_is_refused(good):
+def test_a_mask_that_the_evidence_lacks_is_refused(good):
     evidence = changed(good, measured__mask=None)
     assert failed(decide(evidence, POLICY, Expected(mask=good.measured.mask))) == {"mask digest"}
 
@@ -199,11 +199,11 @@ def rules_of(*rules, name="mine"):
 
 
 @pytest.mark.parametrize("kinds", [[], ["concept"], ["class", "concept"], ["nonsense"]])
-def test_kinds_that_no_rule_judges_are_refused(good, kinds):
+def test_kinds_that_no_rule_covers_are_refused(good, kinds):
     assert "a rule applies" in failed(decide(changed(good, forgotten__kinds=kinds), POLICY))
 
 
-def test_a_policy_none_of_whose_rules_applies_is_refused(good):
+def test_a_policy_without_a_rule_that_applies_is_refused(good):
     policy = rules_of({"metric": "UA", "op": ">=", "value": 0.0, "targets": ["concept"]})
     assert failed(decide(good, policy)) == {"a rule applies"}
 
@@ -238,7 +238,7 @@ def test_a_policy_for_all_kinds_applies_to_each(good):
         ({"op": ">=", "value": 0.5, "min_n": 101}, False),
     ],
 )
-def test_rules_compare_as_they_say(good, rule, passes):
+def test_rules_compare_with_their_threshold(good, rule, passes):
     ra = {"before": 0.92, "after": 0.9, "reference": 0.94, "n": 100, "low": 0.88, "high": 0.93}
     evidence = changed(good, metrics__RA=ra, metrics__TA={"before": 0.6, "after": 0.5, "n": 100})
     decision = decide(evidence, rules_of({"metric": "RA", **rule}))
@@ -319,7 +319,7 @@ def test_a_threshold_beyond_all_numbers_is_refused(good):
     policy = rules_of({"metric": "RA", "op": "<=", "relative_to": {"metric": "TA", "scale": 1e308, "offset": 1e308}})
     decision = decide(changed(good, metrics__TA__before=10.0), policy)
     assert not decision.passed
-    assert "threshold cannot be taken" in decision.summary
+    assert "threshold cannot be computed" in decision.summary
 
 
 GOOD_RULE = {"metric": "RA", "op": ">=", "value": 0.9, "reason": "x"}
@@ -330,8 +330,8 @@ GOOD_RULE = {"metric": "RA", "op": ">=", "value": 0.9, "reason": "x"}
     [
         ({"value": None}, "exactly one of"),
         ({"relative_to": {"metric": "RA"}}, "exactly one of"),
-        ({"tolerance": 0.1}, "`tolerance` goes with"),
-        ({"op": "within"}, "`within` needs it"),
+        ({"tolerance": 0.1}, "no other operator takes one"),
+        ({"op": "within"}, "`within` needs a"),
         ({"op": "within", "tolerance": -0.1}, "tolerance"),
         ({"op": "within", "tolerance": float("inf")}, "tolerance"),
         ({"op": "within", "tolerance": float("nan")}, "tolerance"),
@@ -348,7 +348,7 @@ GOOD_RULE = {"metric": "RA", "op": ">=", "value": 0.9, "reason": "x"}
         ({"value": None, "relative_to": {"metric": "RA", "state": "later"}}, "state"),
     ],
 )
-def test_faults_of_a_rule_are_named(change, fault):
+def test_faults_of_a_rule_are_reported(change, fault):
     with pytest.raises(UsageError, match=fault):
         parse(Policy, {"name": "p", "rules": [{**GOOD_RULE, **change}]}, "policy")
 

@@ -1,4 +1,4 @@
-"""The policies of generative models: good evidence passes, and each rule alone refuses."""
+"""The policies of diffusion models: good evidence passes, and each rule alone refuses."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def evidence(kind, **metrics):
 
 
 def refused(name, **metrics):
-    """Return the rules that fail, as "metric op judge" counted by position in the policy."""
+    """Return the rules that fail, by position in the policy."""
     policy = load_policy(name)
     decision = decide(evidence(KIND[name], **metrics), policy)
     builtin = len(decision.verdicts) - len(policy.rules)
@@ -59,7 +59,7 @@ def test_good_evidence_passes(name, kind):
     assert decision.policy == name
 
 
-JUDGED = [
+FORGETTING = [
     (0, {"UA": Metric(before=0.12, after=0.94, n=5000, low=0.93, high=0.95)}),
     (1, {"UA": share(0.12, 21, 21)}),
     (2, {"UA": share(0.51, 100, 100)}),
@@ -71,13 +71,13 @@ QUALITY = [
 ]
 WRONG = {
     "ddpm": [
-        *JUDGED,
+        *FORGETTING,
         (3, {"RA": share(0.87, 737, 900)}),
         (3, {"RA": share(0.87, 90, 99)}),
         *QUALITY,
     ],
     "stable-diffusion": [
-        *JUDGED,
+        *FORGETTING,
         (3, {"RA": share(0.87, 755, 900)}),
         (3, {"RA": share(0.87, 90, 99)}),
         *QUALITY,
@@ -118,14 +118,14 @@ def test_a_metric_that_is_missing_is_refused(name):
     [(100, 100, True), (95, 100, True), (94, 100, False), (48, 50, True), (47, 50, False), (5, 5, False)],
 )
 @pytest.mark.parametrize("name", ["ddpm", "stable-diffusion"])
-def test_a_handful_of_unrecognised_images_proves_nothing(name, found, n, passes):
+def test_a_few_unrecognised_images_prove_nothing(name, found, n, passes):
     assert (refused(name, UA=share(0.12, found, n)) == []) is passes
 
 
 @pytest.mark.parametrize(
     ("found", "n", "passes"), [(0, 100, True), (4, 100, True), (5, 100, False), (50, 1000, True), (0, 5, False)]
 )
-def test_a_handful_of_harmless_images_proves_nothing(found, n, passes):
+def test_a_few_harmless_images_prove_nothing(found, n, passes):
     assert (refused("nsfw", nudity=share(0.6, found, n)) == []) is passes
 
 
@@ -137,12 +137,12 @@ def test_another_kind_of_target_is_refused(name, kind):
     decision = decide(evidence(kind), load_policy(name))
     assert not decision.passed
     assert [v.reason for v in decision.verdicts if v.rule == "a rule applies"] == [
-        "a policy must judge the forget set's kind"
+        "the policy does not cover the forget set's kind"
     ]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_policy_judges_forgetting_and_quality_and_says_why(name):
+def test_every_policy_covers_forgetting_and_quality_with_reasons(name):
     rules = load_policy(name).rules
     assert {rule.metric for rule in rules} & {"UA", "nudity"}
     assert "FID" in {rule.metric for rule in rules}

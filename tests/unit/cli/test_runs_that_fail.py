@@ -104,7 +104,7 @@ def test_the_gate_refuses_a_metric_with_a_typo_and_names_the_nearest(salun, worl
     result = salun("gate", "--evidence", world.evidence_json, "--policy", mistyped, "--out", "d.json")
     assert result.exit_code == 3
     assert "the evidence has no metric TAA; did you mean 'TA'?" in result.stderr
-    assert "its threshold cannot be taken from the evidence: the evidence has no metric RAA" in result.stderr
+    assert "its threshold cannot be computed from the evidence: the evidence has no metric RAA" in result.stderr
     assert json.loads((tmp_path / "d.json").read_text())["passed"] is False
 
 
