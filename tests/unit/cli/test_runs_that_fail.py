@@ -32,7 +32,7 @@ def last_line(result, code):
 @pytest.mark.usefixtures("untouched")
 def test_a_loss_that_is_not_a_number_says_where_and_leaves_no_model(unlearn, world):
     line = last_line(unlearn("--mask", world.mask_st, "--set", "learning_rate=1e6"), 1)
-    assert "loss of the forget part is not finite: in epoch 1 of 5" in line
+    assert "loss of the forget phase is not finite: in epoch 1 of 5" in line
     assert "To fix it: lower the learning rate" in line
 
 
