@@ -40,8 +40,10 @@ SCHEMAS = {
     "model": "salun_core.models.card:ModelCard",
     "policy": "salun_core.gate:Policy",
     "request": "salun_core.requests.schema:DeletionRequest",
+    "run": "salun_core.steps.run_form:UnlearningForm",
     "split": "salun_core.data.split:SplitManifest",
     "suite": "salun_core.bench.suite:Suite",
+    "sweep": "salun_core.steps.run_form:DeletionSweepForm",
     "tuning": "salun_core.tuning.budget:TuningLog",
     "version": "salun_core.registry.versions:VersionManifest",
 }

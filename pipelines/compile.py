@@ -13,7 +13,8 @@ from kfp import compiler
 
 from components._image import IMAGE
 from pipelines import deletion_sweep, sharded_mask, unlearning
-from pipelines.ir_lint import PLACEMENT, lint
+from pipelines.form import PLACEMENT, component_faults
+from pipelines.ir_lint import lint
 from pipelines.packages import Package
 from salun_core.errors import IntegrityError
 from salun_core.telemetry.push import PIPELINE_VARIABLE
@@ -30,8 +31,11 @@ def compile_all() -> list[Package]:
         without accelerators.
 
     Raises:
-        IntegrityError: a compiled pipeline has defects; all are listed.
+        IntegrityError: a compiled pipeline has defects, or a default of a component is not that of the run form; all
+            are listed.
     """
+    if faults := list(component_faults()):
+        raise IntegrityError("components do not fit the run form", "; ".join(faults), "correct their signatures")
     sources = (
         (unlearning.unlearning, unlearning.NAME),
         (deletion_sweep.deletion_sweep, deletion_sweep.NAME),

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from pipelines.form import PLACEMENT
+
 Spec = Mapping[str, Any]
-PLACEMENT = ("cpu", "memory", "gpu_count", "node_selector", "tolerations")
 _LIMITS = {
     "cpu limit": ("resourceCpuLimit", "cpuLimit"),
     "cpu request": ("resourceCpuRequest", "cpuRequest"),

@@ -19,6 +19,7 @@ def evaluate(
     model_line: str = "local",
     store_uri: str = "",
     run_id: str = "",
+    extra_metrics: str = "",
     also: str = "",
 ) -> None:
     """Measure the model before and after: accuracies, attacks or generated images, and which weights changed.
@@ -36,7 +37,8 @@ def evaluate(
         model_line: Name of the model line, for the metrics and the report.
         store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty without a ledger.
         run_id: Id of the run, to record its progress in the ledger.
-        also: Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
+        extra_metrics: Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
+        also: Former name of extra_metrics, for recurring runs; the next release drops it.
 
     Raises:
         ModelError: The two models differ in architecture or split.
@@ -49,8 +51,9 @@ def evaluate(
     from salun_core.steps.summary import confusion, roc_points, scalar_metrics
 
     paths = Path(before.path), Path(after.path), forget_manifest_uri, Path(evidence.path), Path(report.path)
-    used, run = Path(mask.path), RunRef(store_uri, run_id)
-    found = step(*paths, mask=used, retrain_reference=retrain_reference, model_line=model_line, run=run, also=also)
+    used, run, extra = Path(mask.path), RunRef(store_uri, run_id), extra_metrics or also
+    reference = retrain_reference
+    found = step(*paths, mask=used, retrain_reference=reference, model_line=model_line, run=run, extra_metrics=extra)
     for name, value in scalar_metrics(found).items():
         metrics.log_metric(name, value)
     if labels_and_counts := confusion(found):

@@ -13,6 +13,8 @@ from salun_core.cli import bench, certificates, demo, demo_diffusion, listing, m
 from salun_core.cli.examples import load_examples
 from salun_core.cli.failures import interruptible, reported
 from salun_core.cli.output import MODE, silence_logs
+from salun_core.config import report_old_name
+from salun_core.steps.run_form import OLD_NAMES
 
 _EVERYWHERE = (
     ("--json", "Print one JSON document and nothing else on standard output."),
@@ -44,8 +46,8 @@ class Root(TyperGroup):
     """The command itself: `--json` and `--debug` may stand anywhere, and each failure is reported in one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
-        """Move the options that every verb has to the front."""
-        return super().parse_args(ctx, list(_hoisted(args)))
+        """Move the options that every verb has to the front, and replace former names."""
+        return super().parse_args(ctx, list(_hoisted([_current_name(word) for word in args])))
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
         """Run the verb and report its exception."""
@@ -59,6 +61,16 @@ def _hoisted(args: Sequence[str]) -> Iterator[str]:
     found = [name for name, _ in _EVERYWHERE if name in args[:end]]
     yield from found
     yield from (word for place, word in enumerate(args) if place >= end or word not in found)
+
+
+def _current_name(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    new = OLD_NAMES.get(flag.removeprefix("--")) if flag.startswith("--") else None
+    if new is None:
+        return word
+    new = f"--{new.replace('_', '-')}"
+    report_old_name(flag, new)
+    return f"{new}{equals}{value}"
 
 
 app = typer.Typer(

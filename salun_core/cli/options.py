@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,12 +52,15 @@ def who(actor: str) -> str:
         return "unknown"
 
 
-def read_settings(pairs: list[str], file: Path | None = None) -> dict[str, Any]:
-    """Read settings from a file and from KEY=VALUE pairs. Pairs override the file; dots separate sections.
+def read_settings(
+    pairs: list[str], file: Path | None = None, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read settings from a file, options and KEY=VALUE pairs, each of which overrides those before it.
 
     Args:
-        pairs: such as `epochs=3` or `method_config.epochs=3`; values are read as YAML.
+        pairs: such as `epochs=3` or `method_config.epochs=3`: dots separate sections, and values are read as YAML.
         file: YAML or JSON with a mapping.
+        options: settings that were given as options of their own.
 
     Returns:
         The settings, not validated.
@@ -70,6 +74,7 @@ def read_settings(pairs: list[str], file: Path | None = None) -> dict[str, Any]:
     settings = read_document(file) if file else {}
     if not isinstance(settings, dict):
         raise UsageError(f"{file} has no settings", f"it is a {type(settings).__name__}", "write `key: value` lines")
+    settings |= options or {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:

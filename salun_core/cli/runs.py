@@ -7,28 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from salun_core.cli.options import DryRun, OptionalStore, Settings, Store, WorkDir, read_settings
+from salun_core.cli.form import with_form
+from salun_core.cli.options import DryRun, Settings, WorkDir, read_settings
 from salun_core.cli.output import emit, emit_plan, print_metrics, progress
 from salun_core.errors import GateRefusedError, UsageError
+from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
 
 if TYPE_CHECKING:
-    from salun_core.steps.run import RunConfig
-    from salun_core.steps.sweep import SweepConfig, SweepOutcome
+    from salun_core.steps.sweep import SweepOutcome
     from salun_core.sweeps.settle import Settled
     from salun_core.tuning import TrialRecord
-
-Tune = Annotated[bool, typer.Option("--tune", help="Search for the settings that you leave open, on validation data.")]
-TuneBudget = Annotated[
-    str, typer.Option("--tune-budget", metavar="B", help="Passes (200000), time (90s, 15m) or epochs (20e).")
-]
-Also = Annotated[
-    str,
-    typer.Option(
-        "--also",
-        metavar="NAMES",
-        help="More measurements: lira[=MODELS], relearn[=STEPS], probe, decile, kl, tow, seeds[=RUNS].",
-    ),
-]
 
 
 def trial_line(record: TrialRecord) -> str:
@@ -42,25 +30,28 @@ def trial_line(record: TrialRecord) -> str:
     return f"trial {record.number}: {', '.join(settings)}, {record.epochs} epochs: {found}, {record.state}{broken}"
 
 
+@with_form(UnlearningForm, required=False)
 def run(
+    form: dict[str, Any],
     config: Annotated[Path | None, typer.Option("--config", help="run.yaml: the parameters of the run.")] = None,
     settings: Settings = [],  # noqa: B006 - typer reads it and passes a new list
     work_dir: WorkDir = None,
-    store: OptionalStore = None,
     dry_run: DryRun = False,
 ) -> None:
     """Fetch, mask, unlearn, evaluate, and publish if the gate passes. The exit code is 3 if the gate refuses.
 
-    With `tune: true` the exit code is 3 as well if no setting satisfies the policy.
+    Parameters come from --config, which options override, and these are overridden by --set. The store of the file
+    has priority over --store. With `tune: true` the exit code is 3 as well if no setting satisfies the policy.
     """
     from salun_core.config import parse
-    from salun_core.steps.run import RunConfig, run_all
+    from salun_core.steps.run import run_all
     from salun_core.sweeps.runs import new_run_id
 
-    given = read_settings(settings, config)
+    store = form.pop("store_uri", None)
+    given = read_settings(settings, config, form)
     if store:
         given.setdefault("store_uri", store)
-    parsed = parse(RunConfig, given, str(config or "run configuration"))
+    parsed = parse(UnlearningForm, given, str(config or "run configuration"))
     if dry_run:
         _plan(parsed)
         return
@@ -86,55 +77,31 @@ def run(
     emit(facts, show)
 
 
-def _plan(config: RunConfig) -> None:
+def _plan(form: UnlearningForm) -> None:
     from tempfile import TemporaryDirectory
 
     from salun_core.steps.fetch import fetch_model
+    from salun_core.steps.run import check_form
     from salun_core.tasks import resolved_config
 
-    config.check()
+    check_form(form)
     with TemporaryDirectory(prefix="salun-run-") as folder:
         before = Path(folder, "before")
-        found = fetch_model(config.store_uri, config.model_line, config.forget_manifest_uri, before)
-        resolved_config(before, config.method, {**config.method_config, "seed": config.seed})
+        found = fetch_model(form.store_uri, form.model_line, form.forget_manifest_uri, before)
+        resolved_config(before, form.method, {**form.method_config, "seed": form.seed})
     counts = {"forget_samples": found.forget_count, "train_samples": found.train_count}
-    emit_plan("run", {"would_publish": config.model_line, "parent": found.version, "method": config.method, **counts})
+    emit_plan("run", {"would_publish": form.model_line, "parent": found.version, "method": form.method, **counts})
 
 
+@with_form(DeletionSweepForm, required=True)
 def sweep(
-    line: Annotated[str, typer.Option("--line", help="The model line whose requests are swept.")],
-    store: Store,
+    form: dict[str, Any],
     once: Annotated[bool, typer.Option("--once", help="Claim one batch, erase it, and settle it.")] = False,
     settle: Annotated[
         str | None, typer.Option("--settle", metavar="RUN", help="Only settle this run and free its model line.")
     ] = None,
-    method: Annotated[
-        str, typer.Option("--method", help="The first recipe's method; after refusals stronger ones are tried.")
-    ] = "salun",
-    density: Annotated[
-        float, typer.Option("--density", help="The first recipe's share of salient weights, in (0, 1].")
-    ] = 0.5,
     settings: Settings = [],  # noqa: B006
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the run.")] = 0,
-    min_requests: Annotated[int, typer.Option("--min-requests", help="A batch of this size is due at once.")] = 16,
-    max_requests: Annotated[int, typer.Option("--max-requests", help="Largest number of requests in a run.")] = 64,
-    max_wait_hours: Annotated[
-        float, typer.Option("--max-wait-hours", help="A batch is due when its oldest request has waited longer.")
-    ] = 24.0,
-    max_forget_fraction: Annotated[
-        float, typer.Option("--max-forget-fraction", help="Largest share of the data that a run forgets.")
-    ] = 0.2,
-    policy: Annotated[
-        str, typer.Option("--policy", help="The gate policy: a name, a file or an s3:// address.")
-    ] = "auto",
-    retrain_reference: Annotated[
-        bool, typer.Option("--retrain-reference", help="Also retrain without the forget set, and compare.")
-    ] = False,
-    tune: Tune = False,
-    tune_budget: TuneBudget = "20e",
-    also: Also = "",
     work_dir: WorkDir = None,
-    dry_run: DryRun = False,
 ) -> None:
     """Erase the deletion requests of a model line that are due, and certify each. The exit code is 0 if none is due.
 
@@ -143,7 +110,8 @@ def sweep(
     With --tune the gate counts as refusing if no setting satisfies the policy.
     """
     from salun_core.config import parse
-    from salun_core.steps.sweep import SweepConfig
+    from salun_core.steps.sweep import sweep_once
+    from salun_core.sweeps.runs import new_run_id
 
     if once and settle:
         raise UsageError("--once and --settle exclude each other", "one sweeps, one settles", "give one of them")
@@ -153,43 +121,18 @@ def sweep(
             "a schedule starts it: the pipeline salun-deletion-sweep in Kubeflow, or cron",
             "give --once, and call it from the schedule",
         )
-    given = {
-        "model_line": line,
-        "store_uri": store,
-        "method": method,
-        "density": density,
-        "method_config": read_settings(settings),
-        "seed": seed,
-        "min_requests": min_requests,
-        "max_requests": max_requests,
-        "max_wait_hours": max_wait_hours,
-        "max_forget_fraction": max_forget_fraction,
-        "policy_uri": policy,
-        "retrain_reference": retrain_reference,
-        "tune": tune,
-        "tune_budget": tune_budget,
-        "also": also,
-        "dry_run": dry_run,
-    }
-    config = parse(SweepConfig, given, "the sweep")
+    parsed = parse(DeletionSweepForm, {**form, "method_config": read_settings(settings)}, "the sweep")
     if settle:
-        _settle(config, settle)
-    else:
-        _sweep(config, work_dir)
-
-
-def _sweep(config: SweepConfig, work_dir: Path | None) -> None:
-    from salun_core.steps.sweep import sweep_once
-    from salun_core.sweeps.runs import new_run_id
-
-    run = new_run_id()
-    folder = work_dir or Path(".salun", "runs", run)
-    done = sweep_once(config, folder, progress, run, lambda record: progress(trial_line(record)))
-    if config.dry_run:
-        emit_plan("sweep", {"model_line": config.model_line, "would_claim": done.claimed.reason})
+        _settle(parsed, settle)
+        return
+    name = new_run_id()
+    folder = work_dir or Path(".salun", "runs", name)
+    done = sweep_once(parsed, folder, progress, name, lambda record: progress(trial_line(record)))
+    if parsed.dry_run:
+        emit_plan("sweep", {"model_line": parsed.model_line, "would_claim": done.claimed.reason})
         return
     facts = sweep_facts(done)
-    emit(facts, lambda: _show_sweep(facts, config.model_line))
+    emit(facts, lambda: _show_sweep(facts, parsed.model_line))
     if done.error:
         raise done.error
 
@@ -239,10 +182,11 @@ def _show_sweep(facts: dict[str, Any], line: str) -> None:
         typer.echo(f"report     {facts['report']}")
 
 
-def _settle(config: SweepConfig, run: str) -> None:
+def _settle(form: DeletionSweepForm, run: str) -> None:
     from salun_core.steps.settle import settle_requests
+    from salun_core.steps.sweep import sweep_policy
 
-    settled = settle_requests(config.store_uri, config.model_line, run, config.sweep_policy())
+    settled = settle_requests(form.store_uri, form.model_line, run, sweep_policy(form))
     statuses = _statuses(settled)
 
     def show() -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from salun_core.cli.form import DEFAULTS, form_option
 from salun_core.cli.options import Data, Device, DryRun, Forget, Model, OptionalStore, Settings, read_settings
 from salun_core.cli.output import emit, emit_facts, emit_plan, epoch_progress, print_metrics, print_table, progress
-from salun_core.cli.runs import Also, Tune, TuneBudget, trial_line
+from salun_core.cli.runs import trial_line
 from salun_core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def mask(
     forget: Forget,
     out: Annotated[Path, typer.Option("--out", help="Mask file to write (.safetensors).")],
     shards: Annotated[list[Path] | None, typer.Argument(help="Files of all shards, for --merge.")] = None,
-    density: Annotated[float, typer.Option("--density", help="Share of salient weights, in (0, 1].")] = 0.5,
+    density: Annotated[float, form_option("density")] = DEFAULTS.density,
     data: Data = None,
     random_seed: Annotated[
         int | None, typer.Option("--random-seed", min=0, help="Draw the mask at random, as a control for saliency.")
@@ -94,20 +95,22 @@ def unlearn(
     forget: Forget,
     out: Annotated[Path, typer.Option("--out", help="Folder to write the new model to.")],
     method: Annotated[
-        str, typer.Option("--method", help="The unlearning method; `salun ls methods` lists all.")
-    ] = "salun",
+        str, form_option("method", help="The unlearning method; `salun ls methods` lists all.")
+    ] = DEFAULTS.method,
     mask: Annotated[Path | None, typer.Option("--mask", help="Mask file, for methods that need one.")] = None,
     data: Data = None,
     settings: Settings = [],  # noqa: B006
     config: Annotated[Path | None, typer.Option("--config", help="YAML or JSON with settings of the method.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of order, augmentation and random labels.")] = 0,
+    seed: Annotated[int, form_option("seed")] = DEFAULTS.seed,
     processes: Processes = 1,
     store: OptionalStore = None,
-    tune: Tune = False,
-    tune_budget: TuneBudget = "20e",
+    tune: Annotated[
+        bool, form_option("tune", help="Search for the settings that are not set, on validation data.")
+    ] = DEFAULTS.tune,
+    tune_budget: Annotated[str, form_option("tune_budget")] = DEFAULTS.tune_budget,
     policy: Annotated[
-        str, typer.Option("--policy", help="With --tune: the gate policy that bounds the search.")
-    ] = "auto",
+        str, form_option("policy_uri", help="With --tune: the gate policy that bounds the search.")
+    ] = DEFAULTS.policy_uri,
     dry_run: DryRun = False,
 ) -> None:
     """Make a model forget; weights outside the mask stay bit-identical.
@@ -176,12 +179,12 @@ def evaluate(
         str | None, typer.Option("--reference", metavar="M", help="A model that was retrained without the forget set.")
     ] = None,
     retrain_reference: Annotated[
-        bool, typer.Option("--retrain-reference", help="Retrain one now, by the recipe on the model card.")
-    ] = False,
+        bool, form_option("retrain_reference", help="Retrain one now, by the recipe on the model card.")
+    ] = DEFAULTS.retrain_reference,
     mask: Annotated[
         Path | None, typer.Option("--mask", help="Mask file; weights outside it are compared bit by bit.")
     ] = None,
-    also: Also = "",
+    extra_metrics: Annotated[str, form_option("extra_metrics")] = DEFAULTS.extra_metrics,
     data: Data = None,
     device: Device = "auto",
     store: OptionalStore = None,
@@ -193,7 +196,7 @@ def evaluate(
     from salun_core.tasks import open_inputs, open_model, sizes_of
     from salun_core.tasks.resolve import model_folder
 
-    parse_optional_metrics(also)
+    parse_optional_metrics(extra_metrics)
     if reference and retrain_reference:
         raise UsageError("--reference and --retrain-reference exclude each other", "both were given", "leave one out")
     with ExitStack() as stack:
@@ -219,7 +222,7 @@ def evaluate(
             data=data,
             store_uri=store,
             device=device,
-            also=also,
+            extra_metrics=extra_metrics,
         )
 
     def show() -> None:
@@ -232,9 +235,7 @@ def evaluate(
 def gate(
     evidence: EvidenceFile,
     out: Annotated[Path, typer.Option("--out", help="Decision file to write (JSON), also if the gate refuses.")],
-    policy: Annotated[
-        str, typer.Option("--policy", help="The gate policy: auto, the name of a built-in one, a file, or s3://.")
-    ] = "auto",
+    policy: Annotated[str, form_option("policy_uri")] = DEFAULTS.policy_uri,
     before: Annotated[
         str | None, typer.Option("--before", metavar="M", help="Check that the evidence is of this original model.")
     ] = None,

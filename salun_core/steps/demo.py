@@ -18,7 +18,7 @@ from salun_core.requests.schema import summarise
 from salun_core.steps.demo_line import ACTOR, Filed, Say, collect, free_line, head, look, scrape, sweep, try_rollback
 from salun_core.steps.demo_requests import demo_targets, with_writers
 from salun_core.steps.publishing import DECISION, EVIDENCE
-from salun_core.steps.sweep import SweepConfig
+from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.storage import open_store
 from salun_core.tasks.classification.training import register_model, train_model, training_config
 from salun_core.times import utc_clock
@@ -91,7 +91,7 @@ def run_demo(work: Path, store_uri: str, spec: DataSpec, epochs: int | None, say
     say(f"published it as the first version of the model line {line}")
     ledger = Ledger(store, utc_clock)
     named = _file_requests(ledger, line, data, say)
-    config = SweepConfig(model_line=line, store_uri=store_uri, retrain_reference=True, min_requests=1)
+    config = DeletionSweepForm(model_line=line, store_uri=store_uri, retrain_reference=True, min_requests=1)
     files: dict[str, Path] = {}
     for which in _SWEEPS:
         sweep(config, work / f"{which}-sweep", which, say)

@@ -20,7 +20,7 @@ from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import summarise
 from salun_core.steps.demo_line import ACTOR, Filed, Say, collect, free_line, head, look, sweep
 from salun_core.steps.publishing import DECISION, EVIDENCE
-from salun_core.steps.sweep import SweepConfig
+from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.storage import FileStore, open_store
 from salun_core.tasks.classification.training import register_model, train_model, training_config
 from salun_core.tasks.diffusion.training import (
@@ -119,7 +119,7 @@ def run_diffusion_demo(
     ledger = Ledger(store, utc_clock)
     ledger.submit(request, line, target, source="demo", actor=ACTOR)
     say(f"filed the deletion request {request}: {summarise(target)}")
-    config = SweepConfig(model_line=line, store_uri=store_uri, min_requests=1)
+    config = DeletionSweepForm(model_line=line, store_uri=store_uri, min_requests=1)
     started = time.perf_counter()
     sweep(config, work / "sweep", "the", say)
     seconds["sweep"] = time.perf_counter() - started

@@ -18,7 +18,8 @@ from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import RequestState, Status
 from salun_core.steps.local_pipeline import find_checkout, last_error, run_pipeline
 from salun_core.steps.publishing import DECISION, EVIDENCE, REPORT
-from salun_core.steps.sweep import SweepConfig, sweep_once
+from salun_core.steps.run_form import DeletionSweepForm
+from salun_core.steps.sweep import sweep_once
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.blobs import fetch_blob
 from salun_core.storage.keys import certificate_key
@@ -54,7 +55,7 @@ def free_line(store: FileStore, name: str = "demo") -> str:
     return next(line for line in wanted if line not in taken)
 
 
-def sweep(config: SweepConfig, folder: Path, which: str, say: Say) -> None:
+def sweep(config: DeletionSweepForm, folder: Path, which: str, say: Say) -> None:
     """Run the compiled pipeline, or the same steps in this process where its files are not at hand."""
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
     folder.mkdir(parents=True)

@@ -65,7 +65,7 @@ def evaluate(
     run: RunRef | None = None,
     store_uri: str | None = None,
     device: str = "auto",
-    also: str = "",
+    extra_metrics: str = "",
 ) -> Evidence:
     """Evaluate an unlearned model against the original, and against a retrained one where asked for.
 
@@ -85,7 +85,7 @@ def evaluate(
         run: the run of the deletion ledger that it belongs to.
         store_uri: store of the classifier that judges generated images; by default the run's.
         device: auto, cpu, cuda or cuda:N.
-        also: measurements that are off by default, such as `lira=16,relearn,probe`; of classifiers only.
+        extra_metrics: measurements that are off by default, such as `lira=16,relearn,probe`; of classifiers only.
 
     Returns:
         The evidence.
@@ -96,7 +96,7 @@ def evaluate(
         UsageError: a measurement is unknown, or lacks what it needs.
     """
     with observed("evaluate", model_line, run) as metrics:
-        asked = parse_optional_metrics(also)
+        asked = parse_optional_metrics(extra_metrics)
         inputs = open_inputs(before, forget_manifest_uri, data)
         candidate = open_model(after)
         check_pair(inputs.original, candidate, inputs.forget_set)

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field
-
-from salun_core.config import Document
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
@@ -21,63 +17,37 @@ from salun_core.steps.fetch import fetch_model
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.observe import RunRef
 from salun_core.steps.publishing import REPORT, Published, gate_and_publish
+from salun_core.steps.run_form import RecipeForm, UnlearningForm
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.sweeps.runs import new_run_id
 from salun_core.tasks import resolved_config
 from salun_core.tasks.classification.tuning import TuningOptions
 from salun_core.tasks.resolve import check_policy
-from salun_core.tuning import DEFAULT_BUDGET, parse_budget
+from salun_core.tuning import parse_budget
 from salun_core.tuning.search import OnTrial
 from salun_core.tuning.space import Space
 
 
-class RunSettings(Document):
-    """What a run and a sweep are told alike: the same parameters as the pipelines' run forms."""
+def check_form(form: RecipeForm) -> None:
+    """Refuse, before any work, parameters that would fail only after hours of it.
 
-    model_line: str = Field(description="name of the model line")
-    store_uri: str = Field(description="s3://bucket/prefix")
-    method: str = Field(default="salun", description="a name of METHODS")
-    density: float = Field(default=0.5, gt=0, le=1, description="share of salient weights")
-    policy_uri: str = Field(
-        default="auto", description="gate policy: name, file or s3:// address; auto: by the kind of model"
-    )
-    method_config: dict[str, Any] = Field(default={}, description="what differs from the method's defaults")
-    seed: int = Field(default=0, ge=0, description="of the loop")
-    retrain_reference: bool = Field(default=False, description="also retrain without the set, to compare")
-    tune: bool = Field(default=False, description="search for what method_config leaves open, within the policy")
-    tune_budget: str = Field(
-        default=DEFAULT_BUDGET,
-        coerce_numbers_to_str=True,
-        description="what the search may spend: passes (200000), time (90s, 15m, 2h) or epochs (20e)",
-    )
-    also: str = Field(default="", description="more measurements, such as lira=16,relearn,probe,decile,seeds=3")
-
-    def check(self) -> None:
-        """Refuse before any work what would only fail after hours of it.
-
-        Raises:
-            UsageError: the policy cannot be read, or asks for what nobody measures; a measurement is unknown or lacks
-                the retrained model; or the model line and the method have nothing to search for.
-        """
-        check_policy(self.policy_uri)
-        asked = parse_optional_metrics(self.also)
-        require_reference(asked, self.retrain_reference)
-        if (self.tune or asked) and is_generative_line(self.store_uri, self.model_line):
-            raise UsageError(
-                f"{self.model_line} is a line of diffusion models",
-                "`tune` and `also` are for classifiers",
-                "leave them out",
-            )
-        if self.tune:
-            parse_budget(self.tune_budget, images=1)
-            if not get_method(METHODS, self.method).fresh_start:  # such a method runs by its recipe
-                Space.of(self.method, {**self.method_config, "seed": self.seed})
-
-
-class RunConfig(RunSettings):
-    """`run.yaml`: the same parameters as the pipeline's run form."""
-
-    forget_manifest_uri: str = Field(description="forget targets: a file or an s3:// address")
+    Raises:
+        UsageError: the policy cannot be read, or names a metric that is never measured; an extra metric is unknown or
+            lacks the retrained model; or the model line and the method have nothing to search for.
+    """
+    check_policy(form.policy_uri)
+    asked = parse_optional_metrics(form.extra_metrics)
+    require_reference(asked, form.retrain_reference)
+    if (form.tune or asked) and is_generative_line(form.store_uri, form.model_line):
+        raise UsageError(
+            f"{form.model_line} is a line of diffusion models",
+            "`tune` and `extra_metrics` are for classifiers",
+            "leave them out",
+        )
+    if form.tune:
+        parse_budget(form.tune_budget, images=1)
+        if not get_method(METHODS, form.method).fresh_start:  # such a method runs by its recipe
+            Space.of(form.method, {**form.method_config, "seed": form.seed})
 
 
 @dataclass(frozen=True)
@@ -92,7 +62,7 @@ class RunOutcome:
 
 
 def run_all(
-    config: RunConfig,
+    form: UnlearningForm,
     folder: Path,
     say: Callable[[str], None] = lambda step: None,
     run: str | None = None,
@@ -101,7 +71,7 @@ def run_all(
     """Run the five steps one after the other.
 
     Args:
-        config: the parameters.
+        form: the parameters.
         folder: working folder; each step writes below it.
         say: called with the name of each step before it starts.
         run: id of the run; a fresh one by default.
@@ -115,17 +85,17 @@ def run_all(
         GateRefusedError: the gate refused, or the search found no setting that it would pass; nothing was published.
         SalunError: any step failed.
     """
-    config.check()
+    check_form(form)
     run = run or new_run_id()
-    ours = RunRef(config.store_uri, run)
-    line, forget = config.model_line, config.forget_manifest_uri
+    ours = RunRef(form.store_uri, run)
+    line, forget = form.model_line, form.forget_manifest_uri
     before, after, mask = folder / "before", folder / "after", folder / "mask.safetensors"
     say("fetch_model")
-    method, overrides = config.method, config.method_config
-    fetched = fetch_model(config.store_uri, line, forget, before, ours)
-    resolved_config(before, method, {**overrides, "seed": config.seed})
+    method, overrides = form.method, form.method_config
+    fetched = fetch_model(form.store_uri, line, forget, before, ours)
+    resolved_config(before, method, {**overrides, "seed": form.seed})
     say("compute_mask")
-    compute_mask(before, forget, config.density, mask, method=method, overrides=overrides, model_line=line, run=ours)
+    compute_mask(before, forget, form.density, mask, method=method, overrides=overrides, model_line=line, run=ours)
     say("unlearn")
     run_unlearning(
         before,
@@ -134,10 +104,10 @@ def run_all(
         after,
         method=method,
         overrides=overrides,
-        seed=config.seed,
+        seed=form.seed,
         model_line=line,
         run=ours,
-        tune=TuningOptions(config.tune_budget, config.policy_uri, on_trial) if config.tune else None,
+        tune=TuningOptions(form.tune_budget, form.policy_uri, on_trial) if form.tune else None,
     )
     say("evaluate")
     evidence = evaluate(
@@ -147,10 +117,10 @@ def run_all(
         folder / "evidence.json",
         folder / "evaluation.html",
         mask=mask,
-        retrain_reference=config.retrain_reference,
+        retrain_reference=form.retrain_reference,
         model_line=line,
         run=ours,
-        also=config.also,
+        extra_metrics=form.extra_metrics,
     )
     say("gate_publish")
     published = gate_and_publish(
@@ -159,10 +129,10 @@ def run_all(
         folder / "evidence.json",
         folder / REPORT,
         forget,
-        store_uri=config.store_uri,
+        store_uri=form.store_uri,
         model_line=line,
         parent=fetched.version,
-        policy_uri=config.policy_uri,
+        policy_uri=form.policy_uri,
         mask=mask,
         run=run,
     )

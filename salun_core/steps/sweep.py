@@ -9,18 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
-
 from salun_core.certificates.keys import load_signing_key
 from salun_core.errors import ConflictError, SalunError
 from salun_core.retention.purge import PurgeReport
 from salun_core.steps.claim import Claimed, claim_requests, is_generative_line, sweep_terms
 from salun_core.steps.purge import purge_store
-from salun_core.steps.run import RunConfig, RunOutcome, RunSettings, run_all
+from salun_core.steps.run import RunOutcome, check_form, run_all
+from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, UnlearningForm
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
 from salun_core.storage.leases import read_lease, renew
-from salun_core.sweeps.policy import SweepPolicy
+from salun_core.sweeps.policy import BatchLimits, SweepPolicy
 from salun_core.sweeps.runs import new_run_id
 from salun_core.sweeps.settle import Settled
 from salun_core.telemetry.logs import get_logger, run_bound
@@ -32,32 +31,21 @@ _BEATS = 3  # a lease is renewed so many times before it would run out
 Say = Callable[[str], None]
 
 
-class SweepConfig(RunSettings):
-    """The parameters of a sweep: those of the pipeline's run form."""
+def sweep_policy(form: DeletionSweepForm) -> SweepPolicy:
+    """Return the policy of a sweep in one process.
 
-    max_requests: int = Field(default=64, ge=1, le=1000, description="requests of one run, at most")
-    min_requests: int = Field(default=16, ge=1, description="a batch of so many is due even when none waits long")
-    max_wait_hours: float = Field(default=24.0, ge=0, description="a batch is due when its oldest waits longer")
-    max_forget_fraction: float = Field(default=0.2, gt=0, lt=1, description="share of the data that a run forgets")
-    purge: bool = Field(default=True, description="afterwards delete what is past its time")
-    dry_run: bool = Field(default=False, description="say what would be claimed, and write nothing")
-
-    def sweep_policy(self) -> SweepPolicy:
-        """Return the policy of the sweep.
-
-        Raises:
-            UsageError: the method or its configuration is wrong.
-        """
-        names = ("seed", "policy_uri", "max_requests", "min_requests", "max_wait_hours", "max_forget_fraction")
-        settings = {name: getattr(self, name) for name in names}
-        return sweep_terms(
-            self.method,
-            self.density,
-            self.method_config,
-            generative=is_generative_line(self.store_uri, self.model_line),
-            lease_seconds=LEASE_SECONDS,
-            **settings,
-        )
+    Raises:
+        UsageError: the method or its configuration is wrong.
+    """
+    names = ("seed", "policy_uri", *BatchLimits.model_fields)
+    return sweep_terms(
+        form.method,
+        form.density,
+        form.method_config,
+        generative=is_generative_line(form.store_uri, form.model_line),
+        lease_seconds=LEASE_SECONDS,
+        **{name: getattr(form, name) for name in names},
+    )
 
 
 @dataclass(frozen=True)
@@ -82,20 +70,23 @@ class SweepOutcome:
 
 
 def sweep_once(
-    config: SweepConfig,
+    form: DeletionSweepForm,
     folder: Path,
     say: Say = lambda step: None,
     run: str | None = None,
     on_trial: OnTrial | None = None,
+    *,
+    purge_after: bool = True,
 ) -> SweepOutcome:
     """Claim one batch, erase it, and settle it, whatever happens in between.
 
     Args:
-        config: of the sweep.
+        form: the parameters.
         folder: where the run writes.
         say: called with the name of each step before it starts.
         run: id of the run; a fresh one by default.
         on_trial: called after each trial of a search.
+        purge_after: delete the data past their retention period afterwards.
 
     Returns:
         What was done; look at `error`.
@@ -106,56 +97,52 @@ def sweep_once(
     """
     run = run or new_run_id()
     with run_bound(run):
-        return _sweep(config, folder, say, run, on_trial)
-
-
-def _sweep(config: SweepConfig, folder: Path, say: Say, run: str, on_trial: OnTrial | None) -> SweepOutcome:
-    policy = config.sweep_policy()
-    config.check()
-    say("claim_requests")
-    if config.dry_run:
-        return SweepOutcome(run, claim_requests(config.store_uri, config.model_line, run, policy, dry_run=True))
-    signer = load_signing_key()  # one that is missing is better missed now than after the run
-    claimed = claim_requests(config.store_uri, config.model_line, run, policy)
-    outcome, error = None, None
-    try:
-        if claimed.requests:
-            with _kept_alive(config, run, policy):
-                outcome, error = _erase(config, claimed, folder, say, run, on_trial)
-    finally:
-        say("settle_requests")
-        settled = settle_requests(config.store_uri, config.model_line, run, policy)
-    if config.purge:
-        say("purge")
-    purged = purge_store(config.store_uri, signer=signer) if config.purge else None
-    return SweepOutcome(run, claimed, settled, outcome, error, purged)
+        policy = sweep_policy(form)
+        check_form(form)
+        say("claim_requests")
+        if form.dry_run:
+            return SweepOutcome(run, claim_requests(form.store_uri, form.model_line, run, policy, dry_run=True))
+        signer = load_signing_key()  # a missing key must end the sweep now, not after the run
+        claimed = claim_requests(form.store_uri, form.model_line, run, policy)
+        outcome, error, purged = None, None, None
+        try:
+            if claimed.requests:
+                with _kept_alive(form, run, policy):
+                    outcome, error = _erase(form, claimed, folder, say, run, on_trial)
+        finally:
+            say("settle_requests")
+            settled = settle_requests(form.store_uri, form.model_line, run, policy)
+        if purge_after:
+            say("purge")
+            purged = purge_store(form.store_uri, pipeline_root=form.pipeline_root or None, signer=signer)
+        return SweepOutcome(run, claimed, settled, outcome, error, purged)
 
 
 def _erase(
-    config: SweepConfig, claimed: Claimed, folder: Path, say: Say, run: str, on_trial: OnTrial | None
+    form: DeletionSweepForm, claimed: Claimed, folder: Path, say: Say, run: str, on_trial: OnTrial | None
 ) -> tuple[RunOutcome | None, SalunError | None]:
     assert claimed.claim is not None
     assert claimed.claim.record is not None
     record = claimed.claim.record
     recipe = {"method": record.method, "density": record.density, "method_config": record.method_config}
-    common = {name: getattr(config, name) for name in RunSettings.model_fields}
-    settings = RunConfig(**common | recipe, forget_manifest_uri=claimed.forget_manifest_uri)
+    common = form.model_dump(include=set(RecipeForm.model_fields))
+    settings = UnlearningForm(**common | recipe, forget_manifest_uri=claimed.forget_manifest_uri)
     try:
         return run_all(settings, folder, say, run, on_trial), None
     except SalunError as error:
-        get_logger().warning("run_ended", model_line=config.model_line, error=type(error).__name__)
+        get_logger().warning("run_ended", model_line=form.model_line, error=type(error).__name__)
         return None, error
 
 
 @contextmanager
-def _kept_alive(config: SweepConfig, run: str, policy: SweepPolicy) -> Iterator[None]:
+def _kept_alive(form: DeletionSweepForm, run: str, policy: SweepPolicy) -> Iterator[None]:
     """Renew the lease from a thread of its own as long as the block lasts."""
-    store, done = open_store(config.store_uri), threading.Event()
+    store, done = open_store(form.store_uri), threading.Event()
 
     def beat() -> None:
         while not done.wait(policy.lease_seconds / _BEATS):
             try:
-                lease = read_lease(store, config.model_line)
+                lease = read_lease(store, form.model_line)
                 if lease is None or lease.holder != run:
                     return  # another took the line; the check of the parent stops us
                 renew(store, lease)

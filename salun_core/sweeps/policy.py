@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
@@ -23,30 +23,37 @@ class Recipe(Document):
     method_config: dict[str, Any] = Field(default={}, description="what differs from the method's defaults")
 
 
-class SweepPolicy(Document):
-    """How a sweep batches, and what it tries."""
+class BatchLimits(Document):
+    """When a batch of requests is due, and how large it may be."""
+
+    min_requests: int = Field(default=16, ge=1, description="A batch of this many requests is due at once.")
+    max_requests: int = Field(default=64, ge=1, le=1000, description="Maximum number of requests in one run.")
+    max_wait_hours: float = Field(
+        default=24.0, ge=0, description="A batch is due when its oldest request has waited for so many hours."
+    )
+    max_forget_fraction: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="Maximum share of the training data that one run forgets.",
+    )
+
+
+class SweepPolicy(BatchLimits):
+    """How a sweep batches, and which recipes it tries."""
 
     recipes: list[Recipe] = Field(
         min_length=1, description="the recipes; after a refusal the next is tried, and after the last a person decides"
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="of each run")
+    seed: int = Field(default=0, ge=0, description="of each run")
     policy_uri: str = Field(default="auto", description="the gate policy")
-    max_requests: Annotated[int, Field(ge=1, le=1000)] = Field(default=64, description="requests of one run, at most")
-    min_requests: Annotated[int, Field(ge=1)] = Field(
-        default=16, description="a batch of so many is due even when none waits long"
-    )
-    max_wait_hours: Annotated[float, Field(ge=0)] = Field(
-        default=24.0, description="a batch is due when its oldest request waits longer"
-    )
-    deadline_days: Annotated[float, Field(ge=0)] = Field(
-        default=8.0, description="a batch is due when one of its months ends so soon"
-    )
-    max_forget_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.2, description="share of the training data that one run forgets, at most; concepts do not count"
-    )
-    max_attempts: Annotated[int, Field(ge=1)] = Field(default=10, description="tries of a request, at most")
-    lease_seconds: Annotated[int, Field(ge=1, le=7 * 86400)] = Field(
-        default=LEASE_SECONDS, description="how long the model line is held after the last sign of life"
+    deadline_days: float = Field(default=8.0, ge=0, description="a batch is due when one of its months ends so soon")
+    max_attempts: int = Field(default=10, ge=1, description="tries of a request, at most")
+    lease_seconds: int = Field(
+        default=LEASE_SECONDS,
+        ge=1,
+        le=7 * 86400,
+        description="how long the model line is held after the last sign of life",
     )
 
 

@@ -1,11 +1,10 @@
 """A search for a method's settings under a budget, against held-out data, without a retrained model."""
 
-from salun_core.tuning.budget import DEFAULT_BUDGET, Budget, TrialRecord, TuningLog, parse_budget
+from salun_core.tuning.budget import Budget, TrialRecord, TuningLog, parse_budget
 from salun_core.tuning.objective import ConstraintResult, Sets
 from salun_core.tuning.search import Problem, Tuned, tune
 
 __all__ = [
-    "DEFAULT_BUDGET",
     "Budget",
     "ConstraintResult",
     "Problem",

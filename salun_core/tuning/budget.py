@@ -12,7 +12,6 @@ from pydantic import Field
 from salun_core.config import Document
 from salun_core.errors import UsageError
 
-DEFAULT_BUDGET = "20e"
 _FORM = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|e|)")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 

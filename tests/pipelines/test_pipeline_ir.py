@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from components._image import IMAGE
-from pipelines.ir_lint import PLACEMENT, lint
+from pipelines.form import PLACEMENT
+from pipelines.ir_lint import lint
 from pipelines.packages import COMPILED
 from salun_core.telemetry.metrics import check_label
 
@@ -193,6 +194,7 @@ RECIPE = {
     "retrain_reference",
     "tune",
     "tune_budget",
+    "extra_metrics",
     "also",
 }
 BATCH = {"min_requests", "max_requests", "max_wait_hours", "max_forget_fraction", "dry_run"}

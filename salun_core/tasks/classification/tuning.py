@@ -31,7 +31,6 @@ from salun_core.storage.keys import run_key
 from salun_core.tasks.classification.inputs import Inputs
 from salun_core.tasks.resolve import AUTO, read_policy
 from salun_core.tuning import (
-    DEFAULT_BUDGET,
     ConstraintResult,
     Problem,
     Sets,
@@ -63,7 +62,7 @@ class TuningOptions:
         on_chosen: called with the passes that the chosen setting alone costs: its scores and its epochs.
     """
 
-    budget: str = DEFAULT_BUDGET
+    budget: str
     policy_uri: str = AUTO
     on_trial: OnTrial | None = field(default=None, compare=False)
     bounded: bool = True

@@ -68,8 +68,8 @@ def test_the_demo_erases_in_one_batch_certifies_each_and_a_second_one_adds_a_lin
 def test_a_refusal_is_exit_3_and_queues_the_requests_again(salun, tmp_path, monkeypatch):
     policy = {"name": "strict", "rules": [{"metric": "RA", "op": ">=", "value": 1.1, "reason": "more than all"}]}
     (tmp_path / "policy.yaml").write_text(json.dumps(policy))
-    strict = functools.partial(steps.SweepConfig, policy_uri=str(tmp_path / "policy.yaml"))
-    monkeypatch.setattr(steps, "SweepConfig", strict)
+    strict = functools.partial(steps.DeletionSweepForm, policy_uri=str(tmp_path / "policy.yaml"))
+    monkeypatch.setattr(steps, "DeletionSweepForm", strict)
     result = salun("demo", "--work-dir", "work", "--epochs", "2")
     assert result.exit_code == 3
     assert "REFUSED: RA >=: more than all" in result.stdout

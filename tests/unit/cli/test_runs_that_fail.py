@@ -93,7 +93,7 @@ def test_names_with_a_typo_get_the_nearest_one(unlearn, salun, world, mistyped):
     assert "did you mean 'salun'" in last_line(unlearn("--method", "salum"), 2)
     paths = "--before", world.base, "--after", world.after, "--forget", world.forget_json
     assert "did you mean 'probe'" in last_line(
-        salun("evaluate", *paths, "--out", "e", "--report", "r", "--also", "lira,prob"), 2
+        salun("evaluate", *paths, "--out", "e", "--report", "r", "--extra-metrics", "lira,prob"), 2
     )
     line = last_line(unlearn("--tune", "--policy", mistyped), 2)
     assert "unknown metric in policy mistyped: 'TAA'" in line

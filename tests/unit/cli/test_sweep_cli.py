@@ -113,7 +113,7 @@ def test_a_run_that_died_is_settled_by_hand(sweep, ledger, store):
     ("args", "message"),
     [
         ((), "salun-deletion-sweep"),
-        (("--once", "--also", "prob"), "did you mean 'probe'"),
+        (("--once", "--extra-metrics", "prob"), "did you mean 'probe'"),
         (("--once", "--settle", "run-1"), "exclude each other"),
         (("--once", "--max-forget-fraction", 1.5), "max_forget_fraction"),
         (("--once", "--method", "salum"), "did you mean 'salun'"),
@@ -140,7 +140,7 @@ def test_a_sweep_is_tuned_and_measured_further(sweep, ledger, store, tmp_path):
     policy = tmp_path / "asked.yaml"
     rule = {"metric": "worst_decile", "op": ">=", "value": 0.0, "reason": "it must have been measured"}
     policy.write_text(json.dumps({"name": "asked", "rules": [rule]}))
-    search = ("--tune", "--tune-budget", "3e", "--also", "decile", "--policy", policy, "--set", "epochs=1")
+    search = ("--tune", "--tune-budget", "3e", "--extra-metrics", "decile", "--policy", policy, "--set", "epochs=1")
     result = sweep("--once", "--min-requests", 1, "--work-dir", "swept", *search)
     assert result.exit_code == 0, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("trial ")]

@@ -49,7 +49,9 @@ def measured(folder, tmp_path, **extra):
 @pytest.fixture(scope="module")
 def everything(small, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    return measured(small, out, also=ALL, reference=small / "retrained"), (out / "report.html").read_text("utf-8")
+    return measured(small, out, extra_metrics=ALL, reference=small / "retrained"), (out / "report.html").read_text(
+        "utf-8"
+    )
 
 
 def test_all_of_them_are_in_the_evidence_with_n(everything):
@@ -98,7 +100,7 @@ def test_a_policy_can_require_one(small, tmp_path, everything):
 
 def test_distances_need_a_reference_and_names_must_exist(small, tmp_path):
     with pytest.raises(UsageError, match="kl cannot be measured"):
-        measured(small, tmp_path, also="kl")
+        measured(small, tmp_path, extra_metrics="kl")
     with pytest.raises(UsageError, match="did you mean 'probe'"):
-        measured(small, tmp_path, also="prob")
+        measured(small, tmp_path, extra_metrics="prob")
     assert list(tmp_path.iterdir()) == []

@@ -20,8 +20,9 @@ from salun_core.saliency import SaliencyMask
 from salun_core.steps.claim import ladder
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
-from salun_core.steps.run import RunConfig, run_all
-from salun_core.steps.sweep import SweepConfig, sweep_once
+from salun_core.steps.run import run_all
+from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
+from salun_core.steps.sweep import sweep_once
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage.keys import certificate_key
 from salun_core.tasks import open_inputs
@@ -175,9 +176,9 @@ def test_a_run_publishes_only_what_the_gate_passes(sd, store, tmp_path):
         "method_config": QUICK,
     }
     with pytest.raises(GateRefusedError):
-        run_all(RunConfig(**settings), tmp_path / "refused", run="run-refused")
+        run_all(UnlearningForm(**settings), tmp_path / "refused", run="run-refused")
     parent = read_head(store, "sd")[0].version
-    made = run_all(RunConfig(**settings, policy_uri=f"{store.uri}/policy.json"), tmp_path / "run", run="run-1")
+    made = run_all(UnlearningForm(**settings, policy_uri=f"{store.uri}/policy.json"), tmp_path / "run", run="run-1")
     old, new = (read_version(store, "sd", digest) for digest in (parent, made.published.version))
     changed = {name for name, entry in new.files.items() if name in old.files and entry != old.files[name]}
     assert changed == {"model.json", "split.json", "unet/diffusion_pytorch_model.safetensors"}
@@ -195,7 +196,9 @@ def test_requests_for_a_class_and_a_concept_become_certificates(sd, store, tmp_p
     ledger.submit("a-class", "sd", ClassTarget(class_id="7"))
     ledger.submit("a-concept", "sd", ConceptTarget(**CONCEPT, images=4))
     policy = f"{store.uri}/policy.json"
-    config = SweepConfig(model_line="sd", store_uri=store.uri, min_requests=1, policy_uri=policy, method_config=QUICK)
+    config = DeletionSweepForm(
+        model_line="sd", store_uri=store.uri, min_requests=1, policy_uri=policy, method_config=QUICK
+    )
     done = sweep_once(config, tmp_path / "run")
     assert done.error is None
     assert sorted(done.settled.completed) == ["a-class", "a-concept"]

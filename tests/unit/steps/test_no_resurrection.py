@@ -12,7 +12,8 @@ from salun_core.models import load_model, save_model
 from salun_core.registry.lookup import ancestry, read_head
 from salun_core.steps.fetch import fetch_model
 from salun_core.steps.publishing import gate_and_publish
-from salun_core.steps.run import RunConfig, run_all
+from salun_core.steps.run import run_all
+from salun_core.steps.run_form import UnlearningForm
 from salun_core.storage.s3 import S3Store
 from salun_core.tasks.classification.training import register_model
 
@@ -25,8 +26,10 @@ def targets(folder: Path, ids: list[str]) -> str:
     return str(path)
 
 
-def settings(store: S3Store, forget: str) -> RunConfig:
-    return RunConfig(model_line="digits", forget_manifest_uri=forget, store_uri=store.uri, method_config={"epochs": 2})
+def settings(store: S3Store, forget: str) -> UnlearningForm:
+    return UnlearningForm(
+        model_line="digits", forget_manifest_uri=forget, store_uri=store.uri, method_config={"epochs": 2}
+    )
 
 
 def test_a_second_run_does_not_retain_what_the_first_forgot(digits_model: Path, store: S3Store, tmp_path: Path) -> None:

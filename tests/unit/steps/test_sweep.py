@@ -15,7 +15,8 @@ from salun_core.registry.lookup import ancestry, read_head
 from salun_core.registry.versions import fetch_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome, Status
-from salun_core.steps.sweep import SweepConfig, sweep_once
+from salun_core.steps.run_form import DeletionSweepForm
+from salun_core.steps.sweep import sweep_once
 from salun_core.storage.keys import certificate_key
 from salun_core.storage.leases import holder_of
 from salun_core.sweeps.rollback import rollback
@@ -33,7 +34,7 @@ def keys(tmp_path_factory):
 @pytest.fixture
 def config(store, digits_line, keys, monkeypatch):
     monkeypatch.setenv("SALUN_SIGNING_KEY", str(keys.private))
-    return SweepConfig(
+    return DeletionSweepForm(
         model_line=digits_line,
         store_uri=store.uri,
         min_requests=1,

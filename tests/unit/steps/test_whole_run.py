@@ -14,8 +14,9 @@ from salun_core.registry.lookup import read_head
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.run import RunConfig, run_all
-from salun_core.steps.sweep import SweepConfig, sweep_once
+from salun_core.steps.run import run_all
+from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
+from salun_core.steps.sweep import sweep_once
 from salun_core.sweeps.runs import RunLog, RunStatus
 from salun_core.times import utc_clock
 from salun_core.tuning import TuningLog
@@ -44,10 +45,10 @@ def policy(tmp_path, metric, least):
 
 @pytest.mark.s3
 def test_a_run_is_tuned_measured_further_and_judged_by_the_one_policy(told, store, tmp_path):
-    asks = policy(tmp_path, "probe_auc", 0.0)  # only what `also` measures can satisfy it
-    search = {"tune": True, "tune_budget": "3e", "also": "probe,decile", "policy_uri": asks}
+    asks = policy(tmp_path, "probe_auc", 0.0)  # only what `extra_metrics` adds can satisfy it
+    search = {"tune": True, "tune_budget": "3e", "extra_metrics": "probe,decile", "policy_uri": asks}
     told_of, trials, folder = [], [], tmp_path / "run"
-    config = RunConfig(**told, **search, forget_manifest_uri=forget_class(tmp_path))
+    config = UnlearningForm(**told, **search, forget_manifest_uri=forget_class(tmp_path))
     outcome = run_all(config, folder, told_of.append, "run-1", trials.append)
 
     assert told_of == ["fetch_model", "compute_mask", "unlearn", "evaluate", "gate_publish"]
@@ -67,7 +68,7 @@ def test_a_search_that_stays_without_a_setting_is_a_refusal_of_the_gate(told, st
     head = read_head(store, "digits")[0].version
     search = {"tune": True, "tune_budget": "2e", "policy_uri": policy(tmp_path, "RA", 1.5)}
     with pytest.raises(GateRefusedError, match="no setting stays within the policy asked") as caught:
-        run_all(RunConfig(**told, **search, forget_manifest_uri=forget_class(tmp_path)), tmp_path / "run")
+        run_all(UnlearningForm(**told, **search, forget_manifest_uri=forget_class(tmp_path)), tmp_path / "run")
     assert caught.value.exit_code == 3
     assert not (tmp_path / "run" / "after").exists()
     assert read_head(store, "digits")[0].version == head
@@ -78,16 +79,16 @@ def test_after_a_search_without_a_setting_the_next_recipe_has_its_turn(told, sto
     monkeypatch.setenv("SALUN_SIGNING_KEY", str(create_key(tmp_path / "keys" / "salun").private))
     ledger = Ledger(store, utc_clock)
     ledger.submit("r-1", "digits", ClassTarget(class_id=3))
-    search = {"tune": True, "tune_budget": "2e", "min_requests": 1, "purge": False}
-    strict = SweepConfig(**told, **search, policy_uri=policy(tmp_path, "RA", 1.5))
-    done = sweep_once(strict, tmp_path / "refused")
+    search = {"tune": True, "tune_budget": "2e", "min_requests": 1}
+    strict = DeletionSweepForm(**told, **search, policy_uri=policy(tmp_path, "RA", 1.5))
+    done = sweep_once(strict, tmp_path / "refused", purge_after=False)
     last = ledger.state("r-1").last
     assert (done.error.exit_code, last.to_status, last.rung, last.attempt) == (3, Status.QUEUED, 1, 2)
     assert RunLog(store, utc_clock).status(done.run) is RunStatus.GATE_REFUSED
 
-    mild = SweepConfig(**told, **search, policy_uri=policy(tmp_path, "worst_decile", 0.0), also="decile")
+    mild = DeletionSweepForm(**told, **search, policy_uri=policy(tmp_path, "worst_decile", 0.0), extra_metrics="decile")
     trials = []
-    done = sweep_once(mild, tmp_path / "passed", on_trial=trials.append)
+    done = sweep_once(mild, tmp_path / "passed", on_trial=trials.append, purge_after=False)
     assert done.error is None
     assert ledger.status("r-1") is Status.COMPLETED
     assert len(trials) == done.outcome.evidence.run.tuning.trials
@@ -97,8 +98,8 @@ def test_after_a_search_without_a_setting_the_next_recipe_has_its_turn(told, sto
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"also": "prob"}, "did you mean 'probe'"),
-        ({"also": "kl"}, "there is no retrained model"),
+        ({"extra_metrics": "prob"}, "did you mean 'probe'"),
+        ({"extra_metrics": "kl"}, "there is no retrained model"),
         ({"tune": True, "tune_budget": "many"}, "is no budget"),
         ({"policy_uri": "clasifier"}, "did you mean 'classifier'"),
         ({"policy_uri": "RAA"}, "unknown metric in policy asked: 'RAA'.*did you mean 'RA'"),
@@ -111,16 +112,16 @@ def test_what_would_fail_at_last_is_refused_at_first(told, store, tmp_path, monk
     if wrong.get("policy_uri") == "RAA":
         given["policy_uri"] = policy(tmp_path, "RAA", 0.5)
     with pytest.raises(UsageError, match=message):
-        run_all(RunConfig(**given, forget_manifest_uri=forget_class(tmp_path)), tmp_path / "run")
+        run_all(UnlearningForm(**given, forget_manifest_uri=forget_class(tmp_path)), tmp_path / "run")
     Ledger(store, utc_clock).submit("r-1", "digits", ClassTarget(class_id=3))
     with pytest.raises(UsageError, match=message):
-        sweep_once(SweepConfig(**given, min_requests=1), tmp_path / "run")
+        sweep_once(DeletionSweepForm(**given, min_requests=1), tmp_path / "run")
     assert Ledger(store, utc_clock).state("r-1").last.attempt == 1
     assert not (tmp_path / "run").exists()
 
 
 def test_a_file_from_before_the_new_settings_asks_for_nothing_more():
     old = {"model_line": "digits", "store_uri": "s3://salun", "forget_manifest_uri": "forget.json"}
-    config = parse(RunConfig, old, "run.yaml")
-    assert (config.tune, config.tune_budget, config.also) == (False, "20e", "")
-    assert parse(RunConfig, {**old, "tune_budget": 200000}, "run.yaml").tune_budget == "200000"
+    config = parse(UnlearningForm, old, "run.yaml")
+    assert (config.tune, config.tune_budget, config.extra_metrics) == (False, "20e", "")
+    assert parse(UnlearningForm, {**old, "tune_budget": 200000}, "run.yaml").tune_budget == "200000"

@@ -1,0 +1,94 @@
+"""The run form: the parameters of the pipelines, with their defaults, bounds and descriptions.
+
+This is the only source. `salun run` and `salun sweep` build their options from it, and the pipelines their parameters.
+The components repeat the defaults, because their source runs in a container of its own: compiling the pipelines checks
+them. The module imports neither torch nor boto3, so that `salun --help` stays fast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from salun_core.config import Document, with_current_names
+from salun_core.sweeps.policy import BatchLimits
+
+OLD_NAMES = {"also": "extra_metrics"}
+"""Former names of fields. Documents, options and pipelines still take them; the next release drops them."""
+
+_FORGET = Field(description="Address of the forget set: a frozen manifest, a forget target or a list of targets.")
+_DENSITY = Field(default=0.5, gt=0, le=1, description="Share of the weights that may change, above 0 and at most 1.")
+
+
+class RunForm(Document):
+    """The parameters of every pipeline."""
+
+    model_line: str = Field(description="Name of the model line; the run starts from its HEAD.")
+    store_uri: str = Field(description="The object store of model lines and requests, as s3://bucket/prefix.")
+
+
+class RecipeForm(RunForm):
+    """The parameters of an unlearning run, whoever starts it."""
+
+    method: str = Field(
+        default="salun", description="The unlearning method; a sweep tries stronger ones and retraining after refusals."
+    )
+    density: float = _DENSITY
+    policy_uri: str = Field(
+        default="auto",
+        description="The gate policy: auto (by the kind of model), a shipped policy, a file or an s3:// address.",
+    )
+    method_config: dict[str, Any] = Field(
+        default={}, description='Settings that replace the method\'s defaults, as JSON such as {"epochs": 5}.'
+    )
+    seed: int = Field(
+        default=0, ge=0, description="Seed of the random labels, the order of the data and the augmentation."
+    )
+    retrain_reference: bool = Field(
+        default=False, description="Also train a model from scratch without the forget set, and compare with it. Slow."
+    )
+    tune: bool = Field(
+        default=False,
+        description="Search density and settings on validation data, within the policy's margins; classifiers only.",
+    )
+    tune_budget: str = Field(
+        default="20e",
+        coerce_numbers_to_str=True,
+        description="Budget of the search: passes (200000), time (90s, 15m, 2h) or epochs (20e).",
+    )
+    extra_metrics: str = Field(
+        default="",
+        description="Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, data: Any) -> Any:  # noqa: ANN401 - what a document holds
+        return with_current_names(data, OLD_NAMES)
+
+
+class UnlearningForm(RecipeForm):
+    """The parameters of one unlearning run: those of the pipeline salun-unlearning, and of `run.yaml`."""
+
+    forget_manifest_uri: str = _FORGET
+
+
+class DeletionSweepForm(BatchLimits, RecipeForm):
+    """The parameters of a sweep: those of the pipeline salun-deletion-sweep."""
+
+    dry_run: bool = Field(
+        default=False, description="Report what would be claimed and how much would be purged, and write nothing."
+    )
+    pipeline_root: str = Field(
+        default="",
+        description="Where Kubeflow stores artifacts, such as s3://mlpipeline/v2/artifacts, to purge them too.",
+    )
+
+
+class ShardedMaskForm(RunForm):
+    """The parameters of a mask that is computed in shards: those of the pipeline salun-sharded-mask."""
+
+    forget_manifest_uri: str = _FORGET
+    shards: list[str] = Field(description='All shards, as a JSON list: ["1/2", "2/2"] for two.')
+    density: float = _DENSITY
