@@ -1,4 +1,4 @@
-"""Builds what a cluster watches with: the Grafana dashboard, and the Prometheus operator's form of the plain rule file.
+"""Builds the Grafana dashboard, and the Prometheus operator's form of the plain rule file.
 
 `make generated` writes both and `make check` finds a stale one; see .ci/generated.py.
 """
@@ -65,7 +65,7 @@ ROWS = {
         View("Not settled", {"": "salun:requests_open:sum"}, span=5, latest=True, limits={"blue": None}),
         View("Overdue", {"": "max(salun_requests_overdue)"}, span=5, latest=True, limits=alarm(1)),
         View(
-            "Past 80 % of their month",
+            "Past 80 % of the month",
             {"": 'max(salun_requests_by_deadline{stage="most"})'},
             span=5,
             latest=True,
@@ -83,7 +83,7 @@ ROWS = {
         ),
         View("By status", {"{{status}}": "max by (status) (salun_requests)"}),
         View(
-            "By stage of their month",
+            "By stage of the month",
             {
                 "past {{stage}}": "max by (stage) (salun_requests_by_deadline)",
                 "overdue": "max(salun_requests_overdue)",
@@ -109,7 +109,7 @@ ROWS = {
             limits={"blue": None},
         ),
         View(
-            "The gate's last word",
+            "Last decision of the gate",
             {"{{model_line}}": f"model_line:salun_gate_passed:min{LINE}"},
             span=8,
             latest=True,
@@ -133,10 +133,10 @@ ROWS = {
                 f"max by (model_line, step) (salun_last_success_timestamp_seconds{PUSHED})",
             },
             "s",
-            help="Two lines that part are a step that fails.",
+            help="If the two lines diverge, the step fails.",
         ),
     ),
-    "What was forgotten, and what was kept": (
+    "Forgotten and retained data": (
         View(
             "Accuracy after unlearning",
             {
@@ -147,7 +147,7 @@ ROWS = {
             "percentunit",
         ),
         View(
-            "Forgotten samples that the attack calls never seen",
+            "Forgotten samples that the attack classifies as never seen",
             {"{{pipeline}} {{model_line}} {{method}}": f"salun_membership_attack_ratio{EVALUATED}"},
             "percentunit",
             span=6,
@@ -165,16 +165,16 @@ ROWS = {
             {"{{model_line}}": f"model_line:salun_unlearning_debt_ratio:max{LINE}"},
             "percentunit",
             limits={GREEN: None, YELLOW: 0.04, RED: 0.05},
-            help="Beyond 5 % a full training is due.",
+            help="Above 5 % a full training is recommended.",
         ),
         View(
             "Unlearning runs",
             {"{{model_line}}": f"model_line:salun_runs_since_training:max{LINE}"},
             limits={GREEN: None, YELLOW: 8, RED: 10},
-            help="From 10 runs on a full training is due.",
+            help="From 10 runs on a full training is recommended.",
         ),
     ),
-    "Watching": (
+    "Monitoring": (
         View(
             "Since the exporter's last refresh",
             {"": "salun:exporter_refresh_age_seconds:min"},
@@ -240,7 +240,7 @@ def config_map() -> dict[str, Any]:
 def dashboard() -> model.Dashboard:
     """Return the dashboard: a row for each question, the panels of `ROWS` in it."""
     board = build.Dashboard("SalUn").uid("salun").tags(["salun"]).timezone("browser").refresh("1m").readonly()
-    board.time("now-30d", "now").description("Deletion requests, sweeps, what was forgotten, and who watches.")
+    board.time("now-30d", "now").description("Deletion requests, sweeps, forgotten data, and monitoring.")
     board.with_variable(build.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
     board.with_variable(_line_variable())
     number = 0
