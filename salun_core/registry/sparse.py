@@ -1,7 +1,7 @@
 """Sparse versions: a child's weights are stored as their difference to the parent's, about half the bytes.
 
 A full copy comes every so many versions. A file that others rest on may be purged only after they were made whole:
-see `dependants` and `materialise`.
+see `materialise`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from salun_core.digest import check_digest, is_digest
+from salun_core.digest import check_digest
 from salun_core.errors import IntegrityError, StoreError, UsageError
 from salun_core.storage.blobs import Blob, chain_of, delta_facts, describe, fetch_blob, put_blob, stored_size
 from salun_core.storage.delta import MAX_DEPTH, DeltaFacts, write_delta, write_rebuilt
-from salun_core.storage.keys import delta_key, deltas_prefix
+from salun_core.storage.keys import delta_key
 from salun_core.storage.local_files import disk_error
 from salun_core.storage.objects import FileStore
 
@@ -105,17 +105,6 @@ def _written(delta: Path, path: Path, base_path: Path, facts: DeltaFacts) -> boo
         return written and write_rebuilt(delta, base_path) == facts.sha256
     except IntegrityError:  # not a safetensors file, so nothing to compare
         return False
-
-
-def dependants(store: FileStore, sha256: str) -> list[str]:
-    """Return the digests of the files that are stored as their difference to a given one.
-
-    Raises:
-        IntegrityError: a delta in the store is damaged, so that nobody can tell what it rests on.
-    """
-    found = [key.removeprefix(deltas_prefix()) for key in (entry.key for entry in store.list(deltas_prefix()))]
-    facts = [delta_facts(store, digest) for digest in found if is_digest(digest)]
-    return [item.sha256 for item in facts if item and item.base == sha256]
 
 
 def materialise(store: FileStore, sha256: str) -> None:

@@ -17,10 +17,10 @@ from salun_core.config import Document
 from salun_core.digest import canonical_json
 from salun_core.errors import ConflictError
 from salun_core.registry.holds import read_disposal
-from salun_core.retention.inventory import RunFacts, Stock, kind_of_key
+from salun_core.retention.inventory import RunFacts, Stock
 from salun_core.storage.documents import RunId, parse_stored
 from salun_core.storage.erase import StoredKey
-from salun_core.storage.keys import run_key
+from salun_core.storage.keys import kind_of_key, run_key
 from salun_core.storage.objects import ObjectStore
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from salun_core.requests.reading import read_all
 from salun_core.requests.schema import Outcome, RequestState, Status
 from salun_core.storage.blobs import delta_facts
 from salun_core.storage.erase import StoredKey, Upload, inventory, unfinished_uploads, upload_bytes
+from salun_core.storage.keys import kind_of_key
 from salun_core.storage.leases import holder_of
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.context import in_parallel
@@ -193,51 +194,6 @@ class Stock:
 
 def _completed_by(item: RequestFacts, run: str) -> bool:
     return item.status is Status.COMPLETED and item.run == run
-
-
-_D, _ID = r"[0-9a-f]{64}", r"[a-z0-9][a-z0-9._-]{0,62}"
-LAYOUT: Mapping[str, re.Pattern[str]] = {
-    kind: re.compile(pattern)
-    for kind, pattern in {
-        "head": rf"lines/(?P<line>{_ID})/HEAD\.json",
-        "manifest": rf"lines/(?P<line>{_ID})/versions/(?P<digest>{_D})/manifest\.json",
-        "disposed": rf"lines/(?P<line>{_ID})/versions/(?P<digest>{_D})/disposed\.json",
-        "blob": rf"blobs/sha256/(?P<digest>{_D})",
-        "delta": rf"deltas/sha256/(?P<digest>{_D})",
-        "request": rf"requests/(?P<request>{_ID})/request\.json",
-        "event": rf"requests/(?P<request>{_ID})/events/\d{{6}}\.json",
-        "record": rf"runs/(?P<run>{_ID})/(run|evidence|decision)\.json",
-        "mark": rf"runs/(?P<run>{_ID})/(?P<mark>(disposed|attested)-[a-z]+)\.json",
-        "report": rf"runs/(?P<run>{_ID})/[A-Za-z0-9._-]+\.html",
-        "run event": rf"runs/(?P<run>{_ID})/events/\d{{6}}\.json",
-        "mask": rf"runs/(?P<run>{_ID})/mask[A-Za-z0-9._-]*",
-        "candidate": rf"runs/(?P<run>{_ID})/[A-Za-z0-9._-]+\.safetensors",
-        "scratch": rf"scratch/(?P<run>{_ID})/.+",
-        "certificate": rf"certificates/(?P<request>{_ID})\.json",
-        "addendum": rf"addenda/(?P<request>{_ID})/.+",
-        "lease": rf"leases/(?P<line>{_ID})\.json",
-        "hold": rf"holds/(?P<line>{_ID})/(?P<digest>{_D})\.json",
-        "index": r"index/.+",
-        "work": rf"work/{_D}\.json",
-        "probe": r"probe/.+",
-    }.items()
-}
-"""Every kind of key that this code writes; the first that fits counts."""
-
-
-def kind_of_key(key: str) -> tuple[str, Mapping[str, str]]:
-    """Return what a key is, and the names in it; `unknown` where none of our code writes such a key.
-
-    Example:
-        >>> kind_of_key("scratch/run-1/forget.json")
-        ('scratch', {'run': 'run-1'})
-        >>> kind_of_key("holiday/photo.jpg")
-        ('unknown', {})
-    """
-    for kind, pattern in LAYOUT.items():
-        if found := pattern.fullmatch(key):
-            return kind, found.groupdict()
-    return "unknown", {}
 
 
 class Standing(StrEnum):
@@ -428,7 +384,7 @@ def _runs(store: S3Store, live: Mapping[str, Sequence[tuple[StoredKey, Mapping[s
         for item, names in live.get(kind, []):
             files.setdefault(names["run"], []).append(item)
             if kind == "mark":
-                marks.setdefault(names["run"], set()).add(names["mark"])
+                marks.setdefault(names["run"], set()).add(names["name"].removesuffix(".json"))
     found = in_parallel(lambda run: _run(store, run, files[run], frozenset(marks.get(run, ()))), sorted(files))
     return dict(zip(sorted(files), found, strict=True))
 

@@ -13,19 +13,9 @@ from pydantic import Field
 from salun_core.config import Document
 from salun_core.registry.manifest import weight_files
 from salun_core.requests.schema import SETTLED, Outcome, Status
-from salun_core.retention.inventory import (
-    NAMES,
-    Artifact,
-    Standing,
-    Stock,
-    VersionFacts,
-    descendants,
-    kind_of_key,
-    moment,
-    stand,
-)
+from salun_core.retention.inventory import NAMES, Artifact, Standing, Stock, VersionFacts, descendants, moment, stand
 from salun_core.storage.erase import StoredKey, Upload
-from salun_core.storage.keys import request_key, version_key
+from salun_core.storage.keys import kind_of_key, request_key, version_key
 
 
 class RetentionRules(Document):

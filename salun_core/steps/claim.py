@@ -23,6 +23,7 @@ from salun_core.requests.resolve import Resolver, TableResolver
 from salun_core.steps.observe import RunRef, observed
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.documents import parse_stored
+from salun_core.storage.keys import probe_key
 from salun_core.storage.objects import ObjectStore
 from salun_core.storage.probe import ProbedStore, require_safe
 from salun_core.sweeps.claim import Claim, claim, preview
@@ -31,7 +32,7 @@ from salun_core.sweeps.policy import Recipe, SweepPolicy
 from salun_core.tasks.resolve import fetched
 from salun_core.times import Clock, utc_clock
 
-_PROBED = "probe/passed.json"
+_PROBED = probe_key("passed.json")
 _PROBE_LASTS = timedelta(days=7)
 
 

@@ -1,13 +1,16 @@
-"""Names that may become part of a path, and every key of the store built from them.
+"""Names that may become part of a path, and the layout of the store: every key is built and recognised here.
 
-Nothing else in the package joins text into a key: an id is checked here first, so that no user text can
-leave its folder.
+Nothing else in the package joins text into a key: each value is checked first, so that no user text can leave its
+folder.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from salun_core.digest import is_digest
 from salun_core.errors import IntegrityError, UsageError
@@ -16,10 +19,9 @@ _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
-_MAX_KEY_BYTES = 1024
+_MAX_KEY_BYTES = 1024  # S3's limit
 _MAX_NAME = 200
-MAX_SEGMENTS = 4
-"""Of the name of a file in a version: itself and three folders."""
+MAX_SEGMENTS = 4  # of the name of a file in a version: the file and three folders
 _SCHEME = "s3://"
 
 
@@ -31,16 +33,15 @@ def check_id(kind: str, text: str) -> str:
         text: 1 to 63 of `a-z 0-9 . _ -`, the first a letter or digit.
 
     Raises:
-        UsageError: it is anything else; the remedy names the nearest valid id.
+        UsageError: it has another form; the remedy suggests the nearest valid id.
     """
     if _ID.fullmatch(text):
         return text
     near = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:63]
-    hint = f"did you mean {near!r}? " if near else ""
     raise UsageError(
         f"{kind} {text[:80]!r} is not a valid id",
         "ids are 1 to 63 of a-z, 0-9, '.', '_' and '-', and begin with a letter or digit",
-        f"{hint}choose a name of that form",
+        (f"did you mean {near!r}? " if near else "") + "choose a name of that form",
     )
 
 
@@ -48,41 +49,38 @@ def check_file_name(text: str) -> str:
     """Return a file name unchanged if it is plain: no folder, no leading dot, at most 128 characters.
 
     Raises:
-        UsageError: it is anything else.
+        UsageError: it has another form.
     """
     if _FILE.fullmatch(text):
         return text
     raise UsageError(
         f"{text[:80]!r} is not a plain file name",
-        "it has letters, digits, '.', '_' and '-' only",
+        "it may have letters, digits, '.', '_' and '-' only",
         "rename the file and leave folders out",
     )
 
 
 def check_relative_name(text: str) -> str:
-    """Return the name of a file in a folder of files unchanged if it can name no place outside.
+    """Return the name of a file in a folder unchanged if it stays below that folder.
 
     Args:
         text: 1 to 4 plain file names joined by `/`, at most 200 characters, such as `unet/config.json`.
 
     Raises:
-        UsageError: it is anything else.
+        UsageError: it has another form.
     """
     segments = text.split("/")
     if len(text) <= _MAX_NAME and len(segments) <= MAX_SEGMENTS and all(map(_FILE.fullmatch, segments)):
         return text
     raise UsageError(
         f"{text[:80]!r} is neither a plain file name nor one in a plain folder",
-        f"at most {MAX_SEGMENTS} names joined by '/', of letters, digits, '.', '_' and '-', none begun with '.'",
+        f"it may have {MAX_SEGMENTS} names joined by '/', of letters, digits, '.', '_' and '-', without leading '.'",
         "rename the file or its folder",
     )
 
 
 def check_tree(names: Collection[str]) -> None:
-    """Check that files of these names can lie in one folder.
-
-    Args:
-        names: valid relative names.
+    """Check that files of these relative names can lie in one folder.
 
     Raises:
         UsageError: a name is also the folder of another one.
@@ -91,18 +89,17 @@ def check_tree(names: Collection[str]) -> None:
     folders = {"/".join(part[:end]) for part in parts for end in range(1, len(part))}
     both = sorted(folders.intersection(names))
     if both:
-        raise UsageError(f"{both[0]!r} is a file and a folder at once", "a name is one of the two", "rename the file")
+        raise UsageError(f"{both[0]!r} is a file and a folder at once", "a name can be only one", "rename the file")
 
 
 def check_key(text: str) -> str:
     """Return a key unchanged if it has no empty, `.` or `..` segment and no control character.
 
     Raises:
-        UsageError: it is empty, longer than 1,024 bytes, or names another place than it seems to.
+        UsageError: it is empty, longer than 1,024 bytes, or has such a segment or character.
     """
-    segments = text.split("/")
     fits = 0 < len(text.encode(errors="replace")) <= _MAX_KEY_BYTES
-    if fits and not _CONTROL.search(text) and not any(segment in {"", ".", ".."} for segment in segments):
+    if fits and not _CONTROL.search(text) and not {"", ".", ".."}.intersection(text.split("/")):
         return text
     raise UsageError(
         f"{text[:80]!r} is not a valid key",
@@ -111,33 +108,28 @@ def check_key(text: str) -> str:
     )
 
 
-def _digest(text: str) -> str:
-    if not is_digest(text):
-        raise IntegrityError(
-            f"{text[:80]!r} is not a digest", "a digest is 64 lower-case hex digits", "pass the whole SHA-256"
-        )
-    return text
+def _check_digest_text(text: str) -> str:
+    if is_digest(text):
+        return text
+    raise IntegrityError(
+        f"{text[:80]!r} is not a digest", "a digest is 64 lower-case hex digits", "pass the whole SHA-256"
+    )
 
 
 def split_uri(uri: str) -> tuple[str, str]:
     """Split `s3://bucket/key` into bucket and key; the key may be empty and has no trailing slash.
 
     Raises:
-        UsageError: it is no such address; the remedy says the nearest right form.
+        UsageError: it has another form; the remedy suggests the nearest valid one.
     """
     bucket, _, key = uri[len(_SCHEME) :].partition("/")
     key = key.rstrip("/")
     if not uri.startswith(_SCHEME) or not _BUCKET.fullmatch(bucket):
+        shown = re.sub(r"//[^/@]*@", "//…@", uri)[:120]  # never a password
         raise UsageError(
-            f"{_without_secrets(uri)!r} is not the address of a store",
-            "it has the form s3://bucket/prefix",
-            _nearest_uri(uri),
+            f"{shown!r} is not the address of a store", "it must have the form s3://bucket/prefix", _nearest_uri(uri)
         )
     return bucket, check_key(key) if key else ""
-
-
-def _without_secrets(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//…@", uri)[:120]
 
 
 def _nearest_uri(uri: str) -> str:
@@ -149,55 +141,92 @@ def _nearest_uri(uri: str) -> str:
     head, _, tail = (rest if separator else uri).strip("/").partition("/")
     bucket = re.sub(r"[^a-z0-9.-]+", "-", head.lower()).strip(".-")
     if not _BUCKET.fullmatch(bucket):
-        return "write s3://bucket/prefix, the bucket's name of 3 to 63 lower-case letters, digits, '.' and '-'"
+        return "write s3://bucket/prefix; a bucket's name has 3 to 63 lower-case letters, digits, '.' and '-'"
     return f"did you mean {_SCHEME + bucket + ('/' + tail if tail else '')!r}?"
 
 
-def line_prefix(line: str) -> str:
-    """Return the folder of a model line."""
-    return f"lines/{check_id('model line', line)}/"
+@dataclass(frozen=True)
+class _Field:
+    """A part of a key: how its text is made (which refuses unsafe input), and how it is recognised."""
+
+    make: Callable[[Any], str]
+    pattern: str
 
 
-def head_key(line: str) -> str:
-    """Return the key of a model line's HEAD."""
-    return f"{line_prefix(line)}HEAD.json"
+def _counter(digits: int) -> _Field:
+    def make(number: int) -> str:
+        if not 0 <= number < 10**digits:
+            raise UsageError(f"{number} is out of range for a key", f"it has at most {digits} digits", "")
+        return f"{number:0{digits}d}"  # fixed width: the order of keys is the order of numbers
+
+    return _Field(make, rf"\d{{{digits}}}")
 
 
-def versions_prefix(line: str) -> str:
-    """Return the folder of a model line's versions."""
-    return f"{line_prefix(line)}versions/"
+_FIELDS: Mapping[str, _Field] = {
+    **{
+        name: _Field(partial(check_id, kind), _ID.pattern)
+        for name, kind in {"line": "model line", "request": "request", "run": "run", "status": "status"}.items()
+    },
+    "digest": _Field(_check_digest_text, r"[0-9a-f]{64}"),
+    "name": _Field(check_file_name, _FILE.pattern),
+    "path": _Field(check_file_name, r".+"),  # what others wrote below such a folder belongs to it too
+    "number": _counter(6),
+    "second": _counter(10),
+}
 
 
-def version_key(line: str, digest: str) -> str:
-    """Return the key of a model version's manifest."""
-    return f"{versions_prefix(line)}{_digest(digest)}/manifest.json"
+class KeyTemplate:
+    """One kind of key. A call with the values in braces, in order, checks each of them and returns the key.
+
+    Args:
+        template: the key, with the fields of `_FIELDS` in braces.
+    """
+
+    def __init__(self, template: str) -> None:
+        self._template, self._fields = template, re.findall(r"{(\w+)}", template)
+        pattern = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
+        groups = {name: f"(?P<{name}>{field.pattern})" for name, field in _FIELDS.items()}
+        self._pattern = re.compile(pattern.format(**groups))
+
+    def __call__(self, *values: str | int) -> str:
+        """Return the key of these values.
+
+        Raises:
+            UsageError: a value is not safe in a key.
+            IntegrityError: a digest is not 64 lower-case hex digits.
+        """
+        pairs = zip(self._fields, values, strict=True)
+        return self._template.format(**{name: _FIELDS[name].make(value) for name, value in pairs})
+
+    def match(self, key: str) -> dict[str, str] | None:
+        """Return the values that a key of this kind was built from, or None if it is of another kind."""
+        found = self._pattern.fullmatch(key)
+        return found.groupdict() if found else None
 
 
-def blob_key(digest: str) -> str:
-    """Return the key of a content-addressed blob."""
-    return f"blobs/sha256/{_digest(digest)}"
+versions_prefix = KeyTemplate("lines/{line}/versions/")
+requests_prefix = KeyTemplate("requests/")
+events_prefix = KeyTemplate("requests/{request}/events/")
+run_events_prefix = KeyTemplate("runs/{run}/events/")
+scratch_prefix = KeyTemplate("scratch/{run}/")
 
-
-def requests_prefix() -> str:
-    """Return the folder of all deletion requests."""
-    return "requests/"
-
-
-def request_key(request: str) -> str:
-    """Return the key of a deletion request."""
-    return f"requests/{check_id('request', request)}/request.json"
-
-
-def events_prefix(request: str) -> str:
-    """Return the folder of a deletion request's events."""
-    return f"requests/{check_id('request', request)}/events/"
-
-
-def event_key(request: str, number: int) -> str:
-    """Return the key of a request's n-th event; six digits, so that key order is the order of events."""
-    if not 0 <= number < 1_000_000:
-        raise UsageError(f"event number {number} is out of range", "events are numbered from 0 to 999999", "")
-    return f"{events_prefix(request)}{number:06d}.json"
+head_key = KeyTemplate("lines/{line}/HEAD.json")
+version_key = KeyTemplate("lines/{line}/versions/{digest}/manifest.json")
+version_disposal_key = KeyTemplate("lines/{line}/versions/{digest}/disposed.json")
+version_hold_key = KeyTemplate("holds/{line}/{digest}.json")
+blob_key = KeyTemplate("blobs/sha256/{digest}")
+delta_key = KeyTemplate("deltas/sha256/{digest}")  # by the digest of the file that the delta rebuilds
+request_key = KeyTemplate("requests/{request}/request.json")
+event_key = KeyTemplate("requests/{request}/events/{number}.json")
+index_key = KeyTemplate("index/{status}/{line}/{second}.{number}.{request}")  # received at, last event, request
+run_key = KeyTemplate("runs/{run}/{name}")
+run_event_key = KeyTemplate("runs/{run}/events/{number}.json")
+scratch_key = KeyTemplate("scratch/{run}/{path}")
+certificate_key = KeyTemplate("certificates/{request}.json")
+addendum_key = KeyTemplate("addenda/{request}/{path}")
+lease_key = KeyTemplate("leases/{line}.json")
+work_key = KeyTemplate("work/{digest}.json")  # notes that work was refused, by the digest of all it depends on
+probe_key = KeyTemplate("probe/{path}")
 
 
 def index_prefix(status: str, line: str = "") -> str:
@@ -206,83 +235,48 @@ def index_prefix(status: str, line: str = "") -> str:
     return f"{folder}{check_id('model line', line)}/" if line else folder
 
 
-def index_key(status: str, line: str, received: int, number: int, request: str) -> str:
-    """Return the key of the index entry that says where a request stands after its n-th event.
+LAYOUT: Mapping[str, KeyTemplate] = {
+    "head": head_key,
+    "manifest": version_key,
+    "disposed": version_disposal_key,
+    "hold": version_hold_key,
+    "blob": blob_key,
+    "delta": delta_key,
+    "request": request_key,
+    "event": event_key,
+    "index": index_key,
+    "run event": run_event_key,
+    "scratch": scratch_key,
+    "certificate": certificate_key,
+    "addendum": addendum_key,
+    "lease": lease_key,
+    "work": work_key,
+    "probe": probe_key,
+}
+RUN_FILES: Mapping[str, re.Pattern[str]] = {
+    "record": re.compile(r"(run|evidence|decision)\.json"),
+    "mark": re.compile(r"(disposed|attested)-[a-z]+\.json"),
+    "report": re.compile(r".+\.html"),
+    "mask": re.compile(r"mask.*"),
+    "candidate": re.compile(r".+\.safetensors"),
+}
+"""The kinds of files of a run (`run_key`), by their names; the first that fits counts."""
 
-    Args:
-        status: where it stands.
-        line: its model line.
-        received: when it was received, in whole seconds since 1970.
-        number: of the event that put it there; 0 before the first.
-        request: its id.
+
+def kind_of_key(key: str) -> tuple[str, Mapping[str, str]]:
+    """Return the kind of a key and the values in it; `unknown` for a key that SalUn does not write.
+
+    Example:
+        >>> kind_of_key("scratch/run-1/forget.json")
+        ('scratch', {'run': 'run-1', 'path': 'forget.json'})
+        >>> kind_of_key("holiday/photo.jpg")
+        ('unknown', {})
     """
-    if not 0 <= received < 10_000_000_000 or not 0 <= number < 1_000_000:
-        raise UsageError(f"an index entry of request {request[:80]!r} is out of range", f"{received}, {number}", "")
-    return f"{index_prefix(status, line)}{received:010d}.{number:06d}.{check_id('request', request)}"
-
-
-def run_prefix(run: str) -> str:
-    """Return the folder of an unlearning run's documents."""
-    return f"runs/{check_id('run', run)}/"
-
-
-def run_event_key(run: str, number: int) -> str:
-    """Return the key of a run's n-th event; six digits, so that key order is the order of events."""
-    if not 0 <= number < 1_000_000:
-        raise UsageError(f"event number {number} is out of range", "events are numbered from 0 to 999999", "")
-    return f"{run_prefix(run)}events/{number:06d}.json"
-
-
-def version_hold_key(line: str, digest: str) -> str:
-    """Return the key of a hold that keeps a superseded version from being purged."""
-    return f"holds/{check_id('model line', line)}/{_digest(digest)}.json"
-
-
-def version_disposal_key(line: str, digest: str) -> str:
-    """Return the key of the record of a version's files that were disposed of."""
-    return f"{versions_prefix(line)}{_digest(digest)}/disposed.json"
-
-
-def deltas_prefix() -> str:
-    """Return the folder of all files that are stored as their difference to another."""
-    return "deltas/sha256/"
-
-
-def delta_key(digest: str) -> str:
-    """Return the key of a file that is stored as its difference to another, by the SHA-256 of the whole file."""
-    return f"{deltas_prefix()}{_digest(digest)}"
-
-
-def addendum_key(request: str, name: str) -> str:
-    """Return the key of a document that was added to a request's certificate later."""
-    return f"addenda/{check_id('request', request)}/{check_file_name(name)}"
-
-
-def work_key(digest: str) -> str:
-    """Return the key of the note that a piece of work was refused, by the digest of all that it depends on."""
-    return f"work/{_digest(digest)}.json"
-
-
-def run_key(run: str, name: str) -> str:
-    """Return the key of a document of an unlearning run."""
-    return f"runs/{check_id('run', run)}/{check_file_name(name)}"
-
-
-def certificate_key(request: str) -> str:
-    """Return the key of a request's erasure certificate."""
-    return f"certificates/{check_id('request', request)}.json"
-
-
-def lease_key(line: str) -> str:
-    """Return the key of a model line's lease."""
-    return f"leases/{check_id('model line', line)}.json"
-
-
-def scratch_prefix(run: str) -> str:
-    """Return the folder of a run's short-lived files."""
-    return f"scratch/{check_id('run', run)}/"
-
-
-def scratch_key(run: str, name: str) -> str:
-    """Return the key of a run's short-lived file."""
-    return f"{scratch_prefix(run)}{check_file_name(name)}"
+    for kind, template in LAYOUT.items():
+        if (values := template.match(key)) is not None:
+            return kind, values
+    values = run_key.match(key) or {}
+    for kind, pattern in RUN_FILES.items():
+        if values and pattern.fullmatch(values["name"]):
+            return kind, values
+    return "unknown", {}

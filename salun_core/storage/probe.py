@@ -18,6 +18,7 @@ from pydantic import Field
 
 from salun_core.config import Document
 from salun_core.errors import StoreError
+from salun_core.storage.keys import probe_key
 from salun_core.storage.objects import ObjectStore
 
 _CREATORS = 16
@@ -75,7 +76,7 @@ def probe(store: ProbedStore) -> ProbeReport:
         StoreError: the store cannot be reached or refuses us.
     """
     begin = time.monotonic()
-    folder = f"probe/{secrets.token_hex(8)}"
+    folder = probe_key(secrets.token_hex(8))
     promises = (_one_creator, _one_swapper, _stale_etag, _fresh_etag, _missing_key, _read_after_write)
     try:
         with ThreadPoolExecutor(len(promises)) as pool:  # a store may make the losers of a race wait

@@ -19,7 +19,7 @@ from salun_core.digest import canonical_json
 from salun_core.errors import ConflictError, IntegrityError
 from salun_core.requests.schema import RequestId
 from salun_core.storage.documents import Count, Digest, LineId, RunId, ShortText, Text, UtcTime, parse_stored
-from salun_core.storage.keys import run_event_key, run_key, run_prefix
+from salun_core.storage.keys import run_event_key, run_events_prefix, run_key
 from salun_core.storage.objects import ObjectStore
 from salun_core.times import Clock, as_utc
 
@@ -162,7 +162,7 @@ class RunLog:
         Raises:
             IntegrityError: the document is damaged, or an event is missing.
         """
-        keys = [entry.key for entry in self._store.list(f"{run_prefix(run)}events/")]
+        keys = [entry.key for entry in self._store.list(run_events_prefix(run))]
         if not keys:
             return None
         stored = self._store.get(keys[-1])

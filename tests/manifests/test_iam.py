@@ -23,11 +23,12 @@ from salun_core.requests.gauges import GaugeReader
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Status
-from salun_core.retention.inventory import LAYOUT, take_stock
+from salun_core.retention.inventory import take_stock
 from salun_core.steps.claim import probe_once
 from salun_core.storage import erase
 from salun_core.storage import keys as names
 from salun_core.storage import seaweedfs as weed
+from salun_core.storage.keys import LAYOUT, RUN_FILES
 from salun_core.storage.leases import acquire, release
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.runs import RunLog, RunStatus
@@ -178,7 +179,7 @@ def allowed(call, **arguments):
 
 
 def test_the_matrix_has_every_kind_of_key():
-    assert {*KEYS} - {"stranger"} == {*LAYOUT} - {"unknown"}
+    assert {*KEYS} - {"stranger"} == {*LAYOUT, *RUN_FILES}
     assert {*READ} == {*WRITE} == {*ROLES}
 
 

@@ -465,7 +465,7 @@ BUILDERS = {
     names.request_key: "requests/",
     names.certificate_key: "certificates/",
     names.scratch_prefix: "scratch/",
-    names.run_prefix: "runs/",
+    names.run_events_prefix: "runs/",
     names.index_prefix: "index/",
     partial(names.addendum_key, "r-1"): "addenda/r-1/",
     partial(names.run_key, "run-1"): "runs/run-1/",

@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from salun_core.errors import IntegrityError
 from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.schema import Outcome, Status
-from salun_core.retention.inventory import LAYOUT, Artifact, RequestFacts, RunFacts, Stock, kind_of_key, parse_artifact
+from salun_core.retention.inventory import Artifact, RequestFacts, RunFacts, Stock, parse_artifact
 from salun_core.retention.rules import Kind, RetentionRules, is_known, plan
 from salun_core.storage import keys as names
 from salun_core.storage.erase import StoredKey, Upload
+from salun_core.storage.keys import LAYOUT, RUN_FILES, kind_of_key
 from salun_core.sweeps.runs import RunStatus
 from tests.folder_model import TEXT, UNET, VAE
 
@@ -299,7 +300,12 @@ def test_forget_data_of_an_unknown_run_go_a_day_after_the_last_was_written(world
 
 
 def test_unknown_keys_are_listed_and_left_alone(world):
-    known = {"leases/faces.json", "index/queued/faces/1.2.r", "certificates/r.json", f"work/{sha('w')}.json"}
+    known = {
+        "leases/faces.json",
+        names.index_key("queued", "faces", 1, 2, "r"),
+        "certificates/r.json",
+        f"work/{sha('w')}.json",
+    }
     unknown = ["photo.jpg", "blobs/sha256/short", "scratch/UP/x", "lines/faces/versions/x/y"]
     for key in [*known, *unknown]:
         world.put(key)
@@ -332,7 +338,7 @@ def test_every_key_that_is_built_is_understood():
     ]
     assert "unknown" not in {kind_of_key(key)[0] for key in built}
     assert len({kind_of_key(key)[0] for key in built}) == len(built) - 1  # evidence is a record like run.json
-    assert set(LAYOUT) >= {kind_of_key(key)[0] for key in built}
+    assert {*LAYOUT, *RUN_FILES} >= {kind_of_key(key)[0] for key in built}
 
 
 def test_pipeline_artifacts_with_weights_go_and_evidence_stays(world):

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from salun_core.digest import sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, StoreError, UsageError
 from salun_core.registry.lookup import read_version
-from salun_core.registry.sparse import dependants, full_copy_every, materialise, put_sparse
+from salun_core.registry.sparse import full_copy_every, materialise, put_sparse
 from salun_core.registry.versions import fetch_version, publish, publish_head, stage_version
 from salun_core.storage import blobs
 from salun_core.storage import delta as delta_module
@@ -313,6 +313,12 @@ def test_of_a_folder_only_what_changed_is_stored_again_and_as_a_difference(store
         stage_version(store, {**fields, "parent": head.version}, write_folder(tmp_path / "x", 9), {UNET: after[UNET]})
 
 
+def dependants(store, digest):
+    """Return the digests of the files that are stored as deltas to one."""
+    found = [delta_facts(store, entry.key.rpartition("/")[2]) for entry in store.list("deltas/")]
+    return [facts.sha256 for facts in found if facts.base == digest]
+
+
 def store_size(store, digest):
     keys = {names.blob_key(digest), names.delta_key(digest)}
     return sum(entry.size for entry in [*store.list("blobs/"), *store.list("deltas/")] if entry.key in keys)
@@ -396,12 +402,10 @@ def test_a_damaged_delta_or_base_is_refused(store, weights, tmp_path):
 
 @pytest.mark.s3
 def test_a_delta_of_another_file_is_refused(store, weights, tmp_path):
-    _, (base, child) = stored_chain(store, weights, 1)
+    _, (_, child) = stored_chain(store, weights, 1)
     overwrite(store, names.delta_key("0" * 64), store.read_start(names.delta_key(child), 10**6))
     with pytest.raises(IntegrityError, match="does not match its digest"):
         fetch_blob(store, "0" * 64, tmp_path / "out")
-    with pytest.raises(IntegrityError):
-        dependants(store, base)
 
 
 @pytest.mark.s3
