@@ -23,23 +23,23 @@ def quick_evaluation(judge: Path, **changes: object):
 
 def tiny_ddpm(folder: Path, judge: Path, **changes: object) -> Path:
     """Write the folder of a class-conditional DDPM of digits."""
+    from examples.small_diffusion import resolve_recipe, train
     from salun_core.data import DataSpec
-    from salun_core.tasks.diffusion.training import ddpm_recipe, train_ddpm
 
-    recipe = ddpm_recipe({"steps": 2, "epochs": 1, "channels": [16, 16], "batch_size": 16, "device": "cpu"})
-    train_ddpm(DataSpec(source="digits"), recipe, folder, quick_evaluation(judge, **changes))
+    recipe = resolve_recipe("ddpm", {"steps": 2, "epochs": 1, "channels": [16, 16], "batch_size": 16, "device": "cpu"})
+    train(DataSpec(source="digits"), recipe, folder, quick_evaluation(judge, **changes))
     return folder
 
 
 def tiny_stable_diffusion(folder: Path, judge: Path, **changes: object) -> Path:
     """Write the folder of a Stable Diffusion of digits."""
+    from examples.small_diffusion import resolve_recipe, train
     from salun_core.data import DataSpec
-    from salun_core.tasks.diffusion.training import stable_diffusion_recipe, train_stable_diffusion
 
     small = {"channels": [16, 16], "autoencoder_channels": [8, 8], "autoencoder_steps": 2, "text_steps": 2}
-    recipe = stable_diffusion_recipe({"steps": 2, "epochs": 1, "batch_size": 16, "device": "cpu", **small})
+    recipe = resolve_recipe("stable-diffusion", {"steps": 2, "epochs": 1, "batch_size": 16, "device": "cpu", **small})
     spec = DataSpec(source="digits", size=16, channels=3, train_limit=300)
-    train_stable_diffusion(spec, recipe, folder, quick_evaluation(judge, **changes))
+    train(spec, recipe, folder, quick_evaluation(judge, **changes))
     return folder
 
 

@@ -15,7 +15,15 @@ import numpy as np
 from pydantic import Field
 
 from salun_core.bench.plan import Cell, SuiteRun
-from salun_core.bench.suite import BaseModelSpec, JudgeSpec, RandomTarget, Request, Scenario, SequenceTarget
+from salun_core.bench.suite import (
+    BaseModelSpec,
+    JudgeSpec,
+    RandomTarget,
+    Request,
+    Scenario,
+    SequenceTarget,
+    diffusion_example,
+)
 from salun_core.config import Document, load, read_document
 from salun_core.data import DataSpec
 from salun_core.data.split import SplitManifest
@@ -325,17 +333,11 @@ class Preparation:
         return folder, digest
 
     def _train_diffusion(self, wish: BaseModelSpec, seed: int, folder: Path, checkpoints: Path) -> None:
-        from salun_core.tasks.diffusion import training
-
-        spec, given = self.plan.data, {**wish.training, "seed": seed}
-        assert spec is not None
-        said = self._progress(folder.name)
-        if self.plan.suite.kind == "class-conditional":
-            recipe = training.ddpm_recipe(given)
-            training.train_ddpm(spec, recipe, folder, checkpoints=checkpoints, on_epoch=said)
-            return
-        text = training.stable_diffusion_recipe({"prompt": wish.prompt, **given})
-        training.train_stable_diffusion(spec, text, folder, checkpoints=checkpoints, on_epoch=said)
+        kind, settings = self.plan.suite.kind, {**wish.training, "seed": seed}
+        if kind == "text-to-image":
+            settings = {"prompt": wish.prompt, **settings}
+        example, recipe = diffusion_example(kind, settings)
+        example.train(self.plan.data, recipe, folder, None, checkpoints, self._progress(folder.name))
 
     def _reference(self, base: Path, forget: Path, seed: int, inputs: dict[str, str]) -> tuple[Path, str] | None:
         given = self.plan.size.retrain

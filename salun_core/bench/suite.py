@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
+from salun_core.checkout import load_example
 from salun_core.config import Document, parse, read_document
 from salun_core.data import DataSpec
 from salun_core.data.targets import ClassTarget, ConceptTarget, SubjectTarget
@@ -17,6 +19,7 @@ from salun_core.models.card import DiffusionEvaluation
 from salun_core.tuning import parse_budget
 
 SUITES = Path("benchmarks", "suites")
+DIFFUSION_EXAMPLE = "small_diffusion"  # trains the base of a suite; loaded by name, for only a checkout has it
 SizeName = Literal["cpu", "paper"]
 Kind = Literal["classification", "class-conditional", "text-to-image"]
 
@@ -382,7 +385,7 @@ def _of_model(kind: str, model: Plain, size: Plain) -> Iterator[str]:
     settings = model.get("training", {})
     if folder is not None and settings:
         yield "a model in a folder is not trained: leave `training` out"
-    elif isinstance(settings, dict):
+    elif folder is None and isinstance(settings, dict):
         if "seed" in settings:
             yield "training sets a seed: the suite's `seeds` do"
         yield from _refused(lambda: _training(settings) if kind == "classification" else _recipe(kind, settings))
@@ -400,10 +403,17 @@ def _training(settings: Plain) -> None:
 
 
 def _recipe(kind: str, settings: Plain) -> None:
-    from salun_core.config import parse
-    from salun_core.methods.diffusion.training import DdpmRecipe, StableDiffusionRecipe
+    diffusion_example(kind, settings)
 
-    parse(DdpmRecipe if kind == "class-conditional" else StableDiffusionRecipe, dict(settings), "recipe")
+
+def diffusion_example(kind: str, settings: Mapping[str, Any]) -> tuple[ModuleType, Any]:
+    """Return the example that trains a suite's diffusion model from scratch, and the resolved recipe.
+
+    Raises:
+        UsageError: unknown settings, or no checkout.
+    """
+    example = load_example(DIFFUSION_EXAMPLE)
+    return example, example.resolve_recipe("ddpm" if kind == "class-conditional" else "stable-diffusion", settings)
 
 
 def _retrain(settings: Plain) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from salun_core.data import DataSpec
     from salun_core.models.card import DiffusionEvaluation
     from salun_core.registry.history import VersionSummary
-    from salun_core.tasks.diffusion.training import MadeDiffusion
+    from salun_core.tasks.diffusion.importing import MadeDiffusion
 
 CLASSIFIER = "classifier"
 
@@ -194,34 +194,33 @@ def _train_diffusion(kind: str, about: str) -> Callable[..., None]:
         store: OptionalStore = None,
         dry_run: DryRun = False,
     ) -> None:
+        from salun_core.checkout import load_example
         from salun_core.data import load_spec
-        from salun_core.tasks.diffusion import training
+        from salun_core.tasks.diffusion.importing import register_diffusion
 
-        kinds: dict[str, tuple[Callable[..., Any], Callable[..., MadeDiffusion], DiffusionEvaluation]] = {
-            "ddpm": (training.ddpm_recipe, training.train_ddpm, training.JUDGED_PIXELS),
-            "stable-diffusion": (training.stable_diffusion_recipe, training.train_stable_diffusion, training.JUDGED),
-        }
-        recipe_of, train_kind, defaults = kinds[kind]
-        recipe = recipe_of({"seed": seed, **read_settings(settings)})
-        spec, judged, to = load_spec(data), _evaluation(judge, evaluation, defaults), _Destination(out, line, store)
+        example = load_example("small_diffusion")
+        recipe = example.resolve_recipe(kind, {"seed": seed, **read_settings(settings)})
+        spec, to = load_spec(data), _Destination(out, line, store)
+        settings_of_images = _evaluation(judge, evaluation, example.KINDS[kind][1])
         if dry_run:
             to.plan(f"train {kind}", spec)
             return
         to.check()
         with epoch_progress(f"train {kind}", recipe.epochs) as on_epoch:
-            made = train_kind(spec, recipe, out, judged, checkpoints, on_epoch)
-        to.finish(training.register_diffusion, "train", _made(made))
+            made = example.train(spec, recipe, out, settings_of_images, checkpoints, on_epoch)
+        to.finish(register_diffusion, "train", _made(made))
 
     train.__doc__ = about
     return train
 
 
 train_ddpm = _train_diffusion(
-    "ddpm", "Train a small class-conditional DDPM from fresh weights, and write its model folder."
+    "ddpm",
+    "Train a small class-conditional DDPM from fresh weights, and write its model folder. It needs a checkout.",
 )
 train_stable_diffusion = _train_diffusion(
     "stable-diffusion",
-    "Train a small Stable Diffusion from fresh weights, its autoencoder first, and write its model folder.",
+    "Train a small Stable Diffusion from fresh weights, and write its model folder. It needs a checkout.",
 )
 
 
@@ -246,15 +245,16 @@ def import_diffusion(
 ) -> None:
     """Turn a diffusers folder into a model folder. It reads safetensors only and runs no code in the folder."""
     from salun_core.data import load_spec
-    from salun_core.tasks.diffusion import importing, training
+    from salun_core.models.card import DiffusionEvaluation
+    from salun_core.tasks.diffusion import importing
 
-    judged = _evaluation(judge, evaluation, training.JUDGED)
+    settings = _evaluation(judge, evaluation, DiffusionEvaluation())
     spec = load_spec(data) if data else None
     names = [name.strip() for name in classes.split(",")] if classes else []
     to = _Destination(out, line, store)
     to.check()
-    made = importing.import_diffusion(source, spec, out, prompt, judged, names, hub)
-    to.finish(training.register_diffusion, "import", _made(made))
+    made = importing.import_diffusion(source, spec, out, prompt, settings, names, hub)
+    to.finish(importing.register_diffusion, "import", _made(made))
 
 
 def _evaluation(judge: str | None, settings: list[str], defaults: DiffusionEvaluation) -> DiffusionEvaluation:

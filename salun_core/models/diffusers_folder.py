@@ -287,8 +287,8 @@ def load_diffusion(folder: Path) -> LoadedDiffusion:
     return LoadedDiffusion(found, card, split)
 
 
-def hush() -> None:
-    """Keep the libraries' progress bars and advice off the terminal: what matters, we say ourselves."""
+def silence_logs() -> None:
+    """Silence progress bars and advice of diffusers and transformers; errors still pass."""
     import diffusers
     import transformers
 
@@ -299,7 +299,7 @@ def hush() -> None:
 
 def read_diffusers(folder: Path) -> Components:
     """Read a diffusers folder, with or without a card; errors as for `load_diffusion`."""
-    hush()
+    silence_logs()
     plan = check_folder(folder)
     parts = {component.name: _part(folder, component) for component in plan.components}
     return Components(folder, plan.pipeline, parts, plan.settings, folder_digest(folder))

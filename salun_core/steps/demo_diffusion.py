@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from salun_core.checkout import load_example
 from salun_core.config import load
 from salun_core.data import DataSpec, load_data
 from salun_core.data.forget_set import ClassTarget
@@ -23,16 +24,7 @@ from salun_core.steps.publishing import DECISION, EVIDENCE
 from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.storage import FileStore, open_store
 from salun_core.tasks.classification.training import register_model, train_model, training_config
-from salun_core.tasks.diffusion.training import (
-    JUDGED,
-    JUDGED_PIXELS,
-    MadeDiffusion,
-    ddpm_recipe,
-    register_diffusion,
-    stable_diffusion_recipe,
-    train_ddpm,
-    train_stable_diffusion,
-)
+from salun_core.tasks.diffusion.importing import MadeDiffusion, register_diffusion
 from salun_core.times import utc_clock
 
 Kind = Literal["stable-diffusion", "ddpm"]
@@ -44,9 +36,9 @@ _SIZES: dict[Kind, dict[str, Any]] = {
     "stable-diffusion": {"size": 32, "channels": 3, "train_limit": 20_000, "test_limit": 2000},
     "ddpm": {"size": 16, "channels": 1, "train_limit": 20_000, "test_limit": 2000},
 }
-_JUDGED: dict[Kind, DiffusionEvaluation] = {
-    "stable-diffusion": JUDGED.model_copy(update={"guidance_scale": 5.0, "images_per_class": 60}),
-    "ddpm": JUDGED_PIXELS.model_copy(update={"images_per_class": 60}),
+_EVALUATIONS: dict[Kind, DiffusionEvaluation] = {
+    "stable-diffusion": DiffusionEvaluation(guidance_scale=5.0, images_per_class=60),
+    "ddpm": DiffusionEvaluation(guidance_scale=1.5, images_per_class=60),
 }
 
 
@@ -111,7 +103,7 @@ def run_diffusion_demo(
     judge, seconds = _judge(store, spec, work, say, progress)
     line = free_line(store, kind)
     started = time.perf_counter()
-    made = _train(kind, spec, work / "model", _JUDGED[kind].model_copy(update={"judge": judge}), progress)
+    made = _train(kind, spec, work / "model", _EVALUATIONS[kind].model_copy(update={"judge": judge}), progress)
     seconds["train"] = time.perf_counter() - started
     say(f"trained {kind} with {made.parameters:,} parameters in {seconds['train']:.0f} s")
     parent = register_diffusion(store, line, work / "model", "train", len(split.train))
@@ -143,10 +135,8 @@ def _judge(store: FileStore, spec: DataSpec, work: Path, say: Say, progress: Pro
 
 
 def _train(kind: Kind, spec: DataSpec, out: Path, judged: DiffusionEvaluation, progress: Progress) -> MadeDiffusion:
-    if kind == "ddpm":
-        recipe = ddpm_recipe()
-        with progress("ddpm", recipe.epochs) as on_epoch:
-            return train_ddpm(spec, recipe, out, judged, on_epoch=on_epoch)
-    text = stable_diffusion_recipe()
-    with progress("stable-diffusion", text.epochs) as on_epoch:
-        return train_stable_diffusion(spec, text, out, judged, on_epoch=on_epoch)
+    example = load_example("small_diffusion")
+    recipe = example.resolve_recipe(kind)
+    with progress(kind, recipe.epochs) as on_epoch:
+        made: MadeDiffusion = example.train(spec, recipe, out, judged, on_epoch=on_epoch)
+        return made

@@ -9,7 +9,7 @@ from pipelines.packages import COMPILED
 from salun_core.models import load_model
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.tasks.classification.training import register_model
-from salun_core.tasks.diffusion.training import register_diffusion
+from salun_core.tasks.diffusion.importing import register_diffusion
 from tests.tiny_generation import CLASS, PERMISSIVE, QUICK, tiny_ddpm
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")

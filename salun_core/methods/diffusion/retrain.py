@@ -2,7 +2,7 @@
 
     min_θ  E||ε - ε_θ(x_t | c_r)||²  over D_r,    starting at fresh weights; c_r is the null condition once in ten
 
-The defaults are those that the small base models are trained with (`DenoiserRecipe`).
+The defaults are those of the small base models (`examples/small_diffusion`).
 
 Source: Fan et al., "SalUn", ICLR 2024; Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022, algorithm 1.
 """

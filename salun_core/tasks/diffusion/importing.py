@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,31 @@ from salun_core.models.diffusers_folder import (
     copies,
     document_bytes,
     folder_digest,
+    model_files,
     read_diffusers,
     refuse_pickle,
 )
-from salun_core.tasks.diffusion.training import JUDGED, MadeDiffusion
+from salun_core.registry.versions import publish_head, stage_version
+from salun_core.storage import FileStore
 
 _KEPT = {".json", ".txt", ".safetensors", ".model"}
-_CLASS_TOLD = ("UNet2DModel", "DiTTransformer2DModel")
+_CLASS_CONDITIONAL = ("UNet2DModel", "DiTTransformer2DModel")
+_EVALUATION = DiffusionEvaluation()
+
+
+@dataclass(frozen=True)
+class MadeDiffusion:
+    """A diffusion model folder that was written.
+
+    Args:
+        digest: of the model.
+        parameters: number of weights of its denoiser.
+        loss: of the last epoch of its training; None for an import.
+    """
+
+    digest: str
+    parameters: int
+    loss: float | None
 
 
 def import_diffusion(
@@ -36,7 +55,7 @@ def import_diffusion(
     spec: DataSpec | None,
     out: Path,
     prompt: str = "an image of a {label}",
-    evaluation: DiffusionEvaluation = JUDGED,
+    evaluation: DiffusionEvaluation = _EVALUATION,
     classes: Sequence[str] = (),
     hub: bool = False,
 ) -> MadeDiffusion:
@@ -162,7 +181,7 @@ def card_of(
     kind = type(model.network).__name__
     channels, height, width = _size(model)
     fields = {
-        "task": "class-conditional" if kind in _CLASS_TOLD else "text-to-image",
+        "task": "class-conditional" if kind in _CLASS_CONDITIONAL else "text-to-image",
         "architecture": kind,
         "classes": classes,
         "prompt": prompt,
@@ -189,3 +208,27 @@ def _size(model: Components) -> tuple[int, int, int]:
         return int(config["in_channels"]), height, width
     step = 2 ** (len(vae.config.block_out_channels) - 1)
     return int(vae.config.in_channels), height * step, width * step
+
+
+def register_diffusion(store: FileStore, line: str, folder: Path, method: str, trained_on: int) -> str:
+    """Publish the model folder of a diffusion model as the first version of a line.
+
+    Args:
+        store: of the line.
+        line: its name; it must have no HEAD.
+        folder: the model.
+        method: train or import.
+        trained_on: number of training samples, 0 if it is unknown.
+
+    Returns:
+        The version's digest.
+
+    Raises:
+        ConflictError: the line exists.
+        UsageError: a file's name cannot be stored.
+    """
+    names = [*model_files(folder), CARD, SPLIT]
+    fields = {"line": line, "parent": None, "method": method, "lineage": {"trained_on": trained_on}}
+    version, _ = stage_version(store, fields, {name: folder / name for name in names})
+    publish_head(store, line, version, None, None)
+    return version

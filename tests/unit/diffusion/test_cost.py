@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler  # noqa: E402
 
 from benchmarks.diffusion_cost import LiveBytes, sampling_peak, small_unet  # noqa: E402
 from benchmarks.diffusion_flops import batch_of, context_of, flops, our_step, usual_step  # noqa: E402
+from examples.small_diffusion.recipes import StableDiffusionRecipe, build_autoencoder, build_text_encoder  # noqa: E402
 from salun_core.diffusion.architectures import build_architecture  # noqa: E402
 from salun_core.diffusion.conditions import ConditionTable  # noqa: E402
 from salun_core.diffusion.denoiser import Denoiser  # noqa: E402
@@ -21,11 +22,6 @@ from salun_core.diffusion.latents import latents_of  # noqa: E402
 from salun_core.diffusion.process import Process  # noqa: E402
 from salun_core.methods.diffusion import ExampleSets, diffusion_config, unlearn_denoiser  # noqa: E402
 from salun_core.methods.diffusion.saliency import denoiser_mask, denoising_scores  # noqa: E402
-from salun_core.methods.diffusion.training import (  # noqa: E402
-    StableDiffusionRecipe,
-    build_autoencoder,
-    build_text_encoder,
-)
 
 
 def test_a_pair_costs_at_most_0_55_of_the_usual_procedure():

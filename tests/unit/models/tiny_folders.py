@@ -10,7 +10,7 @@ SIDE, LENGTH, WIDTH = 8, 12, 16
 
 
 def tokenizer():
-    from salun_core.methods.diffusion.training import build_tokenizer
+    from examples.small_diffusion.recipes import build_tokenizer
 
     return build_tokenizer(PROMPTS, LENGTH)
 

@@ -26,8 +26,8 @@ from salun_core.steps.sweep import sweep_once
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage.keys import certificate_key
 from salun_core.tasks import open_inputs
+from salun_core.tasks.diffusion.importing import register_diffusion
 from salun_core.tasks.diffusion.inputs import label_of, rows_of
-from salun_core.tasks.diffusion.training import register_diffusion
 from salun_core.times import utc_clock
 from tests.tiny_generation import CLASS, OTHER, PERMISSIVE, QUICK, target_file, tiny_ddpm, tiny_stable_diffusion
 

@@ -1,4 +1,4 @@
-"""Small diffusion models from the digits to a model folder that loads, draws and can be published."""
+"""Small diffusion models the model folder loads, generates images and can be published."""
 
 import pytest
 
@@ -7,6 +7,7 @@ pytest.importorskip("transformers", reason="the extra `generation` is not instal
 
 import torch
 
+from examples.small_diffusion import resolve_recipe, train
 from salun_core.data import DataSpec
 from salun_core.diffusion.families import family_of
 from salun_core.diffusion.sampling import images
@@ -14,43 +15,38 @@ from salun_core.errors import DataError, UsageError
 from salun_core.models.card import DiffusionEvaluation
 from salun_core.models.diffusers_folder import load_diffusion, model_files
 from salun_core.registry.lookup import read_head, read_version
-from salun_core.tasks.diffusion.training import (
-    ddpm_recipe,
-    register_diffusion,
-    stable_diffusion_recipe,
-    train_ddpm,
-    train_stable_diffusion,
-)
+from salun_core.tasks.diffusion.importing import register_diffusion
 
 DIGITS = DataSpec(source="digits", train_limit=64)
 SHORT = {"steps": 2, "epochs": 2, "batch_size": 8, "channels": [8, 16], "head_channels": 4, "device": "cpu"}
-JUDGED = DiffusionEvaluation(steps=2, judge="judges")
+EVALUATION = DiffusionEvaluation(steps=2, judge="judges")
 
 
 def _drawn(folder):
     loaded = load_diffusion(folder)
     family = family_of(loaded)
     table = family.conditions([loaded.card.prompt_of("3")])
-    return torch.cat(list(images(family.denoiser, table, family.sampler(JUDGED), [0], [1], family.decode)))
+    return torch.cat(list(images(family.denoiser, table, family.sampler(EVALUATION), [0], [1], family.decode)))
 
 
 def test_ddpm_is_trained_into_a_folder_that_draws(tmp_path):
-    made = train_ddpm(DIGITS, ddpm_recipe(SHORT), tmp_path / "model", JUDGED)
+    made = train(DIGITS, resolve_recipe("ddpm", SHORT), tmp_path / "model", EVALUATION)
     loaded = load_diffusion(tmp_path / "model")
     assert loaded.digest == made.digest
     assert loaded.network.config.num_class_embeds == 11
-    assert (loaded.card.classes, loaded.card.evaluation) == ([str(digit) for digit in range(10)], JUDGED)
+    assert (loaded.card.classes, loaded.card.evaluation) == ([str(digit) for digit in range(10)], EVALUATION)
     assert loaded.card.split_digest == loaded.split.digest
     assert loaded.card.training["steps"] == 2
     assert _drawn(tmp_path / "model").shape == (1, 3, 8, 8)
 
 
 def test_stable_diffusion_is_trained_into_a_folder_that_draws(tmp_path):
-    recipe = stable_diffusion_recipe(
-        {**SHORT, "autoencoder_channels": [8, 8], "autoencoder_steps": 2, "text_width": 16, "prompt": "a {label}"}
+    recipe = resolve_recipe(
+        "stable-diffusion",
+        {**SHORT, "autoencoder_channels": [8, 8], "autoencoder_steps": 2, "text_width": 16, "prompt": "a {label}"},
     )
-    made = train_stable_diffusion(DIGITS, recipe, tmp_path / "model", JUDGED)
-    again = train_stable_diffusion(DIGITS, recipe, tmp_path / "again", JUDGED)
+    made = train(DIGITS, recipe, tmp_path / "model", EVALUATION)
+    again = train(DIGITS, recipe, tmp_path / "again", EVALUATION)
     assert made.digest == again.digest
     loaded = load_diffusion(tmp_path / "model")
     assert loaded.card.prompt_of("3") == "a 3"
@@ -60,7 +56,7 @@ def test_stable_diffusion_is_trained_into_a_folder_that_draws(tmp_path):
 
 @pytest.mark.s3
 def test_folder_becomes_the_first_version_of_a_line(store, tmp_path):
-    train_ddpm(DIGITS, ddpm_recipe(SHORT), tmp_path / "model", JUDGED)
+    train(DIGITS, resolve_recipe("ddpm", SHORT), tmp_path / "model", EVALUATION)
     version = register_diffusion(store, "digits", tmp_path / "model", "train", 64)
     head, _ = read_head(store, "digits")
     assert head.version == version
@@ -70,9 +66,9 @@ def test_folder_becomes_the_first_version_of_a_line(store, tmp_path):
 
 def test_images_that_the_recipe_cannot_halve_are_refused(tmp_path):
     with pytest.raises(DataError, match="multiple of 16"):
-        train_ddpm(DIGITS, ddpm_recipe({**SHORT, "channels": [8] * 5}), tmp_path / "model")
+        train(DIGITS, resolve_recipe("ddpm", {**SHORT, "channels": [8] * 5}), tmp_path / "model")
 
 
 def test_unknown_keys_of_a_recipe_are_named():
     with pytest.raises(UsageError, match="did you mean 'channels'"):
-        ddpm_recipe({"channel": [8]})
+        resolve_recipe("ddpm", {"channel": [8]})

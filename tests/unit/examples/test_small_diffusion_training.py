@@ -1,4 +1,4 @@
-"""Training of small diffusion models: it learns, it resumes exactly, and its average is the average."""
+"""Training of small diffusion models: loss, exact resume, moving average."""
 
 import pytest
 
@@ -8,14 +8,7 @@ pytest.importorskip("transformers", reason="the extra `generation` is not instal
 import torch
 from torch import nn
 
-from salun_core.diffusion.conditions import ConditionTable
-from salun_core.diffusion.denoiser import Denoiser
-from salun_core.diffusion.examples import Examples
-from salun_core.diffusion.latents import pixels_of
-from salun_core.diffusion.process import Process
-from salun_core.methods.checkpoint import FileCheckpoint
-from salun_core.methods.diffusion.training import (
-    Averaged,
+from examples.small_diffusion.recipes import (
     DdpmRecipe,
     StableDiffusionRecipe,
     build_autoencoder,
@@ -23,10 +16,14 @@ from salun_core.methods.diffusion.training import (
     build_scheduler,
     build_text_encoder,
     build_tokenizer,
-    train_autoencoder,
-    train_denoiser,
-    train_text_encoder,
 )
+from examples.small_diffusion.training import Averaged, train_autoencoder, train_denoiser, train_text_encoder
+from salun_core.diffusion.conditions import ConditionTable
+from salun_core.diffusion.denoiser import Denoiser
+from salun_core.diffusion.examples import Examples
+from salun_core.diffusion.latents import pixels_of
+from salun_core.diffusion.process import Process
+from salun_core.methods.checkpoint import FileCheckpoint
 
 RECIPE = DdpmRecipe(
     channels=[8, 16], head_channels=4, steps=12, epochs=3, batch_size=16, average=0.9, seed=3, device="cpu"
@@ -56,7 +53,7 @@ def _equal(first, second):
 
 @pytest.fixture(scope="module")
 def whole():
-    """A training without a break: the denoiser, and the loss of each epoch."""
+    """An uninterrupted training: the denoiser, and the loss of each epoch."""
     records = []
     return _train(on_epoch=records.append), [record.losses["denoising"] for record in records]
 
@@ -67,7 +64,7 @@ def test_loss_falls(whole):
     assert not denoiser.network.training
 
 
-def test_a_training_that_was_broken_off_ends_in_the_same_average(whole, tmp_path):
+def test_resumed_training_gives_the_same_average(whole, tmp_path):
     def stop(record):
         if record.epoch == 2:
             raise KeyboardInterrupt
@@ -78,27 +75,27 @@ def test_a_training_that_was_broken_off_ends_in_the_same_average(whole, tmp_path
     assert _equal(_train(store), whole[0])
 
 
-def test_average_follows_the_weights_by_its_decay():
+def test_average_follows_its_decay():
     network = nn.Linear(1, 1, bias=False)
     nn.init.constant_(network.weight, 0.0)
     averaged = Averaged(network, 0.5)
     expected = 0.0
     for step, value in enumerate([1.0, 4.0, -2.0, 8.0], start=1):
         nn.init.constant_(network.weight, value)
-        averaged.follow()
+        averaged.update()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
     assert averaged.result().weight.item() == pytest.approx(expected)
 
 
-def test_without_a_decay_the_network_itself_is_kept():
+def test_without_decay_the_result_is_the_network_itself():
     network = nn.Linear(1, 1)
     averaged = Averaged(network, 0.0)
-    averaged.follow()
+    averaged.update()
     assert averaged.result() is network
 
 
-def test_autoencoder_learns_and_its_latents_get_unit_variance():
+def test_autoencoder_learns_and_scaled_latents_have_unit_variance():
     recipe = StableDiffusionRecipe(
         autoencoder_channels=[8, 8], autoencoder_steps=30, epochs=3, steps=3, batch_size=16, device="cpu"
     )
@@ -112,8 +109,8 @@ def test_autoencoder_learns_and_its_latents_get_unit_variance():
     assert float(mean.std()) * autoencoder.config.scaling_factor == pytest.approx(1, abs=1e-3)
 
 
-def test_text_encoder_learns_to_tell_prompts_apart():
-    """Fresh weights say nearly the same of all; measured by the largest cosine between two prompts' means."""
+def test_text_encoder_learns_to_distinguish_prompts():
+    """The measure is the largest cosine between the mean embeddings of two prompts; with fresh weights it is near 1."""
     recipe = StableDiffusionRecipe(text_width=16, text_layers=1)
     prompts = ["an image of a bag", "an image of a coat", "an image of a dress", ""]
     tokenizer = build_tokenizer(prompts, 16)
