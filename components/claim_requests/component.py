@@ -64,6 +64,8 @@ def claim_requests(
         StoreError: The store's conditional writes are not safe.
         ConflictError: The run has ended already.
     """
+    import json
+
     from salun_core.steps.claim import claim_requests as step
     from salun_core.steps.claim import is_generative_line, sweep_terms
     from salun_core.steps.unlearning import parse_overrides
@@ -73,5 +75,6 @@ def claim_requests(
     generative = is_generative_line(store_uri, model_line)
     terms = sweep_terms(method, density, parse_overrides(method_config), generative=generative, **settings)
     found = step(store_uri, model_line, run_id, terms, dry_run=dry_run)
-    recipe = found.method, found.density, found.method_config
-    return found.requests, found.forget_manifest_uri, *recipe, found.reason
+    recipe = found.recipe
+    config = json.dumps(recipe.method_config, sort_keys=True)
+    return found.requests, found.forget_uri, recipe.method, recipe.density, config, found.reason

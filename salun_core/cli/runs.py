@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,10 +140,9 @@ def sweep(
 
 def sweep_facts(done: SweepOutcome) -> dict[str, Any]:
     """Return the outcome of a sweep as plain data."""
-    claimed, found = done.claimed, done.claimed.claim
+    claimed, recipe = done.claimed, done.claimed.recipe
     requests = _statuses(done.settled)
-    if found:
-        requests |= dict.fromkeys(found.nothing_to_erase, "completed") | dict.fromkeys(found.refused, "failed")
+    requests |= dict.fromkeys(claimed.nothing_to_erase, "completed") | dict.fromkeys(claimed.refused, "failed")
     verdict = None
     if done.outcome:
         verdict = f"PASSED: {done.outcome.published.decision.summary}"
@@ -152,10 +152,14 @@ def sweep_facts(done: SweepOutcome) -> dict[str, Any]:
         "run": done.run,
         "claimed": claimed.requests,
         "reason": claimed.reason,
-        "recipe": {"method": claimed.method, "density": claimed.density, "method_config": claimed.method_config},
+        "recipe": {
+            "method": recipe.method,
+            "density": recipe.density,
+            "method_config": json.dumps(recipe.method_config, sort_keys=True),
+        },
         "verdict": verdict,
         "requests": dict(sorted(requests.items())),
-        "recovered": list(found.recovered) if found else [],
+        "recovered": list(claimed.recovered),
         "version": done.settled.version if done.settled else None,
         "report": str(done.outcome.report) if done.outcome else None,
         "error": str(done.error) if done.error else None,

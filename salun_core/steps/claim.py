@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -34,29 +33,6 @@ from salun_core.times import Clock, utc_clock
 
 _PROBED = probe_key("passed.json")
 _PROBE_LASTS = timedelta(days=7)
-
-
-@dataclass(frozen=True)
-class Claimed:
-    """What the step hands on to the run.
-
-    Args:
-        requests: how many requests it claimed; 0 when there is nothing to do.
-        forget_manifest_uri: address of the sealed forget set.
-        method: the unlearning method of the recipe.
-        density: share of the weights that may change.
-        method_config: what differs from the method's defaults, as JSON text.
-        reason: why the batch is due, or why there is none.
-        claim: all that was found.
-    """
-
-    requests: int
-    forget_manifest_uri: str
-    method: str
-    density: float
-    method_config: str
-    reason: str
-    claim: Claim | None = None
 
 
 def ladder(method: str, density: float, overrides: Mapping[str, Any], *, generative: bool = False) -> list[Recipe]:
@@ -142,48 +118,35 @@ def _kind_of(data: bytes) -> type[ModelCard] | type[DiffusionCard]:
 
 def claim_requests(
     store_uri: str, model_line: str, run: str, policy: SweepPolicy, *, dry_run: bool = False, clock: Clock = utc_clock
-) -> Claimed:
-    """Claim a batch for a run; see `requests.claiming.claim`.
+) -> Claim:
+    """Claim a batch for a run; see `sweeps.claim.claim`.
 
     Args:
         store_uri: `s3://bucket/prefix`.
         model_line: name of the line.
         run: id of the run.
         policy: of the sweep.
-        dry_run: say what would be claimed, and write nothing.
-        clock: gives the time now.
+        dry_run: describe in `reason` what would be claimed, and write nothing.
+        clock: returns the time.
 
     Returns:
         What was claimed.
 
     Raises:
         StoreError: the store's conditional writes are not safe.
-        UsageError: no such line, or no signing key where a certificate is due.
+        UsageError: no such line, or no signing key although a certificate is due.
     """
     with observed("claim_requests", model_line, RunRef(store_uri, run)):
         store = open_store(store_uri)
-        context = SweepContext(store, clock, ModelCertifier(store), "sweep")
+        context = SweepContext(store, clock, ModelCertifier(store))
         if dry_run:
-            waiting, why = preview(context, model_line, policy)
-            return _nothing(policy, f"{waiting} waiting; " + (f"a batch is due: {why}" if why else "no batch is due"))
+            return preview(context, model_line, policy)
         probe_once(store)
-        found = claim(context, model_line, run, policy, lambda version: resolver_of(store, version))
-        record = found.record
-        if record is None:
-            return _nothing(policy, found.reason, found)
-        config = json.dumps(record.method_config, sort_keys=True)
-        return Claimed(
-            len(record.members), found.forget_uri, record.method, record.density, config, found.reason, found
-        )
-
-
-def _nothing(policy: SweepPolicy, reason: str, found: Claim | None = None) -> Claimed:
-    first = policy.recipes[0]
-    return Claimed(0, "", first.method, first.density, "{}", reason, found)
+        return claim(context, model_line, run, policy, lambda version: resolver_of(store, version))
 
 
 def probe_once(store: ProbedStore) -> None:
-    """Put a store to the test before its first claim, and again after a week.
+    """Test the conditional writes of a store before its first claim, and again after a week.
 
     Raises:
         StoreError: its conditional writes are not safe.
@@ -198,7 +161,7 @@ def probe_once(store: ProbedStore) -> None:
             store.put_new(_PROBED, note)
         else:
             store.put_if(_PROBED, note, passed.etag)
-    except ConflictError:  # another sweep found the same
+    except ConflictError:  # another sweep passed the same test
         return
 
 

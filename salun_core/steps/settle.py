@@ -1,4 +1,4 @@
-"""The last step of a sweep, which always runs: complete what was published, queue again what was not."""
+"""The last step of a sweep, which always runs: complete the requests of a published version, or queue them again."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from salun_core.times import Clock, utc_clock
 def settle_requests(
     store_uri: str, model_line: str, run: str, policy: SweepPolicy, *, key: Path | None = None, clock: Clock = utc_clock
 ) -> Settled:
-    """Settle a run; see `requests.settling.settle`.
+    """Settle a run; see `sweeps.settle.settle`.
 
     Args:
         store_uri: `s3://bucket/prefix`.
         model_line: name of the line.
-        run: id of the run; one that claimed nothing is no error.
+        run: id of the run; it may have claimed nothing.
         policy: of the sweep.
         key: file of the signing key; by default the one that $SALUN_SIGNING_KEY names.
-        clock: gives the time now.
+        clock: returns the time.
 
     Returns:
-        What became of the run.
+        How the run ended.
 
     Raises:
-        UsageError: a certificate is due and there is no signing key; settling again goes on.
+        UsageError: a certificate is due and no signing key is set; settling again continues.
     """
     with observed("settle_requests", model_line, RunRef(store_uri, run)):
         store = open_store(store_uri)
-        return settle(SweepContext(store, clock, ModelCertifier(store, key), "sweep"), model_line, run, policy)
+        return settle(SweepContext(store, clock, ModelCertifier(store, key)), model_line, run, policy)

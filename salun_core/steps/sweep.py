@@ -1,4 +1,4 @@
-"""A whole sweep in one process: claim, run, settle; what the scheduled pipeline does, without Kubeflow."""
+"""A whole sweep in one process: claim, run, settle. The scheduled pipeline does the same in Kubeflow."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from pathlib import Path
 from salun_core.certificates.keys import load_signing_key
 from salun_core.errors import ConflictError, SalunError
 from salun_core.retention.purge import PurgeReport
-from salun_core.steps.claim import Claimed, claim_requests, is_generative_line, sweep_terms
+from salun_core.steps.claim import claim_requests, is_generative_line, sweep_terms
 from salun_core.steps.purge import purge_store
 from salun_core.steps.run import RunOutcome, check_form, run_all
 from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, UnlearningForm
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
 from salun_core.storage.leases import read_lease, renew
+from salun_core.sweeps.claim import Claim
 from salun_core.sweeps.policy import BatchLimits, SweepPolicy
 from salun_core.sweeps.runs import new_run_id
 from salun_core.sweeps.settle import Settled
 from salun_core.telemetry.logs import get_logger, run_bound
 from salun_core.tuning.search import OnTrial
 
-LEASE_SECONDS = 900  # renewed while the sweep lives, so that one that was killed does not block the line for long
-_BEATS = 3  # a lease is renewed so many times before it would run out
+LEASE_SECONDS = 900  # short, since the sweep renews it: a killed sweep must not block the line for long
+_BEATS = 3  # renewals before a lease would expire
 
 Say = Callable[[str], None]
 
@@ -54,15 +55,15 @@ class SweepOutcome:
 
     Args:
         run: its id.
-        claimed: what it took up.
-        settled: what became of it; None after a dry run.
+        claimed: what it claimed.
+        settled: how the run ended; None after a dry run.
         outcome: what the run made, if it passed.
-        error: what ended the run, if anything did.
-        purged: what was past its time, and was deleted; None where that was not wanted.
+        error: what ended the run, if it failed.
+        purged: what was deleted because its time was over; None if the configuration does not purge.
     """
 
     run: str
-    claimed: Claimed
+    claimed: Claim
     settled: Settled | None = None
     outcome: RunOutcome | None = None
     error: SalunError | None = None
@@ -78,22 +79,22 @@ def sweep_once(
     *,
     purge_after: bool = True,
 ) -> SweepOutcome:
-    """Claim one batch, erase it, and settle it, whatever happens in between.
+    """Claim one batch, erase it, and settle it in any case.
 
     Args:
         form: the parameters.
         folder: where the run writes.
         say: called with the name of each step before it starts.
-        run: id of the run; a fresh one by default.
+        run: id of the run; a new one by default.
         on_trial: called after each trial of a search.
         purge_after: delete the data past their retention period afterwards.
 
     Returns:
-        What was done; look at `error`.
+        What was done, with the error that ended the run, if there was one.
 
     Raises:
-        UsageError: the configuration asks for what there is not; nothing was claimed.
-        SalunError: claiming or settling failed; the next sweep takes up what this one left.
+        UsageError: the configuration is not possible; nothing was claimed.
+        SalunError: claiming or settling failed; the next sweep continues from there.
     """
     run = run or new_run_id()
     with run_bound(run):
@@ -106,9 +107,14 @@ def sweep_once(
         claimed = claim_requests(form.store_uri, form.model_line, run, policy)
         outcome, error, purged = None, None, None
         try:
-            if claimed.requests:
-                with _kept_alive(form, run, policy):
-                    outcome, error = _erase(form, claimed, folder, say, run, on_trial)
+            if claimed.record:
+                common = form.model_dump(include=set(RecipeForm.model_fields)) | claimed.recipe.model_dump()
+                settings = UnlearningForm(**common, forget_manifest_uri=claimed.forget_uri)
+                with _lease_renewed(form, run, policy):
+                    outcome = run_all(settings, folder, say, run, on_trial)
+        except SalunError as ended:
+            error = ended
+            get_logger().warning("run_ended", model_line=form.model_line, error=type(ended).__name__)
         finally:
             say("settle_requests")
             settled = settle_requests(form.store_uri, form.model_line, run, policy)
@@ -118,25 +124,13 @@ def sweep_once(
         return SweepOutcome(run, claimed, settled, outcome, error, purged)
 
 
-def _erase(
-    form: DeletionSweepForm, claimed: Claimed, folder: Path, say: Say, run: str, on_trial: OnTrial | None
-) -> tuple[RunOutcome | None, SalunError | None]:
-    assert claimed.claim is not None
-    assert claimed.claim.record is not None
-    record = claimed.claim.record
-    recipe = {"method": record.method, "density": record.density, "method_config": record.method_config}
-    common = form.model_dump(include=set(RecipeForm.model_fields))
-    settings = UnlearningForm(**common | recipe, forget_manifest_uri=claimed.forget_manifest_uri)
-    try:
-        return run_all(settings, folder, say, run, on_trial), None
-    except SalunError as error:
-        get_logger().warning("run_ended", model_line=form.model_line, error=type(error).__name__)
-        return None, error
-
-
 @contextmanager
-def _kept_alive(form: DeletionSweepForm, run: str, policy: SweepPolicy) -> Iterator[None]:
-    """Renew the lease from a thread of its own as long as the block lasts."""
+def _lease_renewed(form: DeletionSweepForm, run: str, policy: SweepPolicy) -> Iterator[None]:
+    """Renew the lease in a thread while the block runs.
+
+    If the store cannot be reached, the thread tries again at its next beat. If another run has the lease, it stops:
+    the run continues, and the check of the parent at its publish refuses it.
+    """
     store, done = open_store(form.store_uri), threading.Event()
 
     def beat() -> None:
@@ -144,7 +138,7 @@ def _kept_alive(form: DeletionSweepForm, run: str, policy: SweepPolicy) -> Itera
             try:
                 lease = read_lease(store, form.model_line)
                 if lease is None or lease.holder != run:
-                    return  # another took the line; the check of the parent stops us
+                    return
                 renew(store, lease)
             except ConflictError:
                 return

@@ -1,4 +1,24 @@
-"""Claims a batch: finds what is due, takes the lease of the line, and freezes the forget set."""
+"""Claims a batch of deletion requests for a run: takes the lease, marks the requests as in progress, freezes the set.
+
+The lease keeps two runs from the same work; the events keep the ledger right. The order of the writes is:
+
+1. Take the lease of the model line. Its epoch is higher than that of each earlier holder and goes into every event.
+2. Settle the requests that dead runs left in progress.
+3. Move each request to `in_progress`; requests that name nothing to erase are completed at once.
+4. Store the frozen forget set, then the record of the run, then the run's first event.
+
+Failures and what follows from them:
+
+- The process dies after 1: the lease expires by the store's clock, and the next sweep claims.
+- It dies during 3 or 4: requests are in progress for a run without a record. The same run finds its requests again and
+  continues. Another run settles it first: the requests are queued again, unchanged.
+- It dies after 4: the same run reads the record and gets the same batch.
+- It stalls until its lease expires: another run takes the lease and settles this one. When it wakes up, its events are
+  refused (their numbers are taken), its log has ended, and HEAD has another parent, each of which stops it.
+- It was settled as failed and still published, because it passed its last look at the log before: step 3 of the next
+  claim finds that version and completes the requests instead of erasing them again.
+- A reply is lost: the store reads the document back and finds its own random `writer`; the lease is kept by its holder.
+"""
 
 from __future__ import annotations
 
@@ -17,90 +37,57 @@ from salun_core.requests.ledger import Transition
 from salun_core.requests.resolve import Resolved, Resolver
 from salun_core.requests.schema import RequestState, Status
 from salun_core.storage.keys import scratch_key, work_key
-from salun_core.storage.leases import Lease, acquire
+from salun_core.storage.leases import acquire
 from salun_core.sweeps.context import SweepContext, in_parallel
-from salun_core.sweeps.policy import SweepPolicy, why_due
+from salun_core.sweeps.policy import Recipe, SweepPolicy, why_due
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord
-from salun_core.sweeps.settle import complete, published_by, recover
+from salun_core.sweeps.settle import complete, in_progress, published_by, recover
 from salun_core.times import as_utc
 
-_LOOKED_AT = 4  # times the size of a batch
-
-
-@dataclass(frozen=True)
-class Found:
-    """Requests that may be claimed together, the oldest first, and why now."""
-
-    states: Sequence[RequestState]
-    reason: str
-    recovered: Sequence[str] = ()
-
-
-def first_due(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Found:
-    """Find the requests that go together with the oldest one that waits."""
-    ours = [state for state in context.ledger.list(line, [Status.IN_PROGRESS]) if state.last and state.last.run == run]
-    if ours:  # an earlier attempt of this very step took them, and was killed before it could record them
-        return Found(ours, "claimed before")
-    waiting = context.ledger.entries(Status.QUEUED, line)
-    reason = _why(waiting, context, policy)
-    if reason is None:
-        return Found([], f"{len(waiting)} waiting, and no batch is due" if waiting else "no request waits")
-    states = _together(context, waiting, policy.max_requests)
-    return Found(states, reason) if states else Found([], "no request waits")
-
-
-def _together(context: SweepContext, waiting: Sequence[IndexEntry], size: int) -> list[RequestState]:
-    """Read the requests that go with the oldest one, the oldest first, and no more of them than a batch takes."""
-    found: list[RequestState] = []
-    for start in range(0, _LOOKED_AT * size, size):
-        states = read_entries(context.store, waiting[start : start + size])
-        found += [state for state in states if state.status is Status.QUEUED]
-        first = min(found, key=lambda state: (state.request.due, state.request.id), default=None)
-        together = [state for state in found if first and kind_of(state) == kind_of(first)]
-        if len(together) >= size or start + size >= len(waiting):
-            break
-    return together
-
-
-def kind_of(state: RequestState) -> tuple[str | None, int]:
-    """What requests of one batch share: the half of a refused batch, and the recipe that comes next."""
-    return (state.last.group, state.last.rung) if state.last else (None, 0)
-
-
-def _why(waiting: Sequence[IndexEntry], context: SweepContext, policy: SweepPolicy) -> str | None:
-    received = [datetime.fromtimestamp(entry.received, UTC) for entry in waiting]
-    returned = sum(entry.n > 1 for entry in waiting)
-    return why_due(received, returned, as_utc(context.clock()), policy)
-
-
-def preview(context: SweepContext, line: str, policy: SweepPolicy) -> tuple[int, str | None]:
-    """Say what a sweep would do, and write nothing: how many requests wait, and why a batch is due, if one is."""
-    waiting = context.ledger.entries(Status.QUEUED, line)
-    return len(waiting), _why(waiting, context, policy)
-
-
 FORGET_FILE = "forget.json"
+_LOOKED_AT = 4  # batches of waiting requests that are read to fill one: others may have another group or level
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a sweep took up.
+    """What a sweep claimed.
 
     Args:
-        record: the run's batch; None where there is nothing to do.
-        forget_uri: address of the sealed forget set; empty without a batch.
+        recipe: how the run unlearns; without a batch the first recipe, with its method's defaults.
+        record: of the run; None if there is nothing to do.
+        forget_uri: address of the frozen forget set; empty without a batch.
         reason: why the batch is due, or why there is none.
-        nothing_to_erase: requests that were settled at once, for nothing that they name was trained on.
-        refused: requests that became dead letters, for what they name cannot be.
+        nothing_to_erase: requests that were completed at once, since nothing that they name was trained on.
+        refused: requests that failed, since what they name does not exist.
         recovered: requests of dead runs that were settled first.
     """
 
-    record: RunRecord | None
+    recipe: Recipe
+    record: RunRecord | None = None
     forget_uri: str = ""
     reason: str = ""
     nothing_to_erase: Sequence[str] = ()
     refused: Sequence[str] = ()
     recovered: Sequence[str] = ()
+
+    @property
+    def requests(self) -> int:
+        """How many requests the run erases; 0 if there is nothing to do."""
+        return len(self.record.members) if self.record else 0
+
+    @classmethod
+    def nothing(cls, policy: SweepPolicy, reason: str = "") -> Claim:
+        """Return a claim without a batch."""
+        first = policy.recipes[0]
+        return cls(Recipe(method=first.method, density=first.density), reason=reason)
+
+
+def preview(context: SweepContext, line: str, policy: SweepPolicy) -> Claim:
+    """Describe as a reason what a sweep would claim: how many requests wait, and whether a batch is due."""
+    waiting = context.ledger.entries(Status.QUEUED, line)
+    why = _why_due(context, waiting, policy)
+    due = f"a batch is due: {why}" if why else "no batch is due"
+    return Claim.nothing(policy, f"{len(waiting)} waiting; {due}")
 
 
 def claim(
@@ -109,14 +96,14 @@ def claim(
     """Claim the next batch of a model line for a run.
 
     Args:
-        context: where requests and runs are recorded.
+        context: of the sweep.
         line: the model line.
         run: id of the run.
         policy: of the sweep.
         resolver_of: builds the resolver for the line's HEAD; called only when a batch is due.
 
     Returns:
-        The batch, or why there is none. The same run asks again and gets the same.
+        The batch, or why there is none. Repeating the call for the same run gives the same batch.
 
     Raises:
         ConflictError: the run has ended already.
@@ -125,111 +112,157 @@ def claim(
     try:
         lease = acquire(context.store, line, run, policy.lease_seconds)
     except ConflictError as error:
-        return Claim(None, reason=f"{error.what}: {error.why}")
+        return Claim.nothing(policy, f"{error.what}: {error.why}")
     record = context.runs.read(run)
     if record is not None:
-        return _again(context, record)
+        status = context.runs.status(run)
+        if status in ENDED:
+            raise ConflictError(f"run {run} has ended", f"it is {status}", "start a new run")
+        context.runs.start(record, context.actor)
+        return _with_record(Claim.nothing(policy, "claimed before"), context, record)
     recovered = recover(context, line, run, policy)
-    found = replace(first_due(context, line, run, policy), recovered=tuple(recovered))
-    if not found.states:
-        return Claim(None, reason=found.reason, recovered=recovered)
-    return _Batch(context, line, run, policy, lease, resolver_of(_head(context, line))).claim(found)
-
-
-def _again(context: SweepContext, record: RunRecord) -> Claim:
-    status = context.runs.status(record.run)
-    if status in ENDED:
-        raise ConflictError(f"run {record.run} has ended", f"it is {status}", "start a new run")
-    context.runs.start(record, context.actor)
-    return Claim(record, _uri(context, record.run), "claimed before")
-
-
-def _head(context: SweepContext, line: str) -> Version:
+    states, reason = _next_batch(context, line, run, policy)
+    found = replace(Claim.nothing(policy, reason), recovered=recovered)
+    if not states:
+        return found
     head = read_head(context.store, line)
     if head is None:
-        raise UsageError(f"model line {line} has no HEAD", "nothing was published", "use `salun model import`")
-    return Version(head[0].version, read_version(context.store, line, head[0].version))
+        raise UsageError(
+            f"model line {line} has no HEAD", "no version was published", "import a model: salun model import --help"
+        )
+    version = Version(head[0].version, read_version(context.store, line, head[0].version))
+    return _Batch(context, line, run, policy, lease.epoch, version, resolver_of(version)).claim(states, found)
 
 
-def _uri(context: SweepContext, run: str) -> str:
-    return f"{context.store.uri}/{scratch_key(run, FORGET_FILE)}"
+def _with_record(found: Claim, context: SweepContext, record: RunRecord) -> Claim:
+    uri = f"{context.store.uri}/{scratch_key(record.run, FORGET_FILE)}"
+    return replace(found, recipe=record.recipe, record=record, forget_uri=uri)
 
 
+def _next_batch(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> tuple[list[RequestState], str]:
+    """Find the requests that belong to one batch with the oldest waiting one, and why the batch is due."""
+    ours = in_progress(context, line, run)
+    if ours:  # an earlier attempt of this step died before it recorded the run
+        return ours, "claimed before"
+    waiting = context.ledger.entries(Status.QUEUED, line)
+    reason = _why_due(context, waiting, policy)
+    if reason is None:
+        return [], f"{len(waiting)} waiting, and no batch is due" if waiting else "no request waits"
+    found: list[RequestState] = []
+    together: list[RequestState] = []
+    size = policy.max_requests
+    for start in range(0, min(len(waiting), _LOOKED_AT * size), size):
+        states = read_entries(context.store, waiting[start : start + size])
+        found += [state for state in states if state.status is Status.QUEUED]
+        first = min(found, key=lambda state: (state.request.due, state.request.id), default=None)
+        together = [state for state in found if first and _kind_of(state) == _kind_of(first)]
+        if len(together) >= size:
+            break
+    return together, reason if together else "no request waits"
+
+
+def _why_due(context: SweepContext, waiting: Sequence[IndexEntry], policy: SweepPolicy) -> str | None:
+    received = [datetime.fromtimestamp(entry.received, UTC) for entry in waiting]
+    returned = sum(entry.n > 1 for entry in waiting)
+    return why_due(received, returned, as_utc(context.clock()), policy)
+
+
+def _kind_of(state: RequestState) -> tuple[str | None, int]:
+    """Return what the requests of one batch share: the half of a refused batch, and the escalation level."""
+    return (state.last.group, state.last.rung) if state.last else (None, 0)
+
+
+@dataclass(frozen=True)
 class _Batch:
-    """Claims the requests of one batch."""
+    """Claims the requests of one batch against one version."""
 
-    def __init__(
-        self, context: SweepContext, line: str, run: str, policy: SweepPolicy, lease: Lease, resolver: Resolver
-    ) -> None:
-        self.context, self.line, self.run, self.policy = context, line, run, policy
-        self.lease, self.resolver = lease, resolver
-        self.nothing: list[tuple[RequestState, Resolved]] = []
-        self.refused: list[str] = []
+    context: SweepContext
+    line: str
+    run: str
+    policy: SweepPolicy
+    epoch: int
+    version: Version
+    resolver: Resolver
 
-    def claim(self, found: Found) -> Claim:
-        """Sort the requests out, put those of the batch in progress, and record the run."""
-        chosen = self._choose(self._not_erased_yet(found.states))
-        moved = in_parallel(lambda item: self._take(*item), chosen)
-        taken = [item for item in moved if item is not None]
-        for state, resolved in self.nothing:
-            self._settle_nothing(state, resolved)
-        settled = tuple(state.request.id for state, _ in self.nothing)
-        outcome = Claim(None, "", found.reason, settled, tuple(self.refused), found.recovered)
+    def claim(self, states: Sequence[RequestState], found: Claim) -> Claim:
+        """Resolve the requests, move those of the batch to in progress, and record the run."""
+        chosen, nothing, refused = self._choose(self._without_erased(states))
+        taken = [item for item in in_parallel(lambda item: self._take(*item), chosen) if item is not None]
+        for state, resolved in nothing:
+            item = self._take(state, resolved)
+            if item is not None:
+                complete(self.context, item[0], _member(*item), self.version, None)
+        found = replace(found, nothing_to_erase=tuple(state.request.id for state, _ in nothing), refused=refused)
         if not taken:
-            return replace(outcome, reason="nothing of what was asked is left to erase" if settled else found.reason)
-        data = self.resolver.freeze_forget_set([state.request for state, _ in taken])
-        record = self._record(taken, kind_of(found.states[0]), sha256_bytes(data))
-        self.context.store.put_new(scratch_key(self.run, FORGET_FILE), data)
+            return replace(found, reason="nothing left to erase") if nothing else found
+        frozen = self.resolver.freeze_forget_set([state.request for state, _ in taken])
+        record = self._record(taken, _kind_of(states[0]), sha256_bytes(frozen))
+        self.context.store.put_new(scratch_key(self.run, FORGET_FILE), frozen)
         self.context.runs.start(record, self.context.actor)
-        return replace(outcome, record=record, forget_uri=_uri(self.context, self.run))
+        return _with_record(found, self.context, record)
 
-    def _not_erased_yet(self, states: Sequence[RequestState]) -> list[RequestState]:
-        """Complete what an earlier run published after it was given up for dead, and return the rest."""
+    def _without_erased(self, states: Sequence[RequestState]) -> list[RequestState]:
+        """Complete the requests of runs that published after they were given up, and return the others."""
         tried = in_parallel(self._earlier_runs, states)
-        runs = {run for names in tried for run in names}
-        records = [record for run in runs if (record := self.context.runs.read(run)) is not None]
-        late = {record.run: (record, version) for record in records if (version := published_by(self.context, record))}
+        records = [self.context.runs.read(run) for run in {run for runs in tried for run in runs}]
+        late = {
+            record.run: (record, version)
+            for record in records
+            if record is not None and (version := published_by(self.context, record)) is not None
+        }
         rest = []
-        for state, names in zip(states, tried, strict=True):
-            record, version = next((late[run] for run in names if run in late), (None, None))
+        for state, runs in zip(states, tried, strict=True):
+            record, version = next((late[run] for run in runs if run in late), (None, None))
             member = next((item for item in record.members if item.id == state.request.id), None) if record else None
-            if member is None or version is None:
+            if record is None or version is None or member is None:
                 rest.append(state)
-            elif (taken := self._take(state, Resolved((), member.forget_digest, member.named))) is not None:
-                complete(self.context, taken[0], member, version, record)
+            elif (item := self._take(state, Resolved((), member.forget_digest, member.named))) is not None:
+                complete(self.context, item[0], member, version, record)
         return rest
 
     def _earlier_runs(self, state: RequestState) -> list[str]:
-        """Return the runs that had a request since it was last completed: any of them may have published late."""
-        if state.last is None or state.last.n < 3:  # no run has given it back yet
+        """Return the runs that claimed a request since it was last completed: each may have published late."""
+        if state.last is None or state.last.n < 3:  # no run has returned it yet
             return []
         runs: list[str] = []
         for event in self.context.ledger.events(state.request.id):
             runs = [] if event.to_status is Status.COMPLETED else [*runs, event.run or ""]
         return [run for run in dict.fromkeys(runs) if run not in {"", self.run}]
 
-    def _choose(self, states: Sequence[RequestState]) -> list[tuple[RequestState, Resolved]]:
-        """Take requests as long as the run stays within its bounds; the first one always."""
+    def _choose(
+        self, states: Sequence[RequestState]
+    ) -> tuple[list[tuple[RequestState, Resolved]], list[tuple[RequestState, Resolved]], tuple[str, ...]]:
+        """Resolve requests until the run's limits are reached; the first one that names something always fits.
+
+        Returns:
+            The batch, the requests with nothing to erase, and the ids of those that failed.
+        """
         chosen: list[tuple[RequestState, Resolved]] = []
-        together: set[str] = set()
+        nothing: list[tuple[RequestState, Resolved]] = []
+        refused: list[str] = []
+        samples: frozenset[str] = frozenset()
         for state in states:
-            resolved = self._resolve(state)
+            resolved = self._resolve(state, refused)
             if resolved is None:
                 continue
             if not resolved.ids:
-                self.nothing.append((state, resolved))
+                nothing.append((state, resolved))
                 continue
-            larger = together | resolved.samples
-            if chosen and len(larger) > self.policy.max_forget_fraction * self.resolver.train_count:
+            larger = samples | resolved.samples
+            if chosen and len(larger) > self._sample_limit:
                 continue
             chosen.append((state, resolved))
-            together = larger
+            samples = larger
             if len(chosen) == self.policy.max_requests:
                 break
-        return chosen
+        return chosen, nothing, tuple(refused)
 
-    def _resolve(self, state: RequestState) -> Resolved | None:
-        """Find what a request names; one that cannot be resolved becomes a dead letter, and its error says no name."""
+    @property
+    def _sample_limit(self) -> float:
+        return self.policy.max_forget_fraction * self.resolver.train_count
+
+    def _resolve(self, state: RequestState, refused: list[str]) -> Resolved | None:
+        """Find what a request names, or let it fail; the reason names nothing that the request does."""
         try:
             resolved = self.resolver.resolve(state.request)
             if not resolved.samples or len(resolved.samples) < self.resolver.train_count:
@@ -237,76 +270,70 @@ class _Batch:
             reason = "it names all of the training data"
         except SalunError as error:
             reason = f"what it names cannot be resolved ({type(error).__name__})"
-        with suppress(ConflictError):  # somebody held or withdrew it in this moment
+        with suppress(ConflictError):  # it was held or cancelled meanwhile
             self.context.ledger.move(state, Transition(Status.FAILED, self.context.actor, reason))
-            self.refused.append(state.request.id)
+            refused.append(state.request.id)
         return None
 
     def _take(self, state: RequestState, resolved: Resolved) -> tuple[RequestState, Resolved] | None:
-        """Put a request in progress; None where somebody held or withdrew it in this moment."""
+        """Move a request to in progress; None if it was held or cancelled meanwhile."""
         if state.status is Status.IN_PROGRESS:
             return state, resolved
-        group, rung = kind_of(state)
-        actor, epoch = self.context.actor, self.lease.epoch
+        group, level = _kind_of(state)
+        transition = Transition(
+            Status.IN_PROGRESS, self.context.actor, "claimed", self.run, epoch=self.epoch, level=level, group=group
+        )
         try:
-            event = self.context.ledger.move(
-                state, Transition(Status.IN_PROGRESS, actor, "claimed", self.run, epoch=epoch, level=rung, group=group)
-            )
+            event = self.context.ledger.move(state, transition)
         except ConflictError:
             return None
         return RequestState(request=state.request, last=event), resolved
 
-    def _settle_nothing(self, state: RequestState, resolved: Resolved) -> None:
-        taken = self._take(state, resolved)
-        if taken is not None:
-            version = Version(self.resolver.version, read_version(self.context.store, self.line, self.resolver.version))
-            complete(self.context, taken[0], _member(*taken), version, None)
-
     def _record(
-        self, taken: Sequence[tuple[RequestState, Resolved]], kind: tuple[str | None, int], sealed: str
+        self, taken: Sequence[tuple[RequestState, Resolved]], kind: tuple[str | None, int], frozen_digest: str
     ) -> RunRecord:
-        group, rung = kind
+        group, level = kind
         ids = sorted({name for _, resolved in taken for name in resolved.ids})
-        samples = {sample for _, resolved in taken for sample in resolved.samples}
-        rung = self._rung(ids, len(samples), rung)
-        recipe = self.policy.recipes[rung]
+        level = self._level(ids, len({name for _, resolved in taken for name in resolved.samples}), level)
         fields = {
             "run": self.run,
             "line": self.line,
-            "parent": self.resolver.version,
-            "epoch": self.lease.epoch,
+            "parent": self.version.digest,
+            "epoch": self.epoch,
             "created_at": as_utc(self.context.clock()).isoformat(),
-            **recipe.model_dump(),
+            **self.policy.recipes[level].model_dump(),
             "seed": self.policy.seed,
-            "rung": rung,
+            "rung": level,
             "group": group,
-            "work_key": self._work(ids, rung),
+            "work_key": self._work(ids, level),
             "members": [_member(state, resolved).model_dump() for state, resolved in taken],
-            "forget_sha256": sealed,
+            "forget_sha256": frozen_digest,
             "forget_count": len(ids),
             "train_count": self.resolver.train_count,
         }
         return parse(RunRecord, fields, f"run {self.run}")
 
-    def _rung(self, ids: Sequence[str], samples: int, rung: int) -> int:
-        """Return the recipe to try: the last one where a single request is beyond the bound, else one not refused yet.
+    def _level(self, ids: Sequence[str], samples: int, level: int) -> int:
+        """Return the escalation level of the run.
 
-        The very same work would be refused again; only the last recipe is repeated, for then a person asked for it.
+        It is the last one if a single request exceeds the limit of samples, else the first from `level` on whose work
+        the gate has not refused: equal work would be refused again. Only the last recipe is repeated, since then a
+        person queued the request again.
         """
         last = len(self.policy.recipes) - 1
-        if samples > self.policy.max_forget_fraction * self.resolver.train_count:
+        if samples > self._sample_limit:
             return last
-        rung = min(rung, last)
-        while rung < last and self.context.store.get(work_key(self._work(ids, rung))) is not None:
-            rung += 1
-        return rung
+        level = min(level, last)
+        while level < last and self.context.store.get(work_key(self._work(ids, level))) is not None:
+            level += 1
+        return level
 
-    def _work(self, ids: Sequence[str], rung: int) -> str:
+    def _work(self, ids: Sequence[str], level: int) -> str:
         work = {
             "line": self.line,
-            "parent": self.resolver.version,
+            "parent": self.version.digest,
             "forget": ids,
-            "recipe": self.policy.recipes[rung].model_dump(mode="json"),
+            "recipe": self.policy.recipes[level].model_dump(mode="json"),
             "seed": self.policy.seed,
             "policy": self.policy.policy_uri,
         }

@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 class Certifier(Protocol):
-    """Issues the certificate of one request; doing it again gives the same one."""
+    """Issues the certificate of one request; repeating it gives the same certificate."""
 
     def certify(self, facts: CertificateInput) -> str:
         """Write the certificate and return its SHA-256."""
@@ -28,11 +28,11 @@ class Certifier(Protocol):
 
 @dataclass(frozen=True)
 class SweepContext:
-    """Where requests and runs are recorded.
+    """What a sweep works with.
 
     Args:
         store: the store.
-        clock: gives the time now.
+        clock: returns the time.
         certifier: issues certificates.
         actor: who moves requests, for the audit log.
     """
@@ -50,7 +50,7 @@ class SweepContext:
 
 
 def in_parallel(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Do the same for each of many items, by many threads, and return the results in their order."""
+    """Apply a function to many items with many threads, and return the results in order."""
     if len(items) < 2:
         return [work(item) for item in items]
     with ThreadPoolExecutor(min(_WORKERS, len(items))) as pool:

@@ -1,4 +1,4 @@
-"""The policy of a sweep: recipes and their escalation, when a batch is due, and what follows a refusal."""
+"""The policy of a sweep: its recipes and their escalation, when a batch is due, and what follows a refusal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LEASE_SECONDS = 26 * 3600  # longer than the longest step of a run may take
 
 
 class Recipe(Document):
-    """One recipe of the ladder."""
+    """How a run unlearns."""
 
     method: str = Field(description="the unlearning method")
     density: float = Field(default=0.5, gt=0, le=1, description="share of the weights that may change")
-    method_config: dict[str, Any] = Field(default={}, description="what differs from the method's defaults")
+    method_config: dict[str, Any] = Field(default={}, description="settings that differ from the method's defaults")
 
 
 class BatchLimits(Document):
@@ -40,29 +40,31 @@ class BatchLimits(Document):
 
 
 class SweepPolicy(BatchLimits):
-    """How a sweep batches, and which recipes it tries."""
+    """How a sweep forms batches, and which recipes it tries."""
 
     recipes: list[Recipe] = Field(
-        min_length=1, description="the recipes; after a refusal the next is tried, and after the last a person decides"
+        min_length=1, description="by escalation level: each refusal tries the next; after the last a person decides"
     )
-    seed: int = Field(default=0, ge=0, description="of each run")
+    seed: int = Field(default=0, ge=0, description="seed of each run")
     policy_uri: str = Field(default="auto", description="the gate policy")
-    deadline_days: float = Field(default=8.0, ge=0, description="a batch is due when one of its months ends so soon")
-    max_attempts: int = Field(default=10, ge=1, description="tries of a request, at most")
+    deadline_days: float = Field(
+        default=8.0, ge=0, description="a batch is due when the month of a request ends within this time"
+    )
+    max_attempts: int = Field(default=10, ge=1, description="most attempts of a request")
     lease_seconds: int = Field(
         default=LEASE_SECONDS,
         ge=1,
         le=7 * 86400,
-        description="how long the model line is held after the last sign of life",
+        description="how long the lease of the model line is valid after its last renewal",
     )
 
 
 def why_due(received: Sequence[datetime], returned: int, now: datetime, policy: SweepPolicy) -> str | None:
-    """Say why a batch is due, or return None while it may wait for more requests.
+    """Return why a batch is due, or None while it may wait for more requests.
 
     Args:
         received: when each waiting request was received (UTC).
-        returned: how many of them came back from an earlier run: these never wait for company.
+        returned: how many of them an earlier run returned; these do not wait for more.
         now: the time.
         policy: of the sweep.
     """
@@ -82,63 +84,73 @@ def why_due(received: Sequence[datetime], returned: int, now: datetime, policy: 
 
 @dataclass(frozen=True)
 class Next:
-    """What becomes of a request that a run did not erase: another try, or none.
+    """What happens to a request that a run did not erase.
 
     Args:
-        give_up: whether it becomes a dead letter.
-        rung: the recipe of the next try.
-        group: the half of the batch that tries again together.
+        give_up: whether it fails, so that a person must decide; else it is queued again.
+        level: escalation level of its next attempt.
+        group: the half of the batch that is tried together.
         reason: for the audit log.
     """
 
     give_up: bool
-    rung: int = 0
+    level: int = 0
     group: str | None = None
     reason: str = ""
 
 
-def after_refusal(members: Mapping[str, int], run: str, rung: int, policy: SweepPolicy) -> Mapping[str, Next]:
+def after_refusal(members: Mapping[str, int], run: str, level: int, policy: SweepPolicy) -> Mapping[str, Next]:
     """Decide about the requests of a run that the gate refused.
 
-    The batch is halved and each half tries the next recipe, so that a request that no recipe can erase ends alone
-    and does not keep the others back; alone at the last recipe, it becomes a dead letter.
+    The batch is halved and each half tries the next recipe. So a request that no recipe can erase ends alone and does
+    not delay the others; alone at the last recipe, it fails.
 
     Args:
         members: attempt by request, in the order of the batch.
         run: the refused run.
-        rung: the recipe that was refused.
+        level: escalation level of the refused recipe.
         policy: of the sweep.
     """
     last = len(policy.recipes) - 1
-    alone = len(members) == 1
+    if len(members) == 1 and level >= last:
+        refused = Next(True, level, None, f"the gate refused it alone, with the last of {last + 1} recipes")
+        return dict.fromkeys(members, refused)
     return {
-        name: Next(True, rung, None, f"the gate refused it alone, with the last of {last + 1} recipes")
-        if alone and rung >= last
-        else _again(attempt, min(rung + 1, last), group, "the gate refused the run", policy)
+        name: _retry(attempt, min(level + 1, last), group, "the gate refused the run", policy)
         for name, attempt, group in _halves(members, run)
     }
 
 
 def after_failure(
-    members: Mapping[str, int], run: str, rung: int, group: str | None, policy: SweepPolicy
+    members: Mapping[str, int], run: str, level: int, group: str | None, policy: SweepPolicy
 ) -> Mapping[str, Next]:
     """Decide about the requests of a run that ended without a verdict; from the second time on they are halved.
 
     Args:
         members: attempt by request, in the order of the batch.
         run: the run that failed.
-        rung: its recipe, which is tried again.
+        level: escalation level of its recipe, which is tried again.
         group: the half that the run was.
         policy: of the sweep.
     """
-    again = _halves(members, run) if min(members.values()) > 1 else [(name, n, group) for name, n in members.items()]
-    return {name: _again(attempt, rung, half, "the run failed", policy) for name, attempt, half in again}
+    first = min(members.values(), default=1) == 1
+    halves = [(name, attempt, group) for name, attempt in members.items()] if first else _halves(members, run)
+    return {name: _retry(attempt, level, half, "the run failed", policy) for name, attempt, half in halves}
 
 
-def after_stale(members: Mapping[str, int], rung: int, group: str | None, policy: SweepPolicy) -> Mapping[str, Next]:
-    """Decide about the requests of a run whose parent was superseded meanwhile: all try again as they were."""
-    reason = "another version was published meanwhile"
-    return {name: _again(attempt, rung, group, reason, policy) for name, attempt in members.items()}
+def after_interruption(
+    members: Mapping[str, int], level: int, group: str | None, reason: str, policy: SweepPolicy
+) -> Mapping[str, Next]:
+    """Decide about the requests of a run that was not at fault: all are tried again unchanged.
+
+    Args:
+        members: attempt by request.
+        level: escalation level of the run's recipe.
+        group: the half that the run was.
+        reason: what interrupted it, for the audit log.
+        policy: of the sweep.
+    """
+    return {name: _retry(attempt, level, group, reason, policy) for name, attempt in members.items()}
 
 
 def _halves(members: Mapping[str, int], run: str) -> list[tuple[str, int, str | None]]:
@@ -149,7 +161,7 @@ def _halves(members: Mapping[str, int], run: str) -> list[tuple[str, int, str | 
     ]
 
 
-def _again(attempt: int, rung: int, group: str | None, reason: str, policy: SweepPolicy) -> Next:
+def _retry(attempt: int, level: int, group: str | None, reason: str, policy: SweepPolicy) -> Next:
     if attempt >= policy.max_attempts:
-        return Next(True, rung, None, f"{reason}; all {policy.max_attempts} attempts are used up")
-    return Next(False, rung, group, reason)
+        return Next(True, level, None, f"{reason}; all {policy.max_attempts} attempts are used up")
+    return Next(False, level, group, reason)

@@ -1,13 +1,15 @@
-"""Unlearning runs: the record of what a run was given, and the states it passes through.
+"""Unlearning runs: the record of what a run was given, and the statuses that it passes through.
 
-Each move of a run is a document that is created once, like those of the requests: together they are its audit log.
+Each status change of a run is a document that is created once, like the events of requests: together they are its
+audit log. An event is written on the condition that its number is free. If another process was faster, or the reply
+was lost, `RunLog.advance` reads the log again; a run that has ended accepts no further events, which stops a worker
+that wakes up after its run was settled.
 """
 
 from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
@@ -15,19 +17,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from salun_core.config import Document, parse
-from salun_core.digest import canonical_json
 from salun_core.errors import ConflictError, IntegrityError
-from salun_core.requests.schema import RequestId
+from salun_core.requests.schema import RequestId, StoredDocument
 from salun_core.storage.documents import Count, Digest, LineId, RunId, ShortText, Text, UtcTime, parse_stored
 from salun_core.storage.keys import run_event_key, run_events_prefix, run_key
 from salun_core.storage.objects import ObjectStore
+from salun_core.sweeps.policy import Recipe
 from salun_core.times import Clock, as_utc
-
-RECORD = "run.json"
 
 
 class RunStatus(StrEnum):
-    """Where a run stands."""
+    """The status of a run."""
 
     CLAIMED = "claimed"
     MASKING = "masking"
@@ -42,29 +42,22 @@ class RunStatus(StrEnum):
 
 _ORDER = tuple(RunStatus)[:6]
 ENDED = frozenset({RunStatus.PUBLISHED, RunStatus.GATE_REFUSED, RunStatus.STALE_PARENT, RunStatus.FAILED})
-"""A run that came here does nothing more."""
-RUN_TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
-    status: frozenset()
-    if status in ENDED
-    else frozenset({*_ORDER[_ORDER.index(status) + 1 :], *(ENDED - {RunStatus.PUBLISHED})})
-    for status in RunStatus
-}
-"""Each status and those that may follow it: forward, or out."""
+"""A run with one of these statuses does nothing more."""
 
 
 class RunMember(Document):
-    """A request that a run erases, by what of it may be kept: no target, no sample id."""
+    """A request that a run erases, by what may be kept of it: no target, no sample id."""
 
     id: RequestId = Field(description="the request")
     event: Annotated[int, Field(ge=1, strict=True)] = Field(description="number of the event that claimed it")
-    attempt: Annotated[int, Field(ge=1, strict=True)] = Field(description="which try this is")
+    attempt: Annotated[int, Field(ge=1, strict=True)] = Field(description="attempt of the request, from 1")
     forget_digest: Digest = Field(description="SHA-256 of its own forget set; the certificate shows it salted")
-    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(description="random, in hex: of its certificate")
+    salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(description="random, in hex: for its certificate")
     found: Count = Field(description="training samples that it names")
     named: Count = Field(description="samples that it names, whether the model was trained on them or not")
 
 
-class RunRecord(Document):
+class RunRecord(StoredDocument):
     """What a run was given; written once, when its requests are claimed."""
 
     format: Literal["salun.run/v1"] = "salun.run/v1"
@@ -75,74 +68,71 @@ class RunRecord(Document):
     created_at: UtcTime = Field(description="when its requests were claimed, ISO 8601 in UTC")
     method: ShortText = Field(description="the unlearning method")
     density: float = Field(gt=0, le=1, description="share of the weights that may change")
-    method_config: dict[str, Any] = Field(default={}, description="what differs from the method's defaults")
-    seed: Count = Field(default=0, description="of the run")
-    rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(default=0, description="which recipe of the ladder")
+    method_config: dict[str, Any] = Field(default={}, description="settings that differ from the method's defaults")
+    seed: Count = Field(default=0, description="seed of the run")
+    rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(default=0, description="escalation level, from 0")
     group: ShortText | None = Field(default=None, description="the half of a refused batch that it is")
     work_key: Digest = Field(description="digest of line, parent, forget set and recipe: equal work has an equal key")
     members: list[RunMember] = Field(min_length=1, description="its requests")
-    forget_sha256: Digest = Field(description="SHA-256 of the sealed document that the run reads")
+    forget_sha256: Digest = Field(description="SHA-256 of the frozen forget set that the run reads")
     forget_count: Count = Field(description="training samples to forget, of all members together")
     train_count: Count = Field(description="training samples of the parent")
 
-    def canonical(self) -> bytes:
-        """Return the bytes that are stored."""
-        return canonical_json(self.model_dump(mode="json", exclude_none=True))
+    @property
+    def recipe(self) -> Recipe:
+        """How the run unlearns."""
+        return Recipe(method=self.method, density=self.density, method_config=self.method_config)
 
 
-class RunEvent(Document):
-    """One move of a run."""
+class RunEvent(StoredDocument):
+    """One status change of a run."""
 
     format: Literal["salun.run-event/v1"] = "salun.run-event/v1"
-    run: RunId = Field(description="the run that moved")
+    run: RunId = Field(description="the run")
     n: Annotated[int, Field(ge=1, le=999_999, strict=True)] = Field(description="number of the event, from 1")
     at: UtcTime = Field(description="when, ISO 8601 in UTC")
-    actor: ShortText = Field(description="the step that moved it")
+    actor: ShortText = Field(description="the step that changed it")
     from_status: RunStatus | None = Field(default=None, description="the status before; none at first")
     to_status: RunStatus = Field(description="the status after")
     reason: Text = Field(description="why; no personal data")
     epoch: Annotated[int, Field(ge=1, strict=True)] = Field(description="epoch of the line's lease")
     writer: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(description="random token of the writing call")
 
-    def canonical(self) -> bytes:
-        """Return the bytes that are stored."""
-        return canonical_json(self.model_dump(mode="json", exclude_none=True))
-
 
 def new_run_id() -> str:
-    """Return a fresh run id such as `run-20260131-120000-3f9a1c`."""
+    """Return a new run id such as `run-20260131-120000-3f9a1c`."""
     return f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 class RunLog:
-    """Records runs and their moves.
+    """Records runs and their status changes.
 
     Args:
-        store: where they are kept.
-        clock: gives the time now.
+        store: where they are stored.
+        clock: returns the time.
     """
 
     def __init__(self, store: ObjectStore, clock: Clock) -> None:
         self._store, self._clock = store, clock
 
     def start(self, record: RunRecord, actor: str) -> None:
-        """Record a run that claimed its requests; the same again is harmless.
+        """Record a run that claimed its requests; repeating it is harmless.
 
         Raises:
-            ConflictError: the run was given something else before.
+            ConflictError: the run has another record.
         """
-        self._store.put_new(run_key(record.run, RECORD), record.canonical())
+        self._store.put_new(run_key(record.run, "run.json"), record.canonical())
         if self.last(record.run) is None:
-            with contextlib.suppress(ConflictError):  # a twin of this call was first
+            with contextlib.suppress(ConflictError):  # a twin of this call was faster
                 self._append(record, None, RunStatus.CLAIMED, actor, "claimed")
 
     def read(self, run: str) -> RunRecord | None:
-        """Return what a run was given, or None where it claimed nothing.
+        """Return the record of a run, or None if it claimed nothing.
 
         Raises:
             IntegrityError: the document is damaged, or was moved.
         """
-        key = run_key(run, RECORD)
+        key = run_key(run, "run.json")
         stored = self._store.get(key)
         if stored is None:
             return None
@@ -157,7 +147,7 @@ class RunLog:
         return len(record.members) if record else None
 
     def last(self, run: str) -> RunEvent | None:
-        """Return the last move of a run, or None before its first.
+        """Return the last event of a run, or None before its first.
 
         Raises:
             IntegrityError: the document is damaged, or an event is missing.
@@ -167,30 +157,33 @@ class RunLog:
             return None
         stored = self._store.get(keys[-1])
         if stored is None or keys != [run_event_key(run, number) for number in range(1, len(keys) + 1)]:
-            raise IntegrityError(f"the events of run {run} are not whole", "one is missing", "restore them from a copy")
+            raise IntegrityError(
+                f"the events of run {run} are incomplete", "an event is missing", "restore them from a copy"
+            )
         event = parse_stored(RunEvent, stored.data, keys[-1])
         if (event.run, event.n) != (run, len(keys)):
             raise IntegrityError(f"{keys[-1]} is another event", "it was copied or moved", "restore the right one")
         return event
 
     def status(self, run: str) -> RunStatus | None:
-        """Return where a run stands, or None before its first move."""
+        """Return the status of a run, or None before its first event."""
         last = self.last(run)
         return last.to_status if last else None
 
     def advance(self, run: str, to: RunStatus, actor: str, reason: str) -> RunStatus:
-        """Move a run forward; where it is there already, or beyond, nothing happens.
+        """Move a run forward; a run that already has this status or a later one stays unchanged.
 
-        A step that is tried again finds its run where it left it.
+        So a step that is tried again continues where it stopped. A run without a record, which no request asked for,
+        has no log.
 
         Returns:
-            Where it stands.
+            Its status.
 
         Raises:
-            ConflictError: the run has ended otherwise.
+            ConflictError: the run has ended with another status.
         """
         record = self.read(run)
-        if record is None:  # a run that no request asked for has no log
+        if record is None:
             return to
         while True:
             last = self.last(run)
@@ -202,9 +195,9 @@ class RunLog:
                 raise ConflictError(
                     f"run {run} has ended",
                     f"it is {status} and cannot become {to}",
-                    "let it be; a later run tries again",
+                    "nothing to do; a later run tries again",
                 )
-            with contextlib.suppress(ConflictError):  # somebody moved it meanwhile: look again
+            with contextlib.suppress(ConflictError):  # another process moved it meanwhile: read again
                 self._append(record, last, to, actor, reason)
                 return to
 
@@ -220,5 +213,5 @@ class RunLog:
             "epoch": record.epoch,
             "writer": secrets.token_hex(16),
         }
-        event = parse(RunEvent, fields, f"a move of run {record.run}")
+        event = parse(RunEvent, fields, f"an event of run {record.run}")
         self._store.put_new(run_event_key(record.run, event.n), event.canonical())

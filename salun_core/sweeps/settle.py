@@ -1,13 +1,29 @@
-"""Settles a run: completes its requests when it was published, and queues them again when it was not.
+"""Settles a run: completes its requests if it published a version, and queues them again if it did not.
 
-What counts is what the store shows: a version of the run in the line's lineage, or none. Events are written after
-what they tell of, and every step may be repeated.
+The store decides, not what the run reports: did the run publish a version in the line's lineage? Any process may settle
+a run, also while another one does, and every step may be repeated. The order of the writes is:
+
+1. Published: for each request its certificate, then its event `completed`, then its redaction.
+   Not published: if the gate refused, a note that this work was refused; then for each request an event that queues it
+   again or lets it fail.
+2. The event that ends the run.
+3. The run's scratch files are deleted, and the lease is released.
+
+Failures and what follows from them:
+
+- The process dies after a certificate: the next settle keeps it and writes the event (see `certificates.issue`).
+- It dies after an event `completed`: the request counts as done, and `salun purge` redacts it.
+- It dies elsewhere: the next settle finds the remaining requests in progress and continues. A sweep of the same line
+  settles dead runs first (`recover`).
+- It stalls while others settle and claim: its events are refused, since their numbers are taken.
+- The run publishes after it was settled as failed: `advance` of its log stops it. If it had passed that check before,
+  the next claim finds the version (`claim._Batch._without_erased`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -20,24 +36,30 @@ from salun_core.requests.schema import Outcome, RequestState, Status
 from salun_core.storage.keys import run_key, scratch_prefix, work_key
 from salun_core.storage.leases import release
 from salun_core.sweeps.context import SweepContext, in_parallel
-from salun_core.sweeps.policy import Next, SweepPolicy, after_failure, after_refusal, after_stale
+from salun_core.sweeps.policy import Next, SweepPolicy, after_failure, after_interruption, after_refusal
 from salun_core.sweeps.runs import RunMember, RunRecord, RunStatus
 from salun_core.times import as_utc
 
-DECISION = "decision.json"  # a refused run keeps the gate's answer under this name
+DECISION = "decision.json"  # the gate's decision about a refused run
+_REASONS = {
+    RunStatus.PUBLISHED: "published",
+    RunStatus.GATE_REFUSED: "the gate refused",
+    RunStatus.STALE_PARENT: "another version was published meanwhile",
+    RunStatus.FAILED: "ended without a verdict",
+}
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What became of a run.
+    """How a run ended.
 
     Args:
         run: its id.
-        status: how it ended; None where it had claimed nothing.
-        version: what it published.
+        status: its last status; None if it had claimed nothing.
+        version: the version that it published.
         completed: requests that it erased.
-        queued: requests that try again.
-        failed: dead letters.
+        queued: requests that are tried again.
+        failed: requests that a person must look at.
     """
 
     run: str
@@ -49,21 +71,25 @@ class Settled:
 
 
 def settle(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Settled:
-    """Settle a run, remove its scratch files, and give the lease back.
+    """Settle a run, delete its scratch files, and release the lease.
 
     Args:
-        context: where requests and runs are recorded.
+        context: of the sweep.
         line: the model line.
-        run: the run; one that claimed nothing is no error.
+        run: the run; it may have claimed nothing.
         policy: of the sweep.
 
     Returns:
-        What became of it.
+        How the run ended.
 
     Raises:
-        SalunError: a certificate cannot be issued; nothing was completed that has none, and settling again goes on.
+        SalunError: a certificate cannot be issued. No request was completed without one; settling again continues.
     """
-    settled = _settle(context, line, run, policy)
+    record = context.runs.read(run)
+    if record is None:
+        settled = _settle_unrecorded(context, line, run, policy)
+    else:
+        settled = _settle_recorded(context, record, policy)
     for entry in context.store.list(scratch_prefix(run)):
         context.store.delete(entry.key)
     release(context.store, line, run)
@@ -71,154 +97,131 @@ def settle(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> S
 
 
 def recover(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> list[str]:
-    """Settle what dead runs left: whoever holds the lease may.
+    """Settle the dead runs of a line; the caller holds its lease, so no other run is alive.
 
     Returns:
-        The requests that were found in progress under other runs, or had been erased by one that was settled too early.
+        The requests that were in progress for other runs.
     """
-    found = []
     others: dict[str, list[str]] = {}
-    for state in context.ledger.list(line, [Status.IN_PROGRESS]):
+    for state in in_progress(context, line):
         if state.last and state.last.run and state.last.run != run:
             others.setdefault(state.last.run, []).append(state.request.id)
-    for other, requests in others.items():
+    for other in others:
         settle(context, line, other, policy)
-        found += requests
-    return found
+    return [request for requests in others.values() for request in requests]
 
 
-def _settle(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Settled:
-    record = context.runs.read(run)
-    if record is None:  # claimed and killed before the run was recorded: it never began
-        left = [s for s in context.ledger.list(line, [Status.IN_PROGRESS]) if s.last and s.last.run == run]
-        plan = after_stale(_attempts(left), 0, None, policy) if left else {}
-        return _requeue(context, run, None, left, {name: _unbegun(step, left) for name, step in plan.items()})
-    states = _members(context, record)
+def in_progress(context: SweepContext, line: str, run: str | None = None) -> list[RequestState]:
+    """Return the requests of a line that are in progress, for one run or for any."""
+    states = context.ledger.list(line, [Status.IN_PROGRESS])
+    return [state for state in states if run is None or (state.last and state.last.run == run)]
+
+
+def _settle_unrecorded(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Settled:
+    """Queue the requests of a run that died before its record was written: they were not tried."""
+    states = in_progress(context, line, run)
+    plan: dict[str, Next] = {}
+    for state in states:
+        assert state.last is not None
+        member = {state.request.id: state.last.attempt}
+        plan |= after_interruption(member, state.last.rung, state.last.group, "the run never began", policy)
+    return _requeue(context, run, None, states, plan)
+
+
+def _settle_recorded(context: SweepContext, record: RunRecord, policy: SweepPolicy) -> Settled:
+    # The members are read before HEAD: their events are then refused if the run publishes and is settled meanwhile.
+    members = in_parallel(lambda member: context.ledger.state(member.id), record.members)
+    states = [s for s in members if s.status is Status.IN_PROGRESS and s.last and s.last.run == record.run]
     version = published_by(context, record)
     if version is not None:
-        completed = in_parallel(lambda state: _complete(context, state, record, version), states)
-        _end(context, run, RunStatus.PUBLISHED, "published")
-        return Settled(run, RunStatus.PUBLISHED, version.digest, completed=completed)
-    status, plan = _unpublished(context, record, states, policy)
-    settled = _requeue(context, run, status, states, plan)
-    _end(context, run, status, _REASONS[status])
+        found = {member.id: member for member in record.members}
+        in_parallel(lambda state: complete(context, state, found[state.request.id], version, record), states)
+        settled = Settled(record.run, RunStatus.PUBLISHED, version.digest, [state.request.id for state in states])
+    else:
+        status, plan = _verdict(context, record, states, policy)
+        settled = _requeue(context, record.run, status, states, plan)
+    assert settled.status is not None
+    with suppress(SalunError):  # the run has recorded another end itself: that stays
+        context.runs.advance(record.run, settled.status, context.actor, _REASONS[settled.status])
     return settled
 
 
-_REASONS = {
-    RunStatus.GATE_REFUSED: "the gate refused",
-    RunStatus.STALE_PARENT: "another version was published meanwhile",
-    RunStatus.FAILED: "ended without a verdict",
-}
-
-
-def _members(context: SweepContext, record: RunRecord) -> list[RequestState]:
-    """Return the members that are still in this run's hands."""
-    states = in_parallel(lambda member: context.ledger.state(member.id), record.members)
-    return [s for s in states if s.status is Status.IN_PROGRESS and s.last and s.last.run == record.run]
+def _verdict(
+    context: SweepContext, record: RunRecord, states: Sequence[RequestState], policy: SweepPolicy
+) -> tuple[RunStatus, Mapping[str, Next]]:
+    """Return how a run ended that published nothing, and what follows for its requests."""
+    attempts = {state.request.id: state.last.attempt for state in states if state.last}
+    if _refused(context, record.run):
+        context.store.put_new(work_key(record.work_key), json.dumps({"format": "salun.work/v1"}).encode())
+        return RunStatus.GATE_REFUSED, after_refusal(attempts, record.run, record.rung, policy)
+    head = read_head(context.store, record.line)
+    if head is None or head[0].version != record.parent:
+        plan = after_interruption(attempts, record.rung, record.group, _REASONS[RunStatus.STALE_PARENT], policy)
+        return RunStatus.STALE_PARENT, plan
+    return RunStatus.FAILED, after_failure(attempts, record.run, record.rung, record.group, policy)
 
 
 def published_by(context: SweepContext, record: RunRecord) -> Version | None:
-    """Find what a run published: a version of it between HEAD and its parent. None where there is none."""
-    for version in _since(context, record.line, record.parent, record.created_at):
-        if version.manifest.run == record.run:
-            return version
+    """Return the version that a run published, or None.
+
+    It looks from HEAD back to the run's parent. After a rollback the parent may be missing there; then it stops at the
+    first version that is older than the run.
+    """
+    head = read_head(context.store, record.line)
+    digest = head[0].version if head else None
+    while digest is not None and digest != record.parent:
+        manifest = read_version(context.store, record.line, digest)
+        if manifest.run == record.run:
+            return Version(digest, manifest)
+        digest = None if manifest.created_at < record.created_at else manifest.parent
     return None
 
 
-def _since(context: SweepContext, line: str, parent: str, created_at: str) -> Iterator[Version]:
-    """Yield the versions from HEAD back to a parent; after a rollback as far as any can be younger than the run."""
-    head = read_head(context.store, line)
-    digest = head[0].version if head else None
-    while digest is not None and digest != parent:
-        manifest = read_version(context.store, line, digest)
-        yield Version(digest, manifest)
-        if manifest.created_at < created_at:
-            return
-        digest = manifest.parent
-
-
-def _unpublished(
-    context: SweepContext, record: RunRecord, states: Sequence[RequestState], policy: SweepPolicy
-) -> tuple[RunStatus, Mapping[str, Next]]:
-    attempts = _attempts(states)
-    if _refused(context, record.run):
-        context.store.put_new(work_key(record.work_key), json.dumps({"format": "salun.work/v1"}).encode())
-        plan = after_refusal(attempts, record.run, record.rung, policy) if attempts else {}
-        return RunStatus.GATE_REFUSED, plan
-    head = read_head(context.store, record.line)
-    if head is None or head[0].version != record.parent:
-        return RunStatus.STALE_PARENT, after_stale(attempts, record.rung, record.group, policy)
-    plan = after_failure(attempts, record.run, record.rung, record.group, policy) if attempts else {}
-    return RunStatus.FAILED, plan
-
-
 def _refused(context: SweepContext, run: str) -> bool:
-    """Return whether the gate refused the run: it left its decision."""
+    """Return whether the gate refused the run: then it left its decision."""
     stored = context.store.get(run_key(run, DECISION))
-    if stored is None:
-        return False
     try:
-        decision = json.loads(stored.data)
-        return isinstance(decision, dict) and decision.get("passed") is False
+        decision = json.loads(stored.data) if stored else None
     except ValueError:
         return False
-
-
-def _attempts(states: Sequence[RequestState]) -> dict[str, int]:
-    return {state.request.id: state.last.attempt for state in states if state.last}
-
-
-def _unbegun(step: Next, left: Sequence[RequestState]) -> Next:
-    """Keep recipe and half of a request whose run never began."""
-    last = next(iter(left)).last
-    rung, group = (last.rung, last.group) if last else (0, None)
-    return Next(step.give_up, rung, group, "the run never began")
+    return isinstance(decision, dict) and decision.get("passed") is False
 
 
 def _requeue(
     context: SweepContext, run: str, status: RunStatus | None, states: Sequence[RequestState], plan: Mapping[str, Next]
 ) -> Settled:
-    def move(state: RequestState) -> bool:
+    def move(state: RequestState) -> None:
         step = plan[state.request.id]
         to = Status.FAILED if step.give_up else Status.QUEUED
         epoch = state.last.epoch if state.last else None
-        with suppress(ConflictError):  # a twin of this call was first
-            context.ledger.move(
-                state, Transition(to, context.actor, step.reason, run, epoch=epoch, level=step.rung, group=step.group)
-            )
-        return step.give_up
+        transition = Transition(to, context.actor, step.reason, run, epoch=epoch, level=step.level, group=step.group)
+        with suppress(ConflictError):  # a twin of this call was faster
+            context.ledger.move(state, transition)
 
-    gave_up = in_parallel(move, states)
+    in_parallel(move, states)
     names = [state.request.id for state in states]
-    failed = [name for name, given in zip(names, gave_up, strict=True) if given]
+    failed = [name for name in names if plan[name].give_up]
     return Settled(run, status, queued=[name for name in names if name not in failed], failed=failed)
-
-
-def _complete(context: SweepContext, state: RequestState, record: RunRecord, version: Version) -> str:
-    member = next(member for member in record.members if member.id == state.request.id)
-    complete(context, state, member, version, record)
-    return state.request.id
 
 
 def complete(
     context: SweepContext, state: RequestState, member: RunMember, version: Version, record: RunRecord | None
 ) -> None:
-    """Certify one request, complete it, and take what it names out of the store.
+    """Certify one request, complete it, and redact it.
 
     Args:
-        context: where requests and runs are recorded.
+        context: of the sweep.
         state: the request, in progress.
-        member: what the run knew of it.
-        version: what has forgotten it, or was searched.
-        record: the run; None where there was nothing to erase.
+        member: what the run recorded about it.
+        version: the version that has forgotten it, or that was searched.
+        record: the run that erased it; None if there was nothing to erase.
 
     Raises:
         SalunError: the certificate cannot be issued; the request stays in progress.
     """
-    outcome = Outcome.NOTHING_TO_ERASE
+    outcome, reason = Outcome.NOTHING_TO_ERASE, "nothing that it names was trained on"
     if record is not None:
-        outcome = Outcome.RETRAINED if version.manifest.retrained else Outcome.UNLEARNED
+        outcome, reason = Outcome.RETRAINED if version.manifest.retrained else Outcome.UNLEARNED, "published"
     context.certifier.certify(
         CertificateInput(
             request=state.request,
@@ -237,15 +240,8 @@ def complete(
         )
     )
     assert state.last is not None
-    reason = "published" if record else "nothing that it names was trained on"
-    run = record.run if record else state.last.run  # what erased it, which need not be what found out
+    run = record.run if record else state.last.run  # the run that erased it, which may not be the one that claims now
     epoch = record.epoch if record else state.last.epoch
-    with suppress(ConflictError):  # a twin of this call was first
-        context.ledger.move(state, Transition(Status.COMPLETED, context.actor, reason, run, outcome, epoch=epoch))
+    with suppress(ConflictError):  # a twin of this call was faster
+        context.ledger.move(state, Transition(Status.COMPLETED, context.actor, reason, run, outcome, epoch))
     redact_request(context.store, state.request.id, keep_hashes=True)
-
-
-def _end(context: SweepContext, run: str, status: RunStatus, reason: str) -> None:
-    """Record how a run ended; one that ended otherwise by its own word keeps that."""
-    with suppress(SalunError):
-        context.runs.advance(run, status, context.actor, reason)

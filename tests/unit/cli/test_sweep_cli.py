@@ -16,10 +16,12 @@ from salun_core.errors import GateRefusedError
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
-from salun_core.steps.claim import Claimed, claim_requests, sweep_terms
+from salun_core.steps.claim import claim_requests, sweep_terms
 from salun_core.steps.sweep import SweepOutcome
 from salun_core.storage.keys import blob_key, certificate_key, scratch_prefix
 from salun_core.storage.leases import holder_of
+from salun_core.sweeps.claim import Claim
+from salun_core.sweeps.policy import Recipe
 from salun_core.sweeps.runs import RunStatus
 from salun_core.sweeps.settle import Settled
 from salun_core.times import utc_clock
@@ -78,7 +80,7 @@ def test_a_run_that_ends_in_an_error_is_told_whole_and_ends_in_its_exit_code(swe
 
 def test_a_refusal_says_why():
     error = GateRefusedError("the gate refused the model", "TA >=: no model is perfect", "see decision.json")
-    claimed = Claimed(1, "s3://salun/forget.json", "salun", 0.5, "{}", "1 waiting, and 1 make a batch")
+    claimed = Claim(Recipe(method="salun"), reason="1 waiting, and 1 make a batch")
     facts = sweep_facts(
         SweepOutcome("run-1", claimed, Settled("run-1", RunStatus.GATE_REFUSED, queued=["r-1"]), None, error)
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from salun_core.sweeps.policy import Recipe, SweepPolicy, after_failure, after_refusal, after_stale, why_due
+from salun_core.sweeps.policy import Recipe, SweepPolicy, after_failure, after_interruption, after_refusal, why_due
 
 NOW = datetime(2028, 2, 20, 12, tzinfo=UTC)
 POLICY = SweepPolicy(recipes=[Recipe(method="salun"), Recipe(method="salun", density=0.75), Recipe(method="retrain")])
@@ -45,7 +45,7 @@ def test_a_batch_is_due_when_a_month_ends_soon():
 
 def test_a_refused_batch_is_halved_and_climbs():
     plan = after_refusal({"a": 1, "b": 1, "c": 2}, "run-1", 0, POLICY)
-    assert {name: (step.group, step.rung, step.give_up) for name, step in plan.items()} == {
+    assert {name: (step.group, step.level, step.give_up) for name, step in plan.items()} == {
         "a": ("run-1-a", 1, False),
         "b": ("run-1-a", 1, False),
         "c": ("run-1-b", 1, False),
@@ -57,32 +57,32 @@ def test_alone_at_the_last_recipe_a_person_decides():
     assert step.give_up
     assert "last of 3 recipes" in step.reason
     several = after_refusal({"a": 3, "b": 3}, "run-1", 2, POLICY)
-    assert {(step.rung, step.give_up) for step in several.values()} == {(2, False)}
+    assert {(step.level, step.give_up) for step in several.values()} == {(2, False)}
 
 
 def test_a_failed_run_is_halved_from_the_second_time_on():
     first = after_failure({"a": 1, "b": 1}, "run-1", 1, "half", POLICY)
-    assert {(step.group, step.rung) for step in first.values()} == {("half", 1)}
+    assert {(step.group, step.level) for step in first.values()} == {("half", 1)}
     second = after_failure({"a": 2, "b": 2}, "run-2", 1, "half", POLICY)
     assert [step.group for step in second.values()] == ["run-2-a", "run-2-b"]
 
 
 def test_a_stale_run_tries_again_as_it_was():
-    (step,) = after_stale({"a": 1}, 1, "half", POLICY).values()
-    assert (step.group, step.rung, step.give_up) == ("half", 1, False)
+    (step,) = after_interruption({"a": 1}, 1, "half", "published meanwhile", POLICY).values()
+    assert (step.group, step.level, step.give_up) == ("half", 1, False)
 
 
 @given(st.integers(1, 64), st.integers(0, 2), st.integers(1, 9))
-def test_halving_loses_nobody_and_ends(size, rung, attempt):
+def test_halving_loses_nobody_and_ends(size, level, attempt):
     """Every group gets smaller or climbs, so that each request is erased, or ends alone, within bounded runs."""
     members = {f"r-{number}": attempt for number in range(size)}
-    plan = after_refusal(members, "run-1", rung, POLICY)
+    plan = after_refusal(members, "run-1", level, POLICY)
     assert set(plan) == set(members)
     groups: dict[str, int] = {}
     for step in plan.values():
-        assert step.give_up == (size == 1 and rung == 2)
+        assert step.give_up == (size == 1 and level == 2)
         groups[step.group] = groups.get(step.group, 0) + 1
-        assert step.rung >= rung
+        assert step.level >= level
     assert all(count < size or (count == size == 1) for count in groups.values())
 
 
@@ -90,7 +90,7 @@ def test_attempts_are_bounded_however_a_run_ends():
     for plan in (
         after_refusal({"a": 10}, "run-1", 0, POLICY),
         after_failure({"a": 10}, "run-1", 0, None, POLICY),
-        after_stale({"a": 10}, 0, None, POLICY),
+        after_interruption({"a": 10}, 0, None, "published meanwhile", POLICY),
     ):
         (step,) = plan.values()
         assert step.give_up
