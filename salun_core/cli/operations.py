@@ -109,7 +109,7 @@ def _purge_document(report: PurgeReport) -> dict[str, Any]:
     fields = ("kind", "keys", "size", "reason", "run", "line", "version", "request")
     return {
         "dry_run": report.dry_run,
-        "disposals": [{name: getattr(item, name) for name in fields} for item in planned.disposals],
+        "disposals": [{name: getattr(item, name) for name in fields} for item in planned.deletions],
         "erased": {"keys": total.keys, "versions": total.versions, "bytes": total.bytes},
         "skipped": len(report.skipped),
         "addenda": list(report.addenda),
@@ -141,7 +141,7 @@ def _show_purge(report: PurgeReport) -> None:
 def _each_key(report: PurgeReport) -> list[tuple[object, ...]]:
     return [
         (item.kind, key, item.size if number == 0 else "", item.reason if number == 0 else "")
-        for item in report.plan.disposals
+        for item in report.plan.deletions
         for number, key in enumerate(item.keys or ("-",))
     ]
 

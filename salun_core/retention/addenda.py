@@ -1,12 +1,20 @@
-"""Attests what was disposed of: a record for each run first, then an addendum to each certificate of its requests.
+"""Addenda to certificates: what a purge deleted is added to the certificate of each request that it concerns.
 
-The record fixes what is said and when, so that whoever goes on after a kill issues the very same addenda.
+For each run and stage (data in the store, Kubeflow's artifacts, the superseded weights) with nothing left:
+
+1. `disposed-<stage>.json` is created once. It fixes what the addenda contain and the time in them.
+2. Each certified request of the run gets an addendum, whose key carries the digest of its content.
+3. `attested-<stage>.json` is created, so that later purges skip the stage.
+
+A kill after 1 or within 2 leaves a stage without its mark: the next purge reads the same record, builds the same
+addenda, and those that exist are written again without effect. Nothing is recorded before a listing shows that the
+files are gone, so no record can claim too much.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -17,108 +25,83 @@ from salun_core.config import Document
 from salun_core.digest import canonical_json
 from salun_core.errors import ConflictError
 from salun_core.registry.holds import read_disposal
-from salun_core.retention.inventory import RunFacts, Stock
+from salun_core.retention.inventory import StoreInventory, by_kind
 from salun_core.storage.documents import RunId, parse_stored
 from salun_core.storage.erase import StoredKey
-from salun_core.storage.keys import kind_of_key, run_key
+from salun_core.storage.keys import run_key
 from salun_core.storage.objects import ObjectStore
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 Stage = Literal["data", "artifacts", "weights"]
-STAGES: tuple[Stage, ...] = ("data", "artifacts", "weights")
-_OF_A_RUN = {"scratch", "mask", "candidate"}
 
 
 class RunDisposal(Document):
-    """What of a run is gone for good."""
+    """What was deleted of a run."""
 
     format: Literal["salun.run-disposal/v1"] = "salun.run-disposal/v1"
     run: RunId = Field(description="the run")
-    stage: Stage = Field(description="data: of the store; artifacts: of Kubeflow; weights: of the superseded version")
-    done: list[DisposalDone] = Field(min_length=1, description="what is gone, as the addenda say it")
+    stage: Stage = Field(description="data: in the store; artifacts: of Kubeflow; weights: of the superseded version")
+    done: list[DisposalDone] = Field(min_length=1, description="what was deleted, as in the addenda")
 
 
-def certified(stock: Stock, run: str) -> list[str]:
-    """Return the requests that a run erased and that have a certificate."""
-    return [name for name in stock.erased_by(run) if name in stock.certificates]
-
-
-def attest(
+def issue_addenda(
     store: ObjectStore,
-    stock: Stock,
+    inventory: StoreInventory,
     left: Sequence[StoredKey],
     artifacts_left: Collection[str] | None,
     signer: Ed25519PrivateKey,
     now: datetime,
 ) -> list[str]:
-    """Issue the addenda that are due; the call may be repeated, and goes on where it was killed.
+    """Issue the addenda that are due. It may be killed anywhere and called again.
 
     Args:
         store: where.
-        stock: runs and requests.
-        left: what the store holds now.
-        artifacts_left: runs with weights or masks under the pipeline root; None where nobody looked there.
+        inventory: runs and requests.
+        left: what the store holds after the deletions.
+        artifacts_left: runs with weights or masks under the pipeline root; None if the root was not scanned.
         signer: the signing key.
         now: the time, with its time zone.
 
     Returns:
         The requests whose certificate got an addendum, sorted.
     """
+    from salun_core.certificates.issue import issue_addendum
+
+    found = by_kind(left)
+    with_data = {values["run"] for kind in ("scratch", "mask", "candidate") for _, values in found.get(kind, ())}
+    disposed = StoreInventory(keys=left).disposed
     given: set[str] = set()
-    gone = _gone(Stock(keys=left), artifacts_left)
-    for run, facts in sorted(stock.runs.items()):
-        if not facts.members or stock.finished_at(run, now) is None:
+    for run, summary in sorted(inventory.runs.items()):
+        requests = inventory.certified(run)
+        if not requests or inventory.finished_at(run, now) is None:
             continue
-        for stage in STAGES:
-            if f"attested-{stage}" not in facts.marks and gone[stage](run, facts):
-                given.update(_attest(store, stock, run, stage, signer, now))
+        at = now.isoformat()
+        gone: dict[Stage, list[DisposalDone]] = {}
+        if run not in with_data:
+            whats = ("forget data of the run", "masks in the store")
+            gone["data"] = [DisposalDone(what=what, at=at) for what in whats]
+        if artifacts_left is not None and run not in artifacts_left:
+            gone["artifacts"] = [DisposalDone(what="weights and masks under the pipeline root", at=at)]
+        if summary.line and summary.parent and (summary.line, summary.parent) in disposed:
+            disposal = read_disposal(store, summary.line, summary.parent)
+            assert disposal is not None
+            gone["weights"] = [DisposalDone(what="weights of the superseded version", at=disposal.at)]
+        for stage, done in gone.items():
+            if f"attested-{stage}" in summary.marks:
+                continue
+            record = _record(store, RunDisposal(run=run, stage=stage, done=done))
+            for request in requests:
+                issue_addendum(store, request, record.done, signer)
+            mark = {"format": "salun.attested/v1", "run": run, "stage": stage}
+            store.put_new(run_key(run, f"attested-{stage}.json"), canonical_json(mark))
+            given.update(requests)
     return sorted(given)
 
 
-def _gone(left: Stock, artifacts_left: Collection[str] | None) -> dict[Stage, Callable[[str, RunFacts], bool]]:
-    """Return for each stage whether everything of it is gone, of a run."""
-    found = map(kind_of_key, (item.key for item in left.keys))
-    with_data = {names["run"] for kind, names in found if kind in _OF_A_RUN}
-    return {
-        "data": lambda run, _: run not in with_data,
-        "artifacts": lambda run, _: artifacts_left is not None and run not in artifacts_left,
-        "weights": lambda _, facts: (facts.line, facts.parent) in left.disposed,
-    }
-
-
-def _attest(
-    store: ObjectStore, stock: Stock, run: str, stage: Stage, signer: Ed25519PrivateKey, now: datetime
-) -> list[str]:
-    from salun_core.certificates.issue import issue_addendum
-
-    requests = certified(stock, run)
-    if not requests:
-        return []
-    record = _record(store, RunDisposal(run=run, stage=stage, done=list(_done(store, stock, run, stage, now))))
-    for request in requests:
-        issue_addendum(store, request, record.done, signer)
-    mark = {"format": "salun.attested/v1", "run": run, "stage": stage}
-    store.put_new(run_key(run, f"attested-{stage}.json"), canonical_json(mark))
-    return requests
-
-
-def _done(store: ObjectStore, stock: Stock, run: str, stage: Stage, now: datetime) -> Iterator[DisposalDone]:
-    facts, at = stock.runs[run], now.isoformat()
-    if stage == "data":
-        yield DisposalDone(what="forget data of the run", at=at)
-        yield DisposalDone(what="masks in the store", at=at)
-    elif stage == "artifacts":
-        yield DisposalDone(what="weights and masks under the pipeline root", at=at)
-    else:
-        found = read_disposal(store, facts.line or "", facts.parent or "")
-        assert found is not None
-        yield DisposalDone(what="weights of the superseded version", at=found.at)
-
-
 def _record(store: ObjectStore, record: RunDisposal) -> RunDisposal:
-    """Write the record; one that is there already stands."""
+    """Write the record, and return it; if there is one already, return that."""
     key = run_key(record.run, f"disposed-{record.stage}.json")
     with contextlib.suppress(ConflictError):
         store.put_new(key, canonical_json(record.model_dump(mode="json")))

@@ -1,19 +1,34 @@
-"""Purges a store: forgets what the rules of retention say, and attests it. It may be killed anywhere and run again."""
+"""Purges a store: deletes what the retention rules name, and certifies it.
+
+The order, and what a kill leaves at each point:
+
+1. Scan and plan. Nothing has changed.
+2. Deltas whose base is deleted become whole files. Killed before the delta is deleted, both forms exist; the whole
+   one is read, and the next purge deletes the delta.
+3. Files are erased, with all their S3 versions. Killed in between, the next plan names what is left. A version's
+   `disposed.json` is written after the last of its files is gone; killed before that, the next plan names the
+   version again with no files left, and the record is written then.
+4. The store is listed again, and addenda are issued for what is gone (see `addenda`).
+
+While it works, versions may be staged, published or held. Before each deletion that depends on versions, every HEAD,
+manifest and hold is listed again; if any is new, the deletion waits for the next purge. A version that is staged
+between that listing and the deletion can lose a file that it shares; `publish_head` finds that and refuses it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from salun_core.errors import UsageError
 from salun_core.registry.holds import VersionDisposal, record_disposal
 from salun_core.registry.sparse import materialise
 from salun_core.requests.redaction import redact_request
-from salun_core.retention.addenda import attest, certified
-from salun_core.retention.inventory import NAMES, Artifact, Stock, take_artifacts, take_stock
-from salun_core.retention.rules import Disposal, Kind, Plan, RetentionRules, plan
-from salun_core.storage.erase import Erased, abort, erase, erase_old, inventory
+from salun_core.retention.addenda import issue_addenda
+from salun_core.retention.inventory import PURGED_OUTPUTS, StoreInventory, scan_artifacts, scan_store
+from salun_core.retention.rules import Deletion, DeletionKind, DeletionPlan, RetentionRules, plan
+from salun_core.storage.erase import Erased, abort, erase, erase_old, stored_keys
 from salun_core.storage.keys import delta_key
 from salun_core.telemetry.logs import get_logger
 from salun_core.times import Clock, as_utc, utc_clock
@@ -24,30 +39,30 @@ if TYPE_CHECKING:
     from salun_core.storage.s3 import S3Store
 
 _ACTOR = "purge"
-_BY_LINES = {Kind.WEIGHTS, Kind.STAGED, Kind.ORPHAN}
+_BY_LINES = {DeletionKind.WEIGHTS, DeletionKind.STAGED, DeletionKind.ORPHAN}
 
 
 @dataclass(frozen=True)
 class PurgeReport:
-    """What was disposed of, or would be.
+    """What was deleted, or would be.
 
     Args:
-        dry_run: whether nothing was touched.
-        plan: what had to go, and what is left alone.
-        erased: what was removed, for each disposal that was done.
-        skipped: disposals that wait for the next purge, because a model line moved meanwhile.
+        dry_run: whether nothing was deleted.
+        plan: what had to be deleted, and what stays.
+        erased: what was removed, for each deletion that was done.
+        skipped: deletions that wait for the next purge, because a model line changed meanwhile.
         addenda: requests whose certificate got an addendum.
     """
 
     dry_run: bool
-    plan: Plan
-    erased: Sequence[tuple[Disposal, Erased]] = ()
-    skipped: Sequence[Disposal] = ()
+    plan: DeletionPlan
+    erased: Sequence[tuple[Deletion, Erased]] = ()
+    skipped: Sequence[Deletion] = ()
     addenda: Sequence[str] = ()
 
     @property
     def total(self) -> Erased:
-        """All that was removed."""
+        """The sum of what was removed."""
         return sum((removed for _, removed in self.erased), Erased())
 
 
@@ -60,129 +75,95 @@ def purge(
     signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
 ) -> PurgeReport:
-    """Dispose of what the rules say, and add it to the certificates of the requests that it concerns.
+    """Delete what the rules name, and add it to the certificates of the requests that it concerns.
 
     Args:
         store: the store of model lines.
-        rules: how long things are kept; the longest that is allowed by default.
+        rules: how long things are kept; by default the longest allowed.
         root: where Kubeflow stores the artifacts of the runs.
-        dry_run: say what would go, and touch nothing.
-        signer: the key for the addenda; needed where a request's certificate must be added to.
-        clock: gives the time now.
+        dry_run: return the plan, and delete nothing.
+        signer: the key that signs addenda; required if a request's certificate needs one.
+        clock: returns the time now.
 
     Returns:
         What was done.
 
     Raises:
-        UsageError: certificates must be added to, and there is no key: nothing was touched.
-        IntegrityError: something is damaged, so that nobody can tell what is needed: nothing was touched; or a file
-            could not be made whole, and what it rests on stays.
-        StoreError: the store cannot be reached or refuses us.
+        UsageError: a certificate needs an addendum and there is no key; nothing was deleted.
+        IntegrityError: an object is damaged, so it is unknown what is still needed; nothing was deleted. Or a delta
+            could not be made whole; then its base stays.
+        StoreError: the store is unreachable or refuses the credentials.
     """
     now = as_utc(clock())
-    before = _lines(store)
-    stock = take_stock(store, now, root)
-    planned = plan(stock, rules or RetentionRules(), now)
+    before = _line_objects(store)
+    inventory = scan_store(store, now, root)
+    planned = plan(inventory, rules or RetentionRules(), now)
     if dry_run:
         return PurgeReport(True, planned)
     if signer is None:
-        _check_nothing_to_certify(stock, planned)
-    worker = _Purge(store, root, stock, before, now.isoformat())
-    for item in planned.disposals:
-        worker.dispose(item)
+        _check_nothing_to_certify(inventory, planned)
+    erased: list[tuple[Deletion, Erased]] = []
+    skipped: list[Deletion] = []
+    for item in planned.deletions:
+        if item.kind in _BY_LINES and _line_objects(store) - before:
+            skipped.append(item)
+            continue
+        target = root if item.kind is DeletionKind.ARTIFACT else store
+        assert target is not None  # without a root the plan names no artifacts
+        erased.append((item, _delete(item, target)))
+        if item.kind is DeletionKind.WEIGHTS:
+            _record(store, inventory, item, now.isoformat())
     addenda = []
     if signer is not None:
-        left = None if root is None else _runs_with_weights(take_artifacts(root, stock.runs)[0])
-        addenda = attest(store, stock, inventory(store), left, signer, now)
-    report = PurgeReport(False, planned, worker.erased, worker.skipped, addenda)
+        left = None
+        if root is not None:
+            artifacts, _ = scan_artifacts(root, inventory.runs)
+            left = {artifact.run for artifact in artifacts if artifact.name in PURGED_OUTPUTS}
+        addenda = issue_addenda(store, inventory, stored_keys(store), left, signer, now)
+    report = PurgeReport(False, planned, erased, skipped, addenda)
     removed = report.total
     get_logger().info("purged", keys=removed.keys, versions=removed.versions, bytes=removed.bytes)
     return report
 
 
-def _check_nothing_to_certify(stock: Stock, planned: Plan) -> None:
-    """Refuse to dispose of what a certificate must tell of without a key to sign that: it would be no evidence."""
-    of_runs = {item.run for item in planned.disposals if item.kind in {Kind.SCRATCH, Kind.MASK, Kind.ARTIFACT}}
-    weights = {(item.line, item.version) for item in planned.disposals if item.kind is Kind.WEIGHTS}
-    concerned = [run for run, item in stock.runs.items() if run in of_runs or (item.line, item.parent) in weights]
-    count = sum(len(certified(stock, run)) for run in concerned)
-    if count:
+def _check_nothing_to_certify(inventory: StoreInventory, planned: DeletionPlan) -> None:
+    """Refuse to delete what an addendum must name if no key can sign it: an unsigned addendum proves nothing."""
+    of_runs = {DeletionKind.SCRATCH, DeletionKind.MASK, DeletionKind.ARTIFACT}
+    runs = {item.run for item in planned.deletions if item.kind in of_runs}
+    weights = {(item.line, item.version) for item in planned.deletions if item.kind is DeletionKind.WEIGHTS}
+    concerned = [run for run, item in inventory.runs.items() if run in runs or (item.line, item.parent) in weights]
+    if count := sum(len(inventory.certified(run)) for run in concerned):
         raise UsageError(
-            "nothing was purged, for there is no signing key",
-            f"{count} certificates must be added to, and an unsigned disposal is no evidence",
-            "set SALUN_SIGNING_KEY, or look with --dry-run",
+            "nothing was purged, because there is no signing key",
+            f"{count} certificates need an addendum, and an unsigned one proves nothing",
+            "set SALUN_SIGNING_KEY, or use --dry-run to see the plan",
         )
 
 
-def _runs_with_weights(artifacts: Sequence[Artifact]) -> set[str]:
-    return {item.run for item in artifacts if item.name in NAMES}
-
-
-def _lines(store: S3Store) -> dict[str, str]:
-    """Return what decides which versions are needed: every HEAD, manifest and hold, with its etag."""
+def _line_objects(store: S3Store) -> set[tuple[str, str]]:
+    """Return everything that decides which versions are needed: HEADs, manifests and holds, with their etags."""
     found = [*store.list("lines/"), *store.list("holds/")]
-    return {item.key: item.etag for item in found if not item.key.endswith("/disposed.json")}
+    return {(item.key, item.etag) for item in found if not item.key.endswith("/disposed.json")}
 
 
-@dataclass
-class _Purge:
-    """Does the disposals of a plan, one after the other."""
+def _delete(item: Deletion, store: S3Store) -> Erased:
+    if item.kind is DeletionKind.MATERIALISE:
+        (digest,) = item.keys
+        materialise(store, digest)
+        return erase(store, delta_key(digest))  # materialise deletes it, a bucket with versions only hides it
+    if item.request is not None:
+        redact_request(store, item.request, keep_hashes=item.keep_hashes)
+        return erase_old(store, item.keys[0])
+    if item.upload is not None:
+        return abort(store, item.upload)
+    return sum((erase(store, key) for key in item.keys), Erased())
 
-    store: S3Store
-    root: S3Store | None
-    stock: Stock
-    before: Mapping[str, str]
-    now: str
-    erased: list[tuple[Disposal, Erased]] = field(default_factory=list)
-    skipped: list[Disposal] = field(default_factory=list)
 
-    def dispose(self, item: Disposal) -> None:
-        if item.kind in _BY_LINES and self._moved():
-            self.skipped.append(item)
-        else:
-            self.erased.append((item, self._do(item)))
-
-    def _moved(self) -> bool:
-        """Return whether a version was staged, published or held since stock was taken; it may need a file."""
-        return any(self.before.get(key) != etag for key, etag in _lines(self.store).items())
-
-    def _do(self, item: Disposal) -> Erased:
-        if item.kind is Kind.MATERIALISE:
-            return self._make_whole(item.keys[0])
-        if item.kind is Kind.REQUEST:
-            return self._redact(item)
-        if item.upload is not None:
-            return abort(self.store, item.upload)
-        store = self.root if item.kind is Kind.ARTIFACT else self.store
-        assert store is not None
-        removed = sum((erase(store, key) for key in item.keys), Erased())
-        if item.kind is Kind.WEIGHTS:
-            self._record(item)
-        return removed
-
-    def _make_whole(self, digest: str) -> Erased:
-        materialise(self.store, digest)
-        return erase(self.store, delta_key(digest))
-
-    def _redact(self, item: Disposal) -> Erased:
-        assert item.request is not None
-        redact_request(self.store, item.request, keep_hashes=item.keep_hashes)
-        return erase_old(self.store, item.keys[0])
-
-    def _record(self, item: Disposal) -> None:
-        """Say what is gone; only now, so that a record never speaks of what is still there."""
-        assert item.line is not None
-        assert item.version is not None
-        files = self.stock.manifests[item.line, item.version].files
-        record_disposal(
-            self.store,
-            VersionDisposal(
-                line=item.line,
-                version=item.version,
-                files=list(item.files),
-                size=sum(files[name].size for name in item.files),
-                at=self.now,
-                by=_ACTOR,
-                reason=item.reason,
-            ),
-        )
+def _record(store: S3Store, inventory: StoreInventory, item: Deletion, at: str) -> None:
+    """Record that a version's files are gone; only now, so that no record can claim too much."""
+    assert item.line is not None
+    assert item.version is not None
+    files = inventory.manifests[item.line, item.version].files
+    size = sum(files[name].size for name in item.files)
+    fields = {"line": item.line, "version": item.version, "files": list(item.files), "size": size}
+    record_disposal(store, VersionDisposal(**fields, at=at, by=_ACTOR, reason=item.reason))

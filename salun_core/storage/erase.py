@@ -101,7 +101,7 @@ def versions_of(store: S3Store, key: str) -> list[StoredVersion]:
     return sorted(found, key=lambda item: (item.latest, item.modified), reverse=True)
 
 
-def inventory(store: S3Store, prefix: str = "") -> list[StoredKey]:
+def stored_keys(store: S3Store, prefix: str = "") -> list[StoredKey]:
     """Return what lies under a prefix, sorted by key; what a plain delete has only hidden is listed too.
 
     Args:

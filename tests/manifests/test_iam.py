@@ -23,7 +23,7 @@ from salun_core.requests.gauges import GaugeReader
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Status
-from salun_core.retention.inventory import take_stock
+from salun_core.retention.inventory import scan_store
 from salun_core.steps.claim import probe_once
 from salun_core.storage import erase
 from salun_core.storage import keys as names
@@ -301,8 +301,8 @@ def test_only_the_purger_deletes_versions(stores, server):
 def test_the_purger_scans_everything(stores, server):
     for key in KEYS.values():  # what the matrix left is no document
         server["admin"].delete_object(Bucket=BUCKET, Key=key)
-    stock = take_stock(stores["purger"], NOW)
-    assert stock.uploads == []
+    inventory = scan_store(stores["purger"], NOW)
+    assert inventory.uploads == []
 
 
 @pytest.mark.parametrize(

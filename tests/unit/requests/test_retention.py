@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from salun_core.errors import IntegrityError
 from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.schema import Outcome, Status
-from salun_core.retention.inventory import Artifact, RequestFacts, RunFacts, Stock, parse_artifact
-from salun_core.retention.rules import Kind, RetentionRules, is_known, plan
+from salun_core.retention.inventory import Artifact, RequestSummary, RunSummary, StoreInventory, parse_artifact
+from salun_core.retention.rules import DeletionKind, RetentionRules, plan, still_trained_on
 from salun_core.storage import keys as names
 from salun_core.storage.erase import StoredKey, Upload
 from salun_core.storage.keys import LAYOUT, RUN_FILES, kind_of_key
@@ -73,17 +73,17 @@ class World:
         self.heads[line] = Head(line=line, version=digest, sequence=sequence, published_at=day(at).isoformat())
 
     def run(self, name, at, status=RunStatus.PUBLISHED, parent=None, members=(), line="faces"):
-        self.runs[name] = RunFacts(line, parent, tuple(members), status, day(at))
+        self.runs[name] = RunSummary(line, parent, tuple(members), status, day(at))
 
-    def stock(self):
+    def inventory(self):
         names_ = ("keys", "heads", "manifests", "bases", "holders", "runs", "requests", "uploads", "artifacts")
-        return Stock(**{name: getattr(self, name) for name in names_})
+        return StoreInventory(**{name: getattr(self, name) for name in names_})
 
     def plan(self, at, rules=EXACT):
-        return plan(self.stock(), rules, day(at))
+        return plan(self.inventory(), rules, day(at))
 
     def gone(self, at, *kinds, rules=EXACT):
-        return {key for item in self.plan(at, rules).disposals if not kinds or item.kind in kinds for key in item.keys}
+        return {key for item in self.plan(at, rules).deletions if not kinds or item.kind in kinds for key in item.keys}
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_superseded_weights_go_after_thirty_days_and_no_file_of_head(world):
     assert world.gone(35) == both("weights faces 0")
     assert world.gone(69.9) == both("weights faces 0")
     assert world.gone(70) == both("weights faces 0") | both("weights faces 5")
-    (item,) = world.plan(35).disposals
+    (item,) = world.plan(35).deletions
     assert (item.line, item.version, item.files) == ("faces", first, ("model.safetensors", "split.json"))
     assert item.size == 20
     assert "superseded since 2026-01-06" in item.reason
@@ -124,10 +124,10 @@ def test_of_a_superseded_folder_the_weights_go_that_no_version_needs(world):
     second = world.version(5, first, **folder("unet 5"))
     world.version(10, second, **folder("unet 5", "text 10"))
     assert world.gone(34.9) == set()
-    (item,) = world.plan(35).disposals
+    (item,) = world.plan(35).deletions
     assert (item.version, item.files, item.keys) == (first, (UNET,), (blob("unet 0"),))
     assert world.plan(35).shared == []
-    (_, item) = sorted(world.plan(40).disposals, key=lambda item: item.version == second)
+    (_, item) = sorted(world.plan(40).deletions, key=lambda item: item.version == second)
     assert (item.version, item.files, item.keys) == (second, (TEXT,), (blob("text"),))
 
 
@@ -174,7 +174,7 @@ def test_files_that_a_version_of_any_line_needs_stay(world):
 def test_a_list_of_samples_that_another_version_shares_stays(world):
     world.version(5, world.version(0, split="same"), split="same")
     assert world.gone(100) == {blob("weights faces 0")}
-    assert world.plan(100).disposals[0].files == ("model.safetensors",)
+    assert world.plan(100).deletions[0].files == ("model.safetensors",)
 
 
 def test_a_disposed_version_is_left_alone_unless_its_files_came_back(world):
@@ -182,23 +182,26 @@ def test_a_disposed_version_is_left_alone_unless_its_files_came_back(world):
     world.version(5, first)
     world.put(names.version_disposal_key("faces", first), 36)
     world.keys = [item for item in world.keys if item.key not in both("weights faces 0")]
-    assert world.plan(100).disposals == []
+    assert world.plan(100).deletions == []
     world.put(blob("weights faces 0"), 90)
-    assert world.gone(100, Kind.ORPHAN) == {blob("weights faces 0")}
+    assert world.gone(100, DeletionKind.ORPHAN) == {blob("weights faces 0")}
 
 
 def test_what_a_living_file_is_a_difference_to_goes_only_after_that_was_made_whole(world):
     first = world.version(0)
     second = world.version(5, first, delta_of="weights faces 0")
     world.version(40, second, delta_of="weights faces 5")
-    kinds = [(item.kind, item.keys[0]) for item in world.plan(36).disposals]
-    assert kinds == [(Kind.MATERIALISE, sha("weights faces 5")), (Kind.WEIGHTS, blob("weights faces 0"))]
-    kinds = [(item.kind, item.keys[0]) for item in world.plan(71).disposals]
-    assert kinds[0] == (Kind.MATERIALISE, sha("weights faces 40"))  # not the one between: that goes as well
-    assert [kind for kind, _ in kinds] == [Kind.MATERIALISE, Kind.WEIGHTS, Kind.WEIGHTS]
-    assert names.delta_key(sha("weights faces 5")) in world.gone(71, Kind.WEIGHTS)
+    kinds = [(item.kind, item.keys[0]) for item in world.plan(36).deletions]
+    assert kinds == [
+        (DeletionKind.MATERIALISE, sha("weights faces 5")),
+        (DeletionKind.WEIGHTS, blob("weights faces 0")),
+    ]
+    kinds = [(item.kind, item.keys[0]) for item in world.plan(71).deletions]
+    assert kinds[0] == (DeletionKind.MATERIALISE, sha("weights faces 40"))  # not the one between: that goes as well
+    assert [kind for kind, _ in kinds] == [DeletionKind.MATERIALISE, DeletionKind.WEIGHTS, DeletionKind.WEIGHTS]
+    assert names.delta_key(sha("weights faces 5")) in world.gone(71, DeletionKind.WEIGHTS)
     world.put(blob("weights faces 40"), 71)
-    assert Kind.MATERIALISE not in {item.kind for item in world.plan(71).disposals}
+    assert DeletionKind.MATERIALISE not in {item.kind for item in world.plan(71).deletions}
 
 
 def test_versions_that_were_never_published_go_with_their_manifest(world):
@@ -208,7 +211,7 @@ def test_versions_that_were_never_published_go_with_their_manifest(world):
     every = {*both("weights faces 5"), blob("evidence 5"), manifest}
     assert world.gone(5.9) == set()
     assert world.gone(6) == every
-    assert world.plan(6).disposals[0].keys[-1] == manifest
+    assert world.plan(6).deletions[0].keys[-1] == manifest
     world.run("run-1", 5.5, RunStatus.EVALUATING)
     assert world.gone(6) == set()  # it may still be published
     assert world.gone(6.5) == every
@@ -225,13 +228,15 @@ def test_after_a_rollback_the_abandoned_branch_is_superseded(world):
     world.run("run-stale", 7, RunStatus.STALE_PARENT)
     world.move("faces", first, 10)
     assert names.version_key("faces", third) not in world.gone(100)
-    assert len(world.gone(9, Kind.STAGED)) == 4
-    assert world.gone(9, Kind.STAGED) > both("weights faces 7")
-    assert world.gone(39.9, Kind.WEIGHTS) == set()
-    assert world.gone(40, Kind.WEIGHTS) == both("weights faces 5") | both("weights faces 6")
+    assert len(world.gone(9, DeletionKind.STAGED)) == 4
+    assert world.gone(9, DeletionKind.STAGED) > both("weights faces 7")
+    assert world.gone(39.9, DeletionKind.WEIGHTS) == set()
+    assert world.gone(40, DeletionKind.WEIGHTS) == both("weights faces 5") | both("weights faces 6")
     world.version(30, first)  # the fork's next version fixes the time
-    assert world.gone(59.9, Kind.WEIGHTS) == set()
-    assert world.gone(60, Kind.WEIGHTS) == both("weights faces 5") | both("weights faces 6") | both("weights faces 0")
+    assert world.gone(59.9, DeletionKind.WEIGHTS) == set()
+    assert world.gone(60, DeletionKind.WEIGHTS) == both("weights faces 5") | both("weights faces 6") | both(
+        "weights faces 0"
+    )
 
 
 def test_a_broken_lineage_stops_everything(world):
@@ -271,15 +276,15 @@ def test_forget_data_and_masks_of_runs(world):
     world.put("scratch/run-1/deep/er", 1, live=False)
     world.put("runs/run-1/mask.safetensors", 1)
     world.put("runs/run-1/report.html", 1)
-    world.requests["r"] = RequestFacts("faces", Status.IN_PROGRESS, day(1), "run-1")
+    world.requests["r"] = RequestSummary("faces", Status.IN_PROGRESS, day(1), "run-1")
     world.run("run-1", 1, RunStatus.PUBLISHED, members=["r"])
     assert world.gone(1.9) == set()  # published, and not settled yet
     assert world.gone(1.6, rules=RetentionRules()) == set()
-    world.requests["r"] = RequestFacts("faces", Status.COMPLETED, day(1.5), "run-1", Outcome.UNLEARNED, redacted=True)
+    world.requests["r"] = RequestSummary("faces", Status.COMPLETED, day(1.5), "run-1", Outcome.UNLEARNED, redacted=True)
     assert world.gone(2.4) == set()
     assert world.gone(2.5) == {"scratch/run-1/forget.json", "scratch/run-1/deep/er"}
     assert world.gone(31.4) == {"scratch/run-1/forget.json", "scratch/run-1/deep/er"}
-    assert "runs/run-1/mask.safetensors" in world.gone(31.5, Kind.MASK)
+    assert "runs/run-1/mask.safetensors" in world.gone(31.5, DeletionKind.MASK)
     assert "runs/run-1/report.html" not in world.gone(1000)
 
 
@@ -310,7 +315,7 @@ def test_unknown_keys_are_listed_and_left_alone(world):
     for key in [*known, *unknown]:
         world.put(key)
     found = world.plan(1000)
-    assert found.disposals == []
+    assert found.deletions == []
     assert sorted(found.unknown) == sorted(unknown)
 
 
@@ -372,19 +377,19 @@ def test_places_under_the_pipeline_root(key, place):
 
 def test_uploads_that_never_ended(world):
     world.uploads = [(Upload("blobs/sha256/x", "u", day(1)), 7)]
-    assert world.plan(1.9).disposals == []
-    (item,) = world.plan(2).disposals
-    assert (item.kind, item.size, item.upload.id) == (Kind.UPLOAD, 7, "u")
+    assert world.plan(1.9).deletions == []
+    (item,) = world.plan(2).deletions
+    assert (item.kind, item.size, item.upload.id) == (DeletionKind.UPLOAD, 7, "u")
 
 
 def request(world, name, status, at=6.0, run="run-2", redacted=False, hashed=False, old=0, **more):
     outcome = more.get("outcome", Outcome.UNLEARNED) if status is Status.COMPLETED else None
-    world.requests[name] = RequestFacts("faces", status, day(at), run, outcome, redacted, hashed)
+    world.requests[name] = RequestSummary("faces", status, day(at), run, outcome, redacted, hashed)
     world.put(names.request_key(name), at, old=old)
 
 
 def targets(world, at=10):
-    return {item.request: item.keep_hashes for item in world.plan(at).disposals if item.kind is Kind.REQUEST}
+    return {item.request: item.keep_hashes for item in world.plan(at).deletions if item.kind is DeletionKind.REQUEST}
 
 
 def test_targets_of_settled_requests_are_redacted(world):
@@ -412,7 +417,7 @@ def test_hashes_go_when_no_version_knows_the_data_any_more(world):
     assert targets(world) == {"a": False}
     world.put(names.version_disposal_key("faces", second), 38)
     assert targets(world) == {"a": False, "b": False, "c": False}
-    assert not is_known(world.stock(), "b")
+    assert not still_trained_on(world.inventory(), "b")
     request(world, "lost", Status.COMPLETED, run="run-unknown", redacted=True, hashed=True)
     assert "lost" not in targets(world)
 

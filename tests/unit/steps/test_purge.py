@@ -21,10 +21,10 @@ from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.retention import purge as step
 from salun_core.retention.purge import purge
-from salun_core.retention.rules import Kind
+from salun_core.retention.rules import DeletionKind
 from salun_core.storage import keys as names
 from salun_core.storage import open_store
-from salun_core.storage.erase import inventory, versions_of
+from salun_core.storage.erase import stored_keys, versions_of
 from salun_core.storage.s3 import S3Store, make_client
 from salun_core.sweeps.runs import RunLog, RunMember, RunRecord, RunStatus
 from tests.folder_model import UNET, contents, write_folder
@@ -108,7 +108,7 @@ class Line:
         return read_version(self.store, "faces", self.versions[number]).files[name].sha256
 
     def everything(self):
-        return {item.key: (item.size, item.live, item.old) for item in inventory(self.store)}
+        return {item.key: (item.size, item.live, item.old) for item in stored_keys(self.store)}
 
     def fetched(self, number, folder):
         fetch_version(self.store, "faces", self.versions[number], folder)
@@ -141,17 +141,17 @@ def test_what_must_go_is_gone_and_what_stays_is_whole(line, tmp_path):
     hold_version(line.store, "faces", line.versions[1], "ana", "audit", after(days=1))
     assert len(line.traces(0)) == 3  # weights twice
     before = line.everything()
-    with pytest.raises(UsageError, match=r"1 certificates .* unsigned disposal is no evidence"):
+    with pytest.raises(UsageError, match=r"1 certificates need an addendum, and an unsigned one proves nothing"):
         line.purge(signer=None)
     dry = line.purge(dry_run=True, signer=None)
     assert line.everything() == before
     assert dry.erased == ()
-    planned = {key for item in dry.plan.disposals for key in item.keys}
+    planned = {key for item in dry.plan.deletions for key in item.keys}
     assert {"scratch/run-2/forget.json", "runs/run-2/mask.safetensors", names.request_key("r-1")} <= planned
     report = line.purge()
     assert report.skipped == []
-    assert [item for item, _ in report.erased] == dry.plan.disposals
-    assert {item.kind for item, _ in report.erased} == {*Kind} - {Kind.ARTIFACT, Kind.STAGED}
+    assert [item for item, _ in report.erased] == dry.plan.deletions
+    assert {item.kind for item, _ in report.erased} == {*DeletionKind} - {DeletionKind.ARTIFACT, DeletionKind.STAGED}
     assert line.traces(0) == []
     assert line.fetched(2, tmp_path / "head") == line.original(2)
     assert line.fetched(1, tmp_path / "held") == line.original(1)
@@ -182,7 +182,7 @@ def test_of_a_model_with_folders_the_old_weights_go_and_the_rest_stays_whole(buc
     first, head = (read_version(store, "sd", digest) for digest in versions)
     assert versions_of(store, names.delta_key(head.files[UNET].sha256))
     report = purge(store, clock=after(days=40))
-    assert [item.kind for item, _ in report.erased] == [Kind.MATERIALISE, Kind.WEIGHTS]
+    assert [item.kind for item, _ in report.erased] == [DeletionKind.MATERIALISE, DeletionKind.WEIGHTS]
     assert read_disposal(store, "sd", versions[0]).files == [UNET]  # all else is HEAD's too
     assert versions_of(store, names.blob_key(first.files[UNET].sha256)) == []
     fetch_version(store, "sd", versions[1], tmp_path / "out")
@@ -211,16 +211,16 @@ def test_what_was_disposed_of_is_added_to_the_certificate_and_the_target_goes(li
     assert len(versions_of(line.store, key)) == 1
     report = line.purge(root=root)
     assert report.addenda == ["r-1"]
-    assert {item.key for item in inventory(root)} == stays
+    assert {item.key for item in stored_keys(root)} == stays
     assert report.plan.foreign_runs == 1
     store, artifacts = ["forget data of the run", "masks in the store"], "weights and masks under the pipeline root"
     assert line.addenda() == [*store, artifacts, "weights of the superseded version"]
     report = line.purge()
-    assert (report.addenda, [item.kind for item in report.plan.disposals]) == ([], [Kind.REQUEST])
+    assert (report.addenda, [item.kind for item in report.plan.deletions]) == ([], [DeletionKind.REQUEST])
     assert Ledger(line.store, after()).get("r-1").target.hashes == []  # no version knows it any more
     assert len(versions_of(line.store, key)) == 1
     before = line.everything()
-    assert line.purge(signer=None).plan.disposals == []  # nothing to certify, so no key is needed
+    assert line.purge(signer=None).plan.deletions == []  # nothing to certify, so no key is needed
     assert line.everything() == before
 
 
@@ -268,16 +268,16 @@ def test_killed_after_each_write_it_ends_the_same(line, bucket, tmp_path, monkey
 
 
 def test_a_version_held_while_purge_looks_stays_and_a_damaged_manifest_stops_it(line, monkeypatch, tmp_path):
-    real = step.take_stock
+    real = step.scan_store
 
     def meddled(store, now, root):
-        stock = real(store, now, root)
-        hold_version(line.store, "faces", line.versions[0], "ana", "in this very moment", after())
-        return stock
+        inventory = real(store, now, root)
+        hold_version(line.store, "faces", line.versions[0], "ana", "held meanwhile", after())
+        return inventory
 
-    monkeypatch.setattr(step, "take_stock", meddled)
+    monkeypatch.setattr(step, "scan_store", meddled)
     report = line.purge()
-    assert {item.kind for item in report.skipped} == {Kind.WEIGHTS, Kind.ORPHAN}
+    assert {item.kind for item in report.skipped} == {DeletionKind.WEIGHTS, DeletionKind.ORPHAN}
     assert line.fetched(0, tmp_path / "held") == line.original(0)
     monkeypatch.undo()
     release_version(line.store, "faces", line.versions[0])

@@ -21,7 +21,7 @@ from salun_core.storage.erase import (
     abort,
     erase,
     erase_old,
-    inventory,
+    stored_keys,
     unfinished_uploads,
     upload_bytes,
     versions_of,
@@ -96,7 +96,7 @@ def test_a_store_that_lists_no_versions_gets_a_plain_delete(unshared):
 
     write(unshared, "a/x", b"1")
     unshared.native[0].meta.events.register("before-parameter-build.s3.ListObjectVersions", refuse)
-    assert [item.key for item in inventory(unshared)] == ["a/x"]
+    assert [item.key for item in stored_keys(unshared)] == ["a/x"]
     assert erase(unshared, "a/x") == Erased(1, 1, 1)
     assert unshared.get("a/x") is None
 
@@ -123,10 +123,10 @@ def test_the_inventory_shows_what_is_hidden(versioned):
     write(versioned, "a/hidden", b"1")
     versioned.delete("a/hidden")
     write(versioned, "a-seen", b"1", b"22")
-    found = {item.key: (item.size, item.live, item.old) for item in inventory(versioned)}
+    found = {item.key: (item.size, item.live, item.old) for item in stored_keys(versioned)}
     assert found["a/hidden"] == (1, False, 1)
     assert found["a-seen"] == (3, True, 1)
-    assert [item.key for item in inventory(versioned, "a/")] == ["a/hidden"]
+    assert [item.key for item in stored_keys(versioned, "a/")] == ["a/hidden"]
     assert list(versioned.list("a/")) == []
 
 
