@@ -48,19 +48,20 @@ OF_PYTEST = {
 }
 HEAD = """# Reliability
 
-What the deletion ledger does when processes are killed, replies are lost and clocks are wrong: measured, not promised.
-`make reliability` runs everything again and rewrites this page; `make test` runs the same at a smaller size.
+How the deletion ledger behaves when processes are killed, replies are lost and clocks are wrong. Everything here is
+measured. `make reliability` runs all rows again and rewrites this page. `make test` runs them at a smaller size.
 
-A toy stands in for the model: its weights are the set of the samples that it has forgotten, so that an auditor can say
-of every sample in every version whether it is known. The rest is real: an S3 server, the ledger, leases, claiming,
-publishing and settling, processes of their own, SIGKILL and SIGSTOP.
+A toy replaces the model: its weights are the set of samples that it has forgotten, so an auditor can check every sample
+in every version. Everything else is real: an S3 server, the ledger, leases, claiming, publishing and settling, separate
+processes, SIGKILL and SIGSTOP.
 
-- **lost**: a request that was filed and is not completed, or that HEAD still knows.
+- **lost**: a request that was filed and is not completed, or whose data HEAD still contains.
 - **twice**: a request that was completed twice, a sample that two versions erased, an event that was written twice.
-- **resurrected**: a sample that a HEAD had forgotten and a later one knows.
-- **torn**: a read of HEAD whose manifest or files were missing or did not match their digests.
-- **other**: forks of the lineage, reads that went backwards, requests at no or two index statuses, certificates that
-  say what is not so, own writes that were taken for another's, leases that were taken too early, unexpected errors.
+- **resurrected**: a sample that one HEAD had forgotten and a later one contains.
+- **torn**: a read of HEAD with a manifest or files that were missing or did not match their digests.
+- **other**: forks of the lineage, reads that went backwards, requests at no or at two index statuses, false
+  certificates, own writes that were attributed to another writer, leases that were acquired too early, unexpected
+  errors.
 
 """
 
