@@ -7,8 +7,8 @@ import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 from xml.sax.saxutils import quoteattr
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from salun_core.evaluation.evidence import ClassAccuracy, Curve, CurvePoint, Distribution, EpochRecord, Series
 
+T = TypeVar("T")
 
-# Blue, vermilion and green of Okabe and Ito stay apart for every common colour blindness. Each colour becomes
+# Blue, vermilion and green of Okabe and Ito stay distinguishable for every common colour blindness. Each colour becomes
 # a CSS variable of the page, so that one picture serves the light and the dark theme.
 COLOURS = {
     "ink": "#1f2328",
@@ -33,9 +34,14 @@ COLOURS = {
     "reference": "#9a6700",
 }
 STATES = {"before": "Before", "after": "After", "reference": "Retrained reference"}
+SPLITS = ("retain", "test", "forget")
+MAX_CLASSES = 40
+MAX_ROC_POINTS = 512
+_DASHES = {"before": (0, (4, 2)), "after": "solid", "reference": (0, (1, 1.2))}
+_PERCENT = "{x:.0%}"
+_SPIKE = 0.4  # one bin with more than this share hides all others on a linear scale
 _STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "salun-report",
     "text.parse_math": False,  # a class may be called `$`
     "font.family": ["sans-serif"],
     "font.size": 9.0,
@@ -65,15 +71,15 @@ _STYLE = {
     "legend.fontsize": 8.5,
     "path.simplify": True,
 }
-_TAG = re.compile(r"<[^>]+>")
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+_TAG = re.compile(r"<[^>]+>")  # matplotlib escapes `>` in text, so that a class name is never taken for a tag
 
 
 def draw(name: str, width: float, height: float, paint: Callable[[Figure], str]) -> str:
     """Draw one picture.
 
     Args:
-        name: unique in the page; it keeps the ids of two pictures apart.
+        name: unique in the page; it makes the ids of two pictures differ.
         width: in inches.
         height: in inches.
         paint: puts the axes on the figure and returns the alternative text.
@@ -81,56 +87,44 @@ def draw(name: str, width: float, height: float, paint: Callable[[Figure], str])
     Returns:
         An `<svg>` element with `role="img"` and the alternative text as its label.
     """
+    import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with _style():
+    style = _STYLE | {
+        "svg.hashsalt": name
+    }  # ids of clip paths and markers: the same in each run, others in each picture
+    with mpl.rc_context(style), warnings.catch_warnings():  # type: ignore[arg-type]  # keys are a Literal there
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's browser has its own fonts
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.06))
         FigureCanvasSVG(figure)
         alt = paint(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
-    return _embed(buffer.getvalue().decode("utf-8"), re.sub(r"[^A-Za-z0-9]", "", name), alt)
-
-
-def label(text: str, limit: int = 22) -> str:
-    """Return a name fit for an axis: no control or direction characters, shortened to `limit` characters."""
-    visible = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c for c in text)
-    return visible if len(visible) <= limit else visible[: limit - 1] + "…"
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib as mpl
-
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():  # type: ignore[arg-type]  # keys are a Literal there
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's browser has its own fonts
-        yield
-
-
-def _embed(document: str, name: str, alt: str) -> str:
-    body = document[document.index("<svg") :]
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
-    body = body[body.index(">") + 1 :]
+    document = buffer.getvalue().decode("utf-8")
     size = re.search(r'viewBox="([^"]+)"', document)
     assert size is not None, "matplotlib writes a viewBox"
-    # text has its `>` escaped, so only real tags are rewritten, never a class name
-    inner = re.sub(r">\s+<", "><", _TAG.sub(lambda tag: _adapt(tag.group(), name), body)).strip()
+    body = document[document.index(">", document.index("<svg")) + 1 :]
+    body = _TAG.sub(lambda tag: _adapted(tag.group()), re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL))
+    inner = re.sub(r">\s+<", "><", body).strip()
     return f'<svg class="plot" role="img" aria-label={quoteattr(alt)} viewBox="{size.group(1)}">{inner}'
 
 
-def _adapt(tag: str, name: str) -> str:
-    tag = re.sub(r'\bid="', f'id="{name}-', tag).replace("url(#", f"url(#{name}-")
-    tag = tag.replace('xlink:href="#', f'href="#{name}-').replace("\n", " ")
+def _adapted(tag: str) -> str:
+    """Remove what HTML does not need from a tag, and turn its colours into variables of the page."""
+    tag = re.sub(r'^<g id="[^"]*"', "<g", tag)  # names of axes and ticks, equal in every picture
+    tag = tag.replace('xlink:href="#', 'href="#').replace("\n", " ")
     tag = re.sub(r"font-family: [^;\"]+;? ?", "", tag)
     for colour, value in COLOURS.items():
         tag = tag.replace(value, f"var(--{colour}, {value})")
     return tag
 
 
-SPLITS = ("retain", "test", "forget")
-_SPIKE = 0.4  # one bin with more than this share hides all others on a linear scale
+def label(text: str, limit: int = 22) -> str:
+    """Return a name that fits an axis: without control or direction characters, shortened to `limit` characters."""
+    visible = "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c)[0] == "C" else c for c in text)
+    return visible if len(visible) <= limit else visible[: limit - 1] + "…"
 
 
 def distributions(quantity: str, data: Distribution) -> str:
@@ -144,36 +138,46 @@ def distributions(quantity: str, data: Distribution) -> str:
         The SVG element.
     """
     states = [state for state in STATES if any(_counts(series, state) for series in data.splits.values())]
+    highest = max(
+        (share for state in states for split in data.splits.values() for share in shares(_counts(split, state))),
+        default=0.0,
+    )
 
     def paint(figure: Figure) -> str:
         axes = figure.subplots(1, len(states), sharex=True, sharey=True, squeeze=False)[0]
-        heights = [
-            share for state in states for split in data.splits.values() for share in shares(_counts(split, state))
-        ]
         for axis, state in zip(axes, states, strict=True):
             _histograms(axis, data, state)
-            _scales(axis, data.edges, max(heights, default=0.0))
+            _scales(axis, data.edges, highest)
             axis.set_xlabel(quantity)
-        root = max(heights, default=0.0) > _SPIKE
-        axes[0].set_ylabel("share of samples per bin" + (" (root scale)" if root else ""))
+        axes[0].set_ylabel("share of samples per bin" + (" (root scale)" if highest > _SPIKE else ""))
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper right", ncols=len(names))
-        return f"Histograms of {quantity} by split. " + " ".join(_describe(data, state) for state in states)
+        medians = {
+            state: ", ".join(
+                f"{split} {_median(data.edges, _counts(data.splits[split], state))}"
+                for split in SPLITS
+                if split in data.splits
+            )
+            for state in states
+        }
+        return f"Histograms of {quantity} by split. " + " ".join(
+            f"{STATES[state]}: medians near {text}." for state, text in medians.items()
+        )
 
     return draw(f"dist{quantity}", 10.2, 2.9, paint)
 
 
 def shares(counts: Sequence[int]) -> list[float]:
-    """Return each bin's share of the counts; zeros where there are none."""
+    """Return each bin's share of the counts; zeros if all counts are zero."""
     total = sum(counts)
     return [count / total if total else 0.0 for count in counts]
 
 
 def overlap(data: Distribution, state: str, first: str = "forget", second: str = "test") -> float | None:
-    """Return the area that two splits' histograms share: 1 when they cannot be told apart, else less.
+    """Return the area that two splits' histograms share: 1 if they cannot be told apart, else less.
 
     Returns:
-        The sum over bins of the smaller share, or None where a split has no counts.
+        The sum over bins of the smaller share, or None if a split has no counts.
     """
     pair = [_counts(data.splits[split], state) if split in data.splits else [] for split in (first, second)]
     if not all(sum(counts) for counts in pair):
@@ -203,12 +207,12 @@ def _histograms(axis: Axes, data: Distribution, state: str) -> None:
 def _scales(axis: Axes, edges: Sequence[float], highest: float) -> None:
     if is_geometric(edges):
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
     if highest > _SPIKE:
         axis.set_yscale("function", functions=(_root, _square))
         axis.set_yticks([tick for tick in (0.01, 0.1, 0.25, 0.5, 0.75, 1.0) if tick <= 1.2 * highest])
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.yaxis.set_major_formatter(_PERCENT)
     axis.set_ylim(bottom=0)
     axis.set_xlim(edges[0], edges[-1])
 
@@ -218,9 +222,7 @@ def is_geometric(edges: Sequence[float]) -> bool:
     if len(edges) < 3 or edges[0] <= 0:
         return False
     first = edges[1] / edges[0]
-    return first > 1.001 and all(
-        math.isclose(b / a, first, rel_tol=1e-3) for a, b in zip(edges, edges[1:], strict=False)
-    )
+    return first > 1.001 and all(math.isclose(b / a, first, rel_tol=1e-3) for a, b in pairwise(edges))
 
 
 def _root(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - arrays, called by matplotlib
@@ -233,27 +235,13 @@ def _square(values):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - a
     return values * values
 
 
-def _describe(data: Distribution, state: str) -> str:
-    medians = [
-        f"{split} {_median(data.edges, _counts(data.splits[split], state))}" for split in SPLITS if split in data.splits
-    ]
-    return f"{STATES[state]}: medians near {', '.join(medians)}."
-
-
 def _median(edges: Sequence[float], counts: Sequence[int]) -> str:
     reached, half = 0, sum(counts) / 2
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+    for (low, high), count in zip(pairwise(edges), counts, strict=False):
         reached += count
         if count and reached >= half:
             return f"{(low + high) / 2:.3g}"
     return "none"
-
-
-T = TypeVar("T")
-
-_DASHES = {"before": (0, (4, 2)), "after": "solid", "reference": (0, (1, 1.2))}
-MAX_CLASSES = 40
-MAX_ROC_POINTS = 512
 
 
 def class_accuracy(
@@ -262,7 +250,7 @@ def class_accuracy(
     """Draw each class's accuracy before and after, joined by a line; forgotten classes are marked.
 
     Args:
-        rows: accuracy by class, as ratios; the `MAX_CLASSES` that changed most are drawn where there are more.
+        rows: accuracy by class, as ratios; the `MAX_CLASSES` that changed most are drawn.
         forgotten: ids of classes that were forgotten as a whole.
         quantity: what the accuracy is of.
 
@@ -270,10 +258,8 @@ def class_accuracy(
         The SVG element.
     """
     measured = [row for row in rows if change(row) is not None]
-    changes = {row.class_id: change(row) or 0.0 for row in measured}
-    kept = sorted(
-        sorted(measured, key=lambda row: -abs(changes[row.class_id]))[:MAX_CLASSES], key=lambda row: row.class_id
-    )
+    most = sorted(measured, key=lambda row: -abs(change(row) or 0.0))[:MAX_CLASSES]
+    kept = sorted(most, key=lambda row: row.class_id)
 
     def paint(figure: Figure) -> str:
         axis = figure.subplots()
@@ -282,10 +268,10 @@ def class_accuracy(
         names = [label(row.name) + (" (forgotten)" if row.class_id in forgotten else "") for row in kept]
         axis.set_yticks(range(len(kept)), names)
         axis.set_ylim(len(kept) - 0.5, -0.5)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.xaxis.set_major_formatter(_PERCENT)
         axis.set_xlabel(f"{quantity}: ○ before   ● after   (right: change in points)")
         axis.grid(axis="y", visible=False)
-        ends = _extremes({row.name: changes[row.class_id] for row in kept}, "change")
+        ends = _extremes({row.name: change(row) or 0.0 for row in kept}, "change")
         return f"{quantity.capitalize()} by class before and after. {ends}"
 
     return draw("classes", 5.0, 1.0 + 0.22 * max(len(kept), 8), paint)
@@ -296,14 +282,12 @@ def _dumbbell(axis: Axes, place: int, row: ClassAccuracy, colour: str) -> None:
     axis.plot([before, after], [place, place], color=colour, linewidth=1.6, alpha=0.5, zorder=2)
     axis.plot([after], [place], "o", color=colour, markersize=6, zorder=4)
     axis.plot([before], [place], "o", color=COLOURS["before"], markersize=5, markerfacecolor="none", zorder=3)
-    spot = (1.02, place)
-    axis.annotate(
-        f"{(after - before) * 100:+.1f}", spot, xycoords=axis.get_yaxis_transform(), va="center", fontsize=8.0
-    )
+    spot, text = (1.02, place), f"{(after - before) * 100:+.1f}"
+    axis.annotate(text, spot, xycoords=axis.get_yaxis_transform(), va="center", fontsize=8.0)
 
 
 def change(row: ClassAccuracy) -> float | None:
-    """Return the change of a class's accuracy, or None where it was not measured."""
+    """Return the change of a class's accuracy, or None if it was not measured."""
     if row.before is None or row.after is None or not math.isfinite(row.after - row.before):
         return None
     return row.after - row.before
@@ -329,30 +313,20 @@ def roc(curves: Mapping[str, Curve]) -> str:
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color=COLOURS["muted"], linewidth=0.8, label="guessing, AUC 0.5000")
         for state, curve in shown.items():
-            points = list(zip(curve.fpr, curve.tpr, strict=False))
-            kept = thin(points, MAX_ROC_POINTS)
-            title = f"{STATES[state].lower()}, AUC {curve.auc:.4f}"
-            axis.plot(
-                *zip(*kept, strict=True), color=COLOURS[state], linestyle=_DASHES[state], linewidth=1.8, label=title
-            )
-        axis.set(
-            xlim=(0, 1),
-            ylim=(0, 1.01),
-            xlabel="false positive rate (test samples)",
-            ylabel="true positive rate (forgotten samples)",
-        )
+            points = thin(list(zip(curve.fpr, curve.tpr, strict=False)), MAX_ROC_POINTS)
+            name = f"{STATES[state].lower()}, AUC {curve.auc:.4f}"
+            axis.plot(*zip(*points, strict=True), color=COLOURS[state], ls=_DASHES[state], linewidth=1.8, label=name)
+        axis.set(xlim=(0, 1), ylim=(0, 1.01))
+        axis.set(xlabel="false positive rate (test samples)", ylabel="true positive rate (forgotten samples)")
         axis.legend(loc="lower right")
-        return (
-            "ROC of the membership attack. "
-            + ", ".join(f"{state}: AUC {curve.auc:.4f}" for state, curve in shown.items())
-            + "."
-        )
+        areas = ", ".join(f"{state}: AUC {curve.auc:.4f}" for state, curve in shown.items())
+        return f"ROC of the membership attack. {areas}."
 
     return draw("roc", 5.0, 3.6, paint)
 
 
 def thin(points: Sequence[T], limit: int) -> list[T]:
-    """Return at most `limit` points, evenly taken, the first and the last among them."""
+    """Return at most `limit` points, evenly chosen, including the first and the last."""
     if len(points) <= limit:
         return list(points)
     return [points[round(place * (len(points) - 1) / (limit - 1))] for place in range(limit)]
@@ -368,7 +342,9 @@ def mask_density(by_parameter: Mapping[str, float], overall: float | None) -> st
     Returns:
         The SVG element.
     """
-    names, values = list(by_parameter), list(by_parameter.values())
+    values = list(by_parameter.values())
+    blocks = [name.split(".", 1)[0] for name in by_parameter]
+    starts = [place for place in range(len(blocks)) if place == 0 or blocks[place] != blocks[place - 1]]
 
     def paint(figure: Figure) -> str:
         axis = figure.subplots()
@@ -376,16 +352,12 @@ def mask_density(by_parameter: Mapping[str, float], overall: float | None) -> st
         if overall is not None:
             axis.axhline(overall, color=COLOURS["ink"], linewidth=1.0, linestyle=(0, (4, 2)))
             axis.set_title(f"– – whole mask {overall:.2%}", loc="right", fontsize=8.5, fontweight="normal")
-        starts = [
-            place for place in range(len(names)) if place == 0 or _block(names[place]) != _block(names[place - 1])
-        ]
-        shown = _spread(starts, len(names) / 18)
-        axis.set_xticks(
-            shown, [label(_block(names[start]), 14) for start in shown], rotation=35, ha="right", rotation_mode="anchor"
-        )
+        shown = _spread(starts, len(blocks) / 18)
+        names = [label(blocks[start], 14) for start in shown]
+        axis.set_xticks(shown, names, rotation=35, ha="right", rotation_mode="anchor")
         for start in starts[1:]:
             axis.axvline(start, color=COLOURS["grid"], linewidth=0.8)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.yaxis.set_major_formatter(_PERCENT)
         axis.set(xlim=(0, len(values)), ylim=(0, None), ylabel="salient weights")
         axis.grid(axis="x", visible=False)
         return f"Mask density of {len(values)} parameters. " + _extremes(by_parameter, "density").replace("+", "")
@@ -394,7 +366,7 @@ def mask_density(by_parameter: Mapping[str, float], overall: float | None) -> st
 
 
 def _spread(places: Sequence[int], gap: float) -> list[int]:
-    """Keep those places whose labels do not run into one another."""
+    """Keep the places whose labels do not overlap."""
     kept: list[int] = []
     for place in places:
         if not kept or place - kept[-1] >= gap:
@@ -402,39 +374,25 @@ def _spread(places: Sequence[int], gap: float) -> list[int]:
     return kept
 
 
-def _block(name: str) -> str:
-    return name.split(".", 1)[0]
-
-
 def training(history: Sequence[EpochRecord]) -> str:
-    """Draw the mean loss of each part of every epoch.
+    """Draw the mean loss of each phase of every epoch.
 
     Args:
-        history: one record an epoch.
+        history: one record per epoch.
 
     Returns:
         The SVG element.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    parts = sorted({part for record in history for part in record.losses})
+    phases = sorted({phase for record in history for phase in record.losses})
 
     def paint(figure: Figure) -> str:
-        axis = figure.subplots()
-        ends = []
-        for part in parts:
-            points = [(record.epoch, record.losses[part]) for record in history if _drawable(record, part)]
+        axis, ends = figure.subplots(), []
+        for phase in phases:
+            found = [(record.epoch, record.losses[phase]) for record in history if phase in record.losses]
+            points = [(epoch, loss) for epoch, loss in found if math.isfinite(loss)]
             if points:
-                axis.plot(
-                    *zip(*points, strict=True),
-                    "o-",
-                    color=COLOURS.get(part, COLOURS["after"]),
-                    markersize=4,
-                    linewidth=1.6,
-                    label=label(part),
-                )
-                ends.append(f"{part} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+                _line(axis, points, COLOURS.get(phase, COLOURS["after"]), label(phase))
+                ends.append(f"{phase} from {points[0][1]:.4g} to {points[-1][1]:.4g}")
         axis.set(xlabel="epoch", ylabel="mean loss")
         axis.legend(loc="best")
         return f"Mean loss over {len(history)} epochs: {'; '.join(ends)}."
@@ -442,12 +400,8 @@ def training(history: Sequence[EpochRecord]) -> str:
     return draw("training", 5.0, 3.0, paint)
 
 
-def _drawable(record: EpochRecord, part: str) -> bool:
-    return part in record.losses and math.isfinite(record.losses[part])
-
-
 def resurgence(points: Sequence[CurvePoint]) -> str:
-    """Draw UA against the steps of fine-tuning on what was kept: a curve that falls shows the class coming back.
+    """Draw UA against the steps of fine-tuning on retained data: a curve that falls shows the class coming back.
 
     Args:
         points: at least one with a finite UA, in any order.
@@ -455,17 +409,20 @@ def resurgence(points: Sequence[CurvePoint]) -> str:
     Returns:
         The SVG element.
     """
-    from matplotlib.ticker import MaxNLocator
-
     drawn = sorted((point.step, point.ua) for point in points if math.isfinite(point.ua))
 
     def paint(figure: Figure) -> str:
         axis = figure.subplots()
-        steps, values = zip(*drawn, strict=True)
-        axis.plot(steps, values, "o-", color=COLOURS["forget"], markersize=4, linewidth=1.6)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axis.set(ylim=(0, 1.03), xlabel="steps of fine-tuning on what was kept", ylabel="UA")
+        _line(axis, drawn, COLOURS["forget"])
+        axis.yaxis.set_major_formatter(_PERCENT)
+        axis.set(ylim=(0, 1.03), xlabel="steps of fine-tuning on retained data", ylabel="UA")
         return f"UA by steps of fine-tuning: {', '.join(f'{ua:.1%} at {step:,}' for step, ua in thin(drawn, 12))}."
 
     return draw("resurgence", 5.0, 3.0, paint)
+
+
+def _line(axis: Axes, points: Sequence[tuple[int, float]], colour: str, name: str | None = None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, linewidth=1.6, label=name)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))

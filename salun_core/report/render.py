@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from salun_core.errors import IntegrityError, SalunError
-from salun_core.report import generated, plots, view, wording
-from salun_core.report import plots as histograms
+from salun_core.errors import SalunError
+from salun_core.registry.manifest import DEBT_LIMIT, RUNS_LIMIT
+from salun_core.report import images, plots, view, wording
 from salun_core.report.context import ReportContext
-from salun_core.report.plots import STATES
+from salun_core.report.limits import limits
 from salun_core.storage.local_files import write_whole
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ _OPTIONAL = {
 _OPTIONAL_GENERATED = {
     "grids": "images before and after",
     "classes": "accuracy by class of the generated images",
-    "resurgence": "what fine-tuning brings back",
+    "resurgence": "UA while the model is fine-tuned on retained data",
     "mask": "density of the mask by layer",
     "training": "training curve",
 }
@@ -45,9 +44,9 @@ def render_report(evidence: Evidence, decision: GateDecision | None, context: Re
     """Render the report as one self-contained HTML page.
 
     Args:
-        evidence: what was measured; a part that is missing is left out with a line that says so.
-        decision: the gate's answer, or None where nothing judged yet.
-        context: model line, lineage, and the command to make the run again.
+        evidence: what was measured; a missing part is left out with a line that names it.
+        decision: the gate's decision, or None without one.
+        context: model line, lineage, and the command that repeats the run.
 
     Returns:
         The page, at most `MAX_BYTES` in UTF-8, the same bytes for the same input.
@@ -55,9 +54,9 @@ def render_report(evidence: Evidence, decision: GateDecision | None, context: Re
     Raises:
         SalunError: the page would be larger than that.
     """
-    values, data = _values(evidence, decision, context), _json(evidence, decision)
-    page = _template().render(**values, data=data)
-    if data and len(page.encode("utf-8")) > MAX_BYTES:  # the JSON also lies beside the report, the pictures do not
+    values = _values(evidence, decision, context)
+    page = _template().render(**values, data=_json(evidence, decision))
+    if len(page.encode("utf-8")) > MAX_BYTES:  # the JSON is also a file next to the report, the pictures are not
         page = _template().render(**values, data=None)
     if len(page.encode("utf-8")) > MAX_BYTES:
         raise SalunError(
@@ -66,46 +65,11 @@ def render_report(evidence: Evidence, decision: GateDecision | None, context: Re
     return page
 
 
-def _values(evidence: Evidence, decision: GateDecision | None, context: ReportContext) -> dict[str, Any]:
-    """Return what the template shows, but for the JSON."""
-    forgotten, run, made = evidence.forgotten, evidence.run, evidence.generation
-    pictures, grids = _pictures(evidence), generated.pictures(made.grids if made else ())
-    debt = context.debt(forgotten.count, forgotten.train_count, run.method)
-    return {
-        "context": context,
-        "evidence": evidence,
-        "decision": decision,
-        "banner": view.banner(
-            decision, decision is None or decision.evidence_digest == _digest(evidence), made is not None
-        ),
-        "forgotten": view.forgotten(evidence),
-        "tiles": view.tiles(evidence),
-        "rows": view.rows(evidence, decision),
-        "built_in": view.built_in(decision),
-        "weights": view.changed_weights(evidence),
-        "pictures": pictures,
-        "grids": grids,
-        "parts": generated.parts(made.parts if made else {}),
-        "making": generated.making(made) if made else {},
-        "absent": _absent(evidence, {**pictures, "grids": grids}) + ([] if debt else ["lineage and debt"]),
-        "overlaps": _overlaps(evidence),
-        "debt": debt,
-        "limits": view.limits(evidence),
-        "settings": json.dumps(run.config, indent=2, ensure_ascii=False, default=str, sort_keys=True),
-        "words": wording,
-    }
-
-
-def _absent(evidence: Evidence, there: dict[str, Any]) -> list[str]:
-    optional = _OPTIONAL_GENERATED if evidence.generation else _OPTIONAL
-    return [title for name, title in optional.items() if not there[name]]
-
-
 def write_report(path: Path, evidence: Evidence, decision: GateDecision | None, context: ReportContext) -> None:
-    """Render the report into a file; the file is there whole or not at all.
+    """Render the report into a file; the file is complete or does not exist.
 
     Args:
-        path: where to; a file there is replaced.
+        path: of the file; an existing one is replaced.
         evidence: as for `render_report`.
         decision: as for `render_report`.
         context: as for `render_report`.
@@ -114,8 +78,7 @@ def write_report(path: Path, evidence: Evidence, decision: GateDecision | None, 
         StoreError: the file cannot be written.
         SalunError: the page would be too large.
     """
-    page = render_report(evidence, decision, context).encode("utf-8")
-    write_whole(path, page)
+    write_whole(path, render_report(evidence, decision, context).encode("utf-8"))
 
 
 def _template() -> Template:
@@ -131,62 +94,81 @@ def _template() -> Template:
     return environment.get_template("report.html.j2")
 
 
-def _digest(evidence: Evidence) -> str | None:
-    from salun_core.gate import digest_of
-
-    try:
-        return digest_of(evidence)
-    except IntegrityError:  # it holds a NaN, so no decision can name it
-        return None
+def _values(evidence: Evidence, decision: GateDecision | None, context: ReportContext) -> dict[str, Any]:
+    """Return everything that the template shows, except the JSON."""
+    forgotten, run, made = evidence.forgotten, evidence.run, evidence.generation
+    pictures, grids = _pictures(evidence), images.pictures(made.grids if made else ())
+    debt = context.debt(forgotten.count, forgotten.train_count, run.method)
+    optional = _OPTIONAL_GENERATED if made else _OPTIONAL
+    absent = [title for name, title in optional.items() if not {**pictures, "grids": grids}[name]]
+    overlaps = {
+        name: {state: value for state in plots.STATES if (value := plots.overlap(data, state)) is not None}
+        for name, data in evidence.distributions.items()
+    }
+    return {
+        "context": context,
+        "evidence": evidence,
+        "decision": decision,
+        "banner": view.banner(decision, evidence),
+        "forgotten": view.forgotten(evidence),
+        "tiles": view.tiles(evidence),
+        "rows": view.rows(evidence, decision),
+        "weights": view.changed_weights(evidence),
+        "pictures": pictures,
+        "grids": grids,
+        "parts": view.parts(made.parts if made else {}),
+        "generation": view.generation(made) if made else {},
+        "absent": absent + ([] if debt else ["lineage and debt"]),
+        "overlaps": overlaps,
+        "debt": debt,
+        "debt_limit": DEBT_LIMIT,
+        "runs_limit": RUNS_LIMIT,
+        "limits": limits(evidence),
+        "settings": json.dumps(run.config, indent=2, ensure_ascii=False, default=str, sort_keys=True),
+        "words": wording,
+    }
 
 
 def _pictures(evidence: Evidence) -> dict[str, Any]:
-    """Return each picture as markup, or None where its data is missing."""
+    """Return each picture as markup, or None if its data is missing."""
     from markupsafe import Markup
 
     run, made = evidence.run, evidence.generation
-    measured = any(plots.change(row) is not None for row in evidence.per_class)
-    again = [point for point in (made.resurgence if made else []) if math.isfinite(point.ua)]
+    points = [point for point in (made.resurgence if made else []) if math.isfinite(point.ua)]
     quantity = "recognised images" if made else "test accuracy"
-    sources: dict[str, tuple[bool, Callable[[], str]]] = {
-        "classes": (measured, lambda: plots.class_accuracy(evidence.per_class, evidence.forgotten.classes, quantity)),
-        "roc": (any(curve.fpr for curve in evidence.roc.values()), lambda: plots.roc(evidence.roc)),
-        "mask": (bool(run.density_by_parameter), lambda: plots.mask_density(run.density_by_parameter, run.density)),
-        "training": (any(record.losses for record in run.history), lambda: plots.training(run.history)),
-        "resurgence": (bool(again), lambda: plots.resurgence(again)),
+    found: dict[str, str | None] = dict.fromkeys(("classes", "roc", "mask", "training", "resurgence"))
+    if any(plots.change(row) is not None for row in evidence.per_class):
+        found["classes"] = plots.class_accuracy(evidence.per_class, evidence.forgotten.classes, quantity)
+    if any(curve.fpr for curve in evidence.roc.values()):
+        found["roc"] = plots.roc(evidence.roc)
+    if run.density_by_parameter:
+        found["mask"] = plots.mask_density(run.density_by_parameter, run.density)
+    if any(record.losses for record in run.history):
+        found["training"] = plots.training(run.history)
+    if points:
+        found["resurgence"] = plots.resurgence(points)
+    spread = {name: plots.distributions(name, data) for name, data in evidence.distributions.items() if _drawable(data)}
+    # Markup switches escaping off: this SVG is drawn here, and its text is escaped.
+    return {
+        **{name: svg and Markup(svg) for name, svg in found.items()},  # noqa: S704
+        "distributions": {name: Markup(svg) for name, svg in spread.items()},  # noqa: S704
     }
-    drawn = {name: paint() for name, (there, paint) in sources.items() if there}
-    spread = {
-        name: histograms.distributions(name, data) for name, data in evidence.distributions.items() if _drawable(data)
-    }
-    safe = {name: Markup(svg) for name, svg in drawn.items()}  # noqa: S704 - our own SVG, its text escaped
-    return {**dict.fromkeys(sources), **safe, "distributions": {name: Markup(svg) for name, svg in spread.items()}}  # noqa: S704
 
 
 def _drawable(data: Distribution) -> bool:
-    series = list(data.splits.values())
-    lists = [counts for item in series for counts in (item.before, item.after, item.reference) if counts]
+    lists = [counts for item in data.splits.values() for counts in (item.before, item.after, item.reference) if counts]
     return any(map(sum, lists)) and all(len(counts) == len(data.edges) - 1 for counts in lists)
 
 
-def _overlaps(evidence: Evidence) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for name, data in evidence.distributions.items():
-        values = {state: histograms.overlap(data, state) for state in STATES}
-        found[name] = {state: value for state, value in values.items() if value is not None}
-    return found
-
-
 def _json(evidence: Evidence, decision: GateDecision | None) -> str | None:
-    """Return the numbers as JSON, without the confusion matrix where that makes it too long, or None."""
+    """Return the numbers as JSON, without confusion matrix and ROC if they make it too long, or None."""
     for left_out in (set(), {"confusion"}, {"confusion", "roc"}):
         document = {
-            "evidence": generated.without_images(json.loads(evidence.model_dump_json(exclude=left_out))),
+            "evidence": images.without_images(json.loads(evidence.model_dump_json(exclude=left_out))),
             "decision": json.loads(decision.model_dump_json()) if decision else None,
         }
-        text = _NUMBERS.sub(
-            lambda list_: " ".join(list_.group().split()), json.dumps(document, indent=1, ensure_ascii=False)
-        )
+        text = json.dumps(document, indent=1, ensure_ascii=False)
+        text = _NUMBERS.sub(lambda numbers: " ".join(numbers.group().split()), text)
         if len(text) <= _MAX_JSON_CHARS:
             return text
     return None

@@ -1,22 +1,20 @@
-"""What the template shows, worked out beforehand, so that the template has no logic of its own."""
+"""The values that the template shows; it only formats them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from salun_core.report import wording
+from salun_core.report.plots import label
 
 if TYPE_CHECKING:
-    from salun_core.evaluation.evidence import Evidence, Metric
+    from salun_core.evaluation.evidence import DiffusionFacts, Evidence, Metric, PartCount
     from salun_core.gate import GateDecision, Verdict
 
 
-@dataclass(frozen=True)
-class Banner:
-    """The verdict and one line why."""
+class Banner(NamedTuple):
+    """The decision and its reasons; the state is its CSS class."""
 
     state: str
     title: str
@@ -24,64 +22,23 @@ class Banner:
     reasons: list[str]
 
 
-@dataclass(frozen=True)
-class Judged:
-    """One rule's answer as text."""
-
-    rule: str
-    threshold: str
-    actual: str
-    margin: str
-    passed: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One metric with all rules on it."""
-
-    name: str
-    title: str
-    meaning: str
-    before: str
-    after: str
-    interval: str
-    reference: str
-    n: str
-    rules: list[Judged]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One headline figure."""
-
-    title: str
-    before: str
-    after: str
-    reference: str
-
-
-def banner(decision: GateDecision | None, matches: bool, generated: bool = False) -> Banner:
-    """Say how the gate judged.
+def banner(decision: GateDecision | None, evidence: Evidence) -> Banner:
+    """Return the banner: passed, refused, or no decision.
 
     Args:
-        decision: the gate's answer, if there is one.
-        matches: whether it was made on the evidence shown.
-        generated: whether the evidence is of generated images, whose metrics have words of their own.
-
-    Returns:
-        The banner: passed, refused, or not judged.
+        decision: the gate's decision, if there is one; one on other evidence counts as a refusal.
+        evidence: that the report shows.
     """
     if decision is None:
-        return Banner("open", "NOT JUDGED", "These are measurements only: no gate decision was given.", [])
-    if not matches:
+        return Banner("open", "NO DECISION", "These are measurements only: no gate decision was given.", [])
+    if decision.evidence_digest != evidence.digest:
         why = "The decision was made on other evidence than the numbers below. Treat the model as refused."
         return Banner("refused", "REFUSED", why, [])
-    failed = [verdict for verdict in decision.verdicts if not verdict.passed]
+    checks, failed = len(decision.verdicts), [verdict for verdict in decision.verdicts if not verdict.passed]
     if decision.passed:
-        why = f"All {len(decision.verdicts)} checks of policy “{decision.policy}” hold."
-        return Banner("passed", "PASSED", why, [])
-    why = f"{len(failed)} of {len(decision.verdicts)} checks of policy “{decision.policy}” failed. Do not publish it."
+        return Banner("passed", "PASSED", f"All {checks} checks of policy “{decision.policy}” hold.", [])
+    why = f"{len(failed)} of {checks} checks of policy “{decision.policy}” failed. Do not publish the model."
+    generated = evidence.generation is not None
     return Banner("refused", "REFUSED", why, [_reason(item, generated) for item in failed] or [decision.summary])
 
 
@@ -94,99 +51,44 @@ def _reason(verdict: Verdict, generated: bool) -> str:
     return f"{name} is {found}, required {wanted}. The rule: {verdict.reason}."
 
 
+class Row(NamedTuple):
+    """One metric with all rules on it."""
+
+    name: str
+    words: wording.Words
+    metric: Metric | None
+    verdicts: list[Verdict]
+
+
 def rows(evidence: Evidence, decision: GateDecision | None) -> list[Row]:
-    """Return one row a metric, and one for each metric that a rule asked for and the evidence lacks."""
+    """Return one row per metric, and one for each metric that a rule needs and the evidence lacks."""
     verdicts = decision.verdicts if decision else []
-    asked = dict.fromkeys(verdict.metric for verdict in verdicts if verdict.metric)
     generated = evidence.generation is not None
     known = [name for name in (wording.GENERATED if generated else wording.METRICS) if name in evidence.metrics]
-    names = dict.fromkeys([*known, *evidence.metrics, *asked])
+    names = dict.fromkeys([*known, *evidence.metrics, *(verdict.metric for verdict in verdicts if verdict.metric)])
     return [
-        _row(
-            name, wording.words(name, generated), evidence.metrics.get(name), [v for v in verdicts if v.metric == name]
-        )
+        Row(name, wording.words(name, generated), evidence.metrics.get(name), [v for v in verdicts if v.metric == name])
         for name in names
     ]
 
 
-def _row(name: str, words: wording.Words, metric: Metric | None, verdicts: Sequence[Verdict]) -> Row:
-    return Row(
-        name=name,
-        title=words.title,
-        meaning=words.meaning,
-        before=wording.number(name, metric.before if metric else None),
-        after=wording.number(name, metric.after if metric else None),
-        interval=wording.interval(name, metric.low, metric.high) if metric else "",
-        reference=wording.number(name, metric.reference if metric else None),
-        n=wording.count(metric.n if metric else None),
-        rules=[judged(verdict) for verdict in verdicts],
-    )
-
-
-def judged(verdict: Verdict) -> Judged:
-    """Return a verdict as text."""
-    return Judged(
-        rule=verdict.rule,
-        threshold=wording.threshold(verdict.metric, verdict.threshold),
-        actual=wording.number(verdict.metric, verdict.actual),
-        margin=wording.margin(verdict.metric, verdict.margin),
-        passed=verdict.passed,
-        reason=verdict.reason,
-    )
-
-
-def built_in(decision: GateDecision | None) -> list[Judged]:
-    """Return the checks that no policy can switch off."""
-    return [judged(verdict) for verdict in (decision.verdicts if decision else []) if verdict.metric is None]
-
-
-def tiles(evidence: Evidence) -> list[Tile]:
-    """Return the headline figures that were measured."""
+def tiles(evidence: Evidence) -> list[tuple[str, str, Metric]]:
+    """Return title, name and metric of each headline figure that was measured."""
     titles = wording.GENERATED_TILES if evidence.generation else wording.TILES
-    found = [(title, name, evidence.metrics[name]) for name, title in titles.items() if name in evidence.metrics]
-    return [
-        Tile(
-            title=title,
-            before=wording.number(name, metric.before),
-            after=wording.number(name, metric.after),
-            reference=wording.number(name, metric.reference),
-        )
-        for title, name, metric in found
-    ]
-
-
-def limits(evidence: Evidence) -> list[str]:
-    """Return what the evidence cannot show."""
-    made = evidence.generation
-    spreads = [
-        ((metric.high - metric.low) / 2, wording.words(name, made is not None).title)
-        for name, metric in evidence.metrics.items()
-        if name not in wording.UNITS
-        and metric.low is not None
-        and metric.high is not None
-        and math.isfinite(metric.high - metric.low)
-    ]
-    half, title = max(spreads, default=(0.0, ""))
-    widest = (title, half) if spreads else None
-    reference = evidence.measured.reference is not None
-    if made is None:
-        more = wording.optional_metric_limits(evidence.further, reference) if evidence.further else []
-        return [*wording.limits(evidence.forgotten.count, widest, reference), *more]
-    relearned = max((point.step for point in made.resurgence), default=0)
-    return wording.diffusion_limits(made.images, widest, reference, "attack_success" in evidence.metrics, relearned)
+    return [(title, name, evidence.metrics[name]) for name, title in titles.items() if name in evidence.metrics]
 
 
 def forgotten(evidence: Evidence) -> str:
-    """Return how much was forgotten: samples of all training samples, or for a concept the images generated of it."""
+    """Return how much was forgotten: samples of all training samples, or images generated of a concept."""
     facts = evidence.forgotten
     if facts.kinds == ["concept"]:
-        return f"{wording.count(facts.count)} generated images of a concept"
+        return f"{facts.count:,} generated images of a concept"
     more = " and generated images" if "concept" in facts.kinds else ""
-    return f"{wording.count(facts.count)} of {wording.count(facts.train_count)} training samples{more}"
+    return f"{facts.count:,} of {facts.train_count:,} training samples{more}"
 
 
 def changed_weights(evidence: Evidence) -> str:
-    """Return in one sentence what comparing the weights bit by bit gave."""
+    """Return the result of comparing the weights bit by bit, in one sentence."""
     facts = evidence.integrity
     share = facts.weights_changed / facts.weights if facts.weights else 0.0
     frozen = "weights outside the mask were not compared"
@@ -196,3 +98,30 @@ def changed_weights(evidence: Evidence) -> str:
         f"{facts.weights_changed:,} of {facts.weights:,} weights changed ({share:.2%}); {frozen}; "
         f"{facts.buffers_changed:,} buffer values changed; {facts.non_finite:,} are not finite."
     )
+
+
+def parts(counts: Mapping[str, PartCount]) -> list[tuple[str, int, int, str]]:
+    """Return name, detections before and after, and change of each body part, most frequent first, and their sum."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1].before, item[0]))
+    found = [(label(name.replace("_", " ").lower(), 60), item.before, item.after) for name, item in ordered]
+    if len(found) > 1:
+        found.append(("all parts", sum(item[1] for item in found), sum(item[2] for item in found)))
+    return [
+        (name, before, after, f"{(after - before) / before:+.1%}" if before else wording.MISSING)
+        for name, before, after in found
+    ]
+
+
+def generation(made: DiffusionFacts) -> dict[str, str]:
+    """Return how the images were generated and evaluated, by heading; a dash for what was not used."""
+    extractor = f"{made.extractor}, against {made.real_images:,} real images" if made.extractor else None
+    return {
+        "Images": f"{made.images:,} by each model",
+        "Sampler": f"{made.sampler}, {made.steps:,} steps per image",
+        "Guidance scale": f"{made.guidance_scale:g}" + (" (none)" if made.guidance_scale == 1 else ""),
+        "Seeds": f"from {made.seed}, one per image, the same for every model",
+        "Image classifier": made.judge or wording.MISSING,
+        "Extractor of FID and KID": extractor or wording.MISSING,
+        "CLIP model": made.clip or wording.MISSING,
+        "Nudity detector": made.detector or wording.MISSING,
+    }

@@ -1,4 +1,4 @@
-"""The pictures' numbers and the words beside them."""
+"""The numbers in the pictures, and the words and formats of the page."""
 
 import math
 import xml.etree.ElementTree as ElementTree
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from salun_core.evaluation.evidence import ClassAccuracy, Curve, Distribution, Series
 from salun_core.report import Ancestor, ReportContext, plots, wording
-from salun_core.report import plots as histograms
 from salun_core.report.plots import label
 
 COUNTS = st.lists(st.integers(0, 10_000), min_size=4, max_size=4)
@@ -23,7 +22,7 @@ def _pair(forget, test):
 
 @given(COUNTS, COUNTS)
 def test_overlap_is_one_minus_the_total_variation(forget, test):
-    found = histograms.overlap(_pair(forget, test), "after")
+    found = plots.overlap(_pair(forget, test), "after")
     if not sum(forget) or not sum(test):
         assert found is None
         return
@@ -31,10 +30,10 @@ def test_overlap_is_one_minus_the_total_variation(forget, test):
     assert found == pytest.approx(1 - np.abs(p - q).sum() / 2, abs=1e-12)
 
 
-def test_overlap_of_a_split_that_is_not_there_is_none():
+def test_overlap_of_a_missing_split_is_none():
     only = Distribution(edges=[0.0, 1.0], splits={"forget": Series(before=[1], after=[1])})
-    assert histograms.overlap(only, "after") is None
-    assert histograms.overlap(_pair([1, 0, 0, 0], [1, 0, 0, 0]), "reference") is None
+    assert plots.overlap(only, "after") is None
+    assert plots.overlap(_pair([1, 0, 0, 0], [1, 0, 0, 0]), "reference") is None
 
 
 @pytest.mark.parametrize(
@@ -49,11 +48,11 @@ def test_overlap_of_a_split_that_is_not_there_is_none():
     ],
 )
 def test_geometric_bins_are_recognised(edges, expected):
-    assert histograms.is_geometric(edges) is expected
+    assert plots.is_geometric(edges) is expected
 
 
-def test_the_alternative_text_of_histograms_tells_the_medians():
-    picture = histograms.distributions("loss", _pair([0, 0, 9, 1], [8, 2, 0, 0]))
+def test_the_alternative_text_of_histograms_has_the_medians():
+    picture = plots.distributions("loss", _pair([0, 0, 9, 1], [8, 2, 0, 0]))
     words = ElementTree.fromstring(picture).attrib["aria-label"]
     assert words == "Histograms of loss by split. After: medians near test 0.5, forget 2.5."
 
@@ -79,7 +78,7 @@ def test_the_classes_that_changed_most_are_drawn():
     assert "-9.9" in text
 
 
-def test_the_curve_of_each_model_names_its_area():
+def test_the_legend_of_each_curve_has_its_area():
     curve = Curve(fpr=[0.0, 1.0], tpr=[0.0, 1.0], auc=0.5)
     picture = plots.roc({"reference": curve, "before": curve.model_copy(update={"auc": 0.87654})})
     text = "".join(ElementTree.fromstring(picture).itertext())
@@ -121,7 +120,7 @@ def test_thresholds_are_shown_as_percentages(metric, text, expected):
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
-def test_what_is_no_number_is_a_dash(value):
+def test_a_missing_number_is_a_dash(value):
     assert wording.number("UA", value) == wording.MISSING
     assert wording.margin("UA", value) == wording.MISSING
     assert wording.interval("UA", value, 0.5) == ""
@@ -140,14 +139,14 @@ def test_what_is_no_number_is_a_dash(value):
 def test_debt_counts_from_the_last_full_training(methods, method, ratio, runs):
     lineage = [Ancestor(version="v", method=m, forgotten=0 if m == "train" else 50, published_at="t") for m in methods]
     debt = ReportContext(model_line="line", created_at="t", lineage=lineage).debt(100, 1000, method)
-    assert (debt.ratio, debt.runs) == (pytest.approx(ratio), runs)
-    assert debt.alarming is (ratio >= 0.05)
+    assert (debt.debt, debt.runs_since_training) == (pytest.approx(ratio), runs)
+    assert debt.retraining_recommended is (ratio >= 0.05)
 
 
-def test_debt_alarms_at_ten_runs_and_not_at_nine():
+def test_retraining_is_recommended_from_ten_runs():
     def debt(runs):
         lineage = [Ancestor(version="v", method="salun", published_at="t") for _ in range(runs)]
         return ReportContext(model_line="line", created_at="t", lineage=lineage).debt(1, 100_000, "salun")
 
-    assert [debt(runs).alarming for runs in (9, 10)] == [False, True]
+    assert [debt(runs).retraining_recommended for runs in (9, 10)] == [False, True]
     assert ReportContext(model_line="line", created_at="t").debt(1, 10, "salun") is None

@@ -111,7 +111,7 @@ def test_every_metric_shows_before_after_interval_reference_and_n(page, evidence
             assert "[" not in row[2]
 
 
-def test_an_auc_is_no_percentage(page):
+def test_an_auc_is_not_a_percentage(page):
     row = next(row for row in metric_rows(page) if row[0].startswith("Attack AUC"))
     assert [row[1], row[3]] == ["0.8398", "0.4955"]
     assert row[2].startswith("0.5123[0.5020, 0.5226]")
@@ -119,7 +119,7 @@ def test_an_auc_is_no_percentage(page):
     assert row[5] == "+0.0377"
 
 
-def test_each_rule_shows_threshold_margin_and_verdict(page):
+def test_each_rule_has_threshold_margin_and_result(page):
     rows = metric_rows(page)
     first = next(place for place, row in enumerate(rows) if row[0].startswith("Unlearning accuracy"))
     within, least = rows[first], rows[first + 1]
@@ -127,10 +127,10 @@ def test_each_rule_shows_threshold_margin_and_verdict(page):
     assert within[5:] == ["+2.22\N{NO-BREAK SPACE}pp", "✓ holds"]
     assert least[0].startswith("≥ 1.00\N{NO-BREAK SPACE}%")
     assert least[1:] == ["+4.22\N{NO-BREAK SPACE}pp", "✓ holds"]
-    assert next(row for row in rows if row[0].startswith("Test accuracy"))[6] == "not judged"
+    assert next(row for row in rows if row[0].startswith("Test accuracy"))[6] == "no rule"
 
 
-def test_the_banner_says_passed_with_the_number_of_checks(page, text, decision):
+def test_the_banner_shows_passed_with_the_number_of_checks(page, text, decision):
     assert page.texts["strong"] == ["PASSED"]
     assert ("div", {"class": "banner passed", "role": "status"}) in page.tags
     assert f"All {len(decision.verdicts)} checks of policy" in text
@@ -223,13 +223,13 @@ def test_every_picture_has_alternative_text_with_numbers(page):
     assert all("scope" in attrs for attrs in page.of("th"))
 
 
-def test_the_same_numbers_are_there_as_json(page, evidence, decision):
+def test_the_page_has_the_same_numbers_as_json(page, evidence, decision):
     document = json.loads(page.texts["pre"][-1])
     assert Evidence.model_validate(document["evidence"]) == evidence
     assert document["decision"] == json.loads(decision.model_dump_json())
 
 
-def test_provenance_lineage_and_debt_are_told(text, page, evidence, context):
+def test_the_page_has_provenance_lineage_and_debt(text, page, evidence, context):
     for digest in evidence.measured.model_dump().values():
         assert digest in text
     assert context.parent in text
@@ -237,7 +237,7 @@ def test_provenance_lineage_and_debt_are_told(text, page, evidence, context):
     assert context.reproduce in page.texts["pre"][1]
     assert '"epochs": 3' in page.texts["pre"][0]
     assert "2 unlearning runs and 19.00\N{NO-BREAK SPACE}% of the training data" in text  # (5000 + 4500) / 50000
-    assert "A full training is due</span>" in text
+    assert "Retraining recommended</span>" in text
     assert "454,500" in text
     assert "2110.11891" in text
     assert (
@@ -279,7 +279,7 @@ def test_a_missing_part_is_named_and_left_out(part, evidence, policy, context):
     less = evidence.model_copy(update=update)
     text = render_report(less, decide(less, policy), context)
     page = Page(text)
-    assert re.search(rf"Left out, because nothing was measured or given: [^<]*{title}", text)
+    assert re.search(rf"Left out, because it was not measured or given: [^<]*{title}", text)
     assert len(page.of("svg")) == (4 if part == "distributions" else 5)
 
 
@@ -297,7 +297,7 @@ def test_bare_evidence_without_decision_renders(evidence):
     text = render_report(bare, None, ReportContext(model_line="line", created_at="now"))
     page = Page(text)
     rows = metric_rows(page)
-    assert page.texts["strong"] == ["NOT JUDGED"]
+    assert page.texts["strong"] == ["NO DECISION"]
     assert page.of("svg") == []
     assert rows[0][1:4] == ["–", "–n 0", "–"]
     assert rows[1][1:4] == ["–", "–n 1", "–"]
@@ -347,7 +347,7 @@ def test_a_page_that_would_be_too_large_is_an_error(evidence, context, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_replaces_the_file_whole(evidence, decision, context, tmp_path):
+def test_write_replaces_the_file_atomically(evidence, decision, context, tmp_path):
     target = tmp_path / "deep" / "report.html"
     write_report(target, evidence, None, context)
     write_report(target, evidence, decision, context)

@@ -64,7 +64,7 @@ def test_the_share_that_moved_is_in_facts_evidence_and_report(small, tmp_path):
         == load(Evidence, tmp_path / "e.json").run.changed_fraction
         == result.changed_fraction
     )
-    shown = f"<dt>Weights moved</dt><dd>{wording.number(None, result.changed_fraction)}"
+    shown = f"<dt>Changed weights</dt><dd>{wording.number(None, result.changed_fraction)}"
     assert shown in (tmp_path / "r.html").read_text("utf-8")
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from salun_core.evaluation.evidence import CurvePoint, DiffusionFacts, Grid, Metric, PartCount
 from salun_core.gate import decide, load_policy
-from salun_core.report import ReportContext, generated, plots, render_report, wording
+from salun_core.report import ReportContext, images, plots, render_report, view, wording
 from salun_core.report.render import MAX_BYTES
 
 NBSP = wording.NBSP
@@ -75,17 +75,17 @@ def png(width, height, pixels=b""):
 
 
 def test_the_grids_are_shown_side_by_side_with_the_forgotten_row_marked(page, text, grid):
-    images = page.of("img")
-    assert [image["src"] for image in images] == [grid.before, grid.after] * 2
-    assert {(image["width"], image["height"]) for image in images} == {("272", "340")}
+    shown = page.of("img")
+    assert [image["src"] for image in shown] == [grid.before, grid.after] * 2
+    assert {(image["width"], image["height"]) for image in shown} == {("272", "340")}
     assert text.count(grid.before) == 1 * 2
     marked = [attrs for attrs in page.of("li") if attrs.get("class") == "gone"]
     assert [attrs["title"] for attrs in marked] == ["3"] * 4
     assert "Same seeds, before and after " in page.texts["h2"]
-    assert text.count("(blurred on purpose)") == 1
+    assert text.count("(blurred intentionally)") == 1
 
 
-def test_alternative_texts_tell_state_rows_and_blur(page):
+def test_alternative_texts_have_state_rows_and_blur(page):
     first, _, third, fourth = (image["alt"] for image in page.of("img"))
     assert first.startswith("Before: 10 rows of generated images, digits. From the top: 0; 1; <script>")
     assert "3 (to be forgotten); 4;" in first
@@ -108,7 +108,7 @@ def test_headline_figures_are_those_of_generated_images(page):
         assert ("%" in words.partition("retrained")[0]) is ("%" in after)
 
 
-def test_distances_and_scores_are_no_percentages(page):
+def test_distances_and_scores_are_not_percentages(page):
     fid, kid, clip = page.row("Fréchet distance"), page.row("Kernel distance"), page.row("CLIP score")
     assert "16.71" in fid
     assert "[17.50, 18.75]" in fid
@@ -125,10 +125,12 @@ def test_the_reasons_of_a_refusal_have_units(generated, context):
     worse = generated.model_copy(update={"metrics": metrics})
     page = Page(render_report(worse, decide(worse, load_policy("stable-diffusion")), context))
     assert page.texts["strong"][0].strip() == "REFUSED"
-    assert "Fréchet distance (FID) is 40.00, required ≤ 20.00. The rule: images of what is kept" in page.texts["li"][0]
+    assert (
+        "Fréchet distance (FID) is 40.00, required ≤ 20.00. The rule: retained images must not" in page.texts["li"][0]
+    )
 
 
-def test_only_what_is_drawn_may_be_loaded(page, text):
+def test_the_page_may_load_only_its_own_images(page, text):
     policies = [attrs["content"] for attrs in page.of("meta") if attrs.get("http-equiv") == "Content-Security-Policy"]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
     assert "<script" not in text.lower()
@@ -138,8 +140,8 @@ def test_only_what_is_drawn_may_be_loaded(page, text):
         assert tag == "img" or "src" not in attrs
 
 
-def test_a_generative_model_lacks_nothing_that_only_classifiers_have(text, generated, context):
-    assert "Left out, because nothing was measured" not in text
+def test_parts_of_classifiers_do_not_count_as_missing(text, generated, context):
+    assert "Left out, because it was not measured" not in text
     assert "Membership attack" not in text
     bare = generated.model_copy(
         update={
@@ -149,11 +151,11 @@ def test_a_generative_model_lacks_nothing_that_only_classifiers_have(text, gener
         }
     )
     less = render_report(bare, None, ReportContext(model_line="line", created_at="now"))
-    listed = re.search(r"Left out, because nothing was measured or given: ([^<]*)\.", less).group(1)
+    listed = re.search(r"Left out, because it was not measured or given: ([^<]*)\.", less).group(1)
     assert listed.split("; ") == [
         "images before and after",
         "accuracy by class of the generated images",
-        "what fine-tuning brings back",
+        "UA while the model is fine-tuned on retained data",
         "density of the mask by layer",
         "training curve",
         "lineage and debt",
@@ -161,7 +163,7 @@ def test_a_generative_model_lacks_nothing_that_only_classifiers_have(text, gener
     assert "img-src" not in less
 
 
-def test_the_json_has_the_numbers_and_no_image(text, generated, grid):
+def test_the_json_has_the_numbers_without_images(text, generated, grid):
     block = re.search(r'<pre tabindex="0">(.*?)</pre>', text, re.DOTALL).group(1)
     document = json.loads(block.replace("&#34;", '"').replace("&#39;", "'").replace("&lt;", "<").replace("&gt;", ">"))
     made = document["evidence"]["generation"]
@@ -172,14 +174,20 @@ def test_the_json_has_the_numbers_and_no_image(text, generated, grid):
     assert generated.generation.grids[0].before == grid.before
 
 
-def test_how_the_images_were_made_and_what_they_cannot_show(page, text, generated):
+def test_the_page_has_sampling_facts_and_limits(page, text, generated):
     facts = page.texts["dd"]
-    assert "DDIMScheduler, 50 steps an image " in facts
-    assert "from 2026, one an image, the same for every model " in facts
+    assert "DDIMScheduler, 50 steps per image " in facts
+    assert "from 2026, one per image, the same for every model " in facts
     assert f"{generated.generation.extractor}, against 5,000 real images " in facts
     assert "must not be compared" in text
     limits = " ".join(page.texts["li"])
-    for word in ("A judge decides", "1,000 images", "Adversarial prompts", "Only 400 steps", "was not tested"):
+    for word in (
+        "An image classifier decides",
+        "1,000 images",
+        "Adversarial prompts",
+        "Only 400 steps",
+        "was not tested",
+    ):
         assert word in limits
     assert "membership attacks" not in limits
 
@@ -193,10 +201,8 @@ def test_how_the_images_were_made_and_what_they_cannot_show(page, text, generate
     ],
 )
 def test_a_concept_has_no_samples(kinds, count, expected, generated):
-    from salun_core.report.view import forgotten
-
     facts = generated.forgotten.model_copy(update={"kinds": kinds, "count": count})
-    assert f"{forgotten(generated.model_copy(update={'forgotten': facts}))} forgotten" == expected
+    assert f"{view.forgotten(generated.model_copy(update={'forgotten': facts}))} forgotten" == expected
 
 
 GOOD = png(2, 2, b"\0ab\0cd")
@@ -213,15 +219,15 @@ BAD = {
     "a PNG cut short": "data:image/png;base64," + base64.b64encode(base64.b64decode(GOOD[22:])[:40]).decode(),
     "a huge side": png(4097, 1, b"\0"),
     "a bomb": png(60_000, 60_000),
-    "too long": "data:image/png;base64," + "A" * generated.MAX_IMAGE_CHARS,
+    "too long": "data:image/png;base64," + "A" * images.MAX_IMAGE_CHARS,
 }
 
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("state", ["before", "after"])
-def test_what_is_no_image_is_left_out_with_a_line(bad, state):
+def test_an_invalid_image_is_left_out_with_a_line(bad, state):
     grid = Grid(title="rows <b>", rows=["a"], **{"before": GOOD, "after": GOOD, state: BAD[bad]})
-    (picture,) = generated.pictures([grid])
+    (picture,) = images.pictures([grid])
     assert picture.images == []
     assert picture.problem.startswith(f"“rows <b>” left out: the image {state} ")
 
@@ -230,7 +236,7 @@ def test_a_refused_image_leaves_only_its_line_in_the_page(generated, context):
     grid = Grid(title="rows <b>", rows=["a"], before=GOOD, after=BAD["another address"], forgotten=[0, 7])
     made = generated.generation.model_copy(update={"grids": [grid]})
     text = render_report(generated.model_copy(update={"generation": made}), None, context)
-    assert "“rows &lt;b&gt;” left out: the image after is no data: URI" in text
+    assert "“rows &lt;b&gt;” left out: the image after is not a data: URI" in text
     assert "evil.test/x.png" not in text
     assert Page(text).of("img") == []
 
@@ -252,7 +258,7 @@ def test_four_grids_of_the_largest_size_fit_and_more_are_left_out(generated, con
     assert "2 more left out: a page shows 4 grids." in text
 
 
-def test_the_json_gives_way_where_page_and_images_are_too_large(generated, context):
+def test_a_page_that_is_too_large_leaves_the_json_out(generated, context):
     uri = "data:image/png;base64," + base64.b64encode(base64.b64decode(GOOD[22:]) + bytes(250_000)).decode()
     grids = [Grid(title=f"grid {place}", rows=["a"], before=uri, after=uri) for place in range(4)]
     made = generated.generation.model_copy(update={"grids": grids})
@@ -265,18 +271,17 @@ def test_the_json_gives_way_where_page_and_images_are_too_large(generated, conte
 
 def test_parts_are_sorted_and_summed(page):
     counts = {"A_B": PartCount(before=0, after=1), "C": PartCount(before=8, after=2), "D": PartCount(before=2, after=2)}
-    found = [(part.name, part.before, part.after, part.change) for part in generated.parts(counts)]
-    assert found == [
-        ("c", "8", "2", "-75.0%"),
-        ("d", "2", "2", "+0.0%"),
-        ("a b", "0", "1", "–"),
-        ("all parts", "10", "5", "-50.0%"),
+    assert view.parts(counts) == [
+        ("c", 8, 2, "-75.0%"),
+        ("d", 2, 2, "+0.0%"),
+        ("a b", 0, 1, "–"),
+        ("all parts", 10, 5, "-50.0%"),
     ]
-    assert [part.name for part in generated.parts({"C": PartCount(before=1, after=1)})] == ["c"]
+    assert [name for name, *_ in view.parts({"C": PartCount(before=1, after=1)})] == ["c"]
     assert "40 2 -95.0%" in page.row("female breast exposed").replace("\n", "")
 
 
-def test_the_curve_of_fine_tuning_tells_its_points_in_order():
+def test_the_curve_of_fine_tuning_has_its_points_in_order():
     points = [CurvePoint(step=200, ua=0.5), CurvePoint(step=0, ua=0.9), CurvePoint(step=100, ua=float("nan"))]
     words = ElementTree.fromstring(plots.resurgence(points)).attrib["aria-label"]
     assert words == "UA by steps of fine-tuning: 90.0% at 0, 50.0% at 200."
