@@ -12,6 +12,7 @@ from tests.docs.pages import DOCS, ROOT, console, matches
 
 GENERATED = DOCS / "reference" / "cli.md"  # from the commands themselves
 LINKED = [*ROOT.glob("*.md"), *(ROOT / "manifests").rglob("*.md")]
+MADE = {"manifests/kubernetes-native/"}  # by a command of the pages
 PAGES = sorted({*LINKED, *DOCS.rglob("*.md")} - {GENERATED})
 
 
@@ -52,6 +53,16 @@ def test_every_option_of_a_command_exists(page):
 def test_every_link_outside_the_site_leads_to_a_file(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    tops = "salun_core|components|pipelines|manifests|benchmarks|examples|tests|docs"
+    for name in re.findall(rf"`((?:{tops})/[\w./-]*)`", text):
+        assert (ROOT / name).exists() or name in MADE or re.search("[A-Z]{4}", name), name  # NAME: any
+    for name in re.findall(r"`([a-z_]+/[\w/]+\.py)`", text):  # as seen from the core
+        assert any((base / name).exists() for base in (ROOT, ROOT / "salun_core", ROOT / "tests")), name
 
 
 def test_a_command_that_does_not_exist_is_found():
