@@ -65,6 +65,14 @@ def test_every_file_that_a_page_names_exists(page):
         assert any((base / name).exists() for base in (ROOT, ROOT / "salun_core", ROOT / "tests")), name
 
 
+def test_the_ten_homes_define_the_named_functions():
+    rows = re.findall(r"^\| Where .*\| `([^`]+)`(.*) \|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) == 10
+    for path, names in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            assert f"def {name}(" in (ROOT / path).read_text("utf-8"), (path, name)
+
+
 def test_a_command_that_does_not_exist_is_found():
     assert options(("frobnicate",)) is None
     assert "--density" in options(("mask",))
