@@ -1,10 +1,10 @@
-# Every target sets up what it needs. Overrides go on the command line: make demo DATA=cifar10 PORT=8333
+# Every target installs what it needs. Overrides go on the command line: make demo DATA=cifar10 PORT=8333
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
-# The first interpreter that answers and is new enough; PYTHON=/path/to/python3.12 chooses another.
+# The first interpreter that runs and is new enough; PYTHON=/path/to/python3.12 selects another.
 PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell \
 	$(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
 BIN := .venv/bin
@@ -22,7 +22,7 @@ help: ## Show this list
 setup: $(INSTALLED) ## Install everything into .venv, once
 
 $(INSTALLED): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is needed and none was found." \
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is needed and was not found." \
 		"Install it (Debian: apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x "$$(command -v $(PYTHON))" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "make: PYTHON=$(PYTHON) is not a Python of 3.11 or newer"; exit 1; }
@@ -31,10 +31,10 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[kfp,local,diffusion,dev]'
 	@touch $@
 
-demo: setup ## Forget real images end to end on this machine: S3, pipeline, gate, report (DATA=, PORT=)
+demo: setup ## Run the demo: S3, training, deletion requests, sweeps, certificates, report (DATA=, PORT=)
 	@$(BIN)/salun demo $(if $(DATA),--data '$(DATA)') $(if $(PORT),--port '$(PORT)')
 
-demo-diffusion: setup ## Forget a class of a small Stable Diffusion and a DDPM, end to end; ten minutes each (KIND=ddpm for one)
+demo-diffusion: setup ## Run the demo for diffusion models; ten minutes each (KIND=ddpm for one)
 	@.ci/datasets --require
 	@set -e; for kind in $(KIND); do $(BIN)/salun demo-diffusion --kind $$kind --work-dir .salun/demo-$$kind; done
 
@@ -52,7 +52,7 @@ check: setup docs ## Format, lint, types, layers, generated files, and the docum
 	$(BIN)/python -m benchmarks.deviations --render-only --check
 	$(BIN)/salun bench render --into docs/research/results.md --check
 
-audit: setup ## Look the installed packages up among known vulnerabilities (ARGS='--ignore-vuln ID')
+audit: setup ## Check the installed packages for known vulnerabilities (ARGS='--ignore-vuln ID')
 	@$(BIN)/python .ci/audit $(ARGS)
 
 generated: setup ## Rewrite the generated files: compiled pipelines, references, schemas, component READMEs
@@ -66,19 +66,19 @@ docs: setup ## Build the documentation site into build/site; fails on a broken l
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
-bench: setup ## Time mask, step, epoch, loading and attack beside the usual procedure (BENCHMARKS= runs others)
+bench: setup ## Compare the speed of mask, step, epoch, loading and attack with the usual procedure (BENCHMARKS= selects others)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
-reliability: setup ## Count what kills, lost replies and late workers break: docs/research/reliability.md (ARGS= goes to it)
+reliability: setup ## Measure kills, lost replies and late workers, and write docs/research/reliability.md (ARGS= goes to it)
 	@$(BIN)/python benchmarks/reliability.py $(ARGS)
 
-manifests: setup ## Check manifests/: schemas, kubectl, the restricted profile, the very commands
+manifests: setup ## Check manifests/: schemas, kubectl, the restricted profile, the documented commands
 	$(BIN)/python -m pytest tests/manifests $(ARGS)
 
-image: setup ## Build the container image, run both pipelines in it, play the manifests
+image: setup ## Build the container image, run both pipelines in it, test the manifests
 	.ci/image
 
-clean: ## Remove .venv and whatever else was made here
+clean: ## Remove .venv and everything that was generated here
 	rm -rf .venv .salun build dist *.egg-info local_outputs benchmarks/out \
 		.pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
