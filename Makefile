@@ -32,11 +32,11 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: setup ## Run the demo: S3, training, deletion requests, sweeps, certificates, report (DATA=, PORT=)
-	@$(BIN)/salun demo $(if $(DATA),--data '$(DATA)') $(if $(PORT),--port '$(PORT)')
+	@$(BIN)/python -m examples.demo $(if $(DATA),--data '$(DATA)') $(if $(PORT),--port '$(PORT)')
 
 demo-diffusion: setup ## Run the demo for diffusion models; ten minutes each (KIND=ddpm for one)
 	@.ci/datasets --require
-	@set -e; for kind in $(KIND); do $(BIN)/salun demo-diffusion --kind $$kind --work-dir .salun/demo-$$kind; done
+	@set -e; for kind in $(KIND); do $(BIN)/python -m examples.demo --diffusion --kind $$kind --work-dir .salun/demo-$$kind; done
 
 test: setup ## Run all tests (JOBS=2 processes; ARGS='-k mask' goes to pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)

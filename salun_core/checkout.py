@@ -13,17 +13,17 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 def load_example(name: str) -> ModuleType:
-    """Import a package of `examples/`.
+    """Import a package or a module of `examples/`.
 
     Args:
-        name: of the package, such as `small_diffusion`.
+        name: such as `small_diffusion` or `demo.__main__`.
 
     Raises:
         UsageError: SalUn was installed without its checkout, or a library that the example needs is missing.
     """
     if not (_CHECKOUT / "examples" / "__init__.py").is_file():
         raise UsageError(
-            f"the example {name} is not installed",
+            f"the example {name.partition('.')[0]} is not installed",
             "examples are part of the source repository only",
             "clone the repository, run `make setup` in it, and use its .venv/bin/salun",
         )

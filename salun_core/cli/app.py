@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from salun_core import __version__
-from salun_core.cli import bench, certificates, demo, demo_diffusion, listing, models, operations, requests, runs, steps
+from salun_core.cli import bench, certificates, listing, models, operations, requests, runs, steps
 from salun_core.cli.examples import load_examples
 from salun_core.cli.failures import interruptible, reported
 from salun_core.cli.output import MODE, silence_logs
@@ -110,8 +110,8 @@ _GROUPS: dict[str, tuple[type[TyperGroup], str]] = {
 }
 _VERBS: dict[str, Callable[..., None]] = {
     "doctor": operations.doctor,
-    "demo": demo.demo,
-    "demo-diffusion": demo_diffusion.demo_diffusion,
+    "demo": operations.demo,
+    "demo-diffusion": operations.demo_diffusion,
     "mask": steps.mask,
     "unlearn": steps.unlearn,
     "evaluate": steps.evaluate,
@@ -150,6 +150,10 @@ _VERBS: dict[str, Callable[..., None]] = {
 }
 
 
+_FREE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+_CONTEXT = {"demo": _FREE, "demo-diffusion": _FREE}
+
+
 def _add_verbs() -> None:
     groups = {"": app}
     for name, (kind, about) in _GROUPS.items():
@@ -157,7 +161,7 @@ def _add_verbs() -> None:
         app.add_typer(groups[name], name=name)
     for verb, function in _VERBS.items():
         group, _, name = verb.rpartition(" ")
-        groups[group].command(name, cls=Verb, epilog=verb)(function)
+        groups[group].command(name, cls=Verb, epilog=verb, context_settings=_CONTEXT.get(verb))(function)
 
 
 _add_verbs()

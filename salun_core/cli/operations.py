@@ -1,14 +1,15 @@
-"""`salun doctor`, `salun exporter` and `salun purge`: check an installation, monitor it, and dispose of old data."""
+"""`salun doctor`, `exporter`, `purge` and `demo`: check an installation, monitor it, clean it up, and try it out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from salun_core.checkout import load_example
 from salun_core.cli.options import OptionalStore, Store
 from salun_core.cli.output import MODE, emit, print_table
 
@@ -162,3 +163,27 @@ def _remaining(report: PurgeReport) -> Iterator[tuple[str, int]]:
     yield "superseded, with the weights of a version that stays", len(planned.shared)
     yield "unknown keys, not deleted", len(planned.unknown)
     yield "unknown runs under the pipeline root, not deleted", planned.foreign_runs
+
+
+def demo(context: typer.Context) -> None:
+    """Forget real images end to end: store, training, deletion requests, sweeps, certificates, report.
+
+    This runs `python -m examples.demo` of the checkout and takes its options: see `salun demo --help`.
+    """
+    _run_demo(context.args)
+
+
+def demo_diffusion(context: typer.Context) -> None:
+    """Forget a class of a small Stable Diffusion or DDPM end to end: training, request, sweep, images, certificate.
+
+    This runs `python -m examples.demo --diffusion` of the checkout and takes its options, such as `--kind ddpm`.
+    """
+    _run_demo(["--diffusion", *context.args])
+
+
+def _run_demo(arguments: Sequence[str]) -> None:
+    app = load_example("demo.__main__").app
+    shared = [f"--{name}" for name in ("json", "debug") if getattr(MODE, name)]
+    code = app([*arguments, *shared], prog_name="salun demo", standalone_mode=False)
+    if code:
+        raise typer.Exit(code)

@@ -110,7 +110,9 @@ def _wait_for(process, text):
     raise AssertionError("".join(seen))
 
 
-@pytest.mark.parametrize("moment", ["starting the store", "training: epoch 2", "running the compiled", "step compute"])
+@pytest.mark.parametrize(
+    "moment", ["starting the store", "training: epoch 2", "running the compiled", "Executing task compute"]
+)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_no_process_behind(tmp_path, moment, number):
     process = _start(tmp_path, "demo", "--work-dir", tmp_path / "work")

@@ -163,11 +163,10 @@ def _dry_runs(world, store):
         ("report", "--evidence", world.evidence_json, "--out", "r"),
         ("train", "--data", "digits", "--arch", "resnet8", "--out", "base", *line),
         ("model", "import", weights, "--data", "digits", "--arch", "resnet8", "--out", "base", *line),
-        ("demo",),
     ]
 
 
-@pytest.mark.parametrize("place", range(8))
+@pytest.mark.parametrize("place", range(7))
 def test_a_dry_run_writes_nothing(salun, world, store, untouched, place):
     args = _dry_runs(world, store)[place]
     shown = salun(*args, "--dry-run")
@@ -185,6 +184,22 @@ def test_a_dry_run_of_run_publishes_nothing(salun, world, store):
     settings = ("--set", "model_line=digits", "--set", f"forget_manifest_uri={world.forget_json}")
     assert _json(salun("run", *settings, "--store", store.uri, "--dry-run", "--json"))["would_publish"] == "digits"
     assert {entry.key for entry in store.list("")} == before
+
+
+def test_the_demo_needs_a_checkout(salun, tmp_path, monkeypatch):
+    monkeypatch.setattr("salun_core.checkout._CHECKOUT", tmp_path)
+    refused = salun("demo-diffusion", "--kind", "ddpm")
+    assert refused.exit_code == 2
+    assert "the example demo is not installed: examples are part of the source repository only" in refused.stderr
+
+
+def test_the_demo_takes_its_options_and_those_of_every_verb(salun, tmp_path):
+    shown = salun("demo-diffusion", "--kind", "ddpm", "--data", "digits", "--dry-run", "--json")
+    assert shown.exit_code == 0, shown.stderr
+    assert json.loads(shown.stdout)["kind"] == "ddpm"
+    assert "--serve" in salun("demo", "--help").stdout
+    assert salun("demo", "--data", "no/where").exit_code == 2
+    assert "No such option: --modle" in salun("demo", "--modle").stderr
 
 
 HEAVY = ("torch", "diffusers", "boto3", "sklearn", "matplotlib", "structlog", "rich.table")

@@ -1,4 +1,4 @@
-"""The demo with its steps in this process; tests/e2e runs it with the compiled pipeline."""
+"""The demo with its steps in one process; tests/e2e runs it with the compiled pipeline."""
 
 from __future__ import annotations
 
@@ -8,21 +8,31 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from examples.demo import classifier
+from examples.demo.__main__ import app
+from examples.demo.classifier import SAMPLES, demo_spec, demo_targets, with_writers
+from examples.demo.stage import demo_store
 from salun_core.data import DataSpec, load_data
 from salun_core.data.forget_set import ClassTarget, SubjectTarget, resolve_forget
 from salun_core.registry.lookup import ancestry, lines
 from salun_core.requests.ledger import Ledger
-from salun_core.steps import demo as steps
-from salun_core.steps.demo_requests import SAMPLES, demo_targets, with_writers
-from salun_core.steps.demo_store import demo_store
 from salun_core.storage import open_store
 from salun_core.times import utc_clock
+from tests.unit.cli.conftest import _settings_restored  # noqa: F401 - a fixture
 
 
 @pytest.fixture(autouse=True)
 def _in_process(monkeypatch, s3_server):  # s3_server: skipped where no server is installed
-    monkeypatch.setattr("salun_core.steps.demo_line.find_checkout", lambda: None)
+    monkeypatch.setattr("examples.demo.stage.has_kfp", lambda: False)
+
+
+@pytest.fixture
+def demo(_settings_restored, tmp_path, monkeypatch):  # noqa: F811
+    """Runs the demo in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def _states(work):
@@ -38,9 +48,9 @@ def _states(work):
 NAMES = ("samples-a", "samples-b", "class", "person", "nothing")
 
 
-def test_the_demo_erases_in_one_batch_certifies_each_and_a_second_one_adds_a_line(salun, tmp_path):
+def test_the_demo_erases_in_one_batch_certifies_each_and_a_second_one_adds_a_line(demo, tmp_path):
     work = tmp_path / "work"
-    first = salun("demo", "--work-dir", work, "--json")
+    first = demo("--work-dir", work, "--json")
     assert first.exit_code == 0, first.stderr
     told = json.loads(first.stdout)
     assert told["passed"]
@@ -56,7 +66,7 @@ def test_the_demo_erases_in_one_batch_certifies_each_and_a_second_one_adds_a_lin
     assert 'salun_requests{status="completed"} 5.0' in (work / "metrics.txt").read_text()
     assert not (work / "s3.env").exists()
 
-    again = salun("demo", "--work-dir", work, "--keep", "--epochs", "5", "--json")
+    again = demo("--work-dir", work, "--keep", "--epochs", "5", "--json")
     assert again.exit_code in (0, 3), again.stderr
     requests, methods, scratch = _states(work)
     assert {requests[f"demo-{name}"] for name in NAMES} == {"completed"}
@@ -65,12 +75,12 @@ def test_the_demo_erases_in_one_batch_certifies_each_and_a_second_one_adds_a_lin
     assert scratch == []
 
 
-def test_a_refusal_is_exit_3_and_queues_the_requests_again(salun, tmp_path, monkeypatch):
+def test_a_refusal_is_exit_3_and_queues_the_requests_again(demo, tmp_path, monkeypatch):
     policy = {"name": "strict", "rules": [{"metric": "RA", "op": ">=", "value": 1.1, "reason": "more than all"}]}
     (tmp_path / "policy.yaml").write_text(json.dumps(policy))
-    strict = functools.partial(steps.DeletionSweepForm, policy_uri=str(tmp_path / "policy.yaml"))
-    monkeypatch.setattr(steps, "DeletionSweepForm", strict)
-    result = salun("demo", "--work-dir", "work", "--epochs", "2")
+    strict = functools.partial(classifier.DeletionSweepForm, policy_uri=str(tmp_path / "policy.yaml"))
+    monkeypatch.setattr(classifier, "DeletionSweepForm", strict)
+    result = demo("--work-dir", "work", "--epochs", "2")
     assert result.exit_code == 3
     assert "REFUSED: RA >=: more than all" in result.stdout
     requests, methods, _ = _states(tmp_path / "work")
@@ -79,46 +89,46 @@ def test_a_refusal_is_exit_3_and_queues_the_requests_again(salun, tmp_path, monk
     assert methods == {"demo": ["train"]}
 
 
-def test_a_failed_run_queues_the_requests_again(salun, tmp_path, monkeypatch):
+def test_a_failed_run_queues_the_requests_again(demo, tmp_path, monkeypatch):
     def broken(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("salun_core.steps.sweep.run_all", broken)
-    result = salun("demo", "--work-dir", "work", "--epochs", "1")
+    result = demo("--work-dir", "work", "--epochs", "1")
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
     requests = _states(tmp_path / "work")[0]
     assert {status for name, status in requests.items() if name != "demo-nothing"} == {"queued"}
 
 
-def test_a_folder_of_something_else_is_left_alone(salun, tmp_path):
+def test_a_folder_of_something_else_is_left_alone(demo, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    result = salun("demo", "--work-dir", tmp_path)
+    result = demo("--work-dir", tmp_path)
     assert result.exit_code == 2
     assert "holds something else" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_demo_that_runs_is_left_alone(salun, tmp_path):
+def test_a_demo_that_runs_is_left_alone(demo, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     with (work / ".salun-demo").open("w") as marker:
         fcntl.flock(marker, fcntl.LOCK_EX)
-        result = salun("demo", "--work-dir", work)
+        result = demo("--work-dir", work)
     assert result.exit_code == 2
     assert "another demo runs there" in result.stderr
 
 
-def test_data_that_are_not_there_start_nothing(salun, tmp_path):
-    assert salun("demo", "--data", "no/where").exit_code == 2
+def test_data_that_are_not_there_start_nothing(demo, tmp_path):
+    assert demo("--data", "no/where").exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_data_are_cut_to_a_size_that_takes_minutes(tmp_path):
     (tmp_path / "spec.yaml").write_text("source: images\nsize: 48\n")
-    spec = steps.demo_spec(str(tmp_path / "spec.yaml"))
+    spec = demo_spec(str(tmp_path / "spec.yaml"))
     assert (spec.size, spec.train_limit, spec.test_limit) == (48, 2000, 1000)
-    assert steps.demo_spec(None) == DataSpec(source="digits")
+    assert demo_spec(None) == DataSpec(source="digits")
 
 
 def test_of_two_classes_none_is_forgotten_as_a_whole(tmp_path):
@@ -146,8 +156,22 @@ def test_of_digits_a_class_a_person_and_samples_of_others_are_forgotten(tmp_path
     assert resolve_forget([targets["person"]], data.table, data.split).ids
 
 
-def test_there_is_nothing_to_serve_before_a_demo(salun, tmp_path):
-    result = salun("demo", "--serve", "--work-dir", "work")
+def test_there_is_nothing_to_serve_before_a_demo(demo, tmp_path):
+    result = demo("--serve", "--work-dir", "work")
     assert result.exit_code == 2
     assert "run `salun demo` first" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [(), ("--diffusion", "--kind", "ddpm", "--data", "digits")])
+def test_a_dry_run_writes_nothing(demo, tmp_path, options):
+    shown = demo(*options, "--dry-run")
+    assert shown.exit_code == 0, shown.stderr
+    assert "wrote nothing" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_the_classifier_do_not_fit_a_diffusion_model(demo):
+    refused = demo("--diffusion", "--serve")
+    assert refused.exit_code == 2
+    assert "--diffusion was given" in refused.stderr
