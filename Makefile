@@ -70,7 +70,7 @@ bench: setup ## Compare the speed of mask, step, epoch, loading and attack with 
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 reliability: setup ## Measure kills, lost replies and late workers, and write docs/research/reliability.md (ARGS= goes to it)
-	@$(BIN)/python benchmarks/reliability.py $(ARGS)
+	@$(BIN)/python -m tests.reliability $(ARGS)
 
 manifests: setup ## Check manifests/: schemas, kubectl, the restricted profile, the documented commands
 	$(BIN)/python -m pytest tests/manifests $(ARGS)

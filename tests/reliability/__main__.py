@@ -1,10 +1,10 @@
-"""The reliability of the deletion ledger in figures: every row of the table at full size.
+"""Runs the reliability tests at full size and tabulates them.
 
-    python benchmarks/reliability.py [--only lineage] [--sweeps 1000]
+    python -m tests.reliability [--only lineage] [--sweeps 1000]
 
-A toy model line stands in for a model: its weights are the set of the samples that it has forgotten. All else is real:
+A toy model line replaces the model: its weights are the set of samples that it has forgotten. Everything else is real:
 the S3 server, the ledger, leases, publishing, the processes and their SIGKILLs. Prints a table, and writes
-benchmarks/results/reliability.json and docs/research/reliability.md; with --only the other rows stay as they were.
+benchmarks/results/reliability.json and docs/research/reliability.md; with --only the other rows are unchanged.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from salun_core.storage.seaweedfs import embedded_s3, find_binary
+from tests.reliability import faults, rows
+from tests.reliability.figures import Figures
 
-from salun_core.storage.seaweedfs import embedded_s3, find_binary  # noqa: E402
-from tests.reliability import faults, rows  # noqa: E402
-from tests.reliability.figures import Figures  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
 PAGE = ROOT / "docs" / "research" / "reliability.md"
 MEMORY = "memory"
@@ -89,7 +87,7 @@ def of_pytest(name: str, paths: list[str]) -> Callable[[str], Figures]:
     def row(uri: str) -> Figures:
         there = [path for path in paths if (ROOT / path).exists()]
         if not there:
-            return Figures(name, more="not there yet", holds=False)
+            return Figures(name, more="the tests do not exist", holds=False)
         begin = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", *there]
         variables = {**os.environ, "SALUN_RELIABILITY": "full", "OMP_NUM_THREADS": "1"}
@@ -101,22 +99,22 @@ def of_pytest(name: str, paths: list[str]) -> Callable[[str], Figures]:
 
 
 def run(chosen: Mapping[str, Callable[[str], Figures]], uri: str) -> Iterator[Figures]:
-    """Run rows one after the other; memory beside them, for it takes long and little."""
+    """Run the rows in sequence, and the memory row in parallel, because it takes long and needs little."""
     with ThreadPoolExecutor(1) as pool:
-        beside = pool.submit(chosen[MEMORY], f"{uri}/{MEMORY}") if MEMORY in chosen else None
+        parallel = pool.submit(chosen[MEMORY], f"{uri}/{MEMORY}") if MEMORY in chosen else None
         for number, (name, row) in enumerate(chosen.items()):
             if name != MEMORY:
                 yield _tried(name, partial(row, f"{uri}/row-{number}"))
-        if beside:
-            yield _tried(MEMORY, beside.result)
+        if parallel:
+            yield _tried(MEMORY, parallel.result)
 
 
 def _tried(name: str, row: Callable[[], Figures]) -> Figures:
-    """Run a row; one that breaks down has failed, and the others still run."""
+    """Run a row; one that raises has failed, and the others still run."""
     try:
         figures = row()
-    except Exception as error:  # noqa: BLE001 - whatever it is
-        return Figures(name, more=f"broke down: {type(error).__name__}: {error}", holds=False)
+    except Exception as error:  # noqa: BLE001 - of any kind
+        return Figures(name, more=f"raised {type(error).__name__}: {error}", holds=False)
     figures.name = name
     return figures
 
@@ -127,9 +125,9 @@ def line_of(figures: Figures) -> str:
     for name in ("lost", "twice", "resurrected", "torn"):
         faults.pop(name, None)
     other = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in faults.items()) or "0"
-    told = [f"{figures.versions} versions"] if figures.versions else []
-    told += [f"{figures.polls:,} reads of HEAD"] if figures.polls else []
-    told += [figures.more] if figures.more else []
+    details = [f"{figures.versions} versions"] if figures.versions else []
+    details += [f"{figures.polls:,} reads of HEAD"] if figures.polls else []
+    details += [figures.more] if figures.more else []
     cells = [
         figures.name if figures.passed else f"**FAILED** {figures.name}",
         figures.workers,
@@ -141,13 +139,13 @@ def line_of(figures: Figures) -> str:
         verdict.torn,
         other,
         f"{figures.seconds:.0f}",
-        "; ".join(told),
+        "; ".join(details),
     ]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 def machine() -> str:
-    """Say what this ran on."""
+    """Describe the machine that this ran on."""
     weed = subprocess.run([str(find_binary()), "version"], capture_output=True, text=True).stdout
     weed_version = (re.search(r"\d+\.\d+", weed) or ["?"])[0]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("boto3", "torch", "hypothesis"))
@@ -162,7 +160,7 @@ def page(known: Mapping[str, Any]) -> str:
     """Return docs/research/reliability.md.
 
     Args:
-        known: by the name of a row what it gave: `row`, `passed`, and the `machine` that it ran on.
+        known: by name of a row: `row`, `passed`, and the `machine` that it ran on.
     """
     titles = "row | workers | kills | requests | lost | twice | resurrected | torn | other | seconds | more"
     lines = [f"| {titles} |", "|" + "---|" * len(titles.split("|")), *(item["row"] for item in known.values())]
@@ -175,7 +173,7 @@ def page(known: Mapping[str, Any]) -> str:
 def main() -> None:
     """Run the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", default=[], help="rows whose name holds this")
+    parser.add_argument("--only", action="append", default=[], help="rows whose name contains this")
     parser.add_argument("--sweeps", type=int, default=1000, help="sweeps of the memory row")
     args = parser.parse_args()
     every = table(args.sweeps)

@@ -1,4 +1,4 @@
-"""What a step and a sample cost: arithmetic by counting, encoders that stay out of the loop, memory that stays put."""
+"""The cost of a step and a sample: counted arithmetic, no encoders in the loop, constant memory."""
 
 from collections import Counter
 
@@ -29,20 +29,20 @@ def test_a_pair_costs_at_most_0_55_of_the_usual_procedure():
     vae, text = build_architecture("sd-1.4-vae"), build_architecture("sd-1.4-text-encoder")
     context = context_of(unet, shape, (77, 768), "meta")
     forget, retain = batch_of(shape, 1, "meta", 0, 1), batch_of(shape, 1, "meta", 2)
-    told = context.sets.table.take(forget.condition)
+    conditions = context.sets.table.take(forget.condition)
     with torch.no_grad():
-        forward = flops(lambda: context.denoiser.predict(forget.noisy, forget.times, told))
+        forward = flops(lambda: context.denoiser.predict(forget.noisy, forget.times, conditions))
         encoders = flops(lambda: vae.encode(torch.empty(1, 3, 512, 512, device="meta")))
         encoders += flops(lambda: text(input_ids=torch.zeros(1, 77, dtype=torch.int64, device="meta")))
     ours = flops(lambda: our_step(context, forget, retain))
     # Forward and backward of two examples and a forward of the third; the backward pass of a convolution or a product
-    # is twice its forward pass, and neither the noise nor the prompt asks for a gradient.
+    # is twice its forward pass, and neither the noise nor the prompt needs a gradient.
     assert 6.9 * forward < ours < 7 * forward
     assert ours <= 0.55 * (9 * forward + 3 * encoders)
 
 
-def test_three_calls_cost_the_network_as_much_where_nothing_is_recomputed():
-    """So what is spared is the encoders and the recomputation, and nothing that the loss needs."""
+def test_three_calls_cost_as_much_without_recomputation():
+    """The savings are the encoders and the recomputation, and nothing that the loss needs."""
     shape = (4, 8, 8)
     context = context_of(small_unet().to("meta"), shape, (16, 64), "meta")
     forget, retain = batch_of(shape, 2, "meta", 0, 1), batch_of(shape, 2, "meta", 2)
@@ -116,7 +116,7 @@ def test_no_encoder_is_called_after_latents_and_prompts_are_cached(calls, monkey
     assert not {name for name in calls if name.startswith(("CLIP", "Autoencoder", "Encoder", "DownEncoder"))}
 
 
-def test_a_step_asks_once_for_targets_and_once_with_gradients():
+def test_a_step_calls_the_network_once_for_targets_and_once_with_gradients():
     network, seen = small_unet(), []
     network.register_forward_pre_hook(lambda _, inputs: seen.append((len(inputs[0]), torch.is_grad_enabled())))
     context = context_of(network, (4, 8, 8), (16, 64), "cpu")
@@ -124,7 +124,7 @@ def test_a_step_asks_once_for_targets_and_once_with_gradients():
     assert seen == [(3, False), (8, True)]
 
 
-def test_the_memory_of_sampling_grows_neither_with_steps_nor_with_images():
+def test_the_memory_of_sampling_is_constant_in_steps_and_images():
     network = small_unet()
     short, long = sampling_peak(network, 4, 4, batch_size=4), sampling_peak(network, 16, 4, batch_size=4)
     assert long - short <= 12 * 8  # the scheduler's own list of times, eight bytes each
@@ -133,7 +133,7 @@ def test_the_memory_of_sampling_grows_neither_with_steps_nor_with_images():
     assert four - two <= 8 * 8 < one_sample
 
 
-def test_the_gauge_of_memory_sees_what_is_kept():
+def test_the_memory_gauge_counts_what_is_kept():
     def peak(keep):
         with LiveBytes() as counted:
             kept = []

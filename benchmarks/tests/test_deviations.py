@@ -1,4 +1,4 @@
-"""The restated behaviours differ from ours where, and only where, the page says so; the page says what was measured."""
+"""The restated behaviours differ from this library exactly where the page says so, and the page has the results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def scores(model, size):
     return ours, theirs.scores_by_batch(model, toy().batches(size))
 
 
-def test_sums_of_batch_means_rank_as_the_mean_does_unless_the_last_batch_is_short():
+def test_sums_of_batch_means_rank_differently_only_with_a_short_last_batch():
     model = linear()
     ours, restated = scores(model, 5)
     for name in ours:
@@ -81,7 +81,7 @@ def test_a_mask_on_the_gradient_alone_lets_weight_decay_move_frozen_weights():
     assert frozen_change(model, still, mask)["frozen that changed"] == 0.0
 
 
-def test_the_faulty_entropy_does_not_see_the_labels():
+def test_the_faulty_entropy_ignores_the_labels():
     p = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
     right, wrong = (Outputs(p, np.zeros(2), np.array(labels)) for labels in ([0, 2], [1, 0]))
     np.testing.assert_array_equal(theirs.label_blind_entropy(right), theirs.label_blind_entropy(wrong))
@@ -101,7 +101,7 @@ def test_the_running_vector_corrects_along_the_first_gradient_only():
     assert float((dense - vector) @ correction) ** 2 < 0.9 * float((dense - vector).norm() * correction.norm()) ** 2
 
 
-def test_softening_by_epoch_leaves_weights_at_the_original_where_ours_moves_them():
+def test_softening_by_epoch_leaves_weights_unchanged_that_ours_changes():
     model, given = linear(), context(order="mixed")
     config = method_config("salun_soft", given.config.model_dump() | {"soft_density": 0.5})
     made = theirs.trained(model, MethodContext(given.forget, given.retain, 3, config), theirs.softened_by_epoch)
@@ -111,7 +111,7 @@ def test_softening_by_epoch_leaves_weights_at_the_original_where_ours_moves_them
     assert ours.changed_fraction > 1 - left / 51
 
 
-def test_a_difference_is_seen_when_its_interval_leaves_zero_out():
+def test_a_difference_is_seen_if_its_interval_excludes_zero():
     assert Difference(0, 0, [1.0, 1.2, 0.9]).seen
     assert not Difference(0, 0, [1.0, -1.2, 0.9]).seen
     assert not Difference(0, 0, [5.0]).seen
@@ -130,7 +130,7 @@ def test_each_side_counts_at_its_best_rate():
     assert differences(cells, "salun")["gap"].values == pytest.approx([10, 10])
 
 
-def test_the_page_says_what_was_measured():
+def test_the_page_matches_the_results():
     text, document = PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text())
     assert set(document["deviations"]) == set(MEASURES) == set(EFFECTS)
     assert filled(text, document, quoted=False) == text
