@@ -96,7 +96,7 @@ def test_nothing_that_was_named_is_found_after_settling(store, line, tmp_path, m
             "max_forget_fraction": 0.3,
         },
         tmp_path / "work",
-        echo=print,
+        progress=print,
     )
     assert run.exit_code == 0, run.error
     assert {ledger.status(name) for name in ("samples", "person", "gone")} == {Status.COMPLETED}
