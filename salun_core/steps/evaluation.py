@@ -22,7 +22,7 @@ from salun_core.models import LoadedModel, load_model
 from salun_core.models.checkpoint import model_digest
 from salun_core.report import ReportContext, write_report
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.observe import RunRef, observed
+from salun_core.steps.observe import RunRef, observed, record_evidence
 from salun_core.steps.run_facts import read_run
 from salun_core.steps.used_mask import used_mask
 from salun_core.storage.local_files import write_whole
@@ -114,7 +114,7 @@ def evaluate(
             evidence = evaluate_images(inputs, candidate, facts, used, wish, store or None, pick_device(device))
         write_evidence(evidence_out, evidence)
         write_report(report_out, evidence, None, ReportContext(model_line=model_line, created_at=evidence.created_at))
-        metrics.record_evidence(evidence)
+        record_evidence(metrics, evidence)
         return evidence
 
 

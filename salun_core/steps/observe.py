@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from salun_core.errors import SalunError
 from salun_core.storage import open_store
 from salun_core.storage.leases import read_lease, renew
 from salun_core.sweeps.runs import RunLog, RunStatus
 from salun_core.telemetry.logs import get_logger, run_bound
+from salun_core.telemetry.metrics import METHOD_LABELS
 from salun_core.telemetry.push import StepMetrics
 from salun_core.times import utc_clock
+
+if TYPE_CHECKING:
+    from salun_core.evaluation.evidence import Evidence
+    from salun_core.gate import GateDecision
 
 _BEGUN = {
     "compute_mask": RunStatus.MASKING,
@@ -75,3 +81,25 @@ def observed(step: str, model_line: str, run: RunRef | None = None) -> Iterator[
             raise
         log.info("step_finished", step=step, model_line=model_line)
         metrics.push(step, model_line)
+
+
+def record_evidence(metrics: StepMetrics, evidence: Evidence, decision: GateDecision | None = None) -> None:
+    """Set the metrics that evidence and the gate's decision give.
+
+    Args:
+        metrics: of the step.
+        evidence: the measured shares; a missing one is left out.
+        decision: the gate's decision, if there is one.
+    """
+    label = evidence.run.method if evidence.run.method in METHOD_LABELS else "other"  # plug-ins have other names
+
+    def after(name: str) -> float | None:
+        return evidence.metrics[name].after if name in evidence.metrics else None
+
+    wrong = after("UA")
+    metrics.record("salun_forget_accuracy_ratio", None if wrong is None else 1.0 - wrong, method=label)
+    metrics.record("salun_retain_accuracy_ratio", after("RA"), method=label)
+    metrics.record("salun_test_accuracy_ratio", after("TA"), method=label)
+    metrics.record("salun_membership_attack_ratio", after("MIA"), method=label)
+    metrics.record("salun_mask_density_ratio", evidence.run.density, method=label)
+    metrics.record("salun_gate_passed", None if decision is None else float(decision.passed), method=label)

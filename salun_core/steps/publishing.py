@@ -17,7 +17,7 @@ from salun_core.registry.sparse import full_copy_every
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.report import Ancestor, ReportContext, write_report
 from salun_core.steps.evaluation import write_evidence
-from salun_core.steps.observe import RunRef, observed
+from salun_core.steps.observe import RunRef, observed, record_evidence
 from salun_core.steps.used_mask import used_mask
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.documents import parse_stored
@@ -145,7 +145,7 @@ def gate_and_publish(
             mask=used.digest if used else None,
         )
         decision = decide(measured, read_policy(policy_uri, measured), expected)
-        metrics.record_evidence(measured, decision)
+        record_evidence(metrics, measured, decision)
         context = report_context(store, model_line, parent, measured)
         write_report(report, measured, decision, context)
         decision_file, judged = report.with_name(DECISION), report.with_name(_JUDGED)

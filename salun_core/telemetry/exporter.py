@@ -1,4 +1,9 @@
-"""The long-lived exporter: one thread refreshes a snapshot, and a scrape is answered from memory."""
+"""The long-lived exporter: one thread refreshes a snapshot, and a scrape is answered from memory.
+
+A scrape never waits for the store: `Exporter.run` is the only caller of the function that reads it, and replaces the
+snapshot in one assignment. If a refresh fails or hangs, scrapes get the last snapshot, the number of failures and
+the time of the last success; `/healthz` turns to 503 when that is too old.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +12,27 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from socketserver import TCPServer, ThreadingMixIn
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Protocol
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from prometheus_client import CollectorRegistry, generate_latest, make_wsgi_app
+from prometheus_client import CollectorRegistry, MetricsHandler, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from salun_core import __version__
-from salun_core.errors import UsageError, unknown_name
+from salun_core.errors import UsageError
 from salun_core.telemetry.logs import get_logger
-from salun_core.telemetry.metrics import SPECS, check_label
-
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+from salun_core.telemetry.metrics import SPECS, check_metric
 
 INTERVAL_SECONDS = 15.0
 PORT = 9400
-_STALE_INTERVALS = 5
-_STALE_SECONDS = 120.0
-_CLIENT_SECONDS = 10.0
-_ENDING_SECONDS = 0.5
+_STALE_INTERVALS = 5  # a snapshot is stale after so many intervals,
+_STALE_SECONDS = 120.0  # but not before two minutes
+_CLIENT_SECONDS = 10.0  # a client that sends nothing for so long is cut off
+_ENDING_SECONDS = 0.5  # how long the end waits for a refresh in progress
 Sample = tuple[str, Mapping[str, str], float]
 
 
@@ -42,7 +45,7 @@ class SnapshotLike(Protocol):
 
 @dataclass(frozen=True)
 class _Refresh:
-    """The last refresh that succeeded: what it took, when by both clocks, and how long it lasted."""
+    """The last refresh that succeeded: its snapshot, its end by both clocks, and how long it took."""
 
     snapshot: SnapshotLike
     wall: float
@@ -51,13 +54,13 @@ class _Refresh:
 
 
 class Exporter(Collector):
-    """Refreshes a snapshot and serves it; a refresh that fails leaves the last one in place.
+    """Refreshes a snapshot and serves it; if a refresh fails, the last snapshot stays.
 
     Args:
-        take: takes a snapshot; whatever it raises is a failed refresh.
+        take: takes a snapshot; every exception it raises counts as a failed refresh.
         interval: seconds between two refreshes.
-        clock: gives Unix time in seconds.
-        timer: gives a time that never goes back, in seconds.
+        clock: returns Unix time in seconds.
+        timer: returns a time that never goes back, in seconds.
     """
 
     def __init__(
@@ -70,28 +73,28 @@ class Exporter(Collector):
         self._take, self._interval, self._clock, self._timer = take, interval, clock, timer
         self._last: _Refresh | None = None
         self._failures = 0
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
 
     def refresh(self) -> None:
         """Take a snapshot and serve it from now on.
 
         Raises:
-            Exception: whatever taking it raises; the last snapshot stays.
-            UsageError: a metric or label that is none of ours.
+            Exception: taking it failed; the last snapshot stays.
+            UsageError: a metric is not in `SPECS`, or a label is outside its closed set.
         """
         started = self._timer()
         snapshot = self._take()
         now, ended = self._clock(), self._timer()
-        for sample in snapshot.at(now):
-            check_sample(*sample)
+        for name, labels, _ in snapshot.at(now):
+            check_metric(name, labels)
         self._last, self._failures = _Refresh(snapshot, now, ended, ended - started), 0
 
     def try_refresh(self) -> bool:
-        """Refresh and return whether it succeeded; the first failure of a row is logged."""
+        """Refresh and return whether it succeeded; the first failure in a row is logged."""
         try:
             self.refresh()
-        except Exception as error:  # whatever the store brings: the exporter lives on
+        except Exception as error:  # no fault of the store may end the exporter
             if not self._failures:
                 get_logger().warning("exporter_refresh_failed", error=f"{type(error).__name__}: {error}")
             self._failures += 1
@@ -99,7 +102,7 @@ class Exporter(Collector):
         return True
 
     def run(self, stop: Event) -> None:
-        """Refresh at once and then every interval, until told to stop."""
+        """Refresh at once and then every interval, until `stop` is set."""
         while not stop.is_set():
             self.try_refresh()
             stop.wait(self._interval)
@@ -111,7 +114,7 @@ class Exporter(Collector):
 
     @property
     def healthy(self) -> bool:
-        """Whether the last refresh is younger than five intervals, and than two minutes where those are shorter."""
+        """Whether the last successful refresh is younger than five intervals (at least two minutes)."""
         age = self.age
         return age is not None and age < max(_STALE_INTERVALS * self._interval, _STALE_SECONDS)
 
@@ -126,7 +129,7 @@ class Exporter(Collector):
         yield "salun_build_info", {"version": __version__}, 1.0
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield the gauges as prometheus-client asks for them, in the order of `SPECS`."""
+        """Yield the gauges for prometheus-client, in the order of `SPECS`."""
         families: dict[str, GaugeMetricFamily] = {}
         for name, labels, value in self.samples():
             spec = SPECS[name]
@@ -135,75 +138,52 @@ class Exporter(Collector):
         yield from (families[name] for name in SPECS if name in families)
 
     def text(self) -> str:
-        """Return what a scrape gets, in the text format of Prometheus."""
-        return generate_latest(self._registry).decode()
+        """Return the metrics in the text format of Prometheus."""
+        return generate_latest(self.registry).decode()
 
-    def app(self) -> WSGIApplication:
-        """Return the web application: `/metrics`, and `/healthz` that is 200 while the snapshot is fresh."""
-        metrics = make_wsgi_app(self._registry)
 
-        def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
-            path = environ.get("PATH_INFO", "")
+# prometheus_client.start_http_server does not fit: it serves metrics on every path, so that /healthz always succeeds;
+# a client that sends nothing holds a thread for good; one that hangs up prints a traceback; and the start looks up
+# this machine's name in the DNS, which can take seconds in a pod. Its handler is used, which negotiates the format.
+
+
+def _handler(exporter: Exporter) -> type[BaseHTTPRequestHandler]:
+    class Handler(MetricsHandler):
+        registry = exporter.registry
+        timeout = _CLIENT_SECONDS
+
+        def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+            path = urlsplit(self.path).path
             if path == "/metrics":
-                served: Iterable[bytes] = metrics(environ, start)
-                return served
-            if path == "/healthz":
-                return _plain(start, "200 OK" if self.healthy else "503 Service Unavailable", self._health())
-            return _plain(start, "404 Not Found", "here are /metrics and /healthz")
+                super().do_GET()
+            elif path == "/healthz":
+                age = exporter.age
+                text = "no refresh has succeeded yet" if age is None else f"refreshed {age:.0f} s ago"
+                self._answer(200 if exporter.healthy else 503, text)
+            else:
+                self._answer(404, "the paths are /metrics and /healthz")
 
-        return answer
+        def _answer(self, status: int, text: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(f"{text}\n".encode())
 
-    def _health(self) -> str:
-        age = self.age
-        return "no refresh has succeeded yet" if age is None else f"refreshed {age:.0f} s ago"
-
-
-def check_sample(name: str, labels: Mapping[str, str], _value: float) -> None:
-    """Refuse a gauge that is not in `SPECS`, or a label outside its closed set.
-
-    Raises:
-        UsageError: it is one of these.
-    """
-    if name not in SPECS:
-        raise unknown_name("metric", name, SPECS)
-    if set(labels) != set(SPECS[name].labels):
-        raise UsageError(
-            f"the metric {name} takes other labels", f"got {sorted(labels)}", f"give {list(SPECS[name].labels)}"
-        )
-    for label, value in labels.items():
-        check_label(label, value)
+    return Handler
 
 
-def _plain(start: StartResponse, status: str, text: str) -> Iterable[bytes]:
-    start(status, [("Content-Type", "text/plain; charset=utf-8")])
-    return [f"{text}\n".encode()]
+class _Server(ThreadingHTTPServer):
+    """One daemon thread for each request, so that no client keeps the process from ending."""
 
-
-class _Server(ThreadingMixIn, WSGIServer):
-    """A thread a request; none of them keeps the process from ending."""
-
-    daemon_threads = True
+    def __init__(self, host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), handler)
 
     def server_bind(self) -> None:
-        """Bind without asking the DNS for our own name, which can take seconds."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
-        self.setup_environ()
+        TCPServer.server_bind(self)  # HTTPServer's own would look up this machine's name
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401, ARG002 - as in socketserver
-        """Say nothing of a client that hung up or was too slow."""
         get_logger().debug("exporter_client_lost", exc_info=True)
-
-
-class _ServerV6(_Server):
-    address_family = socket.AF_INET6
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = _CLIENT_SECONDS
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002, ANN401 - as in http.server
-        """Log no scrape."""
 
 
 @contextmanager
@@ -213,34 +193,29 @@ def serving(exporter: Exporter, host: str = "127.0.0.1", port: int = PORT) -> It
     Args:
         exporter: what is served.
         host: the address to listen on; `0.0.0.0` or `::` for all.
-        port: the port; 0 for any that is free.
+        port: the port; 0 for a free one.
 
     Yields:
         The URL of the metrics.
 
     Raises:
-        UsageError: nobody can listen there.
+        UsageError: the address or port cannot be used.
     """
-    server = _listen(host, port)
-    server.set_app(exporter.app())
+    try:
+        server = _Server(host, port, _handler(exporter))
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"cannot listen on {host} port {port}", str(error), "choose another --port, or an address of this machine"
+        ) from error
     stop = Event()
     refreshing = Thread(target=exporter.run, args=(stop,), name="refresh", daemon=True)
     answering = Thread(target=server.serve_forever, args=(0.1,), name="serve", daemon=True)
     refreshing.start()
     answering.start()
     try:
-        yield f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/metrics"
+        yield f"http://{f'[{host}]' if ':' in host else host}:{server.server_address[1]}/metrics"
     finally:
         stop.set()
         server.shutdown()
         server.server_close()
         refreshing.join(_ENDING_SECONDS)
-
-
-def _listen(host: str, port: int) -> _Server:
-    try:
-        return (_ServerV6 if ":" in host else _Server)((host, port), _Handler)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {host} port {port}", str(error), "choose another --port, or an address of this machine"
-        ) from error

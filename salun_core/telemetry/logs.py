@@ -16,7 +16,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from salun_core.errors import unknown_name
 
 MASK = "[redacted]"
-# what a request names, and what opens doors; compared in snake_case
+# keys of what a request names, and of secrets, in snake_case
 _PERSONAL = frozenset(
     {
         "id_list",
@@ -52,7 +52,7 @@ _IN_TEXT = (
         rf"\1{MASK}",
     ),
 )
-# an AWS secret key is 40 characters of base64; a commit of 40 hex digits is none
+# an AWS secret key is 40 characters of base64 with letters of both cases; a commit has 40 lower-case hex digits
 _AWS_SECRET = re.compile(
     r"(?<![A-Za-z0-9/+=])(?=[A-Za-z0-9/+]*[A-Z])(?=[A-Za-z0-9/+]*[a-z])(?=[A-Za-z0-9/+]*[0-9])[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+=])"
 )
@@ -64,14 +64,11 @@ def is_denied(key: str) -> bool:
     return plain in _PERSONAL or _SECRET.search(plain) is not None
 
 
-def redact(value: Any) -> Any:  # noqa: ANN401 - whatever is logged
+def redact(value: Any) -> Any:  # noqa: ANN401 - any logged value
     """Return a copy of a value with denied keys and secrets in texts masked, at any depth.
 
     Args:
         value: text, number, mapping, sequence or any object; an object is replaced by its `repr`.
-
-    Returns:
-        Plain data that is fit to be logged.
     """
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -98,8 +95,8 @@ def configure_logging(json: bool | None = None, level: str = "info") -> None:
     """Set up the logs of this process, those of libraries included.
 
     Args:
-        json: JSON lines or readable ones; None asks `SALUN_LOG` (`json` or `text`), then whether standard error
-            is a terminal.
+        json: write JSON lines, or readable ones; by default `SALUN_LOG` decides (`json` or `text`), and if it is not
+            set, readable lines are written to a terminal.
         level: `debug`, `info`, `warning` or `error`; libraries stay at `warning` unless it is `debug`.
 
     Raises:
@@ -107,18 +104,29 @@ def configure_logging(json: bool | None = None, level: str = "info") -> None:
     """
     if level.lower() not in LEVELS:
         raise unknown_name("log level", level, LEVELS)
-    threshold, as_json = LEVELS[level.lower()], _wants_json(json)
+    wish = os.environ.get(FORMAT_VARIABLE, "").lower()
+    as_json = json if json is not None else wish == "json" or (wish != "text" and not sys.stderr.isatty())
+    threshold = LEVELS[level.lower()]
     structlog.configure(
         processors=[*_shared(), *_ending(as_json)],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
-    _configure_libraries(as_json, threshold)
+    handler = logging.StreamHandler(sys.stderr)  # for libraries, which log to `logging`
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=_shared(),
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_ending(as_json)],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(threshold if threshold in (logging.DEBUG, logging.ERROR) else logging.WARNING)
 
 
 def get_logger() -> structlog.typing.FilteringBoundLogger:
-    """Return a logger; where nothing set up the logs it does so with the defaults."""
+    """Return a logger; if nobody called `configure_logging`, call it with the defaults."""
     if not structlog.is_configured():
         configure_logging()
     logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -127,22 +135,15 @@ def get_logger() -> structlog.typing.FilteringBoundLogger:
 
 @contextmanager
 def run_bound(run_id: str | None) -> Iterator[None]:
-    """Put a run's id on every line that is logged inside the block, by libraries too.
+    """Put a run's id on every line that is logged inside the block, also by libraries.
 
-    Threads that the block starts do not inherit it; `contextvars.copy_context` gives it to them.
+    Threads started in the block do not inherit it; start them with `contextvars.copy_context`.
 
     Args:
-        run_id: the id; empty or None leaves the lines with what an outer block or `SALUN_RUN_ID` says.
+        run_id: the id; if empty or None, the id of an outer block or of `SALUN_RUN_ID` stays.
     """
     with structlog.contextvars.bound_contextvars(**({"run": run_id} if run_id else {})):
         yield
-
-
-def _wants_json(json: bool | None) -> bool:
-    if json is not None:
-        return json
-    wish = os.environ.get(FORMAT_VARIABLE, "").lower()
-    return wish == "json" or (wish != "text" and not sys.stderr.isatty())
 
 
 def _shared() -> list[Processor]:
@@ -155,14 +156,14 @@ def _shared() -> list[Processor]:
 
 
 def _add_run(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Give a line the run of its pod, where no step said which run it works for."""
+    """Add the run of the pod (`SALUN_RUN_ID`), unless `run_bound` set one."""
     if "run" not in event and (run := os.environ.get(RUN_VARIABLE)):
         event["run"] = run
     return event
 
 
 def _ending(as_json: bool) -> list[Processor]:
-    """Tracebacks become text before the redaction, so that none escapes it."""
+    """Return the last processors; tracebacks become text before the redaction, so that it covers them."""
     human = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
     last: Processor = structlog.processors.JSONRenderer(ensure_ascii=False) if as_json else human
     return [structlog.processors.format_exc_info, _redact_event, last]
@@ -171,15 +172,3 @@ def _ending(as_json: bool) -> list[Processor]:
 def _redact_event(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     safe: dict[str, Any] = redact(event)
     return safe
-
-
-def _configure_libraries(as_json: bool, threshold: int) -> None:
-    formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=_shared(),
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *_ending(as_json)],
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(formatter)
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(threshold if threshold in (logging.DEBUG, logging.ERROR) else logging.WARNING)

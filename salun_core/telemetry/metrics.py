@@ -1,4 +1,4 @@
-"""Every metric name of the project and the closed sets of label values.
+"""The names of all metrics, and the closed sets of their labels' values.
 
 `python -m salun_core.telemetry.metrics` prints the table of the documentation.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from salun_core.errors import UsageError, unknown_name
@@ -13,7 +14,7 @@ from salun_core.errors import UsageError, unknown_name
 
 @dataclass(frozen=True)
 class Spec:
-    """One metric; all are gauges, because pushed counters do not add up."""
+    """One metric. All are gauges: values that short-lived steps push do not add up."""
 
     name: str
     help: str
@@ -72,7 +73,27 @@ SPECS = {
     )
 }
 
-# A label value is from a fixed list, or matches a pattern that an operator's own names fill: no request, run,
+METHOD_LABELS = (
+    "salun",
+    "salun_soft",
+    "random_label",
+    "random_mask",
+    "retrain",
+    "finetune",
+    "gradient_ascent",
+    "influence",
+    "scrub",
+    "neggrad_plus",
+    "sfr_on",
+    "boundary_expanding",
+    "boundary_shrink",
+    "l1_sparse",
+    "esd",
+    "forget_me_not",
+    "uce",
+    "other",
+)
+# A label value comes from a fixed list, or matches the pattern of a name that an operator chooses: no request, run,
 # sample or subject can become a label.
 LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
     "pipeline": (
@@ -96,26 +117,7 @@ LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
         "run",
     ),
     "model_line": re.compile(r"[a-z0-9][a-z0-9._-]{0,62}"),
-    "method": (
-        "salun",
-        "salun_soft",
-        "random_label",
-        "random_mask",
-        "retrain",
-        "finetune",
-        "gradient_ascent",
-        "influence",
-        "scrub",
-        "neggrad_plus",
-        "sfr_on",
-        "boundary_expanding",
-        "boundary_shrink",
-        "l1_sparse",
-        "esd",
-        "forget_me_not",
-        "uce",
-        "other",
-    ),
+    "method": METHOD_LABELS,
     "split": ("train", "validation", "test", "forget", "retain"),
     "status": (
         "received",
@@ -133,12 +135,28 @@ LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
 }
 
 
-def check_label(name: str, value: str) -> None:
-    """Refuse a label that could grow without bound.
+def check_metric(name: str, labels: Mapping[str, str], given_later: str = "") -> None:
+    """Refuse a metric that is not in `SPECS`, or that has other labels or values than its own.
 
     Args:
-        name: of the label.
-        value: of the label.
+        name: of the metric.
+        labels: its labels and their values.
+        given_later: a label that is added when the metric is pushed.
+
+    Raises:
+        UsageError: it is not a metric of this project.
+    """
+    if name not in SPECS:
+        raise unknown_name("metric", name, SPECS)
+    for label, value in labels.items():
+        check_label(label, value)
+    expected = {label for label in SPECS[name].labels if label != given_later}
+    if set(labels) != expected:
+        raise UsageError(f"the metric {name} takes other labels", f"got {sorted(labels)}", f"give {sorted(expected)}")
+
+
+def check_label(name: str, value: str) -> None:
+    """Refuse a label whose values could grow without bound.
 
     Raises:
         UsageError: the name is unknown, or the value is not in its closed set.

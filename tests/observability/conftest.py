@@ -18,6 +18,7 @@ import yaml
 
 from salun_core.requests.gauges import LineGauges, Snapshot, stages
 from salun_core.requests.schema import Status
+from salun_core.steps.observe import record_evidence
 from salun_core.telemetry.exporter import Exporter, serving
 from salun_core.telemetry.push import StepMetrics
 
@@ -117,14 +118,14 @@ def push_steps():
     shares = {name: SimpleNamespace(after=value) for name, value in {"UA": 0.2, "RA": 1, "TA": 0.9, "MIA": 0.5}.items()}
     evidence = SimpleNamespace(metrics=shares, run=SimpleNamespace(method="salun", density=0.5))
     evaluated = StepMetrics()
-    evaluated.record_evidence(evidence)
+    record_evidence(evaluated, evidence)
     assert evaluated.push("evaluate", "faces")
     refused = StepMetrics()
-    refused.record_evidence(evidence, SimpleNamespace(passed=False))
+    record_evidence(refused, evidence, SimpleNamespace(passed=False))
     refused.record("salun_unlearning_debt_ratio", 0.9)
     assert refused.push("gate_publish", "faces", pipeline="salun-deletion-sweep", succeeded=False)
     earlier = StepMetrics(clock=lambda: time.time() - 48 * HOUR)
-    earlier.record_evidence(evidence, SimpleNamespace(passed=True))
+    record_evidence(earlier, evidence, SimpleNamespace(passed=True))
     assert earlier.push("gate_publish", "faces", pipeline="salun-unlearning-cpu")
     sweep = StepMetrics(clock=lambda: time.time() - 48 * HOUR)
     assert sweep.push("settle_requests", "faces", pipeline="salun-deletion-sweep")

@@ -129,14 +129,14 @@ def test_nothing_personal_or_secret_reaches_a_line(as_json, capsys):
         sample_ids=["img-0451.png"],
         subject_ref="person-17",
         prompts=["a photo of Jane Roe"],
-        request={"ids": [451, 452], "target": {"subject": "person-17", "kind": "subject"}},
+        request={"ids": [7700451, 7700452], "target": {"subject": "person-17", "kind": "subject"}},
         headers=[{"Authorization": "Basic cGVyc29uOnB3"}],
         url=f"http://user:pass-word@host/x?X-Amz-Signature=deadbeef&X-Amz-Credential={ACCESS_KEY}%2F2026",
         note=f"key is {SECRET_KEY}",
         count=2,
     )
     text = capsys.readouterr().err
-    for hidden in ("0451", "451", "person-17", "Jane", "cGVyc29u", "pass-word", "deadbeef", ACCESS_KEY, SECRET_KEY):
+    for hidden in ("0451", "7700451", "person-17", "Jane", "cGVyc29u", "pass-word", "deadbeef", ACCESS_KEY, SECRET_KEY):
         assert hidden not in text, hidden
     assert MASK in text
     assert "kind" in text

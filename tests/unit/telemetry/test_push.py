@@ -13,6 +13,7 @@ import pytest
 
 from salun_core import __version__
 from salun_core.errors import UsageError
+from salun_core.steps.observe import record_evidence
 from salun_core.telemetry import metrics as names
 from salun_core.telemetry.push import StepMetrics
 
@@ -126,7 +127,7 @@ def test_a_push_reaches_a_real_gateway(gateway, scrape, monkeypatch):
     monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
     ticks = iter([100.0, 103.5])
     step = StepMetrics(clock=lambda: 1_790_000_000.0, timer=lambda: next(ticks))
-    step.record_evidence(evidence(UA=0.25, RA=0.99, TA=0.9, MIA=0.125), SimpleNamespace(passed=True))
+    record_evidence(step, evidence(UA=0.25, RA=0.99, TA=0.9, MIA=0.125), SimpleNamespace(passed=True))
     step.record("salun_unlearning_debt_ratio", 0.02)
     assert step.push("evaluate", "cifar-10") is True
     samples, _ = scrape()
@@ -158,9 +159,9 @@ def test_a_push_reaches_a_real_gateway(gateway, scrape, monkeypatch):
 def test_a_second_push_replaces_the_group_and_no_other(gateway, scrape, monkeypatch):
     monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
     first, other, second = StepMetrics(), StepMetrics(), StepMetrics()
-    first.record_evidence(evidence(RA=0.5, TA=0.5))
-    other.record_evidence(evidence(RA=0.7))
-    second.record_evidence(evidence(method="retrain", density=None, RA=0.6))
+    record_evidence(first, evidence(RA=0.5, TA=0.5))
+    record_evidence(other, evidence(RA=0.7))
+    record_evidence(second, evidence(method="retrain", density=None, RA=0.6))
     assert first.push("evaluate", "replaced")
     assert other.push("evaluate", "kept")
     assert second.push("evaluate", "replaced")
@@ -184,7 +185,7 @@ def test_a_failed_run_keeps_the_time_of_the_last_success(gateway, scrape, monkey
 def test_what_was_not_measured_is_left_out(gateway, scrape, monkeypatch):
     monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
     step = StepMetrics()
-    step.record_evidence(evidence(density=None, UA=None, RA=float("nan"), TA=0.0, MIA=float("inf")), None)
+    record_evidence(step, evidence(density=None, UA=None, RA=float("nan"), TA=0.0, MIA=float("inf")), None)
     assert step.push("evaluate", "sparse")
     found = group(scrape()[0], "evaluate", "sparse")
     assert {name for name in found if name.endswith("_ratio")} == {"salun_test_accuracy_ratio"}
@@ -194,7 +195,7 @@ def test_what_was_not_measured_is_left_out(gateway, scrape, monkeypatch):
 def test_a_method_from_elsewhere_becomes_other(gateway, scrape, monkeypatch):
     monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
     step = StepMetrics()
-    step.record_evidence(evidence(method="somebody's name", RA=1.0), SimpleNamespace(passed=False))
+    record_evidence(step, evidence(method="somebody's name", RA=1.0), SimpleNamespace(passed=False))
     assert step.push("gate_publish", "elsewhere", pipeline="salun-deletion-sweep")
     samples, text = scrape()
     assert "somebody" not in text
