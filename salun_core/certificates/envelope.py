@@ -1,7 +1,7 @@
-"""DSSE envelopes with one ed25519 signature, in one form only: each byte of the file is part of what is checked.
+"""DSSE envelopes with one ed25519 signature, in one canonical form, so that every byte of the file is verified.
 
-A usual DSSE reader takes any JSON layout and any base64 of the same bytes. This one takes the canonical form (RFC 8785)
-alone, so that a certificate is its bytes: no other file opens as the same certificate.
+Other DSSE readers accept any JSON layout and any base64 of the same bytes. This one accepts the canonical form only
+(RFC 8785), so that no two different files open as the same certificate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from salun_core.errors import IntegrityError, SalunError, UsageError
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 MAX_ENVELOPE_BYTES = 1024 * 1024
-_DAMAGED = "fetch it again; if it still differs, it is not what was signed"
+_DAMAGED = "fetch it again; if the error stays, it is not the signed file"
 
 
 class Signature(Document):
@@ -33,7 +33,7 @@ class Signature(Document):
 
 
 class Envelope(Document):
-    """A signed payload, as DSSE lays it out."""
+    """A signed payload in the layout of DSSE."""
 
     payload: str = Field(description="the payload in standard base64")
     payloadType: str = Field(description="what the payload is")  # noqa: N815 - DSSE's name
@@ -61,16 +61,16 @@ def sign(payload: bytes, payload_type: str, key: Ed25519PrivateKey) -> bytes:
 
     Args:
         payload: canonical JSON.
-        payload_type: what it is.
-        key: the signer's.
+        payload_type: its media type.
+        key: the signing key.
 
     Returns:
         The envelope in canonical JSON, without a final newline.
 
     Raises:
-        IntegrityError: the payload is no canonical JSON, or too large.
+        IntegrityError: the payload is not canonical JSON, or too large.
     """
-    _check_canonical(payload, "what is to be signed")
+    _check_canonical(payload, "the payload to sign")
     signature = key.sign(pre_authentication_encoding(payload_type, payload))
     data = canonical_json(
         {
@@ -88,45 +88,47 @@ def open_envelope(data: bytes, trusted: Iterable[Ed25519PublicKey], payload_type
 
     Args:
         data: the whole file.
-        trusted: the public keys that may have signed it; a key inside the file counts for nothing.
-        payload_type: what the payload must be.
+        trusted: the public keys that may have signed it; a key inside the file is never trusted.
+        payload_type: media type that the payload must have.
 
     Returns:
-        The payload, canonical JSON that one of the trusted keys signed.
+        The payload: canonical JSON that one of the trusted keys signed.
 
     Raises:
-        IntegrityError: the signature is wrong or of another key, or one byte differs from the canonical form.
+        IntegrityError: the signature is invalid or of another key, or one byte differs from the canonical form.
         UsageError: no key is trusted.
     """
     keys = {keyid(key): key for key in trusted}
     if not keys:
-        raise UsageError("no key is trusted", "a signature proves nothing without one", "name the signer's public key")
+        raise UsageError(
+            "no key is trusted", "a signature proves nothing without a key", "name the signer's public key"
+        )
     envelope = _read(data)
     if envelope.payloadType != payload_type:
-        raise _damaged("it is no envelope of an in-toto statement")
+        raise _damaged("it is not an envelope of an in-toto statement")
     payload, signature = _decode(envelope.payload), _decode(envelope.signatures[0].sig)
     key = keys.get(envelope.signatures[0].keyid)
     if key is None:
         raise IntegrityError(
             "the certificate was not signed by a trusted key",
             f"it names key {envelope.signatures[0].keyid[:12]!r}, trusted: {', '.join(name[:12] for name in keys)}",
-            "get the public key from the signer by another way, and name it with --key",
+            "get the public key from the signer, not with the certificate, and name it with --key",
         )
     try:
         key.verify(signature, pre_authentication_encoding(payload_type, payload))
     except InvalidSignature as error:
         raise IntegrityError(
-            "the certificate's signature is wrong", "it was changed after it was signed", _DAMAGED
+            "the certificate's signature is invalid", "it was changed after it was signed", _DAMAGED
         ) from error
     _check_canonical(payload, "the certificate's payload")
     return payload
 
 
 def claimed_keyid(data: bytes) -> str:
-    """Return the id of the key that an envelope says it was signed with; nothing is verified.
+    """Return the id of the key that an envelope names as its signer, without any verification.
 
     Raises:
-        IntegrityError: it is no envelope in its canonical form.
+        IntegrityError: it is not an envelope in canonical form.
     """
     return _read(data).signatures[0].keyid
 
@@ -142,7 +144,7 @@ def _read(data: bytes) -> Envelope:
 
 def _check_size(data: bytes) -> None:
     if len(data) > MAX_ENVELOPE_BYTES:
-        raise _damaged(f"it has over {MAX_ENVELOPE_BYTES} bytes")
+        raise _damaged(f"it is larger than {MAX_ENVELOPE_BYTES} bytes")
 
 
 def _check_canonical(data: bytes, what: str) -> Any:  # noqa: ANN401 - any JSON value
@@ -152,20 +154,20 @@ def _check_canonical(data: bytes, what: str) -> Any:  # noqa: ANN401 - any JSON 
     except IntegrityError as error:
         raise _damaged(f"{what} has no canonical form") from error
     except (ValueError, RecursionError) as error:
-        raise _damaged(f"{what} is no JSON") from error
+        raise _damaged(f"{what} is not valid JSON") from error
     if canonical != data:
         raise _damaged(f"{what} is not in the canonical form (RFC 8785, no final newline)")
     return document
 
 
 def _decode(text: str) -> bytes:
-    """Decode base64 that is written in the one canonical way: padded, and with zeros as its unused bits."""
+    """Decode base64 in canonical form: padded, with zeros as unused bits."""
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _damaged("its base64 is broken") from error
+        raise _damaged("its base64 is not valid") from error
     if base64.b64encode(data).decode() != text:
-        raise _damaged("its base64 is not the canonical one")
+        raise _damaged("its base64 is not in canonical form")
     return data
 
 

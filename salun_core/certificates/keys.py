@@ -1,4 +1,4 @@
-"""Signing keys in PEM files: made, read and checked. A key's content never comes into a message or a log."""
+"""Signing keys in PEM files: creates, reads and checks them. No message and no log holds the content of a key."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from salun_core.errors import UsageError
 
 SIGNING_VARIABLE = "SALUN_SIGNING_KEY"
 VERIFY_VARIABLE = "SALUN_VERIFY_KEY"
-_BESIDE = "salun.pub"
-BESIDE_CERTIFICATE = f"{_BESIDE} beside the certificate"
+_ADJACENT = "salun.pub"
+ADJACENT_KEY = f"{_ADJACENT} beside the certificate"  # a value in the JSON output of `salun verify`
 _MAX_KEY_BYTES = 16 * 1024
 _PRIVATE_MARK = b"PRIVATE KEY-----"
+_CREATE = "create a key with `salun key create`"
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,23 @@ class CreatedKey:
 
 @dataclass(frozen=True)
 class TrustedKeys:
-    """The public keys that count, and where they came from, for the message."""
+    """The trusted public keys, and where they came from, for the message."""
 
     keys: tuple[Ed25519PublicKey, ...]
     source: str
 
 
 def create_key(place: Path) -> CreatedKey:
-    """Make a signing key: `place`.pem for the signer (mode 0600), `place`.pub for whoever verifies.
+    """Create a signing key: `place`.pem for the signer (mode 0600), `place`.pub for those who verify.
 
     Args:
-        place: folder and name; the folder is made.
+        place: folder and name; the folder is created.
 
     Raises:
         UsageError: one of the files exists, or cannot be written.
     """
     private, public = place.with_name(f"{place.name}.pem"), place.with_name(f"{place.name}.pub")
-    for path in (private, public):
+    for path in (private, public):  # before anything is written, so that no half of a pair is left
         if path.exists() or path.is_symlink():
             raise _exists(path)
     key = Ed25519PrivateKey.generate()
@@ -67,7 +68,7 @@ def create_key(place: Path) -> CreatedKey:
 
 
 def public_pem(key: Ed25519PublicKey) -> bytes:
-    """Return a public key as it stands in a .pub file (SubjectPublicKeyInfo, PEM)."""
+    """Return a public key as in a .pub file (SubjectPublicKeyInfo, PEM)."""
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
@@ -87,47 +88,49 @@ def _exists(path: Path) -> UsageError:
 
 
 def load_signing_key(path: Path | None = None) -> Ed25519PrivateKey:
-    """Read the private key that certificates are signed with.
+    """Read the private key that signs certificates.
 
     Args:
-        path: its file; unless given, the file that `SALUN_SIGNING_KEY` names.
+        path: its file; by default the file that `SALUN_SIGNING_KEY` names.
 
     Raises:
-        UsageError: none is named, everybody may read the file, or it holds no plain ed25519 key in PKCS8 PEM.
+        UsageError: no file is named, every user may read it, or it holds no unencrypted ed25519 key in PKCS8 PEM.
     """
-    named = path or _from_environment()
+    named = path or _signing_path()
     data = _read(named, private=True)
     try:
         key = load_pem_private_key(data, password=None)
     except TypeError as error:
         raise UsageError(
             f"the signing key in {named} is encrypted",
-            "there is nobody to type its password",
+            "a sweep cannot enter its password",
             f"decrypt it once with `openssl pkey -in {named.name} -out NEW.pem`, and protect that file",
         ) from error
     except (ValueError, UnsupportedAlgorithm):
-        raise _no_key(named, "private key in PEM (PKCS8)", "`salun key create` makes one") from None
+        raise _not_a_key(named, "private key in PEM (PKCS8)") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise _other_type(named)
     return key
 
 
 def find_signing_key() -> Ed25519PrivateKey | None:
-    """Read the private key that `SALUN_SIGNING_KEY` names; None where it names none. Raises as `load_signing_key`."""
+    """Read the key that `SALUN_SIGNING_KEY` names; None if it is not set. Raises as `load_signing_key`."""
     return load_signing_key() if os.environ.get(SIGNING_VARIABLE, "").strip() else None
 
 
-def _from_environment() -> Path:
+def _signing_path() -> Path:
     named = os.environ.get(SIGNING_VARIABLE, "").strip()
     if not named:
         raise UsageError(
-            "there is no signing key",
+            "no signing key is set",
             f"{SIGNING_VARIABLE} names no file",
-            f"make one with `salun key create --out DIR/NAME` and set {SIGNING_VARIABLE}=DIR/NAME.pem",
+            f"create one with `salun key create --out DIR/NAME` and set {SIGNING_VARIABLE}=DIR/NAME.pem",
         )
     if "-----" in named:
         raise UsageError(
-            f"{SIGNING_VARIABLE} holds a key", "it names the file of one", "mount the Secret as a file and name that"
+            f"{SIGNING_VARIABLE} holds a key",
+            "it must hold the path of a key file",
+            "mount the Secret as a file and set its path",
         )
     return Path(named)
 
@@ -140,12 +143,11 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
     """
     data = _read(path, private=False)
     if _PRIVATE_MARK in data:
-        raise UsageError(f"{path} holds a private key", "only the public one is needed here", "name the .pub file")
+        raise UsageError(f"{path} holds a private key", "only the public key is needed here", "name the .pub file")
     try:
         key = load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm):
-        remedy = "name the .pub file that `salun key create` wrote"
-        raise _no_key(path, "public key in PEM (SubjectPublicKeyInfo)", remedy) from None
+        raise _not_a_key(path, "public key in PEM (SubjectPublicKeyInfo)") from None
     if not isinstance(key, Ed25519PublicKey):
         raise _other_type(path)
     return key
@@ -155,9 +157,9 @@ def load_trusted_keys(paths: Sequence[Path], certificate: Path) -> TrustedKeys:
     """Read the public keys that may have signed a certificate.
 
     Args:
-        paths: files that the caller named. Where there is none, those in `SALUN_VERIFY_KEY` (with colons between
-            them) count; where that is empty, the file `salun.pub` beside the certificate.
-        certificate: the certificate's file; no key is read from inside it.
+        paths: files that the caller named. If there are none, those in `SALUN_VERIFY_KEY` (separated by colons) count;
+            if that is empty, the file `salun.pub` next to the certificate.
+        certificate: the certificate's file; no key inside it is trusted.
 
     Raises:
         UsageError: no key is named, or one cannot be read.
@@ -166,70 +168,61 @@ def load_trusted_keys(paths: Sequence[Path], certificate: Path) -> TrustedKeys:
     if not named:
         named = [Path(part) for part in os.environ.get(VERIFY_VARIABLE, "").split(os.pathsep) if part.strip()]
         source = VERIFY_VARIABLE
-    beside = certificate.with_name(_BESIDE)
-    if not named and beside.is_file():
-        named, source = [beside], BESIDE_CERTIFICATE
+    adjacent = certificate.with_name(_ADJACENT)
+    if not named and adjacent.is_file():
+        named, source = [adjacent], ADJACENT_KEY
     if not named:
         raise UsageError(
             "no trusted key is named",
-            "a certificate is worth no more than the key that it is checked with",
-            f"give --key SIGNER.pub, set {VERIFY_VARIABLE}, or put {_BESIDE} beside the certificate",
+            "a certificate is only as trustworthy as the key that verifies it",
+            f"give --key SIGNER.pub, set {VERIFY_VARIABLE}, or put {_ADJACENT} next to the certificate",
         )
     return TrustedKeys(tuple(load_public_key(path) for path in named), source)
 
 
 def _read(path: Path, *, private: bool) -> bytes:
-    kind = "signing key" if private else "public key"
     data, mode = read_small(path, _MAX_KEY_BYTES)
     if not 0 < len(data) <= _MAX_KEY_BYTES:
-        raise _no_key(path, kind, "name a PEM file")
-    if private and mode & (stat.S_IROTH | stat.S_IWOTH) and not _mounted_read_only(path):
+        raise _not_a_key(path, "signing key" if private else "public key")
+    # On a read-only mount only the container's processes see the file: a Secret's volume, whose mode Kubeflow sets.
+    mounted = os.statvfs(path).f_flag & os.ST_RDONLY
+    if private and mode & (stat.S_IROTH | stat.S_IWOTH) and not mounted:
         raise UsageError(
-            f"everybody may read or write the signing key {path}",
+            f"every user may read or write the signing key {path}",
             f"its mode is {stat.S_IMODE(mode):04o}",
-            "chmod 600 it",
+            "run chmod 600 on it",
         )
     return data
-
-
-def _mounted_read_only(path: Path) -> bool:
-    """Return whether a file lies on a read-only mount: a Secret's volume, whose mode Kubeflow does not let us set.
-
-    Nobody but the container's own processes sees it there.
-    """
-    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
 def read_small(path: Path, limit: int) -> tuple[bytes, int]:
     """Read a small file whole.
 
     Args:
-        path: a plain file, or a link to one.
-        limit: bytes that it may have.
+        path: a regular file, or a link to one.
+        limit: maximum size in bytes.
 
     Returns:
         Its content, cut after `limit` + 1 bytes, and its mode.
 
     Raises:
-        UsageError: it cannot be read, or is no plain file.
+        UsageError: it cannot be read, or is not a regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
         with os.fdopen(descriptor, "rb") as file:
             mode = os.fstat(descriptor).st_mode
             if not stat.S_ISREG(mode):
-                raise UsageError(f"{path} is no plain file", "it is a pipe or a device", "name the file itself")
+                raise UsageError(f"{path} is not a regular file", "it is a pipe or a device", "name the file itself")
             return file.read(limit + 1), mode
     except OSError as error:
         why = error.strerror or type(error).__name__
         raise UsageError(f"cannot read {path}", why, "check the path and its permissions") from error
 
 
-def _no_key(path: Path, kind: str, remedy: str) -> UsageError:
-    return UsageError(f"{path} holds no {kind}", "it is something else, or damaged", remedy)
+def _not_a_key(path: Path, kind: str) -> UsageError:
+    return UsageError(f"{path} holds no {kind}", "it is another file, or damaged", f"name a PEM file, or {_CREATE}")
 
 
 def _other_type(path: Path) -> UsageError:
-    return UsageError(
-        f"{path} holds a key of another type", "certificates are signed with ed25519", "`salun key create` makes one"
-    )
+    return UsageError(f"{path} holds a key of another type", "certificates are signed with ed25519", _CREATE)

@@ -1,4 +1,4 @@
-"""The documents that are signed: the erasure certificate, and what is added to it later; in-toto statements."""
+"""The signed documents, as in-toto statements: the erasure certificate, and the addenda about later disposals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Ordinal = Annotated[int, Field(ge=0, strict=True, le=2**53 - 1)]
 
 
 class Sha256(Document):
-    """A digest, as in-toto writes it."""
+    """A digest in the layout of in-toto."""
 
     sha256: Digest = Field(description="SHA-256 in hex")
 
@@ -57,7 +57,7 @@ class RequestTimes(Document):
 
 
 class ForgottenSet(Document):
-    """What was forgotten, so that only who knows the set can recognise it."""
+    """What was forgotten, by a salted digest: only those who have the set can recognise it."""
 
     digest: Digest = Field(
         description="HMAC-SHA256, key: the salt's bytes, message: the set's SHA-256 as 64 hex digits"
@@ -85,8 +85,8 @@ class Procedure(Document):
     seed: int | None = Field(default=None, description="of all random choices")
     density: Share | None = Field(default=None, description="share of salient weights in the mask")
     mask_digest: Digest | None = Field(default=None, description="digest of the saliency mask")
-    rung: Ordinal = Field(description="which recipe of the ladder it was, from 0")
-    attempt: Ordinal = Field(description="which try of the request, from 1")
+    rung: Ordinal = Field(description="escalation level of the recipe, from 0")
+    attempt: Ordinal = Field(description="attempt of the request, from 1")
     run: RunId | None = Field(default=None, description="the unlearning run")
     lease_epoch: Ordinal | None = Field(default=None, description="epoch of the model line's lease")
 
@@ -106,7 +106,7 @@ class Provenance(Document):
 
 
 class CertifiedMetric(Document):
-    """One measured value, as the evidence has it; one that could not be measured is left out."""
+    """One measured value of the evidence; values that could not be measured are left out."""
 
     name: ShortText = Field(description="name of the metric")
     before: Share | None = Field(default=None, description="of the model before")
@@ -119,23 +119,23 @@ class CertifiedMetric(Document):
 
 
 class CertifiedVerdict(Document):
-    """What one rule of the gate gave."""
+    """The result of one rule of the gate."""
 
     rule: ShortText = Field(description="the rule")
-    threshold: ShortText = Field(description="what it asks for")
+    threshold: ShortText = Field(description="what it requires")
     actual: Share | None = Field(default=None, description="what was measured")
-    passed: bool = Field(description="whether it holds")
+    passed: bool = Field(description="whether it passed")
     reason: Text = Field(description="why the rule exists, or why it failed")
 
 
 class Gate(Document):
-    """The gate's decision; a certificate of one that refused does not exist."""
+    """The gate's decision; refused versions get no certificate."""
 
     policy: ShortText = Field(description="name of the policy")
     policy_digest: Digest = Field(description="SHA-256 of the policy's canonical JSON")
     evidence_digest: Digest = Field(description="SHA-256 of the evidence's canonical JSON")
     passed: Literal[True] = Field(description="always true")
-    verdicts: list[CertifiedVerdict] = Field(min_length=1, description="one a rule")
+    verdicts: list[CertifiedVerdict] = Field(min_length=1, description="one for each rule")
 
 
 class DisposalDone(Document):
@@ -153,17 +153,17 @@ class DisposalDue(Document):
 
 
 class Disposals(Document):
-    """What was deleted when the certificate was issued, and what still must be."""
+    """What was deleted when the certificate was issued, and what will be deleted."""
 
     done: tuple[DisposalDone, ...] = Field(default=(), description="deleted")
-    due: tuple[DisposalDue, ...] = Field(default=(), description="still to be deleted")
+    due: tuple[DisposalDue, ...] = Field(default=(), description="to be deleted")
 
 
 class Debt(Document):
     """What was forgotten since the line was last trained in full."""
 
-    fraction: Share = Field(description="of the samples that the last full training saw")
-    runs_since_training: Count = Field(description="unlearning runs since")
+    fraction: Share = Field(description="share of the samples of the last full training")
+    runs_since_training: Count = Field(description="unlearning runs since then")
 
 
 class Erasure(Document):
@@ -179,8 +179,8 @@ class Erasure(Document):
     metrics: list[CertifiedMetric] | None = Field(
         default=None, description="what was measured; absent: nothing to erase"
     )
-    gate: Gate | None = Field(default=None, description="how it was judged; absent: nothing to erase")
-    disposals: Disposals = Field(default=Disposals(), description="what was and will be deleted besides")
+    gate: Gate | None = Field(default=None, description="the gate's decision; absent: nothing to erase")
+    disposals: Disposals = Field(default=Disposals(), description="what else was and will be deleted")
     debt: Debt = Field(description="of the model line at this version")
     supersedes: Digest | None = Field(default=None, description="SHA-256 of the earlier certificate of this request")
     signer: Digest = Field(description="id of the signing key: SHA-256 of the raw public key")
@@ -190,9 +190,9 @@ class Erasure(Document):
     def _whole(self) -> Erasure:
         ran = self.outcome is not Outcome.NOTHING_TO_ERASE
         if any((part is not None) != ran for part in (self.procedure, self.metrics, self.gate)):
-            raise ValueError("`procedure`, `metrics` and `gate` go with an erasure, and it needs all three")
+            raise ValueError("an erasure needs `procedure`, `metrics` and `gate`, and nothing else may have them")
         if (self.forgotten.count > 0) != ran:
-            raise ValueError("`forgotten.count` is 0 where there was nothing to erase, and only there")
+            raise ValueError("`forgotten.count` must be 0 if there was nothing to erase, and only then")
         return self
 
 
@@ -216,7 +216,7 @@ class _Statement(Document):
 
 
 class ErasureCertificate(_Statement):
-    """That a deletion request was met: an in-toto statement about every file of a model version."""
+    """States that a deletion request was met: an in-toto statement about every file of a model version."""
 
     predicate_type: Literal["urn:salun:erasure:v1"] = Field(alias="predicateType", description="kind of the predicate")
     subject: list[ModelFile] = Field(min_length=1, description="every file of the model version")
@@ -231,7 +231,7 @@ class ErasureCertificate(_Statement):
 
 
 class DisposalAddendum(_Statement):
-    """What was deleted after a certificate was issued: an in-toto statement about the certificate's file."""
+    """States what was deleted after a certificate was issued: an in-toto statement about the certificate's file."""
 
     predicate_type: Literal["urn:salun:disposal:v1"] = Field(alias="predicateType", description="kind of the predicate")
     subject: list[Subject] = Field(min_length=1, max_length=1, description="the certificate's file")
@@ -256,15 +256,15 @@ def open_statement(kind: type[S], data: bytes, trusted: Iterable[Ed25519PublicKe
         source: where it came from, for the message.
 
     Raises:
-        IntegrityError: it is damaged, of another signer, or a statement of another kind or a later version.
+        IntegrityError: it is damaged, of another signer, of another kind, or of a later version of the format.
         UsageError: no key is trusted.
     """
     payload = open_envelope(data, trusted)
     try:
         statement = parse(kind, json.loads(payload), source)
     except SalunError as error:
-        remedy = "name the right file; a later version of the format needs a later salun"
+        remedy = "name the right file; a later format needs a later version of salun"
         raise IntegrityError(error.what, error.why, remedy) from error
     if statement.predicate.signer != claimed_keyid(data):
-        raise IntegrityError(f"{source} names another signer", "the key that signed it is not the one it names", "")
+        raise IntegrityError(f"{source} names another signer", "it was signed with another key", "reject it")
     return statement

@@ -20,15 +20,15 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Verification:
-    """What was verified; it exists only where everything held.
+    """The result of a verification in which every check passed.
 
     Args:
         certificate: what the file states.
         sha256: of the certificate's file.
         keyid: of the trusted key that signed it.
         key_source: where that key came from.
-        files: files of the model folder that were compared; None where no folder was given.
-        addenda: what the added files state.
+        files: number of files of the model folder that were compared; None if no folder was given.
+        addenda: what the addenda state.
     """
 
     certificate: ErasureCertificate
@@ -42,20 +42,20 @@ class Verification:
 def verify_certificate(
     path: Path, model: Path | None = None, keys: Sequence[Path] = (), addenda: Sequence[Path] = ()
 ) -> Verification:
-    """Check a certificate with nothing but files on this machine.
+    """Verify a certificate with files on this machine only.
 
     Args:
         path: the certificate's file.
-        model: the folder of the model that it is said to be about; its weights are not loaded.
-        keys: public keys of the signers to trust; else see `load_trusted_keys`.
+        model: the model folder to compare with it; its weights are not loaded.
+        keys: public keys of the trusted signers; for the default see `load_trusted_keys`.
         addenda: files that were added to the certificate later.
 
     Returns:
-        What was verified.
+        The certificate, and what was compared.
 
     Raises:
         UsageError: a file cannot be read, or no key is trusted.
-        IntegrityError: a byte of the certificate, of an addendum or of the model differs, or the signer is another.
+        IntegrityError: a byte of the certificate, of an addendum or of the model differs, or the signer is not trusted.
     """
     trusted = load_trusted_keys(keys, path)
     data = _read(path)
@@ -69,10 +69,10 @@ def verify_certificate(
 
 
 def fetch_certificate(store_uri: str, request_id: str, out: Path) -> str:
-    """Write a request's certificate to a file, byte for byte, and return its SHA-256; nothing is verified.
+    """Write a request's certificate to a file, byte for byte, and return its SHA-256. It is not verified.
 
     Raises:
-        UsageError: the request has none.
+        UsageError: the request has no certificate.
         StoreError: the store cannot be reached, or the file cannot be written.
     """
     stored = open_store(store_uri).get(certificate_key(request_id))
@@ -80,7 +80,7 @@ def fetch_certificate(store_uri: str, request_id: str, out: Path) -> str:
         raise UsageError(
             f"request {request_id!r} has no certificate",
             "none was issued yet, or there is no such request",
-            f"see where it stands: salun request show {request_id}",
+            f"check its status: salun request show {request_id}",
         )
     write_whole(out, stored.data)
     return sha256_bytes(stored.data)
@@ -94,14 +94,14 @@ def _check_addendum(path: Path, addendum: DisposalAddendum, certificate: Erasure
     belongs = addendum.predicate.request == certificate.predicate.request.id
     if not belongs or addendum.subject[0].digest.sha256 != digest:
         raise IntegrityError(
-            f"{path} was not added to this certificate",
-            f"it is about a certificate of request {addendum.predicate.request} with another content",
-            "name the addenda of this certificate only",
+            f"{path} does not belong to this certificate",
+            f"it is about another certificate, of request {addendum.predicate.request}",
+            "name only the addenda of this certificate",
         )
 
 
 def _check_model(folder: Path, certificate: ErasureCertificate) -> int:
-    """Compare every file of a folder with the certificate's subject; return their number."""
+    """Compare every file of a folder with the certificate's subject, and return the number of files."""
     expected = {item.name: item.digest.sha256 for item in certificate.subject}
     names = _plain_files(folder)
     faults = [f"{name} is missing" for name in sorted(expected.keys() - names)]
@@ -115,7 +115,7 @@ def _check_model(folder: Path, certificate: ErasureCertificate) -> int:
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise IntegrityError(
-            f"{folder} is not the model that the certificate is about",
+            f"{folder} is not the certified model",
             "; ".join(faults[:_SHOWN]) + more,
             f"fetch {certificate.predicate.model.line}@{certificate.predicate.model.version[:12]} again",
         )
@@ -131,8 +131,8 @@ def _plain_files(folder: Path) -> frozenset[str]:
         ) from error
     if found.strange:
         raise IntegrityError(
-            f"{folder} holds more than files",
+            f"{folder} holds more than regular files",
             f"{', '.join(repr(name) for name in found.strange[:_SHOWN])}: a link, a device, an empty or a deep folder",
-            "a model version has plain files only, in folders or not; fetch it again",
+            "a model version has regular files only; fetch it again",
         )
     return found.files

@@ -54,11 +54,11 @@ def _document(found: Verification) -> dict[str, Any]:
 
 
 def _show(found: Verification, model: Path | None) -> None:
-    from salun_core.certificates.keys import BESIDE_CERTIFICATE
+    from salun_core.certificates.keys import ADJACENT_KEY
 
     erasure = found.certificate.predicate
     typer.echo(f"VALID: signed by a trusted key, from {found.key_source}")
-    if found.key_source == BESIDE_CERTIFICATE:
+    if found.key_source == ADJACENT_KEY:
         typer.echo("the issuer could have put that key there: compare its id with the one that the signer publishes")
     checked = f"all {found.files} files of {model} are the certified ones"
     typer.echo(checked if found.files is not None else "only the certificate was checked: give --model DIR as well")

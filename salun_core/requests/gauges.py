@@ -1,4 +1,4 @@
-"""Reads the ledger's gauges from the listings of its index and the HEADs of the model lines."""
+"""The gauges of the ledger, computed from the listings of its index and the HEADs of the model lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from salun_core.storage.objects import ObjectStore
 from salun_core.telemetry.logs import get_logger
 from salun_core.times import Clock, as_utc, due_after_one_month
 
-# In the order in which a request takes them: one that moves on while we list is met again, not missed.
+# In the order of a request's transitions: a request that moves during the listing is seen twice, not missed.
 OPEN = tuple(status for status in Status if status not in SETTLED)
 TARGET = timedelta(days=7)
 RARELY = timedelta(minutes=10)
@@ -27,7 +27,7 @@ Sample = tuple[str, Mapping[str, str], float]
 
 
 def stages(received: datetime) -> Mapping[str, datetime]:
-    """Return the times at which a request passes the stages of its month.
+    """Return when a request passes the stages of its month.
 
     Args:
         received: when it was received.
@@ -43,12 +43,12 @@ def stages(received: datetime) -> Mapping[str, datetime]:
 
 @dataclass(frozen=True)
 class LineGauges:
-    """What is told of a model line.
+    """The gauges of a model line.
 
     Args:
         debt: share of the training data forgotten since the last full training.
         runs: unlearning runs since then.
-        last_success: Unix time of the last publish of a run; None where none is known.
+        last_success: Unix time of the last publish by a run; None if unknown.
     """
 
     debt: float
@@ -58,14 +58,14 @@ class LineGauges:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The ledger and its lines at one moment; ages and deadlines are told as of any later time.
+    """The ledger and its lines at one time; ages and deadlines can be computed for any later time.
 
     Args:
         counts: requests by status.
-        received: Unix time at which the oldest request that is not settled was received; None without one.
+        received: Unix time at which the oldest unsettled request was received; None if there is none.
         passing: by stage of `stages`, the Unix times at which the unsettled requests pass it, ascending.
         lines: model lines by name.
-        unreadable: lines whose HEAD or version is damaged.
+        unreadable: number of lines whose HEAD or version is damaged.
     """
 
     counts: Mapping[Status, int]
@@ -79,7 +79,7 @@ class Snapshot:
         return bisect_left(self.passing[stage], now)
 
     def at(self, now: float) -> Iterator[Sample]:
-        """Yield name, labels and value of each gauge, as of a Unix time."""
+        """Yield name, labels and value of each gauge at a Unix time."""
         for status in Status:
             yield "salun_requests", {"status": status.value}, self.counts.get(status, 0)
         oldest = 0.0 if self.received is None else max(0.0, now - self.received)
@@ -98,14 +98,14 @@ class Snapshot:
 
 
 class GaugeReader:
-    """Takes snapshots; between two of them it remembers what is dear to list and what never changes.
+    """Takes snapshots; between two of them it caches what is expensive to list and what never changes.
 
-    The open statuses are listed each time; the settled requests, and which model lines there are, every `rarely`.
+    It lists the open statuses each time; the settled requests and the names of the model lines every `rarely`.
 
     Args:
-        store: where ledger and model lines are kept.
-        clock: gives the time now.
-        rarely: how long the count of settled requests may lag behind.
+        store: where ledger and model lines are stored.
+        clock: returns the time.
+        rarely: maximum age of the count of settled requests.
     """
 
     def __init__(self, store: ObjectStore, clock: Clock, rarely: timedelta = RARELY) -> None:
@@ -119,35 +119,48 @@ class GaugeReader:
         self._unreadable: frozenset[str] = frozenset()
 
     def take(self) -> Snapshot:
-        """Read the store and return what it holds.
+        """Read the store and return a snapshot.
 
         Raises:
-            StoreError: the store cannot be reached or refuses us.
-            IntegrityError: the index holds what is no entry of it.
+            StoreError: the store cannot be reached or refuses access.
+            IntegrityError: the index holds a key that is not a valid entry.
         """
         found = [entry for status in OPEN for entry in entries(self._store, status)]
         now = as_utc(self._clock())
         if self._listed is None or not timedelta(0) <= now - self._listed < self._rarely:
-            self._list_the_rest(found)
+            self._list_settled(found)
             self._listed = now
-        standing = newest(entry for entry in found if (entry.request, entry.n) not in self._superseded)
-        readings = self._read_lines(self._known_lines.union(entry.line for entry in standing))
-        return _snapshot(standing, self._settled, readings, len(self._unreadable))
+        unsettled = _newest(entry for entry in found if (entry.request, entry.n) not in self._superseded)
+        readings = self._read_lines(self._known_lines.union(entry.line for entry in unsettled))
+        received = sorted(datetime.fromtimestamp(entry.received, UTC) for entry in unsettled)
+        times = [stages(moment) for moment in received]
+        return Snapshot(
+            counts={**Counter(entry.status for entry in unsettled), **self._settled},
+            received=received[0].timestamp() if received else None,
+            passing={stage: sorted(time[stage].timestamp() for time in times) for stage in stages(now)},
+            lines=readings,
+            unreadable=len(self._unreadable),
+        )
 
-    def _list_the_rest(self, found: Sequence[IndexEntry]) -> None:
-        """Count the settled and list the lines; of the entries only those stay in memory that were left behind."""
-        settled = newest(entry for status in sorted(SETTLED) for entry in entries(self._store, status))
-        doubtful = {entry.request for entry in found}.intersection(entry.request for entry in settled)
-        owed = {request for request in doubtful if self._is_owed(request)}
-        self._settled = Counter(entry.status for entry in settled if entry.request not in owed)
-        self._superseded = frozenset((entry.request, entry.n) for entry in found if entry.request in doubtful - owed)
+    def _list_settled(self, found: Sequence[IndexEntry]) -> None:
+        """Count the settled requests and list the lines; only entries that a crash left behind stay in memory.
+
+        Args:
+            found: the entries of open statuses.
+        """
+        settled = _newest(entry for status in sorted(SETTLED) for entry in entries(self._store, status))
+        both = {entry.request for entry in found}.intersection(entry.request for entry in settled)
+        unsettled = {request for request in both if self._is_unsettled(request)}
+        self._settled = Counter(entry.status for entry in settled if entry.request not in unsettled)
+        self._superseded = frozenset((entry.request, entry.n) for entry in found if entry.request in both - unsettled)
         self._known_lines = frozenset(lines(self._store))
 
-    def _is_owed(self, request: str) -> bool:
-        """Return whether a request with an open and a settled entry is open: only its events tell.
+    def _is_unsettled(self, request: str) -> bool:
+        """Return whether a request with an open and a settled entry is unsettled.
 
-        A move puts the new entry first; one that was cut off there settled nothing. Where nobody can tell, it is owed.
-        The request itself is left alone: an exporter has no business with what it names.
+        The new entry comes before its event, so a transition that was cut off there has settled nothing: the events
+        decide. If they cannot be read, the request counts as unsettled. The request itself is not read, since the
+        exporter must not see what it names.
         """
         try:
             return status_after(read_last(self._store, request)) not in SETTLED
@@ -155,7 +168,7 @@ class GaugeReader:
             return True
 
     def _read_lines(self, names: Iterable[str]) -> dict[str, LineGauges]:
-        """Read each HEAD; a damaged line is left out, so that it hides no deadline."""
+        """Read each HEAD; a damaged line is left out, so that it does not hide the deadlines of others."""
         before, self._versions = self._versions, {}
         readings: dict[str, LineGauges] = {}
         damaged: set[str] = set()
@@ -172,7 +185,7 @@ class GaugeReader:
         return readings
 
     def _line(self, head: Head, known: Mapping[tuple[str, str], Lineage]) -> LineGauges:
-        """Return the gauges of a line; a manifest never changes, and is read once."""
+        """Return the gauges of a line; a manifest never changes, so it is read once."""
         name = (head.line, head.version)
         lineage = known[name] if name in known else read_version(self._store, *name).lineage
         self._versions[name] = lineage
@@ -181,29 +194,10 @@ class GaugeReader:
         return LineGauges(lineage.debt, lineage.runs_since_training, self._successes.get(head.line))
 
 
-def newest(found: Iterable[IndexEntry]) -> Sequence[IndexEntry]:
-    """Return the entry of the latest event of each request; one that is being moved has two for a moment."""
+def _newest(found: Iterable[IndexEntry]) -> Sequence[IndexEntry]:
+    """Return the entry of the last event of each request; a request that is moving has two for a moment."""
     last: dict[str, IndexEntry] = {}
     for entry in found:
         if entry.request not in last or entry.n > last[entry.request].n:
             last[entry.request] = entry
     return list(last.values())
-
-
-def _snapshot(
-    standing: Sequence[IndexEntry], settled: Mapping[Status, int], readings: Mapping[str, LineGauges], unreadable: int
-) -> Snapshot:
-    received = sorted(_received(entry) for entry in standing)
-    times = [stages(moment) for moment in received]
-    names = stages(datetime(2026, 1, 1, tzinfo=UTC))
-    return Snapshot(
-        counts={**Counter(entry.status for entry in standing), **settled},
-        received=received[0].timestamp() if received else None,
-        passing={name: sorted(time[name].timestamp() for time in times) for name in names},
-        lines=readings,
-        unreadable=unreadable,
-    )
-
-
-def _received(entry: IndexEntry) -> datetime:
-    return datetime.fromtimestamp(entry.received, UTC)

@@ -1,9 +1,9 @@
-"""Intake of deletion requests: our own documents and OpenDSR 2.0."""
+"""Intake of deletion requests: reads our own documents and those of OpenDSR 2.0, and files many at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -16,13 +16,71 @@ from salun_core.errors import ConflictError, SalunError, UsageError
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Receipt, Submission
 
-SOURCE = "opendsr"
-_ERASURE = "erasure"
+_WRITERS = 16
+_SHOWN = 5  # faults in one message
 _CUSTOMER = "controller_customer_id"
-_RAW = "raw"
 
 
-def _written(moment: object) -> object:
+def read_submissions(text: str, source: str, line: str | None = None) -> Sequence[Submission]:
+    """Read requests from JSON, YAML (one, or a list) or JSON lines; each is one of ours, or one of OpenDSR.
+
+    Args:
+        text: the document.
+        source: where it came from, for the message.
+        line: the model line of the OpenDSR requests, which name none.
+
+    Raises:
+        UsageError: the text has another format, is empty, or an entry has faults; the message counts the faulty
+            entries and describes the first of them.
+    """
+    entries = _entries(text, source)
+    found: list[Submission] = []
+    faults: list[UsageError] = []
+    for where, entry in entries:
+        try:
+            found.append(_read(entry, where, line))
+        except UsageError as error:
+            faults.append(error)
+    if len(entries) == 1 and faults:
+        raise faults[0]
+    if faults:
+        some = "; ".join(f"{fault.what}: {fault.why}" for fault in faults[:_SHOWN])
+        raise UsageError(
+            f"{len(faults)} of {len(entries)} requests have faults", some, "correct them; nothing was filed"
+        )
+    seen: dict[str, Submission] = {}
+    for submission in found:
+        if seen.setdefault(submission.id, submission) != submission:
+            raise UsageError(
+                f"{source} has two requests {submission.id!r}", "their content differs", "give each its own id"
+            )
+    return found
+
+
+def _entries(text: str, source: str) -> list[tuple[str, Any]]:
+    """Return the requests in a document, each with its place for messages."""
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for _, line in lines):
+        return [(f"{source}:{number}", parse_text(line, f"{source}:{number}")) for number, line in lines]
+    document = parse_text(text, source)
+    if not isinstance(document, list):
+        return [(source, document)]
+    if not document:
+        raise UsageError(f"{source} is empty", "its list has no requests", "give at least one")
+    return [(f"{source}[{number}]", entry) for number, entry in enumerate(document)]
+
+
+def _read(entry: Any, where: str, line: str | None) -> Submission:  # noqa: ANN401 - any YAML or JSON value
+    if isinstance(entry, dict) and {"subject_request_id", "subject_request_type"} & entry.keys():
+        return _read_opendsr(entry, line, where)
+    if line is not None:
+        raise UsageError(
+            f"{where} is not an OpenDSR request", "only these get their model line from outside", "omit --line"
+        )
+    return parse(Submission, entry, where)
+
+
+def _explicit_time(moment: object) -> object:
     if not isinstance(moment, str | datetime):
         raise ValueError("a time is text in RFC 3339, such as 2026-01-31T12:00:00Z")
     return moment
@@ -45,42 +103,42 @@ class OpenDsrRequest(_Foreign):
 
     subject_request_id: UUID
     subject_request_type: str = Field(min_length=1, max_length=64)
-    submitted_time: Annotated[AwareDatetime, BeforeValidator(_written)]
+    submitted_time: Annotated[AwareDatetime, BeforeValidator(_explicit_time)]
     subject_identities: list[SubjectIdentity] = Field(default=[], max_length=100)
     regulation: str | None = Field(default=None, max_length=64)
     api_version: str | None = Field(default=None, pattern=r"^[12](\.[0-9]{1,3}){0,2}$")
 
 
-def is_opendsr(document: Any) -> bool:  # noqa: ANN401 - any YAML or JSON value
-    """Return whether a document means to be a request of OpenDSR."""
-    return isinstance(document, dict) and bool({"subject_request_id", "subject_request_type"} & document.keys())
+def _read_opendsr(document: dict[str, Any], line: str | None, source: str) -> Submission:
+    """Read an erasure request of OpenDSR; its identity becomes the subject reference.
 
-
-def read_opendsr(document: Any, line: str | None, source: str) -> Submission:  # noqa: ANN401 - any YAML or JSON value
-    """Read an erasure request; its identity becomes the subject reference.
-
-    Of several identities that one is taken that is the controller's own, `controller_customer_id`.
-
-    Args:
-        document: the request as plain data.
-        line: the model line to erase from.
-        source: where it came from, for the message.
-
-    Raises:
-        UsageError: it has faults, asks for something else than erasure, has no identity that is plain and the only
-            one, or no model line was given.
+    If there are several identities, it takes the controller's own, `controller_customer_id`.
     """
     request = parse(OpenDsrRequest, document, source)
-    if request.subject_request_type != _ERASURE:
+    if request.subject_request_type != "erasure":
         raise UsageError(
-            f"{source} asks for something else than erasure",
+            f"{source} does not ask for erasure",
             f"its `subject_request_type` is {request.subject_request_type!r}, and a model can only forget",
             "answer that request elsewhere",
         )
     if line is None:
         raise UsageError(f"{source} names no model line", "OpenDSR has no field for it", "give --line")
-    identity = _the_one(request.subject_identities, source)
-    if identity.identity_format != _RAW:
+    identities = request.subject_identities
+    if not identities:
+        raise UsageError(
+            f"{source} names nobody",
+            "`subject_identities` is empty, and identities in `extensions` are not read",
+            f"send one identity of type {_CUSTOMER}",
+        )
+    chosen = [identity for identity in identities if identity.identity_type == _CUSTOMER]
+    if len(identities) > 1 and len(chosen) != 1:
+        raise UsageError(
+            f"{source} names the person in {len(identities)} ways",
+            f"{len(chosen)} of them are of type {_CUSTOMER}, so it is unclear which one the data use",
+            f"send exactly one identity of type {_CUSTOMER}",
+        )
+    identity = (chosen or identities)[0]
+    if identity.identity_format != "raw":
         raise UsageError(
             f"{source} names the person by a hash",
             f"`identity_format` is {identity.identity_format!r}, and the data hold plain references",
@@ -91,98 +149,17 @@ def read_opendsr(document: Any, line: str | None, source: str) -> Submission:  #
         "model_line": line,
         "target": {"kind": "subject", "subject_ref": identity.identity_value},
         "received_at": request.submitted_time,
-        "source": SOURCE,
+        "source": "opendsr",
     }
     return parse(Submission, fields, source)
 
 
-def _the_one(identities: Sequence[SubjectIdentity], source: str) -> SubjectIdentity:
-    if not identities:
-        raise UsageError(
-            f"{source} names nobody",
-            "`subject_identities` is empty, and identities in `extensions` are not read",
-            f"send one identity of type {_CUSTOMER}",
-        )
-    chosen = [identity for identity in identities if identity.identity_type == _CUSTOMER]
-    if len(identities) == 1 or len(chosen) == 1:
-        return (chosen or identities)[0]
-    raise UsageError(
-        f"{source} names the person in {len(identities)} ways",
-        f"{len(chosen)} of them are of type {_CUSTOMER}, and which one the data use is not said",
-        f"send exactly one identity of type {_CUSTOMER}",
-    )
-
-
-_WRITERS = 16
-_SHOWN = 5
-
-
 @dataclass(frozen=True)
 class Filed:
-    """What became of many submissions: a receipt for each that was taken, an error for each that was refused."""
+    """The result of filing many requests: a receipt for each that was accepted, an error for each that was refused."""
 
     receipts: Sequence[Receipt]
     refused: Sequence[SalunError]
-
-
-def read_submissions(text: str, source: str, line: str | None = None) -> Sequence[Submission]:
-    """Read requests from JSON, YAML (one, or a list) or JSON lines; each is one of ours, or one of OpenDSR.
-
-    Args:
-        text: the document.
-        source: where it came from, for the message.
-        line: the model line of the OpenDSR requests, which name none.
-
-    Raises:
-        UsageError: it is none of these, is empty, or an entry has faults; the faulty entries are counted, and the
-            first of them described.
-    """
-    entries = _entries(text, source)
-    found: list[Submission] = []
-    faults: list[UsageError] = []
-    for where, entry in entries:
-        try:
-            found.append(_read(entry, where, line))
-        except UsageError as error:
-            faults.append(error)
-    if len(entries) == 1 and faults:
-        raise faults[0]
-    if faults:
-        some = "; ".join(f"{fault.what}: {fault.why}" for fault in faults[:_SHOWN])
-        raise UsageError(f"{len(faults)} of {len(entries)} requests have faults", some, "nothing was filed; correct it")
-    _check_distinct(found, source)
-    return found
-
-
-def _read(entry: Any, where: str, line: str | None) -> Submission:  # noqa: ANN401 - any YAML or JSON value
-    if is_opendsr(entry):
-        return read_opendsr(entry, line, where)
-    if line is not None:
-        raise UsageError(
-            f"{where} is no OpenDSR request", "only these get their model line from outside", "omit --line"
-        )
-    return parse(Submission, entry, where)
-
-
-def _entries(text: str, source: str) -> list[tuple[str, Any]]:
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for _, line in lines):
-        return [(f"{source}:{number}", parse_text(line, f"{source}:{number}")) for number, line in lines]
-    document = parse_text(text, source)
-    if not isinstance(document, list):
-        return [(source, document)]
-    if not document:
-        raise UsageError(f"{source} is empty", "it is a list of no requests", "give at least one")
-    return [(f"{source}[{number}]", entry) for number, entry in enumerate(document)]
-
-
-def _check_distinct(submissions: Sequence[Submission], source: str) -> None:
-    seen: dict[str, Submission] = {}
-    for submission in submissions:
-        if seen.setdefault(submission.id, submission) != submission:
-            raise UsageError(
-                f"{source} has two requests {submission.id!r}", "they say different things", "give each its own id"
-            )
 
 
 def submit_all(
@@ -191,7 +168,7 @@ def submit_all(
     """File many requests at once; one that is refused does not stop the others.
 
     Args:
-        ledger: where to.
+        ledger: where to file them.
         submissions: the requests.
         actor: who files them.
         done: called after each.
@@ -200,35 +177,24 @@ def submit_all(
         Receipts and refusals, each in the order of the submissions.
 
     Raises:
-        StoreError: the store cannot be reached or refuses us; those not yet begun are left out, and filing all of
-            them again is harmless.
+        StoreError: the store cannot be reached or refuses access; requests that were not begun are left out, and
+            filing all of them again is harmless.
     """
 
-    def file(submission: Submission) -> Receipt:
-        return ledger.submit(
-            submission.id,
-            submission.model_line,
-            submission.target,
-            submission.received_at,
-            submission.source,
-            actor,
-        )
+    def file(item: Submission) -> Receipt:
+        return ledger.submit(item.id, item.model_line, item.target, item.received_at, item.source, actor)
 
+    receipts: list[Receipt] = []
+    refused: list[SalunError] = []
     with ThreadPoolExecutor(_WRITERS) as pool:
         try:
-            return _gather([pool.submit(file, submission) for submission in submissions], done)
+            for future in [pool.submit(file, submission) for submission in submissions]:
+                try:
+                    receipts.append(future.result())
+                except (ConflictError, UsageError) as error:
+                    refused.append(error)
+                done()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def _gather(futures: Sequence[Future[Receipt]], done: Callable[[], None]) -> Filed:
-    receipts: list[Receipt] = []
-    refused: list[SalunError] = []
-    for future in futures:
-        try:
-            receipts.append(future.result())
-        except (ConflictError, UsageError) as error:
-            refused.append(error)
-        done()
     return Filed(receipts, refused)

@@ -1,4 +1,10 @@
-"""Rolls a model line back, and never quietly past an erasure: the requests that it would undo are owed again."""
+"""Rolls a model line back, and past an erasure only if its requests are reopened.
+
+The order of the writes: the lease is taken, the undone requests are reopened, HEAD is replaced on the condition that it
+has not changed, the lease is released. If the process dies before HEAD is replaced, the reopened requests name nothing
+to erase at the next sweep and are completed again; the other order could lose them. If the process dies later, or
+stalls, the lease expires. A publish in between makes the replacement of HEAD fail.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +33,7 @@ class RolledBack:
     Args:
         head: HEAD afterwards; None after a dry run.
         undone: the versions that it undid, the newest first.
-        reopened: the requests that are owed again.
+        reopened: the requests that are queued again.
     """
 
     head: Head | None
@@ -50,53 +56,53 @@ def rollback(
     Args:
         store_uri: `s3://bucket/prefix`.
         reference: `line@version`, an ancestor of HEAD.
-        actor: who does it, for the audit log.
+        actor: who rolls back, for the audit log.
         reason: why, without personal data.
-        reopen: queue the requests again that it undoes; without it a rollback past an erasure is refused.
-        dry_run: say what would be undone, and write nothing.
-        clock: gives the time now.
+        reopen: queue the undone requests again; otherwise a rollback past an erasure is refused.
+        dry_run: return what would be undone, and write nothing.
+        clock: returns the time.
 
     Returns:
         What was done.
 
     Raises:
-        ConflictError: it would undo an erasure, or a run works on the line.
-        UsageError: there is no such version, or it is no ancestor of HEAD.
+        ConflictError: it would undo an erasure, or a run holds the line's lease.
+        UsageError: there is no such version, or it is not an ancestor of HEAD.
         IntegrityError: the version's files were purged.
     """
     store = open_store(store_uri)
     line, version = resolve(store, reference)
     undone = undone_by(store, line, version)
-    _check_whole(store, line, version)
-    owed = _erased_by(store, Ledger(store, clock), RunLog(store, clock), undone)
-    _check_allowed(line, version, undone, owed, reopen)
+    _check_complete(store, line, version)
+    ledger = Ledger(store, clock)
+    requests = _completed_by(ledger, RunLog(store, clock), undone)
+    _check_allowed(line, version, undone, requests, reopen)
     if dry_run:
-        return RolledBack(None, undone, owed)
+        return RolledBack(None, undone, requests)
     holder = f"rollback-{new_run_id()}"[:63]
     acquire(store, line, holder, _LEASE_SECONDS)
     try:
-        _check_whole(store, line, version)  # again: a purge may have come between
-        ledger = Ledger(store, clock)
-        for request in owed:  # first what is owed, then the pointer: a crash in between forgets no request
+        _check_complete(store, line, version)  # again: a purge may have come between
+        for request in requests:
             if ledger.status(request) is Status.COMPLETED:
                 ledger.reopen(request, actor, reason)
-        return RolledBack(roll_back(store, line, version, undone[0].digest), undone, owed)
+        return RolledBack(roll_back(store, line, version, undone[0].digest), undone, requests)
     finally:
         release(store, line, holder)
 
 
-def _check_whole(store: FileStore, line: str, version: str) -> None:
+def _check_complete(store: FileStore, line: str, version: str) -> None:
     manifest = read_version(store, line, version)
     gone = [name for name, entry in manifest.files.items() if stored_size(store, entry.sha256) is None]
     if gone:
         raise IntegrityError(
             f"cannot roll back to {line}@{version[:12]}",
             f"{', '.join(sorted(gone))} of it was purged or is missing",
-            "choose a version that is still whole, or train anew",
+            "choose a version with all its files, or train a new one",
         )
 
 
-def _erased_by(store: FileStore, ledger: Ledger, runs: RunLog, undone: Sequence[Version]) -> list[str]:
+def _completed_by(ledger: Ledger, runs: RunLog, undone: Sequence[Version]) -> list[str]:
     """Return the requests that the runs of some versions completed."""
     found = []
     for item in undone:
@@ -108,18 +114,15 @@ def _erased_by(store: FileStore, ledger: Ledger, runs: RunLog, undone: Sequence[
     return found
 
 
-def _check_allowed(line: str, version: str, undone: Sequence[Version], owed: Sequence[str], reopen: bool) -> None:
+def _check_allowed(line: str, version: str, undone: Sequence[Version], requests: Sequence[str], reopen: bool) -> None:
     forgotten = sum(item.manifest.forget_count for item in undone)
-    if not forgotten or (reopen and owed):
+    if not forgotten or (reopen and requests):
         return
+    why = f"it would undo {len(undone)} versions and {len(requests)} completed requests"
+    remedy = "keep HEAD, or give --reopen to queue these requests again"
     if reopen:
-        raise ConflictError(
-            f"rolling {line} back to {version[:12]} would bring back {forgotten} forgotten samples",
-            "no deletion request of the ledger names them, so none can be reopened",
-            "file requests for them, or publish a version that has forgotten them too",
-        )
+        why = "no deletion request of the ledger names them, so none can be reopened"
+        remedy = "file requests for them, or publish a version that has forgotten them too"
     raise ConflictError(
-        f"rolling {line} back to {version[:12]} would bring back {forgotten} forgotten samples",
-        f"between lie {len(undone)} of its versions, and {len(owed)} completed requests would be undone",
-        "keep HEAD, or give --reopen to queue these requests again",
+        f"rolling {line} back to {version[:12]} would bring back {forgotten} forgotten samples", why, remedy
     )

@@ -87,7 +87,7 @@ def test_a_signing_key_that_everybody_may_read_is_refused(made, mode, fine):
     if fine:
         load_signing_key(made.private)
     else:
-        with pytest.raises(UsageError, match="everybody"):
+        with pytest.raises(UsageError, match="every user"):
             load_signing_key(made.private)
 
 

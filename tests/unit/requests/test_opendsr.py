@@ -56,7 +56,7 @@ def test_of_several_identities_the_controllers_own_is_taken(identities, chosen):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"subject_request_type": "access"}, "something else than erasure.*'access'"),
+        ({"subject_request_type": "access"}, "does not ask for erasure.*'access'"),
         ({"subject_request_type": None}, "subject_request_type"),
         ({"subject_request_id": "../x"}, "subject_request_id"),
         ({"submitted_time": "2026-01-31T15:00:00"}, "submitted_time"),
@@ -83,5 +83,5 @@ def test_what_cannot_be_taken_is_refused_with_the_reason(changes, why):
 def test_a_line_from_outside_is_for_opendsr_only():
     own = {"id": "r-1", "model_line": "faces", "target": {"kind": "class", "class_id": 3}}
     assert len(read_submissions(json.dumps([own]), "file")) == 1
-    with pytest.raises(UsageError, match="1 of 2 requests have faults.*no OpenDSR request"):
+    with pytest.raises(UsageError, match="1 of 2 requests have faults.*not an OpenDSR request"):
         read_submissions(json.dumps([own, REQUEST]), "file", "faces")

@@ -72,13 +72,13 @@ SPOILT = {
         "'new/x' is not in the cert",
     ),
     "moved": (lambda model: (model / "unet").rename(model / "other"), "unet/config.json is missing"),
-    "link": (lambda model: (model / "unet" / "x").symlink_to("config.json"), "holds more than files.*'unet/x'"),
-    "pipe": (lambda model: os.mkfifo(model / "unet" / "x"), "holds more than files.*'unet/x'"),
-    "empty folder": (lambda model: (model / "unet" / "x").mkdir(), "holds more than files.*'unet/x/'"),
-    "deep": (lambda model: (model / "unet/a/b/c").mkdir(parents=True), "holds more than files.*'unet/a/b/c'"),
+    "link": (lambda model: (model / "unet" / "x").symlink_to("config.json"), "holds more than regular files.*'unet/x'"),
+    "pipe": (lambda model: os.mkfifo(model / "unet" / "x"), "holds more than regular files.*'unet/x'"),
+    "empty folder": (lambda model: (model / "unet" / "x").mkdir(), "holds more than regular files.*'unet/x/'"),
+    "deep": (lambda model: (model / "unet/a/b/c").mkdir(parents=True), "holds more than regular files.*'unet/a/b/c'"),
     "linked folder": (
         lambda model: ((model / "vae").rename(model.with_name("v")), (model / "vae").symlink_to(model.with_name("v"))),
-        "holds more than files.*'vae'",
+        "holds more than regular files.*'vae'",
     ),
 }
 
