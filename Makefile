@@ -14,7 +14,7 @@ ARGS ?=
 KIND ?= stable-diffusion ddpm
 BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
 
-.PHONY: help setup demo demo-diffusion test check audit generated docs bench reliability image manifests clean
+.PHONY: help setup demo demo-diffusion test test-fast check audit generated docs bench reliability image manifests clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -19,8 +19,18 @@ settings.register_profile("salun", deadline=None, derandomize=os.environ.get("CI
 settings.load_profile("salun")
 
 _FOREIGN = ("AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE")
+_TESTS = Path(__file__).resolve().parent
 _shared = pytest.StashKey[ExitStack]()
 _server_key = pytest.StashKey[object]()
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the rings: what needs the S3 server, and what runs whole commands."""
+    for item in items:
+        if "s3_server" in item.fixturenames:
+            item.add_marker("s3")
+        if item.path.is_relative_to(_TESTS / "e2e"):
+            item.add_marker("e2e")
 
 
 def _start_server(stack: ExitStack):
@@ -41,6 +51,8 @@ def _start_server(stack: ExitStack):
 def pytest_configure_node(node):
     """Under xdist the controller runs one server for all its workers."""
     config = node.config
+    if "not s3" in config.option.markexpr:
+        return
     if _shared not in config.stash:
         config.stash[_shared] = ExitStack()
         config.stash[_server_key] = _start_server(config.stash[_shared])
