@@ -23,9 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from salun_core.digest import sha256_file
-from salun_core.registry.sparse import FULL_COPY_EVERY, put_sparse
 from salun_core.storage import open_store
-from salun_core.storage.blobs import fetch_blob, put_blob
+from salun_core.storage.blobs import FULL_COPY_EVERY, fetch_blob, put_blob, put_sparse
 
 DENSITY = 0.5
 VARIANTS = {"whole": 0, "difference": 1, "difference, deepest": FULL_COPY_EVERY - 1}

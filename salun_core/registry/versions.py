@@ -19,8 +19,7 @@ from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.registry.holds import read_disposal
 from salun_core.registry.lookup import ancestry, read_head, read_version
 from salun_core.registry.manifest import Head, VersionManifest
-from salun_core.registry.sparse import FULL_COPY_EVERY, put_sparse
-from salun_core.storage.blobs import fetch_blob, put_blob, stored_size
+from salun_core.storage.blobs import FULL_COPY_EVERY, fetch_blob, put_blob, put_sparse, stored_size
 from salun_core.storage.keys import check_relative_name, head_key, version_key
 from salun_core.storage.local_files import disk_error, list_tree
 from salun_core.storage.objects import FileStore, ObjectStore

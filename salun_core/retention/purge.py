@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 
 from salun_core.errors import UsageError
 from salun_core.registry.holds import VersionDisposal, record_disposal
-from salun_core.registry.sparse import materialise
 from salun_core.requests.redaction import redact_request
 from salun_core.retention.addenda import issue_addenda
 from salun_core.retention.inventory import PURGED_OUTPUTS, StoreInventory, scan_artifacts, scan_store
 from salun_core.retention.rules import Deletion, DeletionKind, DeletionPlan, RetentionRules, plan
+from salun_core.storage.blobs import materialise
 from salun_core.storage.erase import Erased, abort, erase, erase_old, stored_keys
 from salun_core.storage.keys import delta_key
 from salun_core.telemetry.logs import get_logger

@@ -13,13 +13,13 @@ from salun_core.evaluation import Evidence
 from salun_core.gate import Expected, GateDecision, decide
 from salun_core.registry.lookup import Version, ancestry, read_file, read_version
 from salun_core.registry.manifest import VersionManifest, weight_files, weights_digest
-from salun_core.registry.sparse import full_copy_every
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.report import Ancestor, ReportContext, write_report
 from salun_core.steps.evaluation import write_evidence
 from salun_core.steps.observe import RunRef, observed, record_evidence
 from salun_core.steps.used_mask import used_mask
 from salun_core.storage import FileStore, open_store
+from salun_core.storage.blobs import full_copy_every
 from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import run_key
 from salun_core.storage.local_files import write_whole

@@ -12,13 +12,22 @@ from safetensors.numpy import save_file
 from salun_core.digest import sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, StoreError, UsageError
 from salun_core.registry.lookup import read_version
-from salun_core.registry.sparse import full_copy_every, materialise, put_sparse
 from salun_core.registry.versions import fetch_version, publish, publish_head, stage_version
 from salun_core.storage import blobs
 from salun_core.storage import delta as delta_module
 from salun_core.storage import delta as tensor_file
 from salun_core.storage import keys as names
-from salun_core.storage.blobs import blob_size, chain_of, delta_facts, fetch_blob, put_blob, stored_size
+from salun_core.storage.blobs import (
+    blob_size,
+    chain_of,
+    delta_facts,
+    fetch_blob,
+    full_copy_every,
+    materialise,
+    put_blob,
+    put_sparse,
+    stored_size,
+)
 from salun_core.storage.delta import (
     MAX_DEPTH,
     START_BYTES,
@@ -129,7 +138,7 @@ def test_the_delta_is_a_safetensors_file_of_the_expected_size(tmp_path):
 def test_the_longest_facts_fit_the_start_of_a_delta():
     most = 2**53 - 1
     facts = DeltaFacts(base="f" * 64, base_size=most, sha256="f" * 64, size=most, depth=MAX_DEPTH)
-    start = delta_module._delta_header(0, [], facts)[:START_BYTES]
+    start = delta_module.delta_header({}, facts)[:START_BYTES]
     assert parse_facts(start, "delta") == facts
 
 
@@ -206,7 +215,7 @@ def test_a_wrong_header_is_refused(tmp_path, header):
 
 @pytest.mark.parametrize("start", [b"", b"12345678{}", b'12345678{"__metadata__":[]}', b'12345678{"__metadata__":{"a"'])
 def test_what_is_no_delta_is_refused(start):
-    with pytest.raises(IntegrityError, match="is no delta"):
+    with pytest.raises(IntegrityError, match="is not a valid delta"):
         parse_facts(start, "deltas/x")
 
 
@@ -414,7 +423,7 @@ def test_deltas_in_a_circle_are_refused(store, tmp_path, monkeypatch):
     one, two = "1" * 64, "2" * 64
     for digest, base in ((one, two), (two, one)):
         facts = DeltaFacts(base=base, base_size=9, sha256=digest, size=9, depth=1)
-        overwrite(store, names.delta_key(digest), delta_module._delta_header(0, [], facts))
+        overwrite(store, names.delta_key(digest), delta_module.delta_header({}, facts))
     with pytest.raises(IntegrityError, match="more than 4 deltas"):
         fetch_blob(store, one, tmp_path / "out")
 
