@@ -1,50 +1,133 @@
-"""The page of all results: one section a suite and size, between markers, made from the results' JSON alone."""
+"""Results in Markdown: the table of a suite, and the page of all suites, made from the results' JSON alone.
+
+The page has one section per suite and size, between markers; text outside the markers is left as it is.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from salun_core.bench.plot import digest, plot
-from salun_core.bench.results import FORMAT, Results
-from salun_core.bench.table import choices, table
+from salun_core.bench.results import FORMAT, RETRAIN, Figures, Results, Row, Setting, known
 from salun_core.config import parse, read_document
 from salun_core.errors import ConflictError, UsageError
+from salun_core.report.wording import MISSING, UNITS
 from salun_core.storage.local_files import write_whole
 
-RESULTS, IMAGES = Path("benchmarks", "results"), "images"
+AS_WRITTEN = "as written"
+IMAGES = "images"
 _BEGIN = re.compile(r"<!-- suite:([a-z0-9-]+):(cpu|paper) -->")
+_FIRST = ("learning_rate", "density", "epochs")
+_OPTIONAL_COLUMNS = {"own_passes": "of which the chosen run", "runs": "runs", "debt": "debt"}
+_TITLES = {"neighbours": "near classes", "UA_relearned": "UA after fine-tuning", "attack_success": "prompt attack"}
 
 
-def results_json(results: Results) -> bytes:
-    """Return the bytes of a results file."""
-    return (json.dumps(results.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+def table(results: Results) -> str:
+    """Render the table: mean ± standard deviation over the seeds.
 
+    Ratios are in percent. With a retrained model, the distance to it is in parentheses: the mean over the seeds of each
+    seed's own distance, so that the average gap is the mean of the parentheses.
 
-def read_results(folder: Path) -> list[Results]:
-    """Read all results of suites in a folder, by name; other JSON there is passed over.
-
-    Raises:
-        UsageError: one has faults.
+    Args:
+        results: of one suite and size.
     """
-    documents = {path: read_document(path) for path in sorted(folder.glob("*.json"))}
-    return [
-        parse(Results, data, str(path))
-        for path, data in documents.items()
-        if isinstance(data, dict) and data.get("format") == FORMAT
-    ]
+    reference = next((row for row in results.rows if row.name == RETRAIN), None)
+    gaps = results.kind == "classification" and reference is not None
+    figures = [item for row in results.rows for item in row.figures]
+    optional = [name for name in _OPTIONAL_COLUMNS if any(getattr(item, name) is not None for item in figures)]
+    titles = ["method", *(_TITLES.get(name, name) for name in results.metrics)]
+    titles += [*(["avg. gap"] if gaps else []), "RTE, s", "passes", *(_OPTIONAL_COLUMNS[name] for name in optional)]
+    lines = [_line(titles), "|---" + "|--:" * (len(titles) - 1) + "|"]
+    for row in results.rows:
+        cells = [_name(row), *(_metric(name, row, reference) for name in results.metrics)]
+        if gaps:
+            cells.append(_spread([100 * gap for gap in known(row, "gap")], 2))
+        cells.append(_spread(known(row, "seconds"), 1))
+        cells += [_mean(known(row, name), "debt" if name == "debt" else "") for name in ("passes", *optional)]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def choices(results: Results) -> str:
+    """Render which configurations the searches chose, by row and seed; empty without a search.
+
+    Args:
+        results: of one suite and size.
+    """
+    rows = [row for row in results.rows if row.method is not None] if results.searched else []
+    if not rows:
+        return ""
+    seeds = sorted({item.seed for row in rows for item in row.figures})
+    lines = [_line(["chosen settings", *(f"seed {seed}" for seed in seeds), "trials"]), "|---" * (len(seeds) + 2) + "|"]
+    for row in rows:
+        found, tried = {item.seed: _chosen(item) for item in row.figures}, known(row, "tried")
+        trials = f"{statistics.mean(tried):.3g}" if tried else MISSING
+        lines.append(_line([_name(row), *(found.get(seed, MISSING) for seed in seeds), trials]))
+    return "\n".join(lines)
+
+
+def _chosen(item: Figures) -> str:
+    if item.chosen is None:
+        return AS_WRITTEN
+    names = [*(name for name in _FIRST if name in item.chosen), *sorted(set(item.chosen) - set(_FIRST))]
+    return ", ".join(_setting(name, item.chosen[name]) for name in names)
+
+
+def _setting(name: str, value: Setting | list[Setting]) -> str:
+    values = value if isinstance(value, list) else [value]  # of a sequence one value per request
+    shown = [value if isinstance(value, str) else f"{value:g}" for value in values]
+    return f"{'lr' if name == 'learning_rate' else name} {' → '.join(shown[:1] if len(set(shown)) == 1 else shown)}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _name(row: Row) -> str:
+    name = row.name.replace("|", "\\|")
+    return f"{name} ({row.density:.0%})" if row.density is not None and f"{row.density:.0%}" not in name else name
+
+
+def _metric(metric: str, row: Row, reference: Row | None) -> str:
+    unit = UNITS.get(metric)
+    scale, decimals = (1, unit.decimals) if unit else (100, 2)
+    values = {item.seed: item.values.get(metric) for item in row.figures}
+    finite = {seed: value * scale for seed, value in values.items() if value is not None and math.isfinite(value)}
+    text = _spread(list(finite.values()), decimals)
+    if reference is None or row.name == RETRAIN or not finite:
+        return text
+    wanted = {item.seed: item.values.get(metric) for item in reference.figures}
+    gaps = [abs(value - scale * other) for seed, value in finite.items() if (other := wanted.get(seed)) is not None]
+    return f"{text} ({statistics.mean(gaps):.{decimals}f})" if gaps else text
+
+
+def _spread(values: Sequence[float], decimals: int) -> str:
+    """Return mean ± standard deviation, or a single value alone."""
+    if not values:
+        return MISSING
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+
+
+def _mean(values: Sequence[float], kind: str) -> str:
+    if not values:
+        return MISSING
+    mean = statistics.mean(values)
+    return f"{100 * mean:.2f} %" if kind == "debt" else f"{mean:,.0f}"
 
 
 def section(results: Results) -> str:
-    """Render what stands between the markers of a suite: words, table, picture, how to measure it again."""
-    picture = f"{IMAGES}/{picture_name(results)}"
+    """Render the section of a suite: description, tables, picture, and the command that repeats it."""
     seeds = len({item.seed for row in results.rows for item in row.figures})
     lines = [f"### {results.title} ({results.size})", ""]
     lines += [*results.about.strip().splitlines(), ""] if results.about else []
     lines += [table(results), "", *([choices(results), ""] if results.searched else []), _meaning(results), ""]
-    lines += [f"![{results.title}: distance from the goal against cost]({picture})", ""]
+    lines += [f"![{results.title}: distance from the goal against cost]({IMAGES}/{picture_name(results)})", ""]
     lines += [f"{seeds} seed{'s' if seeds != 1 else ''}; {results.machine}; {_versions(results)}. Measured by:", ""]
     lines += [f"    {results.command}"]
     if results.missing:
@@ -61,30 +144,47 @@ def _versions(results: Results) -> str:
 
 def _meaning(results: Results) -> str:
     if results.kind == "classification":
-        return (
+        text = (
             "UA, RA, TA, MIA and gap in percent, mean ± standard deviation over the seeds; in parentheses the distance "
-            "to Retrain. RTE: wall-clock seconds of mask and unlearning." + _of_search(results)
+            "to Retrain. RTE: wall-clock seconds of mask and unlearning."
+        )
+        if not results.searched:
+            return text
+        search = results.settings.get("search", {})
+        policy = search.get("policy", "none")
+        bound = "no policy bounds it" if policy == "none" else f"bounded by the policy {policy}"
+        return (
+            f"{text} Each row's settings were searched for with the same budget, {search.get('budget', '?')}, on "
+            f"held-out data; {bound}. RTE and passes are of the whole search. Rows as written were not searched."
         )
     whose = (results.extractor or "").partition(":")[0]
-    features = {"judge": "of the judging classifier", "inception": "of Inception-v3"}.get(whose, "of nothing")
-    count = f" ({results.images:,} images a model)" if results.images else ""
+    features = {"judge": "of the image classifier", "inception": "of Inception-v3"}.get(whose, "of nothing")
+    count = f" ({results.images:,} images per model)" if results.images else ""
     return (
-        f"UA: images asked for as forgotten that the judge does not recognise; RA: images of the other classes that it "
-        f"does; both in percent{count}. FID and KID compare features {features} with held-out real images. "
-        "RTE: wall-clock seconds of mask and unlearning. Mean ± standard deviation over the seeds."
+        "UA: images of forgotten classes or concepts that the image classifier does not recognise; RA: images of the "
+        f"other classes that it recognises; both in percent{count}. FID and KID compare features {features} with "
+        "held-out real images. RTE: wall-clock seconds of mask and unlearning. "
+        "Mean ± standard deviation over the seeds."
     )
 
 
-def _of_search(results: Results) -> str:
-    if not results.searched:
-        return ""
-    search = results.settings.get("search", {})
-    policy = search.get("policy", "none")
-    bound = "no policy bounds it" if policy == "none" else f"bounded by the policy {policy}"
-    return (
-        f" Each row's settings were searched for with the same budget, {search.get('budget', '?')}, on held-out data; "
-        f"{bound}. RTE and passes are of the whole search. Rows as written were not searched."
-    )
+def results_json(results: Results) -> bytes:
+    """Return the bytes of a results file."""
+    return (json.dumps(results.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_results(folder: Path) -> list[Results]:
+    """Read all results of suites in a folder, by name; other JSON files are skipped.
+
+    Raises:
+        UsageError: one has faults.
+    """
+    documents = {path: read_document(path) for path in sorted(folder.glob("*.json"))}
+    return [
+        parse(Results, data, str(path))
+        for path, data in documents.items()
+        if isinstance(data, dict) and data.get("format") == FORMAT
+    ]
 
 
 def picture_name(results: Results) -> str:
@@ -93,7 +193,7 @@ def picture_name(results: Results) -> str:
 
 
 def filled(text: str, found: Sequence[Results]) -> str:
-    """Return a page with each section between its markers; one that the page lacks is added at its end.
+    """Return a page with each section between its markers; a missing section is appended.
 
     Args:
         text: the page.
@@ -108,17 +208,17 @@ def filled(text: str, found: Sequence[Results]) -> str:
         if text.count(begin) == 0:
             text = text.rstrip("\n") + f"\n\n{begin}\n{end}\n"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
-            raise UsageError(f"the markers of {name} are broken", "each must stand once, in order", "correct the page")
+            raise UsageError(f"the markers of {name} are broken", "each must occur once, in order", "correct the page")
         head, rest = text.split(begin)
         text = f"{head}{begin}\n{section(results)}\n{end}{rest.split(end)[1]}"
     return text
 
 
 def write_page(page: Path, folder: Path, check: bool = False) -> list[str]:
-    """Write the page of all results in a folder, with its pictures, or check that it is in step.
+    """Write the page of all results in a folder, with its pictures, or check that it is up to date.
 
     Args:
-        page: Markdown file; it is made if it is not there.
+        page: Markdown file; it is created if it does not exist.
         folder: of the results' JSON.
         check: write nothing.
 
@@ -126,29 +226,27 @@ def write_page(page: Path, folder: Path, check: bool = False) -> list[str]:
         The names of the sections.
 
     Raises:
-        ConflictError: `check`, and the page or a picture is out of step.
+        ConflictError: `check`, and the page or a picture is out of date.
         UsageError: results or markers are broken.
     """
-    found = read_results(folder)
+    found = {f"{results.suite}:{results.size}": results for results in read_results(folder)}
     before = page.read_text(encoding="utf-8") if page.is_file() else "# Results\n"
-    after = filled(before, found)
-    names = [f"{results.suite}:{results.size}" for results in found]
+    after = filled(before, list(found.values()))
+    stale = [name for name, results in found.items() if not _drawn(page, results)]
     if check:
-        strange = sorted({":".join(match) for match in _BEGIN.findall(after)} - set(names))
-        stale = strange + [name for results, name in zip(found, names, strict=True) if not _drawn(page, results)]
+        stale += sorted({":".join(match) for match in _BEGIN.findall(after)} - set(found))
         if before != after or stale:
             what = ", ".join(stale) or "a section"
             raise ConflictError(f"{page} is out of step with {folder}", what, f"run `salun bench render --into {page}`")
-        return names
-    for results in found:
-        if not _drawn(page, results):
-            write_whole(page.parent / IMAGES / picture_name(results), plot(results).encode())
+        return list(found)
+    for name in stale:
+        write_whole(page.parent / IMAGES / picture_name(found[name]), plot(found[name]).encode())
     if before != after:
         write_whole(page, after.encode())
-    return names
+    return list(found)
 
 
 def _drawn(page: Path, results: Results) -> bool:
-    """Whether the picture is of these results; its bytes may differ with the version of matplotlib."""
+    """Whether the picture is of these results; its bytes may differ between versions of matplotlib."""
     path = page.parent / IMAGES / picture_name(results)
     return path.is_file() and f"<!-- {digest(results)} -->" in path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The figures of a suite, `salun.bench/v1`: read from the evidence of its cells, and what the tables are made from."""
+"""The figures of a suite, `salun.bench/v1`, read from the evidence of its cells."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SOMETIMES = {"chosen", "tried", "search_passes", "search_seconds", "own_passes"
 
 
 class Figures(Document):
-    """What one row measured at one seed."""
+    """Figures of one row at one seed."""
 
     seed: int
     values: dict[str, float | None] = Field(description="by metric, in the evidence's own units")
@@ -37,9 +37,9 @@ class Figures(Document):
     seconds: float | None = Field(default=None, description="wall clock of mask and unlearning")
     passes: int | None = Field(default=None, description="examples forward and backward, mask included")
     evidence: str | None = Field(default=None, description="SHA-256 of the evidence file")
-    inputs: str | None = Field(default=None, description="digest of all that the cell hangs on")
+    inputs: str | None = Field(default=None, description="digest of everything that the cell depends on")
     chosen: dict[str, Setting | list[Setting]] | None = Field(
-        default=None, description="settings that a search picked; of a sequence one value a request"
+        default=None, description="settings that a search chose; of a sequence one value per request"
     )
     tried: int | None = Field(default=None, ge=1, description="trials of the search")
     search_passes: int | None = Field(default=None, description="of all trials, their measurements and the scores")
@@ -49,8 +49,8 @@ class Figures(Document):
     runs: int | None = Field(default=None, description="unlearning runs of a sequence")
 
     @model_serializer(mode="wrap")
-    def _of_what_was_done(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the facts of a search or of a sequence where there was none."""
+    def _without_absent_facts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the facts of a search or of a sequence if there was none."""
         data: dict[str, Any] = handler(self)
         return {name: value for name, value in data.items() if value is not None or name not in _SOMETIMES}
 
@@ -59,7 +59,7 @@ class Row(Document):
     """One row of the table."""
 
     name: str
-    method: str | None = Field(default=None, description="none of the model before, and of the retrained one")
+    method: str | None = Field(default=None, description="null for the model before and for the retrained one")
     mask: Literal["saliency", "random", "none"] = "none"
     density: float | None = None
     config: dict[str, Any] = {}
@@ -76,17 +76,17 @@ class Results(Document):
     about: str
     kind: Literal["classification", "class-conditional", "text-to-image"]
     command: str = Field(description="that measures it")
-    settings: dict[str, Any] = Field(description="of the size, as the suite says; rows apart")
+    settings: dict[str, Any] = Field(description="of the size, from the suite, without its rows")
     extractor: str | None = Field(default=None, description="whose features FID and KID compare")
     images: int | None = Field(default=None, description="generated images by model")
-    environment: dict[str, str] = Field(description="versions, device, threads; several values where cells differ")
+    environment: dict[str, str] = Field(description="versions, device, threads; several values if cells differ")
     machine: str = Field(description="processor and cores")
     rows: list[Row]
     missing: list[str] = Field(default=[], description="cells that were not measured")
 
     @property
     def metrics(self) -> list[str]:
-        """The columns: those of the kind, and of the others what was measured."""
+        """The columns: those of the kind, and the optional ones that were measured."""
         fixed = CLASSIFIER_METRICS if self.kind == "classification" else GENERATED_METRICS
         found = {name for row in self.rows for item in row.figures for name, value in item.values.items() if value}
         return [*fixed, *(name for name in OPTIONAL_METRICS if name in found)]
@@ -97,31 +97,40 @@ class Results(Document):
         return any(item.chosen is not None for row in self.rows for item in row.figures)
 
 
+def known(row: Row, name: str) -> list[float]:
+    """Return the values of a field of a row's figures, without the missing ones."""
+    return [value for item in row.figures if (value := getattr(item, name)) is not None]
+
+
 def collect(plan: SuiteRun, out: Path) -> Results:
-    """Read the figures of all cells that are there.
+    """Read the figures of all cells that exist.
 
     Args:
-        plan: the suite; all its rows and seeds are looked for, whatever was chosen to be measured.
+        plan: the suite; all its rows and seeds are read, whichever were chosen to be measured.
         out: folder of the run.
 
     Raises:
-        UsageError: not one cell was measured.
+        UsageError: no cell was measured.
     """
     whole = SuiteRun(plan.suite, plan.size_name, plan.folder, plan.moved)
-    found = [(cell, note) for cell in whole.cells if (note := kept_cell(out, cell)) is not None]
+    found = [
+        (cell, note, load(Evidence, out / "cells" / cell.name / EVIDENCE))
+        for cell in whole.cells
+        if (note := kept_cell(out, cell)) is not None
+    ]
     if not found:
-        raise UsageError(f"{out} holds no cell of this suite", "nothing was measured as it says", "run it first")
-    read = {cell.name: load(Evidence, out / "cells" / cell.name / EVIDENCE) for cell, _ in found}
-    rows = [_original(found, read)]
-    reference = _reference(found, read, out)
-    rows += [reference] if reference else []
+        raise UsageError(f"{out} holds no cell of this suite", "no cell was measured with its settings", "run it first")
+    first = {cell.seed: evidence for cell, _, evidence in reversed(found)}
+    seeds = {seed: first[seed] for seed in whole.seeds if seed in first}
+    rows = [_original(seeds), *_reference(seeds, out)]
     for entry in whole.size.methods:
-        figures = [_after(cell, note, read[cell.name], out) for cell, note in found if cell.entry == entry]
+        figures = [_after(cell, note, evidence, out) for cell, note, evidence in found if cell.entry == entry]
         if figures:
             fields = entry.model_dump(include={"name", "method", "mask", "density", "config"})
             rows.append(Row(**fields, figures=figures))
-    generation = next(iter(read.values())).generation
+    generation = found[0][2].generation
     settings = whole.size.model_dump(mode="json", exclude={"methods"}, exclude_none=True, exclude_defaults=True)
+    measured = {cell.name for cell, _, _ in found}
     return Results(
         suite=whole.suite.name,
         size=whole.size_name,
@@ -132,48 +141,45 @@ def collect(plan: SuiteRun, out: Path) -> Results:
         settings=settings,
         extractor=generation.extractor if generation else None,
         images=generation.images if generation else None,
-        environment=_environment(item.run.environment for item in read.values()),
+        environment=_environment(evidence.run.environment for _, _, evidence in found),
         machine=machine(),
         rows=rows,
-        missing=[cell.name for cell in whole.cells if cell.name not in read],
+        missing=[cell.name for cell in whole.cells if cell.name not in measured],
     )
 
 
-def _first_of_seeds(found: list[tuple[Cell, CellNote]], read: dict[str, Evidence]) -> dict[int, Evidence]:
-    seeds: dict[int, Evidence] = {}
-    for cell, _ in found:
-        seeds.setdefault(cell.seed, read[cell.name])
-    return seeds
+def _values(evidence: Evidence, model: str) -> dict[str, float | None]:
+    return {name: getattr(item, model) for name, item in evidence.metrics.items() if name != "gap"}
 
 
-def _original(found: list[tuple[Cell, CellNote]], read: dict[str, Evidence]) -> Row:
-    """One base model that all seeds share, with one forget set, counts once."""
+def _original(seeds: dict[int, Evidence]) -> Row:
+    """The base model; one that all seeds share, with one forget set, counts once."""
     figures: dict[tuple[str, str], Figures] = {}
-    for seed, evidence in _first_of_seeds(found, read).items():
-        values = {name: item.before for name, item in evidence.metrics.items() if name != "gap"}
-        one = Figures(seed=seed, values=values, gap=average_gap(evidence.metrics, "before"))
+    for seed, evidence in seeds.items():
+        one = Figures(seed=seed, values=_values(evidence, "before"), gap=average_gap(evidence.metrics, "before"))
         figures.setdefault((evidence.measured.before, evidence.measured.forget_set), one)
     return Row(name=ORIGINAL, figures=list(figures.values()))
 
 
-def _reference(found: list[tuple[Cell, CellNote]], read: dict[str, Evidence], out: Path) -> Row | None:
+def _reference(seeds: dict[int, Evidence], out: Path) -> list[Row]:
+    """The retrained model, if it was measured."""
     figures = []
-    for seed, evidence in _first_of_seeds(found, read).items():
+    for seed, evidence in seeds.items():
         note = out / f"reference-{seed}.json"
         if evidence.measured.reference is None or not note.is_file():
             continue
-        part = load(SharedArtifact, note)
-        values = {name: item.reference for name, item in evidence.metrics.items() if name != "gap"}
+        spent = load(SharedArtifact, note)
         gap = 0.0 if average_gap(evidence.metrics) is not None else None
-        figures.append(Figures(seed=seed, values=values, gap=gap, seconds=part.seconds, passes=part.passes))
-    return Row(name=RETRAIN, figures=figures) if figures else None
+        values = _values(evidence, "reference")
+        figures.append(Figures(seed=seed, values=values, gap=gap, seconds=spent.seconds, passes=spent.passes))
+    return [Row(name=RETRAIN, figures=figures)] if figures else []
 
 
 def _after(cell: Cell, note: CellNote, evidence: Evidence, out: Path) -> Figures:
     spent = evidence.run.seconds
     return Figures(
         seed=cell.seed,
-        values={name: item.after for name, item in evidence.metrics.items() if name != "gap"},
+        values=_values(evidence, "after"),
         gap=average_gap(evidence.metrics),
         seconds=spent.get("mask", 0.0) + spent.get("unlearn", 0.0),
         passes=evidence.run.passes,
@@ -189,8 +195,8 @@ def _after(cell: Cell, note: CellNote, evidence: Evidence, out: Path) -> Figures
 def _search_facts(logs: Sequence[TuningLog]) -> dict[str, Any]:
     if not logs:
         return {}
-    picked = [_picked(log) for log in logs]
-    chosen = picked[0] if len(logs) == 1 else {name: [one[name] for one in picked] for name in picked[0]}
+    each = [_chosen(log) for log in logs]
+    chosen = each[0] if len(logs) == 1 else {name: [one[name] for one in each] for name in each[0]}
     return {
         "chosen": chosen,
         "tried": sum(len(log.trials) for log in logs),
@@ -199,7 +205,7 @@ def _search_facts(logs: Sequence[TuningLog]) -> dict[str, Any]:
     }
 
 
-def _picked(log: TuningLog) -> dict[str, Setting]:
+def _chosen(log: TuningLog) -> dict[str, Setting]:
     assert log.chosen is not None  # a cell has a model
     trial = log.trials[log.chosen]
     density = {} if trial.density is None else {"density": trial.density}
@@ -216,7 +222,7 @@ def _environment(facts: Iterable[dict[str, str]]) -> dict[str, str]:
 
 
 def machine() -> str:
-    """Describe this machine by its processor and cores; no name of it."""
+    """Describe this machine by its processor and cores, without its name."""
     model = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -105,10 +105,9 @@ def _dry_run(plan: SuiteRun, folder: Path) -> None:
 
 
 def _write_results(plan: SuiteRun, folder: Path, outcome: Outcome | None, into: Path | None, kept: Path) -> None:
-    from salun_core.bench.page import results_json, write_page
+    from salun_core.bench.page import choices, results_json, table, write_page
     from salun_core.bench.plot import plot
     from salun_core.bench.results import collect
-    from salun_core.bench.table import choices, table
     from salun_core.storage.local_files import write_whole
 
     if outcome and outcome.failed and not (outcome.measured or outcome.kept):

@@ -8,9 +8,8 @@ import statistics
 
 import pytest
 
-from salun_core.bench.page import results_json
+from salun_core.bench.page import results_json, table
 from salun_core.bench.results import Results, collect
-from salun_core.bench.table import table
 from salun_core.config import parse_text
 from salun_core.errors import UsageError
 

@@ -9,9 +9,9 @@ import shutil
 
 import pytest
 
+from salun_core.bench.page import table
 from salun_core.bench.results import collect
 from salun_core.bench.runner import Outcome, run_suite
-from salun_core.bench.table import table
 from salun_core.digest import sha256_file
 from salun_core.errors import ConflictError
 from tests.unit.bench.conftest import files

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from salun_core.bench.cell import kept_cell
-from salun_core.bench.page import section
+from salun_core.bench.page import choices, section, table
 from salun_core.bench.plan import SuiteRun
 from salun_core.bench.plot import plot
 from salun_core.bench.results import collect
 from salun_core.bench.runner import run_suite
 from salun_core.bench.suite import load_suite
-from salun_core.bench.table import choices, table
 from salun_core.config import load
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from salun_core.bench.cell import together
+from salun_core.bench.page import choices, table
 from salun_core.bench.results import collect
 from salun_core.bench.runner import run_suite
 from salun_core.bench.suite import load_suite
-from salun_core.bench.table import choices, table
 from salun_core.config import load
 from salun_core.data.split import SplitManifest
 from salun_core.errors import ModelError, UsageError
