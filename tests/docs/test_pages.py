@@ -27,6 +27,8 @@ def options(words):
             command = command.commands["classifier"]  # `salun train` alone trains a classifier
         else:
             return None if rest and not rest[0].startswith("-") else set()
+    if command.context_settings.get("ignore_unknown_options"):  # it passes them on
+        return {word.split("=")[0] for word in rest}
     return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
