@@ -1,7 +1,15 @@
 """Leases: one worker at a time for each model line, by the store's clock.
 
-A lease keeps two workers from doing the same work; it is not what keeps the line right. A worker that sleeps
-past its lease and wakes up is stopped by the check of the parent when it publishes.
+A lease avoids duplicate work; it does not protect the line. What can happen:
+
+- The holder is killed: its last write stays, and after `seconds` on the store's clock another run takes the lease.
+- Two runs take a free lease at once: both send a conditional write, one wins, the other gets a ConflictError.
+- The reply to a write is lost: the store reads it back (see `s3`), so the holder does not mistake itself for a rival.
+- The holder is suspended past its lease and wakes up: its next `renew` fails, because the holder or epoch is another.
+  If it publishes before it renews, it is fenced by the parent: `publish_head` refuses a version whose parent is not
+  HEAD any more. If nobody published meanwhile, its version is as good as the other's, and the other is refused.
+
+Both times of a comparison are the store's own (`Last-Modified` and `Date`), so a wrong clock in a pod has no effect.
 """
 
 from __future__ import annotations
@@ -35,7 +43,7 @@ class Lease(Document):
 
 
 def read_lease(store: ObjectStore, line: str) -> Lease | None:
-    """Return a line's lease, held or not; None where there was never one.
+    """Return a line's lease, held or not, or None if there never was one.
 
     Raises:
         IntegrityError: the document is damaged.
@@ -45,11 +53,11 @@ def read_lease(store: ObjectStore, line: str) -> Lease | None:
 
 
 def holder_of(store: ObjectStore, line: str) -> str | None:
-    """Return the run that holds a line's lease now, by the store's clock; None where nobody does.
+    """Return the run that holds a line's lease now, by the store's clock, or None.
 
     Raises:
         IntegrityError: the document is damaged.
-        StoreError: the store tells no time.
+        StoreError: the store sends no time.
     """
     found = _read(store, line)
     return found[0].holder if found and not _free(*found) else None
@@ -68,8 +76,8 @@ def acquire(store: ObjectStore, line: str, holder: str, seconds: int) -> Lease:
         The lease; its epoch is higher than that of each earlier holder.
 
     Raises:
-        ConflictError: another run holds it, or took it just now.
-        StoreError: the store tells no time, or cannot be reached.
+        ConflictError: another run holds it, or has just taken it.
+        StoreError: the store sends no time, or is unreachable.
     """
     found = _read(store, line)
     if found is None:
@@ -77,24 +85,24 @@ def acquire(store: ObjectStore, line: str, holder: str, seconds: int) -> Lease:
         store.put_new(lease_key(line), _bytes(lease))
         return lease
     held, stored = found
-    ours = held.holder == holder and not held.released
-    if not ours and not _free(held, stored):
+    own = held.holder == holder and not held.released
+    if not own and not _free(held, stored):
         raise ConflictError(
             f"another run works on model line {line}",
-            f"{held.holder} holds its lease, for at most {held.seconds} s after its last sign of life",
-            "wait for it; nothing needs to be done",
+            f"run {held.holder} holds its lease, for at most {held.seconds} s after its last renewal",
+            "wait for it; you need not do anything",
         )
-    epoch = held.epoch if ours else held.epoch + 1
+    epoch = held.epoch if own else held.epoch + 1
     lease = Lease(line=line, holder=holder, epoch=epoch, beat=held.beat + 1, seconds=seconds)
     store.put_if(lease_key(line), _bytes(lease), stored.etag)
     return lease
 
 
 def renew(store: ObjectStore, lease: Lease) -> Lease:
-    """Beat once more.
+    """Renew a lease from now on.
 
     Raises:
-        ConflictError: the lease is no longer ours.
+        ConflictError: another run holds it, or it was released.
     """
     found = _read(store, lease.line)
     if found is None or (found[0].holder, found[0].epoch, found[0].released) != (lease.holder, lease.epoch, False):
@@ -109,10 +117,10 @@ def renew(store: ObjectStore, lease: Lease) -> Lease:
 
 
 def release(store: ObjectStore, line: str, holder: str) -> bool:
-    """Give a lease back; one that is another's is left alone.
+    """Give a lease back; the lease of another run stays.
 
     Returns:
-        Whether it was ours.
+        Whether it was held by this run.
     """
     found = _read(store, line)
     if found is None or found[0].holder != holder or found[0].released:
@@ -120,7 +128,7 @@ def release(store: ObjectStore, line: str, holder: str) -> bool:
     lease = found[0].model_copy(update={"beat": found[0].beat + 1, "released": True})
     try:
         store.put_if(lease_key(line), _bytes(lease), found[1].etag)
-    except ConflictError:  # taken over in this very moment
+    except ConflictError:  # it ran out, and another run took it after it was read
         return False
     return True
 
@@ -132,9 +140,9 @@ def _read(store: ObjectStore, line: str) -> tuple[Lease, StoredObject] | None:
     lease = parse_stored(Lease, stored.data, lease_key(line))
     if lease.line != line:
         raise IntegrityError(
-            f"the lease of {line} is that of {lease.line!r}",
+            f"the lease of {line} belongs to {lease.line!r}",
             "it was copied or moved",
-            "delete it: the next run writes it",
+            "delete it: the next run writes a new one",
         )
     return lease, stored
 
@@ -143,7 +151,7 @@ def _free(lease: Lease, stored: StoredObject) -> bool:
     if lease.released:
         return True
     if stored.served is None:
-        raise StoreError("the store tells no time", "its answers have no Date header", "remove the proxy that drops it")
+        raise StoreError("the store sends no time", "its answers have no Date header", "remove the proxy that drops it")
     return stored.served - stored.modified > timedelta(seconds=lease.seconds) + _RESOLUTION
 
 

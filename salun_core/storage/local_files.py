@@ -1,4 +1,4 @@
-"""Files on the local disk: atomic writes, folder listings, and the errors of both."""
+"""Files on the local disk: atomic writes, folder listings, and their errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def disk_error(what: str, path: Path, error: OSError) -> StoreError:
     Args:
         what: what was being done.
         path: the file or folder.
-        error: what the system said.
+        error: the system's error.
     """
     full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     remedy = "free some space there, or choose another folder" if full else "check the path and its permissions"
@@ -26,14 +26,10 @@ def disk_error(what: str, path: Path, error: OSError) -> StoreError:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all; its folder is made, a file there is replaced.
-
-    Args:
-        path: the file.
-        data: its bytes.
+    """Write a file atomically: it has its old content or the new one, also after a kill. Its folder is created.
 
     Raises:
-        StoreError: it cannot be written; what was there is unchanged.
+        StoreError: it cannot be written; an existing file is unchanged.
     """
     temporary: Path | None = None
     try:
@@ -42,7 +38,7 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        temporary.chmod(0o644)  # mkstemp makes it private; others may read what we write
+        temporary.chmod(0o644)  # mkstemp makes it private
         temporary.replace(path)
     except OSError as error:
         raise disk_error(f"cannot write {path.name}", path, error) from error
@@ -53,7 +49,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True)
 class Tree:
-    """What a folder holds.
+    """The content of a folder.
 
     Args:
         files: plain files, by name relative to the folder, with `/` between folders.
@@ -65,16 +61,13 @@ class Tree:
 
 
 def list_tree(folder: Path) -> Tree:
-    """List a folder and all folders in it; no link is followed.
+    """List a folder and all folders in it, without following links.
 
-    An empty folder is strange: no model version needs one, and nothing in a version's manifest would name it. So is
-    one too deep for any file of a version; it is not read.
-
-    Args:
-        folder: the folder.
+    An empty folder is strange, because no manifest could name it. So is a folder too deep for a file of a version; it
+    is not read.
 
     Raises:
-        OSError: it, or a folder in it, cannot be read.
+        OSError: the folder, or a folder in it, cannot be read.
     """
     files: set[str] = set()
     strange: list[str] = []

@@ -17,7 +17,7 @@ class StoredObject:
         data: its bytes.
         etag: an opaque token for `put_if`; never a checksum.
         modified: the server's time of its last change (UTC).
-        served: the server's time of this answer (UTC); None where it tells none.
+        served: the server's time of this answer (UTC); None if it sends none.
     """
 
     data: bytes
@@ -39,19 +39,19 @@ class Entry:
 class ObjectStore(Protocol):
     """Small documents, each written with a condition.
 
-    Keys are relative to the store's prefix. Every method raises `StoreError` when the store cannot be
-    reached or refuses the credentials.
+    Keys are relative to the store's prefix. Every method raises `StoreError` if the store is unreachable or refuses
+    the credentials.
     """
 
     def get(self, key: str) -> StoredObject | None:
-        """Return an object, or None where there is none of that key."""
+        """Return an object, or None if it does not exist."""
         ...
 
     def put_new(self, key: str, data: bytes) -> str:
         """Create an object and return its etag.
 
         Raises:
-            ConflictError: an object of that key exists and holds other bytes.
+            ConflictError: the object exists with other bytes.
         """
         ...
 
@@ -59,7 +59,7 @@ class ObjectStore(Protocol):
         """Replace an object if its etag is still the given one, and return the new etag.
 
         Raises:
-            ConflictError: the object changed, or is gone.
+            ConflictError: the object changed or was deleted.
         """
         ...
 
@@ -68,12 +68,12 @@ class ObjectStore(Protocol):
         ...
 
     def delete(self, key: str) -> None:
-        """Delete an object; deleting one that does not exist is no error."""
+        """Delete an object; deleting one that does not exist succeeds."""
         ...
 
 
 class FileStore(ObjectStore, Protocol):
-    """An object store that moves large files too, without a condition (their keys carry a digest)."""
+    """An object store that also moves large files, without a condition (their keys carry a digest)."""
 
     @property
     def uri(self) -> str:
@@ -81,17 +81,17 @@ class FileStore(ObjectStore, Protocol):
         ...
 
     def upload(self, path: Path, key: str) -> None:
-        """Upload a file, in parts where it is large."""
+        """Upload a file, in parts if it is large."""
         ...
 
     def download(self, key: str, path: Path) -> None:
-        """Download to a file, which appears whole or not at all.
+        """Download to a file, which appears complete or not at all.
 
         Raises:
-            StoreError: there is no object of that key.
+            StoreError: the object does not exist.
         """
         ...
 
     def read_start(self, key: str, size: int) -> bytes | None:
-        """Return the first `size` bytes of an object (all, where it has fewer), or None where there is none."""
+        """Return the first `size` bytes of an object (all, if it has fewer), or None if it does not exist."""
         ...

