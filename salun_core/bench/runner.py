@@ -1,4 +1,9 @@
-"""Runs the cells of a suite; one that is done is not done again."""
+"""Runs the cells of a suite; a cell that exists is not measured again.
+
+A run may be killed at any point. A cell is measured in `work/` and renamed to its place, so that its folder is complete
+or does not exist; the next run deletes `work/`, skips the complete cells and measures the others. A lock on the output
+folder keeps a second run out; the kernel releases it when the process ends, however it ends.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ import torch
 
 from salun_core.bench.cell import kept_cell, measure_cell
 from salun_core.bench.plan import Cell, SuiteRun
-from salun_core.bench.prepared import Preparation, Progress, Ready
+from salun_core.bench.prepared import Preparation, Progress
 from salun_core.digest import digest_json
 from salun_core.errors import ConflictError, DataError, GateRefusedError, IntegrityError, ModelError, UsageError
 
@@ -23,13 +28,13 @@ _OF_ONE_ROW = (UsageError, DataError, ModelError, IntegrityError, GateRefusedErr
 
 @dataclass
 class Outcome:
-    """What a run of a suite came to.
+    """Result of a run of a suite.
 
     Args:
         measured: cells that this run measured.
-        kept: cells that were there.
+        kept: cells that existed.
         missing: cells for which the budget was too small.
-        failed: cells that gave no figures, with the reason.
+        failed: cells without figures, with the reason.
     """
 
     measured: list[str] = field(default_factory=list)
@@ -41,70 +46,64 @@ class Outcome:
 def run_suite(
     plan: SuiteRun,
     out: Path,
-    say: Progress,
+    progress: Progress,
     on_cell: Callable[[str], None] | None = None,
     budget_seconds: float | None = None,
 ) -> Outcome:
-    """Measure all cells of a plan that are not there yet.
-
-    Whatever ends it, a cell's folder is there whole or not at all, and the next run goes on with the cells that lack.
+    """Measure all cells of a plan that do not exist yet.
 
     Args:
         plan: the suite.
-        out: folder for all that is made.
-        say: called with a line of progress.
+        out: output folder.
+        progress: called with a line of progress.
         on_cell: called with the name of each cell that was measured.
-        budget_seconds: of this run, in place of the suite's own.
+        budget_seconds: of this run, instead of the suite's own.
 
     Returns:
         What was measured, kept, and is missing.
 
     Raises:
-        ConflictError: another run works in the folder.
-        SalunError: a part that the cells share could not be made.
+        ConflictError: another run uses the folder.
+        SalunError: an artifact that the cells share could not be built.
     """
     cells, outcome = plan.cells, Outcome()
     budget = budget_seconds or plan.size.budget_seconds
     started = time.perf_counter()
-    with _owned(out), _threads(plan.size.threads):
+
+    def exceeds(more: float) -> bool:
+        return budget is not None and time.perf_counter() - started + more > budget
+
+    with _locked(out), _threads(plan.size.threads):
         shutil.rmtree(out / "work", ignore_errors=True)
-        preparation = Preparation(plan, out, say)
+        preparation = Preparation(plan, out, progress)
         for seed in plan.seeds:
-            mine = [cell for cell in cells if cell.seed == seed]
-            if _over(budget, started, 0.0):
-                outcome.missing += [cell.name for cell in mine if kept_cell(out, cell) is None]
+            of_seed = [cell for cell in cells if cell.seed == seed]
+            if exceeds(0.0):
+                outcome.missing += [cell.name for cell in of_seed if kept_cell(out, cell) is None]
                 continue
             ready = preparation.ready(seed)
-            for cell in mine:
-                wanted = digest_json([cell.plan, ready.inputs])
-                note = kept_cell(out, cell)
-                if note is not None and note.inputs == wanted:
+            for cell in of_seed:
+                inputs, note = digest_json([cell.plan, ready.inputs]), kept_cell(out, cell)
+                if note is not None and note.inputs == inputs:
                     outcome.kept.append(cell.name)
-                elif _over(budget, started, _expected(out, cell, cells)):
+                    continue
+                if exceeds(_expected_seconds(out, cell, cells)):
                     outcome.missing.append(cell.name)
-                else:
-                    _measure(preparation, cell, ready, wanted, outcome)
-                    if on_cell:
-                        on_cell(cell.name)
+                    continue
+                progress(f"cell {cell.name}")
+                try:
+                    measure_cell(preparation, cell, ready, inputs)
+                    outcome.measured.append(cell.name)
+                except _OF_ONE_ROW as error:  # the other rows may succeed
+                    outcome.failed[cell.name] = str(error)
+                    progress(f"cell {cell.name} failed: {error}")
+                if on_cell:
+                    on_cell(cell.name)
     return outcome
 
 
-def _measure(preparation: Preparation, cell: Cell, ready: Ready, inputs: str, outcome: Outcome) -> None:
-    preparation.say(f"cell {cell.name}")
-    try:
-        measure_cell(preparation, cell, ready, inputs)
-        outcome.measured.append(cell.name)
-    except _OF_ONE_ROW as error:  # the others may do
-        outcome.failed[cell.name] = str(error)
-        preparation.say(f"cell {cell.name} failed: {error}")
-
-
-def _over(budget: float | None, started: float, more: float) -> bool:
-    return budget is not None and time.perf_counter() - started + more > budget
-
-
-def _expected(out: Path, cell: Cell, cells: list[Cell]) -> float:
-    """Seconds that a cell may take: as the same row at another seed took, or the slowest row so far."""
+def _expected_seconds(out: Path, cell: Cell, cells: list[Cell]) -> float:
+    """Duration of the same row at another seed, or of the slowest row so far."""
     seconds: dict[str, float] = {}
     for other in cells:
         note = kept_cell(out, other)
@@ -114,8 +113,7 @@ def _expected(out: Path, cell: Cell, cells: list[Cell]) -> float:
 
 
 @contextmanager
-def _owned(out: Path) -> Iterator[None]:
-    """Hold the folder for one run; the lock goes with the process."""
+def _locked(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         try:

@@ -18,13 +18,13 @@ def call(*words):
 
 
 def refused(*words):
-    """Return the exit code and what the call says on standard error; it prints nothing else."""
+    """Return the exit code and its standard error; nothing else is printed."""
     result = invoke("bench", *words)
     assert result.stdout == ""
     return result.exit_code, result.stderr
 
 
-def test_a_dry_run_lists_the_cells_with_their_cost_and_writes_nothing(suite_file, resumed, tmp_path):
+def test_a_dry_run_lists_cells_and_costs_and_writes_nothing(suite_file, resumed, tmp_path):
     plain = json.loads(call("run", suite_file, "--dry-run", "--out", tmp_path / "none", "--json"))
     assert [row["seconds"] for row in plain["cells"]] == [None] * 6
     assert plain["cells"][0]["cost"] == "1 epochs"
@@ -35,9 +35,7 @@ def test_a_dry_run_lists_the_cells_with_their_cost_and_writes_nothing(suite_file
     assert known["cells"][0]["seconds"] > 0
 
 
-def test_what_is_measured_is_printed_without_measuring_and_the_page_is_made_from_its_json(
-    suite_file, resumed, tmp_path
-):
+def test_render_only_prints_the_table_and_writes_the_page(suite_file, resumed, tmp_path):
     page, kept = tmp_path / "docs" / "results.md", tmp_path / "results"
     text = call("run", suite_file, "--render-only", "--out", resumed[0], "--into", page, "--results", kept)
     assert text.startswith("| method | UA |")
@@ -53,20 +51,20 @@ def test_what_is_measured_is_printed_without_measuring_and_the_page_is_made_from
     assert call("render", "--into", page, "--results", kept, "--check").strip() == f"{page}: digits:cpu"
 
 
-def test_a_page_out_of_step_is_left_as_it_is_and_the_command_that_makes_it_is_said(suite_file, resumed, tmp_path):
+def test_a_check_reports_a_stale_page_and_the_command_that_fixes_it(suite_file, resumed, tmp_path):
     page, kept = tmp_path / "results.md", tmp_path / "results"
     call("run", suite_file, "--render-only", "--out", resumed[0], "--into", page, "--results", kept)
     page.write_text(page.read_text().replace("| RL |", "| LR |"))
     before = page.read_bytes()
-    code, said = refused("render", "--into", page, "--results", kept, "--check")
+    code, message = refused("render", "--into", page, "--results", kept, "--check")
     assert code == 4
-    assert "out of step" in said
-    assert f"run `salun bench render --into {page}`" in said
+    assert "out of step" in message
+    assert f"run `salun bench render --into {page}`" in message
     assert page.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (("sd-class", "--size", "cpu"), "`salun bench run sd-class --size cpu`"),
         (("my suite.yaml", "--only", "SalUn"), "`salun bench run 'my suite.yaml' --only SalUn`"),
@@ -74,18 +72,18 @@ def test_a_page_out_of_step_is_left_as_it_is_and_the_command_that_makes_it_is_sa
         (("--size", "cpu", "sd-class"), "`salun bench run SUITE`"),
     ],
 )
-def test_a_call_without_a_verb_is_told_the_verb_in_one_line(words, told):
-    code, said = refused(*words)
+def test_a_call_without_a_verb_names_the_verb_in_one_line(words, expected):
+    code, message = refused(*words)
     assert code == 2
-    assert said.startswith(REFUSED + repr(words[0]))
-    assert told in said
-    assert said.count("\n") == 1
+    assert message.startswith(REFUSED + repr(words[0]))
+    assert expected in message
+    assert message.count("\n") == 1
 
 
-def test_a_slip_of_a_verb_gets_the_nearest_one():
-    code, said = refused("rendr", "--into", "page.md")
+def test_a_typo_in_a_verb_gets_the_nearest_one():
+    code, message = refused("rendr", "--into", "page.md")
     assert code == 2
-    assert "Did you mean 'render'?" in said
+    assert "Did you mean 'render'?" in message
 
 
 @pytest.mark.parametrize("words", [("run",), ("render",), ()])

@@ -51,14 +51,14 @@ def test_the_table_of_generated_images():
     ]
 
 
-def test_a_section_says_how_to_measure_it_again_and_what_was_not_measured():
+def test_a_section_has_its_command_and_the_missing_cells():
     text = section(RESULTS)
     assert "    salun bench run toy-class --size cpu" in text
     assert "Not measured: esd-0." in text
     assert "2 seeds; A processor, 2 cores; torch 2, 2 threads." in text
 
 
-def test_only_what_is_between_the_markers_changes():
+def test_only_text_between_the_markers_changes():
     begin, end = "<!-- suite:toy-class:cpu -->", "<!-- /suite:toy-class:cpu -->"
     page = filled(f"# Mine\n\nbefore\n{begin}\nold\n{end}\nafter\n", [RESULTS])
     assert page.startswith(f"# Mine\n\nbefore\n{begin}\n### Toy (cpu)")
@@ -67,7 +67,7 @@ def test_only_what_is_between_the_markers_changes():
     assert filled(page, [RESULTS]) == page
 
 
-def test_a_page_without_the_markers_gets_them_at_its_end():
+def test_a_page_without_markers_gets_them_appended():
     page = filled("# Results\n", [RESULTS])
     assert page.index("# Results") < page.index("<!-- suite:toy-class:cpu -->") < page.index("### Toy (cpu)")
 
@@ -103,7 +103,7 @@ def test_results_with_a_fault_are_refused(tmp_path):
         read_results(tmp_path)
 
 
-def test_the_picture_is_an_svg_of_its_own_with_the_points_in_words():
+def test_the_picture_is_a_standalone_svg_with_alternative_text():
     picture = plot(RESULTS)
     root = ET.fromstring(picture)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"

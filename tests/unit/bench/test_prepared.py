@@ -63,7 +63,7 @@ def suite_at(folder, data, only=("SalUn",)):
     return SuiteRun(load_suite(path), "cpu", folder, only=only)
 
 
-def test_a_draw_is_of_the_training_split_of_the_asked_size_and_follows_its_seed(resumed):
+def test_a_draw_has_the_requested_size_and_follows_its_seed(resumed):
     split = load(SplitManifest, resumed[0] / "base" / "split.json")
     draws = [drawn(split, 0.1, seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
@@ -72,7 +72,7 @@ def test_a_draw_is_of_the_training_split_of_the_asked_size_and_follows_its_seed(
     assert len(drawn(split, 1e-6, 0)) == 1
 
 
-def test_the_reference_never_saw_what_is_forgotten_and_the_forget_file_says_what_that_is(resumed):
+def test_the_reference_is_trained_without_the_forget_file(resumed):
     out = resumed[0]
     assert json.loads((out / "forget-0.json").read_text()) == {"kind": "class", "class_id": "3"}
     before, after = (load(SplitManifest, out / name / "split.json") for name in ("base", "reference-0"))
@@ -80,7 +80,7 @@ def test_the_reference_never_saw_what_is_forgotten_and_the_forget_file_says_what
     assert read_card(out / "reference-0").method == "retrain"
 
 
-def test_a_diffusion_model_forgets_a_concept_and_a_second_bench_takes_its_folder(tmp_path):
+def test_a_diffusion_model_forgets_a_concept_and_a_second_bench_reuses_its_folder(tmp_path):
     pytest.importorskip("diffusers", reason="needs the extra `diffusion`")
     plan, out = suite_at(tmp_path / "suite", CONCEPT), tmp_path / "out"
     assert run_suite(plan, out, lambda text: None).measured == ["salun-7"]
@@ -107,7 +107,7 @@ def test_a_diffusion_model_forgets_a_concept_and_a_second_bench_takes_its_folder
     assert read_card(out / "base").evaluation.images_per_class == 2
 
 
-def test_a_model_folder_that_is_not_there_is_named(tmp_path):
+def test_a_missing_model_folder_is_reported(tmp_path):
     size = CONCEPT["sizes"]["cpu"] | {"model": {"folder": "models/none"}, "judge": None}
     plan = suite_at(tmp_path, CONCEPT | {"sizes": {"cpu": size}})
     with pytest.raises(UsageError, match="there is no model folder"):

@@ -24,7 +24,7 @@ def test_rows_are_original_retrain_and_the_methods_in_their_order(plan, resumed)
     assert results.missing == ["salun-random-mask-0", "salun-random-mask-1"]
 
 
-def test_a_cell_of_the_table_is_mean_deviation_and_mean_distance_to_the_retrained_model(plan, resumed):
+def test_a_table_cell_is_mean_deviation_and_mean_distance_to_the_reference(plan, resumed):
     out = resumed[0]
     metric = [evidence_of(out, f"salun-{seed}")["metrics"]["TA"] for seed in (0, 1)]
     values = [100 * item["after"] for item in metric]
@@ -58,7 +58,7 @@ def test_one_base_model_of_all_seeds_counts_once(plan, resumed):
     assert len(results.rows[1].figures) == 2
 
 
-def test_results_say_what_measured_them_and_name_no_host_and_no_place(plan, resumed):
+def test_results_have_their_command_without_host_or_path(plan, resumed):
     results = collect(plan, resumed[0])
     text = results_json(results).decode()
     assert results.command == "salun bench run digits --size cpu"
@@ -70,7 +70,7 @@ def test_results_say_what_measured_them_and_name_no_host_and_no_place(plan, resu
     assert Results.model_validate(parse_text(text, "results")) == results
 
 
-def test_a_folder_without_a_cell_of_this_suite_has_no_table(plan, resumed, tmp_path):
+def test_a_folder_without_a_cell_of_the_suite_is_refused(plan, resumed, tmp_path):
     with pytest.raises(UsageError, match="holds no cell"):
         collect(plan, tmp_path)
     size = plan.suite.sizes["cpu"].model_copy(update={"threads": 2})

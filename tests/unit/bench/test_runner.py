@@ -33,7 +33,7 @@ def test_the_first_cell_of_a_killed_run_is_kept_and_the_others_are_measured(plan
     assert not (out / "work").exists()
 
 
-def test_a_run_that_has_everything_measures_nothing_and_gives_the_same_table(plan, resumed):
+def test_a_complete_run_measures_nothing_and_yields_the_same_table(plan, resumed):
     out, _, _ = resumed
     before = table(collect(plan, out))
     outcome = run_suite(plan, out, quiet)
@@ -41,7 +41,7 @@ def test_a_run_that_has_everything_measures_nothing_and_gives_the_same_table(pla
     assert table(collect(plan, out)) == before
 
 
-def test_a_cell_names_the_digest_of_its_evidence_and_is_measured_anew_where_that_differs(plan, resumed, tmp_path):
+def test_a_cell_whose_evidence_changed_is_measured_again(plan, resumed, tmp_path):
     out = shutil.copytree(resumed[0], tmp_path / "copy")
     note = json.loads((out / "cells/rl-1/cell.json").read_text())
     assert note["evidence"] == sha256_file(out / "cells/rl-1/evidence.json")
@@ -53,7 +53,7 @@ def test_a_cell_names_the_digest_of_its_evidence_and_is_measured_anew_where_that
     assert metrics[0] == metrics[1]  # the same seed, the same figures
 
 
-def test_a_changed_setting_of_one_row_measures_that_row_alone(plan, resumed, tmp_path):
+def test_a_changed_row_is_the_only_one_measured_again(plan, resumed, tmp_path):
     out = shutil.copytree(resumed[0], tmp_path / "copy")
     rows = [row.model_copy(update={"config": {"epochs": 2}}) if row.name == "RL" else row for row in plan.suite.methods]
     changed = dataclasses.replace(plan, suite=plan.suite.model_copy(update={"methods": rows}), seed_count=1)
@@ -62,7 +62,7 @@ def test_a_changed_setting_of_one_row_measures_that_row_alone(plan, resumed, tmp
     assert outcome.kept == ["salun-0"]
 
 
-def test_a_seed_and_density_has_one_mask(plan, resumed, tmp_path):
+def test_cells_of_a_seed_and_density_share_one_mask(plan, resumed, tmp_path):
     out = shutil.copytree(resumed[0], tmp_path / "copy")
     names = sorted(path.name.rsplit("-", 1)[0] for path in (out / "masks").iterdir())
     assert names == ["saliency-0.3-0", "saliency-0.3-1"]
@@ -73,7 +73,7 @@ def test_a_seed_and_density_has_one_mask(plan, resumed, tmp_path):
     assert files(out / "masks") == before  # neither time nor byte
 
 
-def test_a_budget_stops_before_a_cell_that_would_exceed_it_and_names_what_is_missing(plan, resumed, tmp_path):
+def test_a_budget_stops_before_a_cell_that_would_exceed_it(plan, resumed, tmp_path):
     out = shutil.copytree(resumed[0], tmp_path / "copy")
     shutil.rmtree(out / "cells" / "rl-1")
     note = json.loads((out / "cells/rl-0/cell.json").read_text())
@@ -93,7 +93,7 @@ def test_two_runs_in_one_folder_are_refused(plan, resumed):
             run_suite(plan, out, quiet)
 
 
-def test_a_cell_whose_loss_is_no_number_is_reported_and_the_others_go_on(plan, resumed, tmp_path):
+def test_a_failed_cell_is_reported_and_the_others_are_measured(plan, resumed, tmp_path):
     out = shutil.copytree(resumed[0], tmp_path / "copy")
     wild = plan.suite.methods[2].model_copy(
         update={"name": "wild", "config": {"epochs": 1, "learning_rate": 1e6, "momentum": 0.99}}
@@ -107,7 +107,7 @@ def test_a_cell_whose_loss_is_no_number_is_reported_and_the_others_go_on(plan, r
     assert not (out / "cells" / "wild-0").exists()
 
 
-def test_a_base_model_that_was_damaged_is_made_again_and_is_the_same(plan, resumed, tmp_path):
+def test_a_damaged_base_model_is_trained_again_with_the_same_result(plan, resumed, tmp_path):
     out = shutil.copytree(resumed[0], tmp_path / "copy")
     weights = out / "base" / "model.safetensors"
     wanted = weights.read_bytes()

@@ -119,7 +119,7 @@ def log_of(out, cell):
     return load(TuningLog, out / "cells" / cell / "tuning.json")
 
 
-def test_two_runs_from_scratch_give_the_same_figures_but_for_seconds(plan, out, resumed):
+def test_two_runs_from_scratch_differ_only_in_seconds(plan, out, resumed):
     def repeatable(folder):
         rows = json.loads(collect(plan, folder).model_dump_json())["rows"]
         for item in (item for row in rows for item in row["figures"]):
@@ -136,7 +136,7 @@ def test_a_killed_run_keeps_its_searched_cells(resumed):
     assert resumed[1].measured == ["rl-3", "salun-as-written-3"]
 
 
-def test_a_cell_keeps_what_its_search_tried_and_is_measured_anew_without_it(plan, out, tmp_path):
+def test_a_cell_without_its_search_log_is_measured_again(plan, out, tmp_path):
     cell = plan.cells[0]
     assert kept_cell(out, cell) is not None
     copied = shutil.copytree(out, tmp_path / "copy")
@@ -148,7 +148,7 @@ def test_a_cell_keeps_what_its_search_tried_and_is_measured_anew_without_it(plan
     assert not (out / "cells" / "salun-as-written-3" / "tuning.json").exists()
 
 
-def test_no_policy_bounds_the_search_of_a_suite_and_its_log_says_so(out):
+def test_the_log_of_an_unbounded_search_names_no_policy(out):
     log = log_of(out, "salun-3")
     assert (log.policy, log.policy_digest, log.budget) == ("none: the objective alone decides", "", "5e")
     assert not any(trial.refused for trial in log.trials)
@@ -156,7 +156,7 @@ def test_no_policy_bounds_the_search_of_a_suite_and_its_log_says_so(out):
     assert log.trials[log.chosen].distance == best
 
 
-def test_a_row_counts_its_whole_search_and_what_the_chosen_setting_alone_costs(plan, out, tmp_path):
+def test_a_row_counts_its_whole_search_and_the_chosen_run(plan, out, tmp_path):
     item, log = figures(plan, out, "SalUn"), log_of(out, "salun-3")
     assert item.tried == len(log.trials)
     assert item.passes == item.search_passes == log.passes
@@ -177,7 +177,7 @@ def test_a_row_counts_its_whole_search_and_what_the_chosen_setting_alone_costs(p
     assert load_model(tmp_path / "after").digest == evidence.measured.after  # the very model that the search chose
 
 
-def test_a_row_that_takes_no_part_runs_as_written(plan, out):
+def test_a_row_outside_the_search_runs_as_written(plan, out):
     item = figures(plan, out, "SalUn as written")
     assert (item.chosen, item.tried, item.own_passes) == (None, None, None)
     config = load(Evidence, out / "cells" / "salun-as-written-3" / "evidence.json").run.config
@@ -185,7 +185,7 @@ def test_a_row_that_takes_no_part_runs_as_written(plan, out):
     assert "search_passes" not in json.loads(item.model_dump_json())  # results without a search stay as they were
 
 
-def test_the_random_control_is_searched_as_its_rival_is_without_a_pass_for_scores(out, tmp_path):
+def test_the_random_control_is_searched_like_its_counterpart_without_scores(out, tmp_path):
     salient, control = log_of(out, "salun-3"), log_of(out, "salun-random-mask-3")
     evidence = load(Evidence, out / "cells" / "salun-random-mask-3" / "evidence.json")
 
@@ -202,7 +202,7 @@ def test_the_random_control_is_searched_as_its_rival_is_without_a_pass_for_score
     assert evidence.integrity.frozen_changed == 0
 
 
-def test_at_a_given_density_the_control_is_the_mask_that_the_mask_step_draws(out, tmp_path):
+def test_the_control_at_a_density_equals_the_mask_of_the_mask_step(out, tmp_path):
     base, forget = out / "base-3", str(out / "forget-3.json")
     alone: list[int] = []
     for density, seed in ((0.05, 1), (0.3, 2)):
@@ -217,7 +217,7 @@ def test_at_a_given_density_the_control_is_the_mask_that_the_mask_step_draws(out
     assert len(alone) == 2
 
 
-def test_a_cell_hangs_on_the_budget_of_its_search_and_a_row_as_written_does_not(plan, tmp_path):
+def test_a_cell_depends_on_the_budget_of_its_search(plan, tmp_path):
     other = plan_of(tmp_path, changed(search={"budget": "6e"}))
     same = [before.plan == after.plan for before, after in zip(plan.cells, other.cells, strict=True)]
     assert same == [False, False, False, True]
@@ -225,7 +225,7 @@ def test_a_cell_hangs_on_the_budget_of_its_search_and_a_row_as_written_does_not(
     assert [before.plan == after.plan for before, after in zip(plan.cells, bounded.cells, strict=True)] == same
 
 
-def test_a_row_that_finds_nothing_within_a_policy_is_reported_and_the_others_go_on(out, tmp_path):
+def test_a_search_without_a_result_is_reported_and_the_others_are_measured(out, tmp_path):
     rule = {"metric": "RA", "op": ">=", "value": 2, "reason": "nothing can"}
     (tmp_path / "strict.json").write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
     data = changed(search={"budget": "2e", "policy": "strict.json"})
@@ -237,7 +237,7 @@ def test_a_row_that_finds_nothing_within_a_policy_is_reported_and_the_others_go_
     assert outcome.kept == ["salun-as-written-3"]
 
 
-def test_the_table_shows_both_costs_and_a_second_one_the_settings(plan, out):
+def test_the_tables_have_both_costs_and_the_chosen_settings(plan, out):
     results = collect(plan, out)
     head, _, *lines = table(results).splitlines()
     assert head.endswith("| passes | of which the chosen run |")
@@ -256,7 +256,7 @@ def test_the_table_shows_both_costs_and_a_second_one_the_settings(plan, out):
     assert f"SalUn {100 - 100 * item.values['RA']:.2f} at {item.own_passes} passes" in picture
 
 
-def test_a_dry_run_says_what_a_search_may_cost(plan, tmp_path):
+def test_a_dry_run_has_the_cost_of_a_search(plan, tmp_path):
     assert plan.cost(plan.cells[0]) == {"search": "5e", "epochs a trial at most": 2}
     assert plan.cost(plan.cells[3]) == {"epochs": 1}
     passes = plan_of(tmp_path, changed(search={"budget": "20000"}))
@@ -274,7 +274,7 @@ def test_a_dry_run_says_what_a_search_may_cost(plan, tmp_path):
         ({"budget": "5e", "polici": "none"}, "sizes.cpu.search.polici: unknown key"),
     ],
 )
-def test_a_budget_that_does_not_repeat_is_refused(tmp_path, search, fault):
+def test_a_budget_that_is_not_reproducible_is_refused(tmp_path, search, fault):
     assert fault in faults(tmp_path, changed(search=search))
 
 
@@ -285,20 +285,20 @@ def test_a_searched_table_without_its_controls_is_refused(tmp_path, left_out):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_control_that_is_not_searched_is_none(tmp_path, number):
+def test_a_control_without_the_search_does_not_count(tmp_path, number):
     rows = [row | ({"search": False} if at == number else {}) for at, row in enumerate(ROWS)]
     rows[1] = rows[1] | ({"density": 0.5} if number == 1 else {})
     assert "no control" in faults(tmp_path, SUITE | {"methods": rows})
 
 
-def test_a_control_of_a_given_density_is_none_of_a_searched_one(tmp_path):
+def test_a_control_of_a_fixed_density_does_not_count_for_a_searched_one(tmp_path):
     rows = [row | ({"density": 0.5} if at == 1 else {}) for at, row in enumerate(ROWS)]
     assert "'SalUn' has no control" in faults(tmp_path, SUITE | {"methods": rows})
     both = [row | ({"density": 0.5} if at < 2 else {}) for at, row in enumerate(ROWS)]
     assert plan_of(tmp_path, SUITE | {"methods": both}).cells
 
 
-def test_a_density_may_lack_in_a_searched_row_alone(tmp_path):
+def test_only_a_searched_row_may_lack_a_density(tmp_path):
     wanted = "a mask goes with a density"
     assert wanted in faults(tmp_path, changed(search=None))
     rows = [*ROWS, ROWS[3] | {"name": "more", "density": None}]
@@ -307,7 +307,7 @@ def test_a_density_may_lack_in_a_searched_row_alone(tmp_path):
     assert wanted in faults(tmp_path, SUITE | {"sizes": sizes})  # the rows serve both sizes
 
 
-def test_only_classifiers_with_held_out_images_and_something_to_vary_are_searched(tmp_path):
+def test_a_search_needs_a_classifier_held_out_images_and_an_open_setting(tmp_path):
     data = changed(data={"source": "digits", "validation_fraction": 0.0})
     assert "no held-out images to search on" in faults(tmp_path, data)
     assert "only the settings of classifiers" in faults(tmp_path, SUITE | {"kind": "text-to-image"})
@@ -327,7 +327,7 @@ def test_what_a_row_sets_is_fixed(out, tmp_path):
     assert (config["learning_rate"], config["epochs"]) == (0.02, 1)
 
 
-def test_nothing_but_a_suite_can_leave_the_policy_out(out, tmp_path):
+def test_only_a_suite_can_leave_the_policy_out(out, tmp_path):
     base, forget = out / "base-3", str(out / "forget-3.json")
     assert TuningOptions("3e").bounded
     with pytest.raises(UsageError, match="unknown policy"):

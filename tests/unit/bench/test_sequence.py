@@ -62,7 +62,7 @@ def evidence_of(out, cell):
     return load(Evidence, out / "cells" / cell / "evidence.json")
 
 
-def test_each_random_share_is_drawn_from_what_is_left(out):
+def test_each_random_share_is_drawn_from_the_remaining_split(out):
     split = load(SplitManifest, out / "base-3" / "split.json")
     gone: set[str] = set()
     for number in (1, 2, 3):
@@ -76,7 +76,7 @@ def test_each_random_share_is_drawn_from_what_is_left(out):
     assert load(SplitManifest, out / "reference-3" / "split.json").digest == split.without(gone).digest
 
 
-def test_a_cell_is_what_its_requests_do_one_after_the_other(plan, out, tmp_path):
+def test_a_cell_equals_its_requests_in_sequence(plan, out, tmp_path):
     model, passes = out / "base-3", 0
     for number in (1, 2, 3):
         forget, mask, after = str(out / f"forget-3-{number}.json"), tmp_path / f"{number}.mask", tmp_path / str(number)
@@ -122,7 +122,7 @@ def test_the_table_of_a_sequence_shows_runs_and_debt(plan, out):
     assert "SalUn as written (50%) | as written" in choices(results)
 
 
-def test_a_model_that_missed_a_request_is_not_taken_for_one_that_forgot_all(out, tmp_path):
+def test_a_model_that_missed_a_request_is_refused(out, tmp_path):
     after = tmp_path / "after"
     run_unlearning(
         out / "base-3", None, str(out / "forget-3-1.json"), after, method="finetune", overrides={"epochs": 1}
@@ -131,13 +131,13 @@ def test_a_model_that_missed_a_request_is_not_taken_for_one_that_forgot_all(out,
         evaluate(out / "base-3", after, str(out / "forget-3.json"), tmp_path / "e.json", tmp_path / "r.html")
 
 
-def test_a_cell_hangs_on_its_requests_and_their_order(plan, tmp_path):
+def test_a_cell_depends_on_its_requests_and_their_order(plan, tmp_path):
     data = copy.deepcopy(SEQUENCE)
     data["sizes"]["cpu"]["forget"]["steps"] = [STEPS[1], STEPS[0], STEPS[2]]
     assert {cell.plan for cell in plan.cells}.isdisjoint({cell.plan for cell in plan_of(tmp_path, data).cells})
 
 
-def test_the_facts_of_several_runs_are_those_of_one_without_a_mask():
+def test_the_facts_of_several_runs_are_merged_without_a_mask():
     first = RunFacts(
         method="salun",
         seed=1,

@@ -30,7 +30,7 @@ def faults(tmp_path, data):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_suite_is_valid_and_called_as_its_file(path):
+def test_a_shipped_suite_is_valid_and_named_like_its_file(path):
     suite = load_suite(path)
     assert suite.name == path.stem
     assert "cpu" in suite.sizes
@@ -41,7 +41,7 @@ def test_a_shipped_suite_is_valid_and_called_as_its_file(path):
 
 
 @pytest.mark.parametrize("name", GENERATIVE)
-def test_the_generative_suites_have_both_sizes_and_the_rivals(name):
+def test_the_diffusion_suites_have_both_sizes_and_the_other_methods(name):
     suite = load_suite(next(path for path in SHIPPED if path.stem == name))
     assert set(suite.sizes) == {"cpu", "paper"}
     for size in suite.sizes:
@@ -92,7 +92,7 @@ def test_a_table_without_its_controls_is_refused(tmp_path, left_out, fault):
     assert fault in faults(tmp_path, SUITE | {"methods": rows})
 
 
-def test_a_control_of_another_density_or_config_is_none(tmp_path):
+def test_a_control_of_another_density_or_config_does_not_count(tmp_path):
     for change in ({"density": 0.4}, {"config": {"epochs": 2}}):
         rows = [row | (change if row["name"] == "SalUn, random mask" else {}) for row in SUITE["methods"]]
         assert "'SalUn' has no control" in faults(tmp_path, SUITE | {"methods": rows})
@@ -105,7 +105,7 @@ def test_a_suite_is_found_by_name_with_the_nearest_match():
         find_suite("sd-clas", (folder,))
 
 
-def test_cells_go_seed_by_seed_and_can_be_chosen(plan):
+def test_cells_are_ordered_by_seed_and_can_be_selected(plan):
     whole = SuiteRun(plan.suite, "cpu")
     assert [cell.name for cell in whole.cells][:4] == ["salun-0", "salun-random-mask-0", "rl-0", "salun-1"]
     chosen = SuiteRun(plan.suite, "cpu", only=("SalUn, random mask",), seed_count=1)
@@ -127,13 +127,13 @@ def rows_in_a_file(tmp_path, rows):
     return data
 
 
-def test_rows_may_lie_in_a_file_that_suites_share(tmp_path):
+def test_suites_may_share_a_file_of_rows(tmp_path):
     data = rows_in_a_file(tmp_path, SUITE["methods"])
     del data["methods"]
     assert load(tmp_path, data).methods == load(tmp_path, SUITE).methods
 
 
-def test_what_is_wrong_with_shared_rows_is_listed_too(tmp_path):
+def test_faults_of_shared_rows_are_listed_too(tmp_path):
     data = rows_in_a_file(tmp_path, [{"name": "x", "method": "saluns"}])
     assert "rows_from: the suite has `methods` of its own" in faults(tmp_path, data)
     del data["methods"]
@@ -141,7 +141,7 @@ def test_what_is_wrong_with_shared_rows_is_listed_too(tmp_path):
     assert "rows_from" in faults(tmp_path, {**data, "rows_from": "none.yaml"})
 
 
-def test_a_row_with_a_budget_of_its_own_is_no_rival_and_takes_part_in_a_search(tmp_path):
+def test_a_row_with_its_own_budget_is_searched_but_needs_no_control(tmp_path):
     data = copy.deepcopy(SUITE)
     cheap = {"name": "cheap", "method": "salun", "mask": "saliency", "budget": "2e"}
     data["methods"].append(cheap)
