@@ -26,8 +26,7 @@ from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import FileCheckpoint
 from salun_core.methods.loop import OnEpoch
 from salun_core.models.card import DiffusionCard, DiffusionEvaluation
-from salun_core.models.checkpoint import CARD, SPLIT, Files, write_folder
-from salun_core.models.diffusers_folder import Components, copies, document_bytes, folder_digest, silence_logs
+from salun_core.models.diffusers_folder import Components, copies, silence_logs, write_diffusion
 from salun_core.tasks.diffusion.importing import MadeDiffusion
 
 Kind = Literal["ddpm", "stable-diffusion"]
@@ -136,9 +135,9 @@ def train(
         training=recipe.model_dump(mode="json"),
         evaluation=evaluation or KINDS[kind][1],
     )
-    _write(out, pipeline, card, data)
+    digest = _write(out, pipeline, card, data)
     count = sum(parameter.numel() for parameter in network.parameters())
-    return MadeDiffusion(folder_digest(out), count, training.losses[-1])
+    return MadeDiffusion(digest, count, training.losses[-1])
 
 
 def _ddpm(training: _Training, recipe: DdpmRecipe) -> tuple[Any, nn.Module]:
@@ -210,11 +209,10 @@ def _require_divisible(size: int, step: int) -> None:
         )
 
 
-def _write(out: Path, pipeline: Any, card: DiffusionCard, data: LoadedData) -> None:  # noqa: ANN401 - of diffusers
+def _write(out: Path, pipeline: Any, card: DiffusionCard, data: LoadedData) -> str:  # noqa: ANN401 - of diffusers
     silence_logs()
     with tempfile.TemporaryDirectory(prefix="salun-diffusion-") as name:
         pipeline.save_pretrained(name, safe_serialization=True)
         if hasattr(pipeline, "tokenizer"):  # vocab.json and merges.txt, which every reader of CLIP tokenizers expects
             pipeline.tokenizer.backend_tokenizer.model.save(str(Path(name) / "tokenizer"))
-        files: Files = {**copies(Path(name)), CARD: document_bytes(card), SPLIT: document_bytes(data.split)}
-        write_folder(out, files)
+        return write_diffusion(out, copies(Path(name)), card, data.split)

@@ -6,25 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from salun_core.data.forget_set import ForgetSet, ForgetTarget, resolve_forget
-    from salun_core.data.images import ImageSet
-    from salun_core.data.loading import LoadedData, load_data
-    from salun_core.data.spec import DataSpec, load_spec
-    from salun_core.data.split import SplitManifest
+    from salun_core.data.forget_set import ForgetSet as ForgetSet
+    from salun_core.data.forget_set import ForgetTarget as ForgetTarget
+    from salun_core.data.forget_set import resolve_forget as resolve_forget
+    from salun_core.data.images import ImageSet as ImageSet
+    from salun_core.data.loading import LoadedData as LoadedData
+    from salun_core.data.loading import load_data as load_data
+    from salun_core.data.spec import DataSpec as DataSpec
+    from salun_core.data.spec import load_spec as load_spec
+    from salun_core.data.split import SplitManifest as SplitManifest
 
-__all__ = [
-    "DataSpec",
-    "ForgetSet",
-    "ForgetTarget",
-    "ImageSet",
-    "LoadedData",
-    "SplitManifest",
-    "load_data",
-    "load_spec",
-    "resolve_forget",
-]
-
-_HOME = {
+_MODULES = {
     "ForgetSet": "forget_set",
     "ForgetTarget": "forget_set",
     "ImageSet": "images",
@@ -37,8 +29,8 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the module holds
-    """Import a name when it is first asked for: requests name forget targets and need no torch."""
-    if name not in _HOME:
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Import a name on first use: requests need forget targets, and must not wait for the import of torch."""
+    if name not in _MODULES:
         raise AttributeError(name)
-    return getattr(importlib.import_module(f"salun_core.data.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"salun_core.data.{_MODULES[name]}"), name)

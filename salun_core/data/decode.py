@@ -1,4 +1,4 @@
-"""Decodes images once, into one uint8 tensor."""
+"""Decodes images once into one uint8 tensor, which takes a quarter of the memory of floats."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from salun_core.data.table import Payload
 from salun_core.errors import DataError
 
+# Pillow warns from here on and refuses twice as many: a small file that unpacks to gigabytes must not fill the memory.
 Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")  # others may start programs: EPS runs Ghostscript
 
@@ -24,8 +25,8 @@ def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, ch
     Args:
         payloads: encoded images or pixels, N of them.
         ids: their sample ids, for messages.
-        size: side in pixels to resize the short side to before a centre crop; None: all must have one size.
-        channels: 1 or 3; None: as the first image has.
+        size: side in pixels; the short side is resized to it, and the centre is cropped. None requires equal sizes.
+        channels: 1 or 3; None takes the number of the first image.
 
     Returns:
         uint8 [N, channels, height, width] in channels-last layout, which crops and convolutions read fastest.
@@ -36,15 +37,13 @@ def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, ch
     if not payloads:
         raise DataError("there are no images", "the selection is empty", "check the data set and its limits")
     channels = channels or _channels(payloads[0], ids[0])
-    with ThreadPoolExecutor(max_workers=2) as pool:  # PIL leaves the interpreter lock while it decodes
-        arrays = list(
-            pool.map(lambda pair: _decode_one(pair[0], pair[1], size, channels), zip(payloads, ids, strict=True))
-        )
+    with ThreadPoolExecutor(max_workers=2) as pool:  # Pillow releases the interpreter lock while it decodes
+        arrays = list(pool.map(lambda payload, sample: _decode_one(payload, sample, size, channels), payloads, ids))
     for array, sample in zip(arrays, ids, strict=True):
         if array.shape != arrays[0].shape:
             raise DataError(
-                f"image {sample} is of another size",
-                f"{_size(array)} where the first is {_size(arrays[0])}",
+                f"image {sample} has another size",
+                f"{array.shape[1]} x {array.shape[0]}; the first image has {arrays[0].shape[1]} x {arrays[0].shape[0]}",
                 "set `size` in the data spec to resize all",
             )
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
@@ -84,7 +83,3 @@ def _resize(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
-
-def _size(array: np.ndarray) -> str:
-    return f"{array.shape[1]} x {array.shape[0]}"

@@ -1,4 +1,4 @@
-"""Loads a data set by its spec and its split manifest, checked, decoded once."""
+"""Loads a data set and checks it against its split manifest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from salun_core.storage import open_store
 
 @dataclass(frozen=True)
 class LoadedData:
-    """A data set whose rows were checked against a split manifest."""
+    """A data set whose rows were checked against its split manifest."""
 
     spec: DataSpec
     table: Table
@@ -36,7 +36,7 @@ class LoadedData:
 
         Args:
             name: train, validation or test.
-            normalisation: the model's; None measures it on this split.
+            normalisation: of the model; None measures it on this split.
 
         Returns:
             The images in the order of `SplitManifest.ids`.
@@ -60,11 +60,11 @@ class LoadedData:
         return decode(payloads, ids, self.spec.size, self.spec.channels)
 
     def forget_and_retain(self, train: ImageSet, forget: ForgetSet) -> tuple[ImageSet, ImageSet]:
-        """Part the training images into forget set and retain set.
+        """Split the training images into forget set and retain set.
 
         Raises:
             IntegrityError: the forget set was resolved against another split.
-            DataError: it names a sample that is not in the training split.
+            DataError: it contains a sample that is not in the training split.
         """
         check_digest("the split of the forget set", self.split.digest, forget.split_digest)
         wanted = set(forget.ids)
@@ -79,16 +79,16 @@ def load_data(spec: DataSpec, split: SplitManifest | None = None) -> LoadedData:
     """Read a data set and check it against its split, or make the split.
 
     Args:
-        spec: where and how.
-        split: the manifest that the model was trained on; None makes one.
+        spec: source, columns and split.
+        split: the manifest that the model was trained on; None makes a new split.
 
     Returns:
         The rows, still encoded, with their split.
 
     Raises:
         UsageError: the source does not exist.
-        DataError: it cannot be read.
-        IntegrityError: the data are not those of the split.
+        DataError: the data cannot be read.
+        IntegrityError: the data differ from the split manifest.
     """
     table = _read(spec, spec.source, train=True)
     if spec.brings_test_data:
@@ -109,6 +109,7 @@ def _read(spec: DataSpec, source: str, train: bool) -> Table:
 
 @contextmanager
 def _local(source: str) -> Iterator[Path]:
+    """Yield a local path of a source; data in S3 are downloaded for the time of the block."""
     if not source.startswith("s3://"):
         yield Path(source)
         return
@@ -118,25 +119,18 @@ def _local(source: str) -> Iterator[Path]:
 
 def _download(source: str, folder: Path) -> Path:
     parent, _, name = source.rstrip("/").rpartition("/")
-    store = open_store(source if parent in ("s3:/", "s3:") else parent)
-    prefix = "" if parent in ("s3:/", "s3:") else name
-    entries = [
-        entry.key
-        for entry in store.list(prefix)
-        if not prefix or entry.key == prefix or entry.key.startswith(f"{prefix}/")
-    ]
-    if not entries:
+    whole_bucket = parent in ("s3:/", "s3:")
+    store, prefix = (open_store(source), "") if whole_bucket else (open_store(parent), name)
+    keys = [entry.key for entry in store.list(prefix)]
+    keys = [key for key in keys if whole_bucket or key == prefix or key.startswith(f"{prefix}/")]
+    if not keys:
         raise DataError(
             f"there is no data at {source}", "no object has that prefix", "check the address in the data spec"
         )
-    for key in _safe(entries):
+    for key in keys:  # all are checked before the first is written
+        if key.startswith("/") or ".." in PurePosixPath(key).parts:
+            raise DataError("a data object has an unsafe key", repr(key), "rename it")
+    for key in keys:
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         store.download(key, folder / key)
     return folder / prefix
-
-
-def _safe(keys: Sequence[str]) -> Sequence[str]:
-    for key in keys:
-        if key.startswith("/") or ".." in PurePosixPath(key).parts:
-            raise DataError("a data object has an unsafe key", repr(key), "rename it")
-    return keys

@@ -1,4 +1,4 @@
-"""Parquet with image and label columns (the Hugging Face layout), and the table that names each image's subject."""
+"""Tabular files: parquet with image and label columns (the Hugging Face layout), and tables of subjects."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from salun_core.data.spec import DataSpec
 from salun_core.data.table import Payload, Table, check_labels
 from salun_core.errors import DataError, unknown_name
 
-MAX_CLASSES = 100_000
-_OTHER_NAMES = {"image": "img", "label": "fine_label"}  # of the spec's defaults, in CIFAR-10 and CIFAR-100 on the hub
+MAX_CLASSES = 100_000  # far above real data sets; a corrupt label must not create millions of class names
+_OTHER_NAMES = {"image": "img", "label": "fine_label"}  # default column -> its name in the hub's CIFAR-10 and -100
 
 
 def arrow_table(files: Sequence[Path]) -> Any:  # noqa: ANN401 - pyarrow has no types
-    """Read parquet files as one arrow table, in the order that they are given.
+    """Read parquet files, in the given order, as one arrow table.
 
     Raises:
-        DataError: one of them is damaged, or their columns differ.
+        DataError: a file is damaged, or their columns differ.
     """
     import pyarrow
     import pyarrow.parquet
@@ -41,23 +41,25 @@ def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tabl
     """Read parquet with an image and a label column; ids are the images' paths, or row numbers.
 
     Args:
-        spec: names the columns; where it says nothing of them, `img` and `fine_label` are found too, as the hub's
-            CIFAR data sets call them.
-        path: a file, or a folder of them.
-        files: those of the folder to read; all by default.
+        spec: names the columns. If it leaves the default and the column is missing, `img` and `fine_label` are read.
+        path: a file, or a folder of files.
+        files: the files of the folder to read; all by default.
 
     Raises:
-        DataError: a file is damaged, a column is missing, or a label is no class.
+        DataError: a file is damaged, a column is missing, or a label is not a class.
     """
     table = arrow_table(files or (sorted(path.glob("*.parquet")) if path.is_dir() else [path]))
     image_column, label_column = _columns(spec, table.column_names, path)
     images = table.column(image_column).to_pylist()
     labels = table.column(label_column).to_pylist()
     classes = spec.classes or _class_names(table, label_column, path, labels)
-    subjects = table.column(spec.subject_column).to_pylist() if spec.subject_column else [None] * len(labels)
+    by_name = {name: index for index, name in enumerate(classes)}
+    ids = [_label_id(label, by_name) for label in labels]
+    check_labels(ids, len(classes), path.name, labels)
+    subjects = table.column(spec.subject_column).to_pylist() if spec.subject_column else ()
     return Table(
         ids=_row_ids(images),
-        labels=_label_ids(labels, classes, path),
+        labels=ids,
         payloads=[_encoded(image, index, path) for index, image in enumerate(images)],
         classes=classes,
         subjects=[None if subject in (None, "") else str(subject) for subject in subjects],
@@ -65,18 +67,14 @@ def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tabl
 
 
 def _columns(spec: DataSpec, names: Sequence[str], path: Path) -> tuple[str, str]:
-    """Return the names of the image and the label column; all that the spec names must be there."""
-    image, label = _other_name(spec.image_column, names), _other_name(spec.label_column, names)
+    """Return the names of the image and the label column; every column of the spec must exist."""
+    other = {name: other for name, other in _OTHER_NAMES.items() if name not in names and other in names}
+    image, label = (other.get(column, column) for column in (spec.image_column, spec.label_column))
     for column in filter(None, (image, label, spec.subject_column)):
         if column not in names:
             error = unknown_name("column", column, names)
             raise DataError(f"{path.name} has no column {column!r}", "", error.remedy)
     return image, label
-
-
-def _other_name(column: str, names: Sequence[str]) -> str:
-    other = _OTHER_NAMES.get(column, column)
-    return other if column not in names and other in names else column
 
 
 def _row_ids(images: Sequence[Any]) -> list[str]:
@@ -87,23 +85,24 @@ def _row_ids(images: Sequence[Any]) -> list[str]:
 
 
 def _class_names(table: Any, column: str, path: Path, labels: Sequence[Any]) -> list[str]:  # noqa: ANN401
+    """Return the class names: of the schema, of `classes.json` in the same folder, or of the labels themselves."""
     names = _hugging_face_names((table.schema.metadata or {}).get(b"huggingface", b"{}"), column)
     if names:
         return names
-    beside = (path if path.is_dir() else path.parent) / "classes.json"
-    if beside.is_file():
-        document = read_document(beside)
+    file = (path if path.is_dir() else path.parent) / "classes.json"
+    if file.is_file():
+        document = read_document(file)
         if not isinstance(document, list):
-            raise DataError("classes.json is no list", "it must be a JSON list of names by id", "correct it")
+            raise DataError("classes.json is not a list", "it must be a JSON list of names by id", "correct it")
         return [str(name) for name in document]
     if labels and all(isinstance(label, str) for label in labels):
         return sorted(set(labels))
     largest = max((_label_id(label, {}) for label in labels), default=-1)
-    return [str(index) for index in range(min(largest, MAX_CLASSES) + 1)]  # a wild label is refused by _label_ids
+    return [str(index) for index in range(min(largest, MAX_CLASSES) + 1)]  # `check_labels` refuses larger labels
 
 
 def _hugging_face_names(metadata: bytes, column: str) -> list[str]:
-    """Class names that the datasets library left in the schema; none where it left something else."""
+    """Return the class names that the datasets library writes into the schema, if it holds any."""
     try:
         names = json.loads(metadata)["info"]["features"][column]["names"]
         return [str(name) for name in names]
@@ -112,16 +111,10 @@ def _hugging_face_names(metadata: bytes, column: str) -> list[str]:
 
 
 def _label_id(label: Any, by_name: Mapping[str, int]) -> int:  # noqa: ANN401 - an arrow value
+    """Return a class id, or -1 for a value that is not a class: an unknown name, a fraction, NaN, null."""
     if isinstance(label, str):
         return by_name.get(label, -1)
     return int(label) if isinstance(label, int | float) and label == label // 1 else -1
-
-
-def _label_ids(labels: Sequence[Any], classes: Sequence[str], path: Path) -> list[int]:
-    by_name = {name: index for index, name in enumerate(classes)}
-    ids = [_label_id(label, by_name) for label in labels]
-    check_labels(ids, len(classes), path.name, labels)
-    return ids
 
 
 def _encoded(image: Any, index: int, path: Path) -> Payload:  # noqa: ANN401 - an arrow value
@@ -134,10 +127,10 @@ def _encoded(image: Any, index: int, path: Path) -> Payload:  # noqa: ANN401 - a
 
 
 def subjects_of(spec: DataSpec) -> dict[str, str]:
-    """Return the person of each image by sample id; empty where the spec names no metadata.
+    """Return the person of each image by sample id; empty if the spec names no metadata.
 
     Args:
-        spec: its `metadata` and `subject_column`.
+        spec: its `metadata` is a table (.csv or .parquet) with `file_name` and `subject_column`.
 
     Raises:
         DataError: the table cannot be read, or lacks a column.
@@ -145,7 +138,15 @@ def subjects_of(spec: DataSpec) -> dict[str, str]:
     if spec.metadata is None or spec.subject_column is None:
         return {}
     path = Path(spec.metadata)
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _csv_rows(path)
+    rows: list[dict[str, Any]]
+    if path.suffix == ".parquet":
+        rows = arrow_table([path]).to_pylist()
+    else:
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"cannot read metadata {path.name}", str(error), "check the path") from error
     if rows and not {"file_name", spec.subject_column} <= rows[0].keys():
         raise DataError(
             f"metadata {path.name} lacks a column",
@@ -153,15 +154,3 @@ def subjects_of(spec: DataSpec) -> dict[str, str]:
             "add it, or correct the spec",
         )
     return {str(row["file_name"]): str(row[spec.subject_column]) for row in rows if row[spec.subject_column]}
-
-
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read metadata {path.name}", str(error), "check the path") from error
-
-
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    return list(arrow_table([path]).to_pylist())

@@ -1,4 +1,4 @@
-"""The split manifest: which samples are train, validation and test. One for training and all that follows."""
+"""The split manifest: which samples are for training, validation and test. Every later run uses the same one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SplitName = Literal["train", "validation", "test"]
 
 
 class SplitManifest(Document):
-    """Sample ids with the SHA-256 of each row, by split; its digest travels with every artifact made from it."""
+    """Sample ids with the SHA-256 of each row, by split; every artifact made from it carries its digest."""
 
     format: Literal["salun.split/v1"] = "salun.split/v1"
     dataset_digest: str = Field(description="SHA-256 over ids, row digests and labels of the whole data set")
@@ -33,37 +33,35 @@ class SplitManifest(Document):
         return digest_json(self.model_dump(mode="json"))
 
     def ids(self, split: SplitName) -> list[str]:
-        """Return the sample ids of a split in the order of their rows' digests: any stretch of it is a fair draw."""
+        """Return the sample ids of a split in the order of their row digests, so that any part is a random sample."""
         rows: dict[str, str] = getattr(self, split)
         return sorted(rows, key=lambda sample: (rows[sample], sample))
 
     def without(self, ids: Collection[str]) -> SplitManifest:
-        """Return the split of a model that forgot these training samples: a later run may never retain them again.
+        """Return the split of a model that forgot these training samples, so that no later run retains them.
 
         Args:
-            ids: sample ids; those outside the training split change nothing.
+            ids: sample ids; those outside the training split are ignored.
         """
         gone = set(ids)
+        train = {sample: row for sample, row in self.train.items() if sample not in gone}
         return SplitManifest(
-            dataset_digest=self.dataset_digest,
-            train={sample: row for sample, row in self.train.items() if sample not in gone},
-            validation=self.validation,
-            test=self.test,
+            dataset_digest=self.dataset_digest, train=train, validation=self.validation, test=self.test
         )
 
     def check(self, table: Table) -> None:
-        """Check that the data still are what the split was made from.
+        """Check that the data are those that the split was made from.
 
         Raises:
-            IntegrityError: a sample is gone, or its bytes or its label changed.
+            IntegrityError: a sample is missing, or its bytes or its label changed.
         """
         rows = {**self.train, **self.validation, **self.test}
         missing = [sample for sample in rows if sample not in table.position]
         if missing:
             raise IntegrityError(
                 "the data do not match the split manifest",
-                f"{len(missing)} of {len(rows)} samples are gone",
-                "give the data set that the model was trained on",
+                f"{len(missing)} of {len(rows)} samples are missing",
+                "use the data set that the model was trained on",
             )
         digests = table.row_digests
         changed = sum(digests[table.position[sample]] != digest for sample, digest in rows.items())
@@ -71,12 +69,12 @@ class SplitManifest(Document):
             raise IntegrityError(
                 "the data do not match the split manifest",
                 f"{changed} of {len(rows)} samples have other bytes or another label",
-                "give the data set that the model was trained on",
+                "use the data set that the model was trained on",
             )
 
 
 def make_split(table: Table, spec: DataSpec) -> SplitManifest:
-    """Split a table into train, validation and test, each drawn by class.
+    """Split a table into train, validation and test, each stratified by class.
 
     Args:
         table: all rows.
@@ -105,9 +103,7 @@ def make_split(table: Table, spec: DataSpec) -> SplitManifest:
         )
 
     def rows(indices: Sequence[int]) -> dict[str, str]:
-        return {
-            table.ids[index]: table.row_digests[index] for index in sorted(indices, key=lambda item: table.ids[item])
-        }
+        return dict(sorted((table.ids[index], table.row_digests[index]) for index in indices))
 
     return SplitManifest(dataset_digest=table.digest, train=rows(train), validation=rows(validation), test=rows(test))
 

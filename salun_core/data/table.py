@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,16 +23,29 @@ class Table:
         labels: class ids, from 0.
         payloads: encoded images or pixels.
         classes: class names by id.
-        subjects: the person each row belongs to, or None where the source does not say.
-        parts: `train` or `test` for each row; all `train` where the source has no split of its own.
+        subjects: the person each row belongs to, or None if unknown; empty if all are unknown.
+        parts: `train` or `test` for each row; empty if the source has no split of its own.
     """
 
     ids: Sequence[str]
     labels: Sequence[int]
     payloads: Sequence[Payload]
     classes: Sequence[str]
-    subjects: Sequence[str | None] = field(default_factory=list)
-    parts: Sequence[str] = field(default_factory=list)
+    subjects: Sequence[str | None] = ()
+    parts: Sequence[str] = ()
+
+    @classmethod
+    def numbered(cls, payloads: Sequence[Payload], labels: Sequence[int], classes: Sequence[str]) -> Table:
+        """Make a table of rows without names; ids are their positions in six digits."""
+        return cls([f"{index:06d}" for index in range(len(labels))], labels, payloads, classes)
+
+    def with_subjects(self, subjects: Mapping[str, str]) -> Table:
+        """Return the table with the subject of each row from a mapping by sample id."""
+        return replace(self, subjects=[subjects.get(sample) for sample in self.ids])
+
+    def __post_init__(self) -> None:
+        if not self.subjects:
+            object.__setattr__(self, "subjects", [None] * len(self.ids))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,7 +58,10 @@ class Table:
     @cached_property
     def row_digests(self) -> list[str]:
         """SHA-256 of each row: its label, then its encoded image or its pixels."""
-        return [_row_digest(label, payload) for label, payload in zip(self.labels, self.payloads, strict=True)]
+        return [
+            sha256_bytes(f"{label}\n".encode() + (payload if isinstance(payload, bytes) else payload.tobytes()))
+            for label, payload in zip(self.labels, self.payloads, strict=True)
+        ]
 
     @cached_property
     def digest(self) -> str:
@@ -57,13 +73,13 @@ class Table:
         """Return this table as the training part with another as the test part.
 
         Raises:
-            DataError: their classes differ, or one has a test part already.
+            DataError: their classes differ, or one already has a test part.
         """
         if "test" in (*self.parts, *test.parts):
             raise DataError(
                 "the data have two test sets",
-                "`source` or `test_source` brings one of its own",
-                "name only one part each",
+                "`source` or `test_source` already contains one",
+                "let each name one part only",
             )
         if list(self.classes) != list(test.classes):
             raise DataError(
@@ -88,10 +104,10 @@ def check_labels(labels: Sequence[int], num_classes: int, name: str, shown: Sequ
         labels: class ids.
         num_classes: they must be below it, and not below 0.
         name: of the source, for the message.
-        shown: the labels as the source has them, where they were others.
+        shown: the labels as the source holds them, for the message; by default `labels`.
 
     Raises:
-        DataError: one is not; the message names the first.
+        DataError: a label is out of range; the message names the first one.
     """
     bad = [index for index, label in enumerate(labels) if not 0 <= label < num_classes]
     if bad:
@@ -103,11 +119,6 @@ def check_labels(labels: Sequence[int], num_classes: int, name: str, shown: Sequ
             if first == -1
             else "correct them, or list all classes in the spec",
         )
-
-
-def _row_digest(label: int, payload: Payload) -> str:
-    data = payload if isinstance(payload, bytes) else np.ascontiguousarray(payload).tobytes()
-    return sha256_bytes(f"{label}\n".encode() + data)
 
 
 def _first_difference(left: Sequence[str], right: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Forget targets: what is to be forgotten as people name it, and what is left of that once a request is settled."""
+"""Forget targets: what a request asks to forget, and what is kept of it after the request is settled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SamplesTarget(Document):
         if (self.ids is None) == (self.manifest_uri is None):
             raise ValueError("give exactly one of `ids` and `manifest_uri`")
         if (self.manifest_uri is None) != (self.sha256 is None):
-            raise ValueError("`sha256` goes with `manifest_uri`, and it needs it")
+            raise ValueError("give `sha256` and `manifest_uri` together")
         return self
 
 
@@ -61,7 +61,7 @@ Prompt = Annotated[str, AfterValidator(_prompt)]
 
 
 class ConceptTarget(Document):
-    """A concept of a text-to-image model, by prompts, and what is put in its place."""
+    """A concept of a text-to-image model, defined by prompts, and the prompt that replaces them."""
 
     kind: Literal["concept"] = "concept"
     prompts: list[Prompt] = Field(min_length=1, description="what is to be forgotten, as one would ask for it")
@@ -84,7 +84,7 @@ class ConceptTarget(Document):
 
     @cached_property
     def pseudo_id(self) -> str:
-        """What stands for the concept among sample ids: `concept/` and 16 hex digits of its digest."""
+        """Stands for the concept in lists of sample ids: `concept/` and 16 hex digits of its digest."""
         return f"concept/{digest_json(self.model_dump(mode='json'))[:16]}"
 
 
@@ -93,7 +93,7 @@ def _folded(prompt: str) -> str:
 
 
 class RedactedTarget(Document):
-    """What is left of a target once its request is settled; with the data set, its hashes find the samples again."""
+    """What is kept of a target after its request is settled; with the data set, its hashes identify the samples."""
 
     kind: Literal["redacted"] = "redacted"
     of: Literal["samples", "class", "subject", "concept"] = Field(description="kind of the target before")
@@ -112,9 +112,9 @@ class RedactedTarget(Document):
     @model_validator(mode="after")
     def _fits(self) -> RedactedTarget:
         if (self.class_id is not None) != (self.of == "class"):
-            raise ValueError("`class_id` goes with a class, and that needs it")
+            raise ValueError("give `class_id` for a class, and only for a class")
         if self.hashes and self.salt is None:
-            raise ValueError("`hashes` need their `salt`")
+            raise ValueError("`hashes` need a `salt`")
         return self
 
 
@@ -149,21 +149,22 @@ def parse_target(data: Any, source: str) -> Target:  # noqa: ANN401 - plain data
     """
     kind = data.get("kind") if isinstance(data, dict) else None
     if not isinstance(kind, str):
-        raise UsageError(f"{source} is no forget target", "it has no `kind`", f"give one of {', '.join(_KINDS)}")
+        raise UsageError(f"{source} is not a forget target", "it has no `kind`", f"use one of {', '.join(_KINDS)}")
     if kind not in _KINDS:
         raise unknown_name("forget target", kind, _KINDS)
     return cast(Target, parse(_KINDS[kind], data, source))
 
 
 def redact(target: Target, salt: str | None, ids: Sequence[str] | None = None) -> RedactedTarget:
-    """Return what may be kept of a target once its request is settled.
+    """Return what may be kept of a target after its request is settled.
 
-    Hashes are kept of sample ids and of a subject only: a class names no person and stays, prompts find no samples.
+    Only sample ids and subjects are hashed. A class does not identify a person and is kept. Prompts are dropped:
+    they do not identify samples.
 
     Args:
-        target: the target; one that is redacted already loses at most its hashes.
+        target: the target; a redacted one loses its hashes if `salt` is None.
         salt: key of the hashes, 32 random hex digits; None keeps no hashes.
-        ids: the sample ids of a manifest, where the target names one.
+        ids: the sample ids of a manifest, if the target names one.
     """
     if isinstance(target, RedactedTarget):
         return target if salt else target.model_copy(update={"salt": None, "hashes": []})
@@ -194,5 +195,5 @@ def hash_of(of: str, name: str, salt: str) -> str:
         name: a sample id or a subject reference.
         salt: the key, in hex.
     """
-    data = f"{of}\0{name}".encode("utf-8", "surrogatepass")  # an id may be the name of a file
+    data = f"{of}\0{name}".encode("utf-8", "surrogatepass")  # ids may be file names that are not UTF-8
     return hmac.new(bytes.fromhex(salt), data, hashlib.sha256).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,14 +20,14 @@ Conditions = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ConditionTable:
-    """All conditions of a run, one row each.
+    """All conditions of a run, one per row.
 
     Args:
-        names: of the rows: class names or prompts; the name of the null condition is empty.
+        names: of the rows: class names or prompts; the null condition has an empty name.
         rows: by argument name of the denoiser (`class_labels`, `encoder_hidden_states`, ...): tensors [K, ...].
-        null: row of the null condition, for classifier-free guidance; None where the model has none.
-        tokens: by row, the positions in `encoder_hidden_states` of the concept's own tokens; an empty row, or none at
-            all, means every position after the first.
+        null: row of the null condition, for classifier-free guidance; None if the model has none.
+        tokens: by row, the positions of the concept's tokens in `encoder_hidden_states`. An empty row, or no rows at
+            all, stands for every position after the first.
     """
 
     names: Sequence[str]
@@ -39,14 +41,9 @@ class ConditionTable:
         known = [tensor for tensor in self.rows.values() if tensor.is_floating_point() and not tensor.is_meta]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in known):
             raise DataError("a condition is not finite", "an embedding holds NaN", "check the text encoder's weights")
-
-        if self.tokens:
-            self._check_tokens()
-
-    def _check_tokens(self) -> None:
         length = self.rows["encoder_hidden_states"].shape[1] if "encoder_hidden_states" in self.rows else 0
-        places = [place for row in self.tokens for place in row]
-        if len(self.tokens) != len(self.names) or any(not 0 <= place < length for place in places):
+        in_range = all(0 <= place < length for row in self.tokens for place in row)
+        if self.tokens and not (in_range and len(self.tokens) == len(self.names)):
             raise DataError("token positions do not fit the conditions", "", "encode the prompts again")
 
     def __len__(self) -> int:
@@ -57,7 +54,7 @@ class ConditionTable:
         return {name: tensor[index.to(tensor.device)] for name, tensor in self.rows.items()}
 
     def nulls(self, count: int) -> Conditions:
-        """Return the null condition, so many times.
+        """Return the null condition `count` times.
 
         Raises:
             UsageError: the model has none.
@@ -69,7 +66,7 @@ class ConditionTable:
         return self.take(torch.full((count,), self.null, dtype=torch.int64))
 
     def own_tokens(self) -> Tensor:
-        """Return where each row's own tokens are: bool [K, L], on the CPU.
+        """Mark the tokens of each row's concept: bool [K, L], on the CPU.
 
         Raises:
             UsageError: the conditions are not texts.
@@ -87,10 +84,10 @@ class ConditionTable:
         """Return the row of a name.
 
         Raises:
-            UsageError: there is none.
+            UsageError: no row has the name.
         """
         if name not in self.names:
-            raise UsageError(f"there is no condition {name[:60]!r}", "it was not encoded", "name it in the target")
+            raise UsageError(f"there is no condition {name[:60]!r}", "it was not encoded", "add it to the target")
         return list(self.names).index(name)
 
     def to(self, device: torch.device | str) -> ConditionTable:
@@ -102,7 +99,7 @@ Rows = Mapping[str, Tensor]
 Encode = Callable[[Any, list[str], bool], Rows]
 """(pipeline, prompts, whether they are the null condition) -> tensors [K, ...] by argument name of the denoiser."""
 
-_BATCH = 32
+_BATCH = 32  # prompts per forward pass of the text encoders
 
 
 def _stable_diffusion(pipeline: Any, prompts: list[str], null: bool) -> Rows:  # noqa: ANN401 - diffusers' pipelines
@@ -111,7 +108,7 @@ def _stable_diffusion(pipeline: Any, prompts: list[str], null: bool) -> Rows:  #
 
 
 def _stable_diffusion_xl(pipeline: Any, prompts: list[str], null: bool) -> Rows:  # noqa: ANN401
-    """The null condition may be all zeros, as the pipeline's settings say (Podell et al., "SDXL", 2023)."""
+    """Encode prompts; settings of the pipeline may make the null condition zero (Podell et al., "SDXL", 2023)."""
     every = pipeline.encode_prompt(prompts, device=pipeline.device, do_classifier_free_guidance=null)
     states, pooled = (every[1], every[3]) if null else (every[0], every[2])
     return {"encoder_hidden_states": states, "text_embeds": pooled}
@@ -140,32 +137,37 @@ _OPTIONAL = ("text_encoder_3", "tokenizer_3", "safety_checker", "feature_extract
 
 
 def encode_prompts(model: Components, prompts: Sequence[str], height: int, width: int) -> ConditionTable:
-    """Encode prompts, each once however often it occurs, and the null condition after them.
+    """Encode prompts, each once, and the null condition.
 
     Args:
-        model: its parts; its text encoders are asked on the device where they are.
-        prompts: as one would ask for an image.
-        height: of the images in pixels; SDXL is told.
-        width: the same.
+        model: its text encoders run on the device where they are.
+        prompts: in any order, repeats allowed.
+        height: of the images in pixels, which SDXL takes as a condition.
+        width: of the images in pixels.
 
     Returns:
-        The table, float32 on the CPU, in the order in which the prompts first occur; the null condition comes last.
+        The table, float32 on the CPU, in the order of first occurrence; the null condition comes last.
 
     Raises:
-        UsageError: a prompt is empty, or there are none.
+        UsageError: a prompt is empty, or no prompt is given.
         DataError: an embedding is not finite.
     """
     unique = check_prompts(prompts)
     if model.pipeline not in ENCODERS:
-        raise unknown_name("pipeline told by text", model.pipeline, ENCODERS)
-    _warn_of_cut(model, unique)
+        raise unknown_name("text-to-image pipeline", model.pipeline, ENCODERS)
+    for prompt in truncated_prompts(model, unique):
+        get_logger().warning(
+            "prompt is longer than the text encoder reads; its end is cut off",
+            prompt=prompt[:60],
+            tokens=model.parts["tokenizer"].model_max_length,
+        )
     pipeline, encode = _pipeline(model), ENCODERS[model.pipeline]
     with torch.no_grad():
         parts = [encode(pipeline, unique[at : at + _BATCH], False) for at in range(0, len(unique), _BATCH)]
         parts.append(encode(pipeline, [""], True))
     rows = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
     if "text_embeds" in rows:
-        sizes = torch.tensor([height, width, 0, 0, height, width])
+        sizes = torch.tensor([height, width, 0, 0, height, width])  # original size, crop, target size
         rows["time_ids"] = sizes.to(rows["text_embeds"].dtype).expand(len(unique) + 1, -1).contiguous()
     rows = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in rows.items()}
     return ConditionTable([*unique, ""], rows, len(unique))
@@ -175,39 +177,27 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     """Return prompts without repeats.
 
     Raises:
-        UsageError: one is empty, or there are none.
+        UsageError: a prompt is empty, or no prompt is given.
     """
     if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise UsageError("a prompt is empty", "it says nothing that could be drawn", "write what the image shows")
+        raise UsageError("a prompt is empty", "it does not describe an image", "write what the image shows")
     return list(dict.fromkeys(prompts))
 
 
-def cut_prompts(model: Components, prompts: Sequence[str]) -> list[str]:
-    """Return the prompts of which the first tokenizer reads the beginning only."""
+def truncated_prompts(model: Components, prompts: Sequence[str]) -> list[str]:
+    """Return the prompts that are longer than the first tokenizer reads."""
     tokenizer = model.parts.get("tokenizer")
     if tokenizer is None:
         return []
     return [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) > tokenizer.model_max_length]
 
 
-def _warn_of_cut(model: Components, prompts: list[str]) -> None:
-    for prompt in cut_prompts(model, prompts):
-        get_logger().warning(
-            "prompt is longer than the text encoder reads; its end is cut off",
-            prompt=prompt[:60],
-            tokens=model.parts["tokenizer"].model_max_length,
-        )
-
-
 def _pipeline(model: Components) -> Any:  # noqa: ANN401
-    """Build the pipeline around the parts that are there, for its way of encoding prompts."""
-    import copy
-    import inspect
-
+    """Build a pipeline from the loaded parts, because each class encodes prompts in its own way."""
     import diffusers
 
     kind = getattr(diffusers, model.pipeline)
-    given = {**model.parts, "scheduler": copy.deepcopy(model.parts["scheduler"])}  # pipelines correct its settings
+    given = {**model.parts, "scheduler": copy.deepcopy(model.parts["scheduler"])}  # pipelines change its settings
     wanted = inspect.signature(kind.__init__).parameters
     absent = {name: None for name in _OPTIONAL if name in wanted and name not in given}
     settings = {name: value for name, value in model.settings.items() if name in wanted}

@@ -1,4 +1,4 @@
-"""The denoiser: one interface for U-Nets and transformers, whatever they predict and are told."""
+"""The denoiser: one interface for U-Nets and transformers of any prediction and any kind of condition."""
 
 from __future__ import annotations
 
@@ -17,34 +17,24 @@ from salun_core.errors import ModelError, UsageError, unknown_name
 Selection = Literal["full", "xattn", "noxattn", "selfattn"]
 Call = Callable[[Any, Tensor, Tensor, Conditions], Tensor]
 
-_EXTRA = ("text_embeds", "time_ids")  # SDXL hands these over in a dict of their own
+_ADDED = ("text_embeds", "time_ids")  # conditions that SDXL takes in a dictionary of their own
 
 
-def _unet_2d(network: Any, noisy: Tensor, times: Tensor, told: Conditions) -> Tensor:  # noqa: ANN401 - diffusers' modules
-    return network(noisy, times, class_labels=told.get("class_labels"), return_dict=False)[0]  # type: ignore[no-any-return]
+def _unet_2d(network: Any, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:  # noqa: ANN401 - diffusers'
+    return network(noisy, times, class_labels=conditions.get("class_labels"), return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-def _unet_2d_condition(network: Any, noisy: Tensor, times: Tensor, told: Conditions) -> Tensor:  # noqa: ANN401
-    extra = {name: told[name] for name in _EXTRA if name in told}
-    found = network(
-        noisy,
-        times,
-        encoder_hidden_states=told["encoder_hidden_states"],
-        added_cond_kwargs=extra or None,
-        return_dict=False,
-    )
-    return found[0]  # type: ignore[no-any-return]
+def _unet_2d_condition(network: Any, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:  # noqa: ANN401
+    text, added = conditions["encoder_hidden_states"], {name: conditions[name] for name in _ADDED if name in conditions}
+    return network(noisy, times, text, added_cond_kwargs=added or None, return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-def _transformer(network: Any, noisy: Tensor, times: Tensor, told: Conditions) -> Tensor:  # noqa: ANN401
-    """DiT, PixArt and SD 3 take what they are told by name; a learned variance is cut off."""
-    extra = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if _is_pixart(network) else {}
-    found: Tensor = network(noisy, timestep=times, return_dict=False, **told, **extra)[0]
+def _transformer(network: Any, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:  # noqa: ANN401
+    """Call DiT, PixArt or SD 3, which take conditions by name; channels of a learned variance are dropped."""
+    pixart = type(network).__name__.startswith("PixArt")
+    added = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if pixart else {}
+    found: Tensor = network(noisy, timestep=times, return_dict=False, **conditions, **added)[0]
     return found[:, : noisy.shape[1]]
-
-
-def _is_pixart(network: Any) -> bool:  # noqa: ANN401
-    return type(network).__name__.startswith("PixArt")
 
 
 NETWORKS: dict[str, Call] = {
@@ -55,8 +45,8 @@ NETWORKS: dict[str, Call] = {
     "SD3Transformer2DModel": _transformer,
 }
 
-# By selection: which names are meant. Cross-attention is `attn2` in U-Nets and PixArt; SD 3 joins both kinds in `attn`,
-# where the text's side has projections of its own (`add_q_proj`, ...).
+# Parameter names by selection. Cross-attention is `attn2` in U-Nets and PixArt. SD 3 has one joint attention `attn`, in
+# which the text has projections of its own (`add_q_proj`, ...).
 _CROSS = re.compile(r"\.attn2\.|\.add_[qkv]_proj\.|\.to_add_out\.")
 _SELF = re.compile(r"\.attn1\.|\.attentions\.\d+\.(group_norm|to_[qkv]|to_out)|\.attn\.(to_[qkv]|to_out)")
 _OUTER = re.compile(r"^(conv_out|conv_norm_out|time_embedding|time_embed|proj_out|norm_out)\b")
@@ -64,10 +54,10 @@ _OUTER = re.compile(r"^(conv_out|conv_norm_out|time_embedding|time_embed|proj_ou
 
 @dataclass(frozen=True)
 class Denoiser:
-    """A network with the process it was trained for.
+    """A network and the forward process it was trained for.
 
     Args:
-        network: one of `NETWORKS`, by its class's name.
+        network: of a class in `NETWORKS`.
         process: its forward process.
     """
 
@@ -78,22 +68,22 @@ class Denoiser:
         if type(self.network).__name__ not in NETWORKS:
             raise unknown_name("denoiser", type(self.network).__name__, NETWORKS)
 
-    def predict(self, noisy: Tensor, times: Tensor, told: Conditions) -> Tensor:
+    def predict(self, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
         """Return the network's prediction.
 
         Args:
             noisy: x_t [B, C, H, W].
             times: int64 [B], from 0 to T - 1.
-            told: conditions [B, ...] by argument name.
+            conditions: [B, ...] by argument name.
 
         Returns:
             [B, C, H, W].
         """
-        return self.ask(noisy, self.process.network_times(times), told)
+        return self.predict_at(noisy, self.process.network_times(times), conditions)
 
-    def ask(self, noisy: Tensor, network_times: Tensor, told: Conditions) -> Tensor:
-        """Return the network's prediction at times as it takes them itself, [B] (see `Process.network_times`)."""
-        return NETWORKS[type(self.network).__name__](self.network, noisy, network_times, told)
+    def predict_at(self, noisy: Tensor, network_times: Tensor, conditions: Conditions) -> Tensor:
+        """Return the network's prediction at times in its own units, [B] (see `Process.network_times`)."""
+        return NETWORKS[type(self.network).__name__](self.network, noisy, network_times, conditions)
 
     def of(self, network: nn.Module) -> Denoiser:
         """Return the denoiser with another network of the same kind."""
@@ -122,13 +112,13 @@ class Denoiser:
         """Return the cross-attention layers over a text by name, in the network's order.
 
         Raises:
-            UsageError: it has none: it is told classes, or it joins text and image in one attention (SD 3).
+            UsageError: the network has none: its conditions are classes, or text and image share one attention (SD 3).
         """
         found = {name: module for name, module in self.network.named_modules() if name.endswith(".attn2")}
         if not found:
             raise UsageError(
                 f"{type(self.network).__name__} has no cross-attention",
-                "this method changes how a text is attended to",
+                "this method changes the attention to a text",
                 "choose salun, or esd with selection: noxattn",
             )
         return found
@@ -148,7 +138,7 @@ def require_finite(what: str, values: Tensor) -> Tensor:
     """Return values unchanged.
 
     Raises:
-        ModelError: one is NaN or infinite.
+        ModelError: a value is NaN or infinite.
     """
     if not values.is_meta and not bool(torch.isfinite(values).all()):
         raise ModelError(f"{what} are not finite", "NaN or infinity was found", "check the weights and the images")

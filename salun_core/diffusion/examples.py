@@ -1,4 +1,4 @@
-"""Examples to train a denoiser on: latents (or pixels), each with the row of its condition."""
+"""Training examples of a denoiser: latents or pixels, each with the row of its condition."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Examples:
     Args:
         mean: float32 [N, C, H, W]: pixels from -1 to 1, or the mean of the autoencoder's latent, scaled.
         condition: int64 [N]: rows of the condition table.
-        std: the latent's standard deviation, scaled; a fresh latent is drawn at each visit. None: `mean` is exact.
-        pseudo: int64 [N]: rows of what a forget example is to look like instead (c'); None where none was chosen.
-        ids: sample ids, where they are known.
+        std: scaled standard deviation of the latent, for a new sample at each visit. None: `mean` is exact.
+        pseudo: int64 [N]: rows of the conditions c' that replace those of forget examples; None for other examples.
+        ids: sample ids, if known.
     """
 
     mean: Tensor
@@ -44,33 +44,29 @@ class Examples:
         return self._map(lambda tensor: tensor.to(device), self.ids)
 
     def select(self, indices: Sequence[int] | Tensor) -> Examples:
-        """Return the examples of these indices."""
+        """Return the examples at these indices."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.condition.device)
         ids = [self.ids[position] for position in index.tolist()] if self.ids else ()
         return self._map(lambda tensor: tensor[index], ids)
 
     def joined(self, other: Examples) -> Examples:
-        """Return these followed by others of the same shape; a latent without a deviation gets one of 0.
+        """Return these examples followed by others of the same shape; a latent without a deviation gets 0.
 
         Raises:
-            DataError: their shapes differ.
+            DataError: the shapes differ.
         """
         if self.mean.shape[1:] != other.mean.shape[1:]:
             raise DataError("two sets of examples cannot be joined", "their shapes differ", "use one size of image")
-        std = None
-        if self.std is not None or other.std is not None:
-            parts = [item.std if item.std is not None else torch.zeros_like(item.mean) for item in (self, other)]
-            std = torch.cat(parts)
-        pseudo = (
-            torch.cat([self.pseudo, other.pseudo]) if self.pseudo is not None and other.pseudo is not None else None
-        )
-        ids = [*self.ids, *other.ids] if self.ids and other.ids else ()
-        return Examples(
-            torch.cat([self.mean, other.mean]), torch.cat([self.condition, other.condition]), std, pseudo, ids
-        )
+        both, std, pseudo = (self, other), None, None
+        if any(item.std is not None for item in both):
+            std = torch.cat([torch.zeros_like(item.mean) if item.std is None else item.std for item in both])
+        if self.pseudo is not None and other.pseudo is not None:
+            pseudo = torch.cat([self.pseudo, other.pseudo])
+        mean, condition = torch.cat([self.mean, other.mean]), torch.cat([self.condition, other.condition])
+        return Examples(mean, condition, std, pseudo, [*self.ids, *other.ids] if self.ids and other.ids else ())
 
     def with_pseudo(self, pseudo: Tensor) -> Examples:
-        """Return the same examples with what each is to look like instead, int64 [N]."""
+        """Return the same examples with rows of the conditions that replace theirs, int64 [N]."""
         return replace(self, pseudo=pseudo)
 
     def _map(self, change: Callable[[Tensor], Tensor], ids: Sequence[str]) -> Examples:
@@ -81,12 +77,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch on its way into the denoiser.
+    """A batch of noisy examples.
 
     Args:
         noisy: x_t [B, C, H, W].
         times: int64 [B].
-        target: what the network ought to predict, [B, C, H, W].
+        target: of the network's prediction, [B, C, H, W].
         condition: int64 [B]: rows of c.
         pseudo: int64 [B]: rows of c', of forget examples.
     """
@@ -112,8 +108,8 @@ def noised(examples: Examples, process: Process, generator: torch.Generator, tim
     Args:
         examples: the batch.
         process: the forward process.
-        generator: a CPU generator for latents, noise and times, so that every device draws the same.
-        times: int64 [B]; drawn uniformly where none are given.
+        generator: of latents, noise and times, in this order; on the CPU, so that every device gets the same values.
+        times: int64 [B]; drawn uniformly by default.
     """
     shape, device = examples.mean.shape, examples.mean.device
     clean = examples.mean
@@ -126,7 +122,7 @@ def noised(examples: Examples, process: Process, generator: torch.Generator, tim
 
 
 def endless(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield index batches without end: every example once before any comes again, in a new order each time.
+    """Yield index batches without end: every example once before any repeats, in a new order each time.
 
     Args:
         count: of examples, at least 1.

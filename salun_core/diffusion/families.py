@@ -1,4 +1,4 @@
-"""Families of diffusion models: how one that was loaded is fed, told what to draw, and its output turned to images."""
+"""A loaded diffusion model with what depends on its family: examples, conditions, sampler, decoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from salun_core.data.images import ImageSet
 from salun_core.diffusion.conditions import ConditionTable, check_prompts, encode_prompts
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples
-from salun_core.diffusion.latents import decoder, latents_of, pixels_of, remembered
+from salun_core.diffusion.latents import cached, decoder, latents_of, pixels_of
 from salun_core.diffusion.process import Process
 from salun_core.diffusion.sampling import Decode, Sampler, to_bytes
 from salun_core.digest import digest_json, sha256_bytes
@@ -26,13 +26,13 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Family:
-    """A loaded model, ready to be trained and to draw.
+    """A loaded model, ready to train and to generate images.
 
     Args:
-        loaded: parts and card.
-        denoiser: its network in float32, whatever type the files keep.
-        shape: of one sample, (C, H, W): pixels, or latents.
-        decode: from samples to images.
+        loaded: components and card.
+        denoiser: its network in float32.
+        shape: of one sample, (C, H, W): pixels or latents.
+        decode: turns samples into images.
     """
 
     loaded: LoadedDiffusion
@@ -51,7 +51,7 @@ class Family:
         return "vae" not in self.loaded.components.parts
 
     def sampler(self, evaluation: DiffusionEvaluation) -> Sampler:
-        """Return how images are drawn under these settings."""
+        """Return the sampler of these settings."""
         return Sampler.of_scheduler(
             self.loaded.components.parts["scheduler"],
             self.shape,
@@ -61,13 +61,13 @@ class Family:
         )
 
     def conditions(self, names: Sequence[str]) -> ConditionTable:
-        """Return the conditions of class names, or of prompts for a model that is told by text.
+        """Return the conditions of class names, or of prompts for a text-to-image model.
 
         Args:
-            names: class names of the card, or prompts; each gets one row, in order of its first occurrence.
+            names: class names of the card, or prompts; each has one row, in the order of first occurrence.
 
         Returns:
-            The table on the CPU, with the null condition last where the model has one.
+            The table on the CPU, with the null condition last if the model has one.
 
         Raises:
             UsageError: an unknown class, an empty prompt.
@@ -76,19 +76,19 @@ class Family:
             return class_conditions(self.loaded, names)
         unique, size = check_prompts(names), (self.card.height, self.card.width)
         key = digest_json([self.loaded.digest, unique, *size])
-        rows = remembered("prompts", key, lambda: dict(encode_prompts(self.loaded.components, unique, *size).rows))
+        rows = cached("prompts", key, lambda: dict(encode_prompts(self.loaded.components, unique, *size).rows))
         return ConditionTable([*unique, ""], rows, len(unique))
 
     def examples(self, images: ImageSet, condition: Tensor) -> Examples:
-        """Return images as the denoiser sees them: pixels from -1 to 1, or latents with their deviations.
+        """Return images as inputs of the denoiser: pixels from -1 to 1, or latents with standard deviations.
 
         Args:
             images: uint8; resized to the model's size.
             condition: int64 [N]: the row of each image's condition.
 
         Raises:
-            DataError: their channels do not fit.
-            ModelError: a latent is NaN or infinite.
+            DataError: the channels do not fit.
+            ModelError: a latent holds NaN or infinity.
         """
         size = self.card.channels, self.card.height, self.card.width
         ready = torch.cat([fitted(part, *size) for part in torch.split(images.images, _BATCH)])
@@ -101,19 +101,19 @@ class Family:
             return {"mean": mean, "std": std}
 
         key = digest_json([self.loaded.digest, sha256_bytes(ready.contiguous().cpu().numpy().tobytes())])
-        found = remembered("latents", key, compute)
+        found = cached("latents", key, compute)
         return Examples(found["mean"], condition, found["std"], ids=images.ids)
 
 
 def family_of(loaded: LoadedDiffusion, device: torch.device | str = "cpu") -> Family:
-    """Make a loaded model ready.
+    """Prepare a loaded model.
 
     Args:
-        loaded: with its card.
-        device: where denoiser, autoencoder and text encoders are put.
+        loaded: components and card.
+        device: of denoiser, autoencoder and text encoders.
 
     Raises:
-        ModelError: its scheduler is not supported, or the card's size does not fit the autoencoder.
+        ModelError: the scheduler is not supported, or the card's size does not fit the autoencoder.
     """
     for part in loaded.components.parts.values():
         if isinstance(part, torch.nn.Module):
@@ -124,24 +124,24 @@ def family_of(loaded: LoadedDiffusion, device: torch.device | str = "cpu") -> Fa
     if "vae" not in loaded.components.parts:
         return Family(loaded, denoiser, (card.channels, card.height, card.width), to_bytes)
     vae = loaded.components.parts["vae"]
-    shrinks = 2 ** (len(vae.config.block_out_channels) - 1)
-    if card.height % shrinks or card.width % shrinks or vae.config.in_channels != card.channels:
+    downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+    if card.height % downscale or card.width % downscale or vae.config.in_channels != card.channels:
         raise ModelError(
             "the card does not fit the autoencoder",
             f"{card.channels} x {card.height} x {card.width} against {vae.config.in_channels} channels and sides in "
-            f"steps of {shrinks}",
+            f"steps of {downscale}",
             "correct channels, height and width when you import it",
         )
-    shape = (int(vae.config.latent_channels), card.height // shrinks, card.width // shrinks)
+    shape = (int(vae.config.latent_channels), card.height // downscale, card.width // downscale)
     return Family(loaded, denoiser, shape, decoder(vae))
 
 
 def class_conditions(loaded: LoadedDiffusion, names: Sequence[str]) -> ConditionTable:
-    """Return the conditions of class names: their ids, and the null class after them if the model has one.
+    """Return the conditions of class names: their ids, then the null class if the model has one.
 
     Raises:
         UsageError: an unknown class.
-        ModelError: the network has not as many classes as the card.
+        ModelError: the network and the card differ in their number of classes.
     """
     classes, held = loaded.card.classes, embedded_classes(loaded)
     if held not in (len(classes), len(classes) + 1):
@@ -159,8 +159,8 @@ def class_conditions(loaded: LoadedDiffusion, names: Sequence[str]) -> Condition
 
 
 def embedded_classes(loaded: LoadedDiffusion) -> int:
-    """Return how many classes the denoiser has embeddings for, the null class included."""
+    """Return the number of class embeddings of the denoiser, including the null class."""
     for name, parameter in loaded.network.named_parameters():
         if name.startswith("class_embedding.") or name.endswith("class_embedder.embedding_table.weight"):
             return len(parameter)
-    raise ModelError("the denoiser knows no classes", "it has no class embedding", "give a class-conditional model")
+    raise ModelError("the denoiser has no classes", "it has no class embedding", "use a class-conditional model")

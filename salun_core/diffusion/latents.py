@@ -24,15 +24,16 @@ _SUM = "sha256"
 Tensors = dict[str, Tensor]
 
 
-def remembered(kind: str, key: str, compute: Callable[[], Tensors]) -> Tensors:
-    """Return what was computed before, or compute and keep it; without `$SALUN_CACHE_DIR` nothing is kept.
+def cached(kind: str, key: str, compute: Callable[[], Tensors]) -> Tensors:
+    """Return tensors from the disk cache, or compute and cache them; without `$SALUN_CACHE_DIR` nothing is cached.
 
-    A file that is damaged, or that cannot be written, costs the computation again and nothing else.
+    A file is written under another name and renamed, so that other processes never read a part of it. A file that is
+    damaged, or that cannot be written, only costs the computation.
 
     Args:
-        kind: names the folder.
-        key: digest of all that the result depends on.
-        compute: tensors by name.
+        kind: name of the folder.
+        key: digest of everything that the result depends on.
+        compute: returns tensors by name.
     """
     root = os.environ.get(CACHE_VARIABLE, "").strip()
     if not root:
@@ -49,10 +50,10 @@ def _read(path: Path) -> Tensors | None:
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            promised = (file.metadata() or {}).get(_SUM)
+            expected = (file.metadata() or {}).get(_SUM)
     except (SafetensorError, OSError, ValueError, RuntimeError):
         return None
-    return tensors if promised == _sum(tensors) else None
+    return tensors if expected == _sum(tensors) else None
 
 
 def _sum(tensors: Tensors) -> str:
@@ -86,37 +87,32 @@ def latents_of(
 
         mean = (μ - shift) · scale,    std = σ · scale
 
-    so that `mean + std · noise` is a fresh draw of the latent each time, as if the image were encoded again.
+    so that `mean + std · noise` is a new sample of the latent, as if the image were encoded again.
 
     Args:
-        autoencoder: in eval mode; computed in float32 on its own device, whatever type it is kept in.
+        autoencoder: in eval mode; it computes in float32 on its device, because SDXL's overflows in float16.
         images: uint8 [N, C, H, W] of the autoencoder's size.
-        batch_size: images that are encoded together.
+        batch_size: images per forward pass.
 
     Returns:
         Mean and standard deviation, float32 [N, c, h, w] each, on the CPU.
 
     Raises:
-        ModelError: a latent is NaN or infinite.
+        ModelError: a latent holds NaN or infinity.
     """
     shift, scale = scaling(autoencoder)
-    device, kind = next(autoencoder.parameters()).device, autoencoder.dtype
+    device, dtype = next(autoencoder.parameters()).device, autoencoder.dtype
     means, deviations = [], []
-    _cast(autoencoder, torch.float32)
     try:
+        autoencoder.to(torch.float32)
         for part in torch.split(images, batch_size):
             latent = autoencoder.encode(pixels_of(part.to(device))).latent_dist
             means.append(((latent.mean - shift) * scale).cpu())
             deviations.append((latent.std * scale).cpu())
     finally:
-        _cast(autoencoder, kind)
+        autoencoder.to(dtype)
     mean, deviation = torch.cat(means), torch.cat(deviations)
     return require_finite("latents", mean), require_finite("latents", deviation)
-
-
-def _cast(autoencoder: Any, kind: torch.dtype) -> None:  # noqa: ANN401
-    if autoencoder.dtype != kind:
-        autoencoder.to(kind)
 
 
 def scaling(autoencoder: Any) -> tuple[float, float]:  # noqa: ANN401
@@ -126,13 +122,12 @@ def scaling(autoencoder: Any) -> tuple[float, float]:  # noqa: ANN401
 
 
 def decoder(autoencoder: Any) -> Decode:  # noqa: ANN401
-    """Return the way from scaled latents [B, c, h, w] to images uint8 [B, 3, H, W]."""
+    """Return the function from scaled latents [B, c, h, w] to images uint8 [B, 3, H, W]."""
     shift, scale = scaling(autoencoder)
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        device, kind = next(autoencoder.parameters()).device, autoencoder.dtype
-        wanted = (latents / scale + shift).to(device, kind)
-        return to_bytes(require_finite("decoded images", autoencoder.decode(wanted).sample))
+        unscaled = (latents / scale + shift).to(next(autoencoder.parameters()).device, autoencoder.dtype)
+        return to_bytes(require_finite("decoded images", autoencoder.decode(unscaled).sample))
 
     return decode

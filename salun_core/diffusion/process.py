@@ -35,13 +35,13 @@ class Process:
 
     @classmethod
     def of_scheduler(cls, scheduler: Any) -> Process:  # noqa: ANN401 - any scheduler of diffusers
-        """Read the process off one of diffusers' schedulers.
+        """Derive the process from a scheduler of diffusers.
 
         Args:
-            scheduler: with `alphas_cumprod` and a prediction type, or one of the flow-matching family.
+            scheduler: with `alphas_cumprod` and a prediction type, or of the flow-matching family.
 
         Raises:
-            ModelError: it is of neither family, or predicts something else.
+            ModelError: it belongs to neither family, or has another prediction type.
         """
         name, config = type(scheduler).__name__, scheduler.config
         if "FlowMatch" in name:
@@ -55,9 +55,9 @@ class Process:
             raise ModelError(
                 f"scheduler {name} is not supported",
                 f"it has no cumulative alphas, or its prediction type is {kind!r}",
-                "give a DDPM, DDIM, PNDM, Euler or flow-matching scheduler",
+                "use a DDPM, DDIM, PNDM, Euler or flow-matching scheduler",
             )
-        alphas = scheduler.alphas_cumprod.to(torch.float64)
+        alphas = scheduler.alphas_cumprod.to(torch.float64)  # 1 - ā_t loses digits in float32 at small t
         return cls(cast(Prediction, kind), alphas.sqrt().float(), (1 - alphas).sqrt().float())
 
     @property
@@ -81,7 +81,7 @@ class Process:
         return signal * clean + sigma * noise
 
     def target(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Return what the network ought to predict for x_t; arguments as for `noisy`."""
+        """Return the target of the network's prediction for x_t; arguments as for `noisy`."""
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "sample":
@@ -92,13 +92,13 @@ class Process:
         return signal * noise - sigma * clean
 
     def network_times(self, times: Tensor) -> Tensor:
-        """Return times as the network takes them: t itself, or 1000 σ_t for flows."""
+        """Return times in the units of the network: t itself, or 1000 σ_t for flows."""
         if self.prediction != "flow":
             return times
         return self.noise.to(times.device)[times] * self.times
 
     def clean_of(self, noisy: Tensor, predicted: Tensor, times: Tensor) -> Tensor:
-        """Return the estimate of x_0 that a prediction for x_t amounts to; shapes as for `noisy`."""
+        """Return the estimate of x_0 that follows from a prediction for x_t; shapes as for `noisy`."""
         signal, sigma = self._factors(noisy, times)
         if self.prediction == "epsilon":
             return (noisy - sigma * predicted) / signal
@@ -109,7 +109,7 @@ class Process:
         return signal * noisy - sigma * predicted
 
     def noise_of(self, noisy: Tensor, predicted: Tensor, times: Tensor) -> Tensor:
-        """Return the estimate of ε that a prediction for x_t amounts to; shapes as for `noisy`."""
+        """Return the estimate of ε that follows from a prediction for x_t; shapes as for `noisy`."""
         signal, sigma = self._factors(noisy, times)
         if self.prediction == "epsilon":
             return predicted

@@ -1,4 +1,4 @@
-"""Draws images from a denoiser: one batch after the other, each image from a seed of its own."""
+"""Generates images with a denoiser, batch after batch; each image has its own seed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Decode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are drawn.
+    """How images are generated.
 
     Args:
-        scheduler: one of diffusers', by the sampler's own steps; it is copied for each batch.
+        scheduler: a scheduler of diffusers; it is copied for each batch.
         shape: of one sample, (C, H, W).
-        steps: of denoising.
-        guidance_scale: w + 1 of classifier-free guidance; 1 asks the network once a step.
-        batch_size: images that go through the network together.
+        steps: number of denoising steps.
+        guidance_scale: w + 1 of classifier-free guidance; 1 means no guidance and half the work.
+        batch_size: images per forward pass.
     """
 
     scheduler: Any
@@ -39,7 +39,7 @@ class Sampler:
         """Make the deterministic sampler of a process: DDIM without noise, or Euler steps for flows.
 
         Args:
-            scheduler: the model's own.
+            scheduler: the scheduler of the model.
             shape: of one sample, (C, H, W).
             settings: steps, guidance_scale, batch_size.
         """
@@ -57,7 +57,10 @@ class Sampler:
 
 
 def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Return the noise of each seed, float32 [B, *shape]: the same in every batch and on every device."""
+    """Return the noise of each seed, float32 [B, *shape].
+
+    One CPU generator per image makes an image independent of its batch, of the batch size and of the device.
+    """
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -65,20 +68,20 @@ def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 def samples(
     denoiser: Denoiser, table: ConditionTable, sampler: Sampler, rows: Sequence[int], seeds: Sequence[int]
 ) -> Iterator[Tensor]:
-    """Draw samples, batch after batch; memory does not grow with their number or with the steps.
+    """Generate samples batch after batch; memory does not grow with their number or with the steps.
 
     Args:
         denoiser: in eval mode afterwards.
         table: conditions, on the denoiser's device.
-        sampler: how.
-        rows: the condition of each sample.
-        seeds: of each sample.
+        sampler: steps, guidance and batch size.
+        rows: row of the condition of each sample.
+        seeds: seed of each sample.
 
     Yields:
         Latents or pixels, float32 [B, C, H, W], in order.
 
     Raises:
-        ModelError: a sample is NaN or infinite.
+        ModelError: a sample holds NaN or infinity.
     """
     denoiser.network.eval()
     device = next(denoiser.network.parameters()).device
@@ -92,44 +95,52 @@ def samples(
 def _denoised(denoiser: Denoiser, table: ConditionTable, sampler: Sampler, rows: Tensor, noise: Tensor) -> Tensor:
     scheduler = type(sampler.scheduler).from_config(sampler.scheduler.config)
     scheduler.set_timesteps(sampler.steps)
-    told = guidance_conditions(table, rows, sampler.guidance_scale)
+    conditions = guidance_conditions(table, rows, sampler.guidance_scale)
     current = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    for moment in scheduler.timesteps:
-        predicted = guided_prediction(denoiser, current, moment, told, sampler.guidance_scale)
-        current = scheduler.step(predicted, moment, current, return_dict=False)[0]
+    for time in scheduler.timesteps:
+        times = time.to(current.device).expand(len(current))
+        predicted = guided_prediction(denoiser, current, times, conditions, sampler.guidance_scale)
+        current = scheduler.step(predicted, time, current, return_dict=False)[0]
     return current
 
 
 def guidance_conditions(table: ConditionTable, rows: Tensor, scale: float) -> Conditions:
-    """Return what the network is told in one call: the conditions, and the null condition after them if it guides."""
-    told = table.take(rows)
+    """Return the conditions of one guided call: those of the rows, then as many null conditions if it guides.
+
+    Raises:
+        UsageError: it guides, and the model has no null condition.
+    """
+    conditions = table.take(rows)
     if scale == 1:
-        return told
-    free = table.nulls(len(rows))
-    return {name: torch.cat([told[name], free[name]]) for name in told}
+        return conditions
+    nulls = table.nulls(len(rows))
+    return {name: torch.cat([conditions[name], nulls[name]]) for name in conditions}
 
 
-def guided_prediction(denoiser: Denoiser, noisy: Tensor, moment: Tensor, told: Conditions, scale: float) -> Tensor:
-    """Ask the network at a scheduler's own time, with guidance (see `objectives.guided`).
+def guided_prediction(
+    denoiser: Denoiser, noisy: Tensor, network_times: Tensor, conditions: Conditions, scale: float
+) -> Tensor:
+    """Return the prediction under classifier-free guidance, ε_∅ + scale (ε_c - ε_∅), [B, C, H, W].
 
     Args:
         denoiser: the network.
         noisy: x_t [B, C, H, W].
-        moment: a scheduler's time, a scalar; of a flow 1000 σ.
-        told: from `guidance_conditions`.
-        scale: of the guidance.
+        network_times: [B], in the network's units (see `Process.network_times`).
+        conditions: from `guidance_conditions`.
+        scale: of the guidance; 1 takes one prediction per sample, another scale takes two.
+
+    Source:
+        Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022; their w is scale - 1.
     """
-    double = 1 if scale == 1 else 2
-    times = moment.to(noisy.device).expand(double * len(noisy))
-    found = denoiser.ask(noisy.repeat(double, 1, 1, 1), times, told)
-    if double == 1:
-        return found
-    conditional, free = found.chunk(2)
+    if scale == 1:
+        return denoiser.predict_at(noisy, network_times, conditions)
+    both = denoiser.predict_at(noisy.repeat(2, 1, 1, 1), network_times.repeat(2), conditions)
+    conditional, free = both.chunk(2)
     return free + scale * (conditional - free)
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Turn pixels from -1 to 1, [B, C, H, W], into uint8 [B, 3, H, W]; one channel becomes three."""
+    """Turn pixels from -1 to 1, [B, C, H, W], into uint8 [B, 3, H, W]; grey becomes three equal channels."""
     images = ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
@@ -143,6 +154,6 @@ def images(
     seeds: Sequence[int],
     decode: Decode = to_bytes,
 ) -> Iterator[Tensor]:
-    """Draw images as `samples` does, decoded to uint8 [B, 3, H', W'] on the CPU."""
+    """Generate samples as `samples` does, and decode them to uint8 [B, 3, H', W'] on the CPU."""
     for drawn in samples(denoiser, table, sampler, rows, seeds):
         yield decode(drawn).cpu()

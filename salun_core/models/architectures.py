@@ -1,11 +1,10 @@
-"""Classifiers by name: those of the classification study, torchvision's models, any timm model."""
+"""Classifiers by name: the networks of the study, torchvision's models, timm's models."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from salun_core.models.transformers import swin_t, vit_tiny
 from salun_core.models.vgg import vgg16_bn
 
 Builder = Callable[[int, int, int | None], nn.Module]
-"""(classes, channels, side of the images in pixels if known) -> fresh weights."""
+"""(classes, channels, side of the images in pixels if known) -> network with fresh weights."""
 
 CLASSIFIERS: dict[str, Builder] = {
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in DEPTHS},
@@ -27,26 +26,23 @@ CLASSIFIERS: dict[str, Builder] = {
 
 
 def build_classifier(architecture: str, num_classes: int, channels: int = 3, size: int | None = None) -> nn.Module:
-    """Build a classifier with fresh weights; none are downloaded.
+    """Build a classifier with fresh weights; nothing is downloaded.
 
     Args:
-        architecture: a name of `CLASSIFIERS`, `torchvision:NAME`, or `timm:NAME`; a bare name that only timm has
-            is taken from there.
+        architecture: a name of `CLASSIFIERS`, `torchvision:NAME`, `timm:NAME`, or a timm name without prefix.
         num_classes: outputs, at least 2.
         channels: of the images.
-        size: side of the images in pixels, for architectures that are built for one size.
+        size: side of the images in pixels, for architectures of a fixed size.
 
     Returns:
         The module, in train mode.
 
     Raises:
-        UsageError: no architecture of that name (with the nearest match).
-        ModelError: it cannot be built with these numbers.
+        UsageError: an unknown name (with the nearest match).
+        ModelError: the architecture cannot be built with these numbers.
     """
     if num_classes < 2:
-        raise ModelError(
-            f"{num_classes} classes cannot be classified", "a classifier needs two or more", "check the data"
-        )
+        raise ModelError(f"{num_classes} classes are too few", "a classifier needs two or more", "check the data")
     library, _, name = architecture.rpartition(":")
     if library in ("", "salun") and name in CLASSIFIERS:
         return CLASSIFIERS[name](num_classes, channels, size)
@@ -77,19 +73,13 @@ def _timm(name: str, num_classes: int, channels: int, size: int | None) -> nn.Mo
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         raise unknown_name("architecture", name, [*CLASSIFIERS, *near])
-    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
+    create = partial(timm.create_model, name, pretrained=False, num_classes=num_classes, in_chans=channels)
     try:
-        return _create_timm(name, **options, **({"img_size": size} if size else {}))
+        return create(img_size=size) if size else create()
     except TypeError:
-        return _create_timm(name, **options)  # an architecture that takes any size has no img_size
+        return create()  # an architecture for any size has no img_size
     except (AssertionError, ArithmeticError, ValueError, RuntimeError, KeyError) as error:
         why = str(error).split("\n")[0] or type(error).__name__
         raise ModelError(
-            f"{name} cannot be built for images of {size} pixels", why, "set another `size`, or take a residual network"
+            f"{name} cannot be built for images of {size} pixels", why, "set another `size`, or use a residual network"
         ) from error
-
-
-def _create_timm(name: str, **options: Any) -> nn.Module:  # noqa: ANN401 - passed on to timm
-    import timm
-
-    return timm.create_model(name, pretrained=False, **options)

@@ -1,11 +1,11 @@
-"""Model folders: `model.safetensors` + `model.json`, strict in both directions. No pickle."""
+"""Model folders of classifiers: weights, card and split, checked on reading and written atomically. No pickle."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from salun_core.config import load
+from salun_core.config import Document, load
 from salun_core.data.images import Normalisation
 from salun_core.data.split import SplitManifest
 from salun_core.digest import check_digest, sha256_bytes, sha256_file
@@ -24,7 +24,7 @@ from salun_core.models.card import ModelCard
 from salun_core.storage.local_files import disk_error
 
 Files = Mapping[str, bytes | Callable[[Path], object]]
-"""By relative name, with `/` between folders: the content, or what writes it to a path."""
+"""By relative name, with `/` between folders: the content, or a function that writes it to a path."""
 
 WEIGHTS, CARD, SPLIT = "model.safetensors", "model.json", "split.json"
 
@@ -35,7 +35,7 @@ class LoadedModel:
 
     Args:
         model: in eval mode, channels-last.
-        card: what it is.
+        card: its model card.
         split: the split that it was trained on.
         digest: SHA-256 of `model.safetensors`.
     """
@@ -51,10 +51,10 @@ class LoadedModel:
         return Normalisation(tuple(self.card.mean), tuple(self.card.std))
 
     def check_images(self, images: Tensor, num_classes: int) -> None:
-        """Check that images [N, C, H, W] and a number of classes are what the model was built for.
+        """Check that images [N, C, H, W] and a number of classes fit the model.
 
         Raises:
-            ModelError: they are not.
+            ModelError: they do not.
         """
         expected = (self.card.channels, self.card.height, self.card.width)
         if tuple(images.shape[1:]) != expected:
@@ -68,14 +68,13 @@ class LoadedModel:
             raise ModelError(
                 "class count does not match",
                 f"the data have {num_classes} classes, the model {len(self.card.classes)}",
-                "give the data that the model was trained on",
+                "use the data that the model was trained on",
             )
 
 
 def weights_bytes(model: nn.Module) -> bytes:
     """Serialise a model's state as safetensors; the same state gives the same bytes on every device."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return serialise(state)
+    return serialise({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
 
 
 def model_digest(model: nn.Module) -> str:
@@ -88,45 +87,50 @@ def save_model(
     model: nn.Module,
     card: ModelCard,
     split: SplitManifest,
-    beside: Mapping[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> str:
-    """Write a model folder, whole or not at all; one that is there is replaced.
+    """Write a model folder atomically; an existing model folder is replaced.
 
     Args:
-        folder: where to.
+        folder: the folder to write.
         model: its weights.
-        card: must carry the split's digest.
-        split: written beside the card.
-        beside: further files by name.
+        card: must hold the split's digest.
+        split: written to the same folder.
+        extra_files: other files by name.
 
     Returns:
         The digest of the weights.
 
     Raises:
         StoreError: the folder cannot be written.
-        UsageError: it holds something that is not a model.
+        UsageError: the folder holds something that is not a model.
     """
     check_digest("the split of the model card", split.digest, card.split_digest)
     data = weights_bytes(model)
-    files = {**(beside or {}), WEIGHTS: data, CARD: _json(card), SPLIT: _json(split)}
-    write_folder(folder, files)
+    documents = {CARD: document_bytes(card), SPLIT: document_bytes(split)}
+    write_folder(folder, {**(extra_files or {}), WEIGHTS: data, **documents})
     return sha256_bytes(data)
 
 
-def _json(document: ModelCard | SplitManifest) -> bytes:
+def document_bytes(document: Document) -> bytes:
+    """Return a document as it is written into a model folder."""
     return (json.dumps(document.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
 
 def write_folder(folder: Path, files: Files) -> None:
-    """Write files into a new folder that appears whole, in place of an older model folder.
+    """Write files into a new folder, which then replaces an older model folder.
+
+    The files are written to a hidden folder on the same disk, which is renamed at the end. A process that dies earlier
+    leaves the hidden folder and no half-written model. One that dies between the two renames of a replacement leaves
+    no folder under the name; both models are then in hidden folders next to it.
 
     Args:
-        folder: where to.
-        files: what to write.
+        folder: the folder to write.
+        files: its files.
 
     Raises:
-        StoreError: it cannot be written.
-        UsageError: what is there is not a model folder.
+        StoreError: the folder cannot be written.
+        UsageError: the folder holds something that is not a model.
     """
     if folder.exists() and not (folder / CARD).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty", "it holds something that is not a model", "give a new folder")
@@ -149,7 +153,7 @@ def write_folder(folder: Path, files: Files) -> None:
 
 
 def _swap(new: Path, folder: Path) -> None:
-    """Put a folder in the place of another in two renames; the old one is deleted only then."""
+    """Rename a folder to its final name; an old folder is moved away first and deleted last."""
     if not folder.exists():
         new.replace(folder)
         return
@@ -164,18 +168,18 @@ def _swap(new: Path, folder: Path) -> None:
 
 
 def load_model(folder: Path) -> LoadedModel:
-    """Read a model folder and check all of it.
+    """Read and check a model folder.
 
     Raises:
-        UsageError: there is no model folder.
-        ModelError: names, shapes or types differ from the architecture's.
-        IntegrityError: a file is damaged, or the split is another.
+        UsageError: it is not a model folder.
+        ModelError: names, shapes or types of the weights differ from the architecture's.
+        IntegrityError: a file is damaged, or the card belongs to another split.
     """
     if not (folder / CARD).is_file():
         raise UsageError(f"{folder} is no model folder", f"it has no {CARD}", "make one with `salun model import`")
     card = load(ModelCard, folder / CARD)
     split = load(SplitManifest, folder / SPLIT)
-    check_digest("the split beside the model", card.split_digest, split.digest)
+    check_digest("the split in the model folder", card.split_digest, split.digest)
     model = build_classifier(card.architecture, len(card.classes), card.channels, card.height)
     load_weights(model, read_weights(folder / WEIGHTS))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -186,8 +190,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file.
 
     Raises:
-        UsageError: there is no such file.
-        IntegrityError: it is damaged.
+        UsageError: the file does not exist.
+        IntegrityError: the file is damaged.
     """
     if not path.is_file():
         raise UsageError(f"there are no weights {path}", "the file does not exist", "check the model folder")
@@ -195,28 +199,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise IntegrityError(f"weights {path.name} are damaged", str(error), "fetch them again") from error
+        raise IntegrityError(f"weights {path.name} are damaged", str(error), "download them again") from error
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors into a model whose names, shapes and types are exactly theirs.
+    """Copy tensors into a model; names, shapes and types must be equal.
 
     Raises:
-        ModelError: they differ; the message lists how.
+        ModelError: they differ; the message lists the differences.
     """
     faults = state_faults(model.state_dict(), state)
     if faults:
-        shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
         raise ModelError(
             "checkpoint does not fit the architecture",
-            shown,
+            shown_faults(faults),
             "give the architecture and class count that it was made with",
         )
     model.load_state_dict(dict(state))
 
 
+def shown_faults(faults: Sequence[str]) -> str:
+    """Return the first faults of a list, short enough for one message."""
+    return "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
+
+
 def state_faults(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """List how two states differ in names, shapes and types."""
+    """List the differences of two states in names, shapes and types."""
     faults = [f"missing {name}" for name in expected if name not in found]
     faults += [f"unexpected {name}" for name in found if name not in expected]
     for name, tensor in expected.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,11 +20,16 @@ from salun_core.data.split import SplitManifest
 from salun_core.digest import check_digest, sha256_file
 from salun_core.errors import IntegrityError, ModelError, SalunError, UsageError, unknown_name
 from salun_core.models.card import CARD, DiffusionCard, read_card
-from salun_core.models.checkpoint import SPLIT, Files, write_folder
+from salun_core.models.checkpoint import SPLIT, Files, document_bytes, shown_faults, write_folder
 from salun_core.registry.manifest import weights_digest
 from salun_core.storage.local_files import list_tree
 
 INDEX = "model_index.json"
+
+# Only these classes are loaded, each from its own library. `model_index.json` comes from strangers, and loading any
+# class that it names would let them choose code to run. Denoisers and text encoders are those that
+# `diffusion.denoiser` and `diffusion.conditions` can call; schedulers are those whose noise `diffusion.process` can
+# derive from their settings. No class here reads pickled files or code when it loads safetensors from a local folder.
 NETWORKS = {
     "UNet2DModel": "diffusers",
     "UNet2DConditionModel": "diffusers",
@@ -56,7 +61,7 @@ SCHEDULERS = dict.fromkeys(
 CLASSES = {**NETWORKS, **TOKENIZERS, **SCHEDULERS}
 DENOISERS = ("unet", "transformer")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
-"""Components that unlearning never asks; they are copied, never loaded."""
+"""Components that unlearning does not use; they are copied, and never loaded."""
 
 _PICKLED = {".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx_data"}
 _CODE = {".py", ".pyc", ".so"}
@@ -72,150 +77,138 @@ _CONVERT_FILE = (
 
 
 @dataclass(frozen=True)
-class Component:
-    """One part of a pipeline.
-
-    Args:
-        name: of its folder.
-        library: diffusers or transformers.
-        kind: its class.
-    """
-
-    name: str
-    library: str
-    kind: str
-
-
-@dataclass(frozen=True)
 class FolderPlan:
-    """What is to be loaded from a folder.
+    """What to load from a folder.
 
     Args:
         pipeline: class of the pipeline.
-        components: in the order of their names.
+        components: class by component name, sorted by name.
         settings: of the pipeline.
     """
 
     pipeline: str
-    components: list[Component]
-    settings: dict[str, Any]
+    components: Mapping[str, str]
+    settings: Mapping[str, Any]
 
 
 def refuse_pickle(path: Path) -> None:
     """Refuse a single file of pickled weights, with the command that converts it.
 
     Raises:
-        UsageError: it is one.
+        UsageError: the file is pickled.
     """
     if path.suffix in _PICKLED:
         raise _pickled(path.name, _CONVERT_FILE)
 
 
 def check_folder(folder: Path) -> FolderPlan:
-    """Check a diffusers folder and say what is to be loaded.
+    """Check a diffusers folder, and return what to load from it.
 
     Args:
         folder: with `model_index.json`.
 
     Raises:
-        UsageError: it is no such folder, a component that it names is missing, it holds pickled weights, code or links.
-        ModelError: a component is of a class that is not supported.
+        UsageError: it is not a diffusers folder, lacks a component, or holds pickled weights, code or links.
+        ModelError: the class of a component is not supported.
     """
     refuse_pickle(folder)
     if not (folder / INDEX).is_file():
         raise UsageError(
-            f"{folder} is no diffusers folder", f"it has no {INDEX}", "give the folder that save_pretrained() wrote"
+            f"{folder} is not a diffusers folder", f"it has no {INDEX}", "give the folder that save_pretrained() wrote"
         )
     index = read_document(folder / INDEX)
     pipeline = index.get("_class_name") if isinstance(index, Mapping) else None
     if not isinstance(pipeline, str):
-        raise ModelError(f"{INDEX} is not understood", "it names no pipeline of diffusers' own", "save it again")
-    named = {name: value for name, value in index.items() if _is_component(name, value)}
+        raise ModelError(
+            f"{INDEX} has no pipeline",
+            "its _class_name is missing, or names a custom pipeline",
+            "save a pipeline of diffusers",
+        )
+    named = {
+        name: value
+        for name, value in sorted(index.items())
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value != [None, None]
+    }
     _check_files(folder)
-    missing = [name for name in sorted(named) if not (folder / name).is_dir()]
+    missing = [name for name in named if not (folder / name).is_dir()]
     if missing:
         raise UsageError(
             f"{folder} is not complete",
             f"{INDEX} names {', '.join(missing)}, and there is no such folder",
-            "fetch what is missing, or set what you do without to [null, null]",
+            "download the missing folders, or set components that you do not use to [null, null]",
         )
-    components = [_component(name, *named[name]) for name in sorted(named) if name not in UNUSED]
-    _check_parts(folder, components)
+    components = {name: _checked_class(name, *named[name]) for name in named if name not in UNUSED}
+    if len(components.keys() & set(DENOISERS)) != 1 or "scheduler" not in components:
+        raise ModelError(
+            f"{folder.name} is not a diffusion model",
+            "it needs a scheduler and one of unet and transformer",
+            "give the folder of a whole pipeline",
+        )
+    for name, kind in components.items():
+        _check_component(folder / name, kind)
     settings = {name: value for name, value in index.items() if not (name.startswith("_") or isinstance(value, list))}
     return FolderPlan(pipeline, components, settings)
-
-
-def _is_component(name: str, value: Any) -> bool:  # noqa: ANN401 - of the index
-    return not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value != [None, None]
 
 
 def _check_files(folder: Path) -> None:
     tree = list_tree(folder)
     if tree.strange:
         raise UsageError(
-            f"{tree.strange[0]} is no plain file", "links, empty and deep folders are not read", "copy with `cp -rL`"
+            f"{tree.strange[0]} is not a plain file", "links, empty and deep folders are not read", "copy with `cp -rL`"
         )
     for name in sorted(tree.files):
         suffix = Path(name).suffix.lower()
         if suffix in _PICKLED:
             raise _pickled(name, _CONVERT if "/" in name else _CONVERT_FILE)
         if suffix in _CODE:
-            raise UsageError(f"{name} is code", "a model folder is data only", "remove it")
+            raise UsageError(f"{name} is code", "a model folder must hold data only", "remove it")
 
 
 def _pickled(name: str, remedy: str) -> UsageError:
-    return UsageError(f"{name} is refused", "it is pickled: reading it can run any code; only safetensors are", remedy)
+    why = "it is pickled, and reading it can run any code; only safetensors are read"
+    return UsageError(f"{name} is refused", why, remedy)
 
 
-def _component(name: str, library: Any, kind: Any) -> Component:  # noqa: ANN401 - of the index
+def _checked_class(name: str, library: Any, kind: Any) -> str:  # noqa: ANN401 - of the index
     if not isinstance(kind, str) or not isinstance(library, str):
-        raise ModelError(f"component {name} is not understood", f"{INDEX} names no class for it", "save it again")
-    if kind not in CLASSES or CLASSES[kind] != library:
+        raise ModelError(f"component {name} has no class", f"{INDEX} does not name one", "save the pipeline again")
+    if CLASSES.get(kind) != library:
         known = unknown_name(f"class for {name}:", kind, CLASSES)
         raise ModelError(
-            f"component {name} is not supported", f"its class {library}.{kind} is not known here", known.remedy
+            f"component {name} is not supported", f"its class {library}.{kind} is not on the allow-list", known.remedy
         )
-    return Component(name, library, kind)
+    return kind
 
 
-def _check_parts(folder: Path, components: list[Component]) -> None:
-    names = {component.name for component in components}
-    if len(names.intersection(DENOISERS)) != 1 or "scheduler" not in names:
-        raise ModelError(
-            f"{folder.name} is no diffusion model", "it needs a scheduler and one of unet and transformer", ""
-        )
-    for component in components:
-        _check_part(folder / component.name, component)
-
-
-def _check_part(folder: Path, component: Component) -> None:
-    for path in sorted(folder.glob("*.json")):
-        document = read_document(path) if path.name.endswith("config.json") else {}
+def _check_component(folder: Path, kind: str) -> None:
+    for path in sorted(folder.glob("*config.json")):
+        document = read_document(path)
         if isinstance(document, Mapping) and {"auto_map", "trust_remote_code"} & set(document):
             raise ModelError(
-                f"component {component.name} is refused", f"{path.name} asks for code of its own", "use a plain model"
+                f"component {folder.name} is refused", f"{path.name} requests code of its own", "use a plain model"
             )
-    if component.kind not in NETWORKS:
+    if kind not in NETWORKS:
         return
-    for what, found in (("config.json", [folder / "config.json"]), ("weights in safetensors", _weights(folder))):
-        if not any(path.is_file() for path in found):
-            raise UsageError(f"component {component.name} is not complete", f"it has no {what}", "fetch it again")
+    has = {"config.json": (folder / "config.json").is_file(), "weights in safetensors": bool(_weight_files(folder))}
+    for what, present in has.items():
+        if not present:
+            raise UsageError(f"component {folder.name} is not complete", f"it has no {what}", "download it again")
 
 
-def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
 
 
 @dataclass(frozen=True)
 class Components:
-    """What a diffusers folder holds.
+    """The loaded components of a diffusers folder.
 
     Args:
-        folder: where it lies.
-        pipeline: class of the pipeline that it names.
+        folder: the folder.
+        pipeline: class of its pipeline.
         parts: by component name (`unet` or `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`, ...), in
-            eval mode; what the folder leaves out is not there.
-        settings: further settings of the pipeline, from the index.
+            eval mode.
+        settings: other settings of the pipeline, from the index.
         digest: of all its files (see `weights_digest`).
     """
 
@@ -242,8 +235,8 @@ class LoadedDiffusion:
 
     Args:
         components: its parts.
-        card: what it is.
-        split: the split that it was trained on; an empty one if it did not come from data.
+        card: its model card.
+        split: the split that it was trained on; empty for a model without data.
     """
 
     components: Components
@@ -262,21 +255,21 @@ class LoadedDiffusion:
 
 
 def load_diffusion(folder: Path) -> LoadedDiffusion:
-    """Read a model folder of a diffusion model and check all of it. Nothing is fetched, no code of it is run.
+    """Read and check the model folder of a diffusion model. Nothing is downloaded, and no code in it is run.
 
     Args:
         folder: a diffusers folder with `model.json` and `split.json`.
 
     Raises:
-        UsageError: it is no such folder, a component is missing, or it has pickled weights.
-        ModelError: a class that is not supported, weights that do not fit their configuration, NaN.
-        IntegrityError: a file is damaged, or the split is another.
+        UsageError: it is not such a folder, lacks a component, or has pickled weights.
+        ModelError: a class is not supported, weights do not fit their configuration or hold NaN.
+        IntegrityError: a file is damaged, or the card belongs to another split.
     """
     card = read_card(folder)
     if not isinstance(card, DiffusionCard):
-        raise UsageError(f"{folder} is no diffusion model", f"its card says {card.task}", "give a diffusers folder")
+        raise UsageError(f"{folder} is not a diffusion model", f"its card says {card.task}", "give a diffusers folder")
     split = load(SplitManifest, folder / SPLIT)
-    check_digest("the split beside the model", card.split_digest, split.digest)
+    check_digest("the split in the model folder", card.split_digest, split.digest)
     found = read_diffusers(folder)
     if type(found.network).__name__ != card.architecture:
         raise ModelError(
@@ -301,7 +294,7 @@ def read_diffusers(folder: Path) -> Components:
     """Read a diffusers folder, with or without a card; errors as for `load_diffusion`."""
     silence_logs()
     plan = check_folder(folder)
-    parts = {component.name: _part(folder, component) for component in plan.components}
+    parts = {name: _load_component(folder / name, kind) for name, kind in plan.components.items()}
     return Components(folder, plan.pipeline, parts, plan.settings, folder_digest(folder))
 
 
@@ -315,69 +308,54 @@ def model_files(folder: Path) -> list[str]:
     return sorted(name for name in list_tree(folder).files if name == INDEX or "/" in name)
 
 
-def _part(folder: Path, component: Component) -> Any:  # noqa: ANN401 - of diffusers or transformers
-    import importlib
-
-    kind = getattr(importlib.import_module(component.library), component.kind)
-    place = str(folder / component.name)
+def _load_component(folder: Path, kind: str) -> Any:  # noqa: ANN401 - of diffusers or transformers
+    loader = getattr(importlib.import_module(CLASSES[kind]), kind)
     try:
-        if component.kind not in NETWORKS:
-            return kind.from_pretrained(place, local_files_only=True)
-        network, facts = kind.from_pretrained(
-            place,
+        if kind not in NETWORKS:
+            return loader.from_pretrained(str(folder), local_files_only=True)
+        network, info = loader.from_pretrained(
+            str(folder),
             local_files_only=True,
             use_safetensors=True,
-            torch_dtype=_kept_type(folder, component),
+            torch_dtype=_stored_dtype(folder),
             output_loading_info=True,
         )
     except SalunError:
         raise
-    except Exception as error:  # configurations are foreign, and the libraries raise nearly anything on them
+    except Exception as error:  # configurations come from strangers, and the libraries raise nearly anything on them
         why = str(error).strip().split("\n")[0][:300]
-        raise ModelError(f"cannot load {component.name}", why, "check its configuration and its weights") from error
-    _require_whole(component.name, network, facts)
+        raise ModelError(f"cannot load {folder.name}", why, "check its configuration and its weights") from error
+    _check_loaded(folder.name, network, info)
     return network.eval()
 
 
-def _kept_type(folder: Path, component: Component) -> torch.dtype:
-    """The floating type that weights are kept in; the first tensor's, for files are of one type."""
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    for path in weight_paths(folder / component.name):
-        for _, kind in tensors_of(path).items():
-            if kind in kinds:
-                return kinds[kind]
-    return torch.float32
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Return the floating type of the first stored tensor; published folders use one type for all."""
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    stored = (dtype for path in _weight_files(folder) for dtype in _tensor_types(path).values())
+    return next((dtypes[dtype] for dtype in stored if dtype in dtypes), torch.float32)
 
 
-def weight_paths(folder: Path) -> list[Path]:
-    """Return the weight files of a component, sorted by name."""
-    return sorted(folder.glob("*.safetensors"))
-
-
-def tensors_of(path: Path) -> dict[str, str]:
-    """Return the type of each tensor in a safetensors file, such as F32, from its header.
-
-    Raises:
-        IntegrityError: it is damaged.
-    """
+def _tensor_types(path: Path) -> dict[str, str]:
+    """Return the type of each tensor in a safetensors file, such as F32, from its header."""
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise IntegrityError(f"weights {path.name} are damaged", str(error), "fetch them again") from error
+        raise IntegrityError(f"weights {path.name} are damaged", str(error), "download them again") from error
 
 
-def _require_whole(name: str, network: nn.Module, facts: Mapping[str, Any]) -> None:
-    """A tensor that the weights lack would be drawn at random."""
-    faults = [f"missing {key}" for key in sorted(facts.get("missing_keys", []))]
-    faults += [f"unexpected {key}" for key in sorted(facts.get("unexpected_keys", []))]
-    faults += [f"{item} has another shape" for item in facts.get("mismatched_keys", [])]
+def _check_loaded(name: str, network: nn.Module, info: Mapping[str, Any]) -> None:
+    """Refuse what the libraries accept with a warning: they fill missing tensors with random values."""
+    faults = [f"missing {key}" for key in sorted(info.get("missing_keys", []))]
+    faults += [f"unexpected {key}" for key in sorted(info.get("unexpected_keys", []))]
+    faults += [f"{item} has another shape" for item in info.get("mismatched_keys", [])]
     if faults:
-        shown = "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
-        raise ModelError(f"weights of {name} do not fit its configuration", shown, "fetch the component again")
+        why = shown_faults(faults)
+        raise ModelError(f"weights of {name} do not fit its configuration", why, "download the component again")
     for key, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"weights of {name} are not finite", f"{key} holds NaN or infinity", "fetch them again")
+            raise ModelError(f"weights of {name} are not finite", f"{key} holds NaN or infinity", "download them again")
 
 
 def save_diffusion(
@@ -386,68 +364,60 @@ def save_diffusion(
     network: nn.Module,
     card: DiffusionCard,
     split: SplitManifest,
-    beside: Mapping[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> str:
-    """Write a model folder with another denoiser, whole or not at all; one that is there is replaced.
+    """Write a model folder with a new denoiser, atomically; an existing model folder is replaced.
 
-    All other components are copied byte for byte. The denoiser keeps its files' names, shards, order and types; the
+    All other components are copied byte for byte. The denoiser's files keep their names, shards, order and types; the
     same weights give the same bytes.
 
     Args:
-        folder: where to.
+        folder: the folder to write.
         original: the model that the denoiser was made from.
         network: the new denoiser.
-        card: must carry the split's digest.
-        split: written beside the card.
-        beside: further files by name.
+        card: must hold the split's digest.
+        split: written to the same folder.
+        extra_files: other files by name.
 
     Returns:
         The digest of the new model.
 
     Raises:
-        ModelError: the denoiser is of another architecture.
+        ModelError: the denoiser has another architecture.
         StoreError: the folder cannot be written.
-        UsageError: it holds something that is not a model.
+        UsageError: the folder holds something that is not a model.
     """
+    parts = original.components
+    files = {**copies(parts.folder), **_denoiser_files(parts.folder / parts.denoiser_name, network)}
+    return write_diffusion(folder, {**(extra_files or {}), **files}, card, split)
+
+
+def write_diffusion(folder: Path, files: Files, card: DiffusionCard, split: SplitManifest) -> str:
+    """Write a model folder with its card and its split, and return the digest of the model; errors as above."""
     check_digest("the split of the model card", split.digest, card.split_digest)
-    written = {**copies(original.components.folder), **denoiser_files(original.components, network)}
-    files: Files = {**(beside or {}), **written, CARD: document_bytes(card), SPLIT: document_bytes(split)}
-    write_folder(folder, files)
+    write_folder(folder, {**files, CARD: document_bytes(card), SPLIT: document_bytes(split)})
     return folder_digest(folder)
 
 
 def copies(folder: Path) -> dict[str, Callable[[Path], object]]:
-    """Return what copies each file of the model in a folder, by relative name."""
+    """Return a function that copies each file of the model in a folder, by relative name."""
     return {name: partial(shutil.copyfile, folder / name) for name in model_files(folder)}
 
 
-def denoiser_files(original: Components, network: nn.Module) -> dict[str, Callable[[Path], object]]:
-    """Return what writes the denoiser's weight files, by relative name.
-
-    Raises:
-        ModelError: the denoiser has other tensors than the original's files.
-    """
+def _denoiser_files(original: Path, network: nn.Module) -> dict[str, Callable[[Path], object]]:
+    """Return a function that writes each weight file of the denoiser, by relative name."""
     state = network.state_dict()
-    paths = weight_paths(original.folder / original.denoiser_name)
-    layout = {path: tensors_of(path) for path in paths}
+    layout = {path: list(_tensor_types(path)) for path in _weight_files(original)}
     if sorted(state) != sorted(name for names in layout.values() for name in names):
         raise ModelError(
             "the denoiser does not fit the folder", "its tensors have other names", "start from the same model"
         )
-    return {
-        f"{original.denoiser_name}/{path.name}": partial(_write_shard, state, list(names), path)
-        for path, names in layout.items()
-    }
+    return {f"{original.name}/{path.name}": partial(_write_shard, state, names, path) for path, names in layout.items()}
 
 
 def _write_shard(state: Mapping[str, torch.Tensor], names: list[str], like: Path, target: Path) -> None:
     with safe_open(str(like), framework="pt") as file:
-        facts = file.metadata()
-        kinds = {name: file.get_tensor(name).dtype for name in names}
-    tensors = {name: state[name].detach().to("cpu", kinds[name]).contiguous() for name in names}
-    save_file(tensors, target, metadata=facts)
-
-
-def document_bytes(document: DiffusionCard | SplitManifest) -> bytes:
-    """Return a document as it is written into a model folder."""
-    return (json.dumps(document.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+        metadata = file.metadata()
+        dtypes = {name: file.get_tensor(name).dtype for name in names}
+    tensors = {name: state[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
+    save_file(tensors, target, metadata=metadata)

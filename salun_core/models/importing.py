@@ -1,4 +1,4 @@
-"""The one door for foreign checkpoints: `.pt`, `.pth` and `.th` files, read with weights_only."""
+"""Reads foreign checkpoints (`.safetensors`, `.pt`, `.pth`, `.th`) without running code from them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _TORCH_SUFFIXES = {".pt", ".pth", ".th"}
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint without running code from it.
 
-    A nested `state_dict` is unwrapped and a prefix that all names share (`module.`) is taken off; names are not
-    changed otherwise.
+    A nested `state_dict` is unwrapped, and a prefix that all names share, such as `module.`, is removed. Names do not
+    change otherwise.
 
     Args:
         path: `.safetensors`, or a torch file.
@@ -30,20 +30,20 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         Tensors by name, on the CPU.
 
     Raises:
-        UsageError: there is no such file, or it is of another kind.
-        ModelError: it holds more than tensors, or no tensors.
+        UsageError: the file does not exist, or has another suffix.
+        ModelError: the file holds more than tensors, or no tensors.
     """
     if path.suffix == ".safetensors":
         return _stripped(read_weights(path))
     if path.suffix not in _TORCH_SUFFIXES:
         raise UsageError(
-            f"{path.name} is no checkpoint", f"its ending is {path.suffix!r}", "give .safetensors, .pt, .pth or .th"
+            f"{path.name} is not a checkpoint", f"its suffix is {path.suffix!r}", "give .safetensors, .pt, .pth or .th"
         )
     if not path.is_file():
         raise UsageError(f"there is no checkpoint {path}", "the file does not exist", "check the path")
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged files torch raises nearly anything, AssertionError included
+    except Exception as error:  # torch raises nearly anything on damaged files, even AssertionError
         why = str(error).strip().split("\n")[0]
         raise ModelError(
             f"cannot import {path.name}",
@@ -53,7 +53,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return _stripped(_tensors(document, path))
 
 
-def _tensors(document: Any, path: Path) -> dict[str, Tensor]:  # noqa: ANN401 - whatever the file held
+def _tensors(document: Any, path: Path) -> dict[str, Tensor]:  # noqa: ANN401 - any document
     for key in _NESTED:
         if isinstance(document, Mapping) and isinstance(document.get(key), Mapping):
             document = document[key]
@@ -70,9 +70,7 @@ def _tensors(document: Any, path: Path) -> dict[str, Tensor]:  # noqa: ANN401 - 
 
 
 def _stripped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    while state:
-        prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None)
-        if prefix is None:
-            break
+    """Remove prefixes of wrappers (data parallelism, Lightning, torch.compile), also several of them."""
+    while prefix := next((one for one in _PREFIXES if state and all(name.startswith(one) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)

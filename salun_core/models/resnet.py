@@ -9,7 +9,7 @@ DEPTHS = (8, 14, 20, 32, 44, 56)
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions with a shortcut; a 1 x 1 convolution where the shape changes."""
+    """Two 3 x 3 convolutions and a shortcut, which is a 1 x 1 convolution if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -43,16 +43,12 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(widths[0])
         stages, inputs = [], widths[0]
         for stage, width in enumerate(widths):
-            strides = [2 if stage else 1] + [1] * (blocks - 1)
-            stages.append(nn.Sequential(*self._blocks(inputs, width, strides)))
+            first = BasicBlock(inputs, width, stride=2 if stage else 1)
+            stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1))))
             inputs = width
         self.stages = nn.Sequential(*stages)
         self.fc = nn.Linear(inputs, num_classes)
         self.apply(_initialise)
-
-    @staticmethod
-    def _blocks(inputs: int, width: int, strides: list[int]) -> list[BasicBlock]:
-        return [BasicBlock(inputs if index == 0 else width, width, stride) for index, stride in enumerate(strides)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, channels, H, W] to logits [B, num_classes]."""

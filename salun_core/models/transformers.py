@@ -1,8 +1,8 @@
 """Swin-T and ViT-Tiny (timm's) with patches that fit the size of the images.
 
-A published transformer is made for 224 pixels. At 32 its patches would leave 64 of them to Swin-T and 4 to ViT-Tiny.
-Here the patch follows from the size alone, so a model card rebuilds the network without further settings. The rules
-must not change: cards that are out there rely on them.
+The published transformers are for 224 pixels. At 32 pixels, Swin-T would see 64 of its patches and ViT-Tiny 4. Here
+the size alone determines the patch, so a model card can rebuild the network without other settings. Do not change the
+rules: existing cards rely on them.
 
 Sources: Liu et al., "Swin Transformer", ICCV 2021; Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021;
 Touvron et al., 2021, for the tiny width.
@@ -19,7 +19,7 @@ from salun_core.errors import ModelError
 PUBLISHED_SIZE = 224
 _GRID = 14  # patches on a side of the published ViT
 _WINDOW = 7  # of the published Swin
-_SWIN_COARSE = 128  # from this size on Swin-T has its published patch of 4 pixels
+_SWIN_COARSE = 128  # from this size, Swin-T has its published patch of 4 pixels
 
 
 def vit_tiny(num_classes: int, channels: int, size: int | None = None) -> nn.Module:
@@ -55,10 +55,10 @@ def swin_t(num_classes: int, channels: int, size: int | None = None) -> nn.Modul
 
 
 def vit_patch(size: int) -> int:
-    """Return the patch's side: the least divisor of the size from 4 up that leaves at most 14 x 14 patches.
+    """Return the side of a patch: the smallest divisor of the size, from 4, that gives at most 14 x 14 patches.
 
     Raises:
-        ModelError: it leaves a single patch.
+        ModelError: the size has no such divisor but itself.
     """
     patch = next(side for side in range(4, size + 4) if size % side == 0 and size // side <= _GRID or side >= size)
     if patch >= size:
@@ -67,9 +67,9 @@ def vit_patch(size: int) -> int:
 
 
 def swin_patch_and_window(size: int) -> tuple[int, int]:
-    """Return the side of a patch in pixels, and that of an attention window in patches.
+    """Return the side of a patch in pixels, and the side of an attention window in patches.
 
-    The window is the largest up to 7 that divides the grids of the first three stages, so that nothing is padded.
+    The window is the largest, up to 7, that divides the grids of the first three stages, so that nothing is padded.
 
     Raises:
         ModelError: the patch does not divide the size.

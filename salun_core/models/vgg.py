@@ -13,8 +13,8 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 class VGG(nn.Module):
     """Stages of 3 x 3 convolutions with batch norm, each followed by a pooling that halves the size; one linear layer.
 
-    What is left after the last stage is averaged to one pixel. The convolutions keep their bias, and the layers the
-    names `features.N` and `classifier`, as in the checkpoints of this network that are found for CIFAR.
+    The output of the last stage is averaged to one pixel. Convolutions have a bias, and layers are named `features.N`
+    and `classifier`, because published CIFAR checkpoints of this network have both.
 
     Args:
         stages: output channels of each convolution, by stage.
@@ -39,7 +39,7 @@ class VGG(nn.Module):
         """Map images [B, channels, H, W] to logits [B, num_classes].
 
         Raises:
-            ModelError: they are smaller than 32 pixels.
+            ModelError: the images are smaller than 32 pixels.
         """
         require_size(min(images.shape[2:]))
         logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
@@ -53,28 +53,23 @@ def require_size(size: int) -> None:
         size: of the shorter side, in pixels.
 
     Raises:
-        ModelError: they are not.
+        ModelError: they are smaller than 32 pixels.
     """
     if size < MIN_SIZE:
         raise ModelError(
             f"vgg16_bn cannot be built for images of {size} pixels",
             f"its five poolings need {MIN_SIZE}",
-            f"set `size: {MIN_SIZE}` in the data spec, or take a residual network",
+            f"set `size: {MIN_SIZE}` in the data spec, or use a residual network",
         )
 
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        _zero(module.bias)
+        nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.01)
-        _zero(module.bias)
-
-
-def _zero(bias: Tensor | None) -> None:
-    if bias is not None:
-        nn.init.zeros_(bias)
+        nn.init.zeros_(module.bias)
 
 
 def vgg16_bn(num_classes: int, channels: int, size: int | None = None) -> VGG:

@@ -1,4 +1,4 @@
-"""Weight saliency: scores, one-bit masks and the optimiser step that honours them."""
+"""Weight saliency: scores, one-bit masks and the masked optimizer step."""
 
 from salun_core.saliency.mask import SaliencyMask
 from salun_core.saliency.masked_step import masked_optimizer

@@ -1,4 +1,4 @@
-"""The saliency mask: one bit a weight, chosen by an exact global threshold."""
+"""The saliency mask: one bit per weight, chosen by an exact global threshold."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ Scores = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class SaliencyMask:
-    """Which weights are salient: packed bits, little bit order, one row of bytes a parameter.
+    """The salient weights of a model as packed bits.
 
     Args:
         shapes: by parameter name, in the model's order.
-        bits: by parameter name, `ceil(numel / 8)` bytes; bit i of the flat parameter is bit `i % 8` of byte `i // 8`.
+        bits: by parameter name, `ceil(numel / 8)` bytes in little bit order: weight i of the flat parameter is bit
+            `i % 8` of byte `i // 8`. So the position of a bit does not depend on the size, and padding comes last.
         k: number of salient weights.
-        facts: provenance that travels in the file's metadata (model_digest, forget_set_digest, scores, threshold).
+        facts: provenance, stored in the file's metadata (model_digest, forget_set_digest, scores, threshold).
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -38,10 +39,10 @@ class SaliencyMask:
 
     @classmethod
     def from_scores(cls, scores: Scores, density: float, facts: Mapping[str, str] | None = None) -> SaliencyMask:
-        """Keep the share `density` of all weights that score highest, globally and exactly (SalUn, eq. 3).
+        """Keep the share `density` of all weights with the highest scores, globally and exactly (SalUn, eq. 3).
 
-        k = round(density * weights), at least 1. Ties at the threshold go to the lower index, counted over the
-        parameters in the order of `scores`. The same scores serve any number of densities.
+        k = round(density * weights), at least 1. Of weights that equal the threshold, those with the lower index are
+        kept, counted over the parameters in the order of `scores`.
 
         Args:
             scores: from `saliency_scores`; magnitudes are compared.
@@ -52,8 +53,8 @@ class SaliencyMask:
             The mask.
 
         Raises:
-            UsageError: density outside (0, 1].
-            ModelError: no scores, or one that is NaN or infinite.
+            UsageError: the density is outside (0, 1].
+            ModelError: there are no scores, or a score is NaN or infinite.
         """
         total = _count({name: tuple(score.shape) for name, score in scores.items()})
         k = _salient_count(density, total)
@@ -82,7 +83,7 @@ class SaliencyMask:
 
     @classmethod
     def random(cls, scores_or_shapes: Scores | Shapes, density: float, seed: int) -> SaliencyMask:
-        """Draw exactly as many weights as `from_scores` keeps, uniformly: the control for saliency.
+        """Draw as many weights as `from_scores` keeps, uniformly: the control for saliency.
 
         Args:
             scores_or_shapes: tensors or shapes by parameter name.
@@ -106,7 +107,7 @@ class SaliencyMask:
 
     @classmethod
     def full(cls, shapes: Shapes) -> SaliencyMask:
-        """Make every weight salient: what a method without a mask trains."""
+        """Make every weight salient, as for a method without a mask."""
         ones = {name: np.ones(math.prod(shape), dtype=np.bool_) for name, shape in shapes.items()}
         bits = {name: np.packbits(flat, bitorder="little") for name, flat in ones.items()}
         return cls({name: tuple(shape) for name, shape in shapes.items()}, bits, _count(shapes), {"scores": "none"})
@@ -117,7 +118,7 @@ class SaliencyMask:
 
     @property
     def weights(self) -> int:
-        """Number of weights that the mask decides on."""
+        """Number of weights that the mask covers."""
         return _count(self.shapes)
 
     @property
@@ -127,7 +128,7 @@ class SaliencyMask:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over names, shapes and bits, in hex: the same on every device, whatever the provenance."""
+        """SHA-256 over names, shapes and bits, in hex; it does not depend on device or provenance."""
         return mask_file.content_digest(self.shapes, self.bits)
 
     def density_by_parameter(self) -> dict[str, float]:
@@ -161,11 +162,11 @@ class SaliencyMask:
             raise ModelError(
                 "mask does not fit the model",
                 f"these parameters differ: {some}",
-                "compute the mask from this very model",
+                "compute the mask from this model",
             )
 
     def save(self, path: str | Path) -> None:
-        """Write the mask as safetensors (packed bits, metadata), whole or not at all.
+        """Write the mask as safetensors (packed bits, metadata) atomically.
 
         Raises:
             StoreError: the file cannot be written.
@@ -182,8 +183,8 @@ class SaliencyMask:
         """Read a mask and check it: format, sizes, padding bits and the number of salient weights.
 
         Raises:
-            UsageError: there is no such file.
-            IntegrityError: it is not a mask, or is damaged.
+            UsageError: the file does not exist.
+            IntegrityError: the file is not a mask, or is damaged.
         """
         shapes, bits, k, facts = mask_file.read(Path(path))
         return cls(shapes, bits, k, facts)

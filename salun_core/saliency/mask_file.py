@@ -1,4 +1,4 @@
-"""The mask's file: safetensors, one uint8 tensor of packed bits a parameter, provenance in the metadata."""
+"""The file of a mask: safetensors with one uint8 tensor of packed bits per parameter, provenance in the metadata."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from salun_core.errors import IntegrityError, SalunError, UsageError
 from salun_core.storage.local_files import write_whole
 
 FORMAT = "salun.mask/v1"
+_FAULTS = (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError, OverflowError)
+"""What damaged files and metadata raise in safetensors, JSON and numpy."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -24,7 +26,7 @@ def content_digest(shapes: Shapes, bits: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 over names, shapes and packed bits, in hex.
 
     Raises:
-        IntegrityError: a size is beyond what JSON can say.
+        IntegrityError: a size is too large for canonical JSON.
     """
     hasher = hashlib.sha256(canonical_json({name: list(shape) for name, shape in shapes.items()}))
     for name in sorted(bits):
@@ -33,13 +35,13 @@ def content_digest(shapes: Shapes, bits: Mapping[str, np.ndarray]) -> str:
 
 
 def write(path: Path, shapes: Shapes, bits: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
-    """Write a mask file, whole or not at all.
+    """Write a mask file atomically.
 
     Args:
-        path: where to.
-        shapes: shape of each parameter, in the model's order (kept in the metadata).
+        path: the file to write.
+        shapes: shape of each parameter; the metadata keep their order, which is the model's.
         bits: packed bits of each parameter, uint8.
-        facts: further metadata; keys and values are text.
+        facts: other metadata; keys and values are text.
 
     Raises:
         StoreError: the file cannot be written.
@@ -54,14 +56,14 @@ def write(path: Path, shapes: Shapes, bits: Mapping[str, np.ndarray], facts: Map
 
 
 def read(path: Path) -> tuple[Shapes, dict[str, np.ndarray], int, dict[str, str]]:
-    """Read a mask file and check all of it.
+    """Read and check a mask file.
 
     Returns:
         (shapes, bits, k, facts).
 
     Raises:
-        UsageError: there is no such file.
-        IntegrityError: it is not a mask, or is damaged.
+        UsageError: the file does not exist.
+        IntegrityError: the file is not a mask, or is damaged.
     """
     if not path.is_file():
         raise UsageError(f"there is no mask {path}", "the file does not exist", "compute one with `salun mask`")
@@ -69,21 +71,15 @@ def read(path: Path) -> tuple[Shapes, dict[str, np.ndarray], int, dict[str, str]
         with safe_open(str(path), framework="numpy") as file:
             facts = dict(file.metadata() or {})
             shapes, k = _header(facts)
-            _check_names(set(file.keys()), shapes)
-            _check_sizes(shapes, {name: tuple(file.get_slice(name).get_shape()) for name in shapes})
+            if set(file.keys()) != set(shapes):
+                raise _damaged(f"{len(set(file.keys()) ^ set(shapes))} parameter names do not match its shapes")
+            for name, shape in shapes.items():  # before any tensor is read into memory
+                if tuple(file.get_slice(name).get_shape()) != ((math.prod(shape) + 7) // 8,):
+                    raise _damaged(f"{name} has the wrong number of bytes")
             bits = {name: file.get_tensor(name) for name in shapes}
     except SalunError:
         raise
-    except (
-        SafetensorError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OSError,
-        RecursionError,
-        OverflowError,
-    ) as error:
+    except _FAULTS as error:
         raise _damaged(str(error)) from error
     _check_bits(shapes, bits, k)
     if facts.get("digest") != content_digest(shapes, bits):
@@ -104,25 +100,14 @@ def _header(facts: dict[str, str]) -> tuple[Shapes, int]:
     return shapes, int(facts["k"])
 
 
-def _check_names(names: set[str], shapes: Shapes) -> None:
-    if names != set(shapes):
-        raise _damaged(f"{len(names ^ set(shapes))} parameter names do not match its shapes")
-
-
-def _check_sizes(shapes: Shapes, stored: dict[str, tuple[int, ...]]) -> None:
-    for name, shape in shapes.items():
-        if stored[name] != ((math.prod(shape) + 7) // 8,):
-            raise _damaged(f"{name} has the wrong number of bytes")
-
-
 def _check_bits(shapes: Shapes, bits: dict[str, np.ndarray], k: int) -> None:
     for name, packed in bits.items():
-        spare = -math.prod(shapes[name]) % 8
+        spare = -math.prod(shapes[name]) % 8  # padding bits must be 0, so that equal masks have equal digests
         if packed.dtype != np.uint8 or (spare and packed[-1] >> (8 - spare)):
             raise _damaged(f"{name} has bits past its end")
     found = sum(int(np.bitwise_count(packed).sum()) for packed in bits.values())
     if found != k or k == 0:
-        raise _damaged(f"it has {found} salient weights and says {k}")
+        raise _damaged(f"it has {found} salient weights, and its metadata declare {k}")
 
 
 def _damaged(why: str) -> IntegrityError:

@@ -1,8 +1,9 @@
-"""The one place where masked weights change: a hook in front of torch's own optimiser step.
+"""The masked optimizer step: a hook before torch's own step keeps weights outside the mask bit-identical.
 
-Update rule (SalUn, eq. 3): θ_u = m ⊙ θ + (1 - m) ⊙ θ_o. The gradient, weight decay included, is set to +0 outside
-the mask before the optimiser sees it. Then momentum, second moments and the update are zero there, and a weight that
-has `lr * 0` taken off keeps its bits: no copy of θ_o is needed, and the arithmetic stays torch's.
+Update rule (SalUn, eq. 3): θ_u = m ⊙ θ + (1 - m) ⊙ θ_o. The hook sets the gradient, including weight decay, to +0
+outside the mask. Momentum, second moments and the update are then zero there, and subtracting `lr * 0` keeps all bits
+of a weight. So θ_o is not copied, and torch does the arithmetic: salient weights get the same bits as without a mask.
+A hook after the step would have to restore the weights, and the moments of frozen weights would still grow.
 """
 
 from __future__ import annotations
@@ -30,23 +31,23 @@ _BITS = {
 
 
 def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -> O:
-    """Make an optimiser leave every weight outside the mask bit-identical.
+    """Make an optimizer leave every weight outside the mask bit-identical.
 
-    The optimiser is changed in place and returned; schedulers, gradient scalers and data parallelism go on to
-    work with it. Its `weight_decay` moves to the group key `masked_weight_decay` and acts inside the mask only.
-    A step changes `.grad` (mask, weight decay): zero it before the next backward pass.
+    The optimizer is changed in place and returned. It still works with schedulers, gradient scalers and data
+    parallelism. Its `weight_decay` moves to the group key `masked_weight_decay` and acts inside the mask only. A step
+    changes `.grad` (mask, weight decay): zero it before the next backward pass.
 
     Args:
         torch_optimizer: SGD (momentum, nesterov, weight decay), Adam or AdamW over parameters of `model`.
-        model: names the parameters.
-        mask: covers exactly the model's parameters.
+        model: the model, for the names of its parameters.
+        mask: a mask of exactly the model's parameters.
 
     Returns:
-        The same optimiser.
+        The same optimizer.
 
     Raises:
-        UsageError: an optimiser of another kind, or one that is masked already.
-        ModelError: the mask is of another model, or the optimiser holds parameters that the model has not.
+        UsageError: another kind of optimizer, or an optimizer that already has a mask.
+        ModelError: the mask does not fit the model, or the optimizer has parameters that are not the model's.
     """
     if type(torch_optimizer) not in (SGD, Adam, AdamW):
         kind = type(torch_optimizer).__name__
@@ -57,14 +58,14 @@ def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -
         )
     if any(_DECAY in group for group in torch_optimizer.param_groups):
         raise UsageError(
-            "optimiser is masked already",
+            "the optimizer already has a mask",
             "two masks would be combined without notice",
-            "build a new optimiser",
+            "build a new optimizer",
         )
     mask.check_fits({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
     if any("betas" in group and not float(group["eps"]) for group in torch_optimizer.param_groups):
         raise UsageError(
-            "Adam with eps = 0 cannot be masked", "frozen weights would become 0 / 0", "give it an eps > 0"
+            "Adam with eps = 0 cannot be masked", "the update of frozen weights would be 0 / 0", "set eps above 0"
         )
     keep = _keep_of(torch_optimizer, model, mask)
     _take_over(torch_optimizer, keep)
@@ -75,15 +76,15 @@ def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -
 
 
 def _keep_of(optimizer: Optimizer, model: nn.Module, mask: SaliencyMask) -> dict[Tensor, Tensor]:
-    """By parameter: int8, -1 (all bits set) where salient and 0 where frozen, laid out as the parameter is."""
+    """Return, by parameter, int8 of its memory layout: -1 (all bits set) for salient weights, 0 for frozen ones."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     keep: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in names:
                 raise ModelError(
-                    "optimiser holds a parameter that the model has not",
-                    "",
+                    "the optimizer has a parameter that is not the model's",
+                    "the mask does not cover it",
                     "build it from model.parameters()",
                 )
             if parameter.dtype not in _BITS:
@@ -96,13 +97,13 @@ def _keep_of(optimizer: Optimizer, model: nn.Module, mask: SaliencyMask) -> dict
 
 
 def _take_over(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
-    """Move weight decay to our key and clear old moments outside the mask (at the start and after a load)."""
+    """Move weight decay to the key of the mask and clear old moments outside the mask; also needed after a load."""
     _move_decay(optimizer)
     _clear_moments(optimizer, keep)
 
 
 def _move_decay(optimizer: Optimizer) -> None:
-    """Take `weight_decay` from torch, which would let it act on frozen weights."""
+    """Move `weight_decay` to another key, because torch would apply it to frozen weights."""
     for group in optimizer.param_groups:
         group[_DECAY] = group["weight_decay"] or group.get(_DECAY, 0.0)
         group["weight_decay"] = 0.0
@@ -116,14 +117,15 @@ def _clear_moments(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
 
 
 def _laid_out_as(parameter: Tensor, values: Tensor) -> Tensor:
-    """Return values in the parameter's memory layout: torch's fused kernels read both as flat memory, unchecked."""
+    """Return values in the parameter's memory layout; torch's fused kernels read both as flat memory unchecked."""
     if values.stride() == parameter.stride():
         return values
     return torch.empty_like(parameter, dtype=values.dtype, requires_grad=False).copy_(values)
 
 
 def _after_first_step(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
-    stale = [True]  # a hook may not remove itself: torch is iterating over the hooks
+    """Clear moments once more after the first step, which may create them with values outside the mask."""
+    stale = [True]  # a hook cannot remove itself while torch iterates over the hooks
 
     def clear_once(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if stale:
@@ -145,7 +147,7 @@ def _before_step(
         )
     if getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None:
         raise UsageError(
-            "a fused optimiser with a gradient scaler cannot be masked",
+            "a fused optimizer with a gradient scaler cannot be masked",
             "its gradients are still scaled",
             "use fused=False",
         )
@@ -156,7 +158,7 @@ def _before_step(
             raise UsageError(
                 "a parameter cannot be masked",
                 "it was added after the mask, or its gradient is sparse",
-                "build the optimiser with all parameters, and embeddings with sparse=False",
+                "build the optimizer with all parameters, and embeddings with sparse=False",
             )
         for parameter in parameters:
             parameter.grad = _laid_out_as(parameter, parameter.grad)
@@ -190,6 +192,8 @@ def _decay_salient(parameter: Tensor, keep: Tensor, factor: float | Tensor, fore
         return
     bits = _BITS[parameter.dtype]
     scaled = parameter.clone()
-    torch._foreach_mul_([scaled], factor) if foreach else scaled.mul_(factor)  # on a CPU they round bfloat16 apart
+    torch._foreach_mul_([scaled], factor) if foreach else scaled.mul_(
+        factor
+    )  # on a CPU the two round bfloat16 differently
     change = scaled.view(bits).bitwise_xor_(parameter.view(bits)).bitwise_and_(keep)
     parameter.view(bits).bitwise_xor_(change)

@@ -1,4 +1,4 @@
-"""A shard's file: safetensors, one tensor for each parameter of each node, and a header that says of what."""
+"""The file of a shard: safetensors with a tensor per node and parameter, and a header that identifies the shard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEADER, _DIGEST = "header", "digest"
 
 
 class ShardHeader(Document):
-    """What a shard's sums are of."""
+    """The model, the forget set and the part of it that a shard's sums belong to."""
 
     format: Literal["salun.saliency-shard/v1"] = "salun.saliency-shard/v1"
     index: int = Field(ge=0, description="of the shard, from 0")
@@ -39,17 +39,17 @@ class ShardHeader(Document):
 
     @property
     def shard(self) -> Shard:
-        """Which shard it is."""
+        """Index and count of the shard."""
         return Shard(self.index, self.count)
 
 
 def write_shard(path: Path, sums: PartialSums, header: ShardHeader) -> None:
-    """Write the sums of a shard, whole or not at all.
+    """Write the sums of a shard atomically.
 
     Args:
-        path: where to.
+        path: the file to write.
         sums: of the shard.
-        header: what they are of.
+        header: identifies them.
 
     Raises:
         StoreError: the file cannot be written.
@@ -64,11 +64,11 @@ def write_shard(path: Path, sums: PartialSums, header: ShardHeader) -> None:
 
 
 def read_header(path: Path) -> ShardHeader:
-    """Read what a shard is of, and check that its tensors are those that the header says; their content is not read.
+    """Read the header of a shard, and check names and shapes of its tensors; their content is not read.
 
     Raises:
-        UsageError: there is no such file.
-        IntegrityError: it is no shard, or is damaged.
+        UsageError: the file does not exist.
+        IntegrityError: the file is not a shard, or is damaged.
     """
     return _read(path, whole=False)[0]
 
@@ -77,8 +77,8 @@ def read_shard(path: Path) -> tuple[ShardHeader, PartialSums]:
     """Read a shard and check it against its digest, its header and the tree's layout.
 
     Raises:
-        UsageError: there is no such file.
-        IntegrityError: it is no shard, or is damaged.
+        UsageError: the file does not exist.
+        IntegrityError: the file is not a shard, or is damaged.
     """
     header, tensors, expected = _read(path, whole=True)
     text = canonical_json(header.model_dump(mode="json")).decode()
@@ -101,7 +101,7 @@ def _read(path: Path, whole: bool) -> tuple[ShardHeader, dict[str, Tensor], str]
             header = ShardHeader.model_validate_json(facts.get(_HEADER, ""))
             found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
             if found != _expected(header):
-                raise _no_shard(path, "its tensors are not those of its header")
+                raise _no_shard(path, "its tensors do not match its header")
             tensors = {name: file.get_tensor(name) for name in found} if whole else {}
     except (SafetensorError, ValidationError, ValueError, OSError, RuntimeError) as error:
         raise _no_shard(path, f"it cannot be read ({type(error).__name__})") from error
@@ -109,22 +109,22 @@ def _read(path: Path, whole: bool) -> tuple[ShardHeader, dict[str, Tensor], str]
 
 
 def _no_shard(path: Path, why: str) -> IntegrityError:
-    return IntegrityError(f"{path.name} is no shard of a saliency", why, "score this shard again")
+    return IntegrityError(f"{path.name} is not a shard of a saliency", why, "score this shard again")
 
 
 def merge_shards(paths: Sequence[Path], of: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Add the shards of a forget set up, in the order of its chunks whatever the order of the files.
+    """Add the shards of a forget set. The order of its chunks decides the order of the additions, not that of files.
 
     Args:
-        paths: one file a shard.
-        of: the digests that each must be of: model_digest and forget_set_digest.
+        paths: one file per shard.
+        of: the digests that each must have: model_digest and forget_set_digest.
 
     Returns:
         (scores by parameter name, facts for the mask: shards, engine, seconds of all shards together).
 
     Raises:
-        UsageError: no shard, one that is missing, given twice, or of another division.
-        IntegrityError: a file is damaged, or of another model or forget set.
+        UsageError: a shard is missing, given twice, or of another division.
+        IntegrityError: a file is damaged, or belongs to another model or forget set.
         ModelError: a score is NaN or infinite.
     """
     headers = sorted(((read_header(path), path) for path in paths), key=lambda item: item[0].index)
@@ -139,7 +139,7 @@ def merge_shards(paths: Sequence[Path], of: Mapping[str, str]) -> tuple[dict[str
             )
         again, part = read_shard(path)
         if again != header:
-            raise IntegrityError(f"{path.name} changed while it was read", "its header is another", "merge again")
+            raise IntegrityError(f"{path.name} changed while it was read", "its header differs", "merge again")
         for node, sums in part.nodes.items():
             whole.add(node, sums)
     facts = {
@@ -152,17 +152,17 @@ def merge_shards(paths: Sequence[Path], of: Mapping[str, str]) -> tuple[dict[str
 
 def _check_complete(headers: Sequence[ShardHeader]) -> None:
     if not headers:
-        raise UsageError("no shard was given", "there is nothing to merge", "name the files of all shards")
+        raise UsageError("no shard was given", "there is nothing to merge", "give the files of all shards")
     first = headers[0]
     if any(
         (header.count, header.samples, header.order, header.shapes)
         != (first.count, first.samples, first.order, first.shapes)
         for header in headers
     ):
-        raise UsageError("the shards do not belong together", "their division or model differs", "score them anew")
+        raise UsageError("the shards do not belong together", "their division or model differs", "score them again")
     given = [header.index for header in headers]
     if len(set(given)) != len(given):
-        raise UsageError("a shard was given twice", "it would be added twice", "name each file once")
+        raise UsageError("a shard was given twice", "it would be added twice", "give each file once")
     missing = sorted(set(range(first.count)) - set(given))
     if missing:
         some = ", ".join(str(Shard(index, first.count)) for index in missing[:5])

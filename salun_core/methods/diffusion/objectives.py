@@ -11,6 +11,7 @@ from torch.nn.functional import mse_loss
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
+from salun_core.diffusion.sampling import guidance_conditions, guided_prediction
 from salun_core.methods.diffusion.method import MethodContext
 
 
@@ -85,16 +86,7 @@ def relabel_loss(context: MethodContext, forget: Noised, retain: Noised) -> Tens
 
 
 def guided(denoiser: Denoiser, batch: Noised, table: ConditionTable, scale: float) -> Tensor:
-    """Return the prediction under classifier-free guidance, ε_∅ + scale (ε_c - ε_∅), [B, C, H, W].
-
-    Raises:
-        UsageError: the model has no null condition.
-
-    Source:
-        Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022; their w is scale - 1.
-    """
-    conditions, nulls = table.take(batch.condition), table.nulls(len(batch))
-    told = {name: torch.cat([conditions[name], nulls[name]]) for name in conditions}
-    both = denoiser.predict(batch.noisy.repeat(2, 1, 1, 1), batch.times.repeat(2), told)
-    conditional, free = both.chunk(2)
-    return free + scale * (conditional - free)
+    """Return the prediction for a batch under classifier-free guidance; see `sampling.guided_prediction`."""
+    times = denoiser.process.network_times(batch.times)
+    conditions = guidance_conditions(table, batch.condition, scale)
+    return guided_prediction(denoiser, batch.noisy, times, conditions, scale)

@@ -15,17 +15,16 @@ from salun_core.data.split import SplitManifest
 from salun_core.digest import digest_json
 from salun_core.errors import ModelError, UsageError
 from salun_core.models.card import DiffusionCard, DiffusionEvaluation
-from salun_core.models.checkpoint import CARD, SPLIT, write_folder
+from salun_core.models.checkpoint import CARD, SPLIT
 from salun_core.models.diffusers_folder import (
     INDEX,
     Components,
     check_folder,
     copies,
-    document_bytes,
-    folder_digest,
     model_files,
     read_diffusers,
     refuse_pickle,
+    write_diffusion,
 )
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.storage import FileStore
@@ -84,9 +83,9 @@ def import_diffusion(
         names = list(data.table.classes) if data else list(classes)
         split = data.split if data else no_split(names)
         card = card_of(loaded, spec, split, names, prompt, evaluation)
-        write_folder(out, {**copies(staged), CARD: document_bytes(card), SPLIT: document_bytes(split)})
+        digest = write_diffusion(out, copies(staged), card, split)
     count = sum(parameter.numel() for parameter in loaded.network.parameters())
-    return MadeDiffusion(folder_digest(out), count, None)
+    return MadeDiffusion(digest, count, None)
 
 
 def cached(name: str, fetch: bool = False) -> Path:

@@ -92,7 +92,7 @@ class TestModelsAndData:
     def test_images_of_mixed_sizes(self, salun, elsewhere):
         data = _image_folder(elsewhere / "data")
         Image.new("L", (9, 8)).save(data / "class-0" / "0.png")
-        assert "is of another size" in one_line(salun("train", "--data", data, "--arch", "resnet8", "--out", "new"), 1)
+        assert "has another size" in one_line(salun("train", "--data", data, "--arch", "resnet8", "--out", "new"), 1)
 
     def test_a_corrupt_image(self, salun, elsewhere):
         data = _image_folder(elsewhere / "data")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from salun_core.data import DataSpec, load_data, load_spec
-from salun_core.data import torchvision_sets as idx
+from salun_core.data import published as idx
 from salun_core.errors import DataError, UsageError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -66,17 +66,17 @@ PACKED = gzip.compress(THREE, mtime=0)
 @pytest.mark.parametrize(
     ("name", "data", "why"),
     [
-        ("a", b"", "no idx file"),
-        ("a", THREE[:3], "no idx file"),
+        ("a", b"", "not an idx file"),
+        ("a", THREE[:3], "not an idx file"),
         ("a", THREE[:15], "ends within its header"),
-        ("a", THREE[:-1], "promises 6 bytes of values, and it holds only 5"),
+        ("a", THREE[:-1], "declares 6 bytes of values, and it holds only 5"),
         ("a", THREE + b"x", "it holds more"),
-        ("a", b"\0\0\x09\x03" + THREE[4:], "no idx file of unsigned bytes with 3 axes"),
+        ("a", b"\0\0\x09\x03" + THREE[4:], "not an idx file of unsigned bytes with 3 axes"),
         ("a", b"\0\0\x08\x01" + THREE[4:], "with 3 axes"),
-        ("a", b"\1" + THREE[1:], "no idx file"),
-        ("a", PACKED, "no idx file"),
-        ("a", struct.pack(">HBB3I", 0, 8, 3, 0, 28, 28), "promises 0 bytes"),
-        ("a", struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3), "promises 79228162458924105385300197375 bytes"),
+        ("a", b"\1" + THREE[1:], "not an idx file"),
+        ("a", PACKED, "not an idx file"),
+        ("a", struct.pack(">HBB3I", 0, 8, 3, 0, 28, 28), "declares 0 bytes"),
+        ("a", struct.pack(">HBB3I", 0, 8, 3, *[2**32 - 1] * 3), "declares 79228162458924105385300197375 bytes"),
         ("a.gz", THREE, "Not a gzipped file"),
         ("a.gz", PACKED[:-9], "ended before the end-of-stream"),
         ("a.gz", PACKED[:-8] + b"\0" * 8, "CRC check failed"),
@@ -106,7 +106,7 @@ def test_the_largest_size(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(encode(np.zeros((count, 1, 1), dtype=np.uint8)))
     assert idx.read_idx(tmp_path / "a", axes=3).shape == (6, 1, 1)
     (tmp_path / "c.gz").write_bytes(gzip.compress(encode(np.zeros((41, 1, 1), dtype=np.uint8))))
-    for name, why in (("b", "it has over 40 bytes"), ("c.gz", "promises 41 bytes of values, and 1 to 40 are read")):
+    for name, why in (("b", "it has over 40 bytes"), ("c.gz", "declares 41 bytes of values; 1 to 40 are supported")):
         with pytest.raises(DataError, match=why):
             idx.read_idx(tmp_path / name, axes=3)
 
@@ -143,11 +143,11 @@ def test_the_first_folder_that_holds_all_is_read(homes):
 
 
 def test_where_it_is_nowhere_the_message_says_how_to_get_it(homes):
-    with pytest.raises(DataError, match=r"there is no Fashion-MNIST.*apt-get install .*, or set `root`") as caught:
+    with pytest.raises(DataError, match=r"Fashion-MNIST was not found.*apt-get install .*, or set `root`") as caught:
         load_data(load_spec("fashion-mnist"))
     assert all(str(folder) in str(caught.value) for folder in (homes[0], ".salun/datasets/fashion-mnist", homes[2]))
     write_all(homes[0])
-    with pytest.raises(DataError, match="there is no Fashion-MNIST"):
+    with pytest.raises(DataError, match="Fashion-MNIST was not found"):
         load_data(DataSpec(source="fashion-mnist", root="elsewhere"))
 
 

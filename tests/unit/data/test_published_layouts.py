@@ -16,8 +16,8 @@ import torchvision
 from PIL import Image
 
 from salun_core.data import DataSpec, load_data, load_spec
+from salun_core.data.published import _from_rows
 from salun_core.data.readers import read_table
-from salun_core.data.torchvision_sets import _one_by_one
 from salun_core.errors import DataError, UsageError
 
 
@@ -135,7 +135,7 @@ def test_arrays_give_what_the_rows_give(monkeypatch, tmp_path):
     }
     for name, expected in rows.items():
         table = read_table(DataSpec(source=f"torchvision:{name}", root=str(tmp_path)), None, True)
-        images, labels = _one_by_one(expected)
+        images, labels = _from_rows(expected)
         assert table.labels == labels
         assert all(np.array_equal(*pair) for pair in zip(table.payloads, images, strict=True))
 
@@ -202,7 +202,7 @@ def test_some_classes_of_tiny_imagenet(tmp_path):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("val_0.JPEG n01\n", "line 1 has no image and class"),
+        ("val_0.JPEG n01\n", "line 1 does not hold an image and a class"),
         ("../../x.JPEG\tn01\n", "line 1"),
         ("val_9.JPEG\tn01\n", "lacks val/images/val_9.JPEG"),
         ("val_0.JPEG\tn77\n", "no images in val"),

@@ -296,7 +296,7 @@ def test_damaged_images_give_only_salun_errors(place, value, cut, kind):
 
 def test_sizes_must_agree_or_be_set():
     payloads, ids = [png("red", (6, 6)), png("red", (9, 6))], ["a", "b"]
-    with pytest.raises(DataError, match="image b is of another size: 9 x 6 where the first is 6 x 6"):
+    with pytest.raises(DataError, match="image b has another size: 9 x 6; the first image has 6 x 6"):
         decode(payloads, ids, None, None)
     assert decode(payloads, ids, 4, None).shape == (2, 3, 4, 4)
     with pytest.raises(DataError, match="there are no images"):

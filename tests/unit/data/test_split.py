@@ -143,7 +143,7 @@ def test_changed_and_missing_rows_are_caught():
     changed[7] = changed[7][:-1] + bytes([changed[7][-1] ^ 1])
     with pytest.raises(IntegrityError, match="1 of 40 samples have other bytes"):
         split.check(Table(table.ids, table.labels, changed, table.classes))
-    with pytest.raises(IntegrityError, match="3 of 40 samples are gone"):
+    with pytest.raises(IntegrityError, match="3 of 40 samples are missing"):
         split.check(Table(table.ids[3:], table.labels[3:], table.payloads[3:], table.classes))
     more = Table([*table.ids, "new"], [*table.labels, 0], [*table.payloads, b"x"], table.classes)
     split.check(more)  # data that came later do not matter
@@ -153,7 +153,7 @@ def test_loading_checks_the_split_that_is_given():
     data = load_data(DataSpec(source="digits"))
     assert load_data(DataSpec(source="digits"), data.split).split is data.split
     other = data.split.model_copy(update={"train": {**data.split.train, "absent": "0" * 64}})
-    with pytest.raises(IntegrityError, match="gone"):
+    with pytest.raises(IntegrityError, match="missing"):
         load_data(DataSpec(source="digits"), other)
 
 
@@ -241,8 +241,8 @@ def test_targets_that_do_not_fit_the_data_are_refused(people, target, error, why
         ({"kind": "samples"}, "exactly one of"),
         ({"kind": "samples", "ids": []}, "ids"),
         ({"kind": "samples", "ids": ["a"], "manifest_uri": "s3://b/k", "sha256": "0"}, "exactly one of"),
-        ({"kind": "samples", "manifest_uri": "s3://b/k"}, "`sha256` goes with"),
-        ({"kind": "samples", "ids": ["a"], "sha256": "0"}, "`sha256` goes with"),
+        ({"kind": "samples", "manifest_uri": "s3://b/k"}, "give `sha256` and"),
+        ({"kind": "samples", "ids": ["a"], "sha256": "0"}, "give `sha256` and"),
         ({"kind": "subject", "subject_ref": ""}, "subject_ref"),
         ({"kind": "class"}, "class_id"),
         ({"kind": "class", "class_id": 1, "klass": 2}, "unknown key"),

@@ -1,4 +1,4 @@
-"""Prompts: each encoded once, checked, and remembered on the disk."""
+"""Prompts: each encoded once, checked, and cached on disk."""
 
 import pytest
 
@@ -7,9 +7,9 @@ pytest.importorskip("transformers", reason="the extra `generation` is not instal
 
 import torch
 
-from salun_core.diffusion.conditions import cut_prompts, encode_prompts
+from salun_core.diffusion.conditions import encode_prompts, truncated_prompts
 from salun_core.diffusion.families import family_of
-from salun_core.diffusion.latents import remembered
+from salun_core.diffusion.latents import cached
 from salun_core.errors import UsageError
 from salun_core.models.diffusers_folder import load_diffusion
 from tests.unit.models.tiny_folders import LENGTH, PROMPTS, SIDE, save_model_folder
@@ -49,7 +49,7 @@ def test_empty_prompts_are_refused(loaded, prompts):
 
 def test_prompt_that_is_cut_off_is_said(loaded, capsys):
     long = " ".join(["image"] * LENGTH)
-    assert cut_prompts(loaded.components, [*PROMPTS, long]) == [long]
+    assert truncated_prompts(loaded.components, [*PROMPTS, long]) == [long]
     encode_prompts(loaded.components, [long], SIDE, SIDE)
     assert "cut off" in capsys.readouterr().err
 
@@ -73,4 +73,4 @@ def test_embeddings_are_remembered_and_verified(loaded, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_costs_the_computation_only(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SALUN_CACHE_DIR", str(tmp_path / "file"))
-    assert remembered("latents", "0" * 64, lambda: {"x": torch.ones(2)})["x"].tolist() == [1, 1]
+    assert cached("latents", "0" * 64, lambda: {"x": torch.ones(2)})["x"].tolist() == [1, 1]

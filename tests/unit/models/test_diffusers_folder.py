@@ -99,7 +99,7 @@ def _without_tensor(folder):
 
 
 FAULTS = {
-    "no index": (lambda f: (f / "model_index.json").unlink(), UsageError, "no diffusers folder"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), UsageError, "not a diffusers folder"),
     "no vae": (lambda f: shutil.rmtree(f / "vae"), UsageError, "names vae, and there is no such folder"),
     "two missing": (
         lambda f: [shutil.rmtree(f / name) for name in ("vae", "tokenizer")],
@@ -120,26 +120,26 @@ FAULTS = {
     ),
     "ckpt": (lambda f: (f / "v1.ckpt").write_bytes(b"x"), UsageError, "v1.ckpt is refused.*from_single_file"),
     "code": (lambda f: (f / "unet/model.py").write_text("1"), UsageError, "is code"),
-    "link": (lambda f: (f / "unet/more.json").symlink_to("/etc/hostname"), UsageError, "is no plain file"),
+    "link": (lambda f: (f / "unet/more.json").symlink_to("/etc/hostname"), UsageError, "is not a plain file"),
     "foreign class": (
         lambda f: edit_json(f / "model_index.json", unet=["os", "system"]),
         ModelError,
-        "class os.system is not known",
+        "class os.system is not on the allow-list",
     ),
     "class of another library": (
         lambda f: edit_json(f / "model_index.json", unet=["evil", "UNet2DConditionModel"]),
         ModelError,
-        "evil.UNet2DConditionModel is not known",
+        "evil.UNet2DConditionModel is not on the allow-list",
     ),
     "custom pipeline": (
         lambda f: edit_json(f / "model_index.json", _class_name=["pipeline", "Mine"]),
         ModelError,
-        "no pipeline of diffusers",
+        "names a custom pipeline",
     ),
     "code of its own": (
         lambda f: edit_json(f / "text_encoder/config.json", auto_map={"AutoModel": "m.M"}),
         ModelError,
-        "asks for code of its own",
+        "requests code of its own",
     ),
     "no weights": (lambda f: (f / UNET).unlink(), UsageError, "unet is not complete.*weights"),
     "no configuration": (lambda f: (f / "unet/config.json").unlink(), UsageError, "unet is not complete.*config.json"),

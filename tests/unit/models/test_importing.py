@@ -112,7 +112,7 @@ def test_paths_that_are_no_checkpoint(tmp_path):
     assert read_checkpoint(tmp_path / "empty.safetensors") == {}
     with pytest.raises(UsageError, match="there is no checkpoint"):
         read_checkpoint(tmp_path / "absent.pt")
-    with pytest.raises(UsageError, match=r"its ending is '\.ckpt'"):
+    with pytest.raises(UsageError, match=r"its suffix is '\.ckpt'"):
         read_checkpoint(tmp_path / "m.ckpt")
     with pytest.raises(UsageError, match="no weights"):
         read_checkpoint(tmp_path / "absent.safetensors")

@@ -83,7 +83,7 @@ def test_another_split_beside_the_model_is_refused(folder):
     sample = next(iter(document["train"]))
     document["test"][sample] = document["train"].pop(sample)
     (folder / SPLIT).write_text(json.dumps(document))
-    with pytest.raises(IntegrityError, match="split beside the model"):
+    with pytest.raises(IntegrityError, match="split in the model folder"):
         load_model(folder)
 
 

@@ -342,7 +342,7 @@ def test_a_closure_is_refused(call):
 def test_two_masks_are_refused():
     model = plain_model()
     optimizer = masked_optimizer(SGD(model.parameters(), lr=0.1), model, mask_of(model))
-    with pytest.raises(UsageError, match="masked already"):
+    with pytest.raises(UsageError, match="already has a mask"):
         masked_optimizer(optimizer, model, mask_of(model))
 
 
@@ -373,7 +373,7 @@ def test_the_mask_of_another_model_is_refused():
 
 def test_parameters_of_another_model_are_refused():
     model, other = plain_model(), plain_model()
-    with pytest.raises(ModelError, match="the model has not"):
+    with pytest.raises(ModelError, match="not the model.s"):
         masked_optimizer(SGD(other.parameters(), lr=0.1), model, mask_of(model))
 
 

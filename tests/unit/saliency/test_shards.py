@@ -262,12 +262,12 @@ def test_a_damaged_shard_is_refused(written, model, data, tmp_path):
         with pytest.raises(IntegrityError):
             read_shard(damaged)
     save_file({"a": torch.ones(2)}, damaged)
-    with pytest.raises(IntegrityError, match="no shard"):
+    with pytest.raises(IntegrityError, match="not a shard"):
         read_shard(damaged)
     write_shard(damaged, part_of(model, data, 0, 3), header_of(model, Shard(1, 3)))
-    with pytest.raises(IntegrityError, match="not those of its header"):
+    with pytest.raises(IntegrityError, match="do not match its header"):
         read_shard(damaged)
-    with pytest.raises(UsageError, match="no shard"):
+    with pytest.raises(UsageError, match="not a shard"):
         read_shard(tmp_path / "absent")
 
 

@@ -102,7 +102,7 @@ def test_prompt_without_a_place_for_the_class_is_refused(folder, tmp_path):
 
 def test_folder_without_an_index_is_refused(folder, tmp_path):
     (folder / "model_index.json").unlink()
-    with pytest.raises(UsageError, match="is no diffusers folder"):
+    with pytest.raises(UsageError, match="is not a diffusers folder"):
         import_diffusion(str(folder), None, tmp_path / "model")
 
 
