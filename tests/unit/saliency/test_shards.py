@@ -267,7 +267,7 @@ def test_a_damaged_shard_is_refused(written, model, data, tmp_path):
     write_shard(damaged, part_of(model, data, 0, 3), header_of(model, Shard(1, 3)))
     with pytest.raises(IntegrityError, match="do not match its header"):
         read_shard(damaged)
-    with pytest.raises(UsageError, match="not a shard"):
+    with pytest.raises(UsageError, match="no shard"):
         read_shard(tmp_path / "absent")
 
 
