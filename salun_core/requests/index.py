@@ -32,7 +32,6 @@ from datetime import datetime, timedelta
 
 from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
 from salun_core.requests import reading
-from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import DeletionRequest, RequestEvent, RequestState, Status
 from salun_core.storage.keys import event_key, index_key, index_prefix
 from salun_core.storage.objects import ObjectStore
@@ -131,15 +130,14 @@ class IndexEntry:
 
 
 class IndexedWriter:
-    """Writes requests and events together with their index entries.
+    """Writes events together with their index entries.
 
     Args:
         store: where to write.
-        dry_run: check everything and write nothing.
     """
 
-    def __init__(self, store: ObjectStore, dry_run: bool = False) -> None:
-        self._store, self._dry_run = store, dry_run
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
 
     def reserve(self, request: DeletionRequest, event: RequestEvent) -> tuple[IndexEntry, float]:
         """Put the index entry of an event that will be written next.
@@ -148,8 +146,7 @@ class IndexedWriter:
             The entry, and until when it is safe from readers, on this machine's monotonic clock.
         """
         entry = IndexEntry.of(request, event.to_status, event.n)
-        new = self._dry_run or entry.put(self._store, event.writer)
-        return entry, time.monotonic() + _SLOW_SECONDS if new else 0.0
+        return entry, time.monotonic() + _SLOW_SECONDS if entry.put(self._store, event.writer) else 0.0
 
     def write_event(self, event: RequestEvent, reserved: tuple[IndexEntry, float]) -> None:
         """Write an event after its entry was reserved.
@@ -159,36 +156,18 @@ class IndexedWriter:
         """
         entry, safe_until = reserved
         try:
-            self.create(event_key(event.request, event.n), event.canonical())
+            self._store.put_new(event_key(event.request, event.n), event.canonical())
         except ConflictError:
             self.drop_stale(entry, reading.read_state(self._store, event.request))
             raise
-        if time.monotonic() >= safe_until and not self._dry_run:
+        if time.monotonic() >= safe_until:
             entry.put(self._store, event.writer)
 
     def drop_stale(self, entry: IndexEntry, state: RequestState) -> None:
         """Delete an entry if it is stale; if the store refuses, the next reader deletes it."""
-        if not self._dry_run and entry.is_stale(state):
+        if entry.is_stale(state):
             with contextlib.suppress(StoreError):
                 self._store.delete(entry.key)
-
-    def create(self, key: str, data: bytes) -> None:
-        """Create a document.
-
-        Raises:
-            ConflictError: it exists and holds other bytes.
-        """
-        if not self._dry_run:
-            self._store.put_new(key, data)
-            return
-        stored = self._store.get(key)
-        if stored is not None and stored.data != data:
-            raise ConflictError(f"{key} exists already", "it holds other content", "read it")
-
-    def redact(self, request_id: str) -> None:
-        """Redact a request that will not be erased; raises as `redact_request`."""
-        if not self._dry_run:
-            redact_request(self._store, request_id, keep_hashes=False)
 
 
 def entries(store: ObjectStore, status: Status, line: str | None = None) -> Sequence[IndexEntry]:
@@ -213,9 +192,7 @@ def entries(store: ObjectStore, status: Status, line: str | None = None) -> Sequ
     return sorted(found, key=lambda entry: (entry.received, entry.request, entry.n))
 
 
-def read_states(
-    store: ObjectStore, statuses: Collection[Status], line: str | None = None, mend: bool = True
-) -> Sequence[RequestState]:
+def read_states(store: ObjectStore, statuses: Collection[Status], line: str | None = None) -> Sequence[RequestState]:
     """Return the requests of some statuses, the earliest due first.
 
     A request that moves twice during the call may be missed; the next call finds it.
@@ -224,7 +201,6 @@ def read_states(
         store: where they are stored.
         statuses: the statuses.
         line: only those of this model line.
-        mend: delete entries that are stale or abandoned.
 
     Raises:
         IntegrityError: a document is damaged or missing.
@@ -237,19 +213,19 @@ def read_states(
     found = [entry for status in folders for entry in entries(store, status, line)]
     if set(statuses) == {Status.RECEIVED}:
         found = [entry for entry in found if entry.n == 1]
-    states = [state for state in read_entries(store, found, mend) if state.status in statuses]
+    states = [state for state in read_entries(store, found) if state.status in statuses]
     return sorted(states, key=lambda state: (state.request.due, state.request.id))
 
 
-def read_entries(store: ObjectStore, found: Sequence[IndexEntry], mend: bool = True) -> Sequence[RequestState]:
+def read_entries(store: ObjectStore, found: Sequence[IndexEntry]) -> Sequence[RequestState]:
     """Return the requests of index entries, each once and in their order; many threads read them.
 
-    The events decide about the status, which may differ from that of the entry.
+    The events decide about the status, which may differ from that of the entry. Entries that are stale or abandoned
+    are deleted.
 
     Args:
         store: where they are stored.
         found: the entries.
-        mend: delete entries that are stale or abandoned.
 
     Raises:
         IntegrityError: a document is damaged or missing.
@@ -261,26 +237,24 @@ def read_entries(store: ObjectStore, found: Sequence[IndexEntry], mend: bool = T
 
     def read(request_id: str) -> RequestState | None:
         state = reading.find_state(store, request_id)
-        if mend:
-            with contextlib.suppress(StoreError):  # a reader without the right to delete leaves it to others
-                _mend(store, of[request_id], state, now)
+        with contextlib.suppress(StoreError):  # a reader without the right to delete leaves it to others
+            _mend(store, of[request_id], state, now)
         return state
 
     with ThreadPoolExecutor(reading.READERS) as pool:
         return [state for state in pool.map(read, of) if state]
 
 
-def reindex(store: ObjectStore, dry_run: bool = False) -> int:
+def reindex(store: ObjectStore) -> int:
     """Compare the whole index with all requests: put what is missing, delete what is wrong.
 
     Only a restored backup needs it. It may run while requests move.
 
     Args:
         store: where they are stored.
-        dry_run: write nothing.
 
     Returns:
-        How many entries were put or deleted, or would be.
+        How many entries were put or deleted.
 
     Raises:
         IntegrityError: a request or an event is damaged or missing.
@@ -293,13 +267,12 @@ def reindex(store: ObjectStore, dry_run: bool = False) -> int:
     missing = {IndexEntry.expected(state) for state in states.values()} - found
     now = _store_time(found)
     wrong = [entry for entry in found if _is_wrong(entry, states.get(entry.request), now)]
-    if not dry_run:
-        for entry in missing:
-            entry.put(store, secrets.token_hex(16))
-        for entry in wrong:
-            _mend(store, [entry], states.get(entry.request), now)
-        for key in invalid:
-            store.delete(key)
+    for entry in missing:
+        entry.put(store, secrets.token_hex(16))
+    for entry in wrong:
+        _mend(store, [entry], states.get(entry.request), now)
+    for key in invalid:
+        store.delete(key)
     return len(missing) + len(wrong) + len(invalid)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -28,6 +28,7 @@ from salun_core.digest import sha256_bytes
 from salun_core.errors import ConflictError, UsageError
 from salun_core.requests import index, reading
 from salun_core.requests.index import IndexedWriter, IndexEntry
+from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import (
     TRANSITIONS,
     DeletionRequest,
@@ -39,7 +40,7 @@ from salun_core.requests.schema import (
     status_after,
 )
 from salun_core.storage.keys import request_key
-from salun_core.storage.objects import ObjectStore
+from salun_core.storage.objects import Entry, ObjectStore, StoredObject
 from salun_core.times import Clock, as_utc, due_after_one_month
 
 _CLOCKS_APART = timedelta(minutes=5)  # a client's clock may be ahead of ours by this much
@@ -132,8 +133,8 @@ class Ledger:
     """
 
     def __init__(self, store: ObjectStore, clock: Clock, dry_run: bool = False) -> None:
-        self._store, self._clock, self._dry_run = store, clock, dry_run
-        self._writer = IndexedWriter(store, dry_run)
+        self._store = _DryRun(store) if dry_run else store
+        self._clock, self._writer = clock, IndexedWriter(self._store)
 
     def submit(
         self,
@@ -180,7 +181,7 @@ class Ledger:
         event = build_event(request.id, None, Transition(Status.QUEUED, actor, "submitted"), now)
         reserved = self._writer.reserve(request, event)
         try:
-            self._writer.create(request_key(request.id), request.canonical())
+            self._store.put_new(request_key(request.id), request.canonical())
         except ConflictError:
             state = self.state(request.id)
             self._writer.drop_stale(reserved[0], state)
@@ -225,7 +226,7 @@ class Ledger:
             IntegrityError: a document is damaged or missing.
         """
         limit = as_utc(due_before) if due_before else None
-        states = index.read_states(self._store, statuses, line, mend=not self._dry_run)
+        states = index.read_states(self._store, statuses, line)
         return [state for state in states if limit is None or state.request.due < limit]
 
     def entries(self, status: Status, line: str | None = None) -> Sequence[IndexEntry]:
@@ -234,7 +235,7 @@ class Ledger:
 
     def reindex(self) -> int:
         """Compare the index with all requests and mend it; returns how many entries were wrong or missing."""
-        return index.reindex(self._store, self._dry_run)
+        return index.reindex(self._store)
 
     def move(self, request: str | RequestState, transition: Transition) -> RequestEvent:
         """Move a request to another status.
@@ -291,7 +292,7 @@ class Ledger:
     def _append(self, state: RequestState, transition: Transition) -> RequestEvent:
         request = state.request
         if state.status in _REDACTED_AT_ONCE:  # completes a call that died after its event
-            self._writer.redact(request.id)
+            redact_request(self._store, request.id, keep_hashes=False)
         event = build_event(request.id, state.last, transition, self._clock())
         try:
             self._writer.write_event(event, self._writer.reserve(request, event))
@@ -303,8 +304,33 @@ class Ledger:
             ) from error
         self._writer.drop_stale(IndexEntry.expected(state), RequestState(request=request, last=event))
         if event.to_status in _REDACTED_AT_ONCE:
-            self._writer.redact(request.id)
+            redact_request(self._store, request.id, keep_hashes=False)
         return event
+
+
+class _DryRun:
+    """A store that checks the conditions of writes and writes nothing."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def get(self, key: str) -> StoredObject | None:
+        return self._store.get(key)
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        return self._store.list(prefix)
+
+    def put_new(self, key: str, data: bytes) -> str:
+        stored = self._store.get(key)
+        if stored is not None and stored.data != data:
+            raise ConflictError(f"{key} exists already", "it holds other content", "read it")
+        return stored.etag if stored else ""
+
+    def put_if(self, key: str, data: bytes, etag: str) -> str:
+        return etag
+
+    def delete(self, key: str) -> None:
+        pass
 
 
 def _same_request(stored: DeletionRequest, new: DeletionRequest, timed: bool) -> DeletionRequest:
