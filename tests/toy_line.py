@@ -37,7 +37,7 @@ RECIPES = [Recipe(method="salun"), Recipe(method="salun", density=0.75), Recipe(
 
 
 def policy(**settings: object) -> SweepPolicy:
-    """SweepPolicy under which every waiting request is due."""
+    """Return a sweep policy under which every waiting request is due."""
     return SweepPolicy(**{"recipes": RECIPES, "min_requests": 1, "lease_seconds": 60, **settings})
 
 
@@ -138,7 +138,7 @@ class ToyCertifier:
 
 
 def run_record(run: str, parent: str, created_at: str, **changes: object) -> RunRecord:
-    """A record of a run with one member, which nobody claimed."""
+    """Return a record of a run with one member that was not claimed."""
     member = {
         "id": "r-1",
         "event": 2,
@@ -168,7 +168,7 @@ def claim_next(context: SweepContext, run: str, line: str = LINE, **settings: ob
 def erase(
     context: SweepContext, record: RunRecord, poison: frozenset[str] = frozenset(), at_last: bool = False
 ) -> str | None:
-    """Do what the unlearning pipeline does: read the sealed set, judge, publish; None where the gate refused.
+    """Do what the unlearning pipeline does: read the frozen set, decide, publish; None if the gate refused.
 
     Args:
         context: the sweep context.

@@ -17,7 +17,7 @@ from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status, is_overdue
 from salun_core.storage.s3 import S3Store
 
-# Written out by hand from the rules, not taken from the code under test.
+# Written by hand from the rules, not taken from the code under test.
 MOVES = {
     "received": {"rejected", "on_hold", "queued", "cancelled"},
     "on_hold": {"queued", "cancelled"},
@@ -35,7 +35,7 @@ WRAPPERS = {
     "retry": ({"failed"}, "queued"),
     "reopen": ({"completed"}, "queued"),
 }
-ANEW = {"failed": "retry", "completed": "reopen"}
+REQUEUE = {"failed": "retry", "completed": "reopen"}
 NAMES = ["r-0", "r-1"]
 names = st.sampled_from(NAMES)
 START = datetime(2026, 1, 31, 9, tzinfo=UTC)
@@ -51,9 +51,9 @@ class Filed:
         return self.path[-1]
 
     def go(self, to):
-        given_back = (self.status, to) == ("in_progress", "queued")
-        anew = self.status in {"failed", "completed"}
-        self.attempts.append(1 if anew else self.attempts[-1] + given_back)
+        returned = (self.status, to) == ("in_progress", "queued")
+        requeued = self.status in {"failed", "completed"}
+        self.attempts.append(1 if requeued else self.attempts[-1] + returned)
         self.path.append(to)
         self.redacted |= to in {"cancelled", "rejected"}
 
@@ -88,7 +88,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def redact(self, name):
-        """As whoever completes a request does; a second time changes nothing."""
+        """Redact as a completing run does; a second time changes nothing."""
         entry = self.model[name]
         if entry.status == "completed":
             assert redact_request(self.store, name, keep_hashes=True) is not entry.redacted
@@ -97,14 +97,14 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(name=names, choices=st.lists(st.integers(0, 59), min_size=2, max_size=10))
     def walk(self, name, choices):
-        """Go several ways that are allowed, each from the state that was read before."""
+        """Make several allowed transitions, each from the state that was read before."""
         entry = self.model[name]
         for choice in choices:
             ways = sorted(MOVES[entry.status])
             if ways:
                 self._move(name, ways[choice % len(ways)], allowed=True, state=self.ledger.state(name))
-            elif entry.status in ANEW:
-                verb = ANEW[entry.status]
+            elif entry.status in REQUEUE:
+                verb = REQUEUE[entry.status]
                 self._try(entry, "queued", True, lambda verb=verb: getattr(self.ledger, verb)(name, "ana", "test"))
         self.touched = name
 
@@ -161,11 +161,11 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.status(self.touched).value == entry.status
 
     @invariant()
-    def the_index_says_where_it_stands(self):
+    def the_index_has_the_status(self):
         assert index_key(self.touched, self.model[self.touched]) in self.index()
 
     @invariant()
-    def what_it_names_goes_when_it_is_settled_and_only_then(self):
+    def the_target_is_removed_exactly_when_the_request_is_settled(self):
         kept = b"secret" in self.store.get(f"requests/{self.touched}/request.json").data
         assert kept is not self.model[self.touched].redacted
 
@@ -173,12 +173,12 @@ class LedgerMachine(RuleBasedStateMachine):
         return {row.key for row in self.store.list("index/")}
 
     @invariant()
-    def overdue_is_what_is_owed_and_late(self):
+    def only_unsettled_late_requests_are_overdue(self):
         states = self.ledger.list()
         assert {state.request.id: state.status.value for state in states} == {
             name: entry.status for name, entry in self.model.items()
         }
-        assert self.index() == {index_key(name, entry) for name, entry in self.model.items()}  # nothing stale is left
+        assert self.index() == {index_key(name, entry) for name, entry in self.model.items()}  # no stale entry is left
         late = {state.request.id for state in states if is_overdue(state.request, state.status, self.now)}
         expected = {
             name
@@ -194,7 +194,7 @@ LedgerTest.settings = settings(max_examples=EXAMPLES, stateful_step_count=50, de
 
 
 @pytest.mark.s3
-def test_a_real_store_keeps_the_rules_too(store):
+def test_a_real_store_follows_the_same_rules(store):
     class OnS3(LedgerMachine):
         def new_store():
             return S3Store("salun", secrets.token_hex(8), client=store._client)

@@ -57,7 +57,7 @@ def test_a_month_has_28_to_31_days_and_ends_in_the_next(received):
 
 
 @given(st.datetimes(datetime(1900, 1, 1), datetime(9998, 1, 1), timezones=st.just(UTC)), st.timedeltas(timedelta(0)))
-def test_whoever_asks_later_is_never_due_earlier(received, later):
+def test_a_later_request_is_never_due_earlier(received, later):
     try:
         second = received + later
         due = due_after_one_month(second)
@@ -67,12 +67,12 @@ def test_whoever_asks_later_is_never_due_earlier(received, later):
 
 
 @pytest.mark.parametrize("text", ["", "soon", "2026-02-30", "2026-13-01", "31.01.2026"])
-def test_what_is_no_time_is_refused(text):
+def test_an_invalid_time_is_refused(text):
     with pytest.raises(UsageError, match="2026-01-31"):
         parse_moment(text)
 
 
-def test_a_time_without_zone_is_utc_for_a_person_and_refused_from_a_program():
+def test_a_time_without_zone_is_utc_from_a_person_and_refused_from_code():
     assert parse_moment("2026-01-31 09:00") == datetime(2026, 1, 31, 9, tzinfo=UTC)
     assert parse_moment("2026-01-31T09:00+02:00") == datetime(2026, 1, 31, 7, tzinfo=UTC)
     with pytest.raises(UsageError, match="time zone"):
@@ -100,7 +100,7 @@ OPEN = {Status.RECEIVED, Status.ON_HOLD, Status.QUEUED, Status.IN_PROGRESS, Stat
 
 
 @pytest.mark.parametrize("status", Status)
-def test_only_what_is_still_owed_becomes_overdue_and_a_hold_stops_no_clock(status):
+def test_only_unsettled_requests_become_overdue_and_a_hold_does_not_stop_the_clock(status):
     moment = timedelta(microseconds=1)
     assert is_overdue(REQUEST, status, REQUEST.due + moment) == (status in OPEN)
     assert not is_overdue(REQUEST, status, REQUEST.due)

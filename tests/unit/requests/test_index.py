@@ -1,4 +1,4 @@
-"""The index of where requests stand, under kills at every write, races, crashes of long ago and restored backups."""
+"""The index of request statuses: kills at every write, races, entries of old crashes and restored backups."""
 
 from datetime import timedelta
 
@@ -60,7 +60,7 @@ def standing(ledger):
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("writes", range(5))
-def test_wherever_a_call_is_killed_the_entry_is_there_and_the_next_call_goes_on(store, clock, act, writes):
+def test_a_call_killed_at_any_write_leaves_the_entry_and_the_next_call_continues(store, clock, act, writes):
     *before, last = ACTS[act]
     ledger = Ledger(store, clock)
     for step in before:
@@ -87,7 +87,7 @@ def test_wherever_a_call_is_killed_the_entry_is_there_and_the_next_call_goes_on(
         assert b"secret" not in store.objects["requests/r-1/request.json"][0]
 
 
-def test_entries_are_read_from_their_keys_the_oldest_request_first(store, clock):
+def test_entries_are_parsed_from_keys_oldest_request_first(store, clock):
     ledger = Ledger(store, clock)
     for number, line in enumerate(["faces", "cats", "faces.v2"]):
         ledger.submit(f"r.{number}", line, TARGET, clock() - timedelta(days=number))
@@ -99,7 +99,7 @@ def test_entries_are_read_from_their_keys_the_oldest_request_first(store, clock)
     assert ledger.entries(Status.ON_HOLD, "faces") == []
 
 
-def test_of_two_lines_each_lists_its_own(store, clock):
+def test_each_line_lists_its_own_requests(store, clock):
     ledger = Ledger(store, clock)
     for number in range(6):
         submit(ledger, f"r-{number}", "cats" if number % 2 else "faces")
@@ -107,7 +107,7 @@ def test_of_two_lines_each_lists_its_own(store, clock):
     assert ledger.list("cats", [Status.IN_PROGRESS, Status.FAILED]) == []
 
 
-def test_a_claim_does_not_grow_with_what_is_finished(store, clock):
+def test_the_cost_of_a_claim_does_not_grow_with_settled_requests(store, clock):
     ledger = Ledger(store, clock)
 
     def calls():
@@ -124,7 +124,7 @@ def test_a_claim_does_not_grow_with_what_is_finished(store, clock):
     assert calls() == few
 
 
-def test_a_mover_who_loses_takes_its_entry_back(store, clock):
+def test_a_losing_mover_drops_its_entry(store, clock):
     ledger = Ledger(store, clock)
     submit(ledger)
     seen = ledger.state("r-1")
@@ -139,7 +139,7 @@ def test_a_mover_who_loses_takes_its_entry_back(store, clock):
     assert index(store) == standing(ledger)
 
 
-def test_filing_again_leaves_no_entry_behind(store, clock):
+def test_filing_again_leaves_no_extra_entry(store, clock):
     ledger = Ledger(store, clock)
     submit(ledger)
     claim(ledger)
@@ -159,7 +159,7 @@ def crash(store, ledger, act, writes):
 
 
 @pytest.mark.parametrize("act", [lambda ledger: submit(ledger, "r-2"), claim])
-def test_an_entry_in_flight_is_ignored_and_goes_after_a_day(store, clock, act):
+def test_an_entry_without_its_event_is_ignored_and_deleted_after_a_day(store, clock, act):
     ledger = Ledger(store, clock)
     submit(ledger)
     crash(store, ledger, act, 1)
@@ -171,7 +171,7 @@ def test_an_entry_in_flight_is_ignored_and_goes_after_a_day(store, clock, act):
         assert len([key for key in index(store) if "late" not in key]) == left
 
 
-def test_the_one_trace_of_a_request_that_was_received_and_no_more_stays(store, clock):
+def test_the_only_entry_of_a_request_without_events_stays(store, clock):
     ledger = Ledger(store, clock)
     crash(store, ledger, submit, 2)
     submit(ledger, "r-2")
@@ -182,7 +182,7 @@ def test_the_one_trace_of_a_request_that_was_received_and_no_more_stays(store, c
     assert [state.request.id for state in ledger.list(statuses=[Status.RECEIVED])] == ["r-1"]
     assert store.objects == before  # those that are right stay untouched, however old
     once = store.calls - calls
-    for name in ("r-2", "r-3"):  # they had more than one event, so that nobody need look whether they had none
+    for name in ("r-2", "r-3"):  # with more than one event their entries need no look at the request
         ledger.hold(name, "ana", "test")
         ledger.release(name, "ana", "test")
     calls = store.calls
@@ -190,7 +190,7 @@ def test_the_one_trace_of_a_request_that_was_received_and_no_more_stays(store, c
     assert store.calls - calls < once / 2
 
 
-def test_an_old_entry_that_a_reader_deletes_under_a_mover_is_put_again(store, clock):
+def test_an_old_entry_that_a_reader_deletes_during_a_move_is_put_again(store, clock):
     """The mover finds the entry of a crash of long ago; a reader takes it away before the event is written."""
     ledger = Ledger(store, clock)
     submit(ledger)
@@ -209,7 +209,7 @@ def test_an_old_entry_that_a_reader_deletes_under_a_mover_is_put_again(store, cl
     assert index(store) == standing(ledger)
 
 
-def test_a_reader_that_may_not_delete_lists_all_the_same(store, clock):
+def test_a_reader_without_the_right_to_delete_can_still_list(store, clock):
     ledger = Ledger(store, clock)
     submit(ledger)
     store.objects["index/queued/faces/0000000001.000001.r-1"] = store.objects[index(store)[0]]
@@ -236,7 +236,7 @@ def test_a_dry_run_mends_nothing(store, clock):
     assert len(store.objects) == len(before) - 1
 
 
-def test_what_is_no_entry_is_refused_and_reindex_clears_it(store, clock):
+def test_an_invalid_entry_is_refused_and_reindex_deletes_it(store, clock):
     ledger = Ledger(store, clock)
     submit(ledger)
     for name in ("junk", "x/y/z", "faces/1.000001.r-1", "faces/0000000001.00000١.r-1", "faces/0000000001.000001.R 1"):
@@ -247,7 +247,7 @@ def test_what_is_no_entry_is_refused_and_reindex_clears_it(store, clock):
         assert index(store) == standing(ledger)
 
 
-def test_reindex_mends_what_a_restored_backup_brings(store, clock):
+def test_reindex_repairs_the_index_of_a_restored_backup(store, clock):
     ledger = Ledger(store, clock)
     for number in range(8):
         submit(ledger, f"r-{number}")

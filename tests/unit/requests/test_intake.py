@@ -38,13 +38,13 @@ class TestRead:
             dump(ONE) + "\r\n\r\n  " + dump(TWO) + "\n",
         ],
     )
-    def test_json_and_json_lines_say_the_same(self, text):
+    def test_json_and_json_lines_give_the_same_requests(self, text):
         first, second = read_submissions(text, "file")
         assert (first.id, first.target, first.received_at) == ("r-1", SamplesTarget(ids=["img-1"]), None)
         assert second.received_at.astimezone(UTC) == datetime(2026, 1, 31, 7, tzinfo=UTC)
         assert second.source == TWO["source"]
 
-    def test_yaml_of_many_and_of_one(self):
+    def test_yaml_with_many_and_with_one(self):
         first, second = read_submissions(YAML, "file")
         assert (first.id, second.target.class_id) == ("r-1", 3)
         assert second.received_at == datetime(2026, 1, 31, 9, tzinfo=UTC)
@@ -75,16 +75,16 @@ class TestRead:
             dump({**ONE, "received_at": "2026-01-31T09:00:00"}),
         ],
     )
-    def test_what_is_no_request_is_refused(self, text):
+    def test_an_invalid_request_is_refused(self, text):
         with pytest.raises(UsageError):
             read_submissions(text, "file")
 
-    def test_an_id_twice_is_taken_only_if_it_says_the_same(self):
+    def test_a_repeated_id_needs_the_same_content(self):
         assert len(read_submissions(dump([ONE, ONE]), "file")) == 2
         with pytest.raises(UsageError, match="two requests 'r-1'"):
             read_submissions(dump([ONE, {**ONE, "model_line": "cats"}]), "file")
 
-    def test_faults_do_not_repeat_what_was_named(self):
+    def test_faults_do_not_show_what_was_named(self):
         entry = {**ONE, "target": {"kind": "samples", "ids": ["secret-1", 7]}, "source": "secret-2\n"}
         with pytest.raises(UsageError) as caught:
             read_submissions(dump(entry), "file")
@@ -111,7 +111,7 @@ class TestSubmitAll:
         assert isinstance(refused, ConflictError)
         assert "r-2" in str(refused)
 
-    def test_a_store_that_refuses_us_ends_it(self, s3_server):
+    def test_a_store_that_refuses_access_stops_filing(self, s3_server):
         ledger = Ledger(S3Store("no-such-bucket"), utc_clock)
         with pytest.raises(StoreError, match="no-such-bucket"):
             submit_all(ledger, read_submissions(dump([ONE, TWO]), "file"), "ana")

@@ -58,7 +58,7 @@ class TestSubmit:
         (event,) = ledger.events("r-1")
         assert (event.n, event.from_status, event.to_status, event.attempt) == (1, "received", "queued", 1)
 
-    def test_the_same_again_gives_the_same_receipt_and_writes_nothing(self, ledger, clock, store):
+    def test_filing_again_gives_the_same_receipt_and_writes_nothing(self, ledger, clock, store):
         first = ledger.submit("r-1", "faces", TARGET)
         before = [(entry.key, entry.etag) for entry in store.list("")]
         clock.tick(days=3)
@@ -66,7 +66,7 @@ class TestSubmit:
         assert ledger.submit("r-1", "faces", TARGET, datetime(2026, 1, 31, 9, tzinfo=UTC)) == first
         assert [(entry.key, entry.etag) for entry in store.list("")] == before
 
-    def test_the_same_again_leaves_a_request_where_it_stands(self, ledger):
+    def test_filing_again_does_not_change_the_status(self, ledger):
         receipt = ledger.submit("r-1", "faces", TARGET)
         walk(ledger, "in_progress", "completed")
         assert ledger.submit("r-1", "faces", TARGET) == receipt
@@ -82,7 +82,7 @@ class TestSubmit:
             {"source": "ticket 8"},
         ],
     )
-    def test_another_body_under_the_id_is_a_conflict(self, ledger, store, other):
+    def test_other_content_under_the_same_id_is_a_conflict(self, ledger, store, other):
         ledger.submit("r-1", "faces", TARGET)
         before = store.get(request_key("r-1")).data
         with pytest.raises(ConflictError, match="request r-1 exists already") as caught:
@@ -91,25 +91,25 @@ class TestSubmit:
         assert store.get(request_key("r-1")).data == before
         assert len(ledger.events("r-1")) == 1
 
-    def test_the_time_given_is_kept_in_utc(self, ledger):
+    def test_the_given_time_is_stored_in_utc(self, ledger):
         receipt = ledger.submit("r-1", "faces", TARGET, datetime.fromisoformat("2026-01-01T01:00+02:00"))
         assert (receipt.received_at, receipt.due_at) == ("2025-12-31T23:00:00+00:00", "2026-01-31T23:00:00+00:00")
 
-    def test_the_future_is_refused_but_not_a_clock_a_little_ahead(self, ledger, clock, store):
+    def test_a_time_in_the_future_is_refused_beyond_a_small_tolerance(self, ledger, clock, store):
         with pytest.raises(UsageError, match="in the future"):
             ledger.submit("r-1", "faces", TARGET, clock() + timedelta(hours=1))
         assert keys(store) == []
         ledger.submit("r-1", "faces", TARGET, clock() + timedelta(minutes=1))
 
     @pytest.mark.parametrize("bad", ["../r", "R 1", ""])
-    def test_a_bad_id_leaves_nothing_in_the_store(self, ledger, store, bad):
+    def test_an_invalid_id_writes_nothing(self, ledger, store, bad):
         with pytest.raises(UsageError):
             ledger.submit(bad, "faces", TARGET)
         with pytest.raises(UsageError):
             ledger.submit("r-1", bad, TARGET)
         assert keys(store) == []
 
-    def test_twins_get_one_request_and_one_receipt(self, store, clock):
+    def test_concurrent_equal_submits_give_one_request_and_one_receipt(self, store, clock):
         gate = threading.Barrier(8)
 
         def file(number):
@@ -122,7 +122,7 @@ class TestSubmit:
         assert receipts == [receipts[0]] * 8
         assert len(keys(store)) == 3
 
-    def test_of_rivals_with_other_bodies_one_wins(self, store, clock):
+    def test_one_of_concurrent_different_submits_wins(self, store, clock):
         gate = threading.Barrier(8)
 
         def file(number):
@@ -137,7 +137,7 @@ class TestSubmit:
         assert won == [sha256_bytes(store.get(request_key("r-1")).data)]
         assert Ledger(store, clock).status("r-1") is Status.QUEUED
 
-    def test_a_submit_killed_before_its_event_is_completed_by_the_next(self, ledger, clock, store):
+    def test_the_next_submit_completes_one_killed_before_its_event(self, ledger, clock, store):
         script = """
             import os, signal, sys
             from datetime import UTC, datetime
@@ -169,7 +169,7 @@ class TestSubmit:
         assert receipt.received_at == "2026-01-31T09:00:00+00:00"
         assert ledger.status("r-1") is Status.QUEUED
 
-    def test_a_half_written_request_may_be_held_and_is_not_queued_behind_the_back(self, ledger, store):
+    def test_a_request_without_events_can_be_held_and_filing_again_keeps_the_hold(self, ledger, store):
         ledger.submit("r-1", "faces", TARGET)
         store.delete(event_key("r-1", 1))
         ledger.hold("r-1", "ana", "identity in doubt")
@@ -178,7 +178,7 @@ class TestSubmit:
 
 
 class TestMove:
-    def test_a_request_goes_its_way_and_leaves_a_log(self, filed, clock):
+    def test_every_transition_is_logged(self, filed, clock):
         filed.hold("r-1", "ana", "in doubt")
         clock.tick(days=2)
         filed.release("r-1", "ana", "confirmed")
@@ -207,7 +207,7 @@ class TestMove:
             (("in_progress", "completed"), "failed"),
         ],
     )
-    def test_a_way_that_is_not_allowed_is_a_conflict_and_writes_nothing(self, filed, store, ways, to):
+    def test_a_transition_that_is_not_allowed_is_a_conflict_and_writes_nothing(self, filed, store, ways, to):
         walk(filed, *ways)
         before = keys(store)
         outcome = Outcome.UNLEARNED if to == "completed" else None
@@ -216,14 +216,14 @@ class TestMove:
         assert keys(store) == before
 
     @pytest.mark.parametrize(("end", "verb"), [("completed", "reopen"), ("failed", "retry")])
-    def test_only_a_deliberate_act_queues_again_what_was_closed(self, filed, end, verb):
+    def test_only_retry_and_reopen_queue_a_closed_request(self, filed, end, verb):
         walk(filed, "in_progress", "queued", "in_progress", end)
         with pytest.raises(ConflictError, match=f"salun request {verb} r-1"):
             filed.move("r-1", Transition(Status.QUEUED, "sweep", "test"))
         event = getattr(filed, verb)("r-1", "ana", "rolled back")
         assert (event.to_status, event.attempt) == (Status.QUEUED, 1)
 
-    def test_a_run_writes_its_lease_recipe_and_half(self, filed):
+    def test_a_run_records_epoch_level_and_group(self, filed):
         details = {"run": "run-1", "epoch": 7, "level": 2, "group": "run-0-a"}
         taken = filed.move(filed.state("r-1"), Transition(Status.IN_PROGRESS, "sweep", "claimed", **details))
         assert (taken.run, taken.epoch, taken.rung, taken.group) == ("run-1", 7, 2, "run-0-a")
@@ -233,13 +233,13 @@ class TestMove:
         assert filed.retry("r-1", "ana", "again").rung == 0
 
     @pytest.mark.parametrize("verb", ["release", "retry", "reopen"])
-    def test_a_requeue_from_elsewhere_is_refused(self, filed, verb):
+    def test_queueing_again_from_another_status_is_refused(self, filed, verb):
         walk(filed, "in_progress")
         with pytest.raises(ConflictError, match="request r-1 is in_progress"):
             getattr(filed, verb)("r-1", "ana", "by mistake")
         assert filed.status("r-1") is Status.IN_PROGRESS
 
-    def test_a_decision_on_an_older_state_is_refused(self, filed):
+    def test_a_transition_from_an_older_state_is_refused(self, filed):
         seen = filed.state("r-1")
         walk(filed, "in_progress", "queued")
         with pytest.raises(ConflictError, match="another process moved request r-1 meanwhile: event 2 exists"):
@@ -247,7 +247,7 @@ class TestMove:
         assert filed.move(filed.state("r-1"), Transition(Status.IN_PROGRESS, "sweep", "in time")).n == 4
 
     @pytest.mark.parametrize("fields", [{"reason": ""}, {"actor": ""}, {"reason": "a\nb"}, {"run": "../x"}])
-    def test_a_faulty_argument_is_refused(self, filed, fields):
+    def test_an_invalid_argument_is_refused(self, filed, fields):
         with pytest.raises(UsageError, match="a transition of request r-1"):
             filed.move("r-1", Transition(**{"to": Status.ON_HOLD, "actor": "ana", "reason": "test", **fields}))
 
@@ -259,7 +259,7 @@ class TestMove:
             filed.move("r-1", Transition(Status.COMPLETED, "sweep", "published"))
 
     def test_racing_movers_have_one_winner_for_each_event(self, filed, store, clock):
-        """Equal moves too: same actor, same time, same way; the store must not take them for one write."""
+        """Also with equal transitions: same actor, time and statuses; the store must not treat them as one write."""
         rounds, workers = 3, 6
         gate = threading.Barrier(workers)
 
@@ -291,11 +291,11 @@ class TestReading:
             with pytest.raises(UsageError, match="did you mean 'r-1'"):
                 call("r-2")
 
-    def test_an_id_that_is_the_start_of_another_is_its_own(self, filed):
+    def test_an_id_that_is_a_prefix_of_another_is_unknown(self, filed):
         with pytest.raises(UsageError, match="unknown request 'r'"):
             filed.status("r")
 
-    def test_list_filters_and_puts_those_due_first_at_the_head(self, ledger, clock):
+    def test_list_filters_and_sorts_by_due_time(self, ledger, clock):
         for number in range(6):
             received = clock() - timedelta(days=10 * number)
             ledger.submit(f"r-{number}", "faces" if number % 2 else "cats", TARGET, received)
@@ -326,14 +326,14 @@ class TestReading:
         assert listed == {f"r-{number}": ledger.state(f"r-{number}") for number in range(6)}
 
     @pytest.mark.parametrize("number", [1, 2])
-    def test_a_missing_event_is_noticed(self, filed, store, number):
+    def test_a_missing_event_is_an_error(self, filed, store, number):
         walk(filed, "in_progress", "queued")
         store.delete(event_key("r-1", number))
         for call in (filed.status, filed.events, filed.state, lambda name: filed.hold(name, "ana", "test")):
             with pytest.raises(IntegrityError, match="r-1"):
                 call("r-1")
 
-    def test_list_notices_a_gap(self, filed, store):
+    def test_list_refuses_a_gap(self, filed, store):
         walk(filed, "in_progress", "queued")
         store.delete(event_key("r-1", 2))
         with pytest.raises(IntegrityError, match="r-1"):
@@ -366,7 +366,7 @@ class TestReading:
 
 
 class TestDryRun:
-    def test_it_checks_and_returns_but_writes_nothing(self, store, clock, ledger):
+    def test_it_checks_and_returns_results_but_writes_nothing(self, store, clock, ledger):
         dry = Ledger(store, clock, dry_run=True)
         receipt = dry.submit("r-1", "faces", TARGET)
         assert keys(store) == []

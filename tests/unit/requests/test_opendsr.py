@@ -33,7 +33,7 @@ def test_an_erasure_becomes_a_request():
     assert found.received_at.astimezone(UTC) == datetime(2026, 1, 31, 15, tzinfo=UTC)
 
 
-def test_the_first_version_without_a_regulation_is_read_too():
+def test_version_1_without_a_regulation_is_read():
     old = {name: value for name, value in REQUEST.items() if name != "regulation"} | {"api_version": "1.0"}
     (found,) = read_submissions(json.dumps(old), "file", "faces")
     assert found.target.subject_ref == "person-7"
@@ -49,7 +49,7 @@ def test_lists_and_json_lines_may_hold_many():
     ("identities", "chosen"),
     [([EMAIL], "secret@example.com"), ([EMAIL, CUSTOMER], "person-7"), ([CUSTOMER, EMAIL, EMAIL], "person-7")],
 )
-def test_of_several_identities_the_controllers_own_is_taken(identities, chosen):
+def test_the_controllers_own_identity_is_preferred(identities, chosen):
     assert read(subject_identities=identities).target.subject_ref == chosen
 
 
@@ -74,7 +74,7 @@ def test_of_several_identities_the_controllers_own_is_taken(identities, chosen):
         ({"line": "../x"}, "model_line"),
     ],
 )
-def test_what_cannot_be_taken_is_refused_with_the_reason(changes, why):
+def test_an_unusable_request_is_refused_with_the_reason(changes, why):
     with pytest.raises(UsageError, match=why) as caught:
         read(**changes)
     assert "secret" not in str(caught.value)

@@ -39,7 +39,7 @@ def document(store):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_what_it_named_is_gone_and_the_receipt_stays(store, clock, target, keep):
+def test_the_target_is_removed_and_the_receipt_stays(store, clock, target, keep):
     ledger = Ledger(store, clock)
     receipt = ledger.submit("r-1", "faces", target, source="ticket 7")
     before = document(store)
@@ -61,7 +61,7 @@ def test_what_it_named_is_gone_and_the_receipt_stays(store, clock, target, keep)
     assert document(store) == after
 
 
-def test_a_second_time_changes_nothing_and_the_way_is_only_down(store, clock, target):
+def test_repeating_changes_nothing_and_hashes_can_only_be_removed(store, clock, target):
     Ledger(store, clock).submit("r-1", "faces", target)
     redact_request(store, "r-1", keep_hashes=True)
     kept = document(store)
@@ -85,14 +85,14 @@ def test_hashes_are_salted_and_sorted(store, clock):
     assert left["hashes"] == sorted(expected)
 
 
-def test_the_ids_of_a_manifest_are_given(store, clock):
+def test_the_ids_of_a_manifest_are_hashed(store, clock):
     Ledger(store, clock).submit("r-1", "faces", TARGETS["manifest"])
     redact_request(store, "r-1", keep_hashes=True, ids=["secret-1", "secret-1", "secret-2"])
     left = document(store)["target"]
     assert (left["count"], len(left["hashes"])) == (0, 2)
 
 
-def test_two_requests_of_one_person_have_other_hashes(store, clock):
+def test_two_requests_of_one_person_have_different_hashes(store, clock):
     ledger = Ledger(store, clock)
     for name in ("r-1", "r-2"):
         ledger.submit(name, "faces", TARGETS["subject"])
@@ -103,7 +103,7 @@ def test_two_requests_of_one_person_have_other_hashes(store, clock):
 
 
 @pytest.mark.parametrize("to", [Status.CANCELLED, Status.REJECTED])
-def test_a_request_that_nobody_will_erase_keeps_no_hashes(store, clock, to):
+def test_a_request_that_will_not_be_erased_keeps_no_hashes(store, clock, to):
     ledger = Ledger(store, clock)
     ledger.submit("r-1", "faces", TARGETS["samples"])
     if to is Status.REJECTED:
@@ -113,7 +113,7 @@ def test_a_request_that_nobody_will_erase_keeps_no_hashes(store, clock, to):
     assert "salt" not in document(store)["target"]
 
 
-def test_a_reopened_one_that_is_withdrawn_loses_its_hashes(store, clock):
+def test_a_cancelled_reopened_request_loses_its_hashes(store, clock):
     ledger = Ledger(store, clock)
     ledger.submit("r-1", "faces", TARGETS["samples"])
     ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed"))
@@ -136,7 +136,7 @@ def test_an_unknown_or_damaged_request_is_refused(store, clock):
 
 
 @pytest.mark.s3
-def test_racing_redactors_leave_one_redacted_document(request, clock):
+def test_concurrent_redactions_give_one_document(request, clock):
     store = request.getfixturevalue("s3_store")
     Ledger(store, clock).submit("r-1", "faces", TARGETS["samples"])
     gate = threading.Barrier(3)
@@ -172,7 +172,7 @@ def s3_store(s3_server):
         {"target": {"kind": "redacted", "of": "subject", "count": -1}},
     ],
 )
-def test_a_faulty_redacted_request_is_refused(changes):
+def test_an_invalid_redacted_request_is_refused(changes):
     fields = {
         "id": "r-1",
         "model_line": "faces",
@@ -186,7 +186,7 @@ def test_a_faulty_redacted_request_is_refused(changes):
         parse(DeletionRequest, {**fields, **changes}, "request")
 
 
-def test_nobody_files_a_redacted_target(store, clock):
+def test_a_redacted_target_cannot_be_filed(store, clock):
     target = {"kind": "redacted", "of": "class", "count": 1, "class_id": 3}
     with pytest.raises(UsageError, match="names nothing: file"):
         parse(Submission, {"id": "r-1", "model_line": "faces", "target": target}, "file")
@@ -207,7 +207,7 @@ def test_nobody_files_a_redacted_target(store, clock):
         ("concept", "1 concept by 2 prompts (redacted)"),
     ],
 )
-def test_its_summary_says_what_it_was(store, clock, name, text):
+def test_the_summary_of_a_redacted_target(store, clock, name, text):
     ledger = Ledger(store, clock)
     ledger.submit("r-1", "faces", TARGETS[name])
     redact_request(store, "r-1", keep_hashes=True)

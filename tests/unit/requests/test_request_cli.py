@@ -79,7 +79,7 @@ CONCEPT = {"kind": "concept", "prompts": ["secret cat", "secret dog"], "anchor_p
 
 
 class TestConcepts:
-    def test_it_is_filed_and_shown_by_the_number_of_its_prompts(self, run, ledger):
+    def test_a_concept_is_shown_by_its_number_of_prompts(self, run, ledger):
         run("submit", "-", input=json.dumps(entry(1, target={**CONCEPT, "neighbours": ["secret mouse"]})))
         assert ledger.get("r-1").target.neighbours == ["secret mouse"]
         for arguments in (["show", "r-1"], ["show", "r-1", "--json"], ["list"], ["list", "--json"]):
@@ -88,7 +88,7 @@ class TestConcepts:
             assert "secret" not in told
         assert "secret mouse" in run("show", "r-1", "--target")
 
-    def test_one_that_cannot_be_is_refused_without_its_words(self, refused, ledger, tmp_path):
+    def test_an_invalid_concept_is_refused_without_showing_prompts(self, refused, ledger, tmp_path):
         path = tmp_path / "request.json"
         path.write_text(json.dumps(entry(1, target={**CONCEPT, "anchor_prompt": "Secret  CAT"})))
         line = refused(2, "submit", str(path))
@@ -139,17 +139,17 @@ class TestSubmit:
         assert (state.request.target.subject_ref, state.request.source) == ("secret@example.com", "opendsr")
         assert state.request.due_at == "2026-02-28T15:00:00+00:00"
 
-    def test_the_table_shows_the_receipt_and_not_what_was_named(self, run):
+    def test_the_table_shows_the_receipt_and_not_the_target(self, run):
         text = run(*SAMPLES, "--received-at", "2026-01-31")
         assert "2026-02-28 00:00" in text
         assert "secret" not in text
 
-    def test_again_is_harmless_and_another_body_a_conflict(self, run, refused):
+    def test_filing_again_is_harmless_and_other_content_a_conflict(self, run, refused):
         first = run(*SAMPLES, "--json")
         assert run(*SAMPLES, "--json") == first
         assert "request r-1 exists already" in refused(4, *FILE, "--samples", "other")
 
-    def test_of_many_the_refused_are_counted_and_the_others_filed(self, run, refused, ledger, tmp_path):
+    def test_refused_requests_are_counted_and_the_others_filed(self, run, refused, ledger, tmp_path):
         run(*SAMPLES)
         file = tmp_path / "requests.json"
         file.write_text(json.dumps([entry(0), entry(1, model_line="cats"), entry(2)]))
@@ -198,7 +198,7 @@ class TestSubmit:
 
 
 class TestShow:
-    def test_where_it_stands_and_its_moves(self, run, ledger):
+    def test_status_and_transitions(self, run, ledger):
         run(*SAMPLES)
         ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-1"))
         ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "[bold]published[/]", outcome=Outcome.UNLEARNED))
@@ -209,7 +209,7 @@ class TestShow:
         assert "[bold]published[/]" in text
         assert "secret" not in text
 
-    def test_what_it_names_is_shown_only_on_demand(self, run):
+    def test_the_target_is_shown_only_on_demand(self, run):
         run(*SAMPLES)
         hidden, shown = json.loads(run("show", "r-1", "--json")), json.loads(run("show", "r-1", "--target", "--json"))
         assert hidden["request"]["target"] == {"kind": "samples", "summary": "2 samples"}
@@ -217,13 +217,13 @@ class TestShow:
         assert "secret-1" in run("show", "r-1", "--target")
         assert (hidden["status"], hidden["overdue"], len(hidden["events"])) == ("queued", False, 1)
 
-    def test_overdue_is_said(self, run):
+    def test_overdue_is_shown(self, run):
         run(*SAMPLES, "--received-at", "2020-01-31")
         assert "queued, overdue, due 2020-02-29" in run("show", "r-1")
         run("cancel", "r-1", "--reason", "withdrawn")
         assert "overdue" not in run("show", "r-1")
 
-    def test_an_unknown_one_names_the_nearest(self, run, refused):
+    def test_an_unknown_id_names_the_nearest(self, run, refused):
         run(*SAMPLES)
         assert "did you mean 'r-1'" in refused(2, "show", "r-2")
 
@@ -252,7 +252,7 @@ class TestList:
 
 
 class TestReindex:
-    def test_it_mends_and_says_how_much(self, run, store):
+    def test_it_repairs_and_reports_the_number(self, run, store):
         run(*SAMPLES)
         (entry,) = [row.key for row in store.list("index/")]
         store.delete(entry)

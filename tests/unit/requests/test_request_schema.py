@@ -52,18 +52,18 @@ EVENT = {
 
 @pytest.mark.parametrize("source", Status)
 @pytest.mark.parametrize("to", Status)
-def test_the_transition_table_is_the_written_one(source, to):
+def test_the_transition_table(source, to):
     assert (to in TRANSITIONS[source]) == ((source.value, to.value) in WAYS)
 
 
 @pytest.mark.parametrize("bad", ["", "-a", "A", "a" * 64, "a/b", "../a", "a b", "a\n", "ä"])
-def test_an_id_that_is_no_safe_key_is_refused(bad):
+def test_an_id_that_is_not_a_safe_key_is_refused(bad):
     with pytest.raises(UsageError, match="id"):
         parse(Submission, {"id": bad, "model_line": "faces", "target": REQUEST["target"]}, "request")
 
 
 @pytest.mark.parametrize("good", ["a", "0", "r-1.b_c", "a" * 63])
-def test_an_id_of_the_pattern_is_taken(good):
+def test_an_id_of_the_pattern_is_accepted(good):
     assert parse(DeletionRequest, {**REQUEST, "id": good}, "request").id == good
 
 
@@ -82,7 +82,7 @@ def test_an_id_of_the_pattern_is_taken(good):
         ("extra", 1),
     ],
 )
-def test_a_faulty_request_is_refused(field, value):
+def test_an_invalid_request_is_refused(field, value):
     with pytest.raises(UsageError, match="1 fault"):
         parse(DeletionRequest, {**REQUEST, field: value}, "request")
 
@@ -105,12 +105,12 @@ def test_a_faulty_request_is_refused(field, value):
         ({"writer": "me"}, "writer"),
     ],
 )
-def test_a_faulty_event_is_refused(changes, word):
+def test_an_invalid_event_is_refused(changes, word):
     with pytest.raises(UsageError, match=word):
         parse(RequestEvent, {**EVENT, **changes}, "event")
 
 
-def test_stored_bytes_read_back_to_the_same_documents():
+def test_stored_bytes_parse_to_the_same_documents():
     request, event = parse(DeletionRequest, REQUEST, "request"), parse(RequestEvent, EVENT, "event")
     assert parse(DeletionRequest, json.loads(request.canonical()), "request") == request
     assert parse(RequestEvent, json.loads(event.canonical()), "event") == event
@@ -118,7 +118,7 @@ def test_stored_bytes_read_back_to_the_same_documents():
     assert json.loads(event.canonical())["format"] == "salun.event/v1"
 
 
-def test_attempts_count_runs_and_begin_anew_with_a_person():
+def test_attempts_count_runs_and_restart_when_a_person_queues():
     ways = ["received", "queued", "in_progress", "queued", "on_hold", "queued", "in_progress", "failed", "queued"]
     ways += ["in_progress", "completed", "queued"]
     last, attempts = None, []
@@ -141,5 +141,5 @@ def test_attempts_count_runs_and_begin_anew_with_a_person():
         (ConceptTarget(prompts=["secret"], anchor_prompt="other", neighbours=["secret too"]), "1 concept by 1 prompt"),
     ],
 )
-def test_a_summary_names_no_person(target, text):
+def test_a_summary_holds_no_personal_data(target, text):
     assert summarise(target) == text

@@ -25,7 +25,7 @@ def digits():
     return load_data(DataSpec(source="digits"))
 
 
-def test_a_concept_is_one_thing_that_no_data_set_holds(digits):
+def test_a_concept_resolves_to_one_pseudo_id(digits):
     resolver = TableResolver("v", digits.table, digits.split, generative=True)
     found = resolver.resolve(request(CONCEPT))
     assert (found.ids, found.named, found.samples) == ([CONCEPT.pseudo_id], 1, frozenset())
@@ -37,22 +37,22 @@ def test_a_concept_is_one_thing_that_no_data_set_holds(digits):
     assert resolver.train_count == len(digits.split.train)
 
 
-def test_what_is_sealed_is_the_digest_of_the_forget_set(digits):
+def test_the_frozen_bytes_have_the_digest_of_the_forget_set(digits):
     resolver = TableResolver("v", digits.table, digits.split, generative=True)
     for targets in ([CONCEPT], [ClassTarget(class_id=7)], [CONCEPT, ClassTarget(class_id=7)]):
-        sealed = resolver.freeze_forget_set([request(target) for target in targets])
-        document = parse(ForgetSet, json.loads(sealed), "sealed")
+        frozen = resolver.freeze_forget_set([request(target) for target in targets])
+        document = parse(ForgetSet, json.loads(frozen), "frozen")
         assert document == resolve_forget(targets, digits.table, digits.split, generative=True)
-        assert sha256_bytes(sealed) == document.digest
+        assert sha256_bytes(frozen) == document.digest
 
 
 @pytest.mark.parametrize("target", [SamplesTarget(ids=["unknown"]), SubjectTarget(subject_ref="ann")])
-def test_single_samples_of_a_diffusion_model_are_refused_not_certified_as_absent(digits, target):
+def test_single_samples_of_a_diffusion_model_are_refused(digits, target):
     with pytest.raises(UsageError, match="classes and concepts"):
         TableResolver("v", digits.table, digits.split, generative=True).resolve(request(target))
 
 
-def test_a_classifier_is_as_it_was(digits):
+def test_a_classifier_resolves_samples_and_no_concepts(digits):
     resolver = TableResolver("v", digits.table, digits.split)
     assert resolver.resolve(request(SamplesTarget(ids=["unknown"]))).ids == []
     with pytest.raises(UsageError, match="a classifier cannot forget a concept"):

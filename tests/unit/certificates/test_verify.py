@@ -1,4 +1,4 @@
-"""A certificate of a version with folders, verified against the folder that was fetched."""
+"""Verification of a version with folders against the fetched folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from salun_core.registry.lookup import Version
 from salun_core.registry.manifest import VersionManifest, weights_digest
 from salun_core.registry.versions import fetch_version, stage_version
 from tests.folder_model import UNET, files_in, write_folder
-from tests.unit.requests.test_certificate import evidence_of, input_of, judged
+from tests.unit.certificates.test_issue import evidence_of, input_of, judged
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
@@ -37,7 +37,7 @@ def manifest_in(folder, **changes):
 
 @pytest.fixture
 def certified(tmp_path, monkeypatch):
-    """A model folder and its certificate beside it."""
+    """A model folder, its certificate and the public key in one folder."""
     monkeypatch.delenv("SALUN_VERIFY_KEY", raising=False)
     write_folder(tmp_path / "model")
     (tmp_path / "certificate.json").write_bytes(certify(*erased_by(manifest_in(tmp_path / "model")), KEY))
@@ -50,7 +50,7 @@ def verify(folder):
 
 
 @pytest.mark.s3
-def test_a_fetched_version_with_folders_is_the_certified_one(store, tmp_path, monkeypatch):
+def test_a_fetched_version_with_folders_verifies(store, tmp_path, monkeypatch):
     monkeypatch.delenv("SALUN_VERIFY_KEY", raising=False)
     files = write_folder(tmp_path / "made")
     digest, manifest = stage_version(store, {"line": "faces", "method": "salun", "run": "run-7"}, files)
@@ -91,7 +91,7 @@ def test_each_difference_in_a_folder_is_refused(certified, spoil, why):
         verify(certified)
 
 
-def test_the_evidence_is_of_the_whole_folder_and_of_no_single_file(tmp_path):
+def test_evidence_must_cover_the_whole_folder(tmp_path):
     write_folder(tmp_path)
     manifest = manifest_in(tmp_path)
     for other in (manifest.files[UNET].sha256, manifest.files["model_index.json"].sha256):

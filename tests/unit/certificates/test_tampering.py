@@ -42,7 +42,7 @@ def refused(data, kind=ErasureCertificate):
     return False
 
 
-def test_the_files_of_the_first_version_are_valid_for_ever(copy):
+def test_the_files_of_the_first_version_stay_valid(copy):
     found = verify_certificate(copy / "certificate.json", copy / "model", addenda=[copy / "disposal.json"])
     assert (found.files, found.certificate.predicate.request.id, len(found.addenda)) == (3, "r-1", 1)
 
@@ -62,7 +62,7 @@ def test_each_changed_byte_is_refused(bit):
 
 
 @pytest.mark.parametrize("more", [b"", b" ", b"\n"], ids=["deleted", "space", "newline"])
-def test_each_byte_deleted_and_each_insertion_of_white_space_is_refused(more):
+def test_each_deleted_byte_and_each_added_white_space_is_refused(more):
     width = 0 if more else 1
     places = range(len(CERTIFICATE) + 1 - width)
     taken = [at for at in places if not refused(CERTIFICATE[:at] + more + CERTIFICATE[at + width :])]
@@ -70,7 +70,7 @@ def test_each_byte_deleted_and_each_insertion_of_white_space_is_refused(more):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, len(CERTIFICATE) - 1])
-def test_a_part_of_a_certificate_is_refused(cut):
+def test_a_truncated_certificate_is_refused(cut):
     assert refused(CERTIFICATE[:cut])
 
 
@@ -92,7 +92,7 @@ def test_each_changed_byte_of_the_model_is_refused(copy, name):
             verify_certificate(copy / "certificate.json", copy / "model")
 
 
-def test_all_faults_of_a_model_folder_are_named_at_once(copy):
+def test_all_faults_of_a_model_folder_are_reported_at_once(copy):
     model = copy / "model"
     (model / "model.json").write_bytes(b"{}")
     (model / "split.json").unlink()
@@ -103,7 +103,7 @@ def test_all_faults_of_a_model_folder_are_named_at_once(copy):
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("model.json")])
-def test_what_is_no_plain_file_in_the_model_folder_is_refused(copy, make):
+def test_only_regular_files_may_be_in_the_model_folder(copy, make):
     make(copy / "model" / "more")
     with pytest.raises(IntegrityError, match="more than regular files"):
         verify_certificate(copy / "certificate.json", copy / "model")
@@ -117,7 +117,7 @@ def test_a_file_replaced_by_a_link_to_its_copy_is_refused(copy):
 
 
 def test_an_addendum_of_another_certificate_is_refused(copy):
-    from tests.unit.requests.test_certificate import certify, input_of
+    from tests.unit.certificates.test_issue import certify, input_of
 
     (copy / "other.json").write_bytes(certify(*input_of(), KEY))
     (copy / "other.pub").write_bytes(public_pem(KEY.public_key()))
@@ -194,18 +194,18 @@ def test_a_payload_that_is_not_canonical_is_neither_signed_nor_opened(payload, m
         _open(data)
 
 
-def test_what_is_too_large_is_not_signed():
+def test_a_payload_that_is_too_large_is_not_signed():
     with pytest.raises(IntegrityError, match="bytes"):
         sign(canonical_json("a" * MAX_ENVELOPE_BYTES), PAYLOAD_TYPE, KEY)
 
 
 @settings(max_examples=30)
 @given(st.recursive(st.none() | st.booleans() | st.text() | st.integers(-(2**53) + 1, 2**53 - 1), st.lists))
-def test_what_was_signed_is_what_is_opened(document):
+def test_an_opened_payload_equals_the_signed_one(document):
     payload = canonical_json(document)
     assert _open(sign(payload, PAYLOAD_TYPE, KEY)) == payload
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_are_refused(data):
+def test_random_bytes_are_refused(data):
     assert refused(data)

@@ -1,4 +1,4 @@
-"""Claiming and settling on a toy line: batches, the ladder, bisection, dead letters, what a killed run leaves."""
+"""Claiming and settling on a toy line: batches, escalation, bisection, failed requests and killed runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def statuses(context, *requests):
     return [context.ledger.status(request) for request in requests]
 
 
-def test_one_batch_erases_all_that_waits_and_certifies_each(context):
+def test_one_batch_erases_and_certifies_all_waiting_requests(context):
     requests = [submit(context, number, number + 100) for number in range(3)]
     claimed, settled = run_once(context, "run-1")
     assert [member.id for member in claimed.record.members] == requests
@@ -59,7 +59,7 @@ def test_one_batch_erases_all_that_waits_and_certifies_each(context):
     assert holder_of(context.store, LINE) is None
 
 
-def test_nothing_to_erase_is_an_outcome_of_its_own(context):
+def test_nothing_to_erase_is_its_own_outcome(context):
     unknown, known = submit(context, 5000), submit(context, 1)
     claimed, _ = run_once(context, "run-1")
     assert list(claimed.nothing_to_erase) == [unknown]
@@ -72,7 +72,7 @@ def test_nothing_to_erase_is_an_outcome_of_its_own(context):
     assert holder_of(context.store, LINE) is None
 
 
-def test_what_cannot_be_resolved_becomes_a_dead_letter_and_holds_nothing_back(context):
+def test_an_unresolvable_request_fails_and_does_not_delay_others(context):
     good = submit(context, 1)
     context.ledger.submit("bad", LINE, ClassTarget(class_id=3))
     claimed, _ = run_once(context, "run-1")
@@ -80,7 +80,7 @@ def test_what_cannot_be_resolved_becomes_a_dead_letter_and_holds_nothing_back(co
     assert list(claimed.refused) == ["bad"]
 
 
-def test_a_refused_batch_is_halved_until_the_poison_is_alone(context):
+def test_a_refused_batch_is_halved_until_the_poison_request_is_alone(context):
     requests = [submit(context, number) for number in range(8)]
     poison = frozenset({toy.sample(5)})
     runs = 0
@@ -107,7 +107,7 @@ def test_the_last_recipe_retrains(context):
     assert (last.to_status, last.outcome, last.attempt) == (Status.COMPLETED, Outcome.RETRAINED, 3)
 
 
-def test_a_person_may_retry_and_equal_work_is_not_repeated(context):
+def test_a_retry_does_not_repeat_refused_work(context):
     request = submit(context, 5)
     poison = frozenset({toy.sample(5)})
     for number in range(3):
@@ -115,11 +115,11 @@ def test_a_person_may_retry_and_equal_work_is_not_repeated(context):
     assert statuses(context, request) == [Status.FAILED]
     context.ledger.retry(request, "ana", "try again")
     claimed, _ = run_once(context, "run-3", poison, at_last=True)
-    assert claimed.record.rung == len(toy.RECIPES) - 1  # the others were refused for this very parent and set
+    assert claimed.record.rung == len(toy.RECIPES) - 1  # the others were refused for this parent and forget set
     assert statuses(context, request) == [Status.COMPLETED]
 
 
-def test_a_batch_waits_for_company_but_not_for_ever(context):
+def test_a_batch_waits_for_more_requests_but_not_too_long(context):
     young = submit(context, 1)
     claimed, _ = run_once(context, "run-1", min_requests=3)
     assert (claimed.record, statuses(context, young)) == (None, [Status.QUEUED])
@@ -131,7 +131,7 @@ def test_a_batch_waits_for_company_but_not_for_ever(context):
     assert "month ends" in claimed.reason
 
 
-def test_a_run_forgets_a_bounded_share(context):
+def test_a_run_forgets_a_limited_share(context):
     earlier = utc_clock() - timedelta(minutes=1)  # the index counts whole seconds
     many = [
         submit(context, *range(start, start + 60), name=f"many-{start}", received=earlier) for start in (0, 100, 200)
@@ -152,7 +152,7 @@ def test_all_of_the_training_data_is_never_forgotten(context):
     assert (claimed.record, statuses(context, everything)) == (None, [Status.FAILED])
 
 
-def test_a_line_in_use_is_left_alone(context):
+def test_a_leased_line_is_not_claimed(context):
     submit(context, 1)
     toy.claim_next(context, "run-1")
     other = toy.claim_next(context, "run-2")
@@ -162,7 +162,7 @@ def test_a_line_in_use_is_left_alone(context):
     assert holder_of(context.store, LINE) == "run-1"
 
 
-def test_a_claim_may_be_repeated(context):
+def test_repeating_a_claim_gives_the_same_batch(context):
     requests = [submit(context, 1), submit(context, 2)]
     first = toy.claim_next(context, "run-1")
     second = toy.claim_next(context, "run-1")
@@ -170,7 +170,7 @@ def test_a_claim_may_be_repeated(context):
     assert statuses(context, *requests) == [Status.IN_PROGRESS] * 2
 
 
-def test_a_run_without_a_verdict_tries_again_and_a_dead_run_is_recovered(context):
+def test_a_run_without_a_verdict_is_queued_again_and_a_dead_run_is_recovered(context):
     request = submit(context, 1)
     toy.claim_next(context, "run-1", lease_seconds=1)
     settled = settle(context, LINE, "run-1", toy.policy())
@@ -183,7 +183,7 @@ def test_a_run_without_a_verdict_tries_again_and_a_dead_run_is_recovered(context
     assert statuses(context, request) == [Status.COMPLETED]
 
 
-def test_a_run_that_published_and_died_is_completed_by_the_next(context):
+def test_the_next_sweep_completes_a_run_that_published_and_died(context):
     request = submit(context, 1)
     claimed = toy.claim_next(context, "run-1", lease_seconds=1)
     version = toy.erase(context, claimed.record)
@@ -195,7 +195,7 @@ def test_a_run_that_published_and_died_is_completed_by_the_next(context):
     assert toy.head(context.store).digest == version
 
 
-def test_a_late_publish_of_a_run_that_was_given_up_is_refused_by_its_own_log(context):
+def test_the_log_of_a_settled_run_refuses_its_late_publish(context):
     request = submit(context, 1)
     claimed = toy.claim_next(context, "run-1")
     settle(context, LINE, "run-1", toy.policy())
@@ -204,7 +204,7 @@ def test_a_late_publish_of_a_run_that_was_given_up_is_refused_by_its_own_log(con
     assert statuses(context, request) == [Status.QUEUED]
 
 
-def test_a_publish_that_slipped_through_is_found_by_the_next_claim(context):
+def test_the_next_claim_finds_a_late_publish(context):
     request = submit(context, 1)
     claimed = toy.claim_next(context, "run-1")
     settle(context, LINE, "run-1", toy.policy())
@@ -217,7 +217,7 @@ def test_a_publish_that_slipped_through_is_found_by_the_next_claim(context):
     assert json.loads(context.store.get(certificate_key(request)).data)["version"] == version
 
 
-def test_a_stale_run_tries_again_as_it_was(context):
+def test_requests_of_a_stale_run_are_queued_unchanged(context):
     request = submit(context, 1)
     claimed = toy.claim_next(context, "run-1")
     toy.publish(context.store, LINE, claimed.record.parent, {toy.sample(9)}, None, 1)
@@ -230,7 +230,7 @@ def test_a_stale_run_tries_again_as_it_was(context):
     assert toy.forgotten(context.store, toy.head(context.store)) == {toy.sample(1), toy.sample(9)}
 
 
-def test_attempts_are_bounded(context):
+def test_attempts_are_limited(context):
     request = submit(context, 1)
     for number in range(3):
         toy.claim_next(context, f"run-{number}", max_attempts=3)

@@ -53,13 +53,13 @@ def test_a_line_without_data_claims_concepts_with_its_first_recipe(context):
     assert [(member.found, member.named) for member in record.members] == [(1, 1)] * 3
     assert (record.forget_count, record.train_count, record.rung, record.method) == (2, 0, 0, "salun")
     assert list(found.refused) == ["r-3"]
-    sealed = ForgetSet.model_validate_json(context.store.get(scratch_key("run-1", "forget.json")).data)
-    assert sealed.digest == record.forget_sha256
-    assert len(sealed.concepts) == 2
+    frozen = ForgetSet.model_validate_json(context.store.get(scratch_key("run-1", "forget.json")).data)
+    assert frozen.digest == record.forget_sha256
+    assert len(frozen.concepts) == 2
     assert [context.ledger.status(f"r-{number}") for number in range(3)] == [Status.IN_PROGRESS] * 3
 
 
-def test_no_concept_counts_against_the_share_but_classes_do(context):
+def test_classes_count_against_the_share_and_concepts_do_not(context):
     data = load_data(DataSpec(source="digits"))
     submit(context, ClassTarget(class_id=3), *map(concept, range(5)), ClassTarget(class_id=4), concept(9))
     found = claimed(context, data.table, data.split, max_forget_fraction=0.12)
@@ -68,7 +68,7 @@ def test_no_concept_counts_against_the_share_but_classes_do(context):
     assert context.ledger.status("r-6") is Status.QUEUED
 
 
-def test_a_class_beyond_the_share_still_goes_alone_and_with_the_last_recipe(context):
+def test_a_class_beyond_the_share_is_claimed_alone_with_the_last_recipe(context):
     data = load_data(DataSpec(source="digits"))
     submit(context, ClassTarget(class_id=3), concept(1))
     found = claimed(context, data.table, data.split, max_forget_fraction=0.01)
@@ -76,7 +76,7 @@ def test_a_class_beyond_the_share_still_goes_alone_and_with_the_last_recipe(cont
     assert (found.record.rung, found.record.method) == (len(toy.RECIPES) - 1, "retrain")
 
 
-def test_single_samples_become_a_dead_letter_and_hold_nothing_back(context):
+def test_single_samples_fail_and_do_not_delay_others(context):
     submit(context, SamplesTarget(ids=["unknown"]), concept(1))
     found = claimed(context, None, EMPTY)
     assert [member.id for member in found.record.members] == ["r-1"]
@@ -84,7 +84,7 @@ def test_single_samples_become_a_dead_letter_and_hold_nothing_back(context):
     assert "UsageError" in context.ledger.state("r-0").last.reason
 
 
-def test_no_prompt_leaves_the_request_and_the_sealed_set(context, caplog, capfd):
+def test_prompts_stay_in_the_request_and_the_frozen_set(context, caplog, capfd):
     submit(context, concept(1), concept(2))
     claimed(context, None, EMPTY)
     allowed = {request_key("r-0"), request_key("r-1"), scratch_key("run-1", "forget.json")}

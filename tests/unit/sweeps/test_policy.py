@@ -1,4 +1,4 @@
-"""When a batch is due, and what becomes of the requests of a run that erased nothing."""
+"""When a batch is due, and what happens to the requests of a run that erased nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hours(*ages):
         ([1], 1, "came back"),
     ],
 )
-def test_a_batch_is_due_by_number_age_or_return(ages, returned, reason):
+def test_a_batch_is_due_by_size_age_or_return(ages, returned, reason):
     found = why_due(hours(*ages), returned, NOW, POLICY)
     assert (found is None) if reason is None else reason in found
 
@@ -43,7 +43,7 @@ def test_a_batch_is_due_when_a_month_ends_soon():
     assert "month ends" in why_due([received], 0, eight_days_before + timedelta(seconds=1), patient)
 
 
-def test_a_refused_batch_is_halved_and_climbs():
+def test_a_refused_batch_is_halved_and_escalated():
     plan = after_refusal({"a": 1, "b": 1, "c": 2}, "run-1", 0, POLICY)
     assert {name: (step.group, step.level, step.give_up) for name, step in plan.items()} == {
         "a": ("run-1-a", 1, False),
@@ -52,7 +52,7 @@ def test_a_refused_batch_is_halved_and_climbs():
     }
 
 
-def test_alone_at_the_last_recipe_a_person_decides():
+def test_a_request_refused_alone_by_the_last_recipe_fails():
     (step,) = after_refusal({"a": 3}, "run-1", 2, POLICY).values()
     assert step.give_up
     assert "last of 3 recipes" in step.reason
@@ -60,21 +60,21 @@ def test_alone_at_the_last_recipe_a_person_decides():
     assert {(step.level, step.give_up) for step in several.values()} == {(2, False)}
 
 
-def test_a_failed_run_is_halved_from_the_second_time_on():
+def test_a_failed_run_is_halved_from_its_second_failure():
     first = after_failure({"a": 1, "b": 1}, "run-1", 1, "half", POLICY)
     assert {(step.group, step.level) for step in first.values()} == {("half", 1)}
     second = after_failure({"a": 2, "b": 2}, "run-2", 1, "half", POLICY)
     assert [step.group for step in second.values()] == ["run-2-a", "run-2-b"]
 
 
-def test_a_stale_run_tries_again_as_it_was():
+def test_requests_of_a_stale_run_are_queued_unchanged():
     (step,) = after_interruption({"a": 1}, 1, "half", "published meanwhile", POLICY).values()
     assert (step.group, step.level, step.give_up) == ("half", 1, False)
 
 
 @given(st.integers(1, 64), st.integers(0, 2), st.integers(1, 9))
-def test_halving_loses_nobody_and_ends(size, level, attempt):
-    """Every group gets smaller or climbs, so that each request is erased, or ends alone, within bounded runs."""
+def test_halving_keeps_every_request_and_ends(size, level, attempt):
+    """Every group gets smaller or escalates, so each request is erased or ends alone after a limited number of runs."""
     members = {f"r-{number}": attempt for number in range(size)}
     plan = after_refusal(members, "run-1", level, POLICY)
     assert set(plan) == set(members)
@@ -86,7 +86,7 @@ def test_halving_loses_nobody_and_ends(size, level, attempt):
     assert all(count < size or (count == size == 1) for count in groups.values())
 
 
-def test_attempts_are_bounded_however_a_run_ends():
+def test_attempts_are_limited_for_every_end_of_a_run():
     for plan in (
         after_refusal({"a": 10}, "run-1", 0, POLICY),
         after_failure({"a": 10}, "run-1", 0, None, POLICY),

@@ -1,4 +1,4 @@
-"""What a certificate says, what it is refused for, and that a request ends with exactly one."""
+"""What a certificate states, which input is refused, and that a request ends with exactly one."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def read(store, key=KEY):
     return sha256_bytes(data), opened(data, key).predicate
 
 
-def test_a_certificate_says_what_was_done_and_measured():
+def test_a_certificate_states_what_was_done_and_measured():
     facts, documents = input_of()
     evidence = documents.evidence
     certificate = opened(certify(facts, documents, KEY))
@@ -159,7 +159,7 @@ def test_a_certificate_says_what_was_done_and_measured():
     assert "does not prove" in erasure.statement
 
 
-def test_the_forget_set_is_known_only_to_who_knows_it():
+def test_only_the_salted_digest_of_the_forget_set_is_shown():
     first, second = input_of(), input_of()
     digests = [opened(certify(*given, KEY)).predicate.forgotten for given in (first, second)]
     assert digests[0].digest != digests[1].digest
@@ -167,12 +167,12 @@ def test_the_forget_set_is_known_only_to_who_knows_it():
     assert first[0].forget_digest.encode() not in build_statement(*first, OTHER).canonical()
 
 
-def test_nothing_personal_is_copied():
+def test_no_personal_data_is_copied():
     text = build_statement(*input_of(), OTHER).canonical().decode()
     assert [canary for canary in CANARIES if canary in text] == []
 
 
-def test_nothing_to_erase_is_certified_of_the_version_that_was_searched():
+def test_nothing_to_erase_is_certified_for_the_searched_version():
     given = nothing()
     document = json.loads(build_statement(*given, OTHER).canonical())["predicate"]
     assert document["model"]["version"] == given[0].version.digest
@@ -193,14 +193,17 @@ CONTRADICTIONS = {
     "another model measured": ({"documents": judged(evidence_of(after=OTHER))}, "another model"),
     "another method measured": ({"documents": judged(evidence_of(method="finetune"))}, "another model"),
     "a decision of other evidence": ({"documents": replace(JUDGED, decision=OTHERS.decision)}, "gate's decision"),
-    "retrained, it says": ({"version": SALUN, "documents": JUDGED, "outcome": Outcome.RETRAINED}, "made by salun"),
+    "retrained, says the outcome": (
+        {"version": SALUN, "documents": JUDGED, "outcome": Outcome.RETRAINED},
+        "made by salun",
+    ),
     "nothing to erase, but samples": ({"outcome": Outcome.NOTHING_TO_ERASE, "run": None}, "nothing was erased"),
     "nothing to erase, but a run": ({"outcome": Outcome.NOTHING_TO_ERASE, "found": 0}, "nothing was erased"),
 }
 
 
 @pytest.mark.parametrize(("changed", "why"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
-def test_facts_that_contradict_each_other_are_not_signed(changed, why):
+def test_contradicting_input_is_not_signed(changed, why):
     with pytest.raises(IntegrityError, match=why):
         certify(*input_of(**changed), KEY)
 
@@ -222,14 +225,14 @@ def test_a_configuration_without_a_canonical_form_is_not_signed():
 
 
 @pytest.mark.parametrize("given", [input_of, nothing])
-def test_a_settle_that_repeats_ends_with_one_certificate(store, given):
+def test_repeated_settles_give_one_certificate(store, given):
     first = issue(store, *given(), KEY)
     assert issue(store, *given(completed_at="2026-02-03T12:00:00+00:00"), KEY) == first  # other time, other salt
     assert read(store)[0] == first
     assert list(store.list("addenda/")) == []
 
 
-def test_another_outcome_supersedes_the_certificate_and_keeps_it(store):
+def test_another_outcome_supersedes_and_keeps_the_certificate(store):
     first = issue(store, *nothing(), KEY)
     before = store.get(certificate_key("r-1")).data
     second = issue(store, *input_of(), KEY)
@@ -239,7 +242,7 @@ def test_another_outcome_supersedes_the_certificate_and_keeps_it(store):
     assert issue(store, *input_of(), KEY) == second
 
 
-def test_a_settle_killed_between_copy_and_replacement_is_finished_by_the_next(store):
+def test_the_next_settle_finishes_one_killed_between_copy_and_replacement(store):
     first = issue(store, *nothing(), KEY)
     store.put_new(addendum_key("r-1", f"certificate-{first[:12]}.json"), store.get(certificate_key("r-1")).data)
     second = issue(store, *input_of(), KEY)
@@ -247,7 +250,7 @@ def test_a_settle_killed_between_copy_and_replacement_is_finished_by_the_next(st
     assert len(list(store.list("addenda/"))) == 1
 
 
-def test_a_certificate_of_another_key_is_superseded_not_believed(store):
+def test_a_certificate_of_another_key_is_superseded(store):
     stranger = Ed25519PrivateKey.generate()
     first = issue(store, *input_of(), stranger)
     second = issue(store, *input_of(), KEY)
@@ -273,7 +276,7 @@ class _Rival:
 
 
 @pytest.mark.parametrize("earlier", [[], [nothing]])
-def test_two_settles_at_once_end_with_one_certificate(store, earlier):
+def test_concurrent_settles_give_one_certificate(store, earlier):
     for given in earlier:
         issue(store, *given(), KEY)
     rival = _Rival(store, input_of())
@@ -289,7 +292,7 @@ def test_a_damaged_certificate_is_not_replaced(store):
     assert store.get(certificate_key("r-1")).data == data
 
 
-def test_a_certificate_of_another_request_is_not_taken_for_ours(store):
+def test_a_certificate_of_another_request_is_refused(store):
     other = input_of(request=REQUEST.model_copy(update={"id": "r-2"}))
     store.put_new(certificate_key("r-1"), certify(*other, KEY))
     with pytest.raises(IntegrityError, match="another request"):
@@ -317,7 +320,7 @@ def test_an_addendum_needs_a_certificate_and_something_that_was_deleted(store):
         issue_addendum(store, "r-1", [], KEY)
 
 
-def test_an_addendum_is_no_certificate(store):
+def test_an_addendum_is_not_a_certificate(store):
     issue(store, *input_of(), KEY)
     issue_addendum(store, "r-1", [DONE], KEY)
     (entry,) = store.list("addenda/")
@@ -351,7 +354,7 @@ def test_a_signed_statement_of_another_form_is_refused(edit):
         opened(sign(canonical_json(_edited(edit)), PAYLOAD_TYPE, KEY))
 
 
-def test_the_signer_that_is_named_is_the_one_that_signed():
+def test_the_named_signer_must_be_the_signing_key():
     from salun_core.certificates.statement import sign_statement
 
     with pytest.raises(IntegrityError, match="another signer"):

@@ -1,4 +1,4 @@
-"""Keys are made once, read with care, and never shown."""
+"""Keys are created once, checked when they are read, and never shown."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ def test_no_file_is_overwritten(tmp_path, there):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(there, "mine")]
 
 
-def test_a_link_to_nowhere_is_not_written_through(tmp_path):
+def test_a_broken_link_is_not_followed(tmp_path):
     (tmp_path / "salun.pem").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="exists"):
         create_key(tmp_path / "salun")
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_the_signing_key_is_named_by_the_environment(made, monkeypatch):
+def test_the_environment_names_the_signing_key(made, monkeypatch):
     with pytest.raises(UsageError, match="salun key create"):
         load_signing_key()
     monkeypatch.setenv("SALUN_SIGNING_KEY", str(made.private))
     assert keyid(load_signing_key().public_key()) == made.keyid
 
 
-def test_a_key_in_the_environment_itself_is_refused_and_not_shown(made, monkeypatch):
+def test_a_key_inside_the_environment_variable_is_refused_and_not_shown(made, monkeypatch):
     monkeypatch.setenv("SALUN_SIGNING_KEY", made.private.read_text())
     with pytest.raises(UsageError) as caught:
         load_signing_key()
@@ -82,7 +82,7 @@ def test_a_key_in_the_environment_itself_is_refused_and_not_shown(made, monkeypa
 @pytest.mark.parametrize(
     ("mode", "fine"), [(0o400, True), (0o440, True), (0o660, True), (0o644, False), (0o602, False)]
 )
-def test_a_signing_key_that_everybody_may_read_is_refused(made, mode, fine):
+def test_a_signing_key_readable_by_every_user_is_refused(made, mode, fine):
     made.private.chmod(mode)
     if fine:
         load_signing_key(made.private)
@@ -91,7 +91,7 @@ def test_a_signing_key_that_everybody_may_read_is_refused(made, mode, fine):
             load_signing_key(made.private)
 
 
-def test_a_mounted_secret_is_a_link(made, tmp_path):
+def test_a_mounted_secret_may_be_a_link(made, tmp_path):
     (tmp_path / "mounted.pem").symlink_to(made.private)
     assert load_signing_key(tmp_path / "mounted.pem")
 
@@ -108,7 +108,7 @@ BAD_PRIVATE = {
 
 
 @pytest.mark.parametrize(("data", "message"), BAD_PRIVATE.values(), ids=BAD_PRIVATE)
-def test_what_is_no_signing_key_is_refused_and_not_shown(tmp_path, data, message):
+def test_an_invalid_signing_key_is_refused_and_not_shown(tmp_path, data, message):
     with pytest.raises(UsageError, match=message) as caught:
         load_signing_key(written(tmp_path / "key.pem", data))
     lines = data.decode().splitlines()
@@ -128,20 +128,20 @@ def test_only_an_ed25519_public_key_is_trusted(made, tmp_path):
 
 
 @pytest.mark.parametrize("make", [None, os.mkdir, os.mkfifo])
-def test_what_cannot_be_read_is_refused_without_waiting(tmp_path, make):
+def test_an_unreadable_key_is_refused_without_waiting(tmp_path, make):
     if make:
         make(tmp_path / "key.pub")
     with pytest.raises(UsageError):
         load_public_key(tmp_path / "key.pub")
 
 
-def test_the_trusted_key_is_the_named_one_then_the_environments_then_the_one_beside(made, tmp_path, monkeypatch):
+def test_trusted_keys_come_from_the_option_then_the_environment_then_the_folder(made, tmp_path, monkeypatch):
     certificate = tmp_path / "certificate.json"
     with pytest.raises(UsageError, match="--key SIGNER.pub"):
         load_trusted_keys([], certificate)
-    beside, other, third = (create_key(tmp_path / name) for name in ("salun", "other", "third"))
+    adjacent, other, third = (create_key(tmp_path / name) for name in ("salun", "other", "third"))
     found = load_trusted_keys([], certificate)
-    assert ([keyid(key) for key in found.keys], found.source) == ([beside.keyid], "salun.pub beside the certificate")
+    assert ([keyid(key) for key in found.keys], found.source) == ([adjacent.keyid], "salun.pub beside the certificate")
     monkeypatch.setenv("SALUN_VERIFY_KEY", f"{other.public}:{third.public}")
     found = load_trusted_keys([], certificate)
     assert ([keyid(key) for key in found.keys], found.source) == ([other.keyid, third.keyid], "SALUN_VERIFY_KEY")

@@ -1,4 +1,4 @@
-"""`salun verify`, `salun certificate`, `salun key`, and the other ways of docs/how-to/verify-certificates.md."""
+"""`salun verify`, `salun certificate`, `salun key`, and the other methods of docs/how-to/verify-certificates.md."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 
 from salun_core.cli.app import app
 from salun_core.cli.output import MODE
-from tests.unit.requests.test_certificate import KEY, certify, nothing
-from tests.unit.requests.test_certificate_tampering import FIXTURE
+from tests.unit.certificates.test_issue import KEY, certify, nothing
+from tests.unit.certificates.test_tampering import FIXTURE
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "how-to" / "verify-certificates.md").read_text()
 
 
 @pytest.fixture
 def salun(tmp_path, monkeypatch):
-    """Runs a verb beside a copy of the fixture."""
+    """Runs a command in a folder with a copy of the fixture."""
     for name in ("SALUN_STORE_URI", "SALUN_VERIFY_KEY", "SALUN_SIGNING_KEY"):
         monkeypatch.delenv(name, raising=False)
     shutil.copytree(FIXTURE, tmp_path, dirs_exist_ok=True)
@@ -31,7 +31,7 @@ def salun(tmp_path, monkeypatch):
     MODE.json = MODE.debug = False
 
 
-def test_the_summary_says_all_that_a_reader_must_know(salun):
+def test_the_summary_shows_what_a_reader_needs(salun):
     result = salun("verify", "certificate.json", "--model", "model", "--addendum", "disposal.json")
     assert result.exit_code == 0, result.stderr
     for text in (
@@ -48,7 +48,7 @@ def test_the_summary_says_all_that_a_reader_must_know(salun):
     assert re.search(r"UA +0\.0000 +0\.9750 +1\.0000 +0\.8710 +0\.9960 +40\n", result.stdout)
 
 
-def test_without_a_model_it_says_that_only_the_certificate_was_checked(salun):
+def test_without_a_model_it_reports_that_only_the_certificate_was_checked(salun):
     result = salun("verify", "certificate.json", "--key", "salun.pub")
     assert result.exit_code == 0
     assert "only the certificate was checked" in result.stdout
@@ -62,7 +62,7 @@ def test_json_is_one_document_with_the_whole_certificate(salun):
     assert document["certificate"]["_type"] == "https://in-toto.io/Statement/v1"
 
 
-def test_a_certificate_of_nothing_to_erase_is_summarised_too(salun, tmp_path):
+def test_the_summary_covers_nothing_to_erase(salun, tmp_path):
     from salun_core.certificates.keys import public_pem
 
     Path("nothing.json").write_bytes(certify(*nothing(), KEY))
@@ -73,7 +73,7 @@ def test_a_certificate_of_nothing_to_erase_is_summarised_too(salun, tmp_path):
     assert "metric" not in result.stdout
 
 
-def test_exit_codes_tell_damage_from_a_missing_key(salun):
+def test_exit_codes_distinguish_damage_from_a_missing_key(salun):
     Path("model/model.json").write_bytes(b"{}")
     result = salun("verify", "certificate.json", "--model", "model")
     assert (result.exit_code, result.stdout) == (5, "")
@@ -95,7 +95,7 @@ def test_a_certificate_is_fetched_byte_for_byte(salun, store):
     assert "salun request show r-2" in result.stderr
 
 
-def test_a_key_is_made_once(salun):
+def test_a_key_is_created_once(salun):
     result = salun("key", "create", "--out", "keys/mine", "--json")
     assert len(json.loads(result.stdout)["keyid"]) == 64
     assert salun("key", "create", "--out", "keys/mine").exit_code == 2
@@ -110,7 +110,7 @@ def _in_python(*args):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_documents_python_verifies(salun):
+def test_the_documented_python_code_verifies(salun):
     assert len(_block("python").strip().splitlines()) <= 16
     files = ("certificate.json", "salun.pub", "model")
     assert _in_python(*files).stdout == "VALID: unlearned\n"
@@ -123,7 +123,7 @@ def test_the_documents_python_verifies(salun):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
-def test_the_documents_openssl_verifies(salun):
+def test_the_documented_openssl_commands_verify(salun):
     command = ["bash", "-c", _block("bash"), "verify", "certificate.json", "salun.pub"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     data = json.loads(Path("certificate.json").read_text())
