@@ -1,4 +1,4 @@
-"""Reads model lines: HEAD, versions by digest or prefix, and the lineage along the parents."""
+"""Reads model lines: HEAD, versions by digest or prefix, and the ancestry of HEAD."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Version:
 
 
 def read_head(store: ObjectStore, line: str) -> tuple[Head, str] | None:
-    """Return HEAD of a line and its etag, or None where the line has none.
+    """Return HEAD of a line and its etag, or None if the line has no HEAD.
 
     Raises:
         IntegrityError: the document is damaged, or belongs to another line.
@@ -38,7 +38,7 @@ def read_head(store: ObjectStore, line: str) -> tuple[Head, str] | None:
 
 
 def read_version(store: ObjectStore, line: str, digest: str) -> VersionManifest:
-    """Return the manifest of a version, its digest verified before it is parsed.
+    """Return the manifest of a version; its digest is verified before it is parsed.
 
     Raises:
         UsageError: the line has no such version.
@@ -47,35 +47,39 @@ def read_version(store: ObjectStore, line: str, digest: str) -> VersionManifest:
     key = version_key(line, digest)
     stored = store.get(key)
     if stored is None:
-        raise UsageError(f"{line}@{digest[:12]} does not exist", "the line has no such version", f"try {line}@HEAD")
+        raise _unknown_version(line, digest[:12])
     check_digest(f"manifest of {line}@{digest[:12]}", digest, sha256_bytes(stored.data))
     manifest = parse_stored(VersionManifest, stored.data, key)
     _check_line(key, line, manifest.line)
     return manifest
 
 
-def read_file(store: ObjectStore, version: Version, name: str) -> bytes:
-    """Return a small file of a version, its bytes verified.
-
-    Args:
-        store: where the version lies.
-        version: its digest and manifest, which has a file of that name.
-        name: of the file.
-
-    Raises:
-        IntegrityError: the file is gone, or does not match its digest.
-    """
-    digest, what = version.manifest.files[name].sha256, f"{name} of version {version.digest[:12]}"
-    stored = store.get(blob_key(digest))
-    if stored is None:
-        raise IntegrityError(f"{what} is gone", "its blob is missing", "restore it")
-    check_digest(what, digest, sha256_bytes(stored.data))
-    return stored.data
+def _unknown_version(line: str, version: str) -> UsageError:
+    return UsageError(f"{line}@{version} does not exist", "the line has no such version", f"try {line}@HEAD")
 
 
 def _check_line(key: str, expected: str, actual: str) -> None:
     if expected != actual:
         raise IntegrityError(f"{key} belongs to line {actual!r}", "it was copied or moved", "restore the right one")
+
+
+def read_file(store: ObjectStore, version: Version, name: str) -> bytes:
+    """Return a small file of a version, its bytes verified.
+
+    Args:
+        store: where the version is stored.
+        version: its digest and manifest.
+        name: of one of its files.
+
+    Raises:
+        IntegrityError: the file is missing, or does not match its digest.
+    """
+    digest, what = version.manifest.files[name].sha256, f"{name} of version {version.digest[:12]}"
+    stored = store.get(blob_key(digest))
+    if stored is None:
+        raise IntegrityError(f"{what} is missing", "its blob was deleted", "restore it from a copy")
+    check_digest(what, digest, sha256_bytes(stored.data))
+    return stored.data
 
 
 def resolve(store: ObjectStore, reference: str) -> tuple[str, str]:
@@ -85,7 +89,7 @@ def resolve(store: ObjectStore, reference: str) -> tuple[str, str]:
         The line and the digest of the version.
 
     Raises:
-        UsageError: there is no such line (the nearest is named) or version, or the prefix is ambiguous.
+        UsageError: the line (the nearest is named) or version does not exist, or the prefix is ambiguous.
     """
     line, _, version = reference.partition("@")
     check_id("model line", line)
@@ -94,13 +98,9 @@ def resolve(store: ObjectStore, reference: str) -> tuple[str, str]:
         if found is None:
             raise unknown_name("model line", line, lines(store))
         return line, found[0].version
-    return line, _resolve_prefix(store, line, version)
-
-
-def _resolve_prefix(store: ObjectStore, line: str, version: str) -> str:
     if len(version) < _MIN_PREFIX or not is_digest(version.ljust(64, "0")):
         raise UsageError(
-            f"{version[:80]!r} names no version",
+            f"{version[:80]!r} is not a version",
             "a version is HEAD or 6 to 64 lower-case hex digits of its digest",
             f"try {line}@HEAD",
         )
@@ -108,20 +108,18 @@ def _resolve_prefix(store: ObjectStore, line: str, version: str) -> str:
     keys = [entry.key for entry in store.list(start + version) if entry.key.endswith("/manifest.json")]
     digests = [key[len(start) :].partition("/")[0] for key in keys]
     if len(digests) == 1:
-        return digests[0]
+        return line, digests[0]
     if digests:
         some = ", ".join(digest[:12] for digest in digests[:4])
         raise UsageError(f"{line}@{version} is ambiguous", f"it may be {some}", "give more digits")
     known = lines(store)
-    if line not in known:
-        raise unknown_name("model line", line, known)
-    raise UsageError(f"{line}@{version} does not exist", "the line has no such version", f"try {line}@HEAD")
+    raise _unknown_version(line, version) if line in known else unknown_name("model line", line, known)
 
 
 def lines(store: ObjectStore) -> list[str]:
     """Return the lines that have a HEAD, sorted."""
-    parts = (entry.key.split("/") for entry in store.list("lines/"))
-    return sorted(part[1] for part in parts if len(part) == 3 and part[2] == "HEAD.json")
+    found = (head_key.match(entry.key) for entry in store.list("lines/"))
+    return sorted(values["line"] for values in found if values)
 
 
 def ancestry(store: ObjectStore, line: str) -> list[Version]:
@@ -129,7 +127,7 @@ def ancestry(store: ObjectStore, line: str) -> list[Version]:
 
     Raises:
         IntegrityError: a manifest on the way is damaged or missing.
-        UsageError: there is no such line.
+        UsageError: the line does not exist.
     """
     digest: str | None = resolve(store, line)[1]
     versions: list[Version] = []

@@ -42,7 +42,7 @@ class Lineage(Document):
 
     @property
     def debt(self) -> float:
-        """The fraction of the training samples that was forgotten since (0 where nothing is known)."""
+        """The fraction of the training samples that was forgotten since; 0 if their number is unknown."""
         return self.forgotten_since_training / self.trained_on if self.trained_on else 0.0
 
     @property
@@ -105,7 +105,7 @@ SINGLE_WEIGHTS, PIPELINE_INDEX = "model.safetensors", "model_index.json"
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """Return those of a version's files that hold weights, sorted: `model.safetensors`, or any in a folder.
+    """Return the files of a version that hold weights, sorted: `model.safetensors`, or any in a folder.
 
     Args:
         names: of all files, with `/` between folders.
@@ -118,14 +118,14 @@ def weight_files(names: Iterable[str]) -> list[str]:
 
 
 def weights_digest(files: Mapping[str, str]) -> str:
-    """Return the digest that a model is known by, from the digests of its files.
+    """Return the digest that identifies a model, from the digests of its files.
 
-    Of a single file of weights it is that file's SHA-256. Of a diffusers folder it is the SHA-256 of the canonical
-    JSON of `{name: SHA-256}` over `model_index.json` and every file in a folder: scheduler and tokenizer make the
-    images too.
+    For a single file of weights it is that file's SHA-256. For a diffusers folder it is the SHA-256 of the canonical
+    JSON of `{name: SHA-256}` over `model_index.json` and every file in a folder, because scheduler and tokenizer affect
+    the images too.
 
     Args:
-        files: name, with `/` between folders -> SHA-256 in hex; others beside the model's do not matter.
+        files: name, with `/` between folders -> SHA-256 in hex; files that are not the model's are ignored.
 
     Raises:
         ModelError: there are no weights, or two models at once.
@@ -136,12 +136,9 @@ def weights_digest(files: Mapping[str, str]) -> str:
         return files[SINGLE_WEIGHTS]
     if folders and not single and weights:
         return digest_json({name: digest for name, digest in files.items() if name == PIPELINE_INDEX or "/" in name})
-    raise _no_model(single and (folders or len(weights) > 1))
-
-
-def _no_model(both: bool) -> ModelError:
-    return ModelError(
-        "the files are two models at once" if both else "the files are no model",
+    both = single and (folders or len(weights) > 1)
+    raise ModelError(
+        "the files are two models at once" if both else "the files are not a model",
         f"a model has {SINGLE_WEIGHTS}, or {PIPELINE_INDEX} and folders with weights in safetensors",
-        "leave one of the two" if both else "give the whole folder of the model",
+        "remove one of the two" if both else "give the whole folder of the model",
     )

@@ -1,15 +1,27 @@
-"""Model versions and their lineage: blobs first, then the manifest, then HEAD by compare-and-swap.
+"""Stages, publishes, rolls back and fetches model versions.
 
-What is not reachable from HEAD is invisible, so that a kill between two steps leaves the line as it was.
-HEAD moves only from the very parent that a version was made from: a version made from a superseded parent
-would bring back what was forgotten since.
+A publish writes in this order: blobs, manifest, HEAD. What a kill leaves:
+
+- after some blobs: files that no manifest names. They are invisible; a purge deletes them after a day. A retry
+  finds them by their digest and does not send them again.
+- after the manifest (create-only, its key is its digest): a staged version. It is invisible too, because readers start
+  at HEAD. A retry with the same `created_at` gives the same digest; any other leaves a version that a purge deletes.
+- after HEAD: the version is published. A retry returns the same HEAD.
+
+HEAD moves by compare-and-swap: the etag that was read must still be the store's, and the version that HEAD names must
+be the parent of the new version. The etag alone is not enough, since a worker that started from an old parent may read
+HEAD late: its version would bring back what was forgotten since. After a lost swap HEAD is read again:
+
+- it is the version itself: another process of the same run published it;
+- the version is an ancestor of HEAD: the swap was done, its reply was lost, and a child was published since;
+- else another version won, and the caller gets a ConflictError and starts again from HEAD.
 """
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +29,7 @@ from salun_core.config import parse
 from salun_core.digest import sha256_file
 from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.registry.holds import read_disposal
-from salun_core.registry.lookup import ancestry, read_head, read_version
+from salun_core.registry.lookup import Version, ancestry, read_head, read_version
 from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.storage.blobs import FULL_COPY_EVERY, fetch_blob, put_blob, put_sparse, stored_size
 from salun_core.storage.keys import check_relative_name, head_key, version_key
@@ -37,9 +49,9 @@ def stage_version(
 
     Args:
         store: where to.
-        fields: the fields of `VersionManifest` but `files`; `created_at` is now unless it is given.
+        fields: the fields of `VersionManifest` except `files`; `created_at` is now by default.
         files: name, with `/` between folders -> file.
-        base: local copies of the parent's files, by name: what has one is stored as its difference to it.
+        base: local copies of the parent's files, by name; a file with one is stored as its difference to it.
         full_every: so many versions share one full copy; 1 stores each whole.
 
     Returns:
@@ -48,7 +60,7 @@ def stage_version(
     Raises:
         UsageError: a field or a file name is wrong; nothing was uploaded.
         IntegrityError: a file in `base` is not the parent's.
-        StoreError: a file cannot be read, or the store cannot be reached or refuses us.
+        StoreError: a file cannot be read, or the store is unreachable or refuses the credentials.
     """
     fields = {"created_at": utc_now(), **fields}
     for name in files:
@@ -69,35 +81,32 @@ def stage_version(
 
 
 def publish_head(store: FileStore, line: str, version: str, parent: str | None, run: str | None) -> Head:
-    """Make a staged version the HEAD of its line, if HEAD is still its parent.
-
-    Publishing what is HEAD already returns that HEAD: the call may be repeated.
+    """Make a staged version the HEAD of its line, if HEAD is still its parent. The call may be repeated.
 
     Args:
         store: where.
         line: the model line.
         version: digest of the staged version.
         parent: digest of the version it was made from; None for the first of a line.
-        run: the unlearning run that publishes, if there is one.
+        run: the unlearning run that publishes, if any.
 
     Raises:
         ConflictError: HEAD is not the parent (any more).
-        UsageError: there is no such version, or it was made from another parent.
-        IntegrityError: a file of the version, or one that it is stored as its difference to, is missing or has
-            another size.
+        UsageError: the version does not exist, or was made from another parent.
+        IntegrityError: a file of the version, or the base of a delta, is missing or has another size.
     """
     _check_staged(store, line, version, parent)
     found = read_head(store, line)
     if found and found[0].version == version:
         return found[0]
     _check_parent(line, found[0].version if found else None, parent)
-    sequence = found[0].sequence + 1 if found else 1
-    head = parse(
-        Head,
-        {"line": line, "version": version, "sequence": sequence, "published_at": utc_now(), "run": run},
-        "HEAD",
-    )
+    head = _next_head(line, version, found[0].sequence if found else 0, run)
     return _swap(store, head, parent, found[1] if found else None)
+
+
+def _next_head(line: str, version: str, sequence: int, run: str | None) -> Head:
+    fields = {"line": line, "version": version, "sequence": sequence + 1, "published_at": utc_now(), "run": run}
+    return parse(Head, fields, "HEAD")
 
 
 def _check_staged(store: FileStore, line: str, version: str, parent: str | None) -> None:
@@ -112,7 +121,7 @@ def _check_staged(store: FileStore, line: str, version: str, parent: str | None)
         if stored_size(store, entry.sha256) != entry.size:
             raise IntegrityError(
                 f"{name} of {line}@{version[:12]} is missing from the store or has another size",
-                "it was removed or damaged after it was staged",
+                "it was deleted or damaged after it was staged",
                 "stage the version again",
             )
 
@@ -140,10 +149,10 @@ def _swap(store: ObjectStore, head: Head, parent: str | None, etag: str | None) 
     except ConflictError:
         moved = read_head(store, head.line)
         actual = moved[0].version if moved else None
-        if moved and actual == head.version:  # the same version, published by a twin of this run
+        if moved and actual == head.version:
             return moved[0]
         if moved and any(past.digest == head.version for past in ancestry(store, head.line)):
-            return head  # ours was published (its reply was lost), and has a child by now
+            return head
         _check_parent(head.line, actual, parent)
         raise
     return head
@@ -159,26 +168,74 @@ def publish(store: FileStore, fields: Mapping[str, Any], files: Mapping[str, Pat
     return publish_head(store, manifest.line, digest, manifest.parent, manifest.run), manifest
 
 
+def undone_by(store: ObjectStore, line: str, version: str) -> Sequence[Version]:
+    """Return the versions that a rollback to an earlier version would undo, the newest first.
+
+    Raises:
+        UsageError: the version is HEAD, or not an ancestor of HEAD.
+    """
+    past = ancestry(store, line)
+    place = next((index for index, item in enumerate(past) if item.digest == version), None)
+    if not place:
+        why = "it is HEAD" if place == 0 else f"it is not among the {len(past)} versions that HEAD came from"
+        raise UsageError(f"cannot roll {line} back to {version[:12]}", why, f"see `salun model history {line}`")
+    return past[:place]
+
+
+def roll_back(store: ObjectStore, line: str, version: str, expected: str) -> Head:
+    """Make an ancestor of HEAD the HEAD again; the caller decides whether that is allowed (`sweeps.rollback`).
+
+    Args:
+        store: where.
+        line: the model line.
+        version: digest of the ancestor.
+        expected: digest of the version that must be HEAD now.
+
+    Raises:
+        ConflictError: another version is HEAD.
+        IntegrityError: the line has no HEAD.
+    """
+    found = read_head(store, line)
+    if found is None:
+        raise IntegrityError(f"model line {line} has no HEAD", "it was deleted", "restore it from a copy")
+    head, etag = found
+    if head.version != expected:
+        raise ConflictError(
+            f"HEAD of {line} is {head.version[:12]}, not {expected[:12]}",
+            "another version was published meanwhile",
+            "check again what the rollback would undo",
+        )
+    moved = _next_head(line, version, head.sequence, None)
+    store.put_if(head_key(line), moved.model_dump_json().encode(), etag)
+    return moved
+
+
 def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> VersionManifest:
-    """Download all files of a version into a folder, which appears whole and verified or not at all.
+    """Download all files of a version into a folder, which appears complete and verified or not at all.
 
     Args:
         store: where from.
         line: the model line.
         digest: the version.
-        folder: a folder that does not exist or is empty, or holds this very version already.
+        folder: a folder that does not exist, is empty, or already holds this version.
 
     Raises:
-        UsageError: the line has no such version, its files were purged, or the folder holds something else.
-        IntegrityError: a file does not match its digest, or what it was stored as a difference to is gone.
+        UsageError: the version does not exist, its files were purged, or the folder holds other files.
+        IntegrityError: a file does not match its digest, or the base of a delta is missing.
         StoreError: a file is missing, or the disk is full.
     """
     manifest = read_version(store, line, digest)
-    if folder.exists() and not _is_empty(folder):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if _holds(folder, manifest):
             return manifest
         raise UsageError(f"{folder} is not empty", "it holds other files", "choose another folder, or empty it")
-    _check_not_purged(store, line, digest)
+    disposed = read_disposal(store, line, digest)
+    if disposed is not None:
+        raise UsageError(
+            f"{line}@{digest[:12]} has no weights any more",
+            f"they were deleted at {disposed.at}: {disposed.reason}",
+            f"choose a version with weights: `salun model history {line}`",
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
@@ -187,7 +244,7 @@ def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> Ver
                 path = part / check_relative_name(name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fetch_blob(store, entry.sha256, path, entry.size)
-            part.chmod(0o755)
+            part.chmod(0o755)  # mkdtemp makes it private
             part.replace(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -196,21 +253,8 @@ def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> Ver
     return manifest
 
 
-def _check_not_purged(store: FileStore, line: str, digest: str) -> None:
-    disposed = read_disposal(store, line, digest)
-    if disposed is not None:
-        raise UsageError(
-            f"{line}@{digest[:12]} has no weights any more",
-            f"they were disposed of at {disposed.at}: {disposed.reason}",
-            f"choose a version that is whole: `salun model history {line}`",
-        )
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
-
-
 def _holds(folder: Path, manifest: VersionManifest) -> bool:
+    """Return whether a folder holds exactly the files of a version."""
     if not folder.is_dir():
         return False
     found = list_tree(folder)

@@ -209,6 +209,7 @@ requests_prefix = KeyTemplate("requests/")
 events_prefix = KeyTemplate("requests/{request}/events/")
 run_events_prefix = KeyTemplate("runs/{run}/events/")
 scratch_prefix = KeyTemplate("scratch/{run}/")
+version_holds_prefix = KeyTemplate("holds/{line}/")
 
 head_key = KeyTemplate("lines/{line}/HEAD.json")
 version_key = KeyTemplate("lines/{line}/versions/{digest}/manifest.json")

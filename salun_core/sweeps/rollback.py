@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from salun_core.errors import ConflictError, IntegrityError
 from salun_core.registry.lookup import Version, read_version, resolve
 from salun_core.registry.manifest import Head
-from salun_core.registry.rollback import roll_back, undone_by
+from salun_core.registry.versions import roll_back, undone_by
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.storage import FileStore, open_store

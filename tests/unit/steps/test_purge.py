@@ -284,7 +284,7 @@ def test_a_version_held_while_purge_looks_stays_and_a_damaged_manifest_stops_it(
     line.store.delete(names.certificate_key("r-1"))
     line.purge(signer=None)  # nothing to certify
     assert line.traces(0) == []
-    with pytest.raises(ConflictError, match="disposed of"):
+    with pytest.raises(ConflictError, match="were deleted at"):
         hold_version(line.store, "faces", line.versions[0], "ana", "too late", after())
     client, of, prefix = line.store.native
     key = names.version_key("faces", line.versions[0])

@@ -197,5 +197,5 @@ def test_what_is_gone_cannot_be_held_and_its_first_record_stands(store, version)
     assert read_disposal(store, "faces", version) is None
     assert record_disposal(store, record("purge")) == record_disposal(store, record("another")) == record("purge")
     assert read_disposal(store, "faces", version) == record("purge")
-    with pytest.raises(ConflictError, match="disposed of at 2026-02-01"):
+    with pytest.raises(ConflictError, match="were deleted at 2026-02-01"):
         hold_version(store, "faces", version, "ana", "audit", at_noon)

@@ -34,10 +34,10 @@ def test_the_digest_of_a_folder_never_changes():
 @pytest.mark.parametrize(
     ("files", "why"),
     [
-        ({}, "no model"),
-        ({"model.json": A, "mask.safetensors": B}, "no model"),
-        ({"model_index.json": A, "unet/config.json": B}, "no model"),
-        ({UNET: A, "unet/config.json": B}, "no model"),
+        ({}, "not a model"),
+        ({"model.json": A, "mask.safetensors": B}, "not a model"),
+        ({"model_index.json": A, "unet/config.json": B}, "not a model"),
+        ({UNET: A, "unet/config.json": B}, "not a model"),
         ({**FOLDER, "model.safetensors": A}, "two models"),
         ({"model.safetensors": A, "model_index.json": B}, "two models"),
         ({"model.safetensors": A, UNET: B}, "two models"),
