@@ -67,6 +67,15 @@ def test_every_file_that_a_page_names_exists(page):
         assert any((base / name).exists() for base in (ROOT, ROOT / "salun_core", ROOT / "tests")), name
 
 
+def test_the_architecture_lists_every_part_of_the_core():
+    text = (
+        (DOCS / "explanation" / "architecture.md").read_text("utf-8").partition("## The core")[2].partition("\n## ")[0]
+    )
+    listed = {name.strip("/") for name in re.findall(r"`([a-z_]+/?)`", text)}
+    core = (path for path in (ROOT / "salun_core").iterdir() if path.suffix in ("", ".py") and path.name[:2] != "__")
+    assert listed >= {path.stem for path in core}
+
+
 def test_the_ten_homes_define_the_named_functions():
     rows = re.findall(r"^\| Where .*\| `([^`]+)`(.*) \|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE)
     assert len(rows) == 10
