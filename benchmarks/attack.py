@@ -1,15 +1,15 @@
-"""What the membership attacks of one evaluation cost, beside five support vector classifiers.
+"""Compares the cost of one evaluation's membership attacks with five support vector classifiers.
 
     python benchmarks/attack.py
 
-The usual procedure in our own words: for each of five features of a model's outputs (whether it is right, probability
-of the true class, entropy, modified entropy, all probabilities) fit an RBF support vector classifier (C = 3, gamma
-"auto") on 10,000 members and 10,000 others, and ask it about each forgotten sample. Ours is all that one evaluation
-computes of membership: the attack by confidence on at most 2,048 weighted points a side, the attack by modified
-entropy with the best threshold, and the ROC by the loss. These are two of the five and one that the five are not.
+The usual procedure, restated here: for each of five features of a model's outputs (whether it is right, probability of
+the true class, entropy, modified entropy, all probabilities) fit an RBF support vector classifier (C = 3, gamma "auto")
+on 10,000 members and 10,000 others, and classify each forgotten sample. This library computes three attacks per
+evaluation: by confidence on at most 2,048 weighted points per side, by modified entropy with the best threshold, and
+the ROC by the loss. The first two are among the five, the third is not.
 
-The outputs are drawn: softmax of ten logits, of a model that knows its members well. CPU seconds of this process; the
-procedures take turns, and the table shows medians. Writes benchmarks/results/attack.json.
+The outputs are drawn: softmax of ten logits, of a model that has memorised its members. CPU seconds of this process;
+the procedures alternate, and the table shows medians. Writes benchmarks/results/attack.json.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def entropy(outputs: Outputs) -> np.ndarray:
 
 
 def drawn(count: int, lift: float, spread: float, rng: np.random.Generator) -> Outputs:
-    """Draw outputs: logits of unit variance, that of the true class lifted by a normal variable."""
+    """Draw outputs: logits of unit variance, that of the true class raised by a normal variable."""
     labels = rng.integers(0, CLASSES, count)
     logits = rng.normal(size=(count, CLASSES))
     logits[np.arange(count), labels] += rng.normal(lift, spread, count)
@@ -53,8 +53,8 @@ def drawn(count: int, lift: float, spread: float, rng: np.random.Generator) -> O
     return Outputs(np.exp(logs), -logs[np.arange(count), labels], labels)
 
 
-def called_unseen(feature: Callable[[Outputs], np.ndarray], members: Outputs, others: Outputs, asked: Outputs) -> float:
-    """Fit one classifier on every sample; return the share of what is asked that it calls unseen."""
+def share_unseen(feature: Callable[[Outputs], np.ndarray], members: Outputs, others: Outputs, asked: Outputs) -> float:
+    """Fit one classifier on every sample; return the share of `asked` that it classifies as unseen."""
     known = np.concatenate([feature(members), feature(others)])
     truth = np.repeat([1, 0], [len(members), len(others)])
     attack = SVC(C=3, gamma="auto", kernel="rbf").fit(known, truth)
@@ -62,16 +62,16 @@ def called_unseen(feature: Callable[[Outputs], np.ndarray], members: Outputs, ot
 
 
 def timed(work: Callable[[], float]) -> tuple[float, float]:
-    """Return CPU seconds and what came out."""
+    """Return CPU seconds and the result."""
     started = time.process_time()
     found = work()
     return time.process_time() - started, found
 
 
 def attacks(members: Outputs, others: Outputs, asked: Outputs) -> dict[str, Callable[[], float]]:
-    """Return all attacks of both procedures; each gives the share called unseen, the ROC its area."""
+    """Return all attacks of both procedures; each returns the share classified as unseen, the ROC its area."""
     work: dict[str, Callable[[], float]] = {
-        f"SVC, {name}": partial(called_unseen, feature, members, others, asked) for name, feature in FEATURES.items()
+        f"SVC, {name}": partial(share_unseen, feature, members, others, asked) for name, feature in FEATURES.items()
     }
     work["ours, confidence"] = lambda: float(confidence_attack(members, others, asked).mean())
     work["ours, modified entropy"] = lambda: float(entropy_attack(members, others, asked).mean())
@@ -80,7 +80,7 @@ def attacks(members: Outputs, others: Outputs, asked: Outputs) -> dict[str, Call
 
 
 def measure(size: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Return for each attack the median CPU seconds and the share of the forget set called unseen."""
+    """Return for each attack the median CPU seconds and the share of the forget set classified as unseen."""
     runs: dict[str, list[tuple[float, float]]] = {}
     for seed in range(rounds):
         rng = np.random.default_rng(seed)
@@ -97,7 +97,7 @@ def measure(size: int, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def comparisons(rows: dict[str, dict[str, float]]) -> list[dict[str, str]]:
-    """Return the ratios beside their targets."""
+    """Return the ratios and their targets."""
     usual = sum(row["cpu_s"] for name, row in rows.items() if name.startswith("SVC"))
     ours = sum(row["cpu_s"] for name, row in rows.items() if name.startswith("ours"))
     one, same = rows["SVC, confidence"]["cpu_s"], rows["ours, confidence"]["cpu_s"]
@@ -136,10 +136,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     size, rounds = (2500, 1) if arguments.quick else (10_000, arguments.rounds)
     rows = measure(size, rounds)
-    print("| attack | CPU, s | share called unseen, or area |\n|---|---|---|")
+    print("| attack | CPU, s | share classified as unseen, or area |\n|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['cpu_s']:.2f} | {row['value']:.4f} |")
-    print("\n| | usual | here | ratio | target |\n|---|---|---|---|---|")
     report(
         "attack",
         rows,

@@ -1,4 +1,4 @@
-"""What the scripts that set the usual procedure beside ours have in common: the table with targets, and its JSON."""
+"""Shared by the scripts that compare the usual procedure with this library: the table with targets, and its JSON."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def report(name: str, rows: Mapping[str, Any], comparisons: Sequence[Mapping[str, str]], **setting: int) -> None:
-    """Print the ratios beside their targets, and write everything to `benchmarks/results/NAME.json`.
+    """Print the ratios and their targets, and write everything to `benchmarks/results/NAME.json`.
 
     Args:
         name: of the results.
         rows: what was measured, by variant.
         comparisons: `what`, `usual`, `ours`, `ratio`, `target` of each line.
-        setting: how it was measured: `rounds`, `quick`, `threads`, and what the script adds.
+        setting: how it was measured: `rounds`, `quick`, `threads`, and the script's own.
     """
     print("\n| | usual | here | ratio | target |\n|---|---|---|---|---|")
     for item in comparisons:

@@ -1,9 +1,9 @@
-"""What unlearning a diffusion model costs: arithmetic, mask, sampling memory and step time, beside the usual procedure.
+"""Compares the cost of unlearning a diffusion model with the usual procedure: arithmetic, mask, memory and step time.
 
     python -m benchmarks.diffusion_cost [--skip-mask]
 
 The arithmetic is counted (see diffusion_flops.py); the mask is a real one of Stable Diffusion 1.4's 859,520,964
-weights, from random scores, in a process of its own; sampling and the step are those of the small U-Net of the demo.
+weights, from random scores, in its own process; sampling and the step use the small U-Net of the demo.
 Prints tables and writes benchmarks/results/diffusion-cost.json.
 """
 
@@ -69,7 +69,7 @@ def mask_at_full_size() -> dict[str, float]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside it and still live, and their peak."""
+    """Counts the bytes of the tensors that are created inside it and still live, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        """Run an operation and note what it made."""
+        """Run an operation and count the tensors that it creates."""
         made = func(*args, **(kwargs or {}))
         for item in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(item, Tensor):
@@ -116,19 +116,19 @@ def small_unet() -> nn.Module:
 
 
 def sampling_peak(network: nn.Module, steps: int, images: int, batch_size: int = 8) -> int:
-    """Return the peak bytes of live tensors while images are drawn and dropped, the network's own not counted."""
+    """Return the peak bytes of live tensors while images are drawn and dropped, without the network's own."""
     from diffusers import DDPMScheduler
 
-    told = ConditionTable(["c", ""], {"encoder_hidden_states": torch.randn(2, 16, 64)}, null=1)
+    table = ConditionTable(["c", ""], {"encoder_hidden_states": torch.randn(2, 16, 64)}, null=1)
     sampler = Sampler.of_scheduler(DDPMScheduler(), (4, 8, 8), steps=steps, batch_size=batch_size)
     with LiveBytes() as counted:
-        for _ in samples(denoiser_of(network), told, sampler, [0] * images, range(images)):
+        for _ in samples(denoiser_of(network), table, sampler, [0] * images, range(images)):
             pass
     return counted.peak
 
 
 def step_times(rounds: int, threads: int, count: int = 32) -> dict[str, float]:
-    """Time a gradient of the small U-Net, ours and the usual one in turns: medians, seconds."""
+    """Time a gradient of the small U-Net, alternating with the usual one: medians, seconds."""
     torch.set_num_threads(threads)
     network, shape = small_unet(), (4, 8, 8)
     context = context_of(network, shape, (16, 64), "cpu")
@@ -156,7 +156,7 @@ def available_bytes() -> int:
 
 
 def measured_mask() -> dict[str, float] | None:
-    """Measure the full-size mask in a process of its own, or say why not."""
+    """Measure the full-size mask in its own process, or print why not."""
     if available_bytes() < MASK_NEEDS:
         print(f"full-size mask left out: it needs {MASK_NEEDS / 2**30:.0f} GiB of free memory")
         return None

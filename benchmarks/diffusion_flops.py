@@ -1,11 +1,11 @@
-"""Counts the arithmetic of unlearning Stable Diffusion 1.4, ours beside the usual procedure, without a weight.
+"""Counts the arithmetic of unlearning Stable Diffusion 1.4, here and in the usual procedure, without any weights.
 
 Every operation of a U-Net on the meta device goes through torch's FLOP counter (a multiplication and an addition are
-two). The usual procedure, in our own words: each pair of a forget and a retain example encodes the forget image twice
-and the retain image once, encodes three prompts, asks the U-Net three times with gradients on (under c, under c', for
-the retain example), drops the second one's graph, and recomputes activations in the backward pass, since the published
-U-Net has its checkpointing on. Its saliency pass asks twice an image, under the prompt and under the empty one. Ours
-caches latents and prompts.
+two). The usual procedure, restated here: each pair of a forget and a retain example encodes the forget image twice and
+the retain image once, encodes three prompts, calls the U-Net three times with gradients (under c, under c', for the
+retain example), drops the second one's graph, and recomputes activations in the backward pass, because the published
+U-Net has checkpointing on. Its saliency pass calls it twice per image, under the prompt and under the empty one. This
+library caches latents and prompts.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def denoiser_of(network: nn.Module) -> Denoiser:
 def batch_of(shape: tuple[int, int, int], count: int, device: str, row: int, pseudo: int | None = None) -> Noised:
     """Return noised examples of one condition; on the meta device, their shapes only."""
     kept = {"device": device, "dtype": torch.int64}
-    told = None if pseudo is None else torch.full((count,), pseudo, **kept)
+    other = None if pseudo is None else torch.full((count,), pseudo, **kept)
     noisy, target = torch.randn(count, *shape, device=device), torch.randn(count, *shape, device=device)
-    return Noised(noisy, torch.full((count,), 500, **kept), target, torch.full((count,), row, **kept), told)
+    return Noised(noisy, torch.full((count,), 500, **kept), target, torch.full((count,), row, **kept), other)
 
 
 def context_of(network: nn.Module, shape: tuple[int, int, int], text: tuple[int, int], device: str) -> MethodContext:
-    """Return what a loss works with: three prompts and one example of each kind."""
+    """Return the inputs of a loss: three prompts and one example of each kind."""
     table = ConditionTable(["c", "c'", "r"], {"encoder_hidden_states": torch.randn(3, *text, device=device)})
     one = Examples(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
     sets = ExampleSets(one, one, table, pixels=False)
@@ -62,12 +62,12 @@ def context_of(network: nn.Module, shape: tuple[int, int, int], text: tuple[int,
 
 
 def our_step(context: MethodContext, forget: Noised, retain: Noised) -> None:
-    """Take the gradient of one step of ours."""
+    """Take the gradient of one step of this library."""
     relabel_loss(context, forget, retain).backward()
 
 
 def usual_step(context: MethodContext, forget: Noised, retain: Noised) -> None:
-    """Take the gradient as the usual procedure does: three calls, each with gradients on."""
+    """Take the gradient as the usual procedure does: three calls, each with gradients."""
     denoiser, table = context.denoiser, context.sets.table
     kept = denoising_loss(denoiser, retain, table)
     found = denoiser.predict(forget.noisy, forget.times, table.take(forget.condition))
@@ -89,10 +89,10 @@ def arithmetic() -> dict[str, float]:
     vae, clip = build_architecture("sd-1.4-vae"), build_architecture("sd-1.4-text-encoder")
     context = context_of(unet, shape, text, "meta")
     forget, retain = batch_of(shape, 1, "meta", 0, 1), batch_of(shape, 1, "meta", 2)
-    told = context.sets.table.take(forget.condition)
+    conditions = context.sets.table.take(forget.condition)
     with torch.no_grad():
         counts: dict[str, float] = {
-            "unet forward": flops(lambda: context.denoiser.predict(forget.noisy, forget.times, told)),
+            "unet forward": flops(lambda: context.denoiser.predict(forget.noisy, forget.times, conditions)),
             "vae encode": flops(lambda: vae.encode(torch.empty(1, 3, 512, 512, device="meta"))),
             "clip encode": flops(lambda: clip(input_ids=torch.zeros(1, 77, dtype=torch.int64, device="meta"))),
         }
@@ -107,10 +107,10 @@ def arithmetic() -> dict[str, float]:
 
 
 def totals(counts: dict[str, float]) -> dict[str, float]:
-    """Add up a pair, a pair with its share of the caches, and a run, a forget example.
+    """Add up a pair, a pair with its share of the caches, and a run, per forget example.
 
-    A run has as many retain as forget examples and visits each once an epoch; every example counts as a prompt of its
-    own, which prompts of classes are not.
+    A run has as many retain as forget examples and visits each once per epoch. Every example counts with its own
+    prompt, although examples of a class share one.
     """
     forward, vae, clip = counts["unet forward"], counts["vae encode"], counts["clip encode"]
     encoders = 3 * (vae + clip)

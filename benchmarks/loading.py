@@ -1,15 +1,14 @@
-"""How many augmented training images a second come out, beside images that are opened one by one.
+"""Compares the number of augmented training images per second with images that are opened one by one.
 
     python benchmarks/loading.py
 
-The usual procedure in our own words: a data set makes a PIL image of each sample's pixels and sends it through
-torchvision's RandomCrop(32, padding 4), RandomHorizontalFlip, ToTensor and Normalize; a DataLoader collects batches of
-256, in this process or in two workers. Ours holds the pixels as one uint8 tensor, as the loader decodes them once, and
-crops, mirrors and scales each batch as a whole. Both crop by the same rule, in a random order, to normalised float32;
-their random draws differ.
+The usual procedure, restated here: a data set makes a PIL image of each sample's pixels and applies torchvision's
+RandomCrop(32, padding 4), RandomHorizontalFlip, ToTensor and Normalize; a DataLoader collects batches of 256, in this
+process or in two workers. This library decodes all pixels once into one uint8 tensor, and crops, mirrors and scales
+each batch as a whole. Both crop by the same rule, in a random order, to normalised float32; their random draws differ.
 
-Random pixels of CIFAR-10's size. Wall-clock seconds of one epoch; the procedures take turns, and the table shows
-medians after a warm-up. A worker's start is a part of its epoch, as it is in training. Writes
+Random pixels of CIFAR-10's size. Wall-clock seconds of one epoch; the procedures alternate, and the table shows medians
+after a warm-up. A worker's start counts as part of its epoch, as in training. Writes
 benchmarks/results/loading.json.
 """
 
@@ -36,7 +35,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """The usual data set: uint8 pixels [N, 32, 32, 3] that are made PIL images when they are asked for."""
+    """The usual data set: uint8 pixels [N, 32, 32, 3], converted to PIL images on access."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels
@@ -68,7 +67,7 @@ def epoch_seconds(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> float
 
 
 def measure(count: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Return seconds and images a second of each procedure."""
+    """Return seconds and images per second of each procedure."""
     pixels = np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
     slow = OneByOne(pixels)
     started = time.perf_counter()
@@ -95,7 +94,7 @@ def measure(count: int, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def comparisons(rows: dict[str, dict[str, float]]) -> list[dict[str, str]]:
-    """Return the ratios beside their targets."""
+    """Return the ratios and their targets."""
     ours = rows["ours"]["images_per_s"]
     return [
         {

@@ -1,10 +1,10 @@
-"""What choosing a mask costs, beside the usual procedure, on ResNet-18's 11.2 M weights.
+"""Compares the cost of selecting a mask with the usual procedure, on ResNet-18's 11.2 M weights.
 
     python benchmarks/mask.py
 
-The usual procedure in our own words: join all scores, sort all of them twice (order, then rank), and make one int64
-mask of the whole model for each of ten densities. Ours makes one packed mask for one density; the ten are shown as
-well. Each variant runs in a process of its own for its peak memory. Prints a table and writes
+The usual procedure, restated here: join all scores, sort all of them twice (order, then rank), and make one int64 mask
+of the whole model for each of ten densities. This library makes one packed mask for one density; the ten are shown as
+well. Each variant runs in its own process to measure its peak memory. Prints a table and writes
 benchmarks/results/mask.json.
 """
 
@@ -65,7 +65,7 @@ VARIANTS = {
 
 
 def child(variant: str) -> None:
-    """Run one variant and print CPU seconds, added peak memory in MB and bytes a file."""
+    """Run one variant and print CPU seconds, added peak memory in MB and bytes per file."""
     torch.set_num_threads(1)
     function, densities = VARIANTS[variant]
     values = scores()
@@ -80,7 +80,7 @@ def child(variant: str) -> None:
 
 
 def comparisons(rows: dict[str, dict[str, float]]) -> list[dict[str, str]]:
-    """Return the ratios beside their targets: what the usual procedure needs against the one mask that is used."""
+    """Return the ratios and their targets: the usual procedure against the one mask that is used."""
     usual, one = rows["usual, ten densities"], rows["ours, one density"]
     return [
         {

@@ -1,14 +1,14 @@
-"""What the mask costs in a whole epoch of ResNet-18, beside an epoch without it and beside mask-and-restore.
+"""Compares an epoch of ResNet-18 with a mask with an epoch without one and with mask-and-restore.
 
     python benchmarks/masked_epoch.py
 
 All variants train the same model (32 x 32 pixels, small stem, SGD with momentum and weight decay) on the same images in
-the same order, by the loop that unlearning runs. "Mask and restore" is the usual procedure in our own words, hung
-around each step: see masked_step.py. "Not channels-last" is the unmasked epoch with weights and images in torch's
-default layout, where the loop has them channels-last.
+the same order, by the loop of unlearning. "Mask and restore" is the usual procedure, restated here and called around
+each step: see masked_step.py. "Not channels-last" is the unmasked epoch with weights and images in torch's default
+layout; the loop has them channels-last.
 
-The variants take turns, each from the same weights, after a warm-up. Wall-clock seconds of the whole run of one epoch:
-preparing the mask is a part of it. Ratios are medians of those within a round. Writes
+The variants alternate, each from the same weights, after a warm-up. Wall-clock seconds of the whole run of one epoch,
+with the preparation of the mask. Ratios are medians of those within a round. Writes
 benchmarks/results/masked-epoch.json.
 """
 
@@ -39,7 +39,7 @@ MOST_COST = 0.03
 
 
 class DefaultLayout(nn.Module):
-    """Gives a model its images in torch's default layout."""
+    """Passes images to a model in torch's default layout."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class DefaultLayout(nn.Module):
 
 @contextmanager
 def restoring(model: nn.Module, mask: SaliencyMask) -> Iterator[None]:
-    """Hang mask-and-restore around every optimiser step."""
+    """Call mask-and-restore around every optimiser step."""
     usual = MaskAndRestore(model, mask)
     hooks = [
         register_optimizer_step_pre_hook(lambda *_: usual.mask_gradients()),
@@ -104,7 +104,7 @@ def measure(images: ImageSet, batch: int, rounds: int) -> dict[str, dict[str, fl
 
 
 def comparisons(rows: dict[str, dict[str, float]]) -> list[dict[str, str]]:
-    """Return the ratios beside the target."""
+    """Return the ratios and the target."""
     ours, usual, default = (rows[name]["against plain"] for name in VARIANTS[1:])
     bits = "the same bits" if rows["masked"]["equal to mask and restore"] else "OTHER BITS"
     return [

@@ -1,9 +1,9 @@
-"""What a masked optimiser step costs, beside the plain step and beside mask-and-restore, on ResNet-18.
+"""Compares the cost of a masked optimiser step with the plain step and with mask-and-restore, on ResNet-18.
 
     python benchmarks/masked_step.py
 
-All variants take turns in one process, so a machine whose speed drifts does not favour one. "Mask and restore" is the
-usual procedure in our own words: multiply each gradient by an int64 mask, check each tensor for change (a host
+All variants alternate in one process, so that a machine whose speed drifts does not favour one. "Mask and restore" is
+the usual procedure, restated here: multiply each gradient by an int64 mask, check each tensor for change (a host
 synchronisation), step, and copy the frozen weights back from a saved model. Prints a table of ratios (median of the
 rounds) and writes benchmarks/results/masked-step.json.
 """
@@ -45,7 +45,7 @@ class MaskAndRestore:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Multiply each gradient by its mask where that has a zero: to ask is a synchronisation for each tensor."""
+        """Multiply each gradient by its mask if the mask has a zero: the test synchronises once for each tensor."""
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None and bool((self.masks[name] == 0).any()):
                 parameter.grad *= self.masks[name]
@@ -98,7 +98,7 @@ def measure(make: Callable[[nn.Module], Optimizer], rounds: int) -> dict[str, fl
 
 
 def comparisons(rows: dict[str, dict[str, float]]) -> list[dict[str, str]]:
-    """Return the ratios beside the target, which is for SGD."""
+    """Return the ratios and the target, which is for SGD."""
     return [
         {
             "what": f"masked step of {name}, ms",

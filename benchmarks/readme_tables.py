@@ -37,7 +37,7 @@ COMPARED = {  # by the name of the results: the script that writes them
 
 
 def cost_table(step: dict[str, Any], mask: dict[str, Any]) -> str:
-    """Render what masks and masked steps cost, ours beside the usual procedure."""
+    """Render the cost of masks and masked steps, here and in the usual procedure."""
     usual, ours = mask["rows"]["usual, ten densities"], mask["rows"]["ours, ten densities"]
     one = mask["rows"]["ours, one density"]
     lines = [
@@ -95,7 +95,7 @@ def cost_of_gap(documents: dict[str, Any]) -> str:
 
 
 def speed_table(documents: dict[str, Any]) -> str:
-    """Render every comparison with its target, as the scripts printed them."""
+    """Render every comparison with its target."""
     lines = ["| what | usual procedure | here | found | target |", "|---|---|---|---|---|"]
     for name in COMPARED:
         for item in documents[name]["comparisons"]:
@@ -139,7 +139,7 @@ def filled(page: str, text: str) -> str:
 def main() -> None:
     """Rewrite the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; fail when one is out of step")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a page is out of date")
     arguments = parser.parse_args()
     for page in PAGES:
         path = ROOT / page

@@ -1,11 +1,11 @@
-"""What storing a version as its difference to its parent costs, beside storing it whole, on ResNet-18's 44.7 MB.
+"""Compares the cost of storing a version as its difference to its parent with storing it whole: ResNet-18, 44.7 MB.
 
     python benchmarks/sparse.py
 
 Half of the child's weights differ from its parent's (density 0.5). The store is a real S3 server on this machine, so
-the network costs next to nothing: the seconds show what the difference itself costs. "Deepest" is the last version
-before the next full copy: it rests on seven differences. The variants take turns, each in a process of its own for its
-peak memory. Prints a table and writes benchmarks/results/sparse.json.
+the network costs almost nothing: the seconds show the cost of the difference itself. "Deepest" is the last version
+before the next full copy: it depends on seven differences. The variants alternate, each in its own process to measure
+its peak memory. Prints a table and writes benchmarks/results/sparse.json.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def memory(what: str) -> float:
 
 def timed(work: Callable[[], object]) -> tuple[float, float, float]:
     """Return wall seconds, CPU seconds and added peak memory in MB."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started, used = memory("VmRSS"), time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - started, time.process_time() - used, memory("VmHWM") - before
@@ -91,7 +91,7 @@ def child(variant: str, action: str, uri: str, folder: Path) -> None:
 
 
 def run_child(*arguments: str) -> dict[str, float]:
-    """Run one action in a process of its own."""
+    """Run one action in its own process."""
     command = [sys.executable, os.path.abspath(__file__), "--child", *arguments]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output) if output else {}

@@ -1,1 +1,1 @@
-"""What each difference from the published code changes, both sides measured here: `python -m benchmarks.deviations`."""
+"""The effect of each difference from the published code, measured here: `python -m benchmarks.deviations`."""

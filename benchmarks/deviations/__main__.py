@@ -5,7 +5,7 @@
 
 CIFAR-10, 4,500 training and 2,000 test images scaled to 16 x 16, ResNet-8 for 30 epochs without augmentation; a random
 tenth is forgotten; 13 minutes of CPU. Prints a table, and writes benchmarks/results/deviations.json. A cell that
-was measured before is not measured again: a killed run goes on where it stopped (cells lie under benchmarks/out/).
+was measured before is not measured again, so that a killed run resumes (cells are under benchmarks/out/).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from salun_core.digest import digest_json
 
 
 def collected(found: list[Measured]) -> dict[str, Any]:
-    """Put the seeds of one difference side by side: lists by variant and metric, and by fact."""
+    """Collect the seeds of one difference: lists by variant and metric, and by fact."""
     cells = {
         name: {metric: [each.cells[name][metric] for each in found] for metric in values}
         for name, values in found[0].cells.items()
@@ -74,7 +74,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def rendered(check: bool) -> None:
-    """Write the effects into the page, or check that they are there."""
+    """Write the effects into the page, or check that it has them."""
     before = PAGE.read_text(encoding="utf-8")
     after = filled(before, json.loads(RESULT.read_text()))
     if check and before != after:
@@ -93,9 +93,7 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, default=Path("benchmarks/out/deviations"))
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--render-only", action="store_true", help="write the page from the last result")
-    parser.add_argument(
-        "--check", action="store_true", help="with --render-only: change nothing, fail when out of step"
-    )
+    parser.add_argument("--check", action="store_true", help="with --render-only: change nothing, fail if out of date")
     arguments = parser.parse_args()
     if arguments.render_only:
         return rendered(arguments.check)

@@ -1,4 +1,4 @@
-"""Differences between both sides, over the seeds, and whether they are more than the seeds' spread."""
+"""Differences between both sides over the seeds, and whether they exceed the seeds' spread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Difference:
     Args:
         ours: mean.
         theirs: mean.
-        values: one a seed.
+        values: one per seed.
     """
 
     ours: float
@@ -39,14 +39,14 @@ class Difference:
 
     @property
     def seen(self) -> bool:
-        """Whether the 95 % interval of the mean (Student's t) leaves 0 out, and it is a tenth of a point at least."""
+        """Whether the 95 % interval of the mean (Student's t) excludes 0 and the mean is at least 0.1 points."""
         count = len(self.values)
         quantile = _QUANTILES.get(count, 2.23)
         return count > 1 and abs(self.mean) >= 0.1 and abs(self.mean) > quantile * self.spread / math.sqrt(count)
 
     @property
     def unclear(self) -> bool:
-        """Whether it is more than the seeds' spread, yet not seen."""
+        """Whether it exceeds the seeds' spread without being seen."""
         return not self.seen and abs(self.mean) >= 0.1 and abs(self.mean) > self.spread
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Difference:
 
 
 def best(cells: Mapping[str, Any], prefix: str) -> tuple[str, Mapping[str, Sequence[float]]]:
-    """Return the variant, of those whose name begins so, with the smallest mean gap."""
+    """Return the variant with the smallest mean gap among those whose name has the prefix."""
     found = {name: values for name, values in cells.items() if name == prefix or name.startswith(prefix + " ")}
     return min(found.items(), key=lambda item: statistics.mean(item[1]["gap"]))
 
@@ -78,12 +78,12 @@ def differences(cells: Mapping[str, Any], what: str) -> dict[str, Difference]:
 
 
 def subjects(cells: Mapping[str, Any]) -> list[str]:
-    """Return what both sides were measured on: methods, or the original."""
+    """Return the subjects that both sides were measured on: methods, or the original."""
     return list(dict.fromkeys(name.split()[1] for name in cells))
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Render all comparisons, theirs minus ours in points; a star where the 95 % interval leaves 0 out."""
+    """Render all comparisons, theirs minus ours in points; a star if the 95 % interval excludes 0."""
     lines = ["| difference | of | best of ours, theirs | " + " | ".join(METRICS) + " |", "|---" * 8 + "|"]
     for name, found in document["deviations"].items():
         cells = found["cells"]

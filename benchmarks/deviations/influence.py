@@ -1,4 +1,4 @@
-"""How near one running vector, and one sweep over the images, come to the exact inverse product."""
+"""Compares one running vector, and one sweep over the images, with the exact inverse product."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def distances(stage: Stage) -> dict[str, float]:
 
 
 def edited(stage: Stage) -> nn.Module:
-    """Return the model that the running vector makes, at the strength and from as many images as by default."""
+    """Return the model that the running vector yields, at the default strength and number of images."""
     config = stage.config("influence")
     model = copy.deepcopy(stage.base)
     with scoring(model):

@@ -1,7 +1,7 @@
-"""One function a difference: measures both sides on one seed.
+"""One function per difference: measures both sides on one seed.
 
-Each returns the cells (UA, RA, TA, MIA, gap by variant) and the facts (numbers of its own). A variant is named after
-its side, `ours` or `theirs`, then what else sets it apart: a method, or a learning rate of which the best counts.
+Each returns the cells (UA, RA, TA, MIA, gap by variant) and the facts (its own numbers). The name of a variant is its
+side, `ours` or `theirs`, then a method, or a learning rate of which the best counts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GRIDDED = ("salun",)
 
 @dataclass(frozen=True)
 class Measured:
-    """What one seed gives for one difference.
+    """Result of one difference on one seed.
 
     Args:
         cells: by variant: ratios.
@@ -88,7 +88,7 @@ def order(stage: Stage) -> Measured:
 
 
 def batch_norm(stage: Stage) -> Measured:
-    """Running statistics move."""
+    """Running statistics are updated."""
     cells = {}
     for method in GRIDDED:
         for rate, frozen in zip(RATES, FROZEN_RATES, strict=True):
@@ -156,7 +156,7 @@ def _attacked(stage: Stage, name: str) -> dict[str, float]:
 
 
 def attack_values(outputs: dict[str, Outputs]) -> dict[str, float]:
-    """Return the share of D_f called never seen: by the one threshold used here, and by the reference's classifier."""
+    """Return the share of D_f classified as unseen: by the threshold used here, and by the reference's classifier."""
     forget, retain, test = outputs["forget"], outputs["retain"], outputs["test"]
     values = {"threshold": float(entropy_attack(retain, test, forget).mean())}
     for name, entropy in (("defined", modified_entropy), ("faulty", theirs.label_blind_entropy)):
@@ -168,7 +168,7 @@ def attack_values(outputs: dict[str, Outputs]) -> dict[str, float]:
 
 
 def expanding(stage: Stage) -> Measured:
-    """The added logit stays."""
+    """The added logit is kept."""
     cells: dict[str, Cell] = {}
     facts: dict[str, float] = {}
     for rate in FORGET_ONLY_RATES:
@@ -232,7 +232,7 @@ def running_vector(stage: Stage) -> Measured:
 
 
 def soft(stage: Stage) -> Measured:
-    """The share that goes back falls once an epoch; both sides mixed, as that is where it does."""
+    """The share that is restored falls once per epoch; both sides in mixed order, the only one where it does."""
     facts: dict[str, float] = {}
 
     def make() -> nn.Module:

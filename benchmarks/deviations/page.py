@@ -24,13 +24,13 @@ def percent(values: Sequence[float], digits: int = 0) -> str:
     return f"{100 * statistics.mean(values):.{digits}f} %"
 
 
-def said(found: Found, what: str, sides: tuple[str, str] = ("here", "there")) -> str:
-    """Return what the comparison of one method shows, each side at its best rate.
+def summary(found: Found, what: str, sides: tuple[str, str] = ("here", "there")) -> str:
+    """Summarise the comparison of one method, each side at its best rate.
 
     Args:
         found: of one difference.
         what: the method in the variants' names.
-        sides: what ours and theirs are called.
+        sides: names of ours and theirs.
     """
     values = differences(found["cells"], what)
     gap, count = values["gap"], len(values["gap"].values)
@@ -60,23 +60,23 @@ def rates(found: Found, what: str) -> str:
 def split(found: Found) -> str:
     """Of base models from another split."""
     unseen = percent(found["facts"]["never seen"], 1)
-    return f"{unseen} of D_f were never seen. {said(found, 'original')}. {said(found, 'salun')}"
+    return f"{unseen} of D_f were never seen. {summary(found, 'original')}. {summary(found, 'salun')}"
 
 
 def wrong_labels(found: Found) -> str:
     """Of labels that may be true."""
     true = percent(found["facts"]["true"], 1)
-    return f"{true} of the labels were true. {said(found, 'random_label')}. {said(found, 'salun')}"
+    return f"{true} of the labels were true. {summary(found, 'random_label')}. {summary(found, 'salun')}"
 
 
 def order(found: Found) -> str:
     """Of mixed batches."""
-    return f"{said(found, 'salun', ('sequential', 'mixed'))}; {rates(found, 'salun')}"
+    return f"{summary(found, 'salun', ('sequential', 'mixed'))}; {rates(found, 'salun')}"
 
 
 def batch_norm(found: Found) -> str:
     """Of running statistics that move."""
-    return f"{said(found, 'salun', ('frozen', 'updated'))}; {rates(found, 'salun')}"
+    return f"{summary(found, 'salun', ('frozen', 'updated'))}; {rates(found, 'salun')}"
 
 
 def reduction(found: Found) -> str:
@@ -89,7 +89,7 @@ def reduction(found: Found) -> str:
     }
     return (
         f"at densities 0.1 and 0.5 {shares[64]} of the bits differ where the last batch has 2 of 64 images, "
-        f"{shares[256]} where it has 194 of 256. {said(found, 'salun')} (2 of 64)"
+        f"{shares[256]} where it has 194 of 256. {summary(found, 'salun')} (2 of 64)"
     )
 
 
@@ -101,7 +101,7 @@ def augmented(found: Found) -> str:
     }
     return (
         f"masks of two draws overlap by {facts['two draws']} (Jaccard, densities 0.1 and 0.5), with the mask of plain "
-        f"images by {facts['not augmented']}. {said(found, 'salun')}"
+        f"images by {facts['not augmented']}. {summary(found, 'salun')}"
     )
 
 
@@ -110,7 +110,7 @@ def masked_step(found: Found) -> str:
     facts = found["facts"]
     changed, moved = percent(facts["frozen that changed"]), percent(facts["relative change"], 1)
     text = f"gradient alone masked: {changed} of the frozen weights change, by {moved} of their norm"
-    return f"{text}; {said(found, 'salun')}"
+    return f"{text}; {summary(found, 'salun')}"
 
 
 def restored(found: Found) -> str:
@@ -151,7 +151,7 @@ def attack(found: Found) -> str:
 def soft(found: Found) -> str:
     """Of a share that falls once an epoch."""
     moved = percent(found["facts"]["moved"], 1)
-    return f"order mixed: {said(found, 'salun_soft')}; {moved} of the weights end moved"
+    return f"order mixed: {summary(found, 'salun_soft')}; {moved} of the weights end moved"
 
 
 def influence(found: Found) -> str:
@@ -163,7 +163,8 @@ def influence(found: Found) -> str:
         sides.append(f"{cosine:.2f} (error {100 * error:.0f} %)")
     return (
         f"cosine of the correction k - v to the exact one, 200 images: {sides[0]} there, {sides[1]} here; "
-        f"the exact one has {100 * facts['correction']:.1f} % of v's norm. {said(found, 'influence')}, default strength"
+        f"the exact one has {100 * facts['correction']:.1f} % of v's norm. {summary(found, 'influence')}, "
+        "default strength"
     )
 
 
@@ -171,7 +172,7 @@ def expanding(found: Found) -> str:
     """Of the kept logit."""
     rate = best(found["cells"], "ours boundary_expanding")[0].split()[-1]
     forget, test = (percent(found["facts"][f"{rate}: {name}"]) for name in ("forget", "test"))
-    text = f"{said(found, 'boundary_expanding')}; {rates(found, 'boundary_expanding')}"
+    text = f"{summary(found, 'boundary_expanding')}; {rates(found, 'boundary_expanding')}"
     return f"{text}. At {rate} the kept logit takes {forget} of D_f and {test} of the test images"
 
 
@@ -181,7 +182,7 @@ def shrink(found: Found) -> str:
     true, rounded = facts["true is nearest"], facts["changed by rounding"]
     return (
         f"{true} of D_f are trained towards the truth; rounding changes {rounded} of the labels. "
-        f"{said(found, 'boundary_shrink')}; {rates(found, 'boundary_shrink')}"
+        f"{summary(found, 'boundary_shrink')}; {rates(found, 'boundary_shrink')}"
     )
 
 
@@ -189,7 +190,7 @@ def sfr(found: Found) -> str:
     """Of SFR-on's mask."""
     differ, ua = percent(found["facts"]["bits that differ"], 1), differences(found["cells"], "sfr_on")["UA"]
     return (
-        f"of the mask, {differ} of the bits differ. {said(found, 'sfr_on')}, at a rate of 0.01 where neither "
+        f"of the mask, {differ} of the bits differ. {summary(found, 'sfr_on')}, at a rate of 0.01 where neither "
         f"forgets much (UA {ua.ours:.1f} % here, {ua.theirs:.1f} % there). "
         "Steps and clipping: not measured (another loop)"
     )

@@ -1,4 +1,4 @@
-"""One seed: its images, its original and retrained model, and its measurements, each kept in a file."""
+"""One seed: its images, its original and retrained model, and its measurements, each in a file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Cell = dict[str, float]
 
 
 def by_content(images: ImageSet, table: Table) -> ImageSet:
-    """Order images by the digest of their bytes, so that a draw by position does not hang on names or files."""
+    """Order images by the digest of their bytes, so that a draw by position does not depend on names or files."""
     digests = {sample: hashlib.sha256(bytes(table.payloads[table.position[sample]])).digest() for sample in images.ids}
     return images.select(sorted(range(len(images)), key=lambda index: (digests[images.ids[index]], images.ids[index])))
 
@@ -115,7 +115,7 @@ class Stage:
         return SaliencyMask.from_scores(saliency_scores(model, self.forget.batches(64), cross_entropy), density)
 
     def kept(self, name: str, make: Callable[[], Mapping[str, float]]) -> Cell:
-        """Return a measurement by name, from its file where it was made before."""
+        """Return a measurement by name, from its file if it exists."""
         path = self.folder / f"{name.replace(' ', '_')}.json"
         if not path.exists():
             path.write_text(json.dumps(dict(make())))
@@ -123,15 +123,15 @@ class Stage:
         return dict(json.loads(path.read_text()))
 
     def cell(self, name: str, make: Callable[[], nn.Module]) -> Cell:
-        """Return UA, RA, TA, MIA and gap, as ratios, of a model that is made unless they are there."""
+        """Return UA, RA, TA, MIA and gap of a model, as ratios; it is trained unless they exist."""
         return self.kept(name, lambda: self.measure(make()))
 
     def config(self, method: str = "random_label", **settings: Any) -> UnlearnConfig:  # noqa: ANN401
-        """Return a method's configuration: what all runs share, then the settings."""
+        """Return a method's configuration: the shared settings, then the given ones."""
         return method_config(method, {**SHARED, "learning_rate": RATE, "seed": self.seed, **settings})
 
     def context(self, method: str = "random_label", **settings: Any) -> MethodContext:  # noqa: ANN401
-        """Return what a method's phases are made from."""
+        """Return the context that a method's phases are built from."""
         config = self.config(method, **settings)
         return MethodContext(self.forget, self.retain, CLASSES, config)
 
@@ -142,19 +142,19 @@ class Stage:
         mask: SaliencyMask | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> nn.Module:
-        """Unlearn as this repository does; SalUn has this seed's mask unless it is given another."""
+        """Unlearn as this repository does; SalUn uses this seed's mask unless another is given."""
         chosen = mask or (self.mask if method == "salun" else None)
         config = self.config(method, **settings)
         started = self.base if model is None else model
         return unlearn(started, method, forget=self.forget, retain=self.retain, config=config, mask=chosen).model
 
     def ours(self, method: str = "salun", **settings: Any) -> Cell:  # noqa: ANN401
-        """Return the cell of a method as it is here."""
+        """Return the cell of a method as it is in this repository."""
         name = " ".join([method, *(f"{key}={value}" for key, value in settings.items())])
         return self.cell(name, lambda: self.unlearnt(method, **settings))
 
     def outputs(self, model: nn.Module) -> dict[str, Outputs]:
-        """Return what a model says of forget, retain and test images."""
+        """Return the outputs of a model on forget, retain and test images."""
         splits = {"forget": self.forget, "retain": self.retain, "test": self.test}
         return {name: outputs_of(model, images) for name, images in splits.items()}
 

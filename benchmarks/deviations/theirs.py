@@ -1,4 +1,4 @@
-"""The behaviours that this repository left behind, restated in our own words from their description."""
+"""The behaviours of the published code that this repository does not have, restated from their description."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Phases = Callable[[MethodContext, torch.Generator], Sequence[Phase]]
 
 
 def trained(model: nn.Module, context: MethodContext, phases: Phases, mask: SaliencyMask | None = None) -> nn.Module:
-    """Run the loop on a copy of a model with phases of one's own; θ_o is in the context."""
+    """Run the loop with given phases on a copy of a model; θ_o is in the context."""
     started = copy.deepcopy(model)
     return trained_in_place(
         started, replace(context, original=copy.deepcopy(model).requires_grad_(False)), phases, mask
@@ -55,7 +55,7 @@ def labels_of_all_classes(context: MethodContext, generator: torch.Generator) ->
 
 
 def scores_by_batch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Magnitudes of the sum over batches of each batch's mean gradient: a short batch weighs as a whole one."""
+    """Magnitudes of the sum over batches of each batch's mean gradient: a short batch weighs as much as a full one."""
     with scoring(model):
         for inputs, labels in batches:
             cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
@@ -65,7 +65,7 @@ def scores_by_batch(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) 
 
 
 def augmented_once(images: ImageSet, seed: int) -> ImageSet:
-    """Draw each image anew: padded by an eighth of its side, cropped at random, mirrored half of the time."""
+    """Augment each image once: padded by an eighth of its side, cropped at random, mirrored half of the time."""
     generator = torch.Generator().manual_seed(seed)
     side = images.images.shape[-1]
     padded = torch.nn.functional.pad(images.images, (side // 8,) * 4)
@@ -84,7 +84,7 @@ def only_gradient_masked(model: nn.Module, context: MethodContext, mask: Salienc
 
 
 def label_blind_entropy(outputs: Outputs) -> np.ndarray:
-    """-Σ_i (1 - p_i) log p_i: every class is treated as the true one, with log p where log (1 - p) belongs."""
+    """-Σ_i (1 - p_i) log p_i: every class is treated as the true one, with log p instead of log (1 - p)."""
     p = outputs.probabilities
     return np.asarray(-((1 - p) * np.log(np.clip(p, 1e-30, 1))).sum(axis=1))
 
@@ -139,7 +139,7 @@ def one_running_vector(gradients: Iterable[Tensor], vector: Tensor, count: int) 
 
 
 def softened_by_epoch(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
-    """Return one epoch of random labelling, softened after each step with a share that falls once an epoch."""
+    """Return one epoch of random labelling, softened after each step with a share that falls once per epoch."""
     return [_softened(phase, context) for phase in random_label_phases(context, generator)]
 
 
@@ -159,7 +159,7 @@ def _softened(inner: Phase, context: MethodContext) -> Phase:
 
 
 def fisher_by_batch(model: nn.Module, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
-    """Mean over batches of the squares of each batch's mean gradient; a short batch counts as a whole one."""
+    """Mean over batches of the squares of each batch's mean gradient; a short batch counts as a full one."""
     squares = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
     batches = math.ceil(len(images) / batch_size)
     with scoring(model):

@@ -1,4 +1,4 @@
-"""How far two masks agree, and how far weights outside a mask moved."""
+"""The agreement of two masks, and the change of weights outside a mask."""
 
 from __future__ import annotations
 
