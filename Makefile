@@ -39,7 +39,7 @@ demo-diffusion: setup ## Run the demo for diffusion models; ten minutes each (KI
 	@set -e; for kind in $(KIND); do $(BIN)/python -m examples.demo --diffusion --kind $$kind --work-dir .salun/demo-$$kind; done
 
 test: setup ## Run all tests (JOBS=2 processes; ARGS='-k mask' goes to pytest)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: setup docs ## Format, lint, types, layers, generated files, and the documentation site
 	$(BIN)/ruff format --check .

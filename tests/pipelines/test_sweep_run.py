@@ -27,6 +27,7 @@ from tests.pipelines.conftest import messages
 pytestmark = [pytest.mark.s3, pytest.mark.e2e]
 SWEEP = COMPILED / "salun-deletion-sweep-cpu.yaml"
 INNER = ["fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish"]
+WORKING = [*INNER, "claim-requests", "settle-requests"]
 QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005})
 
 
@@ -99,19 +100,11 @@ def line(store, digits_line, digits_model, tmp_path, monkeypatch):
     return SweptLine(store, tmp_path, load_model(digits_model).split)
 
 
-def test_three_sweeps(line, pushed):
-    """One test, because each sweep starts from the state that the previous one left."""
+def test_a_sweep_erases_what_is_due(line, pushed):
     parent, samples = line.head, sorted(line.split.train)[:5]
     line.ledger.submit("r-class", "digits", ClassTarget(dataset_digest=line.split.dataset_digest, class_id=3))
     line.ledger.submit("r-samples", "digits", SamplesTarget(ids=samples))
     line.ledger.submit("r-nothing", "digits", SamplesTarget(ids=["nobody"]))
-    erases_what_is_due(line, parent, samples)
-    pushed_as_the_sweep(pushed)
-    finds_nothing(line)
-    is_refused(line)
-
-
-def erases_what_is_due(line, parent, samples):
     run = line.sweep("green")
     assert (run.exit_code, run.error, run.failed) == (0, "", "")
     assert [step for step in run.steps if step != "purge-store"] == ["claim-requests", *INNER, "settle-requests"]
@@ -129,23 +122,22 @@ def erases_what_is_due(line, parent, samples):
     line.left_nothing_behind(run)
     shown = [log_of(run), *(path.read_text() for path in run.folder.glob("steps/*/*/*/executor_output.json"))]
     assert not [sample for sample in samples for text in shown if f'"{sample}"' in text or f"'{sample}'" in text]
-
-
-def pushed_as_the_sweep(paths):
-    """Including the steps of the nested pipeline."""
-    keys = [dict(zip(words[::2], words[1::2], strict=True)) for words in (path.split("/")[2:] for path in paths)]
-    groups = {(key["pipeline"], key["step"], key["model"]) for key in keys}
-    steps = {named(step) for step in [*INNER, "claim-requests", "settle-requests"]}
-    assert groups == {("salun-deletion-sweep-cpu", step, "digits") for step in steps} | {
+    assert pushed_groups(pushed) == {("salun-deletion-sweep-cpu", named(step), "digits") for step in WORKING} | {
         ("salun-deletion-sweep-cpu", "purge", "all")
     }
+
+
+def pushed_groups(paths):
+    """Return pipeline, step and model of each push, including the steps of the nested pipeline."""
+    keys = [dict(zip(words[::2], words[1::2], strict=True)) for words in (path.split("/")[2:] for path in paths)]
+    return {(key["pipeline"], key["step"], key["model"]) for key in keys}
 
 
 def events_of(run):
     return f"runs/{run.run}/events/"
 
 
-def finds_nothing(line):
+def test_a_sweep_without_requests_changes_nothing(line):
     head = line.head
     run = line.sweep("idle")
     assert (run.exit_code, sorted(run.steps)) == (0, ["claim-requests", "purge-store", "settle-requests"])
@@ -155,8 +147,7 @@ def finds_nothing(line):
     line.left_nothing_behind(run)
 
 
-def is_refused(line):
-    """A refusing gate fails the run, which is settled all the same: the request is queued with the next recipe."""
+def test_a_refused_gate_fails_the_run_and_queues_the_request_with_the_next_recipe(line):
     head = line.head
     rule = {"metric": "TA", "op": ">=", "value": 1.0, "reason": "no model is perfect"}
     policy = line.folder / "strict.yaml"
