@@ -183,7 +183,7 @@ def expanding(stage: Stage) -> Measured:
 def _expanded(stage: Stage, rate: float) -> nn.Module:
     model = copy.deepcopy(stage.base)
     context = replace(stage.context("boundary_expanding", learning_rate=rate), model=model)
-    return theirs.trained_in_place(model, boundary_expanding.begin(context), boundary_expanding.parts)
+    return theirs.trained_in_place(model, boundary_expanding.begin(context), boundary_expanding.phases)
 
 
 def _called_extra(stage: Stage, rate: float) -> dict[str, float]:
@@ -257,7 +257,7 @@ def sfr_mask(stage: Stage) -> Measured:
     found = theirs.salient_by_batch(stage.base, context, context.config)
     differ = sum(int((ours[name] != found[name]).sum()) for name in ours) / sum(bits.numel() for bits in ours.values())
     made = stage.cell(
-        "sfr_on batch means", lambda: theirs.trained(stage.base, replace(context, salient=found), sfr_on.parts)
+        "sfr_on batch means", lambda: theirs.trained(stage.base, replace(context, salient=found), sfr_on.phases)
     )
     cells = {"ours sfr_on": stage.ours("sfr_on", learning_rate=RATE / 2), "theirs sfr_on": made}
     return Measured(cells, {"bits that differ": differ})

@@ -98,7 +98,7 @@ def label_of_rounded_step(
     (slope,) = torch.autograd.grad(cross_entropy(context.original(inputs), labels), inputs)
     with torch.no_grad():
         scale = context.forget.normalisation
-        moved = boundary_shrink._moved(images, slope.sign(), context.config.adversarial_step, scale)
+        moved = boundary_shrink.stepped(images, slope.sign(), context.config.adversarial_step, scale)
         if rounded and scale is not None:
             mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (scale.mean, scale.std))
             moved = (((moved * std + mean) * 255).round() / 255 - mean) / std

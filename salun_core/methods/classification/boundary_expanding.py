@@ -1,10 +1,11 @@
-"""Boundary expanding (BE): give the forget set a class of its own, which is then taken away.
+"""Boundary expanding (BE): train the forget set towards a new class, and remove the class afterwards.
 
     min_θ'  E_{x in D_f} CE(f_θ'(x), K),    θ' = θ and one more row of the last layer;    θ_u = θ' without that row
 
-Source: Chen et al., "Boundary Unlearning", CVPR 2023; as the baseline of Fan et al., ICLR 2024. The retain
-set is not used. The new row is drawn as `nn.Linear` draws its own. The reference leaves the new logit in the model
-that it evaluates; here the result has the original's architecture, names and shapes.
+The retain set is not used. The new row is drawn as `nn.Linear` initialises its rows.
+
+Source: Chen et al., "Boundary Unlearning", CVPR 2023; as the baseline of Fan et al., ICLR 2024. Deviations:
+docs/research/deviations.md, row `boundary_expanding`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from salun_core.methods.loop import Phase
 
 
 def last_linear(model: nn.Module, outputs: int) -> nn.Linear:
-    """Return the last linear layer with so many outputs.
+    """Return the last linear layer with a number of outputs.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the model has no such layer.
     """
     found = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == outputs]
     if not found:
@@ -40,7 +41,7 @@ def begin(context: MethodContext) -> MethodContext:
     """Add a row to the last layer, in place.
 
     Raises:
-        ModelError: the model's outputs do not grow with it.
+        ModelError: the model's outputs do not grow with the row.
     """
     assert context.model is not None
     head = last_linear(context.model, context.num_classes)
@@ -57,17 +58,17 @@ def begin(context: MethodContext) -> MethodContext:
 
 @torch.no_grad()
 def _check_outputs(model: nn.Module, context: MethodContext, expected: int) -> None:
-    what, remedy = "the model's last linear layer does not make its logits", "use another method"
+    what, remedy = "the model's last linear layer does not compute its logits", "use another method"
     try:
         outputs = model(next(iter(context.forget.batches(1)))[0]).shape[1]
     except RuntimeError as error:
-        raise ModelError(what, f"with one row more it does not run: {str(error).splitlines()[0]}", remedy) from error
+        raise ModelError(what, f"with one more row it does not run: {str(error).splitlines()[0]}", remedy) from error
     if outputs != expected:
-        raise ModelError(what, f"with one row more there are {outputs} outputs", remedy)
+        raise ModelError(what, f"with one more row there are {outputs} outputs", remedy)
 
 
 def finish(model: nn.Module, num_classes: int) -> None:
-    """Take the added row away, in place."""
+    """Remove the added row, in place."""
     head = last_linear(model, num_classes + 1)
     _replace(head, "weight", head.weight.detach()[:-1].clone())
     if head.bias is not None:
@@ -82,8 +83,8 @@ def _replace(head: nn.Linear, name: str, values: Tensor) -> None:
 
 def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f under the label K."""
-    beyond = torch.full_like(context.forget.labels, context.num_classes)
-    return [context.phase("forget", context.forget.relabelled(beyond))]
+    new_class = torch.full_like(context.forget.labels, context.num_classes)
+    return [context.phase("forget", context.forget.relabelled(new_class))]
 
 
 METHOD = Method(phases, defaults={"learning_rate": 1e-4}, begin=begin, finish=finish)

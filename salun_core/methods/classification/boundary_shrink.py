@@ -2,11 +2,12 @@
 
     min_θ  E_{(x, y) in D_f} CE(f_θ(x), y'),    y' = argmax_{k != y} f_θo(x + ε sign ∇_x CE(f_θo(x), y))_k
 
-Source: Chen et al., "Boundary Unlearning", CVPR 2023; as the baseline of Fan et al., ICLR 2024.
-ε counts where pixels go from 0 to 1, before normalisation, and the image that was moved stays within them; images
-that came normalised are moved by ε as they are, without bounds. The reference rounds it to 256 levels, and trains
-towards the true label where the step does not leave its class; here y' is never y. The labels are those of the
-augmented images and are asked for at each batch, of θ_o, which stays frozen.
+ε is `adversarial_step`, in pixels from 0 to 1 before normalisation; the moved image stays within these bounds. Images
+without a known normalisation are moved by ε as they are, without bounds. y' is computed for each augmented batch by
+the frozen θ_o.
+
+Source: Chen et al., "Boundary Unlearning", CVPR 2023; as the baseline of Fan et al., ICLR 2024. Deviations:
+docs/research/deviations.md, rows `boundary_shrink`.
 """
 
 from __future__ import annotations
@@ -25,38 +26,38 @@ from salun_core.methods.loop import Phase
 def nearest_wrong_labels(
     original: nn.Module, images: Tensor, labels: Tensor, step: float, normalisation: Normalisation | None
 ) -> Tensor:
-    """Return the label that one step of the fast gradient sign method leads to, the true one excluded.
+    """Return y': the label after one step of the fast gradient sign method, the true one excluded.
 
     Args:
         original: θ_o in eval mode.
         images: [B, C, H, W], normalised.
         labels: true, int64 [B].
         step: ε, in pixels from 0 to 1.
-        normalisation: what the images went through; None where it is not known.
+        normalisation: of the images; None if it is unknown.
 
     Returns:
-        int64 [B], nowhere equal to `labels`.
+        int64 [B], different from `labels` everywhere.
     """
     inputs = images.detach().requires_grad_(True)
     (slope,) = torch.autograd.grad(cross_entropy(original(inputs), labels), inputs)
     with torch.no_grad():
-        logits: Tensor = original(_moved(images, slope.sign(), step, normalisation))
+        logits: Tensor = original(stepped(images, slope.sign(), step, normalisation))
         return logits.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
 
 
-def _moved(images: Tensor, direction: Tensor, step: float, normalisation: Normalisation | None) -> Tensor:
+def stepped(images: Tensor, direction: Tensor, step: float, normalisation: Normalisation | None) -> Tensor:
+    """Return images moved by ε along a direction and clipped to the range of pixels; arguments as above."""
     if normalisation is None:
         return images + step * direction
     mean, std = (
         torch.tensor(values, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
         for values in (normalisation.mean, normalisation.std)
     )
-    moved = images + step / std * direction
-    return moved.maximum(-mean / std).minimum((1 - mean) / std)
+    return (images + step / std * direction).maximum(-mean / std).minimum((1 - mean) / std)
 
 
-def towards_nearest(context: MethodContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy towards the nearest wrong labels."""
+def loss(context: MethodContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy with the nearest wrong labels."""
     assert context.original is not None
     nearest = nearest_wrong_labels(
         context.original, images, labels, context.config.adversarial_step, context.forget.normalisation
@@ -66,11 +67,11 @@ def towards_nearest(context: MethodContext, model: nn.Module, images: Tensor, la
 
 def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f."""
-    return [context.phase("forget", context.forget, partial(towards_nearest, context))]
+    return [context.phase("forget", context.forget, partial(loss, context))]
 
 
 def passes(context: MethodContext) -> float:
-    """Return images forward and backward: the model, the original for the slope, and a third for the label."""
+    """Return images forward and backward: of the model, of θ_o for the gradient, and a third of θ_o for y'."""
     return context.config.epochs * len(context.forget) * 7 / 3
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning (FT): go on training on the retain set and hope that the rest is forgotten.
+"""Fine-tuning (FT): continue training on the retain set, so that the rest may be forgotten.
 
     min_θ  E_{(x, y) in D_r} CE(f_θ(x), y),    starting at θ_o
 

@@ -1,4 +1,4 @@
-"""Gradient ascent (GA): climb the loss of the forget set.
+"""Gradient ascent (GA): increase the loss of the forget set.
 
     max_θ  E_{(x, y) in D_f} CE(f_θ(x), y),    starting at θ_o
 
@@ -16,14 +16,14 @@ from salun_core.methods.classification.method import Method, MethodContext, clas
 from salun_core.methods.loop import Phase
 
 
-def ascent(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Negated mean cross-entropy."""
     return -classification_loss(model, images, labels)
 
 
 def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f with the loss negated."""
-    return [context.phase("forget", context.forget, ascent)]
+    return [context.phase("forget", context.forget, loss)]
 
 
 METHOD = Method(phases, defaults={"learning_rate": 5e-4})

@@ -2,18 +2,18 @@
 
     θ_u = θ_o + α k,    k = (λ I + 1/N Σ_i g_i g_i^T)^-1 v,    v = n_f / (n_f + n_r) (mean_{D_f} ∇ℓ - mean_{D_r} ∇ℓ)
 
-g_i are gradients of the cross-entropy of N single retain images at θ_o. The inverse is never formed: as
-k = (v - Σ_i a_i g_i) / λ with N a_i = g_i · k, each image in turn sets its own a_i right,
+α is `influence_strength`, λ is `influence_damping`. g_i are gradients of the cross-entropy of N single retain images
+at θ_o. The inverse is never formed: k = (v - Σ_i a_i g_i) / λ with N a_i = g_i · k. Each image in turn corrects its
+a_i,
 
     δ = (g_i · k - N a_i) / (N + |g_i|² / λ),    a_i <- a_i + δ,    k <- k - δ g_i / λ,    from k = v / λ, a = 0
 
-which is Gauss-Seidel on N equations. It needs one vector beside weights and gradient, and the gradients anew in each
-sweep. It converges to the exact product; one sweep is exact where the g_i are orthogonal.
+which is Gauss-Seidel on N equations. It needs memory for one vector besides weights and gradient, and computes the
+gradients again in each sweep. It converges to the exact product; one sweep is exact if the g_i are orthogonal.
+The model is in eval mode and images are not augmented. An interrupted run starts again.
 
 Source: Izzo et al., AISTATS 2021, and Singh & Alistarh, "WoodFisher", NeurIPS 2020, as the baseline of Fan et al.,
-ICLR 2024, and Jia et al., NeurIPS 2023. The reference's recursion keeps one running vector for all images and so
-only ever corrects along the first image's gradient; it takes the first N images, where a seed draws them here.
-The model is in eval mode and images are not augmented; an interrupted run starts again.
+ICLR 2024, and Jia et al., NeurIPS 2023. Deviations: docs/research/deviations.md, row `influence`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from salun_core.saliency.scores import scoring
 
 
 def edit(context: MethodContext) -> None:
-    """Change the model in training once, in place.
+    """Compute v, k and θ_u, in place.
 
     Raises:
         ModelError: the direction is not finite.
@@ -36,23 +36,21 @@ def edit(context: MethodContext) -> None:
     assert context.model is not None
     config, model = context.config, context.model
     with scoring(model):
-        vector = removal_gradient(context)
-        step = inverse_product(
-            model, fisher_images(context), vector, damping=config.influence_damping, sweeps=config.influence_sweeps
-        )
-    if not all(bool(torch.isfinite(values).all()) for values in step):
+        v = removal_gradient(context)
+        images, damping, sweeps = fisher_images(context), config.influence_damping, config.influence_sweeps
+        k = inverse_product(model, images, v, damping=damping, sweeps=sweeps)
+    if not all(bool(torch.isfinite(values).all()) for values in k):
         raise ModelError("the influence is not finite", "a gradient is NaN or infinite", "check images and weights")
     with torch.no_grad():
-        for parameter, values in zip(model.parameters(), step, strict=True):
+        for parameter, values in zip(model.parameters(), k, strict=True):
             parameter.add_(values, alpha=config.influence_strength)
 
 
 def removal_gradient(context: MethodContext) -> list[Tensor]:
-    """Return v, one tensor a parameter; it is summed up in the gradients themselves."""
+    """Return v, one tensor per parameter; it is accumulated in the gradients themselves."""
     assert context.model is not None
-    forgotten, kept = len(context.forget), len(context.retain)
-    total = forgotten + kept
-    for images, weight in ((context.forget, 1 / total), (context.retain, -forgotten / (total * kept))):
+    n_f, n_r = len(context.forget), len(context.retain)
+    for images, weight in ((context.forget, 1 / (n_f + n_r)), (context.retain, -n_f / ((n_f + n_r) * n_r))):
         for inputs, labels in images.batches(context.config.batch_size):
             loss = cross_entropy(context.model(inputs), labels) * (len(labels) * weight)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -60,7 +58,7 @@ def removal_gradient(context: MethodContext) -> list[Tensor]:
 
 
 def fisher_images(context: MethodContext) -> ImageSet:
-    """Draw the retain images of the Fisher matrix, at most `influence_samples`."""
+    """Draw the N retain images of the Fisher matrix, at most `influence_samples`."""
     generator = torch.Generator().manual_seed(context.config.seed)
     order = torch.randperm(len(context.retain), generator=generator)
     return context.retain.select(order[: context.config.influence_samples])
@@ -69,31 +67,30 @@ def fisher_images(context: MethodContext) -> ImageSet:
 def inverse_product(
     model: nn.Module, images: ImageSet, vector: list[Tensor], *, damping: float, sweeps: int
 ) -> list[Tensor]:
-    """Return (λ I + 1/N Σ g g^T)^-1 v.
+    """Return k = (λ I + 1/N Σ g g^T)^-1 v.
 
     Args:
-        model: in eval mode, every gradient asked for and none there.
-        images: N single images of the Fisher matrix.
-        vector: v, one tensor a parameter; it is overwritten.
+        model: in eval mode; all parameters require gradients, and none has one.
+        images: the N images of the Fisher matrix.
+        vector: v, one tensor per parameter; it is overwritten.
         damping: λ.
-        sweeps: how often to go through the images.
+        sweeps: passes over the images.
 
     Returns:
-        One tensor a parameter.
+        One tensor per parameter.
     """
-    count = len(images)
-    product = [values.div_(damping) for values in vector]
-    coefficients = product[0].new_zeros(count)
+    n = len(images)
+    k = [values.div_(damping) for values in vector]
+    a = k[0].new_zeros(n)
     for _ in range(sweeps):
-        for index, (inputs, labels) in enumerate(images.batches(1)):
+        for i, (inputs, labels) in enumerate(images.batches(1)):
             cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
-            gradient = _taken(model)
-            change = _dot(gradient, product) - count * coefficients[index]
-            change = change / (count + _dot(gradient, gradient) / damping)
-            coefficients[index] += change
-            for values, slope in zip(product, gradient, strict=True):
-                values.addcmul_(slope, change / damping, value=-1)
-    return product
+            g = _taken(model)
+            delta = (_dot(g, k) - n * a[i]) / (n + _dot(g, g) / damping)
+            a[i] += delta
+            for values, slope in zip(k, g, strict=True):
+                values.addcmul_(slope, delta / damping, value=-1)
+    return k
 
 
 def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
@@ -101,7 +98,7 @@ def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
 
 
 def _taken(model: nn.Module) -> list[Tensor]:
-    """Return the gradients, and leave none."""
+    """Return the gradients, and remove them from the model."""
     found = [
         torch.zeros_like(parameter, requires_grad=False) if parameter.grad is None else parameter.grad.detach()
         for parameter in model.parameters()
@@ -111,7 +108,7 @@ def _taken(model: nn.Module) -> list[Tensor]:
 
 
 def passes(context: MethodContext) -> float:
-    """Return images forward and backward: both sets, and the Fisher's images in each sweep."""
+    """Return images forward and backward: both sets, and the images of the Fisher matrix in each sweep."""
     samples = min(context.config.influence_samples, len(context.retain))
     return len(context.forget) + len(context.retain) + samples * context.config.influence_sweeps
 

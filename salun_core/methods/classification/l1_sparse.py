@@ -2,14 +2,15 @@
 
     min_θ  E_{(x, y) in D_r} CE(f_θ(x), y)  +  γ_e ||θ||_1,    γ_e = γ (1 - e / E) in epoch e of E
 
+γ is `l1_strength`. The norm is over all parameters, and its subgradient at 0 is 0.
+
 Source: Jia et al., "Model Sparsity Can Simplify Machine Unlearning", NeurIPS 2023; as the baseline of Fan et al.,
-ICLR 2024. The norm is over all parameters, and its subgradient at 0 is 0. The strength falls once an epoch.
+ICLR 2024. Deviations: docs/research/deviations.md, row `l1_sparse`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,15 @@ from salun_core.methods.classification.method import Method, MethodContext, clas
 from salun_core.methods.loop import Phase
 
 
-def strength(context: MethodContext) -> float:
-    """Return γ_e, which falls linearly from γ and would be 0 after the last epoch."""
-    return context.config.l1_strength * (1 - context.epoch / context.config.epochs)
-
-
-def penalised(gamma: float, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy plus γ times the sum of all weights' magnitudes."""
-    norm = torch.stack([parameter.abs().sum() for parameter in model.parameters()]).sum()
-    return classification_loss(model, images, labels) + gamma * norm
-
-
 def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_r with the penalty of this epoch."""
-    return [context.phase("retain", context.retain, partial(penalised, strength(context)))]
+    gamma = context.config.l1_strength * (1 - context.epoch / context.config.epochs)
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        norm = torch.stack([parameter.abs().sum() for parameter in model.parameters()]).sum()
+        return classification_loss(model, images, labels) + gamma * norm
+
+    return [context.phase("retain", context.retain, loss)]
 
 
 METHOD = Method(phases, defaults={"learning_rate": 0.01}, reads=frozenset({"l1_strength"}))

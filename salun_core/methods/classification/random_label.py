@@ -2,8 +2,10 @@
 
     min_θ  E_{x in D_f} CE(f_θ(x), y')  +  E_{(x, y) in D_r} CE(f_θ(x), y),    y' uniform over the classes != y
 
+The labels y' are drawn again in each epoch.
+
 Source: Golatkar et al., "Eternal Sunshine of the Spotless Net", CVPR 2020; as the baseline of Fan et al., ICLR 2024.
-The labels are drawn anew each epoch. A wrong label is never the true one.
+Deviations: docs/research/deviations.md, row "wrong labels".
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from salun_core.methods.loop import Phase
 
 
 def wrong_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Draw for each label another one, uniform over the remaining classes.
+    """Draw a wrong label for each label, uniform over the other classes.
 
     Args:
         labels: int64 [N], from 0 to num_classes - 1.
@@ -26,7 +28,7 @@ def wrong_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -
         generator: a CPU generator.
 
     Returns:
-        int64 [N], nowhere equal to `labels`.
+        int64 [N], different from `labels` everywhere.
     """
     shift = torch.randint(1, num_classes, (len(labels),), generator=generator).to(labels.device)
     return (labels + shift) % num_classes

@@ -1,9 +1,11 @@
-"""Retrain: the exact answer; train fresh weights on the retain set alone.
+"""Retrain: train fresh weights on the retain set alone, which is exact unlearning.
 
     min_θ  E_{(x, y) in D_r} CE(f_θ(x), y),    starting at fresh weights
 
-The recipe is the one the base model was trained with (Fan et al., ICLR 2024, appendix: SGD 0.1, momentum 0.9,
-weight decay 5e-4, rate divided by 10 at half and at three quarters of the run).
+The recipe is that of the base model: SGD with rate 0.1, momentum 0.9 and weight decay 5e-4; the rate is divided by 10
+at half and at three quarters of the run.
+
+Source: Fan et al., ICLR 2024, appendix.
 """
 
 from __future__ import annotations

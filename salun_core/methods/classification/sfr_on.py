@@ -1,17 +1,17 @@
-"""SFR-on: salient forgetting steps of weighted ascent, each followed by steps that repair the retain set.
+"""SFR-on: salient forget steps of weighted ascent, each followed by steps on the retain set.
 
+    saliency       m = 1(F_f >= γ F_r),    F the diagonal of the Fisher matrix of D_f and of D_r at θ_o
     forget step    θ <- θ - lr m ⊙ ∇_θ[-α_t Σ_i c_i ℓ_i / Σ_i c_i],    c_i = ℓ_i^-λ held constant,    i in a D_f batch
     retain steps   θ <- θ - lr ∇_θ ℓ_r,    `forget_every` of them
     slow update    θ <- θ_s + β (θ - θ_s),    θ_s the weights before the round
-    saliency       m = 1(F_f >= γ F_r),    F the diagonal of the Fisher matrix of D_f and of D_r at θ_o
+
+γ is `saliency_ratio`, λ is `adaptive_power`, β is `slow_rate`. α_t falls from `forget_strength` as a cosine over the
+run. β is 1 by default, as in the authors' classification code, so there is no slow update. Only the forget gradient is
+masked: retain steps, momentum and weight decay change every weight.
 
 Source: Huang et al., "Unified Gradient-Based Machine Unlearning with Remain Geometry Enhancement", NeurIPS 2024
-(adaptive coefficients, forget-remain balanced saliency, fast-slow updates). α_t falls as a cosine over the run. β is 1
-by default, as in the authors' classification code: then there is no slow update.
-Simplifications: an epoch is one pass over D_r, not a number of steps; the mask is of the original and is not renewed;
-F sums the squares of whole batches' gradients, divided by the number of samples, which estimates the diagonal where
-samples' gradients are independent and have mean 0; the gradient is clipped in every step. Only the forget gradient is
-masked: retain steps, momentum and weight decay move every weight.
+(adaptive coefficients, forget-remain balanced saliency, fast-slow updates). Deviations: docs/research/deviations.md,
+row `sfr_on`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, Share
 from salun_core.methods.loop import Phase, Step
 from salun_core.saliency.scores import scoring
 
-_LEAST = 1e-15
+_EPSILON = 1e-15  # keeps 0 / 0 and 0 >= 0 defined: unused weights are salient, losses of 0 get a finite weight
 
 
 def fisher_diagonal(model: nn.Module, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
-    """Return the mean over images of squared gradients, by parameter name; batches stand in for single images.
+    """Return F by parameter name: squared gradients of summed batch losses, divided by the number of images.
+
+    This estimates the diagonal if the gradients of single images are independent with mean 0.
 
     Args:
-        model: in eval mode, every gradient asked for.
+        model: in eval mode; all parameters require gradients.
         images: D_f or D_r with true labels.
         batch_size: 1 gives the empirical Fisher diagonal itself.
     """
@@ -63,62 +65,37 @@ def fisher_diagonal(model: nn.Module, images: ImageSet, batch_size: int) -> dict
 
 
 def begin(context: MethodContext) -> MethodContext:
-    """Return the context with the saliency mask of the model before its first step."""
+    """Return the context with the saliency m of θ_o; it stays the same during the run."""
     assert context.model is not None
     with scoring(context.model):
-        forget = fisher_diagonal(context.model, context.forget, context.config.batch_size)
-        retain = fisher_diagonal(context.model, context.retain, context.config.batch_size)
-    ratio = context.config.saliency_ratio
-    return replace(context, salient={name: forget[name] + _LEAST >= ratio * (retain[name] + _LEAST) for name in forget})
+        f_f = fisher_diagonal(context.model, context.forget, context.config.batch_size)
+        f_r = fisher_diagonal(context.model, context.retain, context.config.batch_size)
+    gamma = context.config.saliency_ratio
+    return replace(context, salient={name: f_f[name] + _EPSILON >= gamma * (f_r[name] + _EPSILON) for name in f_f})
 
 
 def adaptive_ascent(logits: Tensor, labels: Tensor, power: float, group: ProcessGroup = SINGLE_PROCESS) -> Tensor:
-    """Negated mean of the losses, each weighted by its own value to the power -λ.
+    """Return -Σ c ℓ / Σ c.
 
     Args:
         logits: [B, K].
         labels: int64 [B].
         power: λ.
-        group: this process; where several share a batch, each gets its summand of the batch's mean.
+        group: the processes that share the batch; each gets its summand.
     """
     losses = sample_losses(logits, labels, reduction="none")
-    weights = 1 / (losses.detach() ** power + _LEAST)
+    weights = 1 / (losses.detach() ** power + _EPSILON)
     return -(weights / group.total(weights.sum()) * losses).sum()
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
-    """Return one epoch: every retain image once, with a forget batch before each `forget_every` retain batches."""
-    model, config, retain = context.model, context.config, context.retain
-    retain_steps = batches_of(retain, config)
-    steps = retain_steps + -(-retain_steps // config.forget_every)
-
-    def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
-        assert model is not None
-        retained = retain.batches(config.batch_size, generator, config.augment)
-        forgotten = cycled(context.forget, config, generator)
-        for done in range(0, steps, config.forget_every + 1):
-            slow = [parameter.detach().clone() for parameter in model.parameters()] if config.slow_rate < 1 else []
-            progress = (context.epoch + done / steps) / config.epochs
-            strength = config.forget_strength * 0.5 * (1 + math.cos(math.pi * progress))
-            yield Step(partial(_forget_loss, context, group.share(*next(forgotten)), strength, group), 0, 1.0)
-            for images, labels in islice(retained, config.forget_every):
-                share = group.share(images, labels)
-                yield Step(partial(_retain_loss, share), share.count, share.weight)
-            _pull_back(model, slow, config.slow_rate)  # after the optimiser has taken the last step of the round
-
-    return [Phase("retain", retain.labels.device, len(retain), steps, draw)]
-
-
-def _forget_loss(
-    context: MethodContext, share: Share, strength: float, group: ProcessGroup, model: nn.Module
-) -> Tensor:
-    """Only salient weights get a gradient: the others are constants here."""
+def _forget_loss(context: MethodContext, share: Share, alpha: float, group: ProcessGroup, model: nn.Module) -> Tensor:
+    """Return the loss of a forget step; detached copies of the other weights apply m to the gradient."""
     weights = {
         name: torch.where(context.salient[name], parameter, parameter.detach())
         for name, parameter in model.named_parameters()
     }
     logits = functional_call(model, weights, (share.images,))[: share.count]
-    return strength * adaptive_ascent(logits, share.labels[: share.count], context.config.adaptive_power, group)
+    return alpha * adaptive_ascent(logits, share.labels[: share.count], context.config.adaptive_power, group)
 
 
 def _retain_loss(share: Share, model: nn.Module) -> Tensor:
@@ -126,18 +103,41 @@ def _retain_loss(share: Share, model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _pull_back(model: nn.Module, slow: Sequence[Tensor], rate: float) -> None:
-    if slow:
-        for parameter, before in zip(model.parameters(), slow, strict=True):
-            parameter.copy_(torch.lerp(before, parameter, rate))
+def _slow_update(model: nn.Module, slow: Sequence[Tensor], beta: float) -> None:
+    for parameter, before in zip(model.parameters(), slow, strict=True):
+        parameter.copy_(torch.lerp(before, parameter, beta))
+
+
+def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+    """Return one epoch: every retain image once, with a forget step before each `forget_every` retain steps."""
+    model, config, retain = context.model, context.config, context.retain
+    retain_steps = batches_of(retain, config)
+    steps = retain_steps + -(-retain_steps // config.forget_every)
+
+    def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
+        assert model is not None
+        retain_batches = retain.batches(config.batch_size, generator, config.augment)
+        forget_batches = cycled(context.forget, config, generator)
+        for done in range(0, steps, config.forget_every + 1):
+            slow = [parameter.detach().clone() for parameter in model.parameters()] if config.slow_rate < 1 else None
+            progress = (context.epoch + done / steps) / config.epochs
+            alpha = config.forget_strength * 0.5 * (1 + math.cos(math.pi * progress))
+            yield Step(partial(_forget_loss, context, group.share(*next(forget_batches)), alpha, group), 0, 1.0)
+            for images, labels in islice(retain_batches, config.forget_every):
+                share = group.share(images, labels)
+                yield Step(partial(_retain_loss, share), share.count, share.weight)
+            if slow is not None:  # the optimizer has taken the last step of the round
+                _slow_update(model, slow, config.slow_rate)
+
+    return [Phase("retain", retain.labels.device, len(retain), steps, draw)]
 
 
 def passes(context: MethodContext) -> float:
-    """Return images forward and backward: the mask over both sets, then D_r and its forget batches each epoch."""
+    """Return images forward and backward: both sets for m, then D_r and its forget batches in each epoch."""
     config = context.config
     batches = -(-batches_of(context.retain, config) // config.forget_every)
-    forgotten = cycled_count(context.forget, config, batches)
-    return len(context.forget) + len(context.retain) + config.epochs * (len(context.retain) + forgotten)
+    forget_images = cycled_count(context.forget, config, batches)
+    return len(context.forget) + len(context.retain) + config.epochs * (len(context.retain) + forget_images)
 
 
 METHOD = Method(

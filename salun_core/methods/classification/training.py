@@ -16,11 +16,11 @@ from salun_core.models.architectures import build_classifier
 
 
 def reinitialised(model: nn.Module, seed: int) -> nn.Module:
-    """Initialise every layer of a model anew, in place, as torch's layers do by themselves.
+    """Initialise every layer of a model again, in place, as new layers of torch are.
 
     Args:
-        model: each module that owns parameters must have `reset_parameters`.
-        seed: of the draw.
+        model: each module with parameters of its own must have `reset_parameters`.
+        seed: of the new weights.
 
     Returns:
         The same model.
@@ -36,13 +36,13 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
                 reset()
             elif any(True for _ in module.parameters(recurse=False)):
                 raise ModelError(
-                    f"{name or 'the model'} cannot be initialised anew", "it has no reset_parameters", "give `fresh`"
+                    f"{name or 'the model'} cannot be initialised again", "it has no reset_parameters", "give `fresh`"
                 )
     return model
 
 
 def fresh_classifier(architecture: str, images: ImageSet, num_classes: int, seed: int) -> nn.Module:
-    """Build a classifier for these images with fresh weights drawn from a seed; the global random state is kept."""
+    """Build a classifier for images with fresh weights from a seed; the global random state does not change."""
     channels, height = images.images.shape[1:3]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -64,11 +64,11 @@ def train_classifier(
         images: the training split.
         num_classes: outputs.
         config: of the loop; `batch_norm` must be `update`.
-        checkpoint: keeps the state after each epoch, and resumes from it.
+        checkpoint: saves the state after each epoch; the training resumes from it.
         on_epoch: called after each epoch.
 
     Returns:
-        The model in eval mode, and one record an epoch.
+        The model in eval mode, and one record per epoch.
     """
     device = pick_device(config.device)
     model = fresh_classifier(architecture, images, num_classes, config.seed)

@@ -2,10 +2,10 @@
 
     ε_θ(x_t, c) -> ε_o(x_t, ∅) - η (ε_o(x_t, c) - ε_o(x_t, ∅))
 
-x_t is drawn by the model in training itself: denoised with guidance from pure noise to a random time. Forget examples
-only give shapes, conditions and the noise to start from; no image is looked at. `selection: xattn` is ESD-x, for
-concepts that a prompt names; `noxattn` is ESD-u, for what prompts need not name, and for networks that are told
-classes.
+η is `negative_guidance`. The model in training generates x_t itself: it denoises pure noise, with guidance, to a random
+time. Forget examples only give shapes, conditions and the noise; their images are not used. `selection: xattn` is
+ESD-x, for concepts that a prompt names. `noxattn` is ESD-u, for concepts that prompts need not name, and for networks
+conditioned on classes.
 
 Source: Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023, section 4 (negative guidance).
 """
@@ -26,26 +26,26 @@ from salun_core.methods.diffusion.objectives import guided
 
 
 def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
-    """Return the mean squared distance between the prediction and the negatively guided one of θ_o."""
+    """Return the mean squared distance of the prediction from the negatively guided prediction of θ_o."""
     assert context.original is not None
     table = context.sets.table
-    drawn = partly_denoised(context, forget)
+    batch = partly_denoised(context, forget)
     with torch.no_grad():
-        wanted = guided(context.original, drawn, table, -context.config.negative_guidance)
-    found = context.denoiser.predict(drawn.noisy, drawn.times, table.take(drawn.condition))
-    return mse_loss(found, wanted)
+        target = guided(context.original, batch, table, -context.config.negative_guidance)
+    predicted = context.denoiser.predict(batch.noisy, batch.times, table.take(batch.condition))
+    return mse_loss(predicted, target)
 
 
 @torch.no_grad()
 def partly_denoised(context: MethodContext, batch: Noised) -> Noised:
-    """Denoise the batch's own noise to one random time, by the model in training and with guidance.
+    """Denoise the noise of a batch to one random time, with the model in training and guidance.
 
     Args:
         context: denoiser, conditions, `start_steps` and `start_guidance`.
-        batch: gives noise and conditions, [B, ...].
+        batch: its noise and conditions are used, [B, ...].
 
     Returns:
-        The batch at that time; its target is what it was.
+        The batch at that time; its target does not change.
 
     Raises:
         UsageError: the model has no null condition.
@@ -62,20 +62,20 @@ def partly_denoised(context: MethodContext, batch: Noised) -> Noised:
 
 
 def path(times: int, end: int, steps: int) -> list[int]:
-    """Return the times from T - 1 down to `end`, as far apart as `steps` steps over all T would be."""
+    """Return times from T - 1 down to `end`, spaced as `steps` steps over all T are."""
     count = -(-(times - 1 - end) * steps // times)
     return [round(times - 1 - (times - 1 - end) * step / max(count, 1)) for step in range(count + 1)]
 
 
 def ddim_step(denoiser: Denoiser, batch: Noised, predicted: Tensor, time: int, pixels: bool) -> Noised:
-    """Go to an earlier time without fresh noise; of a flow this is an Euler step.
+    """Go to an earlier time without new noise; for a flow this is an Euler step.
 
     Args:
-        denoiser: whose process.
+        denoiser: for its process.
         batch: x_t with its times.
-        predicted: what the network said about it, [B, C, H, W].
+        predicted: the network's prediction for it, [B, C, H, W].
         time: the earlier time.
-        pixels: whether samples lie from -1 to 1.
+        pixels: whether samples are pixels, which are clipped to -1 to 1.
 
     Source:
         Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, equation (12) with σ = 0.

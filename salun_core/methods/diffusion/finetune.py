@@ -1,4 +1,4 @@
-"""Fine-tuning (FT): go on training on what is kept and hope that the rest is forgotten.
+"""Fine-tuning (FT): continue training on the retain set, so that the rest may be forgotten.
 
     min_θ  E||ε - ε_θ(x_t | c_r)||²  over D_r,    starting at θ_o
 

@@ -1,12 +1,12 @@
-"""Forget-Me-Not (FMN): teach the network to look away from the concept's tokens.
+"""Forget-Me-Not (FMN): reduce the attention to the concept's tokens.
 
     min_θ  mean over cross-attention layers of  E (A_θ[·, tokens of c])²  over D_f,    A = softmax(Q K^T / √d)
 
-The layers are re-steered as published; the textual inversion that may come before it is left out, for here a concept
-has a name. Which tokens are the concept's own is in `ConditionTable.tokens`.
+This is the published attention re-steering. Textual inversion, which may come before it, is left out, because here a
+concept has a name. `ConditionTable.tokens` holds the tokens of the concept. The paper minimises the norm; here it is
+its square as a mean over all elements, as in every loss of this package.
 
-Source: Zhang et al., "Forget-Me-Not: Learning to Forget in Text-to-Image Diffusion Models", 2023, attention
-re-steering; there the norm is descended, here its square as a mean over all elements, as every loss of ours is.
+Source: Zhang et al., "Forget-Me-Not: Learning to Forget in Text-to-Image Diffusion Models", 2023.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from salun_core.methods.diffusion.method import Method, MethodContext
 
 
 def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
-    """Return the mean squared attention that the forget batch pays to its concept's tokens.
+    """Return the mean squared attention of the forget batch to the tokens of its concept.
 
     Raises:
-        UsageError: the network has no cross-attention, or hides it by gradient checkpointing.
+        UsageError: the network has no cross-attention, or gradient checkpointing is on.
     """
     if context.config.gradient_checkpointing:
         raise UsageError(
@@ -47,7 +47,7 @@ def attention_energy(probabilities: Tensor, marks: Tensor) -> Tensor:
     """Return the mean square of the marked probabilities, a scalar.
 
     Args:
-        probabilities: [B, heads, queries, L], each row adds up to 1.
+        probabilities: [B, heads, queries, L]; each row sums to 1.
         marks: bool [B, L].
     """
     chosen = marks[:, None, None, :].expand_as(probabilities)
@@ -56,10 +56,10 @@ def attention_energy(probabilities: Tensor, marks: Tensor) -> Tensor:
 
 @contextmanager
 def attention_maps(denoiser: Denoiser) -> Iterator[list[Tensor]]:
-    """Collect what each cross-attention layer attends to while the network is asked; the network stays as it was.
+    """Collect the attention of each cross-attention layer during forward passes; the network does not change.
 
     Yields:
-        A list that fills up: [B, heads, queries, L] a layer.
+        A list that grows by [B, heads, queries, L] per layer.
 
     Raises:
         UsageError: the network has no cross-attention.
@@ -79,7 +79,7 @@ def attention_maps(denoiser: Denoiser) -> Iterator[list[Tensor]]:
 
 
 def _probabilities(layer: Any, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:  # noqa: ANN401
-    """Attention of one of diffusers' layers; its fused kernel never shows these."""
+    """Compute the attention of a layer of diffusers once more, because its fused kernel does not return it."""
     if layer.norm_cross:
         text = layer.norm_encoder_hidden_states(text)
     query, key = (layer.head_to_batch_dim(part) for part in (layer.to_q(image), layer.to_k(text)))

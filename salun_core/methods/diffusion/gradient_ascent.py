@@ -1,8 +1,8 @@
-"""Gradient ascent (GA): climb the denoising loss of the forget set.
+"""Gradient ascent (GA): increase the denoising loss of the forget set.
 
     max_θ  E||ε - ε_θ(x_t | c)||²  over D_f,    starting at θ_o
 
-The loss has no upper bound: a small rate, few steps and the clipped gradient keep the rest of the model alive.
+The loss has no upper bound: a small rate, few steps and a clipped gradient protect the other classes.
 
 Source: Graves et al., "Amnesiac Machine Learning", AAAI 2021; Thudi et al., 2022; as the baseline of Fan et al.,
 ICLR 2024.

@@ -1,4 +1,4 @@
-"""The losses that the methods are made of. One reduction for all: the mean over every element."""
+"""The losses of the diffusion methods. All have the same reduction: the mean over every element."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def denoising_loss(denoiser: Denoiser, batch: Noised, table: ConditionTable) -> 
 def denoising_loss_with_drop(
     denoiser: Denoiser, batch: Noised, table: ConditionTable, generator: torch.Generator, share: float = 0.1
 ) -> Tensor:
-    """`denoising_loss` as a training takes it: a share of the conditions is dropped, so that guidance is learnt too.
+    """`denoising_loss` with a share of the conditions dropped, so that the network learns the null condition too.
 
     Args:
         denoiser: ε_θ.
         batch: x_t with times, targets and rows of c.
-        table: the conditions; nothing is dropped where there is no null condition.
+        table: the conditions; without a null condition nothing is dropped.
         generator: a CPU generator.
         share: probability of the null condition, from 0 to 1.
 
@@ -48,10 +48,10 @@ def denoising_loss_with_drop(
 
 
 def retain_weight(context: MethodContext) -> float:
-    """Return what the retain loss is multiplied by, so that both losses are means over all elements.
+    """Return α for losses that are both means over all elements.
 
-    The published DDPM code sums the retain loss over pixels and averages the forget loss: its α of 1e-3 is
-    1e-3 x C x H x W of ours.
+    The published DDPM code sums the retain loss over pixels and averages the forget loss: its α of 1e-3 equals
+    1e-3 x C x H x W here (docs/research/diffusion-methods.md, "The scale of alpha").
     """
     config, shape = context.config, context.sets.retain.mean.shape[1:]
     if config.alpha_convention == "reference" and context.sets.pixels:
@@ -60,11 +60,11 @@ def retain_weight(context: MethodContext) -> float:
 
 
 def relabel_loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
-    """Forget by looking like something else, and keep the rest (SalUn, eq. 7).
+    """Return the loss of random labelling (SalUn, eq. 7).
 
         E||ε_θ(x_t | c') - ε_θ(x_t | c)||² + α E||ε - ε_θ(x_t | c_r)||²,    the first ε_θ a constant
 
-    What is asked for gradients goes through the network in one batch; the target is computed without any.
+    One forward pass serves both predictions that need gradients; the target is computed without gradients.
 
     Args:
         context: denoiser, conditions, α.
@@ -74,15 +74,15 @@ def relabel_loss(context: MethodContext, forget: Noised, retain: Noised) -> Tens
     denoiser, table = context.denoiser, context.sets.table
     assert forget.pseudo is not None
     with torch.no_grad():
-        wanted = denoiser.predict(forget.noisy, forget.times, table.take(forget.pseudo))
-    found = denoiser.predict(
+        target = denoiser.predict(forget.noisy, forget.times, table.take(forget.pseudo))
+    predicted = denoiser.predict(
         torch.cat([forget.noisy, retain.noisy]),
         torch.cat([forget.times, retain.times]),
         table.take(torch.cat([forget.condition, retain.condition])),
     )
-    count = len(forget)
-    kept = mse_loss(found[count:], retain.target)
-    return mse_loss(found[:count], wanted) + retain_weight(context) * kept
+    loss_f = mse_loss(predicted[: len(forget)], target)
+    loss_r = mse_loss(predicted[len(forget) :], retain.target)
+    return loss_f + retain_weight(context) * loss_r
 
 
 def guided(denoiser: Denoiser, batch: Noised, table: ConditionTable, scale: float) -> Tensor:

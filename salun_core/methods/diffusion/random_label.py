@@ -1,4 +1,4 @@
-"""Random labelling (RL) of a diffusion model: relabelled denoising, every weight free.
+"""Random labelling (RL): denoise the forget set as under other conditions, and the retain set as before.
 
     min_θ  E||ε_θ(x_t | c') - ε_θ(x_t | c)||² + α E||ε - ε_θ(x_t | c_r)||²
 

@@ -1,4 +1,4 @@
-"""Retrain: the exact answer; train fresh weights on what is kept, for models small enough.
+"""Retrain: train fresh weights on the retain set alone, which is exact unlearning; for small models.
 
     min_θ  E||ε - ε_θ(x_t | c_r)||²  over D_r,    starting at fresh weights; c_r is the null condition once in ten
 
@@ -21,7 +21,7 @@ def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
     """Return the denoising loss of the retain batch, a tenth of its conditions dropped.
 
     Raises:
-        UsageError: only a part of the network is to be trained; the rest would stay random.
+        UsageError: `selection` is a part of the network; the rest would stay random.
     """
     if context.config.selection != "full":
         raise UsageError(

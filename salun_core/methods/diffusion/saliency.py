@@ -22,12 +22,12 @@ from salun_core.saliency.scores import mean_magnitude, scoring
 def denoising_scores(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> dict[str, Tensor]:
     """Score the selected parameters by the magnitude of the denoising loss's gradient over the forget set.
 
-    The gradient is of the mean over samples, passes and times. It is accumulated in `.grad` itself.
+    The gradient is of the mean over samples, passes and times. It is accumulated in `.grad`, without a second copy.
 
     Args:
-        denoiser: θ_o, unchanged by the call, on the device of the sets.
+        denoiser: θ_o, on the device of the sets; the call does not change it.
         sets: D_f with its conditions.
-        config: batch size, passes, how times are drawn, selection, seed.
+        config: batch size, passes, distribution of times, selection, seed.
 
     Returns:
         By parameter name, in the network's order: a tensor of the parameter's shape, >= 0; selected ones only.
@@ -70,7 +70,7 @@ def _accumulate(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig, 
 
 
 def _times(times: int, count: int, config: DiffusionConfig, generator: torch.Generator) -> Tensor:
-    """Uniform times; stratified ones fall one into each of `count` equal stretches, in random order."""
+    """Draw uniform times; stratified times fall into `count` equal intervals, one each, in random order."""
     if config.saliency_times == "uniform":
         return torch.randint(times, (count,), generator=generator)
     places = (torch.arange(count) + torch.rand(count, generator=generator)) * (times / count)

@@ -1,4 +1,4 @@
-"""SalUn for diffusion models: relabelled denoising that moves salient weights only.
+"""SalUn for diffusion models: random labelling that moves salient weights only.
 
     θ_u = m ⊙ (Δθ + θ_o) + (1 - m) ⊙ θ_o,    m = 1(|∇_θ E||ε - ε_θ(x_t | c)||²| >= γ) over D_f at θ_o
 

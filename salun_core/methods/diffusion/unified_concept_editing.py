@@ -1,14 +1,14 @@
-"""Unified Concept Editing (UCE): change what the concept's tokens are projected to, in closed form.
+"""Unified Concept Editing (UCE): change the projections of the concept's tokens, in closed form.
 
     W = (Σ_e v*_e c_e^T + λ W_o + p Σ_k W_o c_k c_k^T) (Σ_e c_e c_e^T + λ I + p Σ_k c_k c_k^T)^-1,    v*_e = W_o c_a
 
-for the key and value projections of every cross-attention layer. e runs over the forgotten conditions, a is what each
-is to look like instead, k runs over all other conditions; λ is `edit_strength`, p is `preserve_strength`. As v* is
-W_o's own projection, W = W_o (I + D) with D = Σ_e (c_a - c_e) c_e^T (...)^-1: one system of equations serves all
-layers that read the same text. Biases, where there are any, stay.
+for the key and value projections of every cross-attention layer. e runs over the forgotten conditions, a is the anchor
+of each, k runs over all other conditions; λ is `edit_strength`, p is `preserve_strength`. Because v* is a projection
+by W_o, W = W_o (I + D) with D = Σ_e (c_a - c_e) c_e^T (...)^-1: one system of equations serves all layers that read the
+same text. Biases do not change.
 
-Tokens of two prompts are matched from the last of the concept's own tokens on, through end of text and padding, as
-far as the longer prompt allows; where the own tokens are unknown, from the second position on.
+Tokens of two prompts are matched from the last token of the concept, through end of text and padding, as far as the
+longer prompt allows. If the tokens of the concept are unknown, they are matched from the second position.
 
 Source: Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024, the closed-form solution.
 """
@@ -28,11 +28,11 @@ from salun_core.methods.diffusion.method import ExampleSets, Method
 
 @torch.no_grad()
 def edit(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> None:
-    """Edit the network's weights in place; everything but keys and values of cross-attention keeps its bits.
+    """Edit the network in place; all weights but keys and values of cross-attention keep their bits.
 
     Args:
         denoiser: the network to change.
-        sets: forgotten conditions, what they are to look like, and all conditions.
+        sets: forgotten conditions, their anchors, and all conditions.
         config: λ, p; the batch size bounds the memory.
 
     Raises:
@@ -60,12 +60,12 @@ def projections(denoiser: Denoiser) -> dict[str, nn.Linear]:
 
 
 def matched_tokens(texts: Tensor, sets: ExampleSets, first: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Line up the tokens of the forgotten conditions with those of their anchors.
+    """Match the tokens of the forgotten conditions with those of their anchors.
 
     Args:
-        texts: [K, L, d], as the projections read them.
-        sets: pairs of forgotten condition and anchor; each counts once.
-        first: by row, the first position that counts.
+        texts: [K, L, d], the inputs of the projections.
+        sets: pairs of forgotten condition and anchor; repeats count once.
+        first: by row, the first matched position.
 
     Returns:
         c_e [n, d], c_a [n, d], and the tokens to preserve [m, d].
@@ -103,7 +103,7 @@ def _by_text(
 ) -> Iterator[tuple[list[str], Tensor]]:
     """Yield the names of projections that read the same text, with that text [K, L, d].
 
-    What they read is not the table itself where a network projects or normalises the text first, so it is asked once.
+    Some networks project or normalise the text of the table first, so hooks record the inputs of the projections.
     """
     read: dict[str, list[Tensor]] = {name: [] for name in layers}
     hooks = [

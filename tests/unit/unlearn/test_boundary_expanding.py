@@ -78,5 +78,5 @@ def test_models_without_such_a_layer_are_refused():
     for rest in (nn.AdaptiveMaxPool1d(3), nn.Linear(3, 2)):
         inner = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), rest)
         labels = FORGET[1].clamp(max=1)
-        with pytest.raises(ModelError, match="does not make its logits"):
+        with pytest.raises(ModelError, match="does not compute its logits"):
             boundary_expanding.begin(context_of(inner, forget=(FORGET[0], labels)))

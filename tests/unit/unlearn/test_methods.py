@@ -181,9 +181,9 @@ class Odd(nn.Module):
 
 
 def test_layers_that_cannot_be_initialised_anew_are_refused():
-    with pytest.raises(ModelError, match="the model cannot be initialised anew"):
+    with pytest.raises(ModelError, match="the model cannot be initialised again"):
         run("retrain", model=Odd(), batch_norm="update")
-    with pytest.raises(ModelError, match="0 cannot be initialised anew"):
+    with pytest.raises(ModelError, match="0 cannot be initialised again"):
         run("retrain", model=nn.Sequential(Odd()), batch_norm="update")
 
 
