@@ -1,4 +1,4 @@
-"""Writes the documents that come from the source, or says with --check which ones are out of step.
+"""Writes the generated documents; --check reports those that are out of step and writes nothing.
 
 docs/reference/ (metrics, command line, run form, policies, formats), components/*/README.md, and the manifests that
 .ci/observability.py builds. The compiled pipelines have a command of their own: `python -m pipelines compile`.
@@ -85,7 +85,7 @@ def documents() -> Iterator[tuple[Path, str]]:
     yield from observability.documents()
 
 
-def load(source: str) -> Any:  # noqa: ANN401 - whatever has that name
+def load(source: str) -> Any:  # noqa: ANN401
     """Import `module:name`."""
     module, _, name = source.partition(":")
     return getattr(importlib.import_module(module), name)
@@ -119,7 +119,7 @@ def _command(command: Any, name: str, parent: Any) -> Iterator[str]:  # noqa: AN
     if rows:
         yield table(("Parameter", "Meaning"), rows)
     if command.epilog:
-        yield f"```console\n{load('salun_core.cli.examples:load_examples')()[command.epilog]}\n```"
+        yield f"```console\n{load('salun_core.cli.app:load_examples')()[command.epilog]}\n```"
     for child, below in sorted(getattr(command, "commands", {}).items()):
         if not below.hidden:
             yield from _command(below, f"{name} {child}", context)
@@ -194,16 +194,17 @@ def component(name: str) -> str:
     """Return the README of a component, from its signature and docstring."""
     step = getattr(importlib.import_module(f"components.{name}.component"), name)
     doc = docstring_parser.parse(inspect.getdoc(step.python_func) or "")
-    told = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in doc.params}
+    described = {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in doc.params}
     if doc.returns:
-        told["Output"] = " ".join((doc.returns.description or "").split())  # kfp's name of an unnamed result
+        described["Output"] = " ".join((doc.returns.description or "").split())  # kfp's name of an unnamed result
     spec = step.component_spec
     parts = [NOTE, f"# {name}", doc.short_description or "", (doc.long_description or "").strip()]
     inputs = (
-        (f"`{key}`", _type(value), _default(value), told.get(key, "")) for key, value in (spec.inputs or {}).items()
+        (f"`{key}`", _type(value), _default(value), described.get(key, ""))
+        for key, value in (spec.inputs or {}).items()
     )
     outputs = (
-        (f"`{key}`", _type(value), value.description or told.get(key, ""))
+        (f"`{key}`", _type(value), value.description or described.get(key, ""))
         for key, value in (spec.outputs or {}).items()
     )
     parts += ["## Inputs", table(("Name", "Type", "Default", "Meaning"), inputs)]

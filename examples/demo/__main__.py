@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +25,6 @@ from salun_core.cli.output import (
     progress,
     silence_logs,
 )
-from salun_core.errors import UsageError
 
 if TYPE_CHECKING:
     from examples.demo.stage import DemoOutcome, Filed
@@ -63,83 +64,62 @@ app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_com
 @app.command()
 def demo(
     diffusion: Annotated[bool, typer.Option("--diffusion", help="Use a diffusion model, not a classifier.")] = False,
-    kind: Annotated[
-        ModelKind, typer.Option("--kind", help="With --diffusion: the model.")
-    ] = ModelKind.STABLE_DIFFUSION,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="D",
-            help="Your images: a folder of class folders, parquet, or a spec. Default: digits; fashion-mnist.",
-        ),
-    ] = None,
-    forget: Annotated[
-        str | None, typer.Option("--forget", help="With --diffusion: the class to forget. Default: sneaker.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Epochs of the classifier's training.")] = None,
-    port: Annotated[
-        int | None, typer.Option("--port", min=1024, max=65535, help="Port of the store. Default: a free one.")
-    ] = None,
-    work_dir: Annotated[
-        Path | None,
-        typer.Option("--work-dir", help="Folder for all files. Default: .salun/demo, or .salun/demo-diffusion."),
-    ] = None,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the files of earlier demos, and add a model line.")
-    ] = False,
-    serve: Annotated[
-        bool, typer.Option("--serve", help="Only start the store of an earlier demo again, until Ctrl-C.")
-    ] = False,
+    kind: Annotated[ModelKind, typer.Option(help="With --diffusion: the model.")] = ModelKind.STABLE_DIFFUSION,
+    data: Annotated[str | None, typer.Option(metavar="D", help="Your images: a folder, parquet, or a spec.")] = None,
+    forget: Annotated[str, typer.Option(help="With --diffusion: the class to forget.")] = "sneaker",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the classifier's training.")] = None,
+    port: Annotated[int | None, typer.Option(min=1024, max=65535, help="Port of the store. Default: any.")] = None,
+    work_dir: Annotated[Path | None, typer.Option(help="Folder of all files. Default: .salun/demo.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep earlier demos, and add a model line.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Only start the store of an earlier demo again.")] = False,
     dry_run: DryRun = False,
     json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON document.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks and logs.")] = False,
 ) -> None:
     """Forget real images end to end: store, training, deletion requests, sweeps, certificates, report.
 
-    The exit code is 3 if the gate refuses.
+    The images are scikit-learn's digits; with --diffusion they are Fashion-MNIST, and the default folder is
+    .salun/demo-diffusion. The exit code is 3 if the gate refuses.
     """
     MODE.json, MODE.debug = json, debug
     silence_logs()
+    if diffusion or data in (None, "digits"):  # networks this small are too small for a second thread
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
     with reported():
-        if diffusion and (epochs or serve):
-            raise UsageError("--epochs and --serve are for the classifier", "--diffusion was given", "leave them out")
         work = work_dir or Path(".salun", "demo-diffusion" if diffusion else "demo")
         if diffusion:
-            _diffusion(work, kind, data, forget, port, keep, dry_run)
+            _run_diffusion(work, kind, data, forget, port, keep=keep or serve, serve=serve, dry_run=dry_run)
         else:
-            _classifier(work, data, epochs, port, keep, serve, dry_run)
+            _run_classifier(work, data, epochs, port, keep=keep or serve, serve=serve, dry_run=dry_run)
 
 
-def _classifier(
-    work: Path, data: str | None, epochs: int | None, port: int | None, keep: bool, serve: bool, dry_run: bool
+def _run_classifier(
+    work: Path, data: str | None, epochs: int | None, port: int | None, *, keep: bool, serve: bool, dry_run: bool
 ) -> None:
-    if data in (None, "digits"):  # images of 8 x 8 pixels are too small for a second thread
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
     from examples.demo.classifier import demo_spec, run_demo
-    from examples.demo.stage import demo_store
 
     spec = demo_spec(data)
     if dry_run:
         emit_plan("demo", {"would_write": work, "data": spec.source, "train_limit": spec.train_limit})
         return
-    progress(f"starting the store in {work}")
-    with demo_store(work, port, fresh=not (keep or serve), must_exist=serve) as store_uri:
-        if serve:
-            progress(f"{store_uri} is served until Ctrl-C. In another shell:\n  set -a; . {work}/s3.env; set +a")
-            signal.pause()
-            return
+    with _store(work, port, keep, serve) as store_uri:
         outcome = run_demo(work, store_uri, spec, epochs, progress, epoch_progress)
     emit(_document(outcome), lambda: _show_classifier(outcome, work))
     outcome.decision.require()
 
 
-def _diffusion(
-    work: Path, kind: ModelKind, data: str | None, forget: str | None, port: int | None, keep: bool, dry_run: bool
+def _run_diffusion(
+    work: Path,
+    kind: ModelKind,
+    data: str | None,
+    forget: str,
+    port: int | None,
+    *,
+    keep: bool,
+    serve: bool,
+    dry_run: bool,
 ) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are too small for a second thread
-    from examples.demo.diffusion import DATA, FORGOTTEN, diffusion_spec, run_diffusion_demo
-    from examples.demo.stage import demo_store
+    from examples.demo.diffusion import DATA, diffusion_spec, run_diffusion_demo
     from salun_core.data import load_spec
 
     spec = diffusion_spec(kind.value, load_spec(data or DATA))
@@ -147,11 +127,24 @@ def _diffusion(
         facts = {"would_write": work, "kind": kind.value, "data": spec.source, "size": spec.size}
         emit_plan("demo-diffusion", facts)
         return
-    progress(f"starting the store in {work}")
-    with demo_store(work, port, fresh=not keep) as store_uri:
-        outcome = run_diffusion_demo(work, store_uri, kind.value, spec, forget or FORGOTTEN, progress, epoch_progress)
+    with _store(work, port, keep, serve) as store_uri:
+        outcome = run_diffusion_demo(work, store_uri, kind.value, spec, forget, progress, epoch_progress)
     emit(_document(outcome), lambda: _show_diffusion(outcome))
     outcome.decision.require()
+
+
+@contextmanager
+def _store(work: Path, port: int | None, keep: bool, serve: bool) -> Iterator[str]:
+    """Run the demo's store for the duration of the block; with `serve` until Ctrl-C, without the block."""
+    from examples.demo.stage import demo_store
+
+    progress(f"starting the store in {work}")
+    with demo_store(work, port, fresh=not keep, must_exist=serve) as store_uri:
+        if serve:
+            progress(f"{store_uri} is served until Ctrl-C. In another shell:\n  set -a; . {work}/s3.env; set +a")
+            signal.pause()
+            raise typer.Exit
+        yield store_uri
 
 
 def _document(outcome: DemoOutcome) -> dict[str, object]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from examples.demo.stage import DemoOutcome, Epochs, Say, Stage
+from examples.demo.stage import DemoOutcome, Progress, ShowEpochs, Stage
 from salun_core.data import DataSpec, LoadedData, load_data, load_spec
 from salun_core.data.forget_set import ClassTarget, SamplesTarget, SubjectTarget, Target
 from salun_core.steps.run_form import DeletionSweepForm
@@ -28,7 +28,9 @@ def demo_spec(data: str | None) -> DataSpec:
     return spec.model_copy(update={key: value for key, value in _SMALL.items() if getattr(spec, key) is None})
 
 
-def run_demo(work: Path, store_uri: str, spec: DataSpec, epochs: int | None, say: Say, progress: Epochs) -> DemoOutcome:
+def run_demo(
+    work: Path, store_uri: str, spec: DataSpec, epochs: int | None, progress: Progress, show_epochs: ShowEpochs
+) -> DemoOutcome:
     """Train, publish, file requests, sweep twice, verify the certificates, and try to roll back.
 
     Args:
@@ -36,8 +38,8 @@ def run_demo(work: Path, store_uri: str, spec: DataSpec, epochs: int | None, say
         store_uri: of a running store.
         spec: the data.
         epochs: of the training; by default enough to memorise the training data.
-        say: called with each line of progress.
-        progress: shows the epochs of the training.
+        progress: called with each line of progress.
+        show_epochs: shows the epochs of the training.
 
     Returns:
         The outcome; see `decision.passed`.
@@ -46,8 +48,8 @@ def run_demo(work: Path, store_uri: str, spec: DataSpec, epochs: int | None, say
         SalunError: a step failed; the requests are queued again.
     """
     data = load_data(with_writers(spec, work) if spec.source == "digits" and spec.metadata is None else spec)
-    stage = Stage(work, store_uri, "demo", say)
-    seconds = _train(work / "model", data, epochs, say, progress)
+    stage = Stage(work, store_uri, "demo", progress)
+    seconds = _train(work / "model", data, epochs, progress, show_epochs)
     stage.publish(register_model, len(data.split.train))
     named = stage.file(demo_targets(data))
     form = DeletionSweepForm(model_line=stage.line, store_uri=store_uri, retrain_reference=True, min_requests=1)
@@ -59,15 +61,17 @@ def run_demo(work: Path, store_uri: str, spec: DataSpec, epochs: int | None, say
     return dataclasses.replace(outcome, files=files, rollback=refusal)
 
 
-def _train(folder: Path, data: LoadedData, epochs: int | None, say: Say, progress: Epochs) -> float:
+def _train(folder: Path, data: LoadedData, epochs: int | None, progress: Progress, show_epochs: ShowEpochs) -> float:
     digits = data.spec.source == "digits"
     config = training_config({"epochs": epochs or (_DIGITS_EPOCHS if digits else _EPOCHS)})
-    say(f"training {ARCHITECTURE} on {len(data.split.train)} images of {data.spec.source}, {config.epochs} epochs")
+    progress(f"training {ARCHITECTURE} on {len(data.split.train)} images of {data.spec.source}, {config.epochs} epochs")
     started = time.perf_counter()
-    with progress("training", config.epochs) as on_epoch:
+    with show_epochs("training", config.epochs) as on_epoch:
         made = train_model(data.spec, ARCHITECTURE, config, folder, on_epoch=on_epoch)
     seconds = time.perf_counter() - started
-    say(f"trained in {seconds:.1f} s: accuracy {made.train_accuracy:.1%} in training, {made.test_accuracy:.1%} in test")
+    progress(
+        f"trained in {seconds:.1f} s: accuracy {made.train_accuracy:.1%} in training, {made.test_accuracy:.1%} in test"
+    )
     return seconds
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from examples import small_diffusion
-from examples.demo.stage import DemoOutcome, Epochs, Say, Stage, free_line
+from examples.demo.stage import DemoOutcome, Progress, ShowEpochs, Stage, free_line
 from salun_core.data import DataSpec, load_data
 from salun_core.data.forget_set import ClassTarget
 from salun_core.models.card import DiffusionEvaluation
@@ -18,7 +18,7 @@ from salun_core.tasks.diffusion.importing import register_diffusion
 
 Kind = Literal["stable-diffusion", "ddpm"]
 
-DATA, FORGOTTEN = "fashion-mnist", "sneaker"
+DATA = "fashion-mnist"
 _JUDGE = {"epochs": 4, "learning_rate": 0.1}
 _JUDGES_IMAGES = {
     "size": 16,
@@ -41,7 +41,7 @@ def diffusion_spec(kind: Kind, data: DataSpec) -> DataSpec:
 
 
 def run_diffusion_demo(
-    work: Path, store_uri: str, kind: Kind, spec: DataSpec, forget: str, say: Say, progress: Epochs
+    work: Path, store_uri: str, kind: Kind, spec: DataSpec, forget: str, progress: Progress, show_epochs: ShowEpochs
 ) -> DemoOutcome:
     """Train a judge and a diffusion model, file a request, sweep, and verify the certificate.
 
@@ -51,8 +51,8 @@ def run_diffusion_demo(
         kind: of the model.
         spec: labelled images, from `diffusion_spec`.
         forget: name of the class to forget.
-        say: called with each line of progress.
-        progress: shows the epochs of the trainings.
+        progress: called with each line of progress.
+        show_epochs: shows the epochs of the trainings.
 
     Returns:
         The outcome; see `decision.passed`.
@@ -62,15 +62,15 @@ def run_diffusion_demo(
     """
     split = load_data(spec).split
     target = ClassTarget(dataset_digest=split.dataset_digest, class_id=forget)
-    judge, seconds = _train_judge(store_uri, spec, work, say, progress)
-    stage = Stage(work, store_uri, kind, say)
+    judge, seconds = _train_judge(store_uri, spec, work, progress, show_epochs)
+    stage = Stage(work, store_uri, kind, progress)
     started = time.perf_counter()
     recipe, evaluation = small_diffusion.resolve_recipe(kind), _EVALUATIONS[kind]
-    with progress(kind, recipe.epochs) as on_epoch:
+    with show_epochs(kind, recipe.epochs) as on_epoch:
         evaluation = evaluation.model_copy(update={"judge": judge})
         made = small_diffusion.train(spec, recipe, work / "model", evaluation, on_epoch=on_epoch)
     seconds["train"] = time.perf_counter() - started
-    say(f"trained {kind} with {made.parameters:,} parameters in {seconds['train']:.0f} s")
+    progress(f"trained {kind} with {made.parameters:,} parameters in {seconds['train']:.0f} s")
     stage.publish(register_diffusion, len(split.train))
     named = stage.file({forget.replace(" ", "-"): target})
     started = time.perf_counter()
@@ -80,15 +80,15 @@ def run_diffusion_demo(
 
 
 def _train_judge(
-    store_uri: str, spec: DataSpec, work: Path, say: Say, progress: Epochs
+    store_uri: str, spec: DataSpec, work: Path, progress: Progress, show_epochs: ShowEpochs
 ) -> tuple[str, dict[str, float]]:
     """Train the classifier of the generated images, as a model line of its own."""
     store, config = open_store(store_uri), training_config(_JUDGE)
     line, spec = free_line(store, "judge"), spec.model_copy(update=_JUDGES_IMAGES)
     started = time.perf_counter()
-    with progress("judge", config.epochs) as on_epoch:
+    with show_epochs("judge", config.epochs) as on_epoch:
         made = train_model(spec, "resnet8", config, work / "judge", on_epoch=on_epoch)
     seconds = time.perf_counter() - started
-    say(f"trained the judge in {seconds:.0f} s: accuracy {made.test_accuracy:.1%} in test")
+    progress(f"trained the judge in {seconds:.0f} s: accuracy {made.test_accuracy:.1%} in test")
     version = register_model(store, line, work / "judge", "train", len(load_data(spec).split.train))
     return f"{line}@{version}", {"judge": seconds}

@@ -45,9 +45,9 @@ STORE_VARIABLE = "SALUN_STORE_URI"
 _MARKER = ".salun-demo"
 _ACCOUNT = ("AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE")
 
-Say = Callable[[str], None]
-Epochs = Callable[[str, int], AbstractContextManager[OnEpoch]]
-"""Shows the progress of so many epochs of a named training."""
+Progress = Callable[[str], None]
+ShowEpochs = Callable[[str, int], AbstractContextManager[OnEpoch]]
+"""(name, epochs) -> a context that shows the progress of a training."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +183,13 @@ class Stage:
         work: the demo's folder.
         store_uri: address of the store.
         name: of the model line, or of its first words if it is taken.
-        say: called with each line of progress.
+        progress: called with each line of progress.
     """
 
     work: Path
     store_uri: str
     name: str
-    say: Say
+    progress: Progress
     store: FileStore = field(init=False)
     ledger: Ledger = field(init=False)
     line: str = field(init=False)
@@ -208,14 +208,14 @@ class Stage:
             count: number of training samples.
         """
         self.parent = register(self.store, self.line, self.work / "model", "train", count)
-        self.say(f"published it as the first version of the model line {self.line}")
+        self.progress(f"published it as the first version of the model line {self.line}")
 
     def file(self, targets: Mapping[str, Target]) -> dict[str, str]:
         """File a deletion request for each target; returns the targets in words by request id."""
         named = {f"{self.line}-{name}": target for name, target in targets.items()}
         for request, target in named.items():
             self.ledger.submit(request, self.line, target, source="demo", actor=ACTOR)
-            self.say(f"filed the deletion request {request}: {summarise(target)}")
+            self.progress(f"filed the deletion request {request}: {summarise(target)}")
         return {request: summarise(target) for request, target in named.items()}
 
     def sweep(self, form: DeletionSweepForm, which: str, folder: Path) -> None:
@@ -226,19 +226,19 @@ class Stage:
         """
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
         if not has_kfp():
-            self.say(f"{which} sweep, in this process, because kfp is not installed")
-            done = sweep_once(form, folder, lambda step: self.say(f"step {step}"))
-            self.say(f"{which} sweep: {done.claimed.reason}")
+            self.progress(f"{which} sweep, in this process, because kfp is not installed")
+            done = sweep_once(form, folder, lambda step: self.progress(f"step {step}"))
+            self.progress(f"{which} sweep: {done.claimed.reason}")
             if done.error is not None and not isinstance(done.error, GateRefusedError):
                 raise done.error
             return
         from pipelines.local import run_compiled
         from pipelines.packages import load_package
 
-        self.say(f"{which} sweep: running the compiled pipeline with kfp.local")
+        self.progress(f"{which} sweep: running the compiled pipeline with kfp.local")
         given = form.model_dump(exclude_unset=True)
         arguments = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in given.items()}
-        run = run_compiled(load_package("deletion-sweep").path, arguments, folder, self.say)
+        run = run_compiled(load_package("deletion-sweep").path, arguments, folder, self.progress)
         if run.exit_code not in (0, GateRefusedError.exit_code):
             raise SalunError(f"the {which} sweep failed", run.error, f"read {folder / 'run.log'}")
 
@@ -298,7 +298,9 @@ class Stage:
             fetch_version(self.store, self.line, version, folder)
         checked = verify_certificate(path, folder)
         assert state.last is not None
-        self.say(f"verified {request}: {state.last.outcome}, {checked.files} files of the model are the certified ones")
+        self.progress(
+            f"verified {request}: {state.last.outcome}, {checked.files} files of the model are the certified ones"
+        )
         return Filed(target, state, path)
 
     def scrape(self, path: Path) -> Path:
@@ -307,7 +309,7 @@ class Stage:
         exporter.refresh()
         with serving(exporter, port=0) as url, urllib.request.urlopen(url) as answer:  # noqa: S310 - our own loopback
             write_whole(path, answer.read())
-        self.say(f"scraped the exporter at {url}")
+        self.progress(f"scraped the exporter at {url}")
         return path
 
     def try_rollback(self) -> str:
@@ -317,7 +319,7 @@ class Stage:
         try:
             rollback(self.store_uri, f"{self.line}@{self.parent}", ACTOR, "the demo tries it")
         except ConflictError as error:
-            self.say(f"a rollback was refused: {error.what}")
+            self.progress(f"a rollback was refused: {error.what}")
             return error.what
         raise SalunError("a rollback past an erasure was not refused", "the demo expects a refusal", "report it")
 

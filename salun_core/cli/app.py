@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +13,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from salun_core import __version__
 from salun_core.cli import bench, certificates, listing, models, operations, requests, runs, steps
-from salun_core.cli.examples import load_examples
 from salun_core.cli.failures import interruptible, reported
 from salun_core.cli.output import MODE, silence_logs
 from salun_core.config import report_old_name
@@ -20,6 +22,14 @@ _EVERYWHERE = (
     ("--json", "Print one JSON document and nothing else on standard output."),
     ("--debug", "Print tracebacks and logs."),
 )
+_EXAMPLE = re.compile(r"^## (?P<verb>.+)\n\n```console\n(?P<lines>(?:.*\n)+?)```$", re.MULTILINE)
+
+
+@cache
+def load_examples() -> dict[str, str]:
+    """Return the example of each verb from examples.md, which is read when a help is shown."""
+    text = Path(__file__).with_name("examples.md").read_text(encoding="utf-8")
+    return {found["verb"]: found["lines"].rstrip() for found in _EXAMPLE.finditer(text)}
 
 
 class Verb(TyperCommand):

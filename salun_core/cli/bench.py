@@ -42,29 +42,15 @@ class BenchGroup(TyperGroup):
 
 def run(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="A YAML file, or a name in benchmarks/suites.")],
-    size: Annotated[str, typer.Option("--size", help="cpu (minutes) or paper (one GPU).")] = "cpu",
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for models and results. Default: .salun/bench/SUITE-SIZE.")
-    ] = None,
-    only: Annotated[list[str], typer.Option("--only", metavar="NAME", help="Measure this row; may be repeated.")] = [],  # noqa: B006 - typer reads it and passes a new list
-    seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="Number of seeds. Default: all of the suite.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option("--data", metavar="D", help="The data, if not where the suite expects them.")
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option("--budget", min=1, help="Seconds for this run, instead of the suite's budget.")
-    ] = None,
-    render_only: Annotated[
-        bool, typer.Option("--render-only", help="Measure nothing; print the table of earlier results.")
-    ] = False,
-    into: Annotated[
-        Path | None, typer.Option("--into", metavar="PAGE", help="Also write the table into this page.")
-    ] = None,
-    results: Annotated[
-        Path, typer.Option("--results", help="With --into: folder of all suites' results (JSON).")
-    ] = RESULTS,
+    size: Annotated[str, typer.Option(help="cpu (minutes) or paper (one GPU).")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Folder of all files. Default: .salun/bench/SUITE-SIZE.")] = None,
+    only: Annotated[list[str], typer.Option(metavar="NAME", help="Measure this row; may be repeated.")] = [],
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds. Default: all of the suite.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="D", help="The data, if they are elsewhere.")] = None,
+    budget: Annotated[float | None, typer.Option(min=1, help="Seconds for this run; else the suite's.")] = None,
+    render_only: Annotated[bool, typer.Option("--render-only", help="Measure nothing; print earlier results.")] = False,
+    into: Annotated[Path | None, typer.Option(metavar="PAGE", help="Also write the table into this page.")] = None,
+    results: Annotated[Path, typer.Option(help="With --into: folder of all suites' results (JSON).")] = RESULTS,
     dry_run: DryRun = False,
 ) -> None:
     """Measure all methods of a suite and print its table. Results are kept, so a killed run resumes."""
@@ -142,8 +128,8 @@ def _raise_failures(outcome: Outcome) -> None:
 
 
 def render(
-    into: Annotated[Path, typer.Option("--into", metavar="PAGE", help="The page; its other text stays.")],
-    results: Annotated[Path, typer.Option("--results", help="Folder of all suites' results (JSON).")] = RESULTS,
+    into: Annotated[Path, typer.Option(metavar="PAGE", help="The page; its other text stays.")],
+    results: Annotated[Path, typer.Option(help="Folder of all suites' results (JSON).")] = RESULTS,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page is out of step.")] = False,
 ) -> None:
     """Write the page of all results, with its pictures, from their JSON. Nothing is measured."""

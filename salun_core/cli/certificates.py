@@ -18,21 +18,15 @@ if TYPE_CHECKING:
 
 def verify(
     certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE", help="File of the certificate.")],
-    model: Annotated[
-        Path | None, typer.Option("--model", metavar="DIR", help="The model folder; all its files are compared.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(metavar="DIR", help="Model folder; all files are compared.")] = None,
     key: Annotated[
         list[Path],
         typer.Option(
-            "--key",
             metavar="PUB",
-            help="Public key of a trusted signer; may be repeated. Default: $SALUN_VERIFY_KEY, then salun.pub in the"
-            " certificate's folder.",
+            help="Public key of a signer; may be repeated. Default: $SALUN_VERIFY_KEY, then salun.pub in the folder.",
         ),
-    ] = [],  # noqa: B006 - typer reads it and passes a new list
-    addendum: Annotated[
-        list[Path], typer.Option("--addendum", metavar="FILE", help="A later addition to it; may be repeated.")
-    ] = [],  # noqa: B006
+    ] = [],
+    addendum: Annotated[list[Path], typer.Option(metavar="FILE", help="A later addition to it; may be repeated.")] = [],
 ) -> None:
     """Verify an erasure certificate offline: its signature, and that a model is the certified one."""
     from salun_core.certificates.verify import verify_certificate
@@ -114,7 +108,7 @@ def _time(text: str) -> str:
 
 def certificate(
     request_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the request.")],
-    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
     store: Store,
 ) -> None:
     """Fetch the certificate of a request from the store, byte for byte."""
@@ -124,7 +118,7 @@ def certificate(
 
 
 def create_key(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR/NAME", help="Where to write NAME.pem and NAME.pub.")],
+    out: Annotated[Path, typer.Option(metavar="DIR/NAME", help="Where to write NAME.pem and NAME.pub.")],
 ) -> None:
     """Create an ed25519 key: NAME.pem signs and stays secret, NAME.pub verifies and may be published."""
     from salun_core.certificates.keys import create_key as create

@@ -24,21 +24,21 @@ CLASSIFIER = "classifier"
 
 OwnData = Annotated[
     str,
-    typer.Option("--data", metavar="D", help="The data: a YAML spec, a folder, parquet, `digits` or torchvision:NAME."),
+    typer.Option("--data", metavar="D", help="A YAML spec, a folder, parquet, `digits` or torchvision:NAME."),
 ]
 Architecture = Annotated[
-    str, typer.Option("--arch", metavar="A", help="Such as resnet8, resnet18, torchvision:NAME or timm:NAME.")
+    str, typer.Option("--arch", metavar="A", help="Such as resnet18, torchvision:NAME or timm:NAME.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write the model to.")]
 Line = Annotated[str | None, typer.Option("--line", help="Also publish it as the first version of this model line.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights, the order and the noise.")]
 Judge = Annotated[
     str | None,
-    typer.Option("--judge", help="Classifier for the generated images: LINE, LINE@VERSION, a folder or s3://."),
+    typer.Option("--judge", help="Classifier of the images: LINE, LINE@VERSION, a folder or s3://."),
 ]
 Evaluation = Annotated[
     list[str],
-    typer.Option("--evaluation", metavar="KEY=VALUE", help="Setting of the images' evaluation; may be repeated."),
+    typer.Option("--evaluation", metavar="KEY=VALUE", help="Setting of the evaluation; may be repeated."),
 ]
 Version = Annotated[str, typer.Argument(metavar="LINE@VERSION", help="The version, by 6 or more digits of its digest.")]
 
@@ -114,11 +114,11 @@ def train_classifier(
     data: OwnData,
     arch: Architecture,
     out: Out,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the training data.")] = 30,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Learning rate of the first step.")] = 0.1,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images per step.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights, order and augmentation.")] = 0,
-    settings: Settings = [],  # noqa: B006 - typer reads it and passes a new list
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 30,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the first step.")] = 0.1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights, order and augmentation.")] = 0,
+    settings: Settings = [],
     line: Line = None,
     store: OptionalStore = None,
     dry_run: DryRun = False,
@@ -145,10 +145,8 @@ def import_classifier(
     arch: Architecture,
     data: OwnData,
     out: Out,
-    mean: Annotated[
-        str | None, typer.Option("--mean", help="Means of the normalisation in training, such as 0.49,0.48,0.45.")
-    ] = None,
-    std: Annotated[str | None, typer.Option("--std", help="Standard deviations of that normalisation.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Means of the normalisation: 0.49,0.48,0.45.")] = None,
+    std: Annotated[str | None, typer.Option(help="Standard deviations of that normalisation.")] = None,
     line: Line = None,
     store: OptionalStore = None,
     dry_run: DryRun = False,
@@ -184,12 +182,10 @@ def _train_diffusion(kind: str, about: str) -> Callable[..., None]:
         data: OwnData,
         out: Out,
         seed: Seed = 0,
-        settings: Settings = [],  # noqa: B006
+        settings: Settings = [],
         judge: Judge = None,
-        evaluation: Evaluation = [],  # noqa: B006
-        checkpoints: Annotated[
-            Path | None, typer.Option("--checkpoints", help="Folder for the state after each epoch, to resume from.")
-        ] = None,
+        evaluation: Evaluation = [],
+        checkpoints: Annotated[Path | None, typer.Option(help="Folder for states to resume from.")] = None,
         line: Line = None,
         store: OptionalStore = None,
         dry_run: DryRun = False,
@@ -229,16 +225,12 @@ def import_diffusion(
     out: Out,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="D", help="The data, as for a classifier. Default: images are generated."),
+        typer.Option(metavar="D", help="The data. Default: images are generated."),
     ] = None,
-    prompt: Annotated[
-        str, typer.Option("--prompt", help="Prompt for an image of a class; {label} stands for its name.")
-    ] = "an image of a {label}",
+    prompt: Annotated[str, typer.Option(help="Prompt of a class; {label} is its name.")] = "an image of a {label}",
     judge: Judge = None,
-    evaluation: Evaluation = [],  # noqa: B006
-    classes: Annotated[
-        str | None, typer.Option("--classes", help="Class names, separated by commas, if there are no data.")
-    ] = None,
+    evaluation: Evaluation = [],
+    classes: Annotated[str | None, typer.Option(help="Class names, separated by commas, if there are no data.")] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Download a hub name that is not in the local cache.")] = False,
     line: Line = None,
     store: OptionalStore = None,
@@ -314,9 +306,7 @@ def rollback(
     version: Version,
     reason: Reason,
     store: Store,
-    reopen: Annotated[
-        bool, typer.Option("--reopen", help="Queue the deletion requests again that the rollback undoes.")
-    ] = False,
+    reopen: Annotated[bool, typer.Option("--reopen", help="Queue the requests again that it undoes.")] = False,
     actor: Actor = "",
     dry_run: DryRun = False,
 ) -> None:

@@ -38,11 +38,9 @@ def doctor(store: OptionalStore = None) -> None:
 
 def exporter(
     store: Store,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 for a free one.")] = 9400,
-    interval: Annotated[
-        float, typer.Option("--interval", min=1, max=3600, metavar="SECONDS", help="Time between two refreshes.")
-    ] = 15,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for a free one.")] = 9400,
+    interval: Annotated[float, typer.Option(min=1, max=3600, metavar="SECONDS", help="Time between refreshes.")] = 15,
     once: Annotated[bool, typer.Option("--once", help="Print the metrics and exit.")] = False,
 ) -> None:
     """Serve the ledger's gauges to Prometheus on /metrics, and /healthz. A scrape does not read the store."""
@@ -67,27 +65,16 @@ def purge(
     pipeline_root: Annotated[
         str | None,
         typer.Option(
-            "--pipeline-root",
             envvar="SALUN_PIPELINE_ROOT",
-            help="Where Kubeflow stores the files of the runs, such as s3://mlpipeline/v2/artifacts.",
+            help="Kubeflow's store of artifacts, such as s3://mlpipeline/v2/artifacts.",
         ),
     ] = None,
-    scratch_hours: Annotated[
-        int, typer.Option("--scratch-hours", min=0, max=24, help="Age limit of the forget data of settled runs.")
-    ] = 24,
-    mask_days: Annotated[int, typer.Option("--mask-days", min=0, max=30, help="Age limit of masks.")] = 30,
-    weights_days: Annotated[
-        int, typer.Option("--weights-days", min=0, max=30, help="Age limit of superseded weights.")
-    ] = 30,
-    artifact_days: Annotated[
-        int, typer.Option("--artifact-days", min=0, max=30, help="Age limit of Kubeflow's copies.")
-    ] = 7,
-    every_hours: Annotated[
-        int, typer.Option("--every-hours", min=0, max=24, help="Time between purges; expiry is checked this far ahead.")
-    ] = 12,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List each key that would be deleted; delete none.")
-    ] = False,
+    scratch_hours: Annotated[int, typer.Option(min=0, max=24, help="Age limit of settled runs' forget data.")] = 24,
+    mask_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of masks.")] = 30,
+    weights_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of superseded weights.")] = 30,
+    artifact_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of Kubeflow's copies.")] = 7,
+    every_hours: Annotated[int, typer.Option(min=0, max=24, help="Time between purges; each looks so far ahead.")] = 12,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the keys; delete none.")] = False,
 ) -> None:
     """Delete forget data, masks, superseded weights and garbage, and add the deletions to the certificates."""
     from salun_core.certificates.keys import find_signing_key

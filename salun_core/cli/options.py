@@ -10,32 +10,26 @@ import typer
 
 Model = Annotated[
     str,
-    typer.Option("--model", metavar="M", help="The model: a folder, LINE or LINE@VERSION in the store, or s3://."),
+    typer.Option("--model", metavar="M", help="A folder, LINE or LINE@VERSION in the store, or s3://."),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
         "--data",
         metavar="D",
-        help="The data: a YAML spec, a folder, parquet, `digits` or torchvision:NAME. Default: the model card's.",
+        help="A YAML spec, a folder, parquet, `digits` or torchvision:NAME. Default: the model card's.",
     ),
 ]
-Forget = Annotated[
-    str, typer.Option("--forget", metavar="F", help="What to forget: a YAML or JSON file, or its s3:// address.")
-]
+Forget = Annotated[str, typer.Option("--forget", metavar="F", help="The forget set: a YAML or JSON file, or s3://.")]
 _STORE = typer.Option("--store", envvar="SALUN_STORE_URI", help="The object store: s3://bucket/prefix.")
 Store = Annotated[str, _STORE]
 OptionalStore = Annotated[str | None, _STORE]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the inputs and print the plan; write nothing.")]
-Settings = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; may be repeated.")
-]
-WorkDir = Annotated[
-    Path | None, typer.Option("--work-dir", help="Folder for the files of the steps. Default: .salun/runs/RUN.")
-]
+Settings = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")]
+WorkDir = Annotated[Path | None, typer.Option("--work-dir", help="Folder of the steps. Default: .salun/runs/RUN.")]
 Actor = Annotated[
-    str, typer.Option("--actor", envvar="SALUN_ACTOR", help="Your name, for the audit log. Default: your login.")
+    str, typer.Option("--actor", envvar="SALUN_ACTOR", help="Your name in the audit log. Default: your login.")
 ]
 Reason = Annotated[str, typer.Option("--reason", help="The reason, for the audit log. No personal data.")]
 

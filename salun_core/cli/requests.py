@@ -43,23 +43,15 @@ def submit(
     store: Store,
     file: Annotated[
         str | None,
-        typer.Argument(metavar="FILE", help="One or many requests: JSON, YAML, JSON lines or OpenDSR; - is stdin."),
+        typer.Argument(metavar="FILE", help="JSON, YAML, JSON lines or OpenDSR; - is stdin."),
     ] = None,
     request_id: Annotated[str | None, typer.Option("--id", help="Id of the request, instead of a file.")] = None,
-    line: Annotated[
-        str | None, typer.Option("--line", help="The model line to erase from; also with an OpenDSR file.")
-    ] = None,
-    samples: Annotated[
-        str | None, typer.Option("--samples", help="Ids of the samples to forget, separated by commas.")
-    ] = None,
+    line: Annotated[str | None, typer.Option(help="The model line to erase from; also with an OpenDSR file.")] = None,
+    samples: Annotated[str | None, typer.Option(help="Ids of the samples to forget, separated by commas.")] = None,
     class_id: Annotated[str | None, typer.Option("--class", help="Class to forget: its number or name.")] = None,
-    subject: Annotated[str | None, typer.Option("--subject", help="Reference of the person to forget.")] = None,
-    received_at: Annotated[
-        str | None, typer.Option("--received-at", help="Time at which the person asked (ISO 8601). Default: now.")
-    ] = None,
-    source: Annotated[
-        str | None, typer.Option("--source", help="Origin of the request, such as a ticket. No personal data.")
-    ] = None,
+    subject: Annotated[str | None, typer.Option(help="Reference of the person to forget.")] = None,
+    received_at: Annotated[str | None, typer.Option(help="When the person asked (ISO 8601). Default: now.")] = None,
+    source: Annotated[str | None, typer.Option(help="Its origin, such as a ticket. No personal data.")] = None,
     actor: Actor = "",
     dry_run: DryRun = False,
 ) -> None:
@@ -211,13 +203,9 @@ def _show_request(request: DeletionRequest, status: str, events: Sequence[Reques
 
 def list_requests(
     store: Store,
-    line: Annotated[str | None, typer.Option("--line", help="Only requests of this model line.")] = None,
-    status: Annotated[
-        str | None, typer.Option("--status", help="Only requests with this status, such as queued.")
-    ] = None,
-    due_before: Annotated[
-        str | None, typer.Option("--due-before", help="Only requests due before this date or time (ISO 8601).")
-    ] = None,
+    line: Annotated[str | None, typer.Option(help="Only those of this model line.")] = None,
+    status: Annotated[str | None, typer.Option(help="Only those with this status, such as queued.")] = None,
+    due_before: Annotated[str | None, typer.Option(help="Only those due before this time (ISO 8601).")] = None,
 ) -> None:
     """List requests, the earliest due date first."""
     from salun_core.requests.schema import Status

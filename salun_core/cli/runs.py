@@ -34,8 +34,8 @@ def trial_line(record: TrialRecord) -> str:
 @with_form(UnlearningForm, required=False)
 def run(
     form: dict[str, Any],
-    config: Annotated[Path | None, typer.Option("--config", help="run.yaml: the parameters of the run.")] = None,
-    settings: Settings = [],  # noqa: B006 - typer reads it and passes a new list
+    config: Annotated[Path | None, typer.Option(help="run.yaml: the parameters of the run.")] = None,
+    settings: Settings = [],
     work_dir: WorkDir = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -98,10 +98,8 @@ def _plan(form: UnlearningForm) -> None:
 def sweep(
     form: dict[str, Any],
     once: Annotated[bool, typer.Option("--once", help="Claim one batch, erase it, and settle it.")] = False,
-    settle: Annotated[
-        str | None, typer.Option("--settle", metavar="RUN", help="Only settle this run and free its model line.")
-    ] = None,
-    settings: Settings = [],  # noqa: B006
+    settle: Annotated[str | None, typer.Option(metavar="RUN", help="Only settle this run and free its line.")] = None,
+    settings: Settings = [],
     work_dir: WorkDir = None,
 ) -> None:
     """Erase the deletion requests of a model line that are due, and certify each. The exit code is 0 if none is due.

@@ -20,27 +20,21 @@ if TYPE_CHECKING:
     from salun_core.gate import Expected
     from salun_core.saliency.scores import Shard
 
-Processes = Annotated[
-    int, typer.Option("--processes", min=1, help="Processes on this machine that share the work; one per GPU.")
-]
+Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes that share the work; one per GPU.")]
 EvidenceFile = Annotated[Path, typer.Option("--evidence", help="Evidence file, from `salun evaluate`.")]
 
 
 def mask(
     model: Model,
     forget: Forget,
-    out: Annotated[Path, typer.Option("--out", help="Mask file to write (.safetensors).")],
+    out: Annotated[Path, typer.Option(help="Mask file to write (.safetensors).")],
     shards: Annotated[list[Path] | None, typer.Argument(help="Files of all shards, for --merge.")] = None,
     density: Annotated[float, form_option("density")] = DEFAULTS.density,
     data: Data = None,
-    random_seed: Annotated[
-        int | None, typer.Option("--random-seed", min=0, help="Draw the mask at random, as a control for saliency.")
-    ] = None,
-    shard: Annotated[
-        str | None, typer.Option("--shard", metavar="I/N", help="Score the I-th of N shards and write its sums.")
-    ] = None,
+    random_seed: Annotated[int | None, typer.Option(min=0, help="Draw a random mask, as a control.")] = None,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Score shard I of N and write its sums.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add up the shards and write the mask.")] = False,
-    settings: Settings = [],  # noqa: B006 - typer reads it and passes a new list
+    settings: Settings = [],
     processes: Processes = 1,
     device: Device = "auto",
     store: OptionalStore = None,
@@ -93,24 +87,20 @@ def _shard(shard: str | None, merge: bool, files: list[Path], processes: int, ra
 def unlearn(
     model: Model,
     forget: Forget,
-    out: Annotated[Path, typer.Option("--out", help="Folder to write the new model to.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the new model to.")],
     method: Annotated[
-        str, form_option("method", help="The unlearning method; `salun ls methods` lists all.")
+        str, form_option("method", help="The unlearning method; see `salun ls methods`.")
     ] = DEFAULTS.method,
-    mask: Annotated[Path | None, typer.Option("--mask", help="Mask file, for methods that need one.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask file, for methods that need one.")] = None,
     data: Data = None,
-    settings: Settings = [],  # noqa: B006
-    config: Annotated[Path | None, typer.Option("--config", help="YAML or JSON with settings of the method.")] = None,
+    settings: Settings = [],
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON with settings of the method.")] = None,
     seed: Annotated[int, form_option("seed")] = DEFAULTS.seed,
     processes: Processes = 1,
     store: OptionalStore = None,
-    tune: Annotated[
-        bool, form_option("tune", help="Search for the settings that are not set, on validation data.")
-    ] = DEFAULTS.tune,
+    tune: Annotated[bool, form_option("tune", help="Search the open settings on validation data.")] = DEFAULTS.tune,
     tune_budget: Annotated[str, form_option("tune_budget")] = DEFAULTS.tune_budget,
-    policy: Annotated[
-        str, form_option("policy_uri", help="With --tune: the gate policy that bounds the search.")
-    ] = DEFAULTS.policy_uri,
+    policy: Annotated[str, form_option("policy_uri", help="The gate policy that bounds --tune.")] = DEFAULTS.policy_uri,
     dry_run: DryRun = False,
 ) -> None:
     """Make a model forget; weights outside the mask stay bit-identical.
@@ -170,20 +160,16 @@ def _check_tuning(method: str, mask: Path | None, processes: int, policy: str) -
 
 
 def evaluate(
-    before: Annotated[str, typer.Option("--before", metavar="M", help="The original model.")],
-    after: Annotated[str, typer.Option("--after", metavar="M", help="The unlearned model.")],
+    before: Annotated[str, typer.Option(metavar="M", help="The original model.")],
+    after: Annotated[str, typer.Option(metavar="M", help="The unlearned model.")],
     forget: Forget,
-    out: Annotated[Path, typer.Option("--out", help="Evidence file to write (JSON).")],
-    report: Annotated[Path, typer.Option("--report", help="Report to write (HTML).")],
-    reference: Annotated[
-        str | None, typer.Option("--reference", metavar="M", help="A model that was retrained without the forget set.")
-    ] = None,
+    out: Annotated[Path, typer.Option(help="Evidence file to write (JSON).")],
+    report: Annotated[Path, typer.Option(help="Report to write (HTML).")],
+    reference: Annotated[str | None, typer.Option(metavar="M", help="A model retrained without the set.")] = None,
     retrain_reference: Annotated[
-        bool, form_option("retrain_reference", help="Retrain one now, by the recipe on the model card.")
+        bool, form_option("retrain_reference", help="Retrain one by the model card's recipe.")
     ] = DEFAULTS.retrain_reference,
-    mask: Annotated[
-        Path | None, typer.Option("--mask", help="Mask file; weights outside it are compared bit by bit.")
-    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask file; weights outside it are compared bit by bit.")] = None,
     extra_metrics: Annotated[str, form_option("extra_metrics")] = DEFAULTS.extra_metrics,
     data: Data = None,
     device: Device = "auto",
@@ -234,22 +220,19 @@ def evaluate(
 
 def gate(
     evidence: EvidenceFile,
-    out: Annotated[Path, typer.Option("--out", help="Decision file to write (JSON), also if the gate refuses.")],
+    out: Annotated[Path, typer.Option(help="Decision file to write (JSON), also if the gate refuses.")],
     policy: Annotated[str, form_option("policy_uri")] = DEFAULTS.policy_uri,
-    before: Annotated[
-        str | None, typer.Option("--before", metavar="M", help="Check that the evidence is of this original model.")
-    ] = None,
-    after: Annotated[
-        str | None, typer.Option("--after", metavar="M", help="Check that the evidence is of this unlearned model.")
-    ] = None,
-    mask: Annotated[Path | None, typer.Option("--mask", help="Check that the evidence is of this mask.")] = None,
-    forget: Annotated[
-        str | None, typer.Option("--forget", metavar="F", help="Check that it is of this forget set; needs --before.")
-    ] = None,
+    before: Annotated[str | None, typer.Option(metavar="M", help="The original model.")] = None,
+    after: Annotated[str | None, typer.Option(metavar="M", help="The unlearned model.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="The mask.")] = None,
+    forget: Annotated[str | None, typer.Option(metavar="F", help="The forget set; needs --before.")] = None,
     store: OptionalStore = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Apply a policy to evidence. The exit code is 3 if the gate refuses; the decision is written in both cases."""
+    """Apply a policy to evidence. The exit code is 3 if the gate refuses; the decision is written in both cases.
+
+    The gate also checks that the evidence belongs to the models, the mask and the forget set that are given.
+    """
     from salun_core.config import load
     from salun_core.evaluation import Evidence
     from salun_core.gate import decide
@@ -304,9 +287,9 @@ def _expected(
 
 def report(
     evidence: EvidenceFile,
-    out: Annotated[Path, typer.Option("--out", help="Report to write (HTML).")],
-    decision: Annotated[Path | None, typer.Option("--decision", help="Decision file, from `salun gate`.")] = None,
-    line: Annotated[str, typer.Option("--line", help="Name of the model line, for the heading.")] = "local",
+    out: Annotated[Path, typer.Option(help="Report to write (HTML).")],
+    decision: Annotated[Path | None, typer.Option(help="Decision file, from `salun gate`.")] = None,
+    line: Annotated[str, typer.Option(help="Name of the model line, for the heading.")] = "local",
     dry_run: DryRun = False,
 ) -> None:
     """Write the report of evidence: one HTML file without scripts, readable offline."""

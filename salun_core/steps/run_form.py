@@ -29,7 +29,7 @@ class RunForm(Document):
 
 
 class RecipeForm(RunForm):
-    """The parameters of an unlearning run, whoever starts it."""
+    """The parameters that a run and a sweep share."""
 
     method: str = Field(
         default="salun", description="The unlearning method; a sweep tries stronger ones and retraining after refusals."

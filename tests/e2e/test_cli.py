@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from salun_core.cli.examples import load_examples
+from salun_core.cli.app import load_examples
 
 pytestmark = pytest.mark.e2e
 

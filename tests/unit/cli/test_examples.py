@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from salun_core.cli.app import app
-from salun_core.cli.examples import load_examples
+from salun_core.cli.app import app, load_examples
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome, Status
 from salun_core.times import utc_clock
@@ -113,9 +112,9 @@ def test_the_examples_of_requests(salun, store, monkeypatch):
     ends = {"request retry": Status.FAILED, "request reopen": Status.COMPLETED}
     for verb in REQUESTS:
         if verb in ends:
-            ledger.move("r-1", Status.IN_PROGRESS, "sweep", "claimed")
+            ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed"))
             outcome = Outcome.UNLEARNED if ends[verb] is Status.COMPLETED else None
-            ledger.move("r-1", ends[verb], "sweep", "ended", outcome=outcome)
+            ledger.move("r-1", Transition(ends[verb], "sweep", "ended", outcome=outcome))
         _check(salun, verb)
 
 

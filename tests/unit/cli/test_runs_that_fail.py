@@ -42,7 +42,7 @@ def test_the_last_good_checkpoint_is_kept_and_gone_on_from(unlearn, world, tmp_p
     given = "--mask", world.mask_st, "--set", "learning_rate=0.3", "--set", "batch_size=2000"
     first = unlearn(*given)
     line = last_line(first, 1)
-    epoch = int(re.search(r"part is not finite: in epoch (\d) of 5", line)[1])
+    epoch = int(re.search(r"phase is not finite: in epoch (\d) of 5", line)[1])
     assert epoch > 1
     [path] = (tmp_path / "kept").iterdir()
     with safe_open(path, "pt") as file:

@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 from salun_core.certificates.keys import create_key
-from salun_core.cli.examples import load_examples
+from salun_core.cli.app import load_examples
 from salun_core.cli.runs import sweep_facts
 from salun_core.data.forget_set import ClassTarget, SamplesTarget
 from salun_core.errors import GateRefusedError

@@ -169,9 +169,3 @@ def test_a_dry_run_writes_nothing(demo, tmp_path, options):
     assert shown.exit_code == 0, shown.stderr
     assert "wrote nothing" in shown.stdout
     assert list(tmp_path.iterdir()) == []
-
-
-def test_options_of_the_classifier_do_not_fit_a_diffusion_model(demo):
-    refused = demo("--diffusion", "--serve")
-    assert refused.exit_code == 2
-    assert "--diffusion was given" in refused.stderr
