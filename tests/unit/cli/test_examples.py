@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from salun_core.cli.app import app, load_examples
-from salun_core.requests.ledger import Ledger
+from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.times import utc_clock
 
