@@ -1,4 +1,4 @@
-"""Reads YAML and JSON documents into pydantic models, and reports all faults of one at once."""
+"""Reads YAML and JSON documents into pydantic models, and reports all faults of a document at once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from salun_core.errors import UsageError
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 MAX_DEPTH = 64
 _TWICE = "a key occurs twice"
-# PyYAML meets `!!int ''`, `!!bool x` and their like with whatever its code happens to raise.
+# For input such as `!!int ''` and `!!bool x`, PyYAML raises any of these.
 _YAML_FAULTS = (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases (a few lines stand for gigabytes, or for a list that holds itself) and repeated keys."""
+    """YAML without aliases (a few lines can expand to gigabytes, or to a list in itself) and without repeated keys."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Refuse an alias; compose any other node."""
@@ -39,7 +39,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object of JSON, as an `object_pairs_hook`: who reads it and who runs it must see the same.
+    """Build a JSON object, as an `object_pairs_hook` that refuses repeated keys: readers resolve them differently.
 
     Raises:
         UsageError: a key occurs twice.
@@ -79,7 +79,7 @@ def with_current_names(data: Any, names: Mapping[str, str]) -> Any:  # noqa: ANN
     return {former.get(key, key): value for key, value in data.items()}
 
 
-def parse(kind: type[D], data: Any, source: str) -> D:  # noqa: ANN401 - whatever the file held
+def parse(kind: type[D], data: Any, source: str) -> D:  # noqa: ANN401 - any YAML or JSON value
     """Build a document from plain data.
 
     Args:
@@ -106,7 +106,7 @@ def parse(kind: type[D], data: Any, source: str) -> D:  # noqa: ANN401 - whateve
         ) from error
 
 
-def _check_depth(data: Any, source: str) -> None:  # noqa: ANN401 - whatever the file held
+def _check_depth(data: Any, source: str) -> None:  # noqa: ANN401 - any YAML or JSON value
     level = [data]
     for _ in range(MAX_DEPTH + 1):
         inside = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
@@ -148,7 +148,7 @@ def read_document(path: Path) -> Any:  # noqa: ANN401 - any YAML or JSON value
 
 
 def parse_text(text: str, source: str) -> Any:  # noqa: ANN401 - any YAML or JSON value
-    """Parse JSON, or YAML where it is not JSON.
+    """Parse JSON, or YAML if it is not JSON.
 
     Raises:
         UsageError: it is neither.

@@ -1,4 +1,4 @@
-"""Errors that say what happened, why, and what to do; each carries its exit code."""
+"""The errors of the project: each has what happened, why, how to fix it, and an exit code."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 
 class SalunError(Exception):
-    """Base of every error that a user can meet.
+    """Base of every error that is reported to users.
 
     Args:
-        what: what went wrong, with the name of the thing.
-        why: the cause, as far as it is known.
-        remedy: what the reader can do about it.
+        what: what happened, with the name of the thing.
+        why: the cause, if it is known.
+        remedy: how to fix it.
     """
 
     exit_code = 1
@@ -43,7 +43,7 @@ class ModelError(SalunError):
 
 
 class StoreError(SalunError):
-    """The object store is unreachable, unsafe or refuses us (exit 1)."""
+    """The object store is unreachable, unsafe, or refuses the credentials (exit 1)."""
 
 
 class GateRefusedError(SalunError):
@@ -53,7 +53,7 @@ class GateRefusedError(SalunError):
 
 
 class ConflictError(SalunError):
-    """Somebody else wrote first, or the parent is stale (exit 4)."""
+    """Another writer was first, or the parent is stale (exit 4)."""
 
     exit_code = 4
 
@@ -71,17 +71,14 @@ def exit_code_of(name: str) -> int | None:
 
 
 def unknown_name(kind: str, name: str, options: Iterable[str]) -> UsageError:
-    """Build the error for a name that does not exist, with the nearest match.
+    """Return the error for a name that does not exist, with the nearest match.
 
     Args:
-        kind: what the name is of, such as "method".
+        kind: what it should name, such as "method".
         name: what was given.
         options: the names that exist.
-
-    Returns:
-        A `UsageError` to raise.
     """
     known = sorted(options)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]!r}? " if near else ""
-    return UsageError(f"unknown {kind} {name!r}", "there is none of that name", f"{remedy}known: {', '.join(known)}")
+    return UsageError(f"unknown {kind} {name!r}", "it does not exist", f"{remedy}choose one of: {', '.join(known)}")

@@ -47,13 +47,15 @@ def parse_moment(text: str) -> datetime:
         moment = datetime.fromisoformat(text)
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except (ValueError, OverflowError) as error:
-        raise UsageError(f"{text[:80]!r} is no date or time", "", "write 2026-01-31 or 2026-01-31T12:00:00Z") from error
+        raise UsageError(
+            f"{text[:80]!r} is not a date or time", "", "write 2026-01-31 or 2026-01-31T12:00:00Z"
+        ) from error
 
 
 def due_after_one_month(received: datetime) -> datetime:
     """Return the end of the month that GDPR Art. 12(3) gives.
 
-    That is the same day and time in the next month, or its last day where it has no such day.
+    It is the same day and time in the next month, or the last day of that month if it is shorter.
 
     Args:
         received: when the request was received.

@@ -71,7 +71,7 @@ class VersionManifest(Document):
     method: str = Field(min_length=1, max_length=63, description="the method, or how it was trained")
     forget_set_digest: Digest | None = Field(default=None, description="digest of what was forgotten")
     forget_count: Count = Field(default=0, description="how many samples were forgotten")
-    retrained: bool = Field(default=False, description="whether it was trained anew in full")
+    retrained: bool = Field(default=False, description="whether it was retrained in full")
     lineage: Lineage = Field(default_factory=Lineage, description="the debt since the last full training")
 
     @field_validator("files")
