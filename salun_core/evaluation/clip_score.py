@@ -51,7 +51,9 @@ class ClipScorer:
         """
         _check_folder(folder)
         model, processor = _read(folder)
-        return cls(model.to(device).eval(), processor, _folder_digest(folder))
+        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        digest = digest_json({path.name: sha256_file(path) for path in files})
+        return cls(model.to(device).eval(), processor, digest)
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the CLIP score of each image with its prompt: 100 * max(cos, 0).
@@ -128,8 +130,3 @@ def _read(folder: Path) -> tuple[Any, Any]:
         why = "; ".join(faults[:6])
         raise ModelError(f"the CLIP model {folder.name} lacks weights", why, "save the whole model there again")
     return model, processor
-
-
-def _folder_digest(folder: Path) -> str:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    return digest_json({path.name: sha256_file(path) for path in files})

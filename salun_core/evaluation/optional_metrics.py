@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -66,28 +67,15 @@ def relearn(model: nn.Module, trained_on: ImageSet, measured_on: ImageSet, steps
     def point(step: int) -> RelearnPoint:
         return RelearnPoint(step=step, accuracy=float(outputs_of(learner, measured_on).correct.mean()))
 
-    points, done, every = [point(0)], 0, -(-steps // _POINTS)
-    while done < steps:
-        for images, labels in trained_on.batches(BATCH, generator):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(learner(images), labels).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            done += 1
-            if done % every == 0 or done == steps:
-                points.append(point(done))
-            if done == steps:
-                break
+    points, every = [point(0)], -(-steps // _POINTS)
+    batches = (batch for _ in count() for batch in trained_on.batches(BATCH, generator))
+    for done, (images, labels) in enumerate(islice(batches, steps), start=1):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(learner(images), labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if done % every == 0 or done == steps:
+            points.append(point(done))
     return points
-
-
-def relearn_metric(curves: Mapping[str, list[RelearnPoint]], n: int) -> Metric:
-    """Return `relearn`: the accuracy at the end of each curve, with Wilson's interval.
-
-    Args:
-        curves: by model: before, after, perhaps reference; empty if D_f could not be halved.
-        n: images that the accuracy is measured on.
-    """
-    return share_metric({name: points[-1].accuracy for name, points in curves.items()}, n)
 
 
 # probe: do the features in front of the last layer still tell the forget set from unseen data?
@@ -222,23 +210,20 @@ def kl_metrics(outputs: Mapping[str, BySplit]) -> dict[str, Metric]:
         outputs: by model (before, after, reference) and split (forget, test).
 
     Returns:
-        KL_forget and KL_test; without a reference their values are null.
+        KL_forget and KL_test; null without a reference, or if a divergence is not finite.
     """
-    return {f"KL_{split}": _kl_metric(outputs, split) for split in ("forget", "test")}
-
-
-def _kl_metric(outputs: Mapping[str, BySplit], split: str) -> Metric:
-    n = len(outputs["after"][split])
-    if "reference" not in outputs:
-        return Metric.of({}, n)
-    reference = outputs["reference"][split]
-    before, after = (kl_divergences(reference, outputs[model][split]) for model in ("before", "after"))
-    if not np.isfinite(after).all():
-        return Metric.of({}, n)
-    mean = float(after.mean())
-    half = Z95 * float(after.std(ddof=1)) / math.sqrt(n) if n > 1 else None
-    interval = (None, None) if half is None else (max(0.0, mean - half), mean + half)  # a divergence is never below 0
-    return Metric.of({"before": float(before.mean()), "after": mean, "reference": 0.0}, n, interval)
+    metrics = {f"KL_{split}": Metric.of({}, len(outputs["after"][split])) for split in ("forget", "test")}
+    for split in ("forget", "test") if "reference" in outputs else ():
+        before, after = (
+            kl_divergences(outputs["reference"][split], outputs[model][split]) for model in ("before", "after")
+        )
+        if np.isfinite(after).all():
+            mean, n = float(after.mean()), len(after)
+            half = Z95 * float(after.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+            interval = (None, None) if half is None else (max(0.0, mean - half), mean + half)  # it is never below 0
+            values = {"before": float(before.mean()), "after": mean, "reference": 0.0}
+            metrics[f"KL_{split}"] = Metric.of(values, n, interval)
+    return metrics
 
 
 def tug_of_war(reference: BySplit, model: BySplit) -> float:
@@ -362,18 +347,15 @@ def parse_optional_metrics(text: str) -> dict[str, int]:
         name, given, number = item.partition("=")
         if name not in NAMES:
             raise unknown_name("metric", name, NAMES)
-        found[name] = _count(name, number) if given else _COUNTS.get(name, (1, 1))[0]
+        if given and name not in _COUNTS:
+            raise UsageError(f"{item} is not a metric", f"{name} takes no count", f"write {name}")
+        found[name], least = _COUNTS.get(name, (1, 1))
+        if given:
+            if not number.isdecimal() or int(number) < least or (name == "lira" and int(number) % 2):
+                even = "an even number" if name == "lira" else "a whole number"
+                raise UsageError(f"{item} is out of range", "fewer show nothing", f"give {even} of at least {least}")
+            found[name] = int(number)
     return found
-
-
-def _count(name: str, text: str) -> int:
-    if name not in _COUNTS:
-        raise UsageError(f"{name}={text} is not a metric", f"{name} takes no count", f"write {name}")
-    least = _COUNTS[name][1]
-    if not text.isdecimal() or int(text) < least or (name == "lira" and int(text) % 2):
-        even = "an even number" if name == "lira" else "a whole number"
-        raise UsageError(f"{name}={text} is out of range", "fewer show nothing", f"give {even} of at least {least}")
-    return int(text)
 
 
 def require_reference(requested: Mapping[str, int], given: bool) -> None:
@@ -426,7 +408,7 @@ def measure_optional_metrics(
                 {name: relearn(model, *sets, steps, seed) for name, model in subject.models.items()},
                 len(sets[1]),
             )
-        metrics["relearn"] = relearn_metric(curves, n)
+        metrics["relearn"] = share_metric({name: points[-1].accuracy for name, points in curves.items()}, n)
         facts["relearning"] = curves
     if "lira" in requested:
         # As many unseen images as forgotten ones, or all of them if there are fewer.

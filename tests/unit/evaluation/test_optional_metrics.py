@@ -26,7 +26,6 @@ from salun_core.evaluation.optional_metrics import (
     probe_metric,
     probe_scores,
     relearn,
-    relearn_metric,
     require_reference,
     run_figures,
     seed_metrics,
@@ -155,8 +154,12 @@ def test_the_first_step_is_one_of_sgd(lab):
     assert point.accuracy == pytest.approx(outputs_of(by_hand, asked).correct.mean(), abs=0.02)
 
 
-def test_without_two_samples_relearning_is_not_measured():
-    assert relearn_metric({}, 0).after is None
+def test_without_two_samples_relearning_is_not_measured(lab, forgotten_class):
+    model, _, evidence = forgotten_class
+    one = lab.parts("class")[0].select([0])
+    subject = Subject({"before": lab.model, "after": model}, one, one, lab.test)
+    metric = measure_optional_metrics(evidence, {"relearn": 5}, subject, never, never).metrics["relearn"]
+    assert (metric.before, metric.after, metric.n) == (None, None, 0)
 
 
 def random_images(count, seed, shift=0.0):
