@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
+from salun_core.errors import ConflictError, IntegrityError, StoreError
 from salun_core.requests import reading
 from salun_core.requests.schema import DeletionRequest, RequestEvent, RequestState, Status
 from salun_core.storage.keys import event_key, index_key, index_prefix
@@ -75,18 +75,12 @@ class IndexEntry:
     @classmethod
     def parse(cls, key: str) -> IndexEntry | None:
         """Return the entry of a key, or None if the key is not a valid entry."""
-        parts = key.split("/")
-        numbers = parts[-1].split(".", 2)
-        if len(parts) != 4 or len(numbers) != 3 or parts[1] not in set(Status):
+        values = index_key.match(key)
+        if values is None or values["status"] not in set(Status):
             return None
-        received, number, request = numbers
-        if not (received.isdecimal() and number.isdecimal()):
-            return None
-        entry = cls(request, parts[2], Status(parts[1]), int(received), int(number))
-        try:
-            return entry if entry.key == key else None
-        except UsageError:  # an id in it is not valid
-            return None
+        status, received, number = Status(values["status"]), int(values["second"]), int(values["number"])
+        entry = cls(values["request"], values["line"], status, received, number)
+        return entry if entry.key == key else None  # a digit of another script has another key
 
     @property
     def key(self) -> str:
