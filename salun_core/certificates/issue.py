@@ -67,7 +67,7 @@ _ATTEMPTS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class CertificateInput:
-    """What a sweep knows about an erased request. Of the request only its id and times are copied, never its target.
+    """What a sweep recorded about an erased request. Of the request only its id and times are copied, never its target.
 
     Args:
         request: the request.
@@ -165,7 +165,7 @@ def issue(store: ObjectStore, facts: CertificateInput, documents: VersionDocumen
 
     Args:
         store: where certificates are stored.
-        facts: what the sweep knows.
+        facts: what the sweep recorded.
         documents: of the version.
         signer: the signing key.
 
@@ -226,7 +226,7 @@ def build_statement(
     """Build the statement of a certificate.
 
     Args:
-        facts: what the sweep knows.
+        facts: what the sweep recorded.
         documents: of the version.
         signer: id of the key that will sign it.
         supersedes: SHA-256 of an earlier certificate of the request.

@@ -8,7 +8,7 @@ The events are the truth and the index follows them. `IndexedWriter` writes in t
 
 Failures and what follows from them:
 
-- The process dies after 1. The entry stands for an event that does not exist. Readers check every entry against its
+- The process dies after 1. The entry names an event that does not exist. Readers check every entry against its
   request and ignore this one; when it is 24 hours old by the store's clock, a reader deletes it.
 - The process dies after 2. Both entries exist. The old one has a lower event number, so it can never become right
   again, and any reader deletes it.
@@ -92,7 +92,7 @@ class IndexEntry:
 
         Args:
             store: where to put it.
-            writer: random token of the call, which tells two calls apart.
+            writer: random token of the call, so that two calls write different bytes.
         """
         try:
             store.put_new(self.key, writer.encode())

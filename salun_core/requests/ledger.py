@@ -10,8 +10,8 @@ Filing writes the index entry, then the request, then its first event (received 
 - It dies before the event: the request is stored with the status `received`. Filing it again writes the event.
 - The reply is lost, or a twin of the call was faster: filing again finds the same request and returns its receipt.
 
-A cancelled or rejected request is redacted after its event. If the process dies in between, the next transition that
-somebody tries redacts it before it is refused, and `salun purge` does so too.
+A cancelled or rejected request is redacted after its event. If the process dies in between, the next transition of this
+request redacts it before it is refused, and `salun purge` redacts it too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from salun_core.times import Clock, as_utc, due_after_one_month
 _CLOCKS_APART = timedelta(minutes=5)  # a client's clock may be ahead of ours by this much
 # Only these methods reopen a settled or failed request, so that no other transition does it by accident.
 _DELIBERATE = {(Status.COMPLETED, Status.QUEUED): "reopen", (Status.FAILED, Status.QUEUED): "retry"}
-# These will not be erased. A completed request is redacted by its run, which knows what must be found again.
+# These will not be erased. A completed request is redacted when it is settled, with hashes in case it is reopened.
 _REDACTED_AT_ONCE = {Status.CANCELLED, Status.REJECTED}
 
 

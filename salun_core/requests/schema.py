@@ -69,7 +69,7 @@ SETTLED = frozenset({Status.REJECTED, Status.COMPLETED, Status.CANCELLED})
 class Submission(Document):
     """A request as it is filed, before it has a deadline."""
 
-    id: RequestId = Field(description="chosen by whoever files it; filing the same id again is harmless")
+    id: RequestId = Field(description="chosen by the filing party; filing the same id again is harmless")
     model_line: LineId = Field(description="the model line to erase from")
     target: ForgetTarget = Field(description="what is to be forgotten")
     received_at: AwareDatetime | None = Field(default=None, description="when the person asked; now unless given")

@@ -173,8 +173,7 @@ class RunLog:
     def advance(self, run: str, to: RunStatus, actor: str, reason: str) -> RunStatus:
         """Move a run forward; a run that already has this status or a later one stays unchanged.
 
-        So a step that is tried again continues where it stopped. A run without a record, which no request asked for,
-        has no log.
+        So a step that is tried again continues where it stopped. A run without a record has no log; none is needed.
 
         Returns:
             Its status.
