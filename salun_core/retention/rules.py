@@ -103,21 +103,6 @@ class Deletion:
 
 
 @dataclass(frozen=True)
-class Garbage:
-    """Files of model versions that are not needed any more.
-
-    Args:
-        deletions: in the order in which to do them.
-        held: superseded versions that a hold keeps, as `line@digest`.
-        shared: superseded versions whose weights belong to a version that stays, too.
-    """
-
-    deletions: Sequence[Deletion]
-    held: Sequence[str]
-    shared: Sequence[str]
-
-
-@dataclass(frozen=True)
 class DeletionPlan:
     """What is deleted, and what stays although it looks like garbage.
 
@@ -147,25 +132,31 @@ def plan(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Del
     Raises:
         IntegrityError: the lineage of a model line is broken, so it is unknown which files are needed.
     """
-    garbage = find_garbage(inventory, rules, now)
+    garbage, held, shared = find_garbage(inventory, rules, now)
     deletions = [
         *_run_files(inventory, rules, now),
         *_artifacts(inventory, rules, now),
         *_targets(inventory),
         *_uploads(inventory, rules, now),
-        *garbage.deletions,
+        *garbage,
         *_probe_files(inventory, rules, now),
     ]
     unknown = [item.key for item, _ in inventory.all_keys.get("unknown", ()) if item.live]
-    return DeletionPlan(deletions, unknown, garbage.held, garbage.shared, inventory.foreign_runs)
+    return DeletionPlan(deletions, unknown, held, shared, inventory.foreign_runs)
 
 
-def find_garbage(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Garbage:
-    """Find the files of model versions that may be deleted.
+def find_garbage(
+    inventory: StoreInventory, rules: RetentionRules, now: datetime
+) -> tuple[list[Deletion], list[str], list[str]]:
+    """Find the files of model versions that are not needed any more.
 
     A file stays if any version needs it: every file of HEAD, of held versions and of versions that may still be
     published, and the evidence of superseded ones. Files are shared between versions (their key is their digest), so
     this is decided for all lines together.
+
+    Returns:
+        The deletions in the order in which to do them; the superseded versions that a hold keeps; and those whose
+        weights belong to a version that stays, too. Both as `line@digest`.
 
     Raises:
         IntegrityError: the lineage of a model line is broken.
@@ -191,7 +182,7 @@ def find_garbage(inventory: StoreInventory, rules: RetentionRules, now: datetime
     files = _Files(inventory, [*superseded, *unpublished], needed, now - recent)
     weights, shared = files.superseded_weights(superseded)
     deletions = [*weights, *files.unpublished(unpublished), *files.orphans()]
-    return Garbage([*files.made_whole(deletions), *deletions], held, shared)
+    return [*files.made_whole(deletions), *deletions], held, shared
 
 
 def _may_be_published(inventory: StoreInventory, item: ClassifiedVersion, now: datetime, recent: timedelta) -> bool:

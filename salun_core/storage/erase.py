@@ -1,6 +1,7 @@
 """Erases objects for good: every version and delete marker of a key, and the parts of unfinished uploads.
 
-In a bucket that keeps versions, a plain delete hides an object and keeps its bytes.
+In a bucket that keeps versions, a plain delete hides an object and keeps its bytes. Every function raises StoreError
+if the store is unreachable or refuses the credentials.
 """
 
 from __future__ import annotations
@@ -83,11 +84,7 @@ class Upload:
 
 
 def versions_of(store: S3Store, key: str) -> list[StoredVersion]:
-    """Return every version and delete marker of one key, the newest first.
-
-    Raises:
-        StoreError: the store is unreachable or refuses the credentials.
-    """
+    """Return every version and delete marker of one key, the newest first."""
     found = [item for item in _versions(store, check_key(key)) if item.key == key]
     return sorted(found, key=lambda item: (item.latest, item.modified), reverse=True)
 
@@ -98,9 +95,6 @@ def stored_keys(store: S3Store, prefix: str = "") -> list[StoredKey]:
     Args:
         store: where.
         prefix: the start of the keys; empty for all.
-
-    Raises:
-        StoreError: the store is unreachable or refuses the credentials.
     """
     grouped: dict[str, list[StoredVersion]] = {}
     for item in _versions(store, prefix):
@@ -128,15 +122,12 @@ def erase(store: S3Store, key: str) -> Erased:
 
     Returns:
         What was removed.
-
-    Raises:
-        StoreError: the store is unreachable or refuses the credentials.
     """
     return _remove(store, sorted(versions_of(store, key), key=lambda item: item.latest))
 
 
 def erase_old(store: S3Store, key: str) -> Erased:
-    """Delete all versions and delete markers of an object but the latest; raises as `erase`."""
+    """Delete all versions and delete markers of an object but the latest."""
     return _remove(store, [item for item in versions_of(store, key) if not item.latest])
 
 
@@ -147,9 +138,6 @@ def unfinished_uploads(store: S3Store, older_than: datetime, prefix: str = "") -
         store: where.
         older_than: with its time zone; a younger upload may still be in progress.
         prefix: the start of the keys; empty for all.
-
-    Raises:
-        StoreError: the store is unreachable or refuses the credentials.
     """
     client, bucket, root = store.native
     pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=root + prefix)
@@ -173,11 +161,7 @@ def upload_bytes(store: S3Store, upload: Upload) -> int:
 
 
 def abort(store: S3Store, upload: Upload) -> Erased:
-    """End an unfinished upload and remove its parts; one that is gone is not an error.
-
-    Raises:
-        StoreError: the store is unreachable or refuses the credentials.
-    """
+    """End an unfinished upload and remove its parts; one that is gone is not an error."""
     client, bucket, root = store.native
     size = upload_bytes(store, upload)
     with store.translating("abort the upload of", upload.key):

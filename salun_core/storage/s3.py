@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3.session
 from boto3.exceptions import Boto3Error
@@ -123,7 +123,8 @@ def _settings_digest() -> str:
 class S3Store:
     """A bucket, or a folder of one, as a `FileStore`.
 
-    Region and credentials come from the usual AWS variables.
+    Region and credentials come from the usual AWS variables. Every method raises StoreError if the store is unreachable
+    or refuses the credentials.
 
     Args:
         bucket: name of the bucket.
@@ -171,7 +172,6 @@ class S3Store:
         """Return an object, or None if it does not exist.
 
         Raises:
-            StoreError: the store is unreachable or refuses the credentials.
             IntegrityError: the object is too large for a document (64 MiB), or does not match the store's checksum.
         """
         found = self._fetch(key)
@@ -220,7 +220,6 @@ class S3Store:
 
         Raises:
             ConflictError: the object exists with other bytes.
-            StoreError: the store is unreachable or refuses the credentials.
         """
         return self._write(key, data, None)
 
@@ -229,7 +228,6 @@ class S3Store:
 
         Raises:
             ConflictError: the object changed or was deleted.
-            StoreError: the store is unreachable or refuses the credentials.
         """
         return self._write(key, data, etag)
 
@@ -272,13 +270,21 @@ class S3Store:
             writer: a token stored with the object.
 
         Raises:
-            StoreError: the store is unreachable, refuses the credentials, or keeps answering 409.
+            StoreError: the store keeps answering 409.
         """
         full = self._full(key)
+        condition: dict[str, Any] = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
         with self.translating("write", key):
             for attempt in range(_RACE_ATTEMPTS):
                 try:
-                    return self._put(full, data, etag, writer)
+                    return self._client.put_object(
+                        Bucket=self._bucket,
+                        Key=full,
+                        Body=data,
+                        ChecksumAlgorithm="SHA256",
+                        Metadata={_WRITER: writer} if writer else {},
+                        **condition,
+                    )["ETag"]
                 except ClientError as error:
                     if status_of(error) == 412 or (etag is not None and code_of(error) == "NoSuchKey"):
                         return None
@@ -291,24 +297,11 @@ class S3Store:
             "run it again when fewer writers are at work",
         )
 
-    def _put(self, full: str, data: bytes, etag: str | None, writer: str) -> str:
-        put, bucket, metadata = self._client.put_object, self._bucket, {_WRITER: writer} if writer else {}
-        if etag is None:
-            return put(
-                Bucket=bucket, Key=full, Body=data, ChecksumAlgorithm="SHA256", Metadata=metadata, IfNoneMatch="*"
-            )["ETag"]
-        return put(Bucket=bucket, Key=full, Body=data, ChecksumAlgorithm="SHA256", Metadata=metadata, IfMatch=etag)[
-            "ETag"
-        ]
-
     def list(self, prefix: str) -> Iterator[Entry]:
         """Yield the objects whose key starts with a prefix, in key order.
 
         Args:
             prefix: the start of the keys, relative to the store's prefix; empty for all.
-
-        Raises:
-            StoreError: the store is unreachable or refuses the credentials.
         """
         if prefix.rstrip("/"):
             check_key(prefix.rstrip("/"))
@@ -326,11 +319,7 @@ class S3Store:
         yield from sorted(found, key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:
-        """Delete an object; deleting one that does not exist succeeds.
-
-        Raises:
-            StoreError: the store is unreachable or refuses the credentials.
-        """
+        """Delete an object; deleting one that does not exist succeeds."""
         full = self._full(key)
         with self.translating("delete", key):
             try:
@@ -343,7 +332,7 @@ class S3Store:
         """Upload a file, in parts of 16 MiB if it has more than 32 MiB; the store checks the SHA-256 of each part.
 
         Raises:
-            StoreError: the file cannot be read, or the store is unreachable or refuses the credentials.
+            StoreError: the file cannot be read.
         """
         full, what = self._full(key), f"cannot upload {path.name} to {self._address(key)}"
         with translated(what, self.endpoint):
@@ -367,7 +356,7 @@ class S3Store:
         """Download to a file, which appears complete or not at all.
 
         Raises:
-            StoreError: the object does not exist, the disk is full, or the store is unreachable.
+            StoreError: the object does not exist, or the disk is full.
         """
         full, what = self._full(key), f"cannot download {self._address(key)}"
         part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")

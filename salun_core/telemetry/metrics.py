@@ -96,13 +96,8 @@ METHOD_LABELS = (
 # A label value comes from a fixed list, or matches the pattern of a name that an operator chooses: no request, run,
 # sample or subject can become a label.
 LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
-    "pipeline": (
-        "salun-unlearning",
-        "salun-unlearning-cpu",
-        "salun-deletion-sweep",
-        "salun-deletion-sweep-cpu",
-        "salun-sharded-mask",
-        "salun-sharded-mask-cpu",
+    "pipeline": tuple(
+        f"salun-{name}{suffix}" for name in ("unlearning", "deletion-sweep", "sharded-mask") for suffix in ("", "-cpu")
     ),
     "step": (
         "claim_requests",
