@@ -36,14 +36,14 @@ def data():
     return table, make_split(table, DataSpec(source="digits", test_fraction=0.3))
 
 
-def test_the_digest_of_a_set_without_concepts_is_what_it_always_was():
+def test_the_digest_of_a_set_without_concepts_did_not_change():
     found = ForgetSet(dataset_digest="a" * 64, split_digest="b" * 64, ids=["x", "y"], kinds=["class"], classes=[3])
     assert found.digest == "0a696c436c70381e2f4a5edbcfff3d08c5cdbade6dd941a652864e3608cd2c37"
     assert "concepts" not in json.loads(found.canonical())
     assert found.samples == found.ids
 
 
-def test_concepts_count_by_a_pseudo_id_each(data):
+def test_each_concept_counts_as_one_pseudo_id(data):
     found = resolve_forget([TWO, ONE, TWO], *data, generative=True)
     assert found.ids == sorted([ONE.pseudo_id, TWO.pseudo_id])
     assert [concept.pseudo_id for concept in found.concepts] == found.ids
@@ -54,7 +54,7 @@ def test_concepts_count_by_a_pseudo_id_each(data):
     assert resolve_forget([ONE], *data, generative=True).digest != found.digest
 
 
-def test_classes_and_concepts_go_together(data):
+def test_classes_and_concepts_can_be_combined(data):
     table, split = data
     alone = resolve_forget([ClassTarget(class_id=2)], table, split)
     assert resolve_forget([ClassTarget(class_id="class2")], table, split, generative=True) == alone
@@ -82,7 +82,7 @@ def test_what_a_diffusion_model_cannot_forget_is_refused(data, target, why):
         resolve_forget([ONE, target], *data, generative=True)
 
 
-def test_a_model_that_came_without_data_forgets_concepts_only():
+def test_a_model_without_data_forgets_concepts_only():
     found = resolve_forget([ONE], None, EMPTY, generative=True)
     assert (found.ids, found.split_digest) == ([ONE.pseudo_id], EMPTY.digest)
     require_partial(found, EMPTY)
@@ -95,7 +95,7 @@ def test_a_model_that_came_without_data_forgets_concepts_only():
         resolve_forget([ONE], None, EMPTY)
 
 
-def test_there_must_be_something_to_forget_and_something_to_keep(data):
+def test_forget_and_retain_set_must_not_be_empty(data):
     table, split = data
     with pytest.raises(DataError, match="forget set is empty"):
         require_partial(resolve_forget([], None, EMPTY, generative=True), EMPTY)
@@ -109,7 +109,7 @@ def test_there_must_be_something_to_forget_and_something_to_keep(data):
     require_partial(ForgetSet(**fields, ids=[*all_but_one, ONE.pseudo_id], concepts=[ONE]), split)
 
 
-def test_a_set_that_does_not_count_its_concepts_is_refused():
+def test_a_set_without_the_pseudo_ids_of_its_concepts_is_refused():
     fields = {"dataset_digest": "a" * 64, "split_digest": "b" * 64, "kinds": ["concept"], "concepts": [ONE]}
     with pytest.raises(UsageError, match="lacks the pseudo id"):
         parse(ForgetSet, {**fields, "ids": ["x"]}, "x")

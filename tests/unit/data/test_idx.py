@@ -39,7 +39,7 @@ def write_all(folder, train=40, test=20, packed=True, seed=0):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_both_parts_are_read_with_the_split_they_bring(tmp_path, packed):
+def test_both_parts_are_read_with_their_own_split(tmp_path, packed):
     arrays = write_all(tmp_path, packed=packed)
     data = load_data(DataSpec(source="fashion-mnist", root=str(tmp_path), validation_fraction=0.25))
     assert (len(data.split.train), len(data.split.validation), len(data.split.test)) == (30, 10, 20)
@@ -53,7 +53,7 @@ def test_both_parts_are_read_with_the_split_they_bring(tmp_path, packed):
     assert len(data.table.classes) == 10
 
 
-def test_a_file_of_known_bytes(tmp_path):
+def test_an_idx_file_of_known_bytes(tmp_path):
     for name, data in (("a", THREE), ("a.gz", gzip.compress(THREE, mtime=0))):
         (tmp_path / name).write_bytes(data)
     assert idx.read_idx(tmp_path / "a", axes=3).tolist() == [[[0, 1, 2]], [[3, 4, 5]]]
@@ -84,13 +84,13 @@ PACKED = gzip.compress(THREE, mtime=0)
         ("a.gz", PACKED + PACKED, "it holds more"),
     ],
 )
-def test_damaged_files_are_refused_in_one_line(tmp_path, name, data, why):
+def test_damaged_idx_files_are_refused(tmp_path, name, data, why):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=rf"cannot read {name}: .*{why}.*apt-get install dataset-fashion-mnist"):
         idx.read_idx(tmp_path / name, axes=3)
 
 
-def test_a_file_that_unpacks_to_far_more_than_it_promises_is_not_unpacked(tmp_path):
+def test_a_file_is_not_unpacked_beyond_the_size_in_its_header(tmp_path):
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(THREE + bytes(200 * 2**20), 1, mtime=0))
     tracemalloc.start()
     with pytest.raises(DataError, match="it holds more"):
@@ -100,7 +100,7 @@ def test_a_file_that_unpacks_to_far_more_than_it_promises_is_not_unpacked(tmp_pa
     assert peak < 2**22
 
 
-def test_the_largest_size(tmp_path, monkeypatch):
+def test_files_above_the_size_limit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(idx, "MAX_IDX_BYTES", 40)
     for name, count in (("a", 6), ("b", 25), ("c", 41)):
         (tmp_path / name).write_bytes(encode(np.zeros((count, 1, 1), dtype=np.uint8)))
@@ -115,7 +115,7 @@ def test_the_largest_size(tmp_path, monkeypatch):
     ("labels", "why"),
     [(np.zeros(39), "39 labels for 40 images"), (np.full(40, 10), "label 10, and there are 10 classes")],
 )
-def test_labels_that_do_not_fit(tmp_path, labels, why):
+def test_labels_that_do_not_fit_are_refused(tmp_path, labels, why):
     write_all(tmp_path, packed=False)
     (tmp_path / NAMES[1]).write_bytes(encode(labels.astype(np.uint8)))
     with pytest.raises(DataError, match=f"cannot read {NAMES[1]}: {why}"):
@@ -132,7 +132,7 @@ def homes(tmp_path, monkeypatch):
     return [tmp_path / name / "fashion-mnist" for name in ("system", ".salun/datasets", "named")] + [tmp_path / "root"]
 
 
-def test_the_first_folder_that_holds_all_is_read(homes):
+def test_the_first_folder_with_all_files_is_read(homes):
     for count, folder in enumerate(homes, 1):
         write_all(folder, train=count)
         root = str(folder) if folder.name == "root" else None
@@ -142,7 +142,7 @@ def test_the_first_folder_that_holds_all_is_read(homes):
     assert idx.HOMES[0] == Path(".salun/datasets")
 
 
-def test_where_it_is_nowhere_the_message_says_how_to_get_it(homes):
+def test_missing_files_are_reported_with_the_way_to_get_them(homes):
     with pytest.raises(DataError, match=r"Fashion-MNIST was not found.*apt-get install .*, or set `root`") as caught:
         load_data(load_spec("fashion-mnist"))
     assert all(str(folder) in str(caught.value) for folder in (homes[0], ".salun/datasets/fashion-mnist", homes[2]))
@@ -151,7 +151,7 @@ def test_where_it_is_nowhere_the_message_says_how_to_get_it(homes):
         load_data(DataSpec(source="fashion-mnist", root="elsewhere"))
 
 
-def test_a_spec_file_names_a_folder_beside_it(tmp_path):
+def test_paths_in_a_spec_file_are_relative_to_it(tmp_path):
     write_all(tmp_path / "clothes")
     (tmp_path / "spec.yaml").write_text(
         "source: fashion-mnist\nroot: clothes\ntrain_limit: 10\nsize: 4\nvalidation_fraction: 0\n"
@@ -162,7 +162,7 @@ def test_a_spec_file_names_a_folder_beside_it(tmp_path):
         load_spec("fashion-mnst")
 
 
-def test_the_real_data_if_they_are_here():
+def test_the_real_fashion_mnist():
     try:
         images, labels = idx.fashion_mnist(None, train=False)
     except DataError as error:
@@ -194,14 +194,14 @@ def command(folder, name, text):
     (folder / "bin" / name).chmod(0o755)
 
 
-def test_what_is_there_is_not_fetched(fetch, tmp_path):
+def test_existing_data_are_not_downloaded(fetch, tmp_path):
     command(tmp_path, "apt-get", "exit 9")
     write_all(tmp_path / "named" / "fashion-mnist")
     done = fetch("--require", SALUN_DATASETS=str(tmp_path / "named"))
     assert (done.returncode, done.stdout) == (0, f"datasets: fashion-mnist is in {tmp_path}/named/fashion-mnist\n")
 
 
-def test_what_cannot_be_fetched_is_skipped_unless_it_is_required(fetch, tmp_path):
+def test_a_failed_download_is_skipped_unless_required(fetch, tmp_path):
     command(tmp_path, "apt-get", "echo 'E: Unable to locate package' >&2; exit 100")
     done = fetch()
     assert (done.returncode, done.stderr) == (0, "")
@@ -217,7 +217,7 @@ def test_what_cannot_be_fetched_is_skipped_unless_it_is_required(fetch, tmp_path
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb, which packs and unpacks the package")
-def test_without_root_it_is_unpacked_where_the_reader_looks(fetch, tmp_path, monkeypatch):
+def test_without_root_the_package_is_unpacked_into_the_working_directory(fetch, tmp_path, monkeypatch):
     package = tmp_path / "package"
     arrays = write_all(package / "usr" / "share" / "datasets" / "fashion-mnist")
     (package / "DEBIAN").mkdir()
@@ -237,7 +237,7 @@ def test_without_root_it_is_unpacked_where_the_reader_looks(fetch, tmp_path, mon
     assert np.array_equal(idx.fashion_mnist(None, train=False)[0], arrays[NAMES[2]])
 
 
-def test_root_installs_it(fetch, tmp_path):
+def test_root_installs_the_package(fetch, tmp_path):
     write_all(tmp_path / "made" / "fashion-mnist")
     command(tmp_path, "id", "echo 0")
     command(tmp_path, "apt-get", f'[ "$1 $2" = "install -y" ] && mv {tmp_path}/made {tmp_path}/system')

@@ -20,7 +20,7 @@ def image_set(count=11, augment="none"):
     return ImageSet(pixels(count), torch.arange(count), Normalisation((0.4, 0.5, 0.6), (0.2, 0.3, 0.1)), augment, ids)
 
 
-def test_normalisation_is_that_of_the_pixels():
+def test_normalisation_is_measured_on_the_pixels():
     images = pixels(40)
     images[:, 2] = 77
     measured = Normalisation.of(images)
@@ -35,7 +35,7 @@ def test_normalisation_is_that_of_the_pixels():
     assert applied.dtype == torch.float32
 
 
-def test_crop_takes_one_window_of_the_padded_image_for_each():
+def test_each_image_is_cropped_to_its_own_window():
     images = pixels()
     cropped = random_crop(images, torch.Generator().manual_seed(3))
     offsets = torch.randint(0, 9, (2, len(images)), generator=torch.Generator().manual_seed(3))
@@ -74,7 +74,7 @@ def test_batches_have_the_bits_of_images_cropped_flipped_and_scaled_one_by_one(l
             assert torch.equal(batch[place], image)
 
 
-def test_batches_leave_the_images_as_they_are():
+def test_batches_do_not_change_the_images():
     images = image_set(40, "crop-flip")
     for layout in (torch.contiguous_format, torch.channels_last):
         stored = images.images.contiguous(memory_format=layout)
@@ -125,7 +125,7 @@ def test_shuffled_batches_cover_everything_once_and_repeat_with_their_seed():
 
 
 @pytest.mark.parametrize("augment", ["none", "crop", "crop-flip"])
-def test_augmentation_is_drawn_batch_by_batch_after_the_order(augment):
+def test_augmentation_is_drawn_per_batch_after_the_order(augment):
     images = image_set(augment=augment)
     generator = torch.Generator().manual_seed(5)
     order = torch.randperm(11, generator=generator)
@@ -141,7 +141,7 @@ def test_augmentation_is_drawn_batch_by_batch_after_the_order(augment):
         assert torch.equal(inputs, images.normalisation.apply(expected))
 
 
-def test_no_augmentation_without_a_generator_or_unasked():
+def test_no_augmentation_without_generator_or_by_default():
     images = image_set(augment="crop-flip")
     plain = torch.cat([inputs for inputs, _ in images.batches(4)])
     assert torch.equal(torch.cat([inputs for inputs, _ in images.batches(4, augment=True)]), plain)
@@ -150,7 +150,7 @@ def test_no_augmentation_without_a_generator_or_unasked():
     assert torch.equal(shuffled, plain[order])
 
 
-def test_selecting_relabelling_and_joining_keep_what_belongs_together():
+def test_selecting_relabelling_and_joining_keep_rows_aligned():
     images = image_set(augment="crop")
     some = images.select([7, 2])
     assert (list(some.ids), some.labels.tolist(), some.augment) == (["id7", "id2"], [7, 2], "crop")
@@ -165,7 +165,7 @@ def test_selecting_relabelling_and_joining_keep_what_belongs_together():
     assert some.to("cpu").labels.tolist() == [7, 2]
 
 
-def test_sets_of_other_kinds_are_not_joined():
+def test_sets_of_different_kinds_cannot_be_joined():
     images = image_set()
     others = [
         ImageSet(images.images.float(), images.labels, images.normalisation),
@@ -177,7 +177,7 @@ def test_sets_of_other_kinds_are_not_joined():
             images.joined(other)
 
 
-def test_pairs_and_data_sets_are_taken_as_normalised():
+def test_pairs_and_data_sets_count_as_normalised():
     floats, labels = torch.randn(5, 1, 4, 4), torch.tensor([0, 1, 0, 1, 1], dtype=torch.int32)
     for given in ((floats, labels), TensorDataset(floats, labels)):
         taken = ImageSet.of(given)

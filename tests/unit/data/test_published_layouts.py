@@ -77,7 +77,7 @@ def check_same_pixels(data, part, array):
 
 
 @pytest.mark.parametrize(("name", "classes"), [("CIFAR10", 10), ("CIFAR100", 100)])
-def test_cifar_as_torchvision_lays_it_out(monkeypatch, tmp_path, name, classes):
+def test_cifar_in_the_layout_of_torchvision(monkeypatch, tmp_path, name, classes):
     labels = [index * 7 % classes for index in range(20)]
     train, test = cifar(monkeypatch, tmp_path, name, labels, [classes - 1, 0, 1, 2, 3])
     (tmp_path / "spec.yaml").write_text(f"source: torchvision:{name}\nroot: .\nvalidation_fraction: 0\n")
@@ -88,7 +88,7 @@ def test_cifar_as_torchvision_lays_it_out(monkeypatch, tmp_path, name, classes):
     check_same_pixels(data, "test", test)
 
 
-def test_svhn_as_torchvision_lays_it_out(monkeypatch, tmp_path):
+def test_svhn_in_the_layout_of_torchvision(monkeypatch, tmp_path):
     train, test = svhn(monkeypatch, tmp_path, [10, 1, 9, 10, 3], [2, 10])
     spec = DataSpec(source="torchvision:SVHN", root=str(tmp_path), validation_fraction=0.0)
     data = load_data(spec)
@@ -98,7 +98,7 @@ def test_svhn_as_torchvision_lays_it_out(monkeypatch, tmp_path):
     check_same_pixels(data, "test", test)
 
 
-def test_svhn_labels_that_are_no_digit_are_refused(monkeypatch, tmp_path):
+def test_svhn_labels_that_are_not_digits_are_refused(monkeypatch, tmp_path):
     svhn(monkeypatch, tmp_path, [1, 2, 3], [1])
     labels = {"X": pixels(3).transpose(1, 2, 3, 0), "y": np.array([[1], [2], [11]], dtype=np.uint8)}
     scipy.io.savemat(tmp_path / "train_32x32.mat", labels)
@@ -110,7 +110,7 @@ def test_svhn_labels_that_are_no_digit_are_refused(monkeypatch, tmp_path):
         load_data(DataSpec(source="torchvision:SVHN", root=str(tmp_path)))
 
 
-def test_a_damaged_file_is_told_from_its_checksum(monkeypatch, tmp_path):
+def test_a_damaged_file_is_found_by_its_checksum(monkeypatch, tmp_path):
     cifar(monkeypatch, tmp_path, "CIFAR10", list(range(10)), [0])
     with (tmp_path / "cifar-10-batches-py" / "data_batch_3").open("ab") as file:
         file.write(b"x")
@@ -120,13 +120,13 @@ def test_a_damaged_file_is_told_from_its_checksum(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 100], [0, -1, 1], [0, 1.5, 1], [0, None, 1]])
-def test_cifar_labels_that_are_no_class_are_refused(monkeypatch, tmp_path, labels):
+def test_cifar_labels_outside_the_classes_are_refused(monkeypatch, tmp_path, labels):
     cifar(monkeypatch, tmp_path, "CIFAR100", labels, [0])
     with pytest.raises(DataError, match="CIFAR100"):
         load_data(DataSpec(source="torchvision:CIFAR100", root=str(tmp_path)))
 
 
-def test_arrays_give_what_the_rows_give(monkeypatch, tmp_path):
+def test_arrays_give_the_same_as_rows(monkeypatch, tmp_path):
     cifar(monkeypatch, tmp_path, "CIFAR10", [*range(10)], [5])
     svhn(monkeypatch, tmp_path, [10, 1, 2], [5])
     rows = {
@@ -140,7 +140,7 @@ def test_arrays_give_what_the_rows_give(monkeypatch, tmp_path):
         assert all(np.array_equal(*pair) for pair in zip(table.payloads, images, strict=True))
 
 
-def test_arrays_that_the_rows_change_are_not_taken(monkeypatch, tmp_path):
+def test_arrays_that_differ_from_the_rows_are_not_used(monkeypatch, tmp_path):
     cifar(monkeypatch, tmp_path, "CIFAR10", [*range(10)], [5])
     monkeypatch.setattr(
         torchvision.datasets.CIFAR10, "__getitem__", lambda rows, index: (Image.fromarray(255 - rows.data[index]), 3)
@@ -228,7 +228,7 @@ def hub(path, image, label, names, labels, seed=0, **columns):
 
 
 @pytest.mark.parametrize("held_out", ["test", "valid", "validation"])
-def test_cifar10_as_the_hub_keeps_it(tmp_path, held_out):
+def test_cifar10_in_the_layout_of_the_hub(tmp_path, held_out):
     hub(tmp_path / "train-00000-of-00002.parquet", "img", "label", ["cat", "dog"], [0, 1, 1])
     hub(tmp_path / "train-00001-of-00002.parquet", "img", "label", ["cat", "dog"], [1], seed=1)
     hub(tmp_path / f"{held_out}-00000-of-00001-a1b2.parquet", "img", "label", ["cat", "dog"], [1, 0], seed=2)
@@ -239,7 +239,7 @@ def test_cifar10_as_the_hub_keeps_it(tmp_path, held_out):
     check_same_pixels(data, "test", pixels(2, seed=2))
 
 
-def test_cifar100_as_the_hub_keeps_it(tmp_path):
+def test_cifar100_in_the_layout_of_the_hub(tmp_path):
     names = [f"fine{index}" for index in range(100)]
     hub(tmp_path / "train.parquet", "img", "fine_label", names, [99, 0], coarse_label=[3, 1])
     hub(tmp_path / "test.parquet", "img", "fine_label", names, [50], seed=1, coarse_label=[3])
@@ -252,7 +252,7 @@ def test_cifar100_as_the_hub_keeps_it(tmp_path):
         load_data(DataSpec(source=str(tmp_path), label_column="coarse"))
 
 
-def test_a_source_that_is_split_is_the_same_however_it_is_named(tmp_path):
+def test_a_split_source_is_the_same_under_every_spec(tmp_path):
     for part, count in (("train", 4), ("val", 2)):
         for index in range(count):
             path = tmp_path / "set" / part / "ab"[index % 2] / f"{index}.png"
@@ -279,13 +279,13 @@ def test_two_test_sets_are_refused(tmp_path):
         load_data(DataSpec(source=str(folder), test_source=str(folder)))
 
 
-def test_a_part_without_labels_is_told(tmp_path):
+def test_a_part_without_labels_is_refused(tmp_path):
     hub(tmp_path / "test.parquet", "image", "label", ["cat", "dog"], [-1, -1])
     with pytest.raises(DataError, match="row 0 with label -1. To fix it: give a part of the data that has labels"):
         load_data(load_spec(str(tmp_path / "test.parquet")))
 
 
-def test_the_specs_of_the_documentation_are_specs(tmp_path):
+def test_the_specs_in_the_documentation_are_valid(tmp_path):
     page = Path(__file__).resolve().parents[3] / "docs" / "how-to" / "data-and-models.md"
     specs = re.findall(r"`(source: [^|]+)` \|", page.read_text())
     assert len(specs) == 8

@@ -53,7 +53,7 @@ def folder_of(root, layout):
     return root
 
 
-def test_digits_are_there_without_a_download():
+def test_digits_need_no_download():
     data = load_data(DataSpec(source="digits"))
     assert len(data.table) == 1797
     assert data.table.classes == [str(index) for index in range(10)]
@@ -78,7 +78,7 @@ def idx(array):
     return struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-def test_torchvision_data_that_lie_on_disk(tmp_path):
+def test_torchvision_data_on_disk_are_read(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -93,13 +93,13 @@ def test_torchvision_data_that_lie_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "SVHN", "CocoDetection", "VOCDetection", "CelebA", "ImageFolder"])
-def test_torchvision_data_that_are_not_there_are_not_downloaded(tmp_path, name):
+def test_missing_torchvision_data_are_not_downloaded(tmp_path, name):
     with pytest.raises(DataError, match="cannot read torchvision's"):
         load_data(DataSpec(source=f"torchvision:{name}", root=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_torchvision_name_is_met_with_the_nearest():
+def test_an_unknown_torchvision_name_gets_a_suggestion():
     with pytest.raises(UsageError, match="did you mean 'CIFAR10'"):
         load_data(DataSpec(source="torchvision:CIFAR11"))
 
@@ -113,7 +113,7 @@ def test_a_folder_of_class_folders(tmp_path):
     assert list(read(tmp_path, classes=["dog", "cat"]).labels) == [0, 1, 1]
 
 
-def test_folders_that_are_no_data_set(tmp_path):
+def test_folders_that_are_not_data_sets_are_refused(tmp_path):
     with pytest.raises(DataError, match="no class folders"):
         read(tmp_path)
     (tmp_path / "cat").mkdir()
@@ -126,7 +126,7 @@ def test_folders_that_are_no_data_set(tmp_path):
         read(tmp_path / "absent")
 
 
-def test_an_image_file_of_absurd_size_is_refused(tmp_path):
+def test_an_image_file_above_the_size_limit_is_refused(tmp_path):
     folder_of(tmp_path, {"cat/1.png": "red"})
     with (tmp_path / "cat" / "1.png").open("r+b") as file:
         file.truncate(65 * 1024 * 1024)
@@ -146,7 +146,7 @@ def test_parquet_in_the_hugging_face_layout(tmp_path):
 
 
 @pytest.mark.parametrize("metadata", [{}, {"info": None}, {"info": {"features": {"label": {"names": None}}}}, [1], "x"])
-def test_other_metadata_in_the_schema_are_passed_over(tmp_path, metadata):
+def test_other_metadata_in_the_schema_are_ignored(tmp_path, metadata):
     assert read(write_parquet(tmp_path / "a.parquet", [0, 2], metadata=metadata)).classes == ["0", "1", "2"]
 
 
@@ -172,7 +172,7 @@ def test_parquet_with_other_column_names_and_subjects(tmp_path):
         read(path, image_column="picture", label_column="kind", subject_column="whoo")
 
 
-def test_a_folder_of_parquet_files_with_classes_beside(tmp_path):
+def test_a_folder_of_parquet_files_with_class_names_in_a_file(tmp_path):
     write_parquet(tmp_path / "0.parquet", [0, 1])
     write_parquet(tmp_path / "1.parquet", [2])
     (tmp_path / "classes.json").write_text('["a", "b", "c"]')
@@ -216,7 +216,7 @@ def test_images_that_are_only_paths_are_refused(tmp_path):
         read(write_parquet(tmp_path / "b.parquet", [0, 1], [b"", b""]))
 
 
-def test_images_may_be_plain_bytes(tmp_path):
+def test_images_can_be_plain_bytes(tmp_path):
     table = read(write_parquet(tmp_path / "a.parquet", [0, 1], [png("red"), png("blue")]))
     assert list(table.ids) == ["000000", "000001"]
 
@@ -233,7 +233,7 @@ def test_damaged_parquet_is_refused(tmp_path):
 METADATA = "file_name,person\ncat/1.png,ann\ndog/1.png,\n"
 
 
-def test_subjects_from_a_table_beside_a_folder(tmp_path):
+def test_subjects_come_from_a_metadata_table(tmp_path):
     folder = folder_of(tmp_path / "images", {"cat/1.png": "red", "cat/2.png": "red", "dog/1.png": "red"})
     (tmp_path / "people.csv").write_text(METADATA)
     table = read(folder, metadata=str(tmp_path / "people.csv"), subject_column="person")
@@ -311,7 +311,7 @@ def test_resizing_keeps_the_middle():
     assert int(image.min()) > 150
 
 
-def test_channels_follow_the_first_image_or_the_spec():
+def test_channels_are_those_of_the_spec_or_the_first_image():
     grey, colour = png(128, mode="L"), png((10, 20, 30))
     assert decode([grey, colour], ["a", "b"], None, None).shape[1] == 1
     assert decode([colour, grey], ["a", "b"], None, None)[1].unique().tolist() == [128]
@@ -340,7 +340,7 @@ def test_classes_in_another_order_are_refused():
         left.joined(right)
 
 
-def test_a_builtin_may_be_the_test_source_of_a_folder(tmp_path):
+def test_a_builtin_can_be_the_test_source_of_a_folder(tmp_path):
     rng = np.random.default_rng(0)
     for index in range(20):
         path = tmp_path / str(index % 10) / f"{index}.png"
@@ -350,7 +350,7 @@ def test_a_builtin_may_be_the_test_source_of_a_folder(tmp_path):
     assert (len(data.split.train), len(data.split.test)) == (20, 1797)
 
 
-def test_specs_from_what_the_command_line_gives(tmp_path, monkeypatch):
+def test_specs_from_command_line_values(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_parquet(tmp_path / "set" / "train.parquet", [0, 1])
     write_parquet(tmp_path / "set" / "val.parquet", [0, 1])
@@ -371,7 +371,7 @@ def test_specs_from_what_the_command_line_gives(tmp_path, monkeypatch):
     assert load_spec("parts").test_source == str(tmp_path / "parts" / "test")
 
 
-def test_specs_with_faults(tmp_path, monkeypatch):
+def test_specs_with_faults_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="did you mean 'digits'"):
         load_spec("digit")

@@ -43,7 +43,7 @@ def people():
         ClassTarget(class_id="class2"),
     ],
 )
-def test_the_data_find_again_what_was_named(people, target):
+def test_hashes_of_a_redacted_target_find_the_samples(people, target):
     before, left = resolve_forget([target], *people), redact(target, SALT)
     assert resolve_forget([left], *people) == before
     again = parse_target(json.loads(left.model_dump_json(exclude_none=True)), "batch")
@@ -51,7 +51,7 @@ def test_the_data_find_again_what_was_named(people, target):
     assert (left.of, left.kind) == (target.kind, "redacted")
 
 
-def test_it_keeps_to_its_data_set_and_does_not_miss_what_is_gone(people):
+def test_a_redacted_target_is_bound_to_its_data_set_and_ignores_missing_samples(people):
     target = SamplesTarget(ids=["img-3", "gone"], dataset_digest=people[1].dataset_digest)
     found = resolve_forget([redact(target, SALT)], *people)
     assert found.ids == sorted({"img-3"} & people[1].train.keys())
@@ -70,19 +70,19 @@ def test_it_keeps_to_its_data_set_and_does_not_miss_what_is_gone(people):
         redact(CONCEPT, SALT),
     ],
 )
-def test_what_kept_no_hashes_must_be_filed_again(people, left):
+def test_a_target_without_hashes_cannot_be_resolved(people, left):
     with pytest.raises(UsageError, match="file it again"):
         resolve_forget([left], *people)
 
 
-def test_the_ids_of_a_manifest_may_be_given(people):
+def test_ids_of_a_manifest_are_hashed(people):
     manifest = SamplesTarget(manifest_uri="s3://b/k", sha256="0" * 64)
     left = redact(manifest, SALT, ids=["img-7", "img-3"])
     assert resolve_forget([left], *people) == resolve_forget([SamplesTarget(ids=["img-7", "img-3"])], *people)
     assert left.count == 0
 
 
-def test_no_name_is_left_and_redacting_goes_one_way():
+def test_redacting_removes_names_and_cannot_be_undone():
     for target in (SamplesTarget(ids=["ann", "bob"]), SubjectTarget(subject_ref="ann")):
         left, other = redact(target, SALT), redact(target, SALT[::-1])
         assert "ann" not in left.model_dump_json()

@@ -44,7 +44,7 @@ def by_class(table, ids):
     validation=st.floats(0.0, 0.5),
     seed=st.integers(0, 5),
 )
-def test_splits_are_disjoint_whole_stratified_and_repeatable(labels, test, validation, seed):
+def test_splits_are_disjoint_complete_stratified_and_repeatable(labels, test, validation, seed):
     table = table_of(labels, classes=5)
     settings_ = spec(test_fraction=test, validation_fraction=validation, split_seed=seed)
     try:
@@ -71,7 +71,7 @@ def test_another_seed_gives_another_split():
     assert make_split(table, spec(split_seed=1)).digest != make_split(table, spec(split_seed=2)).digest
 
 
-def test_rows_that_come_in_another_order_give_the_same_data_set():
+def test_the_order_of_rows_does_not_change_the_data_set():
     table = table_of([0, 1, 2, 0])
     order = [2, 0, 3, 1]
     shuffled = Table(
@@ -94,7 +94,7 @@ def test_limits_draw_by_class():
     }
 
 
-def test_splits_that_leave_nothing_are_refused():
+def test_empty_splits_are_refused():
     with pytest.raises(DataError, match="no training or no test"):
         make_split(table_of([0, 1]), spec(test_fraction=0.1))
     with pytest.raises(DataError, match="no training or no test"):
@@ -120,14 +120,14 @@ def test_the_digest_is_the_same_in_another_process():
     assert printed == [here.split.digest, here.table.digest]
 
 
-def test_a_manifest_survives_a_file(tmp_path):
+def test_a_manifest_is_unchanged_after_a_round_trip(tmp_path):
     split = make_split(table_of([0, 1] * 20), spec())
     again = SplitManifest.model_validate_json(json.dumps(split.model_dump(mode="json")))
     assert again == split
     assert again.digest == split.digest
 
 
-def test_any_stretch_of_a_split_is_a_fair_draw():
+def test_any_part_of_a_split_is_a_random_sample():
     split = make_split(table_of([0] * 300 + [1] * 300), spec(test_fraction=0.2))
     ids = split.ids("train")
     assert sorted(ids) == sorted(split.train)
@@ -149,7 +149,7 @@ def test_changed_and_missing_rows_are_caught():
     split.check(more)  # data that came later do not matter
 
 
-def test_loading_checks_the_split_that_is_given():
+def test_loading_checks_the_split():
     data = load_data(DataSpec(source="digits"))
     assert load_data(DataSpec(source="digits"), data.split).split is data.split
     other = data.split.model_copy(update={"train": {**data.split.train, "absent": "0" * 64}})
@@ -170,7 +170,7 @@ def resolve(people, *targets):
     return resolve_forget([parse_target(target, "here") for target in targets], *people)
 
 
-def test_samples_resolve_to_those_that_were_trained_on(people):
+def test_samples_resolve_to_training_samples(people):
     table, split = people
     trained, tested = sorted(split.train)[:3], sorted(split.test)[:2]
     found = resolve(people, {"kind": "samples", "ids": [*tested, *reversed(trained), trained[0]]})
@@ -248,12 +248,12 @@ def test_targets_that_do_not_fit_the_data_are_refused(people, target, error, why
         ({"kind": "class", "class_id": 1, "klass": 2}, "unknown key"),
     ],
 )
-def test_faults_of_a_target_are_named(target, why):
+def test_invalid_targets_are_refused(target, why):
     with pytest.raises(UsageError, match=why):
         parse_target(target, "target.yaml")
 
 
-def test_targets_come_from_files(tmp_path):
+def test_targets_are_read_from_files(tmp_path):
     one, many = tmp_path / "one.yaml", tmp_path / "many.json"
     one.write_text("kind: class\nclass_id: 3\n")
     many.write_text(json.dumps([{"kind": "class", "class_id": 3}, {"kind": "samples", "ids": ["a"]}]))
@@ -263,7 +263,7 @@ def test_targets_come_from_files(tmp_path):
         read_targets(tmp_path / "absent.yaml")
 
 
-def test_nothing_and_everything_cannot_be_forgotten(people):
+def test_forgetting_nothing_or_everything_is_refused(people):
     table, split = people
     with pytest.raises(DataError, match="forget set is empty"):
         require_partial(resolve(people, {"kind": "samples", "ids": sorted(split.test)[:2]}), split)
@@ -272,7 +272,7 @@ def test_nothing_and_everything_cannot_be_forgotten(people):
     require_partial(resolve(people, {"kind": "samples", "ids": sorted(split.train)[:2]}), split)
 
 
-def test_a_forget_set_parts_the_training_images():
+def test_a_forget_set_splits_the_training_images():
     data = load_data(DataSpec(source="digits"))
     train = data.images("train")
     found = resolve_forget([parse_target({"kind": "class", "class_id": 7}, "x")], data.table, data.split)

@@ -36,13 +36,13 @@ def test_a_concept_has_prompts_an_anchor_and_a_number_of_images():
         ({"neighbors": ["kite"]}, "did you mean 'neighbours'"),
     ],
 )
-def test_a_concept_that_cannot_be_is_refused_and_its_prompts_are_not_repeated(changes, why):
+def test_invalid_concepts_are_refused_without_quoting_their_prompts(changes, why):
     with pytest.raises(UsageError, match=why) as refused:
         parse_target({**CONCEPT, **changes}, "x")
     assert not [word for word in ("arachute", "diving", "bird", "tra") if word in str(refused.value).lower()]
 
 
-def test_its_pseudo_id_is_the_digest_of_all_that_it_says():
+def test_the_pseudo_id_of_a_concept_is_a_digest_of_its_content():
     document = {**CONCEPT, "images": 64, "neighbours": []}
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     expected = f"concept/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -56,7 +56,7 @@ _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 
 
 @given(st.lists(_TEXT, min_size=1, max_size=4), _TEXT, st.lists(_TEXT, max_size=3))
-def test_an_accepted_concept_reads_back_and_is_distinct(prompts, anchor, neighbours):
+def test_a_valid_concept_is_unchanged_after_a_round_trip(prompts, anchor, neighbours):
     try:
         found = parse_target({**CONCEPT, "prompts": prompts, "anchor_prompt": anchor, "neighbours": neighbours}, "x")
     except UsageError:
@@ -68,6 +68,6 @@ def test_an_accepted_concept_reads_back_and_is_distinct(prompts, anchor, neighbo
     assert parse_target(json.loads(found.model_dump_json()), "x").pseudo_id == found.pseudo_id
 
 
-def test_only_the_number_of_its_prompts_is_kept():
+def test_redaction_keeps_only_the_number_of_prompts():
     left = redact(ConceptTarget.model_validate({**CONCEPT, "neighbours": ["kite"]}), "0" * 32)
     assert (left.of, left.count, left.hashes, left.salt) == ("concept", 2, [], None)

@@ -37,7 +37,7 @@ def test_bad_tables_are_refused(names, rows):
         ConditionTable(names, rows)
 
 
-def test_own_tokens_are_those_named_or_all_but_the_first():
+def test_tokens_of_a_concept_default_to_all_but_the_first():
     marks = text_table(tokens=[[2], [1, 3], [], []]).own_tokens()
     assert [row.nonzero()[:, 0].tolist() for row in marks] == [[2], [1, 3], [1, 2, 3, 4], [1, 2, 3, 4]]
     assert torch.equal(text_table().own_tokens(), torch.arange(LENGTH).expand(4, LENGTH) > 0)

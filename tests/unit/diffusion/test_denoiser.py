@@ -12,7 +12,7 @@ diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.mark.parametrize("kind", ["text", "class", "flow"])
-def test_every_network_predicts_what_it_is_shown_in_the_shape_of_it(kind):
+def test_every_network_predicts_in_the_shape_of_its_input(kind):
     denoiser, task = lab(kind)
     batch, _ = batches(denoiser, task)
     with torch.no_grad():
@@ -22,7 +22,7 @@ def test_every_network_predicts_what_it_is_shown_in_the_shape_of_it(kind):
     assert not torch.equal(found, other)  # it listens to what it is told
 
 
-def test_a_learned_variance_is_cut_off():
+def test_a_learned_variance_is_dropped():
     denoiser = pixart()
     batch, _ = batches(denoiser, digits_sets(text_table()))
     with torch.no_grad():
@@ -30,7 +30,7 @@ def test_a_learned_variance_is_cut_off():
     assert found.shape[1] == 1
 
 
-def test_the_network_is_asked_as_diffusers_asks_it():
+def test_the_network_is_called_as_in_diffusers():
     denoiser, task = lab("text")
     batch, _ = batches(denoiser, task)
     told = task.table.take(batch.condition)
@@ -51,7 +51,7 @@ def test_selections_of_a_text_network():
     assert len(cross) == 4 * 5  # four layers: three projections, an output with its bias
 
 
-def test_selections_of_a_network_that_is_told_classes():
+def test_selections_of_a_class_conditional_network():
     denoiser = class_unet()
     attention = {name for name, _ in denoiser.network.named_parameters() if ".attentions." in name}
     assert set(denoiser.selected("selfattn")) == attention

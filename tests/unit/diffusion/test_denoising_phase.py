@@ -32,7 +32,7 @@ def test_a_phase_has_its_size():
     assert found.device.type == "cpu"
 
 
-def test_several_processes_share_what_one_would_take():
+def test_several_processes_share_the_batch_of_one():
     found, network = phase("salun"), lab("class")[0].network
     with torch.no_grad():
         alone = [float(step.loss(network)) for step in drawn(found)]
@@ -49,7 +49,7 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         drawn(phase(), ProcessGroup(0, 3))
 
 
-def test_a_method_that_reads_no_forget_examples_sees_none():
+def test_a_method_without_forget_loss_gets_no_forget_examples():
     seen = []
 
     def loss(context, forget, retain):
@@ -62,7 +62,7 @@ def test_a_method_that_reads_no_forget_examples_sees_none():
     assert seen == [(0, 8), (8, 8)]
 
 
-def test_the_loss_is_of_the_model_that_is_handed_over():
+def test_the_loss_is_of_the_given_model():
     context = context_of()
     other, _ = lab("class")
     for weight in other.network.parameters():

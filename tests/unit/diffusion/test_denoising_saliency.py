@@ -38,7 +38,7 @@ def test_scores_are_the_gradient_of_the_mean_over_the_forget_set(kind):
         assert torch.allclose(scores[name], wanted, atol=1e-6), name
 
 
-def test_a_short_last_batch_weighs_no_more():
+def test_a_short_last_batch_has_no_larger_weight():
     denoiser, sets = lab("class")
     times = config(saliency_passes=1)
     whole = denoising_scores(denoiser, replace(sets, forget=sets.forget.select(range(15))), times)
@@ -48,7 +48,7 @@ def test_a_short_last_batch_weighs_no_more():
     assert 0.5 < ratio < 2  # other noise, the same scale: a mean over samples, not a sum over batches
 
 
-def test_scoring_leaves_the_network_as_it_was():
+def test_scoring_does_not_change_the_network():
     denoiser, sets = lab("text")
     before = {name: value.clone() for name, value in denoiser.network.state_dict().items()}
     denoising_scores(denoiser, sets, config(saliency_passes=2, saliency_times="stratified"))
@@ -64,7 +64,7 @@ def test_scores_are_the_same_each_time_and_depend_on_the_seed():
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_stratified_times_fall_one_into_each_stretch():
+def test_stratified_times_fall_one_into_each_interval():
     from salun_core.methods.diffusion.saliency import _times
 
     times = _times(1000, 40, config(saliency_times="stratified"), torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def test_a_mask_covers_the_selected_part_and_freezes_the_rest():
             assert bool((scores[name][mask.tensor(name)] >= ranked[mask.k - 1]).all())
 
 
-def test_controls_are_as_large_as_the_mask():
+def test_controls_have_the_size_of_the_mask():
     denoiser, _ = lab("text")
     chosen = config(selection="xattn")
     every, drawn = selection_mask(denoiser, chosen), random_denoiser_mask(denoiser, chosen, 0.5, seed=1)

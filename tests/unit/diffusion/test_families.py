@@ -2,8 +2,8 @@
 
 import pytest
 
-pytest.importorskip("diffusers", reason="the extra `generation` is not installed")
-pytest.importorskip("transformers", reason="the extra `generation` is not installed")
+pytest.importorskip("diffusers", reason="the `diffusion` extra is not installed")
+pytest.importorskip("transformers", reason="the `diffusion` extra is not installed")
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def _images(channels):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_goes_the_whole_way(folders, name):
+def test_every_family_encodes_trains_and_generates(folders, name):
     loaded = load_diffusion(folders[name])
     family = family_of(loaded)
     assert loaded.card.task == ("class-conditional" if name in CLASS_TOLD else "text-to-image")
@@ -49,7 +49,7 @@ def test_every_family_goes_the_whole_way(folders, name):
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
-def test_conditions_are_those_of_the_pipeline_itself(folders, name):
+def test_conditions_equal_those_of_the_pipeline(folders, name):
     """The pipeline that the folder was saved from, asked prompt by prompt."""
     import diffusers
 
@@ -69,7 +69,7 @@ def test_conditions_are_those_of_the_pipeline_itself(folders, name):
         torch.testing.assert_close(pooled[2:3], every[3])
 
 
-def test_classes_are_rows_by_their_own_ids(folders):
+def test_rows_of_classes_have_their_ids(folders):
     family = family_of(load_diffusion(folders["ddpm"]))
     table = family.conditions(["two", "zero", "two"])
     assert table.rows["class_labels"].tolist() == [2, 0, 3]

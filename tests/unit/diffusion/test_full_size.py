@@ -218,6 +218,6 @@ def test_a_small_one_can_be_built_with_weights():
     assert bool(found.isfinite().all())
 
 
-def test_an_unknown_name_gets_the_nearest():
+def test_an_unknown_name_gets_a_suggestion():
     with pytest.raises(UsageError, match="sd-1.4-unet"):
         build_architecture("sd-1.4-unett")

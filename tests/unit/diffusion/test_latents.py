@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("diffusers", reason="the extra `generation` is not installed")
+pytest.importorskip("diffusers", reason="the `diffusion` extra is not installed")
 
 import torch
 
@@ -53,7 +53,7 @@ def test_decoder_undoes_the_scaling(autoencoder, images):
     assert int((found.int() - wanted.int()).abs().max()) <= 1
 
 
-def test_half_precision_is_encoded_in_float32_and_kept(autoencoder, images):
+def test_half_precision_is_encoded_in_float32_and_restored(autoencoder, images):
     mean, _ = latents_of(autoencoder.half(), images)
     assert (mean.dtype, autoencoder.dtype) == (torch.float32, torch.float16)
 

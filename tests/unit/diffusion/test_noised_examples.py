@@ -29,7 +29,7 @@ def test_a_batch_is_the_scaled_sum_of_latent_and_noise():
     assert torch.allclose(batch.noisy, signal * clean + sigma * noise)
 
 
-def test_given_times_are_kept_and_exact_latents_need_no_draw():
+def test_given_times_are_used_and_exact_latents_are_not_sampled():
     found, process = examples(), text_unet().process
     times = torch.tensor([0, 10, 20, 30, 40])
     batch = noised(found, process, torch.Generator().manual_seed(3), times)
@@ -37,7 +37,7 @@ def test_given_times_are_kept_and_exact_latents_need_no_draw():
     assert torch.equal(batch.target, torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(3)))
 
 
-def test_each_example_comes_once_before_any_comes_again():
+def test_each_example_occurs_once_before_any_repeats():
     order = torch.cat(list(islice(endless(5, 3, torch.Generator().manual_seed(0)), 10)))
     passes = order.view(6, 5)
     assert all(sorted(part.tolist()) == list(range(5)) for part in passes)
@@ -59,7 +59,7 @@ def test_selecting_and_joining_keep_what_belongs_together():
     assert first.joined(examples(2)).pseudo is None
 
 
-def test_what_does_not_fit_is_refused():
+def test_sets_that_do_not_fit_are_refused():
     with pytest.raises(DataError, match="differ in number"):
         Examples(torch.zeros(2, *SHAPE), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ModelError, match="latents are not finite"):

@@ -45,7 +45,7 @@ def test_denoising_is_the_mean_squared_error_over_every_element(kind):
 
 
 @pytest.mark.parametrize("kind", ["text", "class", "flow"])
-def test_relabelling_follows_the_network_s_own_answer_for_the_other_condition(kind):
+def test_the_target_of_random_labelling_is_the_prediction_under_the_other_condition(kind):
     denoiser, sets = lab(kind)
     forget, retain = batches(denoiser, sets)
     wanted = ask(denoiser, forget, sets.table, torch.ones(6, dtype=torch.int64))
@@ -55,7 +55,7 @@ def test_relabelling_follows_the_network_s_own_answer_for_the_other_condition(ki
     assert value(relabel_loss(context(denoiser, sets, alpha=2.5), forget, retain)) == pytest.approx(by_hand, rel=1e-4)
 
 
-def test_no_gradient_flows_into_what_is_wanted():
+def test_no_gradient_flows_into_the_target():
     denoiser, sets = lab("text")
     forget, retain = batches(denoiser, sets)
     relabel_loss(context(denoiser, sets, alpha=2.5), forget, retain).backward()
@@ -68,7 +68,7 @@ def test_no_gradient_flows_into_what_is_wanted():
         assert torch.allclose(mine.grad, other.grad, atol=1e-6)
 
 
-def test_the_reference_s_alpha_counts_pixels():
+def test_alpha_of_the_reference_is_scaled_by_the_pixels():
     images = Examples(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64))
     sets = ExampleSets(images, images, ConditionTable(["a"], {"class_labels": torch.arange(1)}), pixels=True)
     denoiser, _ = lab("class")
@@ -78,7 +78,7 @@ def test_the_reference_s_alpha_counts_pixels():
     assert retain_weight(context(denoiser, replace(sets, pixels=False), **reference)) == pytest.approx(1e-3)
 
 
-def test_the_reference_s_mixed_reductions_are_its_alpha_times_the_pixels():
+def test_mixed_reductions_of_the_reference_equal_alpha_times_the_pixels():
     denoiser, sets = lab("class")
     forget, retain = batches(denoiser, sets)
     error = ask(denoiser, retain, sets.table, retain.condition) - retain.target.double().numpy()
@@ -98,7 +98,7 @@ def test_alpha_zero_is_refused_unless_forced(method):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, -1.0])
-def test_guidance_goes_from_the_null_condition_through_the_condition(scale):
+def test_guidance_extrapolates_from_the_null_condition(scale):
     denoiser, sets = lab("text")
     batch, _ = batches(denoiser, sets)
     free = ask(denoiser, batch, sets.table, torch.full((6,), NULL))

@@ -50,7 +50,7 @@ def test_a_flow_is_a_straight_line_at_diffusers_own_times(shift):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow"])
-def test_the_target_tells_the_clean_sample_and_the_noise(prediction):
+def test_clean_sample_and_noise_follow_from_the_target(prediction):
     process = of(prediction)
     noisy, target = process.noisy(CLEAN, NOISE, TIMES), process.target(CLEAN, NOISE, TIMES)
     clear = slice(0, 5)  # at the last time a clean sample is divided by 0.006

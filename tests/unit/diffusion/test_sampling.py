@@ -54,7 +54,7 @@ def test_flows_are_sampled_by_euler_steps():
     assert torch.allclose(found, current, atol=1e-5)
 
 
-def test_an_image_depends_on_its_seed_alone():
+def test_an_image_depends_on_its_seed_only():
     denoiser, table = class_unet(), class_table()
     rows, seeds = [0, 1, 2, 0, 1], [1, 2, 3, 4, 5]
     together = torch.cat(list(samples(denoiser, table, ddim(), rows, seeds)))

@@ -2,8 +2,8 @@
 
 import pytest
 
-pytest.importorskip("diffusers", reason="the extra `generation` is not installed")
-pytest.importorskip("transformers", reason="the extra `generation` is not installed")
+pytest.importorskip("diffusers", reason="the `diffusion` extra is not installed")
+pytest.importorskip("transformers", reason="the `diffusion` extra is not installed")
 
 import torch
 
@@ -34,7 +34,7 @@ def _counted(loaded):
     return calls
 
 
-def test_each_prompt_is_encoded_once_however_often_it_occurs(loaded):
+def test_repeated_prompts_are_encoded_once(loaded):
     calls = _counted(loaded)
     table = encode_prompts(loaded.components, PROMPTS * 20, SIDE, SIDE)
     assert list(table.names) == [*PROMPTS, ""]
@@ -47,14 +47,14 @@ def test_empty_prompts_are_refused(loaded, prompts):
         encode_prompts(loaded.components, prompts, SIDE, SIDE)
 
 
-def test_prompt_that_is_cut_off_is_said(loaded, capsys):
+def test_truncated_prompts_are_logged(loaded, capsys):
     long = " ".join(["image"] * LENGTH)
     assert truncated_prompts(loaded.components, [*PROMPTS, long]) == [long]
     encode_prompts(loaded.components, [long], SIDE, SIDE)
     assert "cut off" in capsys.readouterr().err
 
 
-def test_embeddings_are_remembered_and_verified(loaded, tmp_path, monkeypatch):
+def test_embeddings_are_cached_and_verified(loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("SALUN_CACHE_DIR", str(tmp_path))
     family, calls = family_of(loaded), _counted(loaded)
     first = family.conditions(PROMPTS)
@@ -70,7 +70,7 @@ def test_embeddings_are_remembered_and_verified(loaded, tmp_path, monkeypatch):
     assert torch.equal(first.rows["encoder_hidden_states"], third.rows["encoder_hidden_states"])
 
 
-def test_a_cache_that_cannot_be_written_costs_the_computation_only(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_ignored(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SALUN_CACHE_DIR", str(tmp_path / "file"))
     assert cached("latents", "0" * 64, lambda: {"x": torch.ones(2)})["x"].tolist() == [1, 1]

@@ -2,8 +2,8 @@
 
 import pytest
 
-pytest.importorskip("diffusers", reason="the extra `generation` is not installed")
-pytest.importorskip("transformers", reason="the extra `generation` is not installed")
+pytest.importorskip("diffusers", reason="the `diffusion` extra is not installed")
+pytest.importorskip("transformers", reason="the `diffusion` extra is not installed")
 
 import torch
 from torch import nn

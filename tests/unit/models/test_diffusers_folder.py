@@ -2,8 +2,8 @@
 
 import pytest
 
-pytest.importorskip("diffusers", reason="the extra `generation` is not installed")
-pytest.importorskip("transformers", reason="the extra `generation` is not installed")
+pytest.importorskip("diffusers", reason="the `diffusion` extra is not installed")
+pytest.importorskip("transformers", reason="the `diffusion` extra is not installed")
 
 import shutil
 
@@ -29,7 +29,7 @@ def folder(original, tmp_path):
     return shutil.copytree(original, tmp_path / "model")
 
 
-def test_digest_is_of_every_file_of_the_model_and_of_no_other(folder):
+def test_the_digest_covers_the_files_of_the_model_only(folder):
     digest = folder_digest(folder)
     assert digest == digest_json({name: sha256_file(folder / name) for name in model_files(folder)})
     (folder / "run.json").write_text("{}")
@@ -38,7 +38,7 @@ def test_digest_is_of_every_file_of_the_model_and_of_no_other(folder):
     assert folder_digest(folder) != digest
 
 
-def test_another_denoiser_changes_its_own_file_alone(folder, tmp_path):
+def test_a_new_denoiser_changes_its_own_file_only(folder, tmp_path):
     loaded = load_diffusion(folder)
     with torch.no_grad():
         loaded.network.conv_in.weight.add_(1)
@@ -74,7 +74,7 @@ def test_denoiser_of_another_architecture_is_refused(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_nothing_is_fetched(folder, monkeypatch):
+def test_nothing_is_downloaded(folder, monkeypatch):
     """Any look at the network would fail here."""
     import socket
 
@@ -166,7 +166,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_each_fault_is_one_clear_error(folder, name):
+def test_each_fault_has_its_own_error(folder, name):
     spoil, kind, message = FAULTS[name]
     spoil(folder)
     with pytest.raises(kind, match=message) as caught:

@@ -51,12 +51,12 @@ def test_safetensors_are_read(tmp_path):
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.model."]
 )
-def test_wrappers_and_shared_prefixes_are_taken_off(tmp_path, wrap, prefix):
+def test_wrappers_and_shared_prefixes_are_removed(tmp_path, wrap, prefix):
     torch.save(wrap(prefixed(prefix, {"w": torch.ones(2), "b": torch.zeros(1)})), tmp_path / "m.pt")
     assert set(read_checkpoint(tmp_path / "m.pt")) == {"w", "b"}
 
 
-def test_a_prefix_that_not_all_share_stays(tmp_path):
+def test_a_prefix_that_is_not_shared_stays(tmp_path):
     torch.save({"module.w": torch.ones(2), "b": torch.zeros(1)}, tmp_path / "m.pt")
     assert set(read_checkpoint(tmp_path / "m.pt")) == {"module.w", "b"}
 
@@ -107,7 +107,7 @@ def test_files_with_something_else_are_refused(tmp_path, document, why):
         read_checkpoint(tmp_path / "m.pt")
 
 
-def test_paths_that_are_no_checkpoint(tmp_path):
+def test_paths_that_are_not_checkpoints_are_refused(tmp_path):
     save_file({}, tmp_path / "empty.safetensors")
     assert read_checkpoint(tmp_path / "empty.safetensors") == {}
     with pytest.raises(UsageError, match="there is no checkpoint"):

@@ -48,7 +48,7 @@ def folder(tmp_path, lab, card):
     return tmp_path / "model"
 
 
-def test_a_folder_gives_back_model_card_and_split(folder, lab, card):
+def test_model_card_and_split_are_unchanged_after_a_round_trip(folder, lab, card):
     loaded = load_model(folder)
     assert loaded.card == card
     assert loaded.split == lab.data.split
@@ -78,7 +78,7 @@ def test_the_card_must_name_the_split(tmp_path, lab, card):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_split_beside_the_model_is_refused(folder):
+def test_another_split_in_the_folder_is_refused(folder):
     document = json.loads((folder / SPLIT).read_text())
     sample = next(iter(document["train"]))
     document["test"][sample] = document["train"].pop(sample)
@@ -110,7 +110,7 @@ def test_saving_replaces_a_model_and_nothing_else(folder, lab, card, tmp_path):
     assert (tmp_path / "other" / "thesis.tex").read_text() == "x"
 
 
-def test_a_save_that_fails_leaves_the_old_model_and_no_rest(folder, tmp_path, lab):
+def test_a_failed_save_leaves_the_old_model_and_no_other_files(folder, tmp_path, lab):
     before = {item.name: item.read_bytes() for item in folder.iterdir()}
     with pytest.raises(StoreError, match="cannot write"):
         write_folder(folder, {CARD: b"{}", "a" * 300: b"x"})
@@ -121,7 +121,7 @@ def test_a_save_that_fails_leaves_the_old_model_and_no_rest(folder, tmp_path, la
     assert sorted(item.name for item in tmp_path.iterdir()) == ["file", "model"]
 
 
-def test_a_rename_that_fails_puts_the_old_model_back(folder, tmp_path, monkeypatch):
+def test_a_failed_rename_restores_the_old_model(folder, tmp_path, monkeypatch):
     from pathlib import Path
 
     rename = Path.replace
@@ -225,7 +225,7 @@ def test_loading_is_strict_in_both_directions_and_lists_the_faults(lab):
         load_weights(model, {})
 
 
-def test_every_single_name_is_needed(lab):
+def test_every_name_is_required(lab):
     state = lab.model.state_dict()
     model = build_classifier("resnet8", 10, 1)
     for name in state:

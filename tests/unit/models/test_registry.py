@@ -66,13 +66,13 @@ def test_networks_of_other_libraries(name, channels, size):
         ("salun:vit_tiny_patch16_224", "unknown model library 'salun'"),
     ],
 )
-def test_unknown_names_are_met_with_the_nearest(name, why):
+def test_unknown_names_get_a_suggestion(name, why):
     with pytest.raises(UsageError, match=why) as caught:
         build_classifier(name, 10)
     assert len(str(caught.value)) < 2000 or name.startswith("torchvision")
 
 
-def test_what_cannot_be_built_is_refused():
+def test_impossible_sizes_are_refused():
     with pytest.raises(ModelError, match="1 classes"):
         build_classifier("resnet8", 1)
     with pytest.raises(ModelError, match="takes colour images"):

@@ -118,7 +118,7 @@ def test_a_masked_epoch_keeps_the_bits_outside_the_mask(original, sets, mask, ba
     assert bool(statistics) == (batch_norm == "update" and name not in TRANSFORMERS)
 
 
-def test_boundary_expanding_finds_the_head_and_gives_it_back(original, sets):
+def test_boundary_expanding_finds_and_restores_the_head(original, sets):
     name, model = original
     config = {"epochs": 1, "batch_size": 8, "learning_rate": 0.01, "device": "cpu"}
     after = unlearn(model, "boundary_expanding", forget=sets[0], retain=sets[1], config=config).model
@@ -182,7 +182,7 @@ def test_vgg_has_13_convolutions_and_one_linear_layer():
     assert model(torch.randn(2, 1, 64, 33)).shape == (2, CLASSES)
 
 
-def test_vgg_says_what_size_it_needs():
+def test_vgg_reports_the_size_it_needs():
     with pytest.raises(ModelError, match="images of 28 pixels: its five poolings need 32.*`size: 32`"):
         built("vgg16_bn", 28)
     with pytest.raises(ModelError, match="images of 31 pixels"):
@@ -197,7 +197,7 @@ def test_vgg_says_what_size_it_needs():
 
 
 @pytest.mark.parametrize("name", STUDY)
-def test_grey_images_are_taken(name):
+def test_grey_images_are_accepted(name):
     assert built(name, channels=1).eval()(torch.randn(1, 1, SIZE, SIZE)).shape == (1, CLASSES)
 
 

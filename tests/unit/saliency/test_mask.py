@@ -35,7 +35,7 @@ def test_the_smallest_density_keeps_one_weight():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_scores_that_have_no_rank_are_refused(value):
+def test_scores_that_are_not_finite_are_refused(value):
     with pytest.raises(ModelError, match="score of b"):
         SaliencyMask.from_scores({**SCORES, "b": torch.tensor([value])}, 0.5)
 
@@ -48,7 +48,7 @@ def test_no_weights_are_refused(scores):
         SaliencyMask.random(scores, 0.5, 0)
 
 
-def test_digest_is_of_names_shapes_and_bits_alone():
+def test_the_digest_covers_names_shapes_and_bits_only():
     mask = SaliencyMask.from_scores(SCORES, 0.6)
     assert mask.digest == SaliencyMask.from_scores({k: v.double() * 3 for k, v in SCORES.items()}, 0.6).digest
     assert mask.digest == mask.with_facts({"model_digest": "x"}).digest
@@ -87,7 +87,7 @@ def test_a_file_takes_about_one_bit_a_weight(tmp_path):
     assert [item.name for item in path.parent.iterdir()] == ["mask.safetensors"]
 
 
-def test_saving_replaces_whole_and_leaves_nothing_behind_when_it_cannot(tmp_path):
+def test_saving_is_atomic(tmp_path):
     path = tmp_path / "mask.safetensors"
     SaliencyMask.from_scores(SCORES, 0.2).save(path)
     SaliencyMask.from_scores(SCORES, 0.8).save(path)
@@ -100,7 +100,7 @@ def test_saving_replaces_whole_and_leaves_nothing_behind_when_it_cannot(tmp_path
     assert sorted(item.name for item in tmp_path.iterdir()) == ["folder", "mask.safetensors"]
 
 
-def test_fitting_names_what_differs():
+def test_a_mask_that_does_not_fit_names_the_parameters():
     mask = SaliencyMask.from_scores(SCORES, 0.6)
     mask.check_fits({"a": (2, 2), "b": (1,)})
     for shapes, named in [

@@ -119,7 +119,7 @@ def masked_by_hand(model, optimizer, mask, step, poison):
 @pytest.mark.parametrize(("kind", "settings"), CASES, ids=IDS)
 @pytest.mark.parametrize("variant", VARIANTS[:2], ids=["single", "foreach"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_salient_weights_go_where_gradient_mask_and_restore_take_them(kind, settings, variant, dtype):
+def test_salient_weights_equal_those_of_mask_and_restore(kind, settings, variant, dtype):
     ours, theirs = build(dtype), build(dtype)
     mask = mask_of(ours, 0.4)
     optimizer = masked_optimizer(kind(ours.parameters(), **settings, **variant), ours, mask)
@@ -134,7 +134,7 @@ def test_salient_weights_go_where_gradient_mask_and_restore_take_them(kind, sett
 @pytest.mark.parametrize(("kind", "settings"), CASES, ids=IDS)
 @pytest.mark.parametrize("variant", VARIANTS, ids=["single", "foreach", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mask_of_everything_is_torchs_own_optimiser(kind, settings, variant, dtype):
+def test_a_full_mask_equals_the_optimizer_of_torch(kind, settings, variant, dtype):
     ours, theirs = build(dtype), build(dtype)
     mask = SaliencyMask.full({name: p.shape for name, p in ours.named_parameters()})
     optimizer = masked_optimizer(kind(ours.parameters(), **settings, **variant), ours, mask)
@@ -213,7 +213,7 @@ def test_moments_made_before_the_mask_do_not_move_frozen_weights(kind):
     assert_frozen(model, before, mask)
 
 
-def test_saved_state_of_a_masked_optimiser_goes_on_as_if_unbroken():
+def test_a_masked_optimizer_resumes_exactly_from_its_state():
     def fresh():
         model = plain_model()
         return model, mask_of(model)
@@ -304,7 +304,7 @@ def test_a_moving_average_keeps_frozen_weights():
     assert some_moved(average.module, before)
 
 
-def test_other_hooks_live_beside_the_mask():
+def test_other_hooks_still_work_with_a_mask():
     model = plain_model()
     seen = []
     optimizer = SGD(model.parameters(), lr=0.1)

@@ -88,7 +88,7 @@ def test_scores_do_not_depend_on_the_batches(model, data, size, reference):
     assert float(scores["conv.bias"].abs().sum()) > 0
 
 
-def test_empty_batches_count_for_nothing(model, data):
+def test_empty_batches_are_ignored(model, data):
     empty = (data[0][:0], data[1][:0])
     scores = saliency_scores(model, [empty, *batches(data, 10), empty], cross_entropy)
     torch.testing.assert_close(scores, whole_set_gradient(model, data), rtol=0, atol=1e-10)
@@ -111,7 +111,7 @@ def assert_untouched(model, before):
     }
 
 
-def test_model_is_left_as_it_was(model, data):
+def test_scoring_does_not_change_the_model(model, data):
     before = state(model)
     saliency_scores(model, batches(data, 8), cross_entropy)
     assert_untouched(model, before)
@@ -162,7 +162,7 @@ def test_a_model_without_parameters_is_refused(data):
         saliency_scores(nn.Flatten(), batches(data, 8), cross_entropy)
 
 
-def test_any_loss_over_samples_will_do(model, data):
+def test_any_loss_over_samples_works(model, data):
     def mean_square(outputs, targets):
         return (outputs[torch.arange(len(targets)), targets] ** 2).mean()
 

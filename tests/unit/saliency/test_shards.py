@@ -94,7 +94,7 @@ def random_sums(samples, seed):
 
 
 @given(st.integers(1, 40 * CHUNK), st.integers(1, 50), st.integers(0, 1000), st.randoms(use_true_random=False))
-def test_the_sum_depends_on_the_chunks_alone(samples, count, seed, random):
+def test_the_sum_depends_on_the_chunks_only(samples, count, seed, random):
     chunks = random_sums(samples, seed)
     alone = PartialSums(samples)
     for number, value in enumerate(chunks):
@@ -271,7 +271,7 @@ def test_a_damaged_shard_is_refused(written, model, data, tmp_path):
         read_shard(tmp_path / "absent")
 
 
-def test_chunks_are_what_the_files_say(monkeypatch, written):
+def test_the_chunk_size_is_checked_in_the_files(monkeypatch, written):
     """A later version with other chunks must not add to these."""
     monkeypatch.setattr("salun_core.saliency.shard_file.CHUNK", 2 * shards.CHUNK)
     with pytest.raises(IntegrityError, match="cannot be read"):

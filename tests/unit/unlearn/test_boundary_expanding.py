@@ -17,7 +17,7 @@ def context_of(model, classes=3, forget=FORGET, **config):
     return MethodContext(forget, forget, classes, UnlearnConfig(**config), model)
 
 
-def test_the_forget_set_is_trained_towards_the_new_class_alone():
+def test_the_forget_set_is_trained_towards_the_new_class_only():
     expanded = linear()
     boundary_expanding.begin(context_of(expanded))
     theta = weights(expanded)
@@ -61,7 +61,7 @@ def test_a_layer_without_bias_is_expanded_too():
     assert model[1].bias is None
 
 
-def test_the_new_row_is_the_seeds():
+def test_the_new_row_depends_on_the_seed():
     rows = []
     for seed in (0, 0, 1):
         model = linear()

@@ -41,7 +41,7 @@ class Watched(nn.Module):
         return self.inner(images)
 
 
-def test_the_step_counts_in_pixels_and_stays_among_them():
+def test_the_step_is_in_pixels_and_stays_in_their_range():
     normalisation = Normalisation((0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
     pixels = torch.randint(0, 256, (20, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     given = ImageSet(pixels, torch.arange(20) % 3, normalisation)
@@ -56,7 +56,7 @@ def test_the_step_counts_in_pixels_and_stays_among_them():
     torch.testing.assert_close((after - before).abs()[inside], torch.full((int(inside.sum()),), 0.1))
 
 
-def test_training_goes_towards_the_labels_of_the_original():
+def test_training_uses_the_labels_of_the_original():
     original = weights(linear())
     labels = torch.tensor(by_hand(original, *FORGET, 0.1))
     theta = original

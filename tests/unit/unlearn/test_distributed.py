@@ -228,7 +228,7 @@ def test_when_one_process_fails_the_other_ends_with_its_exit_code(ranks):
     assert [rank["second fails"] for rank in ranks] == [("PeerError", 5), ("IntegrityError", 5)]
 
 
-def test_a_process_that_does_not_answer_is_not_waited_for_for_ever(ranks):
+def test_waiting_for_a_silent_process_ends_after_a_timeout(ranks):
     assert ranks[0]["no answer"] == ("PeerError", 1)
 
 
@@ -240,7 +240,7 @@ def test_an_environment_that_contradicts_itself_is_refused(monkeypatch, rank, si
         ProcessGroup.from_environment()
 
 
-def test_a_share_weighs_as_many_images_as_it_has():
+def test_the_weight_of_a_share_is_its_number_of_images():
     pixels, labels = torch.arange(5.0), torch.arange(5)
     shares = [ProcessGroup(rank, 3).share(pixels, labels) for rank in range(3)]
     assert torch.cat([share.images for share in shares]).tolist() == pixels.tolist()

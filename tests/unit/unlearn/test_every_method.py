@@ -39,7 +39,7 @@ def started(method, **extra):
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_a_broken_run_ends_in_the_same_bits(method, tmp_path):
+def test_a_resumed_run_gives_the_same_bits(method, tmp_path):
     whole = started(method)
     store = FileCheckpoint(tmp_path / "state")
 
@@ -58,7 +58,7 @@ def test_a_broken_run_ends_in_the_same_bits(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", [*TRAINED, "influence"])
-def test_the_same_run_gives_the_same_weights_and_leaves_the_model(method):
+def test_the_same_run_gives_the_same_weights_and_does_not_change_the_model(method):
     model = net()
     before = model_digest(model)
     first, second = (run(method, model, image_set(11, 1), image_set(30, 2), batch_size=8) for _ in range(2))

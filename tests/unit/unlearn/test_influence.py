@@ -63,7 +63,7 @@ def test_orthogonal_gradients_need_one_sweep():
     torch.testing.assert_close(one, many)
 
 
-def test_at_most_so_many_images_are_drawn_by_the_seed():
+def test_the_seed_draws_the_images_of_the_fisher():
     settings = {"influence_samples": 4, "influence_strength": 5.0}
     first, again, other = (weights(run("influence", seed=seed, **settings).model) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -71,7 +71,7 @@ def test_at_most_so_many_images_are_drawn_by_the_seed():
     assert run("influence", **settings).passes == 27 + 4
 
 
-def test_the_forget_loss_climbs_more_than_the_retain_loss():
+def test_the_forget_loss_rises_more_than_the_retain_loss():
     from by_hand import losses
 
     forget, retain = pair(6, 3), pair(60, 4)

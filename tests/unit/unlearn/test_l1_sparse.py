@@ -5,7 +5,7 @@ import pytest
 from by_hand import RATE, RETAIN, gradients, linear, losses, run, weights
 
 
-def test_each_epoch_descends_loss_and_magnitudes_with_a_strength_that_falls():
+def test_the_strength_of_the_penalty_falls_with_the_epochs():
     theta, gamma = weights(linear()), 0.02
     expected = []
     for factor in (1.0, 0.75, 0.5, 0.25):

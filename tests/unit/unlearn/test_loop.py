@@ -63,7 +63,7 @@ def test_updated_batch_norm_follows_the_data():
     assert int(after["norm.num_batches_tracked"]) == 2 * math.ceil(26 / 8)
 
 
-def test_a_mask_does_not_stop_statistics_that_are_to_be_updated():
+def test_a_mask_does_not_stop_updates_of_statistics():
     torch.manual_seed(0)
     shapes = {name: p.shape for name, p in Net().named_parameters()}
     mask = SaliencyMask.random(shapes, 0.3, 0)
@@ -100,7 +100,7 @@ def test_learning_rates(schedule, progress, factor):
     assert UnlearnConfig(learning_rate=0.2, schedule=schedule).rate_at(progress) == pytest.approx(0.2 * factor)
 
 
-def test_history_says_at_which_rate_each_epoch_began():
+def test_history_holds_the_learning_rate_at_the_start_of_each_epoch():
     _, result = run(epochs=4, schedule="step", learning_rate=0.1)
     assert [record.learning_rate for record in result.history] == pytest.approx([0.1, 0.1, 0.01, 0.001])
     assert [record.epoch for record in result.history] == [1, 2, 3, 4]
@@ -154,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert all(bool(torch.isfinite(v).all()) for name, v in state.items() if name.startswith("model/"))
 
 
-def test_weights_spoilt_by_the_last_step_stop_the_run(tmp_path):
+def test_weights_that_are_not_finite_after_the_last_step_stop_the_run(tmp_path):
     store = FileCheckpoint(tmp_path / "state")
     with pytest.raises(ModelError, match="weight is not finite"):
         run(epochs=1, batch_size=64, learning_rate=1e6, weight_decay=3e38, checkpoint=store)

@@ -93,7 +93,7 @@ def test_gradient_ascent_climbs_the_forget_loss():
     assert result.passes == 14
 
 
-def test_random_labelling_in_sequence_goes_to_the_wrong_label_then_to_the_retain_set():
+def test_sequential_random_labelling_trains_wrong_labels_then_the_retain_set():
     by_hand = Numpy(linear())
     for _ in range(2):
         by_hand.step(FORGET[0], 1 - FORGET[1])  # of two classes the other one is the only wrong one
@@ -105,7 +105,7 @@ def test_random_labelling_in_sequence_goes_to_the_wrong_label_then_to_the_retain
     assert result.passes == 54
 
 
-def test_random_labelling_mixed_takes_both_in_one_batch():
+def test_mixed_random_labelling_trains_both_sets_in_one_batch():
     by_hand = Numpy(linear())
     images, labels = torch.cat([FORGET[0], RETAIN[0]]), torch.cat([1 - FORGET[1], RETAIN[1]])
     by_hand.step(images, labels)
@@ -180,7 +180,7 @@ class Odd(nn.Module):
         return images.flatten(1) @ self.weight
 
 
-def test_layers_that_cannot_be_initialised_anew_are_refused():
+def test_layers_that_cannot_be_initialised_again_are_refused():
     with pytest.raises(ModelError, match="the model cannot be initialised again"):
         run("retrain", model=Odd(), batch_norm="update")
     with pytest.raises(ModelError, match="0 cannot be initialised again"):
@@ -218,7 +218,7 @@ def test_wrong_labels_are_never_the_true_one_and_uniform_over_the_others(classes
     assert wrong.max() < classes
 
 
-def test_wrong_labels_are_drawn_anew_each_epoch():
+def test_wrong_labels_are_drawn_again_in_each_epoch():
     labels = torch.zeros(100, dtype=torch.int64)
     draws = [wrong_labels(labels, 10, epoch_generator(0, epoch)) for epoch in range(3)]
     assert not torch.equal(draws[0], draws[1])
@@ -234,7 +234,7 @@ def test_the_same_seed_gives_the_same_weights():
     assert model_digest(other.model) != model_digest(first.model)
 
 
-def test_images_may_come_as_pair_set_or_data_set():
+def test_images_can_be_a_pair_an_image_set_or_a_data_set():
     digests = {
         model_digest(run("finetune", forget=forget, retain=retain, batch_size=8).model)
         for forget, retain in [
@@ -265,7 +265,7 @@ def test_labels_out_of_range_are_refused(images, label):
         run("finetune", **{images: (given[0], bad)})
 
 
-def test_images_and_labels_must_pair_up():
+def test_images_and_labels_must_have_the_same_number():
     with pytest.raises(DataError, match="differ in number"):
         run("finetune", forget=(FORGET[0], FORGET[1][:3]))
 
@@ -276,7 +276,7 @@ def test_a_model_of_one_class_is_refused():
         run("random_label", model=linear(1), forget=(FORGET[0], zeros), retain=(FORGET[0], zeros))
 
 
-def test_sets_that_were_loaded_in_two_ways_cannot_be_mixed():
+def test_sets_with_different_normalisations_cannot_be_mixed():
     raw = ImageSet(
         torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.ones(4, dtype=torch.int64), Normalisation((0.5,), (0.5,))
     )
@@ -284,7 +284,7 @@ def test_sets_that_were_loaded_in_two_ways_cannot_be_mixed():
         run("random_label", order="mixed", forget=raw)
 
 
-def test_masks_are_asked_for_and_not_ignored():
+def test_masks_are_required_and_never_ignored():
     mask = SaliencyMask.full({name: p.shape for name, p in linear().named_parameters()})
     with pytest.raises(UsageError, match="needs a mask"):
         run("salun")
@@ -295,7 +295,7 @@ def test_masks_are_asked_for_and_not_ignored():
         run("salun", mask=SaliencyMask.full({"other": (3,)}))
 
 
-def test_an_unknown_method_is_met_with_the_nearest():
+def test_an_unknown_method_gets_a_suggestion():
     with pytest.raises(UsageError, match="did you mean 'salun'"):
         run("salum")
 
@@ -335,7 +335,7 @@ def test_values_out_of_range_are_refused(overrides, fault):
         method_config("salun", overrides)
 
 
-def test_methods_bring_their_own_defaults():
+def test_methods_have_their_own_defaults():
     assert method_config("gradient_ascent").learning_rate == 5e-4
     assert method_config("retrain").epochs == 182
     assert method_config("salun") == UnlearnConfig()
@@ -343,7 +343,7 @@ def test_methods_bring_their_own_defaults():
         method_config("retrain", {"batch_norm": "freeze"})
 
 
-def test_devices_that_are_not_there_are_refused():
+def test_missing_devices_are_refused():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("cuda:99", "tpu", "gpu"):

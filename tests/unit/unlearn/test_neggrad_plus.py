@@ -5,7 +5,7 @@ import pytest
 from by_hand import FORGET, RATE, RETAIN, gradients, linear, losses, pair, run, weights
 
 
-def test_each_step_descends_one_loss_and_climbs_the_other():
+def test_each_step_decreases_one_loss_and_increases_the_other():
     theta, expected = weights(linear()), []
     for _ in range(2):
         expected.append(0.8 * losses(theta, *RETAIN).mean() - 0.2 * losses(theta, *FORGET).mean())
@@ -17,7 +17,7 @@ def test_each_step_descends_one_loss_and_climbs_the_other():
 
 
 @pytest.mark.parametrize(("batch", "forgotten"), [(4, 4 + 3 + 4 + 3 + 4), (6, 6 + 1 + 6 + 1), (20, 7), (7, 21)])
-def test_the_forget_set_is_gone_through_again_when_it_is_used_up(batch, forgotten):
+def test_the_forget_set_repeats_in_a_new_order(batch, forgotten):
     seen = []
     model = linear()
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))

@@ -191,7 +191,7 @@ def test_a_checkpoint_of_another_method_model_mask_or_data_is_refused(tmp_path):
             go(**other)
 
 
-def test_without_ids_the_pixels_tell_runs_apart(tmp_path):
+def test_without_ids_the_pixels_identify_a_run(tmp_path):
     store = FileCheckpoint(tmp_path / "state")
     labels = torch.arange(8) % 4
     first, second = (torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))

@@ -42,7 +42,7 @@ def test_shrinking_equals_numpy_over_all_weights_at_once(share, dtype):
     assert torch.equal(flat(after)[returned], flat(before)[returned])  # the very bits
 
 
-def test_ties_go_back_together():
+def test_ties_return_to_the_original_together():
     before, after = nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)
     with torch.no_grad():
         before.weight.zero_()
@@ -51,7 +51,7 @@ def test_ties_go_back_together():
     assert after.weight.tolist() == [[0.0, 0.0, 2.0, -4.0]]
 
 
-def test_the_threshold_follows_every_step_and_falls_to_none():
+def test_the_threshold_applies_after_every_step_and_falls_to_zero():
     original = weights(linear(2))
     wrong = (FORGET[0], 1 - FORGET[1].clamp(max=1))
     forget, retain = (FORGET[0], FORGET[1].clamp(max=1)), (RETAIN[0], RETAIN[1].clamp(max=1))

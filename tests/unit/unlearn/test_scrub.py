@@ -29,7 +29,7 @@ def test_the_divergence_is_that_of_the_original_from_the_new(temperature):
     assert float(divergence(torch.tensor(old), torch.tensor(old), temperature)) == pytest.approx(0, abs=1e-12)
 
 
-def test_epochs_ascend_and_descend_and_later_only_descend():
+def test_max_steps_end_after_the_first_epochs():
     original = weights(linear())
     theta, expected = original, []
     for epoch in range(3):

@@ -35,7 +35,7 @@ def test_the_fisher_is_the_mean_square_of_gradients(batch):
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_samples_weigh_less_the_larger_their_loss(power):
+def test_samples_with_a_larger_loss_have_a_smaller_weight(power):
     logits = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     single = nn.functional.cross_entropy(logits, labels, reduction="none").detach()
@@ -45,7 +45,7 @@ def test_samples_weigh_less_the_larger_their_loss(power):
         assert expected == pytest.approx(-float(single.mean()), rel=1e-6)
 
 
-def test_a_loss_of_zero_has_a_weight_that_is_finite():
+def test_a_loss_of_zero_has_a_finite_weight():
     logits = torch.tensor([[1e4, 0.0], [0.0, 0.0]], requires_grad=True)
     loss = adaptive_ascent(logits, torch.tensor([0, 0]), 0.5)
     loss.backward()
@@ -54,7 +54,7 @@ def test_a_loss_of_zero_has_a_weight_that_is_finite():
 
 
 @pytest.mark.parametrize("slow", [1.0, 0.25])
-def test_rounds_ascend_salient_weights_then_descend_all(slow):
+def test_a_round_is_one_forget_step_then_retain_steps(slow):
     original = weights(linear())
     salient = fisher(original, FORGET, 64) >= 0.5 * fisher(original, RETAIN, 64)
     assert 0.1 < salient.mean() < 0.9
@@ -71,7 +71,7 @@ def test_rounds_ascend_salient_weights_then_descend_all(slow):
 
 
 @pytest.mark.parametrize(("batch", "every"), [(4, 2), (4, 5), (6, 1), (3, 3)])
-def test_a_forget_batch_comes_before_every_so_many_retain_batches(batch, every):
+def test_a_forget_step_comes_before_each_group_of_retain_steps(batch, every):
     generator = torch.Generator().manual_seed(0)
     marked = torch.randn(7, 3, 2, 2, generator=generator) + 1000
     seen = []

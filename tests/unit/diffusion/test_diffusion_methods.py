@@ -65,7 +65,7 @@ def ask(denoiser, noisy, times, table, rows):
 
 @pytest.mark.parametrize("method", TRAINED)
 @pytest.mark.parametrize("kind", ["text", "class", "flow"])
-def test_every_method_runs_on_every_kind_of_network_or_says_why_not(method, kind):
+def test_every_method_runs_on_every_network_or_explains_why_not(method, kind):
     denoiser, sets = lab(kind)
     before = model_digest(denoiser.network)
     config = {"selection": "noxattn"} if method == "esd" and kind == "class" else {}
@@ -102,7 +102,7 @@ def test_a_resumed_run_ends_in_the_same_bits(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["esd", "forget_me_not"])
-def test_text_methods_change_cross_attention_alone(method):
+def test_text_methods_change_cross_attention_only(method):
     denoiser, sets = lab("text")
     result = run(method, denoiser, sets, config={"learning_rate": 1e-3})
     names = changed(denoiser, denoiser.of(result.model))
@@ -111,7 +111,7 @@ def test_text_methods_change_cross_attention_alone(method):
 
 
 @pytest.mark.parametrize("method", ["esd", "uce", "finetune"])
-def test_a_mask_is_refused_where_it_would_be_ignored(method):
+def test_a_mask_that_would_be_ignored_is_refused(method):
     denoiser, sets = lab("text")
     with pytest.raises(UsageError, match="takes no mask"):
         run(method, denoiser, sets, mask=selection_mask(denoiser, diffusion_config("salun")))
@@ -166,7 +166,7 @@ def test_a_full_mask_is_random_labelling():
 
 
 @pytest.mark.parametrize(("method", "sign"), [("gradient_ascent", -1), ("finetune", 1)])
-def test_ascent_climbs_and_fine_tuning_descends_by_plain_gradients(method, sign):
+def test_ascent_and_fine_tuning_follow_plain_gradients(method, sign):
     denoiser, sets = lab("class")
     rate = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.01, "gradient_clip": None, "null_share": 0.0}
     result = run(method, denoiser, sets, config={**rate, "steps": 1, "epochs": 1, "batch_size": 16})
@@ -191,7 +191,7 @@ def test_ascent_is_minus_the_denoising_loss():
     assert loss.item() == pytest.approx(-float((error**2).mean()), rel=1e-5)
 
 
-def test_retraining_knows_nothing_of_the_old_weights_and_depends_on_the_seed():
+def test_retraining_depends_on_the_seed_and_not_on_the_old_weights():
     _, sets = lab("class")
     first, second = (run("retrain", class_unet(seed), sets).model for seed in (1, 2))
     assert model_digest(first) == model_digest(second)
@@ -215,7 +215,7 @@ def test_retraining_learns():
 
 
 @pytest.mark.parametrize("kind", ["text", "class", "flow", "v_prediction"])
-def test_esd_aims_at_the_original_s_negatively_guided_prediction(kind):
+def test_the_target_of_esd_is_the_negatively_guided_prediction_of_the_original(kind):
     denoiser, sets = lab("text" if kind == "v_prediction" else kind)
     if kind == "v_prediction":
         denoiser = text_unet(prediction="v_prediction")
@@ -234,7 +234,7 @@ def test_esd_aims_at_the_original_s_negatively_guided_prediction(kind):
     assert all(weight.grad is None for weight in original.network.parameters())
 
 
-def test_esd_starts_from_the_batch_s_own_noise_and_ends_at_one_drawn_time():
+def test_esd_denoises_the_noise_of_the_batch_to_one_random_time():
     denoiser, sets = lab("text")
     forget, _ = batches(denoiser, sets)
     chosen = context(denoiser, sets, "esd", start_steps=4, start_guidance=2.0)
@@ -251,7 +251,7 @@ def test_esd_starts_from_the_batch_s_own_noise_and_ends_at_one_drawn_time():
     assert torch.allclose(drawn.noisy, current, atol=1e-4)
 
 
-def test_the_path_to_a_time_keeps_its_pace():
+def test_the_path_to_a_time_has_even_steps():
     assert path(1000, 999, 20) == [999]
     assert path(1000, 0, 4) == [999, 749, 500, 250, 0]
     for end in range(0, 1000, 37):
@@ -261,7 +261,7 @@ def test_the_path_to_a_time_keeps_its_pace():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_a_step_is_diffusers_own_ddim_step(prediction):
+def test_a_step_equals_the_ddim_step_of_diffusers(prediction):
     denoiser, sets = text_unet(prediction=prediction), digits_sets(text_table())
     batch = replace(batches(denoiser, sets)[0], times=torch.full((6,), 750))
     predicted = torch.randn(batch.noisy.shape, generator=torch.Generator().manual_seed(1))
@@ -275,7 +275,7 @@ def test_a_step_is_diffusers_own_ddim_step(prediction):
     assert moved.times.tolist() == [500] * 6
 
 
-def test_a_step_of_a_flow_is_eulers():
+def test_a_step_of_a_flow_is_an_euler_step():
     denoiser, sets = lab("flow")
     batch = replace(batches(denoiser, sets)[0], times=torch.full((6,), 750))
     predicted = torch.randn(batch.noisy.shape, generator=torch.Generator().manual_seed(1))
@@ -292,7 +292,7 @@ def test_esd_x_is_refused_for_classes_and_esd_needs_a_null_condition():
         run("esd", denoiser, replace(sets, table=replace(sets.table, null=None)), config={"selection": "noxattn"})
 
 
-def test_esd_moves_the_prediction_towards_its_aim():
+def test_esd_moves_the_prediction_towards_its_target():
     denoiser, sets = lab("text")
     history = run("esd", denoiser, sets, config={"steps": 30, "learning_rate": 1e-2, "start_steps": 2}).history
     assert history[1].losses["denoising"] < 0.9 * history[0].losses["denoising"]
@@ -301,7 +301,7 @@ def test_esd_moves_the_prediction_towards_its_aim():
 # --- Forget-Me-Not
 
 
-def test_attention_is_the_softmax_that_the_layer_itself_takes():
+def test_attention_equals_the_softmax_of_the_layer():
     denoiser, sets = lab("text")
     forget, _ = batches(denoiser, sets)
     layer = next(iter(denoiser.cross_attentions().values()))
@@ -328,14 +328,14 @@ def test_attention_is_the_softmax_that_the_layer_itself_takes():
     np.testing.assert_allclose(seen["mixed"].detach().numpy(), out, atol=1e-5)  # what the fused kernel made of it
 
 
-def test_energy_is_the_mean_square_of_the_marked_probabilities():
+def test_attention_energy_is_the_mean_square_of_the_marked_probabilities():
     probabilities = torch.tensor([[[[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]], [[[0.0, 1.0, 0.0], [0.6, 0.2, 0.2]]]])
     marks = torch.tensor([[False, True, False], [True, False, True]])
     wanted = (0.3**2 + 0.1**2 + 0.0 + 0.0 + 0.6**2 + 0.2**2) / 6
     assert float(attention_energy(probabilities, marks)) == pytest.approx(wanted)
 
 
-def test_the_loss_looks_at_each_prompt_s_own_tokens():
+def test_the_loss_uses_the_tokens_of_each_prompt():
     denoiser, sets = text_unet(), digits_sets(text_table(tokens=[[2], [1], [3], []]))
     forget, retain = batches(denoiser, sets)
     with attention_maps(denoiser) as maps:
@@ -346,7 +346,7 @@ def test_the_loss_looks_at_each_prompt_s_own_tokens():
     assert len(maps) == 4
 
 
-def test_forgetting_me_lowers_the_attention_and_leaves_no_hook():
+def test_forget_me_not_lowers_the_attention_and_leaves_no_hook():
     denoiser, sets = text_unet(), digits_sets(text_table(tokens=[[2], [1], [3], []]))
     config = {"steps": 20, "learning_rate": 1e-2}
     result = run("forget_me_not", denoiser, sets, config=config)
@@ -354,7 +354,7 @@ def test_forgetting_me_lowers_the_attention_and_leaves_no_hook():
     assert not [m for m in result.model.modules() if m._forward_pre_hooks or m._forward_hooks]
 
 
-def test_hooks_go_even_when_the_network_fails():
+def test_hooks_are_removed_when_the_network_fails():
     denoiser, sets = lab("text")
     with pytest.raises(KeyError), attention_maps(denoiser):
         denoiser.predict(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), {})
@@ -397,7 +397,7 @@ def test_the_edit_is_the_published_quotient():
         np.testing.assert_allclose(after[name].weight.detach().numpy(), aims @ np.linalg.inv(gram), atol=1e-6)
 
 
-def test_the_edit_changes_keys_and_values_alone():
+def test_the_edit_changes_keys_and_values_only():
     denoiser, sets = lab("text")
     result = unlearn_denoiser(denoiser, sets, "uce")
     assert changed(denoiser, denoiser.of(result.model)) == {f"{name}.weight" for name in projections(denoiser)}
@@ -407,7 +407,7 @@ def test_the_edit_changes_keys_and_values_alone():
     assert model_digest(again.model) == model_digest(result.model)
 
 
-def test_a_forgotten_prompt_then_looks_like_its_anchor_and_the_others_like_themselves():
+def test_a_forgotten_prompt_is_projected_like_its_anchor_and_others_stay():
     denoiser, sets = lab("text")
     config = {"edit_strength": 1e-6, "preserve_strength": 1.0}
     after = denoiser.of(unlearn_denoiser(denoiser, sets, "uce", config=config).model)
@@ -424,7 +424,7 @@ def test_a_forgotten_prompt_then_looks_like_its_anchor_and_the_others_like_thems
     assert not torch.equal(*told)
 
 
-def test_tokens_are_matched_from_the_last_own_token_on():
+def test_tokens_are_matched_from_the_last_token_of_the_concept():
     table = text_table(tokens=[[1, 2], [3], [1], []])
     sets = digits_sets(table)
     texts = table.rows["encoder_hidden_states"]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-pytest.importorskip("diffusers", reason="the extra `generation` is not installed")
-pytest.importorskip("transformers", reason="the extra `generation` is not installed")
+pytest.importorskip("diffusers", reason="the `diffusion` extra is not installed")
+pytest.importorskip("transformers", reason="the `diffusion` extra is not installed")
 
 import typer
 from typer.testing import CliRunner

@@ -29,7 +29,7 @@ from salun_core.tasks import open_inputs
 from salun_core.tasks.diffusion.importing import register_diffusion
 from salun_core.tasks.diffusion.inputs import label_of, rows_of
 from salun_core.times import utc_clock
-from tests.tiny_generation import CLASS, OTHER, PERMISSIVE, QUICK, target_file, tiny_ddpm, tiny_stable_diffusion
+from tests.tiny_diffusion_models import CLASS, OTHER, PERMISSIVE, QUICK, target_file, tiny_ddpm, tiny_stable_diffusion
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
 

@@ -10,7 +10,7 @@ from salun_core.models import load_model
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.tasks.classification.training import register_model
 from salun_core.tasks.diffusion.importing import register_diffusion
-from tests.tiny_generation import CLASS, PERMISSIVE, QUICK, tiny_ddpm
+from tests.tiny_diffusion_models import CLASS, PERMISSIVE, QUICK, tiny_ddpm
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
 pytestmark = pytest.mark.s3

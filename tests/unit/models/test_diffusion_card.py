@@ -19,7 +19,7 @@ CLASSIFIER = {
 }
 
 
-def test_task_decides_which_card_a_document_is(tmp_path):
+def test_the_task_selects_the_kind_of_card(tmp_path):
     """Cards of classifiers that were written before there were others have no task."""
     assert isinstance(parse_card(CARD), DiffusionCard)
     assert isinstance(parse_card(CLASSIFIER), ModelCard)
@@ -32,7 +32,7 @@ def test_folder_without_card_is_refused(tmp_path):
         read_card(tmp_path)
 
 
-def test_prompt_of_a_class_is_its_name_where_no_text_is_read():
+def test_the_prompt_of_a_class_conditional_model_is_the_class_name():
     assert parse_card(CARD).prompt_of("bag") == "an image of a bag"
     told = parse_card({**CARD, "task": "class-conditional", "architecture": "UNet2DModel"})
     assert told.prompt_of("bag") == "bag"
