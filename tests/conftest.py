@@ -128,7 +128,7 @@ def digits_model(tmp_path_factory):
 def digits_line(store, digits_model):
     """The name of a model line in `store` whose first version is the digits' classifier."""
     from salun_core.models import load_model
-    from salun_core.tasks.classification.training import register_model
+    from salun_core.tasks import register_model
 
     register_model(store, "digits", digits_model, "train", len(load_model(digits_model).split.train))
     return "digits"

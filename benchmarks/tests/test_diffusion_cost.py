@@ -21,7 +21,8 @@ from salun_core.diffusion.examples import Examples  # noqa: E402
 from salun_core.diffusion.latents import latents_of  # noqa: E402
 from salun_core.diffusion.process import Process  # noqa: E402
 from salun_core.methods.diffusion import ExampleSets, diffusion_config, unlearn_denoiser  # noqa: E402
-from salun_core.methods.diffusion.saliency import denoiser_mask, denoising_scores  # noqa: E402
+from salun_core.methods.diffusion.saliency import denoising_scores  # noqa: E402
+from salun_core.saliency import SaliencyMask  # noqa: E402
 
 
 def test_a_pair_costs_at_most_0_55_of_the_usual_procedure():
@@ -109,7 +110,7 @@ def test_no_encoder_is_called_after_latents_and_prompts_are_cached(calls, monkey
     calls.clear()
     denoiser = Denoiser(small_unet(), Process.of_scheduler(DDPMScheduler()))
     config = diffusion_config("salun", {"steps": 3, "epochs": 1, "batch_size": 4, "device": "cpu"})
-    mask = denoiser_mask(denoiser, denoising_scores(denoiser, sets, config), 0.5)
+    mask = SaliencyMask.from_scores(denoising_scores(denoiser, sets, config), 0.5)
     assert calls["UNet2DConditionModel"] == 2  # one a batch of the forget set
     unlearn_denoiser(denoiser, sets, "salun", config=config, mask=mask)
     assert calls["UNet2DConditionModel"] == 2 + 2 * 3  # a step: the target, and one batch with gradients

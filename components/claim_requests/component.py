@@ -66,15 +66,13 @@ def claim_requests(
     """
     import json
 
+    from salun_core.methods.recipe import parse_recipe
     from salun_core.steps.claim import claim_requests as step
-    from salun_core.steps.claim import is_generative_line, sweep_terms
-    from salun_core.steps.unlearning import parse_overrides
+    from salun_core.steps.claim import sweep_policy
 
     sizes = {"max_requests": max_requests, "min_requests": min_requests, "max_forget_fraction": max_forget_fraction}
-    settings = {"seed": seed, "policy_uri": policy_uri, "max_wait_hours": max_wait_hours, **sizes}
-    generative = is_generative_line(store_uri, model_line)
-    terms = sweep_terms(method, density, parse_overrides(method_config), generative=generative, **settings)
-    found = step(store_uri, model_line, run_id, terms, dry_run=dry_run)
-    recipe = found.recipe
-    config = json.dumps(recipe.method_config, sort_keys=True)
+    settings = {"policy_uri": policy_uri, "max_wait_hours": max_wait_hours, **sizes}
+    policy = sweep_policy(store_uri, model_line, parse_recipe(method, density, method_config, seed), **settings)
+    found = step(store_uri, model_line, run_id, policy, dry_run=dry_run)
+    recipe, config = found.recipe, json.dumps(found.recipe.method_config, sort_keys=True)
     return found.requests, found.forget_uri, recipe.method, recipe.density, config, found.reason

@@ -42,14 +42,13 @@ def compute_mask(
     """
     from pathlib import Path
 
+    from salun_core.methods.recipe import parse_recipe
     from salun_core.saliency import SaliencyMask
+    from salun_core.steps.context import RunContext
     from salun_core.steps.mask import compute_mask as step
-    from salun_core.steps.observe import RunRef
     from salun_core.steps.processes import in_processes
-    from salun_core.steps.unlearning import parse_overrides
 
-    paths, run = (Path(model.path), forget_manifest_uri, density, Path(mask.path)), RunRef(store_uri, run_id)
-    settings = parse_overrides(method_config)
-    in_processes(processes, step, *paths, method=method, overrides=settings, model_line=model_line, run=run)
+    context = RunContext(Path(model.path), forget_manifest_uri, model_line, store_uri, run_id)
+    in_processes(processes, step, context, parse_recipe(method, density, method_config), Path(mask.path))
     computed = SaliencyMask.load(mask.path)
     mask.metadata.update(density=computed.density, digest=computed.digest)

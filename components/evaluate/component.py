@@ -46,14 +46,14 @@ def evaluate(
     """
     from pathlib import Path
 
+    from salun_core.steps.context import RunContext
     from salun_core.steps.evaluation import evaluate as step
-    from salun_core.steps.observe import RunRef
     from salun_core.steps.summary import confusion, roc_points, scalar_metrics
 
-    paths = Path(before.path), Path(after.path), forget_manifest_uri, Path(evidence.path), Path(report.path)
-    used, run, extra = Path(mask.path), RunRef(store_uri, run_id), extra_metrics or also
-    reference = retrain_reference
-    found = step(*paths, mask=used, retrain_reference=reference, model_line=model_line, run=run, extra_metrics=extra)
+    context = RunContext(Path(before.path), forget_manifest_uri, model_line, store_uri, run_id)
+    paths, used = (Path(after.path), Path(evidence.path), Path(report.path)), Path(mask.path)
+    extra = extra_metrics or also
+    found = step(context, *paths, mask=used, retrain_reference=retrain_reference, extra_metrics=extra)
     for name, value in scalar_metrics(found).items():
         metrics.log_metric(name, value)
     if labels_and_counts := confusion(found):

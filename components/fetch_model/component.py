@@ -28,9 +28,9 @@ def fetch_model(
     """
     from pathlib import Path
 
+    from salun_core.steps.context import RunContext
     from salun_core.steps.fetch import fetch_model as step
-    from salun_core.steps.observe import RunRef
 
-    fetched = step(store_uri, model_line, forget_manifest_uri, Path(model.path), RunRef(store_uri, run_id))
+    fetched = step(RunContext(Path(model.path), forget_manifest_uri, model_line, store_uri, run_id))
     model.metadata.update(model_line=model_line, version=fetched.version)
     return fetched.version

@@ -46,12 +46,11 @@ def gate_publish(
     """
     from pathlib import Path
 
+    from salun_core.steps.context import RunContext
     from salun_core.steps.publishing import gate_and_publish, write_decision
 
-    paths = Path(before.path), Path(after.path), Path(evidence.path), Path(report.path), forget_manifest_uri
-    used, run = Path(mask.path), run_id or None
-    published = gate_and_publish(
-        *paths, store_uri=store_uri, model_line=model_line, parent=parent, policy_uri=policy_uri, mask=used, run=run
-    )
+    context = RunContext(Path(before.path), forget_manifest_uri, model_line, store_uri, run_id)
+    paths, used = (Path(after.path), Path(evidence.path), Path(report.path)), Path(mask.path)
+    published = gate_and_publish(context, *paths, parent=parent, policy_uri=policy_uri, mask=used)
     write_decision(Path(decision.path), published.decision)
     return published.version

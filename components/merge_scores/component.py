@@ -37,11 +37,9 @@ def merge_scores(
     """
     from pathlib import Path
 
-    from salun_core.steps.observe import RunRef
-    from salun_core.steps.sharding import merge_scores as step
+    from salun_core.steps.context import RunContext
+    from salun_core.steps.mask import merge_scores as step
 
-    files, run = [Path(shard.path) for shard in shards], RunRef(store_uri, run_id)
-    merged = step(
-        Path(model.path), forget_manifest_uri, files, density, Path(mask.path), model_line=model_line, run=run
-    )
+    context = RunContext(Path(model.path), forget_manifest_uri, model_line, store_uri, run_id)
+    merged = step(context, [Path(shard.path) for shard in shards], density, Path(mask.path))
     mask.metadata.update(density=merged.density, digest=merged.digest)

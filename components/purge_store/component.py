@@ -21,9 +21,8 @@ def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False, 
         IntegrityError: An object is damaged, so it is unknown what is still needed; nothing was deleted.
     """
     from salun_core.certificates.keys import find_signing_key
-    from salun_core.steps.observe import RunRef
     from salun_core.steps.purge import purge_store as step
 
-    key, run = find_signing_key(), RunRef(store_uri, run_id)
-    report = step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run)
+    key = find_signing_key()
+    report = step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run_id)
     return report.total.keys

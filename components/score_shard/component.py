@@ -34,9 +34,9 @@ def score_shard(
     from pathlib import Path
 
     from salun_core.saliency.scores import Shard
-    from salun_core.steps.observe import RunRef
-    from salun_core.steps.sharding import score_shard as step
+    from salun_core.steps.context import RunContext
+    from salun_core.steps.mask import score_shard as step
 
-    paths = Path(model.path), forget_manifest_uri, Shard.parse(shard), Path(sums.path)
-    header = step(*paths, model_line=model_line, run=RunRef(store_uri, run_id))
+    context = RunContext(Path(model.path), forget_manifest_uri, model_line, store_uri, run_id)
+    header = step(context, Shard.parse(shard), Path(sums.path))
     sums.metadata.update(shard=shard, seconds=header.seconds)

@@ -41,13 +41,12 @@ def settle_requests(
     Raises:
         UsageError: A certificate is due and the signing key is missing.
     """
-    from salun_core.steps.claim import is_generative_line, sweep_terms
+    from salun_core.methods.recipe import parse_recipe
+    from salun_core.steps.claim import sweep_policy
     from salun_core.steps.settle import settle_requests as step
-    from salun_core.steps.unlearning import parse_overrides
 
-    generative = is_generative_line(store_uri, model_line)
-    terms = sweep_terms(method, density, parse_overrides(method_config), generative=generative)
-    settled = step(store_uri, model_line, run_id, terms)
+    policy = sweep_policy(store_uri, model_line, parse_recipe(method, density, method_config))
+    settled = step(store_uri, model_line, run_id, policy)
     counts = len(settled.completed), len(settled.queued), len(settled.failed)
     print(f"the steps ended as {final_status.state}, run {run_id} as {settled.status or 'nothing claimed'}")
     return str(settled.status or ""), *counts

@@ -49,16 +49,16 @@ def unlearn(
     """
     from pathlib import Path
 
-    from salun_core.steps.observe import RunRef
+    from salun_core.methods.recipe import parse_recipe
+    from salun_core.steps.context import RunContext
     from salun_core.steps.processes import in_processes
-    from salun_core.steps.run_facts import read_run
-    from salun_core.steps.unlearning import parse_overrides, run_unlearning
-    from salun_core.tasks.classification.tuning import TuningOptions
+    from salun_core.steps.unlearning import run_unlearning
+    from salun_core.tasks.run_facts import read_run_facts
+    from salun_core.tasks.task import TuningOptions
 
-    paths = Path(model.path), Path(mask.path), forget_manifest_uri, Path(unlearned.path)
-    overrides, run = parse_overrides(method_config), RunRef(store_uri, run_id)
-    wish = TuningOptions(tune_budget, policy_uri) if tune else None
-    given = {"method": method, "overrides": overrides, "seed": seed, "model_line": model_line}
-    in_processes(1 if wish else processes, run_unlearning, *paths, **given, run=run, tune=wish)
-    seconds = read_run(Path(unlearned.path), method).seconds["unlearn"]
+    context = RunContext(Path(model.path), forget_manifest_uri, model_line, store_uri, run_id)
+    recipe = parse_recipe(method, 1.0, method_config, seed)  # the mask carries the density
+    tuning, paths = TuningOptions(tune_budget, policy_uri) if tune else None, (Path(mask.path), Path(unlearned.path))
+    in_processes(1 if tune else processes, run_unlearning, context, recipe, *paths, tuning=tuning)
+    seconds = read_run_facts(Path(unlearned.path), method).seconds["unlearn"]
     unlearned.metadata.update(method=method, seed=seed, seconds=seconds)

@@ -12,7 +12,7 @@ from examples.demo.stage import DemoOutcome, Progress, ShowEpochs, Stage
 from salun_core.data import DataSpec, LoadedData, load_data, load_spec
 from salun_core.data.forget_set import ClassTarget, SamplesTarget, SubjectTarget, Target
 from salun_core.steps.run_form import DeletionSweepForm
-from salun_core.tasks.classification.training import register_model, train_model, training_config
+from salun_core.tasks.classification.training import train_model, training_config
 
 ARCHITECTURE = "resnet8"
 SAMPLES, DIGITS, WRITERS = 12, 1797, 43
@@ -50,7 +50,7 @@ def run_demo(
     data = load_data(with_writers(spec, work) if spec.source == "digits" and spec.metadata is None else spec)
     stage = Stage(work, store_uri, "demo", progress)
     seconds = _train(work / "model", data, epochs, progress, show_epochs)
-    stage.publish(register_model, len(data.split.train))
+    stage.publish(len(data.split.train))
     named = stage.file(demo_targets(data))
     form = DeletionSweepForm(model_line=stage.line, store_uri=store_uri, retrain_reference=True, min_requests=1)
     stage.sweep(form, "first", work / "first-sweep")

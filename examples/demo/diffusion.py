@@ -13,8 +13,8 @@ from salun_core.data.forget_set import ClassTarget
 from salun_core.models.card import DiffusionEvaluation
 from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.storage import open_store
-from salun_core.tasks.classification.training import register_model, train_model, training_config
-from salun_core.tasks.diffusion.importing import register_diffusion
+from salun_core.tasks import register_model
+from salun_core.tasks.classification.training import train_model, training_config
 
 Kind = Literal["stable-diffusion", "ddpm"]
 
@@ -71,7 +71,7 @@ def run_diffusion_demo(
         made = small_diffusion.train(spec, recipe, work / "model", evaluation, on_epoch=on_epoch)
     seconds["train"] = time.perf_counter() - started
     progress(f"trained {kind} with {made.parameters:,} parameters in {seconds['train']:.0f} s")
-    stage.publish(register_diffusion, len(split.train))
+    stage.publish(len(split.train))
     named = stage.file({forget.replace(" ", "-"): target})
     started = time.perf_counter()
     stage.sweep(DeletionSweepForm(model_line=stage.line, store_uri=store_uri, min_requests=1), "the", work / "sweep")

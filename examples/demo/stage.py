@@ -36,6 +36,7 @@ from salun_core.storage.keys import certificate_key
 from salun_core.storage.local_files import write_whole
 from salun_core.storage.seaweedfs import embedded_s3
 from salun_core.sweeps.rollback import rollback
+from salun_core.tasks import register_model
 from salun_core.telemetry.exporter import Exporter, serving
 from salun_core.times import utc_clock
 
@@ -200,14 +201,9 @@ class Stage:
         self.ledger = Ledger(self.store, utc_clock)
         self.line = free_line(self.store, self.name)
 
-    def publish(self, register: Callable[..., str], count: int) -> None:
-        """Publish the trained model as the first version of the line.
-
-        Args:
-            register: `register_model` or `register_diffusion`.
-            count: number of training samples.
-        """
-        self.parent = register(self.store, self.line, self.work / "model", "train", count)
+    def publish(self, count: int) -> None:
+        """Publish the trained model, with its number of training samples, as the first version of the line."""
+        self.parent = register_model(self.store, self.line, self.work / "model", "train", count)
         self.progress(f"published it as the first version of the model line {self.line}")
 
     def file(self, targets: Mapping[str, Target]) -> dict[str, str]:

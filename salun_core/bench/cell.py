@@ -21,13 +21,15 @@ from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.models.checkpoint import SPLIT
 from salun_core.registry.manifest import Lineage
+from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
-from salun_core.steps.run_facts import RUN, facts_json, read_run
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage.local_files import write_whole
-from salun_core.tasks.classification.tuning import LOG, TuningOptions
+from salun_core.tasks.classification.tuning import TUNING_LOG
 from salun_core.tasks.resolve import AUTO
+from salun_core.tasks.run_facts import RUN_FACTS, facts_json, read_run_facts
+from salun_core.tasks.task import TuningOptions
 
 CELL, EVIDENCE, REPORT, RUNS = "cell.json", "evidence.json", "report.html", "runs"
 _APART = 1_000_003  # between the seeds of one cell's random masks
@@ -120,22 +122,19 @@ class _CellRun:
         """Unlearn all requests and evaluate what they left."""
         model, mask = self.ready.base, None
         for number, forget in enumerate(self.ready.requests, start=1):
-            mask = self._mask(model, forget, number)
-            model = self._unlearn(model, mask, forget, number)
+            context = self._context(model, forget)
+            mask = self._mask(context, number)
+            model = self._unlearn(context, mask, number)
         if self.several:  # no one mask is that of all the runs
             mask = None
-            write_whole(model / RUN, facts_json(together(self.facts)))
-        evaluate(
-            self.ready.base,
-            model,
-            str(self.ready.forget),
-            self.work / EVIDENCE,
-            self.work / REPORT,
-            mask=mask,
-            reference=self.ready.reference,
-            model_line=self.preparation.plan.suite.name,
-            data=self.preparation.plan.moved,
-        )
+            write_whole(model / RUN_FACTS, facts_json(together(self.facts)))
+        context = self._context(self.ready.base, self.ready.forget)
+        evidence, report = self.work / EVIDENCE, self.work / REPORT
+        evaluate(context, model, evidence, report, mask=mask, reference=self.ready.reference)
+
+    def _context(self, model: Path, forget: Path) -> RunContext:
+        plan = self.preparation.plan
+        return RunContext(model, str(forget), plan.suite.name, data=plan.moved)
 
     def note(self, inputs: str, seconds: float) -> CellNote:
         """Return what `cell.json` says."""
@@ -149,48 +148,30 @@ class _CellRun:
             lineage=self.lineage if self.several else None,
         )
 
-    def _mask(self, model: Path, forget: Path, number: int) -> Path | None:
+    def _mask(self, context: RunContext, number: int) -> Path | None:
         preparation, entry = self.preparation, self.cell.entry
         if entry.density is None or preparation.plan.search(entry):
             return None
         if not self.several:
             return preparation.mask(self.cell, self.ready)
         path = self.work / RUNS / f"mask-{number}.safetensors"
-        compute_mask(
-            model,
-            str(forget),
-            entry.density,
-            path,
-            method=entry.method,
-            data=preparation.plan.moved,
-            random_seed=self._random_seed(number),
-        )
+        compute_mask(context, self.cell.recipe, path, self._random_seed(number))
         return path
 
-    def _unlearn(self, model: Path, mask: Path | None, forget: Path, number: int) -> Path:
-        entry, after, wish = self.cell.entry, self.work / RUNS / f"model-{number}", self._wish(number)
-        run_unlearning(
-            model,
-            mask,
-            str(forget),
-            after,
-            method=entry.method,
-            overrides=entry.config,
-            seed=self.cell.seed,
-            data=self.preparation.plan.moved,
-            tune=wish,
-        )
-        if wish is not None:
-            self.logs.append(f"tuning-{number}.json" if self.several else LOG)
-            shutil.copyfile(after / LOG, self.work / self.logs[-1])
+    def _unlearn(self, context: RunContext, mask: Path | None, number: int) -> Path:
+        entry, after, tuning = self.cell.entry, self.work / RUNS / f"model-{number}", self._tuning(number)
+        run_unlearning(context, self.cell.recipe, mask, after, tuning=tuning)
+        if tuning is not None:
+            self.logs.append(f"tuning-{number}.json" if self.several else TUNING_LOG)
+            shutil.copyfile(after / TUNING_LOG, self.work / self.logs[-1])
         if self.several:
-            before, left = (len(load(SplitManifest, folder / SPLIT).train) for folder in (model, after))
+            before, left = (len(load(SplitManifest, folder / SPLIT).train) for folder in (context.before, after))
             since = self.lineage if self.lineage.trained_on else Lineage(trained_on=before)
             self.lineage = since.after_run(before - left)
-        self.facts.append(read_run(after, entry.method))
+        self.facts.append(read_run_facts(after, entry.method))
         return after
 
-    def _wish(self, number: int) -> TuningOptions | None:
+    def _tuning(self, number: int) -> TuningOptions | None:
         plan, entry = self.preparation.plan, self.cell.entry
         search = plan.search(entry)
         if search is None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from salun_core.bench.suite import Entry, Search, Size, Suite
 from salun_core.data import DataSpec
-from salun_core.data.spec import relative_to
+from salun_core.data.spec import relative_to, relocated_spec
 from salun_core.digest import digest_json
 from salun_core.errors import UsageError, unknown_name
 from salun_core.gate import load_policy
-from salun_core.tasks.classification.inputs import moved_spec
+from salun_core.methods.recipe import Recipe
 from salun_core.tasks.resolve import AUTO
 
 _NOT_MEASURED = {"methods", "seeds", "budget_seconds", "search"}  # a cell is the same whatever stands beside it
@@ -35,6 +35,13 @@ class Cell:
     entry: Entry
     seed: int
     plan: str
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it runs; the density only counts where the row has one."""
+        entry = self.entry
+        density = 1.0 if entry.density is None else entry.density
+        return Recipe(method=entry.method, density=density, method_config=dict(entry.config), seed=self.seed)
 
     @property
     def name(self) -> str:
@@ -71,7 +78,7 @@ class SuiteRun:
     def data(self) -> DataSpec | None:
         """The data set, where it lies on this machine."""
         spec = self.size.data
-        return moved_spec(relative_to(spec, self.folder), self.moved) if spec else None
+        return relocated_spec(relative_to(spec, self.folder), self.moved) if spec else None
 
     def path(self, text: str) -> Path:
         """Return a path of the suite as seen from here."""
@@ -133,17 +140,17 @@ class SuiteRun:
         Returns:
             By name: the budget of a search and the epochs of a trial; epochs; or steps, passes and images to generate.
         """
-        from salun_core.methods.classification import method_config
-        from salun_core.methods.diffusion import METHODS, diffusion_config
+        from salun_core.methods.method import resolve_config
+        from salun_core.tasks import task_named
 
-        entry, search = cell.entry, self.search(cell.entry)
-        if self.suite.kind == "classification":
-            epochs = method_config(entry.method, entry.config).epochs
-            if search is None:
-                return {"epochs": epochs}
+        entry, search, methods = cell.entry, self.search(cell.entry), task_named(self.suite.kind).methods
+        config = resolve_config(methods, entry.method, entry.config)
+        if search is not None:
             budget = {"passes": int(search.budget)} if search.budget.isdecimal() else {"search": search.budget}
-            return {**budget, "epochs a trial at most": epochs}
-        row, config = METHODS[entry.method], diffusion_config(entry.method, entry.config)
+            return {**budget, "epochs a trial at most": config.epochs}
+        if self.suite.kind == "classification":
+            return {"epochs": config.epochs}
+        row: Any = methods[entry.method]
         steps = 0 if row.edit else config.steps
         return {
             "steps": steps,

@@ -30,16 +30,17 @@ from salun_core.data.split import SplitManifest
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import SalunError, UsageError
 from salun_core.methods.classification import FileCheckpoint
-from salun_core.models.card import DiffusionCard, DiffusionEvaluation, parse_card, read_card
+from salun_core.methods.recipe import Recipe
+from salun_core.models.card import DiffusionCard, DiffusionEvaluation
 from salun_core.models.checkpoint import CARD, SPLIT
 from salun_core.saliency import SaliencyMask
+from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask
-from salun_core.steps.run_facts import read_run
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage.local_files import write_whole
-from salun_core.tasks import open_model
-from salun_core.tasks.classification.inputs import load_inputs
+from salun_core.tasks import open_inputs, parse_card, read_card, task_of
 from salun_core.tasks.classification.training import train_model, training_config
+from salun_core.tasks.run_facts import read_run_facts
 
 if TYPE_CHECKING:
     from salun_core.evaluation.evidence import EpochRecord
@@ -71,7 +72,7 @@ def forget_files(
     targets: list[Plain] = []
     files = []
     for number, request in enumerate(scenario.steps, start=1):
-        gone = load_inputs(base, str(whole), data).forget_set.samples if targets else ()
+        gone = open_inputs(base, str(whole), data).forget_set.samples if targets else ()
         targets.append(_plain(request, base, gone, [seed, number]))
         files.append(out / f"forget-{seed}-{number}.json")
         _write(files[-1], targets[-1])
@@ -230,16 +231,9 @@ class Preparation:
             SaliencyMask.load(path)
             return path
         self.say(f"mask {path.stem}")
-        compute_mask(
-            ready.base,
-            str(ready.forget),
-            entry.density,
-            path,
-            method=entry.method,
-            overrides=None if self.plan.suite.kind == "classification" else {**entry.config, "seed": cell.seed},
-            data=self.plan.moved,
-            random_seed=cell.seed if entry.mask == "random" else None,
-        )
+        context = RunContext(ready.base, str(ready.forget), data=self.plan.moved)
+        recipe = cell.recipe.model_copy(update={"method_config": cell.recipe.overrides})  # the seed is the scores' too
+        compute_mask(context, recipe, path, cell.seed if entry.mask == "random" else None)
         return path
 
     def _drawing(self) -> dict[str, Any]:
@@ -270,7 +264,7 @@ class Preparation:
         started = time.perf_counter()
         make(folder, checkpoints)
         seconds = time.perf_counter() - started
-        facts = read_run(folder, "")
+        facts = read_run_facts(folder, "")
         seconds = facts.seconds.get("unlearn", seconds)
         part = SharedArtifact(inputs=wanted, digest=identity(folder), seconds=seconds, passes=facts.passes)
         write_whole(note, (json.dumps(part.model_dump(), indent=1) + "\n").encode())
@@ -349,16 +343,15 @@ class Preparation:
         overrides = {**own, **given}
 
         def make(folder: Path, _checkpoints: Path) -> None:  # never resumed: its seconds are in the table
-            run_unlearning(
-                base, None, str(forget), folder, method="retrain", overrides=overrides, seed=seed, data=self.plan.moved
-            )
+            context = RunContext(base, str(forget), data=self.plan.moved)
+            run_unlearning(context, Recipe(method="retrain", method_config=overrides, seed=seed), None, folder)
 
         return self._part(f"reference-{seed}", [inputs, self._drawing(), overrides, seed], make)
 
 
 def identity(folder: Path) -> str:
     """Return what a model is: the digests of its weights and of its split."""
-    model = open_model(folder)
+    model = task_of(folder).load(folder)
     return digest_json([model.digest, model.split.digest if model.split else None])
 
 

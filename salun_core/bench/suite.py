@@ -290,25 +290,21 @@ def _of_entry(kind: str, row: Entry, searched: bool) -> Iterator[str]:
         yield "a budget goes with a search: the size has none, or the row takes no part in it"
     if "seed" in row.config:
         yield "config sets a seed: the suite's `seeds` do"
-    yield from _refused(lambda: _space(row) if searched else _method_config(kind, row))
+    yield from _refused(lambda: _space(row) if searched else _method_config(kind, row.method, row.config))
 
 
 def _needs_mask(kind: str, method: str) -> bool:
-    from salun_core.methods import classification, diffusion
     from salun_core.methods.method import get_method
+    from salun_core.tasks import task_named
 
-    return get_method(classification.METHODS if kind == "classification" else diffusion.METHODS, method).needs_mask
+    return get_method(task_named(kind).methods, method).needs_mask
 
 
-def _method_config(kind: str, row: Entry) -> None:
-    if kind == "classification":
-        from salun_core.methods.classification import method_config
+def _method_config(kind: str, method: str, config: Mapping[str, Any]) -> None:
+    from salun_core.methods.method import resolve_config
+    from salun_core.tasks import task_named
 
-        method_config(row.method, row.config)
-    else:
-        from salun_core.methods.diffusion import diffusion_config
-
-        diffusion_config(row.method, row.config)
+    resolve_config(task_named(kind).methods, method, config)
 
 
 def _space(row: Entry) -> None:
@@ -393,7 +389,7 @@ def _of_model(kind: str, model: Plain, size: Plain) -> Iterator[str]:
     if kind == "classification" and isinstance(retrain, dict) and isinstance(settings, dict):
         yield from _refused(lambda: _training({**settings, **retrain}))
     elif kind != "classification" and isinstance(retrain, dict):
-        yield from _refused(lambda: _retrain(retrain))
+        yield from _refused(lambda: _method_config(kind, "retrain", retrain))
 
 
 def _training(settings: Plain) -> None:
@@ -414,12 +410,6 @@ def diffusion_example(kind: str, settings: Mapping[str, Any]) -> tuple[ModuleTyp
     """
     example = load_example(DIFFUSION_EXAMPLE)
     return example, example.resolve_recipe("ddpm" if kind == "class-conditional" else "stable-diffusion", settings)
-
-
-def _retrain(settings: Plain) -> None:
-    from salun_core.methods.diffusion import diffusion_config
-
-    diffusion_config("retrain", settings)
 
 
 def _refused(check: Callable[[], None]) -> Iterator[str]:

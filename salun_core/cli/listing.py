@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from salun_core.cli.options import OptionalStore
@@ -24,16 +23,13 @@ _DATA = {
 
 def methods() -> None:
     """List the unlearning methods of classifiers and of diffusion models."""
-    from salun_core.methods import classification, diffusion
+    from salun_core.methods.method import resolve_config
+    from salun_core.tasks import TASKS
 
-    kinds: list[tuple[str, Mapping[str, Any], Any]] = [
-        ("classifier", classification.METHODS, classification.method_config),
-        ("diffusion", diffusion.METHODS, diffusion.diffusion_config),
-    ]
     rows = [
-        _method(kind, name, method, config_of(name))
-        for kind, known, config_of in kinds
-        for name, method in known.items()
+        _method(task.description.removesuffix(" model"), name, method, resolve_config(task.methods, name))
+        for task in TASKS.values()
+        for name, method in task.methods.items()
     ]
     cells = [[f"{cell:g}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows]
     emit(rows, lambda: print_table(list(rows[0]), cells))

@@ -125,7 +125,8 @@ def train_classifier(
 ) -> None:
     """Train a classifier from fresh weights, and write its model folder."""
     from salun_core.data import load_spec
-    from salun_core.tasks.classification.training import register_model, train_model, training_config
+    from salun_core.tasks import register_model
+    from salun_core.tasks.classification.training import train_model, training_config
 
     named = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     config = training_config({**named, **read_settings(settings)})
@@ -154,7 +155,8 @@ def import_classifier(
     """Turn a checkpoint into a model folder; names and shapes must match. No code in it is run."""
     from salun_core.data import load_spec
     from salun_core.models.importing import read_checkpoint
-    from salun_core.tasks.classification.training import import_model, register_model
+    from salun_core.tasks import register_model
+    from salun_core.tasks.classification.training import import_model
 
     spec, scale = load_spec(data), (_numbers("--mean", mean), _numbers("--std", std))
     to = _Destination(out, line, store)
@@ -192,7 +194,7 @@ def _train_diffusion(kind: str, about: str) -> Callable[..., None]:
     ) -> None:
         from salun_core.checkout import load_example
         from salun_core.data import load_spec
-        from salun_core.tasks.diffusion.importing import register_diffusion
+        from salun_core.tasks import register_model
 
         example = load_example("small_diffusion")
         recipe = example.resolve_recipe(kind, {"seed": seed, **read_settings(settings)})
@@ -204,7 +206,7 @@ def _train_diffusion(kind: str, about: str) -> Callable[..., None]:
         to.check()
         with epoch_progress(f"train {kind}", recipe.epochs) as on_epoch:
             made = example.train(spec, recipe, out, settings_of_images, checkpoints, on_epoch)
-        to.finish(register_diffusion, "train", _made(made))
+        to.finish(register_model, "train", _made(made))
 
     train.__doc__ = about
     return train
@@ -238,6 +240,7 @@ def import_diffusion(
     """Turn a diffusers folder into a model folder. It reads safetensors only and runs no code in the folder."""
     from salun_core.data import load_spec
     from salun_core.models.card import DiffusionEvaluation
+    from salun_core.tasks import register_model
     from salun_core.tasks.diffusion import importing
 
     settings = _evaluation(judge, evaluation, DiffusionEvaluation())
@@ -246,7 +249,7 @@ def import_diffusion(
     to = _Destination(out, line, store)
     to.check()
     made = importing.import_diffusion(source, spec, out, prompt, settings, names, hub)
-    to.finish(importing.register_diffusion, "import", _made(made))
+    to.finish(register_model, "import", _made(made))
 
 
 def _evaluation(judge: str | None, settings: list[str], defaults: DiffusionEvaluation) -> DiffusionEvaluation:

@@ -81,15 +81,16 @@ def run(
 def _plan(form: UnlearningForm) -> None:
     from tempfile import TemporaryDirectory
 
+    from salun_core.methods.method import resolve_config
+    from salun_core.steps.context import RunContext
     from salun_core.steps.fetch import fetch_model
     from salun_core.steps.run import check_form
-    from salun_core.tasks import resolved_config
 
     check_form(form)
     with TemporaryDirectory(prefix="salun-run-") as folder:
-        before = Path(folder, "before")
-        found = fetch_model(form.store_uri, form.model_line, form.forget_manifest_uri, before)
-        resolved_config(before, form.method, {**form.method_config, "seed": form.seed})
+        context = RunContext(Path(folder, "before"), form.forget_manifest_uri, form.model_line, form.store_uri)
+        found = fetch_model(context)
+        resolve_config(context.task.methods, form.method, form.recipe.overrides)
     counts = {"forget_samples": found.forget_count, "train_samples": found.train_count}
     emit_plan("run", {"would_publish": form.model_line, "parent": found.version, "method": form.method, **counts})
 
@@ -186,9 +187,9 @@ def _show_sweep(facts: dict[str, Any], line: str) -> None:
 
 def _settle(form: DeletionSweepForm, run: str) -> None:
     from salun_core.steps.settle import settle_requests
-    from salun_core.steps.sweep import sweep_policy
+    from salun_core.steps.sweep import policy_of
 
-    settled = settle_requests(form.store_uri, form.model_line, run, sweep_policy(form))
+    settled = settle_requests(form.store_uri, form.model_line, run, policy_of(form))
     statuses = _statuses(settled)
 
     def show() -> None:

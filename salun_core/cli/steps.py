@@ -6,7 +6,7 @@ import os
 import sys
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from salun_core.errors import UsageError
 
 if TYPE_CHECKING:
     from salun_core.gate import Expected
+    from salun_core.methods.recipe import Recipe
     from salun_core.saliency.scores import Shard
 
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes that share the work; one per GPU.")]
@@ -41,32 +42,28 @@ def mask(
     dry_run: DryRun = False,
 ) -> None:
     """Compute the saliency mask of a model: the weights that matter most for the forget set."""
-    from salun_core.steps.mask import compute_mask
-    from salun_core.steps.sharding import merge_scores, score_shard
-    from salun_core.tasks import open_inputs, resolved_config, sizes_of
+    from salun_core.methods.method import resolve_config
+    from salun_core.steps.context import RunContext
+    from salun_core.steps.mask import compute_mask, merge_scores, score_shard
     from salun_core.tasks.resolve import model_folder
 
-    files, overrides = shards or [], read_settings(settings)
+    files, recipe = shards or [], _recipe("salun", density, read_settings(settings))
     part = _shard(shard, merge, files, processes, random_seed)
     if processes > 1 and not dry_run:
         _launch(processes)
         return
     with model_folder(model, store) as folder:
+        context = RunContext(folder, forget, data=data, device=device)
         if dry_run:
-            resolved_config(folder, "salun", overrides)
-            emit_plan("mask", {"would_write": out, **sizes_of(open_inputs(folder, forget, data)), "density": density})
+            resolve_config(context.task.methods, recipe.method, recipe.method_config)
+            emit_plan("mask", {"would_write": out, **context.inputs.sizes, "density": density})
             return
         if part is not None:
-            header = score_shard(folder, forget, part, out, data=data, device=device)
+            header = score_shard(context, part, out)
             samples = len(part.samples(header.samples))
             emit_facts({"shard": out, "number": str(part), "samples": samples, "of": header.samples})
             return
-        if merge:
-            made = merge_scores(folder, forget, files, density, out, data=data)
-        else:
-            made = compute_mask(
-                folder, forget, density, out, overrides=overrides, data=data, device=device, random_seed=random_seed
-            )
+        made = merge_scores(context, files, density, out) if merge else compute_mask(context, recipe, out, random_seed)
     if _is_first_process():
         facts = {"salient": made.k, "weights": made.weights, "density": made.density, "scores": made.facts["scores"]}
         emit_facts({"mask": out, **facts, "digest": made.digest})
@@ -107,12 +104,14 @@ def unlearn(
 
     With --tune the exit code is 3 if no setting satisfies the policy; nothing is written then.
     """
-    from salun_core.steps.unlearning import read_mask, run_unlearning
-    from salun_core.tasks import open_inputs, resolved_config, sizes_of
-    from salun_core.tasks.classification.tuning import TuningOptions
+    from salun_core.methods.method import resolve_config
+    from salun_core.steps.context import RunContext
+    from salun_core.steps.unlearning import run_unlearning
+    from salun_core.tasks.masks import read_mask
     from salun_core.tasks.resolve import model_folder
+    from salun_core.tasks.task import TuningOptions
 
-    overrides = read_settings(settings, config)
+    overrides = {"seed": seed, **read_settings(settings, config)}
     if tune:
         _check_tuning(method, mask, processes, policy)
     if processes > 1 and not dry_run:
@@ -120,30 +119,29 @@ def unlearn(
         return
     first = _is_first_process()
     with model_folder(model, store) as folder:
-        resolved = resolved_config(folder, method, {"seed": seed, **overrides})
+        context = RunContext(folder, forget, data=data)
+        resolved = resolve_config(context.task.methods, method, overrides)
+        recipe = _recipe(method, 1.0, overrides, resolved.seed)  # the mask carries the density
         if dry_run:
-            inputs = open_inputs(folder, forget, data)
-            read_mask(mask, inputs)
-            facts = {"would_write": out, "method": method, **sizes_of(inputs), "epochs": resolved.epochs}
+            read_mask(mask, context.inputs)
+            facts = {"would_write": out, "method": method, **context.inputs.sizes, "epochs": resolved.epochs}
             emit_plan("unlearn", facts)
             return
+        tuning = TuningOptions(tune_budget, policy, lambda record: progress(trial_line(record))) if tune else None
         with epoch_progress(method, resolved.epochs) if first and not tune else nullcontext(None) as on_epoch:
-            result = run_unlearning(
-                folder,
-                mask,
-                forget,
-                out,
-                method=method,
-                overrides=overrides,
-                seed=resolved.seed,
-                data=data,
-                on_epoch=on_epoch,
-                tune=TuningOptions(tune_budget, policy, lambda record: progress(trial_line(record))) if tune else None,
-            )
+            result = run_unlearning(context, recipe, mask, out, on_epoch=on_epoch, tuning=tuning)
     if first:
         tried = {"learning_rate": result.config.learning_rate, "tried": out / "tuning.json"} if tune else {}
         facts = {"method": method, "epochs": len(result.history), "samples_passed": result.passes, **tried}
         emit_facts({"model": out, **facts, "seconds": round(result.seconds, 3)})
+
+
+def _recipe(method: str, density: float, settings: dict[str, Any], seed: int = 0) -> Recipe:
+    from salun_core.config import parse
+    from salun_core.methods.recipe import Recipe
+
+    fields = {"method": method, "density": density, "method_config": settings, "seed": seed}
+    return parse(Recipe, fields, "the command line")
 
 
 def _check_tuning(method: str, mask: Path | None, processes: int, policy: str) -> None:
@@ -179,7 +177,7 @@ def evaluate(
     """Measure a model before and after unlearning, and write evidence and report."""
     from salun_core.evaluation.optional_metrics import parse_optional_metrics
     from salun_core.steps import evaluation
-    from salun_core.tasks import open_inputs, open_model, sizes_of
+    from salun_core.steps.context import RunContext
     from salun_core.tasks.resolve import model_folder
 
     parse_optional_metrics(extra_metrics)
@@ -188,26 +186,22 @@ def evaluate(
     with ExitStack() as stack:
         old, new = (stack.enter_context(model_folder(name, store)) for name in (before, after))
         retrained = stack.enter_context(model_folder(reference, store)) if reference else None
+        context = RunContext(old, forget, store_uri=store or "", data=data, device=device)
         if dry_run:
-            inputs = open_inputs(old, forget, data)
-            evaluation.check_pair(inputs.original, open_model(new), inputs.forget_set)
-            samples = sizes_of(inputs)["forget_samples"]
+            evaluation.check_pair(context, context.candidate(new))
+            samples = context.inputs.sizes["forget_samples"]
             emit_plan("evaluate", {"would_write": f"{out}, {report}", "forget_samples": samples})
             return
         if retrain_reference:
             progress("retraining the reference")
         evidence = evaluation.evaluate(
-            old,
+            context,
             new,
-            forget,
             out,
             report,
             mask=mask,
             reference=retrained,
             retrain_reference=retrain_reference,
-            data=data,
-            store_uri=store,
-            device=device,
             extra_metrics=extra_metrics,
         )
 
@@ -264,7 +258,7 @@ def _expected(
     """Return the digests of the given artifacts, to compare with those in the evidence."""
     from salun_core.gate import Expected
     from salun_core.saliency import SaliencyMask
-    from salun_core.tasks import open_inputs, open_model
+    from salun_core.tasks import open_inputs, task_of
     from salun_core.tasks.resolve import model_folder
 
     digests: dict[str, str] = {}
@@ -272,14 +266,14 @@ def _expected(
         raise UsageError("--forget needs --before", "the set is resolved against the model's split", "give both")
     if before:
         with model_folder(before, store) as folder:
-            original = open_model(folder)
+            original = task_of(folder).load(folder)
             digests |= {"before": original.digest, "split": original.split.digest}
             digests |= {"dataset": original.split.dataset_digest}
             if forget:
                 digests["forget_set"] = open_inputs(folder, forget).forget_set.digest
     if after:
         with model_folder(after, store) as folder:
-            digests["after"] = open_model(folder).digest
+            digests["after"] = task_of(folder).load(folder).digest
     if mask:
         digests["mask"] = SaliencyMask.load(mask).digest
     return Expected(**digests)

@@ -77,31 +77,26 @@ class ForgetSet(Document):
         return [name for name in self.ids if name not in pseudo]
 
 
-def resolve_forget(
-    targets: Sequence[Target], table: Table | None, split: SplitManifest, *, generative: bool = False
-) -> ForgetSet:
+def resolve_forget(targets: Sequence[Target], table: Table | None, split: SplitManifest) -> ForgetSet:
     """Find the training samples and the concepts that targets name (their union).
+
+    It does not know what a kind of model can forget; `tasks.resolve_targets` checks that first.
 
     Args:
         targets: at least one; `manifest_uri` must have been fetched into `ids` before.
-        table: the data; None where the model came without any.
-        split: the split that the model was trained on; empty where it came without data.
-        generative: whether it is a diffusion model, which forgets classes and concepts; a classifier forgets classes,
-            samples and subjects.
+        table: the data; None for a model without data.
+        split: the split that the model was trained on; empty for a model without data.
 
     Returns:
-        The forget set; it may be empty when nothing that was named is in the training split.
+        The forget set; it may be empty if nothing that was named is in the training split.
 
     Raises:
-        UsageError: an id or class that the data do not have; what such a model cannot forget; a redacted target that
-            kept no hashes.
+        UsageError: an id or class that the data do not have; a redacted target without hashes.
         IntegrityError: a target is of another data set.
     """
-    targets = [_class_again(target) for target in targets]
-    if generative:
-        _check_generative(targets)
-    concepts = {target.pseudo_id: target for target in targets if generative and isinstance(target, ConceptTarget)}
-    named = [target for target in targets if not (generative and isinstance(target, ConceptTarget))]
+    targets = [restored(target) for target in targets]
+    concepts = {target.pseudo_id: target for target in targets if isinstance(target, ConceptTarget)}
+    named = [target for target in targets if not isinstance(target, ConceptTarget)]
     ids, kinds, classes = _of_data(named, table, split) if named else (set(), set(), [])
     return ForgetSet(
         dataset_digest=split.dataset_digest,
@@ -139,33 +134,22 @@ def _named(forget: ForgetSet) -> str:
     return f"class {', '.join(map(str, forget.classes))} has no images"
 
 
-def _class_again(target: Target) -> Target:
+def restored(target: Target) -> Target:
+    """Return the class target that a redacted one kept, and any other target as it is."""
     if isinstance(target, RedactedTarget) and target.class_id is not None:
         return ClassTarget(dataset_digest=target.dataset_digest, class_id=target.class_id)
     return target
 
 
-def _kind(target: Target) -> str:
+def kind_of(target: Target) -> str:
+    """Return the kind of a target; of a redacted one, the kind that it was."""
     return target.of if isinstance(target, RedactedTarget) else target.kind
-
-
-def _check_generative(targets: Sequence[Target]) -> None:
-    for kind in map(_kind, targets):
-        if kind not in {"class", "concept"}:
-            raise UsageError(
-                "a diffusion model forgets classes and concepts",
-                f"a target of kind {kind!r} names single training images",
-                "name their class, or a concept by prompts",
-            )
-    if any(isinstance(target, RedactedTarget) for target in targets):
-        raise _not_kept()
 
 
 def _of_data(
     targets: Sequence[Target], table: Table | None, split: SplitManifest
 ) -> tuple[set[str], set[str], list[int]]:
     """Return the samples that targets name in the data, the targets' kinds, and the classes named as a whole."""
-    _check_no_concept(targets)
     if table is None:
         raise UsageError(
             "the model came without training data", "only concepts can be forgotten from it", "name a concept"
@@ -176,14 +160,7 @@ def _of_data(
     classes = sorted({_class_id(target, table) for target in targets if isinstance(target, ClassTarget)})
     if classes and all(table.labels[table.position[sample]] in classes for sample in ids):
         return ids, {"class"}, classes  # whatever else was named lies within the classes
-    return ids, {_kind(target) for target in targets}, classes
-
-
-def _check_no_concept(targets: Sequence[Target]) -> None:
-    if any(isinstance(target, ConceptTarget) for target in targets):
-        raise UsageError(
-            "a classifier cannot forget a concept", "prompts name images of a text-to-image model", "name a class"
-        )
+    return ids, {kind_of(target) for target in targets}, classes
 
 
 def _resolve_one(target: Target, table: Table, split: SplitManifest) -> set[str]:
@@ -205,7 +182,7 @@ def _resolve_one(target: Target, table: Table, split: SplitManifest) -> set[str]
 def _found_again(target: RedactedTarget, table: Table, split: SplitManifest) -> set[str]:
     """Hash all that the data name and return the samples whose hashes the target kept; what is gone is no fault."""
     if target.salt is None or not target.hashes:
-        raise _not_kept()
+        raise not_kept()
     if target.dataset_digest is not None:
         check_digest("the data set of a forget target", target.dataset_digest, split.dataset_digest)
     kept, names = set(target.hashes), table.subjects if target.of == "subject" else table.ids
@@ -213,7 +190,8 @@ def _found_again(target: RedactedTarget, table: Table, split: SplitManifest) -> 
     return _samples_of(found, table) if target.of == "subject" else found
 
 
-def _not_kept() -> UsageError:
+def not_kept() -> UsageError:
+    """Build the error for a redacted target of which nothing was kept."""
     return UsageError("a redacted target cannot be found again", "nothing was kept of what it named", "file it again")
 
 

@@ -76,6 +76,21 @@ def load_spec(text: str) -> DataSpec:
     raise UsageError(f"there is no data at {text}", "the path does not exist", "check it, or give a YAML file")
 
 
+def relocated_spec(spec: DataSpec, data: str | None) -> DataSpec:
+    """Return a model's own data spec; if the data were moved, only the places come from the new one.
+
+    Args:
+        spec: of the model card.
+        data: a spec as the command line takes it; None if the data are where they were.
+    """
+    if data is None:
+        return spec
+    moved = load_spec(data)
+    places = ("source", "test_source", "metadata", "root", "subject_column")
+    changes = {name: getattr(moved, name) for name in places if getattr(moved, name) is not None}
+    return spec.model_copy(update=changes)
+
+
 def _of_folder(path: Path) -> DataSpec:
     """A folder with `train` and `test` (or `val`) inside has its own split."""
     if (path / "val" / "val_annotations.txt").is_file():  # Tiny-ImageNet, read as a whole; some of its images are grey

@@ -90,23 +90,8 @@ class Denoiser:
         return replace(self, network=network)
 
     def selected(self, selection: Selection) -> list[str]:
-        """Return the names of the parameters that a selection means, in the network's order.
-
-        `full`: all. `xattn`: cross-attention. `selfattn`: self-attention. `noxattn`: all but cross-attention, the
-        time embedding and the output layers (Gandikota et al., "Erasing Concepts", ICCV 2023: ESD-x and ESD-u).
-
-        Raises:
-            UsageError: the network has none of that kind.
-        """
-        names = [name for name, _ in self.network.named_parameters()]
-        chosen = [name for name in names if _belongs(name, selection)]
-        if not chosen:
-            raise UsageError(
-                f"selection {selection} is empty",
-                f"{type(self.network).__name__} has no such parameters",
-                "choose full, noxattn or another part",
-            )
-        return chosen
+        """Return the names of the parameters that a selection means; see `selected_parameters`."""
+        return selected_parameters(self.network, selection)
 
     def cross_attentions(self) -> dict[str, nn.Module]:
         """Return the cross-attention layers over a text by name, in the network's order.
@@ -122,6 +107,25 @@ class Denoiser:
                 "choose salun, or esd with selection: noxattn",
             )
         return found
+
+
+def selected_parameters(network: nn.Module, selection: Selection) -> list[str]:
+    """Return the names of the parameters that a selection means, in the network's order.
+
+    `full`: all. `xattn`: cross-attention. `selfattn`: self-attention. `noxattn`: all but cross-attention, the
+    time embedding and the output layers (Gandikota et al., "Erasing Concepts", ICCV 2023: ESD-x and ESD-u).
+
+    Raises:
+        UsageError: the network has none of that kind.
+    """
+    chosen = [name for name, _ in network.named_parameters() if _belongs(name, selection)]
+    if not chosen:
+        raise UsageError(
+            f"selection {selection} is empty",
+            f"{type(network).__name__} has no such parameters",
+            "choose full, noxattn or another part",
+        )
+    return chosen
 
 
 def _belongs(name: str, selection: Selection) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSet, fitted
 from salun_core.diffusion.conditions import ConditionTable, check_prompts, encode_prompts
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples
@@ -17,7 +17,6 @@ from salun_core.diffusion.process import Process
 from salun_core.diffusion.sampling import Decode, Sampler, to_bytes
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import ModelError, unknown_name
-from salun_core.evaluation.image_classifier import fitted
 from salun_core.models.card import DiffusionCard, DiffusionEvaluation
 from salun_core.models.diffusers_folder import LoadedDiffusion
 

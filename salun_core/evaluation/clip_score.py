@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salun_core.data.images import fitted
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import DataError, ModelError, UsageError
-from salun_core.evaluation.image_classifier import fitted
 
 _BATCH = 64
 _CONVERT = (

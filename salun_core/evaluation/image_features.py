@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from salun_core.data.images import fitted
 from salun_core.digest import sha256_file
 from salun_core.errors import DataError, ModelError, UsageError
-from salun_core.evaluation.image_classifier import ImageClassifier, fitted
+from salun_core.evaluation.image_classifier import ImageClassifier
 from salun_core.models.checkpoint import read_weights
 
 _BATCH = 1024

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from salun_core.data.images import fitted
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import UsageError, unknown_name
 from salun_core.evaluation.evidence import PartCount
-from salun_core.evaluation.image_classifier import fitted
 
 NUDITY = (
     "ANUS_EXPOSED",

@@ -45,6 +45,11 @@ class LoopConfig(Document):
             raise ValueError("nesterov needs a momentum above 0")
         return self
 
+    @property
+    def scoring_passes(self) -> int:
+        """Passes over the forget set that the saliency scores take."""
+        return 1
+
     def rate_at(self, progress: float) -> float:
         """Return the learning rate at a share of the run from 0 to 1."""
         if self.schedule == "cosine":

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from salun_core.config import Document, parse, read_document
+from salun_core.config import Document, load
 from salun_core.data.spec import DataSpec
 from salun_core.errors import UsageError
 
+CARD = "model.json"
 
-class ModelCard(Document):
-    """`model.json`: everything that is needed to rebuild, feed and trace a classifier.
 
-    Its numbers have bounds: the network is built from them before its weights are read.
+class Card(Document):
+    """What the cards of all kinds of model share: everything that is needed to feed and trace a model.
+
+    The numbers have bounds, because a network may be built from them before its weights are read.
     """
 
     format: Literal["salun.model/v1"] = "salun.model/v1"
-    task: Literal["classification"] = "classification"
-    architecture: str = Field(description="name for `build_classifier`")
-    classes: list[str] = Field(min_length=2, max_length=100_000, description="class names by id")
+    task: str = Field(description="what the model does; it selects the task of the library")
+    architecture: str = Field(description="name of the architecture")
+    classes: list[str] = Field(default=[], max_length=100_000, description="class names by id; may be empty")
     channels: int = Field(ge=1, le=64, description="of the images")
     height: int = Field(ge=1, le=4096, description="of the images, in pixels")
     width: int = Field(ge=1, le=4096, description="of the images, in pixels")
-    mean: list[float] = Field(description="of pixels in [0, 1], by channel")
-    std: list[float] = Field(description="of pixels in [0, 1], by channel")
-    data: DataSpec = Field(description="where the data lie")
+    data: DataSpec | None = Field(default=None, description="where the data lie; null: they are generated")
     dataset_digest: str = Field(description="data set that it was trained on")
-    split_digest: str = Field(description="split manifest that it was trained on")
-    parent: str | None = Field(default=None, description="digest of the weights that it was made from")
+    split_digest: str = Field(description="split manifest that it was trained on; empty where there are no data")
+    parent: str | None = Field(default=None, description="digest of the model that it was made from")
     method: str = Field(default="train", description="how it was made")
     forget_set_digest: str | None = Field(default=None, description="set that was forgotten last")
     training: dict[str, object] = Field(default={}, description="resolved configuration of the method")
 
 
-CARD = "model.json"
+class ModelCard(Card):
+    """`model.json` of a classifier."""
+
+    task: Literal["classification"] = "classification"
+    architecture: str = Field(description="name for `build_classifier`")
+    classes: list[str] = Field(min_length=2, max_length=100_000, description="class names by id")
+    mean: list[float] = Field(description="of pixels in [0, 1], by channel")
+    std: list[float] = Field(description="of pixels in [0, 1], by channel")
+    data: DataSpec = Field(description="where the data lie")
 
 
 class DiffusionEvaluation(Document):
@@ -63,26 +70,14 @@ class DiffusionEvaluation(Document):
     attack_steps: int = Field(default=0, ge=0, description="of the search for a prompt that brings it back")
 
 
-class DiffusionCard(Document):
-    """`model.json` of a diffusers folder: everything that is needed to feed, judge and trace a diffusion model."""
+class DiffusionCard(Card):
+    """`model.json` of a diffusers folder."""
 
-    format: Literal["salun.model/v1"] = "salun.model/v1"
     task: Literal["class-conditional", "text-to-image"]
     architecture: str = Field(description="class of the denoiser, in diffusers")
-    classes: list[str] = Field(default=[], max_length=100_000, description="class names by id; may be empty")
     prompt: str = Field(
         default="an image of a {label}", description="text-to-image: what an image of a class is called"
     )
-    channels: int = Field(ge=1, le=64, description="of the images")
-    height: int = Field(ge=1, le=4096, description="of the images, in pixels")
-    width: int = Field(ge=1, le=4096, description="of the images, in pixels")
-    data: DataSpec | None = Field(default=None, description="where the data lie; null: they are generated")
-    dataset_digest: str = Field(description="data set that it was trained on")
-    split_digest: str = Field(description="split manifest that it was trained on; empty where there are no data")
-    parent: str | None = Field(default=None, description="digest of the model that it was made from")
-    method: str = Field(default="train", description="how it was made")
-    forget_set_digest: str | None = Field(default=None, description="set that was forgotten last")
-    training: dict[str, object] = Field(default={}, description="resolved configuration of the method")
     evaluation: DiffusionEvaluation = Field(default=DiffusionEvaluation(), description="how it is judged")
 
     @model_validator(mode="after")
@@ -100,24 +95,28 @@ class DiffusionCard(Document):
         return self.prompt.replace("{label}", label) if self.task == "text-to-image" else label
 
 
-def parse_card(data: Any, source: str = CARD) -> ModelCard | DiffusionCard:  # noqa: ANN401 - whatever the file held
-    """Build the card that a document's `task` means; without one it is a classifier's.
+CardT = TypeVar("CardT", bound=Card)
+
+
+def load_card(kind: type[CardT], folder: Path) -> CardT:
+    """Read the card of a model folder.
+
+    Args:
+        kind: class of the card.
+        folder: the model folder.
 
     Raises:
-        UsageError: an unknown task, or faults (all are listed).
+        UsageError: the folder has no card, or the card has faults or is of another kind of model.
     """
-    task = data.get("task", "classification") if isinstance(data, Mapping) else "classification"
-    if task == "classification":
-        return parse(ModelCard, data, source)
-    return parse(DiffusionCard, data, source)
+    require_card(folder)
+    return load(kind, folder / CARD)
 
 
-def read_card(folder: Path) -> ModelCard | DiffusionCard:
-    """Read the card of a model folder, of either kind.
+def require_card(folder: Path) -> None:
+    """Check that a folder has a model card.
 
     Raises:
-        UsageError: there is none, or it has faults.
+        UsageError: it has none.
     """
     if not (folder / CARD).is_file():
-        raise UsageError(f"{folder} is no model folder", f"it has no {CARD}", "make one with `salun model import`")
-    return parse_card(read_document(folder / CARD), str(folder / CARD))
+        raise UsageError(f"{folder} is not a model folder", f"it has no {CARD}", "make one with `salun model import`")

@@ -20,7 +20,7 @@ from salun_core.data.split import SplitManifest
 from salun_core.digest import check_digest, sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, ModelError, UsageError
 from salun_core.models.architectures import build_classifier
-from salun_core.models.card import ModelCard
+from salun_core.models.card import ModelCard, load_card
 from salun_core.storage.local_files import disk_error
 
 Files = Mapping[str, bytes | Callable[[Path], object]]
@@ -44,6 +44,11 @@ class LoadedModel:
     card: ModelCard
     split: SplitManifest
     digest: str
+
+    @property
+    def network(self) -> nn.Module:
+        """The network; the name that all kinds of model share."""
+        return self.model
 
     @property
     def normalisation(self) -> Normalisation:
@@ -175,9 +180,7 @@ def load_model(folder: Path) -> LoadedModel:
         ModelError: names, shapes or types of the weights differ from the architecture's.
         IntegrityError: a file is damaged, or the card belongs to another split.
     """
-    if not (folder / CARD).is_file():
-        raise UsageError(f"{folder} is no model folder", f"it has no {CARD}", "make one with `salun model import`")
-    card = load(ModelCard, folder / CARD)
+    card = load_card(ModelCard, folder)
     split = load(SplitManifest, folder / SPLIT)
     check_digest("the split in the model folder", card.split_digest, split.digest)
     model = build_classifier(card.architecture, len(card.classes), card.channels, card.height)

@@ -19,7 +19,7 @@ from salun_core.config import load, read_document
 from salun_core.data.split import SplitManifest
 from salun_core.digest import check_digest, sha256_file
 from salun_core.errors import IntegrityError, ModelError, SalunError, UsageError, unknown_name
-from salun_core.models.card import CARD, DiffusionCard, read_card
+from salun_core.models.card import CARD, DiffusionCard, load_card
 from salun_core.models.checkpoint import SPLIT, Files, document_bytes, shown_faults, write_folder
 from salun_core.registry.manifest import weights_digest
 from salun_core.storage.local_files import list_tree
@@ -265,9 +265,7 @@ def load_diffusion(folder: Path) -> LoadedDiffusion:
         ModelError: a class is not supported, weights do not fit their configuration or hold NaN.
         IntegrityError: a file is damaged, or the card belongs to another split.
     """
-    card = read_card(folder)
-    if not isinstance(card, DiffusionCard):
-        raise UsageError(f"{folder} is not a diffusion model", f"its card says {card.task}", "give a diffusers folder")
+    card = load_card(DiffusionCard, folder)
     split = load(SplitManifest, folder / SPLIT)
     check_digest("the split in the model folder", card.split_digest, split.digest)
     found = read_diffusers(folder)

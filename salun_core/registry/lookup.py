@@ -37,6 +37,23 @@ def read_head(store: ObjectStore, line: str) -> tuple[Head, str] | None:
     return head, stored.etag
 
 
+def require_head(store: ObjectStore, line: str) -> Head:
+    """Return HEAD of a line.
+
+    Raises:
+        UsageError: the line has none.
+        IntegrityError: the document is damaged, or belongs to another line.
+    """
+    found = read_head(store, line)
+    if found is None:
+        raise UsageError(
+            f"model line {line} has no HEAD",
+            "no version was published",
+            "import or train a model: `salun model import`",
+        )
+    return found[0]
+
+
 def read_version(store: ObjectStore, line: str, digest: str) -> VersionManifest:
     """Return the manifest of a version; its digest is verified before it is parsed.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from salun_core.data.forget_set import ForgetSet, SamplesTarget, Target, resolve_forget
 from salun_core.requests.schema import DeletionRequest
@@ -13,6 +13,7 @@ from salun_core.requests.schema import DeletionRequest
 if TYPE_CHECKING:
     from salun_core.data.split import SplitManifest
     from salun_core.data.table import Table
+    from salun_core.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class TableResolver:
         version: digest of the version.
         table: the rows of the data set, checked against the split; None where the model came without data.
         split: which of them the version was trained on and has not forgotten.
+        task: of the model; it checks what such a model can forget.
         fetch: replaces a target that names a manifest of ids by one that holds them.
-        generative: whether it is a diffusion model, which forgets classes and concepts, and no single samples.
     """
 
     def __init__(
@@ -79,12 +80,11 @@ class TableResolver:
         version: str,
         table: Table | None,
         split: SplitManifest,
+        task: Task[Any],
         fetch: Callable[[Target], Target] = lambda target: target,
-        *,
-        generative: bool = False,
     ) -> None:
-        self._version, self._table, self._split, self._fetch = version, table, split, fetch
-        self._generative = generative
+        self._version, self._table, self._split = version, table, split
+        self._task, self._fetch = task, fetch
 
     @property
     def version(self) -> str:
@@ -113,12 +113,13 @@ class TableResolver:
         return self._set([self._fetch(request.target) for request in requests]).canonical()
 
     def _set(self, targets: Sequence[Target]) -> ForgetSet:
+        self._task.check_targets(targets)
         known = [found for target in targets if (found := self._known(target)) is not None]
-        return resolve_forget(known, self._table, self._split, generative=self._generative)
+        return resolve_forget(known, self._table, self._split)
 
     def _known(self, target: Target) -> Target | None:
         """Leave out the ids that the data do not have."""
-        if not isinstance(target, SamplesTarget) or self._table is None or self._generative:
+        if not isinstance(target, SamplesTarget) or self._table is None:
             return target
         ids = [sample for sample in target.ids or () if sample in self._table.position]
         return target.model_copy(update={"ids": ids}) if ids else None

@@ -116,6 +116,18 @@ class SaliencyMask:
         """Return the same mask with more provenance; its digest is the same."""
         return SaliencyMask(self.shapes, self.bits, self.k, {**self.facts, **facts})
 
+    def within(self, shapes: Shapes) -> SaliencyMask:
+        """Return this mask as a mask of more parameters, in their order; the others are frozen.
+
+        Args:
+            shapes: by parameter name, including those of this mask.
+        """
+        bits = {
+            name: self.bits[name] if name in self.bits else np.zeros(-(-math.prod(shape) // 8), dtype=np.uint8)
+            for name, shape in shapes.items()
+        }
+        return SaliencyMask({name: tuple(shape) for name, shape in shapes.items()}, bits, self.k, self.facts)
+
     @property
     def weights(self) -> int:
         """Number of weights that the mask covers."""

@@ -15,58 +15,86 @@ from salun_core.errors import DataError, ModelError, UsageError
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
-def saliency_scores(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss_fn: LossFn) -> dict[str, Tensor]:
+def saliency_scores(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_fn: LossFn,
+    *,
+    samples: int | None = None,
+    shard: Shard | None = None,
+) -> dict[str, Tensor]:
     """Score every parameter by the magnitude of the forgetting loss's gradient (SalUn, eq. 4).
 
-    The gradient is of the mean over samples, so a short last batch does not weigh more than the others. It is
-    accumulated in `.grad` itself: no second copy of the model is made. The model is in eval mode meanwhile;
-    its modes, its gradients and its `requires_grad` flags are as before afterwards.
+    The gradient is of the mean over samples, so a short last batch does not weigh more than the others. The gradients
+    of the batches are added in pairs, then the pairs in pairs, and so on (`PartialSums`): rounding errors stay small,
+    and the sum does not depend on how many processes share the work. The model is in eval mode meanwhile; its modes,
+    its gradients and its `requires_grad` flags are restored.
+
+    Several processes that have joined a process group can share the work. Each gives the batches of its own shard, and
+    all get the scores of the whole forget set. The bits are the same as for one process if every process computes its
+    batches alike (see `repeatable`).
 
     Args:
-        model: the original model θ_o, unchanged by the call.
-        batches: the forget set D_f once, as (inputs, targets) on the model's device.
+        model: the original model θ_o, unchanged by the call; the same in every process.
+        batches: the forget set D_f once, as (inputs, targets) on the model's device. With a shard: its samples only,
+            in batches of `CHUNK`.
         loss_fn: (model output, targets) -> mean loss over the batch, a scalar.
+        samples: number of samples of the whole forget set; needed with a shard only.
+        shard: this process's share: (rank, number of processes); None if one process scores everything.
 
     Returns:
         By parameter name, in the model's order: a tensor of the parameter's shape, >= 0. A parameter that the
         loss does not reach scores 0.
 
     Raises:
-        DataError: there is no batch.
+        DataError: there is no batch, or the batches are not those of the shard.
         ModelError: the model has no parameters, or a gradient is NaN or infinite.
 
     Source:
         Fan et al., "SalUn", ICLR 2024, section 4, equation (4).
     """
+    if shard is not None and shard.count > 1:
+        if samples is None:
+            raise UsageError("a shard is scored without `samples`", "its share of the whole is not known", "give it")
+        sums = score_shard(model, batches, loss_fn, samples, shard)
+        return gathered(sums, shard, list(model.named_parameters())).scores()
+    sums = PartialSums()
+
+    def add(size: int, gradients: Sums) -> None:
+        sums.add((0, len(sizes)), gradients)
+        sizes.append(size)
+
+    sizes: list[int] = []
+    _each_gradient(model, batches, loss_fn, add)
+    sums.samples = sum(sizes)
+    return sums.scores()
+
+
+def _each_gradient(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss_fn: LossFn,
+    add: Callable[[int, Sums], None],
+) -> None:
+    """Call `add` for each batch that is not empty: with its size and the gradient of its summed loss."""
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ModelError(
             "model has no parameters", "there is nothing to score", "check that the right model was loaded"
         )
     with scoring(model):
-        total = _accumulate(model, batches, loss_fn)
-        if total == 0:
-            raise DataError("forget set is empty", "no batch was given to score", "name at least one sample to forget")
-        return {name: _score(name, parameter, total) for name, parameter in parameters.items()}
+        for inputs, targets in batches:
+            if len(inputs):
+                (loss_fn(model(inputs), targets) * len(inputs)).backward()  # type: ignore[no-untyped-call]
+                add(len(inputs), {name: _taken(parameter) for name, parameter in parameters.items()})
 
 
-def _accumulate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss_fn: LossFn) -> int:
-    total = 0
-    for inputs, targets in batches:
-        size = len(inputs)
-        if size == 0:
-            continue
-        (loss_fn(model(inputs), targets) * size).backward()  # type: ignore[no-untyped-call]
-        total += size
-    return total
-
-
-def _score(name: str, parameter: nn.Parameter, total: int) -> Tensor:
-    if parameter.grad is None:
-        return torch.zeros_like(parameter, requires_grad=False)
-    score = mean_magnitude(name, parameter.grad.detach(), total)
-    parameter.grad = None
-    return score
+def _taken(parameter: nn.Parameter) -> Tensor:
+    """Take a parameter's gradient away, contiguous, so that the layout of the weights does not change the file."""
+    grad, parameter.grad = parameter.grad, None
+    if grad is None:
+        return torch.zeros_like(parameter, requires_grad=False, memory_format=torch.contiguous_format)
+    return grad.detach().contiguous()
 
 
 def mean_magnitude(name: str, gradient: Tensor, total: int) -> Tensor:
@@ -178,18 +206,26 @@ def chunks_of(samples: int) -> int:
 class PartialSums:
     """Sums of gradients over some chunks of a forget set, added up as far as the tree allows.
 
+    Chunks are the leaves of a binary tree, and each inner node is the sum of its two children. So the order of the
+    additions depends on the number of chunks alone, not on who computes which chunk.
+
     Args:
-        samples: of the whole forget set.
+        total: samples of the whole forget set, in chunks of `CHUNK`; None if that is known only after the last chunk.
         nodes: by (level, index): the sums over chunks `index << level` up to `(index + 1) << level`, by parameter.
+        samples: samples that the scores are the mean over.
     """
 
-    samples: int
+    total: int | None = None
     nodes: dict[Node, Sums] = field(default_factory=dict)
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        self.samples = self.total or 0
 
     @property
-    def root(self) -> Node:
-        """The node that covers every chunk."""
-        return (chunks_of(self.samples) - 1).bit_length(), 0
+    def root(self) -> Node | None:
+        """The node that covers every chunk; None if their number is not known."""
+        return None if self.total is None else ((chunks_of(self.total) - 1).bit_length(), 0)
 
     def add(self, node: Node, sums: Sums) -> None:
         """Put in the sums of one node, and add what now can be added; the tensors are taken over.
@@ -200,13 +236,13 @@ class PartialSums:
         """
         while node != self.root:
             level, index = node
-            neighbour = (level, index ^ 1)
-            if neighbour[1] << level < chunks_of(self.samples):
-                if neighbour not in self.nodes:
+            sibling = (level, index ^ 1)
+            if self.total is None or sibling[1] << level < chunks_of(self.total):  # else it covers no chunk
+                if sibling not in self.nodes:
                     break
-                other = self.nodes.pop(neighbour)
+                other = self.nodes.pop(sibling)
                 left, right = (other, sums) if index & 1 else (sums, other)
-                sums = {name: value.add_(right[name]) for name, value in left.items()}
+                sums = _added(left, right)
             node = (level + 1, index >> 1)
         self.nodes[node] = sums
 
@@ -214,13 +250,25 @@ class PartialSums:
         """Return the scores, |mean gradient|, by parameter name; the sums are used up.
 
         Raises:
+            DataError: there is no chunk.
             UsageError: some chunks are missing.
             ModelError: a score is NaN or infinite.
         """
-        if set(self.nodes) != {self.root}:
-            raise UsageError("the saliency is not complete", "some shards of it are missing", "add all shards")
-        sums = self.nodes.pop(self.root)
+        if self.total is None:
+            if not self.nodes:
+                chunks_of(0)
+            # Without the number of chunks, the nodes at the right edge wait for siblings that never came.
+            while len(self.nodes) > 1:
+                *_, left, right = sorted(self.nodes, key=lambda node: node[1] << node[0])
+                self.nodes[left] = _added(self.nodes[left], self.nodes.pop(right))
+        elif set(self.nodes) != {self.root}:
+            raise UsageError("the saliency is not complete", "some of its shards are missing", "add all shards")
+        _, sums = self.nodes.popitem()
         return {name: mean_magnitude(name, value, self.samples) for name, value in sums.items()}
+
+
+def _added(left: Sums, right: Sums) -> Sums:
+    return {name: value.add_(right[name]) for name, value in left.items()}
 
 
 def layout(samples: int, shard: Shard) -> list[Node]:
@@ -236,12 +284,12 @@ def score_shard(
     batches: Iterable[tuple[Tensor, Tensor]],
     loss_fn: LossFn,
     samples: int,
-    shard: Shard = WHOLE,
+    shard: Shard,
 ) -> PartialSums:
     """Sum the gradients of one shard of the forget set.
 
     Args:
-        model: the original model θ_o; it is as before afterwards.
+        model: the original model θ_o; it is restored afterwards.
         batches: the shard's samples (`shard.samples`) in the set's order, in batches of `CHUNK`.
         loss_fn: (model output, targets) -> mean loss over the batch, a scalar.
         samples: of the whole forget set.
@@ -254,25 +302,31 @@ def score_shard(
         DataError: the batches are not the shard's chunks.
         ModelError: the model has no parameters.
     """
-    parameters = dict(model.named_parameters())
-    if not parameters:
-        raise ModelError("model has no parameters", "there is nothing to score", "check that the right one was loaded")
     sums, left = PartialSums(samples), list(shard.chunks(samples))
-    with scoring(model), _repeatable():
-        for inputs, targets in batches:
-            number = left.pop(0) if left else chunks_of(samples)
-            if len(inputs) != min(CHUNK, samples - number * CHUNK):
-                raise _other_chunks(shard)
-            (loss_fn(model(inputs), targets) * len(inputs)).backward()  # type: ignore[no-untyped-call]
-            sums.add((0, number), {name: _taken(parameter) for name, parameter in parameters.items()})
+    other_chunks = DataError(
+        f"the batches are not those of shard {shard}", "its chunks have other sizes", f"give batches of {CHUNK} samples"
+    )
+
+    def add(size: int, gradients: Sums) -> None:
+        number = left.pop(0) if left else chunks_of(samples)
+        if size != min(CHUNK, samples - number * CHUNK):
+            raise other_chunks
+        sums.add((0, number), gradients)
+
+    _each_gradient(model, batches, loss_fn, add)
     if left:
-        raise _other_chunks(shard)
+        raise other_chunks
     return sums
 
 
 @contextmanager
-def _repeatable() -> Iterator[None]:
-    """Compute a chunk alike wherever it is: threads of a CPU share a sum as their number says, so there is one."""
+def repeatable() -> Iterator[None]:
+    """Compute with one CPU thread and deterministic kernels, so that a batch has the same gradient everywhere.
+
+    CPU threads divide a sum by their number, and processes that share a machine have fewer threads each than one
+    process alone. Whoever needs the same bits for any number of threads, processes and shards wraps the scoring in this
+    context; it costs the speed of the other threads.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -280,45 +334,6 @@ def _repeatable() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _taken(parameter: nn.Parameter) -> Tensor:
-    grad, parameter.grad = parameter.grad, None
-    if grad is None:
-        return torch.zeros_like(parameter, requires_grad=False, memory_format=torch.contiguous_format)
-    return grad.detach().contiguous()
-
-
-def _other_chunks(shard: Shard) -> DataError:
-    return DataError(
-        f"the batches are not those of shard {shard}", "its chunks have other sizes", f"give batches of {CHUNK} samples"
-    )
-
-
-def sharded_scores(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], loss_fn: LossFn, samples: int, shard: Shard = WHOLE
-) -> dict[str, Tensor]:
-    """Score every parameter as `saliency_scores` does, with the same bits for any number of processes.
-
-    With more than one shard, a process group of torch must have been joined, and each process scores the shard of
-    its rank. All get the whole result.
-
-    Args:
-        model: the original model θ_o, the same in every process.
-        batches: this process's samples (`shard.samples`), in batches of `CHUNK`.
-        loss_fn: (model output, targets) -> mean loss over the batch, a scalar.
-        samples: of the whole forget set.
-        shard: of this process: (rank, number of processes).
-
-    Returns:
-        By parameter name, in the model's order: a tensor of the parameter's shape, >= 0.
-
-    Raises:
-        DataError: the forget set is empty, or the batches are not the shard's chunks.
-        ModelError: the model has no parameters, or a gradient is NaN or infinite.
-    """
-    sums = score_shard(model, batches, loss_fn, samples, shard)
-    return (gathered(sums, shard, list(model.named_parameters())) if shard.count > 1 else sums).scores()
 
 
 def gathered(own: PartialSums, shard: Shard, parameters: Sequence[tuple[str, nn.Parameter]]) -> PartialSums:

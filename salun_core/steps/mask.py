@@ -1,93 +1,115 @@
-"""Step 2: score the weights on the forget set and write the mask."""
+"""Step 2: score the weights on the forget set and write the mask; whole, or in shards that are merged."""
 
 from __future__ import annotations
 
+import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from salun_core.methods.classification import METHODS, pick_device
-from salun_core.methods.distributed import ProcessGroup
-from salun_core.methods.method import get_method
+from salun_core.methods.config import pick_device
+from salun_core.methods.method import resolve_config
+from salun_core.methods.recipe import Recipe
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.observe import RunRef
-from salun_core.steps.sharding import distributed, forget_scores, require_same_inputs
-from salun_core.tasks import open_inputs
-from salun_core.tasks.classification.inputs import Inputs
+from salun_core.saliency.scores import Shard
+from salun_core.saliency.shard_file import ShardHeader, merge_shards, write_shard
+from salun_core.steps.context import RunContext, method_label
+from salun_core.tasks.masks import make_mask
 
 
-def compute_mask(
-    model: Path,
-    forget_manifest_uri: str,
-    density: float,
-    out: Path,
-    *,
-    method: str = "salun",
-    overrides: Mapping[str, Any] | None = None,
-    model_line: str = "local",
-    data: str | None = None,
-    device: str = "auto",
-    random_seed: int | None = None,
-    run: RunRef | None = None,
-) -> SaliencyMask:
+def compute_mask(context: RunContext, recipe: Recipe, out: Path, random_seed: int | None = None) -> SaliencyMask:
     """Compute the saliency mask of a model for a forget set.
 
-    A method that takes no mask gets one in which every weight is salient. Where torchrun has started several
-    processes, each scores its share, and the first one writes the same mask as one process alone.
+    A method that takes no mask gets one in which every weight is salient. If torchrun has started several processes,
+    each scores its share, and the first one writes the same mask as one process alone.
 
     Args:
-        model: folder of the original model.
-        forget_manifest_uri: address of the forget targets.
-        density: share of weights to keep salient, in (0, 1].
+        context: model, forget set, device.
+        recipe: method, density and settings. Its seed is not used: runs of several seeds share a mask.
         out: file to write.
-        method: the unlearning method that will use it.
-        overrides: what differs from the method's default configuration; a diffusion model's says which part is
-            scored, and how.
-        model_line: for the metrics.
-        data: data set spec, where the data lie elsewhere than the model card says.
-        device: auto, cpu, cuda or cuda:N.
-        random_seed: draw a random mask of the same density in place of saliency: the control.
-        run: the run of the deletion ledger that it belongs to.
+        random_seed: draw a random mask of the same density, as a control.
 
     Returns:
         The mask.
-    """
-    with distributed("compute_mask", model_line, run) as (metrics, group):
-        started = time.perf_counter()
-        inputs = open_inputs(model, forget_manifest_uri, data)
-        require_same_inputs(inputs, group)
-        facts = {"model_digest": inputs.original.digest, "forget_set_digest": inputs.forget_set.digest}
-        chosen = pick_device(device)
-        if isinstance(inputs, Inputs):
-            mask = _classifier_mask(inputs, method, density, chosen, random_seed, group)
-        else:
-            from salun_core.methods.diffusion import diffusion_config
-            from salun_core.tasks.diffusion.unlearning import generation_mask
 
-            config = diffusion_config(method, overrides)
-            mask = generation_mask(inputs, method, config, density, chosen, random_seed)
-        mask = mask.with_facts({**facts, "seconds": f"{time.perf_counter() - started:.3f}"})
+    Raises:
+        UsageError: density outside (0, 1], or something does not exist.
+        DataError: there is nothing to forget, or nothing to keep.
+        ModelError: a score is NaN or infinite.
+        IntegrityError: the model, the data or the forget set do not match their digests.
+    """
+    with context.distributed("compute_mask") as (metrics, group):
+        started = time.perf_counter()
+        config = resolve_config(context.task.methods, recipe.method, recipe.method_config)
+        context.require_same_inputs(group)
+        device = pick_device(context.device)
+        task, inputs = context.task, context.inputs
+        mask = make_mask(task, inputs, recipe.method, config, recipe.density, device, random_seed, group)
+        mask = mask.with_facts({**inputs.digests, "seconds": f"{time.perf_counter() - started:.3f}"})
         if group.main:
             mask.save(out)
-        metrics.record("salun_mask_density_ratio", mask.density, method=method)
+        metrics.record("salun_mask_density_ratio", mask.density, method=method_label(recipe.method))
         return mask
 
 
-def was_scored(mask: SaliencyMask) -> bool:
-    """Say whether a mask rests on scores, which cost a pass over the forget set; random and full masks do not."""
-    return mask.facts.get("scores", "none") not in ("none", "random")
+def score_shard(context: RunContext, shard: Shard, out: Path) -> ShardHeader:
+    """Score one shard of the forget set and write its sums, to be merged into a mask.
+
+    Args:
+        context: model, forget set, device.
+        shard: which one of how many.
+        out: file to write.
+
+    Returns:
+        The file's header.
+    """
+    with context.observed("compute_mask"):
+        started = time.perf_counter()
+        inputs, device = context.inputs, pick_device(context.device)
+        sums = context.task.score_shard(inputs, shard, device)
+        shapes = {name: list(parameter.shape) for name, parameter in inputs.original.network.named_parameters()}
+        header = ShardHeader(
+            index=shard.index,
+            count=shard.count,
+            samples=sums.samples,
+            shapes=shapes,
+            order=list(shapes),
+            **inputs.digests,
+            engine=_engine(device),
+            seconds=time.perf_counter() - started,
+        )
+        write_shard(out, sums, header)
+        return header
 
 
-def _classifier_mask(
-    inputs: Inputs, method: str, density: float, device: torch.device, random_seed: int | None, group: ProcessGroup
-) -> SaliencyMask:
-    network = inputs.original.model.to(device)
-    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    if not get_method(METHODS, method).needs_mask:
-        return SaliencyMask.full(shapes)
-    if random_seed is not None:
-        return SaliencyMask.random(shapes, density, random_seed)
-    return SaliencyMask.from_scores(forget_scores(network, inputs.forget, device, group), density)
+def merge_scores(context: RunContext, shards: Sequence[Path], density: float, out: Path) -> SaliencyMask:
+    """Add up the shards of a saliency and write the mask: the same bits as of one process alone.
+
+    Args:
+        context: model and forget set.
+        shards: the files of all shards, in any order.
+        density: share of weights to keep salient, in (0, 1].
+        out: file to write.
+
+    Returns:
+        The mask.
+
+    Raises:
+        UsageError: a shard is missing or given twice.
+        IntegrityError: a shard is damaged, or of another model or forget set.
+    """
+    with context.observed("compute_mask") as metrics:
+        digests = context.inputs.digests
+        scores, facts = merge_shards(shards, digests)
+        mask = SaliencyMask.from_scores(scores, density).with_facts({**digests, **facts})
+        mask.save(out)
+        metrics.record("salun_mask_density_ratio", mask.density, method="salun")
+        return mask
+
+
+def _engine(device: torch.device) -> str:
+    """Describe what determines the last bits of a chunk's gradient."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"torch {torch.__version__}, {name}"

@@ -17,13 +17,14 @@ from typing import Any
 from salun_core import errors
 from salun_core.errors import SalunError
 from salun_core.methods.distributed import PeerError
+from salun_core.steps.context import RunContext
 from salun_core.telemetry.logs import get_logger, run_bound
 
 Step = Callable[..., object]
 _THREADS = "OMP_NUM_THREADS"
 
 
-def in_processes(processes: int, step: Step, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the step's own
+def in_processes(processes: int, step: Step, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - of the step
     """Call a step in several processes that are joined as torchrun joins them, and wait for all.
 
     Args:
@@ -31,8 +32,8 @@ def in_processes(processes: int, step: Step, *args: Any, **kwargs: Any) -> None:
             these; where torchrun has started us, it is one of its processes.
         step: a function of a module, such as `steps.mask.compute_mask`; what it returns is dropped, so look at the
             files that it wrote.
-        args: its arguments.
-        kwargs: its arguments; `run` is the run whose id the processes log.
+        args: its arguments. The processes log the run of a `RunContext`; each loads models and data itself.
+        kwargs: its arguments.
 
     Raises:
         SalunError: the first error of a process, of its own class.
@@ -97,9 +98,8 @@ def _launch(count: int, folder: Path, step: Step, args: tuple[Any, ...], kwargs:
 
 def _work(folder: Path, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Be one of the processes; an error of ours is written down for the parent before it ends this process."""
-    run = kwargs.get("run")
     try:
-        with run_bound(run.run if run else None):
+        with run_bound(next((item.run or None for item in args if isinstance(item, RunContext)), None)):
             step(*args, **kwargs)
     except PeerError:  # another process has the cause
         raise

@@ -12,22 +12,20 @@ from salun_core.digest import check_digest
 from salun_core.evaluation import Evidence
 from salun_core.gate import Expected, GateDecision, decide
 from salun_core.registry.lookup import Version, ancestry, read_file, read_version
-from salun_core.registry.manifest import VersionManifest, weight_files, weights_digest
+from salun_core.registry.manifest import Lineage, VersionManifest, weight_files, weights_digest
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.report import Ancestor, ReportContext, write_report
+from salun_core.steps.context import RunContext, record_evidence
 from salun_core.steps.evaluation import write_evidence
-from salun_core.steps.observe import RunRef, observed, record_evidence
-from salun_core.steps.used_mask import used_mask
-from salun_core.storage import FileStore, open_store
+from salun_core.storage import FileStore
 from salun_core.storage.blobs import full_copy_every
 from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import run_key
 from salun_core.storage.local_files import write_whole
 from salun_core.storage.objects import ObjectStore
 from salun_core.sweeps.runs import RunStatus
-from salun_core.tasks import kept_split, open_inputs, open_model, version_files
+from salun_core.tasks.masks import used_mask
 from salun_core.tasks.resolve import AUTO, read_policy
-from salun_core.telemetry.push import StepMetrics
 
 ORIGIN_EVIDENCE = "evidence.json"
 _KEPT = "TA"  # of all metrics this one alone is measured on the same samples for every version
@@ -68,7 +66,7 @@ def _before(store: ObjectStore, manifest: VersionManifest) -> float | None:
 
 
 EVIDENCE, DECISION, REPORT = "evidence.json", "decision.json", "report.html"
-_JUDGED = "judged-evidence.json"  # what was measured, and the line's last full training beside it
+_GATED = "judged-evidence.json"  # the evidence with the figure of the line's last full training
 
 
 @dataclass(frozen=True)
@@ -85,35 +83,29 @@ class Published:
 
 
 def gate_and_publish(
-    before: Path,
+    context: RunContext,
     after: Path,
     evidence: Path,
     report: Path,
-    forget_manifest_uri: str,
     *,
-    store_uri: str,
-    model_line: str,
     parent: str,
     policy_uri: str = AUTO,
     mask: Path | None = None,
-    run: str | None = None,
 ) -> Published:
-    """Judge and publish. A refusal leaves the line as it was and writes decision and report under `runs/<run>/`.
+    """Apply the gate and publish. A refusal leaves the line as it was and stores decision and report of the run.
 
-    The same run may try again: what it published already it finds and returns.
+    The step may die at any point and be run again by the same run:
+    - before HEAD moved, the staged version is invisible, and the next attempt stages the same one;
+    - after HEAD moved, `_published_before` finds the version and returns it.
 
     Args:
-        before: folder of the original model.
+        context: original model, forget set, store, model line and run.
         after: folder of the unlearned model.
         evidence: file from the evaluation.
-        report: HTML file to write, with the verdict.
-        forget_manifest_uri: address of the forget targets.
-        store_uri: `s3://bucket/prefix`.
-        model_line: name of the line.
-        parent: digest of the version that `before` was fetched as.
-        policy_uri: name of a policy that ships, a file, an s3:// address, or auto: by the kind of model.
+        report: HTML file to write, with the verdict; evidence and decision are written to its folder.
+        parent: digest of the version that the original model was fetched as.
+        policy_uri: name of a built-in policy, a file, an s3:// address, or auto: by the kind of model.
         mask: mask file that was used.
-        run: id of the run.
 
     Returns:
         What was published.
@@ -121,46 +113,41 @@ def gate_and_publish(
     Raises:
         GateRefusedError: the gate refused.
         ConflictError: HEAD is not `parent` any more.
-        IntegrityError: `before` is not the parent's model, or the model after would retain a forgotten sample later.
+        IntegrityError: the original model is not the parent's, or the split of the model after is not the kept one.
     """
-    ours = RunRef(store_uri, run or "")
-    with observed("gate_publish", model_line, ours) as metrics:
-        store = open_store(store_uri)
-        inputs = open_inputs(before, forget_manifest_uri)
-        manifest = read_version(store, model_line, parent)
+    with context.observed("gate_publish") as metrics:
+        store, line, inputs = context.store, context.model_line, context.inputs
+        manifest = read_version(store, line, parent)
         check_digest("the model before", model_of(manifest), inputs.original.digest)
-        measured = with_origin(store, model_line, parent, load(Evidence, evidence))
-        candidate = open_model(after)
-        kept = kept_split(inputs)
-        check_digest("the split of the model after, without what was forgotten", kept.digest, candidate.split.digest)
-        split = inputs.original.split
-        digests = inputs.original.digest, inputs.forget_set.digest
-        used = used_mask(after, mask, measured.run, *digests)
+        measured = with_origin(store, line, parent, load(Evidence, evidence))
+        candidate = context.candidate(after)
+        check_digest("the split of the model after", inputs.kept_split.digest, candidate.split.digest)
+        used = used_mask(after, mask, measured.run, inputs)
         expected = Expected(
             before=inputs.original.digest,
             after=candidate.digest,
-            split=split.digest,
-            dataset=split.dataset_digest,
+            split=inputs.split.digest,
+            dataset=inputs.split.dataset_digest,
             forget_set=inputs.forget_set.digest,
             mask=used.digest if used else None,
         )
         decision = decide(measured, read_policy(policy_uri, measured), expected)
         record_evidence(metrics, measured, decision)
-        context = report_context(store, model_line, parent, measured)
-        write_report(report, measured, decision, context)
-        decision_file, judged = report.with_name(DECISION), report.with_name(_JUDGED)
-        write_decision(decision_file, decision)
-        write_evidence(judged, measured)
-        files = {EVIDENCE: judged, DECISION: decision_file, REPORT: report}
-        if not decision.passed and run:
-            _keep(store, run, files)
+        write_report(report, measured, decision, report_context(store, line, parent, measured))
+        files = {EVIDENCE: report.with_name(_GATED), DECISION: report.with_name(DECISION), REPORT: report}
+        write_evidence(files[EVIDENCE], measured)
+        write_decision(files[DECISION], decision)
+        if not decision.passed and context.run:
+            for name, path in files.items():  # neither weights nor sample ids are in them
+                store.upload(path, run_key(context.run, name))
         decision.require()
-        ours.advance(RunStatus.GATED, "gate_publish")
-        files |= version_files(after)
-        version = _published_before(store, model_line, parent, candidate.digest, run)
-        version = version or _publish(store, model_line, manifest, parent, measured, files, run, before)
-        ours.advance(RunStatus.PUBLISHED, "gate_publish")
-        _record_debt(metrics, read_version(store, model_line, version))
+        context.advance(RunStatus.GATED, "gate_publish")
+        version = _published_before(context, parent, candidate.digest)
+        version = version or _publish(context, manifest, parent, measured, files | context.task.version_files(after))
+        context.advance(RunStatus.PUBLISHED, "gate_publish")
+        lineage = read_version(store, line, version).lineage
+        metrics.record("salun_unlearning_debt_ratio", lineage.debt)
+        metrics.record("salun_runs_since_training", lineage.runs_since_training)
         return Published(version, decision)
 
 
@@ -204,51 +191,34 @@ def _command(line: str, measured: Evidence) -> str:
     return " ".join(["python -m pipelines run", *options, "--forget-manifest-uri …"])
 
 
-def _keep(store: FileStore, run: str, files: dict[str, Path]) -> None:
-    """Keep the evidence of a refused run; it holds neither weights nor sample ids."""
-    for name, path in files.items():
-        store.upload(path, run_key(run, name))
-
-
-def _published_before(store: FileStore, line: str, parent: str, model: str, run: str | None) -> str | None:
-    """Find what an earlier attempt of this very run published before it was lost."""
-    if run is None:
+def _published_before(context: RunContext, parent: str, model: str) -> str | None:
+    """Return what an earlier attempt of this run published before it died."""
+    if not context.run:
         return None
-    ours = [item for item in ancestry(store, line) if (item.manifest.run, item.manifest.parent) == (run, parent)]
-    return next((item.digest for item in ours if model_of(item.manifest) == model), None)
+    for item in ancestry(context.store, context.model_line):
+        if (item.manifest.run, item.manifest.parent) == (context.run, parent) and model_of(item.manifest) == model:
+            return item.digest
+    return None
 
 
 def _publish(
-    store: FileStore,
-    line: str,
-    parent_manifest: VersionManifest,
-    parent: str,
-    measured: Evidence,
-    files: dict[str, Path],
-    run: str | None,
-    before: Path,
+    context: RunContext, parent_manifest: VersionManifest, parent: str, measured: Evidence, files: dict[str, Path]
 ) -> str:
     retrained = measured.run.method == "retrain"
     lineage = parent_manifest.lineage.after_run(measured.forgotten.count)
     if retrained:
-        kept = measured.forgotten.train_count - measured.forgotten.count
-        lineage = type(lineage)(trained_on=kept)
+        lineage = Lineage(trained_on=measured.forgotten.train_count - measured.forgotten.count)
     fields = {
-        "line": line,
+        "line": context.model_line,
         "parent": parent,
-        "run": run,
+        "run": context.run or None,
         "method": measured.run.method,
         "forget_set_digest": measured.measured.forget_set,
         "forget_count": measured.forgotten.count,
         "retrained": retrained,
         "lineage": lineage,
     }
-    base = {name: before / name for name in weight_files(files) if (before / name).is_file()}
-    version, _ = stage_version(store, fields, files, base, full_copy_every())
-    publish_head(store, line, version, parent, run)
+    base = {name: path for name in weight_files(files) if (path := context.before / name).is_file()}
+    version, _ = stage_version(context.store, fields, files, base, full_copy_every())
+    publish_head(context.store, context.model_line, version, parent, context.run or None)
     return version
-
-
-def _record_debt(metrics: StepMetrics, manifest: VersionManifest) -> None:
-    metrics.record("salun_unlearning_debt_ratio", manifest.lineage.debt)
-    metrics.record("salun_runs_since_training", manifest.lineage.runs_since_training)

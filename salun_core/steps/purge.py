@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from salun_core.retention.purge import PurgeReport, purge
 from salun_core.retention.rules import RetentionRules
-from salun_core.steps.observe import RunRef, observed
 from salun_core.storage import open_store
+from salun_core.telemetry.observe import observed
 from salun_core.times import Clock, utc_clock
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def purge_store(
     dry_run: bool = False,
     signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
-    run: RunRef | None = None,
+    run: str = "",
 ) -> PurgeReport:
     """Purge a store, and log and measure it as a step; see `retention.purge.purge`.
 
@@ -35,7 +35,7 @@ def purge_store(
         dry_run: return the plan, and delete nothing.
         signer: the key that signs addenda.
         clock: returns the time now.
-        run: the run that the step belongs to, if any.
+        run: id of the run that the step belongs to, if any.
     """
     with observed("purge", ALL_LINES, run):
         root = open_store(pipeline_root) if pipeline_root else None

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from salun_core.config import Document, with_current_names
+from salun_core.methods.recipe import Recipe
 from salun_core.sweeps.policy import BatchLimits
 
 OLD_NAMES = {"also": "extra_metrics"}
@@ -61,6 +62,11 @@ class RecipeForm(RunForm):
         default="",
         description="Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.",
     )
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the run does; of a sweep, what it tries first."""
+        return Recipe(method=self.method, density=self.density, method_config=self.method_config, seed=self.seed)
 
     @model_validator(mode="before")
     @classmethod

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from salun_core.certificates.issue import ModelCertifier
-from salun_core.steps.observe import RunRef, observed
 from salun_core.storage import open_store
 from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.policy import SweepPolicy
 from salun_core.sweeps.settle import Settled, settle
+from salun_core.telemetry.observe import observed
 from salun_core.times import Clock, utc_clock
 
 
@@ -32,6 +32,6 @@ def settle_requests(
     Raises:
         UsageError: a certificate is due and no signing key is set; settling again continues.
     """
-    with observed("settle_requests", model_line, RunRef(store_uri, run)):
+    with observed("settle_requests", model_line, run):
         store = open_store(store_uri)
         return settle(SweepContext(store, clock, ModelCertifier(store, key)), model_line, run, policy)

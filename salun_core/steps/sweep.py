@@ -12,7 +12,7 @@ from pathlib import Path
 from salun_core.certificates.keys import load_signing_key
 from salun_core.errors import ConflictError, SalunError
 from salun_core.retention.purge import PurgeReport
-from salun_core.steps.claim import claim_requests, is_generative_line, sweep_terms
+from salun_core.steps.claim import claim_requests, sweep_policy
 from salun_core.steps.purge import purge_store
 from salun_core.steps.run import RunOutcome, check_form, run_all
 from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, UnlearningForm
@@ -32,21 +32,14 @@ _BEATS = 3  # renewals before a lease would expire
 Say = Callable[[str], None]
 
 
-def sweep_policy(form: DeletionSweepForm) -> SweepPolicy:
+def policy_of(form: DeletionSweepForm) -> SweepPolicy:
     """Return the policy of a sweep in one process.
 
     Raises:
         UsageError: the method or its configuration is wrong.
     """
-    names = ("seed", "policy_uri", *BatchLimits.model_fields)
-    return sweep_terms(
-        form.method,
-        form.density,
-        form.method_config,
-        generative=is_generative_line(form.store_uri, form.model_line),
-        lease_seconds=LEASE_SECONDS,
-        **{name: getattr(form, name) for name in names},
-    )
+    limits = form.model_dump(include={"policy_uri", *BatchLimits.model_fields})
+    return sweep_policy(form.store_uri, form.model_line, form.recipe, lease_seconds=LEASE_SECONDS, **limits)
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def sweep_once(
     """
     run = run or new_run_id()
     with run_bound(run):
-        policy = sweep_policy(form)
+        policy = policy_of(form)
         check_form(form)
         say("claim_requests")
         if form.dry_run:

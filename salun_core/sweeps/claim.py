@@ -30,8 +30,8 @@ from datetime import UTC, datetime
 
 from salun_core.config import parse
 from salun_core.digest import digest_json, sha256_bytes
-from salun_core.errors import ConflictError, SalunError, UsageError
-from salun_core.registry.lookup import Version, read_head, read_version
+from salun_core.errors import ConflictError, SalunError
+from salun_core.registry.lookup import Version, read_version, require_head
 from salun_core.requests.index import IndexEntry, read_entries
 from salun_core.requests.ledger import Transition
 from salun_core.requests.resolve import Resolved, Resolver
@@ -125,12 +125,8 @@ def claim(
     found = replace(Claim.nothing(policy, reason), recovered=recovered)
     if not states:
         return found
-    head = read_head(context.store, line)
-    if head is None:
-        raise UsageError(
-            f"model line {line} has no HEAD", "no version was published", "import a model: salun model import --help"
-        )
-    version = Version(head[0].version, read_version(context.store, line, head[0].version))
+    head = require_head(context.store, line)
+    version = Version(head.version, read_version(context.store, line, head.version))
     return _Batch(context, line, run, policy, lease.epoch, version, resolver_of(version)).claim(states, found)
 
 
@@ -302,7 +298,6 @@ class _Batch:
             "epoch": self.epoch,
             "created_at": as_utc(self.context.clock()).isoformat(),
             **self.policy.recipes[level].model_dump(),
-            "seed": self.policy.seed,
             "rung": level,
             "group": group,
             "work_key": self._work(ids, level),
@@ -329,12 +324,13 @@ class _Batch:
         return level
 
     def _work(self, ids: Sequence[str], level: int) -> str:
+        recipe = self.policy.recipes[level]
         work = {
             "line": self.line,
             "parent": self.version.digest,
             "forget": ids,
-            "recipe": self.policy.recipes[level].model_dump(mode="json"),
-            "seed": self.policy.seed,
+            "recipe": recipe.model_dump(mode="json", exclude={"seed"}),
+            "seed": recipe.seed,
             "policy": self.policy.policy_uri,
         }
         return digest_json(work)

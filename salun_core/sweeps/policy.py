@@ -5,22 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
 from pydantic import Field
 
 from salun_core.config import Document
+from salun_core.methods.recipe import Recipe
 from salun_core.times import due_after_one_month
 
 LEASE_SECONDS = 26 * 3600  # longer than the longest step of a run may take
-
-
-class Recipe(Document):
-    """How a run unlearns."""
-
-    method: str = Field(description="the unlearning method")
-    density: float = Field(default=0.5, gt=0, le=1, description="share of the weights that may change")
-    method_config: dict[str, Any] = Field(default={}, description="settings that differ from the method's defaults")
 
 
 class BatchLimits(Document):
@@ -45,7 +37,6 @@ class SweepPolicy(BatchLimits):
     recipes: list[Recipe] = Field(
         min_length=1, description="by escalation level: each refusal tries the next; after the last a person decides"
     )
-    seed: int = Field(default=0, ge=0, description="seed of each run")
     policy_uri: str = Field(default="auto", description="the gate policy")
     deadline_days: float = Field(
         default=8.0, ge=0, description="a batch is due when the month of a request ends within this time"

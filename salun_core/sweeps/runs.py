@@ -18,11 +18,11 @@ from pydantic import Field
 
 from salun_core.config import Document, parse
 from salun_core.errors import ConflictError, IntegrityError
+from salun_core.methods.recipe import Recipe
 from salun_core.requests.schema import RequestId, StoredDocument
 from salun_core.storage.documents import Count, Digest, LineId, RunId, ShortText, Text, UtcTime, parse_stored
 from salun_core.storage.keys import run_event_key, run_events_prefix, run_key
 from salun_core.storage.objects import ObjectStore
-from salun_core.sweeps.policy import Recipe
 from salun_core.times import Clock, as_utc
 
 
@@ -81,7 +81,7 @@ class RunRecord(StoredDocument):
     @property
     def recipe(self) -> Recipe:
         """How the run unlearns."""
-        return Recipe(method=self.method, density=self.density, method_config=self.method_config)
+        return Recipe(method=self.method, density=self.density, method_config=self.method_config, seed=self.seed)
 
 
 class RunEvent(StoredDocument):

@@ -1,81 +1,126 @@
-"""Opens a model folder by the task on its card: a classifier or a diffusion model. Every step asks here."""
+"""The tasks: one row for each kind of model. The task on a model card selects the row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from salun_core.config import parse, read_document
+from salun_core.data import ForgetSet, load_data, resolve_forget
+from salun_core.data.forget_set import require_partial
+from salun_core.data.spec import relocated_spec
 from salun_core.data.split import SplitManifest
-from salun_core.methods.classification import method_config
-from salun_core.methods.config import LoopConfig
-from salun_core.models import LoadedModel, load_model
-from salun_core.models.card import DiffusionCard, read_card
-from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS
-from salun_core.registry.manifest import PIPELINE_INDEX
-from salun_core.storage.local_files import list_tree
-from salun_core.tasks.classification.inputs import Inputs, load_inputs
+from salun_core.data.table import Table
+from salun_core.data.targets import Target
+from salun_core.digest import check_digest
+from salun_core.errors import unknown_name
+from salun_core.models.card import CARD, Card, require_card
+from salun_core.registry.versions import publish_head, stage_version
+from salun_core.storage import FileStore
+from salun_core.tasks.classification import ClassificationTask
+from salun_core.tasks.diffusion import DiffusionTask
+from salun_core.tasks.resolve import read_forget
+from salun_core.tasks.task import Inputs, Task
 
-if TYPE_CHECKING:
-    from salun_core.models.diffusers_folder import LoadedDiffusion
-    from salun_core.tasks.diffusion.inputs import DiffusionInputs
-
-
-def is_generative(folder: Path) -> bool:
-    """Say whether a model folder holds a diffusion model.
-
-    Raises:
-        UsageError: it is no model folder, or its card has faults.
-    """
-    return isinstance(read_card(folder), DiffusionCard)
+TASKS: dict[str, Task[Any]] = {"classification": ClassificationTask(), "diffusion": DiffusionTask()}
 
 
-def open_model(folder: Path) -> LoadedModel | LoadedDiffusion:
-    """Read a model folder of either kind, and check all of it."""
-    if not is_generative(folder):
-        return load_model(folder)
-    from salun_core.models.diffusers_folder import load_diffusion
-
-    return load_diffusion(folder)
-
-
-def open_inputs(model: Path, forget: str, data: str | None = None) -> Inputs | DiffusionInputs:
-    """Load and check what a step works on, of either kind; see `load_inputs` and `load_generation_inputs`."""
-    if not is_generative(model):
-        return load_inputs(model, forget, data)
-    from salun_core.tasks.diffusion.inputs import load_generation_inputs
-
-    return load_generation_inputs(model, forget, data)
-
-
-def resolved_config(model: Path, method: str, overrides: Mapping[str, Any]) -> LoopConfig:
-    """Resolve a method's configuration for the kind of model that a folder holds.
+def task_named(name: str) -> Task[Any]:
+    """Return the task that a model card names.
 
     Raises:
-        UsageError: an unknown method or key, or a value out of range (all faults are listed).
+        UsageError: no task has this name; the message names the nearest match.
     """
-    if not is_generative(model):
-        return method_config(method, overrides)
-    from salun_core.methods.diffusion import diffusion_config
-
-    return diffusion_config(method, overrides)
-
-
-def sizes_of(inputs: Inputs | DiffusionInputs) -> dict[str, int]:
-    """Return how much there is to forget and to keep: samples, and images that concepts generate."""
-    generated = sum(concept.images for concept in inputs.forget_set.concepts)
-    kept = len(inputs.original.split.train) - len(inputs.forget_set.samples)
-    return {"forget_samples": len(inputs.forget_set.samples) + generated, "retain_samples": kept + generated}
+    known = {value: task for task in TASKS.values() for value in task.card_tasks}
+    if name not in known:
+        raise unknown_name("task", name, known)
+    return known[name]
 
 
-def kept_split(inputs: Inputs | DiffusionInputs) -> SplitManifest:
-    """Return the split of the model after: without the samples that are forgotten."""
-    return inputs.original.split.without(inputs.forget_set.samples)
+def parse_card(data: Any, source: str = CARD) -> Card:  # noqa: ANN401 - any YAML or JSON value
+    """Build the card that a document's `task` selects; the oldest cards have none and are of classifiers.
+
+    Raises:
+        UsageError: an unknown task, or faults (the message lists all).
+    """
+    name = data.get("task", "classification") if isinstance(data, Mapping) else "classification"
+    return parse(task_named(str(name)).card_type, data, source)
 
 
-def version_files(folder: Path) -> dict[str, Path]:
-    """Return the files of a model folder that make up a version, by name: weights, card, split; no run's facts."""
-    if not is_generative(folder):
-        return {name: folder / name for name in (WEIGHTS, CARD, SPLIT)}
-    own = {CARD, SPLIT, PIPELINE_INDEX}
-    return {name: folder / name for name in sorted(list_tree(folder).files) if "/" in name or name in own}
+def read_card(folder: Path) -> Card:
+    """Read the card of a model folder.
+
+    Raises:
+        UsageError: the folder has no card, or the card has faults.
+    """
+    require_card(folder)
+    return parse_card(read_document(folder / CARD), str(folder / CARD))
+
+
+def task_of(folder: Path) -> Task[Any]:
+    """Return the task of a model folder.
+
+    Raises:
+        UsageError: it is not a model folder, or its card has faults.
+    """
+    return task_named(read_card(folder).task)
+
+
+def open_inputs(model: Path, forget: str, data: str | None = None) -> Inputs[Any]:
+    """Load and check what a step works on.
+
+    Args:
+        model: folder of the original model.
+        forget: address of the forget targets or of a resolved forget set.
+        data: data set spec, if the data are in another place than the model card says.
+
+    Returns:
+        The inputs, of the model's task; images are decoded when they are first needed.
+
+    Raises:
+        UsageError: something does not exist or has faults, or the model cannot forget it.
+        DataError: the forget set is empty or is all of the data.
+        IntegrityError: the data or the forget set are of another split.
+    """
+    task = task_of(model)
+    original = task.load(model)
+    spec, split = original.card.data, original.split
+    loaded = load_data(relocated_spec(spec, data), split) if spec is not None else None
+    forget_set = read_forget(forget)
+    if isinstance(forget_set, ForgetSet):
+        check_digest("the split of the forget set", split.digest, forget_set.split_digest)
+    else:
+        forget_set = resolve_targets(task, forget_set, loaded.table if loaded else None, split)
+    require_partial(forget_set, split)
+    inputs: Inputs[Any] = task.inputs(original, loaded, forget_set)
+    return inputs
+
+
+def resolve_targets(task: Task[Any], targets: Sequence[Target], table: Table | None, split: SplitManifest) -> ForgetSet:
+    """Find what targets name, after a check that a model of this task can forget it; see `resolve_forget`."""
+    task.check_targets(targets)
+    return resolve_forget(targets, table, split)
+
+
+def register_model(store: FileStore, line: str, folder: Path, method: str, trained_on: int) -> str:
+    """Publish a model folder as the first version of a model line.
+
+    Args:
+        store: where.
+        line: name of the line; it must have no HEAD.
+        folder: the model.
+        method: train or import.
+        trained_on: samples that it was trained on; 0 if their number is not known.
+
+    Returns:
+        The version's digest.
+
+    Raises:
+        ConflictError: the line exists.
+        UsageError: a file's name cannot be stored.
+    """
+    fields = {"line": line, "parent": None, "method": method, "lineage": {"trained_on": trained_on}}
+    version, _ = stage_version(store, fields, task_of(folder).version_files(folder))
+    publish_head(store, line, version, None, None)
+    return version

@@ -28,8 +28,8 @@ class ConstraintResult:
     shortfall: float = 0.0
 
 
-Judge = Callable[[Mapping[str, Metric]], ConstraintResult]
-"""Figures by the names of the evidence, TA and attack_auc on held-out data -> what a policy says of them."""
+Constraint = Callable[[Mapping[str, Metric]], ConstraintResult]
+"""Figures by the names of the evidence, TA and attack_auc on held-out data -> which rules of a policy they break."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from salun_core.methods.classification.method import MethodContext
 from salun_core.methods.method import get_method
 from salun_core.saliency import SaliencyMask
 from salun_core.tuning.budget import Budget, TrialRecord
-from salun_core.tuning.objective import Judge, Sets
+from salun_core.tuning.objective import Constraint, Sets
 from salun_core.tuning.space import Choice, Space
 from salun_core.tuning.trial import CandidateEvaluator, EpochCallback, Measured, Trial, run_trial
 
@@ -46,7 +46,7 @@ class Problem:
         space: the method and what may vary.
         images: D_f and D_r.
         sets: what trials are measured on.
-        judge: what the policy says of figures.
+        constraint: checks figures against the policy.
         scores: saliency by parameter name: the masks of all densities; None for a method without a mask, and for
             random masks.
         budget: the most to spend.
@@ -59,7 +59,7 @@ class Problem:
     space: Space
     images: tuple[ImageSet, ImageSet]
     sets: Sets
-    judge: Judge
+    constraint: Constraint
     scores: Mapping[str, Tensor] | None
     budget: Budget
     seed: int
@@ -136,7 +136,7 @@ def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
         SalunError: Optuna is not installed.
     """
     begun = time.perf_counter()
-    evaluator = CandidateEvaluator(problem.model, problem.sets, problem.sets.read(problem.model), problem.judge)
+    evaluator = CandidateEvaluator(problem.model, problem.sets, problem.sets.read(problem.model), problem.constraint)
     state = SearchState(problem.spent + problem.sets.passes)
     study = _study(problem)
     while True:

@@ -16,7 +16,7 @@ from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.classification import UnlearnConfig, unlearn
 from salun_core.saliency import SaliencyMask
-from salun_core.tuning.objective import Judge, Reading, Sets, distance, figures_of, metrics_of
+from salun_core.tuning.objective import Constraint, Reading, Sets, distance, figures_of, metrics_of
 
 PATIENCE = 2
 _PREFIX = "model/"
@@ -51,13 +51,13 @@ class CandidateEvaluator:
         model: the original, on the device; its copies hold the candidates.
         sets: what to measure on.
         before: what the original says of them.
-        judge: what the policy says of figures.
+        constraint: checks figures against the policy.
     """
 
     model: nn.Module
     sets: Sets
     before: Reading
-    judge: Judge
+    constraint: Constraint
 
     def measure(self, epoch: int, state: dict[str, Tensor]) -> Measured:
         """Measure a candidate with the original's architecture."""
@@ -67,9 +67,9 @@ class CandidateEvaluator:
         if not after.finite:
             return Measured(epoch, state, {}, float("inf"), ["an output is not a number"], 10.0)
         metrics = metrics_of(self.before, after)
-        judged, far = self.judge(metrics), distance(self.before, after)
-        value = far + (1 + judged.shortfall if judged.reasons else 0.0)
-        return Measured(epoch, state, figures_of(metrics, after), far, judged.reasons, value)
+        checked, far = self.constraint(metrics), distance(self.before, after)
+        value = far + (1 + checked.shortfall if checked.reasons else 0.0)
+        return Measured(epoch, state, figures_of(metrics, after), far, checked.reasons, value)
 
 
 class Stopped(Exception):  # noqa: N818 - a way out of the loop, no error

@@ -17,7 +17,7 @@ from components.unlearn import unlearn
 from salun_core.models import load_model
 from salun_core.storage import open_store
 from salun_core.storage.s3 import S3Store
-from salun_core.tasks.classification.training import register_model
+from salun_core.tasks import register_model
 
 LINE = "digits"
 QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005})

@@ -21,7 +21,8 @@ from salun_core.requests.gauges import GaugeReader
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.steps.purge import purge_store
-from salun_core.tasks.classification.training import register_model, train_model
+from salun_core.tasks import register_model
+from salun_core.tasks.classification.training import train_model
 from salun_core.telemetry.exporter import Exporter
 from salun_core.times import utc_clock
 

@@ -25,7 +25,7 @@ from salun_core.data.forget_set import ClassTarget
 from salun_core.requests.ledger import Ledger
 from salun_core.storage import open_store
 from salun_core.storage.seaweedfs import free_ports
-from salun_core.tasks.classification.training import register_model
+from salun_core.tasks import register_model
 from salun_core.times import utc_clock
 from tests.manifests.tree import MANIFESTS, containers, default, everything, named, pod, read
 

@@ -18,7 +18,7 @@ import yaml
 
 from salun_core.requests.gauges import LineGauges, Snapshot, stages
 from salun_core.requests.schema import Status
-from salun_core.steps.observe import record_evidence
+from salun_core.steps.context import record_evidence
 from salun_core.telemetry.exporter import Exporter, serving
 from salun_core.telemetry.push import StepMetrics
 

@@ -14,7 +14,7 @@ from pipelines.packages import COMPILED
 from salun_core.models import load_model
 from salun_core.registry.lookup import read_head
 from salun_core.storage.s3 import S3Store
-from salun_core.tasks.classification.training import register_model
+from salun_core.tasks import register_model
 
 LINE = "digits"
 SHIPPED = COMPILED / "salun-unlearning.yaml"

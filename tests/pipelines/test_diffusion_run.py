@@ -8,8 +8,7 @@ from pipelines.local import run_compiled
 from pipelines.packages import COMPILED
 from salun_core.models import load_model
 from salun_core.registry.lookup import read_head, read_version
-from salun_core.tasks.classification.training import register_model
-from salun_core.tasks.diffusion.importing import register_diffusion
+from salun_core.tasks import register_model
 from tests.tiny_diffusion_models import CLASS, PERMISSIVE, QUICK, tiny_ddpm
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
@@ -19,7 +18,7 @@ pytestmark = pytest.mark.s3
 def test_the_same_pipeline_serves_a_diffusion_line(store, digits_model, tmp_path):
     register_model(store, "judge", digits_model, "train", len(load_model(digits_model).split.train))
     model = tiny_ddpm(tmp_path / "model", "judge")
-    parent = register_diffusion(store, "ddpm", model, "train", 1000)
+    parent = register_model(store, "ddpm", model, "train", 1000)
     store.put_new("policy.json", json.dumps(PERMISSIVE).encode())
     store.put_new("forget.json", json.dumps({"kind": "class", "class_id": CLASS}).encode())
     given = {

@@ -6,7 +6,9 @@ import yaml
 
 from pipelines.local import run_compiled
 from pipelines.packages import COMPILED
+from salun_core.methods.recipe import Recipe
 from salun_core.saliency import SaliencyMask
+from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask
 from tests.pipelines.conftest import messages
 
@@ -33,7 +35,8 @@ def test_sharded_mask_equals_the_mask_of_one_process(trained, digits_model, tmp_
     run = run_compiled(SHIPPED, arguments, tmp_path / "run")
     assert run.exit_code == 0, run.error
     (made,) = (tmp_path / "run").rglob("merge-scores/mask")
-    alone = compute_mask(digits_model, arguments["forget_manifest_uri"], 0.5, tmp_path / "alone", device="cpu")
+    context = RunContext(digits_model, arguments["forget_manifest_uri"], device="cpu")
+    alone = compute_mask(context, Recipe(), tmp_path / "alone")
     assert SaliencyMask.load(made).digest == alone.digest
     assert SaliencyMask.load(made).facts["shards"] == "2"
     said = messages(run)

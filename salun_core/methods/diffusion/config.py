@@ -67,6 +67,11 @@ class DiffusionConfig(LoopConfig):
     edit_strength: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="UCE's λ, of the old projection")
     preserve_strength: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="UCE: weight of what is kept")
 
+    @property
+    def scoring_passes(self) -> int:
+        """Passes over the forget set that the saliency scores take."""
+        return self.saliency_passes
+
     @model_validator(mode="after")
     def _epochs_divide_steps(self) -> Self:
         if self.steps % self.epochs:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -14,8 +11,6 @@ from salun_core.errors import DataError
 from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import ExampleSets
 from salun_core.methods.diffusion.objectives import denoising_loss
-from salun_core.saliency import SaliencyMask
-from salun_core.saliency.mask import Shapes
 from salun_core.saliency.scores import mean_magnitude, scoring
 
 
@@ -75,47 +70,3 @@ def _times(times: int, count: int, config: DiffusionConfig, generator: torch.Gen
         return torch.randint(times, (count,), generator=generator)
     places = (torch.arange(count) + torch.rand(count, generator=generator)) * (times / count)
     return places.long().clamp_(max=times - 1)[torch.randperm(count, generator=generator)]
-
-
-def denoiser_mask(denoiser: Denoiser, scores: Mapping[str, Tensor], density: float) -> SaliencyMask:
-    """Make the mask of a whole denoiser from the scores of its selected part.
-
-    Args:
-        denoiser: names and shapes.
-        scores: of the selected parameters.
-        density: share of the selected weights to keep salient, in (0, 1].
-
-    Returns:
-        A mask over all parameters; those outside the selection are frozen.
-    """
-    return within(denoiser, SaliencyMask.from_scores(scores, density))
-
-
-def random_denoiser_mask(denoiser: Denoiser, config: DiffusionConfig, density: float, seed: int) -> SaliencyMask:
-    """Draw as many of the selected weights at random: the control for saliency."""
-    shapes = shapes_of(denoiser)
-    chosen = {name: shapes[name] for name in denoiser.selected(config.selection)}
-    return within(denoiser, SaliencyMask.random(chosen, density, seed))
-
-
-def selection_mask(denoiser: Denoiser, config: DiffusionConfig) -> SaliencyMask:
-    """Make every selected weight salient: what a method without a mask trains."""
-    shapes = shapes_of(denoiser)
-    return within(denoiser, SaliencyMask.full({name: shapes[name] for name in denoiser.selected(config.selection)}))
-
-
-def within(denoiser: Denoiser, mask: SaliencyMask) -> SaliencyMask:
-    """Return a mask of some parameters as a mask of all, the others frozen."""
-    import numpy as np
-
-    shapes = dict(shapes_of(denoiser))
-    bits = {
-        name: mask.bits[name] if name in mask.bits else np.zeros(-(-math.prod(shape) // 8), dtype=np.uint8)
-        for name, shape in shapes.items()
-    }
-    return SaliencyMask(shapes, bits, mask.k, mask.facts)
-
-
-def shapes_of(denoiser: Denoiser) -> Shapes:
-    """Return the shape of every parameter, in the network's order."""
-    return {name: tuple(parameter.shape) for name, parameter in denoiser.network.named_parameters()}

@@ -1,1 +1,151 @@
-"""The classification task."""
+"""The classification task: image classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from salun_core.data import ForgetSet, LoadedData
+from salun_core.data.targets import ConceptTarget, Target
+from salun_core.errors import UsageError
+from salun_core.evaluation import Evidence
+from salun_core.methods.checkpoint import CheckpointStore
+from salun_core.methods.classification import METHODS, method_config, unlearn
+from salun_core.methods.classification.training import fresh_classifier
+from salun_core.methods.config import LoopConfig, UnlearnConfig
+from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
+from salun_core.methods.loop import OnEpoch
+from salun_core.methods.method import UnlearnResult, get_method
+from salun_core.methods.recipe import Recipe
+from salun_core.models import LoadedModel, ModelCard, load_model, save_model
+from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS
+from salun_core.saliency import SaliencyMask, saliency_scores
+from salun_core.saliency import scores as saliency
+from salun_core.saliency.scores import CHUNK, PartialSums, Shard
+from salun_core.tasks.classification.evaluation import evaluate
+from salun_core.tasks.classification.inputs import ClassifierInputs
+from salun_core.tasks.classification.tuning import search
+from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions
+from salun_core.tuning.space import Space
+
+
+class ClassificationTask:
+    """Image classifiers; see `Task` for what each member does."""
+
+    name = "classification"
+    description = "classifier"
+    card_tasks = ("classification",)
+    card_type = ModelCard
+    methods = METHODS
+    optional_metrics = True
+
+    def load(self, folder: Path) -> LoadedModel:
+        """Read a model folder and check all of it."""
+        return load_model(folder)
+
+    def inputs(self, original: LoadedModel, data: LoadedData | None, forget_set: ForgetSet) -> ClassifierInputs:
+        """Combine a classifier, its data and a forget set."""
+        assert data is not None  # the card of a classifier names its data
+        return ClassifierInputs(original, data, forget_set)
+
+    def check_targets(self, targets: Sequence[Target]) -> None:
+        """Refuse concepts: a classifier forgets classes, samples and subjects."""
+        if any(isinstance(target, ConceptTarget) for target in targets):
+            raise UsageError(
+                "a classifier cannot forget a concept", "prompts name images of a text-to-image model", "name a class"
+            )
+
+    def selected(self, inputs: ClassifierInputs, config: LoopConfig) -> list[str]:
+        """Return all parameters."""
+        return [name for name, _ in inputs.original.model.named_parameters()]
+
+    def score(self, inputs: ClassifierInputs, config: LoopConfig, device: torch.device, group: ProcessGroup) -> Scores:
+        """Score all parameters on D_f, this process its share.
+
+        Masks are compared by digest across steps, processes and machines, so the scores must have the same bits for any
+        number of threads and processes.
+        """
+        shard, samples = Shard(group.rank, group.size), len(inputs.forget)
+        mine = inputs.forget.select(shard.samples(samples)).to(device)
+        network = inputs.original.model.to(device)
+        with saliency.repeatable():
+            scores = saliency_scores(network, mine.batches(CHUNK), cross_entropy, samples=samples, shard=shard)
+        return Scores(scores, {})
+
+    def score_shard(self, inputs: ClassifierInputs, shard: Shard, device: torch.device) -> PartialSums:
+        """Sum the gradients of one shard of D_f, with the bits that one process alone computes."""
+        samples, network = len(inputs.forget), inputs.original.model.to(device)
+        mine = inputs.forget.select(shard.samples(samples)).to(device)
+        with saliency.repeatable():
+            return saliency.score_shard(network, mine.batches(CHUNK), cross_entropy, samples, shard)
+
+    def unlearn(
+        self,
+        inputs: ClassifierInputs,
+        method: str,
+        config: UnlearnConfig,
+        mask: SaliencyMask | None = None,
+        checkpoint: CheckpointStore | None = None,
+        on_epoch: OnEpoch | None = None,
+        group: ProcessGroup = SINGLE_PROCESS,
+    ) -> UnlearnResult:
+        """Run one method; `retrain` starts from fresh weights of the card's architecture."""
+        card = inputs.original.card
+        return unlearn(
+            inputs.original.model,
+            method,
+            forget=inputs.forget,
+            retain=inputs.retain,
+            config=config,
+            mask=mask,
+            fresh=lambda: fresh_classifier(card.architecture, inputs.retain, len(card.classes), config.seed),
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+            group=group,
+        )
+
+    def check_tuning(self, method: str, overrides: Mapping[str, Any]) -> bool:
+        """Return whether the method has settings to search for."""
+        return not get_method(METHODS, method).fresh_start and Space.of(method, overrides) is not None
+
+    def tune(
+        self, inputs: ClassifierInputs, method: str, overrides: Mapping[str, Any], options: TuningOptions
+    ) -> TunedRun:
+        """Search for settings on held-out data."""
+        return search(self, inputs, method, overrides, options)
+
+    def retrain_config(self, card: ModelCard, device: torch.device) -> UnlearnConfig:
+        """Return the recipe of the card's training, with batch norm that is updated."""
+        return method_config("retrain", {**card.training, "device": str(device), "batch_norm": "update"})
+
+    def evaluate(self, inputs: ClassifierInputs, candidate: Candidate, options: EvaluationOptions) -> Evidence:
+        """Measure accuracies, attacks and changed weights."""
+        return evaluate(self, inputs, candidate, options)
+
+    def save(
+        self, folder: Path, inputs: ClassifierInputs, result: UnlearnResult, extra_files: Mapping[str, bytes]
+    ) -> None:
+        """Write the model folder; a retrained model's card carries the configuration of its own training."""
+        card = inputs.child_card(result.method)
+        if METHODS[result.method].fresh_start:
+            card = card.model_copy(update={"training": result.config.model_dump()})
+        save_model(folder, result.model.cpu(), card, inputs.kept_split, extra_files)
+
+    def version_files(self, folder: Path) -> dict[str, Path]:
+        """Return weights, card and split."""
+        return {name: folder / name for name in (WEIGHTS, CARD, SPLIT)}
+
+    def escalation(self, recipe: Recipe) -> list[Recipe]:
+        """Return the recipe as asked, a stronger one, one with more weights, and a full retraining."""
+        config = method_config(recipe.method, recipe.method_config)
+        stronger = {**recipe.method_config, "epochs": 2 * config.epochs, "learning_rate": 3 * config.learning_rate}
+        return [
+            recipe,
+            recipe.model_copy(update={"method_config": stronger}),
+            recipe.model_copy(update={"method_config": stronger, "density": min(1.0, (1 + recipe.density) / 2)}),
+            Recipe(method="retrain", density=1.0, seed=recipe.seed),
+        ]

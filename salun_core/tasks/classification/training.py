@@ -20,10 +20,8 @@ from salun_core.methods.classification import UnlearnConfig
 from salun_core.methods.classification.training import train_classifier
 from salun_core.methods.loop import OnEpoch
 from salun_core.models import ModelCard, build_classifier, save_model
-from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS, load_weights
+from salun_core.models.checkpoint import load_weights
 from salun_core.models.importing import read_checkpoint
-from salun_core.registry.versions import publish_head, stage_version
-from salun_core.storage import FileStore
 
 RECIPE = {"epochs": 30, "learning_rate": 0.1, "schedule": "cosine", "batch_size": 64, "batch_norm": "update"}
 
@@ -165,25 +163,3 @@ def _save(
         float(outputs_of(model.eval(), images).correct.mean()) for images in (train, data.images("test", scale))
     ]
     return Made(digest, *accuracies)
-
-
-def register_model(store: FileStore, line: str, folder: Path, method: str, train_count: int) -> str:
-    """Publish a model folder as the first version of a line.
-
-    Args:
-        store: where.
-        line: name of the line; it must have no HEAD.
-        folder: the model.
-        method: train or import.
-        train_count: samples that it was trained on.
-
-    Returns:
-        The version's digest.
-
-    Raises:
-        ConflictError: the line exists.
-    """
-    fields = {"line": line, "parent": None, "method": method, "lineage": {"trained_on": train_count}}
-    version, _ = stage_version(store, fields, {name: folder / name for name in (WEIGHTS, CARD, SPLIT)})
-    publish_head(store, line, version, None, None)
-    return version

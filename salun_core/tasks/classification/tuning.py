@@ -1,176 +1,127 @@
-"""Step 3 with a search: settings are found on held-out data, within the margins of the gate's policy."""
+"""The search for a classifier's settings on held-out data, within the margins of the gate's policy."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from salun_core.errors import ConflictError, DataError, GateRefusedError, ModelError
+from salun_core.errors import DataError, GateRefusedError, ModelError
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import Forgotten, Integrity, Measured, TuningFacts
 from salun_core.gate import GateDecision, Policy, Verdict, decide, load_policy
-from salun_core.methods.classification import METHODS, UnlearnResult, pick_device
+from salun_core.methods.config import pick_device
 from salun_core.methods.distributed import SINGLE_PROCESS
-from salun_core.methods.method import get_method
+from salun_core.methods.method import get_method, resolve_config
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.observe import RunRef
-from salun_core.steps.sharding import forget_scores
-from salun_core.steps.used_mask import BESIDE
-from salun_core.storage import open_store
-from salun_core.storage.keys import run_key
-from salun_core.tasks.classification.inputs import Inputs
+from salun_core.tasks.classification.inputs import ClassifierInputs
+from salun_core.tasks.masks import TUNED_MASK
 from salun_core.tasks.resolve import AUTO, read_policy
-from salun_core.tuning import (
-    ConstraintResult,
-    Problem,
-    Sets,
-    Tuned,
-    TuningLog,
-    parse_budget,
-    tune,
-)
-from salun_core.tuning.search import OnTrial, passes_of
+from salun_core.tasks.task import TunedRun, TuningOptions
+from salun_core.tuning import ConstraintResult, Problem, Sets, Tuned, TuningLog, parse_budget, tune
+from salun_core.tuning.search import passes_of
 from salun_core.tuning.space import Choice, Space
 
-LOG, UNBOUNDED = "tuning.json", "none: the objective alone decides"
-OnChosen = Callable[[int], None]
+if TYPE_CHECKING:
+    from salun_core.tasks.classification import ClassificationTask
+
+TUNING_LOG, UNBOUNDED = "tuning.json", "none: the objective alone decides"
 _RETAIN_DRAW = 500  # images of D_r at least; the order of a split makes the first ones a fair draw
 
 
-@dataclass(frozen=True)
-class TuningOptions:
-    """How to search.
-
-    Args:
-        budget: passes (`200000`), wall clock (`90s`, `15m`, `2h`) or epochs over all training images (`20e`).
-        policy_uri: whose margins bound the search: the gate's.
-        on_trial: called after each trial.
-        bounded: False: no policy bounds the search, and the nearest setting is taken. For a comparison, never for
-            what is to be published.
-        density: of the mask, where it is not to be searched for.
-        random_mask_seed: the control: random masks of this seed in place of the saliency's, which cost no pass.
-        on_chosen: called with the passes that the chosen setting alone costs: its scores and its epochs.
-    """
-
-    budget: str
-    policy_uri: str = AUTO
-    on_trial: OnTrial | None = field(default=None, compare=False)
-    bounded: bool = True
-    density: float | None = None
-    random_mask_seed: int | None = None
-    on_chosen: OnChosen | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class TunedRun:
-    """A model whose settings were searched for.
-
-    Args:
-        result: model, configuration and history; seconds and passes of the whole search.
-        mask: that it was trained under, with its provenance; None for a method without a mask.
-        facts: for `run.json`.
-        beside: files for the model folder: what was tried, and the mask.
-    """
-
-    result: UnlearnResult
-    mask: SaliencyMask | None
-    facts: TuningFacts
-    beside: dict[str, bytes]
-
-
-def run_tuning(
-    inputs: Inputs, method: str, overrides: Mapping[str, Any], wish: TuningOptions, run: RunRef | None = None
+def search(
+    task: ClassificationTask,
+    inputs: ClassifierInputs,
+    method: str,
+    overrides: Mapping[str, Any],
+    options: TuningOptions,
 ) -> TunedRun:
     """Search for the settings of a method.
 
-    The scores are computed once, as `salun mask` computes them, and give the masks of all densities. Test data are
-    not looked at.
+    The scores are computed once, as the mask step computes them, and give the masks of all densities. The search does
+    not use the test data.
 
     Args:
+        task: scores the model.
         inputs: the original model, its data and the forget set.
         method: a name of `METHODS`.
-        overrides: what the user has set; it is not searched for, and `epochs` is the most to run.
-        wish: budget and policy.
-        run: of the deletion ledger; a refusal leaves its decision there, as the gate's does, so that the next recipe
-            has its turn.
+        overrides: settings of the user, which are not searched for; `epochs` is the most to run.
+        options: budget and policy.
 
     Returns:
         The model and what was tried.
 
     Raises:
         UsageError: a wrong method or configuration, a budget too small, or a split without validation samples.
-        GateRefusedError: no setting stays within the policy.
-        ModelError: no policy bounds the search, and no trial had a model.
+        GateRefusedError: no setting satisfies the policy.
+        ModelError: no policy bounds the search, and no trial gave a model.
     """
     network = inputs.original.model
     normalised = any(isinstance(module, _BatchNorm) for module in network.modules())
-    space = Space.of(method, overrides, wish.density, normalised)
+    space = Space.of(method, overrides, options.density, normalised)
     device = pick_device(str(overrides.get("device", "auto")))
     sets = _sets(inputs, device)
-    budget = parse_budget(wish.budget, len(inputs.forget) + len(inputs.retain))
-    judge = PolicyConstraint.of(inputs, wish.policy_uri if wish.bounded else None)
+    budget = parse_budget(options.budget, len(inputs.forget) + len(inputs.retain))
+    constraint = PolicyConstraint.of(inputs, options.policy_uri if options.bounded else None)
     started = time.perf_counter()
-    network = network.to(device)
-    salient = get_method(METHODS, method).needs_mask and wish.random_mask_seed is None
-    scores = forget_scores(network, inputs.forget, device, SINGLE_PROCESS) if salient else None
+    salient = get_method(task.methods, method).needs_mask and options.random_mask_seed is None
+    config = resolve_config(task.methods, method, overrides)
+    scores = task.score(inputs, config, device, SINGLE_PROCESS).values if salient else None
     scored = time.perf_counter() - started
     problem = Problem(
-        model=network,
+        model=network.to(device),
         space=space,
         images=(inputs.forget.to(device), inputs.retain.to(device)),
         sets=sets,
-        judge=judge,
+        constraint=constraint,
         scores=scores,
         budget=budget,
         seed=int(overrides.get("seed", 0)),
         spent=len(inputs.forget) if salient else 0,
-        random_seed=wish.random_mask_seed,
+        random_seed=options.random_mask_seed,
     )
-    tuned = tune(problem, wish.on_trial)
+    tuned = tune(problem, options.on_trial)
     if tuned.chosen is None:
-        if judge.policy is None:
+        if constraint.policy is None:
             raise ModelError("no setting gave a model", tuned.broken, "give a larger budget or other settings")
-        if run and run.store_uri and run.run:
-            _keep_refusal(run, judge, tuned)
+        if options.on_refusal:
+            options.on_refusal(_refusal(constraint, tuned))
         raise GateRefusedError(
-            f"no setting stays within the policy {judge.name}, of {len(tuned.trials)} that were tried",
+            f"no setting satisfies the policy {constraint.name}, of {len(tuned.trials)} that were tried",
             tuned.broken,
             "give a larger budget or another method, or retrain; nothing was written",
         )
-    return _tuned_run(inputs, problem, tuned, judge, scored, wish)
+    return _tuned_run(inputs, problem, tuned, constraint, scored, options)
 
 
-def _keep_refusal(run: RunRef, judge: PolicyConstraint, tuned: Tuned) -> None:
+def _refusal(constraint: PolicyConstraint, tuned: Tuned) -> GateDecision:
+    """Return the decision that stands for the gate's, so that a sweep tries its next recipe."""
     verdict = Verdict(rule="tuning", threshold="a setting within the policy", passed=False, reason=tuned.broken)
-    decision = GateDecision(
+    return GateDecision(
         passed=False,
-        policy=judge.name,
-        policy_digest=judge.digest,
-        evidence_digest=judge.evidence({}).digest,
-        summary=f"tuning: none of {len(tuned.trials)} settings stays within the policy: {tuned.broken}",
+        policy=constraint.name,
+        policy_digest=constraint.digest,
+        evidence_digest=constraint.evidence({}).digest,
+        summary=f"tuning: none of {len(tuned.trials)} settings satisfies the policy: {tuned.broken}",
         verdicts=[verdict],
     )
-    with suppress(ConflictError):  # an earlier attempt of this step left its own
-        open_store(run.store_uri).put_new(run_key(run.run, "decision.json"), decision.model_dump_json().encode())
 
 
-def _sets(inputs: Inputs, device: torch.device) -> Sets:
+def _sets(inputs: ClassifierInputs, device: torch.device) -> Sets:
     nothing = DataError(
         "there are no held-out images to tune on",
         "the split has no validation samples of the kept classes",
         "train with `validation_fraction: 0.1` in the data spec; the test split is never used",
     )
-    if not inputs.original.split.validation:
+    if not inputs.split.validation:
         raise nothing
     held_out = inputs.data.images("validation", inputs.original.normalisation)
     known = set(inputs.retain.labels.tolist()) - set(inputs.forget_set.classes)
@@ -197,33 +148,26 @@ class PolicyConstraint:
 
     @property
     def name(self) -> str:
-        """Of the policy; without one, in words that nothing bounds the search."""
+        """Name of the policy, or a text that no policy bounds the search."""
         return self.policy.name if self.policy else UNBOUNDED
 
     @property
     def digest(self) -> str:
-        """Of the policy; empty without one."""
+        """Digest of the policy; empty without one."""
         return self.policy.digest if self.policy else ""
 
     @classmethod
-    def of(cls, inputs: Inputs, uri: str | None) -> PolicyConstraint:
-        """Read the policy; None is none.
+    def of(cls, inputs: ClassifierInputs, uri: str | None) -> PolicyConstraint:
+        """Read the policy; without an address nothing is refused.
 
         Raises:
-            UsageError: there is none, or it has faults.
+            UsageError: it does not exist, or has faults.
         """
-        forget_set, split = inputs.forget_set, inputs.original.split
-        forgotten = Forgotten(
-            count=len(forget_set.ids),
-            train_count=len(split.train),
-            kinds=forget_set.kinds,
-            classes=forget_set.classes,
-        )
-        judge = cls(load_policy("classifier") if uri else None, forgotten)
-        return judge if uri in (AUTO, None) else cls(read_policy(uri, judge.evidence({})), forgotten)
+        own = cls(load_policy("classifier") if uri else None, inputs.forgotten())
+        return own if uri in (AUTO, None) else cls(read_policy(uri, own.evidence({})), own.forgotten)
 
     def evidence(self, metrics: Mapping[str, Metric]) -> Evidence:
-        """Return what the rules are asked about: the figures alone, of no model in particular."""
+        """Return the figures as evidence, without any model."""
         return Evidence(
             created_at="",
             measured=Measured(before="", after="", dataset="", split="", forget_set=""),
@@ -244,7 +188,7 @@ class PolicyConstraint:
         reasons = [f"{item.rule} {item.threshold.split(' ', 1)[-1]}: {item.actual:.4f}" for item in verdicts]
         return ConstraintResult(reasons, sum(-(item.margin or 0.0) for item in verdicts))
 
-    def not_judged(self, metrics: Mapping[str, float]) -> list[str]:
+    def unmeasured(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the metrics of the policy's rules for this kind of forget set that a trial does not measure."""
         kinds, rules = set(self.forgotten.kinds), self.policy.rules if self.policy else []
         rules = [rule for rule in rules if not rule.targets or kinds & set(rule.targets)]
@@ -252,28 +196,28 @@ class PolicyConstraint:
 
 
 def _tuned_run(
-    inputs: Inputs, problem: Problem, tuned: Tuned, judge: PolicyConstraint, scored: float, wish: TuningOptions
+    inputs: ClassifierInputs,
+    problem: Problem,
+    tuned: Tuned,
+    constraint: PolicyConstraint,
+    scored: float,
+    options: TuningOptions,
 ) -> TunedRun:
     chosen = tuned.chosen
     assert chosen is not None
-    mask = chosen.mask
-    if mask is not None:
-        digests = {"model_digest": inputs.original.digest, "forget_set_digest": inputs.forget_set.digest}
-        seed = wish.random_mask_seed
-        drawn = {} if seed is None else {"scores": "random", "seed": str(seed)}
-        mask = mask.with_facts({**drawn, **digests, "seconds": f"{scored:.3f}"})
+    mask = chosen.mask.with_facts({**inputs.digests, "seconds": f"{scored:.3f}"}) if chosen.mask else None
     record = tuned.trials[chosen.number]
-    if wish.on_chosen:
+    if options.on_chosen:
         choice = Choice(record.settings, record.density, record.epochs)
-        wish.on_chosen(problem.spent + passes_of(problem, choice, record.epochs))
+        options.on_chosen(problem.spent + passes_of(problem, choice, record.epochs))
     log = TuningLog(
         method=problem.space.method,
         seed=problem.seed,
         optimiser=f"optuna {version('optuna')}, Gaussian process",
         budget=problem.budget.text,
-        policy=judge.name,
-        policy_digest=judge.digest,
-        not_judged=judge.not_judged(record.figures),
+        policy=constraint.name,
+        policy_digest=constraint.digest,
+        not_judged=constraint.unmeasured(record.figures),
         held_out=len(problem.sets.held_out),
         chosen=chosen.number,
         trials=tuned.trials,
@@ -288,13 +232,13 @@ def _tuned_run(
         policy_digest=log.policy_digest,
         mask=mask.digest if mask else None,
     )
-    beside = {LOG: (json.dumps(log.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()}
+    extra = {TUNING_LOG: (json.dumps(log.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()}
     if mask is not None:
-        beside[BESIDE] = _bytes_of(mask)
-    return TunedRun(chosen.result, mask, facts, beside)
+        extra[TUNED_MASK] = _bytes_of(mask)
+    return TunedRun(chosen.result, mask, facts, extra)
 
 
 def _bytes_of(mask: SaliencyMask) -> bytes:
     with tempfile.TemporaryDirectory(prefix="salun-mask-") as folder:
-        mask.save(Path(folder, BESIDE))
-        return Path(folder, BESIDE).read_bytes()
+        mask.save(Path(folder, TUNED_MASK))
+        return Path(folder, TUNED_MASK).read_bytes()

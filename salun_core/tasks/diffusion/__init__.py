@@ -1,1 +1,153 @@
-"""The diffusion task."""
+"""The diffusion task: class-conditional and text-to-image models. Importing it does not import diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from salun_core.data import ForgetSet, LoadedData
+from salun_core.data.forget_set import kind_of, not_kept, restored
+from salun_core.data.targets import RedactedTarget, Target
+from salun_core.diffusion.denoiser import selected_parameters
+from salun_core.errors import UsageError
+from salun_core.evaluation import Evidence
+from salun_core.methods.checkpoint import CheckpointStore
+from salun_core.methods.config import pick_device
+from salun_core.methods.diffusion import METHODS, diffusion_config, unlearn_denoiser
+from salun_core.methods.diffusion.config import DiffusionConfig
+from salun_core.methods.diffusion.saliency import denoising_scores
+from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
+from salun_core.methods.loop import OnEpoch
+from salun_core.methods.method import UnlearnResult
+from salun_core.methods.recipe import Recipe
+from salun_core.models.card import CARD, DiffusionCard
+from salun_core.models.checkpoint import SPLIT
+from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion, model_files, save_diffusion
+from salun_core.saliency import SaliencyMask
+from salun_core.saliency.scores import PartialSums, Shard
+from salun_core.tasks.diffusion.evaluation import evaluate
+from salun_core.tasks.diffusion.examples import build_example_sets
+from salun_core.tasks.diffusion.inputs import DiffusionInputs
+from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions
+
+
+class DiffusionTask:
+    """Diffusion models; see `Task` for what each member does."""
+
+    name = "diffusion"
+    description = "diffusion model"
+    card_tasks = ("class-conditional", "text-to-image")
+    card_type = DiffusionCard
+    methods = METHODS
+    optional_metrics = False
+
+    def load(self, folder: Path) -> LoadedDiffusion:
+        """Read a model folder and check all of it."""
+        return load_diffusion(folder)
+
+    def inputs(self, original: LoadedDiffusion, data: LoadedData | None, forget_set: ForgetSet) -> DiffusionInputs:
+        """Combine a diffusion model, its data, if any, and a forget set."""
+        return DiffusionInputs(original, data, forget_set)
+
+    def check_targets(self, targets: Sequence[Target]) -> None:
+        """Refuse single samples and subjects: a diffusion model forgets classes and concepts."""
+        targets = [restored(target) for target in targets]
+        for kind in map(kind_of, targets):
+            if kind not in {"class", "concept"}:
+                raise UsageError(
+                    "a diffusion model forgets classes and concepts",
+                    f"a target of kind {kind!r} names single training images",
+                    "name their class, or a concept by prompts",
+                )
+        if any(isinstance(target, RedactedTarget) for target in targets):
+            raise not_kept()
+
+    def selected(self, inputs: DiffusionInputs, config: DiffusionConfig) -> list[str]:
+        """Return the parameters of the denoiser that the configuration selects."""
+        return selected_parameters(inputs.original.network, config.selection)
+
+    def score(
+        self, inputs: DiffusionInputs, config: DiffusionConfig, device: torch.device, group: ProcessGroup
+    ) -> Scores:
+        """Score the selected parameters by the gradient of the denoising loss; every process scores all of them."""
+        sets = build_example_sets(inputs, config, device, retain=False)
+        facts = {
+            "scores": "denoising-gradient-magnitude",
+            "selection": config.selection,
+            "passes": str(config.saliency_passes),
+            "times": config.saliency_times,
+        }
+        return Scores(denoising_scores(inputs.family(device).denoiser, sets, config), facts)
+
+    def score_shard(self, inputs: DiffusionInputs, shard: Shard, device: torch.device) -> PartialSums:
+        """Refuse: noise and times are drawn for the forget set as a whole."""
+        raise UsageError("a diffusion model is scored as a whole", "shards are for classifiers", "leave out --shard")
+
+    def unlearn(
+        self,
+        inputs: DiffusionInputs,
+        method: str,
+        config: DiffusionConfig,
+        mask: SaliencyMask | None = None,
+        checkpoint: CheckpointStore | None = None,
+        on_epoch: OnEpoch | None = None,
+        group: ProcessGroup = SINGLE_PROCESS,
+    ) -> UnlearnResult:
+        """Run one method on the denoiser."""
+        device = pick_device(config.device)
+        sets, denoiser = build_example_sets(inputs, config, device), inputs.family(device).denoiser
+        return unlearn_denoiser(
+            denoiser,
+            sets,
+            method,
+            config=config,
+            mask=mask,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+            group=group,
+        )
+
+    def check_tuning(self, method: str, overrides: Mapping[str, Any]) -> bool:
+        """Refuse: the search is for classifiers."""
+        raise UsageError("a diffusion model is not tuned", "the search is for classifiers", "leave out the tuning")
+
+    def tune(
+        self, inputs: DiffusionInputs, method: str, overrides: Mapping[str, Any], options: TuningOptions
+    ) -> TunedRun:
+        """Refuse, as `check_tuning` does."""
+        self.check_tuning(method, overrides)
+        raise AssertionError
+
+    def retrain_config(self, card: DiffusionCard, device: torch.device) -> DiffusionConfig:
+        """Return the settings of the card's training that unlearning has too."""
+        known = {name: value for name, value in card.training.items() if name in DiffusionConfig.model_fields}
+        return diffusion_config("retrain", {**known, "device": str(device)})
+
+    def evaluate(self, inputs: DiffusionInputs, candidate: Candidate, options: EvaluationOptions) -> Evidence:
+        """Generate images with both models and measure them."""
+        return evaluate(self, inputs, candidate, options)
+
+    def save(
+        self, folder: Path, inputs: DiffusionInputs, result: UnlearnResult, extra_files: Mapping[str, bytes]
+    ) -> None:
+        """Write the model folder: the new denoiser, all other components copied."""
+        card = inputs.child_card(result.method)
+        save_diffusion(folder, inputs.original, result.model.cpu(), card, inputs.kept_split, extra_files)
+
+    def version_files(self, folder: Path) -> dict[str, Path]:
+        """Return the index, all components, card and split."""
+        return {name: folder / name for name in sorted([*model_files(folder), CARD, SPLIT])}
+
+    def escalation(self, recipe: Recipe) -> list[Recipe]:
+        """Return the recipe as asked, a stronger one, one with more weights, and one that frees all weights.
+
+        A sweep does not retrain a diffusion model, which may take weeks.
+        """
+        config = diffusion_config(recipe.method, recipe.method_config)
+        stronger = {**recipe.method_config, "steps": 2 * config.steps, "learning_rate": 2 * config.learning_rate}
+        densities = (recipe.density, min(1.0, (1 + recipe.density) / 2), 1.0)
+        changed = [{"method_config": stronger, "density": density} for density in densities]
+        return [recipe, *(recipe.model_copy(update=change) for change in changed)]

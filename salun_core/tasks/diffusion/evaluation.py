@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from salun_core.diffusion.denoiser import Denoiser
+from salun_core.data.images import fitted
 from salun_core.diffusion.families import family_of
-from salun_core.diffusion.sampling import Sampler, images
+from salun_core.diffusion.sampling import Sampler
 from salun_core.digest import sha256_file
-from salun_core.errors import ModelError, UsageError
-from salun_core.evaluation.evidence import Evidence, Forgotten, Measured, RunFacts
-from salun_core.evaluation.generated_images import Evaluators, Sample, SamplingPlan, evaluate_generated_images
-from salun_core.evaluation.image_classifier import ImageClassifier, fitted
-from salun_core.methods.diffusion import diffusion_config, unlearn_denoiser
-from salun_core.methods.diffusion.config import DiffusionConfig
-from salun_core.models.checkpoint import model_digest
-from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion, model_files
-from salun_core.saliency import SaliencyMask
-from salun_core.tasks.diffusion.examples import build_example_sets
+from salun_core.errors import ModelError
+from salun_core.evaluation.evidence import Evidence
+from salun_core.evaluation.generated_images import Evaluators, SamplingPlan, evaluate_generated_images
+from salun_core.evaluation.image_classifier import ImageClassifier
+from salun_core.models.diffusers_folder import LoadedDiffusion, model_files
 from salun_core.tasks.diffusion.inputs import (
     DiffusionInputs,
     class_names,
@@ -33,28 +27,37 @@ from salun_core.tasks.diffusion.inputs import (
     label_of,
     watched_prompts,
 )
-from salun_core.tasks.diffusion.robustness import RobustnessResult, Studio, aftermath
+from salun_core.tasks.diffusion.robustness import ImageGenerator, RobustnessResult, measure_robustness
+from salun_core.tasks.reference import reference_model
 from salun_core.tasks.resolve import model_folder
+from salun_core.tasks.task import Candidate, EvaluationOptions
 
 if TYPE_CHECKING:
-    from salun_core.models import LoadedModel
-    from salun_core.models.diffusers_folder import LoadedDiffusion
-    from salun_core.steps.evaluation import Reference
+    from salun_core.tasks.diffusion import DiffusionTask
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """The model after, with how it was made.
+def evaluate(
+    task: DiffusionTask, inputs: DiffusionInputs, candidate: Candidate, options: EvaluationOptions
+) -> Evidence:
+    """Evaluate a diffusion model against the original, by the classifier and the metrics that the model card names.
 
     Args:
-        model: it.
-        facts: of its run.
-        mask: that it was made with; None where its method took none.
-    """
+        task: the task.
+        inputs: the model before, its data, the forget set.
+        candidate: the model after.
+        options: device, reference, and the store of the image classifier's model line.
 
-    model: LoadedDiffusion
-    facts: RunFacts
-    mask: SaliencyMask | None
+    Raises:
+        UsageError: the image classifier cannot be found.
+        ModelError: the models do not fit each other, or an image is not finite.
+    """
+    require_same_parts(inputs.original, candidate.model)
+    named = inputs.card.evaluation.judge
+    with ExitStack() as stack:
+        judge = stack.enter_context(model_folder(named, options.store_uri)) if named else None
+        evaluators = evaluators_of(inputs, judge)  # before the reference: what is missing is missed early
+        reference, facts = reference_model(task, inputs, options, candidate.facts)
+        return measure(inputs, replace(candidate, facts=facts), evaluators, options.device, reference)
 
 
 def measure(
@@ -62,19 +65,16 @@ def measure(
     candidate: Candidate,
     evaluators: Evaluators,
     device: torch.device,
-    reference: Denoiser | None = None,
+    reference: nn.Module | None = None,
 ) -> Evidence:
-    """Generate with both models from the same seeds and judge the images.
+    """Generate with both models from the same seeds and evaluate the images.
 
     Args:
         inputs: the model before, its data, the forget set.
         candidate: the model after.
-        evaluators: who looks at the images.
+        evaluators: image classifier, extractor and detectors.
         device: to compute on.
-        reference: a model that was trained without the set.
-
-    Returns:
-        The evidence.
+        reference: network of a model that was trained without the set.
 
     Raises:
         ModelError: the models do not fit each other, or an image is not finite.
@@ -84,52 +84,27 @@ def measure(
     sampler = family.sampler(card.evaluation)
     plan = plan_of(inputs, evaluators.classifier, sampler)
     table = family.conditions(inputs.rows.names).to(device)
-    at = [inputs.rows.of(name) for name in plan.rows]
-
-    def drawn(denoiser: Denoiser) -> Sample:
-        def sample(rows: Sequence[int], seeds: Sequence[int]) -> Iterator[Tensor]:
-            return images(denoiser, table, sampler, [at[row] for row in rows], seeds, family.decode)
-
-        return sample
-
+    generator = ImageGenerator(inputs, family, table, sampler, plan)
     later = RobustnessResult()
     if evaluators.classifier is not None:
-        later = aftermath(Studio(inputs, family, table, sampler, plan, evaluators.classifier), after, device)
+        later = measure_robustness(generator, evaluators.classifier, after, device)
+    retrained = before.of(reference.to(device, torch.float32)) if reference else None
     evidence = evaluate_generated_images(
-        drawn(before),
-        drawn(after),
+        generator.sample(before),
+        generator.sample(after),
         (before.network, after.network),
         plan,
         evaluators,
-        Measured(
-            before=inputs.original.digest,
-            after=candidate.model.digest,
-            reference=model_digest(reference.network) if reference else None,
-            dataset=inputs.split.dataset_digest,
-            split=inputs.split.digest,
-            forget_set=inputs.forget_set.digest,
-            mask=candidate.mask.digest if candidate.mask else None,
-        ),
-        forgotten(inputs),
+        inputs.measured(candidate, reference),
+        inputs.forgotten(),
         candidate.mask,
         candidate.facts,
         extra=later.metrics,
         resurgence=later.resurgence,
-        reference=drawn(reference) if reference else None,
+        reference=generator.sample(retrained) if retrained else None,
     )
     assert evidence.generation is not None
     return evidence.model_copy(update={"generation": evidence.generation.model_copy(update={"task": card.task})})
-
-
-def forgotten(inputs: DiffusionInputs) -> Forgotten:
-    """Describe a forget set: images of classes, and as many as each concept generates, beside all there were."""
-    generated = sum(concept.images for concept in inputs.forget_set.concepts)
-    return Forgotten(
-        count=len(inputs.forget_set.samples) + generated,
-        train_count=len(inputs.split.train) + 2 * generated,
-        kinds=inputs.forget_set.kinds,
-        classes=inputs.forget_set.classes,
-    )
 
 
 def plan_of(inputs: DiffusionInputs, judge: ImageClassifier | None, sampler: Sampler) -> SamplingPlan:
@@ -183,14 +158,6 @@ def real_images(inputs: DiffusionInputs) -> Tensor | None:
     return fitted(data.pixels(ids[: card.evaluation.real_images]), card.channels, card.height, card.width)
 
 
-def retrained(inputs: DiffusionInputs, device: torch.device) -> Denoiser:
-    """Train a denoiser without the forget set, by the recipe on the model card."""
-    known = {name: value for name, value in inputs.card.training.items() if name in DiffusionConfig.model_fields}
-    config = diffusion_config("retrain", {**known, "device": str(device)})
-    sets, denoiser = build_example_sets(inputs, config, device), inputs.family(device).denoiser
-    return denoiser.of(unlearn_denoiser(denoiser, sets, "retrain", config=config).model)
-
-
 def evaluators_of(inputs: DiffusionInputs, judge: Path | None) -> Evaluators:
     """Open who looks at the images, as the model card asks.
 
@@ -220,48 +187,6 @@ def evaluators_of(inputs: DiffusionInputs, judge: Path | None) -> Evaluators:
         clip=ClipScorer.load(Path(settings.clip)) if settings.clip else None,
         detector=NudityDetector.load() if settings.suite == "nsfw" else None,
     )
-
-
-def evaluate_images(
-    inputs: DiffusionInputs,
-    candidate: LoadedModel | LoadedDiffusion,
-    facts: RunFacts,
-    mask: SaliencyMask | None,
-    wish: Reference,
-    store_uri: str | None,
-    device: torch.device,
-) -> Evidence:
-    """Evaluate a diffusion model against the original, by the classifier and the metrics that the model card names.
-
-    Args:
-        inputs: the model before, its data, the forget set.
-        candidate: the model after.
-        facts: how it was made.
-        mask: that it was made with.
-        wish: what to compare with beside the model before.
-        store_uri: of the store that holds the judge's model line.
-        device: to compute on.
-
-    Raises:
-        UsageError: the judge cannot be found, or the model after is a classifier.
-    """
-    if not isinstance(candidate, LoadedDiffusion):
-        raise UsageError(
-            "the model after is a classifier", "the one before is a diffusion model", "compare like with like"
-        )
-    require_same_parts(inputs.original, candidate)
-    named = inputs.card.evaluation.judge
-    with ExitStack() as stack:
-        judge = stack.enter_context(model_folder(named, store_uri)) if named else None
-        evaluators = evaluators_of(inputs, judge)
-        started, reference = time.perf_counter(), None
-        if wish.folder is not None:
-            reference = family_of(load_diffusion(wish.folder), device).denoiser
-        elif wish.retrain:
-            reference = retrained(inputs, device)
-            seconds = {**facts.seconds, "reference": time.perf_counter() - started}
-            facts = facts.model_copy(update={"seconds": seconds})
-        return measure(inputs, Candidate(candidate, facts, mask), evaluators, device, reference)
 
 
 def require_same_parts(original: LoadedDiffusion, candidate: LoadedDiffusion) -> None:

@@ -15,19 +15,15 @@ from salun_core.data.split import SplitManifest
 from salun_core.digest import digest_json
 from salun_core.errors import ModelError, UsageError
 from salun_core.models.card import DiffusionCard, DiffusionEvaluation
-from salun_core.models.checkpoint import CARD, SPLIT
 from salun_core.models.diffusers_folder import (
     INDEX,
     Components,
     check_folder,
     copies,
-    model_files,
     read_diffusers,
     refuse_pickle,
     write_diffusion,
 )
-from salun_core.registry.versions import publish_head, stage_version
-from salun_core.storage import FileStore
 
 _KEPT = {".json", ".txt", ".safetensors", ".model"}
 _CLASS_CONDITIONAL = ("UNet2DModel", "DiTTransformer2DModel")
@@ -207,27 +203,3 @@ def _size(model: Components) -> tuple[int, int, int]:
         return int(config["in_channels"]), height, width
     step = 2 ** (len(vae.config.block_out_channels) - 1)
     return int(vae.config.in_channels), height * step, width * step
-
-
-def register_diffusion(store: FileStore, line: str, folder: Path, method: str, trained_on: int) -> str:
-    """Publish the model folder of a diffusion model as the first version of a line.
-
-    Args:
-        store: of the line.
-        line: its name; it must have no HEAD.
-        folder: the model.
-        method: train or import.
-        trained_on: number of training samples, 0 if it is unknown.
-
-    Returns:
-        The version's digest.
-
-    Raises:
-        ConflictError: the line exists.
-        UsageError: a file's name cannot be stored.
-    """
-    names = [*model_files(folder), CARD, SPLIT]
-    fields = {"line": line, "parent": None, "method": method, "lineage": {"trained_on": trained_on}}
-    version, _ = stage_version(store, fields, {name: folder / name for name in names})
-    publish_head(store, line, version, None, None)
-    return version

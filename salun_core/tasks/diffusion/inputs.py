@@ -6,20 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
-from salun_core.data import ForgetSet, LoadedData, load_data, resolve_forget
-from salun_core.data.forget_set import require_partial
-from salun_core.data.split import SplitManifest
+from salun_core.data import ForgetSet
 from salun_core.diffusion.families import Family, family_of
-from salun_core.digest import check_digest
 from salun_core.errors import UsageError
 from salun_core.models.card import DiffusionCard
-from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion
-from salun_core.tasks.classification.inputs import moved_spec
-from salun_core.tasks.resolve import read_forget
+from salun_core.models.diffusers_folder import LoadedDiffusion
+from salun_core.tasks.task import Inputs
 
 
 @dataclass(frozen=True)
@@ -102,18 +97,8 @@ def label_of(name: str, card: DiffusionCard) -> int | None:
 
 
 @dataclass(frozen=True)
-class DiffusionInputs:
-    """A diffusion model with the data that it was trained on, if it came with any, and the set to forget.
-
-    Args:
-        original: the model before unlearning.
-        data: rows, checked against the model's split manifest; None for a model without data.
-        forget_set: classes and concepts.
-    """
-
-    original: LoadedDiffusion
-    data: LoadedData | None
-    forget_set: ForgetSet
+class DiffusionInputs(Inputs[LoadedDiffusion]):
+    """A diffusion model with the data that it was trained on, if any, and the classes and concepts to forget."""
 
     def family(self, device: torch.device) -> Family:
         """Return the model's denoiser, encoders and decoder, on a device."""
@@ -123,11 +108,6 @@ class DiffusionInputs:
     def card(self) -> DiffusionCard:
         """The model's card."""
         return self.original.card
-
-    @property
-    def split(self) -> SplitManifest:
-        """The split that the model was trained on; empty for a model without data."""
-        return self.original.split
 
     @cached_property
     def rows(self) -> Rows:
@@ -142,29 +122,3 @@ class DiffusionInputs:
             return [label for label in range(len(self.card.classes)) if label not in gone]
         table = self.data.table
         return sorted({table.labels[table.position[name]] for name in self.split.train} - gone)
-
-
-def load_generation_inputs(model: Path, forget: str, data: str | None = None) -> DiffusionInputs:
-    """Load and check what a step works on.
-
-    Args:
-        model: folder of the original model.
-        forget: address of the forget targets or of a resolved forget set.
-        data: data set spec, where the data lie elsewhere than the model card says.
-
-    Raises:
-        UsageError: something does not exist or has faults, or the model cannot forget it.
-        DataError: the forget set is empty or is all of the data.
-        IntegrityError: the data or the forget set are of another split.
-    """
-    original = load_diffusion(model)
-    card, split = original.card, original.split
-    loaded = load_data(moved_spec(card.data, data), split) if card.data is not None else None
-    named = read_forget(forget)
-    if isinstance(named, ForgetSet):
-        check_digest("the split of the forget set", split.digest, named.split_digest)
-        forget_set = named
-    else:
-        forget_set = resolve_forget(named, loaded.table if loaded else None, split, generative=True)
-    require_partial(forget_set, split)
-    return DiffusionInputs(original, loaded, forget_set)

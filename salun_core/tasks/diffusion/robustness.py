@@ -1,8 +1,8 @@
-"""What comes after unlearning: benign fine-tuning that may bring it back, and prompts that ask for it in disguise."""
+"""Robustness of a forgotten concept: fine-tuning that may bring it back, and a search for prompts that do."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +13,7 @@ from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.families import Family
 from salun_core.diffusion.sampling import Sampler, images
 from salun_core.evaluation.evidence import CurvePoint, Metric
-from salun_core.evaluation.generated_images import SamplingPlan
+from salun_core.evaluation.generated_images import Sample, SamplingPlan
 from salun_core.evaluation.image_classifier import ImageClassifier
 from salun_core.evaluation.prompt_attack import ClipWords, search
 from salun_core.evaluation.statistics import share_metric
@@ -39,16 +39,15 @@ class RobustnessResult:
 
 
 @dataclass(frozen=True)
-class Studio:
-    """What images of the forgotten rows are drawn and recognised with.
+class ImageGenerator:
+    """Generates the images of a sampling plan with any denoiser.
 
     Args:
-        inputs: data and settings.
-        family: of the model before; its encoders and decoder are those of the model after.
+        inputs: conditions and settings.
+        family: of the model before; the model after has the same encoders and decoder.
         table: conditions of the run.
         sampler: how images are drawn.
         plan: rows and seeds.
-        judge: recognises the rows.
     """
 
     inputs: DiffusionInputs
@@ -56,87 +55,103 @@ class Studio:
     table: ConditionTable
     sampler: Sampler
     plan: SamplingPlan
-    judge: ImageClassifier
 
-    @property
-    def rows(self) -> list[int]:
-        """The plan's forgotten rows that the judge has a class for."""
-        return [row for row in self.plan.forgotten if self.plan.labels[row] is not None]
+    def sample(self, denoiser: Denoiser) -> Sample:
+        """Return the function that draws rows of the plan from seeds."""
+        conditions = [self.inputs.rows.of(name) for name in self.plan.rows]
 
-    def recognised(self, denoiser: Denoiser, row: int, told: Tensor | None = None) -> Tensor:
-        """Draw a row's images and say of each whether the judge recognises it, bool [per_row].
+        def drawn(rows: Sequence[int], seeds: Sequence[int]) -> Iterator[Tensor]:
+            return self._images(denoiser, [conditions[row] for row in rows], seeds)
 
-        Args:
-            denoiser: draws them.
-            row: of the plan.
-            told: row of the table to draw by; the plan's own by default.
-        """
+        return drawn
+
+    def of_row(self, denoiser: Denoiser, row: int, condition: int | None = None) -> Iterator[Tensor]:
+        """Draw all images of one row from their own seeds; by its own condition, unless another is given."""
         count = self.plan.per_row
-        at = self.inputs.rows.of(self.plan.rows[row]) if told is None else int(told)
+        condition = self.inputs.rows.of(self.plan.rows[row]) if condition is None else condition
         seeds = [self.plan.seed + row * count + index for index in range(count)]
-        drawn = images(denoiser, self.table, self.sampler, [at] * count, seeds, self.family.decode)
-        label = self.plan.labels[row]
-        assert label is not None
-        return torch.cat([self.judge.predict(batch) for batch in drawn]).eq(label)
+        return self._images(denoiser, [condition] * count, seeds)
+
+    def _images(self, denoiser: Denoiser, conditions: Sequence[int], seeds: Sequence[int]) -> Iterator[Tensor]:
+        return images(denoiser, self.table, self.sampler, conditions, seeds, self.family.decode)
 
 
-def aftermath(studio: Studio, after: Denoiser, device: torch.device) -> RobustnessResult:
-    """Do what the model card asks for: `relearn_steps` of fine-tuning, `attack_steps` of a search for prompts.
+def measure_robustness(
+    generator: ImageGenerator, classifier: ImageClassifier, after: Denoiser, device: torch.device
+) -> RobustnessResult:
+    """Measure what the model card asks for: `relearn_steps` of fine-tuning, `attack_steps` of a search for prompts.
 
     Args:
-        studio: draws and recognises.
+        generator: draws images.
+        classifier: recognises the forgotten rows.
         after: the denoiser after unlearning; it is not changed.
         device: to compute on.
 
     Raises:
-        UsageError: an attack on a model that is not told by one CLIP text encoder.
+        UsageError: an attack on a model that is not conditioned by one CLIP text encoder.
     """
-    settings = studio.inputs.card.evaluation
-    if not studio.rows or not (settings.relearn_steps or settings.attack_steps):
+    settings, plan = generator.inputs.card.evaluation, generator.plan
+    labels = {row: label for row in plan.forgotten if (label := plan.labels[row]) is not None}
+    if not labels or not (settings.relearn_steps or settings.attack_steps):
         return RobustnessResult()
-    sets = build_example_sets(studio.inputs, diffusion_config("finetune", {"device": str(device)}), device)
+    sets = build_example_sets(generator.inputs, diffusion_config("finetune", {"device": str(device)}), device)
+
+    def missed(denoiser: Denoiser) -> Tensor:
+        """Return for each image of the forgotten rows whether the classifier does not recognise it, bool."""
+        found = [_recognised(classifier, generator.of_row(denoiser, row), label) for row, label in labels.items()]
+        return ~torch.cat(found)
+
     metrics: dict[str, Metric] = {}
     points: list[CurvePoint] = []
     if settings.relearn_steps:
-        points, metrics["UA_relearned"] = _relearned(studio, after, sets, settings.relearn_steps, device)
+        points, metrics["UA_relearned"] = _relearned(missed, after, sets, settings.relearn_steps, device)
     if settings.attack_steps:
-        metrics["attack_success"] = _attacked(studio, after, sets, settings.attack_steps)
+        metrics["attack_success"] = _attacked(generator, classifier, labels, after, sets)
     return RobustnessResult(metrics, points)
 
 
+def _recognised(classifier: ImageClassifier, batches: Iterator[Tensor], label: int) -> Tensor:
+    return torch.cat([classifier.predict(batch) for batch in batches]).eq(label)
+
+
 def _relearned(
-    studio: Studio, after: Denoiser, sets: ExampleSets, steps: int, device: torch.device
+    missed: Callable[[Denoiser], Tensor], after: Denoiser, sets: ExampleSets, steps: int, device: torch.device
 ) -> tuple[list[CurvePoint], Metric]:
-    """Fine-tune on what was kept, a quarter of the steps at a time, and look each time."""
-    stretch = max(1, steps // _POINTS)
-    given = {"steps": stretch, "epochs": 1, "schedule": "constant", "device": str(device)}
+    """Fine-tune on what was kept, a quarter of the steps at a time, and measure each time."""
+    part = max(1, steps // _POINTS)
+    given = {"steps": part, "epochs": 1, "schedule": "constant", "device": str(device)}
     config = diffusion_config("finetune", given)
-    current, points, missed = after, list[CurvePoint](), _missed(studio, after)
-    points.append(CurvePoint(step=0, ua=float(missed.float().mean())))
+    current, found = after, missed(after)
+    points = [CurvePoint(step=0, ua=float(found.float().mean()))]
     for index in range(1, _POINTS + 1):
         seeded = config.model_copy(update={"seed": index})
         current = current.of(unlearn_denoiser(current, sets, "finetune", config=seeded).model)
-        missed = _missed(studio, current)
-        points.append(CurvePoint(step=index * stretch, ua=float(missed.float().mean())))
-    return points, _share(missed)
+        found = missed(current)
+        points.append(CurvePoint(step=index * part, ua=float(found.float().mean())))
+    return points, _share(found)
 
 
-def _missed(studio: Studio, denoiser: Denoiser) -> Tensor:
-    return ~torch.cat([studio.recognised(denoiser, row) for row in studio.rows])
-
-
-def _attacked(studio: Studio, after: Denoiser, sets: ExampleSets, steps: int) -> Metric:
+def _attacked(
+    generator: ImageGenerator,
+    classifier: ImageClassifier,
+    labels: Mapping[int, int],
+    after: Denoiser,
+    sets: ExampleSets,
+) -> Metric:
     """Search for words before each forgotten prompt, and draw with the best of them."""
-    encoder = ClipWords.of(studio.family.loaded.components)
+    encoder = ClipWords.of(generator.family.loaded.components)
+    plan, table = generator.plan, generator.table
     hits = []
-    for row in studio.rows:
-        name = studio.plan.rows[row]
-        own = sets.forget.condition == studio.inputs.rows.of(name)
+    for row, label in labels.items():
+        name = plan.rows[row]
+        own = sets.forget.condition == generator.inputs.rows.of(name)
         shown = sets.forget.select(torch.nonzero(own).flatten()) if bool(own.any()) else sets.forget
-        found = search(after, encoder, name, shown, steps=steps, seed=studio.plan.seed)
-        rows = {key: torch.cat([tensor, found.conditions[key].to(tensor)]) for key, tensor in studio.table.rows.items()}
-        table = ConditionTable([*studio.table.names, f"{found.words} {name}"], rows, studio.table.null)
-        hits.append(replace(studio, table=table).recognised(after, row, torch.tensor(len(table) - 1)))
+        steps = generator.inputs.card.evaluation.attack_steps
+        found = search(after, encoder, name, shown, steps=steps, seed=plan.seed)
+        rows = {key: torch.cat([tensor, found.conditions[key].to(tensor)]) for key, tensor in table.rows.items()}
+        extended = ConditionTable([*table.names, f"{found.words} {name}"], rows, table.null)
+        drawn = replace(generator, table=extended).of_row(after, row, len(extended) - 1)
+        hits.append(_recognised(classifier, drawn, label))
     return _share(torch.cat(hits))
 
 

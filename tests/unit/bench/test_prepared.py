@@ -14,7 +14,7 @@ from salun_core.bench.suite import load_suite
 from salun_core.config import load
 from salun_core.data.split import SplitManifest
 from salun_core.errors import UsageError
-from salun_core.models.card import read_card
+from salun_core.tasks import read_card
 
 CONFIG = {"steps": 2, "epochs": 1, "batch_size": 8}
 CONCEPT = {

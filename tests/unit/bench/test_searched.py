@@ -21,11 +21,13 @@ from salun_core.config import load
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import RunFacts
+from salun_core.methods.recipe import Recipe
 from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask
+from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.tasks.classification.tuning import TuningOptions
+from salun_core.tasks.task import TuningOptions
 from salun_core.tuning import TuningLog
 
 ROWS = [
@@ -148,6 +150,10 @@ def test_a_cell_without_its_search_log_is_measured_again(plan, out, tmp_path):
     assert not (out / "cells" / "salun-as-written-3" / "tuning.json").exists()
 
 
+def context_of(out):
+    return RunContext(out / "base-3", str(out / "forget-3.json"))
+
+
 def test_the_log_of_an_unbounded_search_names_no_policy(out):
     log = log_of(out, "salun-3")
     assert (log.policy, log.policy_digest, log.budget) == ("none: the objective alone decides", "", "5e")
@@ -162,16 +168,10 @@ def test_a_row_counts_its_whole_search_and_the_chosen_run(plan, out, tmp_path):
     assert item.passes == item.search_passes == log.passes
     settings = {name: value for name, value in item.chosen.items() if name != "density"}
     settings["epochs"] = int(settings["epochs"])
-    base, forget = out / "base-3", str(out / "forget-3.json")
-    compute_mask(base, forget, item.chosen["density"], tmp_path / "mask.safetensors")
-    run_unlearning(
-        base,
-        tmp_path / "mask.safetensors",
-        forget,
-        tmp_path / "after",
-        overrides={**ROWS[0]["config"], **settings},
-        seed=3,
-    )
+    context, path = context_of(out), tmp_path / "mask.safetensors"
+    recipe = Recipe(density=item.chosen["density"], method_config={**ROWS[0]["config"], **settings}, seed=3)
+    compute_mask(context, recipe, path)
+    run_unlearning(context, recipe, path, tmp_path / "after")
     assert item.own_passes == load(RunFacts, tmp_path / "after" / "run.json").passes < item.passes
     evidence = load(Evidence, out / "cells" / "salun-3" / "evidence.json")
     assert load_model(tmp_path / "after").digest == evidence.measured.after  # the very model that the search chose
@@ -197,19 +197,19 @@ def test_the_random_control_is_searched_like_its_counterpart_without_scores(out,
     assert first[0] == first[1]
     assert before_the_trials(salient) - before_the_trials(control) == evidence.forgotten.count
     density, path = control.trials[control.chosen].density, tmp_path / "mask.safetensors"
-    drawn = compute_mask(out / "base-3", str(out / "forget-3.json"), density, path, random_seed=3)
+    drawn = compute_mask(context_of(out), Recipe(density=density), path, random_seed=3)
     assert evidence.measured.mask == drawn.digest
     assert evidence.integrity.frozen_changed == 0
 
 
 def test_the_control_at_a_density_equals_the_mask_of_the_mask_step(out, tmp_path):
-    base, forget = out / "base-3", str(out / "forget-3.json")
+    context = context_of(out)
     alone: list[int] = []
     for density, seed in ((0.05, 1), (0.3, 2)):
-        wish = TuningOptions("3e", bounded=False, density=density, random_mask_seed=seed, on_chosen=alone.append)
+        options = TuningOptions("3e", bounded=False, density=density, random_mask_seed=seed, on_chosen=alone.append)
         after = tmp_path / f"after-{seed}"
-        run_unlearning(base, None, forget, after, overrides={"epochs": 1}, tune=wish)
-        wanted = compute_mask(base, forget, density, tmp_path / "mask.safetensors", random_seed=seed)
+        run_unlearning(context, Recipe(method_config={"epochs": 1}), None, after, tuning=options)
+        wanted = compute_mask(context, Recipe(density=density), tmp_path / "mask.safetensors", random_seed=seed)
         used = SaliencyMask.load(after / "mask.safetensors")
         assert used == wanted
         assert used.facts["scores"] == "random"
@@ -233,7 +233,7 @@ def test_a_search_without_a_result_is_reported_and_the_others_are_measured(out, 
     copied = shutil.copytree(out, tmp_path / "copy")
     outcome = run_suite(plan, copied, quiet)
     assert list(outcome.failed) == ["rl-3"]
-    assert "no setting stays within the policy strict" in outcome.failed["rl-3"]
+    assert "no setting satisfies the policy strict" in outcome.failed["rl-3"]
     assert outcome.kept == ["salun-as-written-3"]
 
 
@@ -328,9 +328,7 @@ def test_what_a_row_sets_is_fixed(out, tmp_path):
 
 
 def test_only_a_suite_can_leave_the_policy_out(out, tmp_path):
-    base, forget = out / "base-3", str(out / "forget-3.json")
-    assert TuningOptions("3e").bounded
+    options, recipe = TuningOptions("3e", "none"), Recipe(method_config={"epochs": 1})
+    assert options.bounded
     with pytest.raises(UsageError, match="unknown policy"):
-        run_unlearning(
-            base, None, forget, tmp_path / "after", overrides={"epochs": 1}, tune=TuningOptions("3e", "none")
-        )
+        run_unlearning(context_of(out), recipe, None, tmp_path / "after", tuning=options)

@@ -18,10 +18,12 @@ from salun_core.data.split import SplitManifest
 from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import EpochRecord, RunFacts
+from salun_core.methods.recipe import Recipe
+from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.tasks.classification.inputs import load_inputs
+from salun_core.tasks import open_inputs
 from salun_core.tuning import TuningLog
 from tests.unit.bench.test_searched import ROWS, SUITE, plan_of
 
@@ -67,32 +69,27 @@ def test_each_random_share_is_drawn_from_the_remaining_split(out):
     gone: set[str] = set()
     for number in (1, 2, 3):
         path = out / f"forget-3-{number}.json"
-        own = set(load_inputs(out / "base-3", str(path)).forget_set.samples)
+        own = set(open_inputs(out / "base-3", str(path)).forget_set.samples)
         if number != 2:
             assert len(own) == round(0.05 * (len(split.train) - len(gone)))
             assert not own & gone
         gone |= own
-    assert set(load_inputs(out / "base-3", str(out / "forget-3.json")).forget_set.samples) == gone
+    assert set(open_inputs(out / "base-3", str(out / "forget-3.json")).forget_set.samples) == gone
     assert load(SplitManifest, out / "reference-3" / "split.json").digest == split.without(gone).digest
 
 
 def test_a_cell_equals_its_requests_in_sequence(plan, out, tmp_path):
     model, passes = out / "base-3", 0
     for number in (1, 2, 3):
-        forget, mask, after = str(out / f"forget-3-{number}.json"), tmp_path / f"{number}.mask", tmp_path / str(number)
-        compute_mask(model, forget, 0.5, mask)
-        run_unlearning(model, mask, forget, after, overrides=AS_WRITTEN["config"], seed=3)
+        mask, after = tmp_path / f"{number}.mask", tmp_path / str(number)
+        context = RunContext(model, str(out / f"forget-3-{number}.json"))
+        recipe = Recipe(method_config=AS_WRITTEN["config"], seed=3)
+        compute_mask(context, recipe, mask)
+        run_unlearning(context, recipe, mask, after)
         model, passes = after, passes + load(RunFacts, after / "run.json").passes
     evidence = evidence_of(out, "salun-as-written-3")
-    again = evaluate(
-        out / "base-3",
-        model,
-        str(out / "forget-3.json"),
-        tmp_path / "evidence.json",
-        tmp_path / "report.html",
-        reference=out / "reference-3",
-        mask=None,
-    )
+    paths = model, tmp_path / "evidence.json", tmp_path / "report.html"
+    again = evaluate(RunContext(out / "base-3", str(out / "forget-3.json")), *paths, reference=out / "reference-3")
     assert evidence.measured.after == again.measured.after
     assert evidence.metrics == again.metrics
     assert evidence.run.passes == passes
@@ -124,11 +121,11 @@ def test_the_table_of_a_sequence_shows_runs_and_debt(plan, out):
 
 def test_a_model_that_missed_a_request_is_refused(out, tmp_path):
     after = tmp_path / "after"
-    run_unlearning(
-        out / "base-3", None, str(out / "forget-3-1.json"), after, method="finetune", overrides={"epochs": 1}
-    )
+    recipe = Recipe(method="finetune", method_config={"epochs": 1})
+    run_unlearning(RunContext(out / "base-3", str(out / "forget-3-1.json")), recipe, None, after)
+    context = RunContext(out / "base-3", str(out / "forget-3.json"))
     with pytest.raises(ModelError, match="different splits"):
-        evaluate(out / "base-3", after, str(out / "forget-3.json"), tmp_path / "e.json", tmp_path / "r.html")
+        evaluate(context, after, tmp_path / "e.json", tmp_path / "r.html")
 
 
 def test_a_cell_depends_on_its_requests_and_their_order(plan, tmp_path):

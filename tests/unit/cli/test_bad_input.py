@@ -257,7 +257,7 @@ class TestGate:
 
     def test_a_refused_run_leaves_the_line_alone(self, salun, world, store, tmp_path):
         from salun_core.registry.lookup import read_head
-        from salun_core.tasks.classification.training import register_model
+        from salun_core.tasks import register_model
 
         version = register_model(store, "digits", world.base, "import", 1)
         settings = ("--set", "model_line=digits", "--set", f"forget_manifest_uri={world.forget_json}")
@@ -271,7 +271,7 @@ class TestGate:
 class TestStore:
     @pytest.fixture
     def line(self, world, store):
-        from salun_core.tasks.classification.training import register_model
+        from salun_core.tasks import register_model
 
         register_model(store, "digits", world.base, "import", 1)
         return store

@@ -123,7 +123,7 @@ def test_a_run_that_finds_no_setting_ends_as_the_gate_refuses(salun, world, stor
     (tmp_path / "run.yaml").write_text(json.dumps(settings))
     result = salun("run", "--config", "run.yaml", "--store", store.uri, "--work-dir", "work")
     line = last_line(result, 3)
-    assert "no setting stays within the policy strict" in line
+    assert "no setting satisfies the policy strict" in line
     assert any(text.startswith("trial 0: ") for text in result.stderr.splitlines())
     assert not (tmp_path / "work" / "after").exists()
     again = salun("run", "--config", "run.yaml", "--store", store.uri, "--set", "also=lirra=8", "--dry-run")

@@ -13,15 +13,15 @@ from salun_core.cli.app import load_examples
 from salun_core.cli.runs import sweep_facts
 from salun_core.data.forget_set import ClassTarget, SamplesTarget
 from salun_core.errors import GateRefusedError
+from salun_core.methods.recipe import Recipe
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
-from salun_core.steps.claim import claim_requests, sweep_terms
+from salun_core.steps.claim import claim_requests, sweep_policy
 from salun_core.steps.sweep import SweepOutcome
 from salun_core.storage.keys import blob_key, certificate_key, scratch_prefix
 from salun_core.storage.leases import holder_of
 from salun_core.sweeps.claim import Claim
-from salun_core.sweeps.policy import Recipe
 from salun_core.sweeps.runs import RunStatus
 from salun_core.sweeps.settle import Settled
 from salun_core.times import utc_clock
@@ -99,7 +99,7 @@ def test_a_dry_run_writes_nothing(sweep, ledger, store):
 
 def test_a_run_that_died_is_settled_by_hand(sweep, ledger, store):
     ledger.submit("r-1", "digits", ClassTarget(class_id=3))
-    claim_requests(store.uri, "digits", "run-1", sweep_terms("salun", 0.5, {}, min_requests=1))
+    claim_requests(store.uri, "digits", "run-1", sweep_policy(store.uri, "digits", Recipe(), min_requests=1))
     assert holder_of(store, "digits") == "run-1"
     assert list(store.list(scratch_prefix("run-1")))
 

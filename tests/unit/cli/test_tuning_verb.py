@@ -37,7 +37,7 @@ def test_a_line_a_trial_and_what_was_chosen(salun, digits_model, forget, tmp_pat
 def test_the_exit_code_of_a_refusal_is_3(salun, digits_model, forget, tmp_path):
     done = tune(salun, digits_model, forget, "--tune-budget", "2e", "--policy", policy(tmp_path / "kept.yaml", 1.5))
     assert done.exit_code == 3
-    assert "no setting stays within the policy kept" in done.stderr
+    assert "no setting satisfies the policy kept" in done.stderr
     assert "breaks RA >= 1.5" in done.stderr
     assert not (tmp_path / "after").exists()
 

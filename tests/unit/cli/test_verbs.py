@@ -177,7 +177,7 @@ def test_a_dry_run_writes_nothing(salun, world, store, untouched, place):
 
 
 def test_a_dry_run_of_run_publishes_nothing(salun, world, store):
-    from salun_core.tasks.classification.training import register_model
+    from salun_core.tasks import register_model
 
     register_model(store, "digits", world.base, "import", 1)
     before = {entry.key for entry in store.list("")}

@@ -19,6 +19,7 @@ from salun_core.data.split import make_split
 from salun_core.data.table import Table
 from salun_core.digest import sha256_bytes
 from salun_core.errors import DataError, UsageError
+from salun_core.tasks import TASKS, resolve_targets
 
 ONE = ConceptTarget(prompts=["a parachute"], anchor_prompt="a bird")
 TWO = ConceptTarget(prompts=["golf"], anchor_prompt="tennis", images=8, neighbours=["hockey"])
@@ -43,25 +44,30 @@ def test_the_digest_of_a_set_without_concepts_did_not_change():
     assert found.samples == found.ids
 
 
+def resolved(targets, table, split):
+    """Resolve targets for a diffusion model."""
+    return resolve_targets(TASKS["diffusion"], targets, table, split)
+
+
 def test_each_concept_counts_as_one_pseudo_id(data):
-    found = resolve_forget([TWO, ONE, TWO], *data, generative=True)
+    found = resolved([TWO, ONE, TWO], *data)
     assert found.ids == sorted([ONE.pseudo_id, TWO.pseudo_id])
     assert [concept.pseudo_id for concept in found.concepts] == found.ids
     assert (found.kinds, found.classes, found.samples) == (["concept"], [], [])
     assert sha256_bytes(found.canonical()) == found.digest
     assert parse(ForgetSet, json.loads(found.canonical()), "x") == found
-    assert resolve_forget([ONE, TWO], *data, generative=True).digest == found.digest
-    assert resolve_forget([ONE], *data, generative=True).digest != found.digest
+    assert resolved([ONE, TWO], *data).digest == found.digest
+    assert resolved([ONE], *data).digest != found.digest
 
 
 def test_classes_and_concepts_can_be_combined(data):
     table, split = data
     alone = resolve_forget([ClassTarget(class_id=2)], table, split)
-    assert resolve_forget([ClassTarget(class_id="class2")], table, split, generative=True) == alone
-    found = resolve_forget([ONE, ClassTarget(class_id=2)], table, split, generative=True)
+    assert resolved([ClassTarget(class_id="class2")], table, split) == alone
+    found = resolved([ONE, ClassTarget(class_id=2)], table, split)
     assert (found.kinds, found.classes, found.samples) == (["class", "concept"], [2], alone.ids)
     assert found.ids == sorted([*alone.ids, ONE.pseudo_id])
-    again = resolve_forget([redact(ClassTarget(class_id=2), None), ONE], table, split, generative=True)
+    again = resolved([redact(ClassTarget(class_id=2), None), ONE], table, split)
     assert again == found
     assert split.without(found.ids) == split.without(alone.ids)
     split.without(found.ids).check(table)
@@ -79,31 +85,31 @@ def test_classes_and_concepts_can_be_combined(data):
 )
 def test_what_a_diffusion_model_cannot_forget_is_refused(data, target, why):
     with pytest.raises(UsageError, match=why):
-        resolve_forget([ONE, target], *data, generative=True)
+        resolved([ONE, target], *data)
 
 
 def test_a_model_without_data_forgets_concepts_only():
-    found = resolve_forget([ONE], None, EMPTY, generative=True)
+    found = resolved([ONE], None, EMPTY)
     assert (found.ids, found.split_digest) == ([ONE.pseudo_id], EMPTY.digest)
     require_partial(found, EMPTY)
     for target in (ClassTarget(class_id=1), RedactedTarget(of="class", count=1, class_id=1)):
         with pytest.raises(UsageError, match="came without training data"):
-            resolve_forget([ONE, target], None, EMPTY, generative=True)
+            resolved([ONE, target], None, EMPTY)
     with pytest.raises(UsageError, match="file it again"):
-        resolve_forget([redact(ONE, None)], None, EMPTY, generative=True)
+        resolved([redact(ONE, None)], None, EMPTY)
     with pytest.raises(UsageError, match="a classifier cannot forget a concept"):
-        resolve_forget([ONE], None, EMPTY)
+        resolve_targets(TASKS["classification"], [ONE], None, EMPTY)
 
 
 def test_forget_and_retain_set_must_not_be_empty(data):
     table, split = data
     with pytest.raises(DataError, match="forget set is empty"):
-        require_partial(resolve_forget([], None, EMPTY, generative=True), EMPTY)
+        require_partial(resolved([], None, EMPTY), EMPTY)
     everything = [ClassTarget(class_id=number) for number in range(4)]
     with pytest.raises(DataError, match="the whole training data"):
-        require_partial(resolve_forget([*everything, ONE], table, split, generative=True), split)
-    require_partial(resolve_forget([*everything[:3], ONE], table, split, generative=True), split)
-    require_partial(resolve_forget([ONE, TWO], table, split, generative=True), split)
+        require_partial(resolved([*everything, ONE], table, split), split)
+    require_partial(resolved([*everything[:3], ONE], table, split), split)
+    require_partial(resolved([ONE, TWO], table, split), split)
     all_but_one = sorted(split.train)[1:]
     fields = {"dataset_digest": split.dataset_digest, "split_digest": split.digest, "kinds": ["class", "concept"]}
     require_partial(ForgetSet(**fields, ids=[*all_but_one, ONE.pseudo_id], concepts=[ONE]), split)

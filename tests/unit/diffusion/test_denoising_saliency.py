@@ -5,17 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_diffusion import lab
+from tiny_diffusion import denoiser_mask, lab, selection_mask, shapes_of
 
 from salun_core.diffusion.examples import Examples, noised
 from salun_core.errors import DataError, UsageError
 from salun_core.methods.diffusion import diffusion_config
-from salun_core.methods.diffusion.saliency import (
-    denoiser_mask,
-    denoising_scores,
-    random_denoiser_mask,
-    selection_mask,
-)
+from salun_core.methods.diffusion.saliency import denoising_scores
+from salun_core.saliency import SaliencyMask
 
 pytest.importorskip("diffusers")
 
@@ -91,7 +87,9 @@ def test_a_mask_covers_the_selected_part_and_freezes_the_rest():
 def test_controls_have_the_size_of_the_mask():
     denoiser, _ = lab("text")
     chosen = config(selection="xattn")
-    every, drawn = selection_mask(denoiser, chosen), random_denoiser_mask(denoiser, chosen, 0.5, seed=1)
+    shapes = shapes_of(denoiser)
+    every = selection_mask(denoiser, chosen.selection)
+    drawn = SaliencyMask.random({name: shapes[name] for name in denoiser.selected("xattn")}, 0.5, seed=1).within(shapes)
     assert drawn.k == round(0.5 * every.k)
     assert sum(int(drawn.tensor(name).sum()) for name in drawn.shapes) == drawn.k
     assert {name for name in every.shapes if every.tensor(name).any()} == set(denoiser.selected("xattn"))

@@ -12,10 +12,12 @@ from tiny_diffusion import (
     WIDTH,
     batches,
     class_unet,
+    denoiser_mask,
     digits_sets,
     flow_transformer,
     lab,
     pixart,
+    selection_mask,
     text_table,
     text_unet,
 )
@@ -26,7 +28,7 @@ from salun_core.methods.classification import FileCheckpoint
 from salun_core.methods.diffusion import METHODS, MethodContext, diffusion_config, unlearn_denoiser
 from salun_core.methods.diffusion.erased_stable_diffusion import ddim_step, partly_denoised, path
 from salun_core.methods.diffusion.forget_me_not import attention_energy, attention_maps
-from salun_core.methods.diffusion.saliency import denoiser_mask, denoising_scores, selection_mask
+from salun_core.methods.diffusion.saliency import denoising_scores
 from salun_core.methods.diffusion.unified_concept_editing import correction, matched_tokens, projections
 from salun_core.models.checkpoint import model_digest
 
@@ -114,7 +116,7 @@ def test_text_methods_change_cross_attention_only(method):
 def test_a_mask_that_would_be_ignored_is_refused(method):
     denoiser, sets = lab("text")
     with pytest.raises(UsageError, match="takes no mask"):
-        run(method, denoiser, sets, mask=selection_mask(denoiser, diffusion_config("salun")))
+        run(method, denoiser, sets, mask=selection_mask(denoiser, "full"))
 
 
 def test_bad_sets_are_refused():
@@ -158,7 +160,7 @@ def test_weights_outside_the_mask_keep_their_bits(kind, optimizer):
 
 def test_a_full_mask_is_random_labelling():
     denoiser, sets = lab("class")
-    full = selection_mask(denoiser, diffusion_config("salun"))
+    full = selection_mask(denoiser, "full")
     masked, free = run("salun", denoiser, sets, mask=full), run("random_label", denoiser, sets)
     after = dict(free.model.named_parameters())
     for name, weight in masked.model.named_parameters():

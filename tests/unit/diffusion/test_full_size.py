@@ -10,6 +10,7 @@ pytest.importorskip("diffusers", reason="the diffusion extra is not installed")
 pytest.importorskip("transformers", reason="the diffusion extra is not installed")
 
 from diffusers import DDPMScheduler  # noqa: E402
+from tiny_diffusion import selection_mask, shapes_of  # noqa: E402
 
 from salun_core.diffusion.architectures import (  # noqa: E402
     architecture_config,
@@ -19,8 +20,6 @@ from salun_core.diffusion.architectures import (  # noqa: E402
 from salun_core.diffusion.denoiser import Denoiser  # noqa: E402
 from salun_core.diffusion.process import Process  # noqa: E402
 from salun_core.errors import UsageError  # noqa: E402
-from salun_core.methods.diffusion import diffusion_config  # noqa: E402
-from salun_core.methods.diffusion.saliency import selection_mask, shapes_of  # noqa: E402
 from salun_core.saliency import SaliencyMask  # noqa: E402
 
 TEXT_UNETS = {"sd-1.4-unet": 859_520_964, "sd-2.1-unet": 865_910_724, "sdxl-unet": 2_567_463_684}
@@ -177,7 +176,7 @@ def test_the_ddpm_has_self_attention_alone(denoisers):
 
 
 def test_a_full_size_mask_takes_one_bit_a_weight(denoisers, tmp_path):
-    mask = selection_mask(denoisers["sd-1.4-unet"], diffusion_config("salun", {"selection": "xattn"}))
+    mask = selection_mask(denoisers["sd-1.4-unet"], "xattn")
     assert (mask.weights, mask.k) == (859_520_964, 43_962_560)
     packed = sum(bits.nbytes for bits in mask.bits.values())
     assert packed == 107_440_121  # 859,520,964 / 8, and half a byte more for the four biases of conv_out

@@ -8,6 +8,7 @@ from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples
 from salun_core.diffusion.process import Process
 from salun_core.methods.diffusion import ExampleSets
+from salun_core.saliency import SaliencyMask
 
 NULL, LENGTH, WIDTH = 3, 5, 12  # of the tables: three conditions and the null one
 
@@ -138,3 +139,19 @@ def lab(kind):
     """A denoiser with its sets."""
     make, table = KINDS[kind]
     return make(), digits_sets(table())
+
+
+def shapes_of(denoiser):
+    """The shape of every parameter, in the network's order."""
+    return {name: tuple(parameter.shape) for name, parameter in denoiser.network.named_parameters()}
+
+
+def denoiser_mask(denoiser, scores, density):
+    """A mask over all parameters from the scores of some."""
+    return SaliencyMask.from_scores(scores, density).within(shapes_of(denoiser))
+
+
+def selection_mask(denoiser, selection):
+    """A mask in which every selected weight is salient."""
+    shapes = shapes_of(denoiser)
+    return SaliencyMask.full({name: shapes[name] for name in denoiser.selected(selection)}).within(shapes)

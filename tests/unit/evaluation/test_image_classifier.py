@@ -9,8 +9,9 @@ from PIL import Image
 from torch import nn
 
 from salun_core.data import load_data
+from salun_core.data.images import fitted
 from salun_core.errors import DataError, ModelError
-from salun_core.evaluation.image_classifier import ImageClassifier, fitted
+from salun_core.evaluation.image_classifier import ImageClassifier
 from salun_core.models import load_model
 
 

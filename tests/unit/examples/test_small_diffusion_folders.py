@@ -15,7 +15,7 @@ from salun_core.errors import DataError, UsageError
 from salun_core.models.card import DiffusionEvaluation
 from salun_core.models.diffusers_folder import load_diffusion, model_files
 from salun_core.registry.lookup import read_head, read_version
-from salun_core.tasks.diffusion.importing import register_diffusion
+from salun_core.tasks import register_model
 
 DIGITS = DataSpec(source="digits", train_limit=64)
 SHORT = {"steps": 2, "epochs": 2, "batch_size": 8, "channels": [8, 16], "head_channels": 4, "device": "cpu"}
@@ -57,7 +57,7 @@ def test_stable_diffusion_is_trained_into_a_folder_that_draws(tmp_path):
 @pytest.mark.s3
 def test_folder_becomes_the_first_version_of_a_line(store, tmp_path):
     train(DIGITS, resolve_recipe("ddpm", SHORT), tmp_path / "model", EVALUATION)
-    version = register_diffusion(store, "digits", tmp_path / "model", "train", 64)
+    version = register_model(store, "digits", tmp_path / "model", "train", 64)
     head, _ = read_head(store, "digits")
     assert head.version == version
     files = read_version(store, "digits", version).files

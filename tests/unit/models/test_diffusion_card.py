@@ -5,7 +5,8 @@ import json
 import pytest
 
 from salun_core.errors import UsageError
-from salun_core.models.card import DiffusionCard, DiffusionEvaluation, ModelCard, parse_card, read_card
+from salun_core.models.card import DiffusionCard, DiffusionEvaluation, ModelCard
+from salun_core.tasks import parse_card, read_card
 
 FACTS = {"channels": 3, "height": 32, "width": 32, "dataset_digest": "a", "split_digest": "b"}
 CARD = {"task": "text-to-image", "architecture": "UNet2DConditionModel", "classes": ["bag", "coat"], **FACTS}
@@ -28,7 +29,7 @@ def test_the_task_selects_the_kind_of_card(tmp_path):
 
 
 def test_folder_without_card_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="no model folder"):
+    with pytest.raises(UsageError, match="not a model folder"):
         read_card(tmp_path)
 
 

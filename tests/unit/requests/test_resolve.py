@@ -10,6 +10,7 @@ from salun_core.digest import sha256_bytes
 from salun_core.errors import UsageError
 from salun_core.requests.resolve import TableResolver
 from salun_core.requests.schema import DeletionRequest
+from salun_core.tasks import TASKS
 
 CONCEPT = ConceptTarget(prompts=["a parachute"], anchor_prompt="a bird")
 EMPTY = SplitManifest(dataset_digest="0" * 64, train={}, validation={}, test={})
@@ -26,11 +27,11 @@ def digits():
 
 
 def test_a_concept_resolves_to_one_pseudo_id(digits):
-    resolver = TableResolver("v", digits.table, digits.split, generative=True)
+    resolver = TableResolver("v", digits.table, digits.split, TASKS["diffusion"])
     found = resolver.resolve(request(CONCEPT))
     assert (found.ids, found.named, found.samples) == ([CONCEPT.pseudo_id], 1, frozenset())
     assert found.concepts == {CONCEPT.pseudo_id}
-    assert found.digest == resolve_forget([CONCEPT], digits.table, digits.split, generative=True).digest
+    assert found.digest == resolve_forget([CONCEPT], digits.table, digits.split).digest
     of_class = resolver.resolve(request(ClassTarget(class_id=7)))
     assert of_class.samples == set(of_class.ids)
     assert of_class.concepts == frozenset()
@@ -38,29 +39,29 @@ def test_a_concept_resolves_to_one_pseudo_id(digits):
 
 
 def test_the_frozen_bytes_have_the_digest_of_the_forget_set(digits):
-    resolver = TableResolver("v", digits.table, digits.split, generative=True)
+    resolver = TableResolver("v", digits.table, digits.split, TASKS["diffusion"])
     for targets in ([CONCEPT], [ClassTarget(class_id=7)], [CONCEPT, ClassTarget(class_id=7)]):
         frozen = resolver.freeze_forget_set([request(target) for target in targets])
         document = parse(ForgetSet, json.loads(frozen), "frozen")
-        assert document == resolve_forget(targets, digits.table, digits.split, generative=True)
+        assert document == resolve_forget(targets, digits.table, digits.split)
         assert sha256_bytes(frozen) == document.digest
 
 
 @pytest.mark.parametrize("target", [SamplesTarget(ids=["unknown"]), SubjectTarget(subject_ref="ann")])
 def test_single_samples_of_a_diffusion_model_are_refused(digits, target):
     with pytest.raises(UsageError, match="classes and concepts"):
-        TableResolver("v", digits.table, digits.split, generative=True).resolve(request(target))
+        TableResolver("v", digits.table, digits.split, TASKS["diffusion"]).resolve(request(target))
 
 
 def test_a_classifier_resolves_samples_and_no_concepts(digits):
-    resolver = TableResolver("v", digits.table, digits.split)
+    resolver = TableResolver("v", digits.table, digits.split, TASKS["classification"])
     assert resolver.resolve(request(SamplesTarget(ids=["unknown"]))).ids == []
     with pytest.raises(UsageError, match="a classifier cannot forget a concept"):
         resolver.resolve(request(CONCEPT))
 
 
 def test_a_line_without_data_resolves_concepts_only():
-    resolver = TableResolver("v", None, EMPTY, generative=True)
+    resolver = TableResolver("v", None, EMPTY, TASKS["diffusion"])
     assert resolver.train_count == 0
     assert resolver.resolve(request(CONCEPT)).ids == [CONCEPT.pseudo_id]
     with pytest.raises(UsageError, match="came without training data"):

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from salun_core.errors import DataError, IntegrityError, ModelError, UsageError
 from salun_core.saliency import SaliencyMask, saliency_scores
 from salun_core.saliency import scores as shards
-from salun_core.saliency.scores import CHUNK, PartialSums, Shard, layout, score_shard, sharded_scores
+from salun_core.saliency.scores import CHUNK, PartialSums, Shard, layout, repeatable, score_shard
 from salun_core.saliency.shard_file import ShardHeader, merge_shards, read_shard, write_shard
 
 SAMPLES = 5 * CHUNK - 100
@@ -63,7 +63,7 @@ def part_of(model, data, index, count):
 
 @pytest.fixture(scope="module")
 def alone(model, data):
-    return sharded_scores(model, batches(data, Shard()), cross_entropy, SAMPLES)
+    return saliency_scores(model, batches(data, Shard()), cross_entropy)
 
 
 def assert_same_bits(found, expected):
@@ -129,24 +129,48 @@ def test_the_order_of_adding_does_matter():
     assert not torch.equal(tree.scores()["w"], in_turn)
 
 
-@pytest.mark.parametrize("samples", [1, CHUNK, CHUNK + 1, 3 * CHUNK])
-def test_up_to_three_chunks_the_bits_are_those_of_saliency_scores(model, data, samples):
-    few = [part[:samples] for part in data]
-    one = sharded_scores(model, batches(few, Shard(), samples), cross_entropy, samples)
-    assert_same_bits(one, saliency_scores(model, batches(few, Shard(), samples), cross_entropy))
+@given(st.integers(1, 70), st.integers(0, 1000))
+def test_the_sum_is_the_same_when_the_number_of_chunks_is_not_known_before(count, seed):
+    chunks = random_sums(count * CHUNK, seed)
+    known, unknown = PartialSums(count * CHUNK), PartialSums()
+    for number, value in enumerate(chunks):
+        known.add((0, number), {"w": value.clone()})
+        unknown.add((0, number), {"w": value.clone()})
+    unknown.samples = count * CHUNK
+    assert torch.equal(known.scores()["w"].view(torch.int32), unknown.scores()["w"].view(torch.int32))
 
 
-def test_scores_are_those_of_saliency_scores(model, data, alone):
-    torch.testing.assert_close(alone, saliency_scores(model, batches(data, Shard()), cross_entropy))
+@pytest.mark.parametrize("size", [64, CHUNK, SAMPLES])
+def test_other_batches_give_the_same_scores_but_for_rounding(model, data, alone, size):
+    other = zip(data[0].split(size), data[1].split(size), strict=True)
+    torch.testing.assert_close(saliency_scores(model, other, cross_entropy), alone)
 
 
-def test_the_number_of_threads_does_not_matter(model, data, alone):
+def test_in_the_repeatable_context_the_number_of_threads_does_not_matter(model, data, alone):
     torch.set_num_threads(2)
     try:
-        assert_same_bits(sharded_scores(model, batches(data, Shard()), cross_entropy, SAMPLES), alone)
+        with repeatable():
+            assert torch.get_num_threads() == 1
+            assert_same_bits(saliency_scores(model, batches(data, Shard()), cross_entropy), alone)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+def test_scoring_leaves_the_number_of_threads_alone(model, data):
+    torch.set_num_threads(2)
+    seen = []
+
+    def watched():
+        for batch in batches(data, Shard()):
+            seen.append(torch.get_num_threads())
+            yield batch
+
+    try:
+        saliency_scores(model, watched(), cross_entropy)
+    finally:
+        torch.set_num_threads(1)
+    assert set(seen) == {2}
 
 
 def test_the_model_is_left_as_it_was(model, data):
@@ -174,13 +198,13 @@ def test_batches_that_are_not_the_shards_chunks_are_refused(model, data, change)
 
 def test_an_empty_forget_set_a_model_without_parameters_and_nan_are_refused(model, data):
     with pytest.raises(DataError, match="empty"):
-        sharded_scores(model, [], cross_entropy, 0)
+        saliency_scores(model, [], cross_entropy)
     with pytest.raises(ModelError, match="no parameters"):
-        sharded_scores(nn.Flatten(), [], cross_entropy, 5)
+        saliency_scores(nn.Flatten(), [], cross_entropy)
     images = data[0].clone()
     images[7, 0, 2, 2] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
-        sharded_scores(model, batches((images, data[1]), Shard()), cross_entropy, SAMPLES)
+        saliency_scores(model, batches((images, data[1]), Shard()), cross_entropy)
 
 
 def test_an_incomplete_sum_gives_no_scores(model, data):

@@ -10,6 +10,7 @@ from salun_core.certificates.keys import create_key
 from salun_core.certificates.verify import verify_certificate
 from salun_core.data.forget_set import ClassTarget, ConceptTarget
 from salun_core.errors import DataError, GateRefusedError, ModelError, UsageError
+from salun_core.methods.recipe import Recipe
 from salun_core.models.card import DiffusionCard
 from salun_core.models.diffusers_folder import load_diffusion
 from salun_core.registry.lookup import read_head, read_version
@@ -17,7 +18,7 @@ from salun_core.registry.versions import fetch_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.claim import ladder
+from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.run import run_all
@@ -25,8 +26,7 @@ from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
 from salun_core.steps.sweep import sweep_once
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage.keys import certificate_key
-from salun_core.tasks import open_inputs
-from salun_core.tasks.diffusion.importing import register_diffusion
+from salun_core.tasks import TASKS, open_inputs, register_model
 from salun_core.tasks.diffusion.inputs import label_of, rows_of
 from salun_core.times import utc_clock
 from tests.tiny_diffusion_models import CLASS, OTHER, PERMISSIVE, QUICK, target_file, tiny_ddpm, tiny_stable_diffusion
@@ -50,10 +50,10 @@ def unlearned(model, forget, folder, method="salun", **overrides):
     """Mask, unlearn, evaluate; return the evidence and the folder of the new model."""
     config = {**QUICK, **overrides}
     mask, after = folder / "mask.safetensors", folder / "after"
-    compute_mask(model, forget, 0.5, mask, method=method, overrides=config, device="cpu")
-    run_unlearning(model, mask, forget, after, method=method, overrides=config)
-    report = folder / "report.html"
-    return evaluate(model, after, forget, folder / "evidence.json", report, mask=mask, device="cpu"), after
+    recipe, context = Recipe(method=method, method_config=config), RunContext(model, forget, device="cpu")
+    compute_mask(context, recipe, mask)
+    run_unlearning(context, recipe, mask, after)
+    return evaluate(context, after, folder / "evidence.json", folder / "report.html", mask=mask), after
 
 
 def test_a_class_of_a_ddpm(ddpm, tmp_path):
@@ -110,8 +110,9 @@ def test_a_change_of_another_component_is_refused(sd, tmp_path):
     _, after = unlearned(sd, forget, tmp_path)
     settings = after / "scheduler" / "scheduler_config.json"
     settings.write_text(settings.read_text().replace('"num_train_timesteps": 1000', '"num_train_timesteps": 999'))
+    context, paths = RunContext(sd, forget), (after, tmp_path / "e.json", tmp_path / "r.html")
     with pytest.raises(ModelError, match="more than the denoiser"):
-        evaluate(sd, after, forget, tmp_path / "e.json", tmp_path / "r.html", mask=tmp_path / "mask.safetensors")
+        evaluate(context, *paths, mask=tmp_path / "mask.safetensors")
 
 
 def test_an_attack_is_measured_where_the_card_asks_for_it(sd, tmp_path):
@@ -167,7 +168,7 @@ def test_an_anchor_that_is_to_be_forgotten_too(sd, tmp_path):
 
 @pytest.mark.s3
 def test_a_run_publishes_only_what_the_gate_passes(sd, store, tmp_path):
-    register_diffusion(store, "sd", sd, "train", 300)
+    register_model(store, "sd", sd, "train", 300)
     store.put_new("policy.json", json.dumps(PERMISSIVE).encode())
     settings = {
         "model_line": "sd",
@@ -190,7 +191,7 @@ def test_a_run_publishes_only_what_the_gate_passes(sd, store, tmp_path):
 def test_requests_for_a_class_and_a_concept_become_certificates(sd, store, tmp_path, monkeypatch):
     keys = create_key(tmp_path / "keys")
     monkeypatch.setenv("SALUN_SIGNING_KEY", str(keys.private))
-    register_diffusion(store, "sd", sd, "train", 300)
+    register_model(store, "sd", sd, "train", 300)
     store.put_new("policy.json", json.dumps(PERMISSIVE).encode())
     ledger = Ledger(store, utc_clock)
     ledger.submit("a-class", "sd", ClassTarget(class_id="7"))
@@ -213,7 +214,7 @@ def test_requests_for_a_class_and_a_concept_become_certificates(sd, store, tmp_p
 
 
 def test_a_sweep_of_a_diffusion_line_frees_every_weight_at_last():
-    rungs = ladder("salun", 0.5, {"steps": 100}, generative=True)
+    rungs = TASKS["diffusion"].escalation(Recipe(method_config={"steps": 100}))
     assert [(rung.density, rung.method_config["steps"]) for rung in rungs] == [
         (0.5, 100),
         (0.5, 200),

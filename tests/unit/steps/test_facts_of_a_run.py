@@ -10,8 +10,10 @@ from salun_core.data import DataSpec
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import METRIC_NAMES, Forgotten, Integrity, Measured, Metric, RunFacts
 from salun_core.methods.classification import UnlearnConfig
+from salun_core.methods.recipe import Recipe
 from salun_core.models import load_model
 from salun_core.report import wording
+from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.unlearning import run_unlearning
@@ -32,13 +34,17 @@ def small(tmp_path_factory):
     return folder
 
 
+def context(folder):
+    return RunContext(folder / "base", str(folder / "forget.json"), device="cpu")
+
+
 def unlearnt(folder, out, method="salun", **mask):
     path = out / "mask"
     if method == "salun":
-        compute_mask(folder / "base", str(folder / "forget.json"), 0.3, path, device="cpu", **mask)
-    given = {"method": method, "overrides": SETTINGS}
-    paths = folder / "base", path if method == "salun" else None, str(folder / "forget.json"), out / "after"
-    return run_unlearning(*paths, **given), load(RunFacts, out / "after" / "run.json")
+        compute_mask(context(folder), Recipe(density=0.3), path, **mask)
+    recipe = Recipe(method=method, method_config=SETTINGS)
+    result = run_unlearning(context(folder), recipe, path if method == "salun" else None, out / "after")
+    return result, load(RunFacts, out / "after" / "run.json")
 
 
 def test_only_a_mask_of_scores_costs_a_pass_over_the_forget_set(small, tmp_path):
@@ -57,8 +63,8 @@ def test_the_share_that_moved_is_in_facts_evidence_and_report(small, tmp_path):
     result, facts = unlearnt(small, tmp_path)
     assert 0 < result.changed_fraction <= 0.3001
     assert facts.changed_fraction == result.changed_fraction
-    paths = small / "base", tmp_path / "after", str(small / "forget.json"), tmp_path / "e.json", tmp_path / "r.html"
-    evidence = evaluate(*paths, mask=tmp_path / "mask", device="cpu")
+    paths = tmp_path / "after", tmp_path / "e.json", tmp_path / "r.html"
+    evidence = evaluate(context(small), *paths, mask=tmp_path / "mask")
     assert (
         evidence.run.changed_fraction
         == load(Evidence, tmp_path / "e.json").run.changed_fraction

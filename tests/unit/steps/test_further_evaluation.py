@@ -9,6 +9,8 @@ from salun_core.data import DataSpec
 from salun_core.errors import UsageError
 from salun_core.gate import Policy, decide
 from salun_core.methods.classification import UnlearnConfig
+from salun_core.methods.recipe import Recipe
+from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.tasks.classification.training import train_model
@@ -36,14 +38,17 @@ def small(tmp_path_factory):
         ("after", "random_label", {"epochs": 1, "batch_size": 16}),
         ("retrained", "retrain", {"epochs": 3, "batch_size": 16, "schedule": "constant"}),
     ):
-        given = {"method": method, "overrides": {**overrides, "device": "cpu"}, "seed": 4}
-        run_unlearning(folder / "base", None, str(folder / "forget.json"), folder / name, **given)
+        recipe = Recipe(method=method, method_config={**overrides, "device": "cpu"}, seed=4)
+        run_unlearning(context(folder), recipe, None, folder / name)
     return folder
 
 
+def context(folder):
+    return RunContext(folder / "base", str(folder / "forget.json"), device="cpu")
+
+
 def measured(folder, tmp_path, **extra):
-    paths = folder / "base", folder / "after", str(folder / "forget.json")
-    return evaluate(*paths, tmp_path / "evidence.json", tmp_path / "report.html", device="cpu", **extra)
+    return evaluate(context(folder), folder / "after", tmp_path / "evidence.json", tmp_path / "report.html", **extra)
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ import pytest
 from salun_core.errors import DataError, IntegrityError
 from salun_core.models import load_model, save_model
 from salun_core.registry.lookup import ancestry, read_head
+from salun_core.steps.context import RunContext
 from salun_core.steps.fetch import fetch_model
 from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.run import run_all
 from salun_core.steps.run_form import UnlearningForm
 from salun_core.storage.s3 import S3Store
-from salun_core.tasks.classification.training import register_model
+from salun_core.tasks import register_model
 
 pytestmark = pytest.mark.s3
 
@@ -46,7 +47,7 @@ def test_a_second_run_does_not_retain_what_the_first_forgot(digits_model: Path, 
     newest = ancestry(store, "digits")[0].manifest
     assert (newest.lineage.runs_since_training, newest.lineage.forgotten_since_training) == (2, 20)
     with pytest.raises(DataError, match="forget set is empty"):
-        fetch_model(store.uri, "digits", targets(tmp_path, first), tmp_path / "three")
+        fetch_model(RunContext(tmp_path / "three", targets(tmp_path, first), "digits", store.uri))
 
 
 def test_a_candidate_that_would_retain_them_is_not_published(
@@ -61,17 +62,9 @@ def test_a_candidate_that_would_retain_them_is_not_published(
     made = load_model(tmp_path / "run" / "after")
     card = made.card.model_copy(update={"split_digest": original.split.digest})
     save_model(tmp_path / "whole-split", made.model, card, original.split)
-    with pytest.raises(IntegrityError, match="without what was forgotten"):
-        gate_and_publish(
-            tmp_path / "run" / "before",
-            tmp_path / "whole-split",
-            tmp_path / "run" / "evidence.json",
-            tmp_path / "report.html",
-            forget,
-            store_uri=store.uri,
-            model_line="digits",
-            parent=parent,
-        )
+    paths = tmp_path / "whole-split", tmp_path / "run" / "evidence.json", tmp_path / "report.html"
+    with pytest.raises(IntegrityError, match="the split of the model after"):
+        gate_and_publish(RunContext(tmp_path / "run" / "before", forget, "digits", store.uri), *paths, parent=parent)
     head = read_head(store, "digits")
     assert head is not None
     assert head[0].version == parent

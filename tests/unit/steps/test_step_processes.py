@@ -11,11 +11,13 @@ from kfp import dsl
 from components.compute_mask import compute_mask as mask_component
 from components.unlearn import unlearn as unlearn_component
 from salun_core.errors import IntegrityError, SalunError, UsageError
+from salun_core.methods.recipe import Recipe
 from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask
+from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.processes import in_processes
-from salun_core.steps.run_facts import read_run
+from salun_core.tasks.run_facts import read_run_facts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes on a CPU")
 QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005, "device": "cpu"})
@@ -40,12 +42,12 @@ def test_two_processes_make_the_mask_of_one_and_one_model(work, capfd):
     model, forget, folder = work
     mask, unlearned = dsl.Artifact(uri=str(folder / "mask")), dsl.Model(uri=str(folder / "after"))
     mask_component.python_func(model, forget, 0.5, mask, run_id="run-7", processes=2)
-    alone = compute_mask(load_path(model), forget, 0.5, folder / "alone", device="cpu")
+    alone = compute_mask(RunContext(load_path(model), forget, device="cpu"), Recipe(), folder / "alone")
     assert SaliencyMask.load(mask.path).digest == alone.digest == mask.metadata["digest"]
     assert events(capfd)[:2] == [("step_started", "run-7"), ("step_finished", "run-7")]  # the first process alone logs
 
     unlearn_component.python_func(model, mask, forget, unlearned, method_config=QUICK, processes=2)
-    facts = read_run(load_path(unlearned), "salun")
+    facts = read_run_facts(load_path(unlearned), "salun")
     assert facts.environment["processes"] == "2"
     assert unlearned.metadata["seconds"] == facts.seconds["unlearn"]
     assert load_model(load_path(unlearned)).digest != load_model(load_path(model)).digest

@@ -11,18 +11,20 @@ from salun_core.data import DataSpec
 from salun_core.errors import DataError, GateRefusedError, IntegrityError, UsageError
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.methods.classification import UnlearnConfig
+from salun_core.methods.recipe import Recipe
 from salun_core.models import load_model
 from salun_core.registry.lookup import read_version
 from salun_core.saliency import SaliencyMask
+from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
-from salun_core.steps.observe import RunRef
 from salun_core.steps.publishing import gate_and_publish
-from salun_core.steps.unlearning import run_unlearning
-from salun_core.steps.used_mask import require_nested, used_mask
+from salun_core.steps.unlearning import _tune, run_unlearning
 from salun_core.storage.keys import run_key
-from salun_core.tasks.classification.training import register_model, train_model
-from salun_core.tasks.classification.tuning import TuningOptions
+from salun_core.tasks import register_model
+from salun_core.tasks.classification.training import train_model
+from salun_core.tasks.masks import require_nested, used_mask
+from salun_core.tasks.task import TuningOptions
 from salun_core.tuning import TuningLog
 
 SETTINGS = {"batch_size": 32, "epochs": 3, "device": "cpu"}
@@ -42,15 +44,22 @@ def bench(tmp_path_factory):
     return folder
 
 
-def tuned(folder, out, wish, **extra):
-    forget = str(folder / "forget.json")
-    given = {"overrides": SETTINGS, "seed": 1, "tune": wish, **extra}
-    return run_unlearning(folder / "base", given.pop("mask", None), forget, out, **given)
+def context(folder, **of_run):
+    return RunContext(folder / "base", str(folder / "forget.json"), device="cpu", **of_run)
+
+
+def tuned(folder, out, options, mask=None, method="salun", settings=SETTINGS, **of_run):
+    recipe = Recipe(method=method, method_config=settings, seed=1)
+    return run_unlearning(context(folder, **of_run), recipe, mask, out, tuning=options)
+
+
+def masked(folder, density, path, **more):
+    return compute_mask(context(folder), Recipe(density=density), path, **more)
 
 
 def measured(folder, tmp_path, after=None, **extra):
-    paths = folder / "base", after or folder / "after", str(folder / "forget.json")
-    return evaluate(*paths, tmp_path / "evidence.json", tmp_path / "report.html", device="cpu", **extra)
+    paths = after or folder / "after", tmp_path / "evidence.json", tmp_path / "report.html"
+    return evaluate(context(folder), *paths, **extra)
 
 
 def test_all_that_was_tried_lies_beside_the_model(bench):
@@ -79,7 +88,7 @@ def validation_labels(folder):
 def test_the_mask_is_the_mask_steps_own_at_that_density(bench, tmp_path):
     log = load(TuningLog, bench / "after" / "tuning.json")
     density = log.trials[log.chosen].density
-    mask = compute_mask(bench / "base", str(bench / "forget.json"), density, tmp_path / "mask", device="cpu")
+    mask = masked(bench, density, tmp_path / "mask")
     beside = SaliencyMask.load(bench / "after" / "mask.safetensors")
     assert mask == beside
     assert {key: beside.facts[key] for key in ("model_digest", "forget_set_digest")} == {
@@ -90,14 +99,8 @@ def test_the_mask_is_the_mask_steps_own_at_that_density(bench, tmp_path):
 def test_settings_and_mask_give_the_same_model_without_a_search(bench, tmp_path):
     facts = load(RunFacts, bench / "after" / "run.json")
     settings = {key: value for key, value in facts.config.items() if key != "seed"}
-    run_unlearning(
-        bench / "base",
-        bench / "after" / "mask.safetensors",
-        str(bench / "forget.json"),
-        tmp_path / "again",
-        overrides=settings,
-        seed=facts.seed,
-    )
+    recipe = Recipe(method_config=settings, seed=facts.seed)
+    run_unlearning(context(bench), recipe, bench / "after" / "mask.safetensors", tmp_path / "again")
     assert load_model(tmp_path / "again").digest == load_model(bench / "after").digest
 
 
@@ -111,31 +114,29 @@ def test_weights_are_compared_under_the_mask_beside_the_model(bench, tmp_path):
 
 
 def mask_used(folder, after, mask=None):
-    beside = SaliencyMask.load(folder / "after" / "mask.safetensors")
-    digests = beside.facts["model_digest"], beside.facts["forget_set_digest"]
-    return used_mask(after, mask, load(RunFacts, after / "run.json"), *digests)
+    return used_mask(after, mask, load(RunFacts, after / "run.json"), context(folder).inputs)
 
 
 @pytest.mark.parametrize("density", [0.05, 0.6])
 def test_a_mask_of_the_mask_step_at_another_density_agrees(bench, tmp_path, density):
     path = tmp_path / "mask"
-    compute_mask(bench / "base", str(bench / "forget.json"), density, path, device="cpu")
+    masked(bench, density, path)
     beside = SaliencyMask.load(bench / "after" / "mask.safetensors")
     assert mask_used(bench, bench / "after", path) == beside
 
 
 def test_a_mask_that_is_not_of_these_scores_is_refused(bench, tmp_path):
     path = tmp_path / "mask"
-    compute_mask(bench / "base", str(bench / "forget.json"), 0.3, path, device="cpu", random_seed=1)
-    with pytest.raises(IntegrityError, match="contradicts the mask step's"):
+    masked(bench, 0.3, path, random_seed=1)
+    with pytest.raises(IntegrityError, match="contradicts the mask of the mask step"):
         measured(bench, tmp_path, mask=path)
     assert not (tmp_path / "evidence.json").exists()
 
 
 def test_a_search_refuses_a_mask_that_is_not_of_its_scores(bench, tmp_path):
     path = tmp_path / "mask"
-    compute_mask(bench / "base", str(bench / "forget.json"), 0.3, path, device="cpu", random_seed=1)
-    with pytest.raises(IntegrityError, match="contradicts the mask step's"):
+    masked(bench, 0.3, path, random_seed=1)
+    with pytest.raises(IntegrityError, match="contradicts the mask of the mask step"):
         tuned(bench, tmp_path / "out", TuningOptions("8e"), mask=path)
     assert not (tmp_path / "out").exists()
 
@@ -175,9 +176,9 @@ def strict_policy(path):
 
 
 def test_where_no_setting_is_allowed_nothing_is_written(bench, tmp_path):
-    wish = TuningOptions("3e", strict_policy(tmp_path / "policy.json"))
-    with pytest.raises(GateRefusedError, match=r"no setting stays within the policy strict.*TA >= 1\.5") as caught:
-        tuned(bench, tmp_path / "out", wish)
+    options = TuningOptions("3e", strict_policy(tmp_path / "policy.json"))
+    with pytest.raises(GateRefusedError, match=r"no setting satisfies the policy strict.*TA >= 1\.5") as caught:
+        tuned(bench, tmp_path / "out", options)
     assert caught.value.exit_code == 3
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
 
@@ -211,7 +212,7 @@ def test_a_split_without_validation_is_refused(tmp_path):
 
 def test_a_method_that_trains_anew_runs_by_its_recipe(bench, tmp_path):
     overrides = {"epochs": 1, "learning_rate": 0.05, "device": "cpu"}
-    tuned(bench, tmp_path / "out", TuningOptions("1e"), method="retrain", overrides=overrides)
+    tuned(bench, tmp_path / "out", TuningOptions("1e"), method="retrain", settings=overrides)
     facts = load(RunFacts, tmp_path / "out" / "run.json")
     assert facts.tuning is None
     assert not (tmp_path / "out" / "tuning.json").exists()
@@ -220,20 +221,11 @@ def test_a_method_that_trains_anew_runs_by_its_recipe(bench, tmp_path):
 def test_a_published_version_holds_neither_search_nor_mask(bench, store, tmp_path):
     parent = register_model(store, "digits", bench / "base", "train", len(load_model(bench / "base").split.train))
     path = tmp_path / "mask"
-    compute_mask(bench / "base", str(bench / "forget.json"), 0.5, path, device="cpu")
+    masked(bench, 0.5, path)
     measured(bench, tmp_path, mask=path)
-    published = gate_and_publish(
-        bench / "base",
-        bench / "after",
-        tmp_path / "evidence.json",
-        tmp_path / "report.html",
-        str(bench / "forget.json"),
-        store_uri=store.uri,
-        model_line="digits",
-        parent=parent,
-        mask=path,
-        run="run-1",
-    )
+    here = context(bench, store_uri=store.uri, model_line="digits", run="run-1")
+    paths = bench / "after", tmp_path / "evidence.json", tmp_path / "report.html"
+    published = gate_and_publish(here, *paths, parent=parent, mask=path)
     files = read_version(store, "digits", published.version).files
     assert not {"tuning.json", "mask.safetensors", "run.json"} & set(files)
     verdicts = {verdict.rule: verdict.passed for verdict in published.decision.verdicts}
@@ -242,14 +234,11 @@ def test_a_published_version_holds_neither_search_nor_mask(bench, store, tmp_pat
 
 
 def test_a_refusal_is_left_for_the_ledger(bench, store, tmp_path):
-    from salun_core.tasks.classification.inputs import load_inputs
-    from salun_core.tasks.classification.tuning import run_tuning
-
-    wish = TuningOptions("3e", strict_policy(tmp_path / "policy.json"))
-    inputs = load_inputs(bench / "base", str(bench / "forget.json"))
+    options = TuningOptions("3e", strict_policy(tmp_path / "policy.json"))
+    here = context(bench, store_uri=store.uri, run="run-2")
     for _ in range(2):
         with pytest.raises(GateRefusedError):
-            run_tuning(inputs, "salun", {**SETTINGS, "seed": 1}, wish, RunRef(store.uri, "run-2"))
+            _tune(here, Recipe(method_config=SETTINGS, seed=1), None, options)
     decision = json.loads(store.get(run_key("run-2", "decision.json")).data)
     assert decision["passed"] is False
     assert "none of" in decision["summary"]

@@ -67,7 +67,7 @@ def test_a_run_is_tuned_measured_further_and_judged_by_the_one_policy(told, stor
 def test_a_search_that_stays_without_a_setting_is_a_refusal_of_the_gate(told, store, tmp_path):
     head = read_head(store, "digits")[0].version
     search = {"tune": True, "tune_budget": "2e", "policy_uri": policy(tmp_path, "RA", 1.5)}
-    with pytest.raises(GateRefusedError, match="no setting stays within the policy asked") as caught:
+    with pytest.raises(GateRefusedError, match="no setting satisfies the policy asked") as caught:
         run_all(UnlearningForm(**told, **search, forget_manifest_uri=forget_class(tmp_path)), tmp_path / "run")
     assert caught.value.exit_code == 3
     assert not (tmp_path / "run" / "after").exists()

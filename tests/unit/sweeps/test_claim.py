@@ -14,6 +14,7 @@ from salun_core.requests.resolve import TableResolver
 from salun_core.requests.schema import Status
 from salun_core.storage.keys import request_key, run_key, scratch_key
 from salun_core.sweeps.claim import claim
+from salun_core.tasks import TASKS
 from salun_core.times import utc_clock
 from tests import toy_line as toy
 
@@ -40,7 +41,7 @@ def submit(context, *targets):
 
 def claimed(context, table, split, **settings):
     def resolver_of(version):
-        return TableResolver(version.digest, table, split, generative=True)
+        return TableResolver(version.digest, table, split, TASKS["diffusion"])
 
     return claim(context, toy.LINE, "run-1", toy.policy(**settings), resolver_of)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from salun_core.errors import UsageError
-from salun_core.steps.observe import RunRef, observed
 from salun_core.telemetry.logs import MASK, configure_logging, get_logger, is_denied, redact, redact_text, run_bound
+from salun_core.telemetry.observe import observed
 
 ACCESS_KEY = "AKIA" + "IOSFODNN7EXAMPLE"
 SECRET_KEY = "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY"
@@ -67,7 +67,7 @@ def test_a_step_says_its_run_on_each_line_also_when_it_fails(capsys, monkeypatch
     configure_logging(json=True)
 
     def step():
-        with observed("purge", "all", RunRef("s3://nowhere", "run-7")):
+        with observed("purge", "all", "run-7"):
             get_logger().warning("within")
             raise ValueError("broken")
 

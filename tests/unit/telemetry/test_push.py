@@ -13,7 +13,7 @@ import pytest
 
 from salun_core import __version__
 from salun_core.errors import UsageError
-from salun_core.steps.observe import record_evidence
+from salun_core.steps.context import record_evidence
 from salun_core.telemetry import metrics as names
 from salun_core.telemetry.push import StepMetrics
 

@@ -19,11 +19,12 @@ from salun_core.errors import IntegrityError, SalunError, UsageError
 from salun_core.methods import distributed
 from salun_core.methods.classification import FileCheckpoint, unlearn
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, joined
+from salun_core.methods.recipe import Recipe
 from salun_core.models import load_model
-from salun_core.saliency import SaliencyMask
-from salun_core.saliency.scores import CHUNK, Shard, sharded_scores
-from salun_core.steps.mask import compute_mask
-from salun_core.steps.sharding import merge_scores, score_shard
+from salun_core.saliency import SaliencyMask, saliency_scores
+from salun_core.saliency.scores import CHUNK, Shard
+from salun_core.steps.context import RunContext
+from salun_core.steps.mask import compute_mask, merge_scores, score_shard
 from salun_core.steps.unlearning import run_unlearning
 
 SAMPLES = 3 * CHUNK + 40
@@ -59,7 +60,7 @@ def mask_of(model):
 def scores_in(group):
     shard, forget = Shard(group.rank, group.size), images(SAMPLES, 1)
     mine = forget.select(shard.samples(SAMPLES)).batches(CHUNK)
-    return sharded_scores(network(), mine, cross_entropy, SAMPLES, shard)
+    return saliency_scores(network(), mine, cross_entropy, samples=SAMPLES, shard=shard)
 
 
 def unlearned_in(group, checkpoint=None, seed=2, **config):
@@ -119,8 +120,9 @@ def scenes(group, folder, work):
         unlearned_in(group, kept, epochs=2)
         yield "checkpoints", (folder / f"checkpoint-{group.rank}").exists()
         yield "resumed", plain(unlearned_in(group, kept, epochs=2))
-    given = work / "model", work / "mask", str(work / "forget.json"), work / f"after-{group.rank}"
-    result = run_unlearning(*given, overrides={"epochs": 1, "device": "cpu"})
+    context = RunContext(work / "model", str(work / "forget.json"))
+    recipe = Recipe(method_config={"epochs": 1, "device": "cpu"})
+    result = run_unlearning(context, recipe, work / "mask", work / f"after-{group.rank}")
     yield "step", (plain(result), (work / f"after-{group.rank}").exists())
     yield "other data", failure_of(lambda: _joined_unlearning(group))
     yield "second fails", failure_of(lambda: falls_out(group, 1, IntegrityError("a file", "is damaged", "")))
@@ -159,11 +161,11 @@ def work(tmp_path_factory, digits_model):
     train = load_model(digits_model).split.train
     ids = sorted(train)[: 2 * CHUNK + 100]
     (folder / "forget.json").write_text(json.dumps({"kind": "samples", "ids": ids}))
-    given = digits_model, str(folder / "forget.json")
-    compute_mask(*given, 0.5, folder / "mask", device="cpu")
+    context = RunContext(digits_model, str(folder / "forget.json"), device="cpu")
+    compute_mask(context, Recipe(), folder / "mask")
     for index in range(2):
-        score_shard(*given, Shard(index, 2), folder / f"shard-{index}", device="cpu")
-    merge_scores(*given, [folder / "shard-1", folder / "shard-0"], 0.5, folder / "merged")
+        score_shard(context, Shard(index, 2), folder / f"shard-{index}")
+    merge_scores(context, [folder / "shard-1", folder / "shard-0"], 0.5, folder / "merged")
     return folder
 
 

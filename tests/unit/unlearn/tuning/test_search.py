@@ -32,7 +32,7 @@ def anything(metrics):
     return ConstraintResult([])
 
 
-def problem(digits, method="salun", budget="15e", judge=anything, seed=0, **overrides):
+def problem(digits, method="salun", budget="15e", constraint=anything, seed=0, **overrides):
     model, forget, retain, held_out, scores = digits
     settings = {"epochs": 2, "batch_size": 64, "device": "cpu", "seed": seed, **overrides}
     return Problem(
@@ -40,7 +40,7 @@ def problem(digits, method="salun", budget="15e", judge=anything, seed=0, **over
         space=Space.of(method, settings),
         images=(forget, retain),
         sets=Sets(forget, retain.select(range(100)), held_out),
-        judge=judge,
+        constraint=constraint,
         scores=scores if METHODS[method].needs_mask else None,
         budget=parse_budget(budget, len(forget) + len(retain)),
         seed=seed,
@@ -107,7 +107,7 @@ def test_the_policy_decides_and_none_may_be_allowed(digits):
     def sparse_only(metrics):
         return ConstraintResult([] if metrics["RA"].after > 2 else ["RA > 2"], 0.5)
 
-    tuned = tune(problem(digits, budget="3e", judge=sparse_only))
+    tuned = tune(problem(digits, budget="3e", constraint=sparse_only))
     assert tuned.chosen is None
     assert tuned.broken == "RA > 2"
     assert all(trial.refused == ["RA > 2"] for trial in tuned.trials)
@@ -120,7 +120,7 @@ def test_a_worse_model_that_is_allowed_beats_a_better_one_that_is_not(digits, se
         same = all(metrics[name].after == value for name, value in best.items() if name in metrics)
         return ConstraintResult(["taken"] if same else [], 0.1)
 
-    tuned = tune(problem(digits, judge=not_that))
+    tuned = tune(problem(digits, constraint=not_that))
     chosen = tuned.trials[tuned.chosen.number]
     assert chosen.refused == []
     assert chosen.figures != best

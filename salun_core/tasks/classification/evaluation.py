@@ -1,0 +1,87 @@
+"""Evaluation of a classifier: the metrics that are always measured, and those that are off by default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from salun_core.data import ImageSet
+from salun_core.errors import UsageError
+from salun_core.evaluation import Evidence, Splits, evaluate_classifier
+from salun_core.evaluation.optional_metrics import Subject, measure_optional_metrics, require_reference
+from salun_core.methods.classification import METHODS, method_config
+from salun_core.methods.classification.training import train_classifier
+from salun_core.methods.config import UnlearnConfig
+from salun_core.tasks.classification.inputs import ClassifierInputs
+from salun_core.tasks.reference import reference_model
+from salun_core.tasks.task import Candidate, EvaluationOptions
+
+if TYPE_CHECKING:
+    from salun_core.tasks.classification import ClassificationTask
+
+
+def evaluate(
+    task: ClassificationTask, inputs: ClassifierInputs, candidate: Candidate, options: EvaluationOptions
+) -> Evidence:
+    """Measure a classifier before and after unlearning, and a retrained one if the options ask for it.
+
+    Args:
+        task: the task.
+        inputs: the model before, its data and the forget set.
+        candidate: the model after.
+        options: device, reference, optional metrics.
+
+    Raises:
+        UsageError: an optional metric lacks what it needs.
+    """
+    asked, device = options.optional_metrics, options.device
+    require_reference(asked, options.retrain or options.reference is not None)
+    reference, facts = reference_model(task, inputs, options, candidate.facts)
+    splits = Splits(*(images.to(device) for images in (inputs.forget, inputs.retain, inputs.test)))
+    models = {"before": inputs.original.model.to(device), "after": candidate.model.model.to(device)}
+    models |= {"reference": reference.to(device).eval()} if reference else {}
+    evidence = evaluate_classifier(
+        models["before"],
+        models["after"],
+        splits,
+        inputs.measured(candidate, reference),
+        inputs.forgotten(),
+        models.get("reference"),
+        candidate.mask,
+        inputs.original.card.classes,
+        facts,
+    )
+    return _optional(task, inputs, candidate, options, evidence, models) if asked else evidence
+
+
+def _optional(
+    task: ClassificationTask,
+    inputs: ClassifierInputs,
+    candidate: Candidate,
+    options: EvaluationOptions,
+    evidence: Evidence,
+    models: Mapping[str, nn.Module],
+) -> Evidence:
+    """Measure the optional metrics: provide shadow models and repeated runs to them."""
+    run, card, device = candidate.facts, inputs.original.card, options.device
+    if "seeds" in options.optional_metrics and run.method not in METHODS:
+        raise UsageError("the unlearning cannot be repeated", "its run.json is not known", "leave `seeds` out")
+    gone = set(evidence.forgotten.classes)
+    kept = [index for index, label in enumerate(inputs.test.labels.tolist()) if label not in gone]
+    subject = Subject(models, inputs.forget.to(device), inputs.retain.to(device), inputs.test.select(kept).to(device))
+
+    def train_shadow(images: ImageSet, seed: int) -> nn.Module:
+        """Train a shadow model by the recipe on the model card, which an attacker is assumed to know."""
+        changes = {"device": str(device), "batch_norm": "update", "seed": seed}
+        config = method_config("retrain", {**card.training, **changes})
+        return train_classifier(card.architecture, images, len(card.classes), config)[0]
+
+    def run_again(seed: int) -> nn.Module:
+        config = UnlearnConfig.model_validate({**run.config, "seed": seed, "device": str(device)})
+        mask = candidate.mask if METHODS[run.method].needs_mask else None
+        return task.unlearn(inputs, run.method, config, mask).model
+
+    asked = options.optional_metrics
+    return measure_optional_metrics(evidence, asked, subject, train_shadow, run_again, run.seed or 0)

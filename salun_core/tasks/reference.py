@@ -1,0 +1,32 @@
+"""The reference of an evaluation: a model that was retrained without the forget set."""
+
+from __future__ import annotations
+
+import time
+
+from torch import nn
+
+from salun_core.evaluation.evidence import RunFacts
+from salun_core.tasks.task import EvaluationOptions, InputsT, Task
+
+
+def reference_model(
+    task: Task[InputsT], inputs: InputsT, options: EvaluationOptions, facts: RunFacts
+) -> tuple[nn.Module | None, RunFacts]:
+    """Return the network of the reference, if the options ask for one, and the facts with the seconds it took.
+
+    Args:
+        task: of the models.
+        inputs: the model before, its data and the forget set.
+        options: a folder, or whether to retrain.
+        facts: of the run that is evaluated.
+    """
+    if options.reference is not None:
+        return task.load(options.reference).network, facts
+    if not options.retrain:
+        return None, facts
+    started = time.perf_counter()
+    config = task.retrain_config(inputs.original.card, options.device)
+    network = task.unlearn(inputs, "retrain", config).model
+    seconds = {**facts.seconds, "reference": time.perf_counter() - started}
+    return network, facts.model_copy(update={"seconds": seconds})

@@ -1,0 +1,75 @@
+"""The facts of an unlearning run, a file in the folder of the model that it made."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from salun_core import __version__
+from salun_core.config import load
+from salun_core.evaluation.evidence import RunFacts
+from salun_core.methods.method import UnlearnResult
+from salun_core.saliency import SaliencyMask
+from salun_core.tasks.masks import was_scored
+from salun_core.tasks.task import Inputs, ModelT, TunedRun
+
+RUN_FACTS = "run.json"
+
+
+def facts_json(facts: RunFacts) -> bytes:
+    """Return the content of the file."""
+    return (json.dumps(facts.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_run_facts(folder: Path, method: str) -> RunFacts:
+    """Read the facts of the run that made a model; without the file only the method on the model card is known."""
+    path = folder / RUN_FACTS
+    return load(RunFacts, path) if path.is_file() else RunFacts(method=method)
+
+
+def facts_of_run(
+    inputs: Inputs[ModelT],
+    result: UnlearnResult,
+    mask: SaliencyMask | None,
+    processes: int = 1,
+    tuned: TunedRun | None = None,
+) -> RunFacts:
+    """Describe a run.
+
+    Args:
+        inputs: the original model and the forget set.
+        result: what the method made.
+        mask: mask of the mask step; None for a method without a mask.
+        processes: number of processes that shared the work.
+        tuned: the search, if the settings were searched for.
+    """
+    used = tuned.mask if tuned else mask
+    scored = result.config.scoring_passes * inputs.sizes["forget_samples"] if mask and was_scored(mask) else 0
+    return RunFacts(
+        method=result.method,
+        config=result.config.model_dump(),
+        seed=result.config.seed,
+        density=used.density if used else None,
+        density_by_parameter=used.density_by_parameter() if used else {},
+        seconds={"mask": float(used.facts.get("seconds", 0.0)) if used else 0.0, "unlearn": result.seconds},
+        passes=result.passes + scored,  # a search counts its own scores
+        history=result.history,
+        environment=environment() | ({"processes": str(processes)} if processes > 1 else {}),
+        tuning=tuned.facts if tuned else None,
+        changed_fraction=result.changed_fraction,
+    )
+
+
+def environment() -> dict[str, str]:
+    """Return versions, device and CPU threads, for the evidence."""
+    cuda = torch.cuda.is_available()
+    return {
+        "salun": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "threads": str(torch.get_num_threads()),
+    }

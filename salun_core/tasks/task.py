@@ -1,0 +1,361 @@
+"""The interface of a task: everything that depends on the kind of model. No other package distinguishes the kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from salun_core.data import ForgetSet, LoadedData
+from salun_core.data.split import SplitManifest
+from salun_core.data.targets import Target
+from salun_core.evaluation import Evidence
+from salun_core.evaluation.evidence import Forgotten, Measured, RunFacts, TuningFacts
+from salun_core.gate import GateDecision
+from salun_core.methods.checkpoint import CheckpointStore
+from salun_core.methods.config import LoopConfig
+from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
+from salun_core.methods.loop import OnEpoch
+from salun_core.methods.method import Method, UnlearnResult
+from salun_core.methods.recipe import Recipe
+from salun_core.models.card import Card
+from salun_core.models.checkpoint import model_digest
+from salun_core.saliency import SaliencyMask
+from salun_core.saliency.scores import PartialSums, Shard
+from salun_core.tasks.resolve import AUTO
+from salun_core.tuning.search import OnTrial
+
+
+class Model(Protocol):
+    """A model folder that was read and checked."""
+
+    @property
+    def card(self) -> Card:
+        """What it is."""
+        ...
+
+    @property
+    def split(self) -> SplitManifest:
+        """The split that it was trained on; empty if it did not come from data."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its weights."""
+        ...
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that unlearning changes."""
+        ...
+
+
+ModelT = TypeVar("ModelT", bound=Model, covariant=True)
+
+
+@dataclass(frozen=True)
+class Inputs(Generic[ModelT]):
+    """A model with the data that it was trained on and the set to forget, all checked against each other.
+
+    Args:
+        original: the model before unlearning.
+        data: rows, checked against the model's split manifest; None for a model without data.
+        forget_set: resolved against the same split.
+    """
+
+    original: ModelT
+    data: LoadedData | None
+    forget_set: ForgetSet
+
+    @property
+    def split(self) -> SplitManifest:
+        """The split that the model was trained on."""
+        return self.original.split
+
+    @property
+    def kept_split(self) -> SplitManifest:
+        """The split of the model after: without the forgotten samples."""
+        return self.split.without(self.forget_set.samples)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the model and the forget set, as masks carry them."""
+        return {"model_digest": self.original.digest, "forget_set_digest": self.forget_set.digest}
+
+    @property
+    def generated(self) -> int:
+        """Number of images that the concepts of the forget set generate."""
+        return sum(concept.images for concept in self.forget_set.concepts)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of samples to forget and to retain, including the images that concepts generate."""
+        kept = len(self.split.train) - len(self.forget_set.samples)
+        forgotten = len(self.forget_set.samples)
+        return {"forget_samples": forgotten + self.generated, "retain_samples": kept + self.generated}
+
+    def forgotten(self) -> Forgotten:
+        """Describe the forget set without naming a sample; a concept counts once to forget and once to retain."""
+        return Forgotten(
+            count=len(self.forget_set.samples) + self.generated,
+            train_count=len(self.split.train) + 2 * self.generated,
+            kinds=self.forget_set.kinds,
+            classes=self.forget_set.classes,
+        )
+
+    def measured(self, candidate: Candidate, reference: nn.Module | None) -> Measured:
+        """Return the digests of everything that an evaluation measures.
+
+        Args:
+            candidate: the model after.
+            reference: network of a model that was retrained without the forget set.
+        """
+        return Measured(
+            before=self.original.digest,
+            after=candidate.model.digest,
+            reference=model_digest(reference) if reference else None,
+            dataset=self.split.dataset_digest,
+            split=self.split.digest,
+            forget_set=self.forget_set.digest,
+            mask=candidate.mask.digest if candidate.mask else None,
+        )
+
+    def child_card(self, method: str) -> Any:  # noqa: ANN401 - a card of the original's class
+        """Return the card of a model that a method made from the original."""
+        changes = {
+            "split_digest": self.kept_split.digest,
+            "parent": self.original.digest,
+            "method": method,
+            "forget_set_digest": self.forget_set.digest,
+        }
+        return self.original.card.model_copy(update=changes)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The model after, with how it was made.
+
+    Args:
+        model: the model.
+        facts: of its run.
+        mask: mask that it was made with; None if its method takes none.
+    """
+
+    model: Any
+    facts: RunFacts
+    mask: SaliencyMask | None
+
+
+class Scores(NamedTuple):
+    """Saliency of the parameters that may change.
+
+    Args:
+        values: by parameter name.
+        facts: provenance for the mask.
+    """
+
+    values: dict[str, Tensor]
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """How to search for settings.
+
+    Args:
+        budget: passes (`200000`), wall clock (`90s`, `15m`, `2h`) or epochs over all training images (`20e`).
+        policy_uri: the gate policy whose margins bound the search.
+        on_trial: called after each trial.
+        bounded: False: no policy bounds the search, and the nearest setting is chosen. For comparisons only, never for
+            a model that is published.
+        density: density of the mask, if it is not to be searched for.
+        random_mask_seed: the control: random masks of this seed in place of the saliency's, which cost no pass.
+        on_chosen: called with the passes of the chosen setting alone: its scores and its epochs.
+        on_refusal: called with the decision if no setting satisfies the policy.
+    """
+
+    budget: str
+    policy_uri: str = AUTO
+    on_trial: OnTrial | None = field(default=None, compare=False)
+    bounded: bool = True
+    density: float | None = None
+    random_mask_seed: int | None = None
+    on_chosen: Callable[[int], None] | None = field(default=None, compare=False)
+    on_refusal: Callable[[GateDecision], None] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """A model whose settings were searched for.
+
+    Args:
+        result: model, configuration and history; seconds and passes are those of the whole search.
+        mask: mask that it was trained with, with its provenance; None for a method without a mask.
+        facts: for the facts of the run.
+        extra_files: for the model folder: what was tried, and the mask.
+    """
+
+    result: UnlearnResult
+    mask: SaliencyMask | None
+    facts: TuningFacts
+    extra_files: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to measure besides the models before and after.
+
+    Args:
+        device: to compute on.
+        reference: folder of a model that was retrained without the forget set.
+        retrain: retrain one by the recipe on the model card.
+        optional_metrics: metrics that are off by default, from `parse_optional_metrics`.
+        store_uri: store of the model line of a classifier for generated images.
+    """
+
+    device: torch.device
+    reference: Path | None = None
+    retrain: bool = False
+    optional_metrics: Mapping[str, int] = field(default_factory=dict)
+    store_uri: str | None = None
+
+
+Config = Any
+"""Configuration of a task's methods: a subclass of `LoopConfig`."""
+
+InputsT = TypeVar("InputsT", bound=Inputs[Any])
+
+
+class Task(Protocol[InputsT]):
+    """One kind of model: a row of `TASKS`."""
+
+    @property
+    def name(self) -> str:
+        """Its key in `TASKS`."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """What users call such a model, such as "classifier"."""
+        ...
+
+    @property
+    def card_tasks(self) -> Sequence[str]:
+        """Values of `task` on the model cards that belong to it."""
+        ...
+
+    @property
+    def card_type(self) -> type[Card]:
+        """Class of its model cards."""
+        ...
+
+    @property
+    def methods(self) -> Mapping[str, Method[Any]]:
+        """Its unlearning methods by name."""
+        ...
+
+    @property
+    def optional_metrics(self) -> bool:
+        """Whether it has metrics that are off by default."""
+        ...
+
+    def load(self, folder: Path) -> Model:
+        """Read a model folder and check all of it.
+
+        Raises:
+            UsageError: it is not a model folder of this task.
+            ModelError: names, shapes or types differ from the architecture's.
+            IntegrityError: a file is damaged, or the split is another.
+        """
+        ...
+
+    def inputs(self, original: Any, data: LoadedData | None, forget_set: ForgetSet) -> InputsT:  # noqa: ANN401 - a Model
+        """Combine a model of this task, its data and a forget set."""
+        ...
+
+    def check_targets(self, targets: Sequence[Target]) -> None:
+        """Check that such a model can forget targets of these kinds.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        ...
+
+    def selected(self, inputs: InputsT, config: Config) -> list[str]:
+        """Return the names of the parameters that a method may change, in the network's order."""
+        ...
+
+    def score(self, inputs: InputsT, config: Config, device: torch.device, group: ProcessGroup) -> Scores:
+        """Score the selected parameters on the forget set; all processes get the same scores."""
+        ...
+
+    def score_shard(self, inputs: InputsT, shard: Shard, device: torch.device) -> PartialSums:
+        """Sum the gradients of one shard of the forget set.
+
+        Raises:
+            UsageError: the task does not score in shards.
+        """
+        ...
+
+    def unlearn(
+        self,
+        inputs: InputsT,
+        method: str,
+        config: Config,
+        mask: SaliencyMask | None = None,
+        checkpoint: CheckpointStore | None = None,
+        on_epoch: OnEpoch | None = None,
+        group: ProcessGroup = SINGLE_PROCESS,
+    ) -> UnlearnResult:
+        """Run one method on a copy of the original; see `salun_core.unlearn.unlearn`."""
+        ...
+
+    def check_tuning(self, method: str, overrides: Mapping[str, Any]) -> bool:
+        """Return, before any work, whether a method has settings to search for; `retrain` runs by its recipe.
+
+        Raises:
+            UsageError: the user has set all of them, or the task does not support tuning.
+        """
+        ...
+
+    def tune(self, inputs: InputsT, method: str, overrides: Mapping[str, Any], options: TuningOptions) -> TunedRun:
+        """Search for the settings that the user left open.
+
+        Raises:
+            UsageError: as for `check_tuning`, or the budget does not suffice.
+            GateRefusedError: no setting satisfies the policy.
+        """
+        ...
+
+    def retrain_config(self, card: Any, device: torch.device) -> LoopConfig:  # noqa: ANN401 - a `card_type`
+        """Return the configuration of `retrain` by the recipe on a model card."""
+        ...
+
+    def evaluate(self, inputs: InputsT, candidate: Candidate, options: EvaluationOptions) -> Evidence:
+        """Measure the model after against the original.
+
+        Raises:
+            UsageError: something that the options or the model card name does not exist.
+            ModelError: the models do not fit each other.
+        """
+        ...
+
+    def save(self, folder: Path, inputs: InputsT, result: UnlearnResult, extra_files: Mapping[str, bytes]) -> None:
+        """Write the folder of the new model; it appears whole or not at all."""
+        ...
+
+    def version_files(self, folder: Path) -> dict[str, Path]:
+        """Return the files of a model folder that make up a version, by name: weights, card, split."""
+        ...
+
+    def escalation(self, recipe: Recipe) -> list[Recipe]:
+        """Return the recipes that a sweep tries one after the other: as asked first, the strongest last.
+
+        Raises:
+            UsageError: the method or its configuration is wrong.
+        """
+        ...
