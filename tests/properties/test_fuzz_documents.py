@@ -225,7 +225,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_document_is_read_whole_or_refused(name, tmp_path):
+def test_a_document_is_valid_or_refused(name, tmp_path):
     read, documents = READERS[name]
     rng, path, taken, refused = random.Random(name), tmp_path / "document", 0, 0
     assert all(survives(partial(read, path=path), json.dumps(document).encode()) for document in documents)
@@ -274,7 +274,7 @@ def test_hard_text_is_refused(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [ModelCard, RunRecord])
-def test_free_fields_have_a_depth_too(kind, tmp_path):
+def test_free_fields_have_a_depth_limit(kind, tmp_path):
     document, field = (CARD, "training") if kind is ModelCard else (RUN, "method_config")
     read = READERS[kind.__name__][0]
     whole(read(json.dumps({**document, field: nested(MAX_DEPTH - 2)}).encode(), tmp_path / "document"))
@@ -292,7 +292,7 @@ def test_a_document_that_is_too_large_is_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["/etc/passwd", "nowhere", "../x", "file:///etc/passwd", "http://127.0.0.1/x"])
-def test_a_target_does_not_read_this_machines_files(where, tmp_path):
+def test_a_target_does_not_read_local_files(where, tmp_path):
     path = tmp_path / "forget.json"
     path.write_text(json.dumps({"kind": "samples", "manifest_uri": where, "sha256": A}))
     with pytest.raises(UsageError, match=r"no s3:// address") as refused:
@@ -406,7 +406,7 @@ def model(tmp_path_factory):
     ],
     ids=lambda changes: ",".join(changes),
 )
-def test_a_card_cannot_ask_for_more_than_its_weights(changes, model, tmp_path):
+def test_a_card_cannot_demand_more_memory_than_its_weights(changes, model, tmp_path):
     """Its numbers build a network before the weights are looked at, so they are bounded themselves."""
     copied = tmp_path / "model"
     shutil.copytree(model, copied)

@@ -6,16 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from botocore.exceptions import ClientError
 
-from salun_core.errors import ConflictError, StoreError, UsageError
-from salun_core.registry.holds import (
-    VersionDisposal,
-    hold_version,
-    holds,
-    read_disposal,
-    record_disposal,
-    release_version,
-)
-from salun_core.registry.versions import publish
+from salun_core.errors import StoreError
 from salun_core.storage.erase import (
     Erased,
     abort,
@@ -73,7 +64,7 @@ def test_every_version_and_marker_of_exactly_one_key_is_erased(versioned):
     assert versioned.get("a/x/below").data == b"another"
 
 
-def test_a_version_older_than_versioning_goes_too(versioned):
+def test_a_version_older_than_versioning_is_erased(versioned):
     write(versioned, "before", b"newer")
     assert [item.version == "null" for item in versions_of(versioned, "before")] == [False, True]
     assert erase(versioned, "before").versions == 2
@@ -81,7 +72,7 @@ def test_a_version_older_than_versioning_goes_too(versioned):
     assert versioned.get("before") is None
 
 
-def test_without_versions_it_is_a_plain_delete(store):
+def test_erase_without_versions_is_a_plain_delete(store):
     write(store, "a/x", b"1", b"22")
     write(store, "a/xy", b"other")
     assert erase(store, "a/x") == Erased(keys=1, versions=1, bytes=2)
@@ -90,7 +81,7 @@ def test_without_versions_it_is_a_plain_delete(store):
     assert store.get("a/xy").data == b"other"
 
 
-def test_a_store_that_lists_no_versions_gets_a_plain_delete(unshared):
+def test_a_store_without_version_listing_gets_a_plain_delete(unshared):
     def refuse(params, **_):
         raise ClientError({"Error": {"Code": "NotImplemented"}}, "ListObjectVersions")
 
@@ -101,7 +92,7 @@ def test_a_store_that_lists_no_versions_gets_a_plain_delete(unshared):
     assert unshared.get("a/x") is None
 
 
-def test_a_store_that_forbids_to_list_versions_is_an_error_and_nothing_goes(unshared):
+def test_a_refused_version_listing_is_an_error_and_nothing_is_erased(unshared):
     def refuse(params, **_):
         raise ClientError({"Error": {"Code": "AccessDenied"}}, "ListObjectVersions")
 
@@ -112,14 +103,14 @@ def test_a_store_that_forbids_to_list_versions_is_an_error_and_nothing_goes(unsh
     assert unshared.get("a/x").data == b"1"
 
 
-def test_the_old_versions_alone(versioned):
+def test_erase_old_keeps_the_latest_version(versioned):
     write(versioned, "doc", b"secret", b"redacted")
     assert erase_old(versioned, "doc") == Erased(1, 1, 6)
     assert versioned.get("doc").data == b"redacted"
     assert erase_old(versioned, "doc") == Erased()
 
 
-def test_the_inventory_shows_what_is_hidden(versioned):
+def test_hidden_keys_are_listed(versioned):
     write(versioned, "a/hidden", b"1")
     versioned.delete("a/hidden")
     write(versioned, "a-seen", b"1", b"22")
@@ -130,7 +121,7 @@ def test_the_inventory_shows_what_is_hidden(versioned):
     assert list(versioned.list("a/")) == []
 
 
-def test_a_killed_erase_leaves_a_key_that_is_still_seen(versioned):
+def test_a_killed_erase_leaves_the_key_listed(versioned):
     write(versioned, "x", b"1", b"22", b"333")
     calls = []
 
@@ -148,7 +139,7 @@ def test_a_killed_erase_leaves_a_key_that_is_still_seen(versioned):
     assert erase(versioned, "x").versions == 1
 
 
-def test_uploads_that_never_ended(store):
+def test_unfinished_uploads_are_listed_and_aborted(store):
     client, bucket, prefix = store.native
     begun = client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}blobs/x")["UploadId"]
     client.upload_part(Bucket=bucket, Key=f"{prefix}blobs/x", UploadId=begun, PartNumber=1, Body=b"weights")
@@ -160,42 +151,3 @@ def test_uploads_that_never_ended(store):
     assert abort(store, found).bytes == 7
     assert unfinished_uploads(store, FUTURE) == []
     assert abort(store, found).bytes == 0  # gone already: no error
-
-
-@pytest.fixture
-def version(store, tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"weights")
-    return publish(store, {"line": "faces", "method": "train"}, {path.name: path})[0].version
-
-
-def at_noon():
-    return datetime(2026, 1, 31, 12, tzinfo=UTC)
-
-
-def test_holding_and_releasing(store, version):
-    hold = hold_version(store, "faces", version, "ana", "audit 7", at_noon)
-    assert hold == hold_version(store, "faces", version, "bob", "another", at_noon)  # the first stands
-    assert (hold.by, hold.at) == ("ana", "2026-01-31T12:00:00+00:00")
-    assert holds(store, "faces") == [hold]
-    assert holds(store, "face") == []
-    assert release_version(store, "faces", version) == hold
-    assert holds(store, "faces") == []
-    with pytest.raises(UsageError, match="is not held"):
-        release_version(store, "faces", version)
-    with pytest.raises(UsageError, match="no such version"):
-        hold_version(store, "faces", "0" * 64, "ana", "audit", at_noon)
-    with pytest.raises(UsageError, match="reason"):
-        hold_version(store, "faces", version, "ana", "two\nlines", at_noon)
-
-
-def test_what_is_gone_cannot_be_held_and_its_first_record_stands(store, version):
-    def record(by):
-        fields = {"line": "faces", "version": version, "files": ["model.safetensors"], "size": 7}
-        return VersionDisposal(**fields, at="2026-02-01T00:00:00+00:00", by=by, reason="30 days are over")
-
-    assert read_disposal(store, "faces", version) is None
-    assert record_disposal(store, record("purge")) == record_disposal(store, record("another")) == record("purge")
-    assert read_disposal(store, "faces", version) == record("purge")
-    with pytest.raises(ConflictError, match="were deleted at 2026-02-01"):
-        hold_version(store, "faces", version, "ana", "audit", at_noon)

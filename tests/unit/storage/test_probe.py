@@ -50,7 +50,7 @@ def test_a_store_that_ignores_conditions_is_refused(store, ignored, broken):
     assert list(store.list("")) == []
 
 
-def test_a_store_that_refuses_every_condition_is_unsafe_too(store):
+def test_a_store_that_refuses_every_condition_is_unsafe(store):
     def spoil(request, **_):
         del request.headers["If-None-Match"]
         del request.headers["If-Match"]
@@ -64,7 +64,7 @@ def test_a_store_that_refuses_every_condition_is_unsafe_too(store):
     assert "a fresh etag is accepted" in failed
 
 
-def test_an_unreachable_store_is_no_verdict(s3_server, monkeypatch):
+def test_an_unreachable_store_is_an_error_not_a_report(s3_server, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     with pytest.raises(StoreError, match="access key"):
         require_safe(open_store("s3://salun/x"))

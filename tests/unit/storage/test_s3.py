@@ -46,7 +46,7 @@ def impatient(endpoint):
     return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
 
 
-def test_what_was_written_is_read(store):
+def test_written_objects_are_read_back(store):
     before = datetime.now(UTC)
     etag = store.put_new("a/b.json", b"{}")
     found = store.get("a/b.json")
@@ -76,7 +76,7 @@ def test_compare_and_swap(store):
     assert store.get("doc") is None
 
 
-def test_deleting_twice_is_no_error(store):
+def test_deleting_twice_succeeds(store):
     store.put_new("doc", b"one")
     store.delete("doc")
     store.delete("doc")
@@ -138,8 +138,16 @@ def test_no_key_leaves_the_prefix(store, key, tmp_path):
         list(store.list("../"))
 
 
+def test_the_start_of_an_object_is_read(store):
+    store.put_new("long", b"0123456789")
+    store.put_new("empty", b"")
+    assert [store.read_start("long", size) for size in (1, 4, 10, 99)] == [b"0", b"0123", b"0123456789", b"0123456789"]
+    assert store.read_start("empty", 4) == b""
+    assert store.read_start("none", 4) is None
+
+
 @pytest.mark.parametrize("size", [0, 1, 40 * 1024 * 1024 + 17], ids=["empty", "byte", "parts"])
-def test_files_travel_whole(store, tmp_path, size):
+def test_files_are_uploaded_and_downloaded_complete(store, tmp_path, size):
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(os.urandom(size))
     store.upload(source, "files/x")
@@ -148,7 +156,7 @@ def test_files_travel_whole(store, tmp_path, size):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
-def test_a_missing_file_or_key_is_said(store, tmp_path):
+def test_a_missing_file_or_key_is_reported(store, tmp_path):
     with pytest.raises(StoreError, match="No such file"):
         store.upload(tmp_path / "none", "x")
     with pytest.raises(StoreError, match="the object or the bucket does not exist"):
@@ -207,7 +215,7 @@ def test_a_huge_document_is_refused_before_it_is_read(store):
         S3Store("salun", prefix_of(store), proxy.endpoint).get("doc")
 
 
-def test_a_hundred_lost_replies_are_no_conflicts(store):
+def test_a_hundred_lost_replies_cause_no_conflicts(store):
     """Each document is created and then swapped; the first reply to each of the two is lost."""
     pending = set()
 
@@ -259,14 +267,14 @@ def test_a_lost_reply_does_not_hide_a_real_conflict(store):
     assert store.get("doc").data == b"theirs again"
 
 
-def test_when_nothing_comes_back_the_store_is_blamed_not_the_writer(store):
+def test_without_any_reply_the_error_is_the_stores(store):
     with FaultProxy(upstream(store), lambda line: LOST) as proxy:
         through = S3Store("salun", prefix_of(store), client=impatient(proxy.endpoint))
         with pytest.raises(StoreError, match="no answer from"):
             through.put_new("doc", b"one")
 
 
-def test_an_upload_whose_last_reply_is_lost_is_whole(store, tmp_path):
+def test_an_upload_with_a_lost_last_reply_is_complete(store, tmp_path):
     source = tmp_path / "source"
     source.write_bytes(os.urandom(40 << 20))
     lose = itertools.chain([LOST], itertools.repeat(None))
@@ -303,7 +311,7 @@ def test_an_upload_that_was_closed_unfinished_is_an_error(store, tmp_path):
         (418, "Teapot", "refused it (418 Teapot)"),
     ],
 )
-def test_every_refusal_says_why(store, status, code, why):
+def test_every_refusal_has_its_reason(store, status, code, why):
     with FaultProxy(upstream(store), lambda line: answer(status, code)) as proxy:
         through = S3Store("salun", prefix_of(store), client=impatient(proxy.endpoint))
         for call in (lambda: through.get("doc"), lambda: list(through.list("")), lambda: through.delete("doc")):
@@ -322,7 +330,7 @@ def test_bytes_that_do_not_match_the_stores_checksum_are_refused(store):
         S3Store("salun", prefix_of(store), proxy.endpoint).get("doc")
 
 
-def test_a_write_that_never_arrived_is_no_conflict(store):
+def test_a_write_that_never_arrived_is_not_a_conflict(store):
     etag = store.put_new("doc", b"theirs")
 
     def swallow(request, **_):
@@ -337,7 +345,7 @@ def test_a_write_that_never_arrived_is_no_conflict(store):
     assert store.get("doc").data == b"theirs"
 
 
-def test_a_race_is_tried_again(store):
+def test_a_409_is_retried(store):
     replies = iter([RACE, RACE])
     with FaultProxy(upstream(store), lambda line: next(replies, None) if line.startswith("PUT") else None) as proxy:
         etag = S3Store("salun", prefix_of(store), proxy.endpoint).put_new("doc", b"one")
@@ -345,7 +353,7 @@ def test_a_race_is_tried_again(store):
     assert store.get("doc").etag == etag
 
 
-def test_a_race_without_end_is_given_up(store):
+def test_endless_409_is_given_up(store):
     with FaultProxy(upstream(store), lambda line: RACE if line.startswith("PUT") else None) as proxy:
         with pytest.raises(StoreError, match="409"):
             S3Store("salun", prefix_of(store), proxy.endpoint).put_if("doc", b"one", '"x"')
@@ -403,7 +411,7 @@ def test_missing_credentials_are_named(store, tmp_path, monkeypatch):
     assert_refused(open_store(store.uri), tmp_path, "no credentials", "set AWS_ACCESS_KEY_ID")
 
 
-def test_half_of_the_credentials_is_named(store, monkeypatch):
+def test_incomplete_credentials_are_named(store, monkeypatch):
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StoreError, match="credentials"):
         open_store(store.uri).get("a")
@@ -414,7 +422,7 @@ def test_a_store_that_is_down_is_named(store, tmp_path):
     assert_refused(down, tmp_path, "no answer from http://127.0.0.1:9", "AWS_ENDPOINT_URL")
 
 
-def test_an_endpoint_that_is_no_url_is_named(store, monkeypatch):
+def test_an_endpoint_that_is_not_a_url_is_named(store, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "localhost:9000")
     with pytest.raises(StoreError, match="http://host:port"):
         open_store("s3://salun")

@@ -102,7 +102,7 @@ def logged(capsys):
     return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
-def test_ages_are_told_as_of_the_scrape_and_nothing_is_taken_for_it():
+def test_ages_are_as_of_the_scrape_without_a_refresh():
     clock, take = Clock(), Broken()
     exporter = Exporter(take, clock=clock, timer=Clock(0.0))
     exporter.refresh()
@@ -146,7 +146,7 @@ def test_it_is_healthy_while_its_snapshot_is_fresh(interval, limit):
     assert not exporter.healthy
 
 
-def test_before_the_first_refresh_it_says_only_what_it_knows():
+def test_before_the_first_refresh_only_the_exporters_own_metrics_exist():
     values = parsed(Exporter(Broken()).text())
     assert {name for name, *_ in values} == {"salun_exporter_refresh_failures", "salun_build_info"}
 
@@ -160,7 +160,7 @@ def test_before_the_first_refresh_it_says_only_what_it_knows():
         ("salun_unlearning_debt_ratio", {"model_line": "Jane Roe"}, 1),
     ],
 )
-def test_what_has_no_closed_set_is_never_served(sample):
+def test_labels_outside_their_closed_set_are_never_served(sample):
     class Odd:
         def at(self, _now):
             yield sample
@@ -189,7 +189,7 @@ def test_it_serves_metrics_and_health_and_nothing_else():
         get(url)
 
 
-def test_a_refresh_that_hangs_delays_no_scrape_and_no_end():
+def test_a_hanging_refresh_delays_neither_scrape_nor_end():
     begun, release, ended = Event(), Event(), Event()
 
     def hang():
@@ -222,7 +222,7 @@ def test_a_client_that_hangs_up_leaves_no_trace(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_where_nobody_can_listen_is_one_error():
+def test_an_unusable_address_is_a_usage_error():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -231,7 +231,7 @@ def test_where_nobody_can_listen_is_one_error():
                 pass
 
 
-def test_it_listens_on_ipv6_too():
+def test_it_listens_on_ipv6():
     if not socket.has_ipv6:
         pytest.skip("Python has no IPv6 here")
     try:
@@ -259,5 +259,5 @@ def test_promtool_finds_no_fault_in_any_gauge():
     assert _promtool("check", "metrics", text=text) == (0, "")
 
 
-def test_the_stages_of_the_rules_are_those_of_the_gauges():
+def test_alert_rules_and_gauges_use_the_same_stages():
     assert {stage for stage in LABELS["stage"] if f'stage="{stage}"' in RULES.read_text()} == {"half", "most"}

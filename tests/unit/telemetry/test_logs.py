@@ -62,7 +62,7 @@ def test_the_run_is_on_every_line_of_its_block_and_on_no_other(capsys, monkeypat
     ]
 
 
-def test_a_step_says_its_run_on_each_line_also_when_it_fails(capsys, monkeypatch):
+def test_a_step_logs_its_run_on_each_line_even_if_it_fails(capsys, monkeypatch):
     monkeypatch.delenv("PUSHGATEWAY_URL", raising=False)
     configure_logging(json=True)
 
@@ -87,7 +87,7 @@ def test_lines_below_the_level_are_dropped(capsys):
     assert [line["event"] for line in lines(capsys)] == ["loud"]
 
 
-def test_an_unknown_level_gets_the_nearest():
+def test_an_unknown_level_suggests_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'warning'"):
         configure_logging(level="warnin")
 
@@ -99,7 +99,7 @@ PROGRAM = "from salun_core.telemetry.logs import *; configure_logging({json}); g
     ("variable", "argument", "expected"),
     [(None, None, True), ("text", None, False), ("json", None, True), ("json", False, False), ("text", True, True)],
 )
-def test_the_form_follows_argument_then_variable_then_terminal(variable, argument, expected):
+def test_the_format_follows_argument_then_variable_then_terminal(variable, argument, expected):
     environment = {name: value for name, value in os.environ.items() if name != "SALUN_LOG"}
     environment |= {"SALUN_LOG": variable} if variable else {}
     command = [sys.executable, "-c", PROGRAM.format(json=argument)]
@@ -122,7 +122,7 @@ def test_a_terminal_gets_readable_lines():
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_nothing_personal_or_secret_reaches_a_line(as_json, capsys):
+def test_personal_data_and_secrets_are_redacted(as_json, capsys):
     configure_logging(json=as_json)
     get_logger().warning(
         f"opened with {ACCESS_KEY}",
@@ -157,7 +157,7 @@ def test_a_traceback_is_redacted_and_shows_no_variables(as_json, capsys):
     assert "Jane" not in text
 
 
-def test_lines_of_libraries_are_redacted_too(capsys):
+def test_lines_of_libraries_are_redacted(capsys):
     configure_logging(json=True)
     logging.getLogger("botocore.auth").warning("headers: %s", {"Authorization": f"AWS4 Credential={ACCESS_KEY}/x"})
     logging.getLogger("urllib3").info("not shown")
@@ -180,7 +180,7 @@ def test_an_unconfigured_library_warns_on_standard_error(capsys, monkeypatch):
         *("aws_access_key_id", "aws_secret_access_key", "aws_kms_key", "api_key", "credentials", "Set-Cookie"),
     ],
 )
-def test_keys_that_are_denied(key):
+def test_denied_keys(key):
     assert is_denied(key)
     assert redact({"outer": [{key: "value"}]}) == {"outer": [{key: MASK}]}
 
@@ -188,7 +188,7 @@ def test_keys_that_are_denied(key):
 @pytest.mark.parametrize(
     "key", ["request_id", "run", "step", "tokenizer", "model_line", "forget_set", "keys", "key", "count", "prompted_at"]
 )
-def test_keys_that_are_logged(key):
+def test_logged_keys(key):
     assert not is_denied(key)
     assert redact({key: "value"}) == {key: "value"}
 

@@ -56,7 +56,7 @@ def group(samples, step, model):
     }
 
 
-def test_the_published_names_and_no_others():
+def test_metric_names_are_exactly_the_published_ones():
     assert list(names.SPECS) == PUBLISHED
     for spec in names.SPECS.values():
         assert set(spec.labels) <= set(names.LABELS)
@@ -92,11 +92,11 @@ def test_labels_outside_their_closed_set_are_refused(name, value):
     ("name", "value"),
     [("model_line", "a" * 63), ("model_line", "0.cifar_10-x"), ("method", "salun"), ("version", __version__)],
 )
-def test_labels_of_the_closed_set_are_taken(name, value):
+def test_labels_in_their_closed_set_are_accepted(name, value):
     names.check_label(name, value)
 
 
-def test_a_wrong_metric_name_gets_the_nearest():
+def test_a_wrong_metric_name_suggests_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'salun_gate_passed'"):
         StepMetrics().record("salun_gate_pased", 1.0, method="salun")
 
@@ -114,7 +114,7 @@ def test_every_registered_method_has_a_label():
     assert set(unlearn.METHODS) <= set(names.LABELS["method"])
 
 
-def test_the_table_of_the_documentation_is_in_step():
+def test_the_documented_table_is_current():
     made = subprocess.run(
         [sys.executable, "-m", "salun_core.telemetry.metrics"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -182,7 +182,7 @@ def test_a_failed_run_keeps_the_time_of_the_last_success(gateway, scrape, monkey
     assert found["salun_last_run_timestamp_seconds"] == 2000.0
 
 
-def test_what_was_not_measured_is_left_out(gateway, scrape, monkeypatch):
+def test_missing_values_are_left_out(gateway, scrape, monkeypatch):
     monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
     step = StepMetrics()
     record_evidence(step, evidence(density=None, UA=None, RA=float("nan"), TA=0.0, MIA=float("inf")), None)
@@ -192,7 +192,7 @@ def test_what_was_not_measured_is_left_out(gateway, scrape, monkeypatch):
     assert "salun_gate_passed" not in found
 
 
-def test_a_method_from_elsewhere_becomes_other(gateway, scrape, monkeypatch):
+def test_an_unknown_method_becomes_other(gateway, scrape, monkeypatch):
     monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
     step = StepMetrics()
     record_evidence(step, evidence(method="somebody's name", RA=1.0), SimpleNamespace(passed=False))
@@ -208,7 +208,7 @@ def test_a_method_from_elsewhere_becomes_other(gateway, scrape, monkeypatch):
     assert labels["pipeline"] == "salun-deletion-sweep"
 
 
-def test_the_pipeline_is_the_one_that_runs(gateway, scrape, monkeypatch, capsys):
+def test_the_pipeline_label_names_the_running_pipeline(gateway, scrape, monkeypatch, capsys):
     """What the compiled pipelines set; outside of them it is the unlearning."""
     monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
     for value in ("", "salun-sharded-mask", "salun-deletion-sweep-cpu"):
@@ -259,14 +259,14 @@ def _closed_port():
         return probe.getsockname()[1]
 
 
-def test_without_a_gateway_nothing_is_pushed_or_said(monkeypatch, capsys):
+def test_without_a_gateway_nothing_is_pushed_or_logged(monkeypatch, capsys):
     monkeypatch.delenv("PUSHGATEWAY_URL", raising=False)
     assert StepMetrics().push("evaluate", "line") is False
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("broken", ["down", "not a URL", "bad port", "label", "step"])
-def test_a_failed_push_never_raises_and_says_so_once(broken, monkeypatch, capsys):
+def test_a_failed_push_is_logged_once_and_never_raises(broken, monkeypatch, capsys):
     urls = {"not a URL": "ftp//:nowhere:x", "bad port": "http://127.0.0.1:99999999"}
     monkeypatch.setenv("PUSHGATEWAY_URL", urls.get(broken, f"http://somebody:hidden@127.0.0.1:{_closed_port()}"))
     monkeypatch.setenv("SALUN_LOG", "json")
@@ -280,7 +280,7 @@ def test_a_failed_push_never_raises_and_says_so_once(broken, monkeypatch, capsys
     assert "hidden" not in err
 
 
-def test_a_gateway_that_refuses_is_a_failed_push(gateway, monkeypatch, capsys):
+def test_a_refusal_by_the_gateway_is_a_failed_push(gateway, monkeypatch, capsys):
     monkeypatch.setenv("PUSHGATEWAY_URL", f"{gateway}/nowhere")
     assert StepMetrics().push("evaluate", "line") is False
     assert "HTTPError" in capsys.readouterr().err

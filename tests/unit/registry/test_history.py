@@ -14,7 +14,7 @@ def kept(store):
     return [version.kept for version in history(store, "sd", lambda run: None)]
 
 
-def test_how_a_folder_is_kept_is_said_of_all_its_weights(store, tmp_path):
+def test_the_storage_form_of_a_folder_covers_all_its_weights(store, tmp_path):
     before, after = write_folder(tmp_path / "before"), write_folder(tmp_path / "after", 4000)
     head, parent = publish(store, {"line": "sd", "method": "train"}, before)
     child = {"line": "sd", "method": "salun", "parent": head.version, "run": "run-1"}

@@ -19,7 +19,7 @@ def test_all_files_are_listed_by_their_relative_names(tmp_path):
     "make", [os.mkfifo, lambda path: path.symlink_to("config.json"), lambda path: path.symlink_to("nowhere")]
 )
 @pytest.mark.parametrize("name", ["more", "unet/more", "a/b/c/more"])
-def test_what_is_no_plain_file_is_told_apart(tmp_path, make, name):
+def test_links_and_pipes_are_strange(tmp_path, make, name):
     files = write_folder(tmp_path)
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     make(tmp_path / name)
@@ -44,6 +44,6 @@ def test_a_folder_that_is_empty_or_too_deep_is_strange(tmp_path):
     assert (found.files, found.strange) == ({"a/b/c/file"}, ("a/b/c/d", "a/b/empty/", "empty/"))
 
 
-def test_no_folder_is_an_error_of_the_system():
+def test_a_missing_folder_raises_the_system_error():
     with pytest.raises(FileNotFoundError):
         list_tree(Path("/nowhere/at/all"))

@@ -54,7 +54,7 @@ def test_a_file_of_a_version_may_lie_in_folders(text):
         *("a/b/c/d/e", "a/" + "b" * 129, "/".join(["x" * 50] * 4)),
     ],
 )
-def test_no_file_of_a_version_lies_outside_its_folder(text):
+def test_names_outside_the_folder_are_refused(text):
     with pytest.raises(UsageError, match="neither a plain file name nor one in a plain folder"):
         names.check_relative_name(text)
 
@@ -99,14 +99,14 @@ def test_accepted_names_can_lie_in_one_folder(found):
 
 
 @pytest.mark.parametrize("digest", ["", "a" * 63, "A" * 64, "a" * 64 + "\n", "../" + "a" * 61, "g" * 64])
-def test_no_key_is_built_from_what_is_no_digest(digest):
+def test_no_key_is_built_from_an_invalid_digest(digest):
     with pytest.raises(IntegrityError):
         names.blob_key(digest)
     with pytest.raises(IntegrityError):
         names.version_key("line", digest)
 
 
-def test_keys_are_those_of_the_published_layout():
+def test_keys_have_the_published_layout():
     assert names.head_key("mnist") == "lines/mnist/HEAD.json"
     assert names.version_key("mnist", DIGEST) == f"lines/mnist/versions/{DIGEST}/manifest.json"
     assert names.blob_key(DIGEST) == f"blobs/sha256/{DIGEST}"
@@ -119,7 +119,7 @@ def test_keys_are_those_of_the_published_layout():
 
 
 @pytest.mark.parametrize("number", [-1, 1_000_000])
-def test_event_numbers_keep_their_order(number):
+def test_event_numbers_out_of_range_are_refused(number):
     with pytest.raises(UsageError):
         names.event_key("r1", number)
 
@@ -137,7 +137,7 @@ def test_an_accepted_id_is_a_plain_segment(text):
 
 
 @given(st.lists(st.sampled_from(["a", "..", ".", "", "b\\c", "d\x7f", "é"]), max_size=5))
-def test_an_accepted_key_stays_where_it_seems_to_be(segments):
+def test_an_accepted_key_has_no_empty_or_dot_segments(segments):
     key = "/".join(segments)
     unsafe = not segments or any(segment in {"..", ".", "", "b\\c", "d\x7f"} for segment in segments)
     if unsafe:
@@ -174,7 +174,7 @@ def test_split_uri(uri, expected):
         ("s3://bucket//a", "plain/segments"),
     ],
 )
-def test_a_wrong_address_names_the_right_form(uri, remedy):
+def test_a_wrong_address_suggests_a_valid_one(uri, remedy):
     with pytest.raises(UsageError) as caught:
         open_store(uri)
     assert remedy in caught.value.remedy
@@ -184,3 +184,30 @@ def test_a_password_in_an_address_is_not_repeated():
     with pytest.raises(UsageError) as caught:
         split_uri("http://user:hunter2@host/bucket")
     assert "hunter2" not in str(caught.value)
+
+
+def test_every_built_key_is_recognised():
+    digest = DIGEST
+    built = [
+        names.head_key("l"),
+        names.version_key("l", digest),
+        names.version_disposal_key("l", digest),
+        names.version_hold_key("l", digest),
+        names.blob_key(digest),
+        names.delta_key(digest),
+        names.request_key("r"),
+        names.event_key("r", 1),
+        names.run_key("r", "run.json"),
+        names.run_key("r", "evidence.json"),
+        names.run_key("r", "report.html"),
+        names.run_event_key("r", 1),
+        names.certificate_key("r"),
+        names.addendum_key("r", "disposal-1.json"),
+        names.lease_key("l"),
+        names.scratch_key("r", "forget.json"),
+        names.index_key("queued", "l", 1, 1, "r"),
+        names.work_key(digest),
+    ]
+    assert "unknown" not in {names.kind_of_key(key)[0] for key in built}
+    assert len({names.kind_of_key(key)[0] for key in built}) == len(built) - 1  # evidence is a record like run.json
+    assert {*names.LAYOUT, *names.RUN_FILES} >= {names.kind_of_key(key)[0] for key in built}

@@ -12,11 +12,11 @@ A, B, C = "a" * 64, "b" * 64, "c" * 64
 FOLDER = {"model_index.json": A, UNET: B, "unet/config.json": C}
 
 
-def test_a_single_file_of_weights_is_its_own_digest():
+def test_a_single_weight_file_gives_the_model_digest():
     assert weights_digest({"model.safetensors": A, "model.json": B, "split.json": C, "mask.safetensors": C}) == A
 
 
-def test_a_folder_is_the_digest_of_all_that_makes_its_images(tmp_path):
+def test_a_folder_digest_covers_every_file_that_affects_images(tmp_path):
     files = {name: sha256_file(path) for name, path in write_folder(tmp_path).items()}
     expected = {name: digest for name, digest in files.items() if name not in {"model.json", "split.json"}}
     text = json.dumps(expected, sort_keys=True, separators=(",", ":"))
@@ -43,12 +43,12 @@ def test_the_digest_of_a_folder_never_changes():
         ({"model.safetensors": A, UNET: B}, "two models"),
     ],
 )
-def test_what_is_no_model_or_two_has_no_digest(files, why):
+def test_no_model_or_two_models_have_no_digest(files, why):
     with pytest.raises(ModelError, match=why):
         weights_digest(files)
 
 
-def test_the_files_of_weights(tmp_path):
+def test_weight_files(tmp_path):
     assert weight_files(write_folder(tmp_path)) == sorted(WEIGHTS)
     assert weight_files(["model.safetensors", "mask.safetensors", "model.json"]) == ["model.safetensors"]
     assert weight_files(["vae/config.json", VAE]) == [VAE]

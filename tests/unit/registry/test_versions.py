@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from salun_core.digest import canonical_json, sha256_bytes
-from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
+from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.registry.lookup import ancestry, lines, read_head, read_version, resolve
 from salun_core.registry.manifest import Lineage, VersionManifest
 from salun_core.registry.versions import fetch_version, publish, publish_head, stage_version
 from salun_core.storage import keys as names
-from salun_core.storage.blobs import fetch_blob, put_blob
+from salun_core.storage.blobs import put_blob
 from salun_core.storage.s3 import S3Store
 from tests.folder_model import UNET, contents, write_folder
 
@@ -48,49 +48,7 @@ def child_of(head, run, **more):
     return {"line": head.line, "parent": head.version, "method": "salun", "run": run, **more}
 
 
-# blobs
-
-
-def test_a_blob_travels_and_is_uploaded_once(store, tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_bytes(b"weights")
-    blob = put_blob(store, source)
-    assert (blob.sha256, blob.size) == (sha256_bytes(b"weights"), 7)
-    before = next(iter(store.list("blobs/")))
-    overwrite(store, names.blob_key(blob.sha256), b"weightz")
-    put_blob(store, source)  # it is there with that size: not sent again
-    assert store.get(names.blob_key(blob.sha256)).data == b"weightz"
-    overwrite(store, names.blob_key(blob.sha256), b"cut")
-    put_blob(store, source)  # another size: mended
-    fetch_blob(store, blob.sha256, target)
-    assert target.read_bytes() == b"weights"
-    assert before.key == f"blobs/sha256/{blob.sha256}"
-
-
-@pytest.mark.parametrize("damaged", [b"weighTs", b"weight", b"", b"weights and more"])
-@pytest.mark.parametrize("size", [7, None])
-def test_a_damaged_blob_never_appears(store, tmp_path, damaged, size):
-    source, folder = tmp_path / "source", tmp_path / "folder"
-    source.write_bytes(b"weights")
-    folder.mkdir()
-    blob = put_blob(store, source)
-    overwrite(store, names.blob_key(blob.sha256), damaged)
-    with pytest.raises(IntegrityError):
-        fetch_blob(store, blob.sha256, folder / "target", size)
-    assert list(folder.iterdir()) == []
-
-
-def test_a_missing_blob_is_said(store, tmp_path):
-    with pytest.raises(StoreError, match="does not exist"):
-        fetch_blob(store, "0" * 64, tmp_path / "target")
-    with pytest.raises(StoreError, match="No such file"):
-        put_blob(store, tmp_path / "none")
-
-
-# versions
-
-
-def test_a_version_is_staged_unseen_then_published(store, model, tmp_path):
+def test_a_staged_version_is_invisible_until_published(store, model, tmp_path):
     files = model()
     digest, manifest = stage_version(store, {"line": "mnist", "method": "training"}, files)
     assert digest == sha256_bytes(canonical_json(manifest.model_dump(mode="json"))) == manifest.digest
@@ -108,7 +66,7 @@ def test_a_version_is_staged_unseen_then_published(store, model, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_lineage_grows_and_carries_its_debt(store, model):
+def test_a_lineage_grows_and_adds_up_its_debt(store, model):
     head = first(store, model)
     start = read_version(store, "mnist", head.version).lineage
     after = start.after_run(5)
@@ -125,7 +83,7 @@ def test_a_lineage_grows_and_carries_its_debt(store, model):
     assert Lineage().debt == 0.0
 
 
-def test_publishing_twice_is_once(store, model):
+def test_publishing_twice_moves_head_once(store, model):
     head = first(store, model)
     assert publish_head(store, "mnist", head.version, None, "again") == head
     digest, _ = stage_version(store, child_of(head, "run-2"), model("second"))
@@ -167,7 +125,7 @@ class Meddled(S3Store):
         return super().put_new(key, data)
 
 
-def test_a_head_that_moves_at_the_last_moment_is_a_conflict(store, model):
+def test_a_head_that_moves_before_the_swap_is_a_conflict(store, model):
     head = first(store, model)
     rival, _ = stage_version(store, child_of(head, "rival"), model("rival"))
     mine, _ = stage_version(store, child_of(head, "mine"), model("mine"))
@@ -177,14 +135,14 @@ def test_a_head_that_moves_at_the_last_moment_is_a_conflict(store, model):
     assert read_head(store, "mnist")[0].version == rival
 
 
-def test_a_line_that_is_begun_at_the_last_moment_is_a_conflict(store, model):
+def test_a_line_that_begins_before_the_create_is_a_conflict(store, model):
     mine, _ = stage_version(store, {"line": "mnist", "method": "training"}, model("mine"))
     meddled = Meddled(store, lambda: first(store, model, text="rival"))
     with pytest.raises(ConflictError, match="stale parent"):
         publish_head(meddled, "mnist", mine, None, None)
 
 
-def test_a_twin_that_publishes_the_same_version_is_no_conflict(store, model):
+def test_a_second_process_may_publish_the_same_version(store, model):
     head = first(store, model)
     mine, _ = stage_version(store, child_of(head, "run"), model("mine"))
     meddled = Meddled(store, lambda: publish_head(store, "mnist", mine, head.version, "run"))
@@ -201,7 +159,7 @@ def test_a_twin_that_publishes_the_same_version_is_no_conflict(store, model):
     assert [version.digest for version in ancestry(store, "mnist")][1:] == [later, mine, head.version]
 
 
-def test_of_eight_children_of_one_parent_one_wins(store, model):
+def test_one_of_eight_children_of_a_parent_wins(store, model):
     head = first(store, model)
     staged = [stage_version(store, child_of(head, f"run-{n}"), model(f"child-{n}"))[0] for n in range(8)]
     barrier = threading.Barrier(8)
@@ -267,7 +225,7 @@ def test_a_traversal_name_in_a_forged_manifest_writes_nothing(store, tmp_path, n
 DIFFUSION = {"line": "sd", "method": "train"}
 
 
-def test_a_version_with_folders_travels_whole(store, tmp_path):
+def test_a_version_with_folders_is_fetched_complete(store, tmp_path):
     files = write_folder(tmp_path / "model")
     head, manifest = publish(store, DIFFUSION, files)
     assert manifest.files.keys() == files.keys()
@@ -296,7 +254,7 @@ def test_a_version_with_folders_travels_whole(store, tmp_path):
         ),
     ],
 )
-def test_a_folder_that_is_not_the_version_is_not_taken_for_it(store, tmp_path, spoil):
+def test_a_folder_with_other_files_is_refused(store, tmp_path, spoil):
     head, _ = publish(store, DIFFUSION, write_folder(tmp_path / "model"))
     fetch_version(store, "sd", head.version, tmp_path / "out")
     spoil(tmp_path / "out")
@@ -304,7 +262,7 @@ def test_a_folder_that_is_not_the_version_is_not_taken_for_it(store, tmp_path, s
         fetch_version(store, "sd", head.version, tmp_path / "out")
 
 
-def test_a_version_with_folders_appears_whole_or_not_at_all(store, tmp_path):
+def test_a_version_with_folders_appears_complete_or_not_at_all(store, tmp_path):
     head, manifest = publish(store, DIFFUSION, write_folder(tmp_path / "model"))
     for name in (UNET, "tokenizer/vocab.json"):
         key = names.blob_key(manifest.files[name].sha256)
@@ -394,7 +352,7 @@ def test_documents_of_another_line_are_refused(store, model):
         read_version(store, "other", head.version)
 
 
-def test_a_broken_lineage_is_said(store, model):
+def test_a_broken_lineage_is_reported(store, model):
     head = first(store, model)
     publish(store, child_of(head, "run-2"), model("second"))
     store.delete(names.version_key("mnist", head.version))
@@ -429,7 +387,7 @@ def test_an_ambiguous_prefix_is_refused(store):
         resolve(store, "mnist@abcdef")
 
 
-def test_fetching_into_a_folder_that_is_there(store, model, tmp_path):
+def test_fetching_into_an_existing_folder(store, model, tmp_path):
     head = first(store, model)
     folder = tmp_path / "out"
     folder.mkdir()
@@ -448,7 +406,7 @@ def test_fetching_into_a_folder_that_is_there(store, model, tmp_path):
     assert file.read_text() == "mine"
 
 
-def test_the_manifest_is_read_as_it_was_written():
+def test_the_manifest_round_trips_and_keeps_its_digest():
     fields = {
         "line": "mnist",
         "created_at": "2026-01-01T00:00:00+00:00",
@@ -485,7 +443,7 @@ KILLED = """
 """
 
 
-def test_a_kill_at_any_step_leaves_nothing_visible(store, model):
+def test_a_kill_after_any_write_leaves_nothing_visible(store, model):
     """Steps: two blobs, the manifest, HEAD; the last run is not killed and finishes the work."""
     head = first(store, model)
 

@@ -16,7 +16,6 @@ from salun_core.retention.inventory import Artifact, RequestSummary, RunSummary,
 from salun_core.retention.rules import DeletionKind, RetentionRules, plan, still_trained_on
 from salun_core.storage import keys as names
 from salun_core.storage.erase import StoredKey, Upload
-from salun_core.storage.keys import LAYOUT, RUN_FILES, kind_of_key
 from salun_core.sweeps.runs import RunStatus
 from tests.folder_model import TEXT, UNET, VAE
 
@@ -99,7 +98,7 @@ def both(weights):
     return {blob(weights), blob(f"split of {weights}")}
 
 
-def test_superseded_weights_go_after_thirty_days_and_no_file_of_head(world):
+def test_superseded_weights_are_deleted_after_thirty_days_and_head_stays(world):
     first = world.version(0)
     second = world.version(5, first)
     world.version(40, second)
@@ -119,7 +118,7 @@ def folder(unet, text="text"):
     return {"more": {"model.safetensors": None, **more}, "split": "split"}
 
 
-def test_of_a_superseded_folder_the_weights_go_that_no_version_needs(world):
+def test_only_unneeded_weights_of_a_superseded_folder_are_deleted(world):
     first = world.version(0, **folder("unet 0"))
     second = world.version(5, first, **folder("unet 5"))
     world.version(10, second, **folder("unet 5", "text 10"))
@@ -131,14 +130,14 @@ def test_of_a_superseded_folder_the_weights_go_that_no_version_needs(world):
     assert (item.version, item.files, item.keys) == (second, (TEXT,), (blob("text"),))
 
 
-def test_a_folder_all_of_whose_weights_are_still_used_stays(world):
+def test_a_folder_stays_while_all_its_weights_are_used(world):
     first = world.version(0, **folder("unet"))
     world.version(5, first, more={**folder("unet")["more"], "model.json": "another card"}, split="split 5")
     assert world.gone(100) == set()
     assert world.plan(100).shared == [f"faces@{first}"]
 
 
-def test_what_would_be_too_old_by_the_next_purge_goes_now(world):
+def test_files_that_expire_before_the_next_purge_are_deleted_now(world):
     world.version(5, world.version(0))
     assert world.gone(34.4, rules=RetentionRules()) == set()
     assert world.gone(34.5, rules=RetentionRules()) == both("weights faces 0")
@@ -146,12 +145,12 @@ def test_what_would_be_too_old_by_the_next_purge_goes_now(world):
 
 
 @pytest.mark.parametrize("rule", [{"mask_days": 31}, {"weights_days": 31}, {"scratch_hours": 25}, {"orphan_hours": 0}])
-def test_the_rules_may_be_lowered_only(rule):
+def test_limits_cannot_be_raised(rule):
     with pytest.raises(ValidationError):
         RetentionRules(**rule)
 
 
-def test_a_held_version_stays_whole(world):
+def test_a_held_version_keeps_all_files(world):
     first = world.version(0)
     world.version(5, first)
     world.put(names.version_hold_key("faces", first), 6)
@@ -161,7 +160,7 @@ def test_a_held_version_stays_whole(world):
     assert world.gone(100) == both("weights faces 0")
 
 
-def test_files_that_a_version_of_any_line_needs_stay(world):
+def test_files_needed_by_any_line_stay(world):
     world.version(5, world.version(0, weights="same"))
     other = world.version(0, line="cars", weights="same")
     assert world.gone(100) == set()
@@ -171,13 +170,13 @@ def test_files_that_a_version_of_any_line_needs_stay(world):
     assert world.gone(80) == both("same")
 
 
-def test_a_list_of_samples_that_another_version_shares_stays(world):
+def test_a_shared_list_of_samples_stays(world):
     world.version(5, world.version(0, split="same"), split="same")
     assert world.gone(100) == {blob("weights faces 0")}
     assert world.plan(100).deletions[0].files == ("model.safetensors",)
 
 
-def test_a_disposed_version_is_left_alone_unless_its_files_came_back(world):
+def test_a_purged_version_is_skipped_unless_its_files_came_back(world):
     first = world.version(0)
     world.version(5, first)
     world.put(names.version_disposal_key("faces", first), 36)
@@ -187,7 +186,7 @@ def test_a_disposed_version_is_left_alone_unless_its_files_came_back(world):
     assert world.gone(100, DeletionKind.ORPHAN) == {blob("weights faces 0")}
 
 
-def test_what_a_living_file_is_a_difference_to_goes_only_after_that_was_made_whole(world):
+def test_a_base_is_deleted_only_after_its_dependants_are_whole(world):
     first = world.version(0)
     second = world.version(5, first, delta_of="weights faces 0")
     world.version(40, second, delta_of="weights faces 5")
@@ -204,7 +203,7 @@ def test_what_a_living_file_is_a_difference_to_goes_only_after_that_was_made_who
     assert DeletionKind.MATERIALISE not in {item.kind for item in world.plan(71).deletions}
 
 
-def test_versions_that_were_never_published_go_with_their_manifest(world):
+def test_unpublished_versions_are_deleted_with_their_manifest(world):
     first = world.version(0)
     staged = world.version(5, first, run="run-1", head=False)
     manifest = names.version_key("faces", staged)
@@ -239,7 +238,7 @@ def test_after_a_rollback_the_abandoned_branch_is_superseded(world):
     )
 
 
-def test_a_broken_lineage_stops_everything(world):
+def test_a_broken_lineage_stops_the_plan(world):
     first = world.version(0)
     world.version(5, first)
     del world.manifests["faces", first]
@@ -247,7 +246,7 @@ def test_a_broken_lineage_stops_everything(world):
         world.plan(100)
 
 
-def test_orphans_go_when_they_are_old_and_hidden_copies_of_what_is_there(world):
+def test_old_orphans_and_hidden_copies_are_deleted(world):
     world.version(0)
     world.put(blob("young"), 9.5)
     world.put(blob("old"), 1)
@@ -258,20 +257,20 @@ def test_orphans_go_when_they_are_old_and_hidden_copies_of_what_is_there(world):
     assert world.gone(10) == expected
 
 
-def test_of_a_file_in_two_forms_the_difference_goes(world):
+def test_the_delta_of_a_whole_file_is_deleted(world):
     first = world.version(0)
     world.version(5, first, delta_of="weights faces 0")
     world.put(blob("weights faces 5"), 6)  # made whole, and killed before the difference was deleted
     assert world.gone(7) == {names.delta_key(sha("weights faces 5"))}
 
 
-def test_the_only_copy_of_a_needed_file_is_never_removed(world):
+def test_the_only_copy_of_a_needed_file_stays(world):
     world.version(0)
     world.keys = [replace(item, live=False) if item.key == blob("weights faces 0") else item for item in world.keys]
     assert world.gone(100) == set()
 
 
-def test_forget_data_and_masks_of_runs(world):
+def test_forget_data_and_masks_of_finished_runs_are_deleted(world):
     world.put("scratch/run-1/forget.json", 1)
     world.put("scratch/run-1/deep/er", 1, live=False)
     world.put("runs/run-1/mask.safetensors", 1)
@@ -288,7 +287,7 @@ def test_forget_data_and_masks_of_runs(world):
     assert "runs/run-1/report.html" not in world.gone(1000)
 
 
-def test_a_run_that_may_be_at_work_keeps_its_forget_data(world):
+def test_a_run_that_may_still_work_keeps_its_forget_data(world):
     world.put("scratch/run-1/forget.json", 1)
     world.run("run-1", 1, RunStatus.UNLEARNING)
     assert world.gone(1.9) == set()
@@ -297,14 +296,14 @@ def test_a_run_that_may_be_at_work_keeps_its_forget_data(world):
     assert world.gone(20) == set()
 
 
-def test_forget_data_of_an_unknown_run_go_a_day_after_the_last_was_written(world):
+def test_forget_data_of_an_unknown_run_is_deleted_one_day_after_the_last_write(world):
     world.put("scratch/run-x/a", 1)
     world.put("scratch/run-x/b", 2)
     assert world.gone(2.9) == set()
     assert world.gone(3) == {"scratch/run-x/a", "scratch/run-x/b"}
 
 
-def test_unknown_keys_are_listed_and_left_alone(world):
+def test_unknown_keys_are_listed_and_stay(world):
     known = {
         "leases/faces.json",
         names.index_key("queued", "faces", 1, 2, "r"),
@@ -319,34 +318,7 @@ def test_unknown_keys_are_listed_and_left_alone(world):
     assert sorted(found.unknown) == sorted(unknown)
 
 
-def test_every_key_that_is_built_is_understood():
-    digest = sha("x")
-    built = [
-        names.head_key("l"),
-        names.version_key("l", digest),
-        names.version_disposal_key("l", digest),
-        names.version_hold_key("l", digest),
-        names.blob_key(digest),
-        names.delta_key(digest),
-        names.request_key("r"),
-        names.event_key("r", 1),
-        names.run_key("r", "run.json"),
-        names.run_key("r", "evidence.json"),
-        names.run_key("r", "report.html"),
-        names.run_event_key("r", 1),
-        names.certificate_key("r"),
-        names.addendum_key("r", "disposal-1.json"),
-        names.lease_key("l"),
-        names.scratch_key("r", "forget.json"),
-        names.index_key("queued", "l", 1, 1, "r"),
-        names.work_key(digest),
-    ]
-    assert "unknown" not in {kind_of_key(key)[0] for key in built}
-    assert len({kind_of_key(key)[0] for key in built}) == len(built) - 1  # evidence is a record like run.json
-    assert {*LAYOUT, *RUN_FILES} >= {kind_of_key(key)[0] for key in built}
-
-
-def test_pipeline_artifacts_with_weights_go_and_evidence_stays(world):
+def test_artifacts_with_weights_are_deleted_and_evidence_stays(world):
     def artifact(name, run="run-1"):
         return Artifact(run, name, StoredKey(f"p/{run}/task/{name}", 5, day(1)))
 
@@ -371,11 +343,11 @@ def test_pipeline_artifacts_with_weights_go_and_evidence_stays(world):
         ("r-1", None),
     ],
 )
-def test_places_under_the_pipeline_root(key, place):
+def test_parse_artifact(key, place):
     assert parse_artifact(key, {"r-1"}) == place
 
 
-def test_uploads_that_never_ended(world):
+def test_old_unfinished_uploads_are_deleted(world):
     world.uploads = [(Upload("blobs/sha256/x", "u", day(1)), 7)]
     assert world.plan(1.9).deletions == []
     (item,) = world.plan(2).deletions
@@ -392,7 +364,7 @@ def targets(world, at=10):
     return {item.request: item.keep_hashes for item in world.plan(at).deletions if item.kind is DeletionKind.REQUEST}
 
 
-def test_targets_of_settled_requests_are_redacted(world):
+def test_targets_of_settled_requests_are_planned_for_redaction(world):
     world.version(5, world.version(0), run="run-2")
     request(world, "done", Status.COMPLETED)
     request(world, "gone", Status.CANCELLED, run=None)
@@ -404,7 +376,7 @@ def test_targets_of_settled_requests_are_redacted(world):
     assert targets(world) == {"done": True, "gone": False, "no": False, "old": True}
 
 
-def test_hashes_go_when_no_version_knows_the_data_any_more(world):
+def test_hashes_are_deleted_when_no_version_was_trained_on_the_data(world):
     first = world.version(0)
     second = world.version(5, first, run="run-2")
     world.version(7, second, run="run-3")
@@ -423,7 +395,7 @@ def test_hashes_go_when_no_version_knows_the_data_any_more(world):
 
 
 @given(st.data())
-def test_no_plan_ever_touches_what_a_needed_version_holds(data):
+def test_no_plan_deletes_a_file_of_a_needed_version(data):
     """Random lineages with shared weights, holds, branches and rollbacks."""
     world = World()
     digests = []

@@ -45,7 +45,7 @@ def use(server, patch):
 
 
 @on_linux
-def test_two_servers_are_strangers_and_end_with_their_blocks(tmp_path, monkeypatch):
+def test_two_servers_are_isolated_and_end_with_their_blocks(tmp_path, monkeypatch):
     with embedded_s3(tmp_path / "a") as one, embedded_s3(tmp_path / "b") as two:
         assert one.endpoint != two.endpoint
         with monkeypatch.context() as patch:
@@ -89,7 +89,7 @@ def test_it_listens_on_loopback_only_and_hides_its_account(tmp_path):
         assert server.secret_key.encode() not in Path(f"/proc/{server.pid}/environ").read_bytes()
 
 
-def test_a_folder_keeps_its_data_and_serves_one_server(tmp_path, monkeypatch):
+def test_a_folder_keeps_its_data_and_allows_one_server(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, embedded_s3(tmp_path) as server:
         use(server, patch).put_new("doc", b"kept")
         with pytest.raises(StoreError, match="in use"), embedded_s3(tmp_path):

@@ -137,7 +137,7 @@ def line(bucket, tmp_path):
     return Line(bucket, tmp_path / "line")
 
 
-def test_what_must_go_is_gone_and_what_stays_is_whole(line, tmp_path):
+def test_a_purge_deletes_its_plan_and_keeps_the_rest_complete(line, tmp_path):
     hold_version(line.store, "faces", line.versions[1], "ana", "audit", after(days=1))
     assert len(line.traces(0)) == 3  # weights twice
     before = line.everything()
@@ -170,7 +170,7 @@ def test_what_must_go_is_gone_and_what_stays_is_whole(line, tmp_path):
     assert read_head(line.store, "faces")[0].version == line.versions[2]
 
 
-def test_of_a_model_with_folders_the_old_weights_go_and_the_rest_stays_whole(bucket, tmp_path):
+def test_old_weights_of_a_model_with_folders_are_purged(bucket, tmp_path):
     store = open_store(f"s3://{bucket}/{secrets.token_hex(6)}")
     versions, model = [], [write_folder(tmp_path / f"v{number}", 4000 * number) for number in range(2)]
     for number, made in enumerate(model):
@@ -202,7 +202,7 @@ def kubeflow(line):
     return root, {f"{ours}report", f"{ours}evidence", f"{other}model"}
 
 
-def test_what_was_disposed_of_is_added_to_the_certificate_and_the_target_goes(line):
+def test_deletions_are_added_to_the_certificate_and_the_target_is_redacted(line):
     key, (root, stays) = names.request_key("r-1"), kubeflow(line)
     assert line.purge(clock=after(days=1)).addenda == []  # the mask is still there
     target = Ledger(line.store, after()).get("r-1").target
@@ -228,7 +228,7 @@ class KilledError(BaseException):
     """Ends a purge as a kill would: nothing may catch it."""
 
 
-def test_killed_after_each_write_it_ends_the_same(line, bucket, tmp_path, monkeypatch):
+def test_a_purge_killed_after_each_write_ends_the_same(line, bucket, tmp_path, monkeypatch):
     """Each attempt may write once, and more only where that brought it no further; a twin is purged without a kill."""
     twin = Line(bucket, tmp_path / "twin")
     assert twin.versions == line.versions
@@ -267,7 +267,7 @@ def test_killed_after_each_write_it_ends_the_same(line, bucket, tmp_path, monkey
     assert line.traces(0) == line.traces(1) == []
 
 
-def test_a_version_held_while_purge_looks_stays_and_a_damaged_manifest_stops_it(line, monkeypatch, tmp_path):
+def test_a_hold_during_the_purge_is_respected_and_a_damaged_manifest_stops_it(line, monkeypatch, tmp_path):
     real = step.scan_store
 
     def meddled(store, now, root):

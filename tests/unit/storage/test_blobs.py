@@ -1,12 +1,9 @@
-import contextlib
+"""Files in the store, whole and sparse, on a real server."""
+
 import itertools
-import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from salun_core.digest import sha256_bytes, sha256_file
@@ -14,8 +11,7 @@ from salun_core.errors import IntegrityError, StoreError, UsageError
 from salun_core.registry.lookup import read_version
 from salun_core.registry.versions import fetch_version, publish, publish_head, stage_version
 from salun_core.storage import blobs
-from salun_core.storage import delta as delta_module
-from salun_core.storage import delta as tensor_file
+from salun_core.storage import delta as delta_format
 from salun_core.storage import keys as names
 from salun_core.storage.blobs import (
     blob_size,
@@ -29,198 +25,16 @@ from salun_core.storage.blobs import (
     stored_size,
 )
 from salun_core.storage.delta import (
-    MAX_DEPTH,
-    START_BYTES,
     DeltaFacts,
-    TensorFile,
-    parse_facts,
-    write_delta,
-    write_rebuilt,
 )
 from salun_core.storage.s3 import S3Store
 from tests.folder_model import TEXT, UNET, VAE, contents, write_folder
 
 WEIGHTS = "model.safetensors"
-WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F4": 1}
-
-
-def safetensors(tensors, metadata=None):
-    """Bytes of a safetensors file of (dtype, shape, raw bytes) by name, put together by hand."""
-    header, at = {"__metadata__": metadata} if metadata else {}, 0
-    for name, (dtype, shape, raw) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(raw)]}
-        at += len(raw)
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + b"".join(raw for *_, raw in tensors.values())
-
-
-def round_trip(folder, child, base, limit=float("inf")):
-    """Write the delta, rebuild from it, and return (the bytes that came out, the delta's size)."""
-    paths = [folder / name for name in ("child", "base", "delta", "out")]
-    paths[0].write_bytes(child)
-    paths[1].write_bytes(base)
-    facts = DeltaFacts(
-        base=sha256_bytes(base), base_size=len(base), sha256=sha256_bytes(child), size=len(child), depth=1
-    )
-    assert write_delta(paths[2], paths[0], paths[1], facts, limit)
-    with paths[3].open("wb") as sink:
-        assert write_rebuilt(paths[2], paths[1], sink) == facts.sha256
-    return paths[3].read_bytes(), paths[2].stat().st_size
-
-
-@st.composite
-def parent_and_child(draw):
-    """Two files whose tensors differ in some elements, in type, in shape, or in being there."""
-    parent, child = {}, {}
-    for name in draw(st.lists(st.text(min_size=1, max_size=4), max_size=4, unique=True)):
-        dtype, count = draw(st.sampled_from(sorted(WIDTHS))), draw(st.integers(0, 40))
-        size = count * WIDTHS[dtype] // (2 if dtype == "F4" else 1)
-        before = draw(st.binary(min_size=size, max_size=size))
-        after = bytearray(before)
-        for place in draw(st.lists(st.integers(0, size - 1), max_size=size)) if size else ():
-            after[place] = draw(st.integers(0, 255))
-        kind = draw(st.sampled_from(["kept", "kept", "kept", "reshaped", "retyped", "new", "gone"]))
-        if kind != "new":
-            parent[name] = (dtype, (count,), before)
-        if kind != "gone":
-            retyped = {"F16": "BF16", "U8": "BOOL"}.get(dtype, dtype) if kind == "retyped" else dtype
-            shape = (1, count) if kind == "reshaped" else (count,)
-            child[name] = (retyped, shape, bytes(after))
-    return safetensors(parent, draw(st.none() | st.just({"format": "pt"}))), safetensors(child)
-
-
-@given(parent_and_child(), st.sampled_from([8, 16, 1 << 20]))
-def test_every_bit_comes_back(tmp_path_factory, files, block):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensor_file, "BLOCK", block)
-        patch.setattr(delta_module, "BLOCK", block)
-        base, child = files
-        assert round_trip(tmp_path_factory.mktemp("delta"), child, base)[0] == child
-
-
-def test_nan_payloads_and_signed_zeros_are_differences(tmp_path):
-    before = np.array([0x7FC00001, 0x00000000, 0x80000000, 0x7F800001, 0xFFC00000, 0x3F800000] * 20, "<u4")
-    after = np.array([0x7FC00002, 0x80000000, 0x80000000, 0x7F800001, 0x7FC00000, 0x3F800000] * 20, "<u4")
-    base, child = (safetensors({"w": ("F32", (120,), values.tobytes())}) for values in (before, after))
-    assert round_trip(tmp_path, child, base)[0] == child
-    with safe_open(str(tmp_path / "delta"), framework="numpy") as file:
-        assert file.get_tensor("values:w").tobytes() == after[before != after].tobytes()
-        assert np.unpackbits(file.get_tensor("bits:w"), bitorder="little").tolist() == (before != after).tolist()
-
-
-def test_the_delta_is_a_safetensors_file_of_the_expected_size(tmp_path):
-    weights = np.arange(10_000, dtype="<u4")
-    changed = weights.copy()
-    changed[::2] += 1
-    names_of = ("changed", "same", "shape", "all")
-    base = safetensors({name: ("F32", (100, 100), weights.tobytes()) for name in names_of})
-    child = safetensors(
-        {
-            "changed": ("F32", (100, 100), changed.tobytes()),
-            "same": ("F32", (100, 100), weights.tobytes()),
-            "shape": ("F32", (10_000,), weights.tobytes()),
-            "all": ("F32", (100, 100), (weights + 1).tobytes()),
-            "empty": ("F32", (0, 3), b""),
-        }
-    )
-    _, size = round_trip(tmp_path, child, base)
-    assert 20_000 + 1_250 + 80_000 < size < 20_000 + 1_250 + 80_000 + 2_000
-    with safe_open(str(tmp_path / "delta"), framework="numpy") as file:
-        parts = {"header", "bits:changed", "values:changed", "whole:shape", "whole:all", "whole:empty"}
-        assert set(file.keys()) == parts
-        facts = DeltaFacts.model_validate(file.metadata())
-    assert facts == parse_facts((tmp_path / "delta").read_bytes()[:START_BYTES], "delta")
-    assert facts.sha256 == sha256_bytes(child)
-    assert not write_delta(tmp_path / "none", tmp_path / "child", tmp_path / "base", facts, size - 1)
-    assert not (tmp_path / "none").exists()
-
-
-def test_the_longest_facts_fit_the_start_of_a_delta():
-    most = 2**53 - 1
-    facts = DeltaFacts(base="f" * 64, base_size=most, sha256="f" * 64, size=most, depth=MAX_DEPTH)
-    start = delta_module.delta_header({}, facts)[:START_BYTES]
-    assert parse_facts(start, "delta") == facts
-
-
-def test_no_flipped_bit_and_no_cut_gives_other_bytes(tmp_path):
-    """A flip is refused, or meets something that the result does not rest on (the depth that is written down)."""
-    before = np.arange(30, dtype="<u2")
-    after = before.copy()
-    after[::3] += 7
-    base, child = (
-        safetensors({"w": ("F16", (30,), values.tobytes()), "b": ("U8", (1,), b"a")}) for values in (before, after)
-    )
-    round_trip(tmp_path, child, base)
-    good = (tmp_path / "delta").read_bytes()
-    header = 8 + int.from_bytes(good[:8], "little")
-    damaged = tmp_path / "damaged"
-    for place, bit in [(place, place % 8) for place in range(0, header, 3)] + [
-        (place, bit) for place in range(header, len(good)) for bit in range(8)
-    ]:
-        damaged.write_bytes(good[:place] + bytes([good[place] ^ (1 << bit)]) + good[place + 1 :])
-        with contextlib.suppress(IntegrityError):
-            assert write_rebuilt(damaged, tmp_path / "base") != sha256_bytes(child) or place < header
-    for place in range(0, len(good), 7):
-        damaged.write_bytes(good[:place])
-        with pytest.raises(IntegrityError):
-            write_rebuilt(damaged, tmp_path / "base")
-
-
-@pytest.mark.parametrize(
-    ("bits", "values", "why"),
-    [
-        (b"\x01", b"\x07\x00\x08", "does not fit its bits"),
-        (b"\x01", b"", "missing or too short"),
-        (b"\x01\x00", b"\x07\x00", "has another size"),
-        (b"\x09", b"\x07\x00\x07\x00", "past its end"),
-    ],
-)
-def test_bits_and_values_that_do_not_fit_are_refused(tmp_path, bits, values, why):
-    base = safetensors({"w": ("F16", (3,), b"abcdef")})
-    length = int.from_bytes(base[:8], "little")
-    parts = {"header": base[8 : 8 + length], "bits:w": bits, "values:w": values}
-    (tmp_path / "base").write_bytes(base)
-    (tmp_path / "delta").write_bytes(safetensors({name: ("U8", (len(raw),), raw) for name, raw in parts.items()}))
-    with pytest.raises(IntegrityError, match=why):
-        write_rebuilt(tmp_path / "delta", tmp_path / "base")
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"",
-        b"[]",
-        b"null",
-        b"[" * 100_000,
-        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}',
-        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,-4]}}',
-        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,99999999999999]}}',
-        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,"4"]}}',
-        b'{"w":{"dtype":"F32","shape":[1]}}',
-        b'{"w":{"dtype":1,"shape":[1],"data_offsets":[0,4]}}',
-        b'{"v":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"w":{"dtype":"U8","shape":[4],"data_offsets":[2,4]}}',
-        b"\xff\xfe",
-    ],
-)
-def test_a_wrong_header_is_refused(tmp_path, header):
-    path = tmp_path / "file"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + b"1234")
-    with pytest.raises(IntegrityError, match="damaged"):
-        TensorFile(path)
-    path.write_bytes((2**62).to_bytes(8, "little") + header)
-    with pytest.raises(IntegrityError, match="longer than the file"):
-        TensorFile(path)
-
-
-@pytest.mark.parametrize("start", [b"", b"12345678{}", b'12345678{"__metadata__":[]}', b'12345678{"__metadata__":{"a"'])
-def test_what_is_no_delta_is_refused(start):
-    with pytest.raises(IntegrityError, match="is not a valid delta"):
-        parse_facts(start, "deltas/x")
 
 
 @pytest.mark.parametrize(("text", "number"), [(None, 8), ("", 8), ("1", 1), (" 12 ", 12), ("64", 64)])
-def test_the_setting(monkeypatch, text, number):
+def test_full_copy_every_reads_the_environment(monkeypatch, text, number):
     monkeypatch.delenv("SALUN_FULL_COPY_EVERY", raising=False)
     if text is not None:
         monkeypatch.setenv("SALUN_FULL_COPY_EVERY", text)
@@ -228,13 +42,10 @@ def test_the_setting(monkeypatch, text, number):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "65", "8.0", "eight", "٨", "9" * 5000])
-def test_a_wrong_setting_is_refused(monkeypatch, text):
+def test_a_wrong_full_copy_every_is_refused(monkeypatch, text):
     monkeypatch.setenv("SALUN_FULL_COPY_EVERY", text)
     with pytest.raises(UsageError, match="SALUN_FULL_COPY_EVERY"):
         full_copy_every()
-
-
-# in the store
 
 
 @pytest.fixture
@@ -269,16 +80,46 @@ def stored_chain(store, weights, length, full_every=8):
 
 
 @pytest.mark.s3
-def test_the_start_of_an_object_is_read(store):
-    overwrite(store, "long", b"0123456789")
-    overwrite(store, "empty", b"")
-    assert [store.read_start("long", size) for size in (1, 4, 10, 99)] == [b"0", b"0123", b"0123456789", b"0123456789"]
-    assert store.read_start("empty", 4) == b""
-    assert store.read_start("none", 4) is None
+def test_a_blob_is_uploaded_once_and_fetched(store, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"weights")
+    blob = put_blob(store, source)
+    assert (blob.sha256, blob.size) == (sha256_bytes(b"weights"), 7)
+    before = next(iter(store.list("blobs/")))
+    overwrite(store, names.blob_key(blob.sha256), b"weightz")
+    put_blob(store, source)  # it is there with that size: not sent again
+    assert store.get(names.blob_key(blob.sha256)).data == b"weightz"
+    overwrite(store, names.blob_key(blob.sha256), b"cut")
+    put_blob(store, source)  # another size: mended
+    fetch_blob(store, blob.sha256, target)
+    assert target.read_bytes() == b"weights"
+    assert before.key == f"blobs/sha256/{blob.sha256}"
 
 
 @pytest.mark.s3
-def test_a_chain_of_versions_has_a_full_copy_every_so_often(store, weights, tmp_path):
+@pytest.mark.parametrize("damaged", [b"weighTs", b"weight", b"", b"weights and more"])
+@pytest.mark.parametrize("size", [7, None])
+def test_a_damaged_blob_never_appears(store, tmp_path, damaged, size):
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    source.write_bytes(b"weights")
+    folder.mkdir()
+    blob = put_blob(store, source)
+    overwrite(store, names.blob_key(blob.sha256), damaged)
+    with pytest.raises(IntegrityError):
+        fetch_blob(store, blob.sha256, folder / "target", size)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.s3
+def test_a_missing_blob_is_reported(store, tmp_path):
+    with pytest.raises(StoreError, match="does not exist"):
+        fetch_blob(store, "0" * 64, tmp_path / "target")
+    with pytest.raises(StoreError, match="No such file"):
+        put_blob(store, tmp_path / "none")
+
+
+@pytest.mark.s3
+def test_a_chain_of_versions_has_regular_full_copies(store, weights, tmp_path):
     """k = 3: whole, delta, delta, whole; each version comes back bit by bit."""
     paths, versions = [weights()], []
     fields = {"line": "mnist", "method": "salun"}
@@ -305,7 +146,7 @@ def test_a_chain_of_versions_has_a_full_copy_every_so_often(store, weights, tmp_
 
 
 @pytest.mark.s3
-def test_of_a_folder_only_what_changed_is_stored_again_and_as_a_difference(store, tmp_path):
+def test_only_changed_files_of_a_folder_are_stored_again_and_sparse(store, tmp_path):
     before, after = write_folder(tmp_path / "before"), write_folder(tmp_path / "after", 4000)
     fields = {"line": "sd", "method": "salun"}
     head, parent = publish(store, fields, before)
@@ -334,7 +175,7 @@ def store_size(store, digest):
 
 
 @pytest.mark.s3
-def test_what_is_stored_already_is_left_alone(store, weights):
+def test_stored_files_are_not_stored_again(store, weights):
     (first, second), (base, child) = stored_chain(store, weights, 1)
     before = list(store.list(""))
     assert put_sparse(store, second, first, base, 8).sha256 == child
@@ -343,7 +184,7 @@ def test_what_is_stored_already_is_left_alone(store, weights):
 
 
 @pytest.mark.s3
-def test_a_race_makes_no_circle(store, weights):
+def test_a_race_creates_no_circle_of_deltas(store, weights):
     """The parent's file appears, and the child's delta upon it, after we saw that the parent's is not stored."""
     (first, second), (base, child) = stored_chain(store, weights, 1)
 
@@ -360,7 +201,7 @@ def test_a_race_makes_no_circle(store, weights):
 
 
 @pytest.mark.s3
-def test_what_is_not_worth_it_is_stored_whole(store, weights, tmp_path):
+def test_files_that_do_not_shrink_are_stored_whole(store, weights, tmp_path):
     first, changed, third = weights(), weights(share=0.99), weights()
     base = put_blob(store, first).sha256
     other = tmp_path / "other"
@@ -423,13 +264,13 @@ def test_deltas_in_a_circle_are_refused(store, tmp_path, monkeypatch):
     one, two = "1" * 64, "2" * 64
     for digest, base in ((one, two), (two, one)):
         facts = DeltaFacts(base=base, base_size=9, sha256=digest, size=9, depth=1)
-        overwrite(store, names.delta_key(digest), delta_module.delta_header({}, facts))
+        overwrite(store, names.delta_key(digest), delta_format.delta_header({}, facts))
     with pytest.raises(IntegrityError, match="more than 4 deltas"):
         fetch_blob(store, one, tmp_path / "out")
 
 
 @pytest.mark.s3
-def test_a_version_whose_base_is_gone_is_refused_and_can_be_staged_again(store, weights, tmp_path):
+def test_a_version_without_its_base_is_refused_and_can_be_staged_again(store, weights, tmp_path):
     first, second = weights(), weights()
     fields = {"line": "mnist", "method": "salun"}
     head, _ = publish(store, fields, {WEIGHTS: first})
@@ -452,7 +293,7 @@ def test_a_version_whose_base_is_gone_is_refused_and_can_be_staged_again(store, 
 
 
 @pytest.mark.s3
-def test_a_base_may_go_once_its_dependants_are_whole(store, weights, tmp_path):
+def test_a_base_can_be_deleted_after_its_dependants_are_whole(store, weights, tmp_path):
     paths, digests = stored_chain(store, weights, 2)
     for digest in dependants(store, digests[0]):
         materialise(store, digest)
@@ -468,7 +309,7 @@ def test_a_base_may_go_once_its_dependants_are_whole(store, weights, tmp_path):
 
 
 @pytest.mark.s3
-def test_after_a_kill_between_the_whole_file_and_its_delta_the_whole_one_is_used(store, weights, tmp_path):
+def test_if_both_forms_exist_the_whole_one_is_read(store, weights, tmp_path):
     paths, (base, child) = stored_chain(store, weights, 1)
     put_blob(store, paths[1])
     store.delete(names.blob_key(base))
@@ -480,7 +321,7 @@ def test_after_a_kill_between_the_whole_file_and_its_delta_the_whole_one_is_used
 
 
 @pytest.mark.s3
-def test_a_purge_during_a_fetch_does_no_harm(store, weights, tmp_path):
+def test_a_purge_during_a_fetch_is_harmless(store, weights, tmp_path):
     """The dependant becomes whole, and its base goes, when the fetch has just decided to rebuild it."""
     paths, (base, child) = stored_chain(store, weights, 1)
 
