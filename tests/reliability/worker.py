@@ -89,8 +89,8 @@ class Worker:
 
     def sweep(self, line: str, run: str) -> None:
         """Do one sweep: claim, erase, settle, whatever happens in between."""
-        standing = self.context.ledger.standing
-        if not any(standing(status, line) for status in _OPEN) or holder_of(self.context.store, line):
+        entries = self.context.ledger.entries
+        if not any(entries(status, line) for status in _OPEN) or holder_of(self.context.store, line):
             return
         claimed = self._step(lambda: toy.claim_next(self.context, run, line, **self.plan.policy))
         if claimed.record is None and claimed.reason.startswith("another run"):
