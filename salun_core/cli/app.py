@@ -160,8 +160,7 @@ _VERBS: dict[str, Callable[..., None]] = {
 }
 
 
-_FREE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-_CONTEXT = {"demo": _FREE, "demo-diffusion": _FREE}
+_FREE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}  # of the demos
 
 
 def _add_verbs() -> None:
@@ -171,7 +170,9 @@ def _add_verbs() -> None:
         app.add_typer(groups[name], name=name)
     for verb, function in _VERBS.items():
         group, _, name = verb.rpartition(" ")
-        groups[group].command(name, cls=Verb, epilog=verb, context_settings=_CONTEXT.get(verb))(function)
+        groups[group].command(name, cls=Verb, epilog=verb, context_settings=_FREE if verb.startswith("demo") else None)(
+            function
+        )
 
 
 _add_verbs()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from salun_core.cli.options import Store
-from salun_core.cli.output import METRICS, emit, emit_facts, print_table
+from salun_core.cli.output import METRICS, emit, emit_facts, minute, print_table
 
 if TYPE_CHECKING:
     from salun_core.certificates.statement import Erasure
@@ -73,10 +73,10 @@ def _show(found: Verification, model: Path | None) -> None:
 
 def _summary(erasure: Erasure) -> list[tuple[str, str]]:
     request, model, forgotten, debt = erasure.request, erasure.model, erasure.forgotten, erasure.debt
-    times = f"received {_time(request.received_at)}, due {_time(request.due_at)}, settled {_time(request.completed_at)}"
+    received, due, settled = map(minute, (request.received_at, request.due_at, request.completed_at))
     made = f"{model.line}@{model.version[:12]}" + (f", made from {model.parent[:12]}" if model.parent else "")
     rows = [
-        ("request", f"{request.id}: {times}"),
+        ("request", f"{request.id}: received {received}, due {due}, settled {settled}"),
         ("outcome", erasure.outcome.value.replace("_", " ")),
         ("model", made),
         ("forgotten", f"{forgotten.count} training samples, of {forgotten.named} that the request names"),
@@ -95,15 +95,11 @@ def _summary(erasure: Erasure) -> list[tuple[str, str]]:
 def _disposals(found: Verification) -> list[tuple[str, str, str]]:
     disposals = found.certificate.predicate.disposals
     added = [item for addendum in found.addenda for item in addendum.predicate.done]
-    rows = [(item.what, "deleted", _time(item.at)) for item in disposals.done]
-    rows += [(item.what, "deleted (addendum)", _time(item.at)) for item in added]
+    rows = [(item.what, "deleted", minute(item.at)) for item in disposals.done]
+    rows += [(item.what, "deleted (addendum)", minute(item.at)) for item in added]
     return rows + [
-        (item.what, "due", _time(item.by)) for item in disposals.due if item.what not in {a.what for a in added}
+        (item.what, "due", minute(item.by)) for item in disposals.due if item.what not in {a.what for a in added}
     ]
-
-
-def _time(text: str) -> str:
-    return text[:16].replace("T", " ")
 
 
 def certificate(

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from salun_core.cli.options import OptionalStore
-from salun_core.cli.output import emit, print_table
-
-if TYPE_CHECKING:
-    from salun_core.methods.config import LoopConfig
+from salun_core.cli.output import emit, emit_rows, print_table
 
 _DATA = {
     "digits": "1,797 handwritten digits of 8 x 8 pixels; part of scikit-learn",
@@ -23,33 +18,24 @@ _DATA = {
 
 def methods() -> None:
     """List the unlearning methods of classifiers and of diffusion models."""
-    from salun_core.methods.method import resolve_config
-    from salun_core.tasks import TASKS
-
-    rows = [
-        _method(task.description.removesuffix(" model"), name, method, resolve_config(task.methods, name))
-        for task in TASKS.values()
-        for name, method in task.methods.items()
-    ]
-    cells = [[f"{cell:g}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows]
-    emit(rows, lambda: print_table(list(rows[0]), cells))
-
-
-def _method(kind: str, name: str, method: Any, config: LoopConfig) -> dict[str, object]:  # noqa: ANN401 - of either kind
-    """Describe a method; its title begins the docstring of its module."""
     import inspect
     import sys
 
-    home = next(module for module in list(sys.modules.values()) if getattr(module, "METHOD", None) is method)
-    steps = getattr(config, "steps", None)
-    return {
-        "model": kind,
-        "method": name,
-        "needs_mask": method.needs_mask,
-        "length": f"{steps} steps" if steps else f"{config.epochs} epochs",
-        "learning_rate": config.learning_rate,
-        "about": (inspect.getdoc(home) or "").partition(":")[0],
-    }
+    from salun_core.methods.method import resolve_config
+    from salun_core.tasks import TASKS
+
+    rows = []
+    for task in TASKS.values():
+        for name, method in task.methods.items():
+            config, model = resolve_config(task.methods, name), task.description.removesuffix(" model")
+            home = next(item for item in list(sys.modules.values()) if getattr(item, "METHOD", None) is method)
+            steps = getattr(config, "steps", None)
+            length = f"{steps} steps" if steps else f"{config.epochs} epochs"
+            row = {"model": model, "method": name, "needs_mask": method.needs_mask, "length": length}
+            about = (inspect.getdoc(home) or "").partition(":")[0]  # the title of its module
+            rows.append({**row, "learning_rate": config.learning_rate, "about": about})
+    cells = [[f"{cell:g}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows]
+    emit(rows, lambda: print_table(list(rows[0]), cells))
 
 
 def models(store: OptionalStore = None) -> None:
@@ -64,10 +50,9 @@ def models(store: OptionalStore = None) -> None:
         opened = open_store(store)
         heads = {line: read_head(opened, line) for line in lines(opened)}
         rows += [{"model": f"{line}@{head[0].version[:12]}", "kind": "line"} for line, head in heads.items() if head]
-    emit(rows, lambda: print_table(["model", "kind"], [list(row.values()) for row in rows]))
+    emit_rows(rows)
 
 
 def data() -> None:
     """List the ways to name a data set."""
-    rows = [{"data": name, "what": what} for name, what in _DATA.items()]
-    emit(rows, lambda: print_table(["data", "what"], list(_DATA.items())))
+    emit_rows([{"data": name, "what": what} for name, what in _DATA.items()])

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from salun_core.cli.options import Actor, DryRun, OptionalStore, Reason, Settings, Store, read_settings, who
-from salun_core.cli.output import emit, emit_facts, emit_plan, epoch_progress, print_table
+from salun_core.cli.output import emit, emit_facts, emit_plan, epoch_progress, minute, print_table
 from salun_core.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 CLASSIFIER = "classifier"
 
 OwnData = Annotated[
-    str,
-    typer.Option("--data", metavar="D", help="A YAML spec, a folder, parquet, `digits` or torchvision:NAME."),
+    str, typer.Option("--data", metavar="D", help="A YAML spec, a folder, parquet, `digits` or torchvision:NAME.")
 ]
 Architecture = Annotated[
     str, typer.Option("--arch", metavar="A", help="Such as resnet18, torchvision:NAME or timm:NAME.")
@@ -33,12 +32,10 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write the model to."
 Line = Annotated[str | None, typer.Option("--line", help="Also publish it as the first version of this model line.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights, the order and the noise.")]
 Judge = Annotated[
-    str | None,
-    typer.Option("--judge", help="Classifier of the images: LINE, LINE@VERSION, a folder or s3://."),
+    str | None, typer.Option("--judge", help="Classifier of the images: LINE, LINE@VERSION, a folder or s3://.")
 ]
 Evaluation = Annotated[
-    list[str],
-    typer.Option("--evaluation", metavar="KEY=VALUE", help="Setting of the evaluation; may be repeated."),
+    list[str], typer.Option("--evaluation", metavar="KEY=VALUE", help="Setting of the evaluation; may be repeated.")
 ]
 Version = Annotated[str, typer.Argument(metavar="LINE@VERSION", help="The version, by 6 or more digits of its digest.")]
 
@@ -213,8 +210,7 @@ def _train_diffusion(kind: str, about: str) -> Callable[..., None]:
 
 
 train_ddpm = _train_diffusion(
-    "ddpm",
-    "Train a small class-conditional DDPM from fresh weights, and write its model folder. It needs a checkout.",
+    "ddpm", "Train a small class-conditional DDPM from fresh weights, and write its model folder. It needs a checkout."
 )
 train_stable_diffusion = _train_diffusion(
     "stable-diffusion",
@@ -225,10 +221,7 @@ train_stable_diffusion = _train_diffusion(
 def import_diffusion(
     source: Annotated[str, typer.Argument(metavar="FOLDER", help="A diffusers folder, or a hub name in the cache.")],
     out: Out,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="D", help="The data. Default: images are generated."),
-    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="D", help="The data. Default: images are generated.")] = None,
     prompt: Annotated[str, typer.Option(help="Prompt of a class; {label} is its name.")] = "an image of a {label}",
     judge: Judge = None,
     evaluation: Evaluation = [],
@@ -301,7 +294,7 @@ def _row(item: VersionSummary) -> tuple[object, ...]:
         manifest.lineage.runs_since_training,
         item.kept,
         item.held_by or "-",
-        manifest.created_at[:16].replace("T", " "),
+        minute(manifest.created_at),
     )
 
 

@@ -65,8 +65,7 @@ def purge(
     pipeline_root: Annotated[
         str | None,
         typer.Option(
-            envvar="SALUN_PIPELINE_ROOT",
-            help="Kubeflow's store of artifacts, such as s3://mlpipeline/v2/artifacts.",
+            envvar="SALUN_PIPELINE_ROOT", help="Kubeflow's store of artifacts, such as s3://mlpipeline/v2/artifacts."
         ),
     ] = None,
     scratch_hours: Annotated[int, typer.Option(min=0, max=24, help="Age limit of settled runs' forget data.")] = 24,

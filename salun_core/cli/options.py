@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 Model = Annotated[
-    str,
-    typer.Option("--model", metavar="M", help="A folder, LINE or LINE@VERSION in the store, or s3://."),
+    str, typer.Option("--model", metavar="M", help="A folder, LINE or LINE@VERSION in the store, or s3://.")
 ]
 Data = Annotated[
     str | None,

@@ -62,6 +62,11 @@ def emit_plan(verb: str, facts: Mapping[str, Any]) -> None:
     emit_facts(facts, f"dry run: the inputs are valid, {verb} wrote nothing")
 
 
+def emit_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print mappings with the same keys, which are the headings of the table."""
+    emit(rows, lambda: print_table(list(rows[0]), [list(row.values()) for row in rows]))
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print rows under headings, numbers aligned to the right; long rows are folded on a terminal only."""
     from rich import box
@@ -87,6 +92,11 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def minute(text: str) -> str:
+    """Return an ISO 8601 time without its seconds and zone."""
+    return text[:16].replace("T", " ")
 
 
 def print_metrics(evidence: Evidence) -> None:

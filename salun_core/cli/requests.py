@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from salun_core.cli.options import Actor, DryRun, Reason, Store, who
-from salun_core.cli.output import emit, print_table
+from salun_core.cli.output import emit, minute, print_table
 from salun_core.errors import ConflictError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -35,15 +35,10 @@ def _ledger(store: str, dry_run: bool = False) -> Ledger:
     return Ledger(open_store(store), utc_clock, dry_run)
 
 
-def _minute(text: str) -> str:
-    return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M")
-
-
 def submit(
     store: Store,
     file: Annotated[
-        str | None,
-        typer.Argument(metavar="FILE", help="JSON, YAML, JSON lines or OpenDSR; - is stdin."),
+        str | None, typer.Argument(metavar="FILE", help="JSON, YAML, JSON lines or OpenDSR; - is stdin.")
     ] = None,
     request_id: Annotated[str | None, typer.Option("--id", help="Id of the request, instead of a file.")] = None,
     line: Annotated[str | None, typer.Option(help="The model line to erase from; also with an OpenDSR file.")] = None,
@@ -56,22 +51,23 @@ def submit(
     dry_run: DryRun = False,
 ) -> None:
     """File deletion requests. Repeating a call has no effect; another text under the same id is refused."""
+    from salun_core.config import parse
     from salun_core.requests.intake import read_submissions
+    from salun_core.requests.schema import Submission
+    from salun_core.times import parse_moment
 
-    flags = {
-        "id": request_id,
-        "model_line": line,
-        "target": _target(samples, class_id, subject),
-        "received_at": received_at,
-        "source": source,
-    }
-    given = {
-        name: value for name, value in flags.items() if value is not None and (file is None or name != "model_line")
-    }
+    received = None if received_at is None else parse_moment(received_at)
+    target = _target(samples, class_id, subject)
+    flags = {"id": request_id, "target": target, "received_at": received, "source": source}
+    flags |= {"model_line": line} if file is None else {}
+    given = {name: value for name, value in flags.items() if value is not None}
     if (file is None) == (not given):
         why = "both were given" if given else "neither was given"
         raise UsageError("give either a file or the options of one request", why, "see salun request submit --help")
-    submissions = [_submission(given)] if file is None else read_submissions(_read(file), file, line)
+    if file is None:
+        submissions: Sequence[Submission] = [parse(Submission, given, "the request")]
+    else:
+        submissions = read_submissions(_read(file), file, line)
     _print_filed(_file_all(_ledger(store, dry_run), submissions, who(actor)), dry_run)
 
 
@@ -87,16 +83,6 @@ def _target(samples: str | None, class_id: str | None, subject: str | None) -> d
         why = "--samples, --class and --subject exclude each other"
         raise UsageError("a request has one target", why, "file a request for each")
     return targets[0] if targets else None
-
-
-def _submission(given: dict[str, Any]) -> Submission:
-    from salun_core.config import parse
-    from salun_core.requests.schema import Submission
-    from salun_core.times import parse_moment
-
-    if "received_at" in given:
-        given = {**given, "received_at": parse_moment(given["received_at"])}
-    return parse(Submission, given, "the request")
 
 
 def _read(file: str) -> str:
@@ -145,7 +131,7 @@ def _print_filed(filed: Filed, dry_run: bool) -> None:
 
 def _show_receipts(receipts: Sequence[Receipt], dry_run: bool) -> None:
     shown = receipts if len(receipts) <= _ALL_SHOWN else receipts[-3:]
-    rows = [(item.id, item.model_line, _minute(item.received_at), _minute(item.due_at)) for item in shown]
+    rows = [(item.id, item.model_line, minute(item.received_at), minute(item.due_at)) for item in shown]
     if rows:
         print_table(("id", "line", "received", "due"), rows)
     if len(shown) < len(receipts):
@@ -182,13 +168,13 @@ def _show_request(request: DeletionRequest, status: str, events: Sequence[Reques
 
     source = f", from {request.source}" if request.source else ""
     summary = f"{request.model_line}, {summarise(request.target)}{source}"
-    typer.echo(f"{request.id}: {status}, due {_minute(request.due_at)}, {summary}")
+    typer.echo(f"{request.id}: {status}, due {minute(request.due_at)}, {summary}")
     if with_target:
         typer.echo(request.target.model_dump_json(exclude_none=True, indent=2))
     rows = [
         (
             event.n,
-            _minute(event.at),
+            minute(event.at),
             event.from_status.value,
             f"{event.to_status}: {event.outcome}" if event.outcome else event.to_status.value,
             event.attempt,
@@ -247,7 +233,7 @@ def _show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             row["id"],
             row["model_line"],
             f"{row['status']}, overdue" if row["overdue"] else row["status"],
-            _minute(row["due_at"]),
+            minute(row["due_at"]),
             row["attempt"],
             row["summary"],
         )

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import typer
 
+from salun_core.cli.app import app
 from salun_core.registry.versions import publish
+from salun_core.retention.rules import RetentionRules
 
 pytestmark = pytest.mark.s3
 
@@ -54,3 +57,11 @@ def test_wrong_words(salun, versions, monkeypatch):
     assert salun("purge", "--weights-days", 31).exit_code == 2
     monkeypatch.delenv("SALUN_STORE_URI")
     assert "SALUN_STORE_URI" in salun("purge").stderr
+
+
+def test_the_options_have_the_defaults_of_the_rules():
+    fields = RetentionRules.model_fields
+    options = {item.name: item for item in typer.main.get_command(app).commands["purge"].params}
+    named = [name for name in fields if name in options]
+    assert len(named) == 5
+    assert {name: options[name].default for name in named} == {name: fields[name].default for name in named}
