@@ -170,9 +170,8 @@ def _add_verbs() -> None:
         app.add_typer(groups[name], name=name)
     for verb, function in _VERBS.items():
         group, _, name = verb.rpartition(" ")
-        groups[group].command(name, cls=Verb, epilog=verb, context_settings=_FREE if verb.startswith("demo") else None)(
-            function
-        )
+        settings = _FREE if verb.startswith("demo") else None
+        groups[group].command(name, cls=Verb, epilog=verb, context_settings=settings)(function)
 
 
 _add_verbs()
