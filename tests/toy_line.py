@@ -17,6 +17,7 @@ from salun_core.certificates.issue import CertificateInput
 from salun_core.data.forget_set import RedactedTarget, SamplesTarget
 from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import UsageError
+from salun_core.methods.recipe import Recipe
 from salun_core.registry.lookup import Version, read_head, read_version
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.requests.resolve import Resolved
@@ -25,7 +26,7 @@ from salun_core.storage import FileStore
 from salun_core.storage.keys import blob_key, certificate_key, run_key, scratch_key
 from salun_core.sweeps.claim import Claim, claim
 from salun_core.sweeps.context import SweepContext
-from salun_core.sweeps.policy import Recipe, SweepPolicy
+from salun_core.sweeps.policy import SweepPolicy
 from salun_core.sweeps.runs import RunRecord, RunStatus
 from salun_core.sweeps.settle import DECISION
 from salun_core.times import utc_clock

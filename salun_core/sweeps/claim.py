@@ -31,6 +31,7 @@ from datetime import UTC, datetime
 from salun_core.config import parse
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import ConflictError, SalunError
+from salun_core.methods.recipe import Recipe
 from salun_core.registry.lookup import Version, read_version, require_head
 from salun_core.requests.index import IndexEntry, read_entries
 from salun_core.requests.ledger import Transition
@@ -39,7 +40,7 @@ from salun_core.requests.schema import RequestState, Status
 from salun_core.storage.keys import scratch_key, work_key
 from salun_core.storage.leases import acquire
 from salun_core.sweeps.context import SweepContext, in_parallel
-from salun_core.sweeps.policy import Recipe, SweepPolicy, why_due
+from salun_core.sweeps.policy import SweepPolicy, why_due
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord
 from salun_core.sweeps.settle import complete, in_progress, published_by, recover
 from salun_core.times import as_utc

@@ -1,4 +1,4 @@
-"""The search: a Gaussian process chooses settings, trials are measured on held-out data, the best allowed one stays."""
+"""The search: a Gaussian process proposes settings, trials are measured on held-out data, the best allowed one wins."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from salun_core.data.images import ImageSet
 from salun_core.errors import SalunError, UsageError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.evaluation.integrity import compare_weights
-from salun_core.methods.classification import METHODS, UnlearnConfig, UnlearnResult
+from salun_core.methods.classification import METHODS
 from salun_core.methods.classification.method import MethodContext
-from salun_core.methods.method import get_method
+from salun_core.methods.config import UnlearnConfig
+from salun_core.methods.method import UnlearnResult, get_method
 from salun_core.saliency import SaliencyMask
 from salun_core.tuning.budget import Budget, TrialRecord
 from salun_core.tuning.objective import Constraint, Sets
 from salun_core.tuning.space import Choice, Space
-from salun_core.tuning.trial import CandidateEvaluator, EpochCallback, Measured, Trial, run_trial
+from salun_core.tuning.trial import CandidateEvaluator, EpochCallback, Measurement, Trial, run_trial
 
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import Trial as Suggestion
 
 OnTrial = Callable[[TrialRecord], None]
-_FAILED = 10.0  # told of a trial without figures: worse than any that breaks rules
+_FAILED = 10.0  # reported for a trial without figures: worse than any that breaks rules
 _RANDOM = 4  # trials before the optimiser learns from them: a budget is a few dozen epochs
-_WARMUP = 1  # first epoch after which it may: the first alone says little, forgetting comes before repair
+_WARMUP = 1  # first epoch that the pruner may end: the first alone predicts little, forgetting comes before repair
 _STARTUP = 2  # finished trials before the median of the others ends one
 
 
@@ -66,6 +67,16 @@ class Problem:
     spent: int = 0
     random_seed: int | None = None
 
+    def mask(self, choice: Choice) -> SaliencyMask | None:
+        """Return the mask of a choice; None for a method without a mask."""
+        if choice.density is None:
+            return None
+        if self.random_seed is not None:
+            shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+            return SaliencyMask.random(shapes, choice.density, self.random_seed)
+        assert self.scores is not None  # a method with a mask has one or the other
+        return SaliencyMask.from_scores(self.scores, choice.density)
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -74,7 +85,7 @@ class Chosen:
     Args:
         number: of the trial.
         result: its model, configuration and history; seconds and passes of the whole search.
-        mask: that it was trained under.
+        mask: mask that it was trained with.
     """
 
     number: int
@@ -84,13 +95,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the search came to.
+    """The result of a search.
 
     Args:
         trials: all that were tried, at least one.
         passes: of all of them.
         seconds: wall clock.
-        chosen: the best one; None where the policy allows none.
+        chosen: the best one; None if the policy allows none.
     """
 
     trials: list[TrialRecord]
@@ -100,29 +111,35 @@ class Tuned:
 
     @property
     def broken(self) -> str:
-        """The rules that the nearest trial breaks, where none was chosen."""
-        nearest = min((t for t in self.trials if t.distance is not None), key=_nearness, default=None)
+        """The rules that the nearest trial breaks, if none was chosen."""
+        measured = [trial for trial in self.trials if trial.distance is not None]
+        nearest = min(measured, key=lambda trial: (len(trial.refused), trial.distance or 0.0), default=None)
         return "; ".join(nearest.refused) if nearest else "every trial failed or was ended before it had a model"
 
 
-@dataclass
-class SearchState:
-    """How far the search has come."""
+def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
+    """Return what a run of so many epochs costs in images forward and backward.
 
-    passes: int
-    trials: list[TrialRecord] = field(default_factory=list)
-    best: Measured | None = None
-    config: UnlearnConfig | None = None
-    choice: Choice | None = None
-    history: list[EpochRecord] = field(default_factory=list)
-    chosen: int = -1
+    Args:
+        problem: with the method and the images.
+        choice: its settings.
+        epochs: to run; 0 costs nothing.
+    """
+    if epochs == 0:
+        return 0
+    config = problem.space.config(choice).model_copy(update={"epochs": epochs})
+    forget, retain = problem.images
+    with torch.no_grad():
+        num_classes = int(problem.model(next(iter(forget.batches(1)))[0]).shape[1])
+    context = MethodContext(forget, retain, num_classes, config, problem.model)
+    return get_method(METHODS, problem.space.method).total_passes(context)
 
 
 def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
-    """Search until the budget is spent, for the best model that stays within the policy.
+    """Search until the budget is spent, for the best model that satisfies the policy.
 
-    The model is the one that its trial made, not trained again: unlearning with the chosen settings and mask gives
-    the same bits. With a budget in passes the same seed finds the same settings.
+    The model is the one that its trial made; it is not trained again. Unlearning with the chosen settings and mask
+    gives the same weights.
 
     Args:
         problem: what is searched for.
@@ -136,22 +153,25 @@ def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
         SalunError: Optuna is not installed.
     """
     begun = time.perf_counter()
-    evaluator = CandidateEvaluator(problem.model, problem.sets, problem.sets.read(problem.model), problem.constraint)
-    state = SearchState(problem.spent + problem.sets.passes)
     study = _study(problem)
+    before = problem.sets.read(problem.model)
+    evaluator = CandidateEvaluator(problem.model, problem.sets, before, problem.constraint)
+    state = SearchState(problem, evaluator, problem.spent + problem.sets.passes)
     while True:
         suggestion = study.ask()
         choice = problem.space.draw(suggestion)
-        if not problem.budget.allows(state.passes + _least(problem, choice)):
+        least = state.passes + passes_of(problem, choice, 1 if problem.space.growing else choice.epochs)
+        least += problem.sets.passes
+        if not problem.budget.allows(least):
             break
-        trial = _try(problem, evaluator, state, suggestion, choice)
-        _tell(study, suggestion, trial)
+        best = state.run(suggestion, choice).best
+        study.tell(suggestion, min(best.value, _FAILED) if best else _FAILED)
         if on_trial:
             on_trial(state.trials[-1])
     if not state.trials:
-        raise _too_small(problem, state.passes + _least(problem, choice))
+        raise _too_small(problem, least)
     seconds = time.perf_counter() - begun
-    return Tuned(state.trials, state.passes, seconds, _chosen(problem, state, seconds))
+    return Tuned(state.trials, state.passes, seconds, state.chosen(seconds))
 
 
 def _study(problem: Problem) -> Study:
@@ -169,75 +189,65 @@ def _study(problem: Problem) -> Study:
     return study
 
 
-def _least(problem: Problem, choice: Choice) -> int:
-    """Passes that a trial costs before it has an answer."""
-    epochs = 1 if problem.space.growing else choice.epochs
-    return passes_of(problem, choice, epochs) + problem.sets.passes
-
-
-def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
-    """Return what a run of so many epochs costs in images forward and backward.
+@dataclass
+class SearchState:
+    """The trials so far and the best of them.
 
     Args:
-        problem: with the method and the images.
-        choice: its settings.
-        epochs: to run; 0 costs nothing.
+        problem: what is searched for.
+        evaluator: measures candidates.
+        passes: spent so far.
+        trials: all of them.
+        best: the best allowed candidate, with its configuration, history and choice. It is the only one whose weights
+            are kept.
+        best_number: of its trial.
     """
-    if epochs == 0:
-        return 0
-    config = problem.space.config(choice).model_copy(update={"epochs": epochs})
-    forget, retain = problem.images
-    context = MethodContext(forget, retain, _classes(problem.model, forget), config, problem.model)
-    return get_method(METHODS, problem.space.method).total_passes(context)
 
+    problem: Problem
+    evaluator: CandidateEvaluator
+    passes: int
+    trials: list[TrialRecord] = field(default_factory=list)
+    best: tuple[Measurement, UnlearnConfig, list[EpochRecord], Choice] | None = None
+    best_number: int = -1
 
-@torch.no_grad()
-def _classes(model: nn.Module, images: ImageSet) -> int:
-    inputs, _ = next(iter(images.batches(1)))
-    return int(model(inputs).shape[1])
+    def run(self, suggestion: Suggestion, choice: Choice) -> Trial:
+        """Run one trial and record it."""
+        problem, method = self.problem, self.problem.space.method
+        config, reading = problem.space.config(choice), problem.sets.passes
+        before = self.passes
 
+        def go_on(seen: Measurement) -> bool:
+            suggestion.report(seen.value, seen.epoch)
+            spent = before + passes_of(problem, choice, seen.epoch + 1) + (seen.epoch + 1) * reading
+            return problem.budget.allows(spent) and not suggestion.should_prune()
 
-def _try(
-    problem: Problem, evaluator: CandidateEvaluator, state: SearchState, suggestion: Suggestion, choice: Choice
-) -> Trial:
-    config = problem.space.config(choice)
-    before = state.passes
+        callback = EpochCallback(self.evaluator, go_on, config.epochs)
+        trial = run_trial(method, config, problem.images, problem.mask(choice), callback, problem.space.growing)
+        epochs = len(trial.history) if get_method(METHODS, method).edit is None else config.epochs
+        if trial.state == "failed":
+            epochs = min(epochs + 1, config.epochs)  # the epoch that failed was paid for
+        passes = passes_of(problem, choice, epochs) + len(trial.answers) * reading
+        self.passes += passes
+        self.trials.append(_record(len(self.trials), choice, trial, passes))
+        best = trial.best
+        if best is not None and not best.refused and (self.best is None or best.value < self.best[0].value):
+            config = config.model_copy(update={"epochs": best.epoch})
+            self.best = best, config, trial.history[: best.epoch], choice
+            self.best_number = self.trials[-1].number
+        return trial
 
-    def go_on(seen: Measured) -> bool:
-        suggestion.report(seen.value, seen.epoch)
-        spent = before + passes_of(problem, choice, seen.epoch + 1) + (seen.epoch + 1) * problem.sets.passes
-        return problem.budget.allows(spent) and not suggestion.should_prune()
-
-    callback = EpochCallback(evaluator, go_on, config.epochs)
-    method, growing = problem.space.method, problem.space.growing
-    trial = run_trial(method, config, problem.images, _mask(problem, choice), callback, growing)
-    epochs = len(trial.history) if get_method(METHODS, method).edit is None else config.epochs
-    if trial.state == "failed":
-        epochs = min(epochs + 1, config.epochs)  # the one that failed was paid for
-    passes = passes_of(problem, choice, epochs) + trial.readings * problem.sets.passes
-    state.passes += passes
-    state.trials.append(_record(len(state.trials), choice, trial, passes))
-    best = trial.best
-    if best is not None and not best.refused and (state.best is None or best.value < state.best.value):
-        state.best, state.choice, state.chosen = best, choice, state.trials[-1].number
-        state.config = config.model_copy(update={"epochs": best.epoch})
-        state.history = trial.history[: best.epoch]
-    return trial
-
-
-def _mask(problem: Problem, choice: Choice) -> SaliencyMask | None:
-    if choice.density is None:
-        return None
-    if problem.random_seed is not None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in problem.model.named_parameters()}
-        return SaliencyMask.random(shapes, choice.density, problem.random_seed)
-    assert problem.scores is not None  # a method with a mask has one or the other
-    return SaliencyMask.from_scores(problem.scores, choice.density)
-
-
-def _tell(study: Study, suggestion: Suggestion, trial: Trial) -> None:
-    best = trial.best
-    study.tell(suggestion, min(best.value, _FAILED) if best else _FAILED)
+    def chosen(self, seconds: float) -> Chosen | None:
+        """Return the best allowed candidate as the result of an unlearning run that took `seconds`."""
+        if self.best is None:
+            return None
+        best, config, history, choice = self.best
+        model = copy.deepcopy(self.problem.model)
+        model.load_state_dict(best.state)
+        compared = compare_weights(self.problem.model, model)
+        changed = compared.weights_changed / max(1, compared.weights)
+        method = self.problem.space.method
+        result = UnlearnResult(model.eval(), method, config, history, seconds, self.passes, changed)
+        return Chosen(self.best_number, result, self.problem.mask(choice))
 
 
 def _record(number: int, choice: Choice, trial: Trial, passes: int) -> TrialRecord:
@@ -257,23 +267,6 @@ def _record(number: int, choice: Choice, trial: Trial, passes: int) -> TrialReco
         "seconds": trial.seconds,
     }
     return TrialRecord.model_validate(fields)
-
-
-def _chosen(problem: Problem, state: SearchState, seconds: float) -> Chosen | None:
-    best, config, choice = state.best, state.config, state.choice
-    if best is None or config is None or choice is None:
-        return None
-    model = copy.deepcopy(problem.model)
-    model.load_state_dict(best.state)
-    compared = compare_weights(problem.model, model)
-    moved = compared.weights_changed / max(1, compared.weights)
-    method = problem.space.method
-    result = UnlearnResult(model.eval(), method, config, state.history, seconds, state.passes, moved)
-    return Chosen(state.chosen, result, _mask(problem, choice))
-
-
-def _nearness(trial: TrialRecord) -> tuple[int, float]:
-    return len(trial.refused), trial.distance or 0.0
 
 
 def _too_small(problem: Problem, needed: int) -> UsageError:

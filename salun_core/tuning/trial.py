@@ -1,4 +1,4 @@
-"""One trial: an unlearning run that is measured after each epoch, and ends early when it leads nowhere."""
+"""One trial: an unlearning run that is measured after each epoch, and ends early if it does not improve."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from salun_core.methods.classification import UnlearnConfig, unlearn
 from salun_core.saliency import SaliencyMask
 from salun_core.tuning.objective import Constraint, Reading, Sets, distance, figures_of, metrics_of
 
-PATIENCE = 2
-_PREFIX = "model/"
+PATIENCE = 2  # epochs without a better one that end a trial: the value is noisy from one epoch to the next
+_PREFIX = "model/"  # of the weights in the state of the loop
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model on the way, and what was measured of it.
+class Measurement:
+    """A candidate and its figures.
 
     Args:
         epoch: epochs that made it.
         state: its weights and buffers.
         figures: for the log.
-        distance: what the search makes small; infinite where an output is no number.
+        distance: the objective; infinite if an output is not a number.
         refused: rules of the policy that it breaks.
-        value: the distance, and more than 1 on top where a rule is broken.
+        value: what the search minimises: the distance, and more than 1 on top if a rule is broken.
     """
 
     epoch: int
@@ -50,7 +50,7 @@ class CandidateEvaluator:
     Args:
         model: the original, on the device; its copies hold the candidates.
         sets: what to measure on.
-        before: what the original says of them.
+        before: outputs of the original on the sets.
         constraint: checks figures against the policy.
     """
 
@@ -59,91 +59,86 @@ class CandidateEvaluator:
     before: Reading
     constraint: Constraint
 
-    def measure(self, epoch: int, state: dict[str, Tensor]) -> Measured:
+    def measure(self, epoch: int, state: dict[str, Tensor]) -> Measurement:
         """Measure a candidate with the original's architecture."""
         candidate = copy.deepcopy(self.model)
         candidate.load_state_dict(state)
         after = self.sets.read(candidate)
         if not after.finite:
-            return Measured(epoch, state, {}, float("inf"), ["an output is not a number"], 10.0)
+            return Measurement(epoch, state, {}, float("inf"), ["an output is not a number"], 10.0)
         metrics = metrics_of(self.before, after)
         checked, far = self.constraint(metrics), distance(self.before, after)
         value = far + (1 + checked.shortfall if checked.reasons else 0.0)
-        return Measured(epoch, state, figures_of(metrics, after), far, checked.reasons, value)
+        return Measurement(epoch, state, figures_of(metrics, after), far, checked.reasons, value)
 
 
-class Stopped(Exception):  # noqa: N818 - a way out of the loop, no error
+class Stopped(Exception):  # noqa: N818 - control flow, not an error
     """Ends a trial from within its loop."""
 
 
 @dataclass
 class EpochCallback:
-    """Looks at a run after each epoch: a checkpoint store that keeps the last state in memory.
+    """Measures a run after each epoch. It is also the checkpoint store of the loop, to get at the weights.
 
     Args:
         evaluator: measures.
-        go_on: says of what was measured last whether the trial may run another epoch.
+        go_on: (last measurement) -> whether the trial may run another epoch.
         last: epochs of the whole trial.
         state: weights after the last epoch.
-        seen: what was measured so far.
-        history: one record an epoch.
+        seen: all measurements.
+        history: one record per epoch.
     """
 
     evaluator: CandidateEvaluator
-    go_on: Callable[[Measured], bool]
+    go_on: Callable[[Measurement], bool]
     last: int
     state: dict[str, Tensor] = field(default_factory=dict)
-    seen: list[Measured] = field(default_factory=list)
+    seen: list[Measurement] = field(default_factory=list)
     history: list[EpochRecord] = field(default_factory=list)
 
     def load(self) -> bytes | None:
-        """Return None: a trial starts anew."""
+        """Return None: a trial does not resume."""
         return None
 
     def save(self, data: bytes) -> None:
-        """Take the weights out of the loop's state."""
+        """Take the weights out of the state of the loop."""
         tensors = deserialise(data)
         self.state = {name.removeprefix(_PREFIX): tensors[name] for name in tensors if name.startswith(_PREFIX)}
 
     def look(self, record: EpochRecord) -> None:
-        """Measure, and end the trial where it leads nowhere.
+        """Measure the epoch, and end the trial if the search ends it or it has not improved for `PATIENCE` epochs.
 
         Raises:
-            Stopped: it does.
+            Stopped: the trial ends before its last epoch.
         """
         self.history.append(record)
         found = self.evaluator.measure(record.epoch, self.state)
         self.seen.append(found)
-        more = self.go_on(found) and self._improves()
-        if not more and record.epoch < self.last:
-            raise Stopped
-
-    def _improves(self) -> bool:
         values = [item.value for item in self.seen]
-        return len(values) - 1 - values.index(min(values)) < PATIENCE
+        improves = len(values) - 1 - values.index(min(values)) < PATIENCE
+        if not (self.go_on(found) and improves) and record.epoch < self.last:
+            raise Stopped
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial came to.
+    """The result of a trial.
 
     Args:
-        answers: the models that it offers; none where it failed or was ended before it had one.
-        history: one record an epoch.
-        readings: models that were measured.
+        answers: the models that it offers; empty if it failed or was ended before it had one.
+        history: one record per epoch.
         state: finished, stopped or failed.
         seconds: wall clock.
     """
 
-    answers: list[Measured]
+    answers: list[Measurement]
     history: list[EpochRecord]
-    readings: int
     state: str
     seconds: float
 
     @property
-    def best(self) -> Measured | None:
-        """The answer of the smallest value, of equal ones the earliest."""
+    def best(self) -> Measurement | None:
+        """The answer with the smallest value; the earliest of equal ones."""
         return min(self.answers, key=lambda item: item.value, default=None)
 
 
@@ -162,17 +157,17 @@ def run_trial(
         config: resolved.
         images: D_f and D_r.
         mask: for a method that needs one.
-        callback: looks at each epoch.
-        growing: whether each epoch's model is an answer; otherwise only the last one is measured, for what comes
-            before it is no model of a shorter run and says little of the end.
+        callback: measures each epoch.
+        growing: whether each epoch's model is an answer. Otherwise only the last model is measured: an earlier one is
+            not the result of a shorter run, and does not predict the last one.
 
     Returns:
-        What it came to. A loss that is not a number makes it a failed trial, not an error.
+        The result. A loss that is not a number makes it a failed trial, not an error.
     """
     started = time.perf_counter()
     forget, retain = images
     evaluator, state = callback.evaluator, "finished"
-    answers: list[Measured] = []
+    answers: list[Measurement] = []
     try:
         result = unlearn(
             evaluator.model,
@@ -185,14 +180,11 @@ def run_trial(
             on_epoch=callback.look if growing else callback.history.append,
         )
         if not callback.seen:
-            answers = [evaluator.measure(config.epochs, _state(result.model))]
+            weights = result.model.state_dict().items()
+            kept = {name: tensor.detach().to(torch.device("cpu"), copy=True) for name, tensor in weights}
+            answers = [evaluator.measure(config.epochs, kept)]
     except Stopped:
         state = "stopped"
     except ModelError:
         state = "failed"
-    answers = callback.seen or answers
-    return Trial(list(answers), callback.history, len(answers), state, time.perf_counter() - started)
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().to(torch.device("cpu"), copy=True) for name, tensor in model.state_dict().items()}
+    return Trial(callback.seen or answers, callback.history, state, time.perf_counter() - started)

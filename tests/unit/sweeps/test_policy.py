@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from salun_core.sweeps.policy import Recipe, SweepPolicy, after_failure, after_interruption, after_refusal, why_due
+from salun_core.methods.recipe import Recipe
+from salun_core.sweeps.policy import SweepPolicy, after_failure, after_interruption, after_refusal, why_due
 
 NOW = datetime(2028, 2, 20, 12, tzinfo=UTC)
 POLICY = SweepPolicy(recipes=[Recipe(method="salun"), Recipe(method="salun", density=0.75), Recipe(method="retrain")])
