@@ -34,7 +34,7 @@ SCHEMAS = {
     "event": "salun_core.requests.schema:RequestEvent",
     "evidence": "salun_core.evaluation.evidence:Evidence",
     "forget-set": "salun_core.data.forget_set:ForgetSet",
-    "forget-target": "salun_core.data.forget_set:ForgetTarget",
+    "forget-target": "salun_core.data.targets:ForgetTarget",
     "generation-model": "salun_core.models.card:DiffusionCard",
     "head": "salun_core.registry.versions:Head",
     "model": "salun_core.models.card:ModelCard",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salun_core.certificates.issue import CertificateInput
-from salun_core.data.forget_set import RedactedTarget, SamplesTarget
+from salun_core.data.targets import RedactedTarget, SamplesTarget
 from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import UsageError
 from salun_core.methods.recipe import Recipe

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from examples.demo.stage import DemoOutcome, Progress, ShowEpochs, Stage
 from salun_core.data import DataSpec, LoadedData, load_data, load_spec
-from salun_core.data.forget_set import ClassTarget, SamplesTarget, SubjectTarget, Target
+from salun_core.data.targets import ClassTarget, SamplesTarget, SubjectTarget, Target
 from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.tasks.classification.training import train_model, training_config
 

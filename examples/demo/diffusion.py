@@ -9,7 +9,7 @@ from typing import Any, Literal
 from examples import small_diffusion
 from examples.demo.stage import DemoOutcome, Progress, ShowEpochs, Stage, free_line
 from salun_core.data import DataSpec, load_data
-from salun_core.data.forget_set import ClassTarget
+from salun_core.data.targets import ClassTarget
 from salun_core.models.card import DiffusionEvaluation
 from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.storage import open_store

@@ -17,7 +17,7 @@ from pathlib import Path
 from salun_core.certificates.keys import SIGNING_VARIABLE, VERIFY_VARIABLE, create_key
 from salun_core.certificates.verify import verify_certificate
 from salun_core.config import load
-from salun_core.data.forget_set import Target
+from salun_core.data.targets import Target
 from salun_core.errors import ConflictError, GateRefusedError, SalunError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision

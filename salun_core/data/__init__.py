@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from salun_core.data.forget_set import ForgetSet as ForgetSet
-    from salun_core.data.forget_set import ForgetTarget as ForgetTarget
     from salun_core.data.forget_set import resolve_forget as resolve_forget
     from salun_core.data.images import ImageSet as ImageSet
     from salun_core.data.loading import LoadedData as LoadedData
@@ -15,10 +14,11 @@ if TYPE_CHECKING:
     from salun_core.data.spec import DataSpec as DataSpec
     from salun_core.data.spec import load_spec as load_spec
     from salun_core.data.split import SplitManifest as SplitManifest
+    from salun_core.data.targets import ForgetTarget as ForgetTarget
 
 _MODULES = {
     "ForgetSet": "forget_set",
-    "ForgetTarget": "forget_set",
+    "ForgetTarget": "targets",
     "ImageSet": "images",
     "LoadedData": "loading",
     "SplitManifest": "split",

@@ -1,4 +1,7 @@
-"""Decoded images: kept as uint8 on the device, normalised and augmented there in batches."""
+"""Decoded images: stored as uint8 on the device, normalised and augmented there in batches.
+
+uint8 takes a quarter of the memory of float32, so a whole data set fits on a GPU and batches need no transfer.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,11 @@ class Normalisation:
 
     @classmethod
     def of(cls, images: Tensor) -> Normalisation:
-        """Measure it on uint8 images [N, C, H, W]; a constant channel gets a deviation of 1."""
+        """Measure uint8 images [N, C, H, W]; a constant channel gets a deviation of 1."""
         pixels = images.to(torch.float64).div_(255)
-        std = pixels.std(dim=(0, 2, 3))
+        mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3))
         std[std < 1e-6] = 1.0
-        return cls(
-            tuple(round(v, 6) for v in pixels.mean(dim=(0, 2, 3)).tolist()), tuple(round(v, 6) for v in std.tolist())
-        )
+        return cls(tuple(round(value, 6) for value in mean.tolist()), tuple(round(value, 6) for value in std.tolist()))
 
     def apply(self, images: Tensor) -> Tensor:
         """Turn uint8 images [N, C, H, W] into normalised float32 in channels-last layout."""
@@ -41,7 +42,7 @@ class Normalisation:
         count, channels, height, width = values.shape
         rows = values.permute(0, 2, 3, 1).view(count, height, width * channels)
         scale, shift = (one.expand(channels).repeat(width) for one in (scale, shift))
-        rows.mul_(scale).add_(shift)  # whole rows: steps of 3 channels are no work for SIMD
+        rows.mul_(scale).add_(shift)  # by whole rows, because 3 channels do not fill a SIMD register
         return values
 
 
@@ -50,11 +51,11 @@ class ImageSet:
     """Labelled images of one split.
 
     Args:
-        images: uint8 [N, C, H, W]; or float32, taken as normalised already.
+        images: uint8 [N, C, H, W]; or float32, which counts as normalised.
         labels: int64 [N].
         normalisation: applied to uint8 images in batches.
         augment: `none`, `crop` (pad by 4, random crop) or `crop-flip`.
-        ids: sample ids, where they are known.
+        ids: sample ids, if known.
     """
 
     images: Tensor
@@ -81,7 +82,7 @@ class ImageSet:
         images, labels = data
         if len(images) != len(labels):
             raise DataError(
-                "images and labels differ in number", f"{len(images)} against {len(labels)}", "give one label an image"
+                "images and labels differ in number", f"{len(images)} against {len(labels)}", "give one label per image"
             )
         return cls(images, labels.to(torch.int64))
 
@@ -93,26 +94,23 @@ class ImageSet:
         return self._with(self.images.to(device), self.labels.to(device), self.ids)
 
     def select(self, indices: Sequence[int] | Tensor) -> ImageSet:
-        """Return the rows of these indices."""
+        """Return the rows at these indices."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
         ids = [self.ids[position] for position in index.tolist()] if self.ids else ()
         return self._with(self.images[index], self.labels[index], ids)
 
     def relabelled(self, labels: Tensor) -> ImageSet:
-        """Return the same images under other labels, int64 [N]."""
+        """Return the same images with other labels, int64 [N]."""
         return self._with(self.images, labels, self.ids)
 
     def joined(self, other: ImageSet) -> ImageSet:
         """Return this set followed by another.
 
         Raises:
-            DataError: they differ in type, size or normalisation.
+            DataError: the sets differ in type, size or normalisation.
         """
-        if (self.images.dtype, self.images.shape[1:], self.normalisation) != (
-            other.images.dtype,
-            other.images.shape[1:],
-            other.normalisation,
-        ):
+        kinds = {(item.images.dtype, item.images.shape[1:], item.normalisation) for item in (self, other)}
+        if len(kinds) > 1:
             raise DataError(
                 "two image sets cannot be joined",
                 "they differ in type, size or normalisation",
@@ -149,7 +147,7 @@ class ImageSet:
 
 
 def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pad by 4 and crop each image at its own random place, all at once on the device.
+    """Pad by 4 and crop each image at a random position of its own, all at once on the device.
 
     Args:
         images: [N, C, H, W].
@@ -165,7 +163,8 @@ def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     top = torch.arange(count, device=images.device) * (height + 2 * _PADDING) + offset[0]
     rows = top[:, None] + torch.arange(height, device=images.device)
     starts = rows * line + offset[1, :, None] * channels
-    # Every place of the padded batch starts a row: overlapping views cost nothing, and rows are copied as a whole.
+    # A view with one overlapping row for each position of the padded batch: it costs no memory, and index_select copies
+    # whole rows instead of single pixels.
     every = padded.as_strided((padded.numel() - width * channels + 1, width * channels), (1, 1))
     cropped = every.index_select(0, starts.flatten())
     return cropped.view(count, height, width, channels).permute(0, 3, 1, 2)
@@ -180,7 +179,7 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _taken(images: Tensor, index: Tensor) -> Tensor:
-    """Return images by index [K]; those in channels-last layout keep it, and are copied image by image."""
+    """Return images by index [K]; channels-last images keep their layout and are copied image by image."""
     if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
         return images.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return images.index_select(0, index)

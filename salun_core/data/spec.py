@@ -1,4 +1,4 @@
-"""What a data set is: where its images lie, how its columns are called, how it is split."""
+"""The spec of a data set: source, columns, size and split."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class DataSpec(Document):
 
     @property
     def brings_test_data(self) -> bool:
-        """Whether test data come apart from the training data, not as a share of them."""
+        """Whether the data have a test part of their own, instead of a share of the training data."""
         of_torchvision = self.source.startswith("torchvision:") and not self.source.endswith("FakeData")
         return self.test_source is not None or self.source == "fashion-mnist" or of_torchvision
 
 
 def load_spec(text: str) -> DataSpec:
-    """Read a data set spec from what the command line was given.
+    """Read a data set spec from a value of the command line.
 
     Args:
         text: a YAML or JSON file, a data folder, a parquet file, a name of `BUILTIN`, `torchvision:NAME` or s3:// URI.
@@ -60,7 +60,7 @@ def load_spec(text: str) -> DataSpec:
         The spec.
 
     Raises:
-        UsageError: the file has faults (all are listed), or nothing of that name exists.
+        UsageError: the file has faults (all are listed), or the data do not exist.
     """
     path = Path(text)
     if path.suffix in {".yaml", ".yml", ".json"}:
@@ -77,11 +77,11 @@ def load_spec(text: str) -> DataSpec:
 
 
 def relocated_spec(spec: DataSpec, data: str | None) -> DataSpec:
-    """Return a model's own data spec; if the data were moved, only the places come from the new one.
+    """Return a model's data spec; if the data were moved, only the places come from the new spec.
 
     Args:
         spec: of the model card.
-        data: a spec as the command line takes it; None if the data are where they were.
+        data: a spec as on the command line; None if the data were not moved.
     """
     if data is None:
         return spec
@@ -92,8 +92,8 @@ def relocated_spec(spec: DataSpec, data: str | None) -> DataSpec:
 
 
 def _of_folder(path: Path) -> DataSpec:
-    """A folder with `train` and `test` (or `val`) inside has its own split."""
-    if (path / "val" / "val_annotations.txt").is_file():  # Tiny-ImageNet, read as a whole; some of its images are grey
+    """Return the spec of a folder; one that contains `train` and `test` (or `val`) has its own split."""
+    if (path / "val" / "val_annotations.txt").is_file():  # Tiny-ImageNet; some of its images are grey
         return DataSpec(source=str(path.resolve()), channels=3)
     if path.is_dir():
         for suffix in ("", ".parquet"):

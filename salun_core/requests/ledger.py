@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from salun_core.config import parse
-from salun_core.data.forget_set import Target
+from salun_core.data.targets import Target
 from salun_core.digest import sha256_bytes
 from salun_core.errors import ConflictError, UsageError
 from salun_core.requests import index, reading

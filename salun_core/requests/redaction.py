@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 
-from salun_core.data.forget_set import redact
+from salun_core.data.targets import redact
 from salun_core.errors import ConflictError
 from salun_core.requests.reading import parse_request, unknown_request
 from salun_core.storage.keys import request_key

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from salun_core.data.forget_set import ForgetSet, SamplesTarget, Target, resolve_forget
+from salun_core.data.forget_set import ForgetSet, resolve_forget
+from salun_core.data.targets import SamplesTarget, Target
 from salun_core.requests.schema import DeletionRequest
 
 if TYPE_CHECKING:

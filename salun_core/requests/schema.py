@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AwareDatetime, Field, model_validator
 
 from salun_core.config import Document
-from salun_core.data.forget_set import ConceptTarget, ForgetTarget, RedactedTarget, Target
+from salun_core.data.targets import ConceptTarget, ForgetTarget, RedactedTarget, Target
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.storage.documents import Digest, LineId, RunId, ShortText, Text, UtcTime
 from salun_core.times import as_utc
@@ -210,7 +210,7 @@ def summarise(target: Target) -> str:
     """Describe what a target names, without sample ids, prompts or subject references.
 
     Example:
-        >>> from salun_core.data.forget_set import SamplesTarget
+        >>> from salun_core.data.targets import SamplesTarget
         >>> summarise(SamplesTarget(ids=["a", "b"]))
         '2 samples'
     """

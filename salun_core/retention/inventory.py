@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import cached_property
 
-from salun_core.data.forget_set import RedactedTarget
+from salun_core.data.targets import RedactedTarget
 from salun_core.errors import IntegrityError
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.registry.manifest import Head, VersionManifest

@@ -9,7 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from salun_core.config import MAX_DOCUMENT_BYTES, parse, parse_text, read_document
-from salun_core.data.forget_set import ForgetSet, SamplesTarget, Target, parse_target
+from salun_core.data.forget_set import ForgetSet
+from salun_core.data.targets import SamplesTarget, Target, parse_target
 from salun_core.digest import check_digest, sha256_bytes
 from salun_core.errors import IntegrityError, UsageError, unknown_name
 from salun_core.evaluation import Evidence

@@ -16,7 +16,7 @@ from components.gate_publish import gate_publish
 from components.settle_requests import settle_requests
 from components.unlearn import unlearn
 from salun_core.config import load
-from salun_core.data.forget_set import ClassTarget
+from salun_core.data.targets import ClassTarget
 from salun_core.errors import ConflictError, DataError, GateRefusedError, IntegrityError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision

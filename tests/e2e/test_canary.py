@@ -14,7 +14,7 @@ from pipelines.local import run_compiled
 from pipelines.packages import COMPILED
 from salun_core.certificates.keys import create_key, load_signing_key
 from salun_core.data import DataSpec
-from salun_core.data.forget_set import SamplesTarget, SubjectTarget
+from salun_core.data.targets import SamplesTarget, SubjectTarget
 from salun_core.methods.classification import UnlearnConfig
 from salun_core.models import load_model
 from salun_core.requests.gauges import GaugeReader

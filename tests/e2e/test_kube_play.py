@@ -21,7 +21,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from salun_core.data.forget_set import ClassTarget
+from salun_core.data.targets import ClassTarget
 from salun_core.requests.ledger import Ledger
 from salun_core.storage import open_store
 from salun_core.storage.seaweedfs import free_ports

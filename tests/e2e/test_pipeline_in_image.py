@@ -20,7 +20,7 @@ from pipelines.packages import load_package
 from salun_core.certificates.keys import create_key
 from salun_core.certificates.verify import fetch_certificate, verify_certificate
 from salun_core.config import load
-from salun_core.data.forget_set import ClassTarget
+from salun_core.data.targets import ClassTarget
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
 from salun_core.models import load_model

@@ -16,7 +16,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from salun_core.data.forget_set import SubjectTarget
+from salun_core.data.targets import SubjectTarget
 from salun_core.errors import StoreError
 from salun_core.registry import lookup, versions
 from salun_core.requests.gauges import GaugeReader

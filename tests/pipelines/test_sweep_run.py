@@ -12,7 +12,7 @@ from pipelines.local import run_compiled
 from pipelines.packages import COMPILED
 from salun_core.certificates.keys import create_key
 from salun_core.config import load
-from salun_core.data.forget_set import ClassTarget, SamplesTarget
+from salun_core.data.targets import ClassTarget, SamplesTarget
 from salun_core.gate import GateDecision
 from salun_core.models import load_model
 from salun_core.registry.lookup import read_head, read_version

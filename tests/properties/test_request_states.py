@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from memory_store import MemoryStore
 
-from salun_core.data.forget_set import SamplesTarget
+from salun_core.data.targets import SamplesTarget
 from salun_core.errors import ConflictError
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request

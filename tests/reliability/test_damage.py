@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 import pytest
 from fault_proxy import FaultProxy
 
-from salun_core.data.forget_set import ClassTarget, ForgetSet, SamplesTarget, SubjectTarget
+from salun_core.data.forget_set import ForgetSet
 from salun_core.data.split import SplitManifest
+from salun_core.data.targets import ClassTarget, SamplesTarget, SubjectTarget
 from salun_core.digest import canonical_json
 from salun_core.errors import IntegrityError, SalunError
 from salun_core.models.architectures import build_classifier

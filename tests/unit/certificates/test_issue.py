@@ -25,7 +25,7 @@ from salun_core.certificates.statement import (
     ErasureCertificate,
     open_statement,
 )
-from salun_core.data.forget_set import SubjectTarget
+from salun_core.data.targets import SubjectTarget
 from salun_core.digest import canonical_json, digest_json, sha256_bytes
 from salun_core.errors import GateRefusedError, IntegrityError, UsageError
 from salun_core.evaluation.evidence import Evidence, Forgotten, Integrity, Measured, Metric, RunFacts

@@ -11,7 +11,7 @@ import pytest
 from salun_core.certificates.keys import create_key
 from salun_core.cli.app import load_examples
 from salun_core.cli.runs import sweep_facts
-from salun_core.data.forget_set import ClassTarget, SamplesTarget
+from salun_core.data.targets import ClassTarget, SamplesTarget
 from salun_core.errors import GateRefusedError
 from salun_core.methods.recipe import Recipe
 from salun_core.registry.lookup import read_head, read_version

@@ -6,17 +6,10 @@ import pytest
 
 from salun_core.config import parse
 from salun_core.data import DataSpec, ForgetSet, SplitManifest, resolve_forget
-from salun_core.data.forget_set import (
-    ClassTarget,
-    ConceptTarget,
-    RedactedTarget,
-    SamplesTarget,
-    SubjectTarget,
-    redact,
-    require_partial,
-)
+from salun_core.data.forget_set import require_partial
 from salun_core.data.split import make_split
 from salun_core.data.table import Table
+from salun_core.data.targets import ClassTarget, ConceptTarget, RedactedTarget, SamplesTarget, SubjectTarget, redact
 from salun_core.digest import sha256_bytes
 from salun_core.errors import DataError, UsageError
 from salun_core.tasks import TASKS, resolve_targets
@@ -79,7 +72,7 @@ def test_classes_and_concepts_can_be_combined(data):
         (SamplesTarget(ids=["img-1"]), "diffusion model forgets classes and concepts"),
         (SubjectTarget(subject_ref="ann"), "diffusion model forgets classes and concepts"),
         (redact(SamplesTarget(ids=["img-1"]), "0" * 32), "diffusion model forgets classes and concepts"),
-        (redact(ONE, "0" * 32), "file it again"),
+        (redact(ONE, "0" * 32), "file the request again"),
         (ClassTarget(class_id=9), "there is no class 9"),
     ],
 )
@@ -95,7 +88,7 @@ def test_a_model_without_data_forgets_concepts_only():
     for target in (ClassTarget(class_id=1), RedactedTarget(of="class", count=1, class_id=1)):
         with pytest.raises(UsageError, match="came without training data"):
             resolved([ONE, target], None, EMPTY)
-    with pytest.raises(UsageError, match="file it again"):
+    with pytest.raises(UsageError, match="file the request again"):
         resolved([redact(ONE, None)], None, EMPTY)
     with pytest.raises(UsageError, match="a classifier cannot forget a concept"):
         resolve_targets(TASKS["classification"], [ONE], None, EMPTY)

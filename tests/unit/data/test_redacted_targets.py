@@ -5,16 +5,9 @@ import json
 import pytest
 
 from salun_core.data import DataSpec, resolve_forget
-from salun_core.data.forget_set import (
-    ClassTarget,
-    ConceptTarget,
-    SamplesTarget,
-    SubjectTarget,
-    parse_target,
-    redact,
-)
 from salun_core.data.split import make_split
 from salun_core.data.table import Table
+from salun_core.data.targets import ClassTarget, ConceptTarget, SamplesTarget, SubjectTarget, parse_target, redact
 from salun_core.errors import IntegrityError, UsageError
 
 SALT = "0123456789abcdef" * 2
@@ -71,7 +64,7 @@ def test_a_redacted_target_is_bound_to_its_data_set_and_ignores_missing_samples(
     ],
 )
 def test_a_target_without_hashes_cannot_be_resolved(people, left):
-    with pytest.raises(UsageError, match="file it again"):
+    with pytest.raises(UsageError, match="file the request again"):
         resolve_forget([left], *people)
 
 

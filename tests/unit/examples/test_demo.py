@@ -15,7 +15,8 @@ from examples.demo.__main__ import app
 from examples.demo.classifier import SAMPLES, demo_spec, demo_targets, with_writers
 from examples.demo.stage import demo_store
 from salun_core.data import DataSpec, load_data
-from salun_core.data.forget_set import ClassTarget, SubjectTarget, resolve_forget
+from salun_core.data.forget_set import resolve_forget
+from salun_core.data.targets import ClassTarget, SubjectTarget
 from salun_core.registry.lookup import ancestry, lines
 from salun_core.requests.ledger import Ledger
 from salun_core.storage import open_store

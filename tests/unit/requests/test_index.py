@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 from memory_store import Killed, MemoryStore
 
-from salun_core.data.forget_set import SamplesTarget
+from salun_core.data.targets import SamplesTarget
 from salun_core.errors import ConflictError, IntegrityError, StoreError
 from salun_core.requests.index import IndexEntry, entries
 from salun_core.requests.ledger import Ledger, Transition

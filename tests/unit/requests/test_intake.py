@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from salun_core.data.forget_set import SamplesTarget
+from salun_core.data.targets import SamplesTarget
 from salun_core.errors import ConflictError, StoreError, UsageError
 from salun_core.requests.intake import read_submissions, submit_all
 from salun_core.requests.ledger import Ledger

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from salun_core.data.forget_set import ClassTarget, SamplesTarget, SubjectTarget
+from salun_core.data.targets import ClassTarget, SamplesTarget, SubjectTarget
 from salun_core.digest import sha256_bytes
 from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.requests.ledger import Ledger, Transition
@@ -141,7 +141,7 @@ class TestSubmit:
         script = """
             import os, signal, sys
             from datetime import UTC, datetime
-            from salun_core.data.forget_set import SamplesTarget
+            from salun_core.data.targets import SamplesTarget
             from salun_core.requests.ledger import Ledger
             from salun_core.storage import split_uri
             from salun_core.storage.s3 import S3Store

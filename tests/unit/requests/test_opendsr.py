@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from salun_core.data.forget_set import SubjectTarget
+from salun_core.data.targets import SubjectTarget
 from salun_core.errors import UsageError
 from salun_core.requests.intake import read_submissions
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from salun_core.config import parse
-from salun_core.data.forget_set import ClassTarget, ConceptTarget, SamplesTarget, SubjectTarget
+from salun_core.data.targets import ClassTarget, ConceptTarget, SamplesTarget, SubjectTarget
 from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from salun_core.config import parse
-from salun_core.data.forget_set import ClassTarget, ConceptTarget, SamplesTarget, SubjectTarget
+from salun_core.data.targets import ClassTarget, ConceptTarget, SamplesTarget, SubjectTarget
 from salun_core.errors import UsageError
 from salun_core.requests.ledger import Transition, build_event
 from salun_core.requests.schema import (

@@ -4,8 +4,8 @@ import pytest
 
 from salun_core.config import parse
 from salun_core.data import DataSpec, ForgetSet, load_data, resolve_forget
-from salun_core.data.forget_set import ClassTarget, ConceptTarget, SamplesTarget, SubjectTarget
 from salun_core.data.split import SplitManifest
+from salun_core.data.targets import ClassTarget, ConceptTarget, SamplesTarget, SubjectTarget
 from salun_core.digest import sha256_bytes
 from salun_core.errors import UsageError
 from salun_core.requests.resolve import TableResolver

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import save_file
 
 from salun_core.certificates.statement import DisposalAddendum, open_statement
-from salun_core.data.forget_set import RedactedTarget, SamplesTarget
+from salun_core.data.targets import RedactedTarget, SamplesTarget
 from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.errors import ConflictError, IntegrityError, SalunError, UsageError
 from salun_core.registry.holds import hold_version, read_disposal, release_version

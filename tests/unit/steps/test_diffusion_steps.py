@@ -8,7 +8,7 @@ import torch
 
 from salun_core.certificates.keys import create_key
 from salun_core.certificates.verify import verify_certificate
-from salun_core.data.forget_set import ClassTarget, ConceptTarget
+from salun_core.data.targets import ClassTarget, ConceptTarget
 from salun_core.errors import DataError, GateRefusedError, ModelError, UsageError
 from salun_core.methods.recipe import Recipe
 from salun_core.models.card import DiffusionCard

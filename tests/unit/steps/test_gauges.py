@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from salun_core.cli.app import app
 from salun_core.cli.output import MODE
-from salun_core.data.forget_set import SubjectTarget
+from salun_core.data.targets import SubjectTarget
 from salun_core.registry.versions import publish
 from salun_core.requests.gauges import GaugeReader, stages
 from salun_core.requests.ledger import Ledger, Transition

@@ -8,7 +8,7 @@ import pytest
 
 from salun_core.certificates.keys import create_key
 from salun_core.certificates.verify import verify_certificate
-from salun_core.data.forget_set import ClassTarget, SamplesTarget
+from salun_core.data.targets import ClassTarget, SamplesTarget
 from salun_core.errors import ConflictError, UsageError
 from salun_core.models import load_model
 from salun_core.registry.lookup import ancestry, read_head

@@ -8,7 +8,7 @@ import pytest
 
 from salun_core.certificates.keys import create_key
 from salun_core.config import load, parse
-from salun_core.data.forget_set import ClassTarget
+from salun_core.data.targets import ClassTarget
 from salun_core.errors import GateRefusedError, UsageError
 from salun_core.registry.lookup import read_head
 from salun_core.requests.ledger import Ledger

@@ -8,8 +8,8 @@ from datetime import timedelta
 import pytest
 
 from salun_core.data import DataSpec, ForgetSet, load_data
-from salun_core.data.forget_set import ClassTarget, ConceptTarget, SamplesTarget
 from salun_core.data.split import SplitManifest
+from salun_core.data.targets import ClassTarget, ConceptTarget, SamplesTarget
 from salun_core.requests.resolve import TableResolver
 from salun_core.requests.schema import Status
 from salun_core.storage.keys import request_key, run_key, scratch_key

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from salun_core.data.forget_set import ClassTarget
+from salun_core.data.targets import ClassTarget
 from salun_core.errors import ConflictError
 from salun_core.requests.schema import Outcome, Status
 from salun_core.storage.keys import certificate_key, scratch_prefix
