@@ -1,4 +1,4 @@
-"""Measures one cell: mask or search, unlearning and evaluation, for each request; its folder appears whole or not."""
+"""Measures one cell: mask or search, unlearning and evaluation, for each request. Its folder is complete or missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -32,167 +31,115 @@ from salun_core.tasks.run_facts import RUN_FACTS, facts_json, read_run_facts
 from salun_core.tasks.task import TuningOptions
 
 CELL, EVIDENCE, REPORT, RUNS = "cell.json", "evidence.json", "report.html", "runs"
-_APART = 1_000_003  # between the seeds of one cell's random masks
+_SEED_STEP = 1_000_003  # between the random masks of a sequence; larger than the seeds of a suite
 
 
 class CellNote(Document):
-    """`cell.json`: what a cell was measured on, beside its evidence."""
+    """`cell.json`, next to a cell's evidence: what it was measured on."""
 
     format: Literal["salun.bench-cell/v1"] = "salun.bench-cell/v1"
     plan: str
     inputs: str
     evidence: str
     seconds: float
-    logs: dict[str, str] = Field(default={}, description="SHA-256 of each search's log, by file, in their order")
-    own_passes: int | None = Field(default=None, description="of the chosen settings alone, where they were searched")
+    logs: dict[str, str] = Field(default={}, description="SHA-256 of each search's log, by file, in order")
+    own_passes: int | None = Field(default=None, description="of the chosen settings alone, if they were searched for")
     lineage: Lineage | None = Field(default=None, description="debt after a sequence of requests")
 
 
 def kept_cell(out: Path, cell: Cell) -> CellNote | None:
-    """Return the note of a cell whose evidence is there as it was written, for the suite as it is; else None."""
+    """Return the note of a cell that was measured with the current suite and whose files are unchanged; else None."""
     folder = out / "cells" / cell.name
     try:
         note = load(CellNote, folder / CELL)
-        digests = {EVIDENCE: note.evidence, **note.logs}
-        fits = note.plan == cell.plan and all(sha256_file(folder / name) == digests[name] for name in digests)
+        files = {EVIDENCE: note.evidence, **note.logs}
+        unchanged = all(sha256_file(folder / name) == digest for name, digest in files.items())
     except (UsageError, OSError):
         return None
-    return note if fits else None
+    return note if unchanged and note.plan == cell.plan else None
 
 
 def measure_cell(preparation: Preparation, cell: Cell, ready: Ready, inputs: str) -> None:
     """Measure a cell, from its mask to its evidence.
 
     Args:
-        preparation: of the suite, with the folder.
-        cell: it.
-        ready: what the cells of its seed share.
-        inputs: digest of all that it hangs on.
+        preparation: of the suite, with the output folder.
+        cell: the cell.
+        ready: the inputs of its seed's cells.
+        inputs: digest of everything that it depends on.
 
     Raises:
         SalunError: it cannot be measured; nothing of it is left.
     """
-    out = preparation.out
-    work, target = out / "work" / cell.name, out / "cells" / cell.name
-    started = time.perf_counter()
+    work, target = preparation.out / "work" / cell.name, preparation.out / "cells" / cell.name
     try:
         (work / RUNS).mkdir(parents=True)
-        course = _CellRun(preparation, cell, ready, work)
-        course.run()
+        note = _measured(preparation, cell, ready, inputs, work)
         shutil.rmtree(work / RUNS)
-        note = course.note(inputs, time.perf_counter() - started)
         write_whole(work / CELL, (json.dumps(note.model_dump(), indent=1) + "\n").encode())
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         work.replace(target)
     finally:
-        shutil.rmtree(out / "work", ignore_errors=True)
+        shutil.rmtree(preparation.out / "work", ignore_errors=True)
 
 
-@dataclass
-class _CellRun:
-    """The requests of a cell, one after the other.
+def _measured(preparation: Preparation, cell: Cell, ready: Ready, inputs: str, work: Path) -> CellNote:
+    """Unlearn all requests in sequence, evaluate the result, and describe the cell."""
+    started, plan, entry = time.perf_counter(), preparation.plan, cell.entry
+    sequence, search = len(ready.requests) > 1, plan.search(entry)
+    facts, logs, own_passes = list[RunFacts](), list[str](), list[int]()
+    model, mask, lineage = ready.base, None, Lineage()
 
-    Args:
-        preparation: of the suite.
-        cell: it.
-        ready: what the cells of its seed share.
-        work: its folder.
-        facts: of the runs so far.
-        logs: files of the searches' logs so far.
-        alone: passes that each chosen setting alone costs.
-        lineage: the debt so far.
-    """
+    def context(before: Path, forget: Path) -> RunContext:
+        return RunContext(before, str(forget), plan.suite.name, data=plan.data_override)
 
-    preparation: Preparation
-    cell: Cell
-    ready: Ready
-    work: Path
-    facts: list[RunFacts] = field(default_factory=list)
-    logs: list[str] = field(default_factory=list)
-    alone: list[int] = field(default_factory=list)
-    lineage: Lineage = field(default_factory=Lineage)
-
-    @property
-    def several(self) -> bool:
-        """Whether it is a sequence."""
-        return len(self.ready.requests) > 1
-
-    def run(self) -> None:
-        """Unlearn all requests and evaluate what they left."""
-        model, mask = self.ready.base, None
-        for number, forget in enumerate(self.ready.requests, start=1):
-            context = self._context(model, forget)
-            mask = self._mask(context, number)
-            model = self._unlearn(context, mask, number)
-        if self.several:  # no one mask is that of all the runs
-            mask = None
-            write_whole(model / RUN_FACTS, facts_json(together(self.facts)))
-        context = self._context(self.ready.base, self.ready.forget)
-        evidence, report = self.work / EVIDENCE, self.work / REPORT
-        evaluate(context, model, evidence, report, mask=mask, reference=self.ready.reference)
-
-    def _context(self, model: Path, forget: Path) -> RunContext:
-        plan = self.preparation.plan
-        return RunContext(model, str(forget), plan.suite.name, data=plan.moved)
-
-    def note(self, inputs: str, seconds: float) -> CellNote:
-        """Return what `cell.json` says."""
-        return CellNote(
-            plan=self.cell.plan,
-            inputs=inputs,
-            evidence=sha256_file(self.work / EVIDENCE),
-            seconds=seconds,
-            logs={name: sha256_file(self.work / name) for name in self.logs},
-            own_passes=sum(self.alone) if self.alone else None,
-            lineage=self.lineage if self.several else None,
-        )
-
-    def _mask(self, context: RunContext, number: int) -> Path | None:
-        preparation, entry = self.preparation, self.cell.entry
-        if entry.density is None or preparation.plan.search(entry):
-            return None
-        if not self.several:
-            return preparation.mask(self.cell, self.ready)
-        path = self.work / RUNS / f"mask-{number}.safetensors"
-        compute_mask(context, self.cell.recipe, path, self._random_seed(number))
-        return path
-
-    def _unlearn(self, context: RunContext, mask: Path | None, number: int) -> Path:
-        entry, after, tuning = self.cell.entry, self.work / RUNS / f"model-{number}", self._tuning(number)
-        run_unlearning(context, self.cell.recipe, mask, after, tuning=tuning)
+    for number, forget in enumerate(ready.requests, start=1):
+        step, after, tuning = context(model, forget), work / RUNS / f"model-{number}", None
+        # The first request draws the same random mask as a single request; the later ones change other weights.
+        seed = cell.seed + _SEED_STEP * (number - 1) if entry.mask == "random" else None
+        if search is not None:
+            policy = plan.policy(search)
+            tuning = TuningOptions(
+                search.budget,
+                policy or AUTO,
+                bounded=policy is not None,
+                density=entry.density,
+                random_mask_seed=seed,
+                on_chosen=own_passes.append,
+            )
+        elif not sequence:
+            mask = preparation.mask(cell, ready)
+        elif entry.density is not None:
+            mask = work / RUNS / f"mask-{number}.safetensors"
+            compute_mask(step, cell.recipe, mask, seed)
+        run_unlearning(step, cell.recipe, mask, after, tuning=tuning)
         if tuning is not None:
-            self.logs.append(f"tuning-{number}.json" if self.several else TUNING_LOG)
-            shutil.copyfile(after / TUNING_LOG, self.work / self.logs[-1])
-        if self.several:
-            before, left = (len(load(SplitManifest, folder / SPLIT).train) for folder in (context.before, after))
-            since = self.lineage if self.lineage.trained_on else Lineage(trained_on=before)
-            self.lineage = since.after_run(before - left)
-        self.facts.append(read_run_facts(after, entry.method))
-        return after
-
-    def _tuning(self, number: int) -> TuningOptions | None:
-        plan, entry = self.preparation.plan, self.cell.entry
-        search = plan.search(entry)
-        if search is None:
-            return None
-        policy = plan.policy(search)
-        return TuningOptions(
-            search.budget,
-            policy or AUTO,
-            bounded=policy is not None,
-            density=entry.density,
-            random_mask_seed=self._random_seed(number),
-            on_chosen=self.alone.append,
-        )
-
-    def _random_seed(self, number: int) -> int | None:
-        """The first request draws as a single one does; the later ones change other weights."""
-        return self.cell.seed + _APART * (number - 1) if self.cell.entry.mask == "random" else None
+            logs.append(f"tuning-{number}.json" if sequence else TUNING_LOG)
+            shutil.copyfile(after / TUNING_LOG, work / logs[-1])
+        if sequence:
+            before, left = (len(load(SplitManifest, folder / SPLIT).train) for folder in (model, after))
+            lineage = (lineage if lineage.trained_on else Lineage(trained_on=before)).after_run(before - left)
+        facts.append(read_run_facts(after, entry.method))
+        model = after
+    if sequence:  # it has no single mask that all of its runs used
+        mask = None
+        write_whole(model / RUN_FACTS, facts_json(merged_facts(facts)))
+    whole = context(ready.base, ready.forget)
+    evaluate(whole, model, work / EVIDENCE, work / REPORT, mask=mask, reference=ready.reference)
+    return CellNote(
+        plan=cell.plan,
+        inputs=inputs,
+        evidence=sha256_file(work / EVIDENCE),
+        seconds=time.perf_counter() - started,
+        logs={name: sha256_file(work / name) for name in logs},
+        own_passes=sum(own_passes) if own_passes else None,
+        lineage=lineage if sequence else None,
+    )
 
 
-def together(facts: Sequence[RunFacts]) -> RunFacts:
-    """Return the facts of several runs, one after the other, as of one: no mask is that of all of them.
+def merged_facts(facts: Sequence[RunFacts]) -> RunFacts:
+    """Merge the facts of several runs in sequence, which share no mask.
 
     Args:
         facts: in order; configuration and environment are the last one's, seconds, passes and history of all.

@@ -1,4 +1,4 @@
-"""What a run of a suite measures: one cell for each row and seed, and what each of them hangs on."""
+"""The cells of a suite: one for each row and seed, with a digest of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from salun_core.gate import load_policy
 from salun_core.methods.recipe import Recipe
 from salun_core.tasks.resolve import AUTO
 
-_NOT_MEASURED = {"methods", "seeds", "budget_seconds", "search"}  # a cell is the same whatever stands beside it
+_NOT_MEASURED = {"methods", "seeds", "budget_seconds", "search"}  # a cell does not depend on them
 
-UNBOUNDED = "none"  # a word of a suite alone: no policy of a pipeline bears it
+UNBOUNDED = "none"  # in suites only: a pipeline always has a policy
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cell:
     Args:
         entry: the row.
         seed: of draw and method.
-        plan: digest of all that the suite says about this cell.
+        plan: digest of everything that the suite specifies about this cell.
     """
 
     entry: Entry
@@ -38,7 +38,7 @@ class Cell:
 
     @property
     def recipe(self) -> Recipe:
-        """What it runs; the density only counts where the row has one."""
+        """The recipe of its runs; the density counts only if the row has one."""
         entry = self.entry
         density = 1.0 if entry.density is None else entry.density
         return Recipe(method=entry.method, density=density, method_config=dict(entry.config), seed=self.seed)
@@ -51,13 +51,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """A suite at one size, as it is run.
+    """A suite at one size, with the rows and seeds to measure.
 
     Args:
-        suite: it.
+        suite: the suite.
         size_name: cpu or paper.
-        folder: of the suite's file: relative paths in it begin here.
-        moved: data set, where it does not lie where the suite says; as `--data` takes it.
+        folder: of the suite's file; its paths are relative to it.
+        data_override: data set, if it is in another place than the suite names; as `--data` takes it.
         only: names of the rows to measure; empty means all.
         seed_count: how many of the seeds to measure; None means all.
     """
@@ -65,7 +65,7 @@ class SuiteRun:
     suite: Suite
     size_name: str
     folder: Path = Path()
-    moved: str | None = None
+    data_override: str | None = None
     only: Sequence[str] = ()
     seed_count: int | None = None
 
@@ -76,12 +76,12 @@ class SuiteRun:
 
     @property
     def data(self) -> DataSpec | None:
-        """The data set, where it lies on this machine."""
+        """The data set on this machine."""
         spec = self.size.data
-        return relocated_spec(relative_to(spec, self.folder), self.moved) if spec else None
+        return relocated_spec(relative_to(spec, self.folder), self.data_override) if spec else None
 
     def path(self, text: str) -> Path:
-        """Return a path of the suite as seen from here."""
+        """Return a path of the suite relative to the working directory."""
         return self.folder / text
 
     @property
@@ -98,44 +98,43 @@ class SuiteRun:
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """All cells, one seed after the other, so that whatever is measured first is a whole table.
+        """All cells, ordered by seed, so that an interrupted run has whole tables of the first seeds.
 
         Raises:
-            UsageError: a row that was named does not exist, or too many seeds.
+            UsageError: a chosen row does not exist, or the suite has fewer seeds.
         """
-        names = {entry.slug: entry for entry in self.size.methods} | {entry.name: entry for entry in self.size.methods}
-        unknown = [name for name in self.only if name not in names]
-        if unknown:
-            raise unknown_name("row", unknown[0], [entry.name for entry in self.size.methods])
-        chosen = [names[name] for name in self.only] or self.size.methods
+        rows = self.size.methods
+        names = {entry.slug: entry for entry in rows} | {entry.name: entry for entry in rows}
+        if unknown := [name for name in self.only if name not in names]:
+            raise unknown_name("row", unknown[0], [entry.name for entry in rows])
+        chosen = [names[name] for name in self.only] or rows
         return [self.cell(entry, seed) for seed in self.seeds for entry in chosen]
 
     def cell(self, entry: Entry, seed: int) -> Cell:
         """Return the cell of a row at a seed."""
-        measured: dict[str, Any] = self.size.model_dump(mode="json", exclude=_NOT_MEASURED)
+        measured = self.size.model_dump(mode="json", exclude=_NOT_MEASURED)
         own = entry.model_dump(mode="json", exclude={"name", "search", "budget"})
-        search = self.search(entry)
-        searched = [search.budget, self._policy_digest(search)] if search else []
+        searched: list[str] = []
+        if search := self.search(entry):
+            policy = self.policy(search)
+            digest = load_policy("classifier" if policy == AUTO else policy).digest if policy else ""
+            searched = [search.budget, digest]
         return Cell(entry, seed, digest_json([self.suite.kind, measured, own, seed, *searched]))
 
     def search(self, entry: Entry) -> Search | None:
-        """How the settings of a row are searched for; None where it runs as written."""
+        """Return the search for the settings of a row; None if it runs as written."""
         search = self.size.search if entry.search else None
         return search.model_copy(update={"budget": entry.budget}) if search and entry.budget else search
 
     def policy(self, search: Search) -> str | None:
-        """Return what bounds a search, as `TuningOptions` takes it; None: nothing does."""
+        """Return the policy that bounds a search, as `TuningOptions` takes it; None if none does."""
         if search.policy == UNBOUNDED:
             return None
         name = search.policy
         return str(self.path(name)) if name.endswith((".yaml", ".yml", ".json")) else name
 
-    def _policy_digest(self, search: Search) -> str:
-        policy = self.policy(search)
-        return load_policy("classifier" if policy == AUTO else policy).digest if policy else ""
-
     def cost(self, cell: Cell) -> dict[str, int | str]:
-        """Return what is known of a cell's cost beforehand.
+        """Return what is known of a cell's cost before it runs.
 
         Returns:
             By name: the budget of a search and the epochs of a trial; epochs; or steps, passes and images to generate.
@@ -151,9 +150,8 @@ class SuiteRun:
         if self.suite.kind == "classification":
             return {"epochs": config.epochs}
         row: Any = methods[entry.method]
-        steps = 0 if row.edit else config.steps
         return {
-            "steps": steps,
+            "steps": 0 if row.edit else config.steps,
             "passes": row.passes(config),
             "images a row and model": self.size.evaluation.images_per_class,
         }

@@ -112,7 +112,7 @@ def collect(plan: SuiteRun, out: Path) -> Results:
     Raises:
         UsageError: no cell was measured.
     """
-    whole = SuiteRun(plan.suite, plan.size_name, plan.folder, plan.moved)
+    whole = SuiteRun(plan.suite, plan.size_name, plan.folder, plan.data_override)
     found = [
         (cell, note, load(Evidence, out / "cells" / cell.name / EVIDENCE))
         for cell in whole.cells

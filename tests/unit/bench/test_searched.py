@@ -79,7 +79,7 @@ def changed(**size) -> dict:
 
 
 def faults(folder: Path, data: dict) -> str:
-    with pytest.raises(UsageError, match="is no valid suite") as caught:
+    with pytest.raises(UsageError, match="is not a valid suite") as caught:
         plan_of(folder, data)
     return caught.value.why
 
@@ -266,8 +266,8 @@ def test_a_dry_run_has_the_cost_of_a_search(plan, tmp_path):
 @pytest.mark.parametrize(
     ("search", "fault"),
     [
-        ({"budget": "90s"}, "finds other settings each time"),
-        ({"budget": "2h"}, "finds other settings each time"),
+        ({"budget": "90s"}, "is not reproducible"),
+        ({"budget": "2h"}, "is not reproducible"),
         ({"budget": "many"}, "is no budget"),
         ({"budget": "0e"}, "is no budget"),
         ({}, "sizes.cpu.search.budget"),
@@ -299,7 +299,7 @@ def test_a_control_of_a_fixed_density_does_not_count_for_a_searched_one(tmp_path
 
 
 def test_only_a_searched_row_may_lack_a_density(tmp_path):
-    wanted = "a mask goes with a density"
+    wanted = "a mask without a density"
     assert wanted in faults(tmp_path, changed(search=None))
     rows = [*ROWS, ROWS[3] | {"name": "more", "density": None}]
     assert f"methods.4: {wanted}" in faults(tmp_path, SUITE | {"methods": rows})

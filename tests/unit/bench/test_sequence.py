@@ -1,4 +1,4 @@
-"""Several requests on one line: each from the model that the last one left, judged together, debt counted."""
+"""Several requests in sequence: each from the result of the last one, evaluated together, with the debt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from salun_core.bench.cell import together
+from salun_core.bench.cell import merged_facts
 from salun_core.bench.page import choices, table
 from salun_core.bench.results import collect
 from salun_core.bench.runner import run_suite
@@ -143,7 +143,7 @@ def test_the_facts_of_several_runs_are_merged_without_a_mask():
         passes=10,
         history=[EpochRecord(epoch=1, learning_rate=0.1, losses={"forget": 1.0}, seconds=1.0)],
     )
-    both = together([first, first.model_copy(update={"passes": 7})])
+    both = merged_facts([first, first.model_copy(update={"passes": 7})])
     assert (both.passes, both.seconds, both.density) == (17, {"mask": 2.0, "unlearn": 4.0}, None)
     assert [record.epoch for record in both.history] == [1, 2]
 
@@ -161,6 +161,6 @@ def test_a_sequence_that_cannot_be_forgotten_is_refused(tmp_path, steps, kind, f
     data = copy.deepcopy(SEQUENCE) | {"kind": kind}
     data["sizes"]["cpu"]["forget"]["steps"] = steps
     (tmp_path / "suite.json").write_text(json.dumps(data))
-    with pytest.raises(UsageError, match="is no valid suite") as caught:
+    with pytest.raises(UsageError, match="is not a valid suite") as caught:
         load_suite(tmp_path / "suite.json")
     assert fault in caught.value.why

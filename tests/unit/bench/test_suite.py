@@ -1,4 +1,4 @@
-"""Suites: those that ship are valid, a broken one lists all its faults, and no table goes without its controls."""
+"""The shipped suites are valid, a broken one lists all its faults, and no table lacks its controls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def load(tmp_path, data):
 
 
 def faults(tmp_path, data):
-    with pytest.raises(UsageError, match="is no valid suite") as caught:
+    with pytest.raises(UsageError, match="is not a valid suite") as caught:
         load(tmp_path, data)
     return caught.value.why
 
@@ -75,7 +75,7 @@ def test_a_broken_suite_lists_all_faults(tmp_path):
     [
         ({"name": "x", "method": "salun"}, "salun needs a mask"),
         ({"name": "x", "method": "finetune", "mask": "saliency", "density": 0.5}, "finetune takes no mask"),
-        ({"name": "x", "method": "finetune", "density": 0.5}, "only a mask does"),
+        ({"name": "x", "method": "finetune", "density": 0.5}, "only a mask has one"),
         ({"name": "x", "method": "retrain"}, "retrain is the reference"),
         ({"name": "x", "method": "finetune", "config": {"seed": 1}}, "config sets a seed"),
         ({"name": "x", "method": "finetune", "config": {"epochs": 0}}, "epochs"),
@@ -135,7 +135,7 @@ def test_suites_may_share_a_file_of_rows(tmp_path):
 
 def test_faults_of_shared_rows_are_listed_too(tmp_path):
     data = rows_in_a_file(tmp_path, [{"name": "x", "method": "saluns"}])
-    assert "rows_from: the suite has `methods` of its own" in faults(tmp_path, data)
+    assert "rows_from: the suite has its own `methods`" in faults(tmp_path, data)
     del data["methods"]
     assert "did you mean 'salun'?" in faults(tmp_path, data)
     assert "rows_from" in faults(tmp_path, {**data, "rows_from": "none.yaml"})
@@ -145,11 +145,11 @@ def test_a_row_with_its_own_budget_is_searched_but_needs_no_control(tmp_path):
     data = copy.deepcopy(SUITE)
     cheap = {"name": "cheap", "method": "salun", "mask": "saliency", "budget": "2e"}
     data["methods"].append(cheap)
-    assert "a budget goes with a search" in faults(tmp_path, data)
+    assert "a budget without a search" in faults(tmp_path, data)
     data["sizes"]["cpu"]["search"] = {"budget": "8e"}
     suite = load(tmp_path, data)
     plan = SuiteRun(suite, "cpu", tmp_path)
     assert {plan.search(row).budget for row in suite.methods if row.search and row.name != "cheap"} == {"8e"}
     assert plan.search(suite.methods[-1]).budget == "2e"
     data["methods"][-1] = {**cheap, "budget": "2m"}
-    assert "finds other settings each time" in faults(tmp_path, data)
+    assert "is not reproducible" in faults(tmp_path, data)
