@@ -31,6 +31,7 @@ PURGED_OUTPUTS = frozenset({"model", "mask", "unlearned", "before", "after"})
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 _DEEPEST = 5  # a pipeline's name may be `namespace/<n>/pipeline/<p>`
 
+ArtifactFiles = Mapping[tuple[str, str], Sequence[StoredKey]]
 KeysByKind = Mapping[str, Sequence[tuple[StoredKey, Mapping[str, str]]]]
 
 
@@ -87,15 +88,6 @@ class RequestSummary:
     hashed: bool = False
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """A file below Kubeflow's pipeline root: its run, the name of the output, and the stored key."""
-
-    run: str
-    name: str
-    stored: StoredKey
-
-
 @dataclass(frozen=True, kw_only=True)
 class StoreInventory:
     """Everything that a deletion plan is made from.
@@ -109,7 +101,7 @@ class StoreInventory:
         runs: by id.
         requests: by id.
         uploads: unfinished multipart uploads, with their bytes.
-        artifacts: files of known runs below Kubeflow's pipeline root.
+        artifacts: files of known runs below Kubeflow's pipeline root, by run and name of the output.
         foreign_runs: how many unknown runs have files there.
     """
 
@@ -121,7 +113,7 @@ class StoreInventory:
     runs: Mapping[str, RunSummary] = field(default_factory=dict)
     requests: Mapping[str, RequestSummary] = field(default_factory=dict)
     uploads: Sequence[tuple[Upload, int]] = ()
-    artifacts: Sequence[Artifact] = ()
+    artifacts: ArtifactFiles = field(default_factory=dict)
     foreign_runs: int = 0
 
     @cached_property
@@ -214,7 +206,7 @@ def scan_store(store: S3Store, now: datetime, pipeline_root: S3Store | None = No
     heads = {line: read_head(store, line) for line in values("head", "line")}
     holders = {line: holder_of(store, line) for line in values("lease", "line")}
     deltas = in_parallel(lambda digest: delta_facts(store, digest), values("delta", "digest"))
-    artifacts, foreign = scan_artifacts(pipeline_root, runs) if pipeline_root else ([], 0)
+    artifacts, foreign = scan_artifacts(pipeline_root, runs) if pipeline_root else ({}, 0)
     return StoreInventory(
         keys=keys,
         heads={line: head[0] for line, head in heads.items() if head},
@@ -268,20 +260,20 @@ def _scan_runs(store: S3Store, live: KeysByKind) -> dict[str, RunSummary]:
     return dict(zip(names, in_parallel(summarise, names), strict=True))
 
 
-def scan_artifacts(root: S3Store, runs: Container[str]) -> tuple[list[Artifact], int]:
+def scan_artifacts(root: S3Store, runs: Container[str]) -> tuple[ArtifactFiles, int]:
     """Return the files of known runs below Kubeflow's pipeline root, and how many other runs have files there.
 
     Args:
         root: the pipeline root.
         runs: the ids of the known runs.
     """
-    found: list[Artifact] = []
+    found: dict[tuple[str, str], list[StoredKey]] = {}
     foreign: set[str] = set()
     for item in stored_keys(root):
         if place := parse_artifact(item.key, runs):
-            found.append(Artifact(*place, item))
+            found.setdefault(place, []).append(item)
         else:
-            foreign.add("/".join(item.key.split("/")[:2]))  # `pipeline/run`, as far as it can be told
+            foreign.add("/".join(item.key.split("/")[:2]))  # probably `pipeline/run`
     return found, len(foreign)
 
 

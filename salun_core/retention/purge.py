@@ -118,7 +118,7 @@ def purge(
         left = None
         if root is not None:
             artifacts, _ = scan_artifacts(root, inventory.runs)
-            left = {artifact.run for artifact in artifacts if artifact.name in PURGED_OUTPUTS}
+            left = {run for run, name in artifacts if name in PURGED_OUTPUTS}
         addenda = issue_addenda(store, inventory, stored_keys(store), left, signer, now)
     report = PurgeReport(False, planned, erased, skipped, addenda)
     removed = report.total

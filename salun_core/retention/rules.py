@@ -316,12 +316,8 @@ def _over_at(inventory: StoreInventory, run: str, items: Sequence[StoredKey], no
 
 def _artifacts(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Iterator[Deletion]:
     days = min(rules.artifact_days, rules.mask_days, rules.weights_days)
-    grouped: dict[tuple[str, str], list[StoredKey]] = {}
-    for item in inventory.artifacts:
-        if item.name in PURGED_OUTPUTS:
-            grouped.setdefault((item.run, item.name), []).append(item.stored)
-    for (run, name), items in grouped.items():
-        over = inventory.finished_at(run, now)
+    for (run, name), items in inventory.artifacts.items():
+        over = inventory.finished_at(run, now) if name in PURGED_OUTPUTS else None
         if over is not None and rules.over(over, now, days=days):
             reason = f"{name} of a run that is over since {over:{_WHEN}}"
             yield Deletion.of(DeletionKind.ARTIFACT, items, reason, run=run)

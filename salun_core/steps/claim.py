@@ -6,7 +6,7 @@ import json
 import secrets
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from salun_core.certificates.issue import ModelCertifier
 from salun_core.config import parse
@@ -22,7 +22,7 @@ from salun_core.storage import FileStore, open_store
 from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import probe_key
 from salun_core.storage.objects import ObjectStore
-from salun_core.storage.probe import ProbedStore, require_safe
+from salun_core.storage.probe import require_safe
 from salun_core.sweeps.claim import Claim, claim, preview
 from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.policy import SweepPolicy
@@ -31,6 +31,9 @@ from salun_core.tasks.resolve import fetched
 from salun_core.tasks.task import Task
 from salun_core.telemetry.observe import observed
 from salun_core.times import Clock, utc_clock
+
+if TYPE_CHECKING:
+    from salun_core.storage.s3 import S3Store
 
 _PROBED = probe_key("passed.json")
 _PROBE_LASTS = timedelta(days=7)
@@ -108,7 +111,7 @@ def claim_requests(
         return claim(context, model_line, run, policy, lambda version: resolver_of(store, version))
 
 
-def probe_once(store: ProbedStore) -> None:
+def probe_once(store: S3Store) -> None:
     """Test the conditional writes of a store before its first claim, and again after a week.
 
     Raises:

@@ -13,29 +13,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from salun_core.config import Document
 from salun_core.errors import StoreError
 from salun_core.storage.keys import probe_key
-from salun_core.storage.objects import ObjectStore
+
+if TYPE_CHECKING:
+    from salun_core.storage.s3 import S3Store
 
 _RACES = 3
-
-
-class ProbedStore(ObjectStore, Protocol):
-    """A store that also offers the bare conditional write, without the read-back of `put_new` and `put_if`."""
-
-    @property
-    def uri(self) -> str:
-        """The address of the store."""
-        ...
-
-    def try_put(self, key: str, data: bytes, etag: str | None = None) -> str | None:
-        """Write once; return the new etag, or None if the condition was false."""
-        ...
 
 
 class ProbeCheck(Document):
@@ -59,7 +48,7 @@ class ProbeReport(Document):
         return all(check.passed for check in self.checks)
 
 
-def probe(store: ProbedStore) -> ProbeReport:
+def probe(store: S3Store) -> ProbeReport:
     """Test a store's conditional writes, on keys that are deleted afterwards.
 
     Args:
@@ -85,7 +74,7 @@ def probe(store: ProbedStore) -> ProbeReport:
     return ProbeReport(uri=store.uri, checks=checks, seconds=round(time.monotonic() - begin, 3))
 
 
-def require_safe(store: ProbedStore) -> ProbeReport:
+def require_safe(store: S3Store) -> ProbeReport:
     """Probe a store, and refuse it unless every promise was kept.
 
     Raises:
@@ -102,7 +91,7 @@ def require_safe(store: ProbedStore) -> ProbeReport:
     )
 
 
-def _race(store: ProbedStore, key: str, etag: str | None, racers: int) -> list[bytes]:
+def _race(store: S3Store, key: str, etag: str | None, racers: int) -> list[bytes]:
     """Let all racers write at once; return the bodies that won."""
     barrier = threading.Barrier(racers)
 
@@ -115,7 +104,7 @@ def _race(store: ProbedStore, key: str, etag: str | None, racers: int) -> list[b
         return [body for body in pool.map(write, range(racers)) if body is not None]
 
 
-def _one_winner(store: ProbedStore, folder: str, *, swap: bool) -> ProbeCheck:
+def _one_winner(store: S3Store, folder: str, *, swap: bool) -> ProbeCheck:
     """Run a race, and again if nobody won (the winner's reply may have been lost)."""
     name, racers = ("of racing swaps one wins", 8) if swap else ("of racing creates one wins", 16)
     for number in range(_RACES):
@@ -131,7 +120,7 @@ def _one_winner(store: ProbedStore, folder: str, *, swap: bool) -> ProbeCheck:
     return ProbeCheck(name=name, passed=False, detail="nobody won")
 
 
-def _stale_etag(store: ProbedStore, folder: str) -> ProbeCheck:
+def _stale_etag(store: S3Store, folder: str) -> ProbeCheck:
     key = f"{folder}/stale"
     old = store.try_put(key, b"first") or ""
     store.try_put(key, b"second", old)
@@ -139,21 +128,21 @@ def _stale_etag(store: ProbedStore, folder: str) -> ProbeCheck:
     return _check("a stale etag is refused", kept, "the store accepted or wrote it")
 
 
-def _fresh_etag(store: ProbedStore, folder: str) -> ProbeCheck:
+def _fresh_etag(store: S3Store, folder: str) -> ProbeCheck:
     key = f"{folder}/fresh"
     etag = store.try_put(key, b"first") or ""
     kept = store.try_put(key, b"second", etag) is not None and _holds(store, key, b"second")
     return _check("a fresh etag is accepted", kept, "the store refused or did not write it")
 
 
-def _missing_key(store: ProbedStore, folder: str) -> ProbeCheck:
+def _missing_key(store: S3Store, folder: str) -> ProbeCheck:
     key = f"{folder}/missing"
     etag = store.try_put(f"{folder}/other", b"other") or ""
     kept = store.try_put(key, b"ghost", etag) is None and store.get(key) is None
     return _check("a swap of a missing key is refused", kept, "the store created it")
 
 
-def _read_after_write(store: ProbedStore, folder: str) -> ProbeCheck:
+def _read_after_write(store: S3Store, folder: str) -> ProbeCheck:
     key = f"{folder}/read"
     etag = store.try_put(key, b"written")
     found = store.get(key)
@@ -162,7 +151,7 @@ def _read_after_write(store: ProbedStore, folder: str) -> ProbeCheck:
     return _check("what was written is read and listed", seen and listed, "it was not found, or with another etag")
 
 
-def _holds(store: ProbedStore, key: str, data: bytes) -> bool:
+def _holds(store: S3Store, key: str, data: bytes) -> bool:
     found = store.get(key)
     return found is not None and found.data == data
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from salun_core.errors import IntegrityError
 from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.schema import Outcome, Status
-from salun_core.retention.inventory import Artifact, RequestSummary, RunSummary, StoreInventory, parse_artifact
+from salun_core.retention.inventory import RequestSummary, RunSummary, StoreInventory, parse_artifact
 from salun_core.retention.rules import DeletionKind, RetentionRules, plan, still_trained_on
 from salun_core.storage import keys as names
 from salun_core.storage.erase import StoredKey, Upload
@@ -36,7 +36,7 @@ class World:
 
     def __init__(self):
         self.keys, self.heads, self.manifests, self.bases = [], {}, {}, {}
-        self.holders, self.runs, self.requests, self.uploads, self.artifacts = {}, {}, {}, [], []
+        self.holders, self.runs, self.requests, self.uploads, self.artifacts = {}, {}, {}, [], {}
 
     def put(self, key, at=0.0, size=10, live=True, old=0):
         self.keys.append(StoredKey(key, size, day(at), live, old))
@@ -319,10 +319,8 @@ def test_unknown_keys_are_listed_and_stay(world):
 
 
 def test_artifacts_with_weights_are_deleted_and_evidence_stays(world):
-    def artifact(name, run="run-1"):
-        return Artifact(run, name, StoredKey(f"p/{run}/task/{name}", 5, day(1)))
-
-    world.artifacts = [artifact(n) for n in ("model", "mask", "unlearned", "evidence", "report", "executor-logs")]
+    for name in ("model", "mask", "unlearned", "evidence", "report", "executor-logs"):
+        world.artifacts["run-1", name] = [StoredKey(f"p/run-1/task/{name}", 5, day(1))]
     world.run("run-1", 1)
     assert world.gone(7.9) == set()
     assert world.gone(8) == {"p/run-1/task/model", "p/run-1/task/mask", "p/run-1/task/unlearned"}

@@ -17,6 +17,7 @@ from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome, Status
 from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.steps.sweep import sweep_once
+from salun_core.storage import s3
 from salun_core.storage.keys import certificate_key
 from salun_core.storage.leases import holder_of
 from salun_core.sweeps.rollback import rollback
@@ -55,8 +56,10 @@ def test_requests_are_erased_certified_rolled_back_and_erased_again(config, stor
     ledger.submit("unknown", line, SamplesTarget(ids=["no-such-digit"]))
     before = read_head(store, line)[0].version
 
+    clients = s3._client_of.cache_info().misses
     done = sweep_once(config, tmp_path / "run")
     assert done.error is None
+    assert s3._client_of.cache_info().misses == clients  # every step uses the client of the `store` fixture
     assert (list(done.settled.completed), done.claimed.requests) == (["a-class"], 1)
     assert ledger.state("a-class").last.outcome is Outcome.UNLEARNED
     assert ledger.state("unknown").last.outcome is Outcome.NOTHING_TO_ERASE
