@@ -65,6 +65,8 @@ def test_every_file_that_a_page_names_exists(page):
         assert (ROOT / name).exists() or name in MADE or re.search("[A-Z]{4}", name), name  # NAME: any
     for name in re.findall(r"`([a-z_]+/[\w/]+\.py)`", text):  # as seen from the core
         assert any((base / name).exists() for base in (ROOT, ROOT / "salun_core", ROOT / "tests")), name
+    for name in re.findall(r"\b(test_\w+\.py)`", text):
+        assert next((ROOT / "tests").rglob(name), None), name
 
 
 def test_the_architecture_lists_every_part_of_the_core():
