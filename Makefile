@@ -41,6 +41,10 @@ demo-diffusion: setup ## Run the demo for diffusion models; ten minutes each (KI
 test: setup ## Run all tests (JOBS=2 processes; ARGS='-k mask' goes to pytest)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
+test-fast: setup ## Run the unit tests that need no server and no long computation (ARGS= goes to pytest)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not s3 and not e2e and not slow" \
+		tests/unit tests/properties $(ARGS)
+
 check: setup docs ## Format, lint, types, layers, generated files, and the documentation site
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
