@@ -91,7 +91,6 @@ def publish(
 class ToyResolver:
     """Resolves samples against what a version has not forgotten yet."""
 
-    version: str
     gone: frozenset[str]
 
     @property
@@ -159,7 +158,7 @@ def sweep_context(store: FileStore, clock=utc_clock) -> SweepContext:
 
 
 def resolver_of(store: FileStore):
-    return lambda version: ToyResolver(version.digest, frozenset(forgotten(store, version)))
+    return lambda version: ToyResolver(frozenset(forgotten(store, version)))
 
 
 def claim_next(context: SweepContext, run: str, line: str = LINE, **settings: object) -> Claim:

@@ -1,4 +1,4 @@
-"""Finds the training samples that a request names, in the very version of the model that is to forget them."""
+"""Finds the training samples that a request names, in the version of the model that will forget them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Resolved:
     """What one request names.
 
     Args:
-        ids: training samples of the version, and what stands for concepts, sorted; none: there is nothing to erase.
+        ids: training samples of the version, and the pseudo ids of concepts, sorted; empty: nothing to erase.
         digest: digest of its forget set.
-        named: how many samples it names, whether in training or not.
-        concepts: those of the ids that stand for concepts, which no data set holds.
+        named: how many samples it names, in training or not.
+        concepts: the pseudo ids of concepts among the ids; no data set holds them.
     """
 
     ids: Sequence[str]
@@ -35,17 +35,12 @@ class Resolved:
 
     @cached_property
     def samples(self) -> frozenset[str]:
-        """The training samples among the ids: what counts against the bounds of a run."""
+        """The training samples among the ids, which count against the limits of a run."""
         return frozenset(self.ids) - self.concepts
 
 
 class Resolver(Protocol):
     """Resolves requests against one version of a model line."""
-
-    @property
-    def version(self) -> str:
-        """Digest of the version."""
-        ...
 
     @property
     def train_count(self) -> int:
@@ -56,7 +51,7 @@ class Resolver(Protocol):
         """Find what a request names.
 
         Raises:
-            SalunError: it names something that cannot be: a class that there is not, another data set.
+            SalunError: it names what does not exist, such as an unknown class or another data set.
         """
         ...
 
@@ -69,8 +64,7 @@ class TableResolver:
     """Resolves requests against a data set and the split manifest of a version.
 
     Args:
-        version: digest of the version.
-        table: the rows of the data set, checked against the split; None where the model came without data.
+        table: the rows of the data set, checked against the split; None if the model came without data.
         split: which of them the version was trained on and has not forgotten.
         task: of the model; it checks what such a model can forget.
         fetch: replaces a target that names a manifest of ids by one that holds them.
@@ -78,19 +72,12 @@ class TableResolver:
 
     def __init__(
         self,
-        version: str,
         table: Table | None,
         split: SplitManifest,
         task: Task[Any],
         fetch: Callable[[Target], Target] = lambda target: target,
     ) -> None:
-        self._version, self._table, self._split = version, table, split
-        self._task, self._fetch = task, fetch
-
-    @property
-    def version(self) -> str:
-        """Digest of the version."""
-        return self._version
+        self._table, self._split, self._task, self._fetch = table, split, task, fetch
 
     @property
     def train_count(self) -> int:
@@ -98,28 +85,27 @@ class TableResolver:
         return len(self._split.train)
 
     def resolve(self, request: DeletionRequest) -> Resolved:
-        """Find what a request names; ids that the data do not know are nothing to erase, and no fault.
+        """Find what a request names; ids that the data do not have need no erasure and are no error.
 
         Raises:
-            UsageError: it names a class that there is not, or something that such a model cannot forget.
-            IntegrityError: it is of another data set.
+            UsageError: it names an unknown class, or something that such a model cannot forget.
+            IntegrityError: it belongs to another data set.
         """
         target = self._fetch(request.target)
-        found = self._set([target])
+        found = self._forget_set([target])
         named = len(target.ids or ()) if isinstance(target, SamplesTarget) else len(found.ids)
         return Resolved(found.ids, found.digest, named, frozenset(concept.pseudo_id for concept in found.concepts))
 
     def freeze_forget_set(self, requests: Sequence[DeletionRequest]) -> bytes:
         """Return the forget set of all requests together, as canonical JSON."""
-        return self._set([self._fetch(request.target) for request in requests]).canonical()
+        return self._forget_set([self._fetch(request.target) for request in requests]).canonical()
 
-    def _set(self, targets: Sequence[Target]) -> ForgetSet:
+    def _forget_set(self, targets: Sequence[Target]) -> ForgetSet:
         self._task.check_targets(targets)
-        known = [found for target in targets if (found := self._known(target)) is not None]
+        known = [found for target in targets if (found := self._without_unknown_ids(target)) is not None]
         return resolve_forget(known, self._table, self._split)
 
-    def _known(self, target: Target) -> Target | None:
-        """Leave out the ids that the data do not have."""
+    def _without_unknown_ids(self, target: Target) -> Target | None:
         if not isinstance(target, SamplesTarget) or self._table is None:
             return target
         ids = [sample for sample in target.ids or () if sample in self._table.position]

@@ -140,4 +140,4 @@ def resolver_of(store: FileStore, version: Version) -> Resolver:
     card = card_of(store, version)
     split = parse_stored(SplitManifest, read_file(store, version, SPLIT), SPLIT)
     table = load_data(card.data, split).table if card.data is not None else None
-    return TableResolver(version.digest, table, split, task_named(card.task), fetched)
+    return TableResolver(table, split, task_named(card.task), fetched)

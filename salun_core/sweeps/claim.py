@@ -25,7 +25,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from salun_core.config import parse
@@ -169,9 +169,12 @@ def _kind_of(state: RequestState) -> tuple[str | None, int]:
     return (state.last.group, state.last.rung) if state.last else (None, 0)
 
 
-@dataclass(frozen=True)
+_Item = tuple[RequestState, Resolved]
+
+
+@dataclass
 class _Batch:
-    """Claims the requests of one batch against one version."""
+    """Claims the requests of one batch against one version; `nothing` names nothing to erase, and `refused` failed."""
 
     context: SweepContext
     line: str
@@ -180,18 +183,21 @@ class _Batch:
     epoch: int
     version: Version
     resolver: Resolver
+    nothing: list[_Item] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
 
     def claim(self, states: Sequence[RequestState], found: Claim) -> Claim:
         """Resolve the requests, move those of the batch to in progress, and record the run."""
-        chosen, nothing, refused = self._choose(self._without_erased(states))
+        chosen = self._choose(self._without_erased(states))
         taken = [item for item in in_parallel(lambda item: self._take(*item), chosen) if item is not None]
-        for state, resolved in nothing:
+        for state, resolved in self.nothing:
             item = self._take(state, resolved)
             if item is not None:
                 complete(self.context, item[0], _member(*item), self.version, None)
-        found = replace(found, nothing_to_erase=tuple(state.request.id for state, _ in nothing), refused=refused)
+        settled = tuple(state.request.id for state, _ in self.nothing)
+        found = replace(found, nothing_to_erase=settled, refused=tuple(self.refused))
         if not taken:
-            return replace(found, reason="nothing left to erase") if nothing else found
+            return replace(found, reason="nothing left to erase") if settled else found
         frozen = self.resolver.freeze_forget_set([state.request for state, _ in taken])
         record = self._record(taken, _kind_of(states[0]), sha256_bytes(frozen))
         self.context.store.put_new(scratch_key(self.run, FORGET_FILE), frozen)
@@ -226,24 +232,16 @@ class _Batch:
             runs = [] if event.to_status is Status.COMPLETED else [*runs, event.run or ""]
         return [run for run in dict.fromkeys(runs) if run not in {"", self.run}]
 
-    def _choose(
-        self, states: Sequence[RequestState]
-    ) -> tuple[list[tuple[RequestState, Resolved]], list[tuple[RequestState, Resolved]], tuple[str, ...]]:
-        """Resolve requests until the run's limits are reached; the first one that names something always fits.
-
-        Returns:
-            The batch, the requests with nothing to erase, and the ids of those that failed.
-        """
-        chosen: list[tuple[RequestState, Resolved]] = []
-        nothing: list[tuple[RequestState, Resolved]] = []
-        refused: list[str] = []
+    def _choose(self, states: Sequence[RequestState]) -> list[_Item]:
+        """Return requests until the limits of a run are reached; the first one that names something always fits."""
+        chosen: list[_Item] = []
         samples: frozenset[str] = frozenset()
         for state in states:
-            resolved = self._resolve(state, refused)
+            resolved = self._resolve(state)
             if resolved is None:
                 continue
             if not resolved.ids:
-                nothing.append((state, resolved))
+                self.nothing.append((state, resolved))
                 continue
             larger = samples | resolved.samples
             if chosen and len(larger) > self._sample_limit:
@@ -252,13 +250,13 @@ class _Batch:
             samples = larger
             if len(chosen) == self.policy.max_requests:
                 break
-        return chosen, nothing, tuple(refused)
+        return chosen
 
     @property
     def _sample_limit(self) -> float:
         return self.policy.max_forget_fraction * self.resolver.train_count
 
-    def _resolve(self, state: RequestState, refused: list[str]) -> Resolved | None:
+    def _resolve(self, state: RequestState) -> Resolved | None:
         """Find what a request names, or let it fail; the reason names nothing that the request does."""
         try:
             resolved = self.resolver.resolve(state.request)
@@ -269,10 +267,10 @@ class _Batch:
             reason = f"what it names cannot be resolved ({type(error).__name__})"
         with suppress(ConflictError):  # it was held or cancelled meanwhile
             self.context.ledger.move(state, Transition(Status.FAILED, self.context.actor, reason))
-            refused.append(state.request.id)
+            self.refused.append(state.request.id)
         return None
 
-    def _take(self, state: RequestState, resolved: Resolved) -> tuple[RequestState, Resolved] | None:
+    def _take(self, state: RequestState, resolved: Resolved) -> _Item | None:
         """Move a request to in progress; None if it was held or cancelled meanwhile."""
         if state.status is Status.IN_PROGRESS:
             return state, resolved
@@ -286,9 +284,7 @@ class _Batch:
             return None
         return RequestState(request=state.request, last=event), resolved
 
-    def _record(
-        self, taken: Sequence[tuple[RequestState, Resolved]], kind: tuple[str | None, int], frozen_digest: str
-    ) -> RunRecord:
+    def _record(self, taken: Sequence[_Item], kind: tuple[str | None, int], frozen_digest: str) -> RunRecord:
         group, level = kind
         ids = sorted({name for _, resolved in taken for name in resolved.ids})
         level = self._level(ids, len({name for _, resolved in taken for name in resolved.samples}), level)

@@ -27,7 +27,7 @@ def digits():
 
 
 def test_a_concept_resolves_to_one_pseudo_id(digits):
-    resolver = TableResolver("v", digits.table, digits.split, TASKS["diffusion"])
+    resolver = TableResolver(digits.table, digits.split, TASKS["diffusion"])
     found = resolver.resolve(request(CONCEPT))
     assert (found.ids, found.named, found.samples) == ([CONCEPT.pseudo_id], 1, frozenset())
     assert found.concepts == {CONCEPT.pseudo_id}
@@ -39,7 +39,7 @@ def test_a_concept_resolves_to_one_pseudo_id(digits):
 
 
 def test_the_frozen_bytes_have_the_digest_of_the_forget_set(digits):
-    resolver = TableResolver("v", digits.table, digits.split, TASKS["diffusion"])
+    resolver = TableResolver(digits.table, digits.split, TASKS["diffusion"])
     for targets in ([CONCEPT], [ClassTarget(class_id=7)], [CONCEPT, ClassTarget(class_id=7)]):
         frozen = resolver.freeze_forget_set([request(target) for target in targets])
         document = parse(ForgetSet, json.loads(frozen), "frozen")
@@ -50,18 +50,18 @@ def test_the_frozen_bytes_have_the_digest_of_the_forget_set(digits):
 @pytest.mark.parametrize("target", [SamplesTarget(ids=["unknown"]), SubjectTarget(subject_ref="ann")])
 def test_single_samples_of_a_diffusion_model_are_refused(digits, target):
     with pytest.raises(UsageError, match="classes and concepts"):
-        TableResolver("v", digits.table, digits.split, TASKS["diffusion"]).resolve(request(target))
+        TableResolver(digits.table, digits.split, TASKS["diffusion"]).resolve(request(target))
 
 
 def test_a_classifier_resolves_samples_and_no_concepts(digits):
-    resolver = TableResolver("v", digits.table, digits.split, TASKS["classification"])
+    resolver = TableResolver(digits.table, digits.split, TASKS["classification"])
     assert resolver.resolve(request(SamplesTarget(ids=["unknown"]))).ids == []
     with pytest.raises(UsageError, match="a classifier cannot forget a concept"):
         resolver.resolve(request(CONCEPT))
 
 
 def test_a_line_without_data_resolves_concepts_only():
-    resolver = TableResolver("v", None, EMPTY, TASKS["diffusion"])
+    resolver = TableResolver(None, EMPTY, TASKS["diffusion"])
     assert resolver.train_count == 0
     assert resolver.resolve(request(CONCEPT)).ids == [CONCEPT.pseudo_id]
     with pytest.raises(UsageError, match="came without training data"):

@@ -41,7 +41,7 @@ def submit(context, *targets):
 
 def claimed(context, table, split, **settings):
     def resolver_of(version):
-        return TableResolver(version.digest, table, split, TASKS["diffusion"])
+        return TableResolver(table, split, TASKS["diffusion"])
 
     return claim(context, toy.LINE, "run-1", toy.policy(**settings), resolver_of)
 
