@@ -1,6 +1,6 @@
 """The gate: policy + evidence -> decision with a verdict per rule. It fails closed.
 
-Some checks are always enforced, whatever the policy: the digests are the expected ones, the forget set is not empty,
+Some checks are enforced under every policy: the digests are the expected ones, the forget set is not empty,
 the model changed, its weights are finite, and the weights outside the mask kept their bits.
 """
 

@@ -47,7 +47,7 @@ def test_weights_are_compared_bit_by_bit():
     assert found.buffers_changed == 2
 
 
-def test_memory_layout_is_no_difference(lab):
+def test_memory_layout_is_ignored(lab):
     other = copy.deepcopy(lab.model).to(memory_format=torch.contiguous_format)
     assert compare_weights(lab.model, other).weights_changed == 0
 

@@ -104,7 +104,7 @@ def test_modified_entropy_is_song_and_mittals():
     np.testing.assert_allclose(modified_entropy(some), expected, rtol=1e-12)
 
 
-def test_modified_entropy_tells_a_sure_right_answer_from_a_sure_wrong_one():
+def test_modified_entropy_separates_confident_right_and_wrong_answers():
     p = [[0.98, 0.01, 0.01]] * 2
     right, wrong = modified_entropy(of(p, [0, 1]))
     assert right < 0.05

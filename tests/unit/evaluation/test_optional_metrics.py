@@ -175,7 +175,7 @@ def test_scores_come_from_folds_that_did_not_see_the_row():
     assert rank_area(apart[:30], apart[30:]) > 0.95
 
 
-def test_the_metric_tells_models_apart():
+def test_the_metric_separates_models():
     torch.manual_seed(3)  # weights whose six features carry the shift of the images
     sees, blind = (nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Linear(6, 3)) for _ in range(2))
     nn.init.zeros_(blind[1].weight)
