@@ -43,7 +43,7 @@ class FileCheckpoint:
     path: Path
 
     def load(self) -> bytes | None:
-        """Return the file's bytes, or None where there is none."""
+        """Return the bytes of the file, or None if it does not exist."""
         return self.path.read_bytes() if self.path.is_file() else None
 
     def save(self, data: bytes) -> None:
@@ -98,7 +98,7 @@ def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimize
     """Load the last state into a model and its optimiser.
 
     Returns:
-        The history of the epochs that are done; empty where there is no checkpoint.
+        The history of the finished epochs; empty without a checkpoint.
 
     Raises:
         ConflictError: the checkpoint is of another run.
@@ -110,7 +110,9 @@ def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimize
     header, tensors = _read(data)
     if header["fingerprint"] != fingerprint:
         raise ConflictError(
-            "checkpoint is of another run", "its configuration or data differ", "delete it, or give another folder"
+            "the checkpoint belongs to another run",
+            "its configuration or data differ",
+            "delete it, or give another folder",
         )
     model.load_state_dict(
         {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
@@ -135,7 +137,7 @@ def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _restore_layout(optimizer: Optimizer) -> None:
-    """Lay moments out in memory as their weights are: another layout takes a slower path."""
+    """Give moments the memory layout of their weights: the optimiser takes a slower path for mixed layouts."""
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():

@@ -14,7 +14,7 @@ from salun_core.errors import UsageError
 
 
 class LoopConfig(Document):
-    """How the loop runs, whatever it trains."""
+    """How the loop runs: the base of every configuration."""
 
     epochs: int = Field(default=5, ge=1, description="stretches of the run; the state is kept after each")
     learning_rate: float = Field(default=0.003, gt=0, le=1e6, description="of the first step")
@@ -136,5 +136,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"there is no device {name!r}", str(error).split("\n")[0], "use auto, cpu or cuda") from error
+        raise UsageError(
+            f"device {name!r} is not available", str(error).split("\n")[0], "use auto, cpu or cuda"
+        ) from error
     return device

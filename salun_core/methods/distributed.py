@@ -1,7 +1,15 @@
-"""Several processes that train one model: each takes its share of every batch, and all end with the same weights.
+"""Data-parallel training: each process takes its share of every batch, and all end with the same weights.
 
-`torchrun` starts them and says to each by RANK, WORLD_SIZE and LOCAL_RANK which one it is. Gradients are added up
-before the optimiser, and so before the mask, sees them.
+`torchrun` starts the processes and sets RANK, WORLD_SIZE and LOCAL_RANK. Gradients are summed before the optimiser, and
+so the mask, is applied. What can go wrong:
+
+- A process fails with an error of its own: it writes its exit code to the group's store and leaves. The next collective
+  call of the others fails; they read the code and end with it (`PeerError`). The first process's error is the cause.
+- A process is killed, or hangs: the others wait for `TIMEOUT` in their next collective call, find no code, and end
+  with 1.
+- The store's host is gone: there is no code to read; they end with 1 too.
+- The processes got different inputs, or their weights diverge: digests are compared at the start and after each epoch,
+  and every process raises the same `IntegrityError`.
 """
 
 from __future__ import annotations
@@ -34,7 +42,7 @@ class PeerError(SalunError):
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(
-            "another process of the group failed", "this one cannot go on alone", "see what the other one said"
+            "another process of the group failed", "this one cannot continue alone", "see the other one's error"
         )
         self.exit_code = exit_code
 
@@ -46,7 +54,7 @@ class Share:
     Args:
         images: [B', C, H, W].
         labels: [B'].
-        count: B'; 0 where the batch had fewer images than there are processes, and one image stands in.
+        count: B'; 0 if the batch has fewer images than there are processes. One image then stands in for the share.
         weight: B' / B: times the part's mean loss, and added up over processes, it is the batch's mean.
     """
 
@@ -58,7 +66,7 @@ class Share:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Which process this is, and of how many.
+    """The processes that share the work, and which of them this one is.
 
     Args:
         rank: from 0.
@@ -70,10 +78,10 @@ class ProcessGroup:
 
     @classmethod
     def from_environment(cls) -> ProcessGroup:
-        """Return what torchrun said; one process alone where it did not start us.
+        """Read the variables of torchrun; without them there is a single process.
 
         Raises:
-            UsageError: RANK or WORLD_SIZE is no number, or they contradict each other.
+            UsageError: RANK or WORLD_SIZE is not a number, or they contradict each other.
         """
         rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
@@ -90,7 +98,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def share(self, images: Tensor, labels: Tensor) -> Share:
-        """Return this process's part of a batch that all processes hold alike."""
+        """Return this process's part of a batch; all processes hold the same batch."""
         if self.size == 1:
             return Share(images, labels, len(labels), 1.0)
         mine = torch.tensor_split(torch.arange(len(labels), device=labels.device), self.size)[self.rank]
@@ -100,7 +108,7 @@ class ProcessGroup:
         return Share(images[mine], labels[mine], count, count / len(labels))
 
     def add_gradients(self, model: nn.Module) -> None:
-        """Replace the gradients by their sums over all processes, in one exchange."""
+        """Replace the gradients by their sums over all processes, in one collective call."""
         if self.size == 1:
             return
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -135,14 +143,14 @@ class ProcessGroup:
         self.require_same("weights", "".join(hashes))
 
     def require_same(self, what: str, text: str) -> None:
-        """Check that all processes hold the same.
+        """Check that all processes hold the same text, such as a digest.
 
         Args:
-            what: names it in the message.
-            text: such as a digest.
+            what: name of it for the message.
+            text: is compared.
 
         Raises:
-            IntegrityError: they differ; every process raises it.
+            IntegrityError: the texts differ; every process raises it.
         """
         if self.size == 1:
             return
@@ -160,11 +168,11 @@ SINGLE_PROCESS = ProcessGroup()
 
 @dataclass(frozen=True)
 class SharedCheckpoint:
-    """A checkpoint that the first process keeps, and all resume from.
+    """A checkpoint that the first process writes and all processes resume from.
 
     Args:
-        inner: where it lies; used by the first process alone.
-        group: this process.
+        inner: the store; only the first process uses it.
+        group: the processes.
     """
 
     inner: CheckpointStore
@@ -191,13 +199,11 @@ class SharedCheckpoint:
 
 @contextmanager
 def joined(group: ProcessGroup, timeout: timedelta = TIMEOUT) -> Iterator[None]:
-    """Join the group of processes for a while; alone, or where the caller has joined, there is nothing to do.
-
-    A process that fails says so with its exit code; the others, whose next exchange then fails, end with the same.
+    """Join the group of processes while the block runs; nothing to do for a single process or if it has joined.
 
     Args:
-        group: this process, from `ProcessGroup.from_environment`.
-        timeout: how long one exchange may wait for the others.
+        group: from `ProcessGroup.from_environment`.
+        timeout: how long one collective call may wait for the other processes.
 
     Raises:
         PeerError: another process failed, or did not answer in time.
@@ -236,7 +242,7 @@ def _join(group: ProcessGroup, timeout: timedelta) -> Store:
 
 
 def _failure(error: BaseException, store: Store) -> BaseException:
-    """Return what to raise: our own error, told to the others, or the failure of another process."""
+    """Return what to raise: this process's own error, after it is reported to the others, or that of another one."""
     ours = not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)))
     with suppress(RuntimeError):  # the store's host may be gone
         if ours:

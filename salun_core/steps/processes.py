@@ -1,7 +1,8 @@
-"""Runs a step in several processes of this machine, one a GPU, from a process that is none of them.
+"""Runs a step in several processes of this machine, one per GPU.
 
-`salun mask --processes` starts the same command again. A step of a Kubeflow pipeline has no command of ours to start
-again, so here each process calls the step's function, and the first error of any comes back as what it was.
+`salun mask --processes` starts the same command again. A step of a Kubeflow pipeline has no command to start again, so
+each process calls the step's function here. The parent does not take part: it waits, and raises the first error that a
+process wrote to a file before it ended. A process that is killed writes none; the parent then reports its exit code.
 """
 
 from __future__ import annotations
@@ -28,10 +29,9 @@ def in_processes(processes: int, step: Step, *args: Any, **kwargs: Any) -> None:
     """Call a step in several processes that are joined as torchrun joins them, and wait for all.
 
     Args:
-        processes: how many are wanted. One, and the step runs in this process; where there are GPUs, no more than
-            these; where torchrun has started us, it is one of its processes.
-        step: a function of a module, such as `steps.mask.compute_mask`; what it returns is dropped, so look at the
-            files that it wrote.
+        processes: number of processes; at most one per GPU. With 1, or if torchrun has started this process, the step
+            runs in this process.
+        step: a function of a module, such as `steps.mask.compute_mask`. Its result is lost; it must write files.
         args: its arguments. The processes log the run of a `RunContext`; each loads models and data itself.
         kwargs: its arguments.
 
@@ -56,18 +56,18 @@ def _processes(wanted: int) -> int:
 
 
 def joined(count: int, entry: Callable[..., object] | str) -> Callable[..., object]:
-    """Return what starts processes on this machine, joined as torchrun joins them, and waits for them.
+    """Return a function that starts joined processes on this machine, as torchrun does, and waits for them.
 
     Args:
-        count: how many; each gets its share of the cores, unless $OMP_NUM_THREADS says another.
+        count: number of processes; each gets its share of the cores unless $OMP_NUM_THREADS is set.
         entry: a function of a module, or a program.
 
     Returns:
-        It takes the entry's arguments, and raises torch's `ChildFailedError` where a process failed.
+        It takes the entry's arguments, and raises torch's `ChildFailedError` if a process failed.
     """
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it is said elsewhere what failed
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the error is reported below
     os.environ.setdefault(_THREADS, str(max(1, (os.cpu_count() or 1) // count)))
     config = LaunchConfig(
         min_nodes=1,
@@ -97,7 +97,7 @@ def _launch(count: int, folder: Path, step: Step, args: tuple[Any, ...], kwargs:
 
 
 def _work(folder: Path, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Be one of the processes; an error of ours is written down for the parent before it ends this process."""
+    """Run as one of the processes; a `SalunError` is written to a file for the parent before it ends this process."""
     try:
         with run_bound(next((item.run or None for item in args if isinstance(item, RunContext)), None)):
             step(*args, **kwargs)
@@ -113,7 +113,7 @@ def _work(folder: Path, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def _told(folder: Path) -> SalunError | None:
-    """Return the error that a process wrote down; the oldest, where several did."""
+    """Return the error that a process wrote; the oldest one if several did."""
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns):
         told = json.loads(path.read_text(encoding="utf-8"))
         kind: type[SalunError] = getattr(errors, told.pop("error"))

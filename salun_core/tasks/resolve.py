@@ -33,13 +33,13 @@ def read_bytes(uri: str) -> bytes:
     if not uri.startswith("s3://"):
         path = Path(uri)
         if not path.is_file():
-            raise UsageError(f"there is no file {uri}", "the path does not exist", "check it")
+            raise UsageError(f"file {uri} does not exist", "no file has this path", "check the path")
         data = path.read_bytes()
     else:
         bucket, key = split_uri(uri)
         found = open_store(f"s3://{bucket}").get(key)
         if found is None:
-            raise UsageError(f"there is no object {uri}", "the store has none of that key", "check the address")
+            raise UsageError(f"object {uri} does not exist", "the store has no such key", "check the address")
         data = found.data
     if len(data) > MAX_DOCUMENT_BYTES:
         raise IntegrityError(f"{uri} is too large", f"over {MAX_DOCUMENT_BYTES} bytes", "split it")
@@ -57,7 +57,7 @@ def _plain(data: bytes, uri: str) -> Any:  # noqa: ANN401 - any YAML or JSON val
     try:
         return parse_text(data.decode("utf-8"), uri)
     except UnicodeDecodeError as error:
-        raise UsageError(f"{uri} is no text", str(error), "give a YAML or JSON document") from error
+        raise UsageError(f"{uri} is not text", str(error), "give a YAML or JSON document") from error
 
 
 def read_forget(uri: str) -> ForgetSet | list[Target]:
@@ -87,7 +87,7 @@ def fetched(target: Target) -> Target:
         return target
     uri = target.manifest_uri
     if not uri.startswith("s3://"):  # whoever files a request must not learn of this machine's files
-        raise UsageError("a manifest of sample ids lies outside the store", "it is no s3:// address", "upload it")
+        raise UsageError("a manifest of sample ids is not in the store", "its address is not s3://", "upload it")
     data = read_bytes(uri)
     check_digest("a manifest of sample ids", target.sha256 or "", sha256_bytes(data))
     fields = {"dataset_digest": target.dataset_digest, "ids": _plain(data, uri)}
@@ -141,10 +141,10 @@ def model_folder(reference: str, store_uri: str | None = None) -> Iterator[Path]
     if reference.startswith("s3://"):
         store_uri, _, reference = reference.rpartition("/")
     elif "/" in reference:
-        raise UsageError(f"there is no model folder {reference}", "the path does not exist", "check it")
+        raise UsageError(f"model folder {reference} does not exist", "no folder has this path", "check the path")
     if not store_uri:
         raise UsageError(
-            f"{reference} is no folder",
+            f"{reference} is not a folder",
             "a model line needs a store",
             "give --store s3://bucket/prefix, or set SALUN_STORE_URI",
         )

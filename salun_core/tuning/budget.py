@@ -22,8 +22,8 @@ class Budget:
 
     Args:
         text: as it was given.
-        passes: images forward and backward; None where seconds bound the search.
-        seconds: wall clock; None where passes do.
+        passes: images forward and backward; None if seconds limit the search.
+        seconds: wall clock; None if passes limit the search.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Budget:
     started: float = field(default_factory=time.perf_counter)
 
     def allows(self, passes: int) -> bool:
-        """Say whether so many passes in all may be spent; a limit of seconds asks the clock alone."""
+        """Return whether so many passes may be spent in total; a limit of seconds depends on the clock only."""
         if self.passes is not None:
             return passes <= self.passes
         return self.seconds is not None and time.perf_counter() - self.started < self.seconds
@@ -55,7 +55,9 @@ def parse_budget(text: str, images: int) -> Budget:
     amount = float(match[1]) if match else 0.0
     if match is None or amount <= 0:
         raise UsageError(
-            f"{text!r} is no budget", "it is a number of passes, or ends in s, m, h or e", "give 200000, 90s or 20e"
+            f"{text!r} is not a budget",
+            "it must be a number of passes, or end in s, m, h or e",
+            "give 200000, 90s or 20e",
         )
     unit = match[2]
     if unit in _SECONDS:

@@ -1,4 +1,4 @@
-"""What a search makes small: how far forget set and held-out data can be told apart, and what it cost the rest."""
+"""The objective of a search: how well forget set and held-out data can be distinguished, and the accuracy lost."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Sets:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one model says of the sets.
+    """Outputs of one model on the sets.
 
     Args:
         forget: of D_f.
@@ -77,7 +77,7 @@ class Reading:
 
     @property
     def single(self) -> Outputs:
-        """D_f without whole classes; all of it where there is nothing else, as the evaluation attacks it."""
+        """D_f without whole classes; all of it if there is nothing else, as in the evaluation's attack."""
         return self.forget.where(~self.whole) if not self.whole.all() else self.forget
 
     @property
@@ -93,7 +93,7 @@ class Reading:
         return found | {name: wrong[chosen] for name, chosen in groups.items() if chosen.any()}
 
     def attack_auc(self) -> float:
-        """Return the area of telling D_f from held-out data by a low loss."""
+        """Return the AUC of the attack that takes a low loss as a sign of D_f."""
         return rank_area(-self.single.losses, -self.held_out.losses)
 
 

@@ -62,8 +62,8 @@ class Space:
         method: its name.
         fixed: what the user has set, seed and device included.
         ranges: (lowest, highest, logarithmic) by setting.
-        choices: values by setting, where it is no number.
-        densities: of the mask, one of them where it is given; none for a method without a mask.
+        choices: values of the settings that are not numbers.
+        densities: of the mask; a single one if it is given; empty for a method without a mask.
         epochs: the most to run.
         growing: whether each epoch of a trial is an answer of its own.
     """
@@ -85,7 +85,7 @@ class Space:
         Args:
             method: a name of `METHODS`.
             overrides: what the user has set; `epochs` there is the most to run.
-            density: of the mask, where it is not to be searched for; a method without a mask has none.
+            density: of the mask, if it is not to be searched for.
             normalised: whether the model has batch-norm layers; without them there is nothing to choose.
 
         Raises:
@@ -93,7 +93,7 @@ class Space:
         """
         config, row = method_config(method, overrides), get_method(METHODS, method)
         if row.fresh_start:
-            raise UsageError(f"{method} is not tuned", "it trains anew by its recipe", "leave the tuning out")
+            raise UsageError(f"{method} is not tuned", "it trains fresh weights by its recipe", "leave the tuning out")
         rate = config.learning_rate
         ranges = {} if row.edit else {"learning_rate": (rate * _LEAST, rate * _MOST, True)}
         ranges = {name: item for name, item in (ranges | _OWN.get(method, {})).items() if name not in overrides}

@@ -89,10 +89,10 @@ def unlearn(
         retain: D_r with true labels.
         config: a `UnlearnConfig`, or what differs from the method's defaults.
         mask: for methods that need one; refused by those that do not.
-        fresh: builds fresh weights for `retrain`; by default the model's layers are initialised anew.
+        fresh: builds a model with fresh weights for `retrain`; by default the layers of `model` are reset.
         checkpoint: keeps the state after each epoch, and resumes from it.
         on_epoch: called after each epoch.
-        group: this process, where several that have joined share the work; all get the same new model.
+        group: the processes that share the work, and which of them this one is; all get the same model.
 
     Returns:
         The new model with its history.
@@ -189,7 +189,7 @@ def _checked_classes(model: nn.Module, forget: ImageSet, retain: ImageSet) -> in
         inputs, _ = next(iter(forget.batches(1)))
         num_classes = int(model.eval()(inputs).shape[1])
     if num_classes < 2:
-        raise DataError("the model has one class", "there is no other to forget towards", "give a classifier of two")
+        raise DataError("the model has one class", "forgetting needs another class", "give a classifier with two")
     largest = max(int(forget.labels.max()), int(retain.labels.max()))
     if largest >= num_classes or min(int(forget.labels.min()), int(retain.labels.min())) < 0:
         raise DataError(

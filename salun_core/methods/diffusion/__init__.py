@@ -117,7 +117,7 @@ def _check_sets(sets: ExampleSets) -> None:
 
 
 def _start(denoiser: Denoiser, row: Method, config: DiffusionConfig) -> nn.Module:
-    """Copy the network, or build it anew; only what the selection means is trained."""
+    """Copy the network, or build it with fresh weights; only the selected parameters are trained."""
     network: Any = copy.deepcopy(denoiser.network)
     if row.fresh_start:
         with torch.random.fork_rng(devices=[]):

@@ -268,8 +268,8 @@ def test_a_dry_run_has_the_cost_of_a_search(plan, tmp_path):
     [
         ({"budget": "90s"}, "is not reproducible"),
         ({"budget": "2h"}, "is not reproducible"),
-        ({"budget": "many"}, "is no budget"),
-        ({"budget": "0e"}, "is no budget"),
+        ({"budget": "many"}, "is not a budget"),
+        ({"budget": "0e"}, "is not a budget"),
         ({}, "sizes.cpu.search.budget"),
         ({"budget": "5e", "polici": "none"}, "sizes.cpu.search.polici: unknown key"),
     ],

@@ -49,7 +49,7 @@ def test_the_exit_code_of_a_refusal_is_3(salun, digits_model, forget, tmp_path):
         (("--processes", "2"), "--tune takes one process"),
         (("--method", "retrain"), "retrain is not tuned"),
         (("--policy", "clasifier"), "did you mean 'classifier'"),
-        (("--tune-budget", "many"), "is no budget"),
+        (("--tune-budget", "many"), "is not a budget"),
         (("--tune-budget", "10"), "is too small"),
     ],
 )

@@ -100,7 +100,7 @@ def test_after_a_search_without_a_setting_the_next_recipe_has_its_turn(told, sto
     [
         ({"extra_metrics": "prob"}, "did you mean 'probe'"),
         ({"extra_metrics": "kl"}, "there is no retrained model"),
-        ({"tune": True, "tune_budget": "many"}, "is no budget"),
+        ({"tune": True, "tune_budget": "many"}, "is not a budget"),
         ({"policy_uri": "clasifier"}, "did you mean 'classifier'"),
         ({"policy_uri": "RAA"}, "unknown metric in policy asked: 'RAA'.*did you mean 'RA'"),
     ],

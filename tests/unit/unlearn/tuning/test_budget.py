@@ -17,7 +17,7 @@ def test_forms(text, passes, seconds):
 
 @pytest.mark.parametrize("text", ["", "0", "0e", "-5", "ten", "5 m", "1e9x", "20E"])
 def test_other_forms_are_refused(text):
-    with pytest.raises(UsageError, match="is no budget"):
+    with pytest.raises(UsageError, match="is not a budget"):
         parse_budget(text, 1500)
 
 
