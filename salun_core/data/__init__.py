@@ -30,7 +30,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401
-    """Import a name on first use: requests need forget targets, and must not wait for the import of torch."""
+    """Import a name on first use: requests need forget targets without the import time of torch."""
     if name not in _MODULES:
         raise AttributeError(name)
     return getattr(importlib.import_module(f"salun_core.data.{_MODULES[name]}"), name)

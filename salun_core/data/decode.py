@@ -14,7 +14,7 @@ from torch import Tensor
 from salun_core.data.table import Payload
 from salun_core.errors import DataError
 
-# Pillow warns from here on and refuses twice as many: a small file that unpacks to gigabytes must not fill the memory.
+# Pillow warns above this number of pixels and raises above twice as many: decompression bombs must not fill memory.
 Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")  # others may start programs: EPS runs Ghostscript
 
@@ -23,10 +23,10 @@ def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, ch
     """Decode images into one tensor.
 
     Args:
-        payloads: encoded images or pixels, N of them.
-        ids: their sample ids, for messages.
+        payloads: N encoded images or pixel arrays.
+        ids: sample ids, for error messages.
         size: side in pixels; the short side is resized to it, and the centre is cropped. None requires equal sizes.
-        channels: 1 or 3; None takes the number of the first image.
+        channels: 1 or 3; None uses the number of channels of the first image.
 
     Returns:
         uint8 [N, channels, height, width] in channels-last layout, which crops and convolutions read fastest.

@@ -1,4 +1,4 @@
-"""Image folders: one folder per class, and Tiny-ImageNet as it is published."""
+"""Image folders: one folder per class, and the published layout of Tiny-ImageNet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from salun_core.data.table import Table
 from salun_core.errors import DataError, unknown_name
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
-MAX_IMAGE_BYTES = 64 * 1024 * 1024  # encoded; no photograph is larger, and all images are in memory at once
+MAX_IMAGE_BYTES = 64 * 1024 * 1024  # limit for one encoded image, above any photograph; all images are held in memory
 _WNIDS, _WORDS, _ANNOTATIONS = "wnids.txt", "words.txt", "val/val_annotations.txt"
 
 _Row = tuple[str, Path, int]  # sample id, file, label
@@ -21,7 +21,7 @@ def read_folder(spec: DataSpec, folder: Path) -> Table:
     """Read a folder of class folders (ImageFolder); ids are the paths relative to it.
 
     Raises:
-        DataError: it is not a folder, or has no class folder or no image.
+        DataError: the path is not a folder, or has no class folder or no image.
     """
     if not folder.is_dir():
         raise DataError(
@@ -68,7 +68,7 @@ def read_tiny_imagenet(spec: DataSpec, folder: Path) -> Table:
     its WordNet id if the file is missing or two classes share the word.
 
     Args:
-        spec: its `classes` names the classes to read, by WordNet id or name; all by default.
+        spec: its `classes` selects the classes to read, by WordNet id or name; default: all.
         folder: holds `wnids.txt`, `train/` and `val/`.
 
     Raises:
@@ -85,7 +85,7 @@ def read_tiny_imagenet(spec: DataSpec, folder: Path) -> Table:
 
 
 def _images(folder: Path, part: str) -> list[tuple[Path, str]]:
-    """Return the images of a part with their WordNet ids: of folders in `train`, of the annotations in `val`."""
+    """Return the images of a part with their WordNet ids: from folder names in `train`, from annotations in `val`."""
     if part == "train":
         found = sorted((folder / part).glob("*/images/*"))
         return [(path, path.parts[-3]) for path in found if path.suffix.lower() in IMAGE_SUFFIXES]

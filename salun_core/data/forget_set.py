@@ -34,7 +34,7 @@ class ForgetSet(Document):
         return self
 
     def canonical(self) -> bytes:
-        """Return the canonical JSON; without concepts it has no such key, as before there were concepts."""
+        """Return the canonical JSON; an empty concepts key is omitted, so that older digests stay valid."""
         return canonical_json(self.model_dump(mode="json", exclude=set() if self.concepts else {"concepts"}))
 
     @cached_property
@@ -50,14 +50,14 @@ class ForgetSet(Document):
 
 
 def resolve_forget(targets: Sequence[Target], table: Table | None, split: SplitManifest) -> ForgetSet:
-    """Find the training samples and the concepts that targets name (their union).
+    """Resolve targets to the union of their training samples and concepts.
 
-    `tasks.resolve_targets` checks first what a kind of model can forget.
+    `tasks.resolve_targets` first checks that the kind of model can forget the targets.
 
     Args:
-        targets: at least one; `manifest_uri` must have been fetched into `ids` before.
-        table: the data; None for a model without data.
-        split: the split that the model was trained on; empty for a model without data.
+        targets: at least one; `manifest_uri` must already be fetched into `ids`.
+        table: rows of the data set; None for a model without data.
+        split: the split of the model's training; empty for a model without data.
 
     Returns:
         The forget set; it may be empty if no named sample is in the training split.
@@ -81,7 +81,7 @@ def resolve_forget(targets: Sequence[Target], table: Table | None, split: SplitM
 
 
 def require_partial(forget: ForgetSet, split: SplitManifest) -> None:
-    """Check that forget set and retain set are not empty; with concepts alone, all samples are retained.
+    """Check that forget set and retain set are not empty; a forget set of concepts alone retains all samples.
 
     Raises:
         DataError: the forget set is empty, or is the whole training split.
@@ -102,7 +102,7 @@ def require_partial(forget: ForgetSet, split: SplitManifest) -> None:
 
 
 def restored(target: Target) -> Target:
-    """Return the class target of a redacted class; other targets do not change."""
+    """Return the class target of a redacted class; return other targets unchanged."""
     if isinstance(target, RedactedTarget) and target.class_id is not None:
         return ClassTarget(dataset_digest=target.dataset_digest, class_id=target.class_id)
     return target
@@ -116,7 +116,7 @@ def kind_of(target: Target) -> str:
 def _of_data(
     targets: Sequence[Target], table: Table | None, split: SplitManifest
 ) -> tuple[set[str], set[str], list[int]]:
-    """Return the samples of targets, the kinds of the targets, and the classes that are forgotten as a whole."""
+    """Return the samples of targets, the kinds of targets, and the classes that are forgotten completely."""
     if table is None:
         raise UsageError(
             "the model came without training data", "only concepts can be forgotten from it", "name a concept"
@@ -154,7 +154,7 @@ def _resolve_one(target: Target, table: Table, split: SplitManifest) -> set[str]
 
 
 def _samples_of_hashes(target: RedactedTarget, table: Table) -> set[str]:
-    """Return the samples whose hashes a redacted target holds; samples that were removed from the data are ignored."""
+    """Return the samples whose hashes a redacted target holds; samples no longer in the data are ignored."""
     if target.salt is None or not target.hashes:
         raise not_kept()
     kept, names = set(target.hashes), table.subjects if target.of == "subject" else table.ids

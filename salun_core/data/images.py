@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from salun_core.errors import DataError
 
-_PADDING = 4  # of RandomCrop, as in the paper's recipe
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL turns RGB into grey when the training images are decoded
+_PADDING = 4  # padding of RandomCrop in the paper's recipe
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL converts RGB to grey when it decodes training images
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Normalisation:
 
     @classmethod
     def of(cls, images: Tensor) -> Normalisation:
-        """Measure uint8 images [N, C, H, W]; a constant channel gets a deviation of 1."""
+        """Compute the normalisation of uint8 images [N, C, H, W]; a constant channel gets a deviation of 1."""
         pixels = images.to(torch.float64).div_(255)
         mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3))
         std[std < 1e-6] = 1.0
@@ -51,7 +51,7 @@ class ImageSet:
     """Labelled images of one split.
 
     Args:
-        images: uint8 [N, C, H, W]; or float32, which counts as normalised.
+        images: uint8 [N, C, H, W], or float32 that is already normalised.
         labels: int64 [N].
         normalisation: applied to uint8 images in batches.
         augment: `none`, `crop` (pad by 4, random crop) or `crop-flip`.
@@ -69,7 +69,7 @@ class ImageSet:
         """Accept an image set, a pair (images, labels), or a torch data set of normalised images.
 
         Raises:
-            DataError: images and labels differ in number.
+            DataError: the numbers of images and labels differ.
         """
         if isinstance(data, ImageSet):
             return data
@@ -147,14 +147,14 @@ class ImageSet:
 
 
 def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pad by 4 and crop each image at a random position of its own, all at once on the device.
+    """Pad by 4 and crop each image at its own random position, all at once on the device.
 
     Args:
         images: [N, C, H, W].
         generator: a CPU generator.
 
     Returns:
-        The same shape.
+        A tensor of the same shape.
     """
     count, channels, height, width = images.shape
     padded = torch.nn.functional.pad(images.permute(0, 2, 3, 1), (0, 0) + (_PADDING,) * 4).contiguous()
@@ -188,20 +188,20 @@ def _taken(images: Tensor, index: Tensor) -> Tensor:
 def fitted(images: Tensor, channels: int, height: int, width: int) -> Tensor:
     """Convert images to the channels and the size of a model's input.
 
-    RGB becomes luma for one channel, and grey is repeated for three. Images of another size are resized (bilinear,
-    with antialiasing) until they cover the new size, and cropped around the centre, as training images are decoded.
+    RGB becomes luma for one channel; grey is repeated for three channels. Images of another size are resized (bilinear,
+    with antialiasing) to cover the new size, then centre-cropped, like training images during decoding.
 
     Args:
         images: uint8 [B, C, H, W].
-        channels: 1 or 3, or as many as the images have.
-        height: in pixels.
-        width: in pixels.
+        channels: 1, 3 or the number of channels of the images.
+        height: target height in pixels.
+        width: target width in pixels.
 
     Returns:
         uint8 [B, channels, height, width]; the same tensor if the images fit already.
 
     Raises:
-        DataError: the tensor does not hold images, or they have other channels.
+        DataError: the tensor does not hold images, or its channels cannot be converted.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         found = f"{images.dtype} of shape {list(images.shape)}"

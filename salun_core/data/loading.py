@@ -36,7 +36,7 @@ class LoadedData:
 
         Args:
             name: train, validation or test.
-            normalisation: of the model; None measures it on this split.
+            normalisation: normalisation of the model; None computes it from this split.
 
         Returns:
             The images in the order of `SplitManifest.ids`.
@@ -51,7 +51,7 @@ class LoadedData:
         return ImageSet(images, torch.tensor(labels, dtype=torch.int64), scale, self.spec.augment, ids)
 
     def pixels(self, ids: Sequence[str]) -> Tensor:
-        """Decode single samples, in the order of their ids, to uint8 [N, C, H, W].
+        """Decode samples by id, in the given order, to uint8 [N, C, H, W].
 
         Raises:
             DataError: an image is corrupt, or sizes differ.
@@ -64,7 +64,7 @@ class LoadedData:
 
         Raises:
             IntegrityError: the forget set was resolved against another split.
-            DataError: it contains a sample that is not in the training split.
+            DataError: the forget set contains a sample that is not in the training split.
         """
         check_digest("the split of the forget set", self.split.digest, forget.split_digest)
         wanted = set(forget.ids)
@@ -76,11 +76,11 @@ class LoadedData:
 
 
 def load_data(spec: DataSpec, split: SplitManifest | None = None) -> LoadedData:
-    """Read a data set and check it against its split, or make the split.
+    """Read a data set and check it against its split; create the split if none is given.
 
     Args:
         spec: source, columns and split.
-        split: the manifest that the model was trained on; None makes a new split.
+        split: the manifest of the model's training; None creates a new split.
 
     Returns:
         The rows, still encoded, with their split.
@@ -109,7 +109,7 @@ def _read(spec: DataSpec, source: str, train: bool) -> Table:
 
 @contextmanager
 def _local(source: str) -> Iterator[Path]:
-    """Yield a local path of a source; data in S3 are downloaded for the time of the block."""
+    """Yield a local path of a source; S3 data are downloaded for the duration of the block."""
     if not source.startswith("s3://"):
         yield Path(source)
         return
@@ -127,7 +127,7 @@ def _download(source: str, folder: Path) -> Path:
         raise DataError(
             f"there is no data at {source}", "no object has that prefix", "check the address in the data spec"
         )
-    for key in keys:  # all are checked before the first is written
+    for key in keys:  # check all keys before the first write
         if key.startswith("/") or ".." in PurePosixPath(key).parts:
             raise DataError("a data object has an unsafe key", repr(key), "rename it")
     for key in keys:

@@ -41,9 +41,9 @@ def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tabl
     """Read parquet with an image and a label column; ids are the images' paths, or row numbers.
 
     Args:
-        spec: names the columns. If it leaves the default and the column is missing, `img` and `fine_label` are read.
+        spec: names the columns; a missing default column falls back to `img` or `fine_label`.
         path: a file, or a folder of files.
-        files: the files of the folder to read; all by default.
+        files: files of the folder to read; default: all.
 
     Raises:
         DataError: a file is damaged, a column is missing, or a label is not a class.
@@ -85,7 +85,7 @@ def _row_ids(images: Sequence[Any]) -> list[str]:
 
 
 def _class_names(table: Any, column: str, path: Path, labels: Sequence[Any]) -> list[str]:  # noqa: ANN401
-    """Return the class names: of the schema, of `classes.json` in the same folder, or of the labels themselves."""
+    """Return the class names from the schema, from `classes.json` in the same folder, or from the labels."""
     names = _hugging_face_names((table.schema.metadata or {}).get(b"huggingface", b"{}"), column)
     if names:
         return names
@@ -102,7 +102,7 @@ def _class_names(table: Any, column: str, path: Path, labels: Sequence[Any]) -> 
 
 
 def _hugging_face_names(metadata: bytes, column: str) -> list[str]:
-    """Return the class names that the datasets library writes into the schema, if it holds any."""
+    """Return the class names that the datasets library writes into the schema, if present."""
     try:
         names = json.loads(metadata)["info"]["features"][column]["names"]
         return [str(name) for name in names]
@@ -127,7 +127,7 @@ def _encoded(image: Any, index: int, path: Path) -> Payload:  # noqa: ANN401 - a
 
 
 def subjects_of(spec: DataSpec) -> dict[str, str]:
-    """Return the person of each image by sample id; empty if the spec names no metadata.
+    """Return the person in each image by sample id; empty if the spec names no metadata.
 
     Args:
         spec: its `metadata` is a table (.csv or .parquet) with `file_name` and `subject_column`.

@@ -21,7 +21,7 @@ from salun_core.data.table import Table, check_labels
 from salun_core.errors import DataError, unknown_name
 
 DATASETS_VARIABLE = "SALUN_DATASETS"
-HOMES = (Path(".salun/datasets"), Path("/usr/share/datasets"))  # where .ci/datasets and Debian's package put it
+HOMES = (Path(".salun/datasets"), Path("/usr/share/datasets"))  # install paths of .ci/datasets and of Debian's package
 MAX_IDX_BYTES = 64 * 1024 * 1024  # the largest file of Fashion-MNIST has 47 MB unpacked
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _UNSIGNED_BYTE = 8  # type code of the idx format
@@ -50,8 +50,8 @@ def fashion_mnist(root: str | None, train: bool) -> tuple[np.ndarray, np.ndarray
 
     Args:
         root: the folder of the files; None searches `$SALUN_DATASETS/fashion-mnist`, then `.salun/datasets` in the
-            working directory, then the place of Debian's package.
-        train: the training part, or the test part.
+            working directory, then the folder of Debian's package.
+        train: True for the training part, False for the test part.
 
     Returns:
         Images uint8 [N, height, width], and labels uint8 [N], below 10.
@@ -77,13 +77,13 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
 
     Args:
         path: the file; compressed if it ends in `.gz`.
-        axes: number of axes that the array must have.
+        axes: expected number of axes.
 
     Returns:
         The array, uint8, read-only.
 
     Raises:
-        DataError: it is not an idx file, or is cut short, too long, too large or empty.
+        DataError: the file is not an idx file, or is truncated, too long, too large or empty.
     """
     name = path.name
     try:
@@ -99,7 +99,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
             size = math.prod(shape)
             if not 0 < size <= MAX_IDX_BYTES:
                 raise _damaged(name, f"its header declares {size} bytes of values; 1 to {MAX_IDX_BYTES} are supported")
-            values = file.read(size + 1)  # one byte more, which must not exist: at the end, gzip checks its CRC
+            values = file.read(size + 1)  # one extra byte, which must not exist: gzip checks its CRC at the end
     except (OSError, EOFError, zlib.error) as error:
         raise _damaged(name, str(error)) from error
     if len(values) != size:
@@ -109,7 +109,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
 
 
 def _fashion_mnist_files(root: str | None) -> dict[str, Path]:
-    """Return the four files by name, from the first folder with all of them; unpacked files are preferred."""
+    """Return the four files by name, from the first folder with all of them; uncompressed files are preferred."""
     variable = os.environ.get(DATASETS_VARIABLE, "").strip()
     homes = [Path(variable), *HOMES] if variable else HOMES
     folders = [Path(root)] if root is not None else [home / "fashion-mnist" for home in homes]
@@ -128,7 +128,7 @@ def _damaged(name: str, why: str) -> DataError:
     return DataError(f"cannot read {name}", why, f"get it again: {_GET_IT}")
 
 
-_CLASSES = {"SVHN": [str(digit) for digit in range(10)]}  # of data sets without a list of class names
+_CLASSES = {"SVHN": [str(digit) for digit in range(10)]}  # for data sets without a list of class names
 _FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, ImportError, OSError, LookupError, EOFError)
 _REMEDY = "put its files under `root`, as torchvision lays them out; nothing is downloaded"
 
@@ -138,10 +138,10 @@ def read_torchvision(spec: DataSpec, train: bool) -> Table:
 
     Args:
         spec: its `source` names the data set, its `root` the folder.
-        train: the training part, or the test part.
+        train: True for the training part, False for the test part.
 
     Raises:
-        UsageError: torchvision has no data set of that name.
+        UsageError: torchvision has no data set with this name.
         DataError: its files are missing or damaged, or a label is not the id of a class.
     """
     import torchvision
@@ -173,10 +173,9 @@ def _open(kind: Callable[..., Any], root: str, train: bool) -> Any:  # noqa: ANN
 
 
 def _from_arrays(rows: Any) -> tuple[Sequence[np.ndarray], list[int]] | None:  # noqa: ANN401
-    """Read all images and labels at once, if the data set holds them in arrays; None if it does not.
+    """Return all images and labels if the data set holds them in arrays, None otherwise.
 
-    The names of these arrays are not a public interface. Three rows are compared with what the data set itself
-    returns.
+    These array names are not a public interface, so three rows are compared with the data set's own items.
     """
     data, targets = getattr(rows, "data", None), getattr(rows, "targets", getattr(rows, "labels", None))
     if data is None or targets is None or not len(rows):

@@ -1,4 +1,4 @@
-"""Chooses the reader of a source: a name, a folder of class folders, Tiny-ImageNet, parquet."""
+"""Selects the reader of a source: a name, a folder of class folders, Tiny-ImageNet, parquet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from salun_core.data.spec import DataSpec
 from salun_core.data.table import Table
 from salun_core.errors import UsageError
 
-HELD_OUT = ("test", "validation", "valid", "val")  # preferred as test part in this order
+HELD_OUT = ("test", "validation", "valid", "val")  # names of the test part, in order of preference
 _SPLIT_FOLDER = re.compile(f"(train|{'|'.join(HELD_OUT)})")
 _SPLIT_FILE = re.compile(_SPLIT_FOLDER.pattern + r"(-\d{5}-of-\d{5}[^.]*)?\.parquet")  # shards as the hub names them
 _BY_NAME = {"digits": read_digits, "fashion-mnist": read_fashion_mnist}
@@ -24,10 +24,10 @@ def read_table(spec: DataSpec, source: Path | None, train: bool) -> Table:
     Args:
         spec: column names and classes.
         source: a local folder or file; None for a source that `spec` names.
-        train: which part, for sources that have their own split.
+        train: whether to read the training part, for sources with their own split.
 
     Returns:
-        The rows, images still encoded. Rows of a folder that is split into train and test have their part.
+        The rows, with encoded images. Rows of a folder with its own split carry their part.
 
     Raises:
         UsageError: the path does not exist.
@@ -47,7 +47,7 @@ def read_table(spec: DataSpec, source: Path | None, train: bool) -> Table:
 
 
 def _own_split(folder: Path) -> tuple[list[Path], list[Path]] | None:
-    """Return the training data and the test data of a folder, if every name in it belongs to a split."""
+    """Return the training and test data of a folder, if every name in it belongs to a split."""
     names = {path: _SPLIT_FILE.fullmatch(path.name) for path in sorted(folder.glob("*.parquet"))}
     if not names:
         folders = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -62,5 +62,5 @@ def _own_split(folder: Path) -> tuple[list[Path], list[Path]] | None:
 def _read_part(spec: DataSpec, source: Path, paths: list[Path]) -> Table:
     if paths[0].is_file():
         return read_parquet(spec, source, paths)
-    spec = spec.model_copy(update={"test_source": str(paths[0])})  # so that the part is not split once more
+    spec = spec.model_copy(update={"test_source": str(paths[0])})  # avoids splitting the part again
     return read_table(spec, paths[0], True)

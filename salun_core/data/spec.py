@@ -45,7 +45,7 @@ class DataSpec(Document):
 
     @property
     def brings_test_data(self) -> bool:
-        """Whether the data have a test part of their own, instead of a share of the training data."""
+        """Whether the data have their own test part instead of a share of the training data."""
         of_torchvision = self.source.startswith("torchvision:") and not self.source.endswith("FakeData")
         return self.test_source is not None or self.source == "fashion-mnist" or of_torchvision
 
@@ -77,11 +77,11 @@ def load_spec(text: str) -> DataSpec:
 
 
 def relocated_spec(spec: DataSpec, data: str | None) -> DataSpec:
-    """Return a model's data spec; if the data were moved, only the places come from the new spec.
+    """Return a model's data spec; if the data were moved, only the paths come from the new spec.
 
     Args:
-        spec: of the model card.
-        data: a spec as on the command line; None if the data were not moved.
+        spec: data spec of the model card.
+        data: a command-line spec; None if the data were not moved.
     """
     if data is None:
         return spec
@@ -92,7 +92,7 @@ def relocated_spec(spec: DataSpec, data: str | None) -> DataSpec:
 
 
 def _of_folder(path: Path) -> DataSpec:
-    """Return the spec of a folder; one that contains `train` and `test` (or `val`) has its own split."""
+    """Return the spec of a folder; a folder with `train` and `test` (or `val`) has its own split."""
     if (path / "val" / "val_annotations.txt").is_file():  # Tiny-ImageNet; some of its images are grey
         return DataSpec(source=str(path.resolve()), channels=3)
     if path.is_dir():
@@ -105,11 +105,11 @@ def _of_folder(path: Path) -> DataSpec:
 
 
 def relative_to(spec: DataSpec, folder: Path) -> DataSpec:
-    """Return the spec with its local paths made absolute, as seen from a folder.
+    """Return the spec with its local paths resolved against a folder.
 
     Args:
-        spec: with paths relative to the file it came from.
-        folder: that file's folder.
+        spec: spec with paths relative to its file.
+        folder: folder of that file.
     """
 
     def absolute(text: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The split manifest: which samples are for training, validation and test. Every later run uses the same one."""
+"""The split manifest: assigns samples to training, validation and test. All later runs use the same one."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class SplitManifest(Document):
         return digest_json(self.model_dump(mode="json"))
 
     def ids(self, split: SplitName) -> list[str]:
-        """Return the sample ids of a split in the order of their row digests, so that any part is a random sample."""
+        """Return the sample ids of a split in the order of their row digests, so that any slice is a random sample."""
         rows: dict[str, str] = getattr(self, split)
         return sorted(rows, key=lambda sample: (rows[sample], sample))
 
     def without(self, ids: Collection[str]) -> SplitManifest:
-        """Return the split of a model that forgot these training samples, so that no later run retains them.
+        """Return the split without these forgotten training samples, so that no later run retains them.
 
         Args:
             ids: sample ids; those outside the training split are ignored.
@@ -50,10 +50,10 @@ class SplitManifest(Document):
         )
 
     def check(self, table: Table) -> None:
-        """Check that the data are those that the split was made from.
+        """Check that the data match those of the split.
 
         Raises:
-            IntegrityError: a sample is missing, or its bytes or its label changed.
+            IntegrityError: a sample is missing, or its bytes or label changed.
         """
         rows = {**self.train, **self.validation, **self.test}
         missing = [sample for sample in rows if sample not in table.position]
@@ -111,7 +111,7 @@ def make_split(table: Table, spec: DataSpec) -> SplitManifest:
 def _draw(
     table: Table, indices: Sequence[int], fraction: float, rng: np.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """Draw a share of each class; returns (drawn, rest)."""
+    """Draw a share of each class and return (drawn, rest)."""
     drawn: list[int] = []
     for label in range(len(table.classes)):
         members = [index for index in indices if table.labels[index] == label]

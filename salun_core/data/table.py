@@ -23,7 +23,7 @@ class Table:
         labels: class ids, from 0.
         payloads: encoded images or pixels.
         classes: class names by id.
-        subjects: the person each row belongs to, or None if unknown; empty if all are unknown.
+        subjects: person of each row, or None if unknown; empty if all are unknown.
         parts: `train` or `test` for each row; empty if the source has no split of its own.
     """
 
@@ -36,11 +36,11 @@ class Table:
 
     @classmethod
     def numbered(cls, payloads: Sequence[Payload], labels: Sequence[int], classes: Sequence[str]) -> Table:
-        """Make a table of rows without names; ids are their positions in six digits."""
+        """Build a table of rows without names; ids are their positions in six digits."""
         return cls([f"{index:06d}" for index in range(len(labels))], labels, payloads, classes)
 
     def with_subjects(self, subjects: Mapping[str, str]) -> Table:
-        """Return the table with the subject of each row from a mapping by sample id."""
+        """Return the table with the subject of each row, from a mapping by sample id."""
         return replace(self, subjects=[subjects.get(sample) for sample in self.ids])
 
     def __post_init__(self) -> None:
@@ -70,10 +70,10 @@ class Table:
         return digest_json({"classes": list(self.classes), "rows": [list(row) for row in rows]})
 
     def joined(self, test: Table) -> Table:
-        """Return this table as the training part with another as the test part.
+        """Return a table with this one as the training part and another as the test part.
 
         Raises:
-            DataError: their classes differ, or one already has a test part.
+            DataError: the classes differ, or one table already has a test part.
         """
         if "test" in (*self.parts, *test.parts):
             raise DataError(
@@ -102,9 +102,9 @@ def check_labels(labels: Sequence[int], num_classes: int, name: str, shown: Sequ
 
     Args:
         labels: class ids.
-        num_classes: they must be below it, and not below 0.
-        name: of the source, for the message.
-        shown: the labels as the source holds them, for the message; by default `labels`.
+        num_classes: exclusive upper bound of the ids; the lower bound is 0.
+        name: name of the source, for the message.
+        shown: labels as the source stores them, for the message; default: `labels`.
 
     Raises:
         DataError: a label is out of range; the message names the first one.

@@ -1,4 +1,4 @@
-"""Forget targets: what a request asks to forget, and what is kept of it after the request is settled."""
+"""Forget targets of a request, and their redacted form after the request is settled."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ConceptTarget(Document):
 
     @cached_property
     def pseudo_id(self) -> str:
-        """Stands for the concept in lists of sample ids: `concept/` and 16 hex digits of its digest."""
+        """Placeholder for the concept in lists of sample ids: `concept/` and 16 hex digits of its digest."""
         return f"concept/{digest_json(self.model_dump(mode='json'))[:16]}"
 
 
@@ -156,7 +156,7 @@ def parse_target(data: Any, source: str) -> Target:  # noqa: ANN401 - plain data
 
 
 def redact(target: Target, salt: str | None, ids: Sequence[str] | None = None) -> RedactedTarget:
-    """Return what may be kept of a target after its request is settled.
+    """Return the redacted form of a target, which may be stored after its request is settled.
 
     Only sample ids and subjects are hashed. A class does not identify a person and is kept. Prompts are dropped:
     they do not identify samples.
@@ -164,7 +164,7 @@ def redact(target: Target, salt: str | None, ids: Sequence[str] | None = None) -
     Args:
         target: the target; a redacted one loses its hashes if `salt` is None.
         salt: key of the hashes, 32 random hex digits; None keeps no hashes.
-        ids: the sample ids of a manifest, if the target names one.
+        ids: sample ids of the target's manifest, if it names one.
     """
     if isinstance(target, RedactedTarget):
         return target if salt else target.model_copy(update={"salt": None, "hashes": []})
@@ -188,7 +188,7 @@ def _hashes(of: str, names: Iterable[str], salt: str | None) -> list[str]:
 
 
 def hash_of(of: str, name: str, salt: str) -> str:
-    """Return the hash that a redacted target keeps of a name: HMAC-SHA256 of `<of> NUL <name>`, in hex.
+    """Return the hash that replaces a name in a redacted target: HMAC-SHA256 of `<of> NUL <name>`, in hex.
 
     Args:
         of: the kind of the target.

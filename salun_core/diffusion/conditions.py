@@ -23,11 +23,11 @@ class ConditionTable:
     """All conditions of a run, one per row.
 
     Args:
-        names: of the rows: class names or prompts; the null condition has an empty name.
-        rows: by argument name of the denoiser (`class_labels`, `encoder_hidden_states`, ...): tensors [K, ...].
+        names: class names or prompts of the rows; the null condition has an empty name.
+        rows: tensors [K, ...] by argument name of the denoiser (`class_labels`, `encoder_hidden_states`, ...).
         null: row of the null condition, for classifier-free guidance; None if the model has none.
-        tokens: by row, the positions of the concept's tokens in `encoder_hidden_states`. An empty row, or no rows at
-            all, stands for every position after the first.
+        tokens: by row, the positions of the concept's tokens in `encoder_hidden_states`. An empty row, or an empty
+            `tokens`, means every position after the first.
     """
 
     names: Sequence[str]
@@ -54,10 +54,10 @@ class ConditionTable:
         return {name: tensor[index.to(tensor.device)] for name, tensor in self.rows.items()}
 
     def nulls(self, count: int) -> Conditions:
-        """Return the null condition `count` times.
+        """Return `count` copies of the null condition.
 
         Raises:
-            UsageError: the model has none.
+            UsageError: the model has no null condition.
         """
         if self.null is None:
             raise UsageError(
@@ -81,7 +81,7 @@ class ConditionTable:
         return marks
 
     def row(self, name: str) -> int:
-        """Return the row of a name.
+        """Return the row index of a name.
 
         Raises:
             UsageError: no row has the name.
@@ -140,10 +140,10 @@ def encode_prompts(model: Components, prompts: Sequence[str], height: int, width
     """Encode prompts, each once, and the null condition.
 
     Args:
-        model: its text encoders run on the device where they are.
+        model: its text encoders run on their current device.
         prompts: in any order, repeats allowed.
-        height: of the images in pixels, which SDXL takes as a condition.
-        width: of the images in pixels.
+        height: image height in pixels, a condition of SDXL.
+        width: image width in pixels.
 
     Returns:
         The table, float32 on the CPU, in the order of first occurrence; the null condition comes last.
@@ -185,7 +185,7 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
 
 
 def truncated_prompts(model: Components, prompts: Sequence[str]) -> list[str]:
-    """Return the prompts that are longer than the first tokenizer reads."""
+    """Return the prompts that exceed the length limit of the first tokenizer."""
     tokenizer = model.parts.get("tokenizer")
     if tokenizer is None:
         return []

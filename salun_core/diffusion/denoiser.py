@@ -1,4 +1,4 @@
-"""The denoiser: one interface for U-Nets and transformers of any prediction and any kind of condition."""
+"""The denoiser: one interface for U-Nets and transformers with any prediction type and any kind of condition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from salun_core.errors import ModelError, UsageError, unknown_name
 Selection = Literal["full", "xattn", "noxattn", "selfattn"]
 Call = Callable[[Any, Tensor, Tensor, Conditions], Tensor]
 
-_ADDED = ("text_embeds", "time_ids")  # conditions that SDXL takes in a dictionary of their own
+_ADDED = ("text_embeds", "time_ids")  # conditions that SDXL takes in a separate dictionary
 
 
 def _unet_2d(network: Any, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:  # noqa: ANN401 - diffusers'
@@ -46,7 +46,7 @@ NETWORKS: dict[str, Call] = {
 }
 
 # Parameter names by selection. Cross-attention is `attn2` in U-Nets and PixArt. SD 3 has one joint attention `attn`, in
-# which the text has projections of its own (`add_q_proj`, ...).
+# with separate projections for the text (`add_q_proj`, ...).
 _CROSS = re.compile(r"\.attn2\.|\.add_[qkv]_proj\.|\.to_add_out\.")
 _SELF = re.compile(r"\.attn1\.|\.attentions\.\d+\.(group_norm|to_[qkv]|to_out)|\.attn\.(to_[qkv]|to_out)")
 _OUTER = re.compile(r"^(conv_out|conv_norm_out|time_embedding|time_embed|proj_out|norm_out)\b")
@@ -57,7 +57,7 @@ class Denoiser:
     """A network and the forward process it was trained for.
 
     Args:
-        network: of a class in `NETWORKS`.
+        network: instance of a class in `NETWORKS`.
         process: its forward process.
     """
 
@@ -90,14 +90,14 @@ class Denoiser:
         return replace(self, network=network)
 
     def selected(self, selection: Selection) -> list[str]:
-        """Return the names of the parameters that a selection means; see `selected_parameters`."""
+        """Return the names of the parameters in a selection; see `selected_parameters`."""
         return selected_parameters(self.network, selection)
 
     def cross_attentions(self) -> dict[str, nn.Module]:
-        """Return the cross-attention layers over a text by name, in the network's order.
+        """Return the cross-attention layers over text, by name in the network's order.
 
         Raises:
-            UsageError: the network has none: its conditions are classes, or text and image share one attention (SD 3).
+            UsageError: there are no such layers: conditions are classes, or text and image share one attention (SD 3).
         """
         found = {name: module for name, module in self.network.named_modules() if name.endswith(".attn2")}
         if not found:
@@ -110,13 +110,13 @@ class Denoiser:
 
 
 def selected_parameters(network: nn.Module, selection: Selection) -> list[str]:
-    """Return the names of the parameters that a selection means, in the network's order.
+    """Return the names of the parameters in a selection, in the network's order.
 
     `full`: all. `xattn`: cross-attention. `selfattn`: self-attention. `noxattn`: all but cross-attention, the
     time embedding and the output layers (Gandikota et al., "Erasing Concepts", ICCV 2023: ESD-x and ESD-u).
 
     Raises:
-        UsageError: the network has none of that kind.
+        UsageError: the network has no parameters of that kind.
     """
     chosen = [name for name, _ in network.named_parameters() if _belongs(name, selection)]
     if not chosen:

@@ -66,7 +66,7 @@ class Examples:
         return Examples(mean, condition, std, pseudo, [*self.ids, *other.ids] if self.ids and other.ids else ())
 
     def with_pseudo(self, pseudo: Tensor) -> Examples:
-        """Return the same examples with rows of the conditions that replace theirs, int64 [N]."""
+        """Return the same examples with the rows of their replacement conditions, int64 [N]."""
         return replace(self, pseudo=pseudo)
 
     def _map(self, change: Callable[[Tensor], Tensor], ids: Sequence[str]) -> Examples:
@@ -82,7 +82,7 @@ class Noised:
     Args:
         noisy: x_t [B, C, H, W].
         times: int64 [B].
-        target: of the network's prediction, [B, C, H, W].
+        target: target of the network's prediction, [B, C, H, W].
         condition: int64 [B]: rows of c.
         pseudo: int64 [B]: rows of c', of forget examples.
     """
@@ -97,7 +97,7 @@ class Noised:
         return len(self.times)
 
     def select(self, index: Tensor) -> Noised:
-        """Return the rows of an index, int64."""
+        """Return the rows at these indices, int64."""
         pseudo = None if self.pseudo is None else self.pseudo[index]
         return Noised(self.noisy[index], self.times[index], self.target[index], self.condition[index], pseudo)
 
@@ -108,7 +108,7 @@ def noised(examples: Examples, process: Process, generator: torch.Generator, tim
     Args:
         examples: the batch.
         process: the forward process.
-        generator: of latents, noise and times, in this order; on the CPU, so that every device gets the same values.
+        generator: draws latents, noise and times, in this order; on the CPU, so that all devices get the same values.
         times: int64 [B]; drawn uniformly by default.
     """
     shape, device = examples.mean.shape, examples.mean.device
@@ -122,11 +122,11 @@ def noised(examples: Examples, process: Process, generator: torch.Generator, tim
 
 
 def endless(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield index batches without end: every example once before any repeats, in a new order each time.
+    """Yield index batches indefinitely; each pass covers every example once, in a new order.
 
     Args:
-        count: of examples, at least 1.
-        size: of a batch.
+        count: number of examples, at least 1.
+        size: batch size.
         generator: a CPU generator.
     """
     left = torch.empty(0, dtype=torch.int64)

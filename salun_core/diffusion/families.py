@@ -1,4 +1,4 @@
-"""A loaded diffusion model with what depends on its family: examples, conditions, sampler, decoder."""
+"""A loaded diffusion model with its family-specific parts: examples, conditions, sampler, decoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from salun_core.errors import ModelError, unknown_name
 from salun_core.models.card import DiffusionCard, DiffusionEvaluation
 from salun_core.models.diffusers_folder import LoadedDiffusion
 
-_BATCH = 256
+_BATCH = 256  # images resized at once, to bound the memory of their float copies
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Family:
     """A loaded model, ready to train and to generate images.
 
     Args:
-        loaded: components and card.
-        denoiser: its network in float32.
-        shape: of one sample, (C, H, W): pixels or latents.
-        decode: turns samples into images.
+        loaded: loaded components and card.
+        denoiser: denoiser of the model, in float32.
+        shape: shape of one sample, (C, H, W): pixels or latents.
+        decode: converts samples to images.
     """
 
     loaded: LoadedDiffusion
@@ -46,11 +46,11 @@ class Family:
 
     @property
     def pixels(self) -> bool:
-        """Whether samples are pixels, not latents."""
+        """Whether samples are pixels instead of latents."""
         return "vae" not in self.loaded.components.parts
 
     def sampler(self, evaluation: DiffusionEvaluation) -> Sampler:
-        """Return the sampler of these settings."""
+        """Return the sampler for these settings."""
         return Sampler.of_scheduler(
             self.loaded.components.parts["scheduler"],
             self.shape,
@@ -79,14 +79,14 @@ class Family:
         return ConditionTable([*unique, ""], rows, len(unique))
 
     def examples(self, images: ImageSet, condition: Tensor) -> Examples:
-        """Return images as inputs of the denoiser: pixels from -1 to 1, or latents with standard deviations.
+        """Convert images to inputs of the denoiser: pixels from -1 to 1, or latents with standard deviations.
 
         Args:
             images: uint8; resized to the model's size.
             condition: int64 [N]: the row of each image's condition.
 
         Raises:
-            DataError: the channels do not fit.
+            DataError: the images' channels do not fit the model.
             ModelError: a latent holds NaN or infinity.
         """
         size = self.card.channels, self.card.height, self.card.width
@@ -108,8 +108,8 @@ def family_of(loaded: LoadedDiffusion, device: torch.device | str = "cpu") -> Fa
     """Prepare a loaded model.
 
     Args:
-        loaded: components and card.
-        device: of denoiser, autoencoder and text encoders.
+        loaded: loaded components and card.
+        device: device of denoiser, autoencoder and text encoders.
 
     Raises:
         ModelError: the scheduler is not supported, or the card's size does not fit the autoencoder.

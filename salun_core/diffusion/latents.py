@@ -27,11 +27,11 @@ Tensors = dict[str, Tensor]
 def cached(kind: str, key: str, compute: Callable[[], Tensors]) -> Tensors:
     """Return tensors from the disk cache, or compute and cache them; without `$SALUN_CACHE_DIR` nothing is cached.
 
-    A file is written under another name and renamed, so that other processes never read a part of it. A file that is
-    damaged, or that cannot be written, only costs the computation.
+    A file is written under another name and renamed, so that other processes never read a partial file. A damaged or
+    unwritable file only costs the computation.
 
     Args:
-        kind: name of the folder.
+        kind: name of the cache folder.
         key: digest of everything that the result depends on.
         compute: returns tensors by name.
     """
@@ -73,7 +73,7 @@ def _write(path: Path, tensors: Tensors) -> None:
 
 
 def pixels_of(images: Tensor) -> Tensor:
-    """Turn uint8 images [N, C, H, W] into pixels from -1 to 1, float32."""
+    """Convert uint8 images [N, C, H, W] to pixels from -1 to 1, float32."""
     return images.to(torch.float32).div_(127.5).sub_(1)
 
 
@@ -83,7 +83,7 @@ def latents_of(
     images: Tensor,
     batch_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """Encode images once: mean and standard deviation of each latent, scaled as the denoiser takes them.
+    """Encode images once: mean and standard deviation of each latent, scaled for the denoiser.
 
         mean = (μ - shift) · scale,    std = σ · scale
 
@@ -116,7 +116,7 @@ def latents_of(
 
 
 def scaling(autoencoder: Any) -> tuple[float, float]:  # noqa: ANN401
-    """Return an autoencoder's shift and scale: a denoiser takes (latent - shift) · scale."""
+    """Return an autoencoder's shift and scale; a denoiser takes (latent - shift) · scale."""
     config = autoencoder.config
     return float(config.get("shift_factor") or 0.0), float(config.get("scaling_factor") or 1.0)
 

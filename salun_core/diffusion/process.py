@@ -1,4 +1,4 @@
-"""The forward process of a diffusion model: how a clean sample becomes a noisy one, and what the network predicts.
+"""The forward process of a diffusion model: adds noise to clean samples and defines the prediction target.
 
 epsilon       x_t = √ā_t x_0 + √(1 - ā_t) ε,   target ε             Ho et al., "DDPM", NeurIPS 2020, equation (14)
 v_prediction  the same x_t,                    target √ā_t ε - √(1 - ā_t) x_0      Salimans & Ho, ICLR 2022
@@ -24,7 +24,7 @@ class Process:
     """A forward process over T discrete times.
 
     Args:
-        prediction: what the network predicts.
+        prediction: prediction type of the network.
         signal: [T] float32: √ā_t, or 1 - σ_t; the factor of the clean sample.
         noise: [T] float32: √(1 - ā_t), or σ_t; the factor of the noise.
     """
@@ -38,10 +38,10 @@ class Process:
         """Derive the process from a scheduler of diffusers.
 
         Args:
-            scheduler: with `alphas_cumprod` and a prediction type, or of the flow-matching family.
+            scheduler: has `alphas_cumprod` and a prediction type, or belongs to the flow-matching family.
 
         Raises:
-            ModelError: it belongs to neither family, or has another prediction type.
+            ModelError: the scheduler belongs to neither family, or has another prediction type.
         """
         name, config = type(scheduler).__name__, scheduler.config
         if "FlowMatch" in name:

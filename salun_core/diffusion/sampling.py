@@ -18,11 +18,11 @@ Decode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are generated.
+    """Settings of image generation.
 
     Args:
         scheduler: a scheduler of diffusers; it is copied for each batch.
-        shape: of one sample, (C, H, W).
+        shape: shape of one sample, (C, H, W).
         steps: number of denoising steps.
         guidance_scale: w + 1 of classifier-free guidance; 1 means no guidance and half the work.
         batch_size: images per forward pass.
@@ -36,11 +36,11 @@ class Sampler:
 
     @classmethod
     def of_scheduler(cls, scheduler: Any, shape: tuple[int, int, int], **settings: Any) -> Sampler:  # noqa: ANN401
-        """Make the deterministic sampler of a process: DDIM without noise, or Euler steps for flows.
+        """Build the deterministic sampler of a process: DDIM without noise, or Euler steps for flows.
 
         Args:
             scheduler: the scheduler of the model.
-            shape: of one sample, (C, H, W).
+            shape: shape of one sample, (C, H, W).
             settings: steps, guidance_scale, batch_size.
         """
         from diffusers import DDIMScheduler
@@ -52,7 +52,7 @@ class Sampler:
 
     @property
     def name(self) -> str:
-        """Class of the scheduler."""
+        """Class name of the scheduler."""
         return type(self.scheduler).__name__
 
 
@@ -71,10 +71,10 @@ def samples(
     """Generate samples batch after batch; memory does not grow with their number or with the steps.
 
     Args:
-        denoiser: in eval mode afterwards.
+        denoiser: the call sets it to eval mode.
         table: conditions, on the denoiser's device.
         sampler: steps, guidance and batch size.
-        rows: row of the condition of each sample.
+        rows: condition row of each sample.
         seeds: seed of each sample.
 
     Yields:
@@ -105,10 +105,10 @@ def _denoised(denoiser: Denoiser, table: ConditionTable, sampler: Sampler, rows:
 
 
 def guidance_conditions(table: ConditionTable, rows: Tensor, scale: float) -> Conditions:
-    """Return the conditions of one guided call: those of the rows, then as many null conditions if it guides.
+    """Return the conditions of one call: the given rows, then, under guidance, as many null conditions.
 
     Raises:
-        UsageError: it guides, and the model has no null condition.
+        UsageError: guidance is on, but the model has no null condition.
     """
     conditions = table.take(rows)
     if scale == 1:
@@ -127,7 +127,7 @@ def guided_prediction(
         noisy: x_t [B, C, H, W].
         network_times: [B], in the network's units (see `Process.network_times`).
         conditions: from `guidance_conditions`.
-        scale: of the guidance; 1 takes one prediction per sample, another scale takes two.
+        scale: guidance scale; 1 takes one prediction per sample, other values take two.
 
     Source:
         Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022; their w is scale - 1.
@@ -140,7 +140,7 @@ def guided_prediction(
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Turn pixels from -1 to 1, [B, C, H, W], into uint8 [B, 3, H, W]; grey becomes three equal channels."""
+    """Convert pixels from -1 to 1, [B, C, H, W], to uint8 [B, 3, H, W]; grey becomes three equal channels."""
     images = ((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 

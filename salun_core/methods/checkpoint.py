@@ -1,4 +1,4 @@
-"""The loop's state after an epoch: weights, optimiser, history. safetensors, no pickle."""
+"""State of the training loop after an epoch: weights, optimiser and history. Stored as safetensors, without pickle."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _HEADER, _DIGEST = "header", "digest"
 
 
 class CheckpointStore(Protocol):
-    """Where the loop keeps its last state."""
+    """Stores the latest state of the loop."""
 
     def load(self) -> bytes | None:
-        """Return the last state, or None."""
+        """Return the latest state, or None."""
         ...
 
     def save(self, data: bytes) -> None:
-        """Replace the last state, whole or not at all."""
+        """Replace the latest state atomically."""
         ...
 
 
@@ -47,10 +47,10 @@ class FileCheckpoint:
         return self.path.read_bytes() if self.path.is_file() else None
 
     def save(self, data: bytes) -> None:
-        """Replace the file, whole or not at all.
+        """Replace the file atomically.
 
         Raises:
-            StoreError: it cannot be written.
+            StoreError: the file cannot be written.
         """
         write_whole(self.path, data)
 
@@ -59,10 +59,10 @@ def snapshot(fingerprint: str, model: nn.Module, optimizer: Optimizer, history: 
     """Serialise the state of a loop.
 
     Args:
-        fingerprint: of the run.
-        model: its weights and buffers.
-        optimizer: its moments and groups.
-        history: of the epochs so far.
+        fingerprint: fingerprint of the run.
+        model: model whose weights and buffers are stored.
+        optimizer: optimiser whose moments and parameter groups are stored.
+        history: one record per completed epoch.
 
     Returns:
         A safetensors document.
@@ -95,14 +95,14 @@ def _digest(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimizer: Optimizer) -> list[EpochRecord]:
-    """Load the last state into a model and its optimiser.
+    """Load the latest state into a model and its optimiser.
 
     Returns:
         The history of the finished epochs; empty without a checkpoint.
 
     Raises:
-        ConflictError: the checkpoint is of another run.
-        IntegrityError: it is damaged.
+        ConflictError: the checkpoint belongs to another run.
+        IntegrityError: the checkpoint is damaged.
     """
     data = store.load()
     if data is None:

@@ -1,4 +1,4 @@
-"""Configuration of the unlearning loop; each method brings its own defaults."""
+"""Configuration of the unlearning loop; each method provides its own defaults."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class LoopConfig(Document):
 
     @property
     def scoring_passes(self) -> int:
-        """Passes over the forget set that the saliency scores take."""
+        """Number of passes over the forget set for the saliency scores."""
         return 1
 
     def rate_at(self, progress: float) -> float:
-        """Return the learning rate at a share of the run from 0 to 1."""
+        """Return the learning rate at a progress from 0 to 1."""
         if self.schedule == "cosine":
             return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
         if self.schedule == "step":
@@ -60,7 +60,7 @@ class LoopConfig(Document):
 
 
 class UnlearnConfig(LoopConfig):
-    """How a classifier unlearns. The fields are the same for every method; their defaults are the method's."""
+    """Settings of classifier unlearning. All methods share these fields; each method sets its own defaults."""
 
     epochs: int = Field(default=5, ge=1, description="passes over the parts that the method trains on")
     order: Literal["sequential", "mixed"] = Field(
@@ -121,12 +121,12 @@ class UnlearnConfig(LoopConfig):
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device that is there.
+    """Resolve `auto`, `cpu`, `cuda` or `cuda:N` to an available device.
 
-    Where torchrun has started several processes on a machine, `auto` and `cuda` give each its own GPU.
+    If torchrun started several processes on a machine, `auto` and `cuda` give each its own GPU.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: the device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -32,13 +32,13 @@ from salun_core.errors import IntegrityError, SalunError, UsageError
 from salun_core.methods.checkpoint import CheckpointStore
 
 TIMEOUT = timedelta(minutes=10)
-_PEER = timedelta(seconds=5)
+_PEER = timedelta(seconds=5)  # time for a failing process to publish its exit code
 _FAILURE = "failure"
-_JOINED = itertools.count()  # a second group of the same processes needs names of its own in their store
+_JOINED = itertools.count()  # a second group of the same processes needs its own keys in their store
 
 
 class PeerError(SalunError):
-    """Another process of the group failed; its exit code is this one's too."""
+    """Another process of the group failed; this process exits with the same code."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(
@@ -69,7 +69,7 @@ class ProcessGroup:
     """The processes that share the work, and which of them this one is.
 
     Args:
-        rank: from 0.
+        rank: index of this process, from 0.
         size: number of processes.
     """
 
@@ -94,7 +94,7 @@ class ProcessGroup:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes, logs and reports."""
+        """Whether this process writes, logs and reports."""
         return self.rank == 0
 
     def share(self, images: Tensor, labels: Tensor) -> Share:
@@ -129,7 +129,7 @@ class ProcessGroup:
         """Average the running statistics of batch norm, and check that all processes hold the same weights.
 
         Raises:
-            IntegrityError: they do not.
+            IntegrityError: the weights differ.
         """
         if self.size == 1:
             return
@@ -179,7 +179,7 @@ class SharedCheckpoint:
     group: ProcessGroup
 
     def load(self) -> bytes | None:
-        """Return the last state, or None; the same in every process."""
+        """Return the latest state, or None; the same in every process."""
         data = self.inner.load() if self.group.main else None
         if self.group.size == 1:
             return data
@@ -192,7 +192,7 @@ class SharedCheckpoint:
         return content.numpy().tobytes()
 
     def save(self, data: bytes) -> None:
-        """Replace the last state, in the first process."""
+        """Replace the latest state, in the first process only."""
         if self.group.main:
             self.inner.save(data)
 
@@ -206,7 +206,7 @@ def joined(group: ProcessGroup, timeout: timedelta = TIMEOUT) -> Iterator[None]:
         timeout: how long one collective call may wait for the other processes.
 
     Raises:
-        PeerError: another process failed, or did not answer in time.
+        PeerError: another process failed or timed out.
     """
     if group.size == 1 or dist.is_initialized():
         yield
@@ -216,7 +216,7 @@ def joined(group: ProcessGroup, timeout: timedelta = TIMEOUT) -> Iterator[None]:
         yield
     except BaseException as error:
         failed = _failure(error, store)
-        if not torch.cuda.is_available():  # with NCCL, leaving in order would wait for the others
+        if not torch.cuda.is_available():  # with NCCL, an orderly exit would wait for the other processes
             with suppress(RuntimeError):
                 dist.destroy_process_group()
         if failed is error:
@@ -244,7 +244,7 @@ def _join(group: ProcessGroup, timeout: timedelta) -> Store:
 def _failure(error: BaseException, store: Store) -> BaseException:
     """Return what to raise: this process's own error, after it is reported to the others, or that of another one."""
     ours = not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)))
-    with suppress(RuntimeError):  # the store's host may be gone
+    with suppress(RuntimeError):  # the process that hosts the store may have exited
         if ours:
             store.compare_set(_FAILURE, "", str(getattr(error, "exit_code", 1)))
         else:

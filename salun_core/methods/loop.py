@@ -1,4 +1,4 @@
-"""The one training loop: epochs of phases, resumable after each epoch, the same bits after a kill and a resume."""
+"""The training loop: epochs of phases, resumable after each epoch with bit-identical results."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Step:
 
     Args:
         loss: model -> mean loss over this process's samples, a scalar.
-        samples: number of these samples.
-        weight: their share of the step's batch.
+        samples: number of samples of this process.
+        weight: share of these samples in the step's batch.
     """
 
     loss: Callable[[nn.Module], Tensor]
@@ -42,8 +42,8 @@ class Phase:
     Args:
         name: key of its loss in the history.
         device: device of its tensors.
-        samples: samples of all its steps, over all processes.
-        steps: number of its steps.
+        samples: number of samples of all steps, over all processes.
+        steps: number of steps.
         draw: (generator of the epoch, process group) -> its steps. All randomness comes from the generator.
     """
 
@@ -77,19 +77,19 @@ def run_loop(
     Args:
         model: on the device of the phases' tensors.
         phases_of_epoch: returns the phases of an epoch.
-        config: rates, optimiser, batch norm.
-        mask: weights outside it keep their bits.
-        checkpoint: where to keep the state after each epoch, and to look for one at the start.
-        fingerprint: names the run; a checkpoint of another run is refused.
+        config: learning rates, optimiser, batch norm.
+        mask: weights outside it stay bit-identical.
+        checkpoint: stores the state after each epoch; the loop resumes from it.
+        fingerprint: identifies the run; a checkpoint of another run is rejected.
         on_epoch: called after each epoch.
-        group: the processes that share the batches, and which of them this one is.
+        group: the processes that share the batches, and the rank of this one.
 
     Returns:
-        One record an epoch, those before a resume included.
+        One record per epoch, including epochs before a resume.
 
     Raises:
         ModelError: the loss or a weight became NaN or infinite; the last good checkpoint is kept.
-        ConflictError: the checkpoint is of another run.
+        ConflictError: the checkpoint belongs to another run.
     """
     optimizer = _optimizer(model, config)
     if mask is not None:
@@ -137,7 +137,7 @@ def _optimizer(model: nn.Module, config: LoopConfig) -> Optimizer:
 
 
 def _require_finite(model: nn.Module, epoch: int) -> None:
-    """The last step of an epoch may spoil weights after its loss was taken: such an epoch must not be kept."""
+    """Check that weights are finite: losses are computed before each step and do not cover the last step."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise ModelError(
             "a weight is not finite",
@@ -158,7 +158,7 @@ def _run_epoch(
     generator = epoch_generator(config.seed, epoch)
     losses: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((generator.initial_seed() + group.rank) % 2**63)  # for dropout and the like
+        torch.manual_seed((generator.initial_seed() + group.rank) % 2**63)  # for layers such as dropout
         set_training_mode(model, config.batch_norm)
         phases = [phase for phase in phases_of_epoch(epoch, generator) if phase.samples]
         steps = sum(phase.steps for phase in phases)

@@ -1,4 +1,4 @@
-"""What the methods of all tasks share: a row of the table of methods, its configuration and its result."""
+"""Shared parts of the methods of all tasks: a row of the method table, its configuration and its result."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Method(Generic[C]):
     """One row of a table of methods.
 
     Args:
-        config_type: class of its configuration.
+        config_type: configuration class.
         needs_mask: whether it trains salient weights only.
         needs_original: whether it reads the outputs of the original model.
         fresh_start: whether it starts from fresh weights.
-        defaults: what differs from the defaults of the configuration class.
-        reads: settings that some methods read and others do not, and this one does.
+        defaults: overrides of the configuration class's defaults.
+        reads: method-specific settings that this method reads.
     """
 
     config_type: type[C]
@@ -65,7 +65,7 @@ def get_method(methods: Mapping[str, M], name: str) -> M:
     """Return a method of a table by name.
 
     Raises:
-        UsageError: the table has no such method; the message names the nearest match.
+        UsageError: the table has no such method; the message suggests the nearest match.
     """
     if name not in methods:
         raise unknown_name("method", name, methods)
@@ -73,12 +73,12 @@ def get_method(methods: Mapping[str, M], name: str) -> M:
 
 
 def resolve_config(methods: Mapping[str, Method[C]], name: str, overrides: Mapping[str, Any] | None = None) -> C:
-    """Resolve a method's configuration: its own defaults, then what the user set.
+    """Resolve a method's configuration: its own defaults, then the user's overrides.
 
     Args:
-        methods: the table.
-        name: of the method.
-        overrides: settings that differ from its defaults.
+        methods: the method table.
+        name: name of the method.
+        overrides: settings that differ from the method's defaults.
 
     Raises:
         UsageError: an unknown method or setting, a value out of range (the message lists all faults), or a setting
@@ -96,15 +96,15 @@ def resolve_config(methods: Mapping[str, Method[C]], name: str, overrides: Mappi
 
 @dataclass(frozen=True)
 class UnlearnResult:
-    """What a method made.
+    """Result of an unlearning method.
 
     Args:
-        model: the new network, in eval mode; the network that was given is unchanged.
-        method: its name.
+        model: the new network, in eval mode; the input network is unchanged.
+        method: name of the method.
         config: the resolved configuration.
         history: one record per epoch; empty after a closed-form method.
-        seconds: wall clock of the loop or the edit only.
-        passes: samples that went forward and backward; one that only goes forward counts 1/3, rounded up in total.
+        seconds: wall-clock time of the loop or the edit only.
+        passes: samples that went forward and backward; a forward pass alone counts 1/3; the total is rounded up.
         changed_fraction: share of weights whose value differs from the original's, from 0 to 1; None if not measured.
     """
 

@@ -1,4 +1,4 @@
-"""The recipe of a run. A module of its own without torch, because the run form and the ledger use it too."""
+"""The recipe of a run. It is a separate module without torch, because the run form and the ledger use it too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from salun_core.errors import UsageError
 
 
 class Recipe(Document):
-    """What an unlearning run does: one method with its settings."""
+    """The recipe of an unlearning run: one method with its settings."""
 
     method: str = Field(default="salun", description="the unlearning method")
     density: float = Field(default=0.5, gt=0, le=1, description="share of the weights that may change")
@@ -20,7 +20,7 @@ class Recipe(Document):
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The settings with the seed, which they may not change."""
+        """The settings plus the seed, which they must not override."""
         return {**self.method_config, "seed": self.seed}
 
 
@@ -30,11 +30,11 @@ def parse_recipe(method: str, density: float, method_config: str, seed: int = 0)
     Args:
         method: the unlearning method.
         density: share of the weights that may change.
-        method_config: settings as a JSON object; empty for none.
-        seed: of the run.
+        method_config: settings as a JSON object; may be empty.
+        seed: seed of the run.
 
     Raises:
-        UsageError: `method_config` is something else, or a value is out of range.
+        UsageError: `method_config` is not a JSON object, or a value is out of range.
     """
     settings = parse_text(method_config, "method_config") if method_config.strip() else {}
     if not isinstance(settings, dict):

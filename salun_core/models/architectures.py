@@ -29,17 +29,17 @@ def build_classifier(architecture: str, num_classes: int, channels: int = 3, siz
     """Build a classifier with fresh weights; nothing is downloaded.
 
     Args:
-        architecture: a name of `CLASSIFIERS`, `torchvision:NAME`, `timm:NAME`, or a timm name without prefix.
-        num_classes: outputs, at least 2.
-        channels: of the images.
-        size: side of the images in pixels, for architectures of a fixed size.
+        architecture: a key of `CLASSIFIERS`, `torchvision:NAME`, `timm:NAME`, or a timm name without prefix.
+        num_classes: number of outputs, at least 2.
+        channels: number of image channels.
+        size: image side in pixels, for architectures of a fixed size.
 
     Returns:
         The module, in train mode.
 
     Raises:
-        UsageError: an unknown name (with the nearest match).
-        ModelError: the architecture cannot be built with these numbers.
+        UsageError: an unknown name (the message suggests the nearest match).
+        ModelError: the architecture does not support these numbers.
     """
     if num_classes < 2:
         raise ModelError(f"{num_classes} classes are too few", "a classifier needs two or more", "check the data")
@@ -77,7 +77,7 @@ def _timm(name: str, num_classes: int, channels: int, size: int | None) -> nn.Mo
     try:
         return create(img_size=size) if size else create()
     except TypeError:
-        return create()  # an architecture for any size has no img_size
+        return create()  # architectures for any size have no img_size
     except (AssertionError, ArithmeticError, ValueError, RuntimeError, KeyError) as error:
         why = str(error).split("\n")[0] or type(error).__name__
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Model cards: what a model is, what it was trained on, and how it is evaluated."""
+"""Model cards: identity, training data and evaluation settings of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CARD = "model.json"
 
 
 class Card(Document):
-    """What the cards of all kinds of model share: everything that is needed to feed and trace a model.
+    """Shared fields of all model cards: everything needed to feed and trace a model.
 
     The numbers have bounds, because a network may be built from them before its weights are read.
     """
@@ -91,7 +91,7 @@ class DiffusionCard(Card):
         return self
 
     def prompt_of(self, label: str) -> str:
-        """Return what an image of a class is called: the prompt, or of a class-conditional model the class name."""
+        """Return the condition name of a class: its prompt, or the class name for a class-conditional model."""
         return self.prompt.replace("{label}", label) if self.task == "text-to-image" else label
 
 
@@ -102,7 +102,7 @@ def load_card(kind: type[CardT], folder: Path) -> CardT:
     """Read the card of a model folder.
 
     Args:
-        kind: class of the card.
+        kind: expected class of the card.
         folder: the model folder.
 
     Raises:
@@ -116,7 +116,7 @@ def require_card(folder: Path) -> None:
     """Check that a folder has a model card.
 
     Raises:
-        UsageError: it has none.
+        UsageError: the folder has no card.
     """
     if not (folder / CARD).is_file():
         raise UsageError(f"{folder} is not a model folder", f"it has no {CARD}", "make one with `salun model import`")

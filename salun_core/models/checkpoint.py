@@ -36,7 +36,7 @@ class LoadedModel:
     Args:
         model: in eval mode, channels-last.
         card: its model card.
-        split: the split that it was trained on.
+        split: split of the model's training.
         digest: SHA-256 of `model.safetensors`.
     """
 
@@ -47,7 +47,7 @@ class LoadedModel:
 
     @property
     def network(self) -> nn.Module:
-        """The network; the name that all kinds of model share."""
+        """The network; all kinds of model share this attribute."""
         return self.model
 
     @property
@@ -59,7 +59,7 @@ class LoadedModel:
         """Check that images [N, C, H, W] and a number of classes fit the model.
 
         Raises:
-            ModelError: they do not.
+            ModelError: the images or the classes do not fit.
         """
         expected = (self.card.channels, self.card.height, self.card.width)
         if tuple(images.shape[1:]) != expected:
@@ -98,8 +98,8 @@ def save_model(
 
     Args:
         folder: the folder to write.
-        model: its weights.
-        card: must hold the split's digest.
+        model: model whose weights are written.
+        card: must contain the split's digest.
         split: written to the same folder.
         extra_files: other files by name.
 
@@ -118,7 +118,7 @@ def save_model(
 
 
 def document_bytes(document: Document) -> bytes:
-    """Return a document as it is written into a model folder."""
+    """Return the serialised form of a document in a model folder."""
     return (json.dumps(document.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -176,7 +176,7 @@ def load_model(folder: Path) -> LoadedModel:
     """Read and check a model folder.
 
     Raises:
-        UsageError: it is not a model folder.
+        UsageError: the folder is not a model folder.
         ModelError: names, shapes or types of the weights differ from the architecture's.
         IntegrityError: a file is damaged, or the card belongs to another split.
     """
@@ -209,7 +209,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy tensors into a model; names, shapes and types must be equal.
 
     Raises:
-        ModelError: they differ; the message lists the differences.
+        ModelError: names, shapes or types differ; the message lists the differences.
     """
     faults = state_faults(model.state_dict(), state)
     if faults:

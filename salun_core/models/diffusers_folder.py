@@ -26,8 +26,8 @@ from salun_core.storage.local_files import list_tree
 
 INDEX = "model_index.json"
 
-# Only these classes are loaded, each from its own library. `model_index.json` comes from strangers, and loading any
-# class that it names would let them choose code to run. Denoisers and text encoders are those that
+# Only these classes are loaded, each from its own library. `model_index.json` is untrusted: if every class that it
+# names were loaded, its author could choose code to run. Denoisers and text encoders are those that
 # `diffusion.denoiser` and `diffusion.conditions` can call; schedulers are those whose noise `diffusion.process` can
 # derive from their settings. No class here reads pickled files or code when it loads safetensors from a local folder.
 NETWORKS = {
@@ -61,7 +61,7 @@ SCHEDULERS = dict.fromkeys(
 CLASSES = {**NETWORKS, **TOKENIZERS, **SCHEDULERS}
 DENOISERS = ("unet", "transformer")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
-"""Components that unlearning does not use; they are copied, and never loaded."""
+"""Components that unlearning does not use; they are copied, but never loaded."""
 
 _PICKLED = {".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx_data"}
 _CODE = {".py", ".pyc", ".so"}
@@ -78,12 +78,12 @@ _CONVERT_FILE = (
 
 @dataclass(frozen=True)
 class FolderPlan:
-    """What to load from a folder.
+    """Loading plan of a folder.
 
     Args:
         pipeline: class of the pipeline.
         components: class by component name, sorted by name.
-        settings: of the pipeline.
+        settings: settings of the pipeline.
     """
 
     pipeline: str
@@ -92,7 +92,7 @@ class FolderPlan:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Refuse a single file of pickled weights, with the command that converts it.
+    """Reject a single file of pickled weights; the message contains the conversion command.
 
     Raises:
         UsageError: the file is pickled.
@@ -102,13 +102,13 @@ def refuse_pickle(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> FolderPlan:
-    """Check a diffusers folder, and return what to load from it.
+    """Check a diffusers folder and return its loading plan.
 
     Args:
-        folder: with `model_index.json`.
+        folder: contains `model_index.json`.
 
     Raises:
-        UsageError: it is not a diffusers folder, lacks a component, or holds pickled weights, code or links.
+        UsageError: the folder is not a diffusers folder, lacks a component, or has pickled weights, code or links.
         ModelError: the class of a component is not supported.
     """
     refuse_pickle(folder)
@@ -206,10 +206,10 @@ class Components:
     Args:
         folder: the folder.
         pipeline: class of its pipeline.
-        parts: by component name (`unet` or `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`, ...), in
+        parts: components by name (`unet` or `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`, ...), in
             eval mode.
         settings: other settings of the pipeline, from the index.
-        digest: of all its files (see `weights_digest`).
+        digest: digest of all its files (see `weights_digest`).
     """
 
     folder: Path
@@ -234,9 +234,9 @@ class LoadedDiffusion:
     """A diffusion model with its card and its split.
 
     Args:
-        components: its parts.
+        components: loaded components.
         card: its model card.
-        split: the split that it was trained on; empty for a model without data.
+        split: split of the model's training; empty for a model without data.
     """
 
     components: Components
@@ -245,7 +245,7 @@ class LoadedDiffusion:
 
     @property
     def digest(self) -> str:
-        """Digest of the model."""
+        """The digest of the model."""
         return self.components.digest
 
     @property
@@ -261,7 +261,7 @@ def load_diffusion(folder: Path) -> LoadedDiffusion:
         folder: a diffusers folder with `model.json` and `split.json`.
 
     Raises:
-        UsageError: it is not such a folder, lacks a component, or has pickled weights.
+        UsageError: the folder is of another kind, lacks a component, or has pickled weights.
         ModelError: a class is not supported, weights do not fit their configuration or hold NaN.
         IntegrityError: a file is damaged, or the card belongs to another split.
     """
@@ -279,7 +279,7 @@ def load_diffusion(folder: Path) -> LoadedDiffusion:
 
 
 def silence_logs() -> None:
-    """Silence progress bars and advice of diffusers and transformers; errors still pass."""
+    """Silence progress bars and advisory logs of diffusers and transformers; errors are still logged."""
     import diffusers
     import transformers
 
@@ -302,7 +302,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def model_files(folder: Path) -> list[str]:
-    """Return the names of the files that are the model: the index, and all in folders; sorted."""
+    """Return the sorted names of the files that make up the model: the index and all files in folders."""
     return sorted(name for name in list_tree(folder).files if name == INDEX or "/" in name)
 
 
@@ -320,7 +320,7 @@ def _load_component(folder: Path, kind: str) -> Any:  # noqa: ANN401 - of diffus
         )
     except SalunError:
         raise
-    except Exception as error:  # configurations come from strangers, and the libraries raise nearly anything on them
+    except Exception as error:  # configurations are untrusted, and the libraries raise almost any exception on them
         why = str(error).strip().split("\n")[0][:300]
         raise ModelError(f"cannot load {folder.name}", why, "check its configuration and its weights") from error
     _check_loaded(folder.name, network, info)
@@ -344,7 +344,7 @@ def _tensor_types(path: Path) -> dict[str, str]:
 
 
 def _check_loaded(name: str, network: nn.Module, info: Mapping[str, Any]) -> None:
-    """Refuse what the libraries accept with a warning: they fill missing tensors with random values."""
+    """Reject missing tensors, which the libraries fill with random values after a mere warning."""
     faults = [f"missing {key}" for key in sorted(info.get("missing_keys", []))]
     faults += [f"unexpected {key}" for key in sorted(info.get("unexpected_keys", []))]
     faults += [f"{item} has another shape" for item in info.get("mismatched_keys", [])]
@@ -371,9 +371,9 @@ def save_diffusion(
 
     Args:
         folder: the folder to write.
-        original: the model that the denoiser was made from.
+        original: the model that the denoiser derives from.
         network: the new denoiser.
-        card: must hold the split's digest.
+        card: must contain the split's digest.
         split: written to the same folder.
         extra_files: other files by name.
 
@@ -398,12 +398,12 @@ def write_diffusion(folder: Path, files: Files, card: DiffusionCard, split: Spli
 
 
 def copies(folder: Path) -> dict[str, Callable[[Path], object]]:
-    """Return a function that copies each file of the model in a folder, by relative name."""
+    """Return, by relative name, functions that copy each file of the model in a folder."""
     return {name: partial(shutil.copyfile, folder / name) for name in model_files(folder)}
 
 
 def _denoiser_files(original: Path, network: nn.Module) -> dict[str, Callable[[Path], object]]:
-    """Return a function that writes each weight file of the denoiser, by relative name."""
+    """Return, by relative name, functions that write each weight file of the denoiser."""
     state = network.state_dict()
     layout = {path: list(_tensor_types(path)) for path in _weight_files(original)}
     if sorted(state) != sorted(name for names in layout.values() for name in names):

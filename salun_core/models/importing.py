@@ -43,7 +43,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"there is no checkpoint {path}", "the file does not exist", "check the path")
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly anything on damaged files, even AssertionError
+    except Exception as error:  # torch raises almost any exception on damaged files, even AssertionError
         why = str(error).strip().split("\n")[0]
         raise ModelError(
             f"cannot import {path.name}",
@@ -70,7 +70,7 @@ def _tensors(document: Any, path: Path) -> dict[str, Tensor]:  # noqa: ANN401 - 
 
 
 def _stripped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove prefixes of wrappers (data parallelism, Lightning, torch.compile), also several of them."""
+    """Remove wrapper prefixes (data parallelism, Lightning, torch.compile), including nested ones."""
     while prefix := next((one for one in _PREFIXES if state and all(name.startswith(one) for name in state)), None):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)

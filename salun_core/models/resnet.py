@@ -1,4 +1,4 @@
-"""Residual networks of the CIFAR kind (He et al., 2016, section 4.2) and ResNet-18 with a CIFAR stem."""
+"""CIFAR-style residual networks (He et al., 2016, section 4.2) and ResNet-18 with a CIFAR stem."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class ResNet(nn.Module):
     """A residual network for small images: a 3 x 3 stem without pooling, stages that halve the size.
 
     Args:
-        widths: channels of each stage.
-        blocks: residual blocks of each stage.
-        num_classes: outputs.
-        channels: of the images.
+        widths: number of channels of each stage.
+        blocks: number of residual blocks of each stage.
+        num_classes: number of outputs.
+        channels: number of image channels.
     """
 
     def __init__(self, widths: tuple[int, ...], blocks: int, num_classes: int, channels: int) -> None:
@@ -63,10 +63,10 @@ def _initialise(module: nn.Module) -> None:
 
 
 def cifar_resnet(depth: int, num_classes: int, channels: int, size: int | None = None) -> ResNet:
-    """Build ResNet-`depth` of the CIFAR kind: 6n + 2 layers, widths 16, 32, 64; it takes any size."""
+    """Build a CIFAR-style ResNet-`depth`: 6n + 2 layers, widths 16, 32, 64, any image size."""
     return ResNet((16, 32, 64), (depth - 2) // 6, num_classes, channels)
 
 
 def resnet18(num_classes: int, channels: int, size: int | None = None) -> ResNet:
-    """Build ResNet-18 with a CIFAR stem, as in the paper: 11.2 M parameters, widths 64 to 512; it takes any size."""
+    """Build ResNet-18 with a CIFAR stem, as in the paper: 11.2 M parameters, widths 64 to 512, any image size."""
     return ResNet((64, 128, 256, 512), 2, num_classes, channels)

@@ -1,6 +1,6 @@
 """Swin-T and ViT-Tiny (timm's) with patches that fit the size of the images.
 
-The published transformers are for 224 pixels. At 32 pixels, Swin-T would see 64 of its patches and ViT-Tiny 4. Here
+The published transformers expect 224 pixels. At 32 pixels, Swin-T would get 64 of its patches and ViT-Tiny 4. Here
 the size alone determines the patch, so a model card can rebuild the network without other settings. Do not change the
 rules: existing cards rely on them.
 
@@ -17,18 +17,18 @@ from torch import nn
 from salun_core.errors import ModelError
 
 PUBLISHED_SIZE = 224
-_GRID = 14  # patches on a side of the published ViT
-_WINDOW = 7  # of the published Swin
-_SWIN_COARSE = 128  # from this size, Swin-T has its published patch of 4 pixels
+_GRID = 14  # side of the published ViT's patch grid
+_WINDOW = 7  # window of the published Swin
+_SWIN_COARSE = 128  # from this size on, Swin-T uses its published patch of 4 pixels
 
 
 def vit_tiny(num_classes: int, channels: int, size: int | None = None) -> nn.Module:
     """Build ViT-Tiny: 12 layers, width 192, 5.4 M parameters at 32 pixels.
 
     Args:
-        num_classes: outputs.
-        channels: of the images.
-        size: their side in pixels; None: 224.
+        num_classes: number of outputs.
+        channels: number of image channels.
+        size: image side in pixels; None means 224.
 
     Raises:
         ModelError: no patch fits the size.
@@ -41,9 +41,9 @@ def swin_t(num_classes: int, channels: int, size: int | None = None) -> nn.Modul
     """Build Swin-T: stages of 2, 2, 6 and 2 layers, widths 96 to 768, 27.5 M parameters.
 
     Args:
-        num_classes: outputs.
-        channels: of the images.
-        size: their side in pixels; None: 224.
+        num_classes: number of outputs.
+        channels: number of image channels.
+        size: image side in pixels; None means 224.
 
     Raises:
         ModelError: the size is odd.
@@ -55,10 +55,10 @@ def swin_t(num_classes: int, channels: int, size: int | None = None) -> nn.Modul
 
 
 def vit_patch(size: int) -> int:
-    """Return the side of a patch: the smallest divisor of the size, from 4, that gives at most 14 x 14 patches.
+    """Return the patch side: the smallest divisor of the size, at least 4, that gives at most 14 x 14 patches.
 
     Raises:
-        ModelError: the size has no such divisor but itself.
+        ModelError: the only such divisor is the size itself.
     """
     patch = next(side for side in range(4, size + 4) if size % side == 0 and size // side <= _GRID or side >= size)
     if patch >= size:
@@ -67,7 +67,7 @@ def vit_patch(size: int) -> int:
 
 
 def swin_patch_and_window(size: int) -> tuple[int, int]:
-    """Return the side of a patch in pixels, and the side of an attention window in patches.
+    """Return the patch side in pixels, and the side of an attention window in patches.
 
     The window is the largest, up to 7, that divides the grids of the first three stages, so that nothing is padded.
 

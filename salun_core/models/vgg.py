@@ -17,9 +17,9 @@ class VGG(nn.Module):
     and `classifier`, because published CIFAR checkpoints of this network have both.
 
     Args:
-        stages: output channels of each convolution, by stage.
-        num_classes: outputs.
-        channels: of the images.
+        stages: number of output channels of each convolution, by stage.
+        num_classes: number of outputs.
+        channels: number of image channels.
     """
 
     def __init__(self, stages: tuple[tuple[int, ...], ...], num_classes: int, channels: int) -> None:
@@ -50,10 +50,10 @@ def require_size(size: int) -> None:
     """Check that images are large enough.
 
     Args:
-        size: of the shorter side, in pixels.
+        size: shorter side in pixels.
 
     Raises:
-        ModelError: they are smaller than 32 pixels.
+        ModelError: the images are smaller than 32 pixels.
     """
     if size < MIN_SIZE:
         raise ModelError(

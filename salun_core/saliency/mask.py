@@ -25,7 +25,7 @@ class SaliencyMask:
     """The salient weights of a model as packed bits.
 
     Args:
-        shapes: by parameter name, in the model's order.
+        shapes: parameter shapes by name, in the model's order.
         bits: by parameter name, `ceil(numel / 8)` bytes in little bit order: weight i of the flat parameter is bit
             `i % 8` of byte `i // 8`. So the position of a bit does not depend on the size, and padding comes last.
         k: number of salient weights.
@@ -41,8 +41,8 @@ class SaliencyMask:
     def from_scores(cls, scores: Scores, density: float, facts: Mapping[str, str] | None = None) -> SaliencyMask:
         """Keep the share `density` of all weights with the highest scores, globally and exactly (SalUn, eq. 3).
 
-        k = round(density * weights), at least 1. Of weights that equal the threshold, those with the lower index are
-        kept, counted over the parameters in the order of `scores`.
+        k = round(density * weights), at least 1. Ties at the threshold go to the lower index, counted over the
+        parameters in the order of `scores`.
 
         Args:
             scores: from `saliency_scores`; magnitudes are compared.
@@ -83,12 +83,12 @@ class SaliencyMask:
 
     @classmethod
     def random(cls, scores_or_shapes: Scores | Shapes, density: float, seed: int) -> SaliencyMask:
-        """Draw as many weights as `from_scores` keeps, uniformly: the control for saliency.
+        """Draw a uniform random mask with as many weights as `from_scores` keeps, as a control for saliency.
 
         Args:
             scores_or_shapes: tensors or shapes by parameter name.
             density: in (0, 1].
-            seed: of the draw; the same seed gives the same mask on every device.
+            seed: seed of the draw; the same seed gives the same mask on every device.
 
         Returns:
             The mask.
@@ -117,10 +117,10 @@ class SaliencyMask:
         return SaliencyMask(self.shapes, self.bits, self.k, {**self.facts, **facts})
 
     def within(self, shapes: Shapes) -> SaliencyMask:
-        """Return this mask as a mask of more parameters, in their order; the others are frozen.
+        """Extend this mask to more parameters, in their order; the added ones are frozen.
 
         Args:
-            shapes: by parameter name, including those of this mask.
+            shapes: shapes by parameter name, including the parameters of this mask.
         """
         bits = {
             name: self.bits[name] if name in self.bits else np.zeros(-(-math.prod(shape) // 8), dtype=np.uint8)
@@ -161,7 +161,7 @@ class SaliencyMask:
         return {name: self.tensor(name) for name in self.shapes}
 
     def check_fits(self, shapes: Shapes) -> None:
-        """Check that the mask is of a model with these parameters.
+        """Check that the mask belongs to a model with these parameters.
 
         Raises:
             ModelError: names or shapes differ; the message lists them.

@@ -18,7 +18,7 @@ from salun_core.storage.local_files import write_whole
 
 FORMAT = "salun.mask/v1"
 _FAULTS = (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError, OverflowError)
-"""What damaged files and metadata raise in safetensors, JSON and numpy."""
+"""Exceptions of safetensors, JSON and numpy for damaged files and metadata."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -39,7 +39,7 @@ def write(path: Path, shapes: Shapes, bits: Mapping[str, np.ndarray], facts: Map
 
     Args:
         path: the file to write.
-        shapes: shape of each parameter; the metadata keep their order, which is the model's.
+        shapes: parameter shapes by name, in the model's order, which the metadata preserve.
         bits: packed bits of each parameter, uint8.
         facts: other metadata; keys and values are text.
 
@@ -73,7 +73,7 @@ def read(path: Path) -> tuple[Shapes, dict[str, np.ndarray], int, dict[str, str]
             shapes, k = _header(facts)
             if set(file.keys()) != set(shapes):
                 raise _damaged(f"{len(set(file.keys()) ^ set(shapes))} parameter names do not match its shapes")
-            for name, shape in shapes.items():  # before any tensor is read into memory
+            for name, shape in shapes.items():  # check sizes before any tensor is read into memory
                 if tuple(file.get_slice(name).get_shape()) != ((math.prod(shape) + 7) // 8,):
                     raise _damaged(f"{name} has the wrong number of bytes")
             bits = {name: file.get_tensor(name) for name in shapes}

@@ -39,15 +39,15 @@ def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -
 
     Args:
         torch_optimizer: SGD (momentum, nesterov, weight decay), Adam or AdamW over parameters of `model`.
-        model: the model, for the names of its parameters.
+        model: provides the parameter names.
         mask: a mask of exactly the model's parameters.
 
     Returns:
         The same optimizer.
 
     Raises:
-        UsageError: another kind of optimizer, or an optimizer that already has a mask.
-        ModelError: the mask does not fit the model, or the optimizer has parameters that are not the model's.
+        UsageError: the optimizer type is not supported, or the optimizer already has a mask.
+        ModelError: the mask does not fit the model, or the optimizer has parameters that are not in the model.
     """
     if type(torch_optimizer) not in (SGD, Adam, AdamW):
         kind = type(torch_optimizer).__name__
@@ -76,7 +76,7 @@ def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -
 
 
 def _keep_of(optimizer: Optimizer, model: nn.Module, mask: SaliencyMask) -> dict[Tensor, Tensor]:
-    """Return, by parameter, int8 of its memory layout: -1 (all bits set) for salient weights, 0 for frozen ones."""
+    """Return, by parameter, int8 values in its memory layout: -1 (all bits set) for salient weights, 0 for frozen."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     keep: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
@@ -124,7 +124,7 @@ def _laid_out_as(parameter: Tensor, values: Tensor) -> Tensor:
 
 
 def _after_first_step(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
-    """Clear moments once more after the first step, which may create them with values outside the mask."""
+    """Clear moments again after the first step, which may create them with values outside the mask."""
     stale = [True]  # a hook cannot remove itself while torch iterates over the hooks
 
     def clear_once(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -194,6 +194,6 @@ def _decay_salient(parameter: Tensor, keep: Tensor, factor: float | Tensor, fore
     scaled = parameter.clone()
     torch._foreach_mul_([scaled], factor) if foreach else scaled.mul_(
         factor
-    )  # on a CPU the two round bfloat16 differently
+    )  # the foreach and the single-tensor kernel round bfloat16 differently on a CPU
     change = scaled.view(bits).bitwise_xor_(parameter.view(bits)).bitwise_and_(keep)
     parameter.view(bits).bitwise_xor_(change)

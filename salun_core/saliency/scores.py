@@ -1,4 +1,4 @@
-"""Saliency scores: |d mean loss over the forget set / d weight|, whole or in shards."""
+"""Saliency scores: |d mean loss over the forget set / d weight|, computed at once or in shards."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def saliency_scores(
 
     The gradient is of the mean over samples, so a short last batch does not weigh more than the others. The gradients
     of the batches are added in pairs, then the pairs in pairs, and so on (`PartialSums`): rounding errors stay small,
-    and the sum does not depend on how many processes share the work. The model is in eval mode meanwhile; its modes,
-    its gradients and its `requires_grad` flags are restored.
+    and the sum does not depend on the number of processes. The call puts the model into eval mode and then
+    restores its modes, gradients and `requires_grad` flags.
 
-    Several processes that have joined a process group can share the work. Each gives the batches of its own shard, and
-    all get the scores of the whole forget set. The bits are the same as for one process if every process computes its
-    batches alike (see `repeatable`).
+    Several processes in a process group can share the work. Each passes the batches of its own shard, and all get the
+    scores of the whole forget set. The scores are bit-identical to those of one process if every process computes its
+    batches identically (see `repeatable`).
 
     Args:
         model: the original model θ_o, unchanged by the call; the same in every process.
         batches: the forget set D_f once, as (inputs, targets) on the model's device. With a shard: its samples only,
             in batches of `CHUNK`.
         loss_fn: (model output, targets) -> mean loss over the batch, a scalar.
-        samples: number of samples of the whole forget set; needed with a shard only.
-        shard: this process's share: (rank, number of processes); None if one process scores everything.
+        samples: number of samples of the whole forget set; required with a shard.
+        shard: (rank, number of processes) of this process; None if one process scores everything.
 
     Returns:
-        By parameter name, in the model's order: a tensor of the parameter's shape, >= 0. A parameter that the
-        loss does not reach scores 0.
+        Non-negative tensors of the parameters' shapes, by name in the model's order. A parameter that the loss does
+        not reach scores 0.
 
     Raises:
-        DataError: there is no batch, or the batches are not those of the shard.
+        DataError: there is no batch, or the batches do not match the shard.
         ModelError: the model has no parameters, or a gradient is NaN or infinite.
 
     Source:
@@ -76,7 +76,7 @@ def _each_gradient(
     loss_fn: LossFn,
     add: Callable[[int, Sums], None],
 ) -> None:
-    """Call `add` for each batch that is not empty: with its size and the gradient of its summed loss."""
+    """Call `add` for each non-empty batch with its size and the gradient of its summed loss."""
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ModelError(
@@ -90,7 +90,7 @@ def _each_gradient(
 
 
 def _taken(parameter: nn.Parameter) -> Tensor:
-    """Take a parameter's gradient away, contiguous, so that the layout of the weights does not change the file."""
+    """Take and clear a parameter's gradient; contiguous, so that the weights' layout does not change the file."""
     grad, parameter.grad = parameter.grad, None
     if grad is None:
         return torch.zeros_like(parameter, requires_grad=False, memory_format=torch.contiguous_format)
@@ -98,18 +98,18 @@ def _taken(parameter: nn.Parameter) -> Tensor:
 
 
 def mean_magnitude(name: str, gradient: Tensor, total: int) -> Tensor:
-    """Turn the gradient of a sum over samples into the score, in place.
+    """Convert the gradient of a sum over samples to the score, in place.
 
     Args:
-        name: of the parameter.
-        gradient: of the summed loss, of the parameter's shape.
+        name: name of the parameter.
+        gradient: gradient of the summed loss, of the parameter's shape.
         total: number of samples.
 
     Returns:
         The same tensor, |gradient / total|.
 
     Raises:
-        ModelError: it is NaN or infinite somewhere.
+        ModelError: the score contains NaN or infinity.
     """
     score = gradient.div_(total).abs_()
     if not bool(torch.isfinite(score).all()):
@@ -123,10 +123,10 @@ def mean_magnitude(name: str, gradient: Tensor, total: int) -> Tensor:
 
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode with every gradient asked for and none there; leave it as it was.
+    """Put a model into eval mode with all gradients enabled and cleared, and restore its state afterwards.
 
     Args:
-        model: to take gradients of.
+        model: model to differentiate.
     """
     modes = {module: module.training for module in model.modules()}
     kept = {parameter: (parameter.grad, parameter.requires_grad) for parameter in model.parameters()}
@@ -145,18 +145,18 @@ def scoring(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
-CHUNK = 256
+CHUNK = 256  # samples per leaf of the summation tree; another value changes the bits of the scores
 Node = tuple[int, int]
 Sums = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One of several shares of a forget set: a run of whole chunks.
+    """One of several shares of a forget set: a contiguous range of chunks.
 
     Args:
-        index: from 0.
-        count: of all shards.
+        index: index of the shard, from 0.
+        count: number of shards.
     """
 
     index: int = 0
@@ -164,10 +164,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read `2/8`, the second of eight.
+        """Parse a shard such as `2/8`, the second of eight.
 
         Raises:
-            UsageError: it is something else.
+            UsageError: the text has another form.
         """
         number, slash, count = text.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
@@ -178,7 +178,7 @@ class Shard:
         return f"{self.index + 1}/{self.count}"
 
     def chunks(self, samples: int) -> range:
-        """Return the numbers of this shard's chunks, where there are `samples` samples in all; it may be empty."""
+        """Return this shard's range of chunks of a set with `samples` samples; it may be empty."""
         total = chunks_of(samples)
         return range(self.index * total // self.count, (self.index + 1) * total // self.count)
 
@@ -192,7 +192,7 @@ WHOLE = Shard()
 
 
 def chunks_of(samples: int) -> int:
-    """Return how many chunks there are.
+    """Return the number of chunks.
 
     Raises:
         DataError: there are no samples.
@@ -204,15 +204,15 @@ def chunks_of(samples: int) -> int:
 
 @dataclass
 class PartialSums:
-    """Sums of gradients over some chunks of a forget set, added up as far as the tree allows.
+    """Sums of gradients over some chunks of a forget set, added as far as the tree allows.
 
     Chunks are the leaves of a binary tree, and each inner node is the sum of its two children. So the order of the
-    additions depends on the number of chunks alone, not on who computes which chunk.
+    additions depends on the number of chunks alone, not on the process that computes a chunk.
 
     Args:
-        total: samples of the whole forget set, in chunks of `CHUNK`; None if that is known only after the last chunk.
+        total: number of samples of the whole forget set, in chunks of `CHUNK`; None if known only after the last chunk.
         nodes: by (level, index): the sums over chunks `index << level` up to `(index + 1) << level`, by parameter.
-        samples: samples that the scores are the mean over.
+        samples: number of samples that the scores average over.
     """
 
     total: int | None = None
@@ -224,20 +224,20 @@ class PartialSums:
 
     @property
     def root(self) -> Node | None:
-        """The node that covers every chunk; None if their number is not known."""
+        """The node that covers all chunks; None if their number is unknown."""
         return None if self.total is None else ((chunks_of(self.total) - 1).bit_length(), 0)
 
     def add(self, node: Node, sums: Sums) -> None:
-        """Put in the sums of one node, and add what now can be added; the tensors are taken over.
+        """Insert the sums of one node and add all complete pairs; the object takes ownership of the tensors.
 
         Args:
-            node: (level, index); no other node that was put in covers any of its chunks.
-            sums: by parameter name, contiguous.
+            node: (level, index); it must not overlap with a node that was inserted before.
+            sums: contiguous tensors by parameter name.
         """
         while node != self.root:
             level, index = node
             sibling = (level, index ^ 1)
-            if self.total is None or sibling[1] << level < chunks_of(self.total):  # else it covers no chunk
+            if self.total is None or sibling[1] << level < chunks_of(self.total):  # else the sibling has no chunk
                 if sibling not in self.nodes:
                     break
                 other = self.nodes.pop(sibling)
@@ -247,17 +247,17 @@ class PartialSums:
         self.nodes[node] = sums
 
     def scores(self) -> dict[str, Tensor]:
-        """Return the scores, |mean gradient|, by parameter name; the sums are used up.
+        """Return the scores, |mean gradient|, by parameter name; the call consumes the sums.
 
         Raises:
-            DataError: there is no chunk.
+            DataError: there are no chunks.
             UsageError: some chunks are missing.
             ModelError: a score is NaN or infinite.
         """
         if self.total is None:
             if not self.nodes:
                 chunks_of(0)
-            # Without the number of chunks, the nodes at the right edge wait for siblings that never came.
+            # Without the number of chunks, nodes at the right edge have no siblings; add them from the right.
             while len(self.nodes) > 1:
                 *_, left, right = sorted(self.nodes, key=lambda node: node[1] << node[0])
                 self.nodes[left] = _added(self.nodes[left], self.nodes.pop(right))
@@ -272,7 +272,7 @@ def _added(left: Sums, right: Sums) -> Sums:
 
 
 def layout(samples: int, shard: Shard) -> list[Node]:
-    """Return the nodes that a shard is left with, in the order of their chunks."""
+    """Return the nodes that remain after the sums of a shard, in the order of their chunks."""
     empty = PartialSums(samples)
     for number in shard.chunks(samples):
         empty.add((0, number), {})
@@ -292,14 +292,14 @@ def score_shard(
         model: the original model θ_o; it is restored afterwards.
         batches: the shard's samples (`shard.samples`) in the set's order, in batches of `CHUNK`.
         loss_fn: (model output, targets) -> mean loss over the batch, a scalar.
-        samples: of the whole forget set.
-        shard: which of the shards.
+        samples: number of samples of the whole forget set.
+        shard: the shard to score.
 
     Returns:
         The sums over the shard's chunks.
 
     Raises:
-        DataError: the batches are not the shard's chunks.
+        DataError: the batches do not match the shard's chunks.
         ModelError: the model has no parameters.
     """
     sums, left = PartialSums(samples), list(shard.chunks(samples))
@@ -323,9 +323,9 @@ def score_shard(
 def repeatable() -> Iterator[None]:
     """Compute with one CPU thread and deterministic kernels, so that a batch has the same gradient everywhere.
 
-    CPU threads divide a sum by their number, and processes that share a machine have fewer threads each than one
-    process alone. Whoever needs the same bits for any number of threads, processes and shards wraps the scoring in this
-    context; it costs the speed of the other threads.
+    The number of CPU threads determines how a sum is split, and processes that share a machine have fewer threads each
+    than one process alone. Wrap the scoring in this context to get the same bits for any number of threads, processes
+    and shards; it costs the speed of the other threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -337,12 +337,12 @@ def repeatable() -> Iterator[None]:
 
 
 def gathered(own: PartialSums, shard: Shard, parameters: Sequence[tuple[str, nn.Parameter]]) -> PartialSums:
-    """Give each process the sums of all: every rank sends its nodes in turn, and all add them in the same order.
+    """Combine the sums of all processes: every rank sends its nodes in turn, and all add them in the same order.
 
     Args:
-        own: of this process's shard.
+        own: sums of this process's shard.
         shard: (rank, number of processes).
-        parameters: names, shapes and device.
+        parameters: names, shapes and device of the sums.
 
     Returns:
         The sums over all chunks.

@@ -23,7 +23,7 @@ _HEADER, _DIGEST = "header", "digest"
 
 
 class ShardHeader(Document):
-    """The model, the forget set and the part of it that a shard's sums belong to."""
+    """Identifies the model, the forget set and the part of it that a shard's sums belong to."""
 
     format: Literal["salun.saliency-shard/v1"] = "salun.saliency-shard/v1"
     index: int = Field(ge=0, description="of the shard, from 0")
@@ -48,8 +48,8 @@ def write_shard(path: Path, sums: PartialSums, header: ShardHeader) -> None:
 
     Args:
         path: the file to write.
-        sums: of the shard.
-        header: identifies them.
+        sums: sums of the shard.
+        header: identifies the shard.
 
     Raises:
         StoreError: the file cannot be written.
@@ -64,7 +64,7 @@ def write_shard(path: Path, sums: PartialSums, header: ShardHeader) -> None:
 
 
 def read_header(path: Path) -> ShardHeader:
-    """Read the header of a shard, and check names and shapes of its tensors; their content is not read.
+    """Read the header of a shard and check the names and shapes of its tensors, without reading their content.
 
     Raises:
         UsageError: the file does not exist.
@@ -113,17 +113,17 @@ def _no_shard(path: Path, why: str) -> IntegrityError:
 
 
 def merge_shards(paths: Sequence[Path], of: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Add the shards of a forget set. The order of its chunks decides the order of the additions, not that of files.
+    """Add the shards of a forget set in the order of its chunks; the order of the files is irrelevant.
 
     Args:
         paths: one file per shard.
-        of: the digests that each must have: model_digest and forget_set_digest.
+        of: required digests of each shard: model_digest and forget_set_digest.
 
     Returns:
         (scores by parameter name, facts for the mask: shards, engine, seconds of all shards together).
 
     Raises:
-        UsageError: a shard is missing, given twice, or of another division.
+        UsageError: a shard is missing, duplicated, or from another division.
         IntegrityError: a file is damaged, or belongs to another model or forget set.
         ModelError: a score is NaN or infinite.
     """

@@ -1,8 +1,8 @@
 """The exact k-th largest value of many tensors, without sorting or concatenating them.
 
 Non-negative IEEE numbers have the same order as their bit patterns read as integers: the exponent is above the
-mantissa, and both grow with the number. So the k-th largest is found digit by digit, 16 bits at a time from the top,
-with one histogram per digit (radix selection). Rounding never plays a role, and the result is the same on every device.
+mantissa, and both grow with the number. Radix selection therefore finds the k-th largest value digit by digit, 16 bits
+at a time from the top, with one histogram per digit. There is no rounding, and all devices give the same result.
 """
 
 from __future__ import annotations

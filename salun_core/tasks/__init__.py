@@ -1,4 +1,4 @@
-"""The tasks: one row for each kind of model. The task on a model card selects the row."""
+"""The tasks: one entry for each kind of model, selected by the task on the model card."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ TASKS: dict[str, Task[Any]] = {"classification": ClassificationTask(), "diffusio
 
 
 def task_named(name: str) -> Task[Any]:
-    """Return the task that a model card names.
+    """Return the task with the name on a model card.
 
     Raises:
-        UsageError: no task has this name; the message names the nearest match.
+        UsageError: no task has this name; the message suggests the nearest match.
     """
     known = {value: task for task in TASKS.values() for value in task.card_tasks}
     if name not in known:
@@ -39,10 +39,10 @@ def task_named(name: str) -> Task[Any]:
 
 
 def parse_card(data: Any, source: str = CARD) -> Card:  # noqa: ANN401 - any YAML or JSON value
-    """Build the card that a document's `task` selects; the oldest cards have none and are of classifiers.
+    """Build the card that a document's `task` selects; the oldest cards have no task and belong to classifiers.
 
     Raises:
-        UsageError: an unknown task, or faults (the message lists all).
+        UsageError: an unknown task, or faults (the message lists all of them).
     """
     name = data.get("task", "classification") if isinstance(data, Mapping) else "classification"
     return parse(task_named(str(name)).card_type, data, source)
@@ -62,26 +62,26 @@ def task_of(folder: Path) -> Task[Any]:
     """Return the task of a model folder.
 
     Raises:
-        UsageError: it is not a model folder, or its card has faults.
+        UsageError: the folder is not a model folder, or its card has faults.
     """
     return task_named(read_card(folder).task)
 
 
 def open_inputs(model: Path, forget: str, data: str | None = None) -> Inputs[Any]:
-    """Load and check what a step works on.
+    """Load and check the inputs of a step.
 
     Args:
         model: folder of the original model.
         forget: address of the forget targets or of a resolved forget set.
-        data: data set spec, if the data are in another place than the model card says.
+        data: data set spec, if the data are not at the location on the model card.
 
     Returns:
-        The inputs, of the model's task; images are decoded when they are first needed.
+        Inputs of the model's task; images are decoded on first use.
 
     Raises:
-        UsageError: something does not exist or has faults, or the model cannot forget it.
-        DataError: the forget set is empty or is all of the data.
-        IntegrityError: the data or the forget set are of another split.
+        UsageError: an input does not exist or has faults, or the model cannot forget the targets.
+        DataError: the forget set is empty or covers all data.
+        IntegrityError: the data or the forget set belong to another split.
     """
     task = task_of(model)
     original = task.load(model)
@@ -98,7 +98,7 @@ def open_inputs(model: Path, forget: str, data: str | None = None) -> Inputs[Any
 
 
 def resolve_targets(task: Task[Any], targets: Sequence[Target], table: Table | None, split: SplitManifest) -> ForgetSet:
-    """Find what targets name, after a check that a model of this task can forget it; see `resolve_forget`."""
+    """Check that a model of this task can forget the targets, and resolve them; see `resolve_forget`."""
     task.check_targets(targets)
     return resolve_forget(targets, table, split)
 
@@ -107,18 +107,18 @@ def register_model(store: FileStore, line: str, folder: Path, method: str, train
     """Publish a model folder as the first version of a model line.
 
     Args:
-        store: where.
-        line: name of the line; it must have no HEAD.
-        folder: the model.
+        store: store of the model line.
+        line: name of the line; it must not have a HEAD yet.
+        folder: the model folder.
         method: train or import.
-        trained_on: samples that it was trained on; 0 if their number is not known.
+        trained_on: number of training samples; 0 if unknown.
 
     Returns:
-        The version's digest.
+        Digest of the version.
 
     Raises:
         ConflictError: the line exists.
-        UsageError: a file's name cannot be stored.
+        UsageError: a file name is not valid in the store.
     """
     fields = {"line": line, "parent": None, "method": method, "lineage": {"trained_on": trained_on}}
     version, _ = stage_version(store, fields, task_of(folder).version_files(folder))

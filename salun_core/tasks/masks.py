@@ -1,4 +1,4 @@
-"""Masks of a run: made from scores or at random, read and checked, and the one that a model was trained with."""
+"""Masks of a run: creation from scores or at random, reading with checks, and selection of the mask in use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from salun_core.saliency import SaliencyMask
 from salun_core.tasks.task import Inputs, InputsT, ModelT, Task
 
 TUNED_MASK = "mask.safetensors"
-"""File in the folder of a model whose settings were searched for."""
+"""Mask file in the model folder of a tuned run."""
 
-_AGREEMENT = 1e-3  # share of the sparser mask that may lie outside the denser one: rounding on another machine
+_AGREEMENT = 1e-3  # share of the sparser mask that may lie outside the denser one, for rounding on another machine
 
 
 def make_mask(
@@ -33,16 +33,16 @@ def make_mask(
     random_seed: int | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> SaliencyMask:
-    """Make the mask for a method: of scores, at random, or with every selected weight salient.
+    """Make the mask for a method: from scores, at random, or with every selected weight salient.
 
     Args:
-        task: of the model.
-        inputs: model, data, forget set.
-        method: a method that takes no mask gets one in which every selected weight is salient.
-        config: of the method.
+        task: task of the model.
+        inputs: model, data and forget set.
+        method: name of the method; without mask support, every selected weight is salient.
+        config: configuration of the method.
         density: share of the selected weights to keep salient, in (0, 1].
-        device: to compute on.
-        random_seed: draw a random mask of the same density, as a control.
+        device: device of the computation.
+        random_seed: seed of a random mask of the same density, as a control.
         group: the processes that share the scoring.
 
     Returns:
@@ -62,16 +62,16 @@ def make_mask(
 
 
 def was_scored(mask: SaliencyMask) -> bool:
-    """Return whether a mask is made of scores, which cost passes over the forget set."""
+    """Whether a mask was made from scores, which cost passes over the forget set."""
     return mask.facts.get("scores", "none") not in ("none", "random")
 
 
 def read_mask(path: Path | None, inputs: Inputs[ModelT]) -> SaliencyMask | None:
-    """Read a mask, if there is one, and check that it is of this model and this forget set.
+    """Read a mask, if given, and check that it belongs to this model and forget set.
 
     Raises:
-        UsageError: there is no such file.
-        IntegrityError: it is damaged, or of another model or forget set.
+        UsageError: the file does not exist.
+        IntegrityError: the mask is damaged, or belongs to another model or forget set.
     """
     if path is None:
         return None
@@ -83,24 +83,24 @@ def read_mask(path: Path | None, inputs: Inputs[ModelT]) -> SaliencyMask | None:
 
 
 def used_mask(after: Path, mask: Path | None, run: RunFacts, inputs: Inputs[Any]) -> SaliencyMask | None:
-    """Return the mask outside which no weight may have changed.
+    """Return the mask outside which weights must be unchanged.
 
-    A search chooses the density, so its mask is in the folder of the model. It must be of this model and this forget
-    set, be the one that the facts of the run name, and agree with the mask of the mask step, which is computed from
-    the same scores: of two densities the sparser mask lies within the denser one.
+    A search chooses the density, so its mask is in the model folder. It must belong to this model and forget set, match
+    the mask in the run facts, and agree with the mask of the mask step, which is computed from the same scores: of two
+    densities, the sparser mask lies within the denser one.
 
     Args:
-        after: folder of the model after.
-        mask: file of the mask step, if there is one.
+        after: model folder after unlearning.
+        mask: file of the mask step, if any.
         run: facts of the run that made the model.
         inputs: the model before and the forget set.
 
     Returns:
-        The mask; None for a method that takes none.
+        The mask; None for a method without a mask.
 
     Raises:
         UsageError: the file does not exist.
-        IntegrityError: it is another mask, is damaged, or contradicts that of the mask step.
+        IntegrityError: the mask is another one, is damaged, or contradicts that of the mask step.
     """
     if run.density is None:
         return None
@@ -116,11 +116,11 @@ def used_mask(after: Path, mask: Path | None, run: RunFacts, inputs: Inputs[Any]
 
 
 def require_nested(first: SaliencyMask, second: SaliencyMask) -> None:
-    """Check that two masks can be of the same scores: all but a thousandth of the sparser one lies in the other.
+    """Check that two masks can have the same scores: at most a thousandth of the sparser one is outside the other.
 
     Raises:
-        IntegrityError: they cannot.
-        ModelError: they are of different models.
+        IntegrityError: the masks cannot have the same scores.
+        ModelError: the masks belong to different models.
     """
     first.check_fits(second.shapes)
     sparse, dense = sorted((first, second), key=lambda item: item.k)

@@ -1,4 +1,4 @@
-"""The reference of an evaluation: a model that was retrained without the forget set."""
+"""The reference of an evaluation: a model retrained without the forget set."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from salun_core.tasks.task import EvaluationOptions, InputsT, Task
 def reference_model(
     task: Task[InputsT], inputs: InputsT, options: EvaluationOptions, facts: RunFacts
 ) -> tuple[nn.Module | None, RunFacts]:
-    """Return the network of the reference, if the options ask for one, and the facts with the seconds it took.
+    """Return the network of the reference, if requested, and the facts with the seconds of its training.
 
     Args:
-        task: of the models.
+        task: task of the models.
         inputs: the model before, its data and the forget set.
-        options: a folder, or whether to retrain.
-        facts: of the run that is evaluated.
+        options: folder of a reference, or whether to retrain one.
+        facts: facts of the run under evaluation.
     """
     if options.reference is not None:
         return task.load(options.reference).network, facts

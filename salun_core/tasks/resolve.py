@@ -1,4 +1,4 @@
-"""Finds what a step is given by name: models, forget targets and policies, in folders or in the store."""
+"""Resolves the inputs of a step by name: models, forget targets and policies, from folders or the store."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def read_bytes(uri: str) -> bytes:
     """Read a small document from `s3://bucket/key` or a local file.
 
     Raises:
-        UsageError: it does not exist.
-        IntegrityError: it is too large to be a document.
+        UsageError: the document does not exist.
+        IntegrityError: the object is too large for a document.
     """
     if not uri.startswith("s3://"):
         path = Path(uri)
@@ -61,10 +61,10 @@ def _plain(data: bytes, uri: str) -> Any:  # noqa: ANN401 - any YAML or JSON val
 
 
 def read_forget(uri: str) -> ForgetSet | list[Target]:
-    """Read what is to be forgotten: a resolved forget set, one target, or a list of targets.
+    """Read a resolved forget set, one target, or a list of targets.
 
     Raises:
-        UsageError: it does not exist, or has faults.
+        UsageError: the document does not exist, or has faults.
         IntegrityError: a manifest of ids does not match its digest.
     """
     document = read_plain(uri)
@@ -77,11 +77,11 @@ def read_forget(uri: str) -> ForgetSet | list[Target]:
 
 
 def fetched(target: Target) -> Target:
-    """Return a target with the ids of its manifest in place of the manifest's address; others as they are.
+    """Replace the address of a target's manifest by the ids in it; return other targets unchanged.
 
     Raises:
         UsageError: the manifest does not exist.
-        IntegrityError: it does not match its digest.
+        IntegrityError: the manifest does not match its digest.
     """
     if not isinstance(target, SamplesTarget) or target.manifest_uri is None:
         return target
@@ -95,10 +95,10 @@ def fetched(target: Target) -> Target:
 
 
 def check_policy(uri: str) -> None:
-    """Check that a gate policy can be read, before the work that it will judge.
+    """Check that a gate policy is valid, before the work that it applies to.
 
     Raises:
-        UsageError: there is none, it has faults, or it asks for a metric that nobody measures.
+        UsageError: the policy does not exist, has faults, or uses a metric that is never measured.
     """
     if uri != AUTO:
         policy = _policy(uri)
@@ -108,11 +108,11 @@ def check_policy(uri: str) -> None:
 
 
 def read_policy(uri: str, evidence: Evidence) -> Policy:
-    """Read a gate policy: the name of one that ships, a file, an object in the store, or `auto`.
+    """Read a gate policy: the name of a built-in one, a file, an object in the store, or `auto`.
 
     Args:
-        uri: of the policy; `auto` takes the one that ships for the kind of model.
-        evidence: that it is to judge.
+        uri: address of the policy; `auto` selects the built-in policy for the kind of model.
+        evidence: evidence to apply it to.
     """
     return _policy(default_policy(evidence) if uri == AUTO else uri)
 
@@ -123,17 +123,17 @@ def _policy(uri: str) -> Policy:
 
 @contextmanager
 def model_folder(reference: str, store_uri: str | None = None) -> Iterator[Path]:
-    """Give a local folder that holds a model.
+    """Yield a local folder that contains a model.
 
     Args:
         reference: a folder; `line` or `line@version` in the store; or `s3://bucket/prefix/line@version`.
-        store_uri: of the store that holds lines.
+        store_uri: store of the model lines.
 
     Yields:
-        The folder; one that was fetched is removed afterwards.
+        The folder; a downloaded one is removed afterwards.
 
     Raises:
-        UsageError: there is no such model.
+        UsageError: the model does not exist.
     """
     if Path(reference).is_dir():
         yield Path(reference)

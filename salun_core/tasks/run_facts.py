@@ -1,4 +1,4 @@
-"""The facts of an unlearning run, a file in the folder of the model that it made."""
+"""The facts of an unlearning run, stored as a file in the model folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def facts_json(facts: RunFacts) -> bytes:
 
 
 def read_run_facts(folder: Path, method: str) -> RunFacts:
-    """Read the facts of the run that made a model; without the file only the method on the model card is known."""
+    """Read the facts of the run that made a model; without the file, only the method on the model card is known."""
     path = folder / RUN_FACTS
     return load(RunFacts, path) if path.is_file() else RunFacts(method=method)
 
@@ -41,7 +41,7 @@ def facts_of_run(
 
     Args:
         inputs: the original model and the forget set.
-        result: what the method made.
+        result: result of the method.
         mask: mask of the mask step; None for a method without a mask.
         processes: number of processes that shared the work.
         tuned: the search, if the settings were searched for.

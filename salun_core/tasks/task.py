@@ -1,4 +1,4 @@
-"""The interface of a task: everything that depends on the kind of model. No other package distinguishes the kinds."""
+"""The interface of a task: all code that depends on the kind of model. Other packages do not distinguish the kinds."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Model(Protocol):
 
     @property
     def card(self) -> Card:
-        """What it is."""
+        """The model card."""
         ...
 
     @property
     def split(self) -> SplitManifest:
-        """The split that it was trained on; empty if it did not come from data."""
+        """The split of its training; empty if the model has no data."""
         ...
 
     @property
@@ -59,7 +59,7 @@ ModelT = TypeVar("ModelT", bound=Model, covariant=True)
 
 @dataclass(frozen=True)
 class Inputs(Generic[ModelT]):
-    """A model with the data that it was trained on and the set to forget, all checked against each other.
+    """A model with its data and its forget set, checked against each other.
 
     Args:
         original: the model before unlearning.
@@ -78,28 +78,28 @@ class Inputs(Generic[ModelT]):
 
     @property
     def kept_split(self) -> SplitManifest:
-        """The split of the model after: without the forgotten samples."""
+        """The split of the unlearned model, without the forgotten samples."""
         return self.split.without(self.forget_set.samples)
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digests of the model and the forget set, as masks carry them."""
+        """Digests of the model and the forget set, as stored in masks."""
         return {"model_digest": self.original.digest, "forget_set_digest": self.forget_set.digest}
 
     @property
     def generated(self) -> int:
-        """Number of images that the concepts of the forget set generate."""
+        """Number of images generated for the concepts of the forget set."""
         return sum(concept.images for concept in self.forget_set.concepts)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of samples to forget and to retain, including the images that concepts generate."""
+        """Number of samples to forget and to retain, including images generated for concepts."""
         kept = len(self.split.train) - len(self.forget_set.samples)
         forgotten = len(self.forget_set.samples)
         return {"forget_samples": forgotten + self.generated, "retain_samples": kept + self.generated}
 
     def forgotten(self) -> Forgotten:
-        """Describe the forget set without naming a sample; a concept counts once to forget and once to retain."""
+        """Describe the forget set without sample ids; a concept counts once to forget and once to retain."""
         return Forgotten(
             count=len(self.forget_set.samples) + self.generated,
             train_count=len(self.split.train) + 2 * self.generated,
@@ -137,12 +137,12 @@ class Inputs(Generic[ModelT]):
 
 @dataclass(frozen=True)
 class Candidate:
-    """The model after, with how it was made.
+    """The unlearned model and its provenance.
 
     Args:
         model: the model.
-        facts: of its run.
-        mask: mask that it was made with; None if its method takes none.
+        facts: facts of its run.
+        mask: mask of its run; None if its method has no mask.
     """
 
     model: Any
@@ -164,16 +164,16 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class TuningOptions:
-    """How to search for settings.
+    """Options of a search for settings.
 
     Args:
         budget: passes (`200000`), wall clock (`90s`, `15m`, `2h`) or epochs over all training images (`20e`).
         policy_uri: the gate policy whose margins bound the search.
         on_trial: called after each trial.
-        bounded: False: no policy bounds the search, and the nearest setting is chosen. For comparisons only, never for
-            a model that is published.
-        density: density of the mask, if it is not to be searched for.
-        random_mask_seed: the control: random masks of this seed in place of the saliency's, which cost no pass.
+        bounded: False searches without a policy and chooses the closest setting. For comparisons only, never for a
+            model that is published.
+        density: density of the mask, if it is not searched for.
+        random_mask_seed: seed of random masks as a control; they replace the saliency masks and cost no passes.
         on_chosen: called with the passes of the chosen setting alone: its scores and its epochs.
         on_refusal: called with the decision if no setting satisfies the policy.
     """
@@ -190,13 +190,13 @@ class TuningOptions:
 
 @dataclass(frozen=True)
 class TunedRun:
-    """A model whose settings were searched for.
+    """A model with tuned settings.
 
     Args:
-        result: model, configuration and history; seconds and passes are those of the whole search.
-        mask: mask that it was trained with, with its provenance; None for a method without a mask.
-        facts: for the facts of the run.
-        extra_files: for the model folder: what was tried, and the mask.
+        result: model, configuration and history; seconds and passes cover the whole search.
+        mask: mask of its training, with provenance; None for a method without a mask.
+        facts: entries for the facts of the run.
+        extra_files: files for the model folder: trials and mask.
     """
 
     result: UnlearnResult
@@ -207,14 +207,14 @@ class TunedRun:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What to measure besides the models before and after.
+    """Options of an evaluation.
 
     Args:
-        device: to compute on.
-        reference: folder of a model that was retrained without the forget set.
-        retrain: retrain one by the recipe on the model card.
+        device: device of the computation.
+        reference: folder of a model retrained without the forget set.
+        retrain: whether to retrain a reference by the recipe on the model card.
         optional_metrics: metrics that are off by default, from `parse_optional_metrics`.
-        store_uri: store of the model line of a classifier for generated images.
+        store_uri: store with the model line of the classifier for generated images.
     """
 
     device: torch.device
@@ -231,7 +231,7 @@ InputsT = TypeVar("InputsT", bound=Inputs[Any])
 
 
 class Task(Protocol[InputsT]):
-    """One kind of model: a row of `TASKS`."""
+    """One kind of model: an entry of `TASKS`."""
 
     @property
     def name(self) -> str:
@@ -240,12 +240,12 @@ class Task(Protocol[InputsT]):
 
     @property
     def description(self) -> str:
-        """What users call such a model, such as "classifier"."""
+        """User-facing name of the kind of model, such as "classifier"."""
         ...
 
     @property
     def card_tasks(self) -> Sequence[str]:
-        """Values of `task` on the model cards that belong to it."""
+        """Values of `task` on the model cards of this kind."""
         ...
 
     @property
@@ -267,9 +267,9 @@ class Task(Protocol[InputsT]):
         """Read a model folder and check all of it.
 
         Raises:
-            UsageError: it is not a model folder of this task.
+            UsageError: the folder is not a model folder of this task.
             ModelError: names, shapes or types differ from the architecture's.
-            IntegrityError: a file is damaged, or the split is another.
+            IntegrityError: a file is damaged, or the card belongs to another split.
         """
         ...
 
@@ -278,10 +278,10 @@ class Task(Protocol[InputsT]):
         ...
 
     def check_targets(self, targets: Sequence[Target]) -> None:
-        """Check that such a model can forget targets of these kinds.
+        """Check that a model of this task can forget targets of these kinds.
 
         Raises:
-            UsageError: it cannot.
+            UsageError: the model cannot forget a target.
         """
         ...
 
@@ -297,7 +297,7 @@ class Task(Protocol[InputsT]):
         """Sum the gradients of one shard of the forget set.
 
         Raises:
-            UsageError: the task does not score in shards.
+            UsageError: the task does not support shards.
         """
         ...
 
@@ -315,7 +315,7 @@ class Task(Protocol[InputsT]):
         ...
 
     def check_tuning(self, method: str, overrides: Mapping[str, Any]) -> bool:
-        """Return, before any work, whether a method has settings to search for; `retrain` runs by its recipe.
+        """Return, before any work, whether a method has settings to search for; `retrain` uses its recipe.
 
         Raises:
             UsageError: the user has set all of them, or the task does not support tuning.
@@ -326,34 +326,34 @@ class Task(Protocol[InputsT]):
         """Search for the settings that the user left open.
 
         Raises:
-            UsageError: as for `check_tuning`, or the budget does not suffice.
+            UsageError: as for `check_tuning`, or the budget is too small.
             GateRefusedError: no setting satisfies the policy.
         """
         ...
 
     def retrain_config(self, card: Any, device: torch.device) -> LoopConfig:  # noqa: ANN401 - a `card_type`
-        """Return the configuration of `retrain` by the recipe on a model card."""
+        """Return the configuration of `retrain` from the recipe on a model card."""
         ...
 
     def evaluate(self, inputs: InputsT, candidate: Candidate, options: EvaluationOptions) -> Evidence:
-        """Measure the model after against the original.
+        """Measure the unlearned model against the original.
 
         Raises:
-            UsageError: something that the options or the model card name does not exist.
+            UsageError: an item in the options or on the model card does not exist.
             ModelError: the models do not fit each other.
         """
         ...
 
     def save(self, folder: Path, inputs: InputsT, result: UnlearnResult, extra_files: Mapping[str, bytes]) -> None:
-        """Write the folder of the new model; it appears whole or not at all."""
+        """Write the folder of the new model atomically."""
         ...
 
     def version_files(self, folder: Path) -> dict[str, Path]:
-        """Return the files of a model folder that make up a version, by name: weights, card, split."""
+        """Return the files of a version by name: weights, card and split."""
         ...
 
     def escalation(self, recipe: Recipe) -> list[Recipe]:
-        """Return the recipes that a sweep tries one after the other: as asked first, the strongest last.
+        """Return the recipes of a sweep in order: the requested one first, the strongest last.
 
         Raises:
             UsageError: the method or its configuration is wrong.

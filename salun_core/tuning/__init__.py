@@ -1,4 +1,4 @@
-"""A search for a method's settings under a budget, against held-out data, without a retrained model."""
+"""Search for a method's settings within a budget, measured on held-out data, without a retrained model."""
 
 from salun_core.tuning.budget import Budget, TrialRecord, TuningLog, parse_budget
 from salun_core.tuning.objective import ConstraintResult, Sets

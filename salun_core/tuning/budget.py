@@ -1,4 +1,4 @@
-"""The budget of a search, and the record of its trials (`salun.tuning/v1`)."""
+"""The budget of a search and the record of its trials (`salun.tuning/v1`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Budget:
-    """The most that a search may spend; it counts from when it is made.
+    """The maximum cost of a search; the clock starts when the object is created.
 
     Args:
         text: as it was given.
@@ -39,17 +39,17 @@ class Budget:
 
 
 def parse_budget(text: str, images: int) -> Budget:
-    """Read a budget.
+    """Parse a budget.
 
     Args:
-        text: `200000` passes; `90s`, `15m` or `2h` of wall clock; or `20e`, twenty times all training images.
-        images: in D_f and D_r together.
+        text: `200000` passes; `90s`, `15m` or `2h` of wall clock; or `20e`, twenty epochs over all training images.
+        images: number of images in D_f and D_r together.
 
     Returns:
-        The budget. Only one in passes or epochs finds the same settings on every machine.
+        The budget. Only budgets in passes or epochs give the same settings on every machine.
 
     Raises:
-        UsageError: it has another form, or is zero.
+        UsageError: the text has another form, or the budget is zero.
     """
     match = _FORM.fullmatch(text.strip())
     amount = float(match[1]) if match else 0.0

@@ -17,11 +17,11 @@ from salun_core.evaluation.statistics import area_metric, kolmogorov_smirnov, ra
 
 @dataclass(frozen=True)
 class ConstraintResult:
-    """Whether figures stay within a policy.
+    """Result of checking metrics against a policy.
 
     Args:
-        reasons: rules that are broken; none: all hold.
-        shortfall: by how much, summed, as a ratio.
+        reasons: broken rules; empty if all rules hold.
+        shortfall: sum of the distances to the broken thresholds, as ratios.
     """
 
     reasons: list[str]
@@ -29,18 +29,18 @@ class ConstraintResult:
 
 
 Constraint = Callable[[Mapping[str, Metric]], ConstraintResult]
-"""Figures by the names of the evidence, TA and attack_auc on held-out data -> which rules of a policy they break."""
+"""(metrics by evidence name, with TA and attack_auc on held-out data) -> the broken rules of a policy."""
 
 
 @dataclass(frozen=True)
 class Sets:
-    """Images that a trial is measured on.
+    """Images for the measurement of a trial.
 
     Args:
         forget: D_f.
-        retain: a fair draw of D_r.
-        held_out: the validation split without classes that are forgotten as a whole; never the test split.
-        classes: those classes, and any other of which nothing is left to retain.
+        retain: a random sample of D_r.
+        held_out: the validation split without the classes that are forgotten completely; never the test split.
+        classes: those classes, and any other class without images left to retain.
     """
 
     forget: ImageSet
@@ -50,11 +50,11 @@ class Sets:
 
     @property
     def passes(self) -> int:
-        """What measuring a model once costs: an image that only goes forward counts 1/3."""
+        """Cost of one measurement in image passes; a forward pass alone counts 1/3."""
         return math.ceil((len(self.forget) + len(self.retain) + len(self.held_out)) / 3)
 
     def read(self, model: nn.Module) -> Reading:
-        """Run a model over all of them."""
+        """Run a model over all sets."""
         forget, retain, held_out = (outputs_of(model, item) for item in (self.forget, self.retain, self.held_out))
         return Reading(forget, retain, held_out, np.isin(forget.labels, self.classes))
 
@@ -64,10 +64,10 @@ class Reading:
     """Outputs of one model on the sets.
 
     Args:
-        forget: of D_f.
-        retain: of the draw of D_r.
-        held_out: of unseen data.
-        whole: bool, which samples of D_f belong to a class that is forgotten as a whole.
+        forget: outputs on D_f.
+        retain: outputs on the sample of D_r.
+        held_out: outputs on unseen data.
+        whole: bool, marks the samples of D_f whose class is forgotten completely.
     """
 
     forget: Outputs
@@ -82,11 +82,11 @@ class Reading:
 
     @property
     def finite(self) -> bool:
-        """Whether every output is a number."""
+        """Whether all outputs are finite."""
         return all(np.isfinite(item.losses).all() for item in (self.forget, self.retain, self.held_out))
 
     def shares(self) -> dict[str, np.ndarray]:
-        """Return one bool a sample for each accuracy; its mean is the metric."""
+        """Return one bool per sample for each accuracy; its mean is the metric."""
         wrong = ~self.forget.correct
         found = {"UA": wrong, "RA": self.retain.correct, "TA": self.held_out.correct}
         groups = {"UA_class": self.whole, "UA_samples": ~self.whole}
@@ -98,11 +98,11 @@ class Reading:
 
 
 def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
-    """Return the figures that a policy's rules ask for, under the evidence's names.
+    """Return the metrics that policy rules use, by their names in the evidence.
 
     Args:
-        before: of the original model.
-        after: of a candidate.
+        before: outputs of the original model.
+        after: outputs of a candidate.
 
     Returns:
         UA, UA_class, UA_samples, RA, TA (on held-out data) and attack_auc, with n and 95 % intervals.
@@ -118,20 +118,20 @@ def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
 
 
 def distance(before: Reading, after: Reading) -> float:
-    """Return what the search makes small.
+    """Return the value that the search minimises.
 
     Single samples: the mean of |2 AUC - 1|, the Kolmogorov-Smirnov distance of the losses of D_f and of held-out data,
-    and |UA - (1 - accuracy on held-out data)|. Whole classes, a person's own among them: their accuracy, which is 0 in
-    a model that never saw them. Both kinds: the mean of the two. What RA and the accuracy on held-out data lost is
-    added; where whole classes alone are forgotten, what the latter gained is subtracted, for the classes that stay are
-    told apart better without the others.
+    and |UA - (1 - accuracy on held-out data)|. Complete classes, including those of one person: their accuracy, which
+    is 0 for a model that never saw them. Both kinds: the mean of the two. The decrease of RA and of held-out accuracy
+    is added. If only complete classes are forgotten, an increase of held-out accuracy is subtracted, because the other
+    classes are easier to tell apart without them.
 
     Args:
-        before: of the original model.
-        after: of a candidate; all its outputs are numbers.
+        before: outputs of the original model.
+        after: outputs of a candidate; all of them are finite.
 
     Returns:
-        0 where nothing tells forgotten from unseen and nothing was lost.
+        0 if forgotten and unseen data cannot be told apart and no accuracy was lost.
     """
     old, new = before.shares(), after.shares()
     lost = {name: float(old[name].mean() - new[name].mean()) for name in ("RA", "TA")}
@@ -147,6 +147,6 @@ def distance(before: Reading, after: Reading) -> float:
 
 
 def figures_of(metrics: Mapping[str, Metric], after: Reading) -> dict[str, float]:
-    """Return the figures for the log, the two-sample statistic among them."""
+    """Return the metrics for the log, including the two-sample statistic."""
     values = {name: metric.after for name, metric in metrics.items() if metric.after is not None}
     return {**values, "ks": kolmogorov_smirnov(after.single.losses, after.held_out.losses)}

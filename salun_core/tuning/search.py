@@ -1,4 +1,4 @@
-"""The search: a Gaussian process proposes settings, trials are measured on held-out data, the best allowed one wins."""
+"""The search: a Gaussian process proposes settings; the best trial on held-out data that the policy allows wins."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ if TYPE_CHECKING:
     from optuna.trial import Trial as Suggestion
 
 OnTrial = Callable[[TrialRecord], None]
-_FAILED = 10.0  # reported for a trial without figures: worse than any that breaks rules
-_RANDOM = 4  # trials before the optimiser learns from them: a budget is a few dozen epochs
-_WARMUP = 1  # first epoch that the pruner may end: the first alone predicts little, forgetting comes before repair
-_STARTUP = 2  # finished trials before the median of the others ends one
+_FAILED = 10.0  # value of a trial without metrics: worse than any trial that breaks rules
+_RANDOM = 4  # trials before the Gaussian process takes over; small, because a budget is a few dozen epochs
+_WARMUP = 1  # first epoch that the pruner may end: the first one predicts little, because forgetting precedes repair
+_STARTUP = 2  # finished trials before the pruner compares with their median
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is searched for.
+    """Inputs of a search.
 
     Args:
-        model: the original, on the device of the images; unchanged.
-        space: the method and what may vary.
+        model: the original, on the images' device; unchanged.
+        space: the method and its search space.
         images: D_f and D_r.
-        sets: what trials are measured on.
-        constraint: checks figures against the policy.
-        scores: saliency by parameter name: the masks of all densities; None for a method without a mask, and for
-            random masks.
-        budget: the most to spend.
-        seed: of the optimiser.
-        spent: passes that were spent before, on the scores.
-        random_seed: of random masks in place of the saliency's, for a comparison.
+        sets: images for the measurement of trials.
+        constraint: checks metrics against the policy.
+        scores: saliency by parameter name, source of the masks of all densities; None for a method without a mask,
+            and for random masks.
+        budget: maximum cost.
+        seed: seed of the optimiser.
+        spent: passes already spent on the scores.
+        random_seed: seed of random masks that replace the saliency masks, for a comparison.
     """
 
     model: nn.Module
@@ -74,7 +74,7 @@ class Problem:
         if self.random_seed is not None:
             shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
             return SaliencyMask.random(shapes, choice.density, self.random_seed)
-        assert self.scores is not None  # a method with a mask has one or the other
+        assert self.scores is not None  # a method with a mask has either a random seed or scores
         return SaliencyMask.from_scores(self.scores, choice.density)
 
 
@@ -83,9 +83,9 @@ class Chosen:
     """The best trial that the policy allows.
 
     Args:
-        number: of the trial.
+        number: number of the trial.
         result: its model, configuration and history; seconds and passes of the whole search.
-        mask: mask that it was trained with.
+        mask: mask of its training.
     """
 
     number: int
@@ -95,13 +95,13 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The result of a search.
+    """Result of a search.
 
     Args:
-        trials: all that were tried, at least one.
-        passes: of all of them.
-        seconds: wall clock.
-        chosen: the best one; None if the policy allows none.
+        trials: all trials, at least one.
+        passes: passes of all trials.
+        seconds: wall-clock time.
+        chosen: the best trial; None if the policy allows none.
     """
 
     trials: list[TrialRecord]
@@ -111,19 +111,19 @@ class Tuned:
 
     @property
     def broken(self) -> str:
-        """The rules that the nearest trial breaks, if none was chosen."""
+        """The rules that the closest trial breaks, if no trial was chosen."""
         measured = [trial for trial in self.trials if trial.distance is not None]
         nearest = min(measured, key=lambda trial: (len(trial.refused), trial.distance or 0.0), default=None)
         return "; ".join(nearest.refused) if nearest else "every trial failed or was ended before it had a model"
 
 
 def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
-    """Return what a run of so many epochs costs in images forward and backward.
+    """Return the cost of a run with this number of epochs, in image passes.
 
     Args:
-        problem: with the method and the images.
-        choice: its settings.
-        epochs: to run; 0 costs nothing.
+        problem: provides the method and the images.
+        choice: settings of the run.
+        epochs: number of epochs; 0 costs nothing.
     """
     if epochs == 0:
         return 0
@@ -136,20 +136,20 @@ def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
 
 
 def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
-    """Search until the budget is spent, for the best model that satisfies the policy.
+    """Search for the best model that satisfies the policy until the budget is spent.
 
-    The model is the one that its trial made; it is not trained again. Unlearning with the chosen settings and mask
+    The result is the model of the chosen trial, without further training. Unlearning with the chosen settings and mask
     gives the same weights.
 
     Args:
-        problem: what is searched for.
+        problem: inputs of the search.
         on_trial: called after each trial.
 
     Returns:
-        All trials, and the chosen one.
+        All trials and the chosen one.
 
     Raises:
-        UsageError: the budget does not suffice for one trial.
+        UsageError: the budget is too small for one trial.
         SalunError: Optuna is not installed.
     """
     begun = time.perf_counter()
@@ -191,16 +191,16 @@ def _study(problem: Problem) -> Study:
 
 @dataclass
 class SearchState:
-    """The trials so far and the best of them.
+    """Trials so far, and the best of them.
 
     Args:
-        problem: what is searched for.
+        problem: inputs of the search.
         evaluator: measures candidates.
-        passes: spent so far.
-        trials: all of them.
-        best: the best allowed candidate, with its configuration, history and choice. It is the only one whose weights
-            are kept.
-        best_number: of its trial.
+        passes: passes spent so far.
+        trials: all trials so far.
+        best: the best allowed candidate with its configuration, history and choice; only its weights are kept in
+            memory.
+        best_number: number of its trial.
     """
 
     problem: Problem
@@ -225,7 +225,7 @@ class SearchState:
         trial = run_trial(method, config, problem.images, problem.mask(choice), callback, problem.space.growing)
         epochs = len(trial.history) if get_method(METHODS, method).edit is None else config.epochs
         if trial.state == "failed":
-            epochs = min(epochs + 1, config.epochs)  # the epoch that failed was paid for
+            epochs = min(epochs + 1, config.epochs)  # the failed epoch used budget too
         passes = passes_of(problem, choice, epochs) + len(trial.answers) * reading
         self.passes += passes
         self.trials.append(_record(len(self.trials), choice, trial, passes))

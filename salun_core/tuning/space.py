@@ -1,4 +1,4 @@
-"""What a search may vary, by method; what the user has set stays as it is."""
+"""The search space of each method; settings that the user has set stay fixed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-_LEAST, _MOST = 0.1, 50.0  # of the method's default rate
+_LEAST, _MOST = 0.1, 50.0  # factors of the method's default rate
 _FIRST: tuple[tuple[float, float, str, str], ...] = (
     (10.0, 0.5, "mixed", "update"),
     (1.0, 0.5, "sequential", "freeze"),
@@ -36,17 +36,17 @@ _OWN: dict[str, dict[str, tuple[float, float, bool]]] = {
 GROWING = frozenset(
     {"salun", "random_label", "finetune", "gradient_ascent", "boundary_shrink", "neggrad_plus", "scrub"}
 )
-"""Methods whose run of n epochs is, at a constant rate, the beginning of a longer one: one trial tries all n."""
+"""Methods whose n-epoch run at a constant rate is a prefix of a longer run: one trial measures every length."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One point of the space.
+    """One point of the search space.
 
     Args:
         settings: overrides of the method's configuration.
         density: share of salient weights, for a method with a mask.
-        epochs: the most to run.
+        epochs: maximum number of epochs.
     """
 
     settings: dict[str, float | str]
@@ -56,7 +56,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Space:
-    """What may vary.
+    """The search space of a method.
 
     Args:
         method: its name.
@@ -80,7 +80,7 @@ class Space:
     def of(
         cls, method: str, overrides: Mapping[str, Any], density: float | None = None, normalised: bool = True
     ) -> Space:
-        """Return a method's space.
+        """Build the search space of a method.
 
         Args:
             method: a name of `METHODS`.
@@ -89,7 +89,7 @@ class Space:
             normalised: whether the model has batch-norm layers; without them there is nothing to choose.
 
         Raises:
-            UsageError: a wrong method or configuration; or nothing is left to search for.
+            UsageError: an invalid method or configuration, or no setting is left to search for.
         """
         config, row = method_config(method, overrides), get_method(METHODS, method)
         if row.fresh_start:
@@ -107,7 +107,7 @@ class Space:
         return cls(method, dict(overrides), ranges, choices, densities, epochs, growing)
 
     def draw(self, trial: Trial) -> Choice:
-        """Let the optimiser choose a point."""
+        """Draw a point from the optimiser."""
         settings: dict[str, float | str] = {
             name: float(f"{trial.suggest_float(name, low, high, log=log):.3g}")
             for name, (low, high, log) in self.ranges.items()
@@ -122,7 +122,7 @@ class Space:
         return Choice(settings, density, epochs)
 
     def starts(self) -> list[dict[str, float]]:
-        """Return the points to try first: a strong one, the method's defaults, and two that lie between them."""
+        """Return the points to try first: a strong one, the method's defaults, and two points between them."""
         config = method_config(self.method, self.fixed)
         point: dict[str, float] = {name: getattr(config, name) for name in self.ranges}
         if not self.growing and self.epochs > 1:

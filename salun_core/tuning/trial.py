@@ -1,4 +1,4 @@
-"""One trial: an unlearning run that is measured after each epoch, and ends early if it does not improve."""
+"""One trial: an unlearning run that is measured after each epoch and stops early without improvement."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from salun_core.methods.classification import UnlearnConfig, unlearn
 from salun_core.saliency import SaliencyMask
 from salun_core.tuning.objective import Constraint, Reading, Sets, distance, figures_of, metrics_of
 
-PATIENCE = 2  # epochs without a better one that end a trial: the value is noisy from one epoch to the next
-_PREFIX = "model/"  # of the weights in the state of the loop
+PATIENCE = 2  # epochs without improvement before a trial ends: values are noisy from epoch to epoch
+_PREFIX = "model/"  # prefix of the weights in the loop's state
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A candidate and its figures.
+    """A candidate and its metrics.
 
     Args:
-        epoch: epochs that made it.
+        epoch: number of epochs that produced it.
         state: its weights and buffers.
-        figures: for the log.
-        distance: the objective; infinite if an output is not a number.
+        figures: metrics for the log.
+        distance: the objective; infinite if an output is not finite.
         refused: rules of the policy that it breaks.
-        value: what the search minimises: the distance, and more than 1 on top if a rule is broken.
+        value: value to minimise: the distance, plus more than 1 if a rule is broken.
     """
 
     epoch: int
@@ -48,10 +48,10 @@ class CandidateEvaluator:
     """Measures candidates.
 
     Args:
-        model: the original, on the device; its copies hold the candidates.
-        sets: what to measure on.
+        model: the original, on the device; the candidates are loaded into copies of it.
+        sets: images for the measurement.
         before: outputs of the original on the sets.
-        constraint: checks figures against the policy.
+        constraint: checks metrics against the policy.
     """
 
     model: nn.Module
@@ -60,7 +60,7 @@ class CandidateEvaluator:
     constraint: Constraint
 
     def measure(self, epoch: int, state: dict[str, Tensor]) -> Measurement:
-        """Measure a candidate with the original's architecture."""
+        """Measure a candidate that has the original's architecture."""
         candidate = copy.deepcopy(self.model)
         candidate.load_state_dict(state)
         after = self.sets.read(candidate)
@@ -73,17 +73,17 @@ class CandidateEvaluator:
 
 
 class Stopped(Exception):  # noqa: N818 - control flow, not an error
-    """Ends a trial from within its loop."""
+    """Ends a trial from inside its loop."""
 
 
 @dataclass
 class EpochCallback:
-    """Measures a run after each epoch. It is also the checkpoint store of the loop, to get at the weights.
+    """Measures a run after each epoch. It also serves as the loop's checkpoint store, which gives it the weights.
 
     Args:
-        evaluator: measures.
+        evaluator: measures candidates.
         go_on: (last measurement) -> whether the trial may run another epoch.
-        last: epochs of the whole trial.
+        last: number of epochs of the whole trial.
         state: weights after the last epoch.
         seen: all measurements.
         history: one record per epoch.
@@ -97,16 +97,16 @@ class EpochCallback:
     history: list[EpochRecord] = field(default_factory=list)
 
     def load(self) -> bytes | None:
-        """Return None: a trial does not resume."""
+        """Return None, because trials do not resume."""
         return None
 
     def save(self, data: bytes) -> None:
-        """Take the weights out of the state of the loop."""
+        """Read the weights from the state of the loop."""
         tensors = deserialise(data)
         self.state = {name.removeprefix(_PREFIX): tensors[name] for name in tensors if name.startswith(_PREFIX)}
 
     def look(self, record: EpochRecord) -> None:
-        """Measure the epoch, and end the trial if the search ends it or it has not improved for `PATIENCE` epochs.
+        """Measure the epoch; end the trial if the search stops it or after `PATIENCE` epochs without improvement.
 
         Raises:
             Stopped: the trial ends before its last epoch.
@@ -125,10 +125,10 @@ class Trial:
     """The result of a trial.
 
     Args:
-        answers: the models that it offers; empty if it failed or was ended before it had one.
+        answers: the trial's candidates; empty if it failed or stopped before the first one.
         history: one record per epoch.
         state: finished, stopped or failed.
-        seconds: wall clock.
+        seconds: wall-clock time.
     """
 
     answers: list[Measurement]
@@ -138,7 +138,7 @@ class Trial:
 
     @property
     def best(self) -> Measurement | None:
-        """The answer with the smallest value; the earliest of equal ones."""
+        """The candidate with the smallest value; the earliest one in a tie."""
         return min(self.answers, key=lambda item: item.value, default=None)
 
 
@@ -153,16 +153,16 @@ def run_trial(
     """Run one setting.
 
     Args:
-        method: its name.
-        config: resolved.
+        method: name of the method.
+        config: resolved configuration.
         images: D_f and D_r.
-        mask: for a method that needs one.
+        mask: mask, for a method that needs one.
         callback: measures each epoch.
-        growing: whether each epoch's model is an answer. Otherwise only the last model is measured: an earlier one is
-            not the result of a shorter run, and does not predict the last one.
+        growing: whether each epoch's model is a candidate. Otherwise only the last model is measured, because an
+            earlier one is not the result of a shorter run and does not predict the last one.
 
     Returns:
-        The result. A loss that is not a number makes it a failed trial, not an error.
+        The result. A non-finite loss gives a failed trial, not an error.
     """
     started = time.perf_counter()
     forget, retain = images

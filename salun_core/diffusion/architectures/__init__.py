@@ -1,7 +1,7 @@
 """Full-size architectures by name: their published configurations, without weights.
 
-On the meta device a network has names and shapes and takes no memory. So names, selections, the sizes of masks and
-what a step costs are known before a single weight is there.
+On the meta device, a network has names and shapes but takes no memory. This is enough to determine parameter names,
+selections, mask sizes and step costs without any weights.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _CLASS = "_class_name"
 
 
 def architecture_names() -> list[str]:
-    """Return the names of the architectures, in alphabetical order."""
+    """Return the architecture names in alphabetical order."""
     suffix = ".json"
     files = (item.name for item in resources.files(__name__).iterdir())
     return sorted(name.removesuffix(suffix) for name in files if name.endswith(suffix))
 
 
 def architecture_config(name: str) -> dict[str, Any]:
-    """Return an architecture's configuration, as its authors published it.
+    """Return the published configuration of an architecture.
 
     Args:
         name: one of `architecture_names`.
 
     Returns:
-        The keyword arguments of its class, and the name of the class as `_class_name`.
+        The keyword arguments of its class, with the class name as `_class_name`.
 
     Raises:
-        UsageError: there is none of that name (with the nearest match).
+        UsageError: an unknown name (the message suggests the nearest match).
 
     Source:
         Stable Diffusion 1.4 and 2.1: Rombach et al., CVPR 2022. SDXL: Podell et al., ICLR 2024. The DDPM for CIFAR-10:
@@ -48,17 +48,17 @@ def architecture_config(name: str) -> dict[str, Any]:
 
 
 def build_architecture(name: str, device: torch.device | str = "meta") -> nn.Module:
-    """Build an architecture; on any device but meta, with fresh weights.
+    """Build an architecture, with fresh weights on any device but meta.
 
     Args:
         name: one of `architecture_names`.
-        device: where its parameters are; `meta` takes neither memory nor time.
+        device: device of the parameters; `meta` takes neither memory nor time.
 
     Returns:
         The module, in eval mode.
 
     Raises:
-        UsageError: there is none of that name, or the `diffusion` extra is not installed.
+        UsageError: an unknown name, or the `diffusion` extra is not installed.
     """
     config = architecture_config(name)
     try:

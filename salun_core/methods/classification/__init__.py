@@ -63,7 +63,7 @@ Images = ImageSet | Dataset[tuple[Tensor, int]] | tuple[Tensor, Tensor]
 
 
 def method_config(name: str, overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
-    """Resolve the configuration of a classifier's method; see `salun_core.methods.method.resolve_config`."""
+    """Resolve the configuration of a classifier method; see `salun_core.methods.method.resolve_config`."""
     return resolve_config(METHODS, name, overrides)
 
 
@@ -83,8 +83,8 @@ def unlearn(
     """Make a model forget a set of images.
 
     Args:
-        model: the original; it is copied, not changed.
-        method: a name of `METHODS`.
+        model: the original; the call copies it and leaves it unchanged.
+        method: a key of `METHODS`.
         forget: D_f with true labels: an `ImageSet`, (images, labels), or a torch data set.
         retain: D_r with true labels.
         config: a `UnlearnConfig`, or what differs from the method's defaults.
@@ -98,10 +98,10 @@ def unlearn(
         The new model with its history.
 
     Raises:
-        UsageError: an unknown method or configuration; a mask missing or not wanted.
-        DataError: an empty forget or retain set, or labels out of range.
+        UsageError: an unknown method, an invalid configuration, or a mask that is missing or not supported.
+        DataError: the forget or retain set is empty, or labels are out of range.
         ModelError: the loss became NaN or infinite.
-        IntegrityError: several processes were not given the same, or ended with different weights.
+        IntegrityError: the processes received different inputs, or ended with different weights.
     """
     row = get_method(METHODS, method)
     settings = config if isinstance(config, UnlearnConfig) else method_config(method, config)
@@ -140,7 +140,7 @@ def _run(
     on_epoch: OnEpoch | None,
     group: ProcessGroup,
 ) -> list[EpochRecord]:
-    """Train or edit the context's model in place; its architecture is the same afterwards."""
+    """Train or edit the context's model in place; its architecture is unchanged afterwards."""
     model = context.model
     assert model is not None
     if row.edit is not None:
@@ -173,7 +173,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _changed_fraction(before: nn.Module, after: nn.Module) -> float:
-    """Return the share of weights that differ: all of them for fresh weights of another architecture."""
+    """Return the share of weights that differ; 1 for fresh weights of another architecture."""
     pairs = list(zip(before.parameters(), after.parameters(), strict=False))
     if any(old.shape != new.shape for old, new in pairs):
         return 1.0

@@ -22,7 +22,7 @@ from salun_core.methods.loop import Phase
 
 
 def last_linear(model: nn.Module, outputs: int) -> nn.Linear:
-    """Return the last linear layer with a number of outputs.
+    """Return the last linear layer with the given number of outputs.
 
     Raises:
         ModelError: the model has no such layer.
@@ -41,7 +41,7 @@ def begin(context: MethodContext) -> MethodContext:
     """Add a row to the last layer, in place.
 
     Raises:
-        ModelError: the model's outputs do not grow with the row.
+        ModelError: the model's number of outputs does not grow with the row.
     """
     assert context.model is not None
     head = last_linear(context.model, context.num_classes)

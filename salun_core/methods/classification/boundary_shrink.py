@@ -33,7 +33,7 @@ def nearest_wrong_labels(
         images: [B, C, H, W], normalised.
         labels: true, int64 [B].
         step: ε, in pixels from 0 to 1.
-        normalisation: of the images; None if it is unknown.
+        normalisation: normalisation of the images; None if unknown.
 
     Returns:
         int64 [B], different from `labels` everywhere.
@@ -46,7 +46,7 @@ def nearest_wrong_labels(
 
 
 def stepped(images: Tensor, direction: Tensor, step: float, normalisation: Normalisation | None) -> Tensor:
-    """Return images moved by ε along a direction and clipped to the range of pixels; arguments as above."""
+    """Return images moved by ε along a direction and clipped to the pixel range; arguments as above."""
     if normalisation is None:
         return images + step * direction
     mean, std = (
@@ -71,7 +71,7 @@ def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase
 
 
 def passes(context: MethodContext) -> float:
-    """Return images forward and backward: of the model, of θ_o for the gradient, and a third of θ_o for y'."""
+    """Return the cost in image passes: the model, θ_o for the gradient, and a third of a pass of θ_o for y'."""
     return context.config.epochs * len(context.forget) * 7 / 3
 
 

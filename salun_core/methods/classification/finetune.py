@@ -1,4 +1,4 @@
-"""Fine-tuning (FT): continue training on the retain set, so that the rest may be forgotten.
+"""Fine-tuning (FT): continue training on the retain set, so that the model may forget the rest.
 
     min_θ  E_{(x, y) in D_r} CE(f_θ(x), y),    starting at θ_o
 

@@ -3,14 +3,14 @@
     θ_u = θ_o + α k,    k = (λ I + 1/N Σ_i g_i g_i^T)^-1 v,    v = n_f / (n_f + n_r) (mean_{D_f} ∇ℓ - mean_{D_r} ∇ℓ)
 
 α is `influence_strength`, λ is `influence_damping`. g_i are gradients of the cross-entropy of N single retain images
-at θ_o. The inverse is never formed: k = (v - Σ_i a_i g_i) / λ with N a_i = g_i · k. Each image in turn corrects its
-a_i,
+at θ_o. The inverse is never formed: k = (v - Σ_i a_i g_i) / λ with N a_i = g_i · k. Each image in turn updates its
+a_i:
 
     δ = (g_i · k - N a_i) / (N + |g_i|² / λ),    a_i <- a_i + δ,    k <- k - δ g_i / λ,    from k = v / λ, a = 0
 
-which is Gauss-Seidel on N equations. It needs memory for one vector besides weights and gradient, and computes the
-gradients again in each sweep. It converges to the exact product; one sweep is exact if the g_i are orthogonal.
-The model is in eval mode and images are not augmented. An interrupted run starts again.
+This is Gauss-Seidel iteration on N equations. Besides weights and gradient, it stores one vector. It recomputes the
+gradients in each sweep. It converges to the exact product; one sweep is exact if the g_i are orthogonal.
+The model is in eval mode and images are not augmented. An interrupted run restarts from the beginning.
 
 Source: Izzo et al., AISTATS 2021, and Singh & Alistarh, "WoodFisher", NeurIPS 2020, as the baseline of Fan et al.,
 ICLR 2024, and Jia et al., NeurIPS 2023. Deviations: docs/research/deviations.md, row `influence`.
@@ -47,7 +47,7 @@ def edit(context: MethodContext) -> None:
 
 
 def removal_gradient(context: MethodContext) -> list[Tensor]:
-    """Return v, one tensor per parameter; it is accumulated in the gradients themselves."""
+    """Return v, one tensor per parameter, accumulated in the `.grad` tensors."""
     assert context.model is not None
     n_f, n_r = len(context.forget), len(context.retain)
     for images, weight in ((context.forget, 1 / (n_f + n_r)), (context.retain, -n_f / ((n_f + n_r) * n_r))):
@@ -70,7 +70,7 @@ def inverse_product(
     """Return k = (λ I + 1/N Σ g g^T)^-1 v.
 
     Args:
-        model: in eval mode; all parameters require gradients, and none has one.
+        model: in eval mode; all parameters require gradients, and all `.grad` are None.
         images: the N images of the Fisher matrix.
         vector: v, one tensor per parameter; it is overwritten.
         damping: λ.
@@ -98,7 +98,7 @@ def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
 
 
 def _taken(model: nn.Module) -> list[Tensor]:
-    """Return the gradients, and remove them from the model."""
+    """Return the gradients and clear them from the model."""
     found = [
         torch.zeros_like(parameter, requires_grad=False) if parameter.grad is None else parameter.grad.detach()
         for parameter in model.parameters()
@@ -108,7 +108,7 @@ def _taken(model: nn.Module) -> list[Tensor]:
 
 
 def passes(context: MethodContext) -> float:
-    """Return images forward and backward: both sets, and the images of the Fisher matrix in each sweep."""
+    """Return the cost in image passes: both sets once, and the Fisher images once per sweep."""
     samples = min(context.config.influence_samples, len(context.retain))
     return len(context.forget) + len(context.retain) + samples * context.config.influence_sweeps
 

@@ -36,9 +36,9 @@ def dataset_phase(name: str, images: ImageSet, config: UnlearnConfig, loss: Loss
 
     Args:
         name: key of its loss in the history, such as forget, retain or mixed.
-        images: what to train on, with the labels to train towards.
+        images: training images with their target labels.
         config: batch size and augmentation.
-        loss: what to descend.
+        loss: loss to minimise.
     """
 
     def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
@@ -59,7 +59,7 @@ def batches_of(images: ImageSet, config: UnlearnConfig) -> int:
 
 
 def cycled(images: ImageSet, config: UnlearnConfig, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches without end, in a new order for each pass."""
+    """Yield batches indefinitely, reshuffled for each pass."""
     while True:
         yield from images.batches(config.batch_size, generator, config.augment)
 
@@ -72,17 +72,17 @@ def cycled_count(images: ImageSet, config: UnlearnConfig, batches: int) -> int:
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method works with.
+    """Inputs of a method.
 
     Args:
         forget: D_f with its true labels.
         retain: D_r with its true labels.
-        num_classes: K, the model's outputs.
-        config: of the method.
-        model: the one in training.
-        original: θ_o, frozen and in eval mode; only for methods that need it.
-        salient: bool by parameter name, for methods that make a mask themselves.
-        epoch: from 0.
+        num_classes: K, the number of the model's outputs.
+        config: configuration of the method.
+        model: the model in training.
+        original: θ_o, frozen and in eval mode; set only for methods that need it.
+        salient: boolean masks by parameter name, for methods that compute their own mask.
+        epoch: index of the epoch, from 0.
     """
 
     forget: ImageSet
@@ -105,10 +105,10 @@ class Method(method.Method[UnlearnConfig]):
 
     Args:
         phases: (context, generator of the epoch) -> the phases of one epoch.
-        begin: changes the model in training, or extends the context, before the first epoch and before a resume.
-        finish: (model, K): changes the trained model back into the original's architecture.
-        edit: closed form: changes the model in training once; there are no epochs then.
-        passes: cost of the whole run in images forward and backward; an image that only goes forward counts 1/3.
+        begin: called before the first epoch and before a resume; changes the model in training or extends the context.
+        finish: (model, K): restores the original's architecture after training.
+        edit: closed form: changes the model in training once, without epochs.
+        passes: cost of the run in image passes (one image forward and backward); a forward pass alone counts 1/3.
             By default each image of each phase counts once.
     """
 
@@ -120,10 +120,10 @@ class Method(method.Method[UnlearnConfig]):
     config_type: type[UnlearnConfig] = field(default=UnlearnConfig, kw_only=True)
 
     def check(self, name: str, config: UnlearnConfig) -> None:
-        """Refuse frozen batch norm for a method that starts from fresh weights.
+        """Reject frozen batch norm for a method that starts from fresh weights.
 
         Raises:
-            UsageError: fresh weights have no statistics that could be frozen.
+            UsageError: batch norm is frozen, but fresh weights have no statistics to freeze.
         """
         if self.fresh_start and config.batch_norm == "freeze":
             raise UsageError(
@@ -131,9 +131,9 @@ class Method(method.Method[UnlearnConfig]):
             )
 
     def total_passes(self, context: MethodContext) -> int:
-        """Return the cost of a whole run in images forward and backward, rounded up."""
+        """Return the cost of a whole run in image passes, rounded up."""
         if self.passes:
-            return math.ceil(self.passes(context) - 1e-6)  # sums of thirds may end a rounding error above an integer
+            return math.ceil(self.passes(context) - 1e-6)  # rounding of thirds may leave the sum just above an integer
         assert self.phases is not None
         generator = torch.Generator().manual_seed(0)
         return context.config.epochs * sum(phase.samples for phase in self.phases(context, generator))

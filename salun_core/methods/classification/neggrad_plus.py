@@ -38,7 +38,7 @@ def loss(alpha: float, retain: Share, forget: Share, model: nn.Module) -> Tensor
 
 
 def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
-    """Return one epoch: every retain image once, in random order, each batch paired with one of forget images."""
+    """Return one epoch: each retain image once, in random order; each retain batch is paired with a forget batch."""
     config, retain = context.config, context.retain
 
     def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
@@ -52,7 +52,7 @@ def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase
 
 
 def passes(context: MethodContext) -> float:
-    """Return images forward and backward: D_r and as many batches of D_f, each epoch."""
+    """Return the cost in image passes: D_r and an equal number of D_f batches per epoch."""
     forget_images = cycled_count(context.forget, context.config, batches_of(context.retain, context.config))
     return context.config.epochs * (len(context.retain) + forget_images)
 

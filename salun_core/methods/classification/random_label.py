@@ -2,7 +2,7 @@
 
     min_θ  E_{x in D_f} CE(f_θ(x), y')  +  E_{(x, y) in D_r} CE(f_θ(x), y),    y' uniform over the classes != y
 
-The labels y' are drawn again in each epoch.
+The labels y' are redrawn in each epoch.
 
 Source: Golatkar et al., "Eternal Sunshine of the Spotless Net", CVPR 2020; as the baseline of Fan et al., ICLR 2024.
 Deviations: docs/research/deviations.md, row "wrong labels".

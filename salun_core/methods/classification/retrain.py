@@ -2,8 +2,8 @@
 
     min_θ  E_{(x, y) in D_r} CE(f_θ(x), y),    starting at fresh weights
 
-The recipe is that of the base model: SGD with rate 0.1, momentum 0.9 and weight decay 5e-4; the rate is divided by 10
-at half and at three quarters of the run.
+It uses the recipe of the base model: SGD with learning rate 0.1, momentum 0.9 and weight decay 5e-4. The rate is
+divided by 10 at half and at three quarters of the run.
 
 Source: Fan et al., ICLR 2024, appendix.
 """

@@ -2,7 +2,7 @@
 
     θ_u = m ⊙ (Δθ + θ_o) + (1 - m) ⊙ θ_o,    Δθ from random labelling,    m = 1(|∇_θ ℓ_f(θ_o; D_f)| >= γ)
 
-The optimizer step applies m (`salun_core.saliency.masked_optimizer`), so weights outside it keep their bits.
+The optimizer step applies m (`salun_core.saliency.masked_optimizer`), so weights outside it stay bit-identical.
 
 Source: Fan et al., "SalUn", ICLR 2024, equations (3) to (5). Deviations: docs/research/deviations.md, in all methods.
 """

@@ -4,7 +4,7 @@
     q = (1 - `soft_density`) (1 - s / S) after step s of S
 
 This is a proximal step for β ||θ - θ_o||_1 whose strength falls linearly. t is the exact order statistic over all
-weights: of n weights, the round(q n) that changed least get the bits of θ_o back. After the last step q is 0, so nearly
+weights: of n weights, the round(q n) that changed least revert to θ_o exactly. After the last step q is 0, so nearly
 every weight of the result differs from the original; `changed_fraction` of the result reports the share. Momentum is
 not thresholded.
 
@@ -56,8 +56,8 @@ def softened(inner: Phase, context: MethodContext, first: int, of_epoch: int) ->
     """Return a phase of random labelling that applies the soft threshold after each step.
 
     Args:
-        inner: the phase of random labelling.
-        context: model and original.
+        inner: the random-labelling phase.
+        context: provides the model and the original.
         first: number of steps of this epoch before the phase.
         of_epoch: number of steps of the whole epoch.
     """
@@ -68,6 +68,7 @@ def softened(inner: Phase, context: MethodContext, first: int, of_epoch: int) ->
         assert original is not None
         for done, step in enumerate(inner.draw(generator, group), first + 1):
             yield step  # the loop resumes here after the optimizer has taken the step
+            # The strength falls linearly to 0 over the whole run, so the share is computed from the steps that remain.
             remaining = 1 - (context.epoch + done / of_epoch) / config.epochs
             shrink(model, original, max(0.0, (1 - config.soft_density) * remaining))
 

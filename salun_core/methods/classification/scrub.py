@@ -7,7 +7,7 @@
 α is `distillation_weight`, γ is `label_weight`, T is `temperature`. Each of the first `ascent_epochs` epochs begins
 with max steps over D_f; every epoch ends with min steps over D_r.
 
-At θ = θ_o the divergence has no slope. Batch norm breaks the tie: θ uses batch statistics and θ_o its running ones. So
+At θ = θ_o the divergence has zero gradient. Batch norm breaks the tie: θ uses batch statistics, θ_o running ones. So
 batch norm is updated by default; without batch norm or dropout, only weight decay acts in the first max steps.
 
 Source: Kurmanji et al., "Towards Unbounded Machine Unlearning", NeurIPS 2023. Deviations: docs/research/deviations.md,
@@ -66,7 +66,7 @@ def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase
 
 
 def passes(context: MethodContext) -> float:
-    """Return images forward and backward, and a third for each forward pass of the original."""
+    """Return the cost in image passes; each forward pass of the original counts a third."""
     ascents = min(context.config.ascent_epochs, context.config.epochs)
     return (ascents * len(context.forget) + context.config.epochs * len(context.retain)) * 4 / 3
 

@@ -65,7 +65,7 @@ def fisher_diagonal(model: nn.Module, images: ImageSet, batch_size: int) -> dict
 
 
 def begin(context: MethodContext) -> MethodContext:
-    """Return the context with the saliency m of θ_o; it stays the same during the run."""
+    """Return the context with the saliency m of θ_o, which is constant during the run."""
     assert context.model is not None
     with scoring(context.model):
         f_f = fisher_diagonal(context.model, context.forget, context.config.batch_size)
@@ -81,7 +81,7 @@ def adaptive_ascent(logits: Tensor, labels: Tensor, power: float, group: Process
         logits: [B, K].
         labels: int64 [B].
         power: λ.
-        group: the processes that share the batch; each gets its summand.
+        group: the processes that share the batch; each gets its own summand.
     """
     losses = sample_losses(logits, labels, reduction="none")
     weights = 1 / (losses.detach() ** power + _EPSILON)
@@ -133,7 +133,7 @@ def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase
 
 
 def passes(context: MethodContext) -> float:
-    """Return images forward and backward: both sets for m, then D_r and its forget batches in each epoch."""
+    """Return the cost in image passes: both sets for m, then D_r and its forget batches in each epoch."""
     config = context.config
     batches = -(-batches_of(context.retain, config) // config.forget_every)
     forget_images = cycled_count(context.forget, config, batches)

@@ -1,4 +1,4 @@
-"""Training of a classifier from fresh weights, on the loop that unlearning uses."""
+"""Training of a classifier from fresh weights, with the loop that unlearning uses."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from salun_core.models.architectures import build_classifier
 
 
 def reinitialised(model: nn.Module, seed: int) -> nn.Module:
-    """Initialise every layer of a model again, in place, as new layers of torch are.
+    """Reinitialise every layer of a model in place, as torch initialises new layers.
 
     Args:
-        model: each module with parameters of its own must have `reset_parameters`.
-        seed: of the new weights.
+        model: each module with its own parameters must have `reset_parameters`.
+        seed: seed of the new weights.
 
     Returns:
         The same model.
 
     Raises:
-        ModelError: a module has parameters and no `reset_parameters`.
+        ModelError: a module has parameters but no `reset_parameters`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -62,9 +62,9 @@ def train_classifier(
     Args:
         architecture: a name for `build_classifier`.
         images: the training split.
-        num_classes: outputs.
-        config: of the loop; `batch_norm` must be `update`.
-        checkpoint: saves the state after each epoch; the training resumes from it.
+        num_classes: number of outputs.
+        config: loop configuration; `batch_norm` must be `update`.
+        checkpoint: stores the state after each epoch; an interrupted training resumes from it.
         on_epoch: called after each epoch.
 
     Returns:

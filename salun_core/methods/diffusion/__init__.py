@@ -1,4 +1,4 @@
-"""Unlearning methods for diffusion models, on the same resumable loop as the classifiers' methods."""
+"""Unlearning methods for diffusion models, on the same resumable loop as the classifier methods."""
 
 from __future__ import annotations
 
@@ -65,21 +65,21 @@ def unlearn_denoiser(
     """Make a diffusion model forget.
 
     Args:
-        denoiser: the original; its network is copied, not changed.
-        sets: what to forget and to keep.
-        method: a name of `METHODS`.
-        config: a `DiffusionConfig`, or what differs from the method's defaults.
-        mask: for methods that need one; refused by those that do not.
-        checkpoint: keeps the state after each epoch, and resumes from it.
+        denoiser: the original; the call copies its network and leaves it unchanged.
+        sets: examples to forget and to retain.
+        method: a key of `METHODS`.
+        config: a `DiffusionConfig`, or overrides of the method's defaults.
+        mask: required by methods that use one; other methods reject it.
+        checkpoint: stores the state after each epoch; an interrupted run resumes from it.
         on_epoch: called after each epoch.
-        group: the processes that share the work, and which of them this one is.
+        group: the processes that share the work, and the rank of this one.
 
     Returns:
         The new network with its history.
 
     Raises:
-        UsageError: an unknown method or configuration; a mask missing or not wanted.
-        DataError: nothing to forget or nothing to keep.
+        UsageError: an unknown method, an invalid configuration, or a mask that is missing or not supported.
+        DataError: the forget or retain set is empty.
         ModelError: the loss became NaN or infinite.
     """
     row = get_method(METHODS, method)

@@ -11,7 +11,7 @@ from salun_core.methods.config import LoopConfig
 
 
 class DiffusionConfig(LoopConfig):
-    """How a diffusion model unlearns. The fields are the same for every method; their defaults are the method's."""
+    """Settings of diffusion unlearning. All methods share these fields; each method sets its own defaults."""
 
     steps: int = Field(default=150, ge=1, description="steps in all, spread over the epochs")
     learning_rate: float = Field(
@@ -69,7 +69,7 @@ class DiffusionConfig(LoopConfig):
 
     @property
     def scoring_passes(self) -> int:
-        """Passes over the forget set that the saliency scores take."""
+        """Number of passes over the forget set for the saliency scores."""
         return self.saliency_passes
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
     ε_θ(x_t, c) -> ε_o(x_t, ∅) - η (ε_o(x_t, c) - ε_o(x_t, ∅))
 
 η is `negative_guidance`. The model in training generates x_t itself: it denoises pure noise, with guidance, to a random
-time. Forget examples only give shapes, conditions and the noise; their images are not used. `selection: xattn` is
+time. Forget examples only provide shapes, conditions and the noise; their images are not used. `selection: xattn` is
 ESD-x, for concepts that a prompt names. `noxattn` is ESD-u, for concepts that prompts need not name, and for networks
 conditioned on classes.
 
@@ -38,10 +38,10 @@ def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
 
 @torch.no_grad()
 def partly_denoised(context: MethodContext, batch: Noised) -> Noised:
-    """Denoise the noise of a batch to one random time, with the model in training and guidance.
+    """Denoise a batch from pure noise to one random time, with guidance, using the model in training.
 
     Args:
-        context: denoiser, conditions, `start_steps` and `start_guidance`.
+        context: provides the denoiser, conditions, `start_steps` and `start_guidance`.
         batch: its noise and conditions are used, [B, ...].
 
     Returns:
@@ -62,16 +62,16 @@ def partly_denoised(context: MethodContext, batch: Noised) -> Noised:
 
 
 def path(times: int, end: int, steps: int) -> list[int]:
-    """Return times from T - 1 down to `end`, spaced as `steps` steps over all T are."""
+    """Return times from T - 1 down to `end`, with the spacing of `steps` steps over all T."""
     count = -(-(times - 1 - end) * steps // times)
     return [round(times - 1 - (times - 1 - end) * step / max(count, 1)) for step in range(count + 1)]
 
 
 def ddim_step(denoiser: Denoiser, batch: Noised, predicted: Tensor, time: int, pixels: bool) -> Noised:
-    """Go to an earlier time without new noise; for a flow this is an Euler step.
+    """Step to an earlier time without new noise; for a flow this is an Euler step.
 
     Args:
-        denoiser: for its process.
+        denoiser: provides the process.
         batch: x_t with its times.
         predicted: the network's prediction for it, [B, C, H, W].
         time: the earlier time.

@@ -1,4 +1,4 @@
-"""Fine-tuning (FT): continue training on the retain set, so that the rest may be forgotten.
+"""Fine-tuning (FT): continue training on the retain set, so that the model may forget the rest.
 
     min_θ  E||ε - ε_θ(x_t | c_r)||²  over D_r,    starting at θ_o
 

@@ -2,9 +2,9 @@
 
     min_θ  mean over cross-attention layers of  E (A_θ[·, tokens of c])²  over D_f,    A = softmax(Q K^T / √d)
 
-This is the published attention re-steering. Textual inversion, which may come before it, is left out, because here a
-concept has a name. `ConditionTable.tokens` holds the tokens of the concept. The paper minimises the norm; here it is
-its square as a mean over all elements, as in every loss of this package.
+This is the published attention re-steering. It omits the optional textual inversion, because concepts here have
+names. `ConditionTable.tokens` holds the tokens of the concept. The paper minimises the norm. This loss is its square
+as a mean over all elements, like every loss of this package.
 
 Source: Zhang et al., "Forget-Me-Not: Learning to Forget in Text-to-Image Diffusion Models", 2023.
 """
@@ -79,7 +79,7 @@ def attention_maps(denoiser: Denoiser) -> Iterator[list[Tensor]]:
 
 
 def _probabilities(layer: Any, image: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:  # noqa: ANN401
-    """Compute the attention of a layer of diffusers once more, because its fused kernel does not return it."""
+    """Recompute the attention of a diffusers layer, because its fused kernel does not return it."""
     if layer.norm_cross:
         text = layer.norm_encoder_hidden_states(text)
     query, key = (layer.head_to_batch_dim(part) for part in (layer.to_q(image), layer.to_k(text)))

@@ -21,13 +21,13 @@ from salun_core.methods.loop import Phase, Step
 
 @dataclass(frozen=True)
 class ExampleSets:
-    """What there is to forget and to keep.
+    """Examples to forget and to retain.
 
     Args:
         forget: D_f with conditions c, and c' in `pseudo`.
         retain: D_r with its conditions.
-        table: all conditions.
-        pixels: whether the examples are pixels, not latents.
+        table: table of all conditions.
+        pixels: whether the examples are pixels instead of latents.
     """
 
     forget: Examples
@@ -42,14 +42,14 @@ class ExampleSets:
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a loss works with, the same at every step.
+    """Inputs of a loss, shared by all steps.
 
     Args:
-        denoiser: the one in training.
-        original: θ_o, frozen; only for methods that need it.
+        denoiser: the denoiser in training.
+        original: θ_o, frozen; set only for methods that need it.
         sets: examples and conditions.
-        config: of the method.
-        generator: a CPU generator of this epoch, for random numbers of the method itself.
+        config: configuration of the method.
+        generator: CPU generator of this epoch, for the method's own random numbers.
     """
 
     denoiser: Denoiser
@@ -68,8 +68,8 @@ class Method(method.Method[DiffusionConfig]):
     """One row of `METHODS`.
 
     Args:
-        loss: of one step; None for a closed-form method.
-        edit: closed form: changes the denoiser's weights in place, once; None for a method that trains.
+        loss: loss of one step; None for a closed-form method.
+        edit: closed-form edit of the denoiser's weights, in place; None for a method that trains.
         needs_forget: whether each step reads forget examples; False saves the work.
         needs_retain: whether each step reads retain examples.
     """
@@ -81,10 +81,10 @@ class Method(method.Method[DiffusionConfig]):
     config_type: type[DiffusionConfig] = field(default=DiffusionConfig, kw_only=True)
 
     def check(self, name: str, config: DiffusionConfig) -> None:
-        """Refuse α = 0 for a method that has both losses, unless the configuration forces it.
+        """Reject α = 0 for a method with both losses, unless the configuration forces it.
 
         Raises:
-            UsageError: without a retain loss every class is destroyed.
+            UsageError: α is 0; without a retain loss, training destroys every class.
         """
         if self.needs_forget and self.needs_retain and config.alpha <= 0 and not config.allow_zero_alpha:
             raise UsageError(
@@ -94,16 +94,16 @@ class Method(method.Method[DiffusionConfig]):
             )
 
     def passes(self, config: DiffusionConfig) -> int:
-        """Return the examples that a run puts through the network, forward and backward."""
+        """Return the number of examples that a run passes through the network, forward and backward."""
         return 0 if self.edit else config.steps * config.batch_size * (self.needs_forget + self.needs_retain)
 
 
 def denoising_phase(row: Method, context: MethodContext) -> Phase:
-    """Return the steps of one epoch of a method, each on a forget batch and a retain batch of its own.
+    """Return the steps of one epoch of a method; each has its own forget batch and retain batch.
 
     Args:
-        row: whose loss.
-        context: denoiser, examples, configuration.
+        row: the method.
+        context: provides the denoiser, examples and configuration.
     """
     sets, config, process = context.sets, context.config, context.denoiser.process
     size, count, device = config.batch_size, config.steps // config.epochs, sets.retain.mean.device

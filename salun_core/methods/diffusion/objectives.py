@@ -1,4 +1,4 @@
-"""The losses of the diffusion methods. All have the same reduction: the mean over every element."""
+"""The losses of the diffusion methods. All use the same reduction, the mean over all elements."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def denoising_loss_with_drop(
 
 
 def retain_weight(context: MethodContext) -> float:
-    """Return α for losses that are both means over all elements.
+    """Return α for a forget and a retain loss that are both means over all elements.
 
     The published DDPM code sums the retain loss over pixels and averages the forget loss: its α of 1e-3 equals
     1e-3 x C x H x W here (docs/research/diffusion-methods.md, "The scale of alpha").
@@ -67,7 +67,7 @@ def relabel_loss(context: MethodContext, forget: Noised, retain: Noised) -> Tens
     One forward pass serves both predictions that need gradients; the target is computed without gradients.
 
     Args:
-        context: denoiser, conditions, α.
+        context: provides the denoiser, conditions and α.
         forget: D_f with c and c'.
         retain: D_r.
     """

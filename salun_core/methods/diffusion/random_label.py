@@ -1,4 +1,4 @@
-"""Random labelling (RL): denoise the forget set as under other conditions, and the retain set as before.
+"""Random labelling (RL): predict as under other conditions on the forget set, and as before on the retain set.
 
     min_θ  E||ε_θ(x_t | c') - ε_θ(x_t | c)||² + α E||ε - ε_θ(x_t | c_r)||²
 

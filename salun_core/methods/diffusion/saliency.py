@@ -17,15 +17,15 @@ from salun_core.saliency.scores import mean_magnitude, scoring
 def denoising_scores(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> dict[str, Tensor]:
     """Score the selected parameters by the magnitude of the denoising loss's gradient over the forget set.
 
-    The gradient is of the mean over samples, passes and times. It is accumulated in `.grad`, without a second copy.
+    The gradient of the mean over samples, passes and times accumulates in `.grad`, without a second copy.
 
     Args:
         denoiser: θ_o, on the device of the sets; the call does not change it.
         sets: D_f with its conditions.
-        config: batch size, passes, distribution of times, selection, seed.
+        config: batch size, passes, distribution of times, selection and seed.
 
     Returns:
-        By parameter name, in the network's order: a tensor of the parameter's shape, >= 0; selected ones only.
+        Non-negative tensors of the parameters' shapes, by name in the network's order; selected parameters only.
 
     Raises:
         DataError: the forget set is empty.

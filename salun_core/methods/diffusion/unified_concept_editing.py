@@ -28,12 +28,12 @@ from salun_core.methods.diffusion.method import ExampleSets, Method
 
 @torch.no_grad()
 def edit(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> None:
-    """Edit the network in place; all weights but keys and values of cross-attention keep their bits.
+    """Edit the network in place; only the key and value weights of cross-attention change.
 
     Args:
         denoiser: the network to change.
         sets: forgotten conditions, their anchors, and all conditions.
-        config: λ, p; the batch size bounds the memory.
+        config: λ and p; the batch size bounds the memory.
 
     Raises:
         UsageError: the network has no cross-attention.
@@ -65,7 +65,7 @@ def matched_tokens(texts: Tensor, sets: ExampleSets, first: Sequence[int]) -> tu
     Args:
         texts: [K, L, d], the inputs of the projections.
         sets: pairs of forgotten condition and anchor; repeats count once.
-        first: by row, the first matched position.
+        first: first matched position by row.
 
     Returns:
         c_e [n, d], c_a [n, d], and the tokens to preserve [m, d].

@@ -34,7 +34,7 @@ from salun_core.tuning.space import Space
 
 
 class ClassificationTask:
-    """Image classifiers; see `Task` for what each member does."""
+    """Image classifiers; see `Task` for the members."""
 
     name = "classification"
     description = "classifier"
@@ -53,7 +53,7 @@ class ClassificationTask:
         return ClassifierInputs(original, data, forget_set)
 
     def check_targets(self, targets: Sequence[Target]) -> None:
-        """Refuse concepts: a classifier forgets classes, samples and subjects."""
+        """Reject concepts: a classifier forgets classes, samples and subjects."""
         if any(isinstance(target, ConceptTarget) for target in targets):
             raise UsageError(
                 "a classifier cannot forget a concept", "prompts name images of a text-to-image model", "name a class"
@@ -64,7 +64,7 @@ class ClassificationTask:
         return [name for name, _ in inputs.original.model.named_parameters()]
 
     def score(self, inputs: ClassifierInputs, config: LoopConfig, device: torch.device, group: ProcessGroup) -> Scores:
-        """Score all parameters on D_f, this process its share.
+        """Score all parameters on D_f; each process scores its share.
 
         Masks are compared by digest across steps, processes and machines, so the scores must have the same bits for any
         number of threads and processes.
@@ -77,7 +77,7 @@ class ClassificationTask:
         return Scores(scores, {})
 
     def score_shard(self, inputs: ClassifierInputs, shard: Shard, device: torch.device) -> PartialSums:
-        """Sum the gradients of one shard of D_f, with the bits that one process alone computes."""
+        """Sum the gradients of one shard of D_f, bit-identical to a computation in one process."""
         samples, network = len(inputs.forget), inputs.original.model.to(device)
         mine = inputs.forget.select(shard.samples(samples)).to(device)
         with saliency.repeatable():
@@ -119,7 +119,7 @@ class ClassificationTask:
         return search(self, inputs, method, overrides, options)
 
     def retrain_config(self, card: ModelCard, device: torch.device) -> UnlearnConfig:
-        """Return the recipe of the card's training, with batch norm that is updated."""
+        """Return the training recipe of the card, with batch norm set to update."""
         return method_config("retrain", {**card.training, "device": str(device), "batch_norm": "update"})
 
     def evaluate(self, inputs: ClassifierInputs, candidate: Candidate, options: EvaluationOptions) -> Evidence:
@@ -129,7 +129,7 @@ class ClassificationTask:
     def save(
         self, folder: Path, inputs: ClassifierInputs, result: UnlearnResult, extra_files: Mapping[str, bytes]
     ) -> None:
-        """Write the model folder; a retrained model's card carries the configuration of its own training."""
+        """Write the model folder; a retrained model's card contains the configuration of its own training."""
         card = inputs.child_card(result.method)
         if METHODS[result.method].fresh_start:
             card = card.model_copy(update={"training": result.config.model_dump()})
@@ -140,7 +140,7 @@ class ClassificationTask:
         return {name: folder / name for name in (WEIGHTS, CARD, SPLIT)}
 
     def escalation(self, recipe: Recipe) -> list[Recipe]:
-        """Return the recipe as asked, a stronger one, one with more weights, and a full retraining."""
+        """Return the requested recipe, a stronger one, one with more weights, and a full retraining."""
         config = method_config(recipe.method, recipe.method_config)
         stronger = {**recipe.method_config, "epochs": 2 * config.epochs, "learning_rate": 3 * config.learning_rate}
         return [

@@ -1,4 +1,4 @@
-"""Evaluation of a classifier: the metrics that are always measured, and those that are off by default."""
+"""Evaluation of a classifier: the default metrics and the optional ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def evaluate(
     task: ClassificationTask, inputs: ClassifierInputs, candidate: Candidate, options: EvaluationOptions
 ) -> Evidence:
-    """Measure a classifier before and after unlearning, and a retrained one if the options ask for it.
+    """Measure a classifier before and after unlearning, and a retrained one if requested.
 
     Args:
         task: the task.
@@ -34,7 +34,7 @@ def evaluate(
         options: device, reference, optional metrics.
 
     Raises:
-        UsageError: an optional metric lacks what it needs.
+        UsageError: the requirements of an optional metric are not met.
     """
     asked, device = options.optional_metrics, options.device
     require_reference(asked, options.retrain or options.reference is not None)

@@ -21,7 +21,7 @@ class ClassifierInputs(Inputs[LoadedModel]):
         """D_f and D_r, decoded once.
 
         Raises:
-            ModelError: the images are not of the model's size, or the classes differ.
+            ModelError: image size or classes differ from the model's.
         """
         train = self.data.images("train", self.original.normalisation)
         self.original.check_images(train.images, len(self.data.table.classes))
@@ -39,7 +39,7 @@ class ClassifierInputs(Inputs[LoadedModel]):
 
     @cached_property
     def test(self) -> ImageSet:
-        """The test split without the classes that an earlier run forgot, which the model is meant to miss."""
+        """The test split without the classes that earlier runs forgot, because the model should not recognise them."""
         images = self.data.images("test", self.original.normalisation)
         table = self.data.table
         known = {table.labels[table.position[sample]] for sample in self.split.train}

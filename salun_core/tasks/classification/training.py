@@ -1,4 +1,4 @@
-"""Makes the first version of a model line: by training here, or by importing a checkpoint."""
+"""Creates the first version of a model line, by training or by importing a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ RECIPE = {"epochs": 30, "learning_rate": 0.1, "schedule": "cosine", "batch_size"
 
 @dataclass(frozen=True)
 class Made:
-    """A model folder that was made.
+    """A new model folder.
 
     Args:
-        digest: of the weights.
-        train_accuracy: on the training split, as a ratio.
-        test_accuracy: on the test split, as a ratio.
+        digest: digest of the weights.
+        train_accuracy: accuracy on the training split, as a ratio.
+        test_accuracy: accuracy on the test split, as a ratio.
     """
 
     digest: str
@@ -42,10 +42,10 @@ class Made:
 
 
 def training_config(overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
-    """Resolve the configuration of a training: the recipe above, then what the user gave.
+    """Resolve the configuration of a training: the recipe above, then the user's overrides.
 
     Raises:
-        UsageError: an unknown key, or a value out of range (all faults are listed).
+        UsageError: an unknown key, or a value out of range (the message lists all faults).
     """
     config = parse(UnlearnConfig, {**RECIPE, **(overrides or {})}, "configuration of the training")
     if config.batch_norm == "freeze":
@@ -68,9 +68,9 @@ def train_model(
     Args:
         spec: the data.
         architecture: a name for `build_classifier`.
-        config: of the loop, with `batch_norm: update`.
+        config: loop configuration, with `batch_norm: update`.
         out: folder to write.
-        checkpoint: keeps the state after each epoch.
+        checkpoint: stores the state after each epoch.
         on_epoch: called after each epoch.
 
     Returns:
@@ -90,18 +90,18 @@ def import_model(
     mean: list[float] | None = None,
     std: list[float] | None = None,
 ) -> Made:
-    """Turn a foreign checkpoint into a model folder, names and shapes strict.
+    """Convert a foreign checkpoint to a model folder; names and shapes must match exactly.
 
     Args:
         path: `.safetensors`, `.pt`, `.pth` or `.th`.
-        spec: the data that it was trained on; set `validation_fraction: 0` if nothing was held out.
+        spec: data set of its training; set `validation_fraction: 0` if no validation data were held out.
         architecture: a name for `build_classifier`.
         out: folder to write.
-        mean: of the normalisation that it was trained with, by channel; measured on the training split by default.
-        std: the same.
+        mean: mean of its training normalisation, by channel; measured on the training split by default.
+        std: standard deviation of the same normalisation, by channel.
 
     Returns:
-        Digest and accuracies; look at them: a wrong normalisation or split shows there.
+        Digest and accuracies. Check the accuracies: they reveal a wrong normalisation or split.
 
     Raises:
         ModelError: the checkpoint does not fit the architecture (the message lists the keys), or the

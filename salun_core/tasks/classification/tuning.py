@@ -1,4 +1,4 @@
-"""The search for a classifier's settings on held-out data, within the margins of the gate's policy."""
+"""Search for a classifier's settings on held-out data, within the margins of the gate policy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from salun_core.tasks.classification import ClassificationTask
 
 TUNING_LOG, UNBOUNDED = "tuning.json", "none: the objective alone decides"
-_RETAIN_DRAW = 500  # images of D_r at least; the order of a split makes the first ones a fair draw
+_RETAIN_DRAW = 500  # minimum images of D_r; splits are ordered by digest, so the first images are a random sample
 
 
 def search(
@@ -46,23 +46,23 @@ def search(
 ) -> TunedRun:
     """Search for the settings of a method.
 
-    The scores are computed once, as the mask step computes them, and give the masks of all densities. The search does
-    not use the test data.
+    The scores are computed once, as in the mask step, and give the masks of all densities. The search does not use the
+    test data.
 
     Args:
         task: scores the model.
         inputs: the original model, its data and the forget set.
-        method: a name of `METHODS`.
-        overrides: settings of the user, which are not searched for; `epochs` is the most to run.
+        method: a key of `METHODS`.
+        overrides: fixed settings of the user; their `epochs` is the maximum number of epochs.
         options: budget and policy.
 
     Returns:
-        The model and what was tried.
+        The model and all trials.
 
     Raises:
         UsageError: a wrong method or configuration, a budget too small, or a split without validation samples.
         GateRefusedError: no setting satisfies the policy.
-        ModelError: no policy bounds the search, and no trial gave a model.
+        ModelError: the search has no policy, and no trial gave a model.
     """
     network = inputs.original.model
     normalised = any(isinstance(module, _BatchNorm) for module in network.modules())
@@ -103,7 +103,7 @@ def search(
 
 
 def _refusal(constraint: PolicyConstraint, tuned: Tuned) -> GateDecision:
-    """Return the decision that stands for the gate's, so that a sweep tries its next recipe."""
+    """Return a decision in the form of the gate's, so that a sweep tries its next recipe."""
     verdict = Verdict(rule="tuning", threshold="a setting within the policy", passed=False, reason=tuned.broken)
     return GateDecision(
         passed=False,
@@ -130,17 +130,17 @@ def _sets(inputs: ClassifierInputs, device: torch.device) -> Sets:
         raise nothing
     draw = inputs.retain.select(range(min(len(inputs.retain), max(_RETAIN_DRAW, len(kept)))))
     forget, retain, unseen = (part.to(device) for part in (inputs.forget, draw, held_out.select(kept)))
-    emptied = set(inputs.forget.labels.tolist()) - set(inputs.retain.labels.tolist())  # such as that of a person
+    emptied = set(inputs.forget.labels.tolist()) - set(inputs.retain.labels.tolist())  # such as the class of a person
     return Sets(forget, retain, unseen, tuple(sorted(emptied | set(inputs.forget_set.classes))))
 
 
 @dataclass(frozen=True)
 class PolicyConstraint:
-    """Checks the figures of a trial by those rules of a policy that held-out data can answer.
+    """Checks a trial's metrics against the policy rules that held-out data can decide.
 
     Args:
-        policy: whose rules; None: nothing is refused.
-        forgotten: what is to be forgotten: rules may be for some kinds alone.
+        policy: policy with the rules; None allows everything.
+        forgotten: description of the forget set, because rules may apply to some kinds only.
     """
 
     policy: Policy | None
@@ -148,26 +148,26 @@ class PolicyConstraint:
 
     @property
     def name(self) -> str:
-        """Name of the policy, or a text that no policy bounds the search."""
+        """Name of the policy, or a note that the search has no policy."""
         return self.policy.name if self.policy else UNBOUNDED
 
     @property
     def digest(self) -> str:
-        """Digest of the policy; empty without one."""
+        """Digest of the policy; empty without a policy."""
         return self.policy.digest if self.policy else ""
 
     @classmethod
     def of(cls, inputs: ClassifierInputs, uri: str | None) -> PolicyConstraint:
-        """Read the policy; without an address nothing is refused.
+        """Read the policy; without an address, everything is allowed.
 
         Raises:
-            UsageError: it does not exist, or has faults.
+            UsageError: the policy does not exist, or has faults.
         """
         own = cls(load_policy("classifier") if uri else None, inputs.forgotten())
         return own if uri in (AUTO, None) else cls(read_policy(uri, own.evidence({})), own.forgotten)
 
     def evidence(self, metrics: Mapping[str, Metric]) -> Evidence:
-        """Return the figures as evidence, without any model."""
+        """Return the metrics as evidence without a model."""
         return Evidence(
             created_at="",
             measured=Measured(before="", after="", dataset="", split="", forget_set=""),
@@ -177,7 +177,7 @@ class PolicyConstraint:
         )
 
     def __call__(self, metrics: Mapping[str, Metric]) -> ConstraintResult:
-        """Check figures; a rule on a metric that only the evaluation measures waits for the gate."""
+        """Check metrics; rules on metrics that only the evaluation measures are left to the gate."""
         if self.policy is None:
             return ConstraintResult([])
         verdicts = [
@@ -189,7 +189,7 @@ class PolicyConstraint:
         return ConstraintResult(reasons, sum(-(item.margin or 0.0) for item in verdicts))
 
     def unmeasured(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return the metrics of the policy's rules for this kind of forget set that a trial does not measure."""
+        """Return the metrics that the policy's rules for this kind of forget set need and a trial does not measure."""
         kinds, rules = set(self.forgotten.kinds), self.policy.rules if self.policy else []
         rules = [rule for rule in rules if not rule.targets or kinds & set(rule.targets)]
         return sorted({rule.metric for rule in rules} - set(metrics))

@@ -35,7 +35,7 @@ from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun
 
 
 class DiffusionTask:
-    """Diffusion models; see `Task` for what each member does."""
+    """Diffusion models; see `Task` for the members."""
 
     name = "diffusion"
     description = "diffusion model"
@@ -53,7 +53,7 @@ class DiffusionTask:
         return DiffusionInputs(original, data, forget_set)
 
     def check_targets(self, targets: Sequence[Target]) -> None:
-        """Refuse single samples and subjects: a diffusion model forgets classes and concepts."""
+        """Reject single samples and subjects: a diffusion model forgets classes and concepts."""
         targets = [restored(target) for target in targets]
         for kind in map(kind_of, targets):
             if kind not in {"class", "concept"}:
@@ -83,7 +83,7 @@ class DiffusionTask:
         return Scores(denoising_scores(inputs.family(device).denoiser, sets, config), facts)
 
     def score_shard(self, inputs: DiffusionInputs, shard: Shard, device: torch.device) -> PartialSums:
-        """Refuse: noise and times are drawn for the forget set as a whole."""
+        """Reject shards: noise and times are drawn for the forget set as a whole."""
         raise UsageError("a diffusion model is scored as a whole", "shards are for classifiers", "leave out --shard")
 
     def unlearn(
@@ -111,18 +111,18 @@ class DiffusionTask:
         )
 
     def check_tuning(self, method: str, overrides: Mapping[str, Any]) -> bool:
-        """Refuse: the search is for classifiers."""
+        """Reject the search, which supports classifiers only."""
         raise UsageError("a diffusion model is not tuned", "the search is for classifiers", "leave out the tuning")
 
     def tune(
         self, inputs: DiffusionInputs, method: str, overrides: Mapping[str, Any], options: TuningOptions
     ) -> TunedRun:
-        """Refuse, as `check_tuning` does."""
+        """Reject the search, like `check_tuning`."""
         self.check_tuning(method, overrides)
         raise AssertionError
 
     def retrain_config(self, card: DiffusionCard, device: torch.device) -> DiffusionConfig:
-        """Return the settings of the card's training that unlearning has too."""
+        """Return the settings of the card's training that unlearning shares."""
         known = {name: value for name, value in card.training.items() if name in DiffusionConfig.model_fields}
         return diffusion_config("retrain", {**known, "device": str(device)})
 
@@ -133,7 +133,7 @@ class DiffusionTask:
     def save(
         self, folder: Path, inputs: DiffusionInputs, result: UnlearnResult, extra_files: Mapping[str, bytes]
     ) -> None:
-        """Write the model folder: the new denoiser, all other components copied."""
+        """Write the model folder with the new denoiser and copies of all other components."""
         card = inputs.child_card(result.method)
         save_diffusion(folder, inputs.original, result.model.cpu(), card, inputs.kept_split, extra_files)
 
@@ -142,9 +142,9 @@ class DiffusionTask:
         return {name: folder / name for name in sorted([*model_files(folder), CARD, SPLIT])}
 
     def escalation(self, recipe: Recipe) -> list[Recipe]:
-        """Return the recipe as asked, a stronger one, one with more weights, and one that frees all weights.
+        """Return the requested recipe, a stronger one, one with more weights, and one that selects all weights.
 
-        A sweep does not retrain a diffusion model, which may take weeks.
+        A sweep does not retrain a diffusion model, because that may take weeks.
         """
         config = diffusion_config(recipe.method, recipe.method_config)
         stronger = {**recipe.method_config, "steps": 2 * config.steps, "learning_rate": 2 * config.learning_rate}

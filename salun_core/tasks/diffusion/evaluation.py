@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 def evaluate(
     task: DiffusionTask, inputs: DiffusionInputs, candidate: Candidate, options: EvaluationOptions
 ) -> Evidence:
-    """Evaluate a diffusion model against the original, by the classifier and the metrics that the model card names.
+    """Evaluate a diffusion model against the original, with the classifier and the metrics on the model card.
 
     Args:
         task: the task.
-        inputs: the model before, its data, the forget set.
+        inputs: the model before, its data and the forget set.
         candidate: the model after.
         options: device, reference, and the store of the image classifier's model line.
 
@@ -55,7 +55,7 @@ def evaluate(
     named = inputs.card.evaluation.judge
     with ExitStack() as stack:
         judge = stack.enter_context(model_folder(named, options.store_uri)) if named else None
-        evaluators = evaluators_of(inputs, judge)  # before the reference: what is missing is missed early
+        evaluators = evaluators_of(inputs, judge)  # before the reference, so that missing files fail early
         reference, facts = reference_model(task, inputs, options, candidate.facts)
         return measure(inputs, replace(candidate, facts=facts), evaluators, options.device, reference)
 
@@ -73,8 +73,8 @@ def measure(
         inputs: the model before, its data, the forget set.
         candidate: the model after.
         evaluators: image classifier, extractor and detectors.
-        device: to compute on.
-        reference: network of a model that was trained without the set.
+        device: device of the computation.
+        reference: network of a model that was trained without the forget set.
 
     Raises:
         ModelError: the models do not fit each other, or an image is not finite.
@@ -108,12 +108,12 @@ def measure(
 
 
 def plan_of(inputs: DiffusionInputs, judge: ImageClassifier | None, sampler: Sampler) -> SamplingPlan:
-    """Choose the rows of images: all classes that the model still knows, and every prompt that was named.
+    """Choose the rows to sample: all classes that the model still knows, and all named prompts.
 
     Args:
         inputs: model and forget set.
-        judge: its classes are matched with ours by name.
-        sampler: how images are drawn.
+        judge: image classifier; its classes are matched by name.
+        sampler: provides the sampling settings.
     """
     card, settings = inputs.card, inputs.card.evaluation
     gone = forgotten_prompts(card, inputs.forget_set)
@@ -159,14 +159,14 @@ def real_images(inputs: DiffusionInputs) -> Tensor | None:
 
 
 def evaluators_of(inputs: DiffusionInputs, judge: Path | None) -> Evaluators:
-    """Open who looks at the images, as the model card asks.
+    """Load the image classifier, extractor and detectors on the model card.
 
     Args:
         inputs: the model with its evaluation settings.
-        judge: folder of the classifier that judges.
+        judge: folder of the image classifier.
 
     Raises:
-        UsageError: something that the card names does not exist.
+        UsageError: an item on the card does not exist.
     """
     from salun_core.evaluation.clip_score import ClipScorer
     from salun_core.evaluation.image_features import classifier_extractor, inception_extractor
@@ -190,7 +190,7 @@ def evaluators_of(inputs: DiffusionInputs, judge: Path | None) -> Evaluators:
 
 
 def require_same_parts(original: LoadedDiffusion, candidate: LoadedDiffusion) -> None:
-    """Check that nothing but the denoiser changed: no other component is unlearned, or compared bit by bit.
+    """Check that only the denoiser changed, because no method unlearns other components.
 
     Raises:
         ModelError: a file of another component differs, is missing or was added.

@@ -1,4 +1,4 @@
-"""Makes the examples of a run: latents of the images to forget and to keep, computed once, and their conditions."""
+"""Builds the examples of a run: conditions, and latents of the images to forget and to keep, computed once."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from salun_core.tasks.diffusion.inputs import DiffusionInputs, class_names, forg
 def build_example_sets(
     inputs: DiffusionInputs, config: DiffusionConfig, device: torch.device, *, retain: bool = True
 ) -> ExampleSets:
-    """Turn images and prompts into what a method works with; VAE and text encoders are asked here and never again.
+    """Convert images and prompts to the inputs of a method; VAE and text encoders run only here.
 
     Args:
-        inputs: model, data, forget set.
-        config: how pseudo conditions are chosen, and how much is kept.
-        device: for the encoders; the sets are on it too.
-        retain: whether there is need of examples to keep; scoring has none.
+        inputs: model, data and forget set.
+        config: settings of the pseudo conditions and the number of retained examples.
+        device: device of the encoders and the sets.
+        retain: whether to build examples to keep; scoring does not need them.
 
     Raises:
-        UsageError: a class has no anchor, or there is no other class to turn to.
-        DataError: there is nothing to keep.
+        UsageError: a class has no anchor, or there is no other class to replace it.
+        DataError: there are no examples to keep.
     """
     family = inputs.family(device)
     table = family.conditions(inputs.rows.names).to(device)
@@ -67,7 +67,7 @@ def _class_examples(inputs: DiffusionInputs, family: Family, label: int, config:
 
 
 def _pseudo(label: int, count: int, kept: Sequence[int], config: DiffusionConfig) -> Tensor:
-    """Choose what the images of a class are to look like instead."""
+    """Choose the replacement condition of each image of a class."""
     if config.pseudo == "anchor":
         raise UsageError("a class has no anchor", "only a concept names one", "set pseudo to next or random")
     if not kept:
@@ -80,7 +80,7 @@ def _pseudo(label: int, count: int, kept: Sequence[int], config: DiffusionConfig
 
 
 def _kept_examples(inputs: DiffusionInputs, family: Family, config: DiffusionConfig) -> list[Examples]:
-    """Encode training images that are kept; no more than the run can visit, or is wished."""
+    """Encode retained training images, at most as many as the run can visit or the configuration requests."""
     data = inputs.data
     if data is None:
         return []
@@ -102,9 +102,9 @@ def _encoded(data: LoadedData, family: Family, ids: Sequence[str]) -> Examples:
 def _generated(
     inputs: DiffusionInputs, family: Family, concept: ConceptTarget, table: ConditionTable, anchor: bool = False
 ) -> Examples:
-    """Generate a concept or its anchor with the model before; what the sampler ends at is a latent already.
+    """Generate a concept or its anchor with the original model; the sampler's output is already a latent.
 
-    The seeds come from the concept itself, so that every step of a run makes the same images.
+    The seeds derive from the concept, so that every step of a run makes the same images.
     """
     rows, sampler = inputs.rows, family.sampler(inputs.card.evaluation)
     instead = rows.of(concept.anchor_prompt)

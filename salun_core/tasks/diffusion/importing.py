@@ -1,4 +1,4 @@
-"""Turns a diffusers folder, or one that lies in the hub's local cache, into a model folder."""
+"""Converts a diffusers folder, local or from the hub's cache, to a model folder."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _EVALUATION = DiffusionEvaluation()
 
 @dataclass(frozen=True)
 class MadeDiffusion:
-    """A diffusion model folder that was written.
+    """A new model folder of a diffusion model.
 
     Args:
-        digest: of the model.
-        parameters: number of weights of its denoiser.
-        loss: of the last epoch of its training; None for an import.
+        digest: digest of the model.
+        parameters: number of weights of the denoiser.
+        loss: training loss of the last epoch; None for an import.
     """
 
     digest: str
@@ -54,20 +54,20 @@ def import_diffusion(
     classes: Sequence[str] = (),
     hub: bool = False,
 ) -> MadeDiffusion:
-    """Copy a diffusers folder into a model folder, checked: safetensors only, of classes that are known here.
+    """Copy a diffusers folder to a model folder after checks: safetensors only, supported classes only.
 
     Args:
-        source: the folder, or a name on the hub that lies in the local cache.
-        spec: the data that it was trained on, or that it shall be unlearned with; None if they are generated.
+        source: the folder, or the name of a hub repository in the local cache.
+        spec: data set for training and unlearning; None if the images are generated.
         out: folder to write.
-        prompt: what an image of a class is called.
-        evaluation: how its images shall be judged.
-        classes: class names by id, where there are no data.
-        hub: whether a hub name may be fetched if the cache lacks it.
+        prompt: prompt for the images of a class.
+        evaluation: evaluation settings.
+        classes: class names by id, for a model without data.
+        hub: whether a missing hub repository may be downloaded.
 
     Raises:
-        UsageError: there is no such folder, or it is refused (see `check_folder`).
-        ModelError: a part does not fit its configuration, or is not supported.
+        UsageError: the folder does not exist or is rejected (see `check_folder`).
+        ModelError: a component does not fit its configuration, or is not supported.
     """
     refuse_pickle(Path(source))
     found = Path(source) if Path(source).exists() else cached(source, hub)
@@ -85,14 +85,14 @@ def import_diffusion(
 
 
 def cached(name: str, fetch: bool = False) -> Path:
-    """Return the folder in the hub's local cache that holds a repository.
+    """Return the folder of a repository in the hub's local cache.
 
     Args:
         name: `owner/name`.
-        fetch: whether it may be fetched if the cache lacks it.
+        fetch: whether a missing repository may be downloaded.
 
     Raises:
-        UsageError: it is not there.
+        UsageError: the repository is not available.
     """
     from huggingface_hub import snapshot_download
 
@@ -104,7 +104,7 @@ def cached(name: str, fetch: bool = False) -> Path:
                 allow_patterns=[INDEX, *(f"*/*{suffix}" for suffix in sorted(_KEPT))],
             )
         )
-    except Exception as error:  # of the hub's client, of its cache, of the network
+    except Exception as error:  # the hub's client, its cache and the network raise different exceptions
         raise UsageError(
             f"there is no model {source_name(name)}",
             "it is neither a folder nor in the hub's local cache",
@@ -113,14 +113,14 @@ def cached(name: str, fetch: bool = False) -> Path:
 
 
 def source_name(text: str) -> str:
-    """Return what a user gave, short enough for one line."""
+    """Return the user's source, shortened to one line."""
     return repr(text[:80])
 
 
 def _stage(source: Path, target: Path) -> None:
-    """Copy the named components: of a hub's folder the links are followed, and its pickled twins are left out."""
+    """Copy the components in the index; links of a hub folder are followed, and redundant pickled files are skipped."""
     if not (source / INDEX).is_file():
-        check_folder(source)  # says so
+        check_folder(source)  # raises the error
     index = read_document(source / INDEX)
     shutil.copyfile(source / INDEX, target / INDEX)
     names = [name for name in index if (source / name).is_dir()] if isinstance(index, Mapping) else []
@@ -132,7 +132,7 @@ def _stage(source: Path, target: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Variants (`model.fp16.safetensors`) are left out, and so are pickled files beside safetensors."""
+    """Return the files to copy, without variants (`model.fp16.safetensors`) and pickled copies of safetensors files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if any(path.is_symlink() and not path.resolve().is_relative_to(_home(folder)) for path in [folder, *files]):
         raise UsageError(f"{folder.name} holds a link out of its folder", "it is not followed", "copy with `cp -rL`")
@@ -143,7 +143,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _home(folder: Path) -> Path:
-    """Where links may lead: the folder, or the hub's cache of the same repository, whose snapshots are links."""
+    """Return the root for links: the folder, or the repository's hub cache, whose snapshots are links."""
     model = folder.resolve().parent
     return model.parent.parent if model.parent.name == "snapshots" else model
 
@@ -153,7 +153,7 @@ def _bare(path: Path) -> str:
 
 
 def no_split(classes: Sequence[str]) -> SplitManifest:
-    """Return the empty split of a model that comes without data; its digest tells one set of classes from another."""
+    """Return the empty split of a model without data; its digest depends on the class names."""
     nothing: dict[str, str] = {}
     digest = digest_json({"classes": list(classes), "rows": []})
     return SplitManifest(dataset_digest=digest, train=nothing, validation=nothing, test=nothing)
@@ -167,11 +167,11 @@ def card_of(
     prompt: str,
     evaluation: DiffusionEvaluation,
 ) -> DiffusionCard:
-    """Write the card of a diffusers folder from its own configuration.
+    """Build the card of a diffusers folder from its configuration.
 
     Raises:
-        UsageError: the classes or the prompt do not fit (all faults are listed).
-        ModelError: its denoiser does not say its size.
+        UsageError: the classes or the prompt do not fit (the message lists all faults).
+        ModelError: the denoiser's configuration has no size.
     """
     kind = type(model.network).__name__
     channels, height, width = _size(model)

@@ -1,4 +1,4 @@
-"""Inputs of a diffusion run: the model, its data, the forget set, and the conditions of all of them."""
+"""Inputs of a diffusion run: the model, its data, the forget set and all conditions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from salun_core.tasks.task import Inputs
 
 @dataclass(frozen=True)
 class Rows:
-    """Names of the conditions, and which row is what.
+    """Names of the conditions by row.
 
     Args:
-        names: class names, or prompts.
-        classes: how many of the first rows are the model's classes, in their order.
+        names: class names or prompts.
+        classes: number of leading rows that are the model's classes, in their order.
     """
 
     names: Sequence[str]
@@ -35,19 +35,19 @@ class Rows:
 
 
 def class_names(card: DiffusionCard) -> list[str]:
-    """Return what the model is told for each of its classes: the name itself, or the prompt that holds it."""
+    """Return the condition name of each class: the class name, or the prompt that contains it."""
     return [card.prompt_of(name) for name in card.classes]
 
 
 def rows_of(card: DiffusionCard, forget_set: ForgetSet) -> Rows:
-    """Collect all conditions that a run needs: for training and for the images that it is judged by.
+    """Collect all conditions of a run: for training and for the images of the evaluation.
 
     Args:
-        card: the model's classes, its prompt and its evaluation's own prompts.
-        forget_set: what is to be forgotten.
+        card: provides the model's classes, its prompt and the evaluation's own prompts.
+        forget_set: forgotten classes and concepts.
 
     Raises:
-        UsageError: a concept for a model that takes no prompts, or one whose anchor is to be forgotten too.
+        UsageError: a concept for a model without prompts, or a concept whose anchor is forgotten too.
     """
     classes = class_names(card)
     if forget_set.concepts and card.task == "class-conditional":
@@ -70,7 +70,7 @@ def rows_of(card: DiffusionCard, forget_set: ForgetSet) -> Rows:
 
 
 def watched_prompts(card: DiffusionCard) -> list[str]:
-    """Return the prompts in whose images the evaluation looks for more than classes: the card's, or for nudity ours."""
+    """Return the prompts whose images the detectors inspect: the card's, or this package's for nudity."""
     if card.evaluation.suite != "nsfw" or card.evaluation.prompts:
         return list(card.evaluation.prompts)
     from salun_core.evaluation.nudity import PROMPTS
@@ -79,14 +79,14 @@ def watched_prompts(card: DiffusionCard) -> list[str]:
 
 
 def forgotten_prompts(card: DiffusionCard, forget_set: ForgetSet) -> set[str]:
-    """Return the names of all rows that are to be forgotten."""
+    """Return the names of all forgotten rows."""
     classes = class_names(card)
     named = {classes[label] for label in forget_set.classes}
     return named | {prompt for concept in forget_set.concepts for prompt in concept.prompts}
 
 
 def label_of(name: str, card: DiffusionCard) -> int | None:
-    """Return the class that a row shows: its own, or the only one that its words name; None where that is unclear."""
+    """Return the class that a row shows: its own, or the only class that its prompt names; None if ambiguous."""
     classes = class_names(card)
     if name in classes:
         return classes.index(name)
@@ -98,7 +98,7 @@ def label_of(name: str, card: DiffusionCard) -> int | None:
 
 @dataclass(frozen=True)
 class DiffusionInputs(Inputs[LoadedDiffusion]):
-    """A diffusion model with the data that it was trained on, if any, and the classes and concepts to forget."""
+    """A diffusion model with its training data, if any, and the classes and concepts to forget."""
 
     def family(self, device: torch.device) -> Family:
         """Return the model's denoiser, encoders and decoder, on a device."""
@@ -116,7 +116,7 @@ class DiffusionInputs(Inputs[LoadedDiffusion]):
 
     @cached_property
     def kept_classes(self) -> list[int]:
-        """Classes that the model knows and is to keep, sorted: none that this run or an earlier one forgot."""
+        """Sorted classes to keep, without those that this run or an earlier one forgot."""
         gone = set(self.forget_set.classes)
         if self.data is None:
             return [label for label in range(len(self.card.classes)) if label not in gone]

@@ -1,4 +1,4 @@
-"""Robustness of a forgotten concept: fine-tuning that may bring it back, and a search for prompts that do."""
+"""Robustness of a forgotten concept: fine-tuning and prompt search that may bring it back."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _POINTS = 4
 
 @dataclass(frozen=True)
 class RobustnessResult:
-    """What was measured after the unlearning.
+    """Robustness metrics after unlearning.
 
     Args:
-        metrics: UA_relearned, attack_success; those that the model card asks for.
-        resurgence: UA against steps of fine-tuning.
+        metrics: UA_relearned and attack_success, if the model card requests them.
+        resurgence: UA by number of fine-tuning steps.
     """
 
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -43,10 +43,10 @@ class ImageGenerator:
     """Generates the images of a sampling plan with any denoiser.
 
     Args:
-        inputs: conditions and settings.
-        family: of the model before; the model after has the same encoders and decoder.
+        inputs: provides conditions and settings.
+        family: family of the original; the unlearned model has the same encoders and decoder.
         table: conditions of the run.
-        sampler: how images are drawn.
+        sampler: provides the sampling settings.
         plan: rows and seeds.
     """
 
@@ -66,7 +66,7 @@ class ImageGenerator:
         return drawn
 
     def of_row(self, denoiser: Denoiser, row: int, condition: int | None = None) -> Iterator[Tensor]:
-        """Draw all images of one row from their own seeds; by its own condition, unless another is given."""
+        """Generate all images of one row from their own seeds, under its own condition by default."""
         count = self.plan.per_row
         condition = self.inputs.rows.of(self.plan.rows[row]) if condition is None else condition
         seeds = [self.plan.seed + row * count + index for index in range(count)]
@@ -79,16 +79,16 @@ class ImageGenerator:
 def measure_robustness(
     generator: ImageGenerator, classifier: ImageClassifier, after: Denoiser, device: torch.device
 ) -> RobustnessResult:
-    """Measure what the model card asks for: `relearn_steps` of fine-tuning, `attack_steps` of a search for prompts.
+    """Run the tests on the model card: `relearn_steps` of fine-tuning, `attack_steps` of a prompt search.
 
     Args:
-        generator: draws images.
+        generator: generates images.
         classifier: recognises the forgotten rows.
-        after: the denoiser after unlearning; it is not changed.
-        device: to compute on.
+        after: the denoiser after unlearning; unchanged by the call.
+        device: device of the computation.
 
     Raises:
-        UsageError: an attack on a model that is not conditioned by one CLIP text encoder.
+        UsageError: an attack on a model whose condition is not a single CLIP text encoder.
     """
     settings, plan = generator.inputs.card.evaluation, generator.plan
     labels = {row: label for row in plan.forgotten if (label := plan.labels[row]) is not None}
@@ -97,7 +97,7 @@ def measure_robustness(
     sets = build_example_sets(generator.inputs, diffusion_config("finetune", {"device": str(device)}), device)
 
     def missed(denoiser: Denoiser) -> Tensor:
-        """Return for each image of the forgotten rows whether the classifier does not recognise it, bool."""
+        """Return a bool for each image of the forgotten rows: True if the classifier does not recognise it."""
         found = [_recognised(classifier, generator.of_row(denoiser, row), label) for row, label in labels.items()]
         return ~torch.cat(found)
 
@@ -117,7 +117,7 @@ def _recognised(classifier: ImageClassifier, batches: Iterator[Tensor], label: i
 def _relearned(
     missed: Callable[[Denoiser], Tensor], after: Denoiser, sets: ExampleSets, steps: int, device: torch.device
 ) -> tuple[list[CurvePoint], Metric]:
-    """Fine-tune on what was kept, a quarter of the steps at a time, and measure each time."""
+    """Fine-tune on retained data in four rounds, and measure after each of them."""
     part = max(1, steps // _POINTS)
     given = {"steps": part, "epochs": 1, "schedule": "constant", "device": str(device)}
     config = diffusion_config("finetune", given)
@@ -138,7 +138,7 @@ def _attacked(
     after: Denoiser,
     sets: ExampleSets,
 ) -> Metric:
-    """Search for words before each forgotten prompt, and draw with the best of them."""
+    """Search for words that precede each forgotten prompt, and generate images with the best ones."""
     encoder = ClipWords.of(generator.family.loaded.components)
     plan, table = generator.plan, generator.table
     hits = []
