@@ -295,7 +295,7 @@ def test_a_document_that_is_too_large_is_not_read(tmp_path):
 def test_a_target_does_not_read_local_files(where, tmp_path):
     path = tmp_path / "forget.json"
     path.write_text(json.dumps({"kind": "samples", "manifest_uri": where, "sha256": A}))
-    with pytest.raises(UsageError, match=r"no s3:// address") as refused:
+    with pytest.raises(UsageError, match=r"its address is not s3://") as refused:
         read_forget(str(path))
     assert "passwd" not in str(refused.value)
 

@@ -17,6 +17,8 @@ from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status, is_overdue
 from salun_core.storage.s3 import S3Store
 
+pytestmark = pytest.mark.slow
+
 # Written by hand from the rules, not taken from the code under test.
 MOVES = {
     "received": {"rejected", "on_hold", "queued", "cancelled"},

@@ -16,6 +16,8 @@ from salun_core.evaluation.evidence import Forgotten, Measured
 from salun_core.gate import Expected, GateDecision, Policy, decide, digest_of, load_policy
 from salun_core.methods.classification.training import fresh_classifier
 
+pytestmark = pytest.mark.slow
+
 POLICY = load_policy("classifier")
 
 

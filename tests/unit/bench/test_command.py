@@ -8,6 +8,8 @@ import pytest
 
 from tests.unit.cli.conftest import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
 
+pytestmark = pytest.mark.slow
+
 REFUSED = "Error: salun bench has no command "
 
 

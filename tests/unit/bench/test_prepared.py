@@ -16,6 +16,8 @@ from salun_core.data.split import SplitManifest
 from salun_core.errors import UsageError
 from salun_core.tasks import read_card
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {"steps": 2, "epochs": 1, "batch_size": 8}
 CONCEPT = {
     "format": "salun.suite/v1",

@@ -13,6 +13,8 @@ from salun_core.bench.results import Results, collect
 from salun_core.config import parse_text
 from salun_core.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 
 def evidence_of(out, cell):
     return json.loads((out / "cells" / cell / "evidence.json").read_text())

@@ -16,6 +16,8 @@ from salun_core.digest import sha256_file
 from salun_core.errors import ConflictError
 from tests.unit.bench.conftest import files
 
+pytestmark = pytest.mark.slow
+
 
 def quiet(_text: str) -> None:
     pass

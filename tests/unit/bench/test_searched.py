@@ -30,6 +30,8 @@ from salun_core.steps.unlearning import run_unlearning
 from salun_core.tasks.task import TuningOptions
 from salun_core.tuning import TuningLog
 
+pytestmark = pytest.mark.slow
+
 ROWS = [
     {"name": "SalUn", "method": "salun", "mask": "saliency", "config": {"epochs": 2}},
     {"name": "SalUn, random mask", "method": "salun", "mask": "random", "config": {"epochs": 2}},

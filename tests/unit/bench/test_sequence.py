@@ -27,6 +27,8 @@ from salun_core.tasks import open_inputs
 from salun_core.tuning import TuningLog
 from tests.unit.bench.test_searched import ROWS, SUITE, plan_of
 
+pytestmark = pytest.mark.slow
+
 STEPS = [
     {"kind": "random", "fraction": 0.05},
     {"kind": "class", "class_id": "3"},

@@ -17,6 +17,8 @@ from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.times import utc_clock
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = load_examples()
 ORDER = [
     "train classifier",

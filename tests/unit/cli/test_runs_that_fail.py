@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def unlearn(salun, world):

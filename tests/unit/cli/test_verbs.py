@@ -14,6 +14,8 @@ from salun_core.gate import GateDecision
 from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask
 
+pytestmark = pytest.mark.slow
+
 
 def _json(result):
     assert result.exit_code == 0, result.stderr

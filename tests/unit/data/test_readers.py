@@ -67,6 +67,7 @@ def test_digits_need_no_download():
     }
 
 
+@pytest.mark.slow
 def test_torchvisions_fake_data():
     table = read_table(DataSpec(source="torchvision:FakeData"), None, True)
     assert len(table) == 1000

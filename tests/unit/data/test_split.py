@@ -109,6 +109,7 @@ def test_ids_must_be_unique():
         make_split(twice, spec())
 
 
+@pytest.mark.slow
 def test_the_digest_is_the_same_in_another_process():
     code = (
         "from salun_core.data import DataSpec, load_data;"

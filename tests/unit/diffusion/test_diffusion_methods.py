@@ -34,6 +34,8 @@ from salun_core.models.checkpoint import model_digest
 
 diffusers = pytest.importorskip("diffusers")
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"steps": 2, "epochs": 2, "batch_size": 4, "device": "cpu"}
 TRAINED = ("salun", "random_label", "finetune", "gradient_ascent", "retrain", "esd", "forget_me_not")
 

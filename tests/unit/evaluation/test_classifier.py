@@ -43,6 +43,7 @@ def evidence(lab, three):
     )
 
 
+@pytest.mark.slow
 def test_accuracies_equal_loops_over_images(lab, three, evidence):
     forget, retain = lab.parts("class")
     few = ImageSet(retain.images, retain.labels, retain.normalisation)

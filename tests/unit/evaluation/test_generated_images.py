@@ -309,6 +309,7 @@ def test_clip_scores_the_retained_rows_with_their_names(samples, networks):
     assert found.generation.clip == "clip"
 
 
+@pytest.mark.slow
 def test_images_are_freed_batch_after_batch(digits, networks, evaluators):
     alive, most = weakref.WeakSet(), []
 
@@ -464,6 +465,7 @@ def test_a_grid_that_would_be_too_long_as_png_is_a_jpeg():
     assert len(uri) <= LIMIT
 
 
+@pytest.mark.slow
 def test_the_largest_grid_of_noise_stays_below_the_limit():
     uri = grid_image(noise(ROWS * COLUMNS, 96, 96), COLUMNS)
     assert len(uri) <= LIMIT

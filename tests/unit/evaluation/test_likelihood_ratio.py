@@ -22,6 +22,8 @@ from salun_core.evaluation.statistics import rank_area
 from salun_core.methods.classification import UnlearnConfig
 from salun_core.methods.classification.training import train_classifier
 
+pytestmark = pytest.mark.slow
+
 
 def drawn(shadows, samples, seed, gap):
     """Shadow models whose confidence on a sample is normal around its own difficulty, `gap` higher for members."""

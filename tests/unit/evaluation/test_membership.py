@@ -74,6 +74,7 @@ def by_confidence(values):
     return Outputs(p, -np.log(np.clip(values, 1e-300, 1)), np.zeros(len(values), dtype=np.int64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "size"), [("by heart", 3000), ("gentle", 2500), ("beta", 4500), ("flat", 2049), ("flat", 4000)]
 )

@@ -17,6 +17,8 @@ from salun_core.models.diffusers_folder import load_diffusion, model_files
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.tasks import register_model
 
+pytestmark = pytest.mark.slow
+
 DIGITS = DataSpec(source="digits", train_limit=64)
 SHORT = {"steps": 2, "epochs": 2, "batch_size": 8, "channels": [8, 16], "head_channels": 4, "device": "cpu"}
 EVALUATION = DiffusionEvaluation(steps=2, judge="judges")

@@ -160,7 +160,7 @@ FAULTS = {
     "a classifier's card": (
         lambda f: edit_json(f / "model.json", task="classification"),
         UsageError,
-        "is not a valid ModelCard",
+        "is not a valid DiffusionCard",
     ),
 }
 

@@ -245,6 +245,7 @@ def test_the_page_has_provenance_lineage_and_debt(text, page, evidence, context)
     )
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(evidence, decision, context, tmp_path):
     program = (
         "import sys, pathlib\n"
@@ -321,6 +322,7 @@ def test_a_histogram_that_does_not_fit_its_bins_is_left_out(evidence, context):
     assert len(page.of("svg")) == 4
 
 
+@pytest.mark.slow
 def test_a_huge_evidence_still_fits(evidence, decision, context):
     line = [place / 20000 for place in range(20001)]
     one = evidence.per_class[0]
@@ -347,6 +349,7 @@ def test_a_page_that_would_be_too_large_is_an_error(evidence, context, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_write_replaces_the_file_atomically(evidence, decision, context, tmp_path):
     target = tmp_path / "deep" / "report.html"
     write_report(target, evidence, None, context)

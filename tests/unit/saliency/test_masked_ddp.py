@@ -9,6 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from salun_core.saliency import SaliencyMask, masked_optimizer
 
+pytestmark = pytest.mark.slow
+
 
 def network():
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from salun_core.models.diffusers_folder import load_diffusion, model_files
 from salun_core.tasks.diffusion.importing import import_diffusion
 from tests.unit.models.tiny_folders import CLASSES, SIDE, edit_json, save_raw
 
+pytestmark = pytest.mark.slow
 UNET = "unet/diffusion_pytorch_model"
 
 

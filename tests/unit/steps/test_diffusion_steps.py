@@ -31,6 +31,8 @@ from salun_core.tasks.diffusion.inputs import label_of, rows_of
 from salun_core.times import utc_clock
 from tests.tiny_diffusion_models import CLASS, OTHER, PERMISSIVE, QUICK, target_file, tiny_ddpm, tiny_stable_diffusion
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
 
 CONCEPT = {"prompts": [f"an image of a {CLASS}", "a handwritten three"], "anchor_prompt": f"an image of a {OTHER}"}

@@ -15,6 +15,8 @@ from salun_core.steps.evaluation import evaluate
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.tasks.classification.training import train_model
 
+pytestmark = pytest.mark.slow
+
 ALL = "lira=4,relearn=3,probe,decile,kl,tow,seeds=2"
 NEW = {
     *("lira_auc", "lira_offline_auc", "lira_tpr", "relearn", "probe_auc", "worst_decile", "worst_class_drop"),

@@ -19,7 +19,7 @@ from salun_core.steps.mask import compute_mask
 from salun_core.steps.processes import in_processes
 from salun_core.tasks.run_facts import read_run_facts
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes on a CPU")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes on a CPU")]
 QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005, "device": "cpu"})
 
 

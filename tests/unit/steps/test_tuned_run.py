@@ -27,6 +27,8 @@ from salun_core.tasks.masks import require_nested, used_mask
 from salun_core.tasks.task import TuningOptions
 from salun_core.tuning import TuningLog
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"batch_size": 32, "epochs": 3, "device": "cpu"}
 
 

@@ -27,6 +27,8 @@ from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask, merge_scores, score_shard
 from salun_core.steps.unlearning import run_unlearning
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 3 * CHUNK + 40
 SGD = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, "gradient_clip": 1.0, "device": "cpu"}
 

@@ -14,6 +14,8 @@ from salun_core.methods.classification.method import MethodContext
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.models.checkpoint import model_digest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 TRAINED = ["boundary_expanding", "boundary_shrink", "l1_sparse", "salun_soft", "scrub", "neggrad_plus", "sfr_on"]

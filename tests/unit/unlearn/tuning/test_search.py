@@ -14,6 +14,8 @@ from salun_core.saliency import saliency_scores
 from salun_core.tuning import ConstraintResult, Problem, Sets, parse_budget, tune
 from salun_core.tuning.space import Space
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def digits():
