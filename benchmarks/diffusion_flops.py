@@ -24,7 +24,7 @@ from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples, Noised
 from salun_core.diffusion.process import Process
 from salun_core.methods.diffusion import diffusion_config
-from salun_core.methods.diffusion.method import ExampleSets, MethodContext
+from salun_core.methods.diffusion.method import DiffusionContext, ExampleSets
 from salun_core.methods.diffusion.objectives import denoising_loss, relabel_loss
 
 EPOCHS = 5
@@ -53,20 +53,20 @@ def batch_of(shape: tuple[int, int, int], count: int, device: str, row: int, pse
     return Noised(noisy, torch.full((count,), 500, **kept), target, torch.full((count,), row, **kept), other)
 
 
-def context_of(network: nn.Module, shape: tuple[int, int, int], text: tuple[int, int], device: str) -> MethodContext:
+def context_of(network: nn.Module, shape: tuple[int, int, int], text: tuple[int, int], device: str) -> DiffusionContext:
     """Return the inputs of a loss: three prompts and one example of each kind."""
     table = ConditionTable(["c", "c'", "r"], {"encoder_hidden_states": torch.randn(3, *text, device=device)})
     one = Examples(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
     sets = ExampleSets(one, one, table, pixels=False)
-    return MethodContext(denoiser_of(network), None, sets, diffusion_config("salun"), torch.Generator())
+    return DiffusionContext(denoiser_of(network), None, sets, diffusion_config("salun"), torch.Generator())
 
 
-def our_step(context: MethodContext, forget: Noised, retain: Noised) -> None:
+def our_step(context: DiffusionContext, forget: Noised, retain: Noised) -> None:
     """Take the gradient of one step of this library."""
     relabel_loss(context, forget, retain).backward()
 
 
-def usual_step(context: MethodContext, forget: Noised, retain: Noised) -> None:
+def usual_step(context: DiffusionContext, forget: Noised, retain: Noised) -> None:
     """Take the gradient as the usual procedure does: three calls, each with gradients."""
     denoiser, table = context.denoiser, context.sets.table
     kept = denoising_loss(denoiser, retain, table)
@@ -75,7 +75,7 @@ def usual_step(context: MethodContext, forget: Noised, retain: Noised) -> None:
     (mse_loss(found, wanted) + context.config.alpha * kept).backward()
 
 
-def usual_scoring(context: MethodContext, forget: Noised) -> None:
+def usual_scoring(context: DiffusionContext, forget: Noised) -> None:
     """Take the gradient of the usual saliency: of the guided prediction, from two calls."""
     denoiser, table = context.denoiser, context.sets.table
     found = denoiser.predict(forget.noisy, forget.times, table.take(forget.condition))

@@ -12,7 +12,7 @@ from benchmarks.deviations.stage import Stage
 from benchmarks.deviations.theirs import one_running_vector
 from salun_core.data import ImageSet
 from salun_core.methods.classification import influence
-from salun_core.methods.classification.method import MethodContext, cross_entropy
+from salun_core.methods.classification.method import ClassifierContext, cross_entropy
 from salun_core.saliency.scores import scoring
 
 EXACT_IMAGES = 200
@@ -88,8 +88,8 @@ def edited(stage: Stage) -> nn.Module:
     return model.eval()
 
 
-def _with_model(context: MethodContext, model: nn.Module) -> MethodContext:
-    return MethodContext(context.forget, context.retain, context.num_classes, context.config, model)
+def _with_model(context: ClassifierContext, model: nn.Module) -> ClassifierContext:
+    return ClassifierContext(context.forget, context.retain, context.num_classes, context.config, model)
 
 
 def _cosine(left: Tensor, right: Tensor) -> float:

@@ -23,7 +23,7 @@ from benchmarks.deviations.weights import frozen_change, overlap
 from salun_core.evaluation.membership import entropy_attack, modified_entropy
 from salun_core.evaluation.outputs import Outputs
 from salun_core.methods.classification import boundary_expanding, sfr_on
-from salun_core.methods.classification.method import MethodContext
+from salun_core.methods.classification.method import ClassifierContext
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import scoring
 
@@ -210,7 +210,7 @@ def _shrunk(stage: Stage, rate: float) -> nn.Module:
 
 def nearest_labels(stage: Stage) -> dict[str, float]:
     """Return the share of D_f whose nearest class is the true one, and whose label the rounding changes."""
-    context: MethodContext = replace(stage.context("boundary_shrink"), original=stage.base)
+    context: ClassifierContext = replace(stage.context("boundary_shrink"), original=stage.base)
     images, labels = next(stage.forget.batches(len(stage.forget)))
     free, plain, rounded = (
         theirs.label_of_rounded_step(context, images, labels, exclude, rounding)

@@ -19,7 +19,7 @@ from salun_core.data.table import Table
 from salun_core.evaluation.classifier import metric_shares
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.methods.classification import UnlearnConfig, method_config, unlearn
-from salun_core.methods.classification.method import MethodContext, cross_entropy
+from salun_core.methods.classification.method import ClassifierContext, cross_entropy
 from salun_core.methods.classification.training import fresh_classifier, train_classifier
 from salun_core.saliency import SaliencyMask, saliency_scores
 
@@ -130,10 +130,10 @@ class Stage:
         """Return a method's configuration: the shared settings, then the given ones."""
         return method_config(method, {**SHARED, "learning_rate": RATE, "seed": self.seed, **settings})
 
-    def context(self, method: str = "random_label", **settings: Any) -> MethodContext:  # noqa: ANN401
+    def context(self, method: str = "random_label", **settings: Any) -> ClassifierContext:  # noqa: ANN401
         """Return the context that a method's phases are built from."""
         config = self.config(method, **settings)
-        return MethodContext(self.forget, self.retain, CLASSES, config)
+        return ClassifierContext(self.forget, self.retain, CLASSES, config)
 
     def unlearnt(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from salun_core.data.images import ImageSet, random_flip
 from salun_core.evaluation.outputs import Outputs
 from salun_core.methods.classification import boundary_shrink, salun_soft
-from salun_core.methods.classification.method import MethodContext, cross_entropy
+from salun_core.methods.classification.method import ClassifierContext, cross_entropy
 from salun_core.methods.classification.random_label import phases as random_label_phases
 from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.distributed import ProcessGroup
@@ -23,10 +23,12 @@ from salun_core.methods.loop import Phase, Step, run_loop
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import scoring
 
-Phases = Callable[[MethodContext, torch.Generator], Sequence[Phase]]
+Phases = Callable[[ClassifierContext, torch.Generator], Sequence[Phase]]
 
 
-def trained(model: nn.Module, context: MethodContext, phases: Phases, mask: SaliencyMask | None = None) -> nn.Module:
+def trained(
+    model: nn.Module, context: ClassifierContext, phases: Phases, mask: SaliencyMask | None = None
+) -> nn.Module:
     """Run the loop with given phases on a copy of a model; θ_o is in the context."""
     started = copy.deepcopy(model)
     return trained_in_place(
@@ -35,7 +37,7 @@ def trained(model: nn.Module, context: MethodContext, phases: Phases, mask: Sali
 
 
 def trained_in_place(
-    model: nn.Module, context: MethodContext, phases: Phases, mask: SaliencyMask | None = None
+    model: nn.Module, context: ClassifierContext, phases: Phases, mask: SaliencyMask | None = None
 ) -> nn.Module:
     """Run the loop on a model."""
     begun = replace(context, model=model)
@@ -43,12 +45,12 @@ def trained_in_place(
     return model
 
 
-def any_labels(context: MethodContext, generator: torch.Generator) -> Tensor:
+def any_labels(context: ClassifierContext, generator: torch.Generator) -> Tensor:
     """Draw a label for each forget image, uniform over all classes."""
     return torch.randint(0, context.num_classes, (len(context.forget),), generator=generator)
 
 
-def labels_of_all_classes(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def labels_of_all_classes(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Random labelling whose labels may be the true ones."""
     labels = any_labels(context, generator)
     return [context.phase("forget", context.forget.relabelled(labels)), context.phase("retain", context.retain)]
@@ -74,7 +76,7 @@ def augmented_once(images: ImageSet, seed: int) -> ImageSet:
     return ImageSet(random_flip(torch.stack(cut), generator), images.labels, images.normalisation)
 
 
-def only_gradient_masked(model: nn.Module, context: MethodContext, mask: SaliencyMask) -> nn.Module:
+def only_gradient_masked(model: nn.Module, context: ClassifierContext, mask: SaliencyMask) -> nn.Module:
     """SalUn whose momentum and weight decay act on every weight."""
     started = copy.deepcopy(model)
     for name, weight in started.named_parameters():
@@ -90,7 +92,7 @@ def label_blind_entropy(outputs: Outputs) -> np.ndarray:
 
 
 def label_of_rounded_step(
-    context: MethodContext, images: Tensor, labels: Tensor, exclude: bool, rounded: bool
+    context: ClassifierContext, images: Tensor, labels: Tensor, exclude: bool, rounded: bool
 ) -> Tensor:
     """Return the class that a step of the fast gradient sign method leads to."""
     assert context.original is not None
@@ -106,7 +108,7 @@ def label_of_rounded_step(
         return (logits.scatter(1, labels[:, None], -torch.inf) if exclude else logits).argmax(dim=1)
 
 
-def shrink_with_true_labels(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def shrink_with_true_labels(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Boundary shrinking, rounded to 256 levels, towards the true label where the step stays in its class."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -138,12 +140,12 @@ def one_running_vector(gradients: Iterable[Tensor], vector: Tensor, count: int) 
     return product
 
 
-def softened_by_epoch(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def softened_by_epoch(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch of random labelling, softened after each step with a share that falls once per epoch."""
     return [_softened(phase, context) for phase in random_label_phases(context, generator)]
 
 
-def _softened(inner: Phase, context: MethodContext) -> Phase:
+def _softened(inner: Phase, context: ClassifierContext) -> Phase:
     model, original, config = context.model, context.original, context.config
     whole = config.epochs * inner.steps
     share = (1 - config.soft_density) * (1 - context.epoch / config.epochs - 1 / whole)
@@ -172,7 +174,7 @@ def fisher_by_batch(model: nn.Module, images: ImageSet, batch_size: int) -> dict
     return squares
 
 
-def salient_by_batch(model: nn.Module, context: MethodContext, config: UnlearnConfig) -> dict[str, Tensor]:
+def salient_by_batch(model: nn.Module, context: ClassifierContext, config: UnlearnConfig) -> dict[str, Tensor]:
     """The mask of SFR-on from squares of batch means on augmented images."""
     forget, retain = (
         fisher_by_batch(model, augmented_once(images, config.seed), config.batch_size)

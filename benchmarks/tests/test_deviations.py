@@ -19,7 +19,7 @@ from salun_core.data import ImageSet
 from salun_core.evaluation.membership import modified_entropy
 from salun_core.evaluation.outputs import Outputs
 from salun_core.methods.classification import method_config, unlearn
-from salun_core.methods.classification.method import MethodContext, cross_entropy
+from salun_core.methods.classification.method import ClassifierContext, cross_entropy
 from salun_core.saliency import SaliencyMask, saliency_scores
 
 
@@ -36,7 +36,7 @@ def linear(classes=3):
 
 def context(**settings):
     config = method_config("random_label", {"epochs": 2, "batch_size": 4, "learning_rate": 0.1, **settings})
-    return MethodContext(toy(), toy(12), 3, config)
+    return ClassifierContext(toy(), toy(12), 3, config)
 
 
 def scores(model, size):
@@ -104,7 +104,7 @@ def test_the_running_vector_corrects_along_the_first_gradient_only():
 def test_softening_by_epoch_leaves_weights_unchanged_that_ours_changes():
     model, given = linear(), context(order="mixed")
     config = method_config("salun_soft", given.config.model_dump() | {"soft_density": 0.5})
-    made = theirs.trained(model, MethodContext(given.forget, given.retain, 3, config), theirs.softened_by_epoch)
+    made = theirs.trained(model, ClassifierContext(given.forget, given.retain, 3, config), theirs.softened_by_epoch)
     ours = unlearn(model, "salun_soft", forget=given.forget, retain=given.retain, config=config)
     left = sum(int((a == b).sum()) for a, b in zip(model.parameters(), made.parameters(), strict=True))
     assert left >= 51 // 8

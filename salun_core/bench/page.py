@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from salun_core.bench.plot import digest, plot
-from salun_core.bench.results import FORMAT, RETRAIN, Figures, Results, Row, Setting, known
+from salun_core.bench.results import FORMAT, RETRAIN, Figures, ResultRow, Results, Setting, known
 from salun_core.config import parse, read_document
 from salun_core.errors import ConflictError, UsageError
 from salun_core.report.wording import MISSING, UNITS
@@ -88,12 +88,12 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _name(row: Row) -> str:
+def _name(row: ResultRow) -> str:
     name = row.name.replace("|", "\\|")
     return f"{name} ({row.density:.0%})" if row.density is not None and f"{row.density:.0%}" not in name else name
 
 
-def _metric(metric: str, row: Row, reference: Row | None) -> str:
+def _metric(metric: str, row: ResultRow, reference: ResultRow | None) -> str:
     unit = UNITS.get(metric)
     scale, decimals = (1, unit.decimals) if unit else (100, 2)
     values = {item.seed: item.values.get(metric) for item in row.figures}

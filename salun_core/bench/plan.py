@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from salun_core.bench.suite import Entry, Search, Size, Suite
+from salun_core.bench.suite import Search, Size, Suite, SuiteEntry
 from salun_core.data import DataSpec
 from salun_core.data.spec import relative_to, relocated_spec
 from salun_core.digest import digest_json
@@ -32,7 +32,7 @@ class Cell:
         plan: digest of everything that the suite specifies about this cell.
     """
 
-    entry: Entry
+    entry: SuiteEntry
     seed: int
     plan: str
 
@@ -110,7 +110,7 @@ class SuiteRun:
         chosen = [names[name] for name in self.only] or rows
         return [self.cell(entry, seed) for seed in self.seeds for entry in chosen]
 
-    def cell(self, entry: Entry, seed: int) -> Cell:
+    def cell(self, entry: SuiteEntry, seed: int) -> Cell:
         """Return the cell of a row at a seed."""
         measured = self.size.model_dump(mode="json", exclude=_NOT_MEASURED)
         own = entry.model_dump(mode="json", exclude={"name", "search", "budget"})
@@ -121,7 +121,7 @@ class SuiteRun:
             searched = [search.budget, digest]
         return Cell(entry, seed, digest_json([self.suite.kind, measured, own, seed, *searched]))
 
-    def search(self, entry: Entry) -> Search | None:
+    def search(self, entry: SuiteEntry) -> Search | None:
         """Return the search for the settings of a row; None if it runs as written."""
         search = self.size.search if entry.search else None
         return search.model_copy(update={"budget": entry.budget}) if search and entry.budget else search

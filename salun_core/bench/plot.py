@@ -6,7 +6,7 @@ import re
 import statistics
 from typing import TYPE_CHECKING
 
-from salun_core.bench.results import ORIGINAL, RETRAIN, Results, Row, known
+from salun_core.bench.results import ORIGINAL, RETRAIN, ResultRow, Results, known
 from salun_core.digest import sha256_bytes
 from salun_core.report.plots import COLOURS, draw, label
 
@@ -72,7 +72,7 @@ def digest(results: Results) -> str:
     return sha256_bytes(results.model_dump_json().encode())
 
 
-def _point(row: Row, gaps: bool, searched: bool) -> tuple[float, float, float] | None:
+def _point(row: ResultRow, gaps: bool, searched: bool) -> tuple[float, float, float] | None:
     """Return mean cost of a row's run, height and UA, in points; None without cost or height."""
     passes = [item.own_passes or item.passes for item in row.figures]
     spent = [cost for cost in (passes if searched else known(row, "seconds")) if cost]

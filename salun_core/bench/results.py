@@ -55,7 +55,7 @@ class Figures(Document):
         return {name: value for name, value in data.items() if value is not None or name not in _SOMETIMES}
 
 
-class Row(Document):
+class ResultRow(Document):
     """One row of the table."""
 
     name: str
@@ -81,7 +81,7 @@ class Results(Document):
     images: int | None = Field(default=None, description="generated images by model")
     environment: dict[str, str] = Field(description="versions, device, threads; several values if cells differ")
     machine: str = Field(description="processor and cores")
-    rows: list[Row]
+    rows: list[ResultRow]
     missing: list[str] = Field(default=[], description="cells that were not measured")
 
     @property
@@ -97,7 +97,7 @@ class Results(Document):
         return any(item.chosen is not None for row in self.rows for item in row.figures)
 
 
-def known(row: Row, name: str) -> list[float]:
+def known(row: ResultRow, name: str) -> list[float]:
     """Return the values of a field of a row's figures, without the missing ones."""
     return [value for item in row.figures if (value := getattr(item, name)) is not None]
 
@@ -127,7 +127,7 @@ def collect(plan: SuiteRun, out: Path) -> Results:
         figures = [_after(cell, note, evidence, out) for cell, note, evidence in found if cell.entry == entry]
         if figures:
             fields = entry.model_dump(include={"name", "method", "mask", "density", "config"})
-            rows.append(Row(**fields, figures=figures))
+            rows.append(ResultRow(**fields, figures=figures))
     generation = found[0][2].generation
     settings = whole.size.model_dump(mode="json", exclude={"methods"}, exclude_none=True, exclude_defaults=True)
     measured = {cell.name for cell, _, _ in found}
@@ -152,16 +152,16 @@ def _values(evidence: Evidence, model: str) -> dict[str, float | None]:
     return {name: getattr(item, model) for name, item in evidence.metrics.items() if name != "gap"}
 
 
-def _original(seeds: dict[int, Evidence]) -> Row:
+def _original(seeds: dict[int, Evidence]) -> ResultRow:
     """The base model; one that all seeds share, with one forget set, counts once."""
     figures: dict[tuple[str, str], Figures] = {}
     for seed, evidence in seeds.items():
         one = Figures(seed=seed, values=_values(evidence, "before"), gap=average_gap(evidence.metrics, "before"))
         figures.setdefault((evidence.measured.before, evidence.measured.forget_set), one)
-    return Row(name=ORIGINAL, figures=list(figures.values()))
+    return ResultRow(name=ORIGINAL, figures=list(figures.values()))
 
 
-def _reference(seeds: dict[int, Evidence], out: Path) -> list[Row]:
+def _reference(seeds: dict[int, Evidence], out: Path) -> list[ResultRow]:
     """The retrained model, if it was measured."""
     figures = []
     for seed, evidence in seeds.items():
@@ -172,7 +172,7 @@ def _reference(seeds: dict[int, Evidence], out: Path) -> list[Row]:
         gap = 0.0 if average_gap(evidence.metrics) is not None else None
         values = _values(evidence, "reference")
         figures.append(Figures(seed=seed, values=values, gap=gap, seconds=spent.seconds, passes=spent.passes))
-    return [Row(name=RETRAIN, figures=figures)] if figures else []
+    return [ResultRow(name=RETRAIN, figures=figures)] if figures else []
 
 
 def _after(cell: Cell, note: CellNote, evidence: Evidence, out: Path) -> Figures:

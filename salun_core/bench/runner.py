@@ -27,7 +27,7 @@ _OF_ONE_ROW = (UsageError, DataError, ModelError, IntegrityError, GateRefusedErr
 
 
 @dataclass
-class Outcome:
+class SuiteOutcome:
     """Result of a run of a suite.
 
     Args:
@@ -49,7 +49,7 @@ def run_suite(
     progress: Progress,
     on_cell: Callable[[str], None] | None = None,
     budget_seconds: float | None = None,
-) -> Outcome:
+) -> SuiteOutcome:
     """Measure all cells of a plan that do not exist yet.
 
     Args:
@@ -66,7 +66,7 @@ def run_suite(
         ConflictError: another run uses the folder.
         SalunError: an artifact that the cells share could not be built.
     """
-    cells, outcome = plan.cells, Outcome()
+    cells, outcome = plan.cells, SuiteOutcome()
     budget = budget_seconds or plan.size.budget_seconds
     started = time.perf_counter()
 

@@ -97,7 +97,7 @@ class JudgeSpec(Document):
     folder: str | None = Field(default=None, description="a model folder, instead of training")
 
 
-class Entry(Document):
+class SuiteEntry(Document):
     """One row of the table: a method with its mask and its settings."""
 
     name: str = Field(min_length=1, max_length=60, description="as the table shows it")
@@ -129,7 +129,7 @@ class Size(Document):
         description="random with a fraction; class, subject or concept as in a forget target; or a sequence of requests"
     )
     seeds: list[Annotated[int, Field(ge=0, lt=2**53)]] = Field(min_length=1, description="of base, draw and method")
-    methods: list[Entry] = Field(default=[], description="instead of the suite's methods")
+    methods: list[SuiteEntry] = Field(default=[], description="instead of the suite's methods")
     search: Search | None = Field(default=None, description="search for each row's settings; null: as written")
     retrain: dict[str, Any] | None = Field(
         default=None,
@@ -149,7 +149,7 @@ class Suite(Document):
     about: str = Field(default="", description="what the table shows")
     kind: Kind = Field(description="of the model")
     rows_from: str | None = Field(default=None, description="a YAML file with shared `methods`, relative to the suite")
-    methods: list[Entry] = Field(default=[], description="rows of every size without its own")
+    methods: list[SuiteEntry] = Field(default=[], description="rows of every size without its own")
     sizes: dict[SizeName, Size] = Field(min_length=1, description="cpu: minutes on two cores; paper: one GPU")
 
     def size(self, name: str) -> Size:
@@ -264,7 +264,7 @@ def _row_faults(kind: str, rows: Any, where: str, searched: bool) -> Iterator[st
     if not isinstance(rows, list) or not rows:
         yield f"{where}: the list is empty"
         return
-    entries = [_valid(Entry, row) for row in rows]
+    entries = [_valid(SuiteEntry, row) for row in rows]
     for number, row in enumerate(entries):
         if row is not None:
             yield from (f"{where}.{number}: {fault}" for fault in _entry_faults(kind, row, searched and row.search))
@@ -275,7 +275,7 @@ def _row_faults(kind: str, rows: Any, where: str, searched: bool) -> Iterator[st
         yield from (f"{where}: {fault}" for fault in _missing_controls(valid, searched))
 
 
-def _entry_faults(kind: str, row: Entry, searched: bool) -> Iterator[str]:
+def _entry_faults(kind: str, row: SuiteEntry, searched: bool) -> Iterator[str]:
     from salun_core.tasks import task_named
     from salun_core.tuning.space import Space
 
@@ -304,7 +304,7 @@ def _entry_faults(kind: str, row: Entry, searched: bool) -> Iterator[str]:
         yield from _raised(lambda: resolve_config(methods, row.method, row.config))
 
 
-def _missing_controls(entries: Sequence[Entry], searched: bool) -> Iterator[str]:
+def _missing_controls(entries: Sequence[SuiteEntry], searched: bool) -> Iterator[str]:
     """A table must show the effect of the saliency: against a random mask of its density, and against no mask.
 
     With a search the controls get the same search; a row as written, or with its own budget, then needs no control.

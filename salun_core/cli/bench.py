@@ -16,7 +16,7 @@ from salun_core.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from salun_core.bench.plan import SuiteRun
-    from salun_core.bench.runner import Outcome
+    from salun_core.bench.runner import SuiteOutcome
 
 RESULTS = Path("benchmarks", "results")
 
@@ -90,7 +90,7 @@ def _dry_run(plan: SuiteRun, folder: Path) -> None:
     emit({"dry_run": True, "suite": plan.suite.name, "size": plan.size_name, "cells": rows}, show)
 
 
-def _write_results(plan: SuiteRun, folder: Path, outcome: Outcome | None, into: Path | None, kept: Path) -> None:
+def _write_results(plan: SuiteRun, folder: Path, outcome: SuiteOutcome | None, into: Path | None, kept: Path) -> None:
     from salun_core.bench.page import choices, results_json, table, write_page
     from salun_core.bench.plot import plot
     from salun_core.bench.results import collect
@@ -120,7 +120,7 @@ def _write_results(plan: SuiteRun, folder: Path, outcome: Outcome | None, into: 
         _raise_failures(outcome)
 
 
-def _raise_failures(outcome: Outcome) -> None:
+def _raise_failures(outcome: SuiteOutcome) -> None:
     if outcome.failed:
         name, why = next(iter(outcome.failed.items()))
         what = f"{len(outcome.failed)} cells failed"

@@ -309,7 +309,7 @@ Rerun = Callable[[int], nn.Module]
 
 
 @dataclass(frozen=True)
-class Subject:
+class MeasuredModels:
     """The models and images to measure.
 
     Args:
@@ -372,7 +372,7 @@ def require_reference(requested: Mapping[str, int], given: bool) -> None:
 
 
 def measure_optional_metrics(
-    evidence: Evidence, requested: Mapping[str, int], subject: Subject, train: Train, rerun: Rerun, seed: int = 0
+    evidence: Evidence, requested: Mapping[str, int], subject: MeasuredModels, train: Train, rerun: Rerun, seed: int = 0
 ) -> Evidence:
     """Add the requested metrics to the evidence.
 

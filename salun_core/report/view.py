@@ -51,7 +51,7 @@ def _reason(verdict: Verdict, generated: bool) -> str:
     return f"{name} is {found}, required {wanted}. The rule: {verdict.reason}."
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """One metric with all rules on it."""
 
     name: str
@@ -60,14 +60,16 @@ class Row(NamedTuple):
     verdicts: list[Verdict]
 
 
-def rows(evidence: Evidence, decision: GateDecision | None) -> list[Row]:
+def rows(evidence: Evidence, decision: GateDecision | None) -> list[TableRow]:
     """Return one row per metric, and one for each metric that a rule needs and the evidence lacks."""
     verdicts = decision.verdicts if decision else []
     generated = evidence.generation is not None
     known = [name for name in (wording.GENERATED if generated else wording.METRICS) if name in evidence.metrics]
     names = dict.fromkeys([*known, *evidence.metrics, *(verdict.metric for verdict in verdicts if verdict.metric)])
     return [
-        Row(name, wording.words(name, generated), evidence.metrics.get(name), [v for v in verdicts if v.metric == name])
+        TableRow(
+            name, wording.words(name, generated), evidence.metrics.get(name), [v for v in verdicts if v.metric == name]
+        )
         for name in names
     ]
 

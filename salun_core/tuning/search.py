@@ -18,7 +18,7 @@ from salun_core.errors import SalunError, UsageError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.evaluation.integrity import compare_weights
 from salun_core.methods.classification import METHODS
-from salun_core.methods.classification.method import MethodContext
+from salun_core.methods.classification.method import ClassifierContext
 from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.method import UnlearnResult, get_method
 from salun_core.saliency import SaliencyMask
@@ -131,7 +131,7 @@ def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
     forget, retain = problem.images
     with torch.no_grad():
         num_classes = int(problem.model(next(iter(forget.batches(1)))[0]).shape[1])
-    context = MethodContext(forget, retain, num_classes, config, problem.model)
+    context = ClassifierContext(forget, retain, num_classes, config, problem.model)
     return get_method(METHODS, problem.space.method).total_passes(context)
 
 

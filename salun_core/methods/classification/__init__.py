@@ -32,7 +32,7 @@ from salun_core.methods.classification import (
     scrub,
     sfr_on,
 )
-from salun_core.methods.classification.method import Method, MethodContext
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
 from salun_core.methods.classification.training import reinitialised
 from salun_core.methods.config import UnlearnConfig, pick_device
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
@@ -43,7 +43,7 @@ from salun_core.saliency import SaliencyMask
 
 __all__ = ["METHODS", "FileCheckpoint", "UnlearnConfig", "UnlearnResult", "method_config", "pick_device", "unlearn"]
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, ClassifierMethod] = {
     "salun": salun.METHOD,
     "random_label": random_label.METHOD,
     "retrain": retrain.METHOD,
@@ -110,7 +110,7 @@ def unlearn(
     sets = ImageSet.of(forget).to(device), ImageSet.of(retain).to(device)
     started = _on(_started(model, row, fresh, settings.seed), device)
     original = _on(copy.deepcopy(model), device).requires_grad_(False).eval() if row.needs_original else None
-    context = MethodContext(*sets, _checked_classes(started, *sets), settings, started, original)
+    context = ClassifierContext(*sets, _checked_classes(started, *sets), settings, started, original)
     fingerprint = _fingerprint(model, method, mask, context) if checkpoint or group.size > 1 else ""
     group.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
     begun = time.perf_counter()
@@ -121,7 +121,7 @@ def unlearn(
     return UnlearnResult(started, method, settings, history, seconds, passes, changed)
 
 
-def _started(model: nn.Module, row: Method, fresh: Callable[[], nn.Module] | None, seed: int) -> nn.Module:
+def _started(model: nn.Module, row: ClassifierMethod, fresh: Callable[[], nn.Module] | None, seed: int) -> nn.Module:
     if not row.fresh_start:
         return copy.deepcopy(model)
     return fresh() if fresh else reinitialised(copy.deepcopy(model), seed)
@@ -132,8 +132,8 @@ def _on(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _run(
-    row: Method,
-    context: MethodContext,
+    row: ClassifierMethod,
+    context: ClassifierContext,
     mask: SaliencyMask | None,
     checkpoint: CheckpointStore | None,
     fingerprint: str,
@@ -198,7 +198,7 @@ def _checked_classes(model: nn.Module, forget: ImageSet, retain: ImageSet) -> in
     return num_classes
 
 
-def _fingerprint(model: nn.Module, method: str, mask: SaliencyMask | None, context: MethodContext) -> str:
+def _fingerprint(model: nn.Module, method: str, mask: SaliencyMask | None, context: ClassifierContext) -> str:
     settings = context.config.model_dump(exclude={"device"})
     parts: list[Any] = [model_digest(model), method, settings, mask.digest if mask else None]
     for images in (context.forget, context.retain):

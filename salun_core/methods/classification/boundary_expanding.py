@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.errors import ModelError
-from salun_core.methods.classification.method import Method, MethodContext
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
 from salun_core.methods.loop import Phase
 
 
@@ -37,7 +37,7 @@ def last_linear(model: nn.Module, outputs: int) -> nn.Linear:
     return found[-1]
 
 
-def begin(context: MethodContext) -> MethodContext:
+def begin(context: ClassifierContext) -> ClassifierContext:
     """Add a row to the last layer, in place.
 
     Raises:
@@ -57,7 +57,7 @@ def begin(context: MethodContext) -> MethodContext:
 
 
 @torch.no_grad()
-def _check_outputs(model: nn.Module, context: MethodContext, expected: int) -> None:
+def _check_outputs(model: nn.Module, context: ClassifierContext, expected: int) -> None:
     what, remedy = "the model's last linear layer does not compute its logits", "use another method"
     try:
         outputs = model(next(iter(context.forget.batches(1)))[0]).shape[1]
@@ -81,10 +81,10 @@ def _replace(head: nn.Linear, name: str, values: Tensor) -> None:
     setattr(head, name, nn.Parameter(values, requires_grad=old.requires_grad))
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f under the label K."""
     new_class = torch.full_like(context.forget.labels, context.num_classes)
     return [context.phase("forget", context.forget.relabelled(new_class))]
 
 
-METHOD = Method(phases, defaults={"learning_rate": 1e-4}, begin=begin, finish=finish)
+METHOD = ClassifierMethod(phases, defaults={"learning_rate": 1e-4}, begin=begin, finish=finish)

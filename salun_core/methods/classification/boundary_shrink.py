@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.data.images import Normalisation
-from salun_core.methods.classification.method import Method, MethodContext, cross_entropy
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
 from salun_core.methods.loop import Phase
 
 
@@ -56,7 +56,7 @@ def stepped(images: Tensor, direction: Tensor, step: float, normalisation: Norma
     return (images + step / std * direction).maximum(-mean / std).minimum((1 - mean) / std)
 
 
-def loss(context: MethodContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def loss(context: ClassifierContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy with the nearest wrong labels."""
     assert context.original is not None
     nearest = nearest_wrong_labels(
@@ -65,17 +65,17 @@ def loss(context: MethodContext, model: nn.Module, images: Tensor, labels: Tenso
     return cross_entropy(model(images), nearest)
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f."""
     return [context.phase("forget", context.forget, partial(loss, context))]
 
 
-def passes(context: MethodContext) -> float:
+def passes(context: ClassifierContext) -> float:
     """Return the cost in image passes: the model, θ_o for the gradient, and a third of a pass of θ_o for y'."""
     return context.config.epochs * len(context.forget) * 7 / 3
 
 
-METHOD = Method(
+METHOD = ClassifierMethod(
     phases,
     defaults={"learning_rate": 1e-4},
     reads=frozenset({"adversarial_step"}),

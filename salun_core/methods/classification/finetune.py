@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 import torch
 
-from salun_core.methods.classification.method import Method, MethodContext
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
 from salun_core.methods.loop import Phase
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_r."""
     return [context.phase("retain", context.retain)]
 
 
-METHOD = Method(phases)
+METHOD = ClassifierMethod(phases)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from salun_core.methods.classification.method import Method, MethodContext, classification_loss
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, classification_loss
 from salun_core.methods.loop import Phase
 
 
@@ -21,9 +21,9 @@ def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return -classification_loss(model, images, labels)
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f with the loss negated."""
     return [context.phase("forget", context.forget, loss)]
 
 
-METHOD = Method(phases, defaults={"learning_rate": 5e-4})
+METHOD = ClassifierMethod(phases, defaults={"learning_rate": 5e-4})

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet
 from salun_core.errors import ModelError
-from salun_core.methods.classification.method import Method, MethodContext, cross_entropy
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
 from salun_core.saliency.scores import scoring
 
 
-def edit(context: MethodContext) -> None:
+def edit(context: ClassifierContext) -> None:
     """Compute v, k and θ_u, in place.
 
     Raises:
@@ -46,7 +46,7 @@ def edit(context: MethodContext) -> None:
             parameter.add_(values, alpha=config.influence_strength)
 
 
-def removal_gradient(context: MethodContext) -> list[Tensor]:
+def removal_gradient(context: ClassifierContext) -> list[Tensor]:
     """Return v, one tensor per parameter, accumulated in the `.grad` tensors."""
     assert context.model is not None
     n_f, n_r = len(context.forget), len(context.retain)
@@ -57,7 +57,7 @@ def removal_gradient(context: MethodContext) -> list[Tensor]:
     return _taken(context.model)
 
 
-def fisher_images(context: MethodContext) -> ImageSet:
+def fisher_images(context: ClassifierContext) -> ImageSet:
     """Draw the N retain images of the Fisher matrix, at most `influence_samples`."""
     generator = torch.Generator().manual_seed(context.config.seed)
     order = torch.randperm(len(context.retain), generator=generator)
@@ -107,13 +107,13 @@ def _taken(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def passes(context: MethodContext) -> float:
+def passes(context: ClassifierContext) -> float:
     """Return the cost in image passes: both sets once, and the Fisher images once per sweep."""
     samples = min(context.config.influence_samples, len(context.retain))
     return len(context.forget) + len(context.retain) + samples * context.config.influence_sweeps
 
 
-METHOD = Method(
+METHOD = ClassifierMethod(
     edit=edit,
     defaults={"epochs": 1},
     reads=frozenset({"influence_strength", "influence_samples", "influence_sweeps", "influence_damping"}),

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from salun_core.methods.classification.method import Method, MethodContext, classification_loss
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, classification_loss
 from salun_core.methods.loop import Phase
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_r with the penalty of this epoch."""
     gamma = context.config.l1_strength * (1 - context.epoch / context.config.epochs)
 
@@ -30,4 +30,4 @@ def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase
     return [context.phase("retain", context.retain, loss)]
 
 
-METHOD = Method(phases, defaults={"learning_rate": 0.01}, reads=frozenset({"l1_strength"}))
+METHOD = ClassifierMethod(phases, defaults={"learning_rate": 0.01}, reads=frozenset({"l1_strength"}))

@@ -71,7 +71,7 @@ def cycled_count(images: ImageSet, config: UnlearnConfig, batches: int) -> int:
 
 
 @dataclass(frozen=True)
-class MethodContext:
+class ClassifierContext:
     """Inputs of a method.
 
     Args:
@@ -100,7 +100,7 @@ class MethodContext:
 
 
 @dataclass(frozen=True)
-class Method(method.Method[UnlearnConfig]):
+class ClassifierMethod(method.Method[UnlearnConfig]):
     """One row of `METHODS`: the phases of an epoch, or a closed-form edit.
 
     Args:
@@ -112,11 +112,11 @@ class Method(method.Method[UnlearnConfig]):
             By default each image of each phase counts once.
     """
 
-    phases: Callable[[MethodContext, torch.Generator], Sequence[Phase]] | None = None
-    begin: Callable[[MethodContext], MethodContext] | None = None
+    phases: Callable[[ClassifierContext, torch.Generator], Sequence[Phase]] | None = None
+    begin: Callable[[ClassifierContext], ClassifierContext] | None = None
     finish: Callable[[nn.Module, int], None] | None = None
-    edit: Callable[[MethodContext], None] | None = None
-    passes: Callable[[MethodContext], float] | None = None
+    edit: Callable[[ClassifierContext], None] | None = None
+    passes: Callable[[ClassifierContext], float] | None = None
     config_type: type[UnlearnConfig] = field(default=UnlearnConfig, kw_only=True)
 
     def check(self, name: str, config: UnlearnConfig) -> None:
@@ -130,7 +130,7 @@ class Method(method.Method[UnlearnConfig]):
                 f"{name} cannot freeze batch norm", "fresh weights have no statistics yet", "set batch_norm: update"
             )
 
-    def total_passes(self, context: MethodContext) -> int:
+    def total_passes(self, context: ClassifierContext) -> int:
         """Return the cost of a whole run in image passes, rounded up."""
         if self.passes:
             return math.ceil(self.passes(context) - 1e-6)  # rounding of thirds may leave the sum just above an integer

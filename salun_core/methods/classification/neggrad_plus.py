@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.methods.classification.method import (
-    Method,
-    MethodContext,
+    ClassifierContext,
+    ClassifierMethod,
     batches_of,
     classification_loss,
     cycled,
@@ -37,7 +37,7 @@ def loss(alpha: float, retain: Share, forget: Share, model: nn.Module) -> Tensor
     return alpha * loss_r - (1 - alpha) * loss_f
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: each retain image once, in random order; each retain batch is paired with a forget batch."""
     config, retain = context.config, context.retain
 
@@ -51,10 +51,10 @@ def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase
     return [Phase("paired", retain.labels.device, len(retain), batches_of(retain, config), draw)]
 
 
-def passes(context: MethodContext) -> float:
+def passes(context: ClassifierContext) -> float:
     """Return the cost in image passes: D_r and an equal number of D_f batches per epoch."""
     forget_images = cycled_count(context.forget, context.config, batches_of(context.retain, context.config))
     return context.config.epochs * (len(context.retain) + forget_images)
 
 
-METHOD = Method(phases, defaults={"gradient_clip": 1.0}, reads=frozenset({"retain_weight"}), passes=passes)
+METHOD = ClassifierMethod(phases, defaults={"gradient_clip": 1.0}, reads=frozenset({"retain_weight"}), passes=passes)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from salun_core.methods.classification.method import Method, MethodContext
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
 from salun_core.methods.loop import Phase
 
 
@@ -34,7 +34,7 @@ def wrong_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -
     return (labels + shift) % num_classes
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f under wrong labels, then D_r; or both shuffled together."""
     wrong = context.forget.relabelled(wrong_labels(context.forget.labels, context.num_classes, generator))
     if context.config.order == "mixed":
@@ -42,4 +42,4 @@ def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase
     return [context.phase("forget", wrong), context.phase("retain", context.retain)]
 
 
-METHOD = Method(phases)
+METHOD = ClassifierMethod(phases)

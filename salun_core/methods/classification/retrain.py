@@ -11,9 +11,9 @@ Source: Fan et al., ICLR 2024, appendix.
 from __future__ import annotations
 
 from salun_core.methods.classification import finetune
-from salun_core.methods.classification.method import Method
+from salun_core.methods.classification.method import ClassifierMethod
 
-METHOD = Method(
+METHOD = ClassifierMethod(
     finetune.phases,
     fresh_start=True,
     defaults={"epochs": 182, "learning_rate": 0.1, "schedule": "step", "batch_norm": "update"},

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from salun_core.methods.classification import random_label
-from salun_core.methods.classification.method import Method, MethodContext
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import Phase, Step
 from salun_core.saliency.threshold import as_ordered, kth_largest
@@ -52,7 +52,7 @@ def shrink(model: nn.Module, original: nn.Module, share: float) -> None:
         parameter.copy_(torch.where(change.abs() <= threshold, before, shrunk))
 
 
-def softened(inner: Phase, context: MethodContext, first: int, of_epoch: int) -> Phase:
+def softened(inner: Phase, context: ClassifierContext, first: int, of_epoch: int) -> Phase:
     """Return a phase of random labelling that applies the soft threshold after each step.
 
     Args:
@@ -75,11 +75,11 @@ def softened(inner: Phase, context: MethodContext, first: int, of_epoch: int) ->
     return replace(inner, draw=draw)
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch of random labelling, softened."""
     inner = random_label.phases(context, generator)
     counts = [phase.steps for phase in inner]
     return [softened(phase, context, sum(counts[:index]), sum(counts)) for index, phase in enumerate(inner)]
 
 
-METHOD = Method(phases, reads=frozenset({"soft_density"}), needs_original=True)
+METHOD = ClassifierMethod(phases, reads=frozenset({"soft_density"}), needs_original=True)

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from salun_core.methods.classification.method import Method, MethodContext, cross_entropy
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
 from salun_core.methods.loop import Phase
 
 
@@ -39,39 +39,39 @@ def divergence(logits: Tensor, original: Tensor, temperature: float) -> Tensor:
     return torch.nn.functional.kl_div(new, old, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _from_original(context: MethodContext, logits: Tensor, images: Tensor) -> Tensor:
+def _from_original(context: ClassifierContext, logits: Tensor, images: Tensor) -> Tensor:
     assert context.original is not None
     with torch.no_grad():
         original = context.original(images)
     return divergence(logits, original, context.config.temperature)
 
 
-def max_loss(context: MethodContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def max_loss(context: ClassifierContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Return -d on a forget batch."""
     return -_from_original(context, model(images), images)
 
 
-def min_loss(context: MethodContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def min_loss(context: ClassifierContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Return α d + γ CE on a retain batch."""
     logits = model(images)
     alpha, gamma = context.config.distillation_weight, context.config.label_weight
     return alpha * _from_original(context, logits, images) + gamma * cross_entropy(logits, labels)
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: max steps over D_f in the first epochs, then min steps over D_r."""
     forget = context.phase("forget", context.forget, partial(max_loss, context))
     retain = context.phase("retain", context.retain, partial(min_loss, context))
     return [forget, retain] if context.epoch < context.config.ascent_epochs else [retain]
 
 
-def passes(context: MethodContext) -> float:
+def passes(context: ClassifierContext) -> float:
     """Return the cost in image passes; each forward pass of the original counts a third."""
     ascents = min(context.config.ascent_epochs, context.config.epochs)
     return (ascents * len(context.forget) + context.config.epochs * len(context.retain)) * 4 / 3
 
 
-METHOD = Method(
+METHOD = ClassifierMethod(
     phases,
     defaults={"batch_norm": "update"},
     reads=frozenset({"ascent_epochs", "distillation_weight", "label_weight", "temperature"}),

@@ -29,8 +29,8 @@ from torch.nn.functional import cross_entropy as sample_losses
 
 from salun_core.data.images import ImageSet
 from salun_core.methods.classification.method import (
-    Method,
-    MethodContext,
+    ClassifierContext,
+    ClassifierMethod,
     batches_of,
     classification_loss,
     cross_entropy,
@@ -64,7 +64,7 @@ def fisher_diagonal(model: nn.Module, images: ImageSet, batch_size: int) -> dict
     return squares
 
 
-def begin(context: MethodContext) -> MethodContext:
+def begin(context: ClassifierContext) -> ClassifierContext:
     """Return the context with the saliency m of θ_o, which is constant during the run."""
     assert context.model is not None
     with scoring(context.model):
@@ -88,7 +88,9 @@ def adaptive_ascent(logits: Tensor, labels: Tensor, power: float, group: Process
     return -(weights / group.total(weights.sum()) * losses).sum()
 
 
-def _forget_loss(context: MethodContext, share: Share, alpha: float, group: ProcessGroup, model: nn.Module) -> Tensor:
+def _forget_loss(
+    context: ClassifierContext, share: Share, alpha: float, group: ProcessGroup, model: nn.Module
+) -> Tensor:
     """Return the loss of a forget step; detached copies of the other weights apply m to the gradient."""
     weights = {
         name: torch.where(context.salient[name], parameter, parameter.detach())
@@ -108,7 +110,7 @@ def _slow_update(model: nn.Module, slow: Sequence[Tensor], beta: float) -> None:
         parameter.copy_(torch.lerp(before, parameter, beta))
 
 
-def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: every retain image once, with a forget step before each `forget_every` retain steps."""
     model, config, retain = context.model, context.config, context.retain
     retain_steps = batches_of(retain, config)
@@ -132,7 +134,7 @@ def phases(context: MethodContext, generator: torch.Generator) -> Sequence[Phase
     return [Phase("retain", retain.labels.device, len(retain), steps, draw)]
 
 
-def passes(context: MethodContext) -> float:
+def passes(context: ClassifierContext) -> float:
     """Return the cost in image passes: both sets for m, then D_r and its forget batches in each epoch."""
     config = context.config
     batches = -(-batches_of(context.retain, config) // config.forget_every)
@@ -140,7 +142,7 @@ def passes(context: MethodContext) -> float:
     return len(context.forget) + len(context.retain) + config.epochs * (len(context.retain) + forget_images)
 
 
-METHOD = Method(
+METHOD = ClassifierMethod(
     phases,
     defaults={"schedule": "cosine", "gradient_clip": 7.0},
     reads=frozenset({"forget_every", "forget_strength", "adaptive_power", "saliency_ratio", "slow_rate"}),

@@ -27,14 +27,14 @@ from salun_core.methods.diffusion import (
     unified_concept_editing,
 )
 from salun_core.methods.diffusion.config import DiffusionConfig
-from salun_core.methods.diffusion.method import ExampleSets, Method, MethodContext, denoising_phase
+from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod, ExampleSets, denoising_phase
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
 from salun_core.methods.loop import OnEpoch, run_loop
 from salun_core.methods.method import UnlearnResult, get_method, resolve_config
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, DiffusionMethod] = {
     "salun": salun.METHOD,
     "random_label": random_label.METHOD,
     "finetune": finetune.METHOD,
@@ -98,7 +98,7 @@ def unlearn_denoiser(
             row.edit(denoiser.of(network), sets, settings)
     else:
         original = _frozen(denoiser, device) if row.needs_original else None
-        context = MethodContext(denoiser.of(network), original, sets, settings, torch.Generator())
+        context = DiffusionContext(denoiser.of(network), original, sets, settings, torch.Generator())
         phases = [denoising_phase(row, context)]
         shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
         history = run_loop(network, lambda *_: phases, settings, mask, shared, fingerprint, on_epoch, group)
@@ -116,7 +116,7 @@ def _check_sets(sets: ExampleSets) -> None:
         )
 
 
-def _start(denoiser: Denoiser, row: Method, config: DiffusionConfig) -> nn.Module:
+def _start(denoiser: Denoiser, row: DiffusionMethod, config: DiffusionConfig) -> nn.Module:
     """Copy the network, or build it with fresh weights; only the selected parameters are trained."""
     network: Any = copy.deepcopy(denoiser.network)
     if row.fresh_start:

@@ -21,11 +21,11 @@ from torch.nn.functional import mse_loss
 
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
-from salun_core.methods.diffusion.method import Method, MethodContext
+from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 from salun_core.methods.diffusion.objectives import guided
 
 
-def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
     """Return the mean squared distance of the prediction from the negatively guided prediction of θ_o."""
     assert context.original is not None
     table = context.sets.table
@@ -37,7 +37,7 @@ def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
 
 
 @torch.no_grad()
-def partly_denoised(context: MethodContext, batch: Noised) -> Noised:
+def partly_denoised(context: DiffusionContext, batch: Noised) -> Noised:
     """Denoise a batch from pure noise to one random time, with guidance, using the model in training.
 
     Args:
@@ -88,7 +88,7 @@ def ddim_step(denoiser: Denoiser, batch: Noised, predicted: Tensor, time: int, p
     return replace(batch, noisy=moved, times=earlier)
 
 
-METHOD = Method(
+METHOD = DiffusionMethod(
     loss,
     needs_original=True,
     needs_retain=False,

@@ -10,13 +10,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from salun_core.diffusion.examples import Noised
-from salun_core.methods.diffusion.method import Method, MethodContext
+from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 from salun_core.methods.diffusion.objectives import denoising_loss
 
 
-def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
     """Return the denoising loss of the retain batch."""
     return denoising_loss(context.denoiser, retain, context.sets.table)
 
 
-METHOD = Method(loss, needs_forget=False)
+METHOD = DiffusionMethod(loss, needs_forget=False)

@@ -21,10 +21,10 @@ from torch import Tensor
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
 from salun_core.errors import UsageError
-from salun_core.methods.diffusion.method import Method, MethodContext
+from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 
 
-def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
     """Return the mean squared attention of the forget batch to the tokens of its concept.
 
     Raises:
@@ -88,6 +88,6 @@ def _probabilities(layer: Any, image: Tensor, text: Tensor, mask: Tensor | None)
     return scores.view(len(text), layer.heads, *scores.shape[1:])
 
 
-METHOD = Method(
+METHOD = DiffusionMethod(
     loss, needs_retain=False, defaults={"selection": "xattn", "steps": 50, "batch_size": 8, "learning_rate": 1e-5}
 )

@@ -41,7 +41,7 @@ class ExampleSets:
 
 
 @dataclass(frozen=True)
-class MethodContext:
+class DiffusionContext:
     """Inputs of a loss, shared by all steps.
 
     Args:
@@ -59,12 +59,12 @@ class MethodContext:
     generator: torch.Generator
 
 
-StepLoss = Callable[[MethodContext, Noised, Noised], Tensor]
+StepLoss = Callable[[DiffusionContext, Noised, Noised], Tensor]
 """(context, forget batch, retain batch) -> scalar to descend."""
 
 
 @dataclass(frozen=True)
-class Method(method.Method[DiffusionConfig]):
+class DiffusionMethod(method.Method[DiffusionConfig]):
     """One row of `METHODS`.
 
     Args:
@@ -98,7 +98,7 @@ class Method(method.Method[DiffusionConfig]):
         return 0 if self.edit else config.steps * config.batch_size * (self.needs_forget + self.needs_retain)
 
 
-def denoising_phase(row: Method, context: MethodContext) -> Phase:
+def denoising_phase(row: DiffusionMethod, context: DiffusionContext) -> Phase:
     """Return the steps of one epoch of a method; each has its own forget batch and retain batch.
 
     Args:
@@ -128,11 +128,11 @@ def denoising_phase(row: Method, context: MethodContext) -> Phase:
     return Phase("denoising", device, count * size, count, draw)
 
 
-def _loss_of(loss: StepLoss, context: MethodContext, forget: Noised, retain: Noised, model: nn.Module) -> Tensor:
+def _loss_of(loss: StepLoss, context: DiffusionContext, forget: Noised, retain: Noised, model: nn.Module) -> Tensor:
     return loss(replace(context, denoiser=context.denoiser.of(model)), forget, retain)
 
 
-def _with_null_condition(batch: Noised, context: MethodContext, generator: torch.Generator) -> Noised:
+def _with_null_condition(batch: Noised, context: DiffusionContext, generator: torch.Generator) -> Noised:
     """Give a share of the retain examples the null condition, as training for classifier-free guidance does."""
     share, null = context.config.null_share, context.sets.table.null
     if not share or null is None or not len(batch):

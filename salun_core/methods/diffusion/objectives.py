@@ -12,7 +12,7 @@ from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
 from salun_core.diffusion.sampling import guidance_conditions, guided_prediction
-from salun_core.methods.diffusion.method import MethodContext
+from salun_core.methods.diffusion.method import DiffusionContext
 
 
 def denoising_loss(denoiser: Denoiser, batch: Noised, table: ConditionTable) -> Tensor:
@@ -47,7 +47,7 @@ def denoising_loss_with_drop(
     return denoising_loss(denoiser, replace(batch, condition=batch.condition.masked_fill(dropped, table.null)), table)
 
 
-def retain_weight(context: MethodContext) -> float:
+def retain_weight(context: DiffusionContext) -> float:
     """Return α for a forget and a retain loss that are both means over all elements.
 
     The published DDPM code sums the retain loss over pixels and averages the forget loss: its α of 1e-3 equals
@@ -59,7 +59,7 @@ def retain_weight(context: MethodContext) -> float:
     return config.alpha
 
 
-def relabel_loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
+def relabel_loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
     """Return the loss of random labelling (SalUn, eq. 7).
 
         E||ε_θ(x_t | c') - ε_θ(x_t | c)||² + α E||ε - ε_θ(x_t | c_r)||²,    the first ε_θ a constant

@@ -7,7 +7,7 @@ Source: Fan et al., "SalUn", ICLR 2024, equation (7) without its mask.
 
 from __future__ import annotations
 
-from salun_core.methods.diffusion.method import Method
+from salun_core.methods.diffusion.method import DiffusionMethod
 from salun_core.methods.diffusion.objectives import relabel_loss
 
-METHOD = Method(relabel_loss)
+METHOD = DiffusionMethod(relabel_loss)

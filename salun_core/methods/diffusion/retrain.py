@@ -13,11 +13,11 @@ from torch import Tensor
 
 from salun_core.diffusion.examples import Noised
 from salun_core.errors import UsageError
-from salun_core.methods.diffusion.method import Method, MethodContext
+from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 from salun_core.methods.diffusion.objectives import denoising_loss_with_drop
 
 
-def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
     """Return the denoising loss of the retain batch with a tenth of its conditions dropped.
 
     Raises:
@@ -32,7 +32,7 @@ def loss(context: MethodContext, forget: Noised, retain: Noised) -> Tensor:
     return denoising_loss_with_drop(context.denoiser, retain, context.sets.table, context.generator)
 
 
-METHOD = Method(
+METHOD = DiffusionMethod(
     loss,
     needs_forget=False,
     fresh_start=True,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.methods.diffusion.config import DiffusionConfig
-from salun_core.methods.diffusion.method import ExampleSets, Method
+from salun_core.methods.diffusion.method import DiffusionMethod, ExampleSets
 
 
 @torch.no_grad()
@@ -124,4 +124,4 @@ def _by_text(
         yield names, torch.cat(read[names[0]])
 
 
-METHOD = Method(edit=edit)
+METHOD = DiffusionMethod(edit=edit)

@@ -10,7 +10,7 @@ from torch import nn
 from salun_core.data import ImageSet
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
-from salun_core.evaluation.optional_metrics import Subject, measure_optional_metrics, require_reference
+from salun_core.evaluation.optional_metrics import MeasuredModels, measure_optional_metrics, require_reference
 from salun_core.methods.classification import METHODS, method_config
 from salun_core.methods.classification.training import train_classifier
 from salun_core.methods.config import UnlearnConfig
@@ -70,7 +70,9 @@ def _optional(
         raise UsageError("the unlearning cannot be repeated", "its run.json is not known", "leave `seeds` out")
     gone = set(evidence.forgotten.classes)
     kept = [index for index, label in enumerate(inputs.test.labels.tolist()) if label not in gone]
-    subject = Subject(models, inputs.forget.to(device), inputs.retain.to(device), inputs.test.select(kept).to(device))
+    subject = MeasuredModels(
+        models, inputs.forget.to(device), inputs.retain.to(device), inputs.test.select(kept).to(device)
+    )
 
     def train_shadow(images: ImageSet, seed: int) -> nn.Module:
         """Train a shadow model by the recipe on the model card, which an attacker is assumed to know."""

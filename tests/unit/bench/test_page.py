@@ -8,7 +8,7 @@ import pytest
 
 from salun_core.bench.page import filled, read_results, results_json, section, write_page
 from salun_core.bench.plot import plot
-from salun_core.bench.results import Figures, Results, Row
+from salun_core.bench.results import Figures, ResultRow, Results
 from salun_core.errors import ConflictError, UsageError
 
 
@@ -29,8 +29,8 @@ RESULTS = Results(
     environment={"torch": "2", "threads": "2"},
     machine="A processor, 2 cores",
     rows=[
-        Row(name="original", figures=[figures(0, 0.0, 0.96, None)]),
-        Row(
+        ResultRow(name="original", figures=[figures(0, 0.0, 0.96, None)]),
+        ResultRow(
             name="SalUn",
             method="salun",
             mask="saliency",

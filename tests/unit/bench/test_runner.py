@@ -11,7 +11,7 @@ import pytest
 
 from salun_core.bench.page import table
 from salun_core.bench.results import collect
-from salun_core.bench.runner import Outcome, run_suite
+from salun_core.bench.runner import SuiteOutcome, run_suite
 from salun_core.digest import sha256_file
 from salun_core.errors import ConflictError
 from tests.unit.bench.conftest import files
@@ -39,7 +39,7 @@ def test_a_complete_run_measures_nothing_and_yields_the_same_table(plan, resumed
     out, _, _ = resumed
     before = table(collect(plan, out))
     outcome = run_suite(plan, out, quiet)
-    assert outcome == Outcome(kept=[cell.name for cell in plan.cells])
+    assert outcome == SuiteOutcome(kept=[cell.name for cell in plan.cells])
     assert table(collect(plan, out)) == before
 
 

@@ -5,8 +5,8 @@ import torch
 from tiny_diffusion import lab
 
 from salun_core.errors import UsageError
-from salun_core.methods.diffusion import METHODS, MethodContext, diffusion_config
-from salun_core.methods.diffusion.method import Method, denoising_phase
+from salun_core.methods.diffusion import METHODS, DiffusionContext, diffusion_config
+from salun_core.methods.diffusion.method import DiffusionMethod, denoising_phase
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 
 pytest.importorskip("diffusers")
@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 def context_of(method="finetune"):
     denoiser, sets = lab("class")
     settings = diffusion_config(method, {"batch_size": 8, "steps": 3, "epochs": 1})
-    return MethodContext(denoiser, None, sets, settings, torch.Generator())
+    return DiffusionContext(denoiser, None, sets, settings, torch.Generator())
 
 
 def phase(method="finetune"):
@@ -57,7 +57,7 @@ def test_a_method_without_forget_loss_gets_no_forget_examples():
         return retain.noisy.sum()
 
     context = context_of()
-    for method in (Method(loss, needs_forget=False), Method(loss)):
+    for method in (DiffusionMethod(loss, needs_forget=False), DiffusionMethod(loss)):
         drawn(denoising_phase(method, context))[0].loss(context.denoiser.network)
     assert seen == [(0, 8), (8, 8)]
 

@@ -25,7 +25,7 @@ from tiny_diffusion import (
 from salun_core.diffusion.examples import noised
 from salun_core.errors import ConflictError, DataError, UsageError
 from salun_core.methods.classification import FileCheckpoint
-from salun_core.methods.diffusion import METHODS, MethodContext, diffusion_config, unlearn_denoiser
+from salun_core.methods.diffusion import METHODS, DiffusionContext, diffusion_config, unlearn_denoiser
 from salun_core.methods.diffusion.erased_stable_diffusion import ddim_step, partly_denoised, path
 from salun_core.methods.diffusion.forget_me_not import attention_energy, attention_maps
 from salun_core.methods.diffusion.saliency import denoising_scores
@@ -41,7 +41,9 @@ TRAINED = ("salun", "random_label", "finetune", "gradient_ascent", "retrain", "e
 
 
 def context(denoiser, sets, method, original=None, **config):
-    return MethodContext(denoiser, original, sets, diffusion_config(method, config), torch.Generator().manual_seed(0))
+    return DiffusionContext(
+        denoiser, original, sets, diffusion_config(method, config), torch.Generator().manual_seed(0)
+    )
 
 
 def mask_of(denoiser, sets, density=0.5, **config):

@@ -11,7 +11,7 @@ from tiny_diffusion import NULL, batches, lab
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.examples import Examples
 from salun_core.errors import UsageError
-from salun_core.methods.diffusion import ExampleSets, MethodContext, diffusion_config
+from salun_core.methods.diffusion import DiffusionContext, ExampleSets, diffusion_config
 from salun_core.methods.diffusion.objectives import (
     denoising_loss,
     denoising_loss_with_drop,
@@ -24,7 +24,7 @@ pytest.importorskip("diffusers")
 
 
 def context(denoiser, sets, method="salun", **config):
-    return MethodContext(denoiser, None, sets, diffusion_config(method, config), torch.Generator().manual_seed(0))
+    return DiffusionContext(denoiser, None, sets, diffusion_config(method, config), torch.Generator().manual_seed(0))
 
 
 def value(loss):

@@ -14,7 +14,7 @@ from salun_core.digest import canonical_json, sha256_bytes
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import ClassAccuracy, OptionalMetricFacts, TuningFacts
 from salun_core.evaluation.optional_metrics import (
-    Subject,
+    MeasuredModels,
     decile_metric,
     familiar_share,
     halves,
@@ -74,7 +74,7 @@ def test_only_requested_metrics_are_measured(lab, forgotten_class):
     model, _, evidence = forgotten_class
     forget, retain = lab.parts("class")
     kept = lab.test.select([i for i, label in enumerate(lab.test.labels.tolist()) if label != 3])
-    subject = Subject({"before": lab.model, "after": model}, forget, retain, kept)
+    subject = MeasuredModels({"before": lab.model, "after": model}, forget, retain, kept)
     asked = parse_optional_metrics("decile,probe,relearn=5")
     found = measure_optional_metrics(evidence, asked, subject, never, never)
     new = set(found.metrics) - set(evidence.metrics)
@@ -88,7 +88,7 @@ def test_only_requested_metrics_are_measured(lab, forgotten_class):
 def test_several_seeds_repeat_the_run(lab, forgotten_class):
     model, _, evidence = forgotten_class
     forget, retain = lab.parts("class")
-    subject = Subject({"before": lab.model, "after": model}, forget, retain, lab.test)
+    subject = MeasuredModels({"before": lab.model, "after": model}, forget, retain, lab.test)
     asked_for = []
 
     def rerun(seed):
@@ -157,7 +157,7 @@ def test_the_first_step_is_one_of_sgd(lab):
 def test_without_two_samples_relearning_is_not_measured(lab, forgotten_class):
     model, _, evidence = forgotten_class
     one = lab.parts("class")[0].select([0])
-    subject = Subject({"before": lab.model, "after": model}, one, one, lab.test)
+    subject = MeasuredModels({"before": lab.model, "after": model}, one, one, lab.test)
     metric = measure_optional_metrics(evidence, {"relearn": 5}, subject, never, never).metrics["relearn"]
     assert (metric.before, metric.after, metric.n) == (None, None, 0)
 

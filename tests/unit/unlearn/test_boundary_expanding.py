@@ -9,12 +9,12 @@ from torch import nn
 from salun_core.data import ImageSet
 from salun_core.errors import ModelError
 from salun_core.methods.classification import UnlearnConfig, boundary_expanding
-from salun_core.methods.classification.method import MethodContext
+from salun_core.methods.classification.method import ClassifierContext
 
 
 def context_of(model, classes=3, forget=FORGET, **config):
     forget = ImageSet.of(forget)
-    return MethodContext(forget, forget, classes, UnlearnConfig(**config), model)
+    return ClassifierContext(forget, forget, classes, UnlearnConfig(**config), model)
 
 
 def test_the_forget_set_is_trained_towards_the_new_class_only():

@@ -10,7 +10,7 @@ from by_hand import image_set, net, run
 
 from salun_core.errors import UsageError
 from salun_core.methods.classification import METHODS, FileCheckpoint, UnlearnConfig, method_config
-from salun_core.methods.classification.method import MethodContext
+from salun_core.methods.classification.method import ClassifierContext
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.models.checkpoint import model_digest
 
@@ -110,7 +110,7 @@ def test_the_shares_of_several_processes_add_up_to_the_batch(method):
     with torch.no_grad():
         model.conv.weight.mul_(1.1)
     config = UnlearnConfig(batch_size=4, augment=False)
-    context = MethodContext(image_set(17, 1), image_set(17, 2), 4, config, model, net())
+    context = ClassifierContext(image_set(17, 1), image_set(17, 2), 4, config, model, net())
     context = METHODS[method].begin(context) if METHODS[method].begin else context
     original = net() if method == "salun_soft" else context.original
 
