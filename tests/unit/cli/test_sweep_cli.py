@@ -133,7 +133,7 @@ def test_a_key_that_is_missing_is_missed_before_the_run(sweep, ledger, store, mo
     ledger.submit("r-1", "digits", ClassTarget(class_id=3))
     result = sweep("--once", "--min-requests", 1)
     assert result.exit_code == 2
-    assert "there is no signing key" in result.stderr
+    assert "no signing key is set" in result.stderr
     assert ledger.status("r-1") is Status.QUEUED
 
 
