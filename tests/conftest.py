@@ -19,18 +19,21 @@ settings.register_profile("salun", deadline=None, derandomize=os.environ.get("CI
 settings.load_profile("salun")
 
 _FOREIGN = ("AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE")
+_TRAINED = {"lab", "digits_model"}
 _TESTS = Path(__file__).resolve().parent
 _shared = pytest.StashKey[ExitStack]()
 _server_key = pytest.StashKey[object]()
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the rings: what needs the S3 server, and what runs whole commands."""
+    """Mark the rings: what needs the S3 server, runs whole commands, or uses a model that has to be trained first."""
     for item in items:
         if "s3_server" in item.fixturenames:
             item.add_marker("s3")
         if item.path.is_relative_to(_TESTS / "e2e"):
             item.add_marker("e2e")
+        if not _TRAINED.isdisjoint(item.fixturenames):
+            item.add_marker("slow")
 
 
 def _start_server(stack: ExitStack):
