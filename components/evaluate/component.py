@@ -52,8 +52,7 @@ def evaluate(
 
     context = RunContext(Path(before.path), forget_manifest_uri, model_line, store_uri, run_id)
     paths, used = (Path(after.path), Path(evidence.path), Path(report.path)), Path(mask.path)
-    extra = extra_metrics or also
-    found = step(context, *paths, mask=used, retrain_reference=retrain_reference, extra_metrics=extra)
+    found = step(context, *paths, mask=used, retrain_reference=retrain_reference, extra_metrics=extra_metrics or also)
     for name, value in scalar_metrics(found).items():
         metrics.log_metric(name, value)
     if labels_and_counts := confusion(found):
