@@ -46,6 +46,10 @@ class StoreError(SalunError):
     """The object store is unreachable, unsafe, or refuses the credentials (exit 1)."""
 
 
+class StoreUnreachableError(StoreError):
+    """The object store does not answer, or is busy: the same call may succeed later (exit 1)."""
+
+
 class GateRefusedError(SalunError):
     """The gate refused to publish (exit 3)."""
 

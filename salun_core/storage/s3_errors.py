@@ -18,7 +18,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as UnreachableError
 from s3transfer.exceptions import RetriesExceededError
 
-from salun_core.errors import ConflictError, IntegrityError, SalunError, StoreError
+from salun_core.errors import ConflictError, IntegrityError, SalunError, StoreError, StoreUnreachableError
 
 _NO_ANSWER = (HTTPClientError, UnreachableError)
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN if you use one)"
@@ -92,9 +92,11 @@ def _translate(what: str, endpoint: str, error: BaseException) -> SalunError:
         )
     if isinstance(error, _NO_ANSWER):
         remedy = "check that the store runs and that AWS_ENDPOINT_URL is right"
-        return StoreError(what, f"no answer from {endpoint} ({type(error).__name__})", remedy)
+        return StoreUnreachableError(what, f"no answer from {endpoint} ({type(error).__name__})", remedy)
     if isinstance(error, RetriesExceededError | IncompleteReadError):
-        return StoreError(what, "the answer broke off each time", "run it again; check the network if it lasts")
+        return StoreUnreachableError(
+            what, "the answer broke off each time", "run it again; check the network if it lasts"
+        )
     why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return StoreError(what, why, "check the AWS_* settings and run it again")
 
@@ -106,7 +108,7 @@ def _refusal(what: str, error: ClientError) -> StoreError:
         return StoreError(what, f"{why} ({code})", remedy)
     if status >= 500 or code in {"SlowDown", "Throttling", "RequestTimeout"}:
         remedy = "run it again; check the store's log if it lasts"
-        return StoreError(what, f"the store is busy or broken ({status} {code})", remedy)
+        return StoreUnreachableError(what, f"the store is busy or broken ({status} {code})", remedy)
     message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())[:200]
     why = f"the store refused it ({status} {code}) {message}".strip()
     return StoreError(what, why, "find the cause in the store's log")
