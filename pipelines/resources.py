@@ -9,16 +9,27 @@ from kfp import kubernetes
 from pipelines.step_secrets import SECRET
 
 USER = 10001  # of the image; a number, because Kubernetes cannot check that a name is not root
-SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+# Key of the Secret or the ConfigMap -> variable of the step. Kubeflow's launcher shares the container and reads AWS_*:
+# under our own names it never takes our keys or our address for those of its own store.
+SECRET_KEYS = {
+    "AWS_ACCESS_KEY_ID": "SALUN_S3_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY": "SALUN_S3_SECRET_ACCESS_KEY",
+}
 CONFIG_MAP = "salun-config"
-CONFIG_KEYS = (
-    "AWS_ENDPOINT_URL",
-    "AWS_REGION",
-    "PUSHGATEWAY_URL",
-    "SALUN_FULL_COPY_EVERY",
-    "SALUN_COMMIT",
-    "SALUN_IMAGE_DIGEST",
-)
+CONFIG_KEYS = {
+    "AWS_ENDPOINT_URL": "SALUN_S3_ENDPOINT_URL",
+    "AWS_REGION": "SALUN_S3_REGION",
+    "PUSHGATEWAY_URL": "PUSHGATEWAY_URL",
+    "KFP_ENDPOINT": "KFP_ENDPOINT",
+    "SALUN_FULL_COPY_EVERY": "SALUN_FULL_COPY_EVERY",
+    "SALUN_COMMIT": "SALUN_COMMIT",
+    "SALUN_IMAGE_DIGEST": "SALUN_IMAGE_DIGEST",
+}
+# A step asks for the state of its own run and of another one that holds its line.
+FIELDS = {
+    "SALUN_WORKFLOW": "metadata.labels['workflows.argoproj.io/workflow']",
+    "SALUN_NAMESPACE": "metadata.namespace",
+}
 SIGNING_SECRET = "salun-signing"  # noqa: S105 - the name of a Secret
 SIGNING_FOLDER = "/etc/salun/signing"
 ACCELERATOR = "nvidia.com/gpu"
@@ -50,8 +61,10 @@ def configure(task: Any, form: Any, *, hours: float, gpu: bool = False, retries:
     kubernetes.add_node_selector_json(task, form.node_selector)
     kubernetes.add_toleration_json(task, form.tolerations)
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
-    kubernetes.use_secret_as_env(task, SECRET, {key: key for key in SECRET_KEYS}, optional=True)
-    kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: key for key in CONFIG_KEYS}, optional=True)
+    kubernetes.use_secret_as_env(task, SECRET, SECRET_KEYS, optional=True)
+    kubernetes.use_config_map_as_env(task, CONFIG_MAP, CONFIG_KEYS, optional=True)
+    for name, path in FIELDS.items():
+        kubernetes.use_field_path_as_env(task, name, path)
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "salun")
     kubernetes.add_pod_label(task, "app.kubernetes.io/component", task.name)
     return task

@@ -56,7 +56,7 @@ EXIT_CODES: Mapping[RunState, int] = {
     RunState.FAILED: 1,
     RunState.KILLED: 1,
 }
-"""The exit codes of `submit --wait` and `status`; a sweep that finds its line held ends with 0, as the next one tries."""
+"""Exit codes of `submit --wait` and `status`; a sweep that finds its line held ends with 0, as the next one tries."""
 
 
 class OutcomeRecord(StoredDocument):

@@ -17,8 +17,8 @@ def open_store(uri: str) -> S3Store:
     """Open a store by its address, without sending a request. Stores with the same settings share one client.
 
     Args:
-        uri: `s3://bucket` or `s3://bucket/prefix`. The endpoint comes from AWS_ENDPOINT_URL_S3 or
-            AWS_ENDPOINT_URL, region and credentials from the other AWS variables.
+        uri: `s3://bucket` or `s3://bucket/prefix`. The endpoint comes from SALUN_S3_ENDPOINT_URL, AWS_ENDPOINT_URL_S3
+            or AWS_ENDPOINT_URL; region and credentials from the other SALUN_S3_* and AWS_* variables.
 
     Raises:
         UsageError: the address is not valid; the remedy suggests the nearest valid one.

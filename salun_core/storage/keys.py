@@ -14,6 +14,7 @@ from typing import Any
 
 from salun_core.digest import is_digest
 from salun_core.errors import IntegrityError, UsageError
+from salun_core.storage.s3_settings import variable
 
 _ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -135,7 +136,7 @@ def split_uri(uri: str) -> tuple[str, str]:
 def _nearest_uri(uri: str) -> str:
     scheme, separator, rest = uri.partition("://")
     if separator and scheme.lower() in {"http", "https"}:
-        return "put the endpoint into AWS_ENDPOINT_URL and write s3://bucket/prefix"
+        return f"put the endpoint into {variable('ENDPOINT_URL')} and write s3://bucket/prefix"
     if separator and scheme.lower() not in {"s3", "s3a", "s3n", "minio"}:
         return "only S3 stores are supported; write s3://bucket/prefix"
     head, _, tail = (rest if separator else uri).strip("/").partition("/")

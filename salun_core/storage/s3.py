@@ -46,6 +46,7 @@ from salun_core.storage.keys import check_key
 from salun_core.storage.local_files import disk_error
 from salun_core.storage.objects import Entry, StoredObject
 from salun_core.storage.s3_errors import code_of, conflict, is_missing, is_unclear, status_of, translated
+from salun_core.storage.s3_settings import PREFIX, own_settings, session_arguments, variable
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
@@ -64,7 +65,9 @@ def make_client(endpoint: str | None = None) -> S3Client:
     """Build a client with bounded retries and timeouts.
 
     Args:
-        endpoint: URL of the store; by default AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or AWS itself.
+        endpoint: URL of the store; by default SALUN_S3_ENDPOINT_URL, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or AWS
+            itself. Region and keys come from SALUN_S3_REGION, SALUN_S3_ACCESS_KEY_ID, SALUN_S3_SECRET_ACCESS_KEY and
+            SALUN_S3_SESSION_TOKEN; what is not set there comes from boto3's chain (AWS_*, roles, files).
 
     Raises:
         StoreError: the settings in the environment are wrong.
@@ -76,15 +79,18 @@ def make_client(endpoint: str | None = None) -> S3Client:
         max_pool_connections=64,
         response_checksum_validation="when_supported",  # overrides the environment: it catches flipped bits
     )
+    settings = own_settings()
+    endpoint = endpoint or settings.get("ENDPOINT_URL")
     try:
         with translated("cannot set up the S3 client", endpoint or "the store"):
             # A session of its own: boto3's default session never reads changed credentials.
-            return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
+            session = boto3.session.Session(**session_arguments(settings))
+            return session.client("s3", endpoint_url=endpoint, config=config)
     except ValueError as error:  # botocore raises it for an endpoint that is not a URL
         raise StoreError(
             "cannot set up the S3 client",
             str(error),
-            "set AWS_ENDPOINT_URL to http://host:port or https://host",
+            f"set {variable('ENDPOINT_URL')} to http://host:port or https://host",
         ) from error
 
 
@@ -111,11 +117,11 @@ def _settings_digest() -> str:
     found = [
         (name, value)
         for name, value in sorted(os.environ.items())
-        if name.startswith("AWS_") or name.lower().endswith("_proxy") or name == "REQUESTS_CA_BUNDLE"
+        if name.startswith(("AWS_", PREFIX)) or name.lower().endswith("_proxy") or name == "REQUESTS_CA_BUNDLE"
     ]
-    for variable, default in _CREDENTIAL_FILES.items():
+    for name, default in _CREDENTIAL_FILES.items():
         with suppress(OSError):
-            path = Path(os.environ.get(variable, default)).expanduser()
+            path = Path(os.environ.get(name, default)).expanduser()
             found.append((str(path), str(path.stat().st_mtime_ns)))
     return sha256_bytes(repr(found).encode())
 
@@ -123,8 +129,8 @@ def _settings_digest() -> str:
 class S3Store:
     """A bucket, or a folder of one, as a `FileStore`.
 
-    Region and credentials come from the usual AWS variables. Every method raises StoreError if the store is unreachable
-    or refuses the credentials.
+    Region and credentials come from the environment, as in `make_client`. Every method raises StoreError if the store
+    is unreachable or refuses the credentials.
 
     Args:
         bucket: name of the bucket.

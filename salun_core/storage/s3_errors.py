@@ -19,9 +19,10 @@ from botocore.exceptions import ConnectionError as UnreachableError
 from s3transfer.exceptions import RetriesExceededError
 
 from salun_core.errors import ConflictError, IntegrityError, SalunError, StoreError, StoreUnreachableError
+from salun_core.storage.s3_settings import both_keys, variable
 
 _NO_ANSWER = (HTTPClientError, UnreachableError)
-_CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN if you use one)"
+_CREDENTIALS = "check {keys} (and {token} if you use one)"
 _POLICY = "allow this account s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket below the prefix"
 _UNKNOWN_KEY = ("the store does not know the access key", _CREDENTIALS)
 _REASONS = {
@@ -36,7 +37,7 @@ _REASONS = {
     "NoSuchBucket": ("the bucket does not exist", "create the bucket, or correct its name in the address"),
     "NoSuchKey": ("the object does not exist", "check the key; it may have been deleted"),
     "404": ("the object or the bucket does not exist", "check the bucket and the key"),
-    "PermanentRedirect": ("the bucket is in another region", "set AWS_REGION to the bucket's region"),
+    "PermanentRedirect": ("the bucket is in another region", "set {region} to the bucket's region"),
     "NotImplemented": ("the store does not support this operation", "use a store with conditional writes"),
 }
 
@@ -87,31 +88,34 @@ def _translate(what: str, endpoint: str, error: BaseException) -> SalunError:
     if isinstance(error, FlexibleChecksumError):
         return IntegrityError(what, "the bytes do not match the store's checksum", "restore the object from a copy")
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return StoreError(
-            what, "there are no credentials for the store", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
+        return StoreError(what, "there are no credentials for the store", f"set {both_keys()}")
     if isinstance(error, _NO_ANSWER):
-        remedy = "check that the store runs and that AWS_ENDPOINT_URL is right"
+        remedy = f"check that the store runs and that {variable('ENDPOINT_URL')} is right"
         return StoreUnreachableError(what, f"no answer from {endpoint} ({type(error).__name__})", remedy)
     if isinstance(error, RetriesExceededError | IncompleteReadError):
         return StoreUnreachableError(
             what, "the answer broke off each time", "run it again; check the network if it lasts"
         )
     why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return StoreError(what, why, "check the AWS_* settings and run it again")
+    return StoreError(what, why, "check the settings SALUN_S3_* and AWS_*, and run it again")
 
 
 def _refusal(what: str, error: ClientError) -> StoreError:
     code, status = code_of(error), status_of(error)
     if code in _REASONS:
         why, remedy = _REASONS[code]
-        return StoreError(what, f"{why} ({code})", remedy)
+        return StoreError(what, f"{why} ({code})", _named(remedy))
     if status >= 500 or code in {"SlowDown", "Throttling", "RequestTimeout"}:
         remedy = "run it again; check the store's log if it lasts"
         return StoreUnreachableError(what, f"the store is busy or broken ({status} {code})", remedy)
     message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())[:200]
     why = f"the store refused it ({status} {code}) {message}".strip()
     return StoreError(what, why, "find the cause in the store's log")
+
+
+def _named(remedy: str) -> str:
+    """Fill in the variables that are in use."""
+    return remedy.format(keys=both_keys(), token=variable("SESSION_TOKEN"), region=variable("REGION"))
 
 
 def conflict(address: str, etag: str | None, *, gone: bool) -> ConflictError:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from salun_core.errors import StoreError
+from salun_core.storage.s3_settings import VARIABLES
 
 _LISTENERS = [f"{name}.port{kind}" for name in ("s3", "master", "volume", "filer", "admin") for kind in ("", ".grpc")]
 _PORTS = range(15000, 30000)  # below the ports that systems use for outgoing connections
@@ -281,6 +282,7 @@ def _ready(process: subprocess.Popen[bytes], server: EmbeddedServer) -> bool:
 def _environ(endpoint: str, access: str, secret: str) -> dict[str, str]:
     bypass = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1,localhost"]))
     return {
+        **dict.fromkeys(VARIABLES, ""),  # they would win over the following ones
         **dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), endpoint),
         "AWS_ACCESS_KEY_ID": access,
         "AWS_SECRET_ACCESS_KEY": secret,

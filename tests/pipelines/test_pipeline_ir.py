@@ -9,6 +9,7 @@ from components._image import IMAGE
 from pipelines.form import PLACEMENT
 from pipelines.ir_lint import lint
 from pipelines.packages import COMPILED
+from salun_core.storage.s3_settings import VARIABLES
 from salun_core.telemetry.metrics import check_label
 
 GPU_STEPS = {"exec-compute-mask", "exec-unlearn", "exec-evaluate"}
@@ -280,6 +281,34 @@ def test_pods_are_confined_and_configured(each):
         assert pod["podMetadata"]["labels"]["app.kubernetes.io/part-of"] == "salun"
         assert {"SALUN_FULL_COPY_EVERY", "SALUN_COMMIT", "SALUN_IMAGE_DIGEST"} <= keys_of(pod)
         assert pod["tolerations"][0]["tolerationJson"]["componentInputParameter"].endswith("tolerations")
+
+
+def test_kubeflows_launcher_finds_no_key_and_no_address_of_our_store(each):
+    """It shares the container with the step, and reads AWS_* for its own store."""
+    for pod in pods(each).values():
+        given = variables_of(pod)
+        assert not [name for name in given if name.startswith("AWS_")]
+        assert {name for name in given if name in VARIABLES} == {*VARIABLES} - {"SALUN_S3_SESSION_TOKEN"}
+        pairs = [pair for source in pod["secretAsEnv"] for pair in source["keyToEnv"]]
+        assert {pair["envVar"].removeprefix("SALUN_S3_"): pair["secretKey"] for pair in pairs} == {
+            "ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID",
+            "SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY",
+        }
+
+
+def test_every_step_knows_its_workflow_and_can_ask_for_runs(each):
+    for pod in pods(each).values():
+        assert {item["name"]: item["fieldPath"] for item in pod["fieldPathAsEnv"]} == {
+            "SALUN_WORKFLOW": "metadata.labels['workflows.argoproj.io/workflow']",
+            "SALUN_NAMESPACE": "metadata.namespace",
+        }
+        assert "KFP_ENDPOINT" in keys_of(pod)
+
+
+def variables_of(pod):
+    """The names of all variables that a pod gets from Secrets, the ConfigMap and its own fields."""
+    pairs = [pair for source in pod["secretAsEnv"] + pod["configMapAsEnv"] for pair in source["keyToEnv"]]
+    return [pair["envVar"] for pair in pairs] + [item["name"] for item in pod["fieldPathAsEnv"]]
 
 
 def keys_of(pod):

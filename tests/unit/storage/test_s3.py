@@ -17,6 +17,7 @@ from urllib3 import HTTPResponse
 from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
 from salun_core.storage import open_store
 from salun_core.storage.s3 import S3Store, make_client, shared_client
+from salun_core.storage.s3_settings import VARIABLES
 
 pytestmark = pytest.mark.s3
 
@@ -417,6 +418,64 @@ def test_incomplete_credentials_are_named(store, monkeypatch):
         open_store(store.uri).get("a")
 
 
+def as_own(monkeypatch, *names):
+    """Give settings of the server under our own names, and another account's under those of AWS."""
+    other = {"ENDPOINT_URL": "http://127.0.0.1:9", "REGION": "eu-west-1", "SESSION_TOKEN": "of-another"}
+    for name in names:
+        monkeypatch.setenv(f"SALUN_S3_{name}", os.environ[f"AWS_{name}"])
+        monkeypatch.setenv(f"AWS_{name}", other.get(name, "of-another"))
+        monkeypatch.delenv(f"AWS_{name}_S3", raising=False)
+
+
+def test_our_own_variables_win_over_those_of_aws(store, monkeypatch):
+    store.put_new("a", b"one")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of-another")  # must not be sent with our own keys
+    as_own(monkeypatch, "ENDPOINT_URL", "REGION", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+    assert open_store(store.uri).get("a").data == b"one"
+    assert make_client().meta.region_name == "us-east-1"
+    assert make_client("http://127.0.0.1:8").meta.endpoint_url == "http://127.0.0.1:8"
+
+
+@pytest.mark.parametrize("names", [["ENDPOINT_URL"], ["REGION"], ["ACCESS_KEY_ID", "SECRET_ACCESS_KEY"]])
+def test_each_of_our_own_variables_replaces_its_counterpart_only(store, monkeypatch, names):
+    store.put_new("a", b"one")
+    as_own(monkeypatch, *names)
+    assert open_store(store.uri).get("a").data == b"one"
+
+
+def test_empty_variables_of_our_own_count_as_not_set(store, monkeypatch):
+    store.put_new("a", b"one")
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")
+    assert open_store(store.uri).get("a").data == b"one"
+
+
+@pytest.mark.parametrize("given", ["ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"])
+def test_half_a_pair_of_our_own_keys_is_refused(store, monkeypatch, given):
+    """It must not be completed with half of another account's."""
+    monkeypatch.setenv(f"SALUN_S3_{given}", "sesame-of-mine")
+    with pytest.raises(StoreError, match=f"SALUN_S3_{given} is set, but") as caught:
+        open_store(store.uri)
+    for name in ("SALUN_S3_ACCESS_KEY_ID", "SALUN_S3_SECRET_ACCESS_KEY"):
+        assert name in caught.value.remedy
+    assert "sesame-of-mine" not in str(caught.value)
+
+
+def test_errors_name_the_variables_in_use(store, tmp_path, monkeypatch):
+    as_own(monkeypatch, "ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+    monkeypatch.setenv("SALUN_S3_SECRET_ACCESS_KEY", "sesame-of-mine")
+    with pytest.raises(StoreError, match="check SALUN_S3_ACCESS_KEY_ID and SALUN_S3_SECRET_ACCESS_KEY"):
+        open_store(store.uri).get("a")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(f"SALUN_S3_{name}")
+        monkeypatch.delenv(f"AWS_{name}")
+    # A pod without its Secret: the address has our name, so the keys should have it, too.
+    assert_refused(open_store(store.uri), tmp_path, "no credentials", "set SALUN_S3_ACCESS_KEY_ID and SALUN_S3_SECRET")
+    monkeypatch.setenv("SALUN_S3_ENDPOINT_URL", "localhost:9000")
+    with pytest.raises(StoreError, match="set SALUN_S3_ENDPOINT_URL to http"):
+        open_store(store.uri)
+
+
 def test_a_store_that_is_down_is_named(store, tmp_path):
     down = S3Store("salun", client=impatient("http://127.0.0.1:9"))
     assert_refused(down, tmp_path, "no answer from http://127.0.0.1:9", "AWS_ENDPOINT_URL")
@@ -462,6 +521,8 @@ def test_stores_with_the_same_settings_share_a_client(store, monkeypatch):
         ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9"),
         ("AWS_REGION", "eu-west-1"),
         ("AWS_SECRET_ACCESS_KEY", "another"),
+        ("SALUN_S3_ENDPOINT_URL", "http://127.0.0.1:9"),
+        ("SALUN_S3_REGION", "eu-west-1"),
         ("HTTPS_PROXY", "http://127.0.0.1:9"),
     ],
 )
