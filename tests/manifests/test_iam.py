@@ -32,7 +32,7 @@ from salun_core.storage.keys import LAYOUT, RUN_FILES
 from salun_core.storage.leases import acquire, release
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.runs import RunLog, RunStatus
-from tests.toy_line import run_record
+from tests.support.toy_line import run_record
 
 pytestmark = pytest.mark.s3
 IAM = Path(__file__).parents[2] / "manifests" / "iam"

@@ -9,7 +9,7 @@ from pipelines.packages import COMPILED
 from salun_core.models import load_model
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.tasks import register_model
-from tests.tiny_diffusion_models import CLASS, PERMISSIVE, QUICK, tiny_ddpm
+from tests.support.tiny_diffusion_models import CLASS, PERMISSIVE, QUICK, tiny_ddpm
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
 pytestmark = pytest.mark.s3

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from memory_store import MemoryStore
 
 from salun_core.data.targets import SamplesTarget
 from salun_core.errors import ConflictError
@@ -16,6 +15,7 @@ from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status, is_overdue
 from salun_core.storage.s3 import S3Store
+from tests.support.memory_store import MemoryStore
 
 pytestmark = pytest.mark.slow
 

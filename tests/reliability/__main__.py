@@ -42,7 +42,7 @@ OF_PYTEST = {
     ],
     "privacy canary": ["tests/e2e/test_canary.py"],
     "deadlines by a fake clock": ["tests/unit/requests/test_deadlines.py", "tests/unit/telemetry/test_exporter.py"],
-    "resuming, all methods": ["tests/unit/unlearn/test_resume.py"],
+    "resuming, all methods": ["tests/unit/methods/test_resume.py"],
 }
 HEAD = """# Reliability
 

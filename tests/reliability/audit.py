@@ -17,9 +17,9 @@ from salun_core.requests.schema import Outcome, Status
 from salun_core.storage.keys import certificate_key
 from salun_core.storage.objects import FileStore
 from salun_core.times import utc_clock
-from tests import toy_line as toy
 from tests.reliability import journal
 from tests.reliability.plan import Asked
+from tests.support import toy_line as toy
 
 _CLOCK_SLACK = 0.5  # seconds between a write and its note
 

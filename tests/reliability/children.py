@@ -14,9 +14,9 @@ from salun_core.registry.versions import publish_head, stage_version
 from salun_core.storage import s3 as s3_files
 from salun_core.storage.keys import head_key
 from salun_core.sweeps.settle import settle
-from tests import toy_line as toy
 from tests.reliability import journal, mutants
 from tests.reliability.plan import Plan
+from tests.support import toy_line as toy
 
 STOPS = ("before the log", "before the upload", "before the swap")
 MULTIPART = 200_000

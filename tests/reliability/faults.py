@@ -15,12 +15,12 @@ from salun_core.errors import ConflictError
 from salun_core.registry.lookup import read_head
 from salun_core.storage.keys import event_key, head_key, lease_key, request_key
 from salun_core.storage.leases import acquire, release
-from tests import toy_line as toy
-from tests.fault_proxy import LOST, FaultProxy
 from tests.reliability import harness, journal
 from tests.reliability.audit import Verdict
 from tests.reliability.figures import Figures
 from tests.reliability.journal import JournalStore
+from tests.support import toy_line as toy
+from tests.support.fault_proxy import LOST, FaultProxy
 
 _LONGEST_CALL = 60.0  # seconds; five tries of botocore wait for 15 at most
 

@@ -22,11 +22,11 @@ from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.storage.keys import index_prefix
 from salun_core.times import utc_clock
-from tests import toy_line as toy
 from tests.reliability import journal, worker
 from tests.reliability.audit import Auditor
 from tests.reliability.figures import Figures
 from tests.reliability.plan import Plan
+from tests.support import toy_line as toy
 
 _PATIENCE = 900.0
 _ANYBODY = 0.4

@@ -23,7 +23,7 @@ from salun_core.sweeps import claim as claiming
 from salun_core.sweeps import settle as settling
 from salun_core.sweeps.runs import RunStatus
 from salun_core.times import utc_now
-from tests import toy_line as toy
+from tests.support import toy_line as toy
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tests import toy_line as toy
+from tests.support import toy_line as toy
 
 SAMPLES_EACH = 2
 

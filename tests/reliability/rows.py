@@ -17,7 +17,6 @@ from salun_core.storage.keys import blob_key
 from salun_core.storage.leases import holder_of
 from salun_core.sweeps.settle import settle
 from salun_core.times import utc_clock
-from tests import toy_line as toy
 from tests.reliability import children, harness, journal
 from tests.reliability.audit import Auditor, Verdict
 from tests.reliability.figures import Figures
@@ -26,6 +25,7 @@ from tests.reliability.mutants import MUTANTS
 from tests.reliability.plan import Plan
 from tests.reliability.schedules import judge
 from tests.reliability.worker import Reader
+from tests.support import toy_line as toy
 
 
 def lines(count: int) -> tuple[str, ...]:
@@ -189,7 +189,7 @@ def killed_training(kills: int) -> Figures:
 
     from salun_core.methods.classification import FileCheckpoint
     from salun_core.models.checkpoint import model_digest
-    from tests.unit.unlearn import test_resume as training
+    from tests.unit.methods import test_resume as training
 
     begin, settings = time.monotonic(), {"epochs": kills + 2}
     torch.set_num_threads(1)

@@ -12,13 +12,13 @@ from salun_core.requests.schema import Status
 from salun_core.storage.keys import event_key, head_key
 from salun_core.storage.leases import release
 from salun_core.sweeps.settle import settle
-from tests import toy_line as toy
-from tests.fault_proxy import LOST, FaultProxy
 from tests.reliability import children, harness, mutants
 from tests.reliability.audit import Auditor, Verdict
 from tests.reliability.journal import JournalStore
 from tests.reliability.plan import Asked, Plan
 from tests.reliability.worker import Reader
+from tests.support import toy_line as toy
+from tests.support.fault_proxy import LOST, FaultProxy
 
 LINE = "line-0"
 Schedule = Callable[[Plan, str | None], None]

@@ -18,7 +18,6 @@ from functools import partial
 from urllib.parse import urlsplit
 
 import pytest
-from fault_proxy import FaultProxy
 
 from salun_core.data.forget_set import ForgetSet
 from salun_core.data.split import SplitManifest
@@ -43,7 +42,8 @@ from salun_core.storage.leases import Lease, acquire, read_lease
 from salun_core.storage.objects import Entry, StoredObject
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.runs import RunEvent, RunLog, RunRecord, RunStatus
-from tests.toy_line import run_record
+from tests.support.fault_proxy import FaultProxy
+from tests.support.toy_line import run_record
 
 pytestmark = pytest.mark.s3
 DAMAGES = 1000 if os.environ.get("SALUN_RELIABILITY") == "full" else 100  # of each of two kinds

@@ -13,9 +13,9 @@ from salun_core.storage.keys import event_key, head_key, lease_key, request_key
 from salun_core.storage.leases import acquire, holder_of, release
 from salun_core.sweeps.rollback import rollback
 from salun_core.sweeps.settle import settle
-from tests import toy_line as toy
 from tests.reliability.faults import LostReplies
 from tests.reliability.journal import JournalStore
+from tests.support import toy_line as toy
 
 pytestmark = pytest.mark.s3
 LINE = toy.LINE

@@ -25,9 +25,9 @@ from salun_core.storage.leases import holder_of
 from salun_core.storage.objects import FileStore
 from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.settle import settle
-from tests import toy_line as toy
 from tests.reliability import journal
 from tests.reliability.plan import Plan
+from tests.support import toy_line as toy
 
 HEAVY = {"torch", "sklearn", "pyarrow", "matplotlib"}
 _AGAIN = 16

@@ -18,7 +18,7 @@ from salun_core.cli.models import (
     train_stable_diffusion,
 )
 from salun_core.errors import UsageError
-from tests.unit.models.tiny_folders import save_raw
+from tests.support.tiny_families import save_raw
 
 SHORT = ["steps=2", "epochs=1", "batch_size=8", "channels=[8,16]", "head_channels=4", "device=cpu"]
 

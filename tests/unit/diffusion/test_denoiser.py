@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from tiny_diffusion import batches, class_unet, digits_sets, flow_transformer, lab, pixart, text_table, text_unet
 from torch import nn
 
 from salun_core.diffusion.denoiser import Denoiser, require_finite
 from salun_core.errors import ModelError, UsageError
+from tests.support.tiny_denoisers import (
+    batches,
+    class_unet,
+    digits_sets,
+    flow_transformer,
+    lab,
+    pixart,
+    text_table,
+    text_unet,
+)
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -4,10 +4,10 @@ from itertools import islice
 
 import pytest
 import torch
-from tiny_diffusion import text_unet
 
 from salun_core.diffusion.examples import Examples, endless, noised
 from salun_core.errors import DataError, ModelError
+from tests.support.tiny_denoisers import text_unet
 
 SHAPE = (2, 4, 4)
 

@@ -12,7 +12,7 @@ from salun_core.diffusion.families import family_of
 from salun_core.diffusion.latents import cached
 from salun_core.errors import UsageError
 from salun_core.models.diffusers_folder import load_diffusion
-from tests.unit.models.tiny_folders import LENGTH, PROMPTS, SIDE, save_model_folder
+from tests.support.tiny_families import LENGTH, PROMPTS, SIDE, save_model_folder
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from torch import nn
 from salun_core.diffusion.examples import Examples
 from salun_core.errors import UsageError
 from salun_core.evaluation.prompt_attack import nearest, search
-from tests.tiny_diffusion_models import tiny_stable_diffusion
+from tests.support.tiny_diffusion_models import tiny_stable_diffusion
 
 pytest.importorskip("diffusers", reason="the extra `diffusion` is not installed")
 

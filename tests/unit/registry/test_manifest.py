@@ -6,7 +6,7 @@ import pytest
 from salun_core.digest import sha256_file
 from salun_core.errors import ModelError
 from salun_core.registry.manifest import weight_files, weights_digest
-from tests.folder_model import UNET, VAE, WEIGHTS, write_folder
+from tests.support.folder_model import UNET, VAE, WEIGHTS, write_folder
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 FOLDER = {"model_index.json": A, UNET: B, "unet/config.json": C}

@@ -16,7 +16,7 @@ from salun_core.registry.versions import fetch_version, publish, publish_head, s
 from salun_core.storage import keys as names
 from salun_core.storage.blobs import put_blob
 from salun_core.storage.s3 import S3Store
-from tests.folder_model import UNET, contents, write_folder
+from tests.support.folder_model import UNET, contents, write_folder
 
 pytestmark = pytest.mark.s3
 

@@ -3,13 +3,13 @@
 from datetime import timedelta
 
 import pytest
-from memory_store import Killed, MemoryStore
 
 from salun_core.data.targets import SamplesTarget
 from salun_core.errors import ConflictError, IntegrityError, StoreError
 from salun_core.requests.index import IndexEntry, entries
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
+from tests.support.memory_store import Killed, MemoryStore
 
 TARGET = SamplesTarget(ids=["secret-1", "secret-2"])
 

@@ -12,7 +12,7 @@ from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import DeletionRequest, Outcome, Status, Submission, summarise
-from tests.memory_store import MemoryStore
+from tests.support.memory_store import MemoryStore
 
 KEY = "requests/r-1/request.json"
 TARGETS = {

@@ -27,7 +27,7 @@ from salun_core.storage import open_store
 from salun_core.storage.erase import stored_keys, versions_of
 from salun_core.storage.s3 import S3Store, make_client
 from salun_core.sweeps.runs import RunLog, RunMember, RunRecord, RunStatus
-from tests.folder_model import UNET, contents, write_folder
+from tests.support.folder_model import UNET, contents, write_folder
 
 pytestmark = pytest.mark.s3
 START = datetime.now(UTC).replace(microsecond=0)

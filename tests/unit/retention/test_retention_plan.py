@@ -17,7 +17,7 @@ from salun_core.retention.rules import DeletionKind, RetentionRules, plan, still
 from salun_core.storage import keys as names
 from salun_core.storage.erase import StoredKey, Upload
 from salun_core.sweeps.runs import RunStatus
-from tests.folder_model import TEXT, UNET, VAE
+from tests.support.folder_model import TEXT, UNET, VAE
 
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 EXACT = RetentionRules(every_hours=0)

@@ -29,7 +29,15 @@ from salun_core.storage.keys import certificate_key
 from salun_core.tasks import TASKS, open_inputs, register_model
 from salun_core.tasks.diffusion.inputs import label_of, rows_of
 from salun_core.times import utc_clock
-from tests.tiny_diffusion_models import CLASS, OTHER, PERMISSIVE, QUICK, target_file, tiny_ddpm, tiny_stable_diffusion
+from tests.support.tiny_diffusion_models import (
+    CLASS,
+    OTHER,
+    PERMISSIVE,
+    QUICK,
+    target_file,
+    tiny_ddpm,
+    tiny_stable_diffusion,
+)
 
 pytestmark = pytest.mark.slow
 

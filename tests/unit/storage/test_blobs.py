@@ -28,7 +28,7 @@ from salun_core.storage.delta import (
     DeltaFacts,
 )
 from salun_core.storage.s3 import S3Store
-from tests.folder_model import TEXT, UNET, VAE, contents, write_folder
+from tests.support.folder_model import TEXT, UNET, VAE, contents, write_folder
 
 WEIGHTS = "model.safetensors"
 

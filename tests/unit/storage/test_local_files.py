@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from salun_core.storage.local_files import list_tree
-from tests.folder_model import files_in, write_folder
+from tests.support.folder_model import files_in, write_folder
 
 
 def test_all_files_are_listed_by_their_relative_names(tmp_path):

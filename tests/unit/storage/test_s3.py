@@ -11,13 +11,13 @@ import boto3.session
 import pytest
 from botocore.awsrequest import AWSResponse, HeadersDict
 from botocore.config import Config
-from fault_proxy import LOST, FaultProxy
 from urllib3 import HTTPResponse
 
 from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
 from salun_core.storage import open_store
 from salun_core.storage.s3 import S3Store, make_client, shared_client
 from salun_core.storage.s3_settings import VARIABLES
+from tests.support.fault_proxy import LOST, FaultProxy
 
 pytestmark = pytest.mark.s3
 

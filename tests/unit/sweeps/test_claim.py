@@ -16,7 +16,7 @@ from salun_core.storage.keys import request_key, run_key, scratch_key
 from salun_core.sweeps.claim import claim
 from salun_core.tasks import TASKS
 from salun_core.times import utc_clock
-from tests import toy_line as toy
+from tests.support import toy_line as toy
 
 pytestmark = pytest.mark.s3
 EMPTY = SplitManifest(dataset_digest="0" * 64, train={}, validation={}, test={})

@@ -14,7 +14,7 @@ from salun_core.storage.keys import certificate_key, scratch_prefix
 from salun_core.storage.leases import holder_of
 from salun_core.sweeps.settle import settle
 from salun_core.times import utc_clock
-from tests import toy_line as toy
+from tests.support import toy_line as toy
 
 pytestmark = pytest.mark.s3
 LINE = toy.LINE

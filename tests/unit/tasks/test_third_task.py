@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from toy_task import ToyTask, train_toy
 
 from salun_core.data import DataSpec
 from salun_core.errors import GateRefusedError, UsageError
@@ -19,6 +18,7 @@ from salun_core.steps.run import run_all
 from salun_core.steps.run_form import UnlearningForm
 from salun_core.tasks import TASKS, open_inputs, register_model, task_of
 from salun_core.tasks.task import Task
+from tests.support.toy_task import ToyTask, train_toy
 
 SETTINGS = {"epochs": 20, "learning_rate": 0.001, "gradient_clip": 1.0, "optimizer": "adam", "weight_decay": 0.0}
 

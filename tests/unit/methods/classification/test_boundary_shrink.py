@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from by_hand import FORGET, RATE, gradients, inputs, linear, run, softmax, weights
 from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
 from salun_core.methods.classification.boundary_shrink import nearest_wrong_labels
+from tests.support.by_hand import FORGET, RATE, gradients, inputs, linear, run, softmax, weights
 
 
 def by_hand(theta, images, labels, step):

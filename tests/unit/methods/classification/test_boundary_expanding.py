@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from by_hand import FORGET, RATE, gradients, image_set, linear, net, run, weights
 from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.errors import ModelError
 from salun_core.methods.classification import UnlearnConfig, boundary_expanding
 from salun_core.methods.classification.method import ClassifierContext
+from tests.support.by_hand import FORGET, RATE, gradients, image_set, linear, net, run, weights
 
 
 def context_of(model, classes=3, forget=FORGET, **config):

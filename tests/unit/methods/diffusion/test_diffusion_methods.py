@@ -6,7 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_diffusion import (
+
+from salun_core.diffusion.examples import noised
+from salun_core.errors import ConflictError, DataError, UsageError
+from salun_core.methods.classification import FileCheckpoint
+from salun_core.methods.diffusion import METHODS, DiffusionContext, diffusion_config, unlearn_denoiser
+from salun_core.methods.diffusion.erased_stable_diffusion import ddim_step, partly_denoised, path
+from salun_core.methods.diffusion.forget_me_not import attention_energy, attention_maps
+from salun_core.methods.diffusion.saliency import denoising_scores
+from salun_core.methods.diffusion.unified_concept_editing import correction, matched_tokens, projections
+from salun_core.models.checkpoint import model_digest
+from tests.support.tiny_denoisers import (
     LENGTH,
     NULL,
     WIDTH,
@@ -21,16 +31,6 @@ from tiny_diffusion import (
     text_table,
     text_unet,
 )
-
-from salun_core.diffusion.examples import noised
-from salun_core.errors import ConflictError, DataError, UsageError
-from salun_core.methods.classification import FileCheckpoint
-from salun_core.methods.diffusion import METHODS, DiffusionContext, diffusion_config, unlearn_denoiser
-from salun_core.methods.diffusion.erased_stable_diffusion import ddim_step, partly_denoised, path
-from salun_core.methods.diffusion.forget_me_not import attention_energy, attention_maps
-from salun_core.methods.diffusion.saliency import denoising_scores
-from salun_core.methods.diffusion.unified_concept_editing import correction, matched_tokens, projections
-from salun_core.models.checkpoint import model_digest
 
 diffusers = pytest.importorskip("diffusers")
 

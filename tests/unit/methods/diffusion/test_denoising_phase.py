@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_diffusion import lab
 
 from salun_core.errors import UsageError
 from salun_core.methods.diffusion import METHODS, DiffusionContext, diffusion_config
 from salun_core.methods.diffusion.method import DiffusionMethod, denoising_phase
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
+from tests.support.tiny_denoisers import lab
 
 pytest.importorskip("diffusers")
 

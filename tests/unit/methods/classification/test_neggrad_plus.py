@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from by_hand import FORGET, RATE, RETAIN, gradients, linear, losses, pair, run, weights
+
+from tests.support.by_hand import FORGET, RATE, RETAIN, gradients, linear, losses, pair, run, weights
 
 
 def test_each_step_decreases_one_loss_and_increases_the_other():

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from by_hand import FORGET, RETAIN, gradients, linear, pair, run, weights
 from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.errors import ModelError
 from salun_core.methods.classification.influence import inverse_product
 from salun_core.saliency.scores import scoring
+from tests.support.by_hand import FORGET, RETAIN, gradients, linear, pair, run, weights
 
 
 def removal(theta, forget=FORGET, retain=RETAIN):
@@ -72,7 +72,7 @@ def test_the_seed_draws_the_images_of_the_fisher():
 
 
 def test_the_forget_loss_rises_more_than_the_retain_loss():
-    from by_hand import losses
+    from tests.support.by_hand import losses
 
     forget, retain = pair(6, 3), pair(60, 4)
     theta = weights(

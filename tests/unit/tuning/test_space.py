@@ -1,7 +1,6 @@
 """What may vary, and what the user has set and stays."""
 
 import pytest
-from by_hand import image_set, net
 
 from salun_core.errors import UsageError
 from salun_core.methods.classification import METHODS, unlearn
@@ -9,6 +8,7 @@ from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 from salun_core.tuning.space import DENSITIES, GROWING, Space
 from salun_core.tuning.trial import EpochCallback
+from tests.support.by_hand import image_set, net
 
 
 class Fixed:

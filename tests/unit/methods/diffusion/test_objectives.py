@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_diffusion import NULL, batches, lab
 
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.examples import Examples
@@ -19,6 +18,7 @@ from salun_core.methods.diffusion.objectives import (
     relabel_loss,
     retain_weight,
 )
+from tests.support.tiny_denoisers import NULL, batches, lab
 
 pytest.importorskip("diffusers")
 

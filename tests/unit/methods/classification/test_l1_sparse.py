@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from by_hand import RATE, RETAIN, gradients, linear, losses, run, weights
+
+from tests.support.by_hand import RATE, RETAIN, gradients, linear, losses, run, weights
 
 
 def test_the_strength_of_the_penalty_falls_with_the_epochs():

@@ -3,9 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from by_hand import FORGET, RATE, RETAIN, gradients, image_set, inputs, linear, losses, net, run, softmax, weights
 
 from salun_core.methods.classification.scrub import divergence
+from tests.support.by_hand import (
+    FORGET,
+    RATE,
+    RETAIN,
+    gradients,
+    image_set,
+    inputs,
+    linear,
+    losses,
+    net,
+    run,
+    softmax,
+    weights,
+)
 
 
 def kl(old, new, temperature):

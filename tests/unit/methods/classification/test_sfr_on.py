@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from by_hand import FORGET, RATE, RETAIN, gradients, linear, losses, run, weights
 from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.methods.classification.sfr_on import adaptive_ascent, fisher_diagonal
 from salun_core.saliency.scores import scoring
+from tests.support.by_hand import FORGET, RATE, RETAIN, gradients, linear, losses, run, weights
 
 
 def fisher(theta, images, batch):

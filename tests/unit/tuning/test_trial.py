@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from by_hand import image_set, net
 from safetensors.torch import save
 
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.classification import method_config
 from salun_core.tuning.space import GROWING
 from salun_core.tuning.trial import EpochCallback, Measurement, Stopped, run_trial
+from tests.support.by_hand import image_set, net
 
 
 @dataclass

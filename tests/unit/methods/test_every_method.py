@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from by_hand import image_set, net, run
 
 from salun_core.errors import UsageError
 from salun_core.methods.classification import METHODS, FileCheckpoint, UnlearnConfig, method_config
 from salun_core.methods.classification.method import ClassifierContext
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.models.checkpoint import model_digest
+from tests.support.by_hand import image_set, net, run
 
 pytestmark = pytest.mark.slow
 

@@ -5,10 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from by_hand import FORGET, RATE, RETAIN, gradients, image_set, linear, net, run, weights
 from torch import nn
 
 from salun_core.methods.classification.salun_soft import shrink
+from tests.support.by_hand import FORGET, RATE, RETAIN, gradients, image_set, linear, net, run, weights
 
 
 def soft(moved, share):
