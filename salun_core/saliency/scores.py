@@ -146,6 +146,8 @@ def scoring(model: nn.Module) -> Iterator[None]:
 
 
 CHUNK = 256  # samples per leaf of the summation tree; another value changes the bits of the scores
+MAX_SHARDS = 256
+"""Most shards of a division: each is a pod of a pipeline, and by then its start costs more than its chunks."""
 Node = tuple[int, int]
 Sums = dict[str, Tensor]
 
@@ -167,12 +169,29 @@ class Shard:
         """Parse a shard such as `2/8`, the second of eight.
 
         Raises:
-            UsageError: the text has another form.
+            UsageError: the text has another form, or there are too many shards.
         """
         number, slash, count = text.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise UsageError(f"{text!r} is no shard", "it has the form NUMBER/COUNT, counted from 1", "write 2/8")
-        return cls(int(number) - 1, int(count))
+            raise UsageError(
+                f"{text!r} is not a shard", "it must have the form NUMBER/COUNT, counted from 1", "write 1/8 to 8/8"
+            )
+        return cls.all(int(count))[int(number) - 1]
+
+    @classmethod
+    def all(cls, count: int) -> list[Shard]:
+        """Return all shards of a division, in order; their texts are `1/3`, `2/3` and `3/3` for a count of 3.
+
+        Raises:
+            UsageError: the count is below 1 or above `MAX_SHARDS`.
+        """
+        if not 1 <= count <= MAX_SHARDS:
+            raise UsageError(
+                f"a forget set cannot be divided into {count} shards",
+                f"the number of shards is from 1 to {MAX_SHARDS}",
+                "give as many as there are pods or machines to score them",
+            )
+        return [cls(index, count) for index in range(count)]
 
     def __str__(self) -> str:
         return f"{self.index + 1}/{self.count}"
@@ -296,27 +315,36 @@ def score_shard(
         shard: the shard to score.
 
     Returns:
-        The sums over the shard's chunks.
+        The sums over the shard's chunks; without nodes if the shard is empty.
 
     Raises:
         DataError: the batches do not match the shard's chunks.
         ModelError: the model has no parameters.
     """
     sums, left = PartialSums(samples), list(shard.chunks(samples))
-    other_chunks = DataError(
-        f"the batches are not those of shard {shard}", "its chunks have other sizes", f"give batches of {CHUNK} samples"
-    )
 
     def add(size: int, gradients: Sums) -> None:
-        number = left.pop(0) if left else chunks_of(samples)
-        if size != min(CHUNK, samples - number * CHUNK):
-            raise other_chunks
+        if not left:
+            raise _other_chunks(shard, samples, "there are more batches than chunks")
+        number = left.pop(0)
+        expected = min(CHUNK, samples - number * CHUNK)
+        if size != expected:
+            raise _other_chunks(shard, samples, f"chunk {number + 1} has {expected} samples, its batch has {size}")
         sums.add((0, number), gradients)
 
     _each_gradient(model, batches, loss_fn, add)
     if left:
-        raise other_chunks
+        raise _other_chunks(shard, samples, f"chunk {left[0] + 1} has no batch")
     return sums
+
+
+def _other_chunks(shard: Shard, samples: int, why: str) -> DataError:
+    mine = shard.samples(samples)
+    return DataError(
+        f"the batches are not the chunks of shard {shard}",
+        why,
+        f"give the samples {mine.start} to {mine.stop} of {samples}, in order and in batches of {CHUNK}",
+    )
 
 
 @contextmanager

@@ -150,23 +150,34 @@ def merge_shards(paths: Sequence[Path], of: Mapping[str, str]) -> tuple[dict[str
     return whole.scores(), facts
 
 
+_SAME = {
+    "count": "the number of shards",
+    "samples": "the number of samples to forget",
+    "order": "the names of the weights",
+    "shapes": "the shapes of the weights",
+}
+
+
 def _check_complete(headers: Sequence[ShardHeader]) -> None:
     if not headers:
         raise UsageError("no shard was given", "there is nothing to merge", "give the files of all shards")
     first = headers[0]
-    if any(
-        (header.count, header.samples, header.order, header.shapes)
-        != (first.count, first.samples, first.order, first.shapes)
-        for header in headers
-    ):
-        raise UsageError("the shards do not belong together", "their division or model differs", "score them again")
+    for header in headers[1:]:
+        for name, what in _SAME.items():
+            if getattr(header, name) != getattr(first, name):
+                raise UsageError(
+                    "the shards do not belong together",
+                    f"shard {first.shard} and shard {header.shard} differ in {what}",
+                    "score all shards with the same model, forget set and number of shards",
+                )
     given = [header.index for header in headers]
     if len(set(given)) != len(given):
         raise UsageError("a shard was given twice", "it would be added twice", "give each file once")
     missing = sorted(set(range(first.count)) - set(given))
     if missing:
         some = ", ".join(str(Shard(index, first.count)) for index in missing[:5])
-        raise UsageError("the saliency is not complete", f"{len(missing)} shards are missing: {some}", "give them too")
+        what = "1 shard is missing" if len(missing) == 1 else f"{len(missing)} shards are missing"
+        raise UsageError("the saliency is not complete", f"{what}: {some}", "give the files of all shards")
 
 
 def _expected(header: ShardHeader) -> dict[str, list[int]]:

@@ -84,7 +84,11 @@ class DiffusionTask:
 
     def score_shard(self, inputs: DiffusionInputs, shard: Shard, device: torch.device) -> PartialSums:
         """Reject shards: noise and times are drawn for the forget set as a whole."""
-        raise UsageError("a diffusion model is scored as a whole", "shards are for classifiers", "leave out --shard")
+        raise UsageError(
+            "a diffusion model is not scored in shards",
+            "its noise and times are drawn for the forget set as a whole",
+            "compute the mask as a whole: with `salun mask` or the pipeline salun-unlearning",
+        )
 
     def unlearn(
         self,

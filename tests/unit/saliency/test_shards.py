@@ -181,8 +181,16 @@ def test_the_model_is_left_as_it_was(model, data):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("change", ["short", "long", "missing", "more"])
-def test_batches_that_are_not_the_shards_chunks_are_refused(model, data, change):
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("short", "chunk 1 has 256 samples, its batch has 255"),
+        ("long", "chunk 1 has 256 samples, its batch has 257"),
+        ("missing", "chunk 2 has no batch"),
+        ("more", "there are more batches than chunks"),
+    ],
+)
+def test_batches_that_are_not_the_shards_chunks_are_refused_with_the_cause(model, data, change, why):
     shard = Shard(0, 2)
     given = [*batches(data, shard)]
     if change == "missing":
@@ -192,7 +200,7 @@ def test_batches_that_are_not_the_shards_chunks_are_refused(model, data, change)
     else:
         size = CHUNK - 1 if change == "short" else CHUNK + 1
         given[0] = tuple(part[:size] for part in data)
-    with pytest.raises(DataError, match="shard 1/2"):
+    with pytest.raises(DataError, match=f"shard 1/2: {why}. To fix it: give the samples 0 to 512 of 1180"):
         score_shard(model, given, cross_entropy, SAMPLES, shard)
 
 
@@ -215,8 +223,19 @@ def test_an_incomplete_sum_gives_no_scores(model, data):
 def test_shard_text():
     assert (Shard.parse("2/8"), str(Shard(1, 8))) == (Shard(1, 8), "2/8")
     for text in ("0/8", "9/8", "2", "a/b", "-1/3", "1/0", "", "/"):
-        with pytest.raises(UsageError, match="no shard"):
+        with pytest.raises(UsageError, match="is not a shard"):
             Shard.parse(text)
+
+
+def test_all_shards_of_a_count():
+    assert [str(shard) for shard in Shard.all(3)] == ["1/3", "2/3", "3/3"]
+    assert Shard.all(3) == [Shard.parse(f"{number}/3") for number in (1, 2, 3)]
+    assert (Shard.all(1), len(Shard.all(shards.MAX_SHARDS))) == ([Shard()], shards.MAX_SHARDS)
+    for count in (0, -1, shards.MAX_SHARDS + 1):
+        with pytest.raises(UsageError, match=f"from 1 to {shards.MAX_SHARDS}"):
+            Shard.all(count)
+    with pytest.raises(UsageError, match="cannot be divided into 999999 shards"):
+        Shard.parse("1/999999")
 
 
 def header_of(model, shard, **changes):
