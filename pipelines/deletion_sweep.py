@@ -22,7 +22,7 @@ def deletion_sweep(form: Any) -> None:  # noqa: ANN401 - kfp's channels have no 
     """Erase the due deletion requests of a model line, publish if the gate passes, and certify each request."""
     run = {"store_uri": form.store_uri, "model_line": form.model_line, "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
     recipe = {name: getattr(form, name) for name in ("method", "density", "method_config")}
-    settled = settle_requests(**run, **recipe)
+    settled = settle_requests(**run)
     configure(with_signing_key(settled), form, hours=1, retries=SETTLE_RETRIES)
     with dsl.ExitHandler(settled):
         purged = purge_store(

@@ -13,9 +13,6 @@ def settle_requests(
     model_line: str,
     run_id: str,
     final_status: dsl.PipelineTaskFinalStatus,
-    method: str = "salun",
-    density: float = 0.5,
-    method_config: str = "{}",
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Outputs", [("status", str), ("completed", int), ("queued", int), ("failed", int)]
 ):
@@ -28,9 +25,6 @@ def settle_requests(
         model_line: Name of the model line.
         run_id: Id of the run.
         final_status: Status of the previous steps; Kubeflow fills it in.
-        method: The unlearning method of the first recipe, as in the claim.
-        density: Share of the weights that the first recipe may change.
-        method_config: Settings that replace the method's defaults, as JSON text.
 
     Returns:
         status: How the run ended: published, gate_refused, stale_parent or failed; empty if it claimed nothing.
@@ -41,12 +35,9 @@ def settle_requests(
     Raises:
         UsageError: A certificate is due and the signing key is missing.
     """
-    from salun_core.methods.recipe import parse_recipe
-    from salun_core.steps.claim import sweep_policy
     from salun_core.steps.settle import settle_requests as step
 
-    policy = sweep_policy(store_uri, model_line, parse_recipe(method, density, method_config))
-    settled = step(store_uri, model_line, run_id, policy)
+    settled = step(store_uri, model_line, run_id)
     counts = len(settled.completed), len(settled.queued), len(settled.failed)
     print(f"the steps ended as {final_status.state}, run {run_id} as {settled.status or 'nothing claimed'}")
     return str(settled.status or ""), *counts

@@ -187,9 +187,8 @@ def _show_sweep(facts: dict[str, Any], line: str) -> None:
 
 def _settle(form: DeletionSweepForm, run: str) -> None:
     from salun_core.steps.settle import settle_requests
-    from salun_core.steps.sweep import policy_of
 
-    settled = settle_requests(form.store_uri, form.model_line, run, policy_of(form))
+    settled = settle_requests(form.store_uri, form.model_line, run)
     statuses = _statuses(settled)
 
     def show() -> None:

@@ -7,22 +7,20 @@ from pathlib import Path
 from salun_core.certificates.issue import ModelCertifier
 from salun_core.storage import open_store
 from salun_core.sweeps.context import SweepContext
-from salun_core.sweeps.policy import SweepPolicy
 from salun_core.sweeps.settle import Settled, settle
 from salun_core.telemetry.observe import observed
 from salun_core.times import Clock, utc_clock
 
 
 def settle_requests(
-    store_uri: str, model_line: str, run: str, policy: SweepPolicy, *, key: Path | None = None, clock: Clock = utc_clock
+    store_uri: str, model_line: str, run: str, *, key: Path | None = None, clock: Clock = utc_clock
 ) -> Settled:
-    """Settle a run; see `sweeps.settle.settle`.
+    """Settle a run; see `sweeps.settle.settle`. The run's record holds all that is needed.
 
     Args:
         store_uri: `s3://bucket/prefix`.
         model_line: name of the line.
         run: id of the run; it may have claimed nothing.
-        policy: of the sweep.
         key: file of the signing key; by default the one that $SALUN_SIGNING_KEY names.
         clock: returns the time.
 
@@ -34,4 +32,4 @@ def settle_requests(
     """
     with observed("settle_requests", model_line, run):
         store = open_store(store_uri)
-        return settle(SweepContext(store, clock, ModelCertifier(store, key)), model_line, run, policy)
+        return settle(SweepContext(store, clock, ModelCertifier(store, key)), model_line, run)

@@ -110,7 +110,7 @@ def sweep_once(
             get_logger().warning("run_ended", model_line=form.model_line, error=type(ended).__name__)
         finally:
             say("settle_requests")
-            settled = settle_requests(form.store_uri, form.model_line, run, policy)
+            settled = settle_requests(form.store_uri, form.model_line, run)
         if purge_after:
             say("purge")
             purged = purge_store(form.store_uri, pipeline_root=form.pipeline_root or None, signer=signer)

@@ -121,7 +121,7 @@ def claim(
             raise ConflictError(f"run {run} has ended", f"it is {status}", "start a new run")
         context.runs.start(record, context.actor)
         return _with_record(Claim.nothing(policy, "claimed before"), context, record)
-    recovered = recover(context, line, run, policy)
+    recovered = recover(context, line, run)
     states, reason = _next_batch(context, line, run, policy)
     found = replace(Claim.nothing(policy, reason), recovered=recovered)
     if not states:
@@ -297,6 +297,8 @@ class _Batch:
             **self.policy.recipes[level].model_dump(),
             "rung": level,
             "group": group,
+            "recipes": len(self.policy.recipes),
+            "max_attempts": self.policy.max_attempts,
             "work_key": self._work(ids, level),
             "members": [_member(state, resolved).model_dump() for state, resolved in taken],
             "forget_sha256": frozen_digest,

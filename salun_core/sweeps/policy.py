@@ -12,6 +12,8 @@ from salun_core.config import Document
 from salun_core.methods.recipe import Recipe
 from salun_core.times import due_after_one_month
 
+MAX_ATTEMPTS = 10
+ESCALATION = 4  # recipes of each task; for records that do not hold the number
 LEASE_SECONDS = 26 * 3600  # longer than the longest step of a run may take
 
 
@@ -41,7 +43,7 @@ class SweepPolicy(BatchLimits):
     deadline_days: float = Field(
         default=8.0, ge=0, description="a batch is due when the month of a request ends within this time"
     )
-    max_attempts: int = Field(default=10, ge=1, description="most attempts of a request")
+    max_attempts: int = Field(default=MAX_ATTEMPTS, ge=1, description="most attempts of a request")
     lease_seconds: int = Field(
         default=LEASE_SECONDS,
         ge=1,
@@ -90,7 +92,20 @@ class Next:
     reason: str = ""
 
 
-def after_refusal(members: Mapping[str, int], run: str, level: int, policy: SweepPolicy) -> Mapping[str, Next]:
+@dataclass(frozen=True)
+class Limits:
+    """When the requests of a run are given up; the run's record holds them, so that settling needs no configuration.
+
+    Args:
+        recipes: how many recipes the escalation has.
+        attempts: most attempts of a request.
+    """
+
+    recipes: int = ESCALATION
+    attempts: int = MAX_ATTEMPTS
+
+
+def after_refusal(members: Mapping[str, int], run: str, level: int, limits: Limits) -> Mapping[str, Next]:
     """Decide about the requests of a run that the gate refused.
 
     The batch is halved and each half tries the next recipe. So a request that no recipe can erase ends alone and does
@@ -100,20 +115,20 @@ def after_refusal(members: Mapping[str, int], run: str, level: int, policy: Swee
         members: attempt by request, in the order of the batch.
         run: the refused run.
         level: escalation level of the refused recipe.
-        policy: of the sweep.
+        limits: of the run.
     """
-    last = len(policy.recipes) - 1
+    last = limits.recipes - 1
     if len(members) == 1 and level >= last:
         refused = Next(True, level, None, f"the gate refused it alone, with the last of {last + 1} recipes")
         return dict.fromkeys(members, refused)
     return {
-        name: _retry(attempt, min(level + 1, last), group, "the gate refused the run", policy)
+        name: _retry(attempt, min(level + 1, last), group, "the gate refused the run", limits)
         for name, attempt, group in _halves(members, run)
     }
 
 
 def after_failure(
-    members: Mapping[str, int], run: str, level: int, group: str | None, policy: SweepPolicy
+    members: Mapping[str, int], run: str, level: int, group: str | None, limits: Limits
 ) -> Mapping[str, Next]:
     """Decide about the requests of a run that ended without a verdict; from the second time on they are halved.
 
@@ -122,15 +137,15 @@ def after_failure(
         run: the run that failed.
         level: escalation level of its recipe, which is tried again.
         group: the half that the run was.
-        policy: of the sweep.
+        limits: of the run.
     """
     first = min(members.values(), default=1) == 1
     halves = [(name, attempt, group) for name, attempt in members.items()] if first else _halves(members, run)
-    return {name: _retry(attempt, level, half, "the run failed", policy) for name, attempt, half in halves}
+    return {name: _retry(attempt, level, half, "the run failed", limits) for name, attempt, half in halves}
 
 
 def after_interruption(
-    members: Mapping[str, int], level: int, group: str | None, reason: str, policy: SweepPolicy
+    members: Mapping[str, int], level: int, group: str | None, reason: str, limits: Limits
 ) -> Mapping[str, Next]:
     """Decide about the requests of a run that was not at fault: all are tried again unchanged.
 
@@ -139,9 +154,9 @@ def after_interruption(
         level: escalation level of the run's recipe.
         group: the half that the run was.
         reason: what interrupted it, for the audit log.
-        policy: of the sweep.
+        limits: of the run.
     """
-    return {name: _retry(attempt, level, group, reason, policy) for name, attempt in members.items()}
+    return {name: _retry(attempt, level, group, reason, limits) for name, attempt in members.items()}
 
 
 def _halves(members: Mapping[str, int], run: str) -> list[tuple[str, int, str | None]]:
@@ -152,7 +167,7 @@ def _halves(members: Mapping[str, int], run: str) -> list[tuple[str, int, str | 
     ]
 
 
-def _retry(attempt: int, level: int, group: str | None, reason: str, policy: SweepPolicy) -> Next:
-    if attempt >= policy.max_attempts:
-        return Next(True, level, None, f"{reason}; all {policy.max_attempts} attempts are used up")
+def _retry(attempt: int, level: int, group: str | None, reason: str, limits: Limits) -> Next:
+    if attempt >= limits.attempts:
+        return Next(True, level, None, f"{reason}; all {limits.attempts} attempts are used up")
     return Next(False, level, group, reason)

@@ -23,6 +23,7 @@ from salun_core.requests.schema import RequestId, StoredDocument
 from salun_core.storage.documents import Count, Digest, LineId, RunId, ShortText, Text, UtcTime, parse_stored
 from salun_core.storage.keys import run_event_key, run_events_prefix, run_key
 from salun_core.storage.objects import ObjectStore
+from salun_core.sweeps.policy import ESCALATION, MAX_ATTEMPTS, Limits
 from salun_core.times import Clock, as_utc
 
 
@@ -72,6 +73,12 @@ class RunRecord(StoredDocument):
     seed: Count = Field(default=0, description="seed of the run")
     rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(default=0, description="escalation level, from 0")
     group: ShortText | None = Field(default=None, description="the half of a refused batch that it is")
+    recipes: Annotated[int, Field(ge=1, le=100, strict=True)] = Field(
+        default=ESCALATION, description="recipes of the escalation that `rung` counts in"
+    )
+    max_attempts: Annotated[int, Field(ge=1, strict=True)] = Field(
+        default=MAX_ATTEMPTS, description="most attempts of a request, before a person decides"
+    )
     work_key: Digest = Field(description="digest of line, parent, forget set and recipe: equal work has an equal key")
     members: list[RunMember] = Field(min_length=1, description="its requests")
     forget_sha256: Digest = Field(description="SHA-256 of the frozen forget set that the run reads")
@@ -82,6 +89,11 @@ class RunRecord(StoredDocument):
     def recipe(self) -> Recipe:
         """How the run unlearns."""
         return Recipe(method=self.method, density=self.density, method_config=self.method_config, seed=self.seed)
+
+    @property
+    def limits(self) -> Limits:
+        """When its requests are given up."""
+        return Limits(self.recipes, self.max_attempts)
 
 
 class RunEvent(StoredDocument):

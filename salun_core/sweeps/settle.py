@@ -1,12 +1,13 @@
 """Settles a run: completes its requests if it published a version, and queues them again if it did not.
 
-The store decides, not what the run reports: did the run publish a version in the line's lineage? Any process may settle
-a run, also while another one does, and every step may be repeated. The order of the writes is:
+The store decides, not what the run reports: did the run publish a version in the line's lineage? What else is needed
+stands in the run's record, so that settling depends on no configuration. Any process may settle a run, also while
+another one does, and every step may be repeated. The order of the writes is:
 
 1. Published: for each request its certificate, then its event `completed`, then its redaction.
    Not published: if the gate refused, a note that this work was refused; then for each request an event that queues it
    again or lets it fail.
-2. The event that ends the run.
+2. The event that ends the run. A later settle reports the status of this event, whatever was published meanwhile.
 3. The run's scratch files are deleted, and the lease is released.
 
 Failures and what follows from them:
@@ -25,10 +26,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from salun_core.certificates.issue import CertificateInput
-from salun_core.errors import ConflictError, SalunError
+from salun_core.errors import ConflictError, IntegrityError
 from salun_core.registry.lookup import Version, read_head, read_version
 from salun_core.requests.ledger import Transition
 from salun_core.requests.redaction import redact_request
@@ -36,8 +37,9 @@ from salun_core.requests.schema import Outcome, RequestState, Status
 from salun_core.storage.keys import run_key, scratch_prefix, work_key
 from salun_core.storage.leases import release
 from salun_core.sweeps.context import SweepContext, in_parallel
-from salun_core.sweeps.policy import Next, SweepPolicy, after_failure, after_interruption, after_refusal
-from salun_core.sweeps.runs import RunMember, RunRecord, RunStatus
+from salun_core.sweeps.policy import Next, after_failure, after_interruption, after_refusal
+from salun_core.sweeps.runs import ENDED, RunMember, RunRecord, RunStatus
+from salun_core.telemetry.logs import get_logger
 from salun_core.times import as_utc
 
 DECISION = "decision.json"  # the gate's decision about a refused run
@@ -47,6 +49,7 @@ _REASONS = {
     RunStatus.STALE_PARENT: "another version was published meanwhile",
     RunStatus.FAILED: "ended without a verdict",
 }
+_UNDONE = "its version was rolled back"
 
 
 @dataclass(frozen=True)
@@ -70,33 +73,29 @@ class Settled:
     failed: Sequence[str] = ()
 
 
-def settle(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Settled:
-    """Settle a run, delete its scratch files, and release the lease.
+def settle(context: SweepContext, line: str, run: str) -> Settled:
+    """Settle a run, delete its scratch files, and release the lease. Repeating it gives the same answer.
 
     Args:
         context: of the sweep.
         line: the model line.
         run: the run; it may have claimed nothing.
-        policy: of the sweep.
 
     Returns:
-        How the run ended.
+        How the run ended, with the requests that are still as it left them.
 
     Raises:
         SalunError: a certificate cannot be issued. No request was completed without one; settling again continues.
     """
     record = context.runs.read(run)
-    if record is None:
-        settled = _settle_unrecorded(context, line, run, policy)
-    else:
-        settled = _settle_recorded(context, record, policy)
+    settled = _settle_unrecorded(context, line, run) if record is None else _settle_recorded(context, record)
     for entry in context.store.list(scratch_prefix(run)):
         context.store.delete(entry.key)
     release(context.store, line, run)
     return settled
 
 
-def recover(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> list[str]:
+def recover(context: SweepContext, line: str, run: str) -> list[str]:
     """Settle the dead runs of a line; the caller holds its lease, so no other run is alive.
 
     Returns:
@@ -107,7 +106,7 @@ def recover(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> 
         if state.last and state.last.run and state.last.run != run:
             others.setdefault(state.last.run, []).append(state.request.id)
     for other in others:
-        settle(context, line, other, policy)
+        settle(context, line, other)
     return [request for requests in others.values() for request in requests]
 
 
@@ -117,48 +116,86 @@ def in_progress(context: SweepContext, line: str, run: str | None = None) -> lis
     return [state for state in states if run is None or (state.last and state.last.run == run)]
 
 
-def _settle_unrecorded(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> Settled:
-    """Queue the requests of a run that died before its record was written: they were not tried."""
+def _settle_unrecorded(context: SweepContext, line: str, run: str) -> Settled:
+    """Queue the requests of a run that died before its record was written: they were not tried, so none is given up."""
     states = in_progress(context, line, run)
-    plan: dict[str, Next] = {}
-    for state in states:
-        assert state.last is not None
-        member = {state.request.id: state.last.attempt}
-        plan |= after_interruption(member, state.last.rung, state.last.group, "the run never began", policy)
+    plan = {
+        state.request.id: Next(False, state.last.rung, state.last.group, "the run never began")
+        for state in states
+        if state.last
+    }
     return _requeue(context, run, None, states, plan)
 
 
-def _settle_recorded(context: SweepContext, record: RunRecord, policy: SweepPolicy) -> Settled:
+def _settle_recorded(context: SweepContext, record: RunRecord) -> Settled:
     # The members are read before HEAD: their events are then refused if the run publishes and is settled meanwhile.
     members = in_parallel(lambda member: context.ledger.state(member.id), record.members)
-    states = [s for s in members if s.status is Status.IN_PROGRESS and s.last and s.last.run == record.run]
+    ours = [state for state in members if state.last and state.last.run == record.run]
+    states = [state for state in ours if state.status is Status.IN_PROGRESS]
+    # So is the log: a run moves HEAD before it records that it published, so a version that is missing was rolled back.
+    ended = _ended(context, record.run)
     version = published_by(context, record)
     if version is not None:
         found = {member.id: member for member in record.members}
         in_parallel(lambda state: complete(context, state, found[state.request.id], version, record), states)
-        settled = Settled(record.run, RunStatus.PUBLISHED, version.digest, [state.request.id for state in states])
+        status, names = RunStatus.PUBLISHED, [state.request.id for state in states]
+        settled = Settled(record.run, ended or status, version.digest, names)
     else:
-        status, plan = _verdict(context, record, states, policy)
-        settled = _requeue(context, record.run, status, states, plan)
-    assert settled.status is not None
-    with suppress(SalunError):  # the run has recorded another end itself: that stays
-        context.runs.advance(record.run, settled.status, context.actor, _REASONS[settled.status])
-    return settled
+        status = ended or _verdict(context, record)
+        if status is RunStatus.GATE_REFUSED:
+            context.store.put_new(work_key(record.work_key), json.dumps({"format": "salun.work/v1"}).encode())
+        settled = _requeue(context, record.run, status, states, _plan(record, status, states))
+    if ended is None:
+        try:
+            context.runs.advance(record.run, status, context.actor, _REASONS[status])
+        except ConflictError:  # it ended meanwhile, by its own step or by another settle: that stays
+            settled = replace(settled, status=_ended(context, record.run))
+        except IntegrityError:  # no reason to leave the requests in progress
+            get_logger().warning("run_log_damaged", run=record.run)
+    return _with_earlier(settled, ours)
 
 
-def _verdict(
-    context: SweepContext, record: RunRecord, states: Sequence[RequestState], policy: SweepPolicy
-) -> tuple[RunStatus, Mapping[str, Next]]:
-    """Return how a run ended that published nothing, and what follows for its requests."""
-    attempts = {state.request.id: state.last.attempt for state in states if state.last}
+def _ended(context: SweepContext, run: str) -> RunStatus | None:
+    """Return the status with which a run has ended; None if it has not, or if its log is damaged."""
+    try:
+        status = context.runs.status(run)
+    except IntegrityError:  # the store decides about the requests, with or without a log
+        return None
+    return status if status in ENDED else None
+
+
+def _with_earlier(settled: Settled, ours: Sequence[RequestState]) -> Settled:
+    """Add the requests that an earlier settle of the run moved, and that nobody moved since."""
+    earlier = {
+        status: [state.request.id for state in ours if state.status is status]
+        for status in (Status.COMPLETED, Status.QUEUED, Status.FAILED)
+    }
+    return replace(
+        settled,
+        completed=[*settled.completed, *earlier[Status.COMPLETED]],
+        queued=[*settled.queued, *earlier[Status.QUEUED]],
+        failed=[*settled.failed, *earlier[Status.FAILED]],
+    )
+
+
+def _verdict(context: SweepContext, record: RunRecord) -> RunStatus:
+    """Return how a run ended that has no version in the lineage, as the store shows it."""
     if _refused(context, record.run):
-        context.store.put_new(work_key(record.work_key), json.dumps({"format": "salun.work/v1"}).encode())
-        return RunStatus.GATE_REFUSED, after_refusal(attempts, record.run, record.rung, policy)
+        return RunStatus.GATE_REFUSED
     head = read_head(context.store, record.line)
-    if head is None or head[0].version != record.parent:
-        plan = after_interruption(attempts, record.rung, record.group, _REASONS[RunStatus.STALE_PARENT], policy)
-        return RunStatus.STALE_PARENT, plan
-    return RunStatus.FAILED, after_failure(attempts, record.run, record.rung, record.group, policy)
+    stale = head is None or head[0].version != record.parent
+    return RunStatus.STALE_PARENT if stale else RunStatus.FAILED
+
+
+def _plan(record: RunRecord, status: RunStatus, states: Sequence[RequestState]) -> Mapping[str, Next]:
+    """Return what follows for the requests that are still in progress for a run."""
+    attempts = {state.request.id: state.last.attempt for state in states if state.last}
+    if status is RunStatus.GATE_REFUSED:
+        return after_refusal(attempts, record.run, record.rung, record.limits)
+    if status is RunStatus.FAILED:
+        return after_failure(attempts, record.run, record.rung, record.group, record.limits)
+    reason = _UNDONE if status is RunStatus.PUBLISHED else _REASONS[status]
+    return after_interruption(attempts, record.rung, record.group, reason, record.limits)
 
 
 def published_by(context: SweepContext, record: RunRecord) -> Version | None:

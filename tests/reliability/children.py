@@ -51,7 +51,7 @@ def late(plan: Plan, line: str, run: str, stop: str) -> None:
     except ConflictError:
         outcome = "refused"
     store.hook = lambda step, key: None
-    settle(context, line, run, toy.policy(**plan.policy))
+    settle(context, line, run)
     plan.tell(run, outcome)
 
 
@@ -110,7 +110,7 @@ def sweep_often(plan: Plan, count: int, every: int) -> None:
         context.ledger.submit(f"r-{number}", line, toy.target(number // len(plan.lines)))
         claimed = toy.claim_next(context, f"run-{number}", line, **plan.policy)
         toy.erase(context, claimed.record)
-        settle(context, line, f"run-{number}", toy.policy(**plan.policy))
+        settle(context, line, f"run-{number}")
         if (number + 1) % every == 0:
             journal.write(plan.journal, kind="memory", sweeps=number + 1, bytes=_resident())
 

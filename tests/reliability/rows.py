@@ -118,7 +118,7 @@ def _take_over(plan: Plan, context, line: str) -> None:
     harness.wait_until(lambda: holder_of(context.store, line) is None, 60, 0.3)
     claimed = toy.claim_next(context, f"next-{line}", line, **plan.policy)
     toy.erase(context, claimed.record)
-    settle(context, line, f"next-{line}", toy.policy(**plan.policy))
+    settle(context, line, f"next-{line}")
 
 
 def killed_publishes(uri: str, large: bool, sweep: bool = True) -> Figures:

@@ -54,7 +54,7 @@ def _sweep(context, plan: Plan, run: str) -> None:
     claimed = toy.claim_next(context, run, LINE, **plan.policy)
     if claimed.record:
         toy.erase(context, claimed.record)
-    settle(context, LINE, run, toy.policy())
+    settle(context, LINE, run)
 
 
 def _race_at_the_swap(plan: Plan, mutant: str | None) -> None:

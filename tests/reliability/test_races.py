@@ -106,9 +106,9 @@ def test_what_a_late_worker_published_between_two_claims_is_its_own_erasure(dire
     toy.publish(direct, LINE, first.record.parent, {"sample-0"}, "run-1", 1)
     with pytest.raises(ConflictError, match="stale parent"):
         toy.erase(context, second.record)
-    settle(context, LINE, "run-2", toy.policy())
+    settle(context, LINE, "run-2")
     toy.claim_next(context, "run-3")
-    settle(context, LINE, "run-3", toy.policy())
+    settle(context, LINE, "run-3")
     last = context.ledger.state("r-0").last
     assert (last.to_status, last.outcome, last.run) == (Status.COMPLETED, Outcome.UNLEARNED, "run-1")
     back = rollback(direct.uri, f"{LINE}@{start}", "ana", "a bad version", reopen=True)

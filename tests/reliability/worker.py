@@ -98,7 +98,7 @@ class Worker:
         if claimed.record:
             with self.noted():
                 self._step(lambda: toy.erase(self.context, claimed.record))
-        self._step(lambda: settle(self.context, line, run, toy.policy(**self.plan.policy)))
+        self._step(lambda: settle(self.context, line, run))
 
     def _step(self, call: Callable[[], T]) -> T:
         for again in range(_TRIES):

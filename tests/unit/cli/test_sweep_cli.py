@@ -103,7 +103,7 @@ def test_a_run_that_died_is_settled_by_hand(sweep, ledger, store):
     assert holder_of(store, "digits") == "run-1"
     assert list(store.list(scratch_prefix("run-1")))
 
-    result = sweep("--settle", "run-1")
+    result = sweep("--settle", "run-1", "--method", "salum", "--set", "no_such=1")  # settling needs no configuration
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "run        run-1: failed\nsettled    r-1: queued\n"
     assert holder_of(store, "digits") is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from salun_core.data.targets import ClassTarget
 from salun_core.errors import ConflictError
 from salun_core.requests.schema import Outcome, Status
-from salun_core.storage.keys import certificate_key, scratch_prefix
+from salun_core.storage.keys import certificate_key, run_event_key, scratch_prefix
 from salun_core.storage.leases import holder_of
+from salun_core.sweeps.policy import Limits
+from salun_core.sweeps.runs import RunRecord
 from salun_core.sweeps.settle import settle
 from salun_core.times import utc_clock
 from tests.support import toy_line as toy
@@ -36,7 +39,7 @@ def run_once(context, run, poison=frozenset(), at_last=False, **settings):
     claimed = toy.claim_next(context, run, **settings)
     if claimed.record:
         toy.erase(context, claimed.record, poison, at_last)
-    return claimed, settle(context, LINE, run, toy.policy(**settings))
+    return claimed, settle(context, LINE, run)
 
 
 def statuses(context, *requests):
@@ -158,7 +161,7 @@ def test_a_leased_line_is_not_claimed(context):
     other = toy.claim_next(context, "run-2")
     assert other.record is None
     assert "run-1" in other.reason
-    assert settle(context, LINE, "run-2", toy.policy()).status is None
+    assert settle(context, LINE, "run-2").status is None
     assert holder_of(context.store, LINE) == "run-1"
 
 
@@ -173,7 +176,7 @@ def test_repeating_a_claim_gives_the_same_batch(context):
 def test_a_run_without_a_verdict_is_queued_again_and_a_dead_run_is_recovered(context):
     request = submit(context, 1)
     toy.claim_next(context, "run-1", lease_seconds=1)
-    settled = settle(context, LINE, "run-1", toy.policy())
+    settled = settle(context, LINE, "run-1")
     assert (settled.status, settled.queued) == ("failed", [request])
     toy.claim_next(context, "run-2", lease_seconds=1)
     wait_for_the_lease(context)
@@ -198,7 +201,7 @@ def test_the_next_sweep_completes_a_run_that_published_and_died(context):
 def test_the_log_of_a_settled_run_refuses_its_late_publish(context):
     request = submit(context, 1)
     claimed = toy.claim_next(context, "run-1")
-    settle(context, LINE, "run-1", toy.policy())
+    settle(context, LINE, "run-1")
     with pytest.raises(ConflictError, match="has ended"):
         toy.erase_late(context, claimed.record)
     assert statuses(context, request) == [Status.QUEUED]
@@ -207,7 +210,7 @@ def test_the_log_of_a_settled_run_refuses_its_late_publish(context):
 def test_the_next_claim_finds_a_late_publish(context):
     request = submit(context, 1)
     claimed = toy.claim_next(context, "run-1")
-    settle(context, LINE, "run-1", toy.policy())
+    settle(context, LINE, "run-1")
     gone = toy.forgotten(context.store, toy.head(context.store)) | {toy.sample(1)}
     version = toy.publish(context.store, LINE, claimed.record.parent, gone, "run-1", 1)
     after, _ = run_once(context, "run-2")
@@ -223,7 +226,7 @@ def test_requests_of_a_stale_run_are_queued_unchanged(context):
     toy.publish(context.store, LINE, claimed.record.parent, {toy.sample(9)}, None, 1)
     with pytest.raises(ConflictError, match="stale parent"):
         toy.erase(context, claimed.record)
-    settled = settle(context, LINE, "run-1", toy.policy())
+    settled = settle(context, LINE, "run-1")
     last = context.ledger.state(request).last
     assert (settled.status, last.rung, last.attempt) == ("stale_parent", 0, 2)
     run_once(context, "run-2")
@@ -234,10 +237,47 @@ def test_attempts_are_limited(context):
     request = submit(context, 1)
     for number in range(3):
         toy.claim_next(context, f"run-{number}", max_attempts=3)
-        settle(context, LINE, f"run-{number}", toy.policy(max_attempts=3))
+        settle(context, LINE, f"run-{number}")
     last = context.ledger.state(request).last
     assert (last.to_status, last.attempt) == (Status.FAILED, 3)
     assert "attempts are used up" in last.reason
+
+
+def test_settling_twice_reports_the_status_of_the_log_and_the_same_requests(context):
+    request = submit(context, 1)
+    claimed = toy.claim_next(context, "run-1")
+    first = settle(context, LINE, "run-1")
+    assert (first.status, first.queued) == ("failed", [request])
+    toy.publish(context.store, LINE, claimed.record.parent, {toy.sample(9)}, None, 1)
+    assert settle(context, LINE, "run-1") == first  # HEAD is another now, but the run did not end by that
+    _, done = run_once(context, "run-2")
+    assert (done.status, done.completed) == ("published", [request])
+    toy.publish(context.store, LINE, done.version, {toy.sample(1), toy.sample(9), toy.sample(8)}, None, 1)
+    assert settle(context, LINE, "run-2") == done
+    assert settle(context, LINE, "run-1") == replace(first, queued=[])  # the request went its way
+
+
+def test_a_record_without_limits_has_those_of_its_release(context):
+    record = toy.run_record("run-1", "c" * 64, "2026-01-31T12:00:00+00:00")
+    stored = record.model_dump(mode="json", exclude={"recipes", "max_attempts"})
+    assert RunRecord.model_validate(stored).limits == Limits(recipes=4, attempts=10)
+
+
+def test_the_escalation_of_a_run_is_that_of_its_record(context):
+    """The sweep that settles may have other recipes: then the run's own decide what its last one is."""
+    request = submit(context, 5)
+    claimed = toy.claim_next(context, "run-1", recipes=toy.RECIPES[:1])
+    toy.erase(context, claimed.record, frozenset({toy.sample(5)}))
+    assert settle(context, LINE, "run-1").failed == [request]
+
+
+def test_a_damaged_log_does_not_keep_requests_in_progress(context):
+    request = submit(context, 1)
+    claimed = toy.claim_next(context, "run-1")
+    version = toy.erase(context, claimed.record)
+    context.store.delete(run_event_key("run-1", 2))
+    settled = settle(context, LINE, "run-1")
+    assert (settled.status, settled.version, settled.completed) == ("published", version, [request])
 
 
 def test_a_held_request_is_not_claimed(context):

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salun_core.methods.recipe import Recipe
-from salun_core.sweeps.policy import SweepPolicy, after_failure, after_interruption, after_refusal, why_due
+from salun_core.sweeps.policy import Limits, SweepPolicy, after_failure, after_interruption, after_refusal, why_due
 
 NOW = datetime(2028, 2, 20, 12, tzinfo=UTC)
+LIMITS = Limits(recipes=3, attempts=10)
 POLICY = SweepPolicy(recipes=[Recipe(method="salun"), Recipe(method="salun", density=0.75), Recipe(method="retrain")])
 
 
@@ -45,7 +46,7 @@ def test_a_batch_is_due_when_a_month_ends_soon():
 
 
 def test_a_refused_batch_is_halved_and_escalated():
-    plan = after_refusal({"a": 1, "b": 1, "c": 2}, "run-1", 0, POLICY)
+    plan = after_refusal({"a": 1, "b": 1, "c": 2}, "run-1", 0, LIMITS)
     assert {name: (step.group, step.level, step.give_up) for name, step in plan.items()} == {
         "a": ("run-1-a", 1, False),
         "b": ("run-1-a", 1, False),
@@ -54,22 +55,22 @@ def test_a_refused_batch_is_halved_and_escalated():
 
 
 def test_a_request_refused_alone_by_the_last_recipe_fails():
-    (step,) = after_refusal({"a": 3}, "run-1", 2, POLICY).values()
+    (step,) = after_refusal({"a": 3}, "run-1", 2, LIMITS).values()
     assert step.give_up
     assert "last of 3 recipes" in step.reason
-    several = after_refusal({"a": 3, "b": 3}, "run-1", 2, POLICY)
+    several = after_refusal({"a": 3, "b": 3}, "run-1", 2, LIMITS)
     assert {(step.level, step.give_up) for step in several.values()} == {(2, False)}
 
 
 def test_a_failed_run_is_halved_from_its_second_failure():
-    first = after_failure({"a": 1, "b": 1}, "run-1", 1, "half", POLICY)
+    first = after_failure({"a": 1, "b": 1}, "run-1", 1, "half", LIMITS)
     assert {(step.group, step.level) for step in first.values()} == {("half", 1)}
-    second = after_failure({"a": 2, "b": 2}, "run-2", 1, "half", POLICY)
+    second = after_failure({"a": 2, "b": 2}, "run-2", 1, "half", LIMITS)
     assert [step.group for step in second.values()] == ["run-2-a", "run-2-b"]
 
 
 def test_requests_of_a_stale_run_are_queued_unchanged():
-    (step,) = after_interruption({"a": 1}, 1, "half", "published meanwhile", POLICY).values()
+    (step,) = after_interruption({"a": 1}, 1, "half", "published meanwhile", LIMITS).values()
     assert (step.group, step.level, step.give_up) == ("half", 1, False)
 
 
@@ -77,7 +78,7 @@ def test_requests_of_a_stale_run_are_queued_unchanged():
 def test_halving_keeps_every_request_and_ends(size, level, attempt):
     """Every group gets smaller or escalates, so each request is erased or ends alone after a limited number of runs."""
     members = {f"r-{number}": attempt for number in range(size)}
-    plan = after_refusal(members, "run-1", level, POLICY)
+    plan = after_refusal(members, "run-1", level, LIMITS)
     assert set(plan) == set(members)
     groups: dict[str, int] = {}
     for step in plan.values():
@@ -89,9 +90,9 @@ def test_halving_keeps_every_request_and_ends(size, level, attempt):
 
 def test_attempts_are_limited_for_every_end_of_a_run():
     for plan in (
-        after_refusal({"a": 10}, "run-1", 0, POLICY),
-        after_failure({"a": 10}, "run-1", 0, None, POLICY),
-        after_interruption({"a": 10}, 0, None, "published meanwhile", POLICY),
+        after_refusal({"a": 10}, "run-1", 0, LIMITS),
+        after_failure({"a": 10}, "run-1", 0, None, LIMITS),
+        after_interruption({"a": 10}, 0, None, "published meanwhile", LIMITS),
     ):
         (step,) = plan.values()
         assert step.give_up
