@@ -19,7 +19,9 @@ ROLES = {
     "unlearn": "worker",
     "evaluate": "evaluator",
     "gate_publish": "publisher",
+    "conclude": "evaluator",
     "settle_requests": "settler",
+    "sweep_compact": "sweeper",
     "purge_store": "purger",
 }
 """The role whose rights each step needs."""

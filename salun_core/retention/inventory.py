@@ -237,7 +237,7 @@ def _summarise_request(state: RequestState) -> RequestSummary:
 def _scan_runs(store: S3Store, live: KeysByKind) -> dict[str, RunSummary]:
     files: dict[str, list[StoredKey]] = {}
     marks: dict[str, set[str]] = {}
-    for kind in ("record", "mark", "report", "run event", "mask", "candidate"):
+    for kind in ("record", "outcome", "mark", "report", "run event", "mask", "candidate"):
         for item, values in live.get(kind, ()):
             files.setdefault(values["run"], []).append(item)
             if kind == "mark":

@@ -257,6 +257,7 @@ LAYOUT: Mapping[str, KeyTemplate] = {
 }
 RUN_FILES: Mapping[str, re.Pattern[str]] = {
     "record": re.compile(r"(run|evidence|decision)\.json"),
+    "outcome": re.compile(r"outcome\.json"),
     "mark": re.compile(r"(disposed|attested)-[a-z]+\.json"),
     "report": re.compile(r".+\.html"),
     "mask": re.compile(r"mask.*"),

@@ -25,11 +25,12 @@ from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Status
 from salun_core.retention.inventory import scan_store
 from salun_core.steps.claim import probe_once
+from salun_core.steps.outcome import RunState, new_outcome, read_outcome, write_outcome
 from salun_core.storage import erase
 from salun_core.storage import keys as names
 from salun_core.storage import seaweedfs as weed
 from salun_core.storage.keys import LAYOUT, RUN_FILES
-from salun_core.storage.leases import acquire, release
+from salun_core.storage.leases import acquire, release, renew
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.runs import RunLog, RunStatus
 from tests.support.toy_line import run_record
@@ -48,6 +49,7 @@ KEYS = {
     "request": names.request_key("r-1"),
     "event": names.event_key("r-1", 1),
     "record": names.run_key("run-1", "run.json"),
+    "outcome": names.run_key("run-1", "outcome.json"),
     "mark": names.run_key("run-1", "disposed-data.json"),
     "report": names.run_key("run-1", "report.html"),
     "run event": names.run_event_key("run-1", 1),
@@ -63,18 +65,21 @@ KEYS = {
     "probe": "probe/passed.json",
     "stranger": "policies/mine.yaml",
 }
-RUN = {"record", "mark", "report", "run event", "mask", "candidate"}
+RUN = {"record", "outcome", "mark", "report", "run event", "mask", "candidate"}
 LINE = {"head", "manifest", "disposed"}
 WEIGHTS = {"blob", "delta"}
-_SETTLED = {"request", "event", "index", "certificate", "addendum", "lease", "work", "run event"}
+_AT_WORK = {"run event", "lease", "outcome"}  # what each step of a run writes
+_SETTLED = _AT_WORK | {"request", "event", "index", "certificate", "addendum", "work"}
+_PUBLISHED = {"head", "manifest", *WEIGHTS, "report"}
 _GONE = {"blob", "delta", "mask", "candidate", "scratch", "probe", "manifest", "disposed"}
 READ = {
-    "submitter": {"request", "event", "index"},
+    "submitter": {"request", "event", "index", "outcome"},
     "claimer": {*KEYS} - {"hold", "stranger"},
-    "fetcher": {*LINE, *WEIGHTS, "scratch"},
+    "fetcher": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
     "worker": {*RUN, "scratch", "lease"},
     "evaluator": {*RUN, "scratch", "lease"},
-    "publisher": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
+    "publisher": {*KEYS} - {"hold", "probe", "stranger"},
+    "sweeper": {*KEYS} - {"hold", "stranger"},
     "settler": {*KEYS} - {"hold", "delta", "probe", "stranger"},
     "purger": {*KEYS} - {"scratch", "index", "work", "probe", "stranger"},
     "exporter": {"head", "manifest", "event"},
@@ -84,10 +89,11 @@ READ = {
 WRITE = {
     "submitter": {"request", "event", "index"},
     "claimer": {*_SETTLED, "record", "scratch", "probe"},
-    "fetcher": set(),
-    "worker": {"run event", "lease"},
-    "evaluator": {"run event", "lease"},
-    "publisher": {"head", "manifest", *WEIGHTS, "report", "run event", "lease"},
+    "fetcher": _AT_WORK | {"scratch"},
+    "worker": _AT_WORK | {"scratch"},
+    "evaluator": _AT_WORK | {"scratch"},
+    "publisher": _SETTLED | _PUBLISHED,
+    "sweeper": _SETTLED | _PUBLISHED | {"record", "scratch", "probe"},
     "settler": _SETTLED,
     "purger": {"blob", "request", "mark", "disposed", "addendum"},
     "exporter": set(),
@@ -97,6 +103,8 @@ WRITE = {
 DELETE = {
     "submitter": {"index"},
     "claimer": {"index", "scratch", "probe"},
+    "publisher": {"index", "scratch"},
+    "sweeper": {"index", "scratch", "probe"},
     "settler": {"index", "scratch"},
     "purger": _GONE,
     "operator": {"index", "hold"},
@@ -224,7 +232,7 @@ def test_no_role_changes_the_rules(role, server):
     assert not allowed(client.put_bucket_policy, Policy=document)
     assert not allowed(client.put_bucket_versioning, VersioningConfiguration={"Status": "Suspended"})
     assert not allowed(client.put_object_acl, Key=head, ACL="public-read")
-    if role in {"worker", "evaluator"}:
+    if role in {"fetcher", "worker", "evaluator"}:
         source = {"CopySource": f"{BUCKET}/{KEYS['request']}"}
         assert not allowed(client.copy_object, Key=names.run_event_key("run-1", 7), **source)
 
@@ -235,53 +243,75 @@ def test_conditional_write_needs_get_and_put(role):
     assert WRITE[role] <= READ[role] | {"probe"}
 
 
-def test_the_steps_of_each_role_do_their_work(stores, server, tmp_path):
-    """From the request to the purge, each step with the rights of its role alone."""
+@pytest.mark.parametrize(("settles", "number"), [("publisher", 8), ("settler", 9), ("sweeper", 7)])
+def test_the_steps_of_each_role_do_their_work(settles, number, stores, tmp_path):
+    """From the request to the purge, each step with the rights of its role alone.
+
+    The publisher settles its own run. The exit handler does it with a settler's rights if the run broke off, and the
+    compact sweep does all in one step.
+    """
+    line, request, run = f"people-{number}", f"r-{number}", f"run-{number}"
+    mine = dict.fromkeys(stores, stores["sweeper"]) if settles == "sweeper" else stores
     files = {"model.json": tmp_path / "model.json"}
     files["model.json"].write_text("{}")
-    fields = {"line": "people", "method": "train", "lineage": {"trained_on": 9}}
-    first, _ = versions.stage_version(stores["publisher"], fields, files)
-    versions.publish_head(stores["publisher"], "people", first, None, None)
-    Ledger(stores["submitter"], lambda: NOW).submit("r-9", "people", SubjectTarget(subject_ref="person-07"))
+    fields = {"line": line, "method": "train", "lineage": {"trained_on": 9}}
+    first, _ = versions.stage_version(mine["publisher"], fields, files)
+    versions.publish_head(mine["publisher"], line, first, None, None)
+    Ledger(stores["submitter"], lambda: NOW).submit(request, line, SubjectTarget(subject_ref="person-07"))
 
-    probe_once(stores["claimer"])
-    lease = acquire(stores["claimer"], "people", "run-9", 60)
-    ledger = Ledger(stores["claimer"], lambda: NOW)
-    (state,) = ledger.list("people", [Status.QUEUED])
-    ledger.move(state, Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-9", epoch=lease.epoch))
-    RunLog(stores["claimer"], lambda: NOW).start(_record(first), "sweep")
-    stores["claimer"].put_new(names.scratch_key("run-9", "forget.json"), b"[]")
+    def says(role, state=RunState.RUNNING):
+        return write_outcome(mine[role], new_outcome(run, line, state, f"{role} works", step=role))
 
-    versions.fetch_version(stores["fetcher"], "people", lookup.resolve(stores["fetcher"], "people")[1], tmp_path / "m")
+    probe_once(mine["claimer"])
+    lease = acquire(mine["claimer"], line, run, 600)
+    says("claimer")
+    ledger = Ledger(mine["claimer"], lambda: NOW)
+    (state,) = ledger.list(line, [Status.QUEUED])
+    ledger.move(state, Transition(Status.IN_PROGRESS, "sweep", "claimed", run=run, epoch=lease.epoch))
+    member = {"id": request, "event": 2, "attempt": 1, "forget_digest": A, "salt": "0" * 32, "found": 1, "named": 1}
+    record = run_record(run, first, NOW.isoformat(), line=line, members=[member])
+    RunLog(mine["claimer"], lambda: NOW).start(record, "sweep")
+    mine["claimer"].put_new(names.scratch_key(run, "forget.json"), b"[]")
+
+    versions.fetch_version(mine["fetcher"], line, lookup.resolve(mine["fetcher"], line)[1], tmp_path / "m")
+    large = tmp_path / "large"
+    large.write_bytes(bytes(33 * 2**20))  # in parts
+    handed_on = "forget.json"
     for role, status in (
+        ("fetcher", RunStatus.CLAIMED),
         ("worker", RunStatus.MASKING),
         ("worker", RunStatus.UNLEARNING),
         ("evaluator", RunStatus.EVALUATING),
         ("publisher", RunStatus.GATED),
     ):
-        assert stores[role].get(names.scratch_key("run-9", "forget.json")) is not None
-        RunLog(stores[role], lambda: NOW).advance("run-9", status, role, "goes on")
+        says(role)
+        renew(mine[role], lease)
+        mine[role].download(names.scratch_key(run, handed_on), tmp_path / "before")
+        if role != "publisher":
+            handed_on = f"{role}-{status}"
+            mine[role].upload(large, names.scratch_key(run, handed_on))
+        if role != "fetcher":
+            RunLog(mine[role], lambda: NOW).advance(run, status, role, "goes on")
     files["model.json"].write_text('{"after": true}')
-    fields |= {"parent": first, "method": "salun", "run": "run-9"}
-    second, _ = versions.stage_version(stores["publisher"], fields, files)
-    versions.publish_head(stores["publisher"], "people", second, first, "run-9")
+    fields |= {"parent": first, "method": "salun", "run": run}
+    second, _ = versions.stage_version(mine["publisher"], fields, files)
+    versions.publish_head(mine["publisher"], line, second, first, run)
 
-    ledger = Ledger(stores["settler"], lambda: NOW)
-    stores["settler"].put_new(names.certificate_key("r-9"), b"{}")
-    ledger.move("r-9", Transition(Status.COMPLETED, "sweep", "erased", run="run-9", outcome="unlearned"))
-    redact_request(stores["settler"], "r-9", keep_hashes=False)
-    RunLog(stores["settler"], lambda: NOW).advance("run-9", RunStatus.PUBLISHED, "settle", "published")
-    stores["settler"].delete(names.scratch_key("run-9", "forget.json"))
-    release(stores["settler"], "people", "run-9")
+    ledger = Ledger(stores[settles], lambda: NOW)
+    stores[settles].put_new(names.certificate_key(request), b"{}")
+    ledger.move(request, Transition(Status.COMPLETED, "sweep", "erased", run=run, outcome="unlearned"))
+    redact_request(stores[settles], request, keep_hashes=False)
+    RunLog(stores[settles], lambda: NOW).advance(run, RunStatus.PUBLISHED, "settle", "published")
+    stores[settles].delete(names.scratch_key(run, "forget.json"))
+    release(stores[settles], line, run)
+    says(settles, RunState.PUBLISHED)
+    says("settler", RunState.KILLED)  # the exit handler comes last, and the first final outcome stays
 
-    assert GaugeReader(stores["exporter"], lambda: NOW).take().lines["people"].runs == 0
-    assert [event.to_status for event in Ledger(stores["auditor"], lambda: NOW).events("r-9")][-1] == "completed"
-    assert len(lookup.ancestry(stores["auditor"], "people")) == 2
-
-
-def _record(parent):
-    member = {"id": "r-9", "event": 2, "attempt": 1, "forget_digest": A, "salt": "0" * 32, "found": 1, "named": 1}
-    return run_record("run-9", parent, NOW.isoformat(), line="people", members=[member])
+    assert read_outcome(stores["submitter"], run).state is RunState.PUBLISHED
+    assert read_outcome(stores["submitter"], "run-that-waits") is None
+    assert GaugeReader(stores["exporter"], lambda: NOW).take().lines[line].runs == 0
+    assert [event.to_status for event in Ledger(stores["auditor"], lambda: NOW).events(request)][-1] == "completed"
+    assert len(lookup.ancestry(stores["auditor"], line)) == 2
 
 
 def test_only_the_purger_deletes_versions(stores, server):
@@ -312,7 +342,10 @@ def test_the_purger_scans_everything(stores, server):
         ("evaluator", lambda store: store.put_new(names.head_key("new"), b"{}")),
         ("evaluator", lambda store: store.put_new(names.certificate_key("r-2"), b"{}")),
         ("worker", lambda store: store.get(names.request_key("r-1"))),
-        ("publisher", lambda store: store.put_new(names.certificate_key("r-2"), b"{}")),
+        ("fetcher", lambda store: store.put_new(names.head_key("new"), b"{}")),
+        ("submitter", lambda store: store.get(names.run_key("run-1", "run.json"))),
+        ("submitter", lambda store: store.put_new(names.run_key("run-2", "outcome.json"), b"{}")),
+        ("publisher", lambda store: store.delete(names.blob_key(A))),
         ("exporter", lambda store: store.put_new(names.index_key("queued", "faces", 1, 1, "r-2"), b"{}")),
         ("auditor", lambda store: store.get(names.request_key("r-1"))),
         ("settler", lambda store: store.delete(names.blob_key(A))),

@@ -99,6 +99,35 @@ def test_roles_name_what_they_allow():
             assert rule["verbs"] == ["get"]
 
 
+def granted(role):
+    """The verbs of a role, by group and kind of object."""
+    found = {}
+    for rule in named("Role", role, everything())["rules"]:
+        for kind in ((group, resource) for group in rule["apiGroups"] for resource in rule["resources"]):
+            found.setdefault(kind, set()).update(rule["verbs"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("role", "call", "kind"),
+    [
+        ("salun-submitter", r"\brun_service_([a-z]+)_runs?\b", "runs"),
+        ("salun-submitter", r"\bexperiment_service_([a-z]+)_experiments?\b", "experiments"),
+        ("salun-publisher", r"\brecurring_run_service_([a-z]+)_recurring_runs?\b", "jobs"),
+    ],
+)
+def test_a_role_allows_every_call_of_our_client(role, call, kind):
+    """A multi-user Kubeflow asks Kubernetes for the verb of the call."""
+    client = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "pipelines").glob("*.py"))
+    verbs = set(re.findall(call, client))
+    assert verbs, "the client makes no such call"
+    assert verbs <= granted(role)["pipelines.kubeflow.org", kind]
+
+
+def test_a_step_may_look_at_workflows_and_change_none():
+    assert granted("salun-runner")["argoproj.io", "workflows"] == {"get"}
+
+
 def test_only_the_runner_gets_a_token_by_itself():
     accounts = [found for found in everything() if found.kind == "ServiceAccount"]
     given = {found.name for found in accounts if found.document.get("automountServiceAccountToken") is not False}

@@ -200,6 +200,7 @@ def test_every_built_key_is_recognised():
         names.run_key("r", "run.json"),
         names.run_key("r", "evidence.json"),
         names.run_key("r", "report.html"),
+        names.run_key("r", "outcome.json"),
         names.run_event_key("r", 1),
         names.certificate_key("r"),
         names.addendum_key("r", "disposal-1.json"),
