@@ -218,19 +218,18 @@ def register(
     """Upload the pipelines, each as a version named by its digest, so that the UI offers them.
 
     \b
-    $ python -m pipelines register --host http://localhost:8888
-    uploaded   salun-deletion-sweep-5f0c9b7a1d2e  http://localhost:8888/#/pipelines/details/6f2d...
-    was there  salun-unlearning-77d04c3b9a10      http://localhost:8888/#/pipelines/details/0a91...
+    $ python -m pipelines register --host http://localhost:8888 --ui-host http://localhost:8080
+    uploaded   salun-deletion-sweep-5f0c9b7a1d2e  http://localhost:8080/#/pipelines/details/6f2d...
+    was there  salun-unlearning-77d04c3b9a10      http://localhost:8080/#/pipelines/details/0a91...
     """  # noqa: D301
     _require_client()
     from pipelines import runs
 
     found = [packages.load_package(name, image) for name in pipeline or packages.shipped()]
     api = _connect(host, namespace, token_path, ui_host)
-    for package in found:
-        version, made = runs.register(api, package)
+    for package, (version, made) in zip(found, runs.register_all(api, found), strict=True):
         state = "uploaded" if made else "was there"
-        typer.echo(f"{state:<9}  {package.version}  {api.link('pipelines', version.pipeline_id)}")
+        typer.echo(f"{state:<9}  {package.version}  {_place(api, 'pipelines', version.pipeline_id)}")
 
 
 @app.command(cls=FormCommand, context_settings=FORM)
@@ -256,16 +255,20 @@ def submit(
     """Submit a run, with the pipeline's parameters as further options, and follow it.
 
     Equal work is submitted once: an active or succeeded run of the same pipeline, parameters and slot takes the place
-    of a new one; a failed run does not. Exit codes: 0 succeeded, 2 usage, 3 gate refused, 4 stale parent,
-    5 integrity (if Kubeflow passes on the step's message), 124 not finished in time, 1 anything else.
+    of a new one; a failed run does not. At the end it prints the run's outcome, which it reads from the store, and
+    ends with its exit code: 0 published or nothing to do, 2 wrong input, 3 gate refused, 4 stale parent or line held,
+    5 integrity, 124 not finished in time, 1 anything else. If the store cannot be read from here, Kubeflow's state
+    decides: 0 or 1.
 
     \b
     $ python -m pipelines submit --pipeline deletion-sweep --model-line digits --store-uri s3://salun/demo
-    submitted  http://localhost:8888/#/runs/details/3c1f...
+    submitted  http://localhost:8080/#/runs/details/3c1f...
     claim-requests     running
     claim-requests     succeeded
     ...
     succeeded  salun-deletion-sweep digits 2026-11-24T02Z 8c1e55a0f3b2
+    outcome    published: 3 requests were erased
+    report     s3://salun/demo/runs/3c1f.../report.html
     """  # noqa: D301
     _require_client()
     from pipelines import runs
@@ -275,12 +278,13 @@ def submit(
     default = "hour" if "sweep" in package.name else ""
     api = _connect(host, namespace, token_path, ui_host)
     run_id, made = runs.submit(api, job, runs.slot_of(slot if slot is not None else default))
-    url = api.link("runs", run_id)
-    _progress(f"{'submitted' if made else 'was there'}  {url}")
+    place = _place(api, "runs", run_id)
+    _progress(f"{'submitted' if made else 'was there'}  {place}")
     if not wait:
-        typer.echo(json.dumps({"run_id": run_id, "url": url, "made": made}) if as_json else run_id)
+        document = {"run_id": run_id, "url": api.link("runs", run_id) or None, "made": made}
+        typer.echo(json.dumps(document) if as_json else run_id)
         return
-    with _continuing(url):
+    with _continuing(place):
         result = runs.follow(api, run_id, package.steps(), _progress, timeout=timeout, poll=poll)
     _print(result, as_json)
 
@@ -298,12 +302,12 @@ def status(
 ) -> None:
     """Show the state of a run, step by step, or list the newest runs.
 
-    The exit code for a failed run is the one of `submit`.
+    For a run that ended it prints the outcome and ends with its exit code, as `submit` does.
 
     \b
     $ python -m pipelines status --last 2
-    running    salun-deletion-sweep digits 2026-11-24T02Z 8c1e55a0f3b2  http://localhost:8888/#/runs/details/3c1f...
-    succeeded  salun-deletion-sweep digits 2026-11-23T02Z 07f2a4c9be11  http://localhost:8888/#/runs/details/9b04...
+    running    salun-deletion-sweep digits 2026-11-24T02Z 8c1e55a0f3b2  http://localhost:8080/#/runs/details/3c1f...
+    succeeded  salun-deletion-sweep digits 2026-11-23T02Z 07f2a4c9be11  http://localhost:8080/#/runs/details/9b04...
     """  # noqa: D301
     _require_client()
     from pipelines import runs
@@ -315,6 +319,8 @@ def status(
         if not as_json:
             for step, state in result.steps.items():
                 typer.echo(f"{step:<18} {state.lower()}")
+            for line in result.waiting().values():
+                typer.echo(line)
         _print(result, as_json)
         return
     found = runs.latest(api, experiment, last)
@@ -322,7 +328,7 @@ def status(
         typer.echo(json.dumps([{"run_id": item.run_id, "name": item.name, "state": item.state} for item in found]))
         return
     for item in found:
-        typer.echo(f"{item.state.lower():<9}  {item.name}  {item.url}")
+        typer.echo(f"{item.state.lower():<9}  {item.name}  {item.url or item.run_id}")
 
 
 @app.command(cls=FormCommand, context_settings=FORM)
@@ -349,7 +355,7 @@ def schedule(
 
     \b
     $ python -m pipelines schedule --cron '0 0 2 * * *' --model-line digits --store-uri s3://salun/demo
-    created    salun-deletion-sweep digits  http://localhost:8888/#/recurringrun/details/51c2...
+    created    salun-deletion-sweep digits  http://localhost:8080/#/recurringrun/details/51c2...
     """  # noqa: D301
     _require_client()
     from pipelines import schedules
@@ -368,7 +374,7 @@ def schedule(
         found = schedules.find_schedules(api, job)
         for item in found:
             at = item.trigger.cron_schedule.cron if item.trigger and item.trigger.cron_schedule else "no cron"
-            link = api.link("recurringrun", item.recurring_run_id)
+            link = _place(api, "recurringrun", item.recurring_run_id)
             typer.echo(f"{str(item.status).lower():<9}  {item.display_name}  {at}  {link}")
         if not found:
             typer.echo("none")
@@ -376,13 +382,21 @@ def schedule(
         typer.echo(f"{'deleted' if schedules.delete_schedule(api, job) else 'none':<9}  {job.name}")
     else:
         identity, done = schedules.put_schedule(api, job, cron)
-        typer.echo(f"{done:<9}  {job.name}  {api.link('recurringrun', identity)}")
+        typer.echo(f"{done:<9}  {job.name}  {_place(api, 'recurringrun', identity)}")
 
 
 def _connect(host: str, namespace: str | None, token_path: str | None, ui_host: str | None) -> Api:
     from pipelines.client import connect
 
-    return connect(host, namespace, token_path, ui_host)
+    api = connect(host, namespace, token_path, ui_host)
+    if not api.ui:
+        _progress("Ids are printed in place of links: KFP_UI_ENDPOINT (--ui-host) names the user interface's address.")
+    return api
+
+
+def _place(api: Api, kind: str, identity: object) -> str:
+    """Return the address of a page of the user interface, or the id if its address is not known."""
+    return api.link(kind, str(identity)) or str(identity)
 
 
 def _require_client() -> None:
@@ -395,21 +409,38 @@ def _require_client() -> None:
 
 
 def _print(result: Result, as_json: bool) -> None:
-    """Print a result, and end with its exit code."""
-    typer.echo(json.dumps(asdict(result)) if as_json else f"{result.state.lower():<9}  {result.name}")
-    if result.exit_code:
-        typer.echo(f"Error: {result.error}", err=True)
-        raise typer.Exit(result.exit_code)
+    """Print a result with the outcome of a run that ended, and end with its exit code."""
+    from pipelines.outcomes import Ending, read_ending
+    from pipelines.runs import DONE
+
+    ending = read_ending(result) if result.state in DONE else Ending(0)
+    outcome = ending.outcome
+    if as_json:
+        facts = {name: value for name, value in asdict(result).items() if name not in ("namespace", "store_uri")}
+        document = outcome.model_dump(mode="json") if outcome else None
+        typer.echo(json.dumps({**facts, "exit_code": ending.code, "error": ending.error or None, "outcome": document}))
+    else:
+        typer.echo(f"{result.state.lower():<9}  {result.name}")
+        if outcome:
+            lines = {"outcome": f"{outcome.state}: {outcome.text}", "next": outcome.next, "report": outcome.report}
+            for name, text in lines.items():
+                if text:
+                    typer.echo(f"{name:<9}  {text}")
+    if ending.note:
+        _progress(ending.note)
+    if ending.code:
+        typer.echo(f"Error: {ending.error}", err=True)
+        raise typer.Exit(ending.code)
 
 
 @contextmanager
-def _continuing(url: str) -> Iterator[None]:
+def _continuing(place: str) -> Iterator[None]:
     """Report, when this process is interrupted, that the run continues."""
     with exit_on_signals(signal.SIGTERM):
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            _progress(f"The run continues: {url}")
+            _progress(f"The run continues: {place}")
             raise
 
 

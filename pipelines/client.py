@@ -78,14 +78,14 @@ class Api:
     Args:
         client: of kfp.
         host: its address.
-        ui: address of the user interface, for links.
+        ui: address of the user interface, for links; None if it is not known.
         namespace: of the runs on a multi-user Kubeflow; None on a standalone one, which has no namespaces.
         token_path: file of the token, if one is used.
     """
 
     client: Any
     host: str
-    ui: str
+    ui: str | None = None
     namespace: str | None = None
     token_path: str | None = None
 
@@ -143,21 +143,23 @@ class Api:
             time.sleep(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0))
         raise AssertionError("the last attempt returns or raises")
 
-    def every(self, kind: str, name: str, **scope: object) -> Iterator[Any]:
-        """Yield, page by page, everything of a kind that has a display name.
+    def every(self, kind: str, name: str | None = None, **scope: object) -> Iterator[Any]:
+        """Yield, page by page, everything of a kind.
 
         Args:
             kind: experiments, pipelines, pipeline_versions, runs or recurring_runs.
-            name: what the user interface shows.
-            scope: arguments that limit the list, such as `experiment_id`.
+            name: only what has this display name. A Kubeflow that keeps its pipelines in Kubernetes finds none of
+                them by their name, so that pipelines and versions are listed without one.
+            scope: arguments that limit, sort or divide the list, such as `experiment_id` and `page_size`.
         """
         service = "pipelines" if kind == "pipeline_versions" else kind
         listing = getattr(getattr(self.client, service), f"{service.removesuffix('s')}_service_list_{kind}")
-        predicate = {"key": "display_name", "operation": "EQUALS", "stringValue": name}
-        scope["filter"], token = json.dumps({"predicates": [predicate]}), ""
+        if name is not None:
+            predicate = {"key": "display_name", "operation": "EQUALS", "stringValue": name}
+            scope["filter"] = json.dumps({"predicates": [predicate]})
+        right, token = f"list {service.replace('_', '')}", ""
         while True:
-            right = f"list {service.replace('_', '')}"
-            answer = self.call(right, listing, page_size=PAGE, page_token=token, **scope)
+            answer = self.call(right, listing, page_token=token, **{"page_size": PAGE, **scope})
             yield from getattr(answer, kind) or []
             token = answer.next_page_token or ""
             if not token:
@@ -176,8 +178,8 @@ class Api:
         return str(found.experiment_id)
 
     def link(self, kind: str, identity: str) -> str:
-        """Return the address of a page of the user interface."""
-        return f"{self.ui}/#/{kind}/details/{identity}"
+        """Return the address of a page of the user interface; empty if its address is not known."""
+        return f"{self.ui}/#/{kind}/details/{identity}" if self.ui else ""
 
     def _refusal(self, act: str, error: Any) -> SalunError:  # noqa: ANN401 - kfp's exception
         why, status = self._clean(_message(error.body) or str(error.reason)), int(error.status or -1)
@@ -210,7 +212,7 @@ def connect(host: str, namespace: str | None = None, token_path: str | None = No
         namespace: of the runs; on a multi-user Kubeflow it defaults to the pod's own.
         token_path: file of a ServiceAccount token, which is read at each call; else the one that Kubernetes projects
             into the pod, if there is one.
-        ui: address of the user interface; else the host's.
+        ui: address of the user interface; without it there are no links.
 
     Raises:
         UsageError: the address is missing or malformed, or a namespace is needed.
@@ -236,7 +238,7 @@ def connect(host: str, namespace: str | None = None, token_path: str | None = No
         backoff_jitter=FIRST_PAUSE,
     )
     http.rest_client = kfp_server_api.rest.RESTClientObject(http.configuration)  # the first one has no retries
-    api = Api(client, host, (ui or host).rstrip("/"), token_path=path)
+    api = Api(client, host, ui.rstrip("/") if ui else None, token_path=path)
     if not api.call("read healthz", client.healthzs.healthz_service_get_healthz).multi_user:
         return api
     namespace = namespace or (POD_NAMESPACE.read_text("utf-8").strip() if POD_NAMESPACE.is_file() else None)
@@ -255,9 +257,14 @@ def _check_address(host: str) -> None:
 
 
 def _message(body: object) -> str:
-    """Return the error message of the server's JSON; a page of HTML has none."""
+    """Return the error message of the server's JSON; a page of HTML has none.
+
+    The services answer with `message` or `error`, and the upload of a file with `error_message` and `error_details`.
+    """
     try:
         document = json.loads(str(body))
     except json.JSONDecodeError:
         return ""
-    return str(document.get("message") or document.get("error") or "") if isinstance(document, dict) else ""
+    names = ("message", "error", "error_message", "error_details")
+    found = (document.get(name) for name in names) if isinstance(document, dict) else ()
+    return next((str(text) for text in found if text), "")

@@ -66,6 +66,23 @@ class Package:
         spec = {key: value for key, value in self.spec.items() if key != "sdkVersion"}
         return digest_json([spec, self.platform])
 
+    def is_in(self, document: object) -> bool:
+        """Return whether a version of Kubeflow's API has the same digest.
+
+        Args:
+            document: the API's `pipeline_spec`: both specs by name, or the pipeline spec alone. All its numbers went
+                through a protobuf Struct, which knows no difference between 1 and 1.0.
+        """
+        if not isinstance(document, dict):
+            return False
+        given = Package(document.get("pipeline_spec") or document, document.get("platform_spec") or {})
+        return bool(given._struct_digest == self._struct_digest)
+
+    @cached_property
+    def _struct_digest(self) -> str:
+        spec = {key: value for key, value in self.spec.items() if key != "sdkVersion"}
+        return digest_json(_as_struct([spec, self.platform]))
+
     @property
     def version(self) -> str:
         """The name of the version: the pipeline's name and the start of the digest."""
@@ -198,6 +215,15 @@ def default_text(item: Mapping[str, Any]) -> str:
         return "required"
     value = item["defaultValue"]
     return json.dumps(int(value) if item["parameterType"] == "NUMBER_INTEGER" else value)
+
+
+def _as_struct(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Return a JSON value as a protobuf Struct gives it back: whole numbers are integers."""
+    if isinstance(value, dict):
+        return {key: _as_struct(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_struct(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _load(text: str) -> list[dict[str, Any]]:

@@ -2,6 +2,10 @@
 
 It answers the real `kfp.Client`. Every body is checked against the models of `kfp_server_api`, key by key, and
 every run form against the uploaded pipeline, as the server of KFP does.
+
+Its answers have the shapes of KFP 2.17: no text of any step, one creation time for all tasks of a run, two tasks for
+each step (`step` and `step(0)`), the drivers among them, error bodies of two kinds, and pipelines that are objects of
+Kubernetes if it is `native`.
 """
 
 from __future__ import annotations
@@ -13,13 +17,13 @@ import re
 import socket
 import threading
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import kfp_server_api
 import yaml
-from google.protobuf import json_format
+from google.protobuf import json_format, struct_pb2
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 ROOT = "/apis/v2beta1"
@@ -85,14 +89,19 @@ def hang_up(handler):
 class FakeKubeflow:
     """The state of the server, and the faults that a test injects."""
 
-    def __init__(self, *, multi_user=False, namespaces=("team",), token=None):
-        self.multi_user, self.namespaces, self.token = multi_user, set(namespaces), token
+    def __init__(self, *, multi_user=False, namespaces=("team",), token=None, native=False):
+        self.multi_user, self.namespaces, self.token, self.native = multi_user, set(namespaces), token, native
         self.experiments, self.pipelines, self.versions, self.runs, self.schedules = {}, {}, {}, {}, {}
         self.requests = []  # (method, path, authorization)
         self.faults = []  # (method, pattern, what): 500, 503, 403, "lost" (done, but no reply) or "cut" (not done)
         self.forbidden = set()  # (verb, resource)
         self.script = []  # what each look at a run makes of it
         self.before_create = lambda body: None
+        self.before_delete = lambda: None
+        self.during_upload = lambda: None  # called without the lock
+        self.policies = []  # the propagation policy of each deletion of a recurring run
+        self.enabled = []  # how many recurring runs were enabled after each change
+        self._starts = {}
         self._lock = threading.RLock()
         fake = self
 
@@ -139,7 +148,7 @@ class FakeKubeflow:
                 hang_up(handler)
                 return
         except RefusedError as error:
-            answer, status = {"code": 13, "message": error.message, "details": []}, error.status
+            answer, status = self._error(parts.path, error.message), error.status
         data = json.dumps(answer).encode()
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
@@ -147,6 +156,13 @@ class FakeKubeflow:
         handler.end_headers()
         handler.wfile.write(data)
         handler.wfile.flush()
+
+    def _error(self, path, message):
+        """The body of a refusal: the upload of a file is served by another part of the API server."""
+        if "/upload" in path:
+            return {"error_message": message, "error_details": message}
+        detail = {"@type": "type.googleapis.com/api.Error", "error_message": "Internal", "error_details": message}
+        return {"error": message, "code": 13, "message": message, "details": [detail]}
 
     def _fault(self, method, path):
         for number, (verb, pattern, what) in enumerate(self.faults):
@@ -171,6 +187,8 @@ class FakeKubeflow:
         return given
 
     def _route(self, handler, path, query, body):
+        if "/upload" in path:
+            self.during_upload()
         with self._lock:
             path = unquote(path).removeprefix(ROOT)
             method = handler.command
@@ -192,7 +210,17 @@ class FakeKubeflow:
     def create_pipeline(self, handler, query, body):
         item = self._body(body, "V2beta1Pipeline")
         self._may("create", "pipelines", self._space(item.get("namespace")))
-        return self._new(self.pipelines, item, "pipeline_id", same=("display_name", "namespace"))
+        item.setdefault("name", item["display_name"])
+        return self._new(self.pipelines, item, "pipeline_id", same=("name", "namespace"))
+
+    def apply(self, pipeline, version):
+        """What `kubectl apply` does with a Pipeline and a PipelineVersion: the API shows the names of the objects."""
+        names = {"name": pipeline["metadata"]["name"], "display_name": pipeline["spec"]["displayName"]}
+        there = self._new(self.pipelines, names, "pipeline_id")
+        document = {"pipeline_spec": version["spec"]["pipelineSpec"], "platform_spec": version["spec"]["platformSpec"]}
+        item = {"pipeline_id": there["pipeline_id"], "display_name": version["spec"]["displayName"]}
+        item |= {"name": version["metadata"]["name"], "pipeline_spec": _through_struct(document)}
+        return self._new(self.versions, item, "pipeline_version_id")
 
     def upload_version(self, handler, query, body):
         pipeline = self._get(self.pipelines, query["pipelineid"])
@@ -203,10 +231,11 @@ class FakeKubeflow:
         spec, platform = yaml.load_all(part.get_payload(decode=True), yaml.CSafeLoader)
         json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
         json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
-        document = {"pipeline_spec": spec, "platform_spec": platform}
+        document = _through_struct({"pipeline_spec": spec, "platform_spec": platform})
         item = {"pipeline_id": query["pipelineid"], "display_name": query["name"], "pipeline_spec": document}
+        item["name"] = f"{pipeline['name']}-{query['name']}" if self.native else query["name"]
         item["description"] = query.get("description", "")
-        return self._new(self.versions, item, "pipeline_version_id", same=("display_name", "pipeline_id"))
+        return self._new(self.versions, item, "pipeline_version_id", same=("name", "pipeline_id"))
 
     def list_experiments(self, handler, query, body):
         self._may("list", "experiments", self._space(query.get("namespace")))
@@ -238,8 +267,28 @@ class FakeKubeflow:
             self.script.pop(0)(self, run)
         return run
 
+    def report(self, run, state, tasks):
+        """Set the state of a run and of its tasks, as KFP 2.17 reports them.
+
+        A step is a node that counts attempts and one node for each attempt; only the latter is the pod. Every node has
+        the Workflow's creation time, and the order of the list means nothing.
+        """
+        details, created = [], datetime.fromisoformat(run["created_at"])
+        for name, given in {"root-driver": "SUCCEEDED", **tasks}.items():
+            started = self._starts.setdefault((run["run_id"], name), len(self._starts))
+            common = {"run_id": run["run_id"], "create_time": run["created_at"], "child_tasks": []}
+            common["start_time"] = (created + timedelta(seconds=started)).isoformat().replace("+00:00", "Z")
+            step = "RUNNING" if given == "PENDING" else given
+            details.append({**common, "task_id": f"{name}-node", "display_name": name, "state": step})
+            if given != "SKIPPED":
+                details.append({**common, "task_id": f"{name}-pod", "display_name": f"{name}(0)", "state": given})
+        details.sort(key=lambda item: str(uuid.uuid5(uuid.NAMESPACE_URL, item["task_id"])))
+        run.update(state=state, run_details={"task_details": details})
+
     def terminate_run(self, handler, query, body, run_id):
-        self._get(self.runs, run_id)["state"] = "CANCELED"
+        run = self._get(self.runs, run_id)
+        self._may("terminate", "runs", self.experiments[run["experiment_id"]].get("namespace"))
+        run["state"] = "CANCELED"
         return {}
 
     # recurring runs
@@ -251,7 +300,9 @@ class FakeKubeflow:
         if len(cron.split()) != 6 or not 1 <= int(item["max_concurrency"]) <= 10:
             raise RefusedError(400, f"Invalid input error: the schedule {cron} or its concurrency")
         status = {"ENABLE": "ENABLED", "DISABLE": "DISABLED"}[item["mode"]]
-        return self._new(self.schedules, {**item, "status": status}, "recurring_run_id")
+        made = self._new(self.schedules, {**item, "status": status}, "recurring_run_id")
+        self._count_enabled()
+        return made
 
     def list_schedules(self, handler, query, body):
         self._may("list", "recurringruns", self._get(self.experiments, query["experiment_id"]).get("namespace"))
@@ -259,12 +310,29 @@ class FakeKubeflow:
 
     def switch_schedule(self, handler, query, body, identity, verb):
         self._get(self.schedules, identity)["status"] = f"{verb.upper()}D"
+        self._count_enabled()
         return {}
 
     def delete_schedule(self, handler, query, body, identity):
+        """Delete it, and with it its runs: Kubernetes collects what a deleted object owned, unless told to orphan."""
         self._get(self.schedules, identity)
+        self.before_delete()
+        self.policies.append(query.get("propagation_policy"))
         del self.schedules[identity]
+        if query.get("propagation_policy") != "ORPHAN":
+            self.runs = {key: run for key, run in self.runs.items() if run.get("recurring_run_id") != identity}
+        self._count_enabled()
         return {}
+
+    def fire(self, identity):
+        """Start the run of a slot of a recurring run."""
+        item = self._get(self.schedules, identity)
+        names = ("display_name", "experiment_id", "pipeline_version_reference", "runtime_config")
+        run = {**{name: item[name] for name in names}, "recurring_run_id": identity, "state": "RUNNING"}
+        return self._new(self.runs, run, "run_id")
+
+    def _count_enabled(self):
+        self.enabled.append(sum(item["status"] == "ENABLED" for item in self.schedules.values()))
 
     def _check_job(self, item, resource):
         experiment = self._get(self.experiments, item["experiment_id"])
@@ -315,12 +383,19 @@ class FakeKubeflow:
     def _matches(self, item, query):
         names = {"stringValue": "string_value"}  # proto3 JSON takes both spellings
         given = json.loads(query.get("filter") or "{}")
+        if given and self.native and "experiment_id" not in item and "name" in item:
+            return False  # objects of Kubernetes are not found by their display name
         predicates = [{names.get(key, key): value for key, value in one.items()} for one in given.get("predicates", [])]
         check({"predicates": predicates}, "V2beta1Filter", "filter")
         assert all(one["operation"] == "EQUALS" for one in predicates)
         scope = [name for name in ("experiment_id", "namespace") if query.get(name) and name in item]
         named = all(item[one["key"]] == one["string_value"] for one in predicates)
         return named and all(item[name] == query[name] for name in scope)
+
+
+def _through_struct(document):
+    """A document as the server gives it back: protobuf knows no integers."""
+    return json_format.MessageToDict(json_format.ParseDict(document, struct_pb2.Struct()))
 
 
 _ID = r"([^/:]+)"

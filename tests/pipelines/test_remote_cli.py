@@ -17,20 +17,22 @@ from typer.testing import CliRunner
 from pipelines import client, packages, runs
 from pipelines import compile as compiling
 from pipelines.cli import app
-from pipelines.packages import form_table, load_package
+from pipelines.packages import form_table, load_package, native_text
 from salun_core.errors import SalunError
+from salun_core.steps.outcome import new_outcome, write_outcome
 from tests.pipelines.fake_kfp import FakeKubeflow
 
 ROOT = Path(__file__).resolve().parents[2]
 FORM = ("--model-line", "digits", "--store-uri", "s3://salun/demo")
 _load = functools.lru_cache(load_package)  # reading and digesting takes longer than all the rest of a test
 SWEEP = _load("deletion-sweep")
+UI = "http://ui.example"
 JWT = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJzdWJtaXR0ZXIifQ.c2lnbmF0dXJl"
 
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    kubeflows = ("KFP_ENDPOINT", "KFP_NAMESPACE", "KF_PIPELINES_SA_TOKEN_PATH")
+    kubeflows = ("KFP_ENDPOINT", "KFP_UI_ENDPOINT", "KFP_NAMESPACE", "KF_PIPELINES_SA_TOKEN_PATH")
     for name in (*kubeflows, "SALUN_IMAGE", "SALUN_STORE_URI", "SALUN_S3_SECRETS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
@@ -39,6 +41,9 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(packages, "load_package", _load)
     server = FakeKubeflow()
     monkeypatch.setenv("KFP_ENDPOINT", server.host)
+    monkeypatch.setenv("KFP_UI_ENDPOINT", UI)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # no store answers, unless a test asks for one
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     yield server
     server.close()
 
@@ -59,17 +64,9 @@ def submit(*words, wait=False):
 
 
 def to(state, **tasks):
-    """A step of the script: what the next look at the run finds."""
-
-    def apply(fake, item):
-        details = [{"display_name": name.replace("_", "-"), **detail} for name, detail in tasks.items()]
-        item.update(state=state, run_details={"task_details": details})
-
-    return apply
-
-
-def states(**names):
-    return {name: {"state": state} for name, state in names.items()}
+    """A step of the script: what the next look at the run finds; tasks are named in the order of their start."""
+    given = {name.replace("_", "-"): value for name, value in tasks.items()}
+    return lambda server, item: server.report(item, state, given)
 
 
 def test_register_is_idempotent_and_names_the_digest(fake):
@@ -85,6 +82,74 @@ def test_register_is_idempotent_and_names_the_digest(fake):
     assert code == 0
     assert second == first.replace("uploaded ", "was there")
     assert (len(fake.pipelines), len(fake.versions)) == (6, 6)
+
+
+def test_six_pipelines_are_registered_at_once(fake):
+    meet = threading.Barrier(6, timeout=20)  # one after the other they would never meet
+    fake.during_upload = meet.wait
+    code, out, error = run("register")
+    assert (code, out.count("uploaded")) == (0, 6), error
+    names = [load_package(name).name for name in packages.shipped()]
+    assert [line.split()[1].rpartition("-")[0] for line in out.splitlines()] == names
+
+
+def test_versions_that_kubectl_applied_are_found(fake):
+    fake.native = True
+    fake.apply(*yaml.safe_load_all(native_text(SWEEP)))
+    code, out, error = run("register", "--pipeline", "deletion-sweep")
+    assert (code, len(fake.pipelines), len(fake.versions)) == (0, 1, 1), error
+    assert out.startswith(f"was there  {SWEEP.version}")
+    assert submit()[0] == 0
+    assert (len(fake.versions), len(fake.runs)) == (1, 1)
+    assert fake.count("POST", "/pipelines") == 0
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_version_of_the_same_digest_under_another_name_is_found(fake, native):
+    fake.native = native
+    pipeline, version = yaml.safe_load_all(native_text(SWEEP))
+    version["metadata"]["name"] = version["spec"]["displayName"] = "by-hand"
+    version["spec"]["pipelineSpec"]["sdkVersion"] = "kfp-9"
+    fake.apply(pipeline, version)
+    other = {**version, "metadata": {"name": "changed"}, "spec": {**version["spec"], "displayName": "changed"}}
+    other["spec"]["platformSpec"] = {"platforms": {}}
+    ours = fake.apply(pipeline, other)
+    fake.pipelines = dict([next(iter(fake.pipelines.items()))])
+    ours["pipeline_id"] = next(iter(fake.pipelines))
+    assert run("register", "--pipeline", "deletion-sweep")[1].startswith("was there")
+    assert len(fake.versions) == 2
+
+
+def test_an_uploaded_version_is_found_in_kubernetes_and_on_later_pages(fake):
+    fake.native = True
+    for number in range(5):
+        run("register", "--pipeline", "unlearning", "--image", f"registry.example/salun:{number}")
+    assert {item["name"].count("salun-unlearning") for item in fake.versions.values()} == {2}
+    run("register", "--pipeline", "unlearning", "--image", "registry.example/salun:0")
+    assert len(fake.versions) == 5
+
+
+def test_a_refused_upload_says_why(fake):
+    fake.faults += [("POST", "upload_version", 400)]
+    code, _, error = run("register", "--pipeline", "unlearning")
+    assert code == 2
+    assert "Kubeflow refuses to create pipelines (400): injected 400" in error
+
+
+def test_without_the_address_of_the_interface_there_are_no_links(fake, monkeypatch):
+    monkeypatch.delenv("KFP_UI_ENDPOINT")
+    code, out, said = submit()
+    (run_id,) = fake.runs
+    assert code == 0
+    assert out.strip() == run_id
+    assert said.splitlines() == [
+        "Ids are printed in place of links: KFP_UI_ENDPOINT (--ui-host) names the user interface's address.",
+        f"submitted  {run_id}",
+    ]
+    document = json.loads(submit("--json")[1])
+    assert document == {"run_id": run_id, "url": None, "made": False}
+    for words in (("status",), ("register",), ("schedule", *FORM)):
+        assert "://" not in run(*words)[1].replace("s3://", "")
 
 
 def test_another_image_is_another_version(fake):
@@ -117,7 +182,7 @@ def test_a_sweep_that_is_submitted_twice_runs_once(fake):
     assert (code, len(fake.runs)) == (0, 1)
     (item,) = fake.runs.values()
     assert first.strip() == item["run_id"]
-    assert f"{fake.host}/#/runs/details/{item['run_id']}" in said
+    assert f"{UI}/#/runs/details/{item['run_id']}" in said
     assert item["service_account"] == "runner"
     assert item["runtime_config"]["parameters"] == {
         "model_line": "digits",
@@ -217,52 +282,154 @@ def test_two_submitters_at_once_leave_one_run(fake, monkeypatch):
     assert sorted(outcomes) == [(alive, False), (alive, True)]
 
 
+def test_the_loser_without_the_right_to_terminate_names_the_winner(fake, multi, monkeypatch):
+    fake.forbidden.add(("terminate", "runs"))
+    api = client.connect(fake.host, "team", str(multi))
+    job = runs.Job(SWEEP, {"model_line": "digits", "store_uri": "s3://salun/demo"})
+    won, _ = runs.submit(api, job, "2026-11-24")
+    there, looks = runs._first, []
+    monkeypatch.setattr(runs, "_first", lambda *args: looks.append(1) or (None if len(looks) == 1 else there(*args)))
+    fake.runs[won]["created_at"] = "2026-01-01T00:00:00Z"  # the older one
+    with pytest.raises(client.RemoteError) as raised:
+        runs.submit(api, job, "2026-11-24")
+    (lost,) = set(fake.runs) - {won}
+    text = str(raised.value)
+    assert text.startswith(f"run {won} was first and does this work, and the second run {lost} could not be terminated")
+    assert "the right to terminate runs in namespace team is missing (403)" in text
+    assert "bind a Role with `terminate` on `runs` of pipelines.kubeflow.org" in text
+    assert raised.value.exit_code == 1
+
+
 def test_waiting_reports_each_step_once(fake):
     fake.script = [
         to("PENDING"),
-        to("RUNNING", **states(root="RUNNING", claim_requests="RUNNING")),
-        to("RUNNING", **states(claim_requests="RUNNING")),
-        to("RUNNING", **states(claim_requests="SUCCEEDED", **{"compute-mask(1)": "RUNNING"})),
-        to("SUCCEEDED", **states(claim_requests="SUCCEEDED", settle_requests="SUCCEEDED")),
+        to("RUNNING", root="RUNNING", claim_requests="PENDING"),
+        to("RUNNING", root="RUNNING", claim_requests="RUNNING"),
+        to("RUNNING", claim_requests="RUNNING"),
+        to("RUNNING", claim_requests="SUCCEEDED", fetch_model="SKIPPED", compute_mask="RUNNING"),
+        to("SUCCEEDED", claim_requests="SUCCEEDED", fetch_model="SKIPPED", settle_requests="SUCCEEDED"),
     ]
     fake.faults.append(("GET", "/runs/[^/]+$", 503))
     code, out, said = submit(wait=True)
     assert code == 0
-    assert said.splitlines()[1:] == [
+    assert said.splitlines()[1:-1] == [
+        "claim-requests     pending",
         "claim-requests     running",
         "claim-requests     succeeded",
+        "fetch-model        skipped",
         "compute-mask       running",
         "settle-requests    succeeded",
     ]
     assert out.startswith("succeeded  salun-deletion-sweep digits 2026-11-24 ")
 
 
+def outcome_of(run_id, state, text, **fields):
+    return new_outcome(run_id, "digits", state, text, **fields)
+
+
+@pytest.mark.parametrize("kubeflow", ["FAILED", "SUCCEEDED"])
 @pytest.mark.parametrize(
-    ("message", "code"),
-    [
-        ("salun_core.errors.GateRefusedError: the gate refused: forget_accuracy", 3),
-        ("salun_core.errors.ConflictError: HEAD moved", 4),
-        ("IntegrityError: digest", 5),
-        ("ValueError: x", 1),
-        ("Error (exit code 1)", 1),
-    ],
+    ("state", "code"),
+    [("refused", 3), ("stale_parent", 4), ("line_held", 4), ("damaged", 5), ("wrong_input", 2), ("killed", 1)]
+    + [("published", 0), ("nothing_to_do", 0)],
 )
-def test_the_exit_code_is_that_of_the_failed_step(fake, message, code):
-    failed = {"state": "FAILED", "error": {"code": 2, "message": message}}
-    fake.script = [to("FAILED", gate_publish=failed, settle_requests={"state": "SUCCEEDED"})]
-    found, out, said = submit(wait=True)
-    assert found == code
-    assert f"Error: gate-publish: {message}" in said
-    assert out.startswith("failed ")
+def test_the_exit_code_is_that_of_the_outcome(fake, store, kubeflow, state, code):
+    def end(server, item):
+        server.report(item, kubeflow, {"evaluate": "SUCCEEDED", "gate-publish": kubeflow})
+        address = f"{store.uri}/runs/{item['run_id']}/report.html"
+        said = {"next": "salun report show", "report": address}
+        write_outcome(store, outcome_of(item["run_id"], state, "forget_accuracy 0.91 > 0.2", **said))
+
+    fake.script = [to("RUNNING"), end]
+    found, out, said = submit("--store-uri", store.uri, wait=True)
     (run_id,) = fake.runs
-    assert run("status", run_id)[0] == code
+    assert found == code
+    name = fake.runs[run_id]["display_name"]
+    assert out.splitlines() == [
+        f"{kubeflow.lower():<9}  {name}",
+        f"outcome    {state}: forget_accuracy 0.91 > 0.2",
+        "next       salun report show",
+        f"report     {store.uri}/runs/{run_id}/report.html",
+    ]
+    assert ("Error: forget_accuracy 0.91 > 0.2" in said) == bool(code)
+    found, out, _ = run("status", run_id, "--json")
+    document = json.loads(out)
+    assert (found, document["exit_code"], document["outcome"]["state"]) == (code, code, state)
+    assert document["steps"] == {"evaluate": "SUCCEEDED", "gate-publish": kubeflow}
 
 
-def test_failure_without_message_names_the_step(fake):
-    fake.script = [to("FAILED", **states(evaluate="FAILED"))]
-    code, _, said = submit(wait=True)
+def test_the_api_has_no_text_of_a_step(fake, store):
+    fake.script = [to("FAILED", claim_requests="SUCCEEDED", evaluate="FAILED")]
+    code, out, said = submit("--store-uri", store.uri, wait=True)
+    (run_id,) = fake.runs
+    tasks = fake.runs[run_id]["run_details"]["task_details"]
+    assert not [task for task in tasks if task.get("error")]
+    assert (code, out.count("\n")) == (1, 1)
+    assert f"there is no outcome {store.uri}/runs/{run_id}/outcome.json" in said
+    assert (
+        f"Error: evaluate failed; Kubeflow's API has no text of a step, see the log: kubectl logs -n kubeflow -l pi"
+        f"peline/runid={run_id}" in said
+    )
+
+
+@pytest.mark.parametrize(("state", "code"), [("FAILED", 1), ("SUCCEEDED", 0)])
+def test_without_the_store_kubeflows_state_decides(fake, monkeypatch, state, code):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    fake.script = [to(state, evaluate=state)]
+    found, out, said = submit(wait=True)
+    (run_id,) = fake.runs
+    assert found == code
+    assert out.startswith(f"{state.lower():<9}  ")
+    (line,) = [line for line in said.splitlines() if "cannot read the outcome" in line]
+    assert f"s3://salun/demo/runs/{run_id}/outcome.json" in line
+    document = json.loads(run("status", run_id, "--json")[1])
+    assert (document["outcome"], document["exit_code"]) == (None, code)
+
+
+def test_an_outcome_that_is_not_final_is_a_failure(fake, store):
+    def end(server, item):
+        server.report(item, "SUCCEEDED", {"unlearn": "SUCCEEDED"})
+        write_outcome(store, outcome_of(item["run_id"], "running", "unlearn works", step="unlearn"))
+
+    fake.script = [end]
+    code, _, said = submit("--store-uri", store.uri, wait=True)
     assert code == 1
-    assert "Error: evaluate failed without a message" in said
+    assert "Error: the run ended in unlearn and wrote no verdict" in said
+
+
+def test_steps_are_listed_in_the_order_of_their_start(fake):
+    order = ["claim-requests", "fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish", "settle-requests"]
+    submit()
+    (item,) = fake.runs.values()
+    fake.report(item, "RUNNING", dict.fromkeys(order, "SUCCEEDED"))
+    listed = [task["display_name"] for task in item["run_details"]["task_details"]]
+    assert [name for name in listed if name in order] != order  # Kubeflow lists them in any order
+    assert len({task["create_time"] for task in item["run_details"]["task_details"]}) == 1
+    assert [line.split()[0] for line in run("status", item["run_id"])[1].splitlines()[:-1]] == order
+
+
+def test_a_step_that_waits_for_a_node_says_so_after_a_minute(fake, monkeypatch):
+    fake.script = [
+        to("RUNNING", claim_requests="PENDING"),
+        lambda server, item: monkeypatch.setattr(runs, "PATIENCE", -60.0),
+        to("RUNNING", claim_requests="PENDING"),
+        to("RUNNING", claim_requests="SUCCEEDED"),
+        to("SUCCEEDED", claim_requests="SUCCEEDED"),
+    ]
+    said = submit(wait=True)[2].splitlines()[1:-1]
+    (run_id,) = fake.runs
+    assert said[0] == "claim-requests     pending"
+    assert re.fullmatch(
+        r"claim-requests     pending for -?\d+ s: waiting for a node. To see why: "
+        rf"kubectl describe pod -n kubeflow -l pipeline/runid={run_id}",
+        said[1],
+    )
+    assert said[2:] == ["claim-requests     succeeded"]
+    (item,) = fake.runs.values()
+    item["created_at"] = "2026-01-01T00:00:00Z"
+    fake.report(item, "RUNNING", {"claim-requests": "PENDING"})
+    monkeypatch.setattr(runs, "PATIENCE", 60.0)
+    assert "waiting for a node" in run("status", run_id)[1]
 
 
 def test_a_canceled_run_ends_the_wait(fake):
@@ -292,7 +459,7 @@ def test_the_run_continues_after_a_signal(fake, sign):
         process.kill()
     (item,) = fake.runs.values()
     assert process.returncode == 128 + sign
-    assert said.splitlines()[-1] == f"The run continues: {fake.host}/#/runs/details/{item['run_id']}"
+    assert said.splitlines()[-1] == f"The run continues: {UI}/#/runs/details/{item['run_id']}"
     assert item["state"] == "PENDING"
 
 
@@ -303,7 +470,7 @@ def test_status_lists_the_newest_runs(fake):
     code, out, _ = run("status", "--last", "2", "--json")
     assert code == 0
     assert [item["run_id"] for item in json.loads(out)] == [item["run_id"] for item in newest[:2]]
-    assert run("status", "--last", "1")[1].startswith(f"pending    {newest[0]['display_name']}  {fake.host}")
+    assert run("status", "--last", "1")[1].startswith(f"pending    {newest[0]['display_name']}  {UI}/#/runs")
 
 
 def test_many_runs_of_one_name_are_read_page_by_page(fake):
