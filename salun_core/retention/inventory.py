@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -15,6 +14,7 @@ from salun_core.registry.lookup import read_head, read_version
 from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.reading import read_all
 from salun_core.requests.schema import Outcome, RequestState, Status
+from salun_core.retention.pipeline_root import DEEPEST, UUID
 from salun_core.storage.blobs import delta_facts
 from salun_core.storage.erase import StoredKey, Upload, stored_keys, unfinished_uploads, upload_bytes
 from salun_core.storage.keys import kind_of_key
@@ -26,10 +26,8 @@ from salun_core.times import as_utc, utc_clock
 
 ALIVE = timedelta(hours=24)
 """A run without an event for so long, and without a lease, is dead."""
-PURGED_OUTPUTS = frozenset({"model", "mask", "unlearned", "before", "after"})
-"""Outputs of pipeline steps that hold weights, the list of training samples, or the critical weights."""
-_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
-_DEEPEST = 5  # a pipeline's name may be `namespace/<n>/pipeline/<p>`
+PURGED_OUTPUTS = frozenset({"model", "mask", "unlearned", "before", "after", "sums", "evidence"})
+"""Outputs of steps of earlier releases that hold weights, critical weights, or ids of samples; now references."""
 
 ArtifactFiles = Mapping[tuple[str, str], Sequence[StoredKey]]
 KeysByKind = Mapping[str, Sequence[tuple[StoredKey, Mapping[str, str]]]]
@@ -291,10 +289,10 @@ def parse_artifact(key: str, runs: Container[str]) -> tuple[str, str] | None:
         ('r-1', 'mask')
     """
     parts = key.split("/")
-    for place, part in enumerate(parts[1:_DEEPEST], 1):
+    for place, part in enumerate(parts[1:DEEPEST], 1):
         if part in runs:
             rest = parts[place + 2 :]
-            if rest and _UUID.fullmatch(rest[0]):  # of the task; older releases of Kubeflow leave it out
+            if rest and UUID.fullmatch(rest[0]):  # of the task; older releases of Kubeflow leave it out
                 rest = rest[1:]
             return part, rest[0] if rest else ""
     return None

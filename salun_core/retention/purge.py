@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from salun_core.errors import UsageError
@@ -26,7 +27,8 @@ from salun_core.registry.holds import VersionDisposal, record_disposal
 from salun_core.requests.redaction import redact_request
 from salun_core.retention.addenda import issue_addenda
 from salun_core.retention.inventory import PURGED_OUTPUTS, StoreInventory, scan_artifacts, scan_store
-from salun_core.retention.rules import Deletion, DeletionKind, DeletionPlan, RetentionRules, plan
+from salun_core.retention.pipeline_root import find_kept_artifacts
+from salun_core.retention.rules import Deletion, DeletionKind, DeletionPlan, RetentionRules, plan, plan_old_artifacts
 from salun_core.storage.blobs import materialise
 from salun_core.storage.erase import Erased, abort, erase, erase_old, stored_keys
 from salun_core.storage.keys import delta_key
@@ -71,6 +73,7 @@ def purge(
     rules: RetentionRules | None = None,
     root: S3Store | None = None,
     *,
+    old_artifacts: bool = False,
     dry_run: bool = False,
     signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
@@ -81,6 +84,8 @@ def purge(
         store: the store of model lines.
         rules: how long things are kept; by default the longest allowed.
         root: where Kubeflow stores the artifacts of the runs.
+        old_artifacts: delete at once what earlier releases left below the root (`pipeline_root`), and nothing else;
+            the rules do not apply.
         dry_run: return the plan, and delete nothing.
         signer: the key that signs addenda; required if a request's certificate needs one.
         clock: returns the time now.
@@ -89,7 +94,8 @@ def purge(
         What was done.
 
     Raises:
-        UsageError: a certificate needs an addendum and there is no key; nothing was deleted.
+        UsageError: a certificate needs an addendum and there is no key, or old artifacts must go and there is no root;
+            nothing was deleted.
         IntegrityError: an object is damaged, so it is unknown what is still needed; nothing was deleted. Or a delta
             could not be made whole; then its base stays.
         StoreError: the store is unreachable or refuses the credentials.
@@ -97,7 +103,10 @@ def purge(
     now = as_utc(clock())
     before = _line_objects(store)
     inventory = scan_store(store, now, root)
-    planned = plan(inventory, rules or RetentionRules(), now)
+    found = find_kept_artifacts(_required(root), now) if old_artifacts else None
+    planned = (
+        plan(inventory, rules or RetentionRules(), now) if found is None else plan_old_artifacts(inventory, found, now)
+    )
     if dry_run:
         return PurgeReport(True, planned)
     if signer is None:
@@ -115,15 +124,30 @@ def purge(
             _record(store, inventory, item, now.isoformat())
     addenda = []
     if signer is not None:
-        left = None
-        if root is not None:
-            artifacts, _ = scan_artifacts(root, inventory.runs)
-            left = {run for run, name in artifacts if name in PURGED_OUTPUTS}
+        left = _runs_left(root, inventory, old_artifacts, now) if root is not None else None
         addenda = issue_addenda(store, inventory, stored_keys(store), left, signer, now)
     report = PurgeReport(False, planned, erased, skipped, addenda)
     removed = report.total
     get_logger().info("purged", keys=removed.keys, versions=removed.versions, bytes=removed.bytes)
     return report
+
+
+def _required(root: S3Store | None) -> S3Store:
+    if root is None:
+        raise UsageError(
+            "nothing was purged",
+            "old artifacts lie in Kubeflow's store, and its pipeline root is not set",
+            "give --pipeline-root, such as s3://mlpipeline/v2/artifacts",
+        )
+    return root
+
+
+def _runs_left(root: S3Store, inventory: StoreInventory, old_artifacts: bool, now: datetime) -> set[str]:
+    """List the pipeline root again, and return the known runs of which something is left."""
+    artifacts, _ = scan_artifacts(root, inventory.runs)
+    left = {run for run, name in artifacts if name in PURGED_OUTPUTS}
+    # Outputs of other names are looked at here only: it takes a read of each small file.
+    return left | {item.place.run for item in find_kept_artifacts(root, now)} if old_artifacts else left
 
 
 def _check_nothing_to_certify(inventory: StoreInventory, planned: DeletionPlan) -> None:

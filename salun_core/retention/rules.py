@@ -21,6 +21,7 @@ from salun_core.retention.inventory import (
     VersionState,
     classify_versions,
 )
+from salun_core.retention.pipeline_root import KeptArtifact
 from salun_core.storage.erase import StoredKey, Upload
 from salun_core.storage.keys import kind_of_key, request_key, version_key
 
@@ -37,7 +38,7 @@ class RetentionRules(Document):
         default=30, description="weights and list of training samples of a superseded version"
     )
     artifact_days: Annotated[int, Field(ge=0, le=30)] = Field(
-        default=7, description="weights and masks under Kubeflow's pipeline root"
+        default=7, description="weights, masks and evidence under Kubeflow's pipeline root"
     )
     orphan_hours: Annotated[int, Field(ge=1, le=720)] = Field(
         default=24, description="files that no version needs, and versions that were never published"
@@ -112,6 +113,7 @@ class DeletionPlan:
         held: superseded versions that a hold keeps, as `line@digest`.
         shared: superseded versions whose weights belong to a version that stays, too.
         foreign_runs: unknown runs under the pipeline root; their files stay.
+        active: runs that may still work with files under the pipeline root; these stay.
     """
 
     deletions: Sequence[Deletion]
@@ -119,6 +121,7 @@ class DeletionPlan:
     held: Sequence[str] = ()
     shared: Sequence[str] = ()
     foreign_runs: int = 0
+    active: Sequence[str] = ()
 
 
 def plan(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> DeletionPlan:
@@ -143,6 +146,39 @@ def plan(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Del
     ]
     unknown = [item.key for item, _ in inventory.all_keys.get("unknown", ()) if item.live]
     return DeletionPlan(deletions, unknown, held, shared, inventory.foreign_runs)
+
+
+def plan_old_artifacts(inventory: StoreInventory, found: Sequence[KeptArtifact], now: datetime) -> DeletionPlan:
+    """Plan to delete at once what earlier releases left under the pipeline root, and nothing else.
+
+    Only runs that are at work keep their files. A run that the store does not know cannot be at work for it.
+
+    Args:
+        inventory: what the store holds.
+        found: what lies under the pipeline root.
+        now: the time, with its time zone.
+    """
+    active = sorted(run for run in {item.place.run for item in found} if _at_work(inventory, run, now))
+    deletions = [
+        Deletion(
+            DeletionKind.ARTIFACT,
+            item.keys,
+            item.size,
+            f"{item.kind} in Kubeflow's store",
+            run=item.place.run,
+            upload=item.upload,
+        )
+        for item in found
+        if item.place.run not in active
+    ]
+    return DeletionPlan(deletions, active=active)
+
+
+def _at_work(inventory: StoreInventory, run: str, now: datetime) -> bool:
+    """Return whether a run holds a lease, or has a log without an end whose last event is younger than a day."""
+    summary = inventory.runs.get(run)
+    logged = summary is not None and summary.status is not None
+    return run in inventory.holders.values() or (logged and inventory.finished_at(run, now) is None)
 
 
 def find_garbage(

@@ -83,9 +83,36 @@ class Upload:
     initiated: datetime
 
 
+def versions_under(store: S3Store, prefix: str = "") -> Iterator[StoredVersion]:
+    """Yield every version and delete marker under a prefix, page by page, in the order of the store.
+
+    Args:
+        store: where.
+        prefix: the start of the keys; empty for all.
+    """
+    client, bucket, root = store.native
+    pages = client.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=root + prefix)
+    with store.translating("list the versions in", prefix):
+        try:
+            for page in pages:
+                yield from (_stored_version(row, len(root)) for row in page.get("Versions", []))
+                yield from (_stored_version(row, len(root), marker=True) for row in page.get("DeleteMarkers", []))
+            return
+        except ClientError as error:  # at the first page: a store that has no versions
+            if code_of(error) not in _UNSUPPORTED:
+                raise
+    for entry in store.list(prefix):
+        yield StoredVersion(entry.key, "", entry.size, entry.modified, latest=True)
+
+
+def _stored_version(row: Any, skip: int, *, marker: bool = False) -> StoredVersion:  # noqa: ANN401 - a row of boto3
+    modified, latest = row["LastModified"].astimezone(UTC), bool(row["IsLatest"])
+    return StoredVersion(row["Key"][skip:], row["VersionId"], row.get("Size", 0), modified, latest, marker)
+
+
 def versions_of(store: S3Store, key: str) -> list[StoredVersion]:
     """Return every version and delete marker of one key, the newest first."""
-    found = [item for item in _versions(store, check_key(key)) if item.key == key]
+    found = [item for item in versions_under(store, check_key(key)) if item.key == key]
     return sorted(found, key=lambda item: (item.latest, item.modified), reverse=True)
 
 
@@ -97,7 +124,7 @@ def stored_keys(store: S3Store, prefix: str = "") -> list[StoredKey]:
         prefix: the start of the keys; empty for all.
     """
     grouped: dict[str, list[StoredVersion]] = {}
-    for item in _versions(store, prefix):
+    for item in versions_under(store, prefix):
         grouped.setdefault(item.key, []).append(item)
     return [
         StoredKey(
@@ -142,7 +169,12 @@ def unfinished_uploads(store: S3Store, older_than: datetime, prefix: str = "") -
     client, bucket, root = store.native
     pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=root + prefix)
     with store.translating("list the unfinished uploads in", prefix):
-        rows = _rows(pages, "Uploads") or []
+        try:
+            rows = [row for page in pages for row in page.get("Uploads", [])]
+        except ClientError as error:
+            if code_of(error) not in _UNSUPPORTED:
+                raise
+            rows = []
     found = [Upload(row["Key"][len(root) :], row["UploadId"], row["Initiated"].astimezone(UTC)) for row in rows]
     return sorted((item for item in found if item.initiated < older_than), key=lambda item: (item.key, item.id))
 
@@ -176,35 +208,6 @@ def abort(store: S3Store, upload: Upload) -> Erased:
 
 def _is_gone(error: ClientError) -> bool:
     return is_missing(error) or code_of(error) in {"NoSuchUpload", "NoSuchVersion"}
-
-
-def _rows(pages: Any, *names: str) -> list[Any] | None:  # noqa: ANN401 - pages of boto3
-    """Return the rows of all pages, or None if the store does not support the listing."""
-    try:
-        return [{**row, "kind": name} for page in pages for name in names for row in page.get(name, [])]
-    except ClientError as error:
-        if code_of(error) in _UNSUPPORTED:
-            return None
-        raise
-
-
-def _versions(store: S3Store, prefix: str) -> Iterator[StoredVersion]:
-    client, bucket, root = store.native
-    pages = client.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=root + prefix)
-    with store.translating("list the versions in", prefix):
-        rows = _rows(pages, "Versions", "DeleteMarkers")
-    if rows is None:  # a store without versions
-        for entry in store.list(prefix):
-            yield StoredVersion(entry.key, "", entry.size, entry.modified, latest=True)
-    for row in rows or ():
-        yield StoredVersion(
-            row["Key"][len(root) :],
-            row["VersionId"],
-            row.get("Size", 0),
-            row["LastModified"].astimezone(UTC),
-            bool(row["IsLatest"]),
-            marker=row["kind"] == "DeleteMarkers",
-        )
 
 
 def _remove(store: S3Store, items: list[StoredVersion]) -> Erased:

@@ -205,14 +205,21 @@ class S3Store:
         with self.translating("read", key):
             return _read_whole(read)
 
-    def read_start(self, key: str, size: int) -> bytes | None:
-        """Return the first `size` bytes of an object (all, if it has fewer), or None if it does not exist."""
-        full = self._full(key)
+    def read_start(self, key: str, size: int, version: str = "") -> bytes | None:
+        """Return the first `size` bytes of an object (all, if it has fewer), or None if it does not exist.
+
+        Args:
+            key: the key, relative to the prefix.
+            size: how many bytes.
+            version: S3's id of the version to read; by default the latest one.
+        """
+        full, chosen = self._full(key), {"VersionId": version} if version else {}
 
         def read() -> bytes:
             try:
                 range_ = f"bytes=0-{size - 1}"
-                return self._client.get_object(Bucket=self._bucket, Key=full, Range=range_)["Body"].read()
+                answer = self._client.get_object(Bucket=self._bucket, Key=full, Range=range_, **chosen)
+                return answer["Body"].read()
             except ClientError as error:
                 if code_of(error) == "InvalidRange":  # the object is empty
                     return b""
