@@ -14,11 +14,29 @@ from salun_core.cli.options import OptionalStore, Store
 from salun_core.cli.output import MODE, emit, print_table
 
 if TYPE_CHECKING:
+    from salun_core.retention.pipeline_root import KeptArtifact
     from salun_core.retention.purge import PurgeReport
 
 
-def doctor(store: OptionalStore = None) -> None:
-    """Check this machine, the store and the metrics gateway. The exit code is 1 if a requirement is missing."""
+def doctor(
+    store: OptionalStore = None,
+    kfp: Annotated[
+        str | None,
+        typer.Option(
+            "--kfp",
+            metavar="ROOT",
+            help="Only look for weights, masks and sample ids under Kubeflow's pipeline root, such as "
+            "s3://mlpipeline/v2/artifacts.",
+        ),
+    ] = None,
+) -> None:
+    """Check this machine, the store and the metrics gateway. The exit code is 1 if a requirement is missing.
+
+    With --kfp it looks for what earlier releases left in Kubeflow's own store, and the exit code is 1 if it finds any.
+    """
+    if kfp is not None:
+        _check_pipeline_root(kfp)
+        return
     from salun_core.doctor import run_checks
 
     checks = list(run_checks(store, Path.cwd()))
@@ -34,6 +52,39 @@ def doctor(store: OptionalStore = None) -> None:
     emit([check.model_dump(mode="json") for check in checks], show)
     if failed:
         raise typer.Exit(1)
+
+
+def _check_pipeline_root(uri: str) -> None:
+    from salun_core.retention.pipeline_root import find_kept_artifacts
+    from salun_core.storage import open_pipeline_root
+    from salun_core.times import utc_clock
+
+    root = open_pipeline_root(uri)
+    found = find_kept_artifacts(root, utc_clock())
+    command = f"salun purge --pipeline-root {root.uri} --old-artifacts"
+    rows = [_artifact_row(item) for item in found]
+    total = {name: sum(row[name] for row in rows) for name in ("files", "versions", "bytes")}
+    total = {"outputs": len(rows), "runs": len({item.place.run for item in found}), **total}
+
+    def show() -> None:
+        if not rows:
+            typer.echo(f"{root.uri} has no weights, masks or sample ids of ours")
+            return
+        print_table(list(rows[0]), [list(row.values()) for row in rows])
+        typer.echo("\n" + ", ".join(f"{count} {name}" for name, count in total.items()))
+        typer.echo(f"To list every key: {command} --dry-run\nTo delete them:    {command}")
+
+    emit({"pipeline_root": root.uri, "found": rows, "total": total, "command": command if rows else ""}, show)
+    if rows:
+        raise typer.Exit(1)
+
+
+def _artifact_row(item: KeptArtifact) -> dict[str, Any]:
+    """Return a row of what was found; never the name of a file, which may be that of a sample."""
+    place = item.place
+    counts = {"files": len(item.keys), "versions": item.versions, "bytes": item.size}
+    names = {"pipeline": place.pipeline, "run": place.run, "task": place.task, "output": place.output}
+    return {**names, "what": item.kind, **counts}
 
 
 def exporter(
@@ -73,6 +124,13 @@ def purge(
     weights_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of superseded weights.")] = 30,
     artifact_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of Kubeflow's copies.")] = 7,
     every_hours: Annotated[int, typer.Option(min=0, max=24, help="Time between purges; each looks so far ahead.")] = 12,
+    old_artifacts: Annotated[
+        bool,
+        typer.Option(
+            "--old-artifacts",
+            help="Delete at once what `salun doctor --kfp` finds under the pipeline root, and nothing else.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the keys; delete none.")] = False,
 ) -> None:
     """Delete forget data, masks, superseded weights and garbage, and add the deletions to the certificates."""
@@ -87,7 +145,8 @@ def purge(
         artifact_days=artifact_days,
         every_hours=every_hours,
     )
-    report = purge_store(store, rules, pipeline_root, dry_run=dry_run, signer=find_signing_key())
+    key = find_signing_key()
+    report = purge_store(store, rules, pipeline_root, old_artifacts=old_artifacts, dry_run=dry_run, signer=key)
     emit(_purge_document(report), lambda: _show_purge(report))
 
 
@@ -104,6 +163,7 @@ def _purge_document(report: PurgeReport) -> dict[str, Any]:
         "shared": list(planned.shared),
         "unknown": list(planned.unknown),
         "foreign_runs": planned.foreign_runs,
+        "active_runs": list(planned.active),
     }
 
 
@@ -148,6 +208,7 @@ def _remaining(report: PurgeReport) -> Iterator[tuple[str, int]]:
     yield "superseded and held", len(planned.held)
     yield "superseded, with the weights of a version that stays", len(planned.shared)
     yield "unknown keys, not deleted", len(planned.unknown)
+    yield "runs at work, whose artifacts were not deleted", len(planned.active)
     yield "unknown runs under the pipeline root, not deleted", planned.foreign_runs
 
 

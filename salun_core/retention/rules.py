@@ -151,7 +151,8 @@ def plan(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Del
 def plan_old_artifacts(inventory: StoreInventory, found: Sequence[KeptArtifact], now: datetime) -> DeletionPlan:
     """Plan to delete at once what earlier releases left under the pipeline root, and nothing else.
 
-    Only runs that are at work keep their files. A run that the store does not know cannot be at work for it.
+    A run that is at work keeps its files. Whether a run that the store does not know is at work cannot be told: a run
+    from the form had neither a lease nor a log, so its files go, and it fails if it still needs them.
 
     Args:
         inventory: what the store holds.

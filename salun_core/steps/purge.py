@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from salun_core.retention.purge import PurgeReport, purge
 from salun_core.retention.rules import RetentionRules
-from salun_core.storage import open_store
+from salun_core.storage import open_pipeline_root, open_store
 from salun_core.telemetry.observe import observed
 from salun_core.times import Clock, utc_clock
 
@@ -21,6 +21,7 @@ def purge_store(
     rules: RetentionRules | None = None,
     pipeline_root: str | None = None,
     *,
+    old_artifacts: bool = False,
     dry_run: bool = False,
     signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
@@ -32,11 +33,13 @@ def purge_store(
         store_uri: `s3://bucket/prefix`.
         rules: how long things are kept; by default the longest allowed.
         pipeline_root: where Kubeflow stores artifacts, as `s3://bucket/prefix`.
+        old_artifacts: delete at once what earlier releases left under the pipeline root, and nothing else.
         dry_run: return the plan, and delete nothing.
         signer: the key that signs addenda.
         clock: returns the time now.
         run: id of the run that the step belongs to, if any.
     """
     with observed("purge", ALL_LINES, run):
-        root = open_store(pipeline_root) if pipeline_root else None
-        return purge(open_store(store_uri), rules, root, dry_run=dry_run, signer=signer, clock=clock)
+        root = open_pipeline_root(pipeline_root) if pipeline_root else None
+        store, options = open_store(store_uri), {"old_artifacts": old_artifacts, "dry_run": dry_run}
+        return purge(store, rules, root, **options, signer=signer, clock=clock)

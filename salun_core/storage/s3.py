@@ -19,7 +19,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -61,13 +61,14 @@ _CREDENTIAL_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS
 T = TypeVar("T")
 
 
-def make_client(endpoint: str | None = None) -> S3Client:
+def make_client(endpoint: str | None = None, settings: Mapping[str, str] | None = None) -> S3Client:
     """Build a client with bounded retries and timeouts.
 
     Args:
         endpoint: URL of the store; by default SALUN_S3_ENDPOINT_URL, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or AWS
             itself. Region and keys come from SALUN_S3_REGION, SALUN_S3_ACCESS_KEY_ID, SALUN_S3_SECRET_ACCESS_KEY and
             SALUN_S3_SESSION_TOKEN; what is not set there comes from boto3's chain (AWS_*, roles, files).
+        settings: to use instead of SALUN_S3_*, by the names in `s3_settings.SETTINGS`.
 
     Raises:
         StoreError: the settings in the environment are wrong.
@@ -79,7 +80,7 @@ def make_client(endpoint: str | None = None) -> S3Client:
         max_pool_connections=64,
         response_checksum_validation="when_supported",  # overrides the environment: it catches flipped bits
     )
-    settings = own_settings()
+    settings = own_settings() if settings is None else settings
     endpoint = endpoint or settings.get("ENDPOINT_URL")
     try:
         with translated("cannot set up the S3 client", endpoint or "the store"):
@@ -213,7 +214,8 @@ class S3Store:
             size: how many bytes.
             version: S3's id of the version to read; by default the latest one.
         """
-        full, chosen = self._full(key), {"VersionId": version} if version else {}
+        full = self._full(key)
+        chosen: dict[str, Any] = {"VersionId": version} if version else {}
 
         def read() -> bytes:
             try:

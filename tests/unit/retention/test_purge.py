@@ -199,7 +199,7 @@ def kubeflow(line):
     for key in ("unlearned/model.safetensors", "mask", "report", "evidence", "mask"):
         client.put_object(Bucket=of, Key=f"{prefix}{ours}{key}", Body=b"x")
     root.put_new(f"{other}model", b"not ours")
-    return root, {f"{ours}report", f"{ours}evidence", f"{other}model"}
+    return root, {f"{ours}report", f"{other}model"}
 
 
 def test_deletions_are_added_to_the_certificate_and_the_target_is_redacted(line):

@@ -318,12 +318,12 @@ def test_unknown_keys_are_listed_and_stay(world):
     assert sorted(found.unknown) == sorted(unknown)
 
 
-def test_artifacts_with_weights_are_deleted_and_evidence_stays(world):
-    for name in ("model", "mask", "unlearned", "evidence", "report", "executor-logs"):
+def test_artifacts_with_weights_or_sample_ids_are_deleted_and_reports_stay(world):
+    for name in ("model", "mask", "unlearned", "sums", "evidence", "report", "executor-logs"):
         world.artifacts["run-1", name] = [StoredKey(f"p/run-1/task/{name}", 5, day(1))]
     world.run("run-1", 1)
     assert world.gone(7.9) == set()
-    assert world.gone(8) == {"p/run-1/task/model", "p/run-1/task/mask", "p/run-1/task/unlearned"}
+    assert world.gone(8) == {f"p/run-1/task/{name}" for name in ("model", "mask", "unlearned", "sums", "evidence")}
     assert world.gone(2, rules=RetentionRules(mask_days=1, every_hours=0)) == world.gone(8)
     world.holders["faces"] = "run-1"
     assert world.gone(1000) == set()
