@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 import components
+from pipelines.callers import without_source_lines
 from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RunForm, ShardedMaskForm, UnlearningForm
 
 
@@ -42,7 +43,8 @@ def pipeline(name: str, form: type[RunForm] | None = None) -> Callable[[Callable
     """
 
     def decorate(function: Callable[..., Any]) -> Any:  # noqa: ANN401 - kfp has no types
-        return dsl.pipeline(name=name)(_with_parameters(function, form) if form else function)
+        with without_source_lines():
+            return dsl.pipeline(name=name)(_with_parameters(function, form) if form else function)
 
     return decorate
 
