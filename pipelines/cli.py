@@ -351,7 +351,8 @@ def schedule(
 ) -> None:
     """Create or update the recurring run of a model line's sweep, with the pipeline's parameters as further options.
 
-    Use this or the CronJob of manifests/, not both.
+    Use this or the CronJob of manifests/, not both. A run that works is never touched: neither by an update nor by
+    --delete (Kubeflow 2.16 or later).
 
     \b
     $ python -m pipelines schedule --cron '0 0 2 * * *' --model-line digits --store-uri s3://salun/demo
@@ -359,6 +360,7 @@ def schedule(
     """  # noqa: D301
     _require_client()
     from pipelines import schedules
+    from pipelines.cron import parse_cron
     from pipelines.runs import Job
 
     package = packages.load_package(pipeline, image)
@@ -368,7 +370,7 @@ def schedule(
         typer.echo(yaml.safe_dump(entry, sort_keys=False, width=120), nl=False)
         return
     job = Job(package, form, experiment, service_account)
-    schedules.check_cron(cron)
+    parse_cron(cron)
     api = _connect(host, namespace, token_path, ui_host)
     if show:
         found = schedules.find_schedules(api, job)
@@ -381,7 +383,7 @@ def schedule(
     elif delete:
         typer.echo(f"{'deleted' if schedules.delete_schedule(api, job) else 'none':<9}  {job.name}")
     else:
-        identity, done = schedules.put_schedule(api, job, cron)
+        identity, done = schedules.put_schedule(api, job, cron, _progress)
         typer.echo(f"{done:<9}  {job.name}  {_place(api, 'recurringrun', identity)}")
 
 

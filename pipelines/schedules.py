@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import kfp_server_api
 
 from pipelines.client import Api, RemoteError
+from pipelines.cron import Cron, parse_cron
 from pipelines.runs import Job
 from salun_core.digest import digest_json
 from salun_core.errors import UsageError
 
-_FIELD = re.compile(r"[\dA-Za-z*?,/LW#-]+")
-
-
-def check_cron(cron: str) -> str:
-    """Return a cron expression of six fields, seconds first, unchanged.
-
-    Raises:
-        UsageError: it has another number of fields, or a character that no cron expression has.
-    """
-    fields = cron.split()
-    if len(fields) == 6 and all(map(_FIELD.fullmatch, fields)):  # noqa: PLR2004
-        return cron
-    near = f"did you mean '0 {cron}'? " if len(fields) == 5 else ""  # noqa: PLR2004
-    raise UsageError(
-        f"{cron!r} is not a schedule of a recurring run",
-        f"it has {len(fields)} fields; six are needed: second minute hour day month weekday",
-        f"{near}for example --cron '0 0 2 * * *'",
-    )
+ORPHAN = "ORPHAN"  # without it Kubernetes deletes the runs of a recurring run with it, also one that works
+SETTLED = timedelta(seconds=30)  # after a slot: Kubeflow's scheduler looks about every ten seconds
+QUIET = timedelta(seconds=60)  # before a slot: long enough for the calls of an update
+TRIES = 3  # a schedule with a slot every minute has no quiet moment
 
 
 def cronjob_entry(cron: str, pipeline: str, words: Sequence[str]) -> dict[str, Any]:
@@ -44,7 +32,7 @@ def cronjob_entry(cron: str, pipeline: str, words: Sequence[str]) -> dict[str, A
     Raises:
         UsageError: the schedule needs seconds, which a CronJob does not have.
     """
-    seconds, *five = check_cron(cron).split()
+    seconds, *five = parse_cron(cron).text.split()
     if seconds != "0":
         raise UsageError(f"{cron!r} is not a schedule of a CronJob", "a CronJob has no seconds", "let it begin with 0")
     return {
@@ -55,16 +43,34 @@ def cronjob_entry(cron: str, pipeline: str, words: Sequence[str]) -> dict[str, A
     }
 
 
-def put_schedule(api: Api, job: Job, cron: str) -> tuple[str, str]:
-    """Create or update the recurring run of a job.
+def put_schedule(api: Api, job: Job, cron: str, progress: Callable[[str], None] = lambda line: None) -> tuple[str, str]:
+    """Create or update the recurring run of a job. A run that works is never touched.
 
-    The new one is created disabled, the old ones are deleted, and then the new one is enabled, so that two are never
-    enabled at once. An interruption leaves the old one and a disabled new one, or only the disabled new one; the next
-    call finds the new one and completes the update.
+    An update waits for a moment in which no slot of the old and of the new schedule is near. Then it creates the new
+    one, enabled, and deletes the old ones. What an interruption leaves:
+
+    - before the new one exists: the old one. Nothing happened.
+    - between the two: both, enabled. No slot is lost; a slot of both starts two runs, and the lease of the model line
+      leaves the second one without work. The next call finds the new one and deletes the others.
+    - after a deletion whose reply was lost: the new one.
+
+    The same holds for a schedule with a slot every minute, which has no quiet moment: the update takes place
+    nevertheless. A slot that the old one holds back because its run still works is dropped with it. Releases before
+    this one could leave a new one that is disabled; the next call enables it, and deletes the old ones afterwards.
+
+    Args:
+        api: where to.
+        job: what the runs do.
+        cron: when, in UTC.
+        progress: called with a line before a pause.
 
     Returns:
         The id, and what was done: created, updated or unchanged.
+
+    Raises:
+        UsageError: the schedule is not valid.
     """
+    schedule = parse_cron(cron)
     service, fields = api.client.recurring_runs, job.fields(api)
     version = fields["pipeline_version_reference"].pipeline_version_id
     key = digest_json([version, dict(job.parameters), cron, job.account])
@@ -74,26 +80,51 @@ def put_schedule(api: Api, job: Job, cron: str) -> tuple[str, str]:
         trigger=kfp_server_api.V2beta1Trigger(cron_schedule=kfp_server_api.V2beta1CronSchedule(cron=cron)),
         max_concurrency="1",  # a second sweep does not help a late one
         no_catchup=True,
-        mode="DISABLE",
+        mode="ENABLE",
         **fields,
     )
     there = find_schedules(api, job)
+    if any(item.description != body.description for item in there):
+        _await_quiet([schedule, *_crons(there)], progress)
     kept, _ = api.ensure(
         "create recurringruns",
         lambda: next((item for item in find_schedules(api, job) if item.description == body.description), None),
         lambda **more: service.recurring_run_service_create_recurring_run(body, **more),
     )
     identity, enabled = str(kept.recurring_run_id), kept.status == "ENABLED"
-    others = [item for item in there if item.recurring_run_id != identity]
-    _delete(api, others)
     if not enabled:
         enable = service.recurring_run_service_enable_recurring_run
         api.ensure("enable recurringruns", lambda: None, lambda **more: enable(identity, **more))
+    others = [item for item in there if item.recurring_run_id != identity]
+    _delete(api, others)
     return identity, "created" if not there else "unchanged" if enabled and not others else "updated"
 
 
+def _await_quiet(schedules: list[Cron], progress: Callable[[str], None]) -> None:
+    """Wait until no slot has just begun or is about to begin."""
+    for _ in range(TRIES):
+        now = datetime.now(UTC)
+        near = [slot for one in schedules for slot in one.slots(now - SETTLED, now + QUIET)]
+        if not near:
+            return
+        pause = max(near) + SETTLED - now + timedelta(seconds=1)
+        progress(f"A slot is near: the update waits {pause.total_seconds():.0f} s, so that it starts one run")
+        time.sleep(pause.total_seconds())
+
+
+def _crons(items: list[Any]) -> list[Cron]:
+    """Return the schedules of recurring runs; what was made by hand may have none, or one that is not valid."""
+    found = []
+    for item in items:
+        try:
+            found.append(parse_cron(str(item.trigger.cron_schedule.cron)))
+        except (AttributeError, UsageError):
+            continue
+    return found
+
+
 def delete_schedule(api: Api, job: Job) -> int:
-    """Delete the recurring runs of a job, and return how many there were."""
+    """Delete the recurring runs of a job, but not the runs that they started, and return how many there were."""
     found = find_schedules(api, job)
     _delete(api, found)
     return len(found)
@@ -109,7 +140,7 @@ def _delete(api: Api, items: list[Any]) -> None:
     delete = api.client.recurring_runs.recurring_run_service_delete_recurring_run
     for item in items:
         try:
-            api.call("delete recurringruns", delete, item.recurring_run_id)
+            api.call("delete recurringruns", delete, item.recurring_run_id, propagation_policy=ORPHAN)
         except RemoteError as error:
             if error.status != 404:  # noqa: PLR2004 - gone: the reply to the first attempt was lost
                 raise

@@ -8,19 +8,20 @@ import signal
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from pipelines import client, packages, runs
+from pipelines import client, packages, runs, schedules
 from pipelines import compile as compiling
 from pipelines.cli import app
 from pipelines.packages import form_table, load_package, native_text
 from salun_core.errors import SalunError
 from salun_core.steps.outcome import new_outcome, write_outcome
-from tests.pipelines.fake_kfp import FakeKubeflow
+from tests.pipelines.fake_kfp import FakeKubeflow, RefusedError
 
 ROOT = Path(__file__).resolve().parents[2]
 FORM = ("--model-line", "digits", "--store-uri", "s3://salun/demo")
@@ -486,7 +487,8 @@ def test_many_runs_of_one_name_are_read_page_by_page(fake):
 
 
 def schedule(*words, form=FORM):
-    return run("schedule", *form, *words)
+    when = () if "--cron" in words else ("--cron", quiet_cron())
+    return run("schedule", *form, *when, *words)
 
 
 def test_schedule_creates_updates_keeps_and_deletes(fake):
@@ -494,11 +496,12 @@ def test_schedule_creates_updates_keeps_and_deletes(fake):
     (first,) = fake.schedules.values()
     assert (first["status"], first["no_catchup"], first["max_concurrency"]) == ("ENABLED", True, "1")
     assert schedule()[1].startswith("unchanged")
-    assert schedule("--cron", "0 30 3 * * *")[1].startswith("updated")
+    later = quiet_cron().replace("0 0", "0 30")
+    assert schedule("--cron", later)[1].startswith("updated")
     (second,) = fake.schedules.values()
     assert second["recurring_run_id"] != first["recurring_run_id"]
-    assert (second["status"], second["trigger"]["cron_schedule"]["cron"]) == ("ENABLED", "0 30 3 * * *")
-    assert "0 30 3 * * *" in schedule("--show", form=FORM[:2])[1]
+    assert (second["status"], second["trigger"]["cron_schedule"]["cron"]) == ("ENABLED", later)
+    assert later in schedule("--show", form=FORM[:2])[1]
     assert schedule("--max-requests", "8")[1].startswith("updated")
     schedule(form=("--model-line", "other", *FORM[2:]))
     assert schedule("--delete", form=FORM[:2])[1].startswith("deleted")
@@ -512,6 +515,9 @@ def test_schedule_creates_updates_keeps_and_deletes(fake):
 @pytest.mark.parametrize("what", [500, "lost"])
 def test_an_update_survives_lost_replies(fake, method, path, what):
     schedule()
+    if path == ":enable":
+        schedule("--seed", "2")
+        next(iter(fake.schedules.values()))["status"] = "DISABLED"
     fake.faults.append((method, path, what))
     assert schedule("--seed", "2")[0] == 0
     (item,) = fake.schedules.values()
@@ -519,16 +525,82 @@ def test_an_update_survives_lost_replies(fake, method, path, what):
     assert item["runtime_config"]["parameters"]["seed"] == 2
 
 
-@pytest.mark.parametrize(("method", "path"), [("DELETE", "/recurring"), ("POST", ":enable")])
+@pytest.mark.parametrize(("method", "path"), [("DELETE", "/recurring"), ("POST", "/recurringruns$")])
 def test_the_next_update_completes_an_interrupted_one(fake, method, path):
     schedule()
     fake.faults += [(method, path, 403)]
     assert schedule("--seed", "2")[0] == 1
-    enabled = [item for item in fake.schedules.values() if item["status"] == "ENABLED"]
-    assert len(enabled) <= 1  # never two at once
     assert schedule("--seed", "2")[1].startswith("updated")
     (item,) = fake.schedules.values()
     assert (item["status"], item["runtime_config"]["parameters"]["seed"]) == ("ENABLED", 2)
+    assert min(fake.enabled) >= 1  # no slot is lost
+
+
+def test_an_update_that_is_killed_leaves_the_new_one_enabled(fake):
+    schedule()
+    words = [sys.executable, "-m", "pipelines", "schedule", *FORM, "--seed", "2", "--cron", quiet_cron()]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, env=dict(os.environ))
+
+    def killed():
+        process.kill()
+        process.wait(30)
+        raise RefusedError(503, "the request never arrived")
+
+    fake.before_delete = killed
+    assert process.wait(60) == -signal.SIGKILL
+    assert [item["status"] for item in fake.schedules.values()] == ["ENABLED"] * 2
+    fake.before_delete = lambda: None
+    assert schedule("--seed", "2", "--cron", quiet_cron())[1].startswith("updated")
+    (item,) = fake.schedules.values()
+    assert (item["status"], item["runtime_config"]["parameters"]["seed"]) == ("ENABLED", 2)
+    assert min(fake.enabled) >= 1
+
+
+def test_a_disabled_one_of_an_earlier_release_is_enabled(fake):
+    schedule()
+    (item,) = fake.schedules.values()
+    item["status"] = "DISABLED"  # its old one was deleted, and the process killed
+    assert schedule()[1].startswith("updated")
+    assert [item["status"] for item in fake.schedules.values()] == ["ENABLED"]
+
+
+def test_running_runs_outlive_their_schedule(fake):
+    schedule()
+    (first,) = fake.schedules
+    fake.fire(first)
+    assert schedule("--seed", "2")[1].startswith("updated")
+    (second,) = fake.schedules
+    fake.fire(second)
+    assert schedule("--delete", form=FORM[:2])[1].startswith("deleted")
+    assert fake.policies == ["ORPHAN", "ORPHAN"]
+    assert [item["state"] for item in fake.runs.values()] == ["RUNNING"] * 2
+
+
+def test_an_update_waits_until_no_slot_is_near(fake, monkeypatch):
+    now, pauses = datetime(2026, 11, 24, 1, 59, 30, tzinfo=UTC), []
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return now + timedelta(seconds=sum(pauses))
+
+    monkeypatch.setattr(schedules, "datetime", Clock)
+    monkeypatch.setattr(schedules.time, "sleep", pauses.append)
+    assert schedule("--cron", "0 0 2 * * *")[1].startswith("created")
+    assert pauses == []  # there is nothing to replace
+    code, out, said = schedule("--cron", "0 30 3 * * *")
+    assert (code, pauses) == (0, [61.0])  # the slot of the old one at 2:00, and what the scheduler takes
+    assert out.startswith("updated")
+    assert "A slot is near: the update waits 61 s" in said
+    pauses.clear()
+    assert schedule("--cron", "0 * * * * *")[1].startswith("updated")
+    assert schedule("--cron", "0 * * * * *", "--seed", "2")[1].startswith("updated")
+    assert len(pauses) == 2 * schedules.TRIES  # every minute: no moment is quiet
+
+
+def quiet_cron():
+    """A schedule whose next slot is twelve hours away."""
+    return f"0 0 {(datetime.now(UTC).hour + 12) % 24} * * *"
 
 
 def test_cronjob_entry_needs_no_server(fake):
@@ -544,6 +616,11 @@ def test_cronjob_entry_needs_no_server(fake):
     [
         (("--cron", "0 2 * * *"), "did you mean '0 0 2 * * *'?"),
         (("--cron", "0 0 2 * * $(x)"), "is not a schedule"),
+        (("--cron", "0 0 2 L * *"), "'L' is not valid as day; Kubeflow's scheduler knows no L, W and #"),
+        (("--cron", "0 0 2 15W * ?"), "'15W' is not valid as day; Kubeflow's scheduler knows no L, W and #"),
+        (("--cron", "0 0 2 ? * MON#2"), "'MON#2' is not valid as weekday; Kubeflow's scheduler knows no L, W and #"),
+        (("--cron", "0 0 2 * * 7"), "'7' is not valid as weekday: 0 to 6"),
+        (("--cron", "0 0 24 * * *"), "'24' is not valid as hour: 0 to 23"),
         (("--cron", "30 0 2 * * *", "--print-cronjob-args"), "a CronJob has no seconds"),
     ],
 )
