@@ -62,6 +62,14 @@ class ConflictError(SalunError):
     exit_code = 4
 
 
+class LineHeldError(ConflictError):
+    """Another run works on the model line: a later run may find it free (exit 4)."""
+
+
+class RunSettledError(ConflictError):
+    """The run was settled, by itself or by the run that took its line over: only a new run can go on (exit 4)."""
+
+
 class IntegrityError(SalunError):
     """Bytes that do not match their digest or their format (exit 5)."""
 

@@ -10,6 +10,7 @@ from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
 from salun_core.methods.method import resolve_config
+from salun_core.registry.lookup import require_head
 from salun_core.steps.claim import task_of_line
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
@@ -19,6 +20,7 @@ from salun_core.steps.publishing import EVIDENCE, REPORT, Published, gate_and_pu
 from salun_core.steps.run_form import RecipeForm, UnlearningForm
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage import open_store
+from salun_core.sweeps.heartbeat import line_held
 from salun_core.sweeps.runs import new_run_id
 from salun_core.tasks.resolve import check_policy
 from salun_core.tasks.task import TuningOptions
@@ -68,7 +70,7 @@ def run_all(
     run: str | None = None,
     on_trial: OnTrial | None = None,
 ) -> RunOutcome:
-    """Run the five steps one after the other, in one process that loads models and data once.
+    """Hold the model line and run the five steps one after the other; no sweep works on the line meanwhile.
 
     Args:
         form: the parameters.
@@ -82,12 +84,25 @@ def run_all(
 
     Raises:
         UsageError: the form names something that does not exist.
+        LineHeldError: another run works on the line.
         GateRefusedError: the gate refused, or the search found no setting that it would pass; nothing was published.
         SalunError: any step failed.
     """
     check_form(form)
+    store, run = open_store(form.store_uri), run or new_run_id()
+    require_head(store, form.model_line)  # no lease of a line that does not exist
+    with line_held(store, form.model_line, run):
+        return run_steps(form, folder, say, run, on_trial)
+
+
+def run_steps(
+    form: UnlearningForm, folder: Path, say: Callable[[str], None], run: str, on_trial: OnTrial | None = None
+) -> RunOutcome:
+    """Run the five steps for a run that holds the model line, in one process that loads models and data once.
+
+    Arguments, result and errors are those of `run_all`.
+    """
     recipe, after, mask, evidence = form.recipe, folder / "after", folder / "mask.safetensors", folder / EVIDENCE
-    run = run or new_run_id()
     context = RunContext(folder / "before", form.forget_manifest_uri, form.model_line, form.store_uri, run)
     say("fetch_model")
     fetched = fetch_model(context)

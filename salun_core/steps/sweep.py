@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import contextvars
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from salun_core.certificates.keys import load_signing_key
-from salun_core.errors import ConflictError, SalunError
+from salun_core.errors import SalunError
 from salun_core.retention.purge import PurgeReport
 from salun_core.steps.claim import claim_requests, sweep_policy
 from salun_core.steps.purge import purge_store
-from salun_core.steps.run import RunOutcome, check_form, run_all
+from salun_core.steps.run import RunOutcome, check_form, run_steps
 from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, UnlearningForm
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
-from salun_core.storage.leases import read_lease, renew
 from salun_core.sweeps.claim import Claim
+from salun_core.sweeps.heartbeat import lease_renewed
 from salun_core.sweeps.policy import BatchLimits, SweepPolicy
 from salun_core.sweeps.runs import new_run_id
 from salun_core.sweeps.settle import Settled
 from salun_core.telemetry.logs import get_logger, run_bound
 from salun_core.tuning.search import OnTrial
-
-LEASE_SECONDS = 900  # short, since the sweep renews it: a killed sweep must not block the line for long
-_BEATS = 3  # renewals before a lease would expire
 
 Say = Callable[[str], None]
 
@@ -39,7 +33,7 @@ def policy_of(form: DeletionSweepForm) -> SweepPolicy:
         UsageError: the method or its configuration is wrong.
     """
     limits = form.model_dump(include={"policy_uri", *BatchLimits.model_fields})
-    return sweep_policy(form.store_uri, form.model_line, form.recipe, lease_seconds=LEASE_SECONDS, **limits)
+    return sweep_policy(form.store_uri, form.model_line, form.recipe, **limits)
 
 
 @dataclass(frozen=True)
@@ -103,8 +97,9 @@ def sweep_once(
             if claimed.record:
                 common = form.model_dump(include=set(RecipeForm.model_fields)) | claimed.recipe.model_dump()
                 settings = UnlearningForm(**common, forget_manifest_uri=claimed.forget_uri)
-                with _lease_renewed(form, run, policy):
-                    outcome = run_all(settings, folder, say, run, on_trial)
+                check_form(settings)  # the recipe may be another one by now
+                with lease_renewed(open_store(form.store_uri), form.model_line, run):
+                    outcome = run_steps(settings, folder, say, run, on_trial)
         except SalunError as ended:
             error = ended
             get_logger().warning("run_ended", model_line=form.model_line, error=type(ended).__name__)
@@ -115,33 +110,3 @@ def sweep_once(
             say("purge")
             purged = purge_store(form.store_uri, pipeline_root=form.pipeline_root or None, signer=signer)
         return SweepOutcome(run, claimed, settled, outcome, error, purged)
-
-
-@contextmanager
-def _lease_renewed(form: DeletionSweepForm, run: str, policy: SweepPolicy) -> Iterator[None]:
-    """Renew the lease in a thread while the block runs.
-
-    If the store cannot be reached, the thread tries again at its next beat. If another run has the lease, it stops:
-    the run continues, and the check of the parent at its publish refuses it.
-    """
-    store, done = open_store(form.store_uri), threading.Event()
-
-    def beat() -> None:
-        while not done.wait(policy.lease_seconds / _BEATS):
-            try:
-                lease = read_lease(store, form.model_line)
-                if lease is None or lease.holder != run:
-                    return
-                renew(store, lease)
-            except ConflictError:
-                return
-            except SalunError as error:
-                get_logger().warning("lease_not_renewed", error=type(error).__name__)
-
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(beat,), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

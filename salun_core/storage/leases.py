@@ -1,31 +1,60 @@
 """Leases: one worker at a time for each model line, by the store's clock.
 
-A lease avoids duplicate work; it does not protect the line. What can happen:
+A lease avoids duplicate work; it does not protect the line. Its holder renews it while it works. Another run takes it
+when it was given back, when its holder is known to be dead, or when it was not renewed in time and its holder is not
+known to live (see `sweeps.liveness`). What can happen:
 
-- The holder is killed: its last write stays, and after `seconds` on the store's clock another run takes the lease.
-- Two runs take a free lease at once: both send a conditional write, one wins, the other gets a ConflictError.
+- The holder is killed: its last write stays. The next run takes the lease at once if it can see that the holder is
+  dead, and otherwise after `seconds` on the store's clock.
+- The holder waits between two steps, so nobody renews: its lease ends, but stays its own as long as it is seen to live.
+- Two runs take a free lease at once: both send a conditional write, one wins, the other reads it again and finds the
+  line held.
+- The holder renews while another run decides that it is dead or late: the conditional write of the other one fails,
+  and it reads the lease again.
 - The reply to a write is lost: the store reads it back (see `s3`), so the holder does not mistake itself for a rival.
-- The holder is suspended past its lease and wakes up: its next `renew` fails, because the holder or epoch is another.
-  If it publishes before it renews, it is fenced by the parent: `publish_head` refuses a version whose parent is not
-  HEAD any more. If nobody published meanwhile, its version is as good as the other's, and the other is refused.
+- The holder is suspended past its lease, or was wrongly seen as dead, and wakes up: its next `renew` fails, because
+  the holder or epoch is another. Its log has ended, since the run that took over settled it. If it publishes before it
+  notices either, it is fenced by the parent: `publish_head` refuses a version whose parent is not HEAD any more. If
+  nobody published meanwhile, its version is as good as the other's, and the other is refused.
 
 Both times of a comparison are the store's own (`Last-Modified` and `Date`), so a wrong clock in a pod has no effect.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from salun_core.config import Document
-from salun_core.errors import ConflictError, IntegrityError, StoreError
-from salun_core.storage.documents import LineId, RunId, parse_stored
+from salun_core.errors import ConflictError, IntegrityError, LineHeldError, RunSettledError, StoreError
+from salun_core.storage.documents import Digest, LineId, RunId, parse_stored
 from salun_core.storage.keys import lease_key
 from salun_core.storage.objects import ObjectStore, StoredObject
 
 _RESOLUTION = timedelta(seconds=1)  # HTTP dates have whole seconds
+_TRIES = 5  # of a write that another one came before; each failure means that somebody else got on
+SUBMIT_AGAIN = "this run was settled; submit a new sweep"
+_KubernetesName = Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
+
+
+class Life(StrEnum):
+    """What is known about the holder of a lease."""
+
+    ALIVE = "alive"
+    DEAD = "dead"
+    UNKNOWN = "unknown"
+
+
+class Place(Document):
+    """The Kubernetes object that a holder's steps belong to; whoever finds the line held looks there for its state."""
+
+    namespace: _KubernetesName = Field(description="namespace of the Argo Workflow")
+    workflow: _KubernetesName = Field(description="name of the Argo Workflow")
+    cluster: Digest = Field(description="SHA-256 of the cluster's certificate authority: names repeat between clusters")
 
 
 class Lease(Document):
@@ -40,6 +69,12 @@ class Lease(Document):
         description="how long it holds after its last beat"
     )
     released: bool = Field(default=False, description="whether the holder gave it back")
+    place: Place | None = Field(default=None, description="where the holder runs; none outside of a cluster")
+
+
+def unknown_life(lease: Lease) -> Life:
+    """Return what is known about a holder when nobody can be asked: time alone decides."""
+    return Life.UNKNOWN
 
 
 def read_lease(store: ObjectStore, line: str) -> Lease | None:
@@ -63,7 +98,14 @@ def holder_of(store: ObjectStore, line: str) -> str | None:
     return found[0].holder if found and not _free(*found) else None
 
 
-def acquire(store: ObjectStore, line: str, holder: str, seconds: int) -> Lease:
+def acquire(
+    store: ObjectStore,
+    line: str,
+    holder: str,
+    seconds: int,
+    place: Place | None = None,
+    life_of: Callable[[Lease], Life] = unknown_life,
+) -> Lease:
     """Take the lease of a line, or keep one's own.
 
     Args:
@@ -71,49 +113,90 @@ def acquire(store: ObjectStore, line: str, holder: str, seconds: int) -> Lease:
         line: the model line.
         holder: the run that wants it.
         seconds: how long it holds from now on, unless it is renewed.
+        place: where the holder runs.
+        life_of: finds out whether the present holder lives; called only if it holds the line.
 
     Returns:
         The lease; its epoch is higher than that of each earlier holder.
 
     Raises:
-        ConflictError: another run holds it, or has just taken it.
+        LineHeldError: another run holds it, or has just taken it.
         StoreError: the store sends no time, or is unreachable.
     """
-    found = _read(store, line)
-    if found is None:
-        lease = Lease(line=line, holder=holder, epoch=1, beat=1, seconds=seconds)
-        store.put_new(lease_key(line), _bytes(lease))
+    for _ in range(_TRIES):
+        found = _read(store, line)
+        epoch, beat = 1, 1
+        if found is not None:
+            held, stored = found
+            own = held.holder == holder and not held.released
+            if not own and not _may_be_taken(held, stored, life_of):
+                raise _held(line, held.holder, f"it renewed its lease {_silence(stored)} s ago")
+            epoch, beat = held.epoch if own else held.epoch + 1, held.beat + 1
+        lease = Lease(line=line, holder=holder, epoch=epoch, beat=beat, seconds=seconds, place=place)
+        try:
+            if found is None:
+                store.put_new(lease_key(line), _bytes(lease))
+            else:
+                store.put_if(lease_key(line), _bytes(lease), stored.etag)
+        except ConflictError:  # another run took it, or its holder renewed it: look again
+            continue
         return lease
-    held, stored = found
-    own = held.holder == holder and not held.released
-    if not own and not _free(held, stored):
-        raise ConflictError(
-            f"another run works on model line {line}",
-            f"run {held.holder} holds its lease, for at most {held.seconds} s after its last renewal",
-            "wait for it; you need not do anything",
-        )
-    epoch = held.epoch if own else held.epoch + 1
-    lease = Lease(line=line, holder=holder, epoch=epoch, beat=held.beat + 1, seconds=seconds)
-    store.put_if(lease_key(line), _bytes(lease), stored.etag)
-    return lease
+    raise _held(line, "another run", "its lease changes all the time")
+
+
+def _may_be_taken(held: Lease, stored: StoredObject, life_of: Callable[[Lease], Life]) -> bool:
+    if held.released:
+        return True
+    late = _free(held, stored)
+    life = life_of(held)
+    return life is Life.DEAD or (late and life is not Life.ALIVE)
+
+
+def _held(line: str, holder: str, why: str) -> LineHeldError:
+    return LineHeldError(
+        f"line held by {holder}",
+        f"that run works on model line {line}, and {why}",
+        "wait for it; the next sweep tries again, and takes the line from a run that died",
+    )
+
+
+def _silence(stored: StoredObject) -> int:
+    return int((stored.served - stored.modified).total_seconds()) if stored.served else 0
 
 
 def renew(store: ObjectStore, lease: Lease) -> Lease:
-    """Renew a lease from now on.
+    """Renew a lease from now on, also one that is late, as long as no other run took it.
 
     Raises:
-        ConflictError: another run holds it, or it was released.
+        RunSettledError: another run holds it, or it was given back.
+        StoreError: the store is unreachable.
+        ConflictError: other steps of the run renew it so often that this one never gets on.
     """
-    found = _read(store, lease.line)
-    if found is None or (found[0].holder, found[0].epoch, found[0].released) != (lease.holder, lease.epoch, False):
-        raise ConflictError(
-            f"run {lease.holder} lost the lease of model line {lease.line}",
-            "it was not renewed in time, and another run took it",
-            "let this run end: it cannot publish any more once the other has",
-        )
-    renewed = lease.model_copy(update={"beat": found[0].beat + 1})
-    store.put_if(lease_key(lease.line), _bytes(renewed), found[1].etag)
-    return renewed
+    for _ in range(_TRIES):
+        found = _read(store, lease.line)
+        if found is None or (found[0].holder, found[0].epoch, found[0].released) != (lease.holder, lease.epoch, False):
+            raise lost(lease.line, lease.holder, found[0] if found else None)
+        renewed = found[0].model_copy(update={"beat": found[0].beat + 1, "seconds": lease.seconds})
+        try:
+            store.put_if(lease_key(lease.line), _bytes(renewed), found[1].etag)
+        except ConflictError:  # another step of the run renewed it, or another run took it
+            continue
+        return renewed
+    raise ConflictError(f"the lease of {lease.line} was not renewed", "it changes all the time", "try again")
+
+
+def lost(line: str, holder: str, now: Lease | None) -> RunSettledError:
+    """Return the error of a run that has lost its lease.
+
+    Args:
+        line: the model line.
+        holder: the run.
+        now: the lease as it is now.
+    """
+    why = "it was given back when the run was settled"
+    if now is None or now.holder != holder:
+        why = "it was not renewed in time, and " + (f"run {now.holder} took the line over" if now else "is gone")
+    return RunSettledError(f"run {holder} lost the lease of model line {line}", why, SUBMIT_AGAIN)
 
 
 def release(store: ObjectStore, line: str, holder: str) -> bool:
@@ -122,15 +205,17 @@ def release(store: ObjectStore, line: str, holder: str) -> bool:
     Returns:
         Whether it was held by this run.
     """
-    found = _read(store, line)
-    if found is None or found[0].holder != holder or found[0].released:
-        return False
-    lease = found[0].model_copy(update={"beat": found[0].beat + 1, "released": True})
-    try:
-        store.put_if(lease_key(line), _bytes(lease), found[1].etag)
-    except ConflictError:  # it ran out, and another run took it after it was read
-        return False
-    return True
+    for _ in range(_TRIES):
+        found = _read(store, line)
+        if found is None or found[0].holder != holder or found[0].released:
+            return False
+        lease = found[0].model_copy(update={"beat": found[0].beat + 1, "released": True})
+        try:
+            store.put_if(lease_key(line), _bytes(lease), found[1].etag)
+        except ConflictError:  # a last beat of this run, or another run that took it: look again
+            continue
+        return True
+    return False
 
 
 def _read(store: ObjectStore, line: str) -> tuple[Lease, StoredObject] | None:
@@ -156,4 +241,4 @@ def _free(lease: Lease, stored: StoredObject) -> bool:
 
 
 def _bytes(lease: Lease) -> bytes:
-    return lease.model_dump_json().encode()
+    return lease.model_dump_json(exclude_none=True).encode()  # without a place, earlier releases can read it

@@ -2,19 +2,20 @@
 
 The lease keeps two runs from the same work; the events keep the ledger right. The order of the writes is:
 
-1. Take the lease of the model line. Its epoch is higher than that of each earlier holder and goes into every event.
-2. Settle the requests that dead runs left in progress.
+1. Take the lease of the model line, also from a run that is dead (`liveness`). Its epoch is higher than that of each
+   earlier holder and goes into every event. It is renewed while the claim works.
+2. Settle the requests that dead runs left in progress: those of a run that published are completed and certified.
 3. Move each request to `in_progress`; requests that name nothing to erase are completed at once.
 4. Store the frozen forget set, then the record of the run, then the run's first event.
 
 Failures and what follows from them:
 
-- The process dies after 1: the lease expires by the store's clock, and the next sweep claims.
+- The process dies after 1: the next sweep takes the lease over, and claims.
 - It dies during 3 or 4: requests are in progress for a run without a record. The same run finds its requests again and
   continues. Another run settles it first: the requests are queued again, unchanged.
 - It dies after 4: the same run reads the record and gets the same batch.
-- It stalls until its lease expires: another run takes the lease and settles this one. When it wakes up, its events are
-  refused (their numbers are taken), its log has ended, and HEAD has another parent, each of which stops it.
+- It stalls until another run takes the lease and settles this one. When it wakes up, its events are refused (their
+  numbers are taken), its log has ended, and HEAD has another parent, each of which stops it.
 - It was settled as failed and still published, because it passed its last look at the log before: step 3 of the next
   claim finds that version and completes the requests instead of erasing them again.
 - A reply is lost: the store reads the document back and finds its own random `writer`; the lease is kept by its holder.
@@ -27,10 +28,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from enum import StrEnum
 
 from salun_core.config import parse
 from salun_core.digest import digest_json, sha256_bytes
-from salun_core.errors import ConflictError, SalunError
+from salun_core.errors import ConflictError, LineHeldError, RunSettledError, SalunError
 from salun_core.methods.recipe import Recipe
 from salun_core.registry.lookup import Version, read_version, require_head
 from salun_core.requests.index import IndexEntry, read_entries
@@ -38,15 +40,25 @@ from salun_core.requests.ledger import Transition
 from salun_core.requests.resolve import Resolved, Resolver
 from salun_core.requests.schema import RequestState, Status
 from salun_core.storage.keys import scratch_key, work_key
-from salun_core.storage.leases import acquire
+from salun_core.storage.leases import SUBMIT_AGAIN, release
 from salun_core.sweeps.context import SweepContext, in_parallel
+from salun_core.sweeps.heartbeat import beating, hold_line
 from salun_core.sweeps.policy import SweepPolicy, why_due
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord
 from salun_core.sweeps.settle import complete, in_progress, published_by, recover
 from salun_core.times import as_utc
 
 FORGET_FILE = "forget.json"
+_NO_REQUEST = "no request waits"
 _LOOKED_AT = 4  # batches of waiting requests that are read to fill one: others may have another group or level
+
+
+class Skipped(StrEnum):
+    """Why a sweep claims nothing."""
+
+    NO_REQUESTS = "no_requests"
+    NOT_DUE = "not_due"
+    LINE_HELD = "line_held"
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,8 @@ class Claim:
         record: of the run; None if there is nothing to do.
         forget_uri: address of the frozen forget set; empty without a batch.
         reason: why the batch is due, or why there is none.
+        skipped: why there is none; None with a batch, and if all that was due was settled by the claim itself.
+        due: how many requests wait that are due, if the line is held by another run.
         nothing_to_erase: requests that were completed at once, since nothing that they name was trained on.
         refused: requests that failed, since what they name does not exist.
         recovered: requests of dead runs that were settled first.
@@ -70,6 +84,8 @@ class Claim:
     nothing_to_erase: Sequence[str] = ()
     refused: Sequence[str] = ()
     recovered: Sequence[str] = ()
+    skipped: Skipped | None = None
+    due: int = 0
 
     @property
     def requests(self) -> int:
@@ -77,10 +93,10 @@ class Claim:
         return len(self.record.members) if self.record else 0
 
     @classmethod
-    def nothing(cls, policy: SweepPolicy, reason: str = "") -> Claim:
+    def nothing(cls, policy: SweepPolicy, reason: str = "", skipped: Skipped | None = None, due: int = 0) -> Claim:
         """Return a claim without a batch."""
         first = policy.recipes[0]
-        return cls(Recipe(method=first.method, density=first.density), reason=reason)
+        return cls(Recipe(method=first.method, density=first.density), reason=reason, skipped=skipped, due=due)
 
 
 def preview(context: SweepContext, line: str, policy: SweepPolicy) -> Claim:
@@ -107,28 +123,36 @@ def claim(
         The batch, or why there is none. Repeating the call for the same run gives the same batch.
 
     Raises:
-        ConflictError: the run has ended already.
+        RunSettledError: the run has ended already; it does not hold the line.
         UsageError: the line has no HEAD.
     """
     try:
-        lease = acquire(context.store, line, run, policy.lease_seconds)
-    except ConflictError as error:
-        return Claim.nothing(policy, f"{error.what}: {error.why}")
-    record = context.runs.read(run)
-    if record is not None:
-        status = context.runs.status(run)
-        if status in ENDED:
-            raise ConflictError(f"run {run} has ended", f"it is {status}", "start a new run")
-        context.runs.start(record, context.actor)
-        return _with_record(Claim.nothing(policy, "claimed before"), context, record)
-    recovered = recover(context, line, run)
-    states, reason = _next_batch(context, line, run, policy)
-    found = replace(Claim.nothing(policy, reason), recovered=recovered)
-    if not states:
-        return found
-    head = require_head(context.store, line)
-    version = Version(head.version, read_version(context.store, line, head.version))
-    return _Batch(context, line, run, policy, lease.epoch, version, resolver_of(version)).claim(states, found)
+        lease = hold_line(context.store, line, run, policy.lease_seconds)
+    except LineHeldError as error:
+        waiting = context.ledger.entries(Status.QUEUED, line)
+        due = len(waiting) if _why_due(context, waiting, policy) else 0
+        return Claim.nothing(policy, f"{error.what}: {error.why}", Skipped.LINE_HELD, due)
+    with beating(context.store, lease):
+        record = context.runs.read(run)
+        if record is not None:
+            return _claimed_before(context, record, policy)
+        recovered = recover(context, line, run)
+        states, reason, skipped = _next_batch(context, line, run, policy)
+        found = replace(Claim.nothing(policy, reason, skipped), recovered=recovered)
+        if not states:
+            return found
+        head = require_head(context.store, line)
+        version = Version(head.version, read_version(context.store, line, head.version))
+        return _Batch(context, line, run, policy, lease.epoch, version, resolver_of(version)).claim(states, found)
+
+
+def _claimed_before(context: SweepContext, record: RunRecord, policy: SweepPolicy) -> Claim:
+    status = context.runs.status(record.run)
+    if status in ENDED:
+        release(context.store, record.line, record.run)
+        raise RunSettledError(f"run {record.run} has ended", f"it is {status}", SUBMIT_AGAIN)
+    context.runs.start(record, context.actor)
+    return _with_record(Claim.nothing(policy, "claimed before"), context, record)
 
 
 def _with_record(found: Claim, context: SweepContext, record: RunRecord) -> Claim:
@@ -136,15 +160,19 @@ def _with_record(found: Claim, context: SweepContext, record: RunRecord) -> Clai
     return replace(found, recipe=record.recipe, record=record, forget_uri=uri)
 
 
-def _next_batch(context: SweepContext, line: str, run: str, policy: SweepPolicy) -> tuple[list[RequestState], str]:
-    """Find the requests that belong to one batch with the oldest waiting one, and why the batch is due."""
+def _next_batch(
+    context: SweepContext, line: str, run: str, policy: SweepPolicy
+) -> tuple[list[RequestState], str, Skipped | None]:
+    """Find the requests that belong to one batch with the oldest waiting one, and why the batch is due, or is not."""
     ours = in_progress(context, line, run)
     if ours:  # an earlier attempt of this step died before it recorded the run
-        return ours, "claimed before"
+        return ours, "claimed before", None
     waiting = context.ledger.entries(Status.QUEUED, line)
     reason = _why_due(context, waiting, policy)
     if reason is None:
-        return [], f"{len(waiting)} waiting, and no batch is due" if waiting else "no request waits"
+        if waiting:
+            return [], f"{len(waiting)} waiting, and no batch is due", Skipped.NOT_DUE
+        return [], _NO_REQUEST, Skipped.NO_REQUESTS
     found: list[RequestState] = []
     together: list[RequestState] = []
     size = policy.max_requests
@@ -155,7 +183,7 @@ def _next_batch(context: SweepContext, line: str, run: str, policy: SweepPolicy)
         together = [state for state in found if first and _kind_of(state) == _kind_of(first)]
         if len(together) >= size:
             break
-    return together, reason if together else "no request waits"
+    return (together, reason, None) if together else ([], _NO_REQUEST, Skipped.NO_REQUESTS)
 
 
 def _why_due(context: SweepContext, waiting: Sequence[IndexEntry], policy: SweepPolicy) -> str | None:
@@ -197,7 +225,9 @@ class _Batch:
         settled = tuple(state.request.id for state, _ in self.nothing)
         found = replace(found, nothing_to_erase=settled, refused=tuple(self.refused))
         if not taken:
-            return replace(found, reason="nothing left to erase") if settled else found
+            if settled:
+                return replace(found, reason="nothing left to erase")
+            return found if self.refused else replace(found, reason=_NO_REQUEST, skipped=Skipped.NO_REQUESTS)
         frozen = self.resolver.freeze_forget_set([state.request for state, _ in taken])
         record = self._record(taken, _kind_of(states[0]), sha256_bytes(frozen))
         self.context.store.put_new(scratch_key(self.run, FORGET_FILE), frozen)

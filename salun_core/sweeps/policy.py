@@ -14,7 +14,7 @@ from salun_core.times import due_after_one_month
 
 MAX_ATTEMPTS = 10
 ESCALATION = 4  # recipes of each task; for records that do not hold the number
-LEASE_SECONDS = 26 * 3600  # longer than the longest step of a run may take
+LEASE_SECONDS = 600  # every step renews it while it works, so a run that died blocks its line no longer than this
 
 
 class BatchLimits(Document):
@@ -47,7 +47,7 @@ class SweepPolicy(BatchLimits):
     lease_seconds: int = Field(
         default=LEASE_SECONDS,
         ge=1,
-        le=7 * 86400,
+        le=LEASE_SECONDS,
         description="how long the lease of the model line is valid after its last renewal",
     )
 

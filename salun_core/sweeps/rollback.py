@@ -19,11 +19,9 @@ from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.blobs import stored_size
-from salun_core.storage.leases import acquire, release
+from salun_core.sweeps.heartbeat import line_held
 from salun_core.sweeps.runs import RunLog, new_run_id
 from salun_core.times import Clock, utc_clock
-
-_LEASE_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -80,15 +78,12 @@ def rollback(
     if dry_run:
         return RolledBack(None, undone, requests)
     holder = f"rollback-{new_run_id()}"[:63]
-    acquire(store, line, holder, _LEASE_SECONDS)
-    try:
+    with line_held(store, line, holder):
         _check_complete(store, line, version)  # again: a purge may have come between
         for request in requests:
             if ledger.status(request) is Status.COMPLETED:
                 ledger.reopen(request, actor, reason)
         return RolledBack(roll_back(store, line, version, undone[0].digest), undone, requests)
-    finally:
-        release(store, line, holder)
 
 
 def _check_complete(store: FileStore, line: str, version: str) -> None:

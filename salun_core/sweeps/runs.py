@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from salun_core.config import Document, parse
-from salun_core.errors import ConflictError, IntegrityError
+from salun_core.errors import ConflictError, IntegrityError, RunSettledError
 from salun_core.methods.recipe import Recipe
 from salun_core.requests.schema import RequestId, StoredDocument
 from salun_core.storage.documents import Count, Digest, LineId, RunId, ShortText, Text, UtcTime, parse_stored
 from salun_core.storage.keys import run_event_key, run_events_prefix, run_key
+from salun_core.storage.leases import SUBMIT_AGAIN
 from salun_core.storage.objects import ObjectStore
 from salun_core.sweeps.policy import ESCALATION, MAX_ATTEMPTS, Limits
 from salun_core.times import Clock, as_utc
@@ -191,7 +192,7 @@ class RunLog:
             Its status.
 
         Raises:
-            ConflictError: the run has ended with another status.
+            RunSettledError: the run has ended with another status.
         """
         record = self.read(run)
         if record is None:
@@ -203,11 +204,7 @@ class RunLog:
             if status == to or beyond:
                 return status
             if status in ENDED:
-                raise ConflictError(
-                    f"run {run} has ended",
-                    f"it is {status} and cannot become {to}",
-                    "nothing to do; a later run tries again",
-                )
+                raise RunSettledError(f"run {run} has ended", f"it is {status} and cannot become {to}", SUBMIT_AGAIN)
             with contextlib.suppress(ConflictError):  # another process moved it meanwhile: read again
                 self._append(record, last, to, actor, reason)
                 return to

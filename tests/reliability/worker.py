@@ -23,6 +23,7 @@ from salun_core.storage import s3
 from salun_core.storage.keys import blob_key
 from salun_core.storage.leases import holder_of
 from salun_core.storage.objects import FileStore
+from salun_core.sweeps.claim import Skipped
 from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.settle import settle
 from tests.reliability import journal
@@ -93,7 +94,7 @@ class Worker:
         if not any(entries(status, line) for status in _OPEN) or holder_of(self.context.store, line):
             return
         claimed = self._step(lambda: toy.claim_next(self.context, run, line, **self.plan.policy))
-        if claimed.record is None and claimed.reason.startswith("another run"):
+        if claimed.skipped is Skipped.LINE_HELD:
             return
         if claimed.record:
             with self.noted():

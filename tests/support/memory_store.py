@@ -28,7 +28,7 @@ class MemoryStore:
 
     def get(self, key):
         self.calls += 1
-        return StoredObject(*self.objects[key]) if key in self.objects else None
+        return StoredObject(*self.objects[key], served=self.now) if key in self.objects else None
 
     def put_new(self, key, data):
         self._write()

@@ -94,7 +94,7 @@ def test_a_failed_run_queues_the_requests_again(demo, tmp_path, monkeypatch):
     def broken(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("salun_core.steps.sweep.run_all", broken)
+    monkeypatch.setattr("salun_core.steps.sweep.run_steps", broken)
     result = demo("--work-dir", "work", "--epochs", "1")
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr

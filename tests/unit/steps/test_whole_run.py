@@ -9,7 +9,7 @@ import pytest
 from salun_core.certificates.keys import create_key
 from salun_core.config import load, parse
 from salun_core.data.targets import ClassTarget
-from salun_core.errors import GateRefusedError, UsageError
+from salun_core.errors import GateRefusedError, LineHeldError, UsageError
 from salun_core.registry.lookup import read_head
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
@@ -17,6 +17,8 @@ from salun_core.saliency import SaliencyMask
 from salun_core.steps.run import run_all
 from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
 from salun_core.steps.sweep import sweep_once
+from salun_core.storage.leases import holder_of
+from salun_core.sweeps.heartbeat import hold_line
 from salun_core.sweeps.runs import RunLog, RunStatus
 from salun_core.times import utc_clock
 from salun_core.tuning import TuningLog
@@ -47,9 +49,15 @@ def policy(tmp_path, metric, least):
 def test_a_run_is_tuned_measured_further_and_judged_by_the_one_policy(told, store, tmp_path):
     asks = policy(tmp_path, "probe_auc", 0.0)  # only what `extra_metrics` adds can satisfy it
     search = {"tune": True, "tune_budget": "3e", "extra_metrics": "probe,decile", "policy_uri": asks}
-    told_of, trials, folder = [], [], tmp_path / "run"
+    told_of, trials, folder, holders = [], [], tmp_path / "run", set()
+
+    def say(step):
+        told_of.append(step)
+        holders.add(holder_of(store, "digits"))
+
     config = UnlearningForm(**told, **search, forget_manifest_uri=forget_class(tmp_path))
-    outcome = run_all(config, folder, told_of.append, "run-1", trials.append)
+    outcome = run_all(config, folder, say, "run-1", trials.append)
+    assert (holders, holder_of(store, "digits")) == ({"run-1"}, None)
 
     assert told_of == ["fetch_model", "compute_mask", "unlearn", "evaluate", "gate_publish"]
     evidence, log = outcome.evidence, load(TuningLog, folder / "after" / "tuning.json")
@@ -61,6 +69,15 @@ def test_a_run_is_tuned_measured_further_and_judged_by_the_one_policy(told, stor
     assert read_head(store, "digits")[0].version == outcome.published.version != outcome.parent
     passes = evidence.run.tuning.passes + evidence.forgotten.count
     assert evidence.run.passes == passes  # the search's, and the mask step's
+
+
+@pytest.mark.s3
+def test_a_line_that_another_run_holds_is_left_alone(told, store, tmp_path):
+    hold_line(store, "digits", "run-9")
+    with pytest.raises(LineHeldError, match="line held by run-9") as caught:
+        run_all(UnlearningForm(**told, forget_manifest_uri=forget_class(tmp_path)), tmp_path / "run")
+    assert (caught.value.exit_code, holder_of(store, "digits")) == (4, "run-9")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.s3
