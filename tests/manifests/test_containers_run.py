@@ -68,7 +68,7 @@ def folder():
 
 
 @pytest.mark.s3
-def test_the_dev_store_starts_with_its_bucket_and_keys(folder):
+def test_the_dev_store_starts_with_its_buckets_and_keys(folder):
     try:
         binary = weed.find_binary()
     except StoreError as error:
@@ -85,7 +85,7 @@ def test_the_dev_store_starts_with_its_bucket_and_keys(folder):
         with running(command, {"PATH": os.defpath, "HOME": str(folder)}, folder) as process:
             assert {wait(address + path, process, folder) for path in paths(item)} == {200}
             keys = named("Secret", "salun-s3", everything())["stringData"]
-            assert _names(address, keys, process) == ["salun"]
+            assert _names(address, keys, process, 2) == ["salun", "salun-artifacts"]
             with pytest.raises(ClientError, match="InvalidAccessKeyId"):
                 _client(address, {"AWS_ACCESS_KEY_ID": "other", "AWS_SECRET_ACCESS_KEY": "other"}).list_buckets()
     finally:
@@ -99,13 +99,15 @@ def _client(address, keys):
     return boto3.session.Session().client("s3", endpoint_url=address, region_name="us-east-1", **lower)
 
 
-def _names(address, keys, process):
+def _names(address, keys, process, count):
+    names = []
     for _ in range(200):
-        if names := [bucket["Name"] for bucket in _client(address, keys).list_buckets()["Buckets"]]:
-            return names
+        names = [bucket["Name"] for bucket in _client(address, keys).list_buckets()["Buckets"]]
+        if len(names) >= count:
+            return sorted(names)
         assert process.poll() is None
         time.sleep(0.05)
-    return []
+    return names
 
 
 def test_the_pushgateway_starts_and_answers_its_probes(folder):

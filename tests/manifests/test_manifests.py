@@ -232,14 +232,16 @@ def test_the_addresses_of_the_config_are_services_of_the_tree():
         assert namespace == NAMESPACE
 
 
-def test_the_dev_store_accepts_the_keys_of_the_steps_and_creates_the_bucket():
+def test_the_dev_store_accepts_the_keys_of_the_steps_and_creates_both_buckets():
     keys = named("Secret", "salun-s3", everything())["stringData"]
     (identity,) = json.loads(named("Secret", "salun-seaweedfs", everything())["stringData"]["s3.json"])["identities"]
     assert identity["credentials"] == [
         {"accessKey": keys["AWS_ACCESS_KEY_ID"], "secretKey": keys["AWS_SECRET_ACCESS_KEY"]}
     ]
     args = containers(selected(services()["salun-s3"]["selector"])[0])[0]["args"]
-    assert f"-bucket={urlsplit(config()['SALUN_STORE_URI']).netloc}" in args
+    launcher = named("ConfigMap", "kfp-launcher", everything((".example",)))["data"]
+    wanted = [urlsplit(config()["SALUN_STORE_URI"]).netloc, urlsplit(launcher["defaultPipelineRoot"]).netloc]
+    assert f"-bucket={','.join(wanted)}" in args
 
 
 def test_the_secret_template_has_the_keys_of_the_real_one():
