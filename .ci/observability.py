@@ -135,6 +135,19 @@ ROWS = {
             "s",
             help="If the two lines diverge, the step fails.",
         ),
+        View(
+            "Why the last sweep claimed nothing",
+            {"{{model_line}} {{reason}}": f"max by (model_line, reason) (salun_sweep_skipped{LINE})"},
+            limits={"blue": None},
+            words={"0": "no", "1": "yes"},
+            latest=True,
+        ),
+        View(
+            "Due requests that it left waiting",
+            {"{{model_line}}": f"model_line:salun_sweep_skipped_due:last{LINE}"},
+            limits=alarm(1, YELLOW),
+            help="Another run held the line.",
+        ),
     ),
     "Forgotten and retained data": (
         View(

@@ -23,7 +23,7 @@ from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import probe_key
 from salun_core.storage.objects import ObjectStore
 from salun_core.storage.probe import require_safe
-from salun_core.sweeps.claim import Claim, claim, preview
+from salun_core.sweeps.claim import Claim, Skipped, claim, preview
 from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.policy import SweepPolicy
 from salun_core.tasks import task_named
@@ -102,13 +102,17 @@ def claim_requests(
         StoreError: the store's conditional writes are not safe.
         UsageError: no such line, or no signing key although a certificate is due.
     """
-    with observed("claim_requests", model_line, run):
+    with observed("claim_requests", model_line, run) as metrics:
         store = open_store(store_uri)
         context = SweepContext(store, clock, ModelCertifier(store))
         if dry_run:
             return preview(context, model_line, policy)
         probe_once(store)
-        return claim(context, model_line, run, policy, lambda version: resolver_of(store, version))
+        found = claim(context, model_line, run, policy, lambda version: resolver_of(store, version))
+        for reason in Skipped:
+            metrics.record("salun_sweep_skipped", float(found.skipped is reason), reason=reason)
+        metrics.record("salun_sweep_skipped_due", found.due)
+        return found
 
 
 def probe_once(store: S3Store) -> None:

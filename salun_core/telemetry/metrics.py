@@ -42,6 +42,18 @@ SPECS = {
         Spec("salun_step_duration_seconds", "Wall-clock time of the step's last run.", "seconds", ("model_line",)),
         Spec("salun_gate_passed", "1 when the gate passed the last run, else 0.", "boolean", _RESULT),
         Spec(
+            "salun_sweep_skipped",
+            "1 for the reason why the last sweep claimed nothing, else 0.",
+            "boolean",
+            ("model_line", "reason"),
+        ),
+        Spec(
+            "salun_sweep_skipped_due",
+            "Due requests that the last sweep left waiting, because another run held the line.",
+            "requests",
+            ("model_line",),
+        ),
+        Spec(
             "salun_unlearning_debt_ratio",
             "Share of the training data forgotten since the last full training.",
             "ratio",
@@ -124,6 +136,7 @@ LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
         "failed",
         "cancelled",
     ),
+    "reason": ("no_requests", "not_due", "line_held"),
     "stage": ("target", "half", "most"),
     "outcome": ("unlearned", "retrained", "nothing_to_erase"),
     "version": re.compile(r"[0-9][0-9a-z.+-]{0,30}"),

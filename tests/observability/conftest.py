@@ -19,6 +19,7 @@ import yaml
 from salun_core.requests.gauges import LineGauges, Snapshot, stages
 from salun_core.requests.schema import Status
 from salun_core.steps.context import record_evidence
+from salun_core.sweeps.claim import Skipped
 from salun_core.telemetry.exporter import Exporter, serving
 from salun_core.telemetry.push import StepMetrics
 
@@ -129,6 +130,16 @@ def push_steps():
     assert earlier.push("gate_publish", "faces", pipeline="salun-unlearning-cpu")
     sweep = StepMetrics(clock=lambda: time.time() - 48 * HOUR)
     assert sweep.push("settle_requests", "faces", pipeline="salun-deletion-sweep")
+    push_skipped_sweep()
+
+
+def push_skipped_sweep():
+    """What a sweep pushes that found two due requests and another run on the line."""
+    claimed = StepMetrics()
+    for reason in Skipped:
+        claimed.record("salun_sweep_skipped", float(reason is Skipped.LINE_HELD), reason=reason)
+    claimed.record("salun_sweep_skipped_due", 2)
+    assert claimed.push("claim_requests", "faces", pipeline="salun-deletion-sweep")
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +161,12 @@ def prometheus(tmp_path_factory):
         with running([*command, f"--web.listen-address={own}"], f"http://{own}") as url:
             asked = Prometheus(url)
             until(lambda: all(map(asked.query, ("salun_gate_passed", "salun_requests"))), "it did not scrape both")
+            recorded = "model_line:salun_sweep_skipped_due:last"
+            until(lambda: asked.query(recorded), "it did not evaluate the first sweep that was skipped")
+            assert not asked.query("model_line:salun_sweep_skipped_twice:bool")
+            push_skipped_sweep()
+            twice = "model_line:salun_sweep_skipped_twice:bool"
+            until(lambda: asked.query(twice), "it did not see the second one")
             now = datetime.now(UTC)
             until(lambda: asked.evaluated() > now + timedelta(seconds=1), "it did not evaluate the rules after that")
             yield asked

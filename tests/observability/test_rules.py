@@ -26,13 +26,29 @@ BOARD = json.loads(yaml.safe_load(DASHBOARD.read_text())["data"]["salun.json"])
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
 SHOWN = [target["expr"] for panel in PANELS for target in panel["targets"]]
 EXPRESSIONS = [*dict.fromkeys([rule["expr"] for rule in ALL] + SHOWN)]
-WORDS = {"sum", "max", "min", "count", "by", "on", "unless", "or", "and", "group_left", "time", "absent"}
+WORDS = {
+    "min_over_time",
+    "changes",
+    "bool",
+    "sum",
+    "max",
+    "min",
+    "count",
+    "by",
+    "on",
+    "unless",
+    "or",
+    "and",
+    "group_left",
+    "time",
+    "absent",
+}
 GROUPING = {"step", "pipeline", "model"}
 
 
 def names(expr):
     """The series that an expression asks for: its words without selectors, labels and PromQL's own."""
-    bare = re.sub(r"\{[^}]*\}|\b(by|on) \([^)]*\)", " ", expr)
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\b(by|on) \([^)]*\)", " ", expr)
     return set(re.findall(r"[a-zA-Z_:][\w:]*", bare)) - WORDS
 
 
@@ -147,5 +163,6 @@ def test_the_rules_judge_what_is_really_pushed_and_served(prometheus):
     quiet = {"SalunSweepUnknown", "SalunStepFailed", "SalunLineUnreadable", "SalunExporterStale"}
     assert {name for name, state in states.items() if state == "pending"} == waiting
     assert {name for name, state in states.items() if state == "inactive"} == quiet
+    assert states["SalunSweepSkipped"] == "firing"
     (debt,) = prometheus.query("model_line:salun_unlearning_debt_ratio:max")
     assert (debt["metric"]["model_line"], debt["value"][1]) == ("faces", "0.06")

@@ -9,10 +9,11 @@ from datetime import timedelta
 import pytest
 
 from salun_core.data.targets import ClassTarget
-from salun_core.errors import ConflictError
+from salun_core.errors import ConflictError, RunSettledError
 from salun_core.requests.schema import Outcome, Status
 from salun_core.storage.keys import certificate_key, run_event_key, scratch_prefix
 from salun_core.storage.leases import holder_of
+from salun_core.sweeps.claim import Skipped
 from salun_core.sweeps.policy import Limits
 from salun_core.sweeps.runs import RunRecord
 from salun_core.sweeps.settle import settle
@@ -159,10 +160,37 @@ def test_a_leased_line_is_not_claimed(context):
     submit(context, 1)
     toy.claim_next(context, "run-1")
     other = toy.claim_next(context, "run-2")
-    assert other.record is None
-    assert "run-1" in other.reason
+    assert (other.record, other.skipped, other.due) == (None, Skipped.LINE_HELD, 0)
+    assert other.reason.startswith("line held by run-1: ")
     assert settle(context, LINE, "run-2").status is None
     assert holder_of(context.store, LINE) == "run-1"
+
+
+def test_a_claim_of_nothing_says_why_and_how_much_is_due(context):
+    assert toy.claim_next(context, "run-1").skipped is Skipped.NO_REQUESTS
+    submit(context, 1)
+    early = toy.claim_next(context, "run-1", min_requests=3)
+    assert (early.skipped, early.due) == (Skipped.NOT_DUE, 0)
+    submit(context, 2)
+    held = toy.claim_next(context, "run-2", min_requests=2)
+    assert (held.skipped, held.due) == (Skipped.LINE_HELD, 2)
+    assert toy.claim_next(context, "run-2", min_requests=3).due == 0  # of what waits nothing is due
+    settle(context, LINE, "run-1")
+    full = toy.claim_next(context, "run-2")
+    assert (full.requests, full.skipped, full.due) == (2, None, 0)
+
+
+def test_a_claim_that_completed_all_that_was_due_skipped_nothing(context):
+    submit(context, 5000)
+    assert toy.claim_next(context, "run-1").skipped is None
+
+
+def test_a_run_that_has_ended_claims_nothing_and_holds_nothing(context):
+    submit(context, 1)
+    run_once(context, "run-1")
+    with pytest.raises(RunSettledError, match="run run-1 has ended: it is published.*submit a new sweep"):
+        toy.claim_next(context, "run-1")
+    assert holder_of(context.store, LINE) is None
 
 
 def test_repeating_a_claim_gives_the_same_batch(context):

@@ -20,7 +20,14 @@ from salun_core.telemetry.logs import configure_logging
 from salun_core.telemetry.metrics import LABELS, SPECS
 
 RULES = Path(__file__).parents[3] / "manifests" / "prometheus-rules" / "salun-rules.yaml"
-EXAMPLES = {"model_line": "faces", "method": "salun", "version": "1.0", "status": "queued", "stage": "half"}
+EXAMPLES = {
+    "model_line": "faces",
+    "method": "salun",
+    "version": "1.0",
+    "status": "queued",
+    "stage": "half",
+    "reason": "not_due",
+}
 
 
 class Clock:

@@ -13,9 +13,14 @@ import pytest
 
 from salun_core import __version__
 from salun_core.errors import UsageError
+from salun_core.steps.claim import claim_requests
 from salun_core.steps.context import record_evidence
+from salun_core.storage.leases import release
+from salun_core.sweeps.claim import Skipped
+from salun_core.sweeps.heartbeat import hold_line
 from salun_core.telemetry import metrics as names
 from salun_core.telemetry.push import StepMetrics
+from tests.support import toy_line as toy
 
 ROOT = Path(__file__).parents[3]
 PUBLISHED = [
@@ -29,6 +34,8 @@ PUBLISHED = [
     "salun_mask_density_ratio",
     "salun_step_duration_seconds",
     "salun_gate_passed",
+    "salun_sweep_skipped",
+    "salun_sweep_skipped_due",
     "salun_unlearning_debt_ratio",
     "salun_runs_since_training",
     "salun_last_run_timestamp_seconds",
@@ -192,6 +199,33 @@ def test_missing_values_are_left_out(gateway, scrape, monkeypatch):
     assert "salun_gate_passed" not in found
 
 
+@pytest.mark.s3
+def test_a_sweep_that_does_nothing_says_why(gateway, scrape, monkeypatch, store):
+    monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
+    toy.begin(store, "idle")
+
+    def pushed():
+        claim_requests(store.uri, "idle", "run-1", toy.policy(min_requests=2))
+        found = {}
+        for (name, labels), value in scrape()[0].items():
+            if {("step", "claim_requests"), ("model_line", "idle")} <= labels:
+                found[dict(labels).get("reason") or name] = value
+        return {reason: found[reason] for reason in names.LABELS["reason"]}, found["salun_sweep_skipped_due"]
+
+    assert pushed() == ({"no_requests": 1, "not_due": 0, "line_held": 0}, 0)
+    ledger = toy.sweep_context(store).ledger
+    ledger.submit("r-1", "idle", toy.target(1))
+    assert pushed() == ({"no_requests": 0, "not_due": 1, "line_held": 0}, 0)
+    release(store, "idle", "run-1")
+    hold_line(store, "idle", "run-9")
+    ledger.submit("r-2", "idle", toy.target(2))
+    assert pushed() == ({"no_requests": 0, "not_due": 0, "line_held": 1}, 2)
+
+
+def test_the_reasons_of_the_metric_are_those_of_a_claim():
+    assert names.LABELS["reason"] == tuple(Skipped)
+
+
 def test_an_unknown_method_becomes_other(gateway, scrape, monkeypatch):
     monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
     step = StepMetrics()
@@ -237,7 +271,9 @@ def test_promtool_finds_no_fault(gateway, scrape, monkeypatch):
     step = StepMetrics()
     for spec in names.SPECS.values():
         labels = {
-            label: {"method": "salun", "status": "queued", "stage": "half", "version": "1.0"}[label]
+            label: {"method": "salun", "status": "queued", "stage": "half", "version": "1.0", "reason": "not_due"}[
+                label
+            ]
             for label in spec.labels
             if label != "model_line"
         }
