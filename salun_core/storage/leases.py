@@ -70,6 +70,9 @@ class Lease(Document):
     )
     released: bool = Field(default=False, description="whether the holder gave it back")
     place: Place | None = Field(default=None, description="where the holder runs; none outside of a cluster")
+    taken_from: RunId | None = Field(
+        default=None, description="the run that it was taken from without being given back"
+    )
 
 
 def unknown_life(lease: Lease) -> Life:
@@ -125,14 +128,17 @@ def acquire(
     """
     for _ in range(_TRIES):
         found = _read(store, line)
-        epoch, beat = 1, 1
+        epoch, beat, taken_from = 1, 1, None
         if found is not None:
             held, stored = found
             own = held.holder == holder and not held.released
             if not own and not _may_be_taken(held, stored, life_of):
                 raise _held(line, held.holder, f"it renewed its lease {_silence(stored)} s ago")
             epoch, beat = held.epoch if own else held.epoch + 1, held.beat + 1
-        lease = Lease(line=line, holder=holder, epoch=epoch, beat=beat, seconds=seconds, place=place)
+            taken_from = held.taken_from if own else None if held.released else held.holder
+        lease = Lease(
+            line=line, holder=holder, epoch=epoch, beat=beat, seconds=seconds, place=place, taken_from=taken_from
+        )
         try:
             if found is None:
                 store.put_new(lease_key(line), _bytes(lease))

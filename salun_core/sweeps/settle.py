@@ -35,7 +35,7 @@ from salun_core.requests.ledger import Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status
 from salun_core.storage.keys import run_key, scratch_prefix, work_key
-from salun_core.storage.leases import release
+from salun_core.storage.leases import read_lease, release
 from salun_core.sweeps.context import SweepContext, in_parallel
 from salun_core.sweeps.policy import Next, after_failure, after_interruption, after_refusal
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord, RunStatus
@@ -96,7 +96,10 @@ def settle(context: SweepContext, line: str, run: str) -> Settled:
 
 
 def recover(context: SweepContext, line: str, run: str) -> list[str]:
-    """Settle the dead runs of a line; the caller holds its lease, so no other run is alive.
+    """Settle the dead runs of a line: those with requests in progress, and the one that the lease was taken from.
+
+    The caller holds the lease, so no other run is alive. The last holder may have settled its requests and died before
+    it ended its log or deleted its scratch files, which hold what is to be forgotten.
 
     Returns:
         The requests that were in progress for other runs.
@@ -105,6 +108,9 @@ def recover(context: SweepContext, line: str, run: str) -> list[str]:
     for state in in_progress(context, line):
         if state.last and state.last.run and state.last.run != run:
             others.setdefault(state.last.run, []).append(state.request.id)
+    lease = read_lease(context.store, line)
+    if lease is not None and lease.taken_from:
+        others.setdefault(lease.taken_from, [])
     for other in others:
         settle(context, line, other)
     return [request for requests in others.values() for request in requests]

@@ -1,6 +1,7 @@
 """The documents of a store in a dict: what `ObjectStore` promises, without the network."""
 
 import hashlib
+import threading
 from datetime import UTC, datetime
 
 from salun_core.errors import ConflictError
@@ -56,3 +57,53 @@ class MemoryStore:
     def delete(self, key):
         self._write()
         self.objects.pop(key, None)
+
+
+class MemoryFiles(MemoryStore):
+    """Keeps files too, for threads of one process; `hook` is called with the number of each write, before it."""
+
+    uri = "s3://memory/store"
+
+    def __init__(self):
+        super().__init__()
+        self.hook, self.written, self._lock = (lambda number: None), 0, threading.RLock()
+
+    def _write(self):
+        with self._lock:
+            super()._write()
+            number = self.written
+            self.written += 1
+        self.hook(number)  # outside of the lock: others may write meanwhile
+
+    def put_new(self, key, data):
+        self._write()
+        with self._lock:
+            if key in self.objects and self.objects[key][0] != data:
+                raise ConflictError(f"{key} exists already")
+            self.objects.setdefault(key, (data, hashlib.md5(data).hexdigest(), self.now))
+            return self.objects[key][1]
+
+    def put_if(self, key, data, etag):
+        self._write()
+        with self._lock:
+            if key not in self.objects or self.objects[key][1] != etag:
+                raise ConflictError(f"{key} changed")
+            self.objects[key] = (data, hashlib.md5(data).hexdigest(), self.now)
+            return self.objects[key][1]
+
+    def list(self, prefix):
+        with self._lock:
+            found = list(super().list(prefix))
+        yield from found
+
+    def upload(self, path, key):
+        self._write()
+        data = path.read_bytes()
+        with self._lock:
+            self.objects[key] = (data, hashlib.md5(data).hexdigest(), self.now)
+
+    def download(self, key, path):
+        path.write_bytes(self.objects[key][0])
+
+    def read_start(self, key, size):
+        return self.objects[key][0][:size] if key in self.objects else None

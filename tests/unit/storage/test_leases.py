@@ -54,6 +54,14 @@ def test_a_dead_holder_loses_the_line_at_once_a_late_one_unless_it_lives(store, 
         assert read_lease(store, LINE) == first
 
 
+def test_a_lease_names_the_run_that_it_was_taken_from(store):
+    assert take(store, "run-1").taken_from is None
+    assert take(store, "run-2", Life.DEAD).taken_from == "run-1"
+    assert take(store, "run-2").taken_from == "run-1"  # the step is repeated
+    release(store, LINE, "run-2")
+    assert take(store, "run-3").taken_from is None
+
+
 def test_a_free_line_needs_no_question(store):
     def ask(lease):
         raise AssertionError(f"asked about {lease.holder}")
