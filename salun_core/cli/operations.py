@@ -55,26 +55,31 @@ def doctor(
 
 
 def _check_pipeline_root(uri: str) -> None:
-    from salun_core.retention.pipeline_root import find_kept_artifacts
+    from salun_core.retention.pipeline_root import scan_pipeline_root
     from salun_core.storage import open_pipeline_root
     from salun_core.times import utc_clock
 
     root = open_pipeline_root(uri)
-    found = find_kept_artifacts(root, utc_clock())
+    scan = scan_pipeline_root(root, utc_clock())
     command = f"salun purge --pipeline-root {root.uri} --old-artifacts"
-    rows = [_artifact_row(item) for item in found]
+    rows = [_artifact_row(item) for item in scan.kept]
     total = {name: sum(row[name] for row in rows) for name in ("files", "versions", "bytes")}
-    total = {"outputs": len(rows), "runs": len({item.place.run for item in found}), **total}
+    total = {"outputs": len(rows), "runs": len({item.place.run for item in scan.kept}), **total}
+
+    seen = {"harmless_outputs": scan.harmless, "other_objects": scan.others}
 
     def show() -> None:
         if not rows:
             typer.echo(f"{root.uri} has no weights, masks or sample ids of ours")
+            typer.echo(f"{scan.harmless} harmless outputs of ours, {scan.others} objects of others")
+            if not (scan.harmless or scan.others):
+                typer.echo("nothing lies there at all: check that it is Kubeflow's pipeline root")
             return
         print_table(list(rows[0]), [list(row.values()) for row in rows])
         typer.echo("\n" + ", ".join(f"{count} {name}" for name, count in total.items()))
         typer.echo(f"To list every key: {command} --dry-run\nTo delete them:    {command}")
 
-    emit({"pipeline_root": root.uri, "found": rows, "total": total, "command": command if rows else ""}, show)
+    emit({"pipeline_root": root.uri, "found": rows, "total": total, **seen, "command": command if rows else ""}, show)
     if rows:
         raise typer.Exit(1)
 

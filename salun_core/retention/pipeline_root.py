@@ -24,8 +24,8 @@ from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.context import in_parallel
 from salun_core.times import as_utc
 
-SMALL = 64 * 1024
-"""Bytes that a reference, a decision or a note may have."""
+SMALL = 256 * 1024
+"""Bytes that a reference, a decision or a note may have; a reference names each file of a model."""
 OUR_PIPELINES = "salun-"
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 DEEPEST = 5
@@ -101,6 +101,21 @@ class KeptArtifact:
     upload: Upload | None = None
 
 
+@dataclass(frozen=True)
+class RootScan:
+    """What lies under a pipeline root.
+
+    Args:
+        kept: outputs that must not stay, sorted by place.
+        harmless: how many other outputs our pipelines have there.
+        others: how many objects belong to other pipelines and programs.
+    """
+
+    kept: Sequence[KeptArtifact]
+    harmless: int
+    others: int
+
+
 def find_place(key: str) -> ArtifactPlace | None:
     """Return where a key lies, or None if it does not belong to a run of one of our pipelines.
 
@@ -129,8 +144,8 @@ def find_place(key: str) -> ArtifactPlace | None:
     return ArtifactPlace(pipeline, run, task, execution, rest[0]) if whole and rest else None
 
 
-def find_kept_artifacts(root: S3Store, now: datetime) -> list[KeptArtifact]:
-    """Return every output of our pipelines that must not stay in Kubeflow's store, sorted by its place. Read-only.
+def scan_pipeline_root(root: S3Store, now: datetime) -> RootScan:
+    """Look at every output of our pipelines under a pipeline root. Read-only.
 
     Args:
         root: the pipeline root.
@@ -140,18 +155,22 @@ def find_kept_artifacts(root: S3Store, now: datetime) -> list[KeptArtifact]:
         StoreError: the store is unreachable or refuses the credentials.
     """
     outputs: dict[ArtifactPlace, list[StoredVersion]] = {}
-    for version in versions_under(root):  # page by page: of other teams' keys nothing is kept in memory
-        place = find_place(version.key) if version.size else None  # delete markers and empty files hold nothing
-        if place:
+    others = 0
+    for version in versions_under(root):  # page by page: nothing of other teams' keys is kept in memory
+        place = find_place(version.key)
+        if place is None:
+            others += version.latest and not version.marker
+        elif version.size:  # delete markers and empty files hold nothing
             outputs.setdefault(place, []).append(version)
     places = sorted(outputs)
     kinds = in_parallel(lambda place: _kind_of(root, place, outputs[place]), places)
-    found = [
+    kept = [
         KeptArtifact(place, kind, _keys(outputs[place]), len(outputs[place]), sum(item.size for item in outputs[place]))
         for place, kind in zip(places, kinds, strict=True)
         if kind
     ]
-    return sorted([*found, *_uploads(root, now)], key=lambda item: (item.place, item.kind))
+    found = sorted([*kept, *_uploads(root, now)], key=lambda item: (item.place, item.kind))
+    return RootScan(found, len(places) - len(kept), others)
 
 
 def _keys(versions: Sequence[StoredVersion]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from salun_core.registry.holds import VersionDisposal, record_disposal
 from salun_core.requests.redaction import redact_request
 from salun_core.retention.addenda import issue_addenda
 from salun_core.retention.inventory import PURGED_OUTPUTS, StoreInventory, scan_artifacts, scan_store
-from salun_core.retention.pipeline_root import find_kept_artifacts
+from salun_core.retention.pipeline_root import scan_pipeline_root
 from salun_core.retention.rules import Deletion, DeletionKind, DeletionPlan, RetentionRules, plan, plan_old_artifacts
 from salun_core.storage.blobs import materialise
 from salun_core.storage.erase import Erased, abort, erase, erase_old, stored_keys
@@ -103,7 +103,7 @@ def purge(
     now = as_utc(clock())
     before = _line_objects(store)
     inventory = scan_store(store, now, root)
-    found = find_kept_artifacts(_required(root), now) if old_artifacts else None
+    found = scan_pipeline_root(_required(root), now).kept if old_artifacts else None
     planned = (
         plan(inventory, rules or RetentionRules(), now) if found is None else plan_old_artifacts(inventory, found, now)
     )
@@ -147,7 +147,7 @@ def _runs_left(root: S3Store, inventory: StoreInventory, old_artifacts: bool, no
     artifacts, _ = scan_artifacts(root, inventory.runs)
     left = {run for run, name in artifacts if name in PURGED_OUTPUTS}
     # Outputs of other names are looked at here only: it takes a read of each small file.
-    return left | {item.place.run for item in find_kept_artifacts(root, now)} if old_artifacts else left
+    return left | {item.place.run for item in scan_pipeline_root(root, now).kept} if old_artifacts else left
 
 
 def _check_nothing_to_certify(inventory: StoreInventory, planned: DeletionPlan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from salun_core.errors import UsageError
 from salun_core.storage.keys import split_uri
 from salun_core.storage.objects import Entry, FileStore, ObjectStore, StoredObject
 
@@ -41,11 +42,17 @@ def open_pipeline_root(uri: str) -> S3Store:
             SALUN_KFP_S3_*; what is not set there is as for `open_store`.
 
     Raises:
-        UsageError: the address is not valid.
+        UsageError: the address is not valid, or has a query.
         StoreError: the settings in the environment are wrong.
     """
     from salun_core.storage.s3_settings import KFP_PREFIX, kfp_settings, own_settings
 
+    if "?" in uri:  # Kubeflow's own settings may have one; read as a part of the key, it would name an empty folder
+        raise UsageError(
+            f"{uri.partition('?')[0]!r} has a query behind it",
+            "an address here has none",
+            "leave it out; set SALUN_KFP_S3_ENDPOINT_URL and SALUN_KFP_S3_REGION instead",
+        )
     if not own_settings(KFP_PREFIX):
         return open_store(uri)
     bucket, prefix = split_uri(uri)

@@ -88,7 +88,12 @@ def test_old_artifacts_are_found_and_the_printed_command_removes_them(salun, ver
     assert done["erased"] == {"keys": 3, "versions": 3, "bytes": 23}
     assert done["active_runs"] == []
     clean = salun("doctor", "--kfp", pipeline_root.uri)
-    assert (clean.exit_code, clean.stdout) == (0, f"{pipeline_root.uri} has no weights, masks or sample ids of ours\n")
+    assert clean.exit_code == 0
+    assert clean.stdout.splitlines() == [
+        f"{pipeline_root.uri} has no weights, masks or sample ids of ours",
+        "1 harmless outputs of ours, 1 objects of others",
+    ]
+    assert "check that it is Kubeflow's pipeline root" in salun("doctor", "--kfp", f"{pipeline_root.uri}/typo").stdout
     assert json.loads(salun("doctor", "--kfp", pipeline_root.uri, "--json").stdout)["found"] == []
     assert len(list(pipeline_root.list(""))) == 2
 
