@@ -32,7 +32,7 @@ from salun_core.storage import keys as names
 from salun_core.storage import open_pipeline_root, open_store
 from salun_core.storage.erase import stored_keys
 from salun_core.storage.leases import acquire
-from salun_core.storage.s3 import make_client
+from salun_core.storage.s3 import S3Store, make_client
 from salun_core.sweeps.runs import RunLog, RunMember, RunRecord, RunStatus
 
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -213,7 +213,7 @@ def test_all_pages_are_read(root):
     root.old_run(run)
     expected = root.rows()
     assert len(expected) == 4
-    root.store = type(root.store)(root.bucket, "v2/artifacts", client=client)
+    root.store = S3Store(root.bucket, "v2/artifacts", client=client)
     assert root.rows() == expected
 
 
@@ -315,45 +315,63 @@ def test_exactly_what_was_found_is_removed_at_once_and_certified(root, store):
 
 @pytest.mark.s3
 def test_runs_at_work_keep_their_artifacts(root, store):
-    working, holding, dead = (Known(store, line).start(at) for line, at in LINES)
-    acquire(store, holding.line, holding.run, 3600)
-    for item in (working, holding, dead):
-        root.old_run(item.run)
+    """A lease tells of a run without a log; a log without an end counts for a day."""
+    working = Known(store, "one").start(NOW - timedelta(hours=23))
+    dead = Known(store, "two").start(NOW - timedelta(hours=25))
+    holding = uid()
+    acquire(store, "three", holding, 3600)
+    for run in (working.run, dead.run, holding):
+        root.old_run(run)
     report = working.purge(root)
-    assert report.plan.active == sorted([working.run, holding.run])
-    assert {item.place.run for item in root.found()} == {working.run, holding.run}
+    assert report.plan.active == sorted([working.run, holding])
+    assert {item.place.run for item in root.found()} == {working.run, holding}
     working.publish()
     working.purge(root)
-    assert {item.place.run for item in root.found()} == {holding.run}
-
-
-LINES = [("one", NOW - timedelta(hours=23)), ("two", NOW - timedelta(days=9)), ("three", NOW - timedelta(hours=25))]
+    assert {item.place.run for item in root.found()} == {holding}
 
 
 @pytest.mark.s3
-def test_no_certificate_is_extended_while_anything_of_its_run_is_left(root, store):
-    """An output with a name of its own counts too; a kill in between leaves what the next call finds."""
+def test_a_certificate_is_extended_only_when_nothing_of_its_run_is_left(root, store):
+    """An output with a name of its own counts too. It is written late here, and the next call finds it."""
     known = Known(store).start().publish()
-    root.put(artifact(known.run, "evaluate", "scores"), WEIGHTS)
     root.put(artifact(known.run, "unlearn", "unlearned"), WEIGHTS)
-    client = make_client()
-    fragile = type(root.store)(root.bucket, "v2/artifacts", client=client)
+    late = artifact(known.run, "evaluate", "scores")
+
+    def write_late(**_):
+        make_client().put_object(Bucket=root.bucket, Key=f"v2/artifacts/{late}", Body=WEIGHTS)
+
+    fragile = make_client()
+    fragile.meta.events.register("before-call.s3.DeleteObject", write_late)
+    whole, root.store = root.store, S3Store(root.bucket, "v2/artifacts", client=fragile)
+    known.purge(root)
+    assert known.addenda() == ["forget data of the run", "masks in the store"]  # of our store
+    root.store = whole
+    assert root.keys() == {late}
+    assert known.purge(root).addenda == [known.request]
+    assert OF_KUBEFLOW in known.addenda()
+
+
+@pytest.mark.s3
+def test_a_purge_that_is_killed_between_two_keys_goes_on(root, store):
+    known = Known(store).start().publish()
+    stays = root.old_run(known.run)
     calls = []
 
     def die(**_):
         calls.append(1)
-        if len(calls) > 1:
+        if len(calls) == 2:
             raise KeyboardInterrupt
 
-    client.meta.events.register("before-call.s3.DeleteObject", die)
-    whole, root.store = root.store, fragile
+    fragile = make_client()
+    fragile.meta.events.register("before-call.s3.DeleteObject", die)
+    before = len(root.keys())
+    whole, root.store = root.store, S3Store(root.bucket, "v2/artifacts", client=fragile)
     with pytest.raises(KeyboardInterrupt):
         known.purge(root)
     root.store = whole
-    assert len(root.found()) == 1
-    assert known.addenda() == []
+    assert (len(root.keys()), known.addenda()) == (before - 1, [])
     assert known.purge(root).addenda == [known.request]
-    assert root.found() == []
+    assert root.keys() == stays
 
 
 @pytest.mark.s3
