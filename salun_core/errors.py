@@ -42,6 +42,10 @@ class ModelError(SalunError):
     """A checkpoint or an architecture that does not fit (exit 1)."""
 
 
+class DeviceMemoryError(SalunError):
+    """The memory of the device does not hold the work, also in smaller batches (exit 1)."""
+
+
 class StoreError(SalunError):
     """The object store is unreachable, unsafe, or refuses the credentials (exit 1)."""
 

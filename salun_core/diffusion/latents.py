@@ -14,6 +14,7 @@ from safetensors.torch import save as serialise
 from safetensors.torch import save_file
 from torch import Tensor
 
+from salun_core.device_memory import fitting
 from salun_core.diffusion.denoiser import require_finite
 from salun_core.diffusion.sampling import Decode, to_bytes
 from salun_core.digest import sha256_bytes
@@ -92,26 +93,28 @@ def latents_of(
     Args:
         autoencoder: in eval mode; it computes in float32 on its device, because SDXL's overflows in float16.
         images: uint8 [N, C, H, W] of the autoencoder's size.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; fewer if the device has no room for them.
 
     Returns:
         Mean and standard deviation, float32 [N, c, h, w] each, on the CPU.
 
     Raises:
         ModelError: a latent holds NaN or infinity.
+        DeviceMemoryError: the device has no room for one image.
     """
     shift, scale = scaling(autoencoder)
     device, dtype = next(autoencoder.parameters()).device, autoencoder.dtype
-    means, deviations = [], []
+
+    def encoded(part: Tensor) -> tuple[Tensor, Tensor]:
+        latent = autoencoder.encode(pixels_of(part.to(device))).latent_dist
+        return ((latent.mean - shift) * scale).cpu(), (latent.std * scale).cpu()
+
     try:
         autoencoder.to(torch.float32)
-        for part in torch.split(images, batch_size):
-            latent = autoencoder.encode(pixels_of(part.to(device))).latent_dist
-            means.append(((latent.mean - shift) * scale).cpu())
-            deviations.append((latent.std * scale).cpu())
+        parts, _ = fitting(lambda size: [encoded(part) for part in torch.split(images, size)], batch_size)
     finally:
         autoencoder.to(dtype)
-    mean, deviation = torch.cat(means), torch.cat(deviations)
+    mean, deviation = (torch.cat(values) for values in zip(*parts, strict=True))
     return require_finite("latents", mean), require_finite("latents", deviation)
 
 
@@ -128,6 +131,11 @@ def decoder(autoencoder: Any) -> Decode:  # noqa: ANN401
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
         unscaled = (latents / scale + shift).to(next(autoencoder.parameters()).device, autoencoder.dtype)
-        return to_bytes(require_finite("decoded images", autoencoder.decode(unscaled).sample))
+
+        def run(size: int) -> list[Tensor]:
+            decoded = (autoencoder.decode(part).sample for part in torch.split(unscaled, size))
+            return [to_bytes(require_finite("decoded images", part)) for part in decoded]
+
+        return torch.cat(fitting(run, len(unscaled))[0])
 
     return decode

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salun_core.device_memory import fitting
 from salun_core.diffusion.conditions import Conditions, ConditionTable
 from salun_core.diffusion.denoiser import Denoiser, require_finite
 
@@ -25,7 +26,7 @@ class Sampler:
         shape: shape of one sample, (C, H, W).
         steps: number of denoising steps.
         guidance_scale: w + 1 of classifier-free guidance; 1 means no guidance and half the work.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; fewer if the device has no room for them.
     """
 
     scheduler: Any
@@ -82,13 +83,20 @@ def samples(
 
     Raises:
         ModelError: a sample holds NaN or infinity.
+        DeviceMemoryError: the device has no room for one sample.
     """
     denoiser.network.eval()
     device = next(denoiser.network.parameters()).device
-    for start in range(0, len(rows), sampler.batch_size):
-        part = slice(start, start + sampler.batch_size)
-        noise = starting_noise(seeds[part], sampler.shape).to(device)
-        drawn = _denoised(denoiser, table, sampler, torch.tensor(rows[part], dtype=torch.int64), noise)
+    start, size = 0, sampler.batch_size
+    while start < len(rows):
+
+        def draw(count: int, first: int = start) -> Tensor:
+            part = slice(first, first + count)
+            noise = starting_noise(seeds[part], sampler.shape).to(device)
+            return _denoised(denoiser, table, sampler, torch.tensor(rows[part], dtype=torch.int64), noise)
+
+        drawn, size = fitting(draw, size)
+        start += len(drawn)
         yield require_finite("generated images", drawn)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from salun_core.data.images import fitted
+from salun_core.device_memory import fitting
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import DataError, ModelError, UsageError
 
@@ -78,8 +79,12 @@ class ClipScorer:
                 f"{len(images)} against {len(prompts)}",
                 "give one for each image",
             )
-        starts = range(0, len(images), _BATCH)
-        parts = [self._scores(images[at : at + _BATCH], prompts[at : at + _BATCH]) for at in starts]
+
+        def run(size: int) -> list[Tensor]:
+            starts = range(0, len(images), size)
+            return [self._scores(images[at : at + size], prompts[at : at + size]) for at in starts]
+
+        parts, _ = fitting(run, _BATCH)
         found = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
         if not torch.isfinite(found).all():
             raise ModelError("a CLIP score is not a number", "the CLIP model is damaged", "use another CLIP model")

@@ -128,6 +128,9 @@ class EpochRecord(Document):
     learning_rate: float
     losses: dict[str, float] = Field(description="mean loss by phase of the epoch: forget, retain")
     seconds: float
+    parts: int = Field(
+        default=1, ge=1, description="parts that a batch was divided into because the device had no room for all of it"
+    )
 
 
 class Grid(Document):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from salun_core.data.images import Normalisation, fitted
+from salun_core.device_memory import fitting
 from salun_core.errors import ModelError
 from salun_core.evaluation.outputs import evaluation_mode, penultimate_features
 from salun_core.models.card import ModelCard
@@ -55,7 +57,7 @@ class ImageClassifier:
             ModelError: its outputs are not finite.
         """
         with evaluation_mode(self.model):
-            logits = [self.model(inputs) for inputs in self._inputs(images)]
+            logits, _ = fitting(lambda size: [self.model(inputs) for inputs in self._inputs(images, size)], _BATCH)
         if not all(torch.isfinite(part).all() for part in logits):
             raise ModelError(
                 "the image classifier's outputs are not numbers", "its weights are damaged", "use another classifier"
@@ -75,15 +77,15 @@ class ImageClassifier:
             DataError: the images cannot be converted to the classifier's input.
             ModelError: it has no linear layer, or does not use it once per image.
         """
-        found = penultimate_features(self.model, self._inputs(images))
+        found = penultimate_features(self.model, partial(self._inputs, images), _BATCH)
         if found is None or len(found) != len(images):
             why = "it has no linear layer" if found is None else "its last linear layer is not used once per image"
             raise ModelError("the image classifier has no penultimate features", why, "use another classifier")
         return found.float()
 
-    def _inputs(self, images: Tensor) -> Iterator[Tensor]:
-        """Yield the images in batches, normalised, on the classifier's device."""
+    def _inputs(self, images: Tensor, size: int) -> Iterator[Tensor]:
+        """Yield the images in batches of a size, normalised, on the classifier's device."""
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         normalisation = Normalisation(tuple(self.card.mean), tuple(self.card.std))
-        for part in torch.split(images, _BATCH):
+        for part in torch.split(images, size):
             yield normalisation.apply(fitted(part.to(device), self.card.channels, self.card.height, self.card.width))

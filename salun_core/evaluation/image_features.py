@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.data.images import fitted
+from salun_core.device_memory import fitting
 from salun_core.digest import sha256_file
 from salun_core.errors import DataError, ModelError, UsageError
 from salun_core.evaluation.image_classifier import ImageClassifier
@@ -70,9 +71,13 @@ def inception_extractor(path: Path, device: torch.device | str = "cpu") -> Extra
     network = _inception(path).to(device)
 
     def features(images: Tensor) -> Tensor:
-        parts = torch.split(fitted(images, 3, images.shape[2], images.shape[3]), _INCEPTION_BATCH)
+        ready = fitted(images, 3, images.shape[2], images.shape[3])
+
+        def run(size: int) -> list[Tensor]:
+            return [network(part.to(device))[0].float().cpu() for part in torch.split(ready, size)]
+
         with torch.no_grad():
-            return torch.cat([network(part.to(device))[0].float().cpu() for part in parts])
+            return torch.cat(fitting(run, _INCEPTION_BATCH)[0])
 
     return Extractor(f"inception:{sha256_file(path)}", features)
 

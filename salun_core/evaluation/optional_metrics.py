@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet
 from salun_core.errors import UsageError, unknown_name
@@ -125,12 +126,16 @@ def probe_metric(models: Mapping[str, nn.Module], forget: ImageSet, unseen: Imag
     if min(len(forget), len(unseen)) < _FOLDS:
         return Metric.of({}, len(forget))
     for name, model in models.items():
-        found = [penultimate_features(model, (batch for batch, _ in set_.batches(512))) for set_ in (forget, unseen)]
+        found = [penultimate_features(model, partial(_inputs, images)) for images in (forget, unseen)]
         if found[0] is None or found[1] is None or not torch.isfinite(found[0]).all():
             return Metric.of({}, len(forget))
         scores = probe_scores(found[0].double().numpy(), found[1].double().numpy(), seed)
         areas[name] = rank_area(scores[: len(forget)], scores[len(forget) :])
     return area_metric(areas, len(forget), len(unseen))
+
+
+def _inputs(images: ImageSet, size: int) -> Iterator[Tensor]:
+    return (inputs for inputs, _ in images.batches(size))
 
 
 # decile: the most familiar samples and the class that lost most, which means hide

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet
+from salun_core.device_memory import fitting
 
 TINY = 1e-30
 """Added to, or least value of, the argument of a logarithm, as in Song & Mittal's code: log(0) stays finite."""
@@ -73,37 +74,55 @@ def outputs_of(model: nn.Module, images: ImageSet, batch_size: int = 512) -> Out
     Args:
         model: on the device of the images.
         images: N of them, with true labels.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; fewer if the device has no room for them.
 
     Returns:
         Its outputs, in the images' order.
+
+    Raises:
+        DeviceMemoryError: the device has no room for one image.
     """
+
+    def run(size: int) -> list[Tensor]:
+        return [model(inputs).double() for inputs, _ in images.batches(size)]
+
     with evaluation_mode(model):
-        logits = [model(inputs).double() for inputs, _ in images.batches(batch_size)]
+        logits, _ = fitting(run, batch_size)
     joined = torch.cat(logits) if logits else torch.empty(0, 2, dtype=torch.float64)
     losses = torch.nn.functional.cross_entropy(joined, images.labels, reduction="none")
     return Outputs(joined.softmax(dim=1).cpu().numpy(), losses.cpu().numpy(), images.labels.cpu().numpy())
 
 
-def penultimate_features(model: nn.Module, batches: Iterable[Tensor]) -> Tensor | None:
+def penultimate_features(
+    model: nn.Module, batches: Callable[[int], Iterable[Tensor]], batch_size: int = 512
+) -> Tensor | None:
     """Return the inputs of a model's last linear layer, in eval mode.
 
     Args:
         model: the classifier.
-        batches: inputs on the model's device, N in all.
+        batches: batch size -> inputs on the model's device, N in all.
+        batch_size: inputs per forward pass; fewer if the device has no room for them.
 
     Returns:
         float32 or float64 [N, D] on the CPU, as the model computes; None if it has no linear layer.
+
+    Raises:
+        DeviceMemoryError: the device has no room for one input.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         return None
     seen: list[Tensor] = []
     hook = layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1).cpu()))
+
+    def run(size: int) -> None:
+        seen.clear()  # what an attempt with larger batches left
+        for inputs in batches(size):
+            model(inputs)
+
     try:
         with evaluation_mode(model):
-            for inputs in batches:
-                model(inputs)
+            fitting(run, batch_size)
     finally:
         hook.remove()
     return torch.cat(seen) if seen else torch.empty(0, layers[-1].in_features)

@@ -63,6 +63,17 @@ class Share:
     count: int
     weight: float
 
+    def halves(self) -> tuple[Share, Share]:
+        """Divide the part; one image is divided into itself and a stand-in without weight."""
+        first = (self.count + 1) // 2
+        if first == self.count:
+            return self, Share(self.images[:1], self.labels[:1], 0, 0.0)
+        second, weight = self.count - first, self.weight / self.count
+        return (
+            Share(self.images[:first], self.labels[:first], first, weight * first),
+            Share(self.images[first:], self.labels[first:], second, weight * second),
+        )
+
 
 @dataclass(frozen=True)
 class ProcessGroup:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from salun_core.device_memory import fitting
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore, restore, snapshot
@@ -28,11 +29,24 @@ class Step:
         loss: model -> mean loss over this process's samples, a scalar.
         samples: number of samples of this process.
         weight: share of these samples in the step's batch.
+        halves: returns two steps whose weighted losses add up to this one's, or this step alone if it has one sample;
+            None if its loss is not a sum over samples.
     """
 
     loss: Callable[[nn.Module], Tensor]
     samples: int
     weight: float
+    halves: Callable[[], Sequence[Step]] | None = None
+
+    def parts(self, number: int) -> Sequence[Step]:
+        """Return this step in at least so many parts, as far as it can be divided."""
+        parts: list[Step] = [self]
+        while len(parts) < number:
+            divided = [half for part in parts for half in (part.halves() if part.halves else (part,))]
+            if len(divided) == len(parts):
+                break
+            parts = divided
+        return parts
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,27 @@ PhasesOfEpoch = Callable[[int, torch.Generator], Sequence[Phase]]
 OnEpoch = Callable[[EpochRecord], None]
 
 
+@dataclass
+class _Loop:
+    """What all steps of a run share.
+
+    Args:
+        model: the model in training.
+        optimizer: its optimiser, with the mask applied.
+        config: configuration of the run.
+        group: the processes that share the batches.
+        fits: batch size that the device has room for at once; it falls, and never rises again.
+        parts: largest number of parts that a batch was divided into.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    config: LoopConfig
+    group: ProcessGroup
+    fits: int
+    parts: int = 1
+
+
 def run_loop(
     model: nn.Module,
     phases_of_epoch: PhasesOfEpoch,
@@ -73,6 +108,11 @@ def run_loop(
     """Train a model in place.
 
     All randomness of an epoch comes from generators seeded by (seed, epoch), so a resumed run needs no random state.
+
+    If the device has no room for a batch, its gradient is added up from halves of it, then from quarters, and so on:
+    the same steps with other last bits, as with several processes. With `batch_norm: update`, each part is normalised
+    by its own statistics, and an attempt that failed has updated the running ones too. The records of the epochs tell
+    the number of parts.
 
     Args:
         model: on the device of the phases' tensors.
@@ -90,13 +130,15 @@ def run_loop(
     Raises:
         ModelError: the loss or a weight became NaN or infinite; the last good checkpoint is kept.
         ConflictError: the checkpoint belongs to another run.
+        DeviceMemoryError: the device has no room for a batch of one, or for a step that cannot be divided.
     """
     optimizer = _optimizer(model, config)
     if mask is not None:
         optimizer = masked_optimizer(optimizer, model, mask)
     history = restore(checkpoint, fingerprint, model, optimizer) if checkpoint else []
+    loop = _Loop(model, optimizer, config, group, config.batch_size)
     for epoch in range(len(history), config.epochs):
-        record = _run_epoch(model, optimizer, phases_of_epoch, config, epoch, group)
+        record = _run_epoch(loop, phases_of_epoch, epoch)
         _require_finite(model, epoch)
         group.synchronise(model)
         history.append(record)
@@ -146,25 +188,18 @@ def _require_finite(model: nn.Module, epoch: int) -> None:
         )
 
 
-def _run_epoch(
-    model: nn.Module,
-    optimizer: Optimizer,
-    phases_of_epoch: PhasesOfEpoch,
-    config: LoopConfig,
-    epoch: int,
-    group: ProcessGroup,
-) -> EpochRecord:
-    started = time.perf_counter()
+def _run_epoch(loop: _Loop, phases_of_epoch: PhasesOfEpoch, epoch: int) -> EpochRecord:
+    started, config = time.perf_counter(), loop.config
     generator = epoch_generator(config.seed, epoch)
     losses: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((generator.initial_seed() + group.rank) % 2**63)  # for layers such as dropout
-        set_training_mode(model, config.batch_norm)
+        torch.manual_seed((generator.initial_seed() + loop.group.rank) % 2**63)  # for layers such as dropout
+        set_training_mode(loop.model, config.batch_norm)
         phases = [phase for phase in phases_of_epoch(epoch, generator) if phase.samples]
         steps = sum(phase.steps for phase in phases)
         done = 0
         for phase in phases:
-            losses[phase.name] = _run_phase(model, optimizer, phase, config, generator, group, (epoch, done, steps))
+            losses[phase.name] = _run_phase(loop, phase, generator, (epoch, done, steps))
             done += phase.steps
             if not math.isfinite(losses[phase.name]):
                 raise ModelError(
@@ -177,34 +212,51 @@ def _run_epoch(
         learning_rate=config.rate_at(epoch / config.epochs),
         losses=losses,
         seconds=time.perf_counter() - started,
+        parts=loop.parts,
     )
 
 
-def _run_phase(
-    model: nn.Module,
-    optimizer: Optimizer,
-    phase: Phase,
-    config: LoopConfig,
-    generator: torch.Generator,
-    group: ProcessGroup,
-    position: tuple[int, int, int],
-) -> float:
+def _run_phase(loop: _Loop, phase: Phase, generator: torch.Generator, position: tuple[int, int, int]) -> float:
     """Train on one phase and return its mean loss; `position` is (epoch, steps done in it, steps of the epoch)."""
-    epoch, done, steps = position
+    (epoch, done, steps), config = position, loop.config
     total = torch.zeros((), device=phase.device)
-    for taken, step in enumerate(phase.draw(generator, group), start=done):
-        for parameters in optimizer.param_groups:
+    for taken, step in enumerate(phase.draw(generator, loop.group), start=done):
+        for parameters in loop.optimizer.param_groups:
             parameters["lr"] = config.rate_at((epoch + taken / steps) / config.epochs)
-        with _autocast(config, phase.device):
-            loss = step.loss(model)
-        optimizer.zero_grad()
-        (loss * step.weight if step.weight != 1 else loss).backward()  # type: ignore[no-untyped-call]
-        group.add_gradients(model)
+        total += _set_gradient(loop, step, phase.device)
+        loop.group.add_gradients(loop.model)
         if config.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-        optimizer.step()
-        total += loss.detach() * step.samples
-    return float(group.total(total)) / phase.samples
+            nn.utils.clip_grad_norm_(loop.model.parameters(), config.gradient_clip)
+        loop.optimizer.step()
+    return float(loop.group.total(total)) / phase.samples
+
+
+def _set_gradient(loop: _Loop, step: Step, device: torch.device) -> Tensor:
+    """Compute the gradient of a step's weighted loss, in parts if the device has no room for it at once.
+
+    It ends before any exchange with the other processes, which have room of their own.
+
+    Returns:
+        Sum of the losses of its samples, a scalar.
+    """
+    size = loop.config.batch_size
+
+    def attempt(fits: int) -> Tensor:
+        loop.optimizer.zero_grad()
+        total = torch.zeros((), device=device)
+        parts = step.parts(size // fits)
+        for part in parts:
+            with _autocast(loop.config, device):
+                loss = part.loss(loop.model)
+            (loss * part.weight if part.weight != 1 else loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach() * part.samples
+        loop.parts = max(loop.parts, len(parts))
+        return total
+
+    if step.halves is None:
+        return fitting(attempt, size, least=size)[0]
+    total, loop.fits = fitting(attempt, loop.fits)
+    return total
 
 
 def _autocast(config: LoopConfig, device: torch.device) -> AbstractContextManager[object]:

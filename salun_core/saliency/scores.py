@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from salun_core.device_memory import explained
 from salun_core.errors import DataError, ModelError, UsageError
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+_MORE_MEMORY = "use a device with more memory, or compute the mask on a CPU with --device cpu or a pipeline for CPUs"
 
 
 def saliency_scores(
@@ -85,7 +87,9 @@ def _each_gradient(
     with scoring(model):
         for inputs, targets in batches:
             if len(inputs):
-                (loss_fn(model(inputs), targets) * len(inputs)).backward()  # type: ignore[no-untyped-call]
+                # A batch is never divided: other summands would have other bits, and so would the mask.
+                with explained(f"{len(inputs)} samples, which must be scored at once, do not fit", _MORE_MEMORY):
+                    (loss_fn(model(inputs), targets) * len(inputs)).backward()  # type: ignore[no-untyped-call]
                 add(len(inputs), {name: _taken(parameter) for name, parameter in parameters.items()})
 
 

@@ -43,10 +43,18 @@ def dataset_phase(name: str, images: ImageSet, config: UnlearnConfig, loss: Loss
 
     def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
         for batch in images.batches(config.batch_size, generator, config.augment):
-            share = group.share(*batch)
-            yield Step(partial(_on_share, loss, share), share.count, share.weight)
+            yield share_step(loss, group.share(*batch))
 
     return Phase(name, images.labels.device, len(images), batches_of(images, config), draw)
+
+
+def share_step(loss: Loss, share: Share) -> Step:
+    """Return the step that descends the mean loss of a process's part of a batch."""
+
+    def halves() -> Sequence[Step]:
+        return [share_step(loss, half) for half in (share.halves() if share.count > 1 else (share,))]
+
+    return Step(partial(_on_share, loss, share), share.count, share.weight, halves)
 
 
 def _on_share(loss: Loss, share: Share, model: nn.Module) -> Tensor:

@@ -37,6 +37,15 @@ def loss(alpha: float, retain: Share, forget: Share, model: nn.Module) -> Tensor
     return alpha * loss_r - (1 - alpha) * loss_f
 
 
+def _step(alpha: float, retain: Share, forget: Share, samples: int) -> Step:
+    def halves() -> Sequence[Step]:
+        pairs = zip(retain.halves(), forget.halves(), strict=True) if max(retain.count, forget.count) > 1 else ()
+        return [_step(alpha, half_r, half_f, samples) for half_r, half_f in pairs] or [step]
+
+    step = Step(partial(loss, alpha, retain, forget), samples, 1.0, halves)
+    return step
+
+
 def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: each retain image once, in random order; each retain batch is paired with a forget batch."""
     config, retain = context.config, context.retain
@@ -45,8 +54,7 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
         retain_batches = retain.batches(config.batch_size, generator, config.augment)
         forget_batches = cycled(context.forget, config, generator)
         for batch_r, batch_f in zip(retain_batches, forget_batches, strict=False):
-            shares = group.share(*batch_r), group.share(*batch_f)
-            yield Step(partial(loss, config.retain_weight, *shares), len(batch_r[1]), 1.0)
+            yield _step(config.retain_weight, group.share(*batch_r), group.share(*batch_f), len(batch_r[1]))
 
     return [Phase("paired", retain.labels.device, len(retain), batches_of(retain, config), draw)]
 

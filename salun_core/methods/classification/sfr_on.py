@@ -36,6 +36,7 @@ from salun_core.methods.classification.method import (
     cross_entropy,
     cycled,
     cycled_count,
+    share_step,
 )
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, Share
 from salun_core.methods.loop import Phase, Step
@@ -100,10 +101,6 @@ def _forget_loss(
     return alpha * adaptive_ascent(logits, share.labels[: share.count], context.config.adaptive_power, group)
 
 
-def _retain_loss(share: Share, model: nn.Module) -> Tensor:
-    return classification_loss(model, share.images, share.labels)
-
-
 @torch.no_grad()
 def _slow_update(model: nn.Module, slow: Sequence[Tensor], beta: float) -> None:
     for parameter, before in zip(model.parameters(), slow, strict=True):
@@ -126,8 +123,7 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
             alpha = config.forget_strength * 0.5 * (1 + math.cos(math.pi * progress))
             yield Step(partial(_forget_loss, context, group.share(*next(forget_batches)), alpha, group), 0, 1.0)
             for images, labels in islice(retain_batches, config.forget_every):
-                share = group.share(images, labels)
-                yield Step(partial(_retain_loss, share), share.count, share.weight)
+                yield share_step(classification_loss, group.share(images, labels))
             if slow is not None:  # the optimizer has taken the last step of the round
                 _slow_update(model, slow, config.slow_rate)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -122,10 +122,25 @@ def denoising_phase(row: DiffusionMethod, context: DiffusionContext) -> Phase:
             kept = noised(sets.retain.select(next(retain)), process, generator) if row.needs_retain else _EMPTY
             kept = _with_null_condition(kept, context, generator)
             forgotten, kept = (batch.select(mine) if len(batch) else batch for batch in (forgotten, kept))
-            step_loss = partial(_loss_of, loss, replace(context, generator=generator), forgotten, kept)
-            yield Step(step_loss, len(mine), 1 / group.size)
+            yield _step(loss, replace(context, generator=generator), forgotten, kept, 1 / group.size)
 
     return Phase("denoising", device, count * size, count, draw)
+
+
+def _step(loss: StepLoss, context: DiffusionContext, forget: Noised, retain: Noised, weight: float) -> Step:
+    samples = max(len(forget), len(retain))  # equal, unless the method reads one of them only
+
+    def halves() -> Sequence[Step]:
+        if samples < 2:
+            return [step]
+        made = []
+        for index in torch.arange(samples, device=context.sets.retain.mean.device).chunk(2):
+            half_f, half_r = (batch.select(index) if len(batch) else batch for batch in (forget, retain))
+            made.append(_step(loss, context, half_f, half_r, weight * len(index) / samples))
+        return made
+
+    step = Step(partial(_loss_of, loss, context, forget, retain), samples, weight, halves)
+    return step
 
 
 def _loss_of(loss: StepLoss, context: DiffusionContext, forget: Noised, retain: Noised, model: nn.Module) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from salun_core.device_memory import explained
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import noised
 from salun_core.errors import DataError
@@ -61,7 +62,9 @@ def _accumulate(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig, 
     times = _times(denoiser.process.times, count, config, generator)
     for index in torch.split(torch.arange(count), config.batch_size):
         batch = noised(sets.forget.select(index), denoiser.process, generator, times[index])
-        (denoising_loss(denoiser, batch, sets.table) * len(index)).backward()  # type: ignore[no-untyped-call]
+        # A batch is never divided: other summands would have other bits, and so would the mask.
+        with explained(f"{len(index)} samples, which must be scored at once, do not fit"):
+            (denoising_loss(denoiser, batch, sets.table) * len(index)).backward()  # type: ignore[no-untyped-call]
 
 
 def _times(times: int, count: int, config: DiffusionConfig, generator: torch.Generator) -> Tensor:

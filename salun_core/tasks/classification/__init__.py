@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from salun_core.data import ForgetSet, LoadedData
 from salun_core.data.targets import ConceptTarget, Target
+from salun_core.device_memory import explained
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.methods.checkpoint import CheckpointStore
@@ -63,6 +64,7 @@ class ClassificationTask:
         """Return all parameters."""
         return [name for name, _ in inputs.original.model.named_parameters()]
 
+    @explained()
     def score(self, inputs: ClassifierInputs, config: LoopConfig, device: torch.device, group: ProcessGroup) -> Scores:
         """Score all parameters on D_f; each process scores its share.
 
@@ -76,6 +78,7 @@ class ClassificationTask:
             scores = saliency_scores(network, mine.batches(CHUNK), cross_entropy, samples=samples, shard=shard)
         return Scores(scores, {})
 
+    @explained()
     def score_shard(self, inputs: ClassifierInputs, shard: Shard, device: torch.device) -> PartialSums:
         """Sum the gradients of one shard of D_f, bit-identical to a computation in one process."""
         samples, network = len(inputs.forget), inputs.original.model.to(device)
@@ -83,6 +86,7 @@ class ClassificationTask:
         with saliency.repeatable():
             return saliency.score_shard(network, mine.batches(CHUNK), cross_entropy, samples, shard)
 
+    @explained()
     def unlearn(
         self,
         inputs: ClassifierInputs,
@@ -112,6 +116,7 @@ class ClassificationTask:
         """Return whether the method has settings to search for."""
         return not get_method(METHODS, method).fresh_start and Space.of(method, overrides) is not None
 
+    @explained()
     def tune(
         self, inputs: ClassifierInputs, method: str, overrides: Mapping[str, Any], options: TuningOptions
     ) -> TunedRun:
@@ -122,6 +127,7 @@ class ClassificationTask:
         """Return the training recipe of the card, with batch norm set to update."""
         return method_config("retrain", {**card.training, "device": str(device), "batch_norm": "update"})
 
+    @explained()
     def evaluate(self, inputs: ClassifierInputs, candidate: Candidate, options: EvaluationOptions) -> Evidence:
         """Measure accuracies, attacks and changed weights."""
         return evaluate(self, inputs, candidate, options)

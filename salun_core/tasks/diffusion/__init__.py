@@ -11,6 +11,7 @@ import torch
 from salun_core.data import ForgetSet, LoadedData
 from salun_core.data.forget_set import kind_of, not_kept, restored
 from salun_core.data.targets import RedactedTarget, Target
+from salun_core.device_memory import explained
 from salun_core.diffusion.denoiser import selected_parameters
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
@@ -69,6 +70,7 @@ class DiffusionTask:
         """Return the parameters of the denoiser that the configuration selects."""
         return selected_parameters(inputs.original.network, config.selection)
 
+    @explained()
     def score(
         self, inputs: DiffusionInputs, config: DiffusionConfig, device: torch.device, group: ProcessGroup
     ) -> Scores:
@@ -90,6 +92,7 @@ class DiffusionTask:
             "compute the mask as a whole: with `salun mask` or the pipeline salun-unlearning",
         )
 
+    @explained()
     def unlearn(
         self,
         inputs: DiffusionInputs,
@@ -130,6 +133,7 @@ class DiffusionTask:
         known = {name: value for name, value in card.training.items() if name in DiffusionConfig.model_fields}
         return diffusion_config("retrain", {**known, "device": str(device)})
 
+    @explained()
     def evaluate(self, inputs: DiffusionInputs, candidate: Candidate, options: EvaluationOptions) -> Evidence:
         """Generate images with both models and measure them."""
         return evaluate(self, inputs, candidate, options)

@@ -35,7 +35,7 @@ def test_features_are_the_inputs_of_the_last_linear_layer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 3)).train()
     images = torch.randn(7, 1, 4, 4)
-    torch.testing.assert_close(penultimate_features(model, images.split(3)), model[:3](images).detach())
+    torch.testing.assert_close(penultimate_features(model, images.split, 3), model[:3](images).detach())
     assert model.training
-    assert penultimate_features(model, []).shape == (0, 5)
-    assert penultimate_features(nn.Sequential(nn.Conv2d(1, 3, 4), nn.Flatten()), [images]) is None
+    assert penultimate_features(model, lambda size: []).shape == (0, 5)
+    assert penultimate_features(nn.Sequential(nn.Conv2d(1, 3, 4), nn.Flatten()), images.split) is None

@@ -1,0 +1,182 @@
+"""Batches are halved when the device has no room for them, and the error says what was tried."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from salun_core.data.images import ImageSet
+from salun_core.device_memory import explained, fitting
+from salun_core.diffusion.latents import decoder, latents_of
+from salun_core.diffusion.sampling import samples
+from salun_core.errors import DeviceMemoryError, ModelError
+from salun_core.evaluation.image_classifier import ImageClassifier
+from salun_core.evaluation.outputs import outputs_of, penultimate_features
+from salun_core.saliency import saliency_scores
+from salun_core.saliency.scores import CHUNK, Shard, score_shard
+from tests.support.full_device import limited
+
+
+def no_room():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(("size", "limit", "tried"), [(64, 64, [64]), (64, 20, [64, 32, 16]), (7, 1, [7, 3, 1])])
+def test_the_batch_is_halved_until_it_fits(size, limit, tried):
+    seen = []
+
+    def work(batch):
+        seen.append(batch)
+        return no_room() if batch > limit else batch
+
+    assert fitting(work, size) == (tried[-1], tried[-1])
+    assert seen == tried
+
+
+@pytest.mark.parametrize(("least", "tried"), [(1, [8, 4, 2, 1]), (3, [8, 4, 3]), (8, [8])])
+def test_it_ends_at_the_smallest_batch_with_what_was_tried_and_what_to_change(least, tried):
+    seen = []
+
+    def work(batch):
+        seen.append(batch)
+        no_room()
+
+    with pytest.raises(DeviceMemoryError) as caught:
+        fitting(work, 8, least)
+    assert seen == tried
+    assert str(caught.value).startswith(f"out of memory on the device: a batch of {least} does not fit; CUDA out of")
+    assert "Tried to allocate 2.00 GiB. To fix it: use a device with more memory" in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_the_tensors_of_a_failed_attempt_are_gone_before_the_next_one():
+    kept = []
+
+    def work(batch):
+        assert all(reference() is None for reference in kept)
+        held = torch.zeros(batch)
+        kept.append(weakref.ref(held))
+        return no_room() if batch > 2 else None
+
+    fitting(work, 8)
+    assert len(kept) == 3
+
+
+def test_other_errors_pass_at_once():
+    seen = []
+
+    def work(batch):
+        seen.append(batch)
+        raise ModelError("a weight is not finite", "", "")
+
+    with pytest.raises(ModelError):
+        fitting(work, 8)
+    assert seen == [8]
+
+
+def test_an_error_is_explained_once():
+    @explained()
+    def step():
+        with explained("256 samples do not fit", "use another device"):
+            no_room()
+
+    with pytest.raises(DeviceMemoryError, match=r"device: 256 samples do not fit; .*To fix it: use another device"):
+        step()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 4)
+
+    def forward(self, images):
+        return self.head(torch.relu(self.norm(self.conv(images))).mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net().train()
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(1)
+    return ImageSet(torch.randn(300, 1, 8, 8, generator=generator), torch.randint(4, (300,), generator=generator))
+
+
+@pytest.mark.parametrize("limit", [1, 50, 299])
+def test_outputs_and_features_of_a_classifier_do_not_depend_on_the_batch(net, images, limit):
+    outputs, features = outputs_of(net, images), penultimate_features(net, images.images.split)
+    room = limited(net, limit)
+    found = outputs_of(net, images)
+    assert room.refused
+    torch.testing.assert_close(found.probabilities, outputs.probabilities, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found.losses, outputs.losses, rtol=1e-5, atol=1e-6)
+    assert (found.predictions == outputs.predictions).all()
+    torch.testing.assert_close(penultimate_features(net, images.images.split), features, rtol=1e-5, atol=1e-6)
+    assert net.training
+
+
+def test_a_device_without_room_for_one_image_ends_the_evaluation(net, images):
+    limited(net, 0)
+    with pytest.raises(DeviceMemoryError, match="a batch of 1 does not fit"):
+        outputs_of(net, images)
+    assert net.training
+
+
+def test_the_image_classifier_fits_its_batches(net):
+    class Card:
+        channels, height, width, classes = 1, 8, 8, list("abcd")
+        mean, std = [0.5], [0.2]
+
+    classifier = ImageClassifier(net, Card(), "0" * 64)
+    pictures = torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8)
+    predicted, features = classifier.predict(pictures), classifier.features(pictures)
+    room = limited(net, 100)
+    assert torch.equal(classifier.predict(pictures), predicted)
+    torch.testing.assert_close(classifier.features(pictures), features, rtol=1e-5, atol=1e-6)
+    assert max(room.passed) == 64
+
+
+def test_saliency_is_not_divided_because_its_bits_would_change(net, images):
+    limited(net, CHUNK - 1)
+    with pytest.raises(DeviceMemoryError, match="256 samples, which must be.*compute the mask on a CPU"):
+        saliency_scores(net, images.batches(CHUNK), nn.functional.cross_entropy)
+    with pytest.raises(DeviceMemoryError, match="256 samples, which must be scored at once"):
+        score_shard(net, images.batches(CHUNK), nn.functional.cross_entropy, 300, Shard())
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert net.training
+
+
+def test_generated_images_and_latents_do_not_depend_on_the_batch():
+    diffusers = pytest.importorskip("diffusers")
+    from salun_core.diffusion.sampling import Sampler
+    from tests.support.tiny_denoisers import class_table, class_unet
+
+    denoiser, table = class_unet(), class_table()
+    settings = {"steps": 2, "guidance_scale": 3.0, "batch_size": 8}
+    sampler = Sampler.of_scheduler(diffusers.DDPMScheduler(clip_sample=False), (1, 8, 8), **settings)
+    rows, seeds = [0, 1, 2, 0, 1, 2, 0, 1, 2], list(range(9))
+    whole = torch.cat(list(samples(denoiser, table, sampler, rows, seeds)))
+    room = limited(denoiser.network, 4)  # under guidance each sample takes two
+    parts = list(samples(denoiser, table, sampler, rows, seeds))
+    assert [len(part) for part in parts] == [2, 2, 2, 2, 1]
+    assert room.refused == [16, 8]  # once: the next batches begin with the size that fits
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_autoencoder_fits_its_batches():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2, sample_size=8).eval()
+    pictures = torch.randint(256, (7, 3, 8, 8), dtype=torch.uint8)
+    (mean, std), latents = latents_of(vae, pictures), torch.randn(7, 2, 8, 8)
+    decoded = decoder(vae)(latents)
+    limited(vae.encoder, 2), limited(vae.decoder, 2)
+    found_mean, found_std = latents_of(vae, pictures)
+    torch.testing.assert_close(found_mean, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found_std, std, rtol=1e-4, atol=1e-5)
+    assert (decoder(vae)(latents).int() - decoded.int()).abs().max() <= 1
