@@ -99,6 +99,14 @@ def compile_command(
             envvar="SALUN_S3_SECRETS", metavar="STEP=SECRET,...", help="Secrets of single steps; else salun-s3 for all."
         ),
     ] = "",
+    fixed_uid: Annotated[
+        bool,
+        typer.Option(
+            "--fixed-uid/--no-fixed-uid",
+            envvar="SALUN_FIXED_UID",
+            help="Whether pods name the image's uid; OpenShift assigns one.",
+        ),
+    ] = True,
 ) -> None:
     """Compile the pipelines into pipelines/compiled/, and check the result.
 
@@ -114,6 +122,7 @@ def compile_command(
     salun-sharded-mask-cpu.yaml is in step
     """  # noqa: D301
     from pipelines import compile as compiling
+    from pipelines.pod_user import leave_uid_to_cluster
     from pipelines.step_secrets import give_secrets, read_secrets
 
     secrets, stale = read_secrets(s3_secrets), False
@@ -121,6 +130,8 @@ def compile_command(
         if cpu and not package.name.endswith(compiling.CPU_SUFFIX):
             continue
         give_secrets(package.platform, secrets)
+        if not fixed_uid:
+            leave_uid_to_cluster(package.platform)
         path = native / package.path.name if native else package.path
         text = packages.native_text(package, namespace) if native else package.text
         fault = packages.drift(path, text)

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from pipelines.pod_user import VARIABLE as FIXED_UID
+from pipelines.pod_user import leave_uid_to_cluster, read_fixed_uid
 from pipelines.step_secrets import VARIABLE, give_secrets, read_secrets
 from salun_core.digest import digest_json
 from salun_core.errors import UsageError, unknown_name
@@ -122,13 +124,13 @@ def load_package(name: str, image: str | None = None) -> Package:
     Args:
         name: with or without the prefix: unlearning, deletion-sweep, or one of them with -cpu.
         image: of every step; else `SALUN_IMAGE`, else the image in the file. `SALUN_S3_SECRETS` names the Secret of
-            each step.
+            each step, and `SALUN_FIXED_UID=no` leaves the uid of the pods to the cluster.
 
     Returns:
         The package.
 
     Raises:
-        UsageError: no such pipeline ships, its file cannot be read, or `SALUN_S3_SECRETS` is wrong.
+        UsageError: no such pipeline ships, its file cannot be read, or one of the variables is wrong.
     """
     short = name.removeprefix(PREFIX)
     if short not in shipped():
@@ -138,6 +140,8 @@ def load_package(name: str, image: str | None = None) -> Package:
         for executor in package.spec["deploymentSpec"]["executors"].values():
             executor["container"]["image"] = wanted
     give_secrets(package.platform, read_secrets(os.environ.get(VARIABLE, "")))
+    if not read_fixed_uid(os.environ.get(FIXED_UID, "")):
+        leave_uid_to_cluster(package.platform)
     return package
 
 

@@ -1,6 +1,7 @@
 """The commands of the manifests without a cluster: with another uid, in a read-only folder, with real servers."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from botocore.exceptions import ClientError
 
 from salun_core.errors import StoreError
 from salun_core.storage import seaweedfs as weed
-from tests.manifests.tree import containers, default, everything, named, workloads
+from tests.manifests.tree import ROOT, containers, default, everything, named, workloads
 
 
 def container(name):
@@ -30,11 +31,11 @@ def paths(item):
 
 
 @contextmanager
-def running(command, environment, folder):
-    """Run it from `/`, as uid 10001 where that is possible, so that it can write nowhere but in its folder."""
+def running(command, environment, folder, user=10001, group=10001):
+    """Run it from `/`, as another uid where that is possible, so that it can write nowhere but in its folder."""
     reached = all(path.stat().st_mode & 1 for path in (Path(command[0]).resolve(), *Path(command[0]).resolve().parents))
     another = os.geteuid() == 0 and reached and Path(command[0]).read_bytes()[:2] != b"#!"
-    as_user = {"user": 10001, "group": 10001, "extra_groups": []} if another else {}
+    as_user = {"user": user, "group": group, "extra_groups": []} if another else {}
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd="/", env=environment, stdout=log, stderr=log, **as_user)
     try:
@@ -133,3 +134,47 @@ def test_the_exporter_starts_with_the_config_and_answers_its_probes(s3_server, f
     environment = {"PATH": os.defpath, "HOME": str(folder), **config, **s3_server}
     with running([Path(sys.executable).with_name(program), *args], environment, folder) as process:
         assert {wait(f"http://127.0.0.1:{port}{path}", process, folder) for path in paths(item)} == {200}
+
+
+def settings_of_the_image(folder):
+    """The variables that the Dockerfile sets, with a folder in place of /tmp."""
+    block = re.search(r"^ENV PATH=.*?[^\\]$", (ROOT / "Dockerfile").read_text(), re.MULTILINE | re.DOTALL).group(0)
+    pairs = (word.split("=", 1) for word in block.removeprefix("ENV ").replace("\\\n", " ").split())
+    return {name: value.replace("/tmp", str(folder)) for name, value in pairs} | {"PATH": os.defpath}
+
+
+WORK = """
+import getpass, os, sys, tempfile
+
+def watch(event, arguments):
+    writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    if event == "os.mkdir" or (event == "open" and isinstance(arguments[2], int) and arguments[2] & writes):
+        path = "/dev/fd" if isinstance(arguments[0], int) else os.path.realpath(os.fsdecode(arguments[0]))
+        if not path.startswith((os.environ["HOME"], "/dev/")):
+            print("WRITES", path, file=sys.stderr)
+
+sys.addaudithook(watch)
+import matplotlib.pyplot as plt
+import torch._inductor.codecache as cache
+from salun_core.cli.app import main
+
+getpass.getuser()
+cache.cache_dir()
+plt.figure().savefig(tempfile.gettempdir() + "/figure.png")
+sys.argv[1:] = ["train", "--data=digits", "--arch=resnet8", "--epochs=1", "--out=" + os.environ["HOME"] + "/model"]
+main()
+"""
+
+
+def test_a_step_needs_no_uid_of_its_own_and_writes_below_tmp_only(folder):
+    """OpenShift runs a pod as a uid of its own choice, in group 0; only /tmp is for everybody."""
+    environment = settings_of_the_image(folder) | {
+        "TMPDIR": str(folder),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    assert {"HOME", "LOGNAME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"} <= environment.keys()
+    with running([sys.executable, "-c", WORK], environment, folder, 1000710000, 0) as process:
+        assert process.wait(300) == 0, (folder / "log").read_text()
+    assert (folder / "model" / "model.json").is_file()
+    assert "WRITES" not in (folder / "log").read_text()
