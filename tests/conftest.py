@@ -111,7 +111,13 @@ def _logs_of_its_own():
 
 @pytest.fixture(scope="session")
 def digits_model(tmp_path_factory):
-    """The folder of a small classifier that fits the digits, trained once a session."""
+    """The folder of a small classifier that fits the digits, trained once for all workers; read-only."""
+    from tests.support.made_once import made_once
+
+    return made_once(tmp_path_factory, "digits", _train_digits) / "model"
+
+
+def _train_digits(folder: Path) -> None:
     import torch
 
     from salun_core.data import DataSpec
@@ -119,12 +125,10 @@ def digits_model(tmp_path_factory):
     from salun_core.tasks.classification.training import train_model
 
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("digits") / "model"
     config = UnlearnConfig(
         epochs=6, learning_rate=0.1, schedule="cosine", batch_norm="update", batch_size=64, device="cpu"
     )
-    train_model(DataSpec(source="digits"), "resnet8", config, folder)
-    return folder
+    train_model(DataSpec(source="digits"), "resnet8", config, folder / "model")
 
 
 @pytest.fixture

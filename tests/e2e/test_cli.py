@@ -115,7 +115,7 @@ def _wait_for(process, text):
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_no_process_behind(tmp_path, moment, number):
-    process = _start(tmp_path, "demo", "--work-dir", tmp_path / "work")
+    process = _start(tmp_path, "demo", "--epochs", "2", "--work-dir", tmp_path / "work")
     _wait_for(process, moment)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does

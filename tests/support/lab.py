@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -15,6 +16,7 @@ from salun_core.methods.classification import UnlearnConfig, unlearn
 from salun_core.methods.classification.training import train_classifier
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask, saliency_scores
+from tests.support.made_once import made_once
 
 CLASS = 3
 
@@ -75,14 +77,18 @@ class Lab:
         )
 
 
-def train_lab() -> Lab:
-    """Train the classifier that the tests of evaluation, gate and report share."""
+def load_lab(factory: pytest.TempPathFactory) -> Lab:
+    """Return the classifier that the tests of evaluation, gate and report share; one worker trains it for all."""
     torch.set_num_threads(1)
     data = load_data(DataSpec(source="digits", validation_fraction=0.0, test_fraction=0.3))
     train = data.images("train")
     test = data.images("test", train.normalisation)
+    folder = made_once(factory, "lab", lambda folder: torch.save(_trained(train), folder / "model.pt"))
+    return Lab(data, train, test, torch.load(folder / "model.pt", weights_only=False))
+
+
+def _trained(train: ImageSet) -> nn.Module:
     config = UnlearnConfig(
         epochs=6, learning_rate=0.05, schedule="cosine", batch_size=32, batch_norm="update", device="cpu"
     )
-    model, _ = train_classifier("resnet8", train, 10, config)
-    return Lab(data, train, test, model)
+    return train_classifier("resnet8", train, 10, config)[0]

@@ -1,4 +1,4 @@
-"""A real classifier of digits, trained once a session. Imported late: many tests need no torch."""
+"""A real classifier of digits, trained once for all workers. Imported late: many tests need no torch."""
 
 import copy
 
@@ -6,10 +6,10 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def lab():
-    from tests.support.lab import train_lab
+def lab(tmp_path_factory):
+    from tests.support.lab import load_lab
 
-    return train_lab()
+    return load_lab(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
