@@ -128,6 +128,7 @@ def purge(
     mask_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of masks.")] = 30,
     weights_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of superseded weights.")] = 30,
     artifact_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of Kubeflow's copies.")] = 7,
+    outcome_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of outcomes of idle sweeps.")] = 7,
     every_hours: Annotated[int, typer.Option(min=0, max=24, help="Time between purges; each looks so far ahead.")] = 12,
     old_artifacts: Annotated[
         bool,
@@ -148,6 +149,7 @@ def purge(
         mask_days=mask_days,
         weights_days=weights_days,
         artifact_days=artifact_days,
+        outcome_days=outcome_days,
         every_hours=every_hours,
     )
     key = find_signing_key()

@@ -43,6 +43,9 @@ class RetentionRules(Document):
     orphan_hours: Annotated[int, Field(ge=1, le=720)] = Field(
         default=24, description="files that no version needs, and versions that were never published"
     )
+    outcome_days: Annotated[int, Field(ge=0, le=30)] = Field(
+        default=7, description="outcomes of runs that claimed and made nothing"
+    )
     upload_hours: Annotated[int, Field(ge=1, le=720)] = Field(default=24, description="uploads that never ended")
     every_hours: Annotated[int, Field(ge=0, le=24)] = Field(
         default=12, description="how often purge runs: what would be too old by the next time is deleted now"
@@ -59,6 +62,7 @@ class DeletionKind(StrEnum):
     SCRATCH = "forget data"
     MASK = "mask"
     ARTIFACT = "pipeline artifact"
+    OUTCOME = "outcome"
     REQUEST = "request's target"
     UPLOAD = "unfinished upload"
     MATERIALISE = "make whole"
@@ -139,6 +143,7 @@ def plan(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Del
     deletions = [
         *_run_files(inventory, rules, now),
         *_artifacts(inventory, rules, now),
+        *_outcomes(inventory, rules, now),
         *_targets(inventory),
         *_uploads(inventory, rules, now),
         *garbage,
@@ -344,10 +349,13 @@ def _run_files(inventory: StoreInventory, rules: RetentionRules, now: datetime) 
 
 
 def _over_at(inventory: StoreInventory, run: str, items: Sequence[StoredKey], now: datetime) -> datetime | None:
-    """Return when a run was over; for an unknown run, when its newest file was written, one day later."""
-    if run in inventory.runs or run in inventory.holders.values():
+    """Return when a run was over; for one without a log, when its newest file was written, one day later."""
+    summary = inventory.runs.get(run)
+    if run in inventory.holders.values():
+        return None
+    if summary is not None and summary.status is not None:
         return inventory.finished_at(run, now)
-    newest = max(item.modified for item in items)
+    newest = max([*(item.modified for item in items), *([summary.at] if summary else [])])
     return newest if now - newest >= ALIVE else None
 
 
@@ -358,6 +366,19 @@ def _artifacts(inventory: StoreInventory, rules: RetentionRules, now: datetime) 
         if over is not None and rules.over(over, now, days=days):
             reason = f"{name} of a run that is over since {over:{_WHEN}}"
             yield Deletion.of(DeletionKind.ARTIFACT, items, reason, run=run)
+
+
+def _outcomes(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Iterator[Deletion]:
+    """Yield the outcomes of runs of which nothing else is kept: sweeps that found nothing to do, many each day."""
+    kept = {manifest.run for manifest in inventory.manifests.values()} | set(inventory.holders.values())
+    for kind in ("record", "run event", "report"):
+        kept |= {values["run"] for _, values in inventory.all_keys.get(kind, ())}
+    for item, values in inventory.all_keys.get("outcome", ()):
+        run = values["run"]
+        if run not in kept and rules.over(item.modified, now, days=rules.outcome_days):
+            yield Deletion.of(
+                DeletionKind.OUTCOME, [item], f"ended at {item.modified:{_WHEN}} and claimed nothing", run=run
+            )
 
 
 def _targets(inventory: StoreInventory) -> Iterator[Deletion]:

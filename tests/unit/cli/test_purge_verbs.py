@@ -116,5 +116,5 @@ def test_the_options_have_the_defaults_of_the_rules():
     fields = RetentionRules.model_fields
     options = {item.name: item for item in typer.main.get_command(app).commands["purge"].params}
     named = [name for name in fields if name in options]
-    assert len(named) == 5
+    assert len(named) == 6
     assert {name: options[name].default for name in named} == {name: fields[name].default for name in named}

@@ -75,6 +75,10 @@ class Line:
         store.delete("scratch/run-2/forget.json")  # settled: hidden, not gone
         store.put_new("scratch/run-2/late.json", b"sample-8")
         store.put_new("scratch/run-x/forget.json", b"of a run that nobody knows")
+        for name in ("model.safetensors", "mask.safetensors", "split.json"):
+            store.put_new(f"scratch/run-x/{name}", b"of the same run, which had no requests")
+        store.put_new("runs/run-idle/outcome.json", b"nothing to do")
+        store.put_new("runs/run-2/outcome.json", b"published")
         store.put_new("runs/run-2/mask.safetensors", b"critical weights")
         store.put_new(names.blob_key(sha256_bytes(b"orphan")), b"orphan")
         store.put_new("holiday/photo.jpg", b"not ours")
@@ -160,6 +164,7 @@ def test_a_purge_deletes_its_plan_and_keeps_the_rest_complete(line, tmp_path):
     left = set(line.everything())
     assert not [key for key in left if key.startswith(("scratch/", "runs/run-2/mask"))]
     assert names.blob_key(sha256_bytes(b"orphan")) not in left
+    assert {"runs/run-2/outcome.json", "runs/run-idle/outcome.json"} & left == {"runs/run-2/outcome.json"}
     assert {"holiday/photo.jpg", names.certificate_key("r-1"), names.event_key("r-1", 3)} <= left
     assert names.blob_key(line.digest(0, "evidence.json")) in left
     assert report.plan.unknown == ["holiday/photo.jpg"]

@@ -303,6 +303,40 @@ def test_forget_data_of_an_unknown_run_is_deleted_one_day_after_the_last_write(w
     assert world.gone(3) == {"scratch/run-x/a", "scratch/run-x/b"}
 
 
+def test_scratch_files_of_a_run_without_a_record_are_deleted_one_day_after_its_newest_file(world):
+    files = {f"scratch/run-x/{name}" for name in ("model.safetensors", "mask.safetensors", "split.json", "forget.json")}
+    for at, key in enumerate(sorted(files)):
+        world.put(key, 1 + at / 10)  # the newest one is of 1.3
+    world.put("runs/run-x/outcome.json", 1)
+    world.run("run-x", 1, status=None)  # known by its outcome alone
+    assert world.gone(2.29, DeletionKind.SCRATCH) == set()
+    assert world.gone(2.3, DeletionKind.SCRATCH) == files
+    world.run("run-x", 2, status=None)  # a later step wrote the outcome again, and no file
+    assert world.gone(2.9, DeletionKind.SCRATCH) == set()
+    assert world.gone(3, DeletionKind.SCRATCH) == files
+    world.holders["faces"] = "run-x"
+    assert world.gone(30) == set()
+
+
+def test_outcomes_of_idle_sweeps_are_deleted_after_seven_days_and_others_stay(world):
+    made = world.version(0, run="made")
+    for run in ("idle", "claimed", "refused", "made", "at-work"):
+        world.put(f"runs/{run}/outcome.json", 1)
+    world.put("runs/claimed/run.json", 1)
+    world.put("runs/refused/decision.json", 1)
+    world.holders["voices"] = "at-work"
+    assert made
+    assert world.gone(7.9) == set()
+    assert world.gone(8) == world.gone(1000, DeletionKind.OUTCOME) == {"runs/idle/outcome.json"}
+    (item,) = world.plan(8).deletions
+    assert (item.kind, item.run, item.reason) == (
+        DeletionKind.OUTCOME,
+        "idle",
+        "ended at 2026-01-02 00:00 and claimed nothing",
+    )
+    assert world.gone(4, rules=RetentionRules(outcome_days=3, every_hours=0)) == {"runs/idle/outcome.json"}
+
+
 def test_unknown_keys_are_listed_and_stay(world):
     known = {
         "leases/faces.json",
