@@ -46,13 +46,13 @@ def new_line(monkeypatch):
     return make
 
 
-def sweep(context, run):
+def sweep(context, run, poison=frozenset()):
     claimed = toy.claim_next(context, run, lease_seconds=LEASE_SECONDS)
     if claimed.skipped is Skipped.LINE_HELD:
         return claimed
     if claimed.record:
         with heartbeat.lease_renewed(context.store, LINE, run):
-            toy.erase(context, claimed.record)
+            toy.erase(context, claimed.record, poison)
     settle(context, LINE, run)
     return claimed
 
@@ -91,22 +91,22 @@ def check(context):
     assert not {key for key in changed if not key.startswith("runs/run-1/events/")}  # its log may get its end now
 
 
-def writes_of_a_sweep(new_line):
+def writes_of_a_sweep(new_line, poison=frozenset()):
     store, context = new_line()
-    sweep(context, "run-1")
-    check(context)
+    sweep(context, "run-1", poison)
     return store.written
 
 
+@pytest.mark.parametrize("poison", [frozenset(), frozenset({toy.sample(2)})], ids=["published", "refused"])
 @pytest.mark.parametrize("how", [AT_ONCE, BY_TIME])
-def test_a_run_that_is_killed_before_any_of_its_writes_blocks_its_line_for_minutes_at_most(new_line, how):
-    trials = writes_of_a_sweep(new_line)
+def test_a_run_that_is_killed_before_any_of_its_writes_blocks_its_line_for_minutes_at_most(new_line, how, poison):
+    trials = writes_of_a_sweep(new_line, poison)
     assert trials > 30
     for number in range(trials):
         store, context = new_line()
         store.writes_left = number
         with pytest.raises(Killed):
-            sweep(context, "run-1")
+            sweep(context, "run-1", poison)
         store.writes_left = None
         pass_on(store, how)
         assert sweep(context, "run-2").skipped is not Skipped.LINE_HELD, number
