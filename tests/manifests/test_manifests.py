@@ -129,6 +129,16 @@ def test_a_step_may_look_at_workflows_and_change_none():
     assert granted("salun-runner")["argoproj.io", "workflows"] == {"get"}
 
 
+def test_the_quota_has_room_for_four_runs_with_the_defaults():
+    hard = named("ResourceQuota", "salun", default())["spec"]["hard"]
+    form = {name: item["defaultValue"] for name, item in load_package("deletion-sweep").inputs.items()
+            if name in ("cpu", "memory", "gpu_count")}  # fmt: skip
+    assert int(hard["requests.nvidia.com/gpu"]) >= 4 * int(form["gpu_count"])
+    for kind in ("requests", "limits"):  # on CPUs eight
+        assert int(hard[f"{kind}.cpu"]) >= 8 * int(form["cpu"])
+        assert int(hard[f"{kind}.memory"].removesuffix("Gi")) >= 8 * int(form["memory"].removesuffix("Gi"))
+
+
 def test_only_the_runner_gets_a_token_by_itself():
     accounts = [found for found in everything() if found.kind == "ServiceAccount"]
     given = {found.name for found in accounts if found.document.get("automountServiceAccountToken") is not False}
