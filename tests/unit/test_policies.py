@@ -1,5 +1,8 @@
 """The policies of diffusion models: good evidence passes, and each rule alone refuses."""
 
+import subprocess
+import sys
+
 import pytest
 
 from salun_core.evaluation import Evidence, Metric
@@ -147,3 +150,10 @@ def test_every_policy_covers_forgetting_and_quality_with_reasons(name):
     assert {rule.metric for rule in rules} & {"UA", "nudity"}
     assert "FID" in {rule.metric for rule in rules}
     assert len({rule.reason for rule in rules}) == len(rules)
+
+
+@pytest.mark.parametrize("module", ["gate", "steps.summary"])
+def test_evidence_is_judged_and_summarised_without_torch(module):
+    program = f"import sys, salun_core.{module}; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "False"

@@ -18,6 +18,7 @@ from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.processes import in_processes
 from salun_core.tasks.run_facts import read_run_facts
+from tests.support.failing_steps import breaks, dies, second_fails
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes on a CPU")]
 QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005, "device": "cpu"})
@@ -65,20 +66,6 @@ def test_the_error_of_a_process_comes_back_as_it_was(work):
         mask_component.python_func(model, forget, 1.5, mask, processes=2)
     assert caught.value.exit_code == 2
     assert not (folder / "mask").exists()
-
-
-def second_fails(kind):
-    if os.environ["RANK"] == "1":
-        raise kind("a file", "is damaged", "fetch it again")
-
-
-def dies():
-    if os.environ["RANK"] == "1":
-        os._exit(7)
-
-
-def breaks():
-    raise ZeroDivisionError("by hand")
 
 
 def test_the_error_may_be_of_another_process_than_the_first():
