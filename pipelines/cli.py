@@ -19,7 +19,7 @@ import yaml
 
 from pipelines import packages
 from pipelines.local import LocalRun, exit_on_signals, run_compiled
-from pipelines.parameters import read_parameters
+from pipelines.parameters import read_form, read_parameters
 from salun_core.errors import SalunError, UsageError
 
 if TYPE_CHECKING:
@@ -285,7 +285,9 @@ def submit(
     from pipelines import runs
 
     package = packages.load_package(pipeline, image)
-    job = runs.Job(package, read_parameters(package, context.args, os.environ), experiment, service_account)
+    given = read_parameters(package, context.args, os.environ)
+    _check(package, given)
+    job = runs.Job(package, given, experiment, service_account)
     default = "hour" if "sweep" in package.name else ""
     api = _connect(host, namespace, token_path, ui_host)
     run_id, made = runs.submit(api, job, runs.slot_of(slot if slot is not None else default))
@@ -377,11 +379,14 @@ def schedule(
     package = packages.load_package(pipeline, image)
     form = read_parameters(package, context.args, os.environ, ("model_line",) if delete or show else None)
     if cronjob:
+        read_form(package, form)
         entry = schedules.cronjob_entry(cron, pipeline, context.args)
         typer.echo(yaml.safe_dump(entry, sort_keys=False, width=120), nl=False)
         return
     job = Job(package, form, experiment, service_account)
     parse_cron(cron)
+    if not (show or delete):
+        _check(package, form)
     api = _connect(host, namespace, token_path, ui_host)
     if show:
         found = schedules.find_schedules(api, job)
@@ -396,6 +401,13 @@ def schedule(
     else:
         identity, done = schedules.put_schedule(api, job, cron, _progress)
         typer.echo(f"{done:<9}  {job.name}  {_place(api, 'recurringrun', identity)}")
+
+
+def _check(package: packages.Package, given: dict[str, Any]) -> None:
+    """Check the parameters before the submission, as the first step does; what needs the store may be left to it."""
+    from salun_core.steps.form_check import check_form
+
+    check_form(read_form(package, given), in_pods=True, skipped=_progress)
 
 
 def _connect(host: str, namespace: str | None, token_path: str | None, ui_host: str | None) -> Api:

@@ -1,4 +1,8 @@
-"""Reads the run form from the command line, as the compiled pipeline declares it, and reports all faults at once."""
+"""Reads the run form from the command line, as the compiled pipeline declares it, and reports all faults at once.
+
+A pipeline knows only the types of its parameters. `read_form` parses the same values by the models that its first step
+uses, so that a value out of range is refused before the run is submitted, with the same message.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,16 @@ from typing import Any
 from pydantic import FiniteFloat, Json, TypeAdapter, ValidationError
 
 from pipelines.packages import Package
+from salun_core.config import parse, parse_text
 from salun_core.errors import UsageError
+from salun_core.steps.run_form import DeletionSweepForm, RunForm, ShardedMaskForm, UnlearningForm
+
+FORMS: dict[str, type[RunForm]] = {
+    "salun-unlearning": UnlearningForm,
+    "salun-deletion-sweep": DeletionSweepForm,
+    "salun-sharded-mask": ShardedMaskForm,
+}
+"""The run form of each pipeline; those of its variants begin with the same name."""
 
 _TRUTH = {"true", "yes", "1", "false", "no", "0"}
 _TYPES: dict[str, tuple[TypeAdapter[Any], str]] = {
@@ -66,6 +79,41 @@ def read_parameters(
         remedy = f"its parameters: {', '.join(map(_flag, declared))}"
         raise UsageError(f"the parameters do not fit {package.name}", "; ".join(faults.values()), remedy)
     return found
+
+
+def read_form(package: Package, given: Mapping[str, Any]) -> RunForm:
+    """Parse the values of a run form by the models that the first step uses.
+
+    Args:
+        package: the pipeline that the form belongs to.
+        given: the values by the parameter's name, as `read_parameters` returns them.
+
+    Returns:
+        The form, with its defaults.
+
+    Raises:
+        UsageError: values out of range or of a wrong form; all are listed.
+    """
+    from pipelines.form import PlacementForm
+
+    placed = {name: value for name, value in given.items() if name in PlacementForm.model_fields}
+    asked = {name: value for name, value in given.items() if name not in placed}
+    form, faults = None, list[UsageError]()
+    kind = next(kind for name, kind in FORMS.items() if package.name.startswith(name))
+    try:
+        if text := str(asked.pop("method_config", "")).strip():
+            asked["method_config"] = parse_text(text, "method_config")
+        form = parse(kind, asked, "the run form")
+    except UsageError as error:
+        faults.append(error)
+    try:
+        parse(PlacementForm, placed, "the placement of the steps")
+    except UsageError as error:
+        faults.append(error)
+    if form is None or faults:
+        why = "; ".join(fault.why if "fault" in fault.what else f"{fault.what}: {fault.why}" for fault in faults)
+        raise UsageError(f"the parameters do not fit {package.name}", why, faults[0].remedy)
+    return form
 
 
 def _next(kind: str, rest: list[str]) -> str | None:

@@ -10,6 +10,7 @@ import difflib
 import importlib.resources
 import math
 from collections.abc import Callable
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal
 
@@ -126,14 +127,23 @@ class GateDecision(Document):
             )
 
 
+def shipped_policies() -> list[str]:
+    """Return the names of the policies that ship."""
+    return sorted(_shipped())
+
+
+def _shipped() -> dict[str, Traversable]:
+    folder = importlib.resources.files("salun_core") / "policies"
+    return {item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")}
+
+
 def load_policy(source: str | Path) -> Policy:
     """Read a shipped policy by its name (`classifier`), or a policy from a file.
 
     Raises:
         UsageError: the policy does not exist, or the file has faults (all are listed).
     """
-    shipped = importlib.resources.files("salun_core") / "policies"
-    names = {item.name.removesuffix(".yaml"): item for item in shipped.iterdir() if item.name.endswith(".yaml")}
+    names = _shipped()
     if str(source) in names:
         text = names[str(source)].read_text(encoding="utf-8")
         return parse(Policy, parse_text(text, f"policy {source}"), f"policy {source}")

@@ -84,9 +84,9 @@ def _plan(form: UnlearningForm) -> None:
     from salun_core.methods.method import resolve_config
     from salun_core.steps.context import RunContext
     from salun_core.steps.fetch import fetch_model
-    from salun_core.steps.run import check_form
+    from salun_core.steps.form_check import check_form
 
-    check_form(form)
+    check_form(form, in_pods=False)
     with TemporaryDirectory(prefix="salun-run-") as folder:
         context = RunContext(Path(folder, "before"), form.forget_manifest_uri, form.model_line, form.store_uri)
         found = fetch_model(context)

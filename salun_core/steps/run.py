@@ -6,50 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
-from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
 from salun_core.methods.method import resolve_config
-from salun_core.registry.lookup import require_head
-from salun_core.steps.claim import task_of_line
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.fetch import fetch_model
+from salun_core.steps.form_check import check_form
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.publishing import EVIDENCE, REPORT, Published, gate_and_publish
-from salun_core.steps.run_form import RecipeForm, UnlearningForm
+from salun_core.steps.run_form import UnlearningForm
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage import open_store
 from salun_core.sweeps.heartbeat import line_held
 from salun_core.sweeps.runs import new_run_id
-from salun_core.tasks.resolve import check_policy
 from salun_core.tasks.task import TuningOptions
-from salun_core.tuning import parse_budget
 from salun_core.tuning.search import OnTrial
-
-
-def check_form(form: RecipeForm) -> None:
-    """Refuse, before any work, parameters that would fail only after hours of it.
-
-    Raises:
-        UsageError: the policy cannot be read, or names a metric that is never measured; an extra metric is unknown or
-            lacks the retrained model; or the model line and the method have nothing to search for.
-    """
-    check_policy(form.policy_uri)
-    asked = parse_optional_metrics(form.extra_metrics)
-    require_reference(asked, form.retrain_reference)
-    if not (form.tune or asked):
-        return
-    task = task_of_line(open_store(form.store_uri), form.model_line)
-    if asked and not task.optional_metrics:
-        raise UsageError(
-            f"{', '.join(asked)} cannot be measured on {form.model_line}",
-            f"a {task.description} has no extra metrics",
-            "leave extra_metrics out",
-        )
-    if form.tune:
-        parse_budget(form.tune_budget, images=1)
-        task.check_tuning(form.method, form.recipe.overrides)
 
 
 @dataclass(frozen=True)
@@ -88,9 +59,8 @@ def run_all(
         GateRefusedError: the gate refused, or the search found no setting that it would pass; nothing was published.
         SalunError: any step failed.
     """
-    check_form(form)
+    check_form(form, in_pods=False)  # also that the line exists: there is no lease of one that does not
     store, run = open_store(form.store_uri), run or new_run_id()
-    require_head(store, form.model_line)  # no lease of a line that does not exist
     with line_held(store, form.model_line, run):
         return run_steps(form, folder, say, run, on_trial)
 

@@ -10,8 +10,9 @@ from salun_core.certificates.keys import load_signing_key
 from salun_core.errors import SalunError
 from salun_core.retention.purge import PurgeReport
 from salun_core.steps.claim import claim_requests, sweep_policy
+from salun_core.steps.form_check import check_form
 from salun_core.steps.purge import purge_store
-from salun_core.steps.run import RunOutcome, check_form, run_steps
+from salun_core.steps.run import RunOutcome, run_steps
 from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, UnlearningForm
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
@@ -86,7 +87,7 @@ def sweep_once(
     run = run or new_run_id()
     with run_bound(run):
         policy = policy_of(form)
-        check_form(form)
+        check_form(form, in_pods=False)
         say("claim_requests")
         if form.dry_run:
             return SweepOutcome(run, claim_requests(form.store_uri, form.model_line, run, policy, dry_run=True))

@@ -19,8 +19,10 @@ from pipelines import client, packages, runs, schedules
 from pipelines import compile as compiling
 from pipelines.cli import app
 from pipelines.packages import form_table, load_package, native_text
-from salun_core.errors import SalunError
+from salun_core.config import parse
+from salun_core.errors import SalunError, UsageError
 from salun_core.steps.outcome import new_outcome, write_outcome
+from salun_core.steps.run_form import DeletionSweepForm
 from tests.pipelines.fake_kfp import FakeKubeflow, RefusedError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +34,7 @@ JWT = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJzdWJtaXR0ZXIifQ.c2lnbmF0dXJl"
 
 
 @pytest.fixture
-def fake(monkeypatch, tmp_path):
+def fake(monkeypatch, request):
     kubeflows = ("KFP_ENDPOINT", "KFP_UI_ENDPOINT", "KFP_NAMESPACE", "KF_PIPELINES_SA_TOKEN_PATH")
     for name in (*kubeflows, "SALUN_IMAGE", "SALUN_STORE_URI", "SALUN_S3_SECRETS"):
         monkeypatch.delenv(name, raising=False)
@@ -43,8 +45,12 @@ def fake(monkeypatch, tmp_path):
     server = FakeKubeflow()
     monkeypatch.setenv("KFP_ENDPOINT", server.host)
     monkeypatch.setenv("KFP_UI_ENDPOINT", UI)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # no store answers, unless a test asks for one
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    if "store" not in request.fixturenames:  # a machine without credentials for the store
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            monkeypatch.setenv(name, os.devnull)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     yield server
     server.close()
 
@@ -143,7 +149,7 @@ def test_without_the_address_of_the_interface_there_are_no_links(fake, monkeypat
     (run_id,) = fake.runs
     assert code == 0
     assert out.strip() == run_id
-    assert said.splitlines() == [
+    assert said.splitlines()[1:] == [
         "Ids are printed in place of links: KFP_UI_ENDPOINT (--ui-host) names the user interface's address.",
         f"submitted  {run_id}",
     ]
@@ -313,7 +319,7 @@ def test_waiting_reports_each_step_once(fake):
     fake.faults.append(("GET", "/runs/[^/]+$", 503))
     code, out, said = submit(wait=True)
     assert code == 0
-    assert said.splitlines()[1:-1] == [
+    assert said.splitlines()[2:-1] == [
         "claim-requests     pending",
         "claim-requests     running",
         "claim-requests     succeeded",
@@ -374,8 +380,7 @@ def test_the_api_has_no_text_of_a_step(fake, store):
 
 
 @pytest.mark.parametrize(("state", "code"), [("FAILED", 1), ("SUCCEEDED", 0)])
-def test_without_the_store_kubeflows_state_decides(fake, monkeypatch, state, code):
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+def test_without_the_store_kubeflows_state_decides(fake, state, code):
     fake.script = [to(state, evaluate=state)]
     found, out, said = submit(wait=True)
     (run_id,) = fake.runs
@@ -417,7 +422,7 @@ def test_a_step_that_waits_for_a_node_says_so_after_a_minute(fake, monkeypatch):
         to("RUNNING", claim_requests="SUCCEEDED"),
         to("SUCCEEDED", claim_requests="SUCCEEDED"),
     ]
-    said = submit(wait=True)[2].splitlines()[1:-1]
+    said = submit(wait=True)[2].splitlines()[2:-1]
     (run_id,) = fake.runs
     assert said[0] == "claim-requests     pending"
     assert re.fullmatch(
@@ -719,8 +724,8 @@ def test_unreachable_server(fake):
     fake.close()
     code, _, error = submit()
     assert code == 1
-    assert f"cannot reach Kubeflow at {fake.host}" in error
-    assert "\n" not in error.strip()
+    assert f"cannot reach Kubeflow at {fake.host}" in error.splitlines()[-1]
+    assert len(error.splitlines()) == 2  # with the line on what was not checked
 
 
 @pytest.mark.parametrize("host", ["", "localhost:8888", "ftp://x", "http://me:secret@kfp.example"])
@@ -755,6 +760,65 @@ def test_all_faults_of_the_form_are_reported_at_once(fake):
     ):
         assert text in error
     assert fake.requests == []
+
+
+def test_values_out_of_range_are_refused_as_in_the_first_step(fake):
+    words = (
+        "--density",
+        "1.5",
+        "--min-requests",
+        "0",
+        "--node-selector",
+        '{"a": 1}',
+        "--method-config",
+        '{"epochs": 0}',
+    )
+    for verb in ("submit", "schedule"):
+        code, _, error = run(verb, *FORM, *words)
+        assert code == 2
+        for text in (
+            "density: Input should be less than or equal to 1",
+            "min_requests: Input should be greater than or equal to 1",
+            "node_selector.a: Input should be a valid string",
+        ):
+            assert text in error
+    with pytest.raises(UsageError, match="density: Input should be less than or equal to 1"):
+        parse(DeletionSweepForm, {"model_line": "digits", "store_uri": "s3://salun/demo", "density": 1.5}, "the form")
+    assert fake.requests == []
+
+
+@pytest.mark.parametrize("verb", ["submit", "schedule"])
+def test_what_the_parameters_name_is_checked_before_the_submission(fake, verb):
+    words = ("--method", "salum", "--policy-uri", "strict.yaml", "--method-config", '{"epochs": 3}')
+    code, _, error = run(verb, *FORM, *words)
+    assert code == 2
+    assert "2 parameters are wrong: policy_uri is strict.yaml: a pod cannot read a file of this machine" in error
+    assert "unknown method 'salum'" in error
+    code, _, error = run(verb, *FORM, "--method-config", '{"epoch": 3}')
+    assert code == 2
+    assert "epoch: unknown key, did you mean 'epochs'?" in error
+    code, _, error = run(verb, *FORM, "--method-config", "{epochs")
+    assert code == 2
+    assert "method_config is neither YAML nor JSON" in error
+    assert fake.requests == []
+
+
+def test_what_cannot_be_checked_here_is_said_in_one_line(fake):
+    code, _, said = submit()
+    assert code == 0
+    assert said.splitlines()[0].startswith("not checked here: model_line, because cannot read s3://salun/demo/")
+    assert schedule("--delete")[2].count("not checked") == 0
+
+
+def test_the_model_line_is_read_where_the_store_can_be(fake, store):
+    code, _, error = run(
+        "submit",
+        *("--pipeline", "unlearning", "--model-line", "digits", "--store-uri", store.uri, "--no-wait"),
+        *("--forget-manifest-uri", f"{store.uri}/forget.json"),
+    )
+    assert code == 2
+    assert "2 parameters are wrong: model line digits has no HEAD" in error
+    assert f"object {store.uri}/forget.json does not exist" in error
 
 
 def test_unknown_pipeline(fake):

@@ -1,0 +1,183 @@
+"""One check of all parameters of a run, before it costs anything: at the submission, and in the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from salun_core.config import parse
+from salun_core.errors import StoreError, UsageError
+from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
+from salun_core.gate import shipped_policies
+from salun_core.methods.method import resolve_config
+from salun_core.registry.lookup import require_head
+from salun_core.steps.claim import task_of_line
+from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, RunForm, ShardedMaskForm, UnlearningForm
+from salun_core.storage import open_store, split_uri
+from salun_core.storage.keys import check_id
+from salun_core.sweeps.policy import SweepPolicy
+from salun_core.tasks import TASKS
+from salun_core.tasks.resolve import AUTO, check_policy, read_forget
+from salun_core.tasks.task import Task
+from salun_core.tuning import parse_budget
+
+T = TypeVar("T")
+Skipped = Callable[[str], None]
+_S3 = "s3://"
+
+
+class _Faults:
+    """The faults of a form, and what could not be read."""
+
+    def __init__(self, skipped: Skipped | None) -> None:
+        self.found: list[UsageError] = []
+        self.unread: list[str] = []
+        self.reason: StoreError | None = None
+        self._skipped = skipped
+
+    def of(self, what: str, check: Callable[..., T], *given: object, reads: bool = False) -> T | None:
+        """Make a check, and keep its fault. After the store failed once, it is not asked again."""
+        if reads and self.reason is not None:
+            self.unread.append(what)
+            return None
+        try:
+            return check(*given)
+        except UsageError as error:
+            self.found.append(error)
+        except StoreError as error:
+            if self._skipped is None:
+                raise
+            self.unread.append(what)
+            self.reason = error
+        return None
+
+    def finish(self) -> None:
+        """Raise what was found, or report what was not checked."""
+        if self.found:
+            raise _joined(self.found)
+        if self._skipped is not None and self.reason is not None:
+            self._skipped(f"not checked here: {', '.join(self.unread)}, because {self.reason.what}: {self.reason.why}")
+
+
+def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None) -> None:
+    """Check every parameter of a run before any work.
+
+    Values out of range are refused when the form is parsed. This checks what the values name: the store's address, the
+    policy, the forget targets, the method and its configuration, the search, the extra metrics. Nothing is written.
+
+    Args:
+        form: the parameters.
+        in_pods: whether the steps run in pods, which cannot read a file of this machine.
+        skipped: called with one line that names what was not checked because the store cannot be read from here. By
+            default that is an error.
+
+    Raises:
+        UsageError: a parameter is wrong; several faults are listed in one message.
+        StoreError: the store cannot be read, and `skipped` is not given.
+        IntegrityError: HEAD of the line or a frozen manifest is damaged.
+    """
+    faults = _Faults(skipped)
+    task = None
+    addressed = faults.of("store_uri", split_uri, form.store_uri) is not None
+    named = faults.of("model_line", check_id, "model line", form.model_line) is not None
+    if addressed and named:
+        task = faults.of("model_line", _task, form, reads=True)
+    if isinstance(form, UnlearningForm | ShardedMaskForm):
+        _check_forget(faults, form.forget_manifest_uri, task, in_pods)
+    if isinstance(form, ShardedMaskForm):
+        faults.of("shards", _check_shards, form.shards)
+    if isinstance(form, RecipeForm):
+        _check_policy(faults, form.policy_uri, in_pods)
+        _check_recipe(faults, form, task)
+    if isinstance(form, DeletionSweepForm) and form.pipeline_root:
+        faults.of("pipeline_root", split_uri, form.pipeline_root)
+    faults.finish()
+
+
+def _task(form: RunForm) -> Task[Any]:
+    """Return the task of the line; only a sweep may find a line without HEAD, which has nothing to claim."""
+    store = open_store(form.store_uri)
+    if not isinstance(form, DeletionSweepForm):
+        require_head(store, form.model_line)
+    return task_of_line(store, form.model_line)
+
+
+def _check_forget(faults: _Faults, uri: str, task: Task[Any] | None, in_pods: bool) -> None:
+    if in_pods and not uri.startswith(_S3):
+        faults.found.append(_only_here("forget_manifest_uri", uri, "give its s3:// address"))
+        return
+    found = faults.of("forget_manifest_uri", read_forget, uri, reads=uri.startswith(_S3))
+    if task is not None and isinstance(found, list):
+        faults.of("forget_manifest_uri", task.check_targets, found)
+
+
+def _check_policy(faults: _Faults, uri: str, in_pods: bool) -> None:
+    is_file = not uri.startswith(_S3) and uri not in (AUTO, *shipped_policies()) and ("/" in uri or "." in uri)
+    if in_pods and is_file:
+        names = ", ".join((AUTO, *shipped_policies()))
+        faults.found.append(_only_here("policy_uri", uri, f"give its s3:// address, or one of {names}"))
+        return
+    faults.of("policy_uri", check_policy, uri, reads=uri.startswith(_S3))
+
+
+def _check_recipe(faults: _Faults, form: RecipeForm, task: Task[Any] | None) -> None:
+    """Check the method, its configuration, the search and the extra metrics.
+
+    Without the task of the line a method counts if any task has it.
+    """
+    faults.of("method", _resolve, form, task)
+    asked = faults.of("extra_metrics", parse_optional_metrics, form.extra_metrics) or {}
+    faults.of("extra_metrics", require_reference, asked, form.retrain_reference)
+    if form.tune:
+        faults.of("tune_budget", parse_budget, form.tune_budget, 1)
+    if task is None or faults.found:
+        return
+    if asked and not task.optional_metrics:
+        faults.found.append(
+            UsageError(
+                f"{', '.join(asked)} cannot be measured on {form.model_line}",
+                f"a {task.description} has no extra metrics",
+                "leave extra_metrics out",
+            )
+        )
+    if form.tune:
+        faults.of("tune", task.check_tuning, form.method, form.recipe.overrides)
+    if isinstance(form, DeletionSweepForm):
+        faults.of("the policy of the sweep", _sweep_policy, form, task)
+
+
+def _resolve(form: RecipeForm, task: Task[Any] | None) -> None:
+    having = [one for one in TASKS.values() if form.method in one.methods] if task is None else [task]
+    faults = []
+    for one in having or [TASKS["classification"]]:
+        try:
+            resolve_config(one.methods, form.method, form.recipe.overrides)
+        except UsageError as error:
+            faults.append(error)
+        else:
+            return
+    raise faults[0]
+
+
+def _sweep_policy(form: DeletionSweepForm, task: Task[Any]) -> None:
+    limits = form.model_dump(include=set(SweepPolicy.model_fields))
+    parse(SweepPolicy, {"recipes": task.escalation(form.recipe), **limits}, "the policy of the sweep")
+
+
+def _check_shards(given: int | list[str]) -> None:
+    count = given if isinstance(given, int) else len(given)
+    if count < 1:
+        raise UsageError(f"shards is {count}", "at least one shard scores the forget set", "give 1 or more")
+
+
+def _only_here(name: str, uri: str, remedy: str) -> UsageError:
+    why = "a pod cannot read a file of this machine"
+    return UsageError(f"{name} is {uri}", why, f"upload it to the store and {remedy}")
+
+
+def _joined(faults: list[UsageError]) -> UsageError:
+    if len(faults) == 1:
+        return faults[0]
+    texts = [f"{fault.what}: {fault.why}" if fault.why else fault.what for fault in faults]
+    remedies = dict.fromkeys(fault.remedy for fault in faults if fault.remedy)
+    return UsageError(f"{len(faults)} parameters are wrong", "; ".join(texts), "; ".join(remedies))
