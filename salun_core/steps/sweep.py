@@ -98,7 +98,7 @@ def sweep_once(
             if claimed.record:
                 common = form.model_dump(include=set(RecipeForm.model_fields)) | claimed.recipe.model_dump()
                 settings = UnlearningForm(**common, forget_manifest_uri=claimed.forget_uri)
-                check_form(settings)  # the recipe may be another one by now
+                check_form(settings, in_pods=False)  # the recipe may be another one by now
                 with lease_renewed(open_store(form.store_uri), form.model_line, run):
                     outcome = run_steps(settings, folder, say, run, on_trial)
         except SalunError as ended:
