@@ -135,6 +135,14 @@ class ProcessGroup:
             dist.all_reduce(value)
         return value
 
+    def largest(self, value: int) -> int:
+        """Return the largest of the processes' numbers."""
+        if self.size == 1:
+            return value
+        number = torch.tensor(value)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
     @torch.no_grad()
     def synchronise(self, model: nn.Module) -> None:
         """Average the running statistics of batch norm, and check that all processes hold the same weights.

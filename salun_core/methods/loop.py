@@ -212,7 +212,7 @@ def _run_epoch(loop: _Loop, phases_of_epoch: PhasesOfEpoch, epoch: int) -> Epoch
         learning_rate=config.rate_at(epoch / config.epochs),
         losses=losses,
         seconds=time.perf_counter() - started,
-        parts=loop.parts,
+        parts=loop.group.largest(loop.parts),
     )
 
 

@@ -26,6 +26,7 @@ from salun_core.saliency.scores import CHUNK, Shard
 from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask, merge_scores, score_shard
 from salun_core.steps.unlearning import run_unlearning
+from tests.support.full_device import limited
 
 pytestmark = pytest.mark.slow
 
@@ -65,9 +66,11 @@ def scores_in(group):
     return saliency_scores(network(), mine, cross_entropy, samples=SAMPLES, shard=shard)
 
 
-def unlearned_in(group, checkpoint=None, seed=2, **config):
+def unlearned_in(group, checkpoint=None, seed=2, limit=None, **config):
     """17 images to forget: the last batch has one, fewer than there are processes."""
     model = network()
+    if limit is not None:
+        limited(model, limit)
     return unlearn(
         model,
         "salun",
@@ -81,8 +84,8 @@ def unlearned_in(group, checkpoint=None, seed=2, **config):
 
 
 def plain(result):
-    losses = [record.losses for record in result.history]
-    return {"state": result.model.state_dict(), "losses": losses, "config": result.config.model_dump()}
+    losses, parts = ([getattr(record, name) for record in result.history] for name in ("losses", "parts"))
+    return {"state": result.model.state_dict(), "losses": losses, "parts": parts, "config": result.config.model_dump()}
 
 
 def failure_of(act):
@@ -118,6 +121,7 @@ def scenes(group, folder, work):
         yield "scores", scores_in(group)
         yield "freeze", plain(unlearned_in(group))
         yield "update", plain(unlearned_in(group, batch_norm="update"))
+        yield "little room", plain(unlearned_in(group, limit=99 if group.main else 3))
         kept = FileCheckpoint(folder / f"checkpoint-{group.rank}")
         unlearned_in(group, kept, epochs=2)
         yield "checkpoints", (folder / f"checkpoint-{group.rank}").exists()
@@ -192,7 +196,7 @@ def test_two_processes_score_the_same_bits_as_one(ranks):
         assert SaliencyMask.from_scores(rank["scores"], 0.5).digest == SaliencyMask.from_scores(alone, 0.5).digest
 
 
-@pytest.mark.parametrize("name", ["freeze", "update", "resumed"])
+@pytest.mark.parametrize("name", ["freeze", "update", "resumed", "little room"])
 def test_all_processes_end_with_the_same_model_and_frozen_weights_keep_their_bits(ranks, name):
     first, second = (rank[name] for rank in ranks)
     assert_same_bits(first["state"], second["state"])
@@ -210,6 +214,13 @@ def test_two_processes_take_the_steps_of_one(ranks):
     torch.testing.assert_close(ranks[0]["freeze"]["state"], alone["state"], rtol=1e-4, atol=1e-6)
     for together, single in zip(ranks[0]["freeze"]["losses"], alone["losses"], strict=True):
         assert together == pytest.approx(single, rel=1e-4)
+
+
+def test_a_process_whose_device_is_full_divides_its_own_share(ranks):
+    """Its share of a batch has eight images, its device room for three; every process records the parts."""
+    torch.testing.assert_close(ranks[0]["little room"]["state"], ranks[0]["freeze"]["state"], rtol=1e-4, atol=1e-6)
+    assert [rank["little room"]["parts"] for rank in ranks] == [[4, 4], [4, 4]]
+    assert [rank["freeze"]["parts"] for rank in ranks] == [[1, 1], [1, 1]]
 
 
 def test_statistics_of_batch_norm_come_from_all_images(ranks):
