@@ -68,16 +68,16 @@ KEYS = {
 RUN = {"record", "outcome", "mark", "report", "run event", "mask", "candidate"}
 LINE = {"head", "manifest", "disposed"}
 WEIGHTS = {"blob", "delta"}
-_AT_WORK = {"run event", "lease", "outcome"}  # what each step of a run writes
+_AT_WORK = {"run event", "lease", "outcome"}
 _SETTLED = _AT_WORK | {"request", "event", "index", "certificate", "addendum", "work"}
 _PUBLISHED = {"head", "manifest", *WEIGHTS, "report"}
-_GONE = {"blob", "delta", "mask", "candidate", "scratch", "probe", "manifest", "disposed"}
+_GONE = {"blob", "delta", "mask", "candidate", "outcome", "scratch", "probe", "manifest", "disposed"}
 READ = {
     "submitter": {"request", "event", "index", "outcome"},
     "claimer": {*KEYS} - {"hold", "stranger"},
     "fetcher": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
-    "worker": {*RUN, "scratch", "lease"},
-    "evaluator": {*RUN, "scratch", "lease"},
+    "worker": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
+    "evaluator": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
     "publisher": {*KEYS} - {"hold", "probe", "stranger"},
     "sweeper": {*KEYS} - {"hold", "stranger"},
     "settler": {*KEYS} - {"hold", "delta", "probe", "stranger"},
@@ -89,7 +89,7 @@ READ = {
 WRITE = {
     "submitter": {"request", "event", "index"},
     "claimer": {*_SETTLED, "record", "scratch", "probe"},
-    "fetcher": _AT_WORK | {"scratch"},
+    "fetcher": {"lease", "outcome", "scratch"},
     "worker": _AT_WORK | {"scratch"},
     "evaluator": _AT_WORK | {"scratch"},
     "publisher": _SETTLED | _PUBLISHED,
@@ -273,7 +273,9 @@ def test_the_steps_of_each_role_do_their_work(settles, number, stores, tmp_path)
     RunLog(mine["claimer"], lambda: NOW).start(record, "sweep")
     mine["claimer"].put_new(names.scratch_key(run, "forget.json"), b"[]")
 
-    versions.fetch_version(mine["fetcher"], line, lookup.resolve(mine["fetcher"], line)[1], tmp_path / "m")
+    for role in ("fetcher", "worker", "evaluator", "publisher"):  # each step downloads the model before once
+        version = lookup.resolve(mine[role], line)[1]
+        versions.fetch_version(mine[role], line, version, tmp_path / f"before-{role}")
     large = tmp_path / "large"
     large.write_bytes(bytes(33 * 2**20))  # in parts
     handed_on = "forget.json"
@@ -338,7 +340,7 @@ def test_the_purger_scans_everything(stores, server):
 @pytest.mark.parametrize(
     ("role", "doing"),
     [
-        ("evaluator", lambda store: versions.publish_head(store, "faces", A, None, None)),
+        ("evaluator", lambda store: store.put_new(names.blob_key(B), b"weights")),
         ("evaluator", lambda store: store.put_new(names.head_key("new"), b"{}")),
         ("evaluator", lambda store: store.put_new(names.certificate_key("r-2"), b"{}")),
         ("worker", lambda store: store.get(names.request_key("r-1"))),
