@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.unit.cli.conftest import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
+from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
 
 pytestmark = pytest.mark.slow
 

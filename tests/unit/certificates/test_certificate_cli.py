@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from salun_core.certificates.issue import certify
 from salun_core.cli.app import app
 from salun_core.cli.output import MODE
-from tests.unit.certificates.test_issue import KEY, certify, nothing
+from tests.support.certified import KEY, nothing
 from tests.unit.certificates.test_tampering import FIXTURE
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "how-to" / "verify-certificates.md").read_text()

@@ -117,7 +117,8 @@ def test_a_file_replaced_by_a_link_to_its_copy_is_refused(copy):
 
 
 def test_an_addendum_of_another_certificate_is_refused(copy):
-    from tests.unit.certificates.test_issue import certify, input_of
+    from salun_core.certificates.issue import certify
+    from tests.support.certified import input_of
 
     (copy / "other.json").write_bytes(certify(*input_of(), KEY))
     (copy / "other.pub").write_bytes(public_pem(KEY.public_key()))

@@ -15,8 +15,8 @@ from salun_core.errors import IntegrityError, ModelError
 from salun_core.registry.lookup import Version
 from salun_core.registry.manifest import VersionManifest, weights_digest
 from salun_core.registry.versions import fetch_version, stage_version
+from tests.support.certified import evidence_of, input_of, judged
 from tests.support.folder_model import UNET, files_in, write_folder
-from tests.unit.certificates.test_issue import evidence_of, input_of, judged
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import structlog
 import torch
-from typer.testing import CliRunner
 
-from salun_core.cli.app import app
-from salun_core.cli.output import MODE
-
-
-@pytest.fixture(autouse=True)
-def _settings_restored():
-    """The command sets up logs for its process; the runner's streams are closed after each call."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    MODE.json = MODE.debug = False
-
-
-def invoke(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args])
+from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
 
 
 @pytest.fixture

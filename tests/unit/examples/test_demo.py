@@ -21,7 +21,7 @@ from salun_core.registry.lookup import ancestry, lines
 from salun_core.requests.ledger import Ledger
 from salun_core.storage import open_store
 from salun_core.times import utc_clock
-from tests.unit.cli.conftest import _settings_restored  # noqa: F401 - a fixture
+from tests.support.commands import _settings_restored  # noqa: F401 - a fixture
 
 
 @pytest.fixture(autouse=True)

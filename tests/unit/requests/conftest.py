@@ -1,19 +1,8 @@
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import pytest
 
-
-class ManualClock:
-    """A clock that stands still until it is set."""
-
-    def __init__(self, now):
-        self.now = now
-
-    def __call__(self):
-        return self.now
-
-    def tick(self, **delta):
-        self.now += timedelta(**delta)
+from tests.support.manual_clock import ManualClock
 
 
 @pytest.fixture

@@ -21,19 +21,10 @@ from salun_core.requests.gauges import GaugeReader, stages
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status, is_overdue
 from salun_core.storage.keys import head_key, index_key, version_key
+from tests.support.manual_clock import ManualClock
 
 pytestmark = pytest.mark.s3
 TARGET = SubjectTarget(subject_ref="person-07")
-
-
-class Clock:
-    """A clock that stands still until it is set."""
-
-    def __init__(self, now):
-        self.now = now
-
-    def __call__(self):
-        return self.now
 
 
 class Counted:
@@ -53,7 +44,7 @@ class Counted:
 
 @pytest.fixture
 def clock():
-    return Clock(datetime(2026, 3, 1, 9, tzinfo=UTC))
+    return ManualClock(datetime(2026, 3, 1, 9, tzinfo=UTC))
 
 
 @pytest.fixture
