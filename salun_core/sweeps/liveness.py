@@ -5,9 +5,9 @@ Two APIs may know. Neither is needed: if none of them answers, the lease decides
 1. The Kubernetes API, about the Argo Workflow that the lease names. It is asked from inside a cluster only, and only
    about a Workflow of the same cluster.
    - The Workflow is gone, is being deleted, or has ended: the holder is dead.
-   - It runs, and its pods wait for a node: the holder lives, although nobody renews its lease.
-   - It runs, and a pod is at work: unknown. A step at work renews the lease itself, and the pod of a lost node is shown
-     as running for a long time.
+   - It runs, and a pod waits for a node, or no pod is there: the holder lives, although nobody renews its lease.
+   - It runs, and its pods are at work: unknown. A step at work renews the lease itself, and the pod of a lost node is
+     shown as running for a long time.
 2. The Kubeflow API of this process, about the run. The run has ended: the holder is dead. A run that is shown as
    running proves nothing, since Kubeflow shows a run whose Workflow was deleted as running for good.
 
@@ -101,14 +101,21 @@ def _life_of_workflow(place: Place) -> Life:
     phase = state.get("phase", "")
     if phase in _WORKFLOW_ENDED or _mapping(body.get("metadata")).get("deletionTimestamp"):
         return Life.DEAD
-    if phase not in _WORKFLOW_ALIVE or _a_pod_works(state.get("conditions")):
+    if phase not in _WORKFLOW_ALIVE or (_a_pod_works(state) and not _a_pod_waits(state)):
         return Life.UNKNOWN
     return Life.ALIVE
 
 
-def _a_pod_works(conditions: object) -> bool:
+def _a_pod_works(state: Mapping[str, Any]) -> bool:
+    conditions = state.get("conditions")
     rows = [_mapping(row) for row in conditions] if isinstance(conditions, list) else []
     return any((row.get("type"), row.get("status")) == ("PodRunning", "True") for row in rows)
+
+
+def _a_pod_waits(state: Mapping[str, Any]) -> bool:
+    """Return whether a pod waits, beside one that works: a purge does not hold the line, and works at the same time."""
+    nodes = [_mapping(node) for node in _mapping(state.get("nodes")).values()]
+    return any((node.get("type"), node.get("phase")) == ("Pod", "Pending") for node in nodes)
 
 
 def _life_of_run(run: str) -> Life:

@@ -26,11 +26,16 @@ WORKFLOW_PATH = f"/apis/argoproj.io/v1alpha1/namespaces/team/workflows/{NAME}"
 RUN_PATH = f"/apis/v2beta1/runs/{RUN}"
 
 
-def workflow(phase=None, pod_running=None, **metadata):
+def workflow(phase=None, pod_running=None, pods=(), **metadata):
     """A Workflow as Argo 4.0.5 shows it, without its specification."""
     status = {} if phase is None else {"phase": phase, "startedAt": "2026-11-27T09:00:00Z"}
     if pod_running is not None:
         status["conditions"] = [{"type": "PodRunning", "status": pod_running}]
+    if pods:
+        rows = [{"type": "Pod", "phase": pod, "templateName": "system-container-impl"} for pod in pods]
+        status["nodes"] = {
+            f"{NAME}-{number}": row for number, row in enumerate([{"type": "DAG", "phase": phase}, *rows])
+        }
     head = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow"}
     return 200, {**head, "metadata": {"name": NAME, "namespace": "team", **metadata}, "status": status}
 
@@ -157,6 +162,9 @@ def lease(place=None, holder=RUN):
         (workflow("Running"), Life.ALIVE),
         (workflow("Running", "False"), Life.ALIVE),  # its pods wait for a node
         (workflow("Running", "True"), Life.UNKNOWN),  # a step at work beats; one on a lost node does not
+        (workflow("Running", "True", ["Succeeded", "Running"]), Life.UNKNOWN),
+        (workflow("Running", "True", ["Running", "Pending"]), Life.ALIVE),  # a purge works, the next step waits
+        (workflow("Running", "False", ["Succeeded"]), Life.ALIVE),  # between two pods
         (workflow("Succeeded", "False"), Life.DEAD),
         (workflow("Failed"), Life.DEAD),
         (workflow("Error"), Life.DEAD),
