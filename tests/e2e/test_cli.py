@@ -21,7 +21,10 @@ SALUN = (sys.executable, "-c", "from salun_core.cli.app import main; main()")
 
 
 def _environment(**more):
-    foreign = {name for name in os.environ if name.startswith(("AWS_", "SALUN_S3_"))} | {"SALUN_STORE_URI", "PUSHGATEWAY_URL"}
+    foreign = {name for name in os.environ if name.startswith(("AWS_", "SALUN_S3_"))} | {
+        "SALUN_STORE_URI",
+        "PUSHGATEWAY_URL",
+    }
     kept = {name: value for name, value in os.environ.items() if name not in foreign}
     return {**kept, "OMP_NUM_THREADS": "1", **more}
 
