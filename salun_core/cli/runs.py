@@ -151,6 +151,7 @@ def sweep_facts(done: SweepOutcome) -> dict[str, Any]:
         "run": done.run,
         "claimed": claimed.requests,
         "reason": claimed.reason,
+        "skipped": claimed.skipped,
         "recipe": {
             "method": recipe.method,
             "density": recipe.density,
