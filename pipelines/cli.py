@@ -192,6 +192,7 @@ def _document(outcome: LocalRun) -> dict[str, object]:
         "error": outcome.error or None,
         "version": outcome.version,
         "parent": outcome.parent,
+        "outcome": outcome.outcome.model_dump(mode="json") if outcome.outcome else None,
         "claimed": outcome.outputs.get(CLAIM),
         "settled": outcome.outputs.get(SETTLE),
         "seconds": {name: round(seconds, 3) for name, seconds in outcome.steps.items()},

@@ -1,4 +1,4 @@
-"""The scheduled pipeline: claim a batch of requests -> the unlearning pipeline -> settle, in any case."""
+"""The scheduled pipelines: claim a batch of requests, unlearn it, settle; in a pod for each step, or in one."""
 
 from typing import Any
 
@@ -6,37 +6,48 @@ from kfp import dsl
 
 from components.claim_requests import claim_requests
 from components.purge_store import purge_store
-from components.settle_requests import settle_requests
-from pipelines.form import PLACEMENT, pipeline
-from pipelines.resources import configure, with_signing_key
-from pipelines.unlearning import unlearning
-from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RecipeForm
+from components.sweep_compact import sweep_compact
+from pipelines.form import pipeline
+from pipelines.resources import Size, configure, with_signing_key
+from pipelines.unlearning import after_fetch, end, fetch, net, recipe_of, run_address
+from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.sweeps.policy import BatchLimits
 
-NAME = "salun-deletion-sweep"
-SETTLE_RETRIES = 8  # with their back-off over half an hour; the model line is blocked until it is settled
+NAME, COMPACT = "salun-deletion-sweep", "salun-deletion-sweep-compact"
+
+
+def _claim_form(form: Any) -> dict[str, Any]:  # noqa: ANN401
+    limits = {name: getattr(form, name) for name in (*BatchLimits.model_fields, "dry_run")}
+    return {**recipe_of(form), **limits}
+
+
+def _purge(form: Any) -> None:  # noqa: ANN401
+    place = {"store_uri": form.store_uri, "pipeline_root": form.pipeline_root, "dry_run": form.dry_run}
+    purged = purge_store(run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **place)
+    configure(with_signing_key(purged), form, hours=2, size=Size.SMALL)
 
 
 @pipeline(NAME, DeletionSweepForm)
 def deletion_sweep(form: Any) -> None:  # noqa: ANN401 - kfp's channels have no types
     """Erase the due deletion requests of a model line, publish if the gate passes, and certify each request."""
-    run = {"store_uri": form.store_uri, "model_line": form.model_line, "run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER}
-    recipe = {name: getattr(form, name) for name in ("method", "density", "method_config")}
-    settled = settle_requests(**run)
-    configure(with_signing_key(settled), form, hours=1, retries=SETTLE_RETRIES)
-    with dsl.ExitHandler(settled):
-        purged = purge_store(
-            store_uri=form.store_uri, pipeline_root=form.pipeline_root, dry_run=form.dry_run, run_id=run["run_id"]
-        )
-        configure(with_signing_key(purged), form, hours=2)
-        limits = {name: getattr(form, name) for name in BatchLimits.model_fields}
-        claimed = claim_requests(
-            **run, **recipe, **limits, seed=form.seed, policy_uri=form.policy_uri, dry_run=form.dry_run
-        )
-        configure(with_signing_key(claimed), form, hours=1)
-        with dsl.If(claimed.outputs["requests"] > 0):
-            # The placement is an argument too: the compiler declares no inputs for limits inside an exit handler.
-            common = {name: getattr(form, name) for name in (*RecipeForm.model_fields, *OLD_NAMES, *PLACEMENT)}
-            found = {name: claimed.outputs[name] for name in ("forget_manifest_uri", *recipe)}
-            erased = unlearning(**common | found)
-            erased.set_caching_options(enable_caching=False)
+    with dsl.ExitHandler(net(form), name="sweep"):
+        _purge(form)
+        claimed = claim_requests(**run_address(form), **_claim_form(form))
+        configure(with_signing_key(claimed), form, hours=1, size=Size.SMALL)
+        with dsl.If(claimed.outputs["requests"] > 0, name="something is due"):
+            recipe = {name: claimed.outputs[name] for name in ("method", "density", "method_config")}
+            forget = {"forget_manifest_uri": claimed.outputs["forget_manifest_uri"]}
+            after_fetch(form, fetch(form, **forget, **recipe), **recipe)
+        with dsl.If(claimed.outputs["code"] > 0, name="the sweep cannot start"):
+            end(form)
+
+
+@pipeline(COMPACT, DeletionSweepForm)
+def deletion_sweep_compact(form: Any) -> None:  # noqa: ANN401
+    """Erase the due deletion requests of a model line in one pod, for lines whose run takes minutes."""
+    with dsl.ExitHandler(net(form), name="sweep"):
+        _purge(form)
+        swept = sweep_compact(**run_address(form), **_claim_form(form))
+        configure(with_signing_key(swept), form, hours=24, size=Size.GPU)
+        with dsl.If(swept.outputs["Output"] > 0, name="the outcome is bad"):
+            end(form)

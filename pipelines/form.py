@@ -11,20 +11,34 @@ from types import SimpleNamespace
 from typing import Any
 
 from kfp import dsl
-from pydantic import BaseModel, Field
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 import components
 from pipelines.callers import without_source_lines
+from salun_core.config import Document
 from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RunForm, ShardedMaskForm, UnlearningForm
 
+_QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 
-class PlacementForm(BaseModel):
-    """The resources and the node of each step."""
 
-    gpu_count: int = Field(default=1, description="Accelerators for each step that computes; one process on each.")
-    cpu: str = Field(default="4", description="Processor cores for each step, such as 4 or 500m.")
-    memory: str = Field(default="16Gi", description="Memory for each step, such as 16Gi.")
+class PlacementForm(Document):
+    """The resources and the node of the steps that hold a model.
+
+    Whatever becomes a resource of a pod is text: Kubeflow reads these parameters as text, and a number would give a pod
+    without the resource, and no error.
+    """
+
+    gpu_count: str = Field(
+        default="1", pattern=r"^[1-9][0-9]*$", description="Accelerators for each step that computes; one process each."
+    )
+    accelerator: str = Field(
+        default="nvidia.com/gpu",
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
+        description="Kind of accelerator, such as nvidia.com/gpu, nvidia.com/gpu.shared or nvidia.com/mig-1g.10gb.",
+    )
+    cpu: str = Field(default="4", pattern=_QUANTITY, description="Processor cores for each of them, such as 4 or 500m.")
+    memory: str = Field(default="16Gi", pattern=_QUANTITY, description="Memory for each of them, such as 16Gi.")
     node_selector: dict[str, str] = Field(default={}, description="Labels that the nodes must have, as a JSON object.")
     tolerations: list[dict[str, str]] = Field(default=[], description="Taints that the pods tolerate, as a JSON list.")
 

@@ -1,4 +1,8 @@
-"""Finds defects of a compiled pipeline: undeclared inputs, caches, installers, missing resource limits."""
+"""Finds defects of a compiled pipeline that Kubeflow accepts, or reports only when the pipeline runs.
+
+Undeclared inputs, caches, installers, missing limits, resources that are not text, retries that can never happen,
+artifacts that may hold a model, groups without a name, and graphs that are nested too deep.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,9 @@ _LIMITS = {
     "memory request": ("resourceMemoryRequest", "memoryRequest"),
 }
 _REFERENCE = re.compile(r"\{\{\$\.inputs\.parameters\['+([^']+)'+\]\}\}")
+_UNNAMED = re.compile(r"(condition|condition-branches|exit-handler|for-loop)-\d+")
+_LEVELS = 2
+_ARTIFACTS = ("system.Artifact", "system.Metrics", "system.ClassificationMetrics", "system.HTML", "system.Markdown")
 _INSTALLER = re.compile(r"\b(pip3?|uv|conda|apt-get|apt)\b.{0,40}\binstall\b", re.DOTALL)
 
 
@@ -38,6 +45,9 @@ def lint(spec: Spec, platform: Spec, image: str, placement: Iterable[str] = PLAC
         *(defect for name, executor in _executors(spec) for defect in _executor_defects(name, executor, image)),
         *(f"parameter {name} reaches no executor and no pod" for name in placement if name not in reached),
         *_list_defects(spec),
+        *_retry_defects(spec, platform),
+        *_artifact_defects(spec),
+        *_group_defects(spec, spec["root"], "root", 0),
     ]
 
 
@@ -92,8 +102,13 @@ def _dag_defects(spec: Spec, platform: Spec, name: str, dag: Spec) -> Iterator[s
             for wanted in _values(where, key):
                 if wanted not in declared:
                     yield f"{name}/{task_name}: {key} {wanted} is not declared"
-        for wanted in set(_references(spec, executor)) - set(given):
-            yield f"{name}/{task_name}: its resources need {wanted}, which is not an input of the task"
+        for wanted in sorted(set(_references(spec, executor))):
+            if wanted not in given:
+                yield f"{name}/{task_name}: its resources need {wanted}, which is not an input of the task"
+                continue
+            kind = _parameters(dag).get(given[wanted].get("componentInputParameter"), {}).get("parameterType")
+            if kind != "STRING":  # the driver reads it as text: of a number it makes nothing, without an error
+                yield f"{name}/{task_name}: {wanted} is a resource, and {kind} instead of STRING"
         if task.get("cachingOptions", {}).get("enableCache"):
             yield f"{name}/{task_name}: caching is on"
 
@@ -127,6 +142,44 @@ def _reached(spec: Spec, platform: Spec, dag: Spec, origin: Mapping[str, str]) -
         executor = component.get("executorLabel")
         yield from (bound.get(name, "") for name in _references(spec, executor))
         yield from (origin.get(name, "") for name in _values(_pod(platform, executor), "componentInputParameter"))
+
+
+def _retry_defects(spec: Spec, platform: Spec) -> Iterator[str]:
+    """Argo counts the window of all attempts from the start of the first one."""
+    for name, dag in _dags(spec):
+        for task_name, task in dag["dag"]["tasks"].items():
+            executor = spec["components"][task["componentRef"]["name"]].get("executorLabel")
+            policy, timeout = task.get("retryPolicy"), int(_pod(platform, executor).get("activeDeadlineSeconds", 0))
+            if policy is None or executor is None:
+                continue
+            window = float(str(policy.get("backoffMaxDuration", "0s")).removesuffix("s"))
+            needed = (int(policy["maxRetryCount"]) + 1) * timeout
+            if not timeout:
+                yield f"{name}/{task_name}: it has retries and no time limit"
+            elif window < needed:
+                yield f"{name}/{task_name}: its attempts need {needed} s, and its window has {window:g} s"
+
+
+def _artifact_defects(spec: Spec) -> Iterator[str]:
+    """Kubeflow keeps each artifact: none may be of a type that stands for the data themselves."""
+    for name, component in spec.get("components", {}).items():
+        for key, artifact in component.get("outputDefinitions", {}).get("artifacts", {}).items():
+            kind = artifact["artifactType"].get("schemaTitle")
+            if kind not in _ARTIFACTS:
+                yield f"{name}: output {key} is a {kind}, which Kubeflow would keep"
+
+
+def _group_defects(spec: Spec, dag: Spec, name: str, level: int) -> Iterator[str]:
+    if level > _LEVELS:
+        yield f"{name}: the graph is nested {level} levels deep; {_LEVELS} are allowed"
+    for task_name, task in dag["dag"]["tasks"].items():
+        component = spec["components"][task["componentRef"]["name"]]
+        if "dag" not in component:
+            continue
+        shown = task["taskInfo"]["name"]
+        if _UNNAMED.fullmatch(shown):
+            yield f"{name}/{task_name}: the group has no name"
+        yield from _group_defects(spec, component, shown, level + 1)
 
 
 def _list_defects(spec: Spec) -> Iterator[str]:

@@ -30,16 +30,24 @@ from typing import Any
 import yaml
 
 from pipelines.packages import read_package
-from salun_core.errors import UsageError, exit_code_of
+from salun_core.errors import SalunError, UsageError, exit_code_of
+from salun_core.registry.lookup import Version, read_file, read_version
+from salun_core.steps.outcome import OutcomeRecord, read_outcome
+from salun_core.steps.reference import read_reference
+from salun_core.storage import open_store
+from salun_core.storage.keys import run_key
+from salun_core.storage.s3 import S3Store
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "run.log"
-KEPT = {"evaluate/evidence": "evidence.json", "gate-publish/decision.json": "decision.json"}
-REPORTS = ("gate-publish/report", "evaluate/report")  # the first one has the verdict, but not every run gets there
+EVIDENCE, DECISION, REPORT = "evidence.json", "decision.json", "report.html"
+REPORTS = ("gate-publish/report", "sweep-compact/report", "evaluate/report")  # the last one has no verdict
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(r"- Executing task '([a-z0-9-]+)'$")
 _FAILED = re.compile(r"- Task '([a-z0-9-]+)' finished with status FAILURE$")
-_ERROR = re.compile(r"^\s*(?:salun_core\.errors\.)?(\w*(?:Error|Exception|Interrupt)): (.+)$")  # ends a traceback
+_ERROR = re.compile(
+    r"^\s*(?:salun_core\.errors\.)?(\w*(?:Error|Exception|Interrupt)): (.+)$"
+)  # the last line of a step
 _GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 _JOB_ID = "{{$.pipeline_job_uuid}}"  # dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
@@ -53,8 +61,9 @@ class LocalRun:
         exit_code: 0, or that of the error that ended the run: 3 gate refused, 4 stale parent, and so on.
         run: its id.
         steps: seconds by step, in order.
-        failed: the first step that failed; a step that always runs may follow it.
-        error: the message of that step.
+        failed: the step that ended the run; the steps that follow pass on.
+        error: what it said.
+        outcome: what the run wrote about its end; None if it wrote nothing.
         version: digest of the version that is HEAD now, after a run that passed.
         parent: digest of the version that the run started from.
         outputs: the values that each step returned, by step and name.
@@ -67,6 +76,7 @@ class LocalRun:
     steps: dict[str, float] = field(default_factory=dict)
     failed: str = ""
     error: str = ""
+    outcome: OutcomeRecord | None = None
     version: str | None = None
     parent: str | None = None
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -112,7 +122,7 @@ def run_compiled(
     else:
         run.exit_code = run.exit_code or 1
         run.error = run.error or f"the run ended with status {worker.returncode}; see its log"
-    _collect(run, steps)
+    _collect(run, steps, arguments)
     return run
 
 
@@ -217,19 +227,40 @@ def _follow(
     end_step()
 
 
-def _collect(run: LocalRun, steps: Path) -> None:
-    """Copy the files for the reader to the top of the working folder, and read what the steps returned."""
+def _collect(run: LocalRun, steps: Path, arguments: Mapping[str, Any]) -> None:
+    """Copy the files for the reader to the top of the working folder, and read the outcome and what steps returned."""
     run.files[LOG] = run.folder / LOG
     found = next(iter(sorted(path for path in steps.iterdir() if path.is_dir())), steps)
-    report = next((name for name in REPORTS if (found / name).is_file()), REPORTS[0])
-    for source, name in {**KEPT, report: "report.html"}.items():
+    for name in (EVIDENCE, DECISION, REPORT):
         (run.folder / name).unlink(missing_ok=True)  # of an earlier run in the same folder
-        if (found / source).is_file():
-            shutil.copyfile(found / source, run.folder / name)
-            run.files[name] = run.folder / name
+    if report := next((found / name for name in REPORTS if (found / name).is_file()), None):
+        shutil.copyfile(report, run.folder / REPORT)
+        run.files[REPORT] = run.folder / REPORT
     for path in sorted(found.glob("*/executor_output.json")):
         run.outputs[path.parent.name] = json.loads(path.read_text(encoding="utf-8")).get("parameterValues", {})
-    run.parent, run.version = (run.outputs.get(step, {}).get("Output") for step in ("fetch-model", "gate-publish"))
+    if (inputs := found / "fetch-model" / "inputs").is_file():
+        run.parent = str(read_reference(inputs).facts.get("version", "")) or None
+    try:
+        _read_store(run, open_store(str(arguments["store_uri"])), str(arguments["model_line"]))
+    except (SalunError, KeyError) as error:  # the run itself said what is wrong with the store
+        run.error = run.error or str(error)
+
+
+def _read_store(run: LocalRun, store: S3Store, line: str) -> None:
+    """Read the outcome of a run, and the evidence and decision that it left."""
+    outcome = run.outcome = read_outcome(store, run.run)
+    if outcome is None or not outcome.final:
+        return
+    run.exit_code, run.version = outcome.code, outcome.version or None
+    if outcome.code:
+        run.failed, run.error = outcome.step.replace("_", "-") or run.failed, outcome.text
+    version = Version(outcome.version, read_version(store, line, outcome.version)) if outcome.version else None
+    for name in (EVIDENCE, DECISION):
+        stored = store.get(run_key(run.run, name))
+        data = read_file(store, version, name) if version else stored.data if stored else None
+        if data is not None:
+            (run.folder / name).write_bytes(data)
+            run.files[name] = run.folder / name
 
 
 def main() -> int:

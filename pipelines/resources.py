@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 from kfp import kubernetes
@@ -32,33 +33,51 @@ FIELDS = {
 }
 SIGNING_SECRET = "salun-signing"  # noqa: S105 - the name of a Secret
 SIGNING_FOLDER = "/etc/salun/signing"
-ACCELERATOR = "nvidia.com/gpu"
 HOUR = 3600
+SMALL_MEMORY = "4Gi"  # of a step that moves documents: it asks for 512Mi, and a large split may need more
+BACK_OFF = "30s"
 
 
-def configure(task: Any, form: Any, *, hours: float, gpu: bool = False, retries: int = 2) -> Any:  # noqa: ANN401 - kfp has no types
+class Size(Enum):
+    """How much a step needs."""
+
+    SMALL = "small"
+    """It moves documents: little, whatever the form says, so that it starts on any node."""
+    LARGE = "large"
+    """It holds a model: what the form says."""
+    GPU = "gpu"
+    """It computes: what the form says, and its accelerators."""
+
+
+def configure(task: Any, form: Any, *, hours: float, size: Size = Size.LARGE, retries: int = 2) -> Any:  # noqa: ANN401 - kfp has no types
     """Set up one task of a pipeline.
 
     Args:
         task: what a component returns inside a pipeline.
         form: the parameters of the pipeline; those of `PlacementForm` are used.
         hours: after which the pod is stopped.
-        gpu: whether the step computes on an accelerator.
-        retries: after a failure, with a back-off from half a minute; every step is idempotent.
+        size: what the step needs.
+        retries: if its pod is lost; every step may run again from its start.
 
     Returns:
         The task.
     """
     task.set_caching_options(enable_caching=False)  # a hit could return a model from before the deletion
-    task.set_cpu_request(form.cpu).set_cpu_limit(form.cpu)
-    task.set_memory_request(form.memory).set_memory_limit(form.memory)
-    if gpu:
+    if size is Size.SMALL:
+        task.set_cpu_request("100m").set_cpu_limit("1").set_memory_request("512Mi").set_memory_limit(SMALL_MEMORY)
+    else:
+        task.set_cpu_request(form.cpu).set_cpu_limit(form.cpu)
+        task.set_memory_request(form.memory).set_memory_limit(form.memory)
+    if size is Size.GPU:
         # The workers of the data loader share batches in /dev/shm, of which a container has only 64 MB by default.
-        task.set_accelerator_type(ACCELERATOR).set_accelerator_limit(form.gpu_count)
-        kubernetes.empty_dir_mount(task, "dshm", "/dev/shm", medium="Memory", size_limit="2Gi")  # noqa: S108
-    task.set_retry(retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
+        # It counts as the container's memory. Without a limit of its own it may take all of that.
+        task.set_accelerator_type(form.accelerator).set_accelerator_limit(form.gpu_count)
+        kubernetes.empty_dir_mount(task, "dshm", "/dev/shm", medium="Memory")  # noqa: S108
+    if retries:
+        task.set_retry(retries, BACK_OFF, 2.0, f"{retry_window(int(hours * HOUR), retries)}s")
     kubernetes.set_timeout(task, int(hours * HOUR))
-    kubernetes.add_node_selector_json(task, form.node_selector)
+    if size is not Size.SMALL:
+        kubernetes.add_node_selector_json(task, form.node_selector)
     kubernetes.add_toleration_json(task, form.tolerations)
     kubernetes.set_security_context(task, run_as_user=USER, run_as_group=USER, run_as_non_root=True)
     kubernetes.use_secret_as_env(task, SECRET, SECRET_KEYS, optional=True)
@@ -68,6 +87,20 @@ def configure(task: Any, form: Any, *, hours: float, gpu: bool = False, retries:
     kubernetes.add_pod_label(task, "app.kubernetes.io/part-of", "salun")
     kubernetes.add_pod_label(task, "app.kubernetes.io/component", task.name)
     return task
+
+
+def retry_window(timeout: int, retries: int) -> int:
+    """Return the seconds within which all attempts of a step must begin.
+
+    Argo counts them from the start of the first attempt, so that a shorter window would forbid the second one. The
+    pauses between them double, from half a minute.
+
+    Args:
+        timeout: seconds after which an attempt is stopped.
+        retries: attempts after the first one.
+    """
+    pauses = 30 * ((1 << retries) - 1)
+    return (retries + 1) * timeout + pauses
 
 
 def with_signing_key(task: Any) -> Any:  # noqa: ANN401 - kfp has no types

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from kfp import dsl
+
 from components._image import component
 
 
@@ -10,13 +12,19 @@ def claim_requests(
     store_uri: str,
     model_line: str,
     run_id: str,
+    summary: dsl.Output[dsl.Markdown],
     method: str = "salun",
     density: float = 0.5,
+    policy_uri: str = "auto",
     method_config: str = "{}",
     seed: int = 0,
-    policy_uri: str = "auto",
-    max_requests: int = 64,
+    retrain_reference: bool = False,
+    tune: bool = False,
+    tune_budget: str = "20e",
+    extra_metrics: str = "",
+    also: str = "",
     min_requests: int = 16,
+    max_requests: int = 64,
     max_wait_hours: float = 24.0,
     max_forget_fraction: float = 0.2,
     dry_run: bool = False,
@@ -29,24 +37,31 @@ def claim_requests(
         ("density", float),
         ("method_config", str),
         ("reason", str),
+        ("code", int),
     ],
 ):
-    """Claim the next batch of deletion requests of a model line, and freeze its forget set.
+    """Check the run form, claim the next batch of deletion requests of a model line, and freeze its forget set.
 
     A run that calls it again gets the same batch. If no batch is due, or another run works on the line, the batch is
     empty, which is not an error. Requests whose targets are not in the training data are completed here.
 
     Args:
-        store_uri: The object store that holds the model lines and the requests, as s3://bucket/prefix.
+        store_uri: The object store that holds the model lines, as s3://bucket/prefix.
         model_line: Name of the model line.
         run_id: Id of the run.
+        summary: Why a batch is due, or why there is none.
         method: The unlearning method of the first recipe; after refusals stronger ones and then retraining.
         density: Share of the weights that the first recipe may change.
+        policy_uri: The gate policy of the run: equal work that it refused is not tried again.
         method_config: Settings that replace the method's defaults, as JSON text.
         seed: Seed of the run.
-        policy_uri: The gate policy of the run: equal work that it refused is not tried again.
-        max_requests: Maximum number of requests in one run.
+        retrain_reference: Whether the evaluation also trains a model without the forget set.
+        tune: Whether settings and density are searched for.
+        tune_budget: Budget of the search.
+        extra_metrics: Extra metrics of the evaluation.
+        also: Former name of extra_metrics, for recurring runs; the next release drops it.
         min_requests: A batch of this many requests is due at once.
+        max_requests: Maximum number of requests in one run.
         max_wait_hours: A batch is due when its oldest request has waited for so many hours.
         max_forget_fraction: Maximum share of the training data that one run forgets.
         dry_run: Report what would be claimed, and write nothing.
@@ -58,21 +73,12 @@ def claim_requests(
         density: Share of the weights that may change.
         method_config: Settings that replace the method's defaults, as JSON text.
         reason: Why the batch is due, or why no batch is due.
-
-    Raises:
-        UsageError: A setting is out of range, the line does not exist, or a signing key is needed and missing.
-        StoreError: The store's conditional writes are not safe.
-        ConflictError: The run has ended already.
+        code: 0, or the exit code of the run's outcome if it cannot start.
     """
-    import json
+    given = dict(locals())
+    from dataclasses import astuple
 
-    from salun_core.methods.recipe import parse_recipe
-    from salun_core.steps.claim import claim_requests as step
-    from salun_core.steps.claim import sweep_policy
+    from salun_core.steps import pod_steps
+    from salun_core.steps.pod import Pod
 
-    sizes = {"max_requests": max_requests, "min_requests": min_requests, "max_forget_fraction": max_forget_fraction}
-    settings = {"policy_uri": policy_uri, "max_wait_hours": max_wait_hours, **sizes}
-    policy = sweep_policy(store_uri, model_line, parse_recipe(method, density, method_config, seed), **settings)
-    found = step(store_uri, model_line, run_id, policy, dry_run=dry_run)
-    recipe, config = found.recipe, json.dumps(found.recipe.method_config, sort_keys=True)
-    return found.requests, found.forget_uri, recipe.method, recipe.density, config, found.reason
+    return astuple(pod_steps.claim(Pod(store_uri, model_line, run_id), given, summary.path))

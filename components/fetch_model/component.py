@@ -1,5 +1,7 @@
 """Step 1 as a component."""
 
+from typing import List, NamedTuple  # noqa: UP035 - kfp knows the type by this name
+
 from kfp import dsl
 
 from components._image import component
@@ -7,30 +9,54 @@ from components._image import component
 
 @component
 def fetch_model(
-    store_uri: str, model_line: str, forget_manifest_uri: str, model: dsl.Output[dsl.Model], run_id: str = ""
-) -> str:
-    """Fetch the HEAD of a model line and check that the forget set fits its data.
+    store_uri: str,
+    model_line: str,
+    run_id: str,
+    forget_manifest_uri: str,
+    inputs: dsl.Output[dsl.Artifact],
+    method: str = "salun",
+    density: float = 0.5,
+    policy_uri: str = "auto",
+    method_config: str = "{}",
+    seed: int = 0,
+    retrain_reference: bool = False,
+    tune: bool = False,
+    tune_budget: str = "20e",
+    extra_metrics: str = "",
+    also: str = "",
+    shards: int = 1,
+    publishes: bool = True,
+) -> NamedTuple("Outputs", [("code", int), ("shards", List[str])]):  # type: ignore[valid-type]  # noqa: UP006
+    """Check the run form, and fix what the run works on: HEAD of the model line, and the samples to forget.
 
     Args:
         store_uri: The object store that holds the model lines, as s3://bucket/prefix.
         model_line: Name of the model line.
+        run_id: Id of the run.
         forget_manifest_uri: Address of the forget set: a frozen manifest, a forget target or a list of targets.
-        model: The model before unlearning: weights, card and split manifest in one folder.
-        run_id: Id of the run, for the log.
+        inputs: Reference to the model before unlearning and the forget set.
+        method: The unlearning method.
+        density: Share of the weights that may change.
+        policy_uri: The gate policy.
+        method_config: Settings that replace the method's defaults, as JSON text.
+        seed: Seed of the run.
+        retrain_reference: Whether the evaluation also trains a model without the forget set.
+        tune: Whether settings and density are searched for.
+        tune_budget: Budget of the search.
+        extra_metrics: Extra metrics of the evaluation.
+        also: Former name of extra_metrics, for recurring runs; the next release drops it.
+        shards: Number of pods that share the scores.
+        publishes: Whether the run publishes a version, and so takes the lease of the model line.
 
     Returns:
-        Digest of the version that was HEAD: the parent of the version that this run publishes.
-
-    Raises:
-        UsageError: The line does not exist, or a target does not fit the data.
-        DataError: The forget set or the retain set is empty.
-        IntegrityError: A stored file or the data do not match their digests.
+        code: 0, or the exit code of the run's outcome if it cannot start.
+        shards: The shards, such as 1/2 and 2/2.
     """
-    from pathlib import Path
+    given = dict(locals())
+    from salun_core.steps import pod_steps
+    from salun_core.steps.pod import Pod
+    from salun_core.steps.reference import write_reference
 
-    from salun_core.steps.context import RunContext
-    from salun_core.steps.fetch import fetch_model as step
-
-    fetched = step(RunContext(Path(model.path), forget_manifest_uri, model_line, store_uri, run_id))
-    model.metadata.update(model_line=model_line, version=fetched.version)
-    return fetched.version
+    found = pod_steps.fetch_model(Pod(store_uri, model_line, run_id), given, shards, publishes=publishes)
+    inputs.metadata.update(write_reference(found.inputs, inputs.path))
+    return found.code, found.shards

@@ -9,37 +9,27 @@ from components._image import component
 
 @component
 def merge_scores(
-    model: dsl.Input[dsl.Model],
-    forget_manifest_uri: str,
     shards: dsl.Input[List[dsl.Artifact]],  # noqa: UP006
-    density: float,
+    store_uri: str,
+    model_line: str,
+    run_id: str,
     mask: dsl.Output[dsl.Artifact],
-    model_line: str = "local",
-    store_uri: str = "",
-    run_id: str = "",
+    density: float = 0.5,
 ) -> None:
     """Sum the shards and keep the most salient weights; the mask equals that of one process.
 
     Args:
-        model: The model before unlearning.
-        forget_manifest_uri: Address of the forget set.
-        shards: The sums of all shards, in any order.
+        shards: References to the sums of all shards, in any order.
+        store_uri: The object store that holds the model lines, as s3://bucket/prefix.
+        model_line: Name of the model line.
+        run_id: Id of the run.
+        mask: Reference to the mask: a safetensors file of packed bits.
         density: Share of the weights to keep salient, above 0 and at most 1.
-        mask: The mask: a safetensors file of packed bits.
-        model_line: Name of the model line, for the metrics.
-        store_uri: The object store of the deletion ledger, as s3://bucket/prefix; empty without a ledger.
-        run_id: Id of the run, to record its progress in the ledger.
-
-    Raises:
-        UsageError: A shard is missing or given twice, or the density is wrong.
-        IntegrityError: A shard is damaged, or belongs to another model or forget set.
-        ConflictError: The run has ended: another run settled it.
     """
-    from pathlib import Path
+    from salun_core.steps import pod_steps
+    from salun_core.steps.pod import Pod
+    from salun_core.steps.reference import write_reference
 
-    from salun_core.steps.context import RunContext
-    from salun_core.steps.mask import merge_scores as step
-
-    context = RunContext(Path(model.path), forget_manifest_uri, model_line, store_uri, run_id)
-    merged = step(context, [Path(shard.path) for shard in shards], density, Path(mask.path))
-    mask.metadata.update(density=merged.density, digest=merged.digest)
+    pod = Pod(store_uri, model_line, run_id)
+    made = pod_steps.merge_scores(pod, [shard.path for shard in shards], density)
+    mask.metadata.update(write_reference(made, mask.path))

@@ -1,10 +1,14 @@
 """The purge of a deletion sweep as a component."""
 
+from typing import NamedTuple
+
 from components._image import component
 
 
 @component
-def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False, run_id: str = "") -> int:
+def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False, run_id: str = "") -> NamedTuple(  # type: ignore[valid-type]
+    "Outputs", [("deleted", int), ("problem", str)]
+):
     """Delete expired forget sets, masks, superseded weights and orphans, and add addenda to the certificates.
 
     Args:
@@ -14,15 +18,9 @@ def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False, 
         run_id: Id of the run, for the log.
 
     Returns:
-        How many objects were deleted.
-
-    Raises:
-        UsageError: A certificate needs an addendum and the signing key is missing; nothing was deleted.
-        IntegrityError: An object is damaged, so it is unknown what is still needed; nothing was deleted.
+        deleted: How many objects were deleted.
+        problem: Why nothing was deleted, in one line; empty if all is well. It does not stop the sweep.
     """
-    from salun_core.certificates.keys import find_signing_key
-    from salun_core.steps.purge import purge_store as step
+    from salun_core.steps import pod_steps
 
-    key = find_signing_key()
-    report = step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run_id)
-    return report.total.keys
+    return tuple(pod_steps.purge(store_uri, pipeline_root, run_id, dry_run=dry_run))

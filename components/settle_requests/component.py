@@ -1,4 +1,4 @@
-"""The last step of a deletion sweep as a component: it always runs."""
+"""The exit handler of a run as a component: it always runs."""
 
 from typing import NamedTuple
 
@@ -9,35 +9,31 @@ from components._image import component
 
 @component
 def settle_requests(
-    store_uri: str,
-    model_line: str,
-    run_id: str,
-    final_status: dsl.PipelineTaskFinalStatus,
+    store_uri: str, model_line: str, run_id: str, final_status: dsl.PipelineTaskFinalStatus
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Outputs", [("status", str), ("completed", int), ("queued", int), ("failed", int)]
 ):
-    """Certify the requests of a published run, requeue those of a failed run, and release the model line.
+    """Settle a run whose steps did not: certify, or queue its requests again, and release the model line.
 
-    The state of the store decides, not how the steps ended. The step is idempotent.
+    The state of the store decides, not how the steps ended. The step is idempotent, and needs nothing of the run form.
 
     Args:
-        store_uri: The object store that holds the model lines and the requests, as s3://bucket/prefix.
+        store_uri: The object store that holds the model lines, as s3://bucket/prefix.
         model_line: Name of the model line.
         run_id: Id of the run.
         final_status: Status of the previous steps; Kubeflow fills it in.
 
     Returns:
         status: How the run ended: published, gate_refused, stale_parent or failed; empty if it claimed nothing.
-        completed: Requests that were erased and certified.
-        queued: Requests that are queued again.
+        completed: Requests that were erased and certified now.
+        queued: Requests that are queued again now.
         failed: Requests that a person must look at.
-
-    Raises:
-        UsageError: A certificate is due and the signing key is missing.
     """
-    from salun_core.steps.settle import settle_requests as step
+    from salun_core.steps import pod_steps
+    from salun_core.steps.pod import Pod
 
-    settled = step(store_uri, model_line, run_id)
+    pod = Pod(store_uri, model_line, run_id)
+    settled = pod_steps.settle(pod, final_status.state, final_status.error_message or "")
     counts = len(settled.completed), len(settled.queued), len(settled.failed)
     print(f"the steps ended as {final_status.state}, run {run_id} as {settled.status or 'nothing claimed'}")
     return str(settled.status or ""), *counts

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -39,6 +40,7 @@ class RunState(StrEnum):
     WRONG_INPUT = "wrong_input"
     DAMAGED = "damaged"
     SETTLED_BEFORE = "settled_before"
+    COMPLETED = "completed"
     FAILED = "failed"
     KILLED = "killed"
 
@@ -53,10 +55,11 @@ EXIT_CODES: Mapping[RunState, int] = {
     RunState.WRONG_INPUT: 2,
     RunState.DAMAGED: 5,
     RunState.SETTLED_BEFORE: 4,
+    RunState.COMPLETED: 0,
     RunState.FAILED: 1,
     RunState.KILLED: 1,
 }
-"""Exit codes of `submit --wait` and `status`; a sweep that finds its line held ends with 0, as the next one tries."""
+"""The exit code of `submit --wait` by state; a sweep that finds its line held writes 0, as the next one tries again."""
 
 
 class OutcomeRecord(StoredDocument):
@@ -71,6 +74,7 @@ class OutcomeRecord(StoredDocument):
     next: str = Field(default="", max_length=500, description="the command or the change that comes next")
     step: str = Field(default="", max_length=64, description="the step that works, or that ended the run")
     at: UtcTime = Field(description="when it was written, ISO 8601 in UTC")
+    fault: bool = Field(default=False, description="whether the step at work ended with the fault that `text` names")
     report: str = Field(default="", max_length=1000, description="address of the report; empty if there is none")
     version: str = Field(default="", max_length=64, description="digest of the version that was published")
     completed: Count = Field(default=0, description="requests that were erased and certified")
@@ -121,8 +125,36 @@ def write_outcome(store: ObjectStore, outcome: OutcomeRecord) -> OutcomeRecord:
         return outcome
 
 
+def add_counts(store: ObjectStore, run: str, completed: int, queued: int, failed: int) -> OutcomeRecord | None:
+    """Add to a final outcome what became of the requests; its other fields stay. Repeating it is harmless.
+
+    Returns:
+        The outcome that is stored now; None if there is none.
+
+    Raises:
+        IntegrityError: the stored document is damaged.
+        StoreError: the store is unreachable or refuses the credentials.
+    """
+    key, counts = run_key(run, OUTCOME_FILE), {"completed": completed, "queued": queued, "failed": failed}
+    while (stored := store.get(key)) is not None:
+        there = parse_stored(OutcomeRecord, stored.data, key)
+        changed = there.model_copy(update=counts)
+        # A second settling finds nothing left to settle: its zeros do not replace what the first one counted.
+        if not there.final or not any(counts.values()) or changed == there:
+            return there
+        with suppress(ConflictError):  # another step wrote meanwhile: read it again
+            store.put_if(key, changed.canonical(), stored.etag)
+            return changed
+    return None
+
+
 def new_outcome(
-    run: str, line: str, state: RunState, text: str, clock: Clock = utc_clock, **fields: object
+    run: str,
+    line: str,
+    state: RunState,
+    text: str,
+    clock: Clock = utc_clock,
+    **fields: Any,  # noqa: ANN401 - of the record
 ) -> OutcomeRecord:
     """Return an outcome with its time and its exit code.
 

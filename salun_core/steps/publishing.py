@@ -137,9 +137,9 @@ def gate_and_publish(
         files = {EVIDENCE: report.with_name(_GATED), DECISION: report.with_name(DECISION), REPORT: report}
         write_evidence(files[EVIDENCE], measured)
         write_decision(files[DECISION], decision)
-        if not decision.passed and context.run:
-            for name, path in files.items():  # neither weights nor sample ids are in them
-                store.upload(path, run_key(context.run, name))
+        if context.run:  # neither weights nor sample ids are in these files; a version has its own copy of them
+            for name in (REPORT,) if decision.passed else files:
+                store.upload(files[name], run_key(context.run, name))
         decision.require()
         context.advance(RunStatus.GATED, "gate_publish")
         version = _published_before(context, parent, candidate.digest)

@@ -7,11 +7,12 @@ them. The module imports neither torch nor boto3, so that `salun --help` stays f
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from pydantic import Field, model_validator
 
-from salun_core.config import Document, with_current_names
+from salun_core.config import Document, parse, parse_text, with_current_names
 from salun_core.methods.recipe import Recipe
 from salun_core.sweeps.policy import BatchLimits
 
@@ -96,5 +97,28 @@ class ShardedMaskForm(RunForm):
     """The parameters of a mask that is computed in shards: those of the pipeline salun-sharded-mask."""
 
     forget_manifest_uri: str = _FORGET
-    shards: list[str] = Field(description='All shards, as a JSON list: ["1/2", "2/2"] for two.')
+    shards: int = Field(default=1, ge=1, le=256, description="Number of pods that share the scores.")
     density: float = _DENSITY
+
+
+F = TypeVar("F", bound=RunForm)
+
+
+def read_form(kind: type[F], given: Mapping[str, Any]) -> F:
+    """Build a run form from the parameters of a step, which kfp passes by name.
+
+    Args:
+        kind: the form.
+        given: values by name; settings of a method are JSON text, former names that are empty do not count, and what
+            the form does not have is left out.
+
+    Raises:
+        UsageError: a value is missing or out of range; all are named.
+    """
+    fields = {name: value for name, value in given.items() if name in kind.model_fields}
+    for old, new in OLD_NAMES.items():
+        if given.get(old) and new in kind.model_fields and not fields.get(new):
+            fields[new] = given[old]
+    if isinstance(text := fields.get("method_config"), str):
+        fields["method_config"] = parse_text(text, "method_config") if text.strip() else {}
+    return parse(kind, fields, "the run form")

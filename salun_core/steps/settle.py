@@ -13,7 +13,13 @@ from salun_core.times import Clock, utc_clock
 
 
 def settle_requests(
-    store_uri: str, model_line: str, run: str, *, key: Path | None = None, clock: Clock = utc_clock
+    store_uri: str,
+    model_line: str,
+    run: str,
+    *,
+    key: Path | None = None,
+    clock: Clock = utc_clock,
+    keep_scratch: bool = False,
 ) -> Settled:
     """Settle a run; see `sweeps.settle.settle`. The run's record holds all that is needed.
 
@@ -23,6 +29,7 @@ def settle_requests(
         run: id of the run; it may have claimed nothing.
         key: file of the signing key; by default the one that $SALUN_SIGNING_KEY names.
         clock: returns the time.
+        keep_scratch: leave the run's scratch files to a later call.
 
     Returns:
         How the run ended.
@@ -32,4 +39,6 @@ def settle_requests(
     """
     with observed("settle_requests", model_line, run):
         store = open_store(store_uri)
-        return settle(SweepContext(store, clock, ModelCertifier(store, key)), model_line, run)
+        return settle(
+            SweepContext(store, clock, ModelCertifier(store, key)), model_line, run, keep_scratch=keep_scratch
+        )

@@ -170,7 +170,7 @@ _FIELDS: Mapping[str, _Field] = {
     },
     "digest": _Field(_check_digest_text, r"[0-9a-f]{64}"),
     "name": _Field(check_file_name, _FILE.pattern),
-    "path": _Field(check_file_name, r".+"),  # what others wrote below such a folder belongs to it too
+    "path": _Field(check_key, r".+"),  # of one file or in folders; what others wrote there belongs to it too
     "number": _counter(6),
     "second": _counter(10),
 }

@@ -73,13 +73,14 @@ class Settled:
     failed: Sequence[str] = ()
 
 
-def settle(context: SweepContext, line: str, run: str) -> Settled:
+def settle(context: SweepContext, line: str, run: str, *, keep_scratch: bool = False) -> Settled:
     """Settle a run, delete its scratch files, and release the lease. Repeating it gives the same answer.
 
     Args:
         context: of the sweep.
         line: the model line.
         run: the run; it may have claimed nothing.
+        keep_scratch: leave its scratch files to a later call: the step that settles may be repeated, and reads them.
 
     Returns:
         How the run ended, with the requests that are still as it left them.
@@ -89,7 +90,7 @@ def settle(context: SweepContext, line: str, run: str) -> Settled:
     """
     record = context.runs.read(run)
     settled = _settle_unrecorded(context, line, run) if record is None else _settle_recorded(context, record)
-    for entry in context.store.list(scratch_prefix(run)):
+    for entry in () if keep_scratch else context.store.list(scratch_prefix(run)):
         context.store.delete(entry.key)
     release(context.store, line, run)
     return settled

@@ -109,7 +109,9 @@ METHOD_LABELS = (
 # sample or subject can become a label.
 LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
     "pipeline": tuple(
-        f"salun-{name}{suffix}" for name in ("unlearning", "deletion-sweep", "sharded-mask") for suffix in ("", "-cpu")
+        f"salun-{name}{suffix}"
+        for name in ("unlearning", "deletion-sweep", "deletion-sweep-compact", "sharded-mask")
+        for suffix in ("", "-cpu")
     ),
     "step": (
         "claim_requests",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kfp import dsl
@@ -15,6 +16,7 @@ from components.evaluate import evaluate
 from components.fetch_model import fetch_model
 from components.unlearn import unlearn
 from salun_core.models import load_model
+from salun_core.steps.reference import Reference, read_reference
 from salun_core.storage import open_store
 from salun_core.storage.s3 import S3Store
 from salun_core.tasks import register_model
@@ -23,37 +25,70 @@ LINE = "digits"
 QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005})
 
 
-@dataclass(frozen=True)
-class Chain:
-    """What the first four components made on a fresh store."""
+@dataclass
+class Run:
+    """A run on a fresh store, and the artifacts of its steps so far."""
 
     store: S3Store
-    forget_uri: str
     parent: str
-    fetched: str
-    before: dsl.Model
-    mask: dsl.Artifact
-    after: dsl.Model
-    evidence: dsl.Artifact
-    metrics: dsl.Metrics
-    classification: dsl.ClassificationMetrics
-    report: dsl.HTML
+    forget_uri: str
+    forgotten: list[str]
+    folder: Path
+    name: str = "run-1"
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def address(self) -> dict[str, str]:
+        return {"store_uri": self.store.uri, "model_line": LINE, "run_id": self.name}
+
+    def artifact(self, name: str, kind: Any = dsl.Artifact) -> Any:
+        self.made[name] = kind(uri=str(self.folder / name))
+        return self.made[name]
+
+    def reference(self, name: str) -> Reference:
+        return read_reference(self.made[name].path)
+
+    def fetch(self, **changes: Any) -> Any:
+        given = {"forget_manifest_uri": self.forget_uri, "method_config": QUICK, **changes}
+        return fetch_model.python_func(**self.address, **given, inputs=self.artifact("inputs"))
+
+    def mask(self, **changes: Any) -> None:
+        compute_mask.python_func(self.made["inputs"], **self.address, mask=self.artifact("mask"), **changes)
+
+    def unlearn(self, **changes: Any) -> None:
+        given = {"method_config": QUICK, **changes}
+        unlearn.python_func(self.made["mask"], **self.address, unlearned=self.artifact("after"), **given)
+
+    def evaluate(self, **changes: Any) -> None:
+        self.made |= {"metrics": dsl.Metrics(), "classification": dsl.ClassificationMetrics()}
+        measured = {name: self.made[name] for name in ("metrics", "classification")}
+        report, evidence = self.artifact("report", dsl.HTML), self.artifact("evidence")
+        evaluate.python_func(
+            self.made["after"], **self.address, evidence=evidence, report=report, **measured, **changes
+        )
+
+
+def new_run(model: Path, folder: Path) -> Run:
+    """Return a run on a fresh store with one model line, and a tenth of its training data to forget."""
+    store = open_store(f"s3://salun/{secrets.token_hex(8)}")
+    split = load_model(model).split
+    parent = register_model(store, LINE, model, "train", len(split.train))
+    ids = sorted(split.train)[::10]
+    store.put_new("forget.json", json.dumps({"kind": "samples", "ids": ids}).encode())
+    return Run(store, parent, f"{store.uri}/forget.json", ids, folder)
+
+
+@pytest.fixture
+def run(s3_server, digits_model, tmp_path):
+    return new_run(digits_model, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def chain(s3_server, digits_model, tmp_path_factory):
-    folder: Path = tmp_path_factory.mktemp("chain")
-    store = open_store(f"s3://salun/{secrets.token_hex(8)}")
-    split = load_model(digits_model).split
-    parent = register_model(store, LINE, digits_model, "train", len(split.train))
-    forget_uri = f"{store.uri}/forget.json"
-    store.put_new("forget.json", json.dumps({"kind": "samples", "ids": sorted(split.train)[::10]}).encode())
-    uris = {name: str(folder / name) for name in ("before", "mask", "after", "evidence", "report")}
-    before, after = dsl.Model(uri=uris["before"]), dsl.Model(uri=uris["after"])
-    mask, evidence = dsl.Artifact(uri=uris["mask"]), dsl.Artifact(uri=uris["evidence"])
-    measured = dsl.Metrics(), dsl.ClassificationMetrics(), dsl.HTML(uri=uris["report"])
-    fetched = fetch_model.python_func(store.uri, LINE, forget_uri, before)
-    compute_mask.python_func(before, forget_uri, 0.5, mask)
-    unlearn.python_func(before, mask, forget_uri, after, method_config=QUICK)
-    evaluate.python_func(before, after, mask, forget_uri, evidence, *measured)
-    return Chain(store, forget_uri, parent, fetched, before, mask, after, evidence, *measured)
+    """A run whose first four components have worked."""
+    made = new_run(digits_model, tmp_path_factory.mktemp("chain"))
+    assert made.fetch()[0] == 0
+    made.mask()
+    made.unlearn()
+    made.evaluate()
+    return made

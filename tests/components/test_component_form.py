@@ -30,7 +30,8 @@ def body_lines(function):
 
 
 def test_all_steps_are_there():
-    assert {*RUN, "score_shard", "merge_scores", "claim_requests", "settle_requests", "purge_store"} == set(NAMES)
+    others = {"score_shard", "merge_scores", "claim_requests", "settle_requests", "purge_store"}
+    assert {*RUN, *others, "conclude", "sweep_compact"} == set(NAMES)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=NAMES)

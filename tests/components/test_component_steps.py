@@ -2,187 +2,374 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 from kfp import dsl
 
 from components.claim_requests import claim_requests
-from components.compute_mask import compute_mask
-from components.evaluate import evaluate
-from components.fetch_model import fetch_model
+from components.conclude import conclude
 from components.gate_publish import gate_publish
 from components.settle_requests import settle_requests
-from components.unlearn import unlearn
-from salun_core.config import load
+from components.sweep_compact import sweep_compact
+from salun_core.certificates.keys import create_key
 from salun_core.data.targets import ClassTarget
-from salun_core.errors import ConflictError, DataError, GateRefusedError, IntegrityError, UsageError
-from salun_core.evaluation import Evidence
-from salun_core.gate import GateDecision
 from salun_core.models import load_model
 from salun_core.registry.lookup import ancestry, read_head, read_version
 from salun_core.registry.versions import publish
 from salun_core.requests.ledger import Ledger
+from salun_core.requests.schema import Status
 from salun_core.saliency import SaliencyMask
-from salun_core.storage.keys import run_key
+from salun_core.steps import pod
+from salun_core.steps.outcome import read_outcome
+from salun_core.steps.reference import Kind, Scratch
+from salun_core.storage.keys import certificate_key, run_key
+from salun_core.storage.leases import acquire, holder_of, release
 from salun_core.times import utc_clock
+from tests.components.conftest import LINE, QUICK
 
 pytestmark = pytest.mark.s3
+FAILED = dsl.PipelineTaskFinalStatus("FAILED", "job", "exit-handler-1", None, None)
 
 
-def test_fetch_model_returns_head(chain):
-    assert chain.fetched == chain.parent
-    assert chain.before.metadata == {"model_line": "digits", "version": chain.parent}
-    assert load_model(Path(chain.before.path)).card.architecture == "resnet8"
+def concluded(run, capfd):
+    """Return the exit code and the last line of the last step."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        conclude.python_func(**run.address)
+    return ended.value.code, capfd.readouterr().err.splitlines()[-1]
 
 
-def test_fetch_model_refuses_an_unknown_line(chain, tmp_path):
-    with pytest.raises(UsageError, match="has no HEAD"):
-        fetch_model.python_func(chain.store.uri, "digitz", chain.forget_uri, dsl.Model(uri=str(tmp_path / "model")))
+def ended(run):
+    return read_outcome(run.store, run.name)
 
 
-def test_fetch_model_refuses_to_forget_everything(chain, tmp_path):
+def test_fetch_model_fixes_head_and_moves_no_weights(chain):
+    inputs = chain.reference("inputs")
+    assert (inputs.kind, inputs.facts["version"]) == (Kind.INPUTS, chain.parent)
+    assert inputs.facts["forget_samples"] == len(chain.forgotten)
+    assert chain.made["inputs"].metadata == inputs.metadata
+    assert set(inputs.files) == {"inputs.json"}
+    assert not [entry.key for entry in chain.store.list("scratch/run-1/inputs/") if entry.size > 2000]
+
+
+def test_fetch_model_names_the_shards(run):
+    assert run.fetch(shards=3, publishes=False) == (0, ["1/3", "2/3", "3/3"])
+    assert holder_of(run.store, LINE) is None
+
+
+WRONG = {
+    "an unknown method": ({"method": "salum"}, "salum"),
+    "a method's unknown setting": ({"method_config": '{"epochz": 2}'}, "epochz"),
+    "settings that are no object": ({"method_config": "[1, 2]"}, "method_config"),
+    "a density above one": ({"density": 1.5}, "density"),
+    "an unknown policy": ({"policy_uri": "nobody"}, "nobody"),
+    "an unknown metric": ({"extra_metrics": "lirra"}, "lirra"),
+    "a forget set that does not exist": ({"forget_manifest_uri": "s3://salun/none.json"}, "none.json"),
+}
+
+
+@pytest.mark.parametrize(("changes", "named"), WRONG.values(), ids=WRONG)
+def test_the_first_step_refuses_wrong_input_with_an_outcome(run, capfd, changes, named):
+    code, shards = run.fetch(**changes)
+    assert (code, shards) == (2, [])
+    assert ended(run).state == "wrong_input"
+    assert named in ended(run).text
+    assert run.reference("inputs").kind is Kind.NOTHING
+    code, line = concluded(run, capfd)
+    assert code == 2
+    assert line.startswith("Error: ")
+    assert named in line
+    settle_requests.python_func(**run.address, final_status=FAILED)
+    assert holder_of(run.store, LINE) is None
+    assert ended(run).state == "wrong_input"
+
+
+def test_fetch_model_refuses_to_forget_everything(run, digits_model, tmp_path):
     everything = tmp_path / "all.json"
-    split = load_model(Path(chain.before.path)).split
-    everything.write_text(json.dumps({"kind": "samples", "ids": sorted(split.train)}))
-    with pytest.raises(DataError):
-        fetch_model.python_func(chain.store.uri, "digits", str(everything), dsl.Model(uri=str(tmp_path / "model")))
+    everything.write_text(json.dumps({"kind": "samples", "ids": sorted(load_model(digits_model).split.train)}))
+    assert run.fetch(forget_manifest_uri=str(everything))[0] == 1
+    assert ended(run).state == "wrong_input"
 
 
-def test_compute_mask_writes_the_mask(chain):
-    mask = SaliencyMask.load(chain.mask.path)
-    assert chain.mask.metadata == {"density": mask.density, "digest": mask.digest}
-    assert mask.density == pytest.approx(0.5, abs=1e-4)
+def test_a_second_run_of_the_line_ends_with_line_held(run, capfd):
+    acquire(run.store, LINE, "run-0", 600)
+    assert run.fetch()[0] == 4
+    assert ended(run).state == "line_held"
+    assert "run-0" in concluded(run, capfd)[1]
 
 
-def test_compute_mask_refuses_a_wrong_density(chain, tmp_path):
-    with pytest.raises(UsageError, match="density"):
-        compute_mask.python_func(chain.before, chain.forget_uri, 1.5, dsl.Artifact(uri=str(tmp_path / "mask")))
-    assert not (tmp_path / "mask").exists()
+def test_compute_mask_writes_the_mask(chain, tmp_path):
+    reference = chain.reference("mask")
+    mask = SaliencyMask.load(Scratch(chain.store, chain.name).get(reference, tmp_path) / "mask.safetensors")
+    assert mask.density == pytest.approx(0.5, abs=1e-4) == reference.facts["density"]
+    assert reference.find(Kind.INPUTS) == chain.reference("inputs")
 
 
-def test_unlearn_writes_a_child_of_the_model(chain):
-    before, after = (load_model(Path(item.path)) for item in (chain.before, chain.after))
-    assert after.card.parent == before.digest
-    assert after.digest != before.digest
-    assert chain.after.metadata["method"] == "salun"
+def test_no_mask_is_made_for_a_method_that_takes_none(run):
+    run.fetch(method="finetune")
+    run.mask(method="finetune")
+    assert run.reference("mask").files == {}
+    assert not list(run.store.list("scratch/run-1/mask/"))
+    run.unlearn(method="finetune")
+    assert run.reference("after").facts["method"] == "finetune"
 
 
-def test_unlearn_refuses_the_mask_of_another_forget_set(chain, tmp_path):
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps({"kind": "class", "class_id": 3}))
-    with pytest.raises(IntegrityError, match="forget set of the mask"):
-        unlearn.python_func(chain.before, chain.mask, str(other), dsl.Model(uri=str(tmp_path / "after")))
+def test_unlearn_writes_a_child_of_the_model(chain, digits_model, tmp_path):
+    after = load_model(Scratch(chain.store, chain.name).get(chain.reference("after"), tmp_path))
+    before = load_model(digits_model)
+    assert (after.card.parent, after.digest != before.digest) == (before.digest, True)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '{"epochz": 2}', "{"])
-def test_unlearn_refuses_a_wrong_configuration(chain, tmp_path, text):
-    with pytest.raises(UsageError):
-        unlearn.python_func(
-            chain.before, chain.mask, chain.forget_uri, dsl.Model(uri=str(tmp_path / "after")), method_config=text
-        )
-    assert not (tmp_path / "after").exists()
+def test_a_changed_file_is_refused(run):
+    run.fetch()
+    run.mask()
+    reference = run.reference("mask")
+    key = reference.uri.removeprefix(f"{run.store.uri}/") + "/mask.safetensors"
+    run.store.delete(key)
+    run.store.put_new(key, b"another mask")
+    run.unlearn()
+    assert ended(run).state == "damaged"
+    assert run.reference("after").kind is Kind.NOTHING
+
+
+def test_a_changed_forget_set_is_refused(run):
+    run.fetch()
+    (key,) = [entry.key for entry in run.store.list("scratch/run-1/forget/")]
+    document = json.loads(run.store.get(key).data)
+    run.store.delete(key)
+    run.store.put_new(key, json.dumps({**document, "ids": document["ids"][1:]}).encode())
+    run.mask()
+    assert ended(run).state == "damaged"
+    assert "forget set of the run" in ended(run).text
+
+
+def test_an_artifact_that_names_another_place_is_refused(run):
+    run.fetch()
+    path = Path(run.made["inputs"].path)
+    path.write_text(path.read_text().replace("scratch/run-1", "scratch/run-2"))
+    run.mask()
+    assert ended(run).state == "damaged"
+    assert "another place" in ended(run).text
 
 
 def test_evaluate_logs_the_evidence(chain):
-    evidence = load(Evidence, Path(chain.evidence.path))
-    logged = chain.metrics.metadata
+    logged = chain.made["metrics"].metadata
     assert {"UA_after", "RA_after", "TA_after", "MIA_after", "mask_density"} <= set(logged)
-    assert logged["TA_before"] == evidence.metrics["TA"].before
     assert all(isinstance(value, float) and math.isfinite(value) for value in logged.values())
-    matrix = chain.classification.metadata["confusionMatrix"]
-    assert [row["row"] for row in matrix["rows"]] == evidence.confusion
-    assert [item["displayName"] for item in matrix["annotationSpecs"]] == evidence.classes
-    assert "reference" not in evidence.roc
-    assert Path(chain.report.path).read_text(encoding="utf-8").rstrip().endswith("</html>")
+    matrix = chain.made["classification"].metadata["confusionMatrix"]
+    assert len(matrix["rows"]) == len(matrix["annotationSpecs"]) == 10
+    assert Path(chain.made["report"].path).read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert set(chain.reference("evidence").files) == {"evidence.json"}
 
 
-def test_evaluate_retrains_when_asked_to(chain, tmp_path):
-    metrics, report = dsl.Metrics(), dsl.HTML(uri=str(tmp_path / "report"))
-    evidence = dsl.Artifact(uri=str(tmp_path / "evidence"))
-    evaluate.python_func(
-        chain.before,
-        chain.after,
-        chain.mask,
-        chain.forget_uri,
-        evidence,
-        metrics,
-        dsl.ClassificationMetrics(),
-        report,
-        retrain_reference=True,
-    )
-    assert 0 < metrics.metadata["RA_reference"] <= 1
-    assert metrics.metadata["gap_after"] >= 0
-    assert metrics.metadata["seconds_reference"] > 0
+def test_a_step_after_a_verdict_passes_on(run, monkeypatch):
+    run.fetch(density=2.0)
+    monkeypatch.setattr(pod, "lease_renewed", None)  # no later step may work
+    run.mask()
+    run.unlearn()
+    run.evaluate()
+    assert {run.reference(name).kind for name in ("mask", "after", "evidence")} == {Kind.NOTHING}
+    assert run.made["metrics"].metadata == {}
+    assert "No report" in Path(run.made["report"].path).read_text(encoding="utf-8")
+    assert ended(run).step == "fetch_model"
 
 
-def judge(chain, folder, **changes):
-    """Call the last component: (decision, report, the digest that it returned)."""
-    decision, report = dsl.Artifact(uri=str(folder / "decision")), dsl.HTML(uri=str(folder / "report"))
-    artifacts = {"before": chain.before, "after": chain.after, "mask": chain.mask, "evidence": chain.evidence}
-    place = {"store_uri": chain.store.uri, "model_line": "digits", "forget_manifest_uri": chain.forget_uri}
-    given = {**artifacts, **place, "parent": chain.parent, "decision": decision, "report": report, **changes}
-    return decision, report, gate_publish.python_func(**given)
+def gate(run, **changes):
+    """Call the last working component: (decision, report, summary)."""
+    made = run.artifact("decision"), run.artifact("judged", dsl.HTML), run.artifact("summary", dsl.Markdown)
+    named = dict(zip(("decision", "report", "summary"), made, strict=True))
+    gate_publish.python_func(run.made["evidence"], **run.address, **named, **changes)
+    return run.reference("decision"), *(Path(item.path).read_text(encoding="utf-8") for item in made[1:])
 
 
-def test_gate_publish_refuses_publishes_and_may_be_repeated(chain, tmp_path):
-    """One test, because each part changes the line for the next one."""
+def test_a_refused_gate_is_an_outcome_with_its_report(chain, tmp_path, capfd):
     strict = tmp_path / "strict.json"
     rule = {"metric": "TA", "op": ">=", "value": 1.0, "reason": "no model is perfect"}
     strict.write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
-    with pytest.raises(GateRefusedError):
-        judge(chain, tmp_path, policy_uri=str(strict), run_id="run-1")
-    assert read_head(chain.store, "digits")[0].version == chain.parent
-    assert chain.store.get(run_key("run-1", "decision.json")) is not None
-
-    decision, report, version = judge(chain, tmp_path, run_id="run-2")
-    assert read_head(chain.store, "digits")[0].version == version
-    assert read_version(chain.store, "digits", version).run == "run-2"
-    assert load(GateDecision, Path(decision.path)).passed
-    assert "run-2" not in decision.metadata.values()
-    assert Path(report.path).read_text(encoding="utf-8").rstrip().endswith("</html>")
-
-    assert judge(chain, tmp_path, run_id="run-2")[2] == version  # the pod was lost after publishing
-    assert len(ancestry(chain.store, "digits")) == 2
-    with pytest.raises(ConflictError, match="stale parent"):
-        judge(chain, tmp_path, run_id="run-3")
-
-    files = {name: Path(chain.after.path) / name for name in ("model.safetensors", "model.json", "split.json")}
-    fields = {"line": "digits", "parent": version, "method": "retrain", "lineage": {"trained_on": 1}}
-    newest = publish(chain.store, fields, files)[0].version
-    assert judge(chain, tmp_path, run_id="run-2")[2] == version  # and another version was published on top
-    assert read_head(chain.store, "digits")[0].version == newest
+    release(chain.store, LINE, chain.name)
+    refused = chain.__class__(**{**vars(chain), "name": "run-2", "folder": tmp_path, "made": {}})
+    refused.fetch()
+    refused.mask()
+    refused.unlearn()
+    refused.evaluate()
+    decision, report, summary = gate(refused, policy_uri=str(strict))
+    assert (decision.kind, decision.facts["state"]) == (Kind.NOTHING, "refused")
+    assert read_head(chain.store, LINE)[0].version == chain.parent
+    outcome = ended(refused)
+    assert (outcome.state, outcome.code, outcome.step) == ("refused", 3, "gate_publish")
+    assert outcome.report == f"{chain.store.uri}/runs/run-2/report.html"
+    assert chain.store.get(run_key("run-2", "report.html")).data.decode() == report
+    assert "| **fails** |" in summary
+    assert concluded(refused, capfd)[0] == 3
+    assert holder_of(chain.store, LINE) is None
 
 
-def test_gate_publish_refuses_another_model_as_parent(chain, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(chain.before.path, other)
-    shutil.copyfile(Path(chain.after.path) / "model.safetensors", other / "model.safetensors")
-    with pytest.raises(IntegrityError, match="model before"):
-        judge(chain, tmp_path, before=dsl.Model(uri=str(other)))
+def test_gate_publish_publishes_and_may_be_repeated(run, capfd):
+    """One test, because each part changes the line for the next one."""
+    run.fetch()
+    run.mask()
+    run.unlearn()
+    run.evaluate()
+    decision, report, summary = gate(run)
+    version = decision.facts["version"]
+    assert (read_head(run.store, LINE)[0].version, ended(run).version) == (version, version)
+    assert read_version(run.store, LINE, version).run == "run-1"
+    assert report.rstrip().endswith("</html>")
+    assert version[:12] in summary
+    assert holder_of(run.store, LINE) is None
+    assert concluded(run, capfd) == (0, f"published digits@{version[:12]}")
+
+    assert gate(run)[0].facts["version"] == version  # the pod was lost after publishing
+    assert len(ancestry(run.store, LINE)) == 2
+
+    files = Scratch(run.store, "run-1").get(run.reference("after"), run.folder / "copy")
+    fields = {"line": LINE, "parent": version, "method": "retrain", "lineage": {"trained_on": 1}}
+    names = ("model.safetensors", "model.json", "split.json")
+    newest = publish(run.store, fields, {name: files / name for name in names})[0].version
+    assert gate(run)[0].facts["version"] == version  # and another version was published on top
+    assert read_head(run.store, LINE)[0].version == newest
 
 
-def test_settled_run_publishes_nothing(chain, digits_line, store, tmp_path):
-    """Another process took the run over and settled it; its later results are refused."""
-    Ledger(store, utc_clock).submit("r-1", digits_line, ClassTarget(class_id=3))
-    claim = {"store_uri": store.uri, "model_line": digits_line, "run_id": "run-1", "min_requests": 1}
-    seen = claim_requests.python_func(**claim, dry_run=True)
-    assert seen[0] == 0
-    assert seen[-1] == "1 waiting; a batch is due: 1 waiting, and 1 make a batch"
+def test_a_stale_parent_is_an_outcome(run, capfd):
+    run.fetch()
+    run.mask()
+    run.unlearn()
+    run.evaluate()
+    files = Scratch(run.store, "run-1").get(run.reference("after"), run.folder / "copy")
+    fields = {"line": LINE, "parent": run.parent, "method": "import", "lineage": {"trained_on": 1}}
+    publish(run.store, fields, {name: files / name for name in ("model.safetensors", "model.json", "split.json")})
+    assert gate(run)[0].facts["state"] == "stale_parent"
+    assert concluded(run, capfd)[0] == 4
 
-    requests, forget_uri, *recipe, reason = claim_requests.python_func(**claim, method_config='{"epochs": 1}')
-    assert (requests, recipe, reason) == (1, ["salun", 0.5, '{"epochs": 1}'], "1 waiting, and 1 make a batch")
-    status = dsl.PipelineTaskFinalStatus("FAILED", "job", "exit-handler-1", None, None)
-    assert settle_requests.python_func(store.uri, digits_line, "run-1", status) == ("failed", 0, 1, 0)
 
-    with pytest.raises(ConflictError, match="run run-1 has ended"):
-        compute_mask.python_func(
-            chain.before,
-            chain.forget_uri,
-            0.5,
-            dsl.Artifact(uri=str(tmp_path / "mask")),
-            store_uri=store.uri,
-            run_id="run-1",
-        )
-    assert not (tmp_path / "mask").exists()
+@pytest.fixture
+def signed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SALUN_SIGNING_KEY", str(create_key(tmp_path / "keys" / "salun").private))
+
+
+def claim(run, **changes):
+    found = claim_requests.python_func(
+        **run.address, summary=run.artifact("claim", dsl.Markdown), **{"min_requests": 1, **changes}
+    )
+    return dict(zip(("requests", "forget", "method", "density", "config", "reason", "code"), found, strict=True))
+
+
+def test_claim_writes_why_there_is_nothing_to_do(run, signed):
+    found = claim(run)
+    assert (found["requests"], found["code"], found["reason"]) == (0, 0, "no request waits")
+    assert (ended(run).state, ended(run).code) == ("nothing_to_do", 0)
+    assert "no request waits" in Path(run.made["claim"].path).read_text(encoding="utf-8")
+
+
+def test_claim_tells_that_the_line_is_held(run, signed):
+    acquire(run.store, LINE, "run-0", 600)
+    found = claim(run)
+    assert (found["requests"], found["code"]) == (0, 0)
+    assert (ended(run).state, "run-0" in ended(run).text) == ("line_held", True)
+
+
+def test_claim_refuses_wrong_input_before_it_claims(run, signed):
+    Ledger(run.store, utc_clock).submit("r-1", LINE, ClassTarget(class_id=3))
+    assert claim(run, method="nobody")["code"] == 2
+    assert Ledger(run.store, utc_clock).status("r-1") is Status.QUEUED
+
+
+def test_claim_without_a_signing_key_claims_nothing(run, monkeypatch):
+    monkeypatch.delenv("SALUN_SIGNING_KEY", raising=False)
+    Ledger(run.store, utc_clock).submit("r-1", LINE, ClassTarget(class_id=3))
+    assert claim(run)["code"] == 2
+    assert Ledger(run.store, utc_clock).status("r-1") is Status.QUEUED
+
+
+def test_the_gate_step_settles_the_requests(run, signed):
+    ledger = Ledger(run.store, utc_clock)
+    ledger.submit("r-1", LINE, ClassTarget(class_id=3))
+    found = claim(run, method_config=QUICK)
+    assert (found["requests"], found["config"]) == (1, QUICK)
+    run.fetch(forget_manifest_uri=found["forget"])
+    run.mask()
+    run.unlearn()
+    run.evaluate()
+    gate(run)
+    assert ledger.status("r-1") is Status.COMPLETED
+    assert run.store.get(certificate_key("r-1")) is not None
+    assert (ended(run).state, ended(run).completed) == ("published", 1)
+    assert holder_of(run.store, LINE) is None
+    status = dsl.PipelineTaskFinalStatus("SUCCEEDED", "job", "exit-handler-1", None, None)
+    settle_requests.python_func(**run.address, final_status=status)
+    assert (ended(run).state, ended(run).completed) == ("published", 1)
+    assert not list(run.store.list("scratch/run-1/"))
+
+
+def test_the_exit_handler_names_the_step_that_was_killed(run, signed):
+    ledger = Ledger(run.store, utc_clock)
+    ledger.submit("r-1", LINE, ClassTarget(class_id=3))
+    found = claim(run, method_config=QUICK)
+    run.fetch(forget_manifest_uri=found["forget"])
+    run.mask()  # killed in the next step: nothing writes an outcome
+    pod.write_outcome(run.store, pod.new_outcome("run-1", LINE, pod.RunState.RUNNING, "unlearn works", step="unlearn"))
+    assert settle_requests.python_func(**run.address, final_status=FAILED) == ("failed", 0, 1, 0)
+    outcome = ended(run)
+    assert (outcome.state, outcome.code, outcome.step, outcome.queued) == ("killed", 1, "unlearn", 1)
+    assert "out of memory" in outcome.text
+    assert ledger.status("r-1") is Status.QUEUED
+    run.unlearn()  # a Retry from the browser: it works no more
+    assert run.reference("after").kind is Kind.NOTHING
+
+
+def test_a_run_that_another_one_settled_publishes_nothing(run, signed):
+    Ledger(run.store, utc_clock).submit("r-1", LINE, ClassTarget(class_id=3))
+    found = claim(run, method_config=QUICK)
+    run.fetch(forget_manifest_uri=found["forget"])
+    from salun_core.steps.settle import settle_requests as settle
+
+    settle(run.store.uri, LINE, "run-1", keep_scratch=True)
+    run.mask()
+    assert ended(run).state == "settled_before"
+
+
+def test_a_store_that_is_gone_ends_the_step_with_one_line(run, capfd, monkeypatch):
+    monkeypatch.setattr(pod, "PAUSES", (0.0,))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("SALUN_S3_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(SystemExit) as left:
+        run.fetch()
+    assert left.value.code == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("Error: fetch_model failed: ")
+    assert "no answer from http://127.0.0.1:9" in last
+
+
+def compact(run, **changes):
+    named = {"metrics": dsl.Metrics(), "classification": dsl.ClassificationMetrics()}
+    named |= {"report": run.artifact("report", dsl.HTML), "summary": run.artifact("summary", dsl.Markdown)}
+    run.made |= named
+    return sweep_compact.python_func(**run.address, **named, **{"min_requests": 1, "method_config": QUICK, **changes})
+
+
+def test_the_compact_sweep_does_all_in_one_step(run, signed):
+    ledger = Ledger(run.store, utc_clock)
+    ledger.submit("r-1", LINE, ClassTarget(class_id=3))
+    assert compact(run) == 0
+    assert ledger.status("r-1") is Status.COMPLETED
+    assert (ended(run).state, ended(run).completed) == ("published", 1)
+    assert run.made["metrics"].metadata["UA_after"] > 0
+    assert Path(run.made["report"].path).read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert holder_of(run.store, LINE) is None
+    assert not list(run.store.list("scratch/"))
+
+
+def test_the_compact_sweep_refuses_and_stays_idle_like_the_other(run, signed, tmp_path, capfd):
+    assert compact(run) == 0
+    assert ended(run).state == "nothing_to_do"
+    strict = tmp_path / "strict.json"
+    rule = {"metric": "TA", "op": ">=", "value": 1.0, "reason": "no model is perfect"}
+    strict.write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
+    run.name = "run-2"
+    Ledger(run.store, utc_clock).submit("r-1", LINE, ClassTarget(class_id=3))
+    assert compact(run, policy_uri=str(strict)) == 3
+    assert (ended(run).state, ended(run).queued) == ("refused", 1)
+    assert "**fails**" in Path(run.made["summary"].path).read_text(encoding="utf-8")
+    assert concluded(run, capfd)[0] == 3

@@ -28,6 +28,7 @@ class TrainedLine:
     parent: str
     forget_uri: str
     forgotten: tuple[str, ...]
+    model: Path
 
     @property
     def head(self) -> str:
@@ -48,7 +49,7 @@ def trained(store, digits_model):
     parent = register_model(store, LINE, digits_model, "train", len(split.train))
     ids = sorted(split.train)[::10]
     store.put_new("forget.json", json.dumps({"kind": "samples", "ids": ids}).encode())
-    return TrainedLine(store, parent, f"{store.uri}/forget.json", tuple(ids))
+    return TrainedLine(store, parent, f"{store.uri}/forget.json", tuple(ids), digits_model)
 
 
 def messages(run):
@@ -74,7 +75,9 @@ def sweep():
     return read("salun-deletion-sweep")
 
 
-@pytest.fixture(params=["salun-unlearning", "salun-deletion-sweep", "salun-sharded-mask"])
+@pytest.fixture(
+    params=["salun-unlearning", "salun-deletion-sweep", "salun-deletion-sweep-compact", "salun-sharded-mask"]
+)
 def each(request):
     """Spec and platform of each pipeline that ships."""
     return read(request.param)

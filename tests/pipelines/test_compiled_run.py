@@ -3,6 +3,7 @@
 A gate that refuses is met in the deletion sweep (test_sweep_run.py), which runs the same steps.
 """
 
+import base64
 import json
 import re
 import signal
@@ -15,15 +16,17 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.local import LocalRun
 from salun_core.config import load
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
 from salun_core.registry.lookup import ancestry, read_version
 from salun_core.registry.versions import publish
+from tests.pipelines.leaks import artifacts, leaks, references
 
 pytestmark = [pytest.mark.s3, pytest.mark.e2e]
-STEPS = ["fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish"]
+STEPS = ["fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish", "conclude", "settle-requests"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,18 +39,25 @@ def artifacts_of(run, step):
 
 def test_green_run(trained, tmp_path):
     """One test because the run is long: what it published, wrote, logged, and did not show."""
-    said = []
-    run = trained.run(tmp_path, said.append)
+    said, secret = [], {}
+
+    def listen(line):
+        said.append(line)
+        if "Executing task evaluate" in line:  # mask and new weights are in our store now
+            keys = [entry.key for entry in trained.store.list("scratch/") if entry.key.endswith(".safetensors")]
+            secret.update({key.split("/")[2]: trained.store.get(key).data for key in keys})
+
+    run = trained.run(tmp_path, listen)
     published(trained, run, said)
     left_its_documents(run)
     handed_its_figures_to_kubeflow(run)
-    showed_no_sample_id(trained, run)
+    kept_nothing_that_was_to_be_forgotten(trained, run, secret)
 
 
 def published(trained, run, said):
     assert (run.exit_code, run.error) == (0, "")
     assert list(run.steps) == STEPS
-    assert [line for line in said if "Executing" in line][0] == "Executing task fetch-model (1 of 5)"
+    assert [line for line in said if "Executing" in line][0] == "Executing task fetch-model (1 of 8)"
     assert run.parent == trained.parent
     assert run.version == trained.head != trained.parent
     manifest = read_version(trained.store, "digits", run.version)
@@ -81,12 +91,40 @@ def handed_its_figures_to_kubeflow(run):
         assert page.rstrip().endswith("</html>")
 
 
-def showed_no_sample_id(trained, run):
-    log = run.files["run.log"].read_text(encoding="utf-8")
-    shown = [log, *(path.read_text() for path in run.folder.glob("steps/*/*/*/executor_output.json"))]
-    quoted = [f"{quote}{sample}{quote}" for sample in trained.forgotten for quote in "'\""]
-    assert not [sample for sample in quoted for text in shown if sample in text]
-    assert trained.parent in shown[0]  # where it would be found
+def kept_nothing_that_was_to_be_forgotten(trained, run, secret):
+    assert set(secret) == {"mask", "model"}
+    weights = [(trained.model / "model.safetensors").read_bytes(), *secret.values()]
+    assert leaks(run, trained.forgotten, weights) == []
+    found = references(run)
+    assert set(found) == {
+        f"{step}/{name}"
+        for step, name in {
+            "fetch-model": "inputs",
+            "compute-mask": "mask",
+            "unlearn": "unlearned",
+            "evaluate": "evidence",
+            "gate-publish": "decision",
+        }.items()
+    }
+    assert found["evaluate/evidence"].facts["forget_samples"] == len(trained.forgotten)
+    assert sum(path.stat().st_size for name, path in artifacts(run).items() if name in found) < 20_000
+    assert not list(trained.store.list(f"scratch/{run.run}/"))  # nor does it stay in our store
+
+
+def test_a_leak_would_be_found(trained, tmp_path, digits_model):
+    """The search finds an id, and a piece of a tensor, raw and in base64."""
+    place = tmp_path / "steps" / "a" / "b"
+    place.mkdir(parents=True)
+    (tmp_path / "run.log").write_text("")
+    run = LocalRun(tmp_path, files={"run.log": tmp_path / "run.log"})
+    weights = (digits_model / "model.safetensors").read_bytes()
+    assert leaks(run, trained.forgotten, [weights]) == []
+    (place / "one").write_text(f'"{trained.forgotten[0]}"')
+    (place / "two").write_bytes(weights[len(weights) // 3 :])
+    (place / "three").write_bytes(base64.b64encode(weights))
+    assert [text.split(":")[0] for text in leaks(run, trained.forgotten, [weights])] == [
+        f"steps/a/b/{name}" for name in ("one", "three", "two")
+    ]
 
 
 def test_stale_parent_is_red(trained, tmp_path, digits_model):
@@ -113,7 +151,8 @@ def test_wrong_line_is_a_usage_error(trained, tmp_path):
     assert result.exit_code == 2
     outcome = json.loads(result.stdout)
     assert outcome["exit_code"] == 2
-    assert list(outcome["seconds"]) == ["fetch-model"]
+    assert list(outcome["seconds"]) == ["fetch-model", "conclude-2", "settle-requests"]
+    assert outcome["outcome"]["state"] == "wrong_input"
     assert "model line digitz has no HEAD" in outcome["error"]
     assert "Error: model line digitz has no HEAD" in result.stderr
 

@@ -1,5 +1,6 @@
 """The compiled pipelines: what the lint accepts, and each defect that it must find."""
 
+import itertools
 import re
 
 import pytest
@@ -13,11 +14,29 @@ from salun_core.storage.s3_settings import VARIABLES
 from salun_core.telemetry.metrics import check_label
 
 GPU_STEPS = {"exec-compute-mask", "exec-unlearn", "exec-evaluate"}
+ENDS = {"conclude", "conclude-2"}
 STEPS = {
-    "salun-unlearning": {"fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish"},
-    "salun-sharded-mask": {"fetch-model", "score-shard", "merge-scores"},
+    "salun-unlearning": {
+        "fetch-model",
+        "compute-mask",
+        "unlearn",
+        "evaluate",
+        "gate-publish",
+        "settle-requests",
+        *ENDS,
+    },
+    "salun-sharded-mask": {"fetch-model", "score-shard", "merge-scores", *ENDS},
+    "salun-deletion-sweep-compact": {"sweep-compact", "settle-requests", "purge-store", "conclude"},
 }
-STEPS["salun-deletion-sweep"] = STEPS["salun-unlearning"] | {"claim-requests", "settle-requests", "purge-store"}
+STEPS["salun-deletion-sweep"] = STEPS["salun-unlearning"] | {"claim-requests", "purge-store"}
+COMPUTING = {
+    "salun-unlearning": GPU_STEPS,
+    "salun-deletion-sweep": GPU_STEPS,
+    "salun-deletion-sweep-compact": {"exec-sweep-compact"},
+    "salun-sharded-mask": {"exec-score-shard"},
+}
+SMALL = {"claim-requests", "fetch-model", "settle-requests", "purge-store", *ENDS}
+ACCELERATORS = ("gpu_count", "accelerator")
 
 
 def executors(documents):
@@ -29,7 +48,8 @@ def pods(documents):
 
 
 def tasks(documents):
-    return documents[0]["root"]["dag"]["tasks"]
+    """The steps of the group that works."""
+    return component(documents, "comp-condition-2")["dag"]["tasks"]
 
 
 def all_tasks(documents):
@@ -46,7 +66,7 @@ def test_shipped_pipelines_have_no_defect(each):
     assert lint(*each, IMAGE) == []
     name = f"{each[0]['pipelineInfo']['name']}-cpu.yaml"
     without = yaml.safe_load_all((COMPILED / name).read_text(encoding="utf-8"))
-    assert lint(*without, IMAGE, [name for name in PLACEMENT if name != "gpu_count"]) == []
+    assert lint(*without, IMAGE, [name for name in PLACEMENT if name not in ACCELERATORS]) == []
 
 
 def name_of(documents):
@@ -66,7 +86,37 @@ def undeclared_artifact(documents):
 
 
 def unknown_producer(documents):
-    tasks(documents)["evaluate"]["inputs"]["artifacts"]["after"]["taskOutputArtifact"]["producerTask"] = "train"
+    tasks(documents)["evaluate"]["inputs"]["artifacts"]["unlearned"]["taskOutputArtifact"]["producerTask"] = "train"
+
+
+def number_as_resource(documents):
+    """What the first release shipped: pods without their accelerator, and no error."""
+    component(documents, "comp-condition-2")["inputDefinitions"]["parameters"]["pipelinechannel--gpu_count"] = {
+        "parameterType": "NUMBER_INTEGER"
+    }
+
+
+def window_shorter_than_an_attempt(documents):
+    tasks(documents)["unlearn"]["retryPolicy"]["backoffMaxDuration"] = "600s"
+
+
+def no_time_limit(documents):
+    del pods(documents)["exec-unlearn"]["activeDeadlineSeconds"]
+
+
+def model_as_artifact(documents):
+    outputs = documents[0]["components"]["comp-unlearn"]["outputDefinitions"]["artifacts"]
+    outputs["unlearned"]["artifactType"] = {"schemaTitle": "system.Model", "schemaVersion": "0.0.1"}
+
+
+def group_without_a_name(documents):
+    component(documents, "comp-exit-handler")["dag"]["tasks"]["condition-2"]["taskInfo"]["name"] = "condition-2"
+
+
+def third_level(documents):
+    inner = {"dag": {"tasks": {"unlearn": tasks(documents)["unlearn"]}}}
+    documents[0]["components"]["comp-inner"] = inner
+    tasks(documents)["inner"] = {"componentRef": {"name": "comp-inner"}, "taskInfo": {"name": "inner"}}
 
 
 def resource_not_given(documents):
@@ -121,11 +171,17 @@ def ids_as_constant(documents):
     ("damage", "message"),
     [
         (undeclared_input, "componentInputParameter memory is not declared"),
-        (undeclared_in_a_pod, "root/unlearn: componentInputParameter zone is not declared"),
-        (undeclared_artifact, "root/unlearn: componentInputArtifact mask is not declared"),
-        (unknown_producer, "root/evaluate: producerTask train is not declared"),
-        (resource_not_given, "root/unlearn: its resources need pipelinechannel--memory"),
-        (caching, "root/unlearn: caching is on"),
+        (number_as_resource, "pipelinechannel--gpu_count is a resource, and NUMBER_INTEGER instead of STRING"),
+        (window_shorter_than_an_attempt, "unlearn: its attempts need 259200 s, and its window has 600 s"),
+        (no_time_limit, "unlearn: it has retries and no time limit"),
+        (model_as_artifact, "comp-unlearn: output unlearned is a system.Model"),
+        (group_without_a_name, "condition-2: the group has no name"),
+        (third_level, "inner: the graph is nested 3 levels deep"),
+        (undeclared_in_a_pod, "comp-condition-2/unlearn: componentInputParameter zone is not declared"),
+        (undeclared_artifact, "comp-condition-2/unlearn: componentInputArtifact mask is not declared"),
+        (unknown_producer, "comp-condition-2/evaluate: producerTask train is not declared"),
+        (resource_not_given, "comp-condition-2/unlearn: its resources need pipelinechannel--memory"),
+        (caching, "comp-condition-2/unlearn: caching is on"),
         (installer, "exec-evaluate: its command installs packages"),
         (foreign_image, "exec-fetch-model: image python:3.11"),
         (no_memory_limit, "exec-gate-publish: memory limit is missing"),
@@ -134,7 +190,7 @@ def ids_as_constant(documents):
         (tolerations_are_lost, "parameter tolerations reaches no executor"),
         (list_of_ids_as_default, "comp-unlearn: the default of ids is a list"),
         (ids_in_a_text, "root: the default of method is a list"),
-        (ids_as_constant, "root/unlearn: a constant is a list"),
+        (ids_as_constant, "comp-condition-2/unlearn: a constant is a list"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -145,32 +201,34 @@ def test_each_defect_is_found(documents, damage, message):
 
 def test_a_limit_inside_a_group_is_traced_through_it(documents):
     """kfp names an input of the group that nothing declares: the defect that the lint was written for."""
-    spec, _ = documents
-    inner = {"dag": {"tasks": {"unlearn": tasks(documents).pop("unlearn")}}}
-    spec["components"]["comp-condition"] = inner
-    outer = {"componentRef": {"name": "comp-condition"}, "inputs": {"parameters": {}}}
-    tasks(documents)["condition"] = outer
-    assert "comp-condition/unlearn: componentInputParameter cpu is not declared" in lint(*documents, IMAGE)
+    del component(documents, "comp-condition-2")["inputDefinitions"]["parameters"]["pipelinechannel--cpu"]
+    message = "comp-condition-2/unlearn: componentInputParameter pipelinechannel--cpu is not declared"
+    assert message in lint(*documents, IMAGE)
 
 
-def claim_memory_is_undeclared(sweep):
-    """What kfp compiles where nothing else in the exit handler asks for the memory."""
-    del component(sweep, "comp-exit-handler")["inputDefinitions"]["parameters"]["pipelinechannel--memory"]
+def tolerations_of_the_claim_are_undeclared(sweep):
+    """What kfp compiles where nothing else in the exit handler asks for them."""
+    del component(sweep, "comp-exit-handler")["inputDefinitions"]["parameters"]["pipelinechannel--tolerations"]
 
 
 def nested_caching(sweep):
-    all_tasks(sweep)["salun-unlearning"]["cachingOptions"] = {"enableCache": True}
+    all_tasks(sweep)["unlearn"]["cachingOptions"] = {"enableCache": True}
 
 
 def nested_gpu_count_is_lost(sweep):
-    del component(sweep, "comp-condition")["dag"]["tasks"]["salun-unlearning"]["inputs"]["parameters"]["gpu_count"]
+    del component(sweep, "comp-exit-handler")["dag"]["tasks"]["condition-2"]["inputs"]["parameters"][
+        "pipelinechannel--gpu_count"
+    ]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (claim_memory_is_undeclared, "claim-requests: componentInputParameter pipelinechannel--memory is not declared"),
-        (nested_caching, "salun-unlearning: caching is on"),
+        (
+            tolerations_of_the_claim_are_undeclared,
+            "claim-requests: componentInputParameter pipelinechannel--tolerations is not declared",
+        ),
+        (nested_caching, "unlearn: caching is on"),
         (nested_gpu_count_is_lost, "parameter gpu_count reaches no executor"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -206,6 +264,7 @@ def test_run_form_explains_every_parameter(each):
     own = {
         "salun-unlearning": {"forget_manifest_uri", *RECIPE},
         "salun-deletion-sweep": {"pipeline_root", *BATCH, *RECIPE},
+        "salun-deletion-sweep-compact": {"pipeline_root", *BATCH, *RECIPE},
         "salun-sharded-mask": {"forget_manifest_uri", "shards", "density"},
     }
     assert set(parameters) == {"model_line", "store_uri", *PLACEMENT} | own[name_of(each)]
@@ -213,21 +272,78 @@ def test_run_form_explains_every_parameter(each):
 
 
 def test_the_claim_decides_which_recipe_a_sweep_runs(sweep):
-    given = component(sweep, "comp-condition")["dag"]["tasks"]["salun-unlearning"]["inputs"]["parameters"]
+    given = tasks(sweep)["fetch-model"]["inputs"]["parameters"]
     for name in ("forget_manifest_uri", "method", "density", "method_config"):
         assert given[name] == {"componentInputParameter": f"pipelinechannel--claim-requests-{name}"}
+    for step in ("compute-mask", "unlearn"):
+        given = tasks(sweep)[step]["inputs"]["parameters"]
+        assert given["method"] == {"componentInputParameter": "pipelinechannel--claim-requests-method"}
 
 
-def test_settling_always_runs_and_retries_for_half_an_hour(sweep):
-    settle = tasks(sweep)["settle-requests"]
+def test_settling_always_runs_and_is_tried_nine_times(sweep):
+    root = sweep[0]["root"]["dag"]["tasks"]
+    settle = root["settle-requests"]
     assert settle["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
     assert settle["retryPolicy"]["maxRetryCount"] >= 8
-    assert {"settle-requests"} == {name for name in tasks(sweep) if not name.startswith("exit-handler")}
+    assert {"settle-requests"} == {name for name in root if not name.startswith("exit-handler")}
+    assert set(settle["inputs"]["parameters"]) == {"final_status", "model_line", "run_id", "store_uri"} | {
+        name for name in settle["inputs"]["parameters"] if name.startswith("pipelinechannel--") or "limit" in name
+    }
+
+
+def test_a_verdict_is_never_repeated(each):
+    """The last step fails the run by its outcome; a second attempt would fail in the same way."""
+    ends = {name: task for name, task in all_tasks(each).items() if name in ENDS}
+    assert ends
+    assert not [name for name, task in ends.items() if "retryPolicy" in task]
+
+
+def test_each_step_takes_only_what_the_one_before_made(documents):
+    """One chain: no arrows from everything to everything."""
+    taken = {
+        name: [
+            item["taskOutputArtifact"]["producerTask"]
+            for item in task["inputs"].get("artifacts", {}).values()
+            if "taskOutputArtifact" in item
+        ]
+        for name, task in tasks(documents).items()
+    }
+    chain = ["compute-mask", "unlearn", "evaluate", "gate-publish"]
+    assert {name: taken[name] for name in chain[1:]} == {name: [before] for before, name in itertools.pairwise(chain)}
+    assert tasks(documents)["conclude"]["dependentTasks"] == ["gate-publish"]
+
+
+def test_the_groups_of_the_graph_have_names(each):
+    dags = [each[0]["root"], *(item for item in each[0]["components"].values() if "dag" in item)]
+    shown = {
+        task["taskInfo"]["name"]
+        for dag in dags
+        for task in dag["dag"]["tasks"].values()
+        if "dag" in each[0]["components"][task["componentRef"]["name"]]
+    }
+    assert (
+        shown
+        == {
+            "salun-unlearning": {"unlearning", "the line is free", "the run cannot start"},
+            "salun-deletion-sweep": {"sweep", "something is due", "the sweep cannot start"},
+            "salun-deletion-sweep-compact": {"sweep", "the outcome is bad"},
+            "salun-sharded-mask": {"the input is right", "shards", "the run cannot start"},
+        }[name_of(each)]
+    )
+
+
+def test_steps_that_move_documents_ask_for_little(each):
+    for name, executor in executors(each).items():
+        resources = executor["container"]["resources"]
+        if name.removeprefix("exec-") in SMALL:
+            assert (resources["resourceCpuRequest"], resources["resourceMemoryRequest"]) == ("100m", "512Mi")
+        else:
+            assert "pipelinechannel--memory" in resources["resourceMemoryRequest"]
 
 
 def test_only_certifying_steps_get_the_signing_key_as_a_file(sweep):
     holders = {name for name, pod in pods(sweep).items() if pod.get("secretAsVolume")}
-    assert holders == {"exec-claim-requests", "exec-settle-requests", "exec-purge-store"}
+    assert holders == {f"exec-{step}" for step in ("claim-requests", "settle-requests", "purge-store", "gate-publish")}
     for name in holders:
         (volume,) = pods(sweep)[name]["secretAsVolume"]
         assert (volume["secretName"], volume["mountPath"]) == ("salun-signing", "/etc/salun/signing")
@@ -243,16 +359,21 @@ def test_only_computing_steps_request_accelerators(each):
         for name, executor in executors(each).items()
         if "accelerator" in executor["container"]["resources"]
     }
-    computing = {"exec-score-shard"} if "score-shard" in STEPS[name_of(each)] else GPU_STEPS
-    assert set(asking) == computing
-    assert {item["type"] for item in asking.values()} == {"nvidia.com/gpu"}
-    assert {name for name, pod in pods(each).items() if pod.get("emptyDirMounts")} == computing
+    assert set(asking) == COMPUTING[name_of(each)]
+    assert {item["resourceType"] for item in asking.values()} == {
+        "{{$.inputs.parameters['pipelinechannel--accelerator']}}"
+    }
+    assert {item["resourceCount"] for item in asking.values()} == {
+        "{{$.inputs.parameters['pipelinechannel--gpu_count']}}"
+    }
+    assert {name for name, pod in pods(each).items() if pod.get("emptyDirMounts")} == COMPUTING[name_of(each)]
 
 
 def test_mask_and_unlearning_run_one_process_per_gpu(each):
     for name, task in all_tasks(each).items():
         if name in ("compute-mask", "unlearn"):
-            assert task["inputs"]["parameters"]["processes"] == {"componentInputParameter": "gpu_count"}
+            count = {"componentInputParameter": "pipelinechannel--gpu_count"}
+            assert task["inputs"]["parameters"]["processes"] == count
     without = list(yaml.safe_load_all((COMPILED / f"{name_of(each)}-cpu.yaml").read_text(encoding="utf-8")))
     assert not [name for name, task in all_tasks(without).items() if "processes" in task["inputs"]["parameters"]]
 
@@ -319,10 +440,10 @@ def test_steps_are_retried_with_back_off(each):
     steps = [task for name, task in all_tasks(each).items() if f"exec-{name}" in executors(each)]
     assert len(steps) == len(executors(each))
     in_a_loop = name_of(each) == "salun-sharded-mask"  # where retries are an open fault of Kubeflow's
-    tried_once = [task["componentRef"]["name"] for task in steps if not task["retryPolicy"].get("maxRetryCount")]
-    assert tried_once == (["comp-score-shard"] if in_a_loop else [])
+    tried_once = {task["componentRef"]["name"].removeprefix("comp-") for task in steps if "retryPolicy" not in task}
+    assert tried_once - ENDS == ({"score-shard"} if in_a_loop else set())
     for task in steps:
-        assert task["retryPolicy"]["backoffDuration"] == "30s"
+        assert task.get("retryPolicy", {}).get("backoffDuration", "30s") == "30s"
 
 
 @pytest.mark.parametrize("name", STEPS)

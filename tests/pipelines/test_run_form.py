@@ -18,10 +18,16 @@ from pipelines import form as forms
 from pipelines.packages import load_package
 from salun_core.cli.app import app
 from salun_core.errors import IntegrityError
+from salun_core.saliency.scores import MAX_SHARDS
 from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RecipeForm, ShardedMaskForm, UnlearningForm
 
 ROOT = Path(__file__).resolve().parents[2]
-PIPELINES = {"unlearning": UnlearningForm, "deletion-sweep": DeletionSweepForm, "sharded-mask": ShardedMaskForm}
+PIPELINES = {
+    "unlearning": UnlearningForm,
+    "deletion-sweep": DeletionSweepForm,
+    "deletion-sweep-compact": DeletionSweepForm,
+    "sharded-mask": ShardedMaskForm,
+}
 TYPES = {str: "STRING", int: "NUMBER_INTEGER", float: "NUMBER_DOUBLE", bool: "BOOLEAN", list[str]: "LIST"}
 
 
@@ -40,6 +46,12 @@ def test_each_pipeline_has_the_fields_of_its_form(name):
         assert found["parameterType"] == TYPES.get(field.annotation, "STRING")
         assert found.get("isOptional", False) is not field.is_required()
         assert field.is_required() or found["defaultValue"] == text(field.default)
+
+
+def test_the_bound_of_shards_is_that_of_the_scores():
+    """The form imports no torch, so it repeats the number."""
+    (bound,) = [item.le for item in ShardedMaskForm.model_fields["shards"].metadata if hasattr(item, "le")]
+    assert bound == MAX_SHARDS
 
 
 def test_no_default_of_a_component_differs():

@@ -10,6 +10,7 @@ from salun_core.methods.recipe import Recipe
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask
+from salun_core.steps.reference import Scratch, read_reference
 from tests.pipelines.conftest import messages
 
 SHIPPED = COMPILED / "salun-sharded-mask-cpu.yaml"
@@ -18,8 +19,9 @@ SHIPPED = COMPILED / "salun-sharded-mask-cpu.yaml"
 def test_no_retry_inside_the_loop():
     """Retries inside a loop are an open defect of Kubeflow: issue 13897."""
     spec = next(yaml.safe_load_all(SHIPPED.read_text(encoding="utf-8")))
-    (shard,) = spec["components"]["comp-salun-score-shard"]["dag"]["tasks"].values()
-    assert shard["retryPolicy"].get("maxRetryCount", 0) == 0
+    (loop,) = [item for name, item in spec["components"].items() if name.startswith("comp-for-loop")]
+    (shard,) = loop["dag"]["tasks"].values()
+    assert "retryPolicy" not in shard
 
 
 def test_sharded_mask_equals_the_mask_of_one_process(trained, digits_model, tmp_path, monkeypatch):
@@ -30,17 +32,20 @@ def test_sharded_mask_equals_the_mask_of_one_process(trained, digits_model, tmp_
         "model_line": "digits",
         "store_uri": trained.store.uri,
         "forget_manifest_uri": f"{trained.store.uri}/many.json",
-        "shards": ["1/2", "2/2"],
+        "shards": 3,
     }
     run = run_compiled(SHIPPED, arguments, tmp_path / "run")
     assert run.exit_code == 0, run.error
-    (made,) = (tmp_path / "run").rglob("merge-scores/mask")
+    (artifact,) = (tmp_path / "run").rglob("merge-scores/mask")
+    reference = read_reference(artifact)
+    assert reference.uri in run.outcome.text
+    made = Scratch(trained.store, run.run).get(reference, tmp_path / "made") / "mask.safetensors"
     context = RunContext(digits_model, arguments["forget_manifest_uri"], device="cpu")
     alone = compute_mask(context, Recipe(), tmp_path / "alone")
     assert SaliencyMask.load(made).digest == alone.digest
-    assert SaliencyMask.load(made).facts["shards"] == "2"
+    assert SaliencyMask.load(made).facts["shards"] == "3"
     said = messages(run)
-    assert sum(line["event"] == "step_finished" for line in said) == 4
+    assert sum(line["event"] == "step_finished" for line in said) == 5
     assert {line.get("run") for line in said} == {run.run}
 
 

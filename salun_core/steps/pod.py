@@ -1,0 +1,204 @@
+"""A step in a pod: inputs and outputs by reference, a verdict in place of an exit code.
+
+`in_step` does the work of one step, and around it
+
+1. reads the references of the steps before, and passes on at once if the run has ended (`Kind.NOTHING`);
+2. notes in the run's outcome that the step works, and renews the lease of the model line while it does;
+3. turns a verdict (wrong input, refused, stale parent, damaged) into the run's outcome, and succeeds;
+4. repeats a fault that may pass (store, device memory), and ends with one line on standard error if it stays.
+
+Kubeflow repeats a step whose pod was lost, Argo's stock settings do not repeat one that failed, and a person can press
+Retry. Every step may therefore run again from its start: what it writes has the digest in its key, or a condition.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn, TypeVar
+
+from salun_core.errors import (
+    ConflictError,
+    DataError,
+    DeviceMemoryError,
+    GateRefusedError,
+    IntegrityError,
+    LineHeldError,
+    RunSettledError,
+    SalunError,
+    StoreError,
+    StoreUnreachableError,
+    UsageError,
+)
+from salun_core.steps.outcome import OutcomeRecord, RunState, new_outcome, read_outcome, write_outcome
+from salun_core.steps.publishing import REPORT
+from salun_core.steps.reference import Kind, Reference, Scratch, read_reference
+from salun_core.storage import open_store
+from salun_core.storage.keys import run_key
+from salun_core.storage.s3 import S3Store
+from salun_core.sweeps.heartbeat import lease_renewed
+from salun_core.telemetry.logs import get_logger
+
+PAUSES = (5.0, 15.0, 45.0, 120.0, 240.0)
+"""Seconds between the attempts of a step after a fault that may pass; about seven minutes, shorter than a lease."""
+T = TypeVar("T")
+Work = Callable[[Path, list[Reference]], Reference]
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A run, as each of its pods knows it.
+
+    Args:
+        store_uri: `s3://bucket/prefix`.
+        model_line: name of the line.
+        run: id of the run.
+    """
+
+    store_uri: str
+    model_line: str
+    run: str
+
+    @cached_property
+    def store(self) -> S3Store:
+        """The open store."""
+        return open_store(self.store_uri)
+
+    @cached_property
+    def scratch(self) -> Scratch:
+        """The files of the run."""
+        return Scratch(self.store, self.run)
+
+    def outcome(self, state: RunState, text: str, **fields: Any) -> OutcomeRecord:  # noqa: ANN401 - of the record
+        """Return an outcome of this run."""
+        return new_outcome(self.run, self.model_line, state, text, **fields)
+
+    def report_address(self) -> str:
+        """Return the address of the run's report in the store; empty without one."""
+        key = run_key(self.run, REPORT)
+        return f"{self.store.uri}/{key}" if next(iter(self.store.list(key)), None) else ""
+
+
+class Hold(StrEnum):
+    """Whether a step works only while its run holds the model line."""
+
+    REQUIRED = "required"
+    IF_POSSIBLE = "if possible"
+    NONE = "none"
+
+
+def in_step(
+    pod: Pod, name: str, paths: Sequence[str], work: Work, *, hold: Hold = Hold.REQUIRED, again: bool = False
+) -> Reference:
+    """Do a step, and return what it made; see the module for what surrounds it.
+
+    Args:
+        pod: the run.
+        name: of the step.
+        paths: files of the artifacts that it takes.
+        work: does it, in a temporary folder.
+        hold: whether it needs the lease of the model line, which is renewed while it works. A step that takes the
+            lease itself needs none; one that may run again after the lease was given back renews it if possible.
+        again: work although the run has its outcome: for the step that makes the artifacts of the verdict, whose pod
+            may have been lost after the verdict was written.
+    """
+
+    def attempt() -> Reference:
+        try:
+            given = [read_reference(path) for path in paths]
+            ended = next((item for item in given if item.kind is Kind.NOTHING), None)
+            there = read_outcome(pod.store, pod.run)
+            if there is not None and there.final and not again:
+                ended = ended or nothing(there.state)
+            if ended is not None:
+                return Reference(kind=Kind.NOTHING, facts=ended.facts, made_from=given)
+            with ExitStack() as stack:
+                folder = Path(stack.enter_context(TemporaryDirectory(prefix="salun-step-")))
+                _hold(pod, hold, stack)
+                write_outcome(pod.store, pod.outcome(RunState.RUNNING, f"{name} works", step=name))
+                return work(folder, given)
+        except (StoreError, DeviceMemoryError):
+            raise  # a fault: whether the step can be done is not known
+        except SalunError as error:
+            return _verdict(pod, name, error)
+
+    return patiently(pod, name, attempt)
+
+
+def _hold(pod: Pod, hold: Hold, stack: ExitStack) -> None:
+    if hold is not Hold.NONE:
+        with suppress(*([RunSettledError] if hold is Hold.IF_POSSIBLE else [])):
+            stack.enter_context(lease_renewed(pod.store, pod.model_line, pod.run))
+
+
+def patiently(pod: Pod, name: str, attempt: Callable[[], T]) -> T:
+    """Repeat a fault that may pass, with pauses; any other fault, and one that stays, ends the process."""
+    for pause in (*PAUSES, None):
+        try:
+            return attempt()
+        except Exception as error:  # noqa: BLE001 - the last line of a pod's log must say what happened
+            if pause is None or not _may_pass(error):
+                end_process(pod, name, error)
+            get_logger().warning("step_repeated", step=name, error=type(error).__name__, seconds=pause)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or ends")
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same attempt may succeed later: the store answers again, or others give back the device's memory."""
+    return isinstance(error, StoreUnreachableError | DeviceMemoryError | ConnectionError)
+
+
+def end_process(pod: Pod, name: str, error: Exception) -> NoReturn:
+    """End the process after a fault: one line on standard error, and the run's outcome names it if the store can."""
+    text = str(error) if isinstance(error, SalunError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if not isinstance(error, SalunError):
+        get_logger().error("internal_error", step=name, traceback="".join(traceback.format_exception(error)))
+    noted = pod.outcome(RunState.RUNNING, f"{name} failed: {text}", step=name, fault=True)
+    try:
+        write_outcome(pod.store, noted)
+    except (SalunError, OSError):  # the store is the fault, or gone too: the exit handler says so
+        get_logger().warning("outcome_not_written", step=name)
+    print(f"Error: {name} failed: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(getattr(error, "exit_code", 1)) from None
+
+
+def nothing(state: RunState) -> Reference:
+    """Return what a step passes on if the run has ended."""
+    return Reference(kind=Kind.NOTHING, facts={"state": str(state)})
+
+
+def _verdict(pod: Pod, step: str, error: SalunError) -> Reference:
+    """Write the outcome of a run that a step ended."""
+    outcome = pod.outcome(
+        _state_of(error),
+        f"{error.what}: {error.why}" if error.why else error.what,
+        next=" ".join(error.remedy.split())[:500],
+        step=step,
+        code=error.exit_code,
+        report=pod.report_address(),
+    )
+    get_logger().warning("run_ended", step=step, state=outcome.state, error=type(error).__name__)
+    return nothing(write_outcome(pod.store, outcome).state)
+
+
+def _state_of(error: SalunError) -> RunState:
+    if isinstance(error, GateRefusedError):
+        return RunState.REFUSED
+    if isinstance(error, IntegrityError):
+        return RunState.DAMAGED
+    if isinstance(error, UsageError | DataError):
+        return RunState.WRONG_INPUT
+    if isinstance(error, LineHeldError):
+        return RunState.LINE_HELD
+    if isinstance(error, RunSettledError):
+        return RunState.SETTLED_BEFORE
+    return RunState.STALE_PARENT if isinstance(error, ConflictError) else RunState.FAILED

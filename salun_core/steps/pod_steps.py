@@ -1,0 +1,612 @@
+"""The steps of a run as pods do them; `steps.pod.in_step` surrounds each of them.
+
+A step downloads what it needs, each model once, and puts what it made under `scratch/RUN/`; what it returns is a
+reference. The components of the pipelines call these functions, and log what the user interface shows.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from salun_core.certificates.keys import find_signing_key, load_signing_key
+from salun_core.config import Document, load
+from salun_core.data import load_data
+from salun_core.data.forget_set import ForgetSet, require_partial
+from salun_core.data.split import SplitManifest
+from salun_core.digest import check_digest, sha256_bytes
+from salun_core.errors import SalunError, StoreError, UsageError
+from salun_core.evaluation import Evidence
+from salun_core.gate import GateDecision
+from salun_core.methods.method import get_method
+from salun_core.methods.recipe import parse_recipe
+from salun_core.models.checkpoint import SPLIT
+from salun_core.registry.lookup import Version, read_file, read_version, require_head
+from salun_core.registry.versions import fetch_version
+from salun_core.saliency import SaliencyMask
+from salun_core.saliency.scores import Shard
+from salun_core.steps.claim import card_of, claim_requests, sweep_policy
+from salun_core.steps.context import RunContext
+from salun_core.steps.evaluation import evaluate as evaluate_step
+from salun_core.steps.form_check import check_form
+from salun_core.steps.mask import compute_mask as mask_step
+from salun_core.steps.mask import merge_scores as merge_step
+from salun_core.steps.mask import score_shard as shard_step
+from salun_core.steps.outcome import OutcomeRecord, RunState, add_counts, read_outcome, write_outcome
+from salun_core.steps.pod import Hold, Pod, end_process, in_step, patiently
+from salun_core.steps.processes import in_processes
+from salun_core.steps.publishing import DECISION, EVIDENCE, REPORT, gate_and_publish
+from salun_core.steps.purge import purge_store as purge_step
+from salun_core.steps.reference import Fact, Kind, Reference
+from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm, read_form
+from salun_core.steps.settle import settle_requests
+from salun_core.steps.summary import empty_report, markdown
+from salun_core.steps.sweep import sweep_once
+from salun_core.steps.unlearning import run_unlearning
+from salun_core.storage.documents import Digest, LineId, parse_stored
+from salun_core.storage.keys import scratch_key
+from salun_core.sweeps.claim import Claim, Skipped
+from salun_core.sweeps.heartbeat import hold_line
+from salun_core.sweeps.policy import BatchLimits
+from salun_core.sweeps.runs import RunLog, RunStatus
+from salun_core.sweeps.settle import Settled
+from salun_core.tasks import resolve_targets, task_named
+from salun_core.tasks.resolve import read_bytes, read_forget
+from salun_core.tasks.run_facts import read_run_facts
+from salun_core.tasks.task import TuningOptions
+from salun_core.telemetry.observe import observed
+from salun_core.times import utc_clock
+
+INPUTS_FILE, MASK_FILE, SUMS_FILE = "inputs.json", "mask.safetensors", "sums.safetensors"
+
+
+class PinnedInputs(Document):
+    """What a run works on, fixed by its first step.
+
+    It stays in `scratch/RUN/`: with the digest of a forget set of one sample, anybody could try which sample it is. The
+    salt keeps the digest of this document, which is in artifacts, from being tried out.
+    """
+
+    format: Literal["salun.run-inputs/v1"] = "salun.run-inputs/v1"
+    line: LineId = Field(description="the model line")
+    parent: Digest = Field(description="the version that was HEAD")
+    forget_uri: str = Field(description="address of the resolved forget set")
+    forget_digest: Digest = Field(description="its digest")
+    salt: str = Field(description="random, in hex")
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """What the first step of a sweep returns; all of it is shown in the user interface.
+
+    Args:
+        requests: how many requests the run erases.
+        forget_manifest_uri: address of the frozen forget set; empty without requests.
+        method: of the recipe.
+        density: of the recipe.
+        method_config: settings of the recipe, as JSON.
+        reason: why the batch is due, or why there is none.
+        code: 0, or the exit code of the outcome if the run cannot start.
+    """
+
+    requests: int = 0
+    forget_manifest_uri: str = ""
+    method: str = ""
+    density: float = 0.5
+    method_config: str = "{}"
+    reason: str = ""
+    code: int = 0
+
+
+def claim(pod: Pod, given: Mapping[str, Any], summary: str) -> Claimed:
+    """Claim the next batch of a model line, and write why there is none.
+
+    Args:
+        pod: the run.
+        given: the run form as the component got it.
+        summary: file for the summary in Markdown.
+
+    Returns:
+        The batch.
+    """
+    claimed = Claimed()
+
+    def work(_folder: Path, _given: list[Reference]) -> Reference:
+        nonlocal claimed
+        form = read_form(DeletionSweepForm, given)
+        recipe, limits = form.recipe, form.model_dump(include={"policy_uri", *BatchLimits.model_fields})
+        check_form(form, in_pods=False)
+        policy = sweep_policy(pod.store_uri, pod.model_line, recipe, **limits)
+        if not form.dry_run:
+            load_signing_key()  # a missing key must end the run now, not after hours of work
+        found = claim_requests(pod.store_uri, pod.model_line, pod.run, policy, dry_run=form.dry_run)
+        config = json.dumps(found.recipe.method_config, sort_keys=True)
+        claimed = Claimed(
+            found.requests, found.forget_uri, found.recipe.method, found.recipe.density, config, found.reason
+        )
+        if not found.requests:
+            write_outcome(pod.store, _idle_outcome(pod, found))
+        return Reference(kind=Kind.INPUTS)
+
+    in_step(pod, "claim_requests", (), work, hold=Hold.NONE)
+    outcome = read_outcome(pod.store, pod.run)
+    if outcome is not None:
+        Path(summary).write_text(markdown(outcome, claimed.reason), encoding="utf-8")
+    if outcome is None or not outcome.final:
+        return claimed
+    return replace(claimed, reason=claimed.reason or outcome.text, code=outcome.code)
+
+
+def _idle_outcome(pod: Pod, found: Claim) -> OutcomeRecord:
+    """Return the outcome of a sweep that has no batch, which is not an error."""
+    state = RunState.LINE_HELD if found.skipped is Skipped.LINE_HELD else RunState.NOTHING_TO_DO
+    done = len(found.nothing_to_erase)
+    text = found.reason + (f"; {done} requests named nothing that was trained on" if done else "")
+    return pod.outcome(state, text, step="claim_requests", code=0, completed=done, failed=len(found.refused))
+
+
+def settle(pod: Pod, state: str, message: str) -> Settled:
+    """Settle a run after its steps, in any case, and write its outcome if no step did.
+
+    A step that was killed (out of memory, evicted, over its time limit) writes nothing; this step names it, with the
+    likely reason.
+
+    Args:
+        pod: the run.
+        state: how the steps ended, in Kubeflow's words.
+        message: what Kubeflow says about it; may be empty.
+
+    Returns:
+        How the run ended.
+    """
+
+    def attempt() -> Settled:
+        settled = settle_requests(pod.store_uri, pod.model_line, pod.run)
+        counts = _counts(settled)
+        there = read_outcome(pod.store, pod.run)
+        if there is None or not there.final:
+            write_outcome(pod.store, _ended_outcome(pod, settled, there, state, message))
+        add_counts(pod.store, pod.run, **counts)
+        return settled
+
+    return patiently(pod, "settle_requests", attempt)
+
+
+def _counts(settled: Settled) -> dict[str, int]:
+    return {name: len(getattr(settled, name)) for name in ("completed", "queued", "failed")}
+
+
+def _ended_outcome(pod: Pod, settled: Settled, there: OutcomeRecord | None, state: str, message: str) -> OutcomeRecord:
+    """Return the outcome of a run whose steps ended without a verdict."""
+    report = pod.report_address()
+    if settled.status is RunStatus.PUBLISHED and settled.version:
+        return _published_outcome(pod, settled.version)
+    if settled.status is RunStatus.GATE_REFUSED:
+        text, advice = "the gate refused the model", "see the report; the next sweep tries the next recipe"
+        return pod.outcome(RunState.REFUSED, text, next=advice, report=report)
+    step = there.step if there else ""
+    if there is not None and there.fault:
+        return pod.outcome(RunState.FAILED, there.text, next="correct it, then submit a new run", step=step)
+    if state == "SUCCEEDED":
+        return pod.outcome(RunState.COMPLETED, "all steps ended", step=step)
+    why = message or "out of memory, evicted, over its time limit, or the run was terminated"
+    what = f"{step} was killed" if step else "the run ended before its first step began"
+    advice = "give more memory or another node in the run form, then submit a new run; Retry of this one does nothing"
+    return pod.outcome(RunState.KILLED, f"{what}: {why}", next=advice, step=step)
+
+
+def _published_outcome(pod: Pod, version: str) -> OutcomeRecord:
+    text = f"published {pod.model_line}@{version[:12]}"
+    return pod.outcome(RunState.PUBLISHED, text, step="gate_publish", version=version, report=pod.report_address())
+
+
+def conclude(pod: Pod) -> None:
+    """End the process with one line and the exit code of the run's outcome.
+
+    It is the last step: decision and report are registered before it, because Kubeflow drops the artifacts of a step
+    that fails. It may be repeated: it only reads.
+    """
+    outcome = patiently(pod, "conclude", lambda: read_outcome(pod.store, pod.run))
+    if outcome is None:
+        end_process(
+            pod, "conclude", SalunError(f"run {pod.run} has no outcome", "no step wrote one", "submit a new run")
+        )
+    advice = f". To fix it: {outcome.next}" if outcome.next else ""
+    print(f"{'Error: ' if outcome.code else ''}{outcome.text}{advice}", file=sys.stderr, flush=True)
+    raise SystemExit(outcome.code)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What the first step of a run returns.
+
+    Args:
+        inputs: what the run works on.
+        code: 0, or the exit code of the outcome if the run cannot start.
+        shards: the shards, such as 1/2 and 2/2.
+    """
+
+    inputs: Reference
+    code: int = 0
+    shards: Sequence[str] = ()
+
+
+def fetch_model(pod: Pod, given: Mapping[str, Any], shards: int = 1, *, publishes: bool = True) -> Fetched:
+    """Fix what a run works on: the HEAD of its model line, and the samples that its forget set names in it.
+
+    No weights are moved: each later step downloads them once, and verifies them.
+
+    Args:
+        pod: the run.
+        given: the run form as the component got it; it is checked before anything is done.
+        shards: into how many shards the scores are divided.
+        publishes: whether the run publishes, and so takes the lease of the line.
+    """
+
+    def work(folder: Path, _given: list[Reference]) -> Reference:
+        form = read_form(UnlearningForm, given)
+        check_form(form, in_pods=False)
+        if publishes:
+            hold_line(pod.store, pod.model_line, pod.run)
+        with observed("fetch_model", pod.model_line, pod.run):
+            head = require_head(pod.store, pod.model_line)
+            version = Version(head.version, read_version(pod.store, pod.model_line, head.version))
+            forget_set, split = _resolve(pod, version, form.forget_manifest_uri)
+            uri = _freeze(pod, forget_set)
+            pinned = PinnedInputs(
+                line=pod.model_line,
+                parent=head.version,
+                forget_uri=uri,
+                forget_digest=forget_set.digest,
+                salt=secrets.token_hex(16),
+            )
+            path = folder / INPUTS_FILE
+            path.write_text(pinned.model_dump_json(), encoding="utf-8")
+            facts = {"forget_samples": len(forget_set.ids), "train_samples": len(split.train)}
+            origin = {"model_line": pod.model_line, "version": head.version}
+            return pod.scratch.put(Kind.INPUTS, path, facts={**origin, **facts})
+
+    inputs = in_step(pod, "fetch_model", (), work, hold=Hold.NONE)
+    outcome = read_outcome(pod.store, pod.run) if inputs.kind is Kind.NOTHING else None
+    code = outcome.code or 1 if outcome else 0
+    return Fetched(inputs, code, [] if code else [str(shard) for shard in Shard.all(shards)])
+
+
+def _resolve(pod: Pod, version: Version, uri: str) -> tuple[ForgetSet, SplitManifest]:
+    """Resolve a forget set against the split of a version, with its data but without its weights."""
+    record = RunLog(pod.store, utc_clock).read(pod.run)
+    if record is not None:  # the claim froze it: nobody may have changed it since
+        check_digest("the forget set of the run", record.forget_sha256, sha256_bytes(read_bytes(uri)))
+    found, card = read_forget(uri), card_of(pod.store, version)
+    split = parse_stored(SplitManifest, read_file(pod.store, version, SPLIT), SPLIT)
+    if isinstance(found, ForgetSet):
+        check_digest("the split of the forget set", split.digest, found.split_digest)
+    else:
+        table = load_data(card.data, split).table if card.data is not None else None
+        found = resolve_targets(task_named(card.task), found, table, split)
+    require_partial(found, split)
+    return found, split
+
+
+def _freeze(pod: Pod, forget_set: ForgetSet) -> str:
+    key = scratch_key(pod.run, f"forget/{secrets.token_hex(8)}/forget.json")
+    pod.store.put_new(key, forget_set.canonical())
+    return f"{pod.store.uri}/{key}"
+
+
+def _open(pod: Pod, given: Reference, folder: Path) -> tuple[RunContext, PinnedInputs]:
+    """Download the model before and the pinned inputs of a run, both verified."""
+    path = pod.scratch.get(given.find(Kind.INPUTS), folder / "inputs") / INPUTS_FILE
+    pinned = parse_stored(PinnedInputs, path.read_bytes(), INPUTS_FILE)
+    forget_set = read_forget(pinned.forget_uri)
+    digest = forget_set.digest if isinstance(forget_set, ForgetSet) else ""
+    check_digest("the forget set of the run", pinned.forget_digest, digest)
+    fetch_version(pod.store, pod.model_line, pinned.parent, folder / "before")
+    return RunContext(folder / "before", pinned.forget_uri, pod.model_line, pod.store_uri, pod.run), pinned
+
+
+def _mask_file(pod: Pod, given: Reference, folder: Path) -> Path | None:
+    """Download the mask of a run; None if its method takes none."""
+    mask = given.find(Kind.MASK)
+    return pod.scratch.get(mask, folder / "mask") / MASK_FILE if mask.files else None
+
+
+def _count(processes: str) -> int:
+    """Return the number of processes of a step; the form's number of accelerators is text, as Kubernetes needs it."""
+    if not processes.isdecimal() or int(processes) < 1:
+        raise UsageError(f"{processes!r} is not a number of accelerators", "it must be a whole number from 1", "give 1")
+    return int(processes)
+
+
+def compute_mask(
+    pod: Pod, inputs: str, method: str, density: float, method_config: str, processes: str = "1"
+) -> Reference:
+    """Score the weights and make the mask. A method that takes no mask gets none, and no model is downloaded for it.
+
+    Args:
+        pod: the run.
+        inputs: file of the artifact of `fetch_model`.
+        method: the unlearning method.
+        density: share of the weights to keep salient.
+        method_config: settings as JSON.
+        processes: how many share the work in this container.
+    """
+
+    def work(folder: Path, given: list[Reference]) -> Reference:
+        (first,) = given
+        recipe, count = parse_recipe(method, density, method_config), _count(processes)
+        version = str(first.find(Kind.INPUTS).facts["version"])
+        card = card_of(pod.store, Version(version, read_version(pod.store, pod.model_line, version)))
+        if not get_method(task_named(card.task).methods, recipe.method).needs_mask:
+            return Reference(kind=Kind.MASK, facts={"method": recipe.method, "needed": "no"}, made_from=given)
+        context, _ = _open(pod, first, folder)
+        out = folder / MASK_FILE
+        in_processes(count, mask_step, context, recipe, out)
+        mask = SaliencyMask.load(out)
+        facts: dict[str, Fact] = {"method": recipe.method, "density": mask.density, "weights": mask.weights}
+        return pod.scratch.put(Kind.MASK, out, given, facts)
+
+    return in_step(pod, "compute_mask", (inputs,), work)
+
+
+def score_shard(pod: Pod, inputs: str, shard: str) -> Reference:
+    """Sum the gradients of one shard of the forget set.
+
+    Args:
+        pod: the run.
+        inputs: file of the artifact of `fetch_model`.
+        shard: number of the shard and of all shards, such as 2/8.
+    """
+
+    def work(folder: Path, given: list[Reference]) -> Reference:
+        context, _ = _open(pod, given[0], folder)
+        header = shard_step(context, Shard.parse(shard), folder / SUMS_FILE)
+        facts: dict[str, Fact] = {"shard": shard, "samples": header.samples, "seconds": header.seconds}
+        return pod.scratch.put(Kind.SUMS, folder / SUMS_FILE, given, facts)
+
+    return in_step(pod, "score_shard", (inputs,), work, hold=Hold.NONE)
+
+
+def merge_scores(pod: Pod, shards: Sequence[str], density: float) -> Reference:
+    """Add up the shards and make the mask, which equals that of one process.
+
+    Args:
+        pod: the run.
+        shards: files of the artifacts of `score_shard`.
+        density: share of the weights to keep salient.
+    """
+
+    def work(folder: Path, given: list[Reference]) -> Reference:
+        context, _ = _open(pod, given[0], folder)
+        sums = [
+            pod.scratch.get(item.find(Kind.SUMS), folder / f"sums-{number}") / SUMS_FILE
+            for number, item in enumerate(given)
+        ]
+        mask = merge_step(context, sums, density, folder / MASK_FILE)
+        inputs = given[0].find(Kind.INPUTS)
+        made = pod.scratch.put(
+            Kind.MASK, folder / MASK_FILE, [inputs], {"density": mask.density, "weights": mask.weights}
+        )
+        text = f"the mask is at {made.uri}; a purge deletes it a day after"
+        write_outcome(pod.store, pod.outcome(RunState.COMPLETED, text, step="merge_scores"))
+        return made
+
+    return in_step(pod, "merge_scores", shards, work, hold=Hold.NONE)
+
+
+def unlearn(
+    pod: Pod,
+    mask: str,
+    method: str,
+    method_config: str,
+    seed: int,
+    tuning: TuningOptions | None = None,
+    processes: str = "1",
+) -> Reference:
+    """Unlearn the forget set; weights outside the mask stay bit-identical.
+
+    Args:
+        pod: the run.
+        mask: file of the artifact of `compute_mask`.
+        method: the unlearning method.
+        method_config: settings as JSON.
+        seed: of the run.
+        tuning: search for the settings that are left open; a search runs in one process.
+        processes: how many share the work in this container.
+    """
+
+    def work(folder: Path, given: list[Reference]) -> Reference:
+        recipe = parse_recipe(method, 1.0, method_config, seed)  # the mask carries the density
+        count = 1 if tuning else _count(processes)
+        context, _ = _open(pod, given[0], folder)
+        after = folder / "after"
+        in_processes(count, run_unlearning, context, recipe, _mask_file(pod, given[0], folder), after, tuning=tuning)
+        seconds = read_run_facts(after, recipe.method).seconds["unlearn"]
+        facts: dict[str, Fact] = {"method": recipe.method, "seed": seed, "seconds": seconds}
+        return pod.scratch.put(Kind.MODEL, after, given, facts)
+
+    return in_step(pod, "unlearn", (mask,), work)
+
+
+def evaluate(
+    pod: Pod, after: str, report: str, *, retrain_reference: bool = False, extra_metrics: str = ""
+) -> tuple[Reference, Evidence | None]:
+    """Measure the model before and after.
+
+    Args:
+        pod: the run.
+        after: file of the artifact of `unlearn`.
+        report: file for the report without a verdict.
+        retrain_reference: also train a model from scratch without the forget set.
+        extra_metrics: metrics that are off by default.
+
+    Returns:
+        The evidence by reference and as it is; None if the run ended before.
+    """
+    evidence: Evidence | None = None
+
+    def work(folder: Path, given: list[Reference]) -> Reference:
+        nonlocal evidence
+        context, _ = _open(pod, given[0], folder)
+        candidate = pod.scratch.get(given[0].find(Kind.MODEL), folder / "after")
+        evidence = evaluate_step(
+            context,
+            candidate,
+            folder / EVIDENCE,
+            folder / REPORT,
+            mask=_mask_file(pod, given[0], folder),
+            retrain_reference=retrain_reference,
+            extra_metrics=extra_metrics,
+        )
+        shutil.copyfile(folder / REPORT, report)
+        facts: dict[str, Fact] = {"forget_samples": evidence.forgotten.count}
+        return pod.scratch.put(Kind.EVIDENCE, folder / EVIDENCE, given, facts)
+
+    made = in_step(pod, "evaluate", (after,), work)
+    if evidence is None:
+        _write_text(report, empty_report(f"the run ended before ({made.facts['state']})"))
+    return made, evidence
+
+
+def gate_publish(pod: Pod, evidence: str, policy_uri: str, report: str, summary: str) -> Reference:
+    """Apply the policy, publish if it passes, and settle the run: requests completed and certified, lease given back.
+
+    Killed before HEAD moved, the next attempt decides again. Killed after, it finds this run's version and settles.
+    Settling is idempotent, and the exit handler and the next claim of the line repeat it, so that no kill leaves
+    requests in progress. The scratch files stay for such an attempt; the exit handler deletes them, or a purge.
+
+    Args:
+        pod: the run.
+        evidence: file of the artifact of `evaluate`.
+        policy_uri: the gate policy.
+        report: file for the report with the verdict.
+        summary: file for the summary in Markdown.
+
+    Returns:
+        The decision by reference, or how the run ended before.
+    """
+    decision: GateDecision | None = None
+
+    def work(folder: Path, given: list[Reference]) -> Reference:
+        nonlocal decision
+        context, pinned = _open(pod, given[0], folder)
+        after = pod.scratch.get(given[0].find(Kind.MODEL), folder / "after")
+        measured = pod.scratch.get(given[0].find(Kind.EVIDENCE), folder / "evidence") / EVIDENCE
+        made, mask = folder / REPORT, _mask_file(pod, given[0], folder)
+        try:
+            published = gate_and_publish(
+                context, after, measured, made, parent=pinned.parent, policy_uri=policy_uri, mask=mask
+            )
+        finally:  # a refused gate has written both
+            if made.is_file():
+                shutil.copyfile(made, report)
+            if (folder / DECISION).is_file():
+                decision = load(GateDecision, folder / DECISION)
+        return Reference(kind=Kind.DECISION, facts=_decided(published.decision, published.version), made_from=given)
+
+    made = in_step(pod, "gate_publish", (evidence,), work, hold=Hold.IF_POSSIBLE, again=True)
+    settled = patiently(pod, "gate_publish", lambda: _settle_here(pod, made))
+    if settled.next and settled.code and made.kind is Kind.DECISION:
+        made = Reference(kind=Kind.NOTHING, facts={"state": str(settled.state)}, made_from=[made])
+    if not Path(report).is_file():
+        _write_text(report, empty_report(settled.text))
+    _write_text(summary, markdown(settled, "", decision))
+    return made
+
+
+def _decided(decision: GateDecision, version: str) -> dict[str, Fact]:
+    failed = sum(not verdict.passed for verdict in decision.verdicts)
+    return {"passed": int(decision.passed), "rules_failed": failed, "policy": decision.policy, "version": version}
+
+
+def _settle_here(pod: Pod, made: Reference) -> OutcomeRecord:
+    """Settle in the main path, and write the outcome of a published run, which is final only with its certificates."""
+    try:
+        settled = settle_requests(pod.store_uri, pod.model_line, pod.run, keep_scratch=True)
+    except StoreError:
+        raise
+    except SalunError as error:  # no signing key: the version is published, and its requests wait
+        text = f"published, but not certified: {error.what}: {error.why}"
+        advice = f"{error.remedy}; then `salun sweep --settle {pod.run}`"
+        fields = {"next": advice[:500], "step": "gate_publish", "code": error.exit_code}
+        return write_outcome(pod.store, pod.outcome(RunState.FAILED, text, **fields))
+    if made.kind is Kind.DECISION:
+        write_outcome(pod.store, _published_outcome(pod, str(made.facts["version"])))
+    found = add_counts(pod.store, pod.run, **_counts(settled))
+    assert found is not None  # written above, or by the step that ended the run
+    return found
+
+
+def _write_text(path: str, text: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def purge(store_uri: str, pipeline_root: str, run: str, *, dry_run: bool) -> tuple[int, str]:
+    """Purge a store, and return how many objects were deleted and what was wrong.
+
+    A purge that must not delete (no signing key, a damaged document) does not stop the sweep beside it: erasing goes
+    on, and the metric of the step reports the failure.
+    """
+    try:
+        key = find_signing_key()
+        report = purge_step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run)
+    except SalunError as error:
+        print(f"Error: {error}", file=sys.stderr, flush=True)
+        return 0, " ".join(str(error).split())
+    return report.total.keys, ""
+
+
+def sweep_compact(pod: Pod, given: Mapping[str, Any], report: str, summary: str) -> tuple[int, Evidence | None]:
+    """Do a whole sweep in this process, which opens the store, the model and the data once.
+
+    Args:
+        pod: the run.
+        given: the run form as the component got it.
+        report: file for the report.
+        summary: file for the summary in Markdown.
+
+    Returns:
+        0, or the exit code of the outcome; and the evidence, if the run came so far.
+    """
+    evidence: Evidence | None = None
+    decision: GateDecision | None = None
+    settled: Settled | None = None
+
+    def work(folder: Path, _given: list[Reference]) -> Reference:
+        nonlocal evidence, decision, settled
+        form = read_form(DeletionSweepForm, given)
+        done = sweep_once(form, folder, run=pod.run, purge_after=False)
+        for name, place in ((REPORT, report), ("evaluation.html", report)):
+            if (folder / name).is_file() and not Path(place).is_file():
+                shutil.copyfile(folder / name, place)
+        evidence = load(Evidence, folder / EVIDENCE) if (folder / EVIDENCE).is_file() else None
+        decision = load(GateDecision, folder / DECISION) if (folder / DECISION).is_file() else None
+        settled = done.settled
+        if isinstance(done.error, StoreError):  # the requests are queued again: repeating would find the run settled
+            write_outcome(pod.store, pod.outcome(RunState.FAILED, str(done.error), step="sweep_compact"))
+        elif done.error is not None:
+            raise done.error
+        elif done.outcome is not None:
+            write_outcome(pod.store, _published_outcome(pod, done.outcome.published.version))
+        else:
+            write_outcome(pod.store, _idle_outcome(pod, done.claimed))
+        return Reference(kind=Kind.DECISION)
+
+    in_step(pod, "sweep_compact", (), work, hold=Hold.NONE)
+    counts = _counts(settled) if settled else {"completed": 0, "queued": 0, "failed": 0}
+    outcome = patiently(pod, "sweep_compact", lambda: add_counts(pod.store, pod.run, **counts))
+    if outcome is None or not outcome.final:
+        end_process(pod, "sweep_compact", SalunError("the sweep wrote no outcome", "", "submit a new run"))
+    if not Path(report).is_file():
+        _write_text(report, empty_report(outcome.text))
+    _write_text(summary, markdown(outcome, "", decision))
+    return outcome.code, evidence
