@@ -69,7 +69,7 @@ def after_fetch(form: Any, fetched: Any, **recipe: Any) -> None:  # noqa: ANN401
 
 def end(form: Any, last: Any = None) -> None:  # noqa: ANN401
     """Add the step that fails the run if its outcome is bad. It is not repeated: a verdict stays."""
-    concluded = conclude(**run_address(form))
+    concluded = conclude(**run_address(form)).set_display_name("conclude")
     if last is not None:
         concluded.after(last)
     configure(concluded, form, hours=1, size=Size.SMALL, retries=0)

@@ -138,10 +138,10 @@ def claim(pod: Pod, given: Mapping[str, Any], summary: str) -> Claimed:
 
     in_step(pod, "claim_requests", (), work, hold=Hold.NONE)
     outcome = read_outcome(pod.store, pod.run)
-    if outcome is not None:
-        Path(summary).write_text(markdown(outcome, claimed.reason), encoding="utf-8")
     if outcome is None or not outcome.final:
+        _write_text(summary, f"# {pod.model_line}: {claimed.requests} requests claimed\n\n{claimed.reason}\n")
         return claimed
+    _write_text(summary, markdown(outcome))
     return replace(claimed, reason=claimed.reason or outcome.text, code=outcome.code)
 
 

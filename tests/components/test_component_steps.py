@@ -25,6 +25,7 @@ from salun_core.steps.outcome import read_outcome
 from salun_core.steps.reference import Kind, Scratch
 from salun_core.storage.keys import certificate_key, run_key
 from salun_core.storage.leases import acquire, holder_of, release
+from salun_core.storage.s3 import S3Store
 from salun_core.times import utc_clock
 from tests.components.conftest import LINE, QUICK
 
@@ -173,6 +174,31 @@ def test_a_step_after_a_verdict_passes_on(run, monkeypatch):
     assert run.made["metrics"].metadata == {}
     assert "No report" in Path(run.made["report"].path).read_text(encoding="utf-8")
     assert ended(run).step == "fetch_model"
+
+
+def test_each_step_downloads_each_model_once(run, monkeypatch):
+    """The model before by every step that computes, the model after by the two that judge it; fetch takes neither."""
+    downloaded = []
+    monkeypatch.setattr(S3Store, "download", counting(S3Store.download, downloaded))
+    for step in (run.fetch, run.mask, run.unlearn, run.evaluate, lambda: gate(run)):
+        downloaded.append("step")
+        step()
+    digests = {read_version(run.store, LINE, run.parent).files["model.safetensors"].sha256: "before"}
+    names = [digests.get(key.rpartition("/")[2], key.split("/")[-1]) for key in downloaded]
+    weights = [name for name in names if name in ("step", "before", "model.safetensors")]
+    fetch, mask, unlearn = ["step"], ["step", "before"], ["step", "before"]
+    judges = ["step", "before", "model.safetensors"]
+    assert weights == [*fetch, *mask, *unlearn, *judges, *judges]
+
+
+def counting(download, downloaded):
+    """Return the method that downloads, and notes each key."""
+
+    def noted(store, key, path):
+        downloaded.append(key)
+        return download(store, key, path)
+
+    return noted
 
 
 def gate(run, **changes):
