@@ -29,7 +29,7 @@ from salun_core.gate import GateDecision
 from salun_core.methods.method import get_method
 from salun_core.methods.recipe import parse_recipe
 from salun_core.models.checkpoint import SPLIT
-from salun_core.registry.lookup import Version, read_file, read_version, require_head
+from salun_core.registry.lookup import Version, ancestry, read_file, read_version, require_head
 from salun_core.registry.versions import fetch_version
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import Shard
@@ -187,8 +187,8 @@ def _counts(settled: Settled) -> dict[str, int]:
 def _ended_outcome(pod: Pod, settled: Settled, there: OutcomeRecord | None, state: str, message: str) -> OutcomeRecord:
     """Return the outcome of a run whose steps ended without a verdict."""
     report = pod.report_address()
-    if settled.status is RunStatus.PUBLISHED and settled.version:
-        return _published_outcome(pod, settled.version)
+    if version := settled.version or _published_by(pod):
+        return _published_outcome(pod, version)
     if settled.status is RunStatus.GATE_REFUSED:
         text, advice = "the gate refused the model", "see the report; the next sweep tries the next recipe"
         return pod.outcome(RunState.REFUSED, text, next=advice, report=report)
@@ -203,13 +203,19 @@ def _ended_outcome(pod: Pod, settled: Settled, there: OutcomeRecord | None, stat
     return pod.outcome(RunState.KILLED, f"{what}: {why}", next=advice, step=step)
 
 
+def _published_by(pod: Pod) -> str | None:
+    """Return the version that a run without requests published before its step was killed, or None."""
+    found = (item for item in ancestry(pod.store, pod.model_line) if item.manifest.run == pod.run)
+    return next((item.digest for item in found), None)
+
+
 def _published_outcome(pod: Pod, version: str) -> OutcomeRecord:
     text = f"published {pod.model_line}@{version[:12]}"
     return pod.outcome(RunState.PUBLISHED, text, step="gate_publish", version=version, report=pod.report_address())
 
 
 def conclude(pod: Pod) -> None:
-    """End the process with one line and the exit code of the run's outcome.
+    """Print the run's outcome in one line, and end the process with its exit code if it is bad.
 
     It is the last step: decision and report are registered before it, because Kubeflow drops the artifacts of a step
     that fails. It may be repeated: it only reads.
@@ -221,7 +227,8 @@ def conclude(pod: Pod) -> None:
         )
     advice = f". To fix it: {outcome.next}" if outcome.next else ""
     print(f"{'Error: ' if outcome.code else ''}{outcome.text}{advice}", file=sys.stderr, flush=True)
-    raise SystemExit(outcome.code)
+    if outcome.code:
+        raise SystemExit(outcome.code)
 
 
 @dataclass(frozen=True)
