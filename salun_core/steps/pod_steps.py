@@ -11,6 +11,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -205,8 +206,10 @@ def _ended_outcome(pod: Pod, settled: Settled, there: OutcomeRecord | None, stat
 
 def _published_by(pod: Pod) -> str | None:
     """Return the version that a run without requests published before its step was killed, or None."""
-    found = (item for item in ancestry(pod.store, pod.model_line) if item.manifest.run == pod.run)
-    return next((item.digest for item in found), None)
+    with suppress(SalunError):  # the line does not exist, or is damaged: the exit handler must not end by that
+        found = (item for item in ancestry(pod.store, pod.model_line) if item.manifest.run == pod.run)
+        return next((item.digest for item in found), None)
+    return None
 
 
 def _published_outcome(pod: Pod, version: str) -> OutcomeRecord:

@@ -359,6 +359,12 @@ def test_the_exit_handler_finds_what_a_killed_gate_published(run):
     assert (ended(run).state, ended(run).version) == ("published", decision.facts["version"])
 
 
+def test_the_exit_handler_of_a_line_that_does_not_exist_ends_well(run):
+    address = {**run.address, "model_line": "digitz"}
+    assert settle_requests.python_func(**address, final_status=FAILED) == ("", 0, 0, 0)
+    assert (ended(run).state, ended(run).step) == ("killed", "")
+
+
 def test_a_run_that_another_one_settled_publishes_nothing(run, signed):
     Ledger(run.store, utc_clock).submit("r-1", LINE, ClassTarget(class_id=3))
     found = claim(run, method_config=QUICK)
