@@ -59,5 +59,5 @@ def check_digest(what: str, expected: str, actual: str) -> None:
         raise IntegrityError(
             f"{what} does not match its digest",
             f"expected {expected[:12]}…, found {actual[:12]}…",
-            "fetch it again from the store; if it still differs, the copy there is damaged",
+            "fetch it again (a model: salun model pull LINE --out DIR); if it still differs, the copy there is damaged",
         )

@@ -22,7 +22,7 @@ from salun_core.errors import IntegrityError, SalunError, UsageError
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 MAX_ENVELOPE_BYTES = 1024 * 1024
-_DAMAGED = "fetch it again; if the error stays, it is not the signed file"
+_DAMAGED = "fetch it again: salun certificate ID --out FILE; if the error stays, it is not the signed file"
 
 
 class Signature(Document):

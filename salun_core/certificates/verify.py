@@ -103,7 +103,7 @@ def _check_addendum(path: Path, addendum: DisposalAddendum, certificate: Erasure
 def _check_model(folder: Path, certificate: ErasureCertificate) -> int:
     """Compare every file of a folder with the certificate's subject, and return the number of files."""
     expected = {item.name: item.digest.sha256 for item in certificate.subject}
-    names = _plain_files(folder)
+    names = _plain_files(folder, certificate)
     faults = [f"{name} is missing" for name in sorted(expected.keys() - names)]
     faults += [f"{name!r} is not in the certificate" for name in sorted(names - expected.keys())]
     for name in sorted(names & expected.keys()):
@@ -117,22 +117,29 @@ def _check_model(folder: Path, certificate: ErasureCertificate) -> int:
         raise IntegrityError(
             f"{folder} is not the certified model",
             "; ".join(faults[:_SHOWN]) + more,
-            f"fetch {certificate.predicate.model.line}@{certificate.predicate.model.version[:12]} again",
+            f"fetch it again: salun model pull {_certified(certificate)} --out DIR",
         )
     return len(expected)
 
 
-def _plain_files(folder: Path) -> frozenset[str]:
+def _certified(certificate: ErasureCertificate) -> str:
+    model = certificate.predicate.model
+    return f"{model.line}@{model.version[:12]}"
+
+
+def _plain_files(folder: Path, certificate: ErasureCertificate) -> frozenset[str]:
     try:
         found = list_tree(folder)
     except OSError as error:
         raise UsageError(
-            f"cannot read the model folder {folder}", error.strerror or "", "check the path and its permissions"
+            f"cannot read the model folder {folder}",
+            error.strerror or "",
+            f"check the path and its permissions, or fetch it: salun model pull {_certified(certificate)} --out DIR",
         ) from error
     if found.strange:
         raise IntegrityError(
             f"{folder} holds more than regular files",
             f"{', '.join(repr(name) for name in found.strange[:_SHOWN])}: a link, a device, an empty or a deep folder",
-            "a model version has regular files only; fetch it again",
+            f"a version has regular files only; fetch it again: salun model pull {_certified(certificate)} --out DIR",
         )
     return found.files

@@ -139,6 +139,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "model release": models.release,
     "model import-diffusers": models.import_diffusion,
     "model import": models.import_classifier,
+    "model pull": models.pull,
     "model history": models.history,
     "model rollback": models.rollback,
     "train classifier": models.train_classifier,

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from salun_core.cli.options import Actor, DryRun, OptionalStore, Reason, Settings, Store, read_settings, who
-from salun_core.cli.output import emit, emit_facts, emit_plan, epoch_progress, minute, print_table
+from salun_core.cli.output import byte_progress, emit, emit_facts, emit_plan, epoch_progress, minute, print_table
 from salun_core.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
@@ -312,6 +312,26 @@ def rollback(
     done = step(store, version, who(actor), reason, reopen=reopen, dry_run=dry_run)
     head = done.head.version if done.head else "as before (dry run)"
     emit_facts({"head": head, "undone_versions": len(done.undone), "reopened_requests": len(done.reopened)})
+
+
+def pull(
+    reference: Annotated[
+        str, typer.Argument(metavar="LINE[@VERSION]", help="The line, or a version by 6 or more digits. Default: HEAD.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the model to.")],
+    store: Store,
+) -> None:
+    """Download a version, every file checked. After an interruption the same command continues."""
+    from salun_core.registry.lookup import resolve
+    from salun_core.registry.pull import pull as fetch
+    from salun_core.storage import open_store
+
+    opened = open_store(store)
+    line, digest = resolve(opened, reference)
+    with byte_progress(f"{line}@{digest[:12]}") as on_progress:
+        done = fetch(opened, line, digest, out, on_progress)
+    counts = {"fetched_files": done.fetched, "files_already_there": done.present, "bytes": done.size}
+    emit_facts({"model": out, "line": line, "version": digest, **counts})
 
 
 def hold(version: Version, reason: Reason, store: Store, actor: Actor = "") -> None:

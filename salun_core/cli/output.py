@@ -149,6 +149,28 @@ def epoch_progress(label: str, total: int) -> Iterator[Callable[[EpochRecord], N
         yield lambda record: bar.update(task, completed=record.epoch, description=f"{label}: {losses(record)}")
 
 
+@contextmanager
+def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show the progress of a download with its speed and the time left, on a terminal only.
+
+    Args:
+        label: what is downloaded.
+
+    Yields:
+        The function to call with the bytes that arrived and their total.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    parts = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*parts, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def silence_logs() -> None:
     """Show the steps' warnings only, or everything with --debug.
 

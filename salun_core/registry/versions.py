@@ -229,13 +229,7 @@ def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> Ver
         if _holds(folder, manifest):
             return manifest
         raise UsageError(f"{folder} is not empty", "it holds other files", "choose another folder, or empty it")
-    disposed = read_disposal(store, line, digest)
-    if disposed is not None:
-        raise UsageError(
-            f"{line}@{digest[:12]} has no weights any more",
-            f"they were deleted at {disposed.at}: {disposed.reason}",
-            f"choose a version with weights: `salun model history {line}`",
-        )
+    check_not_purged(store, line, digest)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
@@ -251,6 +245,21 @@ def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> Ver
     except OSError as error:
         raise disk_error(f"cannot fetch {line}@{digest[:12]}", folder, error) from error
     return manifest
+
+
+def check_not_purged(store: ObjectStore, line: str, digest: str) -> None:
+    """Refuse a version whose weights were deleted.
+
+    Raises:
+        UsageError: a purge deleted them.
+    """
+    disposed = read_disposal(store, line, digest)
+    if disposed is not None:
+        raise UsageError(
+            f"{line}@{digest[:12]} has no weights any more",
+            f"they were deleted at {disposed.at}: {disposed.reason}",
+            f"choose a version with weights: `salun model history {line}`",
+        )
 
 
 def _holds(folder: Path, manifest: VersionManifest) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +219,13 @@ def materialise(store: FileStore, digest: str) -> None:
     store.delete(delta_key(digest))
 
 
-def fetch_blob(store: FileStore, digest: str, path: Path, size: int | None = None) -> None:
+def fetch_blob(
+    store: FileStore,
+    digest: str,
+    path: Path,
+    size: int | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> None:
     """Download a file, or rebuild it; it appears only after its bytes were found to match.
 
     Args:
@@ -226,6 +233,7 @@ def fetch_blob(store: FileStore, digest: str, path: Path, size: int | None = Non
         digest: its SHA-256.
         path: the file to write, in an existing folder.
         size: its size in bytes if known: another size is refused before the download.
+        on_bytes: called with the number of bytes that arrived since the last call, from several threads.
 
     Raises:
         IntegrityError: the bytes do not match, or a base is damaged or missing.
@@ -241,12 +249,12 @@ def fetch_blob(store: FileStore, digest: str, path: Path, size: int | None = Non
                 "restore it from a copy, or upload the version again",
             )
         try:
-            _assemble(store, digest, part, chain)
+            _assemble(store, digest, part, chain, on_bytes)
         except StoreError:
             now, _ = chain_of(store, digest)  # a purge may have replaced a delta by the whole file meanwhile
             if now == chain:
                 raise
-            _assemble(store, digest, part, now)
+            _assemble(store, digest, part, now, on_bytes)
         os.replace(part, path)
     except OSError as error:
         raise disk_error(f"cannot write {path.name}", path, error) from error
@@ -254,15 +262,21 @@ def fetch_blob(store: FileStore, digest: str, path: Path, size: int | None = Non
         part.unlink(missing_ok=True)
 
 
-def _assemble(store: FileStore, digest: str, part: Path, chain: list[DeltaFacts]) -> None:
+def _assemble(
+    store: FileStore,
+    digest: str,
+    part: Path,
+    chain: list[DeltaFacts],
+    on_bytes: Callable[[int], None] | None,
+) -> None:
     """Download the whole file at the end of a chain, and apply the deltas to it, from the last to the first."""
     whole = chain[-1].base if chain else digest
-    store.download(blob_key(whole), part)
+    store.download(blob_key(whole), part, on_bytes)
     check_digest(f"blob {whole[:12]}…", whole, sha256_file(part))
     for facts in reversed(chain):
         with tempfile.TemporaryDirectory(prefix=".delta.", dir=part.parent) as folder:
             delta, target = Path(folder) / "delta", Path(folder) / "target"
-            store.download(delta_key(facts.sha256), delta)
+            store.download(delta_key(facts.sha256), delta, on_bytes)
             with target.open("wb") as sink:
                 rebuilt = write_rebuilt(delta, part, sink)
             check_digest(f"file {facts.sha256[:12]}…, rebuilt from its delta,", facts.sha256, rebuilt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -84,8 +84,13 @@ class FileStore(ObjectStore, Protocol):
         """Upload a file, in parts if it is large."""
         ...
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
         """Download to a file, which appears complete or not at all.
+
+        Args:
+            key: the key.
+            path: the file.
+            on_bytes: called with the number of bytes that arrived since the last call, from several threads.
 
         Raises:
             StoreError: the object does not exist.

@@ -367,8 +367,13 @@ class S3Store:
         except (ClientError, BotoCoreError):
             return None
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
         """Download to a file, which appears complete or not at all.
+
+        Args:
+            key: the key.
+            path: the file.
+            on_bytes: called with the number of bytes that arrived since the last call, from several threads.
 
         Raises:
             StoreError: the object does not exist, or the disk is full.
@@ -378,7 +383,7 @@ class S3Store:
         with translated(what, self.endpoint):
             try:
                 with part.open("wb") as file:
-                    self._client.download_fileobj(self._bucket, full, file, Config=_TRANSFER)
+                    self._client.download_fileobj(self._bucket, full, file, Callback=on_bytes, Config=_TRANSFER)
                 part.replace(path)
             except OSError as error:
                 raise disk_error(what, path, error) from error

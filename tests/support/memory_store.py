@@ -102,7 +102,7 @@ class MemoryFiles(MemoryStore):
         with self._lock:
             self.objects[key] = (data, hashlib.md5(data).hexdigest(), self.now)
 
-    def download(self, key, path):
+    def download(self, key, path, on_bytes=None):
         path.write_bytes(self.objects[key][0])
 
     def read_start(self, key, size):

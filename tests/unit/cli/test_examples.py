@@ -30,6 +30,7 @@ ORDER = [
     "model import",
     "run",
     "model history",
+    "model pull",
     "exporter",
 ]
 CERTIFICATES = ["key create", "certificate", "verify"]

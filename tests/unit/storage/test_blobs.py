@@ -328,7 +328,7 @@ def test_a_purge_during_a_fetch_is_harmless(store, weights, tmp_path):
     class Purged(S3Store):
         purged = False
 
-        def download(self, key, path):
+        def download(self, key, path, on_bytes=None):
             if not Purged.purged:
                 Purged.purged = True
                 materialise(store, child)
