@@ -79,24 +79,26 @@ def to(state, **tasks):
 def test_register_is_idempotent_and_names_the_digest(fake):
     code, first, _ = run("register")
     assert code == 0
-    assert first.count("uploaded") == 6
+    assert first.count("uploaded") == len(packages.shipped()) == 8
     names = sorted(version["display_name"] for version in fake.versions.values())
     assert SWEEP.version in names
     assert all(
-        re.fullmatch(r"salun-(unlearning|deletion-sweep|sharded-mask)(-cpu)?-[0-9a-f]{12}", name) for name in names
+        re.fullmatch(r"salun-(unlearning|deletion-sweep|deletion-sweep-compact|sharded-mask)(-cpu)?-[0-9a-f]{12}", name)
+        for name in names
     )
     code, second, _ = run("register")
     assert code == 0
     assert second == first.replace("uploaded ", "was there")
-    assert (len(fake.pipelines), len(fake.versions)) == (6, 6)
+    assert (len(fake.pipelines), len(fake.versions)) == (8, 8)
 
 
-def test_six_pipelines_are_registered_at_once(fake):
-    meet = threading.Barrier(6, timeout=20)  # one after the other they would never meet
+def test_all_pipelines_are_registered_at_once(fake):
+    shipped = packages.shipped()
+    meet = threading.Barrier(len(shipped), timeout=20)  # one after the other they would never meet
     fake.during_upload = meet.wait
     code, out, error = run("register")
-    assert (code, out.count("uploaded")) == (0, 6), error
-    names = [load_package(name).name for name in packages.shipped()]
+    assert (code, out.count("uploaded")) == (0, len(shipped)), error
+    names = [load_package(name).name for name in shipped]
     assert [line.split()[1].rpartition("-")[0] for line in out.splitlines()] == names
 
 
