@@ -27,7 +27,7 @@ from salun_core.registry.versions import fetch_version
 from salun_core.requests.gauges import GaugeReader
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import RequestState, Status, summarise
-from salun_core.steps.publishing import DECISION, EVIDENCE, REPORT
+from salun_core.steps.outcome import DECISION, EVIDENCE, REPORT
 from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.steps.sweep import sweep_once
 from salun_core.storage import FileStore, open_store

@@ -38,8 +38,7 @@ from salun_core.errors import (
     StoreUnreachableError,
     UsageError,
 )
-from salun_core.steps.outcome import OutcomeRecord, RunState, new_outcome, read_outcome, write_outcome
-from salun_core.steps.publishing import REPORT
+from salun_core.steps.outcome import REPORT, OutcomeRecord, RunState, new_outcome, read_outcome, write_outcome
 from salun_core.steps.reference import Kind, Reference, Scratch, read_reference
 from salun_core.storage import open_store
 from salun_core.storage.keys import run_key

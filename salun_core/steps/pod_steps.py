@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from salun_core.certificates.keys import find_signing_key, load_signing_key
+from salun_core.certificates.keys import load_signing_key
 from salun_core.config import Document, load
 from salun_core.data import load_data
 from salun_core.data.forget_set import ForgetSet, require_partial
@@ -30,7 +28,7 @@ from salun_core.gate import GateDecision
 from salun_core.methods.method import get_method
 from salun_core.methods.recipe import parse_recipe
 from salun_core.models.checkpoint import SPLIT
-from salun_core.registry.lookup import Version, ancestry, read_file, read_version, require_head
+from salun_core.registry.lookup import Version, read_file, read_version, require_head
 from salun_core.registry.versions import fetch_version
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import Shard
@@ -41,11 +39,20 @@ from salun_core.steps.form_check import check_form
 from salun_core.steps.mask import compute_mask as mask_step
 from salun_core.steps.mask import merge_scores as merge_step
 from salun_core.steps.mask import score_shard as shard_step
-from salun_core.steps.outcome import OutcomeRecord, RunState, add_counts, read_outcome, write_outcome
+from salun_core.steps.outcome import (
+    DECISION,
+    EVIDENCE,
+    REPORT,
+    OutcomeRecord,
+    RunState,
+    add_counts,
+    read_outcome,
+    write_outcome,
+)
 from salun_core.steps.pod import Hold, Pod, end_process, in_step, patiently
+from salun_core.steps.pod_ends import counts_of, published_outcome
 from salun_core.steps.processes import in_processes
-from salun_core.steps.publishing import DECISION, EVIDENCE, REPORT, gate_and_publish
-from salun_core.steps.purge import purge_store as purge_step
+from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.reference import Fact, Kind, Reference
 from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm, read_form
 from salun_core.steps.settle import settle_requests
@@ -57,7 +64,7 @@ from salun_core.storage.keys import scratch_key
 from salun_core.sweeps.claim import Claim, Skipped
 from salun_core.sweeps.heartbeat import hold_line
 from salun_core.sweeps.policy import BatchLimits
-from salun_core.sweeps.runs import RunLog, RunStatus
+from salun_core.sweeps.runs import RunLog
 from salun_core.sweeps.settle import Settled
 from salun_core.tasks import resolve_targets, task_named
 from salun_core.tasks.resolve import read_bytes, read_forget
@@ -152,86 +159,6 @@ def _idle_outcome(pod: Pod, found: Claim) -> OutcomeRecord:
     done = len(found.nothing_to_erase)
     text = found.reason + (f"; {done} requests named nothing that was trained on" if done else "")
     return pod.outcome(state, text, step="claim_requests", code=0, completed=done, failed=len(found.refused))
-
-
-def settle(pod: Pod, state: str, message: str) -> Settled:
-    """Settle a run after its steps, in any case, and write its outcome if no step did.
-
-    A step that was killed (out of memory, evicted, over its time limit) writes nothing; this step names it, with the
-    likely reason.
-
-    Args:
-        pod: the run.
-        state: how the steps ended, in Kubeflow's words.
-        message: what Kubeflow says about it; may be empty.
-
-    Returns:
-        How the run ended.
-    """
-
-    def attempt() -> Settled:
-        settled = settle_requests(pod.store_uri, pod.model_line, pod.run)
-        counts = _counts(settled)
-        there = read_outcome(pod.store, pod.run)
-        if there is None or not there.final:
-            write_outcome(pod.store, _ended_outcome(pod, settled, there, state, message))
-        add_counts(pod.store, pod.run, **counts)
-        return settled
-
-    return patiently(pod, "settle_requests", attempt)
-
-
-def _counts(settled: Settled) -> dict[str, int]:
-    return {name: len(getattr(settled, name)) for name in ("completed", "queued", "failed")}
-
-
-def _ended_outcome(pod: Pod, settled: Settled, there: OutcomeRecord | None, state: str, message: str) -> OutcomeRecord:
-    """Return the outcome of a run whose steps ended without a verdict."""
-    report = pod.report_address()
-    if version := settled.version or _published_by(pod):
-        return _published_outcome(pod, version)
-    if settled.status is RunStatus.GATE_REFUSED:
-        text, advice = "the gate refused the model", "see the report; the next sweep tries the next recipe"
-        return pod.outcome(RunState.REFUSED, text, next=advice, report=report)
-    step = there.step if there else ""
-    if there is not None and there.fault:
-        return pod.outcome(RunState.FAILED, there.text, next="correct it, then submit a new run", step=step)
-    if state == "SUCCEEDED":
-        return pod.outcome(RunState.COMPLETED, "all steps ended", step=step)
-    why = message or "out of memory, evicted, over its time limit, or the run was terminated"
-    what = f"{step} was killed" if step else "the run ended before its first step began"
-    advice = "give more memory or another node in the run form, then submit a new run; Retry of this one does nothing"
-    return pod.outcome(RunState.KILLED, f"{what}: {why}", next=advice, step=step)
-
-
-def _published_by(pod: Pod) -> str | None:
-    """Return the version that a run without requests published before its step was killed, or None."""
-    with suppress(SalunError):  # the line does not exist, or is damaged: the exit handler must not end by that
-        found = (item for item in ancestry(pod.store, pod.model_line) if item.manifest.run == pod.run)
-        return next((item.digest for item in found), None)
-    return None
-
-
-def _published_outcome(pod: Pod, version: str) -> OutcomeRecord:
-    text = f"published {pod.model_line}@{version[:12]}"
-    return pod.outcome(RunState.PUBLISHED, text, step="gate_publish", version=version, report=pod.report_address())
-
-
-def conclude(pod: Pod) -> None:
-    """Print the run's outcome in one line, and end the process with its exit code if it is bad.
-
-    It is the last step: decision and report are registered before it, because Kubeflow drops the artifacts of a step
-    that fails. It may be repeated: it only reads.
-    """
-    outcome = patiently(pod, "conclude", lambda: read_outcome(pod.store, pod.run))
-    if outcome is None:
-        end_process(
-            pod, "conclude", SalunError(f"run {pod.run} has no outcome", "no step wrote one", "submit a new run")
-        )
-    advice = f". To fix it: {outcome.next}" if outcome.next else ""
-    print(f"{'Error: ' if outcome.code else ''}{outcome.text}{advice}", file=sys.stderr, flush=True)
-    if outcome.code:
-        raise SystemExit(outcome.code)
 
 
 @dataclass(frozen=True)
@@ -549,8 +476,8 @@ def _settle_here(pod: Pod, made: Reference) -> OutcomeRecord:
         fields = {"next": advice[:500], "step": "gate_publish", "code": error.exit_code}
         return write_outcome(pod.store, pod.outcome(RunState.FAILED, text, **fields))
     if made.kind is Kind.DECISION:
-        write_outcome(pod.store, _published_outcome(pod, str(made.facts["version"])))
-    found = add_counts(pod.store, pod.run, **_counts(settled))
+        write_outcome(pod.store, published_outcome(pod, str(made.facts["version"])))
+    found = add_counts(pod.store, pod.run, **counts_of(settled))
     assert found is not None  # written above, or by the step that ended the run
     return found
 
@@ -558,21 +485,6 @@ def _settle_here(pod: Pod, made: Reference) -> OutcomeRecord:
 def _write_text(path: str, text: str) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text, encoding="utf-8")
-
-
-def purge(store_uri: str, pipeline_root: str, run: str, *, dry_run: bool) -> tuple[int, str]:
-    """Purge a store, and return how many objects were deleted and what was wrong.
-
-    A purge that must not delete (no signing key, a damaged document) does not stop the sweep beside it: erasing goes
-    on, and the metric of the step reports the failure.
-    """
-    try:
-        key = find_signing_key()
-        report = purge_step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run)
-    except SalunError as error:
-        print(f"Error: {error}", file=sys.stderr, flush=True)
-        return 0, " ".join(str(error).split())
-    return report.total.keys, ""
 
 
 def sweep_compact(pod: Pod, given: Mapping[str, Any], report: str, summary: str) -> tuple[int, Evidence | None]:
@@ -606,13 +518,13 @@ def sweep_compact(pod: Pod, given: Mapping[str, Any], report: str, summary: str)
         elif done.error is not None:
             raise done.error
         elif done.outcome is not None:
-            write_outcome(pod.store, _published_outcome(pod, done.outcome.published.version))
+            write_outcome(pod.store, published_outcome(pod, done.outcome.published.version))
         else:
             write_outcome(pod.store, _idle_outcome(pod, done.claimed))
         return Reference(kind=Kind.DECISION)
 
     in_step(pod, "sweep_compact", (), work, hold=Hold.NONE)
-    counts = _counts(settled) if settled else {"completed": 0, "queued": 0, "failed": 0}
+    counts = counts_of(settled) if settled else {"completed": 0, "queued": 0, "failed": 0}
     outcome = patiently(pod, "sweep_compact", lambda: add_counts(pod.store, pod.run, **counts))
     if outcome is None or not outcome.final:
         end_process(pod, "sweep_compact", SalunError("the sweep wrote no outcome", "", "submit a new run"))

@@ -17,6 +17,7 @@ from salun_core.registry.versions import publish_head, stage_version
 from salun_core.report import Ancestor, ReportContext, write_report
 from salun_core.steps.context import RunContext, record_evidence
 from salun_core.steps.evaluation import write_evidence
+from salun_core.steps.outcome import DECISION, EVIDENCE, REPORT
 from salun_core.storage import FileStore
 from salun_core.storage.blobs import full_copy_every
 from salun_core.storage.documents import parse_stored
@@ -27,7 +28,7 @@ from salun_core.sweeps.runs import RunStatus
 from salun_core.tasks.masks import used_mask
 from salun_core.tasks.resolve import AUTO, read_policy
 
-ORIGIN_EVIDENCE = "evidence.json"
+_GATED = "judged-evidence.json"  # the evidence with the figure of the line's last full training
 _KEPT = "TA"  # of all metrics this one alone is measured on the same samples for every version
 
 
@@ -58,15 +59,11 @@ def with_origin(store: ObjectStore, line: str, parent: str, measured: Evidence) 
 
 def _before(store: ObjectStore, manifest: VersionManifest) -> float | None:
     """Return the test accuracy of a version's parent, from the version's own evidence; None where it has none."""
-    if ORIGIN_EVIDENCE not in manifest.files:
+    if EVIDENCE not in manifest.files:
         return None
-    data = read_file(store, Version(manifest.digest, manifest), ORIGIN_EVIDENCE)
-    found = parse_stored(Evidence, data, ORIGIN_EVIDENCE).metrics.get(_KEPT)
+    data = read_file(store, Version(manifest.digest, manifest), EVIDENCE)
+    found = parse_stored(Evidence, data, EVIDENCE).metrics.get(_KEPT)
     return found.before if found else None
-
-
-EVIDENCE, DECISION, REPORT = "evidence.json", "decision.json", "report.html"
-_GATED = "judged-evidence.json"  # the evidence with the figure of the line's last full training
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from salun_core.steps.evaluation import evaluate
 from salun_core.steps.fetch import fetch_model
 from salun_core.steps.form_check import check_form
 from salun_core.steps.mask import compute_mask
-from salun_core.steps.publishing import EVIDENCE, REPORT, Published, gate_and_publish
+from salun_core.steps.outcome import EVIDENCE, REPORT
+from salun_core.steps.publishing import Published, gate_and_publish
 from salun_core.steps.run_form import UnlearningForm
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage import open_store

@@ -1,0 +1,117 @@
+"""The steps of a run that need no tensors: the purge beside it, settling and concluding after it.
+
+They import no torch, so that a pod of them takes a second of processor time and little memory: a sweep that finds
+nothing to do consists of such steps but for its claim.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+
+from salun_core.certificates.keys import find_signing_key
+from salun_core.errors import SalunError
+from salun_core.registry.lookup import ancestry
+from salun_core.steps.outcome import OutcomeRecord, RunState, add_counts, read_outcome, write_outcome
+from salun_core.steps.pod import Pod, end_process, patiently
+from salun_core.steps.purge import purge_store as purge_step
+from salun_core.steps.settle import settle_requests
+from salun_core.sweeps.runs import RunStatus
+from salun_core.sweeps.settle import Settled
+
+
+def purge(store_uri: str, pipeline_root: str, run: str, *, dry_run: bool) -> tuple[int, str]:
+    """Purge a store, and return how many objects were deleted and what was wrong.
+
+    A purge that must not delete (no signing key, a damaged document) does not stop the sweep beside it: erasing goes
+    on, and the metric of the step reports the failure.
+    """
+    try:
+        key = find_signing_key()
+        report = purge_step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run)
+    except SalunError as error:
+        print(f"Error: {error}", file=sys.stderr, flush=True)
+        return 0, " ".join(str(error).split())
+    return report.total.keys, ""
+
+
+def settle(pod: Pod, state: str, message: str) -> Settled:
+    """Settle a run after its steps, in any case, and write its outcome if no step did.
+
+    A step that was killed (out of memory, evicted, over its time limit) writes nothing; this step names it, with the
+    likely reason.
+
+    Args:
+        pod: the run.
+        state: how the steps ended, in Kubeflow's words.
+        message: what Kubeflow says about it; may be empty.
+
+    Returns:
+        How the run ended.
+    """
+
+    def attempt() -> Settled:
+        settled = settle_requests(pod.store_uri, pod.model_line, pod.run)
+        counts = counts_of(settled)
+        there = read_outcome(pod.store, pod.run)
+        if there is None or not there.final:
+            write_outcome(pod.store, _ended_outcome(pod, settled, there, state, message))
+        add_counts(pod.store, pod.run, **counts)
+        return settled
+
+    return patiently(pod, "settle_requests", attempt)
+
+
+def counts_of(settled: Settled) -> dict[str, int]:
+    """Return how many requests ended in which way, as `add_counts` takes them."""
+    return {name: len(getattr(settled, name)) for name in ("completed", "queued", "failed")}
+
+
+def _ended_outcome(pod: Pod, settled: Settled, there: OutcomeRecord | None, state: str, message: str) -> OutcomeRecord:
+    """Return the outcome of a run whose steps ended without a verdict."""
+    report = pod.report_address()
+    if version := settled.version or _published_by(pod):
+        return published_outcome(pod, version)
+    if settled.status is RunStatus.GATE_REFUSED:
+        text, advice = "the gate refused the model", "see the report; the next sweep tries the next recipe"
+        return pod.outcome(RunState.REFUSED, text, next=advice, report=report)
+    step = there.step if there else ""
+    if there is not None and there.fault:
+        return pod.outcome(RunState.FAILED, there.text, next="correct it, then submit a new run", step=step)
+    if state == "SUCCEEDED":
+        return pod.outcome(RunState.COMPLETED, "all steps ended", step=step)
+    why = message or "out of memory, evicted, over its time limit, or the run was terminated"
+    what = f"{step} was killed" if step else "the run ended before its first step began"
+    advice = "give more memory or another node in the run form, then submit a new run; Retry of this one does nothing"
+    return pod.outcome(RunState.KILLED, f"{what}: {why}", next=advice, step=step)
+
+
+def _published_by(pod: Pod) -> str | None:
+    """Return the version that a run without requests published before its step was killed, or None."""
+    with suppress(SalunError):  # the line does not exist, or is damaged: the exit handler must not end by that
+        found = (item for item in ancestry(pod.store, pod.model_line) if item.manifest.run == pod.run)
+        return next((item.digest for item in found), None)
+    return None
+
+
+def published_outcome(pod: Pod, version: str) -> OutcomeRecord:
+    """Return the outcome of a run that moved HEAD to a version."""
+    text = f"published {pod.model_line}@{version[:12]}"
+    return pod.outcome(RunState.PUBLISHED, text, step="gate_publish", version=version, report=pod.report_address())
+
+
+def conclude(pod: Pod) -> None:
+    """Print the run's outcome in one line, and end the process with its exit code if it is bad.
+
+    It is the last step: decision and report are registered before it, because Kubeflow drops the artifacts of a step
+    that fails. It may be repeated: it only reads.
+    """
+    outcome = patiently(pod, "conclude", lambda: read_outcome(pod.store, pod.run))
+    if outcome is None:
+        end_process(
+            pod, "conclude", SalunError(f"run {pod.run} has no outcome", "no step wrote one", "submit a new run")
+        )
+    advice = f". To fix it: {outcome.next}" if outcome.next else ""
+    print(f"{'Error: ' if outcome.code else ''}{outcome.text}{advice}", file=sys.stderr, flush=True)
+    if outcome.code:
+        raise SystemExit(outcome.code)
