@@ -34,6 +34,10 @@ class UsageError(SalunError):
     exit_code = 2
 
 
+class AmbiguousTargetError(UsageError):
+    """A forget target that may mean several things: a person decides which one (exit 2)."""
+
+
 class DataError(SalunError):
     """Data that cannot be read or does not fit (exit 1)."""
 

@@ -93,7 +93,7 @@ def with_writers(spec: DataSpec, folder: Path) -> DataSpec:
 
 
 def demo_targets(data: LoadedData) -> Mapping[str, Target]:
-    """Return the targets of five requests: samples twice, a class, a person, and a sample that does not exist.
+    """Return the targets of five requests: samples twice, a class, a person, and a sample that was not trained on.
 
     With two classes, no class is forgotten as a whole. More samples take the place of a class or a person that the
     data do not have.
@@ -114,5 +114,5 @@ def demo_targets(data: LoadedData) -> Mapping[str, Target]:
         "samples-b": parts[1],
         "class": whole or parts[2],
         "person": SubjectTarget(subject_ref=person) if person else parts[3],
-        "nothing": SamplesTarget(ids=["no-such-sample"]),
+        "nothing": SamplesTarget(ids=split.ids("test")[:1]),
     }

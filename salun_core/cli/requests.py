@@ -43,7 +43,9 @@ def submit(
     request_id: Annotated[str | None, typer.Option("--id", help="Id of the request, instead of a file.")] = None,
     line: Annotated[str | None, typer.Option(help="The model line to erase from; also with an OpenDSR file.")] = None,
     samples: Annotated[str | None, typer.Option(help="Ids of the samples to forget, separated by commas.")] = None,
-    class_id: Annotated[str | None, typer.Option("--class", help="Class to forget: its number or name.")] = None,
+    class_id: Annotated[str | None, typer.Option("--class", help="Class to forget: its name, or its index.")] = None,
+    class_name: Annotated[str | None, typer.Option(help="Class to forget, by its name only.")] = None,
+    class_index: Annotated[int | None, typer.Option(min=0, help="Class to forget, by its index only, from 0.")] = None,
     subject: Annotated[str | None, typer.Option(help="Reference of the person to forget.")] = None,
     received_at: Annotated[str | None, typer.Option(help="When the person asked (ISO 8601). Default: now.")] = None,
     source: Annotated[str | None, typer.Option(help="Its origin, such as a ticket. No personal data.")] = None,
@@ -57,7 +59,7 @@ def submit(
     from salun_core.times import parse_moment
 
     received = None if received_at is None else parse_moment(received_at)
-    target = _target(samples, class_id, subject)
+    target = _target(samples, class_id, class_name, class_index, subject)
     flags = {"id": request_id, "target": target, "received_at": received, "source": source}
     flags |= {"model_line": line} if file is None else {}
     given = {name: value for name, value in flags.items() if value is not None}
@@ -71,18 +73,29 @@ def submit(
     _print_filed(_file_all(_ledger(store, dry_run), submissions, who(actor)), dry_run)
 
 
-def _target(samples: str | None, class_id: str | None, subject: str | None) -> dict[str, Any] | None:
+def _target(
+    samples: str | None, class_id: str | None, class_name: str | None, class_index: int | None, subject: str | None
+) -> dict[str, Any] | None:
     targets: list[dict[str, Any]] = []
     if samples is not None:
         targets.append({"kind": "samples", "ids": [part.strip() for part in samples.split(",") if part.strip()]})
     if class_id is not None:
-        targets.append({"kind": "class", "class_id": int(class_id) if class_id.isdecimal() else class_id})
+        targets.append({"kind": "class", "class_id": _class_id(class_id)})
+    if class_name is not None:
+        targets.append({"kind": "class", "class_name": class_name})
+    if class_index is not None:
+        targets.append({"kind": "class", "class_index": class_index})
     if subject is not None:
         targets.append({"kind": "subject", "subject_ref": subject})
     if len(targets) > 1:
-        why = "--samples, --class and --subject exclude each other"
+        why = "--samples, --class, --class-name, --class-index and --subject exclude each other"
         raise UsageError("a request has one target", why, "file a request for each")
     return targets[0] if targets else None
+
+
+def _class_id(text: str) -> int | str:
+    """Return a number as such, as earlier releases filed it; 00001 is a name."""
+    return int(text) if text.isascii() and text.isdecimal() and str(int(text)) == text else text
 
 
 def _read(file: str) -> str:
@@ -151,16 +164,22 @@ def show(
 
     ledger = _ledger(store)
     request, events = ledger.get(request_id), ledger.events(request_id)
-    status = status_after(events[-1] if events else None)
+    last = events[-1] if events else None
+    status, outcome = status_after(last), last.outcome.value if last and last.outcome else None
     overdue = is_overdue(request, status, utc_clock())
     document = request.model_dump(mode="json", exclude_none=True)
     if not target:
         document["target"] = {"kind": request.target.kind, "summary": summarise(request.target)}
     history = [event.model_dump(mode="json", exclude_none=True) for event in events]
     emit(
-        {"request": document, "status": status.value, "overdue": overdue, "events": history},
-        lambda: _show_request(request, f"{status}, overdue" if overdue else status.value, events, target),
+        {"request": document, "status": status.value, "outcome": outcome, "overdue": overdue, "events": history},
+        lambda: _show_request(request, _standing(status, outcome, overdue), events, target),
     )
+
+
+def _standing(status: str, outcome: str | None, overdue: bool) -> str:
+    """Return where a request stands, in a few words: `completed: unlearned`, `on_hold: unmatched, overdue`."""
+    return f"{status}{f': {outcome}' if outcome else ''}{', overdue' if overdue else ''}"
 
 
 def _show_request(request: DeletionRequest, status: str, events: Sequence[RequestEvent], with_target: bool) -> None:
@@ -176,7 +195,7 @@ def _show_request(request: DeletionRequest, status: str, events: Sequence[Reques
             event.n,
             minute(event.at),
             event.from_status.value,
-            f"{event.to_status}: {event.outcome}" if event.outcome else event.to_status.value,
+            _standing(event.to_status, event.outcome, overdue=False),
             event.attempt,
             event.actor,
             event.reason,
@@ -232,7 +251,7 @@ def _show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         (
             row["id"],
             row["model_line"],
-            f"{row['status']}, overdue" if row["overdue"] else row["status"],
+            _standing(row["status"], row["outcome"], row["overdue"]),
             minute(row["due_at"]),
             row["attempt"],
             row["summary"],
@@ -249,21 +268,54 @@ def reindex(store: Store, dry_run: DryRun = False) -> None:
     emit({"changed": changed}, lambda: typer.echo(f"index entries put or deleted: {changed}{note}"))
 
 
+def release(
+    request_id: Id,
+    store: Store,
+    reason: Reason,
+    known_only: Annotated[
+        bool, typer.Option("--known-only", help="Erase what the data have, and leave out names that they do not have.")
+    ] = False,
+    actor: Actor = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Queue a request that is on hold, and say what then happens.
+
+    A request that a sweep held for review is looked up again by the next sweep. If the data still do not have all that
+    it names, it is held again, unless --known-only is given. One that names nothing that exists: cancel it.
+    """
+    from salun_core.requests.schema import Review
+
+    ledger = _ledger(store, dry_run)
+    last = ledger.state(request_id).last
+    event = ledger.release(request_id, who(actor), reason, known_only)
+    then = "the next sweep that claims it erases what it names"
+    if known_only:
+        then = "the next sweep erases what the data have of it; if nothing of that was trained on, it is held again"
+    elif last is not None and last.outcome is Review.UNMATCHED:
+        then = "the next sweep looks it up again, and holds it again if the data still lack a name; see --known-only"
+    elif last is not None and last.outcome is Review.AMBIGUOUS:
+        then = "it is held again while its class may be two: cancel it, and file it with --class-name or --class-index"
+    document = {**event.model_dump(mode="json", exclude_none=True), "then": then}
+    emit(document, lambda: typer.echo(f"{_moved(event, dry_run)}\n{then}"))
+
+
+def _moved(event: RequestEvent, dry_run: bool) -> str:
+    note = "dry run, nothing was written" if dry_run else f"event {event.n}"
+    return f"{event.request}: {event.from_status} -> {event.to_status} ({note})"
+
+
 def _transition(name: str, about: str) -> Callable[..., None]:
     """Return the verb that calls one of the ledger's transitions."""
 
     def verb(request_id: Id, store: Store, reason: Reason, actor: Actor = "", dry_run: DryRun = False) -> None:
         event: RequestEvent = getattr(_ledger(store, dry_run), name)(request_id, who(actor), reason)
-        note = "dry run, nothing was written" if dry_run else f"event {event.n}"
-        text = f"{event.request}: {event.from_status} -> {event.to_status} ({note})"
-        emit(event.model_dump(mode="json", exclude_none=True), lambda: typer.echo(text))
+        emit(event.model_dump(mode="json", exclude_none=True), lambda: typer.echo(_moved(event, dry_run)))
 
     verb.__doc__ = about
     return verb
 
 
 hold = _transition("hold", "Exclude a request from sweeps. Its due date stays.")
-release = _transition("release", "Queue a request that is on hold.")
 cancel = _transition("cancel", "Withdraw a request that no run has claimed.")
 retry = _transition("retry", "Queue a failed request again, and count its attempts from one.")
 reopen = _transition("reopen", "Queue a completed request again, after a rollback that undid its erasure.")

@@ -142,6 +142,7 @@ def sweep_facts(done: SweepOutcome) -> dict[str, Any]:
     claimed, recipe = done.claimed, done.claimed.recipe
     requests = _statuses(done.settled)
     requests |= dict.fromkeys(claimed.nothing_to_erase, "completed") | dict.fromkeys(claimed.refused, "failed")
+    requests |= dict.fromkeys(claimed.held, "on_hold")
     verdict = None
     if done.outcome:
         verdict = f"PASSED: {done.outcome.published.decision.summary}"

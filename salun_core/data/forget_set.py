@@ -9,11 +9,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from salun_core.config import Document
+from salun_core.data.classes import find_class
 from salun_core.data.split import SplitManifest
 from salun_core.data.table import Table
 from salun_core.data.targets import ClassTarget, ConceptTarget, RedactedTarget, SubjectTarget, Target, hash_of
 from salun_core.digest import canonical_json, check_digest, sha256_bytes
-from salun_core.errors import DataError, UsageError, unknown_name
+from salun_core.errors import DataError, UsageError
 
 
 class ForgetSet(Document):
@@ -103,8 +104,8 @@ def require_partial(forget: ForgetSet, split: SplitManifest) -> None:
 
 def restored(target: Target) -> Target:
     """Return the class target of a redacted class; return other targets unchanged."""
-    if isinstance(target, RedactedTarget) and target.class_id is not None:
-        return ClassTarget(dataset_digest=target.dataset_digest, class_id=target.class_id)
+    if isinstance(target, RedactedTarget) and target.of == "class":
+        return ClassTarget(**target.model_dump(include=set(ClassTarget.model_fields) - {"kind"}))
     return target
 
 
@@ -124,7 +125,7 @@ def _of_data(
     ids: set[str] = set()
     for target in targets:
         ids |= _resolve_one(target, table, split)
-    classes = sorted({_class_id(target, table) for target in targets if isinstance(target, ClassTarget)})
+    classes = sorted({find_class(target, table.classes) for target in targets if isinstance(target, ClassTarget)})
     if classes and all(table.labels[table.position[sample]] in classes for sample in ids):
         return ids, {"class"}, classes  # the other targets lie within the classes
     return ids, {kind_of(target) for target in targets}, classes
@@ -139,7 +140,7 @@ def _resolve_one(target: Target, table: Table, split: SplitManifest) -> set[str]
     if isinstance(target, RedactedTarget):
         return _samples_of_hashes(target, table)
     if isinstance(target, ClassTarget):
-        class_id = _class_id(target, table)
+        class_id = find_class(target, table.classes)
         return {sample for sample, label in zip(table.ids, table.labels, strict=True) if label == class_id}
     if target.ids is None:
         raise UsageError("forget manifest was not fetched", "its ids are in the store", "give a store that holds it")
@@ -173,21 +174,3 @@ def _samples_of(subjects: set[str], table: Table) -> set[str]:
     if not any(table.subjects):
         raise UsageError("the data have no subjects", "the spec has no `subject_column`", "add it to the data spec")
     return {sample for sample, subject in zip(table.ids, table.subjects, strict=True) if subject in subjects}
-
-
-def _class_id(target: ClassTarget, table: Table) -> int:
-    names = list(table.classes)
-    if isinstance(target.class_id, str):
-        if target.class_id in names:
-            return names.index(target.class_id)
-        for name in names:
-            if name.casefold() == target.class_id.casefold():
-                raise UsageError(
-                    f"unknown class {target.class_id!r}", "upper and lower case count", f"did you mean {name!r}?"
-                )
-        raise unknown_name("class", target.class_id, names)
-    if not 0 <= target.class_id < len(names):
-        raise UsageError(
-            f"there is no class {target.class_id}", f"the data have {len(names)}", f"give 0 to {len(names) - 1}"
-        )
-    return target.class_id

@@ -41,7 +41,26 @@ class ClassTarget(Document):
     dataset_digest: str | None = Field(
         default=None, description="data set that the class belongs to; checked when given"
     )
-    class_id: int | str = Field(description="class id from 0, or its name")
+    class_id: int | str | None = Field(
+        default=None, description="name of the class, or else its index from 0; refused where it may mean two classes"
+    )
+    class_name: str | None = Field(default=None, description="name of the class, in place of `class_id`")
+    class_index: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        default=None, description="index of the class from 0, in place of `class_id`"
+    )
+
+    @model_validator(mode="after")
+    def _one_class(self) -> ClassTarget:
+        if sum(value is not None for value in (self.class_id, self.class_name, self.class_index)) != 1:
+            raise ValueError("give exactly one of `class_id`, `class_name` and `class_index`")
+        return self
+
+    @property
+    def named(self) -> int | str:
+        """The class as it was named: its name or its index."""
+        found = next(value for value in (self.class_name, self.class_index, self.class_id) if value is not None)
+        assert found is not None
+        return found
 
 
 class SubjectTarget(Document):
@@ -102,6 +121,8 @@ class RedactedTarget(Document):
     )
     dataset_digest: str | None = Field(default=None, description="data set that it belonged to; checked when given")
     class_id: int | str | None = Field(default=None, description="the class, of a class only")
+    class_name: str | None = Field(default=None, description="the class, where the target named it so")
+    class_index: int | None = Field(default=None, description="the class, where the target named it so")
     salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = Field(
         default=None, description="key of the hashes; none where nothing was to be found again"
     )
@@ -111,11 +132,17 @@ class RedactedTarget(Document):
 
     @model_validator(mode="after")
     def _fits(self) -> RedactedTarget:
-        if (self.class_id is not None) != (self.of == "class"):
-            raise ValueError("give `class_id` for a class, and only for a class")
+        given = sum(value is not None for value in (self.class_id, self.class_name, self.class_index))
+        if given != (self.of == "class"):
+            raise ValueError("give `class_id`, `class_name` or `class_index` for a class, and only for a class")
         if self.hashes and self.salt is None:
             raise ValueError("`hashes` need a `salt`")
         return self
+
+    @property
+    def named(self) -> int | str | None:
+        """The class as it was named; None for another kind."""
+        return next((value for value in (self.class_name, self.class_index, self.class_id) if value is not None), None)
 
 
 ForgetTarget = Annotated[
@@ -171,7 +198,7 @@ def redact(target: Target, salt: str | None, ids: Sequence[str] | None = None) -
     if isinstance(target, ConceptTarget):
         return RedactedTarget(of="concept", count=len(target.prompts))
     if isinstance(target, ClassTarget):
-        return RedactedTarget(of="class", count=1, dataset_digest=target.dataset_digest, class_id=target.class_id)
+        return RedactedTarget(of="class", count=1, **target.model_dump(exclude={"kind"}))
     if isinstance(target, SubjectTarget):
         return RedactedTarget(of="subject", count=1, salt=salt, hashes=_hashes("subject", [target.subject_ref], salt))
     return RedactedTarget(

@@ -36,6 +36,7 @@ from salun_core.requests.schema import (
     Receipt,
     RequestEvent,
     RequestState,
+    Review,
     Status,
     status_after,
 )
@@ -59,20 +60,22 @@ class Transition:
         actor: who moves it.
         reason: why, without personal data.
         run: the unlearning run that moves it.
-        outcome: how the request was met; with `completed` only.
+        outcome: with `completed` how the request was met; with `on_hold` what a person must review.
         epoch: of the model line's lease that the run holds.
         level: escalation level of the next recipe; None keeps the level of the event before.
         group: the half of a refused batch that it belongs to.
+        known_only: a person decided to leave out names that the data do not have; later events repeat it.
     """
 
     to: Status
     actor: str
     reason: str
     run: str | None = None
-    outcome: Outcome | None = None
+    outcome: Outcome | Review | None = None
     epoch: int | None = None
     level: int | None = None
     group: str | None = None
+    known_only: bool = False
 
 
 def build_event(request_id: str, last: RequestEvent | None, transition: Transition, now: datetime) -> RequestEvent:
@@ -103,6 +106,7 @@ def build_event(request_id: str, last: RequestEvent | None, transition: Transiti
     if last is not None and source not in {Status.FAILED, Status.COMPLETED}:
         returned = source is Status.IN_PROGRESS and to is Status.QUEUED
         attempt, level = last.attempt + returned, last.rung
+    known_only = transition.known_only or bool(last and last.known_only and source is not Status.COMPLETED)
     fields = {
         "request": request_id,
         "n": last.n + 1 if last else 1,
@@ -114,6 +118,7 @@ def build_event(request_id: str, last: RequestEvent | None, transition: Transiti
         "attempt": attempt,
         "run": transition.run,
         "outcome": transition.outcome,
+        "known_only": known_only or None,
         "previous": sha256_bytes(last.canonical()) if last else None,
         "epoch": transition.epoch,
         "rung": level if transition.level is None else transition.level,
@@ -269,9 +274,18 @@ class Ledger:
         """Withdraw a request that no run has claimed, and redact it. Raises as `move`."""
         return self.move(request_id, Transition(Status.CANCELLED, actor, reason))
 
-    def release(self, request_id: str, actor: str, reason: str) -> RequestEvent:
-        """Queue a request that is on hold. Raises as `move`."""
-        return self._requeue(request_id, Status.ON_HOLD, actor, reason)
+    def release(self, request_id: str, actor: str, reason: str, known_only: bool = False) -> RequestEvent:
+        """Queue a request that is on hold. Raises as `move`.
+
+        A request that was held for review is looked up again by the next sweep, and held again if nothing changed.
+
+        Args:
+            request_id: the request.
+            actor: who releases it.
+            reason: why, without personal data.
+            known_only: erase what the data have, and leave out the names that they do not have.
+        """
+        return self._requeue(request_id, Status.ON_HOLD, actor, reason, known_only)
 
     def retry(self, request_id: str, actor: str, reason: str) -> RequestEvent:
         """Queue a failed request again from its first attempt. Raises as `move`."""
@@ -281,13 +295,15 @@ class Ledger:
         """Queue a completed request again, because a rollback undid its erasure. Raises as `move`."""
         return self._requeue(request_id, Status.COMPLETED, actor, reason)
 
-    def _requeue(self, request_id: str, source: Status, actor: str, reason: str) -> RequestEvent:
+    def _requeue(
+        self, request_id: str, source: Status, actor: str, reason: str, known_only: bool = False
+    ) -> RequestEvent:
         state = self.state(request_id)
         if state.status is not source:
             raise ConflictError(
                 f"request {request_id} is {state.status}", f"this needs a request that is {source}", "leave it as it is"
             )
-        return self._append(state, Transition(Status.QUEUED, actor, reason))
+        return self._append(state, Transition(Status.QUEUED, actor, reason, known_only=known_only))
 
     def _append(self, state: RequestState, transition: Transition) -> RequestEvent:
         request = state.request

@@ -8,13 +8,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from salun_core.data.forget_set import ForgetSet, resolve_forget
-from salun_core.data.targets import SamplesTarget, Target
+from salun_core.data.targets import SamplesTarget, SubjectTarget, Target
 from salun_core.requests.schema import DeletionRequest
 
 if TYPE_CHECKING:
     from salun_core.data.split import SplitManifest
     from salun_core.data.table import Table
     from salun_core.tasks.task import Task
+
+
+AMBIGUOUS = "its class is the name of one and the index of another: file it again with class_name or class_index"
+"""The reason of a hold for review."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,25 @@ class Resolved:
         digest: digest of its forget set.
         named: how many samples it names, in training or not.
         concepts: the pseudo ids of concepts among the ids; no data set holds them.
+        unknown: how many of the names are not in the data set at all, as after a typing error.
     """
 
     ids: Sequence[str]
     digest: str
     named: int
     concepts: frozenset[str] = frozenset()
+    unknown: int = 0
 
     @cached_property
     def samples(self) -> frozenset[str]:
         """The training samples among the ids, which count against the limits of a run."""
         return frozenset(self.ids) - self.concepts
+
+
+def unmatched(resolved: Resolved) -> str:
+    """Return the reason of a hold for review, which names nothing that the request does."""
+    some = "one name is" if resolved.unknown == 1 else f"{resolved.unknown} names are"
+    return f"{some} not in the data; of what it names, {len(resolved.ids)} are in training"
 
 
 class Resolver(Protocol):
@@ -85,16 +97,18 @@ class TableResolver:
         return len(self._split.train)
 
     def resolve(self, request: DeletionRequest) -> Resolved:
-        """Find what a request names; ids that the data do not have need no erasure and are no error.
+        """Find what a request names; ids and subjects that the data do not have are counted, and are no error.
 
         Raises:
+            AmbiguousTargetError: it names a class by a value that may mean two classes.
             UsageError: it names an unknown class, or something that such a model cannot forget.
             IntegrityError: it belongs to another data set.
         """
         target = self._fetch(request.target)
         found = self._forget_set([target])
         named = len(target.ids or ()) if isinstance(target, SamplesTarget) else len(found.ids)
-        return Resolved(found.ids, found.digest, named, frozenset(concept.pseudo_id for concept in found.concepts))
+        concepts = frozenset(concept.pseudo_id for concept in found.concepts)
+        return Resolved(found.ids, found.digest, named, concepts, self._unknown(target))
 
     def freeze_forget_set(self, requests: Sequence[DeletionRequest]) -> bytes:
         """Return the forget set of all requests together, as canonical JSON."""
@@ -104,6 +118,19 @@ class TableResolver:
         self._task.check_targets(targets)
         known = [found for target in targets if (found := self._without_unknown_ids(target)) is not None]
         return resolve_forget(known, self._table, self._split)
+
+    def _unknown(self, target: Target) -> int:
+        """Return how many of a target's ids or subjects the data do not have; a redacted one was matched before."""
+        if self._table is None:
+            return 0
+        if isinstance(target, SubjectTarget):
+            return int(target.subject_ref not in self._subjects)
+        ids = target.ids or () if isinstance(target, SamplesTarget) else ()
+        return sum(sample not in self._table.position for sample in ids)
+
+    @cached_property
+    def _subjects(self) -> frozenset[str | None]:
+        return frozenset(self._table.subjects) if self._table else frozenset()
 
     def _without_unknown_ids(self, target: Target) -> Target | None:
         if not isinstance(target, SamplesTarget) or self._table is None:

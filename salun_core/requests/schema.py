@@ -50,6 +50,15 @@ class Outcome(StrEnum):
     NOTHING_TO_ERASE = "nothing_to_erase"
 
 
+class Review(StrEnum):
+    """Why a sweep holds a request for a person to review."""
+
+    UNMATCHED = "unmatched"
+    """The data do not have all that it names."""
+    AMBIGUOUS = "ambiguous"
+    """It names a class by a value that is the name of one class and the index of another."""
+
+
 TRANSITIONS: Mapping[Status, frozenset[Status]] = {
     Status.RECEIVED: frozenset({Status.REJECTED, Status.ON_HOLD, Status.QUEUED, Status.CANCELLED}),
     Status.REJECTED: frozenset(),
@@ -133,9 +142,14 @@ class RequestEvent(StoredDocument):
         description="attempt from 1: one more after each return from a run, 1 again after a retry or reopening"
     )
     run: RunId | None = Field(default=None, description="the unlearning run that made the transition")
-    outcome: Outcome | None = Field(default=None, description="how the request was met; with `completed` only")
+    outcome: Outcome | Review | None = Field(
+        default=None, description="with `completed` how the request was met; with `on_hold` what a person must review"
+    )
     epoch: Annotated[int, Field(ge=1, strict=True)] | None = Field(
         default=None, description="epoch of the model line's lease that the run held"
+    )
+    known_only: Literal[True] | None = Field(
+        default=None, description="a person decided to erase what the data have, and to leave out unknown names"
     )
     rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(
         default=0, description="escalation level, from 0: which recipe comes next; higher after each refusal"
@@ -155,8 +169,10 @@ class RequestEvent(StoredDocument):
     def _fits(self) -> RequestEvent:
         if self.to_status not in TRANSITIONS[self.from_status]:
             raise ValueError(f"a request cannot move from {self.from_status} to {self.to_status}")
-        if (self.outcome is not None) != (self.to_status is Status.COMPLETED):
-            raise ValueError("`outcome` and the status completed need each other")
+        if isinstance(self.outcome, Outcome) != (self.to_status is Status.COMPLETED):
+            raise ValueError("the outcome of an erasure and the status completed need each other")
+        if isinstance(self.outcome, Review) and self.to_status is not Status.ON_HOLD:
+            raise ValueError("the outcome of a review needs the status on_hold")
         return self
 
 
@@ -215,9 +231,9 @@ def summarise(target: Target) -> str:
         '2 samples'
     """
     if isinstance(target, RedactedTarget):
-        return f"{_summary(target.of, target.count, target.class_id)} (redacted)"
+        return f"{_summary(target.of, target.count, target.named)} (redacted)"
     names = target.prompts if isinstance(target, ConceptTarget) else getattr(target, "ids", None) or ()
-    return _summary(target.kind, len(names), getattr(target, "class_id", None))
+    return _summary(target.kind, len(names), getattr(target, "named", None))
 
 
 def _summary(kind: str, count: int, class_id: int | str | None) -> str:

@@ -226,7 +226,7 @@ def _summarise_request(state: RequestState) -> RequestSummary:
         status=state.status,
         at=datetime.fromisoformat(last.at) if last else None,
         run=last.run if last else None,
-        outcome=last.outcome if last else None,
+        outcome=last.outcome if last and isinstance(last.outcome, Outcome) else None,
         redacted=isinstance(target, RedactedTarget),
         hashed=isinstance(target, RedactedTarget) and target.salt is not None,
     )

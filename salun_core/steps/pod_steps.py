@@ -158,6 +158,7 @@ def _idle_outcome(pod: Pod, found: Claim) -> OutcomeRecord:
     state = RunState.LINE_HELD if found.skipped is Skipped.LINE_HELD else RunState.NOTHING_TO_DO
     done = len(found.nothing_to_erase)
     text = found.reason + (f"; {done} requests named nothing that was trained on" if done else "")
+    text += f"; {len(found.held)} held for review: `salun request list --status on_hold`" if found.held else ""
     return pod.outcome(state, text, step="claim_requests", code=0, completed=done, failed=len(found.refused))
 
 

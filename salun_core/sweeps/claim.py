@@ -5,12 +5,14 @@ The lease keeps two runs from the same work; the events keep the ledger right. T
 1. Take the lease of the model line, also from a run that is dead (`liveness`). Its epoch is higher than that of each
    earlier holder and goes into every event. It is renewed while the claim works.
 2. Settle the requests that dead runs left in progress: those of a run that published are completed and certified.
-3. Move each request to `in_progress`; requests that name nothing to erase are completed at once.
+3. Move each request to `in_progress`; requests that name nothing to erase are completed at once. Requests that need a
+   person (names that the data do not have, a class that may be two) are put on hold before it: nothing is guessed.
 4. Store the frozen forget set, then the record of the run, then the run's first event.
 
 Failures and what follows from them:
 
 - The process dies after 1: the next sweep takes the lease over, and claims.
+- It dies after some requests were put on hold: they stay there, and the others are still queued.
 - It dies during 3 or 4: requests are in progress for a run without a record. The same run finds its requests again and
   continues. Another run settles it first: the requests are queued again, unchanged.
 - It dies after 4: the same run reads the record and gets the same batch.
@@ -32,13 +34,13 @@ from enum import StrEnum
 
 from salun_core.config import parse
 from salun_core.digest import digest_json, sha256_bytes
-from salun_core.errors import ConflictError, LineHeldError, RunSettledError, SalunError
+from salun_core.errors import AmbiguousTargetError, ConflictError, LineHeldError, RunSettledError, SalunError
 from salun_core.methods.recipe import Recipe
 from salun_core.registry.lookup import Version, read_version, require_head
 from salun_core.requests.index import IndexEntry, read_entries
 from salun_core.requests.ledger import Transition
-from salun_core.requests.resolve import Resolved, Resolver
-from salun_core.requests.schema import RequestState, Status
+from salun_core.requests.resolve import AMBIGUOUS, Resolved, Resolver, unmatched
+from salun_core.requests.schema import RequestState, Review, Status
 from salun_core.storage.keys import scratch_key, work_key
 from salun_core.storage.leases import SUBMIT_AGAIN, release
 from salun_core.sweeps.context import SweepContext, in_parallel
@@ -74,6 +76,7 @@ class Claim:
         due: how many requests wait that are due, if the line is held by another run.
         nothing_to_erase: requests that were completed at once, since nothing that they name was trained on.
         refused: requests that failed, since what they name does not exist.
+        held: requests that were put on hold, since a person must review what they name.
         recovered: requests of dead runs that were settled first.
     """
 
@@ -83,6 +86,7 @@ class Claim:
     reason: str = ""
     nothing_to_erase: Sequence[str] = ()
     refused: Sequence[str] = ()
+    held: Sequence[str] = ()
     recovered: Sequence[str] = ()
     skipped: Skipped | None = None
     due: int = 0
@@ -202,7 +206,10 @@ _Item = tuple[RequestState, Resolved]
 
 @dataclass
 class _Batch:
-    """Claims the requests of one batch against one version; `nothing` names nothing to erase, and `refused` failed."""
+    """Claims the requests of one batch against one version.
+
+    `nothing` names nothing to erase, `refused` failed, and `held` waits for a person.
+    """
 
     context: SweepContext
     line: str
@@ -213,6 +220,7 @@ class _Batch:
     resolver: Resolver
     nothing: list[_Item] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
 
     def claim(self, states: Sequence[RequestState], found: Claim) -> Claim:
         """Resolve the requests, move those of the batch to in progress, and record the run."""
@@ -223,10 +231,12 @@ class _Batch:
             if item is not None:
                 complete(self.context, item[0], _member(*item), self.version, None)
         settled = tuple(state.request.id for state, _ in self.nothing)
-        found = replace(found, nothing_to_erase=settled, refused=tuple(self.refused))
+        found = replace(found, nothing_to_erase=settled, refused=tuple(self.refused), held=tuple(self.held))
         if not taken:
             if settled:
                 return replace(found, reason="nothing left to erase")
+            if self.held:
+                return replace(found, reason=f"{len(self.held)} held for review, and nothing else is to be erased")
             return found if self.refused else replace(found, reason=_NO_REQUEST, skipped=Skipped.NO_REQUESTS)
         frozen = self.resolver.freeze_forget_set([state.request for state, _ in taken])
         record = self._record(taken, _kind_of(states[0]), sha256_bytes(frozen))
@@ -287,18 +297,34 @@ class _Batch:
         return self.policy.max_forget_fraction * self.resolver.train_count
 
     def _resolve(self, state: RequestState) -> Resolved | None:
-        """Find what a request names, or let it fail; the reason names nothing that the request does."""
+        """Find what a request names, or hold it or let it fail; the reason names nothing that the request does."""
         try:
             resolved = self.resolver.resolve(state.request)
+            if resolved.unknown and not (resolved.ids and state.last and state.last.known_only):
+                self._hold(state, Review.UNMATCHED, unmatched(resolved))
+                return None
             if not resolved.samples or len(resolved.samples) < self.resolver.train_count:
                 return resolved
             reason = "it names all of the training data"
+        except AmbiguousTargetError:
+            self._hold(state, Review.AMBIGUOUS, AMBIGUOUS)
+            return None
         except SalunError as error:
             reason = f"what it names cannot be resolved ({type(error).__name__})"
         with suppress(ConflictError):  # it was held or cancelled meanwhile
             self.context.ledger.move(state, Transition(Status.FAILED, self.context.actor, reason))
             self.refused.append(state.request.id)
         return None
+
+    def _hold(self, state: RequestState, outcome: Review, reason: str) -> None:
+        """Put a request on hold for a person. One that an earlier attempt of this run claimed is queued before."""
+        ledger, actor = self.context.ledger, self.context.actor
+        with suppress(ConflictError):  # it was held or cancelled meanwhile
+            if state.status is Status.IN_PROGRESS:
+                event = ledger.move(state, Transition(Status.QUEUED, actor, "not begun"))
+                state = RequestState(request=state.request, last=event)
+            ledger.move(state, Transition(Status.ON_HOLD, actor, reason, outcome=outcome))
+            self.held.append(state.request.id)
 
     def _take(self, state: RequestState, resolved: Resolved) -> _Item | None:
         """Move a request to in progress; None if it was held or cancelled meanwhile."""

@@ -106,10 +106,10 @@ def line(store, digits_line, digits_model, tmp_path, monkeypatch):
 
 
 def test_a_sweep_erases_what_is_due(line, pushed):
-    parent, samples = line.head, sorted(line.split.train)[:5]
+    parent, samples, untrained = line.head, sorted(line.split.train)[:5], line.split.ids("test")[0]
     line.ledger.submit("r-class", "digits", ClassTarget(dataset_digest=line.split.dataset_digest, class_id=3))
     line.ledger.submit("r-samples", "digits", SamplesTarget(ids=samples))
-    line.ledger.submit("r-nothing", "digits", SamplesTarget(ids=["nobody"]))
+    line.ledger.submit("r-nothing", "digits", SamplesTarget(ids=[untrained]))
     run = line.sweep("green")
     assert (run.exit_code, run.error, run.failed) == (0, "", "")
     assert [step for step in run.steps if step != "purge-store"] == ["claim-requests", *INNER, *LAST]
@@ -126,7 +126,7 @@ def test_a_sweep_erases_what_is_due(line, pushed):
     assert statuses == ["claimed", "masking", "unlearning", "evaluating", "gated", "published"]
     line.left_nothing_behind(run)
     weights = line.store.get(f"blobs/sha256/{read_version(line.store, 'digits', parent).files[WEIGHTS].sha256}").data
-    assert leaks(run, [*samples, "nobody"], [weights]) == []
+    assert leaks(run, [*samples, untrained], [weights]) == []
     assert pushed_groups(pushed) == {("salun-deletion-sweep-cpu", named(step), "digits") for step in WORKING} | {
         ("salun-deletion-sweep-cpu", "purge", "all")
     }

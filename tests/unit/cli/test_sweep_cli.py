@@ -14,6 +14,7 @@ from salun_core.cli.runs import sweep_facts
 from salun_core.data.targets import ClassTarget, SamplesTarget
 from salun_core.errors import GateRefusedError
 from salun_core.methods.recipe import Recipe
+from salun_core.models import load_model
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
@@ -48,9 +49,9 @@ def _shape(text):
     return re.sub(r"run-[0-9a-f-]+|\b[0-9a-f]{12}\b|\d+", "N", text)
 
 
-def test_the_example_and_a_sweep_that_finds_nothing_more(sweep, salun, ledger, store):
+def test_the_example_and_a_sweep_that_finds_nothing_more(sweep, salun, ledger, store, digits_model):
     ledger.submit("r-1", "digits", ClassTarget(class_id=3))
-    ledger.submit("r-2", "digits", SamplesTarget(ids=["nobody"]))
+    ledger.submit("r-2", "digits", SamplesTarget(ids=load_model(digits_model).split.ids("test")[:1]))
     parent = read_head(store, "digits")[0].version
     waiting = sweep("--once")
     assert (waiting.exit_code, "claimed    0: 2 waiting, and no batch is due" in waiting.stdout) == (0, True)

@@ -104,6 +104,9 @@ class TestSubmit:
             (["--samples", "a, b"], {"kind": "samples", "ids": ["a", "b"]}),
             (["--class", "3"], {"kind": "class", "class_id": 3}),
             (["--class", "cat"], {"kind": "class", "class_id": "cat"}),
+            (["--class", "00001"], {"kind": "class", "class_id": "00001"}),
+            (["--class-name", "1"], {"kind": "class", "class_name": "1"}),
+            (["--class-index", "1"], {"kind": "class", "class_index": 1}),
             (["--subject", "person-7"], {"kind": "subject", "subject_ref": "person-7"}),
         ],
     )
@@ -203,7 +206,7 @@ class TestShow:
         ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-1"))
         ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "[bold]published[/]", outcome=Outcome.UNLEARNED))
         text = run("show", "r-1")
-        assert text.startswith("r-1: completed, due ")
+        assert text.startswith("r-1: completed: unlearned, due ")
         assert "2 samples" in text
         assert "completed: unlearned" in text
         assert "[bold]published[/]" in text
@@ -267,7 +270,9 @@ class TestMoves:
     def test_hold_release_cancel(self, run, ledger):
         run(*SAMPLES)
         assert run("hold", "r-1", "--reason", "in doubt") == "r-1: queued -> on_hold (event 2)\n"
-        assert run("release", "r-1", "--reason", "clear") == "r-1: on_hold -> queued (event 3)\n"
+        assert run("release", "r-1", "--reason", "clear") == (
+            "r-1: on_hold -> queued (event 3)\nthe next sweep that claims it erases what it names\n"
+        )
         event = json.loads(run("cancel", "r-1", "--reason", "withdrawn", "--actor", "bob", "--json"))
         assert (event["to_status"], event["actor"], event["reason"]) == ("cancelled", "bob", "withdrawn")
         assert ledger.status("r-1") is Status.CANCELLED

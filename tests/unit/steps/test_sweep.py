@@ -14,7 +14,7 @@ from salun_core.models import load_model
 from salun_core.registry.lookup import ancestry, read_head
 from salun_core.registry.versions import fetch_version
 from salun_core.requests.ledger import Ledger
-from salun_core.requests.schema import Outcome, Status
+from salun_core.requests.schema import Outcome, Review, Status
 from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.steps.sweep import sweep_once
 from salun_core.storage import s3
@@ -53,6 +53,7 @@ def test_requests_are_erased_certified_rolled_back_and_erased_again(config, stor
     ledger, line = Ledger(store, utc_clock), config.model_line
     ids = load_model(digits_model).split.ids("train")[:2]
     ledger.submit("a-class", line, ClassTarget(class_id=3))
+    ledger.submit("untrained", line, SamplesTarget(ids=load_model(digits_model).split.ids("test")[:1]))
     ledger.submit("unknown", line, SamplesTarget(ids=["no-such-digit"]))
     before = read_head(store, line)[0].version
 
@@ -62,7 +63,8 @@ def test_requests_are_erased_certified_rolled_back_and_erased_again(config, stor
     assert s3._client_of.cache_info().misses == clients  # every step uses the client of the `store` fixture
     assert (list(done.settled.completed), done.claimed.requests) == (["a-class"], 1)
     assert ledger.state("a-class").last.outcome is Outcome.UNLEARNED
-    assert ledger.state("unknown").last.outcome is Outcome.NOTHING_TO_ERASE
+    assert ledger.state("untrained").last.outcome is Outcome.NOTHING_TO_ERASE
+    assert ledger.state("unknown").last.outcome is Review.UNMATCHED
     assert RunLog(store, utc_clock).status(done.run) is RunStatus.PUBLISHED
     assert holder_of(store, line) is None
 
@@ -70,7 +72,7 @@ def test_requests_are_erased_certified_rolled_back_and_erased_again(config, stor
     found = verify_certificate(certificate(store, "a-class", tmp_path), tmp_path / "model", keys=[keys.public])
     assert found.certificate.predicate.outcome is Outcome.UNLEARNED
     fetch_version(store, line, before, tmp_path / "searched")
-    verify_certificate(certificate(store, "unknown", tmp_path), tmp_path / "searched", keys=[keys.public])
+    verify_certificate(certificate(store, "untrained", tmp_path), tmp_path / "searched", keys=[keys.public])
 
     assert sweep_once(config, tmp_path / "empty").claimed.requests == 0
 
