@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from dataclasses import replace
 
 from salun_core.certificates.keys import find_signing_key
 from salun_core.errors import SalunError
@@ -16,8 +17,14 @@ from salun_core.steps.outcome import OutcomeRecord, RunState, add_counts, read_o
 from salun_core.steps.pod import Pod, end_process, patiently
 from salun_core.steps.purge import purge_store as purge_step
 from salun_core.steps.settle import settle_requests
+from salun_core.sweeps.failed_pods import Cause, why_killed
 from salun_core.sweeps.runs import RunStatus
 from salun_core.sweeps.settle import Settled
+
+_UNKNOWN = Cause(
+    "out of memory, evicted, over its time limit, or the run was terminated",
+    "give more memory or another node in the run form, then submit a new run",
+)
 
 
 def purge(store_uri: str, pipeline_root: str, run: str, *, dry_run: bool) -> tuple[int, str]:
@@ -39,7 +46,7 @@ def settle(pod: Pod, state: str, message: str) -> Settled:
     """Settle a run after its steps, in any case, and write its outcome if no step did.
 
     A step that was killed (out of memory, evicted, over its time limit) writes nothing; this step names it, with the
-    likely reason.
+    reason that the Workflow gives, or the likely ones.
 
     Args:
         pod: the run.
@@ -80,10 +87,10 @@ def _ended_outcome(pod: Pod, settled: Settled, there: OutcomeRecord | None, stat
         return pod.outcome(RunState.FAILED, there.text, next="correct it, then submit a new run", step=step)
     if state == "SUCCEEDED":
         return pod.outcome(RunState.COMPLETED, "all steps ended", step=step)
-    why = message or "out of memory, evicted, over its time limit, or the run was terminated"
     what = f"{step} was killed" if step else "the run ended before its first step began"
-    advice = "give more memory or another node in the run form, then submit a new run; Retry of this one does nothing"
-    return pod.outcome(RunState.KILLED, f"{what}: {why}", next=advice, step=step)
+    cause = why_killed(step) or (replace(_UNKNOWN, text=message) if message else _UNKNOWN)
+    advice = f"{cause.advice}; Retry of this one does nothing"
+    return pod.outcome(RunState.KILLED, f"{what}: {cause.text}", next=advice, step=step)
 
 
 def _published_by(pod: Pod) -> str | None:

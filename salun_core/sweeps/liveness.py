@@ -85,21 +85,34 @@ def _cluster() -> str | None:
         return None
 
 
-def _life_of_workflow(place: Place) -> Life:
+def read_workflow(place: Place) -> tuple[int, Mapping[str, Any]]:
+    """Ask the Kubernetes API for a Workflow of this cluster.
+
+    Args:
+        place: of a run.
+
+    Returns:
+        The status and the object that it answers; 0 if there is no answer, or the place is in another cluster. It never
+        raises.
+    """
     host, port = os.environ.get("KUBERNETES_SERVICE_HOST", ""), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     if not host or place.cluster != _cluster():
-        return Life.UNKNOWN
+        return 0, {}
     base = f"https://{f'[{host}]' if ':' in host else host}:{port}"
     path = f"/apis/argoproj.io/v1alpha1/namespaces/{quote(place.namespace)}/workflows/{quote(place.workflow)}"
-    status, body = _get(base + path, ACCOUNT / "token", str(ACCOUNT / "ca.crt"))
+    return _get(base + path, ACCOUNT / "token", str(ACCOUNT / "ca.crt"))
+
+
+def _life_of_workflow(place: Place) -> Life:
+    status, body = read_workflow(place)
     if status == 404:  # an API server that does not have the API group answers 404 too, but names no object
-        gone = body.get("reason") == "NotFound" and _mapping(body.get("details")).get("name") == place.workflow
+        gone = body.get("reason") == "NotFound" and as_mapping(body.get("details")).get("name") == place.workflow
         return Life.DEAD if gone else Life.UNKNOWN
     if status != 200 or body.get("kind") != "Workflow":
         return Life.UNKNOWN
-    state = _mapping(body.get("status"))
+    state = as_mapping(body.get("status"))
     phase = state.get("phase", "")
-    if phase in _WORKFLOW_ENDED or _mapping(body.get("metadata")).get("deletionTimestamp"):
+    if phase in _WORKFLOW_ENDED or as_mapping(body.get("metadata")).get("deletionTimestamp"):
         return Life.DEAD
     if phase not in _WORKFLOW_ALIVE or (_a_pod_works(state) and not _a_pod_waits(state)):
         return Life.UNKNOWN
@@ -108,13 +121,13 @@ def _life_of_workflow(place: Place) -> Life:
 
 def _a_pod_works(state: Mapping[str, Any]) -> bool:
     conditions = state.get("conditions")
-    rows = [_mapping(row) for row in conditions] if isinstance(conditions, list) else []
+    rows = [as_mapping(row) for row in conditions] if isinstance(conditions, list) else []
     return any((row.get("type"), row.get("status")) == ("PodRunning", "True") for row in rows)
 
 
 def _a_pod_waits(state: Mapping[str, Any]) -> bool:
     """Return whether a pod waits, beside one that works: a purge does not hold the line, and works at the same time."""
-    nodes = [_mapping(node) for node in _mapping(state.get("nodes")).values()]
+    nodes = [as_mapping(node) for node in as_mapping(state.get("nodes")).values()]
     return any((node.get("type"), node.get("phase")) == ("Pod", "Pending") for node in nodes)
 
 
@@ -154,10 +167,11 @@ def _get(url: str, token: Path | None, authority: str | None) -> tuple[int, Mapp
         get_logger().warning("holder_not_checked", error=type(error).__name__)
         return 0, {}
     try:
-        return answer.status, _mapping(json.loads(data))
+        return answer.status, as_mapping(json.loads(data))
     except (ValueError, RecursionError):  # a proxy, or a server without this API
         return answer.status, {}
 
 
-def _mapping(value: object) -> Mapping[str, Any]:
+def as_mapping(value: object) -> Mapping[str, Any]:
+    """Return a value of an answer if it is an object, otherwise an empty one."""
     return value if isinstance(value, dict) else {}

@@ -20,6 +20,9 @@ from salun_core.steps.reference import Reference, read_reference
 from salun_core.storage import open_store
 from salun_core.storage.s3 import S3Store
 from salun_core.tasks import register_model
+from tests.support.api_server import account, kubernetes
+
+__all__ = ["account", "kubernetes"]
 
 LINE = "digits"
 QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005})

@@ -28,6 +28,7 @@ from salun_core.storage.leases import acquire, holder_of, release
 from salun_core.storage.s3 import S3Store
 from salun_core.times import utc_clock
 from tests.components.conftest import LINE, QUICK
+from tests.support.api_server import WORKFLOW_PATH
 
 pytestmark = pytest.mark.s3
 FAILED = dsl.PipelineTaskFinalStatus("FAILED", "job", "exit-handler-1", None, None)
@@ -345,6 +346,21 @@ def test_the_exit_handler_names_the_step_that_was_killed(run, signed):
     assert ledger.status("r-1") is Status.QUEUED
     run.unlearn()  # a Retry from the browser: it works no more
     assert run.reference("after").kind is Kind.NOTHING
+
+
+def test_the_exit_handler_takes_the_reason_from_the_workflow(run, kubernetes):
+    pod.write_outcome(run.store, pod.new_outcome("run-1", LINE, pod.RunState.RUNNING, "unlearn works", step="unlearn"))
+    row = {"type": "Pod", "phase": "Failed", "displayName": "executor", "boundaryID": "n-1"}
+    nodes = {
+        "n-1": {"type": "DAG", "displayName": "unlearn"},
+        "n-2": {**row, "message": "main: OOMKilled (exit code 137)"},
+    }
+    kubernetes.answers[WORKFLOW_PATH] = 200, {"kind": "Workflow", "spec": {}, "status": {"nodes": nodes}}
+    settle_requests.python_func(**run.address, final_status=FAILED)
+    outcome = ended(run)
+    assert outcome.state == "killed"
+    assert outcome.text == "unlearn was killed: out of memory; Argo reports: main: OOMKilled (exit code 137)"
+    assert outcome.next.startswith("give more memory in the run form")
 
 
 def test_the_exit_handler_finds_what_a_killed_gate_published(run):
