@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+_WHERE = "submit it with `python -m pipelines submit`, or run it with `salun run`: both print them"
 
 
 class SalunError(Exception):
@@ -13,13 +16,23 @@ class SalunError(Exception):
         what: what happened, with the name of the thing.
         why: the cause, if it is known.
         remedy: how to fix it.
+        public: what happened, for the logs and outcomes of a pipeline, if the other texts may name a sample, a subject
+            or a prompt: everybody who may see the run can read these.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, why: str = "", remedy: str = "") -> None:
-        self.what, self.why, self.remedy = what, why, remedy
+    def __init__(self, what: str, why: str = "", remedy: str = "", public: str = "") -> None:
+        self.what, self.why, self.remedy, self.public = what, why, remedy, public
         super().__init__(what, why, remedy)
+
+    def for_pods(self) -> SalunError:
+        """Return the error as a pipeline may report it: it names no sample, no subject and no prompt."""
+        if not self.public:
+            return self
+        reported = SalunError(self.public, "the details may name what is to be forgotten", _WHERE)
+        reported.exit_code = self.exit_code
+        return reported
 
     def __str__(self) -> str:
         parts = [self.what + (f": {self.why}" if self.why else "")]
@@ -82,6 +95,21 @@ class IntegrityError(SalunError):
     """Bytes that do not match their digest or their format (exit 5)."""
 
     exit_code = 5
+
+
+@contextmanager
+def reported_as(public: str) -> Iterator[None]:
+    """Set the text by which pipelines report the errors of a block, which may name samples, subjects or prompts.
+
+    An error of the store names an address only, and keeps its text.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except SalunError as error:
+        error.public = error.public or public
+        raise
 
 
 def exit_code_of(name: str) -> int | None:

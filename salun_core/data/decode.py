@@ -45,6 +45,7 @@ def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, ch
                 f"image {sample} has another size",
                 f"{array.shape[1]} x {array.shape[0]}; the first image has {arrays[0].shape[1]} x {arrays[0].shape[0]}",
                 "set `size` in the data spec to resize all",
+                public="an image of the data has another size than the first one",
             )
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
@@ -61,7 +62,10 @@ def _open(payload: bytes, sample: str) -> Image.Image:
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"image {sample} is corrupt", str(error).split("\n")[0], "replace it, or take it out of the data"
+            f"image {sample} is corrupt",
+            str(error).split("\n")[0],
+            "replace it, or take it out of the data",
+            public="an image of the data is corrupt",
         ) from error
     return image
 

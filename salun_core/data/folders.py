@@ -52,7 +52,12 @@ def _table(spec: DataSpec, rows: Sequence[_Row], classes: Sequence[str]) -> Tabl
 
 def _read_image(path: Path) -> bytes:
     if path.stat().st_size > MAX_IMAGE_BYTES:
-        raise DataError(f"image {path.name} is too large", f"over {MAX_IMAGE_BYTES} bytes", "remove or shrink it")
+        raise DataError(
+            f"image {path.name} is too large",
+            f"over {MAX_IMAGE_BYTES} bytes",
+            "remove or shrink it",
+            public="an image of the data is too large",
+        )
     return path.read_bytes()
 
 

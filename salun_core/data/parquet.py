@@ -121,7 +121,10 @@ def _encoded(image: Any, index: int, path: Path) -> Payload:  # noqa: ANN401 - a
     data = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(data, bytes) or not data:
         raise DataError(
-            f"row {index} of {path.name} has no image bytes", "it is empty or only a path", "embed the images"
+            f"row {index} of {path.name} has no image bytes",
+            "it is empty or only a path",
+            "embed the images",
+            public="a row of the data has no image bytes",
         )
     return data
 

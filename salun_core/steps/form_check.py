@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from salun_core.config import parse
-from salun_core.errors import StoreError, UsageError
+from salun_core.data.targets import Target
+from salun_core.errors import StoreError, UsageError, reported_as
 from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
 from salun_core.gate import shipped_policies
 from salun_core.methods.method import resolve_config
@@ -108,7 +109,12 @@ def _check_forget(faults: _Faults, uri: str, task: Task[Any] | None, in_pods: bo
         return
     found = faults.of("forget_manifest_uri", read_forget, uri, reads=uri.startswith(_S3))
     if task is not None and isinstance(found, list):
-        faults.of("forget_manifest_uri", task.check_targets, found)
+        faults.of("forget_manifest_uri", _check_targets, task, found)
+
+
+def _check_targets(task: Task[Any], targets: list[Target]) -> None:
+    with reported_as("the model line cannot forget what the forget set names"):
+        task.check_targets(targets)
 
 
 def _check_policy(faults: _Faults, uri: str, in_pods: bool) -> None:
@@ -180,4 +186,7 @@ def _joined(faults: list[UsageError]) -> UsageError:
         return faults[0]
     texts = [f"{fault.what}: {fault.why}" if fault.why else fault.what for fault in faults]
     remedies = dict.fromkeys(fault.remedy for fault in faults if fault.remedy)
-    return UsageError(f"{len(faults)} parameters are wrong", "; ".join(texts), "; ".join(remedies))
+    what = f"{len(faults)} parameters are wrong"
+    private = any(fault.public for fault in faults)
+    public = "; ".join(fault.public or text for fault, text in zip(faults, texts, strict=True))
+    return UsageError(what, "; ".join(texts), "; ".join(remedies), public=f"{what}: {public}" if private else "")

@@ -44,7 +44,7 @@ from salun_core.storage import open_store
 from salun_core.storage.keys import run_key
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.heartbeat import lease_renewed
-from salun_core.telemetry.logs import get_logger
+from salun_core.telemetry.logs import described, get_logger
 
 PAUSES = (5.0, 15.0, 45.0, 120.0, 240.0)
 """Seconds between the attempts of a step after a fault that may pass; about seven minutes, shorter than a lease."""
@@ -158,9 +158,9 @@ def _may_pass(error: BaseException) -> bool:
 
 def end_process(pod: Pod, name: str, error: Exception) -> NoReturn:
     """End the process after a fault: one line on standard error, and the run's outcome names it if the store can."""
-    text = str(error) if isinstance(error, SalunError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = str(error.for_pods()) if isinstance(error, SalunError) else _unexpected(error)
     if not isinstance(error, SalunError):
-        get_logger().error("internal_error", step=name, traceback="".join(traceback.format_exception(error)))
+        get_logger().error("internal_error", step=name, **described(error))
     noted = pod.outcome(RunState.RUNNING, f"{name} failed: {text}", step=name, fault=True)
     try:
         write_outcome(pod.store, noted)
@@ -170,6 +170,14 @@ def end_process(pod: Pod, name: str, error: Exception) -> NoReturn:
     raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
+def _unexpected(error: Exception) -> str:
+    """Describe an unexpected error without its message, which may hold a sample id, and without a file's name."""
+    where = next(reversed(traceback.extract_tb(error.__traceback__)), None)
+    at = f" in {Path(where.filename).name}, line {where.lineno}" if where else ""
+    reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+    return f"{type(error).__name__}{at}{reason}"
+
+
 def nothing(state: RunState) -> Reference:
     """Return what a step passes on if the run has ended."""
     return Reference(kind=Kind.NOTHING, facts={"state": str(state)})
@@ -177,10 +185,11 @@ def nothing(state: RunState) -> Reference:
 
 def _verdict(pod: Pod, step: str, error: SalunError) -> Reference:
     """Write the outcome of a run that a step ended."""
+    told = error.for_pods()
     outcome = pod.outcome(
         _state_of(error),
-        f"{error.what}: {error.why}" if error.why else error.what,
-        next=" ".join(error.remedy.split())[:500],
+        f"{told.what}: {told.why}" if told.why else told.what,
+        next=" ".join(told.remedy.split())[:500],
         step=step,
         code=error.exit_code,
         report=pod.report_address(),

@@ -37,8 +37,9 @@ def purge(store_uri: str, pipeline_root: str, run: str, *, dry_run: bool) -> tup
         key = find_signing_key()
         report = purge_step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run)
     except SalunError as error:
-        print(f"Error: {error}", file=sys.stderr, flush=True)
-        return 0, " ".join(str(error).split())
+        told = str(error.for_pods())
+        print(f"Error: {told}", file=sys.stderr, flush=True)
+        return 0, told
     return report.total.keys, ""
 
 

@@ -472,8 +472,9 @@ def _settle_here(pod: Pod, made: Reference) -> OutcomeRecord:
     except StoreError:
         raise
     except SalunError as error:  # no signing key: the version is published, and its requests wait
-        text = f"published, but not certified: {error.what}: {error.why}"
-        advice = f"{error.remedy}; then `salun sweep --settle {pod.run}`"
+        told = error.for_pods()
+        text = f"published, but not certified: {told.what}: {told.why}"
+        advice = f"{told.remedy}; then `salun sweep --settle {pod.run}`"
         fields = {"next": advice[:500], "step": "gate_publish", "code": error.exit_code}
         return write_outcome(pod.store, pod.outcome(RunState.FAILED, text, **fields))
     if made.kind is Kind.DECISION:

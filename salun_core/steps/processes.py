@@ -19,7 +19,7 @@ from salun_core import errors
 from salun_core.errors import SalunError
 from salun_core.methods.distributed import PeerError
 from salun_core.steps.context import RunContext
-from salun_core.telemetry.logs import get_logger, run_bound
+from salun_core.telemetry.logs import described, get_logger, run_bound
 
 Step = Callable[..., object]
 _THREADS = "OMP_NUM_THREADS"
@@ -105,10 +105,11 @@ def _work(folder: Path, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, 
         raise
     except SalunError as error:
         told = {"error": type(error).__name__, "what": error.what, "why": error.why, "remedy": error.remedy}
+        told["public"] = error.public
         (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(told), encoding="utf-8")
         raise
-    except Exception:
-        get_logger().exception("process_failed", rank=os.environ["RANK"])
+    except Exception as error:
+        get_logger().error("process_failed", rank=os.environ["RANK"], **described(error))
         raise
 
 

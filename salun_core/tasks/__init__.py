@@ -14,7 +14,7 @@ from salun_core.data.split import SplitManifest
 from salun_core.data.table import Table
 from salun_core.data.targets import Target
 from salun_core.digest import check_digest
-from salun_core.errors import unknown_name
+from salun_core.errors import reported_as, unknown_name
 from salun_core.models.card import CARD, Card, require_card
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.storage import FileStore
@@ -99,8 +99,9 @@ def open_inputs(model: Path, forget: str, data: str | None = None) -> Inputs[Any
 
 def resolve_targets(task: Task[Any], targets: Sequence[Target], table: Table | None, split: SplitManifest) -> ForgetSet:
     """Check that a model of this task can forget the targets, and resolve them; see `resolve_forget`."""
-    task.check_targets(targets)
-    return resolve_forget(targets, table, split)
+    with reported_as("the model line cannot forget what the forget set names"):
+        task.check_targets(targets)
+        return resolve_forget(targets, table, split)
 
 
 def register_model(store: FileStore, line: str, folder: Path, method: str, trained_on: int) -> str:

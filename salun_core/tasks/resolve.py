@@ -12,7 +12,7 @@ from salun_core.config import MAX_DOCUMENT_BYTES, parse, parse_text, read_docume
 from salun_core.data.forget_set import ForgetSet
 from salun_core.data.targets import SamplesTarget, Target, parse_target
 from salun_core.digest import check_digest, sha256_bytes
-from salun_core.errors import IntegrityError, UsageError, unknown_name
+from salun_core.errors import IntegrityError, StoreError, UsageError, reported_as, unknown_name
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import METRIC_NAMES
 from salun_core.gate import Policy, default_policy, load_policy
@@ -67,13 +67,14 @@ def read_forget(uri: str) -> ForgetSet | list[Target]:
         UsageError: the document does not exist, or has faults.
         IntegrityError: a manifest of ids does not match its digest.
     """
-    document = read_plain(uri)
-    if isinstance(document, dict) and document.get("format") == "salun.forget-set/v1":
-        return parse(ForgetSet, document, uri)
-    items = document if isinstance(document, list) else [document]
-    if not items:
-        raise UsageError(f"{uri} names nothing", "it is an empty list", "give at least one forget target")
-    return [fetched(parse_target(item, uri)) for item in items]
+    with reported_as(f"{uri} does not exist, or is not a valid forget set"):
+        document = read_plain(uri)
+        if isinstance(document, dict) and document.get("format") == "salun.forget-set/v1":
+            return parse(ForgetSet, document, uri)
+        items = document if isinstance(document, list) else [document]
+        if not items:
+            raise UsageError(f"{uri} names nothing", "it is an empty list", "give at least one forget target")
+        return [fetched(parse_target(item, uri)) for item in items]
 
 
 def fetched(target: Target) -> Target:
@@ -88,7 +89,11 @@ def fetched(target: Target) -> Target:
     uri = target.manifest_uri
     if not uri.startswith("s3://"):  # whoever files a request must not learn of this machine's files
         raise UsageError("a manifest of sample ids is not in the store", "its address is not s3://", "upload it")
-    data = read_bytes(uri)
+    try:
+        data = read_bytes(uri)
+    except StoreError as error:  # whoever filed the request chose the address, so a pod's log does not show it
+        error.public = "a manifest of sample ids cannot be read"
+        raise
     check_digest("a manifest of sample ids", target.sha256 or "", sha256_bytes(data))
     fields = {"dataset_digest": target.dataset_digest, "ids": _plain(data, uri)}
     return parse(SamplesTarget, fields, "a manifest of sample ids")

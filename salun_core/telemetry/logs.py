@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -131,6 +132,17 @@ def get_logger() -> structlog.typing.FilteringBoundLogger:
         configure_logging()
     logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
     return logger
+
+
+def described(error: BaseException) -> dict[str, str]:
+    """Return an exception as fields of a log line: its type and where it was raised, without its message.
+
+    The message of an unexpected error may hold any value that the code worked on, such as the sample id of a KeyError.
+    """
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    cause = error.__cause__ or error.__context__
+    before = {"cause": type(cause).__name__} if cause is not None else {}
+    return {"error": type(error).__name__, "traceback": frames, **before}
 
 
 @contextmanager
