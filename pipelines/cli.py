@@ -107,6 +107,10 @@ def compile_command(
             help="Whether pods name the image's uid; OpenShift assigns one.",
         ),
     ] = True,
+    shared_memory: Annotated[
+        str,
+        typer.Option(envvar="SALUN_SHARED_MEMORY", metavar="SIZE", help="Limit of /dev/shm of the steps that compute."),
+    ] = "",
 ) -> None:
     """Compile the pipelines into pipelines/compiled/, and check the result.
 
@@ -123,15 +127,17 @@ def compile_command(
     """  # noqa: D301
     from pipelines import compile as compiling
     from pipelines.pod_user import leave_uid_to_cluster
+    from pipelines.shared_memory import limit_shared_memory, read_shared_memory
     from pipelines.step_secrets import give_secrets, read_secrets
 
-    secrets, stale = read_secrets(s3_secrets), False
+    secrets, size, stale = read_secrets(s3_secrets), read_shared_memory(shared_memory), False
     for package in compiling.compile_all():
         if cpu and not package.name.endswith(compiling.CPU_SUFFIX):
             continue
         give_secrets(package.platform, secrets)
         if not fixed_uid:
             leave_uid_to_cluster(package.platform)
+        limit_shared_memory(package.platform, size)
         path = native / package.path.name if native else package.path
         text = packages.native_text(package, namespace) if native else package.text
         fault = packages.drift(path, text)

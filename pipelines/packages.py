@@ -15,6 +15,8 @@ import yaml
 
 from pipelines.pod_user import VARIABLE as FIXED_UID
 from pipelines.pod_user import leave_uid_to_cluster, read_fixed_uid
+from pipelines.shared_memory import VARIABLE as SHARED_MEMORY
+from pipelines.shared_memory import limit_shared_memory, read_shared_memory
 from pipelines.step_secrets import VARIABLE, give_secrets, read_secrets
 from salun_core.digest import digest_json
 from salun_core.errors import UsageError, unknown_name
@@ -124,7 +126,8 @@ def load_package(name: str, image: str | None = None) -> Package:
     Args:
         name: with or without the prefix: unlearning, deletion-sweep, or one of them with -cpu.
         image: of every step; else `SALUN_IMAGE`, else the image in the file. `SALUN_S3_SECRETS` names the Secret of
-            each step, and `SALUN_FIXED_UID=no` leaves the uid of the pods to the cluster.
+            each step, `SALUN_FIXED_UID=no` leaves the uid of the pods to the cluster, and `SALUN_SHARED_MEMORY` limits
+            the shared memory of those that compute.
 
     Returns:
         The package.
@@ -142,6 +145,7 @@ def load_package(name: str, image: str | None = None) -> Package:
     give_secrets(package.platform, read_secrets(os.environ.get(VARIABLE, "")))
     if not read_fixed_uid(os.environ.get(FIXED_UID, "")):
         leave_uid_to_cluster(package.platform)
+    limit_shared_memory(package.platform, read_shared_memory(os.environ.get(SHARED_MEMORY, "")))
     return package
 
 
