@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from salun_core import __version__
-from salun_core.cli import bench, certificates, listing, models, operations, requests, runs, steps
+from salun_core.cli import bench, certificates, listing, models, operations, requests, runs, steps, versions
 from salun_core.cli.failures import interruptible, reported
 from salun_core.cli.output import MODE, silence_logs
 from salun_core.config import report_old_name
@@ -139,8 +139,11 @@ _VERBS: dict[str, Callable[..., None]] = {
     "model release": models.release,
     "model import-diffusers": models.import_diffusion,
     "model import": models.import_classifier,
-    "model pull": models.pull,
-    "model history": models.history,
+    "model list": versions.list_lines,
+    "model show": versions.show,
+    "model diff": versions.diff,
+    "model pull": versions.pull,
+    "model history": versions.history,
     "model rollback": models.rollback,
     "train classifier": models.train_classifier,
     "train ddpm": models.train_ddpm,

@@ -11,13 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 from salun_core.cli.options import Actor, DryRun, OptionalStore, Reason, Settings, Store, read_settings, who
-from salun_core.cli.output import byte_progress, emit, emit_facts, emit_plan, epoch_progress, minute, print_table
+from salun_core.cli.output import emit_facts, emit_plan, epoch_progress
 from salun_core.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
     from salun_core.data import DataSpec
     from salun_core.models.card import DiffusionEvaluation
-    from salun_core.registry.history import VersionSummary
     from salun_core.tasks.diffusion.importing import MadeDiffusion
 
 CLASSIFIER = "classifier"
@@ -258,46 +257,6 @@ def _made(made: MadeDiffusion) -> dict[str, object]:
     return {"digest": made.digest, "parameters": made.parameters, **loss}
 
 
-def history(line: Annotated[str, typer.Argument(metavar="LINE", help="The model line.")], store: Store) -> None:
-    """List the versions of a model line, newest first: what each erased, how it is stored, its holder and its debt."""
-    from salun_core.registry.history import history as summarise
-    from salun_core.storage import open_store
-    from salun_core.sweeps.runs import RunLog
-    from salun_core.times import utc_clock
-
-    opened = open_store(store)
-    versions = summarise(opened, line, RunLog(opened, utc_clock).request_count)
-
-    def show() -> None:
-        head = ["version", "made by", "requests", "forgotten", "debt", "runs", "weights", "held by", "published"]
-        print_table(head, [_row(item) for item in versions])
-        if versions and versions[0].alarm:
-            typer.echo("\nRetraining recommended: much was forgotten since the last full training.")
-
-    emit([_document(item) for item in versions], show)
-
-
-def _document(item: VersionSummary) -> dict[str, object]:
-    manifest = item.version.manifest.model_dump(mode="json", exclude={"format"})
-    facts = {"requests": item.requests, "weights": item.kept, "held_by": item.held_by, "alarm": item.alarm}
-    return {"version": item.version.digest, **manifest, **facts}
-
-
-def _row(item: VersionSummary) -> tuple[object, ...]:
-    manifest = item.version.manifest
-    return (
-        item.version.digest[:12],
-        manifest.method,
-        "-" if item.requests is None else item.requests,
-        manifest.forget_count,
-        f"{manifest.lineage.debt:.1%}" + (" !" if item.alarm else ""),
-        manifest.lineage.runs_since_training,
-        item.kept,
-        item.held_by or "-",
-        minute(manifest.created_at),
-    )
-
-
 def rollback(
     version: Version,
     reason: Reason,
@@ -312,26 +271,6 @@ def rollback(
     done = step(store, version, who(actor), reason, reopen=reopen, dry_run=dry_run)
     head = done.head.version if done.head else "as before (dry run)"
     emit_facts({"head": head, "undone_versions": len(done.undone), "reopened_requests": len(done.reopened)})
-
-
-def pull(
-    reference: Annotated[
-        str, typer.Argument(metavar="LINE[@VERSION]", help="The line, or a version by 6 or more digits. Default: HEAD.")
-    ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the model to.")],
-    store: Store,
-) -> None:
-    """Download a version, every file checked. After an interruption the same command continues."""
-    from salun_core.registry.lookup import resolve
-    from salun_core.registry.pull import pull as fetch
-    from salun_core.storage import open_store
-
-    opened = open_store(store)
-    line, digest = resolve(opened, reference)
-    with byte_progress(f"{line}@{digest[:12]}") as on_progress:
-        done = fetch(opened, line, digest, out, on_progress)
-    counts = {"fetched_files": done.fetched, "files_already_there": done.present, "bytes": done.size}
-    emit_facts({"model": out, "line": line, "version": digest, **counts})
 
 
 def hold(version: Version, reason: Reason, store: Store, actor: Actor = "") -> None:

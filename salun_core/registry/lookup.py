@@ -139,14 +139,29 @@ def lines(store: ObjectStore) -> list[str]:
     return sorted(values["line"] for values in found if values)
 
 
-def ancestry(store: ObjectStore, line: str) -> list[Version]:
-    """Return HEAD of a line and its ancestors, the newest first.
+def manifests(store: ObjectStore, line: str) -> list[Version]:
+    """Return every version of a line that has a manifest, also those that were undone or never published.
+
+    Raises:
+        IntegrityError: a manifest is damaged.
+    """
+    found = (version_key.match(entry.key) for entry in store.list(versions_prefix(line)))
+    return [Version(item["digest"], read_version(store, line, item["digest"])) for item in found if item]
+
+
+def ancestry(store: ObjectStore, line: str, start: str | None = None) -> list[Version]:
+    """Return a version of a line and its ancestors, the newest first.
+
+    Args:
+        store: where the line is stored.
+        line: the model line.
+        start: digest of the version; by default HEAD.
 
     Raises:
         IntegrityError: a manifest on the way is damaged or missing.
         UsageError: the line does not exist.
     """
-    digest: str | None = resolve(store, line)[1]
+    digest: str | None = start or resolve(store, line)[1]
     versions: list[Version] = []
     while digest is not None:
         try:

@@ -120,6 +120,11 @@ class StoreInventory:
         return by_kind(self.keys)
 
     @cached_property
+    def rolled_back(self) -> frozenset[tuple[str, str]]:
+        """The versions, by line and digest, that a rollback undid; it counts only outside the ancestry of HEAD."""
+        return self._live_versions("rollback")
+
+    @cached_property
     def disposed(self) -> frozenset[tuple[str, str]]:
         """The versions, by line and digest, whose weights were deleted by an earlier purge."""
         return self._live_versions("disposed")
@@ -372,7 +377,7 @@ def _classify_line(inventory: StoreInventory, line: str) -> Iterator[ClassifiedV
             state = VersionState.HEAD
         elif digest in child:
             since = staged_at(child[digest])
-        elif rolled_back and _was_published(inventory, line, digest):
+        elif (line, digest) in inventory.rolled_back or rolled_back and _was_published(inventory, line, digest):
             since = max(since, left_at(manifest.parent))
         else:
             state = VersionState.STAGED

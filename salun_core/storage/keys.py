@@ -215,6 +215,7 @@ version_holds_prefix = KeyTemplate("holds/{line}/")
 head_key = KeyTemplate("lines/{line}/HEAD.json")
 version_key = KeyTemplate("lines/{line}/versions/{digest}/manifest.json")
 version_disposal_key = KeyTemplate("lines/{line}/versions/{digest}/disposed.json")
+version_rollback_key = KeyTemplate("lines/{line}/versions/{digest}/rolled-back.json")
 version_hold_key = KeyTemplate("holds/{line}/{digest}.json")
 blob_key = KeyTemplate("blobs/sha256/{digest}")
 delta_key = KeyTemplate("deltas/sha256/{digest}")  # by the digest of the file that the delta rebuilds
@@ -241,6 +242,7 @@ LAYOUT: Mapping[str, KeyTemplate] = {
     "head": head_key,
     "manifest": version_key,
     "disposed": version_disposal_key,
+    "rollback": version_rollback_key,
     "hold": version_hold_key,
     "blob": blob_key,
     "delta": delta_key,

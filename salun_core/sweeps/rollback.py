@@ -1,9 +1,10 @@
 """Rolls a model line back, and past an erasure only if its requests are reopened.
 
-The order of the writes: the lease is taken, the undone requests are reopened, HEAD is replaced on the condition that it
-has not changed, the lease is released. If the process dies before HEAD is replaced, the reopened requests name nothing
-to erase at the next sweep and are completed again; the other order could lose them. If the process dies later, or
-stalls, the lease expires. A publish in between makes the replacement of HEAD fail.
+The order of the writes: the lease is taken, the undone requests are reopened, the rollback is recorded with each undone
+version, HEAD is replaced on the condition that it has not changed, the lease is released. If the process dies before
+HEAD is replaced, the reopened requests name nothing to erase at the next sweep and are completed again; the other order
+could lose them. A record whose version is still an ancestor of HEAD has no effect, and the next attempt replaces it. If
+the process dies later, or stalls, the lease expires. A publish in between makes the replacement of HEAD fail.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from salun_core.errors import ConflictError, IntegrityError
 from salun_core.registry.lookup import Version, read_version, resolve
 from salun_core.registry.manifest import Head
+from salun_core.registry.rollbacks import new_rollback, record_rollback
 from salun_core.registry.versions import roll_back, undone_by
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
@@ -80,9 +82,12 @@ def rollback(
     holder = f"rollback-{new_run_id()}"[:63]
     with line_held(store, line, holder):
         _check_complete(store, line, version)  # again: a purge may have come between
+        records = [new_rollback(line, item.digest, version, actor, reason, clock) for item in undone]
         for request in requests:
             if ledger.status(request) is Status.COMPLETED:
                 ledger.reopen(request, actor, reason)
+        for record in records:
+            record_rollback(store, record)
         return RolledBack(roll_back(store, line, version, undone[0].digest), undone, requests)
 
 

@@ -44,6 +44,7 @@ KEYS = {
     "head": names.head_key("faces"),
     "manifest": names.version_key("faces", A),
     "disposed": names.version_disposal_key("faces", A),
+    "rollback": names.version_rollback_key("faces", A),
     "blob": names.blob_key(A),
     "delta": names.delta_key(A),
     "request": names.request_key("r-1"),
@@ -66,12 +67,12 @@ KEYS = {
     "stranger": "policies/mine.yaml",
 }
 RUN = {"record", "outcome", "mark", "report", "run event", "mask", "candidate"}
-LINE = {"head", "manifest", "disposed"}
+LINE = {"head", "manifest", "disposed", "rollback"}
 WEIGHTS = {"blob", "delta"}
 _AT_WORK = {"run event", "lease", "outcome"}
 _SETTLED = _AT_WORK | {"request", "event", "index", "certificate", "addendum", "work"}
 _PUBLISHED = {"head", "manifest", *WEIGHTS, "report"}
-_GONE = {"blob", "delta", "mask", "candidate", "outcome", "scratch", "probe", "manifest", "disposed"}
+_GONE = {"blob", "delta", "mask", "candidate", "outcome", "scratch", "probe", "manifest", "disposed", "rollback"}
 READ = {
     "submitter": {"request", "event", "index", "outcome"},
     "claimer": {*KEYS} - {"hold", "stranger"},
@@ -98,7 +99,7 @@ WRITE = {
     "purger": {"blob", "request", "mark", "disposed", "addendum"},
     "exporter": set(),
     "auditor": set(),
-    "operator": {"head", "event", "index", "lease", "hold"},
+    "operator": {"head", "rollback", "event", "index", "lease", "hold"},
 }
 DELETE = {
     "submitter": {"index"},

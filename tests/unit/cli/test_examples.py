@@ -30,6 +30,9 @@ ORDER = [
     "model import",
     "run",
     "model history",
+    "model list",
+    "model show",
+    "model diff",
     "model pull",
     "exporter",
 ]

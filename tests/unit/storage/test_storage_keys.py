@@ -192,6 +192,7 @@ def test_every_built_key_is_recognised():
         names.head_key("l"),
         names.version_key("l", digest),
         names.version_disposal_key("l", digest),
+        names.version_rollback_key("l", digest),
         names.version_hold_key("l", digest),
         names.blob_key(digest),
         names.delta_key(digest),

@@ -1,0 +1,281 @@
+"""`salun model list`, `show`, `diff`, `history` and `pull`: what the store has of a model line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from salun_core.cli.options import OptionalStore, Store
+from salun_core.cli.output import METRICS, byte_progress, emit, emit_facts, minute, print_table
+
+if TYPE_CHECKING:
+    from salun_core.registry.differences import ModelDifference, Step
+    from salun_core.registry.history import VersionSummary
+    from salun_core.storage.s3 import S3Store
+    from salun_core.sweeps.runs import RunLog
+
+Reference = Annotated[
+    str, typer.Argument(metavar="LINE[@VERSION]", help="The line, or a version by 6 or more digits. Default: HEAD.")
+]
+Side = Annotated[str, typer.Argument(metavar="LINE[@VERSION]|DIR", help="A version in the store, or a model folder.")]
+
+
+def _runs(store: S3Store) -> RunLog:
+    from salun_core.sweeps.runs import RunLog
+    from salun_core.times import utc_clock
+
+    return RunLog(store, utc_clock)
+
+
+def _history(store: S3Store, line: str) -> list[VersionSummary]:
+    from salun_core.registry.history import history as summarise
+    from salun_core.sweeps.runs import RunStatus
+
+    runs = _runs(store)
+    return list(summarise(store, line, runs.request_count, lambda run: runs.status(run) is RunStatus.PUBLISHED))
+
+
+def list_lines(store: Store) -> None:
+    """List the model lines: the version in use, how many there are, their size, and what was forgotten."""
+    from salun_core.registry.lookup import lines
+    from salun_core.storage import open_store
+
+    opened = open_store(store)
+    found = {line: _history(opened, line) for line in lines(opened)}
+
+    def show() -> None:
+        if not found:
+            typer.echo("no model line: import or train a model with --line, see salun model import --help")
+            return
+        columns = ["line", "HEAD", "made by", "published", "versions", "size", "forgotten", "debt"]
+        rows: list[tuple[object, ...]] = []
+        for line, versions in found.items():
+            head = _head(versions)
+            manifest = head.version.manifest
+            erased, runs = manifest.lineage.forgotten_since_training, manifest.lineage.runs_since_training
+            forgotten = f"{erased} in {runs} {'run' if runs == 1 else 'runs'}" if runs else "-"
+            facts = (line, head.version.digest[:12], manifest.method, minute(manifest.created_at), len(versions))
+            rows.append((*facts, _size(head.size), forgotten, _debt(head)))
+        print_table(columns, rows)
+
+    emit([_line(line, versions) for line, versions in found.items()], show)
+
+
+def _head(versions: list[VersionSummary]) -> VersionSummary:
+    return next(item for item in versions if item.state == "HEAD")
+
+
+def _line(line: str, versions: list[VersionSummary]) -> dict[str, object]:
+    return {"line": line, "versions": len(versions), "head": _document(_head(versions))}
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _debt(item: VersionSummary) -> str:
+    return f"{item.version.manifest.lineage.debt:.1%}" + (" !" if item.alarm else "")
+
+
+def history(line: Annotated[str, typer.Argument(metavar="LINE", help="The model line.")], store: Store) -> None:
+    """List the versions of a model line, newest first: what each erased, its debt, its holder, what was undone."""
+    from salun_core.storage import open_store
+
+    versions = _history(open_store(store), line)
+
+    def show() -> None:
+        head = ["version", "made by", "requests", "forgotten", "debt", "runs", "weights", "held by", "published"]
+        print_table(head, [_row(item) for item in versions])
+        undone = [item for item in versions if item.state == "undone"]
+        if undone:
+            typer.echo()
+        for item in undone:
+            typer.echo(f"undone: {item.version.digest[:12]}, {_undoing(item)}")
+        if _head(versions).alarm:
+            typer.echo("\nRetraining recommended: much was forgotten since the last full training.")
+
+    emit([_document(item) for item in versions], show)
+
+
+def _document(item: VersionSummary) -> dict[str, object]:
+    manifest = item.version.manifest.model_dump(mode="json", exclude={"format"})
+    undone = item.undone.model_dump(mode="json", include={"to", "by", "at", "reason"}) if item.undone else None
+    facts = {"requests": item.requests, "weights": item.kept, "held_by": item.held_by, "alarm": item.alarm}
+    return {"version": item.version.digest, "state": item.state, "undone": undone, **manifest, **facts}
+
+
+def _undoing(item: VersionSummary) -> str:
+    """Return who undid a version, when and why."""
+    record = item.undone
+    if record is None:
+        return "by a rollback of which the reason was not recorded"
+    return f"{minute(record.at)} by {record.by}, back to {record.to[:12]}: {record.reason}"
+
+
+def _row(item: VersionSummary) -> tuple[object, ...]:
+    manifest = item.version.manifest
+    return (
+        item.version.digest[:12] + (" undone" if item.state == "undone" else ""),
+        manifest.method,
+        "-" if item.requests is None else item.requests,
+        manifest.forget_count,
+        _debt(item),
+        manifest.lineage.runs_since_training,
+        item.kept,
+        item.held_by or "-",
+        minute(manifest.created_at),
+    )
+
+
+def show(reference: Reference, store: Store) -> None:
+    """Show a version: where it comes from, what it erased, what was measured, how it is stored."""
+    import json
+
+    from salun_core.errors import UsageError
+    from salun_core.registry.lookup import read_file, resolve
+    from salun_core.storage import open_store
+
+    opened = open_store(store)
+    line, digest = resolve(opened, reference)
+    found = next((item for item in _history(opened, line) if item.version.digest == digest), None)
+    if found is None:
+        raise UsageError(
+            f"{line}@{digest[:12]} was never published",
+            "a run staged it and ended before HEAD moved",
+            f"choose a version of `salun model history {line}`",
+        )
+    manifest = found.version.manifest
+    record = _runs(opened).read(manifest.run) if manifest.run else None
+    files = {name: json.loads(read_file(opened, found.version, name)) for name in _SHOWN if name in manifest.files}
+    card, evidence, decision = (files.get(name, {}) for name in _SHOWN)
+    document = {
+        **_document(found),
+        "size": found.size,
+        "card": {name: card.get(name) for name in ("task", "architecture", "classes", "channels", "height", "width")},
+        "request_ids": [member.id for member in record.members] if record else [],
+        "metrics": evidence.get("metrics", {}),
+        "gate": {name: decision.get(name) for name in ("policy", "passed")} if decision else None,
+    }
+    emit(document, lambda: _show(found, document))
+
+
+_SHOWN = ("model.json", "evidence.json", "decision.json")
+
+
+def _show(found: VersionSummary, document: dict[str, Any]) -> None:
+    manifest, card, gate = found.version.manifest, document["card"], document["gate"]
+    lineage, ids = manifest.lineage, document["request_ids"]
+    pixels = f"{card['channels']} x {card['height']} x {card['width']}"
+    state = f"undone {_undoing(found)}" if found.state == "undone" else found.state
+    forgotten = f"{manifest.forget_count} samples" if manifest.forget_count else "nothing"
+    emit_facts(
+        {
+            "version": f"{manifest.line}@{found.version.digest}",
+            "state": state,
+            "model": f"{card['architecture']}, {len(card['classes'] or ())} classes, images {pixels}",
+            "made by": manifest.method + (f" in run {manifest.run}" if manifest.run else ""),
+            "made from": manifest.parent,
+            "published": minute(manifest.created_at),
+            "size": f"{_size(found.size)} in {len(manifest.files)} files, weights {found.kept}",
+            "held by": found.held_by,
+            "forgotten": forgotten + (f" for {', '.join(ids)}" if ids else ""),
+            "debt": f"{_debt(found)} in {lineage.runs_since_training} runs since the last training",
+            "gate": f"{'passed' if gate['passed'] else 'refused'} policy {gate['policy']}" if gate else None,
+        }
+    )
+    rows = _metric_rows(document["metrics"])
+    if rows:
+        typer.echo()
+        print_table(["metric", "before", "after", "retrained", "n"], rows)
+
+
+def _metric_rows(metrics: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]:
+    order = {name: place for place, name in enumerate(METRICS)}
+    names = sorted(metrics, key=lambda name: order.get(name, len(order)))
+    values = [(name, metrics[name]) for name in names]
+    return [(name, item["before"], item["after"], item.get("reference"), item["n"]) for name, item in values]
+
+
+def diff(a: Side, b: Side, store: OptionalStore = None) -> None:
+    """Compare two models: which layers differ, and for versions the runs, requests and metrics between them."""
+    from salun_core.registry.differences import compare
+    from salun_core.storage import open_store
+
+    def requests_of(run: str) -> list[str]:
+        record = _runs(open_store(store)).read(run) if store else None
+        return [member.id for member in record.members] if record else []
+
+    found = compare(store, a, b, requests_of)
+    emit(_difference(found), lambda: _show_difference(found))
+
+
+def _difference(found: ModelDifference) -> dict[str, Any]:
+    layers = [
+        {"layer": item.name, "values": item.values, "changed": item.changed, "relative_change": item.distance}
+        for item in found.layers
+    ]
+    steps = [
+        {
+            "version": step.version.digest,
+            "only_in": step.side,
+            "run": step.version.manifest.run,
+            "forgotten": step.version.manifest.forget_count,
+            "requests": step.requests,
+            "metrics": step.metrics,
+        }
+        for step in found.steps
+    ]
+    counts = {"values": found.values, "changed": found.changed, "only_in_a": found.gone, "only_in_b": found.new}
+    return {"a": found.a, "b": found.b, **counts, "layers": layers, "steps": steps}
+
+
+def _show_difference(found: ModelDifference) -> None:
+    changed = [item for item in found.layers if item.changed]
+    if changed:
+        rows = [(i.name, i.values, i.changed, f"{i.changed / i.values:.1%}", i.distance) for i in changed]
+        print_table(["layer", "values", "changed", "share", "relative change"], rows)
+        typer.echo()
+    share = found.changed / found.values if found.values else 0.0
+    same = len(found.layers) - len(changed)
+    typer.echo(f"{found.changed} of {found.values} values differ ({share:.1%}); {same} layers are bit-identical")
+    for names, side in ((found.gone, found.a), (found.new, found.b)):
+        if names:
+            typer.echo(f"only in {side}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" * (len(names) > 5)))
+    for step in found.steps:
+        _show_step(found, step)
+
+
+def _show_step(found: ModelDifference, step: Step) -> None:
+    manifest, side = step.version.manifest, found.a if step.side == "a" else found.b
+    requests = ", ".join(step.requests) if step.requests else "no recorded request"
+    typer.echo(
+        f"\nonly in {side}: {step.version.digest[:12]} by {manifest.method}, {minute(manifest.created_at)}; "
+        f"{manifest.forget_count} samples forgotten; {requests}"
+    )
+    rows = _metric_rows(step.metrics)
+    if rows:
+        print_table(["metric", "before", "after", "retrained", "n"], rows)
+
+
+def pull(
+    reference: Reference,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the model to.")],
+    store: Store,
+) -> None:
+    """Download a version, every file checked. After an interruption the same command continues."""
+    from salun_core.registry.lookup import resolve
+    from salun_core.registry.pull import pull as fetch
+    from salun_core.storage import open_store
+
+    opened = open_store(store)
+    line, digest = resolve(opened, reference)
+    with byte_progress(f"{line}@{digest[:12]}") as on_progress:
+        done = fetch(opened, line, digest, out, on_progress)
+    counts = {"fetched_files": done.fetched, "files_already_there": done.present, "bytes": done.size}
+    emit_facts({"model": out, "line": line, "version": digest, **counts})
