@@ -107,7 +107,8 @@ def in_step(
         hold: whether it needs the lease of the model line, which is renewed while it works. A step that takes the
             lease itself needs none; one that may run again after the lease was given back renews it if possible.
         again: work although the run has its outcome: for the step that makes the artifacts of the verdict, whose pod
-            may have been lost after the verdict was written.
+            may have been lost after the verdict was written. Once the exit handler deleted the run's files, as before
+            a Retry from the browser, it passes on too.
     """
 
     def attempt() -> Reference:
@@ -115,7 +116,7 @@ def in_step(
             given = [read_reference(path) for path in paths]
             ended = next((item for item in given if item.kind is Kind.NOTHING), None)
             there = read_outcome(pod.store, pod.run)
-            if there is not None and there.final and not again:
+            if there is not None and there.final and not (again and pod.scratch.exists()):
                 ended = ended or nothing(there.state)
             if ended is not None:
                 return Reference(kind=Kind.NOTHING, facts=ended.facts, made_from=given)

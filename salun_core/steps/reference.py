@@ -150,6 +150,10 @@ class Scratch:
         uri = f"{self._prefix}{folder}"
         return Reference(kind=kind, uri=uri, files=files, facts=dict(facts or {}), made_from=list(made_from))
 
+    def exists(self) -> bool:
+        """Return whether the run has any files: settling deletes them, and so does a purge."""
+        return any(True for _ in self._store.list(scratch_prefix(self._run)))
+
     def get(self, reference: Reference, folder: Path) -> Path:
         """Download the files of a reference into a folder, and verify them.
 

@@ -363,6 +363,21 @@ def test_the_exit_handler_takes_the_reason_from_the_workflow(run, kubernetes):
     assert outcome.next.startswith("give more memory in the run form")
 
 
+def test_a_retry_of_the_gate_after_the_exit_handler_works_no_more(run, capfd):
+    """Its files are gone by then, and its outcome stays."""
+    run.fetch()
+    run.mask()
+    run.unlearn()
+    run.evaluate()  # killed in the next step
+    settle_requests.python_func(**run.address, final_status=FAILED)
+    decision, report, summary = gate(run)
+    assert (decision.kind, decision.facts["state"]) == (Kind.NOTHING, "killed")
+    assert "No report" in report
+    assert "killed" in summary
+    assert read_head(run.store, LINE)[0].version == run.parent
+    assert concluded(run, capfd)[0] == 1
+
+
 def test_the_exit_handler_finds_what_a_killed_gate_published(run):
     """Of a run without requests, which has no record: only the version names it."""
     run.fetch()
