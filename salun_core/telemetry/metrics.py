@@ -188,7 +188,7 @@ def metrics_table() -> str:
     head = (
         "# Metrics\n\nAll are gauges. A step pushes its values at its end to the Pushgateway that `PUSHGATEWAY_URL` "
         "names, under the grouping key `pipeline`, `step`, `model` (job `salun`); scrape it with `honor_labels: true`. "
-        "`pipeline` is the one that was started, also for the steps of one nested in it; outside of any it is "
+        "`pipeline` is the one that was started; outside of any it is "
         "`salun-unlearning`. "
         "`salun exporter` serves those of the ledger and of the model lines: see [operations](../how-to/monitor.md)."
     )
