@@ -150,6 +150,11 @@ def add_counts(store: ObjectStore, run: str, completed: int, queued: int, failed
     return None
 
 
+def _line(text: str) -> str:
+    """Return a text as one line of at most 500 characters, without those that a terminal or UTF-8 cannot take."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
+
+
 def new_outcome(
     run: str,
     line: str,
@@ -164,7 +169,8 @@ def new_outcome(
         run: id of the run.
         line: the model line.
         state: how the run ended.
-        text: what happened; cut at 500 characters, in one line.
+        text: what happened; cut at 500 characters, in one line, as is `next`. It may come from Kubeflow or from a
+            store, so that nothing in it is refused: this is called while an error is handled.
         clock: returns the time.
         fields: other fields of `OutcomeRecord`; `code` replaces the state's.
     """
@@ -173,8 +179,9 @@ def new_outcome(
         "line": line,
         "state": state,
         "code": EXIT_CODES[state],
-        "text": " ".join(text.split())[:500] or str(state),
+        "text": _line(text) or str(state),
         "at": as_utc(clock()).isoformat(),
         **fields,
+        "next": _line(fields.get("next", "")),
     }
     return OutcomeRecord.model_validate_json(json.dumps(document))

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -38,10 +38,11 @@ from salun_core.errors import (
     StoreUnreachableError,
     UsageError,
 )
+from salun_core.registry.lookup import ancestry
 from salun_core.steps.outcome import REPORT, OutcomeRecord, RunState, new_outcome, read_outcome, write_outcome
 from salun_core.steps.reference import Kind, Reference, Scratch, read_reference
 from salun_core.storage import open_store
-from salun_core.storage.keys import run_key
+from salun_core.storage.keys import check_id, run_key
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.heartbeat import lease_renewed
 from salun_core.telemetry.logs import described, get_logger
@@ -80,6 +81,20 @@ class Pod:
         """Return an outcome of this run."""
         return new_outcome(self.run, self.model_line, state, text, **fields)
 
+    def check(self) -> None:
+        """Check the addresses.
+
+        Raises:
+            UsageError: one of them has another form.
+        """
+        check_id("model line", self.model_line)
+        check_id("run", self.run)
+
+    def published(self) -> str | None:
+        """Return the version that the run published and that HEAD still descends from, or None."""
+        found = (item for item in ancestry(self.store, self.model_line) if item.manifest.run == self.run)
+        return next((item.digest for item in found), None)
+
     def report_address(self) -> str:
         """Return the address of the run's report in the store; empty without one."""
         key = run_key(self.run, REPORT)
@@ -90,7 +105,7 @@ class Hold(StrEnum):
     """Whether a step works only while its run holds the model line."""
 
     REQUIRED = "required"
-    IF_POSSIBLE = "if possible"
+    UNTIL_PUBLISHED = "until published"
     NONE = "none"
 
 
@@ -105,7 +120,7 @@ def in_step(
         paths: files of the artifacts that it takes.
         work: does it, in a temporary folder.
         hold: whether it needs the lease of the model line, which is renewed while it works. A step that takes the
-            lease itself needs none; one that may run again after the lease was given back renews it if possible.
+            lease itself needs none; one that may run again after the run was settled needs it until it has published.
         again: work although the run has its outcome: for the step that makes the artifacts of the verdict, whose pod
             may have been lost after the verdict was written. Once the exit handler deleted the run's files, as before
             a Retry from the browser, it passes on too.
@@ -113,13 +128,16 @@ def in_step(
 
     def attempt() -> Reference:
         try:
+            pod.check()
             given = [read_reference(path) for path in paths]
-            ended = next((item for item in given if item.kind is Kind.NOTHING), None)
-            there = read_outcome(pod.store, pod.run)
-            if there is not None and there.final and not (again and pod.scratch.exists()):
-                ended = ended or nothing(there.state)
-            if ended is not None:
-                return Reference(kind=Kind.NOTHING, facts=ended.facts, made_from=given)
+            there, passed_on = read_outcome(pod.store, pod.run), any(item.kind is Kind.NOTHING for item in given)
+            ended = there is not None and there.final
+            if passed_on and not ended:  # or somebody who can write to Kubeflow's store could skip the gate
+                raise IntegrityError(
+                    "an artifact says that the run has ended", "the run has no outcome", "submit a new run"
+                )
+            if there is not None and ended and (passed_on or not (again and pod.scratch.exists())):
+                return nothing(there.state).model_copy(update={"made_from": given})
             with ExitStack() as stack:
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="salun-step-")))
                 _hold(pod, hold, stack)
@@ -134,9 +152,13 @@ def in_step(
 
 
 def _hold(pod: Pod, hold: Hold, stack: ExitStack) -> None:
-    if hold is not Hold.NONE:
-        with suppress(*([RunSettledError] if hold is Hold.IF_POSSIBLE else [])):
-            stack.enter_context(lease_renewed(pod.store, pod.model_line, pod.run))
+    if hold is Hold.NONE:
+        return
+    try:
+        stack.enter_context(lease_renewed(pod.store, pod.model_line, pod.run))
+    except RunSettledError:
+        if hold is Hold.REQUIRED or pod.published() is None:
+            raise
 
 
 def patiently(pod: Pod, name: str, attempt: Callable[[], T]) -> T:
@@ -162,10 +184,9 @@ def end_process(pod: Pod, name: str, error: Exception) -> NoReturn:
     text = str(error.for_pods()) if isinstance(error, SalunError) else _unexpected(error)
     if not isinstance(error, SalunError):
         get_logger().error("internal_error", step=name, **described(error))
-    noted = pod.outcome(RunState.RUNNING, f"{name} failed: {text}", step=name, fault=True)
     try:
-        write_outcome(pod.store, noted)
-    except (SalunError, OSError):  # the store is the fault, or gone too: the exit handler says so
+        write_outcome(pod.store, pod.outcome(RunState.RUNNING, f"{name} failed: {text}", step=name, fault=True))
+    except (SalunError, OSError, ValueError):  # the store or the run's address is the fault: the exit handler says so
         get_logger().warning("outcome_not_written", step=name)
     print(f"Error: {name} failed: {text}", file=sys.stderr, flush=True)
     raise SystemExit(getattr(error, "exit_code", 1)) from None
@@ -187,14 +208,17 @@ def nothing(state: RunState) -> Reference:
 def _verdict(pod: Pod, step: str, error: SalunError) -> Reference:
     """Write the outcome of a run that a step ended."""
     told = error.for_pods()
-    outcome = pod.outcome(
-        _state_of(error),
-        f"{told.what}: {told.why}" if told.why else told.what,
-        next=" ".join(told.remedy.split())[:500],
-        step=step,
-        code=error.exit_code,
-        report=pod.report_address(),
-    )
+    try:
+        outcome = pod.outcome(
+            _state_of(error),
+            f"{told.what}: {told.why}" if told.why else told.what,
+            next=told.remedy,
+            step=step,
+            code=error.exit_code,
+            report=pod.report_address(),
+        )
+    except (UsageError, ValueError):  # the address of the run is what is wrong: its outcome has no place
+        end_process(pod, step, error)
     get_logger().warning("run_ended", step=step, state=outcome.state, error=type(error).__name__)
     return nothing(write_outcome(pod.store, outcome).state)
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from salun_core.certificates.keys import find_signing_key
 from salun_core.errors import SalunError
-from salun_core.registry.lookup import ancestry
 from salun_core.steps.outcome import OutcomeRecord, RunState, add_counts, read_outcome, write_outcome
 from salun_core.steps.pod import Pod, end_process, patiently
 from salun_core.steps.purge import purge_store as purge_step
@@ -77,28 +76,30 @@ def counts_of(settled: Settled) -> dict[str, int]:
 
 def _ended_outcome(pod: Pod, settled: Settled, there: OutcomeRecord | None, state: str, message: str) -> OutcomeRecord:
     """Return the outcome of a run whose steps ended without a verdict."""
-    report = pod.report_address()
-    if version := settled.version or _published_by(pod):
-        return published_outcome(pod, version)
-    if settled.status is RunStatus.GATE_REFUSED:
-        text, advice = "the gate refused the model", "see the report; the next sweep tries the next recipe"
-        return pod.outcome(RunState.REFUSED, text, next=advice, report=report)
+    if verdict := verdict_of(pod, settled):
+        return verdict
     step = there.step if there else ""
     if there is not None and there.fault:
         return pod.outcome(RunState.FAILED, there.text, next="correct it, then submit a new run", step=step)
-    if state == "SUCCEEDED":
-        return pod.outcome(RunState.COMPLETED, "all steps ended", step=step)
+    if state == "SUCCEEDED":  # no step of ours ends so: its outcome was deleted, or an artifact was changed
+        advice = "submit a new run"
+        return pod.outcome(RunState.FAILED, "the steps ended without a verdict", next=advice, step=step)
     what = f"{step} was killed" if step else "the run ended before its first step began"
     cause = why_killed(step) or (replace(_UNKNOWN, text=message) if message else _UNKNOWN)
     advice = f"{cause.advice}; Retry of this one does nothing"
     return pod.outcome(RunState.KILLED, f"{what}: {cause.text}", next=advice, step=step)
 
 
-def _published_by(pod: Pod) -> str | None:
-    """Return the version that a run without requests published before its step was killed, or None."""
+def verdict_of(pod: Pod, settled: Settled) -> OutcomeRecord | None:
+    """Return the outcome of a run that published or was refused before its step was killed, or None."""
+    version = settled.version
     with suppress(SalunError):  # the line does not exist, or is damaged: the exit handler must not end by that
-        found = (item for item in ancestry(pod.store, pod.model_line) if item.manifest.run == pod.run)
-        return next((item.digest for item in found), None)
+        version = version or pod.published()  # a run without requests has no record
+    if version:
+        return published_outcome(pod, version)
+    if settled.status is RunStatus.GATE_REFUSED:
+        text, advice = "the gate refused the model", "see the report; the next sweep tries the next recipe"
+        return pod.outcome(RunState.REFUSED, text, next=advice, step="gate_publish", report=pod.report_address())
     return None
 
 
@@ -115,7 +116,7 @@ def conclude(pod: Pod) -> None:
     that fails. It may be repeated: it only reads.
     """
     outcome = patiently(pod, "conclude", lambda: read_outcome(pod.store, pod.run))
-    if outcome is None:
+    if outcome is None or not outcome.final:  # never green without a verdict
         end_process(
             pod, "conclude", SalunError(f"run {pod.run} has no outcome", "no step wrote one", "submit a new run")
         )

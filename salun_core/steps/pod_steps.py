@@ -22,7 +22,7 @@ from salun_core.data import load_data
 from salun_core.data.forget_set import ForgetSet, require_partial
 from salun_core.data.split import SplitManifest
 from salun_core.digest import check_digest, sha256_bytes
-from salun_core.errors import SalunError, StoreError, UsageError
+from salun_core.errors import DeviceMemoryError, RunSettledError, SalunError, StoreError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
 from salun_core.methods.method import get_method
@@ -49,8 +49,8 @@ from salun_core.steps.outcome import (
     read_outcome,
     write_outcome,
 )
-from salun_core.steps.pod import Hold, Pod, end_process, in_step, patiently
-from salun_core.steps.pod_ends import counts_of, published_outcome
+from salun_core.steps.pod import Hold, Pod, end_process, in_step, nothing, patiently
+from salun_core.steps.pod_ends import counts_of, published_outcome, verdict_of
 from salun_core.steps.processes import in_processes
 from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.reference import Fact, Kind, Reference
@@ -60,7 +60,7 @@ from salun_core.steps.summary import empty_report, markdown
 from salun_core.steps.sweep import sweep_once
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage.documents import Digest, LineId, parse_stored
-from salun_core.storage.keys import scratch_key
+from salun_core.storage.keys import run_key, scratch_key
 from salun_core.sweeps.claim import Claim, Skipped
 from salun_core.sweeps.heartbeat import hold_line
 from salun_core.sweeps.policy import BatchLimits
@@ -145,7 +145,7 @@ def claim(pod: Pod, given: Mapping[str, Any], summary: str) -> Claimed:
         return Reference(kind=Kind.INPUTS)
 
     in_step(pod, "claim_requests", (), work, hold=Hold.NONE)
-    outcome = read_outcome(pod.store, pod.run)
+    outcome = patiently(pod, "claim_requests", lambda: read_outcome(pod.store, pod.run))
     if outcome is None or not outcome.final:
         _write_text(summary, f"# {pod.model_line}: {claimed.requests} requests claimed\n\n{claimed.reason}\n")
         return claimed
@@ -213,7 +213,8 @@ def fetch_model(pod: Pod, given: Mapping[str, Any], shards: int = 1, *, publishe
             return pod.scratch.put(Kind.INPUTS, path, facts={**origin, **facts})
 
     inputs = in_step(pod, "fetch_model", (), work, hold=Hold.NONE)
-    outcome = read_outcome(pod.store, pod.run) if inputs.kind is Kind.NOTHING else None
+    outcome = patiently(pod, "fetch_model", lambda: read_outcome(pod.store, pod.run))
+    outcome = outcome if inputs.kind is Kind.NOTHING else None
     code = outcome.code or 1 if outcome else 0
     return Fetched(inputs, code, [] if code else [str(shard) for shard in Shard.all(shards)])
 
@@ -240,10 +241,14 @@ def _freeze(pod: Pod, forget_set: ForgetSet) -> str:
     return f"{pod.store.uri}/{key}"
 
 
+def _pinned(pod: Pod, given: Reference, folder: Path) -> PinnedInputs:
+    path = pod.scratch.get(given.find(Kind.INPUTS), folder / "inputs") / INPUTS_FILE
+    return parse_stored(PinnedInputs, path.read_bytes(), INPUTS_FILE)
+
+
 def _open(pod: Pod, given: Reference, folder: Path) -> tuple[RunContext, PinnedInputs]:
     """Download the model before and the pinned inputs of a run, both verified."""
-    path = pod.scratch.get(given.find(Kind.INPUTS), folder / "inputs") / INPUTS_FILE
-    pinned = parse_stored(PinnedInputs, path.read_bytes(), INPUTS_FILE)
+    pinned = _pinned(pod, given, folder)
     forget_set = read_forget(pinned.forget_uri)
     digest = forget_set.digest if isinstance(forget_set, ForgetSet) else ""
     check_digest("the forget set of the run", pinned.forget_digest, digest)
@@ -281,7 +286,7 @@ def compute_mask(
     def work(folder: Path, given: list[Reference]) -> Reference:
         (first,) = given
         recipe, count = parse_recipe(method, density, method_config), _count(processes)
-        version = str(first.find(Kind.INPUTS).facts["version"])
+        version = _pinned(pod, first, folder).parent  # the facts of an artifact are for people, and not verified
         card = card_of(pod.store, Version(version, read_version(pod.store, pod.model_line, version)))
         if not get_method(task_named(card.task).methods, recipe.method).needs_mask:
             return Reference(kind=Kind.MASK, facts={"method": recipe.method, "needed": "no"}, made_from=given)
@@ -450,14 +455,20 @@ def gate_publish(pod: Pod, evidence: str, policy_uri: str, report: str, summary:
                 decision = load(GateDecision, folder / DECISION)
         return Reference(kind=Kind.DECISION, facts=_decided(published.decision, published.version), made_from=given)
 
-    made = in_step(pod, "gate_publish", (evidence,), work, hold=Hold.IF_POSSIBLE, again=True)
+    made = in_step(pod, "gate_publish", (evidence,), work, hold=Hold.UNTIL_PUBLISHED, again=True)
     settled = patiently(pod, "gate_publish", lambda: _settle_here(pod, made))
     if settled.next and settled.code and made.kind is Kind.DECISION:
         made = Reference(kind=Kind.NOTHING, facts={"state": str(settled.state)}, made_from=[made])
-    if not Path(report).is_file():
-        _write_text(report, empty_report(settled.text))
+    _keep_report(pod, report, settled)
     _write_text(summary, markdown(settled, "", decision))
     return made
+
+
+def _keep_report(pod: Pod, report: str, outcome: OutcomeRecord) -> None:
+    """Write the report of a step that did not make one now: that of an earlier attempt, or a page that says why."""
+    if not Path(report).is_file():
+        kept = patiently(pod, outcome.step, lambda: pod.store.get(run_key(pod.run, REPORT)))
+        _write_text(report, kept.data.decode() if kept else empty_report(outcome.text))
 
 
 def _decided(decision: GateDecision, version: str) -> dict[str, Fact]:
@@ -475,7 +486,7 @@ def _settle_here(pod: Pod, made: Reference) -> OutcomeRecord:
         told = error.for_pods()
         text = f"published, but not certified: {told.what}: {told.why}"
         advice = f"{told.remedy}; then `salun sweep --settle {pod.run}`"
-        fields = {"next": advice[:500], "step": "gate_publish", "code": error.exit_code}
+        fields = {"next": advice, "step": "gate_publish", "code": error.exit_code}
         return write_outcome(pod.store, pod.outcome(RunState.FAILED, text, **fields))
     if made.kind is Kind.DECISION:
         write_outcome(pod.store, published_outcome(pod, str(made.facts["version"])))
@@ -508,15 +519,23 @@ def sweep_compact(pod: Pod, given: Mapping[str, Any], report: str, summary: str)
     def work(folder: Path, _given: list[Reference]) -> Reference:
         nonlocal evidence, decision, settled
         form = read_form(DeletionSweepForm, given)
-        done = sweep_once(form, folder, run=pod.run, purge_after=False)
+        try:
+            done = sweep_once(form, folder, run=pod.run, purge_after=False)
+        except RunSettledError:  # by an earlier attempt of this step, which was killed before it wrote the outcome
+            settled = settle_requests(pod.store_uri, pod.model_line, pod.run)
+            if (verdict := verdict_of(pod, settled)) is None:
+                raise
+            write_outcome(pod.store, verdict)
+            return nothing(verdict.state)
         for name, place in ((REPORT, report), ("evaluation.html", report)):
             if (folder / name).is_file() and not Path(place).is_file():
                 shutil.copyfile(folder / name, place)
         evidence = load(Evidence, folder / EVIDENCE) if (folder / EVIDENCE).is_file() else None
         decision = load(GateDecision, folder / DECISION) if (folder / DECISION).is_file() else None
         settled = done.settled
-        if isinstance(done.error, StoreError):  # the requests are queued again: repeating would find the run settled
-            write_outcome(pod.store, pod.outcome(RunState.FAILED, str(done.error), step="sweep_compact"))
+        if isinstance(done.error, StoreError | DeviceMemoryError):  # repeating would find the run settled
+            text = str(done.error.for_pods())
+            write_outcome(pod.store, pod.outcome(RunState.FAILED, text, step="sweep_compact"))
         elif done.error is not None:
             raise done.error
         elif done.outcome is not None:
@@ -530,7 +549,6 @@ def sweep_compact(pod: Pod, given: Mapping[str, Any], report: str, summary: str)
     outcome = patiently(pod, "sweep_compact", lambda: add_counts(pod.store, pod.run, **counts))
     if outcome is None or not outcome.final:
         end_process(pod, "sweep_compact", SalunError("the sweep wrote no outcome", "", "submit a new run"))
-    if not Path(report).is_file():
-        _write_text(report, empty_report(outcome.text))
+    _keep_report(pod, report, outcome)
     _write_text(summary, markdown(outcome, "", decision))
     return outcome.code, evidence

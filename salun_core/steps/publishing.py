@@ -9,6 +9,7 @@ from pathlib import Path
 
 from salun_core.config import load
 from salun_core.digest import check_digest
+from salun_core.errors import ConflictError
 from salun_core.evaluation import Evidence
 from salun_core.gate import Expected, GateDecision, decide
 from salun_core.registry.lookup import Version, ancestry, read_file, read_version
@@ -93,7 +94,7 @@ def gate_and_publish(
 
     The step may die at any point and be run again by the same run:
     - before HEAD moved, the staged version is invisible, and the next attempt stages the same one;
-    - after HEAD moved, `_published_before` finds the version and returns it.
+    - after HEAD moved, `_published_before` finds the version and returns it, also if a twin of this step moved it.
 
     Args:
         context: original model, forget set, store, model line and run.
@@ -140,7 +141,14 @@ def gate_and_publish(
         decision.require()
         context.advance(RunStatus.GATED, "gate_publish")
         version = _published_before(context, parent, candidate.digest)
-        version = version or _publish(context, manifest, parent, measured, files | context.task.version_files(after))
+        try:
+            version = version or _publish(
+                context, manifest, parent, measured, files | context.task.version_files(after)
+            )
+        except ConflictError:  # a twin of this step was faster: its version has another time, and another digest
+            version = _published_before(context, parent, candidate.digest)
+            if version is None:
+                raise
         context.advance(RunStatus.PUBLISHED, "gate_publish")
         lineage = read_version(store, line, version).lineage
         metrics.record("salun_unlearning_debt_ratio", lineage.debt)

@@ -198,9 +198,9 @@ def test_each_step_downloads_each_model_once(run, monkeypatch):
 def counting(download, downloaded):
     """Return the method that downloads, and notes each key."""
 
-    def noted(store, key, path):
+    def noted(store, key, *given):
         downloaded.append(key)
-        return download(store, key, path)
+        return download(store, key, *given)
 
     return noted
 
