@@ -46,7 +46,10 @@ Token = Annotated[
     str | None,
     typer.Option("--token-path", envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File of the token; read at each call."),
 ]
-Pipeline = Annotated[str, typer.Option(help="unlearning, deletion-sweep or sharded-mask, or one of them with -cpu.")]
+Pipeline = Annotated[
+    str,
+    typer.Option(help="unlearning, deletion-sweep, deletion-sweep-compact or sharded-mask, or one of them with -cpu."),
+]
 Image = Annotated[str | None, typer.Option(envvar="SALUN_IMAGE", help="Of every step; else the compiled one.")]
 Experiment = Annotated[str, typer.Option(envvar="KFP_EXPERIMENT", help="Under which the runs are listed.")]
 Account = Annotated[

@@ -68,6 +68,7 @@ _CAUSES: tuple[tuple[re.Pattern[str], Cause], ...] = tuple(
             "its image cannot be pulled",
             f"set SALUN_IMAGE to an image that the cluster can pull, register again, then {_AGAIN}",
         ),
+        (r"exit code 143", "stopped from outside, as a drained node does", _AGAIN),
         (r"exit code 137", "killed, mostly for memory", f"give more memory in the run form, then {_AGAIN}"),
     )
 )

@@ -36,6 +36,7 @@ CAUSES = {
     "The node was low on resource: memory. Threshold quantity: 100Mi, available: 52Mi.": ("evicted", "submit"),
     "Pod was terminated in response to imminent node shutdown.": ("its node was lost", "submit"),
     "Preempted in order to admit critical pod": ("its node was lost", "submit"),
+    "main: Error (exit code 143)": ("stopped from outside", "submit"),
     "pod deleted": ("its node was lost", "submit"),
     'Usage of EmptyDir volume "dshm" exceeds the limit "2Gi".': ("shared memory", "SALUN_SHARED_MEMORY"),
     "workflow shutdown with strategy:  Terminate": ("was terminated", "submit"),
