@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from salun_core.cli.options import Actor, DryRun, Reason, Store, who
-from salun_core.cli.output import emit, minute, print_table
+from salun_core.cli.output import MODE, emit, minute, print_table
 from salun_core.errors import ConflictError, UsageError, unknown_name
 
 if TYPE_CHECKING:
+    from salun_core.requests.filing import Match
     from salun_core.requests.intake import Filed
     from salun_core.requests.ledger import Ledger
     from salun_core.requests.schema import DeletionRequest, Receipt, RequestEvent, RequestState, Submission
@@ -47,19 +48,55 @@ def submit(
     class_name: Annotated[str | None, typer.Option(help="Class to forget, by its name only.")] = None,
     class_index: Annotated[int | None, typer.Option(min=0, help="Class to forget, by its index only, from 0.")] = None,
     subject: Annotated[str | None, typer.Option(help="Reference of the person to forget.")] = None,
+    concept: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT|FILE",
+            help="Concept of a text-to-image model: a prompt, with --anchor; or a YAML or JSON file with prompts, "
+            "anchor_prompt, images and neighbours.",
+        ),
+    ] = None,
+    anchor: Annotated[str | None, typer.Option(help="What the model shall make of the concept instead.")] = None,
+    random: Annotated[float | None, typer.Option(metavar="FRACTION", help="Random share of the training data.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the random share. Default: 0.")] = None,
     received_at: Annotated[str | None, typer.Option(help="When the person asked (ISO 8601). Default: now.")] = None,
     source: Annotated[str | None, typer.Option(help="Its origin, such as a ticket. No personal data.")] = None,
+    check_data: Annotated[
+        bool | None,
+        typer.Option(
+            "--check-data/--no-check-data",
+            help="Look the target up in the data. Default: only in data that need no download.",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for a confirmation.")] = False,
     actor: Actor = "",
     dry_run: DryRun = False,
 ) -> None:
-    """File deletion requests. Repeating a call has no effect; another text under the same id is refused."""
+    """Check deletion requests against their model lines, show what they name, and file them.
+
+    A terminal asks for a confirmation, unless --yes or --json is given; a script is not asked. A line that does not
+    exist or a target that does not fit it is refused. Repeating a call has no effect; another text under the same id
+    is refused.
+    """
     from salun_core.config import parse
     from salun_core.requests.intake import read_submissions
     from salun_core.requests.schema import Submission
     from salun_core.times import parse_moment
 
     received = None if received_at is None else parse_moment(received_at)
-    target = _target(samples, class_id, class_name, class_index, subject)
+    targets = {
+        "--samples": samples is not None and {"kind": "samples", "ids": _split(samples)},
+        "--class": class_id is not None and {"kind": "class", "class_id": _class_id(class_id)},
+        "--class-name": class_name is not None and {"kind": "class", "class_name": class_name},
+        "--class-index": class_index is not None and {"kind": "class", "class_index": class_index},
+        "--subject": subject is not None and {"kind": "subject", "subject_ref": subject},
+        "--concept": concept is not None and _concept(concept, anchor),
+        "--random": random is not None and {"kind": "random", "fraction": random, "seed": seed or 0},
+    }
+    for option, value, needed in (("--anchor", anchor, concept), ("--seed", seed, random)):
+        if value is not None and needed is None:
+            raise UsageError(f"{option} does not fit", "it belongs to another target", "see its help")
+    target = _only_target(targets)
     flags = {"id": request_id, "target": target, "received_at": received, "source": source}
     flags |= {"model_line": line} if file is None else {}
     given = {name: value for name, value in flags.items() if value is not None}
@@ -70,27 +107,41 @@ def submit(
         submissions: Sequence[Submission] = [parse(Submission, given, "the request")]
     else:
         submissions = read_submissions(_read(file), file, line)
-    _print_filed(_file_all(_ledger(store, dry_run), submissions, who(actor)), dry_run)
+    filed, matches = _file_all(store, submissions, who(actor), check_data, _confirmation(yes, dry_run), dry_run)
+    _print_filed(filed, matches, dry_run)
 
 
-def _target(
-    samples: str | None, class_id: str | None, class_name: str | None, class_index: int | None, subject: str | None
-) -> dict[str, Any] | None:
-    targets: list[dict[str, Any]] = []
-    if samples is not None:
-        targets.append({"kind": "samples", "ids": [part.strip() for part in samples.split(",") if part.strip()]})
-    if class_id is not None:
-        targets.append({"kind": "class", "class_id": _class_id(class_id)})
-    if class_name is not None:
-        targets.append({"kind": "class", "class_name": class_name})
-    if class_index is not None:
-        targets.append({"kind": "class", "class_index": class_index})
-    if subject is not None:
-        targets.append({"kind": "subject", "subject_ref": subject})
-    if len(targets) > 1:
-        why = "--samples, --class, --class-name, --class-index and --subject exclude each other"
+def _split(samples: str) -> list[str]:
+    return [part.strip() for part in samples.split(",") if part.strip()]
+
+
+def _only_target(targets: Mapping[str, Any]) -> dict[str, Any] | None:
+    given = [(option, target) for option, target in targets.items() if target]
+    if len(given) > 1:
+        why = f"{' and '.join(option for option, _ in given)} exclude each other"
         raise UsageError("a request has one target", why, "file a request for each")
-    return targets[0] if targets else None
+    return given[0][1] if given else None
+
+
+def _concept(text: str, anchor: str | None) -> dict[str, Any]:
+    """Return the target of a concept: from a file, or from one prompt and its anchor."""
+    from salun_core.config import parse_text
+
+    if not text.endswith((".yaml", ".yml", ".json")) and not Path(text).is_file():
+        if anchor is None:
+            why = "the prompts of a concept are answered with another one afterwards"
+            raise UsageError(
+                "a concept needs an anchor", why, 'give --anchor, such as --concept "a cat" --anchor "a dog"'
+            )
+        return {"kind": "concept", "prompts": [text], "anchor_prompt": anchor}
+    found = parse_text(_read(text), text)
+    if not isinstance(found, dict) or "prompts" not in found:
+        raise UsageError(
+            f"{text} is not a concept",
+            "it has no `prompts`",
+            'write {"prompts": ["a cat"], "anchor_prompt": "a dog", "images": 64, "neighbours": ["a lynx"]}',
+        )
+    return {"kind": "concept", **found, **({} if anchor is None else {"anchor_prompt": anchor})}
 
 
 def _class_id(text: str) -> int | str:
@@ -114,24 +165,106 @@ def _read(file: str) -> str:
         raise UsageError(f"cannot read {file}", str(error), "check the path, its permissions and encoding") from error
 
 
-def _file_all(ledger: Ledger, submissions: Sequence[Submission], actor: str) -> Filed:
+def _confirmation(yes: bool, dry_run: bool) -> Callable[[Sequence[Match]], bool]:
+    """Return the function that shows what requests name, and asks on a terminal whether to file them."""
+
+    def confirm(matches: Sequence[Match]) -> bool:
+        if MODE.json:
+            return True
+        _show_matches(matches)
+        if yes or dry_run or not (sys.stdin.isatty() and sys.stdout.isatty()):
+            return True
+        return typer.confirm(f"File {len(matches)} request{'s' if len(matches) > 1 else ''}?", err=True)
+
+    return confirm
+
+
+def _show_matches(matches: Sequence[Match]) -> None:
+    from salun_core.requests.filing import counted
+
+    if len(matches) <= _ALL_SHOWN:
+        rows = [
+            (item.id, item.model_line, _names(item), item.samples, item.in_training, item.subjects, _note(item))
+            for item in matches
+        ]
+        print_table(("id", "line", "names", "samples", "in training", "subjects", "note"), rows)
+    else:
+        total = counted(matches)
+        named = f"{total['samples']} samples, {total['in_training']} in training"
+        typer.echo(f"{len(matches)} requests name {named}")
+        for name, text in (
+            ("unknown", "name what the data do not have"),
+            ("unchecked", "were not looked up in the data"),
+        ):
+            if total[name]:
+                typer.echo(f"{total[name]} requests {text}")
+    for text in dict.fromkeys(warning for item in matches for warning in item.warnings):
+        typer.echo(f"warning: {text}")
+
+
+def _names(item: Match) -> str:
+    """Return what a request names: for a class its index and name."""
+    return item.names if item.class_name is None else f"class {item.class_index}: {item.class_name}"
+
+
+def _note(item: Match) -> str:
+    if item.unchecked:
+        return f"not looked up: {item.unchecked}"
+    if item.unknown:
+        return f"{item.unknown} not in the data: held for review"
+    return "nothing to erase" if item.in_training == 0 else ""
+
+
+def _file_all(
+    store: str,
+    submissions: Sequence[Submission],
+    actor: str,
+    check_data: bool | None,
+    confirm: Callable[[Sequence[Match]], bool],
+    dry_run: bool,
+) -> tuple[Filed, Sequence[Match]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from salun_core.requests.intake import submit_all
+    from salun_core.requests.filing import file_requests
+    from salun_core.storage import open_store
+    from salun_core.times import utc_clock
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shown = console.is_terminal and len(submissions) > 1
-    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task("filing requests", total=len(submissions))
-        return submit_all(ledger, submissions, actor, lambda: bar.advance(task))
+    bar = Progress(*columns, console=console, transient=True, disable=not shown)
+
+    def confirmed(matches: Sequence[Match]) -> bool:
+        if not confirm(matches):
+            return False
+        bar.start()  # not before the question
+        return True
+
+    task = bar.add_task("filing requests", total=len(submissions))
+    try:
+        return file_requests(
+            open_store(store),
+            submissions,
+            actor,
+            check_data=check_data,
+            confirm=confirmed,
+            done=lambda: bar.advance(task),
+            dry_run=dry_run,
+            clock=utc_clock,
+        )
+    finally:
+        bar.stop()
 
 
-def _print_filed(filed: Filed, dry_run: bool) -> None:
-    documents = [receipt.model_dump(mode="json") for receipt in filed.receipts]
-    emit(documents, lambda: _show_receipts(filed.receipts, dry_run))
+def _print_filed(filed: Filed, matches: Sequence[Match], dry_run: bool) -> None:
+    of = {match.id: match.model_dump(mode="json", exclude={"id", "model_line"}) for match in matches}
+    documents = [{**receipt.model_dump(mode="json"), "match": of[receipt.id]} for receipt in filed.receipts]
     total = len(filed.receipts) + len(filed.refused)
+    if not total:
+        typer.echo("nothing was filed", err=True)
+        raise typer.Exit(1)
+    emit(documents, lambda: _show_receipts(filed.receipts, dry_run))
     if len(filed.refused) == 1 == total:
         raise filed.refused[0]
     if filed.refused:

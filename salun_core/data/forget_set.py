@@ -12,7 +12,15 @@ from salun_core.config import Document
 from salun_core.data.classes import find_class
 from salun_core.data.split import SplitManifest
 from salun_core.data.table import Table
-from salun_core.data.targets import ClassTarget, ConceptTarget, RedactedTarget, SubjectTarget, Target, hash_of
+from salun_core.data.targets import (
+    ClassTarget,
+    ConceptTarget,
+    RandomTarget,
+    RedactedTarget,
+    SubjectTarget,
+    Target,
+    hash_of,
+)
 from salun_core.digest import canonical_json, check_digest, sha256_bytes
 from salun_core.errors import DataError, UsageError
 
@@ -103,15 +111,18 @@ def require_partial(forget: ForgetSet, split: SplitManifest) -> None:
 
 
 def restored(target: Target) -> Target:
-    """Return the class target of a redacted class; return other targets unchanged."""
+    """Return the target of a redacted class or random share; return other targets unchanged."""
     if isinstance(target, RedactedTarget) and target.of == "class":
         return ClassTarget(**target.model_dump(include=set(ClassTarget.model_fields) - {"kind"}))
+    if isinstance(target, RedactedTarget) and target.of == "random":
+        return RandomTarget.model_validate(target.model_dump(include={"fraction", "seed"}))
     return target
 
 
 def kind_of(target: Target) -> str:
-    """Return the kind of a target; for a redacted target, the original kind."""
-    return target.of if isinstance(target, RedactedTarget) else target.kind
+    """Return the kind of a target: for a redacted one the original kind, and `samples` for a random share."""
+    kind = target.of if isinstance(target, RedactedTarget) else target.kind
+    return "samples" if kind == "random" else kind
 
 
 def _of_data(
@@ -124,14 +135,22 @@ def _of_data(
         )
     ids: set[str] = set()
     for target in targets:
-        ids |= _resolve_one(target, table, split)
+        ids |= samples_of(target, table, split)
     classes = sorted({find_class(target, table.classes) for target in targets if isinstance(target, ClassTarget)})
     if classes and all(table.labels[table.position[sample]] in classes for sample in ids):
         return ids, {"class"}, classes  # the other targets lie within the classes
     return ids, {kind_of(target) for target in targets}, classes
 
 
-def _resolve_one(target: Target, table: Table, split: SplitManifest) -> set[str]:
+def samples_of(target: Target, table: Table, split: SplitManifest) -> set[str]:
+    """Return the samples of the data that a target other than a concept names, in training or not.
+
+    Raises:
+        UsageError: an id or class is not in the data; a redacted target has no hashes.
+        IntegrityError: the target belongs to another data set.
+    """
+    if isinstance(target, RandomTarget):
+        return set(target.draw(split.train))
     if isinstance(target, SubjectTarget):
         return _samples_of({target.subject_ref}, table)
     assert not isinstance(target, ConceptTarget)

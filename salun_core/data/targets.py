@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import AfterValidator, Field, model_validator
 
 from salun_core.config import Document, parse, read_document
-from salun_core.digest import digest_json
+from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import UsageError, unknown_name
 
 
@@ -70,6 +70,26 @@ class SubjectTarget(Document):
     subject_ref: str = Field(min_length=1, max_length=256, description="opaque reference, as in the metadata column")
 
 
+class RandomTarget(Document):
+    """A share of the training split, drawn by a seed: for experiments and audits."""
+
+    kind: Literal["random"] = "random"
+    fraction: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the samples in training")
+    seed: Annotated[int, Field(ge=0, lt=2**53, strict=True)] = Field(default=0, description="of the draw")
+
+    def draw(self, ids: Iterable[str]) -> list[str]:
+        """Draw the share from sample ids, at least one; the same ids and seed give the same samples anywhere.
+
+        Samples are sorted by SHA-256 of `<seed> NUL <id>`, so that samples that leave the split do not change the
+        order of the others.
+        """
+        names = sorted(ids, key=lambda name: (sha256_bytes(self._seeded(name)), name))
+        return sorted(names[: max(1, round(self.fraction * len(names)))])
+
+    def _seeded(self, name: str) -> bytes:
+        return f"{self.seed}\0{name}".encode("utf-8", "surrogatepass")
+
+
 def _prompt(text: str) -> str:
     if not text.strip():
         raise ValueError("a prompt is empty")
@@ -115,7 +135,7 @@ class RedactedTarget(Document):
     """What is kept of a target after its request is settled; with the data set, its hashes identify the samples."""
 
     kind: Literal["redacted"] = "redacted"
-    of: Literal["samples", "class", "subject", "concept"] = Field(description="kind of the target before")
+    of: Literal["samples", "class", "subject", "concept", "random"] = Field(description="kind of the target before")
     count: Annotated[int, Field(ge=0, strict=True)] = Field(
         description="how many ids or prompts it named, 1 of another kind; 0 where a manifest held the ids"
     )
@@ -123,6 +143,8 @@ class RedactedTarget(Document):
     class_id: int | str | None = Field(default=None, description="the class, of a class only")
     class_name: str | None = Field(default=None, description="the class, where the target named it so")
     class_index: int | None = Field(default=None, description="the class, where the target named it so")
+    fraction: float | None = Field(default=None, description="of a random share")
+    seed: int | None = Field(default=None, description="of a random share")
     salt: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = Field(
         default=None, description="key of the hashes; none where nothing was to be found again"
     )
@@ -135,6 +157,8 @@ class RedactedTarget(Document):
         given = sum(value is not None for value in (self.class_id, self.class_name, self.class_index))
         if given != (self.of == "class"):
             raise ValueError("give `class_id`, `class_name` or `class_index` for a class, and only for a class")
+        if any((value is not None) != (self.of == "random") for value in (self.fraction, self.seed)):
+            raise ValueError("give `fraction` and `seed` for a random share, and only for one")
         if self.hashes and self.salt is None:
             raise ValueError("`hashes` need a `salt`")
         return self
@@ -146,14 +170,16 @@ class RedactedTarget(Document):
 
 
 ForgetTarget = Annotated[
-    SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget | RedactedTarget, Field(discriminator="kind")
+    SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget | RandomTarget | RedactedTarget,
+    Field(discriminator="kind"),
 ]
-Target = SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget | RedactedTarget
+Target = SamplesTarget | ClassTarget | SubjectTarget | ConceptTarget | RandomTarget | RedactedTarget
 _KINDS: dict[str, type[Document]] = {
     "samples": SamplesTarget,
     "class": ClassTarget,
     "subject": SubjectTarget,
     "concept": ConceptTarget,
+    "random": RandomTarget,
     "redacted": RedactedTarget,
 }
 
@@ -185,8 +211,8 @@ def parse_target(data: Any, source: str) -> Target:  # noqa: ANN401 - plain data
 def redact(target: Target, salt: str | None, ids: Sequence[str] | None = None) -> RedactedTarget:
     """Return the redacted form of a target, which may be stored after its request is settled.
 
-    Only sample ids and subjects are hashed. A class does not identify a person and is kept. Prompts are dropped:
-    they do not identify samples.
+    Only sample ids and subjects are hashed. A class or a random share does not identify a person and is kept. Prompts
+    are dropped: they do not identify samples.
 
     Args:
         target: the target; a redacted one loses its hashes if `salt` is None.
@@ -199,6 +225,8 @@ def redact(target: Target, salt: str | None, ids: Sequence[str] | None = None) -
         return RedactedTarget(of="concept", count=len(target.prompts))
     if isinstance(target, ClassTarget):
         return RedactedTarget(of="class", count=1, **target.model_dump(exclude={"kind"}))
+    if isinstance(target, RandomTarget):
+        return RedactedTarget(of="random", count=1, fraction=target.fraction, seed=target.seed)
     if isinstance(target, SubjectTarget):
         return RedactedTarget(of="subject", count=1, salt=salt, hashes=_hashes("subject", [target.subject_ref], salt))
     return RedactedTarget(

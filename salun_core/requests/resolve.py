@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from salun_core.data.forget_set import ForgetSet, resolve_forget
+from salun_core.data.forget_set import ForgetSet, resolve_forget, samples_of
 from salun_core.data.targets import SamplesTarget, SubjectTarget, Target
 from salun_core.requests.schema import DeletionRequest
 
@@ -45,10 +45,15 @@ class Resolved:
         return frozenset(self.ids) - self.concepts
 
 
-def unmatched(resolved: Resolved) -> str:
-    """Return the reason of a hold for review, which names nothing that the request does."""
-    some = "one name is" if resolved.unknown == 1 else f"{resolved.unknown} names are"
-    return f"{some} not in the data; of what it names, {len(resolved.ids)} are in training"
+def unmatched(unknown: int, trained: int) -> str:
+    """Return the reason of a hold for review, which names nothing that the request does.
+
+    Args:
+        unknown: how many of its names the data do not have.
+        trained: how many samples that it names are in training.
+    """
+    some = "one name is" if unknown == 1 else f"{unknown} names are"
+    return f"{some} not in the data; of what it names, {trained} are in training"
 
 
 class Resolver(Protocol):
@@ -109,6 +114,18 @@ class TableResolver:
         named = len(target.ids or ()) if isinstance(target, SamplesTarget) else len(found.ids)
         concepts = frozenset(concept.pseudo_id for concept in found.concepts)
         return Resolved(found.ids, found.digest, named, concepts, self._unknown(target))
+
+    def look_up(self, target: Target) -> tuple[set[str], int]:
+        """Return the samples of the data that a target names, in training or not, and how many names are unknown.
+
+        Raises:
+            UsageError: it names an unknown class, or concepts.
+            IntegrityError: it belongs to another data set.
+        """
+        known = self._without_unknown_ids(target)
+        assert self._table is not None
+        found = set() if known is None else samples_of(known, self._table, self._split)
+        return found, self._unknown(target)
 
     def freeze_forget_set(self, requests: Sequence[DeletionRequest]) -> bytes:
         """Return the forget set of all requests together, as canonical JSON."""

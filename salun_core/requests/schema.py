@@ -241,6 +241,8 @@ def _summary(kind: str, count: int, class_id: int | str | None) -> str:
         return f"class {class_id}"
     if kind == "subject":
         return "1 subject"
+    if kind == "random":
+        return "a random share of the training data"
     noun = "prompt" if kind == "concept" else "sample"
     counted = f"{count} {noun}" if count == 1 else f"{count} {noun}s"
     if kind == "concept":

@@ -301,7 +301,7 @@ class _Batch:
         try:
             resolved = self.resolver.resolve(state.request)
             if resolved.unknown and not (resolved.ids and state.last and state.last.known_only):
-                self._hold(state, Review.UNMATCHED, unmatched(resolved))
+                self._hold(state, Review.UNMATCHED, unmatched(resolved.unknown, len(resolved.ids)))
                 return None
             if not resolved.samples or len(resolved.samples) < self.resolver.train_count:
                 return resolved

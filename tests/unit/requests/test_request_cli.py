@@ -190,7 +190,7 @@ class TestSubmit:
             sys.exit(os.waitstatus_to_exitcode(pty.spawn([sys.executable, *sys.argv[1:]])))
         """
         salun = ["-c", "from salun_core.cli.app import main; main()", "request"]
-        call = [*salun, "submit", str(file), "--store", store.uri]
+        call = [*salun, "submit", str(file), "--yes", "--store", store.uri]
         command = [sys.executable, "-c", textwrap.dedent(script), *call]
         shown = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
         assert shown.returncode == 0, shown.stdout

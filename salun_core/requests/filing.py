@@ -1,0 +1,280 @@
+"""Files deletion requests after a check against the model line: what each one names is known before it is stored.
+
+The check reads HEAD of the line, its card and its split, and the data set if this machine can read it. A sweep checks
+everything again against the version that it erases from, because HEAD and the data may change in between.
+
+Each request is filed, then put on hold if the data lack a name of it:
+
+- The process dies in between: the request is queued, and the sweep that looks it up puts it on hold.
+- Filing it again: it has moved already, so it stays where it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+from pydantic import Field
+
+from salun_core.config import Document
+from salun_core.data import load_data
+from salun_core.data.classes import find_class
+from salun_core.data.split import SplitManifest
+from salun_core.data.table import Table
+from salun_core.data.targets import ClassTarget, ConceptTarget, SamplesTarget, Target
+from salun_core.digest import check_digest
+from salun_core.errors import ConflictError, SalunError, StoreError, UsageError, unknown_name
+from salun_core.models.card import CARD, DiffusionCard
+from salun_core.models.checkpoint import SPLIT
+from salun_core.registry.lookup import Version, lines, read_file, read_head, read_version
+from salun_core.requests.intake import Filed, submit_all
+from salun_core.requests.ledger import Ledger, Transition
+from salun_core.requests.resolve import TableResolver, unmatched
+from salun_core.requests.schema import Review, Status, Submission, summarise
+from salun_core.storage.documents import parse_stored
+from salun_core.storage.objects import ObjectStore
+from salun_core.tasks import parse_card, task_named
+from salun_core.tasks.resolve import fetched
+from salun_core.times import Clock, utc_clock
+
+_SHOWN = 5  # faults in one message
+
+
+class Match(Document):
+    """What a request names in its model line. It holds no sample id, prompt or subject reference."""
+
+    id: str = Field(description="the request")
+    model_line: str = Field(description="its model line")
+    version: str = Field(description="HEAD of the line when it was checked")
+    names: str = Field(description="what it names, such as `class 3` or `2 samples`")
+    class_name: str | None = Field(default=None, description="name of the class, of a class only")
+    class_index: int | None = Field(default=None, description="index of the class, of a class only")
+    samples: int | None = Field(default=None, description="samples in the data; null if these were not read")
+    subjects: int | None = Field(default=None, description="persons that the samples belong to; null if unknown")
+    in_training: int | None = Field(default=None, description="samples that the version was trained on")
+    unknown: int = Field(default=0, description="names that the data do not have: it is held for review")
+    unchecked: str | None = Field(default=None, description="why it was not looked up in the data")
+    warnings: list[str] = Field(default=[], description="what will be missing when it is erased")
+
+
+def file_requests(
+    store: ObjectStore,
+    submissions: Sequence[Submission],
+    actor: str,
+    *,
+    check_data: bool | None = None,
+    confirm: Callable[[Sequence[Match]], bool] = lambda matches: True,
+    done: Callable[[], None] = lambda: None,
+    dry_run: bool = False,
+    clock: Clock = utc_clock,
+) -> tuple[Filed, Sequence[Match]]:
+    """Check deletion requests against their model lines, and file them.
+
+    Args:
+        store: where the model lines and requests are stored.
+        submissions: the requests.
+        actor: who files them.
+        check_data: whether to look up the targets in the data. None reads local data and does not download any; True
+            fails if the data cannot be read.
+        confirm: called with what the requests name, before anything is written; False files nothing.
+        done: called after each request.
+        dry_run: check everything and write nothing.
+        clock: returns the time.
+
+    Returns:
+        Receipts and refusals, both empty if it was not confirmed; and what each request names.
+
+    Raises:
+        UsageError: a model line does not exist, or a target does not fit it; nothing was filed.
+        StoreError: the store cannot be reached or refuses access.
+    """
+    matches = match_requests(store, submissions, check_data)
+    if not confirm(matches):
+        return Filed([], []), matches
+    ledger = Ledger(store, clock, dry_run)
+    filed = submit_all(ledger, submissions, actor, done)
+    for receipt in () if dry_run else filed.receipts:
+        match = next(match for match in matches if match.id == receipt.id)
+        if match.unknown:
+            _hold(ledger, match, actor)
+    return filed, matches
+
+
+def _hold(ledger: Ledger, match: Match, actor: str) -> None:
+    state = ledger.state(match.id)
+    if state.status is Status.QUEUED and state.last is not None and state.last.n == 1:
+        reason = unmatched(match.unknown, match.in_training or 0)
+        with suppress(ConflictError):  # a twin of this call or a sweep was faster
+            ledger.move(state, Transition(Status.ON_HOLD, actor, reason, outcome=Review.UNMATCHED))
+
+
+def match_requests(
+    store: ObjectStore, submissions: Sequence[Submission], check_data: bool | None = None
+) -> Sequence[Match]:
+    """Return what requests name in their model lines; nothing is written.
+
+    Args:
+        store: where the model lines are stored.
+        submissions: the requests.
+        check_data: as for `file_requests`.
+
+    Raises:
+        UsageError: a model line does not exist, or a target does not fit it; the message counts such requests.
+        IntegrityError: HEAD of a line is damaged, or a target belongs to another data set.
+    """
+    known: dict[str, _Line | SalunError] = {}
+    found: list[Match] = []
+    faults: list[tuple[str, SalunError]] = []
+    for item in submissions:
+        try:
+            if item.model_line not in known:
+                known[item.model_line] = _open(store, item.model_line, check_data)
+            line = known[item.model_line]
+            if isinstance(line, SalunError):
+                raise line
+            found.append(line.match(item))
+        except StoreError:
+            raise
+        except SalunError as error:
+            faults.append((item.id, error))
+    if len(submissions) == 1 and faults:
+        raise faults[0][1]
+    if faults:
+        some = "; ".join(f"{name}: {error.what}: {error.why}" for name, error in faults[:_SHOWN])
+        remedies = dict.fromkeys(error.remedy for _, error in faults[:_SHOWN] if error.remedy)
+        raise UsageError(
+            f"{len(faults)} of {len(submissions)} requests do not fit their model line",
+            some,
+            f"nothing was filed; {'; '.join(remedies)}",
+        )
+    return found
+
+
+def _open(store: ObjectStore, line: str, check_data: bool | None) -> _Line | SalunError:
+    try:
+        return _Line(store, line, check_data)
+    except StoreError:
+        raise
+    except SalunError as error:
+        return error
+
+
+class _Line:
+    """HEAD of a model line with its data, for matching requests."""
+
+    def __init__(self, store: ObjectStore, line: str, check_data: bool | None) -> None:
+        head = read_head(store, line)
+        if head is None:
+            raise _no_line(line, lines(store))
+        version = Version(head[0].version, read_version(store, line, head[0].version))
+        self._version, self._check_data = version.digest, check_data
+        self._card: Any = parse_card(json.loads(read_file(store, version, CARD)))
+        self._split = parse_stored(SplitManifest, read_file(store, version, SPLIT), SPLIT)
+        self._task = task_named(self._card.task)
+
+    @cached_property
+    def _data(self) -> tuple[Table | None, str | None]:
+        """The rows of the data set; None with the reason if they were not read."""
+        spec = self._card.data
+        if spec is None:
+            return None, "the model came without data"
+        if self._check_data is False:
+            return None, "--no-check-data"
+        remote = any((source or "").startswith("s3://") for source in (spec.source, spec.test_source))
+        if remote and self._check_data is None:
+            return None, "the data are in S3, and --check-data was not given"
+        try:
+            return load_data(spec, self._split).table, None
+        except (SalunError, OSError) as error:
+            if self._check_data:
+                raise
+            return None, f"this machine cannot read the data ({getattr(error, 'what', error)})"
+
+    @cached_property
+    def _subjects(self) -> dict[str, str]:
+        table, _ = self._data
+        return (
+            {}
+            if table is None
+            else {
+                sample: subject
+                for sample, subject in zip(table.ids, table.subjects, strict=True)
+                if subject is not None
+            }
+        )
+
+    def match(self, item: Submission) -> Match:
+        """Return what a request names.
+
+        Raises:
+            UsageError: the target does not fit the line.
+            IntegrityError: it belongs to another data set, or its manifest does not match its digest.
+        """
+        target = fetched(item.target)
+        self._task.check_targets([target])
+        table, unchecked = self._data
+        fields: dict[str, Any] = {
+            "id": item.id,
+            "model_line": item.model_line,
+            "version": self._version,
+            "names": summarise(target),
+            "warnings": self._warnings(target),
+        }
+        if isinstance(target, ConceptTarget):
+            return Match(**fields)
+        if isinstance(target, ClassTarget) and self._card.classes:
+            index = find_class(target, self._card.classes)
+            fields |= {"class_name": self._card.classes[index], "class_index": index}
+        if table is None:
+            return Match(**fields, unchecked=unchecked, **self._of_split(target))
+        return Match(**fields, **self._of_data(target, table))
+
+    def _of_split(self, target: Target) -> dict[str, Any]:
+        """Return what the split alone says: which of the ids were trained on."""
+        digest = getattr(target, "dataset_digest", None)
+        if digest is not None:
+            check_digest("the data set of a forget target", digest, self._split.dataset_digest)
+        if not isinstance(target, SamplesTarget):
+            return {}
+        return {"in_training": sum(sample in self._split.train for sample in set(target.ids or ()))}
+
+    def _of_data(self, target: Target, table: Table) -> dict[str, Any]:
+        found, unknown = TableResolver(table, self._split, self._task).look_up(target)
+        trained = found & self._split.train.keys()
+        if trained and len(trained) >= len(self._split.train):
+            raise UsageError(
+                "the request names all of the training data", "no model would be left", "delete the model line instead"
+            )
+        persons = {self._subjects[sample] for sample in found if sample in self._subjects}
+        subjects = len(persons) if self._subjects else None
+        return {"samples": len(found), "subjects": subjects, "in_training": len(trained), "unknown": unknown}
+
+    def _warnings(self, target: Target) -> list[str]:
+        if not isinstance(self._card, DiffusionCard) or self._card.evaluation.judge is not None:
+            return []
+        what = "concept" if isinstance(target, ConceptTarget) else "class"
+        return [
+            f"the line has no image classifier, so whether the {what} is still drawn (UA) cannot be measured, and a "
+            "policy with that rule refuses; give one with --judge when the model is trained or imported"
+        ]
+
+
+def _no_line(line: str, known: Sequence[str]) -> UsageError:
+    if known:
+        return unknown_name("model line", line, known)
+    return UsageError(f"unknown model line {line!r}", "the store has none", "import one: `salun model import --help`")
+
+
+def counted(matches: Sequence[Match]) -> Counter[str]:
+    """Return the sums of many matches: samples, in_training, unknown (requests), unchecked (requests)."""
+    total: Counter[str] = Counter()
+    for match in matches:
+        total["samples"] += match.samples or 0
+        total["in_training"] += match.in_training or 0
+        total["unknown"] += bool(match.unknown)
+        total["unchecked"] += match.unchecked is not None
+    return total
