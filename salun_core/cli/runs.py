@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from salun_core.cli.form import with_form
 from salun_core.cli.options import DryRun, Settings, WorkDir, read_settings
-from salun_core.cli.output import emit, emit_plan, print_metrics, progress
+from salun_core.cli.output import MODE, emit, emit_plan, print_metrics, progress
 from salun_core.errors import GateRefusedError, UsageError
 from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
 
@@ -99,6 +100,9 @@ def _plan(form: UnlearningForm) -> None:
 def sweep(
     form: dict[str, Any],
     once: Annotated[bool, typer.Option("--once", help="Claim one batch, erase it, and settle it.")] = False,
+    now: Annotated[
+        bool, typer.Option("--now", help="As --once, and a batch is due whatever --min-requests and the hours say.")
+    ] = False,
     settle: Annotated[str | None, typer.Option(metavar="RUN", help="Only settle this run and free its line.")] = None,
     settings: Settings = [],
     work_dir: WorkDir = None,
@@ -113,14 +117,16 @@ def sweep(
     from salun_core.steps.sweep import sweep_once
     from salun_core.sweeps.runs import new_run_id
 
-    if once and settle:
-        raise UsageError("--once and --settle exclude each other", "one sweeps, one settles", "give one of them")
-    if not once and not settle:
+    if (once or now) and settle:
+        given = "--once" if once else "--now"
+        raise UsageError(f"{given} and --settle exclude each other", "one sweeps, one settles", "give one of them")
+    if not once and not now and not settle:
         raise UsageError(
             "`salun sweep` does not run as a service",
             "a schedule starts it: the pipeline salun-deletion-sweep in Kubeflow, or cron",
-            "give --once, and call it from the schedule",
+            "give --once, and call it from the schedule; --now sweeps at once",
         )
+    form |= {"min_requests": 1} if now else {}  # one request makes a batch; the limits of its size stay
     parsed = parse(DeletionSweepForm, {**form, "method_config": read_settings(settings)}, "the sweep")
     if settle:
         _settle(parsed, settle)
@@ -129,9 +135,11 @@ def sweep(
     folder = work_dir or Path(".salun", "runs", name)
     done = sweep_once(parsed, folder, progress, name, lambda record: progress(trial_line(record)))
     if parsed.dry_run:
-        emit_plan("sweep", {"model_line": parsed.model_line, "would_claim": done.claimed.reason})
+        plan = {"model_line": parsed.model_line, "would_claim": done.claimed.reason}
+        emit_plan("sweep", {**plan, "due_at": done.claimed.due_at} if MODE.json else plan)
         return
     facts = sweep_facts(done)
+    facts["outcomes"] = _outcomes(parsed.store_uri, facts["requests"])
     emit(facts, lambda: _show_sweep(facts, parsed.model_line))
     if done.error:
         raise done.error
@@ -153,6 +161,7 @@ def sweep_facts(done: SweepOutcome) -> dict[str, Any]:
         "claimed": claimed.requests,
         "reason": claimed.reason,
         "skipped": claimed.skipped,
+        "due_at": claimed.due_at,
         "recipe": {
             "method": recipe.method,
             "density": recipe.density,
@@ -167,6 +176,16 @@ def sweep_facts(done: SweepOutcome) -> dict[str, Any]:
     }
 
 
+def _outcomes(store_uri: str, requests: Iterable[str]) -> dict[str, str | None]:
+    """Return how each request was met, or what a person must review."""
+    from salun_core.requests.reading import read_last
+    from salun_core.storage import open_store
+
+    store = open_store(store_uri)
+    last = {request: read_last(store, request) for request in requests}
+    return {request: event.outcome.value if event and event.outcome else None for request, event in last.items()}
+
+
 def _statuses(settled: Settled | None) -> dict[str, str]:
     """Return the status of each request of a run."""
     names = ("completed", "queued", "failed")
@@ -175,12 +194,15 @@ def _statuses(settled: Settled | None) -> dict[str, str]:
 
 def _show_sweep(facts: dict[str, Any], line: str) -> None:
     typer.echo(f"run        {facts['run']}\nclaimed    {facts['claimed']}: {facts['reason']}")
+    if facts["due_at"]:
+        typer.echo(f"to erase them now: salun sweep --now --line {line}")
     if facts["recovered"]:
         typer.echo(f"recovered  {', '.join(facts['recovered'])}: from a run that died")
     if facts["verdict"]:
         typer.echo(f"verdict    {facts['verdict']}")
     for request, status in facts["requests"].items():
-        typer.echo(f"settled    {request}: {status}")
+        outcome = facts["outcomes"][request]
+        typer.echo(f"settled    {request}: {status}{f': {outcome}' if outcome else ''}")
     if facts["version"]:
         typer.echo(f"published  {line}@{facts['version'][:12]}")
     if facts["report"]:

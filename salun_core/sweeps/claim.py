@@ -45,7 +45,7 @@ from salun_core.storage.keys import scratch_key, work_key
 from salun_core.storage.leases import SUBMIT_AGAIN, release
 from salun_core.sweeps.context import SweepContext, in_parallel
 from salun_core.sweeps.heartbeat import beating, hold_line
-from salun_core.sweeps.policy import SweepPolicy, why_due
+from salun_core.sweeps.policy import SweepPolicy, due_when, why_due
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord
 from salun_core.sweeps.settle import complete, in_progress, published_by, recover
 from salun_core.times import as_utc
@@ -73,6 +73,7 @@ class Claim:
         forget_uri: address of the frozen forget set; empty without a batch.
         reason: why the batch is due, or why there is none.
         skipped: why there is none; None with a batch, and if all that was due was settled by the claim itself.
+        due_at: when a batch is due at the latest (ISO 8601), if requests wait and none is due.
         due: how many requests wait that are due, if the line is held by another run.
         nothing_to_erase: requests that were completed at once, since nothing that they name was trained on.
         refused: requests that failed, since what they name does not exist.
@@ -90,6 +91,7 @@ class Claim:
     recovered: Sequence[str] = ()
     skipped: Skipped | None = None
     due: int = 0
+    due_at: str | None = None
 
     @property
     def requests(self) -> int:
@@ -107,8 +109,10 @@ def preview(context: SweepContext, line: str, policy: SweepPolicy) -> Claim:
     """Describe as a reason what a sweep would claim: how many requests wait, and whether a batch is due."""
     waiting = context.ledger.entries(Status.QUEUED, line)
     why = _why_due(context, waiting, policy)
-    due = f"a batch is due: {why}" if why else "no batch is due"
-    return Claim.nothing(policy, f"{len(waiting)} waiting; {due}")
+    if why or not waiting:
+        due = f"a batch is due: {why}" if why else "no batch is due"
+        return Claim.nothing(policy, f"{len(waiting)} waiting; {due}")
+    return replace(Claim.nothing(policy, _not_due(waiting, policy)), due_at=_due_at(waiting, policy))
 
 
 def claim(
@@ -143,6 +147,8 @@ def claim(
         recovered = recover(context, line, run)
         states, reason, skipped = _next_batch(context, line, run, policy)
         found = replace(Claim.nothing(policy, reason, skipped), recovered=recovered)
+        if skipped is Skipped.NOT_DUE:
+            found = replace(found, due_at=_due_at(context.ledger.entries(Status.QUEUED, line), policy))
         if not states:
             return found
         head = require_head(context.store, line)
@@ -175,7 +181,7 @@ def _next_batch(
     reason = _why_due(context, waiting, policy)
     if reason is None:
         if waiting:
-            return [], f"{len(waiting)} waiting, and no batch is due", Skipped.NOT_DUE
+            return [], _not_due(waiting, policy), Skipped.NOT_DUE
         return [], _NO_REQUEST, Skipped.NO_REQUESTS
     found: list[RequestState] = []
     together: list[RequestState] = []
@@ -188,6 +194,18 @@ def _next_batch(
         if len(together) >= size:
             break
     return (together, reason, None) if together else ([], _NO_REQUEST, Skipped.NO_REQUESTS)
+
+
+def _due_at(waiting: Sequence[IndexEntry], policy: SweepPolicy) -> str | None:
+    when = due_when([datetime.fromtimestamp(entry.received, UTC) for entry in waiting], policy)
+    return when.isoformat() if when else None
+
+
+def _not_due(waiting: Sequence[IndexEntry], policy: SweepPolicy) -> str:
+    """Return how many requests wait, and when they become a batch."""
+    when = (_due_at(waiting, policy) or "")[:16].replace("T", " ")
+    more = policy.min_requests - len(waiting)
+    return f"{len(waiting)} waiting, and no batch is due before {when} UTC, unless {more} more are filed"
 
 
 def _why_due(context: SweepContext, waiting: Sequence[IndexEntry], policy: SweepPolicy) -> str | None:

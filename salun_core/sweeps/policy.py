@@ -75,6 +75,20 @@ def why_due(received: Sequence[datetime], returned: int, now: datetime, policy: 
     return None
 
 
+def due_when(received: Sequence[datetime], policy: SweepPolicy) -> datetime | None:
+    """Return when a batch is due at the latest, if no further request arrives; None if no request waits.
+
+    Args:
+        received: when each waiting request was received (UTC).
+        policy: of the sweep.
+    """
+    if not received:
+        return None
+    oldest = min(received)
+    month = due_after_one_month(oldest) - timedelta(days=policy.deadline_days)
+    return min(oldest + timedelta(hours=policy.max_wait_hours), month)
+
+
 @dataclass(frozen=True)
 class Next:
     """What happens to a request that a run did not erase.

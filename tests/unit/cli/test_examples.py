@@ -15,6 +15,7 @@ import typer
 from salun_core.cli.app import app, load_examples
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
+from salun_core.tasks import register_model
 from salun_core.times import utc_clock
 
 pytestmark = pytest.mark.slow
@@ -110,7 +111,8 @@ def test_the_examples_follow_each_other(salun, store, monkeypatch, tmp_path):
         assert part in refused.stderr
 
 
-def test_the_examples_of_requests(salun, store, monkeypatch):
+def test_the_examples_of_requests(salun, store, monkeypatch, digits_model):
+    register_model(store, "faces", digits_model, "train", 1)
     monkeypatch.setenv("SALUN_STORE_URI", store.uri)
     monkeypatch.setenv("SALUN_ACTOR", "ana")
     monkeypatch.setattr("salun_core.times.utc_clock", lambda: datetime(2026, 1, 31, 9, tzinfo=UTC))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -54,7 +55,13 @@ def test_the_example_and_a_sweep_that_finds_nothing_more(sweep, salun, ledger, s
     ledger.submit("r-2", "digits", SamplesTarget(ids=load_model(digits_model).split.ids("test")[:1]))
     parent = read_head(store, "digits")[0].version
     waiting = sweep("--once")
-    assert (waiting.exit_code, "claimed    0: 2 waiting, and no batch is due" in waiting.stdout) == (0, True)
+    assert waiting.exit_code == 0
+    assert re.search(
+        r"claimed    0: 2 waiting, and no batch is due before 20\d\d-.* UTC, unless 14 more", waiting.stdout
+    )
+    assert "to erase them now: salun sweep --now --line digits" in waiting.stdout
+    told = json.loads(sweep("--once", "--json").stdout)
+    assert datetime.fromisoformat(told["due_at"]) - utc_clock() > timedelta(hours=23)
 
     result = salun(*shlex.split(EXAMPLE[0].removeprefix("$ salun ")))
     assert result.exit_code == 0, result.stderr
@@ -90,6 +97,15 @@ def test_a_refusal_says_why():
     assert facts["requests"] == {"r-1": "queued"}
 
 
+def test_now_makes_a_batch_due_whatever_the_limits_say(sweep, ledger, digits_model):
+    ledger.submit("r-1", "digits", SamplesTarget(ids=load_model(digits_model).split.ids("test")[:1]))
+    ledger.submit("r-2", "digits", SamplesTarget(ids=["no-such-digit"]))
+    result = sweep("--now", "--min-requests", 100)
+    assert result.exit_code == 0, result.stderr
+    assert "settled    r-1: completed: nothing_to_erase\nsettled    r-2: on_hold: unmatched" in result.stdout
+    assert ledger.status("r-2") is Status.ON_HOLD
+
+
 def test_a_dry_run_writes_nothing(sweep, ledger, store):
     ledger.submit("r-1", "digits", ClassTarget(class_id=3))
     before = [(entry.key, entry.etag) for entry in store.list("")]
@@ -119,6 +135,7 @@ def test_a_run_that_died_is_settled_by_hand(sweep, ledger, store):
         ((), "salun-deletion-sweep"),
         (("--once", "--extra-metrics", "prob"), "did you mean 'probe'"),
         (("--once", "--settle", "run-1"), "exclude each other"),
+        (("--now", "--settle", "run-1"), "exclude each other"),
         (("--once", "--max-forget-fraction", 1.5), "max_forget_fraction"),
         (("--once", "--method", "salum"), "did you mean 'salun'"),
     ],

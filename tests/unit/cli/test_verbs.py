@@ -121,7 +121,7 @@ def test_a_model_is_named_by_its_address_too(salun, world, store):
     assert masked.exit_code == 0, masked.stderr
 
 
-def test_request_is_a_group_of_the_command(salun, store):
+def test_request_is_a_group_of_the_command(salun, store, digits_line):
     filed = salun("request", "submit", "--id", "r-1", "--line", "digits", "--class", "3", "--store", store.uri)
     assert filed.exit_code == 0, filed.stderr
     listed = _json(salun("request", "list", "--store", store.uri, "--json"))

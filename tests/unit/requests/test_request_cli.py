@@ -10,6 +10,7 @@ from salun_core.cli.app import app
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.times import utc_clock
+from tests.support.card_line import begin_classifier, begin_text_to_image
 
 pytestmark = pytest.mark.s3
 
@@ -20,6 +21,7 @@ SAMPLES = [*FILE, "--samples", "secret-1,secret-2"]
 
 @pytest.fixture
 def invoke(store, monkeypatch):
+    begin_classifier(store, "faces")
     monkeypatch.setenv("SALUN_STORE_URI", store.uri)
     monkeypatch.setenv("SALUN_ACTOR", "ana")
     return lambda *arguments, input=None: CliRunner().invoke(app, ["request", *arguments], input=input)
@@ -79,8 +81,38 @@ CONCEPT = {"kind": "concept", "prompts": ["secret cat", "secret dog"], "anchor_p
 
 
 class TestConcepts:
+    @pytest.fixture(autouse=True)
+    def _line(self, store):
+        begin_text_to_image(store, "sd", judge="judge")
+        begin_text_to_image(store, "unjudged")
+
+    def test_a_concept_is_filed_by_its_text_or_by_a_file(self, run, refused, ledger, tmp_path):
+        run("submit", "--id", "r-1", "--line", "sd", "--concept", "secret cat", "--anchor", "a dog")
+        target = ledger.get("r-1").target
+        assert (target.prompts, target.anchor_prompt, target.images) == (["secret cat"], "a dog", 64)
+        path = tmp_path / "concept.yaml"
+        path.write_text("prompts: [secret cat, secret kitten]\nanchor_prompt: a dog\nimages: 8\nneighbours: [a lynx]\n")
+        run("submit", "--id", "r-2", "--line", "sd", "--concept", str(path))
+        target = ledger.get("r-2").target
+        assert (len(target.prompts), target.images, target.neighbours) == (2, 8, ["a lynx"])
+        run("submit", "--id", "r-3", "--line", "sd", "--concept", str(path), "--anchor", "a horse")
+        assert ledger.get("r-3").target.anchor_prompt == "a horse"
+        path.write_text("id: r-1")
+        assert '"anchor_prompt": "a dog"' in refused(2, "submit", "--id", "r-4", "--line", "sd", "--concept", str(path))
+        assert "cannot read" in refused(2, "submit", "--id", "r-4", "--line", "sd", "--concept", "no-such.yaml")
+
+    def test_a_line_without_an_image_classifier_is_named_before_filing(self, run):
+        concept = ["--concept", "secret cat", "--anchor", "a dog"]
+        assert "warning: the line has no image classifier" in run(
+            "submit", "--id", "r-1", "--line", "unjudged", *concept
+        )
+        (receipt,) = json.loads(run("submit", "--id", "r-1", "--line", "unjudged", *concept, "--json"))
+        assert "cannot be measured" in receipt["match"]["warnings"][0]
+        assert "warning" not in run("submit", "--id", "r-2", "--line", "sd", *concept)
+
     def test_a_concept_is_shown_by_its_number_of_prompts(self, run, ledger):
-        run("submit", "-", input=json.dumps(entry(1, target={**CONCEPT, "neighbours": ["secret mouse"]})))
+        target = {**CONCEPT, "neighbours": ["secret mouse"]}
+        run("submit", "-", input=json.dumps(entry(1, model_line="sd", target=target)))
         assert ledger.get("r-1").target.neighbours == ["secret mouse"]
         for arguments in (["show", "r-1"], ["show", "r-1", "--json"], ["list"], ["list", "--json"]):
             told = run(*arguments)
@@ -105,7 +137,7 @@ class TestSubmit:
             (["--class", "3"], {"kind": "class", "class_id": 3}),
             (["--class", "cat"], {"kind": "class", "class_id": "cat"}),
             (["--class", "00001"], {"kind": "class", "class_id": "00001"}),
-            (["--class-name", "1"], {"kind": "class", "class_name": "1"}),
+            (["--class-name", "00001"], {"kind": "class", "class_name": "00001"}),
             (["--class-index", "1"], {"kind": "class", "class_index": 1}),
             (["--subject", "person-7"], {"kind": "subject", "subject_ref": "person-7"}),
         ],
@@ -152,16 +184,18 @@ class TestSubmit:
         assert run(*SAMPLES, "--json") == first
         assert "request r-1 exists already" in refused(4, *FILE, "--samples", "other")
 
-    def test_refused_requests_are_counted_and_the_others_filed(self, run, refused, ledger, tmp_path):
+    def test_refused_requests_are_counted_and_the_others_filed(self, run, refused, ledger, store, tmp_path):
         run(*SAMPLES)
         file = tmp_path / "requests.json"
+        begin_classifier(store, "cats")
         file.write_text(json.dumps([entry(0), entry(1, model_line="cats"), entry(2)]))
         assert "1 of 3 requests were refused: request r-1 exists already" in refused(4, "submit", str(file))
         assert [state.request.id for state in ledger.list(line="faces")] == ["r-1", "r-0", "r-2"]
 
     def test_dry_run_writes_nothing(self, run, store):
+        before = [entry.key for entry in store.list("")]
         assert "nothing was written" in run(*SAMPLES, "--dry-run")
-        assert list(store.list("")) == []
+        assert [entry.key for entry in store.list("")] == before
 
     @pytest.mark.parametrize(
         "arguments",
@@ -179,10 +213,11 @@ class TestSubmit:
     )
     def test_a_wrong_call_is_refused(self, refused, store, arguments):
         assert "To fix it: " in refused(2, *arguments)
-        assert list(store.list("")) == []
+        assert [*store.list("requests/"), *store.list("index/")] == []
 
     def test_a_terminal_shows_progress(self, store, tmp_path):
         """On a real pseudo-terminal; elsewhere standard error stays empty."""
+        begin_classifier(store, "faces")
         file = tmp_path / "requests.json"
         file.write_text(json.dumps([entry(number) for number in range(100)]))
         script = """

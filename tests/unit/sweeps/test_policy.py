@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salun_core.methods.recipe import Recipe
-from salun_core.sweeps.policy import Limits, SweepPolicy, after_failure, after_interruption, after_refusal, why_due
+from salun_core.sweeps.policy import (
+    Limits,
+    SweepPolicy,
+    after_failure,
+    after_interruption,
+    after_refusal,
+    due_when,
+    why_due,
+)
 
 NOW = datetime(2028, 2, 20, 12, tzinfo=UTC)
 LIMITS = Limits(recipes=3, attempts=10)
@@ -35,6 +43,17 @@ def hours(*ages):
 def test_a_batch_is_due_by_size_age_or_return(ages, returned, reason):
     found = why_due(hours(*ages), returned, NOW, POLICY)
     assert (found is None) if reason is None else reason in found
+
+
+@given(st.lists(st.floats(0, 24 * 40), max_size=POLICY.min_requests - 1), st.sampled_from([1.0, 24.0, 2000.0]))
+def test_the_time_at_which_a_batch_is_due_is_the_time_at_which_it_becomes_due(ages, wait):
+    received, policy = hours(*ages), POLICY.model_copy(update={"max_wait_hours": wait})
+    when = due_when(received, policy)
+    if when is None:
+        assert not received
+        return
+    assert why_due(received, 0, when - timedelta(seconds=1), policy) is None
+    assert why_due(received, 0, when + timedelta(seconds=1), policy)
 
 
 def test_a_batch_is_due_when_a_month_ends_soon():

@@ -1,0 +1,42 @@
+"""Model lines of a card and a split alone: enough to file requests, without weights and without data."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from salun_core.data.split import SplitManifest
+from salun_core.models.card import CARD, Card, DiffusionCard, ModelCard
+from salun_core.models.checkpoint import SPLIT
+from salun_core.registry.versions import publish_head, stage_version
+from salun_core.storage import FileStore
+
+CLASSES = ("zebra", "cat", "dog", "00001", "mouse")
+_SHAPE: dict[str, Any] = {"channels": 3, "height": 8, "width": 8, "dataset_digest": "d" * 64, "split_digest": ""}
+
+
+def begin_classifier(store: FileStore, line: str, classes: tuple[str, ...] = CLASSES) -> None:
+    """Publish a classifier whose data are not on this machine."""
+    scale = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    data = {"source": "/no-such-folder/images"}
+    _publish(store, line, ModelCard(architecture="resnet8", classes=list(classes), data=data, **scale, **_SHAPE))
+
+
+def begin_text_to_image(store: FileStore, line: str, **evaluation: object) -> None:
+    """Publish a text-to-image model without data."""
+    card = DiffusionCard(
+        task="text-to-image", architecture="UNet2DConditionModel", evaluation=evaluation, data=None, **_SHAPE
+    )
+    _publish(store, line, card)
+
+
+def _publish(store: FileStore, line: str, card: Card) -> None:
+    split = SplitManifest(dataset_digest="d" * 64, train={}, validation={}, test={})
+    with tempfile.TemporaryDirectory() as folder:
+        files = {CARD: Path(folder) / CARD, SPLIT: Path(folder) / SPLIT}
+        files[CARD].write_text(card.model_dump_json())
+        files[SPLIT].write_text(split.model_dump_json())
+        fields = {"line": line, "parent": None, "run": None, "method": "train", "forget_count": 0, "retrained": False}
+        version, _ = stage_version(store, fields, files)
+    publish_head(store, line, version, None, None)
