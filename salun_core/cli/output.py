@@ -172,7 +172,7 @@ def byte_progress(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def silence_logs() -> None:
-    """Show the steps' warnings only, or everything with --debug.
+    """Show the steps' warnings only, or with --debug all of our own lines; of libraries only warnings.
 
     Failures are dropped as well: the command reports them itself, in one line.
     """

@@ -98,7 +98,7 @@ def configure_logging(json: bool | None = None, level: str = "info") -> None:
     Args:
         json: write JSON lines, or readable ones; by default `SALUN_LOG` decides (`json` or `text`), and if it is not
             set, readable lines are written to a terminal.
-        level: `debug`, `info`, `warning` or `error`; libraries stay at `warning` unless it is `debug`.
+        level: `debug`, `info`, `warning` or `error`; libraries log warnings and errors only.
 
     Raises:
         UsageError: an unknown level.
@@ -123,7 +123,7 @@ def configure_logging(json: bool | None = None, level: str = "info") -> None:
     )
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(threshold if threshold in (logging.DEBUG, logging.ERROR) else logging.WARNING)
+    root.setLevel(max(threshold, logging.WARNING))  # an S3 client alone logs thousands of lines at debug
 
 
 def get_logger() -> structlog.typing.FilteringBoundLogger:

@@ -236,3 +236,13 @@ def test_objects_become_plain_text():
 
     found = redact({"path": Path("/srv/x"), "what": Loud(), "set": {1}, "bytes": b"ab"})
     assert found == {"path": "/srv/x", "what": f"Loud(password='{MASK}')", "set": [1], "bytes": "b'ab'"}
+
+
+def test_debug_shows_our_own_lines_and_of_libraries_only_warnings(capsys):
+    configure_logging(json=True, level="debug")
+    get_logger().debug("ours")
+    for library in ("botocore.endpoint", "urllib3.connectionpool"):
+        logging.getLogger(library).debug("theirs")
+        logging.getLogger(library).warning("serious")
+    events = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
+    assert events == ["ours", "serious", "serious"]
