@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
@@ -268,3 +269,22 @@ def open_statement(kind: type[S], data: bytes, trusted: Iterable[Ed25519PublicKe
     if statement.predicate.signer != claimed_keyid(data):
         raise IntegrityError(f"{source} names another signer", "it was signed with another key", "reject it")
     return statement
+
+
+def read_unverified(kind: type[S], data: bytes, source: str) -> S:
+    """Return what a signed file states, for a listing. Its signature is not checked: see `open_statement`.
+
+    Args:
+        kind: `ErasureCertificate` or `DisposalAddendum`.
+        data: the whole file.
+        source: where it came from, for the message.
+
+    Raises:
+        IntegrityError: it is damaged, or of another kind.
+    """
+    try:
+        return parse(kind, json.loads(base64.b64decode(json.loads(data)["payload"], validate=True)), source)
+    except SalunError as error:
+        raise IntegrityError(error.what, error.why, "restore it from a copy") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{source} is damaged", str(error)[:200], "restore it from a copy") from error

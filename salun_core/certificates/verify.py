@@ -8,11 +8,17 @@ from pathlib import Path
 
 from salun_core.certificates.envelope import MAX_ENVELOPE_BYTES, claimed_keyid
 from salun_core.certificates.keys import load_trusted_keys, read_small
-from salun_core.certificates.statement import DisposalAddendum, ErasureCertificate, open_statement
+from salun_core.certificates.statement import (
+    DisposalAddendum,
+    DisposalDone,
+    ErasureCertificate,
+    open_statement,
+    read_unverified,
+)
 from salun_core.digest import sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, UsageError
 from salun_core.storage import open_store
-from salun_core.storage.keys import certificate_key
+from salun_core.storage.keys import addenda_prefix, certificate_key
 from salun_core.storage.local_files import list_tree, write_whole
 
 _SHOWN = 10
@@ -75,6 +81,17 @@ def fetch_certificate(store_uri: str, request_id: str, out: Path) -> str:
         UsageError: the request has no certificate.
         StoreError: the store cannot be reached, or the file cannot be written.
     """
+    data = _stored(store_uri, request_id)
+    write_whole(out, data)
+    return sha256_bytes(data)
+
+
+def certificate_digest(store_uri: str, request_id: str) -> str:
+    """Return the SHA-256 of a request's certificate in the store; errors as for `fetch_certificate`."""
+    return sha256_bytes(_stored(store_uri, request_id))
+
+
+def _stored(store_uri: str, request_id: str) -> bytes:
     stored = open_store(store_uri).get(certificate_key(request_id))
     if stored is None:
         raise UsageError(
@@ -82,8 +99,42 @@ def fetch_certificate(store_uri: str, request_id: str, out: Path) -> str:
             "none was issued yet, or there is no such request",
             f"check its status: salun request show {request_id}",
         )
-    write_whole(out, stored.data)
-    return sha256_bytes(stored.data)
+    return stored.data
+
+
+@dataclass(frozen=True)
+class StoredAddendum:
+    """A later addition to a certificate, as it is in the store; its signature was not verified.
+
+    Args:
+        name: its file name.
+        data: its bytes.
+        certificate: SHA-256 of the certificate that it belongs to.
+        done: what was deleted, and when.
+    """
+
+    name: str
+    data: bytes
+    certificate: str
+    done: tuple[DisposalDone, ...]
+
+
+def fetch_addenda(store_uri: str, request_id: str) -> list[StoredAddendum]:
+    """Return the addenda of a request's certificates, those of superseded certificates included. None is verified.
+
+    Raises:
+        IntegrityError: one of them is damaged.
+        StoreError: the store cannot be reached.
+    """
+    store, found = open_store(store_uri), []
+    for entry in store.list(addenda_prefix(request_id)):
+        name = entry.key.rpartition("/")[2]
+        stored = store.get(entry.key) if name.startswith("disposal-") else None
+        if stored is not None:
+            statement = read_unverified(DisposalAddendum, stored.data, entry.key)
+            certificate = statement.subject[0].digest.sha256
+            found.append(StoredAddendum(name, stored.data, certificate, statement.predicate.done))
+    return found
 
 
 def _read(path: Path) -> bytes:

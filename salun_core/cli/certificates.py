@@ -104,13 +104,52 @@ def _disposals(found: Verification) -> list[tuple[str, str, str]]:
 
 def certificate(
     request_id: Annotated[str, typer.Argument(metavar="ID", help="Id of the request.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
     store: Store,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write.")] = None,
+    addenda: Annotated[
+        bool, typer.Option("--addenda", help="Also fetch its addenda, next to FILE; without --out list them.")
+    ] = False,
 ) -> None:
-    """Fetch the certificate of a request from the store, byte for byte."""
-    from salun_core.certificates.verify import fetch_certificate
+    """Fetch the certificate of a request from the store, byte for byte. With --addenda also what was added later."""
+    from salun_core.certificates.verify import certificate_digest, fetch_addenda, fetch_certificate
+    from salun_core.errors import UsageError
+    from salun_core.storage.local_files import write_whole
 
-    emit_facts({"sha256": fetch_certificate(store, request_id, out), "certificate": out})
+    if out is None and not addenda:
+        raise UsageError("nothing to do", "neither --out nor --addenda is given", "give --out FILE")
+    found = fetch_addenda(store, request_id) if addenda else []
+    sha256 = certificate_digest(store, request_id) if out is None else fetch_certificate(store, request_id, out)
+    rows: list[dict[str, Any]] = []
+    for item in found:
+        file = out.with_name(f"{out.stem}.{item.name}") if out is not None and item.certificate == sha256 else None
+        if file is not None:
+            write_whole(file, item.data)
+        rows.append({"addendum": item.name, "current": item.certificate == sha256, "file": file, "done": item.done})
+    document = {"sha256": sha256, **({"certificate": out} if out is not None else {})}
+    if not addenda:
+        emit_facts(document)
+        return
+    listed = [{**row, "done": [done.model_dump(mode="json") for done in row["done"]]} for row in rows]
+    emit({**document, "addenda": listed}, lambda: _show_addenda(document, rows))
+
+
+def _show_addenda(document: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    emit_facts(document)
+    typer.echo()
+    if not rows:
+        typer.echo("no addendum yet: `salun purge` adds one when it deletes what the certificate lists as due")
+        return
+    lines = [
+        (row["addendum"], done.what, minute(done.at), "" if row["current"] else "of a superseded certificate")
+        for row in rows
+        for done in row["done"]
+    ]
+    print_table(["addendum", "deleted", "when", "note"], lines)
+    files = [row["file"] for row in rows if row["file"]]
+    if files:
+        typer.echo(
+            "\nTo verify: " + " ".join([f"salun verify {document['certificate']}", *(f"--addendum {f}" for f in files)])
+        )
 
 
 def create_key(

@@ -210,6 +210,7 @@ requests_prefix = KeyTemplate("requests/")
 events_prefix = KeyTemplate("requests/{request}/events/")
 run_events_prefix = KeyTemplate("runs/{run}/events/")
 scratch_prefix = KeyTemplate("scratch/{run}/")
+addenda_prefix = KeyTemplate("addenda/{request}/")
 version_holds_prefix = KeyTemplate("holds/{line}/")
 
 head_key = KeyTemplate("lines/{line}/HEAD.json")

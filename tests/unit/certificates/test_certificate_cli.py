@@ -131,3 +131,48 @@ def test_the_documented_openssl_commands_verify(salun):
     data["payload"] = data["payload"].replace("A", "B", 1)
     Path("certificate.json").write_text(json.dumps(data))
     assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+
+
+def test_addenda_are_listed_and_written_next_to_the_certificate(salun, store, monkeypatch):
+    monkeypatch.setenv("SALUN_STORE_URI", store.uri)
+    certificate, disposal = (Path(name).read_bytes() for name in ("certificate.json", "disposal.json"))
+    store.put_new("certificates/r-1.json", certificate)
+    none = salun("certificate", "r-1", "--addenda")
+    assert none.exit_code == 0, none.stderr
+    assert "no addendum yet" in none.stdout
+    store.put_new("addenda/r-1/disposal-0123456789ab.json", disposal)
+    store.put_new("addenda/r-1/certificate-0123456789ab.json", certificate)  # a superseded one is no addendum
+    listed = json.loads(salun("certificate", "r-1", "--addenda", "--json").stdout)["addenda"]
+    assert [(item["addendum"], item["current"], item["file"]) for item in listed] == [
+        ("disposal-0123456789ab.json", True, None)
+    ]
+    assert listed[0]["done"][0]["what"] == "superseded weights"
+    Path("out").mkdir()
+    written = salun("certificate", "r-1", "--out", "out/c.json", "--addenda")
+    assert written.exit_code == 0, written.stderr
+    assert "superseded weights" in written.stdout
+    added = Path("out/c.disposal-0123456789ab.json")
+    assert added.read_bytes() == disposal
+    assert f"salun verify out/c.json --addendum {added}" in written.stdout
+    verified = salun("verify", "out/c.json", "--addendum", str(added), "--key", "salun.pub")
+    assert "deleted (addendum)" in verified.stdout
+
+
+def test_an_addendum_of_a_superseded_certificate_is_named_and_not_written(salun, store, monkeypatch):
+    monkeypatch.setenv("SALUN_STORE_URI", store.uri)
+    store.put_new("certificates/r-1.json", Path("certificate.json").read_bytes() + b" ")
+    store.put_new("addenda/r-1/disposal-0123456789ab.json", Path("disposal.json").read_bytes())
+    written = salun("certificate", "r-1", "--out", "c.json", "--addenda")
+    assert "of a superseded certificate" in written.stdout
+    assert list(Path().glob("c.disposal*")) == []
+
+
+def test_a_damaged_addendum_and_a_missing_option_are_one_line(salun, store, monkeypatch):
+    monkeypatch.setenv("SALUN_STORE_URI", store.uri)
+    store.put_new("certificates/r-1.json", Path("certificate.json").read_bytes())
+    store.put_new("addenda/r-1/disposal-0123456789ab.json", b"{}")
+    damaged = salun("certificate", "r-1", "--addenda")
+    assert (damaged.exit_code, damaged.stderr.count("\n")) == (5, 1)
+    nothing_asked = salun("certificate", "r-1")
+    assert (nothing_asked.exit_code, nothing_asked.stderr.count("\n")) == (2, 1)
+    assert "--out FILE" in nothing_asked.stderr
