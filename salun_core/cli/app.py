@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from salun_core import __version__
-from salun_core.cli import bench, certificates, listing, models, operations, requests, runs, steps, versions
+from salun_core.cli import bench, certificates, listing, models, operations, requests, runs, steps, stores, versions
 from salun_core.cli.failures import interruptible, reported
 from salun_core.cli.output import MODE, silence_logs
 from salun_core.config import report_old_name
@@ -20,7 +20,7 @@ from salun_core.steps.run_form import OLD_NAMES
 
 _EVERYWHERE = (
     ("--json", "Print one JSON document and nothing else on standard output."),
-    ("--debug", "Print tracebacks and logs."),
+    ("--debug", "Print tracebacks and our own logs."),
 )
 _EXAMPLE = re.compile(r"^## (?P<verb>.+)\n\n```console\n(?P<lines>(?:.*\n)+?)```$", re.MULTILINE)
 
@@ -116,6 +116,7 @@ _GROUPS: dict[str, tuple[type[TyperGroup], str]] = {
     "train": (models.TrainGroup, "Train a model from fresh weights; a classifier if no other kind is named."),
     "ls": (TyperGroup, "List the names of methods, models and data."),
     "request": (TyperGroup, "File deletion requests, show their status, and change it by hand."),
+    "store": (TyperGroup, "Run an object store of your own."),
     "key": (TyperGroup, "Create the keys that sign and verify certificates."),
 }
 _VERBS: dict[str, Callable[..., None]] = {
@@ -142,6 +143,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "model list": versions.list_lines,
     "model show": versions.show,
     "model diff": versions.diff,
+    "model export": versions.export,
     "model pull": versions.pull,
     "model history": versions.history,
     "model rollback": models.rollback,
@@ -161,6 +163,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "request retry": requests.retry,
     "request reopen": requests.reopen,
     "key create": certificates.create_key,
+    "store serve": stores.serve,
 }
 
 

@@ -279,3 +279,35 @@ def pull(
         done = fetch(opened, line, digest, out, on_progress)
     counts = {"fetched_files": done.fetched, "files_already_there": done.present, "bytes": done.size}
     emit_facts({"model": out, "line": line, "version": digest, **counts})
+
+
+def export(
+    reference: Annotated[
+        str, typer.Argument(metavar="LINE[@VERSION]|DIR", help="A version in the store, or a model folder.")
+    ],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="torch, safetensors, onnx, torch-export or diffusers.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write; a folder for diffusers.")],
+    store: OptionalStore = None,
+) -> None:
+    """Write a model for other programs, with its preprocessing and class names. The result is compared with torch."""
+    import tempfile
+
+    from salun_core.errors import UsageError
+    from salun_core.models.export import export_model
+    from salun_core.registry.lookup import resolve
+    from salun_core.registry.versions import fetch_version
+    from salun_core.storage import open_store
+
+    if Path(reference).is_dir():
+        emit_facts({"exported": out, "model": reference, **export_model(Path(reference), to, out)})
+        return
+    if not store:
+        raise UsageError(f"{reference!r} is not a folder", "a version needs a store", "give --store, or a model folder")
+    opened = open_store(store)
+    line, digest = resolve(opened, reference)
+    with tempfile.TemporaryDirectory(prefix="salun-export-") as folder:
+        fetch_version(opened, line, digest, Path(folder) / "model")
+        done = export_model(Path(folder) / "model", to, out)
+    emit_facts({"exported": out, "model": f"{line}@{digest}", **done})

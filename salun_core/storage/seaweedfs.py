@@ -59,7 +59,9 @@ class EmbeddedServer:
 
 
 @contextmanager
-def embedded_s3(folder: Path, bucket: str = "salun", port: int | None = None) -> Iterator[EmbeddedServer]:
+def embedded_s3(
+    folder: Path, bucket: str = "salun", port: int | None = None, keep_account: bool = False
+) -> Iterator[EmbeddedServer]:
     """Run a server as long as the block lasts.
 
     It ends with the block, with an exception, with Ctrl-C, and on Linux also when this process is killed. Start it
@@ -70,6 +72,7 @@ def embedded_s3(folder: Path, bucket: str = "salun", port: int | None = None) ->
         folder: where it stores its data, log and account; a later call finds the data again.
         bucket: the bucket to create.
         port: port of the S3 API; by default a free one.
+        keep_account: use the keys of the last call again; otherwise each call has new ones.
 
     Raises:
         StoreError: the binary is missing, the folder is in use, or the server does not become ready.
@@ -91,7 +94,7 @@ def embedded_s3(folder: Path, bucket: str = "salun", port: int | None = None) ->
                 "another embedded S3 server runs there",
                 "stop that one, or choose another folder",
             ) from error
-        process, server, ports = _start(binary, folder, bucket, port)
+        process, server, ports = _start(binary, folder, bucket, port, keep_account)
         try:
             yield server
         finally:
@@ -120,9 +123,10 @@ def find_binary() -> Path:
 
 
 def _start(
-    binary: Path, folder: Path, bucket: str, port: int | None
+    binary: Path, folder: Path, bucket: str, port: int | None, keep_account: bool
 ) -> tuple[subprocess.Popen[bytes], EmbeddedServer, dict[str, int]]:
-    access, secret = secrets.token_hex(10), secrets.token_hex(20)
+    kept = read_account(folder / "s3.json") if keep_account else None
+    access, secret = kept or (secrets.token_hex(10), secrets.token_hex(20))
     write_account(folder / "s3.json", access, secret)
     for start in range(_STARTS):
         ports = free_ports(port)
@@ -154,6 +158,15 @@ def write_account(path: Path, access: str, secret: str) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump({"identities": [identity]}, file)
+
+
+def read_account(path: Path) -> tuple[str, str] | None:
+    """Return access key and secret from the server's file, or None if it has none that can be read."""
+    try:
+        found = json.loads(path.read_text())["identities"][0]["credentials"][0]
+        return str(found["accessKey"]), str(found["secretKey"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
 
 
 def free_ports(port: int | None) -> dict[str, int]:

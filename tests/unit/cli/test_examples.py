@@ -34,6 +34,7 @@ ORDER = [
     "model list",
     "model show",
     "model diff",
+    "model export",
     "model pull",
     "exporter",
 ]
@@ -45,6 +46,7 @@ DIFFUSION = ["train ddpm", "train stable-diffusion", "model import-diffusers"]
 ELSEWHERE = {  # e2e, unit/bench, test_sweep_cli.py, below
     *("demo", "demo-diffusion"),
     *("bench run", "bench render"),
+    "store serve",
     *("sweep", "model rollback"),
 }
 ALONE = ["doctor", "ls methods", "ls models", "ls data"]
