@@ -163,6 +163,15 @@ def _counter(digits: int) -> _Field:
     return _Field(make, rf"\d{{{digits}}}")
 
 
+def _check_path(text: str) -> str:
+    """Return the path of a file of a run: two folders of its own, and the name that a file of a version may have."""
+    *folders, name = text.split("/", 2)
+    for folder in folders:
+        check_file_name(folder)
+    check_relative_name(name)
+    return text
+
+
 _FIELDS: Mapping[str, _Field] = {
     **{
         name: _Field(partial(check_id, kind), _ID.pattern)
@@ -170,7 +179,7 @@ _FIELDS: Mapping[str, _Field] = {
     },
     "digest": _Field(_check_digest_text, r"[0-9a-f]{64}"),
     "name": _Field(check_file_name, _FILE.pattern),
-    "path": _Field(check_key, r".+"),  # of one file or in folders; what others wrote there belongs to it too
+    "path": _Field(_check_path, r".+"),  # what others wrote below such a folder belongs to it too
     "number": _counter(6),
     "second": _counter(10),
 }

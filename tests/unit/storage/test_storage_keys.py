@@ -29,13 +29,33 @@ TRAVERSALS = ["..", ".", "", "../x", "a/b", "/etc/passwd", "a\\b", "a\x00b", "a\
         lambda text: names.version_key(text, DIGEST),
         lambda text: names.run_key(text, "mask.safetensors"),
         lambda text: names.run_key("run-1", text),
-        lambda text: names.scratch_key("run-1", text),
         lambda text: names.event_key(text, 1),
     ],
 )
 def test_no_key_is_built_from_unsafe_text(build, text):
     with pytest.raises(UsageError):
         build(text)
+
+
+SCRATCH = ["forget.json", "mask/0123abcd/mask.safetensors", "model/0123abcd/unet/config.json", "forget/ab/forget.json"]
+
+
+@pytest.mark.parametrize("text", SCRATCH)
+def test_a_file_of_a_run_lies_in_folders_of_its_own(text):
+    assert names.scratch_key("run-1", text) == f"scratch/run-1/{text}"
+    assert names.kind_of_key(f"scratch/run-1/{text}") == ("scratch", {"run": "run-1", "path": text})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(text for text in TRAVERSALS if text != "a/b"),
+        *("mask/../forget.json", "../run-2/forget.json", "mask//x", "/mask", "mask/", "mask/.x/y", "a/b/c/d/e/f/g"),
+    ],
+)
+def test_no_file_of_a_run_leaves_its_folder(text):
+    with pytest.raises(UsageError):
+        names.scratch_key("run-1", text)
 
 
 RELATIVE = ["model.json", "unet/config.json", "a/b/c/d", "A9/b-_.c", "/".join(["x" * 49] * 4)]
