@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hex, without reading it into memory at once."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hmac_file(path: Path, key: bytes) -> str:
+    """Return the HMAC-SHA256 of a file's content, in hex: a digest that tells nothing without the key."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hmac.new(key, digestmod="sha256")).hexdigest()
 
 
 def canonical_json(document: Any) -> bytes:  # noqa: ANN401 - any JSON value

@@ -37,6 +37,8 @@ _OPTIONAL_GENERATED = {
     "mask": "density of the mask by layer",
     "training": "training curve",
 }
+# Kubeflow keeps the page, and with the digest of a small set anybody could try which samples are in it.
+_HIDDEN = "not shown, because a small forget set could be found from it"
 _NUMBERS = re.compile(r"\[[\s\d.,e+-]+\]")  # a list of numbers reads better on one line
 
 
@@ -124,6 +126,7 @@ def _values(evidence: Evidence, decision: GateDecision | None, context: ReportCo
         "debt_limit": DEBT_LIMIT,
         "runs_limit": RUNS_LIMIT,
         "limits": limits(evidence),
+        "hidden": _HIDDEN,
         "settings": json.dumps(run.config, indent=2, ensure_ascii=False, default=str, sort_keys=True),
         "words": wording,
     }
@@ -163,10 +166,13 @@ def _drawable(data: Distribution) -> bool:
 def _json(evidence: Evidence, decision: GateDecision | None) -> str | None:
     """Return the numbers as JSON, without confusion matrix and ROC if they make it too long, or None."""
     for left_out in (set(), {"confusion"}, {"confusion", "roc"}):
-        document = {
+        document: dict[str, Any] = {
             "evidence": images.without_images(json.loads(evidence.model_dump_json(exclude=left_out))),
             "decision": json.loads(decision.model_dump_json()) if decision else None,
         }
+        document["evidence"]["measured"]["forget_set"] = _HIDDEN
+        if decision:
+            document["decision"]["evidence_digest"] = _HIDDEN
         text = json.dumps(document, indent=1, ensure_ascii=False)
         text = _NUMBERS.sub(lambda numbers: " ".join(numbers.group().split()), text)
         if len(text) <= _MAX_JSON_CHARS:

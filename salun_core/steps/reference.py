@@ -2,8 +2,11 @@
 
 Kubeflow uploads every artifact to a store of its own and keeps it, where a purge cannot reach. So a step puts its files
 under `scratch/RUN/` of our store, and passes on a small JSON document: address, digests, sizes and counts. The next
-step downloads them and verifies every byte. No weight, no sample id and nothing that can be tested against one is in a
-reference: the digest of a forget set stays in `scratch/RUN/`, too.
+step downloads them and verifies every byte.
+
+No weight and no sample id is in a reference, and nothing that can be tested against one. Whoever knows the data set
+could compute the digest of the forget set, or of the remaining split, for each single sample, and compare. So the
+digests of a reference are keyed: the key is in `scratch/RUN/`, and is deleted with the files.
 
 The name of a file's folder carries its digest. So two attempts of a step, or a step that was given up and wakes up,
 never write to the same key, and a reference names what it was made for or nothing.
@@ -12,7 +15,9 @@ never write to the same key, and a reference names what it was made for or nothi
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -20,15 +25,15 @@ from typing import Literal
 from pydantic import Field
 
 from salun_core.config import Document
-from salun_core.digest import check_digest, digest_json, sha256_file
-from salun_core.errors import IntegrityError
-from salun_core.registry.manifest import FileEntry
+from salun_core.digest import check_digest, digest_json, hmac_file
+from salun_core.errors import ConflictError, IntegrityError
 from salun_core.storage import FileStore
-from salun_core.storage.documents import FileName, parse_stored
+from salun_core.storage.documents import Count, Digest, FileName, parse_stored
 from salun_core.storage.keys import scratch_key, scratch_prefix
 from salun_core.storage.local_files import list_tree
 
 Fact = str | int | float
+KEY_FILE = "digest.key"
 
 
 class Kind(StrEnum):
@@ -43,20 +48,27 @@ class Kind(StrEnum):
     NOTHING = "nothing"
 
 
+class RunFile(Document):
+    """A file of a run."""
+
+    hmac: Digest = Field(description="HMAC-SHA256 of the file with the key of the run")
+    size: Count = Field(description="size in bytes")
+
+
 class Reference(Document):
     """Files of a run in our store, by address and digest."""
 
     format: Literal["salun.reference/v1"] = "salun.reference/v1"
     kind: Kind = Field(description="what it stands for; nothing, if the run ended before")
     uri: str = Field(default="", max_length=1200, description="the folder in the store")
-    files: dict[FileName, FileEntry] = Field(default={}, description="its files by name, with `/` between folders")
+    files: dict[FileName, RunFile] = Field(default={}, description="its files by name, with `/` between folders")
     facts: dict[str, Fact] = Field(default={}, description="counts and settings that the lineage view shows")
     made_from: list[Reference] = Field(default=[], description="what it was made from, each with its own past")
 
     @property
     def digest(self) -> str:
-        """One digest of all its files: SHA-256 of the canonical JSON of `{name: SHA-256}`."""
-        return digest_json({name: entry.sha256 for name, entry in self.files.items()})
+        """One digest of all its files: SHA-256 of the canonical JSON of `{name: HMAC}`."""
+        return digest_json({name: entry.hmac for name, entry in self.files.items()})
 
     @property
     def metadata(self) -> dict[str, Fact]:
@@ -143,8 +155,9 @@ class Scratch:
         """
         names = sorted(list_tree(path).files) if path.is_dir() else [path.name]
         paths = {name: path / name if path.is_dir() else path for name in names}
-        files = {name: FileEntry(sha256=sha256_file(file), size=file.stat().st_size) for name, file in paths.items()}
-        folder = f"{kind}/{digest_json({name: entry.sha256 for name, entry in files.items()})[:16]}"
+        key = self._key() or self._new_key()
+        files = {name: RunFile(hmac=hmac_file(file, key), size=file.stat().st_size) for name, file in paths.items()}
+        folder = f"{kind}/{digest_json({name: entry.hmac for name, entry in files.items()})[:16]}"
         for name, file in paths.items():
             self._store.upload(file, scratch_key(self._run, f"{folder}/{name}"))
         uri = f"{self._prefix}{folder}"
@@ -173,9 +186,23 @@ class Scratch:
                 "an artifact of the run names another place", "its files are not those of this run", "submit a new run"
             )
         place = reference.uri.removeprefix(self._prefix)
+        key = self._key() or b""  # without a key the files are gone too
         for name, entry in reference.files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             self._store.download(scratch_key(self._run, f"{place}/{name}"), path)
-            check_digest(f"{name} of the run", entry.sha256, sha256_file(path))
+            check_digest(f"{name} of the run", entry.hmac, hmac_file(path, key))
         return folder
+
+    def _key(self) -> bytes | None:
+        stored = self._store.get(scratch_key(self._run, KEY_FILE))
+        return stored.data if stored else None
+
+    def _new_key(self) -> bytes:
+        """Create the key of the run; a step that was given up may do so at the same time, and then one of them wins."""
+        with suppress(ConflictError):
+            self._store.put_new(scratch_key(self._run, KEY_FILE), secrets.token_bytes(32))
+        key = self._key()
+        if key is None:
+            raise IntegrityError("the key of the run is gone", "the run was settled meanwhile", "submit a new run")
+        return key

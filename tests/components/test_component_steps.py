@@ -14,6 +14,7 @@ from components.settle_requests import settle_requests
 from components.sweep_compact import sweep_compact
 from salun_core.certificates.keys import create_key
 from salun_core.data.targets import ClassTarget
+from salun_core.digest import sha256_file
 from salun_core.models import load_model
 from salun_core.registry.lookup import ancestry, read_head, read_version
 from salun_core.registry.versions import publish
@@ -166,6 +167,21 @@ def test_evaluate_logs_the_evidence(chain):
     assert len(matrix["rows"]) == len(matrix["annotationSpecs"]) == 10
     assert Path(chain.made["report"].path).read_text(encoding="utf-8").rstrip().endswith("</html>")
     assert set(chain.reference("evidence").files) == {"evidence.json"}
+
+
+def test_no_sample_can_be_tried_out_with_what_kubeflow_keeps(chain, tmp_path):
+    """Whoever knows the data set computes the digests of the set without each one sample, and compares."""
+    inputs, model = chain.reference("inputs"), chain.reference("after")
+    scratch = Scratch(chain.store, chain.name)
+    pinned = json.loads((scratch.get(inputs, tmp_path / "inputs") / "inputs.json").read_bytes())
+    after = scratch.get(model, tmp_path / "after")
+    evidence = scratch.get(chain.reference("evidence"), tmp_path / "evidence") / "evidence.json"
+    files = [path for path in after.iterdir() if path.name != "model.safetensors"]  # its digest needs the training
+    known = {pinned["forget_digest"], *map(sha256_file, (*files, evidence))}
+    assert sha256_file(after / "split.json") in known
+    kept = "".join(Path(item.path).read_text("utf-8") for item in chain.made.values() if Path(item.path).is_file())
+    assert chain.parent in kept
+    assert [digest for digest in known if digest in kept] == []
 
 
 def test_a_step_after_a_verdict_passes_on(run, monkeypatch):
