@@ -55,7 +55,7 @@ def list_lines(store: Store) -> None:
             head = _head(versions)
             manifest = head.version.manifest
             erased, runs = manifest.lineage.forgotten_since_training, manifest.lineage.runs_since_training
-            forgotten = f"{erased} in {runs} {'run' if runs == 1 else 'runs'}" if runs else "-"
+            forgotten = f"{erased} in {_count(runs, 'run')}" if runs else "-"
             facts = (line, head.version.digest[:12], manifest.method, minute(manifest.created_at), len(versions))
             rows.append((*facts, _size(head.size), forgotten, _debt(head)))
         print_table(columns, rows)
@@ -77,6 +77,10 @@ def _size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("s" if number != 1 else "")
 
 
 def _debt(item: VersionSummary) -> str:
@@ -173,7 +177,7 @@ def _show(found: VersionSummary, document: dict[str, Any]) -> None:
     lineage, ids = manifest.lineage, document["request_ids"]
     pixels = f"{card['channels']} x {card['height']} x {card['width']}"
     state = f"undone {_undoing(found)}" if found.state == "undone" else found.state
-    forgotten = f"{manifest.forget_count} samples" if manifest.forget_count else "nothing"
+    forgotten = _count(manifest.forget_count, "sample") if manifest.forget_count else "nothing"
     emit_facts(
         {
             "version": f"{manifest.line}@{found.version.digest}",
@@ -185,7 +189,7 @@ def _show(found: VersionSummary, document: dict[str, Any]) -> None:
             "size": f"{_size(found.size)} in {len(manifest.files)} files, weights {found.kept}",
             "held by": found.held_by,
             "forgotten": forgotten + (f" for {', '.join(ids)}" if ids else ""),
-            "debt": f"{_debt(found)} in {lineage.runs_since_training} runs since the last training",
+            "debt": f"{_debt(found)} in {_count(lineage.runs_since_training, 'run')} since the last training",
             "gate": f"{'passed' if gate['passed'] else 'refused'} policy {gate['policy']}" if gate else None,
         }
     )
@@ -243,7 +247,7 @@ def _show_difference(found: ModelDifference) -> None:
         typer.echo()
     share = found.changed / found.values if found.values else 0.0
     same = len(found.layers) - len(changed)
-    typer.echo(f"{found.changed} of {found.values} values differ ({share:.1%}); {same} layers are bit-identical")
+    typer.echo(f"{found.changed} of {found.values} values differ ({share:.1%}); {_count(same, 'layer')} bit-identical")
     for names, side in ((found.gone, found.a), (found.new, found.b)):
         if names:
             typer.echo(f"only in {side}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" * (len(names) > 5)))
@@ -256,7 +260,7 @@ def _show_step(found: ModelDifference, step: Step) -> None:
     requests = ", ".join(step.requests) if step.requests else "no recorded request"
     typer.echo(
         f"\nonly in {side}: {step.version.digest[:12]} by {manifest.method}, {minute(manifest.created_at)}; "
-        f"{manifest.forget_count} samples forgotten; {requests}"
+        f"{_count(manifest.forget_count, 'sample')} forgotten; {requests}"
     )
     rows = _metric_rows(step.metrics)
     if rows:

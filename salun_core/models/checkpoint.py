@@ -202,7 +202,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise IntegrityError(f"weights {path.name} are damaged", str(error), "download them again") from error
+        raise IntegrityError(
+            f"weights {path.name} are damaged", str(error), "fetch the model again: salun model pull LINE --out DIR"
+        ) from error
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:

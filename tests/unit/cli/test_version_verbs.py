@@ -154,7 +154,7 @@ def test_diff_counts_changed_weights_by_layer_and_names_the_steps(salun, line):
     assert [(step["version"], step["only_in"]) for step in found["steps"]] == [(line[1], "b"), (line[2], "b")]
     assert found["steps"][0]["metrics"] == METRICS
     shown = salun("model", "diff", f"faces@{line[0]}", "faces").stdout
-    assert "20 of 68 values differ (29.4%); 1 layers are bit-identical" in shown
+    assert "20 of 68 values differ (29.4%); 1 layer bit-identical" in shown
     assert f"only in faces@{line[2][:12]}: {line[1][:12]} by salun" in shown
 
 

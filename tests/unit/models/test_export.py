@@ -183,4 +183,5 @@ def test_a_damaged_model_is_not_exported(folder, tmp_path):
     (tmp_path / "model" / "model.safetensors").write_bytes(io.BytesIO(b"cut").read())
     refused = invoke("model", "export", tmp_path / "model", "--to", "torch", "--out", tmp_path / "m.pt")
     assert refused.exit_code == 5
+    assert "salun model pull LINE --out DIR" in refused.stderr
     assert not (tmp_path / "m.pt").exists()

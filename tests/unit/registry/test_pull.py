@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import pty
 import resource
 import shutil
 import signal
@@ -327,3 +329,20 @@ def test_a_killed_command_is_continued_by_the_next_one(store, tmp_path, s3_serve
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "big").read_bytes()
     assert names(tmp_path) == ["big", "out", "small"]
+
+
+def test_a_terminal_sees_the_progress(store, published, tmp_path):
+    digest, *_ = published
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "salun_core.cli", "model", "pull", "sd", "--out", "out", "--store", store.uri]
+    environ = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal, env=environ)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end was closed
+        while data := os.read(controller, 65536):
+            shown += data
+    os.close(controller)
+    assert process.wait() == 0
+    assert f"sd@{digest[:12]}".encode() in shown
+    assert b"Traceback" not in shown
