@@ -97,9 +97,9 @@ def file_requests(
         return Filed([], []), matches
     ledger = Ledger(store, clock, dry_run)
     filed = submit_all(ledger, submissions, actor, done)
-    for receipt in () if dry_run else filed.receipts:
-        match = next(match for match in matches if match.id == receipt.id)
-        if match.unknown:
+    accepted = set() if dry_run else {receipt.id for receipt in filed.receipts}
+    for match in matches:
+        if match.unknown and match.id in accepted:
             _hold(ledger, match, actor)
     return filed, matches
 

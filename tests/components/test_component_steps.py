@@ -13,7 +13,7 @@ from components.gate_publish import gate_publish
 from components.settle_requests import settle_requests
 from components.sweep_compact import sweep_compact
 from salun_core.certificates.keys import create_key
-from salun_core.data.targets import ClassTarget
+from salun_core.data.targets import ClassTarget, SamplesTarget
 from salun_core.digest import sha256_file
 from salun_core.models import load_model
 from salun_core.registry.lookup import ancestry, read_head, read_version
@@ -306,6 +306,22 @@ def test_claim_writes_why_there_is_nothing_to_do(run, signed):
     assert (found["requests"], found["code"], found["reason"]) == (0, 0, "no request waits")
     assert (ended(run).state, ended(run).code) == ("nothing_to_do", 0)
     assert "no request waits" in Path(run.made["claim"].path).read_text(encoding="utf-8")
+
+
+def test_claim_says_when_a_batch_is_due(run, signed):
+    Ledger(run.store, utc_clock).submit("r-1", LINE, SamplesTarget(ids=["secret-digit"]))
+    assert "1 waiting, and no batch is due before 20" in claim(run, min_requests=3)["reason"]
+    assert "unless 2 more are filed" in Path(run.made["claim"].path).read_text(encoding="utf-8")
+
+
+def test_claim_tells_what_waits_for_a_person(run, signed):
+    ledger = Ledger(run.store, utc_clock)
+    ledger.submit("r-1", LINE, SamplesTarget(ids=["secret-digit"]))
+    found, summary = claim(run), Path(run.made["claim"].path).read_text(encoding="utf-8")
+    assert (found["requests"], found["code"], ended(run).state) == (0, 0, "nothing_to_do")
+    assert "1 held for review: `salun request list --status on_hold`" in ended(run).text
+    assert "secret" not in ended(run).text + summary
+    assert ledger.status("r-1") is Status.ON_HOLD
 
 
 def test_claim_tells_that_the_line_is_held(run, signed):
