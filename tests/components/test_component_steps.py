@@ -15,13 +15,14 @@ from components.sweep_compact import sweep_compact
 from salun_core.certificates.keys import create_key
 from salun_core.data.targets import ClassTarget, SamplesTarget
 from salun_core.digest import sha256_file
+from salun_core.errors import StoreUnreachableError
 from salun_core.models import load_model
-from salun_core.registry.lookup import ancestry, read_head, read_version
+from salun_core.registry.lookup import ancestry, read_head, read_version, require_head
 from salun_core.registry.versions import publish
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.saliency import SaliencyMask
-from salun_core.steps import pod
+from salun_core.steps import pod, pod_steps
 from salun_core.steps.outcome import read_outcome
 from salun_core.steps.reference import Kind, Scratch
 from salun_core.storage.keys import certificate_key, run_key
@@ -450,6 +451,23 @@ def test_a_store_that_is_gone_ends_the_step_with_one_line(run, capfd, monkeypatc
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("Error: fetch_model failed: ")
     assert "no answer from http://127.0.0.1:9" in last
+
+
+def test_a_fault_that_passes_is_repeated_inside_the_step(run, monkeypatch):
+    """Argo's stock settings do not repeat a step that fails."""
+    given = []
+
+    def head_after_two_faults(*known):
+        given.append(known)
+        if len(given) < 3:
+            raise StoreUnreachableError("no answer from the store", "", "wait")
+        return require_head(*known)
+
+    monkeypatch.setattr(pod, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(pod_steps, "require_head", head_after_two_faults)
+    assert run.fetch()[0] == 0
+    assert len(given) == 3
+    assert run.reference("inputs").kind is Kind.INPUTS
 
 
 def compact(run, **changes):
