@@ -19,7 +19,8 @@ from pipelines.callers import without_source_lines
 from salun_core.config import Document
 from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RunForm, ShardedMaskForm, UnlearningForm
 
-_QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
+# Not zero: Kubernetes takes a limit of 0 for none.
+_QUANTITY = r"^([1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*)(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 
 
 class PlacementForm(Document):
@@ -30,7 +31,9 @@ class PlacementForm(Document):
     """
 
     gpu_count: str = Field(
-        default="1", pattern=r"^[1-9][0-9]*$", description="Accelerators for each step that computes; one process each."
+        default="1",
+        pattern=r"^[1-9][0-9]{0,2}$",
+        description="Accelerators for each step that computes; one process each.",
     )
     accelerator: str = Field(
         default="nvidia.com/gpu",

@@ -23,7 +23,10 @@ class BatchLimits(Document):
     min_requests: int = Field(default=16, ge=1, description="A batch of this many requests is due at once.")
     max_requests: int = Field(default=64, ge=1, le=1000, description="Maximum number of requests in one run.")
     max_wait_hours: float = Field(
-        default=24.0, ge=0, description="A batch is due when its oldest request has waited for so many hours."
+        default=24.0,
+        ge=0,
+        le=24 * 366,
+        description="A batch is due when its oldest request has waited for so many hours.",
     )
     max_forget_fraction: float = Field(
         default=0.2,

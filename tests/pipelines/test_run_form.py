@@ -15,11 +15,14 @@ from components.evaluate import evaluate
 from components.unlearn import unlearn
 from pipelines import compile as compiling
 from pipelines import form as forms
+from pipelines.form import PlacementForm
 from pipelines.packages import load_package
 from salun_core.cli.app import app
-from salun_core.errors import IntegrityError
+from salun_core.config import parse
+from salun_core.errors import IntegrityError, UsageError
 from salun_core.saliency.scores import MAX_SHARDS
 from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RecipeForm, ShardedMaskForm, UnlearningForm
+from salun_core.sweeps.policy import BatchLimits
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINES = {
@@ -120,3 +123,26 @@ def test_a_former_name_is_read_and_reported(capsys):
     )
     with pytest.raises(ValidationError, match="also"):
         RecipeForm(**REQUIRED, also="probe", extra_metrics="kl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gpu_count", "0"),
+        ("gpu_count", "1.5"),
+        ("gpu_count", "9" * 30),
+        ("memory", "0"),
+        ("memory", "0.0Gi"),
+        ("cpu", "0"),
+    ],
+)
+def test_a_quantity_that_no_pod_can_have_is_refused(name, value):
+    with pytest.raises(UsageError, match=name):
+        parse(PlacementForm, {name: value}, "the run form")
+    parse(PlacementForm, {"cpu": "0.5", "memory": "1.5Gi", "gpu_count": "8"}, "the run form")
+
+
+@pytest.mark.parametrize("hours", [float("inf"), float("nan"), 1e300])
+def test_a_wait_that_no_clock_can_count_is_refused(hours):
+    with pytest.raises(UsageError, match="max_wait_hours"):
+        parse(BatchLimits, {"max_wait_hours": hours}, "the run form")
