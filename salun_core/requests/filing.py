@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -30,7 +31,7 @@ from salun_core.digest import check_digest
 from salun_core.errors import ConflictError, SalunError, StoreError, UsageError, unknown_name
 from salun_core.models.card import CARD, DiffusionCard
 from salun_core.models.checkpoint import SPLIT
-from salun_core.registry.lookup import Version, lines, read_file, read_head, read_version
+from salun_core.registry.lookup import Version, lines, read_file, read_head, read_version, resolve
 from salun_core.requests.intake import Filed, submit_all
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.resolve import TableResolver, unmatched
@@ -171,7 +172,7 @@ class _Line:
         if head is None:
             raise _no_line(line, lines(store))
         version = Version(head[0].version, read_version(store, line, head[0].version))
-        self._version, self._check_data = version.digest, check_data
+        self._store, self._version, self._check_data = store, version.digest, check_data
         self._card: Any = parse_card(json.loads(read_file(store, version, CARD)))
         self._split = parse_stored(SplitManifest, read_file(store, version, SPLIT), SPLIT)
         self._task = task_named(self._card.task)
@@ -254,13 +255,24 @@ class _Line:
         return {"samples": len(found), "subjects": subjects, "in_training": len(trained), "unknown": unknown}
 
     def _warnings(self, target: Target) -> list[str]:
-        if not isinstance(self._card, DiffusionCard) or self._card.evaluation.judge is not None:
+        if not isinstance(self._card, DiffusionCard):
             return []
         what = "concept" if isinstance(target, ConceptTarget) else "class"
-        return [
-            f"the line has no image classifier, so whether the {what} is still drawn (UA) cannot be measured, and a "
-            "policy with that rule refuses; give one with --judge when the model is trained or imported"
-        ]
+        missing, judge = f"whether the {what} is still drawn (UA) cannot be measured", self._card.evaluation.judge
+        if judge is None:
+            return [
+                f"the line has no image classifier, so {missing}, and a policy with that rule refuses; give one with "
+                "--judge when the model is trained or imported"
+            ]
+        if judge.startswith("s3://"):
+            return []
+        if Path(judge).is_dir():
+            return [f"the image classifier {judge!r} is a folder of this machine: in a pod, {missing}"]
+        try:
+            resolve(self._store, judge)
+        except UsageError:
+            return [f"the image classifier {judge!r} is neither a model line of this store nor a folder, so {missing}"]
+        return []
 
 
 def _no_line(line: str, known: Sequence[str]) -> UsageError:

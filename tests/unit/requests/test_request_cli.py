@@ -84,7 +84,9 @@ class TestConcepts:
     @pytest.fixture(autouse=True)
     def _line(self, store):
         begin_text_to_image(store, "sd", judge="judge")
+        begin_classifier(store, "judge")
         begin_text_to_image(store, "unjudged")
+        begin_text_to_image(store, "misjudged", judge="base")
 
     def test_a_concept_is_filed_by_its_text_or_by_a_file(self, run, refused, ledger, tmp_path):
         run("submit", "--id", "r-1", "--line", "sd", "--concept", "secret cat", "--anchor", "a dog")
@@ -109,6 +111,13 @@ class TestConcepts:
         (receipt,) = json.loads(run("submit", "--id", "r-1", "--line", "unjudged", *concept, "--json"))
         assert "cannot be measured" in receipt["match"]["warnings"][0]
         assert "warning" not in run("submit", "--id", "r-2", "--line", "sd", *concept)
+
+    def test_an_image_classifier_that_the_store_does_not_have_is_named_before_filing(self, run, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        concept = ["--line", "misjudged", "--concept", "secret cat", "--anchor", "a dog"]
+        assert "'base' is neither a model line of this store nor a folder" in run("submit", "--id", "r-1", *concept)
+        (tmp_path / "base").mkdir()
+        assert "'base' is a folder of this machine: in a pod" in run("submit", "--id", "r-2", *concept)
 
     def test_a_concept_is_shown_by_its_number_of_prompts(self, run, ledger):
         target = {**CONCEPT, "neighbours": ["secret mouse"]}
