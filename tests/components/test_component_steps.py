@@ -2,9 +2,11 @@
 
 import json
 import math
+import secrets
 from pathlib import Path
 
 import pytest
+import torch
 from kfp import dsl
 
 from components.claim_requests import claim_requests
@@ -28,6 +30,7 @@ from salun_core.steps.reference import Kind, Scratch
 from salun_core.storage.keys import certificate_key, run_key
 from salun_core.storage.leases import acquire, holder_of, release
 from salun_core.storage.s3 import S3Store
+from salun_core.tasks.run_facts import read_run_facts
 from salun_core.times import utc_clock
 from tests.components.conftest import LINE, QUICK
 from tests.support.api_server import WORKFLOW_PATH
@@ -126,6 +129,22 @@ def test_unlearn_writes_a_child_of_the_model(chain, digits_model, tmp_path):
     after = load_model(Scratch(chain.store, chain.name).get(chain.reference("after"), tmp_path))
     before = load_model(digits_model)
     assert (after.card.parent, after.digest != before.digest) == (before.digest, True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes on a CPU")
+def test_mask_and_unlearning_work_in_as_many_processes_as_given(run, chain, tmp_path):
+    def opened(made, name):
+        return Scratch(made.store, made.name).get(made.reference(name), tmp_path / secrets.token_hex(4))
+
+    run.fetch()
+    run.mask(processes="2")
+    masks = [SaliencyMask.load(opened(made, "mask") / "mask.safetensors") for made in (run, chain)]
+    assert masks[0].digest == masks[1].digest
+    run.unlearn(processes="2")
+    facts = [read_run_facts(opened(made, "after"), "salun") for made in (run, chain)]
+    assert [fact.environment.get("processes", "1") for fact in facts] == ["2", "1"]
+    assert run.reference("after").facts["seconds"] == facts[0].seconds["unlearn"]
 
 
 def test_a_changed_file_is_refused(run):
