@@ -28,6 +28,7 @@ from typing import Any
 from salun_core.storage.seaweedfs import embedded_s3, find_binary
 from tests.reliability import faults, rows
 from tests.reliability.figures import Figures
+from tests.reliability.trials import killed_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
@@ -53,18 +54,37 @@ A toy replaces the model: its weights are the set of samples that it has forgott
 in every version. Everything else is real: an S3 server, the ledger, leases, claiming, publishing and settling, separate
 processes, SIGKILL and SIGSTOP.
 
+The row "killed runs of the pipeline" runs the steps of the product itself (claim, fetch, mask, unlearn, evaluate, gate,
+conclude, and the exit handler), each in a process of its own, on a small autoencoder. Each of its trials has a line of
+its own, 3 to 5 requests, and one of these, at a moment that its seed draws (before a process, before or after any call
+to the store, at the end of a step, or at any time):
+
+| trial | what happens |
+|---|---|
+| recreated | a step is killed, and its pod is created again, once or more often; meanwhile another sweep may come |
+| vanished | a step is killed, the Workflow is gone or its node is lost, and the exit handler never runs |
+| retried | a step is killed and the exit handler runs; then Retry: the step and all later ones run again |
+| net killed | the exit handler is killed too, and is repeated or never runs again |
+| suspended | a step stops past its lease, another run takes over, then the step wakes up and its run goes on |
+| pending | the run is terminated before the first step after its claim |
+
+In half of the trials the Kubernetes API can be asked about the holder, in the others time alone decides, by a clock of
+the store that the trial moves. Then a sweep runs to its end, and the auditor also checks certificates and their
+signatures, outcomes, how long the line was blocked, and that a purge 25 hours later leaves no scratch file.
+
 - **lost**: a request that was filed and is not completed, or whose data HEAD still contains.
 - **twice**: a request that was completed twice, a sample that two versions erased, an event that was written twice.
 - **resurrected**: a sample that one HEAD had forgotten and a later one contains.
 - **torn**: a read of HEAD with a manifest or files that were missing or did not match their digests.
 - **other**: forks of the lineage, reads that went backwards, requests at no or at two index statuses, false
-  certificates, own writes that were attributed to another writer, leases that were acquired too early, unexpected
-  errors.
+  certificates, own writes that were attributed to another writer, leases that were acquired too early, lines
+  that were blocked for more than 15 minutes, outcomes that were untrue or changed, scratch files that outlived a purge,
+  unexpected errors.
 
 """
 
 
-def table(sweeps: int) -> Mapping[str, Callable[[str], Figures]]:
+def table(sweeps: int, trials: int = 200, workers: int = 4) -> Mapping[str, Callable[[str], Figures]]:
     """Return all rows at full size."""
     return {
         "ledger under kills": lambda uri: rows.ledger_under_kills(uri, 8, 4, 200, 80, 1000),
@@ -76,6 +96,7 @@ def table(sweeps: int) -> Mapping[str, Callable[[str], Figures]]:
         "kills in a publish": lambda uri: rows.killed_publishes(uri, large=False),
         "kills in a publish, file in parts": lambda uri: rows.killed_publishes(uri, large=True),
         "kills in mid-training": lambda uri: rows.killed_training(20),
+        "killed runs of the pipeline": lambda uri: killed_runs(uri, trials, workers),
         MEMORY: lambda uri: rows.flat_memory(uri, sweeps, min(200, sweeps // 2)),
         **{name: of_pytest(name, paths) for name, paths in OF_PYTEST.items()},
     }
@@ -175,8 +196,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", default=[], help="rows whose name contains this")
     parser.add_argument("--sweeps", type=int, default=1000, help="sweeps of the memory row")
+    parser.add_argument("--trials", type=int, default=200, help="trials of the killed runs")
+    parser.add_argument("--workers", type=int, default=4, help="processes that do these trials")
     args = parser.parse_args()
-    every = table(args.sweeps)
+    every = table(args.sweeps, args.trials, args.workers)
     chosen = {name: row for name, row in every.items() if not args.only or any(text in name for text in args.only)}
     known = json.loads(RESULTS.read_text()) if args.only and RESULTS.exists() else {}
     failed = 0

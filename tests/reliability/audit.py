@@ -41,6 +41,9 @@ class Verdict:
         visible: versions that showed before they were whole and checked.
         early: leases that were taken while another held them.
         errors: exceptions that no worker should meet.
+        blocked: lines that a run that was gone blocked for too long.
+        outcomes: runs whose outcome is missing, untrue, or changed after it was final.
+        kept: trials in which scratch files of dead runs outlived a purge a day later.
     """
 
     lost: int = 0
@@ -55,6 +58,9 @@ class Verdict:
     visible: int = 0
     early: int = 0
     errors: int = 0
+    blocked: int = 0
+    outcomes: int = 0
+    kept: int = 0
 
     @property
     def faults(self) -> dict[str, int]:

@@ -41,6 +41,21 @@ def read(path: Path) -> Iterator[Mapping[str, Any]]:
         yield from (json.loads(line) for line in path.read_text().splitlines())
 
 
+def note(path: Path, key: str, data: bytes) -> None:
+    """Append what a conditional write stored, if it is of a kind that the auditor looks at."""
+    kind, *rest = key.split("/")
+    if kind == "lines" and rest[1] == "HEAD.json":
+        write(path, kind="head", line=rest[0], body=json.loads(data))
+    elif kind == "leases":
+        write(path, kind="lease", body=json.loads(data))
+    elif "/events/" in key:
+        write(path, kind="event", key=key, sha256=sha256_bytes(data))
+    elif kind == "certificates":
+        write(path, kind="certificate", key=key, sha256=sha256_bytes(data))
+    elif kind == "runs" and rest[1] == "outcome.json":
+        write(path, kind="outcome", run=rest[0], state=json.loads(data)["state"])
+
+
 @lru_cache(4)
 def _client(endpoint: str, process: int) -> S3Client:
     """Return a client, one for all stores of a process: to build one takes longer than all that a small test sends."""
@@ -74,7 +89,7 @@ class JournalStore(S3Store):
         with self._timed():
             written = super()._write(key, data, etag)
         if self.journal:
-            self._note(key, data)
+            note(self.journal, key, data)
         self.hook("after put", key)
         return written
 
@@ -86,15 +101,6 @@ class JournalStore(S3Store):
         finally:
             if self.journal and (seconds := time.monotonic() - begin) > _SLOW:
                 write(self.journal, kind="call", seconds=seconds)
-
-    def _note(self, key: str, data: bytes) -> None:
-        kind, *rest = key.split("/")
-        if kind == "lines" and rest[1] == "HEAD.json":
-            write(self.journal, kind="head", line=rest[0], body=json.loads(data))
-        elif kind == "leases":
-            write(self.journal, kind="lease", body=json.loads(data))
-        elif "/events/" in key:
-            write(self.journal, kind="event", key=key, sha256=sha256_bytes(data))
 
     def get(self, key):
         self.hook("before get", key)
