@@ -111,7 +111,7 @@ DEFECTS: Mapping[str, Defect] = {
         [_works_on], {"scenario": "retried", "seed": 5, "moment": Moment("claim", 2), "alone": True}, "twice"
     ),
     "a final outcome is overwritten": Defect(
-        [_overwrites], {"scenario": "retried", "seed": 6, "moment": Moment("gate", 20), "alone": True}, "outcomes"
+        [_overwrites], {"scenario": "recreated", "seed": 6, "moment": Moment("gate", 10_000)}, "outcomes"
     ),
     "a run that was taken over is not fenced": Defect(
         [_publishes_over, _goes_on_when_settled, _needs_no_lease],

@@ -286,10 +286,10 @@ class Trial:
             self.fault("blocked", f"the final sweep left the line held by {self.holder()}")
 
 
-def recreated(trial: Trial) -> None:
+def recreated(trial: Trial, moment: Moment | None = None) -> None:
     """A step is killed, and Argo runs it again in a new pod, once or more often; the run goes on to its end."""
-    run = trial.run(strict=trial.dice.random() < 0.15)
-    left = trial.die(run)
+    run = trial.run(strict=moment is None and trial.dice.random() < 0.15)
+    left = trial.die(run, moment)
     for again in range(3):
         if left is None or run.ended_by_itself:
             break
@@ -305,8 +305,8 @@ def recreated(trial: Trial) -> None:
                 trial.fault("early", f"{other.name} took the line from {run.name}, which lives")
             trial.end(other, "FAILED" if stopped else "SUCCEEDED")
         trial.show(run, "works")
-        moment = trial.moment(STEPS[STEPS.index(left) :]) if not again and trial.dice.random() < 0.4 else None
-        left = trial.go(run, left, moment)
+        second = trial.moment(STEPS[STEPS.index(left) :]) if not again and trial.dice.random() < 0.4 else None
+        left = trial.go(run, left, second)
     if run.ended_by_itself and left != "conclude":
         trial.fault("errors", f"{left} of {run.name} ended with {run.codes[-1]}")
     trial.end(run, "FAILED" if left else "SUCCEEDED")
