@@ -31,9 +31,9 @@ import yaml
 
 from pipelines.packages import read_package
 from salun_core.errors import SalunError, UsageError, exit_code_of
+from salun_core.pods.reference import read_reference
 from salun_core.registry.lookup import Version, read_file, read_version
 from salun_core.steps.outcome import OutcomeRecord, read_outcome
-from salun_core.steps.reference import read_reference
 from salun_core.storage import open_store
 from salun_core.storage.keys import run_key
 from salun_core.storage.s3 import S3Store

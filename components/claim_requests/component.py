@@ -78,7 +78,7 @@ def claim_requests(
     given = dict(locals())
     from dataclasses import astuple
 
-    from salun_core.steps import pod_steps
-    from salun_core.steps.pod import Pod
+    from salun_core.pods import steps
+    from salun_core.pods.pod import Pod
 
-    return astuple(pod_steps.claim(Pod(store_uri, model_line, run_id), given, summary.path))
+    return astuple(steps.claim(Pod(store_uri, model_line, run_id), given, summary.path))

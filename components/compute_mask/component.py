@@ -33,10 +33,10 @@ def compute_mask(
             is scored, and how.
         processes: Processes that share the work in this container; the mask has the same bits.
     """
-    from salun_core.steps import pod_steps
-    from salun_core.steps.pod import Pod
-    from salun_core.steps.reference import write_reference
+    from salun_core.pods import steps
+    from salun_core.pods.pod import Pod
+    from salun_core.pods.reference import write_reference
 
     pod = Pod(store_uri, model_line, run_id)
-    made = pod_steps.compute_mask(pod, inputs.path, method, density, method_config, processes)
+    made = steps.compute_mask(pod, inputs.path, method, density, method_config, processes)
     mask.metadata.update(write_reference(made, mask.path))

@@ -14,7 +14,7 @@ def conclude(store_uri: str, model_line: str, run_id: str) -> None:
         model_line: Name of the model line.
         run_id: Id of the run.
     """
-    from salun_core.steps import pod_ends
-    from salun_core.steps.pod import Pod
+    from salun_core.pods import ends
+    from salun_core.pods.pod import Pod
 
-    pod_ends.conclude(Pod(store_uri, model_line, run_id))
+    ends.conclude(Pod(store_uri, model_line, run_id))

@@ -34,12 +34,12 @@ def evaluate(
         extra_metrics: Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
         also: Former name of extra_metrics, for recurring runs; the next release drops it.
     """
-    from salun_core.steps import pod_steps, summary
-    from salun_core.steps.pod import Pod
-    from salun_core.steps.reference import write_reference
+    from salun_core.pods import steps, summary
+    from salun_core.pods.pod import Pod
+    from salun_core.pods.reference import write_reference
 
     pod, options = Pod(store_uri, model_line, run_id), {"retrain_reference": retrain_reference}
-    made, found = pod_steps.evaluate(pod, unlearned.path, report.path, extra_metrics=extra_metrics or also, **options)
+    made, found = steps.evaluate(pod, unlearned.path, report.path, extra_metrics=extra_metrics or also, **options)
     evidence.metadata.update(write_reference(made, evidence.path))
     for name, value in summary.scalar_metrics(found).items():
         metrics.log_metric(name, value)

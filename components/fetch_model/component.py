@@ -53,10 +53,10 @@ def fetch_model(
         shards: The shards, such as 1/2 and 2/2.
     """
     given = dict(locals())
-    from salun_core.steps import pod_steps
-    from salun_core.steps.pod import Pod
-    from salun_core.steps.reference import write_reference
+    from salun_core.pods import steps
+    from salun_core.pods.pod import Pod
+    from salun_core.pods.reference import write_reference
 
-    found = pod_steps.fetch_model(Pod(store_uri, model_line, run_id), given, shards, publishes=publishes)
+    found = steps.fetch_model(Pod(store_uri, model_line, run_id), given, shards, publishes=publishes)
     inputs.metadata.update(write_reference(found.inputs, inputs.path))
     return found.code, found.shards

@@ -30,10 +30,10 @@ def gate_publish(
         summary: What was asked, what was done, the verdict, and where to look.
         policy_uri: The gate policy: auto (by the kind of model), a shipped policy's name, a file, or s3://.
     """
-    from salun_core.steps import pod_steps
-    from salun_core.steps.pod import Pod
-    from salun_core.steps.reference import write_reference
+    from salun_core.pods import steps
+    from salun_core.pods.pod import Pod
+    from salun_core.pods.reference import write_reference
 
     pod = Pod(store_uri, model_line, run_id)
-    made = pod_steps.gate_publish(pod, evidence.path, policy_uri, report.path, summary.path)
+    made = steps.gate_publish(pod, evidence.path, policy_uri, report.path, summary.path)
     decision.metadata.update(write_reference(made, decision.path))

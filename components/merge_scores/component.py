@@ -26,10 +26,10 @@ def merge_scores(
         mask: Reference to the mask: a safetensors file of packed bits.
         density: Share of the weights to keep salient, above 0 and at most 1.
     """
-    from salun_core.steps import pod_steps
-    from salun_core.steps.pod import Pod
-    from salun_core.steps.reference import write_reference
+    from salun_core.pods import steps
+    from salun_core.pods.pod import Pod
+    from salun_core.pods.reference import write_reference
 
     pod = Pod(store_uri, model_line, run_id)
-    made = pod_steps.merge_scores(pod, [shard.path for shard in shards], density)
+    made = steps.merge_scores(pod, [shard.path for shard in shards], density)
     mask.metadata.update(write_reference(made, mask.path))

@@ -21,6 +21,6 @@ def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False, 
         deleted: How many objects were deleted.
         problem: Why nothing was deleted, in one line; empty if all is well. It does not stop the sweep.
     """
-    from salun_core.steps import pod_ends
+    from salun_core.pods import ends
 
-    return tuple(pod_ends.purge(store_uri, pipeline_root, run_id, dry_run=dry_run))
+    return tuple(ends.purge(store_uri, pipeline_root, run_id, dry_run=dry_run))

@@ -24,9 +24,9 @@ def score_shard(
         shard: Number of the shard and number of all shards, such as 2/8.
         sums: Reference to the sums of the shard's gradients.
     """
-    from salun_core.steps import pod_steps
-    from salun_core.steps.pod import Pod
-    from salun_core.steps.reference import write_reference
+    from salun_core.pods import steps
+    from salun_core.pods.pod import Pod
+    from salun_core.pods.reference import write_reference
 
-    made = pod_steps.score_shard(Pod(store_uri, model_line, run_id), inputs.path, shard)
+    made = steps.score_shard(Pod(store_uri, model_line, run_id), inputs.path, shard)
     sums.metadata.update(write_reference(made, sums.path))

@@ -29,11 +29,11 @@ def settle_requests(
         queued: Requests that are queued again now.
         failed: Requests that a person must look at.
     """
-    from salun_core.steps import pod_ends
-    from salun_core.steps.pod import Pod
+    from salun_core.pods import ends
+    from salun_core.pods.pod import Pod
 
     pod = Pod(store_uri, model_line, run_id)
-    settled = pod_ends.settle(pod, final_status.state, final_status.error_message or "")
+    settled = ends.settle(pod, final_status.state, final_status.error_message or "")
     counts = len(settled.completed), len(settled.queued), len(settled.failed)
     print(f"the steps ended as {final_status.state}, run {run_id} as {settled.status or 'nothing claimed'}")
     return str(settled.status or ""), *counts

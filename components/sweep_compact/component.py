@@ -60,12 +60,12 @@ def sweep_compact(
         0, or the exit code of the run's outcome.
     """
     given = dict(locals())
-    from salun_core.steps import pod_steps
-    from salun_core.steps.pod import Pod
-    from salun_core.steps.summary import confusion, roc_points, scalar_metrics
+    from salun_core.pods import steps
+    from salun_core.pods.pod import Pod
+    from salun_core.pods.summary import confusion, roc_points, scalar_metrics
 
     pod = Pod(store_uri, model_line, run_id)
-    code, found = pod_steps.sweep_compact(pod, given, report.path, summary.path)
+    code, found = steps.sweep_compact(pod, given, report.path, summary.path)
     for name, value in scalar_metrics(found).items():
         metrics.log_metric(name, value)
     if labels_and_counts := confusion(found):

@@ -36,11 +36,11 @@ def unlearn(
         policy_uri: The gate policy that bounds the search; only read with tune.
         processes: Processes that share the work in this container; a search runs in one.
     """
-    from salun_core.steps import pod_steps
-    from salun_core.steps.pod import Pod
-    from salun_core.steps.reference import write_reference
+    from salun_core.pods import steps
+    from salun_core.pods.pod import Pod
+    from salun_core.pods.reference import write_reference
     from salun_core.tasks.task import TuningOptions
 
     pod, tuning = Pod(store_uri, model_line, run_id), TuningOptions(tune_budget, policy_uri) if tune else None
-    made = pod_steps.unlearn(pod, mask.path, method, method_config, seed, tuning, processes)
+    made = steps.unlearn(pod, mask.path, method, method_config, seed, tuning, processes)
     unlearned.metadata.update(write_reference(made, unlearned.path))

@@ -16,7 +16,7 @@ from components.evaluate import evaluate
 from components.fetch_model import fetch_model
 from components.unlearn import unlearn
 from salun_core.models import load_model
-from salun_core.steps.reference import Reference, read_reference
+from salun_core.pods.reference import Reference, read_reference
 from salun_core.storage import open_store
 from salun_core.storage.s3 import S3Store
 from salun_core.tasks import register_model

@@ -10,13 +10,15 @@ from kfp import dsl
 from components.settle_requests import settle_requests
 from salun_core.data.targets import ClassTarget
 from salun_core.errors import DeviceMemoryError
+from salun_core.pods import pod
+from salun_core.pods import steps as pod_steps
+from salun_core.pods.reference import Kind, Reference, write_reference
 from salun_core.registry.lookup import ancestry, read_head
 from salun_core.registry.versions import publish_head
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
-from salun_core.steps import pod, pod_steps, publishing, sweep
+from salun_core.steps import publishing, sweep
 from salun_core.steps.outcome import RunState, new_outcome, read_outcome, write_outcome
-from salun_core.steps.reference import Kind, Reference, write_reference
 from salun_core.storage.keys import run_key
 from salun_core.storage.leases import acquire, release
 from salun_core.times import utc_clock

@@ -11,9 +11,10 @@ from salun_core.data.targets import SamplesTarget
 from salun_core.digest import sha256_file
 from salun_core.errors import DataError, StoreUnreachableError
 from salun_core.models import load_model
-from salun_core.steps import pod, pod_steps
+from salun_core.pods import pod
+from salun_core.pods import steps as pod_steps
+from salun_core.pods.reference import Scratch
 from salun_core.steps.outcome import read_outcome
-from salun_core.steps.reference import Scratch
 
 pytestmark = pytest.mark.s3
 NAME = "patient-0017"  # stands for a sample id, a subject or a prompt

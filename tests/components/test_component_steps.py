@@ -19,14 +19,15 @@ from salun_core.data.targets import ClassTarget, SamplesTarget
 from salun_core.digest import sha256_file
 from salun_core.errors import StoreUnreachableError
 from salun_core.models import load_model
+from salun_core.pods import pod
+from salun_core.pods import steps as pod_steps
+from salun_core.pods.reference import Kind, Scratch
 from salun_core.registry.lookup import ancestry, read_head, read_version, require_head
 from salun_core.registry.versions import publish
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.saliency import SaliencyMask
-from salun_core.steps import pod, pod_steps
 from salun_core.steps.outcome import read_outcome
-from salun_core.steps.reference import Kind, Scratch
 from salun_core.storage.keys import certificate_key, run_key
 from salun_core.storage.leases import acquire, holder_of, release
 from salun_core.storage.s3 import S3Store

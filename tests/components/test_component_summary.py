@@ -6,7 +6,7 @@ import pytest
 
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import Curve, DiffusionFacts, Forgotten, Integrity, Measured, RunFacts
-from salun_core.steps.summary import MAX_CLASSES, confusion, roc_points, scalar_metrics
+from salun_core.pods.summary import MAX_CLASSES, confusion, roc_points, scalar_metrics
 
 
 def evidence(**changes):

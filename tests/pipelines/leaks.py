@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.numpy import load
 
 from pipelines.local import LocalRun
-from salun_core.steps.reference import Reference
+from salun_core.pods.reference import Reference
 
 WINDOW = 48  # bytes of a tensor that are looked for, raw, in hex and in base64
 

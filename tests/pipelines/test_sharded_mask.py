@@ -7,10 +7,10 @@ import yaml
 from pipelines.local import run_compiled
 from pipelines.packages import COMPILED
 from salun_core.methods.recipe import Recipe
+from salun_core.pods.reference import Scratch, read_reference
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask
-from salun_core.steps.reference import Scratch, read_reference
 from tests.pipelines.conftest import messages
 
 SHIPPED = COMPILED / "salun-sharded-mask-cpu.yaml"

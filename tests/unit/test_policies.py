@@ -152,7 +152,7 @@ def test_every_policy_covers_forgetting_and_quality_with_reasons(name):
     assert len({rule.reason for rule in rules}) == len(rules)
 
 
-@pytest.mark.parametrize("module", ["gate", "steps.summary"])
+@pytest.mark.parametrize("module", ["gate", "pods.summary"])
 def test_evidence_is_judged_and_summarised_without_torch(module):
     program = f"import sys, salun_core.{module}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The steps of a run as pods do them; `steps.pod.in_step` surrounds each of them.
+"""The steps of a run as pods do them; `pods.pod.in_step` surrounds each of them.
 
 A step downloads what it needs, each model once, and puts what it made under `scratch/RUN/`; what it returns is a
 reference. The components of the pipelines call these functions, and log what the user interface shows.
@@ -28,6 +28,10 @@ from salun_core.gate import GateDecision
 from salun_core.methods.method import get_method
 from salun_core.methods.recipe import parse_recipe
 from salun_core.models.checkpoint import SPLIT
+from salun_core.pods.ends import counts_of, published_outcome, verdict_of
+from salun_core.pods.pod import Hold, Pod, end_process, in_step, nothing, patiently
+from salun_core.pods.reference import Fact, Kind, Reference
+from salun_core.pods.summary import empty_report, markdown
 from salun_core.registry.lookup import Version, read_file, read_version, require_head
 from salun_core.registry.versions import fetch_version
 from salun_core.saliency import SaliencyMask
@@ -49,14 +53,10 @@ from salun_core.steps.outcome import (
     read_outcome,
     write_outcome,
 )
-from salun_core.steps.pod import Hold, Pod, end_process, in_step, nothing, patiently
-from salun_core.steps.pod_ends import counts_of, published_outcome, verdict_of
 from salun_core.steps.processes import in_processes
 from salun_core.steps.publishing import gate_and_publish
-from salun_core.steps.reference import Fact, Kind, Reference
 from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm, read_form
 from salun_core.steps.settle import settle_requests
-from salun_core.steps.summary import empty_report, markdown
 from salun_core.steps.sweep import sweep_once
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage.documents import Digest, LineId, parse_stored

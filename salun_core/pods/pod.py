@@ -38,9 +38,9 @@ from salun_core.errors import (
     StoreUnreachableError,
     UsageError,
 )
+from salun_core.pods.reference import Kind, Reference, Scratch, read_reference
 from salun_core.registry.lookup import ancestry
 from salun_core.steps.outcome import REPORT, OutcomeRecord, RunState, new_outcome, read_outcome, write_outcome
-from salun_core.steps.reference import Kind, Reference, Scratch, read_reference
 from salun_core.storage import open_store
 from salun_core.storage.keys import check_id, run_key
 from salun_core.storage.s3 import S3Store

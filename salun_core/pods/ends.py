@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from salun_core.certificates.keys import find_signing_key
 from salun_core.errors import SalunError
+from salun_core.pods.pod import Pod, end_process, patiently
 from salun_core.steps.outcome import OutcomeRecord, RunState, add_counts, read_outcome, write_outcome
-from salun_core.steps.pod import Pod, end_process, patiently
 from salun_core.steps.purge import purge_store as purge_step
 from salun_core.steps.settle import settle_requests
 from salun_core.sweeps.failed_pods import Cause, why_killed
