@@ -1,6 +1,6 @@
 """Runs of the sweep's pipeline: each step is a process, which can be killed or suspended at any call to the store.
 
-The steps are those of the product (`steps.pod_steps`). They are forked from a process that has imported all that they
+The steps are those of the product (`pods.steps`). They are forked from a process that has imported all that they
 need, so that one takes a fraction of a second. The task is a small autoencoder (`tests.support.toy_task`), and the
 reports have no pictures. The time of the store is its own, plus the jumps that a trial makes.
 """
@@ -22,11 +22,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from salun_core.data import DataSpec, load_data
+from salun_core.pods import ends as pod_ends
+from salun_core.pods import steps as pod_steps
+from salun_core.pods.pod import Pod
+from salun_core.pods.reference import write_reference
 from salun_core.report import plots, render
-from salun_core.steps import pod_ends, pod_steps
 from salun_core.steps.outcome import OutcomeRecord, read_outcome
-from salun_core.steps.pod import Pod
-from salun_core.steps.reference import write_reference
 from salun_core.storage import s3
 from salun_core.storage.objects import StoredObject
 from salun_core.storage.s3 import S3Store, make_client

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from salun_core.errors import ConflictError, RunSettledError
+from salun_core.pods import pod
+from salun_core.pods import steps as pod_steps
 from salun_core.registry import versions
 from salun_core.registry.lookup import read_head
-from salun_core.steps import pod, pod_steps
 from salun_core.steps.outcome import OUTCOME_FILE
 from salun_core.storage import leases
 from salun_core.storage.keys import run_key

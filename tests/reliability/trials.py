@@ -31,12 +31,12 @@ from salun_core.data.split import SplitManifest
 from salun_core.data.targets import SamplesTarget
 from salun_core.errors import SalunError
 from salun_core.models.checkpoint import SPLIT
+from salun_core.pods.pod import Pod
 from salun_core.registry.lookup import Version, read_file, read_head
 from salun_core.registry.versions import fetch_version
 from salun_core.requests.schema import Outcome, Status
 from salun_core.steps.claim import probe_once
 from salun_core.steps.outcome import OutcomeRecord, RunState
-from salun_core.steps.pod import Pod
 from salun_core.steps.purge import purge_store
 from salun_core.storage import open_store
 from salun_core.storage.documents import parse_stored
