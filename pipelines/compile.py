@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from kfp import compiler
 from components._image import IMAGE
 from pipelines import deletion_sweep, sharded_mask, unlearning
 from pipelines.form import PLACEMENT, component_faults
-from pipelines.ir_lint import lint
+from pipelines.ir_lint import lint, values
 from pipelines.packages import Package
 from salun_core.errors import IntegrityError
 from salun_core.telemetry.push import PIPELINE_VARIABLE
@@ -89,7 +89,7 @@ def _declare_inputs(spec: Mapping[str, Any], platform: Mapping[str, Any]) -> Non
             component = spec["components"][task["componentRef"]["name"]]
             if "dag" in component:
                 pass_on(task, declare(component), _CHANNEL)
-            used = _values([task, pods.get(component.get("executorLabel"))], "componentInputParameter")
+            used = values([task, pods.get(component.get("executorLabel"))], "componentInputParameter")
             needed |= {name for text in used if (name := text.removeprefix(_CHANNEL)) in given}
         declared = dag.setdefault("inputDefinitions", {}).setdefault("parameters", {})
         for name in needed:
@@ -105,17 +105,6 @@ def _declare_inputs(spec: Mapping[str, Any], platform: Mapping[str, Any]) -> Non
         component = spec["components"][task["componentRef"]["name"]]
         if "dag" in component:
             pass_on(task, declare(component), "")
-
-
-def _values(node: Any, key: str) -> Iterator[Any]:  # noqa: ANN401 - a tree of plain data
-    if isinstance(node, Mapping):
-        for name, value in node.items():
-            if name == key:
-                yield value
-            yield from _values(value, key)
-    elif isinstance(node, list):
-        for item in node:
-            yield from _values(item, key)
 
 
 def _label_metrics(spec: Mapping[str, Any], name: str) -> None:

@@ -75,16 +75,16 @@ def _pod(platform: Spec, executor: str | None) -> Spec:
     return found
 
 
-def _values(node: Any, key: str) -> Iterator[Any]:  # noqa: ANN401 - a tree of plain data
+def values(node: Any, key: str) -> Iterator[Any]:  # noqa: ANN401 - a tree of plain data
     """Yield every value of a key, at any depth."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             if name == key:
                 yield value
-            yield from _values(value, key)
+            yield from values(value, key)
     elif isinstance(node, list):
         for item in node:
-            yield from _values(item, key)
+            yield from values(item, key)
 
 
 def _dag_defects(spec: Spec, platform: Spec, name: str, dag: Spec) -> Iterator[str]:
@@ -99,7 +99,7 @@ def _dag_defects(spec: Spec, platform: Spec, name: str, dag: Spec) -> Iterator[s
             ("producerTask", task, tasks),
         )
         for key, where, declared in checks:
-            for wanted in _values(where, key):
+            for wanted in values(where, key):
                 if wanted not in declared:
                     yield f"{name}/{task_name}: {key} {wanted} is not declared"
         for wanted in sorted(set(_references(spec, executor))):
@@ -141,7 +141,7 @@ def _reached(spec: Spec, platform: Spec, dag: Spec, origin: Mapping[str, str]) -
             continue
         executor = component.get("executorLabel")
         yield from (bound.get(name, "") for name in _references(spec, executor))
-        yield from (origin.get(name, "") for name in _values(_pod(platform, executor), "componentInputParameter"))
+        yield from (origin.get(name, "") for name in values(_pod(platform, executor), "componentInputParameter"))
 
 
 def _retry_defects(spec: Spec, platform: Spec) -> Iterator[str]:
@@ -190,7 +190,7 @@ def _list_defects(spec: Spec) -> Iterator[str]:
                 yield f"{name}: the default of {key} is a list of values"
     for name, dag in _dags(spec):
         for task_name, task in dag["dag"]["tasks"].items():
-            if any(_is_list(value) for value in _values(task, "constant")):
+            if any(_is_list(value) for value in values(task, "constant")):
                 yield f"{name}/{task_name}: a constant is a list of values"
 
 
