@@ -55,7 +55,7 @@ from tests.support import api_server, toy_task
 
 LONGEST_BLOCK = 15 * 60
 """Seconds for which a run that is gone may block its line, by the store's clock."""
-_WAITS = (0, 290, 580)  # between the claims of a line whose holder is gone; together less than the longest block
+_WAITS = (0, 290, 400)  # between the claims of a line whose holder is gone; together less than the longest block
 _SAMPLES = 3  # of a request
 _SWEEPS = 6  # that may be needed until no request waits
 _NAMESPACE = "team"
