@@ -45,7 +45,7 @@ from salun_core.storage import open_store
 from salun_core.storage.keys import check_id, run_key
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.heartbeat import lease_renewed
-from salun_core.telemetry.logs import described, get_logger
+from salun_core.telemetry.logs import described, get_logger, run_bound
 
 PAUSES = (5.0, 15.0, 45.0, 120.0, 240.0)
 """Seconds between the attempts of a step after a fault that may pass; about seven minutes, shorter than a lease."""
@@ -148,7 +148,8 @@ def in_step(
         except SalunError as error:
             return _verdict(pod, name, error)
 
-    return patiently(pod, name, attempt)
+    with run_bound(pod.run):  # each line of the log carries the run
+        return patiently(pod, name, attempt)
 
 
 def _hold(pod: Pod, hold: Hold, stack: ExitStack) -> None:

@@ -131,7 +131,7 @@ def test_a_batch_waits_for_more_requests_but_not_too_long(context):
     claimed, _ = run_once(context, "run-2", min_requests=3)
     assert len(claimed.record.members) == 2
     submit(context, 3, received=utc_clock() - timedelta(days=25))
-    claimed, _ = run_once(context, "run-3", min_requests=3, max_wait_hours=10_000)
+    claimed, _ = run_once(context, "run-3", min_requests=3, max_wait_hours=8784)
     assert "month ends" in claimed.reason
 
 
