@@ -13,7 +13,7 @@ from salun_core.data import DataSpec, ForgetSet, ImageSet, LoadedData, load_data
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.evidence import Forgotten, Measured
 from salun_core.methods.classification import UnlearnConfig, unlearn
-from salun_core.methods.classification.training import train_classifier
+from salun_core.methods.classification.training import fresh_classifier, train_classifier
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask, saliency_scores
 from tests.support.made_once import made_once
@@ -77,14 +77,19 @@ class Lab:
         )
 
 
+WEIGHTS = "model.pt"
+
+
 def load_lab(factory: pytest.TempPathFactory) -> Lab:
     """Return the classifier that the tests of evaluation, gate and report share; one worker trains it for all."""
     torch.set_num_threads(1)
     data = load_data(DataSpec(source="digits", validation_fraction=0.0, test_fraction=0.3))
     train = data.images("train")
     test = data.images("test", train.normalisation)
-    folder = made_once(factory, "lab", lambda folder: torch.save(_trained(train), folder / "model.pt"))
-    return Lab(data, train, test, torch.load(folder / "model.pt", weights_only=False))
+    folder = made_once(factory, "lab", lambda folder: torch.save(_trained(train).state_dict(), folder / WEIGHTS))
+    network = fresh_classifier("resnet8", train, 10, seed=0).to(memory_format=torch.channels_last)
+    network.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
+    return Lab(data, train, test, network.eval())
 
 
 def _trained(train: ImageSet) -> nn.Module:
