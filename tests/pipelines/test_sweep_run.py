@@ -161,7 +161,7 @@ def test_a_refused_gate_fails_the_run_and_queues_the_request_with_the_next_recip
     run = line.sweep("red", policy_uri=str(policy))
     assert (run.exit_code, run.failed, run.version) == (3, "gate-publish", None)
     assert "the gate refused the model" in run.error
-    assert list(run.steps)[-2:] == LAST
+    assert [step for step in run.steps if step != "purge-store"][-2:] == LAST  # the purge runs beside the others
     assert (run.outcome.state, run.outcome.queued) == ("refused", 1)
     assert run.outputs["settle-requests"] == {"status": "gate_refused", "completed": 0, "queued": 1, "failed": 0}
     state = line.ledger.state("r-more")
