@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -124,8 +124,18 @@ def _fault(kind: type[BaseModel], fault: Any) -> str:  # noqa: ANN401 - pydantic
     where = ".".join(str(part) for part in fault["loc"]) or "document"
     if fault["type"] != "extra_forbidden":
         return f"{where}: {fault['msg']}"
-    near = difflib.get_close_matches(str(fault["loc"][-1]), list(kind.model_fields), n=1, cutoff=0.5)
+    *outer, key = fault["loc"]
+    near = difflib.get_close_matches(str(key), _keys_below(kind, outer), n=1, cutoff=0.5)
     return f"{where}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def _keys_below(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Return the keys of the section at a path; those of the document if the section has no model of its own."""
+    for part in path:
+        field = kind.model_fields.get(str(part))
+        of_field = [field.annotation, *get_args(field.annotation)] if field else []
+        kind = next((item for item in of_field if isinstance(item, type) and issubclass(item, BaseModel)), kind)
+    return list(kind.model_fields)
 
 
 def read_document(path: Path) -> Any:  # noqa: ANN401 - any YAML or JSON value

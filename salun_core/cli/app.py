@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,16 +12,32 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from salun_core import __version__
-from salun_core.cli import bench, certificates, listing, models, operations, requests, runs, steps, stores, versions
+from salun_core.cli import (
+    bench,
+    certificates,
+    listing,
+    models,
+    operations,
+    requests,
+    runs,
+    settings,
+    steps,
+    stores,
+    versions,
+)
 from salun_core.cli.failures import interruptible, reported
-from salun_core.cli.output import MODE, silence_logs
+from salun_core.cli.output import MODE, progress, silence_logs
 from salun_core.config import report_old_name
+from salun_core.errors import SalunError
 from salun_core.steps.run_form import OLD_NAMES
 
 _EVERYWHERE = (
     ("--json", "Print one JSON document and nothing else on standard output."),
     ("--debug", "Print tracebacks and our own logs."),
 )
+_CONFIG = ("--config", "Settings file. Default: salun.yaml in the working folder, if it exists.")
+_NO_SETTINGS = ("demo", "demo-diffusion", "init", "store")  # they need none, or write it
+_HELP = "salun.help"  # whether help is asked for, which must work with a faulty settings file
 _EXAMPLE = re.compile(r"^## (?P<verb>.+)\n\n```console\n(?P<lines>(?:.*\n)+?)```$", re.MULTILINE)
 
 
@@ -43,8 +59,9 @@ class Verb(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
         """Add the options that every verb has."""
         super().format_options(ctx, formatter)
+        config = () if _has_config(self) else ((f"{_CONFIG[0]} FILE", _CONFIG[1]),)
         with formatter.section("Everywhere"):
-            formatter.write_dl(_EVERYWHERE)
+            formatter.write_dl((*_EVERYWHERE, *config))
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
         """Write the example without folding its lines."""
@@ -52,12 +69,38 @@ class Verb(TyperCommand):
         formatter.write("\nExample:\n\n" + "\n".join(f"  {line}".rstrip() for line in lines) + "\n")
 
 
+def _has_config(command: Any) -> bool:  # noqa: ANN401
+    """Whether a verb has a `--config` of its own, which is not the settings file."""
+    return any(_CONFIG[0] in parameter.opts for parameter in command.params)
+
+
 class Root(TyperGroup):
-    """The command itself: `--json` and `--debug` may stand anywhere, and each failure is reported in one line."""
+    """The command itself: `--json`, `--debug` and `--config` may stand anywhere; failures are reported in one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
         """Move the options that every verb has to the front, and replace former names."""
-        return super().parse_args(ctx, list(_hoisted([_current_name(word) for word in args])))
+        words = [_current_name(word) for word in args]
+        ctx.meta[_HELP] = "--help" in words
+        return super().parse_args(ctx, _hoisted(words, self._settings_places(words)))
+
+    def _settings_places(self, words: Sequence[str]) -> list[int]:
+        """Return the places of `--config FILE` and `--config=FILE` that mean the settings file.
+
+        `run` and `unlearn` have a `--config` of their own: for these, only what stands before the verb counts.
+        """
+        command: Any = self
+        found: list[int] = []
+        for place, word in enumerate(words):
+            if word == "--":
+                break
+            if place - 1 in found and words[place - 1] == _CONFIG[0]:
+                found.append(place)
+            elif word.partition("=")[0] == _CONFIG[0]:
+                if command is self or not _has_config(command):
+                    found.append(place)
+            else:
+                command = getattr(command, "commands", {}).get(word, command)
+        return found
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
         """Run the verb and report its exception."""
@@ -65,12 +108,17 @@ class Root(TyperGroup):
             return super().invoke(ctx)
 
 
-def _hoisted(args: Sequence[str]) -> Iterator[str]:
-    """Yield the arguments with `--json` and `--debug` first, unless they stand after a `--`."""
-    end = args.index("--") if "--" in args else len(args)
-    found = [name for name, _ in _EVERYWHERE if name in args[:end]]
-    yield from found
-    yield from (word for place, word in enumerate(args) if place >= end or word not in found)
+def _hoisted(words: Sequence[str], settings: Sequence[int]) -> list[str]:
+    """Return the words with those for every verb first, unless they stand after a `--`.
+
+    Args:
+        words: of the command line.
+        settings: places of the words that name the settings file.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    flags = [name for name, _ in _EVERYWHERE if name in words[:end]]
+    rest = [word for place, word in enumerate(words) if place not in settings and (place >= end or word not in flags)]
+    return [*flags, *(words[place] for place in settings), *rest]
 
 
 def _current_name(word: str) -> str:
@@ -101,6 +149,10 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option(_CONFIG[0], metavar="FILE", envvar=settings.CONFIG_VARIABLE, help=_CONFIG[1])
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help=_EVERYWHERE[0][1])] = False,
     debug: Annotated[bool, typer.Option("--debug", help=_EVERYWHERE[1][1])] = False,
     version: Annotated[
@@ -108,6 +160,24 @@ def _options(
     ] = False,
 ) -> None:
     MODE.json, MODE.debug = json, debug
+    if not context.meta.get(_HELP) and context.invoked_subcommand not in _NO_SETTINGS:
+        _apply_settings(context, config)
+
+
+def _apply_settings(context: typer.Context, config: Path | None) -> None:
+    """Make the settings file the default of all options. `doctor` reports a faulty file itself, as a failed check."""
+    try:
+        found = settings.find_settings(config)
+        if found is None:
+            return
+        settings.set_variables(found.variables())
+        context.default_map = found.default_map(context.command)
+    except SalunError:
+        if context.invoked_subcommand != "doctor":
+            raise
+        return
+    if MODE.debug:
+        progress(f"settings: {found.path.resolve()}")
 
 
 _GROUPS: dict[str, tuple[type[TyperGroup], str]] = {
@@ -120,6 +190,7 @@ _GROUPS: dict[str, tuple[type[TyperGroup], str]] = {
     "key": (TyperGroup, "Create the keys that sign and verify certificates."),
 }
 _VERBS: dict[str, Callable[..., None]] = {
+    "init": settings.init,
     "doctor": operations.doctor,
     "demo": operations.demo,
     "demo-diffusion": operations.demo_diffusion,
@@ -177,8 +248,8 @@ def _add_verbs() -> None:
         app.add_typer(groups[name], name=name)
     for verb, function in _VERBS.items():
         group, _, name = verb.rpartition(" ")
-        settings = _FREE if verb.startswith("demo") else None
-        groups[group].command(name, cls=Verb, epilog=verb, context_settings=settings)(function)
+        free = _FREE if verb.startswith("demo") else None
+        groups[group].command(name, cls=Verb, epilog=verb, context_settings=free)(function)
 
 
 _add_verbs()

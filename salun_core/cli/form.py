@@ -43,8 +43,8 @@ def form_option(name: str, **changes: Any) -> Any:  # noqa: ANN401 - typer's Opt
 def with_form(form: type[RunForm], *, required: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that adds an option for each field of a run form to a verb.
 
-    The verb gets the options that were given, by field, as its first argument. `method_config` has no option: the verb
-    reads it from `--set`.
+    The first two arguments of the verb are options by field: those that were given on the command line or in the
+    environment, and those from the settings file. `method_config` has no option: the verb reads it from `--set`.
 
     Args:
         form: the form.
@@ -62,10 +62,12 @@ def with_form(form: type[RunForm], *, required: bool) -> Callable[[Callable[...,
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         def with_options(context: typer.Context, **options: Any) -> None:  # noqa: ANN401 - of several types
             values = {name: options.pop(name) for name in names}
-            given = {name for name in names if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
-            verb({name: value for name, value in values.items() if name in given}, **options)
+            sources = {name: context.get_parameter_source(name).name for name in names}  # type: ignore[union-attr]
+            shared = {name: value for name, value in values.items() if sources[name] == "DEFAULT_MAP"}
+            given = {name: values[name] for name in names if name not in shared and sources[name] != "DEFAULT"}
+            verb(given, shared, **options)
 
-        _, *own = inspect.signature(verb, eval_str=True).parameters.values()
+        _, _, *own = inspect.signature(verb, eval_str=True).parameters.values()
         context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
         own = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own]
         signature = inspect.Signature([context, *map(parameter, names), *own])

@@ -12,13 +12,16 @@ import typer
 from salun_core.checkout import load_example
 from salun_core.cli.options import OptionalStore, Store
 from salun_core.cli.output import MODE, emit, print_table
+from salun_core.errors import SalunError
 
 if TYPE_CHECKING:
+    from salun_core.doctor import Check
     from salun_core.retention.pipeline_root import KeptArtifact
     from salun_core.retention.purge import PurgeReport
 
 
 def doctor(
+    context: typer.Context,
     store: OptionalStore = None,
     kfp: Annotated[
         str | None,
@@ -39,7 +42,7 @@ def doctor(
         return
     from salun_core.doctor import run_checks
 
-    checks = list(run_checks(store, Path.cwd()))
+    checks = [_settings(context), *run_checks(store, Path.cwd())]
     failed = [check.name for check in checks if check.state == "failed"]
 
     def show() -> None:
@@ -52,6 +55,25 @@ def doctor(
     emit([check.model_dump(mode="json") for check in checks], show)
     if failed:
         raise typer.Exit(1)
+
+
+def _settings(context: typer.Context) -> Check:
+    """Check the settings file; the other checks use what it gives."""
+    from salun_core.cli.settings import NAME, find_settings
+    from salun_core.doctor import Check
+
+    try:
+        found = find_settings(context.find_root().params.get("config"))
+        variables = found.variables() if found else {}
+    except SalunError as error:
+        return Check(name="settings", state="failed", detail=f"{error.what}: {error.why}", remedy=error.remedy)
+    if found is None:
+        remedy = "`salun init` writes one, with defaults for the options of every command"
+        return Check(name="settings", state="absent", detail=f"no {NAME} in this folder", remedy=remedy)
+    given = [name for name in found.settings.model_fields_set if getattr(found.settings, name) is not None]
+    detail = f"{found.path.resolve()}: {', '.join(sorted(given)) or 'empty'}"
+    detail += f"; {len(variables)} variables" if variables else ""
+    return Check(name="settings", state="ok", detail=detail)
 
 
 def _check_pipeline_root(uri: str) -> None:

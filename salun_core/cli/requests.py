@@ -37,6 +37,7 @@ def _ledger(store: str, dry_run: bool = False) -> Ledger:
 
 
 def submit(
+    context: typer.Context,
     store: Store,
     file: Annotated[
         str | None, typer.Argument(metavar="FILE", help="JSON, YAML, JSON lines or OpenDSR; - is stdin.")
@@ -98,15 +99,18 @@ def submit(
             raise UsageError(f"{option} does not fit", "it belongs to another target", "see its help")
     target = _only_target(targets)
     flags = {"id": request_id, "target": target, "received_at": received, "source": source}
-    flags |= {"model_line": line} if file is None else {}
-    given = {name: value for name, value in flags.items() if value is not None}
+    shared = context.get_parameter_source("line").name == "DEFAULT_MAP"  # type: ignore[union-attr]
+    flags |= {"model_line": line} if file is None and not shared else {}
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if (file is None) == (not given):
         why = "both were given" if given else "neither was given"
         raise UsageError("give either a file or the options of one request", why, "see salun request submit --help")
     if file is None:
+        given |= {"model_line": line} if shared else {}
         submissions: Sequence[Submission] = [parse(Submission, given, "the request")]
     else:
-        submissions = read_submissions(_read(file), file, line)
+        named, fallback = (None, line) if shared else (line, None)
+        submissions = read_submissions(_read(file), file, named, fallback)
     filed, matches = _file_all(store, submissions, who(actor), check_data, _confirmation(yes, dry_run), dry_run)
     _print_filed(filed, matches, dry_run)
 

@@ -35,6 +35,7 @@ def trial_line(record: TrialRecord) -> str:
 @with_form(UnlearningForm, required=False)
 def run(
     form: dict[str, Any],
+    shared: dict[str, Any],
     config: Annotated[Path | None, typer.Option(help="run.yaml: the parameters of the run.")] = None,
     settings: Settings = [],
     work_dir: WorkDir = None,
@@ -42,17 +43,16 @@ def run(
 ) -> None:
     """Fetch, mask, unlearn, evaluate, and publish if the gate passes. The exit code is 3 if the gate refuses.
 
-    Parameters come from --config, which options override, and these are overridden by --set. The store of the file
-    has priority over --store. With `tune: true` the exit code is 3 as well if no setting satisfies the policy.
+    Parameters come from --config, which options override, and these are overridden by --set. The store of that file
+    has priority over --store. The settings file comes last: salun --config FILE run. With `tune: true` the exit code
+    is 3 as well if no setting satisfies the policy.
     """
     from salun_core.config import parse
     from salun_core.steps.run import run_all
     from salun_core.sweeps.runs import new_run_id
 
-    store = form.pop("store_uri", None)
-    given = read_settings(settings, config, form)
-    if store:
-        given.setdefault("store_uri", store)
+    store = {name: form.pop(name) for name in ("store_uri",) if name in form}
+    given = shared | store | read_settings(settings, config, form)
     parsed = parse(UnlearningForm, given, str(config or "run configuration"))
     if dry_run:
         _plan(parsed)
@@ -99,6 +99,7 @@ def _plan(form: UnlearningForm) -> None:
 @with_form(DeletionSweepForm, required=True)
 def sweep(
     form: dict[str, Any],
+    shared: dict[str, Any],
     once: Annotated[bool, typer.Option("--once", help="Claim one batch, erase it, and settle it.")] = False,
     now: Annotated[
         bool, typer.Option("--now", help="As --once, and a batch is due whatever --min-requests and the hours say.")
@@ -126,7 +127,9 @@ def sweep(
             "a schedule starts it: the pipeline salun-deletion-sweep in Kubeflow, or cron",
             "give --once, and call it from the schedule; --now sweeps at once",
         )
-    form |= {"min_requests": 1} if now else {}  # one request makes a batch; the limits of its size stay
+    form = (
+        shared | form | ({"min_requests": 1} if now else {})
+    )  # one request makes a batch; the limits of its size stay
     parsed = parse(DeletionSweepForm, {**form, "method_config": read_settings(settings)}, "the sweep")
     if settle:
         _settle(parsed, settle)

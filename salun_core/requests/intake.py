@@ -21,13 +21,16 @@ _SHOWN = 5  # faults in one message
 _CUSTOMER = "controller_customer_id"
 
 
-def read_submissions(text: str, source: str, line: str | None = None) -> Sequence[Submission]:
+def read_submissions(
+    text: str, source: str, line: str | None = None, fallback: str | None = None
+) -> Sequence[Submission]:
     """Read requests from JSON, YAML (one, or a list) or JSON lines; each is one of ours, or one of OpenDSR.
 
     Args:
         text: the document.
         source: where it came from, for the message.
-        line: the model line of the OpenDSR requests, which name none.
+        line: the model line of the OpenDSR requests, which name none; other requests are refused then.
+        fallback: the model line of OpenDSR requests if `line` is None; other requests name theirs.
 
     Raises:
         UsageError: the text has another format, is empty, or an entry has faults; the message counts the faulty
@@ -38,7 +41,7 @@ def read_submissions(text: str, source: str, line: str | None = None) -> Sequenc
     faults: list[UsageError] = []
     for where, entry in entries:
         try:
-            found.append(_read(entry, where, line))
+            found.append(_read(entry, where, line, fallback))
         except UsageError as error:
             faults.append(error)
     if len(entries) == 1 and faults:
@@ -70,9 +73,9 @@ def _entries(text: str, source: str) -> list[tuple[str, Any]]:
     return [(f"{source}[{number}]", entry) for number, entry in enumerate(document)]
 
 
-def _read(entry: Any, where: str, line: str | None) -> Submission:  # noqa: ANN401 - any YAML or JSON value
+def _read(entry: Any, where: str, line: str | None, fallback: str | None) -> Submission:  # noqa: ANN401
     if isinstance(entry, dict) and {"subject_request_id", "subject_request_type"} & entry.keys():
-        return _read_opendsr(entry, line, where)
+        return _read_opendsr(entry, line or fallback, where)
     if line is not None:
         raise UsageError(
             f"{where} is not an OpenDSR request", "only these get their model line from outside", "omit --line"

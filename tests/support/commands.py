@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 import structlog
@@ -14,10 +15,13 @@ from salun_core.cli.output import MODE
 
 @pytest.fixture(autouse=True)
 def _settings_restored():
-    """The command sets up logs for its process; the runner's streams are closed after each call."""
+    """The command sets up logs and variables for its process; the runner's streams are closed after each call."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, variables = root.handlers[:], root.level, dict(os.environ)
     yield
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
     structlog.reset_defaults()
     root.handlers[:] = handlers
     root.setLevel(level)

@@ -9,16 +9,37 @@ from pathlib import Path
 import pytest
 import torch
 
+from salun_core.errors import SalunError
 from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
 
 
 @pytest.fixture
 def salun(tmp_path, monkeypatch):
     """Runs a verb in an empty folder of its own."""
-    for name in ("SALUN_STORE_URI", "PUSHGATEWAY_URL"):
+    for name in ("SALUN_STORE_URI", "SALUN_CONFIG", "PUSHGATEWAY_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return invoke
+
+
+@pytest.fixture
+def form_of(salun, monkeypatch):
+    """Returns the form that a call of `salun run` or `salun sweep` ends up with."""
+    seen = []
+
+    def stop(form, *args, **kwargs):
+        seen.append(form)
+        raise SalunError("stopped")
+
+    monkeypatch.setattr("salun_core.steps.run.run_all", stop)
+    monkeypatch.setattr("salun_core.steps.sweep.sweep_once", stop)
+
+    def call(*words):
+        result = salun(*words)
+        assert result.stderr.splitlines()[-1:] == ["Error: stopped."], result.stderr
+        return seen.pop()
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ ELSEWHERE = {  # e2e, unit/bench, test_sweep_cli.py, below
     "store serve",
     *("sweep", "model rollback"),
 }
-ALONE = ["doctor", "ls methods", "ls models", "ls data"]
+ALONE = ["init", "doctor", "ls methods", "ls models", "ls data"]
 
 
 def _verbs(command, path=()):

@@ -4,29 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from salun_core.errors import SalunError
-
-
-@pytest.fixture
-def form_of(salun, monkeypatch):
-    """Returns the form that a call of `salun run` or `salun sweep` ends up with."""
-    seen = []
-
-    def stop(form, *args, **kwargs):
-        seen.append(form)
-        raise SalunError("stopped")
-
-    monkeypatch.setattr("salun_core.steps.run.run_all", stop)
-    monkeypatch.setattr("salun_core.steps.sweep.sweep_once", stop)
-
-    def call(*words):
-        result = salun(*words)
-        assert result.stderr.splitlines()[-1:] == ["Error: stopped."], result.stderr
-        return seen.pop()
-
-    return call
-
-
 FILE = "model_line: a\nforget_manifest_uri: f\nstore_uri: s3://file\ndensity: 0.3\nseed: 7\ntune: true\n"
 
 
