@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal
@@ -19,9 +20,10 @@ from pydantic import Field, model_validator
 from salun_core.config import Document, load, parse, parse_text
 from salun_core.digest import digest_json
 from salun_core.errors import GateRefusedError, unknown_name
-from salun_core.evaluation.evidence import METRIC_NAMES, Evidence, Metric
+from salun_core.evaluation.evidence import EXTRA_METRIC_OF, METRIC_NAMES, MORE_IS_FORGOTTEN, Evidence, Metric
 
 State = Literal["before", "after", "reference", "origin"]
+_SUMMARY_CHARACTERS = 420  # an outcome takes 500, with what comes before and after
 _TOLERANCE = 1e-12  # of comparisons: 0.9 - 0.02 in binary is not 0.88
 _ENDS = {"value": "after", "low": "low", "high": "high"}
 _MARGINS: dict[str, Callable[[float, float, float], float]] = {
@@ -92,6 +94,50 @@ class Expected(Document):
     mask: str | None = None
 
 
+class Cause(StrEnum):
+    """Why a rule or a check failed: a closed list."""
+
+    NOT_FORGOTTEN = "not_forgotten"
+    OVER_FORGOTTEN = "over_forgotten"
+    DAMAGED = "damaged"
+    TOO_FEW_SAMPLES = "too_few_samples"
+    NOT_MEASURED = "not_measured"
+    INTEGRITY = "integrity"
+
+    @property
+    def words(self) -> str:
+        """The cause in one line."""
+        return _CAUSES[self]
+
+
+_CAUSES = {
+    Cause.NOT_FORGOTTEN: "the model still remembers what it had to forget",
+    Cause.OVER_FORGOTTEN: "the model forgot more than a model that never saw the data, which reveals them",
+    Cause.DAMAGED: "the model lost what it had to keep",
+    Cause.TOO_FEW_SAMPLES: "too few samples to show that the rule holds",
+    Cause.NOT_MEASURED: "the evidence lacks what the rule needs",
+    Cause.INTEGRITY: "the files and the evidence about them do not fit together",
+}
+
+
+_STRENGTH = {Cause.NOT_FORGOTTEN, Cause.OVER_FORGOTTEN, Cause.DAMAGED}
+_SEARCH, _ANOTHER = "search for a setting that passes: --tune", "use another method, such as --method retrain"
+
+
+class Refusal(Document):
+    """Why a rule or a check failed, and what to do; the same text in terminal, report, outcome and pipeline."""
+
+    words: str = Field(description="the rule in words")
+    figures: str = Field(description="what was measured, its interval, what is required, and the number of samples")
+    cause: Cause = Field(description="why it failed")
+    next: str = Field(description="the option or the change that comes next")
+
+    @property
+    def text(self) -> str:
+        """All but the next step, in one line."""
+        return f"{self.words} ({self.figures}). Cause: {self.cause.words} ({self.cause})"
+
+
 class Verdict(Document):
     """Result of one rule or one built-in check."""
 
@@ -102,6 +148,7 @@ class Verdict(Document):
     margin: float | None = Field(default=None, description="distance to the threshold, positive when it holds")
     passed: bool
     reason: str
+    refusal: Refusal | None = Field(default=None, description="of a failed one; earlier releases wrote none")
 
 
 class GateDecision(Document):
@@ -115,16 +162,32 @@ class GateDecision(Document):
     summary: str
     verdicts: list[Verdict]
 
-    def require(self) -> None:
+    @property
+    def refusals(self) -> list[Refusal]:
+        """Why each failed rule failed; empty for a decision of an earlier release."""
+        return [verdict.refusal for verdict in self.verdicts if verdict.refusal]
+
+    @property
+    def next(self) -> str:
+        """What to do after a refusal; empty if the gate passed."""
+        strengths = {refusal.cause: refusal.next for refusal in self.refusals if refusal.cause in _STRENGTH}
+        if len(set(strengths.values())) > 1:  # more strength and less at once
+            tunable = any(refusal.next.startswith(_SEARCH) for refusal in self.refusals)
+            return f"{_SEARCH}; or {_ANOTHER}" if tunable else _ANOTHER
+        return "; ".join(dict.fromkeys(refusal.next for refusal in self.refusals))
+
+    def require(self, where: str = "") -> None:
         """Raise unless the gate passed.
 
+        Args:
+            where: path or address of the file with the decision, for the message.
+
         Raises:
-            GateRefusedError: with the reasons of all failed verdicts.
+            GateRefusedError: with the reasons of all failed verdicts, and what to do.
         """
         if not self.passed:
-            raise GateRefusedError(
-                "the gate refused the model", self.summary, "see decision.json; nothing was published"
-            )
+            steps = [self.next, f"the decision is in {where}" if where else "", "nothing was published"]
+            raise GateRefusedError("the gate refused the model", self.summary, "; ".join(filter(None, steps)))
 
 
 def shipped_policies() -> list[str]:
@@ -176,11 +239,9 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
     """
     kinds = set(evidence.forgotten.kinds)
     applying = [rule for rule in policy.rules if not rule.targets or kinds & set(rule.targets)]
-    named = {target for rule in policy.rules for target in rule.targets}
-    covered = bool(applying) and bool(kinds) and (not named or kinds <= named)
     verdicts = [
         *_builtin(evidence, expected or Expected()),
-        _check("a rule applies", covered, f"{len(applying)} rules", "the policy does not cover the forget set's kind"),
+        _covers(policy, applying, kinds),
         *(_apply(rule, evidence) for rule in applying),
     ]
     failed = [verdict for verdict in verdicts if not verdict.passed]
@@ -189,9 +250,19 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
         policy=policy.name,
         policy_digest=policy.digest,
         evidence_digest=evidence.digest,
-        summary="; ".join(f"{v.rule}: {v.reason}" for v in failed) or f"all {len(verdicts)} checks hold",
+        summary=_summary(failed) or f"all {len(verdicts)} checks hold",
         verdicts=verdicts,
     )
+
+
+def _summary(failed: Sequence[Verdict]) -> str:
+    """Return the failed rules in one line that has room in an outcome and an error."""
+    lines = [f"{item.refusal.words} ({item.refusal.figures}; {item.refusal.cause})" for item in failed if item.refusal]
+    shown = lines[:1]
+    while len(shown) < len(lines) and len("; ".join([*shown, lines[len(shown)]])) <= _SUMMARY_CHARACTERS:
+        shown.append(lines[len(shown)])
+    more = len(lines) - len(shown)
+    return "; ".join([*shown, *([f"and {more} more failed checks"] if more else [])])
 
 
 def digest_of(evidence: Evidence) -> str:
@@ -203,23 +274,41 @@ def _builtin(evidence: Evidence, expected: Expected) -> list[Verdict]:
     measured, integrity, forgotten = evidence.measured, evidence.integrity, evidence.forgotten
     verdicts = []
     for name, digest in expected.model_dump(exclude_none=True).items():
-        other = f"the evidence was measured on another {name.replace('_', ' ')}"
-        verdicts.append(_check(f"{name} digest", getattr(measured, name) == digest, digest[:12], other))
+        thing = name.replace("_", " ")
+        then = f"evaluate again with the {thing} at hand: salun evaluate --help"
+        same = getattr(measured, name) == digest
+        other = f"the evidence was measured on another {thing}"
+        verdicts.append(_check(f"{name} digest", same, digest[:12], other, Cause.INTEGRITY, then))
     part = 0 < forgotten.count < forgotten.train_count
     changed = measured.before != measured.after and integrity.weights_changed > 0
     frozen = integrity.frozen_changed == 0 if measured.mask else integrity.frozen_changed in (None, 0)
     empty = "the forget set is empty or is the whole training split"
+    others = "name samples that were trained on, and not all of them"
+    outside = "weights outside the mask changed, or were not compared"
+    with_mask = "evaluate again with the mask that the run used: salun evaluate --mask"
+    more, less = _strength(evidence, more=True), _strength(evidence, more=False)
+    finite, nan = integrity.non_finite == 0, "the weights contain NaN or infinity"
     return [
         *verdicts,
-        _check("forget set", part, "not empty, not all data", empty),
-        _check("model changed", changed, "> 0 weights", "the model did not change"),
-        _check("weights finite", integrity.non_finite == 0, "0 non-finite", "the weights contain NaN or infinity"),
-        _check("frozen weights", frozen, "0 changed", "weights outside the mask changed, or were not compared"),
+        _check("forget set", part, "not empty, not all data", empty, Cause.INTEGRITY, others),
+        _check("model changed", changed, "> 0 weights", "the model did not change", Cause.NOT_FORGOTTEN, more),
+        _check("weights finite", finite, "0 non-finite", nan, Cause.DAMAGED, less),
+        _check("frozen weights", frozen, "0 changed", outside, Cause.INTEGRITY, with_mask),
     ]
 
 
-def _check(rule: str, passed: bool, threshold: str, reason: str) -> Verdict:
-    return Verdict(rule=rule, threshold=threshold, passed=passed, reason="holds" if passed else reason)
+def _covers(policy: Policy, applying: Sequence[Rule], kinds: set[str]) -> Verdict:
+    """Check that a rule applies, and that a policy with rules for single kinds has some for each kind in the set."""
+    named = {target for rule in policy.rules for target in rule.targets}
+    covered = bool(applying) and bool(kinds) and (not named or kinds <= named)
+    reason = "the policy does not cover the forget set's kind"
+    then = f"choose a policy with rules for {' and '.join(sorted(kinds)) or 'the forget target'}: --policy FILE"
+    return _check("a rule applies", covered, f"{len(applying)} rules", reason, Cause.NOT_MEASURED, then)
+
+
+def _check(rule: str, passed: bool, threshold: str, reason: str, cause: Cause, then: str) -> Verdict:
+    refusal = None if passed else Refusal(words=reason, figures=f"{rule}: required {threshold}", cause=cause, next=then)
+    return Verdict(rule=rule, threshold=threshold, passed=passed, reason="holds" if passed else reason, refusal=refusal)
 
 
 def _apply(rule: Rule, evidence: Evidence) -> Verdict:
@@ -231,15 +320,86 @@ def _apply(rule: Rule, evidence: Evidence) -> Verdict:
     if not reason and actual is not None and threshold is not None:
         margin, reason = _MARGINS[rule.op](actual, threshold, rule.tolerance or 0.0), rule.reason
         shown = f"{rule.op} {shown}" + (f" ± {rule.tolerance:.4f}" if rule.tolerance is not None else "")
+    passed = margin is not None and margin >= -_TOLERANCE
+    refusal = None
+    if not passed:
+        cause = _cause(rule, metric, margin, threshold)
+        words = rule.reason if margin is not None else f"{rule.reason}: {reason}"
+        figures = _figures(rule, metric, shown if margin is not None else f"{rule.op} {shown}")
+        refusal = Refusal(words=words, figures=figures, cause=cause, next=_next(cause, rule, evidence))
     return Verdict(
         rule=name,
         metric=rule.metric,
         threshold=shown,
         actual=actual,
         margin=margin,
-        passed=margin is not None and margin >= -_TOLERANCE,
+        passed=passed,
         reason=reason,
+        refusal=refusal,
     )
+
+
+def _cause(rule: Rule, metric: Metric | None, margin: float | None, threshold: float | None) -> Cause:
+    """Return why a rule failed: from what its metric measures, and the side of the threshold that the value is on."""
+    if metric is not None and metric.n < rule.min_n and metric.n:
+        return Cause.TOO_FEW_SAMPLES
+    if metric is None or margin is None or threshold is None:
+        return Cause.NOT_MEASURED
+    value, more_is_forgotten = _finite(metric.after), MORE_IS_FORGOTTEN.get(rule.metric)
+    if value is not None and _MARGINS[rule.op](value, threshold, rule.tolerance or 0.0) >= -_TOLERANCE:
+        return Cause.TOO_FEW_SAMPLES  # the value holds, and only the end of its interval does not
+    if more_is_forgotten is None:
+        return Cause.NOT_FORGOTTEN if rule.targets else Cause.DAMAGED
+    source = rule.relative_to
+    if source and (source.metric, source.state) == (rule.metric, "before") and not 0 <= threshold <= 1:
+        return Cause.NOT_MEASURED  # the model before did not show what had to be forgotten: no model could pass
+    above = value is not None and value > threshold
+    return Cause.OVER_FORGOTTEN if above == more_is_forgotten else Cause.NOT_FORGOTTEN
+
+
+def _figures(rule: Rule, metric: Metric | None, required: str) -> str:
+    if metric is None:
+        return f"{rule.metric} was not measured, required {required}"
+    found = f"{rule.metric} {_number(_finite(metric.after))}"
+    if (low := _finite(metric.low)) is not None and (high := _finite(metric.high)) is not None:
+        found += f", 95 % interval {low:.4f} to {high:.4f}"
+    judged = f" of the {rule.judge} end" if rule.judge != "value" else ""
+    few = f", at least {rule.min_n} needed" if metric.n < rule.min_n else ""
+    return f"{found}, required{judged} {required}, n {metric.n}{few}"
+
+
+def _next(cause: Cause, rule: Rule, evidence: Evidence) -> str:
+    """Return the option or the change that may make a rule hold."""
+    other = f"choose a policy without {rule.metric}: --policy FILE"
+    if cause is Cause.TOO_FEW_SAMPLES:
+        more = "erase more samples in one batch: salun sweep --min-requests N"
+        if evidence.generation is not None:
+            more = "generate more images: `images` in the evaluation of the model card"
+        return f"{more}; or {other}"
+    if cause is not Cause.NOT_MEASURED:
+        return _strength(evidence, more=cause is Cause.NOT_FORGOTTEN)
+    source = rule.relative_to
+    if source is not None and source.state == "reference" and rule.metric in evidence.metrics:
+        return f"measure a retrained model as well: --retrain-reference; or {other}"
+    for name in (rule.metric, source.metric if source else ""):
+        if name in EXTRA_METRIC_OF and name not in evidence.metrics:
+            return f"measure it: --extra-metrics {EXTRA_METRIC_OF[name]}; or {other}"
+    return other
+
+
+def _strength(evidence: Evidence, *, more: bool) -> str:
+    """Return how to unlearn with more or with less strength than the run that the evidence is of."""
+    run, way = evidence.run, "more" if more else "less"
+    if run.method == "retrain":
+        return "retraining cannot be made stronger or gentler: check the forget set and the policy"
+    if run.tuning is not None:
+        return f"give the search more: --tune-budget (it was {run.tuning.budget}); or --method retrain"
+    rate = run.config.get("learning_rate")
+    by_hand = f"unlearn with {way} strength"
+    if isinstance(rate, float) and math.isfinite(rate) and rate > 0:
+        by_hand += f", such as learning_rate={rate * 2 if more else rate / 2:g} (it was {rate:g})"
+    tunable = evidence.generation is None and run.method != "unknown"
+    return f"{_SEARCH}; or {by_hand}" if tunable else by_hand
 
 
 def _problem(rule: Rule, metric: Metric | None, actual: float | None, threshold: float | None) -> str:

@@ -313,7 +313,8 @@ def _check(facts: CertificateInput, documents: VersionDocuments) -> None:
         raise _contradiction("the evidence was measured on another model than the version's")
     check_digest("the evidence of the gate's decision", str(decision.get("evidence_digest")), evidence.digest)
     if decision.get("passed") is not True:
-        raise GateRefusedError("nothing is certified", "the gate refused the version", "see its decision.json")
+        why = f"the gate refused the version: {str(decision.get('summary'))[:400]}"
+        raise GateRefusedError("nothing is certified", why, "unlearn again until the gate passes")
 
 
 def _contradiction(why: str) -> IntegrityError:

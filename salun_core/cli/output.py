@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from salun_core.evaluation import Evidence
     from salun_core.evaluation.evidence import EpochRecord
+    from salun_core.gate import GateDecision
 
 
 @dataclass
@@ -116,6 +117,14 @@ def print_metrics(evidence: Evidence) -> None:
         columns["retrained"] = [item.reference for item in found.values()]
     columns["n"] = [item.n for item in found.values()]
     print_table(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def print_refusals(decision: GateDecision) -> None:
+    """Print each failed rule of a decision with its figures and the cause, and what to do; nothing if it passed."""
+    for refusal in decision.refusals:
+        typer.echo(f"- {refusal.text}")
+    if decision.next:
+        typer.echo(f"next: {decision.next}")
 
 
 def progress(text: str) -> None:

@@ -11,11 +11,13 @@ import typer
 
 from salun_core.cli.form import with_form
 from salun_core.cli.options import DryRun, Settings, WorkDir, read_settings
-from salun_core.cli.output import MODE, emit, emit_plan, print_metrics, progress
+from salun_core.cli.output import MODE, emit, emit_plan, print_metrics, print_refusals, progress
 from salun_core.errors import GateRefusedError, UsageError
 from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
 
 if TYPE_CHECKING:
+    from salun_core.evaluation import Evidence
+    from salun_core.gate import GateDecision
     from salun_core.steps.sweep import SweepOutcome
     from salun_core.sweeps.settle import Settled
     from salun_core.tuning import TrialRecord
@@ -59,13 +61,18 @@ def run(
         return
     name = new_run_id()
     folder = work_dir or Path(".salun", "runs", name)
-    outcome = run_all(parsed, folder, progress, name, lambda record: progress(trial_line(record)))
+    try:
+        outcome = run_all(parsed, folder, progress, name, lambda record: progress(trial_line(record)))
+    except GateRefusedError:
+        if judged := _judged(folder):
+            refused = {"run": name, "version": None, **_measured(*judged), **_places(folder)}
+            emit(refused, lambda: _show_refused(folder))
+        raise
     facts = {
         "run": outcome.run,
         "parent": outcome.parent,
         "version": outcome.published.version,
-        "metrics": {name: item.model_dump(mode="json") for name, item in outcome.evidence.metrics.items()},
-        "decision": outcome.published.decision.model_dump(mode="json"),
+        **_measured(outcome.evidence, outcome.published.decision),
         "folder": str(folder),
         "report": str(outcome.report),
     }
@@ -77,6 +84,42 @@ def run(
         typer.echo(f"report    {outcome.report}\nall else  {folder}")
 
     emit(facts, show)
+
+
+def _judged(folder: Path) -> tuple[Evidence, GateDecision] | None:
+    """Return evidence and decision of a run that the gate refused; None if a search refused before it."""
+    from salun_core.config import load
+    from salun_core.evaluation import Evidence
+    from salun_core.gate import GateDecision
+    from salun_core.steps.outcome import DECISION, EVIDENCE
+
+    if not (folder / DECISION).is_file():
+        return None
+    return load(Evidence, folder / EVIDENCE), load(GateDecision, folder / DECISION)
+
+
+def _measured(evidence: Evidence, decision: GateDecision) -> dict[str, Any]:
+    metrics = {name: item.model_dump(mode="json") for name, item in evidence.metrics.items()}
+    return {"metrics": metrics, "decision": decision.model_dump(mode="json")}
+
+
+def _places(folder: Path) -> dict[str, str]:
+    from salun_core.steps.outcome import REPORT
+
+    return {"folder": str(folder), "report": str(folder / REPORT)}
+
+
+def _show_refused(folder: Path) -> None:
+    """Print the metrics of a refused run, each rule that failed, and where its decision and its report are."""
+    from salun_core.steps.outcome import DECISION
+
+    if judged := _judged(folder):
+        evidence, decision = judged
+        failed = sum(not verdict.passed for verdict in decision.verdicts)
+        print_metrics(evidence)
+        typer.echo(f"\nREFUSED by policy {decision.policy}: {failed} of {len(decision.verdicts)} checks failed")
+        print_refusals(decision)
+        typer.echo(f"decision  {folder / DECISION}\nreport    {_places(folder)['report']}")
 
 
 def _plan(form: UnlearningForm) -> None:
@@ -143,7 +186,16 @@ def sweep(
         return
     facts = sweep_facts(done)
     facts["outcomes"] = _outcomes(parsed.store_uri, facts["requests"])
-    emit(facts, lambda: _show_sweep(facts, parsed.model_line))
+    judged = _judged(folder) if isinstance(done.error, GateRefusedError) else None
+    facts |= {**_measured(*judged), **_places(folder)} if judged else {}
+
+    def show() -> None:
+        _show_sweep(facts, parsed.model_line)
+        if judged:
+            typer.echo()
+            _show_refused(folder)
+
+    emit(facts, show)
     if done.error:
         raise done.error
 
@@ -195,6 +247,12 @@ def _statuses(settled: Settled | None) -> dict[str, str]:
     return {request: name for name in names for request in getattr(settled, name, ())}
 
 
+_NEXT = {
+    "failed": 'salun request retry {} --reason "..."',
+    "on_hold": 'salun request release {} --reason "..."',
+}
+
+
 def _show_sweep(facts: dict[str, Any], line: str) -> None:
     typer.echo(f"run        {facts['run']}\nclaimed    {facts['claimed']}: {facts['reason']}")
     if facts["due_at"]:
@@ -206,6 +264,8 @@ def _show_sweep(facts: dict[str, Any], line: str) -> None:
     for request, status in facts["requests"].items():
         outcome = facts["outcomes"][request]
         typer.echo(f"settled    {request}: {status}{f': {outcome}' if outcome else ''}")
+        if status in _NEXT:
+            typer.echo(f"           then: {_NEXT[status].format(request)}")
     if facts["version"]:
         typer.echo(f"published  {line}@{facts['version'][:12]}")
     if facts["report"]:

@@ -12,7 +12,16 @@ import typer
 
 from salun_core.cli.form import DEFAULTS, form_option
 from salun_core.cli.options import Data, Device, DryRun, Forget, Model, OptionalStore, Settings, read_settings
-from salun_core.cli.output import emit, emit_facts, emit_plan, epoch_progress, print_metrics, print_table, progress
+from salun_core.cli.output import (
+    emit,
+    emit_facts,
+    emit_plan,
+    epoch_progress,
+    print_metrics,
+    print_refusals,
+    print_table,
+    progress,
+)
 from salun_core.cli.runs import trial_line
 from salun_core.errors import UsageError
 
@@ -176,6 +185,7 @@ def evaluate(
 ) -> None:
     """Measure a model before and after unlearning, and write evidence and report."""
     from salun_core.evaluation.optional_metrics import parse_optional_metrics
+    from salun_core.gate import decide, default_policy, load_policy
     from salun_core.steps import evaluation
     from salun_core.steps.context import RunContext
     from salun_core.tasks.resolve import model_folder
@@ -207,6 +217,10 @@ def evaluate(
 
     def show() -> None:
         print_metrics(evidence)
+        decision = decide(evidence, load_policy(default_policy(evidence)))
+        if not decision.passed:
+            typer.echo(f"\nthe policy {decision.policy} would refuse this model:")
+            print_refusals(decision)
         typer.echo(f"\nevidence  {out}\nreport    {report}")
 
     emit(evidence.model_dump(mode="json"), show)
@@ -247,9 +261,10 @@ def gate(
         ]
         print_table(["rule", "threshold", "actual", "margin", "verdict"], rows)
         typer.echo(f"\n{'PASSED' if decision.passed else 'REFUSED'} by policy {decision.policy}; decision in {out}")
+        print_refusals(decision)
 
     emit(decision.model_dump(mode="json"), show)
-    decision.require()
+    decision.require(str(out))
 
 
 def _expected(

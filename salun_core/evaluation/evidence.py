@@ -19,6 +19,21 @@ METRIC_NAMES = (
 )
 """All metrics that an evaluation can measure, of classifiers and of diffusion models."""
 
+MORE_IS_FORGOTTEN: Mapping[str, bool] = {
+    **dict.fromkeys(("UA", "UA_class", "UA_samples", "UA_relearned", "UA_seeds", "MIA", "MIA_entropy"), True),
+    **dict.fromkeys(("attack_auc", "attack_auc_seeds", "lira_auc", "lira_offline_auc", "lira_tpr", "probe_auc"), False),
+    **dict.fromkeys(("relearn", "worst_decile", "nudity", "attack_success"), False),
+}
+"""The metrics of what had to be forgotten, and whether a higher value means that the model forgot more of it."""
+
+EXTRA_METRIC_OF: Mapping[str, str] = {
+    **dict.fromkeys(("lira_auc", "lira_offline_auc", "lira_tpr"), "lira"),
+    **dict.fromkeys(("UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"), "seeds"),
+    **dict.fromkeys(("worst_decile", "worst_class_drop"), "decile"),
+    **{"relearn": "relearn", "probe_auc": "probe", "KL_forget": "kl", "KL_test": "kl", "ToW": "tow"},
+}
+"""The metrics that are off by default, and the name that switches each on, as `--extra-metrics` takes it."""
+
 _ADDED_TO_RUNS = ("tuning", "changed_fraction")  # added later: digests of older documents leave them out
 
 

@@ -12,10 +12,13 @@ from dataclasses import replace
 
 from salun_core.certificates.keys import find_signing_key
 from salun_core.errors import SalunError
+from salun_core.gate import GateDecision
 from salun_core.pods.pod import Pod, end_process, patiently
-from salun_core.steps.outcome import OutcomeRecord, RunState, add_counts, read_outcome, write_outcome
+from salun_core.steps.outcome import DECISION, OutcomeRecord, RunState, add_counts, read_outcome, write_outcome
 from salun_core.steps.purge import purge_store as purge_step
 from salun_core.steps.settle import settle_requests
+from salun_core.storage.documents import parse_stored
+from salun_core.storage.keys import run_key
 from salun_core.sweeps.failed_pods import Cause, why_killed
 from salun_core.sweeps.runs import RunStatus
 from salun_core.sweeps.settle import Settled
@@ -98,7 +101,13 @@ def verdict_of(pod: Pod, settled: Settled) -> OutcomeRecord | None:
     if version:
         return published_outcome(pod, version)
     if settled.status is RunStatus.GATE_REFUSED:
-        text, advice = "the gate refused the model", "see the report; the next sweep tries the next recipe"
+        text, advice = "the gate refused the model", "see the report"
+        with suppress(SalunError):  # damaged, or of a release that wrote another format
+            key = run_key(pod.run, DECISION)
+            stored = pod.store.get(key)
+            decision = parse_stored(GateDecision, stored.data, key) if stored else None
+            text, advice = (f"{text}: {decision.summary}", decision.next or advice) if decision else (text, advice)
+        advice = f"the next sweep tries the next recipe, if there is one; or {advice}"
         return pod.outcome(RunState.REFUSED, text, next=advice, step="gate_publish", report=pod.report_address())
     return None
 

@@ -110,6 +110,8 @@ def _lines(outcome: OutcomeRecord, asked: str, decision: GateDecision | None) ->
         for item in decision.verdicts:
             measured = "" if item.actual is None else f"{item.actual:.4g}"
             yield f"| {item.rule} | {item.threshold} | {measured} | {'holds' if item.passed else '**fails**'} |"
+        yield ""
+        yield from (f"- {refusal.text}" for refusal in decision.refusals)
     yield ""
     if outcome.version:
         yield f"- Version: `{outcome.line}@{outcome.version[:12]}`"

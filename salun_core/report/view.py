@@ -39,10 +39,13 @@ def banner(decision: GateDecision | None, evidence: Evidence) -> Banner:
         return Banner("passed", "PASSED", f"All {checks} checks of policy “{decision.policy}” hold.", [])
     why = f"{len(failed)} of {checks} checks of policy “{decision.policy}” failed. Do not publish the model."
     generated = evidence.generation is not None
-    return Banner("refused", "REFUSED", why, [_reason(item, generated) for item in failed] or [decision.summary])
+    reasons = [item.refusal.text if item.refusal else _reason(item, generated) for item in failed]
+    reasons += [f"Next: {decision.next}"] if decision.next else []
+    return Banner("refused", "REFUSED", why, reasons or [decision.summary])
 
 
 def _reason(verdict: Verdict, generated: bool) -> str:
+    """Return why a rule failed, for a decision of an earlier release."""
     name = wording.words(verdict.metric, generated).title if verdict.metric else verdict.rule
     if verdict.metric is None or verdict.margin is None:
         return f"{name}: {verdict.reason}"

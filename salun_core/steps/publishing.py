@@ -138,7 +138,8 @@ def gate_and_publish(
         if context.run:  # neither weights nor sample ids are in these files; a version has its own copy of them
             for name in (REPORT,) if decision.passed else files:
                 store.upload(files[name], run_key(context.run, name))
-        decision.require()
+        where = f"{store.uri}/{run_key(context.run, DECISION)}" if context.run else str(files[DECISION])
+        decision.require(where)
         context.advance(RunStatus.GATED, "gate_publish")
         version = _published_before(context, parent, candidate.digest)
         try:

@@ -268,7 +268,13 @@ def test_a_refused_gate_is_an_outcome_with_its_report(chain, tmp_path, capfd):
     assert outcome.report == f"{chain.store.uri}/runs/run-2/report.html"
     assert chain.store.get(run_key("run-2", "report.html")).data.decode() == report
     assert "| **fails** |" in summary
-    assert concluded(refused, capfd)[0] == 3
+    told = "no model is perfect (TA"
+    code, last = concluded(refused, capfd)
+    assert code == 3
+    for text in (outcome.text, summary, report, last):
+        assert told in text.replace("&gt;", ">")
+    for text in (outcome.next, summary, report, last):
+        assert "--tune" in text
     assert holder_of(chain.store, LINE) is None
 
 

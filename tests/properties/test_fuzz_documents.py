@@ -93,6 +93,7 @@ STORED = {
     },
 }
 RULE = {"metric": "UA", "op": ">=", "value": 0.5, "reason": "r"}
+REFUSAL = {"words": "w", "figures": "f", "cause": "damaged", "next": "n"}
 VERDICT = {"rule": "r", "threshold": "0.5", "passed": True, "reason": "r"}
 FILES = {
     SplitManifest: SPLIT,
@@ -104,7 +105,7 @@ FILES = {
         "policy_digest": A,
         "evidence_digest": B,
         "summary": "s",
-        "verdicts": [VERDICT],
+        "verdicts": [VERDICT, {**VERDICT, "passed": False, "refusal": REFUSAL}],
     },
 }
 TARGETS = [

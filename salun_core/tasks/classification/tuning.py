@@ -16,8 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from salun_core.errors import DataError, GateRefusedError, ModelError
 from salun_core.evaluation import Evidence, Metric
-from salun_core.evaluation.evidence import Forgotten, Integrity, Measured, TuningFacts
-from salun_core.gate import GateDecision, Policy, Verdict, decide, load_policy
+from salun_core.evaluation.evidence import (
+    METRIC_NAMES,
+    MORE_IS_FORGOTTEN,
+    Forgotten,
+    Integrity,
+    Measured,
+    TuningFacts,
+)
+from salun_core.gate import Cause, GateDecision, Policy, Refusal, Verdict, decide, load_policy
 from salun_core.methods.config import pick_device
 from salun_core.methods.distributed import SINGLE_PROCESS
 from salun_core.methods.method import get_method, resolve_config
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
 
 TUNING_LOG, UNBOUNDED = "tuning.json", "none: the objective alone decides"
 _RETAIN_DRAW = 500  # minimum images of D_r; splits are ordered by digest, so the first images are a random sample
+_AFTER_SEARCH = "give a larger --tune-budget or another method, or retrain: --method retrain"
 
 
 def search(
@@ -97,14 +105,22 @@ def search(
         raise GateRefusedError(
             f"no setting satisfies the policy {constraint.name}, of {len(tuned.trials)} that were tried",
             tuned.broken,
-            "give a larger budget or another method, or retrain; nothing was written",
+            f"{_AFTER_SEARCH}; nothing was written",
         )
     return _tuned_run(inputs, problem, tuned, constraint, scored, options)
 
 
 def _refusal(constraint: PolicyConstraint, tuned: Tuned) -> GateDecision:
     """Return a decision in the form of the gate's, so that a sweep tries its next recipe."""
-    verdict = Verdict(rule="tuning", threshold="a setting within the policy", passed=False, reason=tuned.broken)
+    metric = tuned.broken.partition(" ")[0]
+    refusal = Refusal(
+        words=f"none of {len(tuned.trials)} settings satisfies the policy",
+        figures=f"the closest one breaks {tuned.broken}",
+        cause=Cause.DAMAGED if metric in METRIC_NAMES and metric not in MORE_IS_FORGOTTEN else Cause.NOT_FORGOTTEN,
+        next=_AFTER_SEARCH,
+    )
+    wanted = "a setting within the policy"
+    verdict = Verdict(rule="tuning", threshold=wanted, passed=False, reason=tuned.broken, refusal=refusal)
     return GateDecision(
         passed=False,
         policy=constraint.name,

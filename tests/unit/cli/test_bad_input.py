@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from salun_core.config import load
+from salun_core.gate import GateDecision
 from salun_core.models import load_model
 
 pytestmark = pytest.mark.slow
@@ -267,7 +269,16 @@ class TestGate:
         result = salun("run", *settings, *nothing, "--store", store.uri, "--work-dir", "work")
         assert result.exit_code == 3, result.stderr
         assert read_head(store, "digits")[0].version == version
-        assert json.loads((tmp_path / "work" / "decision.json").read_text())["passed"] is False
+        decision = load(GateDecision, tmp_path / "work" / "decision.json")
+        assert not decision.passed
+        assert "UA_class" in result.stdout.split("REFUSED by policy classifier")[0]  # the table of metrics
+        for refusal in decision.refusals:
+            assert refusal.text in result.stdout
+        assert f"next: {decision.next}" in result.stdout
+        assert "decision  work/decision.json" in result.stdout
+        assert decision.summary in result.stderr
+        assert decision.next in result.stderr
+        assert f"the decision is in {store.uri}/runs/" in result.stderr
 
 
 class TestStore:
