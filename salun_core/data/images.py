@@ -5,16 +5,26 @@ uint8 takes a quarter of the memory of float32, so a whole data set fits on a GP
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 
-from salun_core.errors import DataError
+from salun_core.errors import DataError, UsageError
 
+_READ = 256  # samples that are collated together; it has no influence on the result
 _PADDING = 4  # padding of RandomCrop in the paper's recipe
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL converts RGB to grey when it decodes training images
 
@@ -65,26 +75,32 @@ class ImageSet:
     ids: Sequence[str] = ()
 
     @classmethod
-    def of(cls, data: ImageSet | Dataset[tuple[Tensor, int]] | tuple[Tensor, Tensor]) -> ImageSet:
-        """Accept an image set, a pair (images, labels), or a torch data set of normalised images.
+    def of(cls, data: Images, name: str = "image") -> ImageSet:
+        """Accept an image set, a pair (images, labels), a torch data set, or a data loader.
+
+        A data set is read once, in its order, and kept in memory. So is the data set of a loader, with the loader's
+        `collate_fn` and workers: its `shuffle`, `batch_size` and `drop_last` have no effect. A loader of an
+        `IterableDataset` is read as it comes. Random transforms of the data set are drawn once, in this call.
+
+        Args:
+            data: the images; tensors are images [N, ...] and class ids [N].
+            name: what the set is called in messages.
 
         Raises:
-            DataError: the numbers of images and labels differ.
+            DataError: the data are not images with class ids, or their numbers differ.
+            UsageError: the loader has a sampler that may repeat samples or leave some out.
         """
         if isinstance(data, ImageSet):
             return data
-        if not isinstance(data, tuple):
-            pairs = [data[index] for index in range(len(data))]  # type: ignore[arg-type]
-            data = (
-                torch.stack([image for image, _ in pairs]) if pairs else torch.empty(0),
-                torch.tensor([int(label) for _, label in pairs], dtype=torch.int64),
-            )
-        images, labels = data
-        if len(images) != len(labels):
-            raise DataError(
-                "images and labels differ in number", f"{len(images)} against {len(labels)}", "give one label per image"
-            )
-        return cls(images, labels.to(torch.int64))
+        if isinstance(data, tuple):
+            return cls(*_pair(data, name))
+        batches = [_pair(batch, name) for batch in _collated(data, name)]
+        if not batches:
+            return cls(torch.empty(0), torch.empty(0, dtype=torch.int64))
+        shapes = {tuple(images.shape[1:]) for images, _ in batches}
+        if len(shapes) > 1:
+            raise _differing(name, f"shapes such as {' and '.join(map(str, sorted(shapes)[:2]))}")
+        return cls(torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches]))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -144,6 +160,89 @@ class ImageSet:
 
     def _with(self, images: Tensor, labels: Tensor, ids: Sequence[str]) -> ImageSet:
         return ImageSet(images, labels, self.normalisation, self.augment, ids)
+
+
+Images = ImageSet | Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor]
+"""What `ImageSet.of` accepts."""
+
+
+def _collated(data: Dataset[Any] | DataLoader[Any], name: str) -> Iterator[Any]:
+    """Yield the batches of a data set or a loader, in the data set's order."""
+    try:
+        yield from _in_order(data, name) if isinstance(data, DataLoader) else DataLoader(data, _READ)
+    except TypeError as error:
+        if "default_collate" not in str(error):
+            raise
+        why = str(error).partition("found ")[2] or str(error)
+        raise DataError(
+            f"the {name} set does not hold tensors", f"it holds {why}", "add transforms.ToTensor() to the data set"
+        ) from error
+    except RuntimeError as error:
+        if "stack expects each tensor to be equal size" not in str(error):
+            raise
+        raise _differing(name, str(error).partition("but ")[2]) from error
+
+
+def _differing(name: str, why: str) -> DataError:
+    return DataError(f"the images of the {name} set differ in size", why, "resize them in the data set's transform")
+
+
+def _in_order(loader: DataLoader[Any], name: str) -> Iterable[Any]:
+    """Return a loader of the same samples in the order of the data set, each once."""
+    sampler, order = loader.sampler, None
+    if isinstance(loader.dataset, IterableDataset):
+        return loader
+    own = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    if isinstance(sampler, SubsetRandomSampler):
+        order = sorted(sampler.indices)
+    elif isinstance(sampler, RandomSampler):
+        own = own and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    elif not isinstance(sampler, SequentialSampler):
+        own = False
+    if not own:
+        kind = type(sampler if loader.batch_size is not None else loader.batch_sampler).__name__
+        raise UsageError(
+            f"the {name} loader draws its samples with {kind}",
+            "it may repeat samples or leave some out",
+            "give the data set itself, or a torch.utils.data.Subset of it",
+        )
+    return DataLoader(
+        loader.dataset,
+        loader.batch_size,
+        sampler=order,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator(),  # the caller's random state stays as it is
+    )
+
+
+def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - whatever a data set yields
+    """Check that a batch is (images [B, ...], class ids [B]); ids become int64."""
+    if not isinstance(batch, list | tuple) or len(batch) != 2 or not all(isinstance(item, Tensor) for item in batch):
+        found = type(batch).__name__
+        if isinstance(batch, list | tuple):
+            found = f"{len(batch)} items ({', '.join(type(item).__name__ for item in batch)})"
+        raise DataError(
+            f"the {name} set does not yield (images, labels)",
+            f"it yields {found}",
+            "let the data set return (image tensor, class id), or give the loader a collate_fn that does",
+        )
+    images, labels = batch
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise DataError(
+            f"the labels of the {name} set are not class ids",
+            f"they are {labels.dtype} of shape {list(labels.shape)}",
+            "give one integer per image",
+        )
+    if images.ndim < 2 or len(images) != len(labels):
+        raise DataError(
+            "images and labels differ in number",
+            f"images of shape {list(images.shape)} against {len(labels)} labels in the {name} set",
+            "give one label per image",
+        )
+    return images, labels.to(torch.int64)
 
 
 def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -74,7 +74,7 @@ def run_unlearning(
             progress = on_epoch if group.main else None
             result = task.unlearn(inputs, recipe.method, config, given, kept, progress, group)
         if group.main:
-            facts = facts_of_run(inputs, result, given, group.size, tuned)
+            facts = facts_of_run(inputs.sizes["forget_samples"], result, given, group.size, tuned)
             task.save(out, inputs, result, {RUN_FACTS: facts_json(facts), **(tuned.extra_files if tuned else {})})
             if checkpoint:
                 checkpoint.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from salun_core.storage import FileStore
 from salun_core.tasks.classification import ClassificationTask
 from salun_core.tasks.diffusion import DiffusionTask
 from salun_core.tasks.resolve import read_forget
-from salun_core.tasks.task import Inputs, Task
+from salun_core.tasks.task import Inputs, Model, Task
 
 TASKS: dict[str, Task[Any]] = {"classification": ClassificationTask(), "diffusion": DiffusionTask()}
 
@@ -84,10 +84,22 @@ def open_inputs(model: Path, forget: str, data: str | None = None) -> Inputs[Any
         IntegrityError: the data or the forget set belong to another split.
     """
     task = task_of(model)
-    original = task.load(model)
+    return inputs_of(task, task.load(model), read_forget(forget), data)
+
+
+def inputs_of(
+    task: Task[Any], original: Model, forget_set: ForgetSet | list[Target], data: str | None = None
+) -> Inputs[Any]:
+    """Combine a loaded model with its data and a forget set, and check them; errors as for `open_inputs`.
+
+    Args:
+        task: task of the model.
+        original: the model.
+        forget_set: forget targets, or what they were resolved to.
+        data: data set spec, if the data are not at the location on the model card.
+    """
     spec, split = original.card.data, original.split
     loaded = load_data(relocated_spec(spec, data), split) if spec is not None else None
-    forget_set = read_forget(forget)
     if isinstance(forget_set, ForgetSet):
         check_digest("the split of the forget set", split.digest, forget_set.split_digest)
     else:

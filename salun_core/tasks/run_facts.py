@@ -14,7 +14,7 @@ from salun_core.evaluation.evidence import RunFacts
 from salun_core.methods.method import UnlearnResult
 from salun_core.saliency import SaliencyMask
 from salun_core.tasks.masks import was_scored
-from salun_core.tasks.task import Inputs, ModelT, TunedRun
+from salun_core.tasks.task import TunedRun
 
 RUN_FACTS = "run.json"
 
@@ -31,7 +31,7 @@ def read_run_facts(folder: Path, method: str) -> RunFacts:
 
 
 def facts_of_run(
-    inputs: Inputs[ModelT],
+    forget_samples: int,
     result: UnlearnResult,
     mask: SaliencyMask | None,
     processes: int = 1,
@@ -40,14 +40,14 @@ def facts_of_run(
     """Describe a run.
 
     Args:
-        inputs: the original model and the forget set.
+        forget_samples: number of samples that a mask was scored on.
         result: result of the method.
         mask: mask of the mask step; None for a method without a mask.
         processes: number of processes that shared the work.
         tuned: the search, if the settings were searched for.
     """
     used = tuned.mask if tuned else mask
-    scored = result.config.scoring_passes * inputs.sizes["forget_samples"] if mask and was_scored(mask) else 0
+    scored = result.config.scoring_passes * forget_samples if mask and was_scored(mask) else 0
     return RunFacts(
         method=result.method,
         config=result.config.model_dump(),

@@ -311,7 +311,7 @@ class Task(Protocol[InputsT]):
         on_epoch: OnEpoch | None = None,
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> UnlearnResult:
-        """Run one method on a copy of the original; see `salun_core.unlearn.unlearn`."""
+        """Run one method on a copy of the original; see `salun_core.methods.classification.unlearn`."""
         ...
 
     def check_tuning(self, method: str, overrides: Mapping[str, Any]) -> bool:

@@ -9,10 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import Images, ImageSet
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import DataError
 from salun_core.evaluation.evidence import EpochRecord
@@ -59,8 +58,6 @@ METHODS: dict[str, ClassifierMethod] = {
     "sfr_on": sfr_on.METHOD,
 }
 
-Images = ImageSet | Dataset[tuple[Tensor, int]] | tuple[Tensor, Tensor]
-
 
 def method_config(name: str, overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
     """Resolve the configuration of a classifier method; see `salun_core.methods.method.resolve_config`."""
@@ -85,7 +82,7 @@ def unlearn(
     Args:
         model: the original; the call copies it and leaves it unchanged.
         method: a key of `METHODS`.
-        forget: D_f with true labels: an `ImageSet`, (images, labels), or a torch data set.
+        forget: D_f with true labels, as `ImageSet.of` accepts it.
         retain: D_r with true labels.
         config: a `UnlearnConfig`, or what differs from the method's defaults.
         mask: for methods that need one; refused by those that do not.
@@ -107,7 +104,7 @@ def unlearn(
     settings = config if isinstance(config, UnlearnConfig) else method_config(method, config)
     row.check_mask(method, mask)
     device = pick_device(settings.device)
-    sets = ImageSet.of(forget).to(device), ImageSet.of(retain).to(device)
+    sets = ImageSet.of(forget, "forget").to(device), ImageSet.of(retain, "retain").to(device)
     started = _on(_started(model, row, fresh, settings.seed), device)
     original = _on(copy.deepcopy(model), device).requires_grad_(False).eval() if row.needs_original else None
     context = ClassifierContext(*sets, _checked_classes(started, *sets), settings, started, original)
