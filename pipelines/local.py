@@ -29,6 +29,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.forked_steps import Nursery
 from pipelines.packages import read_package
 from salun_core.errors import SalunError, UsageError, exit_code_of
 from salun_core.pods.reference import read_reference
@@ -89,6 +90,8 @@ def run_compiled(
     folder: str | Path,
     progress: Callable[[str], None] = lambda line: None,
     log: Callable[[str], None] = lambda line: None,
+    *,
+    forked: bool = sys.platform == "linux",
 ) -> LocalRun:
     """Run a compiled pipeline.
 
@@ -98,6 +101,8 @@ def run_compiled(
         folder: working folder on this machine; created if it does not exist.
         progress: called with a line as each step starts and ends.
         log: called with every line of the log.
+        forked: whether the steps are forks of one process, which saves each of them the imports. Only Linux has a
+            fork that is safe with the libraries which the steps import.
 
     Returns:
         The outcome; a failed step does not raise.
@@ -111,7 +116,13 @@ def run_compiled(
     total = len(read_package(pipeline).spec["deploymentSpec"]["executors"])
     steps, scratch = _new_folders(folder)
     run = LocalRun(folder, run=f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}")
-    job = {"pipeline": str(pipeline.absolute()), "run": run.run, "arguments": dict(arguments), "root": str(steps)}
+    job = {
+        "pipeline": str(pipeline.absolute()),
+        "run": run.run,
+        "arguments": dict(arguments),
+        "root": str(steps),
+        "forked": forked,
+    }
     try:
         with _worker(job, scratch) as worker:
             _follow(worker, run, total, progress, log)
@@ -271,7 +282,13 @@ def main() -> int:
     """
     given = json.load(sys.stdin)
     warnings.filterwarnings("ignore", module="kfp")  # about images and resources, which have no effect here
+    nursery = Nursery() if given["forked"] else None
     from kfp import components, local
+    from kfp.local import subprocess_task_handler as handler
+
+    if nursery:
+        nursery.otherwise = handler.run_local_subprocess
+        handler.run_local_subprocess = nursery.start
 
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=given["root"])
     text = Path(given["pipeline"]).read_text(encoding="utf-8")

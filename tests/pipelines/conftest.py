@@ -39,8 +39,8 @@ class TrainedLine:
         common = {"model_line": LINE, "store_uri": self.store.uri, "forget_manifest_uri": self.forget_uri}
         return {**common, "method_config": quick, **changes}
 
-    def run(self, folder: Path, say=lambda line: None, **changes: object) -> LocalRun:
-        return run_compiled(SHIPPED, self.arguments(**changes), folder, say)
+    def run(self, folder: Path, say=lambda line: None, *, forked: bool = True, **changes: object) -> LocalRun:
+        return run_compiled(SHIPPED, self.arguments(**changes), folder, say, forked=forked)
 
 
 @pytest.fixture
