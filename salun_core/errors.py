@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _WHERE = "submit it with `python -m pipelines submit`, or run it with `salun run`: both print them"
+
+# control characters, which a terminal obeys; lone surrogates, which cannot be printed; marks that reverse a line
+_UNSAFE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def escaped(text: str, keep: str = "\n\t") -> str:
+    r"""Return a text for a terminal: what could control it is written as in JSON, such as `\u001b` for Escape.
+
+    Args:
+        text: may hold names, paths and reasons of users and data.
+        keep: characters that stay as they are.
+    """
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
 
 
 class SalunError(Exception):
@@ -38,7 +52,7 @@ class SalunError(Exception):
         parts = [self.what + (f": {self.why}" if self.why else "")]
         if self.remedy:
             parts.append(f"To fix it: {self.remedy}")
-        return ". ".join(" ".join(part.split()).rstrip(".") for part in parts) + "."
+        return escaped(". ".join(" ".join(part.split()).rstrip(".") for part in parts) + ".", keep="")
 
 
 class UsageError(SalunError):

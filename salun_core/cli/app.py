@@ -26,7 +26,7 @@ from salun_core.cli import (
     versions,
 )
 from salun_core.cli.failures import interruptible, reported
-from salun_core.cli.output import MODE, progress, silence_logs
+from salun_core.cli.output import MODE, echo, progress, silence_logs
 from salun_core.config import report_old_name
 from salun_core.errors import SalunError
 from salun_core.steps.run_form import OLD_NAMES
@@ -143,7 +143,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"salun {__version__}")
+        echo(f"salun {__version__}")
         raise typer.Exit
 
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from salun_core.cli.options import DryRun
-from salun_core.cli.output import emit, print_table, progress
+from salun_core.cli.output import echo, emit, print_table, progress
 from salun_core.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _dry_run(plan: SuiteRun, folder: Path) -> None:
 
     def show() -> None:
         print_table(["cell", "method", "mask", "cost", "seconds"], [list(row.values()) for row in rows])
-        typer.echo(f"dry run: the suite is valid, {len(rows)} cells; nothing was measured")
+        echo(f"dry run: the suite is valid, {len(rows)} cells; nothing was measured")
 
     emit({"dry_run": True, "suite": plan.suite.name, "size": plan.size_name, "cells": rows}, show)
 
@@ -109,7 +109,7 @@ def _write_results(plan: SuiteRun, folder: Path, outcome: SuiteOutcome | None, i
     counts = {"measured": outcome.measured, "kept": outcome.kept, "failed": outcome.failed} if outcome else {}
 
     def show() -> None:
-        typer.echo(text)
+        echo(text)
         if found.missing:
             why = ": the budget is spent" if outcome and outcome.missing else ""
             progress(f"not measured{why}: {', '.join(found.missing)}")
@@ -136,4 +136,4 @@ def render(
     from salun_core.bench.page import write_page
 
     names = write_page(into, results, check)
-    emit({"page": str(into), "sections": names}, lambda: typer.echo(f"{into}: {', '.join(names) or 'no section'}"))
+    emit({"page": str(into), "sections": names}, lambda: echo(f"{into}: {', '.join(names) or 'no section'}"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from salun_core.cli.options import Store
-from salun_core.cli.output import METRICS, emit, emit_facts, minute, print_table
+from salun_core.cli.output import METRICS, echo, emit, emit_facts, minute, print_table
 
 if TYPE_CHECKING:
     from salun_core.certificates.statement import Erasure
@@ -51,24 +51,24 @@ def _show(found: Verification, model: Path | None) -> None:
     from salun_core.certificates.keys import ADJACENT_KEY
 
     erasure = found.certificate.predicate
-    typer.echo(f"VALID: signed by a trusted key, from {found.key_source}")
+    echo(f"VALID: signed by a trusted key, from {found.key_source}")
     if found.key_source == ADJACENT_KEY:
-        typer.echo("the issuer could have put that key there: compare its id with the one that the signer publishes")
+        echo("the issuer could have put that key there: compare its id with the one that the signer publishes")
     checked = f"all {found.files} files of {model} are the certified ones"
-    typer.echo(checked if found.files is not None else "only the certificate was checked: give --model DIR as well")
-    typer.echo()
+    echo(checked if found.files is not None else "only the certificate was checked: give --model DIR as well")
+    echo()
     for name, value in _summary(erasure):
-        typer.echo(f"{name:<10}  {value}")
+        echo(f"{name:<10}  {value}")
     if erasure.metrics:
-        typer.echo()
+        echo()
         order = {name: place for place, name in enumerate(METRICS)}
         metrics = sorted(erasure.metrics, key=lambda item: order.get(item.name, len(order)))
         rows = [(m.name, m.before, m.after, m.reference, m.low, m.high, m.n) for m in metrics]
         print_table(["metric", "before", "after", "retrained", "low", "high", "n"], rows)
     if disposals := _disposals(found):
-        typer.echo()
+        echo()
         print_table(["disposal", "state", "when"], disposals)
-    typer.echo(f"\n{textwrap.fill(erasure.statement, 100)}")
+    echo(f"\n{textwrap.fill(erasure.statement, 100)}")
 
 
 def _summary(erasure: Erasure) -> list[tuple[str, str]]:
@@ -135,9 +135,9 @@ def certificate(
 
 def _show_addenda(document: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     emit_facts(document)
-    typer.echo()
+    echo()
     if not rows:
-        typer.echo("no addendum yet: `salun purge` adds one when it deletes what the certificate lists as due")
+        echo("no addendum yet: `salun purge` adds one when it deletes what the certificate lists as due")
         return
     lines = [
         (row["addendum"], done.what, minute(done.at), "" if row["current"] else "of a superseded certificate")
@@ -147,7 +147,7 @@ def _show_addenda(document: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     print_table(["addendum", "deleted", "when", "note"], lines)
     files = [row["file"] for row in rows if row["file"]]
     if files:
-        typer.echo(
+        echo(
             "\nTo verify: " + " ".join([f"salun verify {document['certificate']}", *(f"--addendum {f}" for f in files)])
         )
 

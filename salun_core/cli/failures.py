@@ -15,7 +15,7 @@ from types import FrameType
 import typer
 
 from salun_core.cli.output import MODE, progress
-from salun_core.errors import SalunError
+from salun_core.errors import SalunError, escaped
 
 INTERRUPTED = 130  # the shell's exit code after Ctrl-C
 _AGAIN_SECONDS = 2.0  # time for the exception to reach a handler before it is raised again
@@ -130,6 +130,7 @@ def reported() -> Iterator[None]:
         raise _exit(error, str(what), 1) from error
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error: typer reports it with the usage line
+            vars(error)["message"] = escaped(str(getattr(error, "message", "")))
             raise
         why = f"internal error ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         raise _exit(error, f"{why}. To fix it: run with --debug and report the traceback.", 1) from error
@@ -137,6 +138,8 @@ def reported() -> Iterator[None]:
 
 def _exit(error: BaseException, text: str, code: int) -> typer.Exit:
     if MODE.debug:
-        progress("".join(traceback.format_exception(error)).rstrip())
+        from salun_core.telemetry.logs import redact_text
+
+        progress(redact_text("".join(traceback.format_exception(error)).rstrip()))
     progress(f"Error: {text}")
     return typer.Exit(code)

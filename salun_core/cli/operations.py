@@ -11,7 +11,7 @@ import typer
 
 from salun_core.checkout import load_example
 from salun_core.cli.options import OptionalStore, Store
-from salun_core.cli.output import MODE, emit, print_table
+from salun_core.cli.output import MODE, echo, emit, print_table
 from salun_core.errors import SalunError
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def doctor(
         print_table(["check", "state", "found"], [(item.name, item.state, item.detail) for item in checks])
         for item in checks:
             if item.remedy:
-                typer.echo(f"{item.name}: {item.remedy}")
-        typer.echo(f"\n{'failed: ' + ', '.join(failed) if failed else 'all requirements are met'}")
+                echo(f"{item.name}: {item.remedy}")
+        echo(f"\n{'failed: ' + ', '.join(failed) if failed else 'all requirements are met'}")
 
     emit([check.model_dump(mode="json") for check in checks], show)
     if failed:
@@ -92,14 +92,14 @@ def _check_pipeline_root(uri: str) -> None:
 
     def show() -> None:
         if not rows:
-            typer.echo(f"{root.uri} has no weights, masks or sample ids of ours")
-            typer.echo(f"{scan.harmless} harmless outputs of ours, {scan.others} objects of others")
+            echo(f"{root.uri} has no weights, masks or sample ids of ours")
+            echo(f"{scan.harmless} harmless outputs of ours, {scan.others} objects of others")
             if not (scan.harmless or scan.others):
-                typer.echo("nothing lies there at all: check that it is Kubeflow's pipeline root")
+                echo("nothing lies there at all: check that it is Kubeflow's pipeline root")
             return
         print_table(list(rows[0]), [list(row.values()) for row in rows])
-        typer.echo("\n" + ", ".join(f"{count} {name}" for name, count in total.items()))
-        typer.echo(f"To list every key: {command} --dry-run\nTo delete them:    {command}")
+        echo("\n" + ", ".join(f"{count} {name}" for name, count in total.items()))
+        echo(f"To list every key: {command} --dry-run\nTo delete them:    {command}")
 
     emit({"pipeline_root": root.uri, "found": rows, "total": total, **seen, "command": command if rows else ""}, show)
     if rows:
@@ -131,10 +131,10 @@ def exporter(
     if once:
         exporter.refresh()
         rows = [{"metric": name, "labels": labels, "value": value} for name, labels, value in exporter.samples()]
-        emit(rows, lambda: typer.echo(exporter.text(), nl=False))
+        emit(rows, lambda: echo(exporter.text(), nl=False))
         return
     with serving(exporter, host, port) as url:
-        emit({"url": url}, lambda: typer.echo(f"serving {url}"))
+        emit({"url": url}, lambda: echo(f"serving {url}"))
         Event().wait()
 
 
@@ -204,14 +204,14 @@ def _show_purge(report: PurgeReport) -> None:
     if rows:
         print_table(columns, rows)
     else:
-        typer.echo("nothing to delete")
+        echo("nothing to delete")
     if report.dry_run:
-        typer.echo("dry run: nothing was deleted")
+        echo("dry run: nothing was deleted")
     for text, count in _remaining(report):
         if count:
-            typer.echo(f"{text}: {count}")
+            echo(f"{text}: {count}")
     for key in report.plan.unknown if MODE.debug else ():
-        typer.echo(f"  {key}")
+        echo(f"  {key}")
 
 
 def _each_key(report: PurgeReport) -> list[tuple[object, ...]]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from salun_core.errors import escaped
+
 if TYPE_CHECKING:
     from salun_core.evaluation import Evidence
     from salun_core.evaluation.evidence import EpochRecord
@@ -35,10 +37,21 @@ METRICS = ("UA", "UA_class", "UA_samples", "RA", "TA", "MIA", "attack_auc", "gap
 GENERATED = ("UA", "UA_relearned", "RA", "neighbours", "nudity", "attack_success", "FID", "KID", "CLIP")
 
 
+def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print a text, with the control characters in it escaped: names of users and data must not rule the terminal.
+
+    Args:
+        text: what to print; JSON stays JSON.
+        err: print on standard error.
+        nl: end the line.
+    """
+    typer.echo(escaped(text), err=err, nl=nl)
+
+
 def emit(result: Mapping[str, Any] | Sequence[Any], show: Callable[[], None]) -> None:
     """Print a result as JSON if --json was given, else call `show`."""
     if MODE.json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+        echo(json.dumps(result, indent=2, ensure_ascii=False, default=str))
     else:
         show()
 
@@ -49,9 +62,9 @@ def emit_facts(facts: Mapping[str, Any], footer: str = "") -> None:
     def show() -> None:
         width = max((len(name) for name in facts), default=0)
         for name, value in facts.items():
-            typer.echo(f"{name.replace('_', ' '):<{width}}  {_cell(value)}")
+            echo(f"{name.replace('_', ' '):<{width}}  {_cell(value)}")
         if footer:
-            typer.echo(footer)
+            echo(footer)
 
     emit(facts, show)
 
@@ -86,13 +99,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         console.width = max(console.width, 200)
     with console.capture() as captured:
         console.print(table)
-    typer.echo("\n".join(line.rstrip() for line in captured.get().rstrip().splitlines()))
+    typer.echo("\n".join(line.rstrip() for line in captured.get().rstrip().splitlines()))  # with rich's own bold
 
 
 def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else escaped(str(value), keep="")
 
 
 def minute(text: str) -> str:
@@ -122,14 +135,14 @@ def print_metrics(evidence: Evidence) -> None:
 def print_refusals(decision: GateDecision) -> None:
     """Print each failed rule of a decision with its figures and the cause, and what to do; nothing if it passed."""
     for refusal in decision.refusals:
-        typer.echo(f"- {refusal.text}")
+        echo(f"- {refusal.text}")
     if decision.next:
-        typer.echo(f"next: {decision.next}")
+        echo(f"next: {decision.next}")
 
 
 def progress(text: str) -> None:
     """Print a line of progress."""
-    typer.echo(text, err=True)
+    echo(text, err=True)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from salun_core.cli.options import Actor, DryRun, Reason, Store, who
-from salun_core.cli.output import MODE, emit, minute, print_table
+from salun_core.cli.output import MODE, echo, emit, minute, print_table
 from salun_core.errors import ConflictError, UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -195,15 +195,15 @@ def _show_matches(matches: Sequence[Match]) -> None:
     else:
         total = counted(matches)
         named = f"{total['samples']} samples, {total['in_training']} in training"
-        typer.echo(f"{len(matches)} requests name {named}")
+        echo(f"{len(matches)} requests name {named}")
         for name, text in (
             ("unknown", "name what the data do not have"),
             ("unchecked", "were not looked up in the data"),
         ):
             if total[name]:
-                typer.echo(f"{total[name]} requests {text}")
+                echo(f"{total[name]} requests {text}")
     for text in dict.fromkeys(warning for item in matches for warning in item.warnings):
-        typer.echo(f"warning: {text}")
+        echo(f"warning: {text}")
 
 
 def _names(item: Match) -> str:
@@ -266,7 +266,7 @@ def _print_filed(filed: Filed, matches: Sequence[Match], dry_run: bool) -> None:
     documents = [{**receipt.model_dump(mode="json"), "match": of[receipt.id]} for receipt in filed.receipts]
     total = len(filed.receipts) + len(filed.refused)
     if not total:
-        typer.echo("nothing was filed", err=True)
+        echo("nothing was filed", err=True)
         raise typer.Exit(1)
     emit(documents, lambda: _show_receipts(filed.receipts, dry_run))
     if len(filed.refused) == 1 == total:
@@ -285,9 +285,9 @@ def _show_receipts(receipts: Sequence[Receipt], dry_run: bool) -> None:
     if rows:
         print_table(("id", "line", "received", "due"), rows)
     if len(shown) < len(receipts):
-        typer.echo(f"{len(receipts)} requests {'would be ' if dry_run else ''}filed; the last three are shown")
+        echo(f"{len(receipts)} requests {'would be ' if dry_run else ''}filed; the last three are shown")
     if dry_run:
-        typer.echo("dry run: nothing was written")
+        echo("dry run: nothing was written")
 
 
 def show(
@@ -324,9 +324,9 @@ def _show_request(request: DeletionRequest, status: str, events: Sequence[Reques
 
     source = f", from {request.source}" if request.source else ""
     summary = f"{request.model_line}, {summarise(request.target)}{source}"
-    typer.echo(f"{request.id}: {status}, due {minute(request.due_at)}, {summary}")
+    echo(f"{request.id}: {status}, due {minute(request.due_at)}, {summary}")
     if with_target:
-        typer.echo(request.target.model_dump_json(exclude_none=True, indent=2))
+        echo(request.target.model_dump_json(exclude_none=True, indent=2))
     rows = [
         (
             event.n,
@@ -382,7 +382,7 @@ def _row(state: RequestState, now: datetime) -> dict[str, Any]:
 
 def _show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
-        typer.echo("no requests")
+        echo("no requests")
         return
     cells = [
         (
@@ -402,7 +402,7 @@ def reindex(store: Store, dry_run: DryRun = False) -> None:
     """Compare the index of statuses with all requests and repair it, for example after restoring a backup."""
     changed = _ledger(store, dry_run).reindex()
     note = " (dry run, nothing was written)" if dry_run else ""
-    emit({"changed": changed}, lambda: typer.echo(f"index entries put or deleted: {changed}{note}"))
+    emit({"changed": changed}, lambda: echo(f"index entries put or deleted: {changed}{note}"))
 
 
 def release(
@@ -433,7 +433,7 @@ def release(
     elif last is not None and last.outcome is Review.AMBIGUOUS:
         then = "it is held again while its class may be two: cancel it, and file it with --class-name or --class-index"
     document = {**event.model_dump(mode="json", exclude_none=True), "then": then}
-    emit(document, lambda: typer.echo(f"{_moved(event, dry_run)}\n{then}"))
+    emit(document, lambda: echo(f"{_moved(event, dry_run)}\n{then}"))
 
 
 def _moved(event: RequestEvent, dry_run: bool) -> str:
@@ -446,7 +446,7 @@ def _transition(name: str, about: str) -> Callable[..., None]:
 
     def verb(request_id: Id, store: Store, reason: Reason, actor: Actor = "", dry_run: DryRun = False) -> None:
         event: RequestEvent = getattr(_ledger(store, dry_run), name)(request_id, who(actor), reason)
-        emit(event.model_dump(mode="json", exclude_none=True), lambda: typer.echo(_moved(event, dry_run)))
+        emit(event.model_dump(mode="json", exclude_none=True), lambda: echo(_moved(event, dry_run)))
 
     verb.__doc__ = about
     return verb

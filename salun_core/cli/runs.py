@@ -11,7 +11,7 @@ import typer
 
 from salun_core.cli.form import with_form
 from salun_core.cli.options import DryRun, Settings, WorkDir, read_settings
-from salun_core.cli.output import MODE, emit, emit_plan, print_metrics, print_refusals, progress
+from salun_core.cli.output import MODE, echo, emit, emit_plan, print_metrics, print_refusals, progress
 from salun_core.errors import GateRefusedError, UsageError
 from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
 
@@ -79,9 +79,9 @@ def run(
 
     def show() -> None:
         print_metrics(outcome.evidence)
-        typer.echo(f"\nPASSED: {outcome.published.decision.summary}")
-        typer.echo(f"published {outcome.published.version[:12]} in place of {outcome.parent[:12]}")
-        typer.echo(f"report    {outcome.report}\nall else  {folder}")
+        echo(f"\nPASSED: {outcome.published.decision.summary}")
+        echo(f"published {outcome.published.version[:12]} in place of {outcome.parent[:12]}")
+        echo(f"report    {outcome.report}\nall else  {folder}")
 
     emit(facts, show)
 
@@ -117,9 +117,9 @@ def _show_refused(folder: Path) -> None:
         evidence, decision = judged
         failed = sum(not verdict.passed for verdict in decision.verdicts)
         print_metrics(evidence)
-        typer.echo(f"\nREFUSED by policy {decision.policy}: {failed} of {len(decision.verdicts)} checks failed")
+        echo(f"\nREFUSED by policy {decision.policy}: {failed} of {len(decision.verdicts)} checks failed")
         print_refusals(decision)
-        typer.echo(f"decision  {folder / DECISION}\nreport    {_places(folder)['report']}")
+        echo(f"decision  {folder / DECISION}\nreport    {_places(folder)['report']}")
 
 
 def _plan(form: UnlearningForm) -> None:
@@ -192,7 +192,7 @@ def sweep(
     def show() -> None:
         _show_sweep(facts, parsed.model_line)
         if judged:
-            typer.echo()
+            echo()
             _show_refused(folder)
 
     emit(facts, show)
@@ -254,22 +254,22 @@ _NEXT = {
 
 
 def _show_sweep(facts: dict[str, Any], line: str) -> None:
-    typer.echo(f"run        {facts['run']}\nclaimed    {facts['claimed']}: {facts['reason']}")
+    echo(f"run        {facts['run']}\nclaimed    {facts['claimed']}: {facts['reason']}")
     if facts["due_at"]:
-        typer.echo(f"to erase them now: salun sweep --now --line {line}")
+        echo(f"to erase them now: salun sweep --now --line {line}")
     if facts["recovered"]:
-        typer.echo(f"recovered  {', '.join(facts['recovered'])}: from a run that died")
+        echo(f"recovered  {', '.join(facts['recovered'])}: from a run that died")
     if facts["verdict"]:
-        typer.echo(f"verdict    {facts['verdict']}")
+        echo(f"verdict    {facts['verdict']}")
     for request, status in facts["requests"].items():
         outcome = facts["outcomes"][request]
-        typer.echo(f"settled    {request}: {status}{f': {outcome}' if outcome else ''}")
+        echo(f"settled    {request}: {status}{f': {outcome}' if outcome else ''}")
         if status in _NEXT:
-            typer.echo(f"           then: {_NEXT[status].format(request)}")
+            echo(f"           then: {_NEXT[status].format(request)}")
     if facts["version"]:
-        typer.echo(f"published  {line}@{facts['version'][:12]}")
+        echo(f"published  {line}@{facts['version'][:12]}")
     if facts["report"]:
-        typer.echo(f"report     {facts['report']}")
+        echo(f"report     {facts['report']}")
 
 
 def _settle(form: DeletionSweepForm, run: str) -> None:
@@ -279,8 +279,8 @@ def _settle(form: DeletionSweepForm, run: str) -> None:
     statuses = _statuses(settled)
 
     def show() -> None:
-        typer.echo(f"run        {run}: {settled.status or 'it had claimed nothing'}")
+        echo(f"run        {run}: {settled.status or 'it had claimed nothing'}")
         for request, status in statuses.items():
-            typer.echo(f"settled    {request}: {status}")
+            echo(f"settled    {request}: {status}")
 
     emit({"run": run, "status": settled.status, "requests": statuses, "version": settled.version}, show)

@@ -21,7 +21,7 @@ import typer
 from pydantic import Field, field_validator
 
 from salun_core.cli.options import DryRun
-from salun_core.cli.output import MODE, emit
+from salun_core.cli.output import MODE, echo, emit
 from salun_core.config import Document, parse, parse_text, read_document
 from salun_core.errors import UsageError
 from salun_core.storage.keys import split_uri
@@ -377,8 +377,8 @@ def _next_steps(settings: Settings) -> list[str]:
 
 def _show_init(path: Path, text: str, steps: list[str], dry_run: bool) -> None:
     if dry_run:
-        typer.echo(f"{text}\ndry run: {path} was not written")
+        echo(f"{text}\ndry run: {path} was not written")
         return
-    typer.echo(f"settings  {path}\n\nNext:")
+    echo(f"settings  {path}\n\nNext:")
     for step in steps:
-        typer.echo(f"  {step}")
+        echo(f"  {step}")

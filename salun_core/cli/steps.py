@@ -13,6 +13,7 @@ import typer
 from salun_core.cli.form import DEFAULTS, form_option
 from salun_core.cli.options import Data, Device, DryRun, Forget, Model, OptionalStore, Settings, read_settings
 from salun_core.cli.output import (
+    echo,
     emit,
     emit_facts,
     emit_plan,
@@ -219,9 +220,9 @@ def evaluate(
         print_metrics(evidence)
         decision = decide(evidence, load_policy(default_policy(evidence)))
         if not decision.passed:
-            typer.echo(f"\nthe policy {decision.policy} would refuse this model:")
+            echo(f"\nthe policy {decision.policy} would refuse this model:")
             print_refusals(decision)
-        typer.echo(f"\nevidence  {out}\nreport    {report}")
+        echo(f"\nevidence  {out}\nreport    {report}")
 
     emit(evidence.model_dump(mode="json"), show)
 
@@ -260,7 +261,7 @@ def gate(
             for item in decision.verdicts
         ]
         print_table(["rule", "threshold", "actual", "margin", "verdict"], rows)
-        typer.echo(f"\n{'PASSED' if decision.passed else 'REFUSED'} by policy {decision.policy}; decision in {out}")
+        echo(f"\n{'PASSED' if decision.passed else 'REFUSED'} by policy {decision.policy}; decision in {out}")
         print_refusals(decision)
 
     emit(decision.model_dump(mode="json"), show)

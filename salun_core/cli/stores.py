@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from salun_core.cli.output import emit, progress
+from salun_core.cli.output import echo, emit, progress
 
 if TYPE_CHECKING:
     from salun_core.storage.seaweedfs import EmbeddedServer
@@ -52,9 +52,9 @@ def serve(
 
 def _show(facts: dict[str, object]) -> None:
     for name, value in facts.items():
-        typer.echo(f"{name.replace('_', ' '):<10}  {value}")
-    typer.echo(f"\nIn another shell:\n  set -a; . {shlex.quote(str(facts['settings']))}; set +a\n  salun doctor")
-    typer.echo("\nThe store is served until Ctrl-C. It listens on this machine only.")
+        echo(f"{name.replace('_', ' '):<10}  {value}")
+    echo(f"\nIn another shell:\n  set -a; . {shlex.quote(str(facts['settings']))}; set +a\n  salun doctor")
+    echo("\nThe store is served until Ctrl-C. It listens on this machine only.")
 
 
 def _settings(server: EmbeddedServer) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from salun_core.cli.options import OptionalStore, Store
-from salun_core.cli.output import METRICS, byte_progress, emit, emit_facts, minute, print_table
+from salun_core.cli.output import METRICS, byte_progress, echo, emit, emit_facts, minute, print_table
 
 if TYPE_CHECKING:
     from salun_core.registry.differences import ModelDifference, Step
@@ -47,7 +47,7 @@ def list_lines(store: Store) -> None:
 
     def show() -> None:
         if not found:
-            typer.echo("no model line: import or train a model with --line, see salun model import --help")
+            echo("no model line: import or train a model with --line, see salun model import --help")
             return
         columns = ["line", "HEAD", "made by", "published", "versions", "size", "forgotten", "debt"]
         rows: list[tuple[object, ...]] = []
@@ -98,11 +98,11 @@ def history(line: Annotated[str, typer.Argument(metavar="LINE", help="The model 
         print_table(head, [_row(item) for item in versions])
         undone = [item for item in versions if item.state == "undone"]
         if undone:
-            typer.echo()
+            echo()
         for item in undone:
-            typer.echo(f"undone: {item.version.digest[:12]}, {_undoing(item)}")
+            echo(f"undone: {item.version.digest[:12]}, {_undoing(item)}")
         if _head(versions).alarm:
-            typer.echo("\nRetraining recommended: much was forgotten since the last full training.")
+            echo("\nRetraining recommended: much was forgotten since the last full training.")
 
     emit([_document(item) for item in versions], show)
 
@@ -195,7 +195,7 @@ def _show(found: VersionSummary, document: dict[str, Any]) -> None:
     )
     rows = _metric_rows(document["metrics"])
     if rows:
-        typer.echo()
+        echo()
         print_table(["metric", "before", "after", "retrained", "n"], rows)
 
 
@@ -244,13 +244,13 @@ def _show_difference(found: ModelDifference) -> None:
     if changed:
         rows = [(i.name, i.values, i.changed, f"{i.changed / i.values:.1%}", i.distance) for i in changed]
         print_table(["layer", "values", "changed", "share", "relative change"], rows)
-        typer.echo()
+        echo()
     share = found.changed / found.values if found.values else 0.0
     same = len(found.layers) - len(changed)
-    typer.echo(f"{found.changed} of {found.values} values differ ({share:.1%}); {_count(same, 'layer')} bit-identical")
+    echo(f"{found.changed} of {found.values} values differ ({share:.1%}); {_count(same, 'layer')} bit-identical")
     for names, side in ((found.gone, found.a), (found.new, found.b)):
         if names:
-            typer.echo(f"only in {side}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" * (len(names) > 5)))
+            echo(f"only in {side}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" * (len(names) > 5)))
     for step in found.steps:
         _show_step(found, step)
 
@@ -258,7 +258,7 @@ def _show_difference(found: ModelDifference) -> None:
 def _show_step(found: ModelDifference, step: Step) -> None:
     manifest, side = step.version.manifest, found.a if step.side == "a" else found.b
     requests = ", ".join(step.requests) if step.requests else "no recorded request"
-    typer.echo(
+    echo(
         f"\nonly in {side}: {step.version.digest[:12]} by {manifest.method}, {minute(manifest.created_at)}; "
         f"{_count(manifest.forget_count, 'sample')} forgotten; {requests}"
     )

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from salun_core.errors import unknown_name
+from salun_core.errors import escaped, unknown_name
 
 MASK = "[redacted]"
 # keys of what a request names, and of secrets, in snake_case
@@ -45,6 +45,9 @@ _IN_TEXT = (
     (re.compile(r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{16}\b"), MASK),
     (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}"), rf"\1 {MASK}"),
     (re.compile(r"(?i)\b(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+"), rf"\1{MASK}"),
+    # a signed header can be replayed for 15 minutes: `Authorization: AWS4-HMAC-SHA256 …, Signature=…`
+    (re.compile(r"(?i)\b(authorization[\"']?\s*[:=]\s*b?[\"']?)AWS4[^\"'\n}]*"), rf"\1{MASK}"),
+    (re.compile(r"(?i)\b(signature[=:]\s*)[0-9a-f%/+=]{16,}"), rf"\1{MASK}"),
     (re.compile(r"(://)[^/\s@:]+:[^/\s@]+@"), rf"\1{MASK}@"),
     (
         re.compile(
@@ -115,6 +118,7 @@ def configure_logging(json: bool | None = None, level: str = "info") -> None:
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)  # for libraries, which log to `logging`
+    handler.setLevel(max(threshold, logging.WARNING))  # also for a library whose own logger was set to debug
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=_shared(),
@@ -178,7 +182,11 @@ def _ending(as_json: bool) -> list[Processor]:
     """Return the last processors; tracebacks become text before the redaction, so that it covers them."""
     human = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
     last: Processor = structlog.processors.JSONRenderer(ensure_ascii=False) if as_json else human
-    return [structlog.processors.format_exc_info, _redact_event, last]
+    return [structlog.processors.format_exc_info, _redact_event, *([] if as_json else [_escape_event]), last]
+
+
+def _escape_event(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return {name: escaped(value) if isinstance(value, str) else value for name, value in event.items()}
 
 
 def _redact_event(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

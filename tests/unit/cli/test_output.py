@@ -1,8 +1,11 @@
-"""The table of metrics that the command prints."""
+"""What the command prints: the table of metrics, and hostile names as plain text."""
+
+import json
 
 import pytest
 
-from salun_core.cli.output import print_metrics
+from salun_core.cli.output import MODE, echo, emit_facts, print_metrics, print_table, progress
+from salun_core.errors import SalunError
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import DiffusionFacts, Forgotten, Integrity, Measured
 
@@ -48,3 +51,40 @@ def test_generated_images_have_their_units(table):
         ["FID", *["distance,", "lower", "is", "better"], "16.0000", "18.5000", "17.0000", "20"],
         ["CLIP", *["score", "from", "0", "to", "100"], "31.2500", "30.5000", "-", "20"],
     ]
+
+
+HOSTILE = "cat\x1b]0;owned\x07\x9b31m\r\u202eexe\x7f\udc80"
+PLAIN = "cat\\u001b]0;owned\\u0007\\u009b31m\\u000d\\u202eexe\\u007f\\udc80"
+
+
+@pytest.mark.parametrize("show", [echo, progress, lambda text: emit_facts({"class": text})])
+def test_control_characters_of_data_are_printed_as_text(show, capsys):
+    show(HOSTILE)
+    printed = capsys.readouterr()
+    assert PLAIN in printed.out + printed.err
+
+
+def test_a_name_cannot_begin_a_line_of_a_table(capsys):
+    print_table(["class", "n"], [(f"{HOSTILE}\nVALID: signed", 3)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[2].startswith(f"{PLAIN}\\u000aVALID: signed")
+
+
+def test_json_stays_the_same_json(capsys, monkeypatch):
+    monkeypatch.setattr(MODE, "json", True)
+    emit_facts({"class": HOSTILE, "text": "one\ntwo, \u4e2d\u6587"})
+    text = capsys.readouterr().out
+    assert json.loads(text) == {"class": HOSTILE, "text": "one\ntwo, \u4e2d\u6587"}
+    assert "\u4e2d\u6587" in text
+    assert not set(HOSTILE) - set("cat]0;owned31mexe") & set(text)
+
+
+def test_errors_show_control_characters_as_text(salun):
+    result = salun("report", "--evidence", "\x1b[2Jfaces.json", "--out", "r.html")
+    assert result.exit_code == 2
+    assert "\x1b" not in result.stderr
+    assert "\\u001b[2Jfaces.json" in result.stderr
+    assert "\x1b" not in salun("request", "submit", "--class-index", "\x1b[2J").stderr
+    assert "\x1b" not in salun("model", "\x1b[2J").stderr
+    assert str(SalunError("a\x1bb", "c\x9bd")) == "a\\u001bb: c\\u009bd."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -225,3 +226,15 @@ def test_json_and_debug_may_stand_anywhere(salun):
     assert len(texts) == 1
     json.loads(texts.pop())
     assert "Traceback" in salun("mask", "--debug", "--model", "no", "--forget", "no", "--out", "m").stderr
+
+
+def test_debug_logs_no_request_that_could_be_replayed(salun, store, monkeypatch):
+    from salun_core.storage.keys import head_key
+
+    store.put_new(head_key("broken"), b"no JSON")
+    monkeypatch.setattr(logging.getLogger("botocore"), "level", logging.DEBUG)  # as with boto3.set_stream_logger
+    result = salun("model", "history", "broken", "--debug", "--store", store.uri)
+    assert result.exit_code == 5
+    assert "Traceback" in result.stderr
+    for text in ("Signature=", "Authorization", "AWS4-HMAC-SHA256", "botocore."):
+        assert text not in result.stderr, text

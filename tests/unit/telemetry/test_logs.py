@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -246,3 +247,39 @@ def test_debug_shows_our_own_lines_and_of_libraries_only_warnings(capsys):
         logging.getLogger(library).warning("serious")
     events = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
     assert events == ["ours", "serious", "serious"]
+
+
+def test_debug_shows_nothing_of_a_library_that_logs_at_debug_by_itself(capsys, monkeypatch):
+    configure_logging(json=True, level="debug")
+    for name in ("botocore", "urllib3", "boto3", "s3transfer"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.DEBUG)
+        logging.getLogger(f"{name}.part").debug("theirs")
+    assert capsys.readouterr().err == ""
+
+
+def test_no_line_about_a_request_can_be_replayed(store):
+    """All that the S3 client logs of a signed request, at its lowest level."""
+    logged, client = [], logging.getLogger("botocore")
+    handler, level = logging.Handler(), client.level
+    handler.emit = lambda record: logged.append(record.getMessage())
+    client.addHandler(handler)
+    client.setLevel(logging.DEBUG)
+    try:
+        store.put_new("a", b"1")
+    finally:
+        client.removeHandler(handler)
+        client.setLevel(level)
+    raw = "\n".join(logged)
+    signatures = set(re.findall(r"Signature[=:]\s*([0-9a-f]{64})", raw))
+    assert signatures, "the client logs its signatures"
+    masked = "\n".join(redact_text(message) for message in logged)
+    for signature in signatures:
+        assert signature not in masked
+    assert not re.search(r"Signature[=:]\s*[0-9a-f]", masked)
+    assert not re.search(r"Authorization['\"]?: *b?['\"]?AWS4", masked)
+
+
+def test_a_terminal_shows_control_characters_as_text(capsys):
+    configure_logging(json=False)
+    get_logger().warning("read", name="\x1b[2Jcat")
+    assert "\\u001b[2Jcat" in capsys.readouterr().err
