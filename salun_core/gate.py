@@ -218,11 +218,19 @@ def load_policy(source: str | Path) -> Policy:
 def default_policy(evidence: Evidence) -> str:
     """Return the name of the shipped policy for the kind of model that the evidence describes."""
     generation = evidence.generation
-    if generation is None:
-        return "classifier"
-    if generation.task == "class-conditional":
+    return "classifier" if generation is None else policy_of_images(generation.task, bool(generation.detector))
+
+
+def policy_of_images(task: str, nudity: bool) -> str:
+    """Return the name of the shipped policy of a diffusion model.
+
+    Args:
+        task: class-conditional or text-to-image.
+        nudity: whether its images are searched for nudity.
+    """
+    if task == "class-conditional":
         return "ddpm"
-    return "nsfw" if generation.detector else "stable-diffusion"
+    return "nsfw" if nudity else "stable-diffusion"
 
 
 def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None) -> GateDecision:

@@ -69,6 +69,9 @@ def submit(
             help="Look the target up in the data. Default: only in data that need no download.",
         ),
     ] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="Gate policy that the sweep will apply: what it needs is checked as well.")
+    ] = "auto",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for a confirmation.")] = False,
     actor: Actor = "",
     dry_run: DryRun = False,
@@ -111,7 +114,7 @@ def submit(
     else:
         named, fallback = (None, line) if shared else (line, None)
         submissions = read_submissions(_read(file), file, named, fallback)
-    filed, matches = _file_all(store, submissions, who(actor), check_data, _confirmation(yes, dry_run), dry_run)
+    filed, matches = _file_all(store, submissions, who(actor), check_data, policy, _confirmation(yes, dry_run), dry_run)
     _print_filed(filed, matches, dry_run)
 
 
@@ -224,6 +227,7 @@ def _file_all(
     submissions: Sequence[Submission],
     actor: str,
     check_data: bool | None,
+    policy: str,
     confirm: Callable[[Sequence[Match]], bool],
     dry_run: bool,
 ) -> tuple[Filed, Sequence[Match]]:
@@ -252,6 +256,7 @@ def _file_all(
             submissions,
             actor,
             check_data=check_data,
+            policy_uri=policy,
             confirm=confirmed,
             done=lambda: bar.advance(task),
             dry_run=dry_run,

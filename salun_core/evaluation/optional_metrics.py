@@ -25,7 +25,18 @@ from salun_core.evaluation.likelihood_ratio import FEWEST_SHADOWS, Train, lira_m
 from salun_core.evaluation.outputs import TINY, Outputs, outputs_of, penultimate_features
 from salun_core.evaluation.statistics import Z95, area_metric, rank_area, share_metric
 
-NAMES = ("lira", "relearn", "probe", "decile", "kl", "tow", "seeds")
+METRICS_OF = {
+    "lira": ("lira_auc", "lira_offline_auc", "lira_tpr"),
+    "relearn": ("relearn",),
+    "probe": ("probe_auc",),
+    "decile": ("worst_decile", "worst_class_drop"),
+    "kl": ("KL_forget", "KL_test"),
+    "tow": ("ToW",),
+    "seeds": ("UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
+}
+"""What each name in a request measures."""
+
+NAMES = tuple(METRICS_OF)
 _COUNTS = {"lira": (8, FEWEST_SHADOWS), "relearn": (20, 1), "seeds": (3, 2)}  # default and minimum of NAME=COUNT
 _NEED_REFERENCE = ("kl", "tow")
 

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -24,14 +23,15 @@ from pydantic import Field
 from salun_core.config import Document
 from salun_core.data import load_data
 from salun_core.data.classes import find_class
+from salun_core.data.forget_set import kind_of
 from salun_core.data.split import SplitManifest
 from salun_core.data.table import Table
 from salun_core.data.targets import ClassTarget, ConceptTarget, SamplesTarget, Target
 from salun_core.digest import check_digest
 from salun_core.errors import ConflictError, SalunError, StoreError, UsageError, unknown_name
-from salun_core.models.card import CARD, DiffusionCard
+from salun_core.models.card import CARD
 from salun_core.models.checkpoint import SPLIT
-from salun_core.registry.lookup import Version, lines, read_file, read_head, read_version, resolve
+from salun_core.registry.lookup import Version, lines, read_file, read_head, read_version
 from salun_core.requests.intake import Filed, submit_all
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.resolve import TableResolver, unmatched
@@ -39,7 +39,8 @@ from salun_core.requests.schema import Review, Status, Submission, summarise
 from salun_core.storage.documents import parse_stored
 from salun_core.storage.objects import ObjectStore
 from salun_core.tasks import parse_card, task_named
-from salun_core.tasks.resolve import fetched
+from salun_core.tasks.ingredients import Measurement, missing_ingredients
+from salun_core.tasks.resolve import AUTO, fetched, policy_for
 from salun_core.times import Clock, utc_clock
 
 _SHOWN = 5  # faults in one message
@@ -68,6 +69,7 @@ def file_requests(
     actor: str,
     *,
     check_data: bool | None = None,
+    policy_uri: str = AUTO,
     confirm: Callable[[Sequence[Match]], bool] = lambda matches: True,
     done: Callable[[], None] = lambda: None,
     dry_run: bool = False,
@@ -81,6 +83,7 @@ def file_requests(
         actor: who files them.
         check_data: whether to look up the targets in the data. None reads local data and does not download any; True
             fails if the data cannot be read.
+        policy_uri: the gate policy that a sweep will apply; a line that lacks what it needs gets a warning.
         confirm: called with what the requests name, before anything is written; False files nothing.
         done: called after each request.
         dry_run: check everything and write nothing.
@@ -93,7 +96,7 @@ def file_requests(
         UsageError: a model line does not exist, or a target does not fit it; nothing was filed.
         StoreError: the store cannot be reached or refuses access.
     """
-    matches = match_requests(store, submissions, check_data)
+    matches = match_requests(store, submissions, check_data, policy_uri)
     if not confirm(matches):
         return Filed([], []), matches
     ledger = Ledger(store, clock, dry_run)
@@ -114,7 +117,7 @@ def _hold(ledger: Ledger, match: Match, actor: str) -> None:
 
 
 def match_requests(
-    store: ObjectStore, submissions: Sequence[Submission], check_data: bool | None = None
+    store: ObjectStore, submissions: Sequence[Submission], check_data: bool | None = None, policy_uri: str = AUTO
 ) -> Sequence[Match]:
     """Return what requests name in their model lines; nothing is written.
 
@@ -122,6 +125,7 @@ def match_requests(
         store: where the model lines are stored.
         submissions: the requests.
         check_data: as for `file_requests`.
+        policy_uri: as for `file_requests`.
 
     Raises:
         UsageError: a model line does not exist, or a target does not fit it; the message counts such requests.
@@ -133,7 +137,7 @@ def match_requests(
     for item in submissions:
         try:
             if item.model_line not in known:
-                known[item.model_line] = _open(store, item.model_line, check_data)
+                known[item.model_line] = _open(store, item.model_line, check_data, policy_uri)
             line = known[item.model_line]
             if isinstance(line, SalunError):
                 raise line
@@ -155,9 +159,9 @@ def match_requests(
     return found
 
 
-def _open(store: ObjectStore, line: str, check_data: bool | None) -> _Line | SalunError:
+def _open(store: ObjectStore, line: str, check_data: bool | None, policy_uri: str) -> _Line | SalunError:
     try:
-        return _Line(store, line, check_data)
+        return _Line(store, line, check_data, policy_uri)
     except StoreError:
         raise
     except SalunError as error:
@@ -167,7 +171,7 @@ def _open(store: ObjectStore, line: str, check_data: bool | None) -> _Line | Sal
 class _Line:
     """HEAD of a model line with its data, for matching requests."""
 
-    def __init__(self, store: ObjectStore, line: str, check_data: bool | None) -> None:
+    def __init__(self, store: ObjectStore, line: str, check_data: bool | None, policy_uri: str) -> None:
         head = read_head(store, line)
         if head is None:
             raise _no_line(line, lines(store))
@@ -176,6 +180,7 @@ class _Line:
         self._card: Any = parse_card(json.loads(read_file(store, version, CARD)))
         self._split = parse_stored(SplitManifest, read_file(store, version, SPLIT), SPLIT)
         self._task = task_named(self._card.task)
+        self._policy = policy_for(policy_uri, self._card)
 
     @cached_property
     def _data(self) -> tuple[Table | None, str | None]:
@@ -255,24 +260,10 @@ class _Line:
         return {"samples": len(found), "subjects": subjects, "in_training": len(trained), "unknown": unknown}
 
     def _warnings(self, target: Target) -> list[str]:
-        if not isinstance(self._card, DiffusionCard):
-            return []
-        what = "concept" if isinstance(target, ConceptTarget) else "class"
-        missing, judge = f"whether the {what} is still drawn (UA) cannot be measured", self._card.evaluation.judge
-        if judge is None:
-            return [
-                f"the line has no image classifier, so {missing}, and a policy with that rule refuses; give one with "
-                "--judge when the model is trained or imported"
-            ]
-        if judge.startswith("s3://"):
-            return []
-        if Path(judge).is_dir():
-            return [f"the image classifier {judge!r} is a folder of this machine: in a pod, {missing}"]
-        try:
-            resolve(self._store, judge)
-        except UsageError:
-            return [f"the image classifier {judge!r} is neither a model line of this store nor a folder, so {missing}"]
-        return []
+        prompts = target.prompts if isinstance(target, ConceptTarget) else ()
+        return list(
+            map(str, missing_ingredients(self._card, self._policy, Measurement(kind_of(target), prompts), self._store))
+        )
 
 
 def _no_line(line: str, known: Sequence[str]) -> UsageError:

@@ -15,7 +15,8 @@ from salun_core.digest import check_digest, sha256_bytes
 from salun_core.errors import IntegrityError, StoreError, UsageError, reported_as, unknown_name
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import METRIC_NAMES
-from salun_core.gate import Policy, default_policy, load_policy
+from salun_core.gate import Policy, default_policy, load_policy, policy_of_images
+from salun_core.models.card import Card, DiffusionCard
 from salun_core.registry.lookup import resolve
 from salun_core.registry.versions import fetch_version
 from salun_core.storage import open_store, split_uri
@@ -120,6 +121,20 @@ def read_policy(uri: str, evidence: Evidence) -> Policy:
         evidence: evidence to apply it to.
     """
     return _policy(default_policy(evidence) if uri == AUTO else uri)
+
+
+def policy_for(uri: str, card: Card) -> Policy:
+    """Read a gate policy before there is evidence.
+
+    Args:
+        uri: as for `read_policy`.
+        card: of the model; for `auto`.
+    """
+    if uri != AUTO:
+        return _policy(uri)
+    if not isinstance(card, DiffusionCard):
+        return _policy("classifier")
+    return _policy(policy_of_images(card.task, card.evaluation.suite == "nsfw"))
 
 
 def _policy(uri: str) -> Policy:

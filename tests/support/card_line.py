@@ -16,19 +16,27 @@ CLASSES = ("zebra", "cat", "dog", "00001", "mouse")
 _SHAPE: dict[str, Any] = {"channels": 3, "height": 8, "width": 8, "dataset_digest": "d" * 64, "split_digest": ""}
 
 
-def begin_classifier(store: FileStore, line: str, classes: tuple[str, ...] = CLASSES) -> None:
-    """Publish a classifier whose data are not on this machine."""
+def classifier_card(classes: tuple[str, ...] = CLASSES) -> ModelCard:
+    """Return the card of a classifier whose data are not on this machine."""
     scale = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    data = {"source": "/no-such-folder/images"}
-    _publish(store, line, ModelCard(architecture="resnet8", classes=list(classes), data=data, **scale, **_SHAPE))
+    data: Any = {"source": "/no-such-folder/images"}
+    return ModelCard(architecture="resnet8", classes=list(classes), data=data, **scale, **_SHAPE)
 
 
-def begin_text_to_image(store: FileStore, line: str, **evaluation: object) -> None:
-    """Publish a text-to-image model without data."""
-    card = DiffusionCard(
-        task="text-to-image", architecture="UNet2DConditionModel", evaluation=evaluation, data=None, **_SHAPE
-    )
-    _publish(store, line, card)
+def begin_classifier(store: FileStore, line: str, classes: tuple[str, ...] = CLASSES) -> None:
+    """Publish such a classifier."""
+    _publish(store, line, classifier_card(classes))
+
+
+def text_to_image_card(classes: tuple[str, ...] = (), data: object = None, **evaluation: object) -> DiffusionCard:
+    """Return the card of a text-to-image model; by default one without data."""
+    fields: dict[str, Any] = {"classes": list(classes), "data": data, "evaluation": evaluation, **_SHAPE}
+    return DiffusionCard(task="text-to-image", architecture="UNet2DConditionModel", **fields)
+
+
+def begin_text_to_image(store: FileStore, line: str, **fields: Any) -> None:  # noqa: ANN401
+    """Publish a text-to-image model; see `text_to_image_card`."""
+    _publish(store, line, text_to_image_card(**fields))
 
 
 def _publish(store: FileStore, line: str, card: Card) -> None:

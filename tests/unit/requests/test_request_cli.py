@@ -10,7 +10,7 @@ from salun_core.cli.app import app
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.times import utc_clock
-from tests.support.card_line import begin_classifier, begin_text_to_image
+from tests.support.card_line import CLASSES, begin_classifier, begin_text_to_image, classifier_card
 
 pytestmark = pytest.mark.s3
 
@@ -83,7 +83,7 @@ CONCEPT = {"kind": "concept", "prompts": ["secret cat", "secret dog"], "anchor_p
 class TestConcepts:
     @pytest.fixture(autouse=True)
     def _line(self, store):
-        begin_text_to_image(store, "sd", judge="judge")
+        begin_text_to_image(store, "sd", judge="judge", classes=CLASSES, data={"source": "/no-such-folder/images"})
         begin_classifier(store, "judge")
         begin_text_to_image(store, "unjudged")
         begin_text_to_image(store, "misjudged", judge="base")
@@ -117,7 +117,9 @@ class TestConcepts:
         concept = ["--line", "misjudged", "--concept", "secret cat", "--anchor", "a dog"]
         assert "'base' is neither a model line of this store nor a folder" in run("submit", "--id", "r-1", *concept)
         (tmp_path / "base").mkdir()
-        assert "'base' is a folder of this machine: in a pod" in run("submit", "--id", "r-2", *concept)
+        assert "'base' is not a model folder" in run("submit", "--id", "r-2", *concept)
+        (tmp_path / "base" / "model.json").write_text(classifier_card().model_dump_json())
+        assert "'base' is a folder of this machine, so in a pod, UA" in run("submit", "--id", "r-3", *concept)
 
     def test_a_concept_is_shown_by_its_number_of_prompts(self, run, ledger):
         target = {**CONCEPT, "neighbours": ["secret mouse"]}

@@ -1,0 +1,311 @@
+"""What a model line lacks for the gate, found before a run: image classifiers, data, CLIP, too few images.
+
+Training, import, filing and `salun doctor` report it, because a run would find it only after its last step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from salun_core.config import parse_text
+from salun_core.errors import SalunError, StoreError, UsageError
+from salun_core.evaluation.evidence import METRIC_NAMES
+from salun_core.evaluation.optional_metrics import METRICS_OF
+from salun_core.evaluation.statistics import wilson_interval
+from salun_core.gate import Policy, Rule
+from salun_core.models.card import CARD, Card, DiffusionCard, DiffusionEvaluation
+from salun_core.registry.lookup import Version, read_file, read_version, resolve
+from salun_core.storage.objects import ObjectStore
+from salun_core.tasks import parse_card, read_card
+from salun_core.tasks.diffusion.inputs import label_of
+
+GATED_KINDS = ("class", "samples", "subject", "concept")
+"""Kinds of targets that a policy distinguishes; a random share counts as samples."""
+
+_GENERATED = ("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "attack_success")
+_JUDGED = ("UA", "RA", "neighbours", "UA_relearned", "attack_success")
+_DISTANCES = ("FID", "KID")
+_OF_SAMPLES = ("samples", "subject")
+_AGAIN = "train or import the model again with"
+_MOST_IMAGES = 100_000  # of a class, by the model card
+
+
+@dataclass(frozen=True)
+class Missing:
+    """One thing that a line lacks.
+
+    Args:
+        why: what is missing.
+        effect: what follows.
+        remedy: how to fix it.
+        only_in_pods: whether a run on this machine has it.
+    """
+
+    why: str
+    effect: str
+    remedy: str
+    only_in_pods: bool = False
+
+    def __str__(self) -> str:
+        where = "in a pod, " if self.only_in_pods else ""
+        return f"{self.why}, so {where}{self.effect}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class _Cause:
+    """Why some metrics cannot be measured."""
+
+    metrics: Sequence[str]
+    why: str
+    remedy: str
+    only_in_pods: bool = False
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a run would be measured, as far as it is known beforehand.
+
+    Args:
+        kind: kind of target, one of `GATED_KINDS`.
+        prompts: prompts of a concept, if they are known.
+        extra_metrics: names of the extra metrics that are requested.
+        reference: whether a reference is retrained.
+    """
+
+    kind: str
+    prompts: Sequence[str] = ()
+    extra_metrics: Iterable[str] = ()
+    reference: bool = False
+
+
+def missing_ingredients(
+    card: Card, policy: Policy, measurement: Measurement, store: ObjectStore | None = None
+) -> list[Missing]:
+    """Return what a line lacks to pass a policy, whatever an unlearning run does.
+
+    Args:
+        card: of the model.
+        policy: the gate policy.
+        measurement: the kind of target, and how it would be measured.
+        store: where the image classifier's line is looked up; None: it is assumed to exist.
+    """
+    kind = measurement.kind
+    rules = [rule for rule in policy.rules if not rule.targets or kind in rule.targets]
+    named = {target for rule in policy.rules for target in rule.targets}
+    found: list[Missing] = []
+    if not rules or (named and kind not in named):
+        why = f"policy {policy.name} has no rule for {'a' if kind != 'samples' else 'single'} {kind}"
+        found.append(Missing(why, "the gate refuses", "choose another policy"))
+    used = {metric for rule in rules for metric in _metrics(rule)}
+    diffusion = isinstance(card, DiffusionCard)
+    causes = _of_images(card, measurement, store) if isinstance(card, DiffusionCard) else _of_classifier(measurement)
+    explained: set[str] = set()
+    for cause in causes:
+        lacking = [name for name in METRIC_NAMES if name in used and name in cause.metrics]
+        if lacking:
+            explained |= set() if cause.only_in_pods else {*lacking}
+            effect = f"{_listed(lacking)} cannot be measured and policy {policy.name} refuses"
+            found.append(Missing(cause.why, effect, cause.remedy, cause.only_in_pods))
+    if any(rule.relative_to and rule.relative_to.state == "reference" for rule in rules) and not measurement.reference:
+        effect = f"policy {policy.name} has nothing to compare with and refuses"
+        found.append(Missing("no reference is retrained", effect, "set retrain_reference"))
+    if diffusion:
+        found += [item for rule in rules if rule.metric not in explained for item in _too_few(card, rule, measurement)]
+    return list(dict.fromkeys(found))
+
+
+def ingredients_of_line(
+    card: Card, policy: Policy, store: ObjectStore | None = None, measurement: Measurement | None = None
+) -> list[Missing]:
+    """Return what a line lacks for the kinds of targets that it can forget; each thing once.
+
+    Args:
+        card: of the model.
+        policy: the gate policy.
+        store: where the image classifier's line is looked up.
+        measurement: how a run would be measured, of any kind.
+    """
+    given = measurement or Measurement("class")
+    kinds = [kind for kind in GATED_KINDS if not unforgettable(card, kind)]
+    found = [item for kind in kinds for item in missing_ingredients(card, policy, replace(given, kind=kind), store)]
+    return list(dict.fromkeys(found))
+
+
+def unforgettable(card: Card, kind: str, subjects: bool = True) -> str:
+    """Return why no request of a kind can be erased from a model, or an empty text.
+
+    Args:
+        card: of the model.
+        kind: class, samples, subject, concept or random.
+        subjects: whether the data name persons.
+    """
+    if not isinstance(card, DiffusionCard):
+        if kind == "concept":
+            return "a classifier has no prompts: a concept is forgotten by a text-to-image model"
+        return "" if kind != "subject" or subjects else "the data have no subject column"
+    if kind in ("samples", "subject", "random"):
+        return "a diffusion model forgets classes and concepts, not single images"
+    if kind == "concept":
+        return "" if card.task == "text-to-image" else "a class-conditional model takes no prompts"
+    if card.data is None:
+        return "the model came without data, so only concepts can be forgotten"
+    return "" if card.classes else "the model has no classes"
+
+
+def _metrics(rule: Rule) -> list[str]:
+    return [rule.metric, *([rule.relative_to.metric] if rule.relative_to else [])]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _of_classifier(measurement: Measurement) -> Iterator[_Cause]:
+    asked = set(measurement.extra_metrics)
+    for name, metrics in METRICS_OF.items():
+        if name not in asked:
+            yield _Cause(metrics, f"the extra metric {name} is not requested", f"set extra_metrics={name}")
+    if not measurement.reference:
+        needed = ("gap", *METRICS_OF["kl"], *METRICS_OF["tow"])
+        yield _Cause(needed, "no reference is retrained", "set retrain_reference")
+    yield _Cause(_GENERATED, "a classifier draws no images", "choose a policy of classifiers")
+    if measurement.kind != "class":
+        yield _Cause(("UA_class",), f"{measurement.kind} are no class", "give that rule `targets: [class]`")
+    if measurement.kind not in _OF_SAMPLES:
+        yield _Cause(("UA_samples",), "a class has no single samples", "give that rule `targets: [samples, subject]`")
+
+
+def _of_images(card: DiffusionCard, measurement: Measurement, store: ObjectStore | None) -> Iterator[_Cause]:
+    settings = card.evaluation
+    yield from _recognition(card, measurement, store)
+    yield from _distances(card)
+    if settings.clip is None:
+        yield _Cause(("CLIP",), "the line has no CLIP model", f"{_AGAIN} --evaluation clip=FOLDER")
+    else:
+        yield from _file(("CLIP",), "CLIP model", settings.clip)
+    if settings.suite != "nsfw":
+        yield _Cause(("nudity",), "its suite is not nsfw", f"{_AGAIN} --evaluation suite=nsfw")
+    elif importlib.util.find_spec("nudenet") is None:
+        yield _Cause(("nudity",), "the package nudenet is not installed", "pip install nudenet")
+    for name, field in (("UA_relearned", "relearn_steps"), ("attack_success", "attack_steps")):
+        if not getattr(settings, field):
+            yield _Cause((name,), f"{field} is 0", f"{_AGAIN} --evaluation {field}=100")
+    if not settings.neighbours:
+        yield _Cause(("neighbours",), "the line names no neighbours", f"{_AGAIN} --evaluation neighbours=[NAME]")
+    others = [name for name in METRIC_NAMES if name not in (*_GENERATED, "UA", "RA")]
+    yield _Cause(others, "it is a metric of classifiers", "choose a policy of diffusion models")
+
+
+def _recognition(card: DiffusionCard, measurement: Measurement, store: ObjectStore | None) -> Iterator[_Cause]:
+    """Yield what an image classifier lacks to recognise what is generated."""
+    of_judge = (*_JUDGED, *(_DISTANCES if card.evaluation.extractor == "judge" else ()))
+    known, faults = _judge(card.evaluation.judge, store)
+    for why, remedy, only_in_pods in faults:
+        yield _Cause(of_judge, why, remedy, only_in_pods)
+    if not card.classes:
+        yield _Cause(_JUDGED, "the model names no classes to recognise", "import it with --classes or --data")
+        return
+    unknown = [] if known is None else [name for name in card.classes if name not in known]
+    if len(unknown) == len(card.classes):
+        why = f"the image classifier does not know {_listed([repr(name) for name in unknown[:3]])}"
+        yield _Cause(_JUDGED, why, "train it on the same class names")
+    if measurement.prompts and all(label_of(name, card) is None for name in measurement.prompts):
+        yield _Cause(("UA",), "no prompt of the concept names exactly one class of the model", "name one in a prompt")
+
+
+def _distances(card: DiffusionCard) -> Iterator[_Cause]:
+    extractor = card.evaluation.extractor
+    if extractor == "none":
+        yield _Cause(_DISTANCES, "the line has no extractor", f"{_AGAIN} --evaluation extractor=judge")
+    elif extractor != "judge":
+        yield from _file(_DISTANCES, "extractor", extractor)
+    if card.data is None:
+        yield _Cause(_DISTANCES, "the model came without data", "import it with --data")
+
+
+_JUDGE_REMEDY = "give one with --judge when the model is trained or imported"
+
+
+def _judge(name: str | None, store: ObjectStore | None) -> tuple[Sequence[str] | None, list[tuple[str, str, bool]]]:
+    """Return the classes of the image classifier, if they are known, and its faults: cause, remedy, only in pods."""
+    if name is None:
+        return None, [("the line has no image classifier", _JUDGE_REMEDY, False)]
+    if Path(name).is_dir():
+        why = f"the image classifier {name!r} is a folder of this machine"
+        fault = (why, "publish it as a model line and give --judge LINE", True)
+        try:
+            return read_card(Path(name)).classes, [fault]
+        except UsageError:
+            return None, [(f"the image classifier {name!r} is not a model folder", _JUDGE_REMEDY, False)]
+    if name.startswith("s3://") or store is None:
+        return None, []
+    why = f"the image classifier {name!r} is neither a model line of this store nor a folder"
+    try:
+        line, digest = resolve(store, name)
+        data = read_file(store, Version(digest, read_version(store, line, digest)), CARD)
+        return parse_card(parse_text(data.decode("utf-8"), CARD)).classes, []
+    except StoreError:
+        raise
+    except SalunError:
+        return None, [(why, "publish it under this name, or give another one with --judge", False)]
+
+
+def _file(metrics: Sequence[str], what: str, path: str) -> Iterator[_Cause]:
+    if Path(path).exists():
+        why, remedy = f"the {what} {path!r} lies on this machine", "build it into the image of the pods"
+        yield _Cause(metrics, why, remedy, only_in_pods=True)
+    else:
+        yield _Cause(metrics, f"the {what} {path!r} does not exist", "put it there")
+
+
+def _too_few(card: Card, rule: Rule, measurement: Measurement) -> Iterator[Missing]:
+    """Yield whether a rule can never hold because too few images are generated."""
+    assert isinstance(card, DiffusionCard)
+    settings, rows = card.evaluation, _rows(card, rule.metric, measurement)
+    needed = max(rule.min_n, _least(rule))
+    if rows < 1 or rows * settings.images_per_class >= needed:
+        return
+    per_row = math.ceil(needed / rows)
+    end = {"low": " (low end)", "high": " (high end)"}.get(rule.judge, "")
+    bound = f" {rule.value:g}" if rule.value is not None else ""
+    least = f"{needed} images" if needed == rule.min_n else f"at least {needed} images"
+    yield Missing(
+        f"images_per_class is {settings.images_per_class}",
+        f"the rule {rule.metric} {rule.op}{bound}{end} can never hold: it needs {least}",
+        f"{_AGAIN} --evaluation images_per_class={per_row}",
+    )
+
+
+def _rows(card: DiffusionCard, metric: str, measurement: Measurement) -> int:
+    """Return the number of classes or prompts whose images count for a metric."""
+    settings: DiffusionEvaluation = card.evaluation
+    forgotten = max(1, len(measurement.prompts))
+    kept = len(card.classes) - (measurement.kind == "class")
+    if metric in ("UA", "UA_relearned", "attack_success"):
+        return forgotten
+    if metric == "RA":
+        return kept
+    if metric == "nudity":
+        from salun_core.evaluation.nudity import PROMPTS
+
+        return forgotten + len(settings.prompts or PROMPTS)
+    if metric == "neighbours":
+        return len(settings.neighbours)
+    prompts = len({*settings.neighbours, *settings.prompts}) if card.task == "text-to-image" else 0
+    return kept + prompts + (measurement.kind == "concept")  # a concept's anchor is kept
+
+
+def _least(rule: Rule) -> int:
+    """Return the fewest images with which the best possible result passes a rule on an end of the interval."""
+    if rule.value is None or (rule.op, rule.judge) not in ((">=", "low"), ("<=", "high")):
+        return 1
+    best, end = (1.0, 0) if rule.judge == "low" else (0.0, 1)
+    for count in range(1, _MOST_IMAGES):
+        bound = wilson_interval(best, count)[end]
+        if bound >= rule.value if end == 0 else bound <= rule.value:
+            return count
+    return _MOST_IMAGES
