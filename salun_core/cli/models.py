@@ -11,12 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 from salun_core.cli.options import Actor, DryRun, OptionalStore, Reason, Settings, Store, read_settings, who
-from salun_core.cli.output import emit_facts, emit_plan, epoch_progress
+from salun_core.cli.output import MODE, emit_facts, emit_plan, epoch_progress, progress
 from salun_core.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
     from salun_core.data import DataSpec
-    from salun_core.models.card import DiffusionEvaluation
+    from salun_core.models.card import Card, DiffusionCard, DiffusionEvaluation
     from salun_core.tasks.diffusion.importing import MadeDiffusion
 
 CLASSIFIER = "classifier"
@@ -36,6 +36,9 @@ Judge = Annotated[
 Evaluation = Annotated[
     list[str], typer.Option("--evaluation", metavar="KEY=VALUE", help="Setting of the evaluation; may be repeated.")
 ]
+Policy = Annotated[
+    str, typer.Option("--policy", help="Gate policy that the line will have to pass: what is missing for it is named.")
+]
 Version = Annotated[str, typer.Argument(metavar="LINE@VERSION", help="The version, by 6 or more digits of its digest.")]
 
 
@@ -47,11 +50,13 @@ class _Destination:
         out: its folder.
         line: the model line that begins with it, if any.
         store: the store of that line.
+        policy: the gate policy that its versions will have to pass.
     """
 
     out: Path
     line: str | None
     store: str | None
+    policy: str = "auto"
 
     def check(self) -> None:
         """Refuse, before any work, a line that exists already or a store that cannot hold one safely."""
@@ -79,22 +84,86 @@ class _Destination:
             build_classifier(arch, len(loaded.table.classes), *images.shape[1:3])
         self.check()
         facts = {"would_write": self.out, "would_publish": self.line, **({"arch": arch} if arch else {})}
-        sizes = {"train_images": len(images), "test_images": len(loaded.split.test)}
+        size = _size(*images.shape[1:], chosen=spec.size is not None)
+        sizes = {"images": size, "train_images": len(images), "test_images": len(loaded.split.test)}
         emit_plan(verb, {**facts, "classes": len(loaded.table.classes), **sizes})
 
-    def finish(self, register: Callable[..., str], method: str, facts: Mapping[str, object]) -> None:
-        """Publish the model if a line was given, and print what was made."""
-        from salun_core.config import load
-        from salun_core.data.split import SplitManifest
-        from salun_core.models.checkpoint import SPLIT
+    def warn(self, card: Card) -> list[str]:
+        """Print what a model lacks to pass its policy, whatever a run does, and return it."""
         from salun_core.storage import open_store
+        from salun_core.tasks.ingredients import ingredients_of_line
+        from salun_core.tasks.resolve import policy_for
 
+        store = open_store(self.store) if self.store else None
+        found = ingredients_of_line(card, policy_for(self.policy, card), store)
+        texts = [str(item) for item in found if self.line or not item.only_in_pods]  # pods have only what is published
+        for text in texts:
+            progress(f"warning: {text}")
+        return texts
+
+    def with_judge(self, evaluation: DiffusionEvaluation) -> DiffusionEvaluation:
+        """Publish an image classifier that is a folder of this machine, so that pods have it; name its version.
+
+        It becomes the line `LINE-judge`. If the process dies before LINE is published, the same command finds it there.
+
+        Raises:
+            ConflictError: that line exists with another model.
+        """
+        from salun_core.digest import sha256_file
+        from salun_core.models.checkpoint import WEIGHTS
+        from salun_core.registry.lookup import read_head, read_version
+        from salun_core.storage import open_store
+        from salun_core.tasks import read_card, register_model
+
+        folder = Path(evaluation.judge or "")
+        if not (self.line and self.store and evaluation.judge and folder.is_dir()):
+            return evaluation
+        store, name = open_store(self.store), f"{self.line}-judge"
+        head = read_head(store, name)
+        if head is None:
+            version = register_model(store, name, folder, read_card(folder).method, _trained_on(folder))
+            progress(f"published the image classifier {folder} as {name}@{version[:12]}")
+        else:
+            version = head[0].version
+            kept = read_version(store, name, version).files.get(WEIGHTS)
+            if kept is None or kept.sha256 != sha256_file(folder / WEIGHTS):
+                raise ConflictError(
+                    f"model line {name} exists already",
+                    f"its model is not the one in {folder}, which would be published under this name",
+                    f"give --judge {name}, or another name for the line",
+                )
+        return evaluation.model_copy(update={"judge": f"{name}@{version}"})
+
+    def finish(
+        self, register: Callable[..., str], method: str, facts: Mapping[str, object], warned: list[str] | None = None
+    ) -> None:
+        """Publish the model if a line was given, and print what was made, and what it lacks unless it was printed."""
+        from salun_core.storage import open_store
+        from salun_core.tasks import read_card
+
+        card = read_card(self.out)
+        chosen = card.data is None or card.data.size is not None
+        size = {"images": _size(card.channels, card.height, card.width, chosen=chosen)}
         published: dict[str, object] = {}
         if self.line and self.store:
-            count = len(load(SplitManifest, self.out / SPLIT).train)
-            version = register(open_store(self.store), self.line, self.out, method, count)
+            version = register(open_store(self.store), self.line, self.out, method, _trained_on(self.out))
             published = {"line": self.line, "version": version}
-        emit_facts({"model": self.out, **facts, **published})
+        warnings = self.warn(card) if warned is None else warned
+        told = {"warnings": warnings} if warnings and MODE.json else {}
+        emit_facts({"model": self.out, **facts, **size, **published, **told})
+
+
+def _size(channels: int, height: int, width: int, *, chosen: bool) -> str:
+    """Return the size of images, and where it comes from unless the data spec names it."""
+    return f"{channels} x {height} x {width}" + ("" if chosen else " (of the data)")
+
+
+def _trained_on(folder: Path) -> int:
+    from salun_core.config import load
+    from salun_core.data.split import SplitManifest
+    from salun_core.models.checkpoint import SPLIT
+
+    return len(load(SplitManifest, folder / SPLIT).train)
 
 
 class TrainGroup(TyperGroup):
@@ -117,6 +186,7 @@ def train_classifier(
     settings: Settings = [],
     line: Line = None,
     store: OptionalStore = None,
+    policy: Policy = "auto",
     dry_run: DryRun = False,
 ) -> None:
     """Train a classifier from fresh weights, and write its model folder."""
@@ -126,7 +196,7 @@ def train_classifier(
 
     named = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     config = training_config({**named, **read_settings(settings)})
-    spec, to = load_spec(data), _Destination(out, line, store)
+    spec, to = load_spec(data), _Destination(out, line, store, policy)
     if dry_run:
         to.plan("train", spec, arch)
         return
@@ -146,6 +216,7 @@ def import_classifier(
     std: Annotated[str | None, typer.Option(help="Standard deviations of that normalisation.")] = None,
     line: Line = None,
     store: OptionalStore = None,
+    policy: Policy = "auto",
     dry_run: DryRun = False,
 ) -> None:
     """Turn a checkpoint into a model folder; names and shapes must match. No code in it is run."""
@@ -155,7 +226,7 @@ def import_classifier(
     from salun_core.tasks.classification.training import import_model
 
     spec, scale = load_spec(data), (_numbers("--mean", mean), _numbers("--std", std))
-    to = _Destination(out, line, store)
+    to = _Destination(out, line, store, policy)
     if dry_run:
         read_checkpoint(checkpoint)
         to.plan("model import", spec, arch)
@@ -186,6 +257,7 @@ def _train_diffusion(kind: str, about: str) -> Callable[..., None]:
         checkpoints: Annotated[Path | None, typer.Option(help="Folder for states to resume from.")] = None,
         line: Line = None,
         store: OptionalStore = None,
+        policy: Policy = "auto",
         dry_run: DryRun = False,
     ) -> None:
         from salun_core.checkout import load_example
@@ -194,18 +266,41 @@ def _train_diffusion(kind: str, about: str) -> Callable[..., None]:
 
         example = load_example("small_diffusion")
         recipe = example.resolve_recipe(kind, {"seed": seed, **read_settings(settings)})
-        spec, to = load_spec(data), _Destination(out, line, store)
+        spec, to = load_spec(data), _Destination(out, line, store, policy)
         settings_of_images = _evaluation(judge, evaluation, example.KINDS[kind][1])
+        planned = _planned_card(kind, spec, settings_of_images)
         if dry_run:
+            to.warn(planned)
             to.plan(f"train {kind}", spec)
             return
         to.check()
+        settings_of_images = to.with_judge(settings_of_images)
+        warnings = to.warn(planned.model_copy(update={"evaluation": settings_of_images}))
         with epoch_progress(f"train {kind}", recipe.epochs) as on_epoch:
             made = example.train(spec, recipe, out, settings_of_images, checkpoints, on_epoch)
-        to.finish(register_model, "train", _made(made))
+        to.finish(register_model, "train", _made(made), warnings)
 
     train.__doc__ = about
     return train
+
+
+def _planned_card(kind: str, spec: DataSpec, evaluation: DiffusionEvaluation) -> DiffusionCard:
+    """Return as much of the card of a model that will be trained as says what it will lack."""
+    from salun_core.data import load_data
+    from salun_core.models.card import DiffusionCard
+
+    return DiffusionCard(
+        task="class-conditional" if kind == "ddpm" else "text-to-image",
+        architecture=kind,
+        classes=list(load_data(spec).table.classes),
+        channels=1,
+        height=1,
+        width=1,
+        data=spec,
+        dataset_digest="",
+        split_digest="",
+        evaluation=evaluation,
+    )
 
 
 train_ddpm = _train_diffusion(
@@ -228,6 +323,7 @@ def import_diffusion(
     hub: Annotated[bool, typer.Option("--hub", help="Download a hub name that is not in the local cache.")] = False,
     line: Line = None,
     store: OptionalStore = None,
+    policy: Policy = "auto",
 ) -> None:
     """Turn a diffusers folder into a model folder. It reads safetensors only and runs no code in the folder."""
     from salun_core.data import load_spec
@@ -238,8 +334,9 @@ def import_diffusion(
     settings = _evaluation(judge, evaluation, DiffusionEvaluation())
     spec = load_spec(data) if data else None
     names = [name.strip() for name in classes.split(",")] if classes else []
-    to = _Destination(out, line, store)
+    to = _Destination(out, line, store, policy)
     to.check()
+    settings = to.with_judge(settings)
     made = importing.import_diffusion(source, spec, out, prompt, settings, names, hub)
     to.finish(register_model, "import", _made(made))
 

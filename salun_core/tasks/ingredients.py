@@ -131,6 +131,8 @@ def ingredients_of_line(
     """
     given = measurement or Measurement("class")
     kinds = [kind for kind in GATED_KINDS if not unforgettable(card, kind)]
+    if not kinds:
+        return [Missing("the model came without data", "no request can be erased from it", "import it with --data")]
     found = [item for kind in kinds for item in missing_ingredients(card, policy, replace(given, kind=kind), store)]
     return list(dict.fromkeys(found))
 

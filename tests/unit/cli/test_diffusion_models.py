@@ -1,6 +1,7 @@
 """The verbs that begin a diffusion line, on an application of their own."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,12 +13,18 @@ from typer.testing import CliRunner
 
 from salun_core.cli.models import (
     TrainGroup,
+    _Destination,
     import_diffusion,
     train_classifier,
     train_ddpm,
     train_stable_diffusion,
 )
-from salun_core.errors import UsageError
+from salun_core.data.split import SplitManifest
+from salun_core.errors import ConflictError, UsageError
+from salun_core.models.card import DiffusionEvaluation
+from salun_core.registry.lookup import read_version, resolve
+from tests.support.card_line import classifier_card
+from tests.support.memory_store import MemoryFiles
 from tests.support.tiny_families import save_raw
 
 SHORT = ["steps=2", "epochs=1", "batch_size=8", "channels=[8,16]", "head_channels=4", "device=cpu"]
@@ -48,6 +55,60 @@ def test_ddpm_is_trained(app, tmp_path):
     found = _run(app, "train", "ddpm", "--data", data, "--out", tmp_path / "m", "--judge", "judges@1", *sets)
     assert found.exit_code == 0, found.output
     assert json.loads((tmp_path / "m/model.json").read_text())["evaluation"]["judge"] == "judges@1"
+
+
+def test_what_the_line_will_lack_is_said_before_training(app, tmp_path, monkeypatch):
+    monkeypatch.setattr("salun_core.checkout.load_example", _stopped_example)
+    arguments = ["train", "ddpm", "--data", "digits", "--out", tmp_path / "m", "--evaluation", "images_per_class=20"]
+    found = _run(app, *arguments)
+    assert found.exception.args == ("training began",)
+    assert "warning: the line has no image classifier, so UA, RA and FID cannot be measured" in found.stderr
+    found = _run(app, *arguments, "--judge", "judges@123456")
+    assert "images_per_class is 20, so the rule UA >= 0.85 (low end) can never hold" in found.stderr
+    assert "no image classifier" not in found.stderr
+
+
+def _stopped_example(name):
+    from examples import small_diffusion
+
+    def stop(*_):
+        raise RuntimeError("training began")
+
+    return SimpleNamespace(KINDS=small_diffusion.KINDS, resolve_recipe=small_diffusion.resolve_recipe, train=stop)
+
+
+def test_an_import_says_what_is_missing_and_its_size(app, tmp_path):
+    raw = save_raw("ddpm", tmp_path / "raw")
+    found = _run(app, "import", raw, "--out", tmp_path / "m", "--classes", "zero,one")
+    assert found.exit_code == 0, found.output
+    assert "images      1 x 8 x 8\n" in found.stdout
+    assert "warning: the model came without data, so no request can be erased from it" in found.stderr
+
+
+@pytest.fixture
+def judge_folder(tmp_path):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "model.json").write_text(classifier_card().model_dump_json())
+    split = SplitManifest(dataset_digest="d" * 64, train={"a": "0" * 64}, validation={}, test={})
+    (folder / "split.json").write_text(split.model_dump_json())
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_an_image_classifier_in_a_folder_is_published_with_the_line(judge_folder, monkeypatch):
+    store = MemoryFiles()
+    monkeypatch.setattr("salun_core.storage.open_store", lambda uri: store)
+    asked = DiffusionEvaluation(judge=str(judge_folder))
+    to = _Destination(judge_folder.parent / "m", "ddpm", "s3://abc")
+    named = to.with_judge(asked).judge
+    line, digest = resolve(store, named)
+    assert (line, read_version(store, line, digest).lineage.trained_on) == ("ddpm-judge", 1)
+    assert to.with_judge(asked).judge == named  # a killed command is repeated
+    (judge_folder / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(ConflictError, match="model line ddpm-judge exists already"):
+        to.with_judge(asked)
+    assert _Destination(judge_folder.parent, None, None).with_judge(asked) == asked
 
 
 def test_dry_run_writes_nothing(app, tmp_path):
