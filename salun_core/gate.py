@@ -245,7 +245,7 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
         The decision. It passes only if all built-in checks and all rules that apply pass, at least one rule applies,
         and a policy with rules for single kinds covers every kind of forget target in the set.
     """
-    kinds = set(evidence.forgotten.kinds)
+    kinds = evidence.forgotten.judged_kinds
     applying = [rule for rule in policy.rules if not rule.targets or kinds & set(rule.targets)]
     verdicts = [
         *_builtin(evidence, expected or Expected()),

@@ -23,9 +23,9 @@ from salun_core.evaluation.evidence import (
     Series,
 )
 from salun_core.evaluation.integrity import compare_weights
-from salun_core.evaluation.membership import attack_roc, confidence_attack, entropy_attack
+from salun_core.evaluation.membership import attack_roc, confidence_attack, entropy_attack, match_classes
 from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.evaluation.statistics import area_metric, average_gap, share_metric
+from salun_core.evaluation.statistics import area_metric, average_gap, effective_size, share_metric
 from salun_core.saliency import SaliencyMask
 
 BINS = 40  # as many as a panel of the report can show
@@ -43,7 +43,7 @@ class Splits:
     Args:
         forget: D_f.
         retain: D_r.
-        test: unseen data; classes that are forgotten as a whole are left out of TA.
+        test: unseen data; TA leaves out the classes of which nothing is retained.
     """
 
     forget: ImageSet
@@ -65,7 +65,8 @@ def evaluate_classifier(
     """Measure UA, RA, TA, MIA and the figures of the report.
 
     UA = 1 - accuracy on D_f; RA = accuracy on D_r; TA = accuracy on the test split; MIA = share of D_f that the
-    confidence attack classifies as non-member; all as ratios with n and a 95 % interval.
+    confidence attack classifies as non-member; all as ratios with n and a 95 % interval. D_f is compared with unseen
+    samples of its own classes, in its own mixture (`membership.match_classes`).
 
     Args:
         before: the original model.
@@ -105,14 +106,20 @@ def evaluate_classifier(
     }
     names = classes or [str(index) for index in range(whole_test["after"].probabilities.shape[1])]
     metrics, roc = _share_metrics(outputs, forgotten.classes), dict[str, Curve]()
-    # A class that is forgotten as a whole differs from unseen data of other classes in any case, so that the attack is
-    # on the single samples, if there are any.
-    single = ~np.isin(outputs["after"]["forget"].labels, forgotten.classes)
+    # Samples of a class of which nothing is retained become unlike all data; the attack is on the others, if there are
+    # any. Unseen samples of the class itself are in the whole test split, so that either can be compared.
+    labels = outputs["after"]["forget"].labels
+    single = ~np.isin(labels, forgotten.classes)
+    asked = single | ~single.any()
+    matching = match_classes(labels[asked], whole_test["after"].labels)
     for name, by_split in outputs.items():
-        curve = attack_roc(by_split["forget"].where(single | ~single.any()), by_split["test"])
+        curve = attack_roc(by_split["forget"].where(asked), whole_test[name])
         roc |= {name: curve} if curve is not None else {}
     areas = {name: curve.auc for name, curve in roc.items()}
-    metrics["attack_auc"] = area_metric(areas, int(single.sum()) or len(single), int(kept.sum()))
+    unseen = effective_size(matching.weights)
+    metrics["attack_auc"] = area_metric(areas, int(matching.chosen.sum()), unseen)
+    wrong = {name: float(np.average(~item.correct, weights=matching.weights)) for name, item in whole_test.items()}
+    metrics["UA_unseen"] = share_metric(wrong, int(unseen))
     # The caller replaces the origin with the value of the model line's last full training, if it knows the line.
     metrics["TA"] = metrics["TA"].model_copy(update={"origin": metrics["TA"].before})
     if reference is not None:
@@ -169,7 +176,10 @@ def _share_metrics(outputs: ByModel, classes: list[int]) -> dict[str, Metric]:
 
 
 def distributions(outputs: ByModel) -> dict[str, Distribution]:
-    """Return histograms of the loss (nats) and of the confidence; the end bins count all values beyond them."""
+    """Return histograms of the loss (nats) and of the confidence; the end bins count all values beyond them.
+
+    Those of unseen data are weighted to the class histogram of D_f.
+    """
     return {
         "loss": _histograms(outputs, lambda item: item.losses, np.geomspace(*LOSS_RANGE, BINS + 1)),
         "confidence": _histograms(outputs, lambda item: item.confidences, np.linspace(0, 1, BINS + 1)),
@@ -177,14 +187,19 @@ def distributions(outputs: ByModel) -> dict[str, Distribution]:
 
 
 def _histograms(outputs: ByModel, values_of: Callable[[Outputs], np.ndarray], edges: np.ndarray) -> Distribution:
-    def counts(item: Outputs) -> list[int]:
+    weights = match_classes(outputs["before"]["forget"].labels, outputs["before"]["test"].labels).weights
+
+    def counts(item: Outputs, split: str) -> list[int]:
         values = values_of(item)
-        clipped = np.clip(values[np.isfinite(values)], edges[0], edges[-1])
-        found: list[int] = np.histogram(clipped, bins=edges)[0].tolist()
+        finite = np.isfinite(values)
+        clipped = np.clip(values[finite], edges[0], edges[-1])
+        shares = np.histogram(clipped, bins=edges, weights=weights[finite] if split == "test" else None)[0]
+        # Rounding the sums, not the bins, keeps the total: weights have mean 1.
+        found: list[int] = np.diff(np.round(np.cumsum(shares)), prepend=0).astype(int).tolist()
         return found
 
     splits = {
-        split: Series.model_validate({model: counts(by_split[split]) for model, by_split in outputs.items()})
+        split: Series.model_validate({model: counts(by_split[split], split) for model, by_split in outputs.items()})
         for split in outputs["before"]
     }
     return Distribution(edges=edges.tolist(), splits=splits)

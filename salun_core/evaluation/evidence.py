@@ -12,7 +12,7 @@ from salun_core.config import Document
 from salun_core.digest import digest_json
 
 METRIC_NAMES = (
-    *("UA", "UA_class", "UA_samples", "RA", "TA", "MIA", "MIA_entropy", "attack_auc", "gap"),
+    *("UA", "UA_class", "UA_samples", "UA_unseen", "RA", "TA", "MIA", "MIA_entropy", "attack_auc", "gap"),
     *("lira_auc", "lira_offline_auc", "lira_tpr", "relearn", "probe_auc", "worst_decile", "worst_class_drop"),
     *("KL_forget", "KL_test", "ToW", "UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
     *("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "attack_success"),
@@ -90,7 +90,26 @@ class Forgotten(Document):
     count: int = Field(ge=0, description="samples in the forget set")
     train_count: int = Field(ge=0, description="samples in the training split before unlearning")
     kinds: list[str] = Field(description="kinds of forget target in it: samples, class, subject")
-    classes: list[int] = Field(default=[], description="classes that are forgotten as a whole")
+    classes: list[int] = Field(
+        default=[], description="classes of which nothing is retained, whatever kind of target emptied them"
+    )
+    in_classes: int | None = Field(
+        default=None, ge=0, description="samples of those classes in the forget set; null in older evidence"
+    )
+
+    @property
+    def judged_kinds(self) -> set[str]:
+        """Kinds of target whose rules apply.
+
+        A person may be a class of their own: if nothing of a class is retained, the rules of classes apply to its
+        samples, whatever named them. The rules of single samples apply only if there are samples of other classes.
+        """
+        kinds = set(self.kinds)
+        if self.in_classes:
+            kinds.add("class")
+            if self.in_classes >= self.count:
+                kinds -= {"samples", "subject"}
+        return kinds
 
 
 class Integrity(Document):
@@ -129,7 +148,7 @@ class ClassAccuracy(Document):
 
 
 class Curve(Document):
-    """ROC of the attack that tells forget samples (positive) from test samples by their loss."""
+    """ROC of the attack that tells forget samples (positive) from unseen ones of the same classes by their margin."""
 
     fpr: list[float]
     tpr: list[float]
@@ -276,6 +295,8 @@ class Evidence(Document):
         absent: dict[str, Any] = {name: True for name in ("generation", "further") if getattr(self, name) is None}
         if missing := {name for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}:
             absent["run"] = missing
+        if self.forgotten.in_classes is None:
+            absent["forgotten"] = {"in_classes"}
         return digest_json(_without_nan(self.model_dump(mode="json", exclude=absent)))
 
 

@@ -45,6 +45,11 @@ class Shadows:
 
 def logit_scaled(outputs: Outputs) -> np.ndarray:
     """Return log p_y - log(1 - p_y) of each sample, float64 [N]: nearly normal over independently trained models."""
+    if outputs.logits is not None:  # the same from logits, which do not saturate
+        rest = outputs.logits.copy()
+        rest[np.arange(len(outputs)), outputs.labels] = -np.inf
+        true = outputs.logits[np.arange(len(outputs)), outputs.labels]
+        return np.asarray(true - np.logaddexp.reduce(rest, axis=1))
     others = outputs.probabilities.copy()
     others[np.arange(len(outputs)), outputs.labels] = 0.0  # their sum is 1 - p_y without cancellation near p_y = 1
     return np.asarray(np.log(outputs.confidences + TINY) - np.log(others.sum(axis=1) + TINY))

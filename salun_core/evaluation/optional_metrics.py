@@ -22,8 +22,9 @@ from salun_core.data.images import ImageSet
 from salun_core.errors import UsageError, unknown_name
 from salun_core.evaluation.evidence import ClassAccuracy, Evidence, Metric, OptionalMetricFacts, RelearnPoint
 from salun_core.evaluation.likelihood_ratio import FEWEST_SHADOWS, Train, lira_metrics, train_shadows
+from salun_core.evaluation.membership import match_classes, matched_area
 from salun_core.evaluation.outputs import TINY, Outputs, outputs_of, penultimate_features
-from salun_core.evaluation.statistics import Z95, area_metric, rank_area, share_metric
+from salun_core.evaluation.statistics import Z95, area_metric, effective_size, placements, rank_area, share_metric
 
 METRICS_OF = {
     "lira": ("lira_auc", "lira_offline_auc", "lira_tpr"),
@@ -95,13 +96,16 @@ def relearn(model: nn.Module, trained_on: ImageSet, measured_on: ImageSet, steps
 _FOLDS = 5
 
 
-def probe_scores(positives: np.ndarray, negatives: np.ndarray, seed: int) -> np.ndarray:
+def probe_scores(
+    positives: np.ndarray, negatives: np.ndarray, seed: int, weights: np.ndarray | None = None
+) -> np.ndarray:
     """Score each row by a logistic regression that was fitted without it.
 
     Args:
         positives: features of D_f, float64 [N, D].
         negatives: features of unseen data, float64 [M, D].
         seed: of the folds.
+        weights: of the unseen rows, float64 [M]; equal ones by default.
 
     Returns:
         float64 [N + M], high for rows like D_f.
@@ -116,9 +120,12 @@ def probe_scores(positives: np.ndarray, negatives: np.ndarray, seed: int) -> np.
 
     rows = np.concatenate([positives, negatives])
     truth = np.concatenate([np.ones(len(positives)), np.zeros(len(negatives))])
+    shares = np.concatenate([np.ones(len(positives)), np.ones(len(negatives)) if weights is None else weights])
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
     fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, class_weight="balanced"))
-    return np.asarray(cross_val_predict(fit, rows, truth, cv=folds, method="decision_function"))
+    given = {"logisticregression__sample_weight": shares}
+    found = cross_val_predict(fit, rows, truth, cv=folds, method="decision_function", params=given)
+    return np.asarray(found)
 
 
 def probe_metric(models: Mapping[str, nn.Module], forget: ImageSet, unseen: ImageSet, seed: int) -> Metric:
@@ -131,18 +138,20 @@ def probe_metric(models: Mapping[str, nn.Module], forget: ImageSet, unseen: Imag
         seed: of the folds.
 
     Returns:
-        The metric; null if either set has fewer than five images, or a model has no linear layer or NaN features.
+        The metric, with unseen images weighted to the classes of D_f; null if either set has fewer than five images,
+        or a model has no linear layer or NaN features.
     """
     areas: dict[str, float] = {}
     if min(len(forget), len(unseen)) < _FOLDS:
         return Metric.of({}, len(forget))
+    weights = match_classes(forget.labels.cpu().numpy(), unseen.labels.cpu().numpy()).weights
     for name, model in models.items():
         found = [penultimate_features(model, partial(_inputs, images)) for images in (forget, unseen)]
         if found[0] is None or found[1] is None or not torch.isfinite(found[0]).all():
             return Metric.of({}, len(forget))
-        scores = probe_scores(found[0].double().numpy(), found[1].double().numpy(), seed)
-        areas[name] = rank_area(scores[: len(forget)], scores[len(forget) :])
-    return area_metric(areas, len(forget), len(unseen))
+        scores = probe_scores(found[0].double().numpy(), found[1].double().numpy(), seed, weights)
+        areas[name] = rank_area(scores[: len(forget)], scores[len(forget) :], weights)
+    return area_metric(areas, len(forget), effective_size(weights))
 
 
 def _inputs(images: ImageSet, size: int) -> Iterator[Tensor]:
@@ -155,7 +164,7 @@ DECILE = 0.1
 
 
 def familiar_share(forget: Outputs, test: Outputs) -> float:
-    """Return the share of D_f whose loss is below that of nine tenths of the unseen data.
+    """Return the share of D_f whose margin is above that of nine tenths of unseen data of the same classes.
 
     Args:
         forget: D_f, at least one sample.
@@ -165,8 +174,9 @@ def familiar_share(forget: Outputs, test: Outputs) -> float:
         From 0 to 1; 0.1 if D_f is like unseen data. It is the attack's true positive rate at a false positive rate of
         10 %.
     """
-    threshold = np.quantile(test.losses, DECILE)
-    return float((forget.losses < threshold).mean())
+    chosen, weights = match_classes(forget.labels, test.labels)
+    above = 1 - placements(forget.margins[chosen], test.margins, weights)
+    return float((above < DECILE).mean())
 
 
 def decile_metric(outputs: Mapping[str, BySplit]) -> Metric:
@@ -291,18 +301,20 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def run_figures(outputs: BySplit) -> dict[str, float]:
-    """Return UA, RA, TA and attack_auc of one model.
+    """Return UA, RA, TA of one model, and attack_auc unless all classes of D_f are forgotten as a whole.
 
     Args:
         outputs: by split: forget, retain, test.
     """
     forget, retain, test = outputs["forget"], outputs["retain"], outputs["test"]
-    return {
+    figures = {
         "UA": float(1 - forget.correct.mean()),
         "RA": float(retain.correct.mean()),
         "TA": float(test.correct.mean()),
-        "attack_auc": rank_area(-forget.losses, -test.losses),
     }
+    if np.isin(forget.labels, test.labels).any():
+        figures["attack_auc"] = matched_area(forget, test)
+    return figures
 
 
 def seed_metrics(before: Mapping[str, float], runs: Sequence[Mapping[str, float]]) -> dict[str, Metric]:

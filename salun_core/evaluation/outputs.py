@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -25,11 +26,13 @@ class Outputs:
         probabilities: float64 [N, K].
         losses: cross-entropy of each image with its true label, float64 [N], in nats.
         labels: true labels, int64 [N].
+        logits: float64 [N, K]; None if only probabilities are known.
     """
 
     probabilities: np.ndarray
     losses: np.ndarray
     labels: np.ndarray
+    logits: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,9 +53,25 @@ class Outputs:
         """Probability of the true class, float64 [N]."""
         return np.asarray(self.probabilities[np.arange(len(self)), self.labels])
 
+    @cached_property
+    def margins(self) -> np.ndarray:
+        """Logit of the true class minus the largest other logit, float64 [N]; negative for a wrong prediction.
+
+        Its order does not change when all logits are multiplied by a positive constant, and it does not saturate:
+        float32 losses of confident predictions are all 0. Without logits it is computed from log-probabilities, which
+        differ from logits by a constant per sample.
+        """
+        scores = np.log(self.probabilities + TINY) if self.logits is None else self.logits
+        rows = np.arange(len(self))
+        others = scores.copy()
+        others[rows, self.labels] = -np.inf
+        with np.errstate(invalid="ignore"):  # of NaN or infinite logits; whoever needs numbers checks for them
+            return np.asarray(scores[rows, self.labels] - others.max(axis=1, initial=-np.inf))
+
     def where(self, chosen: np.ndarray) -> Outputs:
         """Return the rows that a bool mask or an index array selects."""
-        return Outputs(self.probabilities[chosen], self.losses[chosen], self.labels[chosen])
+        logits = None if self.logits is None else self.logits[chosen]
+        return Outputs(self.probabilities[chosen], self.losses[chosen], self.labels[chosen], logits)
 
 
 @contextmanager
@@ -90,7 +109,8 @@ def outputs_of(model: nn.Module, images: ImageSet, batch_size: int = 512) -> Out
         logits, _ = fitting(run, batch_size)
     joined = torch.cat(logits) if logits else torch.empty(0, 2, dtype=torch.float64)
     losses = torch.nn.functional.cross_entropy(joined, images.labels, reduction="none")
-    return Outputs(joined.softmax(dim=1).cpu().numpy(), losses.cpu().numpy(), images.labels.cpu().numpy())
+    probabilities, labels = joined.softmax(dim=1).cpu().numpy(), images.labels.cpu().numpy()
+    return Outputs(probabilities, losses.cpu().numpy(), labels, joined.cpu().numpy())
 
 
 def penultimate_features(

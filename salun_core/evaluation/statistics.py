@@ -36,27 +36,58 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)  # rounding may leave [0, 1] at shares of 0 and 1
 
 
-def auc_interval(auc: float, positives: int, negatives: int) -> tuple[float, float]:
+def auc_interval(auc: float, positives: float, negatives: float) -> tuple[float, float]:
     """Return the 95 % interval of an area under the ROC curve.
+
+    The normal interval around the observed area is wrong for few samples: with one positive sample its area is uniform
+    on [0, 1] for a score without information, and an area below 0.15 would be called a finding. This interval holds
+    all areas under which the observed one is not among the 2.5 % most extreme on either side (as Clopper and Pearson's
+    does for shares). The distribution of the observed area is a Beta distribution with the true area as mean and with
+    Hanley and McNeil's variance, in which both Q1 and Q2 are replaced by the larger one, because it is not known which
+    of the two samples varies more. It is exact for one positive sample and many negative ones, and normal for many.
 
     Args:
         auc: from 0 to 1.
-        positives: number of positive samples, at least 1.
-        negatives: number of negative samples, at least 1.
+        positives: number of positive samples, at least 1; the effective number if they are weighted.
+        negatives: number of negative samples, at least 1; the effective number if they are weighted.
 
     Returns:
-        (low, high), within [0, 1]: the normal interval, cut, because it can leave [0, 1] near its ends.
+        (low, high), within [0, 1].
 
     Source:
-        Hanley & McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982: the standard error with
-        Q1 = A / (2 - A) and Q2 = 2 A^2 / (1 + A), exact for exponentially distributed scores.
+        Hanley & McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982: the variance with
+        Q1 = A / (2 - A) and Q2 = 2 A^2 / (1 + A). Clopper & Pearson, "The Use of Confidence or Fiducial Limits",
+        Biometrika 1934: the inversion.
     """
-    first, second = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    variance = auc * (1 - auc) + (positives - 1) * (first - auc**2) + (negatives - 1) * (second - auc**2)
-    half = Z95 * math.sqrt(
-        max(0.0, variance) / (positives * negatives)
-    )  # below 0 by rounding only, at areas of 0 and 1
-    return max(0.0, auc - half), min(1.0, auc + half)
+    from scipy.optimize import brentq
+    from scipy.special import betainc
+
+    step = 1 / (2 * positives * negatives)  # half of the distance of two areas that can be observed
+
+    def below(true: float, place: float) -> float:
+        """Return P(observed area <= place), if this is the true area."""
+        largest = max(true / (2 - true), 2 * true**2 / (1 + true))
+        spread = true * (1 - true)
+        variance = (spread + (positives + negatives - 2) * (largest - true**2)) / (positives * negatives)
+        size = max(spread / variance - 1, 1e-9)  # 0 for one pair of samples: the area is then 0 or 1
+        return float(betainc(true * size, (1 - true) * size, min(max(place, 0.0), 1.0)))
+
+    ends, tail = (1e-9, 1 - 1e-9), (1 - 0.95) / 2
+    low, high = 0.0, 1.0
+    if auc - step > 0 and 1 - below(ends[0], auc - step) < tail:
+        low = float(brentq(lambda true: 1 - below(true, auc - step) - tail, *ends))
+    if auc + step < 1 and below(ends[1], auc + step) < tail:
+        high = float(brentq(lambda true: below(true, auc + step) - tail, *ends))
+    return min(low, auc), max(high, auc)
+
+
+def effective_size(weights: np.ndarray) -> float:
+    """Return how many unweighted samples give a mean of the same variance: (sum w)^2 / sum w^2.
+
+    Source:
+        Kish, "Survey Sampling", 1965, section 11.7.
+    """
+    return float(weights.sum() ** 2 / (weights**2).sum())
 
 
 def share_metric(shares: Mapping[str, float | None], n: int) -> Metric:
@@ -70,13 +101,13 @@ def share_metric(shares: Mapping[str, float | None], n: int) -> Metric:
     return Metric.of(shares, n, (None, None) if after is None else wilson_interval(after, n))
 
 
-def area_metric(areas: Mapping[str, float], positives: int, negatives: int) -> Metric:
-    """Return a metric of areas under the ROC curve, with Hanley and McNeil's interval; n counts the positives.
+def area_metric(areas: Mapping[str, float], positives: int, negatives: float) -> Metric:
+    """Return a metric of areas under the ROC curve, with the interval of `auc_interval`; n counts the positives.
 
     Args:
         areas: by model: before, after, reference; a missing one is null.
         positives: number of positive samples.
-        negatives: number of negative samples.
+        negatives: number of negative samples; the effective number if they are weighted.
     """
     interval = auc_interval(areas["after"], positives, negatives) if "after" in areas else (None, None)
     return Metric.of(areas, positives, interval)
@@ -105,12 +136,13 @@ def average_gap(metrics: dict[str, Metric], model: str = "after") -> float | Non
     return sum(gaps) / len(gaps)
 
 
-def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray) -> float:
+def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Return the largest distance of two empirical distribution functions.
 
     Args:
-        first: losses, float64 [N], N at least 1.
-        second: losses, float64 [M], M at least 1.
+        first: values, float64 [N], N at least 1.
+        second: values, float64 [M], M at least 1.
+        weights: of the second values, float64 [M], at least one above 0; equal ones by default.
 
     Returns:
         D from 0 (the same values) to 1 (no overlap).
@@ -120,18 +152,48 @@ def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray) -> float:
         Statistics 1948.
     """
     places = np.concatenate([first, second])
-    below = [np.searchsorted(np.sort(item), places, side="right") / len(item) for item in (first, second)]
-    return float(np.abs(below[0] - below[1]).max())
+    return float(np.abs(_shares_below(first, places, None) - _shares_below(second, places, weights)).max())
 
 
-def rank_area(positives: np.ndarray, negatives: np.ndarray) -> float:
+def _shares_below(
+    values: np.ndarray, places: np.ndarray, weights: np.ndarray | None, side: str = "right"
+) -> np.ndarray:
+    """Return the weighted share of the values up to each place (`right`), or below it (`left`)."""
+    order = np.argsort(values, kind="stable")
+    # Sums of equal weights are whole numbers, so that ties and shares are exact without weights.
+    sums = np.concatenate([[0.0], np.cumsum((np.ones(len(values)) if weights is None else weights)[order])])
+    found = np.searchsorted(values[order], places, side="left" if side == "left" else "right")
+    return np.asarray(sums[found] / sums[-1])
+
+
+def placements(positives: np.ndarray, negatives: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Return the share of the negatives that each positive scores higher than, a tie counted half.
+
+    Args:
+        positives: scores, float64 [N].
+        negatives: scores, float64 [M], M at least 1.
+        weights: of the negatives, float64 [M], at least one above 0; equal ones by default.
+
+    Returns:
+        float64 [N], from 0 to 1. Their mean is the area under the ROC curve.
+
+    Source:
+        Hanley & Hajian-Tilaki, "Sampling variability of nonparametric estimates of the areas under receiver operating
+        characteristic curves", Academic Radiology 1997.
+    """
+    below, up_to = (_shares_below(negatives, positives, weights, side) for side in ("left", "right"))
+    return np.asarray((below + up_to) / 2)
+
+
+def rank_area(positives: np.ndarray, negatives: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Return the area under the ROC curve: the probability that a positive scores higher, a tie counted half.
 
-    Computed from counts of pairs, so that it is exact and does not depend on the order of the samples.
+    Computed from shares of pairs, so that it does not depend on the order of the samples.
 
     Args:
         positives: scores, float64 [N], N at least 1.
         negatives: scores, float64 [M], M at least 1.
+        weights: of the negatives, float64 [M], at least one above 0; equal ones by default.
 
     Returns:
         From 0 to 1; 1/2 if the score carries no information.
@@ -140,6 +202,38 @@ def rank_area(positives: np.ndarray, negatives: np.ndarray) -> float:
         Mann & Whitney, "On a Test of Whether one of Two Random Variables is Stochastically Larger than the Other",
         Annals of Mathematical Statistics 1947.
     """
-    ordered = np.sort(negatives)
-    below = np.searchsorted(ordered, positives, side="left") + np.searchsorted(ordered, positives, side="right")
-    return float(below.sum() / 2 / (len(positives) * len(negatives)))
+    return float(placements(positives, negatives, weights).mean())
+
+
+def area_change(
+    before: tuple[np.ndarray, np.ndarray], after: tuple[np.ndarray, np.ndarray], weights: np.ndarray | None = None
+) -> tuple[float, tuple[float, float]]:
+    """Return by how much the area under the ROC curve fell between two scores of the same samples.
+
+    The interval is of the paired difference, so that what both scores have in common cancels.
+
+    Args:
+        before: scores of N positives and M negatives, float64.
+        after: other scores of the same samples.
+        weights: of the negatives, float64 [M]; equal ones by default.
+
+    Returns:
+        The area before minus the area after, and its 95 % interval: Student's, with N - 1 degrees of freedom, and
+        (-1, 1) for one positive, which has no variance.
+
+    Source:
+        DeLong, DeLong & Clarke-Pearson, "Comparing the Areas under Two or More Correlated Receiver Operating
+        Characteristic Curves", Biometrics 1988; weighted means and Kish's effective size for the negatives.
+    """
+    from scipy.stats import t
+
+    of_positives = placements(*before, weights) - placements(*after, weights)
+    fall = float(of_positives.mean())
+    if len(of_positives) < 2:
+        return fall, (-1.0, 1.0)
+    of_negatives = placements(-before[1], -before[0]) - placements(-after[1], -after[0])
+    shares = np.ones(len(of_negatives)) if weights is None else weights
+    spread = float(np.average((of_negatives - np.average(of_negatives, weights=shares)) ** 2, weights=shares))
+    variance = float(of_positives.var(ddof=1)) / len(of_positives) + spread / effective_size(shares)
+    half = float(t.ppf(0.975, len(of_positives) - 1)) * math.sqrt(variance)
+    return fall, (max(-1.0, fall - half), min(1.0, fall + half))

@@ -92,7 +92,7 @@ def _of_optional_metrics(facts: OptionalMetricFacts, reference: bool) -> list[st
         f"also learns from similar ones. {expected}",
         "probe": "A linear probe that fails does not show that the features contain nothing; a nonlinear one may "
         f"succeed. Features learned from other classes also separate a forgotten class. {expected}",
-        "decile": "The most familiar tenth is defined by the loss alone, which differs between samples in any model. "
+        "decile": "The most familiar tenth is defined by the margin alone, which differs between samples in any model. "
         "The largest drop is the worst of several and relies on the test samples of one class: among many classes a "
         "drop by chance is likely.",
         "kl": "The divergence is from one retrained model. Two retrained models also diverge from each other.",

@@ -44,11 +44,15 @@ UNITS = {
 
 METRICS = {
     "UA": Words("Unlearning accuracy (UA)", "forgotten samples that the model misclassifies"),
+    "UA_unseen": Words(
+        "Misclassified unseen samples",
+        "of the same classes; UA of single samples should be near it",
+    ),
     "RA": Words("Retain accuracy (RA)", "retained training samples that it classifies correctly"),
     "TA": Words("Test accuracy (TA)", "unseen test samples that it classifies correctly"),
     "MIA": Words("Membership attack (MIA)", "forgotten samples that a confidence attack takes for unseen"),
     "MIA_entropy": Words("Membership attack, modified entropy", "the same for the attack of Song and Mittal"),
-    "attack_auc": Words("Attack AUC", "how well the loss separates forgotten from test samples; 0.5 is guessing"),
+    "attack_auc": Words("Attack AUC", "how well margins separate forgotten from unseen samples; 0.5 is guessing"),
     "gap": Words("Average gap", "mean distance to the retrained model over UA, RA, TA and MIA"),
     "ToW": Words("Tug of war (ToW)", "accuracy on forgotten, retained and unseen data, against the retrained model's"),
     "KL_forget": Words("KL on the forget set", "divergence from the retrained model's outputs, in nats"),

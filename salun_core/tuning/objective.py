@@ -11,8 +11,9 @@ from torch import nn
 
 from salun_core.data.images import ImageSet
 from salun_core.evaluation.evidence import Metric
+from salun_core.evaluation.membership import match_classes, matched_area
 from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.evaluation.statistics import area_metric, kolmogorov_smirnov, rank_area, share_metric
+from salun_core.evaluation.statistics import area_metric, effective_size, kolmogorov_smirnov, share_metric
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,18 @@ class Reading:
     @property
     def finite(self) -> bool:
         """Whether all outputs are finite."""
-        return all(np.isfinite(item.losses).all() for item in (self.forget, self.retain, self.held_out))
+        items = (self.forget, self.retain, self.held_out)
+        return all(np.isfinite(item.losses).all() and np.isfinite(item.margins).all() for item in items)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Weights of the held-out samples, which give them the class histogram of `single`."""
+        return match_classes(self.single.labels, self.held_out.labels).weights
+
+    @property
+    def missed(self) -> float:
+        """Share of held-out data of the same classes that is misclassified."""
+        return float(np.average(~self.held_out.correct, weights=self.weights))
 
     def shares(self) -> dict[str, np.ndarray]:
         """Return one bool per sample for each accuracy; its mean is the metric."""
@@ -93,8 +105,13 @@ class Reading:
         return found | {name: wrong[chosen] for name, chosen in groups.items() if chosen.any()}
 
     def attack_auc(self) -> float:
-        """Return the AUC of the attack that takes a low loss as a sign of D_f."""
-        return rank_area(-self.single.losses, -self.held_out.losses)
+        """Return the AUC of the attack that takes a high margin as a sign of D_f."""
+        return matched_area(self.single, self.held_out)
+
+    def apart(self) -> float:
+        """Return the Kolmogorov-Smirnov distance of the margins of D_f and of held-out data of the same classes."""
+        chosen, weights = match_classes(self.single.labels, self.held_out.labels)
+        return kolmogorov_smirnov(self.single.margins[chosen], self.held_out.margins, weights)
 
 
 def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
@@ -105,7 +122,7 @@ def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
         after: outputs of a candidate.
 
     Returns:
-        UA, UA_class, UA_samples, RA, TA (on held-out data) and attack_auc, with n and 95 % intervals.
+        UA, UA_class, UA_samples, RA, and on held-out data TA, UA_unseen and attack_auc, with n and 95 % intervals.
     """
     old = before.shares()
     found = {
@@ -114,14 +131,18 @@ def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
     }
     found["TA"] = found["TA"].model_copy(update={"origin": found["TA"].before})
     areas = {"before": before.attack_auc(), "after": after.attack_auc()}
-    return found | {"attack_auc": area_metric(areas, len(after.single), len(after.held_out))}
+    chosen, weights = match_classes(after.single.labels, after.held_out.labels)
+    unseen = effective_size(weights)
+    found["UA_unseen"] = share_metric({"before": before.missed, "after": after.missed}, int(unseen))
+    return found | {"attack_auc": area_metric(areas, int(chosen.sum()), unseen)}
 
 
 def distance(before: Reading, after: Reading) -> float:
     """Return the value that the search minimises.
 
-    Single samples: the mean of |2 AUC - 1|, the Kolmogorov-Smirnov distance of the losses of D_f and of held-out data,
-    and |UA - (1 - accuracy on held-out data)|. Complete classes, including those of one person: their accuracy, which
+    Single samples: the mean of |2 AUC - 1|, the Kolmogorov-Smirnov distance of the margins of D_f and of held-out data,
+    and |UA - share of held-out data that is misclassified|, held-out data being weighted to the class histogram of D_f.
+    Complete classes, including those of one person: their accuracy, which
     is 0 for a model that never saw them. Both kinds: the mean of the two. The decrease of RA and of held-out accuracy
     is added. If only complete classes are forgotten, an increase of held-out accuracy is subtracted, because the other
     classes are easier to tell apart without them.
@@ -137,9 +158,8 @@ def distance(before: Reading, after: Reading) -> float:
     lost = {name: float(old[name].mean() - new[name].mean()) for name in ("RA", "TA")}
     terms = []
     if "UA_samples" in new:
-        apart = kolmogorov_smirnov(after.single.losses, after.held_out.losses)
-        missed = abs(new["UA_samples"].mean() - (1 - new["TA"].mean()))
-        terms.append((abs(2 * after.attack_auc() - 1) + apart + missed) / 3)
+        missed = abs(new["UA_samples"].mean() - after.missed)
+        terms.append((abs(2 * after.attack_auc() - 1) + after.apart() + missed) / 3)
         lost["TA"] = max(0.0, lost["TA"])
     if "UA_class" in new:
         terms.append(1 - new["UA_class"].mean())
@@ -149,4 +169,4 @@ def distance(before: Reading, after: Reading) -> float:
 def figures_of(metrics: Mapping[str, Metric], after: Reading) -> dict[str, float]:
     """Return the metrics for the log, including the two-sample statistic."""
     values = {name: metric.after for name, metric in metrics.items() if metric.after is not None}
-    return {**values, "ks": kolmogorov_smirnov(after.single.losses, after.held_out.losses)}
+    return {**values, "ks": after.apart()}

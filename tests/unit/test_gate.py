@@ -270,7 +270,8 @@ def test_evidence_with_a_needed_number_missing_never_passes(good, data):
     numbers = {"before": 0.9, "after": 0.9, "origin": 0.9, "n": 50, "low": 0.9, "high": 0.9}
     filled = {name: numbers for name in ("RA", "TA", "UA_class", "UA", "MIA", "gap")}
     low = {**numbers, "after": 0.1, "low": 0.1, "high": 0.1}
-    filled |= {"attack_auc": {**low, "after": 0.5}, "UA_samples": low, "UA_class": {**numbers, "after": 1.0}}
+    filled |= {"attack_auc": {**low, "after": 0.5}, "UA_samples": low, "UA_unseen": low}
+    filled["UA_class"] = {**numbers, "after": 1.0}
     whole = changed(good, forgotten__kinds=kinds, metrics=filled)
     assert decide(whole, POLICY).passed
     metric, field = data.draw(st.sampled_from(sorted(metrics_that(POLICY, kinds))))

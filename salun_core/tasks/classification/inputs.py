@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from salun_core.data import ImageSet, LoadedData
+from salun_core.evaluation.evidence import Forgotten
 from salun_core.models import LoadedModel
 from salun_core.tasks.task import Inputs
 
@@ -44,3 +45,18 @@ class ClassifierInputs(Inputs[LoadedModel]):
         table = self.data.table
         known = {table.labels[table.position[sample]] for sample in self.split.train}
         return images.select([index for index, label in enumerate(images.labels.tolist()) if label in known])
+
+    @cached_property
+    def emptied(self) -> tuple[int, ...]:
+        """Classes in D_f of which nothing is retained, sorted: a class request's, or the class of a person."""
+        table, samples = self.data.table, set(self.forget_set.samples)
+        label = {sample: table.labels[table.position[sample]] for sample in self.split.train}
+        gone = {label[sample] for sample in samples if sample in label}
+        kept = {label[sample] for sample in self.split.train if sample not in samples}
+        return tuple(sorted(gone - kept))
+
+    def forgotten(self) -> Forgotten:
+        """Describe the forget set; its classes are those of which nothing is retained, whatever named them."""
+        table, gone = self.data.table, set(self.emptied)
+        inside = sum(table.labels[table.position[sample]] in gone for sample in self.forget_set.samples)
+        return super().forgotten().model_copy(update={"classes": list(self.emptied), "in_classes": inside})

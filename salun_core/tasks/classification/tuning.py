@@ -140,14 +140,13 @@ def _sets(inputs: ClassifierInputs, device: torch.device) -> Sets:
     if not inputs.split.validation:
         raise nothing
     held_out = inputs.data.images("validation", inputs.original.normalisation)
-    known = set(inputs.retain.labels.tolist()) - set(inputs.forget_set.classes)
+    known = set(inputs.retain.labels.tolist())
     kept = [index for index, label in enumerate(held_out.labels.tolist()) if label in known]
     if not kept:
         raise nothing
     draw = inputs.retain.select(range(min(len(inputs.retain), max(_RETAIN_DRAW, len(kept)))))
     forget, retain, unseen = (part.to(device) for part in (inputs.forget, draw, held_out.select(kept)))
-    emptied = set(inputs.forget.labels.tolist()) - set(inputs.retain.labels.tolist())  # such as the class of a person
-    return Sets(forget, retain, unseen, tuple(sorted(emptied | set(inputs.forget_set.classes))))
+    return Sets(forget, retain, unseen, inputs.emptied)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_the_forgotten_class_stays_in_the_table_and_the_matrix(lab, three, evide
 def test_attacks_see_the_test_set_without_the_class(lab, three, evidence):
     forget, retain = (outputs_of(three[1], images) for images in lab.parts("class"))
     test = outputs_of(three[1], lab.test)
-    test = test.where(test.labels != 3)
+    test = test.where(test.labels != 3)  # unseen images of retained classes, as in the paper
     assert evidence.metrics["MIA"].after == confidence_attack(retain, test, forget).mean()
     assert evidence.metrics["MIA_entropy"].after == entropy_attack(retain, test, forget).mean()
 
@@ -115,6 +115,15 @@ def test_single_samples_are_measured_apart_from_whole_classes(lab):
     assert (found.metrics["UA_class"].n, found.metrics["UA_samples"].n) == (whole, 100 - whole)
     assert found.metrics["attack_auc"].n == 100 - whole
     assert found.metrics["UA"].n == 100
+
+
+def test_the_attack_on_a_whole_class_compares_it_with_unseen_images_of_the_class(lab, three, evidence):
+    forget = outputs_of(three[1], lab.parts("class")[0])
+    test = outputs_of(three[1], lab.test)
+    same = test.margins[test.labels == 3]
+    won = (forget.margins[:, None] > same[None, :]) + (forget.margins[:, None] == same[None, :]) / 2
+    assert evidence.metrics["attack_auc"].after == pytest.approx(won.mean(), abs=1e-9)
+    assert evidence.metrics["UA_unseen"].after == pytest.approx(1 - accuracy(three[1], lab.test, lambda i: i == 3))
 
 
 @pytest.mark.parametrize("name", ["forget", "retain", "test"])

@@ -111,7 +111,7 @@ def test_the_digest_leaves_out_what_is_absent_and_covers_what_is_there(forgotten
     evidence = forgotten_class[2]
     document = json.loads(evidence.model_dump_json())
     assert document.pop("generation") is document.pop("further") is document["run"].pop("tuning") is None
-    assert document["run"].pop("moved") is None
+    assert document["run"].pop("moved") is document["forgotten"].pop("in_classes") is None
     assert evidence.digest == sha256_bytes(canonical_json(document))
     further = evidence.model_copy(update={"further": OptionalMetricFacts(asked=["probe"], seconds=1.0)})
     facts = TuningFacts(trials=1, budget="20e", passes=1, seconds=1.0, policy_digest="p")
@@ -187,8 +187,10 @@ def test_the_metric_separates_models():
 
 
 def with_losses(losses):
+    """Outputs whose margin is minus the loss."""
     losses = np.array(losses, dtype=np.float64)
-    return Outputs(np.full((len(losses), 2), 0.5), losses, np.zeros(len(losses), dtype=np.int64))
+    logits = np.stack([-losses, np.zeros(len(losses))], axis=1)
+    return Outputs(np.full((len(losses), 2), 0.5), losses, np.zeros(len(losses), dtype=np.int64), logits)
 
 
 def test_share_below_the_first_decile_of_unseen_losses():
@@ -299,5 +301,6 @@ def test_figures_of_a_run_are_those_of_the_evaluation(lab, forgotten_class):
     kept = lab.test.select([i for i, label in enumerate(lab.test.labels.tolist()) if label != 3])
     splits = {"forget": forget, "retain": retain, "test": kept}
     found = run_figures({name: outputs_of(model, images) for name, images in splits.items()})
+    assert set(found) == {"UA", "RA", "TA"}  # no unseen image of the class is among these
     for name, value in found.items():
         assert value == pytest.approx(evidence.metrics[name].after, abs=1e-9)

@@ -4,10 +4,18 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import ks_2samp
+from scipy.stats import ks_2samp, t
 
 from salun_core.evaluation import Metric
-from salun_core.evaluation.statistics import auc_interval, average_gap, kolmogorov_smirnov, rank_area, wilson_interval
+from salun_core.evaluation.statistics import (
+    area_change,
+    auc_interval,
+    average_gap,
+    effective_size,
+    kolmogorov_smirnov,
+    rank_area,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,18 +39,83 @@ def test_wilson_ends_solve_its_equation():
             assert abs(share - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / n), rel=1e-5)
 
 
-@pytest.mark.parametrize(("positives", "negatives"), [(30, 120), (120, 30)])
-def test_the_area_interval_covers_the_spread_of_areas(positives, negatives):
-    """For exponential scores, which Hanley & McNeil's approximation is exact for, the area is r / (1 + r)."""
-    rng, ratio = np.random.default_rng(0), 9.0
-    areas = [
-        (rng.exponential(ratio, positives)[:, None] > rng.exponential(1.0, negatives)[None, :]).mean()
-        for _ in range(4000)
-    ]
-    low, high = auc_interval(0.9, positives, negatives)
-    assert (high - low) / 2 / 1.959964 == pytest.approx(np.std(areas), rel=0.04)
-    assert auc_interval(1.0, 5, 5) == (1.0, 1.0)
-    assert auc_interval(0.0, 5, 5) == (0.0, 0.0)
+@pytest.mark.parametrize(
+    ("positives", "negatives", "ratio", "narrow"),
+    [(1, 300, 1.0, False), (3, 300, 1.0, False), (5, 200, 4.0, True), (50, 20, 1.0, True), (200, 300, 1.0, True)],
+)
+def test_the_area_interval_covers_the_true_area(positives, negatives, ratio, narrow):
+    """For exponential scores, which Hanley & McNeil's variance is exact for, the area is r / (1 + r)."""
+    rng, true, draws = np.random.default_rng(0), ratio / (1 + ratio), 400
+    areas = [rank_area(rng.exponential(ratio, positives), rng.exponential(1.0, negatives)) for _ in range(draws)]
+    intervals = [auc_interval(area, positives, negatives) for area in areas]
+    missed = [sum(low > true for low, _ in intervals) / draws, sum(high < true for _, high in intervals) / draws]
+    assert max(missed) <= 0.05  # 0.025 is expected on each side, and 0.05 lies three deviations above it
+    if narrow:  # it is not wide because it is useless
+        assert sum(missed) > 0.01
+
+
+def test_one_sample_says_nothing_and_an_area_of_one_has_an_interval():
+    assert auc_interval(0.9, 1, 300)[0] < 0.5 < auc_interval(0.1, 1, 300)[1]
+    assert auc_interval(0.5, 1, 1) == (0.0, 1.0)
+    for area, end in ((1.0, 1), (0.0, 0)):
+        low, high = auc_interval(area, 5, 5)
+        assert (low, high)[end] == area
+        assert 0.4 < high - low < 0.8
+    many = auc_interval(0.5, 400, 400)
+    assert many == pytest.approx((0.46, 0.54), abs=0.002)  # 0.5 -+ 1.96 sqrt(801 / (12 * 400 * 400))
+
+
+def test_effective_size_is_kishs():
+    assert effective_size(np.ones(7)) == 7
+    assert effective_size(np.array([2.0, 2.0, 0.0])) == 2
+    assert effective_size(np.array([3.0, 1.0])) == pytest.approx(16 / 10)
+
+
+def test_weights_count_like_copies():
+    rng = np.random.default_rng(5)
+    positives, negatives = rng.normal(0.5, 1, 13).round(1), rng.normal(0, 1, 9).round(1)
+    copies = np.array([1, 2, 0, 3, 1, 1, 4, 0, 2])
+    repeated, weights = np.repeat(negatives, copies), copies.astype(float)
+    assert rank_area(positives, negatives, weights) == pytest.approx(rank_area(positives, repeated), abs=1e-12)
+    found = kolmogorov_smirnov(positives, negatives, weights)
+    assert found == pytest.approx(kolmogorov_smirnov(positives, repeated), abs=1e-12)
+
+
+def delongs_variance(before, after):
+    """Restated for equal weights, from DeLong's placement values of each sample, one pair at a time."""
+
+    def won(high, low):
+        return (high > low) + (high == low) / 2
+
+    def values(scores):
+        first, second = scores
+        v10 = [np.mean([won(x, y) for y in second]) for x in first]
+        v01 = [np.mean([won(x, y) for x in first]) for y in second]
+        return np.array(v10), np.array(v01)
+
+    (b10, b01), (a10, a01) = values(before), values(after)
+    return np.var(b10 - a10, ddof=1) / len(b10) + np.var(b01 - a01) / len(b01)
+
+
+def test_a_fall_of_the_area_has_delongs_paired_interval():
+    rng = np.random.default_rng(6)
+    before = rng.normal(1.0, 1, 30), rng.normal(0, 1, 40)
+    after = before[0] - rng.normal(0.8, 0.3, 30), before[1] + rng.normal(0, 0.3, 40)
+    fall, (low, high) = area_change(before, after)
+    assert fall == pytest.approx(rank_area(*before) - rank_area(*after), abs=1e-12)
+    half = t.ppf(0.975, 29) * math.sqrt(delongs_variance(before, after))
+    assert (low, high) == pytest.approx((fall - half, fall + half), abs=1e-9)
+    assert low > 0
+    unpaired = auc_interval(rank_area(*after), 30, 40)
+    assert high - low < unpaired[1] - unpaired[0]
+    assert area_change(before, before) == (0.0, (0.0, 0.0))
+    assert area_change((before[0][:1], before[1]), (after[0][:1], after[1]))[1] == (-1.0, 1.0)
+
+
+def test_scaling_the_scores_is_no_change():
+    rng = np.random.default_rng(7)
+    scores = rng.normal(1.0, 1, 30), rng.normal(0, 1, 40)
+    assert area_change(scores, (1000 * scores[0], 1000 * scores[1])) == (0.0, (0.0, 0.0))
 
 
 def metric(before, after, reference):

@@ -5,13 +5,16 @@ import pytest
 from scipy.stats import ks_2samp, mannwhitneyu
 
 from salun_core.evaluation.outputs import Outputs
+from salun_core.evaluation.statistics import rank_area
 from salun_core.tuning.objective import Reading, distance, figures_of, metrics_of
 
 
 def outputs(losses, right, label=0):
     losses, right = np.array(losses, dtype=np.float64), np.array(right)
     rows = np.where(right[:, None], [[0.9, 0.1]], [[0.1, 0.9]])
-    return Outputs(rows if label == 0 else rows[:, ::-1], losses, np.full(len(losses), label))
+    logits = np.stack([-losses, np.zeros(len(losses))], axis=1)  # the margin is minus the loss
+    side = slice(None) if label == 0 else slice(None, None, -1)
+    return Outputs(rows[:, side], losses, np.full(len(losses), label), logits[:, side])
 
 
 def reading(forget, held_out, whole=False, retained=1.0):
@@ -45,7 +48,7 @@ def test_a_whole_class_counts_by_its_accuracy():
     held_out = outputs(spread(2, 50), np.ones(50, dtype=bool))
     after = reading(outputs(spread(1, 30), np.arange(30) < 6), held_out, whole=True)
     assert distance(after, after) == pytest.approx(0.2)
-    assert set(metrics_of(after, after)) == {"UA", "UA_class", "RA", "TA", "attack_auc"}
+    assert set(metrics_of(after, after)) == {"UA", "UA_class", "UA_unseen", "RA", "TA", "attack_auc"}
 
 
 def test_what_the_rest_lost_is_added_and_what_it_gained_is_not():
@@ -79,3 +82,26 @@ def test_an_output_that_is_no_number_is_seen():
     bad = outputs([1.0, float("nan")], [True, False])
     assert reading(good, good).finite
     assert not reading(bad, good).finite
+
+
+def test_held_out_data_count_in_the_mixture_of_the_forget_set():
+    """Label 1 is hard. D_f is mostly of label 1, and neither set was trained on."""
+    easy, hard = (lambda seed, n: spread(seed, n, 0.2)), (lambda seed, n: spread(seed, n, 3.0))
+
+    def mixed(seed, easy_count, hard_count):
+        parts = (
+            outputs(easy(seed, easy_count), np.ones(easy_count, dtype=bool)),
+            outputs(hard(seed + 1, hard_count), np.arange(hard_count) % 2 == 0, label=1),
+        )
+        return Outputs(
+            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("probabilities", "losses", "labels")),
+            np.concatenate([p.logits for p in parts]),
+        )
+
+    forget, held_out = mixed(1, 40, 360), mixed(3, 3600, 400)
+    after = reading(forget, held_out)
+    assert rank_area(forget.margins, held_out.margins) < 0.2
+    assert after.attack_auc() == pytest.approx(0.5, abs=0.05)
+    assert after.missed == pytest.approx(0.45, abs=0.01)
+    assert after.apart() < 0.2
+    assert distance(after, after) < 0.15
