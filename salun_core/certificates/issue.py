@@ -41,6 +41,7 @@ from salun_core.certificates.statement import (
     DisposalAddendum,
     DisposalDone,
     ErasureCertificate,
+    contradictions,
     open_statement,
     sign_statement,
 )
@@ -285,11 +286,14 @@ def build_statement(
             "disposals": _disposals(facts.completed_at),
         }
     subject = [{"name": name, "digest": {"sha256": entry.sha256}} for name, entry in sorted(manifest.files.items())]
-    return parse(
+    statement = parse(
         ErasureCertificate,
         {"_type": STATEMENT_TYPE, "predicateType": ERASURE_TYPE, "subject": subject, "predicate": predicate},
         f"the certificate of request {facts.request.id}",
     )
+    if faults := contradictions(statement.predicate):
+        raise _contradiction("; ".join(faults))
+    return statement
 
 
 def _check(facts: CertificateInput, documents: VersionDocuments) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -25,6 +26,8 @@ LIMITS = (
     "measured. It does not prove that the model holds nothing of the data: that cannot be proved from a model alone "
     "(Thudi et al., arXiv 2110.11891)."
 )
+_CLOCKS_APART = timedelta(minutes=5)  # a request may come from a machine whose clock is that much ahead
+_SHOWN = 10
 Share = Annotated[float, Field(allow_inf_nan=False)]
 Ordinal = Annotated[int, Field(ge=0, strict=True, le=2**53 - 1)]
 
@@ -239,6 +242,31 @@ class DisposalAddendum(_Statement):
     predicate: Disposal = Field(description="what is attested")
 
 
+def contradictions(erasure: Erasure) -> list[str]:
+    """Return what a certificate says that cannot all be true; a signature does not make it so."""
+    request, forgotten, model = erasure.request, erasure.forgotten, erasure.model
+    received, due, completed = map(datetime.fromisoformat, (request.received_at, request.due_at, request.completed_at))
+    metrics = erasure.metrics or []
+    names = [metric.name for metric in metrics]
+    erased = erasure.outcome is not Outcome.NOTHING_TO_ERASE
+    found = {
+        "it was completed before it was received": completed < received - _CLOCKS_APART,
+        "it was due before it was received": due <= received,
+        f"{forgotten.count} samples were forgotten, and the request names {forgotten.named}": (
+            forgotten.count > forgotten.named
+        ),
+        "its version is its parent": model.version == model.parent,
+        "an erasure without a metric": erased and not metrics,
+        "no metric has a value after the erasure": bool(metrics) and all(metric.after is None for metric in metrics),
+    }
+    failed = [verdict.rule for verdict in (erasure.gate.verdicts if erasure.gate else ()) if not verdict.passed]
+    return [
+        *(text for text, holds in found.items() if holds),
+        *(f"the metric {name} stands twice" for name in sorted(set(names)) if names.count(name) > 1),
+        *(f"it passed the gate, and the rule {rule!r} failed" for rule in failed),
+    ]
+
+
 S = TypeVar("S", ErasureCertificate, DisposalAddendum)
 
 
@@ -257,7 +285,8 @@ def open_statement(kind: type[S], data: bytes, trusted: Iterable[Ed25519PublicKe
         source: where it came from, for the message.
 
     Raises:
-        IntegrityError: it is damaged, of another signer, of another kind, or of a later version of the format.
+        IntegrityError: it is damaged, of another signer, of another kind, of a later version of the format, or
+            contradicts itself.
         UsageError: no key is trusted.
     """
     payload = open_envelope(data, trusted)
@@ -268,6 +297,9 @@ def open_statement(kind: type[S], data: bytes, trusted: Iterable[Ed25519PublicKe
         raise IntegrityError(error.what, error.why, remedy) from error
     if statement.predicate.signer != claimed_keyid(data):
         raise IntegrityError(f"{source} names another signer", "it was signed with another key", "reject it")
+    if isinstance(statement, ErasureCertificate) and (faults := contradictions(statement.predicate)):
+        remedy = "do not rely on it, although the signature is right: ask the signer for a correct one"
+        raise IntegrityError(f"{source} contradicts itself", "; ".join(faults[:_SHOWN]), remedy)
     return statement
 
 

@@ -16,12 +16,14 @@ from salun_core.certificates.issue import (
     issue_addendum,
     salted_digest,
 )
+from salun_core.certificates.keys import public_pem
 from salun_core.certificates.statement import (
     DisposalAddendum,
     DisposalDone,
     ErasureCertificate,
     open_statement,
 )
+from salun_core.certificates.verify import verify_certificate
 from salun_core.digest import canonical_json, digest_json, sha256_bytes
 from salun_core.errors import GateRefusedError, IntegrityError, UsageError
 from salun_core.registry.lookup import Version
@@ -269,6 +271,63 @@ EDITS = {
 def test_a_signed_statement_of_another_form_is_refused(edit):
     with pytest.raises(IntegrityError):
         opened(sign(canonical_json(_edited(edit)), PAYLOAD_TYPE, KEY))
+
+
+def _predicate(**parts):
+    """Return an edit that updates parts of the predicate."""
+
+    def edit(document):
+        for name, fields in parts.items():
+            document["predicate"][name].update(fields)
+
+    return edit
+
+
+CONTRADICTIONS = {
+    "it passed the gate, and the rule 'weights finite' failed": lambda d: d["predicate"]["gate"]["verdicts"][2].update(
+        passed=False
+    ),
+    "it was completed before it was received": _predicate(request={"completed_at": "2026-01-30T09:00:00+00:00"}),
+    "it was due before it was received": _predicate(request={"due_at": "2026-01-30T09:00:00+00:00"}),
+    "5 samples were forgotten, and the request names 4": _predicate(forgotten={"count": 5}),
+    "an erasure without a metric": lambda d: d["predicate"].update(metrics=[]),
+    "no metric has a value after the erasure": lambda d: d["predicate"].update(
+        metrics=[{"name": "UA", "before": 0.5, "n": 3}]
+    ),
+    "the metric UA stands twice": lambda d: d["predicate"]["metrics"].append({"name": "UA", "after": 1.0, "n": 3}),
+    "its version is its parent": lambda d: d["predicate"]["model"].update(parent=d["predicate"]["model"]["version"]),
+}
+
+
+@pytest.mark.parametrize(("why", "edit"), CONTRADICTIONS.items(), ids=CONTRADICTIONS)
+def test_a_contradiction_is_refused_although_the_right_key_signed_it(why, edit, tmp_path):
+    path, key = tmp_path / "certificate.json", tmp_path / "signer.pub"
+    document = json.loads(build_statement(*input_of(), keyid(KEY.public_key())).canonical())
+    key.write_bytes(public_pem(KEY.public_key()))
+    path.write_bytes(sign(canonical_json(document), PAYLOAD_TYPE, KEY))
+    assert verify_certificate(path, keys=[key]).certificate.predicate.gate.passed
+    edit(document)
+    path.write_bytes(sign(canonical_json(document), PAYLOAD_TYPE, KEY))
+    with pytest.raises(IntegrityError, match="contradicts itself") as caught:
+        verify_certificate(path, keys=[key])
+    assert why in caught.value.why
+
+
+def test_a_contradiction_is_not_signed():
+    facts, documents = input_of()
+    decision = json.loads(json.dumps(documents.decision))
+    decision["verdicts"][0]["passed"] = False
+    with pytest.raises(IntegrityError, match="it passed the gate, and the rule 'forget set' failed"):
+        build_statement(facts, replace(documents, decision=decision), OTHER)
+    with pytest.raises(IntegrityError, match="9 samples were forgotten, and the request names 4"):
+        build_statement(*input_of(found=9), OTHER)
+
+
+def test_clocks_that_differ_by_minutes_are_no_contradiction():
+    times = {"received_at": "2026-02-03T11:02:00+00:00", "completed_at": "2026-02-03T11:00:00+00:00"}
+    document = _edited(_predicate(request=times))
+    document["predicate"]["signer"] = keyid(KEY.public_key())
+    opened(sign(canonical_json(document), PAYLOAD_TYPE, KEY))
 
 
 def test_the_named_signer_must_be_the_signing_key():
