@@ -1,4 +1,4 @@
-"""The checks of `salun doctor`: does this machine have everything that a run needs?"""
+"""The checks of `salun doctor`: does this machine, and do a line, its data and its policy have what a run needs?"""
 
 from __future__ import annotations
 
@@ -9,17 +9,27 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from salun_core.config import Document
 from salun_core.errors import SalunError
 from salun_core.telemetry.push import URL_VARIABLE
 
+if TYPE_CHECKING:
+    from salun_core.data.split import SplitManifest
+    from salun_core.data.table import Table
+    from salun_core.gate import Policy
+    from salun_core.models.card import Card
+    from salun_core.storage import FileStore
+
 _PACKAGES = ("torch", "torchvision", "timm", "safetensors", "scikit-learn", "boto3", "pyarrow", "matplotlib")
 _DISK_GIB = 2
 _TIMEOUT_SECONDS = 3.0
+
+_KINDS = ("class", "samples", "subject", "random", "concept")  # of requests that can be filed
 
 State = Literal["ok", "absent", "failed"]
 
@@ -128,3 +138,178 @@ def _gateway() -> Check:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+@dataclass(frozen=True)
+class Project:
+    """What a user works on; empty: not set.
+
+    Args:
+        line: the model line.
+        data: the data, if they are not where the model card says.
+        policy: the gate policy: `auto`, a name, a file or an address.
+        extra_metrics: the extra metrics that runs measure.
+    """
+
+    line: str = ""
+    data: str = ""
+    policy: str = "auto"
+    extra_metrics: str = ""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A model line as it was read."""
+
+    card: Card
+    split: SplitManifest
+
+
+def check_project(store_uri: str | None, project: Project, store_works: bool) -> Iterator[Check]:
+    """Check a line, its data, its policy, the signing key, and each kind of request that can be filed for the line.
+
+    Nothing is written, and data in S3 are not downloaded.
+
+    Args:
+        store_uri: the store of the line.
+        project: what to check.
+        store_works: whether the store passed its check; else it is not asked again.
+
+    Yields:
+        One check after the other.
+    """
+    store = _opened(store_uri) if store_uri and store_works else None
+    line, check = _line_of(store, project.line)
+    yield check
+    table, check = _data(line, project.data)
+    yield check
+    policy, check = _policy(project.policy, line)
+    yield check
+    yield _signing_key()
+    if line is not None:
+        yield from (_request(kind, line, table, policy, store, project.extra_metrics) for kind in _KINDS)
+
+
+def _opened(uri: str) -> FileStore:
+    from salun_core.storage import open_store
+
+    return open_store(uri)
+
+
+def _failed(name: str, error: SalunError) -> Check:
+    return _check(name, False, ": ".join(filter(None, (error.what, error.why))), error.remedy)
+
+
+def _line_of(store: FileStore | None, name: str) -> tuple[_Line | None, Check]:
+    from salun_core.data.split import SplitManifest
+    from salun_core.models.checkpoint import SPLIT
+    from salun_core.registry.lookup import Version, read_file, read_version, resolve
+    from salun_core.steps.claim import card_of
+    from salun_core.storage.documents import parse_stored
+
+    if not name:
+        return None, _check("line", False, "not set", "give --line, or `line:` in salun.yaml", required=False)
+    if store is None:
+        return None, _check("line", False, f"{name}: the store cannot be read", "see the check of the store")
+    try:
+        line, digest = resolve(store, name)
+        version = Version(digest, read_version(store, line, digest))
+        card = card_of(store, version)
+        split = parse_stored(SplitManifest, read_file(store, version, SPLIT), SPLIT)
+    except SalunError as error:
+        return None, _failed("line", error)
+    classes = f", {len(card.classes)} classes" if card.classes else ""
+    return _Line(card, split), _check("line", True, f"{line}@{digest[:12]}: {card.architecture}{classes}")
+
+
+def _data(line: _Line | None, moved: str) -> tuple[Table | None, Check]:
+    """Read the data of the line, or those that are named if there is no line."""
+    from salun_core.data import load_data
+    from salun_core.data.spec import load_spec, relocated_spec
+
+    if line is None and not moved:
+        return None, _check("data", False, "not set", "give --data, or `data:` in salun.yaml", required=False)
+    try:
+        if line is None:
+            spec = load_spec(moved)
+        elif line.card.data is None:
+            why = "the model came without data: only concepts can be forgotten"
+            return None, _check("data", False, why, required=False)
+        else:
+            spec = relocated_spec(line.card.data, moved or None)
+        if any((source or "").startswith("s3://") for source in (spec.source, spec.test_source)):
+            remedy = "salun request submit --check-data reads them"
+            return None, _check(
+                "data", False, f"{spec.source} is in S3: not read by this check", remedy, required=False
+            )
+        loaded = load_data(spec, line.split if line else None)
+    except (SalunError, OSError) as error:
+        known = error if isinstance(error, SalunError) else SalunError("cannot read the data", _line(error))
+        return None, _failed("data", known)
+    counts = f"{len(loaded.table.ids)} images, {len(loaded.table.classes)} classes"
+    same = ", as the line was trained on" if line else ""
+    return loaded.table, _check("data", True, f"{spec.source}: {counts}{same}")
+
+
+def _policy(uri: str, line: _Line | None) -> tuple[Policy | None, Check]:
+    from salun_core.tasks.resolve import AUTO, check_policy, policy_for
+
+    try:
+        check_policy(uri)
+        if line is None:
+            return None, _check("policy", True, "auto: by the kind of model" if uri == AUTO else uri)
+        policy = policy_for(uri, line.card)
+    except SalunError as error:
+        return None, _failed("policy", error)
+    metrics = dict.fromkeys(rule.metric for rule in policy.rules)
+    return policy, _check("policy", True, f"{policy.name}: {len(policy.rules)} rules on {', '.join(metrics)}")
+
+
+def _signing_key() -> Check:
+    from salun_core.certificates.keys import SIGNING_VARIABLE, find_signing_key
+
+    remedy = f"`salun key create` makes one; `signing_key:` in salun.yaml or {SIGNING_VARIABLE} names it"
+    try:
+        key = find_signing_key()
+    except SalunError as error:
+        return _failed("signing key", error)
+    if key is None:
+        return _check("signing key", False, "not set: no certificates", remedy, required=False)
+    return _check("signing key", True, os.environ[SIGNING_VARIABLE])
+
+
+def _request(
+    kind: str, line: _Line, table: Table | None, policy: Policy | None, store: FileStore | None, extra_metrics: str
+) -> Check:
+    """Check whether a request of a kind could be erased from a line and pass its policy."""
+    from salun_core.evaluation.optional_metrics import parse_optional_metrics
+    from salun_core.tasks.ingredients import Measurement, covers, missing_ingredients, unforgettable
+
+    name, gated = f"request: {kind}", "samples" if kind == "random" else kind
+    has_subjects = table is None or any(subject is not None for subject in table.subjects)
+    if reason := unforgettable(line.card, kind, has_subjects):
+        return _check(name, False, f"not possible: {reason}", required=False)
+    if policy is None:
+        return _check(name, False, "the policy cannot be read", "see the check of the policy")
+    if not covers(policy, gated):
+        why = f"policy {policy.name} has no rule for it, so the gate refuses"
+        return _check(name, False, why, "choose another policy", required=False)
+    needs_data = kind != "concept" and not _in_s3(line.card.data)
+    if table is None and needs_data:
+        return _check(name, False, "the data cannot be read", "see the check of the data")
+    try:
+        asked = parse_optional_metrics(extra_metrics)
+        found = missing_ingredients(line.card, policy, Measurement(gated, extra_metrics=asked), store)
+    except SalunError as error:
+        return _failed(name, error)
+    blocking = [item for item in found if not item.only_in_pods]
+    if blocking:
+        causes = "; ".join(f"{item.why}, so {item.effect}" for item in blocking)
+        return _check(name, False, causes, "; ".join(dict.fromkeys(item.remedy for item in blocking)))
+    noted = "; ".join(f"{item.why}: only on this machine" for item in found)
+    unknown = "; whether the data name persons is not known" if kind == "subject" and table is None else ""
+    return _check(name, True, (f"possible, {noted}" if noted else "possible") + unknown)
+
+
+def _in_s3(spec: Any) -> bool:  # noqa: ANN401 - a DataSpec or None
+    return spec is not None and spec.source.startswith("s3://")

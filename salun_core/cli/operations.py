@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from salun_core.checkout import load_example
-from salun_core.cli.options import OptionalStore, Store
+from salun_core.cli.options import Data, OptionalStore, Store
 from salun_core.cli.output import MODE, echo, emit, print_table
 from salun_core.errors import SalunError
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 def doctor(
     context: typer.Context,
     store: OptionalStore = None,
+    line: Annotated[str, typer.Option("--line", help="The model line to check.")] = "",
+    data: Data = None,
+    policy: Annotated[str, typer.Option("--policy", help="The gate policy of the line.")] = "auto",
+    extra_metrics: Annotated[str, typer.Option("--extra-metrics", help="Extra metrics that runs will measure.")] = "",
     kfp: Annotated[
         str | None,
         typer.Option(
@@ -33,16 +37,21 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Check this machine, the store and the metrics gateway. The exit code is 1 if a requirement is missing.
+    """Check this machine, the settings file, the store, a model line, and what can be erased from the line.
+
+    The exit code is 1 if a requirement is missing. Of a line it checks HEAD, the data, the policy, the signing key, and
+    for each kind of request whether it could be erased from the line and pass the policy.
 
     With --kfp it looks for what earlier releases left in Kubeflow's own store, and the exit code is 1 if it finds any.
     """
     if kfp is not None:
         _check_pipeline_root(kfp)
         return
-    from salun_core.doctor import run_checks
+    from salun_core.doctor import Project, check_project, run_checks
 
     checks = [_settings(context), *run_checks(store, Path.cwd())]
+    works = any(check.name == "store" and check.state == "ok" for check in checks)
+    checks += check_project(store, Project(line, data or "", policy, extra_metrics), works)
     failed = [check.name for check in checks if check.state == "failed"]
 
     def show() -> None:

@@ -95,9 +95,8 @@ def missing_ingredients(
     """
     kind = measurement.kind
     rules = [rule for rule in policy.rules if not rule.targets or kind in rule.targets]
-    named = {target for rule in policy.rules for target in rule.targets}
     found: list[Missing] = []
-    if not rules or (named and kind not in named):
+    if not covers(policy, kind):
         why = f"policy {policy.name} has no rule for {'a' if kind != 'samples' else 'single'} {kind}"
         found.append(Missing(why, "the gate refuses", "choose another policy"))
     used = {metric for rule in rules for metric in _metrics(rule)}
@@ -156,6 +155,12 @@ def unforgettable(card: Card, kind: str, subjects: bool = True) -> str:
     if card.data is None:
         return "the model came without data, so only concepts can be forgotten"
     return "" if card.classes else "the model has no classes"
+
+
+def covers(policy: Policy, kind: str) -> bool:
+    """Return whether a policy has rules for a kind of target; the gate refuses the other kinds."""
+    named = {target for rule in policy.rules for target in rule.targets}
+    return kind in named if named else bool(policy.rules)
 
 
 def _metrics(rule: Rule) -> list[str]:

@@ -25,7 +25,7 @@ def classifier_card(classes: tuple[str, ...] = CLASSES) -> ModelCard:
 
 def begin_classifier(store: FileStore, line: str, classes: tuple[str, ...] = CLASSES) -> None:
     """Publish such a classifier."""
-    _publish(store, line, classifier_card(classes))
+    begin(store, line, classifier_card(classes))
 
 
 def text_to_image_card(classes: tuple[str, ...] = (), data: object = None, **evaluation: object) -> DiffusionCard:
@@ -36,11 +36,12 @@ def text_to_image_card(classes: tuple[str, ...] = (), data: object = None, **eva
 
 def begin_text_to_image(store: FileStore, line: str, **fields: Any) -> None:  # noqa: ANN401
     """Publish a text-to-image model; see `text_to_image_card`."""
-    _publish(store, line, text_to_image_card(**fields))
+    begin(store, line, text_to_image_card(**fields))
 
 
-def _publish(store: FileStore, line: str, card: Card) -> None:
-    split = SplitManifest(dataset_digest="d" * 64, train={}, validation={}, test={})
+def begin(store: FileStore, line: str, card: Card, split: SplitManifest | None = None) -> None:
+    """Publish a card, by default with an empty split."""
+    split = split or SplitManifest(dataset_digest="d" * 64, train={}, validation={}, test={})
     with tempfile.TemporaryDirectory() as folder:
         files = {CARD: Path(folder) / CARD, SPLIT: Path(folder) / SPLIT}
         files[CARD].write_text(card.model_dump_json())
