@@ -239,7 +239,7 @@ def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - wha
     if images.ndim < 2 or len(images) != len(labels):
         raise DataError(
             "images and labels differ in number",
-            f"images of shape {list(images.shape)} against {len(labels)} labels in the {name} set",
+            f"{len(images)} against {len(labels)} in the {name} set",
             "give one label per image",
         )
     return images, labels.to(torch.int64)
