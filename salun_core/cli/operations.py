@@ -196,6 +196,7 @@ def _purge_document(report: PurgeReport) -> dict[str, Any]:
         "disposals": [{name: getattr(item, name) for name in fields} for item in planned.deletions],
         "erased": {"keys": total.keys, "versions": total.versions, "bytes": total.bytes},
         "skipped": len(report.skipped),
+        "damaged_lines": list(report.damaged),
         "addenda": list(report.addenda),
         "held": list(planned.held),
         "shared": list(planned.shared),
@@ -242,7 +243,8 @@ def _by_kind(report: PurgeReport) -> list[tuple[object, ...]]:
 def _remaining(report: PurgeReport) -> Iterator[tuple[str, int]]:
     planned = report.plan
     yield "certificates that got an addendum", len(report.addenda)
-    yield "left for the next purge because a model line changed meanwhile", len(report.skipped)
+    yield "left for the next purge because a model line changed or was at work", len(report.skipped)
+    yield "model lines whose HEAD lacks files, so that superseded weights stay", len(report.damaged)
     yield "superseded and held", len(planned.held)
     yield "superseded, with the weights of a version that stays", len(planned.shared)
     yield "unknown keys, not deleted", len(planned.unknown)

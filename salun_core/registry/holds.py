@@ -12,10 +12,10 @@ from pydantic import Field
 from salun_core.config import Document, parse
 from salun_core.digest import canonical_json
 from salun_core.errors import ConflictError, UsageError
-from salun_core.registry.lookup import read_version
+from salun_core.registry.lookup import missing_files, read_version
 from salun_core.storage.documents import Count, Digest, FileName, LineId, ShortText, Text, UtcTime, parse_stored
 from salun_core.storage.keys import version_disposal_key, version_hold_key, version_holds_prefix
-from salun_core.storage.objects import ObjectStore
+from salun_core.storage.objects import FileStore, ObjectStore
 
 
 class VersionHold(Document):
@@ -46,9 +46,12 @@ D = TypeVar("D", bound=Document)
 
 
 def hold_version(
-    store: ObjectStore, line: str, digest: str, by: str, reason: str, clock: Callable[[], datetime]
+    store: FileStore, line: str, digest: str, by: str, reason: str, clock: Callable[[], datetime]
 ) -> VersionHold:
     """Keep a version from being purged; an existing hold stays as it is.
+
+    The hold is written first and the files are checked afterwards: a purge that looks later sees the hold and puts back
+    what it deleted, and what one deleted before it looked is missing here (see `retention.purge`).
 
     Args:
         store: where the line is stored.
@@ -63,9 +66,9 @@ def hold_version(
 
     Raises:
         UsageError: the version does not exist, or a text is not plain.
-        ConflictError: its weights were deleted already.
+        ConflictError: its weights were deleted already, or are being deleted.
     """
-    read_version(store, line, digest)
+    manifest = read_version(store, line, digest)
     disposal = read_disposal(store, line, digest)
     if disposal:
         raise ConflictError(
@@ -74,7 +77,18 @@ def hold_version(
             "hold a version before its retention ends",
         )
     fields = {"line": line, "version": digest, "by": by, "reason": reason, "at": clock().astimezone(UTC).isoformat()}
-    return _create(store, version_hold_key(line, digest), parse(VersionHold, fields, f"hold of {line}@{digest[:12]}"))
+    key, ours = version_hold_key(line, digest), parse(VersionHold, fields, f"hold of {line}@{digest[:12]}")
+    hold = _create(store, key, ours)
+    gone = missing_files(store, manifest)
+    if gone:
+        if hold == ours:
+            store.delete(key)
+        raise ConflictError(
+            f"{line}@{digest[:12]} cannot be held",
+            f"{', '.join(gone)} of it is missing; a purge may be deleting it",
+            "hold a version before its retention ends",
+        )
+    return hold
 
 
 def release_version(store: ObjectStore, line: str, digest: str) -> VersionHold:

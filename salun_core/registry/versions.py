@@ -8,6 +8,9 @@ A publish writes in this order: blobs, manifest, HEAD. What a kill leaves:
   at HEAD. A retry with the same `created_at` gives the same digest; any other leaves a version that a purge deletes.
 - after HEAD: the version is published. A retry returns the same HEAD.
 
+A purge may delete, at any time, a file that no version needed when it looked. So the files are checked after the
+manifest is written and again after HEAD moved; the other half of that protocol is in `retention.purge`.
+
 HEAD moves by compare-and-swap: the etag that was read must still be the store's, and the version that HEAD names must
 be the parent of the new version. The etag alone is not enough, since a worker that started from an old parent may read
 HEAD late: its version would bring back what was forgotten since. After a lost swap HEAD is read again:
@@ -29,9 +32,9 @@ from salun_core.config import parse
 from salun_core.digest import sha256_file
 from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.registry.holds import read_disposal
-from salun_core.registry.lookup import Version, ancestry, read_head, read_version
+from salun_core.registry.lookup import Version, ancestry, missing_files, read_head, read_version
 from salun_core.registry.manifest import Head, VersionManifest
-from salun_core.storage.blobs import FULL_COPY_EVERY, fetch_blob, put_blob, put_sparse, stored_size
+from salun_core.storage.blobs import FULL_COPY_EVERY, fetch_blob, put_blob, put_sparse
 from salun_core.storage.keys import check_relative_name, head_key, version_key
 from salun_core.storage.local_files import disk_error, list_tree
 from salun_core.storage.objects import FileStore, ObjectStore
@@ -80,7 +83,14 @@ def stage_version(
     return manifest.digest, manifest
 
 
-def publish_head(store: FileStore, line: str, version: str, parent: str | None, run: str | None) -> Head:
+def publish_head(
+    store: FileStore,
+    line: str,
+    version: str,
+    parent: str | None,
+    run: str | None,
+    files: Mapping[str, Path] | None = None,
+) -> Head:
     """Make a staged version the HEAD of its line, if HEAD is still its parent. The call may be repeated.
 
     Args:
@@ -89,27 +99,13 @@ def publish_head(store: FileStore, line: str, version: str, parent: str | None, 
         version: digest of the staged version.
         parent: digest of the version it was made from; None for the first of a line.
         run: the unlearning run that publishes, if any.
+        files: the version's files by name, to upload again what a purge deleted; without them, the call fails then.
 
     Raises:
         ConflictError: HEAD is not the parent (any more).
         UsageError: the version does not exist, or was made from another parent.
         IntegrityError: a file of the version, or the base of a delta, is missing or has another size.
     """
-    _check_staged(store, line, version, parent)
-    found = read_head(store, line)
-    if found and found[0].version == version:
-        return found[0]
-    _check_parent(line, found[0].version if found else None, parent)
-    head = _next_head(line, version, found[0].sequence if found else 0, run)
-    return _swap(store, head, parent, found[1] if found else None)
-
-
-def _next_head(line: str, version: str, sequence: int, run: str | None) -> Head:
-    fields = {"line": line, "version": version, "sequence": sequence + 1, "published_at": utc_now(), "run": run}
-    return parse(Head, fields, "HEAD")
-
-
-def _check_staged(store: FileStore, line: str, version: str, parent: str | None) -> None:
     manifest = read_version(store, line, version)
     if manifest.parent != parent:
         raise UsageError(
@@ -117,13 +113,43 @@ def _check_staged(store: FileStore, line: str, version: str, parent: str | None)
             f"its parent is {_short(manifest.parent)}",
             "publish it with its own parent",
         )
-    for name, entry in manifest.files.items():
-        if stored_size(store, entry.sha256) != entry.size:
-            raise IntegrityError(
-                f"{name} of {line}@{version[:12]} is missing from the store or has another size",
-                "it was deleted or damaged after it was staged",
-                "stage the version again",
-            )
+    _complete(store, manifest, files)
+    found = read_head(store, line)
+    if found and found[0].version == version:
+        return found[0]
+    _check_parent(line, found[0].version if found else None, parent)
+    head = _next_head(line, version, found[0].sequence if found else 0, run)
+    head = _swap(store, head, parent, found[1] if found else None)
+    _complete(store, manifest, files)
+    return head
+
+
+def _next_head(line: str, version: str, sequence: int, run: str | None) -> Head:
+    fields = {"line": line, "version": version, "sequence": sequence + 1, "published_at": utc_now(), "run": run}
+    return parse(Head, fields, "HEAD")
+
+
+def _complete(store: FileStore, manifest: VersionManifest, files: Mapping[str, Path] | None) -> None:
+    """Check that a version's files and manifest are stored, and upload again what is not, whole.
+
+    Before the swap: the manifest is written, so a purge that looks from now on keeps its files; this finds what one
+    deleted before it looked. After the swap: a publisher that was suspended before the swap, until a purge took its
+    version for abandoned, finds here what it lacks. Killed between the two, it leaves a HEAD without files, which the
+    exporter reports; the version's files are then in no store, and HEAD must be rolled back.
+    """
+    gone = missing_files(store, manifest)
+    if gone and files:
+        for name in gone:
+            put_blob(store, files[name])
+        gone = missing_files(store, manifest)
+    if gone:
+        raise IntegrityError(
+            f"{gone[0]} of {manifest.line}@{manifest.digest[:12]} is missing from the store or has another size",
+            "it was deleted or damaged after it was staged",
+            "stage the version again",
+        )
+    if files and store.get(version_key(manifest.line, manifest.digest)) is None:
+        store.put_new(version_key(manifest.line, manifest.digest), manifest.canonical())
 
 
 def _check_parent(line: str, actual: str | None, parent: str | None) -> None:
@@ -165,7 +191,7 @@ def publish(store: FileStore, fields: Mapping[str, Any], files: Mapping[str, Pat
         ConflictError: HEAD is not the parent that `fields` names.
     """
     digest, manifest = stage_version(store, fields, files)
-    return publish_head(store, manifest.line, digest, manifest.parent, manifest.run), manifest
+    return publish_head(store, manifest.line, digest, manifest.parent, manifest.run, files), manifest
 
 
 def undone_by(store: ObjectStore, line: str, version: str) -> Sequence[Version]:

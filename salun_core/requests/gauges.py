@@ -10,10 +10,11 @@ from datetime import UTC, datetime, timedelta
 
 from salun_core.errors import IntegrityError, UsageError
 from salun_core.registry.lookup import lines, read_head, read_version
-from salun_core.registry.manifest import Head, Lineage
+from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.index import IndexEntry, entries
 from salun_core.requests.reading import read_last
 from salun_core.requests.schema import SETTLED, Status, status_after
+from salun_core.storage.keys import blob_key, delta_key
 from salun_core.storage.objects import ObjectStore
 from salun_core.telemetry.logs import get_logger
 from salun_core.times import Clock, as_utc, due_after_one_month
@@ -65,7 +66,7 @@ class Snapshot:
         received: Unix time at which the oldest unsettled request was received; None if there is none.
         passing: by stage of `stages`, the Unix times at which the unsettled requests pass it, ascending.
         lines: model lines by name.
-        unreadable: number of lines whose HEAD or version is damaged.
+        unreadable: number of lines whose HEAD or version is damaged, or lacks a file.
     """
 
     counts: Mapping[Status, int]
@@ -100,7 +101,9 @@ class Snapshot:
 class GaugeReader:
     """Takes snapshots; between two of them it caches what is expensive to list and what never changes.
 
-    It lists the open statuses each time; the settled requests and the names of the model lines every `rarely`.
+    It lists the open statuses each time; the settled requests, the names of the model lines and the stored files every
+    `rarely`. Files are listed and not read, because the exporter must not see weights. So a delta whose base is missing
+    counts as stored.
 
     Args:
         store: where ledger and model lines are stored.
@@ -114,7 +117,8 @@ class GaugeReader:
         self._settled: Counter[Status] = Counter()
         self._superseded: frozenset[tuple[str, int]] = frozenset()
         self._known_lines: frozenset[str] = frozenset()
-        self._versions: dict[tuple[str, str], Lineage] = {}
+        self._stored: frozenset[str] = frozenset()
+        self._versions: dict[tuple[str, str], VersionManifest] = {}
         self._successes: dict[str, float] = {}
         self._unreadable: frozenset[str] = frozenset()
 
@@ -154,6 +158,8 @@ class GaugeReader:
         self._settled = Counter(entry.status for entry in settled if entry.request not in unsettled)
         self._superseded = frozenset((entry.request, entry.n) for entry in found if entry.request in both - unsettled)
         self._known_lines = frozenset(lines(self._store))
+        listed = [entry.key for folder in ("blobs/", "deltas/") for entry in self._store.list(folder)]
+        self._stored = frozenset(key.rpartition("/")[2] for key in listed)
 
     def _is_unsettled(self, request: str) -> bool:
         """Return whether a request with an open and a settled entry is unsettled.
@@ -184,11 +190,29 @@ class GaugeReader:
         self._unreadable = frozenset(damaged)
         return readings
 
-    def _line(self, head: Head, known: Mapping[tuple[str, str], Lineage]) -> LineGauges:
-        """Return the gauges of a line; a manifest never changes, so it is read once."""
+    def _check_stored(self, manifest: VersionManifest) -> None:
+        for name, entry in manifest.files.items():
+            if entry.sha256 in self._stored:
+                continue
+            if any(next(self._store.list(key(entry.sha256)), None) for key in (blob_key, delta_key)):
+                continue  # uploaded since the listing
+            raise IntegrityError(
+                f"{name} of {manifest.line}@{manifest.digest[:12]} is not in the store",
+                "it was deleted after the version was published",
+                "restore it from a copy, or roll the line back: `salun model rollback`",
+            )
+
+    def _line(self, head: Head, known: Mapping[tuple[str, str], VersionManifest]) -> LineGauges:
+        """Return the gauges of a line; a manifest never changes, so it is read once.
+
+        Raises:
+            IntegrityError: the manifest is damaged, or a file of it is not stored.
+        """
         name = (head.line, head.version)
-        lineage = known[name] if name in known else read_version(self._store, *name).lineage
-        self._versions[name] = lineage
+        manifest = known[name] if name in known else read_version(self._store, *name)
+        self._versions[name] = manifest
+        self._check_stored(manifest)
+        lineage = manifest.lineage
         if head.run is not None:
             self._successes[head.line] = datetime.fromisoformat(head.published_at).timestamp()
         return LineGauges(lineage.debt, lineage.runs_since_training, self._successes.get(head.line))

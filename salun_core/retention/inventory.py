@@ -10,7 +10,7 @@ from functools import cached_property
 
 from salun_core.data.targets import RedactedTarget
 from salun_core.errors import IntegrityError
-from salun_core.registry.lookup import read_head, read_version
+from salun_core.registry.lookup import lines, read_head, read_version
 from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.reading import read_all
 from salun_core.requests.schema import Outcome, RequestState, Status
@@ -193,6 +193,8 @@ def scan_store(store: S3Store, now: datetime, pipeline_root: S3Store | None = No
         IntegrityError: a manifest, delta, lease or request is damaged, so it is unknown what is still needed.
         StoreError: the store is unreachable or refuses the credentials.
     """
+    # HEADs come first: a manifest is written before HEAD names it, so the listing has the manifest of each HEAD.
+    heads = {line: read_head(store, line) for line in lines(store)}
     keys = stored_keys(store)
     live = by_kind(item for item in keys if item.live)
 
@@ -206,7 +208,6 @@ def scan_store(store: S3Store, now: datetime, pipeline_root: S3Store | None = No
         for item in manifests.values()
         if item.run
     } | _scan_runs(store, live)
-    heads = {line: read_head(store, line) for line in values("head", "line")}
     holders = {line: holder_of(store, line) for line in values("lease", "line")}
     deltas = in_parallel(lambda digest: delta_facts(store, digest), values("delta", "digest"))
     artifacts, foreign = scan_artifacts(pipeline_root, runs) if pipeline_root else ({}, 0)

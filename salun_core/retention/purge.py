@@ -10,28 +10,61 @@ The order, and what a kill leaves at each point:
    version again with no files left, and the record is written then.
 4. The store is listed again, and addenda are issued for what is gone (see `addenda`).
 
-While it works, versions may be staged, published or held. Before each deletion that depends on versions, every HEAD,
-manifest and hold is listed again; if any is new, the deletion waits for the next purge. A version that is staged
-between that listing and the deletion can lose a file that it shares; `publish_head` finds that and refuses it.
+While it works, versions may be staged, published, held or rolled back to. Two of them share a file if their bytes are
+equal, and an attempt that is repeated makes equal bytes: a file that no version needs at the scan may be HEAD's a
+moment later. No question asked before a deletion is safe against that, because the purge can stall between the question
+and the deletion. So both sides write first and look afterwards:
+
+- A purge copies the file to `trash/`, erases it, and then lists every HEAD, manifest, hold and rollback again. If any
+  is new since before the scan, it copies the file back, and the deletion waits for the next purge. Else it erases the
+  copy.
+- Whoever needs the file writes its manifest, hold or rollback, and then looks whether the file is there
+  (`publish_head`, `hold_version`, `rollback`). Only then does HEAD move.
+
+The store is consistent, so at least one of the two sees the other, wherever they stall. If the purge sees the manifest,
+the file comes back. If the publisher looks while it is gone, it uploads it again. A copy is named after the purge that
+made it, so that two purges never share one. A kill leaves:
+
+- after the copy: both exist. The next purge names the file again, and the copy is garbage after `orphan_hours`.
+- after the erasure: only the copy exists. If a version needs the file, the next purge brings it back before it plans.
+  Else the copy counts as a form of the file, and is deleted with it; no record is written before that.
+- after the copy came back: both exist, as above.
+
+What remains is a publisher that is suspended between its look and the swap of HEAD for so long that its lease ends and
+its version counts as abandoned (`orphan_hours`). So it looks again after the swap, and uploads what is missing.
+
+Three questions before each key save work on both sides, and prove nothing: is anything new in the lines, does anybody
+hold the lease of a line (a run at work may be about to find a staged or orphaned file and reuse it), and are HEAD's own
+files there (else superseded weights are the last copy that a line has).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from salun_core.errors import UsageError
 from salun_core.registry.holds import VersionDisposal, record_disposal
+from salun_core.registry.lookup import missing_files
 from salun_core.requests.redaction import redact_request
 from salun_core.retention.addenda import issue_addenda
-from salun_core.retention.inventory import PURGED_OUTPUTS, StoreInventory, scan_artifacts, scan_store
+from salun_core.retention.inventory import (
+    PURGED_OUTPUTS,
+    StoreInventory,
+    VersionState,
+    classify_versions,
+    scan_artifacts,
+    scan_store,
+)
 from salun_core.retention.pipeline_root import scan_pipeline_root
 from salun_core.retention.rules import Deletion, DeletionKind, DeletionPlan, RetentionRules, plan, plan_old_artifacts
 from salun_core.storage.blobs import materialise
 from salun_core.storage.erase import Erased, abort, erase, erase_old, stored_keys
-from salun_core.storage.keys import delta_key
+from salun_core.storage.keys import blob_key, delta_key, kind_of_key, lease_key, trash_key
+from salun_core.storage.leases import holder_of
 from salun_core.telemetry.logs import get_logger
 from salun_core.times import Clock, as_utc, utc_clock
 
@@ -42,6 +75,9 @@ if TYPE_CHECKING:
 
 _ACTOR = "purge"
 _BY_LINES = {DeletionKind.WEIGHTS, DeletionKind.STAGED, DeletionKind.ORPHAN}
+_FORMS: Mapping[str, Callable[..., str]] = {"blob": blob_key, "delta": delta_key}  # of a file, by the kind of its key
+PATIENCE = timedelta(days=7)
+"""How long staged versions and orphans wait while any run holds a lease: in a large store, some run always does."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +88,9 @@ class PurgeReport:
         dry_run: whether nothing was deleted.
         plan: what had to be deleted, and what stays.
         erased: what was removed, for each deletion that was done.
-        skipped: deletions that wait for the next purge, because a model line changed meanwhile.
+        skipped: deletions that wait for the next purge, because a model line changed, was at work, or lacks a file.
         addenda: requests whose certificate got an addendum.
+        damaged: model lines whose HEAD lacks a file; their superseded weights stay.
     """
 
     dry_run: bool
@@ -61,6 +98,7 @@ class PurgeReport:
     erased: Sequence[tuple[Deletion, Erased]] = ()
     skipped: Sequence[Deletion] = ()
     addenda: Sequence[str] = ()
+    damaged: Sequence[str] = ()
 
     @property
     def total(self) -> Erased:
@@ -103,6 +141,8 @@ def purge(
     now = as_utc(clock())
     before = _line_objects(store)
     inventory = scan_store(store, now, root)
+    while not dry_run and _bring_back(store, inventory):  # again: a delta that came back may need its base
+        inventory = scan_store(store, now, root)
     found = scan_pipeline_root(_required(root), now).kept if old_artifacts else None
     planned = (
         plan(inventory, rules or RetentionRules(), now) if found is None else plan_old_artifacts(inventory, found, now)
@@ -113,22 +153,24 @@ def purge(
         _check_nothing_to_certify(inventory, planned)
     erased: list[tuple[Deletion, Erased]] = []
     skipped: list[Deletion] = []
+    disposal = _Disposal(store, inventory, before, now)
     for item in planned.deletions:
-        if item.kind in _BY_LINES and _line_objects(store) - before:
-            skipped.append(item)
-            continue
         target = root if item.kind is DeletionKind.ARTIFACT else store
         assert target is not None  # without a root the plan names no artifacts
-        erased.append((item, _delete(item, target)))
+        removed = disposal.erase(item) if item.kind in _BY_LINES else _delete(item, target)
+        if removed is None:
+            skipped.append(item)
+            continue
+        erased.append((item, removed))
         if item.kind is DeletionKind.WEIGHTS:
             _record(store, inventory, item, now.isoformat())
     addenda = []
     if signer is not None:
         left = _runs_left(root, inventory, old_artifacts, now) if root is not None else None
         addenda = issue_addenda(store, inventory, stored_keys(store), left, signer, now)
-    report = PurgeReport(False, planned, erased, skipped, addenda)
-    removed = report.total
-    get_logger().info("purged", keys=removed.keys, versions=removed.versions, bytes=removed.bytes)
+    report = PurgeReport(False, planned, erased, skipped, addenda, sorted(disposal.damaged))
+    total = report.total
+    get_logger().info("purged", keys=total.keys, versions=total.versions, bytes=total.bytes)
     return report
 
 
@@ -168,6 +210,98 @@ def _line_objects(store: S3Store) -> set[tuple[str, str]]:
     """Return everything that decides which versions are needed: HEADs, manifests and holds, with their etags."""
     found = [*store.list("lines/"), *store.list("holds/")]
     return {(item.key, item.etag) for item in found if not item.key.endswith("/disposed.json")}
+
+
+class _Disposal:
+    """Erases files that no version needs, unless one turns out to need them; see the protocol above.
+
+    Args:
+        store: the store of model lines.
+        inventory: what the store held at the scan.
+        before: the objects of the lines before the scan (`_line_objects`).
+        now: the time of the plan.
+    """
+
+    def __init__(self, store: S3Store, inventory: StoreInventory, before: set[tuple[str, str]], now: datetime) -> None:
+        self._store, self._inventory, self._before, self._now = store, inventory, before, now
+        self._name = secrets.token_hex(8)  # of this purge's copies: another purge may delete its own meanwhile
+        self.damaged: set[str] = set()
+
+    def erase(self, item: Deletion) -> Erased | None:
+        """Do a deletion, the files first and the manifest that names them last; None if it waits for the next purge."""
+        if item.kind is DeletionKind.WEIGHTS and not self._head_is_whole(item.line or ""):
+            return None
+        copies: dict[str, str] = {}
+        removed = Erased()
+        for key in item.keys:
+            if self._must_wait(item):
+                self._put_back(copies)
+                return None
+            kind, values = kind_of_key(key)
+            if kind not in _FORMS and copies:  # the manifest: it goes only if nothing came between
+                self._drop(copies)
+            copy = trash_key(values["digest"], f"{self._name}.{kind}") if kind in _FORMS else ""
+            if copy and self._store.copy(key, copy):
+                copies[key] = copy
+            removed += erase(self._store, key)
+        if copies and self._changed():
+            self._put_back(copies)
+            return None
+        self._drop(copies)
+        return removed
+
+    def _drop(self, copies: dict[str, str]) -> None:
+        for copy in copies.values():
+            erase(self._store, copy)
+        copies.clear()
+
+    def _changed(self) -> bool:
+        return bool(_line_objects(self._store) - self._before)
+
+    def _must_wait(self, item: Deletion) -> bool:
+        """Return whether a line changed, or a run at work may be about to reuse garbage that is not old."""
+        fresh = item.since is None or self._now - item.since < PATIENCE
+        if item.kind is not DeletionKind.WEIGHTS and fresh:
+            found = (lease_key.match(entry.key) for entry in self._store.list("leases/"))
+            if any(holder_of(self._store, values["line"]) for values in found if values):
+                return True
+        return self._changed()
+
+    def _head_is_whole(self, line: str) -> bool:
+        """Return whether all files of a line's HEAD are stored; if HEAD moved meanwhile, `_changed` shows it."""
+        head = self._inventory.heads.get(line)
+        if head is None or not missing_files(self._store, self._inventory.manifests[line, head.version]):
+            return True
+        self.damaged.add(line)
+        return False
+
+    def _put_back(self, copies: Mapping[str, str]) -> None:
+        for key, copy in copies.items():
+            self._store.copy(copy, key)
+            erase(self._store, copy)
+
+
+def _bring_back(store: S3Store, inventory: StoreInventory) -> bool:
+    """Bring back the files that a killed purge erased although a version needs them; return whether there were any."""
+
+    def stored(kind: str) -> set[str]:
+        return {values["digest"] for item, values in inventory.all_keys.get(kind, ()) if item.live}
+
+    needed = {
+        digest
+        for item in classify_versions(inventory)
+        if item.state is not VersionState.SUPERSEDED or item.id in inventory.held
+        for digest in item.digests
+    }
+    whole, todo = stored("blob"), needed
+    while todo := {inventory.bases[digest] for digest in todo - whole if digest in inventory.bases} - needed:
+        needed |= todo
+    missing, found = needed - whole - stored("delta"), False
+    for item, values in inventory.all_keys.get("trash", ()):
+        digest, form = values["digest"], values["name"].rpartition(".")[2]
+        if item.live and digest in missing and form in _FORMS:
+            found |= store.copy(item.key, _FORMS[form](digest))
+    return found
 
 
 def _delete(item: Deletion, store: S3Store) -> Erased:

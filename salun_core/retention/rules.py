@@ -87,6 +87,7 @@ class Deletion:
         request: the request.
         keep_hashes: for a request: whether hashes of its target must stay.
         upload: the unfinished upload.
+        since: for a staged version or an orphan, since when it is garbage.
     """
 
     kind: DeletionKind
@@ -100,6 +101,7 @@ class Deletion:
     request: str | None = None
     keep_hashes: bool = False
     upload: Upload | None = None
+    since: datetime | None = None
 
     @classmethod
     def of(cls, kind: DeletionKind, items: Sequence[StoredKey], reason: str, **fields: Any) -> Deletion:  # noqa: ANN401
@@ -256,18 +258,22 @@ class _Files:
     def __init__(
         self, inventory: StoreInventory, leaving: Sequence[ClassifiedVersion], needed: set[str], recent: datetime
     ) -> None:
-        self._inventory, self._leaving = inventory, leaving
+        self._inventory, self._leaving, self._recent = inventory, leaving, recent
         self._stored: dict[str, list[StoredKey]] = {}
-        for kind in ("blob", "delta"):
+        for kind in ("blob", "delta", "trash"):
             for item, values in inventory.all_keys.get(kind, ()):
                 self._stored.setdefault(values["digest"], []).append(item)
         known = {digest for item in leaving for digest in item.digests}
         self._stay = needed | {
             digest
             for digest, items in self._stored.items()
-            if digest not in known and max(item.modified for item in items) > recent
+            if digest not in known and max(item.modified for item in items) > recent or any(map(self._in_use, items))
         }
         self._taken: set[str] = set()
+
+    def _in_use(self, item: StoredKey) -> bool:
+        """Return whether a purge at work may still need this copy of a file that it is deleting."""
+        return kind_of_key(item.key)[0] == "trash" and item.modified > self._recent
 
     def _take(self, digests: Iterable[str]) -> list[StoredKey]:
         """Return the stored forms of files that no earlier deletion of this plan has."""
@@ -299,7 +305,7 @@ class _Files:
             last = manifests.get(version_key(item.line, item.digest))
             keys = [*self._take(sorted(item.digests - self._stay)), *([last] if last else [])]
             reason = f"staged at {item.since:{_WHEN}} and never published"
-            fields = {"run": item.manifest.run, "line": item.line, "version": item.digest}
+            fields = {"run": item.manifest.run, "line": item.line, "version": item.digest, "since": item.since}
             yield Deletion.of(DeletionKind.STAGED, keys, reason, **fields)
 
     def orphans(self) -> Iterator[Deletion]:
@@ -309,14 +315,15 @@ class _Files:
                 yield from self._second_copies(items)
             # A version that was purged before may have left a file: another version needed it then, or it was put back.
             elif all(item.id in self._inventory.disposed for item in self._leaving if digest in item.digests):
-                yield Deletion.of(DeletionKind.ORPHAN, items, "no version needs it")
+                since = max(item.modified for item in items)
+                yield Deletion.of(DeletionKind.ORPHAN, items, "no version needs it", since=since)
 
     def _second_copies(self, items: list[StoredKey]) -> Iterator[Deletion]:
         """Yield the forms of a file other than the one that is read; never its only one."""
-        live = [item for item in items if item.live]
-        read = next((item for item in live if kind_of_key(item.key)[0] == "blob"), live[0] if live else None)
+        live = {kind_of_key(item.key)[0]: item for item in items if item.live}
+        read = live.get("blob", live.get("delta"))
         for item in items if read else ():
-            if item is not read:
+            if item is not read and not self._in_use(item):
                 yield Deletion.of(DeletionKind.ORPHAN, [item], "the file is stored in another form")
 
     def made_whole(self, deletions: Sequence[Deletion]) -> Iterator[Deletion]:

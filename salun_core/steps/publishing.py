@@ -226,5 +226,5 @@ def _publish(
     }
     base = {name: path for name in weight_files(files) if (path := context.before / name).is_file()}
     version, _ = stage_version(context.store, fields, files, base, full_copy_every())
-    publish_head(context.store, context.model_line, version, parent, context.run or None)
+    publish_head(context.store, context.model_line, version, parent, context.run or None, files)
     return version

@@ -239,6 +239,7 @@ certificate_key = KeyTemplate("certificates/{request}.json")
 addendum_key = KeyTemplate("addenda/{request}/{path}")
 lease_key = KeyTemplate("leases/{line}.json")
 work_key = KeyTemplate("work/{digest}.json")  # notes that work was refused, by the digest of all it depends on
+trash_key = KeyTemplate("trash/{digest}/{name}")  # of a file that a purge is deleting; each copy has its own name
 probe_key = KeyTemplate("probe/{path}")
 
 
@@ -265,6 +266,7 @@ LAYOUT: Mapping[str, KeyTemplate] = {
     "addendum": addendum_key,
     "lease": lease_key,
     "work": work_key,
+    "trash": trash_key,
     "probe": probe_key,
 }
 RUN_FILES: Mapping[str, re.Pattern[str]] = {

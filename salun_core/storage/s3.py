@@ -50,9 +50,13 @@ from salun_core.storage.s3_settings import PREFIX, own_settings, session_argumen
 
 if TYPE_CHECKING:
     from types_boto3_s3 import S3Client
+    from types_boto3_s3.type_defs import CopySourceTypeDef
 
 _PART = 16 * 1024 * 1024  # few enough parts for 160 GB (S3 allows 10,000), small enough to send again
 _TRANSFER = TransferConfig(multipart_threshold=2 * _PART, multipart_chunksize=_PART, max_concurrency=4)
+_COPY = TransferConfig(  # the server copies; a part of this size takes far less than the read timeout
+    multipart_threshold=16 * _PART, multipart_chunksize=16 * _PART, use_threads=False
+)
 _WRITER = "salun-writer"  # metadata that holds the token of the writing call
 _READ_ATTEMPTS = 4
 _RACE_ATTEMPTS = 8
@@ -360,6 +364,23 @@ class S3Store:
                 # If the reply to the last step is lost, botocore's retry finds the upload closed.
                 if "NoSuchUpload" not in str(error) or self._size(full) != path.stat().st_size:
                     raise
+
+    def copy(self, source: str, target: str) -> bool:
+        """Copy an object within the store, without a download; an object of that key is replaced.
+
+        Returns:
+            Whether the source exists; otherwise nothing was copied.
+        """
+        origin: CopySourceTypeDef = {"Bucket": self._bucket, "Key": self._full(source)}
+        full = self._full(target)
+        with self.translating("copy", source):
+            try:
+                self._client.copy(origin, self._bucket, full, Config=_COPY)
+            except ClientError as error:
+                if is_missing(error):
+                    return False
+                raise
+        return True
 
     def _size(self, full: str) -> int | None:
         try:

@@ -5,6 +5,11 @@ version, HEAD is replaced on the condition that it has not changed, the lease is
 HEAD is replaced, the reopened requests name nothing to erase at the next sweep and are completed again; the other order
 could lose them. A record whose version is still an ancestor of HEAD has no effect, and the next attempt replaces it. If
 the process dies later, or stalls, the lease expires. A publish in between makes the replacement of HEAD fail.
+
+A purge may delete the version's weights at any time. One that looks after the records are written sees them and puts
+back what it deleted; the check after the records finds what one deleted before it looked (see `retention.purge`). A
+rollback that is suspended between that check and the replacement of HEAD, for so long that another purge starts, finds
+the loss in the last check and returns HEAD to where it was.
 """
 
 from __future__ import annotations
@@ -13,14 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from salun_core.errors import ConflictError, IntegrityError
-from salun_core.registry.lookup import Version, read_version, resolve
+from salun_core.registry.lookup import Version, missing_files, read_version, resolve
 from salun_core.registry.manifest import Head
 from salun_core.registry.rollbacks import new_rollback, record_rollback
 from salun_core.registry.versions import roll_back, undone_by
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.storage import FileStore, open_store
-from salun_core.storage.blobs import stored_size
 from salun_core.sweeps.heartbeat import line_held
 from salun_core.sweeps.runs import RunLog, new_run_id
 from salun_core.times import Clock, utc_clock
@@ -88,16 +92,23 @@ def rollback(
                 ledger.reopen(request, actor, reason)
         for record in records:
             record_rollback(store, record)
-        return RolledBack(roll_back(store, line, version, undone[0].digest), undone, requests)
+        _check_complete(store, line, version)
+        head = roll_back(store, line, version, undone[0].digest)
+        try:
+            _check_complete(store, line, version)
+        except IntegrityError:
+            roll_back(store, line, undone[0].digest, version)
+            raise
+        return RolledBack(head, undone, requests)
 
 
 def _check_complete(store: FileStore, line: str, version: str) -> None:
     manifest = read_version(store, line, version)
-    gone = [name for name, entry in manifest.files.items() if stored_size(store, entry.sha256) is None]
+    gone = missing_files(store, manifest)
     if gone:
         raise IntegrityError(
             f"cannot roll back to {line}@{version[:12]}",
-            f"{', '.join(sorted(gone))} of it was purged or is missing",
+            f"{', '.join(gone)} of it was purged or is missing",
             "choose a version with all its files, or train a new one",
         )
 

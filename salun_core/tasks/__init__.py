@@ -134,6 +134,7 @@ def register_model(store: FileStore, line: str, folder: Path, method: str, train
         UsageError: a file name is not valid in the store.
     """
     fields = {"line": line, "parent": None, "method": method, "lineage": {"trained_on": trained_on}}
-    version, _ = stage_version(store, fields, task_of(folder).version_files(folder))
-    publish_head(store, line, version, None, None)
+    files = task_of(folder).version_files(folder)
+    version, _ = stage_version(store, fields, files)
+    publish_head(store, line, version, None, None, files)
     return version

@@ -63,6 +63,7 @@ KEYS = {
     "hold": names.version_hold_key("faces", A),
     "index": names.index_key("queued", "faces", 1, 1, "r-1"),
     "work": names.work_key(A),
+    "trash": names.trash_key(A, "0123456789abcdef.blob"),
     "probe": "probe/passed.json",
     "stranger": "policies/mine.yaml",
 }
@@ -72,16 +73,28 @@ WEIGHTS = {"blob", "delta"}
 _AT_WORK = {"run event", "lease", "outcome"}
 _SETTLED = _AT_WORK | {"request", "event", "index", "certificate", "addendum", "work"}
 _PUBLISHED = {"head", "manifest", *WEIGHTS, "report"}
-_GONE = {"blob", "delta", "mask", "candidate", "outcome", "scratch", "probe", "manifest", "disposed", "rollback"}
+_GONE = {
+    "blob",
+    "delta",
+    "mask",
+    "candidate",
+    "outcome",
+    "scratch",
+    "trash",
+    "probe",
+    "manifest",
+    "disposed",
+    "rollback",
+}
 READ = {
     "submitter": {"request", "event", "index", "outcome"},
-    "claimer": {*KEYS} - {"hold", "stranger"},
+    "claimer": {*KEYS} - {"hold", "trash", "stranger"},
     "fetcher": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
     "worker": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
     "evaluator": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
-    "publisher": {*KEYS} - {"hold", "probe", "stranger"},
-    "sweeper": {*KEYS} - {"hold", "stranger"},
-    "settler": {*KEYS} - {"hold", "delta", "probe", "stranger"},
+    "publisher": {*KEYS} - {"hold", "trash", "probe", "stranger"},
+    "sweeper": {*KEYS} - {"hold", "trash", "stranger"},
+    "settler": {*KEYS} - {"hold", "delta", "trash", "probe", "stranger"},
     "purger": {*KEYS} - {"scratch", "index", "work", "probe", "stranger"},
     "exporter": {"head", "manifest", "event"},
     "auditor": {*LINE, *RUN, "event", "certificate", "addendum"},
@@ -96,7 +109,7 @@ WRITE = {
     "publisher": _SETTLED | _PUBLISHED,
     "sweeper": _SETTLED | _PUBLISHED | {"record", "scratch", "probe"},
     "settler": _SETTLED,
-    "purger": {"blob", "request", "mark", "disposed", "addendum"},
+    "purger": {"blob", "delta", "trash", "request", "mark", "disposed", "addendum"},
     "exporter": set(),
     "auditor": set(),
     "operator": {"head", "rollback", "event", "index", "lease", "hold"},
@@ -219,7 +232,7 @@ def test_a_role_lists_what_it_reads(role, server):
     """Without the right to list, S3 answers 403 for a key that is missing, and our readers rely on the 404."""
     listed = {folder for folder in FOLDERS if allowed(server[role].list_objects_v2, Prefix=f"{folder}/")}
     read = {KEYS[kind].split("/")[0] for kind in READ[role]}
-    more = {"purger": {*FOLDERS}, "exporter": {"index"}}  # the keys of the index say all that an exporter tells
+    more = {"purger": {*FOLDERS}, "exporter": {"index", "blobs", "deltas"}}  # keys are all that it needs of these
     assert listed == read | more.get(role, set())
     assert allowed(server[role].list_objects_v2, Prefix="") == (role == "purger")
     assert allowed(server[role].list_object_versions, Prefix="requests/") == (role == "purger")
