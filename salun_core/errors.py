@@ -7,6 +7,19 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+EXIT_CODES = {
+    0: "done, also if nothing was due",
+    1: "an error of data, model, device, store or file; a check of `doctor` failed",
+    2: "a wrong argument, name, setting or configuration",
+    3: "the gate refused: nothing was published",
+    4: "another writer or run was first, or the parent is stale",
+    5: "bytes that do not match their digest, format or signature",
+    124: "`python -m pipelines submit --wait` waited for too long",
+    130: "interrupted by Ctrl-C",
+    143: "ended by SIGTERM",
+}
+"""What each exit code of a command means; the codes of signals are 128 and their number."""
+
 _WHERE = "submit it with `python -m pipelines submit`, or run it with `salun run`: both print them"
 
 # control characters, which a terminal obeys; lone surrogates, which cannot be printed; marks that reverse a line

@@ -28,7 +28,7 @@ from salun_core.cli import (
 from salun_core.cli.failures import interruptible, reported
 from salun_core.cli.output import MODE, echo, progress, silence_logs
 from salun_core.config import report_old_name
-from salun_core.errors import SalunError
+from salun_core.errors import EXIT_CODES, SalunError
 from salun_core.steps.run_form import OLD_NAMES
 
 _EVERYWHERE = (
@@ -102,6 +102,11 @@ class Root(TyperGroup):
                 command = getattr(command, "commands", {}).get(word, command)
         return found
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
+        """Add the exit codes of every verb."""
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
+
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
         """Run the verb and report its exception."""
         with reported():
@@ -135,7 +140,6 @@ app = typer.Typer(
     cls=Root,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     no_args_is_help=True,
     help="Make trained models forget, prove it, and publish only what passes the gate.",
 )

@@ -28,9 +28,13 @@ def options(words):
         elif rest and rest[0].startswith("-") and "classifier" in command.commands:
             command = command.commands["classifier"]  # `salun train` alone trains a classifier
         else:
-            return None if rest and not rest[0].startswith("-") else set()
+            return None if rest and not rest[0].startswith("-") else _options_of(command)
     if command.context_settings.get("ignore_unknown_options"):  # it passes them on
         return {word.split("=")[0] for word in rest}
+    return _options_of(command)
+
+
+def _options_of(command):
     return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
