@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 EXIT_CODES = {
@@ -84,6 +84,21 @@ class DataError(SalunError):
 
 class ModelError(SalunError):
     """A checkpoint or an architecture that does not fit (exit 1)."""
+
+
+class StateMismatchError(ModelError):
+    """Weights that do not fit an architecture (exit 1).
+
+    Args:
+        what: see `SalunError`.
+        why: the differences by group.
+        remedy: see `SalunError`.
+        details: every difference, by kind.
+    """
+
+    def __init__(self, what: str, why: str, remedy: str, details: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(what, why, remedy)
+        self.details = details
 
 
 class DeviceMemoryError(SalunError):

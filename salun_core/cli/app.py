@@ -80,6 +80,9 @@ class Root(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
         """Move the options that every verb has to the front, and replace former names."""
         words = [_current_name(word) for word in args]
+        if "import-diffusers" in words[:5] and words[words.index("import-diffusers") - 1] == "model":
+            report_old_name("model import-diffusers", "model import")
+            words[words.index("import-diffusers")] = "import"
         ctx.meta[_HELP] = "--help" in words
         return super().parse_args(ctx, _hoisted(words, self._settings_places(words)))
 
@@ -213,8 +216,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "bench render": bench.render,
     "model hold": models.hold,
     "model release": models.release,
-    "model import-diffusers": models.import_diffusion,
-    "model import": models.import_classifier,
+    "model import": models.import_model,
     "model list": versions.list_lines,
     "model show": versions.show,
     "model diff": versions.diff,

@@ -11,11 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 from salun_core.cli.options import Actor, DryRun, OptionalStore, Reason, Settings, Store, read_settings, who
-from salun_core.cli.output import MODE, emit_facts, emit_plan, epoch_progress, progress
+from salun_core.cli.output import MODE, emit, emit_facts, emit_plan, epoch_progress, progress
 from salun_core.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
     from salun_core.data import DataSpec
+    from salun_core.errors import StateMismatchError
     from salun_core.models.card import Card, DiffusionCard, DiffusionEvaluation
     from salun_core.tasks.diffusion.importing import MadeDiffusion
 
@@ -73,7 +74,7 @@ class _Destination:
             raise ConflictError(f"model line {self.line} exists already", "it has a HEAD", "choose another name")
         require_safe(store)
 
-    def plan(self, verb: str, spec: DataSpec, arch: str | None = None) -> None:
+    def plan(self, verb: str, spec: DataSpec, arch: str | None = None, facts: Mapping[str, object] = {}) -> None:
         """Read the data, build the architecture, check the line, and print what would be made."""
         from salun_core.data import load_data
         from salun_core.models import build_classifier
@@ -83,10 +84,10 @@ class _Destination:
         if arch:
             build_classifier(arch, len(loaded.table.classes), *images.shape[1:3])
         self.check()
-        facts = {"would_write": self.out, "would_publish": self.line, **({"arch": arch} if arch else {})}
+        shown = {"would_write": self.out, "would_publish": self.line, **({"arch": arch} if arch else {})}
         size = _size(*images.shape[1:], chosen=spec.size is not None)
         sizes = {"images": size, "train_images": len(images), "test_images": len(loaded.split.test)}
-        emit_plan(verb, {**facts, "classes": len(loaded.table.classes), **sizes})
+        emit_plan(verb, {**shown, **facts, "classes": len(loaded.table.classes), **sizes})
 
     def warn(self, card: Card) -> list[str]:
         """Print what a model lacks to pass its policy, whatever a run does, and return it."""
@@ -191,12 +192,14 @@ def train_classifier(
 ) -> None:
     """Train a classifier from fresh weights, and write its model folder."""
     from salun_core.data import load_spec
+    from salun_core.models.architectures import allow_architecture
     from salun_core.tasks import register_model
     from salun_core.tasks.classification.training import train_model, training_config
 
     named = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     config = training_config({**named, **read_settings(settings)})
     spec, to = load_spec(data), _Destination(out, line, store, policy)
+    allow_architecture(arch)
     if dry_run:
         to.plan("train", spec, arch)
         return
@@ -207,34 +210,141 @@ def train_classifier(
     to.finish(register_model, "train", {"digest": made.digest, **accuracy})
 
 
-def import_classifier(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A .safetensors, .pt, .pth or .th file.")],
-    arch: Architecture,
-    data: OwnData,
-    out: Out,
+def import_model(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A checkpoint, a folder of timm, transformers or diffusers, or a hub name."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write the model to.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="D", help="The training data: a YAML spec, a folder, parquet or torchvision:NAME."
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", metavar="A", help="Such as resnet18, timm:NAME or package:callable. Default: inferred."),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Class names in the model's order: one a line, JSON, or separated by commas."
+        ),
+    ] = None,
     mean: Annotated[str | None, typer.Option(help="Means of the normalisation: 0.49,0.48,0.45.")] = None,
     std: Annotated[str | None, typer.Option(help="Standard deviations of that normalisation.")] = None,
+    key: Annotated[str | None, typer.Option(help="Key of the weights, if a file has several models.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Diffusion: prompt of a class; {label} is its name. Default: an image of a {label}."),
+    ] = None,
+    judge: Judge = None,
+    evaluation: Evaluation = [],
+    hub: Annotated[
+        bool, typer.Option("--hub", help="Diffusion: download a hub name that is not in the cache.")
+    ] = False,
     line: Line = None,
     store: OptionalStore = None,
     policy: Policy = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Turn a checkpoint into a model folder; names and shapes must match. No code in it is run."""
-    from salun_core.data import load_spec
-    from salun_core.models.importing import read_checkpoint
-    from salun_core.tasks import register_model
-    from salun_core.tasks.classification.training import import_model
+    """Turn a foreign model into a model folder, and print what was recognised. No code in it is run.
 
-    spec, scale = load_spec(data), (_numbers("--mean", mean), _numbers("--std", std))
-    to = _Destination(out, line, store, policy)
-    if dry_run:
-        read_checkpoint(checkpoint)
-        to.plan("model import", spec, arch)
+    With --dry-run, --data and --out may be left out: it then prints what a checkpoint is.
+    """
+    from salun_core.errors import StateMismatchError
+    from salun_core.models.diffusers_folder import INDEX
+    from salun_core.models.importing import read_class_names
+
+    path, names = Path(source), read_class_names(classes) if classes else []
+    of_classifiers = {"--arch": arch, "--mean": mean, "--std": std, "--key": key}
+    of_diffusion = {"--prompt": prompt, "--judge": judge, "--evaluation": evaluation, "--hub": hub}
+    if (path / INDEX).is_file() or hub or (not path.exists() and _is_hub_name(source)):
+        _refuse_options("a diffusion model", {**of_classifiers, "--dry-run": dry_run})
+        to = _Destination(_required(out), line, store, policy)
+        _import_diffusion(source, to, data, prompt, (judge, evaluation), names, hub)
         return
+    _refuse_options("a classifier", of_diffusion)
+    try:
+        _import_classifier(path, out, data, (arch, key), (mean, std), names, (line, store, policy), dry_run)
+    except StateMismatchError as error:
+        _show_details(error)
+        raise
+
+
+def _import_classifier(
+    path: Path,
+    out: Path | None,
+    data: str | None,
+    named: tuple[str | None, str | None],
+    scale: tuple[str | None, str | None],
+    names: list[str],
+    target: tuple[str | None, str | None, str],
+    dry_run: bool,
+) -> None:
+    from salun_core.data import load_spec
+    from salun_core.models.architectures import ALLOWED_VARIABLE, allow_architecture, is_own
+    from salun_core.models.importing import read_checkpoint
+    from salun_core.models.layouts import recognise
+    from salun_core.tasks import register_model
+    from salun_core.tasks.classification.training import describe, import_model
+
+    (arch, key), (mean, std) = named, (_numbers("--mean", scale[0]), _numbers("--std", scale[1]))
+    if arch:
+        allow_architecture(arch)
+    if dry_run and data is None:
+        found = read_checkpoint(path, key)
+        emit_plan("model import", describe(found, recognise(found, arch, None, None)))
+        return
+    if data is None:
+        raise UsageError(
+            f"{path.name} needs data",
+            "a classifier is kept with its split, so that each later step knows its training samples",
+            "give --data, or --dry-run to see what the checkpoint is",
+        )
+    spec, to = load_spec(data), _Destination(_required(out), *target)
     to.check()
-    made = import_model(checkpoint, spec, arch, out, *scale)
+    if dry_run:
+        found = read_checkpoint(path, key)
+        to.plan("model import", spec, facts=describe(found, recognise(found, arch, None, spec.size)))
+        return
+    made = import_model(path, spec, arch, to.out, mean, std, names, key)
     accuracy = {"train_accuracy": made.train_accuracy, "test_accuracy": made.test_accuracy}
-    to.finish(register_model, "import", {"digest": made.digest, **accuracy})
+    to.finish(register_model, "import", {**made.facts, "digest": made.digest, **accuracy})
+    if arch and is_own(arch):
+        progress(f"Later commands build {arch} only if the environment allows it: export {ALLOWED_VARIABLE}={arch}")
+
+
+def _is_hub_name(text: str) -> bool:
+    """Whether a text is a name of the hub, `owner/name`, rather than a path that does not exist."""
+    from salun_core.models.importing import is_checkpoint_name
+
+    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not is_checkpoint_name(text)
+
+
+def _required(out: Path | None) -> Path:
+    if out is None:
+        raise UsageError("--out is missing", "the model folder needs a place", "give --out DIR")
+    return out
+
+
+def _refuse_options(kind: str, options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise UsageError(f"{' and '.join(given)} cannot be used here", f"this is {kind}", "leave it out")
+
+
+def _show_details(error: StateMismatchError) -> None:
+    """Print every difference: as JSON with --json, as lines with --debug."""
+    if MODE.json:
+        emit({"error": error.what, **error.details}, lambda: None)
+    elif MODE.debug:
+        for kind, names in error.details.items():
+            for name in names:
+                progress(f"{kind}: {name}")
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -312,33 +422,25 @@ train_stable_diffusion = _train_diffusion(
 )
 
 
-def import_diffusion(
-    source: Annotated[str, typer.Argument(metavar="FOLDER", help="A diffusers folder, or a hub name in the cache.")],
-    out: Out,
-    data: Annotated[str | None, typer.Option(metavar="D", help="The data. Default: images are generated.")] = None,
-    prompt: Annotated[str, typer.Option(help="Prompt of a class; {label} is its name.")] = "an image of a {label}",
-    judge: Judge = None,
-    evaluation: Evaluation = [],
-    classes: Annotated[str | None, typer.Option(help="Class names, separated by commas, if there are no data.")] = None,
-    hub: Annotated[bool, typer.Option("--hub", help="Download a hub name that is not in the local cache.")] = False,
-    line: Line = None,
-    store: OptionalStore = None,
-    policy: Policy = "auto",
+def _import_diffusion(
+    source: str,
+    to: _Destination,
+    data: str | None,
+    prompt: str | None,
+    judged: tuple[str | None, list[str]],
+    names: list[str],
+    hub: bool,
 ) -> None:
-    """Turn a diffusers folder into a model folder. It reads safetensors only and runs no code in the folder."""
     from salun_core.data import load_spec
     from salun_core.models.card import DiffusionEvaluation
     from salun_core.tasks import register_model
     from salun_core.tasks.diffusion import importing
 
-    settings = _evaluation(judge, evaluation, DiffusionEvaluation())
-    spec = load_spec(data) if data else None
-    names = [name.strip() for name in classes.split(",")] if classes else []
-    to = _Destination(out, line, store, policy)
+    settings, spec = _evaluation(*judged, DiffusionEvaluation()), load_spec(data) if data else None
     to.check()
     settings = to.with_judge(settings)
-    made = importing.import_diffusion(source, spec, out, prompt, settings, names, hub)
-    to.finish(register_model, "import", _made(made))
+    made = importing.import_diffusion(source, spec, to.out, prompt or "an image of a {label}", settings, names, hub)
+    to.finish(register_model, "import", {"layout": "diffusers", **_made(made)})
 
 
 def _evaluation(judge: str | None, settings: list[str], defaults: DiffusionEvaluation) -> DiffusionEvaluation:

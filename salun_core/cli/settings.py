@@ -38,7 +38,7 @@ _UNTOUCHED = {  # options of that name that mean something else
     ("bench run", "data"),  # the data of a suite
     ("request list", "line"),  # a filter: requests of other lines would be hidden
     *((f"train {kind}", "line") for kind in ("classifier", "ddpm", "stable-diffusion")),  # to publish is a decision
-    *((f"model {verb}", "line") for verb in ("import", "import-diffusers")),
+    ("model import", "line"),
 }
 _KEY_NAMES = re.compile(r"secret|password|passwd|token|access_?key|key_?id|credential", re.IGNORECASE)
 _KEYS_ELSEWHERE = (

@@ -1,15 +1,20 @@
-"""Classifiers by name: the networks of the study, torchvision's models, timm's models."""
+"""Classifiers by name: the networks of the study, torchvision's models, timm's models, and your own."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
-from salun_core.errors import ModelError, unknown_name
-from salun_core.models.resnet import DEPTHS, cifar_resnet, resnet18
+from salun_core.errors import ModelError, SalunError, UsageError, unknown_name
+from salun_core.models.resnet import DEPTHS, cifar_resnet, padded_cifar_resnet, resnet18
 from salun_core.models.transformers import swin_t, vit_tiny
 from salun_core.models.vgg import vgg16_bn
 
@@ -18,18 +23,24 @@ Builder = Callable[[int, int, int | None], nn.Module]
 
 CLASSIFIERS: dict[str, Builder] = {
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in DEPTHS},
+    **{f"resnet{depth}_option_a": partial(padded_cifar_resnet, depth) for depth in DEPTHS},
     "resnet18": resnet18,
     "vgg16_bn": vgg16_bn,
     "swin_t": swin_t,
     "vit_tiny": vit_tiny,
 }
 
+ALLOWED_VARIABLE = "SALUN_ARCHITECTURES"
+"""Names `package:callable`, separated by commas, that a model card may name. A card is untrusted: without this list
+it could choose code to import and to call."""
+
 
 def build_classifier(architecture: str, num_classes: int, channels: int = 3, size: int | None = None) -> nn.Module:
     """Build a classifier with fresh weights; nothing is downloaded.
 
     Args:
-        architecture: a key of `CLASSIFIERS`, `torchvision:NAME`, `timm:NAME`, or a timm name without prefix.
+        architecture: a key of `CLASSIFIERS`, `torchvision:NAME`, `timm:NAME`, a timm name without prefix, or
+            `package:callable` for one of your own, which must be allowed (see `allow_architecture`).
         num_classes: number of outputs, at least 2.
         channels: number of image channels.
         size: image side in pixels, for architectures of a fixed size.
@@ -50,7 +61,84 @@ def build_classifier(architecture: str, num_classes: int, channels: int = 3, siz
         return _torchvision(name, num_classes, channels)
     if library in ("", "timm"):
         return _timm(name, num_classes, channels, size)
-    raise unknown_name("model library", library, ["torchvision", "timm"])
+    if is_own(architecture):
+        return _own(architecture, num_classes)
+    raise unknown_name("model library", library, ["torchvision", "timm", "package:callable of your own"])
+
+
+def is_own(architecture: str) -> bool:
+    """Whether a name has the form `package:callable` and is not one of the libraries'."""
+    package, colon, name = architecture.partition(":")
+    dotted = all(part.isidentifier() for part in (*package.split("."), *name.split(".")))
+    return bool(colon) and dotted and package not in {"salun", "torchvision", "timm"} and not _library_typo(package)
+
+
+def _library_typo(package: str) -> bool:
+    return bool(difflib.get_close_matches(package, ["torchvision", "timm"], n=1, cutoff=0.75))
+
+
+def allow_architecture(architecture: str) -> None:
+    """Allow an architecture of your own in this process and its children; a user who names it has chosen to run it."""
+    if is_own(architecture):
+        os.environ[ALLOWED_VARIABLE] = ",".join(sorted({*_allowed(), architecture}))
+
+
+def _allowed() -> set[str]:
+    return {name.strip() for name in os.environ.get(ALLOWED_VARIABLE, "").split(",")} - {""}
+
+
+def _own(architecture: str, num_classes: int) -> nn.Module:
+    """Import and call an architecture of the user's own, after the check that the user allowed it."""
+    if architecture not in _allowed():
+        raise UsageError(
+            f"architecture {architecture} is not allowed",
+            "a model card names it, and building it runs its code",
+            f"if you trust it, set {ALLOWED_VARIABLE}={architecture}, in a pod in its image",
+        )
+    package, _, name = architecture.partition(":")
+    try:
+        build = _imported(package)
+        for part in name.split("."):
+            build = getattr(build, part)
+    except AttributeError as error:
+        raise UsageError(f"{package} has no {name}", "the module was imported", "check the name in --arch") from error
+    try:
+        takes_classes = "num_classes" in inspect.signature(build).parameters
+        model = build(num_classes=num_classes) if takes_classes else build()
+    except (NotImplementedError, SalunError):  # of a build without memory; the caller builds it with memory
+        raise
+    except Exception as error:  # any code
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ModelError(f"architecture {architecture} cannot be built", why, "correct its code") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"architecture {architecture} is not a network",
+            f"it returns a {type(model).__name__}",
+            "return an nn.Module",
+        )
+    return model.train()
+
+
+def _imported(package: str) -> Any:  # noqa: ANN401 - any module
+    """Import a module that is installed or in the working folder.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
+    here = os.getcwd()
+    sys.path.append(here)  # last: a file in the working folder never hides an installed package
+    try:
+        return importlib.import_module(package)
+    except Exception as error:  # importing runs any code
+        missing = isinstance(error, ModuleNotFoundError) and error.name in {package, package.split(".")[0]}
+        why = "it is neither installed nor in the working folder" if missing else f"{type(error).__name__}: {error}"
+        raise UsageError(
+            f"package {package} cannot be imported",
+            why,
+            "install it or change to its folder; in a pod, the image must contain it",
+        ) from error
+    finally:
+        sys.path.remove(here)
 
 
 def _torchvision(name: str, num_classes: int, channels: int) -> nn.Module:

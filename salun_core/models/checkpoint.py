@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from salun_core.config import Document, load
 from salun_core.data.images import Normalisation
 from salun_core.data.split import SplitManifest
 from salun_core.digest import check_digest, sha256_bytes, sha256_file
-from salun_core.errors import IntegrityError, ModelError, UsageError
+from salun_core.errors import IntegrityError, ModelError, StateMismatchError, UsageError
 from salun_core.models.architectures import build_classifier
 from salun_core.models.card import ModelCard, load_card
 from salun_core.storage.local_files import disk_error
@@ -211,14 +212,15 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy tensors into a model; names, shapes and types must be equal.
 
     Raises:
-        ModelError: names, shapes or types differ; the message lists the differences.
+        StateMismatchError: names, shapes or types differ; the message lists the differences by group.
     """
     faults = state_faults(model.state_dict(), state)
     if faults:
-        raise ModelError(
+        raise StateMismatchError(
             "checkpoint does not fit the architecture",
-            shown_faults(faults),
+            str(faults),
             "give the architecture and class count that it was made with",
+            faults.details(),
         )
     model.load_state_dict(dict(state))
 
@@ -228,13 +230,74 @@ def shown_faults(faults: Sequence[str]) -> str:
     return "; ".join(faults[:6]) + (f"; and {len(faults) - 6} more" if len(faults) > 6 else "")
 
 
-def state_faults(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+@dataclass(frozen=True)
+class StateFaults:
+    """Differences between the tensors that an architecture needs and those that a checkpoint has.
+
+    Args:
+        expected: number of tensors of the architecture.
+        missing: names that the checkpoint lacks.
+        unexpected: names that the architecture lacks.
+        different: tensors of another shape or type, in words.
+    """
+
+    expected: int
+    missing: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+    different: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.different)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.missing:
+            parts.append(f"missing {len(self.missing)} of {self.expected}: {grouped(self.missing)}")
+        if self.unexpected:
+            parts.append(f"unexpected {len(self.unexpected)}: {grouped(self.unexpected)}")
+        return "; ".join([*parts, *([shown_faults(self.different)] if self.different else [])])
+
+    def details(self) -> dict[str, list[str]]:
+        """Return every difference, by kind."""
+        return {
+            "missing": list(self.missing),
+            "unexpected": list(self.unexpected),
+            "different": list(self.different),
+        }
+
+
+def grouped(names: Sequence[str], limit: int = 4) -> str:
+    """Return names in groups, short enough for one message: `layer4.*.conv3.weight (3), head.* (2)`.
+
+    Numbers become `*`. If that leaves more groups than the limit, names are grouped by their first part.
+
+    Args:
+        names: names of tensors.
+        limit: number of groups that are shown.
+    """
+    groups = Counter(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names)
+    if len(groups) > limit:
+        first = Counter(name.split(".")[0] for name in names)
+        groups = Counter({f"{name}.*" if count > 1 else name: count for name, count in first.items()})
+    # names come from the file: each is cut, and control characters are shown as escapes
+    shown = [_printable(name) + (f" ({count})" if count > 1 else "") for name, count in groups.most_common(limit)]
+    return ", ".join(shown) + (f" and {len(groups) - limit} more groups" if len(groups) > limit else "")
+
+
+def _printable(name: str) -> str:
+    return ascii(name[:80])[1:-1]
+
+
+def state_faults(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> StateFaults:
     """List the differences of two states in names, shapes and types."""
-    faults = [f"missing {name}" for name in expected if name not in found]
-    faults += [f"unexpected {name}" for name in found if name not in expected]
+    different = []
     for name, tensor in expected.items():
         if name in found and found[name].shape != tensor.shape:
-            faults.append(f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}")
+            different.append(f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}")
         elif name in found and found[name].dtype != tensor.dtype:
-            faults.append(f"{name} is {found[name].dtype}, not {tensor.dtype}")
-    return faults
+            different.append(f"{name} is {found[name].dtype}, not {tensor.dtype}")
+    missing, unexpected = (
+        [name for name in expected if name not in found],
+        [name for name in found if name not in expected],
+    )
+    return StateFaults(len(expected), missing, unexpected, different)

@@ -5,20 +5,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-DEPTHS = (8, 14, 20, 32, 44, 56)
+DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+
+
+class PaddedShortcut(nn.Module):
+    """The shortcut without weights (He et al., 2016, option A): every second pixel, and channels of zeros.
+
+    Half of the new channels come before those of the input and half after them, as in published checkpoints.
+
+    Args:
+        inputs: number of input channels.
+        outputs: number of output channels.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        before = (outputs - inputs) // 2
+        self.padding = (0, 0, 0, 0, before, outputs - inputs - before)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map [B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
+        return nn.functional.pad(images[:, :, ::2, ::2], self.padding)
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut, which is a 1 x 1 convolution if the shape changes."""
+    """Two 3 x 3 convolutions and a shortcut.
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    If the shape changes, the shortcut is a 1 x 1 convolution (option B of the paper) or, if `padded`, it has no weights
+    (option A).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, padded: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
+        self.shortcut: nn.Module = nn.Sequential()
+        if padded and stride != 1:
+            self.shortcut = PaddedShortcut(inputs, outputs)
+        elif stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -35,15 +61,18 @@ class ResNet(nn.Module):
         blocks: number of residual blocks of each stage.
         num_classes: number of outputs.
         channels: number of image channels.
+        padded: whether shortcuts are padded with zeros instead of convolved.
     """
 
-    def __init__(self, widths: tuple[int, ...], blocks: int, num_classes: int, channels: int) -> None:
+    def __init__(
+        self, widths: tuple[int, ...], blocks: int, num_classes: int, channels: int, padded: bool = False
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         stages, inputs = [], widths[0]
         for stage, width in enumerate(widths):
-            first = BasicBlock(inputs, width, stride=2 if stage else 1)
+            first = BasicBlock(inputs, width, stride=2 if stage else 1, padded=padded)
             stages.append(nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1))))
             inputs = width
         self.stages = nn.Sequential(*stages)
@@ -65,6 +94,11 @@ def _initialise(module: nn.Module) -> None:
 def cifar_resnet(depth: int, num_classes: int, channels: int, size: int | None = None) -> ResNet:
     """Build a CIFAR-style ResNet-`depth`: 6n + 2 layers, widths 16, 32, 64, any image size."""
     return ResNet((16, 32, 64), (depth - 2) // 6, num_classes, channels)
+
+
+def padded_cifar_resnet(depth: int, num_classes: int, channels: int, size: int | None = None) -> ResNet:
+    """Build a CIFAR-style ResNet-`depth` whose shortcuts have no weights (option A), as in the paper."""
+    return ResNet((16, 32, 64), (depth - 2) // 6, num_classes, channels, padded=True)
 
 
 def resnet18(num_classes: int, channels: int, size: int | None = None) -> ResNet:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from salun_core.config import parse
 from salun_core.data import DataSpec, ImageSet, LoadedData, load_data
 from salun_core.data.images import Normalisation
-from salun_core.errors import ModelError, UsageError
+from salun_core.errors import ModelError, SalunError, UsageError
 from salun_core.evaluation.outputs import outputs_of
 from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.classification import UnlearnConfig
@@ -21,7 +21,8 @@ from salun_core.methods.classification.training import train_classifier
 from salun_core.methods.loop import OnEpoch
 from salun_core.models import ModelCard, build_classifier, save_model
 from salun_core.models.checkpoint import load_weights
-from salun_core.models.importing import read_checkpoint
+from salun_core.models.importing import Checkpoint, Facts, read_checkpoint
+from salun_core.models.layouts import Recognised, recognise, size_of
 
 RECIPE = {"epochs": 30, "learning_rate": 0.1, "schedule": "cosine", "batch_size": 64, "batch_norm": "update"}
 
@@ -34,11 +35,13 @@ class Made:
         digest: digest of the weights.
         train_accuracy: accuracy on the training split, as a ratio.
         test_accuracy: accuracy on the test split, as a ratio.
+        facts: what was recognised in an imported checkpoint, for people.
     """
 
     digest: str
     train_accuracy: float
     test_accuracy: float
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 def training_config(overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
@@ -85,50 +88,165 @@ def train_model(
 def import_model(
     path: Path,
     spec: DataSpec,
-    architecture: str,
+    architecture: str | None,
     out: Path,
     mean: list[float] | None = None,
     std: list[float] | None = None,
+    classes: Sequence[str] = (),
+    key: str | None = None,
 ) -> Made:
-    """Convert a foreign checkpoint to a model folder; names and shapes must match exactly.
+    """Convert a foreign classifier to a model folder.
 
     Args:
-        path: `.safetensors`, `.pt`, `.pth` or `.th`.
+        path: a checkpoint, or a folder with one (see `read_checkpoint`).
         spec: data set of its training; set `validation_fraction: 0` if no validation data were held out.
-        architecture: a name for `build_classifier`.
+        architecture: a name for `build_classifier`; None infers it from the tensors.
         out: folder to write.
-        mean: mean of its training normalisation, by channel; measured on the training split by default.
+        mean: mean of its training normalisation, by channel. Default: what the checkpoint's documents say, or else
+            what is measured on the training split.
         std: standard deviation of the same normalisation, by channel.
+        classes: class names in the order of the model's outputs. Default: what the checkpoint's documents say.
+        key: the wrapper to open, if a file has several.
 
     Returns:
-        Digest and accuracies. Check the accuracies: they reveal a wrong normalisation or split.
+        Digest, accuracies and what was recognised. Check the accuracies: they reveal a wrong normalisation or split.
 
     Raises:
-        ModelError: the checkpoint does not fit the architecture (the message lists the keys), or the
-            normalisation does not fit the channels.
+        ModelError: the checkpoint does not fit an architecture or the data, or the normalisation does not fit the
+            channels.
     """
-    state = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, key)
+    spec = spec if spec.size else spec.model_copy(update={"size": size_of(checkpoint)})
     data = load_data(spec)
+    shape = data.images("train").images.shape
+    found = recognise(checkpoint, architecture, *shape[1:3])
+    facts = describe(checkpoint, found)
+    data, order = _ordered(data, list(classes) or list(found.facts.classes), bool(classes), found.facts.origin)
     train = data.images("train")
-    scale = _normalisation(train, mean, std)
+    scale, origin = _normalisation(train, mean, std, found.facts)
     train = ImageSet(train.images, train.labels, scale, train.augment, train.ids)
-    channels, height = train.images.shape[1:3]
-    model = build_classifier(architecture, len(data.table.classes), channels, height)
-    load_weights(model, state)
-    return _save(out, model, data, train, architecture, "import", {})
+    _check_count(checkpoint.name, found.num_classes, data.table.classes)
+    model = build_classifier(found.architecture, len(data.table.classes), *shape[1:3])
+    load_weights(model, found.state)
+    _check_outputs(model, train, len(data.table.classes), found.architecture)
+    made = _save(out, model, data, train, found.architecture, "import", {})
+    normalisation = f"mean {_shown(scale.mean)}, std {_shown(scale.std)}, {origin}"
+    return replace(made, facts={**facts, "normalisation": normalisation, **order})
 
 
-def _normalisation(train: ImageSet, mean: list[float] | None, std: list[float] | None) -> Normalisation:
+def describe(checkpoint: Checkpoint, found: Recognised) -> dict[str, object]:
+    """Return what was recognised in a checkpoint, for people."""
+    facts: dict[str, object] = {
+        "layout": found.layout,
+        "architecture": found.architecture,
+        "classes": found.num_classes or None,
+        "parameters": found.parameters,
+    }
+    optional = {
+        "wrapper": checkpoint.wrapper,
+        "prefix": checkpoint.prefix,
+        "batch_counters_added": found.added,
+        "half_precision_widened": found.widened,
+    }
+    return facts | {name: value for name, value in optional.items() if value}
+
+
+def _shown(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def _check_count(name: str, outputs: int, classes: Sequence[str]) -> None:
+    if outputs and outputs != len(classes):
+        raise ModelError(
+            f"{name} does not fit the data",
+            f"it has {outputs} outputs, the data have {len(classes)} classes",
+            "give the data that it was trained on, with --data",
+        )
+
+
+def _check_outputs(model: nn.Module, train: ImageSet, num_classes: int, architecture: str) -> None:
+    """Run a model on two images, so that one that cannot run here fails before anything is written."""
+    assert train.normalisation is not None
+    try:
+        with torch.no_grad():
+            outputs = model.eval()(train.normalisation.apply(train.images[:2]))
+    except SalunError:
+        raise
+    except Exception as error:  # of a network of any kind
+        why = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        size = " x ".join(map(str, train.images.shape[1:]))
+        raise ModelError(
+            f"{architecture} cannot be run on images of {size}", why, "set `size` and `channels` in the data spec"
+        ) from error
+    shape = list(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    if shape != [min(2, len(train)), num_classes]:
+        raise ModelError(
+            f"{architecture} returns no logits for the {num_classes} classes of the data",
+            f"for two images it returns {shape}",
+            f"return a tensor [images, {num_classes}]",
+        )
+
+
+def _ordered(data: LoadedData, names: list[str], given: bool, origin: str) -> tuple[LoadedData, dict[str, object]]:
+    """Number the classes of the data as the model does.
+
+    Args:
+        data: the data, whose classes are numbered in an order of their own.
+        names: class names in the order of the model's outputs; empty if they are not known.
+        given: whether the user gave the names.
+        origin: the document that the names come from otherwise.
+
+    Returns:
+        The data in the model's order, and a remark if the order is uncertain.
+
+    Raises:
+        ModelError: the data cannot be numbered in this order.
+    """
+    current = list(data.table.classes)
+    if not names or names == current:
+        return data, {}
+    if sorted(names) != sorted(current):
+        only = next((name for name in names if name not in current), names[-1])
+        if not given:
+            return data, {
+                "class_names": f"of the data; those of {origin} differ (such as {only[:40]!r}): check the order"
+            }
+        raise ModelError(
+            "the class names do not fit the data",
+            f"{len(names)} names against {len(current)} classes; {only[:40]!r} is not one of the data",
+            "give the names of the data's classes, in the order of the model's outputs",
+        )
+    # Another order would erase another class than the one that a request names, so the rows must keep their names.
+    again = load_data(data.spec.model_copy(update={"classes": names}))
+    before = {sample: current[label] for sample, label in zip(data.table.ids, data.table.labels, strict=True)}
+    after = {
+        sample: again.table.classes[label] for sample, label in zip(again.table.ids, again.table.labels, strict=True)
+    }
+    if before != after or list(again.table.classes) != names:
+        raise ModelError(
+            "the classes of the data have another order than the model's",
+            f"output 0 is {names[0]!r}, class 0 of the data {current[0]!r}, and the data have numbers of their own",
+            "use data with class names, such as a folder of class folders",
+        )
+    return again, {"class_names": f"in the order of {'--classes' if given else origin}"}
+
+
+def _normalisation(
+    train: ImageSet, mean: list[float] | None, std: list[float] | None, facts: Facts
+) -> tuple[Normalisation, str]:
+    """Return the normalisation and where it comes from."""
+    channels, origin = train.images.shape[1], "as given"
+    if mean is None and std is None and facts.mean and facts.std:
+        mean, std, origin = list(facts.mean), list(facts.std), f"from {facts.origin}"
     if mean is None and std is None:
-        return Normalisation.of(train.images)
-    channels = train.images.shape[1]
+        return Normalisation.of(train.images), "measured on the training split; give --mean and --std if it had others"
     if mean is None or std is None or len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise ModelError(
             "normalisation does not fit the images",
             f"they have {channels} channels",
             f"give {channels} means and {channels} deviations above 0",
         )
-    return Normalisation(tuple(mean), tuple(std))
+    return Normalisation(tuple(mean), tuple(std)), origin
 
 
 def _save(
@@ -159,7 +277,6 @@ def _save(
     )
     digest = save_model(out, model, card, data.split)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    accuracies = [
-        float(outputs_of(model.eval(), images).correct.mean()) for images in (train, data.images("test", scale))
-    ]
-    return Made(digest, *accuracies)
+    sets = (train, data.images("test", scale))
+    on_train, on_test = (float(outputs_of(model.eval(), images).correct.mean()) for images in sets)
+    return Made(digest, on_train, on_test)

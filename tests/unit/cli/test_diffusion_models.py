@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from salun_core.cli.models import (
     TrainGroup,
     _Destination,
-    import_diffusion,
+    import_model,
     train_classifier,
     train_ddpm,
     train_stable_diffusion,
@@ -40,7 +40,7 @@ def app():
     }.items():
         group.command(name)(verb)
     app.add_typer(group, name="train")
-    app.command("import")(import_diffusion)
+    app.command("import")(import_model)
     return app
 
 

@@ -42,7 +42,7 @@ CERTIFICATES = ["key create", "certificate", "verify"]
 REQUESTS = [f"request {verb}" for verb in ("submit", "show", "list", "reindex", "hold", "release")]
 REQUESTS += [f"request {verb}" for verb in ("retry", "reopen", "cancel")]
 RETENTION = ["model hold", "model release", "purge"]
-DIFFUSION = ["train ddpm", "train stable-diffusion", "model import-diffusers"]
+DIFFUSION = ["train ddpm", "train stable-diffusion"]
 ELSEWHERE = {  # e2e, unit/bench, test_sweep_cli.py, below
     *("demo", "demo-diffusion"),
     *("bench run", "bench render"),
