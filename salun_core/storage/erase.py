@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import ClientError
 
 from salun_core.storage.keys import check_key
-from salun_core.storage.s3_errors import code_of, is_missing
+from salun_core.storage.s3_errors import code_of, is_missing, rows_of
 
 if TYPE_CHECKING:
     from salun_core.storage.s3 import S3Store
@@ -95,8 +95,8 @@ def versions_under(store: S3Store, prefix: str = "") -> Iterator[StoredVersion]:
     with store.translating("list the versions in", prefix):
         try:
             for page in pages:
-                yield from (_stored_version(row, len(root)) for row in page.get("Versions", []))
-                yield from (_stored_version(row, len(root), marker=True) for row in page.get("DeleteMarkers", []))
+                yield from (_stored_version(row, len(root)) for row in rows_of(page, "Versions"))
+                yield from (_stored_version(row, len(root), marker=True) for row in rows_of(page, "DeleteMarkers"))
             return
         except ClientError as error:  # at the first page: a store that has no versions
             if code_of(error) not in _UNSUPPORTED:

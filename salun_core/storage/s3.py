@@ -34,6 +34,7 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionClosedError,
     IncompleteReadError,
     ReadTimeoutError,
     ResponseStreamingError,
@@ -45,7 +46,7 @@ from salun_core.errors import IntegrityError, StoreError
 from salun_core.storage.keys import check_key
 from salun_core.storage.local_files import disk_error
 from salun_core.storage.objects import Entry, StoredObject
-from salun_core.storage.s3_errors import code_of, conflict, is_missing, is_unclear, status_of, translated
+from salun_core.storage.s3_errors import code_of, conflict, is_missing, is_unclear, rows_of, status_of, translated
 from salun_core.storage.s3_settings import PREFIX, own_settings, session_arguments, variable
 
 if TYPE_CHECKING:
@@ -90,13 +91,47 @@ def make_client(endpoint: str | None = None, settings: Mapping[str, str] | None 
         with translated("cannot set up the S3 client", endpoint or "the store"):
             # A session of its own: boto3's default session never reads changed credentials.
             session = boto3.session.Session(**session_arguments(settings))
-            return session.client("s3", endpoint_url=endpoint, config=config)
+            client = session.client("s3", endpoint_url=endpoint, config=config)
+            _notice_cut_answers(client)
+            return client
     except ValueError as error:  # botocore raises it for an endpoint that is not a URL
         raise StoreError(
             "cannot set up the S3 client",
             str(error),
             f"set {variable('ENDPOINT_URL')} to http://host:port or https://host",
         ) from error
+
+
+def _notice_cut_answers(client: S3Client) -> None:
+    """Let a client treat an answer that broke off like a connection that broke off: it sends the request again.
+
+    botocore does so for a body that it streams. It takes cut headers for whole ones, and an empty body for an empty
+    result: a listing would have no keys, and a purge would delete all that no listed version needs. There is no public
+    hook between the answer and botocore's retries.
+    """
+    session = client._endpoint.http_session  # type: ignore[attr-defined]  # noqa: SLF001
+    send = session.send
+
+    def send_whole(request: Any) -> Any:  # noqa: ANN401 - botocore's AWSPreparedRequest and AWSResponse
+        answer = send(request)
+        if _is_cut(request, answer):
+            raise ConnectionClosedError(endpoint_url=request.url, error="the answer broke off", request=request)
+        return answer
+
+    session.send = send_whole
+
+
+def _is_cut(request: Any, answer: Any) -> bool:  # noqa: ANN401 - as above
+    """Return whether an answer has half a header, no length, or another length; a streamed body is checked later."""
+    length = answer.headers.get("Content-Length")
+    if not answer.headers.get("Last-Modified", "GMT").endswith("GMT"):
+        return True
+    if length is None:
+        whole = answer.status_code in {204, 304} or "chunked" in answer.headers.get("Transfer-Encoding", "").lower()
+        return not whole
+    if not length.isdecimal():
+        return True
+    return not request.stream_output and request.method != "HEAD" and len(answer.content) != int(length)
 
 
 def shared_client() -> S3Client:
@@ -194,12 +229,14 @@ class S3Store:
 
         def read() -> tuple[StoredObject, str]:
             answer = self._client.get_object(Bucket=self._bucket, Key=full)
-            if answer["ContentLength"] > MAX_DOCUMENT_BYTES:
+            if answer.get("ContentLength", 0) > MAX_DOCUMENT_BYTES:
                 raise IntegrityError(
                     f"{self._address(key)} is too large for a document",
                     f"it has {answer['ContentLength']} bytes, the limit is {MAX_DOCUMENT_BYTES}",
                     "check what wrote it",
                 )
+            if not {"ContentLength", "ETag", "LastModified"} <= answer.keys():  # the headers broke off
+                raise ReadTimeoutError(endpoint_url=self.endpoint, error="the answer broke off")
             served: datetime | None = None
             with suppress(KeyError, ValueError):  # a proxy may drop the header
                 served = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(UTC)
@@ -296,14 +333,17 @@ class S3Store:
         with self.translating("write", key):
             for attempt in range(_RACE_ATTEMPTS):
                 try:
-                    return self._client.put_object(
+                    answer = self._client.put_object(
                         Bucket=self._bucket,
                         Key=full,
                         Body=data,
                         ChecksumAlgorithm="SHA256",
                         Metadata={_WRITER: writer} if writer else {},
                         **condition,
-                    )["ETag"]
+                    )
+                    if not str(answer.get("ETag", "")).endswith('"'):  # the headers broke off: read it back
+                        raise ConnectionClosedError(endpoint_url=self.endpoint, error="the answer has no etag")
+                    return answer["ETag"]
                 except ClientError as error:
                     if status_of(error) == 412 or (etag is not None and code_of(error) == "NoSuchKey"):
                         return None
@@ -332,7 +372,7 @@ class S3Store:
             found = [
                 Entry(row["Key"][skip:], row["Size"], row["LastModified"].astimezone(UTC), row["ETag"])
                 for page in pages
-                for row in page.get("Contents", [])
+                for row in rows_of(page, "Contents")
             ]
         # Not every store lists in key order (SeaweedFS puts `a/b` before `a-b`).
         yield from sorted(found, key=lambda entry: entry.key)

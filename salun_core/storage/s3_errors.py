@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import (
@@ -16,6 +17,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 from botocore.exceptions import ConnectionError as UnreachableError
+from botocore.parsers import ResponseParserError
 from s3transfer.exceptions import RetriesExceededError
 
 from salun_core.errors import ConflictError, IntegrityError, SalunError, StoreError, StoreUnreachableError
@@ -57,6 +59,17 @@ def is_missing(error: ClientError) -> bool:
     return code_of(error) in {"NoSuchKey", "404"}
 
 
+def rows_of(page: Any, name: str) -> list[Any]:  # noqa: ANN401 - a page of boto3, of any listing
+    """Return the rows of one kind in a page of a listing.
+
+    Raises:
+        KeyError: the page is not a listing. It may be empty, but it says whether it is the last one.
+    """
+    page["IsTruncated"]  # noqa: B018
+    rows: list[Any] = page.get(name, [])
+    return rows
+
+
 def is_unclear(error: BaseException | None) -> bool:
     """Return whether a write that failed with this error may have been done nevertheless."""
     return isinstance(error, _NO_ANSWER) or (isinstance(error, ClientError) and status_of(error) >= 500)
@@ -76,7 +89,8 @@ def translated(what: str, endpoint: str) -> Iterator[None]:
     """
     try:
         yield
-    except (BotoCoreError, ClientError, Boto3Error, RetriesExceededError) as error:
+    # The last two: an answer lacks what it must have, or is no XML. boto3 and s3transfer do not check that.
+    except (BotoCoreError, ClientError, Boto3Error, RetriesExceededError, ResponseParserError, KeyError) as error:
         cause = error.__cause__ or error.__context__
         wraps = isinstance(error, Boto3Error) and isinstance(cause, BotoCoreError | ClientError)
         raise _translate(what, endpoint, cause if wraps and cause else error) from error
@@ -92,7 +106,7 @@ def _translate(what: str, endpoint: str, error: BaseException) -> SalunError:
     if isinstance(error, _NO_ANSWER):
         remedy = f"check that the store runs and that {variable('ENDPOINT_URL')} is right"
         return StoreUnreachableError(what, f"no answer from {endpoint} ({type(error).__name__})", remedy)
-    if isinstance(error, RetriesExceededError | IncompleteReadError):
+    if isinstance(error, RetriesExceededError | IncompleteReadError | ResponseParserError | KeyError):
         return StoreUnreachableError(
             what, "the answer broke off each time", "run it again; check the network if it lasts"
         )

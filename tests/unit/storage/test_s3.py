@@ -13,8 +13,9 @@ from botocore.awsrequest import AWSResponse, HeadersDict
 from botocore.config import Config
 from urllib3 import HTTPResponse
 
-from salun_core.errors import ConflictError, IntegrityError, StoreError, UsageError
+from salun_core.errors import ConflictError, IntegrityError, StoreError, StoreUnreachableError, UsageError
 from salun_core.storage import open_store
+from salun_core.storage.erase import stored_keys
 from salun_core.storage.s3 import S3Store, make_client, shared_client
 from salun_core.storage.s3_settings import VARIABLES
 from tests.support.fault_proxy import LOST, FaultProxy
@@ -207,6 +208,57 @@ def test_a_cut_document_is_read_again(store):
     with FaultProxy(upstream(store), lambda line: next(replies, None)) as proxy:
         found = S3Store("salun", prefix_of(store), proxy.endpoint).get("doc")
     assert found == store.get("doc")
+
+
+CUT = {
+    "name": b"HTTP/1.1 200 OK\r\nContent-Ty",
+    "status": b"HTTP/1.1 200 O",
+    "length": b"HTTP/1.1 200 OK\r\nContent-Length: ",
+    "date": b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nETag: "x"\r\nLast-Modified: Thu, 0',
+    "rest": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n",
+    "body": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab",
+    "empty": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nDate: now\r\n\r\n",
+}
+READS = {
+    "get": lambda store, _: store.get("docs/a").data == b"hello",
+    "start": lambda store, _: store.read_start("docs/a", 2) == b"he",
+    "list": lambda store, _: [entry.key for entry in store.list("docs/")] == ["docs/a"],
+    "versions": lambda store, _: [item.key for item in stored_keys(store, "docs/")] == ["docs/a"],
+    "download": lambda store, path: store.download("docs/a", path) or path.read_bytes() == b"hello",
+    "copy": lambda store, _: store.copy("docs/a", "other") and store.get("other").data == b"hello",
+}
+
+
+ONCE = {*((act, "name") for act in READS), *(("versions", cut) for cut in CUT if cut != "empty")}
+
+
+@pytest.mark.parametrize(("act", "cut"), sorted(ONCE))
+def test_an_answer_that_breaks_off_is_asked_for_again(act, cut, store, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    store.put_new("docs/a", b"hello")
+    replies = iter([CUT[cut]])
+    with FaultProxy(upstream(store), lambda line: next(replies, None)) as proxy:
+        assert READS[act](S3Store("salun", prefix_of(store), proxy.endpoint), tmp_path / "out")
+        assert proxy.faults == 1
+
+
+@pytest.mark.parametrize("cut", ["empty", "name"])
+@pytest.mark.parametrize("act", ["get", "list", "versions"])
+def test_answers_that_always_break_off_are_no_empty_result(act, cut, store, tmp_path, monkeypatch):
+    """A purge that took a cut listing for an empty one would delete all that it does not see."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    store.put_new("docs/a", b"hello")
+    with FaultProxy(upstream(store), lambda line: CUT[cut]) as proxy, pytest.raises(StoreUnreachableError):
+        READS[act](S3Store("salun", prefix_of(store), proxy.endpoint), tmp_path / "out")
+
+
+@pytest.mark.parametrize("cut", ["date", "empty", "name"])
+def test_a_write_whose_answer_breaks_off_is_read_back(cut, store, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    replies = iter([CUT[cut]])
+    with FaultProxy(upstream(store), lambda line: next(replies, None)) as proxy:
+        etag = S3Store("salun", prefix_of(store), proxy.endpoint).put_new("doc", b"one")
+    assert etag == store.get("doc").etag
 
 
 def test_a_huge_document_is_refused_before_it_is_read(store):
