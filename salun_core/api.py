@@ -37,8 +37,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parameter import UninitializedParameter
 
-from salun_core.data import ForgetSet, SplitManifest, load_data, load_spec
+from salun_core.data import DataSpec, ForgetSet, SplitManifest, load_data, load_spec
 from salun_core.data.images import Images, ImageSet
+from salun_core.data.spec import relative_to
 from salun_core.data.table import Table
 from salun_core.data.targets import Target, parse_target
 from salun_core.device_memory import explained
@@ -50,6 +51,7 @@ from salun_core.methods import classification
 from salun_core.methods.classification import METHODS, UnlearnConfig, UnlearnResult, method_config
 from salun_core.methods.classification.training import fresh_classifier
 from salun_core.models import LoadedModel, load_model, save_model
+from salun_core.models.architectures import allow_architecture
 from salun_core.models.checkpoint import WEIGHTS, model_digest, weights_bytes
 from salun_core.registry.lookup import read_head, read_version, require_head
 from salun_core.saliency import SaliencyMask, saliency_scores
@@ -363,7 +365,7 @@ def save(
     folder: str | Path,
     *,
     arch: str,
-    data: str,
+    data: str | DataSpec,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     line: str | None = None,
@@ -373,13 +375,16 @@ def save(
 
     A module can be saved if its class is an architecture by name, and if its data have a source that salun reads: a
     folder of images, parquet, `digits`, `torchvision:NAME`. A later deletion reads the data again, so tensors that only
-    one program has cannot be published. Logits of the saved model are compared with the module's.
+    one program has cannot be published. Logits of the saved model are compared with the module's; they must be in the
+    order of the data's classes.
 
     Args:
         module: the trained classifier.
         folder: folder to write.
-        arch: a name for `build_classifier` with the parameters of the module.
-        data: data of its training: a YAML spec, a folder, parquet, or a name. They are split here.
+        arch: a name for `build_classifier` with the parameters of the module, or `package:callable`, which is called
+            here. Later runs need the package too, and must allow it in $SALUN_ARCHITECTURES.
+        data: data of its training: a `DataSpec`, a YAML file with one, a folder, parquet, or a name. Data without test
+            data of their own are split here. `validation_fraction: 0` if the module was trained on all training rows.
         mean: mean of pixels in [0, 1] that the module's inputs were normalised with, by channel; measured by default.
         std: their standard deviation.
         line: also publish it as the first version of this model line.
@@ -393,7 +398,8 @@ def save(
         ModelError: the module's parameters or outputs differ from the architecture's.
         ConflictError: the line exists.
     """
-    network = _network(module)
+    network, spec = _network(module), load_spec(data) if isinstance(data, str) else relative_to(data, Path.cwd())
+    allow_architecture(arch)  # who names it here has chosen to run it
     opened = _store(store) if line else None
     if opened is not None and line:
         if read_head(opened, line) is not None:
@@ -402,7 +408,7 @@ def save(
     with TemporaryDirectory(prefix="salun-save-") as work:
         write_whole(Path(work, WEIGHTS), weights_bytes(network))
         scale = [list(values) if values is not None else None for values in (mean, std)]
-        import_model(Path(work, WEIGHTS), load_spec(data), arch, Path(work, "model"), *scale)
+        import_model(Path(work, WEIGHTS), spec, arch, Path(work, "model"), *scale)
         saved = load_model(Path(work, "model"))
         _require_equal(network, saved)
         save_model(Path(folder), saved.model, saved.card, saved.split)
@@ -455,7 +461,7 @@ def publish(
         mask: the mask of the run, for a method that needs one.
         policy: name of a shipped policy, a file, an s3:// address, or auto.
         data: where the data are, if not where the card says.
-        folder: keeps evidence, decision and report here; the version has them in any case.
+        folder: keeps both models, evidence, decision and report here; the version has them in any case.
         progress: show a bar.
 
     Returns:
@@ -476,15 +482,18 @@ def publish(
     METHODS[after.method].check_mask(after.method, mask)
     check_policy(policy)
     opened, run, targets = _store(store), new_run_id(), _targets(forget)
+    require_head(opened, line)  # before the lease: a line that does not exist has none
     if not structlog.is_configured():
         configure_logging(level="warning")  # not one line for each step
     with ExitStack() as stack:
         step = stack.enter_context(_bar("publish", 3, progress))
-        work = Path(folder) if folder else Path(stack.enter_context(TemporaryDirectory(prefix="salun-publish-")))
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="salun-publish-")))
+        work = Path(folder) if folder else scratch
         work.mkdir(parents=True, exist_ok=True)
+        named = scratch / "forget.json"  # names samples, so that it does not stay in `folder`
         document = [target.model_dump(mode="json", exclude_none=True) for target in targets]
-        write_whole(work / "forget.json", json.dumps(document).encode())
-        context = RunContext(work / "before", str(work / "forget.json"), line, opened.uri, run, data)
+        write_whole(named, json.dumps(document).encode())
+        context = RunContext(work / "before", str(named), line, opened.uri, run, data)
         stack.enter_context(line_held(opened, line, run))
         head = model_of(read_version(opened, line, require_head(opened, line).version))
         if head != before.digest:
@@ -503,15 +512,10 @@ def publish(
         context.task.save(work / "after", context.inputs, own, {RUN_FACTS: facts})
         evaluate_step(context, work / "after", work / EVIDENCE, work / REPORT, mask=kept)
         step(2, "gate")
-        return gate_and_publish(
-            context,
-            work / "after",
-            work / EVIDENCE,
-            work / REPORT,
-            parent=fetched.version,
-            policy_uri=policy,
-            mask=kept,
-        )
+        paths = (work / "after", work / EVIDENCE, work / REPORT)
+        published = gate_and_publish(context, *paths, parent=fetched.version, policy_uri=policy, mask=kept)
+        step(3, "published")
+        return published
 
 
 def _targets(forget: Forget) -> list[Target]:

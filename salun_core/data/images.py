@@ -220,7 +220,8 @@ def _in_order(loader: DataLoader[Any], name: str) -> Iterable[Any]:
 
 def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - whatever a data set yields
     """Check that a batch is (images [B, ...], class ids [B]); ids become int64."""
-    if not isinstance(batch, list | tuple) or len(batch) != 2 or not all(isinstance(item, Tensor) for item in batch):
+    pair = isinstance(batch, list | tuple) and len(batch) == 2
+    if not pair or not all(isinstance(item, Tensor) and item.ndim for item in batch):
         found = type(batch).__name__
         if isinstance(batch, list | tuple):
             found = f"{len(batch)} items ({', '.join(type(item).__name__ for item in batch)})"
@@ -236,7 +237,7 @@ def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - wha
             f"they are {labels.dtype} of shape {list(labels.shape)}",
             "give one integer per image",
         )
-    if images.ndim < 2 or len(images) != len(labels):
+    if len(images) != len(labels):
         raise DataError(
             "images and labels differ in number",
             f"{len(images)} against {len(labels)} in the {name} set",

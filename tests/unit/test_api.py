@@ -2,8 +2,10 @@
 
 import doctest
 import io
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +77,18 @@ def erased(net, forget, retain):
     chosen = salun.mask(net, forget, **QUIET)
     config = {"epochs": 2, "learning_rate": 0.1, "batch_size": 32}
     return chosen, salun.unlearn(net, forget=forget, retain=retain, mask=chosen, config=config, **QUIET)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "python.md"
+
+
+def test_the_lines_of_the_page_run(net, forget, retain):
+    names = {"model": net, "forget": forget, "retain": TensorDataset(*retain), "test": images_of(30)}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    for block in blocks[:2]:
+        exec(block, names)
+
+    assert names["evidence"].integrity.frozen_changed == 0
 
 
 class Counted(Dataset):
