@@ -44,7 +44,7 @@ def models(store: OptionalStore = None) -> None:
     from salun_core.registry.lookup import lines, read_head
     from salun_core.storage import open_store
 
-    names = [*CLASSIFIERS, "torchvision:NAME", "timm:NAME"]
+    names = [*CLASSIFIERS, "torchvision:NAME", "timm:NAME", "package:callable"]
     rows = [{"model": name, "kind": "architecture"} for name in names]
     if store:
         opened = open_store(store)
