@@ -20,6 +20,7 @@ EXIT_CODES = {
 }
 """What each exit code of a command means; the codes of signals are 128 and their number."""
 
+_LISTED = 120  # names that an error lists; a data set may have 30,000 classes
 _WHERE = "submit it with `python -m pipelines submit`, or run it with `salun run`: both print them"
 
 # control characters, which a terminal obeys; lone surrogates, which cannot be printed; marks that reverse a line
@@ -171,4 +172,5 @@ def unknown_name(kind: str, name: str, options: Iterable[str]) -> UsageError:
     known = sorted(options)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]!r}? " if near else ""
-    return UsageError(f"unknown {kind} {name!r}", "it does not exist", f"{remedy}choose one of: {', '.join(known)}")
+    listed = ", ".join(known) if len(known) <= _LISTED else f"{', '.join(known[:5])} and {len(known) - 5} more"
+    return UsageError(f"unknown {kind} {name!r}", "it does not exist", f"{remedy}choose one of: {listed}")

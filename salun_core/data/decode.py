@@ -61,9 +61,12 @@ def _open(payload: bytes, sample: str) -> Image.Image:
         image = Image.open(io.BytesIO(payload), formats=FORMATS)
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        why = str(error).split("\n")[0]
+        if isinstance(error, UnidentifiedImageError):  # whose text is the address of the buffer
+            why = f"it is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image" if payload else "it is empty"
         raise DataError(
             f"image {sample} is corrupt",
-            str(error).split("\n")[0],
+            why,
             "replace it, or take it out of the data",
             public="an image of the data is corrupt",
         ) from error

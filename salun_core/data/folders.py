@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from salun_core.data.parquet import subjects_of
@@ -20,8 +21,11 @@ _Row = tuple[str, Path, int]  # sample id, file, label
 def read_folder(spec: DataSpec, folder: Path) -> Table:
     """Read a folder of class folders (ImageFolder); ids are the paths relative to it.
 
+    Nothing is left out silently: a file named like an image that cannot be read is refused. So is a link that leads out
+    of the folder, because whoever may put files there must not read others with the rights of this process.
+
     Raises:
-        DataError: the path is not a folder, or has no class folder or no image.
+        DataError: the path is not a folder, has no class folder or no image, or an image cannot be read.
     """
     if not folder.is_dir():
         raise DataError(
@@ -29,14 +33,11 @@ def read_folder(spec: DataSpec, folder: Path) -> Table:
         )
     classes = spec.classes or sorted(item.name for item in folder.iterdir() if item.is_dir())
     if not classes:
-        raise DataError(
-            f"{folder.name} has no class folders", "an image folder has one folder per class", "check the path"
-        )
+        loose = any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+        why = "the images lie in the folder itself" if loose else "it is empty, or has only other files"
+        raise DataError(f"{folder.name} has no class folders", why, "give a folder that has one folder per class")
     rows = [
-        (path.relative_to(folder).as_posix(), path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        (sample, path, label) for label, name in enumerate(classes) for sample, path in _images(folder, folder / name)
     ]
     if not rows:
         raise DataError(
@@ -45,20 +46,42 @@ def read_folder(spec: DataSpec, folder: Path) -> Table:
     return _table(spec, rows, classes)
 
 
+def _images(folder: Path, place: Path) -> Iterator[tuple[str, Path]]:
+    """Yield id and path of what is named like an image in a class folder, sorted; refuse links out of the data."""
+    for path in (place, *sorted(place.rglob("*"))):  # which does not follow links to folders
+        sample = path.relative_to(folder).as_posix()
+        if any("\ud800" <= letter <= "\udfff" for letter in sample):  # stands for a byte that is not UTF-8
+            text = f"the name {ascii(sample)} is not UTF-8"
+            raise DataError(text, "ids are stored as text", "rename it", public="a name in the data is not UTF-8")
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+            raise DataError(
+                f"{sample} leads out of the data",
+                "it is a link to a place outside the folder",
+                "copy what it leads to, or remove the link",
+                public="a link in the data leads out of them",
+            )
+        if path is not place and path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+            yield sample, path
+
+
 def _table(spec: DataSpec, rows: Sequence[_Row], classes: Sequence[str]) -> Table:
     ids, paths, labels = zip(*rows, strict=True)
-    return Table(ids, labels, [_read_image(path) for path in paths], classes).with_subjects(subjects_of(spec))
+    payloads = [_read_image(path, sample) for path, sample in zip(paths, ids, strict=True)]
+    return Table(ids, labels, payloads, classes).with_subjects(subjects_of(spec))
 
 
-def _read_image(path: Path) -> bytes:
-    if path.stat().st_size > MAX_IMAGE_BYTES:
-        raise DataError(
-            f"image {path.name} is too large",
-            f"over {MAX_IMAGE_BYTES} bytes",
-            "remove or shrink it",
-            public="an image of the data is too large",
-        )
-    return path.read_bytes()
+def _read_image(path: Path, sample: str) -> bytes:
+    remedy, public = "replace it, or take it out of the data", "an image of the data cannot be read"
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise DataError(f"cannot read image {sample}", "it is not a file, or a broken link", remedy, public=public)
+    try:
+        if path.stat().st_size > MAX_IMAGE_BYTES:
+            raise DataError(
+                f"image {sample} is too large", f"over {MAX_IMAGE_BYTES} bytes", "remove or shrink it", public=public
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read image {sample}", error.strerror or str(error), remedy, public=public) from error
 
 
 def is_tiny_imagenet(folder: Path) -> bool:
@@ -84,12 +107,12 @@ def read_tiny_imagenet(spec: DataSpec, folder: Path) -> Table:
     names = _class_names(folder, wnids)
     if spec.classes:
         wnids = [_wnid(name, names) for name in spec.classes]
-    parts = [_rows(folder / part, _images(folder, part), wnids) for part in ("train", "val")]
+    parts = [_rows(folder / part, _annotated(folder, part), wnids) for part in ("train", "val")]
     train, test = (_table(spec, rows, [names[wnid] for wnid in wnids]) for rows in parts)
     return train.joined(test)
 
 
-def _images(folder: Path, part: str) -> list[tuple[Path, str]]:
+def _annotated(folder: Path, part: str) -> list[tuple[Path, str]]:
     """Return the images of a part with their WordNet ids: from folder names in `train`, from annotations in `val`."""
     if part == "train":
         found = sorted((folder / part).glob("*/images/*"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,94 @@ from salun_core.data.table import Payload, Table, check_labels
 from salun_core.errors import DataError, unknown_name
 
 MAX_CLASSES = 100_000  # far above real data sets; a corrupt label must not create millions of class names
+EXPANDED_BYTES = 256 * 1024 * 1024  # what a small file may become in memory: some thousand images
+EXPANSION = 32  # times its size: what a large one may become. Encoded images hardly shrink in parquet, bitmaps tenfold
+_ROW_BYTES = 64  # of Python's objects for a row
 _OTHER_NAMES = {"image": "img", "label": "fine_label"}  # default column -> its name in the hub's CIFAR-10 and -100
 
 
-def arrow_table(files: Sequence[Path]) -> Any:  # noqa: ANN401 - pyarrow has no types
-    """Read parquet files, in the given order, as one arrow table.
+def arrow_table(files: Sequence[Path], columns: Sequence[str] | None = None) -> Any:  # noqa: ANN401 - pyarrow has no types
+    """Read parquet files, in the given order, as one arrow table. Texts and bytes stay dictionaries.
+
+    A few hundred bytes can describe gigabytes: zeros that were compressed, or one value that every row repeats. So a
+    file is measured in two steps, by what its footer says before anything is read, and by what its dictionaries would
+    become before a value is copied.
+
+    Args:
+        files: parquet files.
+        columns: those to read; default: all.
 
     Raises:
-        DataError: a file is damaged, or their columns differ.
+        DataError: a file is damaged or expands too far, or the columns of the files differ.
     """
     import pyarrow
     import pyarrow.parquet
 
-    tables, file = [], files[0]
-    try:
-        for file in files:
-            tables.append(pyarrow.parquet.read_table(file))
+    tables = []
+    for file in files:
+        with _readable(file):
+            limit = max(EXPANDED_BYTES, EXPANSION * file.stat().st_size)
+            opened = pyarrow.parquet.ParquetFile(file)
+            _check_expansion(file, _claimed(opened.metadata, columns), limit)
+            schema = opened.metadata.schema
+            leaves = [schema.column(place) for place in range(len(schema))]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+            table = pyarrow.parquet.read_table(file, columns=columns, read_dictionary=texts)
+            _check_expansion(file, sum(_expanded(chunk) for column in table.columns for chunk in column.chunks), limit)
+            tables.append(table)
+    with _readable(files[-1]):
         return pyarrow.concat_tables(tables)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Report pyarrow's exceptions as a fault of a file."""
+    import pyarrow
+
+    try:
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"cannot read {file.name}", str(error).split("\n")[0], "check that it is a whole parquet file"
         ) from error
+
+
+def _claimed(metadata: Any, columns: Sequence[str] | None) -> int:  # noqa: ANN401
+    """Return how many bytes a file holds by its own footer, and what its rows take as Python objects."""
+    total: int = metadata.num_rows * _ROW_BYTES
+    for group in range(metadata.num_row_groups):
+        for place in range(metadata.num_columns):
+            chunk, leaf = metadata.row_group(group).column(place), metadata.schema.column(place)
+            if columns is None or any(f"{leaf.path}.".startswith(f"{column}.") for column in columns):
+                fixed = chunk.num_values * leaf.length if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" else 0
+                total += max(chunk.total_uncompressed_size, fixed)
+    return total
+
+
+def _expanded(array: Any) -> int:  # noqa: ANN401
+    """Return how many bytes an array takes when its dictionaries are replaced by their values."""
+    import pyarrow
+    import pyarrow.compute
+
+    kind = array.type
+    if pyarrow.types.is_struct(kind) or pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        inside = array.flatten()
+        return sum(map(_expanded, inside if isinstance(inside, list) else [inside]))
+    if pyarrow.types.is_dictionary(kind) and (
+        pyarrow.types.is_binary(kind.value_type) or pyarrow.types.is_string(kind.value_type)
+    ):
+        sizes = pyarrow.compute.binary_length(array.dictionary).cast(pyarrow.int64())
+        return int(pyarrow.compute.sum(sizes.take(array.indices)).as_py() or 0)
+    return int(array.nbytes)
+
+
+def _check_expansion(file: Path, size: int, limit: int) -> None:
+    if size > limit:
+        raise DataError(
+            f"{file.name} expands too far",
+            f"{file.stat().st_size / 1e3:.1f} kB would become {size / 1e9:.1f} GB",
+            "give images as JPEG or PNG in the file, which do not shrink further",
+        )
 
 
 def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Table:
@@ -48,8 +116,13 @@ def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tabl
     Raises:
         DataError: a file is damaged, a column is missing, or a label is not a class.
     """
-    table = arrow_table(files or (sorted(path.glob("*.parquet")) if path.is_dir() else [path]))
-    image_column, label_column = _columns(spec, table.column_names, path)
+    import pyarrow.parquet
+
+    files = files or (sorted(path.glob("*.parquet")) if path.is_dir() else [path])
+    with _readable(files[0]):
+        names = pyarrow.parquet.read_schema(files[0]).names
+    image_column, label_column = _columns(spec, names, path)
+    table = arrow_table(files, [column for column in (image_column, label_column, spec.subject_column) if column])
     images = table.column(image_column).to_pylist()
     labels = table.column(label_column).to_pylist()
     classes = spec.classes or _class_names(table, label_column, path, labels)

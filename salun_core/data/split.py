@@ -98,8 +98,12 @@ def make_split(table: Table, spec: DataSpec) -> SplitManifest:
     test = _limit(table, test, spec.test_limit, rng)
     validation, train = _draw(table, train, spec.validation_fraction, rng)
     if not train or not test:
+        kind, found, classes = ("training" if test else "test"), len(table), len(set(table.labels))
+        counts = f"{found} image{'s' * (found != 1)} in {classes} class{'es' * (classes != 1)}"
         raise DataError(
-            "the split leaves no training or no test data", f"{len(table)} rows", "raise the limits or fractions"
+            f"the split leaves no {kind} data",
+            f"{counts}; each class gives a share of its images to each part, rounded",
+            "add images, change the fractions and limits of the data spec, or name test data (`test_source`)",
         )
 
     def rows(indices: Sequence[int]) -> dict[str, str]:
@@ -113,8 +117,11 @@ def _draw(
 ) -> tuple[list[int], list[int]]:
     """Draw a share of each class and return (drawn, rest)."""
     drawn: list[int] = []
+    by_label: dict[int, list[int]] = {}
+    for index in indices:
+        by_label.setdefault(table.labels[index], []).append(index)
     for label in range(len(table.classes)):
-        members = [index for index in indices if table.labels[index] == label]
+        members = by_label.get(label, [])
         count = round(fraction * len(members))
         drawn += [members[position] for position in rng.permutation(len(members))[:count]]
     chosen = set(drawn)
