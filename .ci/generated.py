@@ -43,6 +43,7 @@ SCHEMAS = {
     "policy": "salun_core.gate:Policy",
     "reference": "salun_core.pods.reference:Reference",
     "request": "salun_core.requests.schema:DeletionRequest",
+    "revocation": "salun_core.certificates.statement:RevocationAddendum",
     "run": "salun_core.steps.run_form:UnlearningForm",
     "run-inputs": "salun_core.pods.steps:PinnedInputs",
     "split": "salun_core.data.split:SplitManifest",

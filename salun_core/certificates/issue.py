@@ -20,7 +20,7 @@ import hmac
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -36,13 +36,16 @@ from salun_core.certificates.statement import (
     DISPOSAL_TYPE,
     ERASURE_TYPE,
     LIMITS,
+    REVOCATION_TYPE,
     STATEMENT_TYPE,
     CertifiedMetric,
     DisposalAddendum,
     DisposalDone,
     ErasureCertificate,
+    RevocationAddendum,
     contradictions,
     open_statement,
+    read_unverified,
     sign_statement,
 )
 from salun_core.config import parse
@@ -50,9 +53,10 @@ from salun_core.digest import check_digest, digest_json, sha256_bytes
 from salun_core.errors import ConflictError, GateRefusedError, IntegrityError, UsageError
 from salun_core.registry.lookup import Version, read_file
 from salun_core.registry.manifest import weights_digest
+from salun_core.registry.rollbacks import VersionRollback
 from salun_core.requests.schema import DeletionRequest, Outcome
 from salun_core.storage.documents import parse_stored
-from salun_core.storage.keys import addendum_key, certificate_key
+from salun_core.storage.keys import addenda_prefix, addendum_key, certificate_key
 from salun_core.storage.objects import ObjectStore
 
 if TYPE_CHECKING:
@@ -383,6 +387,58 @@ def _one_line(text: str, limit: int) -> str:
 def _finite(value: float | None) -> float | None:
     """Return a value that JSON can hold: NaN and infinity become None."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def revoke(store: ObjectStore, rollback: VersionRollback, requests: Iterable[str], signer: Ed25519PrivateKey) -> int:
+    """Add a revocation to each certificate about a version that a rollback undid; the call may be repeated.
+
+    A revocation is written after HEAD has moved, so that none exists for a version in use. A process that dies between
+    the two leaves certificates without a revocation: `salun verify --store` refuses them by the lineage and the record
+    of the rollback, and the next purge with a key calls this again. The same input gives the same bytes and key.
+
+    Args:
+        store: where certificates are stored.
+        rollback: its record.
+        requests: those that may have a certificate about the version.
+        signer: the signing key.
+
+    Returns:
+        The number of certificates that are revoked.
+
+    Raises:
+        IntegrityError: a certificate is damaged.
+        StoreError: the store cannot be reached, or the credentials may not write addenda.
+    """
+    revoked = 0
+    for request in requests:
+        for key in (certificate_key(request), *certificate_copies(store, request)):
+            stored = store.get(key)
+            model = read_unverified(ErasureCertificate, stored.data, key).predicate.model if stored else None
+            if stored is None or model is None or (model.line, model.version) != (rollback.line, rollback.version):
+                continue
+            subject = {"name": f"{request}.json", "digest": {"sha256": sha256_bytes(stored.data)}}
+            fields = rollback.model_dump(include={"line", "version", "to", "at", "reason"})
+            predicate = {"request": request, **fields, "signer": keyid(signer.public_key())}
+            statement = parse(
+                RevocationAddendum,
+                {
+                    "_type": STATEMENT_TYPE,
+                    "predicateType": REVOCATION_TYPE,
+                    "subject": [subject],
+                    "predicate": predicate,
+                },
+                f"the revocation of the certificate of request {request}",
+            )
+            name = f"revocation-{sha256_bytes(statement.canonical())[:12]}.json"
+            store.put_new(addendum_key(request, name), sign_statement(statement, signer))
+            revoked += 1
+    return revoked
+
+
+def certificate_copies(store: ObjectStore, request: str) -> list[str]:
+    """Return the keys of the superseded certificates of a request."""
+    start = f"{addenda_prefix(request)}certificate-"
+    return [entry.key for entry in store.list(start)]
 
 
 def issue_addendum(store: ObjectStore, request_id: str, done: Sequence[DisposalDone], signer: Ed25519PrivateKey) -> str:

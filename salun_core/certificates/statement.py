@@ -21,6 +21,7 @@ from salun_core.storage.documents import Count, Digest, FileName, LineId, RunId,
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 ERASURE_TYPE = "urn:salun:erasure:v1"
 DISPOSAL_TYPE = "urn:salun:disposal:v1"
+REVOCATION_TYPE = "urn:salun:revocation:v1"
 LIMITS = (
     "This certificate attests that the named procedure was applied to the named model and that the named evidence was "
     "measured. It does not prove that the model holds nothing of the data: that cannot be proved from a model alone "
@@ -209,6 +210,19 @@ class Disposal(Document):
     signer: Digest = Field(description="id of the signing key")
 
 
+class Revocation(Document):
+    """A revocation's predicate: the version that a certificate is about was undone by a rollback."""
+
+    format: Literal["salun.revocation/v1"] = "salun.revocation/v1"
+    request: RequestId = Field(description="the request's id; it is not met any more")
+    line: LineId = Field(description="the model line")
+    version: Digest = Field(description="digest of the manifest of the version that was undone")
+    to: Digest = Field(description="digest of that of the version that is in use again")
+    at: UtcTime = Field(description="when, ISO 8601 in UTC")
+    reason: Text = Field(description="why; no personal data")
+    signer: Digest = Field(description="id of the signing key")
+
+
 class _Statement(Document):
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -242,6 +256,16 @@ class DisposalAddendum(_Statement):
     predicate: Disposal = Field(description="what is attested")
 
 
+class RevocationAddendum(_Statement):
+    """States that a certificate is not valid any more: an in-toto statement about the certificate's file."""
+
+    predicate_type: Literal["urn:salun:revocation:v1"] = Field(
+        alias="predicateType", description="kind of the predicate"
+    )
+    subject: list[Subject] = Field(min_length=1, max_length=1, description="the certificate's file")
+    predicate: Revocation = Field(description="what is attested")
+
+
 def contradictions(erasure: Erasure) -> list[str]:
     """Return what a certificate says that cannot all be true; a signature does not make it so."""
     request, forgotten, model = erasure.request, erasure.forgotten, erasure.model
@@ -267,10 +291,12 @@ def contradictions(erasure: Erasure) -> list[str]:
     ]
 
 
-S = TypeVar("S", ErasureCertificate, DisposalAddendum)
+S = TypeVar("S", ErasureCertificate, DisposalAddendum, RevocationAddendum)
 
 
-def sign_statement(statement: ErasureCertificate | DisposalAddendum, signer: Ed25519PrivateKey) -> bytes:
+def sign_statement(
+    statement: ErasureCertificate | DisposalAddendum | RevocationAddendum, signer: Ed25519PrivateKey
+) -> bytes:
     """Return the file of a statement, signed."""
     return sign(statement.canonical(), PAYLOAD_TYPE, signer)
 
@@ -279,7 +305,7 @@ def open_statement(kind: type[S], data: bytes, trusted: Iterable[Ed25519PublicKe
     """Check a signed file and return what it states.
 
     Args:
-        kind: `ErasureCertificate` or `DisposalAddendum`.
+        kind: `ErasureCertificate`, `DisposalAddendum` or `RevocationAddendum`.
         data: the whole file.
         trusted: the public keys that may have signed it.
         source: where it came from, for the message.
@@ -307,7 +333,7 @@ def read_unverified(kind: type[S], data: bytes, source: str) -> S:
     """Return what a signed file states, for a listing. Its signature is not checked: see `open_statement`.
 
     Args:
-        kind: `ErasureCertificate` or `DisposalAddendum`.
+        kind: `ErasureCertificate`, `DisposalAddendum` or `RevocationAddendum`.
         data: the whole file.
         source: where it came from, for the message.
 

@@ -1,4 +1,7 @@
-"""Verifies an erasure certificate offline: envelope, signature, contents, and every file of the model folder."""
+"""Verifies an erasure certificate: envelope, signature, contents, and every file of the model folder.
+
+All of that is offline. Whether the version was rolled back later is known from a revocation, or from the store.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,20 @@ from salun_core.certificates.statement import (
     DisposalAddendum,
     DisposalDone,
     ErasureCertificate,
+    Revocation,
+    RevocationAddendum,
     open_statement,
     read_unverified,
 )
 from salun_core.digest import sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, UsageError
+from salun_core.registry.rollbacks import undoing
+from salun_core.requests.reading import read_last
+from salun_core.requests.schema import Status
 from salun_core.storage import open_store
-from salun_core.storage.keys import addenda_prefix, certificate_key
+from salun_core.storage.keys import addenda_prefix, addendum_key, certificate_key
 from salun_core.storage.local_files import list_tree, write_whole
+from salun_core.storage.objects import ObjectStore
 
 _SHOWN = 10
 
@@ -35,6 +44,8 @@ class Verification:
         key_source: where that key came from.
         files: number of files of the model folder that were compared; None if no folder was given.
         addenda: what the addenda state.
+        superseded_by: SHA-256 of the certificate of the request that the store has now, if it is another one.
+        in_store: whether the store was asked.
     """
 
     certificate: ErasureCertificate
@@ -43,35 +54,124 @@ class Verification:
     key_source: str
     files: int | None
     addenda: tuple[DisposalAddendum, ...]
+    superseded_by: str | None = None
+    in_store: bool = False
 
 
 def verify_certificate(
-    path: Path, model: Path | None = None, keys: Sequence[Path] = (), addenda: Sequence[Path] = ()
+    path: Path,
+    model: Path | None = None,
+    keys: Sequence[Path] = (),
+    addenda: Sequence[Path] = (),
+    store_uri: str | None = None,
 ) -> Verification:
-    """Verify a certificate with files on this machine only.
+    """Verify a certificate with files on this machine, and on request against the store that it comes from.
+
+    Offline, a later rollback of the version is known only from a revocation among the addenda.
 
     Args:
         path: the certificate's file.
         model: the model folder to compare with it; its weights are not loaded.
         keys: public keys of the trusted signers; for the default see `load_trusted_keys`.
         addenda: files that were added to the certificate later.
+        store_uri: store in which the version must still be in use, and the request completed; None: offline.
 
     Returns:
         The certificate, and what was compared.
 
     Raises:
         UsageError: a file cannot be read, or no key is trusted.
-        IntegrityError: a byte of the certificate, of an addendum or of the model differs, or the signer is not trusted.
+        IntegrityError: a byte of the certificate, of an addendum or of the model differs, the signer is not trusted,
+            the certificate contradicts itself, or it is not valid any more.
+        StoreError: the store cannot be reached.
     """
     trusted = load_trusted_keys(keys, path)
     data = _read(path)
     certificate = open_statement(ErasureCertificate, data, trusted.keys, str(path))
     digest = sha256_bytes(data)
-    added = tuple(open_statement(DisposalAddendum, _read(item), trusted.keys, str(item)) for item in addenda)
-    for item, addendum in zip(addenda, added, strict=True):
+    added: list[DisposalAddendum] = []
+    for item in addenda:
+        content = _read(item)
+        if _is_revocation(content):
+            revocation = open_statement(RevocationAddendum, content, trusted.keys, str(item))
+            _check_addendum(item, revocation, certificate, digest)
+            raise _revoked(path, certificate, revocation.predicate)
+        addendum = open_statement(DisposalAddendum, content, trusted.keys, str(item))
         _check_addendum(item, addendum, certificate, digest)
+        added.append(addendum)
+    newer = _check_in_store(path, open_store(store_uri), certificate, digest) if store_uri else None
     files = _check_model(model, certificate) if model is not None else None
-    return Verification(certificate, digest, claimed_keyid(data), trusted.source, files, added)
+    found = (certificate, digest, claimed_keyid(data), trusted.source, files, tuple(added))
+    return Verification(*found, superseded_by=newer, in_store=bool(store_uri))
+
+
+def _is_revocation(data: bytes) -> bool:
+    """Whether a file claims to be a revocation; it is not verified."""
+    try:
+        read_unverified(RevocationAddendum, data, "it")
+    except IntegrityError:
+        return False
+    return True
+
+
+def _revoked(path: Path, certificate: ErasureCertificate, revocation: Revocation) -> IntegrityError:
+    why = (
+        f"{_certified(certificate)} was rolled back on {revocation.at[:16].replace('T', ' ')} UTC: {revocation.reason}"
+    )
+    request = certificate.predicate.request.id
+    return IntegrityError(
+        f"{path} is revoked", why, f"ask for the request's new certificate: salun request show {request}"
+    )
+
+
+def _check_in_store(path: Path, store: ObjectStore, certificate: ErasureCertificate, sha256: str) -> str | None:
+    """Check that a certificate still holds in its store: version in use, not revoked, request completed.
+
+    Whatever cannot be read or is not there refuses. The lineage of HEAD decides, so that a rollback is seen although
+    nobody signed a revocation.
+
+    Returns:
+        The SHA-256 of the request's current certificate, if it is another one.
+    """
+    request, model = certificate.predicate.request.id, certificate.predicate.model
+    current, copy = store.get(certificate_key(request)), addendum_key(request, f"certificate-{sha256[:12]}.json")
+    newest = sha256_bytes(current.data) if current else None
+    kept = store.get(copy) if newest != sha256 else current
+    if kept is None or sha256_bytes(kept.data) != sha256:
+        what = f"the store has another certificate of request {request}" if current else "the store does not have it"
+        raise IntegrityError(f"{path} is not of this store", what, "give the --store that issued it, or reject it")
+    last = read_last(store, request)
+    standing = last.to_status.value if last else "received"
+    remedy = f"fetch its new certificate: salun certificate {request} --out FILE"
+    if newest == sha256:
+        remedy = f"wait until it is completed, then {remedy}"
+        if last and last.to_status is Status.COMPLETED:
+            remedy = f'queue the request again: salun request reopen {request} --reason "..."'
+    if how := undoing(store, model.line, model.version):
+        why = f"{_certified(certificate)} {how}; request {request} is {standing}"
+        raise IntegrityError(f"{path} is not valid any more", why, remedy)
+    for addendum in fetch_addenda_of(store, request):  # fail closed: whoever signed it
+        if addendum.revocation and addendum.certificate == sha256:
+            raise IntegrityError(f"{path} is revoked", addendum.revocation.reason, remedy)
+    if newest == sha256 and (last is None or last.to_status is not Status.COMPLETED):
+        since = f" since {last.at[:16].replace('T', ' ')} UTC: {last.reason}" if last else ""
+        raise IntegrityError(f"{path} is not valid any more", f"request {request} is {standing}{since}", remedy)
+    return None if newest == sha256 else newest
+
+
+def undoing_of(store: ObjectStore, request_id: str) -> str:
+    """Return how the version in a request's certificate was undone; empty if it is in use or nothing was certified.
+
+    Raises:
+        IntegrityError: the certificate, the lineage or the record of the rollback is damaged.
+        StoreError: the store cannot be reached, or the credentials may not read certificates.
+    """
+    stored = store.get(key := certificate_key(request_id))
+    if stored is None:
+        return ""
+    model = read_unverified(ErasureCertificate, stored.data, key).predicate.model
+    how = undoing(store, model.line, model.version)
+    return f"{model.line}@{model.version[:12]} {how}" if how else ""
 
 
 def fetch_certificate(store_uri: str, request_id: str, out: Path) -> str:
@@ -111,12 +211,14 @@ class StoredAddendum:
         data: its bytes.
         certificate: SHA-256 of the certificate that it belongs to.
         done: what was deleted, and when.
+        revocation: why the certificate is not valid any more; None: it is about disposals.
     """
 
     name: str
     data: bytes
     certificate: str
-    done: tuple[DisposalDone, ...]
+    done: tuple[DisposalDone, ...] = ()
+    revocation: Revocation | None = None
 
 
 def fetch_addenda(store_uri: str, request_id: str) -> list[StoredAddendum]:
@@ -126,14 +228,26 @@ def fetch_addenda(store_uri: str, request_id: str) -> list[StoredAddendum]:
         IntegrityError: one of them is damaged.
         StoreError: the store cannot be reached.
     """
-    store, found = open_store(store_uri), []
+    return fetch_addenda_of(open_store(store_uri), request_id)
+
+
+def fetch_addenda_of(store: ObjectStore, request_id: str) -> list[StoredAddendum]:
+    """Return the addenda of a request in an open store; see `fetch_addenda`."""
+    found = []
     for entry in store.list(addenda_prefix(request_id)):
         name = entry.key.rpartition("/")[2]
-        stored = store.get(entry.key) if name.startswith("disposal-") else None
-        if stored is not None:
-            statement = read_unverified(DisposalAddendum, stored.data, entry.key)
-            certificate = statement.subject[0].digest.sha256
-            found.append(StoredAddendum(name, stored.data, certificate, statement.predicate.done))
+        kind = name.partition("-")[0]
+        stored = store.get(entry.key) if kind in {"disposal", "revocation"} else None
+        if stored is None:
+            continue
+        if kind == "disposal":
+            disposal = read_unverified(DisposalAddendum, stored.data, entry.key)
+            sha256, done = disposal.subject[0].digest.sha256, disposal.predicate.done
+            found.append(StoredAddendum(name, stored.data, sha256, done))
+        else:
+            revocation = read_unverified(RevocationAddendum, stored.data, entry.key)
+            sha256, fields = revocation.subject[0].digest.sha256, revocation.predicate
+            found.append(StoredAddendum(name, stored.data, sha256, revocation=fields))
     return found
 
 
@@ -141,7 +255,9 @@ def _read(path: Path) -> bytes:
     return read_small(path, MAX_ENVELOPE_BYTES)[0]  # one byte more than allowed is refused as too large
 
 
-def _check_addendum(path: Path, addendum: DisposalAddendum, certificate: ErasureCertificate, digest: str) -> None:
+def _check_addendum(
+    path: Path, addendum: DisposalAddendum | RevocationAddendum, certificate: ErasureCertificate, digest: str
+) -> None:
     belongs = addendum.predicate.request == certificate.predicate.request.id
     if not belongs or addendum.subject[0].digest.sha256 != digest:
         raise IntegrityError(

@@ -27,11 +27,17 @@ def verify(
         ),
     ] = [],
     addendum: Annotated[list[Path], typer.Option(metavar="FILE", help="A later addition to it; may be repeated.")] = [],
+    store: Annotated[
+        str | None, typer.Option("--store", help="Also check that the version is still in use, in this store.")
+    ] = None,
 ) -> None:
-    """Verify an erasure certificate offline: its signature, and that a model is the certified one."""
+    """Verify an erasure certificate: its signature, and that a model is the certified one. Offline without --store.
+
+    Offline, a later rollback is known only if its revocation is among the addenda.
+    """
     from salun_core.certificates.verify import verify_certificate
 
-    found = verify_certificate(certificate, model, key, addendum)
+    found = verify_certificate(certificate, model, key, addendum, store)
     emit(_document(found), lambda: _show(found, model))
 
 
@@ -42,6 +48,8 @@ def _document(found: Verification) -> dict[str, Any]:
         "keyid": found.keyid,
         "key_source": found.key_source,
         "model_files": found.files,
+        "checked_in_store": found.in_store,
+        "superseded_by": found.superseded_by,
         "certificate": found.certificate.model_dump(mode="json", by_alias=True, exclude_none=True),
         "addenda": [item.model_dump(mode="json", by_alias=True) for item in found.addenda],
     }
@@ -56,6 +64,11 @@ def _show(found: Verification, model: Path | None) -> None:
         echo("the issuer could have put that key there: compare its id with the one that the signer publishes")
     checked = f"all {found.files} files of {model} are the certified ones"
     echo(checked if found.files is not None else "only the certificate was checked: give --model DIR as well")
+    in_use = "the store still uses the version, and the request is completed"
+    echo(in_use if found.in_store else "whether its version was rolled back later is not known offline: give --store")
+    if found.superseded_by:
+        newer = f"salun certificate {erasure.request.id} --out FILE"
+        echo(f"superseded by certificate {found.superseded_by[:12]} of the request: {newer}")
     echo()
     for name, value in _summary(erasure):
         echo(f"{name:<10}  {value}")
@@ -124,12 +137,18 @@ def certificate(
         file = out.with_name(f"{out.stem}.{item.name}") if out is not None and item.certificate == sha256 else None
         if file is not None:
             write_whole(file, item.data)
-        rows.append({"addendum": item.name, "current": item.certificate == sha256, "file": file, "done": item.done})
+        facts = {"addendum": item.name, "current": item.certificate == sha256, "file": file, "done": item.done}
+        rows.append(facts | {"revocation": item.revocation})
     document = {"sha256": sha256, **({"certificate": out} if out is not None else {})}
     if not addenda:
         emit_facts(document)
         return
-    listed = [{**row, "done": [done.model_dump(mode="json") for done in row["done"]]} for row in rows]
+    listed = [
+        row
+        | {"done": [done.model_dump(mode="json") for done in row["done"]]}
+        | {"revocation": row["revocation"].model_dump(mode="json") if row["revocation"] else None}
+        for row in rows
+    ]
     emit({**document, "addenda": listed}, lambda: _show_addenda(document, rows))
 
 
@@ -144,7 +163,14 @@ def _show_addenda(document: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         for row in rows
         for done in row["done"]
     ]
-    print_table(["addendum", "deleted", "when", "note"], lines)
+    if lines:
+        print_table(["addendum", "deleted", "when", "note"], lines)
+    for row in rows:
+        if row["revocation"]:
+            note = "the certificate" if row["current"] else "a superseded certificate"
+            echo(
+                f"{row['addendum']}: {note} is revoked since {minute(row['revocation'].at)}: {row['revocation'].reason}"
+            )
     files = [row["file"] for row in rows if row["file"]]
     if files:
         echo(

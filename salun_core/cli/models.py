@@ -465,9 +465,11 @@ def rollback(
     dry_run: DryRun = False,
 ) -> None:
     """Make an earlier version HEAD again. A rollback past an erasure is refused unless --reopen is given."""
+    from salun_core.certificates.keys import find_signing_key
     from salun_core.sweeps.rollback import rollback as step
 
-    done = step(store, version, who(actor), reason, reopen=reopen, dry_run=dry_run)
+    signer = find_signing_key()
+    done = step(store, version, who(actor), reason, reopen=reopen, dry_run=dry_run, signer=signer)
     head = done.head.version if done.head else "as before (dry run)"
     emit_facts({"head": head, "undone_versions": len(done.undone), "reopened_requests": len(done.reopened)})
 

@@ -313,10 +313,32 @@ def show(
     if not target:
         document["target"] = {"kind": request.target.kind, "summary": summarise(request.target)}
     history = [event.model_dump(mode="json", exclude_none=True) for event in events]
-    emit(
-        {"request": document, "status": status.value, "outcome": outcome, "overdue": overdue, "events": history},
-        lambda: _show_request(request, _standing(status, outcome, overdue), events, target),
-    )
+    facts = {"request": document, "status": status.value, "outcome": outcome, "overdue": overdue, "events": history}
+    undone, then = _undone(store, request_id, status)
+    facts |= {"undone": undone, "next": then} if undone else {}
+
+    def shown() -> None:
+        _show_request(request, _standing(status, outcome, overdue), events, target)
+        if undone:
+            echo(f"its erasure is undone: {undone}\nnext: {then}")
+
+    emit(facts, shown)
+
+
+def _undone(store: str, request_id: str, status: str) -> tuple[str, str]:
+    """Return how the erasure of a completed request was undone by a rollback, and the command that queues it again."""
+    from salun_core.certificates.verify import undoing_of
+    from salun_core.errors import StoreError
+    from salun_core.requests.schema import Status
+    from salun_core.storage import open_store
+
+    if status != Status.COMPLETED:
+        return "", ""
+    try:
+        undone = undoing_of(open_store(store), request_id)
+    except StoreError:  # these credentials may not read certificates
+        return "", ""
+    return undone, f'salun request reopen {request_id} --reason "..."' if undone else ""
 
 
 def _standing(status: str, outcome: str | None, overdue: bool) -> str:

@@ -36,6 +36,7 @@ _OPTIONS["--extra-metrics"] = "extra_metrics"
 _LINES = ("LINE", "LINE[@VERSION]")  # arguments that name the model line to look at
 _UNTOUCHED = {  # options of that name that mean something else
     ("bench run", "data"),  # the data of a suite
+    ("verify", "store"),  # offline, unless somebody asks for the store
     ("request list", "line"),  # a filter: requests of other lines would be hidden
     *((f"train {kind}", "line") for kind in ("classifier", "ddpm", "stable-diffusion")),  # to publish is a decision
     ("model import", "line"),

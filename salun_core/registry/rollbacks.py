@@ -12,7 +12,7 @@ from pydantic import Field
 from salun_core.config import Document, parse
 from salun_core.digest import canonical_json
 from salun_core.errors import ConflictError
-from salun_core.registry.lookup import read_version
+from salun_core.registry.lookup import ancestry, read_version
 from salun_core.storage.documents import Digest, LineId, ShortText, Text, UtcTime, parse_stored
 from salun_core.storage.keys import version_rollback_key
 from salun_core.storage.objects import ObjectStore
@@ -79,3 +79,22 @@ def read_rollback(store: ObjectStore, line: str, digest: str) -> VersionRollback
     key = version_rollback_key(line, digest)
     stored = store.get(key)
     return parse_stored(VersionRollback, stored.data, key) if stored else None
+
+
+def undoing(store: ObjectStore, line: str, digest: str) -> str:
+    """Return when, by whom and why a version that was published was undone; empty if HEAD is made from it.
+
+    The lineage decides: a record without a rollback has no effect, and a version outside of the lineage is not in use
+    although no record says why.
+
+    Raises:
+        UsageError: the line does not exist.
+        IntegrityError: the lineage or the record is damaged.
+    """
+    if digest in {item.digest for item in ancestry(store, line)}:
+        return ""
+    record = read_rollback(store, line, digest)
+    if record is None:
+        return "is not in the lineage of HEAD, and no rollback of it is recorded"
+    at = record.at[:16].replace("T", " ")
+    return f"was rolled back on {at} UTC by {record.by} to {record.to[:12]}: {record.reason}"

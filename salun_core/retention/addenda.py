@@ -25,6 +25,7 @@ from salun_core.config import Document
 from salun_core.digest import canonical_json
 from salun_core.errors import ConflictError
 from salun_core.registry.holds import read_disposal
+from salun_core.registry.rollbacks import read_rollback, undoing
 from salun_core.retention.inventory import StoreInventory, by_kind
 from salun_core.storage.documents import RunId, parse_stored
 from salun_core.storage.erase import StoredKey
@@ -97,7 +98,20 @@ def issue_addenda(
             mark = {"format": "salun.attested/v1", "run": run, "stage": stage}
             store.put_new(run_key(run, f"attested-{stage}.json"), canonical_json(mark))
             given.update(requests)
+    _revoke_missing(store, inventory, signer)
     return sorted(given)
+
+
+def _revoke_missing(store: ObjectStore, inventory: StoreInventory, signer: Ed25519PrivateKey) -> None:
+    """Revoke the certificates about versions that a rollback without a signing key undid; repeating it is harmless."""
+    from salun_core.certificates.issue import revoke
+
+    for line, digest in sorted(inventory.rolled_back & inventory.manifests.keys()):
+        run = inventory.manifests[line, digest].run
+        members = inventory.runs[run].members if run is not None and run in inventory.runs else ()
+        rollback = read_rollback(store, line, digest)
+        if members and rollback is not None and undoing(store, line, digest):
+            revoke(store, rollback, members, signer)
 
 
 def _record(store: ObjectStore, record: RunDisposal) -> RunDisposal:

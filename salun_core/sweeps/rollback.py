@@ -1,10 +1,11 @@
 """Rolls a model line back, and past an erasure only if its requests are reopened.
 
 The order of the writes: the lease is taken, the undone requests are reopened, the rollback is recorded with each undone
-version, HEAD is replaced on the condition that it has not changed, the lease is released. If the process dies before
-HEAD is replaced, the reopened requests name nothing to erase at the next sweep and are completed again; the other order
-could lose them. A record whose version is still an ancestor of HEAD has no effect, and the next attempt replaces it. If
-the process dies later, or stalls, the lease expires. A publish in between makes the replacement of HEAD fail.
+version, HEAD is replaced on the condition that it has not changed, the lease is released, and the certificates about
+the undone versions are revoked. If the process dies before HEAD is replaced, the reopened requests name nothing to
+erase at the next sweep and are completed again; the other order could lose them. A record whose version is still an
+ancestor of HEAD has no effect, and the next attempt replaces it. If the process dies later, or stalls, the lease
+expires, and the next purge revokes. A publish in between makes the replacement of HEAD fail.
 
 A purge may delete the version's weights at any time. One that looks after the records are written sees them and puts
 back what it deleted; the check after the records finds what one deleted before it looked (see `retention.purge`). A
@@ -14,20 +15,26 @@ the loss in the last check and returns HEAD to where it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from salun_core.errors import ConflictError, IntegrityError
+from salun_core.certificates.issue import revoke
+from salun_core.errors import ConflictError, IntegrityError, SalunError
 from salun_core.registry.lookup import Version, missing_files, read_version, resolve
 from salun_core.registry.manifest import Head
-from salun_core.registry.rollbacks import new_rollback, record_rollback
+from salun_core.registry.rollbacks import VersionRollback, new_rollback, record_rollback
 from salun_core.registry.versions import roll_back, undone_by
 from salun_core.requests.ledger import Ledger
-from salun_core.requests.schema import Status
+from salun_core.requests.schema import Outcome, Status
 from salun_core.storage import FileStore, open_store
 from salun_core.sweeps.heartbeat import line_held
 from salun_core.sweeps.runs import RunLog, new_run_id
+from salun_core.telemetry.logs import get_logger
 from salun_core.times import Clock, utc_clock
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ def rollback(
     *,
     reopen: bool = False,
     dry_run: bool = False,
+    signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
 ) -> RolledBack:
     """Make an earlier version of a line its HEAD again.
@@ -64,6 +72,7 @@ def rollback(
         reason: why, without personal data.
         reopen: queue the undone requests again; otherwise a rollback past an erasure is refused.
         dry_run: return what would be undone, and write nothing.
+        signer: key that signs the revocations of their certificates; without one, the next purge signs them.
         clock: returns the time.
 
     Returns:
@@ -80,7 +89,9 @@ def rollback(
     _check_complete(store, line, version)
     ledger = Ledger(store, clock)
     requests = _completed_by(ledger, RunLog(store, clock), undone)
+    searched = _found_nothing_since(ledger, line, undone)
     _check_allowed(line, version, undone, requests, reopen)
+    requests += searched if reopen else []
     if dry_run:
         return RolledBack(None, undone, requests)
     holder = f"rollback-{new_run_id()}"[:63]
@@ -99,7 +110,26 @@ def rollback(
         except IntegrityError:
             roll_back(store, line, undone[0].digest, version)
             raise
-        return RolledBack(head, undone, requests)
+    if signer is not None:
+        _revoke(store, RunLog(store, clock), zip(undone, records, strict=True), requests, signer)
+    return RolledBack(head, undone, requests)
+
+
+def _revoke(
+    store: FileStore,
+    runs: RunLog,
+    undone: Iterable[tuple[Version, VersionRollback]],
+    reopened: Sequence[str],
+    signer: Ed25519PrivateKey,
+) -> None:
+    """Revoke the certificates about the undone versions, if the credentials allow it; otherwise the next purge does."""
+    try:
+        for version, record in undone:
+            made = runs.read(version.manifest.run) if version.manifest.run else None
+            members = [member.id for member in made.members] if made else []
+            revoke(store, record, dict.fromkeys([*members, *reopened]), signer)
+    except SalunError as error:  # HEAD has moved: the rollback is done
+        get_logger().warning("not_revoked", error=type(error).__name__)
 
 
 def _check_complete(store: FileStore, line: str, version: str) -> None:
@@ -123,6 +153,13 @@ def _completed_by(ledger: Ledger, runs: RunLog, undone: Sequence[Version]) -> li
             if last and last.to_status is Status.COMPLETED and last.run == item.manifest.run:
                 found.append(member.id)
     return found
+
+
+def _found_nothing_since(ledger: Ledger, line: str, undone: Sequence[Version]) -> list[str]:
+    """Return the requests that found nothing to erase in versions that are undone: the one restored may have it."""
+    since = min((item.manifest.created_at for item in undone), default="")
+    found = ((state.request.id, state.last) for state in ledger.list(line, [Status.COMPLETED]) if undone)
+    return [name for name, last in found if last and last.outcome is Outcome.NOTHING_TO_ERASE and last.at >= since]
 
 
 def _check_allowed(line: str, version: str, undone: Sequence[Version], requests: Sequence[str], reopen: bool) -> None:

@@ -58,6 +58,7 @@ def evidence_of(after=WEIGHTS, method="salun"):
             "RA": Metric(before=1.0, after=0.99, n=1160, low=0.98, high=0.995),
             "TA": Metric(before=0.96, after=0.95, origin=0.97, n=300, low=0.92, high=0.97),
             "UA_samples": Metric(before=0.0, after=0.1, n=40, low=0.04, high=0.23),
+            "UA_unseen": Metric(before=0.04, after=0.05, n=300, low=0.03, high=0.08),
             "MIA": Metric(**metric),
             "attack_auc": Metric(before=0.7, after=0.5, n=40, low=0.4, high=0.6),
             "MIA_entropy": Metric(before=float("nan"), after=None, n=0),
