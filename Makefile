@@ -9,7 +9,10 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell \
 	$(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
 BIN := .venv/bin
 INSTALLED := .venv/installed
-JOBS ?= 2
+# Tests wait for the store and for processes a third of their time: one job more than CI has cores.
+JOBS ?= 3
+# Tests start some two hundred processes, which should not compile the same modules again.
+FOR_TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 ARGS ?=
 KIND ?= stable-diffusion ddpm
 BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
@@ -38,11 +41,11 @@ demo-diffusion: setup ## Run the demo for diffusion models; ten minutes each (KI
 	@.ci/datasets --require
 	@set -e; for kind in $(KIND); do $(BIN)/python -m examples.demo --diffusion --kind $$kind --work-dir .salun/demo-$$kind; done
 
-test: setup ## Run all tests (JOBS=2 processes; ARGS='-k mask' goes to pytest)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+test: setup ## Run all tests (JOBS=3 processes; ARGS='-k mask' goes to pytest)
+	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-fast: setup ## Run the unit tests that need no server and no long computation (ARGS= goes to pytest)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not s3 and not e2e and not slow" \
+	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not s3 and not e2e and not slow" \
 		tests/unit tests/properties $(ARGS)
 
 check: setup docs ## Format, lint, types, layers, generated files, and the documentation site

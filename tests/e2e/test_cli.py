@@ -114,9 +114,15 @@ def _wait_for(process, text):
 
 
 @pytest.mark.parametrize(
-    "moment", ["starting the store", "training: epoch 2", "running the compiled", "Executing task compute"]
+    ("moment", "number"),
+    [
+        ("starting the store", signal.SIGINT),
+        ("training: epoch 2", signal.SIGTERM),
+        ("running the compiled", signal.SIGTERM),
+        ("Executing task compute", signal.SIGINT),
+        ("Executing task compute", signal.SIGTERM),
+    ],
 )
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_no_process_behind(tmp_path, moment, number):
     process = _start(tmp_path, "demo", "--epochs", "2", "--work-dir", tmp_path / "work")
     _wait_for(process, moment)

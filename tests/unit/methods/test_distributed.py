@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed import TCPStore
 from torch.nn.functional import cross_entropy
 
 from salun_core.data import ImageSet
@@ -140,24 +140,14 @@ def _joined_unlearning(group):
         unlearned_in(group, seed=2 + group.rank)
 
 
-def worker(rank, folder, work, ports):
+def worker(rank, folder, work, port):
+    """As torchrun starts it: the processes meet at a store that their parent keeps open, and that no scene closes."""
     torch.set_num_threads(1)
     distributed._PEER = timedelta(seconds=1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(ports[0])
-    found = {}
-    for name, value in scenes(ProcessGroup.from_environment(), folder, work):
-        found[name] = value
-        os.environ["MASTER_PORT"] = str(ports[len(found) % len(ports)])
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    found = dict(scenes(ProcessGroup.from_environment(), folder, work))
     torch.save(found, folder / f"{rank}.pt")
-
-
-def free_ports(count):
-    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in taken]
-    for server in taken:
-        server.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +168,8 @@ def work(tmp_path_factory, digits_model):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, work):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(folder, work, free_ports(12)), nprocs=2)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # it chooses its port while it binds it
+    mp.spawn(worker, args=(folder, work, store.port), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

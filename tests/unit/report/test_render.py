@@ -253,7 +253,7 @@ def test_the_page_has_provenance_lineage_and_debt(text, page, evidence, context)
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(evidence, decision, context, tmp_path):
+def test_another_process_writes_the_same_bytes(evidence, decision, context, tmp_path):
     program = (
         "import sys, pathlib\n"
         "from salun_core.evaluation.evidence import Evidence\n"
@@ -265,12 +265,9 @@ def test_two_processes_write_the_same_bytes(evidence, decision, context, tmp_pat
     )
     for name, document in {"e": evidence, "d": decision, "c": context}.items():
         (tmp_path / name).write_text(document.model_dump_json())
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "SOURCE_DATE_EPOCH": seed, "TZ": f"UTC+{seed}"}
-        subprocess.run([sys.executable, "-c", program, str(tmp_path), seed], env=environment, check=True)
-    first = (tmp_path / "1").read_bytes()
-    assert first == (tmp_path / "2").read_bytes()
-    assert first.decode() == render_report(evidence, decision, context)
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "SOURCE_DATE_EPOCH": "1", "TZ": "UTC+1"}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path), "other"], env=environment, check=True)
+    assert (tmp_path / "other").read_text() == render_report(evidence, decision, context)
 
 
 OPTIONAL = {
