@@ -407,8 +407,8 @@ def save(
         require_safe(opened)
     with TemporaryDirectory(prefix="salun-save-") as work:
         write_whole(Path(work, WEIGHTS), weights_bytes(network))
-        scale = [list(values) if values is not None else None for values in (mean, std)]
-        import_model(Path(work, WEIGHTS), spec, arch, Path(work, "model"), *scale)
+        means, deviations = (list(values) if values is not None else None for values in (mean, std))
+        import_model(Path(work, WEIGHTS), spec, arch, Path(work, "model"), means, deviations)
         saved = load_model(Path(work, "model"))
         _require_equal(network, saved)
         save_model(Path(folder), saved.model, saved.card, saved.split)
@@ -483,9 +483,10 @@ def publish(
     check_policy(policy)
     opened, run, targets = _store(store), new_run_id(), _targets(forget)
     require_head(opened, line)  # before the lease: a line that does not exist has none
-    if not structlog.is_configured():
-        configure_logging(level="warning")  # not one line for each step
     with ExitStack() as stack:
+        if not structlog.is_configured():  # the steps would take over the logs of the whole program
+            configure_logging(level="warning", libraries=False)
+            stack.callback(structlog.reset_defaults)
         step = stack.enter_context(_bar("publish", 3, progress))
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="salun-publish-")))
         work = Path(folder) if folder else scratch

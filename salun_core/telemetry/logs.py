@@ -95,13 +95,14 @@ RUN_VARIABLE = "SALUN_RUN_ID"
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-def configure_logging(json: bool | None = None, level: str = "info") -> None:
-    """Set up the logs of this process, those of libraries included.
+def configure_logging(json: bool | None = None, level: str = "info", libraries: bool = True) -> None:
+    """Set up the logs of this process.
 
     Args:
         json: write JSON lines, or readable ones; by default `SALUN_LOG` decides (`json` or `text`), and if it is not
             set, readable lines are written to a terminal.
         level: `debug`, `info`, `warning` or `error`; libraries log warnings and errors only.
+        libraries: also handle what libraries log; False leaves Python's own loggers as the program set them.
 
     Raises:
         UsageError: an unknown level.
@@ -117,6 +118,8 @@ def configure_logging(json: bool | None = None, level: str = "info") -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=False,
     )
+    if not libraries:
+        return
     handler = logging.StreamHandler(sys.stderr)  # for libraries, which log to `logging`
     handler.setLevel(max(threshold, logging.WARNING))  # also for a library whose own logger was set to debug
     handler.setFormatter(

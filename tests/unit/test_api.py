@@ -2,6 +2,7 @@
 
 import doctest
 import io
+import logging
 import re
 import subprocess
 import sys
@@ -394,12 +395,13 @@ class TestModelsWithACard:
 
     def test_a_refusal_leaves_the_line_as_it_was(self, saved, digits_line, store):
         model, chosen, result = saved
-        before = require_head(store, digits_line)
+        before, handlers = require_head(store, digits_line), [*logging.getLogger().handlers]
         other = SaliencyMask.random(chosen.shapes, 0.5, seed=1)
         with pytest.raises(GateRefusedError, match="weights outside the mask changed"):
             salun.publish(model, result, forget=CLASS, line=digits_line, store=store.uri, mask=other, **QUIET)
 
         assert require_head(store, digits_line) == before
+        assert logging.getLogger().handlers == handlers  # the program's own logs go on
 
 
 class TestSave:
