@@ -26,7 +26,7 @@ from salun_core.cli import (
     versions,
 )
 from salun_core.cli.failures import interruptible, reported
-from salun_core.cli.output import MODE, echo, progress, silence_logs
+from salun_core.cli.output import MODE, bars, echo, progress, silence_logs
 from salun_core.config import report_old_name
 from salun_core.errors import EXIT_CODES, SalunError
 from salun_core.steps.run_form import OLD_NAMES
@@ -54,7 +54,8 @@ class Verb(TyperCommand):
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - click's, which typer hides
         """Run the verb. Logs are set up here and not earlier: it takes a while, and help needs no logs."""
         silence_logs()
-        return super().invoke(ctx)
+        with bars():
+            return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:  # noqa: ANN401
         """Add the options that every verb has."""

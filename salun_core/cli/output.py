@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ import typer
 from salun_core.errors import escaped
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from salun_core.evaluation import Evidence
     from salun_core.evaluation.evidence import EpochRecord
     from salun_core.gate import GateDecision
@@ -145,9 +149,82 @@ def progress(text: str) -> None:
     echo(text, err=True)
 
 
+class _Bars:
+    """Bars of long work on a terminal: how far it is, and an estimate of the time left.
+
+    A bar appears after half a second, so that short work does not flicker, and disappears when the work has ended.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+        self._progress: Progress | None = None
+        self._begun: dict[str, float] = {}
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, work: str, done: int, total: int, note: str = "") -> None:
+        """Draw how far a work is; see `telemetry.progress.report`."""
+        if done >= total:
+            self._end(work)
+            return
+        now = time.monotonic()
+        if now - self._begun.setdefault(work, now) < _SHORT_SECONDS:
+            return
+        text = ", ".join(filter(None, (self.names.get(work, work), note)))
+        self._progress = self._progress or _started_progress()
+        if work not in self._tasks:
+            self._tasks[work] = self._progress.add_task(text, total=total, completed=done)
+        self._progress.update(self._tasks[work], completed=done, total=total, description=text)
+
+    def _end(self, work: str) -> None:
+        self._begun.pop(work, None)
+        task = self._tasks.pop(work, None)
+        if self._progress is not None and task is not None:
+            self._progress.remove_task(task)
+        if not self._tasks and self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        """Remove all bars."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = None
+        self._tasks.clear()
+        self._begun.clear()
+
+
+def _started_progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.start()
+    return bar
+
+
+_SHORT_SECONDS = 0.5
+_BARS = _Bars()
+
+
+@contextmanager
+def bars() -> Iterator[None]:
+    """Show the progress of all work in the block, on a terminal only; of several processes the first one shows it."""
+    from salun_core.telemetry.progress import shown_by
+
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    try:
+        with shown_by(_BARS.show):
+            yield
+    finally:
+        _BARS.close()
+
+
 @contextmanager
 def epoch_progress(label: str, total: int) -> Iterator[Callable[[EpochRecord], None]]:
-    """Show the progress of a loop: a bar on a terminal, otherwise a line per epoch.
+    """Give the bar of a training a name. Without a terminal, --debug prints a line per epoch.
 
     Args:
         label: what is running.
@@ -157,18 +234,16 @@ def epoch_progress(label: str, total: int) -> Iterator[Callable[[EpochRecord], N
         The function for the loop to call after each epoch.
     """
 
-    def losses(record: EpochRecord) -> str:
-        return ", ".join(f"loss {name} {loss:.3f}" for name, loss in record.losses.items())
+    def show(record: EpochRecord) -> None:
+        if MODE.debug:
+            losses = ", ".join(f"loss {name} {loss:.3f}" for name, loss in record.losses.items())
+            progress(f"{label}: epoch {record.epoch} of {total}, {losses}")
 
-    if not sys.stderr.isatty():
-        yield lambda record: progress(f"{label}: epoch {record.epoch} of {total}, {losses(record)}")
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda record: bar.update(task, completed=record.epoch, description=f"{label}: {losses(record)}")
+    _BARS.names["training"] = label
+    try:
+        yield show
+    finally:
+        _BARS.names.pop("training", None)
 
 
 @contextmanager

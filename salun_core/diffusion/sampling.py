@@ -12,6 +12,7 @@ from torch import Tensor
 from salun_core.device_memory import fitting
 from salun_core.diffusion.conditions import Conditions, ConditionTable
 from salun_core.diffusion.denoiser import Denoiser, require_finite
+from salun_core.telemetry.progress import report
 
 Decode = Callable[[Tensor], Tensor]
 """Latents or pixels [B, C, H, W] -> images uint8 [B, 3, H', W']."""
@@ -163,5 +164,9 @@ def images(
     decode: Decode = to_bytes,
 ) -> Iterator[Tensor]:
     """Generate samples as `samples` does, and decode them to uint8 [B, 3, H', W'] on the CPU."""
+    done = 0
+    report("images", done, len(rows))
     for drawn in samples(denoiser, table, sampler, rows, seeds):
         yield decode(drawn).cpu()
+        done += len(drawn)
+        report("images", done, len(rows))

@@ -19,6 +19,7 @@ from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import Metric
 from salun_core.evaluation.outputs import TINY, Outputs, outputs_of
 from salun_core.evaluation.statistics import area_metric, rank_area, share_metric
+from salun_core.telemetry.progress import tracked
 
 FEWEST_SHADOWS = 4
 LOW_FPR = 0.01
@@ -94,7 +95,7 @@ def train_shadows(train: Train, retain: ImageSet, pool: ImageSet, shadows: int, 
     """
     inside = assignments(shadows, len(pool), seed)
     rows = []
-    for index, chosen in enumerate(inside):
+    for index, chosen in enumerate(tracked(inside, "shadow models", shadows)):
         model = train(retain.joined(pool.select(np.flatnonzero(chosen).tolist())), seed + index + 1)
         rows.append(logit_scaled(outputs_of(model, pool)))
     return Shadows(np.stack(rows), inside)

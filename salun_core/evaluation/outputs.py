@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet
 from salun_core.device_memory import fitting
+from salun_core.telemetry.progress import tracked
 
 TINY = 1e-30
 """Added to, or least value of, the argument of a logarithm, as in Song & Mittal's code: log(0) stays finite."""
@@ -103,7 +105,8 @@ def outputs_of(model: nn.Module, images: ImageSet, batch_size: int = 512) -> Out
     """
 
     def run(size: int) -> list[Tensor]:
-        return [model(inputs).double() for inputs, _ in images.batches(size)]
+        batches = tracked(images.batches(size), "evaluating", math.ceil(len(images) / size))
+        return [model(inputs).double() for inputs, _ in batches]
 
     with evaluation_mode(model):
         logits, _ = fitting(run, batch_size)

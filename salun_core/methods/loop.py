@@ -19,6 +19,7 @@ from salun_core.methods.checkpoint import CheckpointStore, restore, snapshot
 from salun_core.methods.config import LoopConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.saliency import SaliencyMask, masked_optimizer
+from salun_core.telemetry.progress import report
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def run_loop(
         optimizer = masked_optimizer(optimizer, model, mask)
     history = restore(checkpoint, fingerprint, model, optimizer) if checkpoint else []
     loop = _Loop(model, optimizer, config, group, config.batch_size)
+    report("training", 0, 1)
     for epoch in range(len(history), config.epochs):
         record = _run_epoch(loop, phases_of_epoch, epoch)
         _require_finite(model, epoch)
@@ -146,6 +148,7 @@ def run_loop(
             checkpoint.save(snapshot(fingerprint, model, optimizer, history))
         if on_epoch:
             on_epoch(record)
+    report("training", 1, 1)
     model.eval()
     return history
 
@@ -228,6 +231,7 @@ def _run_phase(loop: _Loop, phase: Phase, generator: torch.Generator, position: 
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(loop.model.parameters(), config.gradient_clip)
         loop.optimizer.step()
+        report("training", epoch * steps + taken + 1, config.epochs * steps, f"epoch {epoch + 1} of {config.epochs}")
     return float(loop.group.total(total)) / phase.samples
 
 

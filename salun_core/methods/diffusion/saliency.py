@@ -13,6 +13,7 @@ from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import ExampleSets
 from salun_core.methods.diffusion.objectives import denoising_loss
 from salun_core.saliency.scores import mean_magnitude, scoring
+from salun_core.telemetry.progress import tracked
 
 
 def denoising_scores(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def denoising_scores(denoiser: Denoiser, sets: ExampleSets, config: DiffusionCon
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in wanted)
         generator = torch.Generator().manual_seed(config.seed)
-        for _ in range(config.saliency_passes):
+        for _ in tracked(range(config.saliency_passes), "scoring", config.saliency_passes):
             _accumulate(denoiser, sets, config, generator)
         parameters = dict(network.named_parameters())
         scores = {}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from salun_core.data import ForgetSet, LoadedData
+from salun_core.data import ForgetSet, ImageSet, LoadedData
 from salun_core.data.targets import ConceptTarget, Target
 from salun_core.device_memory import explained
 from salun_core.errors import UsageError
@@ -31,7 +31,12 @@ from salun_core.tasks.classification.evaluation import evaluate
 from salun_core.tasks.classification.inputs import ClassifierInputs
 from salun_core.tasks.classification.tuning import search
 from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions
+from salun_core.telemetry.progress import tracked
 from salun_core.tuning.space import Space
+
+
+def _chunks(images: ImageSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return tracked(images.batches(CHUNK), "scoring", -(-len(images) // CHUNK))
 
 
 class ClassificationTask:
@@ -75,7 +80,7 @@ class ClassificationTask:
         mine = inputs.forget.select(shard.samples(samples)).to(device)
         network = inputs.original.model.to(device)
         with saliency.repeatable():
-            scores = saliency_scores(network, mine.batches(CHUNK), cross_entropy, samples=samples, shard=shard)
+            scores = saliency_scores(network, _chunks(mine), cross_entropy, samples=samples, shard=shard)
         return Scores(scores, {})
 
     @explained()
@@ -84,7 +89,7 @@ class ClassificationTask:
         samples, network = len(inputs.forget), inputs.original.model.to(device)
         mine = inputs.forget.select(shard.samples(samples)).to(device)
         with saliency.repeatable():
-            return saliency.score_shard(network, mine.batches(CHUNK), cross_entropy, samples, shard)
+            return saliency.score_shard(network, _chunks(mine), cross_entropy, samples, shard)
 
     @explained()
     def unlearn(
