@@ -1,6 +1,8 @@
 """The public functions: what they read, that they compute what the steps compute, and what they refuse."""
 
+import ast
 import doctest
+import inspect
 import io
 import logging
 import re
@@ -80,13 +82,31 @@ def erased(net, forget, retain):
     return chosen, salun.unlearn(net, forget=forget, retain=retain, mask=chosen, config=config, **QUIET)
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "python.md"
+ROOT = Path(__file__).parents[2]
+
+
+def blocks_of(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/how-to/python.md"])
+def test_the_calls_on_the_pages_fit_the_functions(page):
+    calls = [
+        node
+        for block in blocks_of(page)
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("salun.")
+    ]
+    for call in calls:
+        signature = inspect.signature(getattr(salun, call.func.attr))
+        signature.bind(*call.args, **{word.arg: word.value for word in call.keywords})
+
+    assert {call.func.attr for call in calls} >= {"mask", "unlearn"}
 
 
 def test_the_lines_of_the_page_run(net, forget, retain):
     names = {"model": net, "forget": forget, "retain": TensorDataset(*retain), "test": images_of(30)}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-    for block in blocks[:2]:
+    for block in blocks_of("docs/how-to/python.md")[:2]:
         exec(block, names)
 
     assert names["evidence"].integrity.frozen_changed == 0
