@@ -10,6 +10,7 @@ from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import Forgotten, Integrity, Measured, RunFacts, TuningFacts
 from salun_core.gate import Cause, Expected, GateDecision, Policy, decide, load_policy
 from salun_core.steps.outcome import RunState, new_outcome
+from salun_core.storage.keys import run_key
 
 GOOD = {
     "RA": Metric(before=0.99, after=0.99, n=900),
@@ -195,3 +196,20 @@ def test_a_decision_of_an_earlier_release_is_still_read():
     assert (old.refusals, old.next) == ([], "")
     with pytest.raises(GateRefusedError, match="the rule in words"):
         old.require()
+
+
+@pytest.mark.s3
+def test_a_run_that_was_killed_after_the_refusal_has_the_same_text(store):
+    from salun_core.pods.ends import verdict_of
+    from salun_core.pods.pod import Pod
+    from salun_core.sweeps.runs import RunStatus
+    from salun_core.sweeps.settle import Settled
+
+    pod, settled = Pod(store.uri, "faces", "run-1"), Settled("run-1", RunStatus.GATE_REFUSED)
+    decision = decide(evidence(), policy(*BOTH))
+    store.put_new(run_key("run-1", "decision.json"), decision.model_dump_json().encode())
+    outcome = verdict_of(pod, settled)
+    assert outcome.text == f"the gate refused the model: {decision.summary}"
+    assert outcome.next.endswith(decision.next)
+    store.put_new(run_key("run-2", "decision.json"), b"damaged")
+    assert verdict_of(Pod(store.uri, "faces", "run-2"), settled).text == "the gate refused the model"

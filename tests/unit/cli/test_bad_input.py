@@ -252,8 +252,20 @@ class TestGate:
         result = salun("gate", "--evidence", world.evidence_json, "--policy", "policy.yaml", "--out", "decision.json")
         assert result.exit_code == 3
         assert "more than all" in result.stderr
+        assert "- more than all (RA " in result.stdout
+        assert "Cause: the model lost what it had to keep (damaged)" in result.stdout
+        assert "next: search for a setting that passes: --tune" in result.stdout
+        assert "the decision is in decision.json" in result.stderr
         assert json.loads((tmp_path / "decision.json").read_text())["passed"] is False
         assert "REFUSED" in result.stdout
+
+    def test_an_evaluation_says_that_the_gate_would_refuse(self, salun, world):
+        paths = ("--before", world.base, "--after", world.base, "--out", "e.json", "--report", "r.html")
+        result = salun("evaluate", *paths, "--forget", world.forget_json)
+        assert result.exit_code == 0, result.stderr
+        assert "the policy classifier would refuse this model:" in result.stdout
+        assert "- the model did not change (model changed: required > 0 weights)." in result.stdout
+        assert "(not_forgotten)" in result.stdout
 
     def test_evidence_of_another_model_is_refused(self, salun, world, tmp_path):
         result = salun("gate", "--evidence", world.evidence_json, "--after", world.base, "--out", "decision.json")

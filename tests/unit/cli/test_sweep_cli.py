@@ -14,12 +14,15 @@ from salun_core.cli.app import load_examples
 from salun_core.cli.runs import sweep_facts
 from salun_core.data.targets import ClassTarget, SamplesTarget
 from salun_core.errors import GateRefusedError
+from salun_core.gate import Policy, decide
 from salun_core.methods.recipe import Recipe
 from salun_core.models import load_model
 from salun_core.registry.lookup import read_head, read_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Status
 from salun_core.steps.claim import claim_requests, sweep_policy
+from salun_core.steps.evaluation import write_evidence
+from salun_core.steps.publishing import write_decision
 from salun_core.steps.sweep import SweepOutcome
 from salun_core.storage.keys import blob_key, certificate_key, scratch_prefix
 from salun_core.storage.leases import holder_of
@@ -27,9 +30,11 @@ from salun_core.sweeps.claim import Claim
 from salun_core.sweeps.runs import RunStatus
 from salun_core.sweeps.settle import Settled
 from salun_core.times import utc_clock
+from tests.unit.test_refusal import evidence
 
 pytestmark = pytest.mark.s3
 EXAMPLE = load_examples()["sweep"].splitlines()
+RULE = {"metric": "attack_auc", "op": "<=", "value": 0.5, "reason": "forgotten samples must look unseen"}
 
 
 @pytest.fixture
@@ -95,6 +100,38 @@ def test_a_refusal_says_why():
     )
     assert facts["verdict"] == "REFUSED: TA >=: no model is perfect"
     assert facts["requests"] == {"r-1": "queued"}
+
+
+def test_a_refused_sweep_shows_figures_causes_and_the_next_commands(sweep, ledger, monkeypatch, tmp_path):
+    """The run's own steps are tested elsewhere: here it ends as the gate ends it."""
+    ledger.submit("r-1", "digits", ClassTarget(class_id=3))
+    measured = evidence()
+    decision = decide(measured, Policy.model_validate({"name": "strict", "rules": [RULE]}))
+
+    def refused(form, folder, *_args, **_more):
+        folder.mkdir()
+        write_evidence(folder / "evidence.json", measured)
+        write_decision(folder / "decision.json", decision)
+        claimed = Claim(Recipe(method="salun"), reason="1 waiting, and 1 make a batch")
+        with pytest.raises(GateRefusedError) as caught:
+            decision.require("s3://salun/runs/run-1/decision.json")
+        settled = Settled("run-1", RunStatus.GATE_REFUSED, failed=["r-1"])
+        return SweepOutcome("run-1", claimed, settled, None, caught.value)
+
+    monkeypatch.setattr("salun_core.steps.sweep.sweep_once", refused)
+    result = sweep("--once", "--work-dir", tmp_path / "work")
+    assert result.exit_code == 3
+    for text in (
+        "REFUSED by policy strict: 1 of ",
+        f"- {decision.refusals[0].text}",
+        f"next: {decision.next}",
+        f"decision  {tmp_path / 'work' / 'decision.json'}",
+        'then: salun request retry r-1 --reason "..."',
+        "attack_auc   0.8000   0.5500   50",
+    ):
+        assert text in result.stdout, text
+    told = json.loads(sweep("--once", "--json", "--work-dir", tmp_path / "again").stdout)
+    assert told["decision"]["verdicts"][-1]["refusal"]["cause"] == "not_forgotten"
 
 
 def test_now_makes_a_batch_due_whatever_the_limits_say(sweep, ledger, digits_model):
