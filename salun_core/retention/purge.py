@@ -314,6 +314,8 @@ def _delete(item: Deletion, store: S3Store) -> Erased:
         return erase_old(store, item.keys[0])
     if item.upload is not None:
         return abort(store, item.upload)
+    if item.kind is DeletionKind.HISTORY:
+        return sum((erase_old(store, key, item.since) for key in item.keys), Erased())
     return sum((erase(store, key) for key in item.keys), Erased())
 
 

@@ -26,6 +26,8 @@ from salun_core.storage.erase import StoredKey, Upload
 from salun_core.storage.keys import kind_of_key, request_key, version_key
 
 _PURGED_TOO = ("split.json", "mask.safetensors")  # the ids of the training samples, the critical weights
+_HISTORY = ("head", "rollback", "disposed", "hold", "lease", "index", "outcome")
+"""Documents that are replaced or deleted while a store is used; a bucket that keeps versions keeps what they were."""
 _WHEN = "%Y-%m-%d %H:%M"
 
 
@@ -69,6 +71,7 @@ class DeletionKind(StrEnum):
     WEIGHTS = "superseded weights"
     STAGED = "unpublished version"
     ORPHAN = "orphan"
+    HISTORY = "replaced document"
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Deletion:
         request: the request.
         keep_hashes: for a request: whether hashes of its target must stay.
         upload: the unfinished upload.
-        since: for a staged version or an orphan, since when it is garbage.
+        since: for a staged version or an orphan, since when it is garbage; for replaced documents, before which time
+            they were replaced.
     """
 
     kind: DeletionKind
@@ -150,6 +154,7 @@ def plan(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Del
         *_uploads(inventory, rules, now),
         *garbage,
         *_probe_files(inventory, rules, now),
+        *_history(inventory, rules, now),
     ]
     unknown = [item.key for item, _ in inventory.all_keys.get("unknown", ()) if item.live]
     return DeletionPlan(deletions, unknown, held, shared, inventory.foreign_runs)
@@ -437,6 +442,18 @@ def _uploads(inventory: StoreInventory, rules: RetentionRules, now: datetime) ->
         if now - upload.initiated >= timedelta(hours=rules.upload_hours):
             reason = f"begun {upload.initiated:{_WHEN}} and never ended"
             yield Deletion(DeletionKind.UPLOAD, (upload.key,), size, reason, upload=upload)
+
+
+def _history(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Iterator[Deletion]:
+    """Yield the old S3 versions of documents, one deletion for each kind; the latest version stays, if it is live."""
+    for kind in _HISTORY:
+        found = [item for item, _ in inventory.all_keys.get(kind, ()) if item.replaced or not item.live]
+        old = [item for item in found if rules.over(item.replaced or item.modified, now, days=rules.weights_days)]
+        if old:
+            before = now - timedelta(days=rules.weights_days, hours=-rules.every_hours)
+            keys = tuple(item.key for item in old)
+            reason = f"{kind}: replaced or deleted before {before:{_WHEN}}"
+            yield Deletion(DeletionKind.HISTORY, keys, 0, reason, since=before)
 
 
 def _probe_files(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Iterator[Deletion]:

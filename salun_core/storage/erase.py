@@ -6,9 +6,10 @@ if the store is unreachable or refuses the credentials.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
@@ -53,6 +54,7 @@ class StoredKey:
         modified: the server's time of the newest (UTC).
         live: whether a plain read finds it.
         old: how many versions and delete markers are older than the latest one.
+        replaced: when the first of these was replaced or hidden (UTC); None without any.
     """
 
     key: str
@@ -60,6 +62,7 @@ class StoredKey:
     modified: datetime
     live: bool = True
     old: int = 0
+    replaced: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def stored_keys(store: S3Store, prefix: str = "") -> list[StoredKey]:
             modified=max(item.modified for item in items),
             live=any(item.latest and not item.marker for item in items),
             old=sum(not item.latest for item in items),
+            replaced=min((at for _, at in _replaced(items)), default=None),
         )
         for key, items in sorted(grouped.items())
     ]
@@ -153,9 +157,29 @@ def erase(store: S3Store, key: str) -> Erased:
     return _remove(store, sorted(versions_of(store, key), key=lambda item: item.latest))
 
 
-def erase_old(store: S3Store, key: str) -> Erased:
-    """Delete all versions and delete markers of an object but the latest."""
-    return _remove(store, [item for item in versions_of(store, key) if not item.latest])
+def erase_old(store: S3Store, key: str, before: datetime | None = None) -> Erased:
+    """Delete all versions and delete markers of an object but the latest.
+
+    Args:
+        store: where.
+        key: exactly this key.
+        before: delete only what was replaced or hidden before this time, and then a delete marker with nothing to hide.
+
+    Returns:
+        What was removed.
+    """
+    found = versions_of(store, key)
+    gone = [item for item, at in _replaced(found) if before is None or at < before]
+    left = [item for item in found if item not in gone]
+    if before is not None and len(left) == 1 and left[0].marker and left[0].modified < before:
+        gone += left
+    return _remove(store, gone)
+
+
+def _replaced(items: Iterable[StoredVersion]) -> list[tuple[StoredVersion, datetime]]:
+    """Return the versions of one key that are not the latest, each with the time at which it was replaced or hidden."""
+    newest = sorted(items, key=lambda item: (item.latest, item.modified), reverse=True)
+    return [(item, newer.modified) for newer, item in pairwise(newest)]
 
 
 def unfinished_uploads(store: S3Store, older_than: datetime, prefix: str = "") -> list[Upload]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -31,7 +31,8 @@ INTERVAL_SECONDS = 15.0
 PORT = 9400
 _STALE_INTERVALS = 5  # a snapshot is stale after so many intervals,
 _STALE_SECONDS = 120.0  # but not before two minutes
-_CLIENT_SECONDS = 10.0  # a client that sends nothing for so long is cut off
+CLIENT_SECONDS = 10.0
+"""How long a request and its answer may take together, however the client spreads its bytes."""
 _ENDING_SECONDS = 0.5  # how long the end waits for a refresh in progress
 Sample = tuple[str, Mapping[str, str], float]
 
@@ -150,7 +151,17 @@ class Exporter(Collector):
 def _handler(exporter: Exporter) -> type[BaseHTTPRequestHandler]:
     class Handler(MetricsHandler):
         registry = exporter.registry
-        timeout = _CLIENT_SECONDS
+
+        def setup(self) -> None:
+            super().setup()
+            # A timeout of the socket would begin again with each byte.
+            self._cut_off = Timer(CLIENT_SECONDS, _hang_up, (self.connection,))
+            self._cut_off.daemon = True
+            self._cut_off.start()
+
+        def finish(self) -> None:
+            self._cut_off.cancel()
+            super().finish()
 
         def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
             path = urlsplit(self.path).path
@@ -170,6 +181,11 @@ def _handler(exporter: Exporter) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(f"{text}\n".encode())
 
     return Handler
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with suppress(OSError):  # the request ended meanwhile
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Server(ThreadingHTTPServer):

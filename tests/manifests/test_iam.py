@@ -123,7 +123,7 @@ DELETE = {
     "purger": _GONE,
     "operator": {"index", "hold"},
 }
-DELETE_VERSION = {"purger": _GONE | {"request"}}
+DELETE_VERSION = {"purger": _GONE | {"request", "head", "hold", "lease", "index"}}
 FOLDERS = sorted({key.split("/")[0] for key in KEYS.values()})
 
 

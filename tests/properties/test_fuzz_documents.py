@@ -251,6 +251,11 @@ HARD = {
     "a million braces": '{"a":' * 1_000_000,
     "a long number": '{"n": ' + "9" * 100_000 + "}",
     "a long number in YAML": "n: " + "9" * 100_000,
+    "a long hexadecimal number in YAML": "n: 0x" + "f" * 2_000_000,  # it can be read, and never be printed
+    "a long number to base 60 in YAML": "n: 1" + ":59" * 300_000,  # it took minutes
+    "a long decimal in YAML": "n: 1." + "9" * 2_000_000,
+    "15 MB of YAML": "- sample\n" * 1_700_000,  # they took 47 s
+    "a million dashes": "- " * 1_000_000,  # nested; the loader recurses in C
     "a billion laughs": LAUGHS,
     "a list that holds itself": "&a [*a]",
     "an object of Python": "!!python/object/apply:os.system [touch escaped]",

@@ -25,6 +25,7 @@ from salun_core.retention.rules import DeletionKind
 from salun_core.storage import keys as names
 from salun_core.storage import open_store
 from salun_core.storage.erase import stored_keys, versions_of
+from salun_core.storage.leases import acquire, release
 from salun_core.storage.s3 import S3Store, make_client
 from salun_core.sweeps.runs import RunLog, RunMember, RunRecord, RunStatus
 from tests.support.folder_model import UNET, contents, write_folder
@@ -175,6 +176,23 @@ def test_a_purge_deletes_its_plan_and_keeps_the_rest_complete(line, tmp_path):
     assert read_head(line.store, "faces")[0].version == line.versions[2]
 
 
+def test_replaced_documents_go_with_their_month(line):
+    """In a bucket that keeps versions: earlier leases and HEADs, and deleted entries of the index."""
+    acquire(line.store, "faces", "run-7", 600)
+    release(line.store, "faces", "run-7")
+    index = [item.key for item in stored_keys(line.store, "index/") if not item.live]
+    assert index
+    head, lease = names.head_key("faces"), names.lease_key("faces")
+    assert len(versions_of(line.store, head)) == 3
+    line.purge(clock=after(days=29))
+    assert len(versions_of(line.store, head)) == 3
+    line.purge()
+    assert [len(versions_of(line.store, key)) for key in (head, lease)] == [1, 1]
+    assert [item for key in index for item in versions_of(line.store, key)] == []
+    assert line.store.get(head) is not None
+    assert line.store.get(lease) is not None
+
+
 def test_old_weights_of_a_model_with_folders_are_purged(bucket, tmp_path):
     store = open_store(f"s3://{bucket}/{secrets.token_hex(6)}")
     versions, model = [], [write_folder(tmp_path / f"v{number}", 4000 * number) for number in range(2)]
@@ -187,7 +205,11 @@ def test_old_weights_of_a_model_with_folders_are_purged(bucket, tmp_path):
     first, head = (read_version(store, "sd", digest) for digest in versions)
     assert versions_of(store, names.delta_key(head.files[UNET].sha256))
     report = purge(store, clock=after(days=40))
-    assert [item.kind for item, _ in report.erased] == [DeletionKind.MATERIALISE, DeletionKind.WEIGHTS]
+    assert [item.kind for item, _ in report.erased] == [
+        DeletionKind.MATERIALISE,
+        DeletionKind.WEIGHTS,
+        DeletionKind.HISTORY,
+    ]
     assert read_disposal(store, "sd", versions[0]).files == [UNET]  # all else is HEAD's too
     assert versions_of(store, names.blob_key(first.files[UNET].sha256)) == []
     fetch_version(store, "sd", versions[1], tmp_path / "out")

@@ -103,6 +103,19 @@ def test_a_refused_version_listing_is_an_error_and_nothing_is_erased(unshared):
     assert unshared.get("a/x").data == b"1"
 
 
+def test_erase_old_keeps_what_was_replaced_since(versioned):
+    write(versioned, "doc", b"first", b"second", b"third")
+    write(versioned, "hidden", b"first")
+    versioned.delete("hidden")
+    (replaced,) = {item.replaced for item in stored_keys(versioned, "doc")}
+    assert erase_old(versioned, "doc", replaced) == Erased()
+    later = datetime.now(UTC) + timedelta(days=1)
+    assert erase_old(versioned, "doc", later) == Erased(1, 2, 11)
+    assert versioned.get("doc").data == b"third"
+    assert erase_old(versioned, "hidden", later) == Erased(1, 2, 5)
+    assert versions_of(versioned, "hidden") == []  # its delete marker too: the key may name a request
+
+
 def test_erase_old_keeps_the_latest_version(versioned):
     write(versioned, "doc", b"secret", b"redacted")
     assert erase_old(versioned, "doc") == Erased(1, 1, 6)

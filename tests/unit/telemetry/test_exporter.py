@@ -229,6 +229,27 @@ def test_a_client_that_hangs_up_leaves_no_trace(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_client_that_sends_byte_by_byte_is_cut_off(monkeypatch):
+    """A limit for each read would never end such a request."""
+    monkeypatch.setattr("salun_core.telemetry.exporter.CLIENT_SECONDS", 0.5)
+    with serving(Exporter(Growing), port=0) as url:
+        port = int(url.rsplit(":", 1)[1].split("/")[0])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.settimeout(0.05)
+            client.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+            began, ended = time.monotonic(), False
+            while not ended and time.monotonic() - began < 20:
+                try:
+                    client.sendall(b"x")
+                    ended = client.recv(1) == b""
+                except TimeoutError:
+                    continue
+                except OSError:  # our next byte met a closed connection
+                    ended = True
+        assert ended
+        assert get(url)[0] == 200
+
+
 def test_an_unusable_address_is_a_usage_error():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
