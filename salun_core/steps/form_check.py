@@ -11,13 +11,14 @@ from salun_core.errors import StoreError, UsageError, reported_as
 from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
 from salun_core.gate import shipped_policies
 from salun_core.methods.method import resolve_config
-from salun_core.registry.lookup import require_head
-from salun_core.steps.claim import task_of_line
+from salun_core.registry.lookup import Version, read_head, read_version, require_head
+from salun_core.steps.claim import card_of, task_of_line
 from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, RunForm, ShardedMaskForm, UnlearningForm
 from salun_core.storage import open_store, split_uri
 from salun_core.storage.keys import check_id
 from salun_core.sweeps.policy import SweepPolicy
 from salun_core.tasks import TASKS
+from salun_core.tasks.ingredients import absent_evaluators
 from salun_core.tasks.resolve import AUTO, check_policy, read_forget
 from salun_core.tasks.task import Task
 from salun_core.tuning import parse_budget
@@ -64,7 +65,8 @@ def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None) 
     """Check every parameter of a run before any work.
 
     Values out of range are refused when the form is parsed. This checks what the values name: the store's address, the
-    policy, the forget targets, the method and its configuration, the search, the extra metrics. Nothing is written.
+    policy, what evaluates a diffusion model, the forget targets, the method and its configuration, the search, the
+    extra metrics. Nothing is written.
 
     Args:
         form: the parameters.
@@ -83,6 +85,8 @@ def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None) 
     named = faults.of("model_line", check_id, "model line", form.model_line) is not None
     if addressed and named:
         task = faults.of("model_line", _task, form, reads=True)
+        if task is not None and isinstance(form, RecipeForm):
+            faults.of("the evaluation of the line", _check_evaluators, form, in_pods, reads=True)
     if isinstance(form, UnlearningForm | ShardedMaskForm):
         _check_forget(faults, form.forget_manifest_uri, task, in_pods)
     if isinstance(form, ShardedMaskForm):
@@ -101,6 +105,19 @@ def _task(form: RunForm) -> Task[Any]:
     if not isinstance(form, DeletionSweepForm):
         require_head(store, form.model_line)
     return task_of_line(store, form.model_line)
+
+
+def _check_evaluators(form: RecipeForm, in_pods: bool) -> None:
+    """Refuse a line whose image classifier, extractor or CLIP model cannot be found: the run would fail at its end."""
+    store = open_store(form.store_uri)
+    head = read_head(store, form.model_line)
+    if head is None:
+        return
+    card = card_of(store, Version(head[0].version, read_version(store, form.model_line, head[0].version)))
+    absent = absent_evaluators(card, store, in_pods=in_pods)
+    if absent:
+        why = f"the evaluation of model line {form.model_line} needs it"
+        raise UsageError("; ".join(item.why for item in absent), why, "; ".join(item.remedy for item in absent))
 
 
 def _check_forget(faults: _Faults, uri: str, task: Task[Any] | None, in_pods: bool) -> None:

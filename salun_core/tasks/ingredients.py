@@ -234,6 +234,26 @@ def _distances(card: DiffusionCard) -> Iterator[_Cause]:
         yield _Cause(_DISTANCES, "the model came without data", "import it with --data")
 
 
+def absent_evaluators(card: Card, store: ObjectStore, *, in_pods: bool) -> list[Missing]:
+    """Return what the card of a model names for its evaluation and what cannot be found: a run would fail at its end.
+
+    Args:
+        card: of the model.
+        store: where the image classifier's line is looked up.
+        in_pods: whether the run is in pods, whose folders and files are not known here.
+    """
+    if not isinstance(card, DiffusionCard):
+        return []
+    named = card.evaluation
+    faults = _judge(named.judge, store)[1] if named.judge is not None else []
+    causes = [_Cause((), why, remedy, only) for why, remedy, only in faults]
+    if not in_pods:
+        causes += [] if named.extractor in ("judge", "none") else _file((), "extractor", named.extractor)
+        causes += [] if named.clip is None else _file((), "CLIP model", named.clip)
+    wanted = [cause for cause in causes if in_pods or not cause.only_in_pods]
+    return [Missing(cause.why, "the evaluation fails", cause.remedy, cause.only_in_pods) for cause in wanted]
+
+
 _JUDGE_REMEDY = "give one with --judge when the model is trained or imported"
 
 

@@ -9,6 +9,8 @@ from salun_core.models import load_model
 from salun_core.steps.form_check import check_form
 from salun_core.steps.run_form import DeletionSweepForm, ShardedMaskForm, UnlearningForm
 from salun_core.tasks import register_model
+from tests.support.card_line import begin_classifier, begin_text_to_image, classifier_card
+from tests.support.memory_store import MemoryFiles
 
 ADDRESS = "s3://salun/nowhere"
 SHARDS = 2 if ShardedMaskForm.model_fields["shards"].annotation is int else ["1/2", "2/2"]
@@ -138,6 +140,27 @@ def test_the_store_shows_further_faults(line):
     assert "model line other has no HEAD" in faults(
         unlearning(store_uri=line.uri, model_line="other", forget_manifest_uri=f"{line.uri}/gone.json")
     )
+
+
+def test_a_line_whose_image_classifier_or_clip_model_is_missing_is_refused_before_any_work(monkeypatch, tmp_path):
+    kept = MemoryFiles()
+    monkeypatch.setattr("salun_core.steps.form_check.open_store", lambda uri: kept)
+    monkeypatch.chdir(tmp_path)
+    begin_classifier(kept, "judge")
+    begin_text_to_image(kept, "whole", judge="judge")
+    begin_text_to_image(kept, "misjudged", judge="base")
+    begin_text_to_image(kept, "scored", judge="judge", clip="clip", extractor="inception.safetensors")
+    check_form(sweep(model_line="whole"), in_pods=True)
+    with pytest.raises(UsageError, match="'base' is neither a model line of this store nor a folder"):
+        check_form(sweep(model_line="misjudged"), in_pods=False)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.json").write_text(classifier_card().model_dump_json())
+    check_form(sweep(model_line="misjudged"), in_pods=False)
+    with pytest.raises(UsageError, match="'base' is a folder of this machine"):
+        check_form(sweep(model_line="misjudged"), in_pods=True)
+    check_form(sweep(model_line="scored"), in_pods=True)  # the image of the pods may have both
+    with pytest.raises(UsageError, match=r"extractor .* does not exist; the CLIP model 'clip' does not exist"):
+        check_form(sweep(model_line="scored"), in_pods=False)
 
 
 def test_a_damaged_manifest_is_reported_as_damaged(line):
