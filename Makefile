@@ -17,7 +17,7 @@ ARGS ?=
 KIND ?= stable-diffusion ddpm
 BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
 
-.PHONY: help setup demo demo-diffusion test test-fast check audit generated docs bench reliability image manifests clean
+.PHONY: help setup demo demo-diffusion test test-fast check lint types in-step audit generated docs bench reliability image manifests clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,11 +48,17 @@ test-fast: setup ## Run the unit tests that need no server and no long computati
 	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not s3 and not e2e and not slow" \
 		tests/unit tests/properties $(ARGS)
 
-check: setup docs ## Format, lint, types, layers, generated files, and the documentation site
+check: lint types docs in-step ## Format, lint, types, layers, generated files, and the documentation site (-j2: two at a time)
+
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+types: setup
+	$(BIN)/mypy
+
+in-step: setup
 	$(BIN)/python -m pipelines compile --check
 	$(BIN)/python .ci/generated.py --check
 	$(BIN)/python benchmarks/readme_tables.py --check
