@@ -346,7 +346,7 @@ def test_nothing_unpacks_archives():
     """If this fails, unpack with tarfile's data filter, and put its traversals to the test here."""
     sources = [path for folder in ("salun_core", "components", "pipelines") for path in (ROOT / folder).rglob("*.py")]
     assert len(sources) > 50
-    unpacking = ("tarfile", "zipfile", "shutil.unpack_archive", "extractall")
+    unpacking = ("tarfile", "shutil.unpack_archive", "extractall", ".extract(")  # zipfile reads a directory, too
     assert [path.name for path in sources if any(word in path.read_text() for word in unpacking)] == []
 
 
