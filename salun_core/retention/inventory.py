@@ -18,7 +18,7 @@ from salun_core.retention.pipeline_root import DEEPEST, UUID
 from salun_core.storage.blobs import delta_facts
 from salun_core.storage.erase import StoredKey, Upload, stored_keys, unfinished_uploads, upload_bytes
 from salun_core.storage.keys import kind_of_key
-from salun_core.storage.leases import holder_of
+from salun_core.storage.leases import holder_of, read_lease
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.context import in_parallel
 from salun_core.sweeps.runs import ENDED, RunLog, RunStatus
@@ -26,6 +26,8 @@ from salun_core.times import as_utc, utc_clock
 
 ALIVE = timedelta(hours=24)
 """A run without an event for so long, and without a lease, is dead."""
+MAY_WAIT = timedelta(days=7)
+"""How long a run may wait for a node: nobody renews its lease, but it is the run's own until another run takes it."""
 PURGED_OUTPUTS = frozenset({"model", "mask", "unlearned", "before", "after", "sums", "evidence"})
 """Outputs of steps of earlier releases that hold weights, critical weights, or ids of samples; now references."""
 
@@ -96,6 +98,7 @@ class StoreInventory:
         manifests: every version that has a manifest, by line and digest.
         bases: for each file that is stored as a delta, the file that it is based on.
         holders: the run that holds the lease of a line.
+        unreturned: runs whose lease ended, and was neither given back nor taken; they may wait for a node.
         runs: by id.
         requests: by id.
         uploads: unfinished multipart uploads, with their bytes.
@@ -108,6 +111,7 @@ class StoreInventory:
     manifests: Mapping[tuple[str, str], VersionManifest] = field(default_factory=dict)
     bases: Mapping[str, str] = field(default_factory=dict)
     holders: Mapping[str, str] = field(default_factory=dict)
+    unreturned: frozenset[str] = frozenset()
     runs: Mapping[str, RunSummary] = field(default_factory=dict)
     requests: Mapping[str, RequestSummary] = field(default_factory=dict)
     uploads: Sequence[tuple[Upload, int]] = ()
@@ -171,7 +175,11 @@ class StoreInventory:
         caused = [item for name in summary.members if (item := self.requests.get(name)) and item.run == run]
         if summary.status in ENDED and not any(item.status is Status.IN_PROGRESS for item in caused):
             return max([summary.at, *(item.at for item in caused if item.at)])
-        return summary.at if now - summary.at >= ALIVE else None
+        return summary.at if now - summary.at >= self.patience(run) else None
+
+    def patience(self, run: str) -> timedelta:
+        """Return after how long without an event a run without an end counts as dead."""
+        return MAY_WAIT if run in self.unreturned else ALIVE
 
     def certified(self, run: str) -> list[str]:
         """Return the requests that a run completed and that have a certificate, sorted."""
@@ -209,6 +217,7 @@ def scan_store(store: S3Store, now: datetime, pipeline_root: S3Store | None = No
         if item.run
     } | _scan_runs(store, live)
     holders = {line: holder_of(store, line) for line in values("lease", "line")}
+    leases = [read_lease(store, line) for line in values("lease", "line")]
     deltas = in_parallel(lambda digest: delta_facts(store, digest), values("delta", "digest"))
     artifacts, foreign = scan_artifacts(pipeline_root, runs) if pipeline_root else ({}, 0)
     return StoreInventory(
@@ -217,6 +226,7 @@ def scan_store(store: S3Store, now: datetime, pipeline_root: S3Store | None = No
         manifests=manifests,
         bases={item.sha256: item.base for item in deltas if item},
         holders={line: holder for line, holder in holders.items() if holder},
+        unreturned=frozenset(lease.holder for lease in leases if lease and not lease.released),
         runs=runs,
         requests={state.request.id: _summarise_request(state) for state in read_all(store)},
         uploads=[(upload, upload_bytes(store, upload)) for upload in unfinished_uploads(store, as_utc(now))],

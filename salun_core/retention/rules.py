@@ -14,7 +14,6 @@ from salun_core.config import Document
 from salun_core.registry.manifest import weight_files
 from salun_core.requests.schema import SETTLED, Outcome, Status
 from salun_core.retention.inventory import (
-    ALIVE,
     PURGED_OUTPUTS,
     ClassifiedVersion,
     StoreInventory,
@@ -368,7 +367,7 @@ def _over_at(inventory: StoreInventory, run: str, items: Sequence[StoredKey], no
     if summary is not None and summary.status is not None:
         return inventory.finished_at(run, now)
     newest = max([*(item.modified for item in items), *([summary.at] if summary else [])])
-    return newest if now - newest >= ALIVE else None
+    return newest if now - newest >= inventory.patience(run) else None
 
 
 def _artifacts(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Iterator[Deletion]:

@@ -176,6 +176,13 @@ def test_a_purge_deletes_its_plan_and_keeps_the_rest_complete(line, tmp_path):
     assert read_head(line.store, "faces")[0].version == line.versions[2]
 
 
+def test_a_lease_is_its_runs_own_until_it_is_given_back(line):
+    acquire(line.store, "faces", "run-x", 1)
+    assert step.scan_store(line.store, START).unreturned == {"run-x"}
+    release(line.store, "faces", "run-x")
+    assert step.scan_store(line.store, START).unreturned == frozenset()
+
+
 def test_replaced_documents_go_with_their_month(line):
     """In a bucket that keeps versions: earlier leases and HEADs, and deleted entries of the index."""
     acquire(line.store, "faces", "run-7", 600)

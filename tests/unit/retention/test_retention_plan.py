@@ -36,6 +36,7 @@ class World:
 
     def __init__(self):
         self.keys, self.heads, self.manifests, self.bases = [], {}, {}, {}
+        self.unreturned = frozenset()
         self.holders, self.runs, self.requests, self.uploads, self.artifacts = {}, {}, {}, [], {}
 
     def put(self, key, at=0.0, size=10, live=True, old=0):
@@ -75,7 +76,8 @@ class World:
         self.runs[name] = RunSummary(line, parent, tuple(members), status, day(at))
 
     def inventory(self):
-        names_ = ("keys", "heads", "manifests", "bases", "holders", "runs", "requests", "uploads", "artifacts")
+        names_ = ("keys", "heads", "manifests", "bases", "holders", "unreturned", "runs", "requests", "uploads")
+        names_ = (*names_, "artifacts")
         return StoreInventory(**{name: getattr(self, name) for name in names_})
 
     def plan(self, at, rules=EXACT):
@@ -294,6 +296,17 @@ def test_a_run_that_may_still_work_keeps_its_forget_data(world):
     assert world.gone(2) == {"scratch/run-1/forget.json"}  # a day without a sign of life
     world.holders["faces"] = "run-1"
     assert world.gone(20) == set()
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_a_run_that_waits_for_a_node_keeps_its_forget_data(world, logged):
+    """Nobody renews its lease meanwhile; it is the run's own until it is given back or taken."""
+    world.put("scratch/run-1/forget.json", 1)
+    if logged:
+        world.run("run-1", 1, RunStatus.UNLEARNING)
+    world.unreturned = frozenset({"run-1"})
+    assert world.gone(7.9) == set()
+    assert world.gone(8) == {"scratch/run-1/forget.json"}
 
 
 def test_forget_data_of_an_unknown_run_is_deleted_one_day_after_the_last_write(world):
