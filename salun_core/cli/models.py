@@ -74,7 +74,7 @@ class _Destination:
             raise ConflictError(f"model line {self.line} exists already", "it has a HEAD", "choose another name")
         require_safe(store)
 
-    def plan(self, verb: str, spec: DataSpec, arch: str | None = None, facts: Mapping[str, object] = {}) -> None:
+    def plan(self, verb: str, spec: DataSpec, arch: str | None = None) -> None:
         """Read the data, build the architecture, check the line, and print what would be made."""
         from salun_core.data import load_data
         from salun_core.models import build_classifier
@@ -84,10 +84,10 @@ class _Destination:
         if arch:
             build_classifier(arch, len(loaded.table.classes), *images.shape[1:3])
         self.check()
-        shown = {"would_write": self.out, "would_publish": self.line, **({"arch": arch} if arch else {})}
+        facts = {"would_write": self.out, "would_publish": self.line, **({"arch": arch} if arch else {})}
         size = _size(*images.shape[1:], chosen=spec.size is not None)
         sizes = {"images": size, "train_images": len(images), "test_images": len(loaded.split.test)}
-        emit_plan(verb, {**shown, **facts, "classes": len(loaded.table.classes), **sizes})
+        emit_plan(verb, {**facts, "classes": len(loaded.table.classes), **sizes})
 
     def warn(self, card: Card) -> list[str]:
         """Print what a model lacks to pass its policy, whatever a run does, and return it."""
@@ -253,7 +253,7 @@ def import_model(
 ) -> None:
     """Turn a foreign model into a model folder, and print what was recognised. No code in it is run.
 
-    With --dry-run, --data and --out may be left out: it then prints what a checkpoint is.
+    With --dry-run it writes nothing; without --data it then prints what a checkpoint is.
     """
     from salun_core.errors import StateMismatchError
     from salun_core.models.diffusers_folder import INDEX
@@ -295,25 +295,29 @@ def _import_classifier(
     (arch, key), (mean, std) = named, (_numbers("--mean", scale[0]), _numbers("--std", scale[1]))
     if arch:
         allow_architecture(arch)
-    if dry_run and data is None:
-        found = read_checkpoint(path, key)
-        emit_plan("model import", describe(found, recognise(found, arch, None, None)))
-        return
     if data is None:
+        checkpoint = read_checkpoint(path, key)
+        found = recognise(checkpoint, arch, None, None)
+        if dry_run:
+            emit_plan("model import", describe(checkpoint, found))
+            return
         raise UsageError(
-            f"{path.name} needs data",
+            f"{path.name} fits {found.architecture}, but no data are given",
             "a classifier is kept with its split, so that each later step knows its training samples",
             "give --data, or --dry-run to see what the checkpoint is",
         )
-    spec, to = load_spec(data), _Destination(_required(out), *target)
-    to.check()
-    if dry_run:
-        found = read_checkpoint(path, key)
-        to.plan("model import", spec, facts=describe(found, recognise(found, arch, None, spec.size)))
+    spec, to = load_spec(data), None if dry_run and out is None else _Destination(_required(out), *target)
+    if to:
+        to.check()
+    made = import_model(path, spec, arch, None if dry_run else out, mean, std, names, key)
+    facts = {**made.facts, "digest": made.digest}
+    facts |= {"train_accuracy": made.train_accuracy, "test_accuracy": made.test_accuracy}
+    if made.near_chance:
+        progress("warning: the test accuracy is near chance; check --mean and --std, --classes, and the data")
+    if dry_run or to is None:
+        emit_plan("model import", {**({"would_write": to.out, "would_publish": to.line} if to else {}), **facts})
         return
-    made = import_model(path, spec, arch, to.out, mean, std, names, key)
-    accuracy = {"train_accuracy": made.train_accuracy, "test_accuracy": made.test_accuracy}
-    to.finish(register_model, "import", {**made.facts, "digest": made.digest, **accuracy})
+    to.finish(register_model, "import", facts)
     if arch and is_own(arch):
         progress(f"Later commands build {arch} only if the environment allows it: export {ALLOWED_VARIABLE}={arch}")
 

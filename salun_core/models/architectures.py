@@ -7,7 +7,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -96,20 +97,23 @@ def _own(architecture: str, num_classes: int) -> nn.Module:
             f"if you trust it, set {ALLOWED_VARIABLE}={architecture}, in a pod in its image",
         )
     package, _, name = architecture.partition(":")
-    try:
+    with _importable_folder():
         build = _imported(package)
-        for part in name.split("."):
-            build = getattr(build, part)
-    except AttributeError as error:
-        raise UsageError(f"{package} has no {name}", "the module was imported", "check the name in --arch") from error
-    try:
-        takes_classes = "num_classes" in inspect.signature(build).parameters
-        model = build(num_classes=num_classes) if takes_classes else build()
-    except (NotImplementedError, SalunError):  # of a build without memory; the caller builds it with memory
-        raise
-    except Exception as error:  # any code
-        why = f"{type(error).__name__}: {str(error)[:200]}"
-        raise ModelError(f"architecture {architecture} cannot be built", why, "correct its code") from error
+        try:
+            for part in name.split("."):
+                build = getattr(build, part)
+        except AttributeError as error:
+            raise UsageError(
+                f"{package} has no {name}", "the module was imported", "check the name in --arch"
+            ) from error
+        try:
+            takes_classes = "num_classes" in inspect.signature(build).parameters
+            model = build(num_classes=num_classes) if takes_classes else build()
+        except (NotImplementedError, SalunError):  # of a build without memory; the caller builds it with memory
+            raise
+        except Exception as error:  # any code
+            why = f"{type(error).__name__}: {str(error)[:200]}"
+            raise ModelError(f"architecture {architecture} cannot be built", why, "correct its code") from error
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"architecture {architecture} is not a network",
@@ -119,14 +123,21 @@ def _own(architecture: str, num_classes: int) -> nn.Module:
     return model.train()
 
 
-def _imported(package: str) -> Any:  # noqa: ANN401 - any module
-    """Import a module that is installed or in the working folder.
-
-    Raises:
-        UsageError: it cannot be imported.
-    """
+@contextmanager
+def _importable_folder() -> Iterator[None]:
+    """Let the block import modules of the working folder. They never hide an installed package."""
     here = os.getcwd()
-    sys.path.append(here)  # last: a file in the working folder never hides an installed package
+    added = here not in sys.path
+    if added:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
+
+
+def _imported(package: str) -> Any:  # noqa: ANN401 - any module
     try:
         return importlib.import_module(package)
     except Exception as error:  # importing runs any code
@@ -137,8 +148,6 @@ def _imported(package: str) -> Any:  # noqa: ANN401 - any module
             why,
             "install it or change to its folder; in a pod, the image must contain it",
         ) from error
-    finally:
-        sys.path.remove(here)
 
 
 def _torchvision(name: str, num_classes: int, channels: int) -> nn.Module:

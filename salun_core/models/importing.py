@@ -270,12 +270,12 @@ def _facts_of_folder(folder: Path) -> Facts:
         card = _mapping(folder / CARD)
         return Facts(
             CARD,
-            card.get("architecture"),
+            card["architecture"] if isinstance(card.get("architecture"), str) else None,
             {},
             _texts(card.get("classes")),
             _numbers(card.get("mean")),
             _numbers(card.get("std")),
-            card.get("height"),
+            card["height"] if isinstance(card.get("height"), int) else None,
         )
     if not (folder / CONFIG).is_file():
         return Facts()

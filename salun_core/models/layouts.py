@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from salun_core.errors import ModelError, SalunError, StateMismatchError
-from salun_core.models.architectures import CLASSIFIERS, build_classifier
+from salun_core.models.architectures import CLASSIFIERS, build_classifier, is_own
 from salun_core.models.checkpoint import StateFaults, grouped, state_faults
 from salun_core.models.importing import PREFIXES, Checkpoint, Facts
 
@@ -90,7 +90,11 @@ def recognise(checkpoint: Checkpoint, architecture: str | None, channels: int | 
     """
     channels, size = channels or channels_of(checkpoint.state), size or size_of(checkpoint)
     named = architecture or checkpoint.facts.architecture
-    readings = list(_named(checkpoint, named) if named else _known(checkpoint, size))
+    renamed = _of_transformers(checkpoint)
+    if renamed is not None:
+        checkpoint = replace(checkpoint, state=dict(renamed))
+    origin = "transformers, as " if renamed is not None else ""
+    readings = list(_named(checkpoint, named, origin) if named else _known(checkpoint, origin))
     closest: tuple[StateFaults, _Reading] | None = None
     for reading in readings:
         try:
@@ -109,16 +113,14 @@ def recognise(checkpoint: Checkpoint, architecture: str | None, channels: int | 
             return found
         if closest is None or len(faults) < len(closest[0]):
             closest = faults, reading
-    raise _refusal(checkpoint, named, closest, size)
+    raise _refusal(checkpoint, named, closest)
 
 
-def _refusal(
-    checkpoint: Checkpoint, named: str | None, closest: tuple[StateFaults, _Reading] | None, size: int | None
-) -> ModelError:
+def _refusal(checkpoint: Checkpoint, named: str | None, closest: tuple[StateFaults, _Reading] | None) -> ModelError:
     remedy = "give --arch: torchvision:NAME, timm:NAME, or package:callable for an architecture of your own"
     if named:
         remedy = "give the architecture that it was made with"
-        other = next(iter(_known(checkpoint, size)), None)
+        other = next(iter(_known(checkpoint, "")), None)
         if other and other.architecture != named:
             remedy += f"; the names are those of {other.architecture} ({other.layout})"
     if closest is None or not (named or len(closest[0].missing) < _CLOSE * closest[0].expected):
@@ -213,7 +215,7 @@ def channels_of(state: Mapping[str, Tensor]) -> int:
 
 def size_of(checkpoint: Checkpoint) -> int | None:
     """Return the side of the images in pixels, if the documents or the positions of a ViT show it."""
-    state = _of_transformers(checkpoint) or checkpoint.state
+    state = checkpoint.state
     patch, places = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     if patch is not None and places is not None and patch.ndim == 4 and places.ndim == 3:
         side = math.isqrt(places.shape[1])  # one more place than patches, for the class token
@@ -223,33 +225,34 @@ def size_of(checkpoint: Checkpoint) -> int | None:
     return size if size and _SIZES[0] <= size <= _SIZES[1] else None
 
 
-def _named(checkpoint: Checkpoint, architecture: str) -> Iterator[_Reading]:
+def _named(checkpoint: Checkpoint, architecture: str, origin: str) -> Iterator[_Reading]:
     """Yield the readings of a checkpoint as one architecture: as it is, then as a layout that has other names."""
-    layout = checkpoint.facts.origin if architecture == checkpoint.facts.architecture else "as named"
-    renamed = _of_transformers(checkpoint)
-    state, facts = _without_scale(renamed or checkpoint.state, checkpoint.facts)
-    yield _Reading("transformers" if renamed else layout, architecture, state, facts)
-    for reading in _small_resnet(checkpoint):
-        if reading.architecture == architecture.removeprefix("salun:"):
-            yield reading
+    ours = architecture.removeprefix("salun:")
+    if ours in CLASSIFIERS and ours.startswith("resnet"):  # with the right names, only what really differs is listed
+        yield from (replace(reading, architecture=ours) for reading in _small_resnet(checkpoint))
+    state, facts = _without_scale(checkpoint.state, checkpoint.facts)
+    library = (
+        architecture.partition(":")[0] if ":" in architecture else "salun" if architecture in CLASSIFIERS else "timm"
+    )
+    layout = "your own" if is_own(architecture) else library
+    said = f" ({checkpoint.facts.origin})" if architecture == checkpoint.facts.architecture else ""
+    yield _Reading(f"{origin}{layout}{said}", architecture, state, facts)
 
 
-def _known(checkpoint: Checkpoint, size: int | None) -> Iterator[_Reading]:
+def _known(checkpoint: Checkpoint, origin: str) -> Iterator[_Reading]:
     """Yield the readings that the names and shapes suggest, the most specific one first."""
-    renamed = _of_transformers(checkpoint)
-    if renamed is None:
-        yield from _small_resnet(checkpoint)
-        yield from _own(checkpoint)
-    state, facts = _without_scale(renamed or checkpoint.state, checkpoint.facts)
+    yield from _small_resnet(checkpoint)
+    yield from _own(checkpoint)
+    state, facts = _without_scale(checkpoint.state, checkpoint.facts)
     for library, markers, names in _FAMILIES:
         if all(marker in state for marker in markers):
             for name in names(state) if callable(names) else names:
-                layout = f"transformers, as {library}" if renamed else library
                 # of each pair, one pads as TensorFlow does
                 twin = (
                     f"timm:tf_{name}" if name.startswith(("efficientnet", "mobilenetv3")) and library == "timm" else ""
                 )
-                yield _Reading(layout, name if library == "salun" else f"{library}:{name}", state, facts, twin)
+                architecture = name if library == "salun" else f"{library}:{name}"
+                yield _Reading(f"{origin}{library}", architecture, state, facts, twin)
 
 
 def _own(checkpoint: Checkpoint) -> Iterator[_Reading]:

@@ -20,10 +20,11 @@ from salun_core.methods.classification import UnlearnConfig
 from salun_core.methods.classification.training import train_classifier
 from salun_core.methods.loop import OnEpoch
 from salun_core.models import ModelCard, build_classifier, save_model
-from salun_core.models.checkpoint import load_weights
+from salun_core.models.checkpoint import load_weights, model_digest
 from salun_core.models.importing import Checkpoint, Facts, read_checkpoint
 from salun_core.models.layouts import Recognised, recognise, size_of
 
+_CLEAR = 0.05  # by which a model that was imported rightly is better than a guess
 RECIPE = {"epochs": 30, "learning_rate": 0.1, "schedule": "cosine", "batch_size": 64, "batch_norm": "update"}
 
 
@@ -42,6 +43,12 @@ class Made:
     train_accuracy: float
     test_accuracy: float
     facts: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def near_chance(self) -> bool:
+        """Whether an imported model is hardly better than a guess on the test split."""
+        classes = self.facts.get("classes")
+        return isinstance(classes, int) and classes > 1 and self.test_accuracy < 1 / classes + _CLEAR
 
 
 def training_config(overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
@@ -89,7 +96,7 @@ def import_model(
     path: Path,
     spec: DataSpec,
     architecture: str | None,
-    out: Path,
+    out: Path | None,
     mean: list[float] | None = None,
     std: list[float] | None = None,
     classes: Sequence[str] = (),
@@ -101,7 +108,7 @@ def import_model(
         path: a checkpoint, or a folder with one (see `read_checkpoint`).
         spec: data set of its training; set `validation_fraction: 0` if no validation data were held out.
         architecture: a name for `build_classifier`; None infers it from the tensors.
-        out: folder to write.
+        out: folder to write; None writes nothing.
         mean: mean of its training normalisation, by channel. Default: what the checkpoint's documents say, or else
             what is measured on the training split.
         std: standard deviation of the same normalisation, by channel.
@@ -131,6 +138,7 @@ def import_model(
     _check_outputs(model, train, len(data.table.classes), found.architecture)
     made = _save(out, model, data, train, found.architecture, "import", {})
     normalisation = f"mean {_shown(scale.mean)}, std {_shown(scale.std)}, {origin}"
+    facts["classes"] = len(data.table.classes)
     return replace(made, facts={**facts, "normalisation": normalisation, **order})
 
 
@@ -250,7 +258,7 @@ def _normalisation(
 
 
 def _save(
-    out: Path,
+    out: Path | None,
     model: nn.Module,
     data: LoadedData,
     train: ImageSet,
@@ -275,7 +283,7 @@ def _save(
         method=method,
         training=training,
     )
-    digest = save_model(out, model, card, data.split)
+    digest = save_model(out, model, card, data.split) if out else model_digest(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     sets = (train, data.images("test", scale))
     on_train, on_test = (float(outputs_of(model.eval(), images).correct.mean()) for images in sets)

@@ -165,7 +165,7 @@ def test_a_card_cannot_choose_code_to_run(tmp_path, photos, colours, monkeypatch
 
 def test_an_own_architecture_serves_later_commands(tmp_path, photos, monkeypatch):
     """The package lies in the working folder; the verb that names it allows it, later ones need the variable."""
-    monkeypatch.delenv("SALUN_ARCHITECTURES", raising=False)
+    monkeypatch.setenv("SALUN_ARCHITECTURES", "")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_nets.py").write_text(
         "from torch import nn\n\n\ndef small(num_classes):\n"
@@ -178,7 +178,7 @@ def test_an_own_architecture_serves_later_commands(tmp_path, photos, monkeypatch
     assert "export SALUN_ARCHITECTURES=my_nets:small" in shown.stderr
     assert "test accuracy   1.0000" in shown.stdout
     (tmp_path / "f.json").write_text('{"kind": "class", "class_name": "red"}')
-    monkeypatch.delenv("SALUN_ARCHITECTURES", raising=False)
+    monkeypatch.setenv("SALUN_ARCHITECTURES", "")
     refused = invoke("mask", "--model", "m", "--forget", "f.json", "--out", "mask")
     assert (refused.exit_code, "set SALUN_ARCHITECTURES=my_nets:small" in refused.stderr) == (2, True)
     monkeypatch.setenv("SALUN_ARCHITECTURES", "my_nets:small")
@@ -206,6 +206,21 @@ def test_a_checkpoint_is_described_without_data(tmp_path, monkeypatch):
     refused = invoke("model", "import", "m.th", "--out", "m", "--prompt", "a {label}", "--judge", "j")
     assert "--prompt and --judge cannot be used here: this is a classifier" in refused.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.th"]
+
+
+def test_a_dry_run_with_data_measures_and_warns(tmp_path, photos, monkeypatch):
+    monkeypatch.setenv("SALUN_ARCHITECTURES", COLOURS_NAME)
+    monkeypatch.chdir(tmp_path)
+    torch.save(Colours().state_dict(), "m.pt")
+    words = ("model", "import", "m.pt", "--data", photos.source, "--arch", COLOURS_NAME, "--mean", "0,0,0", "--dry-run")
+    wrong = invoke(*words, "--std", "1,1,1")
+    assert wrong.exit_code == 0, wrong.stderr
+    assert "warning: the test accuracy is near chance; check --mean and --std, --classes" in wrong.stderr
+    right = invoke(*words, "--std", "1,1,1", "--classes", "red,green,blue", "--out", "m", "--json")
+    found = json.loads(right.stdout)
+    assert (found["test_accuracy"], found["would_write"], found["layout"]) == (1, "m", "your own")
+    assert right.stderr == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt", "photos"]
 
 
 def test_a_refusal_lists_every_tensor_with_json_and_debug(tmp_path, monkeypatch):
