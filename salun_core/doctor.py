@@ -274,7 +274,7 @@ def _signing_key() -> Check:
     except SalunError as error:
         return _failed("signing key", error)
     if key is None:
-        return _check("signing key", False, "not set: no certificates", remedy, required=False)
+        return _check("signing key", False, "not set: a sweep needs one, for certificates", remedy, required=False)
     return _check("signing key", True, os.environ[SIGNING_VARIABLE])
 
 

@@ -372,8 +372,10 @@ def _next_steps(settings: Settings) -> list[str]:
     publish = f"salun model import CHECKPOINT --arch ARCH --out model --line {shlex.quote(line)}"
     publish += "" if settings.data else f" --data {data}"
     file = "salun request submit --id r-1 --class NAME" + ("" if settings.line else f" --line {line}")
-    has_store = settings.store.uri or settings.env_file
-    return [publish, file, "salun doctor"] if has_store else ["salun store serve store", publish, "salun doctor"]
+    if not (settings.store.uri or settings.env_file):
+        return ["salun store serve store", publish, "salun doctor"]
+    key = f"salun key create --out keys/salun    # a sweep needs it: signing_key: {_SAMPLES['signing_key']}"
+    return [publish, file if settings.signing_key else key, "salun doctor"]
 
 
 def _show_init(path: Path, text: str, steps: list[str], dry_run: bool) -> None:

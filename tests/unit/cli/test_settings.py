@@ -134,6 +134,7 @@ def _given(tree, path=""):
 
 def test_which_options_the_line_is_the_default_of():
     assert sorted(set(_given(_defaults({"line": "faces"}))) - {"init line"}) == [  # `init` writes the file
+        "doctor line",
         "model history line",
         "model pull reference",
         "model show reference",
