@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,8 @@ from salun_core.errors import GateRefusedError, unknown_name
 from salun_core.evaluation.evidence import EXTRA_METRIC_OF, METRIC_NAMES, MORE_IS_FORGOTTEN, Evidence, Metric
 
 State = Literal["before", "after", "reference", "origin"]
+Kind = Literal["samples", "class", "subject", "concept"]
+Level = Literal["retrained", "measured", "procedure", "nothing_to_erase"]
 _SUMMARY_CHARACTERS = 420  # an outcome takes 500, with what comes before and after
 _TOLERANCE = 1e-12  # of comparisons: 0.9 - 0.02 in binary is not 0.88
 _ENDS = {"value": "after", "low": "low", "high": "high"}
@@ -30,7 +32,11 @@ _MARGINS: dict[str, Callable[[float, float, float], float]] = {
     "<=": lambda actual, threshold, _: threshold - actual,
     ">=": lambda actual, threshold, _: actual - threshold,
     "within": lambda actual, threshold, tolerance: tolerance - abs(actual - threshold),
+    "inside": lambda actual, threshold, tolerance: tolerance - abs(actual - threshold),
 }
+_ADVERSE = {"<=": "high", ">=": "low"}  # end of the interval that speaks against a rule: if it holds, the rule is shown
+_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+_FRESH = 0.1  # least relative distance of a retrained model's weights, also with an equal seed
 
 
 class Relative(Document):
@@ -48,16 +54,28 @@ class Rule(Document):
     """One condition on the model after unlearning."""
 
     metric: str = Field(description="name of a metric in the evidence")
-    op: Literal["<=", ">=", "within"] = Field(description="`within`: |metric - threshold| <= tolerance")
+    op: Literal["<=", ">=", "within", "inside"] = Field(
+        description="`within`: |metric - threshold| <= tolerance; `inside`: both ends of the 95 % interval are within, "
+        "which is an equivalence test"
+    )
     value: float | None = Field(default=None, allow_inf_nan=False, description="fixed threshold, as a ratio")
     relative_to: Relative | None = Field(default=None, description="threshold computed from the evidence")
-    tolerance: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="for `within`")
+    tolerance: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="for `within` and `inside`")
+    or_reference: bool = Field(
+        default=False, description="for `inside`: compare with the retrained model's value if the evidence has one"
+    )
     judge: Literal["value", "low", "high"] = Field(
         default="value", description="compare the value after, or an end of its 95 % interval"
     )
-    targets: list[Literal["samples", "class", "subject", "concept"]] = Field(
-        default=[], description="forget targets that the rule applies to; empty: all"
+    undecided: Literal["refuse", "procedure"] = Field(
+        default="refuse",
+        description="what follows if a part of the interval satisfies the rule: refuse, or the level `procedure`",
     )
+    unless_retrained: bool = Field(
+        default=False,
+        description="leave the rule out for a model that was retrained from fresh weights, which is exact",
+    )
+    targets: list[Kind] = Field(default=[], description="forget targets that the rule applies to; empty: all")
     min_n: int = Field(default=1, ge=1, description="minimum number of samples behind the metric")
     reason: str = Field(min_length=1, description="why the rule exists, for the report")
 
@@ -65,9 +83,20 @@ class Rule(Document):
     def _one_threshold(self) -> Rule:
         if (self.value is None) == (self.relative_to is None):
             raise ValueError("give exactly one of `value` and `relative_to`")
-        if (self.op == "within") != (self.tolerance is not None):
-            raise ValueError("`within` needs a `tolerance`, and no other operator takes one")
+        if (self.op in ("within", "inside")) != (self.tolerance is not None):
+            raise ValueError("`within` and `inside` need a `tolerance`, and no other operator takes one")
+        if self.op == "inside" and self.judge != "value":
+            raise ValueError("`inside` judges both ends: leave `judge` out")
+        if self.or_reference and self.op != "inside":
+            raise ValueError("`or_reference` is for `inside`")
+        if self.undecided == "procedure" and not self.shows:
+            raise ValueError("`undecided` needs `inside`, `<=` with `judge: high`, or `>=` with `judge: low`")
         return self
+
+    @property
+    def shows(self) -> bool:
+        """Whether the rule holds only if the whole interval satisfies it."""
+        return self.op == "inside" or _ADVERSE.get(self.op) == self.judge
 
 
 class Policy(Document):
@@ -75,12 +104,22 @@ class Policy(Document):
 
     format: Literal["salun.policy/v1"] = "salun.policy/v1"
     name: str = Field(min_length=1)
+    levels: dict[Kind, list[Level]] = Field(
+        default={}, description="assurance levels that may be published, by kind of forget target; any if left out"
+    )
     rules: list[Rule] = Field(min_length=1)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the policy's canonical JSON."""
-        return digest_json(self.model_dump(mode="json"))
+        """SHA-256 of the policy's canonical JSON; fields that later versions added count only if they are set."""
+        document = self.model_dump(mode="json")
+        if not self.levels:
+            del document["levels"]
+        for rule in document["rules"]:
+            for name, default in (("or_reference", False), ("undecided", "refuse"), ("unless_retrained", False)):
+                if rule[name] == default:
+                    del rule[name]
+        return digest_json(document)
 
 
 class Expected(Document):
@@ -146,6 +185,11 @@ class Verdict(Document):
     threshold: str
     actual: float | None = None
     margin: float | None = Field(default=None, description="distance to the threshold, positive when it holds")
+    shown: bool | None = Field(
+        default=None,
+        description="whether the whole interval satisfies the rule; false if the samples cannot decide it; null for a "
+        "rule that judges no interval",
+    )
     passed: bool
     reason: str
     refusal: Refusal | None = Field(default=None, description="of a failed one; earlier releases wrote none")
@@ -160,6 +204,20 @@ class GateDecision(Document):
     policy_digest: str
     evidence_digest: str
     summary: str
+    level: Level | None = Field(
+        default=None,
+        description="assurance: `retrained` (exact), `measured` (every rule on an interval is shown), `procedure` "
+        "(nothing contradicts the recorded procedure, and the samples cannot decide more); null if refused",
+    )
+    margin: float | None = Field(
+        default=None, description="of the equivalence test: largest distance of the attack's AUC that counts as equal"
+    )
+    n: int | None = Field(default=None, description="forgotten samples behind the level")
+    power: float | None = Field(
+        default=None,
+        description="probability that so many samples show equivalence if the model is exactly like one that never "
+        "saw them",
+    )
     verdicts: list[Verdict]
 
     @property
@@ -246,11 +304,15 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
         and a policy with rules for single kinds covers every kind of forget target in the set.
     """
     kinds = evidence.forgotten.judged_kinds
-    applying = [rule for rule in policy.rules if not rule.targets or kinds & set(rule.targets)]
+    of_kinds = [rule for rule in policy.rules if not rule.targets or kinds & set(rule.targets)]
+    applying = [rule for rule in of_kinds if not (rule.unless_retrained and _retrained(evidence))]
+    judged = [_apply(rule, evidence) for rule in applying]
+    level = _level(judged, evidence)
     verdicts = [
         *_builtin(evidence, expected or Expected()),
         _covers(policy, applying, kinds),
-        *(_apply(rule, evidence) for rule in applying),
+        *_allowed(policy, level, kinds),
+        *judged,
     ]
     failed = [verdict for verdict in verdicts if not verdict.passed]
     return GateDecision(
@@ -259,8 +321,51 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
         policy_digest=policy.digest,
         evidence_digest=evidence.digest,
         summary=_summary(failed) or f"all {len(verdicts)} checks hold",
+        level=None if failed else level,
+        **_certainty(applying, evidence),
         verdicts=verdicts,
     )
+
+
+def _retrained(evidence: Evidence) -> bool:
+    """Whether the model was trained from fresh weights; one with nearly its old weights was not, whatever it says."""
+    distance = _finite(evidence.integrity.distance)
+    return evidence.run.method == "retrain" and distance is not None and distance >= _FRESH
+
+
+def _level(judged: Sequence[Verdict], evidence: Evidence) -> Level:
+    if _retrained(evidence):
+        return "retrained"
+    shown = [verdict.shown for verdict in judged if verdict.shown is not None]
+    return "measured" if shown and all(shown) else "procedure"
+
+
+def _allowed(policy: Policy, level: Level, kinds: set[str]) -> list[Verdict]:
+    """Check that the policy publishes the level for each kind in the forget set; a policy without levels, any level."""
+    wanted = {kind: levels for kind, levels in policy.levels.items() if kind in kinds}
+    if not wanted:
+        return []
+    passed = all(level in levels for levels in wanted.values())
+    shown = "; ".join(f"{kind}: {', '.join(levels)}" for kind, levels in wanted.items())
+    reason = f"the level is {level}, which the policy does not publish"
+    then = "erase more samples in one batch: salun sweep --min-requests N; or use --method retrain"
+    return [_check("assurance level", passed, shown, reason, Cause.TOO_FEW_SAMPLES, then)]
+
+
+def _certainty(applying: Sequence[Rule], evidence: Evidence) -> dict[str, Any]:
+    """Return margin, n and power of the equivalence test; n alone, of the smallest sample, without such a test."""
+    shows = [rule for rule in applying if rule.shows and rule.metric in evidence.metrics]
+    tests = [rule for rule in shows if rule.op == "inside"]
+    found: dict[str, Any] = {"n": min((evidence.metrics[rule.metric].n for rule in shows), default=None)}
+    if tests:
+        metric, tolerance = evidence.metrics[tests[0].metric], tests[0].tolerance or 0.0
+        low, high = _finite(metric.low), _finite(metric.high)
+        found |= {"margin": tolerance, "n": metric.n}
+        if low is not None and high is not None and high > low:
+            deviation = (high - low) / (2 * _Z95)
+            # The interval is inside if the area lies within tolerance - 1.96 deviations of the centre.
+            found["power"] = max(0.0, math.erf((tolerance / deviation - _Z95) / math.sqrt(2)))
+    return found
 
 
 def _summary(failed: Sequence[Verdict]) -> str:
@@ -324,11 +429,20 @@ def _apply(rule: Rule, evidence: Evidence) -> Verdict:
     metric = evidence.metrics.get(rule.metric)
     threshold = _threshold(rule, evidence)
     actual = _finite(getattr(metric, _ENDS[rule.judge])) if metric else None
+    ends = (_finite(metric.low), _finite(metric.high)) if metric and rule.shows else (actual, actual)
     shown, margin, reason = _number(threshold), None, _problem(rule, metric, actual, threshold)
+    decided, holds = False, None
+    if not reason and None in ends:
+        reason = f"{rule.metric} has no interval"
     if not reason and actual is not None and threshold is not None:
-        margin, reason = _MARGINS[rule.op](actual, threshold, rule.tolerance or 0.0), rule.reason
+        reason = rule.reason
+        margin = _distance(rule, actual, ends, threshold)
+        decided = _contradicted(rule, ends, threshold)
+        holds = margin >= -_TOLERANCE if rule.shows else None
         shown = f"{rule.op} {shown}" + (f" ± {rule.tolerance:.4f}" if rule.tolerance is not None else "")
     passed = margin is not None and margin >= -_TOLERANCE
+    if margin is not None and rule.undecided == "procedure":
+        passed = not decided
     refusal = None
     if not passed:
         cause = _cause(rule, metric, margin, threshold)
@@ -341,10 +455,27 @@ def _apply(rule: Rule, evidence: Evidence) -> Verdict:
         threshold=shown,
         actual=actual,
         margin=margin,
+        shown=holds,
         passed=passed,
         reason=reason,
         refusal=refusal,
     )
+
+
+def _distance(rule: Rule, actual: float, ends: tuple[float | None, float | None], threshold: float) -> float:
+    """Return the distance to the threshold, positive if the rule holds; for `inside` that of the worse end."""
+    values = [end for end in ends if end is not None] if rule.op == "inside" else [actual]
+    return min(_MARGINS[rule.op](value, threshold, rule.tolerance or 0.0) for value in values)
+
+
+def _contradicted(rule: Rule, ends: tuple[float | None, float | None], threshold: float) -> bool:
+    """Return whether no part of the interval satisfies the rule, so that more samples would not help."""
+    low, high = ends
+    if low is None or high is None:
+        return True
+    tolerance = rule.tolerance or 0.0
+    beyond = {"<=": low > threshold, ">=": high < threshold}
+    return beyond.get(rule.op, low > threshold + tolerance or high < threshold - tolerance)
 
 
 def _cause(rule: Rule, metric: Metric | None, margin: float | None, threshold: float | None) -> Cause:
@@ -431,6 +562,9 @@ def _lacking(metric: str) -> str:
 
 
 def _threshold(rule: Rule, evidence: Evidence) -> float | None:
+    metric = evidence.metrics.get(rule.metric)
+    if rule.or_reference and metric is not None and metric.reference is not None:
+        return _finite(metric.reference)
     if rule.relative_to is None:
         return rule.value
     source = evidence.metrics.get(rule.relative_to.metric)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
+import torch
 from torch import nn
 
 from salun_core.data.images import ImageSet
@@ -23,9 +25,15 @@ from salun_core.evaluation.evidence import (
     Series,
 )
 from salun_core.evaluation.integrity import compare_weights
-from salun_core.evaluation.membership import attack_roc, confidence_attack, entropy_attack, match_classes
-from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.evaluation.statistics import area_metric, average_gap, effective_size, share_metric
+from salun_core.evaluation.membership import (
+    attack_roc,
+    confidence_attack,
+    entropy_attack,
+    forgetting_metrics,
+    match_classes,
+)
+from salun_core.evaluation.outputs import Outputs, outputs_of, penultimate_features
+from salun_core.evaluation.statistics import average_gap, mean_metric, share_metric
 from salun_core.saliency import SaliencyMask
 
 BINS = 40  # as many as a panel of the report can show
@@ -62,7 +70,7 @@ def evaluate_classifier(
     classes: list[str] | None = None,
     run: RunFacts | None = None,
 ) -> Evidence:
-    """Measure UA, RA, TA, MIA and the figures of the report.
+    """Measure UA, RA, TA, MIA, what unlearning changed, and the figures of the report.
 
     UA = 1 - accuracy on D_f; RA = accuracy on D_r; TA = accuracy on the test split; MIA = share of D_f that the
     confidence attack classifies as non-member; all as ratios with n and a 95 % interval. D_f is compared with unseen
@@ -111,15 +119,15 @@ def evaluate_classifier(
     labels = outputs["after"]["forget"].labels
     single = ~np.isin(labels, forgotten.classes)
     asked = single | ~single.any()
-    matching = match_classes(labels[asked], whole_test["after"].labels)
-    for name, by_split in outputs.items():
-        curve = attack_roc(by_split["forget"].where(asked), whole_test[name])
+    subject = {name: by_split["forget"].where(asked) for name, by_split in outputs.items()}
+    for name, found in subject.items():
+        curve = attack_roc(found, whole_test[name])
         roc |= {name: curve} if curve is not None else {}
-    areas = {name: curve.auc for name, curve in roc.items()}
-    unseen = effective_size(matching.weights)
-    metrics["attack_auc"] = area_metric(areas, int(matching.chosen.sum()), unseen)
-    wrong = {name: float(np.average(~item.correct, weights=matching.weights)) for name, item in whole_test.items()}
-    metrics["UA_unseen"] = share_metric(wrong, int(unseen))
+    metrics |= forgetting_metrics(subject, whole_test)
+    for name, split in (("TA_loss", "test"), ("RA_loss", "retain")):
+        metrics[name] = mean_metric({model: by_split[split].losses for model, by_split in outputs.items()})
+    if not single.all():
+        metrics["restored"] = restored_metric(models, splits.forget.select(np.flatnonzero(~single).tolist()))
     # The caller replaces the origin with the value of the model line's last full training, if it knows the line.
     metrics["TA"] = metrics["TA"].model_copy(update={"origin": metrics["TA"].before})
     if reference is not None:
@@ -137,6 +145,32 @@ def evaluate_classifier(
         classes=names,
         run=run or RunFacts(),
     )
+
+
+def restored_metric(models: Mapping[str, nn.Module], forget: ImageSet) -> Metric:
+    """Return `restored`: the share of forgotten images that is recognised with the last layer of the model before.
+
+    An edit of the outputs leaves the features as they were: a bias of -100 hides a class, and the former last layer
+    brings it back. It costs one forward pass.
+
+    Args:
+        models: by name: before, after, perhaps reference.
+        forget: images of classes of which nothing is retained, at least one.
+
+    Returns:
+        The metric; null if the models have no linear layer or their features are not finite. Before, it is the accuracy
+        on these images.
+    """
+    layers = [module for module in models["before"].modules() if isinstance(module, nn.Linear)]
+    labels, shares = forget.labels.cpu(), dict[str, float]()
+    for name, model in models.items() if layers else ():
+        features = penultimate_features(model, lambda size: (inputs for inputs, _ in forget.batches(size)))
+        if features is None or not torch.isfinite(features).all():
+            return Metric.of({}, len(forget))
+        with torch.no_grad():
+            logits = copy.deepcopy(layers[-1]).cpu()(features)
+        shares[name] = float((logits.argmax(dim=1) == labels).double().mean())
+    return share_metric(shares, len(forget))
 
 
 def metric_shares(by_split: Mapping[str, Outputs]) -> dict[str, np.ndarray]:

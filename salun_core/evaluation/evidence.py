@@ -13,6 +13,7 @@ from salun_core.digest import digest_json
 
 METRIC_NAMES = (
     *("UA", "UA_class", "UA_samples", "UA_unseen", "RA", "TA", "MIA", "MIA_entropy", "attack_auc", "gap"),
+    *("effect", "change", "restored", "TA_loss", "RA_loss"),
     *("lira_auc", "lira_offline_auc", "lira_tpr", "relearn", "probe_auc", "worst_decile", "worst_class_drop"),
     *("KL_forget", "KL_test", "ToW", "UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
     *("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "attack_success"),
@@ -21,6 +22,7 @@ METRIC_NAMES = (
 
 MORE_IS_FORGOTTEN: Mapping[str, bool] = {
     **dict.fromkeys(("UA", "UA_class", "UA_samples", "UA_relearned", "UA_seeds", "MIA", "MIA_entropy"), True),
+    **{"effect": True, "change": True, "restored": False},
     **dict.fromkeys(("attack_auc", "attack_auc_seeds", "lira_auc", "lira_offline_auc", "lira_tpr", "probe_auc"), False),
     **dict.fromkeys(("relearn", "worst_decile", "nudity", "attack_success"), False),
 }
@@ -40,7 +42,8 @@ _ADDED_TO_RUNS = ("tuning", "changed_fraction")  # added later: digests of older
 class Metric(Document):
     """One measured value; null if it could not be measured.
 
-    A ratio from 0 to 1 (`gap` too), except FID and KID (distances), CLIP (a score from 0 to 100) and KL (nats).
+    A ratio from 0 to 1 (`gap` too), except effect (a difference of two areas), change (in typical margins of unseen
+    data), FID and KID (distances), CLIP (a score from 0 to 100), and KL and mean losses (nats).
     """
 
     before: float | None = Field(description="value for the model before unlearning")
@@ -120,6 +123,10 @@ class Integrity(Document):
     frozen_changed: int | None = Field(default=None, description="parameters outside the mask whose bits differ")
     non_finite: int = Field(ge=0, description="parameters and buffers that are NaN or infinite after")
     buffers_changed: int = Field(ge=0, description="buffer values (batch-norm statistics) whose bits differ")
+    distance: float | None = Field(
+        default=None,
+        description="Euclidean distance of the weights, relative to the length of those before; null in older evidence",
+    )
 
 
 class Series(Document):
@@ -297,6 +304,8 @@ class Evidence(Document):
             absent["run"] = missing
         if self.forgotten.in_classes is None:
             absent["forgotten"] = {"in_classes"}
+        if self.integrity.distance is None:
+            absent["integrity"] = {"distance"}
         return digest_json(_without_nan(self.model_dump(mode="json", exclude=absent)))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import Integrity
@@ -42,8 +45,16 @@ def compare_weights(before: nn.Module, after: nn.Module, mask: SaliencyMask | No
         weights_changed=sum(int(bits.sum()) for bits in changed.values()),
         frozen_changed=frozen,
         non_finite=sum(int((~torch.isfinite(value)).sum()) for value in state if value.is_floating_point()),
+        distance=_distance(old, new),
         buffers_changed=sum(int(_differing_bits(buffers[name], value).sum()) for name, value in after_buffers.items()),
     )
+
+
+def _distance(old: dict[str, Parameter], new: dict[str, Parameter]) -> float | None:
+    """Return |new - old| / |old| over all parameters; None if it is not finite, or all old ones are 0."""
+    apart = sum(float((new[name].detach().double() - old[name].detach().double()).square().sum()) for name in old)
+    length = sum(float(parameter.detach().double().square().sum()) for parameter in old.values())
+    return math.sqrt(apart / length) if length > 0 and math.isfinite(apart) else None
 
 
 def _kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

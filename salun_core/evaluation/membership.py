@@ -10,13 +10,21 @@ no random draw from unseen data.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from salun_core.evaluation.evidence import Curve
+from salun_core.evaluation.evidence import Curve, Metric
 from salun_core.evaluation.outputs import TINY, Outputs
-from salun_core.evaluation.statistics import rank_area
+from salun_core.evaluation.statistics import (
+    area_change,
+    area_metric,
+    effective_size,
+    mean_interval,
+    rank_area,
+    share_metric,
+)
 
 
 class Matching(NamedTuple):
@@ -149,6 +157,46 @@ def matched_area(forget: Outputs, unseen: Outputs) -> float:
     """Return the area of telling D_f from unseen samples of the same classes by a high margin; 1/2 is guessing."""
     chosen, weights = match_classes(forget.labels, unseen.labels)
     return rank_area(forget.margins[chosen], unseen.margins, weights)
+
+
+def forgetting_metrics(forget: Mapping[str, Outputs], unseen: Mapping[str, Outputs]) -> dict[str, Metric]:
+    """Measure what a model still knows of D_f that it does not know of unseen data, and what unlearning changed.
+
+    Args:
+        forget: by model (before, after, perhaps reference): outputs on D_f, at least one sample.
+        unseen: the same for unseen data.
+
+    Returns:
+        Over unseen data of the classes of D_f, in its mixture:
+        attack_auc: the area of telling D_f by a high margin; 1/2 is guessing.
+        effect: by how much this area fell from before to after, with the interval of the paired difference. Areas are
+            of ranks, so that a change that treats D_f like unseen data (temperature, noise) has no effect.
+        change: mean absolute change of the margins on D_f, in units of the typical margin of unseen data of the same
+            model, so that scaling all logits is no change. It is 1e-6 for float noise, and has no direction.
+        UA_unseen: share of unseen data that is misclassified.
+        The first three are null if a margin is not finite.
+    """
+    chosen, weights = match_classes(forget["after"].labels, unseen["after"].labels)
+    size, count = effective_size(weights), int(chosen.sum())
+    wrong = {name: float(np.average(~item.correct, weights=weights)) for name, item in unseen.items()}
+    metrics = {"UA_unseen": share_metric(wrong, int(size))}
+    scores = {
+        name: (item.margins[chosen], unseen[name].margins)
+        for name, item in forget.items()
+        if np.isfinite(item.margins).all() and np.isfinite(unseen[name].margins).all()
+    }
+    areas = {name: rank_area(*pair, weights) for name, pair in scores.items()}
+    metrics["attack_auc"] = area_metric(areas, count, size)
+    metrics |= {"effect": Metric.of({}, count), "change": Metric.of({}, count)}
+    if "before" in scores and "after" in scores:
+        fall, interval = area_change(scores["before"], scores["after"], weights)
+        metrics["effect"] = Metric.of({"before": 0.0, "after": fall}, count, interval)
+        typical = {name: float(np.average(np.abs(pair[1]), weights=weights)) for name, pair in scores.items()}
+        if min(typical["before"], typical["after"]) > 0:
+            change = np.abs(scores["before"][0] / typical["before"] - scores["after"][0] / typical["after"])
+            ends = mean_interval(change) if count > 1 else (None, None)
+            metrics["change"] = Metric.of({"before": 0.0, "after": float(change.mean())}, count, ends)
+    return metrics
 
 
 def attack_roc(forget: Outputs, test: Outputs, points: int = 200) -> Curve | None:

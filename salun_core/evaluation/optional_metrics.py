@@ -24,7 +24,15 @@ from salun_core.evaluation.evidence import ClassAccuracy, Evidence, Metric, Opti
 from salun_core.evaluation.likelihood_ratio import FEWEST_SHADOWS, Train, lira_metrics, train_shadows
 from salun_core.evaluation.membership import match_classes, matched_area
 from salun_core.evaluation.outputs import TINY, Outputs, outputs_of, penultimate_features
-from salun_core.evaluation.statistics import Z95, area_metric, effective_size, placements, rank_area, share_metric
+from salun_core.evaluation.statistics import (
+    Z95,
+    area_metric,
+    effective_size,
+    mean_interval,
+    placements,
+    rank_area,
+    share_metric,
+)
 
 METRICS_OF = {
     "lira": ("lira_auc", "lira_offline_auc", "lira_tpr"),
@@ -279,25 +287,6 @@ def tow_metric(outputs: Mapping[str, BySplit]) -> Metric:
 
 
 # seeds: means over repeated runs of the unlearning
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of a mean over independent runs, by Student's t.
-
-    Args:
-        values: at least two.
-
-    Returns:
-        (low, high).
-
-    Source:
-        Student, "The Probable Error of a Mean", Biometrika 1908.
-    """
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    mean = float(np.mean(values))
-    return mean - half, mean + half
 
 
 def run_figures(outputs: BySplit) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -111,6 +111,37 @@ def area_metric(areas: Mapping[str, float], positives: int, negatives: float) ->
     """
     interval = auc_interval(areas["after"], positives, negatives) if "after" in areas else (None, None)
     return Metric.of(areas, positives, interval)
+
+
+def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over independent values, by Student's t.
+
+    Args:
+        values: at least two.
+
+    Returns:
+        (low, high).
+
+    Source:
+        Student, "The Probable Error of a Mean", Biometrika 1908.
+    """
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    mean = float(np.mean(values))
+    return mean - half, mean + half
+
+
+def mean_metric(values: Mapping[str, np.ndarray]) -> Metric:
+    """Return a metric of means over samples, with Student's interval; null if a value is not finite.
+
+    Args:
+        values: by model (before, after, reference): float64 [N], N at least 1.
+    """
+    after = values["after"]
+    found = {name: float(item.mean()) for name, item in values.items() if np.isfinite(item).all()}
+    interval = mean_interval(after) if "after" in found and len(after) > 1 else (None, None)
+    return Metric.of(found, len(after), interval)
 
 
 def average_gap(metrics: dict[str, Metric], model: str = "after") -> float | None:

@@ -11,9 +11,9 @@ from torch import nn
 
 from salun_core.data.images import ImageSet
 from salun_core.evaluation.evidence import Metric
-from salun_core.evaluation.membership import match_classes, matched_area
+from salun_core.evaluation.membership import forgetting_metrics, match_classes, matched_area
 from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.evaluation.statistics import area_metric, effective_size, kolmogorov_smirnov, share_metric
+from salun_core.evaluation.statistics import kolmogorov_smirnov, mean_metric, share_metric
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
         after: outputs of a candidate.
 
     Returns:
-        UA, UA_class, UA_samples, RA, and on held-out data TA, UA_unseen and attack_auc, with n and 95 % intervals.
+        UA, UA_class, UA_samples, RA, TA on held-out data, the metrics of `forgetting_metrics`, and the mean losses,
+        with n and 95 % intervals.
     """
     old = before.shares()
     found = {
@@ -130,11 +131,12 @@ def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
         for name, share in after.shares().items()
     }
     found["TA"] = found["TA"].model_copy(update={"origin": found["TA"].before})
-    areas = {"before": before.attack_auc(), "after": after.attack_auc()}
-    chosen, weights = match_classes(after.single.labels, after.held_out.labels)
-    unseen = effective_size(weights)
-    found["UA_unseen"] = share_metric({"before": before.missed, "after": after.missed}, int(unseen))
-    return found | {"attack_auc": area_metric(areas, int(chosen.sum()), unseen)}
+    found |= forgetting_metrics(
+        {"before": before.single, "after": after.single}, {"before": before.held_out, "after": after.held_out}
+    )
+    for name, split in (("TA_loss", "held_out"), ("RA_loss", "retain")):
+        found[name] = mean_metric({"before": getattr(before, split).losses, "after": getattr(after, split).losses})
+    return found
 
 
 def distance(before: Reading, after: Reading) -> float:

@@ -78,13 +78,16 @@ def test_a_copy_under_another_digest_is_refused(lab):
     assert "model changed" in failed(decide(evidence, POLICY))
 
 
+NOT_FORGOTTEN = {"UA_class >=", "UA_class >= (low end)", "restored <="}
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e-3])
 def test_noise_on_the_weights_is_refused(lab, copy_of, scale):
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in copy_of.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=scale)
-    assert failed(decide(lab.evidence("class", copy_of), POLICY)) == {"UA_class >="}
+    assert failed(decide(lab.evidence("class", copy_of), POLICY)) == NOT_FORGOTTEN
     assert {"UA_class >=", "frozen weights"} <= failed(
         decide(lab.evidence("class", copy_of, lab.mask("class")), POLICY)
     )
@@ -130,7 +133,7 @@ def test_a_model_that_still_remembers_single_samples_is_refused(lab):
         after.fc.bias.add_(1e-5)
     evidence = evidence_of_few(lab, before, after, 150)
     assert evidence.metrics["RA"].after == 1
-    assert failed(decide(evidence, POLICY)) == {"attack_auc <= (low end)"}
+    assert failed(decide(evidence, POLICY)) == {"attack_auc inside", "effect >= (low end)", "change >="}
 
 
 def test_an_over_forgotten_model_is_refused(lab):
@@ -255,7 +258,7 @@ def metrics_that(policy, kinds):
     ends = {"value": "after", "low": "low", "high": "high"}
     for rule in policy.rules:
         if not rule.targets or set(rule.targets) & set(kinds):
-            yield rule.metric, ends[rule.judge]
+            yield from ((rule.metric, end) for end in (("low", "high") if rule.shows else (ends[rule.judge],)))
             if rule.relative_to:
                 yield rule.relative_to.metric, rule.relative_to.state
 
@@ -268,10 +271,10 @@ NOT_NUMBERS = [None, float("nan"), float("inf"), float("-inf")]
 def test_evidence_with_a_needed_number_missing_never_passes(good, data):
     kinds = data.draw(st.sampled_from([["class"], ["samples"], ["subject"], ["class", "samples"]]))
     numbers = {"before": 0.9, "after": 0.9, "origin": 0.9, "n": 50, "low": 0.9, "high": 0.9}
-    filled = {name: numbers for name in ("RA", "TA", "UA_class", "UA", "MIA", "gap")}
+    filled = {name: numbers for name in ("RA", "TA", "UA", "MIA", "gap", "TA_loss", "RA_loss", "effect", "change")}
     low = {**numbers, "after": 0.1, "low": 0.1, "high": 0.1}
-    filled |= {"attack_auc": {**low, "after": 0.5}, "UA_samples": low, "UA_unseen": low}
-    filled["UA_class"] = {**numbers, "after": 1.0}
+    filled |= {"attack_auc": {**numbers, "after": 0.5, "low": 0.45, "high": 0.55}, "UA_samples": low, "UA_unseen": low}
+    filled |= {"UA_class": {**numbers, "before": 0.1, "after": 1.0}, "restored": low}
     whole = changed(good, forgotten__kinds=kinds, metrics=filled)
     assert decide(whole, POLICY).passed
     metric, field = data.draw(st.sampled_from(sorted(metrics_that(POLICY, kinds))))
@@ -334,7 +337,7 @@ GOOD_RULE = {"metric": "RA", "op": ">=", "value": 0.9, "reason": "x"}
         ({"value": None}, "exactly one of"),
         ({"relative_to": {"metric": "RA"}}, "exactly one of"),
         ({"tolerance": 0.1}, "no other operator takes one"),
-        ({"op": "within"}, "`within` needs a"),
+        ({"op": "within"}, "need a `tolerance`"),
         ({"op": "within", "tolerance": -0.1}, "tolerance"),
         ({"op": "within", "tolerance": float("inf")}, "tolerance"),
         ({"op": "within", "tolerance": float("nan")}, "tolerance"),

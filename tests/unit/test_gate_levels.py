@@ -1,0 +1,289 @@
+"""The default policy on nets that memorise: honest models pass at their level, and forgeries are refused."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from salun_core.config import parse
+from salun_core.data import ImageSet
+from salun_core.data.images import Normalisation
+from salun_core.errors import UsageError
+from salun_core.evaluation import Evidence, Splits, evaluate_classifier
+from salun_core.evaluation.evidence import Forgotten, Integrity, Measured, Metric, RunFacts
+from salun_core.gate import Cause, Policy, decide, load_policy
+
+POLICY = load_policy("classifier")
+SIZES = (1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 75, 100, 150, 250)
+
+
+def drawn(count, seed):
+    """Four classes of 4 x 4 images, so noisy that a net has to memorise them."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    means = 128 + 25 * torch.randn((4, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    pixels = means[labels] + 50 * torch.randn((count, 1, 4, 4), generator=generator)
+    return ImageSet(pixels.clamp(0, 255).to(torch.uint8), labels, Normalisation((0.5,), (0.25,)))
+
+
+def fit(model, images, epochs=60, rate=0.1, seed=0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
+    inputs, labels = next(iter(images.batches(len(images))))
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(labels), generator=generator).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs[batch]), labels[batch]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def trained(images, seed):
+    torch.manual_seed(seed)
+    return fit(nn.Sequential(nn.Flatten(), nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 4)), images, seed=seed)
+
+
+TRAIN, UNSEEN = drawn(600, 1), drawn(600, 2)
+
+
+@pytest.fixture(scope="module")
+def before():
+    return trained(TRAIN, 0)
+
+
+@pytest.fixture
+def forged(before):
+    return copy.deepcopy(before)
+
+
+def parts(gone):
+    gone = np.asarray(gone)
+    return TRAIN.select(gone.tolist()), TRAIN.select(np.setdiff1d(np.arange(len(TRAIN)), gone).tolist())
+
+
+def class_zero():
+    return np.flatnonzero(TRAIN.labels.numpy() == 0)
+
+
+def judged(before, after, gone, kind="samples", method="salun"):
+    forget, retain = parts(gone)
+    emptied = sorted(set(forget.labels.tolist()) - set(retain.labels.tolist()))
+    inside = int(np.isin(forget.labels.numpy(), emptied).sum())
+    counts = {"count": len(forget), "train_count": len(TRAIN), "in_classes": inside}
+    forgotten = Forgotten(**counts, kinds=[kind], classes=emptied)
+    measured = Measured(before="a", after="b", dataset="c", split="d", forget_set="e")
+    run = RunFacts(method=method)
+    return decide(
+        evaluate_classifier(before, after, Splits(forget, retain, UNSEEN), measured, forgotten, run=run), POLICY
+    )
+
+
+def failed(decision):
+    return {verdict.metric for verdict in decision.verdicts if not verdict.passed}
+
+
+def causes(decision, metric):
+    return {verdict.refusal.cause for verdict in decision.verdicts if verdict.metric == metric and verdict.refusal}
+
+
+def nudged(model):
+    """Move one weight by one unit in the last place."""
+    with torch.no_grad():
+        model[3].weight[0, 0] = torch.nextafter(model[3].weight[0, 0], torch.tensor(9.0))
+    return model
+
+
+@pytest.mark.parametrize("count", SIZES)
+def test_one_weight_moved_by_one_ulp_is_refused_at_any_size(before, forged, count):
+    decision = judged(before, nudged(forged), range(count))
+    assert not decision.passed
+    assert decision.level is None
+    assert "change" in failed(decision)
+    assert causes(decision, "change") == {Cause.NOT_FORGOTTEN}
+
+
+@pytest.mark.parametrize("count", [1, 5, 250])
+def test_a_learning_rate_near_zero_is_refused(before, forged, count):
+    forget, retain = parts(range(count))
+    fit(forged, forget.relabelled((forget.labels + 1) % 4).joined(retain), 1, 1e-7)
+    assert "change" in failed(judged(before, forged, range(count)))
+
+
+@pytest.mark.parametrize("count", [10, 250])
+@pytest.mark.parametrize("factor", [1000.0, 0.1])
+def test_rescaled_logits_are_refused_and_change_no_attack(before, forged, factor, count):
+    with torch.no_grad():
+        forged[3].weight.mul_(factor)
+        forged[3].bias.mul_(factor)
+    decision = judged(before, forged, range(count))
+    assert {"change", "effect"} <= failed(decision)
+    assert failed(decision) & {"TA_loss", "RA_loss"}
+    unscaled = judged(before, before, range(count))
+    auc = [next(v.actual for v in d.verdicts if v.metric == "attack_auc") for d in (decision, unscaled)]
+    assert auc[0] == pytest.approx(auc[1], abs=1e-3)
+
+
+def test_a_class_hidden_by_one_bias_is_refused(before, forged):
+    with torch.no_grad():
+        forged[3].bias[0] -= 100
+    decision = judged(before, forged, class_zero(), "class")
+    assert failed(decision) == {"restored"}
+    assert causes(decision, "restored") == {Cause.NOT_FORGOTTEN}
+
+
+@pytest.mark.parametrize("count", [5, 40])
+def test_samples_with_wrong_labels_are_refused_as_over_forgotten(before, forged, count):
+    forget, retain = parts(range(count))
+    fit(forged, forget.relabelled((forget.labels + 1) % 4).joined(retain), 60, 0.05)
+    decision = judged(before, forged, range(count))
+    assert "attack_auc" in failed(decision)
+    assert causes(decision, "attack_auc") == {Cause.OVER_FORGOTTEN}
+
+
+@pytest.mark.parametrize(
+    ("gone", "kind", "level"),
+    [
+        (np.arange(250), "samples", "measured"),
+        (np.arange(5), "samples", "procedure"),
+        (np.arange(1), "samples", "procedure"),
+        (class_zero(), "class", "measured"),
+        (class_zero(), "subject", "measured"),
+    ],
+)
+def test_a_model_that_never_saw_the_samples_passes_at_the_level_that_so_many_show(before, gone, kind, level):
+    decision = judged(before, trained(parts(gone)[1], 7), gone, kind)
+    assert decision.passed, decision.summary
+    assert decision.level == level
+    assert decision.n == len(gone)
+    if len(decision.verdicts) and level != "measured":
+        assert decision.margin == 0.1
+        assert decision.power < 0.2
+        assert any(verdict.shown is False for verdict in decision.verdicts)
+    elif kind == "samples":
+        assert decision.power > 0.9
+
+
+def test_a_retrained_model_has_its_level_and_a_claim_alone_has_not(before, forged):
+    assert judged(before, trained(parts(range(5))[1], 7), range(5), method="retrain").level == "retrained"
+    assert not judged(before, nudged(forged), range(5), method="retrain").passed
+
+
+def metric(value, low, high, n=40, **more):
+    return Metric(before=0.6, after=value, low=low, high=high, n=n, **more)
+
+
+def decided(policy, kinds=("samples",), **metrics):
+    evidence = Evidence(
+        created_at="2026-01-02T03:04:05Z",
+        measured=Measured(before="a", after="b", dataset="c", split="d", forget_set="e"),
+        forgotten=Forgotten(count=40, train_count=400, kinds=list(kinds)),
+        integrity=Integrity(weights=9, weights_changed=9, non_finite=0, buffers_changed=0),
+        metrics=metrics,
+    )
+    return decide(evidence, policy)
+
+
+INSIDE = {"metric": "attack_auc", "op": "inside", "value": 0.5, "tolerance": 0.1, "reason": "alike"}
+SHOWN = {"metric": "effect", "op": ">=", "value": 0.01, "judge": "low", "reason": "an effect"}
+
+
+def policy_of(*rules, **more):
+    return parse(Policy, {"name": "mine", "rules": list(rules), **more}, "policy")
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "shown", "contradicted"),
+    [
+        (0.5, 0.45, 0.55, True, None),
+        (0.5, 0.4, 0.6, True, None),
+        (0.5, 0.3, 0.55, False, None),
+        (0.5, 0.0, 1.0, False, None),
+        (0.7, 0.59, 0.8, False, None),
+        (0.7, 0.61, 0.8, False, Cause.NOT_FORGOTTEN),
+        (0.3, 0.2, 0.39, False, Cause.OVER_FORGOTTEN),
+    ],
+)
+def test_an_interval_is_inside_overlaps_or_contradicts(value, low, high, shown, contradicted):
+    found = metric(value, low, high)
+    strict = decided(policy_of(INSIDE), attack_auc=found)
+    lenient = decided(policy_of({**INSIDE, "undecided": "procedure"}), attack_auc=found)
+    assert strict.verdicts[-1].shown is shown
+    assert strict.passed is shown
+    assert lenient.passed is (contradicted is None)
+    assert lenient.level == (None if contradicted else "measured" if shown else "procedure")
+    assert (lenient.margin, lenient.n) == (0.1, 40)
+    if contradicted:
+        assert lenient.verdicts[-1].refusal.cause is contradicted
+    elif not shown and 0.4 <= value <= 0.6:
+        assert strict.verdicts[-1].refusal.cause is Cause.TOO_FEW_SAMPLES
+
+
+def test_the_value_of_a_retrained_model_is_the_centre_if_there_is_one():
+    rule = {**INSIDE, "or_reference": True}
+    found = metric(0.3, 0.25, 0.35)
+    assert not decided(policy_of(rule), attack_auc=found).passed
+    assert decided(policy_of(rule), attack_auc=found.model_copy(update={"reference": 0.32})).passed
+    assert not decided(policy_of(INSIDE), attack_auc=found.model_copy(update={"reference": 0.32})).passed
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "level"), [(0.02, 0.1, "measured"), (-0.1, 0.1, "procedure"), (-0.005, 0.005, None)]
+)
+def test_no_effect_in_enough_samples_contradicts(low, high, level):
+    decision = decided(policy_of({**SHOWN, "undecided": "procedure"}), effect=metric((low + high) / 2, low, high))
+    assert decision.level == level
+
+
+@pytest.mark.parametrize("broken", [None, float("nan")])
+def test_an_end_that_is_missing_is_never_shown(broken):
+    for rule in (INSIDE, SHOWN):
+        lenient = policy_of({**rule, "undecided": "procedure"})
+        decision = decided(lenient, **{rule["metric"]: metric(0.5, 0.45, broken)})
+        assert not decision.passed
+        assert decision.verdicts[-1].shown is None
+
+
+def test_the_policy_says_which_levels_it_publishes():
+    rules = [{**INSIDE, "undecided": "procedure"}]
+    few = metric(0.5, 0.3, 0.7)
+    allowed = policy_of(*rules, levels={"samples": ["measured", "procedure"]})
+    assert decided(allowed, attack_auc=few).level == "procedure"
+    strict = policy_of(*rules, levels={"samples": ["measured"], "class": ["procedure"]})
+    refused = decided(strict, attack_auc=few)
+    assert not refused.passed
+    assert "the level is procedure" in refused.summary
+    assert decided(strict, attack_auc=metric(0.5, 0.45, 0.55)).passed
+    assert decided(policy_of({**INSIDE, "op": "within"}), attack_auc=few).level == "procedure"  # no interval is judged
+
+
+def test_power_is_the_chance_of_an_honest_model():
+    """Of areas that are normal around 1/2 with a deviation of 0.04, counted."""
+    deviation = 0.04
+    decision = decided(policy_of(INSIDE), attack_auc=metric(0.5, 0.5 - 1.96 * deviation, 0.5 + 1.96 * deviation))
+    areas = np.random.default_rng(0).normal(0.5, deviation, 200_000)
+    inside = (np.abs(areas - 0.5) + 1.96 * deviation <= 0.1).mean()
+    assert decision.power == pytest.approx(inside, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"judge": "low"},
+        {"tolerance": None},
+        {"op": "within", "or_reference": True},
+        {"op": "within", "undecided": "procedure"},
+        {"op": "<=", "tolerance": None, "judge": "low", "undecided": "procedure"},
+        {"undecided": "publish"},
+    ],
+)
+def test_faults_of_rules_on_intervals_are_reported(change):
+    with pytest.raises(UsageError, match=r"rules\.0"):
+        policy_of({**INSIDE, **change})
+
+
+def test_fields_that_are_not_used_leave_the_digest_of_a_policy():
+    old = policy_of({"metric": "RA", "op": ">=", "value": 0.5, "reason": "x"})
+    assert old.digest == "648b29ff40567911d0b55ee7f6187f3226526754cafa8889d1ea94754757c629"
+    assert policy_of(INSIDE).digest != policy_of({**INSIDE, "undecided": "procedure"}).digest
