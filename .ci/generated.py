@@ -159,20 +159,25 @@ def policies() -> str:
         NOTE,
         "# Policies",
         "The gate policies that ship. `auto`, the default, selects the one for the kind of model. A rule applies to "
-        "the targets in its row. *low* and *high* are the ends of the value's 95 % interval. How to "
-        "write a policy: [concepts](../explanation/concepts.md#policies).",
+        "the targets in its row. *low* and *high* are the ends of the value's 95 % interval. *procedure*: if "
+        "the samples cannot decide the rule, the level is `procedure`. *not if retrained*: left out for a retrained "
+        "model. How to write a policy: [concepts](../explanation/concepts.md#policies).",
     ]
     for file in sorted((ROOT / "salun_core/policies").glob("*.yaml")):
         policy = load("salun_core.gate:Policy").model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-        parts += [f"## {policy.name}", table(("Rule", "Targets", "Reason"), map(_rule, policy.rules))]
+        parts += [f"## {policy.name}", table(("Rule", "Targets", "Notes", "Reason"), map(_rule, policy.rules))]
     return "\n\n".join(parts) + "\n"
 
 
-def _rule(rule: Any) -> tuple[str, str, str]:  # noqa: ANN401 - a rule of a policy
+def _rule(rule: Any) -> tuple[str, str, str, str]:  # noqa: ANN401 - a rule of a policy
     bound = f"{rule.value:g}" if rule.relative_to is None else _relative(rule.relative_to)
     judged = "" if rule.judge == "value" else f" ({rule.judge})"
     tolerance = "" if rule.tolerance is None else f" ± {rule.tolerance:g}"
-    return f"`{rule.metric}`{judged} {rule.op} {bound}{tolerance}", ", ".join(rule.targets) or "all", rule.reason
+    bound = f"{bound}{tolerance}" + (f", or `{rule.metric}` reference{tolerance}" if rule.or_reference else "")
+    notes = [rule.undecided] if rule.undecided != "refuse" else []
+    notes += ["not if retrained"] if rule.unless_retrained else []
+    targets = ", ".join(rule.targets) or "all"
+    return f"`{rule.metric}`{judged} {rule.op} {bound}", targets, ", ".join(notes), rule.reason
 
 
 def _relative(to: Any) -> str:  # noqa: ANN401 - the other side of a rule

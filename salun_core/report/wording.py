@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 MISSING = "–"
 NBSP = "\N{NO-BREAK SPACE}"
-_THRESHOLD = re.compile(r"(?:(<=|>=|within) )?(-?\d+\.\d+)(?: ± (\d+\.\d+))?")
-_SIGNS = {"<=": "≤ ", ">=": "≥ ", "within": "within ", None: ""}
+_THRESHOLD = re.compile(r"(?:(<=|>=|within|inside) )?(-?\d+\.\d+)(?: ± (\d+\.\d+))?")
+_SIGNS = {"<=": "≤ ", ">=": "≥ ", "within": "within ", "inside": "wholly within ", None: ""}
 
 
 class Words(NamedTuple):

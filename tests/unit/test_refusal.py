@@ -18,6 +18,10 @@ GOOD = {
     "UA_samples": Metric(before=0.0, after=0.08, n=50, low=0.03, high=0.19),
     "UA_unseen": Metric(before=0.05, after=0.06, n=300, low=0.03, high=0.09),
     "attack_auc": Metric(before=0.80, after=0.55, n=50, low=0.45, high=0.65),
+    "effect": Metric(before=0.0, after=0.25, n=50, low=0.15, high=0.35),
+    "change": Metric(before=0.0, after=0.4, n=50, low=0.3, high=0.5),
+    "TA_loss": Metric(before=0.2, after=0.25, n=300, low=0.2, high=0.3),
+    "RA_loss": Metric(before=0.01, after=0.02, n=900, low=0.01, high=0.03),
 }
 RUN = RunFacts(method="salun", config={"learning_rate": 0.01, "epochs": 10})
 
@@ -54,8 +58,8 @@ def test_a_refusal_has_words_figures_cause_and_the_next_step():
     remembered = Metric(before=0.99, after=0.81, n=50, low=0.74, high=0.88)
     decision = decide(evidence(attack_auc=remembered), load_policy("classifier"))
     refusal = only(decision)
-    assert refusal.words == "forgotten samples must not look more familiar than unseen ones"
-    wanted = "attack_auc 0.8100, 95 % interval 0.7400 to 0.8800, required of the low end <= 0.6500, n 50"
+    assert refusal.words == "forgotten samples must look like unseen ones, neither more familiar nor less"
+    wanted = "attack_auc 0.8100, 95 % interval 0.7400 to 0.8800, required inside 0.5000 ± 0.1000, n 50"
     assert refusal.figures == wanted
     assert refusal.cause is Cause.NOT_FORGOTTEN
     assert "--tune" in refusal.next

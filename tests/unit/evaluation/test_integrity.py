@@ -29,6 +29,7 @@ def test_weights_are_compared_bit_by_bit():
         "frozen_changed": None,
         "non_finite": 1,
         "buffers_changed": 0,
+        "distance": None,  # a weight is NaN
     }
     mask = SaliencyMask.from_scores(
         {"weight": torch.tensor([[5.0, 1.0, 5.0], [5.0, 1.0, 5.0]]), "scale": torch.tensor(0.0), "none": after.none},
@@ -50,6 +51,16 @@ def test_weights_are_compared_bit_by_bit():
 def test_memory_layout_is_ignored(lab):
     other = copy.deepcopy(lab.model).to(memory_format=torch.contiguous_format)
     assert compare_weights(lab.model, other).weights_changed == 0
+
+
+def test_the_distance_is_relative_to_the_weights_before():
+    before, after = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        before.weight.copy_(torch.tensor([[3.0, 4.0]]))
+        after.weight.copy_(torch.tensor([[3.0, 5.0]]))
+        assert compare_weights(before, after).distance == pytest.approx(0.2)
+        before.weight.zero_()
+        assert compare_weights(before, after).distance is None
 
 
 def test_models_that_cannot_be_compared_are_refused(lab):
