@@ -120,7 +120,7 @@ def sampling_peak(network: nn.Module, steps: int, images: int, batch_size: int =
     from diffusers import DDPMScheduler
 
     table = ConditionTable(["c", ""], {"encoder_hidden_states": torch.randn(2, 16, 64)}, null=1)
-    sampler = Sampler.of_scheduler(DDPMScheduler(), (4, 8, 8), steps=steps, batch_size=batch_size)
+    sampler = Sampler.of_scheduler(DDPMScheduler(), (4, 8, 8), latents=True, steps=steps, batch_size=batch_size)
     with LiveBytes() as counted:
         for _ in samples(denoiser_of(network), table, sampler, [0] * images, range(images)):
             pass

@@ -54,6 +54,7 @@ class Family:
         return Sampler.of_scheduler(
             self.loaded.components.parts["scheduler"],
             self.shape,
+            latents=not self.pixels,
             steps=evaluation.steps,
             guidance_scale=evaluation.guidance_scale,
             batch_size=evaluation.batch_size,

@@ -37,19 +37,30 @@ class Sampler:
     batch_size: int = 64
 
     @classmethod
-    def of_scheduler(cls, scheduler: Any, shape: tuple[int, int, int], **settings: Any) -> Sampler:  # noqa: ANN401
+    def of_scheduler(
+        cls,
+        scheduler: Any,  # noqa: ANN401
+        shape: tuple[int, int, int],
+        *,
+        latents: bool,
+        **settings: Any,  # noqa: ANN401
+    ) -> Sampler:
         """Build the deterministic sampler of a process: DDIM without noise, or Euler steps for flows.
 
         Args:
             scheduler: the scheduler of the model.
             shape: shape of one sample, (C, H, W).
+            latents: whether the samples are latents of an autoencoder. Latents have no fixed range, so they are never
+                clipped. Pixels are clipped as the scheduler's file sets it, and to -1 to 1 if it does not.
             settings: steps, guidance_scale, batch_size.
         """
         from diffusers import DDIMScheduler
 
         if "FlowMatch" in type(scheduler).__name__:
             return cls(type(scheduler).from_config(scheduler.config), shape, **settings)
-        made = DDIMScheduler.from_config(scheduler.config)  # type: ignore[no-untyped-call]
+        # DDIM clips by default, and the files of schedulers that know no clipping (PNDM, Euler, LMS) lack the key.
+        bounds = {"clip_sample": False, "thresholding": False} if latents else {}
+        made = DDIMScheduler.from_config(scheduler.config, **bounds)  # type: ignore[no-untyped-call]
         return cls(made, shape, **settings)
 
     @property

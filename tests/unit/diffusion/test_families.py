@@ -44,6 +44,8 @@ def test_every_family_encodes_trains_and_generates(folders, name):
     batch = noised(examples, family.denoiser.process, torch.Generator().manual_seed(1))
     assert family.denoiser.predict(batch.noisy, batch.times, table.take(batch.condition)).shape == batch.target.shape
     sampler = family.sampler(DiffusionEvaluation(steps=2))
+    clips = sampler.scheduler.config.get("clip_sample", False)  # flows have no such setting
+    assert clips == (name == "ddpm")
     drawn = torch.cat(list(images(family.denoiser, table, sampler, [0, 2], [5, 6], family.decode)))
     assert (drawn.shape, drawn.dtype) == ((2, 3, SIDE, SIDE), torch.uint8)
 

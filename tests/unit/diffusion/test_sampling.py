@@ -15,7 +15,30 @@ SHAPE = (1, 8, 8)
 
 def ddim(**settings):
     scheduler = diffusers.DDPMScheduler(clip_sample=False)
-    return Sampler.of_scheduler(scheduler, SHAPE, **{"steps": 4, "guidance_scale": 1.0, **settings})
+    return Sampler.of_scheduler(scheduler, SHAPE, latents=True, **{"steps": 4, "guidance_scale": 1.0, **settings})
+
+
+@pytest.mark.parametrize("kind", ["PNDM", "EulerDiscrete", "DPMSolverMultistep", "LMSDiscrete", "DDPM", "DDIM"])
+def test_latents_are_never_clipped_whatever_the_scheduler_file_says(kind):
+    """The files of the first four name no clipping, the others' defaults and dynamic thresholds clip."""
+    betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    clipping = {"clip_sample": True, "thresholding": True} if kind.startswith("DD") else {}
+    denoiser, table = class_unet(), class_table()
+    drawn = {}
+    for latents in (True, False):
+        scheduler = getattr(diffusers, f"{kind}Scheduler")(**betas, **clipping)
+        sampler = Sampler.of_scheduler(scheduler, SHAPE, latents=latents, steps=4, guidance_scale=1.0)
+        drawn[latents] = next(samples(denoiser, table, sampler, [0, 1], [11, 12]))
+    assert torch.equal(drawn[True], next(samples(denoiser, table, ddim(), [0, 1], [11, 12])))
+    assert drawn[True].abs().max() > 1.5
+    assert drawn[False].abs().max() <= 1  # pixels have that range
+
+
+def test_pixels_keep_the_setting_of_their_scheduler():
+    for setting in (True, False):
+        scheduler = diffusers.DDPMScheduler(clip_sample=setting)
+        made = Sampler.of_scheduler(scheduler, SHAPE, latents=False, steps=4).scheduler
+        assert made.config.clip_sample is setting
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -43,7 +66,7 @@ def test_samples_follow_the_equation_of_ddim(scale):
 def test_flows_are_sampled_by_euler_steps():
     denoiser, task = lab("flow")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    sampler = Sampler.of_scheduler(scheduler, SHAPE, steps=3, guidance_scale=1.0)
+    sampler = Sampler.of_scheduler(scheduler, SHAPE, latents=True, steps=3, guidance_scale=1.0)
     found = next(samples(denoiser, task.table, sampler, [2], [5]))
     scheduler.set_timesteps(3)
     current = starting_noise([5], SHAPE)
