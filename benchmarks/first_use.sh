@@ -122,4 +122,7 @@ check 'the history keeps the undone version' prints "^$version undone "
 check 'and says who undid it and why' prints "^undone: $version, .* by ann, .*: accuracy fell"
 step 'salun request show r-1'
 check 'the request waits for the next sweep' prints '^r-1: queued, '
+step 'salun verify r-1.json --key keys/salun.pub --store s3://salun' 5
+check 'the certificate says that its version was undone' explains 'was rolled back .* by ann .*: accuracy fell'
+check 'and what to do' explains 'fetch its new certificate: salun certificate r-1'
 printf '\nall checks hold\n'
