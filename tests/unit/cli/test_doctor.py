@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_a_whole_line_can_forget_what_its_data_name(store):
     assert "as the line was trained on" in checks["data"].detail
     assert checks["request: subject"].detail == "not possible: the data have no subject column"
     assert checks["request: concept"].detail.startswith("not possible: a classifier has no prompts")
-    assert "classifier: 6 rules on RA, TA" in checks["policy"].detail
+    assert re.match(r"classifier: \d+ rules on RA, TA", checks["policy"].detail)
 
 
 def test_data_that_differ_from_the_split_stop_every_request(store):
