@@ -27,7 +27,7 @@ from salun_core.sweeps.claim import Claim, Skipped, claim, preview
 from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.policy import SweepPolicy
 from salun_core.tasks import task_named
-from salun_core.tasks.resolve import fetched
+from salun_core.tasks.resolve import AUTO, fetched, policy_digest
 from salun_core.tasks.task import Task
 from salun_core.telemetry.observe import observed
 from salun_core.times import Clock, utc_clock
@@ -53,7 +53,8 @@ def sweep_policy(store_uri: str, line: str, recipe: Recipe, **settings: Any) -> 
         IntegrityError: HEAD or its card is damaged.
     """
     recipes = task_of_line(open_store(store_uri), line).escalation(recipe)
-    return parse(SweepPolicy, {"recipes": recipes, **settings}, "the policy of the sweep")
+    digest = policy_digest(settings.get("policy_uri", AUTO))
+    return parse(SweepPolicy, {"recipes": recipes, "policy_digest": digest, **settings}, "the policy of the sweep")
 
 
 def task_of_line(store: ObjectStore, line: str) -> Task[Any]:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from salun_core.digest import sha256_file
+from salun_core.digest import check_digest, sha256_file
 from salun_core.errors import SalunError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
@@ -71,6 +71,26 @@ class RunContext:
     def inputs(self) -> Inputs[Any]:
         """The original model, its data and the forget set, all checked; see `open_inputs` for the errors."""
         return open_inputs(self.before, self.forget_manifest_uri, self.data)
+
+    def require_claimed(self, policy: str | None = None) -> None:
+        """Check that the run still has the inputs that its record names; without a ledger there is nothing to check.
+
+        The frozen forget set and the policy are files that somebody may replace while the run works. A run whose inputs
+        changed ends without a verdict, and its requests are queued again from the ledger: nothing of the replaced file
+        gets into the line.
+
+        Args:
+            policy: digest of the gate policy, if it is about to be applied.
+
+        Raises:
+            IntegrityError: the forget set or the policy is another one.
+        """
+        record = RunLog(self.store, utc_clock).read(self.run) if self.store_uri and self.run else None
+        if record is None:
+            return
+        check_digest("the forget set that the run claimed", record.forget_sha256, self.inputs.forget_set.digest)
+        if policy is not None and record.policy_digest is not None:
+            check_digest("the policy that the run began with", record.policy_digest, policy)
 
     def candidate(self, after: Path) -> Model:
         """Return the model after. It is loaded again only if its files changed: their digests are always checked.

@@ -30,9 +30,10 @@ def fetch_model(context: RunContext) -> Fetched:
     Raises:
         UsageError: no such line, or a target that does not fit the data.
         DataError: there is nothing to forget, or nothing to keep.
-        IntegrityError: a stored file or the data do not match their digests.
+        IntegrityError: a stored file or the data do not match their digests, or the forget set is not the claimed one.
     """
     with context.observed("fetch_model"):
         head = require_head(context.store, context.model_line)
         fetch_version(context.store, context.model_line, head.version, context.before)
+        context.require_claimed()
         return Fetched(head.version, len(context.inputs.forget_set.ids), len(context.inputs.split.train))

@@ -111,7 +111,8 @@ def gate_and_publish(
     Raises:
         GateRefusedError: the gate refused.
         ConflictError: HEAD is not `parent` any more.
-        IntegrityError: the original model is not the parent's, or the split of the model after is not the kept one.
+        IntegrityError: the original model is not the parent's, the split of the model after is not the kept one, or the
+            forget set or the policy is not the one that the run began with.
     """
     with context.observed("gate_publish") as metrics:
         store, line, inputs = context.store, context.model_line, context.inputs
@@ -129,7 +130,9 @@ def gate_and_publish(
             forget_set=inputs.forget_set.digest,
             mask=used.digest if used else None,
         )
-        decision = decide(measured, read_policy(policy_uri, measured), expected)
+        policy = read_policy(policy_uri, measured)
+        context.require_claimed(policy.digest)  # the inputs are loaded once: what is checked here is what is published
+        decision = decide(measured, policy, expected)
         record_evidence(metrics, measured, decision)
         write_report(report, measured, decision, report_context(store, line, parent, measured))
         files = {EVIDENCE: report.with_name(_GATED), DECISION: report.with_name(DECISION), REPORT: report}

@@ -376,6 +376,7 @@ class _Batch:
             "work_key": self._work(ids, level),
             "members": [_member(state, resolved).model_dump() for state, resolved in taken],
             "forget_sha256": frozen_digest,
+            "policy_digest": self.policy.policy_digest,
             "forget_count": len(ids),
             "train_count": self.resolver.train_count,
         }

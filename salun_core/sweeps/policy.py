@@ -43,6 +43,7 @@ class SweepPolicy(BatchLimits):
         min_length=1, description="by escalation level: each refusal tries the next; after the last a person decides"
     )
     policy_uri: str = Field(default="auto", description="the gate policy")
+    policy_digest: str | None = Field(default=None, description="its digest when the sweep began; none for `auto`")
     deadline_days: float = Field(
         default=8.0, ge=0, description="a batch is due when the month of a request ends within this time"
     )

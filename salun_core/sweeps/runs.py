@@ -83,6 +83,9 @@ class RunRecord(StoredDocument):
     work_key: Digest = Field(description="digest of line, parent, forget set and recipe: equal work has an equal key")
     members: list[RunMember] = Field(min_length=1, description="its requests")
     forget_sha256: Digest = Field(description="SHA-256 of the frozen forget set that the run reads")
+    policy_digest: Digest | None = Field(
+        default=None, description="SHA-256 of the gate policy that was named; none for `auto` and in older records"
+    )
     forget_count: Count = Field(description="training samples to forget, of all members together")
     train_count: Count = Field(description="training samples of the parent")
 

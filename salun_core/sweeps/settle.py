@@ -208,6 +208,9 @@ def _plan(record: RunRecord, status: RunStatus, states: Sequence[RequestState]) 
 def published_by(context: SweepContext, record: RunRecord) -> Version | None:
     """Return the version that a run published, or None.
 
+    A version that forgot another set than the run claimed is not the run's: its requests are queued again and erased by
+    a later run. Certifying them would fail, and the failure would stop every later sweep of the line.
+
     It looks from HEAD back to the run's parent. After a rollback the parent may be missing there; then it stops at the
     first version that is older than the run.
     """
@@ -216,7 +219,9 @@ def published_by(context: SweepContext, record: RunRecord) -> Version | None:
     while digest is not None and digest != record.parent:
         manifest = read_version(context.store, record.line, digest)
         if manifest.run == record.run:
-            return Version(digest, manifest)
+            if manifest.forget_set_digest in (None, record.forget_sha256):
+                return Version(digest, manifest)
+            get_logger().warning("version_of_another_forget_set", run=record.run, version=digest)
         digest = None if manifest.created_at < record.created_at else manifest.parent
     return None
 

@@ -85,6 +85,9 @@ def read_mask(path: Path | None, inputs: Inputs[ModelT]) -> SaliencyMask | None:
 def used_mask(after: Path, mask: Path | None, run: RunFacts, inputs: Inputs[Any]) -> SaliencyMask | None:
     """Return the mask outside which weights must be unchanged.
 
+    A mask that was given is always compared, whatever facts are missing: a model folder without facts of its run must
+    not escape the comparison. Only the full mask that the mask step makes for a method without one restricts nothing.
+
     A search chooses the density, so its mask is in the model folder. It must belong to this model and forget set, match
     the mask in the run facts, and agree with the mask of the mask step, which is computed from the same scores: of two
     densities, the sparser mask lies within the denser one.
@@ -102,10 +105,10 @@ def used_mask(after: Path, mask: Path | None, run: RunFacts, inputs: Inputs[Any]
         UsageError: the file does not exist.
         IntegrityError: the mask is another one, is damaged, or contradicts that of the mask step.
     """
-    if run.density is None:
-        return None
     given = SaliencyMask.load(mask) if mask else None
-    if run.tuning is None:
+    if run.density is None and given is not None and given.facts.get("scores") == "none":
+        given = None
+    if run.tuning is None or run.density is None:
         return given
     used = read_mask(after / TUNED_MASK, inputs)
     assert used is not None

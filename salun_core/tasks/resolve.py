@@ -137,6 +137,15 @@ def policy_for(uri: str, card: Card) -> Policy:
     return _policy(policy_of_images(card.task, card.evaluation.suite == "nsfw"))
 
 
+def policy_digest(uri: str) -> str | None:
+    """Return the digest of a policy, which a run is held to; None for `auto`, which comes with the code.
+
+    Raises:
+        UsageError: the policy does not exist, or has faults.
+    """
+    return None if uri == AUTO else _policy(uri).digest
+
+
 def _policy(uri: str) -> Policy:
     return parse(Policy, read_plain(uri), uri) if uri.startswith("s3://") else load_policy(uri)
 

@@ -68,7 +68,14 @@ def begin(store: FileStore, line: str = LINE) -> str:
 
 
 def publish(
-    store: FileStore, line: str, parent: str | None, gone: set[str], run: str | None, count: int, method: str = "salun"
+    store: FileStore,
+    line: str,
+    parent: str | None,
+    gone: set[str],
+    run: str | None,
+    count: int,
+    method: str = "salun",
+    forget_set_digest: str | None = None,
 ) -> str:
     """Stage a version that has forgotten some samples, and make it HEAD if its parent still is."""
     with tempfile.TemporaryDirectory() as folder:
@@ -81,6 +88,7 @@ def publish(
             "method": method if parent else "train",
             "forget_count": count,
             "retrained": method == "retrain",
+            "forget_set_digest": forget_set_digest,
         }
         version, _ = stage_version(store, fields, {MODEL: path})
     publish_head(store, line, version, parent, run)

@@ -9,7 +9,7 @@ import pytest
 from salun_core.certificates.keys import create_key
 from salun_core.certificates.verify import verify_certificate
 from salun_core.data.targets import ClassTarget, SamplesTarget
-from salun_core.errors import ConflictError, UsageError
+from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.models import load_model
 from salun_core.registry.lookup import ancestry, read_head
 from salun_core.registry.versions import fetch_version
@@ -47,6 +47,28 @@ def certificate(store, request, folder):
     path = folder / f"{request}.json"
     path.write_bytes(store.get(certificate_key(request)).data)
     return path
+
+
+def test_a_frozen_forget_set_that_is_replaced_ends_its_run_only(config, store, digits_model, tmp_path):
+    ledger, line = Ledger(store, utc_clock), config.model_line
+    ids = load_model(digits_model).split.ids("train")
+    ledger.submit("one", line, SamplesTarget(ids=ids[:1]))
+    head = read_head(store, line)[0].version
+
+    def replace(step):
+        if step != "fetch_model":
+            return
+        (key,) = [entry.key for entry in store.list("scratch/") if entry.key.endswith("forget.json")]
+        found = store.get(key)
+        document = json.loads(found.data)
+        store.put_if(key, json.dumps({**document, "ids": sorted(ids[5:7])}).encode(), found.etag)
+
+    done = sweep_once(config, tmp_path / "run", replace)
+    assert isinstance(done.error, IntegrityError)
+    assert "the forget set that the run claimed" in str(done.error)
+    assert read_head(store, line)[0].version == head
+    assert ledger.status("one") is Status.QUEUED
+    assert holder_of(store, line) is None
 
 
 def test_requests_are_erased_certified_rolled_back_and_erased_again(config, store, keys, digits_model, tmp_path):

@@ -248,6 +248,21 @@ def test_the_next_claim_finds_a_late_publish(context):
     assert json.loads(context.store.get(certificate_key(request)).data)["version"] == version
 
 
+def test_a_version_that_forgot_another_set_certifies_nothing_and_blocks_nothing(context):
+    """Somebody replaced the frozen forget set of a run that died after HEAD had moved."""
+    request = submit(context, 1)
+    claimed = toy.claim_next(context, "run-1", lease_seconds=1)
+    gone = {toy.sample(7)}
+    toy.publish(context.store, LINE, claimed.record.parent, gone, "run-1", 1, forget_set_digest="0" * 64)
+    wait_for_the_lease(context)
+    other = submit(context, 2)
+    after, settled = run_once(context, "run-2")
+    assert list(after.recovered) == [request]
+    assert sorted(settled.completed) == sorted([request, other])
+    assert toy.forgotten(context.store, toy.head(context.store)) == {toy.sample(7), toy.sample(1), toy.sample(2)}
+    assert context.ledger.state(request).last.run == "run-2"
+
+
 def test_requests_of_a_stale_run_are_queued_unchanged(context):
     request = submit(context, 1)
     claimed = toy.claim_next(context, "run-1")
