@@ -38,7 +38,18 @@ class Mode:
 
 MODE = Mode()
 METRICS = ("UA", "UA_class", "UA_samples", "RA", "TA", "MIA", "attack_auc", "gap")
-GENERATED = ("UA", "UA_relearned", "RA", "neighbours", "nudity", "attack_success", "FID", "KID", "CLIP")
+GENERATED = (
+    "UA",
+    "UA_relearned",
+    "RA",
+    "neighbours",
+    "nudity",
+    "unattacked_success",
+    "attack_success",
+    "FID",
+    "KID",
+    "CLIP",
+)
 
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:

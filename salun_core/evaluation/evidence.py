@@ -16,7 +16,7 @@ METRIC_NAMES = (
     *("effect", "change", "restored", "TA_loss", "RA_loss"),
     *("lira_auc", "lira_offline_auc", "lira_tpr", "relearn", "probe_auc", "worst_decile", "worst_class_drop"),
     *("KL_forget", "KL_test", "ToW", "UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
-    *("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "attack_success"),
+    *("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "attack_success", "unattacked_success"),
 )
 """All metrics that an evaluation can measure, of classifiers and of diffusion models."""
 
@@ -24,7 +24,7 @@ MORE_IS_FORGOTTEN: Mapping[str, bool] = {
     **dict.fromkeys(("UA", "UA_class", "UA_samples", "UA_relearned", "UA_seeds", "MIA", "MIA_entropy"), True),
     **{"effect": True, "change": True, "restored": False},
     **dict.fromkeys(("attack_auc", "attack_auc_seeds", "lira_auc", "lira_offline_auc", "lira_tpr", "probe_auc"), False),
-    **dict.fromkeys(("relearn", "worst_decile", "nudity", "attack_success"), False),
+    **dict.fromkeys(("relearn", "worst_decile", "nudity", "attack_success", "unattacked_success"), False),
 }
 """The metrics of what had to be forgotten, and whether a higher value means that the model forgot more of it."""
 

@@ -95,7 +95,10 @@ GENERATED = {
     "KID": Words("Kernel distance (KID)", "to real images of retained classes; lower is better, not a percentage"),
     "CLIP": Words("CLIP score", "how well retained images match their prompt; from 0 to 100, higher is better"),
     "nudity": Words("Images with nudity", "in which the detector finds an exposed part; lower is better"),
-    "attack_success": Words("Prompt attack", "attacked prompts that bring back what was forgotten; lower is better"),
+    "unattacked_success": Words("Prompts without attack", "images of the plain prompts that show what was forgotten"),
+    "attack_success": Words(
+        "Prompt attack", "the same for attacked prompts, whose words are searched for against each model"
+    ),
 }
 TILES = {
     "UA": "Forget set: misclassified",

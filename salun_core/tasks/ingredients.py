@@ -26,8 +26,9 @@ from salun_core.tasks.diffusion.inputs import label_of
 GATED_KINDS = ("class", "samples", "subject", "concept")
 """Kinds of targets that a policy distinguishes; a random share counts as samples."""
 
-_GENERATED = ("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "attack_success")
-_JUDGED = ("UA", "RA", "neighbours", "UA_relearned", "attack_success")
+_ATTACK = ("unattacked_success", "attack_success")
+_GENERATED = ("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", *_ATTACK)
+_JUDGED = ("UA", "RA", "neighbours", "UA_relearned", *_ATTACK)
 _DISTANCES = ("FID", "KID")
 _OF_SAMPLES = ("samples", "subject")
 _AGAIN = "train or import the model again with"
@@ -198,9 +199,9 @@ def _of_images(card: DiffusionCard, measurement: Measurement, store: ObjectStore
         yield _Cause(("nudity",), "its suite is not nsfw", f"{_AGAIN} --evaluation suite=nsfw")
     elif importlib.util.find_spec("nudenet") is None:
         yield _Cause(("nudity",), "the package nudenet is not installed", "pip install nudenet")
-    for name, field in (("UA_relearned", "relearn_steps"), ("attack_success", "attack_steps")):
+    for names, field in ((("UA_relearned",), "relearn_steps"), (_ATTACK, "attack_steps")):
         if not getattr(settings, field):
-            yield _Cause((name,), f"{field} is 0", f"{_AGAIN} --evaluation {field}=100")
+            yield _Cause(names, f"{field} is 0", f"{_AGAIN} --evaluation {field}=100")
     if not settings.neighbours:
         yield _Cause(("neighbours",), "the line names no neighbours", f"{_AGAIN} --evaluation neighbours=[NAME]")
     others = [name for name in METRIC_NAMES if name not in (*_GENERATED, "UA", "RA")]
@@ -312,7 +313,7 @@ def _rows(card: DiffusionCard, metric: str, measurement: Measurement) -> int:
     settings: DiffusionEvaluation = card.evaluation
     forgotten = max(1, len(measurement.prompts))
     kept = len(card.classes) - (measurement.kind == "class")
-    if metric in ("UA", "UA_relearned", "attack_success"):
+    if metric in ("UA", "UA_relearned", *_ATTACK):
         return forgotten
     if metric == "RA":
         return kept

@@ -30,7 +30,7 @@ class RobustnessResult:
     """Robustness metrics after unlearning.
 
     Args:
-        metrics: UA_relearned and attack_success, if the model card requests them.
+        metrics: UA_relearned, unattacked_success and attack_success, if the model card requests them.
         resurgence: UA by number of fine-tuning steps.
     """
 
@@ -106,7 +106,7 @@ def measure_robustness(
     if settings.relearn_steps:
         points, metrics["UA_relearned"] = _relearned(missed, after, sets, settings.relearn_steps, device)
     if settings.attack_steps:
-        metrics["attack_success"] = _attacked(generator, classifier, labels, after, sets)
+        metrics |= _attacked(generator, classifier, labels, after, sets)
     return RobustnessResult(metrics, points)
 
 
@@ -128,7 +128,7 @@ def _relearned(
         current = current.of(unlearn_denoiser(current, sets, "finetune", config=seeded).model)
         found = missed(current)
         points.append(CurvePoint(step=index * part, ua=float(found.float().mean())))
-    return points, _share(found)
+    return points, _shares({"after": found})
 
 
 def _attacked(
@@ -137,23 +137,39 @@ def _attacked(
     labels: Mapping[int, int],
     after: Denoiser,
     sets: ExampleSets,
-) -> Metric:
-    """Search for words that precede each forgotten prompt, and generate images with the best ones."""
+) -> dict[str, Metric]:
+    """Measure how often the forgotten prompts show what was forgotten: as they are, and attacked.
+
+    Each model is attacked with words that are searched for against itself. The figure of the model before shows what
+    the attack achieves where nothing was forgotten.
+
+    Returns:
+        `unattacked_success` and `attack_success`, before and after, in images of the same seeds.
+    """
+    seen: dict[str, dict[str, Tensor]] = {"unattacked_success": {}, "attack_success": {}}
+    for model, denoiser in (("before", generator.family.denoiser), ("after", after)):
+        plain = [_recognised(classifier, generator.of_row(denoiser, row), label) for row, label in labels.items()]
+        tried = [
+            _recognised(classifier, _attacked_images(generator, denoiser, row, sets), label)
+            for row, label in labels.items()
+        ]
+        seen["unattacked_success"][model], seen["attack_success"][model] = torch.cat(plain), torch.cat(tried)
+    return {name: _shares(by_model) for name, by_model in seen.items()}
+
+
+def _attacked_images(generator: ImageGenerator, denoiser: Denoiser, row: int, sets: ExampleSets) -> Iterator[Tensor]:
+    """Search for words that precede a forgotten prompt, and generate its images with the best ones."""
     encoder = ClipWords.of(generator.family.loaded.components)
     plan, table = generator.plan, generator.table
-    hits = []
-    for row, label in labels.items():
-        name = plan.rows[row]
-        own = sets.forget.condition == generator.inputs.rows.of(name)
-        shown = sets.forget.select(torch.nonzero(own).flatten()) if bool(own.any()) else sets.forget
-        steps = generator.inputs.card.evaluation.attack_steps
-        found = search(after, encoder, name, shown, steps=steps, seed=plan.seed)
-        rows = {key: torch.cat([tensor, found.conditions[key].to(tensor)]) for key, tensor in table.rows.items()}
-        extended = ConditionTable([*table.names, f"{found.words} {name}"], rows, table.null)
-        drawn = replace(generator, table=extended).of_row(after, row, len(extended) - 1)
-        hits.append(_recognised(classifier, drawn, label))
-    return _share(torch.cat(hits))
+    name = plan.rows[row]
+    own = sets.forget.condition == generator.inputs.rows.of(name)
+    shown = sets.forget.select(torch.nonzero(own).flatten()) if bool(own.any()) else sets.forget
+    steps = generator.inputs.card.evaluation.attack_steps
+    found = search(denoiser, encoder, name, shown, steps=steps, seed=plan.seed)
+    rows = {key: torch.cat([tensor, found.conditions[key].to(tensor)]) for key, tensor in table.rows.items()}
+    extended = ConditionTable([*table.names, f"{found.words} {name}"], rows, table.null)
+    return replace(generator, table=extended).of_row(denoiser, row, len(extended) - 1)
 
 
-def _share(seen: Tensor) -> Metric:
-    return share_metric({"after": float(seen.float().mean())}, len(seen))
+def _shares(seen: Mapping[str, Tensor]) -> Metric:
+    return share_metric({model: float(each.float().mean()) for model, each in seen.items()}, len(seen["after"]))

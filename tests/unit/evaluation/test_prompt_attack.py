@@ -1,5 +1,6 @@
 """The search for words that bring a concept back, on a model whose best word is known."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -61,7 +62,25 @@ def test_the_best_single_word_is_found(process, shown, word):
     assert found.words == word
     assert found.conditions["encoder_hidden_states"].item() == shown
     assert min(found.loss) < 1e-6
+    assert found.loss[found.tried.index(word)] == min(found.loss)
     assert denoiser.network.bias.requires_grad
+
+
+class Scaling(Told):
+    """A denoiser that predicts the noisy image times what the condition says."""
+
+    def predict(self, noisy, times, told):
+        return noisy * told["encoder_hidden_states"].view(-1, 1, 1, 1) + 0 * self.network.bias
+
+
+def test_candidates_are_compared_on_the_same_images_noise_and_times(process):
+    """On one batch the loss is a parabola of the told number; with a batch for each candidate it would scatter."""
+    pictures = Examples(torch.randn(16, 1, 2, 2), torch.zeros(16, dtype=torch.int64))
+    found = search(Scaling(process), Line(), "anything", pictures, steps=30, tokens=3, batch_size=2, seed=3)
+    told = [sum(float(Line.words[int(word[1:])]) for word in words.split()) for words in found.tried]
+    assert len({*told}) > 3
+    assert np.polyval(np.polyfit(told, found.loss, 2), told) == pytest.approx(found.loss, rel=1e-4, abs=1e-4)
+    assert found.words == found.tried[int(np.argmin(found.loss))]
 
 
 def test_special_tokens_are_never_chosen():

@@ -134,9 +134,13 @@ def test_an_attack_is_measured_where_the_card_asks_for_it(sd, tmp_path):
     card["evaluation"]["attack_steps"] = 2
     (tmp_path / "model" / "model.json").write_text(json.dumps(card))
     evidence, _ = unlearned(tmp_path / "model", target_file(tmp_path, kind="class", class_id=CLASS), tmp_path)
-    attack = evidence.metrics["attack_success"]
-    assert (attack.n, attack.before) == (4, None)
-    assert 0 <= attack.low <= attack.after <= attack.high <= 1
+    attack, plain = evidence.metrics["attack_success"], evidence.metrics["unattacked_success"]
+    for metric in (attack, plain):  # of the model before and after
+        assert metric.n == 4
+        assert 0 <= metric.low <= metric.after <= metric.high <= 1
+        assert 0 <= metric.before <= 1
+    missed = evidence.metrics["UA"]  # the same images
+    assert (plain.before, plain.after) == pytest.approx((1 - missed.before, 1 - missed.after))
 
 
 @pytest.mark.parametrize(
