@@ -296,13 +296,12 @@ def export(
     store: OptionalStore = None,
 ) -> None:
     """Write a model for other programs, with its preprocessing and class names. The result is compared with torch."""
-    import tempfile
-
     from salun_core.errors import UsageError
     from salun_core.models.export import export_model
     from salun_core.registry.lookup import resolve
     from salun_core.registry.versions import fetch_version
     from salun_core.storage import open_store
+    from salun_core.storage.local_files import temporary_folder
 
     if Path(reference).is_dir():
         emit_facts({"exported": out, "model": reference, **export_model(Path(reference), to, out)})
@@ -311,7 +310,7 @@ def export(
         raise UsageError(f"{reference!r} is not a folder", "a version needs a store", "give --store, or a model folder")
     opened = open_store(store)
     line, digest = resolve(opened, reference)
-    with tempfile.TemporaryDirectory(prefix="salun-export-") as folder:
-        fetch_version(opened, line, digest, Path(folder) / "model")
-        done = export_model(Path(folder) / "model", to, out)
+    with temporary_folder("salun-export-") as folder:
+        fetch_version(opened, line, digest, folder / "model")
+        done = export_model(folder / "model", to, out)
     emit_facts({"exported": out, "model": f"{line}@{digest}", **done})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from salun_core.errors import ModelError, UsageError, unknown_name
 from salun_core.models.card import CARD, require_card
 from salun_core.models.checkpoint import LoadedModel, load_model, write_folder
 from salun_core.models.diffusers_folder import copies
-from salun_core.storage.local_files import write_whole
+from salun_core.storage.local_files import temporary_folder, write_whole
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _TOLERANCE = 1e-3  # of the largest logit: other kernels add up in another order
@@ -125,8 +125,9 @@ def _onnx(model: LoadedModel) -> tuple[bytes, dict[str, object]]:
     import onnx
     import onnxruntime
 
-    with tempfile.TemporaryDirectory(prefix="salun-onnx-") as folder:
-        path, batch = Path(folder) / "model.onnx", torch.export.Dim("batch", min=1)
+    with temporary_folder("salun-onnx-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the exporter uses what torch itself deprecates
+        path, batch = folder / "model.onnx", torch.export.Dim("batch", min=1)
         torch.onnx.export(
             model.model,
             (_images(model, 2),),

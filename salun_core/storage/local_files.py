@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from salun_core.errors import StoreError
 from salun_core.storage.keys import MAX_SEGMENTS
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def disk_error(what: str, path: Path, error: OSError) -> StoreError:
@@ -20,9 +24,31 @@ def disk_error(what: str, path: Path, error: OSError) -> StoreError:
         path: the file or folder.
         error: the system's error.
     """
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    full = error.errno in _FULL
     remedy = "free some space there, or choose another folder" if full else "check the path and its permissions"
     return StoreError(what, f"{path}: {error.strerror or type(error).__name__}", remedy)
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """Yield a new folder for temporary files, which is deleted afterwards.
+
+    Raises:
+        StoreError: the disk of temporary files is full; the message names the variable that moves them.
+    """
+    with tempfile.TemporaryDirectory(prefix=prefix) as name:
+        try:
+            yield Path(name)
+        except (OSError, StoreError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            outside = isinstance(error, StoreError) and name not in error.why
+            if outside or not isinstance(cause, OSError) or cause.errno not in _FULL:
+                raise
+            raise StoreError(
+                "cannot write temporary files",
+                f"{tempfile.gettempdir()}: {cause.strerror}",
+                "free some space there, or set TMPDIR to another folder",
+            ) from error
 
 
 def write_whole(path: Path, data: bytes) -> None:

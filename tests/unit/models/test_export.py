@@ -7,21 +7,26 @@ import io
 import json
 import os
 import resource
+import tempfile
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from salun_core.errors import ModelError, StoreError, UsageError
+from salun_core.errors import ModelError, StoreError, StoreUnreachableError, UsageError
 from salun_core.models import load_model
 from salun_core.models.card import ModelCard
 from salun_core.models.checkpoint import save_model
 from salun_core.models.export import ONNX_PACKAGES, export_model
+from salun_core.storage.s3 import S3Store
 from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
 from tests.support.folder_model import contents, write_folder
 
 MISSING = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+NEEDS_ONNX = pytest.mark.skipif(
+    bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; the extra `export` has them"
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +106,12 @@ def test_the_exported_program_runs_without_salun_for_any_batch(folder, tmp_path)
         assert program(fed(facts["preprocessing"])[:1]).shape == (1, 3)
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; the extra `export` has them")
-def test_the_onnx_file_gives_the_same_logits_in_onnxruntime(folder, tmp_path):
+@NEEDS_ONNX
+def test_the_onnx_file_gives_the_same_logits_in_onnxruntime(folder, tmp_path, recwarn):
     import onnxruntime
 
     done = export_model(folder, "onnx", tmp_path / "m.onnx")
+    assert [warning for warning in recwarn if warning.category is FutureWarning] == []
     assert done["largest_difference"] < 1e-3
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
     facts = session.get_modelmeta().custom_metadata_map
@@ -174,6 +180,41 @@ def test_a_full_disk_keeps_the_old_file(folder, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [(name, (tmp_path / name).read_bytes()) for name in os.listdir(tmp_path)] == [("m.pt", b"old")]
+
+
+@pytest.fixture
+def line(store, folder, tmp_path, monkeypatch):
+    """The address of a store whose line `photos` has the model; temporary files are in the test's own folder."""
+    from salun_core.registry.versions import publish
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    publish(store, {"line": "photos", "method": "import"}, {path.name: path for path in folder.iterdir()})
+    return store.uri
+
+
+def test_a_lost_connection_leaves_nothing(line, tmp_path, monkeypatch):
+    def lost(*_args, **_options):
+        raise StoreUnreachableError("cannot download x", "no answer", "check the network")
+
+    monkeypatch.setattr(S3Store, "download", lost)
+    refused = invoke("model", "export", "photos", "--to", "torch", "--out", tmp_path / "m.pt", "--store", line)
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert "no answer" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["torch", pytest.param("onnx", marks=NEEDS_ONNX)])
+def test_a_full_disk_of_temporary_files_is_named(line, folder, tmp_path, to):
+    source = ("photos", "--store", line) if to == "torch" else (folder,)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        refused = invoke("model", "export", *source, "--to", to, "--out", tmp_path / "m.file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+    assert f"{tmp_path}: File too large. To fix it: free some space there, or set TMPDIR" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_model_is_not_exported(folder, tmp_path):
