@@ -7,7 +7,7 @@ An honest model is retrained without the forget set, with another seed than the 
 judged as if it were unlearned, because the policy passes what it knows to be retrained more easily. A forgery is the
 model before with a change that forgets nothing, or that marks what it forgot. Small nets on scikit-learn's digits with
 noise, so that they memorise what they cannot generalise (accuracy 100 % in training and about 85 % on unseen images).
-Writes benchmarks/results/calibration.json.
+Writes benchmarks/results/calibration.json, unless cells are chosen.
 """
 
 from __future__ import annotations
@@ -251,7 +251,8 @@ def main() -> None:
     ]
     document = {"policy": policy.digest, "models": arguments.models, "rows": rows}
     path = Path(__file__).parent / "results" / "calibration.json"
-    path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if len(arguments.cells) == len(CELLS):
+        path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from salun_core.storage.keys import run_key
 
 GOOD = {
     "RA": Metric(before=0.99, after=0.99, n=900),
-    "TA": Metric(before=0.95, after=0.94, origin=0.95, n=300),
+    "TA": Metric(before=0.95, after=0.94, origin=0.95, n=300, low=0.91, high=0.96),
     "UA_samples": Metric(before=0.0, after=0.08, n=50, low=0.03, high=0.19),
     "UA_unseen": Metric(before=0.05, after=0.06, n=300, low=0.03, high=0.09),
     "attack_auc": Metric(before=0.80, after=0.55, n=50, low=0.45, high=0.65),
