@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -195,6 +195,69 @@ class Verdict(Document):
     refusal: Refusal | None = Field(default=None, description="of a failed one; earlier releases wrote none")
 
 
+class LevelWords(NamedTuple):
+    """An assurance level in two sentences for the person who answers a request."""
+
+    means: str
+    does_not: str
+
+
+LEVELS: Mapping[Level, LevelWords] = {
+    "retrained": LevelWords(
+        "The model was trained from fresh weights without this data.",
+        "It says nothing about other copies of the model or of the data.",
+    ),
+    "measured": LevelWords(
+        "Enough samples were measured to show that the model treats this data like data that it never saw, within the "
+        "limits of the policy.",
+        "It does not prove that no trace is left.",
+    ),
+    "procedure": LevelWords(
+        "The recorded procedure was applied, and nothing that was measured contradicts it.",
+        "It does not show that the model forgot this data: too few samples for that.",
+    ),
+    "nothing_to_erase": LevelWords(
+        "Nothing that the request names was in the training data, so the model was not changed.",
+        "It says nothing about data that the request does not name.",
+    ),
+}
+"""What each level means, and what it does not."""
+
+
+class Assurance(Document):
+    """How sure it is that a request was met, and the figures behind it."""
+
+    level: Level = Field(description="assurance level")
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        default=None, description="of the equivalence test: largest distance of the attack's AUC that counts as equal"
+    )
+    n: Annotated[int, Field(ge=0, le=2**53 - 1, strict=True)] | None = Field(
+        default=None, description="samples behind the level, of all requests of the run"
+    )
+    power: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="probability that so many samples show equivalence if the model is exactly like one that never "
+        "saw them",
+    )
+    requests: Annotated[int, Field(ge=1, le=2**53 - 1, strict=True)] | None = Field(
+        default=None, description="requests that were measured together; above 1 the evidence is that of the batch"
+    )
+
+    @property
+    def figures(self) -> str:
+        """Level, margin, n and power in one line, and whose evidence it is."""
+        parts = [f"margin {self.margin:g}"] if self.margin is not None else []
+        parts += [f"n {self.n}"] if self.n is not None else []
+        parts += [f"power {self.power:.0%}"] if self.power is not None else []
+        parts += [f"evidence of a batch of {self.requests} requests"] if (self.requests or 1) > 1 else []
+        return f"{self.level.replace('_', ' ')}{': ' if parts else ''}{', '.join(parts)}"
+
+    @property
+    def text(self) -> str:
+        """What the level means and what it does not, in one line."""
+        return " ".join(LEVELS[self.level])
+
+
 class GateDecision(Document):
     """The gate's decision, stored with the version."""
 
@@ -217,6 +280,9 @@ class GateDecision(Document):
         default=None,
         description="probability that so many samples show equivalence if the model is exactly like one that never "
         "saw them",
+    )
+    kinds: dict[str, Assurance] = Field(
+        default={}, description="level of each kind of forget target, of a forget set of several kinds that passed"
     )
     verdicts: list[Verdict]
 
@@ -323,8 +389,28 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
         summary=_summary(failed) or f"all {len(verdicts)} checks hold",
         level=None if failed else level,
         **_certainty(applying, evidence),
+        kinds={} if failed else _by_kind(applying, judged, evidence),
         verdicts=verdicts,
     )
+
+
+def assurance_of(decision: Mapping[str, Any], kind: str = "", requests: int | None = None) -> Assurance | None:
+    """Return the assurance that a stored decision gives a request.
+
+    Args:
+        decision: the gate's decision, as plain JSON.
+        kind: of the request's target; the level of this kind counts if the decision has one, otherwise the run's.
+        requests: how many requests were measured together.
+
+    Returns:
+        The assurance; None for a decision of an earlier release, which has no level.
+
+    Raises:
+        UsageError: the decision is damaged.
+    """
+    names = ("level", "margin", "n", "power")
+    found = (decision.get("kinds") or {}).get(kind) or {name: decision.get(name) for name in names}
+    return parse(Assurance, {**found, "requests": requests}, "the gate's decision") if found.get("level") else None
 
 
 def _retrained(evidence: Evidence) -> bool:
@@ -338,6 +424,21 @@ def _level(judged: Sequence[Verdict], evidence: Evidence) -> Level:
         return "retrained"
     shown = [verdict.shown for verdict in judged if verdict.shown is not None]
     return "measured" if shown and all(shown) else "procedure"
+
+
+def _by_kind(applying: Sequence[Rule], judged: Sequence[Verdict], evidence: Evidence) -> dict[str, Assurance]:
+    """Return the assurance of each kind of forget target, by the rules that judge its samples; empty for one kind."""
+    forgotten, found = evidence.forgotten, dict[str, Assurance]()
+    for kind in forgotten.kinds if len(forgotten.kinds) > 1 else ():
+        # A person may be a class of their own, and the evidence does not tell whose samples these are.
+        whole = {"class"} if forgotten.in_classes and kind in ("samples", "subject") else set()
+        rules = [not rule.targets or {kind, *whole} & set(rule.targets) for rule in applying]
+        verdicts = [verdict for verdict, own in zip(judged, rules, strict=True) if own]
+        level = _level(verdicts, evidence)
+        found[kind] = Assurance(
+            level=level, **_certainty([rule for rule, own in zip(applying, rules, strict=True) if own], evidence)
+        )
+    return found
 
 
 def _allowed(policy: Policy, level: Level, kinds: set[str]) -> list[Verdict]:

@@ -51,6 +51,7 @@ from salun_core.certificates.statement import (
 from salun_core.config import parse
 from salun_core.digest import check_digest, digest_json, sha256_bytes
 from salun_core.errors import ConflictError, GateRefusedError, IntegrityError, UsageError
+from salun_core.gate import Assurance, assurance_of
 from salun_core.registry.lookup import Version, read_file
 from salun_core.registry.manifest import weights_digest
 from salun_core.registry.rollbacks import VersionRollback
@@ -88,6 +89,7 @@ class CertificateInput:
         run: the unlearning run; None with nothing to erase.
         epoch: of the model line's lease.
         frozen_digest: SHA-256 of the frozen forget set that the run read.
+        requests: how many requests the run erased together; None with nothing to erase.
     """
 
     request: DeletionRequest
@@ -103,6 +105,24 @@ class CertificateInput:
     run: str | None = None
     epoch: int | None = None
     frozen_digest: str | None = None
+    requests: int | None = None
+
+    def assurance(self, decision: Mapping[str, Any] | None) -> Assurance | None:
+        """Return how sure the outcome is.
+
+        Args:
+            decision: the gate's about the version, as plain JSON; None if it was not unlearned.
+
+        Returns:
+            The assurance; None for a version that an earlier release published.
+
+        Raises:
+            UsageError: the decision is damaged.
+        """
+        if self.outcome is Outcome.NOTHING_TO_ERASE:
+            return Assurance(level="nothing_to_erase")
+        target = self.request.target
+        return assurance_of(decision or {}, getattr(target, "of", target.kind), self.requests)
 
 
 @dataclass(frozen=True)
@@ -251,6 +271,7 @@ def build_statement(
             "completed_at": facts.completed_at,
         },
         "outcome": facts.outcome,
+        "assurance": facts.assurance(documents.decision),
         "forgotten": {
             "digest": salted_digest(facts.salt, facts.forget_digest),
             "salt": facts.salt,
@@ -361,6 +382,7 @@ def _gate(decision: Mapping[str, Any]) -> dict[str, Any]:
             "rule": _one_line(item["rule"], _SHORT),
             "threshold": _one_line(item["threshold"], _SHORT),
             "actual": _finite(item.get("actual")),
+            "shown": item.get("shown"),
             "passed": item["passed"],
             "reason": _one_line(item["reason"], _LONG),
         }

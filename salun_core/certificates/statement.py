@@ -15,6 +15,7 @@ from salun_core.certificates.envelope import PAYLOAD_TYPE, claimed_keyid, open_e
 from salun_core.config import Document, parse
 from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import IntegrityError, SalunError
+from salun_core.gate import Assurance
 from salun_core.requests.schema import Outcome, RequestId
 from salun_core.storage.documents import Count, Digest, FileName, LineId, RunId, ShortText, Text, UtcTime, valid_tree
 
@@ -129,6 +130,9 @@ class CertifiedVerdict(Document):
     rule: ShortText = Field(description="the rule")
     threshold: ShortText = Field(description="what it requires")
     actual: Share | None = Field(default=None, description="what was measured")
+    shown: bool | None = Field(
+        default=None, description="whether its whole 95 % interval satisfies it; absent: it judges no interval"
+    )
     passed: bool = Field(description="whether it passed")
     reason: Text = Field(description="why the rule exists, or why it failed")
 
@@ -177,6 +181,9 @@ class Erasure(Document):
     format: Literal["salun.certificate/v1"] = "salun.certificate/v1"
     request: RequestTimes = Field(description="the request")
     outcome: Outcome = Field(description="how it was met")
+    assurance: Assurance | None = Field(
+        default=None, description="how sure that is; absent: issued by an earlier release"
+    )
     forgotten: ForgottenSet = Field(description="what was forgotten")
     model: ModelFacts = Field(description="the model version")
     procedure: Procedure | None = Field(default=None, description="how it was made; absent: nothing to erase")
@@ -283,12 +290,37 @@ def contradictions(erasure: Erasure) -> list[str]:
         "an erasure without a metric": erased and not metrics,
         "no metric has a value after the erasure": bool(metrics) and all(metric.after is None for metric in metrics),
     }
+    if erased and erasure.procedure is not None:
+        method = erasure.procedure.method
+        found[f"its outcome is {erasure.outcome}, and its method {method}"] = (method == "retrain") != (
+            erasure.outcome is Outcome.RETRAINED
+        )
     failed = [verdict.rule for verdict in (erasure.gate.verdicts if erasure.gate else ()) if not verdict.passed]
     return [
         *(text for text, holds in found.items() if holds),
         *(f"the metric {name} stands twice" for name in sorted(set(names)) if names.count(name) > 1),
         *(f"it passed the gate, and the rule {rule!r} failed" for rule in failed),
+        *(_level_contradictions(erasure, erasure.assurance) if erasure.assurance else ()),
     ]
+
+
+def _level_contradictions(erasure: Erasure, assurance: Assurance) -> list[str]:
+    """Return in what the assurance level does not fit to its figures and to the rest of the certificate."""
+    level, outcome = assurance.level, erasure.outcome
+    nothing = outcome is Outcome.NOTHING_TO_ERASE
+    figures = (assurance.margin, assurance.n, assurance.power, assurance.requests)
+    shown = any(verdict.shown for verdict in (erasure.gate.verdicts if erasure.gate else ()))
+    found = {
+        f"its level is {level}, and its outcome {outcome}": (level == "nothing_to_erase") != nothing
+        or (level == "retrained" and outcome is not Outcome.RETRAINED),
+        "nothing was erased, and its level has figures": nothing and any(value is not None for value in figures),
+        "it was measured, and n is missing": level == "measured" and not assurance.n,
+        "it was measured, and no rule on an interval is shown": level == "measured" and not shown,
+        "its margin has no n": assurance.margin is not None and not assurance.n,
+        "its power has no margin": assurance.power is not None and assurance.margin is None,
+        "its margin has no power": level == "measured" and assurance.margin is not None and assurance.power is None,
+    }
+    return [text for text, holds in found.items() if holds]
 
 
 S = TypeVar("S", ErasureCertificate, DisposalAddendum, RevocationAddendum)

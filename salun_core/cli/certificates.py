@@ -51,6 +51,7 @@ def _document(found: Verification) -> dict[str, Any]:
         "checked_in_store": found.in_store,
         "superseded_by": found.superseded_by,
         "certificate": found.certificate.model_dump(mode="json", by_alias=True, exclude_none=True),
+        "warnings": _warnings(found),
         "addenda": [item.model_dump(mode="json", by_alias=True) for item in found.addenda],
     }
 
@@ -63,6 +64,8 @@ def _show(found: Verification, model: Path | None) -> None:
     if found.key_source == ADJACENT_KEY:
         echo("the issuer could have put that key there: compare its id with the one that the signer publishes")
     checked = f"all {found.files} files of {model} are the certified ones"
+    for warning in _warnings(found):
+        echo(f"WARNING: {warning}")
     echo(checked if found.files is not None else "only the certificate was checked: give --model DIR as well")
     in_use = "the store still uses the version, and the request is completed"
     echo(in_use if found.in_store else "whether its version was rolled back later is not known offline: give --store")
@@ -84,6 +87,16 @@ def _show(found: Verification, model: Path | None) -> None:
     echo(f"\n{textwrap.fill(erasure.statement, 100)}")
 
 
+def _warnings(found: Verification) -> list[str]:
+    """Return what the reader of a valid certificate must not overlook."""
+    assurance = found.certificate.predicate.assurance
+    if assurance is None:
+        return ["no assurance level: an earlier release issued the certificate, so only its metrics say what was shown"]
+    if assurance.level == "procedure":
+        return ["the level is procedure: it was not shown that the model forgot the data"]
+    return []
+
+
 def _summary(erasure: Erasure) -> list[tuple[str, str]]:
     request, model, forgotten, debt = erasure.request, erasure.model, erasure.forgotten, erasure.debt
     received, due, settled = map(minute, (request.received_at, request.due_at, request.completed_at))
@@ -91,6 +104,7 @@ def _summary(erasure: Erasure) -> list[tuple[str, str]]:
     rows = [
         ("request", f"{request.id}: received {received}, due {due}, settled {settled}"),
         ("outcome", erasure.outcome.value.replace("_", " ")),
+        *_level(erasure),
         ("model", made),
         ("forgotten", f"{forgotten.count} training samples, of {forgotten.named} that the request names"),
     ]
@@ -103,6 +117,13 @@ def _summary(erasure: Erasure) -> list[tuple[str, str]]:
     if erasure.supersedes:
         rows.append(("supersedes", f"certificate {erasure.supersedes[:12]}"))
     return rows
+
+
+def _level(erasure: Erasure) -> list[tuple[str, str]]:
+    assurance = erasure.assurance
+    if assurance is None:
+        return []
+    return [("level", assurance.figures), *(("", line) for line in textwrap.wrap(assurance.text, 88))]
 
 
 def _disposals(found: Verification) -> list[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ Modules of the core are imported in the verbs, so that the help needs neither py
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -314,11 +315,15 @@ def show(
         document["target"] = {"kind": request.target.kind, "summary": summarise(request.target)}
     history = [event.model_dump(mode="json", exclude_none=True) for event in events]
     facts = {"request": document, "status": status.value, "outcome": outcome, "overdue": overdue, "events": history}
+    assurance = last.assurance if last else None
+    facts["assurance"] = assurance.model_dump(mode="json", exclude_none=True) if assurance else None
     undone, then = _undone(store, request_id, status)
     facts |= {"undone": undone, "next": then} if undone else {}
 
     def shown() -> None:
         _show_request(request, _standing(status, outcome, overdue), events, target)
+        if assurance:
+            echo(f"level {assurance.figures}\n{textwrap.fill(assurance.text, 100)}")
         if undone:
             echo(f"its erasure is undone: {undone}\nnext: {then}")
 
@@ -398,6 +403,7 @@ def _row(state: RequestState, now: datetime) -> dict[str, Any]:
         "model_line": request.model_line,
         "status": state.status.value,
         "outcome": last.outcome.value if last and last.outcome else None,
+        "level": last.assurance.level if last and last.assurance else None,
         "received_at": request.received_at,
         "due_at": request.due_at,
         "overdue": is_overdue(request, state.status, now),
@@ -416,13 +422,14 @@ def _show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
             row["id"],
             row["model_line"],
             _standing(row["status"], row["outcome"], row["overdue"]),
+            row["level"] or "",
             minute(row["due_at"]),
             row["attempt"],
             row["summary"],
         )
         for row in rows
     ]
-    print_table(("id", "line", "status", "due", "attempt", "target"), cells)
+    print_table(("id", "line", "status", "level", "due", "attempt", "target"), cells)
 
 
 def reindex(store: Store, dry_run: DryRun = False) -> None:

@@ -26,6 +26,7 @@ from salun_core.config import parse
 from salun_core.data.targets import Target
 from salun_core.digest import sha256_bytes
 from salun_core.errors import ConflictError, UsageError
+from salun_core.gate import Assurance
 from salun_core.requests import index, reading
 from salun_core.requests.index import IndexedWriter, IndexEntry
 from salun_core.requests.redaction import redact_request
@@ -65,6 +66,7 @@ class Transition:
         level: escalation level of the next recipe; None keeps the level of the event before.
         group: the half of a refused batch that it belongs to.
         known_only: a person decided to leave out names that the data do not have; later events repeat it.
+        assurance: with `completed` how sure the outcome is.
     """
 
     to: Status
@@ -76,6 +78,7 @@ class Transition:
     level: int | None = None
     group: str | None = None
     known_only: bool = False
+    assurance: Assurance | None = None
 
 
 def build_event(request_id: str, last: RequestEvent | None, transition: Transition, now: datetime) -> RequestEvent:
@@ -118,6 +121,7 @@ def build_event(request_id: str, last: RequestEvent | None, transition: Transiti
         "attempt": attempt,
         "run": transition.run,
         "outcome": transition.outcome,
+        "assurance": transition.assurance,
         "known_only": known_only or None,
         "previous": sha256_bytes(last.canonical()) if last else None,
         "epoch": transition.epoch,

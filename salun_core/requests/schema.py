@@ -15,6 +15,7 @@ from pydantic import AwareDatetime, Field, model_validator
 from salun_core.config import Document
 from salun_core.data.targets import ConceptTarget, ForgetTarget, RedactedTarget, Target
 from salun_core.digest import canonical_json, sha256_bytes
+from salun_core.gate import Assurance
 from salun_core.storage.documents import Digest, LineId, RunId, ShortText, Text, UtcTime
 from salun_core.times import as_utc
 
@@ -145,6 +146,9 @@ class RequestEvent(StoredDocument):
     outcome: Outcome | Review | None = Field(
         default=None, description="with `completed` how the request was met; with `on_hold` what a person must review"
     )
+    assurance: Assurance | None = Field(
+        default=None, description="with `completed` how sure the outcome is; events of earlier releases have none"
+    )
     epoch: Annotated[int, Field(ge=1, strict=True)] | None = Field(
         default=None, description="epoch of the model line's lease that the run held"
     )
@@ -173,6 +177,8 @@ class RequestEvent(StoredDocument):
             raise ValueError("the outcome of an erasure and the status completed need each other")
         if isinstance(self.outcome, Review) and self.to_status is not Status.ON_HOLD:
             raise ValueError("the outcome of a review needs the status on_hold")
+        if self.assurance is not None and self.to_status is not Status.COMPLETED:
+            raise ValueError("an assurance level needs the status completed")
         return self
 
 

@@ -47,7 +47,7 @@ from salun_core.sweeps.context import SweepContext, in_parallel
 from salun_core.sweeps.heartbeat import beating, hold_line
 from salun_core.sweeps.policy import SweepPolicy, due_when, why_due
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord
-from salun_core.sweeps.settle import complete, in_progress, published_by, recover
+from salun_core.sweeps.settle import complete, decision_about, in_progress, published_by, recover
 from salun_core.times import as_utc
 
 FORGET_FILE = "forget.json"
@@ -278,7 +278,7 @@ class _Batch:
             if record is None or version is None or member is None:
                 rest.append(state)
             elif (item := self._take(state, Resolved((), member.forget_digest, member.named))) is not None:
-                complete(self.context, item[0], member, version, record)
+                complete(self.context, item[0], member, version, record, decision_about(self.context, version))
         return rest
 
     def _earlier_runs(self, state: RequestState) -> list[str]:

@@ -27,10 +27,11 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from salun_core.certificates.issue import CertificateInput
 from salun_core.errors import ConflictError, IntegrityError
-from salun_core.registry.lookup import Version, read_head, read_version
+from salun_core.registry.lookup import Version, read_file, read_head, read_version
 from salun_core.requests.ledger import Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status
@@ -144,7 +145,8 @@ def _settle_recorded(context: SweepContext, record: RunRecord) -> Settled:
     version = published_by(context, record)
     if version is not None:
         found = {member.id: member for member in record.members}
-        in_parallel(lambda state: complete(context, state, found[state.request.id], version, record), states)
+        decision = decision_about(context, version) if states else None
+        in_parallel(lambda state: complete(context, state, found[state.request.id], version, record, decision), states)
         status, names = RunStatus.PUBLISHED, [state.request.id for state in states]
         settled = Settled(record.run, ended or status, version.digest, names)
     else:
@@ -253,8 +255,28 @@ def _requeue(
     return Settled(run, status, queued=[name for name in names if name not in failed], failed=failed)
 
 
+def decision_about(context: SweepContext, version: Version) -> Mapping[str, Any] | None:
+    """Return the gate's decision about a version as plain JSON; None if the version has none.
+
+    Raises:
+        IntegrityError: it is missing or damaged.
+    """
+    if DECISION not in version.manifest.files:
+        return None
+    try:
+        decision = json.loads(read_file(context.store, version, DECISION))
+    except ValueError as error:
+        raise IntegrityError(f"{DECISION} is damaged", str(error)[:200], "restore it from a copy") from error
+    return decision if isinstance(decision, dict) else None
+
+
 def complete(
-    context: SweepContext, state: RequestState, member: RunMember, version: Version, record: RunRecord | None
+    context: SweepContext,
+    state: RequestState,
+    member: RunMember,
+    version: Version,
+    record: RunRecord | None,
+    decision: Mapping[str, Any] | None = None,
 ) -> None:
     """Certify one request, complete it, and redact it.
 
@@ -264,6 +286,7 @@ def complete(
         member: what the run recorded about it.
         version: the version that has forgotten it, or that was searched.
         record: the run that erased it; None if there was nothing to erase.
+        decision: the gate's about the version, as plain JSON: it has the assurance level.
 
     Raises:
         SalunError: the certificate cannot be issued; the request stays in progress.
@@ -271,26 +294,27 @@ def complete(
     outcome, reason = Outcome.NOTHING_TO_ERASE, "nothing that it names was trained on"
     if record is not None:
         outcome, reason = Outcome.RETRAINED if version.manifest.retrained else Outcome.UNLEARNED, "published"
-    context.certifier.certify(
-        CertificateInput(
-            request=state.request,
-            outcome=outcome,
-            completed_at=as_utc(context.clock()).isoformat(),
-            version=version,
-            forget_digest=member.forget_digest,
-            salt=member.salt,
-            found=member.found,
-            named=member.named,
-            attempt=member.attempt,
-            level=record.rung if record else 0,
-            run=record.run if record else None,
-            epoch=record.epoch if record else None,
-            frozen_digest=record.forget_sha256 if record else None,
-        )
+    facts = CertificateInput(
+        request=state.request,
+        outcome=outcome,
+        completed_at=as_utc(context.clock()).isoformat(),
+        version=version,
+        forget_digest=member.forget_digest,
+        salt=member.salt,
+        found=member.found,
+        named=member.named,
+        attempt=member.attempt,
+        level=record.rung if record else 0,
+        run=record.run if record else None,
+        epoch=record.epoch if record else None,
+        frozen_digest=record.forget_sha256 if record else None,
+        requests=len(record.members) if record else None,
     )
+    context.certifier.certify(facts)
     assert state.last is not None
     run = record.run if record else state.last.run  # the run that erased it, which may not be the one that claims now
     epoch = record.epoch if record else state.last.epoch
     with suppress(ConflictError):  # a twin of this call was faster
-        context.ledger.move(state, Transition(Status.COMPLETED, context.actor, reason, run, outcome, epoch))
+        done = Transition(Status.COMPLETED, context.actor, reason, run, outcome, epoch)
+        context.ledger.move(state, replace(done, assurance=facts.assurance(decision)))
     redact_request(context.store, state.request.id, keep_hashes=True)

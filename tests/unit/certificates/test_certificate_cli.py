@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from salun_core.certificates.issue import certify
 from salun_core.cli.app import app
 from salun_core.cli.output import MODE
-from tests.support.certified import KEY, nothing
+from salun_core.gate import Assurance
+from tests.support.certified import KEY, evidence_of, input_of, judged, nothing
 from tests.unit.certificates.test_tampering import FIXTURE
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "how-to" / "verify-certificates.md").read_text()
@@ -176,3 +177,45 @@ def test_a_damaged_addendum_and_a_missing_option_are_one_line(salun, store, monk
     nothing_asked = salun("certificate", "r-1")
     assert (nothing_asked.exit_code, nothing_asked.stderr.count("\n")) == (2, 1)
     assert "--out FILE" in nothing_asked.stderr
+
+
+def _verified(salun, given):
+    from salun_core.certificates.keys import public_pem
+
+    Path("made.json").write_bytes(certify(*given, KEY))
+    Path("signer.pub").write_bytes(public_pem(KEY.public_key()))
+    results = [salun("verify", "made.json", "--key", "signer.pub", *more) for more in ((), ("--json",))]
+    assert [result.exit_code for result in results] == [0, 0], results[0].stderr
+    return results[0].stdout, json.loads(results[1].stdout)
+
+
+def test_the_level_is_shown_with_its_figures_and_its_meaning(salun):
+    text, document = _verified(salun, input_of(requests=3))
+    assert "level       measured: margin 0.1, n 40, power 0%, evidence of a batch of 3 requests\n" in text
+    assert Assurance(level="measured").text in " ".join(text.split())
+    assert "WARNING" not in text
+    assert document["warnings"] == []
+    assert document["certificate"]["predicate"]["assurance"]["requests"] == 3
+
+
+def test_a_procedure_is_shown_with_a_warning(salun):
+    evidence = evidence_of()
+    few = evidence.metrics["attack_auc"].model_copy(update={"n": 5, "low": 0.2, "high": 0.8})
+    metrics = evidence.metrics | {"attack_auc": few}
+    text, document = _verified(
+        salun, input_of(documents=judged(evidence.model_copy(update={"metrics": metrics})), requests=1)
+    )
+    assert re.search(r"^level +procedure: margin 0.1, n 5, power 0%$", text, re.MULTILINE)
+    assert text.splitlines()[1] == "WARNING: " + document["warnings"][0]
+    assert "not shown that the model forgot" in document["warnings"][0]
+
+
+def test_nothing_to_erase_is_a_level(salun):
+    text, document = _verified(salun, nothing())
+    assert "level       nothing to erase\n" in text
+    assert document["warnings"] == []
+
+
+def test_a_certificate_of_an_earlier_release_warns_that_it_has_no_level(salun):
+    document = json.loads(salun("verify", "certificate.json", "--json").stdout)
+    assert "no assurance level" in document["warnings"][0]

@@ -24,8 +24,10 @@ from salun_core.certificates.statement import (
     open_statement,
 )
 from salun_core.certificates.verify import verify_certificate
+from salun_core.data.targets import ClassTarget
 from salun_core.digest import canonical_json, digest_json, sha256_bytes
 from salun_core.errors import GateRefusedError, IntegrityError, UsageError
+from salun_core.evaluation.evidence import Forgotten, Metric
 from salun_core.registry.lookup import Version
 from salun_core.requests.schema import Outcome
 from salun_core.storage.keys import addendum_key, certificate_key
@@ -295,6 +297,16 @@ CONTRADICTIONS = {
         metrics=[{"name": "UA", "before": 0.5, "n": 3}]
     ),
     "the metric UA stands twice": lambda d: d["predicate"]["metrics"].append({"name": "UA", "after": 1.0, "n": 3}),
+    "its outcome is retrained, and its method salun": lambda d: d["predicate"].update(outcome="retrained"),
+    "its level is retrained, and its outcome unlearned": _predicate(assurance={"level": "retrained"}),
+    "its level is nothing_to_erase, and its outcome unlearned": _predicate(assurance={"level": "nothing_to_erase"}),
+    "it was measured, and n is missing": lambda d: d["predicate"]["assurance"].pop("n"),
+    "its margin has no n": _predicate(assurance={"n": 0}),
+    "its margin has no power": lambda d: d["predicate"]["assurance"].pop("power"),
+    "its power has no margin": lambda d: d["predicate"]["assurance"].pop("margin"),
+    "it was measured, and no rule on an interval is shown": lambda d: [
+        verdict.pop("shown", None) for verdict in d["predicate"]["gate"]["verdicts"]
+    ],
     "its version is its parent": lambda d: d["predicate"]["model"].update(parent=d["predicate"]["model"]["version"]),
 }
 
@@ -311,6 +323,62 @@ def test_a_contradiction_is_refused_although_the_right_key_signed_it(why, edit, 
     with pytest.raises(IntegrityError, match="contradicts itself") as caught:
         verify_certificate(path, keys=[key])
     assert why in caught.value.why
+
+
+LEVELS_OF_NOTHING = {
+    "its level is measured, and its outcome nothing_to_erase": {"level": "measured", "n": 9},
+    "its level is procedure, and its outcome nothing_to_erase": {"level": "procedure"},
+    "nothing was erased, and its level has figures": {"level": "nothing_to_erase", "n": 9},
+}
+
+
+@pytest.mark.parametrize(("why", "level"), LEVELS_OF_NOTHING.items(), ids=LEVELS_OF_NOTHING)
+def test_nothing_to_erase_has_no_other_level_and_no_figures(why, level):
+    document = json.loads(build_statement(*nothing(), keyid(KEY.public_key())).canonical())
+    assert document["predicate"]["assurance"] == {"level": "nothing_to_erase"}
+    document["predicate"]["assurance"] = level
+    with pytest.raises(IntegrityError, match=why):
+        opened(sign(canonical_json(document), PAYLOAD_TYPE, KEY))
+
+
+def test_the_level_is_that_of_the_decision_with_its_figures():
+    found = opened(certify(*input_of(requests=1), KEY)).predicate.assurance
+    assert (found.level, found.margin, found.n, found.requests) == ("measured", 0.1, 40, 1)
+    retrained = opened(certify(*input_of(outcome=Outcome.RETRAINED), KEY)).predicate.assurance
+    assert retrained.level == "measured"  # the evidence has no distance, so that nothing shows the fresh weights
+
+
+def test_a_request_of_a_batch_has_the_level_of_its_kind():
+    """The classes are shown, and the samples are too few."""
+    metrics = evidence_of().metrics | {
+        "attack_auc": Metric(before=0.7, after=0.5, n=5, low=0.2, high=0.8),
+        "UA_class": Metric(before=0.0, after=1.0, n=90, low=0.96, high=1.0),
+        "restored": Metric(before=1.0, after=0.1, n=90, low=0.05, high=0.2),
+    }
+    forgotten = Forgotten(count=95, train_count=1200, kinds=["class", "subject"], classes=[3])
+    documents = judged(evidence_of().model_copy(update={"metrics": metrics, "forgotten": forgotten}))
+    assert (documents.decision["passed"], documents.decision["level"]) == (True, "procedure")
+    of_class = REQUEST.model_copy(update={"target": ClassTarget(class_index=3)})
+    found = {
+        request.target.kind: opened(
+            certify(*input_of(documents=documents, request=request, requests=2), KEY)
+        ).predicate.assurance
+        for request in (REQUEST, of_class)
+    }
+    assert (found["class"].level, found["class"].n, found["class"].margin) == ("measured", 90, None)
+    assert (found["subject"].level, found["subject"].n, found["subject"].margin) == ("procedure", 5, 0.1)
+    assert all("evidence of a batch of 2 requests" in item.figures for item in found.values())
+    # A person may be one of the classes, and nothing tells which: both kinds of rules apply.
+    mixed = forgotten.model_copy(update={"in_classes": 90})
+    documents = judged(evidence_of().model_copy(update={"metrics": metrics, "forgotten": mixed}))
+    assert documents.decision["kinds"]["subject"]["level"] == "procedure"
+    assert documents.decision["kinds"]["class"]["level"] == "measured"
+
+
+def test_a_decision_of_an_earlier_release_gives_no_level():
+    decision = {name: value for name, value in JUDGED.decision.items() if name not in {"level", "kinds"}}
+    found = opened(certify(*input_of(documents=replace(JUDGED, decision=decision)), KEY)).predicate
+    assert found.assurance is None
 
 
 def test_a_contradiction_is_not_signed():

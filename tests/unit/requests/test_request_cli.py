@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -7,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from salun_core.cli.app import app
+from salun_core.gate import Assurance
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.times import utc_clock
@@ -257,6 +259,20 @@ class TestShow:
         assert "completed: unlearned" in text
         assert "[bold]published[/]" in text
         assert "secret" not in text
+
+    def test_the_level_of_a_completed_request_is_shown_and_listed(self, run, ledger):
+        run(*SAMPLES)
+        ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-1"))
+        level = Assurance(level="procedure", margin=0.1, n=5, power=0.0, requests=3)
+        done = Transition(Status.COMPLETED, "sweep", "published", outcome=Outcome.UNLEARNED, assurance=level)
+        ledger.move("r-1", done)
+        text = run("show", "r-1")
+        assert "level procedure: margin 0.1, n 5, power 0%, evidence of a batch of 3 requests\n" in text
+        assert "does not show that the model forgot this data" in " ".join(text.split())
+        shown = json.loads(run("show", "r-1", "--json"))
+        assert shown["assurance"] == level.model_dump() == shown["events"][-1]["assurance"]
+        assert json.loads(run("list", "--json"))[0]["level"] == "procedure"
+        assert re.search(r"completed: unlearned +procedure ", run("list"))
 
     def test_the_target_is_shown_only_on_demand(self, run):
         run(*SAMPLES)

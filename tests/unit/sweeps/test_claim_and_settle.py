@@ -10,6 +10,7 @@ import pytest
 
 from salun_core.data.targets import ClassTarget
 from salun_core.errors import ConflictError, RunSettledError
+from salun_core.gate import Assurance
 from salun_core.requests.schema import Outcome, Status
 from salun_core.storage.keys import certificate_key, run_event_key, scratch_prefix
 from salun_core.storage.leases import holder_of
@@ -56,6 +57,7 @@ def test_one_batch_erases_and_certifies_all_waiting_requests(context):
     for request in requests:
         last = context.ledger.state(request).last
         assert (last.outcome, last.run, last.epoch) == (Outcome.UNLEARNED, "run-1", 1)
+        assert last.assurance == Assurance(level="procedure", margin=0.1, n=6, power=0.25, requests=3)
         certificate = json.loads(context.store.get(certificate_key(request)).data)
         assert certificate["version"] == settled.version == toy.head(context.store).digest
         assert "sample-" not in context.store.get(f"requests/{request}/request.json").data.decode()
@@ -68,6 +70,7 @@ def test_nothing_to_erase_is_its_own_outcome(context):
     claimed, _ = run_once(context, "run-1")
     assert list(claimed.nothing_to_erase) == [unknown]
     assert context.ledger.state(unknown).last.outcome is Outcome.NOTHING_TO_ERASE
+    assert context.ledger.state(unknown).last.assurance == Assurance(level="nothing_to_erase")
     assert statuses(context, known) == [Status.COMPLETED]
     again = submit(context, 1, name="again")
     claimed, _ = run_once(context, "run-2")
