@@ -417,19 +417,20 @@ def _show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         echo("no requests")
         return
+    leveled = any(row["level"] for row in rows)
     cells = [
         (
             row["id"],
             row["model_line"],
             _standing(row["status"], row["outcome"], row["overdue"]),
-            row["level"] or "",
+            *([row["level"] or ""] if leveled else []),
             minute(row["due_at"]),
             row["attempt"],
             row["summary"],
         )
         for row in rows
     ]
-    print_table(("id", "line", "status", "level", "due", "attempt", "target"), cells)
+    print_table(("id", "line", "status", *(["level"] if leveled else []), "due", "attempt", "target"), cells)
 
 
 def reindex(store: Store, dry_run: DryRun = False) -> None:
