@@ -50,7 +50,7 @@ def claim_requests(
         model_line: Name of the model line.
         run_id: Id of the run.
         summary: Why a batch is due, or why there is none.
-        method: The unlearning method of the first recipe; after refusals stronger ones and then retraining.
+        method: The unlearning method of the first recipe; after a refusal the cause decides which comes next.
         density: Share of the weights that the first recipe may change.
         policy_uri: The gate policy of the run: equal work that it refused is not tried again.
         method_config: Settings that replace the method's defaults, as JSON text.

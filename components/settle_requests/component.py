@@ -34,6 +34,6 @@ def settle_requests(
 
     pod = Pod(store_uri, model_line, run_id)
     settled = ends.settle(pod, final_status.state, final_status.error_message or "")
-    counts = len(settled.completed), len(settled.queued), len(settled.failed)
+    counts = ends.counts_of(settled).values()
     print(f"the steps ended as {final_status.state}, run {run_id} as {settled.status or 'nothing claimed'}")
     return str(settled.status or ""), *counts

@@ -40,7 +40,7 @@ def sweep_compact(
         classification: Confusion matrix of the test split and ROC curve of the membership attack, after unlearning.
         report: The report with the verdict.
         summary: What was asked, what was done, the verdict, and where to look.
-        method: The unlearning method of the first recipe; after refusals stronger ones and then retraining.
+        method: The unlearning method of the first recipe; after a refusal the cause decides which comes next.
         density: Share of the weights that the first recipe may change.
         policy_uri: The gate policy of the run: equal work that it refused is not tried again.
         method_config: Settings that replace the method's defaults, as JSON text.

@@ -302,7 +302,7 @@ def show(
     target: Annotated[bool, typer.Option("--target", help="Print the target in full: personal data.")] = False,
 ) -> None:
     """Show the status of a request and its history. Ids, prompts and persons stay hidden without --target."""
-    from salun_core.requests.schema import is_overdue, status_after, summarise
+    from salun_core.requests.schema import Status, is_overdue, status_after, summarise
     from salun_core.times import utc_clock
 
     ledger = _ledger(store)
@@ -318,14 +318,18 @@ def show(
     assurance = last.assurance if last else None
     facts["assurance"] = assurance.model_dump(mode="json", exclude_none=True) if assurance else None
     undone, then = _undone(store, request_id, status)
-    facts |= {"undone": undone, "next": then} if undone else {}
+    if not undone and last is not None and last.run and status in {Status.QUEUED, Status.ON_HOLD, Status.FAILED}:
+        then = last.reason  # of the run that returned it: why, and what comes next
+    facts |= ({"undone": undone} if undone else {}) | ({"next": then} if then else {})
 
     def shown() -> None:
         _show_request(request, _standing(status, outcome, overdue), events, target)
         if assurance:
             echo(f"level {assurance.figures}\n{textwrap.fill(assurance.text, 100)}")
         if undone:
-            echo(f"its erasure is undone: {undone}\nnext: {then}")
+            echo(f"its erasure is undone: {undone}")
+        if then:
+            echo(f"next: {then}")
 
     emit(facts, shown)
 
@@ -467,6 +471,10 @@ def release(
         then = "the next sweep looks it up again, and holds it again if the data still lack a name; see --known-only"
     elif last is not None and last.outcome is Review.AMBIGUOUS:
         then = "it is held again while its class may be two: cancel it, and file it with --class-name or --class-index"
+    elif last is not None and last.outcome is Review.TOO_FEW_SAMPLES:
+        then = "the next sweep tries the same recipe, and holds it again unless its batch is larger: --min-requests"
+    elif last is not None and last.outcome in {Review.NOT_MEASURED, Review.INTEGRITY}:
+        then = "the next sweep tries the same recipe; it is held again while the cause remains"
     document = {**event.model_dump(mode="json", exclude_none=True), "then": then}
     emit(document, lambda: echo(f"{_moved(event, dry_run)}\n{then}"))
 

@@ -224,6 +224,7 @@ def sweep_facts(done: SweepOutcome) -> dict[str, Any]:
         },
         "verdict": verdict,
         "requests": dict(sorted(requests.items())),
+        "next": (done.settled.next or None) if done.settled else None,
         "recovered": list(claimed.recovered),
         "version": done.settled.version if done.settled else None,
         "report": str(done.outcome.report) if done.outcome else None,
@@ -243,8 +244,8 @@ def _outcomes(store_uri: str, requests: Iterable[str]) -> dict[str, str | None]:
 
 def _statuses(settled: Settled | None) -> dict[str, str]:
     """Return the status of each request of a run."""
-    names = ("completed", "queued", "failed")
-    return {request: name for name in names for request in getattr(settled, name, ())}
+    names = {"completed": "completed", "queued": "queued", "failed": "failed", "held": "on_hold"}
+    return {request: status for name, status in names.items() for request in getattr(settled, name, ())}
 
 
 _NEXT = {
@@ -266,6 +267,8 @@ def _show_sweep(facts: dict[str, Any], line: str) -> None:
         echo(f"settled    {request}: {status}{f': {outcome}' if outcome else ''}")
         if status in _NEXT:
             echo(f"           then: {_NEXT[status].format(request)}")
+    if facts["next"]:
+        echo(f"next       {facts['next']}")
     if facts["version"]:
         echo(f"published  {line}@{facts['version'][:12]}")
     if facts["report"]:
@@ -282,5 +285,8 @@ def _settle(form: DeletionSweepForm, run: str) -> None:
         echo(f"run        {run}: {settled.status or 'it had claimed nothing'}")
         for request, status in statuses.items():
             echo(f"settled    {request}: {status}")
+        if settled.next:
+            echo(f"next       {settled.next}")
 
-    emit({"run": run, "status": settled.status, "requests": statuses, "version": settled.version}, show)
+    facts = {"run": run, "status": settled.status, "requests": statuses, "version": settled.version}
+    emit({**facts, "next": settled.next or None}, show)

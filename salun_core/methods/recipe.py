@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from enum import StrEnum
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -22,6 +24,73 @@ class Recipe(Document):
     def overrides(self) -> dict[str, Any]:
         """The settings plus the seed, which they must not override."""
         return {**self.method_config, "seed": self.seed}
+
+
+class Role(StrEnum):
+    """What a recipe of an escalation is for."""
+
+    STRENGTH = "strength"
+    """The method of the first recipe, at some strength."""
+    OTHER = "other"
+    """Another method."""
+    RETRAIN = "retrain"
+    """A full retraining, which has no strength."""
+
+
+class Level(Document):
+    """One recipe of an escalation, as settling sees it."""
+
+    role: Role = Field(description="the method at some strength, another method, or a full retraining")
+    strength: Annotated[int, Field(ge=-99, le=99, strict=True)] = Field(
+        default=0, description="0 as configured; above it stronger, below it gentler; only with the role strength"
+    )
+    words: Annotated[str, Field(max_length=128)] = Field(default="", description="method and changed settings")
+
+
+class Escalation(Document):
+    """The recipes of a sweep. The cause of a refusal decides which one comes next.
+
+    `recipes` alone, as earlier releases had it, keeps its meaning: the first as configured, then stronger ones in order
+    of strength. A recipe with the method `retrain` is a full retraining, the last resort after any cause. Without
+    `gentler` and `others`, damage leads to that retraining, or to a person.
+    """
+
+    recipes: list[Recipe] = Field(
+        min_length=1, description="as configured, then each stronger than the one before; `retrain` is the last resort"
+    )
+    gentler: list[Recipe] = Field(default=[], description="after damage; each gentler than the one before")
+    others: list[Recipe] = Field(default=[], description="other methods, if no strength passes")
+
+    @property
+    def all_recipes(self) -> list[Recipe]:
+        """The recipes by level. Those of `recipes` come first, so that levels of earlier releases stay valid."""
+        return [*self.recipes, *self.gentler, *self.others]
+
+    @property
+    def levels(self) -> list[Level]:
+        """What the recipes of `all_recipes` are for, in the same order."""
+        first = self.recipes[0]
+        return [
+            *(_level(recipe, first, Role.STRENGTH, number) for number, recipe in enumerate(self.recipes)),
+            *(_level(recipe, first, Role.STRENGTH, -number) for number, recipe in enumerate(self.gentler, start=1)),
+            *(_level(recipe, first, Role.OTHER, 0) for recipe in self.others),
+        ]
+
+
+def _level(recipe: Recipe, first: Recipe, role: Role, strength: int) -> Level:
+    if recipe.method == "retrain":
+        role, strength = Role.RETRAIN, 0
+    changed = {name: value for name, value in recipe.method_config.items() if first.method_config.get(name) != value}
+    if role is not Role.STRENGTH:
+        changed = {}
+    elif recipe.density != first.density:
+        changed["density"] = recipe.density
+    words = [recipe.method, *(f"{name} {_short(value)}" for name, value in changed.items())]
+    return Level(role=role, strength=strength, words=", ".join(words)[:128])
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value, default=str)
 
 
 def parse_recipe(method: str, density: float, method_config: str, seed: int = 0) -> Recipe:

@@ -74,7 +74,8 @@ def settle(pod: Pod, state: str, message: str) -> Settled:
 
 def counts_of(settled: Settled) -> dict[str, int]:
     """Return how many requests ended in which way, as `add_counts` takes them."""
-    return {name: len(getattr(settled, name)) for name in ("completed", "queued", "failed")}
+    person = len(settled.failed) + len(settled.held)  # both wait for a person
+    return {"completed": len(settled.completed), "queued": len(settled.queued), "failed": person}
 
 
 def _ended_outcome(pod: Pod, settled: Settled, there: OutcomeRecord | None, state: str, message: str) -> OutcomeRecord:
@@ -107,7 +108,7 @@ def verdict_of(pod: Pod, settled: Settled) -> OutcomeRecord | None:
             stored = pod.store.get(key)
             decision = parse_stored(GateDecision, stored.data, key) if stored else None
             text, advice = (f"{text}: {decision.summary}", decision.next or advice) if decision else (text, advice)
-        advice = f"the next sweep tries the next recipe, if there is one; or {advice}"
+        advice = f"{settled.next or 'the next sweep tries another recipe, if there is one'}; or {advice}"
         return pod.outcome(RunState.REFUSED, text, next=advice, step="gate_publish", report=pod.report_address())
     return None
 

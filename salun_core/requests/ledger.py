@@ -39,6 +39,7 @@ from salun_core.requests.schema import (
     RequestState,
     Review,
     Status,
+    Tried,
     status_after,
 )
 from salun_core.storage.keys import request_key
@@ -67,6 +68,7 @@ class Transition:
         group: the half of a refused batch that it belongs to.
         known_only: a person decided to leave out names that the data do not have; later events repeat it.
         assurance: with `completed` how sure the outcome is.
+        tried: recipes that were refused; None keeps those of the event before.
     """
 
     to: Status
@@ -79,13 +81,14 @@ class Transition:
     group: str | None = None
     known_only: bool = False
     assurance: Assurance | None = None
+    tried: Sequence[Tried] | None = None
 
 
 def build_event(request_id: str, last: RequestEvent | None, transition: Transition, now: datetime) -> RequestEvent:
     """Build the event of a transition.
 
     The attempt is 1 at first, one more each time a run returns the request, and 1 again when a person queues it after
-    it failed or was completed; the escalation level starts again at 0 with it.
+    it failed or was completed; the escalation starts again with it, at level 0.
 
     Args:
         request_id: the request.
@@ -105,10 +108,10 @@ def build_event(request_id: str, last: RequestEvent | None, transition: Transiti
             f"from {source} it may move to {allowed}",
             f"look at it with `salun request show {request_id}`",
         )
-    attempt, level = 1, 0
+    attempt, level, tried = 1, 0, None
     if last is not None and source not in {Status.FAILED, Status.COMPLETED}:
         returned = source is Status.IN_PROGRESS and to is Status.QUEUED
-        attempt, level = last.attempt + returned, last.rung
+        attempt, level, tried = last.attempt + returned, last.rung, last.tried
     known_only = transition.known_only or bool(last and last.known_only and source is not Status.COMPLETED)
     fields = {
         "request": request_id,
@@ -126,6 +129,7 @@ def build_event(request_id: str, last: RequestEvent | None, transition: Transiti
         "previous": sha256_bytes(last.canonical()) if last else None,
         "epoch": transition.epoch,
         "rung": level if transition.level is None else transition.level,
+        "tried": tried if transition.tried is None else (list(transition.tried) or None),
         "group": transition.group,
         "writer": secrets.token_hex(16),
     }

@@ -15,7 +15,7 @@ from pydantic import AwareDatetime, Field, model_validator
 from salun_core.config import Document
 from salun_core.data.targets import ConceptTarget, ForgetTarget, RedactedTarget, Target
 from salun_core.digest import canonical_json, sha256_bytes
-from salun_core.gate import Assurance
+from salun_core.gate import Assurance, Cause
 from salun_core.storage.documents import Digest, LineId, RunId, ShortText, Text, UtcTime
 from salun_core.times import as_utc
 
@@ -58,6 +58,12 @@ class Review(StrEnum):
     """The data do not have all that it names."""
     AMBIGUOUS = "ambiguous"
     """It names a class by a value that is the name of one class and the index of another."""
+    TOO_FEW_SAMPLES = "too_few_samples"
+    """The gate refused it since its batch has too few samples; no recipe changes that."""
+    NOT_MEASURED = "not_measured"
+    """The gate refused it since the evidence lacks what a rule needs; no recipe changes that."""
+    INTEGRITY = "integrity"
+    """The gate refused it since files and evidence do not fit together; no recipe changes that."""
 
 
 TRANSITIONS: Mapping[Status, frozenset[Status]] = {
@@ -128,6 +134,13 @@ class DeletionRequest(StoredDocument):
         return self.sha256 or sha256_bytes(self.canonical())
 
 
+class Tried(Document):
+    """A recipe that the gate refused."""
+
+    rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(description="its escalation level")
+    causes: list[Cause] = Field(description="why; empty for a decision of an earlier release")
+
+
 class RequestEvent(StoredDocument):
     """One transition of a request; all its events together are its audit log."""
 
@@ -156,7 +169,11 @@ class RequestEvent(StoredDocument):
         default=None, description="a person decided to erase what the data have, and to leave out unknown names"
     )
     rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(
-        default=0, description="escalation level, from 0: which recipe comes next; higher after each refusal"
+        default=0,
+        description="escalation level, from 0: number of the recipe that comes next; a refusal's cause decides which",
+    )
+    tried: list[Tried] | None = Field(
+        default=None, description="refused recipes since a person queued the request; the cause decides what follows"
     )
     group: ShortText | None = Field(
         default=None,

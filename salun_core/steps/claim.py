@@ -54,7 +54,7 @@ def sweep_policy(store_uri: str, line: str, recipe: Recipe, **settings: Any) -> 
     """
     recipes = task_of_line(open_store(store_uri), line).escalation(recipe)
     digest = policy_digest(settings.get("policy_uri", AUTO))
-    return parse(SweepPolicy, {"recipes": recipes, "policy_digest": digest, **settings}, "the policy of the sweep")
+    return parse(SweepPolicy, {**dict(recipes), "policy_digest": digest, **settings}, "the policy of the sweep")
 
 
 def task_of_line(store: ObjectStore, line: str) -> Task[Any]:

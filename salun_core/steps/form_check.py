@@ -184,7 +184,7 @@ def _resolve(form: RecipeForm, task: Task[Any] | None) -> None:
 
 def _sweep_policy(form: DeletionSweepForm, task: Task[Any]) -> None:
     limits = form.model_dump(include=set(SweepPolicy.model_fields))
-    parse(SweepPolicy, {"recipes": task.escalation(form.recipe), **limits}, "the policy of the sweep")
+    parse(SweepPolicy, {**dict(task.escalation(form.recipe)), **limits}, "the policy of the sweep")
 
 
 def _check_shards(given: int | list[str]) -> None:

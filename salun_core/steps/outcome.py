@@ -20,7 +20,7 @@ from pydantic import Field
 
 from salun_core.errors import ConflictError
 from salun_core.requests.schema import StoredDocument
-from salun_core.storage.documents import Count, LineId, RunId, Text, UtcTime, parse_stored
+from salun_core.storage.documents import Count, LineId, RunId, Text, UtcTime, one_line, parse_stored
 from salun_core.storage.keys import run_key
 from salun_core.storage.objects import ObjectStore
 from salun_core.times import Clock, as_utc, utc_clock
@@ -150,11 +150,6 @@ def add_counts(store: ObjectStore, run: str, completed: int, queued: int, failed
     return None
 
 
-def _line(text: str) -> str:
-    """Return a text as one line of at most 500 characters, without those that a terminal or UTF-8 cannot take."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
-
-
 def new_outcome(
     run: str,
     line: str,
@@ -179,9 +174,9 @@ def new_outcome(
         "line": line,
         "state": state,
         "code": EXIT_CODES[state],
-        "text": _line(text) or str(state),
+        "text": one_line(text) or str(state),
         "at": as_utc(clock()).isoformat(),
         **fields,
-        "next": _line(fields.get("next", "")),
+        "next": one_line(fields.get("next", "")),
     }
     return OutcomeRecord.model_validate_json(json.dumps(document))

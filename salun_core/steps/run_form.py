@@ -34,7 +34,8 @@ class RecipeForm(RunForm):
     """The parameters that a run and a sweep share."""
 
     method: str = Field(
-        default="salun", description="The unlearning method; a sweep tries stronger ones and retraining after refusals."
+        default="salun",
+        description="The unlearning method; in a sweep the cause of a refusal decides what comes next.",
     )
     density: float = _DENSITY
     policy_uri: str = Field(

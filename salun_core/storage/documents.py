@@ -60,6 +60,11 @@ ShortText = Annotated[str, Field(max_length=128, pattern=_PLAIN)]
 Text = Annotated[str, Field(max_length=500, pattern=_PLAIN)]
 
 
+def one_line(text: str) -> str:
+    """Return a text as a `Text`: one line of at most 500 characters, without those that a terminal obeys."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())[:500]
+
+
 def parse_stored(kind: type[D], data: bytes, source: str) -> D:
     """Read a document that came out of the store.
 

@@ -25,6 +25,7 @@ Failures and what follows from them:
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -35,17 +36,18 @@ from enum import StrEnum
 from salun_core.config import parse
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import AmbiguousTargetError, ConflictError, LineHeldError, RunSettledError, SalunError
+from salun_core.gate import Cause
 from salun_core.methods.recipe import Recipe
 from salun_core.registry.lookup import Version, read_version, require_head
 from salun_core.requests.index import IndexEntry, read_entries
 from salun_core.requests.ledger import Transition
 from salun_core.requests.resolve import AMBIGUOUS, Resolved, Resolver, unmatched
-from salun_core.requests.schema import RequestState, Review, Status
+from salun_core.requests.schema import RequestState, Review, Status, Tried
 from salun_core.storage.keys import scratch_key, work_key
 from salun_core.storage.leases import SUBMIT_AGAIN, release
 from salun_core.sweeps.context import SweepContext, in_parallel
 from salun_core.sweeps.heartbeat import beating, hold_line
-from salun_core.sweeps.policy import SweepPolicy, due_when, why_due
+from salun_core.sweeps.policy import SweepPolicy, due_when, last_resort, next_level, why_due
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord
 from salun_core.sweeps.settle import complete, decision_about, in_progress, published_by, recover
 from salun_core.times import as_utc
@@ -214,9 +216,15 @@ def _why_due(context: SweepContext, waiting: Sequence[IndexEntry], policy: Sweep
     return why_due(received, returned, as_utc(context.clock()), policy)
 
 
-def _kind_of(state: RequestState) -> tuple[str | None, int]:
-    """Return what the requests of one batch share: the half of a refused batch, and the escalation level."""
-    return (state.last.group, state.last.rung) if state.last else (None, 0)
+_Kind = tuple[str | None, int, tuple[tuple[int, tuple[Cause, ...]], ...]]
+
+
+def _kind_of(state: RequestState) -> _Kind:
+    """Return what the requests of a batch share: the half of a refused batch, the level, and the refused recipes."""
+    if state.last is None:
+        return None, 0, ()
+    tried = tuple((item.rung, tuple(item.causes)) for item in state.last.tried or ())
+    return state.last.group, state.last.rung, tried
 
 
 _Item = tuple[RequestState, Resolved]
@@ -348,7 +356,7 @@ class _Batch:
         """Move a request to in progress; None if it was held or cancelled meanwhile."""
         if state.status is Status.IN_PROGRESS:
             return state, resolved
-        group, level = _kind_of(state)
+        group, level, _ = _kind_of(state)
         transition = Transition(
             Status.IN_PROGRESS, self.context.actor, "claimed", self.run, epoch=self.epoch, level=level, group=group
         )
@@ -358,20 +366,23 @@ class _Batch:
             return None
         return RequestState(request=state.request, last=event), resolved
 
-    def _record(self, taken: Sequence[_Item], kind: tuple[str | None, int], frozen_digest: str) -> RunRecord:
-        group, level = kind
+    def _record(self, taken: Sequence[_Item], kind: _Kind, frozen_digest: str) -> RunRecord:
+        group, level, before = kind
         ids = sorted({name for _, resolved in taken for name in resolved.ids})
-        level = self._level(ids, len({name for _, resolved in taken for name in resolved.samples}), level)
+        samples = len({name for _, resolved in taken for name in resolved.samples})
+        level, tried = self._level(ids, samples, level, dict(before))
         fields = {
             "run": self.run,
             "line": self.line,
             "parent": self.version.digest,
             "epoch": self.epoch,
             "created_at": as_utc(self.context.clock()).isoformat(),
-            **self.policy.recipes[level].model_dump(),
+            **self.policy.all_recipes[level].model_dump(),
             "rung": level,
             "group": group,
-            "recipes": len(self.policy.recipes),
+            "tried": [Tried(rung=number, causes=list(causes)) for number, causes in sorted(tried.items())] or None,
+            "recipes": len(self.policy.all_recipes),
+            "levels": self.policy.levels,
             "max_attempts": self.policy.max_attempts,
             "work_key": self._work(ids, level),
             "members": [_member(state, resolved).model_dump() for state, resolved in taken],
@@ -382,23 +393,42 @@ class _Batch:
         }
         return parse(RunRecord, fields, f"run {self.run}")
 
-    def _level(self, ids: Sequence[str], samples: int, level: int) -> int:
-        """Return the escalation level of the run.
+    def _level(
+        self, ids: Sequence[str], samples: int, level: int, tried: dict[int, tuple[Cause, ...]]
+    ) -> tuple[int, dict[int, tuple[Cause, ...]]]:
+        """Return the escalation level of the run, and the refused recipes by level with their causes.
 
-        It is the last one if a single request exceeds the limit of samples, else the first from `level` on whose work
-        the gate has not refused: equal work would be refused again. Only the last recipe is repeated, since then a
-        person queued the request again.
+        The refusals decide (`next_level`), also those of equal work, which would be refused again. A request that
+        exceeds the limit of samples begins with the last resort. After all recipes only a half of a refused batch or a
+        request that a person queued again is left: the half repeats its level, the request begins at the last resort.
         """
-        last = len(self.policy.recipes) - 1
-        if samples > self._sample_limit:
-            return last
-        level = min(level, last)
-        while level < last and self.context.store.get(work_key(self._work(ids, level))) is not None:
-            level += 1
-        return level
+        levels = self.policy.levels
+        tried = {number: causes for number, causes in tried.items() if number < len(levels)}
+        level = min(level, len(levels) - 1)
+        if tried:
+            found = next_level(levels, tried)
+            level = level if found is None else found
+        elif samples > self._sample_limit:
+            level = last_resort(levels, tried)
+        while (causes := self._refused(ids, level)) is not None and level not in tried:
+            tried[level] = causes
+            found = next_level(levels, tried)
+            level = last_resort(levels, tried) if found is None else found
+        return level, tried
+
+    def _refused(self, ids: Sequence[str], level: int) -> tuple[Cause, ...] | None:
+        """Return the causes for which the gate refused equal work; None if it did not."""
+        stored = self.context.store.get(work_key(self._work(ids, level)))
+        if stored is None:
+            return None
+        try:
+            noted = json.loads(stored.data).get("causes", ())  # earlier releases noted none
+            return tuple(cause for cause in Cause if cause in noted)
+        except (ValueError, AttributeError, TypeError):
+            return ()
 
     def _work(self, ids: Sequence[str], level: int) -> str:
-        recipe = self.policy.recipes[level]
+        recipe = self.policy.all_recipes[level]
         work = {
             "line": self.line,
             "parent": self.version.digest,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from pydantic import Field
 
 from salun_core.config import Document
-from salun_core.methods.recipe import Recipe
+from salun_core.gate import Cause
+from salun_core.methods.recipe import Escalation, Level, Role
+from salun_core.requests.schema import Review, Tried
+from salun_core.storage.documents import one_line
 from salun_core.times import due_after_one_month
 
 MAX_ATTEMPTS = 10
@@ -36,12 +39,9 @@ class BatchLimits(Document):
     )
 
 
-class SweepPolicy(BatchLimits):
+class SweepPolicy(Escalation, BatchLimits):
     """How a sweep forms batches, and which recipes it tries."""
 
-    recipes: list[Recipe] = Field(
-        min_length=1, description="by escalation level: each refusal tries the next; after the last a person decides"
-    )
     policy_uri: str = Field(default="auto", description="the gate policy")
     policy_digest: str | None = Field(default=None, description="its digest when the sweep began; none for `auto`")
     deadline_days: float = Field(
@@ -101,13 +101,17 @@ class Next:
         give_up: whether it fails, so that a person must decide; else it is queued again.
         level: escalation level of its next attempt.
         group: the half of the batch that is tried together.
-        reason: for the audit log.
+        reason: for the audit log: why, and what comes next.
+        review: it is held for a person, who must review this.
+        tried: recipes that were refused; None keeps those of its last event.
     """
 
     give_up: bool
     level: int = 0
     group: str | None = None
     reason: str = ""
+    review: Review | None = None
+    tried: Sequence[Tried] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,34 +119,156 @@ class Limits:
     """When the requests of a run are given up; the run's record holds them, so that settling needs no configuration.
 
     Args:
-        recipes: how many recipes the escalation has.
+        levels: what the recipes of the escalation are for.
         attempts: most attempts of a request.
     """
 
-    recipes: int = ESCALATION
+    levels: Sequence[Level]
     attempts: int = MAX_ATTEMPTS
 
 
-def after_refusal(members: Mapping[str, int], run: str, level: int, limits: Limits) -> Mapping[str, Next]:
-    """Decide about the requests of a run that the gate refused.
+@dataclass(frozen=True)
+class Refused:
+    """Why the gate refused a run, from its decision.
 
-    The batch is halved and each half tries the next recipe. So a request that no recipe can erase ends alone and does
-    not delay the others; alone at the last recipe, it fails.
+    Args:
+        causes: of the failed rules; empty for a decision of an earlier release.
+        advice: what the gate suggests for each cause.
+    """
+
+    causes: frozenset[Cause] = frozenset()
+    advice: Mapping[Cause, str] | None = None
+
+    @property
+    def review(self) -> Cause | None:
+        """The cause that no recipe changes, so that a person must review the requests; None if a recipe may help.
+
+        Samples that are too few count only if no rule failed for a reason that a recipe changes.
+        """
+        for cause in (Cause.INTEGRITY, Cause.NOT_MEASURED):
+            if cause in self.causes:
+                return cause
+        return Cause.TOO_FEW_SAMPLES if self.causes == {Cause.TOO_FEW_SAMPLES} else None
+
+
+_TOO_MUCH = frozenset({Cause.DAMAGED, Cause.OVER_FORGOTTEN})
+
+
+def plain_levels(count: int) -> list[Level]:
+    """Return the levels of a plain list of which only the count is known: each stronger, at last a retraining."""
+    levels = [Level(role=Role.STRENGTH, strength=number) for number in range(count)]
+    return [*levels[:-1], Level(role=Role.RETRAIN)] if count > 1 else levels
+
+
+def next_level(levels: Sequence[Level], tried: Mapping[int, Collection[Cause]]) -> int | None:
+    """Return the level that follows from all refusals so far, or None if no recipe is left.
+
+    Each refusal bounds the strength: what did not forget is too weak, what damaged or forgot too much is too strong.
+    So damage never leads to a stronger recipe, and no strength is tried twice. If no strength lies between the bounds
+    (also since one recipe did both), another method follows, then a full retraining. A method that was only too weak at
+    every strength leads to the retraining directly. There is no way back from another method or from a retraining.
+
+    Args:
+        levels: of the escalation.
+        tried: causes by refused level; no cause counts as not forgotten, as in earlier releases.
+    """
+    too_weak, too_strong = [], []
+    known = {number: causes for number, causes in tried.items() if number < len(levels)}
+    for number, causes in known.items():
+        if levels[number].role is not Role.STRENGTH:
+            continue
+        if _TOO_MUCH & set(causes):
+            too_strong.append(levels[number].strength)
+        if Cause.NOT_FORGOTTEN in causes or not _TOO_MUCH & set(causes):
+            too_weak.append(levels[number].strength)
+    left = {role: [n for n, level in enumerate(levels) if level.role is role and n not in known] for role in Role}
+    roles = {levels[number].role for number in known}
+    between = [
+        number
+        for number in left[Role.STRENGTH]
+        if all(levels[number].strength > strength for strength in too_weak)
+        and all(levels[number].strength < strength for strength in too_strong)
+    ]
+    if between and roles <= {Role.STRENGTH}:
+        return min(between, key=lambda number: levels[number].strength * (1 if too_weak else -1))
+    if Role.RETRAIN in roles or (left[Role.RETRAIN] and not too_strong and roles <= {Role.STRENGTH}):
+        return next(iter(left[Role.RETRAIN]), None)
+    return next(iter([*left[Role.OTHER], *left[Role.RETRAIN]]), None)
+
+
+def last_resort(levels: Sequence[Level], tried: Mapping[int, Collection[Cause]]) -> int:
+    """Return the level of a request that exceeds the limits of a run, or that a person retries after all recipes.
+
+    It is the retraining, else another method, else the strongest recipe, or the gentlest one if a recipe did harm.
+
+    Args:
+        levels: of the escalation.
+        tried: causes by refused level.
+    """
+    for role in (Role.RETRAIN, Role.OTHER):
+        for number, level in enumerate(levels):
+            if level.role is role:
+                return number
+    harmed = any(_TOO_MUCH & set(causes) for causes in tried.values())
+    return max(range(len(levels)), key=lambda number: levels[number].strength * (-1 if harmed else 1))
+
+
+def after_refusal(
+    members: Mapping[str, int],
+    run: str,
+    level: int,
+    limits: Limits,
+    refused: Refused,
+    tried: Sequence[Tried] = (),
+) -> Mapping[str, Next]:
+    """Decide about the requests of a run that the gate refused; the cause decides.
+
+    If no recipe can help, all are held for a person. Else the batch is halved, and each half tries the level that
+    `next_level` returns. So a request that no recipe can erase ends alone and does not delay the others. If no recipe
+    is left, the halves repeat the last one, unless it did harm; a request that is alone fails.
 
     Args:
         members: attempt by request, in the order of the batch.
         run: the refused run.
         level: escalation level of the refused recipe.
         limits: of the run.
+        refused: why the gate refused it.
+        tried: recipes that were refused for these requests before.
     """
-    last = limits.recipes - 1
-    if len(members) == 1 and level >= last:
-        refused = Next(True, level, None, f"the gate refused it alone, with the last of {last + 1} recipes")
-        return dict.fromkeys(members, refused)
+    causes = ", ".join(sorted(refused.causes))
+    told = f" ({causes})" if causes else ""
+    cause = refused.review
+    if cause is not None:
+        advice = (refused.advice or {}).get(cause, "")
+        text = f"the gate refused the run ({cause}: {cause.words}); no recipe changes that, so it is held for review"
+        reason = one_line(f"{text}; next: {advice}" if advice else text)
+        return dict.fromkeys(members, Next(False, level, None, reason, Review(cause.value)))
+    known = {item.rung: frozenset(item.causes) for item in tried} | {level: refused.causes}
+    history = [Tried(rung=number, causes=sorted(why)) for number, why in sorted(known.items())]
+    found, levels = next_level(limits.levels, known), limits.levels
+    repeatable = not refused.causes & _TOO_MUCH or (level < len(levels) and levels[level].role is Role.RETRAIN)
+    if found is None and (len(members) == 1 or not repeatable):
+        who = "it alone" if len(members) == 1 else "the run"
+        reason = f"the gate refused {who}{told}, and none of {len(levels)} recipes is left: a person decides"
+        return dict.fromkeys(members, Next(True, level, None, reason, tried=history))
+    reason = one_line(f"the gate refused the run{told}; next: {_step(levels, level, found)}")
     return {
-        name: _retry(attempt, min(level + 1, last), group, "the gate refused the run", limits)
+        name: _retry(attempt, level if found is None else found, group, reason, limits, history)
         for name, attempt, group in _halves(members, run)
     }
+
+
+def _step(levels: Sequence[Level], level: int, found: int | None) -> str:
+    """Return in words what comes after a refused level."""
+    if found is None:
+        return "the same recipe for half of the batch"
+    there = levels[found]
+    if there.role is not Role.STRENGTH:
+        kind = "a full retraining" if there.role is Role.RETRAIN else "another method"
+    else:
+        before = levels[level].strength if level < len(levels) else 0
+        kind = "a stronger recipe" if there.strength > before else "a gentler recipe"
+    return f"{kind} ({there.words})" if there.words else kind
 
 
 def after_failure(
@@ -185,7 +311,15 @@ def _halves(members: Mapping[str, int], run: str) -> list[tuple[str, int, str | 
     ]
 
 
-def _retry(attempt: int, level: int, group: str | None, reason: str, limits: Limits) -> Next:
+def _retry(
+    attempt: int,
+    level: int,
+    group: str | None,
+    reason: str,
+    limits: Limits,
+    tried: Sequence[Tried] | None = None,
+) -> Next:
     if attempt >= limits.attempts:
-        return Next(True, level, None, f"{reason}; all {limits.attempts} attempts are used up")
-    return Next(False, level, group, reason)
+        ended = one_line(f"{reason.partition('; next: ')[0]}; all {limits.attempts} attempts are used up")
+        return Next(True, level, None, ended, tried=tried)
+    return Next(False, level, group, reason, tried=tried)

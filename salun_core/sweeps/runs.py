@@ -18,13 +18,13 @@ from pydantic import Field
 
 from salun_core.config import Document, parse
 from salun_core.errors import ConflictError, IntegrityError, RunSettledError
-from salun_core.methods.recipe import Recipe
-from salun_core.requests.schema import RequestId, StoredDocument
+from salun_core.methods.recipe import Level, Recipe
+from salun_core.requests.schema import RequestId, StoredDocument, Tried
 from salun_core.storage.documents import Count, Digest, LineId, RunId, ShortText, Text, UtcTime, parse_stored
 from salun_core.storage.keys import run_event_key, run_events_prefix, run_key
 from salun_core.storage.leases import SUBMIT_AGAIN
 from salun_core.storage.objects import ObjectStore
-from salun_core.sweeps.policy import ESCALATION, MAX_ATTEMPTS, Limits
+from salun_core.sweeps.policy import ESCALATION, MAX_ATTEMPTS, Limits, plain_levels
 from salun_core.times import Clock, as_utc
 
 
@@ -72,10 +72,16 @@ class RunRecord(StoredDocument):
     density: float = Field(gt=0, le=1, description="share of the weights that may change")
     method_config: dict[str, Any] = Field(default={}, description="settings that differ from the method's defaults")
     seed: Count = Field(default=0, description="seed of the run")
-    rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(default=0, description="escalation level, from 0")
+    rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(
+        default=0, description="escalation level: number of its recipe"
+    )
+    tried: list[Tried] | None = Field(default=None, description="recipes that were refused for its requests before")
     group: ShortText | None = Field(default=None, description="the half of a refused batch that it is")
     recipes: Annotated[int, Field(ge=1, le=100, strict=True)] = Field(
         default=ESCALATION, description="recipes of the escalation that `rung` counts in"
+    )
+    levels: list[Level] | None = Field(
+        default=None, description="what these recipes are for; absent in earlier releases: each stronger, then retrain"
     )
     max_attempts: Annotated[int, Field(ge=1, strict=True)] = Field(
         default=MAX_ATTEMPTS, description="most attempts of a request, before a person decides"
@@ -97,7 +103,7 @@ class RunRecord(StoredDocument):
     @property
     def limits(self) -> Limits:
         """When its requests are given up."""
-        return Limits(self.recipes, self.max_attempts)
+        return Limits(tuple(self.levels or plain_levels(self.recipes)), self.max_attempts)
 
 
 class RunEvent(StoredDocument):

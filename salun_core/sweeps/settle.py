@@ -5,8 +5,8 @@ stands in the run's record, so that settling depends on no configuration. Any pr
 another one does, and every step may be repeated. The order of the writes is:
 
 1. Published: for each request its certificate, then its event `completed`, then its redaction.
-   Not published: if the gate refused, a note that this work was refused; then for each request an event that queues it
-   again or lets it fail.
+   Not published: if the gate refused, a note that this work was refused, with the causes; then for each request an
+   event that queues it again or lets it fail. If no recipe can help, a second event holds the request for a person.
 2. The event that ends the run. A later settle reports the status of this event, whatever was published meanwhile.
 3. The run's scratch files are deleted, and the lease is released.
 
@@ -14,6 +14,9 @@ Failures and what follows from them:
 
 - The process dies after a certificate: the next settle keeps it and writes the event (see `certificates.issue`).
 - It dies after an event `completed`: the request counts as done, and `salun purge` redacts it.
+- It dies after the note: the next settle reads the same decision and plans the same. The note of another settle stays.
+- It dies between the two events of a request that is held: the next settle of the run writes the second. If none comes
+  before the next claim, the request is tried again, is refused again, and is held then.
 - It dies elsewhere: the next settle finds the remaining requests in progress and continues. A sweep of the same line
   settles dead runs first (`recover`).
 - It stalls while others settle and claim: its events are refused, since their numbers are taken.
@@ -31,6 +34,7 @@ from typing import Any
 
 from salun_core.certificates.issue import CertificateInput
 from salun_core.errors import ConflictError, IntegrityError
+from salun_core.gate import Cause
 from salun_core.registry.lookup import Version, read_file, read_head, read_version
 from salun_core.requests.ledger import Transition
 from salun_core.requests.redaction import redact_request
@@ -38,7 +42,7 @@ from salun_core.requests.schema import Outcome, RequestState, Status
 from salun_core.storage.keys import run_key, scratch_prefix, work_key
 from salun_core.storage.leases import read_lease, release
 from salun_core.sweeps.context import SweepContext, in_parallel
-from salun_core.sweeps.policy import Next, after_failure, after_interruption, after_refusal
+from salun_core.sweeps.policy import Next, Refused, after_failure, after_interruption, after_refusal
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord, RunStatus
 from salun_core.telemetry.logs import get_logger
 from salun_core.times import as_utc
@@ -51,6 +55,7 @@ _REASONS = {
     RunStatus.FAILED: "ended without a verdict",
 }
 _UNDONE = "its version was rolled back"
+_FINITE = "weights finite"  # the gate's check; without finite weights most metrics are not a number
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class Settled:
         completed: requests that it erased.
         queued: requests that are tried again.
         failed: requests that a person must look at.
+        held: requests that are on hold for review, since no recipe can help.
+        next: what comes after a refusal, and why.
     """
 
     run: str
@@ -72,6 +79,8 @@ class Settled:
     completed: Sequence[str] = ()
     queued: Sequence[str] = ()
     failed: Sequence[str] = ()
+    held: Sequence[str] = ()
+    next: str = ""
 
 
 def settle(context: SweepContext, line: str, run: str, *, keep_scratch: bool = False) -> Settled:
@@ -150,10 +159,20 @@ def _settle_recorded(context: SweepContext, record: RunRecord) -> Settled:
         status, names = RunStatus.PUBLISHED, [state.request.id for state in states]
         settled = Settled(record.run, ended or status, version.digest, names)
     else:
-        status = ended or _verdict(context, record)
+        refused = refusal_of(context, record.run)
+        status = ended or _verdict(context, record, refused)
+        refused = refused or Refused()  # the decision of a run that ended so may be gone
+        if status is RunStatus.GATE_REFUSED and refused.review is None:
+            note = {"format": "salun.work/v1", "causes": sorted(refused.causes)}
+            with suppress(ConflictError):  # noted before, perhaps with other causes or by an earlier release
+                context.store.put_new(work_key(record.work_key), json.dumps(note).encode())
+        half_held = [state for state in ours if state.status is Status.QUEUED and refused.review]
+        plan = _plan(record, status, [*states, *half_held], refused)
+        settled = _requeue(context, record.run, status, states, plan)
         if status is RunStatus.GATE_REFUSED:
-            context.store.put_new(work_key(record.work_key), json.dumps({"format": "salun.work/v1"}).encode())
-        settled = _requeue(context, record.run, status, states, _plan(record, status, states))
+            finished = _hold_for_review(context, record.run, half_held, plan)
+            ours = [state for state in ours if state.request.id not in finished]
+            settled = replace(settled, held=[*settled.held, *finished], next=_next(record, refused))
     if ended is None:
         try:
             context.runs.advance(record.run, status, context.actor, _REASONS[status])
@@ -177,30 +196,31 @@ def _with_earlier(settled: Settled, ours: Sequence[RequestState]) -> Settled:
     """Add the requests that an earlier settle of the run moved, and that nobody moved since."""
     earlier = {
         status: [state.request.id for state in ours if state.status is status]
-        for status in (Status.COMPLETED, Status.QUEUED, Status.FAILED)
+        for status in (Status.COMPLETED, Status.QUEUED, Status.FAILED, Status.ON_HOLD)
     }
     return replace(
         settled,
         completed=[*settled.completed, *earlier[Status.COMPLETED]],
         queued=[*settled.queued, *earlier[Status.QUEUED]],
         failed=[*settled.failed, *earlier[Status.FAILED]],
+        held=[*settled.held, *earlier[Status.ON_HOLD]],
     )
 
 
-def _verdict(context: SweepContext, record: RunRecord) -> RunStatus:
+def _verdict(context: SweepContext, record: RunRecord, refused: Refused | None) -> RunStatus:
     """Return how a run ended that has no version in the lineage, as the store shows it."""
-    if _refused(context, record.run):
+    if refused is not None:
         return RunStatus.GATE_REFUSED
     head = read_head(context.store, record.line)
     stale = head is None or head[0].version != record.parent
     return RunStatus.STALE_PARENT if stale else RunStatus.FAILED
 
 
-def _plan(record: RunRecord, status: RunStatus, states: Sequence[RequestState]) -> Mapping[str, Next]:
+def _plan(record: RunRecord, status: RunStatus, states: Sequence[RequestState], refused: Refused) -> Mapping[str, Next]:
     """Return what follows for the requests that are still in progress for a run."""
     attempts = {state.request.id: state.last.attempt for state in states if state.last}
     if status is RunStatus.GATE_REFUSED:
-        return after_refusal(attempts, record.run, record.rung, record.limits)
+        return after_refusal(attempts, record.run, record.rung, record.limits, refused, record.tried or ())
     if status is RunStatus.FAILED:
         return after_failure(attempts, record.run, record.rung, record.group, record.limits)
     reason = _UNDONE if status is RunStatus.PUBLISHED else _REASONS[status]
@@ -228,14 +248,38 @@ def published_by(context: SweepContext, record: RunRecord) -> Version | None:
     return None
 
 
-def _refused(context: SweepContext, run: str) -> bool:
-    """Return whether the gate refused the run: then it left its decision."""
+def _next(record: RunRecord, refused: Refused) -> str:
+    """Return what comes after a refusal, and why, as the events of its requests tell it."""
+    members = {member.id: member.attempt for member in record.members}
+    plan = after_refusal(members, record.run, record.rung, record.limits, refused, record.tried or ())
+    return next(iter(plan.values())).reason
+
+
+def refusal_of(context: SweepContext, run: str) -> Refused | None:
+    """Return why the gate refused a run, or None if it left no refusal: then the gate did not refuse it.
+
+    It reads only the parts that it needs, so that a decision of another release still counts as a refusal.
+    """
     stored = context.store.get(run_key(run, DECISION))
     try:
         decision = json.loads(stored.data) if stored else None
     except ValueError:
-        return False
-    return isinstance(decision, dict) and decision.get("passed") is False
+        return None
+    if not isinstance(decision, dict) or decision.get("passed") is not False:
+        return None
+    verdicts = decision.get("verdicts")
+    failed = [
+        item
+        for item in (verdicts if isinstance(verdicts, list) else ())
+        if isinstance(item, dict) and item.get("passed") is False
+    ]
+    if any(item.get("rule") == _FINITE for item in failed):
+        return Refused(frozenset({Cause.DAMAGED}))  # the other rules fail since nothing can be measured
+    refusals = [item["refusal"] for item in failed if isinstance(item.get("refusal"), dict)]
+    known = {str(cause): cause for cause in Cause}
+    found = [(known[str(item.get("cause"))], item.get("next")) for item in refusals if str(item.get("cause")) in known]
+    advice = {cause: then for cause, then in reversed(found) if isinstance(then, str)}  # of the first rule
+    return Refused(frozenset(cause for cause, _ in found), advice)
 
 
 def _requeue(
@@ -245,14 +289,35 @@ def _requeue(
         step = plan[state.request.id]
         to = Status.FAILED if step.give_up else Status.QUEUED
         epoch = state.last.epoch if state.last else None
-        transition = Transition(to, context.actor, step.reason, run, epoch=epoch, level=step.level, group=step.group)
+        transition = Transition(
+            to, context.actor, step.reason, run, epoch=epoch, level=step.level, group=step.group, tried=step.tried
+        )
         with suppress(ConflictError):  # a twin of this call was faster
-            context.ledger.move(state, transition)
+            event = context.ledger.move(state, transition)
+            _hold_for_review(context, run, [RequestState(request=state.request, last=event)], plan)
 
     in_parallel(move, states)
     names = [state.request.id for state in states]
     failed = [name for name in names if plan[name].give_up]
-    return Settled(run, status, queued=[name for name in names if name not in failed], failed=failed)
+    held = [name for name in names if plan[name].review]
+    queued = [name for name in names if name not in failed and name not in held]
+    return Settled(run, status, queued=queued, failed=failed, held=held)
+
+
+def _hold_for_review(
+    context: SweepContext, run: str, states: Sequence[RequestState], plan: Mapping[str, Next]
+) -> list[str]:
+    """Put the queued requests of a plan on hold that need a person, and return them."""
+    held = []
+    for state in states:
+        step = plan[state.request.id]
+        if step.review is not None:
+            with suppress(ConflictError):  # a twin of this call was faster, or a person moved it
+                context.ledger.move(
+                    state, Transition(Status.ON_HOLD, context.actor, step.reason, run, outcome=step.review)
+                )
+            held.append(state.request.id)
+    return held
 
 
 def decision_about(context: SweepContext, version: Version) -> Mapping[str, Any] | None:

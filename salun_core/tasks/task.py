@@ -21,7 +21,7 @@ from salun_core.methods.config import LoopConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.methods.loop import OnEpoch
 from salun_core.methods.method import Method, UnlearnResult
-from salun_core.methods.recipe import Recipe
+from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models.card import Card
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
@@ -352,8 +352,8 @@ class Task(Protocol[InputsT]):
         """Return the files of a version by name: weights, card and split."""
         ...
 
-    def escalation(self, recipe: Recipe) -> list[Recipe]:
-        """Return the recipes of a sweep in order: the requested one first, the strongest last.
+    def escalation(self, recipe: Recipe) -> Escalation:
+        """Return the recipes of a sweep: the requested one, stronger and gentler ones, and other methods.
 
         Raises:
             UsageError: the method or its configuration is wrong.

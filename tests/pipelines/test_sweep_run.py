@@ -152,7 +152,7 @@ def test_a_sweep_without_requests_changes_nothing(line):
     line.left_nothing_behind(run)
 
 
-def test_a_refused_gate_fails_the_run_and_queues_the_request_with_the_next_recipe(line):
+def test_a_refused_gate_fails_the_run_and_queues_the_request_with_a_gentler_recipe(line):
     head = line.head
     rule = {"metric": "TA", "op": ">=", "value": 1.0, "reason": "no model is perfect"}
     policy = line.folder / "strict.yaml"
@@ -165,7 +165,8 @@ def test_a_refused_gate_fails_the_run_and_queues_the_request_with_the_next_recip
     assert (run.outcome.state, run.outcome.queued) == ("refused", 1)
     assert run.outputs["settle-requests"] == {"status": "gate_refused", "completed": 0, "queued": 1, "failed": 0}
     state = line.ledger.state("r-more")
-    assert (state.status, state.last.rung) == (Status.QUEUED, 1)
+    assert state.status is Status.QUEUED
+    assert "next: a gentler recipe" in state.last.reason  # the accuracy on the test data was too low
     assert RunLog(line.store, utc_clock).status(run.run) is RunStatus.GATE_REFUSED
     assert line.head == head
     line.left_nothing_behind(run)

@@ -20,7 +20,7 @@ from salun_core.evaluation.integrity import compare_weights
 from salun_core.methods.config import LoopConfig
 from salun_core.methods.loop import Phase, Step, run_loop
 from salun_core.methods.method import Method, UnlearnResult
-from salun_core.methods.recipe import Recipe
+from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models.card import CARD, Card, load_card
 from salun_core.models.checkpoint import SPLIT, WEIGHTS, load_weights, read_weights, weights_bytes, write_folder
 from salun_core.saliency import saliency_scores
@@ -163,4 +163,4 @@ class ToyTask:
         return {name: folder / name for name in (WEIGHTS, CARD, SPLIT)}
 
     def escalation(self, recipe):
-        return [recipe, Recipe(method="retrain", density=1.0, seed=recipe.seed)]
+        return Escalation(recipes=[recipe, Recipe(method="retrain", density=1.0, seed=recipe.seed)])

@@ -214,6 +214,8 @@ def test_a_run_that_was_killed_after_the_refusal_has_the_same_text(store):
     store.put_new(run_key("run-1", "decision.json"), decision.model_dump_json().encode())
     outcome = verdict_of(pod, settled)
     assert outcome.text == f"the gate refused the model: {decision.summary}"
-    assert outcome.next.endswith(decision.next)
+    assert outcome.next == f"the next sweep tries another recipe, if there is one; or {decision.next}"
+    told = verdict_of(pod, Settled("run-1", RunStatus.GATE_REFUSED, next="next: a gentler recipe")).next
+    assert told == f"next: a gentler recipe; or {decision.next}"
     store.put_new(run_key("run-2", "decision.json"), b"damaged")
     assert verdict_of(Pod(store.uri, "faces", "run-2"), settled).text == "the gate refused the model"

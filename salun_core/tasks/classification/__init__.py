@@ -21,7 +21,7 @@ from salun_core.methods.config import LoopConfig, UnlearnConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.methods.loop import OnEpoch
 from salun_core.methods.method import UnlearnResult, get_method
-from salun_core.methods.recipe import Recipe
+from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models import LoadedModel, ModelCard, load_model, save_model
 from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS
 from salun_core.saliency import SaliencyMask, saliency_scores
@@ -150,13 +150,31 @@ class ClassificationTask:
         """Return weights, card and split."""
         return {name: folder / name for name in (WEIGHTS, CARD, SPLIT)}
 
-    def escalation(self, recipe: Recipe) -> list[Recipe]:
-        """Return the requested recipe, a stronger one, one with more weights, and a full retraining."""
+    def escalation(self, recipe: Recipe) -> Escalation:
+        """Return the requested recipe, a stronger one, one with more weights, and a full retraining.
+
+        The gentler ones have a third and a tenth of the rate. The other method is SFR-on, which kept the most of D_r in
+        the study; after SFR-on it is SalUn. A retraining has no strength: only that of the model card follows.
+        """
         config = method_config(recipe.method, recipe.method_config)
-        stronger = {**recipe.method_config, "epochs": 2 * config.epochs, "learning_rate": 3 * config.learning_rate}
-        return [
-            recipe,
-            recipe.model_copy(update={"method_config": stronger}),
-            recipe.model_copy(update={"method_config": stronger, "density": min(1.0, (1 + recipe.density) / 2)}),
-            Recipe(method="retrain", density=1.0, seed=recipe.seed),
-        ]
+        retraining = Recipe(method="retrain", density=1.0, seed=recipe.seed)
+        if METHODS[recipe.method].fresh_start:
+            return Escalation(recipes=[recipe, retraining] if recipe.method_config else [recipe])
+        name = "influence_strength" if recipe.method == "influence" else "learning_rate"
+
+        def changed(factor: float, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - of the configuration
+            return {**recipe.method_config, name: float(f"{factor * getattr(config, name):.4g}"), **more}
+
+        stronger = changed(3, epochs=2 * config.epochs)
+        other = "salun" if recipe.method == "sfr_on" else "sfr_on"
+        machine = {key: value for key, value in recipe.method_config.items() if key in {"device", "batch_size"}}
+        return Escalation(
+            recipes=[
+                recipe,
+                recipe.model_copy(update={"method_config": stronger}),
+                recipe.model_copy(update={"method_config": stronger, "density": min(1.0, (1 + recipe.density) / 2)}),
+                retraining,
+            ],
+            gentler=[recipe.model_copy(update={"method_config": changed(factor)}) for factor in (1 / 3, 0.1)],
+            others=[Recipe(method=other, method_config=machine, seed=recipe.seed)],
+        )

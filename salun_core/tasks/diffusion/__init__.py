@@ -23,7 +23,7 @@ from salun_core.methods.diffusion.saliency import denoising_scores
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.methods.loop import OnEpoch
 from salun_core.methods.method import UnlearnResult
-from salun_core.methods.recipe import Recipe
+from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models.card import CARD, DiffusionCard
 from salun_core.models.checkpoint import SPLIT
 from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion, model_files, save_diffusion
@@ -149,13 +149,26 @@ class DiffusionTask:
         """Return the index, all components, card and split."""
         return {name: folder / name for name in sorted([*model_files(folder), CARD, SPLIT])}
 
-    def escalation(self, recipe: Recipe) -> list[Recipe]:
+    def escalation(self, recipe: Recipe) -> Escalation:
         """Return the requested recipe, a stronger one, one with more weights, and one that selects all weights.
 
-        A sweep does not retrain a diffusion model, because that may take weeks.
+        The gentler ones have a third and a tenth of the rate, or ten and a hundred times what `uce` preserves. The
+        other method is SalUn, unless it was the first. A sweep does not retrain a diffusion model, because that may
+        take weeks.
         """
         config = diffusion_config(recipe.method, recipe.method_config)
         stronger = {**recipe.method_config, "steps": 2 * config.steps, "learning_rate": 2 * config.learning_rate}
         densities = (recipe.density, min(1.0, (1 + recipe.density) / 2), 1.0)
-        changed = [{"method_config": stronger, "density": density} for density in densities]
-        return [recipe, *(recipe.model_copy(update=change) for change in changed)]
+        heavier = [{"method_config": stronger, "density": density} for density in densities]
+        name, gentler = "learning_rate", (1 / 3, 0.1)
+        if recipe.method == "uce":
+            name, gentler = "edit_strength", (10.0, 100.0)
+        settings = [
+            {**recipe.method_config, name: float(f"{factor * getattr(config, name):.4g}")} for factor in gentler
+        ]
+        machine = {key: value for key, value in recipe.method_config.items() if key in {"device", "batch_size"}}
+        return Escalation(
+            recipes=[recipe, *(recipe.model_copy(update=change) for change in heavier)],
+            gentler=[recipe.model_copy(update={"method_config": changed}) for changed in settings],
+            others=[] if recipe.method == "salun" else [Recipe(method_config=machine, seed=recipe.seed)],
+        )

@@ -229,12 +229,34 @@ def test_requests_for_a_class_and_a_concept_become_certificates(sd, store, tmp_p
 
 
 def test_a_sweep_of_a_diffusion_line_frees_every_weight_at_last():
-    rungs = TASKS["diffusion"].escalation(Recipe(method_config={"steps": 100}))
-    assert [(rung.density, rung.method_config["steps"]) for rung in rungs] == [
+    found = TASKS["diffusion"].escalation(Recipe(method_config={"steps": 100}))
+    assert [(recipe.density, recipe.method_config["steps"]) for recipe in found.recipes] == [
         (0.5, 100),
         (0.5, 200),
         (0.75, 200),
         (1, 200),
+    ]
+    assert [recipe.method_config for recipe in found.gentler] == [
+        {"steps": 100, "learning_rate": 6.667e-05},
+        {"steps": 100, "learning_rate": 2e-05},
+    ]
+    assert {level.role.value for level in found.levels} == {"strength"}  # it is not retrained
+
+
+def test_what_is_gentler_depends_on_the_method():
+    kept = TASKS["diffusion"].escalation(Recipe(method="uce", method_config={"batch_size": 4}))
+    assert [recipe.method_config["edit_strength"] for recipe in kept.gentler] == [1.0, 10.0]
+    assert [(recipe.method, recipe.method_config) for recipe in kept.others] == [("salun", {"batch_size": 4})]
+    edited = TASKS["classification"].escalation(Recipe(method="influence"))
+    assert [recipe.method_config["influence_strength"] for recipe in edited.gentler] == [5.0, 1.5]
+    assert [recipe.method for recipe in edited.others] == ["sfr_on"]
+    assert [recipe.method for recipe in TASKS["classification"].escalation(Recipe(method="sfr_on")).others] == ["salun"]
+    again = TASKS["classification"].escalation(Recipe(method="retrain", method_config={"epochs": 3}))
+    assert [
+        (level.role.value, recipe.method_config) for level, recipe in zip(again.levels, again.recipes, strict=True)
+    ] == [
+        ("retrain", {"epochs": 3}),
+        ("retrain", {}),
     ]
 
 

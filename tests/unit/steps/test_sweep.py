@@ -117,16 +117,20 @@ def test_requests_are_erased_certified_rolled_back_and_erased_again(config, stor
     assert ids  # the samples of another class stay
 
 
-def test_a_refused_sweep_queues_the_request_with_the_next_recipe(config, store, tmp_path):
-    policy = tmp_path / "policy.yaml"
-    rule = {"metric": "RA", "op": ">=", "value": 1.1, "reason": "nobody is so good"}
-    policy.write_text(json.dumps({"name": "never", "rules": [rule]}))
+def test_after_damage_the_next_sweep_is_gentler_and_passes(config, store, tmp_path):
     ledger = Ledger(store, utc_clock)
     ledger.submit("r-1", config.model_line, ClassTarget(class_id=3))
-    done = sweep_once(config.model_copy(update={"policy_uri": str(policy)}), tmp_path / "run")
+    rough = config.model_copy(update={"method_config": {**config.method_config, "learning_rate": 0.03}})
+    done = sweep_once(rough, tmp_path / "run", purge_after=False)
     last = ledger.state("r-1").last
-    assert (done.error.exit_code, last.to_status, last.rung, last.attempt) == (3, Status.QUEUED, 1, 2)
+    assert (done.error.exit_code, last.to_status, last.attempt) == (3, Status.QUEUED, 2)
+    assert [item.causes for item in last.tried] == [["damaged"]]
+    assert last.reason.endswith("next: a gentler recipe (salun, learning_rate 0.01)")
     assert RunLog(store, utc_clock).status(done.run) is RunStatus.GATE_REFUSED
+    done = sweep_once(rough, tmp_path / "again", purge_after=False)
+    assert done.error is None
+    assert done.claimed.recipe.method_config["learning_rate"] == 0.01
+    assert ledger.status("r-1") is Status.COMPLETED
 
 
 def test_a_sweep_without_a_signing_key_ends_before_it_begins(config, store, tmp_path, monkeypatch):

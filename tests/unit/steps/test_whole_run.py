@@ -100,7 +100,8 @@ def test_after_a_search_without_a_setting_the_next_recipe_has_its_turn(told, sto
     strict = DeletionSweepForm(**told, **search, policy_uri=policy(tmp_path, "RA", 1.5))
     done = sweep_once(strict, tmp_path / "refused", purge_after=False)
     last = ledger.state("r-1").last
-    assert (done.error.exit_code, last.to_status, last.rung, last.attempt) == (3, Status.QUEUED, 1, 2)
+    assert (done.error.exit_code, last.to_status, last.attempt) == (3, Status.QUEUED, 2)
+    assert "next: a gentler recipe" in last.reason  # the closest setting lost what it had to keep
     assert RunLog(store, utc_clock).status(done.run) is RunStatus.GATE_REFUSED
 
     mild = DeletionSweepForm(**told, **search, policy_uri=policy(tmp_path, "worst_decile", 0.0), extra_metrics="decile")
@@ -109,7 +110,7 @@ def test_after_a_search_without_a_setting_the_next_recipe_has_its_turn(told, sto
     assert done.error is None
     assert ledger.status("r-1") is Status.COMPLETED
     assert len(trials) == done.outcome.evidence.run.tuning.trials
-    assert "learning_rate" not in trials[0].settings  # the stronger recipe has set it
+    assert "learning_rate" not in trials[0].settings  # the gentler recipe has set it
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,19 @@ import pytest
 
 from salun_core.data.targets import ClassTarget
 from salun_core.errors import ConflictError, RunSettledError
-from salun_core.gate import Assurance
-from salun_core.requests.schema import Outcome, Status
-from salun_core.storage.keys import certificate_key, run_event_key, scratch_prefix
+from salun_core.gate import Assurance, Cause, decide, load_policy
+from salun_core.methods.recipe import Recipe
+from salun_core.requests.ledger import Transition
+from salun_core.requests.schema import Outcome, Review, Status, Tried
+from salun_core.storage.keys import certificate_key, run_event_key, run_key, scratch_prefix
 from salun_core.storage.leases import holder_of
 from salun_core.sweeps.claim import Skipped
-from salun_core.sweeps.policy import Limits
+from salun_core.sweeps.policy import Limits, plain_levels
 from salun_core.sweeps.runs import RunRecord
-from salun_core.sweeps.settle import settle
+from salun_core.sweeps.settle import DECISION, settle
 from salun_core.times import utc_clock
 from tests.support import toy_line as toy
+from tests.unit.test_refusal import evidence
 
 pytestmark = pytest.mark.s3
 LINE = toy.LINE
@@ -305,8 +308,8 @@ def test_settling_twice_reports_the_status_of_the_log_and_the_same_requests(cont
 
 def test_a_record_without_limits_has_those_of_its_release(context):
     record = toy.run_record("run-1", "c" * 64, "2026-01-31T12:00:00+00:00")
-    stored = record.model_dump(mode="json", exclude={"recipes", "max_attempts"})
-    assert RunRecord.model_validate(stored).limits == Limits(recipes=4, attempts=10)
+    stored = record.model_dump(mode="json", exclude={"recipes", "levels", "max_attempts"})
+    assert RunRecord.model_validate(stored).limits == Limits(tuple(plain_levels(4)), attempts=10)
 
 
 def test_the_escalation_of_a_run_is_that_of_its_record(context):
@@ -315,6 +318,108 @@ def test_the_escalation_of_a_run_is_that_of_its_record(context):
     claimed = toy.claim_next(context, "run-1", recipes=toy.RECIPES[:1])
     toy.erase(context, claimed.record, frozenset({toy.sample(5)}))
     assert settle(context, LINE, "run-1").failed == [request]
+
+
+BY_CAUSE = {
+    "recipes": toy.RECIPES,
+    "gentler": [Recipe(method="salun", density=0.4), Recipe(method="salun", density=0.3)],
+    "others": [Recipe(method="sfr_on")],
+}
+
+
+def refuse(context, run, *causes, **settings):
+    """Claim for a run, and leave the gate's decision as its step does before anything settles the run."""
+    claimed = toy.claim_next(context, run, **{**BY_CAUSE, **settings})
+    refusals = [{"cause": cause, "next": f"mend {cause}"} for cause in causes]
+    verdicts = [{"rule": "a rule", "passed": False, "refusal": refusal} for refusal in refusals]
+    decision = {"passed": False, "verdicts": [{"rule": "fine", "passed": True}, *verdicts]}
+    context.store.put_new(run_key(run, DECISION), json.dumps(decision).encode())
+    return claimed.record
+
+
+def test_the_cause_of_a_refusal_decides_the_next_recipe(context):
+    request = submit(context, 5)
+    refuse(context, "run-1", "damaged")
+    settled = settle(context, LINE, "run-1")
+    last = context.ledger.state(request).last
+    assert (last.to_status, last.rung, last.tried) == (Status.QUEUED, 3, [Tried(rung=0, causes=["damaged"])])
+    assert last.reason == settled.next
+    assert settled.next == "the gate refused the run (damaged); next: a gentler recipe (salun, density 0.4)"
+    assert settle(context, LINE, "run-1") == settled
+    record = refuse(context, "run-2", "not_forgotten")
+    assert (record.rung, record.density) == (3, 0.4)
+    settle(context, LINE, "run-2")
+    record = refuse(context, "run-3", "damaged")  # no strength lies between 0.4 and 0.5
+    assert (record.method, [item.rung for item in record.tried]) == ("sfr_on", [0, 3])
+    settle(context, LINE, "run-3")
+    claimed, _ = run_once(context, "run-4", **BY_CAUSE)
+    assert claimed.record.method == "retrain"
+    assert context.ledger.state(request).last.outcome is Outcome.RETRAINED
+
+
+def test_a_run_that_is_killed_after_the_refusal_is_settled_by_its_cause(context):
+    request = submit(context, 5)
+    refuse(context, "run-1", "over_forgotten", lease_seconds=1)
+    wait_for_the_lease(context)
+    claimed = toy.claim_next(context, "run-2", **BY_CAUSE)  # it settles run-1 first, and has another configuration
+    assert (list(claimed.recovered), claimed.record.rung, claimed.record.density) == ([request], 3, 0.4)
+
+
+def test_equal_work_is_not_repeated_and_its_causes_are_kept(context):
+    first = submit(context, 5)
+    refuse(context, "run-1", "damaged")
+    settle(context, LINE, "run-1")
+    context.ledger.cancel(first, "ana", "withdrawn")
+    submit(context, 5, name="again")
+    record = toy.claim_next(context, "run-2", **BY_CAUSE).record
+    assert (record.rung, record.tried) == (3, [Tried(rung=0, causes=["damaged"])])
+
+
+@pytest.mark.parametrize("cause", ["too_few_samples", "not_measured", "integrity"])
+def test_a_cause_that_no_recipe_changes_holds_the_requests(context, cause):
+    requests = [submit(context, 5), submit(context, 6)]
+    refuse(context, "run-1", cause)
+    settled = settle(context, LINE, "run-1")
+    assert (settled.held, settled.queued, settled.failed) == (requests, [], [])
+    assert settle(context, LINE, "run-1") == settled
+    last = context.ledger.state(requests[0]).last
+    assert (last.to_status, last.outcome, last.run) == (Status.ON_HOLD, Review(cause), "run-1")
+    assert "held for review" in last.reason
+    assert last.reason.endswith(f"next: mend {cause}")
+    for request in requests:
+        context.ledger.release(request, "ana", "mended")
+    claimed, _ = run_once(context, "run-2", **BY_CAUSE)
+    assert (claimed.record.rung, claimed.record.tried) == (0, None)  # the same recipe: it was not at fault
+    assert statuses(context, *requests) == [Status.COMPLETED] * 2
+
+
+def test_a_settle_that_died_between_the_two_events_of_a_held_request_is_completed(context):
+    request = submit(context, 5)
+    refuse(context, "run-1", "not_measured")
+    context.ledger.move(request, Transition(Status.QUEUED, "sweep", "it dies here", "run-1"))
+    settled = settle(context, LINE, "run-1")
+    assert (list(settled.held), list(settled.queued)) == ([request], [])
+    assert statuses(context, request) == [Status.ON_HOLD]
+
+
+def test_weights_that_are_not_finite_are_damage_although_nothing_can_be_measured(context):
+    request = submit(context, 5)
+    broken = evidence(integrity={"non_finite": 3}, RA=None)
+    toy.claim_next(context, "run-1", **BY_CAUSE)
+    decision = decide(broken, load_policy("classifier"))
+    assert Cause.NOT_MEASURED in {refusal.cause for refusal in decision.refusals}
+    context.store.put_new(run_key("run-1", DECISION), decision.model_dump_json().encode())
+    assert list(settle(context, LINE, "run-1").queued) == [request]
+    assert context.ledger.state(request).last.tried == [Tried(rung=0, causes=["damaged"])]
+
+
+def test_a_decision_of_an_earlier_release_leads_to_the_stronger_recipe(context):
+    request = submit(context, 5)
+    claimed = toy.claim_next(context, "run-1", **BY_CAUSE)
+    toy.erase(context, claimed.record, frozenset({toy.sample(5)}))
+    settle(context, LINE, "run-1")
+    last = context.ledger.state(request).last
+    assert (last.rung, last.tried) == (1, [Tried(rung=0, causes=[])])
 
 
 def test_a_damaged_log_does_not_keep_requests_in_progress(context):
