@@ -83,6 +83,11 @@ ROWS = {
         ),
         View("By status", {"{{status}}": "max by (status) (salun_requests)"}),
         View(
+            "Completed, by assurance level",
+            {"{{level}}": "max by (level) (salun_requests_by_level) > 0"},
+            help="procedure: applied by the recorded recipe, with too few samples to show that the model forgot.",
+        ),
+        View(
             "By stage of the month",
             {
                 "past {{stage}}": "max by (stage) (salun_requests_by_deadline)",

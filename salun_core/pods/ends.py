@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from salun_core.certificates.keys import find_signing_key
 from salun_core.errors import SalunError
-from salun_core.gate import GateDecision
+from salun_core.gate import GateDecision, assurance_of
 from salun_core.pods.pod import Pod, end_process, patiently
+from salun_core.registry.lookup import Version, read_version
 from salun_core.steps.outcome import DECISION, OutcomeRecord, RunState, add_counts, read_outcome, write_outcome
 from salun_core.steps.purge import purge_store as purge_step
 from salun_core.steps.settle import settle_requests
@@ -21,7 +23,7 @@ from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import run_key
 from salun_core.sweeps.failed_pods import Cause, why_killed
 from salun_core.sweeps.runs import RunStatus
-from salun_core.sweeps.settle import Settled
+from salun_core.sweeps.settle import Settled, decision_about
 
 _UNKNOWN = Cause(
     "out of memory, evicted, over its time limit, or the run was terminated",
@@ -115,8 +117,13 @@ def verdict_of(pod: Pod, settled: Settled) -> OutcomeRecord | None:
 
 def published_outcome(pod: Pod, version: str) -> OutcomeRecord:
     """Return the outcome of a run that moved HEAD to a version."""
-    text = f"published {pod.model_line}@{version[:12]}"
-    return pod.outcome(RunState.PUBLISHED, text, step="gate_publish", version=version, report=pod.report_address())
+    text, assurance = f"published {pod.model_line}@{version[:12]}", None
+    with suppress(SalunError):  # the exit handler must not end by a damaged version: its requests are not settled then
+        found = Version(version, read_version(pod.store, pod.model_line, version))
+        assurance = assurance_of(decision_about(pod.store, found) or {})
+    fields: dict[str, Any] = {"assurance": assurance.model_dump(mode="json", exclude_none=True)} if assurance else {}
+    fields |= {"step": "gate_publish", "version": version, "report": pod.report_address()}
+    return pod.outcome(RunState.PUBLISHED, text, **fields)
 
 
 def conclude(pod: Pod) -> None:

@@ -100,6 +100,8 @@ def markdown(outcome: OutcomeRecord, asked: str = "", decision: GateDecision | N
 def _lines(outcome: OutcomeRecord, asked: str, decision: GateDecision | None) -> Iterator[str]:
     yield f"# {outcome.line}: {outcome.state.replace('_', ' ')}"
     yield f"\n{outcome.text}"
+    if outcome.assurance:
+        yield f"\nAssurance level **{outcome.assurance.figures}**. {outcome.assurance.text}"
     if asked:
         yield f"\n{asked}"
     if outcome.completed or outcome.queued or outcome.failed:

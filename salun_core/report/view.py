@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from salun_core.gate import assurance_of
 from salun_core.report import wording
 from salun_core.report.plots import label
 
@@ -36,7 +37,10 @@ def banner(decision: GateDecision | None, evidence: Evidence) -> Banner:
         return Banner("refused", "REFUSED", why, [])
     checks, failed = len(decision.verdicts), [verdict for verdict in decision.verdicts if not verdict.passed]
     if decision.passed:
-        return Banner("passed", "PASSED", f"All {checks} checks of policy “{decision.policy}” hold.", [])
+        why = f"All {checks} checks of policy “{decision.policy}” hold."
+        assurance = assurance_of(decision.model_dump())
+        reasons = [f"Assurance level {assurance.figures}. {assurance.text}"] if assurance else []
+        return Banner("passed", "PASSED", why, reasons)
     why = f"{len(failed)} of {checks} checks of policy “{decision.policy}” failed. Do not publish the model."
     generated = evidence.generation is not None
     reasons = [item.refusal.text if item.refusal else _reason(item, generated) for item in failed]

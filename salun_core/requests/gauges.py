@@ -5,16 +5,20 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 
 from salun_core.errors import IntegrityError, UsageError
+from salun_core.gate import LEVELS
 from salun_core.registry.lookup import lines, read_head, read_version
 from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.index import IndexEntry, entries
 from salun_core.requests.reading import read_last
-from salun_core.requests.schema import SETTLED, Status, status_after
-from salun_core.storage.keys import blob_key, delta_key
+from salun_core.requests.schema import SETTLED, RequestEvent, Status, status_after
+from salun_core.storage.documents import parse_stored
+from salun_core.storage.keys import blob_key, delta_key, event_key
 from salun_core.storage.objects import ObjectStore
 from salun_core.telemetry.logs import get_logger
 from salun_core.times import Clock, as_utc, due_after_one_month
@@ -24,6 +28,8 @@ OPEN = tuple(status for status in Status if status not in SETTLED)
 TARGET = timedelta(days=7)
 RARELY = timedelta(minutes=10)
 _OVERDUE = "overdue"
+_NOT_STATED, _NOT_READ = "not_stated", "not_read"
+_EVENTS_AT_ONCE = 500
 Sample = tuple[str, Mapping[str, str], float]
 
 
@@ -65,6 +71,7 @@ class Snapshot:
         counts: requests by status.
         received: Unix time at which the oldest unsettled request was received; None if there is none.
         passing: by stage of `stages`, the Unix times at which the unsettled requests pass it, ascending.
+        levels: completed requests by assurance level.
         lines: model lines by name.
         unreadable: number of lines whose HEAD or version is damaged, or lacks a file.
     """
@@ -72,6 +79,7 @@ class Snapshot:
     counts: Mapping[Status, int]
     received: float | None
     passing: Mapping[str, Sequence[float]]
+    levels: Mapping[str, int]
     lines: Mapping[str, LineGauges]
     unreadable: int
 
@@ -83,6 +91,8 @@ class Snapshot:
         """Yield name, labels and value of each gauge at a Unix time."""
         for status in Status:
             yield "salun_requests", {"status": status.value}, self.counts.get(status, 0)
+        for level in (*LEVELS, _NOT_STATED, _NOT_READ):
+            yield "salun_requests_by_level", {"level": level}, self.levels.get(level, 0)
         oldest = 0.0 if self.received is None else max(0.0, now - self.received)
         yield "salun_oldest_request_age_seconds", {}, oldest
         yield "salun_requests_overdue", {}, self.past(_OVERDUE, now)
@@ -115,6 +125,8 @@ class GaugeReader:
         self._store, self._clock, self._rarely = store, clock, rarely
         self._listed: datetime | None = None
         self._settled: Counter[Status] = Counter()
+        self._levels: dict[tuple[str, int], str] = {}
+        self._by_level: Counter[str] = Counter()
         self._superseded: frozenset[tuple[str, int]] = frozenset()
         self._known_lines: frozenset[str] = frozenset()
         self._stored: frozenset[str] = frozenset()
@@ -142,6 +154,7 @@ class GaugeReader:
             counts={**Counter(entry.status for entry in unsettled), **self._settled},
             received=received[0].timestamp() if received else None,
             passing={stage: sorted(time[stage].timestamp() for time in times) for stage in stages(now)},
+            levels=self._by_level,
             lines=readings,
             unreadable=len(self._unreadable),
         )
@@ -156,10 +169,35 @@ class GaugeReader:
         both = {entry.request for entry in found}.intersection(entry.request for entry in settled)
         unsettled = {request for request in both if self._is_unsettled(request)}
         self._settled = Counter(entry.status for entry in settled if entry.request not in unsettled)
+        self._count_levels(
+            (entry.request, entry.n)
+            for entry in settled
+            if entry.status is Status.COMPLETED and entry.request not in unsettled
+        )
         self._superseded = frozenset((entry.request, entry.n) for entry in found if entry.request in both - unsettled)
         self._known_lines = frozenset(lines(self._store))
         listed = [entry.key for folder in ("blobs/", "deltas/") for entry in self._store.list(folder)]
         self._stored = frozenset(key.rpartition("/")[2] for key in listed)
+
+    def _count_levels(self, completed: Iterable[tuple[str, int]]) -> None:
+        """Count completed requests by level. An event never changes, so it is read once.
+
+        After a start there may be many: a part of them is read each time, so that no refresh takes long.
+
+        Args:
+            completed: request and number of the event that completed it.
+        """
+        known = {key: self._levels.get(key) for key in completed}
+        for key in list(islice((key for key, level in known.items() if level is None), _EVENTS_AT_ONCE)):
+            stored = self._store.get(event_key(*key))
+            if stored is None:  # a process put the entry and died before its event
+                continue
+            known[key] = _NOT_STATED
+            with suppress(IntegrityError):
+                event = parse_stored(RequestEvent, stored.data, event_key(*key))
+                known[key] = event.assurance.level if event.assurance else _NOT_STATED
+        self._levels = {key: level for key, level in known.items() if level is not None}
+        self._by_level = Counter(level or _NOT_READ for level in known.values())
 
     def _is_unsettled(self, request: str) -> bool:
         """Return whether a request with an open and a settled entry is unsettled.

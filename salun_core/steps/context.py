@@ -12,7 +12,7 @@ from typing import Any
 from salun_core.digest import check_digest, sha256_file
 from salun_core.errors import SalunError, UsageError
 from salun_core.evaluation import Evidence
-from salun_core.gate import GateDecision
+from salun_core.gate import LEVELS, GateDecision
 from salun_core.methods.distributed import ProcessGroup, joined
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.leases import read_lease, renew
@@ -193,6 +193,22 @@ def record_evidence(metrics: StepMetrics, evidence: Evidence, decision: GateDeci
     metrics.record("salun_membership_attack_ratio", after("MIA"), method=label)
     metrics.record("salun_mask_density_ratio", evidence.run.density, method=label)
     metrics.record("salun_gate_passed", None if decision is None else float(decision.passed), method=label)
+
+
+def record_assurance(metrics: StepMetrics, method: str, decision: GateDecision) -> None:
+    """Set the metrics of a decision's assurance level and of the figures behind it.
+
+    Args:
+        metrics: of the step.
+        method: the unlearning method.
+        decision: the gate's decision; one that refused has no level.
+    """
+    label = method_label(method)
+    for level in LEVELS:
+        metrics.record("salun_assurance_level", float(decision.level == level), method=label, level=level)
+    metrics.record("salun_assurance_margin_ratio", decision.margin, method=label)
+    metrics.record("salun_assurance_samples", decision.n, method=label)
+    metrics.record("salun_assurance_power_ratio", decision.power, method=label)
 
 
 def method_label(method: str) -> str:

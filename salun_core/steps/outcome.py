@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from salun_core.errors import ConflictError
+from salun_core.gate import Assurance
 from salun_core.requests.schema import StoredDocument
 from salun_core.storage.documents import Count, LineId, RunId, Text, UtcTime, one_line, parse_stored
 from salun_core.storage.keys import run_key
@@ -79,6 +80,7 @@ class OutcomeRecord(StoredDocument):
     fault: bool = Field(default=False, description="whether the step at work ended with the fault that `text` names")
     report: str = Field(default="", max_length=1000, description="address of the report; empty if there is none")
     version: str = Field(default="", max_length=64, description="digest of the version that was published")
+    assurance: Assurance | None = Field(default=None, description="how sure the forgetting of that version is")
     completed: Count = Field(default=0, description="requests that were erased and certified")
     queued: Count = Field(default=0, description="requests that are queued again")
     failed: Count = Field(default=0, description="requests that a person must look at")

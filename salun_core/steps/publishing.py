@@ -16,7 +16,7 @@ from salun_core.registry.lookup import Version, ancestry, read_file, read_versio
 from salun_core.registry.manifest import Lineage, VersionManifest, weight_files, weights_digest
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.report import Ancestor, ReportContext, write_report
-from salun_core.steps.context import RunContext, record_evidence
+from salun_core.steps.context import RunContext, record_assurance, record_evidence
 from salun_core.steps.evaluation import write_evidence
 from salun_core.steps.outcome import DECISION, EVIDENCE, REPORT
 from salun_core.storage import FileStore
@@ -134,6 +134,7 @@ def gate_and_publish(
         context.require_claimed(policy.digest)  # the inputs are loaded once: what is checked here is what is published
         decision = decide(measured, policy, expected)
         record_evidence(metrics, measured, decision)
+        record_assurance(metrics, measured.run.method, decision)
         write_report(report, measured, decision, report_context(store, line, parent, measured))
         files = {EVIDENCE: report.with_name(_GATED), DECISION: report.with_name(DECISION), REPORT: report}
         write_evidence(files[EVIDENCE], measured)

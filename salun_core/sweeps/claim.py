@@ -286,7 +286,7 @@ class _Batch:
             if record is None or version is None or member is None:
                 rest.append(state)
             elif (item := self._take(state, Resolved((), member.forget_digest, member.named))) is not None:
-                complete(self.context, item[0], member, version, record, decision_about(self.context, version))
+                complete(self.context, item[0], member, version, record, decision_about(self.context.store, version))
         return rest
 
     def _earlier_runs(self, state: RequestState) -> list[str]:

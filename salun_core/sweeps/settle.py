@@ -41,6 +41,7 @@ from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status
 from salun_core.storage.keys import run_key, scratch_prefix, work_key
 from salun_core.storage.leases import read_lease, release
+from salun_core.storage.objects import ObjectStore
 from salun_core.sweeps.context import SweepContext, in_parallel
 from salun_core.sweeps.policy import Next, Refused, after_failure, after_interruption, after_refusal
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord, RunStatus
@@ -154,7 +155,7 @@ def _settle_recorded(context: SweepContext, record: RunRecord) -> Settled:
     version = published_by(context, record)
     if version is not None:
         found = {member.id: member for member in record.members}
-        decision = decision_about(context, version) if states else None
+        decision = decision_about(context.store, version) if states else None
         in_parallel(lambda state: complete(context, state, found[state.request.id], version, record, decision), states)
         status, names = RunStatus.PUBLISHED, [state.request.id for state in states]
         settled = Settled(record.run, ended or status, version.digest, names)
@@ -320,7 +321,7 @@ def _hold_for_review(
     return held
 
 
-def decision_about(context: SweepContext, version: Version) -> Mapping[str, Any] | None:
+def decision_about(store: ObjectStore, version: Version) -> Mapping[str, Any] | None:
     """Return the gate's decision about a version as plain JSON; None if the version has none.
 
     Raises:
@@ -329,7 +330,7 @@ def decision_about(context: SweepContext, version: Version) -> Mapping[str, Any]
     if DECISION not in version.manifest.files:
         return None
     try:
-        decision = json.loads(read_file(context.store, version, DECISION))
+        decision = json.loads(read_file(store, version, DECISION))
     except ValueError as error:
         raise IntegrityError(f"{DECISION} is damaged", str(error)[:200], "restore it from a copy") from error
     return decision if isinstance(decision, dict) else None

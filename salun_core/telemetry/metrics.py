@@ -28,6 +28,12 @@ SPECS = {
     for spec in (
         Spec("salun_requests", "Deletion requests by status.", "requests", ("status",)),
         Spec("salun_oldest_request_age_seconds", "Age of the oldest request that is not settled.", "seconds"),
+        Spec(
+            "salun_requests_by_level",
+            "Completed requests by assurance level; not_stated: completed by release 0.1.0; not_read: counted soon.",
+            "requests",
+            ("level",),
+        ),
         Spec("salun_requests_overdue", "Requests past their due date that are not settled.", "requests"),
         Spec("salun_forget_accuracy_ratio", "Accuracy on the forget set after unlearning.", "ratio", _RESULT),
         Spec("salun_retain_accuracy_ratio", "Accuracy on the retain set after unlearning.", "ratio", _RESULT),
@@ -41,6 +47,15 @@ SPECS = {
         Spec("salun_mask_density_ratio", "Share of salient weights in the mask.", "ratio", _RESULT),
         Spec("salun_step_duration_seconds", "Wall-clock time of the step's last run.", "seconds", ("model_line",)),
         Spec("salun_gate_passed", "1 when the gate passed the last run, else 0.", "boolean", _RESULT),
+        Spec(
+            "salun_assurance_level",
+            "1 for the assurance level of the last decision of the gate, else 0; 0 for all when it refused.",
+            "boolean",
+            (*_RESULT, "level"),
+        ),
+        Spec("salun_assurance_margin_ratio", "Margin of the equivalence test behind the level.", "ratio", _RESULT),
+        Spec("salun_assurance_samples", "Samples behind the assurance level.", "samples", _RESULT),
+        Spec("salun_assurance_power_ratio", "Power of the equivalence test behind the level.", "ratio", _RESULT),
         Spec(
             "salun_sweep_skipped",
             "1 for the reason why the last sweep claimed nothing, else 0.",
@@ -138,6 +153,7 @@ LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
         "failed",
         "cancelled",
     ),
+    "level": ("retrained", "measured", "procedure", "nothing_to_erase", "not_stated", "not_read"),
     "reason": ("no_requests", "not_due", "line_held"),
     "stage": ("target", "half", "most"),
     "outcome": ("unlearned", "retrained", "nothing_to_erase"),

@@ -295,6 +295,9 @@ def test_gate_publish_publishes_and_may_be_repeated(run, capfd):
     assert read_version(run.store, LINE, version).run == "run-1"
     assert report.rstrip().endswith("</html>")
     assert version[:12] in summary
+    assurance = ended(run).assurance
+    assert assurance.level in {"measured", "procedure"}
+    assert f"Assurance level **{assurance.figures}**" in summary
     assert holder_of(run.store, LINE) is None
     assert concluded(run, capfd) == (0, f"published digits@{version[:12]}")
 

@@ -134,6 +134,7 @@ def test_the_banner_shows_passed_with_the_number_of_checks(page, text, decision)
     assert page.texts["strong"] == ["PASSED"]
     assert ("div", {"class": "banner passed", "role": "status"}) in page.tags
     assert f"All {len(decision.verdicts)} checks of policy" in text
+    assert page.texts["li"][0].startswith(f"Assurance level {decision.level}")
 
 
 def test_a_refused_decision_shows_refused_and_each_reason(evidence, policy, context):

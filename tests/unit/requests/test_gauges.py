@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -16,11 +17,12 @@ from typer.testing import CliRunner
 from salun_core.cli.app import app
 from salun_core.cli.output import MODE
 from salun_core.data.targets import SubjectTarget
+from salun_core.gate import Assurance
 from salun_core.registry.versions import publish
 from salun_core.requests.gauges import GaugeReader, stages
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status, is_overdue
-from salun_core.storage.keys import head_key, index_key, version_key
+from salun_core.storage.keys import event_key, head_key, index_key, version_key
 from tests.support.manual_clock import ManualClock
 
 pytestmark = pytest.mark.s3
@@ -57,9 +59,10 @@ def file(ledger, *ids, line="faces", received=None):
         ledger.submit(request, line, TARGET, received_at=received)
 
 
-def complete(ledger, request):
+def complete(ledger, request, assurance=None):
     ledger.move(request, Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-1"))
-    ledger.move(request, Transition(Status.COMPLETED, "sweep", "published", run="run-1", outcome=Outcome.UNLEARNED))
+    done = Transition(Status.COMPLETED, "sweep", "published", run="run-1", outcome=Outcome.UNLEARNED)
+    ledger.move(request, replace(done, assurance=assurance))
 
 
 def counts(snapshot):
@@ -81,6 +84,34 @@ def test_requests_are_counted_where_they_stand(store, ledger, clock):
     ledger.move("r-6", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-2"))
     everywhere = {"queued": 1, "on_hold": 1, "cancelled": 1, "completed": 1, "failed": 1, "in_progress": 1}
     assert counts(GaugeReader(store, clock).take()) == everywhere
+
+
+def by_level(snapshot):
+    found = {labels["level"]: value for name, labels, value in snapshot.at(0.0) if name == "salun_requests_by_level"}
+    return {level: value for level, value in found.items() if value}
+
+
+def test_completed_requests_are_counted_by_level_and_each_event_is_read_once(store, ledger, clock, monkeypatch):
+    file(ledger, "r-1", "r-2", "r-3", "r-4")
+    complete(ledger, "r-1")
+    complete(ledger, "r-2", Assurance(level="procedure", n=5))
+    complete(ledger, "r-3", Assurance(level="measured", n=200))
+    counted = Counted(store)
+    reader = GaugeReader(counted, clock)
+    assert by_level(reader.take()) == {"not_stated": 1, "procedure": 1, "measured": 1}
+    clock.now += timedelta(hours=1)
+    complete(ledger, "r-4", Assurance(level="procedure", n=5))
+    ledger.reopen("r-3", "ana", "rolled back")
+    counted.read.clear()
+    assert by_level(reader.take()) == {"not_stated": 1, "procedure": 2}
+    assert [key for key in counted.read if "/events/" in key] == [event_key("r-4", 3)]
+    monkeypatch.setattr("salun_core.requests.gauges._EVENTS_AT_ONCE", 1)
+    fresh = GaugeReader(store, clock)
+    assert by_level(fresh.take())["not_read"] == 2  # a part at a time, so that no refresh takes long
+    for _ in range(2):
+        clock.now += timedelta(hours=1)
+        last = by_level(fresh.take())
+    assert last == {"not_stated": 1, "procedure": 2}
 
 
 def test_an_empty_store_has_nothing_old_and_nothing_late(store, clock):
@@ -180,7 +211,7 @@ def test_only_the_open_statuses_are_listed_each_time_and_no_request_is_read(stor
     counted = Counted(store)
     reader = GaugeReader(counted, clock)
     reader.take()
-    assert not [key for key in counted.read if key.startswith("requests")]
+    assert [key for key in counted.read if key.startswith("requests")] == [event_key("r-1", 3)]  # has its level
     counted.read.clear()
     clock.now += timedelta(seconds=599)
     complete(ledger, "r-2")

@@ -27,6 +27,7 @@ EXAMPLES = {
     "status": "queued",
     "stage": "half",
     "reason": "not_due",
+    "level": "measured",
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 from salun_core import __version__
 from salun_core.errors import UsageError
 from salun_core.steps.claim import claim_requests
-from salun_core.steps.context import record_evidence
+from salun_core.steps.context import record_assurance, record_evidence
 from salun_core.storage.leases import release
 from salun_core.sweeps.claim import Skipped
 from salun_core.sweeps.heartbeat import hold_line
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[3]
 PUBLISHED = [
     "salun_requests",
     "salun_oldest_request_age_seconds",
+    "salun_requests_by_level",
     "salun_requests_overdue",
     "salun_forget_accuracy_ratio",
     "salun_retain_accuracy_ratio",
@@ -34,6 +35,10 @@ PUBLISHED = [
     "salun_mask_density_ratio",
     "salun_step_duration_seconds",
     "salun_gate_passed",
+    "salun_assurance_level",
+    "salun_assurance_margin_ratio",
+    "salun_assurance_samples",
+    "salun_assurance_power_ratio",
     "salun_sweep_skipped",
     "salun_sweep_skipped_due",
     "salun_unlearning_debt_ratio",
@@ -271,9 +276,14 @@ def test_promtool_finds_no_fault(gateway, scrape, monkeypatch):
     step = StepMetrics()
     for spec in names.SPECS.values():
         labels = {
-            label: {"method": "salun", "status": "queued", "stage": "half", "version": "1.0", "reason": "not_due"}[
-                label
-            ]
+            label: {
+                "method": "salun",
+                "status": "queued",
+                "stage": "half",
+                "version": "1.0",
+                "reason": "not_due",
+                "level": "measured",
+            }[label]
             for label in spec.labels
             if label != "model_line"
         }
@@ -320,3 +330,20 @@ def test_a_refusal_by_the_gateway_is_a_failed_push(gateway, monkeypatch, capsys)
     monkeypatch.setenv("PUSHGATEWAY_URL", f"{gateway}/nowhere")
     assert StepMetrics().push("evaluate", "line") is False
     assert "HTTPError" in capsys.readouterr().err
+
+
+def test_the_level_of_a_decision_and_its_figures_are_pushed(gateway, scrape, monkeypatch):
+    monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
+    step = StepMetrics()
+    record_assurance(step, "salun", SimpleNamespace(level="procedure", margin=0.1, n=5, power=None))
+    assert step.push("gate_publish", "leveled")
+    samples, _ = scrape()
+    levels = {
+        dict(labels)["level"]: value
+        for (name, labels), value in samples.items()
+        if name == "salun_assurance_level" and ("model", "leveled") in labels
+    }
+    assert levels == {"retrained": 0.0, "measured": 0.0, "procedure": 1.0, "nothing_to_erase": 0.0}
+    found = group(samples, "gate_publish", "leveled")
+    assert (found["salun_assurance_margin_ratio"], found["salun_assurance_samples"]) == (0.1, 5.0)
+    assert "salun_assurance_power_ratio" not in found
