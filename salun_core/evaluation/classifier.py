@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet
 from salun_core.errors import DataError
@@ -39,6 +39,9 @@ from salun_core.saliency import SaliencyMask
 BINS = 40  # as many as a panel of the report can show
 LOSS_RANGE = (1e-5, 20.0)
 """In nats: probabilities of the true class from 0.99999 to 2e-9. Geometric bins keep both ends apart."""
+
+_MATCHED = 2048  # images by which features are matched; a correlation is then known to about 0.02
+_CONSTANT = 1e-12  # deviation of a feature below which it carries nothing to match
 
 ByModel = Mapping[str, Mapping[str, Outputs]]
 """Model (before, after, reference) -> split (forget, retain, test) -> outputs."""
@@ -127,7 +130,8 @@ def evaluate_classifier(
     for name, split in (("TA_loss", "test"), ("RA_loss", "retain")):
         metrics[name] = mean_metric({model: by_split[split].losses for model, by_split in outputs.items()})
     if not single.all():
-        metrics["restored"] = restored_metric(models, splits.forget.select(np.flatnonzero(~single).tolist()))
+        emptied = splits.forget.select(np.flatnonzero(~single).tolist())
+        metrics["restored"] = restored_metric(models, emptied, splits.retain)
     # The caller replaces the origin with the value of the model line's last full training, if it knows the line.
     metrics["TA"] = metrics["TA"].model_copy(update={"origin": metrics["TA"].before})
     if reference is not None:
@@ -147,15 +151,18 @@ def evaluate_classifier(
     )
 
 
-def restored_metric(models: Mapping[str, nn.Module], forget: ImageSet) -> Metric:
+def restored_metric(models: Mapping[str, nn.Module], forget: ImageSet, retain: ImageSet) -> Metric:
     """Return `restored`: the share of forgotten images that is recognised with the last layer of the model before.
 
     An edit of the outputs leaves the features as they were: a bias of -100 hides a class, and the former last layer
-    brings it back. It costs one forward pass.
+    brings it back. Order and scale of the features can be changed without changing any output, so the layer is tried on
+    the features as they are and on features matched to those before; the larger share counts.
 
     Args:
         models: by name: before, after, perhaps reference.
         forget: images of classes of which nothing is retained, at least one.
+        retain: images by which features are matched, at least one. They hold nothing of the forgotten classes, so that
+            the match of a model that never saw these classes does not depend on them.
 
     Returns:
         The metric; null if the models have no linear layer or their features are not finite. Before, it is the accuracy
@@ -163,14 +170,46 @@ def restored_metric(models: Mapping[str, nn.Module], forget: ImageSet) -> Metric
     """
     layers = [module for module in models["before"].modules() if isinstance(module, nn.Linear)]
     labels, shares = forget.labels.cpu(), dict[str, float]()
+    kept = retain.select(np.unique(np.linspace(0, len(retain) - 1, _MATCHED).astype(int)).tolist())
+    matched_to: Tensor | None = None
     for name, model in models.items() if layers else ():
-        features = penultimate_features(model, lambda size: (inputs for inputs, _ in forget.batches(size)))
-        if features is None or not torch.isfinite(features).all():
+        asked, seen = _features(model, forget), _features(model, kept)
+        if asked is None or seen is None or not (torch.isfinite(asked).all() and torch.isfinite(seen).all()):
             return Metric.of({}, len(forget))
+        matched_to = seen if matched_to is None else matched_to
         with torch.no_grad():
-            logits = copy.deepcopy(layers[-1]).cpu()(features)
-        shares[name] = float((logits.argmax(dim=1) == labels).double().mean())
+            layer = copy.deepcopy(layers[-1]).cpu()
+            found = [layer(features).argmax(dim=1) == labels for features in (asked, _matched(asked, seen, matched_to))]
+        shares[name] = max(float(right.double().mean()) for right in found)
     return share_metric(shares, len(forget))
+
+
+def _features(model: nn.Module, images: ImageSet) -> Tensor | None:
+    return penultimate_features(model, lambda size: (inputs for inputs, _ in images.batches(size)))
+
+
+def _matched(asked: Tensor, seen: Tensor, wanted: Tensor) -> Tensor:
+    """Return features in the order and with the scale of another model's.
+
+    Args:
+        asked: features to return, [N, D].
+        seen: features of the same model on other images, [M, D].
+        wanted: features of the other model on those, [M, D]. Each feature takes the place of the one that it is
+            correlated with, such that the sum of the correlations is largest.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    deviations = [side.double().std(dim=0, correction=0) for side in (seen, wanted)]
+    scores = [
+        (side.double() - side.double().mean(dim=0)) / deviation.clamp(min=_CONSTANT)
+        for side, deviation in zip((seen, wanted), deviations, strict=True)
+    ]
+    own, place = map(torch.from_numpy, linear_sum_assignment((scores[0].T @ scores[1]).numpy(), maximize=True))
+    varies = (deviations[0][own] > _CONSTANT) & (deviations[1][place] > _CONSTANT)
+    scale = torch.where(varies, deviations[1][place] / deviations[0][own].clamp(min=_CONSTANT), 1.0)
+    result = torch.empty_like(asked)
+    result[:, place] = (asked[:, own].double() * scale).to(asked.dtype)
+    return result
 
 
 def metric_shares(by_split: Mapping[str, Outputs]) -> dict[str, np.ndarray]:

@@ -133,6 +133,20 @@ def test_a_class_hidden_by_one_bias_is_refused(before, forged):
     assert causes(decision, "restored") == {Cause.NOT_FORGOTTEN}
 
 
+def test_a_hidden_class_is_refused_although_features_have_another_order_and_scale(before, forged):
+    """The outputs of the other classes keep their values: only the features of the layer before are renamed."""
+    generator = torch.Generator().manual_seed(3)
+    order = torch.randperm(96, generator=generator)
+    scale = torch.exp(torch.randn(96, generator=generator))
+    with torch.no_grad():
+        forged[1].weight.copy_(before[1].weight[order] * scale[:, None])
+        forged[1].bias.copy_(before[1].bias[order] * scale)
+        forged[3].weight.copy_(before[3].weight[:, order] / scale)
+        forged[3].bias[0] -= 100
+    decision = judged(before, forged, class_zero(), "class")
+    assert failed(decision) == {"restored"}
+
+
 @pytest.mark.parametrize("count", [5, 40])
 def test_samples_with_wrong_labels_are_refused_as_over_forgotten(before, forged, count):
     forget, retain = parts(range(count))
