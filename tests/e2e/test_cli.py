@@ -117,9 +117,8 @@ def _wait_for(process, text):
     ("moment", "number"),
     [
         ("starting the store", signal.SIGINT),
-        ("training: epoch 2", signal.SIGTERM),
-        ("running the compiled", signal.SIGTERM),
-        ("Executing task compute", signal.SIGINT),
+        ("training resnet8", signal.SIGTERM),
+        ("running the compiled", signal.SIGINT),
         ("Executing task compute", signal.SIGTERM),
     ],
 )
