@@ -102,6 +102,10 @@ class StateMismatchError(ModelError):
         self.details = details
 
 
+class DivergedError(ModelError):
+    """A loss or a weight became NaN or infinite: the settings are too strong (exit 1)."""
+
+
 class DeviceMemoryError(SalunError):
     """The memory of the device does not hold the work, also in smaller batches (exit 1)."""
 

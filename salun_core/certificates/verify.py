@@ -5,7 +5,7 @@ All of that is offline. Whether the version was rolled back later is known from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from salun_core.certificates.statement import (
 )
 from salun_core.digest import sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, UsageError
-from salun_core.registry.rollbacks import undoing
+from salun_core.registry.rollbacks import undoing, versions_in_use
 from salun_core.requests.reading import read_last
 from salun_core.requests.schema import Status
 from salun_core.storage import open_store
@@ -172,6 +172,27 @@ def undoing_of(store: ObjectStore, request_id: str) -> str:
     model = read_unverified(ErasureCertificate, stored.data, key).predicate.model
     how = undoing(store, model.line, model.version)
     return f"{model.line}@{model.version[:12]} {how}" if how else ""
+
+
+def undone_of(store: ObjectStore, line: str, request_ids: Iterable[str]) -> list[str]:
+    """Return the completed requests of a line whose erasure is undone; `undoing_of` says how.
+
+    It reads the certificates only if a version of the line is not in the lineage of HEAD.
+
+    Raises:
+        UsageError: the line does not exist.
+        IntegrityError: a certificate or the lineage is damaged.
+        StoreError: the store cannot be reached, or the credentials may not read certificates.
+    """
+    in_use = versions_in_use(store, line)
+    if in_use is None:
+        return []
+    found = []
+    for request_id in request_ids:
+        stored = store.get(key := certificate_key(request_id))
+        if stored and read_unverified(ErasureCertificate, stored.data, key).predicate.model.version not in in_use:
+            found.append(request_id)
+    return found
 
 
 def fetch_certificate(store_uri: str, request_id: str, out: Path) -> str:

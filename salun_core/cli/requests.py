@@ -385,7 +385,7 @@ def list_requests(
     status: Annotated[str | None, typer.Option(help="Only those with this status, such as queued.")] = None,
     due_before: Annotated[str | None, typer.Option(help="Only those due before this time (ISO 8601).")] = None,
 ) -> None:
-    """List requests, the earliest due date first."""
+    """List requests, the earliest due date first. Completed ones that a rollback undid are marked."""
     from salun_core.requests.schema import Status
     from salun_core.times import parse_moment, utc_clock
 
@@ -393,8 +393,26 @@ def list_requests(
         raise unknown_name("status", status, [known.value for known in Status])
     limit = parse_moment(due_before) if due_before is not None else None
     states = _ledger(store).list(line, [Status(status)] if status else list(Status), limit)
-    rows = [_row(state, utc_clock()) for state in states]
+    undone = _undone_among(store, states)
+    rows = [{**_row(state, utc_clock()), "undone": state.request.id in undone} for state in states]
     emit(rows, lambda: _show_rows(rows))
+
+
+def _undone_among(store: str, states: Sequence[RequestState]) -> set[str]:
+    """Return the completed requests whose erasure a rollback undid."""
+    from salun_core.certificates.verify import undone_of
+    from salun_core.errors import SalunError
+    from salun_core.requests.schema import Status
+    from salun_core.storage import open_store
+
+    completed = [state.request for state in states if state.status is Status.COMPLETED]
+    found: set[str] = set()
+    for line in sorted({request.model_line for request in completed}):
+        try:
+            found.update(undone_of(open_store(store), line, [item.id for item in completed if item.model_line == line]))
+        except SalunError as error:  # the list of statuses is right without the marks
+            echo(f"warning: requests of {line} that a rollback undid are not marked: {error.what}", err=True)
+    return found
 
 
 def _row(state: RequestState, now: datetime) -> dict[str, Any]:
@@ -426,7 +444,7 @@ def _show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         (
             row["id"],
             row["model_line"],
-            _standing(row["status"], row["outcome"], row["overdue"]),
+            _standing(row["status"], row["outcome"], row["overdue"]) + (", undone" if row["undone"] else ""),
             *([row["level"] or ""] if leveled else []),
             minute(row["due_at"]),
             row["attempt"],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from salun_core.device_memory import fitting
-from salun_core.errors import ModelError
+from salun_core.errors import DivergedError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore, restore, snapshot
 from salun_core.methods.config import LoopConfig
@@ -129,7 +129,7 @@ def run_loop(
         One record per epoch, including epochs before a resume.
 
     Raises:
-        ModelError: the loss or a weight became NaN or infinite; the last good checkpoint is kept.
+        DivergedError: the loss or a weight became NaN or infinite; the last good checkpoint is kept.
         ConflictError: the checkpoint belongs to another run.
         DeviceMemoryError: the device has no room for a batch of one, or for a step that cannot be divided.
     """
@@ -184,7 +184,7 @@ def _optimizer(model: nn.Module, config: LoopConfig) -> Optimizer:
 def _require_finite(model: nn.Module, epoch: int) -> None:
     """Check that weights are finite: losses are computed before each step and do not cover the last step."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-        raise ModelError(
+        raise DivergedError(
             "a weight is not finite",
             f"after epoch {epoch + 1}",
             "lower the learning rate; the checkpoint of the last whole epoch is kept",
@@ -205,7 +205,7 @@ def _run_epoch(loop: _Loop, phases_of_epoch: PhasesOfEpoch, epoch: int) -> Epoch
             losses[phase.name] = _run_phase(loop, phase, generator, (epoch, done, steps))
             done += phase.steps
             if not math.isfinite(losses[phase.name]):
-                raise ModelError(
+                raise DivergedError(
                     f"loss of the {phase.name} phase is not finite",
                     f"in epoch {epoch + 1} of {config.epochs}",
                     "lower the learning rate; the checkpoint of the last whole epoch is kept",

@@ -14,7 +14,7 @@ from salun_core.digest import canonical_json
 from salun_core.errors import ConflictError
 from salun_core.registry.lookup import ancestry, read_version
 from salun_core.storage.documents import Digest, LineId, ShortText, Text, UtcTime, parse_stored
-from salun_core.storage.keys import version_rollback_key
+from salun_core.storage.keys import version_key, version_rollback_key, versions_prefix
 from salun_core.storage.objects import ObjectStore
 
 
@@ -79,6 +79,20 @@ def read_rollback(store: ObjectStore, line: str, digest: str) -> VersionRollback
     key = version_rollback_key(line, digest)
     stored = store.get(key)
     return parse_stored(VersionRollback, stored.data, key) if stored else None
+
+
+def versions_in_use(store: ObjectStore, line: str) -> frozenset[str] | None:
+    """Return the versions that HEAD is made from; None if no version of the line lies outside of them.
+
+    The lineage decides, as in `undoing`: a rollback may lack its record.
+
+    Raises:
+        UsageError: the line does not exist.
+        IntegrityError: the lineage is damaged.
+    """
+    listed = {found["digest"] for entry in store.list(versions_prefix(line)) if (found := version_key.match(entry.key))}
+    in_use = frozenset(item.digest for item in ancestry(store, line))
+    return None if listed <= in_use else in_use
 
 
 def undoing(store: ObjectStore, line: str, digest: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from salun_core.errors import ConflictError, UsageError
-from salun_core.gate import GateDecision
+from salun_core.errors import ConflictError, DivergedError, UsageError
+from salun_core.gate import Cause, GateDecision, Refusal, Verdict
 from salun_core.methods.checkpoint import FileCheckpoint
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import OnEpoch
@@ -55,7 +56,7 @@ def run_unlearning(
     Raises:
         UsageError: a wrong method or configuration.
         IntegrityError: the mask is of another model or forget set.
-        ModelError: the loss became NaN or infinite.
+        DivergedError: the loss or a weight became NaN or infinite. A sweep counts that as damage.
         GateRefusedError: a search found no setting within the policy; nothing is written.
     """
     with context.distributed("unlearn") as (_, group):
@@ -72,7 +73,8 @@ def run_unlearning(
         else:
             config = resolve_config(task.methods, recipe.method, recipe.overrides)
             progress = on_epoch if group.main else None
-            result = task.unlearn(inputs, recipe.method, config, given, kept, progress, group)
+            with _divergence_kept(context, group):
+                result = task.unlearn(inputs, recipe.method, config, given, kept, progress, group)
         if group.main:
             facts = facts_of_run(inputs.sizes["forget_samples"], result, given, group.size, tuned)
             task.save(out, inputs, result, {RUN_FACTS: facts_json(facts), **(tuned.extra_files if tuned else {})})
@@ -88,18 +90,38 @@ def _has_settings_to_search(context: RunContext, recipe: Recipe, group: ProcessG
 
 
 def _tune(context: RunContext, recipe: Recipe, mask: SaliencyMask | None, options: TuningOptions) -> TunedRun:
-    def keep(decision: GateDecision) -> None:
-        """Store the decision of a refused search as the gate stores its own: the sweep then tries its next recipe."""
-        if context.store_uri and context.run:
-            with suppress(ConflictError):  # an earlier attempt of this step left its own
-                key = run_key(context.run, "decision.json")
-                context.store.put_new(key, decision.model_dump_json().encode())
-
-    options = replace(options, on_refusal=options.on_refusal or keep)
+    options = replace(options, on_refusal=options.on_refusal or (lambda decision: _keep(context, decision)))
     tuned = context.task.tune(context.inputs, recipe.method, recipe.overrides, options)
     if tuned.mask is not None and mask is not None:
         require_nested(tuned.mask, mask)
     return tuned
+
+
+def _keep(context: RunContext, decision: GateDecision) -> None:
+    """Store a refusal as the gate stores its own: its cause then decides the sweep's next recipe."""
+    if context.store_uri and context.run:
+        with suppress(ConflictError):  # an earlier attempt of this step left its own
+            key = run_key(context.run, "decision.json")
+            context.store.put_new(key, decision.model_dump_json().encode())
+
+
+@contextmanager
+def _divergence_kept(context: RunContext, group: ProcessGroup) -> Iterator[None]:
+    """Store a divergence as a refusal for damage, so that a sweep does not repeat the same strength."""
+    try:
+        yield
+    except DivergedError as error:
+        if group.main:
+            figures = error.why or "no figures"
+            refusal = Refusal(words=error.what, figures=figures, cause=Cause.DAMAGED, next=error.remedy)
+            finite = "finite losses and weights"
+            verdict = Verdict(
+                rule="unlearning", threshold=finite, passed=False, reason=str(error.what), refusal=refusal
+            )
+            summary = f"unlearning diverged: {error.what} ({figures})"
+            none = {"policy": "none: the run diverged before its gate", "policy_digest": "", "evidence_digest": ""}
+            _keep(context, GateDecision(passed=False, summary=summary, verdicts=[verdict], **none))
+        raise
 
 
 def _checkpoint_from_environment(model_line: str) -> Path | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet
-from salun_core.errors import ModelError
+from salun_core.errors import DivergedError
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
 from salun_core.saliency.scores import scoring
 
@@ -31,7 +31,7 @@ def edit(context: ClassifierContext) -> None:
     """Compute v, k and θ_u, in place.
 
     Raises:
-        ModelError: the direction is not finite.
+        DivergedError: the direction is not finite.
     """
     assert context.model is not None
     config, model = context.config, context.model
@@ -40,7 +40,7 @@ def edit(context: ClassifierContext) -> None:
         images, damping, sweeps = fisher_images(context), config.influence_damping, config.influence_sweeps
         k = inverse_product(model, images, v, damping=damping, sweeps=sweeps)
     if not all(bool(torch.isfinite(values).all()) for values in k):
-        raise ModelError("the influence is not finite", "a gradient is NaN or infinite", "check images and weights")
+        raise DivergedError("the influence is not finite", "a gradient is NaN or infinite", "check images and weights")
     with torch.no_grad():
         for parameter, values in zip(model.parameters(), k, strict=True):
             parameter.add_(values, alpha=config.influence_strength)

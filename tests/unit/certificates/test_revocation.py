@@ -198,6 +198,10 @@ def test_a_certificate_of_another_store_is_refused(world):
     assert "is not of this store" in refused(path, world.store)
 
 
+def listed_as_undone():
+    return [row["id"] for row in json.loads(invoke("request", "list", "--json").stdout) if row["undone"]]
+
+
 def test_the_command_says_what_was_checked_and_what_comes_next(world, monkeypatch):
     monkeypatch.setenv("SALUN_STORE_URI", world.store.uri)
     path = world.fetch("r-1")
@@ -205,14 +209,18 @@ def test_the_command_says_what_was_checked_and_what_comes_next(world, monkeypatc
     good = invoke("verify", path, "--store", world.store.uri)
     assert (good.exit_code, "the store still uses the version" in good.stdout) == (0, True), good.stderr
     assert "undone" not in json.loads(invoke("request", "show", "r-1", "--json").stdout)
+    assert listed_as_undone() == []
     roll_back(world.store, "faces", world.versions[0], world.versions[1])  # as a release did that reopened nothing
     bad = invoke("verify", path, "--store", world.store.uri)
     assert (bad.exit_code, bad.stdout) == (5, "")
     shown = invoke("request", "show", "r-1")
     assert "its erasure is undone: faces@" in shown.stdout
     assert 'next: salun request reopen r-1 --reason "..."' in shown.stdout
+    assert listed_as_undone() == ["r-1"]
+    assert "completed: unlearned, undone" in " ".join(invoke("request", "list").stdout.split())
     assert invoke("request", "reopen", "r-1", "--reason", "rolled back").exit_code == 0
     assert "undone" not in invoke("request", "show", "r-1").stdout
+    assert listed_as_undone() == []
 
 
 def test_the_command_lists_and_fetches_revocations(world, monkeypatch):

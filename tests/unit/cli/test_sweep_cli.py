@@ -24,7 +24,7 @@ from salun_core.steps.claim import claim_requests, sweep_policy
 from salun_core.steps.evaluation import write_evidence
 from salun_core.steps.publishing import write_decision
 from salun_core.steps.sweep import SweepOutcome
-from salun_core.storage.keys import blob_key, certificate_key, scratch_prefix
+from salun_core.storage.keys import blob_key, certificate_key, run_key, scratch_prefix
 from salun_core.storage.leases import holder_of
 from salun_core.sweeps.claim import Claim
 from salun_core.sweeps.runs import RunStatus
@@ -100,6 +100,27 @@ def test_a_refusal_says_why():
     )
     assert facts["verdict"] == "REFUSED: TA >=: no model is perfect"
     assert facts["requests"] == {"r-1": "queued"}
+
+
+def test_a_settled_refusal_says_what_comes_next_and_why(sweep, salun, ledger, store):
+    ledger.submit("r-1", "digits", ClassTarget(class_id=3))
+    expected = {
+        "damaged": ("queued", "next: a gentler recipe (salun, learning_rate 0.001)"),
+        "not_measured": ("on_hold: not_measured", "held for review; next: mend it"),
+    }
+    for cause, (status, then) in expected.items():
+        run = f"run-{cause.replace('_', '-')}"
+        claim_requests(store.uri, "digits", run, sweep_policy(store.uri, "digits", Recipe(), min_requests=1))
+        verdict = {"passed": False, "refusal": {"cause": cause, "next": "mend it"}}
+        refusal = {"passed": False, "verdicts": [verdict]}
+        store.put_new(run_key(run, "decision.json"), json.dumps(refusal).encode())
+        settled = sweep("--settle", run)
+        assert settled.exit_code == 0, settled.stderr
+        assert then in settled.stdout
+        shown = salun("request", "show", "r-1", "--store", store.uri).stdout
+        assert shown.startswith(f"r-1: {status}, due ")
+        assert then in shown.splitlines()[-1]
+        assert shown.splitlines()[-1].startswith("next: the gate refused the run (")
 
 
 def test_a_refused_sweep_shows_figures_causes_and_the_next_commands(sweep, ledger, monkeypatch, tmp_path):

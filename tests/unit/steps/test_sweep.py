@@ -133,6 +133,15 @@ def test_after_damage_the_next_sweep_is_gentler_and_passes(config, store, tmp_pa
     assert ledger.status("r-1") is Status.COMPLETED
 
 
+def test_a_run_that_diverges_is_damage_and_not_repeated(config, store, tmp_path):
+    Ledger(store, utc_clock).submit("r-1", config.model_line, ClassTarget(class_id=3))
+    wild = config.model_copy(update={"method_config": {**config.method_config, "learning_rate": 1e4}})
+    done = sweep_once(wild, tmp_path / "run", purge_after=False)
+    assert (done.error.exit_code, "is not finite" in done.error.what) == (1, True)
+    assert done.settled.next == "the gate refused the run (damaged); next: a gentler recipe (salun, learning_rate 3333)"
+    assert done.settled.status is RunStatus.GATE_REFUSED
+
+
 def test_a_sweep_without_a_signing_key_ends_before_it_begins(config, store, tmp_path, monkeypatch):
     monkeypatch.delenv("SALUN_SIGNING_KEY")
     Ledger(store, utc_clock).submit("r-1", config.model_line, ClassTarget(class_id=3))
