@@ -539,7 +539,8 @@ def _apply(rule: Rule, evidence: Evidence) -> Verdict:
         reason = rule.reason
         margin = _distance(rule, actual, ends, threshold)
         decided = _contradicted(rule, ends, threshold)
-        holds = margin >= -_TOLERANCE if rule.shows else None
+        # An interval without a width comes from values that do not vary: it cannot tell how sure it is.
+        holds = margin >= -_TOLERANCE and ends[0] != ends[1] if rule.shows else None
         shown = f"{rule.op} {shown}" + (f" ± {rule.tolerance:.4f}" if rule.tolerance is not None else "")
     passed = margin is not None and margin >= -_TOLERANCE
     if margin is not None and rule.undecided == "procedure":
@@ -650,11 +651,21 @@ def _problem(rule: Rule, metric: Metric | None, actual: float | None, threshold:
         return f"{rule.metric} is missing or not a number"
     if metric.n < rule.min_n:
         return f"{rule.metric} was measured on {metric.n} samples, fewer than {rule.min_n}"
+    if (rule.shows or rule.judge != "value") and not _holds_value(metric):
+        return f"the interval of {rule.metric} does not hold its value"
     if threshold is not None:
         return ""
     source = rule.relative_to.metric if rule.relative_to else rule.metric
     cause = "" if source in METRIC_NAMES else f": {_lacking(source)}"
     return f"its threshold cannot be computed from the evidence{cause}"
+
+
+def _holds_value(metric: Metric) -> bool:
+    """Whether the value is a number between the ends of its interval that are numbers; every measured one is."""
+    value, low, high = _finite(metric.after), _finite(metric.low), _finite(metric.high)
+    if value is None:
+        return False
+    return (low is None or low <= value + _TOLERANCE) and (high is None or high >= value - _TOLERANCE)
 
 
 def _lacking(metric: str) -> str:

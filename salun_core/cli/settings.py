@@ -31,6 +31,9 @@ CONFIG_VARIABLE = "SALUN_CONFIG"
 _ENDPOINT, _REGION, _SIGNING_KEY = "SALUN_S3_ENDPOINT_URL", "SALUN_S3_REGION", "SALUN_SIGNING_KEY"
 _ACCOUNT = ("SALUN_S3_ACCESS_KEY_ID", "SALUN_S3_SECRET_ACCESS_KEY", "SALUN_S3_SESSION_TOKEN")
 _NO_PROXY = ("NO_PROXY", "no_proxy")
+# They say which code and which signers are trusted. A folder from elsewhere may hold its own `env_file`.
+_TRUST = ("SALUN_ARCHITECTURES", "SALUN_VERIFY_KEY")
+_MAX_VARIABLES_BYTES = 65536
 _OPTIONS = {f"--{name}": name for name in ("store", "line", "data", "policy", "device", "actor", "method")}
 _OPTIONS["--extra-metrics"] = "extra_metrics"
 _LINES = ("LINE", "LINE[@VERSION]")  # arguments that name the model line to look at
@@ -212,18 +215,26 @@ def read_variables(path: Path) -> dict[str, str]:
     """Read a file of NAME=VALUE lines, as `salun store serve` writes it; only our own variables and NO_PROXY count.
 
     Raises:
-        UsageError: it cannot be read, or a line has another form.
+        UsageError: it cannot be read, is no regular file or too large, a line has another form, or it says whom to
+            trust.
     """
     remedy = "correct `env_file`: it names a file of NAME=VALUE lines, such as the .env of `salun store serve`"
+    from salun_core.certificates.keys import read_small
+
+    data, _ = read_small(path, _MAX_VARIABLES_BYTES)
+    if len(data) > _MAX_VARIABLES_BYTES:
+        raise UsageError(f"{path} is too large", f"over {_MAX_VARIABLES_BYTES} bytes", remedy)
     try:
-        words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot read {path}", getattr(error, "strerror", None) or "it is not a list", remedy
-        ) from error
+        words = shlex.split(data.decode(), comments=True)
+    except ValueError as error:
+        raise UsageError(f"cannot read {path}", "it is not a list", remedy) from error
     pairs = [word.partition("=") for word in words if word != "export"]
     if any(not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or not equals for name, equals, _ in pairs):
         raise UsageError(f"{path} is not a list of variables", "a line is not NAME=VALUE", remedy)
+    for name, _, _ in pairs:
+        if name in _TRUST:
+            why = "it says whom to trust, and a file in a folder may come from somebody else"
+            raise UsageError(f"{path} must not set {name}", why, f"set {name} in the environment")
     return {name: value for name, _, value in pairs if name.startswith("SALUN_") or name in _NO_PROXY}
 
 

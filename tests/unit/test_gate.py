@@ -274,7 +274,7 @@ def test_evidence_with_a_needed_number_missing_never_passes(good, data):
     filled = {name: numbers for name in ("RA", "TA", "UA", "MIA", "gap", "TA_loss", "RA_loss", "effect", "change")}
     low = {**numbers, "after": 0.1, "low": 0.1, "high": 0.1}
     filled |= {"attack_auc": {**numbers, "after": 0.5, "low": 0.45, "high": 0.55}, "UA_samples": low, "UA_unseen": low}
-    filled |= {"UA_class": {**numbers, "before": 0.1, "after": 1.0}, "restored": low}
+    filled |= {"UA_class": {**numbers, "before": 0.1, "after": 1.0, "high": 1.0}, "restored": low}
     whole = changed(good, forgotten__kinds=kinds, metrics=filled)
     assert decide(whole, POLICY).passed
     metric, field = data.draw(st.sampled_from(sorted(metrics_that(POLICY, kinds))))

@@ -250,6 +250,22 @@ def test_no_effect_in_enough_samples_contradicts(low, high, level):
     assert decision.level == level
 
 
+@pytest.mark.parametrize(
+    ("value", "low", "high"), [(0.9, 0.45, 0.55), (0.5, 0.55, 0.45), (0.1, 0.45, 0.55), (float("nan"), 0.45, 0.55)]
+)
+@pytest.mark.parametrize("rule", [INSIDE, SHOWN, {**SHOWN, "op": "<=", "value": 0.6}])
+def test_an_interval_that_does_not_hold_its_value_is_refused(rule, value, low, high):
+    lenient = policy_of(rule if rule["op"] == "<=" else {**rule, "undecided": "procedure"})
+    decision = decided(lenient, **{rule["metric"]: metric(value, low, high)})
+    assert causes(decision, rule["metric"]) == {Cause.NOT_MEASURED}
+
+
+def test_an_interval_without_a_width_shows_nothing():
+    for rule in (INSIDE, SHOWN):
+        lenient = policy_of({**rule, "undecided": "procedure"})
+        assert decided(lenient, **{rule["metric"]: metric(0.5, 0.5, 0.5)}).level == "procedure"
+
+
 @pytest.mark.parametrize("broken", [None, float("nan")])
 def test_an_end_that_is_missing_is_never_shown(broken):
     for rule in (INSIDE, SHOWN):

@@ -210,6 +210,20 @@ def test_a_file_of_variables_elsewhere_or_of_another_kind_is_refused(write, name
         find_settings(path).variables()
 
 
+@pytest.mark.parametrize("name", ["SALUN_ARCHITECTURES", "SALUN_VERIFY_KEY"])
+def test_a_file_of_variables_may_not_say_whom_to_trust(write, name):
+    with pytest.raises(UsageError, match=f"must not set {name}"):
+        read_variables(write(f"export {name}=evil:build\n", ".env"))
+
+
+def test_a_pipe_or_a_large_file_of_variables_is_refused_at_once(write, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="not a regular file"):
+        read_variables(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="too large"):
+        read_variables(write("A=1\n" * 20_000, ".env"))
+
+
 def test_init_writes_what_was_given_and_comments_the_rest(salun, tmp_path):
     words = ("--store", "s3://abc/x", "--endpoint", "http://127.0.0.1:1", "--line", "2024", "--data", "my images: a")
     result = salun("init", *words)
