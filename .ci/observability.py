@@ -81,10 +81,11 @@ ROWS = {
             limits={GREEN: None, YELLOW: 7 * 86400, RED: 24 * 86400},
             help="Age of the oldest request that is not settled; the internal target is 7 days.",
         ),
-        View("By status", {"{{status}}": "max by (status) (salun_requests)"}),
+        View("By status", {"{{status}}": "max by (status) (salun_requests)"}, span=8),
         View(
             "Completed, by assurance level",
             {"{{level}}": "max by (level) (salun_requests_by_level) > 0"},
+            span=8,
             help="procedure: applied by the recorded recipe, with too few samples to show that the model forgot.",
         ),
         View(
@@ -93,6 +94,7 @@ ROWS = {
                 "past {{stage}}": "max by (stage) (salun_requests_by_deadline)",
                 "overdue": "max(salun_requests_overdue)",
             },
+            span=8,
             help="target: 7 days; half: 50 % of the month; most: 80 %.",
         ),
     ),
@@ -174,6 +176,25 @@ ROWS = {
             "Share of salient weights",
             {"{{pipeline}} {{model_line}} {{method}}": f"salun_mask_density_ratio{EVALUATED}"},
             "percentunit",
+            span=6,
+        ),
+        View(
+            "Assurance level of the last decision",
+            {"{{pipeline}} {{model_line}} {{level}}": f"salun_assurance_level{PUSHED} > 0"},
+            help="No level: the gate refused.",
+        ),
+        View(
+            "Margin and power behind the level",
+            {
+                "{{pipeline}} {{model_line}} {{method}} margin": f"salun_assurance_margin_ratio{PUSHED}",
+                "{{pipeline}} {{model_line}} {{method}} power": f"salun_assurance_power_ratio{PUSHED}",
+            },
+            "percentunit",
+            span=6,
+        ),
+        View(
+            "Samples behind the level",
+            {"{{pipeline}} {{model_line}} {{method}}": f"salun_assurance_samples{PUSHED}"},
             span=6,
         ),
     ),

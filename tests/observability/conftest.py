@@ -18,7 +18,7 @@ import yaml
 
 from salun_core.requests.gauges import LineGauges, Snapshot, stages
 from salun_core.requests.schema import Status
-from salun_core.steps.context import record_evidence
+from salun_core.steps.context import record_assurance, record_evidence
 from salun_core.sweeps.claim import Skipped
 from salun_core.telemetry.exporter import Exporter, serving
 from salun_core.telemetry.push import StepMetrics
@@ -111,7 +111,14 @@ def snapshot():
     received = datetime.now(UTC) - timedelta(days=40)
     passing = {stage: [moment.timestamp()] for stage, moment in stages(received).items()}
     counts = {Status.QUEUED: 1, Status.FAILED: 1, Status.COMPLETED: 8}
-    return Snapshot(counts, received.timestamp(), passing, {"faces": LineGauges(0.06, 11, time.time() - HOUR)}, 0)
+    return Snapshot(
+        counts=counts,
+        received=received.timestamp(),
+        passing=passing,
+        levels={"measured": 5, "procedure": 3},
+        lines={"faces": LineGauges(0.06, 11, time.time() - HOUR)},
+        unreadable=0,
+    )
 
 
 def push_steps():
@@ -127,6 +134,7 @@ def push_steps():
     assert refused.push("gate_publish", "faces", pipeline="salun-deletion-sweep", succeeded=False)
     earlier = StepMetrics(clock=lambda: time.time() - 48 * HOUR)
     record_evidence(earlier, evidence, SimpleNamespace(passed=True))
+    record_assurance(earlier, "salun", SimpleNamespace(level="measured", margin=0.1, n=200, power=0.9))
     assert earlier.push("gate_publish", "faces", pipeline="salun-unlearning-cpu")
     sweep = StepMetrics(clock=lambda: time.time() - 48 * HOUR)
     assert sweep.push("settle_requests", "faces", pipeline="salun-deletion-sweep")
