@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import shutil
@@ -23,6 +24,15 @@ _TRAINED = {"lab", "digits_model"}
 _TESTS = Path(__file__).resolve().parent
 _shared = pytest.StashKey[ExitStack]()
 _server_key = pytest.StashKey[object]()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    """Collect garbage neither while tests are collected, nor among what was: thousands of objects that stay."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -36,6 +36,8 @@ def served(folder, port):
             lines.append(line)
             if "until Ctrl-C" in line:
                 break
+        else:
+            pytest.fail(f"the server did not start: {process.stderr.read()}")
         yield process, "".join(lines)
     finally:
         process.kill()
@@ -76,7 +78,8 @@ def test_the_settings_lead_to_the_store_now_and_after_a_new_start(tmp_path):
     with served(tmp_path, port):
         assert settings.read_text() == before
         read = "from salun_core.storage import open_store; print(open_store('s3://salun').get('a/b').data)"
-        assert "kept" in shell(tmp_path, f'{sys.executable} -c "{read}"').stdout
+        found = shell(tmp_path, f'{sys.executable} -c "{read}"')
+        assert "kept" in found.stdout, found.stderr
 
 
 def test_a_port_in_use_is_one_line_and_leaves_no_settings(tmp_path):
