@@ -110,6 +110,7 @@ def submit(
         why = "both were given" if given else "neither was given"
         raise UsageError("give either a file or the options of one request", why, "see salun request submit --help")
     if file is None:
+        _check_complete(request_id, target)
         given |= {"model_line": line} if shared else {}
         submissions: Sequence[Submission] = [parse(Submission, given, "the request")]
     else:
@@ -117,6 +118,18 @@ def submit(
         submissions = read_submissions(_read(file), file, named, fallback)
     filed, matches = _file_all(store, submissions, who(actor), check_data, policy, _confirmation(yes, dry_run), dry_run)
     _print_filed(filed, matches, dry_run)
+
+
+def _check_complete(request_id: str | None, target: Mapping[str, Any] | None) -> None:
+    """Refuse options that are no request in words of the command line, not in those of the document."""
+    from salun_core.storage.keys import check_id
+
+    if request_id is None:
+        raise UsageError("the request has no id", "--id is not given", "give --id, such as --id r-1")
+    check_id("request", request_id)
+    if target is None:
+        remedy = "give --class-name, --class-index, --samples, --subject, --concept or --random"
+        raise UsageError(f"request {request_id} names nothing to forget", "no target is given", remedy)
 
 
 def _split(samples: str) -> list[str]:

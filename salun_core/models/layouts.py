@@ -85,7 +85,7 @@ def recognise(checkpoint: Checkpoint, architecture: str | None, channels: int | 
 
     Raises:
         StateMismatchError: no architecture fits; the message names the closest one, and what is missing and unexpected.
-        ModelError: several architectures fit that compute different things.
+        ModelError: several architectures fit that compute different things, or values are NaN or infinite.
         UsageError: an unknown architecture.
     """
     channels, size = channels or channels_of(checkpoint.state), size or size_of(checkpoint)
@@ -110,10 +110,22 @@ def recognise(checkpoint: Checkpoint, architecture: str | None, channels: int | 
                 f"choose the one that it was trained with: --arch {reading.architecture} or --arch {reading.twin}",
             )
         if found:
+            _refuse_damaged_values(checkpoint.name, found.state)
             return found
         if closest is None or len(faults) < len(closest[0]):
             closest = faults, reading
     raise _refusal(checkpoint, named, closest)
+
+
+def _refuse_damaged_values(name: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and infinity: such a network gives no answers, and no later step could measure it."""
+    damaged = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if damaged:
+        raise ModelError(
+            f"cannot import {name}",
+            f"{grouped(damaged)} {'has' if len(damaged) == 1 else 'have'} NaN or infinite values",
+            "give a checkpoint from before the training diverged",
+        )
 
 
 def _refusal(checkpoint: Checkpoint, named: str | None, closest: tuple[StateFaults, _Reading] | None) -> ModelError:
@@ -189,7 +201,9 @@ def _faults(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Stat
         found = state[name]
         resolved = len(sides) == 1 and _head(tensor, found) is not None
         if found.shape != tensor.shape and not resolved:
-            side = f"[classes, {', '.join(map(str, tensor.shape[1:]))}]" if tensor.shape[:1] == (_CLASSES,) else None
+            side = (
+                f"[{', '.join(['classes', *map(str, tensor.shape[1:])])}]" if tensor.shape[:1] == (_CLASSES,) else None
+            )
             different.append(f"{name} is {list(found.shape)}, not {side or list(tensor.shape)}")
         elif found.dtype != tensor.dtype and not (tensor.dtype == torch.float32 and found.dtype in _WIDENED):
             different.append(f"{name} is {found.dtype}, not {tensor.dtype}")

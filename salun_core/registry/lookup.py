@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from salun_core.digest import check_digest, is_digest, sha256_bytes
@@ -72,7 +73,21 @@ def read_version(store: ObjectStore, line: str, digest: str) -> VersionManifest:
 
 
 def _unknown_version(line: str, version: str) -> UsageError:
-    return UsageError(f"{line}@{version} does not exist", "the line has no such version", f"try {line}@HEAD")
+    remedy = f"choose one that `salun model history {line}` shows"
+    return UsageError(f"{line}@{version} does not exist", "the line has no such version", remedy)
+
+
+def unknown_line(line: str, known: Sequence[str]) -> UsageError:
+    """Return the error for a model line that does not exist.
+
+    Args:
+        line: what was given.
+        known: the lines of the store; if there are none, the remedy is to begin one.
+    """
+    if known:
+        return unknown_name("model line", line, known)
+    remedy = f"begin it: salun model import CHECKPOINT --line {line} --out DIR, or salun train with --line {line}"
+    return UsageError(f"unknown model line {line!r}", "the store has no model line yet", remedy)
 
 
 def _check_line(key: str, expected: str, actual: str) -> None:
@@ -113,7 +128,7 @@ def resolve(store: ObjectStore, reference: str) -> tuple[str, str]:
     if version in {"", "HEAD"}:
         found = read_head(store, line)
         if found is None:
-            raise unknown_name("model line", line, lines(store))
+            raise unknown_line(line, lines(store))
         return line, found[0].version
     if len(version) < _MIN_PREFIX or not is_digest(version.ljust(64, "0")):
         raise UsageError(
@@ -130,7 +145,7 @@ def resolve(store: ObjectStore, reference: str) -> tuple[str, str]:
         some = ", ".join(digest[:12] for digest in digests[:4])
         raise UsageError(f"{line}@{version} is ambiguous", f"it may be {some}", "give more digits")
     known = lines(store)
-    raise _unknown_version(line, version) if line in known else unknown_name("model line", line, known)
+    raise _unknown_version(line, version) if line in known else unknown_line(line, known)
 
 
 def lines(store: ObjectStore) -> list[str]:

@@ -144,7 +144,7 @@ def _missing(out: Path, manifest: VersionManifest, line: str, digest: str) -> li
         raise UsageError(
             f"{out} holds other files than {line}@{digest[:12]}",
             "; ".join(faults[:_SHOWN]) + more,
-            "delete these files, or choose another folder",
+            "choose another folder",
         )
     return [name for name in manifest.files if name not in there]
 

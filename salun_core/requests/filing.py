@@ -28,10 +28,10 @@ from salun_core.data.split import SplitManifest
 from salun_core.data.table import Table
 from salun_core.data.targets import ClassTarget, ConceptTarget, SamplesTarget, Target
 from salun_core.digest import check_digest
-from salun_core.errors import ConflictError, SalunError, StoreError, UsageError, unknown_name
+from salun_core.errors import ConflictError, SalunError, StoreError, UsageError
 from salun_core.models.card import CARD
 from salun_core.models.checkpoint import SPLIT
-from salun_core.registry.lookup import Version, lines, read_file, read_head, read_version
+from salun_core.registry.lookup import Version, lines, read_file, read_head, read_version, unknown_line
 from salun_core.requests.intake import Filed, submit_all
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.resolve import TableResolver, unmatched
@@ -174,7 +174,7 @@ class _Line:
     def __init__(self, store: ObjectStore, line: str, check_data: bool | None, policy_uri: str) -> None:
         head = read_head(store, line)
         if head is None:
-            raise _no_line(line, lines(store))
+            raise unknown_line(line, lines(store))
         version = Version(head[0].version, read_version(store, line, head[0].version))
         self._store, self._version, self._check_data = store, version.digest, check_data
         self._card: Any = parse_card(json.loads(read_file(store, version, CARD)))
@@ -264,12 +264,6 @@ class _Line:
         return list(
             map(str, missing_ingredients(self._card, self._policy, Measurement(kind_of(target), prompts), self._store))
         )
-
-
-def _no_line(line: str, known: Sequence[str]) -> UsageError:
-    if known:
-        return unknown_name("model line", line, known)
-    return UsageError(f"unknown model line {line!r}", "the store has none", "import one: `salun model import --help`")
 
 
 def counted(matches: Sequence[Match]) -> Counter[str]:

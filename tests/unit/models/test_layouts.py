@@ -277,6 +277,23 @@ def test_half_precision_is_widened_and_double_is_refused(tmp_path):
         imported(tmp_path / "m.pt")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    state = dict(ReferenceResNet(1, "padded", "linear").state)
+    state["layer1.0.conv1.weight"] = torch.full_like(state["layer1.0.conv1.weight"], value)
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(ModelError, match=r"stages.\*.\*.conv1.weight has NaN or infinite values"):
+        imported(tmp_path / "m.pt")
+
+
+def test_a_side_of_classes_is_named_so(tmp_path):
+    state = dict(ReferenceResNet(1, "padded", "linear").state)
+    state["linear.bias"] = torch.ones(len(state["linear.bias"]) + 1)
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(StateMismatchError, match=r"fc.bias is \[\d+\], not \[classes\]"):
+        imported(tmp_path / "m.pt")
+
+
 class OwnNet(nn.Module):
     """An architecture whose only part is called `model`, as in many trainers."""
 

@@ -369,7 +369,7 @@ def test_references_are_resolved(store, model):
     for reference, text in [
         ("mnits", "did you mean 'mnist'"),
         (f"mnits@{head.version[:8]}", "did you mean 'mnist'"),
-        ("mnist@000000", "no such version"),
+        ("mnist@000000", "the line has no such version. To fix it: choose one that `salun model history mnist` shows"),
         (f"mnist@{head.version[:5]}", "6 to 64"),
         ("mnist@latest", "try mnist@HEAD"),
         ("mnist@../../x", "try mnist@HEAD"),
@@ -378,6 +378,12 @@ def test_references_are_resolved(store, model):
         with pytest.raises(UsageError) as caught:
             resolve(store, reference)
         assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("reference", ["mnist", "mnist@000000"])
+def test_a_store_without_lines_leads_to_the_first_one(store, reference):
+    with pytest.raises(UsageError, match="the store has no model line yet. To fix it: begin it: salun model import"):
+        resolve(store, reference)
 
 
 def test_an_ambiguous_prefix_is_refused(store):

@@ -76,6 +76,23 @@ def item(target, name="r-1", line="signs"):
 @pytest.mark.parametrize(
     ("args", "why"),
     [
+        (["--id", "r 9", "--class-name", "1"], "request 'r 9' is not a valid id.*did you mean 'r-9'"),
+        (["--class-name", "1"], "the request has no id.*give --id"),
+        (["--id", "r-9"], "names nothing to forget.*give --class-name"),
+    ],
+)
+def test_incomplete_options_are_named_as_options(invoke, line, args, why):
+    import re
+
+    result = invoke("submit", "--line", "signs", *args)
+    assert result.exit_code == 2, result.output
+    assert re.search(why, result.stderr), result.stderr
+    assert filed(line) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
         (["--class", "1"], "class 1 is ambiguous"),  # the folder 1, and the index of the folder 2
         (["--class", "99"], "there is no class 99"),
         (["--class-name", "four"], "unknown class 'four'"),
