@@ -675,13 +675,24 @@ def _lacking(metric: str) -> str:
 
 def _threshold(rule: Rule, evidence: Evidence) -> float | None:
     metric = evidence.metrics.get(rule.metric)
-    if rule.or_reference and metric is not None and metric.reference is not None:
+    if rule.or_reference and metric is not None and metric.reference is not None and _never_saw(metric, rule):
         return _finite(metric.reference)
     if rule.relative_to is None:
         return rule.value
     source = evidence.metrics.get(rule.relative_to.metric)
     value = _finite(getattr(source, rule.relative_to.state)) if source and source.n else None
     return None if value is None else _finite(rule.relative_to.scale * value + rule.relative_to.offset)
+
+
+def _never_saw(metric: Metric, rule: Rule) -> bool:
+    """Whether the reference knows less of D_f than the model before, by the tolerance; if not, it may have seen D_f.
+
+    A reference within the tolerance of the fixed value needs no such check: it could not be told from it.
+    """
+    before, reference, tolerance = _finite(metric.before), _finite(metric.reference), rule.tolerance or 0.0
+    if reference is None or rule.value is None or abs(reference - rule.value) <= tolerance:
+        return True
+    return before is not None and (reference < rule.value or before - reference >= tolerance)
 
 
 def _finite(value: float | None) -> float | None:
