@@ -245,7 +245,9 @@ def test_the_value_of_a_retrained_model_is_the_centre_if_there_is_one():
 @pytest.mark.parametrize(("reference", "passes"), [(0.94, False), (0.9, False), (0.82, True)])
 def test_a_reference_that_may_have_seen_the_samples_is_not_compared_with(reference, passes):
     """A model of another seed that was trained on all data is as familiar with them as the one before."""
-    found = Metric(before=0.95, after=reference, reference=reference, low=reference - 0.02, high=reference + 0.02, n=300)
+    found = Metric(
+        before=0.95, after=reference, reference=reference, low=reference - 0.02, high=reference + 0.02, n=300
+    )
     rule = {**INSIDE, "or_reference": True, "undecided": "procedure"}
     assert decided(policy_of(rule), attack_auc=found).passed is passes
 
