@@ -40,6 +40,7 @@ MODE = Mode()
 METRICS = ("UA", "UA_class", "UA_samples", "RA", "TA", "MIA", "attack_auc", "gap")
 GENERATED = (
     "UA",
+    "none_of_these",
     "UA_relearned",
     "RA",
     "neighbours",

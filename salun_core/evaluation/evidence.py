@@ -16,13 +16,24 @@ METRIC_NAMES = (
     *("effect", "change", "restored", "TA_loss", "RA_loss"),
     *("lira_auc", "lira_offline_auc", "lira_tpr", "relearn", "probe_auc", "worst_decile", "worst_class_drop"),
     *("KL_forget", "KL_test", "ToW", "UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
-    *("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "attack_success", "unattacked_success"),
+    *(
+        "FID",
+        "KID",
+        "CLIP",
+        "neighbours",
+        "nudity",
+        "UA_relearned",
+        "attack_success",
+        "unattacked_success",
+        "none_of_these",
+    ),
 )
 """All metrics that an evaluation can measure, of classifiers and of diffusion models."""
 
 MORE_IS_FORGOTTEN: Mapping[str, bool] = {
     **dict.fromkeys(("UA", "UA_class", "UA_samples", "UA_relearned", "UA_seeds", "MIA", "MIA_entropy"), True),
     **{"effect": True, "change": True, "restored": False},
+    "none_of_these": True,
     **dict.fromkeys(("attack_auc", "attack_auc_seeds", "lira_auc", "lira_offline_auc", "lira_tpr", "probe_auc"), False),
     **dict.fromkeys(("relearn", "worst_decile", "nudity", "attack_success", "unattacked_success"), False),
 }
@@ -199,6 +210,57 @@ class CurvePoint(Document):
     ua: float = Field(description="share of images of the forgotten class that the image classifier does not recognise")
 
 
+class Share(Document):
+    """A share of images with its 95 % interval."""
+
+    value: float = Field(ge=0, le=1, description="as a ratio")
+    n: int = Field(ge=1, description="number of images")
+    low: float = Field(description="lower end of Wilson's interval")
+    high: float = Field(description="upper end of Wilson's interval")
+
+
+class Became(Document):
+    """Number of images of the forgotten rows that the image classifier takes for one class."""
+
+    name: str = Field(description="name of the class, or `none of these`")
+    before: int = Field(ge=0)
+    after: int = Field(ge=0)
+
+
+class SeedBatch(Document):
+    """UA in the images of one batch of seeds."""
+
+    seed: int = Field(description="of the batch's first image")
+    n: int = Field(ge=1, description="images of the forgotten rows")
+    before: float = Field(description="UA of the model before")
+    after: float = Field(description="UA of the model after")
+
+
+class RecognitionFacts(Document):
+    """How far the image classifier's results on generated images can be trusted."""
+
+    real: Share | None = Field(
+        default=None, description="accuracy on real held-out images; null without them, or with too few"
+    )
+    original: Share | None = Field(default=None, description="accuracy on the images of the model before, of all rows")
+    original_forgotten: Share | None = Field(
+        default=None, description="accuracy on the images of the model before, of the forgotten rows"
+    )
+    real_rejected: Share | None = Field(
+        default=None, description="real held-out images that count as none of the classes, at most 10 % by calibration"
+    )
+    probability: float | None = Field(
+        default=None, description="an image below this maximum probability is none of the classes"
+    )
+    distance: float | None = Field(
+        default=None,
+        description="an image whose features are further than this from the nearest real one is none of the "
+        "classes; null for an image classifier without a linear layer",
+    )
+    became: list[Became] = Field(default=[], description="what the forgotten rows show, the most frequent first")
+    seeds: list[SeedBatch] = Field(default=[], description="UA by batch of seeds")
+
+
 class DiffusionFacts(Document):
     """How a diffusion model's images were generated and evaluated."""
 
@@ -213,6 +275,9 @@ class DiffusionFacts(Document):
     judge: str | None = Field(default=None, description="digest of the image classifier")
     extractor: str | None = Field(
         default=None, description="whose features FID and KID compare: `judge:<digest>` or `inception:<digest>`"
+    )
+    recognition: RecognitionFacts | None = Field(
+        default=None, description="of the image classifier; null without one and in older evidence"
     )
     real_images: int = Field(default=0, ge=0, description="real images that FID and KID compare with")
     clip: str | None = Field(default=None, description="digest of the CLIP model behind the CLIP score")
@@ -302,6 +367,8 @@ class Evidence(Document):
         absent: dict[str, Any] = {name: True for name in ("generation", "further") if getattr(self, name) is None}
         if missing := {name for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}:
             absent["run"] = missing
+        if self.generation is not None and self.generation.recognition is None:
+            absent["generation"] = {"recognition"}
         if self.forgotten.in_classes is None:
             absent["forgotten"] = {"in_classes"}
         if self.integrity.distance is None:

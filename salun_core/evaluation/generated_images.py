@@ -19,6 +19,7 @@ from salun_core.errors import DataError, ModelError, UsageError
 from salun_core.evaluation.classifier import confusion
 from salun_core.evaluation.clip_score import ClipScorer
 from salun_core.evaluation.evidence import (
+    Became,
     ClassAccuracy,
     CurvePoint,
     DiffusionFacts,
@@ -27,18 +28,28 @@ from salun_core.evaluation.evidence import (
     Grid,
     Measured,
     Metric,
+    RecognitionFacts,
     RunFacts,
+    SeedBatch,
 )
-from salun_core.evaluation.image_classifier import ImageClassifier
+from salun_core.evaluation.image_classifier import Calibration, ImageClassifier
 from salun_core.evaluation.image_features import Extractor, frechet_distance, joined_features, kernel_distance
 from salun_core.evaluation.integrity import compare_weights
 from salun_core.evaluation.nudity import NudityDetector, count_parts
 from salun_core.evaluation.outputs import Outputs
-from salun_core.evaluation.statistics import share_metric
+from salun_core.evaluation.statistics import share_metric, share_of
 from salun_core.saliency import SaliencyMask
 
-_MEASURED = {"UA", "RA", "neighbours", "FID", "KID", "CLIP", "nudity"}
+_MEASURED = {"UA", "RA", "neighbours", "FID", "KID", "CLIP", "nudity", "none_of_these"}
 _REAL_BATCH = 256
+
+NONE = "none of these"
+"""What an image shows that is none of the image classifier's classes."""
+
+SEED_STRIDE = 2**32
+"""Distance of the first seeds of two batches: no plan has as many images."""
+
+_SEED_BATCHES, _BATCHED_FROM = 3, 24  # batches of seeds, and the images per row from which there is more than one
 
 Sample = Callable[[Sequence[int], Sequence[int]], Iterator[Tensor]]
 """(row of each image, seed of each image) -> batches of uint8 [B, 3, H, W], in that order."""
@@ -55,7 +66,7 @@ class SamplingPlan:
         neighbours: rows near the forgotten ones.
         watched: rows in which nudity is detected, besides the forgotten ones.
         per_row: images per row.
-        seed: of the first image; the others count on from it, row after row.
+        seed: of the first image; see `seeds`.
         sampler: class of the sampler.
         steps: denoising steps per image.
         guidance_scale: classifier-free guidance; 1 is none.
@@ -82,6 +93,17 @@ class SamplingPlan:
         return np.repeat(np.arange(len(self.rows)), self.per_row)
 
     @cached_property
+    def batch_of(self) -> np.ndarray:
+        """Batch of seeds of each image, int64 [N]: three in each row, or one for fewer than 24 images per row."""
+        batches = _SEED_BATCHES if self.per_row >= _BATCHED_FROM else 1
+        return np.tile(np.arange(self.per_row) * batches // self.per_row, len(self.rows))
+
+    @cached_property
+    def seeds(self) -> np.ndarray:
+        """Seed of each image, int64 [N]: they count on row after row, from a start of its own in each batch."""
+        return self.seed + np.arange(len(self.row_of)) + self.batch_of * SEED_STRIDE
+
+    @cached_property
     def label_of(self) -> np.ndarray:
         """The image classifier's class of each image, int64 [N]; -2 without one, because -1 is a missing prediction."""
         return np.repeat([-2 if label is None else label for label in self.labels], self.per_row)
@@ -97,6 +119,7 @@ class Evaluators:
         real: real images of the retained rows, uint8 [N, 1 or 3, H, W], for FID and KID.
         clip: scores images with the names of their rows.
         detector: detects nudity.
+        calibration: of the classifier, on real held-out images: none_of_these.
     """
 
     classifier: ImageClassifier | None = None
@@ -104,6 +127,7 @@ class Evaluators:
     real: Tensor | None = None
     clip: ClipScorer | None = None
     detector: NudityDetector | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +135,7 @@ class _Observed:
     """What is kept of one model's images."""
 
     predictions: np.ndarray  # int64 [N]; -1 without an image classifier
+    none: np.ndarray  # bool [F], of the forgotten rows: shows none of the classes; [0] without a calibration
     features: Tensor  # float32 [K, F], of the retained rows
     clip: Tensor  # float64 [K], of the retained rows
     detections: list[dict[str, int]]
@@ -135,8 +160,9 @@ def evaluate_generated_images(
 
     UA = share of images of the forgotten rows that the image classifier does not recognise; RA = share of those of the
     other rows that it recognises; `neighbours` = the same for rows near the forgotten ones; FID, KID and CLIP on the
-    retained rows; `nudity` = share of the watched rows' images with an exposed part. A metric whose evaluator is
-    missing is absent.
+    retained rows; `nudity` = share of the watched rows' images with an exposed part; `none_of_these` = share of images
+    of the forgotten rows that show no class at all, such as noise, which UA counts as forgotten. A metric whose
+    evaluator is missing is absent.
 
     Args:
         before: generates with the original model.
@@ -169,7 +195,7 @@ def evaluate_generated_images(
     observed = {model: _observe(sample, plan, evaluators, model) for model, sample in samples.items()}
     classifier = evaluators.classifier
     distances = _distances(observed, evaluators)
-    metrics = _recognition(observed, plan) | distances | _clip(observed) | _nudity(observed)
+    metrics = _recognition(observed, plan) | _none(observed) | distances | _clip(observed) | _nudity(observed)
     return Evidence(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         measured=measured,
@@ -187,6 +213,7 @@ def evaluate_generated_images(
             seed=plan.seed,
             images=len(plan.row_of),
             judge=classifier.digest if classifier else None,
+            recognition=_trust(observed, plan, evaluators) if classifier else None,
             extractor=evaluators.extractor.name if evaluators.extractor and distances else None,
             real_images=len(evaluators.real) if evaluators.real is not None and distances else 0,
             clip=evaluators.clip.digest if evaluators.clip else None,
@@ -223,12 +250,14 @@ def _observe(sample: Sample, plan: SamplingPlan, evaluators: Evaluators, model: 
     shown &= np.tile(np.arange(plan.per_row) < COLUMNS, len(plan.rows))
     predictions, clip = [np.empty(0, np.int64)], [torch.empty(0, dtype=torch.float64)]
     features, small, detections = list[Tensor](), list[Tensor](), list[dict[str, int]]()
-    seeds, at = range(plan.seed, plan.seed + len(rows)), 0
-    for images in checked_images(sample(rows.tolist(), seeds), len(rows), model):
+    gone, none, at = np.isin(rows, plan.forgotten), [np.empty(0, bool)], 0
+    for images in checked_images(sample(rows.tolist(), plan.seeds.tolist()), len(rows), model):
         batch = slice(at, at := at + len(images))
         keep = _chosen(images, kept[batch])
         if evaluators.classifier:
             predictions.append(evaluators.classifier.predict(images).numpy())
+        if evaluators.calibration and gone[batch].any():
+            none.append(evaluators.calibration.shows_none(_chosen(images, gone[batch])).numpy())
         if evaluators.extractor and evaluators.real is not None and len(keep):
             features.append(evaluators.extractor.features(keep).cpu())
         if evaluators.clip and len(keep):
@@ -238,7 +267,7 @@ def _observe(sample: Sample, plan: SamplingPlan, evaluators: Evaluators, model: 
         small.append(thumbnails(_chosen(images, shown[batch])))
     predicted = np.concatenate(predictions) if evaluators.classifier else np.full(len(rows), -1)
     joined = joined_features(features, evaluators.extractor)
-    return _Observed(predicted, joined, torch.cat(clip), detections, torch.cat(small))
+    return _Observed(predicted, np.concatenate(none), joined, torch.cat(clip), detections, torch.cat(small))
 
 
 def _chosen(images: Tensor, which: np.ndarray) -> Tensor:
@@ -292,6 +321,52 @@ def _recognition(observed: Mapping[str, _Observed], plan: SamplingPlan) -> dict[
         for name, chosen in groups.items()
         if chosen.any()
     }
+
+
+def _none(observed: Mapping[str, _Observed]) -> dict[str, Metric]:
+    shown = {model: item.none for model, item in observed.items()}
+    return {"none_of_these": _shares(shown)} if len(shown["after"]) else {}
+
+
+def _trust(observed: Mapping[str, _Observed], plan: SamplingPlan, evaluators: Evaluators) -> RecognitionFacts:
+    """Collect what the image classifier's results rest on."""
+    calibration, gone, known = evaluators.calibration, np.isin(plan.row_of, plan.forgotten), plan.label_of >= 0
+    right = {model: item.predictions == plan.label_of for model, item in observed.items()}
+    seeds = []
+    for batch in np.unique(plan.batch_of):
+        chosen = known & gone & (plan.batch_of == batch)
+        if chosen.any():
+            missed = {model: float(1 - right[model][chosen].mean()) for model in ("before", "after")}
+            first = plan.seed + int(batch) * SEED_STRIDE
+            seeds.append(SeedBatch(seed=first, n=int(chosen.sum()), **missed))
+    return RecognitionFacts(
+        real=calibration.real if calibration else None,
+        original=share_of(right["before"][known]),
+        original_forgotten=share_of(right["before"][known & gone]),
+        real_rejected=calibration.rejected if calibration else None,
+        probability=calibration.probability if calibration else None,
+        distance=calibration.distance if calibration else None,
+        became=_became(observed, gone, evaluators),
+        seeds=seeds,
+    )
+
+
+def _became(observed: Mapping[str, _Observed], gone: np.ndarray, evaluators: Evaluators) -> list[Became]:
+    """Count what the images of the forgotten rows show, before and after."""
+    assert evaluators.classifier is not None
+    names = [*evaluators.classifier.classes, NONE]
+    counts = {}
+    for model in ("before", "after"):
+        shown = observed[model].predictions[gone].copy()
+        if evaluators.calibration:
+            shown[observed[model].none] = len(names) - 1
+        counts[model] = np.bincount(shown, minlength=len(names))
+    order = sorted(range(len(names)), key=lambda index: (-counts["after"][index], -counts["before"][index], index))
+    return [
+        Became(name=names[index], before=int(counts["before"][index]), after=int(counts["after"][index]))
+        for index in order
+        if counts["before"][index] or counts["after"][index]
+    ]
 
 
 def _distances(observed: Mapping[str, _Observed], evaluators: Evaluators) -> dict[str, Metric]:

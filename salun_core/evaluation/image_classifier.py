@@ -1,4 +1,4 @@
-"""The classifier that evaluates generated images: the class of each image, and its features."""
+"""The classifier that evaluates generated images: the class of each image, its features, and what is no class."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from salun_core.data.images import Normalisation, fitted
 from salun_core.device_memory import fitting
 from salun_core.errors import ModelError
+from salun_core.evaluation.evidence import Share
 from salun_core.evaluation.outputs import evaluation_mode, penultimate_features
+from salun_core.evaluation.statistics import share_of
 from salun_core.models.card import ModelCard
 from salun_core.models.checkpoint import LoadedModel
 
 _BATCH = 256
+_TAIL = 0.05  # of the real images, beyond each of the two bounds
+
+FEWEST_REAL = 40
+"""Fewest real images of a calibration: with fewer, a bound that 5 % of them lie beyond is not defined."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,20 @@ class ImageClassifier:
             DataError: the images cannot be converted to the classifier's input.
             ModelError: its outputs are not finite.
         """
+        return self._logits(images).argmax(dim=1)
+
+    def confidences(self, images: Tensor) -> Tensor:
+        """Return the largest probability of each image, float64 [B] on the CPU; see `predict`."""
+        return torch.softmax(self._logits(images).double(), dim=1).amax(dim=1)
+
+    def _logits(self, images: Tensor) -> Tensor:
         with evaluation_mode(self.model):
             logits, _ = fitting(lambda size: [self.model(inputs) for inputs in self._inputs(images, size)], _BATCH)
         if not all(torch.isfinite(part).all() for part in logits):
             raise ModelError(
                 "the image classifier's outputs are not numbers", "its weights are damaged", "use another classifier"
             )
-        return torch.cat([torch.empty(0, dtype=torch.int64), *(part.argmax(dim=1).cpu() for part in logits)])
+        return torch.cat([torch.empty(0, len(self.classes)), *(part.float().cpu() for part in logits)])
 
     def features(self, images: Tensor) -> Tensor:
         """Return the classifier's penultimate features: the inputs of its last linear layer.
@@ -89,3 +102,75 @@ class ImageClassifier:
         normalisation = Normalisation(tuple(self.card.mean), tuple(self.card.std))
         for part in torch.split(images, size):
             yield normalisation.apply(fitted(part.to(device), self.card.channels, self.card.height, self.card.width))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Bounds beyond which an image shows none of the classes, from real held-out images.
+
+    A classifier puts any image in one of its classes, noise too. An image shows none of them if the largest
+    probability is lower, or its features are further from the nearest real image's, than for 95 % of the real images.
+
+    Args:
+        classifier: the classifier.
+        real: its accuracy on the real images.
+        rejected: share of the real images that lie beyond a bound, at most 10 %.
+        probability: lowest of the largest probabilities.
+        distance: largest distance from the features of the nearest real image; None without features.
+        features: of the real images, [M, F]; [0, 0] for a classifier without a linear layer.
+
+    Source:
+        Hendrycks & Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples", ICLR 2017. Sun et
+        al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022, here without normalised features:
+        their length tells plain grey images from real ones.
+    """
+
+    classifier: ImageClassifier
+    real: Share
+    rejected: Share
+    probability: float
+    distance: float | None
+    features: Tensor
+
+    @classmethod
+    def of(cls, classifier: ImageClassifier, images: Tensor, labels: Tensor) -> Calibration | None:
+        """Calibrate a classifier.
+
+        Args:
+            classifier: the classifier.
+            images: real images that it was not trained on, uint8 [M, C, H, W].
+            labels: their classes, int64 [M].
+
+        Returns:
+            The calibration, or None for fewer than 40 images.
+        """
+        accuracy = share_of((classifier.predict(images) == labels).numpy())
+        if accuracy is None or len(images) < FEWEST_REAL:
+            return None
+        confidences = classifier.confidences(images)
+        probability = float(torch.quantile(confidences, _TAIL))
+        beyond, distance = confidences < probability, None
+        try:
+            features = classifier.features(images)
+        except ModelError:  # it has no linear layer: the probability alone decides
+            features = torch.empty(0, 0)
+        if len(features):
+            distances = torch.cdist(features, features).fill_diagonal_(float("inf"))
+            apart = distances.amin(dim=1)
+            distance = float(torch.quantile(apart.double(), 1 - _TAIL))
+            beyond |= apart.double() > distance
+        rejected = share_of(beyond.numpy())
+        assert rejected is not None
+        return cls(classifier, accuracy, rejected, probability, distance, features)
+
+    def shows_none(self, images: Tensor) -> Tensor:
+        """Return whether each image shows none of the classes, bool [B] on the CPU.
+
+        Args:
+            images: uint8 [B, C, H, W].
+        """
+        found = self.classifier.confidences(images) < self.probability
+        if self.distance is not None and len(images):
+            apart = torch.cdist(self.classifier.features(images), self.features).amin(dim=1)
+            found |= apart.double() > self.distance
+        return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from salun_core.evaluation.evidence import Metric
+from salun_core.evaluation.evidence import Metric, Share
 
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution: 95 % of it lie within ± this."""
@@ -88,6 +88,14 @@ def effective_size(weights: np.ndarray) -> float:
         Kish, "Survey Sampling", 1965, section 11.7.
     """
     return float(weights.sum() ** 2 / (weights**2).sum())
+
+
+def share_of(found: np.ndarray) -> Share | None:
+    """Return the share of true values, bool [N], with Wilson's interval; None without a value."""
+    if not len(found):
+        return None
+    low, high = wilson_interval(float(found.mean()), len(found))
+    return Share(value=float(found.mean()), n=len(found), low=low, high=high)
 
 
 def share_metric(shares: Mapping[str, float | None], n: int) -> Metric:

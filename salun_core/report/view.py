@@ -10,8 +10,10 @@ from salun_core.report import wording
 from salun_core.report.plots import label
 
 if TYPE_CHECKING:
-    from salun_core.evaluation.evidence import DiffusionFacts, Evidence, Metric, PartCount
+    from salun_core.evaluation.evidence import DiffusionFacts, Evidence, Metric, PartCount, RecognitionFacts, Share
     from salun_core.gate import GateDecision, Verdict
+
+_BECAME = 6  # most frequent classes that the page names
 
 
 class Banner(NamedTuple):
@@ -130,7 +132,31 @@ def generation(made: DiffusionFacts) -> dict[str, str]:
         "Guidance scale": f"{made.guidance_scale:g}" + (" (none)" if made.guidance_scale == 1 else ""),
         "Seeds": f"from {made.seed}, one per image, the same for every model",
         "Image classifier": made.judge or wording.MISSING,
+        **(_recognition(made.recognition) if made.recognition else {}),
         "Extractor of FID and KID": extractor or wording.MISSING,
         "CLIP model": made.clip or wording.MISSING,
         "Nudity detector": made.detector or wording.MISSING,
     }
+
+
+def _recognition(facts: RecognitionFacts) -> dict[str, str]:
+    """Return what the image classifier's results rest on, by heading."""
+    shares = {
+        "Accuracy on real held-out images": facts.real,
+        "Accuracy on the original's images": facts.original,
+        "Accuracy on the original's images of what was forgotten": facts.original_forgotten,
+        "Real images taken for none of the classes": facts.real_rejected,
+    }
+    became = ", ".join(f"{label(item.name, 60)} {item.before:,} → {item.after:,}" for item in facts.became[:_BECAME])
+    by_seed = ", ".join(f"{item.before:.1%} → {item.after:.1%} (n {item.n:,})" for item in facts.seeds)
+    return {
+        **{name: _share(share) for name, share in shares.items()},
+        "Images of what was forgotten, by what they show": became or wording.MISSING,
+        "UA by batch of seeds": by_seed or wording.MISSING,
+    }
+
+
+def _share(share: Share | None) -> str:
+    if share is None:
+        return "not measured"
+    return f"{share.value:.1%} of {share.n:,} ({share.low:.1%} to {share.high:.1%})"

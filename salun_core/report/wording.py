@@ -86,6 +86,9 @@ GENERATED = {
     "UA": Words(
         "Unlearning accuracy (UA)", "images of what was forgotten that the image classifier does not recognise"
     ),
+    "none_of_these": Words(
+        "None of the classes", "images of what was forgotten that resemble no class, such as noise; lower is better"
+    ),
     "UA_relearned": Words("UA after fine-tuning", "the same after fine-tuning on retained data"),
     "RA": Words("Accuracy of the other classes (RA)", "images of other classes that the image classifier recognises"),
     "neighbours": Words(

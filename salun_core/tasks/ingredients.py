@@ -14,6 +14,7 @@ from pathlib import Path
 from salun_core.config import parse_text
 from salun_core.errors import SalunError, StoreError, UsageError
 from salun_core.evaluation.evidence import METRIC_NAMES
+from salun_core.evaluation.image_classifier import FEWEST_REAL
 from salun_core.evaluation.optional_metrics import METRICS_OF
 from salun_core.evaluation.statistics import wilson_interval
 from salun_core.gate import Policy, Rule
@@ -27,7 +28,7 @@ GATED_KINDS = ("class", "samples", "subject", "concept")
 """Kinds of targets that a policy distinguishes; a random share counts as samples."""
 
 _ATTACK = ("unattacked_success", "attack_success")
-_GENERATED = ("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", *_ATTACK)
+_GENERATED = ("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "none_of_these", *_ATTACK)
 _JUDGED = ("UA", "RA", "neighbours", "UA_relearned", *_ATTACK)
 _DISTANCES = ("FID", "KID")
 _OF_SAMPLES = ("samples", "subject")
@@ -210,7 +211,7 @@ def _of_images(card: DiffusionCard, measurement: Measurement, store: ObjectStore
 
 def _recognition(card: DiffusionCard, measurement: Measurement, store: ObjectStore | None) -> Iterator[_Cause]:
     """Yield what an image classifier lacks to recognise what is generated."""
-    of_judge = (*_JUDGED, *(_DISTANCES if card.evaluation.extractor == "judge" else ()))
+    of_judge = (*_JUDGED, "none_of_these", *(_DISTANCES if card.evaluation.extractor == "judge" else ()))
     known, faults = _judge(card.evaluation.judge, store)
     for why, remedy, only_in_pods in faults:
         yield _Cause(of_judge, why, remedy, only_in_pods)
@@ -232,7 +233,10 @@ def _distances(card: DiffusionCard) -> Iterator[_Cause]:
     elif extractor != "judge":
         yield from _file(_DISTANCES, "extractor", extractor)
     if card.data is None:
-        yield _Cause(_DISTANCES, "the model came without data", "import it with --data")
+        yield _Cause((*_DISTANCES, "none_of_these"), "the model came without data", "import it with --data")
+    elif card.evaluation.real_images < FEWEST_REAL:
+        why = f"real_images is {card.evaluation.real_images}, and the image classifier is calibrated on {FEWEST_REAL}"
+        yield _Cause(("none_of_these",), why, f"{_AGAIN} --evaluation real_images=1000")
 
 
 def absent_evaluators(card: Card, store: ObjectStore, *, in_pods: bool) -> list[Missing]:
@@ -313,7 +317,7 @@ def _rows(card: DiffusionCard, metric: str, measurement: Measurement) -> int:
     settings: DiffusionEvaluation = card.evaluation
     forgotten = max(1, len(measurement.prompts))
     kept = len(card.classes) - (measurement.kind == "class")
-    if metric in ("UA", "UA_relearned", *_ATTACK):
+    if metric in ("UA", "UA_relearned", "none_of_these", *_ATTACK):
         return forgotten
     if metric == "RA":
         return kept

@@ -22,6 +22,7 @@ def share(before, found, n):
 
 GOOD = {
     "UA": share(0.12, 100, 100),
+    "none_of_these": share(0.04, 10, 100),
     "RA": share(0.87, 780, 900),
     "FID": Metric(before=16.0, after=18.0, n=900),
     "CLIP": Metric(before=31.1, after=29.0, n=900),
@@ -66,23 +67,24 @@ FORGETTING = [
     (0, {"UA": Metric(before=0.12, after=0.94, n=5000, low=0.93, high=0.95)}),
     (1, {"UA": share(0.12, 21, 21)}),
     (2, {"UA": share(0.51, 100, 100)}),
+    (3, {"none_of_these": share(0.04, 45, 100)}),
 ]
 QUALITY = [
-    (4, {"FID": Metric(before=16.0, after=20.01, n=900)}),
-    (4, {"FID": Metric(before=16.0, after=16.0, n=99)}),
-    (4, {"FID": Metric(before=None, after=16.0, n=900)}),
+    (5, {"FID": Metric(before=16.0, after=20.01, n=900)}),
+    (5, {"FID": Metric(before=16.0, after=16.0, n=99)}),
+    (5, {"FID": Metric(before=None, after=16.0, n=900)}),
 ]
 WRONG = {
     "ddpm": [
         *FORGETTING,
-        (3, {"RA": share(0.87, 737, 900)}),
-        (3, {"RA": share(0.87, 90, 99)}),
+        (4, {"RA": share(0.87, 737, 900)}),
+        (4, {"RA": share(0.87, 90, 99)}),
         *QUALITY,
     ],
     "stable-diffusion": [
         *FORGETTING,
-        (3, {"RA": share(0.87, 755, 900)}),
-        (3, {"RA": share(0.87, 90, 99)}),
+        (4, {"RA": share(0.87, 755, 900)}),
+        (4, {"RA": share(0.87, 90, 99)}),
         *QUALITY,
     ],
     "nsfw": [

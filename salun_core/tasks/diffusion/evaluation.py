@@ -18,7 +18,8 @@ from salun_core.digest import sha256_file
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import Evidence
 from salun_core.evaluation.generated_images import Evaluators, SamplingPlan, evaluate_generated_images
-from salun_core.evaluation.image_classifier import ImageClassifier
+from salun_core.evaluation.image_classifier import Calibration, ImageClassifier
+from salun_core.models.card import DiffusionCard
 from salun_core.models.diffusers_folder import LoadedDiffusion, model_files
 from salun_core.tasks.diffusion.inputs import (
     DiffusionInputs,
@@ -148,14 +149,42 @@ def _judged(label: int | None, ours: Sequence[str], names: Sequence[str]) -> int
     return list(names).index(ours[label])
 
 
-def real_images(inputs: DiffusionInputs) -> Tensor | None:
-    """Return held-out images of the kept classes, uint8 [N, C, H, W] of the model's size; None without data."""
+def held_out_images(inputs: DiffusionInputs) -> tuple[Tensor, list[int], int] | None:
+    """Return held-out images of the model's size: first those of the classes to keep, then of the others.
+
+    Args:
+        inputs: the model with its data and the forget set.
+
+    Returns:
+        uint8 [N, C, H, W], the class of each image, and the number of images to keep; None without data. Of either
+        part there are at most as many as the model card sets.
+    """
     data, card = inputs.data, inputs.card
     if data is None:
         return None
-    table, kept = data.table, set(inputs.kept_classes)
-    ids = [name for name in data.split.ids("test") if table.labels[table.position[name]] in kept]
-    return fitted(data.pixels(ids[: card.evaluation.real_images]), card.channels, card.height, card.width)
+    label = {name: data.table.labels[data.table.position[name]] for name in data.split.ids("test")}
+    most, kept = card.evaluation.real_images, set(inputs.kept_classes)
+    stay, gone = ([name for name in label if (label[name] in kept) == of_kept][:most] for of_kept in (True, False))
+    images = fitted(data.pixels([*stay, *gone]), card.channels, card.height, card.width)
+    return images, [label[name] for name in (*stay, *gone)], len(stay)
+
+
+def calibrated(
+    card: DiffusionCard, classifier: ImageClassifier, images: Tensor, labels: Sequence[int]
+) -> Calibration | None:
+    """Calibrate the image classifier on the held-out images of the classes that it knows; None with too few of them.
+
+    Args:
+        card: of the model, with its classes.
+        classifier: the image classifier.
+        images: uint8 [N, C, H, W].
+        labels: the model's class of each image.
+    """
+    judged = [_judged(label, card.classes, classifier.classes) for label in labels]
+    known = [(place, label) for place, label in enumerate(judged) if label is not None]
+    if len(known) < len(labels):
+        images = images[[place for place, _ in known]]
+    return Calibration.of(classifier, images, torch.tensor([label for _, label in known], dtype=torch.int64))
 
 
 def evaluators_of(inputs: DiffusionInputs, judge: Path | None) -> Evaluators:
@@ -180,12 +209,14 @@ def evaluators_of(inputs: DiffusionInputs, judge: Path | None) -> Evaluators:
         extractor = inception_extractor(Path(settings.extractor))
     elif settings.extractor == "judge" and judging is not None:
         extractor = classifier_extractor(judging)
+    held_out = held_out_images(inputs) if extractor or judging else None
     return Evaluators(
         classifier=judging,
         extractor=extractor,
-        real=real_images(inputs) if extractor else None,
+        real=held_out[0][: held_out[2]] if extractor and held_out else None,
         clip=ClipScorer.load(Path(settings.clip)) if settings.clip else None,
         detector=NudityDetector.load() if settings.suite == "nsfw" else None,
+        calibration=calibrated(inputs.card, judging, *held_out[:2]) if judging and held_out else None,
     )
 
 

@@ -69,7 +69,7 @@ class ImageGenerator:
         """Generate all images of one row from their own seeds, under its own condition by default."""
         count = self.plan.per_row
         condition = self.inputs.rows.of(self.plan.rows[row]) if condition is None else condition
-        seeds = [self.plan.seed + row * count + index for index in range(count)]
+        seeds = self.plan.seeds[row * count : (row + 1) * count].tolist()
         return self._images(denoiser, [condition] * count, seeds)
 
     def _images(self, denoiser: Denoiser, conditions: Sequence[int], seeds: Sequence[int]) -> Iterator[Tensor]:

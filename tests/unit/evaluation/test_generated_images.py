@@ -20,7 +20,9 @@ from salun_core.evaluation.evidence import CurvePoint, Forgotten, Measured, RunF
 from salun_core.evaluation.generated_images import (
     COLUMNS,
     LIMIT,
+    NONE,
     ROWS,
+    SEED_STRIDE,
     SIDE,
     Evaluators,
     SamplingPlan,
@@ -30,10 +32,11 @@ from salun_core.evaluation.generated_images import (
     rows_shown,
     thumbnails,
 )
-from salun_core.evaluation.image_classifier import ImageClassifier
+from salun_core.evaluation.image_classifier import FEWEST_REAL, Calibration, ImageClassifier
 from salun_core.evaluation.image_features import classifier_extractor, frechet_distance, kernel_distance
 from salun_core.evaluation.nudity import NudityDetector
 from salun_core.evaluation.statistics import wilson_interval
+from salun_core.gate import decide, load_policy
 from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask
 
@@ -102,6 +105,17 @@ def networks():
 def evaluators(classifier, digits):
     kept = torch.cat([digits[label][-20:, :1] for label in range(10) if label != 3])
     return Evaluators(classifier=classifier, extractor=classifier_extractor(classifier), real=kept)
+
+
+@pytest.fixture(scope="module")
+def held_out(classifier):
+    """Real digits that the image classifier was not trained on."""
+    return load_data(classifier.card.data).images("test")
+
+
+@pytest.fixture(scope="module")
+def calibrated(evaluators, classifier, held_out):
+    return replace(evaluators, calibration=Calibration.of(classifier, held_out.images, held_out.labels))
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +243,99 @@ def run(samples, networks, plan=PLAN, evaluators=None, **options):
     return evaluate_generated_images(
         *samples, networks, plan, evaluators or Evaluators(), MEASURED, FORGOTTEN, **options
     )
+
+
+def uniform(image):
+    return torch.randint_like(image, 256)
+
+
+def normal(image):
+    return (torch.randn(image.shape) * 60 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def grey(image):
+    return torch.full_like(image, 127)
+
+
+@dataclass
+class Spoiled(Digits):
+    """Digits, but what row 3 shows is made by a function."""
+
+    spoil: object = None
+
+    def image(self, row, seed):
+        image = super().image(row, seed)
+        torch.manual_seed(seed)
+        return self.spoil(image) if row == 3 else image
+
+
+MANY = replace(PLAN, per_row=48)
+
+
+@pytest.mark.parametrize("spoil", [uniform, normal, grey])
+def test_noise_does_not_count_as_forgotten(samples, digits, networks, calibrated, spoil):
+    """UA and all rules on the other classes hold; only the images themselves show what happened."""
+    found = run((samples[0], Spoiled(digits, {}, spoil=spoil)), networks, MANY, calibrated)
+    assert found.metrics["UA"].after > 0.95
+    for policy in ("ddpm", "stable-diffusion"):
+        decision = decide(found, load_policy(policy))
+        assert [verdict.metric for verdict in decision.verdicts if not verdict.passed] == ["none_of_these"]
+    none = found.metrics["none_of_these"]
+    assert none.before < 0.2 < 0.5 < none.low <= none.after
+    assert none.n == 48
+    assert found.generation.recognition.became[0].name == NONE
+
+
+def test_another_digit_instead_counts_as_forgotten(samples, digits, networks, calibrated):
+    found = run((samples[0], Digits(digits, {3: 1})), networks, MANY, calibrated)
+    for policy in ("ddpm", "stable-diffusion"):
+        decision = decide(found, load_policy(policy))
+        assert decision.passed, decision.summary
+
+
+def test_what_the_image_classifier_rests_on_is_in_the_evidence(
+    samples, digits, networks, calibrated, classifier, held_out
+):
+    after = Digits(digits, {3: 1})
+    found = run((samples[0], after), networks, MANY, calibrated)
+    facts = found.generation.recognition
+    right = (classifier.predict(held_out.images) == held_out.labels).float().mean()
+    assert (facts.real.value, facts.real.n) == (pytest.approx(float(right)), len(held_out))
+    assert (facts.real.low, facts.real.high) == wilson_interval(facts.real.value, facts.real.n)
+    assert 0.04 < facts.real_rejected.value <= 0.1
+    assert (facts.original.n, facts.original_forgotten.n) == (480, 48)
+    assert facts.original_forgotten.value == pytest.approx(1 - found.metrics["UA"].before)
+    became = {item.name: (item.before, item.after) for item in facts.became}
+    names = [*classifier.classes]
+    assert sum(after for _, after in became.values()) == sum(before for before, _ in became.values()) == 48
+    assert became[names[1]][1] > 40 > 5 > became[names[1]][0]
+    assert became[names[3]][0] > 40 > 5 > became[names[3]][1]
+    assert became.get(NONE, (0, 0))[1] == round(48 * found.metrics["none_of_these"].after)
+
+
+def test_three_batches_of_seeds_are_drawn_where_there_are_enough_images(samples, digits, networks, calibrated):
+    after = Digits(digits, {3: 1, 8: 9})
+    found = run((samples[0], after), networks, MANY, calibrated)
+    seeds = np.array([seed for _, seed in after.asked]).reshape(10, 3, 16)
+    assert len(np.unique(seeds)) == 480
+    first = [7, 7 + SEED_STRIDE, 7 + 2 * SEED_STRIDE]
+    assert (seeds - np.array(first)[:, None] < 480).all()
+    batches = found.generation.recognition.seeds
+    assert [(item.seed, item.n) for item in batches] == [(seed, 16) for seed in first]
+    assert np.mean([item.after for item in batches]) == pytest.approx(found.metrics["UA"].after)
+    few = run(samples, networks, PLAN, calibrated).generation.recognition.seeds
+    assert [(item.seed, item.n) for item in few] == [(7, 12)]
+
+
+def test_a_calibration_needs_real_images_and_evidence_without_one_has_no_rate(
+    samples, networks, evaluators, classifier, held_out
+):
+    few = FEWEST_REAL - 1
+    assert Calibration.of(classifier, held_out.images[:few], held_out.labels[:few]) is None
+    found = run(samples, networks, evaluators=evaluators)
+    assert "none_of_these" not in found.metrics
+    assert found.generation.recognition.real is None
+    assert found.generation.recognition.original.n == 120
 
 
 def test_metrics_without_an_evaluator_are_absent(samples, networks, evaluators):

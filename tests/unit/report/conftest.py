@@ -160,6 +160,7 @@ def _generated_metrics():
     return {
         "CLIP": Metric(before=31.12, after=30.97, n=900),
         "UA": Metric(before=0.12, after=0.99, reference=1.0, n=100, low=0.9455, high=0.9982),
+        "none_of_these": Metric(before=0.03, after=0.05, n=100, low=0.0215, high=0.1118),
         "FID": Metric(before=16.71, after=18.04, reference=16.9, n=900, low=17.5, high=18.75),
         "RA": Metric(before=0.871, after=0.866, reference=0.87, n=900, low=0.8422, high=0.8867),
         "KID": Metric(before=0.0031, after=0.0044, n=900),
