@@ -247,10 +247,11 @@ class RecognitionFacts(Document):
         default=None, description="accuracy on the images of the model before, of the forgotten rows"
     )
     real_rejected: Share | None = Field(
-        default=None, description="real held-out images that count as none of the classes, at most 10 % by calibration"
+        default=None, description="real held-out images that count as none of the classes, about 5 % by calibration"
     )
     probability: float | None = Field(
-        default=None, description="an image below this maximum probability is none of the classes"
+        default=None,
+        description="an image below this maximum probability is none of the classes; null if the distance decides",
     )
     distance: float | None = Field(
         default=None,
@@ -280,6 +281,10 @@ class DiffusionFacts(Document):
         default=None, description="of the image classifier; null without one and in older evidence"
     )
     real_images: int = Field(default=0, ge=0, description="real images that FID and KID compare with")
+    original_images: int | None = Field(
+        default=None,
+        description="images of the original model from other seeds: FID and KID compare with them without data",
+    )
     clip: str | None = Field(default=None, description="digest of the CLIP model behind the CLIP score")
     detector: str | None = Field(default=None, description="digest of the nudity detector")
     parts: dict[str, PartCount] = Field(default={}, description="nudity detections by body part")
@@ -367,8 +372,9 @@ class Evidence(Document):
         absent: dict[str, Any] = {name: True for name in ("generation", "further") if getattr(self, name) is None}
         if missing := {name for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}:
             absent["run"] = missing
-        if self.generation is not None and self.generation.recognition is None:
-            absent["generation"] = {"recognition"}
+        later = ("recognition", "original_images")
+        if self.generation is not None and (lacking := {n for n in later if getattr(self.generation, n) is None}):
+            absent["generation"] = lacking
         if self.forgotten.in_classes is None:
             absent["forgotten"] = {"in_classes"}
         if self.integrity.distance is None:

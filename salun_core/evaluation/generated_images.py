@@ -65,6 +65,9 @@ class SamplingPlan:
         labels: the image classifier's class id of each row, None for a row without a class.
         neighbours: rows near the forgotten ones.
         watched: rows in which nudity is detected, besides the forgotten ones.
+        clip_rows: rows that the CLIP score is measured on; None: all that are not forgotten.
+        distance_rows: rows that FID and KID are measured on; None: all that are not forgotten, and only if there are
+            real images. Without real images these rows of the original model are compared with, from other seeds.
         per_row: images per row.
         seed: of the first image; see `seeds`.
         sampler: class of the sampler.
@@ -79,6 +82,8 @@ class SamplingPlan:
     labels: Sequence[int | None]
     neighbours: Sequence[int] = ()
     watched: Sequence[int] = ()
+    clip_rows: Sequence[int] | None = None
+    distance_rows: Sequence[int] | None = None
     per_row: int = 32
     seed: int = 0
     sampler: str = "unknown"
@@ -92,6 +97,10 @@ class SamplingPlan:
         """Row of each image, int64 [N]."""
         return np.repeat(np.arange(len(self.rows)), self.per_row)
 
+    def images_of(self, rows: Sequence[int] | None) -> np.ndarray:
+        """Return whether each image is of these rows, bool [N]; None: of the rows that are not forgotten."""
+        return np.isin(self.row_of, self.forgotten, invert=True) if rows is None else np.isin(self.row_of, rows)
+
     @cached_property
     def batch_of(self) -> np.ndarray:
         """Batch of seeds of each image, int64 [N]: three in each row, or one for fewer than 24 images per row."""
@@ -101,7 +110,7 @@ class SamplingPlan:
     @cached_property
     def seeds(self) -> np.ndarray:
         """Seed of each image, int64 [N]: they count on row after row, from a start of its own in each batch."""
-        return self.seed + np.arange(len(self.row_of)) + self.batch_of * SEED_STRIDE
+        return np.asarray(self.seed + np.arange(len(self.row_of)) + self.batch_of * SEED_STRIDE)
 
     @cached_property
     def label_of(self) -> np.ndarray:
@@ -136,8 +145,8 @@ class _Observed:
 
     predictions: np.ndarray  # int64 [N]; -1 without an image classifier
     none: np.ndarray  # bool [F], of the forgotten rows: shows none of the classes; [0] without a calibration
-    features: Tensor  # float32 [K, F], of the retained rows
-    clip: Tensor  # float64 [K], of the retained rows
+    features: Tensor  # float32 [K, F], of the rows of FID and KID
+    clip: Tensor  # float64 [C], of the rows of the CLIP score
     detections: list[dict[str, int]]
     thumbnails: Tensor
 
@@ -160,9 +169,9 @@ def evaluate_generated_images(
 
     UA = share of images of the forgotten rows that the image classifier does not recognise; RA = share of those of the
     other rows that it recognises; `neighbours` = the same for rows near the forgotten ones; FID, KID and CLIP on the
-    retained rows; `nudity` = share of the watched rows' images with an exposed part; `none_of_these` = share of images
-    of the forgotten rows that show no class at all, such as noise, which UA counts as forgotten. A metric whose
-    evaluator is missing is absent.
+    retained rows, or on those that the plan names; `nudity` = share of the watched rows' images with an exposed part;
+    `none_of_these` = share of images of the forgotten rows that show no class at all, such as noise, which UA counts as
+    forgotten. A metric whose evaluator is missing is absent.
 
     Args:
         before: generates with the original model.
@@ -194,7 +203,7 @@ def evaluate_generated_images(
     samples = {"before": before, "after": after} | ({"reference": reference} if reference else {})
     observed = {model: _observe(sample, plan, evaluators, model) for model, sample in samples.items()}
     classifier = evaluators.classifier
-    distances = _distances(observed, evaluators)
+    distances, compared = _distances(observed, plan, evaluators, before)
     metrics = _recognition(observed, plan) | _none(observed) | distances | _clip(observed) | _nudity(observed)
     return Evidence(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -215,7 +224,8 @@ def evaluate_generated_images(
             judge=classifier.digest if classifier else None,
             recognition=_trust(observed, plan, evaluators) if classifier else None,
             extractor=evaluators.extractor.name if evaluators.extractor and distances else None,
-            real_images=len(evaluators.real) if evaluators.real is not None and distances else 0,
+            real_images=compared if evaluators.real is not None and distances else 0,
+            original_images=compared if evaluators.real is None and distances else None,
             clip=evaluators.clip.digest if evaluators.clip else None,
             detector=evaluators.detector.digest if evaluators.detector else None,
             parts=count_parts(observed["before"].detections, observed["after"].detections),
@@ -245,7 +255,8 @@ def _check(plan: SamplingPlan, evaluators: Evaluators) -> None:
 def _observe(sample: Sample, plan: SamplingPlan, evaluators: Evaluators, model: str) -> _Observed:
     """Evaluate a model's images batch after batch; of the images themselves only thumbnails are kept in memory."""
     rows = plan.row_of
-    kept, watched = ~np.isin(rows, plan.forgotten), np.isin(rows, [*plan.forgotten, *plan.watched])
+    distant, scored = plan.images_of(plan.distance_rows), plan.images_of(plan.clip_rows)
+    watched = np.isin(rows, [*plan.forgotten, *plan.watched])
     shown = np.isin(rows, rows_shown(plan.forgotten, plan.neighbours, len(plan.rows)))
     shown &= np.tile(np.arange(plan.per_row) < COLUMNS, len(plan.rows))
     predictions, clip = [np.empty(0, np.int64)], [torch.empty(0, dtype=torch.float64)]
@@ -253,15 +264,15 @@ def _observe(sample: Sample, plan: SamplingPlan, evaluators: Evaluators, model: 
     gone, none, at = np.isin(rows, plan.forgotten), [np.empty(0, bool)], 0
     for images in checked_images(sample(rows.tolist(), plan.seeds.tolist()), len(rows), model):
         batch = slice(at, at := at + len(images))
-        keep = _chosen(images, kept[batch])
         if evaluators.classifier:
             predictions.append(evaluators.classifier.predict(images).numpy())
         if evaluators.calibration and gone[batch].any():
             none.append(evaluators.calibration.shows_none(_chosen(images, gone[batch])).numpy())
-        if evaluators.extractor and evaluators.real is not None and len(keep):
-            features.append(evaluators.extractor.features(keep).cpu())
-        if evaluators.clip and len(keep):
-            clip.append(evaluators.clip.scores(keep, [plan.rows[row] for row in rows[batch][kept[batch]]]))
+        if evaluators.extractor and _compares(plan, evaluators) and distant[batch].any():
+            features.append(evaluators.extractor.features(_chosen(images, distant[batch])).cpu())
+        if evaluators.clip and scored[batch].any():
+            named = [plan.rows[row] for row in rows[batch][scored[batch]]]
+            clip.append(evaluators.clip.scores(_chosen(images, scored[batch]), named))
         if evaluators.detector:
             detections += evaluators.detector.detect(_chosen(images, watched[batch]))
         small.append(thumbnails(_chosen(images, shown[batch])))
@@ -369,18 +380,31 @@ def _became(observed: Mapping[str, _Observed], gone: np.ndarray, evaluators: Eva
     ]
 
 
-def _distances(observed: Mapping[str, _Observed], evaluators: Evaluators) -> dict[str, Metric]:
+def _compares(plan: SamplingPlan, evaluators: Evaluators) -> bool:
+    """Return whether there is something to compare with: real images, or the original's own."""
+    return evaluators.real is not None or bool(plan.distance_rows)
+
+
+def _distances(
+    observed: Mapping[str, _Observed], plan: SamplingPlan, evaluators: Evaluators, original: Sample
+) -> tuple[dict[str, Metric], int]:
+    """Return FID and KID to the real images, or to the original's own from other seeds, and their number."""
     n, extractor = len(observed["after"].features), evaluators.extractor
-    if extractor is None or evaluators.real is None or n == 0:
-        return {}
-    batches = torch.split(evaluators.real, _REAL_BATCH)
-    real = joined_features([extractor.features(images) for images in batches], extractor)
+    if extractor is None or not _compares(plan, evaluators) or n == 0:
+        return {}, 0
+    if evaluators.real is not None:
+        batches: Iterator[Tensor] = iter(torch.split(evaluators.real, _REAL_BATCH))
+    else:
+        chosen = plan.images_of(plan.distance_rows)
+        rows, seeds = plan.row_of[chosen].tolist(), (plan.seeds[chosen] + _SEED_BATCHES * SEED_STRIDE).tolist()
+        batches = checked_images(original(rows, seeds), len(rows), "before")
+    real = joined_features([extractor.features(images).cpu() for images in batches], extractor)
     metrics = {}
     for name, distance in (("FID", frechet_distance), ("KID", kernel_distance)):
         values = {model: distance(real, item.features) for model, item in observed.items()}
         if None not in values.values():
             metrics[name] = Metric.of(values, n)
-    return metrics
+    return metrics, len(real)
 
 
 def _clip(observed: Mapping[str, _Observed]) -> dict[str, Metric]:

@@ -19,7 +19,7 @@ from salun_core.models.card import ModelCard
 from salun_core.models.checkpoint import LoadedModel
 
 _BATCH = 256
-_TAIL = 0.05  # of the real images, beyond each of the two bounds
+_TAIL = 0.05  # of the real images, beyond the bound
 
 FEWEST_REAL = 40
 """Fewest real images of a calibration: with fewer, a bound that 5 % of them lie beyond is not defined."""
@@ -106,31 +106,31 @@ class ImageClassifier:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Bounds beyond which an image shows none of the classes, from real held-out images.
+    """A bound beyond which an image shows none of the classes, from real held-out images.
 
-    A classifier puts any image in one of its classes, noise too. An image shows none of them if the largest
-    probability is lower, or its features are further from the nearest real image's, than for 95 % of the real images.
+    A classifier puts any image in one of its classes, noise too. An image shows none of them if its penultimate
+    features are further from the nearest real image's than those of 95 % of the real images are from one another's. Of
+    a classifier without a linear layer, the largest probability must be lower than for 95 % of them. The distance is
+    preferred: a small model that draws another class instead is unsure of it, but stays near.
 
     Args:
         classifier: the classifier.
         real: its accuracy on the real images.
-        rejected: share of the real images that lie beyond a bound, at most 10 %.
-        probability: lowest of the largest probabilities.
-        distance: largest distance from the features of the nearest real image; None without features.
-        features: of the real images, [M, F]; [0, 0] for a classifier without a linear layer.
+        rejected: share of the real images that lie beyond the bound, about 5 %.
+        features: of the real images, [M, F]; None for a classifier without a linear layer.
+        bound: largest distance, or lowest probability.
 
     Source:
-        Hendrycks & Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples", ICLR 2017. Sun et
-        al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022, here without normalised features:
-        their length tells plain grey images from real ones.
+        Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022, here without normalised
+        features: their length tells plain grey images from real ones. Hendrycks & Gimpel, "A Baseline for Detecting
+        Misclassified and Out-of-Distribution Examples", ICLR 2017.
     """
 
     classifier: ImageClassifier
     real: Share
     rejected: Share
-    probability: float
-    distance: float | None
-    features: Tensor
+    features: Tensor | None
+    bound: float
 
     @classmethod
     def of(cls, classifier: ImageClassifier, images: Tensor, labels: Tensor) -> Calibration | None:
@@ -147,30 +147,38 @@ class Calibration:
         accuracy = share_of((classifier.predict(images) == labels).numpy())
         if accuracy is None or len(images) < FEWEST_REAL:
             return None
-        confidences = classifier.confidences(images)
-        probability = float(torch.quantile(confidences, _TAIL))
-        beyond, distance = confidences < probability, None
         try:
-            features = classifier.features(images)
-        except ModelError:  # it has no linear layer: the probability alone decides
-            features = torch.empty(0, 0)
-        if len(features):
-            distances = torch.cdist(features, features).fill_diagonal_(float("inf"))
-            apart = distances.amin(dim=1)
-            distance = float(torch.quantile(apart.double(), 1 - _TAIL))
-            beyond |= apart.double() > distance
-        rejected = share_of(beyond.numpy())
+            features: Tensor | None = classifier.features(images)
+        except ModelError:  # it has no linear layer
+            features = None
+        if features is None:
+            values = classifier.confidences(images)
+            bound = float(torch.quantile(values, _TAIL))
+            rejected = share_of((values < bound).numpy())
+        else:
+            values = torch.cdist(features, features).fill_diagonal_(float("inf")).amin(dim=1).double()
+            bound = float(torch.quantile(values, 1 - _TAIL))
+            rejected = share_of((values > bound).numpy())
         assert rejected is not None
-        return cls(classifier, accuracy, rejected, probability, distance, features)
+        return cls(classifier, accuracy, rejected, features, bound)
+
+    @property
+    def distance(self) -> float | None:
+        """The bound, if it is a distance."""
+        return None if self.features is None else self.bound
+
+    @property
+    def probability(self) -> float | None:
+        """The bound, if it is a probability."""
+        return self.bound if self.features is None else None
 
     def shows_none(self, images: Tensor) -> Tensor:
         """Return whether each image shows none of the classes, bool [B] on the CPU.
 
         Args:
-            images: uint8 [B, C, H, W].
+            images: uint8 [B, C, H, W], at least one.
         """
-        found = self.classifier.confidences(images) < self.probability
-        if self.distance is not None and len(images):
-            apart = torch.cdist(self.classifier.features(images), self.features).amin(dim=1)
-            found |= apart.double() > self.distance
-        return found
+        if self.features is None:
+            return self.classifier.confidences(images) < self.bound
+        apart = torch.cdist(self.classifier.features(images), self.features).amin(dim=1)
+        return apart.double() > self.bound

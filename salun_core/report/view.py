@@ -125,7 +125,10 @@ def parts(counts: Mapping[str, PartCount]) -> list[tuple[str, int, int, str]]:
 
 def generation(made: DiffusionFacts) -> dict[str, str]:
     """Return how the images were generated and evaluated, by heading; a dash for what was not used."""
-    extractor = f"{made.extractor}, against {made.real_images:,} real images" if made.extractor else None
+    compared = f"{made.real_images:,} real images"
+    if made.original_images is not None:
+        compared = f"{made.original_images:,} images of the original from other seeds"
+    extractor = f"{made.extractor}, against {compared}" if made.extractor else None
     return {
         "Images": f"{made.images:,} by each model",
         "Sampler": f"{made.sampler}, {made.steps:,} steps per image",

@@ -22,7 +22,7 @@ from salun_core.models.card import CARD, Card, DiffusionCard, DiffusionEvaluatio
 from salun_core.registry.lookup import Version, read_file, read_version, resolve
 from salun_core.storage.objects import ObjectStore
 from salun_core.tasks import parse_card, read_card
-from salun_core.tasks.diffusion.inputs import label_of
+from salun_core.tasks.diffusion.inputs import harmless_prompts, label_of
 
 GATED_KINDS = ("class", "samples", "subject", "concept")
 """Kinds of targets that a policy distinguishes; a random share counts as samples."""
@@ -233,7 +233,8 @@ def _distances(card: DiffusionCard) -> Iterator[_Cause]:
     elif extractor != "judge":
         yield from _file(_DISTANCES, "extractor", extractor)
     if card.data is None:
-        yield _Cause((*_DISTANCES, "none_of_these"), "the model came without data", "import it with --data")
+        lost = () if harmless_prompts(card) else _DISTANCES  # nsfw compares with the original's own images
+        yield _Cause((*lost, "none_of_these"), "the model came without data", "import it with --data")
     elif card.evaluation.real_images < FEWEST_REAL:
         why = f"real_images is {card.evaluation.real_images}, and the image classifier is calibrated on {FEWEST_REAL}"
         yield _Cause(("none_of_these",), why, f"{_AGAIN} --evaluation real_images=1000")
@@ -327,6 +328,10 @@ def _rows(card: DiffusionCard, metric: str, measurement: Measurement) -> int:
         return forgotten + len(settings.prompts or PROMPTS)
     if metric == "neighbours":
         return len(settings.neighbours)
+    if (harmless := len(harmless_prompts(card))) and (metric == "CLIP" or card.data is None):
+        return harmless
+    if harmless:
+        return kept
     prompts = len({*settings.neighbours, *settings.prompts}) if card.task == "text-to-image" else 0
     return kept + prompts + (measurement.kind == "concept")  # a concept's anchor is kept
 

@@ -25,6 +25,7 @@ from salun_core.tasks.diffusion.inputs import (
     DiffusionInputs,
     class_names,
     forgotten_prompts,
+    harmless_prompts,
     label_of,
     watched_prompts,
 )
@@ -123,7 +124,9 @@ def plan_of(inputs: DiffusionInputs, judge: ImageClassifier | None, sampler: Sam
     rows = [name for label, name in enumerate(classes) if label in known]
     rows += [name for name in inputs.rows.names if name not in classes]
     near = {*settings.neighbours, *(text for concept in inputs.forget_set.concepts for text in concept.neighbours)}
-    watched = {*watched_prompts(card)}
+    watched, harmless = {*watched_prompts(card)}, {*harmless_prompts(card)}
+    # FID compares the kept classes with real images of them. Without data, the harmless prompts stand in.
+    compared = harmless if inputs.data is None else {*classes}
     near |= {classes[card.classes.index(name)] for name in settings.neighbours if name in card.classes}
     names = list(judge.classes) if judge else []
     labels = [_judged(label_of(name, card), card.classes, names) for name in rows]
@@ -133,6 +136,10 @@ def plan_of(inputs: DiffusionInputs, judge: ImageClassifier | None, sampler: Sam
         labels=labels,
         neighbours=[index for index, name in enumerate(rows) if name in near and name not in gone],
         watched=[index for index, name in enumerate(rows) if name in watched and name not in gone],
+        clip_rows=[index for index, name in enumerate(rows) if name in harmless and name not in gone] or None,
+        distance_rows=[index for index, name in enumerate(rows) if name in compared and name not in gone]
+        if harmless
+        else None,
         per_row=settings.images_per_class,
         seed=settings.seed,
         sampler=sampler.name,

@@ -61,7 +61,7 @@ def rows_of(card: DiffusionCard, forget_set: ForgetSet) -> Rows:
         near = [
             classes[card.classes.index(name)] if name in card.classes else name for name in card.evaluation.neighbours
         ]
-        prompts += [*near, *watched_prompts(card)]
+        prompts += [*near, *watched_prompts(card), *harmless_prompts(card)]
     forgotten = forgotten_prompts(card, forget_set)
     lost = [concept.anchor_prompt for concept in forget_set.concepts if concept.anchor_prompt in forgotten]
     if lost:
@@ -76,6 +76,15 @@ def watched_prompts(card: DiffusionCard) -> list[str]:
     from salun_core.evaluation.nudity import PROMPTS
 
     return list(PROMPTS)
+
+
+def harmless_prompts(card: DiffusionCard) -> list[str]:
+    """Return the captions of everyday scenes that the nsfw suite measures image quality on; none for other suites."""
+    if card.evaluation.suite != "nsfw" or card.task != "text-to-image":
+        return []
+    from salun_core.evaluation.nudity import HARMLESS
+
+    return list(HARMLESS)
 
 
 def forgotten_prompts(card: DiffusionCard, forget_set: ForgetSet) -> set[str]:

@@ -11,6 +11,7 @@ from PIL import Image
 from salun_core.errors import DataError, UsageError
 from salun_core.evaluation.nudity import (
     EXPOSED,
+    HARMLESS,
     NUDITY,
     PARTS,
     PROMPTS,
@@ -95,4 +96,7 @@ def test_parts_are_added_up():
 
 def test_the_prompts_are_decent_and_all_different():
     assert len(PROMPTS) == len(set(PROMPTS)) == 20
-    assert not any(word in prompt for prompt in PROMPTS for word in ("nude", "naked", "nsfw", "sex", "breast"))
+    assert len(HARMLESS) == len({*HARMLESS, *PROMPTS}) - 20 == 60
+    assert not any(
+        word in prompt for prompt in (*PROMPTS, *HARMLESS) for word in ("nude", "naked", "nsfw", "sex", "breast")
+    )

@@ -48,7 +48,9 @@ def test_a_complete_diffusion_line_lacks_nothing():
 
 def test_a_line_without_an_image_classifier_is_refused_by_its_rules():
     (text,) = texts(ddpm_card())
-    assert text.startswith("the line has no image classifier, so UA, RA, FID and none_of_these cannot be measured and policy ddpm")
+    assert text.startswith(
+        "the line has no image classifier, so UA, RA, FID and none_of_these cannot be measured and policy ddpm"
+    )
     assert "--judge" in text
 
 
@@ -110,6 +112,19 @@ def test_nudity_needs_its_suite_and_a_clip_model(monkeypatch):
     assert text.startswith("the CLIP model '/no-such-folder' does not exist, so CLIP cannot be measured")
     plain = texts(text_to_image_card(CLASSES, DATA, judge="judge"), "nsfw", "concept")
     assert [text.split(", so ")[0] for text in plain] == ["the line has no CLIP model", "its suite is not nsfw"]
+
+
+def test_nudity_can_be_judged_without_data(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    (tmp_path / "inception.safetensors").write_text("")
+    files = {"clip": str(tmp_path), "extractor": str(tmp_path / "inception.safetensors")}
+    card = text_to_image_card(suite="nsfw", images_per_class=2, **files)
+    found = missing_ingredients(card, load_policy("nsfw"), Measurement("concept"))
+    assert all(item.only_in_pods for item in found)  # the files lie on this machine, and nothing else is missing
+    few = texts(text_to_image_card(suite="nsfw", images_per_class=1, **files), kind="concept")
+    assert any("CLIP >= can never hold: it needs 100 images" in text for text in few)
+    plain = text_to_image_card(suite="class", extractor=files["extractor"])
+    assert any(text.startswith("the model came without data, so FID") for text in texts(plain, "nsfw", "concept"))
 
 
 @pytest.mark.parametrize(
