@@ -290,9 +290,9 @@ def export(
         str, typer.Argument(metavar="LINE[@VERSION]|DIR", help="A version in the store, or a model folder.")
     ],
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="torch, safetensors, onnx, torch-export or diffusers.")
+        str, typer.Option("--to", metavar="FORMAT", help="torch, safetensors, onnx, torch-export, timm or diffusers.")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write; a folder for diffusers.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write; a folder for timm and diffusers.")],
     store: OptionalStore = None,
 ) -> None:
     """Write a model for other programs, with its preprocessing and class names. The result is compared with torch."""

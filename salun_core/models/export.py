@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from salun_core.config import read_document
 from salun_core.errors import ModelError, UsageError, unknown_name
 from salun_core.models.card import CARD, require_card
-from salun_core.models.checkpoint import LoadedModel, load_model, write_folder
+from salun_core.models.checkpoint import Files, LoadedModel, load_model, write_folder
 from salun_core.models.diffusers_folder import copies
 from salun_core.storage.local_files import temporary_folder, write_whole
 
@@ -36,8 +36,8 @@ def export_model(folder: Path, to: str, out: Path) -> dict[str, object]:
 
     Args:
         folder: the model folder.
-        to: `torch`, `safetensors`, `onnx`, `torch-export`, or for diffusion models `diffusers`.
-        out: the file to write; for `diffusers` a new folder.
+        to: `torch`, `safetensors`, `onnx`, `torch-export`, `timm`, or for diffusion models `diffusers`.
+        out: the file to write; for `timm` and `diffusers` a new folder.
 
     Returns:
         What was written: format, size and, where it was checked, the largest difference of a logit.
@@ -47,13 +47,13 @@ def export_model(folder: Path, to: str, out: Path) -> dict[str, object]:
         ModelError: the exported file computes something else than the model.
         StoreError: the file cannot be written; a file that was there is unchanged.
     """
-    if to not in {*_WRITERS, "diffusers"}:
-        raise unknown_name("format", to, [*_WRITERS, "diffusers"])
+    if to not in {*_FORMATS, "diffusers"}:
+        raise unknown_name("format", to, [*_FORMATS, "diffusers"])
     require_card(folder)
     card = read_document(folder / CARD)
     classifier = card.get("task", "classification") == "classification"
     if classifier == (to == "diffusers"):
-        kind, fits = ("classifier", ", ".join(_WRITERS)) if classifier else ("diffusion model", "diffusers")
+        kind, fits = ("classifier", ", ".join(_FORMATS)) if classifier else ("diffusion model", "diffusers")
         raise UsageError(f"a {kind} cannot be exported to {to}", "the format is for other models", f"choose: {fits}")
     if to == "diffusers":
         labels = {name: card.get(name) for name in ("task", "classes", "prompt", "channels", "height", "width")}
@@ -61,6 +61,10 @@ def export_model(folder: Path, to: str, out: Path) -> dict[str, object]:
         return {"format": to, "files": len(copies(folder)) + 1}
     model = load_model(folder)
     model.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    if to == "timm":
+        files, compared = _timm(model)
+        write_folder(out, files)
+        return {"format": to, "files": len(files), **compared}
     data, checked = _WRITERS[to](model)
     write_whole(out, data)
     return {"format": to, "bytes": len(data), **checked}
@@ -151,12 +155,38 @@ def _onnx(model: LoadedModel) -> tuple[bytes, dict[str, object]]:
     return data, {"largest_difference": _compare(model, run), "checked_by": f"onnxruntime {onnxruntime.__version__}"}
 
 
+def _timm(model: LoadedModel) -> tuple[Files, dict[str, object]]:
+    """Write the folder that `timm.create_model("local-dir:FOLDER")` reads, and compare its logits with the model's."""
+    import timm
+
+    card = model.card
+    if not hasattr(model.model, "pretrained_cfg"):
+        raise UsageError(
+            f"{card.architecture} cannot be exported to timm",
+            "timm does not have this architecture",
+            "choose: " + ", ".join(_WRITERS),
+        )
+    shape = [card.channels, card.height, card.width]
+    preprocessing = {"input_size": shape, "mean": list(card.mean), "std": list(card.std)}
+    config = {"label_names": list(card.classes), "pretrained_cfg": preprocessing}
+    with temporary_folder("salun-timm-") as folder:
+        timm.models.save_for_hf(model.model, str(folder), model_config=config, safe_serialization=True)
+        try:
+            network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        except (RuntimeError, TypeError) as error:  # an older timm, which does not record channels and image size
+            why = f"timm {timm.__version__} cannot build it from its own file: {str(error).splitlines()[0]}"
+            raise ModelError("the export to timm failed", why, "pip install --upgrade timm") from error
+        files: Files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return files, {"largest_difference": _compare(model, network)}
+
+
 _WRITERS: Mapping[str, Callable[[LoadedModel], tuple[bytes, dict[str, object]]]] = {
     "torch": _torch,
     "safetensors": _safetensors,
     "onnx": _onnx,
     "torch-export": _torch_export,
 }
+_FORMATS = (*_WRITERS, "timm")
 
 
 def _images(model: LoadedModel, count: int) -> Tensor:

@@ -170,6 +170,33 @@ def test_a_wrong_format_and_a_folder_without_a_model_are_one_line(folder, tmp_pa
     assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
 
 
+def test_timm_builds_the_folder_that_was_written_for_it(tmp_path, folder):
+    import timm
+
+    from salun_core.data import DataSpec
+    from salun_core.data.split import SplitManifest
+    from salun_core.models import build_classifier
+
+    split = SplitManifest(dataset_digest="0" * 64, train={}, validation={}, test={})
+    own = load_model(folder).card
+    card = own.model_copy(update={"architecture": "timm:resnet10t", "data": DataSpec(source="photos")})
+    save_model(tmp_path / "model", build_classifier("timm:resnet10t", 3, 3, 16), card, split)
+    written = invoke("model", "export", tmp_path / "model", "--to", "timm", "--out", tmp_path / "t")
+    assert written.exit_code == 0
+    assert sorted(os.listdir(tmp_path / "t")) == ["config.json", "model.safetensors"]
+    network = timm.create_model(f"local-dir:{tmp_path / 't'}", pretrained=True).eval()
+    model = load_model(tmp_path / "model")
+    images = model.normalisation.apply(pixels())
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), model.model(images))
+    config = json.loads((tmp_path / "t" / "config.json").read_text())
+    assert config["label_names"] == card.classes
+    assert (config["pretrained_cfg"]["mean"], config["pretrained_cfg"]["input_size"]) == (card.mean, [3, 16, 16])
+    refused = invoke("model", "export", folder, "--to", "timm", "--out", tmp_path / "other")
+    assert (refused.exit_code, (tmp_path / "other").exists()) == (2, False)
+    assert "timm does not have this architecture" in refused.stderr
+
+
 def test_a_full_disk_keeps_the_old_file(folder, tmp_path):
     (tmp_path / "m.pt").write_bytes(b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
