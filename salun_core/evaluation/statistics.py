@@ -74,10 +74,12 @@ def auc_interval(auc: float, positives: float, negatives: float) -> tuple[float,
 
     ends, tail = (1e-9, 1 - 1e-9), (1 - 0.95) / 2
     low, high = 0.0, 1.0
-    if auc - step > 0 and 1 - below(ends[0], auc - step) < tail:
-        low = float(brentq(lambda true: 1 - below(true, auc - step) - tail, *ends))
-    if auc + step < 1 and below(ends[1], auc + step) < tail:
-        high = float(brentq(lambda true: below(true, auc + step) - tail, *ends))
+    # At 0 and 1 the Beta distribution has less mass within half a step than samples that are separated completely.
+    under, over = auc - (step if auc < 1 else 2 * step), auc + (step if auc > 0 else 2 * step)
+    if under > 0 and 1 - below(ends[0], under) < tail:
+        low = float(brentq(lambda true: 1 - below(true, under) - tail, *ends))
+    if over < 1 and below(ends[1], over) < tail:
+        high = float(brentq(lambda true: below(true, over) - tail, *ends))
     return min(low, auc), max(high, auc)
 
 

@@ -73,11 +73,18 @@ class Scaling(Told):
         return noisy * told["encoder_hidden_states"].view(-1, 1, 1, 1) + 0 * self.network.bias
 
 
+class Ruler(Line):
+    """The line with so many words that a search passes many of them."""
+
+    words = torch.cat([torch.tensor([[float("nan")]]), torch.linspace(-3, 3, 61)[:, None]])
+
+
 def test_candidates_are_compared_on_the_same_images_noise_and_times(process):
     """On one batch the loss is a parabola of the told number; with a batch for each candidate it would scatter."""
-    pictures = Examples(torch.randn(16, 1, 2, 2), torch.zeros(16, dtype=torch.int64))
-    found = search(Scaling(process), Line(), "anything", pictures, steps=30, tokens=3, batch_size=2, seed=3)
-    told = [sum(float(Line.words[int(word[1:])]) for word in words.split()) for words in found.tried]
+    images = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    pictures = Examples(images, torch.zeros(16, dtype=torch.int64))
+    found = search(Scaling(process), Ruler(), "anything", pictures, steps=30, tokens=3, batch_size=2, seed=3)
+    told = [sum(float(Ruler.words[int(word[1:])]) for word in words.split()) for words in found.tried]
     assert len({*told}) > 3
     assert np.polyval(np.polyfit(told, found.loss, 2), told) == pytest.approx(found.loss, rel=1e-4, abs=1e-4)
     assert found.words == found.tried[int(np.argmin(found.loss))]
