@@ -37,6 +37,7 @@ _EVERYWHERE = (
 )
 _CONFIG = ("--config", "Settings file. Default: salun.yaml in the working folder, if it exists.")
 _NO_SETTINGS = ("demo", "demo-diffusion", "init", "store")  # they need none, or write it
+_OTHER_NAMES = {("model", "import-diffusers"): "import", ("request", "status"): "show"}
 _HELP = "salun.help"  # whether help is asked for, which must work with a faulty settings file
 _EXAMPLE = re.compile(r"^## (?P<verb>.+)\n\n```console\n(?P<lines>(?:.*\n)+?)```$", re.MULTILINE)
 
@@ -81,9 +82,11 @@ class Root(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
         """Move the options that every verb has to the front, and replace former names."""
         words = [_current_name(word) for word in args]
-        if "import-diffusers" in words[:5] and words[words.index("import-diffusers") - 1] == "model":
-            report_old_name("model import-diffusers", "model import")
-            words[words.index("import-diffusers")] = "import"
+        for (group, other), name in _OTHER_NAMES.items():
+            if other in words[1:6] and words[words.index(other) - 1] == group:
+                words[words.index(other)] = name
+                if other == "import-diffusers":
+                    report_old_name(f"{group} {other}", f"{group} {name}")
         ctx.meta[_HELP] = "--help" in words
         return super().parse_args(ctx, _hoisted(words, self._settings_places(words)))
 

@@ -160,7 +160,10 @@ def certificate(
             write_whole(file, item.data)
         facts = {"addendum": item.name, "current": item.certificate == sha256, "file": file, "done": item.done}
         rows.append(facts | {"revocation": item.revocation})
-    document = {"sha256": sha256, **({"certificate": out} if out is not None else {})}
+    document: dict[str, Any] = {"sha256": sha256, **({"certificate": out} if out is not None else {})}
+    if undone := _undone(store, request_id):
+        document["undone"] = undone
+        echo(f"Warning: the certificate is not valid any more: {undone}. See salun request show {request_id}", err=True)
     if not addenda:
         emit_facts(document)
         return
@@ -171,6 +174,18 @@ def certificate(
         for row in rows
     ]
     emit({**document, "addenda": listed}, lambda: _show_addenda(document, rows))
+
+
+def _undone(store: str, request_id: str) -> str:
+    """Return how the certified version was undone; empty if it is in use, or these credentials may not see it."""
+    from salun_core.certificates.verify import undoing_of
+    from salun_core.errors import StoreError
+    from salun_core.storage import open_store
+
+    try:
+        return undoing_of(open_store(store), request_id)
+    except StoreError:  # the file was fetched; `salun verify --store` reports what it cannot read
+        return ""
 
 
 def _show_addenda(document: dict[str, Any], rows: list[dict[str, Any]]) -> None:

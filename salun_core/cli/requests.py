@@ -98,6 +98,10 @@ def submit(
         "--concept": concept is not None and _concept(concept, anchor),
         "--random": random is not None and {"kind": "random", "fraction": random, "seed": seed or 0},
     }
+    if random is not None and not 0 < random < 1:
+        raise UsageError(
+            f"--random {random:g} is not a share", "it must be above 0 and below 1", "give one such as --random 0.1"
+        )
     for option, value, needed in (("--anchor", anchor, concept), ("--seed", seed, random)):
         if value is not None and needed is None:
             raise UsageError(f"{option} does not fit", "it belongs to another target", "see its help")

@@ -51,7 +51,8 @@ class Method(Generic[C]):
             UsageError: the mask is missing, or would be ignored.
         """
         if self.needs_mask and mask is None:
-            raise UsageError(f"{name} needs a mask", "it trains salient weights only", "compute one with `salun mask`")
+            remedy = "compute one with `salun mask`, in Python with `salun_core.mask`"
+            raise UsageError(f"{name} needs a mask", "it trains salient weights only", remedy)
         if mask is not None and not self.needs_mask:
             raise UsageError(
                 f"{name} takes no mask", "it would be ignored", "use the method salun, or leave the mask out"

@@ -115,6 +115,10 @@ def test_after_a_rollback_the_store_refuses_it_and_offline_it_cannot_be_known(wo
     assert f"by ana to {world.versions[0][:12]}: accuracy fell; request r-1 is queued" in text
     assert "salun certificate r-1 --out FILE" in text
     assert verify_certificate(path).certificate.predicate.request.id == "r-1"
+    fetched = invoke("certificate", "r-1", "--out", world.folder / "again.json", "--store", world.store.uri)
+    assert fetched.exit_code == 0
+    assert f"not valid any more: {version} was rolled back" in fetched.stderr
+    assert "salun request show r-1" in fetched.stderr
 
 
 def test_with_a_key_at_hand_the_revocation_is_signed_and_known_offline(world):

@@ -259,6 +259,7 @@ class TestShow:
         assert "completed: unlearned" in text
         assert "[bold]published[/]" in text
         assert "secret" not in text
+        assert run("status", "r-1") == text
 
     def test_the_level_of_a_completed_request_is_shown_and_listed(self, run, ledger):
         run(*SAMPLES)
