@@ -177,14 +177,14 @@ def certificate(
 
 
 def _undone(store: str, request_id: str) -> str:
-    """Return how the certified version was undone; empty if it is in use, or these credentials may not see it."""
+    """Return how the certified version was undone; empty if it is in use or that cannot be found out."""
     from salun_core.certificates.verify import undoing_of
-    from salun_core.errors import StoreError
+    from salun_core.errors import SalunError
     from salun_core.storage import open_store
 
     try:
         return undoing_of(open_store(store), request_id)
-    except StoreError:  # the file was fetched; `salun verify --store` reports what it cannot read
+    except SalunError:  # the file was fetched; `salun verify --store` reports what it cannot read
         return ""
 
 

@@ -54,7 +54,9 @@ BLIND = {
     Head: {"published_at", "run", "sequence"},
     DeletionRequest: {"due_at", "model_line", "received_at", "source", "target"},
     RequestEvent: {"actor", "at", "attempt", "reason", "rung", "writer"},
-    RunRecord: set(RunRecord.model_fields) - {"format", "run", "method_config", "group"},
+    RunRecord: set(RunRecord.model_fields)
+    - {"format", "run", "method_config", "group"}
+    - {"levels", "policy_digest", "tried"},  # null in this record, and no flip makes a value of null
     RunEvent: {"actor", "at", "epoch", "reason", "writer"},
     Lease: {"beat", "epoch", "holder", "seconds"},
 }

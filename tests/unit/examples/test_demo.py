@@ -83,7 +83,7 @@ def test_a_refusal_is_exit_3_and_queues_the_requests_again(demo, tmp_path, monke
     monkeypatch.setattr(classifier, "DeletionSweepForm", strict)
     result = demo("--work-dir", "work", "--epochs", "2")
     assert result.exit_code == 3
-    assert "REFUSED: RA >=: more than all" in result.stdout
+    assert "REFUSED: more than all (RA " in result.stdout
     requests, methods, _ = _states(tmp_path / "work")
     left = {name: status for name, status in requests.items() if name != "demo-nothing"}
     assert (set(left.values()), requests["demo-nothing"]) == ({"queued"}, "completed")

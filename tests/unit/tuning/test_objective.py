@@ -48,7 +48,8 @@ def test_a_whole_class_counts_by_its_accuracy():
     held_out = outputs(spread(2, 50), np.ones(50, dtype=bool))
     after = reading(outputs(spread(1, 30), np.arange(30) < 6), held_out, whole=True)
     assert distance(after, after) == pytest.approx(0.2)
-    assert set(metrics_of(after, after)) == {"UA", "UA_class", "UA_unseen", "RA", "TA", "attack_auc"}
+    shares = {"UA", "UA_class", "UA_unseen", "RA", "TA"}
+    assert set(metrics_of(after, after)) == shares | {"attack_auc", "effect", "change", "RA_loss", "TA_loss"}
 
 
 def test_what_the_rest_lost_is_added_and_what_it_gained_is_not():
