@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import secrets
 import shutil
@@ -113,10 +114,20 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _logs_of_its_own():
     """Let no test log to the standard error of an earlier one, which was captured and is closed."""
+    _forget_logs()
     yield
+    _forget_logs()
+
+
+def _forget_logs() -> None:
+    """Undo `configure_logging`, which any log line calls: its loggers, and its handler of what libraries log."""
     structlog = sys.modules.get("structlog")
-    if structlog is not None and structlog.is_configured():
-        structlog.reset_defaults()
+    if structlog is None or not structlog.is_configured():
+        return
+    structlog.reset_defaults()
+    root = logging.getLogger()
+    ours = structlog.stdlib.ProcessorFormatter
+    root.handlers[:] = [handler for handler in root.handlers if not isinstance(handler.formatter, ours)]
 
 
 @pytest.fixture(scope="session")
