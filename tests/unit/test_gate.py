@@ -13,7 +13,7 @@ from salun_core.digest import is_digest
 from salun_core.errors import GateRefusedError, UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.evidence import Forgotten, Measured
-from salun_core.gate import Expected, GateDecision, Policy, decide, digest_of, load_policy
+from salun_core.gate import Expected, GateDecision, Policy, decide, load_policy
 from salun_core.methods.classification.training import fresh_classifier
 
 pytestmark = pytest.mark.slow
@@ -310,15 +310,15 @@ def test_nan_anywhere_else_leaves_a_digest(good):
         run__history=[{"epoch": 1, "learning_rate": 0.1, "losses": {"forget": float("nan")}, "seconds": 1.0}],
         roc__after__auc=float("nan"),
     )
-    assert is_digest(digest_of(evidence))
-    assert digest_of(evidence) != digest_of(good)
+    assert is_digest(evidence.digest)
+    assert evidence.digest != good.digest
     nothing = changed(evidence, run__config={"deep": [{"rate": None}], "x": None})
-    assert digest_of(evidence) == digest_of(nothing)
+    assert evidence.digest == nothing.digest
 
 
 def test_the_digest_is_of_the_whole_evidence(good):
-    assert digest_of(good) == digest_of(changed(good))
-    assert digest_of(good) != digest_of(changed(good, metrics__RA__n=1))
+    assert good.digest == changed(good).digest
+    assert good.digest != changed(good, metrics__RA__n=1).digest
 
 
 def test_a_threshold_beyond_all_numbers_is_refused(good):

@@ -1,0 +1,185 @@
+"""One rule and evidence: the threshold, the distance to it, and why the rule fails."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+
+from salun_core.evaluation.evidence import EXTRA_METRIC_OF, METRIC_NAMES, MORE_IS_FORGOTTEN, Evidence, Metric
+from salun_core.gate.policy import Rule
+from salun_core.gate.refusal import Cause, Refusal, Verdict, strength
+
+_TOLERANCE = 1e-12  # of comparisons: 0.9 - 0.02 in binary is not 0.88
+_ENDS = {"value": "after", "low": "low", "high": "high"}
+_MARGINS: dict[str, Callable[[float, float, float], float]] = {
+    "<=": lambda actual, threshold, _: threshold - actual,
+    ">=": lambda actual, threshold, _: actual - threshold,
+    "within": lambda actual, threshold, tolerance: tolerance - abs(actual - threshold),
+    "inside": lambda actual, threshold, tolerance: tolerance - abs(actual - threshold),
+}
+
+
+def apply(rule: Rule, evidence: Evidence) -> Verdict:
+    """Judge evidence by one rule."""
+    name = f"{rule.metric} {rule.op}" + (f" ({rule.judge} end)" if rule.judge != "value" else "")
+    metric = evidence.metrics.get(rule.metric)
+    threshold = _threshold(rule, evidence)
+    actual = finite(getattr(metric, _ENDS[rule.judge])) if metric else None
+    ends = (finite(metric.low), finite(metric.high)) if metric and rule.shows else (actual, actual)
+    shown, margin, reason = _number(threshold), None, _problem(rule, metric, actual, threshold)
+    decided, holds = False, None
+    if not reason and None in ends:
+        reason = f"{rule.metric} has no interval"
+    if not reason and actual is not None and threshold is not None:
+        reason = rule.reason
+        margin = _distance(rule, actual, ends, threshold)
+        decided = _contradicted(rule, ends, threshold)
+        # An interval without a width comes from values that do not vary: it cannot tell how sure it is.
+        holds = margin >= -_TOLERANCE and ends[0] != ends[1] if rule.shows else None
+        shown = f"{rule.op} {shown}" + (f" ± {rule.tolerance:.4f}" if rule.tolerance is not None else "")
+    passed = margin is not None and margin >= -_TOLERANCE
+    if margin is not None and rule.undecided == "procedure":
+        passed = not decided
+    refusal = None
+    if not passed:
+        cause = _cause(rule, metric, margin, threshold)
+        words = rule.reason if margin is not None else f"{rule.reason}: {reason}"
+        figures = _figures(rule, metric, shown if margin is not None else f"{rule.op} {shown}")
+        refusal = Refusal(words=words, figures=figures, cause=cause, next=_next(cause, rule, evidence))
+    return Verdict(
+        rule=name,
+        metric=rule.metric,
+        threshold=shown,
+        actual=actual,
+        margin=margin,
+        shown=holds,
+        passed=passed,
+        reason=reason,
+        refusal=refusal,
+    )
+
+
+def _distance(rule: Rule, actual: float, ends: tuple[float | None, float | None], threshold: float) -> float:
+    """Return the distance to the threshold, positive if the rule holds; for `inside` that of the worse end."""
+    values = [end for end in ends if end is not None] if rule.op == "inside" else [actual]
+    return min(_MARGINS[rule.op](value, threshold, rule.tolerance or 0.0) for value in values)
+
+
+def _contradicted(rule: Rule, ends: tuple[float | None, float | None], threshold: float) -> bool:
+    """Return whether no part of the interval satisfies the rule, so that more samples would not help."""
+    low, high = ends
+    if low is None or high is None:
+        return True
+    tolerance = rule.tolerance or 0.0
+    beyond = {"<=": low > threshold, ">=": high < threshold}
+    return beyond.get(rule.op, low > threshold + tolerance or high < threshold - tolerance)
+
+
+def _cause(rule: Rule, metric: Metric | None, margin: float | None, threshold: float | None) -> Cause:
+    """Return why a rule failed: from what its metric measures, and the side of the threshold that the value is on."""
+    if metric is not None and metric.n < rule.min_n and metric.n:
+        return Cause.TOO_FEW_SAMPLES
+    if metric is None or margin is None or threshold is None:
+        return Cause.NOT_MEASURED
+    value, more_is_forgotten = finite(metric.after), MORE_IS_FORGOTTEN.get(rule.metric)
+    if value is not None and _MARGINS[rule.op](value, threshold, rule.tolerance or 0.0) >= -_TOLERANCE:
+        return Cause.TOO_FEW_SAMPLES  # the value holds, and only the end of its interval does not
+    if more_is_forgotten is None:
+        return Cause.NOT_FORGOTTEN if rule.targets else Cause.DAMAGED
+    source = rule.relative_to
+    if source and (source.metric, source.state) == (rule.metric, "before") and not 0 <= threshold <= 1:
+        return Cause.NOT_MEASURED  # the model before did not show what had to be forgotten: no model could pass
+    above = value is not None and value > threshold
+    return Cause.OVER_FORGOTTEN if above == more_is_forgotten else Cause.NOT_FORGOTTEN
+
+
+def _figures(rule: Rule, metric: Metric | None, required: str) -> str:
+    if metric is None:
+        return f"{rule.metric} was not measured, required {required}"
+    found = f"{rule.metric} {_number(finite(metric.after))}"
+    if (low := finite(metric.low)) is not None and (high := finite(metric.high)) is not None:
+        found += f", 95 % interval {low:.4f} to {high:.4f}"
+    judged = f" of the {rule.judge} end" if rule.judge != "value" else ""
+    few = f", at least {rule.min_n} needed" if metric.n < rule.min_n else ""
+    return f"{found}, required{judged} {required}, n {metric.n}{few}"
+
+
+def _next(cause: Cause, rule: Rule, evidence: Evidence) -> str:
+    """Return the option or the change that may make a rule hold."""
+    other = f"choose a policy without {rule.metric}: --policy FILE"
+    if cause is Cause.TOO_FEW_SAMPLES:
+        more = "erase more samples in one batch: salun sweep --min-requests N"
+        if evidence.generation is not None:
+            more = "generate more images: `images` in the evaluation of the model card"
+        return f"{more}; or {other}"
+    if cause is not Cause.NOT_MEASURED:
+        return strength(evidence, more=cause is Cause.NOT_FORGOTTEN)
+    source = rule.relative_to
+    if source is not None and source.state == "reference" and rule.metric in evidence.metrics:
+        return f"measure a retrained model as well: --retrain-reference; or {other}"
+    for name in (rule.metric, source.metric if source else ""):
+        if name in EXTRA_METRIC_OF and name not in evidence.metrics:
+            return f"measure it: --extra-metrics {EXTRA_METRIC_OF[name]}; or {other}"
+    return other
+
+
+def _problem(rule: Rule, metric: Metric | None, actual: float | None, threshold: float | None) -> str:
+    """Why the rule cannot be applied; empty if it can."""
+    if metric is None:
+        return _lacking(rule.metric)
+    if actual is None:
+        return f"{rule.metric} is missing or not a number"
+    if metric.n < rule.min_n:
+        return f"{rule.metric} was measured on {metric.n} samples, fewer than {rule.min_n}"
+    if (rule.shows or rule.judge != "value") and not _holds_value(metric):
+        return f"the interval of {rule.metric} does not hold its value"
+    if threshold is not None:
+        return ""
+    source = rule.relative_to.metric if rule.relative_to else rule.metric
+    cause = "" if source in METRIC_NAMES else f": {_lacking(source)}"
+    return f"its threshold cannot be computed from the evidence{cause}"
+
+
+def _holds_value(metric: Metric) -> bool:
+    """Whether the value is a number between the ends of its interval that are numbers; every measured one is."""
+    value, low, high = finite(metric.after), finite(metric.low), finite(metric.high)
+    if value is None:
+        return False
+    return (low is None or low <= value + _TOLERANCE) and (high is None or high >= value - _TOLERANCE)
+
+
+def _lacking(metric: str) -> str:
+    near = [] if metric in METRIC_NAMES else difflib.get_close_matches(metric, METRIC_NAMES, n=1, cutoff=0.5)
+    return f"the evidence has no metric {metric}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _threshold(rule: Rule, evidence: Evidence) -> float | None:
+    metric = evidence.metrics.get(rule.metric)
+    if rule.or_reference and metric is not None and metric.reference is not None and _never_saw(metric, rule):
+        return finite(metric.reference)
+    if rule.relative_to is None:
+        return rule.value
+    source = evidence.metrics.get(rule.relative_to.metric)
+    value = finite(getattr(source, rule.relative_to.state)) if source and source.n else None
+    return None if value is None else finite(rule.relative_to.scale * value + rule.relative_to.offset)
+
+
+def _never_saw(metric: Metric, rule: Rule) -> bool:
+    """Whether the reference knows less of D_f than the model before, by the tolerance; if not, it may have seen D_f.
+
+    A reference within the tolerance of the fixed value needs no such check: it could not be told from it.
+    """
+    before, reference, tolerance = finite(metric.before), finite(metric.reference), rule.tolerance or 0.0
+    if reference is None or rule.value is None or abs(reference - rule.value) <= tolerance:
+        return True
+    return before is not None and (reference < rule.value or before - reference >= tolerance)
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value, or None for one that is NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
