@@ -132,8 +132,25 @@ def _values(evidence: Evidence, decision: GateDecision | None, context: ReportCo
     }
 
 
+_drawn: dict[str, dict[str, Any]] = {}  # pictures by digest of their evidence: of the last one only
+
+
 def _pictures(evidence: Evidence) -> dict[str, Any]:
-    """Return each picture as markup, or None if its data is missing."""
+    """Return each picture as markup, or None if its data is missing.
+
+    A run in one process writes the page twice, before and after the gate; its pictures take a second, and are the same.
+    """
+    digest = evidence.digest
+    found = _drawn.get(digest)
+    if found is None:
+        found = _draw(evidence)
+        _drawn.clear()
+        _drawn[digest] = found
+    return found
+
+
+def _draw(evidence: Evidence) -> dict[str, Any]:
+    """Draw each picture."""
     from markupsafe import Markup
 
     run, made = evidence.run, evidence.generation
