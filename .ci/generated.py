@@ -29,6 +29,7 @@ FORMATS = Path("docs/reference/formats")
 PIPELINES = ("unlearning", "deletion-sweep", "deletion-sweep-compact", "sharded-mask")
 SCHEMAS = {
     "bench": "salun_core.bench.results:Results",
+    "calibration": "salun_core.calibration.table:Calibration",
     "certificate": "salun_core.certificates.statement:ErasureCertificate",
     "decision": "salun_core.gate:GateDecision",
     "disposal": "salun_core.certificates.statement:DisposalAddendum",

@@ -218,6 +218,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "purge": operations.purge,
     "bench run": bench.run,
     "bench render": bench.render,
+    "calibrate": bench.calibrate,
     "model hold": models.hold,
     "model release": models.release,
     "model import": models.import_model,

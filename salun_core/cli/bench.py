@@ -1,4 +1,4 @@
-"""`salun bench`: `run` measures the methods of a suite, `render` writes the page of all results."""
+"""`salun bench` measures the methods of a suite, `salun calibrate` how often the gate is right. Both write pages."""
 
 from __future__ import annotations
 
@@ -137,3 +137,43 @@ def render(
 
     names = write_page(into, results, check)
     emit({"page": str(into), "sections": names}, lambda: echo(f"{into}: {', '.join(names) or 'no section'}"))
+
+
+def calibrate(
+    models: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Models of each population. Default: as many as each cell has."),
+    ] = None,
+    cells: Annotated[list[str], typer.Option(metavar="NAME", help="Measure this cell; may be repeated.")] = [],
+    policy: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Judge by this policy (a file or a name) instead of the shipped ones."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that measure cells at the same time.")] = 1,
+    results: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the counts into this file.")] = None,
+    into: Annotated[Path | None, typer.Option(metavar="PAGE", help="Also write the table into this page.")] = None,
+    render_only: Annotated[
+        bool, typer.Option("--render-only", help="Measure nothing: read the counts from the file of --results.")
+    ] = False,
+) -> None:
+    """Measure how often the gate's policy passes honest models, failed ones and forgeries, for each kind of request.
+
+    It trains small models on data that come with it. The same numbers come out in every call on one machine.
+    """
+    from salun_core.calibration.table import HEADINGS, columns, read_calibration, write_page, written
+    from salun_core.calibration.table import calibrate as measure
+    from salun_core.storage.local_files import write_whole
+
+    if render_only:
+        if results is None:
+            raise UsageError(
+                "there is nothing to render", "--render-only reads the counts from a file", "add --results FILE"
+            )
+        found = read_calibration(results)
+    else:
+        found = measure(cells, models, policy, workers, lambda name: progress(f"measured: {name}"))
+        if results is not None:
+            write_whole(results, written(found))
+    if into is not None:
+        write_page(into, found)
+    emit(found.model_dump(mode="json"), lambda: print_table(HEADINGS, [columns(row) for row in found.rows]))

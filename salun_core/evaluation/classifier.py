@@ -103,37 +103,14 @@ def evaluate_classifier(
                 f"the {name} split is empty", "no metric can be measured on it", "check the data and the forget target"
             )
     models = {"before": before, "after": after} | ({"reference": reference} if reference is not None else {})
-    whole_test = {name: outputs_of(model, splits.test) for name, model in models.items()}
-    kept = ~np.isin(whole_test["after"].labels, forgotten.classes)
-    if not kept.any():
-        raise DataError("no test image is left", "all their classes are forgotten", "keep at least one class")
-    outputs = {
-        name: {
-            "forget": outputs_of(model, splits.forget),
-            "retain": outputs_of(model, splits.retain),
-            "test": whole_test[name].where(kept),
-        }
-        for name, model in models.items()
-    }
-    names = classes or [str(index) for index in range(whole_test["after"].probabilities.shape[1])]
-    metrics, roc = _share_metrics(outputs, forgotten.classes), dict[str, Curve]()
-    # Samples of a class of which nothing is retained become unlike all data; the attack is on the others, if there are
-    # any. Unseen samples of the class itself are in the whole test split, so that either can be compared.
-    labels = outputs["after"]["forget"].labels
-    single = ~np.isin(labels, forgotten.classes)
-    asked = single | ~single.any()
-    subject = {name: by_split["forget"].where(asked) for name, by_split in outputs.items()}
-    for name, found in subject.items():
-        curve = attack_roc(found, whole_test[name])
+    outputs = {name: split_outputs(model, splits) for name, model in models.items()}
+    kept = _of_retained_classes(outputs, forgotten)
+    names = classes or [str(index) for index in range(outputs["after"]["test"].probabilities.shape[1])]
+    metrics = judged_metrics(models, outputs, splits, forgotten) | attack_metrics(kept)
+    roc = dict[str, Curve]()
+    for name, by_split in outputs.items():
+        curve = attack_roc(by_split["forget"].where(_attacked(outputs, forgotten)), by_split["test"])
         roc |= {name: curve} if curve is not None else {}
-    metrics |= forgetting_metrics(subject, whole_test)
-    for name, split in (("TA_loss", "test"), ("RA_loss", "retain")):
-        metrics[name] = mean_metric({model: by_split[split].losses for model, by_split in outputs.items()})
-    if not single.all():
-        emptied = splits.forget.select(np.flatnonzero(~single).tolist())
-        metrics["restored"] = restored_metric(models, emptied, splits.retain)
-    # The caller replaces the origin with the value of the model line's last full training, if it knows the line.
-    metrics["TA"] = metrics["TA"].model_copy(update={"origin": metrics["TA"].before})
     if reference is not None:
         metrics["gap"] = Metric(before=average_gap(metrics, "before"), after=average_gap(metrics), n=len(splits.forget))
     return Evidence(
@@ -142,13 +119,72 @@ def evaluate_classifier(
         forgotten=forgotten,
         integrity=compare_weights(before, after, mask),
         metrics=metrics,
-        distributions=distributions(outputs),
-        per_class=accuracy_by_class(whole_test["before"], whole_test["after"], names),
+        distributions=distributions(kept),
+        per_class=accuracy_by_class(outputs["before"]["test"], outputs["after"]["test"], names),
         roc=roc,
-        confusion=confusion(whole_test["after"], len(names)),
+        confusion=confusion(outputs["after"]["test"], len(names)),
         classes=names,
         run=run or RunFacts(),
     )
+
+
+def split_outputs(model: nn.Module, splits: Splits) -> dict[str, Outputs]:
+    """Return the outputs of a model on forget, retain and the whole test split."""
+    return {name: outputs_of(model, getattr(splits, name)) for name in ("forget", "retain", "test")}
+
+
+def _of_retained_classes(outputs: ByModel, forgotten: Forgotten) -> dict[str, dict[str, Outputs]]:
+    """Return the outputs with a test split that lacks the classes of which nothing is retained.
+
+    Raises:
+        DataError: no test image is left.
+    """
+    kept = ~np.isin(outputs["after"]["test"].labels, forgotten.classes)
+    if not kept.any():
+        raise DataError("no test image is left", "all their classes are forgotten", "keep at least one class")
+    return {name: {**by_split, "test": by_split["test"].where(kept)} for name, by_split in outputs.items()}
+
+
+def _attacked(outputs: ByModel, forgotten: Forgotten) -> np.ndarray:
+    """Return which samples of D_f the attack is on, bool [N].
+
+    Samples of a class of which nothing is retained become unlike all data. The attack is on the others, if there are
+    any. Unseen samples of the class itself are in the whole test split, so that either can be compared.
+    """
+    single = ~np.isin(outputs["after"]["forget"].labels, forgotten.classes)
+    return np.asarray(single | ~single.any())
+
+
+def judged_metrics(
+    models: Mapping[str, nn.Module], outputs: ByModel, splits: Splits, forgotten: Forgotten
+) -> dict[str, Metric]:
+    """Return the metrics that the shipped policy judges, and UA.
+
+    Args:
+        models: by name: before, after, perhaps reference.
+        outputs: of each, from `split_outputs`.
+        splits: images that they were measured on.
+        forgotten: what had to be forgotten.
+
+    Raises:
+        DataError: all test images are of forgotten classes.
+    """
+    kept, asked = _of_retained_classes(outputs, forgotten), _attacked(outputs, forgotten)
+    metrics = _share_metrics(kept, forgotten.classes)
+    # The caller replaces the origin with the value of the model line's last full training, if it knows the line.
+    metrics["TA"] = metrics["TA"].model_copy(update={"origin": metrics["TA"].before})
+    metrics |= forgetting_metrics(
+        {name: by_split["forget"].where(asked) for name, by_split in outputs.items()},
+        {name: by_split["test"] for name, by_split in outputs.items()},
+    )
+    for name, split in (("TA_loss", "test"), ("RA_loss", "retain")):
+        metrics[name] = mean_metric({model: by_split[split].losses for model, by_split in kept.items()})
+    whole = np.isin(outputs["after"]["forget"].labels, forgotten.classes)
+    if whole.any():
+        metrics["restored"] = restored_metric(
+            models, splits.forget.select(np.flatnonzero(whole).tolist()), splits.retain
+        )
+    return metrics
 
 
 def restored_metric(models: Mapping[str, nn.Module], forget: ImageSet, retain: ImageSet) -> Metric:
@@ -221,24 +257,51 @@ def metric_shares(by_split: Mapping[str, Outputs]) -> dict[str, np.ndarray]:
     Returns:
         UA, RA, TA, and if all outputs are finite MIA and MIA_entropy.
     """
+    return _accuracy_shares(by_split) | _attack_shares(by_split)
+
+
+def _accuracy_shares(by_split: Mapping[str, Outputs]) -> dict[str, np.ndarray]:
+    return {
+        "UA": ~by_split["forget"].correct,
+        "RA": by_split["retain"].correct,
+        "TA": by_split["test"].correct,
+    }
+
+
+def _attack_shares(by_split: Mapping[str, Outputs]) -> dict[str, np.ndarray]:
     forget, retain, test = by_split["forget"], by_split["retain"], by_split["test"]
-    shares = {"UA": ~forget.correct, "RA": retain.correct, "TA": test.correct}
-    if all(np.isfinite(item.probabilities).all() for item in (forget, retain, test)):
-        shares["MIA"] = confidence_attack(retain, test, forget)
-        shares["MIA_entropy"] = entropy_attack(retain, test, forget)
-    return shares
+    if not all(np.isfinite(item.probabilities).all() for item in (forget, retain, test)):
+        return {}
+    return {
+        "MIA": confidence_attack(retain, test, forget),
+        "MIA_entropy": entropy_attack(retain, test, forget),
+    }
+
+
+def attack_metrics(outputs: ByModel) -> dict[str, Metric]:
+    """Return MIA and MIA_entropy; null where an output is not finite.
+
+    Args:
+        outputs: by model and split: forget, retain, and unseen data of the retained classes.
+    """
+    shares = {model: _attack_shares(by_split) for model, by_split in outputs.items()}
+    return {
+        name: share_metric(
+            {model: float(found[name].mean()) for model, found in shares.items() if name in found},
+            len(outputs["after"]["forget"]),
+        )
+        for name in ("MIA", "MIA_entropy")
+    }
 
 
 def _share_metrics(outputs: ByModel, classes: list[int]) -> dict[str, Metric]:
-    """UA, RA, TA and MIA; UA_class of classes that are forgotten as a whole and UA_samples of the other samples."""
-    shares = {model: metric_shares(by_split) for model, by_split in outputs.items()}
-    sizes = {split: len(item) for split, item in outputs["after"].items()}
-    split_of = {"UA": "forget", "RA": "retain", "TA": "test", "MIA": "forget", "MIA_entropy": "forget"}
+    """UA, RA, TA; UA_class of classes that are forgotten as a whole and UA_samples of the other samples."""
+    shares = {model: _accuracy_shares(by_split) for model, by_split in outputs.items()}
     metrics = {
         name: share_metric(
-            {model: float(found[name].mean()) for model, found in shares.items() if name in found}, sizes[split]
+            {model: float(found[name].mean()) for model, found in shares.items()}, len(outputs["after"][split])
         )
-        for name, split in split_of.items()
+        for name, split in (("UA", "forget"), ("RA", "retain"), ("TA", "test"))
     }
     whole = np.isin(outputs["after"]["forget"].labels, classes)
     for name, chosen in (("UA_class", whole), ("UA_samples", ~whole)):

@@ -43,9 +43,9 @@ REQUESTS = [f"request {verb}" for verb in ("submit", "show", "list", "reindex", 
 REQUESTS += [f"request {verb}" for verb in ("retry", "reopen", "cancel")]
 RETENTION = ["model hold", "model release", "purge"]
 DIFFUSION = ["train ddpm", "train stable-diffusion"]
-ELSEWHERE = {  # e2e, unit/bench, test_sweep_cli.py, below
+ELSEWHERE = {  # e2e, unit/bench, test_calibration.py, test_sweep_cli.py, below
     *("demo", "demo-diffusion"),
-    *("bench run", "bench render"),
+    *("bench run", "bench render", "calibrate"),
     "store serve",
     *("sweep", "model rollback"),
 }

@@ -1,0 +1,196 @@
+"""The cells of classifiers: small nets that memorise noisy digits.
+
+An honest model is retrained without the forget set, with another seed, batch size and order than the model before: the
+exact answer. It is judged as if it were unlearned, because the policy passes what it knows to be retrained more easily.
+The nets are small and the digits of scikit-learn get noise, so that they memorise what they cannot generalise (accuracy
+100 % in training and about 85 % on unseen images).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from salun_core.calibration import Cell, Judged
+from salun_core.calibration.forgeries import fit, forgeries_of
+from salun_core.data import DataSpec, ImageSet, load_data
+from salun_core.evaluation import Splits
+from salun_core.evaluation.classifier import judged_metrics, split_outputs
+from salun_core.evaluation.evidence import Evidence, Forgotten, Measured
+from salun_core.evaluation.integrity import compare_weights
+from salun_core.evaluation.outputs import Outputs
+from salun_core.methods.classification import METHODS, method_config, unlearn
+from salun_core.saliency import SaliencyMask, saliency_scores
+from salun_core.saliency.scores import CHUNK
+
+MODELS = 40  # of each population in each cell
+CLASSES, CLASS = 10, 3
+EPOCHS, RATE = 40, 0.05
+BATCHES = (64, 32, 128)  # of honest models, in turn
+TRAIN, PIXEL_NOISE = 900, 90.0  # of 255
+UNLIKE = 1000  # added to seeds of retrained models, so that none starts like the model before
+OWN = {"SalUn with its defaults": "salun", "SCRUB with its defaults": "scrub"}
+DENSITY = 0.5  # as `salun mask` chooses it
+
+Draw = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""(labels of the training images, generator) -> indices of the forget set."""
+Net = Callable[[], nn.Module]
+
+
+def samples(count: int) -> Draw:
+    """Draw so many images at random."""
+    return lambda labels, rng: rng.permutation(len(labels))[:count]
+
+
+def whole_class(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return all images of one class."""
+    return np.flatnonzero(labels == CLASS)
+
+
+def subject(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw the images of a person who wrote two digits often and all others rarely."""
+    weights = np.where(np.isin(labels, rng.permutation(CLASSES)[:2]), 10.0, 1.0)
+    return rng.choice(len(labels), 60, replace=False, p=weights / weights.sum())
+
+
+def dense() -> nn.Module:
+    """Return a net of two linear layers."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, CLASSES))
+
+
+def convolutional() -> nn.Module:
+    """Return a net of two convolutions and one linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, CLASSES),
+    )
+
+
+class Request(NamedTuple):
+    """One model before and what it has to forget.
+
+    Args:
+        seed: of the model; the same request has the same one in every call.
+        before: the model that saw everything.
+        splits: D_f, D_r and unseen images.
+        outputs: of the model before, which every evaluation needs.
+    """
+
+    seed: int
+    before: nn.Module
+    splits: Splits
+    outputs: dict[str, Outputs]
+
+
+@cache
+def _data() -> tuple[ImageSet, ImageSet]:
+    """Return the images to train on and unseen ones, both with noise."""
+    data = load_data(DataSpec(source="digits", validation_fraction=0.0, test_fraction=0.4))
+    pool = _noisy(data.images("train"), 1)
+    return pool, _noisy(data.images("test", pool.normalisation), 2)
+
+
+def _noisy(images: ImageSet, seed: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    noise = PIXEL_NOISE * torch.randn(images.images.shape, generator=generator)
+    pixels = (images.images.float() + noise).clamp(0, 255).to(torch.uint8)
+    return ImageSet(pixels, images.labels, images.normalisation)
+
+
+@cache
+def _before(net: Net, seed: int) -> tuple[ImageSet, nn.Module]:
+    """Return the images that a model before saw, and the model: each cell of a process uses it."""
+    pool, _ = _data()
+    images = pool.select(np.random.default_rng(seed).permutation(len(pool))[:TRAIN].tolist())
+    return images, trained(net, images, seed)
+
+
+def trained(net: Net, images: ImageSet, seed: int) -> nn.Module:
+    """Train a net until it has memorised its images.
+
+    Args:
+        net: returns a net with fresh weights.
+        images: to train on.
+        seed: of weights, order and batch size.
+    """
+    torch.manual_seed(seed)
+    return fit(net(), images, EPOCHS, RATE, seed, BATCHES[seed % len(BATCHES)])
+
+
+def request(kind: str, net: Net, draw: Draw, seed: int) -> Request:
+    """Make a model, and draw what it has to forget."""
+    images, before = _before(net, seed)
+    gone = draw(images.labels.numpy(), np.random.default_rng((seed, len(kind))))
+    kept = np.setdiff1d(np.arange(len(images)), gone)
+    splits = Splits(images.select(gone.tolist()), images.select(kept.tolist()), _data()[1])
+    return Request(seed, before, splits, split_outputs(before, splits))
+
+
+def evidence_of(kind: str, asked: Request, after: nn.Module) -> Evidence:
+    """Evaluate a model on a request: what the shipped policy judges, without attacks and figures that it does not."""
+    splits, models = asked.splits, {"before": asked.before, "after": after}
+    emptied = sorted(set(splits.forget.labels.tolist()) - set(splits.retain.labels.tolist()))
+    count = len(splits.forget)
+    forgotten = Forgotten(
+        count=count,
+        train_count=count + len(splits.retain),
+        kinds=[kind],
+        classes=emptied,
+        in_classes=int(np.isin(splits.forget.labels.numpy(), emptied).sum()),
+    )
+    outputs = {"before": asked.outputs, "after": split_outputs(after, splits)}
+    return Evidence(
+        created_at="",
+        measured=Measured(before="before", after="after", dataset="", split="", forget_set=""),
+        forgotten=forgotten,
+        integrity=compare_weights(asked.before, after),
+        metrics=judged_metrics(models, outputs, splits, forgotten),
+    )
+
+
+def unlearned(method: str, asked: Request) -> nn.Module:
+    """Unlearn with a method of the product and its default recipe."""
+    forget, retain = asked.splits.forget, asked.splits.retain
+    mask = None
+    if METHODS[method].needs_mask:
+        scores = saliency_scores(asked.before, forget.batches(CHUNK), nn.functional.cross_entropy)
+        mask = SaliencyMask.from_scores(scores, DENSITY)
+    config = method_config(method, {"seed": asked.seed, "device": "cpu"})
+    return unlearn(asked.before, method, forget=forget, retain=retain, config=config, mask=mask).model
+
+
+def measure(kind: str, net: Net, draw: Draw, models: int) -> Iterator[Judged]:
+    """Yield the evidence of all models of a cell."""
+    for seed in range(models):
+        asked = request(kind, net, draw, seed)
+        forget, retain = asked.splits.forget, asked.splits.retain
+        yield Judged("retrained", "honest", evidence_of(kind, asked, trained(net, retain, UNLIKE + seed)))
+        for name, method in OWN.items():
+            yield Judged(name, "own", evidence_of(kind, asked, unlearned(method, asked)))
+        for forgery in forgeries_of(kind):
+            after = copy.deepcopy(asked.before)
+            torch.manual_seed(seed)
+            forgery.forge(after, forget, retain)
+            yield Judged(forgery.name, forgery.sort, evidence_of(kind, asked, after.eval()))
+
+
+def classifier_cells() -> Iterator[Cell]:
+    """Return the cells of classifiers."""
+    cells: list[tuple[str, str, Net, Draw]] = [
+        *((f"{count} samples", "samples", dense, samples(count)) for count in (5, 20, 50, 200)),
+        ("subject", "subject", dense, subject),
+        ("class", "class", dense, whole_class),
+        ("class, convolutional", "class", convolutional, whole_class),
+    ]
+    for name, kind, net, draw in cells:
+        yield Cell(name, kind, "classifier", MODELS, partial(measure, kind, net, draw))

@@ -1,0 +1,210 @@
+"""Counts of a calibration: models judged, the JSON of the counts, and the page with the table."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from salun_core.calibration import Cell, Sort, all_cells
+from salun_core.config import Document, load
+from salun_core.errors import UsageError, unknown_name
+from salun_core.evaluation.statistics import wilson_interval
+from salun_core.gate import Policy, decide, load_policy
+from salun_core.storage.local_files import write_whole
+
+BEGIN, END = "<!-- calibration -->", "<!-- /calibration -->"
+
+Outcome = Literal["measured", "procedure", "refused"]
+
+
+class Row(Document):
+    """One population of one cell."""
+
+    cell: str
+    kind: str
+    policy: str = Field(description="name of the policy that judged it")
+    population: str
+    sort: Sort
+    models: int = Field(ge=1)
+    measured: int = Field(ge=0)
+    procedure: int = Field(ge=0)
+    refused: int = Field(ge=0)
+    rules: dict[str, int] = Field(description="rules that refused, and how many models each")
+    figures: dict[str, tuple[float, float, float]] = Field(
+        description="least, median and largest value of each metric that the policy judges"
+    )
+
+    def count(self, *outcomes: Outcome) -> int:
+        """Return how many models had one of these outcomes."""
+        return sum(int(getattr(self, outcome)) for outcome in outcomes)
+
+
+class Calibration(Document):
+    """How often policies passed each population."""
+
+    format: Literal["salun.calibration/v1"] = "salun.calibration/v1"
+    policies: dict[str, str] = Field(description="digest of each policy by name")
+    rows: list[Row]
+
+
+def chosen_cells(names: Sequence[str] = ()) -> list[Cell]:
+    """Return cells by name; all without a name.
+
+    Raises:
+        UsageError: a cell does not exist.
+    """
+    known = all_cells()
+    for name in names:
+        if name not in known:
+            raise unknown_name("cell", name, known)
+    return [cell for cell in known.values() if not names or cell.name in names]
+
+
+def calibrate(
+    names: Sequence[str] = (),
+    models: int | None = None,
+    policy: str | Path | None = None,
+    workers: int = 1,
+    on_cell: Callable[[str], None] = lambda name: None,
+) -> Calibration:
+    """Make the models of cells, judge each, and count the outcomes.
+
+    Args:
+        names: of cells; all by default.
+        models: of each population; by default as many as each cell says.
+        policy: name or file of a policy that judges all cells, in place of the shipped ones.
+        workers: processes that measure cells at the same time. Their number has no influence on the result.
+        on_cell: called with the name of each cell that is done.
+
+    Raises:
+        UsageError: a cell or the policy does not exist, or one policy was given for several kinds of model.
+    """
+    cells = chosen_cells(names)
+    shipped = sorted({cell.policy for cell in cells})
+    if policy is not None and len(shipped) > 1:
+        raise UsageError(
+            "one policy cannot judge all these cells",
+            f"their models have different policies: {', '.join(shipped)}",
+            "choose cells of one kind of model: --cells NAME",
+        )
+    policies = {name: load_policy(policy or name) for name in shipped}
+    jobs = [(cell.name, models or cell.models, policies[cell.policy]) for cell in cells]
+    rows: list[Row] = []
+    with _mapped(min(workers, len(jobs))) as run:
+        for cell, found in zip(cells, run(_rows_of, *zip(*jobs, strict=True)), strict=True):
+            rows += found
+            on_cell(cell.name)
+    return Calibration(policies={found.name: found.digest for found in policies.values()}, rows=rows)
+
+
+@contextmanager
+def _mapped(workers: int) -> Iterator[Callable[..., Iterator[list[Row]]]]:
+    """Yield a `map` over so many processes; with one worker, this one."""
+    if workers < 2:
+        yield map
+        return
+    # `spawn`: a process whose torch has started its threads must not be forked.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield pool.map
+
+
+def _rows_of(name: str, models: int, policy: Policy) -> list[Row]:
+    """Measure one cell."""
+    import torch
+
+    threads, cell = torch.get_num_threads(), all_cells()[name]
+    torch.set_num_threads(1)  # small nets: a second thread costs more than it saves, and the bits would depend on it
+    judged = {rule.metric for rule in policy.rules}
+    sorts: dict[str, Sort] = {}
+    outcomes: dict[str, Counter[str]] = {}
+    rules: dict[str, Counter[str]] = {}
+    values: dict[str, dict[str, list[float]]] = {}
+    try:
+        for population, sort, evidence in cell.measure(models):
+            decision = decide(evidence, policy)
+            sorts[population] = sort
+            outcomes.setdefault(population, Counter())[decision.level or "refused"] += 1
+            failed = {verdict.rule for verdict in decision.verdicts if not verdict.passed}
+            rules.setdefault(population, Counter()).update(failed)
+            for metric in sorted(judged & set(evidence.metrics)):
+                if (value := evidence.metrics[metric].after) is not None:
+                    values.setdefault(population, {}).setdefault(metric, []).append(value)
+    finally:
+        torch.set_num_threads(threads)
+    return [
+        Row(
+            cell=cell.name,
+            kind=cell.kind,
+            policy=policy.name,
+            population=population,
+            sort=sorts[population],
+            models=found.total(),
+            **{outcome: found[outcome] for outcome in ("measured", "procedure", "refused")},
+            rules=dict(sorted(rules[population].items(), key=lambda item: (-item[1], item[0]))),
+            figures={name: _spread(found) for name, found in values.get(population, {}).items()},
+        )
+        for population, found in outcomes.items()
+    ]
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = (round(float(value), 4) for value in np.quantile(values, [0, 0.5, 1]))
+    return low, middle, high
+
+
+def columns(row: Row) -> list[str]:
+    """Return a row of the table as text: request, model, models, each outcome, and the rules that refused most."""
+    refused = row.refused / row.models
+    low, high = wilson_interval(refused, row.models)
+    by = ", ".join(f"{rule} ({count})" for rule, count in list(row.rules.items())[:4])
+    share = f"{refused:.0%} [{low:.0%}, {high:.0%}]"
+    return [row.cell, row.population, row.sort, *map(str, (row.models, row.measured, row.procedure)), share, by]
+
+
+HEADINGS = ("request", "model", "kind", "n", "measured", "procedure", "refused [95 %]", "by")
+
+
+def markdown(calibration: Calibration) -> str:
+    """Return the table, with the policies it is of."""
+    lines = [f"| {' | '.join(HEADINGS)} |", "|---|---|---|--:|--:|--:|--:|---|"]
+    lines += [f"| {' | '.join(columns(row))} |" for row in calibration.rows]
+    digests = "; ".join(f"`{name}` {digest[:12]}" for name, digest in sorted(calibration.policies.items()))
+    return "\n".join([*lines, "", f"Policies: {digests}."])
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read the JSON of a calibration.
+
+    Raises:
+        UsageError: the file cannot be read or has faults.
+    """
+    return load(Calibration, path)
+
+
+def written(calibration: Calibration) -> bytes:
+    """Return the JSON of a calibration."""
+    document: dict[str, Any] = calibration.model_dump(mode="json")
+    return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_page(page: Path, calibration: Calibration) -> None:
+    """Replace the table of a page; the text outside the two markers stays.
+
+    Raises:
+        UsageError: the page does not exist or lacks the markers.
+    """
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UsageError(f"{page} has no place for the table", f"it lacks {BEGIN} or {END}", "add each on its own line")
+    write_whole(page, f"{before}{BEGIN}\n{markdown(calibration)}\n{END}{after}".encode())

@@ -1,0 +1,121 @@
+"""`salun calibrate`: one small cell, the counts, and the page."""
+
+import json
+from functools import partial
+
+import pytest
+
+from salun_core import calibration
+from salun_core.calibration import Cell, Judged
+from salun_core.calibration.table import BEGIN, END, Calibration, calibrate, markdown, write_page, written
+from salun_core.errors import UsageError
+from salun_core.evaluation.evidence import Evidence, Forgotten, Integrity, Measured, Metric
+from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """The command itself, with its JSON and its page."""
+    folder = tmp_path_factory.mktemp("calibration")
+    page = folder / "page.md"
+    page.write_text(f"# Mine\n\n{BEGIN}\nold\n{END}\n\nafter\n", encoding="utf-8")
+    written_to = ("--results", folder / "counts.json", "--into", page)
+    result = invoke("calibrate", "--models", "2", "--cells", "20 samples", *written_to, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout), folder
+
+
+def test_honest_models_pass_and_forgeries_are_refused(table):
+    rows = {row["population"]: row for row in table[0]["rows"]}
+    assert {row["cell"] for row in rows.values()} == {"20 samples"}
+    assert rows["retrained"]["sort"] == "honest"
+    assert (rows["retrained"]["models"], rows["retrained"]["refused"]) == (2, 0)
+    forgeries = [row for row in rows.values() if row["sort"] == "forgery"]
+    assert len(forgeries) > 5
+    assert all(row["measured"] == 0 for row in rows.values())
+    assert all(row["refused"] == 2 for row in forgeries if row["population"] not in UNTOLD), forgeries
+    assert "change >=" in rows["one weight moved by one ulp"]["rules"]
+
+
+UNTOLD = {"noise of 0.2", "last layer trained afresh", "a quarter mislabelled, the rest kept"}
+"""What 20 samples cannot tell from a retrained model."""
+
+
+def test_results_and_page_hold_what_was_printed(table):
+    printed, folder = table
+    assert json.loads((folder / "counts.json").read_text(encoding="utf-8")) == printed
+    page = (folder / "page.md").read_text(encoding="utf-8")
+    assert page.startswith("# Mine\n")
+    assert page.endswith("\n\nafter\n")
+    assert markdown(Calibration.model_validate(printed)) in page
+    assert "old" not in page
+    (folder / "page.md").write_text(f"{BEGIN}{END}", encoding="utf-8")
+    arguments = ("--render-only", "--results", folder / "counts.json", "--into", folder / "page.md")
+    result = invoke("calibrate", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "one weight moved by one ulp" in result.stdout
+    assert markdown(Calibration.model_validate(printed)) in (folder / "page.md").read_text(encoding="utf-8")
+
+
+def test_faults_are_reported(tmp_path):
+    for words, said in (
+        (("--cells", "20 sample"), "did you mean '20 samples'"),
+        (("--render-only",), "add --results FILE"),
+        (("--policy", "no-such"), "no-such"),
+    ):
+        result = invoke("calibrate", *words)
+        assert result.exit_code == 2
+        assert said in result.stderr
+    with pytest.raises(UsageError, match="no place for the table"):
+        write_page(tmp_path / "none.md", Calibration(policies={}, rows=[]))
+
+
+def judged(population, sort, area, models):
+    evidence = Evidence(
+        created_at="",
+        measured=Measured(before="a", after="b", dataset="", split="", forget_set=""),
+        forgotten=Forgotten(count=9, train_count=99, kinds=["samples"]),
+        integrity=Integrity(weights=9, weights_changed=9, non_finite=0, buffers_changed=0),
+        metrics={"attack_auc": Metric(before=0.9, after=area, n=9, low=area - 0.01, high=area + 0.01)},
+    )
+    return [Judged(population, sort, evidence)] * models
+
+
+def made_up(policy, models):
+    yield from judged("right", "honest", 0.5, models)
+    yield from judged("wrong", "forgery", 0.9, models)
+
+
+@pytest.fixture
+def cells(monkeypatch, tmp_path):
+    """Two cells that train nothing, and a policy with one rule."""
+    known = {name: Cell(name, "samples", name, 3, partial(made_up, name)) for name in ("classifier", "ddpm")}
+    monkeypatch.setattr("salun_core.calibration.table.all_cells", lambda: known)
+    rule = {"metric": "attack_auc", "op": "inside", "value": 0.5, "tolerance": 0.1, "reason": "alike"}
+    policy = tmp_path / "mine.yaml"
+    policy.write_text(json.dumps({"name": "mine", "rules": [rule]}), encoding="utf-8")
+    return policy
+
+
+def test_a_policy_of_ones_own_is_counted(cells):
+    found = calibrate(["classifier"], policy=cells)
+    assert [(row.population, row.models, row.measured, row.refused) for row in found.rows] == [
+        ("right", 3, 3, 0),
+        ("wrong", 3, 0, 3),
+    ]
+    assert found.rows[1].rules == {"attack_auc inside": 3}
+    assert found.rows[1].figures == {"attack_auc": (0.9, 0.9, 0.9)}
+    assert list(found.policies) == ["mine"]
+    assert "| classifier | wrong | forgery | 3 | 0 | 0 | 100% [44%, 100%] | attack_auc inside (3) |" in markdown(found)
+    assert json.loads(written(found)) == found.model_dump(mode="json")
+
+
+def test_one_policy_for_several_kinds_of_model_is_refused(cells):
+    with pytest.raises(UsageError, match="classifier, ddpm"):
+        calibrate(policy=cells)
+
+
+def test_all_cells_have_names_and_policies_that_ship():
+    cells = calibration.all_cells()
+    assert {"5 samples", "200 samples", "subject", "class"} <= set(cells)
+    assert all(cell.name == name and cell.models >= 10 for name, cell in cells.items())
