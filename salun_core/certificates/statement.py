@@ -317,7 +317,7 @@ def _level_contradictions(erasure: Erasure, assurance: Assurance) -> list[str]:
         "it was measured, and n is missing": level == "measured" and not assurance.n,
         "it was measured, and no rule on an interval is shown": level == "measured" and not shown,
         "its margin has no n": assurance.margin is not None and not assurance.n,
-        "its power has no margin": assurance.power is not None and assurance.margin is None,
+        "its power has no n": assurance.power is not None and not assurance.n,
         "its margin has no power": level == "measured" and assurance.margin is not None and assurance.power is None,
     }
     return [text for text, holds in found.items() if holds]

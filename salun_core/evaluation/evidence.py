@@ -260,6 +260,11 @@ class RecognitionFacts(Document):
     )
     became: list[Became] = Field(default=[], description="what the forgotten rows show, the most frequent first")
     seeds: list[SeedBatch] = Field(default=[], description="UA by batch of seeds")
+    independent: float | None = Field(
+        default=None,
+        description="independent images that those behind UA are worth, for its interval: fewer than n if the batches "
+        "of seeds differ by more than chance",
+    )
 
 
 class DiffusionFacts(Document):

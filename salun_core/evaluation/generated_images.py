@@ -37,7 +37,7 @@ from salun_core.evaluation.image_features import Extractor, frechet_distance, jo
 from salun_core.evaluation.integrity import compare_weights
 from salun_core.evaluation.nudity import NudityDetector, count_parts
 from salun_core.evaluation.outputs import Outputs
-from salun_core.evaluation.statistics import share_metric, share_of
+from salun_core.evaluation.statistics import clustered_share_metric, clustered_size, share_of
 from salun_core.saliency import SaliencyMask
 
 _MEASURED = {"UA", "RA", "neighbours", "FID", "KID", "CLIP", "nudity", "none_of_these"}
@@ -204,7 +204,8 @@ def evaluate_generated_images(
     observed = {model: _observe(sample, plan, evaluators, model) for model, sample in samples.items()}
     classifier = evaluators.classifier
     distances, compared = _distances(observed, plan, evaluators, before)
-    metrics = _recognition(observed, plan) | _none(observed) | distances | _clip(observed) | _nudity(observed)
+    metrics = _recognition(observed, plan) | _none(observed, plan) | distances
+    metrics |= _clip(observed) | _nudity(observed, plan)
     return Evidence(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         measured=measured,
@@ -256,7 +257,7 @@ def _observe(sample: Sample, plan: SamplingPlan, evaluators: Evaluators, model: 
     """Evaluate a model's images batch after batch; of the images themselves only thumbnails are kept in memory."""
     rows = plan.row_of
     distant, scored = plan.images_of(plan.distance_rows), plan.images_of(plan.clip_rows)
-    watched = np.isin(rows, [*plan.forgotten, *plan.watched])
+    watched = plan.images_of([*plan.forgotten, *plan.watched])
     shown = np.isin(rows, rows_shown(plan.forgotten, plan.neighbours, len(plan.rows)))
     shown &= np.tile(np.arange(plan.per_row) < COLUMNS, len(plan.rows))
     predictions, clip = [np.empty(0, np.int64)], [torch.empty(0, dtype=torch.float64)]
@@ -318,25 +319,24 @@ def checked_images(batches: Iterator[Tensor], expected: int, model: str) -> Iter
         raise fault(f"{count} instead of {expected}")
 
 
-def _shares(shares: Mapping[str, np.ndarray]) -> Metric:
-    return share_metric({model: float(share.mean()) for model, share in shares.items()}, len(shares["after"]))
-
-
 def _recognition(observed: Mapping[str, _Observed], plan: SamplingPlan) -> dict[str, Metric]:
     known = (plan.label_of >= 0) & (observed["after"].predictions >= 0)
     gone, near = np.isin(plan.row_of, plan.forgotten), np.isin(plan.row_of, plan.neighbours)
     groups = {"UA": known & gone, "RA": known & ~gone, "neighbours": known & near}
     right = {model: item.predictions == plan.label_of for model, item in observed.items()}
     return {
-        name: _shares({model: (share ^ (name == "UA"))[chosen] for model, share in right.items()})
+        name: clustered_share_metric(
+            {model: (share ^ (name == "UA"))[chosen] for model, share in right.items()}, plan.batch_of[chosen]
+        )
         for name, chosen in groups.items()
         if chosen.any()
     }
 
 
-def _none(observed: Mapping[str, _Observed]) -> dict[str, Metric]:
+def _none(observed: Mapping[str, _Observed], plan: SamplingPlan) -> dict[str, Metric]:
     shown = {model: item.none for model, item in observed.items()}
-    return {"none_of_these": _shares(shown)} if len(shown["after"]) else {}
+    batches = plan.batch_of[plan.images_of(plan.forgotten)]
+    return {"none_of_these": clustered_share_metric(shown, batches)} if len(shown["after"]) else {}
 
 
 def _trust(observed: Mapping[str, _Observed], plan: SamplingPlan, evaluators: Evaluators) -> RecognitionFacts:
@@ -350,7 +350,9 @@ def _trust(observed: Mapping[str, _Observed], plan: SamplingPlan, evaluators: Ev
             missed = {model: float(1 - right[model][chosen].mean()) for model in ("before", "after")}
             first = plan.seed + int(batch) * SEED_STRIDE
             seeds.append(SeedBatch(seed=first, n=int(chosen.sum()), **missed))
+    judged = known & gone
     return RecognitionFacts(
+        independent=clustered_size(~right["after"][judged], plan.batch_of[judged]) if judged.any() else None,
         real=calibration.real if calibration else None,
         original=share_of(right["before"][known]),
         original_forgotten=share_of(right["before"][known & gone]),
@@ -412,9 +414,10 @@ def _clip(observed: Mapping[str, _Observed]) -> dict[str, Metric]:
     return {"CLIP": Metric.of({model: float(item.clip.mean()) for model, item in observed.items()}, n)} if n else {}
 
 
-def _nudity(observed: Mapping[str, _Observed]) -> dict[str, Metric]:
+def _nudity(observed: Mapping[str, _Observed], plan: SamplingPlan) -> dict[str, Metric]:
     shares = {model: np.array([bool(counts) for counts in item.detections]) for model, item in observed.items()}
-    return {"nudity": _shares(shares)} if len(shares["after"]) else {}
+    batches = plan.batch_of[plan.images_of([*plan.forgotten, *plan.watched])]
+    return {"nudity": clustered_share_metric(shares, batches)} if len(shares["after"]) else {}
 
 
 def _by_row(observed: Mapping[str, _Observed], plan: SamplingPlan) -> list[ClassAccuracy]:

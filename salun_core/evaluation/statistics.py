@@ -13,7 +13,7 @@ Z95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution: 95 % of it lie within ± this."""
 
 
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
+def wilson_interval(share: float, n: float) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share of n independent samples.
 
     Unlike the normal approximation p ± z sqrt(p (1 - p) / n), it has a width at shares of 0 and 1, which are common
@@ -21,7 +21,7 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
     Args:
         share: from 0 to 1.
-        n: at least 1.
+        n: at least 1; the effective number of correlated samples.
 
     Returns:
         (low, high), within [0, 1].
@@ -34,6 +34,24 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     centre = (share + Z95**2 / (2 * n)) / scale
     half = Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n)) / scale
     return max(0.0, centre - half), min(1.0, centre + half)  # rounding may leave [0, 1] at shares of 0 and 1
+
+
+def share_power(share: float, n: int, bound: float, *, above: bool) -> float:
+    """Return the probability that n independent samples of a share show that it is above, or below, a bound.
+
+    Args:
+        share: the true share.
+        n: number of samples.
+        bound: that Wilson's interval of the observed share must lie above, or below.
+        above: which of the two.
+    """
+    from scipy.stats import binom
+
+    if not above:
+        share, bound = 1 - share, 1 - bound
+    ends = (wilson_interval(count / n, n)[0] for count in range(n + 1))
+    least = next((count for count, low in enumerate(ends) if low >= bound), n + 1)
+    return float(binom.sf(least - 1, n, share))
 
 
 def auc_interval(auc: float, positives: float, negatives: float) -> tuple[float, float]:
@@ -92,6 +110,32 @@ def effective_size(weights: np.ndarray) -> float:
     return float(weights.sum() ** 2 / (weights**2).sum())
 
 
+def clustered_size(found: np.ndarray, clusters: np.ndarray) -> float:
+    """Return how many independent samples give a share of the same variance: N, or fewer if samples are correlated.
+
+    The variance of the share is estimated from the clusters and compared with that of independent samples. The ratio,
+    the design effect, counts only if it exceeds 1: few clusters agree by chance too often to make N larger.
+
+    Args:
+        found: bool [N].
+        clusters: the cluster of each sample, such as its batch of seeds, int64 [N].
+
+    Returns:
+        From N / K for K clusters of which each holds the same value N / K times, to N. A share of 0 or 1, and a single
+        cluster, show no correlation: N.
+
+    Source:
+        Kish, "Survey Sampling", 1965, sections 5.4 and 8.2: design effect and ratio estimator of clusters.
+    """
+    n, share = len(found), float(np.mean(found)) if len(found) else 0.0
+    names, place = np.unique(clusters, return_inverse=True)
+    if len(names) < 2 or share in (0.0, 1.0):
+        return float(n)
+    residuals = np.bincount(place, weights=found - share)
+    variance = len(names) / (len(names) - 1) * float((residuals**2).sum()) / n**2
+    return n / max(1.0, variance * n / (share * (1 - share)))
+
+
 def share_of(found: np.ndarray) -> Share | None:
     """Return the share of true values, bool [N], with Wilson's interval; None without a value."""
     if not len(found):
@@ -100,15 +144,28 @@ def share_of(found: np.ndarray) -> Share | None:
     return Share(value=float(found.mean()), n=len(found), low=low, high=high)
 
 
-def share_metric(shares: Mapping[str, float | None], n: int) -> Metric:
-    """Return a metric of shares of n independent samples, with Wilson's interval.
+def share_metric(shares: Mapping[str, float | None], n: int, size: float | None = None) -> Metric:
+    """Return a metric of shares of n samples, with Wilson's interval.
 
     Args:
         shares: by model: before, after, reference; a missing one is null.
         n: number of samples.
+        size: how many independent ones they are worth, for the interval; n by default.
     """
     after = shares.get("after")
-    return Metric.of(shares, n, (None, None) if after is None else wilson_interval(after, n))
+    return Metric.of(shares, n, (None, None) if after is None else wilson_interval(after, n if size is None else size))
+
+
+def clustered_share_metric(shares: Mapping[str, np.ndarray], clusters: np.ndarray) -> Metric:
+    """Return a metric of the true values' share, whose interval allows for clusters (`clustered_size`).
+
+    Args:
+        shares: by model, bool [N]; `after` is among them.
+        clusters: the cluster of each sample, int64 [N].
+    """
+    after = shares["after"]
+    means = {model: float(share.mean()) for model, share in shares.items()}
+    return share_metric(means, len(after), clustered_size(after, clusters))
 
 
 def area_metric(areas: Mapping[str, float], positives: int, negatives: float) -> Metric:

@@ -51,7 +51,7 @@ class GateDecision(Document):
     power: float | None = Field(
         default=None,
         description="probability that so many samples show equivalence if the model is exactly like one that never "
-        "saw them",
+        "saw them; of images, that so many show the rules if none of them shows what was forgotten",
     )
     kinds: dict[str, Assurance] = Field(
         default={}, description="level of each kind of forget target, of a forget set of several kinds that passed"
@@ -106,7 +106,7 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
     verdicts = [
         *_builtin(evidence, expected or Expected()),
         _covers(policy, applying, kinds),
-        *allowed(policy, level, kinds),
+        *allowed(policy, level, kinds, images=evidence.generation is not None),
         *judged,
     ]
     failed = [verdict for verdict in verdicts if not verdict.passed]

@@ -10,8 +10,9 @@ from pydantic import Field
 
 from salun_core.config import Document, parse
 from salun_core.evaluation.evidence import Evidence
+from salun_core.evaluation.statistics import share_power
 from salun_core.gate.policy import Level, Policy, Rule
-from salun_core.gate.refusal import Cause, Verdict, check
+from salun_core.gate.refusal import MORE_IMAGES, Cause, Verdict, check
 from salun_core.gate.rules import finite
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
@@ -31,13 +32,13 @@ LEVELS: Mapping[Level, LevelWords] = {
         "It says nothing about other copies of the model or of the data.",
     ),
     "measured": LevelWords(
-        "Enough samples were measured to show that the model treats this data like data that it never saw, within the "
-        "limits of the policy.",
+        "Enough samples or generated images were measured to show that the model treats this data like data that it "
+        "never saw, or no longer generates it, within the limits of the policy.",
         "It does not prove that no trace is left.",
     ),
     "procedure": LevelWords(
         "The recorded procedure was applied, and nothing that was measured contradicts it.",
-        "It does not show that the model forgot this data: too few samples for that.",
+        "It does not show that the model forgot this data: too few samples or images for that.",
     ),
     "nothing_to_erase": LevelWords(
         "Nothing that the request names was in the training data, so the model was not changed.",
@@ -60,7 +61,7 @@ class Assurance(Document):
     power: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None,
         description="probability that so many samples show equivalence if the model is exactly like one that never "
-        "saw them",
+        "saw them; of images, that so many show the rules if none of them shows what was forgotten",
     )
     requests: Annotated[int, Field(ge=1, le=2**53 - 1, strict=True)] | None = Field(
         default=None, description="requests that were measured together; above 1 the evidence is that of the batch"
@@ -129,23 +130,30 @@ def by_kind(applying: Sequence[Rule], judged: Sequence[Verdict], evidence: Evide
     return found
 
 
-def allowed(policy: Policy, level: Level, kinds: set[str]) -> list[Verdict]:
-    """Check that the policy publishes the level for each kind in the forget set; a policy without levels, any level."""
+def allowed(policy: Policy, level: Level, kinds: set[str], *, images: bool = False) -> list[Verdict]:
+    """Check that the policy publishes the level for each kind in the forget set; a policy without levels, any level.
+
+    `images`: whether generated images were measured, of which more can be generated.
+    """
     wanted = {kind: levels for kind, levels in policy.levels.items() if kind in kinds}
     if not wanted:
         return []
     passed = all(level in levels for levels in wanted.values())
     shown = "; ".join(f"{kind}: {', '.join(levels)}" for kind, levels in wanted.items())
     reason = f"the level is {level}, which the policy does not publish"
-    then = "erase more samples in one batch: salun sweep --min-requests N; or use --method retrain"
+    more = MORE_IMAGES if images else "erase more samples in one batch: salun sweep --min-requests N"
+    then = f"{more}; or use --method retrain"
     return [check("assurance level", passed, shown, reason, Cause.TOO_FEW_SAMPLES, then)]
 
 
 def certainty(applying: Sequence[Rule], evidence: Evidence) -> dict[str, Any]:
-    """Return margin, n and power of the equivalence test; n alone, of the smallest sample, without such a test."""
+    """Return margin, n and power of the equivalence test; without one n of the smallest sample, and power of images."""
     shows = [rule for rule in applying if rule.shows and rule.metric in evidence.metrics]
     tests = [rule for rule in shows if rule.op == "inside"]
     found: dict[str, Any] = {"n": min((evidence.metrics[rule.metric].n for rule in shows), default=None)}
+    if evidence.generation is not None and not tests:
+        powers = [_power_of_images(rule, evidence) for rule in shows if rule.value is not None]
+        found["power"] = min(powers, default=None)
     if tests:
         metric, tolerance = evidence.metrics[tests[0].metric], tests[0].tolerance or 0.0
         low, high = finite(metric.low), finite(metric.high)
@@ -155,3 +163,21 @@ def certainty(applying: Sequence[Rule], evidence: Evidence) -> dict[str, Any]:
             # The interval is inside if the area lies within tolerance - 1.96 deviations of the centre.
             found["power"] = max(0.0, math.erf((tolerance / deviation - _Z95) / math.sqrt(2)))
     return found
+
+
+def _power_of_images(rule: Rule, evidence: Evidence) -> float:
+    """Return the probability that as many images show a rule on a share, if none shows what was forgotten.
+
+    The image classifier is taken to err on such images as often as on real ones, or on the original's if there are no
+    real ones, and all its errors count against the model. A detector is taken not to err.
+    """
+    facts = evidence.generation.recognition if evidence.generation else None
+    errors = 0.0
+    if facts is not None and rule.metric == "none_of_these":
+        errors = facts.real_rejected.value if facts.real_rejected else 0.0
+    elif facts is not None and rule.metric == "UA":
+        judged = facts.real or facts.original
+        errors = 1 - judged.value if judged else 0.0
+    above = rule.op == ">="
+    n, bound = evidence.metrics[rule.metric].n, rule.value or 0.0
+    return share_power(1 - errors if above else errors, n, bound, above=above) if n else 0.0

@@ -10,6 +10,7 @@ from pydantic import Field
 from salun_core.config import Document
 from salun_core.evaluation.evidence import Evidence
 
+MORE_IMAGES = "generate more images: `images_per_class` in the evaluation of the model card"
 SEARCH, ANOTHER = "search for a setting that passes: --tune", "use another method, such as --method retrain"
 
 

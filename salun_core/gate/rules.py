@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from salun_core.evaluation.evidence import EXTRA_METRIC_OF, METRIC_NAMES, MORE_IS_FORGOTTEN, Evidence, Metric
 from salun_core.gate.policy import Rule
-from salun_core.gate.refusal import Cause, Refusal, Verdict, strength
+from salun_core.gate.refusal import MORE_IMAGES, Cause, Refusal, Verdict, strength
 
 _TOLERANCE = 1e-12  # of comparisons: 0.9 - 0.02 in binary is not 0.88
 _ENDS = {"value": "after", "low": "low", "high": "high"}
@@ -109,9 +109,8 @@ def _next(cause: Cause, rule: Rule, evidence: Evidence) -> str:
     """Return the option or the change that may make a rule hold."""
     other = f"choose a policy without {rule.metric}: --policy FILE"
     if cause is Cause.TOO_FEW_SAMPLES:
-        more = "erase more samples in one batch: salun sweep --min-requests N"
-        if evidence.generation is not None:
-            more = "generate more images: `images` in the evaluation of the model card"
+        images = evidence.generation is not None
+        more = MORE_IMAGES if images else "erase more samples in one batch: salun sweep --min-requests N"
         return f"{more}; or {other}"
     if cause is not Cause.NOT_MEASURED:
         return strength(evidence, more=cause is Cause.NOT_FORGOTTEN)

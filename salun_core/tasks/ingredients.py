@@ -296,7 +296,7 @@ def _file(metrics: Sequence[str], what: str, path: str) -> Iterator[_Cause]:
 
 
 def _too_few(card: Card, rule: Rule, measurement: Measurement) -> Iterator[Missing]:
-    """Yield whether a rule can never hold because too few images are generated."""
+    """Yield whether a rule can never hold, or never be shown, because too few images are generated."""
     assert isinstance(card, DiffusionCard)
     settings, rows = card.evaluation, _rows(card, rule.metric, measurement)
     needed = max(rule.min_n, _least(rule))
@@ -306,9 +306,11 @@ def _too_few(card: Card, rule: Rule, measurement: Measurement) -> Iterator[Missi
     end = {"low": " (low end)", "high": " (high end)"}.get(rule.judge, "")
     bound = f" {rule.value:g}" if rule.value is not None else ""
     least = f"{needed} images" if needed == rule.min_n else f"at least {needed} images"
+    enough = rule.undecided == "procedure" and rows * settings.images_per_class >= rule.min_n
+    effect = "be shown and the level is procedure" if enough else "hold"
     yield Missing(
         f"images_per_class is {settings.images_per_class}",
-        f"the rule {rule.metric} {rule.op}{bound}{end} can never hold: it needs {least}",
+        f"the rule {rule.metric} {rule.op}{bound}{end} can never {effect}: it needs {least}",
         f"{_AGAIN} --evaluation images_per_class={per_row}",
     )
 

@@ -1,12 +1,13 @@
 """The policies of diffusion models: good evidence passes, and each rule alone refuses."""
 
+import math
 import subprocess
 import sys
 
 import pytest
 
 from salun_core.evaluation import Evidence, Metric
-from salun_core.evaluation.evidence import DiffusionFacts, Forgotten, Integrity, Measured
+from salun_core.evaluation.evidence import DiffusionFacts, Forgotten, Integrity, Measured, RecognitionFacts, Share
 from salun_core.evaluation.statistics import wilson_interval
 from salun_core.gate import decide, load_policy
 
@@ -30,7 +31,7 @@ GOOD = {
 }
 
 
-def evidence(kind, **metrics):
+def evidence(kind, judged=None, **metrics):
     found = {name: metric for name, metric in {**GOOD, **metrics}.items() if metric is not None}
     return Evidence(
         created_at="2026-01-02T03:04:05Z",
@@ -38,7 +39,14 @@ def evidence(kind, **metrics):
         forgotten=Forgotten(count=500, train_count=5000, kinds=[kind], classes=[1] if kind == "class" else []),
         integrity=Integrity(weights=200, weights_changed=50, frozen_changed=0, non_finite=0, buffers_changed=0),
         metrics=found,
-        generation=DiffusionFacts(sampler="DDIMScheduler", steps=50, guidance_scale=2.0, seed=1, images=1000),
+        generation=DiffusionFacts(
+            sampler="DDIMScheduler",
+            steps=50,
+            guidance_scale=2.0,
+            seed=1,
+            images=1000,
+            recognition=RecognitionFacts(**judged) if judged else None,
+        ),
     )
 
 
@@ -65,7 +73,6 @@ def test_good_evidence_passes(name, kind):
 
 FORGETTING = [
     (0, {"UA": Metric(before=0.12, after=0.94, n=5000, low=0.93, high=0.95)}),
-    (1, {"UA": share(0.12, 21, 21)}),
     (2, {"UA": share(0.51, 100, 100)}),
     (3, {"none_of_these": share(0.04, 45, 100)}),
 ]
@@ -89,7 +96,6 @@ WRONG = {
     ],
     "nsfw": [
         (0, {"nudity": share(0.6, 60, 1000)}),
-        (1, {"nudity": share(0.6, 0, 34)}),
         (2, {"nudity": share(0.09, 0, 142)}),
         (3, {"CLIP": Metric(before=31.1, after=28.0, n=900)}),
         (3, {"CLIP": Metric(before=31.1, after=31.0, n=99)}),
@@ -105,8 +111,12 @@ def test_each_rule_alone_refuses(name, place, metrics):
 
 
 def test_every_rule_has_a_case():
+    """A rule that may stay undecided refuses only with the rule on the value; it decides the level."""
     for name in NAMES:
-        assert {place for place, _ in WRONG[name]} == set(range(len(load_policy(name).rules)))
+        rules = load_policy(name).rules
+        undecided = {place for place, rule in enumerate(rules) if rule.undecided == "procedure"}
+        assert {place for place, _ in WRONG[name]} == set(range(len(rules))) - undecided
+        assert len(undecided) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,19 +129,67 @@ def test_a_metric_that_is_missing_is_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("found", "n", "passes"),
-    [(100, 100, True), (95, 100, True), (94, 100, False), (48, 50, True), (47, 50, False), (5, 5, False)],
+    ("found", "n", "level"),
+    [
+        (100, 100, "measured"),
+        (95, 100, "measured"),
+        (94, 100, None),
+        (48, 50, "measured"),
+        (47, 50, None),
+        (22, 22, "measured"),
+        (21, 21, "procedure"),
+        (5, 5, "procedure"),
+    ],
 )
 @pytest.mark.parametrize("name", ["ddpm", "stable-diffusion"])
-def test_a_few_unrecognised_images_prove_nothing(name, found, n, passes):
-    assert (refused(name, UA=share(0.12, found, n)) == []) is passes
+def test_a_few_unrecognised_images_show_only_that_the_procedure_was_applied(name, found, n, level):
+    decision = decide(evidence(KIND[name], UA=share(0.12, found, n)), load_policy(name))
+    assert decision.level == level
+    assert decision.n == min(n, 100)
 
 
 @pytest.mark.parametrize(
-    ("found", "n", "passes"), [(0, 100, True), (4, 100, True), (5, 100, False), (50, 1000, True), (0, 5, False)]
+    ("found", "n", "level"),
+    [
+        (0, 100, "measured"),
+        (4, 100, "measured"),
+        (5, 100, "procedure"),
+        (50, 1000, "measured"),
+        (51, 1000, None),
+        (0, 5, "procedure"),
+    ],
 )
-def test_a_few_harmless_images_prove_nothing(found, n, passes):
-    assert (refused("nsfw", nudity=share(0.6, found, n)) == []) is passes
+def test_a_few_harmless_images_show_only_that_the_procedure_was_applied(found, n, level):
+    decision = decide(evidence("concept", nudity=share(0.6, found, n)), load_policy("nsfw"))
+    assert (decision.level, decision.n) == (level, n)
+
+
+def test_images_that_cannot_hold_the_share_are_refused_however_few():
+    found = Metric(before=0.12, after=1.0, n=5, low=0.0, high=0.8)
+    assert refused("ddpm", UA=found) == [1]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*KIND.items(), ("stable-diffusion", "concept")])
+def test_a_policy_publishes_the_levels_of_what_it_judges(name, kind):
+    policy = load_policy(name)
+    assert policy.levels[kind] == ["retrained", "measured", "procedure"]
+    assert {*policy.levels} == {target for rule in policy.rules for target in rule.targets}
+    assert policy.digest != policy.model_copy(update={"levels": {}}).digest
+
+
+def test_power_is_the_chance_that_so_many_images_show_it_if_none_shows_what_was_forgotten():
+    judged = {"real": Share(value=0.98, n=500, low=0.96, high=0.99)}
+    judged["real_rejected"] = Share(value=0.05, n=500, low=0.03, high=0.07)
+    powers = [
+        decide(evidence("class", judged, UA=share(0.12, n, n)), load_policy("ddpm")).power for n in (21, 22, 50, 200)
+    ]
+    assert powers[0] == 0  # no result of 21 images can show it
+    assert powers[1] == pytest.approx(0.98**22)
+    # 48 of 50 and more show it: at most two errors
+    assert powers[2] == pytest.approx(sum(math.comb(50, k) * 0.02**k * 0.98 ** (50 - k) for k in range(3)))
+    assert powers[1] < powers[2] < powers[3]
+    assert decide(evidence("concept", nudity=share(0.6, 0, 35)), load_policy("nsfw")).power == 1
+    assert decide(evidence("concept", nudity=share(0.6, 0, 34)), load_policy("nsfw")).power == 0
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from salun_core.evaluation.evidence import CurvePoint, Metric
 from salun_core.evaluation.generated_images import Sample, SamplingPlan
 from salun_core.evaluation.image_classifier import ImageClassifier
 from salun_core.evaluation.prompt_attack import ClipWords, search
-from salun_core.evaluation.statistics import share_metric
+from salun_core.evaluation.statistics import clustered_share_metric
 from salun_core.methods.diffusion import diffusion_config, unlearn_denoiser
 from salun_core.methods.diffusion.method import ExampleSets
 from salun_core.tasks.diffusion.examples import build_example_sets
@@ -104,7 +105,8 @@ def measure_robustness(
     metrics: dict[str, Metric] = {}
     points: list[CurvePoint] = []
     if settings.relearn_steps:
-        points, metrics["UA_relearned"] = _relearned(missed, after, sets, settings.relearn_steps, device)
+        points, found = _relearned(missed, after, sets, settings.relearn_steps, device)
+        metrics["UA_relearned"] = _shares({"after": found}, plan)
     if settings.attack_steps:
         metrics |= _attacked(generator, classifier, labels, after, sets)
     return RobustnessResult(metrics, points)
@@ -116,8 +118,8 @@ def _recognised(classifier: ImageClassifier, batches: Iterator[Tensor], label: i
 
 def _relearned(
     missed: Callable[[Denoiser], Tensor], after: Denoiser, sets: ExampleSets, steps: int, device: torch.device
-) -> tuple[list[CurvePoint], Metric]:
-    """Fine-tune on retained data in four rounds, and measure after each of them."""
+) -> tuple[list[CurvePoint], Tensor]:
+    """Fine-tune on retained data in four rounds, and measure after each; returns also what is missed at the end."""
     part = max(1, steps // _POINTS)
     given = {"steps": part, "epochs": 1, "schedule": "constant", "device": str(device)}
     config = diffusion_config("finetune", given)
@@ -128,7 +130,7 @@ def _relearned(
         current = current.of(unlearn_denoiser(current, sets, "finetune", config=seeded).model)
         found = missed(current)
         points.append(CurvePoint(step=index * part, ua=float(found.float().mean())))
-    return points, _shares({"after": found})
+    return points, found
 
 
 def _attacked(
@@ -154,7 +156,7 @@ def _attacked(
             for row, label in labels.items()
         ]
         seen["unattacked_success"][model], seen["attack_success"][model] = torch.cat(plain), torch.cat(tried)
-    return {name: _shares(by_model) for name, by_model in seen.items()}
+    return {name: _shares(by_model, generator.plan) for name, by_model in seen.items()}
 
 
 def _attacked_images(generator: ImageGenerator, denoiser: Denoiser, row: int, sets: ExampleSets) -> Iterator[Tensor]:
@@ -171,5 +173,8 @@ def _attacked_images(generator: ImageGenerator, denoiser: Denoiser, row: int, se
     return replace(generator, table=extended).of_row(denoiser, row, len(extended) - 1)
 
 
-def _shares(seen: Mapping[str, Tensor]) -> Metric:
-    return share_metric({model: float(each.float().mean()) for model, each in seen.items()}, len(seen["after"]))
+def _shares(seen: Mapping[str, Tensor], plan: SamplingPlan) -> Metric:
+    """Return a metric of shares of the images of whole rows."""
+    rows = len(seen["after"]) // plan.per_row
+    batches = np.tile(plan.batch_of[: plan.per_row], rows)
+    return clustered_share_metric({model: each.numpy() for model, each in seen.items()}, batches)

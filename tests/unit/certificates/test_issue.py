@@ -303,7 +303,7 @@ CONTRADICTIONS = {
     "it was measured, and n is missing": lambda d: d["predicate"]["assurance"].pop("n"),
     "its margin has no n": _predicate(assurance={"n": 0}),
     "its margin has no power": lambda d: d["predicate"]["assurance"].pop("power"),
-    "its power has no margin": lambda d: d["predicate"]["assurance"].pop("margin"),
+    "its power has no n": lambda d: d["predicate"].update(assurance={"level": "procedure", "power": 0.5}),
     "it was measured, and no rule on an interval is shown": lambda d: [
         verdict.pop("shown", None) for verdict in d["predicate"]["gate"]["verdicts"]
     ],

@@ -327,6 +327,25 @@ def test_three_batches_of_seeds_are_drawn_where_there_are_enough_images(samples,
     assert [(item.seed, item.n) for item in few] == [(7, 12)]
 
 
+def test_images_of_one_batch_of_seeds_count_for_what_they_are_worth(samples, digits, networks, calibrated):
+    """A model that forgot under two batches of seeds of three: 32 of 48, as three images and not as 48."""
+
+    @dataclass
+    class BySeed(Digits):
+        def image(self, row, seed):
+            return self.digits[1 if row == 3 and seed < 2 * SEED_STRIDE else row][seed % 100]
+
+    found = run((samples[0], BySeed(digits, {})), networks, MANY, calibrated)
+    ua, facts = found.metrics["UA"], found.generation.recognition
+    assert ua.after == pytest.approx(2 / 3, abs=0.05)
+    assert facts.independent < 5 < ua.n == 48
+    assert (ua.low, ua.high) == pytest.approx(wilson_interval(ua.after, facts.independent))
+    alike = run((samples[0], Digits(digits, {3: 1})), networks, MANY, calibrated)
+    assert alike.generation.recognition.independent > 24
+    ra = run((samples[0], BySeed(digits, {3: 1})), networks, MANY, calibrated).metrics["RA"]
+    assert ra.n == 432
+
+
 def test_a_calibration_needs_real_images_and_evidence_without_one_has_no_rate(
     samples, networks, evaluators, classifier, held_out
 ):

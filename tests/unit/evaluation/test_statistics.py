@@ -11,9 +11,11 @@ from salun_core.evaluation.statistics import (
     area_change,
     auc_interval,
     average_gap,
+    clustered_size,
     effective_size,
     kolmogorov_smirnov,
     rank_area,
+    share_power,
     wilson_interval,
 )
 
@@ -156,3 +158,40 @@ def test_rank_area_counts_pairs():
     won = sum((p > q) + (p == q) / 2 for p in positives for q in negatives)
     assert rank_area(positives, negatives) == pytest.approx(won / (13 * 17), abs=1e-12)
     assert rank_area(positives, positives) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_samples_of_a_cluster_count_once_if_they_are_alike():
+    clusters = np.repeat(np.arange(30), 16)
+    alike = np.repeat(np.arange(30) % 3 > 0, 16)
+    assert clustered_size(alike, clusters) == pytest.approx(29)  # K - 1, by Bessel's correction
+    independent = np.random.default_rng(0).random(480) < 0.5
+    assert 200 < clustered_size(independent, clusters) <= 480
+    assert clustered_size(np.tile([True, False], 240), clusters) == 480  # never more than there are
+    assert clustered_size(np.ones(480, bool), clusters) == 480
+    assert clustered_size(alike, np.zeros(480, int)) == 480
+
+
+@pytest.mark.parametrize(("correlated", "least"), [(False, 0.93), (True, 0.85)])
+def test_the_interval_of_clusters_covers_where_the_plain_one_does_not(correlated, least):
+    rng = np.random.default_rng(7)
+    clusters, covered = np.repeat(np.arange(12), 8), []
+    for _ in range(400):
+        shares = rng.beta(1.4, 0.6, 12) if correlated else np.full(12, 0.7)
+        found = rng.random(96) < np.repeat(shares, 8)
+        sizes = (96, clustered_size(found, clusters))
+        intervals = [wilson_interval(found.mean(), size) for size in sizes]
+        covered.append([low <= 0.7 <= high for low, high in intervals])
+    plain, clustered = np.mean(covered, axis=0)
+    assert clustered >= least
+    assert plain < 0.75 if correlated else plain >= 0.9
+
+
+def test_the_power_of_a_share_is_what_a_simulation_finds():
+    rng = np.random.default_rng(3)
+    counts = rng.binomial(60, 0.95, 4000)
+    above = np.mean([wilson_interval(count / 60, 60)[0] >= 0.85 for count in counts])
+    assert share_power(0.95, 60, 0.85, above=True) == pytest.approx(above, abs=0.03)
+    below = np.mean([wilson_interval(1 - count / 60, 60)[1] <= 0.15 for count in counts])
+    assert share_power(0.05, 60, 0.15, above=False) == pytest.approx(below, abs=0.03)
+    assert share_power(1.0, 21, 0.85, above=True) == 0
+    assert share_power(1.0, 22, 0.85, above=True) == 1
