@@ -7,7 +7,8 @@
 
 γ is `saliency_ratio`, λ is `adaptive_power`, β is `slow_rate`. α_t falls from `forget_strength` as a cosine over the
 run. β is 1 by default, as in the authors' classification code, so there is no slow update. Only the forget gradient is
-masked: retain steps, momentum and weight decay change every weight.
+masked: retain steps, momentum and weight decay change every weight. A sample whose loss is below the resolution of
+float32 has no gradient, and its c is 0.
 
 Source: Huang et al., "Unified Gradient-Based Machine Unlearning with Remain Geometry Enhancement", NeurIPS 2024
 (adaptive coefficients, forget-remain balanced saliency, fast-slow updates). Deviations: docs/research/deviations.md,
@@ -42,7 +43,8 @@ from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, Share
 from salun_core.methods.loop import Phase, Step
 from salun_core.saliency.scores import scoring
 
-_EPSILON = 1e-15  # keeps 0 / 0 and 0 >= 0 defined: unused weights are salient, losses of 0 get a finite weight
+_EPSILON = 1e-15  # keeps 0 / 0 and 0 >= 0 defined: unused weights are salient
+_RESOLUTION = torch.finfo(torch.float32).eps  # a float32 loss below it is rounding: log(1 + x) knows no smaller x
 
 
 def fisher_diagonal(model: nn.Module, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
@@ -78,6 +80,10 @@ def begin(context: ClassifierContext) -> ClassifierContext:
 def adaptive_ascent(logits: Tensor, labels: Tensor, power: float, group: ProcessGroup = SINGLE_PROCESS) -> Tensor:
     """Return -Σ c ℓ / Σ c.
 
+    A sample that the model is sure of has a loss of 0 in float32, and no gradient. If it counted with the weight that
+    the equation gives a vanishing loss, its weight alone would be Σ c, and the rest of the batch would not move. So
+    its weight is 0. A batch of such samples gives 0.
+
     Args:
         logits: [B, K].
         labels: int64 [B].
@@ -85,8 +91,9 @@ def adaptive_ascent(logits: Tensor, labels: Tensor, power: float, group: Process
         group: the processes that share the batch; each gets its own summand.
     """
     losses = sample_losses(logits, labels, reduction="none")
-    weights = 1 / (losses.detach() ** power + _EPSILON)
-    return -(weights / group.total(weights.sum()) * losses).sum()
+    weights = losses.detach().clamp_min(_RESOLUTION) ** -power * (losses.detach() >= _RESOLUTION)
+    total = group.total(weights.sum())
+    return -(weights / torch.where(total > 0, total, 1.0) * losses).sum()
 
 
 def _forget_loss(

@@ -53,6 +53,32 @@ def test_a_loss_of_zero_has_a_finite_weight():
     assert bool(torch.isfinite(logits.grad).all())
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_a_sample_without_gradient_does_not_stop_its_batch(power):
+    """The first image is recognised with certainty: its float32 loss is 0, and 1 / (0 + 1e-15) was all of the sum."""
+    images, labels = FORGET[0].clone(), FORGET[1]
+    images[0] = 1e3 * linear()[1].weight.detach()[labels[0]].view(3, 2, 2)
+    others = ImageSet.of((images[1:], labels[1:]))
+    losses_of = nn.functional.cross_entropy(linear()(images), labels, reduction="none")
+    assert float(losses_of[0].detach()) == 0
+    assert float(losses_of[1:].min()) > 1e-3
+
+    def slope(pixels, truth):
+        model = linear()
+        adaptive_ascent(model(pixels), truth, power).backward()
+        return model[1].weight.grad
+
+    torch.testing.assert_close(slope(images, labels), slope(others.images, others.labels))
+
+
+def test_a_batch_without_any_gradient_changes_nothing():
+    logits = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
+    loss = adaptive_ascent(logits, torch.tensor([0, 1]), 0.5)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert torch.equal(logits.grad, torch.zeros(2, 2))
+
+
 @pytest.mark.parametrize("slow", [1.0, 0.25])
 def test_a_round_is_one_forget_step_then_retain_steps(slow):
     original = weights(linear())
