@@ -187,6 +187,7 @@ def unlearn(
     forget: Images,
     retain: Images,
     mask: SaliencyMask | None = None,
+    held_out: Images | None = None,
     config: UnlearnConfig | Mapping[str, Any] | None = None,
     seed: int | None = None,
     progress: bool = True,
@@ -200,7 +201,9 @@ def unlearn(
         method: a key of `METHODS`.
         forget: D_f with true labels.
         retain: D_r with true labels.
-        mask: from `mask`, for methods that need one (`salun`); the others refuse one.
+        mask: from `mask`, for methods that need one (`salun`, `salun_lotus`); the others refuse one.
+        held_out: images that the model was not trained on, with true labels, for `lotus` and `salun_lotus`; not the
+            test images.
         config: settings that differ from the method's defaults, such as `{"epochs": 3, "learning_rate": 0.01}`.
         seed: seed of the order and of all draws; by default that of `config`.
         progress: show a bar.
@@ -231,6 +234,7 @@ def unlearn(
             retain=kept,
             config=settings,
             mask=mask,
+            held_out=None if held_out is None else _images(model, network, "held-out", held_out),
             fresh=(lambda: fresh_classifier(card.architecture, kept, len(card.classes), settings.seed))
             if card
             else None,

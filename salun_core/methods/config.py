@@ -118,6 +118,21 @@ class UnlearnConfig(LoopConfig):
     slow_rate: float = Field(
         default=1.0, gt=0, le=1, description="sfr_on: β, how far the weights follow each round of fast steps"
     )
+    temper_strength: float = Field(
+        default=2.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="lotus, salun_lotus: α, how fast the temperature grows with the accuracy on D_f",
+    )
+    retain_share: float = Field(
+        default=0.3, gt=0, le=1, description="lotus, salun_lotus: share of D_r that the epochs train on"
+    )
+    reset_share: float = Field(
+        default=0.3, gt=0, le=1, description="msg: ρ, share of each layer's weights that are drawn afresh"
+    )
+    kept_gradient: float = Field(
+        default=0.1, ge=0, le=1, description="msg: κ, factor on the gradient of the other weights of these layers"
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -131,8 +131,10 @@ def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
     forget, retain = problem.images
     with torch.no_grad():
         num_classes = int(problem.model(next(iter(forget.batches(1)))[0]).shape[1])
-    context = ClassifierContext(forget, retain, num_classes, config, problem.model)
-    return get_method(METHODS, problem.space.method).total_passes(context)
+    row = get_method(METHODS, problem.space.method)
+    held_out = problem.sets.held_out if row.reads_held_out else None
+    context = ClassifierContext(forget, retain, num_classes, config, problem.model, held_out=held_out)
+    return row.total_passes(context)
 
 
 def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
@@ -222,7 +224,8 @@ class SearchState:
             return problem.budget.allows(spent) and not suggestion.should_prune()
 
         callback = EpochCallback(self.evaluator, go_on, config.epochs)
-        trial = run_trial(method, config, problem.images, problem.mask(choice), callback, problem.space.growing)
+        mask, held_out = problem.mask(choice), problem.sets.held_out
+        trial = run_trial(method, config, problem.images, mask, callback, problem.space.growing, held_out)
         epochs = len(trial.history) if get_method(METHODS, method).edit is None else config.epochs
         if trial.state == "failed":
             epochs = min(epochs + 1, config.epochs)  # the failed epoch used budget too

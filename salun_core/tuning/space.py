@@ -31,6 +31,9 @@ _OWN: dict[str, dict[str, tuple[float, float, bool]]] = {
     "neggrad_plus": {"retain_weight": (0.8, 0.999, False)},
     "sfr_on": {"forget_strength": (2.5, 250.0, True)},
     "influence": {"influence_strength": (1.5, 150.0, True)},
+    "lotus": {"temper_strength": (0.5, 16.0, True)},
+    "salun_lotus": {"temper_strength": (0.5, 16.0, True)},
+    "msg": {"reset_share": (0.05, 0.9, False)},
 }
 
 GROWING = frozenset(

@@ -149,6 +149,7 @@ def run_trial(
     mask: SaliencyMask | None,
     callback: EpochCallback,
     growing: bool,
+    held_out: ImageSet | None = None,
 ) -> Trial:
     """Run one setting.
 
@@ -160,6 +161,7 @@ def run_trial(
         callback: measures each epoch.
         growing: whether each epoch's model is a candidate. Otherwise only the last model is measured, because an
             earlier one is not the result of a shorter run and does not predict the last one.
+        held_out: for a method that measures the original on it.
 
     Returns:
         The result. A non-finite loss gives a failed trial, not an error.
@@ -176,6 +178,7 @@ def run_trial(
             retain=retain,
             config=config,
             mask=mask,
+            held_out=held_out,
             checkpoint=callback if growing else None,
             on_epoch=callback.look if growing else callback.history.append,
         )

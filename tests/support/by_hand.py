@@ -37,7 +37,7 @@ FORGET, RETAIN = pair(7, 1), pair(20, 2)
 
 
 def run(method, model=None, forget=FORGET, retain=RETAIN, **config):
-    extra = {key: config.pop(key) for key in ("checkpoint", "on_epoch") if key in config}
+    extra = {key: config.pop(key) for key in ("checkpoint", "on_epoch", "mask", "held_out") if key in config}
     settings = UnlearnConfig(**{**PLAIN, **config})
     return unlearn(model or linear(), method, forget=forget, retain=retain, config=settings, **extra)
 
@@ -96,3 +96,11 @@ def image_set(count, seed):
     pixels = torch.randint(0, 256, (count, 3, 9, 9), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 4, (count,), generator=generator)
     return ImageSet(pixels, labels, Normalisation((0.5, 0.4, 0.3), (0.2, 0.2, 0.3)), "crop-flip")
+
+
+@torch.no_grad()
+def unrecognised(model, count, seed):
+    """Images that the model takes for another class: for the target of LoTUS, nothing is recognised."""
+    images = image_set(count, seed)
+    found = model.eval()(next(images.batches(count))[0]).argmax(1)
+    return images.relabelled((found + 1) % 4)

@@ -19,14 +19,18 @@ from salun_core.methods.checkpoint import CheckpointStore, FileCheckpoint
 from salun_core.methods.classification import (
     boundary_expanding,
     boundary_shrink,
+    ct,
     finetune,
     gradient_ascent,
     influence,
     l1_sparse,
+    lotus,
+    msg,
     neggrad_plus,
     random_label,
     retrain,
     salun,
+    salun_lotus,
     salun_soft,
     scrub,
     sfr_on,
@@ -56,6 +60,10 @@ METHODS: dict[str, ClassifierMethod] = {
     "scrub": scrub.METHOD,
     "neggrad_plus": neggrad_plus.METHOD,
     "sfr_on": sfr_on.METHOD,
+    "lotus": lotus.METHOD,
+    "salun_lotus": salun_lotus.METHOD,
+    "msg": msg.METHOD,
+    "ct": ct.METHOD,
 }
 
 
@@ -72,6 +80,7 @@ def unlearn(
     retain: Images,
     config: UnlearnConfig | Mapping[str, Any] | None = None,
     mask: SaliencyMask | None = None,
+    held_out: Images | None = None,
     fresh: Callable[[], nn.Module] | None = None,
     checkpoint: CheckpointStore | None = None,
     on_epoch: OnEpoch | None = None,
@@ -86,6 +95,8 @@ def unlearn(
         retain: D_r with true labels.
         config: a `UnlearnConfig`, or what differs from the method's defaults.
         mask: for methods that need one; refused by those that do not.
+        held_out: images that the model was not trained on, with true labels; LoTUS measures the model on them. No
+            method trains on them, and the test data must not be among them.
         fresh: builds a model with fresh weights for `retrain`; by default the layers of `model` are reset.
         checkpoint: keeps the state after each epoch, and resumes from it.
         on_epoch: called after each epoch.
@@ -107,7 +118,9 @@ def unlearn(
     sets = ImageSet.of(forget, "forget").to(device), ImageSet.of(retain, "retain").to(device)
     started = _on(_started(model, row, fresh, settings.seed), device)
     original = _on(copy.deepcopy(model), device).requires_grad_(False).eval() if row.needs_original else None
-    context = ClassifierContext(*sets, _checked_classes(started, *sets), settings, started, original)
+    unseen = _of_kept_classes(held_out, sets[1]) if held_out is not None and row.reads_held_out else None
+    classes = _checked_classes(started, *sets)
+    context = ClassifierContext(*sets, classes, settings, started, original, held_out=unseen)
     fingerprint = _fingerprint(model, method, mask, context) if checkpoint or group.size > 1 else ""
     group.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
     begun = time.perf_counter()
@@ -122,6 +135,12 @@ def _started(model: nn.Module, row: ClassifierMethod, fresh: Callable[[], nn.Mod
     if not row.fresh_start:
         return copy.deepcopy(model)
     return fresh() if fresh else reinitialised(copy.deepcopy(model), seed)
+
+
+def _of_kept_classes(held_out: Images, retain: ImageSet) -> ImageSet:
+    """Return the held-out images of classes that are retained: a model without D_f would not know the others."""
+    images = ImageSet.of(held_out, "held-out").to(retain.labels.device)
+    return images.select(torch.isin(images.labels, retain.labels).nonzero().flatten())
 
 
 def _on(model: nn.Module, device: torch.device) -> nn.Module:
@@ -198,7 +217,8 @@ def _checked_classes(model: nn.Module, forget: ImageSet, retain: ImageSet) -> in
 def _fingerprint(model: nn.Module, method: str, mask: SaliencyMask | None, context: ClassifierContext) -> str:
     settings = context.config.model_dump(exclude={"device"})
     parts: list[Any] = [model_digest(model), method, settings, mask.digest if mask else None]
-    for images in (context.forget, context.retain):
+    held_out = [context.held_out] if context.held_out is not None else []
+    for images in (context.forget, context.retain, *held_out):
         pixels = None if images.ids else sha256_bytes(images.images.cpu().contiguous().numpy().tobytes())
         parts += [sha256_bytes(images.labels.cpu().numpy().tobytes()), list(images.ids), list(images.images.shape)]
         parts += [pixels, images.augment, images.normalisation.mean if images.normalisation else None]

@@ -91,6 +91,8 @@ class ClassifierContext:
         original: θ_o, frozen and in eval mode; set only for methods that need it.
         salient: boolean masks by parameter name, for methods that compute their own mask.
         epoch: index of the epoch, from 0.
+        held_out: images that the model was not trained on, with true labels; only for methods that need them. They are
+            the validation split, never the test split.
     """
 
     forget: ImageSet
@@ -101,6 +103,7 @@ class ClassifierContext:
     original: nn.Module | None = None
     salient: Mapping[str, Tensor] = field(default_factory=dict)
     epoch: int = 0
+    held_out: ImageSet | None = None
 
     def phase(self, name: str, images: ImageSet, loss: Loss = classification_loss) -> Phase:
         """Return a phase that visits every image once; see `dataset_phase`."""
@@ -118,6 +121,7 @@ class ClassifierMethod(method.Method[UnlearnConfig]):
         edit: closed form: changes the model in training once, without epochs.
         passes: cost of the run in image passes (one image forward and backward); a forward pass alone counts 1/3.
             By default each image of each phase counts once.
+        reads_held_out: whether it measures the original on held-out images.
     """
 
     phases: Callable[[ClassifierContext, torch.Generator], Sequence[Phase]] | None = None
@@ -125,6 +129,7 @@ class ClassifierMethod(method.Method[UnlearnConfig]):
     finish: Callable[[nn.Module, int], None] | None = None
     edit: Callable[[ClassifierContext], None] | None = None
     passes: Callable[[ClassifierContext], float] | None = None
+    reads_held_out: bool = False
     config_type: type[UnlearnConfig] = field(default=UnlearnConfig, kw_only=True)
 
     def check(self, name: str, config: UnlearnConfig) -> None:

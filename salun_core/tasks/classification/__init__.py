@@ -111,6 +111,7 @@ class ClassificationTask:
             retain=inputs.retain,
             config=config,
             mask=mask,
+            held_out=inputs.held_out if METHODS[method].reads_held_out else None,
             fresh=lambda: fresh_classifier(card.architecture, inputs.retain, len(card.classes), config.seed),
             checkpoint=checkpoint,
             on_epoch=on_epoch,

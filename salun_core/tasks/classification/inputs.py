@@ -39,6 +39,11 @@ class ClassifierInputs(Inputs[LoadedModel]):
         return self.parts[1]
 
     @cached_property
+    def held_out(self) -> ImageSet | None:
+        """The validation split, which the model was not trained on; None if there is none."""
+        return self.data.images("validation", self.original.normalisation) if self.split.validation else None
+
+    @cached_property
     def test(self) -> ImageSet:
         """The test split without the classes that earlier runs forgot, because the model should not recognise them."""
         images = self.data.images("test", self.original.normalisation)

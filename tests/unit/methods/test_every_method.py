@@ -12,13 +12,15 @@ from salun_core.methods.classification import METHODS, FileCheckpoint, UnlearnCo
 from salun_core.methods.classification.method import ClassifierContext
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.models.checkpoint import model_digest
-from tests.support.by_hand import image_set, net, run
+from salun_core.saliency import SaliencyMask
+from tests.support.by_hand import image_set, net, run, unrecognised
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 
 TRAINED = ["boundary_expanding", "boundary_shrink", "l1_sparse", "salun_soft", "scrub", "neggrad_plus", "sfr_on"]
+TRAINED += ["lotus", "salun_lotus", "msg", "ct"]
 SETTINGS = {
     "epochs": 3,
     "batch_size": 8,
@@ -36,8 +38,15 @@ class BrokenOffError(Exception):
     """Stands for whatever ends a run."""
 
 
+def needed(method):
+    """What the method needs besides D_f and D_r."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in net().named_parameters()}
+    given = {"mask": SaliencyMask.random(shapes, 0.5, seed=3)} if METHODS[method].needs_mask else {}
+    return given | ({"held_out": unrecognised(net(), 20, 3)} if METHODS[method].reads_held_out else {})
+
+
 def started(method, **extra):
-    return run(method, net(), image_set(11, 1), image_set(30, 2), **SETTINGS, **extra)
+    return run(method, net(), image_set(11, 1), image_set(30, 2), **SETTINGS, **needed(method), **extra)
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -63,7 +72,8 @@ def test_a_resumed_run_gives_the_same_bits(method, tmp_path):
 def test_the_same_run_gives_the_same_weights_and_does_not_change_the_model(method):
     model = net()
     before = model_digest(model)
-    first, second = (run(method, model, image_set(11, 1), image_set(30, 2), batch_size=8) for _ in range(2))
+    sets = image_set(11, 1), image_set(30, 2)
+    first, second = (run(method, model, *sets, batch_size=8, **needed(method)) for _ in range(2))
     assert model_digest(first.model) == model_digest(second.model) != before == model_digest(model)
     assert 0 < first.changed_fraction <= 1
     assert not first.model.training
@@ -94,6 +104,10 @@ def test_unknown_settings_and_those_of_other_methods_are_refused(method):
         ("retain_weight", 1),
         ("forget_every", 0),
         ("slow_rate", 0),
+        ("temper_strength", 0),
+        ("retain_share", 1.5),
+        ("reset_share", 0),
+        ("kept_gradient", -0.1),
         ("forget_strength", float("inf")),
     ],
 )
@@ -110,7 +124,9 @@ def test_the_shares_of_several_processes_add_up_to_the_batch(method):
     with torch.no_grad():
         model.conv.weight.mul_(1.1)
     config = UnlearnConfig(batch_size=4, augment=False)
-    context = ClassifierContext(image_set(17, 1), image_set(17, 2), 4, config, model, net())
+    context = ClassifierContext(
+        image_set(17, 1), image_set(17, 2), 4, config, model, net(), held_out=unrecognised(net(), 20, 3)
+    )
     context = METHODS[method].begin(context) if METHODS[method].begin else context
     original = net() if method == "salun_soft" else context.original
 

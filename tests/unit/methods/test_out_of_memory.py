@@ -15,7 +15,7 @@ from salun_core.methods.loop import Phase, run_loop
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 from salun_core.tasks.classification import ClassificationTask
-from tests.support.by_hand import image_set, net
+from tests.support.by_hand import image_set, net, unrecognised
 from tests.support.full_device import limited
 
 BATCH = 16
@@ -30,7 +30,7 @@ def unlearned(method, limit=None, batch_norm="freeze", **extra):
     mask = half_mask(model) if METHODS[method].needs_mask else None
     room = limited(model, limit) if limit is not None else None
     config = {**SETTINGS, "batch_norm": batch_norm, "device": "cpu"}
-    sets = {"forget": image_set(20, 1), "retain": image_set(37, 2)}
+    sets = {"forget": image_set(20, 1), "retain": image_set(37, 2), "held_out": unrecognised(net(), 20, 3)}
     return unlearn(model, method, **sets, config=config, mask=mask, **extra), room
 
 

@@ -187,7 +187,7 @@ def test_layers_that_cannot_be_initialised_again_are_refused():
         run("retrain", model=nn.Sequential(Odd()), batch_norm="update")
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"ct"}))  # the linear model has no kernel to transpose
 def test_the_model_that_was_given_is_unchanged(method):
     model = linear().train()
     mask = SaliencyMask.full({name: p.shape for name, p in model.named_parameters()})
@@ -195,7 +195,7 @@ def test_the_model_that_was_given_is_unchanged(method):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    result = run(method, model=model, mask=mask if method == "salun" else None)
+    result = run(method, model=model, mask=mask if METHODS[method].needs_mask else None, held_out=RETAIN)
     assert model_digest(model) == before != model_digest(result.model)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not result.model.training
@@ -288,7 +288,7 @@ def test_masks_are_required_and_never_ignored():
     mask = SaliencyMask.full({name: p.shape for name, p in linear().named_parameters()})
     with pytest.raises(UsageError, match="needs a mask"):
         run("salun")
-    for method in METHODS.keys() - {"salun"}:
+    for method in [name for name, row in METHODS.items() if not row.needs_mask]:
         with pytest.raises(UsageError, match="takes no mask"):
             run(method, mask=mask)
     with pytest.raises(ModelError, match="does not fit"):

@@ -1,0 +1,148 @@
+"""LoTUS: train towards the original's own outputs, tempered on the forget set and sharpened on the retain set.
+
+    min_θ  E_{x in D_f} CE(f_θ(x), s((f_θo(x) + g) / T))  +  E_{x in D_r} CE(f_θ(x), onehot(argmax(f_θo(x) + g)))
+    T = exp(α (Acc(f_θ; D_f) - A)),    g ~ Gumbel(0, 1) for each image and class,    s the softmax,    θ_o frozen
+
+α is `temper_strength`. A is the accuracy of θ_o on unseen images of the classes of D_f, 0 for a class of which nothing
+is retained. So D_f becomes as uncertain as data that the model has not seen. T is measured before each epoch. If D_f is
+recognised less often than unseen data by more than 0.01, the rest of the run changes nothing. Each epoch is one pass
+over D_f and a fixed draw of D_r (`retain_share`), shuffled together.
+
+Source: Spartalis et al., "LoTUS: Large-Scale Machine Unlearning with a Taste of Uncertainty", CVPR 2025. Deviations:
+docs/research/deviations.md, row `lotus`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from salun_core.data.images import ImageSet
+from salun_core.errors import UsageError
+from salun_core.evaluation.outputs import outputs_of
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, batches_of, share_step
+from salun_core.methods.distributed import ProcessGroup
+from salun_core.methods.loop import Phase, Step
+
+_BELOW = 0.01  # the authors' margin: a run that has forgotten more than this stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class LotusContext(ClassifierContext):
+    """A context with what is computed once.
+
+    Args:
+        unseen: A.
+        images: D_f with label 1, then the draw of D_r with label 0.
+    """
+
+    unseen: float
+    images: ImageSet
+
+
+def begin(context: ClassifierContext) -> ClassifierContext:
+    """Measure A and draw from D_r.
+
+    Raises:
+        UsageError: there are no held-out images to measure A on.
+    """
+    generator = torch.Generator().manual_seed(context.config.seed)
+    drawn = context.retain.select(torch.randperm(len(context.retain), generator=generator)[: _draws(context)])
+    tempered, sharpened = torch.ones_like(context.forget.labels), torch.zeros_like(drawn.labels)
+    images = context.forget.relabelled(tempered).joined(drawn.relabelled(sharpened))
+    return LotusContext(**vars(context), unseen=unseen_accuracy(context), images=images)
+
+
+def _draws(context: ClassifierContext) -> int:
+    return max(1, int(context.config.retain_share * len(context.retain)))
+
+
+def unseen_accuracy(context: ClassifierContext) -> float:
+    """Return A, averaged over the class histogram of D_f.
+
+    A class without held-out images gets the accuracy over all of them.
+
+    Raises:
+        UsageError: D_f has classes that are retained in part, and there are no held-out images.
+    """
+    forgotten = context.forget.labels.cpu().numpy()
+    partly = np.isin(forgotten, context.retain.labels.cpu().numpy())
+    if not partly.any():
+        return 0.0
+    if context.held_out is None or not len(context.held_out):
+        raise UsageError(
+            "LoTUS needs held-out images",
+            "it makes D_f as uncertain as data that the model was not trained on",
+            "train with `validation_fraction: 0.1` in the data spec, in Python give held_out",
+        )
+    assert context.original is not None
+    found = outputs_of(context.original, context.held_out)
+    known = {label: float(found.correct[found.labels == label].mean()) for label in np.unique(found.labels).tolist()}
+    everything = float(found.correct.mean())
+    return sum(known.get(label, everything) for label in forgotten[partly].tolist()) / len(forgotten)
+
+
+def tempered_loss(
+    context: ClassifierContext, temperature: float, model: nn.Module, images: Tensor, drawn: Tensor
+) -> Tensor:
+    """Return the mean cross-entropy with the targets.
+
+    Args:
+        context: provides θ_o.
+        temperature: T.
+        model: θ.
+        images: [B, C, H, W].
+        drawn: 1 for an image of D_f and 0 for one of D_r, then g: [B, 1 + K].
+    """
+    assert context.original is not None
+    forgotten, noise = drawn[:, :1].bool(), drawn[:, 1:]
+    with torch.no_grad():
+        noisy = context.original(images) + noise
+        sharp = torch.nn.functional.one_hot(noisy.argmax(dim=1), noisy.shape[1]).to(noisy.dtype)
+        targets = torch.where(forgotten, torch.softmax(noisy / temperature, dim=1), sharp)
+    return -(targets * torch.log_softmax(model(images), dim=1)).sum(dim=1).mean()
+
+
+def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+    """Return one epoch over D_f and the draw of D_r; nothing if D_f is recognised less often than unseen data."""
+    assert isinstance(context, LotusContext)
+    assert context.model is not None
+    config, images = context.config, context.images
+    above = float(outputs_of(context.model, context.forget).correct.mean()) - context.unseen
+    if above <= -_BELOW:
+        return []
+    temperature = float(np.exp(config.temper_strength * above))
+
+    def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
+        for inputs, forgotten in images.batches(config.batch_size, generator, config.augment):
+            noise = -torch.empty(len(forgotten), context.num_classes).exponential_(generator=generator).log()
+            drawn = torch.cat([forgotten[:, None].to(noise), noise], dim=1).to(inputs)
+            yield share_step(partial(tempered_loss, context, temperature), group.share(inputs, drawn))
+
+    return [Phase("mixed", images.labels.device, len(images), batches_of(images, config), draw)]
+
+
+def passes(context: ClassifierContext) -> float:
+    """Return the cost in image passes; the outputs of θ_o and the accuracies count a third.
+
+    A run that stops costs less; this is the cost of all epochs.
+    """
+    held_out = len(context.held_out) if context.held_out is not None else 0
+    forget, draws = len(context.forget), _draws(context)
+    return held_out / 3 + context.config.epochs * (forget / 3 + (forget + draws) * 4 / 3)
+
+
+METHOD = ClassifierMethod(
+    phases,
+    defaults={"epochs": 10, "learning_rate": 1e-4, "optimizer": "adamw", "batch_norm": "update"},
+    reads=frozenset({"temper_strength", "retain_share"}),
+    needs_original=True,
+    begin=begin,
+    passes=passes,
+    reads_held_out=True,
+)
