@@ -235,9 +235,7 @@ def unlearn(
             config=settings,
             mask=mask,
             held_out=None if held_out is None else _images(model, network, "held-out", held_out),
-            fresh=(lambda: fresh_classifier(card.architecture, kept, len(card.classes), settings.seed))
-            if card
-            else None,
+            fresh=(lambda seed: fresh_classifier(card.architecture, kept, len(card.classes), seed)) if card else None,
             on_epoch=on_epoch,
         )
 

@@ -97,8 +97,8 @@ class Stage:
             self.base, "retrain", forget=self.forget, retain=self.retain, config=config, fresh=self._fresh
         ).model
 
-    def _fresh(self) -> nn.Module:
-        return fresh_classifier(ARCHITECTURE, self.forget, CLASSES, self.seed)
+    def _fresh(self, seed: int) -> nn.Module:
+        return fresh_classifier(ARCHITECTURE, self.forget, CLASSES, seed)
 
     def _model(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
         path = self.folder / f"{name}.safetensors"

@@ -36,6 +36,10 @@ class ForgetSet(Document):
     classes: list[int] = Field(default=[], description="sorted classes that are forgotten as a whole")
     concepts: list[ConceptTarget] = Field(default=[], description="concepts that are forgotten, sorted by pseudo id")
 
+    of_kind: dict[str, list[int]] = Field(
+        default={}, description="positions in `ids` by kind, sorted, if there are several kinds; a sample may have two"
+    )
+
     @model_validator(mode="after")
     def _counted(self) -> ForgetSet:
         if self.concepts and not {concept.pseudo_id for concept in self.concepts} <= set(self.ids):
@@ -43,8 +47,9 @@ class ForgetSet(Document):
         return self
 
     def canonical(self) -> bytes:
-        """Return the canonical JSON; an empty concepts key is omitted, so that older digests stay valid."""
-        return canonical_json(self.model_dump(mode="json", exclude=set() if self.concepts else {"concepts"}))
+        """Return the canonical JSON; later keys are omitted if they are empty, so that older digests stay valid."""
+        unused = {name for name in ("concepts", "of_kind") if not getattr(self, name)}
+        return canonical_json(self.model_dump(mode="json", exclude=unused))
 
     @cached_property
     def digest(self) -> str:
@@ -78,14 +83,20 @@ def resolve_forget(targets: Sequence[Target], table: Table | None, split: SplitM
     targets = [restored(target) for target in targets]
     concepts = {target.pseudo_id: target for target in targets if isinstance(target, ConceptTarget)}
     named = [target for target in targets if not isinstance(target, ConceptTarget)]
-    ids, kinds, classes = _of_data(named, table, split) if named else (set(), set(), [])
+    of_kind, classes = _of_data(named, table, split) if named else ({}, [])
+    trained = {kind: found & split.train.keys() for kind, found in of_kind.items()}
+    trained |= {"concept": set(concepts)} if concepts else {}
+    ids = sorted(set[str]().union(*trained.values()))
+    place = {name: index for index, name in enumerate(ids)}
+    positions = {kind: sorted(place[name] for name in trained[kind]) for kind in sorted(trained)}
     return ForgetSet(
         dataset_digest=split.dataset_digest,
         split_digest=split.digest,
-        ids=sorted({*(ids & split.train.keys()), *concepts}),
-        kinds=sorted(kinds | ({"concept"} if concepts else set())),
+        ids=ids,
+        kinds=sorted(trained),
         classes=classes,
         concepts=[concepts[name] for name in sorted(concepts)],
+        of_kind=positions if len(positions) > 1 else {},
     )
 
 
@@ -127,19 +138,20 @@ def kind_of(target: Target) -> str:
 
 def _of_data(
     targets: Sequence[Target], table: Table | None, split: SplitManifest
-) -> tuple[set[str], set[str], list[int]]:
-    """Return the samples of targets, the kinds of targets, and the classes that are forgotten completely."""
+) -> tuple[dict[str, set[str]], list[int]]:
+    """Return the samples of targets by kind, and the classes that are forgotten completely."""
     if table is None:
         raise UsageError(
             "the model came without training data", "only concepts can be forgotten from it", "name a concept"
         )
-    ids: set[str] = set()
+    of_kind: dict[str, set[str]] = {}
     for target in targets:
-        ids |= samples_of(target, table, split)
+        of_kind.setdefault(kind_of(target), set()).update(samples_of(target, table, split))
+    ids = set[str]().union(*of_kind.values())
     classes = sorted({find_class(target, table.classes) for target in targets if isinstance(target, ClassTarget)})
     if classes and all(table.labels[table.position[sample]] in classes for sample in ids):
-        return ids, {"class"}, classes  # the other targets lie within the classes
-    return ids, {kind_of(target) for target in targets}, classes
+        return {"class": ids}, classes  # the other targets lie within the classes
+    return of_kind, classes
 
 
 def samples_of(target: Target, table: Table, split: SplitManifest) -> set[str]:

@@ -98,6 +98,13 @@ class Measured(Document):
     mask: str | None = Field(default=None, description="saliency mask, if one was used")
 
 
+class KindCount(Document):
+    """Samples in the forget set of one kind of forget target; a sample of two kinds counts in both."""
+
+    count: int = Field(ge=0, description="samples of this kind")
+    in_classes: int = Field(ge=0, description="those of classes of which nothing is retained")
+
+
 class Forgotten(Document):
     """What had to be forgotten; it names no sample."""
 
@@ -110,20 +117,28 @@ class Forgotten(Document):
     in_classes: int | None = Field(
         default=None, ge=0, description="samples of those classes in the forget set; null in older evidence"
     )
+    by_kind: dict[str, KindCount] = Field(
+        default={}, description="the same for each kind, of a forget set of several kinds; empty in older evidence"
+    )
 
     @property
     def judged_kinds(self) -> set[str]:
-        """Kinds of target whose rules apply.
+        """Kinds of target whose rules apply to some sample."""
+        return {found for kind in self.kinds for found in self.rules_of(kind)}
+
+    def rules_of(self, kind: str) -> set[str]:
+        """Return the kinds of target whose rules apply to the samples of one kind.
 
         A person may be a class of their own: if nothing of a class is retained, the rules of classes apply to its
         samples, whatever named them. The rules of single samples apply only if there are samples of other classes.
+
+        Args:
+            kind: one of `kinds`. Older evidence does not tell the kinds apart: both rules then apply to each.
         """
-        kinds = set(self.kinds)
-        if self.in_classes:
-            kinds.add("class")
-            if self.in_classes >= self.count:
-                kinds -= {"samples", "subject"}
-        return kinds
+        known = self.by_kind.get(kind) or KindCount(count=self.count, in_classes=self.in_classes or 0)
+        if kind not in ("samples", "subject") or not known.in_classes:
+            return {kind}
+        return {"class"} if known.in_classes >= known.count else {kind, "class"}
 
 
 class Integrity(Document):
@@ -136,7 +151,12 @@ class Integrity(Document):
     buffers_changed: int = Field(ge=0, description="buffer values (batch-norm statistics) whose bits differ")
     distance: float | None = Field(
         default=None,
-        description="Euclidean distance of the weights, relative to the length of those before; null in older evidence",
+        description="distance of the weight matrices after from the nearest multiples of those before, relative to "
+        "their length: 0 for the same up to factors, 1 for unrelated ones; null in older evidence",
+    )
+    repeated: bool | None = Field(
+        default=None,
+        description="whether the evaluation repeated a retraining and came to the same bits; null if it did not try",
     )
 
 
@@ -380,10 +400,9 @@ class Evidence(Document):
         later = ("recognition", "original_images")
         if self.generation is not None and (lacking := {n for n in later if getattr(self.generation, n) is None}):
             absent["generation"] = lacking
-        if self.forgotten.in_classes is None:
-            absent["forgotten"] = {"in_classes"}
-        if self.integrity.distance is None:
-            absent["integrity"] = {"distance"}
+        unused = {"in_classes"} if self.forgotten.in_classes is None else set[str]()
+        absent["forgotten"] = unused | (set() if self.forgotten.by_kind else {"by_kind"})
+        absent["integrity"] = {name for name in ("distance", "repeated") if getattr(self.integrity, name) is None}
         return digest_json(_without_nan(self.model_dump(mode="json", exclude=absent)))
 
 

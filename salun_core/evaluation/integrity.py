@@ -51,9 +51,23 @@ def compare_weights(before: nn.Module, after: nn.Module, mask: SaliencyMask | No
 
 
 def _distance(old: dict[str, Parameter], new: dict[str, Parameter]) -> float | None:
-    """Return |new - old| / |old| over all parameters; None if it is not finite, or all old ones are 0."""
-    apart = sum(float((new[name].detach().double() - old[name].detach().double()).square().sum()) for name in old)
-    length = sum(float(parameter.detach().double().square().sum()) for parameter in old.values())
+    """Return |new - s old| / |new| over the weight matrices, with the best factor s for each.
+
+    A factor per layer is left out, because a layer can be scaled without changing what a model does. So are biases and
+    the scales of normalisation: fresh ones are all 0 or all 1, and thus alike.
+
+    Returns:
+        From 0 (the same up to factors) to 1 (unrelated); None if it is not finite, or all new matrices are 0.
+    """
+    apart = length = 0.0
+    for name, parameter in old.items():
+        if parameter.dim() < 2:
+            continue
+        before, after = parameter.detach().double().cpu(), new[name].detach().double().cpu()
+        square = float(before.square().sum())
+        factor = float((before * after).sum()) / square if square > 0 else 0.0
+        apart += float((after - factor * before).square().sum())
+        length += float(after.square().sum())
     return math.sqrt(apart / length) if length > 0 and math.isfinite(apart) else None
 
 

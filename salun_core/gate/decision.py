@@ -10,7 +10,7 @@ from pydantic import Field
 from salun_core.config import Document
 from salun_core.errors import GateRefusedError
 from salun_core.evaluation.evidence import Evidence
-from salun_core.gate.levels import Assurance, allowed, by_kind, certainty, level_of, retrained
+from salun_core.gate.levels import Assurance, allowed, by_kind, certainty, claimed, level_of
 from salun_core.gate.policy import Level, Policy, Rule
 from salun_core.gate.refusal import ANOTHER, SEARCH, Cause, Refusal, Verdict, check, strength
 from salun_core.gate.rules import apply
@@ -99,14 +99,17 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
         and a policy with rules for single kinds covers every kind of forget target in the set.
     """
     kinds = evidence.forgotten.judged_kinds
+    claims = claimed(policy, evidence)
+    retrained = bool(claims) and all(verdict.passed for verdict in claims)
     of_kinds = [rule for rule in policy.rules if not rule.targets or kinds & set(rule.targets)]
-    applying = [rule for rule in of_kinds if not (rule.unless_retrained and retrained(evidence))]
+    applying = [rule for rule in of_kinds if not (rule.unless_retrained and retrained)]
     judged = [apply(rule, evidence) for rule in applying]
-    level = level_of(judged, evidence)
+    levels = by_kind(applying, judged, evidence, retrained)
     verdicts = [
         *_builtin(evidence, expected or Expected()),
+        *claims,
         _covers(policy, applying, kinds),
-        *allowed(policy, level, kinds, images=evidence.generation is not None),
+        *allowed(policy, levels, evidence),
         *judged,
     ]
     failed = [verdict for verdict in verdicts if not verdict.passed]
@@ -116,9 +119,9 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
         policy_digest=policy.digest,
         evidence_digest=evidence.digest,
         summary=_summary(failed) or f"all {len(verdicts)} checks hold",
-        level=None if failed else level,
+        level=None if failed else level_of(judged, retrained),
         **certainty(applying, evidence),
-        kinds={} if failed else by_kind(applying, judged, evidence),
+        kinds={} if failed or len(evidence.forgotten.kinds) < 2 else levels,
         verdicts=verdicts,
     )
 

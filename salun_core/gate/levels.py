@@ -13,10 +13,24 @@ from salun_core.evaluation.evidence import Evidence
 from salun_core.evaluation.statistics import share_power
 from salun_core.gate.policy import Level, Policy, Rule
 from salun_core.gate.refusal import MORE_IMAGES, Cause, Verdict, check
-from salun_core.gate.rules import finite
+from salun_core.gate.rules import apply, finite, threshold_of
 
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
-_FRESH = 0.1  # least relative distance of a retrained model's weights, also with an equal seed
+_FRESH = 0.7  # trainings from other first weights are 0.99 and more apart; noise of this size destroys a model
+_UNFAMILIAR = Rule(
+    metric="attack_auc",
+    op="inside",
+    value=0.5,
+    tolerance=0.1,
+    or_reference=True,
+    reason="a retrained model must not be more familiar with the forgotten data than with unseen data",
+)
+_OTHER_ANSWERS = Rule(
+    metric="change",
+    op=">=",
+    value=0.03,
+    reason="a model that was trained from fresh weights must answer differently from the one before",
+)
 
 
 class LevelWords(NamedTuple):
@@ -101,49 +115,85 @@ def assurance_of(decision: Mapping[str, Any], kind: str = "", requests: int | No
     return parse(Assurance, {**found, "requests": requests}, "the gate's decision") if found.get("level") else None
 
 
-def retrained(evidence: Evidence) -> bool:
-    """Whether the model was trained from fresh weights; one with nearly its old weights was not, whatever it says."""
+def claimed(policy: Policy, evidence: Evidence) -> list[Verdict]:
+    """Check the claim of a run that it retrained, which frees a model of rules and is written by the run itself.
+
+    Either the evaluation repeated the training and came to the same bits, or nothing that it measured contradicts the
+    claim: the weights do not continue those before, the outputs are others, and the lower end of the attack's interval
+    is within the margin of unseen data, or of a reference. Being less familiar is no contradiction, because a model
+    that never saw the data can find them harder than other data.
+
+    Args:
+        policy: its equivalence test of the attack sets the margin; without one, 0.1.
+        evidence: of the run.
+
+    Returns:
+        One verdict if it was repeated, otherwise three, or one for a model that draws images; none for another method.
+    """
+    if evidence.run.method != "retrain":
+        return []
+    if evidence.integrity.repeated:
+        return [check("retrained again", True, "the same bits", "", Cause.INTEGRITY, "")]
     distance = finite(evidence.integrity.distance)
-    return evidence.run.method == "retrain" and distance is not None and distance >= _FRESH
+    fresh = distance is not None and distance >= _FRESH
+    found = "unknown" if distance is None else f"{distance:.4f}"
+    continued = f"the run claims a retraining, but its weights continue those before: distance {found}"
+    then = "let the evaluation retrain as well and compare: --retrain-reference; or retrain with another seed: --seed"
+    verdicts = [check("fresh weights", fresh, f"a distance of {_FRESH:g}", continued, Cause.INTEGRITY, then)]
+    if evidence.generation is None:  # no attack is measured on a model that draws images
+        tests = [rule for rule in policy.rules if (rule.metric, rule.op) == (_UNFAMILIAR.metric, "inside")]
+        verdicts += [_not_more_familiar(tests[0] if tests else _UNFAMILIAR, evidence), apply(_OTHER_ANSWERS, evidence)]
+    return verdicts
 
 
-def level_of(judged: Sequence[Verdict], evidence: Evidence) -> Level:
-    """Return the level of a model whose rules gave these verdicts."""
-    if retrained(evidence):
+def _not_more_familiar(test: Rule, evidence: Evidence) -> Verdict:
+    """Judge the upper side alone of an equivalence test: that the interval begins below its upper bound."""
+    centre = threshold_of(test, evidence)
+    bound = (0.5 if centre is None else centre) + (test.tolerance or 0.0)
+    return apply(Rule(metric=test.metric, op="<=", value=bound, judge="low", reason=_UNFAMILIAR.reason), evidence)
+
+
+def level_of(judged: Sequence[Verdict], retrained: bool) -> Level:
+    """Return the level of a model whose rules gave these verdicts, and whose retraining is shown or not."""
+    if retrained:
         return "retrained"
     shown = [verdict.shown for verdict in judged if verdict.shown is not None]
     return "measured" if shown and all(shown) else "procedure"
 
 
-def by_kind(applying: Sequence[Rule], judged: Sequence[Verdict], evidence: Evidence) -> dict[str, Assurance]:
-    """Return the assurance of each kind of forget target, by the rules that judge its samples; empty for one kind."""
-    forgotten, found = evidence.forgotten, dict[str, Assurance]()
-    for kind in forgotten.kinds if len(forgotten.kinds) > 1 else ():
-        # A person may be a class of their own, and the evidence does not tell whose samples these are.
-        whole = {"class"} if forgotten.in_classes and kind in ("samples", "subject") else set()
-        rules = [not rule.targets or {kind, *whole} & set(rule.targets) for rule in applying]
-        verdicts = [verdict for verdict, own in zip(judged, rules, strict=True) if own]
-        level = level_of(verdicts, evidence)
-        found[kind] = Assurance(
-            level=level, **certainty([rule for rule, own in zip(applying, rules, strict=True) if own], evidence)
-        )
+def by_kind(
+    applying: Sequence[Rule], judged: Sequence[Verdict], evidence: Evidence, retrained: bool
+) -> dict[str, Assurance]:
+    """Return the assurance of each kind of forget target, by the rules that judge its samples."""
+    found = dict[str, Assurance]()
+    for kind in evidence.forgotten.kinds:
+        kinds = evidence.forgotten.rules_of(kind)
+        own = [
+            (rule, verdict)
+            for rule, verdict in zip(applying, judged, strict=True)
+            if not rule.targets or kinds & set(rule.targets)
+        ]
+        level = level_of([verdict for _, verdict in own], retrained)
+        found[kind] = Assurance(level=level, **certainty([rule for rule, _ in own], evidence))
     return found
 
 
-def allowed(policy: Policy, level: Level, kinds: set[str], *, images: bool = False) -> list[Verdict]:
-    """Check that the policy publishes the level for each kind in the forget set; a policy without levels, any level.
+def allowed(policy: Policy, levels: Mapping[str, Assurance], evidence: Evidence) -> list[Verdict]:
+    """Check that the policy publishes the level of each kind in the forget set; a policy without levels, any level.
 
-    `images`: whether generated images were measured, of which more can be generated.
+    A person who is a class must have a level that is published for persons and for classes.
     """
-    wanted = {kind: levels for kind, levels in policy.levels.items() if kind in kinds}
+    ruled = [(kind, rules) for kind in levels for rules in sorted({kind, *evidence.forgotten.rules_of(kind)})]
+    wanted = [(kind, published) for kind, rules in ruled for name, published in policy.levels.items() if name == rules]
     if not wanted:
         return []
-    passed = all(level in levels for levels in wanted.values())
-    shown = "; ".join(f"{kind}: {', '.join(levels)}" for kind, levels in wanted.items())
-    reason = f"the level is {level}, which the policy does not publish"
-    more = MORE_IMAGES if images else "erase more samples in one batch: salun sweep --min-requests N"
+    other = {kind: levels[kind].figures for kind, published in wanted if levels[kind].level not in published}
+    shown = "; ".join(f"{kind}: {', '.join(published)}" for kind, published in wanted)
+    found = ", and ".join(f"the level of {kind} is {figures}" for kind, figures in other.items())
+    more = MORE_IMAGES if evidence.generation else "erase more samples in one batch: salun sweep --min-requests N"
     then = f"{more}; or use --method retrain"
-    return [check("assurance level", passed, shown, reason, Cause.TOO_FEW_SAMPLES, then)]
+    reason = f"{found}, which the policy does not publish"
+    return [check("assurance level", not other, shown, reason, Cause.TOO_FEW_SAMPLES, then)]
 
 
 def certainty(applying: Sequence[Rule], evidence: Evidence) -> dict[str, Any]:

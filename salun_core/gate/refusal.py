@@ -82,7 +82,10 @@ def strength(evidence: Evidence, *, more: bool) -> str:
     """Return how to unlearn with more or with less strength than the run that the evidence is of."""
     run, way = evidence.run, "more" if more else "less"
     if run.method == "retrain":
-        return "retraining cannot be made stronger or gentler: check the forget set and the policy"
+        again = (
+            "" if evidence.integrity.repeated is not None else "; or repeat it in the evaluation: --retrain-reference"
+        )
+        return f"retraining cannot be made stronger or gentler: check the forget set and the policy{again}"
     if run.tuning is not None:
         return f"give the search more: --tune-budget (it was {run.tuning.budget}); or --method retrain"
     rate = run.config.get("learning_rate")

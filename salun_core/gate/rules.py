@@ -24,7 +24,7 @@ def apply(rule: Rule, evidence: Evidence) -> Verdict:
     """Judge evidence by one rule."""
     name = f"{rule.metric} {rule.op}" + (f" ({rule.judge} end)" if rule.judge != "value" else "")
     metric = evidence.metrics.get(rule.metric)
-    threshold = _threshold(rule, evidence)
+    threshold = threshold_of(rule, evidence)
     actual = finite(getattr(metric, _ENDS[rule.judge])) if metric else None
     ends = (finite(metric.low), finite(metric.high)) if metric and rule.shows else (actual, actual)
     shown, margin, reason = _number(threshold), None, _problem(rule, metric, actual, threshold)
@@ -153,7 +153,8 @@ def _lacking(metric: str) -> str:
     return f"the evidence has no metric {metric}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _threshold(rule: Rule, evidence: Evidence) -> float | None:
+def threshold_of(rule: Rule, evidence: Evidence) -> float | None:
+    """Return the threshold of a rule, computed from the evidence if it is relative; None if that cannot be done."""
     metric = evidence.metrics.get(rule.metric)
     if rule.or_reference and metric is not None and metric.reference is not None and _never_saw(metric, rule):
         return finite(metric.reference)

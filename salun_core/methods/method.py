@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -116,3 +117,17 @@ class UnlearnResult:
     seconds: float
     passes: int
     changed_fraction: float | None = None
+
+
+def fresh_seed(seed: int, retained: int) -> int:
+    """Return the seed of the fresh weights of a retraining.
+
+    They differ from the first weights of a training with an equal seed, and from those of an earlier retraining of the
+    same line. Otherwise the weights at the end could not show that they do not continue those before
+    (`Integrity.distance`).
+
+    Args:
+        seed: of the run.
+        retained: number of samples in D_r; each retraining of a line retains fewer.
+    """
+    return int.from_bytes(hashlib.sha256(f"retrain {seed} {retained}".encode()).digest()[:4])

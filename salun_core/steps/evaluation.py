@@ -63,6 +63,10 @@ def evaluate(
         device, store = pick_device(context.device), context.store_uri or None
         options = EvaluationOptions(device, reference, retrain_reference, asked, store)
         evidence: Evidence = task.evaluate(inputs, candidate, options)
+        if facts.method == "retrain" and retrain_reference and reference is None:
+            same = evidence.measured.reference == evidence.measured.after
+            integrity = evidence.integrity.model_copy(update={"repeated": same})
+            evidence = evidence.model_copy(update={"integrity": integrity})
         write_evidence(evidence_out, evidence)
         report = ReportContext(model_line=context.model_line, created_at=evidence.created_at)
         write_report(report_out, evidence, None, report)

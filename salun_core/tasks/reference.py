@@ -6,7 +6,9 @@ import time
 
 from torch import nn
 
+from salun_core.config import parse
 from salun_core.evaluation.evidence import RunFacts
+from salun_core.methods.method import get_method
 from salun_core.tasks.task import EvaluationOptions, InputsT, Task
 
 
@@ -27,6 +29,9 @@ def reference_model(
         return None, facts
     started = time.perf_counter()
     config = task.retrain_config(inputs.original.card, options.device)
+    if facts.method == "retrain" and facts.config:  # with its own settings, so that the bits can be compared
+        row = get_method(task.methods, facts.method)
+        config = parse(row.config_type, {**facts.config, "device": str(options.device)}, "the settings of the run")
     network = task.unlearn(inputs, "retrain", config).model
     seconds = {**facts.seconds, "reference": time.perf_counter() - started}
     return network, facts.model_copy(update={"seconds": seconds})

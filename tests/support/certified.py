@@ -52,7 +52,9 @@ def evidence_of(after=WEIGHTS, method="salun"):
         created_at="2026-02-03T10:00:00+00:00",
         measured=Measured(before=OTHER, after=after, dataset=OTHER, split=OTHER, forget_set=OTHER, mask=OTHER),
         forgotten=Forgotten(count=40, train_count=1200, kinds=["subject"]),
-        integrity=Integrity(weights=100, weights_changed=50, frozen_changed=0, non_finite=0, buffers_changed=0),
+        integrity=Integrity(
+            weights=100, weights_changed=50, frozen_changed=0, non_finite=0, buffers_changed=0, distance=0.99
+        ),
         metrics={
             "UA": Metric(**metric),
             "RA": Metric(before=1.0, after=0.99, n=1160, low=0.98, high=0.995),

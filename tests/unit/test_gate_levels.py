@@ -179,9 +179,127 @@ def test_a_model_that_never_saw_the_samples_passes_at_the_level_that_so_many_sho
         assert decision.power > 0.9
 
 
-def test_a_retrained_model_has_its_level_and_a_claim_alone_has_not(before, forged):
-    assert judged(before, trained(parts(range(5))[1], 7), range(5), method="retrain").level == "retrained"
-    assert not judged(before, nudged(forged), range(5), method="retrain").passed
+@pytest.mark.parametrize(
+    ("gone", "kind"), [(np.arange(5), "samples"), (np.arange(150), "subject"), (class_zero(), "class")]
+)
+def test_an_exactly_retrained_model_has_its_level(before, gone, kind):
+    decision = judged(before, trained(parts(gone)[1], 7), gone, kind, method="retrain")
+    assert decision.passed, decision.summary
+    assert decision.level == "retrained"
+    assert next(verdict for verdict in decision.verdicts if verdict.rule == "fresh weights").passed
+
+
+def scaled(model):
+    for layer, factor in ((model[1], 1.5), (model[3], 1 / 1.5)):
+        for weights in layer.parameters():
+            weights.mul_(factor)
+    model[3].bias.mul_(1.5)
+
+
+def noisy(model, size=0.3):
+    generator = torch.Generator().manual_seed(5)
+    for weights in model.parameters():
+        noise = torch.randn(weights.shape, generator=generator)
+        weights.add_(size * weights.norm() * noise / noise.norm())
+
+
+def unrecognisable(model):
+    """The same outputs from weights that look fresh: the features in another order, each with a scale of its own."""
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(3))
+    for weights in (model[1].weight, model[1].bias):
+        weights.copy_(weights[order].clone())
+    model[3].weight.copy_(model[3].weight[:, order].clone())
+
+
+@pytest.mark.parametrize("count", [1, 150])
+@pytest.mark.parametrize("forge", [scaled, noisy])
+def test_a_claim_to_be_retrained_is_refused_if_the_weights_continue_those_before(before, forged, forge, count):
+    """The plain distance of both from the weights before is above 0.1."""
+    with torch.no_grad():
+        forge(forged)
+    own, old = (nn.utils.parameters_to_vector(model.parameters()).detach() for model in (forged, before))
+    assert (own - old).norm() > 0.1 * old.norm()
+    decision = judged(before, forged, range(count), method="retrain")
+    refused = {verdict.rule: verdict.refusal for verdict in decision.verdicts if not verdict.passed}
+    assert refused["fresh weights"].cause is Cause.INTEGRITY
+    assert "--retrain-reference" in refused["fresh weights"].next
+    assert decision.level is None
+
+
+def test_a_claim_to_be_retrained_is_refused_if_the_model_knows_its_members(before, forged):
+    """The weights look fresh, and only the outputs tell: a model that never saw the samples cannot know them."""
+    with torch.no_grad():
+        unrecognisable(forged)
+        inputs, labels = next(iter(TRAIN.batches(len(TRAIN))))
+        sure = before(inputs)[torch.arange(len(labels)), labels].argsort(descending=True)[:150]
+    decision = judged(before, forged, sure, method="retrain")
+    refused = {verdict.rule: verdict.refusal.cause for verdict in decision.verdicts if not verdict.passed}
+    assert refused["attack_auc <= (low end)"] is Cause.NOT_FORGOTTEN
+    assert refused["change >="] is Cause.NOT_FORGOTTEN  # it answers as before, which shows with a single sample
+    assert "fresh weights" not in refused
+    assert "change" in failed(judged(before, forged, range(1), method="retrain"))
+    assert {"restored", "UA_class"} <= failed(judged(before, forged, class_zero(), "class", method="retrain"))
+
+
+def claim(kinds=("samples",), method="retrain", **changed):
+    facts = {"distance": 0.99, "repeated": None, "attack_auc": metric(0.5, 0.4, 0.6), **changed}
+    evidence = Evidence(
+        created_at="2026-01-02T03:04:05Z",
+        measured=Measured(before="a", after="b", dataset="c", split="d", forget_set="e"),
+        forgotten=Forgotten(count=40, train_count=400, kinds=list(kinds)),
+        integrity=Integrity(
+            weights=9,
+            weights_changed=9,
+            non_finite=0,
+            buffers_changed=0,
+            distance=facts["distance"],
+            repeated=facts["repeated"],
+        ),
+        metrics={"RA": metric(0.9, 0.8, 0.95), "change": metric(0.4, 0.3, 0.5)}
+        | ({"attack_auc": facts["attack_auc"]} if facts["attack_auc"] else {}),
+        run=RunFacts(method=method),
+    )
+    return decide(evidence, policy_of({"metric": "RA", "op": ">=", "value": 0.5, "reason": "kept"}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "passes"),
+    [
+        ({}, True),
+        ({"attack_auc": None}, False),
+        ({"distance": None}, False),
+        ({"distance": float("nan")}, False),
+        ({"distance": 0.69}, False),
+        ({"attack_auc": None, "distance": None, "repeated": True}, True),  # the same bits are a proof
+        ({"distance": 0.69, "repeated": False}, False),  # another device gives other bits, and shows nothing
+    ],
+)
+def test_a_claim_to_be_retrained_needs_what_shows_it(changed, passes):
+    decision = claim(**changed)
+    assert (decision.passed, decision.level) == (passes, "retrained" if passes else None)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "reference", "passes"),
+    [(0.2, 0.1, None, True), (0.66, 0.59, None, True), (0.7, 0.61, None, False), (0.7, 0.61, 0.65, False)],
+)
+def test_a_retrained_model_may_find_the_samples_harder_and_never_easier(value, low, reference, passes):
+    found = metric(value, low, value + 0.1, reference=reference)
+    assert claim(attack_auc=found).passed is passes
+
+
+def test_the_reference_of_an_easy_person_is_what_a_retrained_model_is_compared_with():
+    found = Metric(before=0.9, after=0.7, reference=0.7, low=0.65, high=0.75, n=300)
+    assert claim(("subject",), attack_auc=found).passed
+    assert not claim(("subject",), attack_auc=found.model_copy(update={"reference": None})).passed
+    seen = found.model_copy(update={"reference": 0.88})  # a reference as familiar as the model before shows nothing
+    assert not claim(("subject",), attack_auc=seen).passed
+
+
+def test_a_broken_attack_refuses_the_claim():
+    for broken in (metric(float("nan"), 0.4, 0.6), metric(0.5, None, None), metric(0.5, 0.4, 0.6, n=0)):
+        assert "attack_auc" in failed(claim(attack_auc=broken))
+    assert claim(attack_auc=None, method="salun").passed  # other methods claim nothing
 
 
 def metric(value, low, high, n=40, **more):
@@ -293,9 +411,91 @@ def test_the_policy_says_which_levels_it_publishes():
     strict = policy_of(*rules, levels={"samples": ["measured"], "class": ["procedure"]})
     refused = decided(strict, attack_auc=few)
     assert not refused.passed
-    assert "the level is procedure" in refused.summary
+    assert "the level of samples is procedure: margin 0.1, n 40" in refused.summary
     assert decided(strict, attack_auc=metric(0.5, 0.45, 0.55)).passed
     assert decided(policy_of({**INSIDE, "op": "within"}), attack_auc=few).level == "procedure"  # no interval is judged
+
+
+MIXED = Forgotten(
+    count=130,
+    train_count=900,
+    kinds=["class", "samples", "subject"],
+    classes=[3],
+    in_classes=30,
+    by_kind={
+        "class": {"count": 20, "in_classes": 20},
+        "samples": {"count": 100, "in_classes": 0},
+        "subject": {"count": 10, "in_classes": 10},  # a person who is a class
+    },
+)
+GONE = {"metric": "UA_class", "op": ">=", "value": 0.85, "judge": "low", "undecided": "procedure", "reason": "gone"}
+BATCH = [{**INSIDE, "undecided": "procedure", "targets": ["samples", "subject"]}, {**GONE, "targets": ["class"]}]
+SHOWN_AREA, FEW_AREA = metric(0.5, 0.45, 0.55, n=100), metric(0.5, 0.2, 0.8, n=5)
+SHOWN_CLASS, FEW_CLASS = metric(1.0, 0.9, 1.0, n=30), metric(1.0, 0.5, 1.0, n=4)
+
+
+def of_batch(area, of_class, levels=(), forgotten=MIXED):
+    evidence = Evidence(
+        created_at="2026-01-02T03:04:05Z",
+        measured=Measured(before="a", after="b", dataset="c", split="d", forget_set="e"),
+        forgotten=forgotten,
+        integrity=Integrity(weights=9, weights_changed=9, non_finite=0, buffers_changed=0),
+        metrics={"attack_auc": area, "UA_class": of_class},
+    )
+    return decide(evidence, policy_of(*BATCH, **({"levels": dict(levels)} if levels else {})))
+
+
+@pytest.mark.parametrize(
+    ("area", "of_class", "levels"),
+    [
+        (SHOWN_AREA, FEW_CLASS, {"samples": "measured", "subject": "procedure", "class": "procedure"}),
+        (FEW_AREA, SHOWN_CLASS, {"samples": "procedure", "subject": "measured", "class": "measured"}),
+    ],
+)
+def test_each_kind_of_a_batch_has_the_level_n_and_power_of_its_own_rules(area, of_class, levels):
+    decision = of_batch(area, of_class)
+    assert {kind: found.level for kind, found in decision.kinds.items()} == levels
+    assert decision.level == "procedure"
+    assert {kind: found.n for kind, found in decision.kinds.items()} == {
+        "samples": area.n,
+        "subject": of_class.n,
+        "class": of_class.n,
+    }
+    powers = {kind: found.power for kind, found in decision.kinds.items()}
+    assert (powers["class"], powers["subject"]) == (None, None)
+    assert powers["samples"] == (pytest.approx(0.95, abs=0.01) if area is SHOWN_AREA else 0)
+
+
+@pytest.mark.parametrize(
+    ("levels", "refused"),
+    [
+        ({"samples": ["measured"], "class": ["procedure"]}, None),
+        ({"samples": ["measured"], "class": ["measured", "retrained"]}, "class"),
+        ({"samples": ["procedure"]}, "samples"),
+        ({"subject": ["measured"]}, "subject"),
+        ({"concept": ["retrained"]}, None),
+    ],
+)
+def test_a_level_that_is_not_published_for_one_kind_is_judged_by_that_kind(levels, refused):
+    """Here samples are measured, and the class and the person who is a class are not."""
+    decision = of_batch(SHOWN_AREA, FEW_CLASS, levels)
+    assert decision.passed is (refused is None), decision.summary
+    if refused:
+        assert f"the level of {refused} is {'measured' if refused == 'samples' else 'procedure'}" in decision.summary
+
+
+def test_a_person_who_is_a_class_needs_a_level_that_is_published_for_both():
+    alone = Forgotten(count=10, train_count=90, kinds=["subject"], classes=[3], in_classes=10)
+    levels = {"subject": ["procedure"], "class": ["measured"]}
+    assert not of_batch(SHOWN_AREA, FEW_CLASS, levels, alone).passed
+    assert of_batch(SHOWN_AREA, SHOWN_CLASS, {**levels, "subject": ["measured"]}, alone).level == "measured"
+
+
+def test_evidence_that_does_not_tell_the_kinds_apart_shows_no_more_than_all_its_rules():
+    older = MIXED.model_copy(update={"by_kind": {}})
+    assert older.judged_kinds == {"class", "samples", "subject"}
+    kinds = of_batch(SHOWN_AREA, FEW_CLASS, forgotten=older).kinds
+    assert {kind: found.level for kind, found in kinds.items()} == dict.fromkeys(kinds, "procedure")
 
 
 def test_power_is_the_chance_of_an_honest_model():

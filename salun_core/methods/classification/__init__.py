@@ -40,7 +40,7 @@ from salun_core.methods.classification.training import reinitialised
 from salun_core.methods.config import UnlearnConfig, pick_device
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
 from salun_core.methods.loop import OnEpoch, run_loop
-from salun_core.methods.method import UnlearnResult, get_method, resolve_config
+from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
@@ -81,7 +81,7 @@ def unlearn(
     config: UnlearnConfig | Mapping[str, Any] | None = None,
     mask: SaliencyMask | None = None,
     held_out: Images | None = None,
-    fresh: Callable[[], nn.Module] | None = None,
+    fresh: Callable[[int], nn.Module] | None = None,
     checkpoint: CheckpointStore | None = None,
     on_epoch: OnEpoch | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
@@ -97,7 +97,7 @@ def unlearn(
         mask: for methods that need one; refused by those that do not.
         held_out: images that the model was not trained on, with true labels; LoTUS measures the model on them. No
             method trains on them, and the test data must not be among them.
-        fresh: builds a model with fresh weights for `retrain`; by default the layers of `model` are reset.
+        fresh: builds a model with fresh weights from a seed, for `retrain`; by default the layers of `model` are reset.
         checkpoint: keeps the state after each epoch, and resumes from it.
         on_epoch: called after each epoch.
         group: the processes that share the work, and which of them this one is; all get the same model.
@@ -116,7 +116,7 @@ def unlearn(
     row.check_mask(method, mask)
     device = pick_device(settings.device)
     sets = ImageSet.of(forget, "forget").to(device), ImageSet.of(retain, "retain").to(device)
-    started = _on(_started(model, row, fresh, settings.seed), device)
+    started = _on(_started(model, row, fresh, fresh_seed(settings.seed, len(sets[1]))), device)
     original = _on(copy.deepcopy(model), device).requires_grad_(False).eval() if row.needs_original else None
     unseen = _of_kept_classes(held_out, sets[1]) if held_out is not None and row.reads_held_out else None
     classes = _checked_classes(started, *sets)
@@ -131,10 +131,10 @@ def unlearn(
     return UnlearnResult(started, method, settings, history, seconds, passes, changed)
 
 
-def _started(model: nn.Module, row: ClassifierMethod, fresh: Callable[[], nn.Module] | None, seed: int) -> nn.Module:
+def _started(model: nn.Module, row: ClassifierMethod, fresh: Callable[[int], nn.Module] | None, seed: int) -> nn.Module:
     if not row.fresh_start:
         return copy.deepcopy(model)
-    return fresh() if fresh else reinitialised(copy.deepcopy(model), seed)
+    return fresh(seed) if fresh else reinitialised(copy.deepcopy(model), seed)
 
 
 def _of_kept_classes(held_out: Images, retain: ImageSet) -> ImageSet:

@@ -30,7 +30,7 @@ from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod, ExampleSets, denoising_phase
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
 from salun_core.methods.loop import OnEpoch, run_loop
-from salun_core.methods.method import UnlearnResult, get_method, resolve_config
+from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
@@ -87,7 +87,7 @@ def unlearn_denoiser(
     row.check_mask(method, mask)
     _check_sets(sets)
     device = pick_device(settings.device)
-    network = _start(denoiser, row, settings).to(device)
+    network = _start(denoiser, row, settings, len(sets.retain)).to(device)
     sets = sets.to(device)
     fingerprint = _fingerprint(denoiser, method, settings, mask, sets) if checkpoint or group.size > 1 else ""
     group.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
@@ -116,12 +116,12 @@ def _check_sets(sets: ExampleSets) -> None:
         )
 
 
-def _start(denoiser: Denoiser, row: DiffusionMethod, config: DiffusionConfig) -> nn.Module:
+def _start(denoiser: Denoiser, row: DiffusionMethod, config: DiffusionConfig, retained: int) -> nn.Module:
     """Copy the network, or build it with fresh weights; only the selected parameters are trained."""
     network: Any = copy.deepcopy(denoiser.network)
     if row.fresh_start:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(fresh_seed(config.seed, retained))
             network = type(network).from_config(network.config)
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()

@@ -112,7 +112,7 @@ class ClassificationTask:
             config=config,
             mask=mask,
             held_out=inputs.held_out if METHODS[method].reads_held_out else None,
-            fresh=lambda: fresh_classifier(card.architecture, inputs.retain, len(card.classes), config.seed),
+            fresh=lambda seed: fresh_classifier(card.architecture, inputs.retain, len(card.classes), seed),
             checkpoint=checkpoint,
             on_epoch=on_epoch,
             group=group,

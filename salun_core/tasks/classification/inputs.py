@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from salun_core.data import ImageSet, LoadedData
-from salun_core.evaluation.evidence import Forgotten
+from salun_core.evaluation.evidence import Forgotten, KindCount
 from salun_core.models import LoadedModel
 from salun_core.tasks.task import Inputs
 
@@ -63,5 +63,10 @@ class ClassifierInputs(Inputs[LoadedModel]):
     def forgotten(self) -> Forgotten:
         """Describe the forget set; its classes are those of which nothing is retained, whatever named them."""
         table, gone = self.data.table, set(self.emptied)
-        inside = sum(table.labels[table.position[sample]] in gone for sample in self.forget_set.samples)
-        return super().forgotten().model_copy(update={"classes": list(self.emptied), "in_classes": inside})
+        emptied = [table.labels[table.position[sample]] in gone for sample in self.forget_set.ids]
+        by_kind = {
+            kind: KindCount(count=len(places), in_classes=sum(emptied[place] for place in places))
+            for kind, places in self.forget_set.of_kind.items()
+        }
+        found = {"classes": list(self.emptied), "in_classes": sum(emptied), "by_kind": by_kind}
+        return super().forgotten().model_copy(update=found)

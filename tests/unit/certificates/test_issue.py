@@ -345,7 +345,7 @@ def test_the_level_is_that_of_the_decision_with_its_figures():
     found = opened(certify(*input_of(requests=1), KEY)).predicate.assurance
     assert (found.level, found.margin, found.n, found.requests) == ("measured", 0.1, 40, 1)
     retrained = opened(certify(*input_of(outcome=Outcome.RETRAINED), KEY)).predicate.assurance
-    assert retrained.level == "measured"  # the evidence has no distance, so that nothing shows the fresh weights
+    assert retrained.level == "retrained"
 
 
 def test_a_request_of_a_batch_has_the_level_of_its_kind():

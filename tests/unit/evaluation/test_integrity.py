@@ -1,6 +1,7 @@
 """Bit-for-bit comparison of weights, on tensors whose bits are known."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from salun_core.errors import ModelError
 from salun_core.evaluation.integrity import compare_weights
+from salun_core.methods.classification import unlearn
 from salun_core.saliency import SaliencyMask
 
 
@@ -30,6 +32,7 @@ def test_weights_are_compared_bit_by_bit():
         "non_finite": 1,
         "buffers_changed": 0,
         "distance": None,  # a weight is NaN
+        "repeated": None,
     }
     mask = SaliencyMask.from_scores(
         {"weight": torch.tensor([[5.0, 1.0, 5.0], [5.0, 1.0, 5.0]]), "scale": torch.tensor(0.0), "none": after.none},
@@ -53,14 +56,32 @@ def test_memory_layout_is_ignored(lab):
     assert compare_weights(lab.model, other).weights_changed == 0
 
 
-def test_the_distance_is_relative_to_the_weights_before():
-    before, after = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+def test_the_distance_leaves_out_a_factor_for_each_layer_and_all_biases():
+    before, after = nn.Sequential(nn.Linear(2, 1), nn.Linear(2, 1)), nn.Sequential(nn.Linear(2, 1), nn.Linear(2, 1))
     with torch.no_grad():
-        before.weight.copy_(torch.tensor([[3.0, 4.0]]))
-        after.weight.copy_(torch.tensor([[3.0, 5.0]]))
-        assert compare_weights(before, after).distance == pytest.approx(0.2)
-        before.weight.zero_()
+        before[0].weight.copy_(torch.tensor([[3.0, 4.0]]))
+        before[1].weight.copy_(torch.tensor([[0.0, 1.0]]))
+        after[0].weight.copy_(torch.tensor([[-6.0, -8.0]]))
+        after[1].weight.copy_(torch.tensor([[0.0, 7.0]]))
+        assert compare_weights(before, after).distance == pytest.approx(0, abs=1e-7)
+        after[1].weight.copy_(torch.tensor([[10.0, 7.0]]))
+        assert compare_weights(before, after).distance == pytest.approx(10 / math.sqrt(100 + 49 + 100))
+        after[0].weight.copy_(torch.tensor([[-4.0, 3.0]]))
+        after[1].weight.copy_(torch.tensor([[5.0, 0.0]]))
+        assert compare_weights(before, after).distance == pytest.approx(1)
+        before[0].weight.zero_()
+        assert compare_weights(before, after).distance == pytest.approx(1)
+        for layer in after:
+            layer.weight.zero_()
         assert compare_weights(before, after).distance is None
+
+
+def test_a_retrained_model_is_far_from_the_one_before_although_their_seeds_are_equal(lab):
+    """With the first weights of an equal seed it would be 0.3 away: after so few epochs they are still there."""
+    forget, retain = lab.train.select(range(5)), lab.train.select(range(5, 300))
+    config = {"epochs": 1, "batch_size": 64, "batch_norm": "update", "learning_rate": 0.05}
+    again = unlearn(lab.model, "retrain", forget=forget, retain=retain, config=config).model
+    assert compare_weights(lab.model, again).distance > 0.9
 
 
 def test_models_that_cannot_be_compared_are_refused(lab):

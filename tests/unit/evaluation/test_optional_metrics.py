@@ -112,6 +112,7 @@ def test_the_digest_leaves_out_what_is_absent_and_covers_what_is_there(forgotten
     document = json.loads(evidence.model_dump_json())
     assert document.pop("generation") is document.pop("further") is document["run"].pop("tuning") is None
     assert document["run"].pop("moved") is document["forgotten"].pop("in_classes") is None
+    assert (document["integrity"].pop("repeated"), document["forgotten"].pop("by_kind")) == (None, {})
     assert evidence.digest == sha256_bytes(canonical_json(document))
     further = evidence.model_copy(update={"further": OptionalMetricFacts(asked=["probe"], seconds=1.0)})
     facts = TuningFacts(trials=1, budget="20e", passes=1, seconds=1.0, policy_digest="p")

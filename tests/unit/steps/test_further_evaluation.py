@@ -1,13 +1,14 @@
 """The evaluation step with the measurements that are off by default, and a policy that requires one."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from salun_core.data import DataSpec
 from salun_core.errors import UsageError
-from salun_core.gate import Policy, decide
+from salun_core.gate import Policy, decide, load_policy
 from salun_core.methods.classification import UnlearnConfig
 from salun_core.methods.recipe import Recipe
 from salun_core.steps.context import RunContext
@@ -103,6 +104,20 @@ def test_a_policy_can_require_one(small, tmp_path, everything):
     refused = decide(measured(small, tmp_path), policy)
     assert not refused.passed
     assert "the evidence has no metric lira_auc" in refused.summary
+
+
+def test_a_retraining_is_repeated_with_its_own_settings_and_a_forged_one_has_other_bits(small, tmp_path):
+    paths = {"evidence_out": tmp_path / "evidence.json", "report_out": tmp_path / "report.html"}
+    found = evaluate(context(small), small / "retrained", retrain_reference=True, **paths)
+    assert (found.integrity.repeated, found.integrity.distance > 0.9) == (True, True)
+    assert decide(found, load_policy("classifier")).verdicts[4].rule == "retrained again"
+    forged = tmp_path / "forged"
+    shutil.copytree(small / "after", forged)
+    shutil.copy(small / "retrained" / "run.json", forged / "run.json")  # the record of another run
+    found = evaluate(context(small), forged, retrain_reference=True, **paths)
+    assert (found.integrity.repeated, found.run.method) == (False, "retrain")
+    refused = decide(found, load_policy("classifier")).refusals
+    assert any("its weights continue those before" in refusal.words for refusal in refused)
 
 
 def test_distances_need_a_reference_and_names_must_exist(small, tmp_path):

@@ -60,6 +60,17 @@ def test_classes_are_emptied_by_any_kind_of_request(inputs_of, targets, classes,
     assert forgotten.in_classes == sum(int((labels == label).sum()) for label in classes)
 
 
+def test_each_kind_of_a_batch_is_counted(inputs_of):
+    """Ann is a class of her own, which the requests for a class do not name, and one four is someone else's."""
+    inputs = inputs_of("ann", "a four")
+    counted = {kind: (found.count, found.in_classes) for kind, found in inputs.forgotten().by_kind.items()}
+    threes = inputs.forgotten().in_classes
+    assert counted == {"samples": (1, 0), "subject": (threes, threes)}
+    assert inputs.forgotten().judged_kinds == {"class", "samples"}
+    assert inputs_of("ann").forgotten().by_kind == {}
+    assert "of_kind" not in inputs_of("ann").forget_set.canonical().decode()
+
+
 def test_a_person_who_is_a_class_is_judged_like_the_class(lab, inputs_of):
     """A model that never saw a class misclassifies all of it. The rules of single samples call that a mark."""
     inputs = inputs_of("ann")

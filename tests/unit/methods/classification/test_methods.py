@@ -14,6 +14,7 @@ from salun_core.errors import DataError, ModelError, UsageError
 from salun_core.methods.classification import METHODS, UnlearnConfig, method_config, pick_device, unlearn
 from salun_core.methods.classification.random_label import wrong_labels
 from salun_core.methods.loop import epoch_generator
+from salun_core.methods.method import fresh_seed
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
@@ -152,7 +153,7 @@ def test_retraining_starts_from_fresh_weights_and_ignores_the_original():
     assert model_digest(first.model) == model_digest(second.model)
     fresh = linear()
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(fresh_seed(0, len(RETAIN[1])))
         fresh[1].reset_parameters()
     by_hand = Numpy(fresh)
     rates = [0.1, 0.01]  # the schedule `step` falls by ten at half the run
@@ -164,7 +165,7 @@ def test_retraining_starts_from_fresh_weights_and_ignores_the_original():
 
 
 def test_retraining_takes_a_builder_of_fresh_weights():
-    result = run("retrain", fresh=lambda: linear().requires_grad_(True), batch_norm="update", schedule="constant")
+    result = run("retrain", fresh=lambda _: linear().requires_grad_(True), batch_norm="update", schedule="constant")
     by_hand = Numpy(linear())
     by_hand.step(*RETAIN)
     by_hand.step(*RETAIN)
