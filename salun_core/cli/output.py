@@ -148,11 +148,16 @@ def print_metrics(evidence: Evidence) -> None:
     print_table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
-def print_refusals(decision: GateDecision) -> None:
-    """Print each failed rule of a decision with its figures and the cause, and what to do; nothing if it passed."""
+def print_refusals(decision: GateDecision, told: str = "") -> None:
+    """Print each failed rule of a decision with its figures and the cause, and what to do; nothing if it passed.
+
+    Args:
+        decision: of the gate.
+        told: what was printed before; a next step that is in it is not repeated.
+    """
     for refusal in decision.refusals:
         echo(f"- {refusal.text}")
-    if decision.next:
+    if decision.next and decision.next not in told:
         echo(f"next: {decision.next}")
 
 

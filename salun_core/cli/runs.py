@@ -50,6 +50,7 @@ def run(
     is 3 as well if no setting satisfies the policy.
     """
     from salun_core.config import parse
+    from salun_core.steps.outcome import DECISION
     from salun_core.steps.run import run_all
     from salun_core.sweeps.runs import new_run_id
 
@@ -67,6 +68,8 @@ def run(
         if judged := _judged(folder):
             refused = {"run": name, "version": None, **_measured(*judged), **_places(folder)}
             emit(refused, lambda: _show_refused(folder))
+            if not MODE.json:
+                judged[1].require(str(folder / DECISION), told=True)
         raise
     facts = {
         "run": outcome.run,
@@ -109,16 +112,18 @@ def _places(folder: Path) -> dict[str, str]:
     return {"folder": str(folder), "report": str(folder / REPORT)}
 
 
-def _show_refused(folder: Path) -> None:
-    """Print the metrics of a refused run, each rule that failed, and where its decision and its report are."""
+def _show_refused(folder: Path, told: str = "") -> None:
+    """Print the metrics of a refused run, each rule that failed, and where its decision and its report are.
+
+    `told` is what was printed before; a next step that is in it is not repeated.
+    """
     from salun_core.steps.outcome import DECISION
 
     if judged := _judged(folder):
         evidence, decision = judged
-        failed = sum(not verdict.passed for verdict in decision.verdicts)
         print_metrics(evidence)
-        echo(f"\nREFUSED by policy {decision.policy}: {failed} of {len(decision.verdicts)} checks failed")
-        print_refusals(decision)
+        echo(f"\nREFUSED by policy {decision.policy}: {decision.counts}")
+        print_refusals(decision, told)
         echo(f"decision  {folder / DECISION}\nreport    {_places(folder)['report']}")
 
 
@@ -158,6 +163,7 @@ def sweep(
     With --tune the gate counts as refusing if no setting satisfies the policy.
     """
     from salun_core.config import parse
+    from salun_core.steps.outcome import DECISION
     from salun_core.steps.sweep import sweep_once
     from salun_core.sweeps.runs import new_run_id
 
@@ -186,16 +192,20 @@ def sweep(
         return
     facts = sweep_facts(done)
     facts["outcomes"] = _outcomes(parsed.store_uri, facts["requests"])
-    judged = _judged(folder) if isinstance(done.error, GateRefusedError) else None
+    refused = isinstance(done.error, GateRefusedError)
+    judged = _judged(folder) if refused else None
     facts |= {**_measured(*judged), **_places(folder)} if judged else {}
 
     def show() -> None:
-        _show_sweep(facts, parsed.model_line)
+        # The reasons of a refusal stand in one place: below with the metrics, or in the error if no model was measured.
+        _show_sweep({**facts, "verdict": None} if refused else facts, parsed.model_line)
         if judged:
             echo()
-            _show_refused(folder)
+            _show_refused(folder, facts["next"] or "")
 
     emit(facts, show)
+    if judged and not MODE.json:
+        judged[1].require(str(folder / DECISION), told=True)
     if done.error:
         raise done.error
 

@@ -13,6 +13,7 @@ import typer
 from salun_core.cli.form import DEFAULTS, form_option
 from salun_core.cli.options import Data, Device, DryRun, Forget, Model, OptionalStore, Settings, read_settings
 from salun_core.cli.output import (
+    MODE,
     echo,
     emit,
     emit_facts,
@@ -265,7 +266,7 @@ def gate(
         print_refusals(decision)
 
     emit(decision.model_dump(mode="json"), show)
-    decision.require(str(out))
+    decision.require(str(out), told=not MODE.json)
 
 
 def _expected(

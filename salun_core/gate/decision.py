@@ -72,18 +72,26 @@ class GateDecision(Document):
             return f"{SEARCH}; or {ANOTHER}" if tunable else ANOTHER
         return "; ".join(dict.fromkeys(refusal.next for refusal in self.refusals))
 
-    def require(self, where: str = "") -> None:
+    @property
+    def counts(self) -> str:
+        """How many checks failed, of how many."""
+        return f"{sum(not verdict.passed for verdict in self.verdicts)} of {len(self.verdicts)} checks failed"
+
+    def require(self, where: str = "", *, told: bool = False) -> None:
         """Raise unless the gate passed.
 
         Args:
             where: path or address of the file with the decision, for the message.
+            told: whether the reasons and the next step have been printed; the message then leaves them out.
 
         Raises:
             GateRefusedError: with the reasons of all failed verdicts, and what to do.
         """
         if not self.passed:
-            steps = [self.next, f"the decision is in {where}" if where else "", "nothing was published"]
-            raise GateRefusedError("the gate refused the model", self.summary, "; ".join(filter(None, steps)))
+            why = self.counts if told else self.summary
+            then = "the reasons and the next step are above" if told else self.next
+            steps = [then, f"the decision is in {where}" if where else "", "nothing was published"]
+            raise GateRefusedError("the gate refused the model", why, "; ".join(filter(None, steps)))
 
 
 def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None) -> GateDecision:

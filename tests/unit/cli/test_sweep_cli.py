@@ -151,7 +151,16 @@ def test_a_refused_sweep_shows_figures_causes_and_the_next_commands(sweep, ledge
         "attack_auc   0.8000   0.5500   50",
     ):
         assert text in result.stdout, text
-    told = json.loads(sweep("--once", "--json", "--work-dir", tmp_path / "again").stdout)
+    printed = result.stdout + result.stderr
+    assert printed.count(decision.refusals[0].words) == printed.count(decision.refusals[0].figures) == 1
+    assert printed.count(decision.next) == 1
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: the gate refused the model: {decision.counts}. To fix it: the reasons and the next step are above; "
+        f"the decision is in {tmp_path / 'work' / 'decision.json'}; nothing was published."
+    )
+    again = sweep("--once", "--json", "--work-dir", tmp_path / "again")
+    assert decision.refusals[0].words in again.stderr  # the reason stands in the error line, for who reads no JSON
+    told = json.loads(again.stdout)
     assert told["decision"]["verdicts"][-1]["refusal"]["cause"] == "not_forgotten"
 
 
