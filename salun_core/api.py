@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parameter import UninitializedParameter
 
+from salun_core import plugins
 from salun_core.data import DataSpec, ForgetSet, SplitManifest, load_data, load_spec
 from salun_core.data.images import Images, ImageSet
 from salun_core.data.spec import relative_to
@@ -50,8 +51,8 @@ from salun_core.evaluation.outputs import evaluation_mode
 from salun_core.methods import classification
 from salun_core.methods.classification import METHODS, UnlearnConfig, UnlearnResult, method_config
 from salun_core.methods.classification.training import fresh_classifier
+from salun_core.methods.method import get_method
 from salun_core.models import LoadedModel, load_model, save_model
-from salun_core.models.architectures import allow_architecture
 from salun_core.models.checkpoint import WEIGHTS, model_digest, weights_bytes
 from salun_core.registry.lookup import read_head, read_version, require_head
 from salun_core.saliency import SaliencyMask, saliency_scores
@@ -198,7 +199,7 @@ def unlearn(
 
     Args:
         model: the original model.
-        method: a key of `METHODS`.
+        method: a key of `METHODS`, or a plug-in that `SALUN_PLUGINS` allows.
         forget: D_f with true labels.
         retain: D_r with true labels.
         mask: from `mask`, for methods that need one (`salun`, `salun_lotus`); the others refuse one.
@@ -278,7 +279,7 @@ def evaluate(
     """
     network, result = _network(before), after if isinstance(after, UnlearnResult) else None
     if result is not None:
-        METHODS[result.method].check_mask(result.method, mask)
+        get_method(METHODS, result.method).check_mask(result.method, mask)
     others = {name: _network(one) for name, one in (("after", after), ("reference", reference)) if one is not None}
     for name, other in others.items():
         if _device(other) != _device(network):
@@ -305,7 +306,8 @@ def evaluate(
         kinds=forgotten.kinds,
         classes=forgotten.classes,
     )
-    facts = facts_of_run(len(splits.forget), result, mask) if result else RunFacts()
+    architecture = before.card.architecture if isinstance(before, LoadedModel) else ""
+    facts = facts_of_run(len(splits.forget), result, mask, architecture=architecture) if result else RunFacts()
     with explained():
         return evaluate_classifier(
             network, others["after"], splits, measured, summary, others.get("reference"), mask, names, facts
@@ -384,7 +386,7 @@ def save(
         module: the trained classifier.
         folder: folder to write.
         arch: a name for `build_classifier` with the parameters of the module, or `package:callable`, which is called
-            here. Later runs need the package too, and must allow it in $SALUN_ARCHITECTURES.
+            here. Later runs need the package too, and must allow it in $SALUN_PLUGINS.
         data: data of its training: a `DataSpec`, a YAML file with one, a folder, parquet, or a name. Data without test
             data of their own are split here. `validation_fraction: 0` if the module was trained on all training rows.
         mean: mean of pixels in [0, 1] that the module's inputs were normalised with, by channel; measured by default.
@@ -401,7 +403,7 @@ def save(
         ConflictError: the line exists.
     """
     network, spec = _network(module), load_spec(data) if isinstance(data, str) else relative_to(data, Path.cwd())
-    allow_architecture(arch)  # who names it here has chosen to run it
+    plugins.allow(arch)  # who names it here has chosen to run it
     opened = _store(store) if line else None
     if opened is not None and line:
         if read_head(opened, line) is not None:
@@ -481,7 +483,7 @@ def publish(
             f"before is {type(before).__name__}, after is {type(after).__name__}",
             "write the module with `save`, unlearn what it returns, and publish that result",
         )
-    METHODS[after.method].check_mask(after.method, mask)
+    get_method(METHODS, after.method).check_mask(after.method, mask)
     check_policy(policy)
     opened, run, targets = _store(store), new_run_id(), _targets(forget)
     require_head(opened, line)  # before the lease: a line that does not exist has none
@@ -510,7 +512,8 @@ def publish(
         kept = work / "mask.safetensors" if mask is not None else None
         if mask is not None and kept is not None:
             mask.save(kept)
-        facts = facts_json(facts_of_run(context.inputs.sizes["forget_samples"], after, mask))
+        samples, architecture = context.inputs.sizes["forget_samples"], before.card.architecture
+        facts = facts_json(facts_of_run(samples, after, mask, architecture=architecture))
         own = replace(after, model=copy.deepcopy(after.model))  # `save` moves it to the CPU
         context.task.save(work / "after", context.inputs, own, {RUN_FACTS: facts})
         evaluate_step(context, work / "after", work / EVIDENCE, work / REPORT, mask=kept)

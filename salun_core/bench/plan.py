@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from salun_core import plugins
 from salun_core.bench.suite import Search, Size, Suite, SuiteEntry
 from salun_core.data import DataSpec
 from salun_core.data.spec import relative_to, relocated_spec
@@ -119,7 +120,8 @@ class SuiteRun:
             policy = self.policy(search)
             digest = load_policy("classifier" if policy == AUTO else policy).digest if policy else ""
             searched = [search.budget, digest]
-        return Cell(entry, seed, digest_json([self.suite.kind, measured, own, seed, *searched]))
+        code = [record.digest for record in plugins.loaded("method", entry.method)]  # loaded when the suite was checked
+        return Cell(entry, seed, digest_json([self.suite.kind, measured, own, seed, *searched, *code]))
 
     def search(self, entry: SuiteEntry) -> Search | None:
         """Return the search for the settings of a row; None if it runs as written."""
@@ -139,7 +141,7 @@ class SuiteRun:
         Returns:
             By name: the budget of a search and the epochs of a trial; epochs; or steps, passes and images to generate.
         """
-        from salun_core.methods.method import resolve_config
+        from salun_core.methods.method import get_method, resolve_config
         from salun_core.tasks import task_named
 
         entry, search, methods = cell.entry, self.search(cell.entry), task_named(self.suite.kind).methods
@@ -149,7 +151,7 @@ class SuiteRun:
             return {**budget, "epochs a trial at most": config.epochs}
         if self.suite.kind == "classification":
             return {"epochs": config.epochs}
-        row: Any = methods[entry.method]
+        row: Any = get_method(methods, entry.method)
         return {
             "steps": 0 if row.edit else config.steps,
             "passes": row.passes(config),

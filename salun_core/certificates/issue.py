@@ -301,6 +301,8 @@ def build_statement(
         predicate["provenance"]["environment"] = {
             _one_line(name, _SHORT): _one_line(value, _LONG) for name, value in environment if value
         }
+        used = [record.model_dump(mode="json") for record in documents.evidence.all_plugins]
+        predicate["provenance"]["plugins"] = used or None
         predicate |= {
             "procedure": _procedure(facts, documents.evidence),
             "metrics": [

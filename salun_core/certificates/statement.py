@@ -16,6 +16,7 @@ from salun_core.config import Document, parse
 from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import IntegrityError, SalunError
 from salun_core.gate import Assurance
+from salun_core.plugins import PluginRecord
 from salun_core.requests.schema import Outcome, RequestId
 from salun_core.storage.documents import Count, Digest, FileName, LineId, RunId, ShortText, Text, UtcTime, valid_tree
 
@@ -109,6 +110,9 @@ class Provenance(Document):
     code_commit: ShortText | None = Field(default=None, description="commit of the code")
     image_digest: ShortText | None = Field(default=None, description="digest of the container image")
     environment: dict[ShortText, Text] = Field(default={}, description="versions of libraries, and hardware")
+    plugins: list[PluginRecord] | None = Field(
+        default=None, description="code of other packages that made or measured the version; absent: none"
+    )
 
 
 class CertifiedMetric(Document):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from salun_core import plugins
 from salun_core.cli.options import Actor, DryRun, OptionalStore, Reason, Settings, Store, read_settings, who
 from salun_core.cli.output import MODE, emit, emit_facts, emit_plan, epoch_progress, progress
 from salun_core.errors import ConflictError, UsageError
@@ -192,14 +193,13 @@ def train_classifier(
 ) -> None:
     """Train a classifier from fresh weights, and write its model folder."""
     from salun_core.data import load_spec
-    from salun_core.models.architectures import allow_architecture
     from salun_core.tasks import register_model
     from salun_core.tasks.classification.training import train_model, training_config
 
     named = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     config = training_config({**named, **read_settings(settings)})
     spec, to = load_spec(data), _Destination(out, line, store, policy)
-    allow_architecture(arch)
+    plugins.allow(arch)
     if dry_run:
         to.plan("train", spec, arch)
         return
@@ -286,7 +286,7 @@ def _import_classifier(
     dry_run: bool,
 ) -> None:
     from salun_core.data import load_spec
-    from salun_core.models.architectures import ALLOWED_VARIABLE, allow_architecture, is_own
+    from salun_core.models.architectures import is_own
     from salun_core.models.importing import read_checkpoint
     from salun_core.models.layouts import recognise
     from salun_core.tasks import register_model
@@ -294,7 +294,7 @@ def _import_classifier(
 
     (arch, key), (mean, std) = named, (_numbers("--mean", scale[0]), _numbers("--std", scale[1]))
     if arch:
-        allow_architecture(arch)
+        plugins.allow(arch)
     if data is None:
         checkpoint = read_checkpoint(path, key)
         found = recognise(checkpoint, arch, None, None)
@@ -318,8 +318,9 @@ def _import_classifier(
         emit_plan("model import", {**({"would_write": to.out, "would_publish": to.line} if to else {}), **facts})
         return
     to.finish(register_model, "import", facts)
-    if arch and is_own(arch):
-        progress(f"Later commands build {arch} only if the environment allows it: export {ALLOWED_VARIABLE}={arch}")
+    if arch and is_own(arch) and (offer := plugins.find("architecture", arch)):
+        allowed = f"export {plugins.ALLOWED_VARIABLE}={offer.entry}"
+        progress(f"Later commands build {arch} only if the environment allows it: {allowed}")
 
 
 def _is_hub_name(text: str) -> bool:

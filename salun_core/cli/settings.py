@@ -32,7 +32,7 @@ _ENDPOINT, _REGION, _SIGNING_KEY = "SALUN_S3_ENDPOINT_URL", "SALUN_S3_REGION", "
 _ACCOUNT = ("SALUN_S3_ACCESS_KEY_ID", "SALUN_S3_SECRET_ACCESS_KEY", "SALUN_S3_SESSION_TOKEN")
 _NO_PROXY = ("NO_PROXY", "no_proxy")
 # They say which code and which signers are trusted. A folder from elsewhere may hold its own `env_file`.
-_TRUST = ("SALUN_ARCHITECTURES", "SALUN_VERIFY_KEY")
+_TRUST = ("SALUN_PLUGINS", "SALUN_VERIFY_KEY")
 _MAX_VARIABLES_BYTES = 65536
 _OPTIONS = {f"--{name}": name for name in ("store", "line", "data", "policy", "device", "actor", "method")}
 _OPTIONS["--extra-metrics"] = "extra_metrics"

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from salun_core.config import Document
 from salun_core.digest import digest_json
+from salun_core.plugins import PluginRecord
 
 METRIC_NAMES = (
     *("UA", "UA_class", "UA_samples", "UA_unseen", "RA", "TA", "MIA", "MIA_entropy", "attack_auc", "gap"),
@@ -47,7 +48,7 @@ EXTRA_METRIC_OF: Mapping[str, str] = {
 }
 """The metrics that are off by default, and the name that switches each on, as `--extra-metrics` takes it."""
 
-_ADDED_TO_RUNS = ("tuning", "changed_fraction")  # added later: digests of older documents leave them out
+_ADDED_TO_RUNS = ("tuning", "changed_fraction", "plugins")  # added later: digests of older documents leave them out
 
 
 class Metric(Document):
@@ -368,6 +369,9 @@ class RunFacts(Document):
         le=1,
         description="fraction of weights whose value the run changed; null if it was not measured",
     )
+    plugins: list[PluginRecord] | None = Field(
+        default=None, description="plug-ins that made the model after: method and architecture; null without any"
+    )
 
 
 class Evidence(Document):
@@ -387,6 +391,15 @@ class Evidence(Document):
     run: RunFacts = RunFacts()
     generation: DiffusionFacts | None = Field(default=None, description="of a diffusion model: how it was evaluated")
     further: OptionalMetricFacts | None = Field(default=None, description="optional metrics, if any were requested")
+    plugins: list[PluginRecord] | None = Field(
+        default=None, description="plug-ins that measured: metrics, attacks and the architecture; null without any"
+    )
+
+    @property
+    def all_plugins(self) -> list[PluginRecord]:
+        """The plug-ins that made the model or measured it, each once; another digest is another plug-in."""
+        found = {record.model_dump_json(): record for record in (*(self.run.plugins or ()), *(self.plugins or ()))}
+        return [found[text] for text in sorted(found)]
 
     @property
     def digest(self) -> str:
@@ -394,7 +407,8 @@ class Evidence(Document):
 
         Fields that later versions added are left out when they are null, so that old decisions still match.
         """
-        absent: dict[str, Any] = {name: True for name in ("generation", "further") if getattr(self, name) is None}
+        later_fields = ("generation", "further", "plugins")
+        absent: dict[str, Any] = {name: True for name in later_fields if getattr(self, name) is None}
         if missing := {name for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}:
             absent["run"] = missing
         later = ("recognition", "original_images")

@@ -13,14 +13,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from salun_core import plugins
 from salun_core.data.images import ImageSet
 from salun_core.errors import UsageError, unknown_name
-from salun_core.evaluation.evidence import ClassAccuracy, Evidence, Metric, OptionalMetricFacts, RelearnPoint
+from salun_core.evaluation.evidence import (
+    METRIC_NAMES,
+    ClassAccuracy,
+    Evidence,
+    Metric,
+    OptionalMetricFacts,
+    RelearnPoint,
+)
 from salun_core.evaluation.likelihood_ratio import FEWEST_SHADOWS, Train, lira_metrics, train_shadows
 from salun_core.evaluation.membership import match_classes, matched_area
 from salun_core.evaluation.outputs import TINY, Outputs, outputs_of, penultimate_features
@@ -347,23 +356,129 @@ class MeasuredModels:
         return {name: outputs_of(model, images) for name, images in splits.items()}
 
 
+@dataclass(frozen=True)
+class AddedMetric:
+    """A metric of a plug-in, offered as an entry point of the group `salun.metrics`.
+
+    Args:
+        measure: (models and images, seed) -> the metric, which the evidence has under the name of the plug-in. It must
+            change neither, and depend on nothing else.
+    """
+
+    measure: Callable[[MeasuredModels, int], Metric]
+
+
+@dataclass(frozen=True)
+class AddedAttack:
+    """A membership attack of a plug-in, offered as an entry point of the group `salun.attacks`.
+
+    Args:
+        scores: (outputs on D_r, on unseen data, on D_f) -> scores of D_f, float64 [N], and of the unseen data,
+            float64 [M], high for a sample that looks like training data. The evidence has their area, matched by
+            class, under the name of the plug-in: 1/2 means that the attack cannot tell the two apart.
+    """
+
+    scores: Callable[[Outputs, Outputs, Outputs], tuple[np.ndarray, np.ndarray]]
+
+
+def added(name: str) -> AddedMetric | AddedAttack | None:
+    """Return the metric or the attack of a plug-in that the operator allows; None if no package offers the name.
+
+    Raises:
+        UsageError: it is not allowed, or not a metric or an attack; or a package offers both under the name.
+        IntegrityError: it has other files than the operator allows.
+    """
+    if plugins.is_reference(name):
+        found = plugins.load("metric", name)
+        if isinstance(found, AddedAttack):
+            return cast("AddedAttack", plugins.load("attack", name))
+        if not isinstance(found, AddedMetric):
+            raise plugins.wrong_type("metric", name, found, "an AddedMetric or an AddedAttack")
+        return found
+    metric, attack = plugins.find("metric", name), plugins.find("attack", name)
+    if name in METRIC_NAMES and (offer := metric or attack):
+        raise UsageError(
+            f"metric {name} of {offer.distribution} cannot be used",
+            "an evaluation measures one of this name itself",
+            f"rename the entry point, or write {offer.target}",
+        )
+    if metric and attack:
+        raise UsageError(
+            f"metric {name} is ambiguous",
+            "a metric and an attack have this name",
+            f"write {metric.target} or {attack.target}",
+        )
+    kind, row = ("attack", AddedAttack) if attack else ("metric", AddedMetric)
+    found = plugins.load(cast("plugins.Kind", kind), name)
+    if found is not None and not isinstance(found, row):
+        raise plugins.wrong_type(cast("plugins.Kind", kind), name, found, f"an {row.__name__}")
+    return found
+
+
+def measure_added(
+    row: AddedMetric | AddedAttack, name: str, subject: MeasuredModels, outputs: Mapping[str, BySplit], seed: int
+) -> Metric:
+    """Measure the metric of a plug-in, or the area of its attack.
+
+    Args:
+        row: the metric or the attack.
+        name: of the plug-in, for messages.
+        subject: models and images.
+        outputs: by model and split (forget, retain, test).
+        seed: of the metric; torch's own generator is seeded with it as well.
+
+    Raises:
+        UsageError: the code of the plug-in failed, or returned something of another form.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if isinstance(row, AddedAttack):
+                return _attack_metric(row, outputs)
+            found = row.measure(subject, seed)
+    except Exception as error:  # any code
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UsageError(f"metric {name} cannot be measured", why, "correct the code of the plug-in") from error
+    if not isinstance(found, Metric):
+        raise UsageError(
+            f"metric {name} cannot be measured", f"it returned a {type(found).__name__}", "return a Metric"
+        )
+    return found
+
+
+def _attack_metric(row: AddedAttack, outputs: Mapping[str, BySplit]) -> Metric:
+    areas = {}
+    for model, by in outputs.items():
+        forget, unseen = by["forget"], by["test"]
+        members, others = (np.asarray(item, dtype=np.float64) for item in row.scores(by["retain"], unseen, forget))
+        if members.shape != (len(forget),) or others.shape != (len(unseen),):
+            raise ValueError(f"scores of {members.shape} and {others.shape}, not ({len(forget)},) and ({len(unseen)},)")
+        if not (np.isfinite(members).all() and np.isfinite(others).all()):
+            raise ValueError("a score is not a finite number")
+        chosen, weights = match_classes(forget.labels, unseen.labels)
+        areas[model] = rank_area(members[chosen], others, weights)
+    return area_metric(areas, int(chosen.sum()), effective_size(weights))
+
+
 def parse_optional_metrics(text: str) -> dict[str, int]:
     """Parse a list of optional metrics such as `lira=16,relearn,probe`.
 
     Args:
-        text: names separated by commas; `lira=N` shadow models, `relearn=N` steps, `seeds=N` runs.
+        text: names separated by commas; `lira=N` shadow models, `relearn=N` steps, `seeds=N` runs. Other names are
+            those of plug-ins.
 
     Returns:
         The count by name, 1 for metrics without one; empty for an empty text.
 
     Raises:
-        UsageError: an unknown name (with the nearest match), or a count out of range.
+        UsageError: an unknown name (with the nearest match), a count out of range, or a plug-in that cannot be used.
     """
     found: dict[str, int] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, given, number = item.partition("=")
-        if name not in NAMES:
-            raise unknown_name("metric", name, NAMES)
+        if name not in NAMES and added(name) is None:
+            offered = [offer.name for kind in ("metric", "attack") for offer in plugins.offers(kind)]
+            raise unknown_name("metric", name, [*NAMES, *offered])
         if given and name not in _COUNTS:
             raise UsageError(f"{item} is not a metric", f"{name} takes no count", f"write {name}")
         found[name], least = _COUNTS.get(name, (1, 1))
@@ -440,6 +555,11 @@ def measure_optional_metrics(
         runs = [run_figures(outputs["after"]), *(run_figures(subject.outputs(rerun(other))) for other in seeds[1:])]
         metrics |= seed_metrics(run_figures(outputs["before"]), runs)
         facts["seeds"] = seeds
-    facts |= {"asked": [name for name in NAMES if name in requested], "seconds": time.perf_counter() - started}
+    for name in sorted(set(requested) - set(NAMES)):
+        row = added(name)
+        assert row is not None  # it was found when the request was parsed
+        metrics[name] = measure_added(row, name, subject, outputs, seed)
+    asked = [*(name for name in NAMES if name in requested), *sorted(set(requested) - set(NAMES))]
+    facts |= {"asked": asked, "seconds": time.perf_counter() - started}
     further = OptionalMetricFacts.model_validate(facts)
     return evidence.model_copy(update={"metrics": {**evidence.metrics, **metrics}, "further": further})

@@ -118,6 +118,7 @@ def decide(evidence: Evidence, policy: Policy, expected: Expected | None = None)
         *claims,
         _covers(policy, applying, kinds),
         *allowed(policy, levels, evidence),
+        *_plugins(policy, evidence),
         *judged,
     ]
     failed = [verdict for verdict in verdicts if not verdict.passed]
@@ -169,6 +170,20 @@ def _builtin(evidence: Evidence, expected: Expected) -> list[Verdict]:
         check("weights finite", finite, "0 non-finite", nan, Cause.DAMAGED, less),
         check("frozen weights", frozen, "0 changed", outside, Cause.INTEGRITY, with_mask),
     ]
+
+
+def _plugins(policy: Policy, evidence: Evidence) -> list[Verdict]:
+    """Check that the policy allows the plug-ins behind the evidence; no verdict if there are none."""
+    used, method = evidence.all_plugins, evidence.run.method
+    refused = [f"the policy does not allow the {record.words}" for record in policy.refused(used)]
+    if ":" in method and not any((record.kind, record.name) == ("method", method) for record in used):
+        refused.append(f"the evidence does not name the files of the method {method}")
+    if not used and not refused:
+        return []
+    listed = ", ".join(policy.plugins) if isinstance(policy.plugins, list) else policy.plugins
+    then = "use a method and metrics that ship, or list the plug-in under `plugins` in a policy of your own"
+    required = listed or "the architecture of the line only"
+    return [check("plug-ins", not refused, required, "; ".join(refused), Cause.INTEGRITY, then)]
 
 
 def _covers(policy: Policy, applying: Sequence[Rule], kinds: set[str]) -> Verdict:

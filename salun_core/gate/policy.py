@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from salun_core.config import Document, load, parse, parse_text
 from salun_core.digest import digest_json
 from salun_core.errors import unknown_name
 from salun_core.evaluation.evidence import Evidence
+from salun_core.plugins import PluginRecord, names
 
 State = Literal["before", "after", "reference", "origin"]
 Kind = Literal["samples", "class", "subject", "concept"]
@@ -88,7 +90,23 @@ class Policy(Document):
     levels: dict[Kind, list[Level]] = Field(
         default={}, description="assurance levels that may be published, by kind of forget target; any if left out"
     )
+    plugins: Literal["forbid"] | list[str] | None = Field(
+        default=None,
+        description="plug-ins that may have made or measured a model: `forbid`, or a list of distributions and "
+        "package:object, each perhaps with @sha256:DIGEST; left out: only the architecture of the model line",
+    )
     rules: list[Rule] = Field(min_length=1)
+
+    def refused(self, used: Sequence[PluginRecord]) -> list[PluginRecord]:
+        """Return the plug-ins that the policy does not allow.
+
+        A policy that says nothing forbids code that a parameter of the run can choose: methods, metrics and attacks.
+        The architecture comes with the model line, which no parameter changes.
+        """
+        if self.plugins is None:
+            return [record for record in used if record.kind != "architecture"]
+        allowed = [] if self.plugins == "forbid" else self.plugins
+        return [record for record in used if not names(allowed, record)]
 
     @property
     def digest(self) -> str:
@@ -96,6 +114,8 @@ class Policy(Document):
         document = self.model_dump(mode="json")
         if not self.levels:
             del document["levels"]
+        if self.plugins is None:
+            del document["plugins"]
         for rule in document["rules"]:
             for name, default in (("or_reference", False), ("undecided", "refuse"), ("unless_retrained", False)):
                 if rule[name] == default:
@@ -119,12 +139,12 @@ def load_policy(source: str | Path) -> Policy:
     Raises:
         UsageError: the policy does not exist, or the file has faults (all are listed).
     """
-    names = _shipped()
-    if str(source) in names:
-        text = names[str(source)].read_text(encoding="utf-8")
+    shipped = _shipped()
+    if str(source) in shipped:
+        text = shipped[str(source)].read_text(encoding="utf-8")
         return parse(Policy, parse_text(text, f"policy {source}"), f"policy {source}")
     if "/" not in str(source) and "." not in str(source):
-        raise unknown_name("policy", str(source), names)
+        raise unknown_name("policy", str(source), shipped)
     return load(Policy, Path(source))
 
 

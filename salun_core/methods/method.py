@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from salun_core import plugins
 from salun_core.config import parse
 from salun_core.errors import UsageError, unknown_name
 from salun_core.evaluation.evidence import EpochRecord
@@ -45,6 +46,35 @@ class Method(Generic[C]):
             UsageError: the configuration does not fit the method.
         """
 
+    def check_row(self, name: str, config_type: type[LoopConfig]) -> None:
+        """Check the row of a plug-in; those that ship are checked by tests.
+
+        Args:
+            name: of the method.
+            config_type: the class that its configuration class must extend.
+
+        Raises:
+            UsageError: it has no configuration class, or not exactly one way to unlearn.
+        """
+        own: object = self.config_type
+        if not isinstance(own, type) or not issubclass(own, config_type):
+            raise UsageError(
+                f"method {name} has no configuration class",
+                f"its config_type is {own!r}",
+                f"set config_type to {config_type.__name__}, or to a class that extends it",
+            )
+        if sum(way is not None for way in self.ways) != 1:
+            raise UsageError(
+                f"method {name} cannot unlearn",
+                "it needs an `edit`, or the loss or phases of a training, and not both",
+                "give its row exactly one of them",
+            )
+
+    @property
+    def ways(self) -> tuple[object, ...]:
+        """The functions of which exactly one is given: those of a training and of a closed-form edit."""
+        return ()
+
     def check_mask(self, name: str, mask: SaliencyMask | None) -> None:
         """Check that a mask is given if and only if the method needs one.
 
@@ -64,14 +94,23 @@ M = TypeVar("M", bound=Method[Any])
 
 
 def get_method(methods: Mapping[str, M], name: str) -> M:
-    """Return a method of a table by name.
+    """Return a method of a table by name, or the method of a plug-in that the operator allows.
 
     Raises:
-        UsageError: the table has no such method; the message suggests the nearest match.
+        UsageError: there is no such method (the message suggests the nearest match), or the plug-in is not allowed or
+            is not a method of this kind of model.
+        IntegrityError: the plug-in has other files than the operator allows.
     """
-    if name not in methods:
-        raise unknown_name("method", name, methods)
-    return methods[name]
+    if name in methods:
+        return methods[name]
+    found = plugins.load("method", name)
+    if found is None:
+        raise unknown_name("method", name, [*methods, *(offer.name for offer in plugins.offers("method"))])
+    kind = type(next(iter(methods.values())))
+    if not isinstance(found, kind):
+        raise plugins.wrong_type("method", name, found, f"a {kind.__name__}, for this kind of model")
+    found.check_row(name, next(iter(methods.values())).config_type)
+    return found
 
 
 def resolve_config(methods: Mapping[str, Method[C]], name: str, overrides: Mapping[str, Any] | None = None) -> C:

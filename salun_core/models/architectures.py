@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import nn
 
+from salun_core import plugins
 from salun_core.errors import ModelError, SalunError, UsageError, unknown_name
 from salun_core.models.resnet import DEPTHS, cifar_resnet, padded_cifar_resnet, resnet18
 from salun_core.models.transformers import swin_t, vit_tiny
@@ -31,17 +27,13 @@ CLASSIFIERS: dict[str, Builder] = {
     "vit_tiny": vit_tiny,
 }
 
-ALLOWED_VARIABLE = "SALUN_ARCHITECTURES"
-"""Names `package:callable`, separated by commas, that a model card may name. A card is untrusted: without this list
-it could choose code to import and to call."""
-
 
 def build_classifier(architecture: str, num_classes: int, channels: int = 3, size: int | None = None) -> nn.Module:
     """Build a classifier with fresh weights; nothing is downloaded.
 
     Args:
         architecture: a key of `CLASSIFIERS`, `torchvision:NAME`, `timm:NAME`, a timm name without prefix, or
-            `package:callable` for one of your own, which must be allowed (see `allow_architecture`).
+            `package:callable` or the name of a plug-in, which the operator must allow (`salun_core.plugins`).
         num_classes: number of outputs, at least 2.
         channels: number of image channels.
         size: image side in pixels, for architectures of a fixed size.
@@ -50,7 +42,7 @@ def build_classifier(architecture: str, num_classes: int, channels: int = 3, siz
         The module, in train mode.
 
     Raises:
-        UsageError: an unknown name (the message suggests the nearest match).
+        UsageError: an unknown name (the message suggests the nearest match), or a plug-in that is not allowed.
         ModelError: the architecture does not support these numbers.
     """
     if num_classes < 2:
@@ -60,60 +52,42 @@ def build_classifier(architecture: str, num_classes: int, channels: int = 3, siz
         return CLASSIFIERS[name](num_classes, channels, size)
     if library == "torchvision":
         return _torchvision(name, num_classes, channels)
-    if library in ("", "timm"):
-        return _timm(name, num_classes, channels, size)
     if is_own(architecture):
         return _own(architecture, num_classes)
+    if library in ("", "timm"):
+        return _timm(name, num_classes, channels, size)
     raise unknown_name("model library", library, ["torchvision", "timm", "package:callable of your own"])
 
 
 def is_own(architecture: str) -> bool:
-    """Whether a name has the form `package:callable` and is not one of the libraries'."""
-    package, colon, name = architecture.partition(":")
-    dotted = all(part.isidentifier() for part in (*package.split("."), *name.split(".")))
-    return bool(colon) and dotted and package not in {"salun", "torchvision", "timm"} and not _library_typo(package)
+    """Whether a name is `package:callable`, or a plug-in offers it."""
+    if ":" not in architecture:
+        return architecture not in CLASSIFIERS and plugins.find("architecture", architecture) is not None
+    return plugins.is_reference(architecture) and not _library_typo(architecture.partition(":")[0])
 
 
 def _library_typo(package: str) -> bool:
     return bool(difflib.get_close_matches(package, ["torchvision", "timm"], n=1, cutoff=0.75))
 
 
-def allow_architecture(architecture: str) -> None:
-    """Allow an architecture of your own in this process and its children; a user who names it has chosen to run it."""
-    if is_own(architecture):
-        os.environ[ALLOWED_VARIABLE] = ",".join(sorted({*_allowed(), architecture}))
-
-
-def _allowed() -> set[str]:
-    return {name.strip() for name in os.environ.get(ALLOWED_VARIABLE, "").split(",")} - {""}
-
-
 def _own(architecture: str, num_classes: int) -> nn.Module:
-    """Import and call an architecture of the user's own, after the check that the user allowed it."""
-    if architecture not in _allowed():
+    """Load and call an architecture of the user's own, after the check that the operator allowed it."""
+    if ":" not in architecture and (offer := plugins.find("architecture", architecture)) and _in_timm(architecture):
         raise UsageError(
-            f"architecture {architecture} is not allowed",
-            "a model card names it, and building it runs its code",
-            f"if you trust it, set {ALLOWED_VARIABLE}={architecture}, in a pod in its image",
+            f"architecture {architecture} is ambiguous",
+            f"{offer.distribution} and timm have one of this name",
+            f"write {offer.target} or timm:{architecture}",
         )
-    package, _, name = architecture.partition(":")
-    with _importable_folder():
-        build = _imported(package)
-        try:
-            for part in name.split("."):
-                build = getattr(build, part)
-        except AttributeError as error:
-            raise UsageError(
-                f"{package} has no {name}", "the module was imported", "check the name in --arch"
-            ) from error
-        try:
-            takes_classes = "num_classes" in inspect.signature(build).parameters
+    build = plugins.load("architecture", architecture)
+    try:
+        takes_classes = "num_classes" in inspect.signature(build).parameters
+        with plugins.importable_folder():  # it may import more of its package when it is called
             model = build(num_classes=num_classes) if takes_classes else build()
-        except (NotImplementedError, SalunError):  # of a build without memory; the caller builds it with memory
-            raise
-        except Exception as error:  # any code
-            why = f"{type(error).__name__}: {str(error)[:200]}"
-            raise ModelError(f"architecture {architecture} cannot be built", why, "correct its code") from error
+    except (NotImplementedError, SalunError):  # of a build without memory; the caller builds it with memory
+        raise
+    except Exception as error:  # any code
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ModelError(f"architecture {architecture} cannot be built", why, "correct its code") from error
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"architecture {architecture} is not a network",
@@ -121,33 +95,6 @@ def _own(architecture: str, num_classes: int) -> nn.Module:
             "return an nn.Module",
         )
     return model.train()
-
-
-@contextmanager
-def _importable_folder() -> Iterator[None]:
-    """Let the block import modules of the working folder. They never hide an installed package."""
-    here = os.getcwd()
-    added = here not in sys.path
-    if added:
-        sys.path.append(here)
-    try:
-        yield
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
-
-
-def _imported(package: str) -> Any:  # noqa: ANN401 - any module
-    try:
-        return importlib.import_module(package)
-    except Exception as error:  # importing runs any code
-        missing = isinstance(error, ModuleNotFoundError) and error.name in {package, package.split(".")[0]}
-        why = "it is neither installed nor in the working folder" if missing else f"{type(error).__name__}: {error}"
-        raise UsageError(
-            f"package {package} cannot be imported",
-            why,
-            "install it or change to its folder; in a pod, the image must contain it",
-        ) from error
 
 
 def _torchvision(name: str, num_classes: int, channels: int) -> nn.Module:
@@ -162,6 +109,12 @@ def _torchvision(name: str, num_classes: int, channels: int) -> nn.Module:
         )
     model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     return model
+
+
+def _in_timm(name: str) -> bool:
+    import timm
+
+    return bool(timm.is_model(name))
 
 
 def _timm(name: str, num_classes: int, channels: int, size: int | None) -> nn.Module:

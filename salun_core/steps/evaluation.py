@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from salun_core import plugins
 from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.optional_metrics import parse_optional_metrics
@@ -67,6 +68,10 @@ def evaluate(
             same = evidence.measured.reference == evidence.measured.after
             integrity = evidence.integrity.model_copy(update={"repeated": same})
             evidence = evidence.model_copy(update={"integrity": integrity})
+        kinds: tuple[plugins.Kind, ...] = ("metric", "attack")
+        used = [record for kind in kinds for record in plugins.loaded(kind, *asked)]
+        used += plugins.loaded("architecture", model.card.architecture)
+        evidence = evidence.model_copy(update={"plugins": used or None})
         write_evidence(evidence_out, evidence)
         report = ReportContext(model_line=context.model_line, created_at=evidence.created_at)
         write_report(report_out, evidence, None, report)

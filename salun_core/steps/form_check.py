@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from salun_core import plugins
 from salun_core.config import parse
 from salun_core.data.targets import Target
 from salun_core.errors import StoreError, UsageError, reported_as
@@ -19,7 +20,7 @@ from salun_core.storage.keys import check_id
 from salun_core.sweeps.policy import SweepPolicy
 from salun_core.tasks import TASKS
 from salun_core.tasks.ingredients import absent_evaluators
-from salun_core.tasks.resolve import AUTO, check_policy, read_forget
+from salun_core.tasks.resolve import AUTO, check_policy, read_forget, read_policy_early
 from salun_core.tasks.task import Task
 from salun_core.tuning import parse_budget
 
@@ -153,6 +154,8 @@ def _check_recipe(faults: _Faults, form: RecipeForm, task: Task[Any] | None) -> 
     faults.of("extra_metrics", require_reference, asked, form.retrain_reference)
     if form.tune:
         faults.of("tune_budget", parse_budget, form.tune_budget, 1)
+    if not faults.found:
+        faults.of("the policy", _check_plugins, form, asked)
     if task is None or faults.found:
         return
     if asked and not task.optional_metrics:
@@ -172,7 +175,7 @@ def _check_recipe(faults: _Faults, form: RecipeForm, task: Task[Any] | None) -> 
 def _resolve(form: RecipeForm, task: Task[Any] | None) -> None:
     having = [one for one in TASKS.values() if form.method in one.methods] if task is None else [task]
     faults = []
-    for one in having or [TASKS["classification"]]:
+    for one in having or TASKS.values():
         try:
             resolve_config(one.methods, form.method, form.recipe.overrides)
         except UsageError as error:
@@ -180,6 +183,25 @@ def _resolve(form: RecipeForm, task: Task[Any] | None) -> None:
         else:
             return
     raise faults[0]
+
+
+def _check_plugins(form: RecipeForm, asked: Mapping[str, int]) -> None:
+    """Refuse a plug-in that the policy does not allow, before it costs a run. They were loaded by the checks before."""
+    used = [
+        *plugins.loaded("method", form.method),
+        *plugins.loaded("metric", *asked),
+        *plugins.loaded("attack", *asked),
+    ]
+    if not used:
+        return
+    policy = read_policy_early(form.policy_uri)
+    if refused := policy.refused(used):
+        raise UsageError(
+            f"policy {policy.name} does not allow the {refused[0].words}",
+            "its gate would refuse the model",
+            f"choose what ships, or list {refused[0].distribution or refused[0].object} under `plugins` in a policy of "
+            "your own",
+        )
 
 
 def _sweep_policy(form: DeletionSweepForm, task: Task[Any]) -> None:

@@ -76,7 +76,9 @@ def run_unlearning(
             with _divergence_kept(context, group):
                 result = task.unlearn(inputs, recipe.method, config, given, kept, progress, group)
         if group.main:
-            facts = facts_of_run(inputs.sizes["forget_samples"], result, given, group.size, tuned)
+            facts = facts_of_run(
+                inputs.sizes["forget_samples"], result, given, group.size, tuned, inputs.original.card.architecture
+            )
             task.save(out, inputs, result, {RUN_FACTS: facts_json(facts), **(tuned.extra_files if tuned else {})})
             if checkpoint:
                 checkpoint.unlink(missing_ok=True)

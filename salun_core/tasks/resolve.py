@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from salun_core import plugins
 from salun_core.config import MAX_DOCUMENT_BYTES, parse, parse_text, read_document
 from salun_core.data.forget_set import ForgetSet
 from salun_core.data.targets import SamplesTarget, Target, parse_target
@@ -15,7 +16,7 @@ from salun_core.digest import check_digest, sha256_bytes
 from salun_core.errors import IntegrityError, StoreError, UsageError, reported_as, unknown_name
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import METRIC_NAMES
-from salun_core.gate import Policy, default_policy, load_policy, policy_of_images
+from salun_core.gate import Policy, default_policy, load_policy, policy_of_images, shipped_policies
 from salun_core.models.card import Card, DiffusionCard
 from salun_core.registry.lookup import resolve
 from salun_core.registry.versions import fetch_version
@@ -109,8 +110,13 @@ def check_policy(uri: str) -> None:
     if uri != AUTO:
         policy = _policy(uri)
         for name in [item.metric for rule in policy.rules for item in (rule, rule.relative_to) if item]:
-            if name not in METRIC_NAMES:
+            if name not in METRIC_NAMES and not plugins.is_reference(name) and name not in _offered():
                 raise unknown_name(f"metric in policy {policy.name}:", name, METRIC_NAMES)
+
+
+def _offered() -> list[str]:
+    """Return the names of the metrics and attacks of installed plug-ins, whether they may be loaded or not."""
+    return [offer.name for offer in (*plugins.offers("metric"), *plugins.offers("attack"))]
 
 
 def read_policy(uri: str, evidence: Evidence) -> Policy:
@@ -121,6 +127,11 @@ def read_policy(uri: str, evidence: Evidence) -> Policy:
         evidence: evidence to apply it to.
     """
     return _policy(default_policy(evidence) if uri == AUTO else uri)
+
+
+def read_policy_early(uri: str) -> Policy:
+    """Read a policy before the kind of model is known; for `auto` one of those that ship, as none lists a plug-in."""
+    return _policy(shipped_policies()[0] if uri == AUTO else uri)
 
 
 def policy_for(uri: str, card: Card) -> Policy:

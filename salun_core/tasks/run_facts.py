@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from salun_core import __version__
+from salun_core import __version__, plugins
 from salun_core.config import load
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.methods.method import UnlearnResult
@@ -36,6 +36,7 @@ def facts_of_run(
     mask: SaliencyMask | None,
     processes: int = 1,
     tuned: TunedRun | None = None,
+    architecture: str = "",
 ) -> RunFacts:
     """Describe a run.
 
@@ -45,6 +46,7 @@ def facts_of_run(
         mask: mask of the mask step; None for a method without a mask.
         processes: number of processes that shared the work.
         tuned: the search, if the settings were searched for.
+        architecture: of the model; it may be a plug-in.
     """
     used = tuned.mask if tuned else mask
     scored = result.config.scoring_passes * forget_samples if mask and was_scored(mask) else 0
@@ -60,6 +62,7 @@ def facts_of_run(
         environment=environment() | ({"processes": str(processes)} if processes > 1 else {}),
         tuning=tuned.facts if tuned else None,
         changed_fraction=result.changed_fraction,
+        plugins=[*plugins.loaded("method", result.method), *plugins.loaded("architecture", architecture)] or None,
     )
 
 

@@ -132,6 +132,11 @@ class ClassifierMethod(method.Method[UnlearnConfig]):
     reads_held_out: bool = False
     config_type: type[UnlearnConfig] = field(default=UnlearnConfig, kw_only=True)
 
+    @property
+    def ways(self) -> tuple[object, ...]:
+        """The phases of a training, or a closed-form edit."""
+        return self.phases, self.edit
+
     def check(self, name: str, config: UnlearnConfig) -> None:
         """Reject frozen batch norm for a method that starts from fresh weights.
 

@@ -80,6 +80,11 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
     needs_retain: bool = True
     config_type: type[DiffusionConfig] = field(default=DiffusionConfig, kw_only=True)
 
+    @property
+    def ways(self) -> tuple[object, ...]:
+        """The loss of a training, or a closed-form edit."""
+        return self.loss, self.edit
+
     def check(self, name: str, config: DiffusionConfig) -> None:
         """Reject α = 0 for a method with both losses, unless the configuration forces it.
 

@@ -111,7 +111,7 @@ class ClassificationTask:
             retain=inputs.retain,
             config=config,
             mask=mask,
-            held_out=inputs.held_out if METHODS[method].reads_held_out else None,
+            held_out=inputs.held_out if get_method(METHODS, method).reads_held_out else None,
             fresh=lambda seed: fresh_classifier(card.architecture, inputs.retain, len(card.classes), seed),
             checkpoint=checkpoint,
             on_epoch=on_epoch,
@@ -143,7 +143,7 @@ class ClassificationTask:
     ) -> None:
         """Write the model folder; a retrained model's card contains the configuration of its own training."""
         card = inputs.child_card(result.method)
-        if METHODS[result.method].fresh_start:
+        if get_method(METHODS, result.method).fresh_start:
             card = card.model_copy(update={"training": result.config.model_dump()})
         save_model(folder, result.model.cpu(), card, inputs.kept_split, extra_files)
 
@@ -159,7 +159,7 @@ class ClassificationTask:
         """
         config = method_config(recipe.method, recipe.method_config)
         retraining = Recipe(method="retrain", density=1.0, seed=recipe.seed)
-        if METHODS[recipe.method].fresh_start:
+        if get_method(METHODS, recipe.method).fresh_start:
             return Escalation(recipes=[recipe, retraining] if recipe.method_config else [recipe])
         name = "influence_strength" if recipe.method == "influence" else "learning_rate"
 

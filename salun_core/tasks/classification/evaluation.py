@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from salun_core import plugins
 from salun_core.data import ImageSet
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.optional_metrics import MeasuredModels, measure_optional_metrics, require_reference
 from salun_core.methods.classification import METHODS, method_config
 from salun_core.methods.classification.training import train_classifier
-from salun_core.methods.config import UnlearnConfig
+from salun_core.methods.method import get_method
 from salun_core.tasks.classification.inputs import ClassifierInputs
 from salun_core.tasks.reference import reference_model
 from salun_core.tasks.task import Candidate, EvaluationOptions
@@ -66,7 +67,8 @@ def _optional(
 ) -> Evidence:
     """Measure the optional metrics: provide shadow models and repeated runs to them."""
     run, card, device = candidate.facts, inputs.original.card, options.device
-    if "seeds" in options.optional_metrics and run.method not in METHODS:
+    repeatable = run.method in METHODS or plugins.find("method", run.method) is not None
+    if "seeds" in options.optional_metrics and not repeatable:
         raise UsageError("the unlearning cannot be repeated", "its run.json is not known", "leave `seeds` out")
     gone = set(evidence.forgotten.classes)
     kept = [index for index, label in enumerate(inputs.test.labels.tolist()) if label not in gone]
@@ -81,8 +83,9 @@ def _optional(
         return train_classifier(card.architecture, images, len(card.classes), config)[0]
 
     def run_again(seed: int) -> nn.Module:
-        config = UnlearnConfig.model_validate({**run.config, "seed": seed, "device": str(device)})
-        mask = candidate.mask if METHODS[run.method].needs_mask else None
+        row = get_method(METHODS, run.method)
+        config = row.config_type.model_validate({**run.config, "seed": seed, "device": str(device)})
+        mask = candidate.mask if row.needs_mask else None
         return task.unlearn(inputs, run.method, config, mask).model
 
     asked = options.optional_metrics

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from salun_core import plugins
 from salun_core.bench.plan import SuiteRun
 from salun_core.bench.suite import find_suite, load_suite, slug
 from salun_core.errors import UsageError
+from tests.support.plugins import example
 from tests.unit.bench.conftest import SUITE
+
+__all__ = ["example"]
 
 SHIPPED = sorted((Path(__file__).parents[3] / "benchmarks" / "suites").glob("*.yaml"))
 GENERATIVE = ["ddpm-class", "sd-class", "sd-concept"]
@@ -153,3 +157,17 @@ def test_a_row_with_its_own_budget_is_searched_but_needs_no_control(tmp_path):
     assert plan.search(suite.methods[-1]).budget == "2e"
     data["methods"][-1] = {**cheap, "budget": "2m"}
     assert "is not reproducible" in faults(tmp_path, data)
+
+
+def test_a_row_may_have_the_method_of_a_plug_in_and_its_cells_its_digest(example, tmp_path):
+    row = {"name": "Uniform", "method": "uniform", "density": 0.3, "config": {"epochs": 1}}
+    rows = [{**row, "mask": "saliency"}, {**row, "mask": "random", "name": "Uniform, random"}, *SUITE["methods"][2:]]
+    (tmp_path / "own.yaml").write_text(json.dumps({**SUITE, "methods": rows}))
+    plan = SuiteRun(load_suite(tmp_path / "own.yaml"), "cpu", tmp_path)
+    first = plan.cells[0]
+    assert (first.name, plan.cost(first)) == ("uniform-0", {"epochs": 1})
+    (example / "salun_example.py").write_text((example / "salun_example.py").read_text() + "\n")
+    plugins._loaded.clear()
+    again = SuiteRun(load_suite(tmp_path / "own.yaml"), "cpu", tmp_path)
+    assert again.cells[0].plan != first.plan
+    assert again.cells[2].plan == plan.cells[2].plan

@@ -210,7 +210,7 @@ def test_a_file_of_variables_elsewhere_or_of_another_kind_is_refused(write, name
         find_settings(path).variables()
 
 
-@pytest.mark.parametrize("name", ["SALUN_ARCHITECTURES", "SALUN_VERIFY_KEY"])
+@pytest.mark.parametrize("name", ["SALUN_PLUGINS", "SALUN_VERIFY_KEY"])
 def test_a_file_of_variables_may_not_say_whom_to_trust(write, name):
     with pytest.raises(UsageError, match=f"must not set {name}"):
         read_variables(write(f"export {name}=evil:build\n", ".env"))

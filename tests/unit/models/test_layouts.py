@@ -310,10 +310,10 @@ OWN = "tests.unit.models.test_layouts:OwnNet"
 
 def test_an_architecture_of_your_own_must_be_allowed(tmp_path, monkeypatch):
     torch.save(OwnNet(3).state_dict(), tmp_path / "m.pt")
-    monkeypatch.delenv("SALUN_ARCHITECTURES", raising=False)
-    with pytest.raises(Exception, match=f"set SALUN_ARCHITECTURES={OWN}"):
+    monkeypatch.delenv("SALUN_PLUGINS", raising=False)
+    with pytest.raises(Exception, match=f"set SALUN_PLUGINS={OWN}"):
         imported(tmp_path / "m.pt", OWN)
-    monkeypatch.setenv("SALUN_ARCHITECTURES", f"other:net, {OWN}")
+    monkeypatch.setenv("SALUN_PLUGINS", f"other:net, {OWN}")
     found, network = imported(tmp_path / "m.pt", OWN)
     assert (found.num_classes, found.architecture) == (3, OWN)
     assert network(torch.ones(2, 3, 2, 2)).shape == (2, 3)

@@ -50,7 +50,7 @@ COLOURS_NAME = "tests.unit.tasks.test_classifier_importing:Colours"
 
 @pytest.fixture
 def colours(tmp_path, monkeypatch):
-    monkeypatch.setenv("SALUN_ARCHITECTURES", COLOURS_NAME)
+    monkeypatch.setenv("SALUN_PLUGINS", COLOURS_NAME)
     torch.save({"model_state_dict": Colours().state_dict()}, tmp_path / "colours.pt")
     return tmp_path / "colours.pt"
 
@@ -121,7 +121,7 @@ class Wrong(nn.Module):
 
 def test_a_network_that_returns_no_logits_is_refused(tmp_path, photos, monkeypatch):
     name = "tests.unit.tasks.test_classifier_importing:Wrong"
-    monkeypatch.setenv("SALUN_ARCHITECTURES", name)
+    monkeypatch.setenv("SALUN_PLUGINS", name)
     torch.save(Wrong().state_dict(), tmp_path / "m.pt")
     with pytest.raises(
         ModelError, match="returns no logits for the 3 classes of the data: for two images it returns dict"
@@ -139,7 +139,7 @@ def test_a_network_that_returns_no_logits_is_refused(tmp_path, photos, monkeypat
     ],
 )
 def test_an_architecture_that_cannot_be_built_is_explained(monkeypatch, name, why):
-    monkeypatch.setenv("SALUN_ARCHITECTURES", name)
+    monkeypatch.setenv("SALUN_PLUGINS", name)
     with pytest.raises((UsageError, ModelError), match=why):
         build_classifier(name, 3)
 
@@ -158,14 +158,14 @@ def test_a_card_cannot_choose_code_to_run(tmp_path, photos, colours, monkeypatch
     (tmp_path / "evil.py").write_text("open('ran', 'w')\nNet = None\n")
     (tmp_path / "model/model.json").write_text(json.dumps({**card, "architecture": "evil:Net"}))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="architecture evil:Net is not allowed: a model card names it"):
+    with pytest.raises(UsageError, match="architecture evil:Net is not allowed: it is a plug-in"):
         load_model(tmp_path / "model")
     assert not (tmp_path / "ran").exists()
 
 
 def test_an_own_architecture_serves_later_commands(tmp_path, photos, monkeypatch):
     """The package lies in the working folder; the verb that names it allows it, later ones need the variable."""
-    monkeypatch.setenv("SALUN_ARCHITECTURES", "")
+    monkeypatch.setenv("SALUN_PLUGINS", "")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_nets.py").write_text(
         "from torch import nn\n\n\ndef small(num_classes):\n"
@@ -175,13 +175,13 @@ def test_an_own_architecture_serves_later_commands(tmp_path, photos, monkeypatch
     words = ("--arch", "my_nets:small", "--data", photos.source, "--mean", "0,0,0", "--std", "1,1,1", "--out", "m")
     shown = invoke("model", "import", "small.pt", *words, "--classes", "red,green,blue")
     assert shown.exit_code == 0, shown.stderr
-    assert "export SALUN_ARCHITECTURES=my_nets:small" in shown.stderr
+    assert "export SALUN_PLUGINS=my_nets:small" in shown.stderr
     assert "test accuracy   1.0000" in shown.stdout
     (tmp_path / "f.json").write_text('{"kind": "class", "class_name": "red"}')
-    monkeypatch.setenv("SALUN_ARCHITECTURES", "")
+    monkeypatch.setenv("SALUN_PLUGINS", "")
     refused = invoke("mask", "--model", "m", "--forget", "f.json", "--out", "mask")
-    assert (refused.exit_code, "set SALUN_ARCHITECTURES=my_nets:small" in refused.stderr) == (2, True)
-    monkeypatch.setenv("SALUN_ARCHITECTURES", "my_nets:small")
+    assert (refused.exit_code, "set SALUN_PLUGINS=my_nets:small" in refused.stderr) == (2, True)
+    monkeypatch.setenv("SALUN_PLUGINS", "my_nets:small")
     masked = invoke("mask", "--model", "m", "--forget", "f.json", "--out", "mask")
     assert masked.exit_code == 0, masked.stderr
 
@@ -209,7 +209,7 @@ def test_a_checkpoint_is_described_without_data(tmp_path, monkeypatch):
 
 
 def test_a_dry_run_with_data_measures_and_warns(tmp_path, photos, monkeypatch):
-    monkeypatch.setenv("SALUN_ARCHITECTURES", COLOURS_NAME)
+    monkeypatch.setenv("SALUN_PLUGINS", COLOURS_NAME)
     monkeypatch.chdir(tmp_path)
     torch.save(Colours().state_dict(), "m.pt")
     words = ("model", "import", "m.pt", "--data", photos.source, "--arch", COLOURS_NAME, "--mean", "0,0,0", "--dry-run")

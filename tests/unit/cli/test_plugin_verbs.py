@@ -1,0 +1,78 @@
+"""The example plug-in as a user has it: `salun plugin`, a run of its method, its metrics, and the gate on them."""
+
+import json
+
+import pytest
+
+from salun_core.cli.app import load_examples
+from salun_core.gate import load_policy
+from salun_core.plugins import GROUPS
+from tests.support.plugins import EXAMPLE, example, package, write_metadata
+from tests.unit.cli.test_examples import _parsed, _shape
+
+__all__ = ["example"]
+
+
+def test_the_example_has_at_most_60_lines():
+    assert sum(len(path.read_text().splitlines()) for path in EXAMPLE.iterdir() if path.is_file()) <= 60
+
+
+def test_plug_ins_are_listed_without_running_them(salun, example, monkeypatch, tmp_path):
+    monkeypatch.setenv("SALUN_PLUGINS", "")
+    _, lines = _parsed(load_examples()["plugin list"])
+    assert _shape(salun("plugin", "list").stdout.splitlines()) == _shape(lines)
+    points = {"salun": "salun_lab:X", "fade": "salun_lab", "uniform": "salun_lab:X"}
+    write_metadata(tmp_path, "salun-lab", "1.0", {GROUPS["method"]: points})
+    (tmp_path / "salun_lab.py").write_text("raise SystemExit('ran')")
+    with package(tmp_path, monkeypatch, "salun-example"):
+        rows = json.loads(salun("plugin", "list", "--json").stdout)
+    states = {(row["distribution"], row["name"]): row["state"] for row in rows}
+    assert states["salun-lab", "salun"] == "hidden: salun ships; rename the entry point"
+    assert states["salun-lab", "fade"] == "'salun_lab' is not package:object; correct it"
+    assert states["salun-lab", "uniform"] == "ambiguous: salun-example offers it, too; uninstall one of them"
+    assert states["salun-example", "pocket"] == "allowed"
+
+
+def test_the_example_holds_the_contract(salun, example, monkeypatch):
+    monkeypatch.setenv("SALUN_PLUGINS", "")  # the command itself allows what it is told to run
+    found = salun("plugin", "check", "salun-example")
+    assert found.exit_code == 0, found.stdout + found.stderr
+    monkeypatch.setenv("SALUN_PLUGINS", "")
+    shown = salun("plugin", "check", "uniform").stdout.splitlines()
+    assert _shape(shown) == _shape(_parsed(load_examples()["plugin check"])[1])
+    monkeypatch.setenv("SALUN_PLUGINS", "")
+    rows = json.loads(salun("plugin", "check", "salun_example:UNIFORM", "--json").stdout)
+    assert {row["state"] for row in rows} == {"holds"}
+    refused = salun("plugin", "check", "unifrom")
+    assert (refused.exit_code, "did you mean 'uniform'" in refused.stderr) == (2, True)
+
+
+@pytest.mark.usefixtures("example")
+def test_a_run_names_its_plug_ins_and_the_gate_asks_the_policy(salun, digits_model, tmp_path):
+    (tmp_path / "forget.json").write_text('{"kind": "class", "class_name": "3"}')
+    own = load_policy("classifier").model_copy(update={"plugins": ["salun-example"]})
+    (tmp_path / "own.json").write_text(own.model_dump_json())
+    pair = ("--forget", "forget.json", "--mask", "mask.safetensors")
+    measured = ("--report", "report.html", "--extra-metrics", "confidence,entropy_area")
+    steps = [
+        ("mask", "--model", digits_model, "--forget", "forget.json", "--out", "mask.safetensors"),
+        ("unlearn", "--model", digits_model, *pair, "--method", "uniform", "--set", "epochs=1", "--out", "after"),
+        ("evaluate", "--before", digits_model, "--after", "after", *pair, "--out", "evidence.json", *measured),
+    ]
+    for words in steps:
+        done = salun(*words)
+        assert done.exit_code == 0, (words, done.stdout + done.stderr)
+    evidence = json.loads((tmp_path / "evidence.json").read_text())
+    assert [(item["kind"], item["name"], item["version"]) for item in evidence["run"]["plugins"]] == [
+        ("method", "uniform", "1.0")
+    ]
+    assert {item["name"] for item in evidence["plugins"]} == {"confidence", "entropy_area"}
+    area = evidence["metrics"]["entropy_area"]
+    assert area["after"] < 0.1 < area["before"]  # the forgotten class became less certain than unseen data
+    assert evidence["metrics"]["confidence"]["n"] == evidence["forgotten"]["count"]
+    verdicts = {}
+    for name in ("classifier", "own.json"):
+        salun("gate", "--evidence", "evidence.json", "--policy", name, "--out", "decision.json")
+        decision = json.loads((tmp_path / "decision.json").read_text())
+        verdicts[name] = next(item for item in decision["verdicts"] if item["rule"] == "plug-ins")["passed"]
+    assert verdicts == {"classifier": False, "own.json": True}
