@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from torch import nn
 
 from salun_core.config import parse
+from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.methods.method import get_method
-from salun_core.tasks.task import EvaluationOptions, InputsT, Task
+from salun_core.tasks.task import EvaluationOptions, Inputs, InputsT, Model, Task
 
 
 def reference_model(
@@ -22,9 +24,14 @@ def reference_model(
         inputs: the model before, its data and the forget set.
         options: folder of a reference, or whether to retrain one.
         facts: facts of the run under evaluation.
+
+    Raises:
+        ModelError: the reference is of another architecture or of other data, or was trained on the forget set.
     """
     if options.reference is not None:
-        return task.load(options.reference).network, facts
+        reference = task.load(options.reference)
+        _check(inputs, reference)
+        return reference.network, facts
     if not options.retrain:
         return None, facts
     started = time.perf_counter()
@@ -35,3 +42,19 @@ def reference_model(
     network = task.unlearn(inputs, "retrain", config).model
     seconds = {**facts.seconds, "reference": time.perf_counter() - started}
     return network, facts.model_copy(update={"seconds": seconds})
+
+
+def _check(inputs: Inputs[Any], reference: Model) -> None:
+    """Check that a reference can be what the original would be without the forget set."""
+    original, remedy = inputs.original, "give a model that was retrained without the forget set: --method retrain"
+    if reference.card.architecture != original.card.architecture or _shapes(reference) != _shapes(original):
+        found = f"{reference.card.architecture} instead of {original.card.architecture}, or other shapes"
+        raise ModelError("the reference is of another architecture", found, remedy)
+    if reference.split.dataset_digest != inputs.split.dataset_digest:
+        raise ModelError("the reference is of other data", "its split names another data set", remedy)
+    if seen := len(reference.split.train.keys() & set(inputs.forget_set.samples)):
+        raise ModelError("the reference was trained on the forget set", f"on {seen} of its samples", remedy)
+
+
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.network.named_parameters()}

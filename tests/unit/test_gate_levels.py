@@ -13,6 +13,7 @@ from salun_core.data.images import Normalisation
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.evidence import Forgotten, Integrity, Measured, Metric, RunFacts
+from salun_core.evaluation.statistics import area_metric
 from salun_core.gate import Cause, Policy, decide, load_policy
 
 POLICY = load_policy("classifier")
@@ -368,6 +369,27 @@ def test_a_reference_that_may_have_seen_the_samples_is_not_compared_with(referen
     )
     rule = {**INSIDE, "or_reference": True, "undecided": "procedure"}
     assert decided(policy_of(rule), attack_auc=found).passed is passes
+
+
+@pytest.mark.parametrize(
+    ("count", "area", "cause"),
+    [
+        (3, 0.95, Cause.NOT_FORGOTTEN),
+        (10, 0.81, Cause.NOT_FORGOTTEN),
+        (20, 0.77, Cause.NOT_FORGOTTEN),
+        (1, 0.003, Cause.OVER_FORGOTTEN),
+        (5, 0.09, Cause.OVER_FORGOTTEN),
+        (20, 0.23, Cause.OVER_FORGOTTEN),
+        (3, 0.89, None),  # so few samples cannot tell, and the decision says so
+        (5, 0.27, None),
+    ],
+)
+def test_a_small_forget_set_is_judged_in_both_directions_or_its_level_says_that_it_cannot_be(count, area, cause):
+    found = area_metric({"before": 0.95, "after": area}, count, 600)
+    decision = decided(policy_of({**INSIDE, "undecided": "procedure"}), attack_auc=found)
+    assert decision.level == (None if cause else "procedure")
+    assert causes(decision, "attack_auc") == ({cause} if cause else set())
+    assert (decision.n, decision.power < 0.05) == (count, True)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from salun_core.data import DataSpec
-from salun_core.errors import UsageError
+from salun_core.data.split import SplitManifest
+from salun_core.errors import ModelError, UsageError
 from salun_core.gate import Policy, decide, load_policy
 from salun_core.methods.classification import UnlearnConfig
 from salun_core.methods.recipe import Recipe
+from salun_core.models import load_model, save_model
+from salun_core.models.architectures import build_classifier
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.unlearning import run_unlearning
@@ -33,8 +36,6 @@ def small(tmp_path_factory):
     config = UnlearnConfig(epochs=3, learning_rate=0.1, batch_norm="update", batch_size=16, device="cpu")
     result = train_model(DataSpec(source="digits", train_limit=150, test_limit=100), "resnet8", config, folder / "base")
     assert result is not None
-    from salun_core.models import load_model
-
     ids = load_model(folder / "base").split.ids("train")[:20]
     (folder / "forget.json").write_text(json.dumps({"kind": "samples", "ids": ids}))
     for name, method, overrides in (
@@ -118,6 +119,31 @@ def test_a_retraining_is_repeated_with_its_own_settings_and_a_forged_one_has_oth
     assert (found.integrity.repeated, found.run.method) == (False, "retrain")
     refused = decide(found, load_policy("classifier")).refusals
     assert any("its weights continue those before" in refusal.words for refusal in refused)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("another architecture", "the reference is of another architecture: resnet20 instead of resnet8"),
+        ("other data", "the reference is of other data"),
+        (None, "the reference was trained on the forget set: on 20 of its samples"),
+    ],
+    ids=["architecture", "data", "saw the forget set"],
+)
+def test_a_reference_that_cannot_be_one_is_refused_before_anything_is_measured(small, tmp_path, change, why):
+    other, given = small / "base", load_model(small / "retrained")
+    card, split, network = given.card, given.split, given.model
+    if change:
+        other = tmp_path / "other"
+        if change == "other data":
+            split = SplitManifest.model_validate({**split.model_dump(mode="json"), "dataset_digest": "0" * 64})
+        else:
+            card = card.model_copy(update={"architecture": "resnet20"})
+            network = build_classifier("resnet20", 10, 1, 8)
+        save_model(other, network, card.model_copy(update={"split_digest": split.digest}), split)
+    with pytest.raises(ModelError, match=why):
+        measured(small, tmp_path, reference=other)
+    assert not (tmp_path / "evidence.json").exists()
 
 
 def test_distances_need_a_reference_and_names_must_exist(small, tmp_path):

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from salun_core.errors import DataError, IntegrityError
+from salun_core.errors import DataError, GateRefusedError, IntegrityError
 from salun_core.models import load_model, save_model
 from salun_core.registry.lookup import ancestry, read_head
 from salun_core.steps.context import RunContext
@@ -65,6 +66,20 @@ def test_a_candidate_that_would_retain_them_is_not_published(
     paths = tmp_path / "whole-split", tmp_path / "run" / "evidence.json", tmp_path / "report.html"
     with pytest.raises(IntegrityError, match="the split of the model after"):
         gate_and_publish(RunContext(tmp_path / "run" / "before", forget, "digits", store.uri), *paths, parent=parent)
+
+    # The evidence of this run is replayed: for another request, and for another model.
+    others = targets(tmp_path, original.split.ids("train")[8:20])
+    kept = original.split.without(original.split.ids("train")[8:20])
+    save_model(tmp_path / "others", made.model, made.card.model_copy(update={"split_digest": kept.digest}), kept)
+    context = RunContext(tmp_path / "run" / "before", others, "digits", store.uri)
+    with pytest.raises(GateRefusedError, match="the evidence was measured on another forget set"):
+        gate_and_publish(context, tmp_path / "others", *paths[1:], parent=parent)
+    with torch.no_grad():
+        next(made.model.parameters()).mul_(2)
+    save_model(tmp_path / "other-model", made.model, made.card, made.split)
+    context = RunContext(tmp_path / "run" / "before", forget, "digits", store.uri)
+    with pytest.raises(GateRefusedError, match="the evidence was measured on another after"):
+        gate_and_publish(context, tmp_path / "other-model", *paths[1:], parent=parent)
     head = read_head(store, "digits")
     assert head is not None
     assert head[0].version == parent
