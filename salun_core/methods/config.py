@@ -133,6 +133,12 @@ class UnlearnConfig(LoopConfig):
     kept_gradient: float = Field(
         default=0.1, ge=0, le=1, description="msg: κ, factor on the gradient of the other weights of these layers"
     )
+    adversarial_radius: float = Field(
+        default=0.04, gt=0, allow_inf_nan=False, description="amun: first ε of the attack, where pixels go from 0 to 1"
+    )
+    adversarial_steps: int = Field(
+        default=50, ge=1, description="amun: steps of the attack before its radius is doubled"
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ from salun_core.errors import DataError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore, FileCheckpoint
 from salun_core.methods.classification import (
+    amun,
     boundary_expanding,
     boundary_shrink,
     ct,
@@ -64,6 +65,7 @@ METHODS: dict[str, ClassifierMethod] = {
     "salun_lotus": salun_lotus.METHOD,
     "msg": msg.METHOD,
     "ct": ct.METHOD,
+    "amun": amun.METHOD,
 }
 
 
@@ -125,7 +127,7 @@ def unlearn(
     group.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
     begun = time.perf_counter()
     shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
-    history = _run(row, context, mask, shared, fingerprint, on_epoch, group)
+    history, context = _run(row, context, mask, shared, fingerprint, on_epoch, group)
     seconds = time.perf_counter() - begun
     passes, changed = row.total_passes(context), _changed_fraction(model, started)
     return UnlearnResult(started, method, settings, history, seconds, passes, changed)
@@ -155,15 +157,18 @@ def _run(
     fingerprint: str,
     on_epoch: OnEpoch | None,
     group: ProcessGroup,
-) -> list[EpochRecord]:
-    """Train or edit the context's model in place; its architecture is unchanged afterwards."""
+) -> tuple[list[EpochRecord], ClassifierContext]:
+    """Train or edit the context's model in place, and return the context as `begin` extended it.
+
+    The model's architecture is unchanged afterwards.
+    """
     model = context.model
     assert model is not None
     if row.edit is not None:
         row.edit(context)
         group.synchronise(model)
         model.eval()
-        return []
+        return [], context
     phases = row.phases
     assert phases is not None
     shapes = _shapes(model)
@@ -181,7 +186,7 @@ def _run(
     if row.finish:
         row.finish(model, context.num_classes)
     assert _shapes(model) == shapes
-    return history
+    return history, begun
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 
 TRAINED = ["boundary_expanding", "boundary_shrink", "l1_sparse", "salun_soft", "scrub", "neggrad_plus", "sfr_on"]
-TRAINED += ["lotus", "salun_lotus", "msg", "ct"]
+TRAINED += ["lotus", "salun_lotus", "msg", "ct", "amun"]
 SETTINGS = {
     "epochs": 3,
     "batch_size": 8,
@@ -86,7 +86,7 @@ def test_unknown_settings_and_those_of_other_methods_are_refused(method):
         method_config(method, {"temperatur": 2.0})
     for other, row in METHODS.items():
         for key in row.reads - METHODS[method].reads:
-            value = 3 if "epochs" in key or "every" in key or "samples" in key or "sweeps" in key else 0.123
+            value = 3 if any(word in key for word in ("epochs", "every", "samples", "sweeps", "steps")) else 0.123
             with pytest.raises(UsageError, match=f"{method} does not read {key}"):
                 method_config(method, {key: value})
             assert getattr(method_config(other, {key: value}), key) == value
@@ -108,6 +108,8 @@ def test_unknown_settings_and_those_of_other_methods_are_refused(method):
         ("retain_share", 1.5),
         ("reset_share", 0),
         ("kept_gradient", -0.1),
+        ("adversarial_radius", 0),
+        ("adversarial_steps", 0),
         ("forget_strength", float("inf")),
     ],
 )
