@@ -116,6 +116,7 @@ METHOD_LABELS = (
     "salun_lotus",
     "msg",
     "ct",
+    "amun",
     "boundary_expanding",
     "boundary_shrink",
     "l1_sparse",
