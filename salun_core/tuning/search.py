@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 OnTrial = Callable[[TrialRecord], None]
 _FAILED = 10.0  # value of a trial without metrics: worse than any trial that breaks rules
 _RANDOM = 4  # trials before the Gaussian process takes over; small, because a budget is a few dozen epochs
-_WARMUP = 1  # first epoch that the pruner may end: the first one predicts little, because forgetting precedes repair
+_WARMUP = 2  # first epoch after which a trial may be pruned: the first predicts little, as forgetting precedes repair
 _STARTUP = 2  # finished trials before the pruner compares with their median
 
 

@@ -12,6 +12,7 @@ from salun_core.methods.classification.training import train_classifier
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import saliency_scores
 from salun_core.tuning import ConstraintResult, Problem, Sets, parse_budget, tune
+from salun_core.tuning.search import _study
 from salun_core.tuning.space import Space
 
 pytestmark = pytest.mark.slow
@@ -61,6 +62,20 @@ def searched(digits):
     tuned = tune(problem(digits))
     assert model_digest(digits[0]) == before
     return tuned
+
+
+def test_no_trial_is_pruned_after_its_first_epoch(digits):
+    study = _study(problem(digits))
+    for _ in range(3):
+        good = study.ask()
+        good.report(1.0, 1)
+        good.report(1.0, 2)
+        study.tell(good, 1.0)
+    bad = study.ask()
+    bad.report(9.0, 1)
+    assert not bad.should_prune()
+    bad.report(9.0, 2)
+    assert bad.should_prune()
 
 
 def test_a_search_repeats_to_the_bit(digits, searched):
