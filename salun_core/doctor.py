@@ -201,11 +201,9 @@ def _failed(name: str, error: SalunError) -> Check:
 
 
 def _line_of(store: FileStore | None, name: str) -> tuple[_Line | None, Check]:
-    from salun_core.data.split import SplitManifest
-    from salun_core.models.checkpoint import SPLIT
-    from salun_core.registry.lookup import Version, read_file, read_version, resolve
+    from salun_core.data.split import stored_split
+    from salun_core.registry.lookup import Version, read_version, resolve
     from salun_core.steps.claim import card_of
-    from salun_core.storage.documents import parse_stored
 
     if not name:
         return None, _check("line", False, "not set", "give --line, or `line:` in salun.yaml", required=False)
@@ -215,7 +213,7 @@ def _line_of(store: FileStore | None, name: str) -> tuple[_Line | None, Check]:
         line, digest = resolve(store, name)
         version = Version(digest, read_version(store, line, digest))
         card = card_of(store, version)
-        split = parse_stored(SplitManifest, read_file(store, version, SPLIT), SPLIT)
+        split = stored_split(store, version)
     except SalunError as error:
         return None, _failed("line", error)
     classes = f", {len(card.classes)} classes" if card.classes else ""

@@ -14,11 +14,10 @@ from pydantic import Field
 from salun_core.bench.plan import Cell
 from salun_core.bench.prepared import Preparation, Ready
 from salun_core.config import Document, load
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import read_split
 from salun_core.digest import sha256_file
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import RunFacts
-from salun_core.models.checkpoint import SPLIT
 from salun_core.registry.manifest import Lineage
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
@@ -118,7 +117,7 @@ def _measured(preparation: Preparation, cell: Cell, ready: Ready, inputs: str, w
             logs.append(f"tuning-{number}.json" if sequence else TUNING_LOG)
             shutil.copyfile(after / TUNING_LOG, work / logs[-1])
         if sequence:
-            before, left = (len(load(SplitManifest, folder / SPLIT).train) for folder in (model, after))
+            before, left = (len(read_split(folder).train) for folder in (model, after))
             lineage = (lineage if lineage.trained_on else Lineage(trained_on=before)).after_run(before - left)
         facts.append(read_run_facts(after, entry.method))
         model = after

@@ -27,14 +27,14 @@ from salun_core.bench.suite import (
 )
 from salun_core.config import Document, load
 from salun_core.data import DataSpec
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import SplitManifest, read_split
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import SalunError, UsageError
 from salun_core.methods.classification import FileCheckpoint
 from salun_core.methods.method import resolve_config
 from salun_core.methods.recipe import Recipe
 from salun_core.models.card import DiffusionCard, DiffusionEvaluation
-from salun_core.models.checkpoint import CARD, SPLIT
+from salun_core.models.checkpoint import CARD
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask
@@ -85,7 +85,7 @@ def forget_files(
 
 def _target(request: Scenario | Request, base: Path, gone: Collection[str], seed: int | Sequence[int]) -> Plain:
     if isinstance(request, RandomTarget):
-        split = load(SplitManifest, base / SPLIT).without(gone)
+        split = read_split(base).without(gone)
         return {"kind": "samples", "ids": drawn(split, request.fraction, seed)}
     return request.model_dump(mode="json", exclude_none=True)
 

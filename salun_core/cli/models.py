@@ -161,11 +161,9 @@ def _size(channels: int, height: int, width: int, *, chosen: bool) -> str:
 
 
 def _trained_on(folder: Path) -> int:
-    from salun_core.config import load
-    from salun_core.data.split import SplitManifest
-    from salun_core.models.checkpoint import SPLIT
+    from salun_core.data.split import read_split
 
-    return len(load(SplitManifest, folder / SPLIT).train)
+    return len(read_split(folder).train)
 
 
 class TrainGroup(TyperGroup):

@@ -84,7 +84,7 @@ def resolve_forget(targets: Sequence[Target], table: Table | None, split: SplitM
     concepts = {target.pseudo_id: target for target in targets if isinstance(target, ConceptTarget)}
     named = [target for target in targets if not isinstance(target, ConceptTarget)]
     of_kind, classes = _of_data(named, table, split) if named else ({}, [])
-    trained = {kind: found & split.train.keys() for kind, found in of_kind.items()}
+    trained = {kind: set(split.train.find(found)) for kind, found in of_kind.items()}
     trained |= {"concept": set(concepts)} if concepts else {}
     ids = sorted(set[str]().union(*trained.values()))
     place = {name: index for index, name in enumerate(ids)}

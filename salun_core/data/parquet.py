@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,37 +40,53 @@ def arrow_table(files: Sequence[Path], columns: Sequence[str] | None = None) -> 
 
     tables = []
     for file in files:
-        with _readable(file):
+        with readable(file.name):
             limit = max(EXPANDED_BYTES, EXPANSION * file.stat().st_size)
             opened = pyarrow.parquet.ParquetFile(file)
-            _check_expansion(file, _claimed(opened.metadata, columns), limit)
+            claimed = claimed_bytes(opened.metadata, range(opened.metadata.num_row_groups), columns)
+            _check_expansion(file, claimed, limit)
             schema = opened.metadata.schema
             leaves = [schema.column(place) for place in range(len(schema))]
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
             table = pyarrow.parquet.read_table(file, columns=columns, read_dictionary=texts)
-            _check_expansion(file, sum(_expanded(chunk) for column in table.columns for chunk in column.chunks), limit)
+            chunks = [chunk for column in table.columns for chunk in column.chunks]
+            _check_expansion(file, sum(map(expanded_bytes, chunks)), limit)
             tables.append(table)
-    with _readable(files[-1]):
+    with readable(files[-1].name):
         return pyarrow.concat_tables(tables)
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Report pyarrow's exceptions as a fault of a file."""
+def readable(name: str) -> Iterator[None]:
+    """Report pyarrow's exceptions as a fault of a file.
+
+    Args:
+        name: of the file, for the message.
+
+    Raises:
+        DataError: an exception of pyarrow or of the system.
+    """
     import pyarrow
 
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
-            f"cannot read {file.name}", str(error).split("\n")[0], "check that it is a whole parquet file"
+            f"cannot read {name}", str(error).split("\n")[0], "check that it is a whole parquet file"
         ) from error
 
 
-def _claimed(metadata: Any, columns: Sequence[str] | None) -> int:  # noqa: ANN401
-    """Return how many bytes a file holds by its own footer, and what its rows take as Python objects."""
-    total: int = metadata.num_rows * _ROW_BYTES
-    for group in range(metadata.num_row_groups):
+def claimed_bytes(metadata: Any, groups: Iterable[int], columns: Sequence[str] | None = None) -> int:  # noqa: ANN401
+    """Return how many bytes row groups hold by the file's own footer, and what their rows take as Python objects.
+
+    Args:
+        metadata: pyarrow's, of the file.
+        groups: numbers of row groups.
+        columns: those that count; default: all.
+    """
+    total = 0
+    for group in groups:
+        total += metadata.row_group(group).num_rows * _ROW_BYTES
         for place in range(metadata.num_columns):
             chunk, leaf = metadata.row_group(group).column(place), metadata.schema.column(place)
             if columns is None or any(f"{leaf.path}.".startswith(f"{column}.") for column in columns):
@@ -79,7 +95,7 @@ def _claimed(metadata: Any, columns: Sequence[str] | None) -> int:  # noqa: ANN4
     return total
 
 
-def _expanded(array: Any) -> int:  # noqa: ANN401
+def expanded_bytes(array: Any) -> int:  # noqa: ANN401
     """Return how many bytes an array takes when its dictionaries are replaced by their values."""
     import pyarrow
     import pyarrow.compute
@@ -87,7 +103,7 @@ def _expanded(array: Any) -> int:  # noqa: ANN401
     kind = array.type
     if pyarrow.types.is_struct(kind) or pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         inside = array.flatten()
-        return sum(map(_expanded, inside if isinstance(inside, list) else [inside]))
+        return sum(map(expanded_bytes, inside if isinstance(inside, list) else [inside]))
     if pyarrow.types.is_dictionary(kind) and (
         pyarrow.types.is_binary(kind.value_type) or pyarrow.types.is_string(kind.value_type)
     ):
@@ -119,7 +135,7 @@ def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tabl
     import pyarrow.parquet
 
     files = files or (sorted(path.glob("*.parquet")) if path.is_dir() else [path])
-    with _readable(files[0]):
+    with readable(files[0].name):
         names = pyarrow.parquet.read_schema(files[0]).names
     image_column, label_column = _columns(spec, names, path)
     table = arrow_table(files, [column for column in (image_column, label_column, spec.subject_column) if column])

@@ -2,40 +2,65 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from salun_core.config import Document
+from salun_core.config import MAX_DOCUMENT_BYTES, Document, load
+from salun_core.data.rows import PARTS, Columns, Rows, joined, open_rows, write_rows
 from salun_core.data.spec import DataSpec
 from salun_core.data.table import Table
-from salun_core.digest import digest_json
+from salun_core.digest import canonical_json
 from salun_core.errors import DataError, IntegrityError, UsageError
+from salun_core.registry.lookup import Version, read_file
+from salun_core.storage.blobs import fetch_blob
+from salun_core.storage.documents import parse_stored
+from salun_core.storage.local_files import temporary_folder
+from salun_core.storage.objects import FileStore
 
 SplitName = Literal["train", "validation", "test"]
+SPLIT, OLD_SPLIT = "split.parquet", "split.json"  # the file in a model folder; the one that earlier releases wrote
 
 
 class SplitManifest(Document):
-    """Sample ids with the SHA-256 of each row, by split; every artifact made from it carries its digest."""
+    """Sample ids with the SHA-256 of each row, by split; every artifact made from it carries its digest.
+
+    Model folders hold it as Parquet, those of earlier releases as this JSON. The digest is the same for both.
+    """
 
     format: Literal["salun.split/v1"] = "salun.split/v1"
     dataset_digest: str = Field(description="SHA-256 over ids, row digests and labels of the whole data set")
-    train: dict[str, str] = Field(description="sample id -> SHA-256 of its row")
-    validation: dict[str, str] = Field(description="sample id -> SHA-256 of its row")
-    test: dict[str, str] = Field(description="sample id -> SHA-256 of its row")
+    train: Rows = Field(description="sample id -> SHA-256 of its row")
+    validation: Rows = Field(description="sample id -> SHA-256 of its row")
+    test: Rows = Field(description="sample id -> SHA-256 of its row")
+
+    @model_validator(mode="after")
+    def _one_table(self) -> Self:
+        parts = joined([self.train, self.validation, self.test])
+        self.__dict__.update(zip(PARTS, parts, strict=True))  # the fields are frozen for all others
+        return self
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the manifest's canonical JSON."""
-        return digest_json(self.model_dump(mode="json"))
+        """SHA-256 of the manifest's canonical JSON (RFC 8785), which is made and digested in pieces."""
+        state = hashlib.sha256(b'{"dataset_digest":' + canonical_json(self.dataset_digest))
+        state.update(b',"format":' + canonical_json(self.format))
+        for name in sorted(PARTS):
+            state.update(f',"{name}":'.encode())
+            for piece in getattr(self, name).json():
+                state.update(piece)
+        state.update(b"}")
+        return state.hexdigest()
 
     def ids(self, split: SplitName) -> list[str]:
         """Return the sample ids of a split in the order of their row digests, so that any slice is a random sample."""
-        rows: dict[str, str] = getattr(self, split)
-        return sorted(rows, key=lambda sample: (rows[sample], sample))
+        rows: Rows = getattr(self, split)
+        return rows.shuffled()
 
     def without(self, ids: Collection[str]) -> SplitManifest:
         """Return the split without these forgotten training samples, so that no later run retains them.
@@ -43,11 +68,16 @@ class SplitManifest(Document):
         Args:
             ids: sample ids; those outside the training split are ignored.
         """
-        gone = set(ids)
-        train = {sample: row for sample, row in self.train.items() if sample not in gone}
         return SplitManifest(
-            dataset_digest=self.dataset_digest, train=train, validation=self.validation, test=self.test
+            dataset_digest=self.dataset_digest,
+            train=self.train.without(ids),
+            validation=self.validation,
+            test=self.test,
         )
+
+    def write(self, path: Path) -> None:
+        """Write the split as Parquet. The file has no trace of what `without` removed."""
+        write_rows(path, self.dataset_digest, [self.train, self.validation, self.test])
 
     def check(self, table: Table) -> None:
         """Check that the data match those of the split.
@@ -55,22 +85,77 @@ class SplitManifest(Document):
         Raises:
             IntegrityError: a sample is missing, or its bytes or label changed.
         """
-        rows = {**self.train, **self.validation, **self.test}
-        missing = [sample for sample in rows if sample not in table.position]
-        if missing:
+        found = [_compared(rows, table) for rows in (self.train, self.validation, self.test)]
+        missing, changed = (sum(counts) for counts in zip(*found, strict=True))
+        if missing or changed:
+            count = len(self.train) + len(self.validation) + len(self.test)
+            why = "are missing" if missing else "have other bytes or another label"
             raise IntegrityError(
                 "the data do not match the split manifest",
-                f"{len(missing)} of {len(rows)} samples are missing",
+                f"{missing or changed} of {count} samples {why}",
                 "use the data set that the model was trained on",
             )
-        digests = table.row_digests
-        changed = sum(digests[table.position[sample]] != digest for sample, digest in rows.items())
-        if changed:
-            raise IntegrityError(
-                "the data do not match the split manifest",
-                f"{changed} of {len(rows)} samples have other bytes or another label",
-                "use the data set that the model was trained on",
-            )
+
+
+def _compared(rows: Rows, table: Table) -> tuple[int, int]:
+    """Return how many rows a table lacks, and how many differ in it."""
+    missing = changed = 0
+    for group in rows.groups():
+        places = np.array([table.position.get(sample, -1) for sample in group.ids.to_pylist()], np.int64)
+        known = places >= 0
+        missing += int((~known).sum())
+        changed += int((table.row_hashes[places[known]] != group.digests[known]).any(axis=1).sum())
+    return missing, changed
+
+
+def read_split(folder: Path) -> SplitManifest:
+    """Read the split of a model folder.
+
+    Raises:
+        UsageError: the folder has no split, or a JSON one with faults.
+        IntegrityError: the file is damaged, or the folder has two splits.
+    """
+    name = split_name([name for name in (SPLIT, OLD_SPLIT) if (folder / name).is_file()])
+    return load(SplitManifest, folder / name) if name == OLD_SPLIT else _of_parquet(folder / name, str(folder / name))
+
+
+def stored_split(store: FileStore, version: Version) -> SplitManifest:
+    """Read the split of a version in the store; one that is larger than a document is read from a temporary file.
+
+    Raises:
+        UsageError: the version has no split.
+        IntegrityError: the file is gone or damaged, or the version has two splits.
+        StoreError: the store is unreachable, or the disk of temporary files is full.
+    """
+    name = split_name(version.manifest.files)
+    entry = version.manifest.files[name]
+    if name == OLD_SPLIT:
+        return parse_stored(SplitManifest, read_file(store, version, name), name)
+    if entry.size <= MAX_DOCUMENT_BYTES:
+        return _of_parquet(read_file(store, version, name), name)
+    with temporary_folder("salun-split-") as folder:  # an open file stays readable when its name is gone
+        fetch_blob(store, entry.sha256, folder / name, entry.size)
+        return _of_parquet(folder / name, name)
+
+
+def split_name(names: Collection[str]) -> str:
+    """Return which of the files of a model is its split.
+
+    Raises:
+        UsageError: none is.
+        IntegrityError: there are two, which may differ.
+    """
+    found = [name for name in (SPLIT, OLD_SPLIT) if name in names]
+    if len(found) > 1:
+        raise IntegrityError("a model has two splits", " and ".join(found), "fetch it again, into a new folder")
+    if not found:
+        raise UsageError("a model has no split", f"it lacks {SPLIT}", "fetch it again, or import it with its data")
+    return found[0]
+
+
+def _of_parquet(source: Path | bytes, name: str) -> SplitManifest:
+    digest, (train, validation, test) = open_rows(source, name)
+    return SplitManifest(dataset_digest=digest, train=train, validation=validation, test=test)
 
 
 def make_split(table: Table, spec: DataSpec) -> SplitManifest:
@@ -106,10 +191,11 @@ def make_split(table: Table, spec: DataSpec) -> SplitManifest:
             "add images, change the fractions and limits of the data spec, or name test data (`test_source`)",
         )
 
-    def rows(indices: Sequence[int]) -> dict[str, str]:
-        return dict(sorted((table.ids[index], table.row_digests[index]) for index in indices))
-
-    return SplitManifest(dataset_digest=table.digest, train=rows(train), validation=rows(validation), test=rows(test))
+    kept = np.array([*train, *validation, *test], np.int64)
+    parts = np.repeat(np.arange(len(PARTS), dtype=np.int8), [len(train), len(validation), len(test)])
+    columns = Columns.of([table.ids[index] for index in kept], parts, table.row_hashes[kept])
+    rows = dict(zip(PARTS, (Rows(columns, part) for part in range(len(PARTS))), strict=True))
+    return SplitManifest(dataset_digest=table.digest, **rows)
 
 
 def _draw(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from salun_core.digest import digest_json, sha256_bytes
+from salun_core.digest import canonical_json, canonical_texts, hex_digests
 from salun_core.errors import DataError
 
+_PIECE = 1 << 16  # rows whose JSON is made at once
 Payload = bytes | np.ndarray  # an encoded image, or pixels uint8 [H, W, C]
 
 
@@ -56,18 +58,36 @@ class Table:
         return {sample: index for index, sample in enumerate(self.ids)}
 
     @cached_property
+    def row_hashes(self) -> np.ndarray:
+        """SHA-256 of each row, its label, then its encoded image or its pixels: uint8 [N, 32]."""
+        return np.frombuffer(b"".join(map(_hash, self.labels, self.payloads)), np.uint8).reshape(-1, 32)
+
+    @property
     def row_digests(self) -> list[str]:
-        """SHA-256 of each row: its label, then its encoded image or its pixels."""
-        return [
-            sha256_bytes(f"{label}\n".encode() + (payload if isinstance(payload, bytes) else payload.tobytes()))
-            for label, payload in zip(self.labels, self.payloads, strict=True)
-        ]
+        """The SHA-256 of each row in hex."""
+        return hex_digests(self.row_hashes.tobytes())
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over ids, row digests and labels of all rows, and the class names."""
-        rows = sorted(zip(self.ids, self.row_digests, self.labels, strict=True))
-        return digest_json({"classes": list(self.classes), "rows": [list(row) for row in rows]})
+        """SHA-256 over ids, row digests and labels of all rows, and the class names.
+
+        It is that of the canonical JSON of `{"classes": [...], "rows": [[id, digest, label], ...]}` with sorted rows,
+        which is made and digested in pieces.
+        """
+        state = hashlib.sha256(b'{"classes":' + canonical_json(list(self.classes)) + b',"rows":[')
+        order = sorted(range(len(self)), key=self._sort_key)
+        for start in range(0, len(order), _PIECE):
+            index = order[start : start + _PIECE]
+            digests = hex_digests(self.row_hashes[index].tobytes())
+            rows: list[list[str | int]] = [
+                [self.ids[place], digest, self.labels[place]] for place, digest in zip(index, digests, strict=True)
+            ]
+            state.update((b"," if start else b"") + canonical_texts(rows)[1:-1])
+        state.update(b"]}")
+        return state.hexdigest()
+
+    def _sort_key(self, place: int) -> tuple[str, bytes, int]:
+        return self.ids[place], self.row_hashes[place].tobytes(), self.labels[place]
 
     def joined(self, test: Table) -> Table:
         """Return a table with this one as the training part and another as the test part.
@@ -95,6 +115,11 @@ class Table:
             subjects=[*self.subjects, *test.subjects],
             parts=["train"] * len(self) + ["test"] * len(test),
         )
+
+
+def _hash(label: int, payload: Payload) -> bytes:
+    data = payload if isinstance(payload, bytes) else payload.tobytes()
+    return hashlib.sha256(f"{label}\n".encode() + data).digest()
 
 
 def check_labels(labels: Sequence[int], num_classes: int, name: str, shown: Sequence[object] = ()) -> None:

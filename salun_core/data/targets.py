@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
+import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from salun_core.config import Document, parse, read_document
-from salun_core.digest import digest_json, sha256_bytes
+from salun_core.digest import digest_json
 from salun_core.errors import UsageError, unknown_name
 
 
@@ -77,17 +79,22 @@ class RandomTarget(Document):
     fraction: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the samples in training")
     seed: Annotated[int, Field(ge=0, lt=2**53, strict=True)] = Field(default=0, description="of the draw")
 
-    def draw(self, ids: Iterable[str]) -> list[str]:
+    def draw(self, ids: Collection[str]) -> list[str]:
         """Draw the share from sample ids, at least one; the same ids and seed give the same samples anywhere.
 
         Samples are sorted by SHA-256 of `<seed> NUL <id>`, so that samples that leave the split do not change the
         order of the others.
         """
-        names = sorted(ids, key=lambda name: (sha256_bytes(self._seeded(name)), name))
-        return sorted(names[: max(1, round(self.fraction * len(names)))])
+        count = max(1, round(self.fraction * len(ids)))
+        heads = np.fromiter((int.from_bytes(self._key(name)[:8]) for name in ids), np.uint64, len(ids))
+        if not len(heads):
+            return []
+        last = np.partition(heads, count - 1)[count - 1]  # of the first 8 bytes: only those before it are sorted
+        drawn = compress(ids, heads <= last)
+        return sorted(sorted(drawn, key=lambda name: (self._key(name), name))[:count])
 
-    def _seeded(self, name: str) -> bytes:
-        return f"{self.seed}\0{name}".encode("utf-8", "surrogatepass")
+    def _key(self, name: str) -> bytes:
+        return hashlib.sha256(f"{self.seed}\0{name}".encode("utf-8", "surrogatepass")).digest()
 
 
 def _prompt(text: str) -> str:

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from salun_core.config import Document, load
+from salun_core.config import Document
 from salun_core.data.images import Normalisation
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import SPLIT, SplitManifest, read_split
 from salun_core.digest import check_digest, sha256_bytes, sha256_file
 from salun_core.errors import IntegrityError, ModelError, StateMismatchError, UsageError
 from salun_core.models.architectures import build_classifier
@@ -27,7 +27,7 @@ from salun_core.storage.local_files import disk_error
 Files = Mapping[str, bytes | Callable[[Path], object]]
 """By relative name, with `/` between folders: the content, or a function that writes it to a path."""
 
-WEIGHTS, CARD, SPLIT = "model.safetensors", "model.json", "split.json"
+WEIGHTS, CARD = "model.safetensors", "model.json"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def save_model(
     """
     check_digest("the split of the model card", split.digest, card.split_digest)
     data = weights_bytes(model)
-    documents = {CARD: document_bytes(card), SPLIT: document_bytes(split)}
+    documents: Files = {CARD: document_bytes(card), SPLIT: split.write}
     write_folder(folder, {**(extra_files or {}), WEIGHTS: data, **documents})
     return sha256_bytes(data)
 
@@ -182,7 +182,7 @@ def load_model(folder: Path) -> LoadedModel:
         IntegrityError: a file is damaged, or the card belongs to another split.
     """
     card = load_card(ModelCard, folder)
-    split = load(SplitManifest, folder / SPLIT)
+    split = read_split(folder)
     check_digest("the split in the model folder", card.split_digest, split.digest)
     model = build_classifier(card.architecture, len(card.classes), card.channels, card.height)
     load_weights(model, read_weights(folder / WEIGHTS))

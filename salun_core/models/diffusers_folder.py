@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from salun_core.config import load, read_document
-from salun_core.data.split import SplitManifest
+from salun_core.config import read_document
+from salun_core.data.split import SPLIT, SplitManifest, read_split
 from salun_core.digest import check_digest, sha256_file
 from salun_core.errors import IntegrityError, ModelError, SalunError, UsageError, unknown_name
 from salun_core.models.card import CARD, DiffusionCard, load_card
-from salun_core.models.checkpoint import SPLIT, Files, document_bytes, shown_faults, write_folder
+from salun_core.models.checkpoint import Files, document_bytes, shown_faults, write_folder
 from salun_core.registry.manifest import weights_digest
 from salun_core.storage.local_files import list_tree
 
@@ -258,7 +258,7 @@ def load_diffusion(folder: Path) -> LoadedDiffusion:
     """Read and check the model folder of a diffusion model. Nothing is downloaded, and no code in it is run.
 
     Args:
-        folder: a diffusers folder with `model.json` and `split.json`.
+        folder: a diffusers folder with `model.json` and its split.
 
     Raises:
         UsageError: the folder is of another kind, lacks a component, or has pickled weights.
@@ -266,7 +266,7 @@ def load_diffusion(folder: Path) -> LoadedDiffusion:
         IntegrityError: a file is damaged, or the card belongs to another split.
     """
     card = load_card(DiffusionCard, folder)
-    split = load(SplitManifest, folder / SPLIT)
+    split = read_split(folder)
     check_digest("the split in the model folder", card.split_digest, split.digest)
     found = read_diffusers(folder)
     if type(found.network).__name__ != card.architecture:
@@ -393,7 +393,7 @@ def save_diffusion(
 def write_diffusion(folder: Path, files: Files, card: DiffusionCard, split: SplitManifest) -> str:
     """Write a model folder with its card and its split, and return the digest of the model; errors as above."""
     check_digest("the split of the model card", split.digest, card.split_digest)
-    write_folder(folder, {**files, CARD: document_bytes(card), SPLIT: document_bytes(split)})
+    write_folder(folder, {**files, CARD: document_bytes(card), SPLIT: split.write})
     return folder_digest(folder)
 
 

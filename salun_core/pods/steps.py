@@ -20,19 +20,18 @@ from salun_core.certificates.keys import load_signing_key
 from salun_core.config import Document, load
 from salun_core.data import load_data
 from salun_core.data.forget_set import ForgetSet, require_partial
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import SplitManifest, stored_split
 from salun_core.digest import check_digest, sha256_bytes
 from salun_core.errors import DeviceMemoryError, RunSettledError, SalunError, StoreError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
 from salun_core.methods.method import get_method
 from salun_core.methods.recipe import parse_recipe
-from salun_core.models.checkpoint import SPLIT
 from salun_core.pods.ends import counts_of, published_outcome, verdict_of
 from salun_core.pods.pod import Hold, Pod, end_process, in_step, nothing, patiently
 from salun_core.pods.reference import Fact, Kind, Reference
 from salun_core.pods.summary import empty_report, markdown
-from salun_core.registry.lookup import Version, read_file, read_version, require_head
+from salun_core.registry.lookup import Version, read_version, require_head
 from salun_core.registry.versions import fetch_version
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import Shard
@@ -225,7 +224,7 @@ def _resolve(pod: Pod, version: Version, uri: str) -> tuple[ForgetSet, SplitMani
     if record is not None:  # the claim froze it: nobody may have changed it since
         check_digest("the forget set of the run", record.forget_sha256, sha256_bytes(read_bytes(uri)))
     found, card = read_forget(uri), card_of(pod.store, version)
-    split = parse_stored(SplitManifest, read_file(pod.store, version, SPLIT), SPLIT)
+    split = stored_split(pod.store, version)
     if isinstance(found, ForgetSet):
         check_digest("the split of the forget set", split.digest, found.split_digest)
     else:

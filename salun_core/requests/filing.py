@@ -24,20 +24,18 @@ from salun_core.config import Document
 from salun_core.data import load_data
 from salun_core.data.classes import find_class
 from salun_core.data.forget_set import kind_of
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import stored_split
 from salun_core.data.table import Table
 from salun_core.data.targets import ClassTarget, ConceptTarget, SamplesTarget, Target
 from salun_core.digest import check_digest
 from salun_core.errors import ConflictError, SalunError, StoreError, UsageError
 from salun_core.models.card import CARD
-from salun_core.models.checkpoint import SPLIT
 from salun_core.registry.lookup import Version, lines, read_file, read_head, read_version, unknown_line
 from salun_core.requests.intake import Filed, submit_all
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.resolve import TableResolver, unmatched
 from salun_core.requests.schema import Review, Status, Submission, summarise
-from salun_core.storage.documents import parse_stored
-from salun_core.storage.objects import ObjectStore
+from salun_core.storage.objects import FileStore
 from salun_core.tasks import parse_card, task_named
 from salun_core.tasks.ingredients import Measurement, missing_ingredients
 from salun_core.tasks.resolve import AUTO, fetched, policy_for
@@ -64,7 +62,7 @@ class Match(Document):
 
 
 def file_requests(
-    store: ObjectStore,
+    store: FileStore,
     submissions: Sequence[Submission],
     actor: str,
     *,
@@ -117,7 +115,7 @@ def _hold(ledger: Ledger, match: Match, actor: str) -> None:
 
 
 def match_requests(
-    store: ObjectStore, submissions: Sequence[Submission], check_data: bool | None = None, policy_uri: str = AUTO
+    store: FileStore, submissions: Sequence[Submission], check_data: bool | None = None, policy_uri: str = AUTO
 ) -> Sequence[Match]:
     """Return what requests name in their model lines; nothing is written.
 
@@ -159,7 +157,7 @@ def match_requests(
     return found
 
 
-def _open(store: ObjectStore, line: str, check_data: bool | None, policy_uri: str) -> _Line | SalunError:
+def _open(store: FileStore, line: str, check_data: bool | None, policy_uri: str) -> _Line | SalunError:
     try:
         return _Line(store, line, check_data, policy_uri)
     except StoreError:
@@ -171,14 +169,14 @@ def _open(store: ObjectStore, line: str, check_data: bool | None, policy_uri: st
 class _Line:
     """HEAD of a model line with its data, for matching requests."""
 
-    def __init__(self, store: ObjectStore, line: str, check_data: bool | None, policy_uri: str) -> None:
+    def __init__(self, store: FileStore, line: str, check_data: bool | None, policy_uri: str) -> None:
         head = read_head(store, line)
         if head is None:
             raise unknown_line(line, lines(store))
         version = Version(head[0].version, read_version(store, line, head[0].version))
         self._store, self._version, self._check_data = store, version.digest, check_data
         self._card: Any = parse_card(json.loads(read_file(store, version, CARD)))
-        self._split = parse_stored(SplitManifest, read_file(store, version, SPLIT), SPLIT)
+        self._split = stored_split(store, version)
         self._task = task_named(self._card.task)
         self._policy = policy_for(policy_uri, self._card)
 
@@ -246,11 +244,11 @@ class _Line:
             check_digest("the data set of a forget target", digest, self._split.dataset_digest)
         if not isinstance(target, SamplesTarget):
             return {}
-        return {"in_training": sum(sample in self._split.train for sample in set(target.ids or ()))}
+        return {"in_training": len(self._split.train.find(target.ids or ()))}
 
     def _of_data(self, target: Target, table: Table) -> dict[str, Any]:
         found, unknown = TableResolver(table, self._split, self._task).look_up(target)
-        trained = found & self._split.train.keys()
+        trained = self._split.train.find(found)
         if trained and len(trained) >= len(self._split.train):
             raise UsageError(
                 "the request names all of the training data", "no model would be left", "delete the model line instead"

@@ -39,6 +39,7 @@ _REPORT = (
 _REPORT_HEAD = 1024
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".pkl"})
 _FILES = {
+    "split.parquet": "training samples",
     "split.json": "training samples",
     "forget.json": "forget set",
     "evidence.json": "evidence",

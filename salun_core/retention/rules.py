@@ -24,7 +24,7 @@ from salun_core.retention.pipeline_root import KeptArtifact
 from salun_core.storage.erase import StoredKey, Upload
 from salun_core.storage.keys import kind_of_key, request_key, version_key
 
-_PURGED_TOO = ("split.json", "mask.safetensors")  # the ids of the training samples, the critical weights
+_PURGED_TOO = ("split.parquet", "split.json", "mask.safetensors")  # ids of the training samples, critical weights
 _HISTORY = ("head", "rollback", "disposed", "hold", "lease", "index", "outcome")
 """Documents that are replaced or deleted while a store is used; a bucket that keeps versions keeps what they were."""
 _WHEN = "%Y-%m-%d %H:%M"

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from salun_core.certificates.issue import ModelCertifier
 from salun_core.config import parse
 from salun_core.data import load_data
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import stored_split
 from salun_core.errors import ConflictError, UsageError
 from salun_core.methods.recipe import Recipe
 from salun_core.models.card import CARD, Card
-from salun_core.models.checkpoint import SPLIT
 from salun_core.registry.lookup import Version, read_file, read_head, read_version
 from salun_core.requests.resolve import Resolver, TableResolver
 from salun_core.storage import FileStore, open_store
@@ -143,6 +142,6 @@ def resolver_of(store: FileStore, version: Version) -> Resolver:
         IntegrityError: a file of the version is gone or damaged, or the data are not what it was trained on.
     """
     card = card_of(store, version)
-    split = parse_stored(SplitManifest, read_file(store, version, SPLIT), SPLIT)
+    split = stored_split(store, version)
     table = load_data(card.data, split).table if card.data is not None else None
     return TableResolver(table, split, task_named(card.task), fetched)

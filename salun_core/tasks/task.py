@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -76,7 +77,7 @@ class Inputs(Generic[ModelT]):
         """The split that the model was trained on."""
         return self.original.split
 
-    @property
+    @cached_property
     def kept_split(self) -> SplitManifest:
         """The split of the unlearned model, without the forgotten samples."""
         return self.split.without(self.forget_set.samples)

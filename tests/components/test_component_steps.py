@@ -204,7 +204,7 @@ def test_no_sample_can_be_tried_out_with_what_kubeflow_keeps(chain, tmp_path):
     evidence = scratch.get(chain.reference("evidence"), tmp_path / "evidence") / "evidence.json"
     files = [path for path in after.iterdir() if path.name != "model.safetensors"]  # its digest needs the training
     known = {pinned["forget_digest"], *map(sha256_file, (*files, evidence))}
-    assert sha256_file(after / "split.json") in known
+    assert sha256_file(after / "split.parquet") in known
     kept = "".join(Path(item.path).read_text("utf-8") for item in chain.made.values() if Path(item.path).is_file())
     assert chain.parent in kept
     assert [digest for digest in known if digest in kept] == []
@@ -306,7 +306,7 @@ def test_gate_publish_publishes_and_may_be_repeated(run, capfd):
 
     files = Scratch(run.store, "run-1").get(run.reference("after"), run.folder / "copy")
     fields = {"line": LINE, "parent": version, "method": "retrain", "lineage": {"trained_on": 1}}
-    names = ("model.safetensors", "model.json", "split.json")
+    names = ("model.safetensors", "model.json", "split.parquet")
     newest = publish(run.store, fields, {name: files / name for name in names})[0].version
     assert gate(run)[0].facts["version"] == version  # and another version was published on top
     assert read_head(run.store, LINE)[0].version == newest
@@ -319,7 +319,7 @@ def test_a_stale_parent_is_an_outcome(run, capfd):
     run.evaluate()
     files = Scratch(run.store, "run-1").get(run.reference("after"), run.folder / "copy")
     fields = {"line": LINE, "parent": run.parent, "method": "import", "lineage": {"trained_on": 1}}
-    publish(run.store, fields, {name: files / name for name in ("model.safetensors", "model.json", "split.json")})
+    publish(run.store, fields, {name: files / name for name in ("model.safetensors", "model.json", "split.parquet")})
     assert gate(run)[0].facts["state"] == "stale_parent"
     assert concluded(run, capfd)[0] == 4
 

@@ -87,7 +87,7 @@ def _look_into_the_store(tmp_path, work, printed):
         verify = next(line for line in printed.splitlines() if line.strip().startswith("salun verify"))
         verified = _run(tmp_path, *verify.split()[1:], **environ)
         assert verified.returncode == 0, verified.stderr
-        (Path(verify.split()[-1]) / "split.json").write_text("{}")
+        (Path(verify.split()[-1]) / "split.parquet").write_text("{}")
         assert _run(tmp_path, *verify.split()[1:], **environ).returncode == 5
     finally:
         os.killpg(served.pid, signal.SIGINT)

@@ -133,7 +133,7 @@ def test_stale_parent_is_red(trained, tmp_path, digits_model):
     def publish_another(line):
         """While this run works, another one publishes."""
         if "compute-mask" in line:
-            files = {name: digits_model / name for name in ("model.safetensors", "model.json", "split.json")}
+            files = {name: digits_model / name for name in ("model.safetensors", "model.json", "split.parquet")}
             fields = {"line": "digits", "parent": trained.parent, "method": "retrain", "lineage": {"trained_on": 1}}
             moved.append(publish(trained.store, fields, files)[0].version)
 

@@ -20,13 +20,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from salun_core.data.forget_set import ForgetSet
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import SPLIT, SplitManifest
 from salun_core.data.targets import ClassTarget, SamplesTarget, SubjectTarget
 from salun_core.digest import canonical_json
 from salun_core.errors import IntegrityError, SalunError
 from salun_core.models.architectures import build_classifier
 from salun_core.models.card import ModelCard
-from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS, load_model, save_model
+from salun_core.models.checkpoint import CARD, WEIGHTS, load_model, save_model
 from salun_core.registry import lookup
 from salun_core.registry.lookup import read_version
 from salun_core.registry.manifest import Head

@@ -27,19 +27,17 @@ from salun_core.certificates.issue import ModelCertifier
 from salun_core.certificates.keys import create_key, find_signing_key, load_public_key
 from salun_core.certificates.statement import ErasureCertificate, open_statement
 from salun_core.data import DataSpec, load_data
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import stored_split
 from salun_core.data.targets import SamplesTarget
 from salun_core.errors import SalunError
-from salun_core.models.checkpoint import SPLIT
 from salun_core.pods.pod import Pod
-from salun_core.registry.lookup import Version, read_file, read_head
+from salun_core.registry.lookup import Version, read_head
 from salun_core.registry.versions import fetch_version
 from salun_core.requests.schema import Outcome, Status
 from salun_core.steps.claim import probe_once
 from salun_core.steps.outcome import OutcomeRecord, RunState
 from salun_core.steps.purge import purge_store
 from salun_core.storage import open_store
-from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import certificate_key
 from salun_core.storage.leases import read_lease
 from salun_core.sweeps import liveness
@@ -436,7 +434,7 @@ class TrialAuditor(Auditor):
     def _forgotten(self, version: Version) -> set[str]:
         key = (version.manifest.line, version.digest)
         if key not in self._gone:
-            split = parse_stored(SplitManifest, read_file(self.store, version, SPLIT), SPLIT)
+            split = stored_split(self.store, version)
             self._gone[key] = self.trial.first - set(split.train)
         return self._gone[key] or set()
 

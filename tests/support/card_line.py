@@ -6,9 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import SPLIT, SplitManifest
 from salun_core.models.card import CARD, Card, DiffusionCard, ModelCard
-from salun_core.models.checkpoint import SPLIT
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.storage import FileStore
 
@@ -45,7 +44,7 @@ def begin(store: FileStore, line: str, card: Card, split: SplitManifest | None =
     with tempfile.TemporaryDirectory() as folder:
         files = {CARD: Path(folder) / CARD, SPLIT: Path(folder) / SPLIT}
         files[CARD].write_text(card.model_dump_json())
-        files[SPLIT].write_text(split.model_dump_json())
+        split.write(files[SPLIT])
         fields = {"line": line, "parent": None, "run": None, "method": "train", "forget_count": 0, "retrained": False}
         version, _ = stage_version(store, fields, files)
     publish_head(store, line, version, None, None)

@@ -10,9 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from salun_core.config import load
 from salun_core.data import LoadedData, load_data
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import SPLIT, SplitManifest, read_split
 from salun_core.digest import sha256_file
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence, Metric
@@ -22,7 +21,7 @@ from salun_core.methods.loop import Phase, Step, run_loop
 from salun_core.methods.method import Method, UnlearnResult
 from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models.card import CARD, Card, load_card
-from salun_core.models.checkpoint import SPLIT, WEIGHTS, load_weights, read_weights, weights_bytes, write_folder
+from salun_core.models.checkpoint import WEIGHTS, load_weights, read_weights, weights_bytes, write_folder
 from salun_core.saliency import saliency_scores
 from salun_core.tasks.reference import reference_model
 from salun_core.tasks.task import Inputs, Scores
@@ -41,7 +40,7 @@ class ToyModel:
     """A toy that was read from its folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.card, self.split = load_card(ToyCard, folder), load(SplitManifest, folder / SPLIT)
+        self.card, self.split = load_card(ToyCard, folder), read_split(folder)
         self.network = autoencoder(0)
         load_weights(self.network, read_weights(folder / WEIGHTS))
         self.digest = sha256_file(folder / WEIGHTS)
@@ -78,7 +77,7 @@ def train_toy(folder: Path, spec) -> None:
 
 
 def write(folder: Path, network: nn.Module, card: Card, split: SplitManifest, extra: Mapping[str, bytes]) -> None:
-    documents = {CARD: card.model_dump_json().encode(), SPLIT: split.model_dump_json().encode()}
+    documents = {CARD: card.model_dump_json().encode(), SPLIT: split.write}
     write_folder(folder, {**extra, WEIGHTS: weights_bytes(network), **documents})
 
 

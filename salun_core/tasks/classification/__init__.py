@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from salun_core.data import ForgetSet, ImageSet, LoadedData
+from salun_core.data.split import split_name
 from salun_core.data.targets import ConceptTarget, Target
 from salun_core.device_memory import explained
 from salun_core.errors import UsageError
@@ -23,7 +25,7 @@ from salun_core.methods.loop import OnEpoch
 from salun_core.methods.method import UnlearnResult, get_method
 from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models import LoadedModel, ModelCard, load_model, save_model
-from salun_core.models.checkpoint import CARD, SPLIT, WEIGHTS
+from salun_core.models.checkpoint import CARD, WEIGHTS
 from salun_core.saliency import SaliencyMask, saliency_scores
 from salun_core.saliency import scores as saliency
 from salun_core.saliency.scores import CHUNK, PartialSums, Shard
@@ -149,7 +151,7 @@ class ClassificationTask:
 
     def version_files(self, folder: Path) -> dict[str, Path]:
         """Return weights, card and split."""
-        return {name: folder / name for name in (WEIGHTS, CARD, SPLIT)}
+        return {name: folder / name for name in (WEIGHTS, CARD, split_name(os.listdir(folder)))}
 
     def escalation(self, recipe: Recipe) -> Escalation:
         """Return the requested recipe, a stronger one, one with more weights, and a full retraining.

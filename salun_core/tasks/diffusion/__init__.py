@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from salun_core.data import ForgetSet, LoadedData
 from salun_core.data.forget_set import kind_of, not_kept, restored
+from salun_core.data.split import split_name
 from salun_core.data.targets import RedactedTarget, Target
 from salun_core.device_memory import explained
 from salun_core.diffusion.denoiser import selected_parameters
@@ -25,7 +27,6 @@ from salun_core.methods.loop import OnEpoch
 from salun_core.methods.method import UnlearnResult
 from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models.card import CARD, DiffusionCard
-from salun_core.models.checkpoint import SPLIT
 from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion, model_files, save_diffusion
 from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import PartialSums, Shard
@@ -147,7 +148,7 @@ class DiffusionTask:
 
     def version_files(self, folder: Path) -> dict[str, Path]:
         """Return the index, all components, card and split."""
-        return {name: folder / name for name in sorted([*model_files(folder), CARD, SPLIT])}
+        return {name: folder / name for name in sorted([*model_files(folder), CARD, split_name(os.listdir(folder))])}
 
     def escalation(self, recipe: Recipe) -> Escalation:
         """Return the requested recipe, a stronger one, one with more weights, and one that selects all weights.

@@ -11,8 +11,7 @@ from salun_core.bench.prepared import drawn, identity
 from salun_core.bench.results import collect
 from salun_core.bench.runner import run_suite
 from salun_core.bench.suite import load_suite
-from salun_core.config import load
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import read_split
 from salun_core.errors import UsageError
 from salun_core.tasks import read_card
 
@@ -66,7 +65,7 @@ def suite_at(folder, data, only=("SalUn",)):
 
 
 def test_a_draw_has_the_requested_size_and_follows_its_seed(resumed):
-    split = load(SplitManifest, resumed[0] / "base" / "split.json")
+    split = read_split(resumed[0] / "base")
     draws = [drawn(split, 0.1, seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert len(draws[0]) == len(set(draws[0])) == round(0.1 * len(split.train))
@@ -77,7 +76,7 @@ def test_a_draw_has_the_requested_size_and_follows_its_seed(resumed):
 def test_the_reference_is_trained_without_the_forget_file(resumed):
     out = resumed[0]
     assert json.loads((out / "forget-0.json").read_text()) == {"kind": "class", "class_id": "3"}
-    before, after = (load(SplitManifest, out / name / "split.json") for name in ("base", "reference-0"))
+    before, after = (read_split(out / name) for name in ("base", "reference-0"))
     assert set(after.train) < set(before.train)
     assert read_card(out / "reference-0").method == "retrain"
 

@@ -14,7 +14,7 @@ from salun_core.bench.results import collect
 from salun_core.bench.runner import run_suite
 from salun_core.bench.suite import load_suite
 from salun_core.config import load
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import read_split
 from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import EpochRecord, RunFacts
@@ -67,7 +67,7 @@ def evidence_of(out, cell):
 
 
 def test_each_random_share_is_drawn_from_the_remaining_split(out):
-    split = load(SplitManifest, out / "base-3" / "split.json")
+    split = read_split(out / "base-3")
     gone: set[str] = set()
     for number in (1, 2, 3):
         path = out / f"forget-3-{number}.json"
@@ -77,7 +77,7 @@ def test_each_random_share_is_drawn_from_the_remaining_split(out):
             assert not own & gone
         gone |= own
     assert set(open_inputs(out / "base-3", str(out / "forget-3.json")).forget_set.samples) == gone
-    assert load(SplitManifest, out / "reference-3" / "split.json").digest == split.without(gone).digest
+    assert read_split(out / "reference-3").digest == split.without(gone).digest
 
 
 def test_a_cell_equals_its_requests_in_sequence(plan, out, tmp_path):

@@ -19,7 +19,7 @@ from salun_core.cli.models import (
     train_ddpm,
     train_stable_diffusion,
 )
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import SPLIT, SplitManifest
 from salun_core.errors import ConflictError, UsageError
 from salun_core.models.card import DiffusionEvaluation
 from salun_core.registry.lookup import read_version, resolve
@@ -95,7 +95,7 @@ def judge_folder(tmp_path):
     folder.mkdir()
     (folder / "model.json").write_text(classifier_card().model_dump_json())
     split = SplitManifest(dataset_digest="d" * 64, train={"a": "0" * 64}, validation={}, test={})
-    (folder / "split.json").write_text(split.model_dump_json())
+    split.write(folder / SPLIT)
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder
 

@@ -63,7 +63,7 @@ def test_folder_becomes_the_first_version_of_a_line(store, tmp_path):
     head, _ = read_head(store, "digits")
     assert head.version == version
     files = read_version(store, "digits", version).files
-    assert sorted(files) == sorted([*model_files(tmp_path / "model"), "model.json", "split.json"])
+    assert sorted(files) == sorted([*model_files(tmp_path / "model"), "model.json", "split.parquet"])
 
 
 def test_images_that_the_recipe_cannot_halve_are_refused(tmp_path):

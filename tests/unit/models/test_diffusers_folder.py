@@ -10,6 +10,7 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
+from salun_core.data.split import SPLIT, read_split
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import IntegrityError, ModelError, UsageError
 from salun_core.models.diffusers_folder import folder_digest, load_diffusion, model_files, save_diffusion
@@ -98,6 +99,11 @@ def _without_tensor(folder):
     save_file(weights, folder / UNET, metadata={"format": "pt"})
 
 
+def _with_another_split(folder):
+    split = read_split(folder)
+    split.model_copy(update={"dataset_digest": "0" * 64}).write(folder / SPLIT)
+
+
 FAULTS = {
     "no index": (lambda f: (f / "model_index.json").unlink(), UsageError, "not a diffusers folder"),
     "no vae": (lambda f: shutil.rmtree(f / "vae"), UsageError, "names vae, and there is no such folder"),
@@ -151,7 +157,7 @@ FAULTS = {
     ),
     "a tensor is missing": (_without_tensor, ModelError, "missing conv_in.bias"),
     "cut short": (lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:500]), IntegrityError, "are damaged"),
-    "another split": (lambda f: edit_json(f / "split.json", dataset_digest="0" * 64), IntegrityError, "split"),
+    "another split": (_with_another_split, IntegrityError, "split"),
     "another denoiser than the card's": (
         lambda f: edit_json(f / "model.json", architecture="UNet2DModel"),
         ModelError,

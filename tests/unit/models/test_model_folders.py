@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from salun_core.data.images import Normalisation
+from salun_core.data.split import SPLIT, SplitManifest, read_split
 from salun_core.errors import IntegrityError, ModelError, StoreError, UsageError
 from salun_core.models import ModelCard, build_classifier, load_model, save_model
 from salun_core.models.checkpoint import (
     CARD,
-    SPLIT,
     WEIGHTS,
     load_weights,
     model_digest,
@@ -79,10 +79,10 @@ def test_the_card_must_name_the_split(tmp_path, lab, card):
 
 
 def test_another_split_in_the_folder_is_refused(folder):
-    document = json.loads((folder / SPLIT).read_text())
+    document = read_split(folder).model_dump()
     sample = next(iter(document["train"]))
     document["test"][sample] = document["train"].pop(sample)
-    (folder / SPLIT).write_text(json.dumps(document))
+    SplitManifest.model_validate(document).write(folder / SPLIT)
     with pytest.raises(IntegrityError, match="split in the model folder"):
         load_model(folder)
 

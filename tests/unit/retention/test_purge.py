@@ -55,7 +55,7 @@ def files(folder, number):
     weights = np.arange(20_000, dtype=np.float32)
     weights[: 4_000 * number] += 0.5
     save_file({"w": weights}, folder / "model.safetensors")
-    (folder / "split.json").write_text(json.dumps([f"sample-{n}" for n in range(9 - number)]))
+    (folder / "split.parquet").write_text(json.dumps([f"sample-{n}" for n in range(9 - number)]))
     (folder / "evidence.json").write_text(f"evidence {number}")
     return {path.name: path for path in folder.iterdir()}
 
@@ -76,7 +76,7 @@ class Line:
         store.delete("scratch/run-2/forget.json")  # settled: hidden, not gone
         store.put_new("scratch/run-2/late.json", b"sample-8")
         store.put_new("scratch/run-x/forget.json", b"of a run that nobody knows")
-        for name in ("model.safetensors", "mask.safetensors", "split.json"):
+        for name in ("model.safetensors", "mask.safetensors", "split.parquet"):
             store.put_new(f"scratch/run-x/{name}", b"of the same run, which had no requests")
         store.put_new("runs/run-idle/outcome.json", b"nothing to do")
         store.put_new("runs/run-2/outcome.json", b"published")
@@ -127,7 +127,7 @@ class Line:
 
     def traces(self, number):
         """Every S3 version of a version's weights and of its list of samples."""
-        digests = [self.digest(number), self.digest(number, "split.json")]
+        digests = [self.digest(number), self.digest(number, "split.parquet")]
         keys = [build(digest) for digest in digests for build in (names.blob_key, names.delta_key)]
         return [item for key in keys for item in versions_of(self.store, key)]
 
@@ -171,7 +171,7 @@ def test_a_purge_deletes_its_plan_and_keeps_the_rest_complete(line, tmp_path):
     assert report.plan.unknown == ["holiday/photo.jpg"]
     assert report.plan.held == [f"faces@{line.versions[1]}"]
     record = read_disposal(line.store, "faces", line.versions[0])
-    assert record.files == ["model.safetensors", "split.json"]
+    assert record.files == ["model.safetensors", "split.parquet"]
     assert record.size == sum(line.files[0][name].stat().st_size for name in record.files)
     assert read_head(line.store, "faces")[0].version == line.versions[2]
 

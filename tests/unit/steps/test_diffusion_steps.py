@@ -197,7 +197,7 @@ def test_a_run_publishes_only_what_the_gate_passes(sd, store, tmp_path):
     made = run_all(UnlearningForm(**settings, policy_uri=f"{store.uri}/policy.json"), tmp_path / "run", run="run-1")
     old, new = (read_version(store, "sd", digest) for digest in (parent, made.published.version))
     changed = {name for name, entry in new.files.items() if name in old.files and entry != old.files[name]}
-    assert changed == {"model.json", "split.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert changed == {"model.json", "split.parquet", "unet/diffusion_pytorch_model.safetensors"}
     assert (new.parent, new.method) == (parent, "salun")
     assert 0 < new.lineage.debt < 0.2
 

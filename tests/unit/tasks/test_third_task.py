@@ -69,7 +69,7 @@ def test_a_run_masks_unlearns_evaluates_and_publishes(toy, store, tmp_path):
     version = read_version(store, "toys", head.version)
     assert (version.parent, version.method, version.forget_count) == (parent, "ascent", evidence.forgotten.count)
     assert set(version.files) == {
-        *("model.safetensors", "model.json", "split.json"),
+        *("model.safetensors", "model.json", "split.parquet"),
         *("evidence.json", "decision.json", "report.html"),
     }
 

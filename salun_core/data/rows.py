@@ -1,0 +1,546 @@
+"""Sample ids with the SHA-256 of each row: sorted columns, in memory or in a Parquet file, read in groups of rows.
+
+A mapping of ten million ids takes gigabytes as Python objects. As columns it takes a hundred bytes a row in memory, and
+a few megabytes from a file, because every operation needs one group at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import core_schema
+
+from salun_core.data.parquet import EXPANDED_BYTES, claimed_bytes, expanded_bytes, readable
+from salun_core.digest import canonical_json, hex_digests, is_digest
+from salun_core.errors import DataError, IntegrityError
+
+GROUP_ROWS = 1 << 16  # three to five megabytes in memory; a file has so many in each group but the last
+PARTS = ("train", "validation", "test")  # by the number in the column `part`
+_FORMAT = "salun.split/v2"
+_KEY = b"salun"  # of the file's metadata
+_HEX = np.frombuffer(b"".join(b"%02x" % byte for byte in range(256)), dtype=np.uint16)
+_CACHED = 2  # groups of a file that stay decoded: two mappings may be iterated over side by side
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Consecutive rows, sorted by id.
+
+    Args:
+        ids: arrow strings [N].
+        parts: int8 [N], places in `PARTS`.
+        digests: uint8 [N, 32].
+    """
+
+    ids: Any
+    parts: np.ndarray
+    digests: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def select(self, index: np.ndarray | slice) -> Group:
+        """Return the rows at these positions, or those that a mask is true for."""
+        import pyarrow
+
+        if isinstance(index, slice):
+            ids = self.ids[index]
+        else:
+            ids = self.ids.filter(index) if index.dtype == bool else self.ids.take(pyarrow.array(index))
+        return Group(ids, self.parts[index], self.digests[index])
+
+    def place(self, name: str) -> int | None:
+        """Return the position of an id by binary search; None if it is not there."""
+        place = bisect_left(range(len(self)), name, key=lambda index: cast(str, self.ids[index].as_py()))
+        return place if place < len(self) and self.ids[place].as_py() == name else None
+
+    def contained(self, names: Sequence[str]) -> np.ndarray:
+        """Return which ids are among these names, as a mask [N]."""
+        import pyarrow
+        import pyarrow.compute
+
+        mask = pyarrow.compute.is_in(self.ids, pyarrow.array(names, pyarrow.string()))
+        return cast(np.ndarray, mask.to_numpy(zero_copy_only=False))
+
+    def json(self) -> bytes:
+        """Return the rows as members of a JSON object, in canonical form (RFC 8785), joined by commas."""
+        import pyarrow
+        import pyarrow.compute
+
+        data, offsets = string_buffers(self.ids)
+        if bool(((data < 0x20) | (data == ord('"')) | (data == ord("\\"))).any()):  # these need an escape
+            pairs = zip(self.ids.to_pylist(), hex_digests(self.digests.tobytes()), strict=True)
+            return b",".join(canonical_json(name) + f':"{digest}"'.encode() for name, digest in pairs)
+        texts = hex_texts(self.digests)
+        members = pyarrow.compute.binary_join_element_wise('"', self.ids, '":"', texts, '",', "")
+        data, offsets = string_buffers(members)
+        return data[:-1].tobytes()
+
+
+def string_buffers(array: Any) -> tuple[np.ndarray, np.ndarray]:  # noqa: ANN401 - pyarrow has no types
+    """Return the bytes of arrow strings as uint8, and their offsets as int32 [N + 1], the first one 0."""
+    if not len(array):
+        return np.empty(0, np.uint8), np.zeros(1, np.int32)
+    _, places, data = array.buffers()
+    offsets = np.frombuffer(places, dtype=np.int32)[array.offset : array.offset + len(array) + 1]
+    whole = np.frombuffer(data, dtype=np.uint8) if data is not None else np.empty(0, np.uint8)
+    return whole[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def hex_texts(digests: np.ndarray) -> Any:  # noqa: ANN401 - pyarrow has no types
+    """Return digests, uint8 [N, 32], in hex as arrow strings."""
+    import pyarrow
+
+    offsets = np.arange(len(digests) + 1, dtype=np.int32) * 64
+    return pyarrow.StringArray.from_buffers(
+        len(digests), pyarrow.py_buffer(offsets), pyarrow.py_buffer(_HEX[digests].tobytes())
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Rows sorted by id, in groups.
+
+    Args:
+        starts: the first id of each group.
+        counts: number of rows by part.
+        read: returns a group by its number.
+    """
+
+    starts: Sequence[str]
+    counts: Sequence[int]
+    read: Callable[[int], Group]
+
+    @classmethod
+    def of(cls, ids: Sequence[str], parts: np.ndarray, digests: np.ndarray) -> Columns:
+        """Sort rows by id and hold them in memory.
+
+        Args:
+            ids: unique ids.
+            parts: int8 [N], places in `PARTS`.
+            digests: uint8 [N, 32].
+
+        Raises:
+            ValueError: an id occurs twice, or is not text.
+        """
+        import pyarrow
+        import pyarrow.compute
+
+        try:  # in chunks: one array of strings holds at most two gigabytes
+            names = pyarrow.chunked_array(
+                [ids[start : start + GROUP_ROWS] for start in range(0, len(ids), GROUP_ROWS)], pyarrow.string()
+            )
+        except (UnicodeEncodeError, pyarrow.ArrowException) as error:
+            raise ValueError("a sample id is not text") from error
+        order = pyarrow.compute.sort_indices(names).to_numpy()
+        groups = []
+        for start in range(0, len(order), GROUP_ROWS):
+            index = order[start : start + GROUP_ROWS]
+            sorted_names = names.take(pyarrow.array(index)).combine_chunks()
+            groups.append(Group(sorted_names, parts[index], digests[index]))
+        columns = cls(
+            [group.ids[0].as_py() for group in groups],
+            np.bincount(parts, minlength=len(PARTS)).tolist(),
+            groups.__getitem__,
+        )
+        last = None
+        for group in groups:
+            fault = order_fault(last, group)
+            if fault:
+                raise ValueError(fault)
+            last = group.ids[-1].as_py()
+        return columns
+
+    def group_of(self, name: str) -> int:
+        """Return the number of the group that holds an id if any does; -1 if it is before the first one."""
+        return bisect_right(self.starts, name) - 1
+
+    def inside(self, names: Sequence[str], number: int) -> Sequence[str]:
+        """Return those of some sorted names that may be in a group."""
+        first = bisect_left(names, self.starts[number])
+        behind = bisect_left(names, self.starts[number + 1]) if number + 1 < len(self.starts) else len(names)
+        return names[first:behind]
+
+
+def order_fault(last: str | None, group: Group) -> str:
+    """Return what is wrong with the order of a group's ids, in words; empty if they are unique and sorted.
+
+    Args:
+        last: the last id of the group before; None for the first group.
+        group: the next group.
+    """
+    import pyarrow.compute
+
+    first = group.ids[0].as_py()
+    before, after = group.ids[:-1], group.ids[1:]
+    if last == first or pyarrow.compute.any(pyarrow.compute.equal(before, after)).as_py():
+        return "a sample id occurs twice"
+    if (last is not None and last > first) or pyarrow.compute.any(pyarrow.compute.greater(before, after)).as_py():
+        return "its sample ids are not sorted"
+    return ""
+
+
+class _Items(ItemsView[str, str]):
+    """The pairs of a mapping, read group by group instead of by one search for each id."""
+
+    _mapping: Rows
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for group in self._mapping.groups():
+            yield from zip(group.ids.to_pylist(), hex_digests(group.digests.tobytes()), strict=True)
+
+
+class Rows(Mapping[str, str]):
+    """One part of a split: sample id -> SHA-256 of its row, sorted by id.
+
+    Args:
+        columns: the rows of all parts.
+        part: place in `PARTS`.
+        removed: sorted ids of this part that were forgotten: the mapping does not have them.
+    """
+
+    def __init__(self, columns: Columns, part: int, removed: Sequence[str] = ()) -> None:
+        self.columns, self._part, self._removed = columns, part, removed
+
+    @classmethod
+    def of(cls, rows: Mapping[str, str]) -> Rows:
+        """Hold a mapping as columns.
+
+        Raises:
+            ValueError: a digest is not a SHA-256, or an id is not text.
+        """
+        if not all(is_digest(digest) for digest in rows.values()):
+            raise ValueError("a row digest is not a SHA-256 in lower-case hex")
+        digests = np.frombuffer(bytes.fromhex("".join(rows.values())), dtype=np.uint8).reshape(-1, 32)
+        return cls(Columns.of(list(rows), np.zeros(len(rows), np.int8), digests), 0)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Accept a mapping of text to text, and write one."""
+        plain = core_schema.no_info_after_validator_function(cls.of, handler.generate_schema(dict[str, str]))
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, inner: value if isinstance(value, cls) else inner(value),
+            plain,
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda rows: dict(rows.items()), return_schema=core_schema.dict_schema()
+            ),
+        )
+
+    def __len__(self) -> int:
+        return self.columns.counts[self._part] - len(self._removed)
+
+    def __iter__(self) -> Iterator[str]:
+        for group in self.groups():
+            yield from group.ids.to_pylist()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._digest(name) is not None
+
+    def __getitem__(self, name: str) -> str:
+        digest = self._digest(name)
+        if digest is None:
+            raise KeyError(name)
+        return digest
+
+    def _digest(self, name: str) -> str | None:
+        number = self.columns.group_of(name)
+        group = self.columns.read(number) if number >= 0 else None
+        place = group.place(name) if group else None
+        if group is None or place is None or group.parts[place] != self._part:
+            return None
+        gone = bisect_left(self._removed, name)
+        if gone < len(self._removed) and self._removed[gone] == name:
+            return None
+        return str(group.digests[place].tobytes().hex())
+
+    def items(self) -> ItemsView[str, str]:
+        """Return the pairs, sorted by id."""
+        return _Items(self)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} rows>"  # the ids of samples belong in no log
+
+    def groups(self) -> Iterator[Group]:
+        """Yield the rows of this part in order."""
+        for number in range(len(self.columns.starts)):
+            group = self.columns.read(number)
+            yield group.select(self.mask(number, group))
+
+    def mask(self, number: int, group: Group) -> np.ndarray:
+        """Return which rows of a group of the columns this part has, as a mask [N]."""
+        mask: np.ndarray = group.parts == self._part
+        gone = self.columns.inside(self._removed, number)
+        return mask & ~group.contained(gone) if gone else mask
+
+    def find(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the digests of those names that are in this part, sorted; each group is read at most once."""
+        wanted = sorted(set(filter(_is_text, names)))
+        found: dict[str, str] = {}
+        for number in sorted({number for name in wanted if (number := self.columns.group_of(name)) >= 0}):
+            group = self.columns.read(number)
+            hits = group.contained(self.columns.inside(wanted, number))
+            hit = group.select(hits & self.mask(number, group))
+            found.update(zip(hit.ids.to_pylist(), hex_digests(hit.digests.tobytes()), strict=True))
+        return found
+
+    def without(self, names: Iterable[str]) -> Rows:
+        """Return this part without some ids, as the same columns and a list of removals; other names are ignored."""
+        return Rows(self.columns, self._part, sorted({*self._removed, *self.find(names)}))
+
+    def shuffled(self) -> list[str]:
+        """Return the ids in the order of their digests, which is that of the rows' content."""
+        import pyarrow
+
+        groups = list(self.groups())
+        if not groups:
+            return []
+        digests = np.concatenate([group.digests for group in groups])
+        names = pyarrow.chunked_array([group.ids for group in groups])
+        return cast(list[str], names.take(pyarrow.array(digest_order(digests))).to_pylist())
+
+    def json(self) -> Iterator[bytes]:
+        """Yield the canonical JSON (RFC 8785) of this part in pieces."""
+        yield b"{"
+        empty = True
+        for group in self._canonical_groups():
+            if len(group):
+                yield (b"" if empty else b",") + group.json()
+                empty = False
+        yield b"}"
+
+    def _canonical_groups(self) -> Iterator[Group]:
+        """Yield the rows in RFC 8785's order, by UTF-16, which is another one if an id has a character above U+FFFF."""
+        import pyarrow
+
+        if not any(bool((string_buffers(group.ids)[0] >= 0xF0).any()) for group in self.groups()):
+            yield from self.groups()
+            return
+        pairs = sorted(self.items(), key=lambda pair: pair[0].encode("utf-16-be"))
+        for start in range(0, len(pairs), GROUP_ROWS):
+            ids, digests = zip(*pairs[start : start + GROUP_ROWS], strict=True)
+            values = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
+            yield Group(pyarrow.array(ids, pyarrow.string()), np.zeros(len(ids), np.int8), values)
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a name is text; one that stands for bytes that are not UTF-8 is in no split."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def digest_order(digests: np.ndarray) -> np.ndarray:
+    """Return the stable order of digests, uint8 [N, 32], as int64 [N]."""
+    words = digests.view(">u8")
+    order = np.argsort(words[:, 0], kind="stable")
+    first = words[order, 0]
+    if bool((first[1:] == first[:-1]).any()):  # two rows of the same content, or one chance in billions
+        order = np.lexsort([words[:, place] for place in (3, 2, 1, 0)])
+    return order
+
+
+def joined(parts: Sequence[Rows]) -> list[Rows]:
+    """Return parts that share their columns, which need not be in memory if they do already.
+
+    Args:
+        parts: in the order of `PARTS`.
+
+    Raises:
+        ValueError: an id is in two parts.
+    """
+    if all(rows.columns is parts[0].columns for rows in parts):
+        return list(parts)
+    ids: list[str] = []
+    numbers, digests = [np.empty(0, np.int8)], [np.empty((0, 32), np.uint8)]
+    for number, rows in enumerate(parts):
+        for group in rows.groups():
+            ids += group.ids.to_pylist()
+            numbers.append(np.full(len(group), number, np.int8))
+            digests.append(group.digests)
+    try:
+        columns = Columns.of(ids, np.concatenate(numbers), np.concatenate(digests))
+    except ValueError as error:
+        raise ValueError("a sample id is in two parts") from error
+    return [Rows(columns, number) for number in range(len(parts))]
+
+
+def _schema() -> Any:  # noqa: ANN401 - pyarrow has no types
+    import pyarrow
+
+    fields = [("id", pyarrow.string()), ("part", pyarrow.int8()), ("sha256", pyarrow.binary(32))]
+    return pyarrow.schema([pyarrow.field(name, kind, nullable=False) for name, kind in fields])
+
+
+def write_rows(path: Path, dataset_digest: str, parts: Sequence[Rows]) -> None:
+    """Write the rows of a split to a Parquet file. The same rows give the same file, whatever was removed before.
+
+    Args:
+        path: the file to write; it is replaced at the end, because the rows may be read from it.
+        dataset_digest: kept in its metadata.
+        parts: in the order of `PARTS`, with the same columns.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    note = canonical_json({"format": _FORMAT, "dataset_digest": dataset_digest})
+    schema, part = _schema().with_metadata({_KEY: note}), path.with_name(f".{path.name}.part")
+    with (
+        part.open("wb") as file,  # the system's error, if the disk is full
+        pyarrow.parquet.ParquetWriter(  # digests do not shrink
+            file,
+            schema,
+            use_dictionary=False,
+            compression={"id": "zstd", "part": "zstd", "sha256": "none"},
+            write_statistics=False,  # they would repeat ids in the footer
+        ) as writer,
+    ):
+        for group in _filled(parts):
+            digests = pyarrow.FixedSizeBinaryArray.from_buffers(
+                pyarrow.binary(32), len(group), [None, pyarrow.py_buffer(np.ascontiguousarray(group.digests))]
+            )
+            table = pyarrow.Table.from_arrays([group.ids, pyarrow.array(group.parts), digests], schema=schema)
+            writer.write_table(table, row_group_size=GROUP_ROWS)
+    part.replace(path)
+
+
+def _filled(parts: Sequence[Rows]) -> Iterator[Group]:
+    """Yield the rows of all parts in groups of `GROUP_ROWS`, the last one smaller."""
+    import pyarrow
+
+    columns, waiting = parts[0].columns, []
+    for number in range(len(columns.starts)):
+        group = columns.read(number)
+        waiting.append(group.select(np.logical_or.reduce([rows.mask(number, group) for rows in parts])))
+        if sum(map(len, waiting)) < GROUP_ROWS and number + 1 < len(columns.starts):
+            continue
+        ids = pyarrow.concat_arrays([item.ids for item in waiting])
+        whole = Group(
+            ids,
+            np.concatenate([item.parts for item in waiting]),
+            np.concatenate([item.digests for item in waiting]),
+        )
+        last = number + 1 == len(columns.starts)
+        end = len(whole) if last else len(whole) // GROUP_ROWS * GROUP_ROWS
+        for start in range(0, end, GROUP_ROWS):
+            yield whole.select(slice(start, min(start + GROUP_ROWS, end)))
+        waiting = [whole.select(slice(end, len(whole)))]
+
+
+def open_rows(source: Path | bytes, name: str) -> tuple[str, list[Rows]]:
+    """Open the Parquet file of a split and check every row of it. Groups are read again when they are needed.
+
+    The file is read, not mapped: mapped pages would count as memory of the process, and a file that is cut while it is
+    in use would kill the process instead of raising an error.
+
+    Args:
+        source: the file, which may be deleted while it is in use; or its bytes.
+        name: for messages.
+
+    Returns:
+        The digest of the data set, and the parts in the order of `PARTS`.
+
+    Raises:
+        IntegrityError: the file is damaged, of another schema, or larger in memory than a split can be; its ids are
+            not unique or not sorted.
+    """
+    with _intact(name):
+        return _opened(source, name)
+
+
+@contextmanager
+def _intact(name: str) -> Iterator[None]:
+    try:
+        with readable(name):
+            yield
+    except DataError as error:
+        raise _damaged(name, error.why) from error
+
+
+def _opened(source: Path | bytes, name: str) -> tuple[str, list[Rows]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = pyarrow.BufferReader(source) if isinstance(source, bytes) else pyarrow.OSFile(str(source))
+    opened = pyarrow.parquet.ParquetFile(file)
+    if not opened.schema_arrow.remove_metadata().equals(_schema()):
+        raise _damaged(name, "its columns are not those of a split: id, part, sha256")
+    dataset_digest = _noted(opened.schema_arrow.metadata or {}, name)
+    cautious = pyarrow.parquet.ParquetFile(file, read_dictionary=["id"])
+    starts, counts, last = [], np.zeros(len(PARTS), np.int64), None
+    for number in range(opened.metadata.num_row_groups):
+        group = _checked(cautious, number, name)
+        fault = order_fault(last, group)
+        if fault:
+            raise _damaged(name, fault)
+        starts.append(group.ids[0].as_py())
+        last = group.ids[-1].as_py()
+        counts += np.bincount(group.parts, minlength=len(PARTS))
+
+    @lru_cache(_CACHED)
+    def read(number: int) -> Group:
+        with _intact(name):
+            return _as_group(opened.read_row_group(number, use_threads=False))
+
+    columns = Columns(starts, counts.tolist(), read)
+    return dataset_digest, [Rows(columns, number) for number in range(len(PARTS))]
+
+
+def _noted(metadata: Mapping[bytes, bytes], name: str) -> str:
+    """Return the digest of the data set from the metadata of a file."""
+    try:
+        note = json.loads(metadata[_KEY])
+        digest, written = note["dataset_digest"], note["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(name, "its metadata do not describe a split") from error
+    if written != _FORMAT or not isinstance(digest, str):
+        raise _damaged(name, f"its format is not {_FORMAT}")
+    return digest
+
+
+def _checked(opened: Any, number: int, name: str) -> Group:  # noqa: ANN401 - pyarrow has no types
+    """Read a group, and check all of it but the order of its ids.
+
+    A few bytes can describe gigabytes. The footer is measured before anything is read, and ids are read as a dictionary
+    and measured before a value is copied; see `parquet.arrow_table`.
+    """
+    rows = opened.metadata.row_group(number).num_rows
+    if not 0 < rows <= GROUP_ROWS:
+        raise _damaged(name, f"a group has {rows} rows, not 1 to {GROUP_ROWS}")
+    if claimed_bytes(opened.metadata, [number]) > EXPANDED_BYTES:
+        raise _damaged(name, f"a group of {rows} rows expands too far")
+    table = opened.read_row_group(number, use_threads=False)
+    if sum(expanded_bytes(chunk) for column in table.columns for chunk in column.chunks) > EXPANDED_BYTES:
+        raise _damaged(name, f"a group of {rows} rows expands too far")
+    if any(column.null_count for column in table.columns):
+        raise _damaged(name, "a value is missing")
+    group = _as_group(table)
+    group.ids.validate(full=True)  # that they are UTF-8
+    if len(group) != rows or not bool(((group.parts >= 0) & (group.parts < len(PARTS))).all()):
+        raise _damaged(name, f"a part is not one of {', '.join(PARTS)}")
+    return group
+
+
+def _as_group(table: Any) -> Group:  # noqa: ANN401 - pyarrow has no types
+    import pyarrow
+
+    ids, parts, digests = (pyarrow.concat_arrays(table.column(name).chunks) for name in ("id", "part", "sha256"))
+    if pyarrow.types.is_dictionary(ids.type):
+        ids = ids.dictionary_decode()
+    values = np.frombuffer(digests.buffers()[1], dtype=np.uint8)
+    values = values[digests.offset * 32 : (digests.offset + len(digests)) * 32].reshape(-1, 32)
+    return Group(ids, parts.to_numpy(), values)
+
+
+def _damaged(name: str, why: str) -> IntegrityError:
+    return IntegrityError(f"{name} is damaged", why, "fetch the model again: salun model pull LINE --out DIR")
