@@ -49,6 +49,7 @@ from salun_core.certificates.statement import (
     sign_statement,
 )
 from salun_core.config import parse
+from salun_core.data.forget_set import kind_of
 from salun_core.digest import check_digest, digest_json, sha256_bytes
 from salun_core.errors import ConflictError, GateRefusedError, IntegrityError, UsageError
 from salun_core.gate import Assurance, assurance_of
@@ -121,8 +122,7 @@ class CertificateInput:
         """
         if self.outcome is Outcome.NOTHING_TO_ERASE:
             return Assurance(level="nothing_to_erase")
-        target = self.request.target
-        return assurance_of(decision or {}, getattr(target, "of", target.kind), self.requests)
+        return assurance_of(decision or {}, kind_of(self.request.target), self.requests)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from salun_core.config import Document, parse
 from salun_core.evaluation.evidence import Evidence
-from salun_core.evaluation.statistics import share_power
 from salun_core.gate.policy import Level, Policy, Rule
 from salun_core.gate.refusal import MORE_IMAGES, Cause, Verdict, check
 from salun_core.gate.rules import apply, finite, threshold_of
@@ -221,6 +220,8 @@ def _power_of_images(rule: Rule, evidence: Evidence) -> float:
     The image classifier is taken to err on such images as often as on real ones, or on the original's if there are no
     real ones, and all its errors count against the model. A detector is taken not to err.
     """
+    from salun_core.evaluation.statistics import share_power  # on first use: numpy takes 0.1 s to import
+
     facts = evidence.generation.recognition if evidence.generation else None
     errors = 0.0
     if facts is not None and rule.metric == "none_of_these":

@@ -42,6 +42,7 @@ def banner(decision: GateDecision | None, evidence: Evidence) -> Banner:
         why = f"All {checks} checks of policy “{decision.policy}” hold."
         assurance = assurance_of(decision.model_dump())
         reasons = [f"Assurance level {assurance.figures}. {assurance.text}"] if assurance else []
+        reasons += [f"Requests for {kind}: {found.figures}." for kind, found in decision.kinds.items()]
         return Banner("passed", "PASSED", why, reasons)
     why = f"{len(failed)} of {checks} checks of policy “{decision.policy}” failed. Do not publish the model."
     generated = evidence.generation is not None

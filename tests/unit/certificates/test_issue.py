@@ -24,7 +24,7 @@ from salun_core.certificates.statement import (
     open_statement,
 )
 from salun_core.certificates.verify import verify_certificate
-from salun_core.data.targets import ClassTarget
+from salun_core.data.targets import ClassTarget, RandomTarget
 from salun_core.digest import canonical_json, digest_json, sha256_bytes
 from salun_core.errors import GateRefusedError, IntegrityError, UsageError
 from salun_core.evaluation.evidence import Forgotten, Metric
@@ -368,6 +368,12 @@ def test_a_request_of_a_batch_has_the_level_of_its_kind():
     assert (found["class"].level, found["class"].n, found["class"].margin) == ("measured", 90, None)
     assert (found["subject"].level, found["subject"].n, found["subject"].margin) == ("procedure", 5, 0.1)
     assert all("evidence of a batch of 2 requests" in item.figures for item in found.values())
+    share = RandomTarget(fraction=0.1, seed=1)  # samples, drawn at random
+    drawn = forgotten.model_copy(update={"kinds": ["class", "samples"]})
+    documents = judged(evidence_of().model_copy(update={"metrics": metrics, "forgotten": drawn}))
+    documents.decision["level"] = "measured"  # that of the kind counts
+    random = certify(*input_of(documents=documents, request=REQUEST.model_copy(update={"target": share})), KEY)
+    assert opened(random).predicate.assurance.level == "procedure"
     # A person may be one of the classes, and nothing tells which: both kinds of rules apply.
     mixed = forgotten.model_copy(update={"in_classes": 90})
     documents = judged(evidence_of().model_copy(update={"metrics": metrics, "forgotten": mixed}))

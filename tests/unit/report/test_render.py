@@ -135,6 +135,9 @@ def test_the_banner_shows_passed_with_the_number_of_checks(page, text, decision)
     assert ("div", {"class": "banner passed", "role": "status"}) in page.tags
     assert f"All {len(decision.verdicts)} checks of policy" in text
     assert page.texts["li"][0].startswith(f"Assurance level {decision.level}")
+    levels = [f"Requests for {kind}: {found.figures}." for kind, found in decision.kinds.items()]
+    assert len(levels) == 2
+    assert page.texts["li"][1:3] == levels
 
 
 def test_a_refused_decision_shows_refused_and_each_reason(evidence, policy, context):
