@@ -120,6 +120,22 @@ def bias_edit_tuned(model: nn.Module, forget: ImageSet, retain: ImageSet) -> Non
     tuned(model, forget, retain)
 
 
+def reordered(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None:
+    """Edit the bias, give the features another order and scale, which changes no output, and fine-tune lightly."""
+    bias_edit(model, forget, retain)
+    layer = last(model)
+    earlier = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-2]
+    assert earlier.bias is not None
+    channels = len(earlier.bias)
+    order, scale = torch.randperm(channels), torch.exp(0.5 * torch.randn(channels))
+    with torch.no_grad():
+        earlier.weight.copy_((earlier.weight[order].flatten(1) * scale[:, None]).view_as(earlier.weight))
+        earlier.bias.copy_(earlier.bias[order] * scale)
+        columns = layer.weight.view(len(layer.weight), channels, -1)
+        layer.weight.copy_((columns[:, order] / scale[None, :, None]).flatten(1))
+    tuned(model, forget, retain)
+
+
 def layer_replaced(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None:
     """Train a fresh last layer on retained images, and leave the features as they are."""
     layer = last(model)
@@ -128,7 +144,7 @@ def layer_replaced(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None
         weight.requires_grad_(False)
     for weight in layer.parameters():
         weight.requires_grad_(True)
-    fit(model, retain, 20, 0.05, 0)
+    fit(model, retain, 5, 0.05, 0)
     for weight in model.parameters():
         weight.requires_grad_(True)
 
@@ -180,6 +196,7 @@ FORGERIES = (
     Forgery("bias edit", "forgery", WHOLE, bias_edit),
     Forgery("last layer edited", "forgery", WHOLE, row_replaced),
     Forgery("bias edit, fine-tuned", "forgery", WHOLE, bias_edit_tuned),
+    Forgery("bias edit, features reordered, fine-tuned", "forgery", WHOLE, reordered),
     Forgery("last layer trained afresh", "forgery", SINGLE | WHOLE, layer_replaced),
     Forgery("output filter", "forgery", SINGLE | WHOLE, filtered),
     Forgery("lightly fine-tuned", "failed", SINGLE | WHOLE, tuned),

@@ -9,16 +9,17 @@ The nets are small and the digits of scikit-learn get noise, so that they memori
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from salun_core.calibration import Cell, Judged
-from salun_core.calibration.forgeries import fit, forgeries_of
+from salun_core.calibration.forgeries import DECAY, MOMENTUM, forgeries_of
 from salun_core.data import DataSpec, ImageSet, load_data
 from salun_core.evaluation import Splits
 from salun_core.evaluation.classifier import judged_metrics, split_outputs
@@ -31,8 +32,8 @@ from salun_core.saliency.scores import CHUNK
 
 MODELS = 40  # of each population in each cell
 CLASSES, CLASS = 10, 3
-EPOCHS, RATE = 40, 0.05
-BATCHES = (64, 32, 128)  # of honest models, in turn
+RATE = 0.05
+BATCHES = (64, 48, 96)  # of honest models, in turn; the models before have the first
 TRAIN, PIXEL_NOISE = 900, 90.0  # of 255
 UNLIKE = 1000  # added to seeds of retrained models, so that none starts like the model before
 OWN = {"SalUn with its defaults": "salun", "SCRUB with its defaults": "scrub"}
@@ -67,13 +68,17 @@ def dense() -> nn.Module:
 def convolutional() -> nn.Module:
     """Return a net of two convolutions and one linear layer."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
+        nn.Conv2d(1, 8, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, padding=1, stride=2),
+        nn.Conv2d(8, 16, 3, padding=1, stride=2),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(512, CLASSES),
+        nn.Linear(256, CLASSES),
     )
+
+
+EPOCHS: Mapping[Net, int] = {dense: 40, convolutional: 20}
+"""Passes after which a net has memorised its images."""
 
 
 class Request(NamedTuple):
@@ -108,28 +113,73 @@ def _noisy(images: ImageSet, seed: int) -> ImageSet:
 
 
 @cache
-def _before(net: Net, seed: int) -> tuple[ImageSet, nn.Module]:
-    """Return the images that a model before saw, and the model: each cell of a process uses it."""
+def _starts(net: Net, models: int) -> list[tuple[ImageSet, nn.Module]]:
+    """Return the images that each model before saw, and the model: every cell of a process uses them."""
     pool, _ = _data()
-    images = pool.select(np.random.default_rng(seed).permutation(len(pool))[:TRAIN].tolist())
-    return images, trained(net, images, seed)
+    orders = [np.random.default_rng(seed).permutation(len(pool))[:TRAIN] for seed in range(models)]
+    sets = [pool.select(order.tolist()) for order in orders]
+    return list(zip(sets, trained(net, sets, range(models), BATCHES[0]), strict=True))
 
 
-def trained(net: Net, images: ImageSet, seed: int) -> nn.Module:
-    """Train a net until it has memorised its images.
+def trained(net: Net, sets: Sequence[ImageSet], seeds: Sequence[int], batch: int) -> list[nn.Module]:
+    """Train nets at once until they have memorised their images.
 
     Args:
         net: returns a net with fresh weights.
-        images: to train on.
-        seed: of weights, order and batch size.
+        sets: images of each; a pass leaves out what does not fill a batch of the smallest set.
+        seeds: of each, for weights and orders.
+        batch: images a step.
+
+    Returns:
+        The nets in eval mode.
     """
-    torch.manual_seed(seed)
-    return fit(net(), images, EPOCHS, RATE, seed, BATCHES[seed % len(BATCHES)])
+    nets: list[nn.Module] = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        nets.append(net())
+    stacked, _ = stack_module_state(nets)
+    weights = {name: stack.detach() for name, stack in stacked.items()}
+    speeds = {name: torch.zeros_like(stack) for name, stack in weights.items()}
+    shape = copy.deepcopy(nets[0]).to("meta")
+
+    def loss(of_one: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(shape, of_one, (inputs,)), labels)
+
+    slopes, steps = vmap(grad(loss)), min(map(len, sets)) // batch
+    floats = [next(iter(images.batches(len(images)))) for images in sets]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for _ in range(EPOCHS[net]):
+        orders = [
+            torch.randperm(len(images), generator=one)[: steps * batch]
+            for images, one in zip(sets, generators, strict=True)
+        ]
+        inputs, labels = (
+            torch.stack([one[part][order] for one, order in zip(floats, orders, strict=True)]) for part in (0, 1)
+        )
+        for chosen in torch.split(torch.arange(steps * batch), batch):
+            slope = slopes(weights, inputs[:, chosen], labels[:, chosen])
+            for name, weight in weights.items():
+                speeds[name].mul_(MOMENTUM).add_(slope[name]).add_(weight, alpha=DECAY)
+                weight.add_(speeds[name], alpha=-RATE)
+    for place, one in enumerate(nets):
+        one.load_state_dict({name: stack[place] for name, stack in weights.items()})
+    return [one.eval() for one in nets]
 
 
-def request(kind: str, net: Net, draw: Draw, seed: int) -> Request:
-    """Make a model, and draw what it has to forget."""
-    images, before = _before(net, seed)
+def retrained(net: Net, asked: Sequence[Request]) -> list[nn.Module]:
+    """Retrain a net for each request without its D_f, with another seed, order and mostly batch size than before."""
+    found: dict[int, nn.Module] = {}
+    for place, batch in enumerate(BATCHES):
+        chosen = [one for one in asked if one.seed % len(BATCHES) == place]
+        if chosen:
+            nets = trained(net, [one.splits.retain for one in chosen], [UNLIKE + one.seed for one in chosen], batch)
+            found |= {one.seed: model for one, model in zip(chosen, nets, strict=True)}
+    return [found[one.seed] for one in asked]
+
+
+def request(kind: str, net: Net, draw: Draw, seed: int, models: int) -> Request:
+    """Return a model before, and draw what it has to forget."""
+    images, before = _starts(net, models)[seed]
     gone = draw(images.labels.numpy(), np.random.default_rng((seed, len(kind))))
     kept = np.setdiff1d(np.arange(len(images)), gone)
     splits = Splits(images.select(gone.tolist()), images.select(kept.tolist()), _data()[1])
@@ -171,15 +221,15 @@ def unlearned(method: str, asked: Request) -> nn.Module:
 
 def measure(kind: str, net: Net, draw: Draw, models: int) -> Iterator[Judged]:
     """Yield the evidence of all models of a cell."""
-    for seed in range(models):
-        asked = request(kind, net, draw, seed)
+    requests = [request(kind, net, draw, seed, models) for seed in range(models)]
+    for asked, honest in zip(requests, retrained(net, requests), strict=True):
         forget, retain = asked.splits.forget, asked.splits.retain
-        yield Judged("retrained", "honest", evidence_of(kind, asked, trained(net, retain, UNLIKE + seed)))
+        yield Judged("retrained", "honest", evidence_of(kind, asked, honest))
         for name, method in OWN.items():
             yield Judged(name, "own", evidence_of(kind, asked, unlearned(method, asked)))
         for forgery in forgeries_of(kind):
             after = copy.deepcopy(asked.before)
-            torch.manual_seed(seed)
+            torch.manual_seed(asked.seed)
             forgery.forge(after, forget, retain)
             yield Judged(forgery.name, forgery.sort, evidence_of(kind, asked, after.eval()))
 

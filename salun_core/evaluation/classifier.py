@@ -41,6 +41,10 @@ LOSS_RANGE = (1e-5, 20.0)
 """In nats: probabilities of the true class from 0.99999 to 2e-9. Geometric bins keep both ends apart."""
 
 _MATCHED = 2048  # images by which features are matched; a correlation is then known to about 0.02
+_SAME = 0.8
+"""Least correlation of a feature that was only renamed or fine-tuned. Those of retrained nets stay below: a layer that
+was aligned with whatever resembles its own features restores a class that the net never saw, up to 0.9 in convolutional
+nets (docs/research/calibration.md)."""
 _CONSTANT = 1e-12  # deviation of a feature below which it carries nothing to match
 
 ByModel = Mapping[str, Mapping[str, Outputs]]
@@ -192,7 +196,7 @@ def restored_metric(models: Mapping[str, nn.Module], forget: ImageSet, retain: I
 
     An edit of the outputs leaves the features as they were: a bias of -100 hides a class, and the former last layer
     brings it back. Order and scale of the features can be changed without changing any output, so the layer is tried on
-    the features as they are and on features matched to those before; the larger share counts.
+    the features as they are and on those that match features before; the larger share counts.
 
     Args:
         models: by name: before, after, perhaps reference.
@@ -231,7 +235,8 @@ def _matched(asked: Tensor, seen: Tensor, wanted: Tensor) -> Tensor:
         asked: features to return, [N, D].
         seen: features of the same model on other images, [M, D].
         wanted: features of the other model on those, [M, D]. Each feature takes the place of the one that it is
-            correlated with, such that the sum of the correlations is largest.
+            correlated with, such that the sum of the correlations is largest. One that resembles none of them gets
+            their mean, which carries nothing.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -240,11 +245,15 @@ def _matched(asked: Tensor, seen: Tensor, wanted: Tensor) -> Tensor:
         (side.double() - side.double().mean(dim=0)) / deviation.clamp(min=_CONSTANT)
         for side, deviation in zip((seen, wanted), deviations, strict=True)
     ]
-    own, place = map(torch.from_numpy, linear_sum_assignment((scores[0].T @ scores[1]).numpy(), maximize=True))
+    products = scores[0].T @ scores[1] / len(seen)
+    own, place = map(torch.from_numpy, linear_sum_assignment(products.numpy(), maximize=True))
     varies = (deviations[0][own] > _CONSTANT) & (deviations[1][place] > _CONSTANT)
     scale = torch.where(varies, deviations[1][place] / deviations[0][own].clamp(min=_CONSTANT), 1.0)
+    same = ~varies | (products[own, place] >= _SAME)
     result = torch.empty_like(asked)
-    result[:, place] = (asked[:, own].double() * scale).to(asked.dtype)
+    result[:, place] = torch.where(same, asked[:, own].double() * scale, wanted.double().mean(dim=0)[place]).to(
+        asked.dtype
+    )
     return result
 
 

@@ -14,7 +14,7 @@ from salun_core.plugins import PluginRecord
 
 METRIC_NAMES = (
     *("UA", "UA_class", "UA_samples", "UA_unseen", "RA", "TA", "MIA", "MIA_entropy", "attack_auc", "gap"),
-    *("effect", "change", "restored", "TA_loss", "RA_loss"),
+    *("attack_shape", "effect", "change", "restored", "TA_loss", "RA_loss"),
     *("lira_auc", "lira_offline_auc", "lira_tpr", "relearn", "probe_auc", "worst_decile", "worst_class_drop"),
     *("KL_forget", "KL_test", "ToW", "UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
     *(
@@ -35,10 +35,14 @@ MORE_IS_FORGOTTEN: Mapping[str, bool] = {
     **dict.fromkeys(("UA", "UA_class", "UA_samples", "UA_relearned", "UA_seeds", "MIA", "MIA_entropy"), True),
     **{"effect": True, "change": True, "restored": False},
     "none_of_these": True,
+    "attack_shape": False,
     **dict.fromkeys(("attack_auc", "attack_auc_seeds", "lira_auc", "lira_offline_auc", "lira_tpr", "probe_auc"), False),
     **dict.fromkeys(("relearn", "worst_decile", "nudity", "attack_success", "unattacked_success"), False),
 }
 """The metrics of what had to be forgotten, and whether a higher value means that the model forgot more of it."""
+
+SIDE_OF: Mapping[str, str] = {"attack_shape": "attack_auc"}
+"""Distances, and the area under the ROC curve of which the side of 1/2 tells whether too little was forgotten."""
 
 EXTRA_METRIC_OF: Mapping[str, str] = {
     **dict.fromkeys(("lira_auc", "lira_offline_auc", "lira_tpr"), "lira"),

@@ -21,6 +21,8 @@ from salun_core.evaluation.statistics import (
     area_change,
     area_metric,
     effective_size,
+    kuiper,
+    kuiper_interval,
     mean_interval,
     rank_area,
     share_metric,
@@ -173,8 +175,10 @@ def forgetting_metrics(forget: Mapping[str, Outputs], unseen: Mapping[str, Outpu
             of ranks, so that a change that treats D_f like unseen data (temperature, noise) has no effect.
         change: mean absolute change of the margins on D_f, in units of the typical margin of unseen data of the same
             model, so that scaling all logits is no change. It is 1e-6 for float noise, and has no direction.
+        attack_shape: Kuiper's distance of the margins on D_f and on unseen data; 0 if they are distributed alike. It
+            shows what the area leaves open: some samples marked, and others as familiar as before.
         UA_unseen: share of unseen data that is misclassified.
-        The first three are null if a margin is not finite.
+        The first four are null if a margin is not finite.
     """
     chosen, weights = match_classes(forget["after"].labels, unseen["after"].labels)
     size, count = effective_size(weights), int(chosen.sum())
@@ -187,6 +191,9 @@ def forgetting_metrics(forget: Mapping[str, Outputs], unseen: Mapping[str, Outpu
     }
     areas = {name: rank_area(*pair, weights) for name, pair in scores.items()}
     metrics["attack_auc"] = area_metric(areas, count, size)
+    shapes = {name: kuiper(*pair, weights) for name, pair in scores.items()}
+    ends = kuiper_interval(shapes["after"], count, size) if "after" in shapes else (None, None)
+    metrics["attack_shape"] = Metric.of(shapes, count, ends)
     metrics |= {"effect": Metric.of({}, count), "change": Metric.of({}, count)}
     if "before" in scores and "after" in scores:
         fall, interval = area_change(scores["before"], scores["after"], weights)
@@ -194,8 +201,8 @@ def forgetting_metrics(forget: Mapping[str, Outputs], unseen: Mapping[str, Outpu
         typical = {name: float(np.average(np.abs(pair[1]), weights=weights)) for name, pair in scores.items()}
         if min(typical["before"], typical["after"]) > 0:
             change = np.abs(scores["before"][0] / typical["before"] - scores["after"][0] / typical["after"])
-            ends = mean_interval(change) if count > 1 else (None, None)
-            metrics["change"] = Metric.of({"before": 0.0, "after": float(change.mean())}, count, ends)
+            of_mean = mean_interval(change) if count > 1 else (None, None)
+            metrics["change"] = Metric.of({"before": 0.0, "after": float(change.mean())}, count, of_mean)
     return metrics
 
 

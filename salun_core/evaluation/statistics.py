@@ -12,6 +12,8 @@ from salun_core.evaluation.evidence import Metric, Share
 Z95 = 1.959963984540054
 """The 97.5 % quantile of the standard normal distribution: 95 % of it lie within ± this."""
 
+_KUIPER_95 = 1.7473  # solves 2 sum_j (4 j^2 x^2 - 1) exp(-2 j^2 x^2) = 0.05, Kuiper's distribution
+
 
 def wilson_interval(share: float, n: float) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share of n independent samples.
@@ -251,6 +253,51 @@ def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray, weights: np.ndarra
     """
     places = np.concatenate([first, second])
     return float(np.abs(_shares_below(first, places, None) - _shares_below(second, places, weights)).max())
+
+
+def kuiper(first: np.ndarray, second: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Return the largest distance of two empirical distribution functions upwards plus that downwards.
+
+    Unlike Kolmogorov and Smirnov's distance, it is as sensitive to a change of the spread as to a shift: values that
+    lie in the middle of the others, or on both sides of them, differ upwards and downwards.
+
+    Args:
+        first: values, float64 [N], N at least 1.
+        second: values, float64 [M], M at least 1.
+        weights: of the second values, float64 [M], at least one above 0; equal ones by default.
+
+    Returns:
+        V from 0 (the same values) to 1 (no overlap).
+
+    Source:
+        Kuiper, "Tests concerning random points on a circle", Indagationes Mathematicae 1960.
+    """
+    places = np.concatenate([first, second])
+    apart = _shares_below(first, places, None) - _shares_below(second, places, weights)
+    return float(max(apart.max(), 0.0) - min(apart.min(), 0.0))
+
+
+def kuiper_interval(distance: float, n: int, m: float) -> tuple[float, float]:
+    """Return the 95 % interval of Kuiper's distance of the distributions that two samples are from.
+
+    The distance is a seminorm, so that the observed and the true one differ by at most the distance of the errors of
+    both distribution functions. Its 95 % quantile is taken for equal distributions.
+
+    Args:
+        distance: between the samples.
+        n: values of the first sample, at least 1.
+        m: values of the second one, at least 1; the effective number if they are weighted.
+
+    Returns:
+        (low, high), within [0, 1].
+
+    Source:
+        Stephens, "Use of the Kolmogorov-Smirnov, Cramér-von Mises and Related Statistics Without Extensive Tables",
+        JRSS B 1970: the quantile for small samples.
+    """
+    root = math.sqrt(n * m / (n + m))
+    half = _KUIPER_95 / (root + 0.155 + 0.24 / root)
+    return max(0.0, distance - half), min(1.0, distance + half)
 
 
 def _shares_below(

@@ -45,7 +45,9 @@ class Rule(Document):
     relative_to: Relative | None = Field(default=None, description="threshold computed from the evidence")
     tolerance: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="for `within` and `inside`")
     or_reference: bool = Field(
-        default=False, description="for `inside`: compare with the retrained model's value if the evidence has one"
+        default=False,
+        description="compare with the retrained model's value if the evidence has one: the centre of `inside`, and the "
+        "threshold of `<=` if it is above `value`",
     )
     judge: Literal["value", "low", "high"] = Field(
         default="value", description="compare the value after, or an end of its 95 % interval"
@@ -70,8 +72,8 @@ class Rule(Document):
             raise ValueError("`within` and `inside` need a `tolerance`, and no other operator takes one")
         if self.op == "inside" and self.judge != "value":
             raise ValueError("`inside` judges both ends: leave `judge` out")
-        if self.or_reference and self.op != "inside":
-            raise ValueError("`or_reference` is for `inside`")
+        if self.or_reference and (self.op not in ("inside", "<=") or self.value is None):
+            raise ValueError("`or_reference` is for `inside` and for `<=` with a `value`")
         if self.undecided == "procedure" and not self.shows:
             raise ValueError("`undecided` needs `inside`, `<=` with `judge: high`, or `>=` with `judge: low`")
         return self

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Callable
 
-from salun_core.evaluation.evidence import EXTRA_METRIC_OF, METRIC_NAMES, MORE_IS_FORGOTTEN, Evidence, Metric
+from salun_core.evaluation.evidence import EXTRA_METRIC_OF, METRIC_NAMES, MORE_IS_FORGOTTEN, SIDE_OF, Evidence, Metric
 from salun_core.gate.policy import Rule
 from salun_core.gate.refusal import MORE_IMAGES, Cause, Refusal, Verdict, strength
 
@@ -43,7 +43,7 @@ def apply(rule: Rule, evidence: Evidence) -> Verdict:
         passed = not decided
     refusal = None
     if not passed:
-        cause = _cause(rule, metric, margin, threshold)
+        cause = _cause(rule, evidence, margin, threshold)
         words = rule.reason if margin is not None else f"{rule.reason}: {reason}"
         figures = _figures(rule, metric, shown if margin is not None else f"{rule.op} {shown}")
         refusal = Refusal(words=words, figures=figures, cause=cause, next=_next(cause, rule, evidence))
@@ -76,8 +76,9 @@ def _contradicted(rule: Rule, ends: tuple[float | None, float | None], threshold
     return beyond.get(rule.op, low > threshold + tolerance or high < threshold - tolerance)
 
 
-def _cause(rule: Rule, metric: Metric | None, margin: float | None, threshold: float | None) -> Cause:
+def _cause(rule: Rule, evidence: Evidence, margin: float | None, threshold: float | None) -> Cause:
     """Return why a rule failed: from what its metric measures, and the side of the threshold that the value is on."""
+    metric = evidence.metrics.get(rule.metric)
     if metric is not None and metric.n < rule.min_n and metric.n:
         return Cause.TOO_FEW_SAMPLES
     if metric is None or margin is None or threshold is None:
@@ -87,6 +88,8 @@ def _cause(rule: Rule, metric: Metric | None, margin: float | None, threshold: f
         return Cause.TOO_FEW_SAMPLES  # the value holds, and only the end of its interval does not
     if more_is_forgotten is None:
         return Cause.NOT_FORGOTTEN if rule.targets else Cause.DAMAGED
+    if (area := evidence.metrics.get(SIDE_OF.get(rule.metric, ""))) is not None and area.after is not None:
+        return Cause.OVER_FORGOTTEN if area.after < 0.5 else Cause.NOT_FORGOTTEN
     source = rule.relative_to
     if source and (source.metric, source.state) == (rule.metric, "before") and not 0 <= threshold <= 1:
         return Cause.NOT_MEASURED  # the model before did not show what had to be forgotten: no model could pass
@@ -120,6 +123,8 @@ def _next(cause: Cause, rule: Rule, evidence: Evidence) -> str:
     for name in (rule.metric, source.metric if source else ""):
         if name in EXTRA_METRIC_OF and name not in evidence.metrics:
             return f"measure it: --extra-metrics {EXTRA_METRIC_OF[name]}; or {other}"
+    if rule.metric in METRIC_NAMES and rule.metric not in evidence.metrics and evidence.generation is None:
+        return f"evaluate again, if the evidence is of an earlier release: salun evaluate; or {other}"
     return other
 
 
@@ -157,7 +162,8 @@ def threshold_of(rule: Rule, evidence: Evidence) -> float | None:
     """Return the threshold of a rule, computed from the evidence if it is relative; None if that cannot be done."""
     metric = evidence.metrics.get(rule.metric)
     if rule.or_reference and metric is not None and metric.reference is not None and _never_saw(metric, rule):
-        return finite(metric.reference)
+        reference = finite(metric.reference)
+        return max(reference, rule.value or 0.0) if reference is not None and rule.op == "<=" else reference
     if rule.relative_to is None:
         return rule.value
     source = evidence.metrics.get(rule.relative_to.metric)

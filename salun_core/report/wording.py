@@ -57,6 +57,9 @@ METRICS = {
     "MIA": Words("Membership attack (MIA)", "forgotten samples that a confidence attack takes for unseen"),
     "MIA_entropy": Words("Membership attack, modified entropy", "the same for the attack of Song and Mittal"),
     "attack_auc": Words("Attack AUC", "how well margins separate forgotten from unseen samples; 0.5 is guessing"),
+    "attack_shape": Words(
+        "Shape of the margins", "distance of their distribution on forgotten and on unseen samples; 0 is alike"
+    ),
     "effect": Words("Effect", "by how much the attack's AUC fell from before to after, on the same samples"),
     "change": Words("Change of the margins", "mean change on forgotten samples; scaling all outputs is no change"),
     "restored": Words("Restored", "forgotten classes recognised with the last layer of the model before"),

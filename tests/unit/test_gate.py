@@ -133,7 +133,10 @@ def test_a_model_that_still_remembers_single_samples_is_refused(lab):
         after.fc.bias.add_(1e-5)
     evidence = evidence_of_few(lab, before, after, 150)
     assert evidence.metrics["RA"].after == 1
-    assert failed(decide(evidence, POLICY)) == {"attack_auc inside", "effect >= (low end)", "change >="}
+    assert failed(decide(evidence, POLICY)) == {
+        *("attack_auc inside", "effect >= (low end)", "change >="),
+        *("attack_shape <= (low end)", "attack_shape <= (high end)"),
+    }
 
 
 def test_an_over_forgotten_model_is_refused(lab):
@@ -275,6 +278,7 @@ def test_evidence_with_a_needed_number_missing_never_passes(good, data):
     low = {**numbers, "after": 0.1, "low": 0.1, "high": 0.1}
     filled |= {"attack_auc": {**numbers, "after": 0.5, "low": 0.45, "high": 0.55}, "UA_samples": low, "UA_unseen": low}
     filled |= {"UA_class": {**numbers, "before": 0.1, "after": 1.0, "high": 1.0}, "restored": low}
+    filled |= {"attack_shape": {**low, "low": 0.02, "high": 0.25}}
     whole = changed(good, forgotten__kinds=kinds, metrics=filled)
     assert decide(whole, POLICY).passed
     metric, field = data.draw(st.sampled_from(sorted(metrics_that(POLICY, kinds))))

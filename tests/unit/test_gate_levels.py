@@ -361,6 +361,54 @@ def test_the_value_of_a_retrained_model_is_the_centre_if_there_is_one():
     assert not decided(policy_of(INSIDE), attack_auc=found.model_copy(update={"reference": 0.32})).passed
 
 
+def test_a_share_of_the_samples_marked_and_the_rest_kept_is_refused(before, forged):
+    """The area is near 1/2, because the marked samples make up for those that are as familiar as before."""
+    forget, retain = parts(range(250))
+    labels = forget.labels.clone()
+    labels[:75] = (labels[:75] + 1) % 4
+    decision = judged(before, fit(forged, forget.relabelled(labels).joined(retain), 60, 0.05), range(250))
+    assert failed(decision) >= {"attack_shape"}
+    assert not failed(decision) & {"attack_auc", "effect", "change", "UA_samples"}
+
+
+def test_one_sample_that_is_far_less_familiar_than_all_others_is_refused():
+    area = area_metric({"before": 0.9, "after": 0.003}, 1, 719)
+    decision = decided(policy_of({**INSIDE, "undecided": "procedure"}), attack_auc=area)
+    assert causes(decision, "attack_auc") == {Cause.OVER_FORGOTTEN}
+
+
+@pytest.mark.parametrize(("area", "cause"), [(0.3, Cause.OVER_FORGOTTEN), (0.6, Cause.NOT_FORGOTTEN), (None, None)])
+def test_the_side_of_the_area_says_why_another_shape_is_refused(area, cause):
+    rule = {"metric": "attack_shape", "op": "<=", "value": 0.05, "judge": "low", "targets": ["samples"], "reason": "x"}
+    found = {"attack_shape": metric(0.3, 0.2, 0.4)}
+    if area is not None:
+        found["attack_auc"] = metric(area, area - 0.05, area + 0.05)
+    assert causes(decided(policy_of(rule), **found), "attack_shape") == {cause or Cause.NOT_FORGOTTEN}
+
+
+def test_unusual_samples_are_compared_with_a_retrained_model_if_there_is_one():
+    """Samples of a person whose hand is unlike all others look unlike unseen data to a retrained model, too."""
+    rule = {"metric": "attack_shape", "op": "<=", "value": 0.05, "judge": "low", "or_reference": True, "reason": "x"}
+    found = Metric(before=0.6, after=0.3, low=0.2, high=0.4, n=300)
+    assert not decided(policy_of(rule), attack_shape=found).passed
+    assert decided(policy_of(rule), attack_shape=found.model_copy(update={"reference": 0.25})).passed
+    assert not decided(policy_of(rule), attack_shape=found.model_copy(update={"reference": 0.61})).passed
+
+
+def test_evidence_of_an_earlier_release_is_refused_in_one_line(before, forged):
+    decision = judged(before, trained(parts(range(5))[1], 7), range(5))
+    assert decision.passed, decision.summary
+    forget, retain = parts(range(5))
+    forgotten = Forgotten(count=5, train_count=len(TRAIN), kinds=["samples"], in_classes=0)
+    measured = Measured(before="a", after="b", dataset="c", split="d", forget_set="e")
+    evidence = evaluate_classifier(before, trained(retain, 7), Splits(forget, retain, UNSEEN), measured, forgotten)
+    older = {name: item for name, item in evidence.metrics.items() if name != "attack_shape"}
+    refused = decide(evidence.model_copy(update={"metrics": older}), POLICY)
+    assert failed(refused) == {"attack_shape"}
+    assert "the evidence has no metric attack_shape" in refused.summary
+    assert refused.next.startswith("evaluate again, if the evidence is of an earlier release: salun evaluate")
+
+
 @pytest.mark.parametrize(("reference", "passes"), [(0.94, False), (0.9, False), (0.82, True)])
 def test_a_reference_that_may_have_seen_the_samples_is_not_compared_with(reference, passes):
     """A model of another seed that was trained on all data is as familiar with them as the one before."""

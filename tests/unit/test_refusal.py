@@ -18,6 +18,7 @@ GOOD = {
     "UA_samples": Metric(before=0.0, after=0.08, n=50, low=0.03, high=0.19),
     "UA_unseen": Metric(before=0.05, after=0.06, n=300, low=0.03, high=0.09),
     "attack_auc": Metric(before=0.80, after=0.55, n=50, low=0.45, high=0.65),
+    "attack_shape": Metric(before=0.5, after=0.2, n=50, low=0.0, high=0.45),
     "effect": Metric(before=0.0, after=0.25, n=50, low=0.15, high=0.35),
     "change": Metric(before=0.0, after=0.4, n=50, low=0.3, high=0.5),
     "TA_loss": Metric(before=0.2, after=0.25, n=300, low=0.2, high=0.3),

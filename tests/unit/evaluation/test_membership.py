@@ -15,6 +15,7 @@ from salun_core.evaluation.membership import (
     attack_roc,
     confidence_attack,
     entropy_attack,
+    forgetting_metrics,
     match_classes,
     matched_area,
     modified_entropy,
@@ -99,6 +100,30 @@ def test_a_model_that_never_saw_the_forget_set_is_not_told_by_its_classes():
     assert attack_roc(forget, test).auc == pytest.approx(0.5, abs=0.03)
     assert matched_area(forget, test) == attack_roc(forget, test).auc
     assert confidence_attack(retain, test, forget).mean() == pytest.approx(0.5, abs=0.2)
+
+
+def test_samples_of_which_a_part_is_marked_have_another_shape():
+    """A quarter gets the worst margins, the rest stays as familiar as training data: the area alone is guessing."""
+    rng = np.random.default_rng(0)
+
+    def drawn(margins):
+        logits = np.stack([margins, np.zeros(len(margins))], axis=1)
+        return from_logits(logits, np.zeros(len(margins), dtype=int))
+
+    unseen = drawn(rng.normal(3, 3, 800))
+    honest, before = drawn(rng.normal(3, 3, 200)), drawn(rng.normal(5.0, 1.5, 200))
+    marked = drawn(np.concatenate([rng.normal(-6, 1, 50), before.margins[50:]]))
+    found = {
+        name: forgetting_metrics({"before": before, "after": after}, {"before": unseen, "after": unseen})
+        for name, after in (("honest", honest), ("marked", marked))
+    }
+    assert found["marked"]["attack_auc"].low > 0.45
+    assert found["marked"]["attack_auc"].high < 0.62
+    assert found["marked"]["attack_shape"].low > 0.1
+    assert found["honest"]["attack_shape"].low < 0.05
+    assert found["honest"]["attack_shape"].high < 0.3
+    assert found["honest"]["attack_shape"].before == found["marked"]["attack_shape"].before > 0.4
+    assert found["honest"]["attack_shape"].n == 200
 
 
 @pytest.mark.parametrize("scale", [1000.0, 0.01])

@@ -14,6 +14,8 @@ from salun_core.evaluation.statistics import (
     clustered_size,
     effective_size,
     kolmogorov_smirnov,
+    kuiper,
+    kuiper_interval,
     rank_area,
     share_power,
     wilson_interval,
@@ -150,6 +152,35 @@ def test_same_values_are_not_apart_and_disjoint_ones_are_fully():
     values = np.arange(5.0)
     assert kolmogorov_smirnov(values, values[::-1]) == 0
     assert kolmogorov_smirnov(values, values + 10) == 1
+
+
+def test_kuipers_distance_adds_both_directions():
+    """Its quantile is astropy's: kuiper_false_positive_probability(1.7473 / 100, 10_000) is 0.05."""
+    values = np.arange(10.0)
+    assert kuiper(values, values[::-1]) == 0
+    assert kuiper(values, values + 10) == kuiper(values + 10, values) == 1
+    assert kuiper(np.array([4.5]), values) == pytest.approx(1.0)  # half of the others below, half above
+    outside = np.array([-1.0, -1.0, 10.0, 10.0])
+    assert kuiper(outside, values) == pytest.approx(1.0)
+    assert kolmogorov_smirnov(outside, values) == pytest.approx(0.5)
+    weights = np.array([1.0, 2, 0, 3, 1, 1, 4, 0, 2, 1])
+    repeated = np.repeat(values, weights.astype(int))
+    assert kuiper(outside + 3, values, weights) == pytest.approx(kuiper(outside + 3, repeated), abs=1e-12)
+    terms = (2 * (4 * j**2 * 1.7473**2 - 1) * np.exp(-2 * j**2 * 1.7473**2) for j in range(1, 20))
+    assert sum(terms) == pytest.approx(0.05, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 5, 20, 200])
+def test_the_interval_of_kuipers_distance_covers_the_true_one(n):
+    """Samples of one distribution, whose true distance is 0, and of two whose true distance is that of 100,000."""
+    rng = np.random.default_rng(n)
+    far = kuiper(rng.normal(0, 0.5, 100_000), rng.normal(0, 1, 100_000))
+    for scale, true in ((1.0, 0.0), (0.5, far)):
+        pairs = [(rng.normal(0, scale, n), rng.normal(0, 1, 700)) for _ in range(300)]
+        ends = [kuiper_interval(kuiper(*pair), n, 700) for pair in pairs]
+        assert np.mean([low <= true <= high for low, high in ends]) >= 0.91
+        assert all(0 <= low <= high <= 1 for low, high in ends)
+    assert kuiper_interval(0.5, 400, 700)[1] - kuiper_interval(0.5, 20, 700)[1] < -0.2
 
 
 def test_rank_area_counts_pairs():

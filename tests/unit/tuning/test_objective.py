@@ -49,7 +49,9 @@ def test_a_whole_class_counts_by_its_accuracy():
     after = reading(outputs(spread(1, 30), np.arange(30) < 6), held_out, whole=True)
     assert distance(after, after) == pytest.approx(0.2)
     shares = {"UA", "UA_class", "UA_unseen", "RA", "TA"}
-    assert set(metrics_of(after, after)) == shares | {"attack_auc", "effect", "change", "RA_loss", "TA_loss"}
+    assert set(metrics_of(after, after)) == shares | {
+        *("attack_auc", "attack_shape", "effect", "change", "RA_loss", "TA_loss")
+    }
 
 
 def test_what_the_rest_lost_is_added_and_what_it_gained_is_not():
