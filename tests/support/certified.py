@@ -63,7 +63,7 @@ def evidence_of(after=WEIGHTS, method="salun"):
             "UA_unseen": Metric(before=0.04, after=0.05, n=300, low=0.03, high=0.08),
             "MIA": Metric(**metric),
             "attack_auc": Metric(before=0.7, after=0.5, n=40, low=0.4, high=0.6),
-            "attack_shape": Metric(before=0.5, after=0.2, n=40, low=0.0, high=0.47),
+            "attack_shape": Metric(before=0.5, after=0.1, n=40, low=0.0, high=0.25),
             "effect": Metric(before=0.0, after=0.2, n=40, low=0.1, high=0.3),
             "change": Metric(before=0.0, after=0.4, n=40, low=0.3, high=0.5),
             "TA_loss": Metric(before=0.2, after=0.25, n=300, low=0.2, high=0.3),
