@@ -28,6 +28,7 @@ ERRORS = "salun_core.errors"
 FORMATS = Path("docs/reference/formats")
 PIPELINES = ("unlearning", "deletion-sweep", "deletion-sweep-compact", "sharded-mask")
 SCHEMAS = {
+    "audit": "salun_core.audit.statement:AuditEvidence",
     "bench": "salun_core.bench.results:Results",
     "calibration": "salun_core.calibration.table:Calibration",
     "certificate": "salun_core.certificates.statement:ErasureCertificate",

@@ -11,7 +11,7 @@ EXIT_CODES = {
     0: "done, also if nothing was due",
     1: "an error of data, model, device, store or file; a check of `doctor` failed",
     2: "a wrong argument, name, setting or configuration",
-    3: "the gate refused: nothing was published",
+    3: "the gate refused: nothing was published; or an audit did not confirm that a model forgot",
     4: "another writer or run was first, or the parent is stale",
     5: "bytes that do not match their digest, format or signature",
     124: "`python -m pipelines submit --wait` waited for too long",

@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from salun_core import __version__
 from salun_core.cli import (
+    audit,
     bench,
     certificates,
     listing,
@@ -217,6 +218,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "sweep": runs.sweep,
     "verify": certificates.verify,
     "certificate": certificates.certificate,
+    "audit": audit.audit,
     "purge": operations.purge,
     "bench run": bench.run,
     "bench render": bench.render,

@@ -1,4 +1,4 @@
-"""`salun verify`, `salun certificate` and `salun key create`: erasure certificates and their keys."""
+"""`salun verify`, `salun certificate` and `salun key create`: erasure certificates, signed audits and their keys."""
 
 from __future__ import annotations
 
@@ -33,12 +33,30 @@ def verify(
 ) -> None:
     """Verify an erasure certificate: its signature, and that a model is the certified one. Offline without --store.
 
-    Offline, a later rollback is known only if its revocation is among the addenda.
+    Offline, a later rollback is known only if its revocation is among the addenda. The file may also be a signed audit
+    (`salun audit --key`); DIR may then be the file of weights or predictions that was audited.
     """
+    from salun_core.audit.statement import is_audit
     from salun_core.certificates.verify import verify_certificate
 
+    if is_audit(certificate):
+        _verify_audit(certificate, model, key, bool(addendum or store))
+        return
     found = verify_certificate(certificate, model, key, addendum, store)
     emit(_document(found), lambda: _show(found, model))
+
+
+def _verify_audit(path: Path, model: Path | None, keys: list[Path], more: bool) -> None:
+    from salun_core.audit.statement import verify_audit
+    from salun_core.cli.audit import show_verified
+    from salun_core.errors import UsageError
+
+    if more:
+        raise UsageError(f"{path} is an audit", "--addendum and --store are for certificates", "leave them out")
+    found = verify_audit(path, model, keys)
+    facts = {"sha256": found.sha256, "keyid": found.keyid, "key_source": found.key_source, "model_files": found.files}
+    audit = found.evidence.model_dump(mode="json")
+    emit({"valid": True, **facts, "audit": audit}, lambda: show_verified(found, model))
 
 
 def _document(found: Verification) -> dict[str, Any]:

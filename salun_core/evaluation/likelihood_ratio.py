@@ -37,7 +37,8 @@ class Shadows:
 
     Args:
         scaled: logit-scaled confidences, float64 [S, N].
-        inside: whether the model was trained on the sample, bool [S, N]; half of each column.
+        inside: whether the model was trained on the sample, bool [S, N]: at least two of each column, and at least two
+            not. Half of them is best.
     """
 
     scaled: np.ndarray
@@ -129,10 +130,10 @@ def offline_scores(attacked: np.ndarray, shadows: Shadows) -> np.ndarray:
 
 
 def _moments(shadows: Shadows, inside: bool) -> tuple[np.ndarray, np.ndarray]:
-    count = len(shadows.scaled) // 2
     chosen = shadows.inside == inside
-    values = shadows.scaled.T[chosen.T].reshape(-1, count)
-    mean, variance = values.mean(axis=1), values.var(axis=1, ddof=1)
+    count = chosen.sum(axis=0)  # half of the models, unless somebody else trained them
+    mean = np.where(chosen, shadows.scaled, 0.0).sum(axis=0) / count
+    variance = np.where(chosen, (shadows.scaled - mean) ** 2, 0.0).sum(axis=0) / (count - 1)
     if len(shadows.scaled) < _OWN_VARIANCE:
         variance = np.full_like(variance, variance.mean())
     return mean, np.sqrt(variance) + 1e-12  # models that agree to the last bit must not divide by 0
