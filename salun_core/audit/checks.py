@@ -274,11 +274,11 @@ def _forest_area(forget: Outputs, unseen: Outputs, weights: np.ndarray, seed: in
     if weights.sum() == 0:
         return 0.5
     truth = np.concatenate([np.ones(len(forget)), np.zeros(len(unseen))])
-    shares = np.concatenate([np.full(len(forget), weights.sum() / len(forget)), weights])
     forest = RandomForestClassifier(_TREES, min_samples_leaf=_LEAF, bootstrap=True, oob_score=True, random_state=seed)
     found = np.concatenate([_features(forget), _features(unseen)]).clip(-1e30, 1e30)
-    forest.fit(found.astype(np.float32), truth, shares)
-    scores = np.nan_to_num(forest.oob_decision_function_[:, 1], nan=0.5)
+    # Without weights: a bootstrap by weights leaves hardly a sample of a small set out. The area has the weights.
+    forest.fit(found.astype(np.float32), truth)
+    scores = forest.oob_decision_function_[:, 1]
     return rank_area(scores[: len(forget)], scores[len(forget) :], weights)
 
 
