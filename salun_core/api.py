@@ -223,7 +223,7 @@ def unlearn(
     settings = method_config(method, {"device": str(_device(network)), **given})
     gone, kept = _images(model, network, "forget", forget), _images(model, network, "retain", retain)
     card = model.card if isinstance(model, LoadedModel) else None
-    with explained(), _bar(method, settings.epochs, progress) as step:
+    with explained(), _bar(method, settings.epochs * min(settings.forget_parts, len(gone)), progress) as step:
 
         def on_epoch(record: EpochRecord) -> None:
             step(record.epoch, ", ".join(f"loss {name} {loss:.3f}" for name, loss in record.losses.items()))

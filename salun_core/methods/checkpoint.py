@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,14 +74,23 @@ def snapshot(fingerprint: str, model: nn.Module, optimizer: Optimizer, history: 
         plain[str(index)] = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
         tensors |= {f"optimizer/{index}/{key}": value for key, value in entries.items() if isinstance(value, Tensor)}
     header = {
-        "format": FORMAT,
         "fingerprint": fingerprint,
         "history": [record.model_dump() for record in history],
         "groups": state["param_groups"],
         "plain": plain,
     }
-    tensors[_HEADER] = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.uint8)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return sealed(header, tensors)
+
+
+def sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """Serialise a header, which becomes JSON, and tensors with a digest over both.
+
+    Returns:
+        A safetensors document.
+    """
+    text = json.dumps({"format": FORMAT, **header})
+    document = {**tensors, _HEADER: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in document.items()}
     return serialise({**stored, _DIGEST: _digest(stored)})
 
 
@@ -107,13 +116,8 @@ def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimize
     data = store.load()
     if data is None:
         return []
-    header, tensors = _read(data)
-    if header["fingerprint"] != fingerprint:
-        raise ConflictError(
-            "the checkpoint belongs to another run",
-            "its configuration or data differ",
-            "delete it, or give another folder",
-        )
+    header, tensors = opened(data)
+    require_run(header, fingerprint)
     model.load_state_dict(
         {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
     )
@@ -122,7 +126,26 @@ def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimize
     return [EpochRecord(**record) for record in header["history"]]
 
 
-def _read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def require_run(header: Mapping[str, Any], fingerprint: str) -> None:
+    """Check that a checkpoint belongs to a run.
+
+    Raises:
+        ConflictError: it belongs to another run.
+    """
+    if header["fingerprint"] != fingerprint:
+        raise ConflictError(
+            "the checkpoint belongs to another run",
+            "its configuration or data differ",
+            "delete it, or give another folder",
+        )
+
+
+def opened(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the header and the tensors of a document that `sealed` wrote.
+
+    Raises:
+        IntegrityError: it is damaged, or of another format.
+    """
     try:
         tensors = deserialise(data)
         digest = tensors.pop(_DIGEST)

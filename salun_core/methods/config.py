@@ -68,6 +68,12 @@ class UnlearnConfig(LoopConfig):
         description="each epoch all of the forget set, then all of the retain set; or both shuffled together",
     )
     augment: bool = Field(default=True, description="as the data spec says")
+    forget_parts: int = Field(
+        default=1,
+        ge=1,
+        le=100,
+        description="RUM: parts of D_f, by memorisation, that are forgotten one after the other with `epochs` each",
+    )
     seed: int = Field(default=0, ge=0, lt=2**53, description="of order, augmentation and random labels")
     soft_density: float = Field(
         default=0.5,

@@ -17,7 +17,7 @@ from salun_core.data.images import ImageSet
 from salun_core.errors import SalunError, UsageError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.evaluation.integrity import compare_weights
-from salun_core.methods.classification import METHODS
+from salun_core.methods.classification import METHODS, expected_passes
 from salun_core.methods.classification.method import ClassifierContext
 from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.method import UnlearnResult, get_method
@@ -134,7 +134,7 @@ def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
     row = get_method(METHODS, problem.space.method)
     held_out = problem.sets.held_out if row.reads_held_out else None
     context = ClassifierContext(forget, retain, num_classes, config, problem.model, held_out=held_out)
-    return row.total_passes(context)
+    return expected_passes(row, context)
 
 
 def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
@@ -226,7 +226,7 @@ class SearchState:
         callback = EpochCallback(self.evaluator, go_on, config.epochs)
         mask, held_out = problem.mask(choice), problem.sets.held_out
         trial = run_trial(method, config, problem.images, mask, callback, problem.space.growing, held_out)
-        epochs = len(trial.history) if get_method(METHODS, method).edit is None else config.epochs
+        epochs = min(len(trial.history), config.epochs) if get_method(METHODS, method).edit is None else config.epochs
         if trial.state == "failed":
             epochs = min(epochs + 1, config.epochs)  # the failed epoch used budget too
         passes = passes_of(problem, choice, epochs) + len(trial.answers) * reading

@@ -102,7 +102,7 @@ class Space:
         ranges = {name: item for name, item in (ranges | _OWN.get(method, {})).items() if name not in overrides}
         read = {"batch_norm": not row.edit and normalised, "order": method in _ORDERED}
         choices = {name: values for name, values in _CHOICES.items() if read[name] and name not in overrides}
-        growing = method in GROWING and config.schedule == "constant"
+        growing = method in GROWING and config.schedule == "constant" and config.forget_parts == 1
         densities = (DENSITIES if density is None else (density,)) if row.needs_mask else ()
         if not ranges and not choices and len(densities) < 2 and config.epochs == 1:
             raise UsageError("there is nothing to search for", "all settings are fixed", "leave one of them out")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ from salun_core.methods.classification import (
     sfr_on,
 )
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.classification.rum import expected_cost, forget_in_parts
 from salun_core.methods.classification.training import reinitialised
 from salun_core.methods.config import UnlearnConfig, pick_device
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
@@ -72,6 +75,11 @@ METHODS: dict[str, ClassifierMethod] = {
 def method_config(name: str, overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
     """Resolve the configuration of a classifier method; see `salun_core.methods.method.resolve_config`."""
     return resolve_config(METHODS, name, overrides)
+
+
+def expected_passes(row: ClassifierMethod, context: ClassifierContext) -> int:
+    """Return the cost of a run in image passes before it begins."""
+    return rounded_up(expected_cost(row, context))
 
 
 def unlearn(
@@ -127,10 +135,21 @@ def unlearn(
     group.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
     begun = time.perf_counter()
     shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
-    history, context = _run(row, context, mask, shared, fingerprint, on_epoch, group)
+    given = (shared, fingerprint, on_epoch)
+    if settings.forget_parts > 1:
+        history, cost = forget_in_parts(row, context, partial(_run, row, mask, group), *given, group)
+    else:
+        history, ended = _run(row, mask, group, context, *given)
+        cost = row.cost(ended)
     seconds = time.perf_counter() - begun
-    passes, changed = row.total_passes(context), _changed_fraction(model, started)
-    return UnlearnResult(started, method, settings, history, seconds, passes, changed)
+    return UnlearnResult(
+        started, method, settings, history, seconds, rounded_up(cost), _changed_fraction(model, started)
+    )
+
+
+def rounded_up(cost: float) -> int:
+    """Return a cost in whole image passes; a sum of thirds may lie just above an integer."""
+    return math.ceil(cost - 1e-6)
 
 
 def _started(model: nn.Module, row: ClassifierMethod, fresh: Callable[[int], nn.Module] | None, seed: int) -> nn.Module:
@@ -151,12 +170,12 @@ def _on(model: nn.Module, device: torch.device) -> nn.Module:
 
 def _run(
     row: ClassifierMethod,
-    context: ClassifierContext,
     mask: SaliencyMask | None,
+    group: ProcessGroup,
+    context: ClassifierContext,
     checkpoint: CheckpointStore | None,
     fingerprint: str,
     on_epoch: OnEpoch | None,
-    group: ProcessGroup,
 ) -> tuple[list[EpochRecord], ClassifierContext]:
     """Train or edit the context's model in place, and return the context as `begin` extended it.
 

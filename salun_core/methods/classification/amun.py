@@ -98,9 +98,10 @@ def adversarial_examples(
             right = logits.argmax(dim=1) == labels[active]
             found.images[active[~right]] = inputs.detach()[~right]
             found.labels[active[~right]] = logits.detach().argmax(dim=1)[~right]
-            found.passes += (len(active) + 2 * int(right.sum())) / 3
             if not right.any():
+                found.passes += len(active) / 3
                 return found
+            found.passes += len(active)
             # The log-odds have the gradient's direction, but no saturation: a float32 loss of 0 has no direction.
             others = logits.scatter(1, labels[active][:, None], -torch.inf).logsumexp(dim=1)
             odds = (others - logits.gather(1, labels[active][:, None])[:, 0])[right].sum()
@@ -115,6 +116,7 @@ def adversarial_examples(
         found.images[active] = (moved[active] - mean) / std
         wrong = original(found.images[active]).scatter(1, labels[active][:, None], -torch.inf)
         found.labels[active] = wrong.argmax(dim=1)
+        found.passes += len(active) / 3
     return found
 
 

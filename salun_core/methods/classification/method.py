@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -138,20 +137,25 @@ class ClassifierMethod(method.Method[UnlearnConfig]):
         return self.phases, self.edit
 
     def check(self, name: str, config: UnlearnConfig) -> None:
-        """Reject frozen batch norm for a method that starts from fresh weights.
+        """Reject what a method that starts from fresh weights cannot do.
 
         Raises:
-            UsageError: batch norm is frozen, but fresh weights have no statistics to freeze.
+            UsageError: batch norm is frozen, but fresh weights have no statistics to freeze; or the forget set is to
+                be divided, but the method does not use it.
         """
         if self.fresh_start and config.batch_norm == "freeze":
             raise UsageError(
                 f"{name} cannot freeze batch norm", "fresh weights have no statistics yet", "set batch_norm: update"
             )
+        if self.fresh_start and config.forget_parts > 1:
+            raise UsageError(
+                f"{name} cannot divide the forget set", "it does not train on it", "leave forget_parts out"
+            )
 
-    def total_passes(self, context: ClassifierContext) -> int:
-        """Return the cost of a whole run in image passes, rounded up."""
+    def cost(self, context: ClassifierContext) -> float:
+        """Return the cost of all epochs in image passes; with thirds, if images only go forward."""
         if self.passes:
-            return math.ceil(self.passes(context) - 1e-6)  # rounding of thirds may leave the sum just above an integer
+            return self.passes(context)
         assert self.phases is not None
         generator = torch.Generator().manual_seed(0)
         return context.config.epochs * sum(phase.samples for phase in self.phases(context, generator))

@@ -37,6 +37,12 @@ def attack_by_hand(theta, image, label, radius, steps, normalisation=None):
         radius *= 2
 
 
+def cost_by_hand(found):
+    """Each step passes all images that were misclassified by no step before; the last look only goes forward."""
+    taken = np.array([item[2] for item in found])
+    return sum((taken >= step).sum() for step in range(taken.max())) + (taken == taken.max()).sum() / 3
+
+
 def pixels(count, seed):
     """Normalised images of pixels from 0 to 1, and the labels that the model gives them."""
     values = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
@@ -60,7 +66,7 @@ def test_the_attack_finds_the_first_misclassified_point_in_the_smallest_ball(rad
     assert torch.equal(found.images[2], images[2])
     assert not (found.labels == labels).any()
     assert torch.equal(linear()(found.images).argmax(1), found.labels)
-    assert found.passes == pytest.approx(sum(item[2] + 1 / 3 for item in expected))  # each step, and the last look
+    assert found.passes == pytest.approx(cost_by_hand(expected))
 
 
 def test_an_image_that_is_recognised_with_certainty_is_moved_too():
@@ -94,7 +100,7 @@ def test_an_epoch_trains_all_images_and_their_adversarial_examples():
     result = run("amun", epochs=2, adversarial_radius=0.1, adversarial_steps=10)
     np.testing.assert_allclose(weights(result.model), theta, atol=3e-6)
     assert [list(record.losses) for record in result.history] == [["mixed"]] * 2
-    assert result.passes == np.ceil(sum(item[2] + 1 / 3 for item in made) + 2 * 34 - 1e-6)
+    assert result.passes == np.ceil(cost_by_hand(made) + 2 * 34 - 1e-6)
 
 
 def test_images_of_a_class_that_is_gone_are_not_trained_under_their_label():

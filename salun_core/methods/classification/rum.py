@@ -1,0 +1,167 @@
+"""RUM: divide the forget set by memorisation and forget its parts one after the other, the least memorised first.
+
+    S_1, ..., S_n    D_f in equal parts, by ascending m(x, y) = -log p_θo(y | x)
+    θ_k = U(θ_{k-1}; forget S_k, retain D_r ∪ S_{k+1} ∪ ... ∪ S_n),    θ_0 = θ_o
+
+U is any method with all its epochs, n is `forget_parts`. The original of each run of U is θ_{k-1}, and the mask is that
+of the whole run. m is a proxy for memorisation: the confidence of the model at the end of its training.
+
+Source: Zhao et al., "What makes unlearning hard and what to do about it", NeurIPS 2024 (RUM); Zhao & Triantafillou,
+"Scalability of memorization-based machine unlearning", 2024 (proxies). Deviations: docs/research/deviations.md, row
+`forget_parts`.
+
+A killed run resumes in its part, because the checkpoint keeps the weights that the part began with. It may end
+
+- before the first epoch of a part is kept: the checkpoint is that of the part before, with all its epochs. That part
+  has nothing left to do, and the next one begins again;
+- within a part: the finished epochs of the part are kept, and its original is θ_{k-1} from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from salun_core.data.images import ImageSet
+from salun_core.evaluation.evidence import EpochRecord
+from salun_core.evaluation.outputs import outputs_of
+from salun_core.methods.checkpoint import CheckpointStore, opened, require_run, sealed
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.distributed import ProcessGroup
+from salun_core.methods.loop import OnEpoch
+
+ForgetOnce = Callable[
+    [ClassifierContext, CheckpointStore | None, str, OnEpoch | None], tuple[list[EpochRecord], ClassifierContext]
+]
+"""(context, checkpoint, fingerprint, callback) -> the history of one run of the method, and the context of its end."""
+
+_START, _LOOP = "start/", "loop"
+
+
+def partition(model: nn.Module, forget: ImageSet, parts: int) -> list[Tensor]:
+    """Return the indices of each part of D_f, int64; equal memorisation keeps the order of D_f.
+
+    Args:
+        model: θ_o.
+        forget: D_f.
+        parts: n; fewer if D_f has fewer images.
+    """
+    order = np.argsort(outputs_of(model, forget).losses, kind="stable")
+    return [torch.from_numpy(part) for part in np.array_split(order, min(parts, len(forget)))]
+
+
+def _divided(context: ClassifierContext, parts: list[Tensor]) -> Iterator[ClassifierContext]:
+    """Yield the context of each part; later parts are retained until it is their turn."""
+    for number, part in enumerate(parts):
+        later = torch.cat([part.new_empty(0), *parts[number + 1 :]])
+        retain = context.retain.joined(context.forget.select(later)) if len(later) else context.retain
+        yield replace(context, forget=context.forget.select(part), retain=retain)
+
+
+@dataclass(frozen=True)
+class _PartCheckpoint:
+    """The checkpoint of the loop in a part.
+
+    Args:
+        inner: stores it together with the rest.
+        header: number of the part, fingerprint, and history and cost of the parts before.
+        start: weights and buffers at the start of the part.
+        resumed: state of the loop in an earlier process, or None.
+    """
+
+    inner: CheckpointStore
+    header: Mapping[str, Any]
+    start: Mapping[str, Tensor]
+    resumed: bytes | None
+
+    def load(self) -> bytes | None:
+        return self.resumed
+
+    def save(self, data: bytes) -> None:
+        loop = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self.inner.save(
+            sealed(self.header, {**{_START + name: value for name, value in self.start.items()}, _LOOP: loop})
+        )
+
+
+def forget_in_parts(
+    row: ClassifierMethod,
+    context: ClassifierContext,
+    forget_once: ForgetOnce,
+    checkpoint: CheckpointStore | None,
+    fingerprint: str,
+    on_epoch: OnEpoch | None,
+    group: ProcessGroup,
+) -> tuple[list[EpochRecord], float]:
+    """Run a method on each part of D_f in turn, and change the context's model in place.
+
+    Args:
+        row: the method.
+        context: with D_f, D_r and θ_o as the model.
+        forget_once: runs the method.
+        checkpoint: keeps the state after each epoch, and resumes from it.
+        fingerprint: of the run.
+        on_epoch: called after each epoch; epochs are counted over all parts.
+        group: the processes that share the work.
+
+    Returns:
+        One record per epoch of all parts, and the cost in image passes.
+
+    Raises:
+        ConflictError: the checkpoint belongs to another run.
+    """
+    model = context.model
+    assert model is not None
+    parts = partition(model, context.forget, context.config.forget_parts)
+    group.require_same("parts of the forget set", str([part.tolist() for part in parts]))
+    data = checkpoint.load() if checkpoint else None
+    header, tensors = opened(data) if data is not None else ({}, {})
+    if header:
+        require_run(header, fingerprint)
+    history = [EpochRecord(**record) for record in header.get("history", [])]
+    spent, reached = header.get("passes", len(context.forget) / 3), header.get("part", 0)
+    for number, given in enumerate(_divided(context, parts)):
+        if number < reached:
+            continue
+        resumed = None
+        if header and number == reached:
+            model.load_state_dict(
+                {name.removeprefix(_START): value for name, value in tensors.items() if name.startswith(_START)}
+            )
+            resumed = tensors[_LOOP].numpy().tobytes()
+        original = copy.deepcopy(model).requires_grad_(False).eval() if context.original is not None else None
+        store, before = None, len(history)
+        if checkpoint:
+            kept = [record.model_dump() for record in history]
+            mark = {"fingerprint": fingerprint, "part": number, "history": kept, "passes": spent}
+            start = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            store = _PartCheckpoint(checkpoint, mark, start, resumed)
+
+        def told(record: EpochRecord, before: int = before) -> None:
+            if on_epoch:
+                on_epoch(_counted(record, before))
+
+        own = f"{fingerprint} part {number}"
+        records, ended = forget_once(replace(given, original=original), store, own, told)
+        history += [_counted(record, before) for record in records]
+        spent += row.cost(ended)
+    return history, spent
+
+
+def _counted(record: EpochRecord, before: int) -> EpochRecord:
+    return record.model_copy(update={"epoch": before + record.epoch})
+
+
+def expected_cost(row: ClassifierMethod, context: ClassifierContext) -> float:
+    """Return the cost of a run in image passes before it begins: the parts have their sizes, but other images."""
+    if context.config.forget_parts == 1:
+        return row.cost(context)
+    order = np.arange(len(context.forget))
+    parts = [torch.from_numpy(part) for part in np.array_split(order, min(context.config.forget_parts, len(order)))]
+    return len(order) / 3 + sum(row.cost(given) for given in _divided(context, parts))
