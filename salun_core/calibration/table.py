@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field
@@ -23,7 +23,7 @@ from salun_core.storage.local_files import write_whole
 
 BEGIN, END = "<!-- calibration -->", "<!-- /calibration -->"
 
-Outcome = Literal["measured", "procedure", "refused"]
+GOAL = 0.95  # least share of honest models that pass, and of failed ones that do not
 
 
 class Row(Document):
@@ -34,6 +34,7 @@ class Row(Document):
     policy: str = Field(description="name of the policy that judged it")
     population: str
     sort: Sort
+    samples: int = Field(ge=0, description="median size of the forget set; 0 if nothing is named by samples")
     models: int = Field(ge=1)
     measured: int = Field(ge=0)
     procedure: int = Field(ge=0)
@@ -42,10 +43,6 @@ class Row(Document):
     figures: dict[str, tuple[float, float, float]] = Field(
         description="least, median and largest value of each metric that the policy judges"
     )
-
-    def count(self, *outcomes: Outcome) -> int:
-        """Return how many models had one of these outcomes."""
-        return sum(int(getattr(self, outcome)) for outcome in outcomes)
 
 
 class Calibration(Document):
@@ -125,6 +122,7 @@ def _rows_of(name: str, models: int, policy: Policy) -> list[Row]:
     torch.set_num_threads(1)  # small nets: a second thread costs more than it saves, and the bits would depend on it
     judged = {rule.metric for rule in policy.rules}
     sorts: dict[str, Sort] = {}
+    sizes: dict[str, list[int]] = {}
     outcomes: dict[str, Counter[str]] = {}
     rules: dict[str, Counter[str]] = {}
     values: dict[str, dict[str, list[float]]] = {}
@@ -132,6 +130,7 @@ def _rows_of(name: str, models: int, policy: Policy) -> list[Row]:
         for population, sort, evidence in cell.measure(models):
             decision = decide(evidence, policy)
             sorts[population] = sort
+            sizes.setdefault(population, []).append(evidence.forgotten.count)
             outcomes.setdefault(population, Counter())[decision.level or "refused"] += 1
             failed = {verdict.rule for verdict in decision.verdicts if not verdict.passed}
             rules.setdefault(population, Counter()).update(failed)
@@ -147,6 +146,7 @@ def _rows_of(name: str, models: int, policy: Policy) -> list[Row]:
             policy=policy.name,
             population=population,
             sort=sorts[population],
+            samples=int(np.median(sizes[population])),
             models=found.total(),
             **{outcome: found[outcome] for outcome in ("measured", "procedure", "refused")},
             rules=dict(sorted(rules[population].items(), key=lambda item: (-item[1], item[0]))),
@@ -174,11 +174,52 @@ HEADINGS = ("request", "model", "kind", "n", "measured", "procedure", "refused [
 
 
 def markdown(calibration: Calibration) -> str:
-    """Return the table, with the policies it is of."""
-    lines = [f"| {' | '.join(HEADINGS)} |", "|---|---|---|--:|--:|--:|--:|---|"]
-    lines += [f"| {' | '.join(columns(row))} |" for row in calibration.rows]
+    """Return what is on the page: by how many samples each kind of model is told, goals that are missed, all counts."""
     digests = "; ".join(f"`{name}` {digest[:12]}" for name, digest in sorted(calibration.policies.items()))
-    return "\n".join([*lines, "", f"Policies: {digests}."])
+    policies = list(dict.fromkeys(row.policy for row in calibration.rows))
+    missed = [f"- {line}" for row in calibration.rows for line in missed_goals(row)]
+    lines = [f"Digests of the policies: {digests}.", "", "### By how many samples each kind can be told", ""]
+    lines += ["Share of the models that the gate refuses, and of retrained ones also the share that is `measured`.", ""]
+    for policy in policies:
+        lines += [*_told([row for row in calibration.rows if row.policy == policy]), ""]
+    lines += ["### Goals that are missed", "", *(missed or ["None."]), "", "### All counts", ""]
+    lines += [f"| {' | '.join(HEADINGS)} |", "|---|---|---|--:|--:|--:|--:|---|"]
+    lines += [f"| {' | '.join(columns(row))} |" for row in calibration.rows]
+    return "\n".join(lines)
+
+
+def _told(rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a table with a row for each population and a column for each cell."""
+    cells = list(dict.fromkeys(row.cell for row in rows))
+    sizes = {row.cell: row.samples for row in rows}
+    titles = [cell if f"{sizes[cell]} " in cell or not sizes[cell] else f"{cell} ({sizes[cell]})" for cell in cells]
+    found = {(row.population, row.cell): row for row in rows}
+    lines = [f"| model | {' | '.join(titles)} |", f"|---|{'--:|' * len(cells)}"]
+    for sort in get_args(Sort):
+        for population in dict.fromkeys(row.population for row in rows if row.sort == sort):
+            of_cells = [found.get((population, cell)) for cell in cells]
+            lines.append(f"| {population} | {' | '.join('' if row is None else _told_in(row) for row in of_cells)} |")
+    return lines
+
+
+def _told_in(row: Row) -> str:
+    refused = f"{row.refused / row.models:.0%}"
+    return f"{refused} (measured {row.measured / row.models:.0%})" if row.sort == "honest" else refused
+
+
+def missed_goals(row: Row) -> list[str]:
+    """Return in words which goals a population misses: honest models pass, all others are refused, none is `measured`.
+
+    Methods of the product have no goal here: what they reach is a figure of their recipe.
+    """
+    where, lines = f"{row.cell}, {row.population}", list[str]()
+    if row.sort == "honest" and row.refused > (1 - GOAL) * row.models + 1e-9:
+        lines.append(f"{where}: {row.refused} of {row.models} are refused")
+    if row.sort in ("failed", "forgery"):
+        passed, allowed = row.models - row.refused, 0.0 if row.sort == "forgery" else 1 - GOAL
+        if row.measured or passed > allowed * row.models + 1e-9:
+            lines.append(f"{where}: of {row.models} pass {row.procedure} as `procedure`, {row.measured} as `measured`")
+    return lines
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -196,6 +237,28 @@ def written(calibration: Calibration) -> bytes:
     return (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def merged(old: Calibration, new: Calibration) -> Calibration:
+    """Return an earlier calibration with the cells of a new one in place of its own, in the order of all cells.
+
+    Raises:
+        UsageError: cells that stay were judged by another version of a policy.
+    """
+    fresh = {row.cell for row in new.rows}
+    kept = [row for row in old.rows if row.cell not in fresh]
+    for name in sorted({row.policy for row in kept} & set(new.policies)):
+        if old.policies.get(name) != new.policies[name]:
+            raise UsageError(
+                f"the other cells were judged by another version of the policy {name}",
+                "one file holds the counts of one version",
+                "measure all cells of this policy, or give another file",
+            )
+    names = list(all_cells())
+    place = {name: number for number, name in enumerate(names)}
+    rows = sorted([*kept, *new.rows], key=lambda row: place.get(row.cell, len(names)))
+    policies = {**{row.policy: old.policies[row.policy] for row in kept}, **new.policies}
+    return Calibration(policies=dict(sorted(policies.items())), rows=rows)
+
+
 def write_page(page: Path, calibration: Calibration) -> None:
     """Replace the table of a page; the text outside the two markers stays.
 
@@ -207,4 +270,4 @@ def write_page(page: Path, calibration: Calibration) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise UsageError(f"{page} has no place for the table", f"it lacks {BEGIN} or {END}", "add each on its own line")
-    write_whole(page, f"{before}{BEGIN}\n{markdown(calibration)}\n{END}{after}".encode())
+    write_whole(page, f"{before}{BEGIN}\n\n{markdown(calibration)}\n\n{END}{after}".encode())

@@ -150,7 +150,10 @@ def calibrate(
         typer.Option(metavar="FILE", help="Judge by this policy (a file or a name) instead of the shipped ones."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that measure cells at the same time.")] = 1,
-    results: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the counts into this file.")] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the counts into this file. With --cells its other cells stay."),
+    ] = None,
     into: Annotated[Path | None, typer.Option(metavar="PAGE", help="Also write the table into this page.")] = None,
     render_only: Annotated[
         bool, typer.Option("--render-only", help="Measure nothing: read the counts from the file of --results.")
@@ -160,7 +163,7 @@ def calibrate(
 
     It trains small models on data that come with it. The same numbers come out in every call on one machine.
     """
-    from salun_core.calibration.table import HEADINGS, columns, read_calibration, write_page, written
+    from salun_core.calibration.table import HEADINGS, columns, merged, read_calibration, write_page, written
     from salun_core.calibration.table import calibrate as measure
     from salun_core.storage.local_files import write_whole
 
@@ -172,6 +175,8 @@ def calibrate(
         found = read_calibration(results)
     else:
         found = measure(cells, models, policy, workers, lambda name: progress(f"measured: {name}"))
+        if results is not None and results.is_file() and cells:
+            found = merged(read_calibration(results), found)
         if results is not None:
             write_whole(results, written(found))
     if into is not None:

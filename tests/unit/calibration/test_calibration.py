@@ -7,7 +7,17 @@ import pytest
 
 from salun_core import calibration
 from salun_core.calibration import Cell, Judged
-from salun_core.calibration.table import BEGIN, END, Calibration, calibrate, markdown, write_page, written
+from salun_core.calibration.table import (
+    BEGIN,
+    END,
+    Calibration,
+    calibrate,
+    markdown,
+    merged,
+    missed_goals,
+    write_page,
+    written,
+)
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import Evidence, Forgotten, Integrity, Measured, Metric
 from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
@@ -48,7 +58,7 @@ def test_results_and_page_hold_what_was_printed(table):
     assert page.startswith("# Mine\n")
     assert page.endswith("\n\nafter\n")
     assert markdown(Calibration.model_validate(printed)) in page
-    assert "old" not in page
+    assert "\nold\n" not in page
     (folder / "page.md").write_text(f"{BEGIN}{END}", encoding="utf-8")
     arguments = ("--render-only", "--results", folder / "counts.json", "--into", folder / "page.md")
     result = invoke("calibrate", *arguments)
@@ -108,6 +118,40 @@ def test_a_policy_of_ones_own_is_counted(cells):
     assert list(found.policies) == ["mine"]
     assert "| classifier | wrong | forgery | 3 | 0 | 0 | 100% [44%, 100%] | attack_auc inside (3) |" in markdown(found)
     assert json.loads(written(found)) == found.model_dump(mode="json")
+
+
+def test_the_page_says_what_is_told_and_which_goals_are_missed(cells):
+    right, wrong = calibrate(["classifier"], policy=cells).rows
+    few = right.model_copy(update={"cell": "5 samples", "samples": 5, "measured": 0, "procedure": 1, "refused": 2})
+    passed = wrong.model_copy(update={"cell": "5 samples", "samples": 5, "procedure": 1, "refused": 2})
+    page = markdown(Calibration(policies={"mine": "a" * 64}, rows=[right, wrong, few, passed]))
+    assert "| model | classifier (9) | 5 samples |" in page
+    assert "| right | 0% (measured 100%) | 67% (measured 0%) |" in page
+    assert "| wrong | 100% | 67% |" in page
+    assert "- 5 samples, right: 2 of 3 are refused" in page
+    assert "- 5 samples, wrong: of 3 pass 1 as `procedure`, 0 as `measured`" in page
+    assert missed_goals(right) == missed_goals(wrong) == []
+    lenient = wrong.model_copy(update={"sort": "failed", "models": 20, "refused": 19, "procedure": 1})
+    assert missed_goals(lenient) == []
+    assert missed_goals(lenient.model_copy(update={"measured": 1, "procedure": 0})) != []
+    assert missed_goals(lenient.model_copy(update={"sort": "own", "refused": 0, "procedure": 20})) == []
+
+
+def test_a_cell_that_is_measured_again_replaces_its_own_rows_only(cells):
+    first = calibrate(["classifier"], policy=cells)
+    again = first.model_copy(update={"rows": [first.rows[0].model_copy(update={"models": 9})]})
+    other = Calibration(
+        policies={"theirs": "b" * 64}, rows=[first.rows[0].model_copy(update={"cell": "ddpm", "policy": "theirs"})]
+    )
+    both = merged(other, first)
+    assert [row.cell for row in both.rows] == ["classifier", "classifier", "ddpm"]
+    assert both.policies == {**other.policies, **first.policies}
+    assert [(row.cell, row.models) for row in merged(both, again).rows] == [("classifier", 9), ("ddpm", 3)]
+    edited = Calibration(policies={"theirs": "c" * 64}, rows=other.rows)
+    assert merged(both, edited).policies["theirs"] == "c" * 64
+    edited.rows[0] = edited.rows[0].model_copy(update={"cell": "another"})
+    with pytest.raises(UsageError, match="another version of the policy theirs"):
+        merged(both, edited)
 
 
 def test_one_policy_for_several_kinds_of_model_is_refused(cells):
