@@ -128,6 +128,7 @@ def _summary(erasure: Erasure) -> list[tuple[str, str]]:
     ]
     if erasure.procedure:
         rows.append(("procedure", f"{erasure.procedure.method}, configuration {erasure.procedure.config_digest[:12]}"))
+    rows += [("plug-in", record.words) for record in erasure.provenance.plugins or ()]
     if erasure.gate:
         rows.append(("gate", f"passed {len(erasure.gate.verdicts)} checks of policy {erasure.gate.policy}"))
     rows.append(("debt", f"{debt.fraction:.1%} forgotten in {debt.runs_since_training} runs since the last training"))

@@ -10,7 +10,6 @@ from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from salun_core.config import Document, parse, read_document
@@ -85,6 +84,8 @@ class RandomTarget(Document):
         Samples are sorted by SHA-256 of `<seed> NUL <id>`, so that samples that leave the split do not change the
         order of the others.
         """
+        import numpy as np  # not above: every help of the command imports this module
+
         count = max(1, round(self.fraction * len(ids)))
         heads = np.fromiter((int.from_bytes(self._key(name)[:8]) for name in ids), np.uint64, len(ids))
         if not len(heads):

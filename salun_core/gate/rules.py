@@ -84,6 +84,8 @@ def _cause(rule: Rule, evidence: Evidence, margin: float | None, threshold: floa
     if metric is None or margin is None or threshold is None:
         return Cause.NOT_MEASURED
     value, more_is_forgotten = finite(metric.after), MORE_IS_FORGOTTEN.get(rule.metric)
+    if any((record.kind, record.name) == ("attack", rule.metric) for record in evidence.all_plugins):
+        more_is_forgotten = False
     if value is not None and _MARGINS[rule.op](value, threshold, rule.tolerance or 0.0) >= -_TOLERANCE:
         return Cause.TOO_FEW_SAMPLES  # the value holds, and only the end of its interval does not
     if more_is_forgotten is None:
@@ -121,8 +123,9 @@ def _next(cause: Cause, rule: Rule, evidence: Evidence) -> str:
     if source is not None and source.state == "reference" and rule.metric in evidence.metrics:
         return f"measure a retrained model as well: --retrain-reference; or {other}"
     for name in (rule.metric, source.metric if source else ""):
-        if name in EXTRA_METRIC_OF and name not in evidence.metrics:
-            return f"measure it: --extra-metrics {EXTRA_METRIC_OF[name]}; or {other}"
+        switch = EXTRA_METRIC_OF.get(name, name if ":" in name else "")  # package:object is its own switch
+        if switch and name not in evidence.metrics:
+            return f"measure it: --extra-metrics {switch}; or {other}"
     if rule.metric in METRIC_NAMES and rule.metric not in evidence.metrics and evidence.generation is None:
         return f"evaluate again, if the evidence is of an earlier release: salun evaluate; or {other}"
     return other

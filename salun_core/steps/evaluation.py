@@ -71,6 +71,7 @@ def evaluate(
         kinds: tuple[plugins.Kind, ...] = ("metric", "attack")
         used = [record for kind in kinds for record in plugins.loaded(kind, *asked)]
         used += plugins.loaded("architecture", model.card.architecture)
+        used += plugins.loaded("method", facts.method) if "seeds" in asked else []  # it was run again here
         evidence = evidence.model_copy(update={"plugins": used or None})
         write_evidence(evidence_out, evidence)
         report = ReportContext(model_line=context.model_line, created_at=evidence.created_at)

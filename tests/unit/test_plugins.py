@@ -7,7 +7,10 @@ import sys
 import pytest
 
 from salun_core import plugins
+from salun_core.certificates.issue import build_statement
+from salun_core.cli.certificates import _summary
 from salun_core.errors import IntegrityError, UsageError
+from salun_core.evaluation.evidence import Metric
 from salun_core.evaluation.optional_metrics import added, parse_optional_metrics
 from salun_core.gate import Cause, Policy, decide, load_policy
 from salun_core.methods import classification, diffusion
@@ -15,6 +18,7 @@ from salun_core.methods.classification import METHODS, method_config
 from salun_core.methods.method import get_method
 from salun_core.models.architectures import build_classifier
 from salun_core.plugins import PluginRecord
+from salun_core.report import ReportContext, write_report
 from salun_core.steps.form_check import check_form
 from salun_core.steps.run_form import DeletionSweepForm
 from tests.support.certified import evidence_of, input_of, judged
@@ -227,6 +231,29 @@ def test_evidence_must_name_the_files_of_a_method_from_elsewhere():
     assert "the evidence does not name the files of the method fading:FADE" in decision.summary
 
 
+def test_an_attack_of_a_plug_in_has_a_cause_and_an_absent_one_its_switch():
+    """A high area means that the model remembers, a low one that it forgot too much."""
+    attack = RECORD.model_copy(update={"kind": "attack", "name": "fading:AREA", "object": "fading:AREA"})
+    rule = {"metric": "fading:AREA", "op": "within", "value": 0.5, "tolerance": 0.1, "reason": "like unseen data"}
+    own = Policy.model_validate({"name": "own", "plugins": ["fading:AREA"], "rules": [rule]})
+
+    def refusal(value=None):
+        measured = {"fading:AREA": Metric(before=0.9, after=value, n=9)} if value else {}
+        fields = {"metrics": {**evidence_of().metrics, **measured}, "plugins": [attack]}
+        return decide(evidence_of().model_copy(update=fields), own).refusals[0]
+
+    assert [refusal(value).cause for value in (0.9, 0.1)] == [Cause.NOT_FORGOTTEN, Cause.OVER_FORGOTTEN]
+    assert refusal().next.startswith("measure it: --extra-metrics fading:AREA; or ")
+
+
+def test_a_report_names_the_plug_ins(tmp_path):
+    context = ReportContext(model_line="faces", created_at="2026-02-03T10:00:00+00:00")
+    write_report(tmp_path / "report.html", with_plugins(RECORD), None, context)
+    assert f"method fade: salun-fade 2.1 <code>{'a' * 64}</code>" in (tmp_path / "report.html").read_text()
+    write_report(tmp_path / "report.html", with_plugins(), None, context)
+    assert "Plug-ins" not in (tmp_path / "report.html").read_text()
+
+
 def test_a_method_and_a_metric_with_other_files_are_two_plug_ins():
     other = RECORD.model_copy(update={"digest": "b" * 64})
     evidence = with_plugins(RECORD).model_copy(update={"plugins": [other, RECORD]})
@@ -235,15 +262,15 @@ def test_a_method_and_a_metric_with_other_files_are_two_plug_ins():
 
 
 def test_a_certificate_names_the_plug_ins():
-    from salun_core.certificates.issue import build_statement
-
     plain = build_statement(*input_of(), "0" * 64)
     assert b"plugins" not in plain.canonical()
     facts, documents = input_of()
     evidence = documents.evidence.model_copy(update={"plugins": [RECORD]})
     decided = decide(evidence, policy(plugins=["salun-fade"])).model_dump(mode="json")
     documents = judged(evidence).__class__(documents.split_digest, evidence, decided)
-    named = json.loads(build_statement(facts, documents, "0" * 64).canonical())
+    statement = build_statement(facts, documents, "0" * 64)
+    assert ("plug-in", RECORD.words) in _summary(statement.predicate)
+    named = json.loads(statement.canonical())
     assert named["predicate"]["provenance"]["plugins"] == [RECORD.model_dump()]
 
 
