@@ -39,6 +39,8 @@ from salun_core.plugins import Kind, Offer
 from salun_core.saliency import SaliencyMask
 
 State = Literal["holds", "fails", "does not apply"]
+_CONTRAST = 0.05  # classes are near each other, so that a method that moves images across a border soon does
+_TOLERANCE = 0.99  # of the passes that ran; a batch in which some samples need no gradient is counted in full here
 _EPOCHS, _DENSITY, _RATE = 3, 0.3, 1e-3  # few weights and small steps: it is about mechanics, not about forgetting
 _OF_THE_SYSTEM = ("/proc/", "/sys/", "/dev/")  # what Python and torch may open at the first use of a function
 _OF_PYTHON = ("stdlib", "platstdlib", "purelib", "platlib")
@@ -228,7 +230,10 @@ class _MethodRun:
 
     def counts(self) -> str:
         declared, ran = self.result.passes, self.passes
-        _require(declared >= ran - 1, f"it ran {ran:.0f} passes and declares {declared}: set `passes` of its row")
+        _require(
+            declared >= _TOLERANCE * ran - 1,
+            f"it ran {ran:.0f} passes and declares {declared}: set `passes` of its row",
+        )
         return f"declares {declared} passes, ran {ran:.0f}"
 
     def reads_nothing(self) -> str:
@@ -280,15 +285,22 @@ def _images(count: int, seed: int, classes: int = 3) -> ImageSet:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     noise = torch.randn(count, 1, 8, 8, generator=generator)
-    return ImageSet(noise + labels.float()[:, None, None, None], labels)
+    return ImageSet(_CONTRAST * (noise + labels.float()[:, None, None, None]), labels)
 
 
 def _small_classifier() -> nn.Module:
-    """Return a network with batch norm and dropout, whose running state and random numbers a method may mishandle."""
+    """Return a trained network with batch norm and dropout: state and random numbers that a method may mishandle."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1), nn.AdaptiveAvgPool2d(2)
+        layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Dropout(0.1), nn.AdaptiveAvgPool2d(2)
         network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 3))
+        images, labels = _tensors(_images(60, 4))
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(30):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images), labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        network.zero_grad()
     return network.eval()
 
 
@@ -335,13 +347,13 @@ def _denoiser_lab(name: str) -> _Lab:
             sample_size=8,
             in_channels=1,
             out_channels=1,
-            block_out_channels=(8, 16),
+            block_out_channels=(8,),
             layers_per_block=1,
             cross_attention_dim=12,
             attention_head_dim=4,
             norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
         ).eval()
         prompts = torch.randn(4, 5, 12)
     denoiser = Denoiser(unet, Process.of_scheduler(library.DDPMScheduler()))

@@ -4,7 +4,6 @@ import pytest
 
 from salun_core import plugins
 from salun_core.contract import check_plugin, chosen
-from salun_core.methods.classification import METHODS
 from tests.support.plugins import package
 
 HEAD = """
@@ -98,8 +97,8 @@ def test_each_fault_fails_its_check(tmp_path, monkeypatch, code, failing):
     assert all(check.found for check in found if check.state == "fails")
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_every_method_that_ships_holds_the_contract(monkeypatch, name):
+@pytest.mark.parametrize("name", ["salun", "scrub", "lotus", "influence", "boundary_expanding", "retrain"])
+def test_methods_that_ship_hold_the_contract(monkeypatch, name):
     monkeypatch.setenv("SALUN_PLUGINS", "")
     found = results(f"salun_core.methods.classification.{name}:METHOD")
     assert [check for check in found if check.state == "fails"] == []
