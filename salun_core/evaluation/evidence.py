@@ -52,7 +52,7 @@ EXTRA_METRIC_OF: Mapping[str, str] = {
 }
 """The metrics that are off by default, and the name that switches each on, as `--extra-metrics` takes it."""
 
-_ADDED_TO_RUNS = ("tuning", "changed_fraction", "plugins")  # added later: digests of older documents leave them out
+_ADDED_TO_RUNS = ("tuning", "changed_fraction", "plugins", "ended")  # later: digests of older documents leave them out
 
 
 class Metric(Document):
@@ -198,6 +198,33 @@ class Curve(Document):
     auc: float
 
 
+class Reading(Document):
+    """What the adaptive recipe measured after a round, on images that it draws for this; never on test data.
+
+    Shares and areas are ratios, losses are in nats.
+    """
+
+    retained: float = Field(description="accuracy on retained images")
+    retained_lost: float = Field(default=0.0, description="accuracy on them that was lost beyond noise")
+    retained_loss: float = Field(description="mean loss on them")
+    unseen: float = Field(description="accuracy on held-out images")
+    unseen_lost: float = Field(default=0.0, description="accuracy on them that was lost beyond noise")
+    unseen_loss: float = Field(description="mean loss on them")
+    area: float | None = Field(
+        default=None,
+        description="of telling the forget set from held-out images of its classes; null for whole classes",
+    )
+    change: float | None = Field(default=None, description="mean change of the margins on it, in typical margins")
+    recognised: float | None = Field(default=None, description="share of whole classes that is recognised")
+    restored: float | None = Field(
+        default=None, description="share of them that the last layer of the original recognises; null if not measured"
+    )
+    finite: bool = Field(default=True, description="whether losses and weights are numbers")
+    passes: int = Field(default=0, ge=0, description="of the round and of this measurement")
+    kept: bool = Field(default=True, description="false if the round was undone")
+    why: str = Field(default="", description="why it was undone")
+
+
 class EpochRecord(Document):
     """One epoch of the unlearning loop."""
 
@@ -208,6 +235,7 @@ class EpochRecord(Document):
     parts: int = Field(
         default=1, ge=1, description="parts that a batch was divided into because the device had no room for all of it"
     )
+    reading: Reading | None = Field(default=None, description="of the adaptive recipe, whose rounds are epochs")
 
 
 class Grid(Document):
@@ -376,6 +404,9 @@ class RunFacts(Document):
     plugins: list[PluginRecord] | None = Field(
         default=None, description="plug-ins that made the model after: method and architecture; null without any"
     )
+    ended: str | None = Field(
+        default=None, description="adaptive recipe: what ended it (forgotten, budget, exhausted), in words"
+    )
 
 
 class Evidence(Document):
@@ -413,8 +444,10 @@ class Evidence(Document):
         """
         later_fields = ("generation", "further", "plugins")
         absent: dict[str, Any] = {name: True for name in later_fields if getattr(self, name) is None}
-        if missing := {name for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}:
-            absent["run"] = missing
+        lacks: dict[str, Any] = {name: True for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}
+        if not any(record.reading for record in self.run.history):
+            lacks["history"] = {"__all__": {"reading"}}
+        absent["run"] = lacks
         later = ("recognition", "original_images")
         if self.generation is not None and (lacking := {n for n in later if getattr(self.generation, n) is None}):
             absent["generation"] = lacking

@@ -62,7 +62,13 @@ class LoopConfig(Document):
 class UnlearnConfig(LoopConfig):
     """Settings of classifier unlearning. All methods share these fields; each method sets its own defaults."""
 
-    epochs: int = Field(default=5, ge=1, description="passes over the parts that the method trains on")
+    epochs: int = Field(
+        default=5, ge=1, description="passes over the parts that the method trains on; adaptive: what it may cost"
+    )
+    recipe: Literal["adaptive", "fixed"] = Field(
+        default="fixed",
+        description="adaptive: rounds that are measured, and undone if they do harm; fixed: the settings as they are",
+    )
     order: Literal["sequential", "mixed"] = Field(
         default="sequential",
         description="each epoch all of the forget set, then all of the retain set; or both shuffled together",

@@ -143,6 +143,18 @@ class ProcessGroup:
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
+    def first(self, data: bytes | None) -> bytes | None:
+        """Return the first process's bytes in every process; what the others pass does not count."""
+        if self.size == 1:
+            return data
+        size = torch.tensor([-1 if data is None else len(data)])
+        dist.broadcast(size, 0)
+        if int(size) < 0:
+            return None
+        content = torch.frombuffer(bytearray(data or b"") if self.main else bytearray(int(size)), dtype=torch.uint8)
+        dist.broadcast(content, 0)
+        return content.numpy().tobytes()
+
     @torch.no_grad()
     def synchronise(self, model: nn.Module) -> None:
         """Average the running statistics of batch norm, and check that all processes hold the same weights.
@@ -199,16 +211,7 @@ class SharedCheckpoint:
 
     def load(self) -> bytes | None:
         """Return the latest state, or None; the same in every process."""
-        data = self.inner.load() if self.group.main else None
-        if self.group.size == 1:
-            return data
-        size = torch.tensor([-1 if data is None else len(data)])
-        dist.broadcast(size, 0)
-        if int(size) < 0:
-            return None
-        content = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
-        dist.broadcast(content, 0)
-        return content.numpy().tobytes()
+        return self.group.first(self.inner.load() if self.group.main else None)
 
     def save(self, data: bytes) -> None:
         """Replace the latest state, in the first process only."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from salun_core.device_memory import fitting
 from salun_core.errors import DivergedError
-from salun_core.evaluation.evidence import EpochRecord
+from salun_core.evaluation.evidence import EpochRecord, Reading
 from salun_core.methods.checkpoint import CheckpointStore, restore, snapshot
 from salun_core.methods.config import LoopConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
@@ -75,6 +77,32 @@ PhasesOfEpoch = Callable[[int, torch.Generator], Sequence[Phase]]
 OnEpoch = Callable[[EpochRecord], None]
 
 
+class Steering(Protocol):
+    """Decides while a run is going on how many epochs it has, at which rate, and which of them count."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last epoch was run."""
+        ...
+
+    @property
+    def batch_norm(self) -> str:
+        """`freeze` or `update`, for the next epoch."""
+        ...
+
+    def rate_at(self, progress: float) -> float:
+        """Return the learning rate at a progress of the next epoch from 0 to 1."""
+        ...
+
+    def judge(self, model: nn.Module, finite: bool) -> Reading:
+        """Measure the model after an epoch; if the reading is not kept, the loop undoes the epoch."""
+        ...
+
+
+Steered = Callable[[Sequence[EpochRecord]], Steering]
+"""(records before a resume) -> the steering of a run. It may look at the model, which has the state of the last one."""
+
+
 @dataclass
 class _Loop:
     """What all steps of a run share.
@@ -86,6 +114,7 @@ class _Loop:
         group: the processes that share the batches.
         fits: batch size that the device has room for at once; it falls, and never rises again.
         parts: largest number of parts that a batch was divided into.
+        steering: sets the rate of each epoch; None follows the configuration.
     """
 
     model: nn.Module
@@ -94,6 +123,17 @@ class _Loop:
     group: ProcessGroup
     fits: int
     parts: int = 1
+    steering: Steering | None = None
+
+    def rate_at(self, epoch: int, progress: float) -> float:
+        """Return the learning rate at a progress of an epoch from 0 to 1."""
+        if self.steering:
+            return self.steering.rate_at(progress)
+        return self.config.rate_at((epoch + progress) / self.config.epochs)
+
+    def ended(self, epochs: int) -> bool:
+        """Return whether a run has ended after so many epochs."""
+        return self.steering.ended if self.steering else epochs >= self.config.epochs
 
 
 def run_loop(
@@ -105,6 +145,7 @@ def run_loop(
     fingerprint: str = "",
     on_epoch: OnEpoch | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
+    steered: Steered | None = None,
 ) -> list[EpochRecord]:
     """Train a model in place.
 
@@ -124,6 +165,10 @@ def run_loop(
         fingerprint: identifies the run; a checkpoint of another run is rejected.
         on_epoch: called after each epoch.
         group: the processes that share the batches, and the rank of this one.
+        steered: steers the run, instead of `epochs` and `schedule` of the configuration. An epoch that is not kept is
+            undone before the checkpoint is written: model and optimiser have the state of the last kept one, and the
+            record of the epoch stays. So a run that is killed before the checkpoint repeats the epoch, and one that is
+            killed after it goes on from the restored state. An epoch that diverges is undone, too.
 
     Returns:
         One record per epoch, including epochs before a resume.
@@ -138,11 +183,10 @@ def run_loop(
         optimizer = masked_optimizer(optimizer, model, mask)
     history = restore(checkpoint, fingerprint, model, optimizer) if checkpoint else []
     loop = _Loop(model, optimizer, config, group, config.batch_size)
+    loop.steering = steered(history) if steered else None
     report("training", 0, 1)
-    for epoch in range(len(history), config.epochs):
-        record = _run_epoch(loop, phases_of_epoch, epoch)
-        _require_finite(model, epoch)
-        group.synchronise(model)
+    while not loop.ended(len(history)):
+        record = _steered_epoch(loop, phases_of_epoch, len(history))
         history.append(record)
         if checkpoint:
             checkpoint.save(snapshot(fingerprint, model, optimizer, history))
@@ -191,13 +235,40 @@ def _require_finite(model: nn.Module, epoch: int) -> None:
         )
 
 
+def _whole_epoch(loop: _Loop, phases_of_epoch: PhasesOfEpoch, epoch: int) -> EpochRecord:
+    """Run an epoch up to the point where all processes hold its finite weights."""
+    record = _run_epoch(loop, phases_of_epoch, epoch)
+    _require_finite(loop.model, epoch)
+    loop.group.synchronise(loop.model)
+    return record
+
+
+def _steered_epoch(loop: _Loop, phases_of_epoch: PhasesOfEpoch, epoch: int) -> EpochRecord:
+    """Run an epoch; if it is steered, measure it, and undo it unless it is kept."""
+    if loop.steering is None:
+        return _whole_epoch(loop, phases_of_epoch, epoch)
+    started = time.perf_counter()
+    good = copy.deepcopy((loop.model.state_dict(), loop.optimizer.state_dict()))
+    rate = loop.steering.rate_at(0.0)
+    try:
+        record = _whole_epoch(loop, phases_of_epoch, epoch)
+    except DivergedError:  # of all processes: losses are summed, weights are the same
+        record = EpochRecord(epoch=epoch + 1, learning_rate=rate, losses={}, seconds=0.0)
+    reading = loop.steering.judge(loop.model, finite=bool(record.losses))
+    if not reading.kept:
+        loop.model.load_state_dict(good[0])
+        loop.optimizer.load_state_dict(good[1])
+    seconds = time.perf_counter() - started
+    return record.model_copy(update={"reading": reading, "learning_rate": rate, "seconds": seconds})
+
+
 def _run_epoch(loop: _Loop, phases_of_epoch: PhasesOfEpoch, epoch: int) -> EpochRecord:
     started, config = time.perf_counter(), loop.config
     generator = epoch_generator(config.seed, epoch)
     losses: dict[str, float] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed((generator.initial_seed() + loop.group.rank) % 2**63)  # for layers such as dropout
-        set_training_mode(loop.model, config.batch_norm)
+        set_training_mode(loop.model, loop.steering.batch_norm if loop.steering else config.batch_norm)
         phases = [phase for phase in phases_of_epoch(epoch, generator) if phase.samples]
         steps = sum(phase.steps for phase in phases)
         done = 0
@@ -212,7 +283,7 @@ def _run_epoch(loop: _Loop, phases_of_epoch: PhasesOfEpoch, epoch: int) -> Epoch
                 )
     return EpochRecord(
         epoch=epoch + 1,
-        learning_rate=config.rate_at(epoch / config.epochs),
+        learning_rate=loop.rate_at(epoch, 0.0),
         losses=losses,
         seconds=time.perf_counter() - started,
         parts=loop.group.largest(loop.parts),
@@ -225,13 +296,17 @@ def _run_phase(loop: _Loop, phase: Phase, generator: torch.Generator, position: 
     total = torch.zeros((), device=phase.device)
     for taken, step in enumerate(phase.draw(generator, loop.group), start=done):
         for parameters in loop.optimizer.param_groups:
-            parameters["lr"] = config.rate_at((epoch + taken / steps) / config.epochs)
+            parameters["lr"] = loop.rate_at(epoch, taken / steps)
         total += _set_gradient(loop, step, phase.device)
         loop.group.add_gradients(loop.model)
         if config.gradient_clip is not None:
             nn.utils.clip_grad_norm_(loop.model.parameters(), config.gradient_clip)
         loop.optimizer.step()
-        report("training", epoch * steps + taken + 1, config.epochs * steps, f"epoch {epoch + 1} of {config.epochs}")
+        if loop.steering is None:
+            note = f"epoch {epoch + 1} of {config.epochs}"
+            report("training", epoch * steps + taken + 1, config.epochs * steps, note)
+        else:
+            report("training", taken + 1, steps, f"round {epoch + 1}")
     return float(loop.group.total(total)) / phase.samples
 
 

@@ -30,6 +30,7 @@ class Method(Generic[C]):
         fresh_start: whether it starts from fresh weights.
         defaults: overrides of the configuration class's defaults.
         reads: method-specific settings that this method reads.
+        adaptive: what its adaptive recipe sets; None if it has none.
     """
 
     config_type: type[C]
@@ -38,6 +39,12 @@ class Method(Generic[C]):
     fresh_start: bool = False
     defaults: Mapping[str, object] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
+    adaptive: Mapping[str, object] | None = None
+
+    def defaults_for(self, overrides: Mapping[str, Any]) -> Mapping[str, object]:
+        """Return the defaults of the recipe that a user's settings ask for."""
+        adaptive = self.adaptive if overrides.get("recipe") == "adaptive" else None
+        return {**self.defaults, **(adaptive or {})}
 
     def check(self, name: str, config: C) -> None:
         """Check settings that the configuration class cannot check, because they depend on the method.
@@ -126,7 +133,10 @@ def resolve_config(methods: Mapping[str, Method[C]], name: str, overrides: Mappi
             that only other methods read.
     """
     row = get_method(methods, name)
-    config = parse(row.config_type, {**row.defaults, **(overrides or {})}, f"configuration of {name}")
+    given = overrides or {}
+    config = parse(row.config_type, {**row.defaults_for(given), **given}, f"configuration of {name}")
+    if getattr(config, "recipe", "fixed") == "adaptive" and row.adaptive is None:
+        raise UsageError(f"{name} has no adaptive recipe", "only the fixed one", "leave `recipe` out")
     row.check(name, config)
     unread = sorted({key for other in methods.values() for key in other.reads} - row.reads)
     ignored = [key for key in unread if getattr(config, key) != row.config_type.model_fields[key].default]
@@ -147,6 +157,7 @@ class UnlearnResult:
         seconds: wall-clock time of the loop or the edit only.
         passes: samples that went forward and backward; a forward pass alone counts 1/3; the total is rounded up.
         changed_fraction: share of weights whose value differs from the original's, from 0 to 1; None if not measured.
+        ended: what ended a run of the adaptive recipe, in words; None for other recipes.
     """
 
     model: nn.Module
@@ -156,6 +167,7 @@ class UnlearnResult:
     seconds: float
     passes: int
     changed_fraction: float | None = None
+    ended: str | None = None
 
 
 def fresh_seed(seed: int, retained: int) -> int:

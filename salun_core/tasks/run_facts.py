@@ -63,6 +63,7 @@ def facts_of_run(
         tuning=tuned.facts if tuned else None,
         changed_fraction=result.changed_fraction,
         plugins=[*plugins.loaded("method", result.method), *plugins.loaded("architecture", architecture)] or None,
+        ended=result.ended,
     )
 
 

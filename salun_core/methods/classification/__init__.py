@@ -38,6 +38,7 @@ from salun_core.methods.classification import (
     scrub,
     sfr_on,
 )
+from salun_core.methods.classification.adaptive import AdaptiveRun
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
 from salun_core.methods.classification.rum import expected_cost, forget_in_parts
 from salun_core.methods.classification.training import reinitialised
@@ -105,8 +106,9 @@ def unlearn(
         retain: D_r with true labels.
         config: a `UnlearnConfig`, or what differs from the method's defaults.
         mask: for methods that need one; refused by those that do not.
-        held_out: images that the model was not trained on, with true labels; LoTUS measures the model on them. No
-            method trains on them, and the test data must not be among them.
+        held_out: images that the model was not trained on, with true labels; LoTUS and the adaptive recipe measure the
+            model on them. Nothing trains on them, and the test data must not be among them. Without them the adaptive
+            recipe holds back a part of D_r, which tells it less.
         fresh: builds a model with fresh weights from a seed, for `retrain`; by default the layers of `model` are reset.
         checkpoint: keeps the state after each epoch, and resumes from it.
         on_epoch: called after each epoch.
@@ -127,8 +129,11 @@ def unlearn(
     device = pick_device(settings.device)
     sets = ImageSet.of(forget, "forget").to(device), ImageSet.of(retain, "retain").to(device)
     started = _on(_started(model, row, fresh, fresh_seed(settings.seed, len(sets[1]))), device)
-    original = _on(copy.deepcopy(model), device).requires_grad_(False).eval() if row.needs_original else None
-    unseen = _of_kept_classes(held_out, sets[1]) if held_out is not None and row.reads_held_out else None
+    adaptive = settings.recipe == "adaptive"
+    needed = row.needs_original or adaptive
+    original = _on(copy.deepcopy(model), device).requires_grad_(False).eval() if needed else None
+    read = held_out is not None and (row.reads_held_out or adaptive)
+    unseen = _of_kept_classes(held_out, sets[1]) if held_out is not None and read else None
     classes = _checked_classes(started, *sets)
     context = ClassifierContext(*sets, classes, settings, started, original, held_out=unseen)
     fingerprint = _fingerprint(model, method, mask, context) if checkpoint or group.size > 1 else ""
@@ -136,15 +141,19 @@ def unlearn(
     begun = time.perf_counter()
     shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
     given = (shared, fingerprint, on_epoch)
-    if settings.forget_parts > 1:
+    ending: str | None = None
+    if adaptive:
+        run = AdaptiveRun(context, group)
+        history = run_loop(started, run.phases, settings, mask, *given, group, run.begin)
+        cost, ending = float(run.passes), run.summary
+    elif settings.forget_parts > 1:
         history, cost = forget_in_parts(row, context, partial(_run, row, mask, group), *given, group)
     else:
         history, ended = _run(row, mask, group, context, *given)
         cost = row.cost(ended)
     seconds = time.perf_counter() - begun
-    return UnlearnResult(
-        started, method, settings, history, seconds, rounded_up(cost), _changed_fraction(model, started)
-    )
+    changed = _changed_fraction(model, started)
+    return UnlearnResult(started, method, settings, history, seconds, rounded_up(cost), changed, ending)
 
 
 def rounded_up(cost: float) -> int:

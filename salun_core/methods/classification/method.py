@@ -137,15 +137,19 @@ class ClassifierMethod(method.Method[UnlearnConfig]):
         return self.phases, self.edit
 
     def check(self, name: str, config: UnlearnConfig) -> None:
-        """Reject what a method that starts from fresh weights cannot do.
+        """Reject what a method that starts from fresh weights, or the adaptive recipe, cannot do.
 
         Raises:
             UsageError: batch norm is frozen, but fresh weights have no statistics to freeze; or the forget set is to
-                be divided, but the method does not use it.
+                be divided, but the method does not use it or its recipe is adaptive.
         """
         if self.fresh_start and config.batch_norm == "freeze":
             raise UsageError(
                 f"{name} cannot freeze batch norm", "fresh weights have no statistics yet", "set batch_norm: update"
+            )
+        if config.recipe == "adaptive" and config.forget_parts > 1:
+            raise UsageError(
+                "the adaptive recipe cannot divide the forget set", "it measures all of it", "set recipe: fixed"
             )
         if self.fresh_start and config.forget_parts > 1:
             raise UsageError(

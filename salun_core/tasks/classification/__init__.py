@@ -106,6 +106,7 @@ class ClassificationTask:
     ) -> UnlearnResult:
         """Run one method; `retrain` starts from fresh weights of the card's architecture."""
         card = inputs.original.card
+        measured = get_method(METHODS, method).reads_held_out or config.recipe == "adaptive"
         return unlearn(
             inputs.original.model,
             method,
@@ -113,7 +114,7 @@ class ClassificationTask:
             retain=inputs.retain,
             config=config,
             mask=mask,
-            held_out=inputs.held_out if get_method(METHODS, method).reads_held_out else None,
+            held_out=inputs.held_out if measured else None,
             fresh=lambda seed: fresh_classifier(card.architecture, inputs.retain, len(card.classes), seed),
             checkpoint=checkpoint,
             on_epoch=on_epoch,

@@ -121,6 +121,8 @@ def scenes(group, folder, work):
         yield "scores", scores_in(group)
         yield "freeze", plain(unlearned_in(group))
         yield "update", plain(unlearned_in(group, batch_norm="update"))
+        adaptive = unlearned_in(group, recipe="adaptive", epochs=1)
+        yield "adaptive", plain(adaptive) | {"readings": [record.reading.model_dump() for record in adaptive.history]}
         yield "little room", plain(unlearned_in(group, limit=99 if group.main else 3))
         kept = FileCheckpoint(folder / f"checkpoint-{group.rank}")
         unlearned_in(group, kept, epochs=2)
@@ -185,6 +187,13 @@ def test_two_processes_score_the_same_bits_as_one(ranks):
     for rank in ranks:
         assert_same_bits(rank["scores"], alone)
         assert SaliencyMask.from_scores(rank["scores"], 0.5).digest == SaliencyMask.from_scores(alone, 0.5).digest
+
+
+def test_two_processes_take_the_same_decisions(ranks):
+    first, second = (rank["adaptive"] for rank in ranks)
+    assert first["readings"] == second["readings"]
+    assert first["readings"]
+    assert_same_bits(first["state"], second["state"])
 
 
 @pytest.mark.parametrize("name", ["freeze", "update", "resumed", "little room"])

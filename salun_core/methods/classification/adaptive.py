@@ -1,0 +1,459 @@
+"""The adaptive recipe: rounds of training that are measured, kept or undone, and repeated until D_f looks unseen.
+
+    round          one pass over D_r mixed with D_f, at a rate that falls from its peak to 0 as a cosine
+    forget loss    max(0, m_i - t_i),    m_i = log-odds of the true class of sample i,
+                   t_i = margin of the unseen image of the rank that i has in D_f, times 2 a
+    whole class    cross-entropy with the kept class that the original finds most probable (as Boundary Shrink, Chen et
+                   al., CVPR 2023, finds it by an attack)
+
+A sample whose margin is at most t_i adds no gradient, so that it is not made less familiar than unseen images are. a is
+the aim: the area of telling D_f from unseen images of the same classes. After each round the figures of a `Reading`
+decide (`Controller`): the round is undone if it cost more than `Limits` allows or made D_f less familiar than unseen
+images, and the next one is gentler; else it is kept, and the next one is stronger if little was gained.
+
+The run ends when the aim is met, when the budget is spent, or when no strength helps without harm. Its result is the
+last kept state, so that a run never ends with a state that was found to be damaged.
+
+This is not the recipe of the paper, which is `recipe: fixed`. Deviations: docs/research/deviations.md, row "adaptive
+recipe". Figures: docs/research/adaptive.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from salun_core.data.images import ImageSet
+from salun_core.evaluation.classifier import restored_metric
+from salun_core.evaluation.evidence import EpochRecord, Reading
+from salun_core.evaluation.membership import forgetting_metrics, match_classes
+from salun_core.evaluation.outputs import Outputs, outputs_of
+from salun_core.methods.classification.method import ClassifierContext, cross_entropy
+from salun_core.methods.distributed import ProcessGroup
+from salun_core.methods.loop import Phase
+
+DEFAULTS = {"batch_norm": "update", "order": "mixed", "schedule": "cosine"}
+"""What the adaptive recipe sets; the rate is that of the fixed recipe, and the first round begins at a third of it."""
+
+_WATCHED = 1000  # most retained and unseen images that a reading measures: shares are then known to about a point
+_RETAINED = 5_000  # most retained images of a round, and ten for each sample of D_f
+_MOST_REFUSED, _MOST_IDLE = 4, 4  # rounds in a row that were undone, or that gained less than a tenth
+_MOST_UPDATING = 2  # first rounds that were undone, after which batch norm is frozen
+_LEAST_STEPS = 24  # of a round: the rate needs some steps to fall
+_LEAST_BUDGET = 20_000  # passes: small data may use more epochs, because they cost seconds
+_LEAST_SHARE = 0.1  # of a batch that is of D_f, so that few samples are seen in every step
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a round may cost, and what it must reach; shares are ratios, losses are in nats.
+
+    Args:
+        accuracy: of retained and of unseen images that may be lost in all rounds; half of what the shipped policy
+            allows for retained ones.
+        loss: rise of the mean loss that is allowed, plus `loss_share` of the loss before.
+        loss_share: see `loss`.
+        above: how far the area may stay above the aim.
+        below: how far it may fall below the aim.
+        change: least mean change of the margins on D_f, in typical margins.
+        recognised: most of a whole class that may still be recognised.
+        restored: most of it that the last layer of the original may recognise in the features.
+    """
+
+    accuracy: float = 0.01
+    loss: float = 0.05
+    loss_share: float = 0.05
+    above: float = 0.05
+    below: float = 0.08
+    change: float = 0.06
+    recognised: float = 0.02
+    restored: float = 0.55
+
+
+class End(StrEnum):
+    """Why a run ended."""
+
+    FORGOTTEN = "forgotten"
+    BUDGET = "budget"
+    EXHAUSTED = "exhausted"
+
+    @property
+    def words(self) -> str:
+        """A sentence for reports."""
+        return {
+            End.FORGOTTEN: "the forget set looks like unseen data",
+            End.BUDGET: "the budget is spent",
+            End.EXHAUSTED: "every further round costs too much accuracy or changes nothing",
+        }[self]
+
+
+def aim_at(before: float | None, unseen: bool) -> float:
+    """Return the area to aim at.
+
+    Unseen images give 1/2. If the original already tells little, the area must fall all the same, by 0.05 but not below
+    0.45. Without unseen images D_f is compared with retained ones, which are as familiar as D_f was: D_f must fall
+    behind them by 0.15, a usual distance of training and unseen images.
+
+    Args:
+        before: the area of the original; None if only whole classes are forgotten.
+        unseen: whether it was measured on unseen images.
+    """
+    if before is None:
+        return 0.5
+    return min(0.5, max(before - 0.05, min(before - 0.01, 0.45))) if unseen else before - 0.15
+
+
+@dataclass
+class Controller:
+    """Decides after each round whether it is kept, and how strong the next one is. It sees only numbers.
+
+    States: running, until `ended` is set. A round that did harm is undone; the next peak lies between the largest one
+    that was kept and the smallest one that did harm. A kept round that closed less than half of the distance to the aim
+    makes the next one three times as strong, but never as strong as one that did harm. Readings of an earlier process,
+    taken again in their order, give the same state: that is how a run resumes.
+
+    Args:
+        before: reading of the original.
+        peak: learning rate at the start of the first round.
+        budget: most passes.
+        aim: area to aim at.
+        limits: what a round may cost.
+        frozen: whether batch norm keeps its running statistics. Updated ones make training robust, but of few images,
+            or without a large class, they can do harm at any rate: after two such rounds they stay as they are.
+        ended: why the run ended; None while it runs.
+        spent: passes so far, the reading of the original included.
+    """
+
+    before: Reading
+    peak: float
+    budget: int
+    aim: float = 0.5
+    limits: Limits = field(default_factory=Limits)
+    frozen: bool = True
+    ended: End | None = None
+    spent: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.spent, self._good, self._first = self.before.passes, self.before, self.peak
+        self._safe, self._harmful, self._refused, self._idle = 0.0, math.inf, 0, 0
+
+    def take(self, reading: Reading) -> Reading:
+        """Return the reading with the decision about its round: `kept`, and why it was undone."""
+        self.spent += reading.passes
+        why = self._harm(reading) or self._too_far(reading)
+        if why:
+            self._undo()
+        else:
+            self._keep(reading)
+        if self.ended is None and self.spent + reading.passes > self.budget:
+            self.ended = End.BUDGET
+        return reading.model_copy(update={"kept": not why, "why": why})
+
+    def _undo(self) -> None:
+        self._refused, self._harmful = self._refused + 1, min(self._harmful, self.peak)
+        if self._safe > self._harmful / 2:  # what was safe from an earlier state is not safe from this one
+            self._safe = 0.0
+        self.peak = math.sqrt(self._safe * self._harmful) if self._safe else self._harmful / 3
+        if not self.frozen and self._good is self.before and self._refused == _MOST_UPDATING:
+            self.frozen, self.peak, self._harmful, self._refused = True, self._first, math.inf, 0
+        if self._refused > _MOST_REFUSED or self.peak < self._first / 1000:
+            self.ended = End.EXHAUSTED
+
+    def _keep(self, reading: Reading) -> None:
+        was, now = self.distance(self._good), self.distance(reading)
+        self._good, self._safe, self._refused = reading, self.peak, 0
+        if now <= 0:
+            self.ended = End.FORGOTTEN
+            return
+        self._idle = self._idle + 1 if now > 0.9 * was else 0
+        if now > 0.5 * was:
+            self.peak = min(3 * self.peak, math.sqrt(self.peak * self._harmful))
+        if self._idle > _MOST_IDLE:
+            self.ended = End.EXHAUSTED
+
+    def distance(self, reading: Reading) -> float:
+        """Return how far D_f is from looking unseen: 0 if the aim is met."""
+        limits, far = self.limits, 0.0
+        if reading.area is not None and self.before.area is not None:
+            highest = min(self.aim + limits.above, self.before.area - 0.01)
+            far += max(0.0, reading.area - highest) + max(0.0, limits.change - (reading.change or 0.0))
+        if reading.recognised is not None:
+            far += max(0.0, reading.recognised - limits.recognised)
+            far += max(0.0, (1.0 if reading.restored is None else reading.restored) - limits.restored)
+        return far
+
+    def _harm(self, reading: Reading) -> str:
+        if not reading.finite:
+            return "a loss or a weight is not finite"
+        before, limits = self.before, self.limits
+        for name, lost, loss, old in (
+            ("retained", reading.retained_lost, reading.retained_loss, before.retained_loss),
+            ("unseen", reading.unseen_lost, reading.unseen_loss, before.unseen_loss),
+        ):
+            if lost > limits.accuracy:
+                return f"accuracy on {name} images fell by {100 * lost:.1f} points"
+            if loss > old + limits.loss + limits.loss_share * old:
+                return f"the loss on {name} images rose from {old:.3f} to {loss:.3f}"
+        return ""
+
+    def _too_far(self, reading: Reading) -> str:
+        if reading.area is None or reading.area >= self.aim - self.limits.below:
+            return ""
+        return f"the forget set became less familiar than unseen data (area {reading.area:.3f})"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Outputs of one state of the model on the watched images."""
+
+    forget: Outputs
+    retain: Outputs
+    unseen: Outputs
+
+    @property
+    def finite(self) -> bool:
+        """Whether all outputs are numbers."""
+        return all(np.isfinite(item.margins).all() for item in (self.forget, self.retain, self.unseen))
+
+
+class AdaptiveRun:
+    """Steers the rounds of one run: draws them, measures them, and asks the controller.
+
+    Every process draws the same rounds from the same seed. The first process measures, and the others take over its
+    numbers, so that rounding on other hardware cannot lead to another decision.
+
+    Args:
+        context: D_f, D_r, configuration, the original, the model in training, and held-out images of the kept classes.
+            Without them a part of D_r is held back, which then is not trained on.
+        group: the processes.
+    """
+
+    def __init__(self, context: ClassifierContext, group: ProcessGroup) -> None:
+        assert context.model is not None
+        assert context.original is not None
+        self._context, self._group, config = context, group, context.config
+        generator = torch.Generator().manual_seed(config.seed)
+        self._train, kept = context.retain, set(context.retain.labels.tolist())
+        labels = context.forget.labels
+        self._emptied = sorted(set(labels.tolist()) - kept)
+        self._whole = torch.isin(labels, torch.tensor(self._emptied, dtype=labels.dtype, device=labels.device))
+        held_out = context.held_out
+        if held_out is None or not len(held_out):
+            self._unseen, self._train = _divided(context.retain, generator)
+            self.unseen_is = f"{len(self._unseen)} retained images that were held back: there is no validation split"
+        else:
+            self._unseen = _sample(held_out, generator)
+            self.unseen_is = f"{len(self._unseen)} images of the validation split"
+        self._retain = _sample(self._train, generator)
+        self._before = self._look(context.original)
+        self._nearest = self._nearest_kept(labels)
+        before = self._reading(self._before, None)
+        budget = max(config.epochs * (len(context.forget) + len(context.retain)), _LEAST_BUDGET)
+        aim = aim_at(before.area, self._train is context.retain)
+        updating = config.batch_norm == "update" and any(isinstance(m, _BatchNorm) for m in context.model.modules())
+        self.controller = Controller(before, config.learning_rate / 3, budget, aim, frozen=not updating)
+
+    def begin(self, history: Sequence[EpochRecord]) -> Self:
+        """Take over the rounds before a resume; the model in training has the state of the last kept one."""
+        for record in history:
+            assert record.reading is not None
+            self.controller.take(record.reading)
+        assert self._context.model is not None
+        self._set_targets(self._look(self._context.model) if history else self._before)
+        return self
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last round was run."""
+        return self.controller.ended is not None
+
+    @property
+    def passes(self) -> int:
+        """Cost so far in image passes, measurements included."""
+        return self.controller.spent
+
+    @property
+    def summary(self) -> str:
+        """Why the run ended, in words."""
+        end = self.controller.ended
+        return f"{end}: {end.words}; compared with {self.unseen_is}" if end else ""
+
+    @property
+    def batch_norm(self) -> str:
+        """Whether batch norm is frozen or updated in the next round."""
+        return "freeze" if self.controller.frozen else "update"
+
+    def rate_at(self, progress: float) -> float:
+        """Return the learning rate at a progress of the round from 0 to 1."""
+        return self.controller.peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def phases(self, epoch: int, generator: torch.Generator) -> Sequence[Phase]:
+        """Return one round: D_r mixed with what of D_f is still too familiar."""
+        context, train, size = self._context, self._train, self._context.config.batch_size
+        wanted = max(min(len(train), _RETAINED + 10 * len(context.forget)), min(_LEAST_STEPS * size, 8 * len(train)))
+        passes = -(-wanted // len(train))
+        retain = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(passes)])[:wanted]
+        active = self._familiar.nonzero().flatten()
+        rows = active.repeat(max(1, int(_LEAST_SHARE * wanted) // max(1, len(active))))
+        # From K on, a label is the row of a sample with a target.
+        labels = torch.where(self._whole[rows], self._nearest[rows], context.num_classes + rows)
+        mixed = context.forget.select(rows).relabelled(labels).joined(train.select(retain))
+        if len(mixed) % size == 1:  # batch norm cannot normalise one image
+            mixed = mixed.select(range(len(mixed) - 1))
+        self._rows = len(mixed)
+        return [context.phase("mixed", mixed, self._loss)]
+
+    def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        count, logits = self._context.num_classes, model(images)
+        targeted = labels >= count
+        if not bool(targeted.any()):
+            return cross_entropy(logits, labels)
+        rows = labels[targeted] - count
+        true, asked = self._context.forget.labels[rows][:, None], logits[targeted]
+        margins = asked.gather(1, true)[:, 0] - asked.scatter(1, true, -torch.inf).amax(1)
+        total = torch.relu(margins - self._targets[rows]).sum()
+        if bool((~targeted).any()):
+            total = total + nn.functional.cross_entropy(logits[~targeted], labels[~targeted], reduction="sum")
+        return total / len(labels)
+
+    def judge(self, model: nn.Module, finite: bool) -> Reading:
+        """Measure the model after a round and decide about it.
+
+        Args:
+            model: in training.
+            finite: whether the round ended with finite losses and weights.
+        """
+        seen = self._look(model) if finite else None
+        reading = self._reading(seen, model) if seen is not None and seen.finite else self._nothing()
+        reading = self.controller.take(self._shared(reading))
+        if reading.kept and not self.ended:
+            assert seen is not None
+            self._set_targets(seen)
+        return reading
+
+    def _nearest_kept(self, labels: Tensor) -> Tensor:
+        """Return the class that the original finds most probable for each sample of D_f, of those that are kept."""
+        logits = np.array(self._before.forget.logits)
+        logits[:, self._emptied] = -np.inf
+        logits[np.arange(len(logits)), labels.cpu().numpy()] = -np.inf
+        found = np.frombuffer(self._group.first(logits.argmax(axis=1).astype(np.int64).tobytes()) or b"", np.int64)
+        return torch.tensor(found, device=labels.device)
+
+    def _nothing(self) -> Reading:
+        return self.controller.before.model_copy(update={"finite": False, "passes": self._rows + self._cost})
+
+    @property
+    def _cost(self) -> int:
+        return math.ceil((len(self._context.forget) + len(self._retain) + len(self._unseen)) / 3)
+
+    def _look(self, model: nn.Module) -> Seen:
+        return Seen(*(outputs_of(model, item) for item in (self._context.forget, self._retain, self._unseen)))
+
+    def _reading(self, seen: Seen, model: nn.Module | None) -> Reading:
+        old, context = self._before, self._context
+        whole = np.isin(seen.forget.labels, self._emptied)
+        figures: dict[str, float | None] = {}
+        passes = self._cost + (self._rows if model is not None else 0)
+        if not whole.all():
+            found = forgetting_metrics(
+                {"before": old.forget.where(~whole), "after": seen.forget.where(~whole)},
+                {"before": old.unseen, "after": seen.unseen},
+            )
+            figures |= {"area": found["attack_auc"].after, "change": found["change"].after}
+        if whole.any():
+            figures["recognised"] = recognised = float(seen.forget.correct[whole].mean())
+            # While more is recognised, the features still show the class.
+            if model is not None and context.original is not None and recognised <= 0.1:
+                emptied = context.forget.select(np.flatnonzero(whole).tolist())
+                models = {"before": context.original, "after": model}
+                figures["restored"] = restored_metric(models, emptied, self._retain).after
+                passes += math.ceil(2 * (len(emptied) + len(self._retain)) / 3)
+        return Reading(
+            retained=float(seen.retain.correct.mean()),
+            retained_lost=_lost(old.retain, seen.retain),
+            retained_loss=float(seen.retain.losses.mean()),
+            unseen=float(seen.unseen.correct.mean()),
+            unseen_lost=_lost(old.unseen, seen.unseen),
+            unseen_loss=float(seen.unseen.losses.mean()),
+            passes=passes,
+            **figures,
+        )
+
+    def _shared(self, reading: Reading) -> Reading:
+        """Return the first process's reading."""
+        return Reading.model_validate_json(self._group.first(reading.model_dump_json().encode()) or b"")
+
+    def _set_targets(self, seen: Seen) -> None:
+        """Set t by row of D_f, and which rows are above it; all are if none is and the aim is not met."""
+        targets = np.zeros(len(seen.forget))
+        single = ~np.isin(seen.forget.labels, self._emptied)
+        if single.any():
+            targets[single] = targets_of(seen.forget.where(single), seen.unseen, self.controller.aim)
+        targets = np.frombuffer(self._group.first(targets.tobytes()) or b"")
+        familiar = torch.tensor(seen.forget.margins > targets, device=self._whole.device) | self._whole
+        self._targets = torch.tensor(targets, dtype=torch.float32, device=self._whole.device)
+        self._familiar = familiar if bool(familiar.any()) else torch.ones_like(familiar)
+
+
+def targets_of(forget: Outputs, unseen: Outputs, aim: float) -> np.ndarray:
+    """Return the margin that each sample of D_f would have if the set looked like unseen images of the same classes.
+
+    Ranks are kept, so that each sample moves as little as possible. The sample at the share u of D_f gets the weighted
+    quantile 2 a u of the unseen margins: the area of telling the two sets is then a.
+
+    Args:
+        forget: outputs on samples of D_f, N of them.
+        unseen: outputs on unseen images, at least one.
+        aim: a, at most 1/2.
+
+    Returns:
+        float64 [N].
+    """
+    weights = match_classes(forget.labels, unseen.labels).weights
+    order = np.argsort(unseen.margins, kind="stable")
+    shares = np.cumsum(weights[order]) / weights.sum()
+    ranks = (np.argsort(np.argsort(forget.margins, kind="stable"), kind="stable") + 0.5) / len(forget)
+    found = np.searchsorted(shares, 2 * aim * ranks)
+    return np.asarray(unseen.margins[order][np.minimum(found, len(order) - 1)])
+
+
+def _lost(before: Outputs, after: Outputs) -> float:
+    """Return the share of accuracy that was lost, as far as so many images can tell; at least 0.
+
+    A hundred images change their accuracy by points without any harm, because some lie at the boundary of two classes.
+    So each image also counts by its margin: as a share that rises from 0 to 1 around the boundary, over a width of a
+    quarter of the typical margin of its model, whatever the scale of the logits. Of both falls, the larger one counts,
+    less the standard error of the paired difference, or two images if they are more.
+    """
+    falls = [
+        before.correct.astype(np.float64) - after.correct,
+        _soft(before.margins) - _soft(after.margins),
+    ]
+    return max(0.0, *(float(fall.mean() - max(fall.std() / len(fall) ** 0.5, 2 / len(fall))) for fall in falls))
+
+
+def _soft(margins: np.ndarray) -> np.ndarray:
+    width = 0.25 * float(np.median(np.abs(margins))) or 1.0
+    return np.asarray(0.5 * (1 + np.tanh(margins / (2 * width))))
+
+
+def _divided(retain: ImageSet, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
+    """Divide D_r at random into a tenth, at most `_WATCHED`, and the rest."""
+    order = torch.randperm(len(retain), generator=generator)
+    size = max(1, min(_WATCHED, len(retain) // 10))
+    return retain.select(order[:size]), retain.select(order[size:])
+
+
+def _sample(images: ImageSet, generator: torch.Generator) -> ImageSet:
+    """Return at most `_WATCHED` images, drawn at random."""
+    if len(images) <= _WATCHED:
+        return images
+    return images.select(torch.randperm(len(images), generator=generator)[:_WATCHED])
