@@ -17,9 +17,14 @@ from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.run import run_all
 from salun_core.steps.run_form import UnlearningForm
 from salun_core.storage.s3 import S3Store
+from salun_core.sweeps.runs import RunLog
 from salun_core.tasks import register_model
+from salun_core.tasks.resolve import policy_digest
+from salun_core.times import utc_clock
+from tests.support.toy_line import run_record
 
 pytestmark = pytest.mark.s3
+KEPT = {"metric": "RA", "op": ">=", "reason": "retained data must be classified"}
 
 
 def targets(folder: Path, ids: list[str]) -> str:
@@ -29,9 +34,10 @@ def targets(folder: Path, ids: list[str]) -> str:
 
 
 def settings(store: S3Store, forget: str) -> UnlearningForm:
-    return UnlearningForm(
-        model_line="digits", forget_manifest_uri=forget, store_uri=store.uri, method_config={"epochs": 2}
-    )
+    policy = Path(forget).with_name("kept.json")  # what is forgotten how well is not the question here
+    policy.write_text(json.dumps({"name": "kept", "rules": [{**KEPT, "value": 0.5}]}))
+    places = {"model_line": "digits", "forget_manifest_uri": forget, "store_uri": store.uri, "policy_uri": str(policy)}
+    return UnlearningForm.model_validate({**places, "method_config": {"epochs": 2}})
 
 
 def test_a_second_run_does_not_retain_what_the_first_forgot(digits_model: Path, store: S3Store, tmp_path: Path) -> None:
@@ -80,6 +86,17 @@ def test_a_candidate_that_would_retain_them_is_not_published(
     context = RunContext(tmp_path / "run" / "before", forget, "digits", store.uri)
     with pytest.raises(GateRefusedError, match="the evidence was measured on another after"):
         gate_and_publish(context, tmp_path / "other-model", *paths[1:], parent=parent)
+
+    # Somebody edits the policy while the run works.
+    edited = tmp_path / "edited.json"
+    edited.write_text(
+        json.dumps({"name": "mild", "rules": [{"metric": "RA", "op": ">=", "value": 0, "reason": "any"}]})
+    )
+    claimed = {"policy_digest": policy_digest("classifier"), "forget_sha256": context.inputs.forget_set.digest}
+    RunLog(store, utc_clock).start(run_record("run-9", parent, "2026-01-02T03:04:05+00:00", **claimed), "sweep")
+    context = RunContext(tmp_path / "run" / "before", forget, "digits", store.uri, run="run-9")
+    with pytest.raises(IntegrityError, match="the policy that the run began with"):
+        gate_and_publish(context, tmp_path / "run" / "after", *paths[1:], parent=parent, policy_uri=str(edited))
     head = read_head(store, "digits")
     assert head is not None
     assert head[0].version == parent
