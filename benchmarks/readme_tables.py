@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
     "docs/research/study.md": ("study", "study-cost"),
-    "docs/research/speed.md": ("masked-step", "speed", "speed-machines"),
+    "docs/research/speed.md": ("masked-step", "speed", "speed-machines", "splits"),
 }
 STUDY = {  # suites of the classification study, by the heading of their column
     "random 10 %": "cifar10-random10-cpu",
@@ -113,6 +113,24 @@ def machines(documents: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def split_table(document: dict[str, Any]) -> str:
+    """Render what a split costs by its number of rows, in Parquet and in JSON."""
+    actions = list(document["rows"][0]["costs"])
+    names = sorted(actions, key=("write", "read", "resolve", "subtract", "membership").index)
+    lines = [
+        "| rows | form | file, MB | " + " | ".join(f"{name}, CPU s" for name in names) + " | peak, MB |",
+        "|--:|---" + "|--:" * (len(names) + 2) + "|",
+    ]
+    for row in document["rows"]:
+        costs = row["costs"]
+        peak = max(cost["peak_mb"] for cost in costs.values())
+        cells = " | ".join(f"{costs[name]['cpu_s']:.2f}" for name in names)
+        size = costs["write"]["bytes"] / 1e6
+        form = {"json": "JSON", "parquet": "Parquet"}[row["form"]]
+        lines.append(f"| {row['rows']:,} | {form} | {size:.1f} | {cells} | {peak:.0f} |")
+    return "\n".join(lines)
+
+
 def tables() -> dict[str, str]:
     """Return each marker's table."""
     documents = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
@@ -122,6 +140,7 @@ def tables() -> dict[str, str]:
         "masked-step": cost_table(documents["masked-step"], documents["mask"]),
         "speed": speed_table(documents),
         "speed-machines": machines(documents),
+        "splits": split_table(documents["splits"]),
     }
 
 

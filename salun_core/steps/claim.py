@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from salun_core.certificates.issue import ModelCertifier
 from salun_core.config import parse
-from salun_core.data import load_data
+from salun_core.data import LoadedData, load_data
 from salun_core.data.split import stored_split
 from salun_core.errors import ConflictError, UsageError
 from salun_core.methods.recipe import Recipe
@@ -83,7 +84,14 @@ def card_of(store: ObjectStore, version: Version) -> Card:
 
 
 def claim_requests(
-    store_uri: str, model_line: str, run: str, policy: SweepPolicy, *, dry_run: bool = False, clock: Clock = utc_clock
+    store_uri: str,
+    model_line: str,
+    run: str,
+    policy: SweepPolicy,
+    *,
+    dry_run: bool = False,
+    clock: Clock = utc_clock,
+    on_data: Callable[[LoadedData], object] = lambda loaded: None,
 ) -> Claim:
     """Claim a batch for a run; see `sweeps.claim.claim`.
 
@@ -94,6 +102,7 @@ def claim_requests(
         policy: of the sweep.
         dry_run: describe in `reason` what would be claimed, and write nothing.
         clock: returns the time.
+        on_data: called with the data that the requests were resolved against, for a run in the same process.
 
     Returns:
         What was claimed.
@@ -108,7 +117,7 @@ def claim_requests(
         if dry_run:
             return preview(context, model_line, policy)
         probe_once(store)
-        found = claim(context, model_line, run, policy, lambda version: resolver_of(store, version))
+        found = claim(context, model_line, run, policy, lambda version: resolver_of(store, version, on_data))
         for reason in Skipped:
             metrics.record("salun_sweep_skipped", float(found.skipped is reason), reason=reason)
         metrics.record("salun_sweep_skipped_due", found.due)
@@ -135,13 +144,22 @@ def probe_once(store: S3Store) -> None:
         return
 
 
-def resolver_of(store: FileStore, version: Version) -> Resolver:
+def resolver_of(
+    store: FileStore, version: Version, on_data: Callable[[LoadedData], object] = lambda loaded: None
+) -> Resolver:
     """Build the resolver for a version: its split manifest, and the rows of its data set, if it came with one.
+
+    Args:
+        store: of the version.
+        version: digest and manifest.
+        on_data: called with the data set.
 
     Raises:
         IntegrityError: a file of the version is gone or damaged, or the data are not what it was trained on.
     """
     card = card_of(store, version)
     split = stored_split(store, version)
-    table = load_data(card.data, split).table if card.data is not None else None
-    return TableResolver(table, split, task_named(card.task), fetched)
+    data = load_data(card.data, split) if card.data is not None else None
+    if data is not None:
+        on_data(data)
+    return TableResolver(data.table if data is not None else None, split, task_named(card.task), fetched)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from salun_core.data import LoadedData
 from salun_core.digest import check_digest, sha256_file
 from salun_core.errors import SalunError, UsageError
 from salun_core.evaluation import Evidence
@@ -46,6 +47,7 @@ class RunContext:
         run: id of the run of the deletion ledger; empty if there is none.
         data: data set spec, if the data are in another place than the model card says.
         device: auto, cpu, cuda or cuda:N.
+        loaded: data that this process has read already; used if they are those of the model.
     """
 
     before: Path
@@ -55,6 +57,7 @@ class RunContext:
     run: str = ""
     data: str | None = None
     device: str = "auto"
+    loaded: LoadedData | None = field(default=None, repr=False, compare=False)
     _candidates: dict[Path, tuple[dict[str, str], Model]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -70,7 +73,7 @@ class RunContext:
     @cached_property
     def inputs(self) -> Inputs[Any]:
         """The original model, its data and the forget set, all checked; see `open_inputs` for the errors."""
-        return open_inputs(self.before, self.forget_manifest_uri, self.data)
+        return open_inputs(self.before, self.forget_manifest_uri, self.data, self.loaded)
 
     def require_claimed(self, policy: str | None = None) -> None:
         """Check that the run still has the inputs that its record names; without a ledger there is nothing to check.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from salun_core.data import LoadedData
 from salun_core.evaluation import Evidence
 from salun_core.methods.method import resolve_config
 from salun_core.steps.context import RunContext
@@ -67,14 +68,22 @@ def run_all(
 
 
 def run_steps(
-    form: UnlearningForm, folder: Path, say: Callable[[str], None], run: str, on_trial: OnTrial | None = None
+    form: UnlearningForm,
+    folder: Path,
+    say: Callable[[str], None],
+    run: str,
+    on_trial: OnTrial | None = None,
+    loaded: LoadedData | None = None,
 ) -> RunOutcome:
     """Run the five steps for a run that holds the model line, in one process that loads models and data once.
 
-    Arguments, result and errors are those of `run_all`.
+    Arguments, result and errors are those of `run_all`. `loaded` is what this process has read of the data already; it
+    is used if it is what the model was trained on.
     """
     recipe, after, mask, evidence = form.recipe, folder / "after", folder / "mask.safetensors", folder / EVIDENCE
-    context = RunContext(folder / "before", form.forget_manifest_uri, form.model_line, form.store_uri, run)
+    context = RunContext(
+        folder / "before", form.forget_manifest_uri, form.model_line, form.store_uri, run, loaded=loaded
+    )
     say("fetch_model")
     fetched = fetch_model(context)
     resolve_config(context.task.methods, recipe.method, recipe.overrides)

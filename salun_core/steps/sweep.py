@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salun_core.certificates.keys import load_signing_key
+from salun_core.data import LoadedData
 from salun_core.errors import SalunError
 from salun_core.retention.purge import PurgeReport
 from salun_core.steps.claim import claim_requests, sweep_policy
@@ -92,7 +93,8 @@ def sweep_once(
         if form.dry_run:
             return SweepOutcome(run, claim_requests(form.store_uri, form.model_line, run, policy, dry_run=True))
         signer = load_signing_key()  # a missing key must end the sweep now, not after the run
-        claimed = claim_requests(form.store_uri, form.model_line, run, policy)
+        data: list[LoadedData] = []  # read and checked by the claim: the run does not do it again
+        claimed = claim_requests(form.store_uri, form.model_line, run, policy, on_data=data.append)
         outcome, error, purged = None, None, None
         try:
             if claimed.record:
@@ -100,7 +102,7 @@ def sweep_once(
                 settings = UnlearningForm(**common, forget_manifest_uri=claimed.forget_uri)
                 check_form(settings, in_pods=False)  # the recipe may be another one by now
                 with lease_renewed(open_store(form.store_uri), form.model_line, run):
-                    outcome = run_steps(settings, folder, say, run, on_trial)
+                    outcome = run_steps(settings, folder, say, run, on_trial, data[-1] if data else None)
         except SalunError as ended:
             error = ended
             get_logger().warning("run_ended", model_line=form.model_line, error=type(ended).__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from salun_core.config import parse, read_document
-from salun_core.data import ForgetSet, load_data, resolve_forget
+from salun_core.data import ForgetSet, LoadedData, load_data, resolve_forget
 from salun_core.data.forget_set import require_partial
 from salun_core.data.spec import relocated_spec
 from salun_core.data.split import SplitManifest
@@ -67,13 +67,14 @@ def task_of(folder: Path) -> Task[Any]:
     return task_named(read_card(folder).task)
 
 
-def open_inputs(model: Path, forget: str, data: str | None = None) -> Inputs[Any]:
+def open_inputs(model: Path, forget: str, data: str | None = None, loaded: LoadedData | None = None) -> Inputs[Any]:
     """Load and check the inputs of a step.
 
     Args:
         model: folder of the original model.
         forget: address of the forget targets or of a resolved forget set.
         data: data set spec, if the data are not at the location on the model card.
+        loaded: data that were read before; they are not read again if they are those of the model.
 
     Returns:
         Inputs of the model's task; images are decoded on first use.
@@ -84,11 +85,15 @@ def open_inputs(model: Path, forget: str, data: str | None = None) -> Inputs[Any
         IntegrityError: the data or the forget set belong to another split.
     """
     task = task_of(model)
-    return inputs_of(task, task.load(model), read_forget(forget), data)
+    return inputs_of(task, task.load(model), read_forget(forget), data, loaded)
 
 
 def inputs_of(
-    task: Task[Any], original: Model, forget_set: ForgetSet | list[Target], data: str | None = None
+    task: Task[Any],
+    original: Model,
+    forget_set: ForgetSet | list[Target],
+    data: str | None = None,
+    loaded: LoadedData | None = None,
 ) -> Inputs[Any]:
     """Combine a loaded model with its data and a forget set, and check them; errors as for `open_inputs`.
 
@@ -97,9 +102,12 @@ def inputs_of(
         original: the model.
         forget_set: forget targets, or what they were resolved to.
         data: data set spec, if the data are not at the location on the model card.
+        loaded: as for `open_inputs`.
     """
-    spec, split = original.card.data, original.split
-    loaded = load_data(relocated_spec(spec, data), split) if spec is not None else None
+    split = original.split
+    spec = relocated_spec(original.card.data, data) if original.card.data is not None else None
+    if loaded is None or loaded.spec != spec or loaded.split.digest != split.digest:
+        loaded = load_data(spec, split) if spec is not None else None
     if isinstance(forget_set, ForgetSet):
         check_digest("the split of the forget set", split.digest, forget_set.split_digest)
     else:

@@ -8,6 +8,7 @@ import pytest
 
 from salun_core.certificates.keys import create_key
 from salun_core.certificates.verify import verify_certificate
+from salun_core.data import loading
 from salun_core.data.targets import ClassTarget, SamplesTarget
 from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.models import load_model
@@ -71,7 +72,11 @@ def test_a_frozen_forget_set_that_is_replaced_ends_its_run_only(config, store, d
     assert holder_of(store, line) is None
 
 
-def test_requests_are_erased_certified_rolled_back_and_erased_again(config, store, keys, digits_model, tmp_path):
+def test_requests_are_erased_certified_rolled_back_and_erased_again(
+    config, store, keys, digits_model, tmp_path, monkeypatch
+):
+    reads, read_table = [], loading.read_table
+    monkeypatch.setattr(loading, "read_table", lambda *given: reads.append(given) or read_table(*given))
     ledger, line = Ledger(store, utc_clock), config.model_line
     ids = load_model(digits_model).split.ids("train")[:2]
     ledger.submit("a-class", line, ClassTarget(class_id=3))
@@ -82,6 +87,7 @@ def test_requests_are_erased_certified_rolled_back_and_erased_again(config, stor
     clients = s3._client_of.cache_info().misses
     done = sweep_once(config, tmp_path / "run")
     assert done.error is None
+    assert len(reads) == 1  # by the claim, for the whole run
     assert s3._client_of.cache_info().misses == clients  # every step uses the client of the `store` fixture
     assert (list(done.settled.completed), done.claimed.requests) == (["a-class"], 1)
     assert ledger.state("a-class").last.outcome is Outcome.UNLEARNED
