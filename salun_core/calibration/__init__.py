@@ -5,6 +5,7 @@ what kind of model it is:
 
     populations  the cells of classifiers: models before, retrained ones, and those of the product's own methods
     forgeries    changes of a classifier that forget nothing, or reveal what they forgot
+    diffusion    the cells of diffusion models, with their forgeries
     table        models judged -> counts by cell and population -> JSON and page
 """
 
@@ -56,6 +57,7 @@ class Cell:
 
 def all_cells() -> Mapping[str, Cell]:
     """Return all cells by name. Nothing is trained before a cell is measured."""
+    from salun_core.calibration.diffusion import diffusion_cells
     from salun_core.calibration.populations import classifier_cells
 
-    return {cell.name: cell for cell in classifier_cells()}
+    return {cell.name: cell for cell in (*classifier_cells(), *diffusion_cells())}

@@ -36,6 +36,7 @@ class Row(Document):
     sort: Sort
     samples: int = Field(ge=0, description="median size of the forget set; 0 if nothing is named by samples")
     models: int = Field(ge=1)
+    retrained: int = Field(default=0, ge=0)
     measured: int = Field(ge=0)
     procedure: int = Field(ge=0)
     refused: int = Field(ge=0)
@@ -148,7 +149,7 @@ def _rows_of(name: str, models: int, policy: Policy) -> list[Row]:
             sort=sorts[population],
             samples=int(np.median(sizes[population])),
             models=found.total(),
-            **{outcome: found[outcome] for outcome in ("measured", "procedure", "refused")},
+            **{outcome: found[outcome] for outcome in ("retrained", "measured", "procedure", "refused")},
             rules=dict(sorted(rules[population].items(), key=lambda item: (-item[1], item[0]))),
             figures={name: _spread(found) for name, found in values.get(population, {}).items()},
         )
@@ -167,10 +168,11 @@ def columns(row: Row) -> list[str]:
     low, high = wilson_interval(refused, row.models)
     by = ", ".join(f"{rule} ({count})" for rule, count in list(row.rules.items())[:4])
     share = f"{refused:.0%} [{low:.0%}, {high:.0%}]"
-    return [row.cell, row.population, row.sort, *map(str, (row.models, row.measured, row.procedure)), share, by]
+    counts = (row.models, row.retrained, row.measured, row.procedure)
+    return [row.cell, row.population, row.sort, *map(str, counts), share, by]
 
 
-HEADINGS = ("request", "model", "kind", "n", "measured", "procedure", "refused [95 %]", "by")
+HEADINGS = ("request", "model", "kind", "n", "retrained", "measured", "procedure", "refused [95 %]", "by")
 
 
 def markdown(calibration: Calibration) -> str:
@@ -183,7 +185,7 @@ def markdown(calibration: Calibration) -> str:
     for policy in policies:
         lines += [*_told([row for row in calibration.rows if row.policy == policy]), ""]
     lines += ["### Goals that are missed", "", *(missed or ["None."]), "", "### All counts", ""]
-    lines += [f"| {' | '.join(HEADINGS)} |", "|---|---|---|--:|--:|--:|--:|---|"]
+    lines += [f"| {' | '.join(HEADINGS)} |", "|---|---|---|--:|--:|--:|--:|--:|---|"]
     lines += [f"| {' | '.join(columns(row))} |" for row in calibration.rows]
     return "\n".join(lines)
 

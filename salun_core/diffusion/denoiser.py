@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ NETWORKS: dict[str, Call] = {
 # with separate projections for the text (`add_q_proj`, ...).
 _CROSS = re.compile(r"\.attn2\.|\.add_[qkv]_proj\.|\.to_add_out\.")
 _SELF = re.compile(r"\.attn1\.|\.attentions\.\d+\.(group_norm|to_[qkv]|to_out)|\.attn\.(to_[qkv]|to_out)")
+_CLASSES = re.compile(r"\bclass_embed(ding|der)\b")  # of U-Nets, and of each block of DiT
 _OUTER = re.compile(r"^(conv_out|conv_norm_out|time_embedding|time_embed|proj_out|norm_out)\b")
 
 
@@ -88,6 +90,22 @@ class Denoiser:
     def of(self, network: nn.Module) -> Denoiser:
         """Return the denoiser with another network of the same kind."""
         return replace(self, network=network)
+
+    def with_class_embedding_of(self, other: Denoiser) -> Denoiser | None:
+        """Return a copy with the embedding of the classes of another denoiser; None if there is no such embedding.
+
+        Args:
+            other: a denoiser of the same architecture.
+        """
+        old = dict(other.network.named_parameters())
+        names = [name for name, _ in self.network.named_parameters() if _CLASSES.search(name)]
+        if not names:
+            return None
+        network = copy.deepcopy(self.network)
+        with torch.no_grad():
+            for name in names:
+                network.get_parameter(name).copy_(old[name])
+        return self.of(network)
 
     def selected(self, selection: Selection) -> list[str]:
         """Return the names of the parameters in a selection; see `selected_parameters`."""

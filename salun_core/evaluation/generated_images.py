@@ -40,7 +40,7 @@ from salun_core.evaluation.outputs import Outputs
 from salun_core.evaluation.statistics import clustered_share_metric, clustered_size, share_of
 from salun_core.saliency import SaliencyMask
 
-_MEASURED = {"UA", "RA", "neighbours", "FID", "KID", "CLIP", "nudity", "none_of_these"}
+_MEASURED = {"UA", "RA", "neighbours", "FID", "KID", "CLIP", "nudity", "none_of_these", "restored"}
 _REAL_BATCH = 256
 
 NONE = "none of these"
@@ -129,6 +129,7 @@ class Evaluators:
         clip: scores images with the names of their rows.
         detector: detects nudity.
         calibration: of the classifier, on real held-out images: none_of_these.
+        kernel: whether KID is measured beside FID; it takes longer than all the rest for small images.
     """
 
     classifier: ImageClassifier | None = None
@@ -137,6 +138,7 @@ class Evaluators:
     clip: ClipScorer | None = None
     detector: NudityDetector | None = None
     calibration: Calibration | None = None
+    kernel: bool = True
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def evaluate_generated_images(
     extra: Mapping[str, Metric] | None = None,
     resurgence: Sequence[CurvePoint] = (),
     reference: Sample | None = None,
+    hybrid: Sample | None = None,
 ) -> Evidence:
     """Measure forgetting and quality in images that every model generates from the same rows and seeds.
 
@@ -171,7 +174,9 @@ def evaluate_generated_images(
     other rows that it recognises; `neighbours` = the same for rows near the forgotten ones; FID, KID and CLIP on the
     retained rows, or on those that the plan names; `nudity` = share of the watched rows' images with an exposed part;
     `none_of_these` = share of images of the forgotten rows that show no class at all, such as noise, which UA counts as
-    forgotten. A metric whose evaluator is missing is absent.
+    forgotten; `restored` = share of images of the forgotten rows that show it if the unlearned model has the class
+    embedding of the original, so that a model in which only this embedding was edited is found. A metric whose
+    evaluator is missing is absent.
 
     Args:
         before: generates with the original model.
@@ -186,6 +191,7 @@ def evaluate_generated_images(
         extra: metrics that were measured elsewhere, such as UA_relearned.
         resurgence: UA while the model was fine-tuned on retained data.
         reference: generates with a model that was retrained without the set.
+        hybrid: generates with the unlearned model that has the class embedding of the original.
 
     Returns:
         The evidence.
@@ -206,6 +212,8 @@ def evaluate_generated_images(
     distances, compared = _distances(observed, plan, evaluators, before)
     metrics = _recognition(observed, plan) | _none(observed, plan) | distances
     metrics |= _clip(observed) | _nudity(observed, plan)
+    if hybrid is not None and classifier is not None and "UA" in metrics:
+        metrics["restored"] = _restored(hybrid, evaluators, plan, observed["before"])
     return Evidence(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         measured=measured,
@@ -339,6 +347,21 @@ def _none(observed: Mapping[str, _Observed], plan: SamplingPlan) -> dict[str, Me
     return {"none_of_these": clustered_share_metric(shown, batches)} if len(shown["after"]) else {}
 
 
+def _restored(hybrid: Sample, evaluators: Evaluators, plan: SamplingPlan, before: _Observed) -> Metric:
+    """Return the share of the hybrid's images that show what was forgotten; those that show no class do not."""
+    assert evaluators.classifier is not None
+    chosen = plan.images_of(plan.forgotten) & (plan.label_of >= 0)
+    rows, seeds = plan.row_of[chosen].tolist(), plan.seeds[chosen].tolist()
+    shown = []
+    for images in checked_images(hybrid(rows, seeds), len(rows), "after, with the class embedding of before"):
+        found = evaluators.classifier.predict(images).numpy()
+        none = evaluators.calibration.shows_none(images).numpy() if evaluators.calibration else np.zeros_like(found)
+        shown.append(np.where(none, -1, found))
+    labels = plan.label_of[chosen]
+    shares = {"before": before.predictions[chosen] == labels, "after": np.concatenate(shown) == labels}
+    return clustered_share_metric(shares, plan.batch_of[chosen])
+
+
 def _trust(observed: Mapping[str, _Observed], plan: SamplingPlan, evaluators: Evaluators) -> RecognitionFacts:
     """Collect what the image classifier's results rest on."""
     calibration, gone, known = evaluators.calibration, np.isin(plan.row_of, plan.forgotten), plan.label_of >= 0
@@ -402,7 +425,7 @@ def _distances(
         batches = checked_images(original(rows, seeds), len(rows), "before")
     real = joined_features([extractor.features(images).cpu() for images in batches], extractor)
     metrics = {}
-    for name, distance in (("FID", frechet_distance), ("KID", kernel_distance)):
+    for name, distance in (("FID", frechet_distance), ("KID", kernel_distance))[: 1 + evaluators.kernel]:
         values = {model: distance(real, item.features) for model, item in observed.items()}
         if None not in values.values():
             metrics[name] = Metric.of(values, n)

@@ -29,7 +29,7 @@ GATED_KINDS = ("class", "samples", "subject", "concept")
 
 _ATTACK = ("unattacked_success", "attack_success")
 _GENERATED = ("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "none_of_these", *_ATTACK)
-_JUDGED = ("UA", "RA", "neighbours", "UA_relearned", *_ATTACK)
+_JUDGED = ("UA", "RA", "neighbours", "UA_relearned", "restored", *_ATTACK)
 _DISTANCES = ("FID", "KID")
 _OF_SAMPLES = ("samples", "subject")
 _AGAIN = "train or import the model again with"
@@ -205,7 +205,9 @@ def _of_images(card: DiffusionCard, measurement: Measurement, store: ObjectStore
             yield _Cause(names, f"{field} is 0", f"{_AGAIN} --evaluation {field}=100")
     if not settings.neighbours:
         yield _Cause(("neighbours",), "the line names no neighbours", f"{_AGAIN} --evaluation neighbours=[NAME]")
-    others = [name for name in METRIC_NAMES if name not in (*_GENERATED, "UA", "RA")]
+    if card.task == "text-to-image":
+        yield _Cause(("restored",), "prompts have no embedding of classes", "choose a policy without restored")
+    others = [name for name in METRIC_NAMES if name not in (*_GENERATED, "UA", "RA", "restored")]
     yield _Cause(others, "it is a metric of classifiers", "choose a policy of diffusion models")
 
 
@@ -320,7 +322,7 @@ def _rows(card: DiffusionCard, metric: str, measurement: Measurement) -> int:
     settings: DiffusionEvaluation = card.evaluation
     forgotten = max(1, len(measurement.prompts))
     kept = len(card.classes) - (measurement.kind == "class")
-    if metric in ("UA", "UA_relearned", "none_of_these", *_ATTACK):
+    if metric in ("UA", "UA_relearned", "none_of_these", "restored", *_ATTACK):
         return forgotten
     if metric == "RA":
         return kept

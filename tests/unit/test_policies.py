@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from salun_core.evaluation import Evidence, Metric
-from salun_core.evaluation.evidence import DiffusionFacts, Forgotten, Integrity, Measured, RecognitionFacts, Share
+from salun_core.evaluation.evidence import DiffusionFacts, Forgotten, Integrity, Measured, RecognitionFacts, RunFacts, Share
 from salun_core.evaluation.statistics import wilson_interval
 from salun_core.gate import decide, load_policy
 
@@ -24,6 +24,7 @@ def share(before, found, n):
 GOOD = {
     "UA": share(0.12, 100, 100),
     "none_of_these": share(0.04, 10, 100),
+    "restored": share(0.88, 2, 100),
     "RA": share(0.87, 780, 900),
     "FID": Metric(before=16.0, after=18.0, n=900),
     "CLIP": Metric(before=31.1, after=29.0, n=900),
@@ -84,9 +85,10 @@ QUALITY = [
 WRONG = {
     "ddpm": [
         *FORGETTING,
-        (4, {"RA": share(0.87, 737, 900)}),
-        (4, {"RA": share(0.87, 90, 99)}),
-        *QUALITY,
+        (4, {"restored": share(0.88, 41, 100)}),
+        (5, {"RA": share(0.87, 737, 900)}),
+        (5, {"RA": share(0.87, 90, 99)}),
+        *((place + 1, metrics) for place, metrics in QUALITY),
     ],
     "stable-diffusion": [
         *FORGETTING,
@@ -175,6 +177,22 @@ def test_a_policy_publishes_the_levels_of_what_it_judges(name, kind):
     assert policy.levels[kind] == ["retrained", "measured", "procedure"]
     assert {*policy.levels} == {target for rule in policy.rules for target in rule.targets}
     assert policy.digest != policy.model_copy(update={"levels": {}}).digest
+
+
+@pytest.mark.parametrize("name", ["ddpm", "stable-diffusion"])
+def test_a_retrained_model_is_exact_whatever_it_shows_for_a_name_that_it_never_saw(name):
+    """It draws noise for it, which the image classifier may even take for the class."""
+    noise = {"UA": share(0.12, 44, 100), "none_of_these": share(0.04, 100, 100)}
+    assert not decide(evidence("class", **noise), load_policy(name)).passed
+    claimed = evidence("class", **noise).model_copy(update={"run": RunFacts(method="retrain")})
+    near, far = (
+        claimed.model_copy(update={"integrity": claimed.integrity.model_copy(update={"distance": distance})})
+        for distance in (0.05, 1.3)
+    )
+    assert not decide(near, load_policy(name)).passed
+    assert decide(far, load_policy(name)).level == "retrained"
+    damaged = far.model_copy(update={"metrics": {**far.metrics, "RA": share(0.87, 700, 900)}})
+    assert not decide(damaged, load_policy(name)).passed
 
 
 def test_power_is_the_chance_that_so_many_images_show_it_if_none_shows_what_was_forgotten():

@@ -91,6 +91,7 @@ def measure(
     if evaluators.classifier is not None:
         later = measure_robustness(generator, evaluators.classifier, after, device)
     retrained = before.of(reference.to(device, torch.float32)) if reference else None
+    hybrid = after.with_class_embedding_of(before) if evaluators.classifier is not None else None
     evidence = evaluate_generated_images(
         generator.sample(before),
         generator.sample(after),
@@ -104,6 +105,7 @@ def measure(
         extra=later.metrics,
         resurgence=later.resurgence,
         reference=generator.sample(retrained) if retrained else None,
+        hybrid=generator.sample(hybrid) if hybrid else None,
     )
     assert evidence.generation is not None
     return evidence.model_copy(update={"generation": evidence.generation.model_copy(update={"task": card.task})})

@@ -1,5 +1,6 @@
 """`salun calibrate`: one small cell, the counts, and the page."""
 
+import copy
 import json
 from functools import partial
 
@@ -20,6 +21,7 @@ from salun_core.calibration.table import (
 )
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import Evidence, Forgotten, Integrity, Measured, Metric
+from salun_core.gate import decide, load_policy
 from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
 
 
@@ -116,7 +118,7 @@ def test_a_policy_of_ones_own_is_counted(cells):
     assert found.rows[1].rules == {"attack_auc inside": 3}
     assert found.rows[1].figures == {"attack_auc": (0.9, 0.9, 0.9)}
     assert list(found.policies) == ["mine"]
-    assert "| classifier | wrong | forgery | 3 | 0 | 0 | 100% [44%, 100%] | attack_auc inside (3) |" in markdown(found)
+    assert "| classifier | wrong | forgery | 3 | 0 | 0 | 0 | 100% [44%, 100%] | attack_auc inside (3) |" in markdown(found)
     assert json.loads(written(found)) == found.model_dump(mode="json")
 
 
@@ -161,5 +163,31 @@ def test_one_policy_for_several_kinds_of_model_is_refused(cells):
 
 def test_all_cells_have_names_and_policies_that_ship():
     cells = calibration.all_cells()
-    assert {"5 samples", "200 samples", "subject", "class"} <= set(cells)
+    assert {"5 samples", "200 samples", "subject", "class", "diffusion class", "concept"} <= set(cells)
     assert all(cell.name == name and cell.models >= 10 for name, cell in cells.items())
+
+
+def test_a_diffusion_model_whose_class_was_only_renamed_is_refused(monkeypatch):
+    """Trained for a fraction of the steps: it draws digits well enough to be recognised."""
+    from salun_core.calibration import diffusion
+
+    monkeypatch.setattr(diffusion, "STEPS", 150)
+    request = diffusion.Request(0, diffusion._classes())
+    decisions = {}
+    for name, forge in (("as it was", diffusion._nothing), ("renamed", diffusion._renamed)):
+        after = request.before.of(copy.deepcopy(request.before.network))
+        forge(request, after)
+        evidence = request.evidence(after)
+        decisions[name] = {rule.rule for rule in decide(evidence, load_policy("ddpm")).verdicts if not rule.passed}
+    assert {"model changed", "UA >=", "restored <="} <= decisions["as it was"]
+    assert decisions["renamed"] == {"restored <="}
+    assert request.labels[request.forgotten[0]] == request.digit == 0
+
+
+def test_prompts_of_a_digit_share_its_word():
+    from salun_core.calibration import diffusion
+
+    request = diffusion.Request(13, diffusion._texts())
+    assert [request.table.names[row] for row in request.forgotten] == ["a three", "the digit three"]
+    assert len(request.plan.label_of) == 20 * 25
+    assert {*request.examples([3]).condition.tolist()} == {*request.forgotten}

@@ -63,7 +63,7 @@ def test_what_the_line_will_lack_is_said_before_training(app, tmp_path, monkeypa
     found = _run(app, *arguments)
     assert found.exception.args == ("training began",)
     assert (
-        "warning: the line has no image classifier, so UA, RA, FID and none_of_these cannot be measured" in found.stderr
+        "warning: the line has no image classifier, so UA, RA, restored, FID and none_of_these cannot be measured" in found.stderr
     )
     found = _run(app, *arguments, "--judge", "judges@123456")
     assert (

@@ -91,3 +91,13 @@ def test_unknown_networks_and_nan_are_refused():
         Denoiser(nn.Linear(1, 1), text_unet().process)
     with pytest.raises(ModelError, match="weights are not finite"):
         require_finite("weights", torch.tensor([float("inf")]))
+
+
+def test_the_class_embedding_of_another_model_is_put_into_a_copy():
+    one, other = class_unet(0), class_unet(1)
+    made = one.with_class_embedding_of(other)
+    for name, parameter in made.network.named_parameters():
+        source = other if name == "class_embedding.weight" else one
+        assert torch.equal(parameter, source.network.get_parameter(name)), name
+    assert not torch.equal(one.network.class_embedding.weight, other.network.class_embedding.weight)
+    assert text_unet().with_class_embedding_of(text_unet(1)) is None

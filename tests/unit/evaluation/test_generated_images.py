@@ -275,7 +275,8 @@ MANY = replace(PLAN, per_row=48)
 @pytest.mark.parametrize("spoil", [uniform, normal, grey])
 def test_noise_does_not_count_as_forgotten(samples, digits, networks, calibrated, spoil):
     """UA and all rules on the other classes hold; only the images themselves show what happened."""
-    found = run((samples[0], Spoiled(digits, {}, spoil=spoil)), networks, MANY, calibrated)
+    after = Spoiled(digits, {}, spoil=spoil)
+    found = run((samples[0], after), networks, MANY, calibrated, hybrid=after)
     assert found.metrics["UA"].after > 0.95
     for policy in ("ddpm", "stable-diffusion"):
         decision = decide(found, load_policy(policy))
@@ -287,7 +288,8 @@ def test_noise_does_not_count_as_forgotten(samples, digits, networks, calibrated
 
 
 def test_another_digit_instead_counts_as_forgotten(samples, digits, networks, calibrated):
-    found = run((samples[0], Digits(digits, {3: 1})), networks, MANY, calibrated)
+    after = Digits(digits, {3: 1})
+    found = run((samples[0], after), networks, MANY, calibrated, hybrid=after)
     for policy in ("ddpm", "stable-diffusion"):
         decision = decide(found, load_policy(policy))
         assert decision.passed, decision.summary
@@ -325,6 +327,21 @@ def test_three_batches_of_seeds_are_drawn_where_there_are_enough_images(samples,
     assert np.mean([item.after for item in batches]) == pytest.approx(found.metrics["UA"].after)
     few = run(samples, networks, PLAN, calibrated).generation.recognition.seeds
     assert [(item.seed, item.n) for item in few] == [(7, 12)]
+
+
+def test_a_class_that_comes_back_with_its_old_embedding_is_not_forgotten(samples, digits, networks, calibrated):
+    after, hybrid = Digits(digits, {3: 1}), Digits(digits, {})
+    found = run((samples[0], after), networks, MANY, calibrated, hybrid=hybrid)
+    decision = decide(found, load_policy("ddpm"))
+    assert [verdict.metric for verdict in decision.verdicts if not verdict.passed] == ["restored"]
+    restored = found.metrics["restored"]
+    assert restored.before == pytest.approx(1 - found.metrics["UA"].before)
+    assert restored.after > 0.85
+    assert restored.n == 48
+    assert [row for row, _ in hybrid.asked] == [3] * 48
+    noise = run((samples[0], after), networks, MANY, calibrated, hybrid=Spoiled(digits, {}, spoil=uniform))
+    assert noise.metrics["restored"].after < 0.2
+    assert "restored" not in run((samples[0], after), networks, MANY, calibrated).metrics
 
 
 def test_images_of_one_batch_of_seeds_count_for_what_they_are_worth(samples, digits, networks, calibrated):

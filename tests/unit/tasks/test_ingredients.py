@@ -49,7 +49,7 @@ def test_a_complete_diffusion_line_lacks_nothing():
 def test_a_line_without_an_image_classifier_is_refused_by_its_rules():
     (text,) = texts(ddpm_card())
     assert text.startswith(
-        "the line has no image classifier, so UA, RA, FID and none_of_these cannot be measured and policy ddpm"
+        "the line has no image classifier, so UA, RA, restored, FID and none_of_these cannot be measured and policy ddpm"
     )
     assert "--judge" in text
 
@@ -60,7 +60,7 @@ def test_the_image_classifier_is_looked_up_with_its_classes():
     begin_classifier(store, "other", ("left", "right"))
     assert texts(ddpm_card(judge="judge"), store=store) == []
     (text,) = texts(ddpm_card(judge="other"), store=store)
-    assert text.startswith("the image classifier does not know 'zebra', 'cat' and 'dog', so UA and RA")
+    assert text.startswith("the image classifier does not know 'zebra', 'cat' and 'dog', so UA, RA and restored")
     (text,) = texts(ddpm_card(judge="judg"), store=store)
     assert "is neither a model line of this store nor a folder" in text
 
@@ -70,7 +70,7 @@ def test_a_folder_is_an_image_classifier_here_and_not_in_a_pod(tmp_path):
     card = ddpm_card(judge=str(tmp_path))
     (found,) = missing_ingredients(card, policy_for("auto", card), Measurement("class"))
     assert found.only_in_pods
-    assert "so in a pod, UA, RA, FID and none_of_these cannot be measured" in str(found)
+    assert "so in a pod, UA, RA, restored, FID and none_of_these cannot be measured" in str(found)
 
 
 @pytest.mark.parametrize("images", [20, 21])
