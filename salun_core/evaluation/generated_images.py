@@ -357,8 +357,11 @@ def _restored(hybrid: Sample, evaluators: Evaluators, plan: SamplingPlan, before
         found = evaluators.classifier.predict(images).numpy()
         none = evaluators.calibration.shows_none(images).numpy() if evaluators.calibration else np.zeros_like(found)
         shown.append(np.where(none, -1, found))
+    own = before.predictions.copy()
+    if evaluators.calibration:
+        own[plan.images_of(plan.forgotten)] = np.where(before.none, -1, own[plan.images_of(plan.forgotten)])
     labels = plan.label_of[chosen]
-    shares = {"before": before.predictions[chosen] == labels, "after": np.concatenate(shown) == labels}
+    shares = {"before": own[chosen] == labels, "after": np.concatenate(shown) == labels}
     return clustered_share_metric(shares, plan.batch_of[chosen])
 
 

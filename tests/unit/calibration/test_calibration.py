@@ -73,7 +73,7 @@ def test_faults_are_reported(tmp_path):
     for words, said in (
         (("--cells", "20 sample"), "did you mean '20 samples'"),
         (("--render-only",), "add --results FILE"),
-        (("--policy", "no-such"), "no-such"),
+        (("--policy", "no-such", "--cells", "class"), "no-such"),
     ):
         result = invoke("calibrate", *words)
         assert result.exit_code == 2
@@ -118,7 +118,9 @@ def test_a_policy_of_ones_own_is_counted(cells):
     assert found.rows[1].rules == {"attack_auc inside": 3}
     assert found.rows[1].figures == {"attack_auc": (0.9, 0.9, 0.9)}
     assert list(found.policies) == ["mine"]
-    assert "| classifier | wrong | forgery | 3 | 0 | 0 | 0 | 100% [44%, 100%] | attack_auc inside (3) |" in markdown(found)
+    assert "| classifier | wrong | forgery | 3 | 0 | 0 | 0 | 100% [44%, 100%] | attack_auc inside (3) |" in markdown(
+        found
+    )
     assert json.loads(written(found)) == found.model_dump(mode="json")
 
 
@@ -171,7 +173,7 @@ def test_a_diffusion_model_whose_class_was_only_renamed_is_refused(monkeypatch):
     """Trained for a fraction of the steps: it draws digits well enough to be recognised."""
     from salun_core.calibration import diffusion
 
-    monkeypatch.setattr(diffusion, "STEPS", 150)
+    monkeypatch.setattr(diffusion, "STEPS", 200)
     request = diffusion.Request(0, diffusion._classes())
     decisions = {}
     for name, forge in (("as it was", diffusion._nothing), ("renamed", diffusion._renamed)):
@@ -180,7 +182,8 @@ def test_a_diffusion_model_whose_class_was_only_renamed_is_refused(monkeypatch):
         evidence = request.evidence(after)
         decisions[name] = {rule.rule for rule in decide(evidence, load_policy("ddpm")).verdicts if not rule.passed}
     assert {"model changed", "UA >=", "restored <="} <= decisions["as it was"]
-    assert decisions["renamed"] == {"restored <="}
+    assert "restored <=" in decisions["renamed"]
+    assert not {"model changed", "UA >=", "RA >=", "FID <="} & decisions["renamed"]
     assert request.labels[request.forgotten[0]] == request.digit == 0
 
 

@@ -62,9 +62,8 @@ def test_what_the_line_will_lack_is_said_before_training(app, tmp_path, monkeypa
     arguments = ["train", "ddpm", "--data", "digits", "--out", tmp_path / "m", "--evaluation", "images_per_class=20"]
     found = _run(app, *arguments)
     assert found.exception.args == ("training began",)
-    assert (
-        "warning: the line has no image classifier, so UA, RA, restored, FID and none_of_these cannot be measured" in found.stderr
-    )
+    lacking = "UA, RA, restored, FID and none_of_these"
+    assert f"warning: the line has no image classifier, so {lacking} cannot be measured" in found.stderr
     found = _run(app, *arguments, "--judge", "judges@123456")
     assert (
         "images_per_class is 20, so the rule UA >= 0.85 (low end) can never be shown and the level is" in found.stderr

@@ -335,8 +335,8 @@ def test_a_class_that_comes_back_with_its_old_embedding_is_not_forgotten(samples
     decision = decide(found, load_policy("ddpm"))
     assert [verdict.metric for verdict in decision.verdicts if not verdict.passed] == ["restored"]
     restored = found.metrics["restored"]
-    assert restored.before == pytest.approx(1 - found.metrics["UA"].before)
-    assert restored.after > 0.85
+    assert restored.before == restored.after > 0.85  # the hybrid draws what the original drew
+    assert restored.before <= 1 - found.metrics["UA"].before  # real digits beyond the bound do not count
     assert restored.n == 48
     assert [row for row, _ in hybrid.asked] == [3] * 48
     noise = run((samples[0], after), networks, MANY, calibrated, hybrid=Spoiled(digits, {}, spoil=uniform))

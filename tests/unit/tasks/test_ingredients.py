@@ -49,7 +49,7 @@ def test_a_complete_diffusion_line_lacks_nothing():
 def test_a_line_without_an_image_classifier_is_refused_by_its_rules():
     (text,) = texts(ddpm_card())
     assert text.startswith(
-        "the line has no image classifier, so UA, RA, restored, FID and none_of_these cannot be measured and policy ddpm"
+        "the line has no image classifier, so UA, RA, restored, FID and none_of_these cannot be measured and policy"
     )
     assert "--judge" in text
 
