@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from salun_core import plugins
 from salun_core.config import Document
 from salun_core.errors import SalunError
 from salun_core.telemetry.push import URL_VARIABLE
@@ -76,6 +77,23 @@ def run_checks(store_uri: str | None, folder: Path) -> Iterator[Check]:
     yield _check("container engine", bool(engines), engines or "not installed", remedy, required=False)
     yield _store(store_uri)
     yield _gateway()
+    yield from (_plugin(item) for item in plugins.allowed())
+
+
+def _plugin(item: str) -> Check:
+    """Check that a plug-in that may be loaded is here, with the digest that is allowed; its code does not run."""
+    name, variable = f"plug-in {item.partition('@')[0]}", plugins.ALLOWED_VARIABLE
+    try:
+        records = plugins.records(item)
+    except SalunError as error:
+        return _check(name, False, f"{error.what}: {error.why}", error.remedy)
+    if not records:
+        return _check(
+            name, False, "no installed package of this name has plug-ins", f"install it, or correct {variable}"
+        )
+    same = all(plugins.names([item], record) for record in records)
+    found = ", ".join(sorted({f"sha256 {record.digest}" for record in records}))
+    return _check(name, same, found, f"install what {variable} lists, or list what is there after a review")
 
 
 def _check(name: str, ok: bool, detail: str, remedy: str = "", required: bool = True) -> Check:

@@ -193,12 +193,26 @@ def allow(name: str) -> None:
             listed with a digest, it stays so.
     """
     known = is_reference(name) or any(name == offer.distribution for kind in GROUPS for offer in offers(kind))
-    if known and not any(item.partition(_PIN)[0] == name for item in _allowed()):
-        os.environ[ALLOWED_VARIABLE] = ",".join(sorted({*_allowed(), name}))
+    if known and not any(item.partition(_PIN)[0] == name for item in allowed()):
+        os.environ[ALLOWED_VARIABLE] = ",".join(sorted([*allowed(), name]))
 
 
-def _allowed() -> set[str]:
-    return {item.strip() for item in os.environ.get(ALLOWED_VARIABLE, "").split(",")} - {""}
+def allowed() -> list[str]:
+    """Return the items of `SALUN_PLUGINS`, in order."""
+    return sorted({item.strip() for item in os.environ.get(ALLOWED_VARIABLE, "").split(",")} - {""})
+
+
+def records(item: str) -> list[PluginRecord]:
+    """Return the records of what an item of `SALUN_PLUGINS` names, without loading it; empty if no package offers it.
+
+    Raises:
+        UsageError: a package does not exist or has no source files.
+    """
+    name = item.partition(_PIN)[0]
+    if is_reference(name):
+        with importable_folder():
+            return [Offer("method", name, name, *_distribution_of(name.partition(":")[0].partition(".")[0])).record()]
+    return [offer.record() for kind in GROUPS for offer in offers(kind) if _is_named(item, offer)]
 
 
 def is_allowed(offer: Offer) -> bool:
@@ -207,7 +221,7 @@ def is_allowed(offer: Offer) -> bool:
 
 
 def _listed(offer: Offer) -> list[str]:
-    return sorted(item for item in _allowed() if _is_named(item, offer))
+    return [item for item in allowed() if _is_named(item, offer)]
 
 
 def _allowed_record(offer: Offer, known: PluginRecord | None) -> PluginRecord:

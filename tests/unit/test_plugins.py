@@ -9,6 +9,7 @@ import pytest
 from salun_core import plugins
 from salun_core.certificates.issue import build_statement
 from salun_core.cli.certificates import _summary
+from salun_core.doctor import _plugin
 from salun_core.errors import IntegrityError, UsageError
 from salun_core.evaluation.evidence import Metric
 from salun_core.evaluation.optional_metrics import added, parse_optional_metrics
@@ -93,7 +94,7 @@ def test_naming_a_pinned_object_does_not_unpin_it(monkeypatch):
     monkeypatch.setenv("SALUN_PLUGINS", f"nets:small@sha256:{'0' * 64}")
     plugins.allow("nets:small")
     plugins.allow("resnet18")
-    assert plugins._allowed() == {f"nets:small@sha256:{'0' * 64}"}
+    assert plugins.allowed() == [f"nets:small@sha256:{'0' * 64}"]
     plugins.allow("nets:large")
     assert plugins.is_allowed(plugins.Offer("architecture", "nets:large", "nets:large"))
 
@@ -283,6 +284,23 @@ def test_a_form_with_a_plug_in_that_the_policy_forbids_costs_nothing(example, tm
     lines = []
     check_form(allowed, in_pods=False, skipped=lines.append)
     assert "not checked here: " in lines[0]
+
+
+def test_doctor_checks_what_may_be_loaded(example, monkeypatch):
+    (record,) = {item.digest for item in plugins.records("salun-example")}
+    wrong = f"salun-example@sha256:{'0' * 64}"
+    monkeypatch.setenv("SALUN_PLUGINS", f"{wrong},salun-gone,salun_example:pocket@sha256:{record},no_such:thing")
+    found = {check.name: check for check in map(_plugin, plugins.allowed())}
+    states = {
+        "salun-example": "failed",
+        "salun-gone": "failed",
+        "salun_example:pocket": "ok",
+        "no_such:thing": "failed",
+    }
+    assert {name.removeprefix("plug-in "): check.state for name, check in found.items()} == states
+    assert record in found["plug-in salun-example"].detail
+    assert found["plug-in salun-gone"].remedy == "install it, or correct SALUN_PLUGINS"
+    assert "salun_example" not in sys.modules
 
 
 def test_help_imports_neither_torch_nor_a_plug_in(tmp_path):
