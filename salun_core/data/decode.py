@@ -16,6 +16,7 @@ from salun_core.errors import DataError
 
 # Pillow warns above this number of pixels and raises above twice as many: decompression bombs must not fill memory.
 Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024
+_CHUNK = 256  # images for one task of a thread, whose start costs as much as a small image
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")  # others may start programs: EPS runs Ghostscript
 
 
@@ -37,17 +38,31 @@ def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, ch
     if not payloads:
         raise DataError("there are no images", "the selection is empty", "check the data set and its limits")
     channels = channels or _channels(payloads[0], ids[0])
+    first = _decode_one(payloads[0], ids[0], size, channels)
+    pixels = np.empty((len(payloads), *first.shape), np.uint8)
+
+    def fill(start: int) -> list[tuple[str, tuple[int, ...]]]:
+        """Decode a chunk; return the images of another shape, which are an error once all are known to be intact."""
+        others = []
+        for index in range(start, min(start + _CHUNK, len(payloads))):
+            array = _decode_one(payloads[index], ids[index], size, channels)
+            if array.shape == first.shape:
+                pixels[index] = array
+            else:
+                others.append((ids[index], array.shape))
+        return others
+
     with ThreadPoolExecutor(max_workers=2) as pool:  # Pillow releases the interpreter lock while it decodes
-        arrays = list(pool.map(lambda payload, sample: _decode_one(payload, sample, size, channels), payloads, ids))
-    for array, sample in zip(arrays, ids, strict=True):
-        if array.shape != arrays[0].shape:
-            raise DataError(
-                f"image {sample} has another size",
-                f"{array.shape[1]} x {array.shape[0]}; the first image has {arrays[0].shape[1]} x {arrays[0].shape[0]}",
-                "set `size` in the data spec to resize all",
-                public="an image of the data has another size than the first one",
-            )
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+        others = [other for found in pool.map(fill, range(0, len(payloads), _CHUNK)) for other in found]
+    if others:
+        sample, shape = others[0]
+        raise DataError(
+            f"image {sample} has another size",
+            f"{shape[1]} x {shape[0]}; the first image has {first.shape[1]} x {first.shape[0]}",
+            "set `size` in the data spec to resize all",
+            public="an image of the data has another size than the first one",
+        )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def _channels(payload: Payload, sample: str) -> int:
@@ -77,7 +92,8 @@ def _decode_one(payload: Payload, sample: str, size: int | None, channels: int) 
     if isinstance(payload, np.ndarray) and size is None and payload.shape[2] == channels:
         return payload
     image = Image.fromarray(payload.squeeze()) if isinstance(payload, np.ndarray) else _open(payload, sample)
-    image = image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
     if size is not None and image.size != (size, size):
         image = _resize(image, size)
     array = np.asarray(image, dtype=np.uint8)
