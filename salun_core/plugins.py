@@ -185,16 +185,17 @@ def loaded(kind: Kind, *names: str) -> list[PluginRecord]:
     return [record for _, record in _loaded.values() if record.kind == kind and record.name in names]
 
 
-def allow(name: str) -> None:
+def allow(plugin: str | Offer) -> None:
     """Allow a plug-in in this process and its children, for a user who named it to have it run.
 
     Args:
-        name: a distribution or `package:object`; other names, such as those of what ships, change nothing. If it is
-            listed with a digest, it stays so.
+        plugin: what was found, or a name; only `package:object` changes anything, as other names may be those of what
+            ships. A plug-in that is listed with a digest stays so.
     """
-    known = is_reference(name) or any(name == offer.distribution for kind in GROUPS for offer in offers(kind))
-    if known and not any(item.partition(_PIN)[0] == name for item in allowed()):
-        os.environ[ALLOWED_VARIABLE] = ",".join(sorted([*allowed(), name]))
+    item = plugin.entry if isinstance(plugin, Offer) else plugin
+    named = isinstance(plugin, Offer) or is_reference(plugin)
+    if named and not any(one.partition(_PIN)[0] == item for one in allowed()):
+        os.environ[ALLOWED_VARIABLE] = ",".join(sorted([*allowed(), item]))
 
 
 def allowed() -> list[str]:

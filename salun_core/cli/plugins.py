@@ -47,11 +47,10 @@ def check(
     """Run the contract of plug-ins on a package or one of its plug-ins. Its code runs: the command allows it."""
     from salun_core.contract import check_plugin, chosen
 
-    if plugins.is_reference(name):
-        plugins.allow(name)
+    plugins.allow(name)
     found = []
     for offer in chosen(name):
-        plugins.allow(offer.entry)
+        plugins.allow(offer)
         found += check_plugin(offer)
     rows = [asdict(one) for one in found]
     emit(rows, lambda: print_table(list(rows[0]), [list(row.values()) for row in rows]))

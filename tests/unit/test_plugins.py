@@ -95,6 +95,8 @@ def test_naming_a_pinned_object_does_not_unpin_it(monkeypatch):
     plugins.allow("nets:small")
     plugins.allow("resnet18")
     assert plugins.allowed() == [f"nets:small@sha256:{'0' * 64}"]
+    plugins.allow("salun-example")
+    assert len(plugins.allowed()) == 1
     plugins.allow("nets:large")
     assert plugins.is_allowed(plugins.Offer("architecture", "nets:large", "nets:large"))
 
