@@ -28,11 +28,11 @@ MARGIN = 0.1
 """Largest distance of an attack's area from 1/2 that counts as guessing, as in the default policy."""
 LEAST_CHANGE = 0.03
 """Of the outputs on D_f, scale aside: forgeries reach 0.001, and 0.03 with a last layer that was trained afresh."""
-RECOGNISED, OWN_LOGIT, RESTORED = 0.15, 0.8, 0.75
+RECOGNISED, OWN_LOGIT, RESTORED = 0.15, 0.8, 0.8
 LOST = 0.1
 """Largest loss of accuracy on held-out samples of retained classes."""
 HALF_WAY = 0.5
-CAUGHT = 0.06
+CAUGHT = 0.08
 """Largest share that the attack on each sample may find at a false positive rate of 1 %."""
 FEWEST_SAMPLES = 5  # below, no interval is trusted to show anything
 FEWEST_ORACLES = 3  # each is compared with the others, and a deviation needs two of them
@@ -170,7 +170,9 @@ def _finding(
     power: float | None = None,
 ) -> Finding:
     known = ends is not None and value is not None and np.isfinite([value, *ends]).all()
-    low, high = ends if known and ends is not None else (None, None)
+    low, high = (None, None)
+    if known and ends is not None and value is not None:
+        low, high = min(ends[0], value), max(ends[1], value)  # rounding: 1 - cos^2 of equal outputs may be -1e-16
     return Finding(
         test=test,
         value=value if known else None,
@@ -214,15 +216,17 @@ def examine(audited: Audited, seed: int = 0) -> list[Finding]:
     return findings
 
 
-def _area(test: Name, area: float, n: int, others: float, both: bool = False, note: str = "") -> Finding:
-    """Return the finding of an attack's area; `both`: it must not be below 1/2 by more than the margin, either."""
+def _area(
+    test: Name, area: float, n: int, others: float, both: bool = False, note: str = "", centre: float = 0.5
+) -> Finding:
+    """Return the finding of an attack's area; `both`: it must not be far below the centre, either."""
     ends = auc_interval(area, n, others)
     power = None
     if both:
         deviation = (ends[1] - ends[0]) / (2 * Z95)
         power = max(0.0, math.erf((MARGIN / deviation - Z95) / math.sqrt(2))) if deviation > 0 else None
-    least = 0.5 - MARGIN if both else None
-    return _finding(test, area, ends, n, at_least=least, at_most=0.5 + MARGIN, note=note, power=power)
+    least = centre - MARGIN if both else None
+    return _finding(test, area, ends, n, at_least=least, at_most=centre + MARGIN, note=note, power=power)
 
 
 # single samples: do they look like samples that no model saw?
@@ -237,10 +241,22 @@ def _of_samples(audited: Audited, single: np.ndarray, seed: int) -> list[Finding
     if not np.isin(forget.labels, unseen.labels).all():
         note = "no sample of these classes is held out, so classes are not matched"
     area = rank_area(forget.margins, unseen.margins, weights)
+    centre = _centre([(i["forget"].where(single).where(chosen), i["unseen"]) for i in audited.references], weights)
     return [
-        _area("attack", area, len(forget), size, both=True, note=note),
+        _area("attack", area, len(forget), size, both=True, note=note, centre=centre),
         _area("outputs", _forest_area(forget, unseen, weights, seed), len(forget), size, note=note),
     ]
+
+
+def _centre(references: Sequence[tuple[Outputs, Outputs]], weights: np.ndarray) -> float:
+    """Return the area that a model has which never saw D_f: 1/2, or the references' if the draw is hard or easy.
+
+    References that are further away than the margin saw D_f, or are not alike: they move the centre no further.
+    """
+    if not references:
+        return 0.5
+    areas = [rank_area(forget.margins, unseen.margins, weights) for forget, unseen in references]
+    return float(np.clip(np.mean(areas), 0.5 - MARGIN, 0.5 + MARGIN))
 
 
 def _features(outputs: Outputs) -> np.ndarray:
@@ -293,7 +309,7 @@ def _change(audited: Audited) -> Finding:
             "change", None, None, n, at_least=LEAST_CHANGE, note="a model has equal outputs for all classes"
         )
     cosine = both / math.sqrt(first * second)
-    value = 1 - cosine**2
+    value = max(0.0, 1 - cosine**2)
     # The delta method: what each sample adds to the cosine. It needs no resampling, and a value of 0 has no spread.
     added = n * (products[0] / math.sqrt(first * second) - cosine / 2 * (products[1] / first + products[2] / second))
     half = 2 * abs(cosine) * _half(added)

@@ -60,9 +60,11 @@ def test_an_edit_of_one_bias_fails():
     world = World(whole=2)
     logits = world.logits(0, saw=True)
     logits[:, 2] -= 100
-    found = verdicts(world.audited(logits))
+    audited = world.audited(logits)
+    found = verdicts(audited)
     assert found["recognised"] == "pass"
     assert found["own_logit"] == found["change"] == "fail"
+    assert all(item.holds_value for item in examine(audited))  # a change of 0 is rounded to -1e-16
 
 
 def test_a_destroyed_model_fails_although_it_knows_nothing():

@@ -1,0 +1,86 @@
+"""`salun audit` on model folders and weights: the model of the digits before, and cheap changes of it after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from salun_core.models import build_classifier, load_model
+from salun_core.models.checkpoint import WEIGHTS, save_model
+from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, digits_model):
+    """The model before; one with an edited bias; one that knows nothing; one of another architecture; targets."""
+    folder = tmp_path_factory.mktemp("audit")
+    (folder / "before").symlink_to(digits_model)
+    before = load_model(digits_model)
+    state = load_file(digits_model / WEIGHTS)
+    (bias,) = [name for name, tensor in state.items() if tensor.shape == (10,) and name.endswith("bias")]
+    shutil.copytree(digits_model, folder / "edited")
+    state[bias][3] -= 100
+    save_file(state, folder / "edited" / WEIGHTS)
+    for name, architecture in (("fresh", "resnet8"), ("wider", "resnet14")):
+        network = build_classifier(architecture, 10, before.card.channels, before.card.height)
+        save_model(folder / name, network, before.card.model_copy(update={"architecture": architecture}), before.split)
+    (folder / "class.json").write_text(json.dumps({"kind": "class", "class_id": 3}))
+    (folder / "ids.txt").write_text("\n".join(sorted(before.split.train)[:60]))
+    return folder
+
+
+def audit(folders, out, *more, after="edited", forget="class.json"):
+    paths = ("--before", folders / "before", "--after", folders / after, "--forget", folders / forget)
+    return invoke("audit", *paths, "--out", out / "audit.json", *more)
+
+
+def test_an_edited_bias_is_found_in_the_features(folders, tmp_path):
+    result = audit(folders, tmp_path, "--json")
+    assert result.exit_code == 3
+    evidence = json.loads(result.stdout)
+    verdicts = {found["test"]: found["verdict"] for found in evidence["findings"]}
+    assert verdicts["recognised"] == "pass"
+    assert verdicts["restored"] == verdicts["own_logit"] == verdicts["change"] == "fail"
+    assert evidence["source"] == "models"
+    assert evidence["sizes"]["classes"] == [3]
+    after = {item["name"]: item["sha256"] for item in evidence["inputs"] if item["role"] == "after"}
+    assert set(after) == {path.name for path in (folders / "edited").iterdir()}
+    assert {item["role"] for item in evidence["inputs"]} == {"before", "after", "forget", "data"}
+
+
+def test_single_samples_are_relearned_and_references_and_shadow_models_are_used(folders, tmp_path):
+    result = audit(folders, tmp_path, "--reference", folders / "fresh", "--json", forget="ids.txt")
+    found = {item["test"] for item in json.loads(result.stdout)["findings"]}
+    assert found == {"attack", "outputs", "change", "accuracy", "relative", "relearn"}
+    refused = audit(folders, tmp_path, "--shadow", folders / "fresh", forget="ids.txt")
+    assert "left out by fewer than 2 of 1 models" in refused.stderr  # its split says that it saw all of D_f
+
+
+def test_weights_are_read_with_the_data_that_are_named(folders, tmp_path):
+    for name in ("before", "edited"):
+        shutil.copy(folders / name / WEIGHTS, tmp_path / f"{name}.safetensors")
+    paths = ("--before", tmp_path / "before.safetensors", "--after", tmp_path / "edited.safetensors")
+    words = ("audit", *paths, "--forget", folders / "class.json", "--out", tmp_path / "audit.json")
+    assert "give --data" in invoke(*words).stderr
+    result = invoke(*words, "--data", "digits", "--json")
+    assert result.exit_code == 3, result.stderr
+    roles = {item["role"]: item["name"] for item in json.loads(result.stdout)["inputs"]}
+    assert (roles["before"], roles["after"]) == ("before.safetensors", "edited.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("more", "words", "code"),
+    [
+        (("--reference", "wider"), "has another architecture than the model before", 1),
+        (("--reference", "edited"), "is the same model as", 1),
+        (("--reference", "nowhere"), "there is no model", 2),
+        (("--held-out", "ids.txt"), "--held-out is for predictions", 2),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(folders, tmp_path, more, words, code):
+    result = audit(folders, tmp_path, more[0], folders / more[1])
+    assert (result.exit_code, words in result.stderr) == (code, True), result.stderr
+    assert not (tmp_path / "audit.json").exists()
