@@ -6,16 +6,16 @@ import numpy as np
 
 from salun_core.audit.predictions import Audited, outputs_from
 
-CLASSES, HELD_OUT = 5, 500
+CLASSES = 5
 
 
 class World:
     """Outputs of models on samples of different difficulty: what a model saw has a margin of its own."""
 
-    def __init__(self, count=200, seed=0, whole=None):
+    def __init__(self, count=200, held_out=500, seed=0, whole=None):
         rng = np.random.default_rng(seed)
         self.count, self.whole = count, whole
-        self.labels = rng.integers(0, CLASSES, count + HELD_OUT)
+        self.labels = rng.integers(0, CLASSES, count + held_out)
         if whole is not None:
             self.labels[:count] = whole
             self.labels[count : count + 50] = whole

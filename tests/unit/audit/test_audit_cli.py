@@ -18,8 +18,15 @@ from salun_core.errors import IntegrityError
 from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
 from tests.support.simulated_outputs import World
 
-WORLD = World()
-IDS = [f"patient-{number:03d}" for number in range(len(WORLD.labels))]
+WORLD = World(count=30, held_out=90)  # small: enough for all but one test
+LARGE = World()
+
+
+def ids_of(world):
+    return [f"patient-{number:03d}" for number in range(len(world.labels))]
+
+
+IDS = ids_of(WORLD)
 
 
 @pytest.fixture
@@ -29,9 +36,9 @@ def salun(tmp_path, monkeypatch):
     return invoke
 
 
-def columns(logits, order=None):
-    rows = np.arange(len(IDS)) if order is None else order
-    return {"id": np.array(IDS)[rows], "label": WORLD.labels[rows], "logits": logits[rows]}
+def columns(logits, order=None, world=WORLD):
+    rows = np.arange(len(world.labels)) if order is None else order
+    return {"id": np.array(ids_of(world))[rows], "label": world.labels[rows], "logits": logits[rows]}
 
 
 def write_npz(path, given, **more):
@@ -44,12 +51,16 @@ def flat(found):
     return {"id": found["id"], "label": found["label"], **names}
 
 
+def write_world(folder, world):
+    for name, logits in (("before", world.logits(0, saw=True)), ("after", world.logits(1))):
+        np.savez(folder / name, **columns(logits, world=world))
+    (folder / "forget.txt").write_text("\n".join(ids_of(world)[: world.count]))
+    (folder / "held-out.txt").write_text("\n".join(ids_of(world)[world.count :]))
+
+
 @pytest.fixture
 def files(tmp_path):
-    write_npz(tmp_path / "before.npz", WORLD.logits(0, saw=True))
-    write_npz(tmp_path / "after.npz", WORLD.logits(1))
-    (tmp_path / "forget.txt").write_text("\n".join(IDS[: WORLD.count]))
-    (tmp_path / "held-out.txt").write_text("\n".join(IDS[WORLD.count :]))
+    write_world(tmp_path, WORLD)
     return tmp_path
 
 
@@ -61,8 +72,9 @@ def arguments(files, **changed):
 
 
 def test_a_retrained_model_is_measured(salun, files):
+    write_world(files, LARGE)
     for number in range(4):
-        write_npz(files / f"oracle-{number}.npz", WORLD.logits(10 + number))
+        np.savez(files / f"oracle-{number}", **columns(LARGE.logits(10 + number), world=LARGE))
     oracles = [word for number in range(4) for word in ("--reference", str(files / f"oracle-{number}.npz"))]
     result = salun(*arguments(files, report="audit.md"), *oracles, "--require", "measured", "--json")
     assert result.exit_code == 0, result.stderr
@@ -118,12 +130,11 @@ def test_parquet_csv_and_npz_in_any_order_give_the_same_findings(salun, files):
 
 def test_a_class_target_is_all_samples_of_the_class_that_are_not_held_out(salun, files):
     (files / "class.json").write_text(json.dumps({"kind": "class", "class_index": 2}))
-    held_out = [sample for sample, label in zip(IDS[600:], WORLD.labels[600:], strict=True)]
-    (files / "held-out.txt").write_text("\n".join(held_out))
+    (files / "held-out.txt").write_text("\n".join(IDS[60:]))
     evidence = json.loads(salun(*arguments(files, forget="class.json"), "--json").stdout)
     assert evidence["sizes"]["classes"] == [2]
-    assert evidence["sizes"]["forget"] == int((WORLD.labels[:600] == 2).sum())
-    assert evidence["sizes"]["retain"] == int((WORLD.labels[:600] != 2).sum())
+    assert evidence["sizes"]["forget"] == int((WORLD.labels[:60] == 2).sum())
+    assert evidence["sizes"]["retain"] == int((WORLD.labels[:60] != 2).sum())
 
 
 LOGITS = WORLD.logits(1)
@@ -215,7 +226,7 @@ def test_an_audit_of_another_auditor_or_of_nobody_does_not_verify(salun, files, 
 
 def test_every_edited_byte_is_found(files, signed):
     data = signed.read_bytes()
-    for place in range(0, len(data), 97):
+    for place in range(0, len(data), 197):
         signed.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         with pytest.raises(IntegrityError):
             verify_audit(signed, keys=[files / "auditor.pub"])
