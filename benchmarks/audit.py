@@ -101,12 +101,14 @@ def audited(case: Case, after: nn.Module, known: Mapping[int, dict[str, Outputs]
     networks = Networks(case.before, after, splits.forget, splits.retain, splits.test)
     references = [known[id(model)] for model in case.retrained[1:]]
     after_outputs = known.get(id(after)) or outputs_by_set(after, splits)
-    return Audited(known[id(case.before)], after_outputs, references, case.shadows, sorted(emptied), networks)
+    return Audited(
+        known[id(case.before)], after_outputs, references, case.shadows, sorted(emptied), len(splits.retain), networks
+    )
 
 
 def outputs_by_set(model: nn.Module, splits: Splits) -> dict[str, Outputs]:
     """Run a model on each set."""
-    sets = {"forget": splits.forget, "unseen": splits.test, "retain": splits.retain}
+    sets = {"forget": splits.forget, "unseen": splits.test}
     return {name: outputs_of(model, images) for name, images in sets.items()}
 
 

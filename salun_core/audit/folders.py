@@ -149,8 +149,7 @@ def audited_folders(
         inputs = inputs_of(task, first, _targets(forget), weights.data)
         assert isinstance(inputs, ClassifierInputs)
         place = pick_device(device)
-        sets = {"forget": inputs.forget, "unseen": inputs.test, "retain": inputs.retain}
-        sets = {name: images.to(place) for name, images in sets.items()}
+        sets = {name: images.to(place) for name, images in (("forget", inputs.forget), ("unseen", inputs.test))}
         found = {
             role: [_outputs(model, sets, place) for model in models]
             for role, models in loaded.items()
@@ -164,7 +163,8 @@ def audited_folders(
             found["reference"],
             _shadows(loaded["shadow"], sets, place) if shadows else None,
             inputs.emptied,
-            Networks(first.model, loaded["after"][0].model, sets["forget"], sets["retain"], sets["unseen"]),
+            len(inputs.retain),
+            Networks(first.model, loaded["after"][0].model, sets["forget"], inputs.retain.to(place), sets["unseen"]),
             {
                 **digests,
                 "forget": digests_of([named]) if named.is_file() else {forget: inputs.forget_set.digest},
@@ -238,11 +238,10 @@ def _outputs(model: LoadedModel, sets: dict[str, ImageSet], device: torch.device
 
 
 def _shadows(models: Sequence[LoadedModel], sets: dict[str, ImageSet], device: torch.device) -> Shadows:
-    asked = {name: sets[name] for name in ("forget", "unseen")}
-    ids = [sample for images in asked.values() for sample in images.ids]
+    ids = [sample for images in sets.values() for sample in images.ids]
     rows, inside = [], []
     for model in models:
-        found = _outputs(model, asked, device)
+        found = _outputs(model, sets, device)
         rows.append(np.concatenate([logit_scaled(found["forget"]), logit_scaled(found["unseen"])]))
         inside.append(np.array([sample in model.split.train for sample in ids]))
     return checked_shadows(Shadows(np.stack(rows), np.stack(inside)))

@@ -28,7 +28,7 @@ _SUM_TOLERANCE = 1e-3  # of probabilities that were rounded
 _FORMAT = "see docs/reference/audit.md for the columns"
 
 BySet = Mapping[str, Outputs]
-"""Set (forget, unseen, perhaps retain) -> outputs of one model, in the same order for all models."""
+"""Set (forget, unseen) -> outputs of one model, in the same order for all models."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Audited:
         references: outputs of models that were retrained without the forget set.
         shadows: confidences of shadow models on D_f, then on unseen samples.
         emptied: classes that were forgotten as a whole.
+        retained: number of samples that are neither forgotten nor held out.
         networks: the models themselves, for the restoration tests; None if only predictions are known.
         digests: role -> file -> SHA-256, of everything that was read.
     """
@@ -50,6 +51,7 @@ class Audited:
     references: Sequence[BySet] = ()
     shadows: Shadows | None = None
     emptied: Sequence[int] = ()
+    retained: int = 0
     networks: Networks | None = None
     digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -266,9 +268,10 @@ def audited_predictions(
     position = {sample: place for place, sample in enumerate(first.ids)}
     rest = [sample for sample in first.ids if sample not in gone and sample not in unseen]
     sets = {"forget": [s for s in first.ids if s in gone], "unseen": [s for s in first.ids if s in unseen]}
-    sets |= {"retain": rest} if rest else {}
-    labels = {name: {int(first.outputs.labels[position[s]]) for s in ids} for name, ids in sets.items()}
-    emptied = labels["forget"] if whole else labels["forget"] - labels.get("retain", labels["forget"])
+    of_forget, of_rest = (
+        {int(first.outputs.labels[position[sample]]) for sample in ids} for ids in (sets["forget"], rest)
+    )
+    emptied = of_forget if whole else of_forget - of_rest if rest else set()
 
     def by_set(item: Predictions) -> dict[str, Outputs]:
         place = {sample: row for row, sample in enumerate(item.ids)}
@@ -282,6 +285,7 @@ def audited_predictions(
         [by_set(item) for item in files["reference"]],
         _shadows(files["shadow"], pool) if shadows else None,
         sorted(emptied),
+        len(rest),
         digests={**digests, "forget": digests_of([forget]), "held_out": digests_of([held_out])},
     )
 

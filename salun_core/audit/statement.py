@@ -156,7 +156,7 @@ def evidence_of(
         sizes=AuditSizes(
             forget=sizes["forget"],
             held_out=sizes["unseen"],
-            retain=sizes.get("retain", 0),
+            retain=audited.retained,
             references=len(audited.references),
             shadows=0 if audited.shadows is None else len(audited.shadows.inside),
             classes=list(audited.emptied),

@@ -98,8 +98,8 @@ def _opened(
         what = "models and files of predictions are mixed"
         raise UsageError(what, "an audit compares like with like", "give models only, or predictions only")
     if kinds == {True}:
-        if data is not None or arch is not None:
-            raise UsageError("--data and --arch are for models", "predictions need neither", "leave them out")
+        if arch is not None:  # --data may come from salun.yaml
+            raise UsageError("--arch is for weights", "predictions have no architecture", "leave it out")
         yield audited_predictions(before, after, Path(forget), held_out, references, shadows)
         return
     from salun_core.audit.folders import Weights, audited_folders
