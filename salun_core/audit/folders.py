@@ -33,6 +33,7 @@ from salun_core.tasks import inputs_of, task_of
 from salun_core.tasks.classification import ClassificationTask
 from salun_core.tasks.classification.inputs import ClassifierInputs
 from salun_core.tasks.classification.training import import_model
+from salun_core.tasks.reference import check_reference
 from salun_core.tasks.resolve import read_forget
 
 STEPS = 20  # of relearning: a model that only hides what it knows needs fewer
@@ -128,7 +129,7 @@ def audited_folders(
 
     Raises:
         UsageError: a model, the data or the forget set does not exist.
-        ModelError: the models are of different architectures or classes.
+        ModelError: the models are of different architectures or classes, or a reference was trained on D_f.
         DataError: the forget set is empty, or a reference is another model of the audit.
     """
     given = {"before": [before], "after": [after], "reference": list(references), "shadow": list(shadows)}
@@ -148,6 +149,9 @@ def audited_folders(
         task = ClassificationTask()
         inputs = inputs_of(task, first, _targets(forget), weights.data)
         assert isinstance(inputs, ClassifierInputs)
+        for path, model in zip(given["reference"], loaded["reference"], strict=True):
+            if (path / CARD).is_file():  # bare weights do not say what they were trained on
+                check_reference(inputs, model, f"reference {path}")
         place = pick_device(device)
         sets = {name: images.to(place) for name, images in (("forget", inputs.forget), ("unseen", inputs.test))}
         found = {

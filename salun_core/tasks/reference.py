@@ -30,7 +30,7 @@ def reference_model(
     """
     if options.reference is not None:
         reference = task.load(options.reference)
-        _check(inputs, reference)
+        check_reference(inputs, reference)
         return reference.network, facts
     if not options.retrain:
         return None, facts
@@ -44,16 +44,25 @@ def reference_model(
     return network, facts.model_copy(update={"seconds": seconds})
 
 
-def _check(inputs: Inputs[Any], reference: Model) -> None:
-    """Check that a reference can be what the original would be without the forget set."""
+def check_reference(inputs: Inputs[Any], reference: Model, name: str = "the reference") -> None:
+    """Check that a reference can be what the original would be without the forget set.
+
+    Args:
+        inputs: the original model, its data and the forget set.
+        reference: a retrained model.
+        name: what it is called in messages.
+
+    Raises:
+        ModelError: it is of another architecture or of other data, or was trained on the forget set.
+    """
     original, remedy = inputs.original, "give a model that was retrained without the forget set: --method retrain"
     if reference.card.architecture != original.card.architecture or _shapes(reference) != _shapes(original):
         found = f"{reference.card.architecture} instead of {original.card.architecture}, or other shapes"
-        raise ModelError("the reference is of another architecture", found, remedy)
+        raise ModelError(f"{name} is of another architecture", found, remedy)
     if reference.split.dataset_digest != inputs.split.dataset_digest:
-        raise ModelError("the reference is of other data", "its split names another data set", remedy)
+        raise ModelError(f"{name} is of other data", "its split names another data set", remedy)
     if seen := len(reference.split.train.keys() & set(inputs.forget_set.samples)):
-        raise ModelError("the reference was trained on the forget set", f"on {seen} of its samples", remedy)
+        raise ModelError(f"{name} was trained on the forget set", f"on {seen} of its samples", remedy)
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
