@@ -162,6 +162,9 @@ CLASS_WISE = [
     ("scrub", {"epochs": 2}),
     ("neggrad_plus", {"epochs": 4}),
     ("sfr_on", {"epochs": 2}),
+    ("msg", {"epochs": 6, "learning_rate": 0.05, "reset_share": 0.8}),
+    ("ct", {"epochs": 4, "learning_rate": 0.03}),
+    ("amun", {"epochs": 3, "learning_rate": 0.03, "adversarial_radius": 0.5, "adversarial_steps": 5}),
 ]
 
 

@@ -131,6 +131,24 @@ def test_of_a_class_that_is_gone_nothing_should_be_recognised():
     assert unseen_accuracy(whole) == 0
 
 
+def test_a_whole_class_needs_no_held_out_images_and_becomes_uncertain():
+    model = linear()
+    with torch.no_grad():
+        model[1].weight.mul_(5)
+    labels = (model(FORGET[0]).argmax(1), model(RETAIN[0]).argmax(1))  # all are recognised
+    gone = int(labels[0].mode().values)
+    forget = FORGET[0][labels[0] == gone], labels[0][labels[0] == gone]
+    retain = RETAIN[0][labels[1] != gone], labels[1][labels[1] != gone]
+    config = UnlearnConfig(**{**PLAIN, "epochs": 40, "temper_strength": 8.0, "retain_share": 1.0})
+    found = unlearn(model, "lotus", forget=forget, retain=retain, config=config)
+
+    def confidence(network, images):
+        return float(torch.softmax(network(images), 1).max(1).values.mean().detach())
+
+    assert confidence(found.model, forget[0]) < confidence(model, forget[0]) - 0.1
+    assert float((found.model(retain[0]).argmax(1) == retain[1]).float().mean()) > 0.8
+
+
 def test_a_model_that_has_forgotten_enough_is_left_alone():
     model = linear()
     wrong = (inputs(FORGET[0]) @ weights(model).T).argmin(1)  # no image of D_f is recognised
