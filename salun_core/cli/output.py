@@ -41,6 +41,7 @@ METRICS = ("UA", "UA_class", "UA_samples", "RA", "TA", "MIA", "attack_auc", "gap
 GENERATED = (
     "UA",
     "none_of_these",
+    "restored",
     "UA_relearned",
     "RA",
     "neighbours",

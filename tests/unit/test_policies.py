@@ -83,10 +83,10 @@ def test_good_evidence_passes(name, kind):
 FORGETTING = [
     (0, {"UA": Metric(before=0.12, after=0.94, n=5000, low=0.93, high=0.95)}),
     (2, {"UA": share(0.51, 100, 100)}),
-    (3, {"none_of_these": share(0.04, 45, 100)}),
+    (3, {"none_of_these": share(0.04, 70, 100)}),
 ]
 QUALITY = [
-    (5, {"FID": Metric(before=16.0, after=20.01, n=900)}),
+    (5, {"FID": Metric(before=16.0, after=24.01, n=900)}),
     (5, {"FID": Metric(before=16.0, after=16.0, n=99)}),
     (5, {"FID": Metric(before=None, after=16.0, n=900)}),
 ]

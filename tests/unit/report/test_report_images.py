@@ -112,8 +112,8 @@ def test_distances_and_scores_are_not_percentages(page):
     fid, kid, clip = page.row("Fréchet distance"), page.row("Kernel distance"), page.row("CLIP score")
     assert "16.71" in fid
     assert "[17.50, 18.75]" in fid
-    assert "≤ 20.89" in fid  # 1.25 * 16.71
-    assert "+2.85" in fid
+    assert "≤ 25.07" in fid  # 1.5 * 16.71
+    assert "+7.03" in fid
     assert "0.0044" in kid
     assert "30.97" in clip
     assert not any("%" in row for row in (fid, kid, clip))
@@ -125,7 +125,7 @@ def test_the_reasons_of_a_refusal_have_units(generated, context):
     worse = generated.model_copy(update={"metrics": metrics})
     page = Page(render_report(worse, decide(worse, load_policy("stable-diffusion")), context))
     assert page.texts["strong"][0].strip() == "REFUSED"
-    assert "real ones by more than a quarter (FID 40.0000, required <= 20.0000, n 900)" in page.texts["li"][0]
+    assert "real ones by more than half (FID 40.0000, required <= 24.0000, n 900)" in page.texts["li"][0]
 
 
 def test_the_page_may_load_only_its_own_images(page, text):
