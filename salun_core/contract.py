@@ -362,7 +362,7 @@ def _denoiser_lab(name: str) -> _Lab:
     forgotten = Examples(forget.images, forget.labels, pseudo=torch.ones(8, dtype=torch.int64))
     sets = ExampleSets(forgotten, Examples(retain.images, retain.labels), table, pixels=True)
     row = get_method(diffusion.METHODS, name)
-    settings = {} if row.edit else {"epochs": _EPOCHS, "steps": 2 * _EPOCHS, "batch_size": 4}
+    settings = {} if row.edit else {"epochs": _EPOCHS, "steps": _EPOCHS, "batch_size": 4}
     config = resolve_config(diffusion.METHODS, name, {"device": "cpu", "precision": "float32", **settings})
 
     def run(

@@ -35,16 +35,24 @@ def test_plug_ins_are_listed_without_running_them(salun, example, monkeypatch, t
 
 def test_the_example_holds_the_contract(salun, example, monkeypatch):
     monkeypatch.setenv("SALUN_PLUGINS", "")  # the command itself allows what it is told to run
-    found = salun("plugin", "check", "salun-example")
+    found = salun("plugin", "check", "salun-example", "--json")
     assert found.exit_code == 0, found.stdout + found.stderr
+    rows = json.loads(found.stdout)
+    assert {row["state"] for row in rows} == {"holds"}
+    assert {row["plugin"] for row in rows} == {"uniform", "confidence", "entropy_area", "pocket"}
     monkeypatch.setenv("SALUN_PLUGINS", "")
     shown = salun("plugin", "check", "uniform").stdout.splitlines()
     assert _shape(shown) == _shape(_parsed(load_examples()["plugin check"])[1])
-    monkeypatch.setenv("SALUN_PLUGINS", "")
-    rows = json.loads(salun("plugin", "check", "salun_example:UNIFORM", "--json").stdout)
-    assert {row["state"] for row in rows} == {"holds"}
     refused = salun("plugin", "check", "unifrom")
     assert (refused.exit_code, "did you mean 'uniform'" in refused.stderr) == (2, True)
+
+
+def test_a_plug_in_that_breaks_the_contract_ends_with_code_1(salun, monkeypatch, tmp_path):
+    (tmp_path / "lab_nets.py").write_text("def small():\n    return 3\n")
+    with package(tmp_path, monkeypatch):
+        found = salun("plugin", "check", "lab_nets:small")
+    assert found.exit_code == 1
+    assert "1 of 2 checks fail, the first one: lab_nets:small, runs" in found.stderr
 
 
 @pytest.mark.usefixtures("example")
