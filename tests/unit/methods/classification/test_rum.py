@@ -71,9 +71,7 @@ def in_parts(method="random_label", parts=3, **extra):
     return unlearn(net(), method, **sets, config={**SETTINGS, "forget_parts": parts}, **needed(method), **extra)
 
 
-@pytest.mark.parametrize(
-    "method", ["random_label", "salun", "scrub", "influence", "boundary_expanding", "msg", "amun", "salun_lotus"]
-)
+@pytest.mark.parametrize("method", ["salun", "scrub", "influence", "boundary_expanding", "msg", "amun"])
 def test_a_method_in_parts_is_a_chain_of_its_runs(method):
     model, history, cost = chain_by_hand(method, 3)
     found = in_parts(method)
@@ -112,15 +110,16 @@ def test_weights_outside_the_mask_keep_their_bits_through_all_parts():
 
 
 def test_there_are_no_more_parts_than_images():
-    assert len(in_parts(parts=40).history) == 11 * 2
+    assert len(in_parts("gradient_ascent", parts=40).history) == 11 * 2
 
 
 class BrokenOffError(Exception):
     """Stands for whatever ends a run."""
 
 
-@pytest.mark.parametrize("method", ["random_label", "scrub", "msg"])
-@pytest.mark.parametrize("last", [1, 3, 4, 5])  # in the first part, within the second, at its end, in the third
+@pytest.mark.parametrize(  # in the first part, within the second, at its end, in the third
+    ("method", "last"), [("random_label", 1), ("scrub", 3), ("random_label", 4), ("msg", 5)]
+)
 def test_a_resumed_run_gives_the_same_bits(method, last, tmp_path):
     whole, store = in_parts(method), FileCheckpoint(tmp_path / "state")
 
