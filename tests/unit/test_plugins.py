@@ -283,9 +283,10 @@ def test_a_form_with_a_plug_in_that_the_policy_forbids_costs_nothing(example, tm
         check_form(form, in_pods=False, skipped=lambda line: None)
     (tmp_path / "own.yaml").write_text(json.dumps(policy(plugins=["salun-example"]).model_dump(mode="json")))
     allowed = form.model_copy(update={"policy_uri": str(tmp_path / "own.yaml"), "extra_metrics": "entropy_area"})
-    lines = []
-    check_form(allowed, in_pods=False, skipped=lines.append)
-    assert "not checked here: " in lines[0]
+    check_form(allowed, in_pods=False, skipped=lambda line: None)
+    other = allowed.model_copy(update={"extra_metrics": "confidance"})
+    with pytest.raises(UsageError, match="did you mean 'confidence'"):
+        check_form(other, in_pods=False, skipped=lambda line: None)
 
 
 def test_doctor_checks_what_may_be_loaded(example, monkeypatch):
