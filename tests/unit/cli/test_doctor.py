@@ -11,6 +11,7 @@ from salun_core import doctor
 from salun_core.certificates.keys import create_key
 from salun_core.data import load_data
 from salun_core.data.spec import DataSpec
+from salun_core.data.split import SplitManifest
 from salun_core.doctor import Check, Project, check_project
 from tests.support.card_line import CLASSES, begin, classifier_card, text_to_image_card
 from tests.support.memory_store import MemoryFiles
@@ -31,7 +32,7 @@ def store(monkeypatch, digits):
     card = classifier_card(tuple(digits.table.classes)).model_copy(update={"data": DIGITS})
     begin(found, "digits", card, digits.split)
     changed = {**digits.split.train, next(iter(digits.split.train)): "0" * 64}
-    begin(found, "other", card, digits.split.model_copy(update={"train": changed}))
+    begin(found, "other", card, SplitManifest.model_validate({**digits.split.model_dump(), "train": changed}))
     begin(found, "ddpm", text_to_image_card(CLASSES, {"source": "digits"}))
     begin(found, "sd", text_to_image_card(CLASSES, None, judge="digits"))
     monkeypatch.setattr(doctor, "_opened", lambda uri: found)
