@@ -1,11 +1,12 @@
 """Measures how often an audit passes retrained models and refuses forgeries, by what the auditor is given.
 
     python -m benchmarks.audit
-    python -m benchmarks.audit --models 4
+    python -m benchmarks.audit --cells class
+    python -m benchmarks.audit --requests 1
 
 The populations are those of `salun calibrate`: small nets that memorise noisy digits, and 200 samples or a class to
-forget. Writes benchmarks/results/audit.json and the table of docs/reference/audit.md, unless the number of models is
-chosen. Four minutes of one core.
+forget. Writes benchmarks/results/audit.json and the table of docs/reference/audit.md, unless the number of requests
+is another one. Two minutes of one core.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.evaluation.statistics import wilson_interval
 from salun_core.storage.local_files import write_whole
 
-HONEST, FORGED, ORACLES, SHADOWS = 40, 10, 5, 8
+REQUESTS, AUDITED, ORACLES, SHADOWS = 8, 5, 5, 8
+"""Requests of a cell, and for each request retrained models to audit, oracles, and shadow models."""
+FORGED = 4
+"""Requests for which forgeries are made, and shadow models trained: these cost most of the time."""
 CELLS = {"200 samples": ("samples", samples(200)), "class": ("class", whole_class)}
 MORE = {"class": [Forgery("a quarter mislabelled, the rest kept", "forgery", frozenset({"class"}), mislabelled(0.25))]}
 _REFERENCES, _SHADOWS = {"relative", "klom"}, {"lira", "lira_tpr"}
@@ -60,21 +64,21 @@ class Case(NamedTuple):
     before: nn.Module
     splits: Splits
     retrained: Sequence[nn.Module]
+    oracles: Sequence[nn.Module]
     shadows: Shadows | None
 
 
-def cases(kind: str, draw: Draw, models: int) -> Iterator[Case]:
-    """Yield the cases of a cell. The first of the retrained models is audited, the others are oracles.
-
-    All nets of one kind are trained at once, with as many steps as the smallest set of images has batches.
-    """
-    asked = [request(kind, dense, draw, seed, models) for seed in range(models)]
-    each = 1 + ORACLES
+def cases(kind: str, draw: Draw, requests: int) -> Iterator[Case]:
+    """Yield the cases of a cell. All nets of one kind are trained at once."""
+    asked = [request(kind, dense, draw, seed, requests) for seed in range(requests)]
+    each = AUDITED + ORACLES
     sets = [one.splits.retain for one in asked for _ in range(each)]
-    retrained = trained(dense, sets, [UNLIKE + number for number in range(len(sets))], BATCHES[0])
-    shadows = _shadows([one.splits for one in asked]) if kind == "samples" else [None] * models
+    nets = trained(dense, sets, [UNLIKE + number for number in range(len(sets))], BATCHES[0])
+    shadows = _shadows([one.splits for one in asked[:FORGED]]) if kind == "samples" else []
     for place, one in enumerate(asked):
-        yield Case(one.seed, one.before, one.splits, retrained[place * each : (place + 1) * each], shadows[place])
+        own = nets[place * each : (place + 1) * each]
+        known = shadows[place] if place < len(shadows) else None
+        yield Case(one.seed, one.before, one.splits, own[:AUDITED], own[AUDITED:], known)
 
 
 def _shadows(splits: Sequence[Splits]) -> list[Shadows]:
@@ -99,7 +103,7 @@ def audited(case: Case, after: nn.Module, known: Mapping[int, dict[str, Outputs]
     splits = case.splits
     emptied = set(splits.forget.labels.tolist()) - set(splits.retain.labels.tolist())
     networks = Networks(case.before, after, splits.forget, splits.retain, splits.test)
-    references = [known[id(model)] for model in case.retrained[1:]]
+    references = [known[id(model)] for model in case.oracles]
     after_outputs = known.get(id(after)) or outputs_by_set(after, splits)
     return Audited(
         known[id(case.before)], after_outputs, references, case.shadows, sorted(emptied), len(splits.retain), networks
@@ -112,17 +116,22 @@ def outputs_by_set(model: nn.Module, splits: Splits) -> dict[str, Outputs]:
     return {name: outputs_of(model, images) for name, images in sets.items()}
 
 
-def measure(models: int | None) -> list[dict[str, object]]:
-    """Return a row for each population and way: how many models had each level, and which tests failed."""
-    honest, forged = (models, models) if models else (HONEST, FORGED)
+def measure(cells: Sequence[str], requests: int) -> list[dict[str, object]]:
+    """Return a row for each population and way: how many models had each level, and which tests failed.
+
+    Args:
+        cells: names of requests.
+        requests: of each cell.
+    """
     levels: dict[tuple[str, str, str, str], Counter[str]] = {}
     tests: dict[tuple[str, str, str, str], Counter[str]] = {}
-    for cell, (kind, draw) in CELLS.items():
-        for case in cases(kind, draw, honest):
-            print(f"{cell}: case {case.seed + 1} of {honest}", file=sys.stderr)
-            known = {id(model): outputs_by_set(model, case.splits) for model in (case.before, *case.retrained)}
-            population = [("retrained", "honest", case.retrained[0])]
-            for forgery in [*forgeries_of(kind), *MORE.get(kind, [])] if case.seed < forged else ():
+    for cell in cells:
+        kind, draw = CELLS[cell]
+        for case in cases(kind, draw, requests):
+            print(f"{cell}: case {case.seed + 1} of {requests}", file=sys.stderr)
+            known = {id(model): outputs_by_set(model, case.splits) for model in (case.before, *case.oracles)}
+            population = [("retrained", "honest", model) for model in case.retrained]
+            for forgery in [*forgeries_of(kind), *MORE.get(kind, [])] if case.seed < FORGED else ():
                 after = case.before if forgery.forge is unchanged else copy.deepcopy(case.before)
                 torch.manual_seed(case.seed)
                 forgery.forge(after, case.splits.forget, case.splits.retain)
@@ -130,6 +139,8 @@ def measure(models: int | None) -> list[dict[str, object]]:
             for name, sort, model in population:
                 found = examine(audited(case, model, known))
                 for way, possible in WAYS.items():
+                    if "shadow" in way and case.shadows is None:
+                        continue
                     chosen = [finding for finding in found if finding.test in possible]
                     key = cell, way, name, sort
                     levels.setdefault(key, Counter())[level_of(chosen)] += 1
@@ -146,38 +157,39 @@ def measure(models: int | None) -> list[dict[str, object]]:
             "failed": dict(tests[cell, way, name, sort].most_common()),
         }
         for (cell, way, name, sort), counts in levels.items()
-        if cell != "class" or "shadow" not in way
     ]
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
     """Return how many models were refused, by what the auditor is given; for honest ones also how many are measured."""
-    lines = [f"| request | model | n | {' | '.join(WAYS)} |", f"|---|---|--:|{'--:|' * len(WAYS)}"]
-    keys = dict.fromkeys((row["cell"], row["model"], row["sort"], row["n"]) for row in rows)
-    for cell, model, sort, n in keys:
-        cells = []
-        for way in WAYS:
-            row = next((r for r in rows if (r["cell"], r["model"], r["given"]) == (cell, model, way)), None)
-            text = "" if row is None else f"{row['refused']} refused"
-            if row is not None and (sort == "honest" or row["refused"] != n):
-                text = f"{row['measured']} measured, {row['procedure']} procedure, {text}"
-            cells.append(text)
-        lines.append(f"| {cell} | {model} | {n} | {' | '.join(cells)} |")
+    lines = [f"| request | model | {' | '.join(WAYS)} |", f"|---|---|{'---|' * len(WAYS)}"]
+    found = {(row["cell"], row["model"], row["given"]): row for row in rows}
+    for cell, model in dict.fromkeys((row["cell"], row["model"]) for row in rows):
+        texts = [_outcome(found.get((cell, model, way))) for way in WAYS]
+        lines.append(f"| {cell} | {model} | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def _outcome(row: Mapping[str, object] | None) -> str:
+    """Return the expected level first: `measured` of honest models, `refused` of forgeries."""
+    if row is None:
+        return ""
+    order = ["measured", "procedure", "refused"]
+    order = order if row["sort"] == "honest" else order[::-1]
+    others = [f"{row[level]} {level}" for level in order[1:] if row[level]]
+    return ", ".join([f"{row[order[0]]} of {row['n']} {order[0]}", *others])
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument(
-        "--models", type=int, help="of each population; by default 40 honest ones and 10 of each forgery"
-    )
+    parser.add_argument("--requests", type=int, default=REQUESTS, help="of each cell")
+    parser.add_argument("--cells", nargs="*", choices=list(CELLS), default=list(CELLS), help="kinds of request")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.process_time()
-    rows = measure(arguments.models)
-    text = table(rows)
-    print(text)
+    rows = measure(arguments.cells, arguments.requests)
+    print(table(rows))
     goals = {(str(r["cell"]), str(r["given"])): Counter[str]() for r in rows}
     for row in rows:
         side = "honest" if row["sort"] == "honest" else "forged"
@@ -189,9 +201,14 @@ def main() -> None:
         low, high = wilson_interval(found["forged refused"] / found["forged"], found["forged"])
         print(f"{cell}, {way}: {', '.join(shares)} [{low:.1%}, {high:.1%}]")
     print(f"{time.process_time() - started:.0f} s of processor time")
-    if arguments.models is None:
+    if arguments.requests == REQUESTS:
+        place = ROOT / "benchmarks/results/audit.json"
+        kept = json.loads(place.read_text(encoding="utf-8"))["rows"] if place.is_file() else []
+        rows += [row for row in kept if row["cell"] not in arguments.cells]
+        rows.sort(key=lambda row: list(CELLS).index(str(row["cell"])))
+        text = table(rows)
         document = {"oracles": ORACLES, "shadow_models": SHADOWS, "rows": rows}
-        write_whole(ROOT / "benchmarks/results/audit.json", (json.dumps(document, indent=1) + "\n").encode())
+        write_whole(place, (json.dumps(document, indent=1) + "\n").encode())
         page = ROOT / "docs/reference/audit.md"
         before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
         write_whole(page, f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}".encode())

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from salun_core.audit.predictions import Audited, checked_shadows, digests_of, read_ids, same_model
+from salun_core.audit.predictions import NAME_CHARACTERS, Audited, checked_shadows, digests_of, read_ids, same_model
 from salun_core.data import ImageSet, load_spec
 from salun_core.data.targets import Target
 from salun_core.digest import sha256_file
@@ -142,6 +142,7 @@ def audited_folders(
         for role, models in loaded.items():
             for path, model in zip(given[role], models, strict=True):
                 _require_alike(first, model, path)
+        digests = {role: _digests(paths) for role, paths in given.items() if paths}
         if first.normalisation != loaded["after"][0].normalisation:
             what = f"{after} has another normalisation than the model before"
             raise ModelError(what, "their images would differ", "import both with the same --mean and --std")
@@ -159,7 +160,6 @@ def audited_folders(
             for role, models in loaded.items()
             if role != "shadow"
         }
-        digests = {role: _digests(paths) for role, paths in given.items() if paths}
         named = Path(forget)
         yield Audited(
             found["before"][0],
@@ -257,8 +257,12 @@ def _digests(paths: Sequence[Path]) -> dict[str, str]:
     for number, path in enumerate(paths, 1):
         prefix = f"{number}/" if len(paths) > 1 else ""
         if path.is_file():
-            found[f"{prefix}{path.name}"] = sha256_file(path)
+            found[f"{prefix}{path.name}"[-NAME_CHARACTERS:]] = sha256_file(path)
             continue
-        for name in sorted(list_tree(path).files):
-            found[f"{prefix}{name}"] = sha256_file(path / name)
+        tree = list_tree(path)
+        if tree.strange:  # what is behind a link is not hashed, so another model could be put there
+            what = f"{path} holds more than regular files"
+            raise UsageError(what, ", ".join(map(repr, tree.strange[:4])), "copy what the links lead to: cp -rL")
+        for name in sorted(tree.files):
+            found[f"{prefix}{name}"[-NAME_CHARACTERS:]] = sha256_file(path / name)
     return found

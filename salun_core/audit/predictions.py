@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from salun_core.audit.folders import Networks
 
 SUFFIXES = (".parquet", ".csv", ".npz")
+NAME_CHARACTERS = 200  # of a file, as a statement may hold them
 MAX_BYTES = 2 * 1024**3  # of one file of predictions: 50 million numbers as text, more than any audit needs
 FEWEST_SHADOWS = 2  # models on a side, without which a sample has no variance
 _SUM_TOLERANCE = 1e-3  # of probabilities that were rounded
@@ -293,7 +294,8 @@ def audited_predictions(
 def digests_of(paths: Sequence[Path]) -> dict[str, str]:
     """Return the SHA-256 of files by their names, which get a number if there are several."""
     many = len(paths) > 1
-    return {f"{number}/{path.name}" if many else path.name: sha256_file(path) for number, path in enumerate(paths, 1)}
+    names = [f"{number}/{path.name}" if many else path.name for number, path in enumerate(paths, 1)]
+    return {name[-NAME_CHARACTERS:]: sha256_file(path) for name, path in zip(names, paths, strict=True)}
 
 
 def _require_same(first: Predictions, item: Predictions) -> None:

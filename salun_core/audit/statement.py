@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from salun_core.audit.checks import WORDS, Finding, level_of, verdict_of
-from salun_core.audit.predictions import Audited
+from salun_core.audit.predictions import NAME_CHARACTERS, Audited
 from salun_core.certificates.envelope import MAX_ENVELOPE_BYTES, PAYLOAD_TYPE, claimed_keyid, keyid, open_envelope, sign
 from salun_core.certificates.keys import load_trusted_keys, read_small
 from salun_core.certificates.statement import STATEMENT_TYPE, Sha256, Subject
@@ -45,7 +45,9 @@ class AuditInput(Document):
     """A file that was read."""
 
     role: Role = Field(description="what it was used for; `data`: digests of the data set and its split")
-    name: Annotated[str, Field(min_length=1, max_length=500)] = Field(description="of the file, in its folder")
+    name: Annotated[str, Field(min_length=1, max_length=NAME_CHARACTERS)] = Field(
+        description="of the file, in its folder"
+    )
     sha256: Digest = Field(description="of its content")
 
 

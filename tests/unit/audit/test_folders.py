@@ -74,6 +74,14 @@ def test_weights_are_read_with_the_data_that_are_named(folders, tmp_path):
     assert (roles["before"], roles["after"]) == ("before.safetensors", "edited.safetensors")
 
 
+def test_a_link_to_weights_is_refused_because_it_is_not_hashed(folders, tmp_path):
+    shutil.copytree(folders / "edited", tmp_path / "linked")
+    (tmp_path / "linked" / WEIGHTS).unlink()
+    (tmp_path / "linked" / WEIGHTS).symlink_to(folders / "edited" / WEIGHTS)
+    result = audit(folders, tmp_path, after=tmp_path / "linked")
+    assert (result.exit_code, "holds more than regular files" in result.stderr) == (2, True), result.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "words", "code"),
     [
