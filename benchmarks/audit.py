@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from salun_core.audit.checks import WORDS, examine, level_of
+from salun_core.audit.checks import WORDS, examine, level_of, unseen_features
 from salun_core.audit.folders import Networks
 from salun_core.audit.predictions import Audited
 from salun_core.calibration.forgeries import Forgery, forgeries_of, mislabelled, unchanged
@@ -142,6 +142,8 @@ def measure(cells: Sequence[str], requests: int) -> list[dict[str, object]]:
                     if "shadow" in way and case.shadows is None:
                         continue
                     chosen = [finding for finding in found if finding.test in possible]
+                    if kind == "class" and "models" not in way:
+                        chosen.append(unseen_features(len(case.splits.forget)))
                     key = cell, way, name, sort
                     levels.setdefault(key, Counter())[level_of(chosen)] += 1
                     failed = [finding.test for finding in chosen if finding.verdict == "fail"]

@@ -211,6 +211,8 @@ def examine(audited: Audited, seed: int = 0) -> list[Finding]:
         findings.append(_klom(audited))
     if audited.shadows is not None:
         findings += _lira(audited, ~whole if not whole.all() else whole)
+    if audited.networks is None and whole.any():
+        findings.append(unseen_features(int(whole.sum())))
     if audited.networks is not None:
         findings += list(_restoration(audited, audited.networks, whole, seed))
     return findings
@@ -492,6 +494,16 @@ def _lira(audited: Audited, asked: np.ndarray) -> list[Finding]:
 
 
 # the models themselves: can it be brought back?
+
+
+def unseen_features(n: int) -> Finding:
+    """Return that a class cannot be shown to be forgotten by predictions.
+
+    A last layer that was trained afresh without the class, or a filter, gives the outputs of a retrained model.
+    """
+    return _finding(
+        "restored", None, None, n, at_most=RESTORED, note="predictions do not show the features: give models"
+    )
 
 
 def _restoration(audited: Audited, networks: Networks, whole: np.ndarray, seed: int) -> Iterator[Finding]:
