@@ -3,6 +3,7 @@
 import copy
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from salun_core.calibration.table import (
     markdown,
     merged,
     missed_goals,
+    read_calibration,
     write_page,
     written,
 )
@@ -23,6 +25,8 @@ from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import Evidence, Forgotten, Integrity, Measured, Metric
 from salun_core.gate import decide, load_policy
 from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +198,11 @@ def test_prompts_of_a_digit_share_its_word():
     assert [request.table.names[row] for row in request.forgotten] == ["a three", "the digit three"]
     assert len(request.plan.label_of) == 20 * 25
     assert {*request.examples([3]).condition.tolist()} == {*request.forgotten}
+
+
+def test_the_committed_page_and_counts_are_of_the_policies_that_ship():
+    """An edited policy needs `make calibrate`; an edited table needs `salun calibrate --render-only`."""
+    found = read_calibration(ROOT / "benchmarks" / "results" / "calibration.json")
+    assert found.policies == {name: load_policy(name).digest for name in found.policies}, "run `make calibrate`"
+    assert {row.cell for row in found.rows} == set(calibration.all_cells())
+    assert f"\n{markdown(found)}\n" in (ROOT / "docs" / "research" / "calibration.md").read_text(encoding="utf-8")
