@@ -77,7 +77,7 @@ def convolutional() -> nn.Module:
     )
 
 
-EPOCHS: Mapping[Net, int] = {dense: 40, convolutional: 20}
+EPOCHS: Mapping[Net, int] = {dense: 40, convolutional: 30}
 """Passes after which a net has memorised its images."""
 
 
