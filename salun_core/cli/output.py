@@ -242,7 +242,7 @@ def bars() -> Iterator[None]:
 
 @contextmanager
 def epoch_progress(label: str, total: int) -> Iterator[Callable[[EpochRecord], None]]:
-    """Give the bar of a training a name. Without a terminal, --debug prints a line per epoch.
+    """Give the bar of a training a name. Each round of the adaptive recipe gets a line, with --debug each epoch.
 
     Args:
         label: what is running.
@@ -253,7 +253,9 @@ def epoch_progress(label: str, total: int) -> Iterator[Callable[[EpochRecord], N
     """
 
     def show(record: EpochRecord) -> None:
-        if MODE.debug:
+        if record.reading is not None:
+            progress(f"{label}: {round_line(record)}")
+        elif MODE.debug:
             losses = ", ".join(f"loss {name} {loss:.3f}" for name, loss in record.losses.items())
             progress(f"{label}: epoch {record.epoch} of {total}, {losses}")
 
@@ -262,6 +264,17 @@ def epoch_progress(label: str, total: int) -> Iterator[Callable[[EpochRecord], N
         yield show
     finally:
         _BARS.names.pop("training", None)
+
+
+def round_line(record: EpochRecord) -> str:
+    """Describe a round of the adaptive recipe in one line."""
+    reading = record.reading
+    assert reading is not None
+    far = [f"AUC {reading.area:.3f}"] if reading.area is not None else []
+    far += [f"class recognised {reading.recognised:.1%}"] if reading.recognised is not None else []
+    shares = f"retained {reading.retained:.1%}, unseen {reading.unseen:.1%}"
+    decision = "kept" if reading.kept else f"undone: {reading.why}"
+    return f"round {record.epoch}, rate {record.learning_rate:.2g}: {', '.join(far)}, {shares}; {decision}"
 
 
 @contextmanager

@@ -144,6 +144,7 @@ def unlearn(
     if first:
         tried = {"learning_rate": result.config.learning_rate, "tried": out / "tuning.json"} if tune else {}
         facts = {"method": method, "epochs": len(result.history), "samples_passed": result.passes, **tried}
+        facts |= {"ended": result.ended} if result.ended else {}
         emit_facts({"model": out, **facts, "seconds": round(result.seconds, 3)})
 
 

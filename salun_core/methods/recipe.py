@@ -82,7 +82,7 @@ def _level(recipe: Recipe, first: Recipe, role: Role, strength: int) -> Level:
         role, strength = Role.RETRAIN, 0
     changed = {name: value for name, value in recipe.method_config.items() if first.method_config.get(name) != value}
     if role is not Role.STRENGTH:
-        changed = {}
+        changed = {name: value for name, value in changed.items() if name == "recipe"}
     elif recipe.density != first.density:
         changed["density"] = recipe.density
     words = [recipe.method, *(f"{name} {_short(value)}" for name, value in changed.items())]

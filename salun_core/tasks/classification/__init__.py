@@ -157,8 +157,9 @@ class ClassificationTask:
     def escalation(self, recipe: Recipe) -> Escalation:
         """Return the requested recipe, a stronger one, one with more weights, and a full retraining.
 
-        The gentler ones have a third and a tenth of the rate. The other method is SFR-on, which kept the most of D_r in
-        the study; after SFR-on it is SalUn. A retraining has no strength: only that of the model card follows.
+        The gentler ones have a third and a tenth of the rate. The others are the adaptive recipe, which undoes
+        what did harm, and SFR-on, which kept the most of D_r in the study. A retraining has no strength: only that of
+        the model card follows.
         """
         config = method_config(recipe.method, recipe.method_config)
         retraining = Recipe(method="retrain", density=1.0, seed=recipe.seed)
@@ -170,8 +171,11 @@ class ClassificationTask:
             return {**recipe.method_config, name: float(f"{factor * getattr(config, name):.4g}"), **more}
 
         stronger = changed(3, epochs=2 * config.epochs)
-        other = "salun" if recipe.method == "sfr_on" else "sfr_on"
         machine = {key: value for key, value in recipe.method_config.items() if key in {"device", "batch_size"}}
+        adaptive = Recipe(method="salun", method_config={"recipe": "adaptive", **machine}, seed=recipe.seed)
+        others = [] if config.recipe == "adaptive" else [adaptive]
+        if recipe.method != "sfr_on":
+            others.append(Recipe(method="sfr_on", method_config=machine, seed=recipe.seed))
         return Escalation(
             recipes=[
                 recipe,
@@ -180,5 +184,5 @@ class ClassificationTask:
                 retraining,
             ],
             gentler=[recipe.model_copy(update={"method_config": changed(factor)}) for factor in (1 / 3, 0.1)],
-            others=[Recipe(method=other, method_config=machine, seed=recipe.seed)],
+            others=others,
         )

@@ -249,8 +249,14 @@ def test_what_is_gentler_depends_on_the_method():
     assert [(recipe.method, recipe.method_config) for recipe in kept.others] == [("salun", {"batch_size": 4})]
     edited = TASKS["classification"].escalation(Recipe(method="influence"))
     assert [recipe.method_config["influence_strength"] for recipe in edited.gentler] == [5.0, 1.5]
-    assert [recipe.method for recipe in edited.others] == ["sfr_on"]
-    assert [recipe.method for recipe in TASKS["classification"].escalation(Recipe(method="sfr_on")).others] == ["salun"]
+    adaptive = ("salun", {"recipe": "adaptive"})
+    assert [(recipe.method, recipe.method_config) for recipe in edited.others] == [adaptive, ("sfr_on", {})]
+    assert edited.levels[-2].words == 'salun, recipe "adaptive"'
+    found = TASKS["classification"].escalation
+    assert [(recipe.method, recipe.method_config) for recipe in found(Recipe(method="sfr_on")).others] == [adaptive]
+    steered = found(Recipe(method_config={"recipe": "adaptive"}))
+    assert [recipe.method for recipe in steered.others] == ["sfr_on"]
+    assert all(recipe.method_config["recipe"] == "adaptive" for recipe in [*steered.recipes[:3], *steered.gentler])
     again = TASKS["classification"].escalation(Recipe(method="retrain", method_config={"epochs": 3}))
     assert [
         (level.role.value, recipe.method_config) for level, recipe in zip(again.levels, again.recipes, strict=True)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from salun_core.cli.output import round_line
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
 from salun_core.errors import UsageError
-from salun_core.evaluation.evidence import Reading
+from salun_core.evaluation.evidence import EpochRecord, Reading
 from salun_core.evaluation.membership import matched_area
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.gate import load_policy
@@ -139,6 +140,19 @@ def test_the_same_readings_give_the_same_state():
     for item in taken:
         again.take(item)
     assert vars(again) == vars(steered)
+
+
+def test_a_line_tells_what_was_measured_and_decided():
+    steered = controller()
+    readings = steered.take(reading(area=0.7)), steered.take(reading(area=None, recognised=0.5, unseen_lost=0.03))
+    lines = [
+        round_line(EpochRecord(epoch=2, learning_rate=0.001, losses={}, seconds=1.0, reading=item)) for item in readings
+    ]
+    assert lines == [
+        "round 2, rate 0.001: AUC 0.700, retained 100.0%, unseen 90.0%; kept",
+        "round 2, rate 0.001: class recognised 50.0%, retained 100.0%, unseen 90.0%; "
+        "undone: accuracy on unseen images fell by 3.0 points",
+    ]
 
 
 def test_the_aim():
