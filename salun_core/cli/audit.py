@@ -1,4 +1,4 @@
-"""`salun audit`: an independent measurement from outside, by model folders or by predictions."""
+"""`salun audit`: an independent measurement from model folders, weights or predictions."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ if TYPE_CHECKING:
 
 def audit(
     before: Annotated[Path, typer.Option(metavar="M", help="The original model: a folder, weights, or predictions.")],
-    after: Annotated[
-        Path, typer.Option(metavar="M", help="The model that is said to have forgotten, of the same kind.")
-    ],
+    after: Annotated[Path, typer.Option(metavar="M", help="The model after unlearning, of the same kind.")],
     forget: Annotated[
         str, typer.Option(metavar="F", help="What had to be forgotten: ids, one a line, or a target in YAML or JSON.")
     ],
     out: Annotated[Path, typer.Option(help="Evidence to write (audit.json).")],
     report: Annotated[Path | None, typer.Option(help="Report to write (Markdown).")] = None,
     held_out: Annotated[
-        Path | None, typer.Option("--held-out", metavar="F", help="Ids that no model saw; for predictions only.")
+        Path | None,
+        typer.Option("--held-out", metavar="F", help="Ids that neither model was trained on; for predictions only."),
     ] = None,
     reference: Annotated[
-        list[Path], typer.Option(metavar="M", help="A model retrained without the set; may be repeated.")
+        list[Path], typer.Option(metavar="M", help="A model retrained without the forget set; may be repeated.")
     ] = [],
     shadow: Annotated[
-        list[Path], typer.Option(metavar="M", help="A shadow model, trained on a half of the samples; may be repeated.")
+        list[Path], typer.Option(metavar="M", help="A shadow model, trained on half of the samples; may be repeated.")
     ] = [],
     data: Annotated[
         str | None, typer.Option(metavar="D", help="Where the images are; for weights the data they were trained on.")
@@ -45,13 +44,15 @@ def audit(
     require: Annotated[
         str, typer.Option(metavar="LEVEL", help="Lowest level without exit code 3: procedure or measured.")
     ] = "procedure",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of resampling, forest and halves.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the bootstrap, the random forest and the halves of relearn.")
+    ] = 0,
     device: Device = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Measure from outside whether a classifier forgot: models or predictions before and after, no pipeline, no store.
+    """Measure whether a classifier forgot, from models or predictions before and after, without pipeline and store.
 
-    The exit code is 3 if a test fails; evidence and report are written in both cases. `salun verify` checks the
+    The exit code is 3 if a test fails; evidence and report are written all the same. `salun verify` checks the
     signature of the evidence.
     """
     from salun_core.audit.checks import examine

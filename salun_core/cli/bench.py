@@ -142,7 +142,7 @@ def render(
 def calibrate(
     models: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Models of each population. Default: as many as each cell has."),
+        typer.Option(min=1, metavar="N", help="Models of each population. Default: the number that each cell defines."),
     ] = None,
     cells: Annotated[list[str], typer.Option(metavar="NAME", help="Measure this cell; may be repeated.")] = [],
     policy: Annotated[
@@ -161,7 +161,7 @@ def calibrate(
 ) -> None:
     """Measure how often the gate's policy passes honest models, failed ones and forgeries, for each kind of request.
 
-    It trains small models on data that come with it. The same numbers come out in every call on one machine.
+    Trains small models on bundled data. Repeated calls on one machine give the same numbers.
     """
     from salun_core.calibration.table import HEADINGS, columns, merged, read_calibration, write_page, written
     from salun_core.calibration.table import calibrate as measure

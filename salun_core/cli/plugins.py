@@ -1,4 +1,4 @@
-"""`salun plugin`: list what other packages offer, and check that it holds its contract."""
+"""`salun plugin`: list the plug-ins of other packages, and check them against the contract."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from salun_core.errors import SalunError
 
 
 def list_plugins() -> None:
-    """List the plug-ins of installed packages, and which of them may be loaded; their code does not run."""
+    """List the plug-ins of installed packages and whether they may be loaded. Their code does not run."""
     from salun_core.contract import fault_of
 
     rows = []
@@ -44,7 +44,7 @@ def check(
         str, typer.Argument(metavar="NAME", help="A package with plug-ins, the name of one, or package:object.")
     ],
 ) -> None:
-    """Run the contract of plug-ins on a package or one of its plug-ins. Its code runs: the command allows it."""
+    """Check a package, or one of its plug-ins, against the contract. Runs its code, even if SALUN_PLUGINS omits it."""
     from salun_core.contract import check_plugin, chosen
 
     plugins.allow(name)
