@@ -140,14 +140,20 @@ def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
 
 
 def distance(before: Reading, after: Reading) -> float:
-    """Return the value that the search minimises.
+    """Return the value that the search minimises: the reported gap, with estimates in place of a retrained model.
 
-    Single samples: the mean of |2 AUC - 1|, the Kolmogorov-Smirnov distance of the margins of D_f and of held-out data,
-    and |UA - share of held-out data that is misclassified|, held-out data being weighted to the class histogram of D_f.
-    Complete classes, including those of one person: their accuracy, which
-    is 0 for a model that never saw them. Both kinds: the mean of the two. The decrease of RA and of held-out accuracy
-    is added. If only complete classes are forgotten, an increase of held-out accuracy is subtracted, because the other
+    The mean of four terms with equal weights, as in `average_gap`: UA, attack, RA and TA. D_f is compared with held-out
+    data that are weighted to its class histogram.
+
+    UA: the distance to the share of held-out data that the original misclassifies. The candidate's own share would
+    excuse a candidate that is wrong everywhere. For complete classes, including those of one person, the accuracy on
+    them, which is 0 for a model that never saw them.
+    Attack: the mean of |2 AUC - 1| and the Kolmogorov-Smirnov distance of the margins of D_f and of held-out data, both
+    of the candidate. For complete classes the AUC itself, which is near 0 for a model that never saw them.
+    RA, TA: the decrease. If only complete classes are forgotten, an increase of TA is subtracted, because the other
     classes are easier to tell apart without them.
+
+    A forget set with both kinds has the mean of both in the first two terms.
 
     Args:
         before: outputs of the original model.
@@ -158,14 +164,16 @@ def distance(before: Reading, after: Reading) -> float:
     """
     old, new = before.shares(), after.shares()
     lost = {name: float(old[name].mean() - new[name].mean()) for name in ("RA", "TA")}
-    terms = []
+    accuracies: list[float] = []
+    attacks: list[float] = []
     if "UA_samples" in new:
-        missed = abs(new["UA_samples"].mean() - after.missed)
-        terms.append((abs(2 * after.attack_auc() - 1) + after.apart() + missed) / 3)
+        accuracies.append(abs(new["UA_samples"].mean() - before.missed))
+        attacks.append((abs(2 * after.attack_auc() - 1) + after.apart()) / 2)
         lost["TA"] = max(0.0, lost["TA"])
     if "UA_class" in new:
-        terms.append(1 - new["UA_class"].mean())
-    return float(np.mean(terms)) + max(0.0, lost["RA"]) + lost["TA"]
+        accuracies.append(1 - new["UA_class"].mean())
+        attacks.append(matched_area(after.forget.where(after.whole), after.held_out))
+    return float(np.mean(accuracies) + np.mean(attacks) + max(0.0, lost["RA"]) + lost["TA"]) / 4
 
 
 def figures_of(metrics: Mapping[str, Metric], after: Reading) -> dict[str, float]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 OnTrial = Callable[[TrialRecord], None]
 _FAILED = 10.0  # value of a trial without metrics: worse than any trial that breaks rules
-_RANDOM = 4  # trials before the Gaussian process takes over; small, because a budget is a few dozen epochs
+_RANDOM = 3  # the start and two random trials, then the Gaussian process; small, as a budget is a few dozen epochs
 _WARMUP = 2  # first epoch after which a trial may be pruned: the first predicts little, as forgetting precedes repair
 _STARTUP = 2  # finished trials before the pruner compares with their median
 
@@ -155,7 +155,7 @@ def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
         SalunError: Optuna is not installed.
     """
     begun = time.perf_counter()
-    study = _study(problem)
+    study = _study(problem.space, problem.seed)
     before = problem.sets.read(problem.model)
     evaluator = CandidateEvaluator(problem.model, problem.sets, before, problem.constraint)
     state = SearchState(problem, evaluator, problem.spent + problem.sets.passes)
@@ -176,7 +176,7 @@ def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
     return Tuned(state.trials, state.passes, seconds, state.chosen(seconds))
 
 
-def _study(problem: Problem) -> Study:
+def _study(space: Space, seed: int) -> Study:
     try:
         import optuna
     except ImportError as error:
@@ -184,10 +184,9 @@ def _study(problem: Problem) -> Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=_STARTUP, n_warmup_steps=_WARMUP)
     with warnings.catch_warnings(category=optuna.exceptions.ExperimentalWarning, action="ignore"):
-        sampler = optuna.samplers.GPSampler(n_startup_trials=_RANDOM, seed=problem.seed, deterministic_objective=True)
+        sampler = optuna.samplers.GPSampler(n_startup_trials=_RANDOM, seed=seed, deterministic_objective=True)
     study = optuna.create_study(sampler=sampler, pruner=pruner)
-    for point in problem.space.starts():
-        study.enqueue_trial(point)
+    study.enqueue_trial(space.start())
     return study
 
 

@@ -9,19 +9,13 @@ from typing import TYPE_CHECKING, Any
 from salun_core.errors import UsageError
 from salun_core.methods.classification import METHODS, UnlearnConfig, method_config
 from salun_core.methods.method import get_method
+from salun_core.methods.recipe import Recipe
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 _LEAST, _MOST = 0.1, 50.0  # factors of the method's default rate
-_FIRST: tuple[tuple[float, float, str, str], ...] = (
-    (10.0, 0.5, "mixed", "update"),
-    (1.0, 0.5, "sequential", "freeze"),
-    (3.0, 0.1, "sequential", "update"),
-    (3.0, 0.5, "mixed", "freeze"),
-)  # factor of the default rate, density, order, batch norm
-
 _CHOICES: dict[str, tuple[str, ...]] = {"order": ("sequential", "mixed"), "batch_norm": ("freeze", "update")}
 _ORDERED = frozenset({"salun", "random_label", "salun_soft"})
 
@@ -124,23 +118,20 @@ class Space:
             epochs = trial.suggest_int("epochs", 1, epochs)
         return Choice(settings, density, epochs)
 
-    def starts(self) -> list[dict[str, float]]:
-        """Return the points to try first: a strong one, the method's defaults, and two points between them."""
+    def start(self) -> dict[str, float]:
+        """Return the point to try first: the method's defaults and the default density.
+
+        There is only one, and it does little harm. Points that did well on some model would take a large part of a
+        budget of a few trials, and bias the search towards that model.
+        """
         config = method_config(self.method, self.fixed)
         point: dict[str, float] = {name: getattr(config, name) for name in self.ranges}
+        point |= {name: values.index(getattr(config, name)) for name, values in self.choices.items()}
         if not self.growing and self.epochs > 1:
             point["epochs"] = self.epochs
-        found = []
-        for factor, density, order, batch_norm in _FIRST:
-            start = {**point}
-            if "learning_rate" in point:
-                start["learning_rate"] = point["learning_rate"] * factor
-            if len(self.densities) > 1:
-                start["density"] = self.densities.index(density)
-            wanted = {"order": order, "batch_norm": batch_norm}
-            start |= {name: values.index(wanted[name]) for name, values in self.choices.items()}
-            found.append(start)
-        return [start for number, start in enumerate(found) if start not in found[:number]]
+        if len(self.densities) > 1:
+            point["density"] = self.densities.index(Recipe().density)
+        return point
 
     def config(self, choice: Choice) -> UnlearnConfig:
         """Return the configuration of a point."""

@@ -29,7 +29,7 @@ def test_a_line_a_trial_and_what_was_chosen(salun, digits_model, forget, tmp_pat
     done = tune(salun, digits_model, forget, "--tune-budget", "6e", "--policy", policy(tmp_path / "kept.yaml", 0.9))
     assert done.exit_code == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("trial ")]
-    assert lines[0].startswith("trial 0: learning_rate 0.03, order mixed, batch_norm update, density 0.5, ")
+    assert lines[0].startswith("trial 0: learning_rate 0.003, order sequential, batch_norm freeze, density 0.5, ")
     assert "distance" in lines[0]
     assert "tuning.json" in done.stdout
     log = json.loads((tmp_path / "after" / "tuning.json").read_text())

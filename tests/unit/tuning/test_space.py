@@ -1,11 +1,14 @@
 """What may vary, and what the user has set and stays."""
 
+import numpy as np
 import pytest
 
 from salun_core.errors import UsageError
-from salun_core.methods.classification import METHODS, unlearn
+from salun_core.methods.classification import METHODS, method_config, unlearn
+from salun_core.methods.recipe import Recipe
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
+from salun_core.tuning.search import _study
 from salun_core.tuning.space import DENSITIES, GROWING, Space
 from salun_core.tuning.trial import EpochCallback
 from tests.support.by_hand import image_set, net
@@ -45,17 +48,42 @@ def test_only_what_a_method_and_a_model_can_tell_apart_varies():
 
 def test_a_density_that_is_given_stays_and_a_method_without_a_mask_has_none():
     space = Space.of("salun", {}, density=0.15)
-    assert all("density" not in start for start in space.starts())
+    assert "density" not in space.start()
     assert space.draw(Fixed()).density == 0.15
     assert Space.of("finetune", {}, density=0.15).draw(Fixed()).density is None
 
 
-def test_the_first_points_are_far_apart_and_one_is_the_method_as_it_is():
-    space = Space.of("salun", {})
-    starts = [(start["learning_rate"], start["order"], start["batch_norm"]) for start in space.starts()]
-    assert (0.003, 0, 0) in starts
-    assert starts[0] == (pytest.approx(0.03), 1, 1)
-    assert len(set(starts)) == len(starts)
+def test_the_one_start_is_the_method_as_it_is():
+    config, space = method_config("salun", {}), Space.of("salun", {})
+    start = space.start()
+    assert start["learning_rate"] == config.learning_rate
+    assert DENSITIES[start["density"]] == Recipe().density
+    for name, values in space.choices.items():
+        assert values[start[name]] == getattr(config, name)
+
+
+@pytest.mark.parametrize(("factor", "density"), [(5.5, 0.2), (12.0, 0.7), (0.4, 0.9)])
+def test_a_search_leaves_its_start_for_the_optimum_in_six_trials(factor, density):
+    """The budget of the study allows six. Rate and density alone decide, and the best pair is not the default."""
+    space, ends = Space.of("salun", {}), []
+
+    def far(choice):
+        rates = np.log(choice.settings["learning_rate"] / (factor * 0.003)) / np.log(500)
+        return abs(rates) + abs(np.log(choice.density / density) / np.log(45))
+
+    for seed in (0, 1):
+        study, tried = _study(space, seed), []
+        for _ in range(6):
+            suggestion = study.ask()
+            tried.append(space.draw(suggestion))
+            study.tell(suggestion, far(tried[-1]))
+        given = [trial.number for trial in study.trials if "fixed_params" in trial.system_attrs]
+        assert given == [0]
+        assert study.best_trial.number not in given
+        assert len({choice.settings["learning_rate"] for choice in tried}) == 6
+        assert len({choice.density for choice in tried}) >= 3
+        ends.append(study.best_value / far(tried[0]))
+    assert np.mean(ends) < 0.5
 
 
 def test_what_is_set_stays_and_bounds_the_epochs():
@@ -71,12 +99,12 @@ def test_every_approximate_method_has_a_space_whose_points_are_valid(method):
     space = Space.of(method, {})
     assert space.ranges
     assert space.config(space.draw(Fixed())).epochs >= 1
-    for start in space.starts():
-        assert set(start) == {*space.ranges, *space.choices} | ({"density"} if space.densities else set()) | (
-            set() if space.growing or space.epochs == 1 else {"epochs"}
-        )
-        for name, (low, high, _) in space.ranges.items():
-            assert low <= start[name] <= high
+    start = space.start()
+    assert set(start) == {*space.ranges, *space.choices} | ({"density"} if space.densities else set()) | (
+        set() if space.growing or space.epochs == 1 else {"epochs"}
+    )
+    for name, (low, high, _) in space.ranges.items():
+        assert low <= start[name] <= high
 
 
 def test_a_schedule_makes_the_number_of_epochs_a_choice():
