@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from salun_core.bench.page import AGAINST
+from salun_core.bench.results import Results, best_rows, gaps_of
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
@@ -63,19 +66,34 @@ def _rows(documents: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def study_table(documents: dict[str, Any]) -> str:
-    """Render the average gap of every method whose settings were searched, by suite; the smallest is bold."""
-    suites = _rows(documents)
+    """Render the average gap of every method whose settings were searched, and of retraining itself, by suite.
+
+    The smallest is bold, together with all that cannot be told from it. Below the table stands why, if nothing is.
+    """
+    suites = {title: Results.model_validate(documents[stem]) for title, stem in STUDY.items()}
+    gaps = {title: {row.name: gaps_of(row) for row in results.rows} for title, results in suites.items()}
     first = next(iter(suites.values()))
-    searched = [name for name, row in first.items() if any(item.get("chosen") for item in row["figures"])]
-    names = ["original", *(name for name in searched if "third" not in name)]
-    means = {title: {name: statistics.mean(_gaps(rows[name])) for name in names} for title, rows in suites.items()}
+    searched = [row.name for row in first.rows if any(item.chosen for item in row.figures)]
+    methods = [name for name in searched if "third" not in name]
+    best = {
+        title: best_rows({name: gaps[title][name] for name in methods}, results.floor)
+        for title, results in suites.items()
+    }
+    unmeasured = [title for title, results in suites.items() if results.floor is None]
     lines = ["| average gap, points | " + " | ".join(STUDY) + " |", "|---" + "|--:" * len(STUDY) + "|"]
-    for name in names:
+    for name in ["original", *([] if len(unmeasured) == len(suites) else ["Retrain"]), *methods]:
         cells = []
-        for title, rows in suites.items():
-            text = f"{means[title][name]:.2f} ± {statistics.stdev(_gaps(rows[name])):.2f}"
-            cells.append(f"**{text}**" if means[title][name] == min(means[title].values()) else text)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        for title in suites:
+            values = list(gaps[title][name].values())
+            text = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+            if name == "Retrain" and title in unmeasured:
+                text = "–"
+            cells.append(f"**{text}**" if name in best[title] else text)
+        lines.append(f"| {AGAINST if name == 'Retrain' else name} | " + " | ".join(cells) + " |")
+    if unmeasured:
+        where = "" if len(unmeasured) == len(suites) else f" for {', '.join(unmeasured)}"
+        there = " there" if where else ""
+        lines += ["", f"No floor was measured{where}, so nothing is bold{there}: each seed has one retrained model."]
     return "\n".join(lines)
 
 

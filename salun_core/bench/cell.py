@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from salun_core.bench.plan import Cell
-from salun_core.bench.prepared import Preparation, Ready
+from salun_core.bench.prepared import EVIDENCE, REPORT, Preparation, Ready
 from salun_core.config import Document, load
 from salun_core.data.split import read_split
 from salun_core.digest import sha256_file
@@ -29,7 +29,7 @@ from salun_core.tasks.resolve import AUTO
 from salun_core.tasks.run_facts import RUN_FACTS, facts_json, read_run_facts
 from salun_core.tasks.task import TuningOptions
 
-CELL, EVIDENCE, REPORT, RUNS = "cell.json", "evidence.json", "report.html", "runs"
+CELL, RUNS = "cell.json", "runs"
 _SEED_STEP = 1_000_003  # between the random masks of a sequence; larger than the seeds of a suite
 
 

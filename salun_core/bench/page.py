@@ -13,7 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from salun_core.bench.plot import digest, plot
-from salun_core.bench.results import FORMAT, RETRAIN, Figures, ResultRow, Results, Setting, known
+from salun_core.bench.results import (
+    FORMAT,
+    RETRAIN,
+    Figures,
+    ResultRow,
+    Results,
+    Setting,
+    difference,
+    gaps_of,
+    known,
+    smallest,
+)
 from salun_core.config import parse, read_document
 from salun_core.errors import ConflictError, UsageError
 from salun_core.report.wording import MISSING, UNITS
@@ -21,6 +32,8 @@ from salun_core.storage.local_files import write_whole
 
 AS_WRITTEN = "as written"
 IMAGES = "images"
+AGAINST = "Retrain against Retrain"
+BEHIND = "behind the smallest, 95 %"
 _BEGIN = re.compile(r"<!-- suite:([a-z0-9-]+):(cpu|paper) -->")
 _FIRST = ("learning_rate", "density", "epochs")
 _OPTIONAL_COLUMNS = {"own_passes": "of which the chosen run", "runs": "runs", "debt": "debt"}
@@ -30,8 +43,9 @@ _TITLES = {"neighbours": "near classes", "UA_relearned": "UA after fine-tuning",
 def table(results: Results) -> str:
     """Render the table: mean ± standard deviation over the seeds.
 
-    Ratios are in percent. With a retrained model, the distance to it is in parentheses: the mean over the seeds of each
-    seed's own distance, so that the average gap is the mean of the parentheses.
+    Ratios are in percent. With retrained models, the distance to them is in parentheses: the mean over the seeds of
+    each seed's own distances, so that the average gap is the mean of the parentheses. The smallest average gap is bold,
+    together with all that cannot be told from it.
 
     Args:
         results: of one suite and size.
@@ -41,16 +55,34 @@ def table(results: Results) -> str:
     figures = [item for row in results.rows for item in row.figures]
     optional = [name for name in _OPTIONAL_COLUMNS if any(getattr(item, name) is not None for item in figures)]
     titles = ["method", *(_TITLES.get(name, name) for name in results.metrics)]
-    titles += [*(["avg. gap"] if gaps else []), "RTE, s", "passes", *(_OPTIONAL_COLUMNS[name] for name in optional)]
+    compared = _behind(results) if gaps else {}
+    titles += [*(["avg. gap"] if gaps else []), *([BEHIND] if compared else [])]
+    titles += ["RTE, s", "passes", *(_OPTIONAL_COLUMNS[name] for name in optional)]
     lines = [_line(titles), "|---" + "|--:" * (len(titles) - 1) + "|"]
     for row in results.rows:
         cells = [_name(row), *(_metric(name, row, reference) for name in results.metrics)]
         if gaps:
-            cells.append(_spread([100 * gap for gap in known(row, "gap")], 2))
+            gap = _spread([100 * gap for gap in known(row, "gap")], 2)
+            cells.append(f"**{gap}**" if row.name in results.best else gap)
+        if compared:
+            cells.append(compared.get(row.name, MISSING))
         cells.append(_spread(known(row, "seconds"), 1))
         cells += [_mean(known(row, name), "debt" if name == "debt" else "") for name in ("passes", *optional)]
         lines.append(_line(cells))
     return "\n".join(lines)
+
+
+def _behind(results: Results) -> dict[str, str]:
+    """Return each method's difference from the smallest average gap with its paired interval; empty with one seed."""
+    gaps = {row.name: found for row in results.rows if row.method is not None and (found := gaps_of(row))}
+    if not gaps:
+        return {}
+    best, shown = smallest(gaps), {}
+    for name, of in gaps.items():
+        mean, interval = difference(of, gaps[best])
+        if name != best and mean is not None and interval is not None:
+            shown[name] = f"{mean:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return shown
 
 
 def choices(results: Results) -> str:
@@ -89,6 +121,8 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _name(row: ResultRow) -> str:
+    if row.name == RETRAIN and any(item.reference is not None for item in row.figures):
+        return AGAINST
     name = row.name.replace("|", "\\|")
     return f"{name} ({row.density:.0%})" if row.density is not None and f"{row.density:.0%}" not in name else name
 
@@ -96,14 +130,20 @@ def _name(row: ResultRow) -> str:
 def _metric(metric: str, row: ResultRow, reference: ResultRow | None) -> str:
     unit = UNITS.get(metric)
     scale, decimals = (1, unit.decimals) if unit else (100, 2)
-    values = {item.seed: item.values.get(metric) for item in row.figures}
-    finite = {seed: value * scale for seed, value in values.items() if value is not None and math.isfinite(value)}
-    text = _spread(list(finite.values()), decimals)
-    if reference is None or row.name == RETRAIN or not finite:
-        return text
-    wanted = {item.seed: item.values.get(metric) for item in reference.figures}
-    gaps = [abs(value - scale * other) for seed, value in finite.items() if (other := wanted.get(seed)) is not None]
-    return f"{text} ({statistics.mean(gaps):.{decimals}f})" if gaps else text
+    values: dict[int, list[float]] = {}
+    gaps: dict[int, list[float]] = {}
+    for item in row.figures:
+        value = item.values.get(metric)
+        if value is None or not math.isfinite(value):
+            continue
+        values.setdefault(item.seed, []).append(scale * value)
+        for other in reference.figures if reference else []:  # of the references themselves: the others of the seed
+            goal = other.values.get(metric)
+            if other.seed == item.seed and other is not item and goal is not None:
+                gaps.setdefault(item.seed, []).append(scale * abs(value - goal))
+    text = _spread([statistics.mean(found) for found in values.values()], decimals)
+    mean = statistics.mean(statistics.mean(found) for found in gaps.values()) if gaps else None
+    return text if mean is None else f"{text} ({mean:.{decimals}f})"
 
 
 def _spread(values: Sequence[float], decimals: int) -> str:
@@ -142,12 +182,32 @@ def _versions(results: Results) -> str:
     return ", ".join(f"{name} {facts[name]}" for name in names) + threads
 
 
+def floor_sentence(results: Results) -> str:
+    """Return what the table's floor is, and what its bold values mean."""
+    if results.floor is None:
+        return "No floor was measured, because each seed has one retrained model. So nothing is bold."
+    numbers = [item.reference for row in results.rows for item in row.figures if item.reference is not None]
+    text = (
+        f"Each seed has {max(numbers) + 1} retrained models of other seeds; their average gap to each other, "
+        f"{results.floor:.2f} points, is the floor. "
+    )
+    if not results.best:
+        return f"{text}Nothing is bold, because no row can be told from the smallest gap."
+    return (
+        f"{text}Bold: the smallest gap and all that cannot be told from it, because the difference lies inside the "
+        "floor or its 95 % interval contains 0."
+    )
+
+
 def _meaning(results: Results) -> str:
     if results.kind == "classification":
         text = (
             "UA, RA, TA, MIA and gap in percent, mean ± standard deviation over the seeds; in parentheses the distance "
             "to Retrain. RTE: wall-clock seconds of mask and unlearning."
         )
+        if any(row.name == RETRAIN for row in results.rows):
+            text += f" {BEHIND.capitalize()}: mean difference from the smallest gap, paired by seed, with Student's"
+            text += f" interval. {floor_sentence(results)}"
         if not results.searched:
             return text
         search = results.settings.get("search", {})

@@ -18,7 +18,12 @@ from salun_core.gate import load_policy
 from salun_core.methods.recipe import Recipe
 from salun_core.tasks.resolve import AUTO
 
-_NOT_MEASURED = {"methods", "seeds", "budget_seconds", "search"}  # a cell does not depend on them
+# A cell does not depend on these. It is measured against the first reference of its seed, whatever their number.
+_NOT_MEASURED = {"methods", "seeds", "budget_seconds", "search", "references"}
+
+# Part of every digest that depends on a reference. Earlier references began from the base's first weights: cells that
+# were measured against them do not count any more, so that no table mixes the two kinds.
+REFERENCE_KIND = "first weights of their own"
 
 UNBOUNDED = "none"  # in suites only: a pipeline always has a policy
 
@@ -121,7 +126,8 @@ class SuiteRun:
             digest = load_policy("classifier" if policy == AUTO else policy).digest if policy else ""
             searched = [search.budget, digest]
         code = [record.digest for record in plugins.loaded("method", entry.method)]  # loaded when the suite was checked
-        return Cell(entry, seed, digest_json([self.suite.kind, measured, own, seed, *searched, *code]))
+        goal = [REFERENCE_KIND] if self.size.retrain is not None else []
+        return Cell(entry, seed, digest_json([self.suite.kind, measured, own, seed, *searched, *code, *goal]))
 
     def search(self, entry: SuiteEntry) -> Search | None:
         """Return the search for the settings of a row; None if it runs as written."""

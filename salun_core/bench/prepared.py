@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from salun_core.bench.plan import Cell, SuiteRun
+from salun_core.bench.plan import REFERENCE_KIND, Cell, SuiteRun
 from salun_core.bench.suite import (
     BaseModelSpec,
     JudgeSpec,
@@ -30,6 +30,7 @@ from salun_core.data import DataSpec
 from salun_core.data.split import SplitManifest, read_split
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import SalunError, UsageError
+from salun_core.evaluation import Evidence
 from salun_core.methods.classification import FileCheckpoint
 from salun_core.methods.method import resolve_config
 from salun_core.methods.recipe import Recipe
@@ -37,6 +38,7 @@ from salun_core.models.card import DiffusionCard, DiffusionEvaluation
 from salun_core.models.checkpoint import CARD
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.context import RunContext
+from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage.local_files import write_whole
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 
 Plain = dict[str, Any]
 Progress = Callable[[str], None]
+EVIDENCE, REPORT = "evidence.json", "report.html"
+_REFERENCE_STEP = 2_000_003  # between the seeds of a seed's references; larger than the seeds of a suite
 _SCORING = {"selection", "saliency_passes", "saliency_times", "batch_size", "pseudo"}
 
 
@@ -163,6 +167,7 @@ class SharedArtifact(Document):
     digest: str = Field(description="of its weights and its split")
     seconds: float = Field(description="duration of its training")
     passes: int | None = Field(default=None, description="examples forward and backward, of a reference")
+    evidence: str | None = Field(default=None, description="SHA-256 of its evidence, of a further reference")
 
 
 class Built(NamedTuple):
@@ -180,7 +185,7 @@ class Ready:
         base: folder of the model to unlearn from.
         forget: file of all forget targets.
         requests: the same file; of a sequence one file per request, in order.
-        reference: folder of the retrained model, if the suite requests one.
+        reference: folder of the first retrained model, if the suite requests one.
         inputs: digests of all of it.
     """
 
@@ -225,6 +230,8 @@ class Preparation:
         reference = self._reference(base.folder, forget, seed, inputs)
         if reference:
             inputs["reference"] = reference.digest
+            for number in range(1, self.plan.size.references):
+                self._reference(base.folder, forget, seed, inputs, number, reference.folder)
         if len(requests) > 1:
             inputs["requests"] = digest_json([sha256_file(path) for path in requests])
         return Ready(base.folder, forget, requests, reference.folder if reference else None, inputs)
@@ -262,7 +269,8 @@ class Preparation:
         if note.is_file() and (folder / CARD).is_file():
             known = load(SharedArtifact, note)
             with suppress(SalunError):  # a damaged model is built again
-                if known.inputs == wanted and identity(folder) == known.digest:
+                unchanged = identity(folder) == known.digest and _evidence_digest(folder) == known.evidence
+                if known.inputs == wanted and unchanged:
                     return Built(folder, known.digest)
         note.unlink(missing_ok=True)
         self.progress(f"{name}: building it")
@@ -272,7 +280,13 @@ class Preparation:
         seconds, facts = time.perf_counter() - started, read_run_facts(folder, "")
         built = Built(folder, identity(folder))
         seconds = facts.seconds.get("unlearn", seconds)
-        document = SharedArtifact(inputs=wanted, digest=built.digest, seconds=seconds, passes=facts.passes)
+        document = SharedArtifact(
+            inputs=wanted,
+            digest=built.digest,
+            seconds=seconds,
+            passes=facts.passes,
+            evidence=_evidence_digest(folder),
+        )
         write_whole(note, (json.dumps(document.model_dump(), indent=1) + "\n").encode())
         shutil.rmtree(checkpoints.parent, ignore_errors=True)
         return built
@@ -330,20 +344,63 @@ class Preparation:
 
         return show
 
-    def _reference(self, base: Path, forget: Path, seed: int, inputs: dict[str, str]) -> Built | None:
+    def _reference(
+        self,
+        base: Path,
+        forget: Path,
+        seed: int,
+        inputs: dict[str, str],
+        number: int = 0,
+        first: Path | None = None,
+    ) -> Built | None:
+        """Return a retrained model, if the suite requests one.
+
+        Args:
+            base: folder of the model before.
+            forget: file of all forget targets.
+            seed: of the cells.
+            inputs: digests of what it depends on.
+            number: of the reference, from 0. Cells are evaluated against number 0.
+            first: folder of number 0; the others are evaluated against it, for the floor of the table.
+        """
         overrides = self.plan.size.retrain
         if overrides is None:
             return None
         if self.plan.suite.kind == "classification":  # a diffusion model's recipe has more than the training
             card = {name: value for name, value in read_card(base).training.items() if name != "seed"}
             overrides = {**card, **overrides}
-        recipe = Recipe(method="retrain", method_config=overrides, seed=seed)
+        own_seed = (seed + number * _REFERENCE_STEP) % 2**53
+        recipe = Recipe(method="retrain", method_config=overrides, seed=own_seed)
 
         def train(folder: Path, _checkpoints: Path) -> None:  # never resumed, because the table shows its duration
             context = RunContext(base, str(forget), data=self.plan.data_override)
             run_unlearning(context, recipe, None, folder)
+            if first is not None:  # before the note is written: a finished reference has its evidence
+                evaluate(context, folder, folder / EVIDENCE, folder / REPORT, reference=first)
 
-        return self._build(f"reference-{seed}", [inputs, self._sampling, overrides, seed], train)
+        depends_on = [REFERENCE_KIND, inputs, self._sampling, overrides, own_seed]
+        return self._build(reference_name(seed, number), depends_on, train)
+
+
+def reference_name(seed: int, number: int) -> str:
+    """Return the name of a reference's folder and note; number 0 is the one that cells are evaluated against."""
+    return f"reference-{seed}-{number}" if number else f"reference-{seed}"
+
+
+def further_reference(out: Path, seed: int, number: int) -> tuple[SharedArtifact, Evidence] | None:
+    """Return note and evidence of a further reference; None if it is missing, unfinished or changed."""
+    name = reference_name(seed, number)
+    try:
+        note = load(SharedArtifact, out / f"{name}.json")
+        evidence = load(Evidence, out / name / EVIDENCE)
+    except UsageError:
+        return None
+    return (note, evidence) if _evidence_digest(out / name) == note.evidence else None
+
+
+def _evidence_digest(folder: Path) -> str | None:
+    path = folder / EVIDENCE
+    return sha256_file(path) if path.is_file() else None
 
 
 def identity(folder: Path) -> str:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from salun_core.bench.cell import EVIDENCE, CellNote, kept_cell
+from salun_core.bench.cell import CellNote, kept_cell
 from salun_core.bench.plan import Cell, SuiteRun
-from salun_core.bench.prepared import SharedArtifact
+from salun_core.bench.prepared import EVIDENCE, SharedArtifact, further_reference, reference_name
 from salun_core.config import Document, load
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
-from salun_core.evaluation.statistics import average_gap
+from salun_core.evaluation.statistics import mean_interval
 from salun_core.tuning import TuningLog
 
 FORMAT = "salun.bench/v1"
@@ -25,15 +26,16 @@ GENERATED_METRICS = ("UA", "RA", "FID", "KID")
 OPTIONAL_METRICS = ("neighbours", "CLIP", "nudity", "UA_relearned", "attack_success")
 ORIGINAL, RETRAIN = "original", "Retrain"
 Setting = float | str
-_SOMETIMES = {"chosen", "tried", "search_passes", "search_seconds", "own_passes", "debt", "runs"}
+_SOMETIMES = {"chosen", "tried", "search_passes", "search_seconds", "own_passes", "debt", "runs", "reference"}
+_Values = dict[str, float | None]
 
 
 class Figures(Document):
-    """Figures of one row at one seed."""
+    """Figures of one row at one seed, or of one of the seed's references."""
 
     seed: int
     values: dict[str, float | None] = Field(description="by metric, in the evidence's own units")
-    gap: float | None = Field(default=None, description="mean distance to the retrained model, as a ratio")
+    gap: float | None = Field(default=None, description="mean distance to the seed's references, as a ratio")
     seconds: float | None = Field(default=None, description="wall clock of mask and unlearning")
     passes: int | None = Field(default=None, description="examples forward and backward, mask included")
     evidence: str | None = Field(default=None, description="SHA-256 of the evidence file")
@@ -47,10 +49,13 @@ class Figures(Document):
     own_passes: int | None = Field(default=None, description="of the chosen settings alone, their scores included")
     debt: float | None = Field(default=None, description="share of the training data that a sequence forgot")
     runs: int | None = Field(default=None, description="unlearning runs of a sequence")
+    reference: int | None = Field(
+        default=None, ge=0, description="number of the reference, if a seed has several; its gap is to the others"
+    )
 
     @model_serializer(mode="wrap")
     def _without_absent_facts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the facts of a search or of a sequence if there was none."""
+        """Leave out the facts of a search, of a sequence or of several references if there was none."""
         data: dict[str, Any] = handler(self)
         return {name: value for name, value in data.items() if value is not None or name not in _SOMETIMES}
 
@@ -96,10 +101,85 @@ class Results(Document):
         """Whether the settings of a row were searched for."""
         return any(item.chosen is not None for row in self.rows for item in row.figures)
 
+    @property
+    def floor(self) -> float | None:
+        """The mean gap of a reference to the others of its seed, in points; None if a seed has only one.
+
+        Two rows that differ by less differ by less than two retrainings with other seeds.
+        """
+        row = next((row for row in self.rows if row.name == RETRAIN), None)
+        if row is None or any(item.reference is None or item.gap is None for item in row.figures):
+            return None
+        return statistics.mean(gaps_of(row).values())
+
+    @property
+    def best(self) -> frozenset[str]:
+        """The rows of methods that cannot be told from the one with the smallest gap; empty if no row can be."""
+        return best_rows({row.name: gaps_of(row) for row in self.rows if row.method is not None}, self.floor)
+
 
 def known(row: ResultRow, name: str) -> list[float]:
-    """Return the values of a field of a row's figures, without the missing ones."""
-    return [value for item in row.figures if (value := getattr(item, name)) is not None]
+    """Return the values of a field of a row, one per seed (the mean of its references), without the missing ones."""
+    found: dict[int, list[float]] = {}
+    for item in row.figures:
+        if (value := getattr(item, name)) is not None:
+            found.setdefault(item.seed, []).append(value)
+    return [statistics.mean(values) for values in found.values()]
+
+
+def gaps_of(row: ResultRow) -> dict[int, float]:
+    """Return a row's gap by seed, in points."""
+    seeds = dict.fromkeys(item.seed for item in row.figures if item.gap is not None)
+    return {seed: 100 * gap for seed, gap in zip(seeds, known(row, "gap"), strict=True)}
+
+
+def best_rows(gaps: Mapping[str, Mapping[int, float]], floor: float | None) -> frozenset[str]:
+    """Return the row with the smallest mean gap, and all rows that cannot be told from it.
+
+    A row is told from it if the mean difference is above the floor, and the paired interval is above 0.
+
+    Args:
+        gaps: by row and seed, in points.
+        floor: mean gap between references, in points; None if it was not measured.
+
+    Returns:
+        Names. Empty without a floor, and if no row can be told from the best one: marking all would say nothing.
+    """
+    measured = {name: of for name, of in gaps.items() if of}
+    if floor is None or not measured:
+        return frozenset()
+    best = measured[smallest(measured)]
+    tied = {name for name, of in measured.items() if not _told_apart(of, best, floor)}
+    return frozenset(tied) if len(tied) < len(measured) else frozenset()
+
+
+def smallest(gaps: Mapping[str, Mapping[int, float]]) -> str:
+    """Return the name with the smallest mean gap; the first one if several have it."""
+    return min(gaps, key=lambda name: statistics.mean(gaps[name].values()))
+
+
+def _told_apart(gaps: Mapping[int, float], best: Mapping[int, float], floor: float) -> bool:
+    mean, interval = difference(gaps, best)
+    return mean is not None and mean > floor and interval is not None and interval[0] > 0
+
+
+def difference(gaps: Mapping[int, float], best: Mapping[int, float]) -> tuple[float | None, tuple[float, float] | None]:
+    """Return the mean difference of two rows over the seeds that both have, and its 95 % interval by Student's t.
+
+    The seeds are paired: they share base, forget set and references, whose noise cancels out.
+
+    Args:
+        gaps: of a row by seed, in points.
+        best: of the row that it is compared with.
+
+    Returns:
+        Mean and interval. The mean is None without a shared seed, the interval with fewer than two.
+    """
+    paired = [gaps[seed] - best[seed] for seed in gaps if seed in best]
+    return (
+        statistics.mean(paired) if paired else None,
+        mean_interval(paired) if len(paired) > 1 else None,
+    )
 
 
 def collect(plan: SuiteRun, out: Path) -> Results:
@@ -120,11 +200,20 @@ def collect(plan: SuiteRun, out: Path) -> Results:
     ]
     if not found:
         raise UsageError(f"{out} holds no cell of this suite", "no cell was measured with its settings", "run it first")
-    first = {cell.seed: evidence for cell, _, evidence in reversed(found)}
-    seeds = {seed: first[seed] for seed in whole.seeds if seed in first}
-    rows = [_original(seeds), *_reference(seeds, out)]
+    latest: dict[int, Evidence] = {}
+    for cell, _, evidence in found:
+        if cell.seed not in latest or evidence.created_at > latest[cell.seed].created_at:
+            latest[cell.seed] = evidence
+    # A seed's cells are compared only if they have the goal of the newest one: a run that was killed after a reference
+    # was trained again leaves cells of both. The next run measures the older ones again.
+    found = [(cell, note, evidence) for cell, note, evidence in found if _goal(evidence) == _goal(latest[cell.seed])]
+    seeds = {seed: latest[seed] for seed in whole.seeds if seed in latest}
+    references, absent = _references(whole, seeds, out)
+    rows = [_original(seeds, references), *_retrained(references)]
     for entry in whole.size.methods:
-        figures = [_after(cell, note, evidence, out) for cell, note, evidence in found if cell.entry == entry]
+        figures = [
+            _after(cell, note, evidence, out, references) for cell, note, evidence in found if cell.entry == entry
+        ]
         if figures:
             fields = entry.model_dump(include={"name", "method", "mask", "density", "config"})
             rows.append(ResultRow(**fields, figures=figures))
@@ -144,43 +233,95 @@ def collect(plan: SuiteRun, out: Path) -> Results:
         environment=_environment(evidence.run.environment for _, _, evidence in found),
         machine=machine(),
         rows=rows,
-        missing=[cell.name for cell in whole.cells if cell.name not in measured],
+        missing=[*(cell.name for cell in whole.cells if cell.name not in measured), *absent],
     )
 
 
-def _values(evidence: Evidence, model: str) -> dict[str, float | None]:
+def _values(evidence: Evidence, model: str) -> _Values:
     return {name: getattr(item, model) for name, item in evidence.metrics.items() if name != "gap"}
 
 
-def _original(seeds: dict[int, Evidence]) -> ResultRow:
+def _goal(evidence: Evidence) -> tuple[str | None, ...]:
+    """The models and the forget set that all cells of a seed share."""
+    measured = evidence.measured
+    return measured.before, measured.forget_set, measured.reference
+
+
+def _gap(values: _Values, references: Sequence[_Values]) -> float | None:
+    """Return the average gap to a seed's references: the mean over them of the mean |UA, RA, TA, MIA - retrained|.
+
+    It is the mean of the distances, not the distance to the mean of the references. So a method that equals retraining
+    has the floor as its expected gap, with any number of references, and figures of one reference remain comparable.
+
+    Args:
+        values: of a model, by metric.
+        references: values of each reference.
+
+    Returns:
+        A ratio, or None if there is no reference or a value is missing.
+    """
+    gaps: list[float] = []
+    for reference in references:
+        pairs = [(values.get(name), reference.get(name)) for name in CLASSIFIER_METRICS]
+        distances = [abs(value - goal) for value, goal in pairs if value is not None and goal is not None]
+        if len(distances) < len(pairs):
+            return None
+        gaps.append(sum(distances) / len(distances))
+    return statistics.mean(gaps) if gaps else None
+
+
+def _original(seeds: dict[int, Evidence], references: dict[int, list[Figures]]) -> ResultRow:
     """The base model; one that all seeds share, with one forget set, counts once."""
     figures: dict[tuple[str, str], Figures] = {}
     for seed, evidence in seeds.items():
-        one = Figures(seed=seed, values=_values(evidence, "before"), gap=average_gap(evidence.metrics, "before"))
+        values = _values(evidence, "before")
+        one = Figures(seed=seed, values=values, gap=_gap(values, [item.values for item in references.get(seed, [])]))
         figures.setdefault((evidence.measured.before, evidence.measured.forget_set), one)
     return ResultRow(name=ORIGINAL, figures=list(figures.values()))
 
 
-def _reference(seeds: dict[int, Evidence], out: Path) -> list[ResultRow]:
-    """The retrained model, if it was measured."""
-    figures = []
+def _references(plan: SuiteRun, seeds: dict[int, Evidence], out: Path) -> tuple[dict[int, list[Figures]], list[str]]:
+    """Return the references of each seed, and the names of those that were not measured.
+
+    Every seed gets as many as the seed with the fewest, so that no table mixes gaps to different numbers of references.
+    """
+    found: dict[int, list[Figures]] = {}
+    absent = []
     for seed, evidence in seeds.items():
-        note = out / f"reference-{seed}.json"
+        note = out / f"{reference_name(seed, 0)}.json"
         if evidence.measured.reference is None or not note.is_file():
             continue
         spent = load(SharedArtifact, note)
-        gap = 0.0 if average_gap(evidence.metrics) is not None else None
         values = _values(evidence, "reference")
-        figures.append(Figures(seed=seed, values=values, gap=gap, seconds=spent.seconds, passes=spent.passes))
+        found[seed] = [Figures(seed=seed, values=values, seconds=spent.seconds, passes=spent.passes)]
+        for number in range(1, plan.size.references):
+            other = further_reference(out, seed, number)
+            if other is None or _goal(other[1]) != _goal(evidence):
+                absent.append(reference_name(seed, number))
+            elif len(found[seed]) == number:  # without a hole
+                spent, values = other[0], _values(other[1], "after")
+                found[seed].append(Figures(seed=seed, values=values, seconds=spent.seconds, passes=spent.passes))
+    count = min((len(items) for items in found.values()), default=0)
+    return {seed: items[:count] for seed, items in found.items()}, absent
+
+
+def _retrained(references: dict[int, list[Figures]]) -> list[ResultRow]:
+    """The retrained models, if they were measured, each with its gap to the others of its seed."""
+    figures = []
+    for items in references.values():
+        for number, item in enumerate(items):
+            others = [other.values for other in items if other is not item] or [item.values]  # a single one: 0
+            known_number = number if len(items) > 1 else None
+            figures.append(item.model_copy(update={"gap": _gap(item.values, others), "reference": known_number}))
     return [ResultRow(name=RETRAIN, figures=figures)] if figures else []
 
 
-def _after(cell: Cell, note: CellNote, evidence: Evidence, out: Path) -> Figures:
-    spent = evidence.run.seconds
+def _after(cell: Cell, note: CellNote, evidence: Evidence, out: Path, references: dict[int, list[Figures]]) -> Figures:
+    spent, values = evidence.run.seconds, _values(evidence, "after")
     return Figures(
         seed=cell.seed,
-        values=_values(evidence, "after"),
-        gap=average_gap(evidence.metrics),
+        values=values,
+        gap=_gap(values, [item.values for item in references.get(cell.seed, [])]),
         seconds=spent.get("mask", 0.0) + spent.get("unlearn", 0.0),
         passes=evidence.run.passes,
         evidence=note.evidence,

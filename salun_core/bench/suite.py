@@ -135,6 +135,9 @@ class Size(Document):
         default=None,
         description="train a reference without the forget set; settings that differ from the base's training",
     )
+    references: int = Field(
+        default=3, ge=1, description="retrained models per seed, each with a seed of its own; a floor needs two"
+    )
     evaluation: DiffusionEvaluation = Field(default=DiffusionEvaluation(), description="of generated images")
     threads: int | None = Field(default=None, ge=1, description="of the processor; null: torch's default")
     budget_seconds: float | None = Field(default=None, gt=0, description="no cell starts that would end later")
@@ -344,6 +347,8 @@ def _size_faults(kind: str, size: dict[str, Any]) -> Iterator[str]:
         and data.validation_fraction == 0,
         "seeds: a seed occurs twice": any(seeds.count(seed) > 1 for seed in seeds),
         "judge: a classifier needs none": classifier and size.get("judge") is not None,
+        "references: there are none without `retrain`": size.get("references") is not None
+        and size.get("retrain") is None,
     }
     yield from (fault for fault, found in faults.items() if found)
     model, retrain = _valid(BaseModelSpec, size.get("model")), _valid(dict[str, Any], size.get("retrain"))

@@ -28,6 +28,7 @@ SUITE = {
             "forget": {"kind": "class", "class_id": "3"},
             "seeds": [0, 1],
             "retrain": {},
+            "references": 2,
             "threads": 1,
         }
     },

@@ -6,9 +6,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from salun_core.bench.page import filled, read_results, results_json, section, write_page
+from benchmarks.readme_tables import STUDY, study_table
+from salun_core.bench.page import filled, read_results, results_json, section, table, write_page
 from salun_core.bench.plot import plot
-from salun_core.bench.results import Figures, ResultRow, Results
+from salun_core.bench.results import Figures, ResultRow, Results, best_rows
 from salun_core.errors import ConflictError, UsageError
 
 
@@ -109,3 +110,80 @@ def test_the_picture_is_a_standalone_svg_with_alternative_text():
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert root.attrib["aria-label"] == "Distance from the goal against cost: SalUn 4.00 at 41.0 s."
     assert "var(--" not in picture
+
+
+def classifier(name, gaps, references=None, chosen=None):
+    """A row of a classification table. Its four metrics all have the given gap (points above 0), one per seed."""
+    items = []
+    for seed, gap in enumerate(gaps):
+        values = dict.fromkeys(("UA", "RA", "TA", "MIA"), gap / 100)
+        items.append(Figures(seed=seed, values=values, gap=gap / 100, passes=10, chosen=chosen))
+    if references is not None:  # of each seed, at -floor/2 and +floor/2: `floor` points apart
+        items = [
+            Figures(
+                seed=seed, values=dict.fromkeys(("UA", "RA", "TA", "MIA"), value), gap=floor / 100, reference=number
+            )
+            for seed, floor in enumerate(references)
+            for number, value in enumerate((-floor / 200, floor / 200))
+        ]
+    method = None if name in ("original", "Retrain") else "salun"
+    return ResultRow(name=name, method=method, figures=items)
+
+
+def compared(*rows, floor=None):
+    """Invented results of a search on three seeds, with a floor or, as committed ones have, a single reference."""
+    retrained = classifier("Retrain", [0, 0, 0], references=floor)
+    chosen = {"learning_rate": 0.1}
+    methods = [classifier(name, gaps, chosen=chosen) for name, gaps in rows]
+    update = {"kind": "classification", "rows": [classifier("original", [30, 30, 30]), retrained, *methods]}
+    return RESULTS.model_copy(update=update)
+
+
+CLOSE = (("A", [3.0, 3.1, 3.2]), ("B", [3.3, 3.4, 3.6]), ("C", [9.0, 9.1, 9.3]))  # B is 0.33 behind A in every seed
+
+
+def bold(text):
+    return {line.split(" | ")[0].strip("| ") for line in text.splitlines() if "**" in line}
+
+
+@pytest.mark.parametrize(
+    ("floor", "wanted"),
+    [([1.0, 1.0, 1.0], {"A", "B"}), ([0.1, 0.1, 0.1], {"A"}), (None, set()), ([9.0, 9.0, 9.0], set())],
+)
+def test_rows_whose_difference_lies_inside_the_floor_are_not_told_apart_by_bold(floor, wanted):
+    results = compared(*CLOSE, floor=floor)
+    assert bold(table(results)) == wanted
+    documents = dict.fromkeys(STUDY.values(), results.model_dump(mode="json"))
+    assert bold(study_table(documents)) == wanted
+
+
+def test_rows_whose_paired_interval_contains_zero_are_not_told_apart():
+    gaps = {"A": {0: 3.0, 1: 3.0, 2: 3.0}, "B": {0: 3.5, 1: 9.0, 2: 4.0}, "C": {0: 9.0, 1: 9.5, 2: 10.0}}
+    assert best_rows(gaps, 0.1) == {"A", "B"}  # B: 2.5 behind, above the floor; the interval is -5.0 to 10.0
+    shifted = {name: {seed: gap + 20 * seed for seed, gap in of.items()} for name, of in gaps.items()}
+    assert best_rows(shifted, 0.1) == {"A", "B"}  # what all rows of a seed share cancels out: C is still told apart
+    assert best_rows({name: {0: of[0]} for name, of in gaps.items()}, 0.1) == set()  # one seed tells nothing apart
+
+
+def test_the_floor_is_a_row_and_is_named_below_the_table():
+    text = section(compared(*CLOSE, floor=[0.8, 1.0, 1.2]))
+    line = next(line for line in text.splitlines() if line.startswith("| Retrain against Retrain |"))
+    assert "0.00 ± 0.00 (1.00)" in line  # mean of the references, and the distance of each to the other
+    assert "| 1.00 ± 0.20 | – |" in line
+    assert "| **3.43 ± 0.15** | 0.33 [0.19, 0.48] |" in text
+    assert "Each seed has 2 retrained models of other seeds" in text
+    assert "1.00 points, is the floor" in text
+
+
+def test_results_with_one_reference_have_no_floor_and_nothing_bold():
+    results = compared(*CLOSE)
+    assert results.floor is None
+    text = section(results)
+    assert "No floor was measured" in text
+    assert "Retrain against Retrain" not in text
+    assert "**" not in text
+    documents = dict.fromkeys(STUDY.values(), results.model_dump(mode="json"))
+    assert "No floor was measured" in study_table(documents)
+    mixed = documents | {STUDY["person"]: compared(*CLOSE, floor=[0.1, 0.1, 0.1]).model_dump(mode="json")}
+    row = next(line for line in study_table(mixed).splitlines() if line.startswith("| Retrain against Retrain |"))
+    assert row == "| Retrain against Retrain | – | – | – | – | 0.10 ± 0.00 |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import statistics
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from salun_core.bench.page import results_json, table
 from salun_core.bench.results import Results, collect
 from salun_core.config import parse_text
+from salun_core.digest import sha256_file
 from salun_core.errors import UsageError
 
 pytestmark = pytest.mark.slow
@@ -30,7 +32,10 @@ def test_a_table_cell_is_mean_deviation_and_mean_distance_to_the_reference(plan,
     out = resumed[0]
     metric = [evidence_of(out, f"salun-{seed}")["metrics"]["TA"] for seed in (0, 1)]
     values = [100 * item["after"] for item in metric]
-    gap = statistics.mean(abs(100 * (item["after"] - item["reference"])) for item in metric)
+    further = [json.loads((out / f"reference-{seed}-1/evidence.json").read_text())["metrics"]["TA"] for seed in (0, 1)]
+    references = [(item["reference"], other["after"]) for item, other in zip(metric, further, strict=True)]
+    pairs = [(item["after"], goal) for item, goals in zip(metric, references, strict=True) for goal in goals]
+    gap = statistics.mean(abs(100 * (value - goal)) for value, goal in pairs)
     wanted = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({gap:.2f})"
     line = next(line for line in table(collect(plan, out)).splitlines() if line.startswith("| SalUn (30%)"))
     assert line.split(" | ")[3] == wanted
@@ -57,7 +62,46 @@ def test_seconds_are_of_mask_and_unlearning_and_passes_count_both(plan, resumed)
 def test_one_base_model_of_all_seeds_counts_once(plan, resumed):
     results = collect(plan, resumed[0])
     assert len(results.rows[0].figures) == 1
-    assert len(results.rows[1].figures) == 2
+    assert [(item.seed, item.reference) for item in results.rows[1].figures] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_the_floor_is_the_gap_of_a_reference_to_the_others_of_its_seed(plan, resumed):
+    results = collect(plan, resumed[0])
+    by_seed = {seed: [item for item in results.rows[1].figures if item.seed == seed] for seed in (0, 1)}
+    gaps = []
+    for first, second in by_seed.values():
+        assert first.values != second.values  # trained with another seed
+        distances = [abs(first.values[name] - second.values[name]) for name in ("UA", "RA", "TA", "MIA")]
+        assert first.gap == second.gap == pytest.approx(statistics.mean(distances))
+        gaps.append(100 * first.gap)
+    assert results.floor == pytest.approx(statistics.mean(gaps))
+
+
+def test_a_seed_without_all_references_leaves_the_first_one_to_all_seeds(plan, resumed, tmp_path):
+    out = shutil.copytree(resumed[0], tmp_path / "copy")
+    (out / "reference-1-1" / "evidence.json").write_text("{}")  # changed: no longer what was measured
+    results = collect(plan, out)
+    assert results.floor is None
+    assert results.missing[-1] == "reference-1-1"
+    assert [(item.seed, item.reference, item.gap) for item in results.rows[1].figures] == [(0, None, 0), (1, None, 0)]
+    for row in results.rows[2:]:
+        for item in row.figures:
+            found = evidence_of(out, f"{row.name.lower()}-{item.seed}")["metrics"]["gap"]["after"]
+            assert item.gap == pytest.approx(found)  # of the reference that the cell was evaluated against
+
+
+def test_cells_with_the_goal_of_an_earlier_run_are_missing(plan, resumed, tmp_path):
+    out = shutil.copytree(resumed[0], tmp_path / "copy")
+    evidence = evidence_of(out, "rl-1")
+    evidence["measured"]["reference"] = "0" * 64
+    evidence["created_at"] = "2000-01-01T00:00:00Z"
+    (out / "cells/rl-1/evidence.json").write_text(json.dumps(evidence))
+    note = json.loads((out / "cells/rl-1/cell.json").read_text())
+    note["evidence"] = sha256_file(out / "cells/rl-1/evidence.json")
+    (out / "cells/rl-1/cell.json").write_text(json.dumps(note))
+    results = collect(plan, out)
+    assert "rl-1" in results.missing
+    assert [item.seed for item in results.rows[-1].figures] == [0]
 
 
 def test_results_have_their_command_without_host_or_path(plan, resumed):

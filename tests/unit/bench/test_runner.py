@@ -64,6 +64,14 @@ def test_a_changed_row_is_the_only_one_measured_again(plan, resumed, tmp_path):
     assert outcome.kept == ["salun-0"]
 
 
+def test_another_number_of_references_keeps_all_cells(plan, resumed):
+    size = plan.suite.sizes["cpu"].model_copy(update={"references": 1})
+    fewer = dataclasses.replace(plan, suite=plan.suite.model_copy(update={"sizes": {"cpu": size}}))
+    assert run_suite(fewer, resumed[0], quiet).kept == [cell.name for cell in plan.cells]
+    assert collect(fewer, resumed[0]).floor is None
+    assert collect(plan, resumed[0]).floor is not None
+
+
 def test_cells_of_a_seed_and_density_share_one_mask(plan, resumed, tmp_path):
     out = shutil.copytree(resumed[0], tmp_path / "copy")
     names = sorted(path.name.rsplit("-", 1)[0] for path in (out / "masks").iterdir())

@@ -40,6 +40,7 @@ SEQUENCE["sizes"]["cpu"] |= {
     "forget": {"kind": "sequence", "steps": STEPS},
     "search": {"budget": "2e"},
     "retrain": {},
+    "references": 1,
 }
 SEQUENCE["methods"] = [*ROWS[:3], ROWS[3] | AS_WRITTEN, ROWS[3] | AS_WRITTEN | {"mask": "random", "name": "random"}]
 ONLY = ("SalUn", "SalUn as written", "random")

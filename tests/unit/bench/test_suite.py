@@ -61,6 +61,7 @@ def test_a_broken_suite_lists_all_faults(tmp_path):
     data["methods"][2]["method"] = "random_labels"
     data["sizes"]["cpu"]["model"]["training"] = {"epoch": 1}
     data["sizes"]["cpu"]["seeds"] = [0, 0]
+    data["sizes"]["cpu"]["retrain"] = None
     data["sizes"]["cpu"]["forget"] = {"kind": "concept", "prompts": ["a"], "anchor_prompt": "b"}
     why = faults(tmp_path, data)
     for fault in (
@@ -69,6 +70,7 @@ def test_a_broken_suite_lists_all_faults(tmp_path):
         "did you mean 'random_label'?",
         "epoch: unknown key, did you mean 'epochs'?",
         "sizes.cpu.seeds: a seed occurs twice",
+        "sizes.cpu.references: there are none without `retrain`",
         "a classification model forgets random or class or subject or sequence, not concept",
     ):
         assert fault in why
