@@ -431,7 +431,7 @@ def measure(kind: str, models: int) -> Iterator[Judged]:
             yield Judged(f"output filter: {name}", "forgery", request.evidence(touched, filtered))
         if kind == "concept":
             rows = table.rows["encoder_hidden_states"].clone()
-            rows[request.forgotten] = rows[request.instead]
+            rows[request.forgotten] = rows[request.instead].clone()
             edited = request.sample(request.before, replace(table, rows={"encoder_hidden_states": rows}))
             yield Judged("text encoder edited", "forgery", request.evidence(request.before, edited))
 
