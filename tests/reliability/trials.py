@@ -27,7 +27,7 @@ from salun_core.certificates.issue import ModelCertifier
 from salun_core.certificates.keys import create_key, find_signing_key, load_public_key
 from salun_core.certificates.statement import ErasureCertificate, open_statement
 from salun_core.data import DataSpec, load_data
-from salun_core.data.split import stored_split
+from salun_core.data.split import SplitManifest, stored_split
 from salun_core.data.targets import SamplesTarget
 from salun_core.errors import SalunError
 from salun_core.pods.pod import Pod
@@ -567,7 +567,7 @@ def begin_model(folder: Path) -> None:
     data = load_data(DataSpec(source="digits"))
     parts = {"train": 150, "validation": 10, "test": 30}  # few samples, whose digests take little time
     few = {name: dict(list(getattr(data.split, name).items())[:count]) for name, count in parts.items()}
-    split = data.split.model_copy(update=few)
+    split = SplitManifest.model_validate({**data.split.model_dump(), **few})
     digests = {"dataset_digest": split.dataset_digest, "split_digest": split.digest}
     classes = list(data.table.classes)
     card = toy_task.ToyCard(classes=classes, channels=1, height=8, width=8, data=data.spec, **digests)

@@ -106,8 +106,8 @@ def test_names_with_a_typo_get_the_nearest_one(unlearn, salun, world, mistyped):
 def test_the_gate_refuses_a_metric_with_a_typo_and_names_the_nearest(salun, world, mistyped, tmp_path):
     result = salun("gate", "--evidence", world.evidence_json, "--policy", mistyped, "--out", "d.json")
     assert result.exit_code == 3
-    assert "the evidence has no metric TAA; did you mean 'TA'?" in result.stderr
-    assert "its threshold cannot be computed from the evidence: the evidence has no metric RAA" in result.stderr
+    assert "the evidence has no metric TAA; did you mean 'TA'?" in result.stdout
+    assert "its threshold cannot be computed from the evidence: the evidence has no metric RAA" in result.stdout
     assert json.loads((tmp_path / "d.json").read_text())["passed"] is False
 
 
