@@ -98,6 +98,7 @@ def _data() -> tuple[ImageSet, ImageSet]:
 def _classifier() -> tuple[ImageClassifier, Calibration]:
     """Train the classifier that recognises what is drawn, and calibrate it on unseen digits."""
     pool, unseen = _data()
+    assert pool.normalisation is not None
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 128), nn.ReLU(), nn.Linear(128, CLASSES))
     card = ModelCard(
