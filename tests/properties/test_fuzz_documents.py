@@ -289,6 +289,14 @@ def test_free_fields_have_a_depth_limit(kind, tmp_path):
             read(json.dumps({**document, field: nested(depth)}).encode(), tmp_path / "document")
 
 
+def test_yaml_of_megabytes_is_refused_before_it_is_parsed():
+    """15 MB of it take a parser 47 seconds; JSON of that size is read."""
+    text = "ids: [" + "a, " * 5_000_000 + "a]"
+    with pytest.raises(UsageError, match="too large for YAML"):
+        parse_text(text, "forget.yaml")
+    assert len(parse_text(json.dumps({"ids": ["a"] * 3_000_000}), "forget.json")["ids"]) == 3_000_000
+
+
 def test_a_document_that_is_too_large_is_not_read(tmp_path):
     path = tmp_path / "large.json"
     with path.open("wb") as file:
