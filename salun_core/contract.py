@@ -255,8 +255,7 @@ def _method(offer: Offer) -> list[Check]:
     before, inputs = model_digest(lab.network), [tensor.clone() for tensor in lab.tensors]
     with _reaching() as reached, _counted(lab.network) as cost:
         first = lab.run(mask)
-    passes = cost.passes if isinstance(row, ClassifierMethod) else cost.trained
-    run = _MethodRun(lab, mask, first, passes, reached, before, inputs)
+    run = _MethodRun(lab, mask, first, cost.passes, reached, before, inputs)
     return _checks(
         offer,
         ("equal seeds, equal weights", run.deterministic),
@@ -490,7 +489,7 @@ class _Cost:
 
     Args:
         forward: samples that went forward.
-        trained: samples that went backward as well; a diffusion method counts these alone.
+        trained: samples that went backward as well.
     """
 
     forward: int = 0

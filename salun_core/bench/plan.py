@@ -160,6 +160,6 @@ class SuiteRun:
         row: Any = get_method(methods, entry.method)
         return {
             "steps": 0 if row.edit else config.steps,
-            "passes": row.passes(config),
+            "passes": row.cost(config),
             "images a row and model": self.size.evaluation.images_per_class,
         }

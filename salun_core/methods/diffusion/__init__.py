@@ -103,7 +103,7 @@ def unlearn_denoiser(
         shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
         history = run_loop(network, lambda *_: phases, settings, mask, shared, fingerprint, on_epoch, group)
     network.requires_grad_(True).eval()
-    return UnlearnResult(network, method, settings, history, time.perf_counter() - started, row.passes(settings))
+    return UnlearnResult(network, method, settings, history, time.perf_counter() - started, row.cost(settings))
 
 
 def _check_sets(sets: ExampleSets) -> None:

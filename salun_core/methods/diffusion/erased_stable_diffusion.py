@@ -21,6 +21,7 @@ from torch.nn.functional import mse_loss
 
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
+from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 from salun_core.methods.diffusion.objectives import guided
 
@@ -88,8 +89,15 @@ def ddim_step(denoiser: Denoiser, batch: Noised, predicted: Tensor, time: int, p
     return replace(batch, noisy=moved, times=earlier)
 
 
+def passes(config: DiffusionConfig) -> float:
+    """Return the expected cost in passes: each example, its target, and its sampling to a time that is drawn."""
+    sampling = (config.start_steps + 1) / 2 * (1 if config.start_guidance == 1 else 2)
+    return config.steps * config.batch_size * (1 + (sampling + 2) / 3)
+
+
 METHOD = DiffusionMethod(
     loss,
+    passes=passes,
     needs_original=True,
     needs_retain=False,
     defaults={"selection": "xattn", "steps": 200, "batch_size": 8, "learning_rate": 1e-5},

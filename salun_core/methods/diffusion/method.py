@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -72,12 +73,15 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
         edit: closed-form edit of the denoiser's weights, in place; None for a method that trains.
         needs_forget: whether each step reads forget examples; False saves the work.
         needs_retain: whether each step reads retain examples.
+        passes: cost of a run in passes (one example forward and backward); a forward pass alone counts 1/3. By default
+            each example of each batch counts once.
     """
 
     loss: StepLoss | None = None
     edit: Callable[[Denoiser, ExampleSets, DiffusionConfig], None] | None = None
     needs_forget: bool = True
     needs_retain: bool = True
+    passes: Callable[[DiffusionConfig], float] | None = None
     config_type: type[DiffusionConfig] = field(default=DiffusionConfig, kw_only=True)
 
     @property
@@ -98,9 +102,13 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
                 "give an alpha above 0, or force it by allow_zero_alpha: true",
             )
 
-    def passes(self, config: DiffusionConfig) -> int:
-        """Return the number of examples that a run passes through the network, forward and backward."""
-        return 0 if self.edit else config.steps * config.batch_size * (self.needs_forget + self.needs_retain)
+    def cost(self, config: DiffusionConfig) -> int:
+        """Return the cost of a run in passes, rounded up. A closed-form edit costs none."""
+        if self.edit:
+            return 0
+        trained = config.steps * config.batch_size * (self.needs_forget + self.needs_retain)
+        repeated = trained / 3 if config.gradient_checkpointing else 0
+        return math.ceil((self.passes(config) if self.passes else trained) + repeated)
 
 
 def denoising_phase(row: DiffusionMethod, context: DiffusionContext) -> Phase:

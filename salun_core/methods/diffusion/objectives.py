@@ -12,6 +12,7 @@ from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
 from salun_core.diffusion.sampling import guidance_conditions, guided_prediction
+from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionContext
 
 
@@ -83,6 +84,11 @@ def relabel_loss(context: DiffusionContext, forget: Noised, retain: Noised) -> T
     loss_f = mse_loss(predicted[: len(forget)], target)
     loss_r = mse_loss(predicted[len(forget) :], retain.target)
     return loss_f + retain_weight(context) * loss_r
+
+
+def relabel_passes(config: DiffusionConfig) -> float:
+    """Return the cost of random labelling in passes: each pair of examples, and the target of the forget example."""
+    return config.steps * config.batch_size * (2 + 1 / 3)
 
 
 def guided(denoiser: Denoiser, batch: Noised, table: ConditionTable, scale: float) -> Tensor:

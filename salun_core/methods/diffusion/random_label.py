@@ -8,6 +8,6 @@ Source: Fan et al., "SalUn", ICLR 2024, equation (7) without its mask.
 from __future__ import annotations
 
 from salun_core.methods.diffusion.method import DiffusionMethod
-from salun_core.methods.diffusion.objectives import relabel_loss
+from salun_core.methods.diffusion.objectives import relabel_loss, relabel_passes
 
-METHOD = DiffusionMethod(relabel_loss)
+METHOD = DiffusionMethod(relabel_loss, passes=relabel_passes)

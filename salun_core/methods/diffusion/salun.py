@@ -8,6 +8,6 @@ Source: Fan et al., "SalUn", ICLR 2024, equations (3), (6) and (7).
 from __future__ import annotations
 
 from salun_core.methods.diffusion.method import DiffusionMethod
-from salun_core.methods.diffusion.objectives import relabel_loss
+from salun_core.methods.diffusion.objectives import relabel_loss, relabel_passes
 
-METHOD = DiffusionMethod(relabel_loss, needs_mask=True)
+METHOD = DiffusionMethod(relabel_loss, needs_mask=True, passes=relabel_passes)
