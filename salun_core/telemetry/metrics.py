@@ -123,6 +123,7 @@ METHOD_LABELS = (
     "esd",
     "forget_me_not",
     "uce",
+    "rece",
     "other",
 )
 # A label value comes from a fixed list, or matches the pattern of a name that an operator chooses: no request, run,

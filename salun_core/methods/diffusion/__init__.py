@@ -22,6 +22,7 @@ from salun_core.methods.diffusion import (
     forget_me_not,
     gradient_ascent,
     random_label,
+    rece,
     retrain,
     salun,
     unified_concept_editing,
@@ -43,6 +44,7 @@ METHODS: dict[str, DiffusionMethod] = {
     "esd": erased_stable_diffusion.METHOD,
     "forget_me_not": forget_me_not.METHOD,
     "uce": unified_concept_editing.METHOD,
+    "rece": rece.METHOD,
 }
 
 

@@ -66,6 +66,12 @@ class DiffusionConfig(LoopConfig):
     start_guidance: float = Field(default=3.0, ge=1, allow_inf_nan=False, description="ESD: guidance of these samples")
     edit_strength: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="UCE's λ, of the old projection")
     preserve_strength: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="UCE: weight of what is kept")
+    adversarial_rounds: int = Field(
+        default=3, ge=1, le=100, description="rece: times that adversarial embeddings are found and erased"
+    )
+    adversarial_strength: float = Field(
+        default=0.1, gt=0, allow_inf_nan=False, description="rece: λ, which keeps these embeddings short"
+    )
 
     @property
     def scoring_passes(self) -> int:

@@ -15,7 +15,7 @@ Source: Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 20
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,16 +38,35 @@ def edit(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> None
     Raises:
         UsageError: the network has no cross-attention.
     """
+    for layers, (old, new, kept) in editable(denoiser, sets, config):
+        change = correction(old, new, kept, config.edit_strength, config.preserve_strength)
+        apply(layers, torch.eye(len(change), dtype=torch.float64) + change)
+
+
+def editable(
+    denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig
+) -> Iterator[tuple[list[nn.Linear], tuple[Tensor, Tensor, Tensor]]]:
+    """Yield the key and value projections that read the same text, with its tokens as of `matched_tokens`.
+
+    Raises:
+        UsageError: the network has no cross-attention.
+    """
     layers = projections(denoiser)
     for names, texts in _by_text(denoiser, sets, config.batch_size, layers):
         second = min(1, texts.shape[1] - 1)
         first = [max(own, default=second) for own in sets.table.tokens or [()] * len(texts)]
-        old, new, kept = matched_tokens(texts, sets, first)
-        change = correction(old, new, kept, config.edit_strength, config.preserve_strength)
-        for name in names:
-            weight = layers[name].weight
-            before = weight.double().cpu()
-            weight.copy_(before + before @ change)
+        yield [layers[name] for name in names], matched_tokens(texts, sets, first)
+
+
+def apply(layers: Iterable[nn.Linear], change: Tensor) -> None:
+    """Set W = W_o T in place.
+
+    Args:
+        layers: their weights are W_o.
+        change: T, float64 [d, d], on the CPU.
+    """
+    for layer in layers:
+        layer.weight.copy_(layer.weight.double().cpu() @ change)
 
 
 def projections(denoiser: Denoiser) -> dict[str, nn.Linear]:

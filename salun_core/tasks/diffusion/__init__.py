@@ -162,7 +162,7 @@ class DiffusionTask:
         densities = (recipe.density, min(1.0, (1 + recipe.density) / 2), 1.0)
         heavier = [{"method_config": stronger, "density": density} for density in densities]
         name, gentler = "learning_rate", (1 / 3, 0.1)
-        if recipe.method == "uce":
+        if recipe.method in {"uce", "rece"}:
             name, gentler = "edit_strength", (10.0, 100.0)
         settings = [
             {**recipe.method_config, name: float(f"{factor * getattr(config, name):.4g}")} for factor in gentler

@@ -509,8 +509,62 @@ def test_a_network_that_projects_its_text_is_edited_where_the_text_is_read():
     assert changed(denoiser, denoiser.of(result.model)) == names  # the biases stay
 
 
+@pytest.mark.parametrize("method", ["uce", "rece"])
 @pytest.mark.parametrize("make", [class_unet, flow_transformer])
-def test_uce_needs_cross_attention(make):
+def test_closed_forms_need_cross_attention(method, make):
     sets = lab("class" if make is class_unet else "flow")[1]
     with pytest.raises(UsageError, match="has no cross-attention"):
-        unlearn_denoiser(make(), sets, "uce")
+        unlearn_denoiser(make(), sets, method)
+
+
+# --- RECE
+
+
+def test_rece_alternates_least_squares_for_weights_and_for_embeddings():
+    """The paper's two problems, each as one stacked system for lstsq over explicit weights of all layers."""
+    denoiser, sets = lab("text")
+    config = {"edit_strength": 0.2, "preserve_strength": 0.5, "adversarial_rounds": 2, "adversarial_strength": 0.3}
+    found = projections(denoiser.of(unlearn_denoiser(denoiser, sets, "rece", config=config).model))
+    texts = sets.table.rows["encoder_hidden_states"].double().numpy()[:, 1:]
+    forgotten, anchor, kept = texts[0], texts[1], texts[[1, 2, NULL]].reshape(-1, WIDTH)
+    original = {name: layer.weight.detach().double().numpy() for name, layer in projections(denoiser).items()}
+
+    def edited(weight, tokens):
+        sources = np.concatenate([tokens, np.sqrt(0.5) * kept, np.sqrt(0.2) * np.eye(WIDTH)])
+        aims = np.concatenate([anchor, np.sqrt(0.5) * kept, np.sqrt(0.2) * np.eye(WIDTH)]) @ weight.T
+        return np.linalg.lstsq(sources, aims, rcond=None)[0].T
+
+    weights = {name: edited(weight, forgotten) for name, weight in original.items()}
+    for _ in range(2):
+        stacked = np.concatenate([*weights.values(), np.sqrt(0.3) * np.eye(WIDTH)])
+        aims = np.concatenate([*(weight @ forgotten.T for weight in original.values()), np.zeros_like(forgotten.T)])
+        adversarial = np.linalg.lstsq(stacked, aims, rcond=None)[0].T
+        weights = {name: edited(weight, adversarial) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        np.testing.assert_allclose(found[name].weight.detach().numpy(), weight, atol=1e-6)
+
+
+def test_rece_erases_embeddings_that_bring_the_concept_back_after_uce():
+    denoiser, sets = lab("text")
+    texts = sets.table.rows["encoder_hidden_states"].double().numpy()[:, 1:]
+    distance = {}
+    for method in ("uce", "rece"):
+        after = projections(denoiser.of(unlearn_denoiser(denoiser, sets, method).model))
+        old, new = (
+            np.concatenate([layer.weight.detach().double().numpy() for layer in layers.values()])
+            for layers in (projections(denoiser), after)
+        )
+        wanted = old @ texts[0].T
+        system = np.concatenate([new, np.sqrt(0.1) * np.eye(WIDTH)])
+        attack = np.linalg.lstsq(system, np.concatenate([wanted, np.zeros((WIDTH, len(texts[0])))]), rcond=None)[0]
+        distance[method] = np.linalg.norm(new @ attack - wanted)
+    assert distance["rece"] > 1.5 * distance["uce"]
+
+
+def test_rece_changes_keys_and_values_only_and_reads_its_own_settings():
+    denoiser, sets = lab("text")
+    result = unlearn_denoiser(denoiser, sets, "rece")
+    assert changed(denoiser, denoiser.of(result.model)) == {f"{name}.weight" for name in projections(denoiser)}
+    assert (result.history, result.passes) == ([], 0)
+    with pytest.raises(UsageError, match="uce does not read adversarial_rounds"):
+        diffusion_config("uce", {"adversarial_rounds": 2})
