@@ -28,7 +28,7 @@ def unlearn(
         model_line: Name of the model line.
         run_id: Id of the run.
         unlearned: Reference to the model after unlearning, with the facts of its run.
-        method: The unlearning method: salun, random_label, retrain, finetune or gradient_ascent.
+        method: The unlearning method, such as salun or retrain; with tune also auto, or several with commas.
         method_config: Settings that replace the method's defaults, as JSON text.
         seed: Seed of the random labels, the order of the data and the augmentation.
         tune: Search for the settings that method_config leaves open, and for the density, on validation data.

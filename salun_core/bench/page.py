@@ -35,7 +35,7 @@ IMAGES = "images"
 AGAINST = "Retrain against Retrain"
 BEHIND = "behind the smallest, 95 %"
 _BEGIN = re.compile(r"<!-- suite:([a-z0-9-]+):(cpu|paper) -->")
-_FIRST = ("learning_rate", "density", "epochs")
+_FIRST = ("method", "learning_rate", "density", "epochs")
 _OPTIONAL_COLUMNS = {"own_passes": "of which the chosen run", "runs": "runs", "debt": "debt"}
 _TITLES = {"neighbours": "near classes", "UA_relearned": "UA after fine-tuning", "attack_success": "prompt attack"}
 

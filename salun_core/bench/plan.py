@@ -17,6 +17,7 @@ from salun_core.errors import UsageError, unknown_name
 from salun_core.gate import load_policy
 from salun_core.methods.recipe import Recipe
 from salun_core.tasks.resolve import AUTO
+from salun_core.tuning.space import methods_of
 
 # A cell does not depend on these. It is measured against the first reference of its seed, whatever their number.
 _NOT_MEASURED = {"methods", "seeds", "budget_seconds", "search", "references"}
@@ -125,7 +126,9 @@ class SuiteRun:
             policy = self.policy(search)
             digest = load_policy("classifier" if policy == AUTO else policy).digest if policy else ""
             searched = [search.budget, digest]
-        code = [record.digest for record in plugins.loaded("method", entry.method)]  # loaded when the suite was checked
+        methods = methods_of(entry.method)
+        code = [record.digest for record in plugins.loaded("method", *methods)]  # loaded when the suite was checked
+        searched += methods if len(methods) > 1 else []  # another portfolio is another search
         goal = [REFERENCE_KIND] if self.size.retrain is not None else []
         return Cell(entry, seed, digest_json([self.suite.kind, measured, own, seed, *searched, *code, *goal]))
 
@@ -151,9 +154,13 @@ class SuiteRun:
         from salun_core.tasks import task_named
 
         entry, search, methods = cell.entry, self.search(cell.entry), task_named(self.suite.kind).methods
-        config = resolve_config(methods, entry.method, entry.config)
+        budget: dict[str, int | str] = {}
         if search is not None:
             budget = {"passes": int(search.budget)} if search.budget.isdecimal() else {"search": search.budget}
+        if cell.recipe.leaves_method_open:
+            return budget
+        config = resolve_config(methods, entry.method, entry.config)
+        if search is not None:
             return {**budget, "epochs a trial at most": config.epochs}
         if self.suite.kind == "classification":
             return {"epochs": config.epochs}

@@ -337,7 +337,8 @@ def _search_facts(logs: Sequence[TuningLog]) -> dict[str, Any]:
     if not logs:
         return {}
     each = [_chosen(log) for log in logs]
-    chosen = each[0] if len(logs) == 1 else {name: [one[name] for one in each] for name in each[0]}
+    names = list(dict.fromkeys(name for one in each for name in one))
+    chosen = each[0] if len(logs) == 1 else {name: [one.get(name, "-") for one in each] for name in names}
     return {
         "chosen": chosen,
         "tried": sum(len(log.trials) for log in logs),
@@ -350,7 +351,8 @@ def _chosen(log: TuningLog) -> dict[str, Setting]:
     assert log.chosen is not None  # a cell has a model
     trial = log.trials[log.chosen]
     density = {} if trial.density is None else {"density": trial.density}
-    return {**trial.settings, **density, "epochs": trial.epochs}
+    method = {"method": log.chosen_method} if log.chosen_method not in (log.method, None) else {}
+    return {**method, **trial.settings, **density, "epochs": trial.epochs}
 
 
 def _environment(facts: Iterable[dict[str, str]]) -> dict[str, str]:

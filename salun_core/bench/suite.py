@@ -16,6 +16,7 @@ from salun_core.data import DataSpec
 from salun_core.data.targets import ClassTarget, ConceptTarget, SubjectTarget
 from salun_core.errors import UsageError, unknown_name
 from salun_core.methods.method import get_method, resolve_config
+from salun_core.methods.recipe import Recipe
 from salun_core.models.card import DiffusionEvaluation
 from salun_core.tuning import parse_budget
 
@@ -101,7 +102,9 @@ class SuiteEntry(Document):
     """One row of the table: a method with its mask and its settings."""
 
     name: str = Field(min_length=1, max_length=60, description="as the table shows it")
-    method: str = Field(description="a method of classifiers or of diffusion models")
+    method: str = Field(
+        description="a method of classifiers or of diffusion models; with a search also auto, or several with commas"
+    )
     mask: Literal["saliency", "random", "none"] = Field(default="none", description="which weights may change")
     density: float | None = Field(default=None, gt=0, le=1, description="of the mask; null if it is searched for")
     config: dict[str, Any] = Field(
@@ -280,18 +283,21 @@ def _row_faults(kind: str, rows: Any, where: str, searched: bool) -> Iterator[st
 
 def _entry_faults(kind: str, row: SuiteEntry, searched: bool) -> Iterator[str]:
     from salun_core.tasks import task_named
-    from salun_core.tuning.space import Space
+    from salun_core.tuning.space import spaces_of
 
-    methods = task_named(kind).methods
+    methods, open_method = task_named(kind).methods, Recipe(method=row.method).leaves_method_open
     try:
-        needs_mask = get_method(methods, row.method).needs_mask
+        needs_mask = not open_method and get_method(methods, row.method).needs_mask
     except UsageError as error:
         yield str(error)
         return
     faults = {
         "retrain is the reference, not a row: request it with `retrain: {}` of the size": row.method == "retrain",
         f"{row.method} needs a mask: saliency, or random for the control": needs_mask and row.mask == "none",
-        f"{row.method} takes no mask": not needs_mask and row.mask != "none",
+        f"{row.method} takes no mask": not needs_mask and not open_method and row.mask != "none",
+        "the search chooses method and mask: leave out mask and density": open_method
+        and (row.mask != "none" or row.density is not None),
+        f"the method {row.method} needs a search: name one": open_method and not searched,
         "a density without a mask: only a mask has one": row.density is not None and row.mask == "none",
         "a mask without a density: only a row that takes part in a search may leave it out": row.density is None
         and row.mask != "none"
@@ -302,8 +308,8 @@ def _entry_faults(kind: str, row: SuiteEntry, searched: bool) -> Iterator[str]:
     }
     yield from (fault for fault, found in faults.items() if found)
     if searched:
-        yield from _raised(lambda: Space.of(row.method, row.config, row.density))
-    else:
+        yield from _raised(lambda: spaces_of(row.method, row.config, row.density))
+    elif not open_method:
         yield from _raised(lambda: resolve_config(methods, row.method, row.config))
 
 

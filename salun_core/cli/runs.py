@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def trial_line(record: TrialRecord) -> str:
     """Return one trial of a search in one line."""
-    settings = [
+    settings = [record.method] if record.method else []
+    settings += [
         f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in record.settings.items()
     ]
     settings += [f"density {record.density:g}"] if record.density is not None else []
@@ -130,16 +131,16 @@ def _show_refused(folder: Path, told: str = "") -> None:
 def _plan(form: UnlearningForm) -> None:
     from tempfile import TemporaryDirectory
 
-    from salun_core.methods.method import resolve_config
     from salun_core.steps.context import RunContext
     from salun_core.steps.fetch import fetch_model
     from salun_core.steps.form_check import check_form
+    from salun_core.tasks.task import check_recipe
 
     check_form(form, in_pods=False)
     with TemporaryDirectory(prefix="salun-run-") as folder:
         context = RunContext(Path(folder, "before"), form.forget_manifest_uri, form.model_line, form.store_uri)
         found = fetch_model(context)
-        resolve_config(context.task.methods, form.method, form.recipe.overrides)
+        check_recipe(context.task, form.recipe, tune=form.tune)
     counts = {"forget_samples": found.forget_count, "train_samples": found.train_count}
     emit_plan("run", {"would_publish": form.model_line, "parent": found.version, "method": form.method, **counts})
 

@@ -97,7 +97,8 @@ def unlearn(
     forget: Forget,
     out: Annotated[Path, typer.Option(help="Folder to write the new model to.")],
     method: Annotated[
-        str, form_option("method", help="The unlearning method; see `salun ls methods`.")
+        str,
+        form_option("method", help="The unlearning method; see `salun ls methods`. auto with --tune."),
     ] = DEFAULTS.method,
     mask: Annotated[Path | None, typer.Option(help="Mask file, for methods that need one.")] = None,
     data: Data = None,
@@ -120,7 +121,7 @@ def unlearn(
     from salun_core.steps.unlearning import run_unlearning
     from salun_core.tasks.masks import read_mask
     from salun_core.tasks.resolve import model_folder
-    from salun_core.tasks.task import TuningOptions
+    from salun_core.tasks.task import TuningOptions, check_recipe
 
     overrides = {"seed": seed, **read_settings(settings, config)}
     if tune:
@@ -131,19 +132,22 @@ def unlearn(
     first = _is_first_process()
     with model_folder(model, store) as folder:
         context = RunContext(folder, forget, data=data)
-        resolved = resolve_config(context.task.methods, method, overrides)
-        recipe = _recipe(method, 1.0, overrides, resolved.seed)  # the mask carries the density
+        recipe = _recipe(method, 1.0, overrides, overrides["seed"])  # the mask carries the density
+        check_recipe(context.task, recipe, tune=tune)
+        epochs = None
+        if not recipe.leaves_method_open:
+            epochs = resolve_config(context.task.methods, method, overrides).epochs
         if dry_run:
             read_mask(mask, context.inputs)
-            facts = {"would_write": out, "method": method, **context.inputs.sizes, "epochs": resolved.epochs}
-            emit_plan("unlearn", facts)
+            facts = {"would_write": out, "method": method, **context.inputs.sizes, "epochs": epochs}
+            emit_plan("unlearn", {name: value for name, value in facts.items() if value is not None})
             return
         tuning = TuningOptions(tune_budget, policy, lambda record: progress(trial_line(record))) if tune else None
-        with epoch_progress(method, resolved.epochs) if first and not tune else nullcontext(None) as on_epoch:
+        with epoch_progress(method, epochs) if first and epochs and not tune else nullcontext(None) as on_epoch:
             result = run_unlearning(context, recipe, mask, out, on_epoch=on_epoch, tuning=tuning)
     if first:
         tried = {"learning_rate": result.config.learning_rate, "tried": out / "tuning.json"} if tune else {}
-        facts = {"method": method, "epochs": len(result.history), "samples_passed": result.passes, **tried}
+        facts = {"method": result.method, "epochs": len(result.history), "samples_passed": result.passes, **tried}
         facts |= {"ended": result.ended} if result.ended else {}
         emit_facts({"model": out, **facts, "seconds": round(result.seconds, 3)})
 
@@ -159,13 +163,13 @@ def _recipe(method: str, density: float, settings: dict[str, Any], seed: int = 0
 def _check_tuning(method: str, mask: Path | None, processes: int, policy: str) -> None:
     """Refuse, before any work, what a search cannot do."""
     from salun_core.tasks.resolve import check_policy
-    from salun_core.tuning.space import Space
+    from salun_core.tuning.space import spaces_of
 
     if mask is not None:
         raise UsageError("--tune and --mask exclude each other", "the search chooses the density", "leave out --mask")
     if processes > 1:
         raise UsageError("--tune takes one process", "trials follow each other", "leave out --processes")
-    Space.of(method, {})
+    spaces_of(method, {})
     check_policy(policy)
 
 

@@ -377,6 +377,9 @@ class TuningFacts(Document):
     seconds: float = Field(ge=0, description="wall clock of the whole search")
     policy_digest: str = Field(description="of the policy whose margins bound the search")
     mask: str | None = Field(default=None, description="digest of the mask that the search computed and used")
+    method: str | None = Field(
+        default=None, description="auto, or several methods: what the search chose from; null: it had one method"
+    )
 
 
 class RunFacts(Document):
@@ -447,6 +450,8 @@ class Evidence(Document):
         lacks: dict[str, Any] = {name: True for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}
         if not any(record.reading for record in self.run.history):
             lacks["history"] = {"__all__": {"reading"}}
+        if self.run.tuning is not None and self.run.tuning.method is None:
+            lacks["tuning"] = {"method"}
         absent["run"] = lacks
         later = ("recognition", "original_images")
         if self.generation is not None and (lacking := {n for n in later if getattr(self.generation, n) is None}):

@@ -11,11 +11,13 @@ from pydantic import Field
 from salun_core.config import Document, parse, parse_text
 from salun_core.errors import UsageError
 
+AUTO_METHOD = "auto"
+
 
 class Recipe(Document):
-    """The recipe of an unlearning run: one method with its settings."""
+    """The recipe of an unlearning run: one method with its settings, or a choice of methods for a search."""
 
-    method: str = Field(default="salun", description="the unlearning method")
+    method: str = Field(default="salun", description="the unlearning method; for a search also auto, or several")
     density: float = Field(default=0.5, gt=0, le=1, description="share of the weights that may change")
     method_config: dict[str, Any] = Field(default={}, description="settings that differ from the method's defaults")
     seed: int = Field(default=0, ge=0, description="of the run")
@@ -24,6 +26,11 @@ class Recipe(Document):
     def overrides(self) -> dict[str, Any]:
         """The settings plus the seed, which they must not override."""
         return {**self.method_config, "seed": self.seed}
+
+    @property
+    def leaves_method_open(self) -> bool:
+        """Whether a search chooses the method: `auto`, or several names with commas between them."""
+        return self.method == AUTO_METHOD or "," in self.method
 
 
 class Role(StrEnum):

@@ -287,7 +287,7 @@ def compute_mask(
         recipe, count = parse_recipe(method, density, method_config), _count(processes)
         version = _pinned(pod, first, folder).parent  # the facts of an artifact are for people, and not verified
         card = card_of(pod.store, Version(version, read_version(pod.store, pod.model_line, version)))
-        if not get_method(task_named(card.task).methods, recipe.method).needs_mask:
+        if recipe.leaves_method_open or not get_method(task_named(card.task).methods, recipe.method).needs_mask:
             return Reference(kind=Kind.MASK, facts={"method": recipe.method, "needed": "no"}, made_from=given)
         context, _ = _open(pod, first, folder)
         out = folder / MASK_FILE
@@ -371,8 +371,8 @@ def unlearn(
         context, _ = _open(pod, given[0], folder)
         after = folder / "after"
         in_processes(count, run_unlearning, context, recipe, _mask_file(pod, given[0], folder), after, tuning=tuning)
-        seconds = read_run_facts(after, recipe.method).seconds["unlearn"]
-        facts: dict[str, Fact] = {"method": recipe.method, "seed": seed, "seconds": seconds}
+        made = read_run_facts(after, recipe.method)
+        facts: dict[str, Fact] = {"method": made.method, "seed": seed, "seconds": made.seconds["unlearn"]}
         return pod.scratch.put(Kind.MODEL, after, given, facts)
 
     return in_step(pod, "unlearn", (mask,), work)

@@ -11,7 +11,6 @@ from salun_core.data.targets import Target
 from salun_core.errors import StoreError, UsageError, reported_as
 from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
 from salun_core.gate import shipped_policies
-from salun_core.methods.method import resolve_config
 from salun_core.registry.lookup import Version, read_head, read_version, require_head
 from salun_core.steps.claim import card_of, task_of_line
 from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, RunForm, ShardedMaskForm, UnlearningForm
@@ -21,8 +20,9 @@ from salun_core.sweeps.policy import SweepPolicy
 from salun_core.tasks import TASKS
 from salun_core.tasks.ingredients import absent_evaluators
 from salun_core.tasks.resolve import AUTO, check_policy, read_forget, read_policy_early
-from salun_core.tasks.task import Task
+from salun_core.tasks.task import Task, check_recipe
 from salun_core.tuning import parse_budget
+from salun_core.tuning.space import methods_of
 
 T = TypeVar("T")
 Skipped = Callable[[str], None]
@@ -177,7 +177,7 @@ def _resolve(form: RecipeForm, task: Task[Any] | None) -> None:
     faults = []
     for one in having or TASKS.values():
         try:
-            resolve_config(one.methods, form.method, form.recipe.overrides)
+            check_recipe(one, form.recipe, tune=form.tune)
         except UsageError as error:
             faults.append(error)
         else:
@@ -188,7 +188,7 @@ def _resolve(form: RecipeForm, task: Task[Any] | None) -> None:
 def _check_plugins(form: RecipeForm, asked: Mapping[str, int]) -> None:
     """Refuse a plug-in that the policy does not allow, before it costs a run. They were loaded by the checks before."""
     used = [
-        *plugins.loaded("method", form.method),
+        *plugins.loaded("method", *methods_of(form.method)),
         *plugins.loaded("metric", *asked),
         *plugins.loaded("attack", *asked),
     ]

@@ -22,7 +22,8 @@ from salun_core.tasks.masks import make_mask
 def compute_mask(context: RunContext, recipe: Recipe, out: Path, random_seed: int | None = None) -> SaliencyMask:
     """Compute the saliency mask of a model for a forget set.
 
-    A method that takes no mask gets one in which every weight is salient. If torchrun has started several processes,
+    A method that takes no mask gets one in which every weight is salient, and so does a recipe that leaves the method
+    to a search, which makes its own masks. If torchrun has started several processes,
     each scores its share, and the first one writes the same mask as one process alone.
 
     Args:
@@ -42,11 +43,16 @@ def compute_mask(context: RunContext, recipe: Recipe, out: Path, random_seed: in
     """
     with context.distributed("compute_mask") as (metrics, group):
         started = time.perf_counter()
-        config = resolve_config(context.task.methods, recipe.method, recipe.method_config)
+        task = context.task
+        if not recipe.leaves_method_open:
+            config = resolve_config(task.methods, recipe.method, recipe.method_config)
         context.require_same_inputs(group)
-        device = pick_device(context.device)
-        task, inputs = context.task, context.inputs
-        mask = make_mask(task, inputs, recipe.method, config, recipe.density, device, random_seed, group)
+        device, inputs = pick_device(context.device), context.inputs
+        if recipe.leaves_method_open:
+            parameters = inputs.original.network.named_parameters()
+            mask = SaliencyMask.full({name: tuple(parameter.shape) for name, parameter in parameters})
+        else:
+            mask = make_mask(task, inputs, recipe.method, config, recipe.density, device, random_seed, group)
         mask = mask.with_facts({**inputs.digests, "seconds": f"{time.perf_counter() - started:.3f}"})
         if group.main:
             mask.save(out)

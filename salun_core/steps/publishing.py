@@ -197,7 +197,8 @@ def _command(line: str, measured: Evidence) -> str:
     run = measured.run
     density = [f"--density {run.density:g}"] if run.density is not None and run.tuning is None else []
     density += [f"--tune --tune-budget {run.tuning.budget}"] if run.tuning else []
-    options = [f"--model-line {line}", f"--method {run.method}", *density, f"--seed {run.seed or 0}"]
+    method = run.tuning.method if run.tuning and run.tuning.method else run.method
+    options = [f"--model-line {line}", f"--method {method}", *density, f"--seed {run.seed or 0}"]
     return " ".join(["python -m pipelines run", *options, "--forget-manifest-uri …"])
 
 

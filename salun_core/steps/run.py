@@ -8,7 +8,6 @@ from pathlib import Path
 
 from salun_core.data import LoadedData
 from salun_core.evaluation import Evidence
-from salun_core.methods.method import resolve_config
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.fetch import fetch_model
@@ -21,7 +20,7 @@ from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage import open_store
 from salun_core.sweeps.heartbeat import line_held
 from salun_core.sweeps.runs import new_run_id
-from salun_core.tasks.task import TuningOptions
+from salun_core.tasks.task import TuningOptions, check_recipe
 from salun_core.tuning.search import OnTrial
 
 
@@ -86,7 +85,7 @@ def run_steps(
     )
     say("fetch_model")
     fetched = fetch_model(context)
-    resolve_config(context.task.methods, recipe.method, recipe.overrides)
+    check_recipe(context.task, recipe, tune=form.tune)
     say("compute_mask")
     compute_mask(context, recipe, mask)
     say("unlearn")

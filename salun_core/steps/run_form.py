@@ -35,7 +35,8 @@ class RecipeForm(RunForm):
 
     method: str = Field(
         default="salun",
-        description="The unlearning method; in a sweep the cause of a refusal decides what comes next.",
+        description="The unlearning method; with tune also auto, or several with commas, for the search to choose "
+        "from. In a sweep the cause of a refusal decides what comes next.",
     )
     density: float = _DENSITY
     policy_uri: str = Field(
@@ -53,7 +54,8 @@ class RecipeForm(RunForm):
     )
     tune: bool = Field(
         default=False,
-        description="Search density and settings on validation data, within the policy's margins; classifiers only.",
+        description="Search density and settings, and with auto the method, on validation data, within the policy's "
+        "margins; classifiers only.",
     )
     tune_budget: str = Field(
         default="20e",

@@ -20,7 +20,7 @@ from salun_core.steps.context import RunContext
 from salun_core.storage.keys import run_key
 from salun_core.tasks.masks import read_mask, require_nested
 from salun_core.tasks.run_facts import RUN_FACTS, facts_json, facts_of_run
-from salun_core.tasks.task import TunedRun, TuningOptions
+from salun_core.tasks.task import TunedRun, TuningOptions, check_recipe
 
 CHECKPOINT_VARIABLE = "SALUN_CHECKPOINT_DIR"
 
@@ -41,7 +41,7 @@ def run_unlearning(
 
     Args:
         context: model and forget set.
-        recipe: method, settings, seed.
+        recipe: method, settings, seed. With `tuning` it may leave the method open; the facts name the chosen one.
         mask: mask file of this model and forget set; None for a method that takes none.
         out: folder for the new model; it appears whole or not at all.
         checkpoint: file that keeps the state after each epoch; by default under $SALUN_CHECKPOINT_DIR, if set.
@@ -65,8 +65,9 @@ def run_unlearning(
         task, inputs = context.task, context.inputs
         context.require_same_inputs(group)
         given = read_mask(mask, inputs)
-        row, tuned = get_method(task.methods, recipe.method), None
-        given = given if row.needs_mask else None
+        check_recipe(task, recipe, tune=tuning is not None)
+        tuned, masked = None, not recipe.leaves_method_open and get_method(task.methods, recipe.method).needs_mask
+        given = given if masked else None
         if tuning is not None and _has_settings_to_search(context, recipe, group):
             tuned = _tune(context, recipe, given, tuning)
             result = tuned.result

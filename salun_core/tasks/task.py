@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from salun_core.data import ForgetSet, LoadedData
 from salun_core.data.split import SplitManifest
 from salun_core.data.targets import Target
+from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import Forgotten, Measured, RunFacts, TuningFacts
 from salun_core.gate import GateDecision
@@ -21,7 +22,7 @@ from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.config import LoopConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.methods.loop import OnEpoch
-from salun_core.methods.method import Method, UnlearnResult
+from salun_core.methods.method import Method, UnlearnResult, resolve_config
 from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models.card import Card
 from salun_core.models.checkpoint import model_digest
@@ -360,3 +361,24 @@ class Task(Protocol[InputsT]):
             UsageError: the method or its configuration is wrong.
         """
         ...
+
+
+def check_recipe(task: Task[Any], recipe: Recipe, *, tune: bool) -> None:
+    """Check the method of a recipe and its settings, before any work.
+
+    Args:
+        task: task of the model.
+        recipe: method and settings.
+        tune: whether the settings that are open are searched for.
+
+    Raises:
+        UsageError: an unknown method, invalid settings, or a recipe that leaves the method open without a search.
+    """
+    if not recipe.leaves_method_open:
+        resolve_config(task.methods, recipe.method, recipe.overrides)
+    elif not tune:
+        raise UsageError(
+            f"the method {recipe.method} needs a search", "only a search chooses a method", "add --tune, or name one"
+        )
+    else:
+        task.check_tuning(recipe.method, recipe.overrides)

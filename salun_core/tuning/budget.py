@@ -37,6 +37,13 @@ class Budget:
             return passes <= self.passes
         return self.seconds is not None and time.perf_counter() - self.started < self.seconds
 
+    def used(self, passes: int) -> float:
+        """Return the share of the budget that so many passes are; a limit of seconds depends on the clock only."""
+        if self.passes is not None:
+            return passes / self.passes
+        assert self.seconds is not None
+        return (time.perf_counter() - self.started) / self.seconds
+
 
 def parse_budget(text: str, images: int) -> Budget:
     """Parse a budget.
@@ -68,7 +75,8 @@ def parse_budget(text: str, images: int) -> Budget:
 class TrialRecord(Document):
     """One setting that was tried."""
 
-    number: int = Field(ge=0, description="from 0, in the order they were tried")
+    number: int = Field(ge=0, description="from 0, in the order they were begun")
+    method: str | None = Field(default=None, description="null in earlier releases: the method of the log")
     settings: dict[str, float | str] = Field(description="settings that were searched for, by name")
     density: float | None = Field(default=None, description="share of salient weights; null for a method without mask")
     epochs: int = Field(ge=0, description="of the best model of the trial; 0 where it made none")
@@ -87,7 +95,11 @@ class TuningLog(Document):
     """All that a search tried, and what it chose."""
 
     format: Literal["salun.tuning/v1"] = "salun.tuning/v1"
-    method: str
+    method: str = Field(description="as it was requested: one; several with commas; or auto, those of the portfolio")
+    chosen_method: str | None = Field(
+        default=None, description="of the chosen trial; null: refused, or in earlier releases the method of the log"
+    )
+    not_tried: list[str] = Field(default=[], description="methods that the budget did not suffice for")
     seed: int
     optimiser: str = Field(description="with its version: another may try other settings")
     budget: str = Field(description="as it was given")

@@ -1,4 +1,8 @@
-"""The search: a Gaussian process proposes settings; the best trial on held-out data that the policy allows wins."""
+"""The search: a Gaussian process proposes settings; the best trial on held-out data that the policy allows wins.
+
+Among several methods the budget is divided by successive halving: each gets its defaults first, then the better half of
+them gets more trials, until one is left.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +41,8 @@ _FAILED = 10.0  # value of a trial without metrics: worse than any trial that br
 _RANDOM = 3  # the start and two random trials, then the Gaussian process; small, as a budget is a few dozen epochs
 _WARMUP = 2  # first epoch after which a trial may be pruned: the first predicts little, as forgetting precedes repair
 _STARTUP = 2  # finished trials before the pruner compares with their median
+_FIRST = 2  # epochs of each method's first trial before methods are compared; no fewer than _WARMUP
+_STARTS = 0.5  # share of the budget for the first trials of all methods; the others are not tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +51,12 @@ class Problem:
 
     Args:
         model: the original, on the images' device; unchanged.
-        space: the method and its search space.
+        method: as it was requested.
+        spaces: the methods and their search spaces, in the order in which they are tried.
         images: D_f and D_r.
         sets: images for the measurement of trials.
         constraint: checks metrics against the policy.
-        scores: saliency by parameter name, source of the masks of all densities; None for a method without a mask,
+        scores: saliency by parameter name, source of the masks of all densities; None for methods without a mask,
             and for random masks.
         budget: maximum cost.
         seed: seed of the optimiser.
@@ -57,7 +65,8 @@ class Problem:
     """
 
     model: nn.Module
-    space: Space
+    method: str
+    spaces: Sequence[Space]
     images: tuple[ImageSet, ImageSet]
     sets: Sets
     constraint: Constraint
@@ -76,6 +85,11 @@ class Problem:
             return SaliencyMask.random(shapes, choice.density, self.random_seed)
         assert self.scores is not None  # a method with a mask has either a random seed or scores
         return SaliencyMask.from_scores(self.scores, choice.density)
+
+    def config(self, choice: Choice) -> UnlearnConfig:
+        """Return the configuration of a choice."""
+        (space,) = (space for space in self.spaces if space.method == choice.method)
+        return space.config(choice)
 
 
 @dataclass(frozen=True)
@@ -102,12 +116,14 @@ class Tuned:
         passes: passes of all trials.
         seconds: wall-clock time.
         chosen: the best trial; None if the policy allows none.
+        not_tried: methods that the budget did not suffice for.
     """
 
     trials: list[TrialRecord]
     passes: int
     seconds: float
     chosen: Chosen | None
+    not_tried: list[str]
 
     @property
     def broken(self) -> str:
@@ -121,17 +137,17 @@ def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
     """Return the cost of a run with this number of epochs, in image passes.
 
     Args:
-        problem: provides the method and the images.
-        choice: settings of the run.
+        problem: provides the images.
+        choice: method and settings of the run.
         epochs: number of epochs; 0 costs nothing.
     """
     if epochs == 0:
         return 0
-    config = problem.space.config(choice).model_copy(update={"epochs": epochs})
+    config = problem.config(choice).model_copy(update={"epochs": epochs})
     forget, retain = problem.images
     with torch.no_grad():
         num_classes = int(problem.model(next(iter(forget.batches(1)))[0]).shape[1])
-    row = get_method(METHODS, problem.space.method)
+    row = get_method(METHODS, choice.method)
     held_out = problem.sets.held_out if row.reads_held_out else None
     context = ClassifierContext(forget, retain, num_classes, config, problem.model, held_out=held_out)
     return expected_passes(row, context)
@@ -140,12 +156,12 @@ def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
 def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
     """Search for the best model that satisfies the policy until the budget is spent.
 
-    The result is the model of the chosen trial, without further training. Unlearning with the chosen settings and mask
-    gives the same weights.
+    The result is the model of the chosen trial, without further training. Unlearning with the chosen method, settings
+    and mask gives the same weights.
 
     Args:
         problem: inputs of the search.
-        on_trial: called after each trial.
+        on_trial: called after each trial, and again after a trial that went on.
 
     Returns:
         All trials and the chosen one.
@@ -155,25 +171,145 @@ def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
         SalunError: Optuna is not installed.
     """
     begun = time.perf_counter()
-    study = _study(problem.space, problem.seed)
     before = problem.sets.read(problem.model)
     evaluator = CandidateEvaluator(problem.model, problem.sets, before, problem.constraint)
-    state = SearchState(problem, evaluator, problem.spent + problem.sets.passes)
-    while True:
-        suggestion = study.ask()
-        choice = problem.space.draw(suggestion)
-        least = state.passes + passes_of(problem, choice, 1 if problem.space.growing else choice.epochs)
-        least += problem.sets.passes
-        if not problem.budget.allows(least):
-            break
-        best = state.run(suggestion, choice).best
-        study.tell(suggestion, min(best.value, _FAILED) if best else _FAILED)
-        if on_trial:
-            on_trial(state.trials[-1])
+    state = SearchState(problem, evaluator, problem.spent + problem.sets.passes, on_trial)
+    contenders = [Contender(state, space) for space in problem.spaces]
+    tried = _halve(contenders) if len(contenders) > 1 else contenders
+    while tried[0].step():
+        pass
     if not state.trials:
-        raise _too_small(problem, least)
+        raise _too_small(problem, state.passes + tried[0].cost(1))
     seconds = time.perf_counter() - begun
-    return Tuned(state.trials, state.passes, seconds, state.chosen(seconds))
+    not_tried = [contender.space.method for contender in contenders if not contender.begun]
+    return Tuned(state.trials, state.passes, seconds, state.chosen(seconds), not_tried)
+
+
+def _halve(contenders: Sequence[Contender]) -> list[Contender]:
+    """Drop the worse half of the methods after each round, until one is left.
+
+    In the first round each method runs its defaults for a few epochs. The rest of the budget is divided equally between
+    the rounds that follow, the last method's included. Within a round the methods take turns, and a trial that was
+    interrupted goes on first.
+
+    Args:
+        contenders: in the order of the portfolio, which decides where values are equal and which methods are tried if
+            the budget does not suffice for all.
+
+    Returns:
+        The method that is left.
+    """
+    state = contenders[0].state
+    left: list[Contender] = []
+    for contender in contenders:
+        # The start of the first method must be able to end, so that a small budget gives what the defaults give.
+        cost = contender.cost(_FIRST)
+        used = state.problem.budget.used(state.passes + cost)
+        if left and (used > _STARTS or not state.affords(cost + left[0].cost(None))):
+            break
+        if not contender.step(_FIRST):
+            break
+        left.append(contender)
+    rounds = max(1, math.ceil(math.log2(len(left)))) if left else 0
+    for number in range(rounds, 0, -1):
+        left = sorted(left, key=lambda contender: contender.best)[: math.ceil(len(left) / 2)]
+        if len(left) < 2:
+            break
+        used = state.problem.budget.used(state.passes)
+        until = used + (1 - used) / number
+        while state.problem.budget.used(state.passes) < until and any([contender.step() for contender in left]):
+            pass
+    return left[:1] or [contenders[0]]
+
+
+@dataclass
+class Run:
+    """A trial that is running, was interrupted, or has not begun yet.
+
+    Args:
+        suggestion: of the optimiser.
+        choice: method, settings and most epochs.
+        callback: measures each epoch and keeps the state of the loop.
+        number: of the trial in the log; None before it begins.
+        passes: spent so far.
+        seconds: wall clock so far.
+        interrupted: whether it can go on.
+    """
+
+    suggestion: Suggestion
+    choice: Choice
+    callback: EpochCallback
+    number: int | None = None
+    passes: int = 0
+    seconds: float = 0.0
+    interrupted: bool = True
+
+
+@dataclass
+class Contender:
+    """One method of a search with the trials that an optimiser proposes.
+
+    Args:
+        state: of the whole search.
+        space: the method and its search space.
+        best: the smallest value so far.
+        run: the trial that comes next, if it is known.
+    """
+
+    state: SearchState
+    space: Space
+    best: float = math.inf
+    run: Run | None = None
+
+    @cached_property
+    def study(self) -> Study:
+        """The optimiser."""
+        return _study(self.space, self.state.problem.seed)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a trial has begun."""
+        return self.best < math.inf
+
+    def next_run(self) -> Run:
+        """Return the trial to run next: one that was interrupted, else one that the optimiser proposes."""
+        if self.run is None:
+            suggestion = self.study.ask()
+            choice = self.space.draw(suggestion)
+            self.run = Run(suggestion, choice, EpochCallback(self.state.evaluator, lambda _: True, choice.epochs))
+        return self.run
+
+    def cost(self, limit: int | None) -> int:
+        """Return the passes that the next trial costs up to an epoch, without those that it has spent.
+
+        Args:
+            limit: the epoch; None is the last. A method whose last model alone is an answer always runs to its end.
+        """
+        choice, reading = self.next_run().choice, self.state.problem.sets.passes
+        whole = limit is None or not self.space.growing
+        epochs = choice.epochs if whole else min(limit or 0, choice.epochs)
+        readings = epochs if self.space.growing else 1
+        return passes_of(self.state.problem, choice, epochs) + readings * reading - self.next_run().passes
+
+    def step(self, limit: int | None = None) -> bool:
+        """Run the next trial, or let an interrupted one go on.
+
+        Args:
+            limit: the epoch after which it is interrupted; None never does.
+
+        Returns:
+            False if the budget does not allow its next epoch; nothing was run then.
+        """
+        state, run = self.state, self.next_run()
+        if not state.affords(self.cost(len(run.callback.history) + 1)):
+            return False
+        best = state.run(run, limit, self.space.growing).best
+        value = min(best.value, _FAILED) if best else _FAILED
+        self.best = min(self.best, value)
+        if not run.interrupted:
+            self.study.tell(run.suggestion, value)
+            self.run = None
+        return True
 
 
 def _study(space: Space, seed: int) -> Study:
@@ -198,6 +334,7 @@ class SearchState:
         problem: inputs of the search.
         evaluator: measures candidates.
         passes: passes spent so far.
+        on_trial: called after each trial.
         trials: all trials so far.
         best: the best allowed candidate with its configuration, history and choice; only its weights are kept in
             memory.
@@ -207,36 +344,60 @@ class SearchState:
     problem: Problem
     evaluator: CandidateEvaluator
     passes: int
+    on_trial: OnTrial | None = None
     trials: list[TrialRecord] = field(default_factory=list)
     best: tuple[Measurement, UnlearnConfig, list[EpochRecord], Choice] | None = None
     best_number: int = -1
 
-    def run(self, suggestion: Suggestion, choice: Choice) -> Trial:
-        """Run one trial and record it."""
-        problem, method = self.problem, self.problem.space.method
-        config, reading = problem.space.config(choice), problem.sets.passes
-        before = self.passes
+    def affords(self, passes: int) -> bool:
+        """Return whether the budget allows so many passes more."""
+        return self.problem.budget.allows(self.passes + passes)
+
+    def run(self, run: Run, limit: int | None, growing: bool) -> Trial:
+        """Run one trial, or let it go on, and record it.
+
+        Args:
+            run: the trial.
+            limit: the epoch after which it is interrupted; None never does.
+            growing: whether each epoch of it is an answer.
+        """
+        problem, choice, callback = self.problem, run.choice, run.callback
+        config, reading = problem.config(choice), problem.sets.passes
+        others = self.passes - run.passes
 
         def go_on(seen: Measurement) -> bool:
-            suggestion.report(seen.value, seen.epoch)
-            spent = before + passes_of(problem, choice, seen.epoch + 1) + (seen.epoch + 1) * reading
-            return problem.budget.allows(spent) and not suggestion.should_prune()
+            run.suggestion.report(seen.value, seen.epoch)
+            spent = others + passes_of(problem, choice, seen.epoch + 1) + (seen.epoch + 1) * reading
+            if not problem.budget.allows(spent) or run.suggestion.should_prune():
+                return False
+            run.interrupted = seen.epoch == limit
+            return not run.interrupted
 
-        callback = EpochCallback(self.evaluator, go_on, config.epochs)
+        callback.go_on, run.interrupted = go_on, False
         mask, held_out = problem.mask(choice), problem.sets.held_out
-        trial = run_trial(method, config, problem.images, mask, callback, problem.space.growing, held_out)
-        epochs = min(len(trial.history), config.epochs) if get_method(METHODS, method).edit is None else config.epochs
+        trial = run_trial(choice.method, config, problem.images, mask, callback, growing, held_out)
+        run.interrupted = run.interrupted and trial.state == "stopped" and callback.improves
+        row = get_method(METHODS, choice.method)
+        epochs = min(len(trial.history), config.epochs) if row.edit is None else config.epochs
         if trial.state == "failed":
             epochs = min(epochs + 1, config.epochs)  # the failed epoch used budget too
-        passes = passes_of(problem, choice, epochs) + len(trial.answers) * reading
-        self.passes += passes
-        self.trials.append(_record(len(self.trials), choice, trial, passes))
+        run.passes = passes_of(problem, choice, epochs) + len(trial.answers) * reading
+        run.seconds += trial.seconds
+        self.passes = others + run.passes
+        self._keep(run, trial, config)
+        return trial
+
+    def _keep(self, run: Run, trial: Trial, config: UnlearnConfig) -> None:
+        """Record a trial, in the place of what was recorded before it went on, and keep the best candidate."""
+        run.number = len(self.trials) if run.number is None else run.number
+        self.trials[run.number : run.number + 1] = [_record(run, trial)]
         best = trial.best
         if best is not None and not best.refused and (self.best is None or best.value < self.best[0].value):
             config = config.model_copy(update={"epochs": best.epoch})
-            self.best = best, config, trial.history[: best.epoch], choice
-            self.best_number = self.trials[-1].number
-        return trial
+            self.best = best, config, trial.history[: best.epoch], run.choice
+            self.best_number = run.number
+        if self.on_trial:
+            self.on_trial(self.trials[run.number])
 
     def chosen(self, seconds: float) -> Chosen | None:
         """Return the best allowed candidate as the result of an unlearning run that took `seconds`."""
@@ -247,26 +408,26 @@ class SearchState:
         model.load_state_dict(best.state)
         compared = compare_weights(self.problem.model, model)
         changed = compared.weights_changed / max(1, compared.weights)
-        method = self.problem.space.method
-        result = UnlearnResult(model.eval(), method, config, history, seconds, self.passes, changed)
+        result = UnlearnResult(model.eval(), choice.method, config, history, seconds, self.passes, changed)
         return Chosen(self.best_number, result, self.problem.mask(choice))
 
 
-def _record(number: int, choice: Choice, trial: Trial, passes: int) -> TrialRecord:
+def _record(run: Run, trial: Trial) -> TrialRecord:
     best = trial.best
     finite = best is not None and math.isfinite(best.distance)
     fields = {
-        "number": number,
-        "settings": choice.settings,
-        "density": choice.density,
+        "number": run.number,
+        "method": run.choice.method,
+        "settings": run.choice.settings,
+        "density": run.choice.density,
         "epochs": best.epoch if best else 0,
         "epochs_run": len(trial.history),
         "state": trial.state,
         "figures": best.figures if best else {},
         "distance": best.distance if best and finite else None,
         "refused": best.refused if best else [],
-        "passes": passes,
-        "seconds": trial.seconds,
+        "passes": run.passes,
+        "seconds": run.seconds,
     }
     return TrialRecord.model_validate(fields)
 

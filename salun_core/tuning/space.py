@@ -1,4 +1,4 @@
-"""The search space of each method; settings that the user has set stay fixed."""
+"""The search space of each method, and the portfolio of `auto`; settings that the user has set stay fixed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from salun_core.errors import UsageError
 from salun_core.methods.classification import METHODS, UnlearnConfig, method_config
 from salun_core.methods.method import get_method
-from salun_core.methods.recipe import Recipe
+from salun_core.methods.recipe import AUTO_METHOD, Recipe
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -35,17 +35,27 @@ GROWING = frozenset(
 )
 """Methods whose n-epoch run at a constant rate is a prefix of a longer run: one trial measures every length."""
 
+PORTFOLIO = (
+    "salun",  # the product's own method: few changed weights, among the nearest for random samples and for classes
+    "random_label",  # SalUn without a mask: nearest for a random half, where few weights are not enough
+    "scrub",  # keeps the most of D_r: among the nearest for classes and persons
+    "sfr_on",  # ascent instead of wrong labels: nearest for a person, and independent of the methods above
+)
+"""The methods of `auto`, in the order in which a small budget tries them."""
+
 
 @dataclass(frozen=True)
 class Choice:
     """One point of the search space.
 
     Args:
+        method: its name.
         settings: overrides of the method's configuration.
         density: share of salient weights, for a method with a mask.
         epochs: maximum number of epochs.
     """
 
+    method: str
     settings: dict[str, float | str]
     density: float | None
     epochs: int
@@ -116,7 +126,7 @@ class Space:
         epochs = self.epochs
         if not self.growing and epochs > 1:
             epochs = trial.suggest_int("epochs", 1, epochs)
-        return Choice(settings, density, epochs)
+        return Choice(self.method, settings, density, epochs)
 
     def start(self) -> dict[str, float]:
         """Return the point to try first: the method's defaults and the default density.
@@ -138,4 +148,31 @@ class Space:
         return method_config(self.method, {**self.fixed, **choice.settings, "epochs": choice.epochs})
 
 
-assert set(METHODS) >= GROWING | _ORDERED | set(_OWN)
+def spaces_of(
+    method: str, overrides: Mapping[str, Any], density: float | None = None, normalised: bool = True
+) -> list[Space]:
+    """Return the search spaces of all methods that a recipe leaves open; see `Space.of`.
+
+    Args:
+        method: a method, several with commas between them, or `auto` for those of `PORTFOLIO`.
+        overrides: what the user has set; each of the methods must read it.
+        density: of the masks, if it is not to be searched for.
+        normalised: whether the model has batch-norm layers.
+
+    Raises:
+        UsageError: as for `Space.of`, or a method is named twice.
+    """
+    names = methods_of(method)
+    if len(set(names)) < len(names):
+        raise UsageError(f"{method} names a method twice", "each is searched once", "leave the second one out")
+    return [Space.of(name, overrides, density, normalised) for name in names]
+
+
+def methods_of(method: str) -> tuple[str, ...]:
+    """Return the names of the methods that the method of a recipe stands for: itself, unless it leaves a choice."""
+    if method == AUTO_METHOD:
+        return PORTFOLIO
+    return tuple(name.strip() for name in method.split(","))
+
+
+assert set(METHODS) >= GROWING | _ORDERED | set(_OWN) | set(PORTFOLIO)

@@ -80,6 +80,9 @@ class Stopped(Exception):  # noqa: N818 - control flow, not an error
 class EpochCallback:
     """Measures a run after each epoch. It also serves as the loop's checkpoint store, which gives it the weights.
 
+    A run that was ended goes on from its last epoch if it is started again with the same callback: the loop restores
+    weights, optimiser and history, and measures only the epochs that follow.
+
     Args:
         evaluator: measures candidates.
         go_on: (last measurement) -> whether the trial may run another epoch.
@@ -87,6 +90,7 @@ class EpochCallback:
         state: weights after the last epoch.
         seen: all measurements.
         history: one record per epoch.
+        checkpoint: state of the loop after the last epoch.
     """
 
     evaluator: CandidateEvaluator
@@ -95,13 +99,21 @@ class EpochCallback:
     state: dict[str, Tensor] = field(default_factory=dict)
     seen: list[Measurement] = field(default_factory=list)
     history: list[EpochRecord] = field(default_factory=list)
+    checkpoint: bytes | None = None
+
+    @property
+    def improves(self) -> bool:
+        """Whether one of the last `PATIENCE` epochs is the best so far."""
+        values = [item.value for item in self.seen]
+        return len(values) - 1 - values.index(min(values)) < PATIENCE
 
     def load(self) -> bytes | None:
-        """Return None, because trials do not resume."""
-        return None
+        """Return the state of the loop after the last epoch; None before the first."""
+        return self.checkpoint
 
     def save(self, data: bytes) -> None:
-        """Read the weights from the state of the loop."""
+        """Keep the state of the loop, and read the weights from it."""
+        self.checkpoint = data
         tensors = deserialise(data)
         self.state = {name.removeprefix(_PREFIX): tensors[name] for name in tensors if name.startswith(_PREFIX)}
 
@@ -114,9 +126,7 @@ class EpochCallback:
         self.history.append(record)
         found = self.evaluator.measure(record.epoch, self.state)
         self.seen.append(found)
-        values = [item.value for item in self.seen]
-        improves = len(values) - 1 - values.index(min(values)) < PATIENCE
-        if not (self.go_on(found) and improves) and record.epoch < self.last:
+        if not (self.go_on(found) and self.improves) and record.epoch < self.last:
             raise Stopped
 
 

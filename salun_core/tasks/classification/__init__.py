@@ -34,7 +34,7 @@ from salun_core.tasks.classification.inputs import ClassifierInputs
 from salun_core.tasks.classification.tuning import search
 from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions
 from salun_core.telemetry.progress import tracked
-from salun_core.tuning.space import Space
+from salun_core.tuning.space import spaces_of
 
 
 def _chunks(images: ImageSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -123,7 +123,9 @@ class ClassificationTask:
 
     def check_tuning(self, method: str, overrides: Mapping[str, Any]) -> bool:
         """Return whether the method has settings to search for."""
-        return not get_method(METHODS, method).fresh_start and Space.of(method, overrides) is not None
+        if not Recipe(method=method).leaves_method_open and get_method(METHODS, method).fresh_start:
+            return False
+        return bool(spaces_of(method, overrides))
 
     @explained()
     def tune(
@@ -161,8 +163,10 @@ class ClassificationTask:
         what did harm, and SFR-on, which kept the most of D_r in the study. A retraining has no strength: only that of
         the model card follows.
         """
-        config = method_config(recipe.method, recipe.method_config)
         retraining = Recipe(method="retrain", density=1.0, seed=recipe.seed)
+        if recipe.leaves_method_open:  # its search has tried methods and strengths
+            return Escalation(recipes=[recipe, retraining])
+        config = method_config(recipe.method, recipe.method_config)
         if get_method(METHODS, recipe.method).fresh_start:
             return Escalation(recipes=[recipe, retraining] if recipe.method_config else [recipe])
         name = "influence_strength" if recipe.method == "influence" else "learning_rate"

@@ -27,7 +27,7 @@ from salun_core.evaluation.evidence import (
 from salun_core.gate import Cause, GateDecision, Policy, Refusal, Verdict, decide, load_policy
 from salun_core.methods.config import pick_device
 from salun_core.methods.distributed import SINGLE_PROCESS
-from salun_core.methods.method import get_method, resolve_config
+from salun_core.methods.method import resolve_config
 from salun_core.saliency import SaliencyMask
 from salun_core.tasks.classification.inputs import ClassifierInputs
 from salun_core.tasks.masks import TUNED_MASK
@@ -35,7 +35,7 @@ from salun_core.tasks.resolve import AUTO, read_policy
 from salun_core.tasks.task import TunedRun, TuningOptions
 from salun_core.tuning import ConstraintResult, Problem, Sets, Tuned, TuningLog, parse_budget, tune
 from salun_core.tuning.search import passes_of
-from salun_core.tuning.space import Choice, Space
+from salun_core.tuning.space import Choice, spaces_of
 
 if TYPE_CHECKING:
     from salun_core.tasks.classification import ClassificationTask
@@ -52,7 +52,7 @@ def search(
     overrides: Mapping[str, Any],
     options: TuningOptions,
 ) -> TunedRun:
-    """Search for the settings of a method.
+    """Search for the settings of a method, or for a method and its settings.
 
     The scores are computed once, as in the mask step, and give the masks of all densities. The search does not use the
     test data.
@@ -60,7 +60,7 @@ def search(
     Args:
         task: scores the model.
         inputs: the original model, its data and the forget set.
-        method: a key of `METHODS`.
+        method: a key of `METHODS`, several with commas between them, or `auto`.
         overrides: fixed settings of the user; their `epochs` is the maximum number of epochs.
         options: budget and policy.
 
@@ -74,26 +74,29 @@ def search(
     """
     network = inputs.original.model
     normalised = any(isinstance(module, _BatchNorm) for module in network.modules())
-    space = Space.of(method, overrides, options.density, normalised)
+    spaces = spaces_of(method, overrides, options.density, normalised)
     device = pick_device(str(overrides.get("device", "auto")))
     sets = _sets(inputs, device)
     budget = parse_budget(options.budget, len(inputs.forget) + len(inputs.retain))
     constraint = PolicyConstraint.of(inputs, options.policy_uri if options.bounded else None)
     started = time.perf_counter()
-    salient = get_method(task.methods, method).needs_mask and options.random_mask_seed is None
-    config = resolve_config(task.methods, method, overrides)
-    scores = task.score(inputs, config, device, SINGLE_PROCESS).values if salient else None
+    masked = [space.method for space in spaces if space.densities] if options.random_mask_seed is None else []
+    scores = None
+    if masked:  # once for all methods: they depend on the model and D_f alone
+        config = resolve_config(task.methods, masked[0], overrides)
+        scores = task.score(inputs, config, device, SINGLE_PROCESS).values
     scored = time.perf_counter() - started
     problem = Problem(
         model=network.to(device),
-        space=space,
+        method=method,
+        spaces=spaces,
         images=(inputs.forget.to(device), inputs.retain.to(device)),
         sets=sets,
         constraint=constraint,
         scores=scores,
         budget=budget,
         seed=int(overrides.get("seed", 0)),
-        spent=len(inputs.forget) if salient else 0,
+        spent=len(inputs.forget) if masked else 0,
         random_seed=options.random_mask_seed,
     )
     tuned = tune(problem, options.on_trial)
@@ -223,10 +226,12 @@ def _tuned_run(
     mask = chosen.mask.with_facts({**inputs.digests, "seconds": f"{scored:.3f}"}) if chosen.mask else None
     record = tuned.trials[chosen.number]
     if options.on_chosen:
-        choice = Choice(record.settings, record.density, record.epochs)
-        options.on_chosen(problem.spent + passes_of(problem, choice, record.epochs))
+        choice = Choice(chosen.result.method, record.settings, record.density, record.epochs)
+        options.on_chosen((problem.spent if mask else 0) + passes_of(problem, choice, record.epochs))
     log = TuningLog(
-        method=problem.space.method,
+        method=problem.method,
+        chosen_method=chosen.result.method,
+        not_tried=tuned.not_tried,
         seed=problem.seed,
         optimiser=f"optuna {version('optuna')}, Gaussian process",
         budget=problem.budget.text,
@@ -246,6 +251,7 @@ def _tuned_run(
         seconds=log.seconds,
         policy_digest=log.policy_digest,
         mask=mask.digest if mask else None,
+        method=problem.method if len(problem.spaces) > 1 else None,
     )
     extra = {TUNING_LOG: (json.dumps(log.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()}
     if mask is not None:

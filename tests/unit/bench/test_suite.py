@@ -83,6 +83,8 @@ def test_a_broken_suite_lists_all_faults(tmp_path):
         ({"name": "x", "method": "finetune", "mask": "saliency", "density": 0.5}, "finetune takes no mask"),
         ({"name": "x", "method": "finetune", "density": 0.5}, "only a mask has one"),
         ({"name": "x", "method": "retrain"}, "retrain is the reference"),
+        ({"name": "x", "method": "auto"}, "the method auto needs a search"),
+        ({"name": "x", "method": "auto", "mask": "random"}, "leave out mask and density"),
         ({"name": "x", "method": "finetune", "config": {"seed": 1}}, "config sets a seed"),
         ({"name": "x", "method": "finetune", "config": {"epochs": 0}}, "epochs"),
         ({"name": "rl!", "method": "finetune"}, "'rl' occurs twice"),
@@ -102,6 +104,17 @@ def test_a_control_of_another_density_or_config_does_not_count(tmp_path):
     for change in ({"density": 0.4}, {"config": {"epochs": 2}}):
         rows = [row | (change if row["name"] == "SalUn, random mask" else {}) for row in SUITE["methods"]]
         assert "'SalUn' has no control" in faults(tmp_path, SUITE | {"methods": rows})
+
+
+def test_a_row_may_leave_the_method_to_its_search(tmp_path):
+    rows = [{"name": "x", "method": "auto"}, {"name": "y", "method": "salun,scrub", "budget": "10e"}]
+    data = copy.deepcopy(SUITE) | {"methods": rows}
+    data["sizes"]["cpu"]["search"] = {"budget": "20e"}
+    plan = SuiteRun(load(tmp_path, data), "cpu")
+    assert [plan.cost(cell) for cell in plan.cells if cell.seed == plan.seeds[0]] == [
+        {"search": "20e"},
+        {"search": "10e"},
+    ]
 
 
 def test_a_suite_is_found_by_name_with_the_nearest_match():

@@ -29,7 +29,7 @@ def test_a_line_a_trial_and_what_was_chosen(salun, digits_model, forget, tmp_pat
     done = tune(salun, digits_model, forget, "--tune-budget", "6e", "--policy", policy(tmp_path / "kept.yaml", 0.9))
     assert done.exit_code == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("trial ")]
-    assert lines[0].startswith("trial 0: learning_rate 0.003, order sequential, batch_norm freeze, density 0.5, ")
+    assert lines[0].startswith("trial 0: salun, learning_rate 0.003, order sequential, batch_norm freeze, density 0.5")
     assert "distance" in lines[0]
     assert "tuning.json" in done.stdout
     log = json.loads((tmp_path / "after" / "tuning.json").read_text())
@@ -50,6 +50,7 @@ def test_the_exit_code_of_a_refusal_is_3(salun, digits_model, forget, tmp_path):
         (("--mask", "mask.safetensors"), "--tune and --mask exclude each other"),
         (("--processes", "2"), "--tune takes one process"),
         (("--method", "retrain"), "retrain is not tuned"),
+        (("--method", "salun,scrub", "--set", "retain_weight=0.9"), "does not read retain_weight"),
         (("--policy", "clasifier"), "did you mean 'classifier'"),
         (("--tune-budget", "many"), "is not a budget"),
         (("--tune-budget", "10"), "is too small"),
@@ -60,6 +61,13 @@ def test_what_a_search_cannot_do_is_a_usage_error(salun, digits_model, forget, t
     assert done.exit_code == 2
     assert message in done.stderr
     assert not (tmp_path / "after").exists()
+
+
+def test_auto_without_a_search_is_a_usage_error(salun, digits_model, forget, tmp_path):
+    done = salun("unlearn", "--model", digits_model, "--forget", forget, "--out", "after", "--method", "auto")
+    assert done.exit_code == 2
+    assert "the method auto needs a search: only a search chooses a method" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_measurements_are_checked_before_any_work(salun):

@@ -55,6 +55,8 @@ def faults(form, *, in_pods=True):
         (sweep(extra_metrics="lirra=4"), "did you mean 'lira'?"),
         (sweep(extra_metrics="kl"), "kl cannot be measured: there is no retrained model"),
         (sweep(tune=True, tune_budget="soon"), "'soon' is not a budget"),
+        (sweep(method="auto"), "the method auto needs a search: only a search chooses a method"),
+        (unlearning(method="salun,scrubb", tune=True), "did you mean 'scrub'?"),
         (sweep(store_uri="s3//salun"), "is not"),
         (sweep(model_line="Digits!"), "model line 'Digits!' is not a valid id"),
         (sweep(pipeline_root="minio://x"), "minio"),

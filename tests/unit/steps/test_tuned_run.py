@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from salun_core.config import load
-from salun_core.data import DataSpec
+from salun_core.data import DataSpec, LoadedData, load_data
 from salun_core.errors import DataError, GateRefusedError, IntegrityError, UsageError
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.methods.classification import UnlearnConfig
@@ -26,6 +26,7 @@ from salun_core.tasks.classification.training import train_model
 from salun_core.tasks.masks import require_nested, used_mask
 from salun_core.tasks.task import TuningOptions
 from salun_core.tuning import TuningLog
+from salun_core.tuning.space import PORTFOLIO
 
 pytestmark = pytest.mark.slow
 
@@ -55,8 +56,9 @@ def tuned(folder, out, options, mask=None, method="salun", settings=SETTINGS, **
     return run_unlearning(context(folder, **of_run), recipe, mask, out, tuning=options)
 
 
-def masked(folder, density, path, **more):
-    return compute_mask(context(folder), Recipe(density=density), path, **more)
+def masked(folder, density, path, method="salun", **more):
+    compute_mask(context(folder), Recipe(method=method, density=density), path, **more)
+    return path
 
 
 def measured(folder, tmp_path, after=None, **extra):
@@ -81,8 +83,6 @@ def test_all_that_was_tried_lies_beside_the_model(bench):
 
 
 def validation_labels(folder):
-    from salun_core.data import load_data
-
     model = load_model(folder / "base")
     return load_data(model.card.data, model.split).images("validation").labels.tolist()
 
@@ -90,7 +90,7 @@ def validation_labels(folder):
 def test_the_mask_is_the_mask_steps_own_at_that_density(bench, tmp_path):
     log = load(TuningLog, bench / "after" / "tuning.json")
     density = log.trials[log.chosen].density
-    mask = masked(bench, density, tmp_path / "mask")
+    mask = SaliencyMask.load(masked(bench, density, tmp_path / "mask"))
     beside = SaliencyMask.load(bench / "after" / "mask.safetensors")
     assert mask == beside
     assert {key: beside.facts[key] for key in ("model_digest", "forget_set_digest")} == {
@@ -169,6 +169,49 @@ def test_a_thousandth_is_rounding_and_more_is_not():
     moved[-3:] = -1.0
     with pytest.raises(IntegrityError, match="3 of its 2000"):
         require_nested(sparse, SaliencyMask.from_scores({"w": moved}, 0.5))
+
+
+@pytest.fixture(scope="module")
+def of_methods(bench):
+    """A run whose method was chosen by a search, with the ids of the images that it read."""
+    read = set()
+
+    class Watched(LoadedData):
+        def pixels(self, ids):
+            read.update(ids)
+            return super().pixels(ids)
+
+    model = load_model(bench / "base")
+    data = load_data(model.card.data, model.split)
+    watched = Watched(**vars(data))
+    recipe = Recipe(method="auto", method_config=SETTINGS, seed=1)
+    run_unlearning(context(bench, loaded=watched), recipe, None, bench / "auto", tuning=TuningOptions("12e"))
+    return bench / "auto", read
+
+
+def test_the_facts_name_the_method_that_was_chosen(of_methods, bench, tmp_path):
+    after, _ = of_methods
+    log, facts = load(TuningLog, after / "tuning.json"), load(RunFacts, after / "run.json")
+    assert (log.method, facts.tuning.method) == ("auto", "auto")
+    assert facts.method == log.chosen_method == log.trials[log.chosen].method == load_model(after).card.method
+    assert facts.method in PORTFOLIO
+    assert len({trial.method for trial in log.trials}) > 1
+    assert (after / "mask.safetensors").exists() == (facts.density is not None)
+    evidence = measured(bench, tmp_path, after, mask=masked(bench, 0.5, tmp_path / "mask", method="auto"))
+    assert evidence.run == facts
+    assert evidence.integrity.frozen_changed in (0, None)
+
+
+def test_a_search_over_methods_does_not_look_at_test_data(of_methods, bench):
+    _, read = of_methods
+    split = load_model(bench / "base").split
+    assert read >= set(split.ids("validation"))
+    assert not read & set(split.ids("test"))
+
+
+def test_a_method_is_left_open_only_for_a_search(bench, tmp_path):
+    with pytest.raises(UsageError, match="the method auto needs a search"):
+        run_unlearning(context(bench), Recipe(method="auto"), None, tmp_path / "out")
 
 
 def strict_policy(path):

@@ -14,7 +14,7 @@ from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import saliency_scores
 from salun_core.tuning import ConstraintResult, Problem, Sets, parse_budget, tune
 from salun_core.tuning.search import _study
-from salun_core.tuning.space import Space
+from salun_core.tuning.space import spaces_of
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,8 @@ def problem(digits, method="salun", budget="15e", constraint=anything, seed=0, *
     settings = {"epochs": 2, "batch_size": 64, "device": "cpu", "seed": seed, **overrides}
     return Problem(
         model=model,
-        space=Space.of(method, settings),
+        method=method,
+        spaces=spaces_of(method, settings),
         images=(forget, retain),
         sets=Sets(forget, retain.select(range(100)), held_out),
         constraint=constraint,
@@ -66,7 +67,7 @@ def searched(digits):
 
 
 def test_no_trial_is_pruned_after_its_first_epoch(digits):
-    study = _study(problem(digits).space, 0)
+    study = _study(problem(digits).spaces[0], 0)
     for _ in range(3):
         good = study.ask()
         good.report(1.0, 1)
