@@ -22,6 +22,7 @@ from salun_core.storage.local_files import write_whole
 
 FORMAT = "salun.checkpoint/v1"
 _HEADER, _DIGEST = "header", "digest"
+_START, _LOOP = "start/", "loop"
 
 
 class CheckpointStore(Protocol):
@@ -53,6 +54,43 @@ class FileCheckpoint:
             StoreError: the file cannot be written.
         """
         write_whole(self.path, data)
+
+
+@dataclass(frozen=True)
+class StageCheckpoint:
+    """The checkpoint of a loop that is one stage of a run.
+
+    Args:
+        inner: stores it together with the rest.
+        header: number of the stage, fingerprint of the run, and what is known of the stages before.
+        start: tensors that the stage began with.
+        resumed: state of the loop in an earlier process, or None.
+    """
+
+    inner: CheckpointStore
+    header: Mapping[str, Any]
+    start: Mapping[str, Tensor]
+    resumed: bytes | None
+
+    def load(self) -> bytes | None:
+        """Return the state of the loop in an earlier process, or None."""
+        return self.resumed
+
+    def save(self, data: bytes) -> None:
+        """Replace the state of the run atomically."""
+        loop = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        start = {_START + name: value for name, value in self.start.items()}
+        self.inner.save(sealed(self.header, {**start, _LOOP: loop}))
+
+    @staticmethod
+    def start_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the stage of a stored state began with."""
+        return {name.removeprefix(_START): value for name, value in tensors.items() if name.startswith(_START)}
+
+    @staticmethod
+    def loop_of(tensors: Mapping[str, Tensor]) -> bytes:
+        """Return the state of the loop in a stored state."""
+        return tensors[_LOOP].numpy().tobytes()
 
 
 def snapshot(fingerprint: str, model: nn.Module, optimizer: Optimizer, history: Sequence[EpochRecord]) -> bytes:

@@ -124,6 +124,7 @@ METHOD_LABELS = (
     "forget_me_not",
     "uce",
     "rece",
+    "stereo",
     "other",
 )
 # A label value comes from a fixed list, or matches the pattern of a name that an operator chooses: no request, run,

@@ -20,9 +20,8 @@ A killed run resumes in its part, because the checkpoint keeps the weights that 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from salun_core.data.images import ImageSet
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.evaluation.outputs import outputs_of
-from salun_core.methods.checkpoint import CheckpointStore, opened, require_run, sealed
+from salun_core.methods.checkpoint import CheckpointStore, StageCheckpoint, opened, require_run
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import OnEpoch
@@ -40,8 +39,6 @@ ForgetOnce = Callable[
     [ClassifierContext, CheckpointStore | None, str, OnEpoch | None], tuple[list[EpochRecord], ClassifierContext]
 ]
 """(context, checkpoint, fingerprint, callback) -> the history of one run of the method, and the context of its end."""
-
-_START, _LOOP = "start/", "loop"
 
 
 def partition(model: nn.Module, forget: ImageSet, parts: int) -> list[Tensor]:
@@ -62,32 +59,6 @@ def _divided(context: ClassifierContext, parts: list[Tensor]) -> Iterator[Classi
         later = torch.cat([part.new_empty(0), *parts[number + 1 :]])
         retain = context.retain.joined(context.forget.select(later)) if len(later) else context.retain
         yield replace(context, forget=context.forget.select(part), retain=retain)
-
-
-@dataclass(frozen=True)
-class _PartCheckpoint:
-    """The checkpoint of the loop in a part.
-
-    Args:
-        inner: stores it together with the rest.
-        header: number of the part, fingerprint, and history and cost of the parts before.
-        start: weights and buffers at the start of the part.
-        resumed: state of the loop in an earlier process, or None.
-    """
-
-    inner: CheckpointStore
-    header: Mapping[str, Any]
-    start: Mapping[str, Tensor]
-    resumed: bytes | None
-
-    def load(self) -> bytes | None:
-        return self.resumed
-
-    def save(self, data: bytes) -> None:
-        loop = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self.inner.save(
-            sealed(self.header, {**{_START + name: value for name, value in self.start.items()}, _LOOP: loop})
-        )
 
 
 def forget_in_parts(
@@ -131,17 +102,15 @@ def forget_in_parts(
             continue
         resumed = None
         if header and number == reached:
-            model.load_state_dict(
-                {name.removeprefix(_START): value for name, value in tensors.items() if name.startswith(_START)}
-            )
-            resumed = tensors[_LOOP].numpy().tobytes()
+            model.load_state_dict(StageCheckpoint.start_of(tensors))
+            resumed = StageCheckpoint.loop_of(tensors)
         original = copy.deepcopy(model).requires_grad_(False).eval() if context.original is not None else None
         store, before = None, len(history)
         if checkpoint:
             kept = [record.model_dump() for record in history]
             mark = {"fingerprint": fingerprint, "part": number, "history": kept, "passes": spent}
             start = {name: value.detach().clone() for name, value in model.state_dict().items()}
-            store = _PartCheckpoint(checkpoint, mark, start, resumed)
+            store = StageCheckpoint(checkpoint, mark, start, resumed)
 
         def told(record: EpochRecord, before: int = before) -> None:
             if on_epoch:

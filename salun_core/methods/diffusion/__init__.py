@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +26,18 @@ from salun_core.methods.diffusion import (
     rece,
     retrain,
     salun,
+    stereo,
     unified_concept_editing,
 )
 from salun_core.methods.diffusion.config import DiffusionConfig
-from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod, ExampleSets, denoising_phase
+from salun_core.methods.diffusion.method import (
+    DiffusionContext,
+    DiffusionMethod,
+    ExampleSets,
+    StepLoss,
+    Training,
+    denoising_phase,
+)
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
 from salun_core.methods.loop import OnEpoch, run_loop
 from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config
@@ -45,6 +54,7 @@ METHODS: dict[str, DiffusionMethod] = {
     "forget_me_not": forget_me_not.METHOD,
     "uce": unified_concept_editing.METHOD,
     "rece": rece.METHOD,
+    "stereo": stereo.METHOD,
 }
 
 
@@ -101,9 +111,19 @@ def unlearn_denoiser(
     else:
         original = _frozen(denoiser, device) if row.needs_original else None
         context = DiffusionContext(denoiser.of(network), original, sets, settings, torch.Generator())
-        phases = [denoising_phase(row, context)]
         shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
-        history = run_loop(network, lambda *_: phases, settings, mask, shared, fingerprint, on_epoch, group)
+
+        def loop(
+            context: DiffusionContext, loss: StepLoss, store: CheckpointStore | None, of: str, told: OnEpoch | None
+        ) -> list[EpochRecord]:
+            phases = [denoising_phase(replace(row, loss=loss), context)]
+            return run_loop(network, lambda *_: phases, settings, mask, store, of, told, group)
+
+        if row.stages is not None:
+            history = row.stages(context, Training(loop, shared, fingerprint, on_epoch, group))
+        else:
+            assert row.loss is not None
+            history = loop(context, row.loss, shared, fingerprint, on_epoch)
     network.requires_grad_(True).eval()
     return UnlearnResult(network, method, settings, history, time.perf_counter() - started, row.cost(settings))
 

@@ -66,6 +66,14 @@ class DiffusionConfig(LoopConfig):
     start_guidance: float = Field(default=3.0, ge=1, allow_inf_nan=False, description="ESD: guidance of these samples")
     edit_strength: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="UCE's λ, of the old projection")
     preserve_strength: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="UCE: weight of what is kept")
+    attack_rounds: int = Field(
+        default=2, ge=1, le=100, description="stereo: erasings of the first stage, each with an attack on it"
+    )
+    attack_steps: int = Field(default=200, ge=1, description="stereo: steps of each attack")
+    attack_rate: float = Field(default=0.02, gt=0, le=1e6, description="stereo: learning rate of an attack, of Adam")
+    anchor_guidance: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="stereo: weight of the direction of the anchor"
+    )
     adversarial_rounds: int = Field(
         default=3, ge=1, le=100, description="rece: times that adversarial embeddings are found and erased"
     )

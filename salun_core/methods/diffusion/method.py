@@ -1,4 +1,4 @@
-"""The interface of a diffusion model's unlearning method: a loss per step, or a closed-form edit."""
+"""The interface of a diffusion model's unlearning method: a loss per step, stages, or a closed-form edit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples, Noised, endless, noised
 from salun_core.errors import UsageError
+from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods import method
+from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.distributed import ProcessGroup
-from salun_core.methods.loop import Phase, Step
+from salun_core.methods.loop import OnEpoch, Phase, Step
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,37 @@ class DiffusionContext:
 StepLoss = Callable[[DiffusionContext, Noised, Noised], Tensor]
 """(context, forget batch, retain batch) -> scalar to descend."""
 
+Loop = Callable[[DiffusionContext, StepLoss, CheckpointStore | None, str, OnEpoch | None], list[EpochRecord]]
+"""(context, loss, checkpoint, fingerprint, callback) -> records of all epochs; trains the context's network."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a method that trains in stages runs them with.
+
+    Args:
+        loop: one training with all steps of the configuration.
+        checkpoint: keeps the state of the run; None keeps none.
+        fingerprint: of the run.
+        on_epoch: called after each epoch.
+        group: the processes that share the work.
+    """
+
+    loop: Loop
+    checkpoint: CheckpointStore | None
+    fingerprint: str
+    on_epoch: OnEpoch | None
+    group: ProcessGroup
+
 
 @dataclass(frozen=True)
 class DiffusionMethod(method.Method[DiffusionConfig]):
     """One row of `METHODS`.
 
     Args:
-        loss: loss of one step; None for a closed-form method.
-        edit: closed-form edit of the denoiser's weights, in place; None for a method that trains.
+        loss: loss of one step, for a method that trains once.
+        edit: closed-form edit of the denoiser's weights, in place.
+        stages: trains the context's network in place, in several loops, and returns the records of all epochs.
         needs_forget: whether each step reads forget examples; False saves the work.
         needs_retain: whether each step reads retain examples.
         passes: cost of a run in passes (one example forward and backward); a forward pass alone counts 1/3. By default
@@ -79,6 +104,7 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
 
     loss: StepLoss | None = None
     edit: Callable[[Denoiser, ExampleSets, DiffusionConfig], None] | None = None
+    stages: Callable[[DiffusionContext, Training], list[EpochRecord]] | None = None
     needs_forget: bool = True
     needs_retain: bool = True
     passes: Callable[[DiffusionConfig], float] | None = None
@@ -86,8 +112,8 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
 
     @property
     def ways(self) -> tuple[object, ...]:
-        """The loss of a training, or a closed-form edit."""
-        return self.loss, self.edit
+        """The loss of a training, a closed-form edit, or the stages of several trainings."""
+        return self.loss, self.edit, self.stages
 
     def check(self, name: str, config: DiffusionConfig) -> None:
         """Reject α = 0 for a method with both losses, unless the configuration forces it.
