@@ -125,6 +125,7 @@ METHOD_LABELS = (
     "uce",
     "rece",
     "stereo",
+    "adv_unlearn",
     "other",
 )
 # A label value comes from a fixed list, or matches the pattern of a name that an operator chooses: no request, run,

@@ -18,6 +18,7 @@ from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.config import pick_device
 from salun_core.methods.diffusion import (
+    adversarial_unlearning,
     erased_stable_diffusion,
     finetune,
     forget_me_not,
@@ -55,6 +56,7 @@ METHODS: dict[str, DiffusionMethod] = {
     "uce": unified_concept_editing.METHOD,
     "rece": rece.METHOD,
     "stereo": stereo.METHOD,
+    "adv_unlearn": adversarial_unlearning.METHOD,
 }
 
 

@@ -69,8 +69,13 @@ class DiffusionConfig(LoopConfig):
     attack_rounds: int = Field(
         default=2, ge=1, le=100, description="stereo: erasings of the first stage, each with an attack on it"
     )
-    attack_steps: int = Field(default=200, ge=1, description="stereo: steps of each attack")
-    attack_rate: float = Field(default=0.02, gt=0, le=1e6, description="stereo: learning rate of an attack, of Adam")
+    attack_steps: int = Field(default=200, ge=1, description="stereo: steps of each attack; adv_unlearn: in each step")
+    attack_rate: float = Field(
+        default=0.02,
+        gt=0,
+        le=1e6,
+        description="stereo: learning rate of an attack, of Adam; adv_unlearn: length of its steps",
+    )
     anchor_guidance: float = Field(
         default=1.0, ge=0, allow_inf_nan=False, description="stereo: weight of the direction of the anchor"
     )

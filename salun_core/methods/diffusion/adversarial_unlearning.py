@@ -1,0 +1,100 @@
+"""AdvUnlearn: ESD against the prompts that undo it best, while the retain set keeps the original's predictions.
+
+    min_θ  E||ε_θ(x_t, c*) - [ε_o(x_t, ∅) - η (ε_o(x_t, c) - ε_o(x_t, ∅))]||² + α E||ε_θ(x_r, c_r) - ε_o(x_r, c_r)||²
+    c* = argmin_v E||ε_θ(x_t, v) - ε_o(x_t, c)||²
+
+η is `negative_guidance`. x_t is drawn under c as in ESD, and serves the attack of its step, too. v is the embedded
+prompt at the positions of the concept's tokens. It begins as c and takes `attack_steps` steps of length `attack_rate`
+along the sign of the gradient; all samples of a prompt share it.
+
+This trains the denoiser. The paper prefers the text encoder, which no method here changes.
+
+Source: Zhang et al., "Defensive Unlearning with Adversarial Training for Robust Concept Erasure in Diffusion Models",
+NeurIPS 2024: the bi-level problem with its utility-retaining regularisation, and its fast attack. Deviations:
+docs/research/deviations.md, row `adv_unlearn`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from salun_core.diffusion.conditions import Conditions
+from salun_core.diffusion.examples import Noised
+from salun_core.methods.diffusion import erased_stable_diffusion
+from salun_core.methods.diffusion.config import DiffusionConfig
+from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
+from salun_core.methods.diffusion.objectives import retain_weight
+
+_TEXT = "encoder_hidden_states"
+
+
+def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
+    """Return ESD's loss under attacked prompts plus the weighted distance from θ_o on the retain batch.
+
+    Raises:
+        UsageError: the conditions are not texts, or there is no null condition.
+    """
+    assert context.original is not None
+    denoiser, original, table = context.denoiser, context.original, context.sets.table
+    batch = erased_stable_diffusion.partly_denoised(context, forget)
+    with torch.no_grad():
+        free = original.predict(batch.noisy, batch.times, table.nulls(len(batch)))
+        concept = original.predict(batch.noisy, batch.times, table.take(batch.condition))
+        kept = original.predict(retain.noisy, retain.times, table.take(retain.condition))
+    attacked = attack(context, batch, concept)
+    erased = denoiser.predict(batch.noisy, batch.times, attacked)
+    predicted = denoiser.predict(retain.noisy, retain.times, table.take(retain.condition))
+    loss_f = mse_loss(erased, free - context.config.negative_guidance * (concept - free))
+    return loss_f + retain_weight(context) * mse_loss(predicted, kept)
+
+
+def attack(context: DiffusionContext, batch: Noised, concept: Tensor) -> Conditions:
+    """Find conditions under which the model in training predicts as the original does for the concept.
+
+    Args:
+        context: provides the denoiser, the table, and the steps and rate of the attack.
+        batch: x_t and c.
+        concept: ε_o(x_t, c).
+
+    Returns:
+        The conditions of the batch with c* as text.
+
+    Raises:
+        UsageError: the conditions are not texts.
+    """
+    table, config = context.sets.table, context.config
+    rows, place = torch.unique(batch.condition, return_inverse=True)
+    marks = table.own_tokens()[rows.cpu()].to(batch.noisy.device)[..., None]
+    told, found = table.take(batch.condition), table.rows[_TEXT][rows]
+    for _ in range(config.attack_steps):
+        tried = found.clone().requires_grad_(True)
+        predicted = context.denoiser.predict(batch.noisy, batch.times, {**told, _TEXT: tried[place]})
+        (gradient,) = torch.autograd.grad(mse_loss(predicted, concept), tried)
+        found = found - config.attack_rate * marks * gradient.sign()
+    return {**told, _TEXT: found[place]}
+
+
+def passes(config: DiffusionConfig) -> float:
+    """Return the expected cost in passes: ESD, the steps of the attack, and a retain example with its target."""
+    pairs = config.steps * config.batch_size
+    repeated = pairs * config.attack_steps / 3 if config.gradient_checkpointing else 0
+    return erased_stable_diffusion.passes(config) + pairs * (config.attack_steps + 1 + 1 / 3) + repeated
+
+
+METHOD = DiffusionMethod(
+    loss,
+    passes=passes,
+    needs_original=True,
+    defaults={
+        "selection": "xattn",
+        "steps": 200,
+        "batch_size": 8,
+        "learning_rate": 1e-5,
+        "alpha": 1.0,
+        "attack_steps": 5,
+        "attack_rate": 0.1,
+    },
+    reads=frozenset({"attack_steps", "attack_rate"}),
+)
