@@ -210,6 +210,7 @@ def _halve(contenders: Sequence[Contender]) -> list[Contender]:
         if not contender.step(_FIRST):
             break
         left.append(contender)
+        state.compares = len(left) > 1
     rounds = max(1, math.ceil(math.log2(len(left)))) if left else 0
     for number in range(rounds, 0, -1):
         left = sorted(left, key=lambda contender: contender.best)[: math.ceil(len(left) / 2)]
@@ -234,6 +235,7 @@ class Run:
         passes: spent so far.
         seconds: wall clock so far.
         interrupted: whether it can go on.
+        value: the smallest so far.
     """
 
     suggestion: Suggestion
@@ -243,6 +245,7 @@ class Run:
     passes: int = 0
     seconds: float = 0.0
     interrupted: bool = True
+    value: float = math.inf
 
 
 @dataclass
@@ -273,6 +276,8 @@ class Contender:
 
     def next_run(self) -> Run:
         """Return the trial to run next: one that was interrupted, else one that the optimiser proposes."""
+        if self.run is not None and self.state.hopeless(self.run.callback):
+            self._end(self.run)
         if self.run is None:
             suggestion = self.study.ask()
             choice = self.space.draw(suggestion)
@@ -304,12 +309,15 @@ class Contender:
         if not state.affords(self.cost(len(run.callback.history) + 1)):
             return False
         best = state.run(run, limit, self.space.growing).best
-        value = min(best.value, _FAILED) if best else _FAILED
-        self.best = min(self.best, value)
+        run.value = min(best.value, _FAILED) if best else _FAILED
+        self.best = min(self.best, run.value)
         if not run.interrupted:
-            self.study.tell(run.suggestion, value)
-            self.run = None
+            self._end(run)
         return True
+
+    def _end(self, run: Run) -> None:
+        self.study.tell(run.suggestion, run.value)
+        self.run = None
 
 
 def _study(space: Space, seed: int) -> Study:
@@ -339,6 +347,8 @@ class SearchState:
         best: the best allowed candidate with its configuration, history and choice; only its weights are kept in
             memory.
         best_number: number of its trial.
+        compares: whether trials of several methods are compared.
+        least: the smallest value of all epochs so far.
     """
 
     problem: Problem
@@ -348,10 +358,24 @@ class SearchState:
     trials: list[TrialRecord] = field(default_factory=list)
     best: tuple[Measurement, UnlearnConfig, list[EpochRecord], Choice] | None = None
     best_number: int = -1
+    compares: bool = False
+    least: float = math.inf
 
     def affords(self, passes: int) -> bool:
         """Return whether the budget allows so many passes more."""
         return self.problem.budget.allows(self.passes + passes)
+
+    def hopeless(self, callback: EpochCallback) -> bool:
+        """Return whether a trial among several methods will not reach the best epoch so far at its pace.
+
+        Improvements usually become smaller, so the pace of the last epoch is more than what is to be expected. A trial
+        is never hopeless before the epoch that it was promised.
+        """
+        values = [item.value for item in callback.seen]
+        if not self.compares or len(values) < _WARMUP:
+            return False
+        pace = max(0.0, values[-2] - values[-1])
+        return values[-1] - pace * (callback.last - len(values)) > self.least
 
     def run(self, run: Run, limit: int | None, growing: bool) -> Trial:
         """Run one trial, or let it go on, and record it.
@@ -367,8 +391,9 @@ class SearchState:
 
         def go_on(seen: Measurement) -> bool:
             run.suggestion.report(seen.value, seen.epoch)
+            self.least = min(self.least, seen.value)
             spent = others + passes_of(problem, choice, seen.epoch + 1) + (seen.epoch + 1) * reading
-            if not problem.budget.allows(spent) or run.suggestion.should_prune():
+            if not problem.budget.allows(spent) or run.suggestion.should_prune() or self.hopeless(callback):
                 return False
             run.interrupted = seen.epoch == limit
             return not run.interrupted

@@ -118,6 +118,9 @@ def test_the_digest_leaves_out_what_is_absent_and_covers_what_is_there(forgotten
     further = evidence.model_copy(update={"further": OptionalMetricFacts(asked=["probe"], seconds=1.0)})
     facts = TuningFacts(trials=1, budget="20e", passes=1, seconds=1.0, policy_digest="p")
     tuned = evidence.model_copy(update={"run": evidence.run.model_copy(update={"tuning": facts})})
+    old = json.loads(tuned.model_dump_json(include={"run": {"tuning"}}))["run"]["tuning"]
+    assert old.pop("method") is None
+    assert tuned.digest == sha256_bytes(canonical_json({**document, "run": {**document["run"], "tuning": old}}))
     assert len({evidence.digest, further.digest, tuned.digest}) == 3
 
 

@@ -11,7 +11,7 @@ from salun_core.methods.classification import METHODS, method_config, unlearn
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask, saliency_scores
 from salun_core.tuning import ConstraintResult, Problem, Sets, TuningLog, parse_budget, tune
-from salun_core.tuning.search import _FIRST, _WARMUP
+from salun_core.tuning.search import _FIRST, _WARMUP, SearchState
 from salun_core.tuning.space import GROWING, PORTFOLIO, methods_of, spaces_of
 from salun_core.tuning.trial import EpochCallback, Measurement, run_trial
 from tests.support.by_hand import image_set, net
@@ -157,3 +157,21 @@ def test_a_log_of_an_earlier_release_is_read():
     log = {"method": "salun", "seed": 0, "optimiser": "optuna", "budget": "20e", "policy": "classifier"}
     old = TuningLog(**log, policy_digest="", held_out=1, chosen=0, trials=[trial], passes=1, seconds=0)
     assert (old.chosen_method, old.not_tried, old.trials[0].method) == (None, [], None)
+
+
+@pytest.mark.parametrize(
+    ("values", "hopeless"),
+    [
+        ([9.0], False),  # before the promised epoch
+        ([9.0, 9.5], True),
+        ([9.0, 8.5], True),  # two more epochs at this pace give 7.5
+        ([9.0, 5.0], False),  # they may give less than the best
+        ([9.0, 1.0], False),  # the best so far
+        ([1.0, 1.5], True),
+    ],
+)
+def test_among_methods_a_trial_ends_that_cannot_reach_the_best_at_its_pace(values, hopeless):
+    state = SearchState(None, None, 0, compares=True, least=1.0)
+    callback = EpochCallback(None, None, 4, seen=[Measurement(1, {}, {}, value, [], value) for value in values])
+    assert state.hopeless(callback) == hopeless
+    assert not SearchState(None, None, 0, least=1.0).hopeless(callback)
