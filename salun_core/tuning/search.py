@@ -211,13 +211,15 @@ def _halve(contenders: Sequence[Contender]) -> list[Contender]:
             break
         left.append(contender)
         state.compares = len(left) > 1
-    rounds = max(1, math.ceil(math.log2(len(left)))) if left else 0
-    for number in range(rounds, 0, -1):
-        left = sorted(left, key=lambda contender: contender.best)[: math.ceil(len(left) / 2)]
+    sizes = [max(2, math.ceil(len(left) / 2))]  # defaults alone do not decide: they may be too gentle to tell apart
+    while sizes[-1] > 1:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    for number, size in enumerate(sizes):
+        left = sorted(left, key=lambda contender: contender.best)[:size]
         if len(left) < 2:
             break
         used = state.problem.budget.used(state.passes)
-        until = used + (1 - used) / number
+        until = used + (1 - used) / (len(sizes) - number)
         while state.problem.budget.used(state.passes) < until and any([contender.step() for contender in left]):
             pass
     return left[:1] or [contenders[0]]
@@ -267,7 +269,10 @@ class Contender:
     @cached_property
     def study(self) -> Study:
         """The optimiser."""
-        return _study(self.space, self.state.problem.seed)
+        study = _study(self.space, self.state.problem.seed)
+        if len(self.state.problem.spaces) > 1:
+            study.enqueue_trial(self.space.mirror())
+        return study
 
     @property
     def begun(self) -> bool:

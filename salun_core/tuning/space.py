@@ -143,6 +143,20 @@ class Space:
             point["density"] = self.densities.index(Recipe().density)
         return point
 
+    def mirror(self) -> dict[str, float]:
+        """Return the point to try second among several methods: the mirror image of the first in the space.
+
+        A method gets two or three trials then. A random second point can lie next to the first, and tell nothing of
+        what a stronger rate or the other choices do. The number of epochs stays.
+        """
+        point = self.start()
+        for name, (low, high, log) in self.ranges.items():
+            point[name] = low * high / point[name] if log else low + high - point[name]
+        point |= {name: len(values) - 1 - point[name] for name, values in self.choices.items()}
+        if "density" in point:
+            point["density"] = len(self.densities) - 1 - point["density"]
+        return point
+
     def config(self, choice: Choice) -> UnlearnConfig:
         """Return the configuration of a point."""
         return method_config(self.method, {**self.fixed, **choice.settings, "epochs": choice.epochs})

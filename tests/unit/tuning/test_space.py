@@ -62,6 +62,17 @@ def test_the_one_start_is_the_method_as_it_is():
         assert values[start[name]] == getattr(config, name)
 
 
+def test_the_mirror_of_the_start_is_stronger_and_takes_the_other_choices():
+    space = Space.of("salun", {})
+    start, mirror = space.start(), space.mirror()
+    low, high, _ = space.ranges["learning_rate"]
+    assert start["learning_rate"] < mirror["learning_rate"] < high
+    assert mirror["learning_rate"] / low == pytest.approx(high / start["learning_rate"])
+    assert [mirror[name] for name in space.choices] == [1 - start[name] for name in space.choices]
+    assert mirror["density"] == len(DENSITIES) - 1 - start["density"]
+    assert Space.of("neggrad_plus", {}).mirror()["retain_weight"] == pytest.approx(0.8 + 0.999 - 0.95)
+
+
 @pytest.mark.parametrize(("factor", "density"), [(5.5, 0.2), (12.0, 0.7), (0.4, 0.9)])
 def test_a_search_leaves_its_start_for_the_optimum_in_six_trials(factor, density):
     """The budget of the study allows six. Rate and density alone decide, and the best pair is not the default."""
