@@ -50,6 +50,7 @@ from salun_core.evaluation.evidence import EpochRecord, Forgotten, Measured, Run
 from salun_core.evaluation.outputs import evaluation_mode
 from salun_core.methods import classification
 from salun_core.methods.classification import METHODS, UnlearnConfig, UnlearnResult, method_config
+from salun_core.methods.classification.adaptive import most_passes
 from salun_core.methods.classification.training import fresh_classifier
 from salun_core.methods.method import get_method
 from salun_core.models import LoadedModel, load_model, save_model
@@ -203,9 +204,11 @@ def unlearn(
         forget: D_f with true labels.
         retain: D_r with true labels.
         mask: from `mask`, for methods that need one (`salun`, `salun_lotus`); the others refuse one.
-        held_out: images that the model was not trained on, with true labels, for `lotus` and `salun_lotus`; not the
-            test images.
-        config: settings that differ from the method's defaults, such as `{"epochs": 3, "learning_rate": 0.01}`.
+        held_out: images that the model was not trained on, with true labels; not the test images. `lotus` and
+            `salun_lotus` need them, and the adaptive recipe of `salun` compares with them. Without them it holds back
+            a part of the retain set, which tells it less.
+        config: settings that differ from the method's defaults, such as `{"epochs": 3, "learning_rate": 0.01}`. One
+            that describes a training, as these two do, selects the fixed recipe of `salun`.
         seed: seed of the order and of all draws; by default that of `config`.
         progress: show a bar.
 
@@ -223,10 +226,15 @@ def unlearn(
     settings = method_config(method, {"device": str(_device(network)), **given})
     gone, kept = _images(model, network, "forget", forget), _images(model, network, "retain", retain)
     card = model.card if isinstance(model, LoadedModel) else None
-    with explained(), _bar(method, settings.epochs * min(settings.forget_parts, len(gone)), progress) as step:
+    adaptive, spent = settings.recipe == "adaptive", 0
+    epochs = settings.epochs * min(settings.forget_parts, len(gone))
+    total = most_passes(settings, len(gone) + len(kept)) if adaptive else epochs
+    with explained(), _bar(method, total, progress) as step:
 
         def on_epoch(record: EpochRecord) -> None:
-            step(record.epoch, ", ".join(f"loss {name} {loss:.3f}" for name, loss in record.losses.items()))
+            nonlocal spent
+            spent += record.reading.passes if record.reading else 1
+            step(min(spent, total), ", ".join(f"loss {name} {loss:.3f}" for name, loss in record.losses.items()))
 
         return classification.unlearn(
             network,
@@ -346,9 +354,10 @@ def _identified(splits: Splits, classes: list[str]) -> tuple[SplitManifest, Forg
 
 
 def sets(model: LoadedModel, forget: Forget, *, data: str | None = None) -> Splits:
-    """Return the images of a model from a folder or a store: those to forget, to retain and to test on.
+    """Return the images of a model from a folder or a store: those to forget, to retain and to test on, and held out.
 
-    They are the ones that the pipeline's steps use, in the same order.
+    They are the ones that the pipeline's steps use, in the same order. `held_out` is the validation split; None if the
+    model's data have none.
 
     Args:
         model: from `load`.
@@ -361,7 +370,7 @@ def sets(model: LoadedModel, forget: Forget, *, data: str | None = None) -> Spli
         IntegrityError: the data are not those of the model's training.
     """
     inputs = _inputs(model, forget, data)
-    return Splits(inputs.forget, inputs.retain, inputs.test)
+    return Splits(inputs.forget, inputs.retain, inputs.test, inputs.held_out)
 
 
 def save(

@@ -29,6 +29,7 @@ from salun_core.errors import UsageError
 
 if TYPE_CHECKING:
     from salun_core.gate import Expected
+    from salun_core.methods.config import LoopConfig
     from salun_core.methods.recipe import Recipe
     from salun_core.saliency.scores import Shard
 
@@ -125,7 +126,7 @@ def unlearn(
 
     overrides = {"seed": seed, **read_settings(settings, config)}
     if tune:
-        _check_tuning(method, mask, processes, policy)
+        _check_tuning(method, overrides, mask, processes, policy)
     if processes > 1 and not dry_run:
         _launch(processes)
         return
@@ -134,12 +135,13 @@ def unlearn(
         context = RunContext(folder, forget, data=data)
         recipe = _recipe(method, 1.0, overrides, overrides["seed"])  # the mask carries the density
         check_recipe(context.task, recipe, tune=tune)
-        epochs = None
-        if not recipe.leaves_method_open:
-            epochs = resolve_config(context.task.methods, method, overrides).epochs
+        chosen = not recipe.leaves_method_open
+        resolved = resolve_config(context.task.methods, method, overrides) if chosen else None
+        epochs = resolved.epochs if resolved else None
         if dry_run:
             read_mask(mask, context.inputs)
-            facts = {"would_write": out, "method": method, **context.inputs.sizes, "epochs": epochs}
+            how = {"method": method} if resolved is None else _how(method, resolved)
+            facts = {"would_write": out, **how, **context.inputs.sizes, "epochs": epochs}
             emit_plan("unlearn", {name: value for name, value in facts.items() if value is not None})
             return
         tuning = TuningOptions(tune_budget, policy, lambda record: progress(trial_line(record))) if tune else None
@@ -147,9 +149,18 @@ def unlearn(
             result = run_unlearning(context, recipe, mask, out, on_epoch=on_epoch, tuning=tuning)
     if first:
         tried = {"learning_rate": result.config.learning_rate, "tried": out / "tuning.json"} if tune else {}
-        facts = {"method": result.method, "epochs": len(result.history), "samples_passed": result.passes, **tried}
+        length = {"rounds" if result.ended else "epochs": len(result.history), "samples_passed": result.passes}
+        facts = {**_how(result.method, result.config), **length, **tried}
         facts |= {"ended": result.ended} if result.ended else {}
         emit_facts({"model": out, **facts, "seconds": round(result.seconds, 3)})
+
+
+def _how(method: str, config: LoopConfig) -> dict[str, str]:
+    """Return the method, and its recipe if it has another one."""
+    from salun_core.methods.classification import METHODS
+
+    adaptable = method in METHODS and METHODS[method].adaptive is not None and hasattr(config, "recipe")
+    return {"method": method} | ({"recipe": config.recipe} if adaptable else {})
 
 
 def _recipe(method: str, density: float, settings: dict[str, Any], seed: int = 0) -> Recipe:
@@ -160,7 +171,7 @@ def _recipe(method: str, density: float, settings: dict[str, Any], seed: int = 0
     return parse(Recipe, fields, "the command line")
 
 
-def _check_tuning(method: str, mask: Path | None, processes: int, policy: str) -> None:
+def _check_tuning(method: str, overrides: dict[str, Any], mask: Path | None, processes: int, policy: str) -> None:
     """Refuse, before any work, what a search cannot do."""
     from salun_core.tasks.resolve import check_policy
     from salun_core.tuning.space import spaces_of
@@ -169,7 +180,7 @@ def _check_tuning(method: str, mask: Path | None, processes: int, policy: str) -
         raise UsageError("--tune and --mask exclude each other", "the search chooses the density", "leave out --mask")
     if processes > 1:
         raise UsageError("--tune takes one process", "trials follow each other", "leave out --processes")
-    spaces_of(method, {})
+    spaces_of(method, {"recipe": overrides["recipe"]} if "recipe" in overrides else {})
     check_policy(policy)
 
 

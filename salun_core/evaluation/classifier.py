@@ -59,11 +59,13 @@ class Splits:
         forget: D_f.
         retain: D_r.
         test: unseen data; TA leaves out the classes of which nothing is retained.
+        held_out: the validation split, for `unlearn`; the evaluation does not read it.
     """
 
     forget: ImageSet
     retain: ImageSet
     test: ImageSet
+    held_out: ImageSet | None = None
 
 
 def evaluate_classifier(

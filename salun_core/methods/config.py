@@ -59,6 +59,25 @@ class LoopConfig(Document):
         return self.learning_rate
 
 
+FIXED_SETTINGS = frozenset(
+    {
+        "epochs",
+        "learning_rate",
+        "schedule",
+        "milestones",
+        "optimizer",
+        "momentum",
+        "nesterov",
+        "weight_decay",
+        "batch_norm",
+        "gradient_clip",
+        "order",
+        "forget_parts",
+    }
+)
+"""A user who sets one of these describes a training, so that the recipe is fixed unless he names the other one."""
+
+
 class UnlearnConfig(LoopConfig):
     """Settings of classifier unlearning. All methods share these fields; each method sets its own defaults."""
 
@@ -67,7 +86,9 @@ class UnlearnConfig(LoopConfig):
     )
     recipe: Literal["adaptive", "fixed"] = Field(
         default="fixed",
-        description="adaptive: rounds that are measured, and undone if they do harm; fixed: the settings as they are",
+        description="adaptive: rounds that are measured, and undone if they do harm; fixed: the settings as they are. "
+        "A method that has both is adaptive, unless a setting of the training is given: "
+        + ", ".join(sorted(FIXED_SETTINGS)),
     )
     order: Literal["sequential", "mixed"] = Field(
         default="sequential",

@@ -13,7 +13,7 @@ from salun_core import plugins
 from salun_core.config import parse
 from salun_core.errors import UsageError, unknown_name
 from salun_core.evaluation.evidence import EpochRecord
-from salun_core.methods.config import LoopConfig
+from salun_core.methods.config import FIXED_SETTINGS, LoopConfig
 from salun_core.saliency import SaliencyMask
 
 C = TypeVar("C", bound=LoopConfig)
@@ -42,9 +42,17 @@ class Method(Generic[C]):
     adaptive: Mapping[str, object] | None = None
 
     def defaults_for(self, overrides: Mapping[str, Any]) -> Mapping[str, object]:
-        """Return the defaults of the recipe that a user's settings ask for."""
-        adaptive = self.adaptive if overrides.get("recipe") == "adaptive" else None
-        return {**self.defaults, **(adaptive or {})}
+        """Return the method's defaults under a user's settings, with the recipe that follows from them.
+
+        A method that has an adaptive recipe follows it, unless the settings name a part of a training
+        (`FIXED_SETTINGS`): who sets a learning rate wants that rate. A `recipe` that is given always wins.
+        """
+        if self.adaptive is None:
+            return self.defaults
+        recipe = "fixed" if FIXED_SETTINGS & overrides.keys() else "adaptive"
+        if overrides.get("recipe", recipe) == "fixed":
+            return {**self.defaults, "recipe": "fixed"}
+        return {**self.defaults, **self.adaptive, "recipe": "adaptive"}
 
     def check(self, name: str, config: C) -> None:
         """Check settings that the configuration class cannot check, because they depend on the method.

@@ -98,7 +98,14 @@ class Space:
         Raises:
             UsageError: an invalid method or configuration, or no setting is left to search for.
         """
+        overrides = {"recipe": "fixed", **overrides}  # each trial is a fixed recipe, also if the default is not
         config, row = method_config(method, overrides), get_method(METHODS, method)
+        if config.recipe != "fixed":
+            raise UsageError(
+                f"the adaptive recipe of {method} is not tuned",
+                "it chooses its own strength",
+                "leave out the tuning, or `recipe: adaptive`",
+            )
         if row.fresh_start:
             raise UsageError(f"{method} is not tuned", "it trains fresh weights by its recipe", "leave the tuning out")
         rate = config.learning_rate

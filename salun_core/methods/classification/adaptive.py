@@ -37,6 +37,7 @@ from salun_core.evaluation.evidence import EpochRecord, Reading
 from salun_core.evaluation.membership import forgetting_metrics, match_classes
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.methods.classification.method import ClassifierContext, cross_entropy
+from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import Phase
 
@@ -93,6 +94,11 @@ class End(StrEnum):
             End.BUDGET: "the budget is spent",
             End.EXHAUSTED: "every further round costs too much accuracy or changes nothing",
         }[self]
+
+
+def most_passes(config: UnlearnConfig, images: int) -> int:
+    """Return the budget of a run in image passes: `epochs` over all training images, but not below the least one."""
+    return max(config.epochs * images, _LEAST_BUDGET)
 
 
 def aim_at(before: float | None, unseen: bool) -> float:
@@ -256,7 +262,7 @@ class AdaptiveRun:
         self._before = self._look(context.original)
         self._nearest = self._nearest_kept(labels)
         before = self._reading(self._before, None)
-        budget = max(config.epochs * (len(context.forget) + len(context.retain)), _LEAST_BUDGET)
+        budget = most_passes(config, len(context.forget) + len(context.retain))
         aim = aim_at(before.area, self._train is context.retain)
         updating = config.batch_norm == "update" and any(isinstance(m, _BatchNorm) for m in context.model.modules())
         self.controller = Controller(before, config.learning_rate / 3, budget, aim, frozen=not updating)

@@ -122,9 +122,10 @@ class ClassificationTask:
         )
 
     def check_tuning(self, method: str, overrides: Mapping[str, Any]) -> bool:
-        """Return whether the method has settings to search for."""
-        if not Recipe(method=method).leaves_method_open and get_method(METHODS, method).fresh_start:
-            return False
+        """Return whether there are settings to search for; the adaptive recipe, if it is named, finds its own."""
+        if not Recipe(method=method).leaves_method_open:
+            if get_method(METHODS, method).fresh_start or overrides.get("recipe") == "adaptive":
+                return False
         return bool(spaces_of(method, overrides))
 
     @explained()
@@ -160,13 +161,15 @@ class ClassificationTask:
         """Return the requested recipe, a stronger one, one with more weights, and a full retraining.
 
         The gentler ones have a third and a tenth of the rate. The others are the adaptive recipe, which undoes
-        what did harm, and SFR-on, which kept the most of D_r in the study. A retraining has no strength: only that of
-        the model card follows.
+        what did harm, and SFR-on, which kept the most of D_r in the study; after the adaptive recipe SFR-on and SCRUB.
+        What is stronger than the adaptive recipe is a fixed one: it has no limits to what a round may cost. A
+        retraining has no strength: only that of the model card follows.
         """
         retraining = Recipe(method="retrain", density=1.0, seed=recipe.seed)
         if recipe.leaves_method_open:  # its search has tried methods and strengths
             return Escalation(recipes=[recipe, retraining])
         config = method_config(recipe.method, recipe.method_config)
+        adapts = config.recipe == "adaptive"
         if get_method(METHODS, recipe.method).fresh_start:
             return Escalation(recipes=[recipe, retraining] if recipe.method_config else [recipe])
         name = "influence_strength" if recipe.method == "influence" else "learning_rate"
@@ -174,12 +177,12 @@ class ClassificationTask:
         def changed(factor: float, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - of the configuration
             return {**recipe.method_config, name: float(f"{factor * getattr(config, name):.4g}"), **more}
 
-        stronger = changed(3, epochs=2 * config.epochs)
+        stronger = changed(3, epochs=2 * config.epochs, **({"recipe": "fixed"} if adapts else {}))
+        named = {"recipe": "adaptive"} if adapts else {}  # else its rate would mean the fixed one
         machine = {key: value for key, value in recipe.method_config.items() if key in {"device", "batch_size"}}
         adaptive = Recipe(method="salun", method_config={"recipe": "adaptive", **machine}, seed=recipe.seed)
-        others = [] if config.recipe == "adaptive" else [adaptive]
-        if recipe.method != "sfr_on":
-            others.append(Recipe(method="sfr_on", method_config=machine, seed=recipe.seed))
+        methods = ["sfr_on", "scrub"] if adapts else [] if recipe.method == "sfr_on" else ["sfr_on"]
+        others = [Recipe(method=name, method_config=machine, seed=recipe.seed) for name in methods]
         return Escalation(
             recipes=[
                 recipe,
@@ -187,6 +190,6 @@ class ClassificationTask:
                 recipe.model_copy(update={"method_config": stronger, "density": min(1.0, (1 + recipe.density) / 2)}),
                 retraining,
             ],
-            gentler=[recipe.model_copy(update={"method_config": changed(factor)}) for factor in (1 / 3, 0.1)],
-            others=others,
+            gentler=[recipe.model_copy(update={"method_config": changed(factor, **named)}) for factor in (1 / 3, 0.1)],
+            others=others if adapts else [adaptive, *others],
         )
