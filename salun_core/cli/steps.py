@@ -158,9 +158,12 @@ def unlearn(
 def _how(method: str, config: LoopConfig) -> dict[str, str]:
     """Return the method, and its recipe if it has another one."""
     from salun_core.methods.classification import METHODS
+    from salun_core.methods.config import UnlearnConfig
 
-    adaptable = method in METHODS and METHODS[method].adaptive is not None and hasattr(config, "recipe")
-    return {"method": method} | ({"recipe": config.recipe} if adaptable else {})
+    row = METHODS.get(method)
+    if isinstance(config, UnlearnConfig) and row is not None and row.adaptive is not None:
+        return {"method": method, "recipe": config.recipe}
+    return {"method": method}
 
 
 def _recipe(method: str, density: float, settings: dict[str, Any], seed: int = 0) -> Recipe:

@@ -378,6 +378,15 @@ def saved(digits_model):
     return model, chosen, result
 
 
+def test_the_default_compares_with_held_out_images(net, forget, retain):
+    chosen, few = salun.mask(net, forget, **QUIET), images_of(20, seed=4)
+    made = salun.unlearn(net, forget=forget, retain=retain, mask=chosen, held_out=few, **QUIET)
+    kept = int((few[1] != 1).sum())  # class 1 is forgotten as a whole
+
+    assert made.config.recipe == "adaptive"
+    assert made.ended.endswith(f"compared with {kept} images of the validation split")
+
+
 class TestModelsWithACard:
     def test_mask_and_model_are_those_of_the_steps(self, saved, digits_model):
         model, chosen, result = saved
@@ -392,8 +401,9 @@ class TestModelsWithACard:
 
     def test_pixels_are_normalised_by_the_card(self, saved):
         model, chosen, _ = saved
-        forget = salun.sets(model, CLASS).forget
+        forget, held_out = salun.sets(model, CLASS).forget, salun.sets(model, CLASS).held_out
 
+        assert held_out.ids == model.split.ids("validation")
         assert salun.mask(model, (forget.images, forget.labels), **QUIET) == chosen
 
     def test_a_result_is_published_through_the_gate(self, saved, digits_line, store, tmp_path):

@@ -123,9 +123,9 @@ class ClassificationTask:
 
     def check_tuning(self, method: str, overrides: Mapping[str, Any]) -> bool:
         """Return whether there are settings to search for; the adaptive recipe, if it is named, finds its own."""
-        if not Recipe(method=method).leaves_method_open:
-            if get_method(METHODS, method).fresh_start or overrides.get("recipe") == "adaptive":
-                return False
+        chosen = not Recipe(method=method).leaves_method_open
+        if chosen and (get_method(METHODS, method).fresh_start or overrides.get("recipe") == "adaptive"):
+            return False
         return bool(spaces_of(method, overrides))
 
     @explained()

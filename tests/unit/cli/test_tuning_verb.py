@@ -51,6 +51,7 @@ def test_the_exit_code_of_a_refusal_is_3(salun, digits_model, forget, tmp_path):
         (("--processes", "2"), "--tune takes one process"),
         (("--method", "retrain"), "retrain is not tuned"),
         (("--method", "salun,scrub", "--set", "retain_weight=0.9"), "does not read retain_weight"),
+        (("--set", "recipe=adaptive"), "the adaptive recipe of salun is not tuned"),
         (("--policy", "clasifier"), "did you mean 'classifier'"),
         (("--tune-budget", "many"), "is not a budget"),
         (("--tune-budget", "10"), "is too small"),

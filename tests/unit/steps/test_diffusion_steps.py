@@ -254,9 +254,11 @@ def test_what_is_gentler_depends_on_the_method():
     assert edited.levels[-2].words == 'salun, recipe "adaptive"'
     found = TASKS["classification"].escalation
     assert [(recipe.method, recipe.method_config) for recipe in found(Recipe(method="sfr_on")).others] == [adaptive]
-    steered = found(Recipe(method_config={"recipe": "adaptive"}))
-    assert [recipe.method for recipe in steered.others] == ["sfr_on"]
-    assert all(recipe.method_config["recipe"] == "adaptive" for recipe in [*steered.recipes[:3], *steered.gentler])
+    steered = found(Recipe())  # the default: adaptive
+    assert [recipe.method for recipe in steered.others] == ["sfr_on", "scrub"]
+    assert [recipe.method_config.get("recipe") for recipe in steered.recipes] == [None, "fixed", "fixed", None]
+    assert [recipe.method_config["recipe"] for recipe in steered.gentler] == ["adaptive", "adaptive"]
+    assert [level.role.value for level in steered.levels[:4]] == ["strength"] * 3 + ["retrain"]
     again = TASKS["classification"].escalation(Recipe(method="retrain", method_config={"epochs": 3}))
     assert [
         (level.role.value, recipe.method_config) for level, recipe in zip(again.levels, again.recipes, strict=True)

@@ -8,6 +8,7 @@ from salun_core.methods.classification import METHODS, method_config, unlearn
 from salun_core.methods.recipe import Recipe
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
+from salun_core.tasks import TASKS
 from salun_core.tuning.search import _study
 from salun_core.tuning.space import DENSITIES, GROWING, Space
 from salun_core.tuning.trial import EpochCallback
@@ -54,7 +55,7 @@ def test_a_density_that_is_given_stays_and_a_method_without_a_mask_has_none():
 
 
 def test_the_one_start_is_the_method_as_it_is():
-    config, space = method_config("salun", {}), Space.of("salun", {})
+    config, space = method_config("salun", {"recipe": "fixed"}), Space.of("salun", {})
     start = space.start()
     assert start["learning_rate"] == config.learning_rate
     assert DENSITIES[start["density"]] == Recipe().density
@@ -71,6 +72,14 @@ def test_the_mirror_of_the_start_is_stronger_and_takes_the_other_choices():
     assert [mirror[name] for name in space.choices] == [1 - start[name] for name in space.choices]
     assert mirror["density"] == len(DENSITIES) - 1 - start["density"]
     assert Space.of("neggrad_plus", {}).mirror()["retain_weight"] == pytest.approx(0.8 + 0.999 - 0.95)
+
+
+def test_a_search_has_the_fixed_recipe_whatever_the_default_is():
+    space = Space.of("salun", {"device": "cpu"})
+    assert space.config(space.draw(Fixed())).recipe == "fixed"
+    with pytest.raises(UsageError, match="the adaptive recipe of salun is not tuned"):
+        Space.of("salun", {"recipe": "adaptive"})
+    assert not TASKS["classification"].check_tuning("salun", {"recipe": "adaptive"})
 
 
 @pytest.mark.parametrize(("factor", "density"), [(5.5, 0.2), (12.0, 0.7), (0.4, 0.9)])

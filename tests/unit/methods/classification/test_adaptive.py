@@ -15,8 +15,9 @@ from salun_core.evaluation.evidence import EpochRecord, Reading
 from salun_core.evaluation.membership import matched_area
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.gate import load_policy
-from salun_core.methods.classification import FileCheckpoint, method_config, unlearn
+from salun_core.methods.classification import METHODS, FileCheckpoint, UnlearnConfig, method_config, unlearn
 from salun_core.methods.classification.adaptive import Controller, End, Limits, _lost, aim_at, targets_of
+from salun_core.methods.config import FIXED_SETTINGS
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
@@ -243,11 +244,27 @@ def trained():
     return model.eval()
 
 
+@pytest.mark.parametrize("name", sorted(FIXED_SETTINGS))
+def test_a_setting_of_the_training_selects_the_fixed_recipe(name):
+    given = {name: UnlearnConfig.model_fields[name].default}
+    assert method_config("salun", given) == UnlearnConfig()
+    if name != "forget_parts":
+        assert method_config("salun", given | {"recipe": "adaptive"}).recipe == "adaptive"
+
+
+def test_salun_alone_is_adaptive_and_only_if_nothing_of_the_training_is_set():
+    given = {"device": "cpu", "seed": 3, "batch_size": 8, "augment": False, "precision": "auto"}
+    config = method_config("salun", given)
+    assert (config.recipe, config.order, config.batch_norm) == ("adaptive", "mixed", "update")
+    assert method_config("salun", given | {"recipe": "fixed"}).order == "sequential"
+    assert {name for name in METHODS if method_config(name).recipe == "adaptive"} == {"salun"}
+
+
 def run(model, forget=range(20), method="salun", held_out=True, **extra):
     images = drawn(240, 1)
     rest = sorted(set(range(240)) - set(forget))
     mask = SaliencyMask.random({name: p.shape for name, p in model.named_parameters()}, 0.5, 0)
-    config = {"recipe": "adaptive", "batch_size": 32, "epochs": 1, **extra.pop("config", {})}
+    config = {"batch_size": 32, **extra.pop("config", {})}
     return unlearn(
         model,
         method,
@@ -292,7 +309,8 @@ def test_a_whole_class_is_not_recognised_afterwards(trained):
 
 
 def test_a_run_that_only_does_harm_returns_the_original(trained):
-    result = run(trained, config={"learning_rate": 1e6, "optimizer": "adam", "weight_decay": 0.0})
+    harmful = {"learning_rate": 1e6, "optimizer": "adam", "weight_decay": 0.0}
+    result = run(trained, config={"recipe": "adaptive", **harmful})
     assert not any(record.reading.kept for record in result.history)
     assert result.ended.startswith("exhausted")
     for name, value in trained.state_dict().items():
@@ -309,7 +327,11 @@ class BrokenOffError(Exception):
 
 
 def test_a_resumed_run_gives_the_same_bits(trained, tmp_path):
-    harmful = {"learning_rate": 0.1, "batch_size": 16}  # rounds that are undone, then rounds that are kept
+    harmful = {
+        "recipe": "adaptive",
+        "learning_rate": 0.1,
+        "batch_size": 16,
+    }  # rounds that are undone, then rounds that are kept
     whole = run(trained, config=harmful)
     kept = [record.reading.kept for record in whole.history]
     assert kept[:4] == [False, False, False, True]  # updating batch norm, then frozen
@@ -332,7 +354,7 @@ def test_images_as_pixels_and_batches_of_one(trained):
     pixels = torch.randint(0, 256, (41, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = ImageSet(pixels, torch.arange(41) % 3, Normalisation((0.5,) * 3, (0.3,) * 3))
     mask = SaliencyMask.random({name: p.shape for name, p in trained.named_parameters()}, 0.5, 0)
-    config = {"recipe": "adaptive", "batch_size": 8, "epochs": 1}
+    config = {"batch_size": 8}
     sets = {"forget": images.select(range(8)), "retain": images.select(range(8, 41)), "held_out": images}
     assert unlearn(trained, "salun", **sets, mask=mask, config=config).history
 

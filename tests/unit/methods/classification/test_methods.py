@@ -339,7 +339,7 @@ def test_values_out_of_range_are_refused(overrides, fault):
 def test_methods_have_their_own_defaults():
     assert method_config("gradient_ascent").learning_rate == 5e-4
     assert method_config("retrain").epochs == 182
-    assert method_config("salun") == UnlearnConfig()
+    assert method_config("salun", {"recipe": "fixed"}) == UnlearnConfig()
     with pytest.raises(UsageError, match="cannot freeze batch norm"):
         method_config("retrain", {"batch_norm": "freeze"})
 
