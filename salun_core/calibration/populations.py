@@ -36,7 +36,7 @@ RATE = 0.05
 BATCHES = (64, 48, 96)  # of honest models, in turn; the models before have the first
 TRAIN, PIXEL_NOISE = 900, 90.0  # of 255
 UNLIKE = 1000  # added to seeds of retrained models, so that none starts like the model before
-OWN = {"SalUn with its defaults": "salun", "SCRUB with its defaults": "scrub"}
+OWN = {"SalUn, fixed recipe": "salun", "SCRUB with its defaults": "scrub"}
 DENSITY = 0.5  # as `salun mask` chooses it
 
 Draw = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -209,7 +209,7 @@ def evidence_of(kind: str, asked: Request, after: nn.Module) -> Evidence:
 
 
 def unlearned(method: str, asked: Request) -> nn.Module:
-    """Unlearn with a method of the product and its default recipe."""
+    """Unlearn with a method of the product: its defaults, and the fixed recipe where it has two."""
     forget, retain = asked.splits.forget, asked.splits.retain
     mask = None
     if METHODS[method].needs_mask:

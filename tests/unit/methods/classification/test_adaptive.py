@@ -327,11 +327,8 @@ class BrokenOffError(Exception):
 
 
 def test_a_resumed_run_gives_the_same_bits(trained, tmp_path):
-    harmful = {
-        "recipe": "adaptive",
-        "learning_rate": 0.1,
-        "batch_size": 16,
-    }  # rounds that are undone, then rounds that are kept
+    # rounds that are undone, then rounds that are kept
+    harmful = {"recipe": "adaptive", "learning_rate": 0.1, "batch_size": 16}
     whole = run(trained, config=harmful)
     kept = [record.reading.kept for record in whole.history]
     assert kept[:4] == [False, False, False, True]  # updating batch norm, then frozen
