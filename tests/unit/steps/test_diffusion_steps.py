@@ -266,6 +266,9 @@ def test_what_is_gentler_depends_on_the_method():
         ("retrain", {"epochs": 3}),
         ("retrain", {}),
     ]
+    searched = found(Recipe(method="auto"))
+    assert [level.words for level in searched.levels] == ["auto", "retrain"]
+    assert (searched.gentler, searched.others) == ([], [])
 
 
 def card(**changes):

@@ -25,4 +25,6 @@ def test_passes_bound_to_the_last_one_and_a_clock_by_itself():
     assert parse_budget("100", 10).allows(100)
     assert not parse_budget("100", 10).allows(101)
     assert parse_budget("1h", 10).allows(10**12)
+    assert parse_budget("100", 10).used(25) == 0.25
+    assert 0 < parse_budget("1h", 10).used(10**12) < 0.01
     assert not parse_budget("0.0001s", 10).allows(1) or not parse_budget("0.0000001s", 10).allows(1)
