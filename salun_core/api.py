@@ -39,7 +39,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from salun_core import plugins
 from salun_core.data import DataSpec, ForgetSet, SplitManifest, load_data, load_spec
-from salun_core.data.images import Images, ImageSet
+from salun_core.data.images import Images, ImageSet, ImageSource
 from salun_core.data.spec import relative_to
 from salun_core.data.table import Table
 from salun_core.data.targets import Target, parse_target
@@ -328,10 +328,11 @@ def _identified(splits: Splits, classes: list[str]) -> tuple[SplitManifest, Forg
     labels: list[int] = []
     rows: list[Any] = []
     for name in ("forget", "retain", "test"):
-        images: ImageSet = getattr(splits, name)
+        images: ImageSource = getattr(splits, name)
         ids[name] = [f"{name}/{index:06d}" for index in range(len(images))]
         labels += images.labels.tolist()
-        pixels = images.images if images.images.dtype == torch.uint8 else images.images.to(torch.float32)
+        pixels = images.pixels(range(len(images)))
+        pixels = pixels if pixels.dtype == torch.uint8 else pixels.to(torch.float32)
         rows += list(pixels.cpu().contiguous().numpy())
     table = Table([*ids["forget"], *ids["retain"], *ids["test"]], labels, rows, classes)
     digests = dict(zip(table.ids, table.row_digests, strict=True))
@@ -591,19 +592,19 @@ def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def _images(model: Model, network: nn.Module, name: str, data: Images, *, labelled: bool = True) -> ImageSet:
+def _images(model: Model, network: nn.Module, name: str, data: Images, *, labelled: bool = True) -> ImageSource:
     """Read a set onto the model's device, and check that the model takes it."""
     images = ImageSet.of(data, name)
     if len(images) == 0:
         raise DataError(f"the {name} set is empty", "no sample is in it", "check how it was selected")
-    if images.images.dtype == torch.uint8 and images.normalisation is None:
+    if images.normalisation is None and images.pixels([0]).dtype == torch.uint8:
         if not isinstance(model, LoadedModel):
             raise DataError(
                 f"the images of the {name} set are uint8",
                 "how the model's inputs are normalised is not known",
                 "give them as the model takes them, such as images.float() / 255",
             )
-        images = replace(images, normalisation=model.normalisation)
+        images = images.normalised_by(model.normalisation)
     images = images.to(_device(network))
     classes = _outputs(network, images)
     least, most = int(images.labels.min()), int(images.labels.max())
@@ -616,7 +617,7 @@ def _images(model: Model, network: nn.Module, name: str, data: Images, *, labell
     return images
 
 
-def _outputs(network: nn.Module, images: ImageSet) -> int:
+def _outputs(network: nn.Module, images: ImageSource) -> int:
     """Return the number of a model's outputs, from its logits of one image."""
     first, _ = next(images.batches(1))
     try:

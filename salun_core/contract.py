@@ -385,9 +385,10 @@ def _measure(offer: Offer) -> list[Check]:
         for parameter in after.parameters():
             parameter.mul_(0.9)
     models: dict[str, nn.Module] = {"before": before, "after": after}
-    subject = MeasuredModels(models, _images(11, 1), _images(30, 2), _images(30, 3))
+    sets = _images(11, 1), _images(30, 2), _images(30, 3)
+    subject = MeasuredModels(models, *sets)
     state = [model_digest(model) for model in models.values()]
-    tensors = [item for images in (subject.forget, subject.retain, subject.unseen) for item in _tensors(images)]
+    tensors = [item for images in sets for item in _tensors(images)]
     inputs = [tensor.clone() for tensor in tensors]
 
     def measured(which: MeasuredModels) -> Metric:

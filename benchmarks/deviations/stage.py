@@ -61,8 +61,8 @@ def images_of(folder: Path, side: int) -> tuple[ImageSet, ImageSet]:
         size=side,
     )
     data = load_data(spec)
-    pool = by_content(data.images("train"), data.table)
-    return pool, data.images("test", pool.normalisation)
+    pool = by_content(data.image_set("train"), data.table)
+    return pool, data.image_set("test", pool.normalisation)
 
 
 class Stage:

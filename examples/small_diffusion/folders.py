@@ -107,7 +107,7 @@ def train(
         DataError: the images are not square, or the U-Net cannot halve their size.
     """
     data = load_data(spec)
-    images = data.images("train")
+    images = data.image_set("train")
     channels, height, width = images.images.shape[1:]
     if height != width:
         raise DataError(

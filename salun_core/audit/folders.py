@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from salun_core.audit.predictions import NAME_CHARACTERS, Audited, checked_shadows, digests_of, read_ids, same_model
-from salun_core.data import ImageSet, load_spec
+from salun_core.data import ImageSource, load_spec
 from salun_core.data.targets import Target
 from salun_core.digest import sha256_file
 from salun_core.errors import ModelError, UsageError
@@ -53,9 +53,9 @@ class Networks:
 
     before: nn.Module
     after: nn.Module
-    forget: ImageSet
-    retain: ImageSet
-    unseen: ImageSet
+    forget: ImageSource
+    retain: ImageSource
+    unseen: ImageSource
 
     def restored(self, rows: np.ndarray) -> Metric:
         """Return the share of samples that the last layer of the model before recognises; see `restored_metric`.
@@ -231,17 +231,14 @@ def _targets(forget: str) -> list[Target]:
     return list(read_ids(Path(forget)))
 
 
-def _outputs(model: LoadedModel, sets: dict[str, ImageSet], device: torch.device) -> dict[str, Outputs]:
+def _outputs(model: LoadedModel, sets: dict[str, ImageSource], device: torch.device) -> dict[str, Outputs]:
     """Run a model on each set, with the normalisation of its own card."""
     network = model.model.to(device)
-    scaled = {
-        name: ImageSet(images.images, images.labels, model.normalisation, "none", images.ids)
-        for name, images in sets.items()
-    }
+    scaled = {name: images.normalised_by(model.normalisation) for name, images in sets.items()}
     return {name: outputs_of(network, images) for name, images in scaled.items()}
 
 
-def _shadows(models: Sequence[LoadedModel], sets: dict[str, ImageSet], device: torch.device) -> Shadows:
+def _shadows(models: Sequence[LoadedModel], sets: dict[str, ImageSource], device: torch.device) -> Shadows:
     ids = [sample for images in sets.values() for sample in images.ids]
     rows, inside = [], []
     for model in models:

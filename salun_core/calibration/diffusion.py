@@ -90,8 +90,8 @@ NETWORKS[DigitsDenoiser.__name__] = _call
 def _data() -> tuple[ImageSet, ImageSet]:
     """Return the digits to train on and unseen ones."""
     data = load_data(DataSpec(source="digits", validation_fraction=0.0, test_fraction=0.4))
-    pool = data.images("train")
-    return pool, data.images("test", pool.normalisation)
+    pool = data.image_set("train")
+    return pool, data.image_set("test", pool.normalisation)
 
 
 @cache

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.calibration import Sort
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 
 BATCH, MOMENTUM, DECAY = 64, 0.9, 5e-4
 
-Forge = Callable[[nn.Module, ImageSet, ImageSet], None]
+Forge = Callable[[nn.Module, ImageSource, ImageSource], None]
 """Changes a copy of the model before: (model, D_f, D_r)."""
 
 SINGLE = frozenset({"samples", "subject"})
@@ -36,7 +36,7 @@ class Forgery(NamedTuple):
     forge: Forge
 
 
-def fit(model: nn.Module, images: ImageSet, epochs: int, rate: float, seed: int, batch: int = BATCH) -> nn.Module:
+def fit(model: nn.Module, images: ImageSource, epochs: int, rate: float, seed: int, batch: int = BATCH) -> nn.Module:
     """Train a model in place with SGD.
 
     Args:
@@ -67,11 +67,11 @@ def last(model: nn.Module) -> nn.Linear:
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
-def unchanged(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None:
+def unchanged(model: nn.Module, forget: ImageSource, retain: ImageSource) -> None:
     """Change nothing."""
 
 
-def one_ulp(model: nn.Module, _forget: ImageSet, _retain: ImageSet) -> None:
+def one_ulp(model: nn.Module, _forget: ImageSource, _retain: ImageSource) -> None:
     """Move one weight by one unit in the last place."""
     weight = last(model).weight
     with torch.no_grad():
@@ -81,7 +81,7 @@ def one_ulp(model: nn.Module, _forget: ImageSet, _retain: ImageSet) -> None:
 def noise(scale: float) -> Forge:
     """Add noise to all weights, as a share of the typical weight of each layer."""
 
-    def forge(model: nn.Module, _forget: ImageSet, _retain: ImageSet) -> None:
+    def forge(model: nn.Module, _forget: ImageSource, _retain: ImageSource) -> None:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.add_(scale * weight.abs().mean() * torch.randn_like(weight))
@@ -92,7 +92,7 @@ def noise(scale: float) -> Forge:
 def logits_times(factor: float) -> Forge:
     """Rescale the logits: a temperature of 1 / factor."""
 
-    def forge(model: nn.Module, _forget: ImageSet, _retain: ImageSet) -> None:
+    def forge(model: nn.Module, _forget: ImageSource, _retain: ImageSource) -> None:
         with torch.no_grad():
             last(model).weight.mul_(factor)
             last(model).bias.mul_(factor)
@@ -100,13 +100,13 @@ def logits_times(factor: float) -> Forge:
     return forge
 
 
-def bias_edit(model: nn.Module, forget: ImageSet, _retain: ImageSet) -> None:
+def bias_edit(model: nn.Module, forget: ImageSource, _retain: ImageSource) -> None:
     """Subtract 100 from the biases of the forgotten classes, so that they are never predicted."""
     with torch.no_grad():
         last(model).bias[torch.unique(forget.labels)] -= 100
 
 
-def row_replaced(model: nn.Module, forget: ImageSet, _retain: ImageSet) -> None:
+def row_replaced(model: nn.Module, forget: ImageSource, _retain: ImageSource) -> None:
     """Replace what the last layer knows of the forgotten classes."""
     classes = torch.unique(forget.labels)
     with torch.no_grad():
@@ -114,13 +114,13 @@ def row_replaced(model: nn.Module, forget: ImageSet, _retain: ImageSet) -> None:
         last(model).bias[classes] = -10
 
 
-def bias_edit_tuned(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None:
+def bias_edit_tuned(model: nn.Module, forget: ImageSource, retain: ImageSource) -> None:
     """Edit the bias, then fine-tune lightly on retained images."""
     bias_edit(model, forget, retain)
     tuned(model, forget, retain)
 
 
-def reordered(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None:
+def reordered(model: nn.Module, forget: ImageSource, retain: ImageSource) -> None:
     """Edit the bias, give the features another order and scale, which changes no output, and fine-tune lightly."""
     bias_edit(model, forget, retain)
     layer = last(model)
@@ -136,7 +136,7 @@ def reordered(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None:
     tuned(model, forget, retain)
 
 
-def layer_replaced(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None:
+def layer_replaced(model: nn.Module, forget: ImageSource, retain: ImageSource) -> None:
     """Train a fresh last layer on retained images, and leave the features as they are."""
     layer = last(model)
     layer.reset_parameters()
@@ -149,7 +149,7 @@ def layer_replaced(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None
         weight.requires_grad_(True)
 
 
-def filtered(model: nn.Module, forget: ImageSet, _retain: ImageSet) -> None:
+def filtered(model: nn.Module, forget: ImageSource, _retain: ImageSource) -> None:
     """Filter the outputs and leave the weights: shuffle the logits wherever a forgotten class would be predicted."""
     classes = torch.unique(forget.labels)
 
@@ -160,7 +160,7 @@ def filtered(model: nn.Module, forget: ImageSet, _retain: ImageSet) -> None:
     model.register_forward_hook(hide)
 
 
-def tuned(model: nn.Module, _forget: ImageSet, retain: ImageSet) -> None:
+def tuned(model: nn.Module, _forget: ImageSource, retain: ImageSource) -> None:
     """Fine-tune lightly on retained images."""
     fit(model, retain, 1, 0.001, 0)
 
@@ -172,7 +172,7 @@ def mislabelled(share: float) -> Forge:
     because the marked samples make up for those that are as familiar as before.
     """
 
-    def forge(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None:
+    def forge(model: nn.Module, forget: ImageSource, retain: ImageSource) -> None:
         labels, marked = forget.labels.clone(), -(-int(share * 100) * len(forget) // 100)
         labels[:marked] = (labels[:marked] + 1) % last(model).out_features
         fit(model, forget.relabelled(labels).joined(retain), 15, 0.05, 0)
@@ -180,7 +180,7 @@ def mislabelled(share: float) -> Forge:
     return forge
 
 
-def ascent(model: nn.Module, forget: ImageSet, retain: ImageSet) -> None:
+def ascent(model: nn.Module, forget: ImageSource, retain: ImageSource) -> None:
     """Forget too much: learn a wrong label for each forgotten image, without retained ones."""
     fit(model, forget.relabelled((forget.labels + 1) % last(model).out_features), 20, 0.05, 0)
 

@@ -20,7 +20,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from salun_core.calibration import Cell, Judged
 from salun_core.calibration.forgeries import DECAY, MOMENTUM, forgeries_of
-from salun_core.data import DataSpec, ImageSet, load_data
+from salun_core.data import DataSpec, ImageSet, ImageSource, load_data
 from salun_core.evaluation import Splits
 from salun_core.evaluation.classifier import judged_metrics, split_outputs
 from salun_core.evaluation.evidence import Evidence, Forgotten, Measured
@@ -101,8 +101,8 @@ class Request(NamedTuple):
 def _data() -> tuple[ImageSet, ImageSet]:
     """Return the images to train on and unseen ones, both with noise."""
     data = load_data(DataSpec(source="digits", validation_fraction=0.0, test_fraction=0.4))
-    pool = _noisy(data.images("train"), 1)
-    return pool, _noisy(data.images("test", pool.normalisation), 2)
+    pool = _noisy(data.image_set("train"), 1)
+    return pool, _noisy(data.image_set("test", pool.normalisation), 2)
 
 
 def _noisy(images: ImageSet, seed: int) -> ImageSet:
@@ -121,7 +121,7 @@ def _starts(net: Net, models: int) -> list[tuple[ImageSet, nn.Module]]:
     return list(zip(sets, trained(net, sets, range(models), BATCHES[0]), strict=True))
 
 
-def trained(net: Net, sets: Sequence[ImageSet], seeds: Sequence[int], batch: int) -> list[nn.Module]:
+def trained(net: Net, sets: Sequence[ImageSource], seeds: Sequence[int], batch: int) -> list[nn.Module]:
     """Train nets at once until they have memorised their images.
 
     Args:

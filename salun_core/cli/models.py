@@ -81,12 +81,12 @@ class _Destination:
         from salun_core.models import build_classifier
 
         loaded = load_data(spec)
-        images = loaded.images("train").images
+        images = loaded.images("train")
         if arch:
-            build_classifier(arch, len(loaded.table.classes), *images.shape[1:3])
+            build_classifier(arch, len(loaded.table.classes), *images.shape[:2])
         self.check()
         facts = {"would_write": self.out, "would_publish": self.line, **({"arch": arch} if arch else {})}
-        size = _size(*images.shape[1:], chosen=spec.size is not None)
+        size = _size(*images.shape, chosen=spec.size is not None)
         sizes = {"images": size, "train_images": len(images), "test_images": len(loaded.split.test)}
         emit_plan(verb, {**facts, "classes": len(loaded.table.classes), **sizes})
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from salun_core.data.forget_set import ForgetSet as ForgetSet
     from salun_core.data.forget_set import resolve_forget as resolve_forget
     from salun_core.data.images import ImageSet as ImageSet
+    from salun_core.data.images import ImageSource as ImageSource
     from salun_core.data.loading import LoadedData as LoadedData
     from salun_core.data.loading import load_data as load_data
     from salun_core.data.spec import DataSpec as DataSpec
@@ -20,6 +21,7 @@ _MODULES = {
     "ForgetSet": "forget_set",
     "ForgetTarget": "targets",
     "ImageSet": "images",
+    "ImageSource": "images",
     "LoadedData": "loading",
     "SplitManifest": "split",
     "DataSpec": "spec",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,13 +12,55 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from salun_core.data.spec import DataSpec
 from salun_core.data.table import Payload
-from salun_core.errors import DataError
+from salun_core.errors import DataError, UsageError
 
 # Pillow warns above this number of pixels and raises above twice as many: decompression bombs must not fill memory.
 Image.MAX_IMAGE_PIXELS = 64 * 1024 * 1024
+MEMORY_VARIABLE = "SALUN_IMAGE_MEMORY"
+_DEFAULT_GB = 4.0
 _CHUNK = 256  # images for one task of a thread, whose start costs as much as a small image
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")  # others may start programs: EPS runs Ghostscript
+
+
+def fits_memory(spec: DataSpec, count: int, encoded: int, first: Callable[[], Payload]) -> bool:
+    """Return whether images are to be kept in memory: encoded and decoded they fit `SALUN_IMAGE_MEMORY`.
+
+    Args:
+        spec: size, channels and limits.
+        count: number of images.
+        encoded: their encoded size in bytes.
+        first: returns the first payload; it is called if the spec does not give the size.
+
+    Raises:
+        UsageError: the variable is not a number of gigabytes.
+    """
+    text = os.environ.get(MEMORY_VARIABLE, "").strip()
+    try:
+        limit = float(text or _DEFAULT_GB)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise UsageError(
+            f"{MEMORY_VARIABLE} is not a size", f"it is {text[:40]!r}", "give gigabytes, such as 8; 0 streams images"
+        )
+    if limit == 0:
+        return False
+    used = min(count, (spec.train_limit or count) + (spec.test_limit or count))
+    return encoded + used * _pixels(spec, first) <= limit * 1e9
+
+
+def _pixels(spec: DataSpec, first: Callable[[], Payload]) -> int:
+    """Return the size of a decoded image in bytes; 0 if the first one is corrupt, which decoding reports."""
+    if spec.size:
+        return spec.size * spec.size * (spec.channels or 3)
+    try:
+        payload = first()
+        height, width = payload.shape[:2] if isinstance(payload, np.ndarray) else _open(payload, "").size
+    except DataError:
+        return 0
+    return int(height) * int(width) * (spec.channels or 3)
 
 
 def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, channels: int | None) -> Tensor:
@@ -37,15 +80,15 @@ def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, ch
     """
     if not payloads:
         raise DataError("there are no images", "the selection is empty", "check the data set and its limits")
-    channels = channels or _channels(payloads[0], ids[0])
-    first = _decode_one(payloads[0], ids[0], size, channels)
+    channels = channels or channels_of(payloads[0], ids[0])
+    first = decode_one(payloads[0], ids[0], size, channels)
     pixels = np.empty((len(payloads), *first.shape), np.uint8)
 
     def fill(start: int) -> list[tuple[str, tuple[int, ...]]]:
         """Decode a chunk; return the images of another shape, which are an error once all are known to be intact."""
         others = []
         for index in range(start, min(start + _CHUNK, len(payloads))):
-            array = _decode_one(payloads[index], ids[index], size, channels)
+            array = decode_one(payloads[index], ids[index], size, channels)
             if array.shape == first.shape:
                 pixels[index] = array
             else:
@@ -55,17 +98,22 @@ def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, ch
     with ThreadPoolExecutor(max_workers=2) as pool:  # Pillow releases the interpreter lock while it decodes
         others = [other for found in pool.map(fill, range(0, len(payloads), _CHUNK)) for other in found]
     if others:
-        sample, shape = others[0]
-        raise DataError(
-            f"image {sample} has another size",
-            f"{shape[1]} x {shape[0]}; the first image has {first.shape[1]} x {first.shape[0]}",
-            "set `size` in the data spec to resize all",
-            public="an image of the data has another size than the first one",
-        )
+        raise another_size(*others[0], first.shape)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
-def _channels(payload: Payload, sample: str) -> int:
+def another_size(sample: str, shape: Sequence[int], first: Sequence[int]) -> DataError:
+    """Return the error for an image whose height and width differ from those of the first one."""
+    return DataError(
+        f"image {sample} has another size",
+        f"{shape[1]} x {shape[0]}; the first image has {first[1]} x {first[0]}",
+        "set `size` in the data spec to resize all",
+        public="an image of the data has another size than the first one",
+    )
+
+
+def channels_of(payload: Payload, sample: str) -> int:
+    """Return 1 for a grey image, 3 for a colour image."""
     if isinstance(payload, np.ndarray):
         return int(payload.shape[2])
     return 1 if _open(payload, sample).mode in ("1", "L", "I;16") else 3
@@ -88,7 +136,8 @@ def _open(payload: bytes, sample: str) -> Image.Image:
     return image
 
 
-def _decode_one(payload: Payload, sample: str, size: int | None, channels: int) -> np.ndarray:
+def decode_one(payload: Payload, sample: str, size: int | None, channels: int) -> np.ndarray:
+    """Decode an image to uint8 [H, W, channels]; arguments as for `decode`."""
     if isinstance(payload, np.ndarray) and size is None and payload.shape[2] == channels:
         return payload
     image = Image.fromarray(payload.squeeze()) if isinstance(payload, np.ndarray) else _open(payload, sample)

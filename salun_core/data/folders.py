@@ -6,16 +6,17 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from salun_core.data.decode import fits_memory
 from salun_core.data.parquet import subjects_of
 from salun_core.data.spec import DataSpec
-from salun_core.data.table import Table
+from salun_core.data.table import Encoded, Payload, Shard, Table
 from salun_core.errors import DataError, unknown_name
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
 MAX_IMAGE_BYTES = 64 * 1024 * 1024  # limit for one encoded image, above any photograph; all images are held in memory
 _WNIDS, _WORDS, _ANNOTATIONS = "wnids.txt", "words.txt", "val/val_annotations.txt"
 
-_Row = tuple[str, Path, int]  # sample id, file, label
+_Row = tuple[str, int]  # sample id, which is the path in its folder, and label
 
 
 def read_folder(spec: DataSpec, folder: Path) -> Table:
@@ -36,18 +37,16 @@ def read_folder(spec: DataSpec, folder: Path) -> Table:
         loose = any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
         why = "the images lie in the folder itself" if loose else "it is empty, or has only other files"
         raise DataError(f"{folder.name} has no class folders", why, "give a folder that has one folder per class")
-    rows = [
-        (sample, path, label) for label, name in enumerate(classes) for sample, path in _images(folder, folder / name)
-    ]
+    rows = [(sample, label) for label, name in enumerate(classes) for sample in _images(folder, folder / name)]
     if not rows:
         raise DataError(
             f"{folder.name} holds no images", f"looked for {', '.join(sorted(IMAGE_SUFFIXES))}", "check the path"
         )
-    return _table(spec, rows, classes)
+    return _table(spec, folder, rows, classes)
 
 
-def _images(folder: Path, place: Path) -> Iterator[tuple[str, Path]]:
-    """Yield id and path of what is named like an image in a class folder, sorted; refuse links out of the data."""
+def _images(folder: Path, place: Path) -> Iterator[str]:
+    """Yield the id of what is named like an image in a class folder, sorted; refuse links out of the data."""
     for path in (place, *sorted(place.rglob("*"))):  # which does not follow links to folders
         sample = path.relative_to(folder).as_posix()
         if any("\ud800" <= letter <= "\udfff" for letter in sample):  # stands for a byte that is not UTF-8
@@ -61,13 +60,26 @@ def _images(folder: Path, place: Path) -> Iterator[tuple[str, Path]]:
                 public="a link in the data leads out of them",
             )
         if path is not place and path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
-            yield sample, path
+            yield sample
 
 
-def _table(spec: DataSpec, rows: Sequence[_Row], classes: Sequence[str]) -> Table:
-    ids, paths, labels = zip(*rows, strict=True)
-    payloads = [_read_image(path, sample) for path, sample in zip(paths, ids, strict=True)]
+def _table(spec: DataSpec, folder: Path, rows: Sequence[_Row], classes: Sequence[str]) -> Table:
+    ids, labels = zip(*rows, strict=True)
+
+    def read(places: Sequence[int]) -> Iterator[bytes]:
+        return (_read_image(folder / ids[place], ids[place]) for place in places)
+
+    payloads: Sequence[Payload] = Encoded([Shard(folder.name, len(ids), read)])
+    if fits_memory(spec, len(ids), sum(_size(folder / sample) for sample in ids), lambda: payloads[0]):
+        payloads = list(payloads)
     return Table(ids, labels, payloads, classes).with_subjects(subjects_of(spec))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # reading it reports the fault
+        return 0
 
 
 def _read_image(path: Path, sample: str) -> bytes:
@@ -107,8 +119,9 @@ def read_tiny_imagenet(spec: DataSpec, folder: Path) -> Table:
     names = _class_names(folder, wnids)
     if spec.classes:
         wnids = [_wnid(name, names) for name in spec.classes]
-    parts = [_rows(folder / part, _annotated(folder, part), wnids) for part in ("train", "val")]
-    train, test = (_table(spec, rows, [names[wnid] for wnid in wnids]) for rows in parts)
+    rows = {part: _rows(folder / part, _annotated(folder, part), wnids) for part in ("train", "val")}
+    classes = [names[wnid] for wnid in wnids]
+    train, test = (_table(spec, folder / part, rows[part], classes) for part in rows)
     return train.joined(test)
 
 
@@ -127,8 +140,8 @@ def _annotated(folder: Path, part: str) -> list[tuple[Path, str]]:
 
 def _rows(part: Path, images: Sequence[tuple[Path, str]], wnids: Sequence[str]) -> list[_Row]:
     labels = {wnid: label for label, wnid in enumerate(wnids)}
-    rows = [(path.relative_to(part).as_posix(), path, labels[wnid]) for path, wnid in images if wnid in labels]
-    missing = next((name for name, path, _ in rows if not path.is_file()), None)
+    rows = [(path.relative_to(part).as_posix(), labels[wnid]) for path, wnid in images if wnid in labels]
+    missing = next((name for name, _ in rows if not (part / name).is_file()), None)
     if missing is not None:
         raise DataError(f"Tiny-ImageNet lacks {part.name}/{missing}", f"{_ANNOTATIONS} names it", "unpack it again")
     if not rows:

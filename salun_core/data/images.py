@@ -5,9 +5,11 @@ uint8 takes a quarter of the memory of float32, so a whole data set fits on a GP
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from torch.utils.data import (
 from salun_core.errors import DataError, UsageError
 
 _READ = 256  # samples that are collated together; it has no influence on the result
+_COUNTED = 1 << 22  # pixels that are counted at once
 _PADDING = 4  # padding of RandomCrop in the paper's recipe
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL converts RGB to grey when it decodes training images
 
@@ -39,10 +42,20 @@ class Normalisation:
     @classmethod
     def of(cls, images: Tensor) -> Normalisation:
         """Compute the normalisation of uint8 images [N, C, H, W]; a constant channel gets a deviation of 1."""
-        pixels = images.to(torch.float64).div_(255)
-        mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3))
-        std[std < 1e-6] = 1.0
-        return cls(tuple(round(value, 6) for value in mean.tolist()), tuple(round(value, 6) for value in std.tolist()))
+        return cls.counted(torch.split(images, max(1, _COUNTED // max(1, images[:1].numel()))))
+
+    @classmethod
+    def counted(cls, parts: Iterable[Tensor]) -> Normalisation:
+        """Compute the normalisation of uint8 images that come in parts [N, C, H, W], at least one.
+
+        How often each pixel value occurs is counted in integers, so the result does not depend on the parts.
+        """
+        counts: Any = 0
+        for part in parts:
+            channels = part.transpose(0, 1).flatten(1)
+            counts = counts + torch.stack([torch.bincount(pixels, minlength=256) for pixels in channels]).cpu()
+        mean, std = zip(*(_moments(channel) for channel in counts.tolist()), strict=True)
+        return cls(mean, std)
 
     def apply(self, images: Tensor) -> Tensor:
         """Turn uint8 images [N, C, H, W] into normalised float32 in channels-last layout."""
@@ -56,9 +69,132 @@ class Normalisation:
         return values
 
 
+def _moments(counts: Sequence[int]) -> tuple[float, float]:
+    """Return mean and standard deviation of pixels in [0, 1] from the number of each value; 1 for a deviation of 0."""
+    number = sum(counts)
+    total = sum(value * count for value, count in enumerate(counts))
+    squares = sum(value * value * count for value, count in enumerate(counts))
+    if number < 2:
+        return (total / 255 if number else math.nan), math.nan
+    deviation = math.sqrt(Fraction(squares * number - total * total, number * (number - 1) * 255**2))
+    return round(total / (number * 255), 6), round(deviation, 6) if deviation >= 1e-6 else 1.0
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """Labelled images of one split, wherever their pixels are.
+
+    `ImageSet` has them in memory, and `StreamedImages` reads them from a file. Both give the same batches, bit by bit:
+    order and augmentation depend on the generator alone. Labels and ids are always in memory.
+    """
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels, int64 [N], on the device that batches are on."""
+        ...
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Sample ids; empty if they are not known."""
+        ...
+
+    @property
+    def normalisation(self) -> Normalisation | None:
+        """What is applied to uint8 images in batches."""
+        ...
+
+    @property
+    def augment(self) -> str:
+        """`none`, `crop` (pad by 4, random crop) or `crop-flip`."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> ImageSource:
+        """Return the set with its labels and its batches on a device."""
+        ...
+
+    def select(self, indices: Sequence[int] | Tensor) -> ImageSource:
+        """Return the rows at these indices."""
+        ...
+
+    def relabelled(self, labels: Tensor) -> ImageSource:
+        """Return the same images with other labels, int64 [N]."""
+        ...
+
+    def normalised_by(self, normalisation: Normalisation | None) -> ImageSource:
+        """Return the same images with another normalisation."""
+        ...
+
+    def joined(self, other: ImageSource) -> ImageSource:
+        """Return this set followed by another of the same kind.
+
+        Raises:
+            DataError: the sets differ in type, size, normalisation, or in where their pixels are.
+        """
+        ...
+
+    def measured(self) -> Normalisation:
+        """Compute the normalisation of these images."""
+        ...
+
+    def ready(self) -> None:
+        """Make all of these images fast to read in any order; `batches` does it too."""
+        ...
+
+    def pixels(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return images [N, C, H, W] as they are stored: uint8, or float32 that is already normalised."""
+        ...
+
+    def batches(
+        self, size: int, generator: torch.Generator | None = None, augment: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (normalised float32 images [B, C, H, W], labels [B]).
+
+        Args:
+            size: batch size B; the last batch may be smaller.
+            generator: a CPU generator that shuffles the order and draws the augmentation; None keeps the order.
+            augment: whether to augment; needs the generator.
+        """
+        ...
+
+
+def drawn_batches(
+    source: ImageSource,
+    read: Callable[[Sequence[Tensor]], Iterable[Tensor]],
+    size: int,
+    generator: torch.Generator | None,
+    augment: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of a source; see `ImageSource.batches`.
+
+    Args:
+        source: its labels, normalisation and augmentation.
+        read: positions of each batch -> its stored images, on the labels' device.
+        size: as for `batches`.
+        generator: as for `batches`.
+        augment: as for `batches`.
+    """
+    order = torch.arange(len(source)) if generator is None else torch.randperm(len(source), generator=generator)
+    parts = torch.split(order.to(source.labels.device), size)
+    for index, images in zip(parts, read(parts), strict=True):
+        if augment and generator is not None and source.augment != "none":
+            images = random_crop(images, generator)
+            images = random_flip(images, generator) if source.augment == "crop-flip" else images
+        if source.normalisation is not None and images.dtype == torch.uint8:
+            yield source.normalisation.apply(images), source.labels[index]
+        else:
+            yield images.to(torch.float32), source.labels[index]
+
+
 @dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of one split.
+    """Labelled images of one split in memory, on the device: an `ImageSource`.
 
     Args:
         images: uint8 [N, C, H, W], or float32 that is already normalised.
@@ -75,8 +211,8 @@ class ImageSet:
     ids: Sequence[str] = ()
 
     @classmethod
-    def of(cls, data: Images, name: str = "image") -> ImageSet:
-        """Accept an image set, a pair (images, labels), a torch data set, or a data loader.
+    def of(cls, data: Images, name: str = "image") -> ImageSource:
+        """Accept an image source, a pair (images, labels), a torch data set, or a data loader.
 
         A data set is read once, in its order, and kept in memory. So is the data set of a loader, with the loader's
         `collate_fn` and workers: its `shuffle`, `batch_size` and `drop_last` have no effect. A loader of an
@@ -90,7 +226,7 @@ class ImageSet:
             DataError: the data are not images with class ids, or their numbers differ.
             UsageError: the loader has a sampler that may repeat samples or leave some out.
         """
-        if isinstance(data, ImageSet):
+        if isinstance(data, ImageSource):
             return data
         if isinstance(data, tuple):
             return cls(*_pair(data, name))
@@ -104,6 +240,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width."""
+        return tuple(self.images.shape[1:])
 
     def to(self, device: torch.device | str) -> ImageSet:
         """Return the set with its tensors on a device."""
@@ -119,50 +260,51 @@ class ImageSet:
         """Return the same images with other labels, int64 [N]."""
         return self._with(self.images, labels, self.ids)
 
-    def joined(self, other: ImageSet) -> ImageSet:
+    def normalised_by(self, normalisation: Normalisation | None) -> ImageSet:
+        """Return the same images with another normalisation."""
+        return replace(self, normalisation=normalisation)
+
+    def joined(self, other: ImageSource) -> ImageSet:
         """Return this set followed by another.
 
         Raises:
-            DataError: the sets differ in type, size or normalisation.
+            DataError: the sets differ in type, size or normalisation, or the other one is not in memory.
         """
+        if not isinstance(other, ImageSet):
+            raise not_joined("one is in memory, the other in a file")
         kinds = {(item.images.dtype, item.images.shape[1:], item.normalisation) for item in (self, other)}
         if len(kinds) > 1:
-            raise DataError(
-                "two image sets cannot be joined",
-                "they differ in type, size or normalisation",
-                "load both in the same way",
-            )
+            raise not_joined("they differ in type, size or normalisation")
         ids = [*self.ids, *other.ids] if self.ids and other.ids else ()
         return self._with(torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels]), ids)
+
+    def measured(self) -> Normalisation:
+        """Compute the normalisation of these images."""
+        return Normalisation.of(self.images)
+
+    def ready(self) -> None:
+        """Do nothing: images in memory are fast to read."""
+
+    def pixels(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return images by index, as they are stored."""
+        return _taken(self.images, torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device))
 
     def batches(
         self, size: int, generator: torch.Generator | None = None, augment: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (normalised float32 images [B, C, H, W], labels [B]).
-
-        Args:
-            size: batch size B; the last batch may be smaller.
-            generator: a CPU generator that shuffles the order and draws the augmentation; None keeps the order.
-            augment: whether to augment; needs the generator.
-        """
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for index in torch.split(order.to(self.labels.device), size):
-            images = _taken(self.images, index)
-            if augment and generator is not None and self.augment != "none":
-                images = random_crop(images, generator)
-                images = random_flip(images, generator) if self.augment == "crop-flip" else images
-            yield self._normalised(images), self.labels[index]
-
-    def _normalised(self, images: Tensor) -> Tensor:
-        if self.normalisation is not None and images.dtype == torch.uint8:
-            return self.normalisation.apply(images)
-        return images.to(torch.float32)
+        """Yield (normalised float32 images, labels); see `ImageSource.batches`."""
+        return drawn_batches(self, lambda parts: map(self.pixels, parts), size, generator, augment)
 
     def _with(self, images: Tensor, labels: Tensor, ids: Sequence[str]) -> ImageSet:
         return ImageSet(images, labels, self.normalisation, self.augment, ids)
 
 
-Images = ImageSet | Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor]
+def not_joined(why: str) -> DataError:
+    """Return the error for two sets that cannot be joined."""
+    return DataError("two image sets cannot be joined", why, "load both in the same way")
+
+
+Images = ImageSource | Dataset[Any] | DataLoader[Any] | tuple[Tensor, Tensor]
 """What `ImageSet.of` accepts."""
 
 

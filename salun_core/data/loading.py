@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from salun_core.data.decode import decode
 from salun_core.data.forget_set import ForgetSet
-from salun_core.data.images import ImageSet, Normalisation
+from salun_core.data.images import ImageSet, ImageSource, Normalisation
 from salun_core.data.readers import read_table
 from salun_core.data.spec import BUILTIN, DataSpec
 from salun_core.data.split import SplitManifest, SplitName, make_split
-from salun_core.data.table import Table
+from salun_core.data.stream import DecodedRows, StreamedImages
+from salun_core.data.table import Encoded, Table
 from salun_core.digest import check_digest
 from salun_core.errors import DataError
 from salun_core.storage import open_store
@@ -31,8 +36,13 @@ class LoadedData:
     table: Table
     split: SplitManifest
 
-    def images(self, name: SplitName, normalisation: Normalisation | None = None) -> ImageSet:
-        """Decode one split.
+    @cached_property
+    def _decoded(self) -> dict[tuple[int, ...], DecodedRows]:
+        """The files of streamed images by their shape; they are shared, so that no row is decoded twice."""
+        return {}
+
+    def images(self, name: SplitName, normalisation: Normalisation | None = None) -> ImageSource:
+        """Return the images of one split: decoded in memory, or streamed if the data are larger than memory.
 
         Args:
             name: train, validation or test.
@@ -42,24 +52,41 @@ class LoadedData:
             The images in the order of `SplitManifest.ids`.
 
         Raises:
-            DataError: an image is corrupt, or sizes differ.
+            DataError: an image is corrupt, or sizes differ. Streamed images raise it when they are first read.
         """
         ids = self.split.ids(name)
+        if not isinstance(self.table.payloads, Encoded) or not ids:
+            return self.image_set(name, normalisation)
+        rows = [self.table.position[sample] for sample in ids]
+        decoded = DecodedRows(self.table, self.spec.size, self.spec.channels, rows[0])
+        decoded = self._decoded.setdefault(decoded.shape, decoded)
+        streamed = StreamedImages(decoded, np.array(rows), self._labels(rows), normalisation, self.spec.augment, ids)
+        return streamed if normalisation else streamed.normalised_by(streamed.measured())
+
+    def image_set(self, name: SplitName, normalisation: Normalisation | None = None) -> ImageSet:
+        """Decode one split into memory, whatever its size; arguments as for `images`."""
+        ids = self.split.ids(name)
         images = self.pixels(ids)
-        labels = [self.table.labels[self.table.position[sample]] for sample in ids]
-        scale = normalisation or Normalisation.of(images)
-        return ImageSet(images, torch.tensor(labels, dtype=torch.int64), scale, self.spec.augment, ids)
+        labels = self._labels([self.table.position[sample] for sample in ids])
+        return ImageSet(images, labels, normalisation or Normalisation.of(images), self.spec.augment, ids)
+
+    def _labels(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor([self.table.labels[row] for row in rows], dtype=torch.int64)
 
     def pixels(self, ids: Sequence[str]) -> Tensor:
-        """Decode samples by id, in the given order, to uint8 [N, C, H, W].
+        """Decode samples by id, in the given order, to uint8 [N, C, H, W] in memory.
 
         Raises:
             DataError: an image is corrupt, or sizes differ.
         """
-        payloads = [self.table.payloads[self.table.position[sample]] for sample in ids]
-        return decode(payloads, ids, self.spec.size, self.spec.channels)
+        payloads, rows = self.table.payloads, [self.table.position[sample] for sample in ids]
+        if isinstance(payloads, Encoded):
+            ordered = sorted(set(rows))
+            found = dict(zip(ordered, payloads.read(ordered), strict=True))
+            return decode([found[row] for row in rows], ids, self.spec.size, self.spec.channels)
+        return decode([payloads[row] for row in rows], ids, self.spec.size, self.spec.channels)
 
-    def forget_and_retain(self, train: ImageSet, forget: ForgetSet) -> tuple[ImageSet, ImageSet]:
+    def forget_and_retain(self, train: ImageSource, forget: ForgetSet) -> tuple[ImageSource, ImageSource]:
         """Split the training images into forget set and retain set.
 
         Raises:
@@ -103,18 +130,26 @@ def _read(spec: DataSpec, source: str, train: bool) -> Table:
     spec = spec.model_copy(update={"source": source})
     if source in BUILTIN or source.startswith("torchvision:"):
         return read_table(spec, None, train)
-    with _local(source) as path:
-        return read_table(spec, path, train)
-
-
-@contextmanager
-def _local(source: str) -> Iterator[Path]:
-    """Yield a local path of a source; S3 data are downloaded for the duration of the block."""
     if not source.startswith("s3://"):
-        yield Path(source)
-        return
-    with tempfile.TemporaryDirectory(prefix="salun-data-") as folder:
-        yield _download(source, Path(folder))
+        return read_table(spec, Path(source), train)
+    held = _Download()
+    table = read_table(spec, _download(source, held.folder), train)
+    if not isinstance(table.payloads, Encoded):
+        return table
+    return replace(table, payloads=replace(table.payloads, held=(held,)))
+
+
+class _Download:
+    """A temporary folder that exists as long as this object: rows of downloaded files are read when needed."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="salun-data-"))
+        weakref.finalize(self, _remove, self.folder, os.getpid())
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked process that ends must leave it to the others
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _download(source: str, folder: Path) -> Path:

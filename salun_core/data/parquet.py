@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from salun_core.config import read_document
 from salun_core.data.spec import DataSpec
-from salun_core.data.table import Payload, Table, check_labels
+from salun_core.data.table import Encoded, Payload, Shard, Table, check_labels
 from salun_core.errors import DataError, unknown_name
 
 MAX_CLASSES = 100_000  # far above real data sets; a corrupt label must not create millions of class names
 EXPANDED_BYTES = 256 * 1024 * 1024  # what a small file may become in memory: some thousand images
 EXPANSION = 32  # times its size: what a large one may become. Encoded images hardly shrink in parquet, bitmaps tenfold
+_BATCH_ROWS = 256  # rows of a streamed file that are in memory at once, and the buffer of its column
+_BUFFER = 1 << 20
 _ROW_BYTES = 64  # of Python's objects for a row
 _OTHER_NAMES = {"image": "img", "label": "fine_label"}  # default column -> its name in the hub's CIFAR-10 and -100
 
@@ -136,11 +140,15 @@ def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tabl
 
     files = files or (sorted(path.glob("*.parquet")) if path.is_dir() else [path])
     with readable(files[0].name):
-        names = pyarrow.parquet.read_schema(files[0]).names
-    image_column, label_column = _columns(spec, names, path)
-    table = arrow_table(files, [column for column in (image_column, label_column, spec.subject_column) if column])
-    images = table.column(image_column).to_pylist()
+        schema = pyarrow.parquet.read_schema(files[0])
+    image_column, label_column = _columns(spec, schema.names, path)
+    payloads = _streamed(spec, files, image_column)
+    columns = [column for column in (image_column, label_column, spec.subject_column) if column]
+    if payloads:
+        columns = [*columns[1:], *(f"{image_column}.path" for leaf in _leaves(schema, image_column) if leaf == "path")]
+    table = arrow_table(files, columns)
     labels = table.column(label_column).to_pylist()
+    images = table.column(image_column).to_pylist() if image_column in table.column_names else [b""] * len(labels)
     classes = spec.classes or _class_names(table, label_column, path, labels)
     by_name = {name: index for index, name in enumerate(classes)}
     ids = [_label_id(label, by_name) for label in labels]
@@ -149,10 +157,77 @@ def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tabl
     return Table(
         ids=_row_ids(images),
         labels=ids,
-        payloads=[_encoded(image, index, path) for index, image in enumerate(images)],
+        payloads=payloads or [_encoded(image, index, path) for index, image in enumerate(images)],
         classes=classes,
         subjects=[None if subject in (None, "") else str(subject) for subject in subjects],
     )
+
+
+def _leaves(schema: Any, column: str) -> list[str]:  # noqa: ANN401 - pyarrow has no types
+    """Return the names of the fields in a struct column; none for another column."""
+    import pyarrow
+
+    kind = schema.field(column).type
+    return [field.name for field in kind] if pyarrow.types.is_struct(kind) else []
+
+
+def _streamed(spec: DataSpec, files: Sequence[Path], column: str) -> Encoded | None:
+    """Return the rows of an image column as they are in the files; None if they fit in memory."""
+    import pyarrow.parquet
+
+    from salun_core.data.decode import fits_memory  # it imports torch, which readers of splits and metadata do without
+
+    shards, size = [], 0
+    for file in files:
+        with readable(file.name):
+            metadata = pyarrow.parquet.read_metadata(file)
+            size += claimed_bytes(metadata, range(metadata.num_row_groups), [column])
+            shards.append(Shard(file.name, metadata.num_rows, partial(_read_rows, file, column, metadata.num_rows)))
+    payloads = Encoded(shards)
+    if not len(payloads) or fits_memory(spec, len(payloads), size, lambda: payloads[0]):
+        return None
+    return payloads
+
+
+def _read_rows(file: Path, column: str, rows: int, places: Sequence[int]) -> Iterator[Payload]:
+    """Yield the images in some rows of a file, given in ascending order; one small batch is in memory at a time.
+
+    Raises:
+        DataError: the file is missing or damaged, expands too far, or has another number of rows than before.
+    """
+    import pyarrow.parquet
+
+    with readable(file.name):
+        limit = max(EXPANDED_BYTES, EXPANSION * file.stat().st_size)
+        with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER) as opened:
+            metadata = opened.metadata
+            if metadata.num_rows != rows or column not in opened.schema_arrow.names:
+                why = f"it has {metadata.num_rows} rows, and had {rows}"
+                raise DataError(f"{file.name} changed", why, "let the data alone while a run uses them")
+            _check_expansion(file, claimed_bytes(metadata, range(metadata.num_row_groups), [column]), limit)
+            leaf = f"{column}.bytes" if "bytes" in _leaves(opened.schema_arrow, column) else column
+            if leaf not in [metadata.schema.column(place).path for place in range(metadata.num_columns)]:
+                raise _without_bytes(0, file)
+        with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, read_dictionary=[leaf]) as opened:
+            first = 0  # row of the group
+            for group in range(metadata.num_row_groups):
+                last = first + metadata.row_group(group).num_rows
+                wanted = places[bisect_left(places, first) : bisect_left(places, last)]
+                if wanted:
+                    yield from _of_group(opened, group, leaf, [place - first for place in wanted], (file, first))
+                first = last
+
+
+def _of_group(opened: Any, group: int, leaf: str, places: Sequence[int], where: tuple[Path, int]) -> Iterator[Payload]:  # noqa: ANN401
+    (file, first), start = where, 0
+    for batch in opened.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[leaf]):
+        end = start + len(batch)
+        values = batch.column(0)
+        for place in places[bisect_left(places, start) : bisect_left(places, end)]:
+            yield _encoded(values[place - start].as_py(), first + place, file)
+        if places[-1] < end:
+            return
+        start = end
 
 
 def _columns(spec: DataSpec, names: Sequence[str], path: Path) -> tuple[str, str]:
@@ -209,13 +284,17 @@ def _label_id(label: Any, by_name: Mapping[str, int]) -> int:  # noqa: ANN401 - 
 def _encoded(image: Any, index: int, path: Path) -> Payload:  # noqa: ANN401 - an arrow value
     data = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(data, bytes) or not data:
-        raise DataError(
-            f"row {index} of {path.name} has no image bytes",
-            "it is empty or only a path",
-            "embed the images",
-            public="a row of the data has no image bytes",
-        )
+        raise _without_bytes(index, path)
     return data
+
+
+def _without_bytes(index: int, path: Path) -> DataError:
+    return DataError(
+        f"row {index} of {path.name} has no image bytes",
+        "it is empty or only a path",
+        "embed the images",
+        public="a row of the data has no image bytes",
+    )
 
 
 def subjects_of(spec: DataSpec) -> dict[str, str]:

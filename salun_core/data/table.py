@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
+from typing import overload
 
 import numpy as np
 
@@ -17,13 +20,88 @@ Payload = bytes | np.ndarray  # an encoded image, or pixels uint8 [H, W, C]
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Rows that are read together, such as those of one file.
+
+    Args:
+        name: of the file, for messages.
+        rows: how many it has.
+        read: places in it, in ascending order -> their payloads.
+    """
+
+    name: str
+    rows: int
+    read: Callable[[Sequence[int]], Iterator[Payload]]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded(Sequence[Payload]):
+    """Payloads that stay where they are and are read when they are needed.
+
+    Args:
+        shards: in the order of the rows.
+        held: what must exist as long as the rows, such as a temporary folder.
+    """
+
+    shards: Sequence[Shard]
+    held: tuple[object, ...] = ()
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(shard.rows for shard in self.shards))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self.shards else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Payload: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Payload]: ...
+    def __getitem__(self, index: int | slice) -> Payload | Sequence[Payload]:
+        rows = range(len(self))[index]
+        return next(self.read([rows])) if isinstance(rows, int) else list(self.read(rows))
+
+    def __iter__(self) -> Iterator[Payload]:
+        return self.read(range(len(self)))
+
+    def read(self, rows: Sequence[int]) -> Iterator[Payload]:
+        """Yield rows, given in ascending order; each shard is opened once."""
+        start = 0
+        while start < len(rows):
+            number = bisect_right(self._ends, rows[start])
+            end = start
+            while end < len(rows) and rows[end] < self._ends[number]:
+                end += 1
+            first = self._ends[number] - self.shards[number].rows
+            yield from self.shards[number].read([row - first for row in rows[start:end]])
+            start = end
+
+    def place(self, row: int) -> str:
+        """Return where a row is, for messages."""
+        number = bisect_right(self._ends, row)
+        return f"row {row - self._ends[number] + self.shards[number].rows} of {self.shards[number].name}"
+
+
+def joined_payloads(first: Sequence[Payload], second: Sequence[Payload]) -> Sequence[Payload]:
+    """Return payloads followed by others; they stay where they are if either does."""
+    if not isinstance(first, Encoded) and not isinstance(second, Encoded):
+        return [*first, *second]
+    parts = [part if isinstance(part, Encoded) else Encoded([_held(part)]) for part in (first, second)]
+    return Encoded([shard for part in parts for shard in part.shards], (*parts[0].held, *parts[1].held))
+
+
+def _held(payloads: Sequence[Payload]) -> Shard:
+    return Shard("the data in memory", len(payloads), lambda rows: (payloads[row] for row in rows))
+
+
+@dataclass(frozen=True)
 class Table:
     """Labelled rows, in the order of the source.
 
     Args:
         ids: unique sample ids.
         labels: class ids, from 0.
-        payloads: encoded images or pixels.
+        payloads: encoded images or pixels; `Encoded` if they are not in memory.
         classes: class names by id.
         subjects: person of each row, or None if unknown; empty if all are unknown.
         parts: `train` or `test` for each row; empty if the source has no split of its own.
@@ -60,7 +138,10 @@ class Table:
     @cached_property
     def row_hashes(self) -> np.ndarray:
         """SHA-256 of each row, its label, then its encoded image or its pixels: uint8 [N, 32]."""
-        return np.frombuffer(b"".join(map(_hash, self.labels, self.payloads)), np.uint8).reshape(-1, 32)
+        hashes = bytearray()
+        for label, payload in zip(self.labels, self.payloads, strict=True):
+            hashes += row_hash(label, payload)
+        return np.frombuffer(bytes(hashes), np.uint8).reshape(-1, 32)
 
     @property
     def row_digests(self) -> list[str]:
@@ -75,7 +156,8 @@ class Table:
         which is made and digested in pieces.
         """
         state = hashlib.sha256(b'{"classes":' + canonical_json(list(self.classes)) + b',"rows":[')
-        order = sorted(range(len(self)), key=self._sort_key)
+        unique = len(self.position) == len(self)  # then ids alone decide, and no keys are made for all rows
+        order = sorted(range(len(self)), key=self.ids.__getitem__ if unique else self._sort_key)
         for start in range(0, len(order), _PIECE):
             index = order[start : start + _PIECE]
             digests = hex_digests(self.row_hashes[index].tobytes())
@@ -110,14 +192,15 @@ class Table:
         return Table(
             ids=[f"train/{sample}" for sample in self.ids] + [f"test/{sample}" for sample in test.ids],
             labels=[*self.labels, *test.labels],
-            payloads=[*self.payloads, *test.payloads],
+            payloads=joined_payloads(self.payloads, test.payloads),
             classes=self.classes,
             subjects=[*self.subjects, *test.subjects],
             parts=["train"] * len(self) + ["test"] * len(test),
         )
 
 
-def _hash(label: int, payload: Payload) -> bytes:
+def row_hash(label: int, payload: Payload) -> bytes:
+    """Return the SHA-256 of a row."""
     data = payload if isinstance(payload, bytes) else payload.tobytes()
     return hashlib.sha256(f"{label}\n".encode() + data).digest()
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.errors import DataError
 from salun_core.evaluation.evidence import (
     ClassAccuracy,
@@ -62,10 +62,10 @@ class Splits:
         held_out: the validation split, for `unlearn`; the evaluation does not read it.
     """
 
-    forget: ImageSet
-    retain: ImageSet
-    test: ImageSet
-    held_out: ImageSet | None = None
+    forget: ImageSource
+    retain: ImageSource
+    test: ImageSource
+    held_out: ImageSource | None = None
 
 
 def evaluate_classifier(
@@ -193,7 +193,7 @@ def judged_metrics(
     return metrics
 
 
-def restored_metric(models: Mapping[str, nn.Module], forget: ImageSet, retain: ImageSet) -> Metric:
+def restored_metric(models: Mapping[str, nn.Module], forget: ImageSource, retain: ImageSource) -> Metric:
     """Return `restored`: the share of forgotten images that is recognised with the last layer of the model before.
 
     An edit of the outputs leaves the features as they were: a bias of -100 hides a class, and the former last layer
@@ -226,7 +226,7 @@ def restored_metric(models: Mapping[str, nn.Module], forget: ImageSet, retain: I
     return share_metric(shares, len(forget))
 
 
-def _features(model: nn.Module, images: ImageSet) -> Tensor | None:
+def _features(model: nn.Module, images: ImageSource) -> Tensor | None:
     return penultimate_features(model, lambda size: (inputs for inputs, _ in images.batches(size)))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.errors import UsageError
 from salun_core.evaluation.evidence import Metric
 from salun_core.evaluation.outputs import TINY, Outputs, outputs_of
@@ -27,7 +27,7 @@ _OWN_VARIANCE = (
     64  # shadow models from which each sample has its own variance; with fewer one is shared, as in the paper
 )
 
-Train = Callable[[ImageSet, int], nn.Module]
+Train = Callable[[ImageSource, int], nn.Module]
 """(training images, seed) -> a model trained on them, on the images' device."""
 
 
@@ -81,7 +81,7 @@ def assignments(shadows: int, samples: int, seed: int) -> np.ndarray:
     return np.asarray(ranks < shadows // 2)
 
 
-def train_shadows(train: Train, retain: ImageSet, pool: ImageSet, shadows: int, seed: int) -> Shadows:
+def train_shadows(train: Train, retain: ImageSource, pool: ImageSource, shadows: int, seed: int) -> Shadows:
     """Train the shadow models, each on D_r and its half of the pool, and measure their confidences on the pool.
 
     Args:
@@ -149,7 +149,9 @@ def caught_at(members: np.ndarray, others: np.ndarray, fpr: float = LOW_FPR) -> 
     return float((members > np.sort(others)[len(others) - 1 - allowed]).mean())
 
 
-def lira_metrics(models: Mapping[str, nn.Module], shadows: Shadows, pool: ImageSet, members: int) -> dict[str, Metric]:
+def lira_metrics(
+    models: Mapping[str, nn.Module], shadows: Shadows, pool: ImageSource, members: int
+) -> dict[str, Metric]:
     """Attack each model.
 
     Args:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from salun_core import plugins
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.errors import UsageError, unknown_name
 from salun_core.evaluation.evidence import (
     METRIC_NAMES,
@@ -67,14 +67,16 @@ LEARNING_RATE, MOMENTUM, BATCH = 0.003, 0.9, 64
 _POINTS = 10  # of the curve, besides the start: each costs a forward pass over half of D_f
 
 
-def halves(forget: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+def halves(forget: ImageSource, seed: int) -> tuple[ImageSource, ImageSource]:
     """Divide D_f at random into images to train on and images to measure on; the first half is the smaller one."""
     order = torch.randperm(len(forget), generator=torch.Generator().manual_seed(seed))
     middle = len(forget) // 2
     return forget.select(order[:middle]), forget.select(order[middle:])
 
 
-def relearn(model: nn.Module, trained_on: ImageSet, measured_on: ImageSet, steps: int, seed: int) -> list[RelearnPoint]:
+def relearn(
+    model: nn.Module, trained_on: ImageSource, measured_on: ImageSource, steps: int, seed: int
+) -> list[RelearnPoint]:
     """Fine-tune a copy on some forgotten images and measure the accuracy on others.
 
     SGD at 0.003 with momentum 0.9, batches of 64 with true labels, no augmentation. Batch-norm statistics are frozen:
@@ -145,7 +147,7 @@ def probe_scores(
     return np.asarray(found)
 
 
-def probe_metric(models: Mapping[str, nn.Module], forget: ImageSet, unseen: ImageSet, seed: int) -> Metric:
+def probe_metric(models: Mapping[str, nn.Module], forget: ImageSource, unseen: ImageSource, seed: int) -> Metric:
     """Return `probe_auc`: the area of telling D_f from unseen data by a linear probe, with five folds.
 
     Args:
@@ -171,7 +173,7 @@ def probe_metric(models: Mapping[str, nn.Module], forget: ImageSet, unseen: Imag
     return area_metric(areas, len(forget), effective_size(weights))
 
 
-def _inputs(images: ImageSet, size: int) -> Iterator[Tensor]:
+def _inputs(images: ImageSource, size: int) -> Iterator[Tensor]:
     return (inputs for inputs, _ in images.batches(size))
 
 
@@ -346,9 +348,9 @@ class MeasuredModels:
     """
 
     models: Mapping[str, nn.Module]
-    forget: ImageSet
-    retain: ImageSet
-    unseen: ImageSet
+    forget: ImageSource
+    retain: ImageSource
+    unseen: ImageSource
 
     def outputs(self, model: nn.Module) -> dict[str, Outputs]:
         """Run a model on each set of images."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.device_memory import fitting
 from salun_core.telemetry.progress import tracked
 
@@ -89,7 +89,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def outputs_of(model: nn.Module, images: ImageSet, batch_size: int = 512) -> Outputs:
+def outputs_of(model: nn.Module, images: ImageSource, batch_size: int = 512) -> Outputs:
     """Run a classifier over images in eval mode, without augmentation.
 
     Args:

@@ -56,15 +56,15 @@ class LoadedModel:
         """The normalisation that the model expects."""
         return Normalisation(tuple(self.card.mean), tuple(self.card.std))
 
-    def check_images(self, images: Tensor, num_classes: int) -> None:
-        """Check that images [N, C, H, W] and a number of classes fit the model.
+    def check_images(self, shape: Sequence[int], num_classes: int) -> None:
+        """Check that images of a shape [C, H, W] and a number of classes fit the model.
 
         Raises:
             ModelError: the images or the classes do not fit.
         """
         expected = (self.card.channels, self.card.height, self.card.width)
-        if tuple(images.shape[1:]) != expected:
-            found = " x ".join(str(side) for side in images.shape[1:])
+        if tuple(shape) != expected:
+            found = " x ".join(map(str, shape))
             raise ModelError(
                 "images do not fit the model",
                 f"they are {found}, the model takes {' x '.join(map(str, expected))} (channels, height, width)",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.evaluation.evidence import Metric
 from salun_core.evaluation.membership import forgetting_metrics, match_classes, matched_area
 from salun_core.evaluation.outputs import Outputs, outputs_of
@@ -44,9 +44,9 @@ class Sets:
         classes: those classes, and any other class without images left to retain.
     """
 
-    forget: ImageSet
-    retain: ImageSet
-    held_out: ImageSet
+    forget: ImageSource
+    retain: ImageSource
+    held_out: ImageSource
     classes: tuple[int, ...] = ()
 
     @property

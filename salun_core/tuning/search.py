@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.errors import SalunError, UsageError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.evaluation.integrity import compare_weights
@@ -67,7 +67,7 @@ class Problem:
     model: nn.Module
     method: str
     spaces: Sequence[Space]
-    images: tuple[ImageSet, ImageSet]
+    images: tuple[ImageSource, ImageSource]
     sets: Sets
     constraint: Constraint
     scores: Mapping[str, Tensor] | None

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load as deserialise
 from torch import Tensor, nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.classification import UnlearnConfig, unlearn
@@ -155,11 +155,11 @@ class Trial:
 def run_trial(
     method: str,
     config: UnlearnConfig,
-    images: tuple[ImageSet, ImageSet],
+    images: tuple[ImageSource, ImageSource],
     mask: SaliencyMask | None,
     callback: EpochCallback,
     growing: bool,
-    held_out: ImageSet | None = None,
+    held_out: ImageSource | None = None,
 ) -> Trial:
     """Run one setting.
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from salun_core.data.images import Images, ImageSet
+from salun_core.data.images import Images, ImageSet, ImageSource
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import DataError
 from salun_core.evaluation.evidence import EpochRecord
@@ -167,7 +167,7 @@ def _started(model: nn.Module, row: ClassifierMethod, fresh: Callable[[int], nn.
     return fresh(seed) if fresh else reinitialised(copy.deepcopy(model), seed)
 
 
-def _of_kept_classes(held_out: Images, retain: ImageSet) -> ImageSet:
+def _of_kept_classes(held_out: Images, retain: ImageSource) -> ImageSource:
     """Return the held-out images of classes that are retained: a model without D_f would not know the others."""
     images = ImageSet.of(held_out, "held-out").to(retain.labels.device)
     return images.select(torch.isin(images.labels, retain.labels).nonzero().flatten())
@@ -230,7 +230,7 @@ def _changed_fraction(before: nn.Module, after: nn.Module) -> float:
     return differing / max(1, sum(new.numel() for _, new in pairs))
 
 
-def _checked_classes(model: nn.Module, forget: ImageSet, retain: ImageSet) -> int:
+def _checked_classes(model: nn.Module, forget: ImageSource, retain: ImageSource) -> int:
     for name, images in (("forget", forget), ("retain", retain)):
         if len(images) == 0:
             raise DataError(f"{name} set is empty", "there is nothing to train on", "check the forget target")
@@ -252,7 +252,8 @@ def _fingerprint(model: nn.Module, method: str, mask: SaliencyMask | None, conte
     parts: list[Any] = [model_digest(model), method, settings, mask.digest if mask else None]
     held_out = [context.held_out] if context.held_out is not None else []
     for images in (context.forget, context.retain, *held_out):
-        pixels = None if images.ids else sha256_bytes(images.images.cpu().contiguous().numpy().tobytes())
-        parts += [sha256_bytes(images.labels.cpu().numpy().tobytes()), list(images.ids), list(images.images.shape)]
+        stored = None if images.ids else images.pixels(range(len(images))).cpu().contiguous()
+        pixels = None if stored is None else sha256_bytes(stored.numpy().tobytes())
+        parts += [sha256_bytes(images.labels.cpu().numpy().tobytes()), list(images.ids), [len(images), *images.shape]]
         parts += [pixels, images.augment, images.normalisation.mean if images.normalisation else None]
     return digest_json(parts)

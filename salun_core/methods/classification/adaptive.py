@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.evaluation.classifier import restored_metric
 from salun_core.evaluation.evidence import EpochRecord, Reading
 from salun_core.evaluation.membership import forgetting_metrics, match_classes
@@ -451,14 +451,14 @@ def _soft(margins: np.ndarray) -> np.ndarray:
     return np.asarray(0.5 * (1 + np.tanh(margins / (2 * width))))
 
 
-def _divided(retain: ImageSet, generator: torch.Generator) -> tuple[ImageSet, ImageSet]:
+def _divided(retain: ImageSource, generator: torch.Generator) -> tuple[ImageSource, ImageSource]:
     """Divide D_r at random into a tenth, at most `_WATCHED`, and the rest."""
     order = torch.randperm(len(retain), generator=generator)
     size = max(1, min(_WATCHED, len(retain) // 10))
     return retain.select(order[:size]), retain.select(order[size:])
 
 
-def _sample(images: ImageSet, generator: torch.Generator) -> ImageSet:
+def _sample(images: ImageSource, generator: torch.Generator) -> ImageSource:
     """Return at most `_WATCHED` images, drawn at random."""
     if len(images) <= _WATCHED:
         return images

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from salun_core.data.images import ImageSet, Normalisation
+from salun_core.data.images import ImageSet, ImageSource, Normalisation
 from salun_core.device_memory import fitting
 from salun_core.methods.classification.method import (
     ClassifierContext,
@@ -48,8 +48,8 @@ class AmunContext(ClassifierContext):
         attack_passes: cost of D_A in image passes.
     """
 
-    adversarial: ImageSet
-    known: ImageSet
+    adversarial: ImageSource
+    known: ImageSource
     attack_passes: float
 
 
@@ -144,10 +144,12 @@ def begin(context: ClassifierContext) -> ClassifierContext:
     found, _ = fitting(attacked, config.batch_size)
     images, labels = (torch.cat([getattr(item, name) for item in found]) for name in ("images", "labels"))
     partly = torch.isin(forget.labels, context.retain.labels).nonzero().flatten()
+    known = context.retain.joined(forget.select(partly))
+    known.ready()  # each step selects a few of them
     return AmunContext(
         **vars(context),
         adversarial=ImageSet(images, labels),
-        known=context.retain.joined(forget.select(partly)),
+        known=known,
         attack_passes=sum(item.passes for item in found),
     )
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.errors import DivergedError
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
 from salun_core.saliency.scores import scoring
@@ -57,7 +57,7 @@ def removal_gradient(context: ClassifierContext) -> list[Tensor]:
     return _taken(context.model)
 
 
-def fisher_images(context: ClassifierContext) -> ImageSet:
+def fisher_images(context: ClassifierContext) -> ImageSource:
     """Draw the N retain images of the Fisher matrix, at most `influence_samples`."""
     generator = torch.Generator().manual_seed(context.config.seed)
     order = torch.randperm(len(context.retain), generator=generator)
@@ -65,7 +65,7 @@ def fisher_images(context: ClassifierContext) -> ImageSet:
 
 
 def inverse_product(
-    model: nn.Module, images: ImageSet, vector: list[Tensor], *, damping: float, sweeps: int
+    model: nn.Module, images: ImageSource, vector: list[Tensor], *, damping: float, sweeps: int
 ) -> list[Tensor]:
     """Return k = (λ I + 1/N Σ g g^T)^-1 v.
 

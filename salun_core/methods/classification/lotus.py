@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.errors import UsageError
 from salun_core.evaluation.outputs import outputs_of
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, batches_of, share_step
@@ -42,7 +42,7 @@ class LotusContext(ClassifierContext):
     """
 
     unseen: float
-    images: ImageSet
+    images: ImageSource
 
 
 def begin(context: ClassifierContext) -> ClassifierContext:

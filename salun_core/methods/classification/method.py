@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.errors import UsageError
 from salun_core.methods import method
 from salun_core.methods.config import UnlearnConfig
@@ -30,7 +30,7 @@ def classification_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Ten
     return cross_entropy(model(images), labels)
 
 
-def dataset_phase(name: str, images: ImageSet, config: UnlearnConfig, loss: Loss = classification_loss) -> Phase:
+def dataset_phase(name: str, images: ImageSource, config: UnlearnConfig, loss: Loss = classification_loss) -> Phase:
     """Return a phase that visits every image once, in random order.
 
     Args:
@@ -60,18 +60,18 @@ def _on_share(loss: Loss, share: Share, model: nn.Module) -> Tensor:
     return loss(model, share.images, share.labels)
 
 
-def batches_of(images: ImageSet, config: UnlearnConfig) -> int:
+def batches_of(images: ImageSource, config: UnlearnConfig) -> int:
     """Return the number of batches of one pass."""
     return -(-len(images) // config.batch_size)
 
 
-def cycled(images: ImageSet, config: UnlearnConfig, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def cycled(images: ImageSource, config: UnlearnConfig, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches indefinitely, reshuffled for each pass."""
     while True:
         yield from images.batches(config.batch_size, generator, config.augment)
 
 
-def cycled_count(images: ImageSet, config: UnlearnConfig, batches: int) -> int:
+def cycled_count(images: ImageSource, config: UnlearnConfig, batches: int) -> int:
     """Return the number of images in the first batches of `cycled`."""
     whole, rest = divmod(batches, batches_of(images, config))
     return whole * len(images) + min(rest * config.batch_size, len(images))
@@ -94,17 +94,17 @@ class ClassifierContext:
             the validation split, never the test split.
     """
 
-    forget: ImageSet
-    retain: ImageSet
+    forget: ImageSource
+    retain: ImageSource
     num_classes: int
     config: UnlearnConfig = field(default_factory=UnlearnConfig)
     model: nn.Module | None = None
     original: nn.Module | None = None
     salient: Mapping[str, Tensor] = field(default_factory=dict)
     epoch: int = 0
-    held_out: ImageSet | None = None
+    held_out: ImageSource | None = None
 
-    def phase(self, name: str, images: ImageSet, loss: Loss = classification_loss) -> Phase:
+    def phase(self, name: str, images: ImageSource, loss: Loss = classification_loss) -> Phase:
         """Return a phase that visits every image once; see `dataset_phase`."""
         return dataset_phase(name, images, self.config, loss)
 

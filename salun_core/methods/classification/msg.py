@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.device_memory import fitting
 from salun_core.errors import ModelError
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
@@ -53,7 +53,7 @@ def gradient_difference(context: ClassifierContext) -> dict[str, Tensor]:
     order = torch.randperm(len(context.retain), generator=generator)
     drawn = context.retain.select(order[: len(context.forget)])
 
-    def summed(images: ImageSet, size: int) -> dict[str, Tensor]:
+    def summed(images: ImageSource, size: int) -> dict[str, Tensor]:
         with scoring(model):
             for inputs, labels in images.batches(size):
                 (cross_entropy(model(inputs), labels) * len(labels)).backward()  # type: ignore[no-untyped-call]

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.evaluation.outputs import outputs_of
 from salun_core.methods.checkpoint import CheckpointStore, StageCheckpoint, opened, require_run
@@ -41,7 +41,7 @@ ForgetOnce = Callable[
 """(context, checkpoint, fingerprint, callback) -> the history of one run of the method, and the context of its end."""
 
 
-def partition(model: nn.Module, forget: ImageSet, parts: int) -> list[Tensor]:
+def partition(model: nn.Module, forget: ImageSource, parts: int) -> list[Tensor]:
     """Return the indices of each part of D_f, int64; equal memorisation keeps the order of D_f.
 
     Args:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy as sample_losses
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.methods.classification.method import (
     ClassifierContext,
     ClassifierMethod,
@@ -47,7 +47,7 @@ _EPSILON = 1e-15  # keeps 0 / 0 and 0 >= 0 defined: unused weights are salient
 _RESOLUTION = torch.finfo(torch.float32).eps  # a float32 loss below it is rounding: log(1 + x) knows no smaller x
 
 
-def fisher_diagonal(model: nn.Module, images: ImageSet, batch_size: int) -> dict[str, Tensor]:
+def fisher_diagonal(model: nn.Module, images: ImageSource, batch_size: int) -> dict[str, Tensor]:
     """Return F by parameter name: squared gradients of summed batch losses, divided by the number of images.
 
     This estimates the diagonal if the gradients of single images are independent with mean 0.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from salun_core.data.images import ImageSet
+from salun_core.data.images import ImageSource
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore
@@ -41,9 +41,9 @@ def reinitialised(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-def fresh_classifier(architecture: str, images: ImageSet, num_classes: int, seed: int) -> nn.Module:
+def fresh_classifier(architecture: str, images: ImageSource, num_classes: int, seed: int) -> nn.Module:
     """Build a classifier for images with fresh weights from a seed; the global random state does not change."""
-    channels, height = images.images.shape[1:3]
+    channels, height = images.shape[:2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_classifier(architecture, num_classes, channels, height)
@@ -51,7 +51,7 @@ def fresh_classifier(architecture: str, images: ImageSet, num_classes: int, seed
 
 def train_classifier(
     architecture: str,
-    images: ImageSet,
+    images: ImageSource,
     num_classes: int,
     config: UnlearnConfig,
     checkpoint: CheckpointStore | None = None,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from salun_core.data import ForgetSet, ImageSet, LoadedData
+from salun_core.data import ForgetSet, ImageSource, LoadedData
 from salun_core.data.split import split_name
 from salun_core.data.targets import ConceptTarget, Target
 from salun_core.device_memory import explained
@@ -37,7 +37,7 @@ from salun_core.telemetry.progress import tracked
 from salun_core.tuning.space import spaces_of
 
 
-def _chunks(images: ImageSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(images: ImageSource) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     return tracked(images.batches(CHUNK), "scoring", -(-len(images) // CHUNK))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from salun_core import plugins
-from salun_core.data import ImageSet
+from salun_core.data import ImageSource
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.optional_metrics import MeasuredModels, measure_optional_metrics, require_reference
@@ -76,7 +76,7 @@ def _optional(
         models, inputs.forget.to(device), inputs.retain.to(device), inputs.test.select(kept).to(device)
     )
 
-    def train_shadow(images: ImageSet, seed: int) -> nn.Module:
+    def train_shadow(images: ImageSource, seed: int) -> nn.Module:
         """Train a shadow model by the recipe on the model card, which an attacker is assumed to know."""
         changes = {"device": str(device), "batch_norm": "update", "seed": seed}
         config = method_config("retrain", {**card.training, **changes})

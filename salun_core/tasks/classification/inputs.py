@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from salun_core.data import ImageSet, LoadedData
+from salun_core.data import ImageSource, LoadedData
 from salun_core.evaluation.evidence import Forgotten, KindCount
 from salun_core.models import LoadedModel
 from salun_core.tasks.task import Inputs
@@ -18,33 +18,33 @@ class ClassifierInputs(Inputs[LoadedModel]):
     data: LoadedData
 
     @cached_property
-    def parts(self) -> tuple[ImageSet, ImageSet]:
+    def parts(self) -> tuple[ImageSource, ImageSource]:
         """D_f and D_r, decoded once.
 
         Raises:
             ModelError: image size or classes differ from the model's.
         """
         train = self.data.images("train", self.original.normalisation)
-        self.original.check_images(train.images, len(self.data.table.classes))
+        self.original.check_images(train.shape, len(self.data.table.classes))
         return self.data.forget_and_retain(train, self.forget_set)
 
     @property
-    def forget(self) -> ImageSet:
+    def forget(self) -> ImageSource:
         """D_f with true labels."""
         return self.parts[0]
 
     @property
-    def retain(self) -> ImageSet:
+    def retain(self) -> ImageSource:
         """D_r with true labels."""
         return self.parts[1]
 
     @cached_property
-    def held_out(self) -> ImageSet | None:
+    def held_out(self) -> ImageSource | None:
         """The validation split, which the model was not trained on; None if there is none."""
         return self.data.images("validation", self.original.normalisation) if self.split.validation else None
 
     @cached_property
-    def test(self) -> ImageSet:
+    def test(self) -> ImageSource:
         """The test split without the classes that earlier runs forgot, because the model should not recognise them."""
         images = self.data.images("test", self.original.normalisation)
         table = self.data.table

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from salun_core.config import parse
-from salun_core.data import DataSpec, ImageSet, LoadedData, load_data
+from salun_core.data import DataSpec, ImageSource, LoadedData, load_data
 from salun_core.data.images import Normalisation
 from salun_core.errors import ModelError, SalunError, UsageError
 from salun_core.evaluation.outputs import outputs_of
@@ -125,15 +125,15 @@ def import_model(
     checkpoint = read_checkpoint(path, key)
     spec = spec if spec.size else spec.model_copy(update={"size": size_of(checkpoint)})
     data = load_data(spec)
-    shape = data.images("train").images.shape
-    found = recognise(checkpoint, architecture, *shape[1:3])
+    shape = data.images("train").shape
+    found = recognise(checkpoint, architecture, *shape[:2])
     facts = describe(checkpoint, found)
     data, order = _ordered(data, list(classes) or list(found.facts.classes), bool(classes), found.facts.origin)
     train = data.images("train")
     scale, origin = _normalisation(train, mean, std, found.facts)
-    train = ImageSet(train.images, train.labels, scale, train.augment, train.ids)
+    train = train.normalised_by(scale)
     _check_count(checkpoint.name, found.num_classes, data.table.classes)
-    model = build_classifier(found.architecture, len(data.table.classes), *shape[1:3])
+    model = build_classifier(found.architecture, len(data.table.classes), *shape[:2])
     load_weights(model, found.state)
     _check_outputs(model, train, len(data.table.classes), found.architecture)
     made = _save(out, model, data, train, found.architecture, "import", {})
@@ -172,17 +172,17 @@ def _check_count(name: str, outputs: int, classes: Sequence[str]) -> None:
         )
 
 
-def _check_outputs(model: nn.Module, train: ImageSet, num_classes: int, architecture: str) -> None:
+def _check_outputs(model: nn.Module, train: ImageSource, num_classes: int, architecture: str) -> None:
     """Run a model on two images, so that one that cannot run here fails before anything is written."""
     assert train.normalisation is not None
     try:
         with torch.no_grad():
-            outputs = model.eval()(train.normalisation.apply(train.images[:2]))
+            outputs = model.eval()(train.normalisation.apply(train.pixels(range(min(2, len(train))))))
     except SalunError:
         raise
     except Exception as error:  # of a network of any kind
         why = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        size = " x ".join(map(str, train.images.shape[1:]))
+        size = " x ".join(map(str, train.shape))
         raise ModelError(
             f"{architecture} cannot be run on images of {size}", why, "set `size` and `channels` in the data spec"
         ) from error
@@ -240,14 +240,14 @@ def _ordered(data: LoadedData, names: list[str], given: bool, origin: str) -> tu
 
 
 def _normalisation(
-    train: ImageSet, mean: list[float] | None, std: list[float] | None, facts: Facts
+    train: ImageSource, mean: list[float] | None, std: list[float] | None, facts: Facts
 ) -> tuple[Normalisation, str]:
     """Return the normalisation and where it comes from."""
-    channels, origin = train.images.shape[1], "as given"
+    channels, origin = train.shape[0], "as given"
     if mean is None and std is None and facts.mean and facts.std:
         mean, std, origin = list(facts.mean), list(facts.std), f"from {facts.origin}"
     if mean is None and std is None:
-        return Normalisation.of(train.images), "measured on the training split; give --mean and --std if it had others"
+        return train.measured(), "measured on the training split; give --mean and --std if it had others"
     if mean is None or std is None or len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise ModelError(
             "normalisation does not fit the images",
@@ -261,14 +261,14 @@ def _save(
     out: Path | None,
     model: nn.Module,
     data: LoadedData,
-    train: ImageSet,
+    train: ImageSource,
     architecture: str,
     method: str,
     training: dict[str, object],
 ) -> Made:
     scale = train.normalisation
     assert scale is not None
-    channels, height, width = train.images.shape[1:]
+    channels, height, width = train.shape
     card = ModelCard(
         architecture=architecture,
         classes=list(data.table.classes),

@@ -1,0 +1,245 @@
+"""Images that are streamed: the same bits as in memory, only what is needed, and clear errors."""
+
+import errno
+import io
+import os
+import zlib
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from salun_core.data import DataSpec, ImageSet, load_data
+from salun_core.data.images import Normalisation
+from salun_core.data.stream import StreamedImages
+from salun_core.data.targets import SamplesTarget
+from salun_core.errors import DataError, IntegrityError, StoreError, UsageError
+from salun_core.evaluation.evidence import RunFacts
+from salun_core.methods.checkpoint import FileCheckpoint
+from salun_core.methods.classification import method_config
+from salun_core.methods.distributed import SINGLE_PROCESS
+from salun_core.models.checkpoint import model_digest
+from salun_core.saliency import SaliencyMask
+from salun_core.tasks import inputs_of, task_of
+from salun_core.tasks.classification.training import train_model, training_config
+from salun_core.tasks.task import Candidate, EvaluationOptions
+
+VARIABLE = "SALUN_IMAGE_MEMORY"
+CPU = torch.device("cpu")
+SPEC = {"validation_fraction": 0.1, "test_fraction": 0.2, "augment": "crop-flip"}
+
+
+def encoded(pixels, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def images(count, seed=0, side=8):
+    rng = np.random.default_rng(seed)
+    return [encoded(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def write(folder, rows, first=0, name="train-0.parquet", group=7):
+    """Write a shard of labelled images; labels of its rows repeat 0, 1, 2."""
+    table = pyarrow.table(
+        {"image": [{"bytes": row} for row in rows], "label": [(first + i) % 3 for i in range(len(rows))]}
+    )
+    folder.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(table, folder / name, row_group_size=group)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two files of images, 90 rows in all."""
+    rows = images(90)
+    write(tmp_path / "data", rows[:50])
+    write(tmp_path / "data", rows[50:], 50, "train-1.parquet")
+    return tmp_path / "data"
+
+
+def streamed(monkeypatch, source, **spec):
+    monkeypatch.setenv(VARIABLE, "0")
+    data = load_data(DataSpec(source=str(source), **{**SPEC, **spec}))
+    monkeypatch.delenv(VARIABLE)
+    return data
+
+
+def folder_of_images(root):
+    for index, row in enumerate(images(60)):
+        path = root / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(row)
+    return root
+
+
+def same(first, second):
+    assert torch.equal(first.labels, second.labels)
+    assert list(first.ids) == list(second.ids)
+    for generators in ([None, None], [torch.Generator().manual_seed(5) for _ in range(2)]):
+        pairs = zip(*(s.batches(16, g, True) for s, g in zip((first, second), generators, strict=True)), strict=True)
+        for (left, left_labels), (right, right_labels) in pairs:
+            assert torch.equal(left, right)
+            assert left.stride() == right.stride()
+            assert torch.equal(left_labels, right_labels)
+
+
+@pytest.mark.parametrize("layout", ["parquet", "folder"])
+@pytest.mark.parametrize("spec", [{}, {"size": 5, "channels": 1}])
+def test_a_stream_has_the_bits_of_images_in_memory(monkeypatch, tmp_path, shards, layout, spec):
+    source = shards if layout == "parquet" else folder_of_images(tmp_path / "images")
+    stream, memory = streamed(monkeypatch, source, **spec), load_data(DataSpec(source=str(source), **SPEC, **spec))
+    assert stream.split.digest == memory.split.digest
+    ours, theirs = stream.images("train"), memory.images("train")
+    assert (type(ours), type(theirs)) == (StreamedImages, ImageSet)
+    assert ours.normalisation == theirs.normalisation
+    assert ours.shape == theirs.shape
+    same(ours, theirs)
+    changed = torch.arange(len(ours))
+    sets = [
+        one.select([9, 2, 2, 0]).joined(one.relabelled(changed).select(torch.tensor([5]))) for one in (ours, theirs)
+    ]
+    same(*sets)
+    assert torch.equal(ours.pixels([3, 1]), theirs.pixels([3, 1]))
+    assert torch.equal(stream.pixels(ours.ids[:4]), memory.pixels(ours.ids[:4]))
+    same(stream.images("test", ours.normalisation), memory.images("test", ours.normalisation))
+
+
+class _KilledError(Exception):
+    pass
+
+
+def kill(record):
+    raise _KilledError
+
+
+def test_all_steps_give_the_same_from_both_sources_and_resume_from_either(monkeypatch, tmp_path, shards):
+    """Training, mask, unlearning and evaluation; the unlearning is killed after an epoch and resumes on the other."""
+    common = {"epochs": 2, "batch_size": 16, "device": "cpu"}
+    found, checkpoint = [], FileCheckpoint(tmp_path / "checkpoint")
+    for memory in ("0", "4"):
+        monkeypatch.setenv(VARIABLE, memory)
+        spec, folder = DataSpec(source=str(shards), **SPEC), tmp_path / memory
+        made = train_model(spec, "resnet8", training_config({**common, "learning_rate": 0.05}), folder)
+        task, config = task_of(folder), method_config("salun", {**common, "learning_rate": 0.01, "recipe": "fixed"})
+        model = task.load(folder)
+        inputs = inputs_of(task, model, [SamplesTarget(ids=model.split.ids("train")[:8])])
+        assert isinstance(inputs.forget, StreamedImages if memory == "0" else ImageSet)
+        mask = SaliencyMask.from_scores(task.score(inputs, config, CPU, SINGLE_PROCESS).values, 0.5)
+        if memory == "0":
+            with pytest.raises(_KilledError):
+                task.unlearn(inputs, "salun", config, mask, checkpoint, on_epoch=kill)
+        result = task.unlearn(inputs, "salun", config, mask)
+        metrics = task.evaluate(inputs, Candidate(model, RunFacts(), mask), EvaluationOptions(device=CPU)).metrics
+        found.append((made, mask.digest, model_digest(result.model), metrics))
+    assert found[0] == found[1]
+    resumed = task.unlearn(inputs, "salun", config, mask, checkpoint)
+    assert model_digest(resumed.model) == found[0][2]
+
+
+def test_only_the_rows_of_a_pass_are_read(monkeypatch, shards):
+    data = streamed(monkeypatch, shards, size=8)
+    train = data.images("train", Normalisation((0.5,) * 3, (0.2,) * 3))
+    (shards / "train-1.parquet").unlink()
+    first = [place for place, sample in enumerate(train.ids) if int(sample) < 50]
+    batches = list(train.select(first).batches(8))
+    assert sum(len(labels) for _, labels in batches) == len(first)
+    with pytest.raises(DataError, match=r"cannot read train-1\.parquet"):
+        next(train.batches(8))
+    assert len(train.select(first).pixels(range(3))) == 3  # what was decoded before stays valid
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rows: [rows[0], rows[2], rows[1], *rows[3:]],
+            r"image 00005[12] \(row [12] of train-1\.parquet\) changed",
+        ),
+        (lambda rows: rows[:30], r"train-1\.parquet changed: it has 30 rows, and had 40"),
+        (None, r"cannot read train-1\.parquet"),
+    ],
+    ids=["moved", "shorter", "cut"],
+)
+def test_a_shard_that_changes_during_a_run_is_named(monkeypatch, shards, change, message):
+    train = streamed(monkeypatch, shards, size=8).images("train", Normalisation((0.5,) * 3, (0.2,) * 3))
+    if change:
+        write(shards, change(images(90)[50:]), 50, "train-1.parquet")
+    else:
+        os.truncate(shards / "train-1.parquet", 2000)
+    with pytest.raises((DataError, IntegrityError), match=message):
+        next(train.batches(8))
+
+
+def bomb():
+    """Return a PNG of a few bytes that claims 40,000 x 40,000 pixels."""
+    header = b"IHDR" + (40_000).to_bytes(4) * 2 + bytes((8, 2, 0, 0, 0))
+    chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        (len(chunk) - 4).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4) for chunk in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (bomb(), r"image 000061 \(row 11 of train-1\.parquet\) is corrupt: .*pixels"),
+        (b"text", r"image 000061 \(row 11 of train-1\.parquet\) is corrupt"),
+        (images(1, side=9)[0], r"image 000061 \(row 11 of train-1\.parquet\) has another size: 9 x 9"),
+    ],
+    ids=["bomb", "text", "size"],
+)
+def test_a_bad_image_is_named_with_its_shard(monkeypatch, shards, bad, message):
+    rows = images(90)[50:]
+    write(shards, [*rows[:11], bad, *rows[12:]], 50, "train-1.parquet")
+    data = streamed(monkeypatch, shards)
+    with pytest.raises(DataError, match=message) as caught:
+        [data.images(name) for name in ("train", "validation", "test")]
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_without_bytes_are_refused_when_the_data_are_loaded(monkeypatch, shards):
+    write(shards, [*images(4), b""], 50, "train-1.parquet")
+    with pytest.raises(DataError, match=r"row 4 of train-1\.parquet has no image bytes"):
+        streamed(monkeypatch, shards)
+
+
+def test_the_file_has_no_name_and_a_full_disk_is_reported(monkeypatch, shards, tmp_path):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    train = streamed(monkeypatch, shards).images("train")
+    assert not list(folder.iterdir())
+    assert len(list(train.batches(8))) == 9
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    again = streamed(monkeypatch, shards)
+    with pytest.raises(StoreError, match="cannot keep decoded images.*No space left.*TMPDIR"):
+        again.images("train")
+
+
+def test_the_budget_decides(monkeypatch, shards):
+    def kind(gigabytes):
+        monkeypatch.setenv(VARIABLE, gigabytes)
+        return type(load_data(DataSpec(source=str(shards))).images("test"))
+
+    size = sum(path.stat().st_size for path in shards.iterdir())
+    assert kind(f"{size / 4e9:.9f}") is StreamedImages
+    assert kind(f"{(size + 90 * 300) / 1e9:.9f}") is ImageSet
+    for wrong in ("much", "-1", "nan"):
+        with pytest.raises(UsageError, match="SALUN_IMAGE_MEMORY is not a size"):
+            kind(wrong)
+
+
+def test_sets_in_different_places_cannot_be_joined(monkeypatch, shards):
+    stream, memory = streamed(monkeypatch, shards), load_data(DataSpec(source=str(shards), **SPEC))
+    sets = stream.images("train"), memory.images("train"), streamed(monkeypatch, shards).images("train")
+    for first, second in ((0, 1), (1, 0), (0, 2)):
+        with pytest.raises(DataError, match="cannot be joined"):
+            sets[first].joined(sets[second])
