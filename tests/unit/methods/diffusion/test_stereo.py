@@ -163,7 +163,7 @@ def test_it_erases_once_from_the_original_after_all_attacks(tmp_path):
     assert model_digest(denoiser.network) == before
 
 
-@pytest.mark.parametrize("killed", [1, 2, 3])
+@pytest.mark.parametrize("killed", [2, 3])  # before the attack is kept; in the last erasing
 def test_a_killed_run_ends_in_the_same_bits(killed, tmp_path, whole_run):
     denoiser, sets = lab("text")
     store = FileCheckpoint(tmp_path / "state")
