@@ -127,6 +127,30 @@ def test_an_attack_descends_the_denoising_loss_from_the_null_condition():
     assert all(weight.requires_grad and weight.grad is None for weight in denoiser.network.parameters())
 
 
+def test_each_forgotten_prompt_has_an_embedding_of_its_own():
+    """Two prompts that are searched together move as each alone moves on its images."""
+    denoiser, sets = lab("text")
+    forget = replace(sets.forget, condition=torch.tensor([2] * 8 + [0] * 8))
+    settings = diffusion_config("stereo", {"attack_steps": 1, "attack_rate": 0.05, "batch_size": 16})
+    found = invert(denoiser, replace(sets, forget=forget), settings, torch.Generator().manual_seed(0))
+    assert found.shape == (2, LENGTH, WIDTH)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(16, generator=generator)
+    batch = noised(forget.select(order), denoiser.process, generator)
+    texts = sets.table.rows["encoder_hidden_states"]
+    for place, row in enumerate((0, 2)):
+        start = torch.cat([texts[row, :1], texts[NULL, 1:]]).requires_grad_(True)
+        own = batch.condition == row
+        told = {"encoder_hidden_states": start.expand(8, LENGTH, WIDTH)}
+        error = denoiser.predict(batch.noisy[own], batch.times[own], told) - batch.target[own]
+        (gradient,) = torch.autograd.grad((error**2).mean(), start)
+        clear = gradient[1:].abs() > 1e-4
+        moved = (found[place] - start.detach())[1:]
+        assert clear.any()
+        assert torch.equal(moved[clear].sign(), -gradient[1:][clear].sign())
+        assert torch.equal(found[place, :1], texts[row, :1])
+
+
 def test_an_attack_finds_what_denoises_the_concept_better():
     denoiser, sets = lab("text")
     settings = diffusion_config("stereo", {"attack_steps": 15, "attack_rate": 0.1, "batch_size": 16})
