@@ -215,7 +215,10 @@ def _halve(contenders: Sequence[Contender]) -> list[Contender]:
     while sizes[-1] > 1:
         sizes.append(math.ceil(sizes[-1] / 2))
     for number, size in enumerate(sizes):
-        left = sorted(left, key=lambda contender: contender.best)[:size]
+        ranked = sorted(left, key=lambda contender: contender.best)
+        left = ranked[:size]
+        for dropped in ranked[size:]:
+            dropped.run = None  # its weights and the state of its optimiser
         if len(left) < 2:
             break
         used = state.problem.budget.used(state.passes)
