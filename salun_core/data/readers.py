@@ -1,10 +1,11 @@
-"""Selects the reader of a source: a name, a folder of class folders, Tiny-ImageNet, parquet."""
+"""Selects the reader of a source: a name, a folder of class folders, Tiny-ImageNet, parquet, WebDataset archives."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from salun_core.data.archives import read_archives
 from salun_core.data.folders import is_tiny_imagenet, read_folder, read_tiny_imagenet
 from salun_core.data.parquet import read_parquet
 from salun_core.data.published import read_digits, read_fashion_mnist, read_torchvision
@@ -42,8 +43,10 @@ def read_table(spec: DataSpec, source: Path | None, train: bool) -> Table:
     parts = _own_split(source) if source.is_dir() and spec.test_source is None else None
     if parts:
         return _read_part(spec, source, parts[0]).joined(_read_part(spec, source, parts[1]))
-    parquet = source.suffix == ".parquet" or (source.is_dir() and any(source.glob("*.parquet")))
-    return read_parquet(spec, source) if parquet else read_folder(spec, source)
+    for ending, reader in ((".parquet", read_parquet), (".tar", read_archives)):
+        if source.suffix == ending or (source.is_dir() and any(source.glob(f"*{ending}"))):
+            return reader(spec, source)
+    return read_folder(spec, source)
 
 
 def _own_split(folder: Path) -> tuple[list[Path], list[Path]] | None:

@@ -17,8 +17,8 @@ class DataSpec(Document):
     """A data set of labelled images."""
 
     source: str = Field(
-        description="`digits`, `fashion-mnist`, `torchvision:NAME`, a folder of class folders, a parquet file or a "
-        "folder of them; local or s3://"
+        description="`digits`, `fashion-mnist`, `torchvision:NAME`, a folder of class folders, a parquet or tar file "
+        "or a folder of them; local or s3://"
     )
     test_source: str | None = Field(default=None, description="test data of the same layout; else a share of `source`")
     image_column: str = Field(default="image", description="parquet: encoded bytes, or a struct with `bytes`")
@@ -67,7 +67,7 @@ def load_spec(text: str) -> DataSpec:
         return relative_to(load(DataSpec, path), path.parent)
     if text in BUILTIN or text.startswith(("torchvision:", "s3://")):
         return DataSpec(source=text)
-    if path.is_dir() or path.suffix == ".parquet":
+    if path.is_dir() or path.suffix in {".parquet", ".tar"}:
         if not path.exists():
             raise UsageError(f"there is no data at {text}", "the path does not exist", "check it")
         return _of_folder(path)
@@ -96,7 +96,7 @@ def _of_folder(path: Path) -> DataSpec:
     if (path / "val" / "val_annotations.txt").is_file():  # Tiny-ImageNet; some of its images are grey
         return DataSpec(source=str(path.resolve()), channels=3)
     if path.is_dir():
-        for suffix in ("", ".parquet"):
+        for suffix in ("", ".parquet", ".tar"):
             for test in ("test", "val"):
                 train, held_out = path / f"train{suffix}", path / f"{test}{suffix}"
                 if train.exists() and held_out.exists():

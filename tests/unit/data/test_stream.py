@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import tarfile
 import zlib
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from salun_core.data import DataSpec, ImageSet, load_data
 from salun_core.data.images import Normalisation
+from salun_core.data.readers import read_table
 from salun_core.data.stream import StreamedImages
 from salun_core.data.targets import SamplesTarget
 from salun_core.errors import DataError, IntegrityError, StoreError, UsageError
@@ -243,3 +245,72 @@ def test_sets_in_different_places_cannot_be_joined(monkeypatch, shards):
     for first, second in ((0, 1), (1, 0), (0, 2)):
         with pytest.raises(DataError, match="cannot be joined"):
             sets[first].joined(sets[second])
+
+
+def archive(path, members):
+    """Write a tar of (name, bytes); bytes that are a number make a link."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data or b"")
+            if data is None:
+                member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            file.addfile(member, io.BytesIO(data or b""))
+    return path
+
+
+def samples(rows, first=0):
+    """Return the members of samples with `.cls`, and of one with a `.json` that names its person."""
+    found = [(f"a/{index:03d}.png", row) for index, row in enumerate(rows, first)]
+    labels = [(name.replace("png", "cls"), b"%d\n" % (place % 3)) for place, (name, _) in enumerate(found)]
+    return [member for pair in zip(found, labels, strict=True) for member in pair]
+
+
+def test_archives_of_samples(monkeypatch, tmp_path):
+    rows = images(60)
+    archive(tmp_path / "tars" / "0.tar", samples(rows[:30]))
+    archive(tmp_path / "tars" / "1.tar", [*samples(rows[30:], 30), ("readme.txt", b"about")])
+    stream, memory = (
+        streamed(monkeypatch, tmp_path / "tars"),
+        load_data(DataSpec(source=str(tmp_path / "tars"), **SPEC)),
+    )
+    assert list(memory.table.ids) == [f"a/{index:03d}" for index in range(60)]
+    assert list(memory.table.payloads) == rows
+    same(stream.images("train"), memory.images("train"))
+    named = archive(tmp_path / "n.tar", [("1.png", rows[1]), ("1.json", b'{"label": "cat", "who": "p7"}')])
+    table = read_table(DataSpec(source=str(named), subject_column="who"), named, True)
+    assert (table.classes, table.labels, table.subjects) == (["cat"], [0], ["p7"])
+    os.truncate(tmp_path / "tars" / "1.tar", 3000)
+    with pytest.raises(DataError, match=r"cannot read 1\.tar: it ends in row"):
+        stream.pixels(stream.table.ids[40:])
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("../x.png", b"1"), ("../x.cls", b"0")], "leads out"),
+        ([("/x.png", b"1"), ("/x.cls", b"0")], "leads out"),
+        ([("x.png", None)], "not a plain file"),
+        ([("x.png", b"1")], "no label"),
+        ([("x.png", b"1"), ("x.jpg", b"1")], "two files of this kind"),
+        ([("x.png", b"1"), ("x.json", b"[" * 100_000)], "no label"),
+        ([("x.png", b"1"), ("x.json", b'{"label": [1]}')], "neither a number nor a name"),
+        ([("x.png", b"1"), ("x.cls", b"0"), ("y.png", b"1"), ("y.cls", b"cat")], "two kinds of labels"),
+        (
+            [("x.png", b"1"), ("x.cls", b"0"), ("y.png", b"1"), ("y.cls", b"0"), ("x.png", b"1"), ("x.cls", b"0")],
+            "twice",
+        ),
+        ([("x.cls", b"0")], "holds no samples"),
+    ],
+)
+def test_bad_archives_are_refused(tmp_path, members, message):
+    path = archive(tmp_path / "x.tar", members)
+    with pytest.raises(DataError, match=message):
+        read_table(DataSpec(source=str(path)), path, True)
+
+
+def test_a_packed_archive_is_refused(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"\x1f\x8b" + bytes(600))
+    with pytest.raises(DataError, match=r"cannot read x\.tar.*uncompressed"):
+        read_table(DataSpec(source="x"), tmp_path / "x.tar", True)
