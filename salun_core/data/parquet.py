@@ -1,4 +1,4 @@
-"""Tabular files: parquet with image and label columns (the Hugging Face layout), and tables of subjects."""
+"""Tabular files: parquet or Arrow with image and label columns (as Hugging Face has them), and tables of subjects."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from salun_core.errors import DataError, unknown_name
 MAX_CLASSES = 100_000  # far above real data sets; a corrupt label must not create millions of class names
 EXPANDED_BYTES = 256 * 1024 * 1024  # what a small file may become in memory: some thousand images
 EXPANSION = 32  # times its size: what a large one may become. Encoded images hardly shrink in parquet, bitmaps tenfold
+_STATE = "state.json"  # of the datasets library
+_LET_ALONE = "let the data alone while a run uses them"
 _BATCH_ROWS = 256  # rows of a streamed file that are in memory at once, and the buffer of its column
 _BUFFER = 1 << 20
 _ROW_BYTES = 64  # of Python's objects for a row
@@ -145,29 +147,99 @@ def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tabl
     payloads = _streamed(spec, files, image_column)
     columns = [column for column in (image_column, label_column, spec.subject_column) if column]
     if payloads:
-        columns = [*columns[1:], *(f"{image_column}.path" for leaf in _leaves(schema, image_column) if leaf == "path")]
+        path_of = [f"{image_column}.path"] if "path" in _leaves(schema.field(image_column).type) else []
+        columns = [*columns[1:], *path_of]
     table = arrow_table(files, columns)
     labels = table.column(label_column).to_pylist()
-    images = table.column(image_column).to_pylist() if image_column in table.column_names else [b""] * len(labels)
-    classes = spec.classes or _class_names(table, label_column, path, labels)
+    paths = _paths(table.column(image_column).chunks) if image_column in table.column_names else []
+    subjects = table.column(spec.subject_column).to_pylist() if spec.subject_column else ()
+    found: Sequence[Payload] = payloads or [
+        _encoded(image, index, path) for index, image in enumerate(table.column(image_column).to_pylist())
+    ]
+    names = spec.classes or _class_names(table.schema.metadata, label_column, path, labels)
+    return _table(path, (_row_ids(paths, len(labels)), found), labels, names, subjects)
+
+
+def _table(
+    path: Path,
+    rows: tuple[Sequence[str], Sequence[Payload]],
+    labels: Sequence[Any],
+    classes: Sequence[str],
+    subjects: Sequence[Any],
+) -> Table:
+    """Build a table of ids and payloads, with labels and subjects as the columns have them."""
     by_name = {name: index for index, name in enumerate(classes)}
     ids = [_label_id(label, by_name) for label in labels]
     check_labels(ids, len(classes), path.name, labels)
-    subjects = table.column(spec.subject_column).to_pylist() if spec.subject_column else ()
-    return Table(
-        ids=_row_ids(images),
-        labels=ids,
-        payloads=payloads or [_encoded(image, index, path) for index, image in enumerate(images)],
-        classes=classes,
-        subjects=[None if subject in (None, "") else str(subject) for subject in subjects],
-    )
+    known = [None if subject in (None, "") else str(subject) for subject in subjects]
+    return Table(ids=rows[0], labels=ids, payloads=rows[1], classes=classes, subjects=known)
 
 
-def _leaves(schema: Any, column: str) -> list[str]:  # noqa: ANN401 - pyarrow has no types
-    """Return the names of the fields in a struct column; none for another column."""
+def is_saved(folder: Path) -> bool:
+    """Whether the datasets library wrote a folder, with `save_to_disk`."""
+    return (folder / _STATE).is_file() and (folder / "dataset_info.json").is_file()
+
+
+def read_saved(spec: DataSpec, folder: Path) -> Table:
+    """Read the Arrow files of a data set that was saved with `Dataset.save_to_disk`; columns as for parquet.
+
+    Raises:
+        DataError: a file is missing or damaged, a column is missing, or a label is not a class.
+    """
+    state = read_document(folder / _STATE)
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    named = [str(item.get("filename")) for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+    if not named or any(Path(name).name != name for name in named):
+        raise DataError(f"{_STATE} of {folder.name} is damaged", "it names no files in the folder", "save it again")
+    metadata, paths, labels, subjects = {}, list[str | None](), list[Any](), list[Any]()
+    shards, size, columns = [], 0, ("", "")
+    for file in (folder / name for name in named):
+        count = 0
+        for batch in _arrow_batches(file):
+            metadata, columns = batch.schema.metadata, _columns(spec, batch.schema.names, file)
+            labels += batch.column(columns[1]).to_pylist()
+            subjects += batch.column(spec.subject_column).to_pylist() if spec.subject_column else []
+            column = batch.column(columns[0])
+            paths += _paths([column])
+            count, size = count + len(batch), size + column.nbytes
+        shards.append(Shard(file.name, count, partial(_read_arrow, file, columns[0], count)))
+    from salun_core.data.decode import fits_memory
+
+    names = spec.classes or _class_names(metadata, columns[1], folder, labels)
+    payloads: Sequence[Payload] = Encoded(shards)
+    if not labels or fits_memory(spec, len(labels), size, lambda: payloads[0]):
+        payloads = list(payloads)
+    return _table(folder, (_row_ids(paths, len(labels)), payloads), labels, names, subjects)
+
+
+def _arrow_batches(file: Path) -> Iterator[Any]:
+    """Yield the record batches of an Arrow stream; one is in memory at a time, as large as its writer made it."""
     import pyarrow
 
-    kind = schema.field(column).type
+    with readable(file.name):
+        limit = max(EXPANDED_BYTES, EXPANSION * file.stat().st_size)
+        with pyarrow.OSFile(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
+            for batch in stream:
+                _check_expansion(file, sum(map(expanded_bytes, batch.columns)), limit)
+                yield batch
+
+
+def _read_arrow(file: Path, column: str, rows: int, places: Sequence[int]) -> Iterator[Payload]:
+    start = 0
+    for batch in _arrow_batches(file):
+        end = min(start + len(batch), rows)
+        wanted = places[bisect_left(places, start) : bisect_left(places, end)]
+        for place in wanted:
+            yield _encoded(batch.column(column)[place - start].as_py(), place, file)
+        start += len(batch)
+    if start != rows:
+        raise DataError(f"{file.name} changed", f"it has {start} rows, and had {rows}", _LET_ALONE)
+
+
+def _leaves(kind: Any) -> list[str]:  # noqa: ANN401 - pyarrow has no types
+    """Return the names of the fields of a struct; none for another type."""
+    import pyarrow
+
     return [field.name for field in kind] if pyarrow.types.is_struct(kind) else []
 
 
@@ -203,9 +275,9 @@ def _read_rows(file: Path, column: str, rows: int, places: Sequence[int]) -> Ite
             metadata = opened.metadata
             if metadata.num_rows != rows or column not in opened.schema_arrow.names:
                 why = f"it has {metadata.num_rows} rows, and had {rows}"
-                raise DataError(f"{file.name} changed", why, "let the data alone while a run uses them")
+                raise DataError(f"{file.name} changed", why, _LET_ALONE)
             _check_expansion(file, claimed_bytes(metadata, range(metadata.num_row_groups), [column]), limit)
-            leaf = f"{column}.bytes" if "bytes" in _leaves(opened.schema_arrow, column) else column
+            leaf = f"{column}.bytes" if "bytes" in _leaves(opened.schema_arrow.field(column).type) else column
             if leaf not in [metadata.schema.column(place).path for place in range(metadata.num_columns)]:
                 raise _without_bytes(0, file)
         with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, read_dictionary=[leaf]) as opened:
@@ -241,16 +313,23 @@ def _columns(spec: DataSpec, names: Sequence[str], path: Path) -> tuple[str, str
     return image, label
 
 
-def _row_ids(images: Sequence[Any]) -> list[str]:
-    paths = [image.get("path") if isinstance(image, dict) else None for image in images]
-    if all(paths) and len(set(paths)) == len(paths):
+def _paths(chunks: Iterable[Any]) -> list[str | None]:
+    """Return the paths in an image column, if it has them."""
+    found: list[str | None] = []
+    for chunk in chunks:
+        found += chunk.field("path").to_pylist() if "path" in _leaves(chunk.type) else [None] * len(chunk)
+    return found
+
+
+def _row_ids(paths: Sequence[str | None], rows: int) -> list[str]:
+    if paths and all(paths) and len(set(paths)) == len(paths):
         return [str(path) for path in paths]
-    return [f"{index:06d}" for index in range(len(images))]
+    return [f"{index:06d}" for index in range(rows)]
 
 
-def _class_names(table: Any, column: str, path: Path, labels: Sequence[Any]) -> list[str]:  # noqa: ANN401
+def _class_names(metadata: Mapping[bytes, bytes] | None, column: str, path: Path, labels: Sequence[Any]) -> list[str]:
     """Return the class names from the schema, from `classes.json` in the same folder, or from the labels."""
-    names = _hugging_face_names((table.schema.metadata or {}).get(b"huggingface", b"{}"), column)
+    names = _hugging_face_names((metadata or {}).get(b"huggingface", b"{}"), column)
     if names:
         return names
     file = (path if path.is_dir() else path.parent) / "classes.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from salun_core.data.archives import read_archives
 from salun_core.data.folders import is_tiny_imagenet, read_folder, read_tiny_imagenet
-from salun_core.data.parquet import read_parquet
+from salun_core.data.parquet import is_saved, read_parquet, read_saved
 from salun_core.data.published import read_digits, read_fashion_mnist, read_torchvision
 from salun_core.data.spec import DataSpec
 from salun_core.data.table import Table
@@ -40,6 +40,8 @@ def read_table(spec: DataSpec, source: Path | None, train: bool) -> Table:
         raise UsageError(f"there is no data at {source}", "the path does not exist", "check `source` in the data spec")
     if source.is_dir() and is_tiny_imagenet(source):
         return read_tiny_imagenet(spec, source)
+    if source.is_dir() and is_saved(source):
+        return read_saved(spec, source)
     parts = _own_split(source) if source.is_dir() and spec.test_source is None else None
     if parts:
         return _read_part(spec, source, parts[0]).joined(_read_part(spec, source, parts[1]))

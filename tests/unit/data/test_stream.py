@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import tarfile
 import zlib
@@ -314,3 +315,51 @@ def test_a_packed_archive_is_refused(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     with pytest.raises(DataError, match=r"cannot read x\.tar.*uncompressed"):
         read_table(DataSpec(source="x"), tmp_path / "x.tar", True)
+
+
+def save(folder, rows, file="data-00000-of-00001.arrow", listed=None):
+    """Write a data set in the layout of `Dataset.save_to_disk`: Arrow streams of 16 rows each, and two documents."""
+    features = {"image": {"_type": "Image"}, "label": {"names": ["a", "b", "c"], "_type": "ClassLabel"}}
+    paths = [f"{index}.png" for index in range(len(rows))]
+    images = [{"bytes": row, "path": path} for row, path in zip(rows, paths, strict=True)]
+    table = pyarrow.table({"image": images, "label": [index % 3 for index in range(len(rows))]})
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = table.replace_schema_metadata(metadata)
+    folder.mkdir(parents=True, exist_ok=True)
+    with pyarrow.OSFile(str(folder / file), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table, 16)
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+    state = {"_data_files": listed or [{"filename": file}], "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_saved_data_sets(monkeypatch, tmp_path):
+    rows = images(90)
+    folder = save(tmp_path / "saved", rows)
+    stream, memory = streamed(monkeypatch, folder), load_data(DataSpec(source=str(folder), **SPEC))
+    assert memory.table.classes == ["a", "b", "c"]
+    assert list(memory.table.ids)[:2] == ["0.png", "1.png"]
+    assert list(memory.table.payloads) == rows
+    same(stream.images("train"), memory.images("train"))
+    save(folder, rows[:40])
+    with pytest.raises(DataError, match=r"00001\.arrow changed: it has 40 rows, and had 90"):
+        stream.pixels(["80.png"])
+    os.truncate(folder / "data-00000-of-00001.arrow", 2000)
+    with pytest.raises(DataError, match=r"cannot read data-00000-of-00001\.arrow"):
+        stream.pixels(["80.png"])
+
+
+def test_saved_parts_keep_their_split(tmp_path):
+    save(tmp_path / "both" / "train", images(30))
+    save(tmp_path / "both" / "test", images(12, seed=1))
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    data = load_data(DataSpec(source=str(tmp_path / "both")))
+    assert len(data.split.test) == 12
+
+
+def test_a_saved_data_set_names_only_its_own_files(tmp_path):
+    for listed in ([{"filename": "../x.arrow"}], [{}], {"a": 1}):
+        folder = save(tmp_path / "x", images(3), listed=listed)
+        with pytest.raises(DataError, match=r"state\.json of x is damaged|cannot read None"):
+            load_data(DataSpec(source=str(folder)))
