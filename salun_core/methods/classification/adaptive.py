@@ -189,7 +189,8 @@ class Controller:
         """Return how far D_f is from looking unseen: 0 if the aim is met."""
         limits, far = self.limits, 0.0
         if reading.area is not None and self.before.area is not None:
-            highest = min(self.aim + limits.above, self.before.area - 0.01)
+            # An aim below 0, of samples that were unfamiliar before, is met at 0: no area is smaller.
+            highest = max(0.0, min(self.aim + limits.above, self.before.area - 0.01))
             far += max(0.0, reading.area - highest) + max(0.0, limits.change - (reading.change or 0.0))
         if reading.recognised is not None:
             far += max(0.0, reading.recognised - limits.recognised)

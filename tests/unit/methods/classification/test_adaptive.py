@@ -164,6 +164,15 @@ def test_the_aim():
     assert aim_at(0.5, unseen=False) == 0.35
 
 
+@pytest.mark.parametrize("before", [0.0, 0.005, 0.04])
+@pytest.mark.parametrize("unseen", [True, False])
+def test_an_aim_below_0_is_met_at_0(before, unseen):
+    """Else the rate rises until the budget is spent, and the model is trained at a rate that no limit has tested."""
+    steered = controller(before=BEFORE.model_copy(update={"area": before}), aim=aim_at(before, unseen))
+    steered.take(reading(area=0.0))
+    assert steered.ended is End.FORGOTTEN
+
+
 def test_the_limits_are_within_those_of_the_shipped_policy():
     limits = Limits()
     rules = {rule.metric: rule for rule in load_policy("classifier").rules if rule.relative_to}
