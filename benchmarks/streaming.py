@@ -10,8 +10,7 @@ cost is that of the data. Each action runs in its own process.
   the evaluation on all images
 
 The table shows processor seconds and the peak memory of the process. Both sources must give the same weights. Writes
-benchmarks/results/streaming.json, which keeps the rows of other sizes and sources. `make generated` makes the table in
-docs/research/speed.md from it.
+benchmarks/results/streaming.json, from which `make generated` makes the table in docs/research/speed.md.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from salun_core.tasks import inputs_of, task_of
 from salun_core.tasks.classification.training import train_model, training_config
 from salun_core.tasks.task import Candidate, EvaluationOptions
 
-SIZES = (20_000, 100_000, 1_000_000)
+SIZES = (10_000, 100_000, 1_000_000)
 SOURCES = {"memory": "100", "stream": "0"}  # values of SALUN_IMAGE_MEMORY, in gigabytes
 FILE_ROWS, GROUP_ROWS, CLASSES = 100_000, 1_000, 10
 FORGOTTEN = 20
@@ -128,8 +127,7 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"digest": digest, "cpu_s": time.process_time(), "peak_mb": peak}))
         return
-    target = Path(__file__).parent / "results" / "streaming.json"
-    rows = {row["rows"]: row["costs"] for row in json.loads(target.read_text())["rows"]} if target.is_file() else {}
+    rows = []
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -141,14 +139,10 @@ def main() -> None:
         digests = [{action: cost.pop("digest") for action, cost in of_source.items()} for of_source in costs.values()]
         if digests[0] != digests[-1]:
             raise SystemExit(f"the sources give different weights at {size} rows")
-        rows[size] = rows.get(size, {}) | costs
-        document = {
-            "torch": torch.__version__,
-            "pyarrow": pyarrow.__version__,
-            "forgotten": FORGOTTEN,
-            "rows": [{"rows": size, "costs": rows[size]} for size in sorted(rows)],
-        }
-        target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+        rows.append({"rows": size, "costs": costs})
+    document = {"torch": torch.__version__, "pyarrow": pyarrow.__version__, "forgotten": FORGOTTEN, "rows": rows}
+    target = Path(__file__).parent / "results" / "streaming.json"
+    target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

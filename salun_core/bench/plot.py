@@ -60,11 +60,15 @@ def plot(results: Results) -> str:
         ends = [f"{row.name} {height:.2f} at {cost}" for (row, _, height, _), cost in zip(points, shown, strict=True)]
         return f"Distance from the goal against cost: {', '.join(ends)}."
 
-    drawn = draw(f"{results.suite}-{results.size}", 6.4, 4.0, paint)
+    return standalone(draw(f"{results.suite}-{results.size}", 6.4, 4.0, paint), digest(results))
+
+
+def standalone(drawn: str, note: str) -> str:
+    """Return a picture of a page as a file of its own: with its colours, a white background, and a note."""
     plain = re.sub(r"var\(--\w+, (#\w+)\)", r"\1", drawn)
     return plain.replace(
         '<svg class="plot"', '<svg xmlns="http://www.w3.org/2000/svg" style="background:#ffffff"', 1
-    ).replace(">", f"><!-- {digest(results)} -->", 1)
+    ).replace(">", f"><!-- {note} -->", 1)
 
 
 def digest(results: Results) -> str:
