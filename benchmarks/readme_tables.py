@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
     "docs/research/study.md": ("study", "study-cost"),
-    "docs/research/speed.md": ("masked-step", "speed", "speed-machines", "splits"),
+    "docs/research/speed.md": ("masked-step", "speed", "speed-machines", "splits", "streaming"),
 }
 STUDY = {  # suites of the classification study, by the heading of their column
     "random 10 %": "cifar10-random10-cpu",
@@ -30,6 +30,7 @@ STUDY = {  # suites of the classification study, by the heading of their column
     "person": "faces-subject-cpu",
 }
 RECIPES = {"SalUn, quick recipe": 3, "SalUn, default recipe": 5, "SalUn, published recipe": 10}  # epochs, as written
+SOURCES = {"memory": "in memory", "stream": "streamed"}
 COMPARED = {  # by the name of the results: the script that writes them
     "mask": "benchmarks/mask.py",
     "masked-step": "benchmarks/masked_step.py",
@@ -159,7 +160,22 @@ def tables() -> dict[str, str]:
         "speed": speed_table(documents),
         "speed-machines": machines(documents),
         "splits": split_table(documents["splits"]),
+        "streaming": streaming_table(documents["streaming"]),
     }
+
+
+def streaming_table(document: dict[str, Any]) -> str:
+    """Render what training and forgetting cost from both sources of images."""
+    lines = [
+        "| rows | images | train, CPU s | peak, MB | forget 20, CPU s | peak, MB |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    for row in document["rows"]:
+        for source, costs in sorted(row["costs"].items()):
+            found = [costs.get(action) for action in ("train", "forget")]
+            cells = [f"{cost['cpu_s']:.0f} | {cost['peak_mb']:.0f}" if cost else " | " for cost in found]
+            lines.append(f"| {row['rows']:,} | {SOURCES[source]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def filled(page: str, text: str) -> str:

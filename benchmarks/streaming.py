@@ -10,7 +10,8 @@ cost is that of the data. Each action runs in its own process.
   the evaluation on all images
 
 The table shows processor seconds and the peak memory of the process. Both sources must give the same weights. Writes
-benchmarks/results/streaming.json, from which `make generated` makes the table in docs/research/speed.md.
+benchmarks/results/streaming.json, which keeps the rows of other sizes and sources. `make generated` makes the table in
+docs/research/speed.md from it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from salun_core.tasks import inputs_of, task_of
 from salun_core.tasks.classification.training import train_model, training_config
 from salun_core.tasks.task import Candidate, EvaluationOptions
 
-SIZES = (10_000, 100_000, 1_000_000)
+SIZES = (20_000, 100_000, 1_000_000)
 SOURCES = {"memory": "100", "stream": "0"}  # values of SALUN_IMAGE_MEMORY, in gigabytes
 FILE_ROWS, GROUP_ROWS, CLASSES = 100_000, 1_000, 10
 FORGOTTEN = 20
@@ -127,7 +128,8 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"digest": digest, "cpu_s": time.process_time(), "peak_mb": peak}))
         return
-    rows = []
+    target = Path(__file__).parent / "results" / "streaming.json"
+    rows = {row["rows"]: row["costs"] for row in json.loads(target.read_text())["rows"]} if target.is_file() else {}
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -139,10 +141,14 @@ def main() -> None:
         digests = [{action: cost.pop("digest") for action, cost in of_source.items()} for of_source in costs.values()]
         if digests[0] != digests[-1]:
             raise SystemExit(f"the sources give different weights at {size} rows")
-        rows.append({"rows": size, "costs": costs})
-    document = {"torch": torch.__version__, "pyarrow": pyarrow.__version__, "forgotten": FORGOTTEN, "rows": rows}
-    target = Path(__file__).parent / "results" / "streaming.json"
-    target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+        rows[size] = rows.get(size, {}) | costs
+        document = {
+            "torch": torch.__version__,
+            "pyarrow": pyarrow.__version__,
+            "forgotten": FORGOTTEN,
+            "rows": [{"rows": size, "costs": rows[size]} for size in sorted(rows)],
+        }
+        target.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
