@@ -244,6 +244,9 @@ def import_model(
     hub: Annotated[
         bool, typer.Option("--hub", help="Diffusion: download a hub name that is not in the cache.")
     ] = False,
+    trainable_text_encoder: Annotated[
+        bool, typer.Option("--trainable-text-encoder", help="Diffusion: methods may train the text encoder, too.")
+    ] = False,
     line: Line = None,
     store: OptionalStore = None,
     policy: Policy = "auto",
@@ -260,10 +263,11 @@ def import_model(
     path, names = Path(source), read_class_names(classes) if classes else []
     of_classifiers = {"--arch": arch, "--mean": mean, "--std": std, "--key": key}
     of_diffusion = {"--prompt": prompt, "--judge": judge, "--evaluation": evaluation, "--hub": hub}
+    of_diffusion |= {"--trainable-text-encoder": trainable_text_encoder}
     if (path / INDEX).is_file() or hub or (not path.exists() and _is_hub_name(source)):
         _refuse_options("a diffusion model", {**of_classifiers, "--dry-run": dry_run})
         to = _Destination(_required(out), line, store, policy)
-        _import_diffusion(source, to, data, prompt, (judge, evaluation), names, hub)
+        _import_diffusion(source, to, data, prompt, (judge, evaluation), names, hub, trainable_text_encoder)
         return
     _refuse_options("a classifier", of_diffusion)
     try:
@@ -433,6 +437,7 @@ def _import_diffusion(
     judged: tuple[str | None, list[str]],
     names: list[str],
     hub: bool,
+    trainable: bool,
 ) -> None:
     from salun_core.data import load_spec
     from salun_core.models.card import DiffusionEvaluation
@@ -442,7 +447,8 @@ def _import_diffusion(
     settings, spec = _evaluation(*judged, DiffusionEvaluation()), load_spec(data) if data else None
     to.check()
     settings = to.with_judge(settings)
-    made = importing.import_diffusion(source, spec, to.out, prompt or "an image of a {label}", settings, names, hub)
+    prompt = prompt or "an image of a {label}"
+    made = importing.import_diffusion(source, spec, to.out, prompt, settings, names, hub, trainable)
     to.finish(register_model, "import", {"layout": "diffusers", **_made(made)})
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from salun_core.errors import DataError, UsageError, unknown_name
 from salun_core.models.diffusers_folder import Components
@@ -95,9 +95,122 @@ class ConditionTable:
         return replace(self, rows={name: rows.to(device) for name, rows in self.rows.items()})
 
 
+@dataclass(frozen=True)
+class TextEncoder:
+    """A CLIP text encoder with the tokens of a condition table's rows, for methods that train it.
+
+    Args:
+        network: `CLIPTextModel` in float32.
+        tokens: int64 [K, L], by row of the table.
+        words: bool [K, L]: tokens that are not special, such as the end and the padding.
+    """
+
+    network: nn.Module
+    tokens: Tensor
+    words: Tensor
+
+    @classmethod
+    def of(cls, model: Components, prompts: Sequence[str]) -> TextEncoder:
+        """Copy the text encoder of a loaded Stable Diffusion 1.x or 2.x.
+
+        Args:
+            model: the loaded components.
+            prompts: of the rows; the null condition is the empty prompt.
+
+        Raises:
+            UsageError: the model is not conditioned on a single CLIP text encoder.
+        """
+        check_single_clip(model.pipeline)
+        tokenizer = model.parts["tokenizer"]
+        length = tokenizer.model_max_length
+        found = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        special = torch.tensor(tokenizer.all_special_ids)
+        network = copy.deepcopy(model.parts["text_encoder"]).float()
+        return cls(network, found.input_ids, ~torch.isin(found.input_ids, special))
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Return the encoder with its network, which is moved, and its tensors on a device."""
+        return TextEncoder(self.network.to(device), self.tokens.to(device), self.words.to(device))
+
+    def embeddings(self, rows: Tensor) -> Tensor:
+        """Return the embeddings of the tokens of rows, int64 [B], as [B, L, D], without gradients."""
+        with torch.no_grad():
+            return _embedding(self.network)(self.tokens[rows])  # type: ignore[no-any-return]
+
+    def encode(self, rows: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """Encode rows, int64 [B], with gradients; see `encoded`."""
+        return encoded(self.network, self.tokens[rows], embeddings)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the elements of all tokens' embeddings."""
+        return float(_embedding(self.network).weight.detach().std())
+
+    def trained_parameters(self) -> list[str]:
+        """Return the names of the parameters that training changes: the layers, not the embeddings of tokens."""
+        return [name for name, _ in self.network.named_parameters() if "embeddings." not in name]
+
+
+@dataclass(frozen=True)
+class EncodedTable(ConditionTable):
+    """A table whose texts an encoder in training encodes each time that they are taken; `rows` has the original ones.
+
+    Args:
+        encoder: the encoder in training.
+    """
+
+    encoder: TextEncoder = field(kw_only=True)
+
+    def take(self, index: Tensor) -> Conditions:
+        """Return the conditions of rows, int64 [B], with gradients; each row is encoded once."""
+        rows, place = torch.unique(index.to(self.encoder.tokens.device), return_inverse=True)
+        return {"encoder_hidden_states": self.encoder.encode(rows)[place]}
+
+
+def encoded(network: nn.Module, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
+    """Encode tokens as the pipeline of Stable Diffusion does.
+
+    Args:
+        network: `CLIPTextModel`.
+        tokens: int64 [B, L], on its device.
+        embeddings: [B, L, D], in place of the tokens' own; gradients flow back to them.
+
+    Returns:
+        float32 [B, L, W].
+    """
+    if embeddings is None:
+        return network(tokens)[0].float()  # type: ignore[no-any-return]
+    handle = _embedding(network).register_forward_hook(lambda _module, _args, output: embeddings.to(output.dtype))
+    try:
+        return network(tokens)[0].float()  # type: ignore[no-any-return]
+    finally:
+        handle.remove()
+
+
+def _embedding(network: Any) -> Any:  # noqa: ANN401 - modules of transformers
+    return network.get_input_embeddings()
+
+
+def check_single_clip(pipeline: str) -> None:
+    """Check that a pipeline has a single CLIP text encoder, so that a method can train it.
+
+    Raises:
+        UsageError: it has others.
+    """
+    if pipeline != SINGLE_CLIP:
+        raise UsageError(
+            "the text encoder of this model cannot be trained",
+            f"{pipeline} is not supported, only {SINGLE_CLIP}",
+            "leave out --trainable-text-encoder, and selection: text",
+        )
+
+
 Rows = Mapping[str, Tensor]
 Encode = Callable[[Any, list[str], bool], Rows]
 """(pipeline, prompts, whether they are the null condition) -> tensors [K, ...] by argument name of the denoiser."""
+
+SINGLE_CLIP = "StableDiffusionPipeline"
+"""The pipeline of Stable Diffusion 1.x and 2.x, whose only condition is the output of one CLIP text encoder."""
 
 _BATCH = 32  # prompts per forward pass of the text encoders
 

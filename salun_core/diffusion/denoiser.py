@@ -15,7 +15,7 @@ from salun_core.diffusion.conditions import Conditions
 from salun_core.diffusion.process import Process
 from salun_core.errors import ModelError, UsageError, unknown_name
 
-Selection = Literal["full", "xattn", "noxattn", "selfattn"]
+Selection = Literal["full", "xattn", "noxattn", "selfattn", "text"]
 Call = Callable[[Any, Tensor, Tensor, Conditions], Tensor]
 
 _ADDED = ("text_embeds", "time_ids")  # conditions that SDXL takes in a separate dictionary
@@ -131,11 +131,14 @@ def selected_parameters(network: nn.Module, selection: Selection) -> list[str]:
     """Return the names of the parameters in a selection, in the network's order.
 
     `full`: all. `xattn`: cross-attention. `selfattn`: self-attention. `noxattn`: all but cross-attention, the
-    time embedding and the output layers (Gandikota et al., "Erasing Concepts", ICCV 2023: ESD-x and ESD-u).
+    time embedding and the output layers (Gandikota et al., "Erasing Concepts", ICCV 2023: ESD-x and ESD-u). `text`:
+    none, because the text encoder is trained in their place.
 
     Raises:
         UsageError: the network has no parameters of that kind.
     """
+    if selection == "text":
+        return []
     chosen = [name for name, _ in network.named_parameters() if _belongs(name, selection)]
     if not chosen:
         raise UsageError(

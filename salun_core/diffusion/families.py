@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from salun_core.data.images import ImageSet, fitted
-from salun_core.diffusion.conditions import ConditionTable, check_prompts, encode_prompts
+from salun_core.diffusion.conditions import ConditionTable, TextEncoder, check_prompts, encode_prompts
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples
 from salun_core.diffusion.latents import cached, decoder, latents_of, pixels_of
 from salun_core.diffusion.process import Process
 from salun_core.diffusion.sampling import Decode, Sampler, to_bytes
 from salun_core.digest import digest_json, sha256_bytes
-from salun_core.errors import ModelError, unknown_name
+from salun_core.errors import ModelError, UsageError, unknown_name
 from salun_core.models.card import DiffusionCard, DiffusionEvaluation
 from salun_core.models.diffusers_folder import LoadedDiffusion
 
@@ -78,6 +78,20 @@ class Family:
         key = digest_json([self.loaded.digest, unique, *size])
         rows = cached("prompts", key, lambda: dict(encode_prompts(self.loaded.components, unique, *size).rows))
         return ConditionTable([*unique, ""], rows, len(unique))
+
+    def text_encoder(self, names: Sequence[str]) -> TextEncoder:
+        """Return a copy of the text encoder, to train it, with the tokens of the rows of `conditions(names)`.
+
+        Raises:
+            UsageError: the card does not allow it, or the model has no single CLIP text encoder.
+        """
+        if not self.card.trainable_text_encoder:
+            raise UsageError(
+                "selection text is refused",
+                "the model card does not allow a trained text encoder",
+                "import the model with --trainable-text-encoder, or select a part of the denoiser, such as xattn",
+            )
+        return TextEncoder.of(self.loaded.components, [*check_prompts(names), ""])
 
     def examples(self, images: ImageSet, condition: Tensor) -> Examples:
         """Convert images to inputs of the denoiser: pixels from -1 to 1, or latents with standard deviations.

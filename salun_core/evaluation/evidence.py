@@ -157,7 +157,8 @@ class Integrity(Document):
     distance: float | None = Field(
         default=None,
         description="distance of the weight matrices after from the nearest multiples of those before, relative to "
-        "their length: 0 for the same up to factors, 1 for unrelated ones; null in older evidence",
+        "their length: 0 for the same up to factors, 1 for unrelated ones; null in older evidence, and if the text "
+        "encoder changed",
     )
     repeated: bool | None = Field(
         default=None,

@@ -34,7 +34,7 @@ from salun_core.evaluation.evidence import (
 )
 from salun_core.evaluation.image_classifier import Calibration, ImageClassifier
 from salun_core.evaluation.image_features import Extractor, frechet_distance, joined_features, kernel_distance
-from salun_core.evaluation.integrity import compare_weights
+from salun_core.evaluation.integrity import compare_weights, with_text_encoder
 from salun_core.evaluation.nudity import NudityDetector, count_parts
 from salun_core.evaluation.outputs import Outputs
 from salun_core.evaluation.statistics import clustered_share_metric, clustered_size, share_of
@@ -167,6 +167,7 @@ def evaluate_generated_images(
     resurgence: Sequence[CurvePoint] = (),
     reference: Sample | None = None,
     hybrid: Sample | None = None,
+    encoders: tuple[nn.Module, nn.Module] | None = None,
 ) -> Evidence:
     """Measure forgetting and quality in images that every model generates from the same rows and seeds.
 
@@ -192,6 +193,7 @@ def evaluate_generated_images(
         resurgence: UA while the model was fine-tuned on retained data.
         reference: generates with a model that was retrained without the set.
         hybrid: generates with the unlearned model that has the class embedding of the original.
+        encoders: the text encoders before and after, if the model card allows a trained one.
 
     Returns:
         The evidence.
@@ -206,6 +208,7 @@ def evaluate_generated_images(
         raise UsageError(f"metric {name} cannot be given", "it is measured on the images", "leave it out")
     _check(plan, evaluators)
     integrity = compare_weights(*networks, mask)  # first, because it is cheap and generating images is not
+    integrity = with_text_encoder(integrity, *encoders) if encoders else integrity
     samples = {"before": before, "after": after} | ({"reference": reference} if reference else {})
     observed = {model: _observe(sample, plan, evaluators, model) for model, sample in samples.items()}
     classifier = evaluators.classifier

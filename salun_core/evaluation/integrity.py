@@ -50,6 +50,33 @@ def compare_weights(before: nn.Module, after: nn.Module, mask: SaliencyMask | No
     )
 
 
+def with_text_encoder(found: Integrity, before: nn.Module, after: nn.Module) -> Integrity:
+    """Add a text encoder, which may be trained, to the comparison of a denoiser.
+
+    No mask covers it: under a mask all its changed weights count as frozen ones. If it changed, no distance is known,
+    and so the model cannot pass for a retrained one.
+
+    Args:
+        found: comparison of the denoisers.
+        before: text encoder of the original.
+        after: text encoder of the unlearned model.
+
+    Raises:
+        ModelError: the text encoders have different parameters.
+    """
+    text = compare_weights(before, after)
+    frozen = None if found.frozen_changed is None else found.frozen_changed + text.weights_changed
+    changes = {
+        "weights": found.weights + text.weights,
+        "weights_changed": found.weights_changed + text.weights_changed,
+        "frozen_changed": frozen,
+        "non_finite": found.non_finite + text.non_finite,
+        "buffers_changed": found.buffers_changed + text.buffers_changed,
+        "distance": None if text.weights_changed else found.distance,
+    }
+    return found.model_copy(update=changes)
+
+
 def _distance(old: dict[str, Parameter], new: dict[str, Parameter]) -> float | None:
     """Return |new - s old| / |new| over the weight matrices, with the best factor s for each.
 

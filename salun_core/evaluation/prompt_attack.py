@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, normalize
 
+from salun_core.diffusion.conditions import SINGLE_CLIP, encoded
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples, Noised, noised
 from salun_core.errors import UsageError
 from salun_core.models.diffusers_folder import Components
 
-_PIPELINE = "StableDiffusionPipeline"
 _RATE = 0.3  # step size, as a fraction of the words' spread
 
 
@@ -44,7 +44,7 @@ class ClipWords:
         Raises:
             UsageError: the model is not conditioned on a single CLIP text encoder.
         """
-        if model.pipeline != _PIPELINE:
+        if model.pipeline != SINGLE_CLIP:
             raise UsageError(
                 "prompts of this model cannot be attacked", f"{model.pipeline} is not supported", "set attack_steps: 0"
             )
@@ -81,17 +81,10 @@ class ClipWords:
         begin, end, pad = (getattr(self.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad"))
         whole = [begin, *[ids[0]] * len(extra), *ids, end]  # placeholders, whose embeddings are replaced below
         whole += [pad] * (length - len(whole))
-        device = self._embedding.weight.device
-
-        def replaced(module: Any, inputs: Any, output: Tensor) -> Tensor:  # noqa: ANN401
-            return torch.cat([output[:, :1], extra[None].to(output.dtype), output[:, 1 + len(extra) :]], dim=1)
-
-        handle = self._embedding.register_forward_hook(replaced)
-        try:
-            states = self.encoder(torch.tensor([whole], device=device))[0]
-        finally:
-            handle.remove()
-        return {"encoder_hidden_states": states.float()}
+        tokens = torch.tensor([whole], device=self._embedding.weight.device)
+        own = self._embedding(tokens)
+        embeddings = torch.cat([own[:, :1], extra[None].to(own.dtype), own[:, 1 + len(extra) :]], dim=1)
+        return {"encoder_hidden_states": encoded(self.encoder, tokens, embeddings)}
 
     def spell(self, tokens: Tensor) -> str:
         """Return the words of tokens, int64 [N]."""

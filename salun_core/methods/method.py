@@ -166,6 +166,7 @@ class UnlearnResult:
         passes: samples that went forward and backward; a forward pass alone counts 1/3; the total is rounded up.
         changed_fraction: share of weights whose value differs from the original's, from 0 to 1; None if not measured.
         ended: what ended a run of the adaptive recipe, in words; None for other recipes.
+        text_encoder: the new text encoder of a diffusion model, in eval mode; None if it was not trained.
     """
 
     model: nn.Module
@@ -176,6 +177,7 @@ class UnlearnResult:
     passes: int
     changed_fraction: float | None = None
     ended: str | None = None
+    text_encoder: nn.Module | None = None
 
 
 def fresh_seed(seed: int, retained: int) -> int:

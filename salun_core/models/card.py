@@ -79,6 +79,9 @@ class DiffusionCard(Card):
         default="an image of a {label}", description="text-to-image: what an image of a class is called"
     )
     evaluation: DiffusionEvaluation = Field(default=DiffusionEvaluation(), description="how it is judged")
+    trainable_text_encoder: bool = Field(
+        default=False, description="text-to-image: whether a method may train the text encoder"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -86,6 +89,8 @@ class DiffusionCard(Card):
             raise ValueError("prompt must hold {label}, where the name of the class goes")
         if self.task == "class-conditional" and not self.classes:
             raise ValueError("a class-conditional model needs classes")
+        if self.task == "class-conditional" and self.trainable_text_encoder:
+            raise ValueError("a class-conditional model has no text encoder to train")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("a class name occurs twice")
         return self

@@ -60,6 +60,7 @@ SCHEDULERS = dict.fromkeys(
 )
 CLASSES = {**NETWORKS, **TOKENIZERS, **SCHEDULERS}
 DENOISERS = ("unet", "transformer")
+TEXT_ENCODER = "text_encoder"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
 """Components that unlearning does not use; they are copied, but never loaded."""
 
@@ -363,11 +364,12 @@ def save_diffusion(
     card: DiffusionCard,
     split: SplitManifest,
     extra_files: Mapping[str, bytes] | None = None,
+    text_encoder: nn.Module | None = None,
 ) -> str:
     """Write a model folder with a new denoiser, atomically; an existing model folder is replaced.
 
-    All other components are copied byte for byte. The denoiser's files keep their names, shards, order and types; the
-    same weights give the same bytes.
+    All other components are copied byte for byte. The files of new weights keep their names, shards, order and types;
+    the same weights give the same bytes.
 
     Args:
         folder: the folder to write.
@@ -376,17 +378,27 @@ def save_diffusion(
         card: must contain the split's digest.
         split: written to the same folder.
         extra_files: other files by name.
+        text_encoder: the new text encoder, if a method trained it.
 
     Returns:
         The digest of the new model.
 
     Raises:
-        ModelError: the denoiser has another architecture.
+        ModelError: the denoiser or the text encoder has another architecture, or the original's card does not allow a
+            trained text encoder.
         StoreError: the folder cannot be written.
         UsageError: the folder holds something that is not a model.
     """
     parts = original.components
-    files = {**copies(parts.folder), **_denoiser_files(parts.folder / parts.denoiser_name, network)}
+    files = {**copies(parts.folder), **_part_files(parts.folder / parts.denoiser_name, network)}
+    if text_encoder is not None:
+        if not original.card.trainable_text_encoder:
+            raise ModelError(
+                "the text encoder was trained",
+                "the card of the original does not allow it",
+                "import it with --trainable-text-encoder",
+            )
+        files |= _part_files(parts.folder / TEXT_ENCODER, text_encoder)
     return write_diffusion(folder, {**(extra_files or {}), **files}, card, split)
 
 
@@ -402,20 +414,31 @@ def copies(folder: Path) -> dict[str, Callable[[Path], object]]:
     return {name: partial(shutil.copyfile, folder / name) for name in model_files(folder)}
 
 
-def _denoiser_files(original: Path, network: nn.Module) -> dict[str, Callable[[Path], object]]:
-    """Return, by relative name, functions that write each weight file of the denoiser."""
+def _part_files(original: Path, network: nn.Module) -> dict[str, Callable[[Path], object]]:
+    """Return, by relative name, functions that write each weight file of a component."""
     state = network.state_dict()
-    layout = {path: list(_tensor_types(path)) for path in _weight_files(original)}
-    if sorted(state) != sorted(name for names in layout.values() for name in names):
+    layout = {path: {name: _known_as(name, state) for name in _tensor_types(path)} for path in _weight_files(original)}
+    if sorted(state) != sorted(known for names in layout.values() for known in names.values() if known):
         raise ModelError(
-            "the denoiser does not fit the folder", "its tensors have other names", "start from the same model"
+            f"the {original.name} does not fit the folder", "its tensors have other names", "start from the same model"
         )
     return {f"{original.name}/{path.name}": partial(_write_shard, state, names, path) for path, names in layout.items()}
 
 
-def _write_shard(state: Mapping[str, torch.Tensor], names: list[str], like: Path, target: Path) -> None:
+def _known_as(stored: str, state: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the network's name of a stored tensor; None for positions, which older text encoders stored.
+
+    Text encoders of older libraries are stored with the prefix `text_model.`.
+    """
+    if stored in state:
+        return stored
+    return None if stored.endswith(".position_ids") else stored.removeprefix("text_model.")
+
+
+def _write_shard(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None], like: Path, target: Path) -> None:
     with safe_open(str(like), framework="pt") as file:
         metadata = file.metadata()
-        dtypes = {name: file.get_tensor(name).dtype for name in names}
-    tensors = {name: state[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
+        old = {name: file.get_tensor(name) for name in names}
+    new = {name: state[known].detach() if known else old[name] for name, known in names.items()}
+    tensors = {name: tensor.to("cpu", old[name].dtype).contiguous() for name, tensor in new.items()}
     save_file(tensors, target, metadata=metadata)

@@ -1,6 +1,7 @@
 """Tiny diffusers folders of every family, with random weights: built by configuration, saved as diffusers saves."""
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -187,12 +188,21 @@ def save_raw(name, folder, **options):
     return folder
 
 
-def save_model_folder(name, folder, tmp):
+def text_components():
+    """The parts of a Stable Diffusion that encode prompts."""
+    from salun_core.models.diffusers_folder import Components
+
+    torch.manual_seed(1)
+    parts = {"tokenizer": tokenizer(), "text_encoder": _text("CLIPTextModel")}
+    return Components(Path(), "StableDiffusionPipeline", parts, {}, "")
+
+
+def save_model_folder(name, folder, tmp, **options):
     """Save a family as a model folder, by way of the import."""
     from salun_core.tasks.diffusion.importing import import_diffusion
 
     raw = save_raw(name, tmp / f"raw-{name}")
-    import_diffusion(str(raw), None, folder, classes=CLASSES)
+    import_diffusion(str(raw), None, folder, classes=CLASSES, **options)
     return folder
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from salun_core.diffusion.conditions import TextEncoder
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.digest import digest_json, sha256_bytes
-from salun_core.errors import DataError
+from salun_core.errors import DataError, UsageError
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.config import pick_device
@@ -80,7 +81,7 @@ def unlearn_denoiser(
 
     Args:
         denoiser: the original; the call copies its network and leaves it unchanged.
-        sets: examples to forget and to retain.
+        sets: examples to forget and to retain; with `selection: text`, also the text encoder.
         method: a key of `METHODS`.
         config: a `DiffusionConfig`, or overrides of the method's defaults.
         mask: required by methods that use one; other methods reject it.
@@ -89,20 +90,26 @@ def unlearn_denoiser(
         group: the processes that share the work, and the rank of this one.
 
     Returns:
-        The new network with its history.
+        The new network with its history. With `selection: text` the network is the original's, and the text encoder is
+        new.
 
     Raises:
-        UsageError: an unknown method, an invalid configuration, or a mask that is missing or not supported.
+        UsageError: an unknown method, an invalid configuration, a mask that is missing or not supported, or no text
+            encoder to train.
         DataError: the forget or retain set is empty.
         ModelError: the loss became NaN or infinite.
     """
     row = get_method(METHODS, method)
     settings = config if isinstance(config, DiffusionConfig) else diffusion_config(method, config)
     row.check_mask(method, mask)
+    row.check(method, settings)
     _check_sets(sets)
     device = pick_device(settings.device)
     network = _start(denoiser, row, settings, len(sets.retain)).to(device)
+    text = _text_encoder(sets, settings)
     sets = sets.to(device)
+    text = text.to(device) if text else None
+    trained = text.network if text else network
     fingerprint = _fingerprint(denoiser, method, settings, mask, sets) if checkpoint or group.size > 1 else ""
     group.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
     started = time.perf_counter()
@@ -111,15 +118,15 @@ def unlearn_denoiser(
         with torch.no_grad():
             row.edit(denoiser.of(network), sets, settings)
     else:
-        original = _frozen(denoiser, device) if row.needs_original else None
-        context = DiffusionContext(denoiser.of(network), original, sets, settings, torch.Generator())
+        original = (denoiser.of(network.eval()) if text else _frozen(denoiser, device)) if row.needs_original else None
+        context = DiffusionContext(denoiser.of(network), original, sets, settings, torch.Generator(), text)
         shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
 
         def loop(
             context: DiffusionContext, loss: StepLoss, store: CheckpointStore | None, of: str, told: OnEpoch | None
         ) -> list[EpochRecord]:
             phases = [denoising_phase(replace(row, loss=loss), context)]
-            return run_loop(network, lambda *_: phases, settings, mask, store, of, told, group)
+            return run_loop(trained, lambda *_: phases, settings, mask, store, of, told, group)
 
         if row.stages is not None:
             history = row.stages(context, Training(loop, shared, fingerprint, on_epoch, group))
@@ -127,7 +134,8 @@ def unlearn_denoiser(
             assert row.loss is not None
             history = loop(context, row.loss, shared, fingerprint, on_epoch)
     network.requires_grad_(True).eval()
-    return UnlearnResult(network, method, settings, history, time.perf_counter() - started, row.cost(settings))
+    seconds, encoder = time.perf_counter() - started, text.network.requires_grad_(True).eval() if text else None
+    return UnlearnResult(network, method, settings, history, seconds, row.cost(settings), text_encoder=encoder)
 
 
 def _check_sets(sets: ExampleSets) -> None:
@@ -155,6 +163,19 @@ def _start(denoiser: Denoiser, row: DiffusionMethod, config: DiffusionConfig, re
     return network  # type: ignore[no-any-return]
 
 
+def _text_encoder(sets: ExampleSets, config: DiffusionConfig) -> TextEncoder | None:
+    """Copy the text encoder if it is to be trained, with only its trained parameters open."""
+    if config.selection != "text":
+        return None
+    if sets.encoder is None:
+        raise UsageError("there is no text encoder to train", "the examples were built without it", "choose xattn")
+    text = replace(sets.encoder, network=copy.deepcopy(sets.encoder.network))
+    chosen = set(text.trained_parameters())
+    for name, parameter in text.network.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return text
+
+
 def _frozen(denoiser: Denoiser, device: torch.device) -> Denoiser:
     return denoiser.of(copy.deepcopy(denoiser.network).to(device).requires_grad_(False).eval())
 
@@ -164,6 +185,7 @@ def _fingerprint(
 ) -> str:
     parts: list[Any] = [model_digest(denoiser.network), method, config.model_dump(exclude={"device"})]
     parts += [mask.digest if mask else None, list(sets.table.names)]
+    parts += [model_digest(sets.encoder.network)] if sets.encoder else []
     for examples in (sets.forget, sets.retain):
         tensors = (examples.mean, examples.std, examples.condition, examples.pseudo)
         parts += [sha256_bytes(item.cpu().contiguous().numpy().tobytes()) for item in tensors if item is not None]

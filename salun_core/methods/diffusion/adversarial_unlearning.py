@@ -7,7 +7,10 @@
 prompt at the positions of the concept's tokens. It begins as c and takes `attack_steps` steps of length `attack_rate`
 along the sign of the gradient; all samples of a prompt share it.
 
-This trains the denoiser. The paper prefers the text encoder, which no method here changes.
+This trains the denoiser, or with `selection: text`, which the paper prefers, the layers of the text encoder. Then ε_θ
+is the original denoiser under the conditions of the encoder in training. The attack is on the encoder's input: v is the
+embeddings of the prompt's words, and a step has the length `attack_rate` times the standard deviation of the embeddings
+in the vocabulary.
 
 Source: Zhang et al., "Defensive Unlearning with Adversarial Training for Robust Concept Erasure in Diffusion Models",
 NeurIPS 2024: the bi-level problem with its utility-retaining regularisation, and its fast attack. Deviations:
@@ -37,7 +40,7 @@ def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
         UsageError: the conditions are not texts, or there is no null condition.
     """
     assert context.original is not None
-    denoiser, original, table = context.denoiser, context.original, context.sets.table
+    denoiser, original, table = context.denoiser, context.original, context.sets.table  # the table of the original
     batch = erased_stable_diffusion.partly_denoised(context, forget)
     with torch.no_grad():
         free = original.predict(batch.noisy, batch.times, table.nulls(len(batch)))
@@ -45,7 +48,7 @@ def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
         kept = original.predict(retain.noisy, retain.times, table.take(retain.condition))
     attacked = attack(context, batch, concept)
     erased = denoiser.predict(batch.noisy, batch.times, attacked)
-    predicted = denoiser.predict(retain.noisy, retain.times, table.take(retain.condition))
+    predicted = denoiser.predict(retain.noisy, retain.times, context.table.take(retain.condition))
     loss_f = mse_loss(erased, free - context.config.negative_guidance * (concept - free))
     return loss_f + retain_weight(context) * mse_loss(predicted, kept)
 
@@ -54,26 +57,32 @@ def attack(context: DiffusionContext, batch: Noised, concept: Tensor) -> Conditi
     """Find conditions under which the model in training predicts as the original does for the concept.
 
     Args:
-        context: provides the denoiser, the table, and the steps and rate of the attack.
+        context: provides the denoiser, the table or text encoder, and the steps and rate of the attack.
         batch: x_t and c.
         concept: ε_o(x_t, c).
 
     Returns:
-        The conditions of the batch with c* as text.
+        The conditions of the batch with c* as text; with gradients for a text encoder in training.
 
     Raises:
         UsageError: the conditions are not texts.
     """
-    table, config = context.sets.table, context.config
+    table, config, text = context.sets.table, context.config, context.text
     rows, place = torch.unique(batch.condition, return_inverse=True)
-    marks = table.own_tokens()[rows.cpu()].to(batch.noisy.device)[..., None]
-    told, found = table.take(batch.condition), table.rows[_TEXT][rows]
+    marks = table.own_tokens()[rows.cpu()].to(batch.noisy.device)
+    told, found, length = table.take(batch.condition), table.rows[_TEXT][rows], config.attack_rate
+    if text is not None:  # an attack on its output would not depend on it
+        marks, found, length = marks & text.words[rows], text.embeddings(rows), length * text.spread
+
+    def conditions(v: Tensor) -> Conditions:
+        return {**told, _TEXT: (v if text is None else text.encode(rows, v))[place]}
+
     for _ in range(config.attack_steps):
         tried = found.clone().requires_grad_(True)
-        predicted = context.denoiser.predict(batch.noisy, batch.times, {**told, _TEXT: tried[place]})
+        predicted = context.denoiser.predict(batch.noisy, batch.times, conditions(tried))
         (gradient,) = torch.autograd.grad(mse_loss(predicted, concept), tried)
-        found = found - config.attack_rate * marks * gradient.sign()
-    return {**told, _TEXT: found[place]}
+        found = found - length * marks[..., None] * gradient.sign()
+    return conditions(found)
 
 
 def passes(config: DiffusionConfig) -> float:
@@ -87,6 +96,7 @@ METHOD = DiffusionMethod(
     loss,
     passes=passes,
     needs_original=True,
+    trains_text=True,
     defaults={
         "selection": "xattn",
         "steps": 200,

@@ -50,7 +50,9 @@ class DiffusionConfig(LoopConfig):
         description="share of the retain examples that are told nothing, so that what guidance starts from stays",
     )
     allow_zero_alpha: bool = Field(default=False, description="alpha 0 destroys every class; this forces it")
-    selection: Selection = Field(default="full", description="the part of the denoiser that may change")
+    selection: Selection = Field(
+        default="full", description="the part of the denoiser that may change; `text`: the text encoder instead"
+    )
     pseudo: Literal["next", "random", "anchor"] = Field(
         default="next",
         description="what a forgotten class is to look like: the next class that is kept, one drawn for each image; "
@@ -74,7 +76,8 @@ class DiffusionConfig(LoopConfig):
         default=0.02,
         gt=0,
         le=1e6,
-        description="stereo: learning rate of an attack, of Adam; adv_unlearn: length of its steps",
+        description="stereo: learning rate of an attack, of Adam; adv_unlearn: length of its steps, with "
+        "`selection: text` as a share of the spread of the embeddings of tokens",
     )
     anchor_guidance: float = Field(
         default=1.0, ge=0, allow_inf_nan=False, description="stereo: weight of the direction of the anchor"

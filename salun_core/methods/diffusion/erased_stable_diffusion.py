@@ -21,6 +21,7 @@ from torch.nn.functional import mse_loss
 
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
+from salun_core.diffusion.sampling import guidance_conditions, guided_prediction
 from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 from salun_core.methods.diffusion.objectives import guided
@@ -52,12 +53,13 @@ def partly_denoised(context: DiffusionContext, batch: Noised) -> Noised:
         UsageError: the model has no null condition.
     """
     denoiser, config = context.denoiser, context.config
-    process = denoiser.process
+    process, scale = denoiser.process, config.start_guidance
+    conditions = guidance_conditions(context.table, batch.condition, scale)
     end = int(process.draw_times(1, context.generator))
     noise = process.noise_of(batch.noisy, batch.target, batch.times)
     current = replace(batch, noisy=noise, times=torch.full_like(batch.times, process.times - 1))
     for _, time in pairwise(path(process.times, end, config.start_steps)):
-        predicted = guided(denoiser, current, context.sets.table, config.start_guidance)
+        predicted = guided_prediction(denoiser, current.noisy, process.network_times(current.times), conditions, scale)
         current = ddim_step(denoiser, current, predicted, time, context.sets.pixels)
     return current
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from salun_core.diffusion.conditions import ConditionTable
+from salun_core.diffusion.conditions import ConditionTable, EncodedTable, TextEncoder
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Examples, Noised, endless, noised
 from salun_core.errors import UsageError
@@ -31,16 +31,19 @@ class ExampleSets:
         retain: D_r with its conditions.
         table: table of all conditions.
         pixels: whether the examples are pixels instead of latents.
+        encoder: the text encoder of the table's rows, for `selection: text` only; training changes a copy.
     """
 
     forget: Examples
     retain: Examples
     table: ConditionTable
     pixels: bool
+    encoder: TextEncoder | None = None
 
     def to(self, device: torch.device) -> ExampleSets:
         """Return the sets with their tensors on a device."""
-        return ExampleSets(self.forget.to(device), self.retain.to(device), self.table.to(device), self.pixels)
+        moved = self.forget.to(device), self.retain.to(device), self.table.to(device)
+        return ExampleSets(*moved, self.pixels, self.encoder.to(device) if self.encoder else None)
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,12 @@ class DiffusionContext:
     """Inputs of a loss, shared by all steps.
 
     Args:
-        denoiser: the denoiser in training.
+        denoiser: the denoiser in training; it is fixed if the text encoder is trained.
         original: θ_o, frozen; set only for methods that need it.
         sets: examples and conditions.
         config: configuration of the method.
         generator: CPU generator of this epoch, for the method's own random numbers.
+        text: the text encoder in training; None if the denoiser is trained.
     """
 
     denoiser: Denoiser
@@ -60,6 +64,21 @@ class DiffusionContext:
     sets: ExampleSets
     config: DiffusionConfig
     generator: torch.Generator
+    text: TextEncoder | None = None
+
+    @property
+    def table(self) -> ConditionTable:
+        """The conditions of the model in training; those of the original are in the sets."""
+        table = self.sets.table
+        if self.text is None:
+            return table
+        return EncodedTable(table.names, table.rows, table.null, table.tokens, encoder=self.text)
+
+    def of(self, model: nn.Module) -> DiffusionContext:
+        """Return the context with another network in training: of the denoiser, or of the text encoder."""
+        if self.text is None:
+            return replace(self, denoiser=self.denoiser.of(model))
+        return replace(self, text=replace(self.text, network=model))
 
 
 StepLoss = Callable[[DiffusionContext, Noised, Noised], Tensor]
@@ -100,6 +119,7 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
         needs_retain: whether each step reads retain examples.
         passes: cost of a run in passes (one example forward and backward); a forward pass alone counts 1/3. By default
             each example of each batch counts once.
+        trains_text: whether it can train the text encoder instead of the denoiser (`selection: text`).
     """
 
     loss: StepLoss | None = None
@@ -108,6 +128,7 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
     needs_forget: bool = True
     needs_retain: bool = True
     passes: Callable[[DiffusionConfig], float] | None = None
+    trains_text: bool = False
     config_type: type[DiffusionConfig] = field(default=DiffusionConfig, kw_only=True)
 
     @property
@@ -116,11 +137,18 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
         return self.loss, self.edit, self.stages
 
     def check(self, name: str, config: DiffusionConfig) -> None:
-        """Reject α = 0 for a method with both losses, unless the configuration forces it.
+        """Reject α = 0 for a method with both losses, unless it is forced, and `selection: text` for most methods.
 
         Raises:
-            UsageError: α is 0; without a retain loss, training destroys every class.
+            UsageError: α is 0; without a retain loss, training destroys every class. Or the method trains denoisers
+                only.
         """
+        if config.selection == "text" and not self.trains_text:
+            raise UsageError(
+                f"{name} does not train the text encoder",
+                "its loss and its mask are of the denoiser",
+                "choose another selection, or the method adv_unlearn",
+            )
         if self.needs_forget and self.needs_retain and config.alpha <= 0 and not config.allow_zero_alpha:
             raise UsageError(
                 "alpha 0 is refused",
@@ -183,7 +211,7 @@ def _step(loss: StepLoss, context: DiffusionContext, forget: Noised, retain: Noi
 
 
 def _loss_of(loss: StepLoss, context: DiffusionContext, forget: Noised, retain: Noised, model: nn.Module) -> Tensor:
-    return loss(replace(context, denoiser=context.denoiser.of(model)), forget, retain)
+    return loss(context.of(model), forget, retain)
 
 
 def _with_null_condition(batch: Noised, context: DiffusionContext, generator: torch.Generator) -> Noised:

@@ -68,7 +68,7 @@ class DiffusionTask:
             raise not_kept()
 
     def selected(self, inputs: DiffusionInputs, config: DiffusionConfig) -> list[str]:
-        """Return the parameters of the denoiser that the configuration selects."""
+        """Return the parameters of the denoiser that the configuration selects; none for `text`."""
         return selected_parameters(inputs.original.network, config.selection)
 
     @explained()
@@ -142,9 +142,10 @@ class DiffusionTask:
     def save(
         self, folder: Path, inputs: DiffusionInputs, result: UnlearnResult, extra_files: Mapping[str, bytes]
     ) -> None:
-        """Write the model folder with the new denoiser and copies of all other components."""
-        card = inputs.child_card(result.method)
-        save_diffusion(folder, inputs.original, result.model.cpu(), card, inputs.kept_split, extra_files)
+        """Write the model folder with the new denoiser or text encoder and copies of all other components."""
+        card, encoder = inputs.child_card(result.method), result.text_encoder
+        text = encoder.cpu() if encoder else None
+        save_diffusion(folder, inputs.original, result.model.cpu(), card, inputs.kept_split, extra_files, text)
 
     def version_files(self, folder: Path) -> dict[str, Path]:
         """Return the index, all components, card and split."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +21,7 @@ from salun_core.evaluation.evidence import Evidence
 from salun_core.evaluation.generated_images import Evaluators, SamplingPlan, evaluate_generated_images
 from salun_core.evaluation.image_classifier import Calibration, ImageClassifier
 from salun_core.models.card import DiffusionCard
-from salun_core.models.diffusers_folder import LoadedDiffusion, model_files
+from salun_core.models.diffusers_folder import TEXT_ENCODER, LoadedDiffusion, model_files
 from salun_core.tasks.diffusion.inputs import (
     DiffusionInputs,
     class_names,
@@ -81,20 +82,21 @@ def measure(
     Raises:
         ModelError: the models do not fit each other, or an image is not finite.
     """
-    family, card = inputs.family(device), inputs.card
-    before, after = family.denoiser, family_of(candidate.model, device).denoiser
+    family, own, card = inputs.family(device), family_of(candidate.model, device), inputs.card
+    before, after = family.denoiser, own.denoiser
     sampler = family.sampler(card.evaluation)
     plan = plan_of(inputs, evaluators.classifier, sampler)
     table = family.conditions(inputs.rows.names).to(device)
     generator = ImageGenerator(inputs, family, table, sampler, plan)
+    changed = replace(generator, family=own, table=own.conditions(inputs.rows.names).to(device))  # its text encoder's
     later = RobustnessResult()
     if evaluators.classifier is not None:
-        later = measure_robustness(generator, evaluators.classifier, after, device)
+        later = measure_robustness(generator, evaluators.classifier, changed, device)
     retrained = before.of(reference.to(device, torch.float32)) if reference else None
     hybrid = after.with_class_embedding_of(before) if evaluators.classifier is not None else None
     evidence = evaluate_generated_images(
         generator.sample(before),
-        generator.sample(after),
+        changed.sample(after),
         (before.network, after.network),
         plan,
         evaluators,
@@ -106,6 +108,9 @@ def measure(
         resurgence=later.resurgence,
         reference=generator.sample(retrained) if retrained else None,
         hybrid=generator.sample(hybrid) if hybrid else None,
+        encoders=(_text_encoder(inputs.original), _text_encoder(candidate.model))
+        if card.trainable_text_encoder
+        else None,
     )
     assert evidence.generation is not None
     return evidence.model_copy(update={"generation": evidence.generation.model_copy(update={"task": card.task})})
@@ -230,19 +235,35 @@ def evaluators_of(inputs: DiffusionInputs, judge: Path | None) -> Evaluators:
 
 
 def require_same_parts(original: LoadedDiffusion, candidate: LoadedDiffusion) -> None:
-    """Check that only the denoiser changed, because no method unlearns other components.
+    """Check that only the denoiser changed, and the weights of the text encoder if the original's card allows it.
 
     Raises:
-        ModelError: a file of another component differs, is missing or was added.
+        ModelError: a file of another component differs, is missing or was added, or the candidate's card allows what
+            the original's does not.
     """
-    before, after = (_other_files(model) for model in (original, candidate))
-    differing = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
-    if differing:
+    allowed = original.card.trainable_text_encoder
+    if candidate.card.trainable_text_encoder != allowed:  # otherwise a child could grant itself what its parent lacks
         raise ModelError(
-            "the two models differ in more than the denoiser",
-            ", ".join(differing[:5]),
+            "the two model cards differ in trainable_text_encoder",
+            f"the original's is {allowed}",
             "compare a model with its own child",
         )
+    before, after = (_other_files(model) for model in (original, candidate))
+    differing = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+    trained = {name for name in before.keys() & after.keys() if allowed and _TEXT_WEIGHTS.fullmatch(name)}
+    if refused := [name for name in differing if name not in trained]:
+        raise ModelError(
+            "the two models differ in more than the denoiser",
+            ", ".join(refused[:5]),
+            "compare a model with its own child",
+        )
+
+
+_TEXT_WEIGHTS = re.compile(rf"{TEXT_ENCODER}/[^/]+\.safetensors")
+
+
+def _text_encoder(model: LoadedDiffusion) -> nn.Module:
+    return model.components.parts[TEXT_ENCODER]  # type: ignore[no-any-return]
 
 
 def _other_files(model: LoadedDiffusion) -> dict[str, str]:

@@ -31,10 +31,12 @@ def build_example_sets(
         retain: whether to build examples to keep; scoring does not need them.
 
     Raises:
-        UsageError: a class has no anchor, or there is no other class to replace it.
+        UsageError: a class has no anchor, there is no other class to replace it, or the text encoder is to be trained
+            and the model card does not allow it.
         DataError: there are no examples to keep.
     """
     family = inputs.family(device)
+    encoder = family.text_encoder(inputs.rows.names) if config.selection == "text" else None  # refuses before any work
     table = family.conditions(inputs.rows.names).to(device)
     forget = [_class_examples(inputs, family, label, config) for label in inputs.forget_set.classes]
     kept = _kept_examples(inputs, family, config) if retain else []
@@ -44,7 +46,8 @@ def build_example_sets(
     if retain and not kept:
         raise DataError("there is nothing to keep", "no class is left", "name fewer classes")
     together = _joined(forget)
-    return ExampleSets(together.to(device), _joined(kept or [together.select([])]).to(device), table, family.pixels)
+    retained = _joined(kept or [together.select([])])
+    return ExampleSets(together.to(device), retained.to(device), table, family.pixels, encoder)
 
 
 def _joined(parts: Sequence[Examples]) -> Examples:

@@ -12,6 +12,7 @@ from typing import Any
 from salun_core.config import parse, read_document
 from salun_core.data import DataSpec, load_data
 from salun_core.data.split import SplitManifest
+from salun_core.diffusion.conditions import check_single_clip
 from salun_core.digest import digest_json
 from salun_core.errors import ModelError, UsageError
 from salun_core.models.card import DiffusionCard, DiffusionEvaluation
@@ -53,6 +54,7 @@ def import_diffusion(
     evaluation: DiffusionEvaluation = _EVALUATION,
     classes: Sequence[str] = (),
     hub: bool = False,
+    trainable_text_encoder: bool = False,
 ) -> MadeDiffusion:
     """Copy a diffusers folder to a model folder after checks: safetensors only, supported classes only.
 
@@ -64,9 +66,11 @@ def import_diffusion(
         evaluation: evaluation settings.
         classes: class names by id, for a model without data.
         hub: whether a missing hub repository may be downloaded.
+        trainable_text_encoder: whether methods may train the text encoder.
 
     Raises:
-        UsageError: the folder does not exist or is rejected (see `check_folder`).
+        UsageError: the folder does not exist or is rejected (see `check_folder`), or has no single CLIP text encoder
+            to train.
         ModelError: a component does not fit its configuration, or is not supported.
     """
     refuse_pickle(Path(source))
@@ -75,10 +79,13 @@ def import_diffusion(
         staged = Path(name)
         _stage(found, staged)
         loaded = read_diffusers(staged)
+        if trainable_text_encoder:
+            check_single_clip(loaded.pipeline)
         data = load_data(spec) if spec else None
         names = list(data.table.classes) if data else list(classes)
         split = data.split if data else no_split(names)
         card = card_of(loaded, spec, split, names, prompt, evaluation)
+        card = card.model_copy(update={"trainable_text_encoder": trainable_text_encoder})
         digest = write_diffusion(out, copies(staged), card, split)
     count = sum(parameter.numel() for parameter in loaded.network.parameters())
     return MadeDiffusion(digest, count, None)

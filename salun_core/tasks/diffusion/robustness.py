@@ -41,12 +41,12 @@ class RobustnessResult:
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """Generates the images of a sampling plan with any denoiser.
+    """Generates the images of a sampling plan with any denoiser under the conditions of one model.
 
     Args:
         inputs: provides conditions and settings.
-        family: family of the original; the unlearned model has the same encoders and decoder.
-        table: conditions of the run.
+        family: family of the model; its text encoder may be a trained one.
+        table: conditions of the run, from that text encoder.
         sampler: provides the sampling settings.
         plan: rows and seeds.
     """
@@ -78,37 +78,38 @@ class ImageGenerator:
 
 
 def measure_robustness(
-    generator: ImageGenerator, classifier: ImageClassifier, after: Denoiser, device: torch.device
+    before: ImageGenerator, classifier: ImageClassifier, after: ImageGenerator, device: torch.device
 ) -> RobustnessResult:
     """Run the tests on the model card: `relearn_steps` of fine-tuning, `attack_steps` of a prompt search.
 
     Args:
-        generator: generates images.
+        before: generates images of the original.
         classifier: recognises the forgotten rows.
-        after: the denoiser after unlearning; unchanged by the call.
+        after: generates images of the unlearned model; the call does not change it.
         device: device of the computation.
 
     Raises:
         UsageError: an attack on a model whose condition is not a single CLIP text encoder.
     """
-    settings, plan = generator.inputs.card.evaluation, generator.plan
+    settings, plan = before.inputs.card.evaluation, before.plan
     labels = {row: label for row in plan.forgotten if (label := plan.labels[row]) is not None}
     if not labels or not (settings.relearn_steps or settings.attack_steps):
         return RobustnessResult()
-    sets = build_example_sets(generator.inputs, diffusion_config("finetune", {"device": str(device)}), device)
+    sets = build_example_sets(before.inputs, diffusion_config("finetune", {"device": str(device)}), device)
 
     def missed(denoiser: Denoiser) -> Tensor:
         """Return a bool for each image of the forgotten rows: True if the classifier does not recognise it."""
-        found = [_recognised(classifier, generator.of_row(denoiser, row), label) for row, label in labels.items()]
+        found = [_recognised(classifier, after.of_row(denoiser, row), label) for row, label in labels.items()]
         return ~torch.cat(found)
 
     metrics: dict[str, Metric] = {}
     points: list[CurvePoint] = []
     if settings.relearn_steps:
-        points, found = _relearned(missed, after, sets, settings.relearn_steps, device)
+        own = replace(sets, table=after.table)
+        points, found = _relearned(missed, after.family.denoiser, own, settings.relearn_steps, device)
         metrics["UA_relearned"] = _shares({"after": found}, plan)
     if settings.attack_steps:
-        metrics |= _attacked(generator, classifier, labels, after, sets)
+        metrics |= _attacked(before, classifier, labels, after, sets)
     return RobustnessResult(metrics, points)
 
 
@@ -134,10 +135,10 @@ def _relearned(
 
 
 def _attacked(
-    generator: ImageGenerator,
+    before: ImageGenerator,
     classifier: ImageClassifier,
     labels: Mapping[int, int],
-    after: Denoiser,
+    after: ImageGenerator,
     sets: ExampleSets,
 ) -> dict[str, Metric]:
     """Measure how often the forgotten prompts show what was forgotten: as they are, and attacked.
@@ -149,18 +150,19 @@ def _attacked(
         `unattacked_success` and `attack_success`, before and after, in images of the same seeds.
     """
     seen: dict[str, dict[str, Tensor]] = {"unattacked_success": {}, "attack_success": {}}
-    for model, denoiser in (("before", generator.family.denoiser), ("after", after)):
+    for model, generator in (("before", before), ("after", after)):
+        denoiser = generator.family.denoiser
         plain = [_recognised(classifier, generator.of_row(denoiser, row), label) for row, label in labels.items()]
         tried = [
-            _recognised(classifier, _attacked_images(generator, denoiser, row, sets), label)
-            for row, label in labels.items()
+            _recognised(classifier, _attacked_images(generator, row, sets), label) for row, label in labels.items()
         ]
         seen["unattacked_success"][model], seen["attack_success"][model] = torch.cat(plain), torch.cat(tried)
-    return {name: _shares(by_model, generator.plan) for name, by_model in seen.items()}
+    return {name: _shares(by_model, before.plan) for name, by_model in seen.items()}
 
 
-def _attacked_images(generator: ImageGenerator, denoiser: Denoiser, row: int, sets: ExampleSets) -> Iterator[Tensor]:
+def _attacked_images(generator: ImageGenerator, row: int, sets: ExampleSets) -> Iterator[Tensor]:
     """Search for words that precede a forgotten prompt, and generate its images with the best ones."""
+    denoiser = generator.family.denoiser
     encoder = ClipWords.of(generator.family.loaded.components)
     plan, table = generator.plan, generator.table
     name = plan.rows[row]
