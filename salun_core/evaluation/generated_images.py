@@ -176,8 +176,8 @@ def evaluate_generated_images(
     retained rows, or on those that the plan names; `nudity` = share of the watched rows' images with an exposed part;
     `none_of_these` = share of images of the forgotten rows that show no class at all, such as noise, which UA counts as
     forgotten; `restored` = share of images of the forgotten rows that show it if the unlearned model has the class
-    embedding of the original, so that a model in which only this embedding was edited is found. A metric whose
-    evaluator is missing is absent.
+    embedding, or the text encoder, of the original, so that a model in which only this part was edited is found. A
+    metric whose evaluator is missing is absent.
 
     Args:
         before: generates with the original model.
@@ -192,7 +192,7 @@ def evaluate_generated_images(
         extra: metrics that were measured elsewhere, such as UA_relearned.
         resurgence: UA while the model was fine-tuned on retained data.
         reference: generates with a model that was retrained without the set.
-        hybrid: generates with the unlearned model that has the class embedding of the original.
+        hybrid: generates with the unlearned model that has the class embedding or the text encoder of the original.
         encoders: the text encoders before and after, if the model card allows a trained one.
 
     Returns:
@@ -356,7 +356,9 @@ def _restored(hybrid: Sample, evaluators: Evaluators, plan: SamplingPlan, before
     chosen = plan.images_of(plan.forgotten) & (plan.label_of >= 0)
     rows, seeds = plan.row_of[chosen].tolist(), plan.seeds[chosen].tolist()
     shown = []
-    for images in checked_images(hybrid(rows, seeds), len(rows), "after, with the class embedding of before"):
+    for images in checked_images(
+        hybrid(rows, seeds), len(rows), "after, with the class embedding or text encoder of before"
+    ):
         found = evaluators.classifier.predict(images).numpy()
         none = evaluators.calibration.shows_none(images).numpy() if evaluators.calibration else np.zeros_like(found)
         shown.append(np.where(none, -1, found))

@@ -92,7 +92,7 @@ GENERATED = {
     "none_of_these": Words(
         "None of the classes", "images of what was forgotten that resemble no class, such as noise; lower is better"
     ),
-    "restored": Words("Restored", "images of the forgotten class with the class embedding of the model before"),
+    "restored": Words("Restored", "forgotten images with the class embedding or text encoder of the model before"),
     "UA_relearned": Words("UA after fine-tuning", "the same after fine-tuning on retained data"),
     "RA": Words("Accuracy of the other classes (RA)", "images of other classes that the image classifier recognises"),
     "neighbours": Words(

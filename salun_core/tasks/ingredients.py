@@ -205,7 +205,7 @@ def _of_images(card: DiffusionCard, measurement: Measurement, store: ObjectStore
             yield _Cause(names, f"{field} is 0", f"{_AGAIN} --evaluation {field}=100")
     if not settings.neighbours:
         yield _Cause(("neighbours",), "the line names no neighbours", f"{_AGAIN} --evaluation neighbours=[NAME]")
-    if card.task == "text-to-image":
+    if card.task == "text-to-image" and not card.trainable_text_encoder:
         yield _Cause(("restored",), "prompts have no embedding of classes", "choose a policy without restored")
     others = [name for name in METRIC_NAMES if name not in (*_GENERATED, "UA", "RA", "restored")]
     yield _Cause(others, "it is a metric of classifiers", "choose a policy of diffusion models")

@@ -52,7 +52,7 @@ def make_mask(
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     selected = {name: shapes[name] for name in task.selected(inputs, config)}
     if not get_method(task.methods, method).needs_mask:
-        mask = SaliencyMask.full(selected)
+        mask = SaliencyMask.full(selected or shapes)  # nothing is selected where a text encoder is trained
     elif random_seed is not None:
         mask = SaliencyMask.random(selected, density, random_seed)
     else:

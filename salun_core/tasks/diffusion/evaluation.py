@@ -89,11 +89,16 @@ def measure(
     table = family.conditions(inputs.rows.names).to(device)
     generator = ImageGenerator(inputs, family, table, sampler, plan)
     changed = replace(generator, family=own, table=own.conditions(inputs.rows.names).to(device))  # its text encoder's
+    told = changed.table.rows
     later = RobustnessResult()
     if evaluators.classifier is not None:
         later = measure_robustness(generator, evaluators.classifier, changed, device)
     retrained = before.of(reference.to(device, torch.float32)) if reference else None
-    hybrid = after.with_class_embedding_of(before) if evaluators.classifier is not None else None
+    hybrid = None
+    if evaluators.classifier is not None and any(not torch.equal(rows, table.rows[key]) for key, rows in told.items()):
+        hybrid = generator.sample(after)  # with the text encoder of the original
+    elif evaluators.classifier is not None and (named := after.with_class_embedding_of(before)):
+        hybrid = generator.sample(named)
     evidence = evaluate_generated_images(
         generator.sample(before),
         changed.sample(after),
@@ -107,7 +112,7 @@ def measure(
         extra=later.metrics,
         resurgence=later.resurgence,
         reference=generator.sample(retrained) if retrained else None,
-        hybrid=generator.sample(hybrid) if hybrid else None,
+        hybrid=hybrid,
         encoders=(_text_encoder(inputs.original), _text_encoder(candidate.model))
         if card.trainable_text_encoder
         else None,

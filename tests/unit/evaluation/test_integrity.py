@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from salun_core.errors import ModelError
-from salun_core.evaluation.integrity import compare_weights
+from salun_core.evaluation.integrity import compare_weights, with_text_encoder
 from salun_core.methods.classification import unlearn
 from salun_core.saliency import SaliencyMask
 
@@ -92,3 +92,21 @@ def test_models_that_cannot_be_compared_are_refused(lab):
             compare_weights(lab.model, other)
     with pytest.raises(ModelError, match="does not fit"):
         compare_weights(lab.model, lab.model, SaliencyMask.full({"w": (2,)}))
+
+
+def test_no_mask_covers_a_text_encoder_and_a_changed_one_hides_the_distance():
+    torch.manual_seed(0)
+    before, text = torch.nn.Linear(3, 2), torch.nn.Linear(4, 2)
+    after, trained = copy.deepcopy(before), copy.deepcopy(text)
+    after.weight.data[0] += 1
+    mask = SaliencyMask.full({"weight": (2, 3)}).within({"weight": (2, 3), "bias": (2,)})
+    found = compare_weights(before, after, mask)
+    same = with_text_encoder(found, text, trained)
+    assert (same.weights, same.weights_changed, same.frozen_changed) == (8 + 10, 3, 0)
+    assert same.distance == found.distance
+    trained.bias.data[0] += 1
+    other = with_text_encoder(found, text, trained)
+    assert (other.weights_changed, other.frozen_changed, other.distance) == (4, 1, None)
+    assert with_text_encoder(compare_weights(before, after), text, trained).frozen_changed is None
+    trained.bias.data[1] = float("nan")
+    assert with_text_encoder(found, text, trained).non_finite == 1
