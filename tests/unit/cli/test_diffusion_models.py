@@ -134,6 +134,17 @@ def test_folder_is_imported(app, tmp_path):
     assert found.exit_code == 0, found.output
     card = json.loads((tmp_path / "m/model.json").read_text())
     assert (card["classes"], card["evaluation"]["steps"]) == (["zero", "one", "two"], 5)
+    assert card["trainable_text_encoder"] is False
+
+
+def test_an_import_allows_a_trained_text_encoder_only_if_told(app, tmp_path):
+    raw = save_raw("sd1", tmp_path / "raw")
+    found = _run(app, "import", raw, "--out", tmp_path / "m", "--trainable-text-encoder")
+    assert found.exit_code == 0, found.output
+    assert json.loads((tmp_path / "m/model.json").read_text())["trainable_text_encoder"] is True
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    refused = _run(app, "import", tmp_path / "weights.safetensors", "--trainable-text-encoder")
+    assert "--trainable-text-encoder cannot be used here" in str(refused.exception)
 
 
 def test_unknown_setting_is_named(app, tmp_path):
