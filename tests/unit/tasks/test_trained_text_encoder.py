@@ -1,6 +1,7 @@
 """A model whose text encoder was trained: allowed by its card, saved, and measured with its own text encoder."""
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 
@@ -12,22 +13,26 @@ pytest.importorskip("transformers", reason="the `diffusion` extra is not install
 import torch
 from safetensors.torch import load_file, save_file
 
+from salun_core.config import load
 from salun_core.diffusion.sampling import images
-from salun_core.digest import sha256_file
 from salun_core.errors import ModelError, UsageError
-from salun_core.evaluation.evidence import RunFacts
+from salun_core.evaluation.evidence import Evidence, RunFacts
 from salun_core.evaluation.generated_images import Evaluators
 from salun_core.gate.levels import claimed
 from salun_core.gate.policy import Policy
 from salun_core.methods.diffusion import diffusion_config, unlearn_denoiser
 from salun_core.methods.recipe import Recipe
 from salun_core.models.card import DiffusionEvaluation
-from salun_core.models.diffusers_folder import load_diffusion, model_files, save_diffusion
+from salun_core.models.diffusers_folder import load_diffusion, save_diffusion
+from salun_core.registry.lookup import read_version
+from salun_core.registry.versions import fetch_version
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask
+from salun_core.steps.run import run_all
+from salun_core.steps.run_form import UnlearningForm
 from salun_core.steps.unlearning import run_unlearning
-from salun_core.tasks import open_inputs
+from salun_core.tasks import open_inputs, register_model
 from salun_core.tasks.diffusion.evaluation import measure, require_same_parts
 from salun_core.tasks.diffusion.examples import build_example_sets
 from salun_core.tasks.diffusion.importing import import_diffusion
@@ -88,23 +93,6 @@ class Recorder:
     def predict(self, images):
         self.seen.append(images)
         return torch.zeros(len(images), dtype=torch.int64)
-
-
-def test_a_run_trains_saves_and_evaluates_the_text_encoder(allowing, forget, tmp_path):
-    context, after, mask = RunContext(allowing, forget, device="cpu"), tmp_path / "after", tmp_path / "mask"
-    recipe = Recipe(method="adv_unlearn", method_config=SETTINGS)
-    assert compute_mask(context, recipe, mask).density == 1  # it restricts nothing
-    run_unlearning(context, recipe, mask, after)
-    differing = {name for name in model_files(after) if sha256_file(after / name) != sha256_file(allowing / name)}
-    assert differing == {TEXT}
-    found = evaluate(context, after, tmp_path / "evidence.json", tmp_path / "report.html", mask=mask).integrity
-    new, old = load_diffusion(after), load_diffusion(allowing)
-    assert new.card.trainable_text_encoder
-    assert new.digest != old.digest
-    parts = [old.components.parts[name].parameters() for name in ("unet", "text_encoder")]
-    assert found.weights == sum(weight.numel() for part in parts for weight in part)
-    assert 0 < found.weights_changed < found.weights
-    assert (found.frozen_changed, found.non_finite, found.distance) == (None, 0, None)
 
 
 def test_a_change_of_the_text_encoder_alone_changes_the_images(allowing, forget, tmp_path):
@@ -169,6 +157,11 @@ def test_a_text_encoder_that_the_card_forbids_to_train_is_refused(allowing, forg
     assert not (tmp_path / "after").exists()
 
 
+def test_a_method_that_trains_it_gets_a_mask_that_restricts_nothing(allowing, forget, tmp_path):
+    recipe, context = Recipe(method="adv_unlearn", method_config=SETTINGS), RunContext(allowing, forget, device="cpu")
+    assert compute_mask(context, recipe, tmp_path / "mask").density == 1
+
+
 def test_only_the_weights_of_the_text_encoder_may_differ(allowing, tmp_path):
     changed = with_another_encoder(allowing, tmp_path / "changed")
     require_same_parts(load_diffusion(allowing), load_diffusion(changed))
@@ -209,3 +202,34 @@ def test_only_a_single_clip_text_encoder_can_be_trained(tmp_path):
         with pytest.raises(UsageError, match="text encoder of this model cannot be trained"):
             import_diffusion(str(raw), None, tmp_path / "model", classes=CLASSES, trainable_text_encoder=True)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.s3
+def test_a_published_version_has_the_trained_text_encoder(store, digits_model, tmp_path):
+    names, evaluation = list("0123456789"), DiffusionEvaluation(judge=str(digits_model), images_per_class=1, steps=2)
+    options = {"classes": names, "evaluation": evaluation, "trainable_text_encoder": True}
+    import_diffusion(str(save_raw("sd1", tmp_path / "raw")), None, tmp_path / "model", **options)
+    parent = register_model(store, "sd", tmp_path / "model", "import", 0)
+    store.put_new("policy.json", json.dumps(PERMISSIVE).encode())
+    form = UnlearningForm(
+        model_line="sd",
+        store_uri=store.uri,
+        forget_manifest_uri=target_file(
+            tmp_path, kind="concept", prompts=["an image of a 3"], anchor_prompt="an image of a 4", images=2
+        ),
+        method="adv_unlearn",
+        method_config=SETTINGS,
+        policy_uri=f"{store.uri}/policy.json",
+    )
+    version = run_all(form, tmp_path / "run", run="run-1").published.version
+    old, new = (read_version(store, "sd", digest).files for digest in (parent, version))
+    assert {name for name, entry in old.items() if entry != new[name]} == {"model.json", TEXT}
+    fetch_version(store, "sd", version, tmp_path / "fetched")
+    before, after = load_diffusion(tmp_path / "model"), load_diffusion(tmp_path / "fetched")
+    require_same_parts(before, after)
+    assert after.card.trainable_text_encoder
+    parts = [before.components.parts[name].parameters() for name in ("unet", "text_encoder")]
+    found = load(Evidence, tmp_path / "run" / "evidence.json").integrity
+    assert found.weights == sum(weight.numel() for part in parts for weight in part)
+    assert 0 < found.weights_changed < found.weights
+    assert (found.frozen_changed, found.non_finite, found.distance) == (None, 0, None)
