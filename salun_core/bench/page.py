@@ -16,6 +16,7 @@ from salun_core.bench.plot import digest, plot
 from salun_core.bench.results import (
     FORMAT,
     RETRAIN,
+    TIE,
     Figures,
     ResultRow,
     Results,
@@ -45,7 +46,7 @@ def table(results: Results) -> str:
 
     Ratios are in percent. With retrained models, the distance to them is in parentheses: the mean over the seeds of
     each seed's own distances, so that the average gap is the mean of the parentheses. The smallest average gap is bold,
-    together with all that cannot be told from it.
+    together with the rows that are tied with it.
 
     Args:
         results: of one suite and size.
@@ -192,10 +193,10 @@ def floor_sentence(results: Results) -> str:
         f"{results.floor:.2f} points, is the floor. "
     )
     if not results.best:
-        return f"{text}Nothing is bold, because no row can be told from the smallest gap."
+        return f"{text}Nothing is bold, because all rows are tied with the smallest gap."
     return (
-        f"{text}Bold: the smallest gap and all that cannot be told from it, because the difference lies inside the "
-        "floor or its 95 % interval contains 0."
+        f"{text}Bold: the smallest gap and all rows that are tied with it. Their difference lies inside the floor, or "
+        f"is at most {TIE:g} point with a 95 % interval that contains 0."
     )
 
 

@@ -25,6 +25,7 @@ CLASSIFIER_METRICS = ("UA", "RA", "TA", "MIA")
 GENERATED_METRICS = ("UA", "RA", "FID", "KID")
 OPTIONAL_METRICS = ("neighbours", "CLIP", "nudity", "UA_relearned", "attack_success")
 ORIGINAL, RETRAIN = "original", "Retrain"
+TIE = 1.0  # points of the average gap: the most that two rows may differ by if their interval contains 0
 Setting = float | str
 _SOMETIMES = {"chosen", "tried", "search_passes", "search_seconds", "own_passes", "debt", "runs", "reference"}
 _Values = dict[str, float | None]
@@ -114,7 +115,7 @@ class Results(Document):
 
     @property
     def best(self) -> frozenset[str]:
-        """The rows of methods that cannot be told from the one with the smallest gap; empty if no row can be."""
+        """The row of a method with the smallest gap and all that are tied with it; empty if all are."""
         return best_rows({row.name: gaps_of(row) for row in self.rows if row.method is not None}, self.floor)
 
 
@@ -134,22 +135,24 @@ def gaps_of(row: ResultRow) -> dict[int, float]:
 
 
 def best_rows(gaps: Mapping[str, Mapping[int, float]], floor: float | None) -> frozenset[str]:
-    """Return the row with the smallest mean gap, and all rows that cannot be told from it.
+    """Return the row with the smallest mean gap, and all rows that are tied with it.
 
-    A row is told from it if the mean difference is above the floor, and the paired interval is above 0.
+    A row is tied if the mean difference lies inside the floor, or if it is at most `TIE` and the paired interval
+    contains 0. A row that is further away on average is no tie, however much it varies: a method that fails at one seed
+    of three has an interval that contains 0, too.
 
     Args:
         gaps: by row and seed, in points.
         floor: mean gap between references, in points; None if it was not measured.
 
     Returns:
-        Names. Empty without a floor, and if no row can be told from the best one: marking all would say nothing.
+        Names. Empty without a floor, and if all rows are tied: marking all would say nothing.
     """
     measured = {name: of for name, of in gaps.items() if of}
     if floor is None or not measured:
         return frozenset()
     best = measured[smallest(measured)]
-    tied = {name for name, of in measured.items() if not _told_apart(of, best, floor)}
+    tied = {name for name, of in measured.items() if _tied(of, best, floor)}
     return frozenset(tied) if len(tied) < len(measured) else frozenset()
 
 
@@ -158,9 +161,11 @@ def smallest(gaps: Mapping[str, Mapping[int, float]]) -> str:
     return min(gaps, key=lambda name: statistics.mean(gaps[name].values()))
 
 
-def _told_apart(gaps: Mapping[int, float], best: Mapping[int, float], floor: float) -> bool:
+def _tied(gaps: Mapping[int, float], best: Mapping[int, float], floor: float) -> bool:
     mean, interval = difference(gaps, best)
-    return mean is not None and mean > floor and interval is not None and interval[0] > 0
+    if mean is None or interval is None:
+        return True
+    return mean <= max(floor, TIE) if interval[0] <= 0 else mean <= floor
 
 
 def difference(gaps: Mapping[int, float], best: Mapping[int, float]) -> tuple[float | None, tuple[float, float] | None]:

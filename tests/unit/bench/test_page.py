@@ -157,12 +157,17 @@ def test_rows_whose_difference_lies_inside_the_floor_are_not_told_apart_by_bold(
     assert bold(study_table(documents)) == wanted
 
 
-def test_rows_whose_paired_interval_contains_zero_are_not_told_apart():
-    gaps = {"A": {0: 3.0, 1: 3.0, 2: 3.0}, "B": {0: 3.5, 1: 9.0, 2: 4.0}, "C": {0: 9.0, 1: 9.5, 2: 10.0}}
-    assert best_rows(gaps, 0.1) == {"A", "B"}  # B: 2.5 behind, above the floor; the interval is -5.0 to 10.0
+def test_rows_that_are_close_and_whose_paired_interval_contains_zero_are_tied():
+    gaps = {"A": {0: 3.0, 1: 3.0, 2: 3.0}, "B": {0: 3.1, 1: 4.9, 2: 3.4}, "C": {0: 3.5, 1: 3.6, 2: 3.7}}
+    assert best_rows(gaps, 0.1) == {"A", "B"}  # B: 0.8 behind, above the floor; the interval is -1.6 to 3.2
     shifted = {name: {seed: gap + 20 * seed for seed, gap in of.items()} for name, of in gaps.items()}
     assert best_rows(shifted, 0.1) == {"A", "B"}  # what all rows of a seed share cancels out: C is still told apart
     assert best_rows({name: {0: of[0]} for name, of in gaps.items()}, 0.1) == set()  # one seed tells nothing apart
+
+
+def test_a_row_that_fails_at_one_seed_is_not_tied_although_its_interval_contains_zero():
+    gaps = {"A": {0: 3.0, 1: 3.0, 2: 3.0}, "B": {0: 3.0, 1: 60.0, 2: 3.1}}
+    assert best_rows(gaps, 0.1) == {"A"}
 
 
 def test_the_floor_is_a_row_and_is_named_below_the_table():
@@ -186,4 +191,4 @@ def test_results_with_one_reference_have_no_floor_and_nothing_bold():
     assert "No floor was measured" in study_table(documents)
     mixed = documents | {STUDY["person"]: compared(*CLOSE, floor=[0.1, 0.1, 0.1]).model_dump(mode="json")}
     row = next(line for line in study_table(mixed).splitlines() if line.startswith("| Retrain against Retrain |"))
-    assert row == "| Retrain against Retrain | – | – | – | – | 0.10 ± 0.00 |"
+    assert row == f"| Retrain against Retrain |{' – |' * (len(STUDY) - 1)} 0.10 ± 0.00 |"
