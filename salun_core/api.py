@@ -236,7 +236,7 @@ def unlearn(
             spent += record.reading.passes if record.reading else 1
             step(min(spent, total), ", ".join(f"loss {name} {loss:.3f}" for name, loss in record.losses.items()))
 
-        return classification.unlearn(
+        result = classification.unlearn(
             network,
             method,
             forget=gone,
@@ -247,6 +247,9 @@ def unlearn(
             fresh=(lambda seed: fresh_classifier(card.architecture, kept, len(card.classes), seed)) if card else None,
             on_epoch=on_epoch,
         )
+        if result.ended:  # an adaptive run may end before its budget does
+            step(None, result.ended)
+    return result
 
 
 def evaluate(
@@ -633,8 +636,11 @@ def _outputs(network: nn.Module, images: ImageSource) -> int:
 
 
 @contextmanager
-def _bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int, str], None]]:
-    """Show a bar on a terminal or in a notebook, and nothing elsewhere; yield (done, text) -> None."""
+def _bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int | None, str], None]]:
+    """Show a bar on a terminal or in a notebook, and nothing elsewhere.
+
+    Yields a function of what is done and a text. None means that the work has ended, whatever is left of the total.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -647,13 +653,17 @@ def _bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int, str], N
 
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task(label, total=total)
-            yield lambda done, text: bar.update(task, completed=done, description=f"{label}: {text}" if text else label)
+            yield lambda done, text: bar.update(
+                task, completed=total if done is None else done, description=f"{label}: {text}" if text else label
+            )
 
 
-def _notebook_bar(label: str, total: int) -> Callable[[int, str], None]:
+def _notebook_bar(label: str, total: int) -> Callable[[int | None, str], None]:
     from IPython.display import display
 
-    def drawn(done: int, text: str) -> dict[str, str]:
+    def drawn(done: int | None, text: str) -> dict[str, str]:
+        if done is None:
+            return {"text/plain": f"{label} {'━' * _WIDTH} {text}"}
         filled = _WIDTH * done // max(1, total)
         bar = "━" * filled + "╌" * (_WIDTH - filled)
         return {"text/plain": f"{label} {bar} {done} of {total}{f', {text}' if text else ''}"}
