@@ -106,6 +106,7 @@ def test_the_calls_on_the_pages_fit_the_functions(page):
 
 def test_the_lines_of_the_page_run(net, forget, retain):
     names = {"model": net, "forget": forget, "retain": TensorDataset(*retain), "test": images_of(30)}
+    names["held_out"] = images_of(20)
     for block in blocks_of("docs/how-to/python.md")[:2]:
         exec(block, names)
 
