@@ -80,6 +80,10 @@ def _moments(counts: Sequence[int]) -> tuple[float, float]:
     return round(total / (number * 255), 6), round(deviation, 6) if deviation >= 1e-6 else 1.0
 
 
+Part = Callable[[int], slice]
+"""Size of a batch -> the positions of it that one of several processes reads."""
+
+
 @runtime_checkable
 class ImageSource(Protocol):
     """Labelled images of one split, wherever their pixels are.
@@ -152,7 +156,7 @@ class ImageSource(Protocol):
         ...
 
     def batches(
-        self, size: int, generator: torch.Generator | None = None, augment: bool = False
+        self, size: int, generator: torch.Generator | None = None, augment: bool = False, part: Part | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (normalised float32 images [B, C, H, W], labels [B]).
 
@@ -160,6 +164,8 @@ class ImageSource(Protocol):
             size: batch size B; the last batch may be smaller.
             generator: a CPU generator that shuffles the order and draws the augmentation; None keeps the order.
             augment: whether to augment; needs the generator.
+            part: the positions of each batch that are read and yielded; None takes all. The generator is used as for
+                the whole batch, so the parts of several processes are together the batches of one.
         """
         ...
 
@@ -170,22 +176,26 @@ def drawn_batches(
     size: int,
     generator: torch.Generator | None,
     augment: bool,
+    part: Part | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of a source; see `ImageSource.batches`.
 
     Args:
         source: its labels, normalisation and augmentation.
-        read: positions of each batch -> its stored images, on the labels' device.
+        read: indices of the images to read of each batch -> the images as stored, on the labels' device.
         size: as for `batches`.
         generator: as for `batches`.
         augment: as for `batches`.
+        part: as for `batches`.
     """
     order = torch.arange(len(source)) if generator is None else torch.randperm(len(source), generator=generator)
-    parts = torch.split(order.to(source.labels.device), size)
-    for index, images in zip(parts, read(parts), strict=True):
+    whole = torch.split(order.to(source.labels.device), size)
+    cuts = [(len(index), part(len(index)) if part else slice(None)) for index in whole]
+    parts = [index[cut] for index, (_, cut) in zip(whole, cuts, strict=True)]
+    for of, index, images in zip(cuts, parts, read(parts), strict=True):
         if augment and generator is not None and source.augment != "none":
-            images = random_crop(images, generator)
-            images = random_flip(images, generator) if source.augment == "crop-flip" else images
+            images = random_crop(images, generator, of)
+            images = random_flip(images, generator, of) if source.augment == "crop-flip" else images
         if source.normalisation is not None and images.dtype == torch.uint8:
             yield source.normalisation.apply(images), source.labels[index]
         else:
@@ -290,10 +300,10 @@ class ImageSet:
         return _taken(self.images, torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device))
 
     def batches(
-        self, size: int, generator: torch.Generator | None = None, augment: bool = False
+        self, size: int, generator: torch.Generator | None = None, augment: bool = False, part: Part | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (normalised float32 images, labels); see `ImageSource.batches`."""
-        return drawn_batches(self, lambda parts: map(self.pixels, parts), size, generator, augment)
+        return drawn_batches(self, lambda parts: map(self.pixels, parts), size, generator, augment, part)
 
     def _with(self, images: Tensor, labels: Tensor, ids: Sequence[str]) -> ImageSet:
         return ImageSet(images, labels, self.normalisation, self.augment, ids)
@@ -388,12 +398,13 @@ def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - wha
     return images, labels.to(torch.int64)
 
 
-def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
+def random_crop(images: Tensor, generator: torch.Generator, of: tuple[int, slice] | None = None) -> Tensor:
     """Pad by 4 and crop each image at its own random position, all at once on the device.
 
     Args:
         images: [N, C, H, W].
         generator: a CPU generator.
+        of: size of the batch that positions are drawn for, and which of it these images are; None for all.
 
     Returns:
         A tensor of the same shape.
@@ -401,7 +412,8 @@ def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     count, channels, height, width = images.shape
     padded = torch.nn.functional.pad(images.permute(0, 2, 3, 1), (0, 0) + (_PADDING,) * 4).contiguous()
     line = (width + 2 * _PADDING) * channels
-    offset = torch.randint(0, 2 * _PADDING + 1, (2, count), generator=generator).to(images.device)
+    drawn, cut = of or (count, slice(None))
+    offset = torch.randint(0, 2 * _PADDING + 1, (2, drawn), generator=generator)[:, cut].to(images.device)
     top = torch.arange(count, device=images.device) * (height + 2 * _PADDING) + offset[0]
     rows = top[:, None] + torch.arange(height, device=images.device)
     starts = rows * line + offset[1, :, None] * channels
@@ -412,9 +424,10 @@ def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
     return cropped.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image [N, C, H, W] left to right with probability 1/2."""
-    flip = torch.rand(len(images), generator=generator).lt(0.5)
+def random_flip(images: Tensor, generator: torch.Generator, of: tuple[int, slice] | None = None) -> Tensor:
+    """Mirror each image [N, C, H, W] left to right with probability 1/2; `of` as in `random_crop`."""
+    drawn, cut = of or (len(images), slice(None))
+    flip = torch.rand(drawn, generator=generator)[cut].lt(0.5)
     source = torch.arange(len(images)).where(~flip, len(images) - 1 + flip.cumsum(0)).to(images.device)
     mirrored = _taken(images, flip.nonzero().flatten().to(images.device)).flip(3)
     return _taken(torch.cat([images, mirrored]), source)

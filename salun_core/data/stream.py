@@ -13,7 +13,7 @@ import os
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from salun_core.data.decode import another_size, channels_of, decode_one
-from salun_core.data.images import ImageSource, Normalisation, drawn_batches, not_joined
+from salun_core.data.images import ImageSource, Normalisation, Part, drawn_batches, not_joined
 from salun_core.data.table import Encoded, Payload, Table, row_hash
 from salun_core.errors import IntegrityError, StoreError
 from salun_core.telemetry.progress import tracked
@@ -269,14 +269,17 @@ class StreamedImages:
         return self.decoded.read(rows).to(self.labels.device)
 
     def batches(
-        self, size: int, generator: torch.Generator | None = None, augment: bool = False
+        self, size: int, generator: torch.Generator | None = None, augment: bool = False, part: Part | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (normalised float32 images, labels); see `ImageSource.batches`."""
-        self.ready()
-        yield from drawn_batches(self, self._read_ahead, size, generator, augment)
+        return drawn_batches(self, self._read_ahead, size, generator, augment, part)
 
-    def _read_ahead(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield the images of each batch; the next ones are read while it is in use."""
+    def _read_ahead(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Decode what the pass needs, then yield the images of each batch; the next ones are read while it is in use.
+
+        Of several processes, each decodes its own parts only.
+        """
+        self.decoded.decode(self.rows[torch.cat(list(parts)).cpu().numpy()])
         pending: deque[Future[Tensor]] = deque()
         with ThreadPoolExecutor(1) as pool:
             for index in parts:

@@ -56,22 +56,24 @@ class Share:
         labels: [B'].
         count: B'; 0 if the batch has fewer images than there are processes. One image then stands in for the share.
         weight: B' / B: times the part's mean loss, and added up over processes, it is the batch's mean.
+        batch: B, the number of images of the whole batch.
     """
 
     images: Tensor
     labels: Tensor
     count: int
     weight: float
+    batch: int
 
     def halves(self) -> tuple[Share, Share]:
         """Divide the part; one image is divided into itself and a stand-in without weight."""
         first = (self.count + 1) // 2
         if first == self.count:
-            return self, Share(self.images[:1], self.labels[:1], 0, 0.0)
+            return self, Share(self.images[:1], self.labels[:1], 0, 0.0, self.batch)
         second, weight = self.count - first, self.weight / self.count
         return (
-            Share(self.images[:first], self.labels[:first], first, weight * first),
-            Share(self.images[first:], self.labels[first:], second, weight * second),
+            Share(self.images[:first], self.labels[:first], first, weight * first, self.batch),
+            Share(self.images[first:], self.labels[first:], second, weight * second, self.batch),
         )
 
 
@@ -108,15 +110,31 @@ class ProcessGroup:
         """Whether this process writes, logs and reports."""
         return self.rank == 0
 
+    def part(self, batch: int) -> slice:
+        """Return the positions of a batch that this process works on.
+
+        The parts of all processes are the batch, in equal sizes as far as it can be divided. A process that gets
+        nothing of a small batch gets its first image as a stand-in: it takes part in each step, with weight 0.
+        """
+        each, more = divmod(batch, self.size)
+        start = self.rank * each + min(self.rank, more)
+        return slice(start, start + each + (self.rank < more)) if self.rank < batch else slice(0, 1)
+
     def share(self, images: Tensor, labels: Tensor) -> Share:
         """Return this process's part of a batch; all processes hold the same batch."""
-        if self.size == 1:
-            return Share(images, labels, len(labels), 1.0)
-        mine = torch.tensor_split(torch.arange(len(labels), device=labels.device), self.size)[self.rank]
-        count = len(mine)
-        if count == 0:
-            return Share(images[:1], labels[:1], 0, 0.0)
-        return Share(images[mine], labels[mine], count, count / len(labels))
+        mine = self.part(len(labels))
+        return self.share_of(images[mine], labels[mine], len(labels))
+
+    def share_of(self, images: Tensor, labels: Tensor, batch: int) -> Share:
+        """Return the share that consists of what `part` selected from a batch.
+
+        Args:
+            images: [B', C, H, W], those of this process.
+            labels: [B'].
+            batch: B, the number of images of the whole batch.
+        """
+        count = len(labels) if self.rank < batch else 0
+        return Share(images, labels, count, count / batch if batch else 1.0, batch)
 
     def add_gradients(self, model: nn.Module) -> None:
         """Replace the gradients by their sums over all processes, in one collective call."""

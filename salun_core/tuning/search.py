@@ -146,7 +146,7 @@ def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
     config = problem.config(choice).model_copy(update={"epochs": epochs})
     forget, retain = problem.images
     with torch.no_grad():
-        num_classes = int(problem.model(next(iter(forget.batches(1)))[0]).shape[1])
+        num_classes = int(problem.model(next(iter(forget.select([0]).batches(1)))[0]).shape[1])
     row = get_method(METHODS, choice.method)
     held_out = problem.sets.held_out if row.reads_held_out else None
     context = ClassifierContext(forget, retain, num_classes, config, problem.model, held_out=held_out)

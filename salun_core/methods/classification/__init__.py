@@ -235,7 +235,7 @@ def _checked_classes(model: nn.Module, forget: ImageSource, retain: ImageSource)
         if len(images) == 0:
             raise DataError(f"{name} set is empty", "there is nothing to train on", "check the forget target")
     with torch.no_grad():
-        inputs, _ = next(iter(forget.batches(1)))
+        inputs, _ = next(iter(forget.select([0]).batches(1)))
         num_classes = int(model.eval()(inputs).shape[1])
     if num_classes < 2:
         raise DataError("the model has one class", "forgetting needs another class", "give a classifier with two")

@@ -60,7 +60,7 @@ def begin(context: ClassifierContext) -> ClassifierContext:
 def _check_outputs(model: nn.Module, context: ClassifierContext, expected: int) -> None:
     what, remedy = "the model's last linear layer does not compute its logits", "use another method"
     try:
-        outputs = model(next(iter(context.forget.batches(1)))[0]).shape[1]
+        outputs = model(next(iter(context.forget.select([0]).batches(1)))[0]).shape[1]
     except RuntimeError as error:
         raise ModelError(what, f"with one more row it does not run: {str(error).splitlines()[0]}", remedy) from error
     if outputs != expected:

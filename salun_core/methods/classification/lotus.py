@@ -15,7 +15,7 @@ docs/research/deviations.md, row `lotus`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from salun_core.data.images import ImageSource
 from salun_core.errors import UsageError
 from salun_core.evaluation.outputs import outputs_of
-from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, batches_of, share_step
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, batches_of, share_step, shares
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import Phase, Step
 
@@ -119,10 +119,11 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     temperature = float(np.exp(config.temper_strength * above))
 
     def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
-        for inputs, forgotten in images.batches(config.batch_size, generator, config.augment):
-            noise = -torch.empty(len(forgotten), context.num_classes).exponential_(generator=generator).log()
-            drawn = torch.cat([forgotten[:, None].to(noise), noise], dim=1).to(inputs)
-            yield share_step(partial(tempered_loss, context, temperature), group.share(inputs, drawn))
+        for share in shares(images, config, generator, group):
+            noise = -torch.empty(share.batch, context.num_classes).exponential_(generator=generator).log()
+            mine = noise[group.part(share.batch)]
+            drawn = torch.cat([share.labels[:, None].to(mine), mine], dim=1).to(share.images)
+            yield share_step(partial(tempered_loss, context, temperature), replace(share, labels=drawn))
 
     return [Phase("mixed", images.labels.device, len(images), batches_of(images, config), draw)]
 

@@ -41,8 +41,8 @@ def dataset_phase(name: str, images: ImageSource, config: UnlearnConfig, loss: L
     """
 
     def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
-        for batch in images.batches(config.batch_size, generator, config.augment):
-            yield share_step(loss, group.share(*batch))
+        for share in shares(images, config, generator, group):
+            yield share_step(loss, share)
 
     return Phase(name, images.labels.device, len(images), batches_of(images, config), draw)
 
@@ -65,10 +65,29 @@ def batches_of(images: ImageSource, config: UnlearnConfig) -> int:
     return -(-len(images) // config.batch_size)
 
 
-def cycled(images: ImageSource, config: UnlearnConfig, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches indefinitely, reshuffled for each pass."""
+def shares(
+    images: ImageSource, config: UnlearnConfig, generator: torch.Generator, group: ProcessGroup
+) -> Iterator[Share]:
+    """Yield this process's part of each batch of one pass; it reads no other images.
+
+    Args:
+        images: the images, the same in all processes.
+        config: batch size and augmentation.
+        generator: of the epoch; all processes use it in the same way.
+        group: the processes.
+    """
+    left = len(images)
+    for inputs, labels in images.batches(config.batch_size, generator, config.augment, group.part):
+        yield group.share_of(inputs, labels, min(config.batch_size, left))
+        left -= config.batch_size
+
+
+def cycled(
+    images: ImageSource, config: UnlearnConfig, generator: torch.Generator, group: ProcessGroup
+) -> Iterator[Share]:
+    """Yield this process's part of each batch indefinitely, reshuffled for each pass."""
     while True:
-        yield from images.batches(config.batch_size, generator, config.augment)
+        yield from shares(images, config, generator, group)
 
 
 def cycled_count(images: ImageSource, config: UnlearnConfig, batches: int) -> int:

@@ -25,6 +25,7 @@ from salun_core.methods.classification.method import (
     classification_loss,
     cycled,
     cycled_count,
+    shares,
 )
 from salun_core.methods.distributed import ProcessGroup, Share
 from salun_core.methods.loop import Phase, Step
@@ -51,10 +52,9 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     config, retain = context.config, context.retain
 
     def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
-        retain_batches = retain.batches(config.batch_size, generator, config.augment)
-        forget_batches = cycled(context.forget, config, generator)
-        for batch_r, batch_f in zip(retain_batches, forget_batches, strict=False):
-            yield _step(config.retain_weight, group.share(*batch_r), group.share(*batch_f), len(batch_r[1]))
+        kept, gone = shares(retain, config, generator, group), cycled(context.forget, config, generator, group)
+        for share_r, share_f in zip(kept, gone, strict=False):
+            yield _step(config.retain_weight, share_r, share_f, share_r.batch)
 
     return [Phase("paired", retain.labels.device, len(retain), batches_of(retain, config), draw)]
 

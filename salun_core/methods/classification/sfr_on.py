@@ -38,6 +38,7 @@ from salun_core.methods.classification.method import (
     cycled,
     cycled_count,
     share_step,
+    shares,
 )
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, Share
 from salun_core.methods.loop import Phase, Step
@@ -122,15 +123,14 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
 
     def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
         assert model is not None
-        retain_batches = retain.batches(config.batch_size, generator, config.augment)
-        forget_batches = cycled(context.forget, config, generator)
+        kept, gone = shares(retain, config, generator, group), cycled(context.forget, config, generator, group)
         for done in range(0, steps, config.forget_every + 1):
             slow = [parameter.detach().clone() for parameter in model.parameters()] if config.slow_rate < 1 else None
             progress = (context.epoch + done / steps) / config.epochs
             alpha = config.forget_strength * 0.5 * (1 + math.cos(math.pi * progress))
-            yield Step(partial(_forget_loss, context, group.share(*next(forget_batches)), alpha, group), 0, 1.0)
-            for images, labels in islice(retain_batches, config.forget_every):
-                yield share_step(classification_loss, group.share(images, labels))
+            yield Step(partial(_forget_loss, context, next(gone), alpha, group), 0, 1.0)
+            for share in islice(kept, config.forget_every):
+                yield share_step(classification_loss, share)
             if slow is not None:  # the optimizer has taken the last step of the round
                 _slow_update(model, slow, config.slow_rate)
 

@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 import zlib
+from functools import partial
 
 import numpy as np
 import pyarrow
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from salun_core.data import DataSpec, ImageSet, load_data
+from salun_core.data import DataSpec, ImageSet, load_data, stream
 from salun_core.data.images import Normalisation
 from salun_core.data.readers import read_table
 from salun_core.data.stream import StreamedImages
@@ -23,7 +24,9 @@ from salun_core.errors import DataError, IntegrityError, StoreError, UsageError
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.methods.checkpoint import FileCheckpoint
 from salun_core.methods.classification import method_config
-from salun_core.methods.distributed import SINGLE_PROCESS
+from salun_core.methods.classification.method import shares
+from salun_core.methods.config import UnlearnConfig
+from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 from salun_core.tasks import inputs_of, task_of
@@ -141,6 +144,30 @@ def test_all_steps_give_the_same_from_both_sources_and_resume_from_either(monkey
     assert found[0] == found[1]
     resumed = task.unlearn(inputs, "salun", config, mask, checkpoint)
     assert model_digest(resumed.model) == found[0][2]
+
+
+def test_processes_decode_their_own_rows_and_their_shares_are_the_batches_of_one(monkeypatch, shards):
+    """Order and augmentation are drawn as by one process; only the pixels of the others are left alone."""
+    known, config = Normalisation((0.5,) * 3, (0.2,) * 3), UnlearnConfig(batch_size=16)
+    alone = load_data(DataSpec(source=str(shards), **SPEC)).images("train", known)
+    whole = list(alone.batches(16, torch.Generator().manual_seed(5), True))
+    decode, decoded, drawn = stream.decode_one, {0: set(), 1: set()}, []
+    for rank, names in decoded.items():
+        monkeypatch.setattr(stream, "decode_one", decode)
+        mine = streamed(monkeypatch, shards).images("train", known)
+        count = partial(lambda names, *given: names.add(given[1]) or decode(*given), names)
+        monkeypatch.setattr(stream, "decode_one", count)
+        generator = torch.Generator().manual_seed(5)
+        drawn.append(list(shares(mine, config, generator, ProcessGroup(rank, 2))))
+    assert not decoded[0] & decoded[1]
+    assert len(decoded[0] | decoded[1]) == len(alone)
+    for (images, labels), *parts in zip(whole, *drawn, strict=True):
+        assert torch.equal(torch.cat([part.images for part in parts]), images)
+        assert torch.equal(torch.cat([part.labels for part in parts]), labels)
+        assert sum(part.weight for part in parts) == 1
+    first = set(decoded[1])
+    list(shares(mine, config, generator, ProcessGroup(1, 2)))
+    assert first < decoded[1]  # another order: the next pass decodes what it lacks
 
 
 def test_only_the_rows_of_a_pass_are_read(monkeypatch, shards):

@@ -126,7 +126,7 @@ def test_a_share_of_one_image_is_halved_with_a_stand_in():
     left, right = share.halves()
     assert (left.count, right.count, left.weight, right.weight) == (3, 2, pytest.approx(0.6), pytest.approx(0.4))
     assert torch.equal(torch.cat([left.images, right.images]), images)
-    one, stand_in = Share(images[:1], labels[:1], 1, 0.2).halves()
+    one, stand_in = Share(images[:1], labels[:1], 1, 0.2, 5).halves()
     assert (one.count, one.weight, stand_in.count, stand_in.weight) == (1, 0.2, 0, 0.0)
     assert len(stand_in.images) == 1
     assert [half.count for half in stand_in.halves()] == [0, 0]
