@@ -17,7 +17,7 @@ ARGS ?=
 KIND ?= stable-diffusion ddpm
 BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
 
-.PHONY: help setup demo demo-diffusion test test-fast check lint types in-step audit generated docs bench calibrate reliability image manifests clean
+.PHONY: help setup demo demo-diffusion test test-fast check lint types in-step audit generated docs bench bench-scale calibrate reliability image manifests clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ docs: setup ## Build the documentation site into build/site; fails on a broken l
 
 bench: setup ## Compare the speed of mask, step, epoch, loading and attack with the usual procedure (BENCHMARKS= selects others)
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+bench-scale: setup ## Measure every step by the number of rows, up to a million; an hour (ARGS='--sizes 10000' measures less)
+	$(BIN)/python -m benchmarks.scale --write $(ARGS)
 
 calibrate: setup ## Measure how often the gate is right, and write docs/research/calibration.md; minutes (ARGS= goes to it)
 	$(BIN)/salun calibrate --workers 2 --results benchmarks/results/calibration.json --into docs/research/calibration.md $(ARGS)
