@@ -9,13 +9,14 @@ import secrets
 import shutil
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from salun_core.errors import StoreError
+from tests.support import pictures
 
 settings.register_profile("salun", deadline=None, derandomize=os.environ.get("CI") == "true")  # CI: the same examples
 settings.load_profile("salun")
@@ -23,6 +24,7 @@ settings.load_profile("salun")
 _FOREIGN = ("AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE")
 _TRAINED = {"lab", "digits_model"}
 _TESTS = Path(__file__).resolve().parent
+_WITH_PICTURES = tuple(_TESTS / "unit" / name for name in ("report", "bench"))
 _shared = pytest.StashKey[ExitStack]()
 _server_key = pytest.StashKey[object]()
 
@@ -109,6 +111,14 @@ def _one_thread():
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _pictures(request):
+    """Draw the pictures of reports only in tests that look at them."""
+    looks = any(request.path.is_relative_to(folder) for folder in _WITH_PICTURES)
+    with nullcontext() if looks else pictures.left_out():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,7 @@ def write_report(path: Path, evidence: Evidence, decision: GateDecision | None, 
     write_whole(path, render_report(evidence, decision, context).encode("utf-8"))
 
 
+@lru_cache(maxsize=1)  # a run writes the page twice, and to compile it takes longer than to fill it in
 def _template() -> Template:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

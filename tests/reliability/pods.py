@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
-from functools import lru_cache
 from pathlib import Path
 
 from salun_core.data import DataSpec, load_data
@@ -134,8 +133,7 @@ def prepare() -> None:
     TASKS["toy"] = toy_task.ToyTask()
     load_data(DataSpec(source="digits"))
     plots.draw = lambda name, width, height, paint: "<svg></svg>"  # to draw takes longer than all else
-    render._template = lru_cache(render._template)  # as a process that writes two reports would
-    render._template()
+    render._template()  # it is kept
     _unused.append(make_client())  # it has no connection yet, so that each process can use its copy
     for name in (*_WRITES, "download", "_fetch"):
         setattr(S3Store, name, _wired(name, getattr(S3Store, name)))
