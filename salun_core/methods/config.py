@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from salun_core.config import Document
 from salun_core.errors import UsageError
+from salun_core.methods.offload import Place
 
 
 class LoopConfig(Document):
@@ -49,6 +50,11 @@ class LoopConfig(Document):
     def scoring_passes(self) -> int:
         """Number of passes over the forget set for the saliency scores."""
         return 1
+
+    @property
+    def state_place(self) -> Place:
+        """Where the state of the optimiser is between its steps."""
+        return "none"
 
     def rate_at(self, progress: float) -> float:
         """Return the learning rate at a progress from 0 to 1."""

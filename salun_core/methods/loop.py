@@ -20,6 +20,7 @@ from salun_core.evaluation.evidence import EpochRecord, Reading
 from salun_core.methods.checkpoint import CheckpointStore, restore, snapshot
 from salun_core.methods.config import LoopConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
+from salun_core.methods.offload import offloaded
 from salun_core.saliency import SaliencyMask, masked_optimizer
 from salun_core.telemetry.progress import report
 
@@ -181,6 +182,7 @@ def run_loop(
     optimizer = _optimizer(model, config)
     if mask is not None:
         optimizer = masked_optimizer(optimizer, model, mask)
+    optimizer = offloaded(optimizer, config.state_place)
     history = restore(checkpoint, fingerprint, model, optimizer) if checkpoint else []
     loop = _Loop(model, optimizer, config, group, config.batch_size)
     loop.steering = steered(history) if steered else None
@@ -193,6 +195,7 @@ def run_loop(
         if on_epoch:
             on_epoch(record)
     report("training", 1, 1)
+    optimizer.zero_grad()  # gradients take as much memory as the weights, and nobody reads the last ones
     model.eval()
     return history
 

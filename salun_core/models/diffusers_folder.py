@@ -64,6 +64,7 @@ TEXT_ENCODER = "text_encoder"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermark")
 """Components that unlearning does not use; they are copied, but never loaded."""
 
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLED = {".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5", ".onnx_data"}
 _CODE = {".py", ".pyc", ".so"}
 _CONVERT = (
@@ -229,6 +230,12 @@ class Components:
         """The denoiser's network."""
         return self.parts[self.denoiser_name]  # type: ignore[no-any-return]
 
+    def encoders_to(self, device: torch.device | str) -> None:
+        """Move autoencoder and text encoders to a device."""
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module) and name != self.denoiser_name:
+                part.to(device)
+
 
 @dataclass(frozen=True)
 class LoadedDiffusion:
@@ -330,9 +337,8 @@ def _load_component(folder: Path, kind: str) -> Any:  # noqa: ANN401 - of diffus
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     """Return the floating type of the first stored tensor; published folders use one type for all."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     stored = (dtype for path in _weight_files(folder) for dtype in _tensor_types(path).values())
-    return next((dtypes[dtype] for dtype in stored if dtype in dtypes), torch.float32)
+    return next((_FLOATS[dtype] for dtype in stored if dtype in _FLOATS), torch.float32)
 
 
 def _tensor_types(path: Path) -> dict[str, str]:
@@ -438,7 +444,11 @@ def _known_as(stored: str, state: Mapping[str, torch.Tensor]) -> str | None:
 def _write_shard(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None], like: Path, target: Path) -> None:
     with safe_open(str(like), framework="pt") as file:
         metadata = file.metadata()
-        old = {name: file.get_tensor(name) for name in names}
-    new = {name: state[known].detach() if known else old[name] for name, known in names.items()}
-    tensors = {name: tensor.to("cpu", old[name].dtype).contiguous() for name, tensor in new.items()}
+        tensors = {}
+        for name, known in names.items():
+            dtype = _FLOATS.get(file.get_slice(name).get_dtype())
+            old = None if known and dtype else file.get_tensor(name)  # else only its type is needed
+            new = old if known is None else state[known].detach()
+            assert new is not None
+            tensors[name] = new.to("cpu", dtype if old is None else old.dtype).contiguous()
     save_file(tensors, target, metadata=metadata)

@@ -9,6 +9,7 @@ A hook after the step would have to restore the weights, and the moments of froz
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -70,7 +71,7 @@ def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -
     keep = _keep_of(torch_optimizer, model, mask)
     _take_over(torch_optimizer, keep)
     torch_optimizer.register_step_pre_hook(functools.partial(_before_step, keep=keep))
-    _after_first_step(torch_optimizer, keep)
+    _after_first_steps(torch_optimizer, keep)
     torch_optimizer.register_load_state_dict_post_hook(functools.partial(_take_over, keep=keep))
     return torch_optimizer
 
@@ -99,7 +100,7 @@ def _keep_of(optimizer: Optimizer, model: nn.Module, mask: SaliencyMask) -> dict
 def _take_over(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
     """Move weight decay to the key of the mask and clear old moments outside the mask; also needed after a load."""
     _move_decay(optimizer)
-    _clear_moments(optimizer, keep)
+    _clear_moments(optimizer, keep, optimizer.state)
 
 
 def _move_decay(optimizer: Optimizer) -> None:
@@ -109,8 +110,9 @@ def _move_decay(optimizer: Optimizer) -> None:
         group["weight_decay"] = 0.0
 
 
-def _clear_moments(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
-    for parameter, state in optimizer.state.items():
+def _clear_moments(optimizer: Optimizer, keep: dict[Tensor, Tensor], parameters: Iterable[Tensor]) -> None:
+    for parameter in parameters:
+        state = optimizer.state[parameter]
         for key, neutral in _MOMENTS.items():
             if isinstance(state.get(key), Tensor):
                 state[key] = _laid_out_as(parameter, state[key]).masked_fill_(keep[parameter] == 0, neutral)
@@ -123,16 +125,16 @@ def _laid_out_as(parameter: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=values.dtype, requires_grad=False).copy_(values)
 
 
-def _after_first_step(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
-    """Clear moments again after the first step, which may create them with values outside the mask."""
-    stale = [True]  # a hook cannot remove itself while torch iterates over the hooks
+def _after_first_steps(optimizer: Optimizer, keep: dict[Tensor, Tensor]) -> None:
+    """Clear moments again after a parameter's first step, which may create them with values outside the mask."""
+    cleared: set[Tensor] = set()
 
-    def clear_once(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if stale:
-            _clear_moments(stepped, keep)
-            stale.clear()
+    def clear_new(stepped: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        new = [parameter for parameter, state in stepped.state.items() if state and parameter not in cleared]
+        _clear_moments(stepped, keep, new)
+        cleared.update(new)
 
-    optimizer.register_step_post_hook(clear_once)
+    optimizer.register_step_post_hook(clear_new)
 
 
 @torch.no_grad()

@@ -87,9 +87,12 @@ def _each_gradient(
     with scoring(model):
         for inputs, targets in batches:
             if len(inputs):
-                # A batch is never divided: other summands would have other bits, and so would the mask.
-                with explained(f"{len(inputs)} samples, which must be scored at once, do not fit", _MORE_MEMORY):
-                    (loss_fn(model(inputs), targets) * len(inputs)).backward()  # type: ignore[no-untyped-call]
+                # The size of a part depends on nothing but the images: other summands would have other bits, and so
+                # would the mask.
+                size = max(1, VALUES_AT_ONCE * len(inputs) // inputs.numel())
+                with explained(f"{size} samples, which must be scored at once, do not fit", _MORE_MEMORY):
+                    for part, labels in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
+                        (loss_fn(model(part), labels) * len(part)).backward()  # type: ignore[no-untyped-call]
                 add(len(inputs), {name: _taken(parameter) for name, parameter in parameters.items()})
 
 
@@ -150,6 +153,12 @@ def scoring(model: nn.Module) -> Iterator[None]:
 
 
 CHUNK = 256  # samples per leaf of the summation tree; another value changes the bits of the scores
+VALUES_AT_ONCE = CHUNK * 3 * 64 * 64
+"""Values of images that go through the network at once: a chunk up to 64 x 64 pixels in colour, 20 images at 224 x 224.
+
+A whole chunk of 224 x 224 pixels would need 20 to 40 GB of activations. Another number changes the bits of the scores
+of larger images.
+"""
 MAX_SHARDS = 256
 """Most shards of a division: each is a pod of a pipeline, and by then its start costs more than its chunks."""
 Node = tuple[int, int]

@@ -22,11 +22,14 @@ def as_ordered(values: Tensor) -> Tensor:
         values: floating point, any shape.
 
     Returns:
-        Flat int32 (for float32 and narrower) or int64 (for float64) of the same number of elements.
+        Flat int32 (for float32 and narrower) or int64 (for float64) of the same number of elements. It shares the
+        memory of contiguous values without a sign: the scores of a large model are not copied.
     """
-    if values.dtype == torch.float64:
-        return values.detach().abs().flatten().view(torch.int64)
-    return values.detach().to(torch.float32).abs().flatten().view(torch.int32)
+    wide, integer = (torch.float64, torch.int64) if values.dtype == torch.float64 else (torch.float32, torch.int32)
+    bits = values.detach().to(wide).flatten().view(integer)
+    if bits.numel() and int(bits.min()) < 0:  # a sign is the top bit, of -0 too
+        return bits.view(wide).abs().view(integer)
+    return bits
 
 
 def kth_largest(ordered: Sequence[Tensor], k: int) -> tuple[int, int]:

@@ -43,6 +43,7 @@ from salun_core.methods.diffusion.method import (
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
 from salun_core.methods.loop import OnEpoch, run_loop
 from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config
+from salun_core.methods.offload import put_away
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
@@ -80,7 +81,8 @@ def unlearn_denoiser(
     """Make a diffusion model forget.
 
     Args:
-        denoiser: the original; the call copies its network and leaves it unchanged.
+        denoiser: the original; the call copies its network and leaves it unchanged. With `offload` its weights are
+            away while the copy is trained.
         sets: examples to forget and to retain; with `selection: text`, also the text encoder.
         method: a key of `METHODS`.
         config: a `DiffusionConfig`, or overrides of the method's defaults.
@@ -128,11 +130,12 @@ def unlearn_denoiser(
             phases = [denoising_phase(replace(row, loss=loss), context)]
             return run_loop(trained, lambda *_: phases, settings, mask, store, of, told, group)
 
-        if row.stages is not None:
-            history = row.stages(context, Training(loop, shared, fingerprint, on_epoch, group))
-        else:
-            assert row.loss is not None
-            history = loop(context, row.loss, shared, fingerprint, on_epoch)
+        with put_away(denoiser.network, settings.offload):
+            if row.stages is not None:
+                history = row.stages(context, Training(loop, shared, fingerprint, on_epoch, group))
+            else:
+                assert row.loss is not None
+                history = loop(context, row.loss, shared, fingerprint, on_epoch)
     network.requires_grad_(True).eval()
     seconds, encoder = time.perf_counter() - started, text.network.requires_grad_(True).eval() if text else None
     return UnlearnResult(network, method, settings, history, seconds, row.cost(settings), text_encoder=encoder)
@@ -183,7 +186,8 @@ def _frozen(denoiser: Denoiser, device: torch.device) -> Denoiser:
 def _fingerprint(
     denoiser: Denoiser, method: str, config: DiffusionConfig, mask: SaliencyMask | None, sets: ExampleSets
 ) -> str:
-    parts: list[Any] = [model_digest(denoiser.network), method, config.model_dump(exclude={"device"})]
+    machine = {"device", "offload"}  # a run may be resumed on another one
+    parts: list[Any] = [model_digest(denoiser.network), method, config.model_dump(exclude=machine)]
     parts += [mask.digest if mask else None, list(sets.table.names)]
     parts += [model_digest(sets.encoder.network)] if sets.encoder else []
     for examples in (sets.forget, sets.retain):

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from salun_core.diffusion.denoiser import Selection
 from salun_core.methods.config import LoopConfig
+from salun_core.methods.offload import Place
 
 
 class DiffusionConfig(LoopConfig):
@@ -62,7 +63,14 @@ class DiffusionConfig(LoopConfig):
     saliency_times: Literal["uniform", "stratified"] = Field(
         default="uniform", description="how each pass draws its times"
     )
-    gradient_checkpointing: bool = Field(default=False, description="saves memory and costs a forward pass")
+    gradient_checkpointing: bool = Field(
+        default=False, description="saves memory and costs a forward pass, in scoring and in training"
+    )
+    offload: Place = Field(
+        default="none",
+        description="where optimiser state and unused weights of the original are during the training: `cpu` is main "
+        "memory, `disk` a temporary file. Saves memory of the device, with the same results",
+    )
     negative_guidance: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="ESD's η")
     start_steps: int = Field(default=20, ge=2, description="ESD: denoising steps of the samples that it starts from")
     start_guidance: float = Field(default=3.0, ge=1, allow_inf_nan=False, description="ESD: guidance of these samples")
@@ -93,6 +101,11 @@ class DiffusionConfig(LoopConfig):
     def scoring_passes(self) -> int:
         """Number of passes over the forget set for the saliency scores."""
         return self.saliency_passes
+
+    @property
+    def state_place(self) -> Place:
+        """Where the state of the optimiser is between its steps."""
+        return self.offload
 
     @model_validator(mode="after")
     def _epochs_divide_steps(self) -> Self:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +28,8 @@ def denoising_scores(denoiser: Denoiser, sets: ExampleSets, config: DiffusionCon
     Args:
         denoiser: θ_o, on the device of the sets; the call does not change it.
         sets: D_f with its conditions.
-        config: batch size, passes, distribution of times, selection and seed.
+        config: batch size, passes, distribution of times, selection, seed and gradient checkpointing, which saves
+            memory and changes no bit.
 
     Returns:
         Non-negative tensors of the parameters' shapes, by name in the network's order; selected parameters only.
@@ -42,7 +47,7 @@ def denoising_scores(denoiser: Denoiser, sets: ExampleSets, config: DiffusionCon
     if total == 0:
         raise DataError("forget set is empty", "there is nothing to score", "name at least one sample to forget")
     network = denoiser.network
-    with scoring(network):
+    with scoring(network), checkpointed(network, config.gradient_checkpointing):
         wanted = set(chosen)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in wanted)
@@ -56,6 +61,19 @@ def denoising_scores(denoiser: Denoiser, sets: ExampleSets, config: DiffusionCon
             scores[name] = torch.zeros_like(parameters[name]) if grad is None else mean_magnitude(name, grad, total)
             parameters[name].grad = None
         return {name: score.detach() for name, score in scores.items()}
+
+
+@contextmanager
+def checkpointed(network: Any, on: bool) -> Iterator[None]:  # noqa: ANN401 - of diffusers
+    """Recompute activations in the backward pass while the block runs, if `on`; gradients have the same bits."""
+    change = on and not network.is_gradient_checkpointing
+    if change:
+        network.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if change:
+            network.disable_gradient_checkpointing()
 
 
 def _accumulate(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig, generator: torch.Generator) -> None:

@@ -107,6 +107,8 @@ class DiffusionTask:
         """Run one method on the denoiser."""
         device = pick_device(config.device)
         sets, denoiser = build_example_sets(inputs, config, device), inputs.family(device).denoiser
+        if config.offload != "none":  # images and prompts are encoded
+            inputs.original.components.encoders_to("cpu")
         return unlearn_denoiser(
             denoiser,
             sets,

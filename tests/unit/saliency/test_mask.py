@@ -6,6 +6,7 @@ import torch
 
 from salun_core.errors import ModelError, StoreError, UsageError
 from salun_core.saliency import SaliencyMask
+from salun_core.saliency.threshold import as_ordered
 
 SCORES = {"a": torch.tensor([[0.1, -0.9], [0.5, 0.0]]), "b": torch.tensor([0.7])}
 
@@ -110,3 +111,10 @@ def test_a_mask_that_does_not_fit_names_the_parameters():
     ]:
         with pytest.raises(ModelError, match=f"differ: {named}"):
             mask.check_fits(shapes)
+
+
+def test_scores_without_a_sign_are_not_copied():
+    scores, signed = torch.rand(3, 4), torch.tensor([-0.0, 1.0])
+    assert as_ordered(scores).data_ptr() == scores.data_ptr()
+    assert as_ordered(signed).tolist() == as_ordered(signed.abs()).tolist()
+    assert signed.signbit().tolist() == [True, False]

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from salun_core.errors import DataError, ModelError
-from salun_core.saliency import saliency_scores
+from salun_core.saliency import saliency_scores, scores
 
 
 class Net(nn.Module):
@@ -170,3 +170,18 @@ def test_any_loss_over_samples_works(model, data):
     reference = copy.deepcopy(model).eval()
     mean_square(reference(data[0]), data[1]).backward()
     torch.testing.assert_close(scores["conv.weight"], reference.conv.weight.grad.abs(), rtol=0, atol=1e-10)
+
+
+def test_large_images_go_through_the_network_in_parts(model, data, monkeypatch):
+    sizes, images = [], data[0]
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    wanted = saliency_scores(model, batches(data, 10), cross_entropy)
+    monkeypatch.setattr(scores, "VALUES_AT_ONCE", 4 * images[0].numel() + 1)
+    found = saliency_scores(model, batches(data, 10), cross_entropy)
+    assert sizes == [10, 10, 3, 4, 4, 2, 4, 4, 2, 3]
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-9, atol=1e-15) for name in wanted)
+
+
+def test_a_chunk_of_small_images_is_one_part_and_one_of_imagenet_is_not():
+    assert scores.VALUES_AT_ONCE // (3 * 64 * 64) == scores.CHUNK
+    assert scores.VALUES_AT_ONCE // (3 * 224 * 224) == 20
