@@ -200,6 +200,7 @@ def evaluate(
     mask: Annotated[Path | None, typer.Option(help="Mask file; weights outside it are compared bit by bit.")] = None,
     extra_metrics: Annotated[str, form_option("extra_metrics")] = DEFAULTS.extra_metrics,
     data: Data = None,
+    processes: Processes = 1,
     device: Device = "auto",
     store: OptionalStore = None,
     dry_run: DryRun = False,
@@ -214,6 +215,9 @@ def evaluate(
     parse_optional_metrics(extra_metrics)
     if reference and retrain_reference:
         raise UsageError("--reference and --retrain-reference exclude each other", "both were given", "leave one out")
+    if processes > 1 and not dry_run:
+        _launch(processes)
+        return
     with ExitStack() as stack:
         old, new = (stack.enter_context(model_folder(name, store)) for name in (before, after))
         retrained = stack.enter_context(model_folder(reference, store)) if reference else None
@@ -223,9 +227,9 @@ def evaluate(
             samples = context.inputs.sizes["forget_samples"]
             emit_plan("evaluate", {"would_write": f"{out}, {report}", "forget_samples": samples})
             return
-        if retrain_reference:
+        if retrain_reference and _is_first_process():
             progress("retraining the reference")
-        evidence = evaluation.evaluate(
+        evidence = evaluation.evaluate_together(
             context,
             new,
             out,
@@ -235,6 +239,8 @@ def evaluate(
             retrain_reference=retrain_reference,
             extra_metrics=extra_metrics,
         )
+    if evidence is None:  # the first process prints
+        return
 
     def show() -> None:
         print_metrics(evidence)

@@ -32,7 +32,7 @@ from salun_core.evaluation.membership import (
     forgetting_metrics,
     match_classes,
 )
-from salun_core.evaluation.outputs import Outputs, outputs_of, penultimate_features
+from salun_core.evaluation.outputs import Outputs, Processes, outputs_of, penultimate_features
 from salun_core.evaluation.statistics import average_gap, mean_metric, share_metric
 from salun_core.saliency import SaliencyMask
 
@@ -78,6 +78,7 @@ def evaluate_classifier(
     mask: SaliencyMask | None = None,
     classes: list[str] | None = None,
     run: RunFacts | None = None,
+    outputs: ByModel | None = None,
 ) -> Evidence:
     """Measure UA, RA, TA, MIA, what unlearning changed, and the figures of the report.
 
@@ -95,6 +96,7 @@ def evaluate_classifier(
         mask: weights outside it are compared bit by bit.
         classes: class names by id.
         run: how `after` was produced.
+        outputs: of these models on these splits, from `split_outputs`, if they were computed before.
 
     Returns:
         The evidence.
@@ -109,7 +111,7 @@ def evaluate_classifier(
                 f"the {name} split is empty", "no metric can be measured on it", "check the data and the forget target"
             )
     models = {"before": before, "after": after} | ({"reference": reference} if reference is not None else {})
-    outputs = {name: split_outputs(model, splits) for name, model in models.items()}
+    outputs = outputs or {name: split_outputs(model, splits) for name, model in models.items()}
     kept = _of_retained_classes(outputs, forgotten)
     names = classes or [str(index) for index in range(outputs["after"]["test"].probabilities.shape[1])]
     metrics = judged_metrics(models, outputs, splits, forgotten) | attack_metrics(kept)
@@ -134,9 +136,10 @@ def evaluate_classifier(
     )
 
 
-def split_outputs(model: nn.Module, splits: Splits) -> dict[str, Outputs]:
-    """Return the outputs of a model on forget, retain and the whole test split."""
-    return {name: outputs_of(model, getattr(splits, name)) for name in ("forget", "retain", "test")}
+def split_outputs(model: nn.Module, splits: Splits, processes: Processes | None = None) -> dict[str, Outputs]:
+    """Return the outputs of a model on forget, retain and the whole test split; `processes` as for `outputs_of`."""
+    names = ("forget", "retain", "test")
+    return {name: outputs_of(model, getattr(splits, name), processes=processes) for name in names}
 
 
 def _of_retained_classes(outputs: ByModel, forgotten: Forgotten) -> dict[str, dict[str, Outputs]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -89,13 +90,37 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def outputs_of(model: nn.Module, images: ImageSource, batch_size: int = 512) -> Outputs:
+class Processes(Protocol):
+    """The processes that share a computation; see `salun_core.methods.distributed.ProcessGroup`."""
+
+    @property
+    def rank(self) -> int:
+        """Index of this process."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        ...
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes in the order of their ranks, in every process."""
+        ...
+
+
+def outputs_of(
+    model: nn.Module, images: ImageSource, batch_size: int = 512, processes: Processes | None = None
+) -> Outputs:
     """Run a classifier over images in eval mode, without augmentation.
+
+    Several processes each compute a range of whole batches, and get the outputs for all images. The batches are those
+    of one process, and so are the bits on the same kind of device with as many threads.
 
     Args:
         model: on the device of the images.
         images: N of them, with true labels.
         batch_size: images per forward pass; fewer if the device has no room for them.
+        processes: those that share the work, all with the same model and images; each reads its own images only.
 
     Returns:
         Its outputs, in the images' order.
@@ -103,17 +128,28 @@ def outputs_of(model: nn.Module, images: ImageSource, batch_size: int = 512) -> 
     Raises:
         DeviceMemoryError: the device has no room for one image.
     """
+    together = processes is not None and processes.size > 1
+    mine = images.select(_own_batches(len(images), batch_size, processes)) if processes and together else images
 
     def run(size: int) -> list[Tensor]:
-        batches = tracked(images.batches(size), "evaluating", math.ceil(len(images) / size))
+        batches = tracked(mine.batches(size), "evaluating", math.ceil(len(mine) / size))
         return [model(inputs).double() for inputs, _ in batches]
 
     with evaluation_mode(model):
-        logits, _ = fitting(run, batch_size)
+        logits, _ = fitting(run, batch_size) if len(mine) else ([], 0)
     joined = torch.cat(logits) if logits else torch.empty(0, 2, dtype=torch.float64)
+    if processes and together:
+        joined = processes.gathered(joined.cpu()).to(images.labels.device)
     losses = torch.nn.functional.cross_entropy(joined, images.labels, reduction="none")
     probabilities, labels = joined.softmax(dim=1).cpu().numpy(), images.labels.cpu().numpy()
     return Outputs(probabilities, losses.cpu().numpy(), labels, joined.cpu().numpy())
+
+
+def _own_batches(samples: int, batch_size: int, processes: Processes) -> range:
+    """Return the positions of the batches of one process."""
+    batches = math.ceil(samples / batch_size)
+    start, stop = (index * batches // processes.size * batch_size for index in (processes.rank, processes.rank + 1))
+    return range(start, min(stop, samples))
 
 
 def penultimate_features(

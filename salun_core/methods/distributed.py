@@ -161,6 +161,25 @@ class ProcessGroup:
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes in the order of their ranks, in every process.
+
+        Args:
+            rows: [N', K] on the CPU, of this process; K is the same in all that have any rows.
+        """
+        if self.size == 1:
+            return rows
+        parts = []
+        for source in range(self.size):
+            shape = torch.tensor(rows.shape if source == self.rank else [0, 0])
+            dist.broadcast(shape, source)
+            if not shape[0]:
+                continue
+            part = rows.contiguous() if source == self.rank else torch.empty(shape.tolist(), dtype=rows.dtype)
+            dist.broadcast(part, source)
+            parts.append(part)
+        return torch.cat(parts) if parts else rows
+
     def first(self, data: bytes | None) -> bytes | None:
         """Return the first process's bytes in every process; what the others pass does not count."""
         if self.size == 1:

@@ -37,7 +37,7 @@ from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import Shard
 from salun_core.steps.claim import card_of, claim_requests, sweep_policy
 from salun_core.steps.context import RunContext
-from salun_core.steps.evaluation import evaluate as evaluate_step
+from salun_core.steps.evaluation import evaluate_together as evaluate_step
 from salun_core.steps.form_check import check_form
 from salun_core.steps.mask import compute_mask as mask_step
 from salun_core.steps.mask import merge_scores as merge_step
@@ -379,7 +379,13 @@ def unlearn(
 
 
 def evaluate(
-    pod: Pod, after: str, report: str, *, retrain_reference: bool = False, extra_metrics: str = ""
+    pod: Pod,
+    after: str,
+    report: str,
+    *,
+    retrain_reference: bool = False,
+    extra_metrics: str = "",
+    processes: str = "1",
 ) -> tuple[Reference, Evidence | None]:
     """Measure the model before and after.
 
@@ -389,6 +395,7 @@ def evaluate(
         report: file for the report without a verdict.
         retrain_reference: also train a model from scratch without the forget set.
         extra_metrics: metrics that are off by default.
+        processes: how many share the outputs of a classifier, and the training of a reference, in this container.
 
     Returns:
         The evidence by reference and as it is; None if the run ended before.
@@ -397,9 +404,12 @@ def evaluate(
 
     def work(folder: Path, given: list[Reference]) -> Reference:
         nonlocal evidence
+        count = _count(processes)
         context, _ = _open(pod, given[0], folder)
         candidate = pod.scratch.get(given[0].find(Kind.MODEL), folder / "after")
-        evidence = evaluate_step(
+        in_processes(
+            count,
+            evaluate_step,
             context,
             candidate,
             folder / EVIDENCE,
@@ -408,6 +418,7 @@ def evaluate(
             retrain_reference=retrain_reference,
             extra_metrics=extra_metrics,
         )
+        evidence = load(Evidence, folder / EVIDENCE)
         shutil.copyfile(folder / REPORT, report)
         facts: dict[str, Fact] = {"forget_samples": evidence.forgotten.count}
         return pod.scratch.put(Kind.EVIDENCE, folder / EVIDENCE, given, facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from salun_core import plugins
@@ -10,12 +11,14 @@ from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.optional_metrics import parse_optional_metrics
 from salun_core.methods.config import pick_device
+from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.report import ReportContext, write_report
 from salun_core.steps.context import RunContext, record_evidence
 from salun_core.storage.local_files import write_whole
 from salun_core.tasks.masks import used_mask
 from salun_core.tasks.run_facts import read_run_facts
 from salun_core.tasks.task import Candidate, EvaluationOptions, Model
+from salun_core.telemetry.push import StepMetrics
 
 
 def evaluate(
@@ -51,33 +54,87 @@ def evaluate(
         UsageError: a metric is unknown, or lacks what it needs.
     """
     with context.observed("evaluate") as metrics:
-        asked = parse_optional_metrics(extra_metrics)
-        task, inputs = context.task, context.inputs
-        if asked and not task.optional_metrics:
-            raise UsageError(
-                f"{', '.join(asked)} cannot be measured", f"a {task.description} has no extra metrics", "leave it out"
-            )
-        model = context.candidate(after)
-        check_pair(context, model)
-        facts = read_run_facts(after, model.card.method)
-        candidate = Candidate(model, facts, used_mask(after, mask, facts, inputs))
-        device, store = pick_device(context.device), context.store_uri or None
-        options = EvaluationOptions(device, reference, retrain_reference, asked, store)
-        evidence: Evidence = task.evaluate(inputs, candidate, options)
-        if facts.method == "retrain" and retrain_reference and reference is None:
-            same = evidence.measured.reference == evidence.measured.after
-            integrity = evidence.integrity.model_copy(update={"repeated": same})
-            evidence = evidence.model_copy(update={"integrity": integrity})
-        kinds: tuple[plugins.Kind, ...] = ("metric", "attack")
-        used = [record for kind in kinds for record in plugins.loaded(kind, *asked)]
-        used += plugins.loaded("architecture", model.card.architecture)
-        used += plugins.loaded("method", facts.method) if "seeds" in asked else []  # it was run again here
-        evidence = evidence.model_copy(update={"plugins": used or None})
-        write_evidence(evidence_out, evidence)
-        report = ReportContext(model_line=context.model_line, created_at=evidence.created_at)
-        write_report(report_out, evidence, None, report)
-        record_evidence(metrics, evidence)
+        asked = _Asked(after, evidence_out, report_out, mask, reference, retrain_reference, extra_metrics)
+        evidence = _evaluated(context, asked, metrics, SINGLE_PROCESS)
+        assert evidence is not None
         return evidence
+
+
+def evaluate_together(
+    context: RunContext,
+    after: Path,
+    evidence_out: Path,
+    report_out: Path,
+    *,
+    mask: Path | None = None,
+    reference: Path | None = None,
+    retrain_reference: bool = False,
+    extra_metrics: str = "",
+) -> Evidence | None:
+    """Evaluate as `evaluate` does, in all processes that torchrun started; without torchrun in this one.
+
+    Each process computes its share of a classifier's outputs, and of the training of a reference. The first one
+    measures the rest alone, and writes; the others end before that. If one fails, all that still work end with its
+    exit code.
+
+    Returns:
+        The evidence; None in all processes but the first.
+
+    Raises:
+        PeerError: another process failed.
+        IntegrityError: the processes have different models or forget sets.
+    """
+    with context.distributed("evaluate") as (metrics, group):
+        asked = _Asked(after, evidence_out, report_out, mask, reference, retrain_reference, extra_metrics)
+        return _evaluated(context, asked, metrics, group)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Arguments of `evaluate`."""
+
+    after: Path
+    evidence_out: Path
+    report_out: Path
+    mask: Path | None
+    reference: Path | None
+    retrain_reference: bool
+    extra_metrics: str
+
+
+def _evaluated(context: RunContext, asked: _Asked, metrics: StepMetrics, group: ProcessGroup) -> Evidence | None:
+    extra = parse_optional_metrics(asked.extra_metrics)
+    task, inputs = context.task, context.inputs
+    if extra and not task.optional_metrics:
+        raise UsageError(
+            f"{', '.join(extra)} cannot be measured", f"a {task.description} has no extra metrics", "leave it out"
+        )
+    model = context.candidate(asked.after)
+    check_pair(context, model)
+    context.require_same_inputs(group)
+    group.require_same("model after", model.digest)
+    facts = read_run_facts(asked.after, model.card.method)
+    candidate = Candidate(model, facts, used_mask(asked.after, asked.mask, facts, inputs))
+    device, store = pick_device(context.device), context.store_uri or None
+    options = EvaluationOptions(device, asked.reference, asked.retrain_reference, extra, store, group)
+    if not group.main:
+        task.contribute(inputs, candidate, options)
+        return None
+    evidence: Evidence = task.evaluate(inputs, candidate, options)
+    if facts.method == "retrain" and asked.retrain_reference and asked.reference is None:
+        same = evidence.measured.reference == evidence.measured.after
+        integrity = evidence.integrity.model_copy(update={"repeated": same})
+        evidence = evidence.model_copy(update={"integrity": integrity})
+    kinds: tuple[plugins.Kind, ...] = ("metric", "attack")
+    used = [record for kind in kinds for record in plugins.loaded(kind, *extra)]
+    used += plugins.loaded("architecture", model.card.architecture)
+    used += plugins.loaded("method", facts.method) if "seeds" in extra else []  # it was run again here
+    evidence = evidence.model_copy(update={"plugins": used or None})
+    write_evidence(asked.evidence_out, evidence)
+    report = ReportContext(model_line=context.model_line, created_at=evidence.created_at)
+    write_report(asked.report_out, evidence, None, report)
+    record_evidence(metrics, evidence)
+    return evidence
 
 
 def check_pair(context: RunContext, candidate: Model) -> None:

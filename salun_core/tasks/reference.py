@@ -10,6 +10,7 @@ from torch import nn
 from salun_core.config import parse
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import RunFacts
+from salun_core.methods.distributed import SINGLE_PROCESS
 from salun_core.methods.method import get_method
 from salun_core.tasks.task import EvaluationOptions, Inputs, InputsT, Model, Task
 
@@ -35,11 +36,13 @@ def reference_model(
     if not options.retrain:
         return None, facts
     started = time.perf_counter()
-    config = task.retrain_config(inputs.original.card, options.device)
+    config, group = task.retrain_config(inputs.original.card, options.device), options.group
     if facts.method == "retrain" and facts.config:  # with its own settings, so that the bits can be compared
         row = get_method(task.methods, facts.method)
         config = parse(row.config_type, {**facts.config, "device": str(options.device)}, "the settings of the run")
-    network = task.unlearn(inputs, "retrain", config).model
+        if facts.environment.get("processes", "1") != str(group.size):  # else it has other bits
+            group = SINGLE_PROCESS
+    network = task.unlearn(inputs, "retrain", config, group=group).model
     seconds = {**facts.seconds, "reference": time.perf_counter() - started}
     return network, facts.model_copy(update={"seconds": seconds})
 

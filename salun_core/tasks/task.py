@@ -217,6 +217,7 @@ class EvaluationOptions:
         retrain: whether to retrain a reference by the recipe on the model card.
         optional_metrics: metrics that are off by default, from `parse_optional_metrics`.
         store_uri: store with the model line of the classifier for generated images.
+        group: the processes that share what can be shared.
     """
 
     device: torch.device
@@ -224,6 +225,7 @@ class EvaluationOptions:
     retrain: bool = False
     optional_metrics: Mapping[str, int] = field(default_factory=dict)
     store_uri: str | None = None
+    group: ProcessGroup = SINGLE_PROCESS
 
 
 Config = Any
@@ -344,6 +346,10 @@ class Task(Protocol[InputsT]):
             UsageError: an item in the options or on the model card does not exist.
             ModelError: the models do not fit each other.
         """
+        ...
+
+    def contribute(self, inputs: InputsT, candidate: Candidate, options: EvaluationOptions) -> None:
+        """Take part in what `evaluate` shares among processes, in those that are not the first one."""
         ...
 
     def save(self, folder: Path, inputs: InputsT, result: UnlearnResult, extra_files: Mapping[str, bytes]) -> None:

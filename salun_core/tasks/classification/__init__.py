@@ -29,7 +29,7 @@ from salun_core.models.checkpoint import CARD, WEIGHTS
 from salun_core.saliency import SaliencyMask, saliency_scores
 from salun_core.saliency import scores as saliency
 from salun_core.saliency.scores import CHUNK, PartialSums, Shard
-from salun_core.tasks.classification.evaluation import evaluate
+from salun_core.tasks.classification.evaluation import compared, evaluate
 from salun_core.tasks.classification.inputs import ClassifierInputs
 from salun_core.tasks.classification.tuning import search
 from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions
@@ -143,6 +143,11 @@ class ClassificationTask:
     def evaluate(self, inputs: ClassifierInputs, candidate: Candidate, options: EvaluationOptions) -> Evidence:
         """Measure accuracies, attacks and changed weights."""
         return evaluate(self, inputs, candidate, options)
+
+    @explained()
+    def contribute(self, inputs: ClassifierInputs, candidate: Candidate, options: EvaluationOptions) -> None:
+        """Compute this process's share of the outputs, and of the training of a reference."""
+        compared(self, inputs, candidate, options)
 
     def save(
         self, folder: Path, inputs: ClassifierInputs, result: UnlearnResult, extra_files: Mapping[str, bytes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -11,7 +12,10 @@ from salun_core import plugins
 from salun_core.data import ImageSource
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
+from salun_core.evaluation.classifier import split_outputs
+from salun_core.evaluation.evidence import RunFacts
 from salun_core.evaluation.optional_metrics import MeasuredModels, measure_optional_metrics, require_reference
+from salun_core.evaluation.outputs import Outputs
 from salun_core.methods.classification import METHODS, method_config
 from salun_core.methods.classification.training import train_classifier
 from salun_core.methods.method import get_method
@@ -37,24 +41,57 @@ def evaluate(
     Raises:
         UsageError: the requirements of an optional metric are not met.
     """
-    asked, device = options.optional_metrics, options.device
+    asked = options.optional_metrics
     require_reference(asked, options.retrain or options.reference is not None)
-    reference, facts = reference_model(task, inputs, options, candidate.facts)
-    splits = Splits(*(images.to(device) for images in (inputs.forget, inputs.retain, inputs.test)))
-    models = {"before": inputs.original.model.to(device), "after": candidate.model.model.to(device)}
-    models |= {"reference": reference.to(device).eval()} if reference else {}
+    seen = compared(task, inputs, candidate, options)
+    models = seen.models
     evidence = evaluate_classifier(
         models["before"],
         models["after"],
-        splits,
-        inputs.measured(candidate, reference),
+        seen.splits,
+        inputs.measured(candidate, models.get("reference")),
         inputs.forgotten(),
         models.get("reference"),
         candidate.mask,
         inputs.original.card.classes,
-        facts,
+        seen.facts,
+        seen.outputs,
     )
     return _optional(task, inputs, candidate, options, evidence, models) if asked else evidence
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The models of an evaluation and their outputs.
+
+    Args:
+        models: by name: before, after, perhaps reference.
+        splits: the images.
+        outputs: of each model on each split.
+        facts: of the run, with the seconds of the reference's training.
+    """
+
+    models: dict[str, nn.Module]
+    splits: Splits
+    outputs: dict[str, dict[str, Outputs]]
+    facts: RunFacts
+
+
+def compared(
+    task: ClassificationTask, inputs: ClassifierInputs, candidate: Candidate, options: EvaluationOptions
+) -> Compared:
+    """Return the outputs of all models on all splits; the processes of the options' group share the work.
+
+    Every process of the group calls it with the same arguments.
+    """
+    reference, facts = reference_model(task, inputs, options, candidate.facts)
+    splits = Splits(*(images.to(options.device) for images in (inputs.forget, inputs.retain, inputs.test)))
+    named = {"before": inputs.original.model, "after": candidate.model.model} | (
+        {"reference": reference.eval()} if reference else {}
+    )
+    models = {name: model.to(options.device) for name, model in named.items()}
+    outputs = {name: split_outputs(model, splits, options.group) for name, model in models.items()}
+    return Compared(models, splits, outputs, facts)
 
 
 def _optional(

@@ -33,6 +33,7 @@ from salun_core.saliency.scores import PartialSums, Shard
 from salun_core.tasks.diffusion.evaluation import evaluate
 from salun_core.tasks.diffusion.examples import build_example_sets
 from salun_core.tasks.diffusion.inputs import DiffusionInputs
+from salun_core.tasks.reference import reference_model
 from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions
 
 
@@ -140,6 +141,10 @@ class DiffusionTask:
     def evaluate(self, inputs: DiffusionInputs, candidate: Candidate, options: EvaluationOptions) -> Evidence:
         """Generate images with both models and measure them."""
         return evaluate(self, inputs, candidate, options)
+
+    def contribute(self, inputs: DiffusionInputs, candidate: Candidate, options: EvaluationOptions) -> None:
+        """Train a reference together, if one is asked for; the first process generates and measures alone."""
+        reference_model(self, inputs, options, candidate.facts)
 
     def save(
         self, folder: Path, inputs: DiffusionInputs, result: UnlearnResult, extra_files: Mapping[str, bytes]

@@ -16,14 +16,16 @@ from torch.nn.functional import cross_entropy
 
 from salun_core.data import ImageSet
 from salun_core.errors import IntegrityError, SalunError, UsageError
+from salun_core.evaluation import Evidence
 from salun_core.methods import distributed
 from salun_core.methods.classification import FileCheckpoint, unlearn
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, joined
 from salun_core.methods.recipe import Recipe
 from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask, saliency_scores
-from salun_core.saliency.scores import CHUNK, Shard
+from salun_core.saliency.scores import CHUNK, Shard, repeatable
 from salun_core.steps.context import RunContext
+from salun_core.steps.evaluation import evaluate, evaluate_together
 from salun_core.steps.mask import compute_mask, merge_scores, score_shard
 from salun_core.steps.unlearning import run_unlearning
 from tests.support.full_device import limited
@@ -132,6 +134,8 @@ def scenes(group, folder, work):
     recipe = Recipe(method_config={"epochs": 1, "device": "cpu"})
     result = run_unlearning(context, recipe, work / "mask", work / f"after-{group.rank}")
     yield "step", (plain(result), (work / f"after-{group.rank}").exists())
+    measured = evaluate_together(context, work / "model", folder / f"{group.rank}.json", folder / f"{group.rank}.html")
+    yield "evidence", (measured.model_dump_json() if measured else None, (folder / f"{group.rank}.json").exists())
     yield "other data", failure_of(lambda: _joined_unlearning(group))
     yield "second fails", failure_of(lambda: falls_out(group, 1, IntegrityError("a file", "is damaged", "")))
     yield "no answer", failure_of(lambda: never_answers(group, folder))
@@ -292,6 +296,18 @@ def test_the_step_in_two_processes_is_written_by_the_first(ranks, work):
         assert not bool(changed[~mask.tensor(name)].any()), name
         assert bool(changed.any()), name
     assert json.loads((work / "after-0" / "run.json").read_text())["environment"]["processes"] == "2"
+
+
+def test_the_evaluation_in_two_processes_is_that_of_one(ranks, work, tmp_path):
+    """The first process writes the evidence; the other one ends when the outputs are computed."""
+    (first, written), second = (rank["evidence"] for rank in ranks)
+    assert written
+    assert second == (None, False)
+    found = Evidence.model_validate_json(first)
+    context = RunContext(work / "model", str(work / "forget.json"))
+    with repeatable():
+        alone = evaluate(context, work / "model", tmp_path / "evidence.json", tmp_path / "report.html")
+    assert found == alone.model_copy(update={"created_at": found.created_at})
 
 
 @pytest.mark.e2e
