@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
     "docs/research/study.md": ("study", "study-cost"),
-    "docs/research/speed.md": ("masked-step", "speed", "speed-machines", "splits", "streaming"),
+    "docs/research/speed.md": ("masked-step", "speed", "speed-machines", "splits", "streaming", "retain-fraction"),
 }
 STUDY = {  # suites of the classification study, by the heading of their column; the last three are older
     "digits, random 10 %": "digits-random10-cpu",
@@ -189,6 +189,7 @@ def tables() -> dict[str, str]:
         "speed-machines": machines(documents),
         "splits": split_table(documents["splits"]),
         "streaming": streaming_table(documents["streaming"]),
+        "retain-fraction": fraction_table(documents["retain-fraction"]),
     }
 
 
@@ -203,6 +204,20 @@ def streaming_table(document: dict[str, Any]) -> str:
             found = [costs.get(action) for action in ("train", "forget")]
             cells = [f"{cost['cpu_s']:.0f} | {cost['peak_mb']:.0f}" if cost else " | " for cost in found]
             lines.append(f"| {row['rows']:,} | {SOURCES[source]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fraction_table(document: dict[str, Any]) -> str:
+    """Render the quality and the cost of epochs that train on a part of D_r."""
+    lines = ["| forget | share of D_r an epoch | gap, points | UA, % | RA, % | TA, % | passes |", "|---|" + "--:|" * 6]
+    for row in document["rows"]:
+        figures = row["figures"]
+        cells = [
+            f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+            for values in ([item[name] for item in figures] for name in ("gap", "UA", "RA", "TA"))
+        ]
+        passes = statistics.mean(item["passes"] for item in figures)
+        lines.append(f"| {row['request']} | {row['fraction']:g} | {' | '.join(cells)} | {passes:,.0f} |")
     return "\n".join(lines)
 
 

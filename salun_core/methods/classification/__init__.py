@@ -203,7 +203,7 @@ def _run(
     begun = row.begin(context) if row.begin else context
     history = run_loop(
         model,
-        lambda epoch, generator: phases(replace(begun, epoch=epoch), generator),
+        lambda epoch, generator: phases(replace(begun, epoch=epoch).drawn(generator), generator),
         context.config,
         mask,
         checkpoint,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from salun_core.data.images import ImageSet, ImageSource, Normalisation
 from salun_core.device_memory import fitting
 from salun_core.methods.classification.method import (
+    DRAWS_RETAIN,
     ClassifierContext,
     ClassifierMethod,
     classification_loss,
@@ -44,12 +45,12 @@ class AmunContext(ClassifierContext):
 
     Args:
         adversarial: D_A, normalised float32 images with their wrong labels.
-        known: D_r, and the images of D_f whose class is retained in part, with true labels.
+        partly: the images of D_f whose class is retained in part, with true labels.
         attack_passes: cost of D_A in image passes.
     """
 
     adversarial: ImageSource
-    known: ImageSource
+    partly: ImageSource
     attack_passes: float
 
 
@@ -144,12 +145,10 @@ def begin(context: ClassifierContext) -> ClassifierContext:
     found, _ = fitting(attacked, config.batch_size)
     images, labels = (torch.cat([getattr(item, name) for item in found]) for name in ("images", "labels"))
     partly = torch.isin(forget.labels, context.retain.labels).nonzero().flatten()
-    known = context.retain.joined(forget.select(partly))
-    known.ready()  # each step selects a few of them
     return AmunContext(
         **vars(context),
         adversarial=ImageSet(images, labels),
-        known=known,
+        partly=forget.select(partly),
         attack_passes=sum(item.passes for item in found),
     )
 
@@ -157,10 +156,12 @@ def begin(context: ClassifierContext) -> ClassifierContext:
 def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: all images and D_A, shuffled together. Augmented, D_A would leave the decision boundary."""
     assert isinstance(context, AmunContext)
-    config, known, adversarial = context.config, context.known, context.adversarial
+    config, adversarial = context.config, context.adversarial
+    known = context.retain.joined(context.partly)
     total = len(known) + len(adversarial)
 
     def draw(generator: torch.Generator, group: ProcessGroup) -> Iterator[Step]:
+        known.ready()  # each step selects a few of them
         for index in torch.split(torch.randperm(total, generator=generator), config.batch_size):
             plain, moved = index[index < len(known)], index[index >= len(known)] - len(known)
             batch = list(known.select(plain).batches(config.batch_size, generator, config.augment))
@@ -177,13 +178,13 @@ def passes(context: ClassifierContext) -> float:
     partly = int(torch.isin(forget.labels, retain.labels).sum())
     attack = config.adversarial_steps * len(forget)
     attack_passes = context.attack_passes if isinstance(context, AmunContext) else attack
-    return attack_passes + config.epochs * (len(retain) + partly + len(forget))
+    return attack_passes + config.epochs * (context.retain_count + partly + len(forget))
 
 
 METHOD = ClassifierMethod(
     phases,
     defaults={"learning_rate": 0.01, "batch_norm": "update"},
-    reads=frozenset({"adversarial_radius", "adversarial_steps"}),
+    reads=DRAWS_RETAIN | {"adversarial_radius", "adversarial_steps"},
     needs_original=True,
     begin=begin,
     passes=passes,

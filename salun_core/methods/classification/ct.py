@@ -16,7 +16,7 @@ from torch import nn
 
 from salun_core.errors import ModelError
 from salun_core.methods.classification import finetune
-from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod
 
 
 @torch.no_grad()
@@ -45,4 +45,5 @@ METHOD = ClassifierMethod(
     finetune.phases,
     defaults={"learning_rate": 0.01, "schedule": "cosine", "batch_norm": "update"},
     begin=begin,
+    reads=DRAWS_RETAIN,
 )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod
 from salun_core.methods.loop import Phase
 
 
@@ -20,4 +20,4 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [context.phase("retain", context.retain)]
 
 
-METHOD = ClassifierMethod(phases)
+METHOD = ClassifierMethod(phases, reads=DRAWS_RETAIN)

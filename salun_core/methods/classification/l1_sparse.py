@@ -15,7 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, classification_loss
+from salun_core.methods.classification.method import (
+    DRAWS_RETAIN,
+    ClassifierContext,
+    ClassifierMethod,
+    classification_loss,
+)
 from salun_core.methods.loop import Phase
 
 
@@ -30,4 +35,4 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [context.phase("retain", context.retain, loss)]
 
 
-METHOD = ClassifierMethod(phases, defaults={"learning_rate": 0.01}, reads=frozenset({"l1_strength"}))
+METHOD = ClassifierMethod(phases, defaults={"learning_rate": 0.01}, reads=DRAWS_RETAIN | {"l1_strength"})

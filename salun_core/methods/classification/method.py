@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +61,13 @@ def _on_share(loss: Loss, share: Share, model: nn.Module) -> Tensor:
     return loss(model, share.images, share.labels)
 
 
-def batches_of(images: ImageSource, config: UnlearnConfig) -> int:
-    """Return the number of batches of one pass."""
-    return -(-len(images) // config.batch_size)
+DRAWS_RETAIN = frozenset({"retain_fraction"})
+"""What each method reads that trains on the D_r of an epoch's context."""
+
+
+def batches_of(images: ImageSource | int, config: UnlearnConfig) -> int:
+    """Return the number of batches of one pass over images, or over so many of them."""
+    return -(-(images if isinstance(images, int) else len(images)) // config.batch_size)
 
 
 def shares(
@@ -123,6 +128,24 @@ class ClassifierContext:
     epoch: int = 0
     held_out: ImageSource | None = None
 
+    @property
+    def retain_count(self) -> int:
+        """Number of images of D_r in each epoch, at least 1."""
+        return max(1, round(self.config.retain_fraction * len(self.retain)))
+
+    def drawn(self, generator: torch.Generator) -> Self:
+        """Return the context with a draw of `retain_count` images of D_r.
+
+        Every process that has the generator's seed draws the same, and so does a run that resumes in its epoch.
+
+        Args:
+            generator: of the epoch. It is not used if all of D_r is trained on.
+        """
+        if self.config.retain_fraction == 1:
+            return self
+        order = torch.randperm(len(self.retain), generator=generator)[: self.retain_count]
+        return replace(self, retain=self.retain.select(order.sort().values))
+
     def phase(self, name: str, images: ImageSource, loss: Loss = classification_loss) -> Phase:
         """Return a phase that visits every image once; see `dataset_phase`."""
         return dataset_phase(name, images, self.config, loss)
@@ -133,12 +156,13 @@ class ClassifierMethod(method.Method[UnlearnConfig]):
     """One row of `METHODS`: the phases of an epoch, or a closed-form edit.
 
     Args:
-        phases: (context, generator of the epoch) -> the phases of one epoch.
+        phases: (context, generator of the epoch) -> the phases of one epoch. The context's D_r is the epoch's own: if
+            the method reads `retain_fraction`, a draw from it.
         begin: called before the first epoch and before a resume; changes the model in training or extends the context.
         finish: (model, K): restores the original's architecture after training.
         edit: closed form: changes the model in training once, without epochs.
         passes: cost of the run in image passes (one image forward and backward); a forward pass alone counts 1/3.
-            By default each image of each phase counts once.
+            By default each image of each phase counts once. An epoch has `retain_count` images of D_r.
         reads_held_out: whether it measures the original on held-out images.
     """
 
@@ -160,7 +184,8 @@ class ClassifierMethod(method.Method[UnlearnConfig]):
 
         Raises:
             UsageError: batch norm is frozen, but fresh weights have no statistics to freeze; or the forget set is to
-                be divided, but the method does not use it or its recipe is adaptive.
+                be divided, but the method does not use it or its recipe is adaptive; or the adaptive recipe is to draw
+                other retained images than its own.
         """
         if self.fresh_start and config.batch_norm == "freeze":
             raise UsageError(
@@ -169,6 +194,12 @@ class ClassifierMethod(method.Method[UnlearnConfig]):
         if config.recipe == "adaptive" and config.forget_parts > 1:
             raise UsageError(
                 "the adaptive recipe cannot divide the forget set", "it measures all of it", "set recipe: fixed"
+            )
+        if config.recipe == "adaptive" and config.retain_fraction < 1:
+            raise UsageError(
+                "the adaptive recipe takes no retain_fraction",
+                "each round has a sample of its own: 5,000 retained images, and ten for each one to forget",
+                "leave retain_fraction out, or set recipe: fixed",
             )
         if self.fresh_start and config.forget_parts > 1:
             raise UsageError(
@@ -181,4 +212,5 @@ class ClassifierMethod(method.Method[UnlearnConfig]):
             return self.passes(context)
         assert self.phases is not None
         generator = torch.Generator().manual_seed(0)
-        return context.config.epochs * sum(phase.samples for phase in self.phases(context, generator))
+        phases = self.phases(context.drawn(generator), generator)
+        return context.config.epochs * sum(phase.samples for phase in phases)

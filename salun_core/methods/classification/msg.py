@@ -24,7 +24,7 @@ from torch.func import functional_call
 from salun_core.data.images import ImageSource
 from salun_core.device_memory import fitting
 from salun_core.errors import ModelError
-from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
+from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod, cross_entropy
 from salun_core.methods.loop import Phase
 from salun_core.saliency.scores import scoring
 
@@ -117,13 +117,13 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
 def passes(context: ClassifierContext) -> float:
     """Return the cost in image passes: D_f and D' for g, then D_r in each epoch."""
     drawn = min(len(context.forget), len(context.retain))
-    return len(context.forget) + drawn + context.config.epochs * len(context.retain)
+    return len(context.forget) + drawn + context.config.epochs * context.retain_count
 
 
 METHOD = ClassifierMethod(
     phases,
     defaults={"learning_rate": 0.01, "schedule": "cosine", "batch_norm": "update"},
-    reads=frozenset({"reset_share", "kept_gradient"}),
+    reads=DRAWS_RETAIN | {"reset_share", "kept_gradient"},
     begin=begin,
     passes=passes,
 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.methods.classification.method import (
+    DRAWS_RETAIN,
     ClassifierContext,
     ClassifierMethod,
     batches_of,
@@ -61,8 +62,10 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
 
 def passes(context: ClassifierContext) -> float:
     """Return the cost in image passes: D_r and an equal number of D_f batches per epoch."""
-    forget_images = cycled_count(context.forget, context.config, batches_of(context.retain, context.config))
-    return context.config.epochs * (len(context.retain) + forget_images)
+    forget_images = cycled_count(context.forget, context.config, batches_of(context.retain_count, context.config))
+    return context.config.epochs * (context.retain_count + forget_images)
 
 
-METHOD = ClassifierMethod(phases, defaults={"gradient_clip": 1.0}, reads=frozenset({"retain_weight"}), passes=passes)
+METHOD = ClassifierMethod(
+    phases, defaults={"gradient_clip": 1.0}, reads=DRAWS_RETAIN | {"retain_weight"}, passes=passes
+)

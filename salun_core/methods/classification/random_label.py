@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod
 from salun_core.methods.loop import Phase
 
 
@@ -42,4 +42,4 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [context.phase("forget", wrong), context.phase("retain", context.retain)]
 
 
-METHOD = ClassifierMethod(phases)
+METHOD = ClassifierMethod(phases, reads=DRAWS_RETAIN)

@@ -10,6 +10,6 @@ Source: Fan et al., "SalUn", ICLR 2024, equations (3) to (5). Deviations: docs/r
 from __future__ import annotations
 
 from salun_core.methods.classification import adaptive, random_label
-from salun_core.methods.classification.method import ClassifierMethod
+from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierMethod
 
-METHOD = ClassifierMethod(random_label.phases, needs_mask=True, adaptive=adaptive.DEFAULTS)
+METHOD = ClassifierMethod(random_label.phases, needs_mask=True, adaptive=adaptive.DEFAULTS, reads=DRAWS_RETAIN)

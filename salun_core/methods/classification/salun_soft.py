@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from salun_core.methods.classification import random_label
-from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import Phase, Step
 from salun_core.saliency.threshold import as_ordered, kth_largest
@@ -82,4 +82,4 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [softened(phase, context, sum(counts[:index]), sum(counts)) for index, phase in enumerate(inner)]
 
 
-METHOD = ClassifierMethod(phases, reads=frozenset({"soft_density"}), needs_original=True)
+METHOD = ClassifierMethod(phases, reads=DRAWS_RETAIN | {"soft_density"}, needs_original=True)

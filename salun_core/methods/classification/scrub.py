@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
+from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod, cross_entropy
 from salun_core.methods.loop import Phase
 
 
@@ -68,13 +68,13 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
 def passes(context: ClassifierContext) -> float:
     """Return the cost in image passes; each forward pass of the original counts a third."""
     ascents = min(context.config.ascent_epochs, context.config.epochs)
-    return (ascents * len(context.forget) + context.config.epochs * len(context.retain)) * 4 / 3
+    return (ascents * len(context.forget) + context.config.epochs * context.retain_count) * 4 / 3
 
 
 METHOD = ClassifierMethod(
     phases,
     defaults={"batch_norm": "update"},
-    reads=frozenset({"ascent_epochs", "distillation_weight", "label_weight", "temperature"}),
+    reads=DRAWS_RETAIN | {"ascent_epochs", "distillation_weight", "label_weight", "temperature"},
     needs_original=True,
     passes=passes,
 )

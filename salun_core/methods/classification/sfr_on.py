@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy as sample_losses
 
 from salun_core.data.images import ImageSource
 from salun_core.methods.classification.method import (
+    DRAWS_RETAIN,
     ClassifierContext,
     ClassifierMethod,
     batches_of,
@@ -69,12 +70,14 @@ def fisher_diagonal(model: nn.Module, images: ImageSource, batch_size: int) -> d
 
 
 def begin(context: ClassifierContext) -> ClassifierContext:
-    """Return the context with the saliency m of θ_o, which is constant during the run."""
-    assert context.model is not None
-    with scoring(context.model):
-        f_f = fisher_diagonal(context.model, context.forget, context.config.batch_size)
-        f_r = fisher_diagonal(context.model, context.retain, context.config.batch_size)
-    gamma = context.config.saliency_ratio
+    """Return the context with the saliency m of θ_o, which is constant during the run; F_r is of one draw of D_r."""
+    config, model = context.config, context.model
+    assert model is not None
+    drawn = context.drawn(torch.Generator().manual_seed(config.seed)).retain
+    with scoring(model):
+        f_f = fisher_diagonal(model, context.forget, config.batch_size)
+        f_r = fisher_diagonal(model, drawn, config.batch_size)
+    gamma = config.saliency_ratio
     return replace(context, salient={name: f_f[name] + _EPSILON >= gamma * (f_r[name] + _EPSILON) for name in f_f})
 
 
@@ -139,16 +142,16 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
 
 def passes(context: ClassifierContext) -> float:
     """Return the cost in image passes: both sets for m, then D_r and its forget batches in each epoch."""
-    config = context.config
-    batches = -(-batches_of(context.retain, config) // config.forget_every)
+    config, retained = context.config, context.retain_count
+    batches = -(-batches_of(retained, config) // config.forget_every)
     forget_images = cycled_count(context.forget, config, batches)
-    return len(context.forget) + len(context.retain) + config.epochs * (len(context.retain) + forget_images)
+    return len(context.forget) + retained + config.epochs * (retained + forget_images)
 
 
 METHOD = ClassifierMethod(
     phases,
     defaults={"schedule": "cosine", "gradient_clip": 7.0},
-    reads=frozenset({"forget_every", "forget_strength", "adaptive_power", "saliency_ratio", "slow_rate"}),
+    reads=DRAWS_RETAIN | {"forget_every", "forget_strength", "adaptive_power", "saliency_ratio", "slow_rate"},
     begin=begin,
     passes=passes,
 )

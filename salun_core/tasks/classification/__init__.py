@@ -187,7 +187,8 @@ class ClassificationTask:
         machine = {key: value for key, value in recipe.method_config.items() if key in {"device", "batch_size"}}
         adaptive = Recipe(method="salun", method_config={"recipe": "adaptive", **machine}, seed=recipe.seed)
         methods = ["sfr_on", "scrub"] if adapts else [] if recipe.method == "sfr_on" else ["sfr_on"]
-        others = [Recipe(method=name, method_config=machine, seed=recipe.seed) for name in methods]
+        drawn = {key: value for key, value in recipe.method_config.items() if key == "retain_fraction"}
+        others = [Recipe(method=name, method_config={**machine, **drawn}, seed=recipe.seed) for name in methods]
         return Escalation(
             recipes=[
                 recipe,

@@ -55,13 +55,16 @@ def training_config(overrides: Mapping[str, Any] | None = None) -> UnlearnConfig
     """Resolve the configuration of a training: the recipe above, then the user's overrides.
 
     Raises:
-        UsageError: an unknown key, or a value out of range (the message lists all faults).
+        UsageError: an unknown key, a value out of range (the message lists all faults), or a setting that a training
+            does not have.
     """
     config = parse(UnlearnConfig, {**RECIPE, **(overrides or {})}, "configuration of the training")
     if config.batch_norm == "freeze":
         raise UsageError(
             "a training cannot freeze batch norm", "fresh weights have no statistics yet", "set batch_norm: update"
         )
+    if config.retain_fraction < 1:
+        raise UsageError("a training takes no retain_fraction", "each epoch trains on all images", "leave it out")
     return config
 
 

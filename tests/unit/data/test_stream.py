@@ -23,7 +23,7 @@ from salun_core.data.targets import SamplesTarget
 from salun_core.errors import DataError, IntegrityError, StoreError, UsageError
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.methods.checkpoint import FileCheckpoint
-from salun_core.methods.classification import method_config
+from salun_core.methods.classification import method_config, unlearn
 from salun_core.methods.classification.method import shares
 from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
@@ -180,6 +180,25 @@ def test_only_the_rows_of_a_pass_are_read(monkeypatch, shards):
     with pytest.raises(DataError, match=r"cannot read train-1\.parquet"):
         next(train.batches(8))
     assert len(train.select(first).pixels(range(3))) == 3  # what was decoded before stays valid
+
+
+@pytest.mark.parametrize("method", ["random_label", "scrub", "sfr_on", "amun", "msg"])
+def test_an_epoch_decodes_what_it_draws_of_the_retained_images(monkeypatch, shards, method):
+    """5 images to forget, and 0.1 of 58 retained ones in each of two epochs; MSG and SFR-on draw once more."""
+    train = streamed(monkeypatch, shards, size=8).images("train", Normalisation((0.5,) * 3, (0.2,) * 3))
+    forget, retain = train.select(range(5)), train.select(range(5, 63))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 3))
+    config = {"epochs": 2, "retain_fraction": 0.1, "device": "cpu", "order": "mixed"}
+    settings = {key: value for key, value in config.items() if key != "order" or method == "random_label"}
+    decoded = []
+
+    def count(record):
+        decoded.append(int(train.decoded._decoded.sum()))
+
+    unlearn(model, method, forget=forget, retain=retain, config=settings, on_epoch=count)
+    once = {"sfr_on": 6, "msg": 5}.get(method, 0)
+    assert 11 <= decoded[0] <= 11 + once
+    assert decoded[0] < decoded[1] <= 17 + once
 
 
 @pytest.mark.parametrize(

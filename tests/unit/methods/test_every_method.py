@@ -9,7 +9,7 @@ import torch
 
 from salun_core.errors import UsageError
 from salun_core.methods.classification import METHODS, FileCheckpoint, UnlearnConfig, method_config
-from salun_core.methods.classification.method import ClassifierContext
+from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
@@ -149,9 +149,13 @@ def test_the_documentation_names_every_method_and_setting():
     for method, row in METHODS.items():
         assert f"## `{method}`" in text
         section = text.split(f"## `{method}`")[1].split("\n## ")[0]
-        for key in sorted({*row.defaults, *row.reads}):
+        for key in sorted({*row.defaults, *row.reads} - DRAWS_RETAIN):
             value = getattr(method_config(method), key)
             assert f"`{key}: {f'{value:g}' if isinstance(value, float) else value}`" in section, (method, key)
+    drawing = text.split("- These methods read it:")[1].split(". R in the table")[0]
+    assert sorted(drawing.replace("`", "").replace(",", "").split()) == sorted(
+        name for name, row in METHODS.items() if row.reads >= DRAWS_RETAIN
+    )
 
 
 CLASS_WISE = [

@@ -260,6 +260,9 @@ def test_what_is_gentler_depends_on_the_method():
     assert [recipe.method_config.get("recipe") for recipe in steered.recipes] == [None, "fixed", "fixed", None]
     assert [recipe.method_config["recipe"] for recipe in steered.gentler] == ["adaptive", "adaptive"]
     assert [level.role.value for level in steered.levels[:4]] == ["strength"] * 3 + ["retrain"]
+    drawn = {"retain_fraction": 0.1}  # what limits the cost of one method limits that of the others
+    found_drawn = [(recipe.method, recipe.method_config) for recipe in found(Recipe(method_config=drawn)).others]
+    assert found_drawn == [adaptive, ("sfr_on", drawn)]
     again = TASKS["classification"].escalation(Recipe(method="retrain", method_config={"epochs": 3}))
     assert [
         (level.role.value, recipe.method_config) for level, recipe in zip(again.levels, again.recipes, strict=True)
