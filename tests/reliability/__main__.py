@@ -47,30 +47,31 @@ OF_PYTEST = {
 }
 HEAD = """# Reliability
 
-How the deletion ledger behaves when processes are killed, replies are lost and clocks are wrong. Everything here is
-measured. `make reliability` runs all rows again and rewrites this page. `make test` runs them at a smaller size.
+This page reports measurements: how the deletion ledger behaves when processes are killed, replies are lost and clocks
+are wrong. `make reliability` runs all rows again and rewrites this page. `make test` runs them at a smaller size.
 
-A toy replaces the model: its weights are the set of samples that it has forgotten, so an auditor can check every sample
-in every version. Everything else is real: an S3 server, the ledger, leases, claiming, publishing and settling, separate
+A toy model is used: its weights are the set of samples that it has forgotten, so an auditor can check every sample in
+every version. Everything else is real: an S3 server, the ledger, leases, claiming, publishing and settling, separate
 processes, SIGKILL and SIGSTOP.
 
-The row "killed runs of the pipeline" runs the steps of the product itself (claim, fetch, mask, unlearn, evaluate, gate,
-conclude, and the exit handler), each in a process of its own, on a small autoencoder. Each of its trials has a line of
-its own, 3 to 5 requests, and one of these, at a moment that its seed draws (before a process, before or after any call
-to the store, at the end of a step, or at any time):
+The row "killed runs of the pipeline" runs the real steps (claim, fetch, mask, unlearn, evaluate, gate, conclude, and
+the exit handler), each in its own process, on a small autoencoder. Each of its trials has its own line with 3 to 5
+requests, and one of the failures below. The seed of the trial selects the time of the failure: before a process, before
+or after a call to the store, at the end of a step, or at any time.
 
 | trial | what happens |
 |---|---|
-| recreated | a step is killed, and its pod is created again, once or more often; meanwhile another sweep may come |
+| recreated | a step is killed, and its pod is created again once or several times; another sweep may start in between |
 | vanished | a step is killed, the Workflow is gone or its node is lost, and the exit handler never runs |
-| retried | a step is killed and the exit handler runs; then Retry: the step and all later ones run again |
-| net killed | the exit handler is killed too, and is repeated or never runs again |
-| suspended | a step stops past its lease, another run takes over, then the step wakes up and its run goes on |
+| retried | a step is killed and the exit handler runs; then somebody clicks Retry, and the step and all later ones run again |
+| net killed | the exit handler is also killed, and is repeated or never runs again |
+| suspended | a step is suspended until its lease expires, another run takes over, then the step and its run continue |
 | pending | the run is terminated before the first step after its claim |
 
-In half of the trials the Kubernetes API can be asked about the holder, in the others time alone decides, by a clock of
-the store that the trial moves. Then a sweep runs to its end, and the auditor also checks certificates and their
-signatures, outcomes, how long the line was blocked, and that a purge 25 hours later leaves no scratch file.
+In half of the trials, sweeps can ask the Kubernetes API whether the holder of a lease still runs. In the other half,
+only the time since the last renewal counts; the trial sets the clock of the store. After the failure a sweep runs to
+its end. The auditor then also checks certificates and their signatures, outcomes, how long the line was blocked, and
+that a purge 25 hours later leaves no scratch file.
 
 - **lost**: a request that was filed and is not completed, or whose data HEAD still contains.
 - **twice**: a request that was completed twice, a sample that two versions erased, an event that was written twice.
