@@ -63,7 +63,7 @@ or after a call to the store, at the end of a step, or at any time.
 |---|---|
 | recreated | a step is killed, and its pod is created again once or several times; another sweep may start in between |
 | vanished | a step is killed, the Workflow is gone or its node is lost, and the exit handler never runs |
-| retried | a step is killed and the exit handler runs; after a Retry in the browser, the step and all later steps run again |
+| retried | a step is killed and the exit handler runs; after Retry in the browser, it and all later steps run again |
 | net killed | the exit handler is also killed, and is repeated or never runs again |
 | suspended | a step is suspended until its lease expires, another run takes over, then the step and its run continue |
 | pending | the run is terminated before the first step after its claim |
