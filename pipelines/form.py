@@ -40,8 +40,14 @@ class PlacementForm(Document):
         pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
         description="Kind of accelerator, such as nvidia.com/gpu, nvidia.com/gpu.shared or nvidia.com/mig-1g.10gb.",
     )
-    cpu: str = Field(default="4", pattern=_QUANTITY, description="Processor cores for each of them, such as 4 or 500m.")
-    memory: str = Field(default="16Gi", pattern=_QUANTITY, description="Memory for each of them, such as 16Gi.")
+    cpu: str = Field(
+        default="4",
+        pattern=_QUANTITY,
+        description="Processor cores for each step that loads a model, such as 4 or 500m.",
+    )
+    memory: str = Field(
+        default="16Gi", pattern=_QUANTITY, description="Memory for each step that loads a model, such as 16Gi."
+    )
     node_selector: dict[str, str] = Field(default={}, description="Labels that the nodes must have, as a JSON object.")
     tolerations: list[dict[str, str]] = Field(default=[], description="Taints that the pods tolerate, as a JSON list.")
 

@@ -52,7 +52,7 @@ def sweep_compact(
         also: Former name of extra_metrics, for recurring runs; the next release drops it.
         min_requests: A batch of this many requests is due at once.
         max_requests: Maximum number of requests in one run.
-        max_wait_hours: A batch is due when its oldest request has waited for so many hours.
+        max_wait_hours: A batch is due when its oldest request has waited for this many hours.
         max_forget_fraction: Maximum share of the training data that one run forgets.
         dry_run: Report what would be claimed, and write nothing.
 

@@ -35,7 +35,7 @@ from salun_core.steps.run_form import OLD_NAMES
 
 _EVERYWHERE = (
     ("--json", "Print one JSON document and nothing else on standard output."),
-    ("--debug", "Print tracebacks and our own logs."),
+    ("--debug", "Print tracebacks and SalUn's log lines."),
 )
 _CONFIG = ("--config", "Settings file. Default: salun.yaml in the working folder, if it exists.")
 _NO_SETTINGS = ("demo", "demo-diffusion", "init", "store")  # they need none, or write it
@@ -150,7 +150,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Make trained models forget, prove it, and publish only what passes the gate.",
+    help="Make trained models forget, measure the result, and publish only what passes the gate.",
 )
 
 
@@ -200,7 +200,7 @@ _GROUPS: dict[str, tuple[type[TyperGroup], str]] = {
     "ls": (TyperGroup, "List the names of methods, models and data."),
     "plugin": (TyperGroup, "List the plug-ins of other packages, and check them."),
     "request": (TyperGroup, "File deletion requests, show their status, and change it by hand."),
-    "store": (TyperGroup, "Run an object store of your own."),
+    "store": (TyperGroup, "Run your own object store."),
     "key": (TyperGroup, "Create the keys that sign and verify certificates."),
 }
 _VERBS: dict[str, Callable[..., None]] = {

@@ -22,7 +22,7 @@ def audit(
     before: Annotated[Path, typer.Option(metavar="M", help="The original model: a folder, weights, or predictions.")],
     after: Annotated[Path, typer.Option(metavar="M", help="The model after unlearning, of the same kind.")],
     forget: Annotated[
-        str, typer.Option(metavar="F", help="What had to be forgotten: ids, one a line, or a target in YAML or JSON.")
+        str, typer.Option(metavar="F", help="What had to be forgotten: ids, one per line, or a target in YAML or JSON.")
     ],
     out: Annotated[Path, typer.Option(help="Evidence to write (audit.json).")],
     report: Annotated[Path | None, typer.Option(help="Report to write (Markdown).")] = None,
@@ -37,12 +37,13 @@ def audit(
         list[Path], typer.Option(metavar="M", help="A shadow model, trained on half of the samples; may be repeated.")
     ] = [],
     data: Annotated[
-        str | None, typer.Option(metavar="D", help="Where the images are; for weights the data they were trained on.")
+        str | None,
+        typer.Option(metavar="D", help="Location of the images; for weights, the data that they were trained on."),
     ] = None,
     arch: Annotated[str | None, typer.Option(metavar="A", help="Architecture of weights. Default: inferred.")] = None,
     key: Annotated[Path | None, typer.Option(metavar="PEM", help="Your private key, which signs the evidence.")] = None,
     require: Annotated[
-        str, typer.Option(metavar="LEVEL", help="Lowest level without exit code 3: procedure or measured.")
+        str, typer.Option(metavar="LEVEL", help="Exit with code 3 below this level: procedure or measured.")
     ] = "procedure",
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the bootstrap, the random forest and the halves of relearn.")
@@ -50,9 +51,10 @@ def audit(
     device: Device = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Measure whether a classifier forgot, from models or predictions before and after, without pipeline and store.
+    """Measure whether a classifier forgot, by its models or predictions before and after unlearning.
 
-    The exit code is 3 if a test fails; evidence and report are written all the same. `salun verify` checks the
+    It needs no pipeline and no store. The exit code is 3 if a test fails; evidence and report are written in both
+    cases. `salun verify` checks the
     signature of the evidence.
     """
     from salun_core.audit.checks import examine

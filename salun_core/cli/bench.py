@@ -46,8 +46,12 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder of all files. Default: .salun/bench/SUITE-SIZE.")] = None,
     only: Annotated[list[str], typer.Option(metavar="NAME", help="Measure this row; may be repeated.")] = [],
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds. Default: all of the suite.")] = None,
-    data: Annotated[str | None, typer.Option(metavar="D", help="The data, if they are elsewhere.")] = None,
-    budget: Annotated[float | None, typer.Option(min=1, help="Seconds for this run; else the suite's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="D", help="Location of the data, if it is not that of the suite.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=1, help="Time limit of this call in seconds. Default: the suite's.")
+    ] = None,
     render_only: Annotated[bool, typer.Option("--render-only", help="Measure nothing; print earlier results.")] = False,
     into: Annotated[Path | None, typer.Option(metavar="PAGE", help="Also write the table into this page.")] = None,
     results: Annotated[Path, typer.Option(help="With --into: folder of all suites' results (JSON).")] = RESULTS,
@@ -128,9 +132,9 @@ def _raise_failures(outcome: SuiteOutcome) -> None:
 
 
 def render(
-    into: Annotated[Path, typer.Option(metavar="PAGE", help="The page; its other text stays.")],
+    into: Annotated[Path, typer.Option(metavar="PAGE", help="The page to update; its other text is kept.")],
     results: Annotated[Path, typer.Option(help="Folder of all suites' results (JSON).")] = RESULTS,
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page is out of step.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page is out of date.")] = False,
 ) -> None:
     """Write the page of all results, with its pictures, from their JSON. Nothing is measured."""
     from salun_core.bench.page import write_page
@@ -152,7 +156,9 @@ def calibrate(
     workers: Annotated[int, typer.Option(min=1, help="Processes that measure cells at the same time.")] = 1,
     results: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also write the counts into this file. With --cells its other cells stay."),
+        typer.Option(
+            metavar="FILE", help="Also write the counts into this file. With --cells, its other cells are kept."
+        ),
     ] = None,
     into: Annotated[Path | None, typer.Option(metavar="PAGE", help="Also write the table into this page.")] = None,
     render_only: Annotated[

@@ -26,15 +26,17 @@ def verify(
             help="Public key of a signer; may be repeated. Default: $SALUN_VERIFY_KEY, then salun.pub in the folder.",
         ),
     ] = [],
-    addendum: Annotated[list[Path], typer.Option(metavar="FILE", help="A later addition to it; may be repeated.")] = [],
+    addendum: Annotated[
+        list[Path], typer.Option(metavar="FILE", help="An addendum of the certificate; may be repeated.")
+    ] = [],
     store: Annotated[
         str | None, typer.Option("--store", help="Also check that the version is still in use, in this store.")
     ] = None,
 ) -> None:
     """Verify an erasure certificate: its signature, and that a model is the certified one. Offline without --store.
 
-    Offline, a later rollback is known only if its revocation is among the addenda. The file may also be a signed audit
-    (`salun audit --key`); DIR may then be the file of weights or predictions that was audited.
+    Offline, it detects a later rollback only if the revocation is among the addenda. The file may also be a signed
+    audit (`salun audit --key`); DIR may then be the file of weights or predictions that was audited.
     """
     from salun_core.audit.statement import is_audit
     from salun_core.certificates.verify import verify_certificate
@@ -160,10 +162,10 @@ def certificate(
     store: Store,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write.")] = None,
     addenda: Annotated[
-        bool, typer.Option("--addenda", help="Also fetch its addenda, next to FILE; without --out list them.")
+        bool, typer.Option("--addenda", help="Also write its addenda next to FILE; without --out, list them.")
     ] = False,
 ) -> None:
-    """Fetch the certificate of a request from the store, byte for byte. With --addenda also what was added later."""
+    """Fetch the certificate of a request from the store, byte for byte. With --addenda, also fetch its addenda."""
     from salun_core.certificates.verify import certificate_digest, fetch_addenda, fetch_certificate
     from salun_core.errors import UsageError
     from salun_core.storage.local_files import write_whole

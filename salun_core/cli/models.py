@@ -39,7 +39,7 @@ Evaluation = Annotated[
     list[str], typer.Option("--evaluation", metavar="KEY=VALUE", help="Setting of the evaluation; may be repeated.")
 ]
 Policy = Annotated[
-    str, typer.Option("--policy", help="Gate policy that the line will have to pass: what is missing for it is named.")
+    str, typer.Option("--policy", help="Gate policy of the line; warns if the line lacks what this policy needs.")
 ]
 Version = Annotated[str, typer.Argument(metavar="LINE@VERSION", help="The version, by 6 or more digits of its digest.")]
 
@@ -229,7 +229,7 @@ def import_model(
     classes: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Class names in the model's order: one a line, JSON, or separated by commas."
+            metavar="FILE", help="Class names in the model's order: one per line, JSON, or separated by commas."
         ),
     ] = None,
     mean: Annotated[str | None, typer.Option(help="Means of the normalisation: 0.49,0.48,0.45.")] = None,
@@ -252,9 +252,9 @@ def import_model(
     policy: Policy = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Turn a foreign model into a model folder, and print what was recognised. No code in it is run.
+    """Import a model of another program into a model folder, and print what was recognised. Runs no code of it.
 
-    With --dry-run it writes nothing; without --data it then prints what a checkpoint is.
+    With --dry-run it writes nothing, and without --data it then only recognises the checkpoint.
     """
     from salun_core.errors import StateMismatchError
     from salun_core.models.diffusers_folder import INDEX
@@ -469,7 +469,7 @@ def rollback(
     version: Version,
     reason: Reason,
     store: Store,
-    reopen: Annotated[bool, typer.Option("--reopen", help="Queue the requests again that it undoes.")] = False,
+    reopen: Annotated[bool, typer.Option("--reopen", help="Queue the undone requests again.")] = False,
     actor: Actor = "",
     dry_run: DryRun = False,
 ) -> None:

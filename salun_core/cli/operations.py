@@ -39,10 +39,10 @@ def doctor(
 ) -> None:
     """Check this machine, the settings file, the store, a model line, and what can be erased from the line.
 
-    The exit code is 1 if a requirement is missing. Of a line it checks HEAD, the data, the policy, the signing key, and
-    for each kind of request whether it could be erased from the line and pass the policy.
+    The exit code is 1 if a requirement is missing. For a model line, it checks HEAD, the data, the policy, the signing
+    key, and for each kind of request whether such a request could be erased from the line and pass the policy.
 
-    With --kfp it looks for what earlier releases left in Kubeflow's own store, and the exit code is 1 if it finds any.
+    With --kfp it only searches Kubeflow's own store for files of earlier releases. The exit code is 1 if it finds any.
     """
     if kfp is not None:
         _check_pipeline_root(kfp)
@@ -130,7 +130,7 @@ def exporter(
     interval: Annotated[float, typer.Option(min=1, max=3600, metavar="SECONDS", help="Time between refreshes.")] = 15,
     once: Annotated[bool, typer.Option("--once", help="Print the metrics and exit.")] = False,
 ) -> None:
-    """Serve the ledger's gauges to Prometheus on /metrics, and /healthz. A scrape does not read the store."""
+    """Serve the metrics of requests and model lines to Prometheus (/metrics), and a health check (/healthz)."""
     from salun_core.requests.gauges import GaugeReader
     from salun_core.storage import open_store
     from salun_core.telemetry.exporter import Exporter, serving
@@ -160,7 +160,9 @@ def purge(
     weights_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of superseded weights.")] = 30,
     artifact_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of Kubeflow's copies.")] = 7,
     outcome_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of outcomes of idle sweeps.")] = 7,
-    every_hours: Annotated[int, typer.Option(min=0, max=24, help="Time between purges; each looks so far ahead.")] = 12,
+    every_hours: Annotated[
+        int, typer.Option(min=0, max=24, help="Time between purges; deletes what exceeds a limit before the next one.")
+    ] = 12,
     old_artifacts: Annotated[
         bool,
         typer.Option(
@@ -253,7 +255,7 @@ def _remaining(report: PurgeReport) -> Iterator[tuple[str, int]]:
 
 
 def demo(context: typer.Context) -> None:
-    """Forget real images end to end: store, training, deletion requests, sweeps, certificates, report.
+    """Run everything on real images: store, training, deletion requests, sweeps, certificates, report.
 
     This runs `python -m examples.demo` of the checkout and takes its options: see `salun demo --help`.
     """
@@ -261,7 +263,7 @@ def demo(context: typer.Context) -> None:
 
 
 def demo_diffusion(context: typer.Context) -> None:
-    """Forget a class of a small Stable Diffusion or DDPM end to end: training, request, sweep, images, certificate.
+    """Run everything on a small Stable Diffusion or DDPM: training, request, sweep, images, certificate.
 
     This runs `python -m examples.demo --diffusion` of the checkout and takes its options, such as `--kind ddpm`.
     """

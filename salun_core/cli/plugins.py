@@ -41,10 +41,13 @@ def list_plugins() -> None:
 
 def check(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A package with plug-ins, the name of one, or package:object.")
+        str, typer.Argument(metavar="NAME", help="A package with plug-ins, the name of a plug-in, or package:object.")
     ],
 ) -> None:
-    """Check a package, or one of its plug-ins, against the contract. Runs its code, even if SALUN_PLUGINS omits it."""
+    """Check a package, or one of its plug-ins, against the contract.
+
+    This runs its code, even if SALUN_PLUGINS does not list it.
+    """
     from salun_core.contract import check_plugin, chosen
 
     plugins.allow(name)

@@ -58,11 +58,15 @@ def submit(
             "anchor_prompt, images and neighbours.",
         ),
     ] = None,
-    anchor: Annotated[str | None, typer.Option(help="What the model shall make of the concept instead.")] = None,
+    anchor: Annotated[str | None, typer.Option(help="What the model generates instead of the concept.")] = None,
     random: Annotated[float | None, typer.Option(metavar="FRACTION", help="Random share of the training data.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the random share. Default: 0.")] = None,
-    received_at: Annotated[str | None, typer.Option(help="When the person asked (ISO 8601). Default: now.")] = None,
-    source: Annotated[str | None, typer.Option(help="Its origin, such as a ticket. No personal data.")] = None,
+    received_at: Annotated[
+        str | None, typer.Option(help="Time at which the person made the request (ISO 8601). Default: now.")
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Origin of the request, such as a ticket. No personal data.")
+    ] = None,
     check_data: Annotated[
         bool | None,
         typer.Option(
@@ -71,7 +75,7 @@ def submit(
         ),
     ] = None,
     policy: Annotated[
-        str, typer.Option("--policy", help="Gate policy that the sweep will apply: what it needs is checked as well.")
+        str, typer.Option("--policy", help="Gate policy that the sweep will apply; also checks what this policy needs.")
     ] = "auto",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for a confirmation.")] = False,
     actor: Actor = "",
@@ -79,9 +83,9 @@ def submit(
 ) -> None:
     """Check deletion requests against their model lines, show what they name, and file them.
 
-    A terminal asks for a confirmation, unless --yes or --json is given; a script is not asked. A line that does not
-    exist or a target that does not fit it is refused. Repeating a call has no effect; another text under the same id
-    is refused.
+    In a terminal it asks for a confirmation, unless --yes or --json is given; in a script it does not. It refuses a
+    line that does not exist, a target that does not fit the line, and another text under an existing id. Repeating a
+    call has no effect.
     """
     from salun_core.config import parse
     from salun_core.requests.intake import read_submissions
@@ -484,15 +488,16 @@ def release(
     store: Store,
     reason: Reason,
     known_only: Annotated[
-        bool, typer.Option("--known-only", help="Erase what the data have, and leave out names that they do not have.")
+        bool,
+        typer.Option("--known-only", help="Erase the part of the target that is in the data, and ignore the rest."),
     ] = False,
     actor: Actor = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Queue a request that is on hold, and say what then happens.
+    """Queue a request that is on hold, and print what happens next.
 
-    A request that a sweep held for review is looked up again by the next sweep. If the data still do not have all that
-    it names, it is held again, unless --known-only is given. One that names nothing that exists: cancel it.
+    The next sweep looks up the target again. If the data still lack a part of it, the sweep holds the request again,
+    unless --known-only is given. If nothing that the request names exists, cancel it.
     """
     from salun_core.requests.schema import Review
 

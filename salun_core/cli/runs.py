@@ -46,9 +46,9 @@ def run(
 ) -> None:
     """Fetch, mask, unlearn, evaluate, and publish if the gate passes. The exit code is 3 if the gate refuses.
 
-    Parameters come from --config, which options override, and these are overridden by --set. The store of that file
-    has priority over --store. The settings file comes last: salun --config FILE run. With `tune: true` the exit code
-    is 3 as well if no setting satisfies the policy.
+    Options override the parameters in --config, and --set overrides both; but a store in that file has priority over
+    --store. The settings file has the lowest priority; give it before the verb: salun --config FILE run. With
+    `tune: true` the exit code is also 3 if no setting satisfies the policy.
     """
     from salun_core.config import parse
     from salun_core.steps.outcome import DECISION
@@ -151,17 +151,17 @@ def sweep(
     shared: dict[str, Any],
     once: Annotated[bool, typer.Option("--once", help="Claim one batch, erase it, and settle it.")] = False,
     now: Annotated[
-        bool, typer.Option("--now", help="As --once, and a batch is due whatever --min-requests and the hours say.")
+        bool, typer.Option("--now", help="As --once, without waiting for --min-requests or --max-wait-hours.")
     ] = False,
     settle: Annotated[str | None, typer.Option(metavar="RUN", help="Only settle this run and free its line.")] = None,
     settings: Settings = [],
     work_dir: WorkDir = None,
 ) -> None:
-    """Erase the deletion requests of a model line that are due, and certify each. The exit code is 0 if none is due.
+    """Erase the data of the due deletion requests of a model line, and certify each request.
 
-    Otherwise it is the code of the error that ended the run: 3 if the gate refused, 4 if the parent was stale.
-    `--set` overrides settings of the method, such as epochs=3. $SALUN_SIGNING_KEY names the key for certificates.
-    With --tune the gate counts as refusing if no setting satisfies the policy.
+    The exit code is 0 if the run succeeded or no batch is due, 3 if the gate refused, and 4 if the parent was stale.
+    With --tune it is also 3 if no setting satisfies the policy. `--set` overrides settings of the method, such as
+    epochs=3. $SALUN_SIGNING_KEY names the key for certificates.
     """
     from salun_core.config import parse
     from salun_core.steps.outcome import DECISION

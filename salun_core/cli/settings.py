@@ -306,8 +306,8 @@ def init(
 ) -> None:
     """Write salun.yaml with comments: defaults for the options of every command in this folder.
 
-    A terminal asks for what is not given; a script is not asked. Without --store and --env-file it uses the `.env` that
-    `salun store serve` wrote into this folder or a folder in it. `salun --config FILE init` writes another file.
+    In a terminal it asks for missing values; in a script it does not. Without --store and --env-file it uses the `.env`
+    that `salun store serve` wrote into this folder or a folder in it. `salun --config FILE init` writes another file.
     """
     from salun_core.storage.local_files import write_whole
 

@@ -108,9 +108,13 @@ def unlearn(
     seed: Annotated[int, form_option("seed")] = DEFAULTS.seed,
     processes: Processes = 1,
     store: OptionalStore = None,
-    tune: Annotated[bool, form_option("tune", help="Search the open settings on validation data.")] = DEFAULTS.tune,
+    tune: Annotated[
+        bool, form_option("tune", help="Search the settings that are not given, on validation data.")
+    ] = DEFAULTS.tune,
     tune_budget: Annotated[str, form_option("tune_budget")] = DEFAULTS.tune_budget,
-    policy: Annotated[str, form_option("policy_uri", help="The gate policy that bounds --tune.")] = DEFAULTS.policy_uri,
+    policy: Annotated[
+        str, form_option("policy_uri", help="The gate policy that the result of --tune must satisfy.")
+    ] = DEFAULTS.policy_uri,
     dry_run: DryRun = False,
 ) -> None:
     """Make a model forget; weights outside the mask stay bit-identical.
@@ -193,9 +197,11 @@ def evaluate(
     forget: Forget,
     out: Annotated[Path, typer.Option(help="Evidence file to write (JSON).")],
     report: Annotated[Path, typer.Option(help="Report to write (HTML).")],
-    reference: Annotated[str | None, typer.Option(metavar="M", help="A model retrained without the set.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="M", help="A model that was retrained without the forget set.")
+    ] = None,
     retrain_reference: Annotated[
-        bool, form_option("retrain_reference", help="Retrain one by the model card's recipe.")
+        bool, form_option("retrain_reference", help="Train a reference now, by the model card's recipe.")
     ] = DEFAULTS.retrain_reference,
     mask: Annotated[Path | None, typer.Option(help="Mask file; weights outside it are compared bit by bit.")] = None,
     extra_metrics: Annotated[str, form_option("extra_metrics")] = DEFAULTS.extra_metrics,

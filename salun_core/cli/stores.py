@@ -24,7 +24,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of the S3 API.")] = PORT,
     bucket: Annotated[str, typer.Option("--bucket", help="Bucket to create.")] = "salun",
 ) -> None:
-    """Run an S3 server on this machine until Ctrl-C. Keys and data stay in DIR, for the next start too."""
+    """Run an S3 server on this machine until Ctrl-C. Keys and data stay in DIR for the next start."""
     from salun_core.errors import StoreError
     from salun_core.storage import split_uri
     from salun_core.storage.seaweedfs import embedded_s3

@@ -38,7 +38,7 @@ def _history(store: S3Store, line: str) -> list[VersionSummary]:
 
 
 def list_lines(store: Store) -> None:
-    """List the model lines: the version in use, how many there are, their size, and what was forgotten."""
+    """List the model lines: current version, number of versions, size, and what was forgotten."""
     from salun_core.registry.lookup import lines
     from salun_core.storage import open_store
 
@@ -88,7 +88,7 @@ def _debt(item: VersionSummary) -> str:
 
 
 def history(line: Annotated[str, typer.Argument(metavar="LINE", help="The model line.")], store: Store) -> None:
-    """List the versions of a model line, newest first: what each erased, its debt, its holder, what was undone."""
+    """List the versions of a model line, newest first, with what each one erased, its debt, holds and rollbacks."""
     from salun_core.storage import open_store
 
     versions = _history(open_store(store), line)
@@ -272,7 +272,7 @@ def pull(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the model to.")],
     store: Store,
 ) -> None:
-    """Download a version, every file checked. After an interruption the same command continues."""
+    """Download a version and check every file. After an interruption, run the same command to continue."""
     from salun_core.registry.lookup import resolve
     from salun_core.registry.pull import pull as fetch
     from salun_core.storage import open_store

@@ -35,8 +35,8 @@ class RecipeForm(RunForm):
 
     method: str = Field(
         default="salun",
-        description="The unlearning method; with tune also auto, or several with commas, for the search to choose "
-        "from. In a sweep the cause of a refusal decides what comes next.",
+        description="The unlearning method. With tune also auto, or several names separated by commas: the search "
+        "chooses one. In a sweep, the cause of a refusal decides which recipe comes next.",
     )
     density: float = _DENSITY
     policy_uri: str = Field(

@@ -29,7 +29,7 @@ class BatchLimits(Document):
         default=24.0,
         ge=0,
         le=24 * 366,
-        description="A batch is due when its oldest request has waited for so many hours.",
+        description="A batch is due when its oldest request has waited for this many hours.",
     )
     max_forget_fraction: float = Field(
         default=0.2,

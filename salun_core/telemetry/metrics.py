@@ -30,7 +30,7 @@ SPECS = {
         Spec("salun_oldest_request_age_seconds", "Age of the oldest request that is not settled.", "seconds"),
         Spec(
             "salun_requests_by_level",
-            "Completed requests by assurance level; not_stated: completed by release 0.1.0; not_read: counted soon.",
+            "Completed requests by assurance level; not_stated: completed by release 0.1.0; not_read: not yet read.",
             "requests",
             ("level",),
         ),
@@ -40,7 +40,7 @@ SPECS = {
         Spec("salun_test_accuracy_ratio", "Accuracy on the test set after unlearning.", "ratio", _RESULT),
         Spec(
             "salun_membership_attack_ratio",
-            "Share of the forget set that the membership attack calls never seen.",
+            "Share of the forget set that the membership attack classifies as never seen.",
             "ratio",
             _RESULT,
         ),
@@ -84,17 +84,21 @@ SPECS = {
         ),
         Spec(
             "salun_requests_by_deadline",
-            "Requests not settled and past this stage of their month.",
+            "Unsettled requests that are past this stage of their month.",
             "requests",
             ("stage",),
         ),
         Spec(
             "salun_exporter_last_refresh_timestamp_seconds",
-            "Unix time of the exporter's last refresh that succeeded.",
+            "Unix time of the exporter's last successful refresh.",
             "seconds",
         ),
-        Spec("salun_exporter_refresh_duration_seconds", "Wall-clock time of that refresh.", "seconds"),
-        Spec("salun_exporter_refresh_failures", "Refreshes that failed since then.", "refreshes"),
+        Spec(
+            "salun_exporter_refresh_duration_seconds",
+            "Wall-clock time of the exporter's last successful refresh.",
+            "seconds",
+        ),
+        Spec("salun_exporter_refresh_failures", "Failed refreshes since the last successful one.", "refreshes"),
         Spec("salun_exporter_unreadable_lines", "Model lines whose HEAD or version is damaged.", "lines"),
         Spec("salun_build_info", "Always 1; the version of the code is a label.", "info", ("version",)),
     )
@@ -210,11 +214,10 @@ def check_label(name: str, value: str) -> None:
 def metrics_table() -> str:
     """Return the table of all metrics in Markdown."""
     head = (
-        "# Metrics\n\nAll are gauges. A step pushes its values at its end to the Pushgateway that `PUSHGATEWAY_URL` "
-        "names, under the grouping key `pipeline`, `step`, `model` (job `salun`); scrape it with `honor_labels: true`. "
-        "`pipeline` is the one that was started; outside of any it is "
-        "`salun-unlearning`. "
-        "`salun exporter` serves those of the ledger and of the model lines: see [operations](../how-to/monitor.md)."
+        "# Metrics\n\nAll metrics are gauges. At its end, a step pushes its values to the Pushgateway in "
+        "`PUSHGATEWAY_URL`, under the grouping key `pipeline`, `step`, `model` (job `salun`). Scrape the Pushgateway "
+        "with `honor_labels: true`. `pipeline` is the pipeline of the run, or `salun-unlearning` outside of pipelines. "
+        "`salun exporter` serves the metrics of requests and model lines: see [monitoring](../how-to/monitor.md)."
     )
     lines = ["| name | unit | labels | meaning |", "|---|---|---|---|"]
     lines += [f"| `{s.name}` | {s.unit} | {_listed(s.labels)} | {s.help} |" for s in SPECS.values()]
