@@ -16,7 +16,8 @@ from salun_core.data.decode import fits_memory
 from salun_core.data.folders import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
 from salun_core.data.parquet import MAX_CLASSES
 from salun_core.data.spec import DataSpec
-from salun_core.data.table import Encoded, Payload, Shard, Table, check_labels
+from salun_core.data.stored import StoredFile
+from salun_core.data.table import Encoded, Origin, Payload, Shard, Table, check_labels
 from salun_core.errors import DataError
 
 _MAX_LABEL_BYTES = 1 << 20  # of a `.cls` or `.json`
@@ -55,7 +56,9 @@ def read_archives(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tab
             labels.append(label)
             subjects.append(subject)
         size += sum(length for _, length in spans)
-        shards.append(Shard(file.name, len(spans), partial(_read, file, np.array(spans, np.int64).reshape(-1, 2))))
+        found = np.array(spans, np.int64).reshape(-1, 2)
+        origin = Origin("tar", file, file.stat().st_size, spans=found)
+        shards.append(Shard(file.name, len(spans), partial(read_spans, file, found), origin))
     if not labels:
         raise DataError(f"{path.name} holds no samples", "no tar file in it has an image", "check `source`")
     named = [label for label in labels if isinstance(label, str)]
@@ -67,10 +70,11 @@ def read_archives(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tab
     by_name = {name: index for index, name in enumerate(classes)}
     ids = [by_name.get(label, -1) if isinstance(label, str) else label for label in labels]
     check_labels(ids, len(classes), path.name, labels)
-    payloads: Sequence[Payload] = Encoded(shards)
-    if fits_memory(spec, len(ids), size, lambda: payloads[0]):
-        payloads = list(payloads)
-    return Table(list(places), ids, payloads, classes, subjects)
+    stored = Encoded(shards)
+    payloads: Sequence[Payload] = stored
+    if fits_memory(spec, len(ids), size, lambda: stored[0]):
+        payloads = list(stored)
+    return Table(list(places), ids, payloads, classes, subjects, stored=stored)
 
 
 _Sample = tuple[str, tuple[int, int], int | str, str | None]  # id, (offset, bytes) of its image, label, subject
@@ -133,7 +137,12 @@ def _sample(
     yield name, parts["image"], label, None if subject in (None, "") else str(subject)
 
 
-def _read(file: Path, spans: np.ndarray, places: Sequence[int]) -> Iterator[bytes]:
+def read_spans(file: Path | StoredFile, spans: np.ndarray, places: Sequence[int]) -> Iterator[bytes]:
+    """Yield the images at some places of an archive, of which `spans` [N, 2] has offsets and sizes in bytes.
+
+    Raises:
+        DataError: the file is missing, or ends before an image does.
+    """
     with _readable(file), file.open("rb") as content:
         for place in places:
             offset, size = spans[place].tolist()
@@ -145,7 +154,7 @@ def _read(file: Path, spans: np.ndarray, places: Sequence[int]) -> Iterator[byte
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def _readable(file: Path | StoredFile) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, OSError, EOFError) as error:

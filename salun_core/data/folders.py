@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from salun_core.data.decode import fits_memory
 from salun_core.data.parquet import subjects_of
 from salun_core.data.spec import DataSpec
-from salun_core.data.table import Encoded, Payload, Shard, Table
+from salun_core.data.table import Encoded, Origin, Payload, Shard, Table
 from salun_core.errors import DataError, unknown_name
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
@@ -52,27 +53,44 @@ def _images(folder: Path, place: Path) -> Iterator[str]:
         if any("\ud800" <= letter <= "\udfff" for letter in sample):  # stands for a byte that is not UTF-8
             text = f"the name {ascii(sample)} is not UTF-8"
             raise DataError(text, "ids are stored as text", "rename it", public="a name in the data is not UTF-8")
-        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-            raise DataError(
-                f"{sample} leads out of the data",
-                "it is a link to a place outside the folder",
-                "copy what it leads to, or remove the link",
-                public="a link in the data leads out of them",
-            )
+        if path.is_symlink():
+            check_inside(folder, sample)
         if path is not place and path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
             yield sample
 
 
+def check_inside(folder: Path, sample: str) -> None:
+    """Check that a path in a folder is in no place outside of it.
+
+    Raises:
+        DataError: it leads out of the folder.
+    """
+    if not Path(os.path.realpath(folder / sample)).is_relative_to(os.path.realpath(folder)):
+        raise DataError(
+            f"{sample} leads out of the data",
+            "it is a link to a place outside the folder",
+            "copy what it leads to, or remove the link",
+            public="a link in the data leads out of them",
+        )
+
+
 def _table(spec: DataSpec, folder: Path, rows: Sequence[_Row], classes: Sequence[str]) -> Table:
     ids, labels = zip(*rows, strict=True)
+    shard = Shard(folder.name, len(ids), partial(read_images, folder, ids), Origin("images", folder))
+    stored = Encoded([shard])
+    payloads: Sequence[Payload] = stored
+    if fits_memory(spec, len(ids), sum(_size(folder / sample) for sample in ids), lambda: stored[0]):
+        payloads = list(stored)
+    return Table(ids, labels, payloads, classes, stored=stored).with_subjects(subjects_of(spec))
 
-    def read(places: Sequence[int]) -> Iterator[bytes]:
-        return (_read_image(folder / ids[place], ids[place]) for place in places)
 
-    payloads: Sequence[Payload] = Encoded([Shard(folder.name, len(ids), read)])
-    if fits_memory(spec, len(ids), sum(_size(folder / sample) for sample in ids), lambda: payloads[0]):
-        payloads = list(payloads)
-    return Table(ids, labels, payloads, classes).with_subjects(subjects_of(spec))
+def read_images(folder: Path, ids: Sequence[str], places: Sequence[int]) -> Iterator[bytes]:
+    """Yield the images of some ids, which are paths in a folder.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    return (_read_image(folder / ids[place], ids[place]) for place in places)
 
 
 def _size(path: Path) -> int:

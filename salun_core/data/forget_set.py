@@ -149,7 +149,7 @@ def _of_data(
         of_kind.setdefault(kind_of(target), set()).update(samples_of(target, table, split))
     ids = set[str]().union(*of_kind.values())
     classes = sorted({find_class(target, table.classes) for target in targets if isinstance(target, ClassTarget)})
-    if classes and all(table.labels[table.position[sample]] in classes for sample in ids):
+    if classes and set(table.labels_at(table.rows_of(list(ids))).tolist()) <= set(classes):
         return {"class": ids}, classes  # the other targets lie within the classes
     return of_kind, classes
 
@@ -164,18 +164,18 @@ def samples_of(target: Target, table: Table, split: SplitManifest) -> set[str]:
     if isinstance(target, RandomTarget):
         return set(target.draw(split.train))
     if isinstance(target, SubjectTarget):
-        return _samples_of({target.subject_ref}, table)
+        return _of_subjects({target.subject_ref}, table)
     assert not isinstance(target, ConceptTarget)
     if target.dataset_digest is not None:
         check_digest("the data set of a forget target", target.dataset_digest, split.dataset_digest)
     if isinstance(target, RedactedTarget):
         return _samples_of_hashes(target, table)
     if isinstance(target, ClassTarget):
-        class_id = find_class(target, table.classes)
-        return {sample for sample, label in zip(table.ids, table.labels, strict=True) if label == class_id}
+        return set(table.of_class(find_class(target, table.classes)))
     if target.ids is None:
         raise UsageError("forget manifest was not fetched", "its ids are in the store", "give a store that holds it")
-    unknown = [sample for sample in target.ids if sample not in table.position]
+    known = table.known(target.ids)
+    unknown = [sample for sample in target.ids if sample not in known]
     if unknown:
         raise UsageError(
             f"{len(unknown)} of {len(target.ids)} ids are not in the data",
@@ -191,7 +191,7 @@ def _samples_of_hashes(target: RedactedTarget, table: Table) -> set[str]:
         raise not_kept()
     kept, names = set(target.hashes), table.subjects if target.of == "subject" else table.ids
     found = {name for name in set(names) if name is not None and hash_of(target.of, name, target.salt) in kept}
-    return _samples_of(found, table) if target.of == "subject" else found
+    return _of_subjects(found, table) if target.of == "subject" else found
 
 
 def not_kept() -> UsageError:
@@ -201,7 +201,7 @@ def not_kept() -> UsageError:
     )
 
 
-def _samples_of(subjects: set[str], table: Table) -> set[str]:
-    if not any(table.subjects):
+def _of_subjects(subjects: set[str], table: Table) -> set[str]:
+    if not table.has_subjects:
         raise UsageError("the data have no subjects", "the spec has no `subject_column`", "add it to the data spec")
-    return {sample for sample, subject in zip(table.ids, table.subjects, strict=True) if subject in subjects}
+    return {sample for subject in subjects for sample in table.of_subject(subject)}

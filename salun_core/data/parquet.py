@@ -13,7 +13,8 @@ from typing import Any
 
 from salun_core.config import read_document
 from salun_core.data.spec import DataSpec
-from salun_core.data.table import Encoded, Payload, Shard, Table, check_labels
+from salun_core.data.stored import StoredFile, for_arrow
+from salun_core.data.table import Encoded, Origin, Payload, Shard, Table, check_labels
 from salun_core.errors import DataError, unknown_name
 
 MAX_CLASSES = 100_000  # far above real data sets; a corrupt label must not create millions of class names
@@ -25,6 +26,8 @@ _BATCH_ROWS = 256  # rows of a streamed file that are in memory at once, and the
 _BUFFER = 1 << 20
 _ROW_BYTES = 64  # of Python's objects for a row
 _OTHER_NAMES = {"image": "img", "label": "fine_label"}  # default column -> its name in the hub's CIFAR-10 and -100
+
+_File = Path | StoredFile
 
 
 def arrow_table(files: Sequence[Path], columns: Sequence[str] | None = None) -> Any:  # noqa: ANN401 - pyarrow has no types
@@ -118,7 +121,7 @@ def expanded_bytes(array: Any) -> int:  # noqa: ANN401
     return int(array.nbytes)
 
 
-def _check_expansion(file: Path, size: int, limit: int) -> None:
+def _check_expansion(file: _File, size: int, limit: int) -> None:
     if size > limit:
         raise DataError(
             f"{file.name} expands too far",
@@ -144,35 +147,38 @@ def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tabl
     with readable(files[0].name):
         schema = pyarrow.parquet.read_schema(files[0])
     image_column, label_column = _columns(spec, schema.names, path)
-    payloads = _streamed(spec, files, image_column)
+    stored, in_memory = _stored(spec, files, image_column)
+    payloads = None if in_memory else stored
     columns = [column for column in (image_column, label_column, spec.subject_column) if column]
-    if payloads:
-        path_of = [f"{image_column}.path"] if "path" in _leaves(schema.field(image_column).type) else []
-        columns = [*columns[1:], *path_of]
-    table = arrow_table(files, columns)
+    table = arrow_table(files, columns[1:] if payloads else columns)
     labels = table.column(label_column).to_pylist()
-    paths = _paths(table.column(image_column).chunks) if image_column in table.column_names else []
+    if not payloads:
+        paths = _paths(table.column(image_column).chunks)
+    elif "path" in _leaves(schema.field(image_column).type):  # a column of its own is read out of its struct
+        paths = arrow_table(files, [f"{image_column}.path"]).column(0).to_pylist()
+    else:
+        paths = []
     subjects = table.column(spec.subject_column).to_pylist() if spec.subject_column else ()
     found: Sequence[Payload] = payloads or [
         _encoded(image, index, path) for index, image in enumerate(table.column(image_column).to_pylist())
     ]
     names = spec.classes or _class_names(table.schema.metadata, label_column, path, labels)
-    return _table(path, (_row_ids(paths, len(labels)), found), labels, names, subjects)
+    return _table(path, (_row_ids(paths, len(labels)), found, stored), labels, names, subjects)
 
 
 def _table(
     path: Path,
-    rows: tuple[Sequence[str], Sequence[Payload]],
+    rows: tuple[Sequence[str], Sequence[Payload], Encoded],
     labels: Sequence[Any],
     classes: Sequence[str],
     subjects: Sequence[Any],
 ) -> Table:
-    """Build a table of ids and payloads, with labels and subjects as the columns have them."""
+    """Build a table of ids, payloads and their places, with labels and subjects as the columns have them."""
     by_name = {name: index for index, name in enumerate(classes)}
     ids = [_label_id(label, by_name) for label in labels]
     check_labels(ids, len(classes), path.name, labels)
     known = [None if subject in (None, "") else str(subject) for subject in subjects]
-    return Table(ids=rows[0], labels=ids, payloads=rows[1], classes=classes, subjects=known)
+    return Table(ids=rows[0], labels=ids, payloads=rows[1], classes=classes, subjects=known, stored=rows[2])
 
 
 def is_saved(folder: Path) -> bool:
@@ -202,29 +208,35 @@ def read_saved(spec: DataSpec, folder: Path) -> Table:
             column = batch.column(columns[0])
             paths += _paths([column])
             count, size = count + len(batch), size + column.nbytes
-        shards.append(Shard(file.name, count, partial(_read_arrow, file, columns[0], count)))
+        origin = Origin("arrow", file, file.stat().st_size, columns[0])
+        shards.append(Shard(file.name, count, partial(read_arrow, file, columns[0], count), origin))
     from salun_core.data.decode import fits_memory
 
     names = spec.classes or _class_names(metadata, columns[1], folder, labels)
-    payloads: Sequence[Payload] = Encoded(shards)
-    if not labels or fits_memory(spec, len(labels), size, lambda: payloads[0]):
-        payloads = list(payloads)
-    return _table(folder, (_row_ids(paths, len(labels)), payloads), labels, names, subjects)
+    stored = Encoded(shards)
+    in_memory = not labels or fits_memory(spec, len(labels), size, lambda: stored[0])
+    payloads: Sequence[Payload] = list(stored) if in_memory else stored
+    return _table(folder, (_row_ids(paths, len(labels)), payloads, stored), labels, names, subjects)
 
 
-def _arrow_batches(file: Path) -> Iterator[Any]:
+def _arrow_batches(file: _File) -> Iterator[Any]:
     """Yield the record batches of an Arrow stream; one is in memory at a time, as large as its writer made it."""
     import pyarrow
 
     with readable(file.name):
         limit = max(EXPANDED_BYTES, EXPANSION * file.stat().st_size)
-        with pyarrow.OSFile(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
+        with for_arrow(file) as source, pyarrow.ipc.open_stream(source) as stream:
             for batch in stream:
                 _check_expansion(file, sum(map(expanded_bytes, batch.columns)), limit)
                 yield batch
 
 
-def _read_arrow(file: Path, column: str, rows: int, places: Sequence[int]) -> Iterator[Payload]:
+def read_arrow(file: _File, column: str, rows: int, places: Sequence[int]) -> Iterator[Payload]:
+    """Yield the images in some rows of an Arrow stream, given in ascending order; it is read from its start.
+
+    Raises:
+        DataError: the file is missing or damaged, expands too far, or has another number of rows than before.
+    """
     start = 0
     for batch in _arrow_batches(file):
         end = min(start + len(batch), rows)
@@ -243,8 +255,8 @@ def _leaves(kind: Any) -> list[str]:  # noqa: ANN401 - pyarrow has no types
     return [field.name for field in kind] if pyarrow.types.is_struct(kind) else []
 
 
-def _streamed(spec: DataSpec, files: Sequence[Path], column: str) -> Encoded | None:
-    """Return the rows of an image column as they are in the files; None if they fit in memory."""
+def _stored(spec: DataSpec, files: Sequence[Path], column: str) -> tuple[Encoded, bool]:
+    """Return the rows of an image column as they are in the files, and whether they fit in memory."""
     import pyarrow.parquet
 
     from salun_core.data.decode import fits_memory  # it imports torch, which readers of splits and metadata do without
@@ -254,24 +266,26 @@ def _streamed(spec: DataSpec, files: Sequence[Path], column: str) -> Encoded | N
         with readable(file.name):
             metadata = pyarrow.parquet.read_metadata(file)
             size += claimed_bytes(metadata, range(metadata.num_row_groups), [column])
-            shards.append(Shard(file.name, metadata.num_rows, partial(_read_rows, file, column, metadata.num_rows)))
-    payloads = Encoded(shards)
-    if not len(payloads) or fits_memory(spec, len(payloads), size, lambda: payloads[0]):
-        return None
-    return payloads
+            origin, rows = Origin("parquet", file, file.stat().st_size, column), metadata.num_rows
+            shards.append(Shard(file.name, rows, partial(read_rows, file, column, rows), origin))
+    stored = Encoded(shards)
+    return stored, not len(stored) or fits_memory(spec, len(stored), size, lambda: stored[0])
 
 
-def _read_rows(file: Path, column: str, rows: int, places: Sequence[int]) -> Iterator[Payload]:
+def read_rows(file: _File, column: str, rows: int, places: Sequence[int]) -> Iterator[Payload]:
     """Yield the images in some rows of a file, given in ascending order; one small batch is in memory at a time.
+
+    The footer is read, and of the column the groups that have these rows.
 
     Raises:
         DataError: the file is missing or damaged, expands too far, or has another number of rows than before.
     """
     import pyarrow.parquet
 
-    with readable(file.name):
-        limit = max(EXPANDED_BYTES, EXPANSION * file.stat().st_size)
-        with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER) as opened:
+    with readable(file.name), for_arrow(file) as source:
+        size = file.stat().st_size
+        limit = max(EXPANDED_BYTES, EXPANSION * size)
+        with pyarrow.parquet.ParquetFile(source, buffer_size=_BUFFER, pre_buffer=False) as opened:
             metadata = opened.metadata
             if metadata.num_rows != rows or column not in opened.schema_arrow.names:
                 why = f"it has {metadata.num_rows} rows, and had {rows}"
@@ -280,7 +294,8 @@ def _read_rows(file: Path, column: str, rows: int, places: Sequence[int]) -> Ite
             leaf = f"{column}.bytes" if "bytes" in _leaves(opened.schema_arrow.field(column).type) else column
             if leaf not in [metadata.schema.column(place).path for place in range(metadata.num_columns)]:
                 raise _without_bytes(0, file)
-        with pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, read_dictionary=[leaf]) as opened:
+        options: dict[str, Any] = {"metadata": metadata, "read_dictionary": [leaf], "buffer_size": _BUFFER}
+        with for_arrow(file) as again, pyarrow.parquet.ParquetFile(again, pre_buffer=False, **options) as opened:
             first = 0  # row of the group
             for group in range(metadata.num_row_groups):
                 last = first + metadata.row_group(group).num_rows
@@ -290,7 +305,7 @@ def _read_rows(file: Path, column: str, rows: int, places: Sequence[int]) -> Ite
                 first = last
 
 
-def _of_group(opened: Any, group: int, leaf: str, places: Sequence[int], where: tuple[Path, int]) -> Iterator[Payload]:  # noqa: ANN401
+def _of_group(opened: Any, group: int, leaf: str, places: Sequence[int], where: tuple[_File, int]) -> Iterator[Payload]:  # noqa: ANN401
     (file, first), start = where, 0
     for batch in opened.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[leaf]):
         end = start + len(batch)
@@ -360,14 +375,14 @@ def _label_id(label: Any, by_name: Mapping[str, int]) -> int:  # noqa: ANN401 - 
     return int(label) if isinstance(label, int | float) and label == label // 1 else -1
 
 
-def _encoded(image: Any, index: int, path: Path) -> Payload:  # noqa: ANN401 - an arrow value
+def _encoded(image: Any, index: int, path: _File) -> Payload:  # noqa: ANN401 - an arrow value
     data = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(data, bytes) or not data:
         raise _without_bytes(index, path)
     return data
 
 
-def _without_bytes(index: int, path: Path) -> DataError:
+def _without_bytes(index: int, path: _File) -> DataError:
     return DataError(
         f"row {index} of {path.name} has no image bytes",
         "it is empty or only a path",

@@ -1,5 +1,7 @@
 """Sample ids with the SHA-256 of each row: sorted columns, in memory or in a Parquet file, read in groups of rows.
 
+Large data have more columns, their row index: where each row is in the files of the data.
+
 A mapping of ten million ids takes gigabytes as Python objects. As columns it takes a hundred bytes a row in memory, and
 a few megabytes from a file, because every operation needs one group at a time.
 """
@@ -19,13 +21,15 @@ import numpy as np
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import core_schema
 
+from salun_core.config import parse
+from salun_core.data.index import WHERE, Layout, where_fault
 from salun_core.data.parquet import EXPANDED_BYTES, claimed_bytes, expanded_bytes, readable
 from salun_core.digest import canonical_json, hex_digests, is_digest
-from salun_core.errors import DataError, IntegrityError
+from salun_core.errors import DataError, IntegrityError, UsageError
 
 GROUP_ROWS = 1 << 16  # three to five megabytes in memory; a file has so many in each group but the last
 PARTS = ("train", "validation", "test")  # by the number in the column `part`
-_FORMAT = "salun.split/v2"
+_FORMAT, _INDEXED = "salun.split/v2", "salun.split/v3"
 _KEY = b"salun"  # of the file's metadata
 _HEX = np.frombuffer(b"".join(b"%02x" % byte for byte in range(256)), dtype=np.uint16)
 _CACHED = 2  # groups of a file that stay decoded: two mappings may be iterated over side by side
@@ -39,11 +43,15 @@ class Group:
         ids: arrow strings [N].
         parts: int8 [N], places in `PARTS`.
         digests: uint8 [N, 32].
+        where: of an index, `WHERE` [N].
+        subjects: of an index, arrow strings [N]; None if no row has a person.
     """
 
     ids: Any
     parts: np.ndarray
     digests: np.ndarray
+    where: np.ndarray | None = None
+    subjects: Any = None
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -52,11 +60,29 @@ class Group:
         """Return the rows at these positions, or those that a mask is true for."""
         import pyarrow
 
-        if isinstance(index, slice):
-            ids = self.ids[index]
-        else:
-            ids = self.ids.filter(index) if index.dtype == bool else self.ids.take(pyarrow.array(index))
-        return Group(ids, self.parts[index], self.digests[index])
+        def selected(texts: Any) -> Any:  # noqa: ANN401 - pyarrow has no types
+            if texts is None or isinstance(index, slice):
+                return texts if texts is None else texts[index]
+            return texts.filter(index) if index.dtype == bool else texts.take(pyarrow.array(index))
+
+        where = None if self.where is None else self.where[index]
+        return Group(selected(self.ids), self.parts[index], self.digests[index], where, selected(self.subjects))
+
+    @classmethod
+    def joined(cls, groups: Sequence[Group]) -> Group:
+        """Return groups, at least one, as one."""
+        import pyarrow
+
+        if len(groups) == 1:
+            return groups[0]
+        indexed, named = groups[0].where is not None, groups[0].subjects is not None
+        return cls(
+            pyarrow.concat_arrays([group.ids for group in groups]),
+            np.concatenate([group.parts for group in groups]),
+            np.concatenate([group.digests for group in groups]),
+            np.concatenate([group.where for group in groups]) if indexed else None,
+            pyarrow.concat_arrays([group.subjects for group in groups]) if named else None,
+        )
 
     def place(self, name: str) -> int | None:
         """Return the position of an id by binary search; None if it is not there."""
@@ -114,20 +140,29 @@ class Columns:
         starts: the first id of each group.
         counts: number of rows by part.
         read: returns a group by its number.
+        layout: what the index was made from; None without one.
     """
 
     starts: Sequence[str]
     counts: Sequence[int]
     read: Callable[[int], Group]
+    layout: Layout | None = None
 
     @classmethod
-    def of(cls, ids: Sequence[str], parts: np.ndarray, digests: np.ndarray) -> Columns:
+    def of(
+        cls,
+        ids: Sequence[str],
+        parts: np.ndarray,
+        digests: np.ndarray,
+        index: tuple[Layout, np.ndarray, Sequence[str | None] | None] | None = None,
+    ) -> Columns:
         """Sort rows by id and hold them in memory.
 
         Args:
             ids: unique ids.
             parts: int8 [N], places in `PARTS`.
             digests: uint8 [N, 32].
+            index: layout, `WHERE` [N], and the person of each row, if any is known.
 
         Raises:
             ValueError: an id occurs twice, or is not text.
@@ -141,16 +176,27 @@ class Columns:
             )
         except (UnicodeEncodeError, pyarrow.ArrowException) as error:
             raise ValueError("a sample id is not text") from error
+        layout, where, persons = index or (None, None, None)
+        subjects = None if persons is None else pyarrow.chunked_array([persons], pyarrow.string())
         order = pyarrow.compute.sort_indices(names).to_numpy()
         groups = []
         for start in range(0, len(order), GROUP_ROWS):
-            index = order[start : start + GROUP_ROWS]
-            sorted_names = names.take(pyarrow.array(index)).combine_chunks()
-            groups.append(Group(sorted_names, parts[index], digests[index]))
+            rows = order[start : start + GROUP_ROWS]
+            place = pyarrow.array(rows)
+            groups.append(
+                Group(
+                    names.take(place).combine_chunks(),
+                    parts[rows],
+                    digests[rows],
+                    None if where is None else where[rows],
+                    None if subjects is None else subjects.take(place).combine_chunks(),
+                )
+            )
         columns = cls(
             [group.ids[0].as_py() for group in groups],
             np.bincount(parts, minlength=len(PARTS)).tolist(),
             groups.__getitem__,
+            layout,
         )
         last = None
         for group in groups:
@@ -269,6 +315,11 @@ class Rows(Mapping[str, str]):
     def __repr__(self) -> str:
         return f"<{len(self)} rows>"  # the ids of samples belong in no log
 
+    @property
+    def has_subjects(self) -> bool:
+        """Whether the index of these rows has persons."""
+        return len(self.columns.starts) > 0 and self.columns.read(0).subjects is not None
+
     def groups(self) -> Iterator[Group]:
         """Yield the rows of this part in order."""
         for number in range(len(self.columns.starts)):
@@ -375,11 +426,14 @@ def joined(parts: Sequence[Rows]) -> list[Rows]:
     return [Rows(columns, number) for number in range(len(parts))]
 
 
-def _schema() -> Any:  # noqa: ANN401 - pyarrow has no types
+def _schema(indexed: bool = False, subjects: bool = False) -> Any:  # noqa: ANN401 - pyarrow has no types
     import pyarrow
 
     fields = [("id", pyarrow.string()), ("part", pyarrow.int8()), ("sha256", pyarrow.binary(32))]
-    return pyarrow.schema([pyarrow.field(name, kind, nullable=False) for name, kind in fields])
+    if indexed:
+        fields += [(name, pyarrow.from_numpy_dtype(WHERE[name])) for name in WHERE.names or ()]
+    found = [pyarrow.field(name, kind, nullable=False) for name, kind in fields]
+    return pyarrow.schema([*found, *([pyarrow.field("subject", pyarrow.string())] if subjects else [])])
 
 
 def write_rows(path: Path, dataset_digest: str, parts: Sequence[Rows]) -> None:
@@ -393,43 +447,52 @@ def write_rows(path: Path, dataset_digest: str, parts: Sequence[Rows]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    note = canonical_json({"format": _FORMAT, "dataset_digest": dataset_digest})
-    schema, part = _schema().with_metadata({_KEY: note}), path.with_name(f".{path.name}.part")
+    layout = parts[0].columns.layout
+    named = layout is not None and any(rows.has_subjects for rows in parts)
+    note: dict[str, Any] = {"format": _INDEXED if layout else _FORMAT, "dataset_digest": dataset_digest}
+    if layout:
+        note["layout"] = layout.model_dump()
+    schema = _schema(layout is not None, named)
+    part = path.with_name(f".{path.name}.part")
+    packed = [name for name in ("place", "size") if layout]  # neighbours differ by little
     with (
         part.open("wb") as file,  # the system's error, if the disk is full
         pyarrow.parquet.ParquetWriter(  # digests do not shrink
             file,
-            schema,
+            schema.with_metadata({_KEY: canonical_json(note)}),
             use_dictionary=False,
-            compression={"id": "zstd", "part": "zstd", "sha256": "none"},
+            compression={name: "none" if name == "sha256" else "zstd" for name in schema.names},
             write_statistics=False,  # they would repeat ids in the footer
+            **({"column_encoding": dict.fromkeys(packed, "DELTA_BINARY_PACKED")} if packed else {}),
+            write_page_checksum=layout is not None,  # the digest of a split does not cover its index
         ) as writer,
     ):
-        for group in _filled(parts):
+        for group in whole(parts):
             digests = pyarrow.FixedSizeBinaryArray.from_buffers(
                 pyarrow.binary(32), len(group), [None, pyarrow.py_buffer(np.ascontiguousarray(group.digests))]
             )
-            table = pyarrow.Table.from_arrays([group.ids, pyarrow.array(group.parts), digests], schema=schema)
+            arrays = [group.ids, pyarrow.array(group.parts), digests]
+            if group.where is not None:
+                arrays += [pyarrow.array(np.ascontiguousarray(group.where[name])) for name in WHERE.names or ()]
+            arrays += [group.subjects] if named else []
+            table = pyarrow.Table.from_arrays(arrays, schema=writer.schema)
             writer.write_table(table, row_group_size=GROUP_ROWS)
     part.replace(path)
 
 
-def _filled(parts: Sequence[Rows]) -> Iterator[Group]:
-    """Yield the rows of all parts in groups of `GROUP_ROWS`, the last one smaller."""
-    import pyarrow
+def whole(parts: Sequence[Rows]) -> Iterator[Group]:
+    """Yield the rows of all parts in groups of `GROUP_ROWS`, the last one smaller.
 
+    Args:
+        parts: in the order of `PARTS`, with the same columns.
+    """
     columns, waiting = parts[0].columns, []
     for number in range(len(columns.starts)):
         group = columns.read(number)
         waiting.append(group.select(np.logical_or.reduce([rows.mask(number, group) for rows in parts])))
         if sum(map(len, waiting)) < GROUP_ROWS and number + 1 < len(columns.starts):
             continue
-        ids = pyarrow.concat_arrays([item.ids for item in waiting])
-        whole = Group(
-            ids,
-            np.concatenate([item.parts for item in waiting]),
-            np.concatenate([item.digests for item in waiting]),
-        )
+        whole = Group.joined(waiting)
         last = number + 1 == len(columns.starts)
         end = len(whole) if last else len(whole) // GROUP_ROWS * GROUP_ROWS
         for start in range(0, end, GROUP_ROWS):
@@ -472,14 +535,19 @@ def _opened(source: Path | bytes, name: str) -> tuple[str, list[Rows]]:
     import pyarrow.parquet
 
     file = pyarrow.BufferReader(source) if isinstance(source, bytes) else pyarrow.OSFile(str(source))
-    opened = pyarrow.parquet.ParquetFile(file)
-    if not opened.schema_arrow.remove_metadata().equals(_schema()):
-        raise _damaged(name, "its columns are not those of a split: id, part, sha256")
-    dataset_digest = _noted(opened.schema_arrow.metadata or {}, name)
-    cautious = pyarrow.parquet.ParquetFile(file, read_dictionary=["id"])
+    opened = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+    schema = opened.schema_arrow.remove_metadata()
+    indexed, named = len(schema) > len(_schema()), "subject" in schema.names
+    if not schema.equals(_schema(indexed, named)):
+        raise _damaged(name, "its columns are not those of a split: id, part, sha256, and those of an index")
+    dataset_digest, layout = _noted(opened.schema_arrow.metadata or {}, name, indexed)
+    texts = ["id", "subject"] if named else ["id"]
+    cautious = pyarrow.parquet.ParquetFile(
+        file, metadata=opened.metadata, read_dictionary=texts, page_checksum_verification=True
+    )
     starts, counts, last = [], np.zeros(len(PARTS), np.int64), None
     for number in range(opened.metadata.num_row_groups):
-        group = _checked(cautious, number, name)
+        group = _checked(cautious, number, name, layout)
         fault = order_fault(last, group)
         if fault:
             raise _damaged(name, fault)
@@ -492,23 +560,25 @@ def _opened(source: Path | bytes, name: str) -> tuple[str, list[Rows]]:
         with _intact(name):
             return _as_group(opened.read_row_group(number, use_threads=False))
 
-    columns = Columns(starts, counts.tolist(), read)
+    columns = Columns(starts, counts.tolist(), read, layout)
     return dataset_digest, [Rows(columns, number) for number in range(len(PARTS))]
 
 
-def _noted(metadata: Mapping[bytes, bytes], name: str) -> str:
-    """Return the digest of the data set from the metadata of a file."""
+def _noted(metadata: Mapping[bytes, bytes], name: str, indexed: bool) -> tuple[str, Layout | None]:
+    """Return the digest of the data set and the layout of the index from the metadata of a file."""
     try:
         note = json.loads(metadata[_KEY])
         digest, written = note["dataset_digest"], note["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        layout = parse(Layout, note["layout"], name) if indexed else None
+    except (ValueError, KeyError, TypeError, RecursionError, UsageError) as error:
         raise _damaged(name, "its metadata do not describe a split") from error
-    if written != _FORMAT or not isinstance(digest, str):
-        raise _damaged(name, f"its format is not {_FORMAT}")
-    return digest
+    expected = _INDEXED if indexed else _FORMAT
+    if written != expected or not isinstance(digest, str):
+        raise _damaged(name, f"its format is not {expected}")
+    return digest, layout
 
 
-def _checked(opened: Any, number: int, name: str) -> Group:  # noqa: ANN401 - pyarrow has no types
+def _checked(opened: Any, number: int, name: str, layout: Layout | None) -> Group:  # noqa: ANN401 - pyarrow has no types
     """Read a group, and check all of it but the order of its ids.
 
     A few bytes can describe gigabytes. The footer is measured before anything is read, and ids are read as a dictionary
@@ -522,10 +592,14 @@ def _checked(opened: Any, number: int, name: str) -> Group:  # noqa: ANN401 - py
     table = opened.read_row_group(number, use_threads=False)
     if sum(expanded_bytes(chunk) for column in table.columns for chunk in column.chunks) > EXPANDED_BYTES:
         raise _damaged(name, f"a group of {rows} rows expands too far")
-    if any(column.null_count for column in table.columns):
+    if any(table.column(column).null_count for column in table.column_names if column != "subject"):
         raise _damaged(name, "a value is missing")
     group = _as_group(table)
     group.ids.validate(full=True)  # that they are UTF-8
+    if group.subjects is not None:
+        group.subjects.validate(full=True)
+    if layout is not None and group.where is not None and (fault := where_fault(layout, group.where)):
+        raise _damaged(name, fault)
     if len(group) != rows or not bool(((group.parts >= 0) & (group.parts < len(PARTS))).all()):
         raise _damaged(name, f"a part is not one of {', '.join(PARTS)}")
     return group
@@ -534,12 +608,19 @@ def _checked(opened: Any, number: int, name: str) -> Group:  # noqa: ANN401 - py
 def _as_group(table: Any) -> Group:  # noqa: ANN401 - pyarrow has no types
     import pyarrow
 
-    ids, parts, digests = (pyarrow.concat_arrays(table.column(name).chunks) for name in ("id", "part", "sha256"))
-    if pyarrow.types.is_dictionary(ids.type):
-        ids = ids.dictionary_decode()
+    columns = {name: pyarrow.concat_arrays(table.column(name).chunks) for name in table.column_names}
+    for name in {"id", "subject"} & columns.keys():
+        if pyarrow.types.is_dictionary(columns[name].type):
+            columns[name] = columns[name].dictionary_decode()
+    digests = columns["sha256"]
     values = np.frombuffer(digests.buffers()[1], dtype=np.uint8)
     values = values[digests.offset * 32 : (digests.offset + len(digests)) * 32].reshape(-1, 32)
-    return Group(ids, parts.to_numpy(), values)
+    where = None
+    if "place" in columns:
+        where = np.empty(len(digests), WHERE)
+        for name in WHERE.names or ():
+            where[name] = columns[name].to_numpy()
+    return Group(columns["id"], columns["part"].to_numpy(), values, where, columns.get("subject"))
 
 
 def _damaged(name: str, why: str) -> IntegrityError:

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from salun_core.config import MAX_DOCUMENT_BYTES, Document, load
+from salun_core.data.index import Layout, layout_of, where_of
 from salun_core.data.rows import PARTS, Columns, Rows, joined, open_rows, write_rows
 from salun_core.data.spec import DataSpec
 from salun_core.data.table import Table
@@ -56,6 +57,11 @@ class SplitManifest(Document):
                 state.update(piece)
         state.update(b"}")
         return state.hexdigest()
+
+    @property
+    def layout(self) -> Layout | None:
+        """What its row index was made from; None if it has none."""
+        return self.train.columns.layout
 
     def ids(self, split: SplitName) -> list[str]:
         """Return the sample ids of a split in the order of their row digests, so that any slice is a random sample."""
@@ -193,7 +199,12 @@ def make_split(table: Table, spec: DataSpec) -> SplitManifest:
 
     kept = np.array([*train, *validation, *test], np.int64)
     parts = np.repeat(np.arange(len(PARTS), dtype=np.int8), [len(train), len(validation), len(test)])
-    columns = Columns.of([table.ids[index] for index in kept], parts, table.row_hashes[kept])
+    layout = layout_of(table, spec)
+    index = None
+    if layout is not None:
+        persons = [table.subjects[place] for place in kept] if any(table.subjects) and not spec.metadata else None
+        index = layout, where_of(table)[kept], persons
+    columns = Columns.of([table.ids[place] for place in kept], parts, table.row_hashes[kept], index)
     rows = dict(zip(PARTS, (Rows(columns, part) for part in range(len(PARTS))), strict=True))
     return SplitManifest(dataset_digest=table.digest, **rows)
 

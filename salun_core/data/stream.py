@@ -24,8 +24,8 @@ from torch import Tensor
 
 from salun_core.data.decode import another_size, channels_of, decode_one
 from salun_core.data.images import ImageSource, Normalisation, Part, drawn_batches, not_joined
-from salun_core.data.table import Encoded, Payload, Table, row_hash
-from salun_core.errors import IntegrityError, StoreError
+from salun_core.data.table import Encoded, Payload, Table
+from salun_core.errors import StoreError
 from salun_core.telemetry.progress import tracked
 
 _CHUNK_ROWS = 256  # rows that a thread decodes at once, and their bytes in the file
@@ -61,7 +61,7 @@ class DecodedRows:
 
     def __init__(self, table: Table, size: int | None, channels: int | None, first: int) -> None:
         self._table, self._size = table, size
-        payload, name = table.payloads[first], self._name(first)
+        payload, name = table.payloads[first], table.name_of(first)
         self._channels = channels or channels_of(payload, name)
         self._sides: tuple[int, ...] = decode_one(payload, name, size, self._channels).shape
         height, width = self._sides[:2]
@@ -146,16 +146,10 @@ class DecodedRows:
     def _decode_chunk(self, chunk: _Chunk) -> tuple[list[int], np.ndarray]:
         pixels = np.empty((len(chunk.rows), *self._sides), dtype=np.uint8)
         for place, (row, payload) in enumerate(zip(chunk.rows, chunk.payloads, strict=True)):
-            if row_hash(self._table.labels[row], payload) != self._table.row_hashes[row].tobytes():
-                raise IntegrityError(
-                    f"image {self._name(row)} changed",
-                    "it has other bytes than when the data were loaded",
-                    "let the data alone while a run uses them, and run it again",
-                    public="an image of the data changed during the run",
-                )
-            array = decode_one(payload, self._name(row), self._size, self._channels)
+            self._table.check_row(row, payload)
+            array = decode_one(payload, self._table.name_of(row), self._size, self._channels)
             if array.shape != self._sides:
-                raise another_size(self._name(row), array.shape, self._sides)
+                raise another_size(self._table.name_of(row), array.shape, self._sides)
             pixels[place] = array
         return chunk.rows, pixels
 
@@ -170,11 +164,6 @@ class DecodedRows:
                     done = os.pwrite(self._file, data, offset)
                     data, offset = data[done:], offset + done
         self._decoded[rows] = True
-
-    def _name(self, row: int) -> str:
-        """Return the id of a row with its place, for messages."""
-        payloads = self._table.payloads
-        return f"{self._table.ids[row]} ({payloads.place(row)})" if isinstance(payloads, Encoded) else str(row)
 
 
 def _read(payloads: Sequence[Payload], rows: Sequence[int]) -> Iterator[Payload]:

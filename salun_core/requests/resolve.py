@@ -141,16 +141,14 @@ class TableResolver:
         if self._table is None:
             return 0
         if isinstance(target, SubjectTarget):
-            return int(target.subject_ref not in self._subjects)
+            return int(not self._table.knows_subject(target.subject_ref))
         ids = target.ids or () if isinstance(target, SamplesTarget) else ()
-        return sum(sample not in self._table.position for sample in ids)
-
-    @cached_property
-    def _subjects(self) -> frozenset[str | None]:
-        return frozenset(self._table.subjects) if self._table else frozenset()
+        known = self._table.known(ids)
+        return sum(sample not in known for sample in ids)
 
     def _without_unknown_ids(self, target: Target) -> Target | None:
         if not isinstance(target, SamplesTarget) or self._table is None:
             return target
-        ids = [sample for sample in target.ids or () if sample in self._table.position]
+        known = self._table.known(target.ids or ())
+        ids = [sample for sample in target.ids or () if sample in known]
         return target.model_copy(update={"ids": ids}) if ids else None

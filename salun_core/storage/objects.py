@@ -1,4 +1,4 @@
-"""The interface of an object store: five methods for small documents, three for large files."""
+"""The interface of an object store: five methods for small documents, four for large files."""
 
 from __future__ import annotations
 
@@ -99,4 +99,13 @@ class FileStore(ObjectStore, Protocol):
 
     def read_start(self, key: str, size: int) -> bytes | None:
         """Return the first `size` bytes of an object (all, if it has fewer), or None if it does not exist."""
+        ...
+
+    def read_range(self, key: str, start: int, size: int, etag: str) -> bytes | None:
+        """Return `size` bytes of an object from `start` on; fewer at its end.
+
+        Returns:
+            The bytes; None if the object does not exist or has another etag, so that what is read in pieces is of one
+            state.
+        """
         ...

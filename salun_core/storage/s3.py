@@ -271,6 +271,35 @@ class S3Store:
         with self.translating("read", key):
             return _read_whole(read)
 
+    def read_range(self, key: str, start: int, size: int, etag: str) -> bytes | None:
+        """Return `size` bytes of an object from `start` on; None if it does not exist or has another etag.
+
+        Args:
+            key: the key, relative to the prefix.
+            start: offset in bytes, before the object's end.
+            size: how many bytes, at least one.
+            etag: as `list` gives it.
+        """
+        full = self._full(key)
+
+        def read() -> bytes | None:
+            range_ = f"bytes={start}-{start + size - 1}"
+            answer = self._client.get_object(Bucket=self._bucket, Key=full, Range=range_)
+            if "ETag" not in answer:  # the headers broke off
+                raise ReadTimeoutError(endpoint_url=self.endpoint, error="the answer broke off")
+            if answer["ETag"] != etag:  # not every store knows the condition If-Match for reading
+                answer["Body"].close()
+                return None
+            return answer["Body"].read()
+
+        with self.translating("read", key):
+            try:
+                return _read_whole(read)
+            except ClientError as error:
+                if code_of(error) == "InvalidRange":  # it was replaced by a smaller one
+                    return None
+                raise
+
     def put_new(self, key: str, data: bytes) -> str:
         """Create an object and return its etag; creating it again with the same bytes succeeds.
 

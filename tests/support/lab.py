@@ -43,7 +43,8 @@ class Lab:
         )
 
     def parts(self, kind: str) -> tuple[ImageSet, ImageSet]:
-        return self.data.forget_and_retain(self.train, self.forget_set(kind))
+        forget, scale = self.forget_set(kind), self.train.normalisation
+        return self.data.forget(forget, scale), self.data.retain(forget, scale)
 
     def mask(self, kind: str, density: float = 0.3) -> SaliencyMask:
         forget, _ = self.parts(kind)

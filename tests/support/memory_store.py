@@ -107,3 +107,7 @@ class MemoryFiles(MemoryStore):
 
     def read_start(self, key, size):
         return self.objects[key][0][:size] if key in self.objects else None
+
+    def read_range(self, key, start, size, etag):
+        data, current, _ = self.objects.get(key, (b"", None, None))
+        return data[start : start + size] if current == etag else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from salun_core.data import ImageSource, LoadedData
 from salun_core.evaluation.evidence import Forgotten, KindCount
 from salun_core.models import LoadedModel
@@ -18,25 +20,22 @@ class ClassifierInputs(Inputs[LoadedModel]):
     data: LoadedData
 
     @cached_property
-    def parts(self) -> tuple[ImageSource, ImageSource]:
-        """D_f and D_r, decoded once.
+    def forget(self) -> ImageSource:
+        """D_f with true labels.
 
         Raises:
             ModelError: image size or classes differ from the model's.
         """
-        train = self.data.images("train", self.original.normalisation)
-        self.original.check_images(train.shape, len(self.data.table.classes))
-        return self.data.forget_and_retain(train, self.forget_set)
+        return self._checked(self.data.forget(self.forget_set, self.original.normalisation))
 
-    @property
-    def forget(self) -> ImageSource:
-        """D_f with true labels."""
-        return self.parts[0]
-
-    @property
+    @cached_property
     def retain(self) -> ImageSource:
-        """D_r with true labels."""
-        return self.parts[1]
+        """D_r with true labels; errors as for `forget`."""
+        return self._checked(self.data.retain(self.forget_set, self.original.normalisation))
+
+    def _checked(self, images: ImageSource) -> ImageSource:
+        self.original.check_images(images.shape, len(self.data.table.classes))
+        return images
 
     @cached_property
     def held_out(self) -> ImageSource | None:
@@ -48,22 +47,23 @@ class ClassifierInputs(Inputs[LoadedModel]):
         """The test split without the classes that earlier runs forgot, because the model should not recognise them."""
         images = self.data.images("test", self.original.normalisation)
         table = self.data.table
-        known = {table.labels[table.position[sample]] for sample in self.split.train}
+        known = set(np.unique(table.labels_at(table.rows_of(list(self.split.train)))).tolist())
         return images.select([index for index, label in enumerate(images.labels.tolist()) if label in known])
 
     @cached_property
     def emptied(self) -> tuple[int, ...]:
         """Classes in D_f of which nothing is retained, sorted: a class request's, or the class of a person."""
-        table, samples = self.data.table, set(self.forget_set.samples)
-        label = {sample: table.labels[table.position[sample]] for sample in self.split.train}
-        gone = {label[sample] for sample in samples if sample in label}
-        kept = {label[sample] for sample in self.split.train if sample not in samples}
-        return tuple(sorted(gone - kept))
+        table, samples = self.data.table, list(self.split.train.find(self.forget_set.samples))
+        count = len(table.classes)
+        trained = np.bincount(table.labels_at(table.rows_of(list(self.split.train))), minlength=count)
+        gone = np.bincount(table.labels_at(table.rows_of(samples)), minlength=count)
+        return tuple(np.flatnonzero((gone > 0) & (gone == trained)).tolist())
 
     def forgotten(self) -> Forgotten:
         """Describe the forget set; its classes are those of which nothing is retained, whatever named them."""
         table, gone = self.data.table, set(self.emptied)
-        emptied = [table.labels[table.position[sample]] in gone for sample in self.forget_set.ids]
+        labels = table.labels_at(table.rows_of(self.forget_set.ids)).tolist()
+        emptied = [label in gone for label in labels]
         by_kind = {
             kind: KindCount(count=len(places), in_classes=sum(emptied[place] for place in places))
             for kind, places in self.forget_set.of_kind.items()

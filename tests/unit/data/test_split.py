@@ -278,13 +278,13 @@ def test_a_forget_set_splits_the_training_images():
     data = load_data(DataSpec(source="digits"))
     train = data.images("train")
     found = resolve_forget([parse_target({"kind": "class", "class_id": 7}, "x")], data.table, data.split)
-    forget, retain = data.forget_and_retain(train, found)
+    forget, retain = data.forget(found), data.retain(found)
     assert set(forget.labels.tolist()) == {7}
     assert 7 not in retain.labels.tolist()
     assert {*forget.ids, *retain.ids} == set(train.ids)
     assert list(forget.ids) == [sample for sample in train.ids if sample in set(found.ids)]
     with pytest.raises(IntegrityError, match="split of the forget set"):
-        data.forget_and_retain(train, found.model_copy(update={"split_digest": "0" * 64}))
+        data.forget(found.model_copy(update={"split_digest": "0" * 64}))
     strange = ForgetSet(dataset_digest=found.dataset_digest, split_digest=found.split_digest, ids=["x"], kinds=[])
     with pytest.raises(DataError, match="outside the training split"):
-        data.forget_and_retain(train, strange)
+        data.forget(strange)
