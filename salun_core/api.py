@@ -151,7 +151,11 @@ def mask(
     images = _images(model, network, "forget", forget, labelled=loss is cross_entropy)
     started, trainable = time.perf_counter(), [name for name, one in network.named_parameters() if one.requires_grad]
     if not trainable:
-        raise ModelError("no weight may change", "requires_grad is False on every parameter", "set it where it may")
+        raise ModelError(
+            "no weight may change",
+            "requires_grad is False on every parameter",
+            "set it to True where weights may change",
+        )
     with explained(), repeatable(), _bar("mask", chunks_of(len(images)), progress) as step:
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -572,7 +576,9 @@ def _network(model: Model | UnlearnResult) -> nn.Module:
     network = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(network, nn.Module):
         raise UsageError(
-            f"{type(model).__name__} is not a model", "it is no torch.nn.Module", "give a module, or what load returned"
+            f"{type(model).__name__} is not a model",
+            "it is not a torch.nn.Module",
+            "give a module, or the result of salun.load",
         )
     for name, parameter in network.named_parameters():
         if isinstance(parameter, UninitializedParameter):
@@ -585,7 +591,7 @@ def _network(model: Model | UnlearnResult) -> nn.Module:
     if len(devices) > 1 or devices == ["meta"]:
         raise ModelError(
             f"the model is on {' and '.join(devices)}",
-            "its weights must be on one device that holds values",
+            "its weights must be on one device, and not on meta",
             "move it: model.to(device)",
         )
     return network
@@ -604,8 +610,8 @@ def _images(model: Model, network: nn.Module, name: str, data: Images, *, labell
         if not isinstance(model, LoadedModel):
             raise DataError(
                 f"the images of the {name} set are uint8",
-                "how the model's inputs are normalised is not known",
-                "give them as the model takes them, such as images.float() / 255",
+                "the normalisation of the model's inputs is not known",
+                "give images as the model expects them, such as images.float() / 255",
             )
         images = images.normalised_by(model.normalisation)
     images = images.to(_device(network))

@@ -209,7 +209,7 @@ def _require_alike(first: LoadedModel, model: LoadedModel, path: Path) -> None:
         if wanted != found:
             shown = f"{found} and not {wanted}" if name != "classes" else f"{len(found)} of them, or other names"
             what = f"{path} has another {name} than the model before"
-            raise ModelError(what, shown, "audit models that were made alike")
+            raise ModelError(what, shown, "audit two models of the same architecture, classes and image size")
 
 
 def _distinct(given: dict[str, list[Path]], loaded: dict[str, list[LoadedModel]]) -> None:

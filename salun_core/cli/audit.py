@@ -63,7 +63,9 @@ def audit(
     from salun_core.storage.local_files import write_whole
 
     if require not in ("procedure", "measured"):
-        raise UsageError(f"{require!r} is not a level", "an audit can require two", "write procedure or measured")
+        raise UsageError(
+            f"{require!r} is not a level", "an audit can require one of two levels", "write procedure or measured"
+        )
     signer = load_signing_key(key) if key is not None else None  # before the work, so that a wrong key costs nothing
     with _opened(before, after, forget, held_out, reference, shadow, data, arch, device) as audited:
         sizes = {"forget_samples": len(audited.after["forget"]), "held_out_samples": len(audited.after["unseen"])}
@@ -99,7 +101,11 @@ def _opened(
     kinds = {is_predictions(path.name) for path in (before, after, *references, *shadows)}
     if len(kinds) > 1:
         what = "models and files of predictions are mixed"
-        raise UsageError(what, "an audit compares like with like", "give models only, or predictions only")
+        raise UsageError(
+            what,
+            "an audit compares models with models, or predictions with predictions",
+            "give models only, or predictions only",
+        )
     if kinds == {True}:
         if arch is not None:  # --data may come from salun.yaml
             raise UsageError("--arch is for weights", "predictions have no architecture", "leave it out")

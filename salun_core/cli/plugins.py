@@ -59,7 +59,7 @@ def check(
     emit(rows, lambda: print_table(list(rows[0]), [list(row.values()) for row in rows]))
     if failed := [one for one in found if one.state == "fails"]:
         raise SalunError(
-            f"{name} does not hold the contract",
+            f"{name} does not satisfy the contract",
             f"{len(failed)} of {len(found)} checks fail, the first one: {failed[0].plugin}, {failed[0].check}",
             "correct the code of the plug-in, and check it again",
         )

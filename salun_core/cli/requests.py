@@ -108,7 +108,9 @@ def submit(
         )
     for option, value, needed in (("--anchor", anchor, concept), ("--seed", seed, random)):
         if value is not None and needed is None:
-            raise UsageError(f"{option} does not fit", "it belongs to another target", "see its help")
+            raise UsageError(
+                f"{option} does not fit", "it belongs to another kind of target", "see salun request submit --help"
+            )
     target = _only_target(targets)
     flags = {"id": request_id, "target": target, "received_at": received, "source": source}
     shared = context.get_parameter_source("line").name == "DEFAULT_MAP"  # type: ignore[union-attr]
@@ -147,7 +149,7 @@ def _split(samples: str) -> list[str]:
 def _only_target(targets: Mapping[str, Any]) -> dict[str, Any] | None:
     given = [(option, target) for option, target in targets.items() if target]
     if len(given) > 1:
-        why = f"{' and '.join(option for option, _ in given)} exclude each other"
+        why = f"{' and '.join(option for option, _ in given)} cannot be used together"
         raise UsageError("a request has one target", why, "file a request for each")
     return given[0][1] if given else None
 

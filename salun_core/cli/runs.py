@@ -170,7 +170,7 @@ def sweep(
 
     if (once or now) and settle:
         given = "--once" if once else "--now"
-        raise UsageError(f"{given} and --settle exclude each other", "one sweeps, one settles", "give one of them")
+        raise UsageError(f"{given} and --settle cannot be used together", "--settle runs no sweep", "give one of them")
     if not once and not now and not settle:
         raise UsageError(
             "`salun sweep` does not run as a service",

@@ -313,7 +313,7 @@ def init(
 
     path = context.find_root().params.get("config") or Path(NAME)
     if path.exists() and not force:
-        raise UsageError(f"{path} exists already", "it may hold settings of yours", "edit it, or give --force")
+        raise UsageError(f"{path} exists already", "it may contain your settings", "edit it, or give --force")
     given = {"line": line, "data": data, "policy": policy, "signing_key": signing_key, "env_file": env_file}
     if store is None and env_file is None:
         given["env_file"] = _served_store(path.parent)

@@ -87,7 +87,7 @@ def _shard(shard: str | None, merge: bool, files: list[Path], processes: int, ra
 
     ways = [shard is not None, merge, processes > 1]
     if sum(ways) > 1 or (random_seed is not None and (shard is not None or merge)):
-        raise UsageError("these options exclude each other", "--shard, --merge, --processes", "give one of them")
+        raise UsageError("these options cannot be used together", "--shard, --merge, --processes", "give one of them")
     if bool(files) != merge:
         raise UsageError("--merge and the files of shards go together", "one is missing", "write --merge shard-*")
     return None if shard is None else Shard.parse(shard)
@@ -184,9 +184,11 @@ def _check_tuning(method: str, overrides: dict[str, Any], mask: Path | None, pro
     from salun_core.tuning.space import spaces_of
 
     if mask is not None:
-        raise UsageError("--tune and --mask exclude each other", "the search chooses the density", "leave out --mask")
+        raise UsageError(
+            "--tune and --mask cannot be used together", "the search chooses the density", "leave out --mask"
+        )
     if processes > 1:
-        raise UsageError("--tune takes one process", "trials follow each other", "leave out --processes")
+        raise UsageError("--tune uses one process", "trials run one after the other", "leave out --processes")
     spaces_of(method, {"recipe": overrides["recipe"]} if "recipe" in overrides else {})
     check_policy(policy)
 
@@ -220,7 +222,9 @@ def evaluate(
 
     parse_optional_metrics(extra_metrics)
     if reference and retrain_reference:
-        raise UsageError("--reference and --retrain-reference exclude each other", "both were given", "leave one out")
+        raise UsageError(
+            "--reference and --retrain-reference cannot be used together", "both were given", "leave one out"
+        )
     if processes > 1 and not dry_run:
         _launch(processes)
         return

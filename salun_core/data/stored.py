@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from salun_core.errors import DataError
 from salun_core.storage import FileStore, open_store
 
-_REMEDY = "let the data alone while a run uses them, and run it again"
+_REMEDY = "do not change the data during a run, and run it again"
 
 
 class _Size(NamedTuple):

@@ -209,7 +209,7 @@ class Table:
             raise IntegrityError(
                 f"image {self.name_of(row)} changed",
                 "its bytes or its label are not those that its digest was made of",
-                "let the data alone while a run uses them, restore what changed, and run it again",
+                "do not change the data during a run, restore what changed, and run it again",
                 public="an image of the data changed",
             )
 
@@ -296,7 +296,7 @@ class Table:
             raise DataError(
                 "the data have two test sets",
                 "`source` or `test_source` already contains one",
-                "let each name one part only",
+                "let each of them name one part",
             )
         if list(self.classes) != list(test.classes):
             raise DataError(

@@ -401,7 +401,7 @@ def added(name: str) -> AddedMetric | AddedAttack | None:
     if name in METRIC_NAMES and (offer := metric or attack):
         raise UsageError(
             f"metric {name} of {offer.distribution} cannot be used",
-            "an evaluation measures one of this name itself",
+            "a built-in metric has this name",
             f"rename the entry point, or write {offer.target}",
         )
     if metric and attack:
@@ -487,7 +487,9 @@ def parse_optional_metrics(text: str) -> dict[str, int]:
         if given:
             if not number.isdecimal() or int(number) < least or (name == "lira" and int(number) % 2):
                 even = "an even number" if name == "lira" else "a whole number"
-                raise UsageError(f"{item} is out of range", "fewer show nothing", f"give {even} of at least {least}")
+                raise UsageError(
+                    f"{item} is out of range", "fewer are too few to show anything", f"give {even} of at least {least}"
+                )
             found[name] = int(number)
     return found
 

@@ -280,7 +280,7 @@ def load_diffusion(folder: Path) -> LoadedDiffusion:
     if type(found.network).__name__ != card.architecture:
         raise ModelError(
             "the card does not fit the folder",
-            f"it says {card.architecture}, the denoiser is a {type(found.network).__name__}",
+            f"it names {card.architecture}, and the denoiser is a {type(found.network).__name__}",
             "import the folder again",
         )
     return LoadedDiffusion(found, card, split)

@@ -440,7 +440,7 @@ def _of_transformers(checkpoint: Checkpoint) -> Mapping[str, Tensor] | None:
         known = ", ".join(sorted(_TRANSFORMERS))
         raise ModelError(
             f"{checkpoint.name} is a {kinds[0][:60]}",
-            f"of transformers' models, {known} are read",
+            f"only these models of transformers are supported: {known}",
             "wrap the model in a module of your own that returns logits, and give --arch package:callable",
         )
     settings, rename = _TRANSFORMERS[kinds[0]]
@@ -449,7 +449,7 @@ def _of_transformers(checkpoint: Checkpoint) -> Mapping[str, Tensor] | None:
     for name, value in settings.items():
         if config.get(name, value) != value:
             raise ModelError(
-                f"{checkpoint.name} has no equal here",
+                f"{checkpoint.name} has no equivalent in SalUn",
                 f"its {name} is {str(config[name])[:60]}, and only {value} is read",
                 "wrap the model in a module of your own that returns logits, and give --arch package:callable",
             )

@@ -122,7 +122,7 @@ def _read_opendsr(document: dict[str, Any], line: str | None, source: str) -> Su
         raise UsageError(
             f"{source} does not ask for erasure",
             f"its `subject_request_type` is {request.subject_request_type!r}, and a model can only forget",
-            "answer that request elsewhere",
+            "handle that request elsewhere",
         )
     if line is None:
         raise UsageError(f"{source} names no model line", "OpenDSR has no field for it", "give --line")

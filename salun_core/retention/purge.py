@@ -178,7 +178,7 @@ def _required(root: S3Store | None) -> S3Store:
     if root is None:
         raise UsageError(
             "nothing was purged",
-            "old artifacts lie in Kubeflow's store, and its pipeline root is not set",
+            "old artifacts are in Kubeflow's store, and its pipeline root is not set",
             "give --pipeline-root, such as s3://mlpipeline/v2/artifacts",
         )
     return root

@@ -147,10 +147,12 @@ def check_pair(context: RunContext, candidate: Model) -> None:
     before, after = inputs.original.card.architecture, candidate.card.architecture
     if before != after:
         raise ModelError(
-            "the two models differ in architecture", f"{before} and {after}", "compare a model with its own child"
+            "the two models differ in architecture",
+            f"{before} and {after}",
+            "compare a model with a version unlearned from it",
         )
     if candidate.split.digest not in (inputs.split.digest, inputs.kept_split.digest):
-        raise ModelError("the two models are of different splits", "their figures cannot be compared", "use one split")
+        raise ModelError("the two models have different splits", "their figures cannot be compared", "use one split")
 
 
 def write_evidence(path: Path, evidence: Evidence) -> None:

@@ -49,8 +49,8 @@ def open_pipeline_root(uri: str) -> S3Store:
 
     if "?" in uri:  # Kubeflow's own settings may have one; read as a part of the key, it would name an empty folder
         raise UsageError(
-            f"{uri.partition('?')[0]!r} has a query behind it",
-            "an address here has none",
+            f"{uri.partition('?')[0]!r} contains a query",
+            "the address of a store has none",
             "leave it out; set SALUN_KFP_S3_ENDPOINT_URL and SALUN_KFP_S3_REGION instead",
         )
     if not own_settings(KFP_PREFIX):

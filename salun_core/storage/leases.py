@@ -147,7 +147,7 @@ def acquire(
         except ConflictError:  # another run took it, or its holder renewed it: look again
             continue
         return lease
-    raise _held(line, "another run", "its lease changes all the time")
+    raise _held(line, "another run", "its lease keeps changing")
 
 
 def _may_be_taken(held: Lease, stored: StoredObject, life_of: Callable[[Lease], Life]) -> bool:
@@ -188,7 +188,7 @@ def renew(store: ObjectStore, lease: Lease) -> Lease:
         except ConflictError:  # another step of the run renewed it, or another run took it
             continue
         return renewed
-    raise ConflictError(f"the lease of {lease.line} was not renewed", "it changes all the time", "try again")
+    raise ConflictError(f"the lease of {lease.line} was not renewed", "other processes kept changing it", "try again")
 
 
 def lost(line: str, holder: str, now: Lease | None) -> RunSettledError:

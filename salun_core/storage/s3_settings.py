@@ -38,7 +38,7 @@ def own_settings(prefix: str = PREFIX) -> dict[str, str]:
             "cannot set up the S3 client",
             f"{prefix}{given} is set, but {' and '.join(prefix + name for name in missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not",
-            f"set {both_keys(prefix)}, or unset them to use {'AWS_*' if prefix == PREFIX else 'those of our store'}",
+            f"set {both_keys(prefix)}, or unset them to use {'AWS_*' if prefix == PREFIX else 'those of the store'}",
         )
     return found
 

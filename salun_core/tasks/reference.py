@@ -27,7 +27,7 @@ def reference_model(
         facts: facts of the run under evaluation.
 
     Raises:
-        ModelError: the reference is of another architecture or of other data, or was trained on the forget set.
+        ModelError: the reference has another architecture or of other data, or was trained on the forget set.
     """
     if options.reference is not None:
         reference = task.load(options.reference)
@@ -56,14 +56,14 @@ def check_reference(inputs: Inputs[Any], reference: Model, name: str = "the refe
         name: what it is called in messages.
 
     Raises:
-        ModelError: it is of another architecture or of other data, or was trained on the forget set.
+        ModelError: it has another architecture or of other data, or was trained on the forget set.
     """
     original, remedy = inputs.original, "give a model that was retrained without the forget set: --method retrain"
     if reference.card.architecture != original.card.architecture or _shapes(reference) != _shapes(original):
         found = f"{reference.card.architecture} instead of {original.card.architecture}, or other shapes"
-        raise ModelError(f"{name} is of another architecture", found, remedy)
+        raise ModelError(f"{name} has another architecture", found, remedy)
     if reference.split.dataset_digest != inputs.split.dataset_digest:
-        raise ModelError(f"{name} is of other data", "its split names another data set", remedy)
+        raise ModelError(f"{name} was trained on other data", "its split names another data set", remedy)
     if seen := len(reference.split.train.keys() & set(inputs.forget_set.samples)):
         raise ModelError(f"{name} was trained on the forget set", f"on {seen} of its samples", remedy)
 

@@ -147,7 +147,9 @@ def _check_sets(sets: ExampleSets) -> None:
             raise DataError(f"{name} set is empty", "there is nothing to train on", "check the forget target")
     if sets.forget.pseudo is None or bool((sets.forget.pseudo == sets.forget.condition).any()):
         raise DataError(
-            "a forget example is to look like itself", "its pseudo condition is its own", "name another anchor"
+            "a forget example is to look like itself",
+            "its pseudo condition equals its condition",
+            "name another anchor",
         )
 
 

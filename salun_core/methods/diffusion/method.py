@@ -153,7 +153,7 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
             raise UsageError(
                 "alpha 0 is refused",
                 "without a retain loss every class is destroyed",
-                "give an alpha above 0, or force it by allow_zero_alpha: true",
+                "give an alpha above 0, or set allow_zero_alpha: true",
             )
 
     def cost(self, config: DiffusionConfig) -> int:

@@ -251,7 +251,7 @@ def require_same_parts(original: LoadedDiffusion, candidate: LoadedDiffusion) ->
         raise ModelError(
             "the two model cards differ in trainable_text_encoder",
             f"the original's is {allowed}",
-            "compare a model with its own child",
+            "compare a model with a version unlearned from it",
         )
     before, after = (_other_files(model) for model in (original, candidate))
     differing = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
@@ -260,7 +260,7 @@ def require_same_parts(original: LoadedDiffusion, candidate: LoadedDiffusion) ->
         raise ModelError(
             "the two models differ in more than the denoiser",
             ", ".join(refused[:5]),
-            "compare a model with its own child",
+            "compare a model with a version unlearned from it",
         )
 
 

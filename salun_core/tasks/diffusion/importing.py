@@ -203,7 +203,9 @@ def _size(model: Components) -> tuple[int, int, int]:
     config: Any = model.network.config
     side = config.get("sample_size")
     if side is None:
-        raise ModelError("the denoiser does not say its size", "sample_size is null", "set it in its config.json")
+        raise ModelError(
+            "the denoiser does not state its image size", "sample_size is null", "set it in its config.json"
+        )
     height, width = (side, side) if isinstance(side, int) else side
     vae = model.parts.get("vae")
     if vae is None:

@@ -201,8 +201,8 @@ def test_a_run_that_died_is_settled_by_hand(sweep, ledger, store):
     [
         ((), "salun-deletion-sweep"),
         (("--once", "--extra-metrics", "prob"), "did you mean 'probe'"),
-        (("--once", "--settle", "run-1"), "exclude each other"),
-        (("--now", "--settle", "run-1"), "exclude each other"),
+        (("--once", "--settle", "run-1"), "cannot be used together"),
+        (("--now", "--settle", "run-1"), "cannot be used together"),
         (("--once", "--max-forget-fraction", 1.5), "max_forget_fraction"),
         (("--once", "--method", "salum"), "did you mean 'salun'"),
     ],

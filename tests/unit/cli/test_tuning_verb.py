@@ -47,8 +47,8 @@ def test_the_exit_code_of_a_refusal_is_3(salun, digits_model, forget, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--mask", "mask.safetensors"), "--tune and --mask exclude each other"),
-        (("--processes", "2"), "--tune takes one process"),
+        (("--mask", "mask.safetensors"), "--tune and --mask cannot be used together"),
+        (("--processes", "2"), "--tune uses one process"),
         (("--method", "retrain"), "retrain is not tuned"),
         (("--method", "salun,scrub", "--set", "retain_weight=0.9"), "does not read retain_weight"),
         (("--set", "recipe=adaptive"), "the adaptive recipe of salun is not tuned"),

@@ -101,7 +101,7 @@ def test_incomplete_options_are_named_as_options(invoke, line, args, why):
         (["--concept", "a cat"], "a concept needs an anchor"),
         (["--class-name", "1", "--seed", "3"], "--seed does not fit"),
         (["--random", "1.5"], "--random 1.5 is not a share: it must be above 0"),
-        (["--samples", "1/00.png", "--random", "0.5"], "--samples and --random exclude each other"),
+        (["--samples", "1/00.png", "--random", "0.5"], "--samples and --random cannot be used together"),
     ],
 )
 def test_what_does_not_fit_the_line_is_refused_and_nothing_is_filed(submit, line, args, why):

@@ -124,8 +124,8 @@ def test_a_retraining_is_repeated_with_its_own_settings_and_a_forged_one_has_oth
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ("another architecture", "the reference is of another architecture: resnet20 instead of resnet8"),
-        ("other data", "the reference is of other data"),
+        ("another architecture", "the reference has another architecture: resnet20 instead of resnet8"),
+        ("other data", "the reference was trained on other data"),
         (None, "the reference was trained on the forget set: on 20 of its samples"),
     ],
     ids=["architecture", "data", "saw the forget set"],
