@@ -32,7 +32,7 @@ def _unet_2d_condition(network: Any, noisy: Tensor, times: Tensor, conditions: C
 
 def _transformer(network: Any, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:  # noqa: ANN401
     """Call DiT, PixArt or SD 3, which take conditions by name; channels of a learned variance are dropped."""
-    pixart = type(network).__name__.startswith("PixArt")
+    pixart = _kind(network).startswith("PixArt")
     added = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}} if pixart else {}
     found: Tensor = network(noisy, timestep=times, return_dict=False, **conditions, **added)[0]
     return found[:, : noisy.shape[1]]
@@ -54,6 +54,12 @@ _CLASSES = re.compile(r"\bclass_embed(ding|der)\b")  # of U-Nets, and of each bl
 _OUTER = re.compile(r"^(conv_out|conv_norm_out|time_embedding|time_embed|proj_out|norm_out)\b")
 
 
+def _kind(network: nn.Module) -> str:
+    """Return the name of a network's class, or of the one that it extends: torch makes a subclass to shard it."""
+    names = [kind.__name__ for kind in type(network).__mro__]
+    return next((name for name in names if name in NETWORKS), names[0])
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """A network and the forward process it was trained for.
@@ -67,7 +73,7 @@ class Denoiser:
     process: Process
 
     def __post_init__(self) -> None:
-        if type(self.network).__name__ not in NETWORKS:
+        if _kind(self.network) not in NETWORKS:
             raise unknown_name("denoiser", type(self.network).__name__, NETWORKS)
 
     def predict(self, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
@@ -85,7 +91,7 @@ class Denoiser:
 
     def predict_at(self, noisy: Tensor, network_times: Tensor, conditions: Conditions) -> Tensor:
         """Return the network's prediction at times in its own units, [B] (see `Process.network_times`)."""
-        return NETWORKS[type(self.network).__name__](self.network, noisy, network_times, conditions)
+        return NETWORKS[_kind(self.network)](self.network, noisy, network_times, conditions)
 
     def of(self, network: nn.Module) -> Denoiser:
         """Return the denoiser with another network of the same kind."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from salun_core.errors import ConflictError, IntegrityError
 from salun_core.evaluation.evidence import EpochRecord
+from salun_core.methods.sharded import load_whole, sharded_like, whole
 from salun_core.storage.local_files import write_whole
 
 FORMAT = "salun.checkpoint/v1"
@@ -93,17 +94,20 @@ class StageCheckpoint:
         return tensors[_LOOP].numpy().tobytes()
 
 
-def snapshot(fingerprint: str, model: nn.Module, optimizer: Optimizer, history: Sequence[EpochRecord]) -> bytes:
-    """Serialise the state of a loop.
+def snapshot(
+    fingerprint: str, model: nn.Module, optimizer: Optimizer, history: Sequence[EpochRecord], kept: bool = True
+) -> bytes:
+    """Serialise the state of a loop. Sharded tensors are collected one by one; every process must take part.
 
     Args:
         fingerprint: fingerprint of the run.
         model: model whose weights and buffers are stored.
         optimizer: optimiser whose moments and parameter groups are stored.
         history: one record per completed epoch.
+        kept: whether this process needs the document.
 
     Returns:
-        A safetensors document.
+        A safetensors document; empty if it is not needed.
     """
     state = optimizer.state_dict()
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
@@ -117,7 +121,12 @@ def snapshot(fingerprint: str, model: nn.Module, optimizer: Optimizer, history: 
         "groups": state["param_groups"],
         "plain": plain,
     }
-    return sealed(header, tensors)
+    stored: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        found = whole(value)
+        if kept:
+            stored[name] = found.cpu()
+    return sealed(header, stored) if kept else b""
 
 
 def sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
@@ -156,10 +165,10 @@ def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimize
         return []
     header, tensors = opened(data)
     require_run(header, fingerprint)
-    model.load_state_dict(
-        {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+    load_whole(
+        model, {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
     )
-    optimizer.load_state_dict(_optimizer_state(header, tensors))
+    optimizer.load_state_dict(_optimizer_state(header, tensors, optimizer))
     _restore_layout(optimizer)
     return [EpochRecord(**record) for record in header["history"]]
 
@@ -205,11 +214,13 @@ def _restore_layout(optimizer: Optimizer) -> None:
                 entries[key] = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def _optimizer_state(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _optimizer_state(header: dict[str, Any], tensors: dict[str, Tensor], optimizer: Optimizer) -> dict[str, Any]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in header["plain"].items()}
     for name, value in tensors.items():
         if name.startswith("optimizer/"):
             _, index, key = name.split("/", 2)
-            state[int(index)][key] = value
+            like = parameters[int(index)]
+            state[int(index)][key] = sharded_like(value, like) if value.shape == like.shape else value
     groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in header["groups"]]
     return {"state": state, "param_groups": groups}

@@ -13,6 +13,9 @@ from salun_core.config import Document
 from salun_core.errors import UsageError
 from salun_core.methods.offload import Place
 
+Sharding = Literal["none", "fsdp"]
+"""What several processes hold of a model in training: all weights each, or a slice each."""
+
 
 class LoopConfig(Document):
     """How the loop runs: the base of every configuration."""
@@ -38,6 +41,11 @@ class LoopConfig(Document):
         default="float32", description="of forward and backward passes; auto: bf16 on a GPU, float32 elsewhere"
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    sharding: Sharding = Field(
+        default="none",
+        description="several processes: `fsdp` divides weights, gradients and optimiser state among them (FSDP2), for "
+        "models that do not fit one device; `none` gives each process all of them",
+    )
     seed: int = Field(default=0, ge=0, lt=2**53, description="of all that is drawn at random")
 
     @model_validator(mode="after")

@@ -30,6 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from salun_core.digest import sha256_bytes
 from salun_core.errors import IntegrityError, SalunError, UsageError
 from salun_core.methods.checkpoint import CheckpointStore
+from salun_core.methods.sharded import is_sharded
 
 TIMEOUT = timedelta(minutes=10)
 _PEER = timedelta(seconds=5)  # time for a failing process to publish its exit code
@@ -138,8 +139,8 @@ class ProcessGroup:
 
     def add_gradients(self, model: nn.Module) -> None:
         """Replace the gradients by their sums over all processes, in one collective call."""
-        if self.size == 1:
-            return
+        if self.size == 1 or is_sharded(model):
+            return  # FSDP has added up those of sharded weights
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         together = torch.cat([grad.reshape(-1) for grad in grads])
         dist.all_reduce(together)
@@ -196,6 +197,8 @@ class ProcessGroup:
     def synchronise(self, model: nn.Module) -> None:
         """Average the running statistics of batch norm, and check that all processes hold the same weights.
 
+        Slices of sharded weights are not compared: no two processes hold the same one.
+
         Raises:
             IntegrityError: the weights differ.
         """
@@ -207,7 +210,8 @@ class ProcessGroup:
                 buffer.div_(self.size)
             else:
                 dist.broadcast(buffer, 0)
-        hashes = [sha256_bytes(value.cpu().contiguous().numpy().tobytes()) for value in model.state_dict().values()]
+        held = [value for value in model.state_dict().values() if not hasattr(value, "to_local")]
+        hashes = [sha256_bytes(value.cpu().contiguous().numpy().tobytes()) for value in held]
         self.require_same("weights", "".join(hashes))
 
     def require_same(self, what: str, text: str) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -21,7 +22,9 @@ from salun_core.methods.checkpoint import CheckpointStore, restore, snapshot
 from salun_core.methods.config import LoopConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.methods.offload import offloaded
+from salun_core.methods.sharded import is_sharded, whole
 from salun_core.saliency import SaliencyMask, masked_optimizer
+from salun_core.saliency.masked_step import own
 from salun_core.telemetry.progress import report
 
 
@@ -126,6 +129,11 @@ class _Loop:
     parts: int = 1
     steering: Steering | None = None
 
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether the processes hold slices of the weights instead of all of them."""
+        return is_sharded(self.model)
+
     def rate_at(self, epoch: int, progress: float) -> float:
         """Return the learning rate at a progress of an epoch from 0 to 1."""
         if self.steering:
@@ -191,7 +199,8 @@ def run_loop(
         record = _steered_epoch(loop, phases_of_epoch, len(history))
         history.append(record)
         if checkpoint:
-            checkpoint.save(snapshot(fingerprint, model, optimizer, history))
+            kept = group.main or not loop.sharded
+            checkpoint.save(snapshot(fingerprint, model, optimizer, history, kept))
         if on_epoch:
             on_epoch(record)
     report("training", 1, 1)
@@ -228,9 +237,10 @@ def _optimizer(model: nn.Module, config: LoopConfig) -> Optimizer:
     return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
-def _require_finite(model: nn.Module, epoch: int) -> None:
+def _require_finite(model: nn.Module, epoch: int, group: ProcessGroup) -> None:
     """Check that weights are finite: losses are computed before each step and do not cover the last step."""
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+    finite = all(bool(torch.isfinite(own(parameter)).all()) for parameter in model.parameters())
+    if group.largest(int(not finite)):  # a slice of sharded weights is known to one process
         raise DivergedError(
             "a weight is not finite",
             f"after epoch {epoch + 1}",
@@ -241,7 +251,7 @@ def _require_finite(model: nn.Module, epoch: int) -> None:
 def _whole_epoch(loop: _Loop, phases_of_epoch: PhasesOfEpoch, epoch: int) -> EpochRecord:
     """Run an epoch up to the point where all processes hold its finite weights."""
     record = _run_epoch(loop, phases_of_epoch, epoch)
-    _require_finite(loop.model, epoch)
+    _require_finite(loop.model, epoch, loop.group)
     loop.group.synchronise(loop.model)
     return record
 
@@ -303,7 +313,7 @@ def _run_phase(loop: _Loop, phase: Phase, generator: torch.Generator, position: 
         total += _set_gradient(loop, step, phase.device)
         loop.group.add_gradients(loop.model)
         if config.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(loop.model.parameters(), config.gradient_clip)
+            _clip(loop, config.gradient_clip)
         loop.optimizer.step()
         if loop.steering is None:
             note = f"epoch {epoch + 1} of {config.epochs}"
@@ -335,10 +345,19 @@ def _set_gradient(loop: _Loop, step: Step, device: torch.device) -> Tensor:
         loop.parts = max(loop.parts, len(parts))
         return total
 
-    if step.halves is None:
+    if step.halves is None or loop.sharded:  # all processes must run the same passes
         return fitting(attempt, size, least=size)[0]
     total, loop.fits = fitting(attempt, loop.fits)
     return total
+
+
+def _clip(loop: _Loop, largest: float) -> None:
+    if not loop.sharded:
+        nn.utils.clip_grad_norm_(loop.model.parameters(), largest)
+        return
+    parameters = [parameter for parameter in loop.model.parameters() if parameter.grad is not None]
+    norm = whole(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
 
 
 def _autocast(config: LoopConfig, device: torch.device) -> AbstractContextManager[object]:

@@ -31,6 +31,8 @@ class Method(Generic[C]):
         defaults: overrides of the configuration class's defaults.
         reads: method-specific settings that this method reads.
         adaptive: what its adaptive recipe sets; None if it has none.
+        shardable: whether the weights may be sharded over processes: its loss reads them in the model's forward pass
+            only, and runs as many passes in each process.
     """
 
     config_type: type[C]
@@ -40,6 +42,7 @@ class Method(Generic[C]):
     defaults: Mapping[str, object] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
     adaptive: Mapping[str, object] | None = None
+    shardable: bool = False
 
     def defaults_for(self, overrides: Mapping[str, Any]) -> Mapping[str, object]:
         """Return the method's defaults under a user's settings, with the recipe that follows from them.
@@ -60,6 +63,37 @@ class Method(Generic[C]):
         Raises:
             UsageError: the configuration does not fit the method.
         """
+
+    def check_sharding(self, name: str, config: LoopConfig) -> None:
+        """Reject sharded weights where something needs whole ones.
+
+        Raises:
+            UsageError: the method or its recipe does.
+        """
+        if config.sharding == "none":
+            return
+        if not self.shardable:
+            raise UsageError(
+                f"{name} cannot shard the weights",
+                "it reads or edits whole weights",
+                "leave `sharding` out, or choose the method salun",
+            )
+        if getattr(config, "recipe", "fixed") == "adaptive":
+            raise UsageError(
+                "the adaptive recipe cannot shard the weights", "it measures whole models", "set recipe: fixed"
+            )
+        if getattr(config, "forget_parts", 1) > 1:
+            raise UsageError(
+                "sharded weights and forget_parts exclude each other",
+                "each part begins with a copy of the whole model",
+                "leave one out",
+            )
+        if getattr(config, "selection", "") == "text" or config.state_place != "none":
+            raise UsageError(
+                "sharding: fsdp does not go with `selection: text` or `offload`",
+                "they move whole weights",
+                "leave one of them out",
+            )
 
     def check_row(self, name: str, config_type: type[LoopConfig]) -> None:
         """Check the row of a plug-in; those that ship are checked by tests.
@@ -146,6 +180,7 @@ def resolve_config(methods: Mapping[str, Method[C]], name: str, overrides: Mappi
     if getattr(config, "recipe", "fixed") == "adaptive" and row.adaptive is None:
         raise UsageError(f"{name} has no adaptive recipe", "only the fixed one", "leave `recipe` out")
     row.check(name, config)
+    row.check_sharding(name, config)
     unread = sorted({key for other in methods.values() for key in other.reads} - row.reads)
     ignored = [key for key in unread if getattr(config, key) != row.config_type.model_fields[key].default]
     if ignored:

@@ -76,6 +76,30 @@ def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -
     return torch_optimizer
 
 
+def own(tensor: Tensor) -> Tensor:
+    """Return this process's slice of a tensor that is sharded over processes (`DTensor`), sharing its memory.
+
+    Other tensors are returned as they are.
+    """
+    sliced: Any = tensor.detach() if hasattr(tensor, "to_local") else None
+    return tensor if sliced is None else sliced.to_local()
+
+
+def own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a whole tensor that this process's slice of a sharded one covers.
+
+    Args:
+        whole: the same in all processes.
+        like: of the same shape; if it is not sharded, `whole` is returned.
+    """
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None:
+        return whole
+    parts = torch.chunk(whole, mesh.size())  # as FSDP divides a parameter; the last processes may get nothing
+    rank = mesh.get_local_rank()
+    return parts[rank] if rank < len(parts) else whole[:0]
+
+
 def _keep_of(optimizer: Optimizer, model: nn.Module, mask: SaliencyMask) -> dict[Tensor, Tensor]:
     """Return, by parameter, int8 values in its memory layout: -1 (all bits set) for salient weights, 0 for frozen."""
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -92,8 +116,8 @@ def _keep_of(optimizer: Optimizer, model: nn.Module, mask: SaliencyMask) -> dict
                 raise UsageError(
                     f"{names[parameter]} cannot be masked", f"it is of type {parameter.dtype}", "use floating point"
                 )
-            salient = mask.tensor(names[parameter]).to(parameter.device)
-            keep[parameter] = torch.empty_like(parameter, dtype=torch.int8, requires_grad=False).copy_(salient).neg_()
+            salient, mine = own_part(mask.tensor(names[parameter]), parameter), own(parameter)
+            keep[parameter] = torch.empty_like(mine, dtype=torch.int8, requires_grad=False).copy_(salient).neg_()
     return keep
 
 
@@ -115,7 +139,8 @@ def _clear_moments(optimizer: Optimizer, keep: dict[Tensor, Tensor], parameters:
         state = optimizer.state[parameter]
         for key, neutral in _MOMENTS.items():
             if isinstance(state.get(key), Tensor):
-                state[key] = _laid_out_as(parameter, state[key]).masked_fill_(keep[parameter] == 0, neutral)
+                state[key] = _laid_out_as(parameter, state[key])
+                own(state[key]).masked_fill_(keep[parameter] == 0, neutral)
 
 
 def _laid_out_as(parameter: Tensor, values: Tensor) -> Tensor:
@@ -169,17 +194,18 @@ def _before_step(
 
 
 def _mask_group(group: dict[str, Any], parameters: list[Tensor], keep: dict[Tensor, Tensor], decoupled: bool) -> None:
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [own(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    parameters, keeps = [own(parameter) for parameter in parameters], [keep[parameter] for parameter in parameters]
     decay = group[_DECAY]
     if group["maximize"]:
         torch._foreach_neg_(grads)  # torch negates again: the masked zeros must be +0 after that
     if decay and decoupled:
-        for parameter in parameters:
-            _decay_salient(parameter, keep[parameter], 1 - group["lr"] * decay, bool(group["foreach"]))
+        for parameter, kept in zip(parameters, keeps, strict=True):
+            _decay_salient(parameter, kept, 1 - group["lr"] * decay, bool(group["foreach"]))
     elif decay:
         torch._foreach_add_(grads, parameters, alpha=decay)
-    for parameter, grad in zip(parameters, grads, strict=True):
-        grad.view(_BITS[grad.dtype]).bitwise_and_(keep[parameter])  # +0 outside, even for NaN; branch-free
+    for kept, grad in zip(keeps, grads, strict=True):
+        grad.view(_BITS[grad.dtype]).bitwise_and_(kept)  # +0 outside, even for NaN; branch-free
     if group["maximize"]:
         torch._foreach_neg_(grads)
 

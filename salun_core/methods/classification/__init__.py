@@ -46,8 +46,10 @@ from salun_core.methods.config import UnlearnConfig, pick_device
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
 from salun_core.methods.loop import OnEpoch, run_loop
 from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config
+from salun_core.methods.sharded import collected, is_sharded, require_several, shard_weights
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
+from salun_core.saliency.masked_step import own, own_part
 
 __all__ = ["METHODS", "FileCheckpoint", "UnlearnConfig", "UnlearnResult", "method_config", "pick_device", "unlearn"]
 
@@ -112,7 +114,8 @@ def unlearn(
         fresh: builds a model with fresh weights from a seed, for `retrain`; by default the layers of `model` are reset.
         checkpoint: keeps the state after each epoch, and resumes from it.
         on_epoch: called after each epoch.
-        group: the processes that share the work, and which of them this one is; all get the same model.
+        group: the processes that share the work, and which of them this one is; all get the same model. With
+            `sharding: fsdp` the first one gets it in main memory, and the others get it without weights.
 
     Returns:
         The new model with its history.
@@ -126,12 +129,17 @@ def unlearn(
     row = get_method(METHODS, method)
     settings = config if isinstance(config, UnlearnConfig) else method_config(method, config)
     row.check_mask(method, mask)
+    row.check_sharding(method, settings)
+    shards = settings.sharding == "fsdp"
+    if shards:
+        require_several(group.size)
     device = pick_device(settings.device)
     sets = ImageSet.of(forget, "forget").to(device), ImageSet.of(retain, "retain").to(device)
-    started = _on(_started(model, row, fresh, fresh_seed(settings.seed, len(sets[1]))), device)
+    placed = partial(shard_weights if shards else _on, device=device)
+    started = placed(_started(model, row, fresh, fresh_seed(settings.seed, len(sets[1]))))
     adaptive = settings.recipe == "adaptive"
     needed = row.needs_original or adaptive
-    original = _on(copy.deepcopy(model), device).requires_grad_(False).eval() if needed else None
+    original = placed(copy.deepcopy(model).requires_grad_(False)).eval() if needed else None
     read = held_out is not None and (row.reads_held_out or adaptive)
     unseen = _of_kept_classes(held_out, sets[1]) if held_out is not None and read else None
     classes = _checked_classes(started, *sets)
@@ -152,8 +160,9 @@ def unlearn(
         history, ended = _run(row, mask, group, context, *given)
         cost = row.cost(ended)
     seconds = time.perf_counter() - begun
-    changed = _changed_fraction(model, started)
-    return UnlearnResult(started, method, settings, history, seconds, rounded_up(cost), changed, ending)
+    changed = _changed_fraction(model, started, group)
+    made = collected(started, model, group.main).eval() if shards else started
+    return UnlearnResult(made, method, settings, history, seconds, rounded_up(cost), changed, ending)
 
 
 def rounded_up(cost: float) -> int:
@@ -221,12 +230,15 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def _changed_fraction(before: nn.Module, after: nn.Module) -> float:
+def _changed_fraction(before: nn.Module, after: nn.Module, group: ProcessGroup) -> float:
     """Return the share of weights that differ; 1 for fresh weights of another architecture."""
     pairs = list(zip(before.parameters(), after.parameters(), strict=False))
     if any(old.shape != new.shape for old, new in pairs):
         return 1.0
-    differing = sum(int((old.detach().to(new.device) != new.detach()).sum()) for old, new in pairs)
+    own_pairs = [(own_part(old.detach(), new), own(new).detach()) for old, new in pairs]
+    differing = sum(int((old.to(new.device) != new).sum()) for old, new in own_pairs)
+    if is_sharded(after):
+        differing = int(group.total(torch.tensor(differing)))
     return differing / max(1, sum(new.numel() for _, new in pairs))
 
 
@@ -248,7 +260,7 @@ def _checked_classes(model: nn.Module, forget: ImageSource, retain: ImageSource)
 
 
 def _fingerprint(model: nn.Module, method: str, mask: SaliencyMask | None, context: ClassifierContext) -> str:
-    settings = context.config.model_dump(exclude={"device"})
+    settings = context.config.model_dump(exclude={"device", "sharding"})
     parts: list[Any] = [model_digest(model), method, settings, mask.digest if mask else None]
     held_out = [context.held_out] if context.held_out is not None else []
     for images in (context.forget, context.retain, *held_out):

@@ -20,4 +20,4 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [context.phase("retain", context.retain)]
 
 
-METHOD = ClassifierMethod(phases, reads=DRAWS_RETAIN)
+METHOD = ClassifierMethod(phases, reads=DRAWS_RETAIN, shardable=True)

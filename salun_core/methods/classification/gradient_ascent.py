@@ -26,4 +26,4 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [context.phase("forget", context.forget, loss)]
 
 
-METHOD = ClassifierMethod(phases, defaults={"learning_rate": 5e-4})
+METHOD = ClassifierMethod(phases, shardable=True, defaults={"learning_rate": 5e-4})

@@ -67,5 +67,5 @@ def passes(context: ClassifierContext) -> float:
 
 
 METHOD = ClassifierMethod(
-    phases, defaults={"gradient_clip": 1.0}, reads=DRAWS_RETAIN | {"retain_weight"}, passes=passes
+    phases, defaults={"gradient_clip": 1.0}, reads=DRAWS_RETAIN | {"retain_weight"}, passes=passes, shardable=True
 )

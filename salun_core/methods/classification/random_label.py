@@ -42,4 +42,4 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [context.phase("forget", wrong), context.phase("retain", context.retain)]
 
 
-METHOD = ClassifierMethod(phases, reads=DRAWS_RETAIN)
+METHOD = ClassifierMethod(phases, reads=DRAWS_RETAIN, shardable=True)

@@ -12,4 +12,6 @@ from __future__ import annotations
 from salun_core.methods.classification import adaptive, random_label
 from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierMethod
 
-METHOD = ClassifierMethod(random_label.phases, needs_mask=True, adaptive=adaptive.DEFAULTS, reads=DRAWS_RETAIN)
+METHOD = ClassifierMethod(
+    random_label.phases, needs_mask=True, adaptive=adaptive.DEFAULTS, reads=DRAWS_RETAIN, shardable=True
+)

@@ -76,5 +76,6 @@ METHOD = ClassifierMethod(
     defaults={"batch_norm": "update"},
     reads=DRAWS_RETAIN | {"ascent_epochs", "distillation_weight", "label_weight", "temperature"},
     needs_original=True,
+    shardable=True,
     passes=passes,
 )

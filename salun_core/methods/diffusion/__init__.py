@@ -44,6 +44,7 @@ from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedC
 from salun_core.methods.loop import OnEpoch, run_loop
 from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config
 from salun_core.methods.offload import put_away
+from salun_core.methods.sharded import collected, require_several, shard_weights
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
@@ -105,9 +106,14 @@ def unlearn_denoiser(
     settings = config if isinstance(config, DiffusionConfig) else diffusion_config(method, config)
     row.check_mask(method, mask)
     row.check(method, settings)
+    row.check_sharding(method, settings)
+    shards = settings.sharding == "fsdp"
+    if shards:
+        require_several(group.size)
     _check_sets(sets)
     device = pick_device(settings.device)
-    network = _start(denoiser, row, settings, len(sets.retain)).to(device)
+    network = _start(denoiser, row, settings, len(sets.retain))
+    network = shard_weights(network, device) if shards else network.to(device)
     text = _text_encoder(sets, settings)
     sets = sets.to(device)
     text = text.to(device) if text else None
@@ -136,6 +142,7 @@ def unlearn_denoiser(
             else:
                 assert row.loss is not None
                 history = loop(context, row.loss, shared, fingerprint, on_epoch)
+    network = collected(network, denoiser.network, group.main) if shards else network
     network.requires_grad_(True).eval()
     seconds, encoder = time.perf_counter() - started, text.network.requires_grad_(True).eval() if text else None
     return UnlearnResult(network, method, settings, history, seconds, row.cost(settings), text_encoder=encoder)
@@ -188,7 +195,7 @@ def _frozen(denoiser: Denoiser, device: torch.device) -> Denoiser:
 def _fingerprint(
     denoiser: Denoiser, method: str, config: DiffusionConfig, mask: SaliencyMask | None, sets: ExampleSets
 ) -> str:
-    machine = {"device", "offload"}  # a run may be resumed on another one
+    machine = {"device", "offload", "sharding"}  # a run may be resumed on another one
     parts: list[Any] = [model_digest(denoiser.network), method, config.model_dump(exclude=machine)]
     parts += [mask.digest if mask else None, list(sets.table.names)]
     parts += [model_digest(sets.encoder.network)] if sets.encoder else []

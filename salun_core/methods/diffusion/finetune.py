@@ -19,4 +19,4 @@ def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
     return denoising_loss(context.denoiser, retain, context.sets.table)
 
 
-METHOD = DiffusionMethod(loss, needs_forget=False)
+METHOD = DiffusionMethod(loss, shardable=True, needs_forget=False)

@@ -22,4 +22,4 @@ def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
     return -denoising_loss(context.denoiser, forget, context.sets.table)
 
 
-METHOD = DiffusionMethod(loss, needs_retain=False, defaults={"steps": 50, "learning_rate": 1e-5})
+METHOD = DiffusionMethod(loss, shardable=True, needs_retain=False, defaults={"steps": 50, "learning_rate": 1e-5})

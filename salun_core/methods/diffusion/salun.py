@@ -10,4 +10,4 @@ from __future__ import annotations
 from salun_core.methods.diffusion.method import DiffusionMethod
 from salun_core.methods.diffusion.objectives import relabel_loss, relabel_passes
 
-METHOD = DiffusionMethod(relabel_loss, needs_mask=True, passes=relabel_passes)
+METHOD = DiffusionMethod(relabel_loss, shardable=True, needs_mask=True, passes=relabel_passes)

@@ -121,7 +121,7 @@ def _optional(
 
     def run_again(seed: int) -> nn.Module:
         row = get_method(METHODS, run.method)
-        config = row.config_type.model_validate({**run.config, "seed": seed, "device": str(device)})
+        config = row.config_type.model_validate({**run.config, "seed": seed, "device": str(device), "sharding": "none"})
         mask = candidate.mask if row.needs_mask else None
         return task.unlearn(inputs, run.method, config, mask).model
 

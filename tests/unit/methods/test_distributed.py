@@ -15,10 +15,15 @@ from torch.distributed import TCPStore
 from torch.nn.functional import cross_entropy
 
 from salun_core.data import ImageSet
+from salun_core.diffusion.conditions import ConditionTable
+from salun_core.diffusion.denoiser import Denoiser
+from salun_core.diffusion.examples import Examples
+from salun_core.diffusion.process import Process
 from salun_core.errors import IntegrityError, SalunError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.methods import distributed
 from salun_core.methods.classification import FileCheckpoint, unlearn
+from salun_core.methods.diffusion import ExampleSets, unlearn_denoiser
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, joined
 from salun_core.methods.recipe import Recipe
 from salun_core.models import load_model
@@ -33,6 +38,7 @@ from tests.support.full_device import limited
 pytestmark = pytest.mark.slow
 
 SAMPLES = 3 * CHUNK + 40
+SHARDED = {"sharded": {}, "sharded update": {"batch_norm": "update", "optimizer": "adamw", "learning_rate": 1e-3}}
 SGD = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, "gradient_clip": 1.0, "device": "cpu"}
 
 
@@ -41,11 +47,12 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(1, 6, 3)
         self.norm = nn.BatchNorm2d(6)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 6, 1)) for _ in "ab"))
         self.head = nn.Linear(6, 4)
         self.unused = nn.Linear(2, 2)
 
     def forward(self, images):
-        return self.head(torch.relu(self.norm(self.conv(images))).mean(dim=(2, 3)))
+        return self.head(self.blocks(torch.relu(self.norm(self.conv(images)))).mean(dim=(2, 3)))
 
 
 def network():
@@ -85,9 +92,47 @@ def unlearned_in(group, checkpoint=None, seed=2, limit=None, **config):
     )
 
 
+class UNet2DModel(nn.Module):
+    """A denoiser; its name is that of the network of diffusers with the same arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.first, self.last = nn.Embedding(3, 6), nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 1, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 5, 1), nn.SiLU(), nn.Conv2d(5, 6, 1)) for _ in "ab")
+
+    def forward(self, noisy, times, class_labels, return_dict):
+        hidden = self.first(noisy) + (self.embedding(class_labels) * times[:, None] / 100)[:, :, None, None]
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return (self.last(hidden),)
+
+
+def denoiser():
+    torch.manual_seed(0)
+    kept = torch.linspace(0.99, 0.01, 100)
+    return Denoiser(UNet2DModel(), Process("epsilon", kept.sqrt(), (1 - kept).sqrt()))
+
+
+def denoiser_mask():
+    return SaliencyMask.random(dict(denoiser().network.named_parameters()), 0.4, 7)
+
+
+def unlearned_denoiser(group, **config):
+    pixels, rows = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 2
+    forget, retain = Examples(pixels[:4], rows[:4] * 0, pseudo=rows[:4] * 0 + 1), Examples(pixels[4:], rows[4:] + 1)
+    sets = ExampleSets(forget, retain, ConditionTable(["a", "b", "c"], {"class_labels": torch.arange(3)}), True)
+    settings = {"steps": 4, "epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "device": "cpu", **config}
+    return unlearn_denoiser(denoiser(), sets, "salun", config=settings, mask=denoiser_mask(), group=group)
+
+
 def plain(result):
     losses, parts = ([getattr(record, name) for record in result.history] for name in ("losses", "parts"))
     return {"state": result.model.state_dict(), "losses": losses, "parts": parts, "config": result.config.model_dump()}
+
+
+def first_of(result):
+    """The weights of the first process; the others have none."""
+    return "none" if any(value.is_meta for value in result.model.parameters()) else plain(result)
 
 
 def failure_of(act):
@@ -130,6 +175,13 @@ def scenes(group, folder, work):
         unlearned_in(group, kept, epochs=2)
         yield "checkpoints", (folder / f"checkpoint-{group.rank}").exists()
         yield "resumed", plain(unlearned_in(group, kept, epochs=2))
+        for name, more in SHARDED.items():
+            yield name, first_of(unlearned_in(group, sharding="fsdp", **more))
+        sharded = FileCheckpoint(folder / f"sharded-{group.rank}")
+        unlearned_in(group, sharded, sharding="fsdp")
+        yield "sharded resumed", first_of(unlearned_in(group, sharded, sharding="fsdp"))
+        yield "whole resumed", plain(unlearned_in(group, sharded))
+        yield "sharded denoiser", first_of(unlearned_denoiser(group, sharding="fsdp"))
     context = RunContext(work / "model", str(work / "forget.json"))
     recipe = Recipe(method_config={"epochs": 1, "device": "cpu"})
     result = run_unlearning(context, recipe, work / "mask", work / f"after-{group.rank}")
@@ -218,6 +270,32 @@ def test_two_processes_take_the_steps_of_one(ranks):
     torch.testing.assert_close(ranks[0]["freeze"]["state"], alone["state"], rtol=1e-4, atol=1e-6)
     for together, single in zip(ranks[0]["freeze"]["losses"], alone["losses"], strict=True):
         assert together == pytest.approx(single, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*SHARDED, "sharded denoiser"])
+def test_sharded_weights_take_the_steps_of_one_process_and_keep_frozen_bits(ranks, name):
+    """Only the first process has the model; the other one holds no weights any more."""
+    together, second = (rank[name] for rank in ranks)
+    assert second == "none"
+    if name in SHARDED:
+        alone, mask, before = plain(unlearned_in(SINGLE_PROCESS, **SHARDED[name])), mask_of(network()), network()
+    else:
+        alone, mask, before = plain(unlearned_denoiser(SINGLE_PROCESS)), denoiser_mask(), denoiser().network
+    # Batch norm that is updated normalises each process's share by its own statistics.
+    tolerance = {"rtol": 0.1, "atol": 0.05} if name == "sharded update" else {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(together["state"], alone["state"], **tolerance)
+    for parameter, value in before.named_parameters():
+        salient, now = mask.tensor(parameter), together["state"][parameter].contiguous().view(torch.int32)
+        assert torch.equal(now[~salient], value.detach().view(torch.int32)[~salient]), parameter
+        if salient.any() and "unused" not in parameter:
+            assert not torch.equal(now, value.detach().view(torch.int32)), parameter
+
+
+def test_a_checkpoint_of_sharded_weights_is_resumed_with_and_without_sharding(ranks):
+    expected = ranks[0]["sharded"]["state"]
+    assert_same_bits(ranks[0]["sharded resumed"]["state"], expected)
+    for rank in ranks:
+        torch.testing.assert_close(rank["whole resumed"]["state"], expected, rtol=0, atol=0)
 
 
 def test_a_process_whose_device_is_full_divides_its_own_share(ranks):
