@@ -91,7 +91,7 @@ def test_a_fault_in_a_step_names_no_sample(run, capfd, monkeypatch, fault, kind)
     assert kind in seen
 
 
-def test_a_fault_in_one_of_several_processes_names_no_sample(run, capfd, monkeypatch):
+def test_a_fault_in_one_of_several_processes_names_no_sample(run, capfd, monkeypatch, forked_processes):
     """Of a fault that is no verdict, the log has no text at all: test_step_processes.py."""
     run.fetch()
     monkeypatch.setattr(pod_steps, "mask_step", corrupt)

@@ -134,7 +134,7 @@ def test_unlearn_writes_a_child_of_the_model(chain, digits_model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes on a CPU")
-def test_unlearning_works_in_as_many_processes_as_given(chain, tmp_path):
+def test_unlearning_works_in_as_many_processes_as_given(chain, tmp_path, forked_processes):
     """What two processes compute, test_step_processes.py compares with one."""
     again = replace(chain, folder=tmp_path, made=dict(chain.made))
     again.unlearn(processes="2")

@@ -29,8 +29,8 @@ def _environment(**more):
     return {**kept, "OMP_NUM_THREADS": "1", **more}
 
 
-def _run(folder, *args, **environ):
-    command = [*SALUN, *map(str, args)]
+def _run(folder, *args, program=SALUN, **environ):
+    command = [*program, *map(str, args)]
     return subprocess.run(command, cwd=folder, env=_environment(**environ), capture_output=True, text=True, check=False)
 
 
@@ -52,7 +52,7 @@ def _needs_a_server(s3_server):
     """Skips where no S3 server is installed."""
 
 
-def test_the_demo_runs_the_compiled_pipeline_and_the_commands_that_it_names_next_work(tmp_path):
+def test_the_demo_runs_the_compiled_pipeline_and_the_commands_that_it_names_next_work(tmp_path, salun_path):
     work = tmp_path / "work"
     first = _run(tmp_path, "demo", "--work-dir", work)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -62,7 +62,7 @@ def test_the_demo_runs_the_compiled_pipeline_and_the_commands_that_it_names_next
     shown = [_name(line) for line in load_examples()["demo"].splitlines()[1:]]
     assert [_name(line) for line in first.stdout.strip().splitlines()] == shown
     assert _left_behind(tmp_path) == []
-    _look_into_the_store(tmp_path, work, first.stdout)
+    _look_into_the_store(tmp_path, work, first.stdout, salun_path)
 
 
 def _name(line):
@@ -70,25 +70,25 @@ def _name(line):
     return re.sub(r"\b[0-9a-f]{12}\b|\d+", "N", re.sub(r"─+", "─", re.sub(r"\S*/\S*", "PATH", words)))
 
 
-def _look_into_the_store(tmp_path, work, printed):
+def _look_into_the_store(tmp_path, work, printed, salun):
     served = _start(tmp_path, "demo", "--serve", "--work-dir", work)
     try:
         _wait_for(served, "is served until Ctrl-C")
         lines = (work / "s3.env").read_text().replace("'", "").splitlines()
         environ = dict(line.split("=", 1) for line in lines)
         assert (work / "s3.env").stat().st_mode & 0o077 == 0
-        told = _run(tmp_path, "model", "history", "demo", "--json", **environ)
+        told = _run(tmp_path, "model", "history", "demo", "--json", program=[salun], **environ)
         assert [(item["method"], item["requests"]) for item in json.loads(told.stdout)] == [
             ("salun", 4),
             ("train", None),
         ]
-        listed = _run(tmp_path, "request", "list", "--json", **environ)
+        listed = _run(tmp_path, "request", "list", "--json", program=[salun], **environ)
         assert {item["status"] for item in json.loads(listed.stdout)} == {"completed"}
         verify = next(line for line in printed.splitlines() if line.strip().startswith("salun verify"))
-        verified = _run(tmp_path, *verify.split()[1:], **environ)
+        verified = _run(tmp_path, *verify.split()[1:], program=[salun], **environ)
         assert verified.returncode == 0, verified.stderr
         (Path(verify.split()[-1]) / "split.parquet").write_text("{}")
-        assert _run(tmp_path, *verify.split()[1:], **environ).returncode == 5
+        assert _run(tmp_path, *verify.split()[1:], program=[salun], **environ).returncode == 5
     finally:
         os.killpg(served.pid, signal.SIGINT)
         served.communicate(timeout=60)

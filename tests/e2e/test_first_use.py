@@ -6,6 +6,8 @@ import os
 import re
 import socket
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,10 +30,11 @@ def printed(transcript):
         yield command, "".join(f"{line}\n" for line in rest.splitlines() if line and not line.startswith("check: "))
 
 
-def test_every_check_of_a_first_user_holds_and_the_page_shows_what_is_printed(tmp_path, s3_server):
+def test_every_check_of_a_first_user_holds_and_the_page_shows_what_is_printed(tmp_path, s3_server, salun_path):
     pytest.importorskip("onnxruntime")
     port = free_ports(None)["s3.port"]
-    environ = {**os.environ, "PORT": str(port), "TMPDIR": str(tmp_path)}
+    path = os.pathsep.join([str(salun_path.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environ = {**os.environ, "PATH": path, "PORT": str(port), "TMPDIR": str(tmp_path)}
     done = subprocess.run([SCRIPT], env=environ, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     planned = [line for line in SCRIPT.read_text(encoding="utf-8").splitlines() if line.startswith("check ")]

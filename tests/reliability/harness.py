@@ -6,7 +6,6 @@ The processes are forked from one that has imported all that they need, so that 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import secrets
@@ -27,16 +26,15 @@ from tests.reliability.audit import Auditor
 from tests.reliability.figures import Figures
 from tests.reliability.plan import Plan
 from tests.support import toy_line as toy
+from tests.support.forked import CONTEXT
 
 _PATIENCE = 900.0
 _ANYBODY = 0.4
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.reliability.worker", "tests.reliability.children"])
 
 
 def start(target: Callable[..., None], *args: object) -> BaseProcess:
     """Start a process; it ends with this one."""
-    process = _context.Process(target=target, args=args, daemon=True)
+    process = CONTEXT.Process(target=target, args=args, daemon=True)
     process.start()
     return process
 

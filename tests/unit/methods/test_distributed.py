@@ -33,6 +33,7 @@ from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate, evaluate_together
 from salun_core.steps.mask import compute_mask, merge_scores, score_shard
 from salun_core.steps.unlearning import run_unlearning
+from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture
 from tests.support.full_device import limited
 
 pytestmark = pytest.mark.slow
@@ -224,7 +225,7 @@ def work(tmp_path_factory, digits_model):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory, work):
+def ranks(tmp_path_factory, work, forked_processes):
     folder = tmp_path_factory.mktemp("ranks")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # it chooses its port while it binds it
     mp.spawn(worker, args=(folder, work, store.port), nprocs=2)
@@ -396,11 +397,12 @@ def test_the_command_in_two_processes_makes_the_same_mask_and_prints_once(work, 
     assert SaliencyMask.load(work / "two").digest == SaliencyMask.load(work / "mask").digest
 
 
-@pytest.mark.e2e
-def test_the_command_ends_with_the_exit_code_of_the_process_that_failed(work, digits_model):
+def test_the_command_ends_with_the_exit_code_of_the_process_that_failed(work, digits_model, monkeypatch, capfd):
     (work / "damaged").write_bytes((work / "mask").read_bytes()[:-1])
-    inputs = "--model", digits_model, "--forget", "forget.json", "--mask", "damaged"
-    done = salun(work, "unlearn", *inputs, "--out", "never", "--processes", 2)
-    assert done.returncode == 5, done.stderr
-    assert "damaged" in done.stderr
+    inputs = ["--model", digits_model, "--forget", work / "forget.json", "--mask", work / "damaged"]
+    command = [str(word) for word in ("salun", "unlearn", *inputs, "--out", work / "never", "--processes", 2)]
+    monkeypatch.setattr("sys.argv", command)  # what it starts twice
+    assert invoke(*command[1:]).exit_code == 5
+    printed = capfd.readouterr()
+    assert (printed.out, "damaged" in printed.err) == ("", True)
     assert not (work / "never").exists()

@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -209,10 +208,9 @@ def test_a_random_share_is_filed_by_fraction_and_seed(submit, line, signs):
     assert target.model_dump() == {"kind": "random", "fraction": 0.25, "seed": 7}
 
 
-def _on_terminal(store, answer, *args):
+def _on_terminal(salun, store, answer, *args):
     """Run `salun request submit` on a real pseudo-terminal, and type an answer."""
-    code = "from salun_core.cli.app import main; main()"
-    command = [sys.executable, "-c", code, "request", "submit", "--id", "r-1", "--line", "signs", *args]
+    command = [salun, "request", "submit", "--id", "r-1", "--line", "signs", *args]
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [*command, "--store", store.uri], stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
@@ -229,12 +227,12 @@ def _on_terminal(store, answer, *args):
     return process.wait(60), shown.decode()
 
 
-def test_a_terminal_is_asked_before_anything_is_stored(line):
-    code, shown = _on_terminal(line, "n\n", "--class-name", "2")
+def test_a_terminal_is_asked_before_anything_is_stored(line, salun_path):
+    code, shown = _on_terminal(salun_path, line, "n\n", "--class-name", "2")
     assert (code, "File 1 request? [y/N]" in shown, "nothing was filed" in shown) == (1, True, True), shown
     assert shown.index("class 1: 2") < shown.index("File 1 request?")
     assert filed(line) == []
-    code, shown = _on_terminal(line, "y\n", "--class-name", "2")
+    code, shown = _on_terminal(salun_path, line, "y\n", "--class-name", "2")
     assert (code, filed(line)) == (0, ["r-1"]), shown
-    code, shown = _on_terminal(line, "", "--class-name", "2", "--yes")
+    code, shown = _on_terminal(salun_path, line, "", "--class-name", "2", "--yes")
     assert (code, "[y/N]" in shown) == (0, False), shown

@@ -228,23 +228,22 @@ class TestSubmit:
         assert "To fix it: " in refused(2, *arguments)
         assert [*store.list("requests/"), *store.list("index/")] == []
 
-    def test_a_terminal_shows_progress(self, store, tmp_path):
+    def test_a_terminal_shows_progress(self, store, tmp_path, salun_path):
         """On a real pseudo-terminal; elsewhere standard error stays empty."""
         begin_classifier(store, "faces")
         file = tmp_path / "requests.json"
         file.write_text(json.dumps([entry(number) for number in range(100)]))
         script = """
             import os, pty, sys
-            sys.exit(os.waitstatus_to_exitcode(pty.spawn([sys.executable, *sys.argv[1:]])))
+            sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
         """
-        salun = ["-c", "from salun_core.cli.app import main; main()", "request"]
-        call = [*salun, "submit", str(file), "--yes", "--store", store.uri]
+        call = [str(salun_path), "request", "submit", str(file), "--yes", "--store", store.uri]
         command = [sys.executable, "-c", textwrap.dedent(script), *call]
         shown = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
         assert shown.returncode == 0, shown.stdout
         assert "filing requests" in shown.stdout
         assert "100/100" in shown.stdout
-        quiet = subprocess.run([sys.executable, *call], capture_output=True, text=True, check=True, timeout=120)
+        quiet = subprocess.run(call, capture_output=True, text=True, check=True, timeout=120)
         assert quiet.stderr == ""
 
 

@@ -45,7 +45,7 @@ def trained(rank, views):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, forked_processes):
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, args=(str(folder),), nprocs=2)
     return folder

@@ -18,7 +18,11 @@ from salun_core.steps.unlearning import run_unlearning
 from salun_core.tasks.run_facts import read_run_facts
 from tests.support.failing_steps import breaks, dies, second_fails
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes on a CPU")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("forked_processes"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="counts processes on a CPU"),
+]
 QUICK = {"epochs": 1, "learning_rate": 0.0005}
 
 
