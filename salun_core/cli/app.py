@@ -194,12 +194,12 @@ def _apply_settings(context: typer.Context, config: Path | None) -> None:
 
 
 _GROUPS: dict[str, tuple[type[TyperGroup], str]] = {
-    "bench": (bench.BenchGroup, "Compare methods on a suite, and write the page of all results."),
+    "bench": (bench.BenchGroup, "Compare unlearning methods on benchmark suites."),
     "model": (TyperGroup, "Import models, and manage the versions of a model line."),
-    "train": (models.TrainGroup, "Train a model from fresh weights; a classifier if no other kind is named."),
+    "train": (models.TrainGroup, "Train a classifier, or a small diffusion model."),
     "ls": (TyperGroup, "List the names of methods, models and data."),
     "plugin": (TyperGroup, "List the plug-ins of other packages, and check them."),
-    "request": (TyperGroup, "File deletion requests, show their status, and change it by hand."),
+    "request": (TyperGroup, "File, show and change deletion requests."),
     "store": (TyperGroup, "Run your own object store."),
     "key": (TyperGroup, "Create the keys that sign and verify certificates."),
 }

@@ -51,11 +51,10 @@ def audit(
     device: Device = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Measure whether a classifier forgot, by its models or predictions before and after unlearning.
+    """Measure from outside whether a classifier forgot.
 
-    It needs no pipeline and no store. The exit code is 3 if a test fails; evidence and report are written in both
-    cases. `salun verify` checks the
-    signature of the evidence.
+    It compares models or predictions before and after unlearning. It needs no pipeline and no store. The exit code is 3
+    if a test fails; evidence and report are written in both cases. `salun verify` checks the signature of the evidence.
     """
     from salun_core.audit.checks import examine
     from salun_core.audit.statement import evidence_of, failed_figures, file_of, report_of

@@ -165,9 +165,10 @@ def calibrate(
         bool, typer.Option("--render-only", help="Measure nothing: read the counts from the file of --results.")
     ] = False,
 ) -> None:
-    """Measure how often the gate's policy passes honest models, failed ones and forgeries, for each kind of request.
+    """Measure how often the gate's policy is right.
 
-    Trains small models on bundled data. Repeated calls on one machine give the same numbers.
+    It counts how often the policy passes honest models, failed ones and forgeries, for each kind of request. It trains
+    small models on bundled data. Repeated calls on one machine give the same numbers.
     """
     from salun_core.calibration.table import HEADINGS, columns, merged, read_calibration, write_page, written
     from salun_core.calibration.table import calibrate as measure

@@ -33,10 +33,11 @@ def verify(
         str | None, typer.Option("--store", help="Also check that the version is still in use, in this store.")
     ] = None,
 ) -> None:
-    """Verify an erasure certificate: its signature, and that a model is the certified one. Offline without --store.
+    """Verify an erasure certificate.
 
-    Offline, it detects a later rollback only if the revocation is among the addenda. The file may also be a signed
-    audit (`salun audit --key`); DIR may then be the file of weights or predictions that was audited.
+    It checks the signature and the contents, and with --model that a model is the certified one. Without --store it
+    works offline. Offline, it detects a later rollback only if the revocation is among the addenda. The file may also
+    be a signed audit (`salun audit --key`); DIR may then be the file of weights or predictions that was audited.
     """
     from salun_core.audit.statement import is_audit
     from salun_core.certificates.verify import verify_certificate
@@ -165,7 +166,10 @@ def certificate(
         bool, typer.Option("--addenda", help="Also write its addenda next to FILE; without --out, list them.")
     ] = False,
 ) -> None:
-    """Fetch the certificate of a request from the store, byte for byte. With --addenda, also fetch its addenda."""
+    """Fetch the certificate of a request from the store.
+
+    The file is an exact copy. With --addenda, also fetch its addenda.
+    """
     from salun_core.certificates.verify import certificate_digest, fetch_addenda, fetch_certificate
     from salun_core.errors import UsageError
     from salun_core.storage.local_files import write_whole
@@ -238,7 +242,10 @@ def _show_addenda(document: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 def create_key(
     out: Annotated[Path, typer.Option(metavar="DIR/NAME", help="Where to write NAME.pem and NAME.pub.")],
 ) -> None:
-    """Create an ed25519 key: NAME.pem signs and stays secret, NAME.pub verifies and may be published."""
+    """Create a key pair that signs certificates (ed25519).
+
+    NAME.pem signs and must stay secret. NAME.pub verifies and may be published.
+    """
     from salun_core.certificates.keys import create_key as create
 
     made = create(out)

@@ -17,7 +17,7 @@ _DATA = {
 
 
 def methods() -> None:
-    """List the unlearning methods of classifiers and of diffusion models."""
+    """List the unlearning methods."""
     import inspect
     import sys
 
@@ -39,7 +39,10 @@ def methods() -> None:
 
 
 def models(store: OptionalStore = None) -> None:
-    """List the model architectures, and the model lines of the store if one is given."""
+    """List the model architectures.
+
+    With --store, also list the model lines of the store.
+    """
     from salun_core.models.architectures import CLASSIFIERS
     from salun_core.registry.lookup import lines, read_head
     from salun_core.storage import open_store

@@ -189,7 +189,7 @@ def train_classifier(
     policy: Policy = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Train a classifier from fresh weights, and write its model folder."""
+    """Train a classifier and write its model folder."""
     from salun_core.data import load_spec
     from salun_core.tasks import register_model
     from salun_core.tasks.classification.training import train_model, training_config
@@ -252,9 +252,10 @@ def import_model(
     policy: Policy = "auto",
     dry_run: DryRun = False,
 ) -> None:
-    """Import a model of another program into a model folder, and print what was recognised. Runs no code of it.
+    """Import a model of another program into a model folder.
 
-    With --dry-run it writes nothing, and without --data it then only recognises the checkpoint.
+    It prints what was recognised, and runs no code of the model. With --dry-run it writes nothing, and without --data
+    it then only recognises the checkpoint.
     """
     from salun_core.errors import StateMismatchError
     from salun_core.models.diffusers_folder import INDEX
@@ -421,11 +422,14 @@ def _planned_card(kind: str, spec: DataSpec, evaluation: DiffusionEvaluation) ->
 
 
 train_ddpm = _train_diffusion(
-    "ddpm", "Train a small class-conditional DDPM from fresh weights, and write its model folder. It needs a checkout."
+    "ddpm",
+    "Train a small class-conditional DDPM.\n\n"
+    "It trains from fresh weights, writes a model folder, and needs a checkout of the repository.",
 )
 train_stable_diffusion = _train_diffusion(
     "stable-diffusion",
-    "Train a small Stable Diffusion from fresh weights, and write its model folder. It needs a checkout.",
+    "Train a small Stable Diffusion.\n\n"
+    "It trains from fresh weights, writes a model folder, and needs a checkout of the repository.",
 )
 
 
@@ -484,7 +488,10 @@ def rollback(
 
 
 def hold(version: Version, reason: Reason, store: Store, actor: Actor = "") -> None:
-    """Exclude the weights of a version from purges until the version is released."""
+    """Exclude the weights of a version from purges.
+
+    The hold lasts until `salun model release`.
+    """
     from salun_core.registry.holds import hold_version
     from salun_core.registry.lookup import resolve
     from salun_core.storage import open_store
@@ -497,7 +504,10 @@ def hold(version: Version, reason: Reason, store: Store, actor: Actor = "") -> N
 
 
 def release(version: Version, store: Store) -> None:
-    """Remove the hold of a version: the next purge treats it like any other."""
+    """Remove the hold of a version.
+
+    The next purge treats it like any other version.
+    """
     from salun_core.registry.holds import release_version
     from salun_core.registry.lookup import resolve
     from salun_core.storage import open_store

@@ -37,10 +37,10 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Check this machine, the settings file, the store, a model line, and what can be erased from the line.
+    """Check this machine, the settings and the store.
 
-    The exit code is 1 if a requirement is missing. For a model line, it checks HEAD, the data, the policy, the signing
-    key, and for each kind of request whether such a request could be erased from the line and pass the policy.
+    The exit code is 1 if a requirement is missing. With a model line, it also checks HEAD, the data, the policy, the
+    signing key, and for each kind of request whether such a request could be erased from the line and pass the policy.
 
     With --kfp it only searches Kubeflow's own store for files of earlier releases. The exit code is 1 if it finds any.
     """
@@ -130,7 +130,10 @@ def exporter(
     interval: Annotated[float, typer.Option(min=1, max=3600, metavar="SECONDS", help="Time between refreshes.")] = 15,
     once: Annotated[bool, typer.Option("--once", help="Print the metrics and exit.")] = False,
 ) -> None:
-    """Serve the metrics of requests and model lines to Prometheus (/metrics), and a health check (/healthz)."""
+    """Serve metrics of requests and models to Prometheus.
+
+    The metrics are at /metrics, and a health check at /healthz. A scrape does not read the store.
+    """
     from salun_core.requests.gauges import GaugeReader
     from salun_core.storage import open_store
     from salun_core.telemetry.exporter import Exporter, serving
@@ -172,7 +175,10 @@ def purge(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the keys; delete none.")] = False,
 ) -> None:
-    """Delete forget data, masks, superseded weights and garbage, and add the deletions to the certificates."""
+    """Delete forget data, masks and superseded weights.
+
+    It also deletes garbage, and adds the deletions to the certificates.
+    """
     from salun_core.certificates.keys import find_signing_key
     from salun_core.retention.rules import RetentionRules
     from salun_core.steps.purge import purge_store
@@ -255,17 +261,20 @@ def _remaining(report: PurgeReport) -> Iterator[tuple[str, int]]:
 
 
 def demo(context: typer.Context) -> None:
-    """Run everything on real images: store, training, deletion requests, sweeps, certificates, report.
+    """Run the whole process on small real images.
 
+    It starts a store, trains a model, files deletion requests, runs two sweeps, and writes certificates and a report.
     This runs `python -m examples.demo` of the checkout and takes its options: see `salun demo --help`.
     """
     _run_demo(context.args)
 
 
 def demo_diffusion(context: typer.Context) -> None:
-    """Run everything on a small Stable Diffusion or DDPM: training, request, sweep, images, certificate.
+    """Run the whole process on small diffusion models.
 
-    This runs `python -m examples.demo --diffusion` of the checkout and takes its options, such as `--kind ddpm`.
+    It trains a small Stable Diffusion or DDPM, files a deletion request, runs a sweep, and writes images and a
+    certificate. This runs `python -m examples.demo --diffusion` of the checkout and takes its options, such as `--kind
+    ddpm`.
     """
     _run_demo(["--diffusion", *context.args])
 

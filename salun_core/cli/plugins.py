@@ -13,7 +13,10 @@ from salun_core.errors import SalunError
 
 
 def list_plugins() -> None:
-    """List the plug-ins of installed packages and whether they may be loaded. Their code does not run."""
+    """List the plug-ins of installed packages.
+
+    It shows whether they may be loaded, and does not run their code.
+    """
     from salun_core.contract import fault_of
 
     rows = []

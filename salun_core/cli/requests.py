@@ -81,11 +81,11 @@ def submit(
     actor: Actor = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Check deletion requests against their model lines, show what they name, and file them.
+    """Check deletion requests and file them.
 
-    In a terminal it asks for a confirmation, unless --yes or --json is given; in a script it does not. It refuses a
-    line that does not exist, a target that does not fit the line, and another text under an existing id. Repeating a
-    call has no effect.
+    It checks them against their model lines and shows what they match. In a terminal it asks for a confirmation, unless
+    --yes or --json is given; in a script it does not. It refuses a line that does not exist, a target that does not fit
+    the line, and another text under an existing id. Repeating a call has no effect.
     """
     from salun_core.config import parse
     from salun_core.requests.intake import read_submissions
@@ -479,7 +479,10 @@ def _show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def reindex(store: Store, dry_run: DryRun = False) -> None:
-    """Compare the index of statuses with all requests and repair it, for example after restoring a backup."""
+    """Repair the index of requests.
+
+    It compares the index with the events of all requests. Use it after restoring a backup.
+    """
     changed = _ledger(store, dry_run).reindex()
     note = " (dry run, nothing was written)" if dry_run else ""
     emit({"changed": changed}, lambda: echo(f"index entries put or deleted: {changed}{note}"))
@@ -540,4 +543,4 @@ def _transition(name: str, about: str) -> Callable[..., None]:
 hold = _transition("hold", "Exclude a request from sweeps. Its due date stays.")
 cancel = _transition("cancel", "Withdraw a request that no run has claimed.")
 retry = _transition("retry", "Queue a failed request again, and count its attempts from one.")
-reopen = _transition("reopen", "Queue a completed request again, after a rollback that undid its erasure.")
+reopen = _transition("reopen", "Queue a completed request again after a rollback.")

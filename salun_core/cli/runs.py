@@ -44,11 +44,12 @@ def run(
     work_dir: WorkDir = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Fetch, mask, unlearn, evaluate, and publish if the gate passes. The exit code is 3 if the gate refuses.
+    """Unlearn on a model line; publish if the gate passes.
 
-    Options override the parameters in --config, and --set overrides both; but a store in that file has priority over
-    --store. The settings file has the lowest priority; give it before the verb: salun --config FILE run. With
-    `tune: true` the exit code is also 3 if no setting satisfies the policy.
+    It runs all steps: fetch, mask, unlearn, evaluate, gate, publish. The exit code is 3 if the gate refuses. Options
+    override the parameters in --config, and --set overrides both; but a store in that file has priority over --store.
+    The settings file has the lowest priority; give it before the verb: salun --config FILE run. With `tune: true` the
+    exit code is also 3 if no setting satisfies the policy.
     """
     from salun_core.config import parse
     from salun_core.steps.outcome import DECISION
@@ -157,11 +158,11 @@ def sweep(
     settings: Settings = [],
     work_dir: WorkDir = None,
 ) -> None:
-    """Erase the data of the due deletion requests of a model line, and certify each request.
+    """Process the due deletion requests of a model line.
 
-    The exit code is 0 if the run succeeded or no batch is due, 3 if the gate refused, and 4 if the parent was stale.
-    With --tune it is also 3 if no setting satisfies the policy. `--set` overrides settings of the method, such as
-    epochs=3. $SALUN_SIGNING_KEY names the key for certificates.
+    It erases their data and certifies each request. The exit code is 0 if the run succeeded or no batch is due, 3 if the gate
+    refused, and 4 if the parent was stale. With --tune it is also 3 if no setting satisfies the policy. `--set`
+    overrides settings of the method, such as epochs=3. $SALUN_SIGNING_KEY names the key for certificates.
     """
     from salun_core.config import parse
     from salun_core.steps.outcome import DECISION

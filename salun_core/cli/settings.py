@@ -304,10 +304,11 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write salun.yaml with comments: defaults for the options of every command in this folder.
+    """Write salun.yaml, the settings file of this folder.
 
-    In a terminal it asks for missing values; in a script it does not. Without --store and --env-file it uses the `.env`
-    that `salun store serve` wrote into this folder or a folder in it. `salun --config FILE init` writes another file.
+    It contains defaults for the options of every command, with comments. In a terminal it asks for missing values; in a
+    script it does not. Without --store and --env-file it uses the `.env` that `salun store serve` wrote into this
+    folder or a folder in it. `salun --config FILE init` writes another file.
     """
     from salun_core.storage.local_files import write_whole
 

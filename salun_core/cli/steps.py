@@ -53,7 +53,10 @@ def mask(
     store: OptionalStore = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Compute the saliency mask of a model: the weights that matter most for the forget set."""
+    """Compute the saliency mask of a model.
+
+    The mask selects the weights that matter most for the forget set.
+    """
     from salun_core.methods.method import resolve_config
     from salun_core.steps.context import RunContext
     from salun_core.steps.mask import compute_mask, merge_scores, score_shard
@@ -117,9 +120,10 @@ def unlearn(
     ] = DEFAULTS.policy_uri,
     dry_run: DryRun = False,
 ) -> None:
-    """Make a model forget; weights outside the mask stay bit-identical.
+    """Make a model forget.
 
-    With --tune the exit code is 3 if no setting satisfies the policy; nothing is written then.
+    Weights outside the mask stay bit-identical. With --tune the exit code is 3 if no setting satisfies the policy;
+    nothing is written then.
     """
     from salun_core.methods.method import resolve_config
     from salun_core.steps.context import RunContext
@@ -213,7 +217,10 @@ def evaluate(
     store: OptionalStore = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Measure a model before and after unlearning, and write evidence and report."""
+    """Measure a model before and after unlearning.
+
+    It writes the evidence and a report.
+    """
     from salun_core.evaluation.optional_metrics import parse_optional_metrics
     from salun_core.gate import decide, default_policy, load_policy
     from salun_core.steps import evaluation
@@ -338,7 +345,10 @@ def report(
     line: Annotated[str, typer.Option(help="Name of the model line, for the heading.")] = "local",
     dry_run: DryRun = False,
 ) -> None:
-    """Write the report of evidence: one HTML file without scripts, readable offline."""
+    """Write the report of evidence as one HTML file.
+
+    The file has no scripts and needs no network.
+    """
     from salun_core.config import load
     from salun_core.evaluation import Evidence
     from salun_core.gate import GateDecision

@@ -38,7 +38,10 @@ def _history(store: S3Store, line: str) -> list[VersionSummary]:
 
 
 def list_lines(store: Store) -> None:
-    """List the model lines: current version, number of versions, size, and what was forgotten."""
+    """List the model lines of the store.
+
+    For each line it shows the current version, the number of versions, the size, and what was forgotten.
+    """
     from salun_core.registry.lookup import lines
     from salun_core.storage import open_store
 
@@ -88,7 +91,10 @@ def _debt(item: VersionSummary) -> str:
 
 
 def history(line: Annotated[str, typer.Argument(metavar="LINE", help="The model line.")], store: Store) -> None:
-    """List the versions of a model line, newest first, with what each one erased, its debt, holds and rollbacks."""
+    """List the versions of a model line, newest first.
+
+    For each version it shows what was erased, the debt, holds and rollbacks.
+    """
     from salun_core.storage import open_store
 
     versions = _history(open_store(store), line)
@@ -138,7 +144,10 @@ def _row(item: VersionSummary) -> tuple[object, ...]:
 
 
 def show(reference: Reference, store: Store) -> None:
-    """Show a version: where it comes from, what it erased, what was measured, how it is stored."""
+    """Show the details of a version.
+
+    It shows the origin, the erased samples, the metrics and the storage of the version.
+    """
     import json
 
     from salun_core.errors import UsageError
@@ -207,7 +216,10 @@ def _metric_rows(metrics: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]
 
 
 def diff(a: Side, b: Side, store: OptionalStore = None) -> None:
-    """Compare two models: which layers differ, and for versions the runs, requests and metrics between them."""
+    """Compare two models by layer.
+
+    For versions, it also shows the runs, requests and metrics between them.
+    """
     from salun_core.registry.differences import compare
     from salun_core.storage import open_store
 
@@ -295,7 +307,10 @@ def export(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write; a folder for timm and diffusers.")],
     store: OptionalStore = None,
 ) -> None:
-    """Write a model for other programs, with its preprocessing and class names. The result is compared with torch."""
+    """Write a model for other programs.
+
+    The file contains the preprocessing and the class names. Its outputs are compared with those of torch.
+    """
     from salun_core.errors import UsageError
     from salun_core.models.export import export_model
     from salun_core.registry.lookup import resolve

@@ -78,6 +78,19 @@ def test_every_help_ends_in_an_example(verb):
         assert option in result.stdout
 
 
+def test_no_summary_is_cut_off_in_the_list_of_commands():
+    def groups(command):
+        if hasattr(command, "commands"):
+            yield command
+            for child in command.commands.values():
+                yield from groups(child)
+
+    for group in groups(typer.main.get_command(app)):
+        room = 80 - 2 - 6 - max(map(len, group.commands))  # click's, on a terminal of 80 columns
+        cut = [name for name, child in group.commands.items() if child.get_short_help_str(room).endswith("...")]
+        assert not cut, (group.name, cut)
+
+
 def _errors(kind=errors.SalunError):
     yield kind
     for below in kind.__subclasses__():
