@@ -160,9 +160,9 @@ def sweep(
 ) -> None:
     """Process the due deletion requests of a model line.
 
-    It erases their data and certifies each request. The exit code is 0 if the run succeeded or no batch is due, 3 if the gate
-    refused, and 4 if the parent was stale. With --tune it is also 3 if no setting satisfies the policy. `--set`
-    overrides settings of the method, such as epochs=3. $SALUN_SIGNING_KEY names the key for certificates.
+    It erases their data and certifies each request. The exit code is 0 if the run succeeded or no batch is due, 3 if
+    the gate refused, and 4 if the parent was stale. With --tune it is also 3 if no setting satisfies the policy.
+    `--set` overrides settings of the method, such as epochs=3. $SALUN_SIGNING_KEY names the key for certificates.
     """
     from salun_core.config import parse
     from salun_core.steps.outcome import DECISION
