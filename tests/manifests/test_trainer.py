@@ -12,6 +12,9 @@ import pytest
 import typer
 
 from salun_core.cli.app import app
+from salun_core.cli.options import read_settings
+from salun_core.data import decode
+from salun_core.methods.classification import method_config
 from tests.manifests.tree import MANIFESTS, default, read
 
 FOLDER = MANIFESTS / "trainer"
@@ -101,11 +104,22 @@ def test_the_pod_is_restricted_and_has_room_to_write(runtime):
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert spec["automountServiceAccountToken"] is False
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-    assert mounts.keys() == {"/tmp", "/dev/shm", "/artifacts"}
+    assert mounts.keys() == {"/tmp", "/scratch", "/dev/shm", "/artifacts"}
     assert set(mounts.values()) == {volume["name"] for volume in spec["volumes"]}
     (claim,) = [item["persistentVolumeClaim"] for item in spec["volumes"] if "persistentVolumeClaim" in item]
     assert claim["claimName"] == shipped("PersistentVolumeClaim")["metadata"]["name"]
     assert shipped("PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteMany"]  # of several nodes
+
+
+def test_decoded_images_go_to_a_disk_of_the_pod(job, runtime):
+    """It is neither in memory nor shared, and it is deleted with the pod."""
+    _, template = pod_of(runtime)
+    (container,) = template["spec"]["containers"]
+    (place,) = [item["value"] for item in container["env"] if item["name"] == "TMPDIR"]
+    (name,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == place]
+    (volume,) = [item for item in template["spec"]["volumes"] if item["name"] == name]
+    assert volume["ephemeral"]["volumeClaimTemplate"]["spec"]["accessModes"] == ["ReadWriteOnce"]
+    assert decode.MEMORY_VARIABLE in {item["name"] for item in job["spec"]["trainer"]["env"]}
 
 
 def test_the_pod_reads_what_the_default_manifests_hold(runtime):
@@ -136,4 +150,5 @@ def test_salun_accepts_the_command(job):
     context = command.make_context(verb, list(options))
     assert str(context.params["mask"]).startswith("/artifacts/")
     assert str(context.params["out"]).startswith("/artifacts/")
+    assert method_config(context.params["method"], read_settings(context.params["settings"])).recipe == "adaptive"
     assert context.params["processes"] == 1  # torchrun starts them
