@@ -57,6 +57,7 @@ def after_fetch(form: Any, fetched: Any, **recipe: Any) -> None:  # noqa: ANN401
         retrain_reference=form.retrain_reference,
         extra_metrics=form.extra_metrics,
         also=form.also,
+        evaluation_samples=form.evaluation_samples,
         processes=form.gpu_count,
         **run,
     )

@@ -18,6 +18,7 @@ def evaluate(
     retrain_reference: bool = False,
     extra_metrics: str = "",
     also: str = "",
+    evaluation_samples: str = "20000",
     processes: str = "1",
 ) -> None:
     """Measure the model before and after: accuracies, attacks or generated images, and which weights changed.
@@ -34,14 +35,16 @@ def evaluate(
         retrain_reference: Also train a model from scratch without the forget set, and compare with it.
         extra_metrics: Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
         also: Former name of extra_metrics, for recurring runs; the next release drops it.
+        evaluation_samples: Most retained images, and most test images, that are measured; of more, a sample; or all.
         processes: Processes that share the outputs of a classifier, and the training of a reference, in this container.
     """
     from salun_core.pods import steps, summary
     from salun_core.pods.pod import Pod
     from salun_core.pods.reference import write_reference
 
-    pod, options = Pod(store_uri, model_line, run_id), {"extra_metrics": extra_metrics or also, "processes": processes}
-    made, found = steps.evaluate(pod, unlearned.path, report.path, retrain_reference=retrain_reference, **options)
+    pod, measured = Pod(store_uri, model_line, run_id), {"extra_metrics": extra_metrics or also}
+    measured |= {"evaluation_samples": evaluation_samples, "processes": processes}
+    made, found = steps.evaluate(pod, unlearned.path, report.path, retrain_reference=retrain_reference, **measured)
     evidence.metadata.update(write_reference(made, evidence.path))
     for name, value in summary.scalar_metrics(found).items():
         metrics.log_metric(name, value)

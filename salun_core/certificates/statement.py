@@ -126,6 +126,11 @@ class CertifiedMetric(Document):
     n: Count = Field(description="samples behind it")
     low: Share | None = Field(default=None, description="lower end of the 95 % interval of `after`")
     high: Share | None = Field(default=None, description="upper end of it")
+    population: Count | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="images of the split that the n were drawn from; absent: all were measured",
+    )
 
 
 class CertifiedVerdict(Document):

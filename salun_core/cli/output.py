@@ -145,8 +145,13 @@ def print_metrics(evidence: Evidence) -> None:
     columns |= {"before": [item.before for item in found.values()], "after": [item.after for item in found.values()]}
     if any(item.reference is not None for item in found.values()):
         columns["retrained"] = [item.reference for item in found.values()]
-    columns["n"] = [item.n for item in found.values()]
+    columns["n"] = [measured_count(item.n, item.population) for item in found.values()]
     print_table(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def measured_count(n: int, population: int | None) -> int | str:
+    """Return the number of images behind a metric, and of a sample also the number that it was drawn from."""
+    return n if population is None else f"{n} of {population}"
 
 
 def print_refusals(decision: GateDecision, told: str = "") -> None:

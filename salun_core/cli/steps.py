@@ -211,6 +211,7 @@ def evaluate(
     ] = DEFAULTS.retrain_reference,
     mask: Annotated[Path | None, typer.Option(help="Mask file; weights outside it are compared bit by bit.")] = None,
     extra_metrics: Annotated[str, form_option("extra_metrics")] = DEFAULTS.extra_metrics,
+    evaluation_samples: Annotated[str, form_option("evaluation_samples")] = DEFAULTS.evaluation_samples,
     data: Data = None,
     processes: Processes = 1,
     device: Device = "auto",
@@ -221,6 +222,7 @@ def evaluate(
 
     It writes the evidence and a report.
     """
+    from salun_core.evaluation.evidence import most_evaluated
     from salun_core.evaluation.optional_metrics import parse_optional_metrics
     from salun_core.gate import decide, default_policy, load_policy
     from salun_core.steps import evaluation
@@ -228,6 +230,7 @@ def evaluate(
     from salun_core.tasks.resolve import model_folder
 
     parse_optional_metrics(extra_metrics)
+    most_evaluated(evaluation_samples)
     if reference and retrain_reference:
         raise UsageError(
             "--reference and --retrain-reference cannot be used together", "both were given", "leave one out"
@@ -255,6 +258,7 @@ def evaluate(
             reference=retrained,
             retrain_reference=retrain_reference,
             extra_metrics=extra_metrics,
+            evaluation_samples=evaluation_samples,
         )
     if evidence is None:  # the first process prints
         return

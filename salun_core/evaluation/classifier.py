@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.data.images import ImageSource
-from salun_core.errors import DataError
+from salun_core.digest import sha256_bytes
+from salun_core.errors import DataError, UsageError
 from salun_core.evaluation.evidence import (
+    EVALUATE_MORE,
+    METRIC_NAMES,
     ClassAccuracy,
     Curve,
     Distribution,
@@ -22,6 +25,8 @@ from salun_core.evaluation.evidence import (
     Measured,
     Metric,
     RunFacts,
+    SampleCount,
+    Sampling,
     Series,
 )
 from salun_core.evaluation.integrity import compare_weights
@@ -33,7 +38,7 @@ from salun_core.evaluation.membership import (
     match_classes,
 )
 from salun_core.evaluation.outputs import Outputs, Processes, outputs_of, penultimate_features
-from salun_core.evaluation.statistics import average_gap, mean_metric, share_metric
+from salun_core.evaluation.statistics import average_gap, effective_size, mean_metric, share_metric, stratified
 from salun_core.saliency import SaliencyMask
 
 BINS = 40  # as many as a panel of the report can show
@@ -60,12 +65,48 @@ class Splits:
         retain: D_r.
         test: unseen data; TA leaves out the classes of which nothing is retained.
         held_out: the validation split, for `unlearn`; the evaluation does not read it.
+        sampling: which of D_r and the test split are samples; None if both are whole.
+        weights: of the images of those samples, by split; see `stratified`.
     """
 
     forget: ImageSource
     retain: ImageSource
     test: ImageSource
     held_out: ImageSource | None = None
+    sampling: Sampling | None = None
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def sampled(self, most: int | None, measured: Measured) -> Splits:
+        """Return the splits to measure: of D_r and the test split at most so many images, and D_f whole.
+
+        The seed follows from the digests of what is measured. So nobody can choose it, an unlearning that changes the
+        model to suit the sample gets another sample, and whoever has the files can draw it again.
+
+        Args:
+            most: images of each split; None measures all.
+            measured: the digests.
+
+        Raises:
+            UsageError: there are more classes than images to measure.
+        """
+        names = [name for name in ("retain", "test") if most is not None and len(getattr(self, name)) > most]
+        if most is None or not names:
+            return self
+        digests = (measured.before, measured.after, measured.split, measured.forget_set)
+        seed = int(sha256_bytes(f"evaluation {' '.join(digests)}".encode())[:13], 16)  # below 2**53
+        changes: dict[str, ImageSource] = {}
+        counts, weights = dict[str, SampleCount](), dict[str, np.ndarray]()
+        for number, name in enumerate(names):
+            images: ImageSource = getattr(self, name)
+            labels = images.labels.cpu().numpy()
+            if (classes := len(np.unique(labels))) > most:
+                raise UsageError(
+                    f"{most} images cannot stand for the {name} split", f"it has {classes} classes", EVALUATE_MORE
+                )
+            places, weights[name] = stratified(labels, most, seed + number)
+            changes[name] = images.select(torch.from_numpy(places))
+            counts[name] = SampleCount(n=most, of=len(images))
+        return replace(self, **changes, sampling=Sampling(seed=seed, splits=counts), weights=weights)
 
 
 def evaluate_classifier(
@@ -121,6 +162,7 @@ def evaluate_classifier(
         roc |= {name: curve} if curve is not None else {}
     if reference is not None:
         metrics["gap"] = Metric(before=average_gap(metrics, "before"), after=average_gap(metrics), n=len(splits.forget))
+    metrics = with_populations(metrics, splits.sampling)
     return Evidence(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         measured=measured,
@@ -133,13 +175,35 @@ def evaluate_classifier(
         confusion=confusion(outputs["after"]["test"], len(names)),
         classes=names,
         run=run or RunFacts(),
+        sampling=splits.sampling,
     )
+
+
+_OF_SAMPLES: Mapping[str, Sequence[str]] = {
+    "retain": ("RA", "RA_loss", "gap", "ToW"),
+    "test": ("TA", "TA_loss", "UA_unseen", "gap", "ToW", "KL_test", "worst_class_drop"),
+}
+"""Metrics by the split that they are measured on. The attacks on D_f are not here: their intervals and areas are
+computed from the number of unseen images, whether these are all of them or a sample."""
+_OF_BOTH = frozenset({"gap", "ToW"})  # their n is that of the sample, not of D_f
+
+
+def with_populations(metrics: Mapping[str, Metric], sampling: Sampling | None) -> dict[str, Metric]:
+    """Return metrics with the number of images that their samples were drawn from; plug-ins may read any split."""
+    found = dict(metrics)
+    for split, count in (sampling.splits if sampling else {}).items():
+        for name in {*_OF_SAMPLES[split], *(found.keys() - set(METRIC_NAMES))} & found.keys():
+            if found[name].population is None:
+                n = count.n if name in _OF_BOTH else found[name].n
+                found[name] = found[name].model_copy(update={"population": count.of, "n": n})
+    return found
 
 
 def split_outputs(model: nn.Module, splits: Splits, processes: Processes | None = None) -> dict[str, Outputs]:
     """Return the outputs of a model on forget, retain and the whole test split; `processes` as for `outputs_of`."""
     names = ("forget", "retain", "test")
-    return {name: outputs_of(model, getattr(splits, name), processes=processes) for name in names}
+    found = {name: outputs_of(model, getattr(splits, name), processes=processes) for name in names}
+    return {name: replace(item, weights=splits.weights.get(name)) for name, item in found.items()}
 
 
 def _of_retained_classes(outputs: ByModel, forgotten: Forgotten) -> dict[str, dict[str, Outputs]]:
@@ -187,7 +251,8 @@ def judged_metrics(
         {name: by_split["test"] for name, by_split in outputs.items()},
     )
     for name, split in (("TA_loss", "test"), ("RA_loss", "retain")):
-        metrics[name] = mean_metric({model: by_split[split].losses for model, by_split in kept.items()})
+        losses = {model: by_split[split].losses for model, by_split in kept.items()}
+        metrics[name] = mean_metric(losses, kept["after"][split].weights)
     whole = np.isin(outputs["after"]["forget"].labels, forgotten.classes)
     if whole.any():
         metrics["restored"] = restored_metric(
@@ -311,12 +376,12 @@ def attack_metrics(outputs: ByModel) -> dict[str, Metric]:
 def _share_metrics(outputs: ByModel, classes: list[int]) -> dict[str, Metric]:
     """UA, RA, TA; UA_class of classes that are forgotten as a whole and UA_samples of the other samples."""
     shares = {model: _accuracy_shares(by_split) for model, by_split in outputs.items()}
-    metrics = {
-        name: share_metric(
-            {model: float(found[name].mean()) for model, found in shares.items()}, len(outputs["after"][split])
-        )
-        for name, split in (("UA", "forget"), ("RA", "retain"), ("TA", "test"))
-    }
+    metrics = {}
+    for name, split in (("UA", "forget"), ("RA", "retain"), ("TA", "test")):
+        values = {model: outputs[model][split].mean(found[name]) for model, found in shares.items()}
+        weights = outputs["after"][split].weights
+        size = None if weights is None else effective_size(weights)
+        metrics[name] = share_metric(values, len(outputs["after"][split]), size)
     whole = np.isin(outputs["after"]["forget"].labels, classes)
     for name, chosen in (("UA_class", whole), ("UA_samples", ~whole)):
         if chosen.any():

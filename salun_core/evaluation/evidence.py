@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from salun_core.config import Document
 from salun_core.digest import digest_json
+from salun_core.errors import UsageError
 from salun_core.plugins import PluginRecord
 
 METRIC_NAMES = (
@@ -52,7 +53,43 @@ EXTRA_METRIC_OF: Mapping[str, str] = {
 }
 """The metrics that are off by default, and the name that switches each on, as `--extra-metrics` takes it."""
 
+EVALUATED = 20_000
+"""Most images of D_r, and of the test split, that an evaluation measures unless another number is given."""
+
+EVALUATE_MORE = "measure more images, or all: --evaluation-samples N, or all"
+"""What to do if a sample is too small."""
+
+_FEWEST_EVALUATED = 100  # of fewer images, intervals are too wide for any policy
+
 _ADDED_TO_RUNS = ("tuning", "changed_fraction", "plugins", "ended")  # later: digests of older documents leave them out
+
+
+def most_evaluated(text: str) -> int | None:
+    """Parse how many images of D_r, and of the test split, an evaluation measures at most.
+
+    Args:
+        text: a whole number of at least 100, or `all`; 0 means all.
+
+    Returns:
+        The number; None for all.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if text.strip() in ("all", "0"):
+        return None
+    if not text.strip().isdecimal() or int(text) < _FEWEST_EVALUATED:
+        raise UsageError(
+            f"evaluation_samples cannot be {text!r}",
+            f"fewer than {_FEWEST_EVALUATED} images show nothing",
+            f"give a whole number of at least {_FEWEST_EVALUATED}, or all",
+        )
+    return int(text)
+
+
+def _absent(value: object) -> bool:
+    """Whether a later field is not set; documents without it keep their bytes and digests."""
+    return value is None
 
 
 class Metric(Document):
@@ -72,6 +109,13 @@ class Metric(Document):
     n: int = Field(ge=0, description="number of samples behind the value")
     low: float | None = Field(default=None, description="lower end of the 95 % interval of `after`")
     high: float | None = Field(default=None, description="upper end of the 95 % interval of `after`")
+    population: int | None = Field(
+        default=None,
+        ge=1,
+        exclude_if=_absent,
+        description="images of the split that the n were drawn from; absent if all were measured. With it the "
+        "gate judges the end of the interval that is against the model",
+    )
 
     @classmethod
     def of(
@@ -101,6 +145,26 @@ class Measured(Document):
     split: str = Field(description="split manifest")
     forget_set: str = Field(description="resolved forget set")
     mask: str | None = Field(default=None, description="saliency mask, if one was used")
+
+
+class SampleCount(Document):
+    """How many images of a split were measured."""
+
+    n: int = Field(ge=1, description="images that were measured")
+    of: int = Field(ge=1, description="images of the split")
+
+
+class Sampling(Document):
+    """The samples that an evaluation measured of splits that are too large to be measured whole.
+
+    Classes are drawn one by one: half of the sample is divided equally, so that a small class is measured whole; the
+    rest follows the sizes of the classes. Means are weighted back to the split's own mixture.
+    """
+
+    seed: int = Field(
+        ge=0, description="of the draw: from the digests of the two models, of the split and of the forget set"
+    )
+    splits: dict[str, SampleCount] = Field(description="by split: retain, test; a split that is missing was whole")
 
 
 class KindCount(Document):
@@ -432,6 +496,9 @@ class Evidence(Document):
     further: OptionalMetricFacts | None = Field(default=None, description="optional metrics, if any were requested")
     plugins: list[PluginRecord] | None = Field(
         default=None, description="plug-ins that measured: metrics, attacks and the architecture; null without any"
+    )
+    sampling: Sampling | None = Field(
+        default=None, exclude_if=_absent, description="of a classifier: samples of large splits; absent without any"
     )
 
     @property

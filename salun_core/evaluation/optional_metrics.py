@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, islice
 from typing import cast
@@ -263,10 +263,12 @@ def kl_metrics(outputs: Mapping[str, BySplit]) -> dict[str, Metric]:
             kl_divergences(outputs["reference"][split], outputs[model][split]) for model in ("before", "after")
         )
         if np.isfinite(after).all():
-            mean, n = float(after.mean()), len(after)
-            half = Z95 * float(after.std(ddof=1)) / math.sqrt(n) if n > 1 else None
+            measured = outputs["after"][split]
+            mean, n = measured.mean(after), len(after)
+            size = n if measured.weights is None else effective_size(measured.weights)
+            half = Z95 * math.sqrt(measured.mean((after - mean) ** 2) / (size - 1)) if n > 1 else None
             interval = (None, None) if half is None else (max(0.0, mean - half), mean + half)  # it is never below 0
-            values = {"before": float(before.mean()), "after": mean, "reference": 0.0}
+            values = {"before": measured.mean(before), "after": mean, "reference": 0.0}
             metrics[f"KL_{split}"] = Metric.of(values, n, interval)
     return metrics
 
@@ -285,7 +287,7 @@ def tug_of_war(reference: BySplit, model: BySplit) -> float:
         Zhao et al., "What makes unlearning hard and what to do about it", NeurIPS 2024, section 3.
     """
     splits = ("forget", "retain", "test")
-    return math.prod(1 - abs(float(model[s].correct.mean() - reference[s].correct.mean())) for s in splits)
+    return math.prod(1 - abs(model[s].accuracy - reference[s].accuracy) for s in splits)
 
 
 def tow_metric(outputs: Mapping[str, BySplit]) -> Metric:
@@ -309,8 +311,8 @@ def run_figures(outputs: BySplit) -> dict[str, float]:
     forget, retain, test = outputs["forget"], outputs["retain"], outputs["test"]
     figures = {
         "UA": float(1 - forget.correct.mean()),
-        "RA": float(retain.correct.mean()),
-        "TA": float(test.correct.mean()),
+        "RA": retain.accuracy,
+        "TA": test.accuracy,
     }
     if np.isin(forget.labels, test.labels).any():
         figures["attack_auc"] = matched_area(forget, test)
@@ -343,19 +345,24 @@ class MeasuredModels:
     Args:
         models: by name: before, after, perhaps reference; on the images' device.
         forget: D_f.
-        retain: D_r.
-        unseen: test images of the retained classes.
+        retain: D_r, or a sample of it.
+        unseen: test images of the retained classes, or a sample of them.
+        weights: of the images of a sample, by split: retain, test.
+        trained_on: all of D_r, for models that are trained; `retain` by default.
     """
 
     models: Mapping[str, nn.Module]
     forget: ImageSource
     retain: ImageSource
     unseen: ImageSource
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+    trained_on: ImageSource | None = None
 
     def outputs(self, model: nn.Module) -> dict[str, Outputs]:
         """Run a model on each set of images."""
         splits = {"forget": self.forget, "retain": self.retain, "test": self.unseen}
-        return {name: outputs_of(model, images) for name, images in splits.items()}
+        found = {name: outputs_of(model, images) for name, images in splits.items()}
+        return {name: replace(item, weights=self.weights.get(name)) for name, item in found.items()}
 
 
 @dataclass(frozen=True)
@@ -551,7 +558,7 @@ def measure_optional_metrics(
         members = len(subject.forget)
         order = np.random.default_rng(seed).permutation(len(subject.unseen))[:members]
         pool = subject.forget.joined(subject.unseen.select(order.tolist()))
-        shadows = train_shadows(train, subject.retain, pool, requested["lira"], seed)
+        shadows = train_shadows(train, subject.trained_on or subject.retain, pool, requested["lira"], seed)
         metrics |= lira_metrics(subject.models, shadows, pool, members)
         facts |= {"shadow_models": requested["lira"], "unseen": len(order)}
     if "seeds" in requested:

@@ -17,6 +17,7 @@ from salun_core.data.images import ImageSource
 from salun_core.device_memory import fitting
 from salun_core.telemetry.progress import tracked
 
+_AT_ONCE = 40 * 512  # images whose outputs are in memory: whole batches, so that the batches stay the same
 TINY = 1e-30
 """Added to, or least value of, the argument of a logarithm, as in Song & Mittal's code: log(0) stays finite."""
 
@@ -30,12 +31,15 @@ class Outputs:
         losses: cross-entropy of each image with its true label, float64 [N], in nats.
         labels: true labels, int64 [N].
         logits: float64 [N, K]; None if only probabilities are known.
+        weights: how much each image counts, float64 [N], if they are a sample that was drawn by class; None counts all
+            alike. Comparisons that are matched by class have weights of their own.
     """
 
     probabilities: np.ndarray
     losses: np.ndarray
     labels: np.ndarray
     logits: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,8 +77,17 @@ class Outputs:
 
     def where(self, chosen: np.ndarray) -> Outputs:
         """Return the rows that a bool mask or an index array selects."""
-        logits = None if self.logits is None else self.logits[chosen]
-        return Outputs(self.probabilities[chosen], self.losses[chosen], self.labels[chosen], logits)
+        logits, weights = (None if item is None else item[chosen] for item in (self.logits, self.weights))
+        return Outputs(self.probabilities[chosen], self.losses[chosen], self.labels[chosen], logits, weights)
+
+    def mean(self, values: np.ndarray) -> float:
+        """Return the mean of one value for each image, by their weights."""
+        return float(values.mean() if self.weights is None else np.average(values, weights=self.weights))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right predictions, by the weights of the images."""
+        return self.mean(self.correct)
 
 
 @contextmanager
@@ -143,6 +156,22 @@ def outputs_of(
     losses = torch.nn.functional.cross_entropy(joined, images.labels, reduction="none")
     probabilities, labels = joined.softmax(dim=1).cpu().numpy(), images.labels.cpu().numpy()
     return Outputs(probabilities, losses.cpu().numpy(), labels, joined.cpu().numpy())
+
+
+def correct_of(model: nn.Module, images: ImageSource) -> np.ndarray:
+    """Return whether each prediction is right, bool [N], in memory that does not grow with the images.
+
+    Args:
+        model: on the device of the images.
+        images: N of them, with true labels.
+
+    Raises:
+        DeviceMemoryError: the device has no room for one image.
+    """
+    if len(images) <= _AT_ONCE:
+        return outputs_of(model, images).correct
+    parts = [range(start, min(start + _AT_ONCE, len(images))) for start in range(0, len(images), _AT_ONCE)]
+    return np.concatenate([outputs_of(model, images.select(part)).correct for part in parts])
 
 
 def _own_batches(samples: int, batch_size: int, processes: Processes) -> range:

@@ -182,11 +182,12 @@ def area_metric(areas: Mapping[str, float], positives: int, negatives: float) ->
     return Metric.of(areas, positives, interval)
 
 
-def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def mean_interval(values: Sequence[float] | np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
     """Return the 95 % interval of a mean over independent values, by Student's t.
 
     Args:
         values: at least two.
+        weights: float64 [N]; equal ones by default. The values then count as `effective_size` of them.
 
     Returns:
         (low, high).
@@ -196,20 +197,31 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """
     from scipy.stats import t
 
+    if weights is not None:
+        size = effective_size(weights)
+        mean = float(np.average(values, weights=weights))
+        spread = float(np.average((np.asarray(values) - mean) ** 2, weights=weights)) * size / (size - 1)
+        half = float(t.ppf(0.975, size - 1)) * math.sqrt(spread / size)
+        return mean - half, mean + half
     half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     mean = float(np.mean(values))
     return mean - half, mean + half
 
 
-def mean_metric(values: Mapping[str, np.ndarray]) -> Metric:
+def mean_metric(values: Mapping[str, np.ndarray], weights: np.ndarray | None = None) -> Metric:
     """Return a metric of means over samples, with Student's interval; null if a value is not finite.
 
     Args:
         values: by model (before, after, reference): float64 [N], N at least 1.
+        weights: float64 [N], as for `mean_interval`.
     """
     after = values["after"]
-    found = {name: float(item.mean()) for name, item in values.items() if np.isfinite(item).all()}
-    interval = mean_interval(after) if "after" in found and len(after) > 1 else (None, None)
+    found = {
+        name: float(item.mean() if weights is None else np.average(item, weights=weights))
+        for name, item in values.items()
+        if np.isfinite(item).all()
+    }
+    interval = mean_interval(after, weights) if "after" in found and len(after) > 1 else (None, None)
     return Metric.of(found, len(after), interval)
 
 
@@ -234,6 +246,41 @@ def average_gap(metrics: dict[str, Metric], model: str = "after") -> float | Non
             return None
         gaps.append(abs(value - metric.reference))
     return sum(gaps) / len(gaps)
+
+
+def stratified(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a sample of images by class, so that small classes are in it.
+
+    Half of the sample is divided equally among the classes, so that a class of at most `size / (2 K)` images is taken
+    whole. The rest is divided in proportion to what is left of each class.
+
+    Args:
+        labels: of N images, int64 [N].
+        size: of the sample, at least the number of classes K and less than N.
+        seed: of the draw.
+
+    Returns:
+        Places of the sample, sorted, int64 [size], and their weights, float64 [size]: shares of the N images with mean
+        1, so that a weighted mean estimates that of all images.
+
+    Source:
+        Cochran, "Sampling Techniques", 1977, chapter 5.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    taken = np.minimum(counts, max(1, size // (2 * len(classes))))
+    left = counts - taken
+    # Sums in whole numbers: differences of rounded sums add up to the size, and no class gets more than it has.
+    sums = np.cumsum(left) * (size - int(taken.sum()))
+    taken = taken + np.diff((2 * sums + left.sum()) // (2 * left.sum()), prepend=0)
+    generator = np.random.default_rng(seed)
+    order = np.argsort(labels, kind="stable")
+    places, weights = [], []
+    for first, count, number in zip(np.cumsum(counts) - counts, counts, taken, strict=True):
+        places.append(order[first + generator.choice(count, number, replace=False)])
+        weights.append(np.full(number, count / number * size / len(labels)))
+    chosen = np.concatenate(places)
+    by_place = np.argsort(chosen)
+    return chosen[by_place], np.concatenate(weights)[by_place]
 
 
 def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray, weights: np.ndarray | None = None) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,8 @@ from salun_core.plugins import PluginRecord, names
 State = Literal["before", "after", "reference", "origin"]
 Kind = Literal["samples", "class", "subject", "concept"]
 Level = Literal["retrained", "measured", "procedure", "nothing_to_erase"]
-_ADVERSE = {"<=": "high", ">=": "low"}  # end of the interval that speaks against a rule: if it holds, the rule is shown
+ADVERSE: Mapping[str, Literal["low", "high"]] = {"<=": "high", ">=": "low"}
+"""End of the interval that speaks against a rule: if it holds, the rule is shown."""
 
 
 class Relative(Document):
@@ -81,7 +82,7 @@ class Rule(Document):
     @property
     def shows(self) -> bool:
         """Whether the rule holds only if the whole interval satisfies it."""
-        return self.op == "inside" or _ADVERSE.get(self.op) == self.judge
+        return self.op == "inside" or ADVERSE.get(self.op) == self.judge
 
 
 class Policy(Document):

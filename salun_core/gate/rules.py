@@ -6,8 +6,16 @@ import difflib
 import math
 from collections.abc import Callable
 
-from salun_core.evaluation.evidence import EXTRA_METRIC_OF, METRIC_NAMES, MORE_IS_FORGOTTEN, SIDE_OF, Evidence, Metric
-from salun_core.gate.policy import Rule
+from salun_core.evaluation.evidence import (
+    EVALUATE_MORE,
+    EXTRA_METRIC_OF,
+    METRIC_NAMES,
+    MORE_IS_FORGOTTEN,
+    SIDE_OF,
+    Evidence,
+    Metric,
+)
+from salun_core.gate.policy import ADVERSE, Rule
 from salun_core.gate.refusal import MORE_IMAGES, Cause, Refusal, Verdict, strength
 
 _TOLERANCE = 1e-12  # of comparisons: 0.9 - 0.02 in binary is not 0.88
@@ -22,8 +30,8 @@ _MARGINS: dict[str, Callable[[float, float, float], float]] = {
 
 def apply(rule: Rule, evidence: Evidence) -> Verdict:
     """Judge evidence by one rule."""
-    name = f"{rule.metric} {rule.op}" + (f" ({rule.judge} end)" if rule.judge != "value" else "")
     metric = evidence.metrics.get(rule.metric)
+    rule, written = _on_sample(rule, metric), rule
     threshold = threshold_of(rule, evidence)
     actual = finite(getattr(metric, _ENDS[rule.judge])) if metric else None
     ends = (finite(metric.low), finite(metric.high)) if metric and rule.shows else (actual, actual)
@@ -36,7 +44,7 @@ def apply(rule: Rule, evidence: Evidence) -> Verdict:
         margin = _distance(rule, actual, ends, threshold)
         decided = _contradicted(rule, ends, threshold)
         # An interval without a width comes from values that do not vary: it cannot tell how sure it is.
-        holds = margin >= -_TOLERANCE and ends[0] != ends[1] if rule.shows else None
+        holds = margin >= -_TOLERANCE and ends[0] != ends[1] if written.shows else None
         shown = f"{rule.op} {shown}" + (f" ± {rule.tolerance:.4f}" if rule.tolerance is not None else "")
     passed = margin is not None and margin >= -_TOLERANCE
     if margin is not None and rule.undecided == "procedure":
@@ -48,7 +56,7 @@ def apply(rule: Rule, evidence: Evidence) -> Verdict:
         figures = _figures(rule, metric, shown if margin is not None else f"{rule.op} {shown}")
         refusal = Refusal(words=words, figures=figures, cause=cause, next=_next(cause, rule, evidence))
     return Verdict(
-        rule=name,
+        rule=_name(rule),
         metric=rule.metric,
         threshold=shown,
         actual=actual,
@@ -58,6 +66,22 @@ def apply(rule: Rule, evidence: Evidence) -> Verdict:
         reason=reason,
         refusal=refusal,
     )
+
+
+def _name(rule: Rule) -> str:
+    return f"{rule.metric} {rule.op}" + (f" ({rule.judge} end)" if rule.judge != "value" else "")
+
+
+def _on_sample(rule: Rule, metric: Metric | None) -> Rule:
+    """Return the rule that holds for a metric: of a sample, the end of the interval that is against the model counts.
+
+    All images would give some value within the interval. The model must hold the rule at each of them.
+    """
+    if metric is None or metric.population is None or rule.op == "inside":
+        return rule
+    if rule.op == "within":
+        return rule.model_copy(update={"op": "inside", "judge": "value"})
+    return rule.model_copy(update={"judge": ADVERSE[rule.op]})
 
 
 def _distance(rule: Rule, actual: float, ends: tuple[float | None, float | None], threshold: float) -> float:
@@ -107,12 +131,17 @@ def _figures(rule: Rule, metric: Metric | None, required: str) -> str:
         found += f", 95 % interval {low:.4f} to {high:.4f}"
     judged = f" of the {rule.judge} end" if rule.judge != "value" else ""
     few = f", at least {rule.min_n} needed" if metric.n < rule.min_n else ""
-    return f"{found}, required{judged} {required}, n {metric.n}{few}"
+    of = f" of {metric.population}" if metric.population is not None else ""
+    return f"{found}, required{judged} {required}, n {metric.n}{of}{few}"
 
 
 def _next(cause: Cause, rule: Rule, evidence: Evidence) -> str:
     """Return the option or the change that may make a rule hold."""
     other = f"choose a policy without {rule.metric}: --policy FILE"
+    if (metric := evidence.metrics.get(rule.metric)) is not None and metric.population is not None:
+        alone = cause is Cause.TOO_FEW_SAMPLES or (cause is Cause.NOT_MEASURED and metric.low is None)
+        if alone:  # a larger sample, or all images, may decide it
+            return f"{EVALUATE_MORE}; or {other}"
     if cause is Cause.TOO_FEW_SAMPLES:
         images = evidence.generation is not None
         more = MORE_IMAGES if images else "erase more samples in one batch: salun sweep --min-requests N"
@@ -135,6 +164,8 @@ def _problem(rule: Rule, metric: Metric | None, actual: float | None, threshold:
     """Why the rule cannot be applied; empty if it can."""
     if metric is None:
         return _lacking(rule.metric)
+    if actual is None and metric.population is not None and finite(metric.after) is not None:
+        return f"{rule.metric} was measured on a sample and has no interval"
     if actual is None:
         return f"{rule.metric} is missing or not a number"
     if metric.n < rule.min_n:
@@ -171,6 +202,9 @@ def threshold_of(rule: Rule, evidence: Evidence) -> float | None:
         return rule.value
     source = evidence.metrics.get(rule.relative_to.metric)
     value = finite(getattr(source, rule.relative_to.state)) if source and source.n else None
+    if source and source.population is not None and rule.relative_to.state == "after" and rule.op in ADVERSE:
+        high = (rule.op == ">=") == (rule.relative_to.scale >= 0)  # the end of the interval that is harder to meet
+        value = finite(source.high if high else source.low)
     return None if value is None else finite(rule.relative_to.scale * value + rule.relative_to.offset)
 
 

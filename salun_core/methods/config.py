@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from salun_core.config import Document
 from salun_core.errors import UsageError
@@ -113,6 +113,7 @@ class UnlearnConfig(LoopConfig):
         default=1.0,
         gt=0,
         le=1,
+        exclude_if=lambda value: value == 1.0,  # documents and checkpoints of other runs keep their digests
         description="share of D_r that an epoch trains on, drawn afresh for each epoch; only what is drawn is decoded",
     )
     augment: bool = Field(default=True, description="as the data spec says")
@@ -193,14 +194,6 @@ class UnlearnConfig(LoopConfig):
     adversarial_steps: int = Field(
         default=50, ge=1, description="amun: steps of the attack before its radius is doubled"
     )
-
-    @model_serializer(mode="wrap")
-    def _as_before_retain_fraction(self, serialised: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the default of `retain_fraction`: documents and checkpoints of other runs keep their digests."""
-        found: dict[str, Any] = serialised(self)
-        if found.get("retain_fraction") == 1.0:
-            del found["retain_fraction"]
-        return found
 
 
 def pick_device(name: str) -> torch.device:

@@ -24,6 +24,7 @@ from salun_core.data.split import SplitManifest, stored_split
 from salun_core.digest import check_digest, sha256_bytes
 from salun_core.errors import DeviceMemoryError, RunSettledError, SalunError, StoreError, UsageError
 from salun_core.evaluation import Evidence
+from salun_core.evaluation.evidence import EVALUATED
 from salun_core.gate import GateDecision
 from salun_core.methods.method import get_method
 from salun_core.methods.recipe import parse_recipe
@@ -385,6 +386,7 @@ def evaluate(
     *,
     retrain_reference: bool = False,
     extra_metrics: str = "",
+    evaluation_samples: str = str(EVALUATED),
     processes: str = "1",
 ) -> tuple[Reference, Evidence | None]:
     """Measure the model before and after.
@@ -395,6 +397,7 @@ def evaluate(
         report: file for the report without a verdict.
         retrain_reference: also train a model from scratch without the forget set.
         extra_metrics: metrics that are off by default.
+        evaluation_samples: most images of D_r, and of the test split, that are measured, or `all`.
         processes: how many share the outputs of a classifier, and the training of a reference, in this container.
 
     Returns:
@@ -417,6 +420,7 @@ def evaluate(
             mask=_mask_file(pod, given[0], folder),
             retrain_reference=retrain_reference,
             extra_metrics=extra_metrics,
+            evaluation_samples=evaluation_samples,
         )
         evidence = load(Evidence, folder / EVIDENCE)
         shutil.copyfile(folder / REPORT, report)

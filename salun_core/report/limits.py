@@ -51,6 +51,19 @@ def _of_classifier(evidence: Evidence) -> list[str]:
         f"The forget set has {evidence.forgotten.count:,} samples. {_precision(evidence)}",
         "High accuracy on the forget set is not a failure by itself: a model that never saw a sample may classify it "
         "correctly.",
+        *_of_samples(evidence),
+    ]
+
+
+def _of_samples(evidence: Evidence) -> list[str]:
+    """What was measured on samples; nothing if all images were."""
+    if evidence.sampling is None:
+        return []
+    names = {"retain": "retained", "test": "test"}
+    counts = [f"{item.n:,} of {item.of:,} {names[split]} images" for split, item in evidence.sampling.splits.items()]
+    return [
+        f"The evaluation measured {' and '.join(counts)}, drawn with seed {evidence.sampling.seed}. The gate judged "
+        "the end of each interval that is against the model. Harm to few images outside the sample is not seen."
     ]
 
 

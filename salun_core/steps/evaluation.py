@@ -9,6 +9,7 @@ from pathlib import Path
 from salun_core import plugins
 from salun_core.errors import ModelError, UsageError
 from salun_core.evaluation import Evidence
+from salun_core.evaluation.evidence import EVALUATED, most_evaluated
 from salun_core.evaluation.optional_metrics import parse_optional_metrics
 from salun_core.methods.config import pick_device
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
@@ -31,6 +32,7 @@ def evaluate(
     reference: Path | None = None,
     retrain_reference: bool = False,
     extra_metrics: str = "",
+    evaluation_samples: str = str(EVALUATED),
 ) -> Evidence:
     """Evaluate an unlearned model against the original, and against a retrained one if that is asked for.
 
@@ -44,6 +46,7 @@ def evaluate(
         reference: folder of a model that was retrained without the forget set.
         retrain_reference: retrain one here, by the recipe on the model card.
         extra_metrics: metrics that are off by default, such as `lira=16,relearn,probe`.
+        evaluation_samples: most images of D_r, and of the test split, that are measured, or `all`.
 
     Returns:
         The evidence.
@@ -54,7 +57,8 @@ def evaluate(
         UsageError: a metric is unknown, or lacks what it needs.
     """
     with context.observed("evaluate") as metrics:
-        asked = _Asked(after, evidence_out, report_out, mask, reference, retrain_reference, extra_metrics)
+        most = most_evaluated(evaluation_samples)
+        asked = _Asked(after, evidence_out, report_out, mask, reference, retrain_reference, extra_metrics, most)
         evidence = _evaluated(context, asked, metrics, SINGLE_PROCESS)
         assert evidence is not None
         return evidence
@@ -70,6 +74,7 @@ def evaluate_together(
     reference: Path | None = None,
     retrain_reference: bool = False,
     extra_metrics: str = "",
+    evaluation_samples: str = str(EVALUATED),
 ) -> Evidence | None:
     """Evaluate as `evaluate` does, in all processes that torchrun started; without torchrun in this one.
 
@@ -85,7 +90,8 @@ def evaluate_together(
         IntegrityError: the processes have different models or forget sets.
     """
     with context.distributed("evaluate") as (metrics, group):
-        asked = _Asked(after, evidence_out, report_out, mask, reference, retrain_reference, extra_metrics)
+        most = most_evaluated(evaluation_samples)
+        asked = _Asked(after, evidence_out, report_out, mask, reference, retrain_reference, extra_metrics, most)
         return _evaluated(context, asked, metrics, group)
 
 
@@ -100,6 +106,7 @@ class _Asked:
     reference: Path | None
     retrain_reference: bool
     extra_metrics: str
+    samples: int | None
 
 
 def _evaluated(context: RunContext, asked: _Asked, metrics: StepMetrics, group: ProcessGroup) -> Evidence | None:
@@ -116,7 +123,7 @@ def _evaluated(context: RunContext, asked: _Asked, metrics: StepMetrics, group: 
     facts = read_run_facts(asked.after, model.card.method)
     candidate = Candidate(model, facts, used_mask(asked.after, asked.mask, facts, inputs))
     device, store = pick_device(context.device), context.store_uri or None
-    options = EvaluationOptions(device, asked.reference, asked.retrain_reference, extra, store, group)
+    options = EvaluationOptions(device, asked.reference, asked.retrain_reference, extra, store, group, asked.samples)
     if not group.main:
         task.contribute(inputs, candidate, options)
         return None

@@ -9,6 +9,7 @@ from salun_core import plugins
 from salun_core.config import parse
 from salun_core.data.targets import Target
 from salun_core.errors import StoreError, UsageError, reported_as
+from salun_core.evaluation.evidence import most_evaluated
 from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
 from salun_core.gate import shipped_policies
 from salun_core.registry.lookup import Version, read_head, read_version, require_head
@@ -152,6 +153,7 @@ def _check_recipe(faults: _Faults, form: RecipeForm, task: Task[Any] | None) -> 
     faults.of("method", _resolve, form, task)
     asked = faults.of("extra_metrics", parse_optional_metrics, form.extra_metrics) or {}
     faults.of("extra_metrics", require_reference, asked, form.retrain_reference)
+    faults.of("evaluation_samples", most_evaluated, form.evaluation_samples)
     if form.tune:
         faults.of("tune_budget", parse_budget, form.tune_budget, 1)
     if not faults.found:

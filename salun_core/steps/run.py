@@ -100,6 +100,7 @@ def run_steps(
         mask=mask,
         retrain_reference=form.retrain_reference,
         extra_metrics=form.extra_metrics,
+        evaluation_samples=form.evaluation_samples,
     )
     say("gate_publish")
     published = gate_and_publish(

@@ -66,6 +66,12 @@ class RecipeForm(RunForm):
         default="",
         description="Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.",
     )
+    evaluation_samples: str = Field(
+        default="20000",
+        coerce_numbers_to_str=True,
+        description="Most retained, and most test images that the evaluation of a classifier measures. Of more images "
+        "it draws a sample and gives intervals; all measures every image.",
+    )
 
     @property
     def recipe(self) -> Recipe:

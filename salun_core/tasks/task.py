@@ -16,7 +16,7 @@ from salun_core.data.split import SplitManifest
 from salun_core.data.targets import Target
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
-from salun_core.evaluation.evidence import Forgotten, Measured, RunFacts, TuningFacts
+from salun_core.evaluation.evidence import EVALUATED, Forgotten, Measured, RunFacts, TuningFacts
 from salun_core.gate import GateDecision
 from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.config import LoopConfig
@@ -218,6 +218,7 @@ class EvaluationOptions:
         optional_metrics: metrics that are off by default, from `parse_optional_metrics`.
         store_uri: store with the model line of the classifier for generated images.
         group: the processes that share what can be shared.
+        samples: most images of D_r and of the test split that are measured; None measures all.
     """
 
     device: torch.device
@@ -226,6 +227,7 @@ class EvaluationOptions:
     optional_metrics: Mapping[str, int] = field(default_factory=dict)
     store_uri: str | None = None
     group: ProcessGroup = SINGLE_PROCESS
+    samples: int | None = EVALUATED
 
 
 Config = Any

@@ -20,6 +20,7 @@ from pipelines.packages import load_package
 from salun_core.cli.app import app
 from salun_core.config import parse
 from salun_core.errors import IntegrityError, UsageError
+from salun_core.evaluation.evidence import EVALUATED
 from salun_core.saliency.scores import MAX_SHARDS
 from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RecipeForm, ShardedMaskForm, UnlearningForm
 from salun_core.sweeps.policy import BatchLimits
@@ -55,6 +56,10 @@ def test_the_bound_of_shards_is_that_of_the_scores():
     """The form imports no torch, so it repeats the number."""
     (bound,) = [item.le for item in ShardedMaskForm.model_fields["shards"].metadata if hasattr(item, "le")]
     assert bound == MAX_SHARDS
+
+
+def test_the_form_repeats_how_many_images_are_measured():
+    assert RecipeForm.model_fields["evaluation_samples"].default == str(EVALUATED)
 
 
 def test_no_default_of_a_component_differs():
@@ -94,7 +99,7 @@ def test_salun_run_and_sweep_have_an_option_for_each_field(verb, form):
     [
         ("mask", {"density": "density"}),
         ("unlearn", {name: name for name in ("method", "seed", "tune", "tune_budget")} | {"policy": "policy_uri"}),
-        ("evaluate", {name: name for name in ("extra_metrics", "retrain_reference")}),
+        ("evaluate", {name: name for name in ("extra_metrics", "retrain_reference", "evaluation_samples")}),
         ("gate", {"policy": "policy_uri"}),
     ],
 )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from salun_core.data.images import ImageSource
 from salun_core.errors import UsageError
-from salun_core.evaluation.outputs import outputs_of
+from salun_core.evaluation.outputs import correct_of
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, batches_of, share_step, shares
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import Phase, Step
@@ -81,9 +81,9 @@ def unseen_accuracy(context: ClassifierContext) -> float:
             "train with `validation_fraction: 0.1` in the data spec, in Python give held_out",
         )
     assert context.original is not None
-    found = outputs_of(context.original, context.held_out)
-    known = {label: float(found.correct[found.labels == label].mean()) for label in np.unique(found.labels).tolist()}
-    everything = float(found.correct.mean())
+    labels, correct = context.held_out.labels.cpu().numpy(), correct_of(context.original, context.held_out)
+    known = {label: float(correct[labels == label].mean()) for label in np.unique(labels).tolist()}
+    everything = float(correct.mean())
     return sum(known.get(label, everything) for label in forgotten[partly].tolist()) / len(forgotten)
 
 
@@ -113,7 +113,7 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     assert isinstance(context, LotusContext)
     assert context.model is not None
     config, images = context.config, context.images
-    above = float(outputs_of(context.model, context.forget).correct.mean()) - context.unseen
+    above = float(correct_of(context.model, context.forget).mean()) - context.unseen
     if above <= -_BELOW:
         return []
     temperature = float(np.exp(config.temper_strength * above))

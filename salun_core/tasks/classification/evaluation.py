@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from salun_core import plugins
 from salun_core.data import ImageSource
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
-from salun_core.evaluation.classifier import split_outputs
+from salun_core.evaluation.classifier import split_outputs, with_populations
 from salun_core.evaluation.evidence import RunFacts
 from salun_core.evaluation.optional_metrics import MeasuredModels, measure_optional_metrics, require_reference
 from salun_core.evaluation.outputs import Outputs
@@ -57,7 +56,7 @@ def evaluate(
         seen.facts,
         seen.outputs,
     )
-    return _optional(task, inputs, candidate, options, evidence, models) if asked else evidence
+    return _optional(task, inputs, candidate, options, evidence, seen) if asked else evidence
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Compared:
 
     Args:
         models: by name: before, after, perhaps reference.
-        splits: the images.
+        splits: the images that are measured.
         outputs: of each model on each split.
         facts: of the run, with the seconds of the reference's training.
     """
@@ -80,12 +79,13 @@ class Compared:
 def compared(
     task: ClassificationTask, inputs: ClassifierInputs, candidate: Candidate, options: EvaluationOptions
 ) -> Compared:
-    """Return the outputs of all models on all splits; the processes of the options' group share the work.
+    """Return the outputs of all models on all splits, or on samples of them; the options' processes share the work.
 
     Every process of the group calls it with the same arguments.
     """
     reference, facts = reference_model(task, inputs, options, candidate.facts)
-    splits = Splits(*(images.to(options.device) for images in (inputs.forget, inputs.retain, inputs.test)))
+    forget, retain, test = (images.to(options.device) for images in (inputs.forget, inputs.retain, inputs.test))
+    splits = Splits(forget, retain, test).sampled(options.samples, inputs.measured(candidate, None))
     named = {"before": inputs.original.model, "after": candidate.model.model} | (
         {"reference": reference.eval()} if reference else {}
     )
@@ -100,7 +100,7 @@ def _optional(
     candidate: Candidate,
     options: EvaluationOptions,
     evidence: Evidence,
-    models: Mapping[str, nn.Module],
+    seen: Compared,
 ) -> Evidence:
     """Measure the optional metrics: provide shadow models and repeated runs to them."""
     run, card, device = candidate.facts, inputs.original.card, options.device
@@ -108,10 +108,11 @@ def _optional(
     if "seeds" in options.optional_metrics and not repeatable:
         raise UsageError("the unlearning cannot be repeated", "its run.json is not known", "leave `seeds` out")
     gone = set(evidence.forgotten.classes)
-    kept = [index for index, label in enumerate(inputs.test.labels.tolist()) if label not in gone]
-    subject = MeasuredModels(
-        models, inputs.forget.to(device), inputs.retain.to(device), inputs.test.select(kept).to(device)
-    )
+    splits = seen.splits
+    kept = [index for index, label in enumerate(splits.test.labels.tolist()) if label not in gone]
+    weights = {name: values[kept] if name == "test" else values for name, values in splits.weights.items()}
+    whole = inputs.retain.to(device)
+    subject = MeasuredModels(seen.models, splits.forget, splits.retain, splits.test.select(kept), weights, whole)
 
     def train_shadow(images: ImageSource, seed: int) -> nn.Module:
         """Train a shadow model by the recipe on the model card, which an attacker is assumed to know."""
@@ -126,4 +127,5 @@ def _optional(
         return task.unlearn(inputs, run.method, config, mask).model
 
     asked = options.optional_metrics
-    return measure_optional_metrics(evidence, asked, subject, train_shadow, run_again, run.seed or 0)
+    found = measure_optional_metrics(evidence, asked, subject, train_shadow, run_again, run.seed or 0)
+    return found.model_copy(update={"metrics": with_populations(found.metrics, splits.sampling)})

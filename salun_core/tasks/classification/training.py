@@ -14,7 +14,7 @@ from salun_core.config import parse
 from salun_core.data import DataSpec, ImageSource, LoadedData, load_data
 from salun_core.data.images import Normalisation
 from salun_core.errors import ModelError, SalunError, UsageError
-from salun_core.evaluation.outputs import outputs_of
+from salun_core.evaluation.outputs import correct_of
 from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.classification import UnlearnConfig
 from salun_core.methods.classification.training import train_classifier
@@ -289,5 +289,5 @@ def _save(
     digest = save_model(out, model, card, data.split) if out else model_digest(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     sets = (train, data.images("test", scale))
-    on_train, on_test = (float(outputs_of(model.eval(), images).correct.mean()) for images in sets)
+    on_train, on_test = (float(correct_of(model.eval(), images).mean()) for images in sets)
     return Made(digest, on_train, on_test)

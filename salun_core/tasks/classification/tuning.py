@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from salun_core.errors import DataError, GateRefusedError, ModelError
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import (
+    EVALUATED,
     METRIC_NAMES,
     MORE_IS_FORGOTTEN,
     Forgotten,
@@ -144,7 +145,7 @@ def _sets(inputs: ClassifierInputs, device: torch.device) -> Sets:
         raise nothing
     held_out = inputs.data.images("validation", inputs.original.normalisation)
     known = set(inputs.retain.labels.tolist())
-    kept = [index for index, label in enumerate(held_out.labels.tolist()) if label in known]
+    kept = [index for index, label in enumerate(held_out.labels.tolist()) if label in known][:EVALUATED]
     if not kept:
         raise nothing
     draw = inputs.retain.select(range(min(len(inputs.retain), max(_RETAIN_DRAW, len(kept)))))

@@ -75,6 +75,23 @@ def test_the_summary_covers_nothing_to_erase(salun, tmp_path):
     assert "metric" not in result.stdout
 
 
+def test_the_summary_shows_how_many_images_a_sample_stands_for(salun):
+    from salun_core.certificates.keys import public_pem
+
+    evidence = evidence_of()
+    sample = evidence.metrics["RA"].model_copy(update={"n": 20_000, "population": 1_200_000})
+    sampled = evidence.model_copy(update={"metrics": {**evidence.metrics, "RA": sample}})
+    Path("sampled.json").write_bytes(certify(*input_of(documents=judged(sampled)), KEY))
+    Path("signer.pub").write_bytes(public_pem(KEY.public_key()))
+    result = salun("verify", "sampled.json", "--key", "signer.pub")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"RA +1\.0000 .* 20000 of 1200000\n", result.stdout)
+    assert re.search(r"TA +0\.9600 .* 300\n", result.stdout)
+    metrics = json.loads(salun("verify", "sampled.json", "--key", "signer.pub", "--json").stdout)["certificate"]
+    found = {metric["name"]: metric.get("population") for metric in metrics["predicate"]["metrics"]}
+    assert (found["RA"], found["TA"]) == (1_200_000, None)
+
+
 def test_exit_codes_distinguish_damage_from_a_missing_key(salun):
     Path("model/model.json").write_bytes(b"{}")
     result = salun("verify", "certificate.json", "--model", "model")

@@ -21,7 +21,9 @@ from salun_core.data.readers import read_table
 from salun_core.data.stream import StreamedImages
 from salun_core.data.targets import SamplesTarget
 from salun_core.errors import DataError, IntegrityError, StoreError, UsageError
-from salun_core.evaluation.evidence import RunFacts
+from salun_core.evaluation import Splits
+from salun_core.evaluation.classifier import split_outputs
+from salun_core.evaluation.evidence import Measured, RunFacts
 from salun_core.methods.checkpoint import FileCheckpoint
 from salun_core.methods.classification import method_config, unlearn
 from salun_core.methods.classification.method import shares
@@ -180,6 +182,17 @@ def test_only_the_rows_of_a_pass_are_read(monkeypatch, shards):
     with pytest.raises(DataError, match=r"cannot read train-1\.parquet"):
         next(train.batches(8))
     assert len(train.select(first).pixels(range(3))) == 3  # what was decoded before stays valid
+
+
+def test_an_evaluation_of_samples_decodes_them_and_the_forget_set(monkeypatch, shards):
+    data = streamed(monkeypatch, shards, size=8)
+    train = data.images("train", Normalisation((0.5,) * 3, (0.2,) * 3))
+    whole = Splits(train.select(range(5)), train.select(range(5, 63)), data.images("test", train.normalisation))
+    measured = Measured(before="b", after="a", dataset="d", split="s", forget_set="f")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    found = split_outputs(model, whole.sampled(12, measured))
+    assert {name: len(outputs) for name, outputs in found.items()} == {"forget": 5, "retain": 12, "test": 12}
+    assert int(train.decoded._decoded.sum()) == 5 + 12 + 12
 
 
 @pytest.mark.parametrize("method", ["random_label", "scrub", "sfr_on", "amun", "msg"])

@@ -54,6 +54,7 @@ def faults(form, *, in_pods=True):
         (sweep(policy_uri="https://x/strict.yaml"), "a pod cannot read a file of this machine"),
         (sweep(extra_metrics="lirra=4"), "did you mean 'lira'?"),
         (sweep(extra_metrics="kl"), "kl cannot be measured: there is no retrained model"),
+        (sweep(evaluation_samples="few"), "evaluation_samples cannot be 'few'"),
         (sweep(tune=True, tune_budget="soon"), "'soon' is not a budget"),
         (sweep(method="auto"), "the method auto needs a search: only a search chooses a method"),
         (unlearning(method="salun,scrubb", tune=True), "did you mean 'scrub'?"),

@@ -9,6 +9,7 @@ import torch
 from salun_core.data import DataSpec
 from salun_core.data.split import SplitManifest
 from salun_core.errors import ModelError, UsageError
+from salun_core.evaluation.evidence import Evidence, SampleCount
 from salun_core.gate import Policy, decide, load_policy
 from salun_core.methods.classification import UnlearnConfig
 from salun_core.methods.recipe import Recipe
@@ -61,6 +62,20 @@ def everything(small, tmp_path_factory):
     return measured(small, out, extra_metrics=ALL, reference=small / "retrained"), (out / "report.html").read_text(
         "utf-8"
     )
+
+
+def test_a_sample_of_retained_images_is_stated_everywhere(small, tmp_path):
+    """115 images are retained, and 100 tested."""
+    reference = small / "retrained"
+    found = measured(small, tmp_path, reference=reference, extra_metrics="decile,kl,tow", evaluation_samples="100")
+    (split,) = found.sampling.splits.items()
+    assert split == ("retain", SampleCount(n=100, of=len(load_model(small / "base").split.train) - 20))
+    of_sample = {name: (item.n, item.population) for name, item in found.metrics.items() if item.population}
+    assert of_sample == dict.fromkeys(("RA", "RA_loss", "gap", "ToW"), (100, split[1].of))
+    report = (tmp_path / "report.html").read_text("utf-8")
+    assert f"n 100 of {split[1].of}" in report
+    assert f"measured 100 of {split[1].of} retained images, drawn with seed {found.sampling.seed}" in report
+    assert Evidence.model_validate_json((tmp_path / "evidence.json").read_text()).digest == found.digest
 
 
 def test_all_of_them_are_in_the_evidence_with_n(everything):
