@@ -14,6 +14,9 @@ from pipelines.pod_user import read_fixed_uid
 from salun_core.errors import UsageError
 from tests.manifests.test_apply import KUBECTL, kubectl, lines
 from tests.manifests.tree import LOADER, MANIFESTS, named, read, walk
+from tests.support.compiled_once import compiled_once
+
+__all__ = ["compiled_once"]
 
 FIXED = {"runAsUser", "runAsGroup", "fsGroup"}
 FOLDERS = (".", "dev", "trainer")  # those with workloads
@@ -76,7 +79,7 @@ def test_the_variable_removes_the_uid_of_every_step(name, monkeypatch):
     assert load_package(name).version == before.version
 
 
-def test_the_compiler_has_the_same_switch(tmp_path, monkeypatch):
+def test_the_compiler_has_the_same_switch(tmp_path, monkeypatch, compiled_once):  # noqa: F811
     monkeypatch.delenv("SALUN_FIXED_UID", raising=False)
     words = ["compile", "--cpu", "--kubernetes-native", str(tmp_path), "--no-fixed-uid"]
     result = CliRunner().invoke(app, words)

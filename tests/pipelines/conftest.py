@@ -15,6 +15,9 @@ from salun_core.models import load_model
 from salun_core.registry.lookup import read_head
 from salun_core.storage.s3 import S3Store
 from salun_core.tasks import register_model
+from tests.support.compiled_once import compiled_once
+
+__all__ = ["compiled_once"]
 
 LINE = "digits"
 SHIPPED = COMPILED / "salun-unlearning.yaml"

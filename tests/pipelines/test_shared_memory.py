@@ -55,7 +55,7 @@ def test_other_volumes_keep_their_size():
 
 
 @pytest.mark.parametrize("how", ["option", "variable"])
-def test_the_compiler_applies_it(how, tmp_path, monkeypatch):
+def test_the_compiler_applies_it(how, tmp_path, monkeypatch, compiled_once):
     monkeypatch.delenv("SALUN_SHARED_MEMORY", raising=False)
     words = ["compile", "--cpu", "--kubernetes-native", str(tmp_path)]
     if how == "option":

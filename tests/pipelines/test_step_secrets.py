@@ -48,7 +48,7 @@ def test_a_second_executor_of_a_step_is_the_same_step(sweep):
 
 
 @pytest.mark.parametrize("how", ["option", "variable"])
-def test_the_compiler_applies_them(how, tmp_path, monkeypatch):
+def test_the_compiler_applies_them(how, tmp_path, monkeypatch, compiled_once):
     """Into a folder of objects, so that the files that ship stay as they are."""
     monkeypatch.delenv("SALUN_S3_SECRETS", raising=False)
     words = ["compile", "--cpu", "--kubernetes-native", str(tmp_path)]

@@ -29,7 +29,22 @@ CASES = [
 ]
 CLOSE, ROUGH = {"rtol": 1e-5, "atol": 1e-7}, {"rtol": 0.02, "atol": 0.02}
 VARIANTS = [{"foreach": False}, {"foreach": True}, {"fused": True}]
-IDS = [f"{kind.__name__}-" + "-".join(f"{k}{v}" for k, v in settings.items() if v) for kind, settings in CASES]
+FEW = [  # no option, all that go together, and those that exclude each other
+    (SGD, {"lr": 0.1, **SGD_SETTINGS[0]}),
+    (SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.05, "nesterov": False, "maximize": True}),
+    (SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0, "weight_decay": 0.05, "nesterov": True, "maximize": True}),
+    *((kind, {"lr": 0.01, **settings}) for kind in (Adam, AdamW) for settings in (ADAM_SETTINGS[0], ADAM_SETTINGS[-1])),
+]
+
+
+def ways(*dtypes, variants):
+    """All settings with torch's plain loop and numbers of 32 bits; a few of them with each other kernel and type."""
+    for variant, dtype in itertools.product(variants, dtypes or [torch.float32]):
+        plain = dtype == torch.float32 and variant == VARIANTS[0]
+        for kind, settings in CASES if plain else FEW:
+            words = [kind.__name__, *(f"{key}{value}" for key, value in settings.items() if value)]
+            name = "-".join([*words, *(key for key, value in variant.items() if value), str(dtype)[6:]])
+            yield pytest.param(kind, settings, variant, *([dtype] if dtypes else []), id=name)
 
 
 class Net(nn.Module):
@@ -89,8 +104,7 @@ def some_moved(model, before):
     return any(not torch.equal(bits(parameter), before[name]) for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize(("kind", "settings"), CASES, ids=IDS)
-@pytest.mark.parametrize("variant", VARIANTS, ids=["single", "foreach", "fused"])
+@pytest.mark.parametrize(("kind", "settings", "variant"), ways(variants=VARIANTS))
 def test_weights_outside_the_mask_keep_their_bits(kind, settings, variant):
     for dtype, channels_last in [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]:
         model = build(dtype, channels_last)
@@ -116,9 +130,10 @@ def masked_by_hand(model, optimizer, mask, step, poison):
             parameter.copy_(torch.where(tensors[name], parameter, kept[name]))
 
 
-@pytest.mark.parametrize(("kind", "settings"), CASES, ids=IDS)
-@pytest.mark.parametrize("variant", VARIANTS[:2], ids=["single", "foreach"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("kind", "settings", "variant", "dtype"),
+    ways(torch.float32, torch.bfloat16, torch.float64, variants=VARIANTS[:2]),
+)
 def test_salient_weights_equal_those_of_mask_and_restore(kind, settings, variant, dtype):
     ours, theirs = build(dtype), build(dtype)
     mask = mask_of(ours, 0.4)
@@ -131,9 +146,9 @@ def test_salient_weights_equal_those_of_mask_and_restore(kind, settings, variant
     assert all(torch.equal(value, all_bits(theirs)[name]) for name, value in all_bits(ours).items())
 
 
-@pytest.mark.parametrize(("kind", "settings"), CASES, ids=IDS)
-@pytest.mark.parametrize("variant", VARIANTS, ids=["single", "foreach", "fused"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "settings", "variant", "dtype"), ways(torch.float32, torch.bfloat16, variants=VARIANTS)
+)
 def test_a_full_mask_equals_the_optimizer_of_torch(kind, settings, variant, dtype):
     ours, theirs = build(dtype), build(dtype)
     mask = SaliencyMask.full({name: p.shape for name, p in ours.named_parameters()})
