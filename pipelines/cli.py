@@ -39,21 +39,26 @@ Ui = Annotated[
 Namespace = Annotated[
     str | None,
     typer.Option(
-        envvar="KFP_NAMESPACE", help="Of the runs, on a multi-user Kubeflow; in a pod it defaults to its own."
+        envvar="KFP_NAMESPACE", help="Namespace of the runs on a multi-user Kubeflow. Default in a pod: its own."
     ),
 ]
 Token = Annotated[
     str | None,
-    typer.Option("--token-path", envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File of the token; read at each call."),
+    typer.Option(
+        "--token-path", envvar="KF_PIPELINES_SA_TOKEN_PATH", help="File of a ServiceAccount token; read at each call."
+    ),
 ]
 Pipeline = Annotated[
     str,
     typer.Option(help="unlearning, deletion-sweep, deletion-sweep-compact or sharded-mask, or one of them with -cpu."),
 ]
-Image = Annotated[str | None, typer.Option(envvar="SALUN_IMAGE", help="Of every step; else the compiled one.")]
-Experiment = Annotated[str, typer.Option(envvar="KFP_EXPERIMENT", help="Under which the runs are listed.")]
+Image = Annotated[
+    str | None, typer.Option(envvar="SALUN_IMAGE", help="Image of every step. Default: the compiled one.")
+]
+Experiment = Annotated[str, typer.Option(envvar="KFP_EXPERIMENT", help="Experiment that lists the runs.")]
 Account = Annotated[
-    str | None, typer.Option("--service-account", envvar="KFP_SERVICE_ACCOUNT", help="Of the run's pods.")
+    str | None,
+    typer.Option("--service-account", envvar="KFP_SERVICE_ACCOUNT", help="ServiceAccount of the run's pods."),
 ]
 
 
@@ -89,17 +94,19 @@ def main() -> None:
 
 @app.command("compile")
 def compile_command(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 when a file is out of step.")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Only those for clusters without accelerators.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if a file is out of date.")
+    ] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Only the pipelines for clusters without accelerators.")] = False,
     native: Annotated[
         Path | None,
-        typer.Option("--kubernetes-native", metavar="DIR", help="Write Pipeline and PipelineVersion objects there."),
+        typer.Option("--kubernetes-native", metavar="DIR", help="Folder for Pipeline and PipelineVersion objects."),
     ] = None,
-    namespace: Annotated[str | None, typer.Option(help="Of these objects; by default they name none.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Namespace of these objects. Default: none.")] = None,
     s3_secrets: Annotated[
         str,
         typer.Option(
-            envvar="SALUN_S3_SECRETS", metavar="STEP=SECRET,...", help="Secrets of single steps; else salun-s3 for all."
+            envvar="SALUN_S3_SECRETS", metavar="STEP=SECRET,...", help="Secrets of single steps. Default: salun-s3."
         ),
     ] = "",
     fixed_uid: Annotated[
@@ -107,7 +114,7 @@ def compile_command(
         typer.Option(
             "--fixed-uid/--no-fixed-uid",
             envvar="SALUN_FIXED_UID",
-            help="Whether pods name the image's uid; OpenShift assigns one.",
+            help="Set the image's uid in pods, or let OpenShift assign one.",
         ),
     ] = True,
     shared_memory: Annotated[
@@ -115,9 +122,10 @@ def compile_command(
         typer.Option(envvar="SALUN_SHARED_MEMORY", metavar="SIZE", help="Limit of /dev/shm of the steps that compute."),
     ] = "",
 ) -> None:
-    """Compile the pipelines into pipelines/compiled/, and check the result.
+    """Compile the pipelines and check the result.
 
-    With --kubernetes-native only the objects in that folder are written or checked. SALUN_IMAGE names the image.
+    The files are in pipelines/compiled/. With --kubernetes-native only the objects in that folder are written or
+    checked. SALUN_IMAGE names the image.
 
     \b
     $ python -m pipelines compile --check
@@ -169,11 +177,11 @@ def run(
     as_json: AsJson = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the log of every step.")] = False,
 ) -> None:
-    """Run the compiled pipeline on this machine, each step in a process of its own.
+    """Run a compiled pipeline on this machine.
 
-    The pipeline's parameters are further options; SALUN_STORE_URI stands for --store-uri. Progress goes to standard
-    error, the outcome to standard output. Exit codes: 0 published, or nothing was due; 2 usage, 3 gate refused,
-    4 stale parent, 5 integrity, 1 anything else.
+    Each step runs in its own process. The pipeline's parameters are further options, and SALUN_STORE_URI replaces
+    --store-uri. Progress goes to standard error, the outcome to standard output. Exit codes: 0 published, or nothing
+    was due; 2 usage, 3 gate refused, 4 stale parent, 5 integrity, 1 anything else.
 
     \b
     $ python -m pipelines run --model-line digits --forget-manifest-uri forget.json --store-uri s3://salun/demo
@@ -233,10 +241,12 @@ def register(
     namespace: Namespace = None,
     token_path: Token = None,
     ui_host: Ui = None,
-    pipeline: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    pipeline: Annotated[list[str] | None, typer.Option(help="Only this pipeline; may be repeated.")] = None,
     image: Image = None,
 ) -> None:
-    """Upload the pipelines, each as a version named by its digest, so that the UI offers them.
+    """Upload the pipelines to Kubeflow.
+
+    Each becomes a version that is named by its digest, and appears in the user interface.
 
     \b
     $ python -m pipelines register --host http://localhost:8888 --ui-host http://localhost:8080
@@ -266,20 +276,20 @@ def submit(
     service_account: Account = None,
     slot: Annotated[
         str | None,
-        typer.Option(help="Equal work of one slot runs once: hour, day, or any word. Default of a sweep: hour."),
+        typer.Option(help="Equal work in the same slot runs once: hour, day, or any word. Default for a sweep: hour."),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the run to its end.")] = True,
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait, at most.")] = 86400,
-    poll: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks.")] = 10,
+    timeout: Annotated[float, typer.Option(min=0, help="Maximum time to wait, in seconds.")] = 86400,
+    poll: Annotated[float, typer.Option(min=0.05, help="Seconds between two queries of the state.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a run, with the pipeline's parameters as further options, and follow it.
+    """Submit a run and follow it.
 
-    Equal work is submitted once: an active or succeeded run of the same pipeline, parameters and slot takes the place
-    of a new one; a failed run does not. At the end it prints the run's outcome, which it reads from the store, and
-    ends with its exit code: 0 published or nothing to do, 2 wrong input, 3 gate refused, 4 stale parent or line held,
-    5 integrity, 124 not finished in time, 1 anything else. If the store cannot be read from here, Kubeflow's state
-    decides: 0 or 1.
+    The pipeline's parameters are further options. Equal work is submitted once: if a run of the same pipeline,
+    parameters and slot is active or succeeded, no new one starts. At the end it reads the run's outcome from the store,
+    prints it, and exits with its code: 0 published or nothing to do, 2 wrong input, 3 gate refused, 4 stale parent or
+    line held, 5 integrity, 124 not finished in time, 1 anything else. If this machine cannot read the store, the code
+    depends on Kubeflow's state: 0 or 1.
 
     \b
     $ python -m pipelines submit --pipeline deletion-sweep --model-line digits --store-uri s3://salun/demo
@@ -358,11 +368,14 @@ def status(
 def schedule(
     context: typer.Context,
     pipeline: Pipeline = "deletion-sweep",
-    cron: Annotated[str, typer.Option(help="When: second minute hour day month weekday, in UTC.")] = "0 0 2 * * *",
+    cron: Annotated[str, typer.Option(help="Schedule: second minute hour day month weekday, in UTC.")] = "0 0 2 * * *",
     delete: Annotated[bool, typer.Option("--delete", help="Delete the recurring run.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the recurring run.")] = False,
     cronjob: Annotated[
-        bool, typer.Option("--print-cronjob-args", help="Print the equivalent fields of a CronJob; call no server.")
+        bool,
+        typer.Option(
+            "--print-cronjob-args", help="Print the equivalent fields of a CronJob, without calling a server."
+        ),
     ] = False,
     host: Host = "",
     namespace: Namespace = None,
@@ -372,10 +385,10 @@ def schedule(
     experiment: Experiment = "salun",
     service_account: Account = None,
 ) -> None:
-    """Create or update the recurring run of a model line's sweep, with the pipeline's parameters as further options.
+    """Create or update the nightly sweep of a model line.
 
-    Use this or the CronJob of manifests/, not both. A run that works is never touched: neither by an update nor by
-    --delete (Kubeflow 2.16 or later).
+    The pipeline's parameters are further options. Use either this or the CronJob of manifests/, not both. Neither an
+    update nor --delete affects an active run (Kubeflow 2.16 or later).
 
     \b
     $ python -m pipelines schedule --cron '0 0 2 * * *' --model-line digits --store-uri s3://salun/demo
