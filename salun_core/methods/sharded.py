@@ -7,6 +7,9 @@ drops them afterwards. A step is elementwise and works on the slices alone, so w
 All processes must run the same forward and backward passes in the same order. A process that runs another number of
 them waits in a collective call until the others fail or the time of the group is over (`distributed.TIMEOUT`). So a
 batch is never divided when a device is full, and methods whose passes depend on measurements are refused.
+
+Saliency scores have the bits of one process: every process computes the gradient of the same whole batch, and all but
+the first one multiply their loss by 0. The sum over processes is then the first one's gradient, without any rounding.
 """
 
 from __future__ import annotations
@@ -81,10 +84,13 @@ def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Return this process's slice of a tensor, sharded as a parameter of its shape; as it is if that is not sharded."""
     if not hasattr(parameter, "to_local"):
         return tensor
+    return _as_slice(own_part(tensor, parameter).to(own(parameter).device).clone(), parameter)
+
+
+def _as_slice(slices: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     assert isinstance(parameter, DTensor)
-    slices = own_part(tensor, parameter).to(own(parameter).device).clone()
     mesh, placements = parameter.device_mesh, parameter.placements
     shape, stride = parameter.shape, parameter.stride()
     return DTensor.from_local(slices, mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -121,6 +127,17 @@ def collected(model: nn.Module, like: nn.Module, main: bool) -> nn.Module:
         if main:
             named[name].copy_(found)
     return target
+
+
+def collected_scores(model: nn.Module, slices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return scores as a whole, in main memory of every process; every process must call it.
+
+    Args:
+        model: the sharded model that was scored.
+        slices: this process's slices, by parameter name.
+    """
+    parameters = dict(model.named_parameters())
+    return {name: whole(_as_slice(value, parameters[name])).cpu() for name, value in slices.items()}
 
 
 def require_several(size: int) -> None:

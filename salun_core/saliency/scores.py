@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from salun_core.device_memory import explained
 from salun_core.errors import DataError, ModelError, UsageError
+from salun_core.saliency.masked_step import own
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 _MORE_MEMORY = "use a device with more memory, or compute the mask on a CPU with --device cpu or a pipeline for CPUs"
@@ -46,7 +47,7 @@ def saliency_scores(
 
     Returns:
         Non-negative tensors of the parameters' shapes, by name in the model's order. A parameter that the loss does
-        not reach scores 0.
+        not reach scores 0. If the weights are sharded, this process's slices.
 
     Raises:
         DataError: there is no batch, or the batches do not match the shard.
@@ -100,8 +101,8 @@ def _taken(parameter: nn.Parameter) -> Tensor:
     """Take and clear a parameter's gradient; contiguous, so that the weights' layout does not change the file."""
     grad, parameter.grad = parameter.grad, None
     if grad is None:
-        return torch.zeros_like(parameter, requires_grad=False, memory_format=torch.contiguous_format)
-    return grad.detach().contiguous()
+        return torch.zeros_like(own(parameter), requires_grad=False, memory_format=torch.contiguous_format)
+    return own(grad.detach()).contiguous()
 
 
 def mean_magnitude(name: str, gradient: Tensor, total: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.methods.loop import OnEpoch
 from salun_core.methods.method import UnlearnResult, get_method
 from salun_core.methods.recipe import Escalation, Recipe
+from salun_core.methods.sharded import collected_scores, require_several, shard_weights
 from salun_core.models import LoadedModel, ModelCard, load_model, save_model
 from salun_core.models.checkpoint import CARD, WEIGHTS
 from salun_core.saliency import SaliencyMask, saliency_scores
@@ -73,17 +75,30 @@ class ClassificationTask:
 
     @explained()
     def score(self, inputs: ClassifierInputs, config: LoopConfig, device: torch.device, group: ProcessGroup) -> Scores:
-        """Score all parameters on D_f; each process scores its share.
+        """Score all parameters on D_f; each process scores its share, or holds its slices of the weights.
 
         Masks are compared by digest across steps, processes and machines, so the scores must have the same bits for any
         number of threads and processes.
         """
+        if config.sharding == "fsdp":
+            return Scores(self._sharded_scores(inputs, device, group), {})
         shard, samples = Shard(group.rank, group.size), len(inputs.forget)
         mine = inputs.forget.select(shard.samples(samples)).to(device)
         network = inputs.original.model.to(device)
         with saliency.repeatable():
             scores = saliency_scores(network, _chunks(mine), cross_entropy, samples=samples, shard=shard)
         return Scores(scores, {})
+
+    def _sharded_scores(
+        self, inputs: ClassifierInputs, device: torch.device, group: ProcessGroup
+    ) -> dict[str, torch.Tensor]:
+        require_several(group.size)
+        network, counts = shard_weights(copy.deepcopy(inputs.original.model).cpu(), device), float(group.main)
+        with saliency.repeatable():
+            slices = saliency_scores(
+                network, _chunks(inputs.forget.to(device)), lambda *batch: cross_entropy(*batch) * counts
+            )
+        return collected_scores(network, slices)
 
     @explained()
     def score_shard(self, inputs: ClassifierInputs, shard: Shard, device: torch.device) -> PartialSums:

@@ -14,7 +14,7 @@ from salun_core.data.forget_set import kind_of, not_kept, restored
 from salun_core.data.split import split_name
 from salun_core.data.targets import RedactedTarget, Target
 from salun_core.device_memory import explained
-from salun_core.diffusion.denoiser import selected_parameters
+from salun_core.diffusion.denoiser import Denoiser, selected_parameters
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.methods.checkpoint import CheckpointStore
@@ -35,6 +35,11 @@ from salun_core.tasks.diffusion.examples import build_example_sets
 from salun_core.tasks.diffusion.inputs import DiffusionInputs
 from salun_core.tasks.reference import reference_model
 from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions
+
+
+def _encoded_denoiser(inputs: DiffusionInputs, config: DiffusionConfig, device: torch.device) -> Denoiser:
+    """Return the denoiser after images and prompts were encoded; in main memory if its weights are to be sharded."""
+    return inputs.family(torch.device("cpu") if config.sharding == "fsdp" else device).denoiser
 
 
 class DiffusionTask:
@@ -76,7 +81,7 @@ class DiffusionTask:
     def score(
         self, inputs: DiffusionInputs, config: DiffusionConfig, device: torch.device, group: ProcessGroup
     ) -> Scores:
-        """Score the selected parameters by the gradient of the denoising loss; every process scores all of them."""
+        """Score the selected parameters by the gradient of the denoising loss; every process scores all of D_f."""
         sets = build_example_sets(inputs, config, device, retain=False)
         facts = {
             "scores": "denoising-gradient-magnitude",
@@ -84,7 +89,7 @@ class DiffusionTask:
             "passes": str(config.saliency_passes),
             "times": config.saliency_times,
         }
-        return Scores(denoising_scores(inputs.family(device).denoiser, sets, config), facts)
+        return Scores(denoising_scores(_encoded_denoiser(inputs, config, device), sets, config, group), facts)
 
     def score_shard(self, inputs: DiffusionInputs, shard: Shard, device: torch.device) -> PartialSums:
         """Reject shards: noise and times are drawn for the forget set as a whole."""
@@ -107,7 +112,7 @@ class DiffusionTask:
     ) -> UnlearnResult:
         """Run one method on the denoiser."""
         device = pick_device(config.device)
-        sets, denoiser = build_example_sets(inputs, config, device), inputs.family(device).denoiser
+        sets, denoiser = build_example_sets(inputs, config, device), _encoded_denoiser(inputs, config, device)
         if config.offload != "none":  # images and prompts are encoded
             inputs.original.components.encoders_to("cpu")
         return unlearn_denoiser(

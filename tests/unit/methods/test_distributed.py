@@ -23,7 +23,8 @@ from salun_core.errors import IntegrityError, SalunError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.methods import distributed
 from salun_core.methods.classification import FileCheckpoint, unlearn
-from salun_core.methods.diffusion import ExampleSets, unlearn_denoiser
+from salun_core.methods.diffusion import ExampleSets, diffusion_config, unlearn_denoiser
+from salun_core.methods.diffusion.saliency import denoising_scores
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, joined
 from salun_core.methods.recipe import Recipe
 from salun_core.models import load_model
@@ -118,12 +119,20 @@ def denoiser_mask():
     return SaliencyMask.random(dict(denoiser().network.named_parameters()), 0.4, 7)
 
 
-def unlearned_denoiser(group, **config):
+def denoiser_sets():
     pixels, rows = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 2
     forget, retain = Examples(pixels[:4], rows[:4] * 0, pseudo=rows[:4] * 0 + 1), Examples(pixels[4:], rows[4:] + 1)
-    sets = ExampleSets(forget, retain, ConditionTable(["a", "b", "c"], {"class_labels": torch.arange(3)}), True)
+    return ExampleSets(forget, retain, ConditionTable(["a", "b", "c"], {"class_labels": torch.arange(3)}), True)
+
+
+def denoiser_scores(group, **config):
+    settings = diffusion_config("salun", {"batch_size": 3, "device": "cpu", **config})
+    return denoising_scores(denoiser(), denoiser_sets(), settings, group)
+
+
+def unlearned_denoiser(group, **config):
     settings = {"steps": 4, "epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "device": "cpu", **config}
-    return unlearn_denoiser(denoiser(), sets, "salun", config=settings, mask=denoiser_mask(), group=group)
+    return unlearn_denoiser(denoiser(), denoiser_sets(), "salun", config=settings, mask=denoiser_mask(), group=group)
 
 
 def plain(result):
@@ -183,9 +192,12 @@ def scenes(group, folder, work):
         yield "sharded resumed", first_of(unlearned_in(group, sharded, sharding="fsdp"))
         yield "whole resumed", plain(unlearned_in(group, sharded))
         yield "sharded denoiser", first_of(unlearned_denoiser(group, sharding="fsdp"))
+        yield "sharded denoiser scores", denoiser_scores(group, sharding="fsdp")
     context = RunContext(work / "model", str(work / "forget.json"))
     recipe = Recipe(method_config={"epochs": 1, "device": "cpu"})
     result = run_unlearning(context, recipe, work / "mask", work / f"after-{group.rank}")
+    sharded = Recipe(method_config={"recipe": "fixed", "sharding": "fsdp"})
+    yield "sharded mask", (compute_mask(context, sharded, folder / f"mask-{group.rank}").digest)
     yield "step", (plain(result), (work / f"after-{group.rank}").exists())
     measured = evaluate_together(context, work / "model", folder / f"{group.rank}.json", folder / f"{group.rank}.html")
     yield "evidence", (measured.model_dump_json() if measured else None, (folder / f"{group.rank}.json").exists())
@@ -290,6 +302,13 @@ def test_sharded_weights_take_the_steps_of_one_process_and_keep_frozen_bits(rank
         assert torch.equal(now[~salient], value.detach().view(torch.int32)[~salient]), parameter
         if salient.any() and "unused" not in parameter:
             assert not torch.equal(now, value.detach().view(torch.int32)), parameter
+
+
+def test_scores_of_sharded_weights_have_the_bits_of_one_process(ranks, work):
+    alone = denoiser_scores(SINGLE_PROCESS)
+    for rank in ranks:
+        assert_same_bits(rank["sharded denoiser scores"], alone)
+        assert rank["sharded mask"] == SaliencyMask.load(work / "mask").digest
 
 
 def test_a_checkpoint_of_sharded_weights_is_resumed_with_and_without_sharding(ranks):
