@@ -151,9 +151,9 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path):
     assert done.stderr == ""
 
 
-def test_the_traceback_is_for_those_who_ask(tmp_path):
+def test_the_traceback_is_for_those_who_ask(tmp_path, salun_path):
     args = ("mask", "--model", "nowhere/at-all", "--forget", "f.json", "--out", "m")
-    plain, debug = _run(tmp_path, *args), _run(tmp_path, *args, "--debug")
+    plain, debug = (_run(tmp_path, *args, *more, program=[salun_path]) for more in ((), ("--debug",)))
     assert plain.returncode == debug.returncode == 2
     assert len(plain.stderr.splitlines()) == 1
     assert "Traceback" in debug.stderr

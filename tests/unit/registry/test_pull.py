@@ -310,13 +310,13 @@ def test_verify_takes_what_pull_wrote_and_names_the_command_when_a_file_differs(
         assert "salun model pull faces@605a85542c9e --out DIR" in refused.stderr
 
 
-def test_a_killed_command_is_continued_by_the_next_one(store, tmp_path, s3_server):
+def test_a_killed_command_is_continued_by_the_next_one(store, tmp_path, s3_server, salun_path):
     files = {"model.safetensors": tmp_path / "big", "model.json": tmp_path / "small"}
     (tmp_path / "big").write_bytes(os.urandom(48 << 20))
     (tmp_path / "small").write_text("{}")
     head, _ = publish(store, FIELDS, files)
-    command = [sys.executable, "-m", "salun_core.cli", "model", "pull", "sd", "--out", "out", "--store", store.uri]
-    process = subprocess.Popen(command, cwd=tmp_path)
+    args = ["model", "pull", "sd", "--out", "out", "--store", store.uri]
+    process = subprocess.Popen([sys.executable, "-m", "salun_core.cli", *args], cwd=tmp_path)
     work = tmp_path / ".out.pull" / head.version[:12]
     deadline = time.monotonic() + 60
     while process.poll() is None and not (work.exists() and any(work.iterdir())) and time.monotonic() < deadline:
@@ -325,16 +325,16 @@ def test_a_killed_command_is_continued_by_the_next_one(store, tmp_path, s3_serve
     process.wait()
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    again = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    again = subprocess.run([salun_path, *args], cwd=tmp_path, check=False, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "big").read_bytes()
     assert names(tmp_path) == ["big", "out", "small"]
 
 
-def test_a_terminal_sees_the_progress(store, published, tmp_path):
+def test_a_terminal_sees_the_progress(store, published, tmp_path, salun_path):
     digest, *_ = published
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "salun_core.cli", "model", "pull", "sd", "--out", "out", "--store", store.uri]
+    command = [salun_path, "model", "pull", "sd", "--out", "out", "--store", store.uri]
     environ = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=terminal, env=environ)
     os.close(terminal)
