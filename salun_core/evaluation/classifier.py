@@ -284,14 +284,35 @@ def restored_metric(models: Mapping[str, nn.Module], forget: ImageSource, retain
     matched_to: Tensor | None = None
     for name, model in models.items() if layers else ():
         asked, seen = _features(model, forget), _features(model, kept)
-        if asked is None or seen is None or not (torch.isfinite(asked).all() and torch.isfinite(seen).all()):
-            return Metric.of({}, len(forget))
         matched_to = seen if matched_to is None else matched_to
-        with torch.no_grad():
-            layer = copy.deepcopy(layers[-1]).cpu()
-            found = [layer(features).argmax(dim=1) == labels for features in (asked, _matched(asked, seen, matched_to))]
-        shares[name] = max(float(right.double().mean()) for right in found)
+        share = None
+        if asked is not None and seen is not None and matched_to is not None:
+            share = restored_share(layers[-1], labels, asked, seen, matched_to)
+        if share is None:
+            return Metric.of({}, len(forget))
+        shares[name] = share
     return share_metric(shares, len(forget))
+
+
+def restored_share(layer: nn.Linear, labels: Tensor, asked: Tensor, seen: Tensor, wanted: Tensor) -> float | None:
+    """Return the share of forgotten images that the last layer of the model before recognises in features after.
+
+    Args:
+        layer: of the model before.
+        labels: true labels of the forgotten images, int64 [N].
+        asked: their features after, [N, D], as all features on the CPU.
+        seen: features after of retained images, [M, D].
+        wanted: features before of these, [M, D].
+
+    Returns:
+        The larger share of the features as they are and of those that match features before; None if one is not finite.
+    """
+    if not (torch.isfinite(asked).all() and torch.isfinite(seen).all()):
+        return None
+    with torch.no_grad():
+        layer = copy.deepcopy(layer).cpu()
+        found = [layer(features).argmax(dim=1) == labels for features in (asked, _matched(asked, seen, wanted))]
+    return max(float(right.double().mean()) for right in found)
 
 
 def _features(model: nn.Module, images: ImageSource) -> Tensor | None:

@@ -1,10 +1,12 @@
 """The adaptive recipe: rounds of training that are measured, kept or undone, and repeated until D_f looks unseen.
 
-    round          one pass over D_r mixed with D_f, at a rate that falls from its peak to 0 as a cosine
+    round          one pass over D_r mixed with D_f, at a rate that falls from its peak to 0 as a cosine, in at least 32
+                   steps: small data have smaller batches, because the number of steps decides how far a round moves
     forget loss    max(0, m_i - t_i),    m_i = log-odds of the true class of sample i,
                    t_i = margin of the unseen image of the rank that i has in D_f, times 2 a
     whole class    cross-entropy with the kept class that the original finds most probable (as Boundary Shrink, Chen et
-                   al., CVPR 2023, finds it by an attack)
+                   al., CVPR 2023, finds it by an attack): the mean of that of the outputs and that of the original's
+                   last layer on the features, so that the features change and not only the last layer
 
 A sample whose margin is at most t_i adds no gradient, so that it is not made less familiar than unseen images are. a is
 the aim: the area of telling D_f from unseen images of the same classes. After each round the figures of a `Reading`
@@ -21,7 +23,8 @@ recipe". Figures: docs/research/adaptive.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Self
@@ -32,23 +35,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from salun_core.data.images import ImageSource
-from salun_core.evaluation.classifier import restored_metric
+from salun_core.evaluation.classifier import restored_share
 from salun_core.evaluation.evidence import EpochRecord, Reading
 from salun_core.evaluation.membership import forgetting_metrics, match_classes
 from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.methods.classification.method import ClassifierContext, cross_entropy
+from salun_core.methods.classification.method import ClassifierContext, cross_entropy, dataset_phase
 from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import Phase
 
 DEFAULTS = {"batch_norm": "update", "order": "mixed", "schedule": "cosine"}
-"""What the adaptive recipe sets; the rate is that of the fixed recipe, and the first round begins at a third of it."""
+"""What the adaptive recipe sets; the rate is that of the fixed recipe, and the first round begins at twice that."""
 
-_WATCHED = 1000  # most retained and unseen images that a reading measures: shares are then known to about a point
+_FIRST = 2.0  # times the rate: gentler first rounds moved nothing in any case, and a harmful one is undone
+_RETAINED_WATCHED = 500  # most retained images that a reading measures: a loss of two points is seen, at half the cost
+_UNSEEN_WATCHED = 1000  # most unseen ones: the model is less sure of them, and shares are known to about a point
 _RETAINED = 5_000  # most retained images of a round, and ten for each sample of D_f
-_MOST_REFUSED, _MOST_IDLE = 4, 4  # rounds in a row that were undone, or that gained less than a tenth
+_MOST_REFUSED, _MOST_IDLE = 4, 2  # rounds in a row that were undone, or that gained less than a tenth
 _MOST_UPDATING = 2  # first rounds that were undone, after which batch norm is frozen
-_LEAST_STEPS = 24  # of a round: the rate needs some steps to fall
+_LEAST_STEPS = 32  # of a round: the rate needs some steps to fall, and more passes cost more than smaller batches
+_LEAST_BATCH = 8  # images of a step, unless the configuration has fewer: batch norm needs some
 _LEAST_BUDGET = 20_000  # passes: small data may use more epochs, because they cost seconds
 _LEAST_SHARE = 0.1  # of a batch that is of D_f, so that few samples are seen in every step
 
@@ -122,9 +128,10 @@ class Controller:
     """Decides after each round whether it is kept, and how strong the next one is. It sees only numbers.
 
     States: running, until `ended` is set. A round that did harm is undone; the next peak lies between the largest one
-    that was kept and the smallest one that did harm. A kept round that closed less than half of the distance to the aim
-    makes the next one three times as strong, but never as strong as one that did harm. Readings of an earlier process,
-    taken again in their order, give the same state: that is how a run resumes.
+    that was kept and the smallest one that did harm. A kept round that closed less than three quarters of the distance
+    to the aim makes the next one three times as strong, but never as strong as one that did harm: at the same rate, the
+    last images of a class take as many rounds as all others. Readings of an earlier process, taken again in their
+    order, give the same state: that is how a run resumes.
 
     Args:
         before: reading of the original.
@@ -180,7 +187,7 @@ class Controller:
             self.ended = End.FORGOTTEN
             return
         self._idle = self._idle + 1 if now > 0.9 * was else 0
-        if now > 0.5 * was:
+        if now > 0.25 * was:
             self.peak = min(3 * self.peak, math.sqrt(self.peak * self._harmful))
         if self._idle > _MOST_IDLE:
             self.ended = End.EXHAUSTED
@@ -219,11 +226,13 @@ class Controller:
 
 @dataclass(frozen=True)
 class Seen:
-    """Outputs of one state of the model on the watched images."""
+    """Outputs of one state of the model on the watched images, and its features if whole classes are forgotten."""
 
     forget: Outputs
     retain: Outputs
     unseen: Outputs
+    forget_features: Tensor | None = None
+    retain_features: Tensor | None = None
 
     @property
     def finite(self) -> bool:
@@ -257,16 +266,18 @@ class AdaptiveRun:
             self._unseen, self._train = _divided(context.retain, generator)
             self.unseen_is = f"{len(self._unseen)} retained images that were held back: there is no validation split"
         else:
-            self._unseen = _sample(held_out, generator)
+            self._unseen = _sample(held_out, _UNSEEN_WATCHED, generator)
             self.unseen_is = f"{len(self._unseen)} images of the validation split"
-        self._retain = _sample(self._train, generator)
+        self._retain = _sample(self._train, _RETAINED_WATCHED, generator)
+        layers = [module for module in context.original.modules() if isinstance(module, nn.Linear)]
+        self._head = layers[-1] if layers and layers[-1].out_features == context.num_classes else None
         self._before = self._look(context.original)
         self._nearest = self._nearest_kept(labels)
         before = self._reading(self._before, None)
         budget = most_passes(config, len(context.forget) + len(context.retain))
         aim = aim_at(before.area, self._train is context.retain)
         updating = config.batch_norm == "update" and any(isinstance(m, _BatchNorm) for m in context.model.modules())
-        self.controller = Controller(before, config.learning_rate / 3, budget, aim, frozen=not updating)
+        self.controller = Controller(before, _FIRST * config.learning_rate, budget, aim, frozen=not updating)
 
     def begin(self, history: Sequence[EpochRecord]) -> Self:
         """Take over the rounds before a resume; the model in training has the state of the last kept one."""
@@ -304,32 +315,47 @@ class AdaptiveRun:
 
     def phases(self, epoch: int, generator: torch.Generator) -> Sequence[Phase]:
         """Return one round: D_r mixed with what of D_f is still too familiar."""
-        context, train, size = self._context, self._train, self._context.config.batch_size
-        wanted = max(min(len(train), _RETAINED + 10 * len(context.forget)), min(_LEAST_STEPS * size, 8 * len(train)))
+        context, train, config = self._context, self._train, self._context.config
+        fewest = min(_LEAST_STEPS * _LEAST_BATCH, 8 * len(train))  # tiny data: several passes
+        wanted = max(min(len(train), _RETAINED + 10 * len(context.forget)), fewest)
+        size = min(config.batch_size, max(_LEAST_BATCH, wanted // _LEAST_STEPS))
         passes = -(-wanted // len(train))
         retain = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(passes)])[:wanted]
         active = self._familiar.nonzero().flatten()
         rows = active.repeat(max(1, int(_LEAST_SHARE * wanted) // max(1, len(active))))
-        # From K on, a label is the row of a sample with a target.
-        labels = torch.where(self._whole[rows], self._nearest[rows], context.num_classes + rows)
-        mixed = context.forget.select(rows).relabelled(labels).joined(train.select(retain))
+        # From K on, a label is a row of D_f.
+        mixed = context.forget.select(rows).relabelled(context.num_classes + rows).joined(train.select(retain))
         if len(mixed) % size == 1:  # batch norm cannot normalise one image
             mixed = mixed.select(range(len(mixed) - 1))
         self._rows = len(mixed)
-        return [context.phase("mixed", mixed, self._loss)]
+        return [dataset_phase("mixed", mixed, config.model_copy(update={"batch_size": size}), self._loss)]
 
     def _loss(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        count, logits = self._context.num_classes, model(images)
-        targeted = labels >= count
-        if not bool(targeted.any()):
+        count = self._context.num_classes
+        with _last_inputs(model) as seen:
+            logits = model(images)
+        gone = labels >= count
+        if not bool(gone.any()):
             return cross_entropy(logits, labels)
-        rows = labels[targeted] - count
-        true, asked = self._context.forget.labels[rows][:, None], logits[targeted]
-        margins = asked.gather(1, true)[:, 0] - asked.scatter(1, true, -torch.inf).amax(1)
-        total = torch.relu(margins - self._targets[rows]).sum()
-        if bool((~targeted).any()):
-            total = total + nn.functional.cross_entropy(logits[~targeted], labels[~targeted], reduction="sum")
-        return total / len(labels)
+        rows, asked = labels[gone] - count, logits[gone]
+        whole = self._whole[rows]
+        total = logits.new_zeros(())
+        if bool((~whole).any()):
+            single, margins = rows[~whole], asked[~whole]
+            true = self._context.forget.labels[single][:, None]
+            margins = margins.gather(1, true)[:, 0] - margins.scatter(1, true, -torch.inf).amax(1)
+            total = total + torch.relu(margins - self._targets[single]).sum()
+        if bool(whole.any()):
+            nearest = self._nearest[rows[whole]]
+            answers = [asked[whole]]
+            if self._head is not None and seen and seen[-1].shape == (len(labels), self._head.in_features):
+                answers.append(self._head(seen[-1][gone][whole]))
+            losses = [nn.functional.cross_entropy(answer, nearest, reduction="sum") for answer in answers]
+            total = total + torch.stack(losses).mean()
+        if bool((~gone).any()):
+            total = total + nn.functional.cross_entropy(logits[~gone], labels[~gone], reduction="sum")
+        mean: Tensor = total / len(labels)
+        return mean
 
     def judge(self, model: nn.Module, finite: bool) -> Reading:
         """Measure the model after a round and decide about it.
@@ -362,10 +388,20 @@ class AdaptiveRun:
         return math.ceil((len(self._context.forget) + len(self._retain) + len(self._unseen)) / 3)
 
     def _look(self, model: nn.Module) -> Seen:
-        return Seen(*(outputs_of(model, item) for item in (self._context.forget, self._retain, self._unseen)))
+        watched = self._context.forget, self._retain, self._unseen
+        if not self._emptied:
+            forget, retain, unseen = (outputs_of(model, images) for images in watched)
+            return Seen(forget, retain, unseen)
+        outputs, features = list[Outputs](), list[Tensor | None]()
+        for images in watched:
+            with _last_inputs(model) as seen:
+                outputs.append(outputs_of(model, images))
+            # An attempt without room for its batches leaves features too; the last ones are of the whole attempt.
+            features.append(torch.cat([part.flatten(1).cpu() for part in seen])[-len(images) :] if seen else None)
+        return Seen(outputs[0], outputs[1], outputs[2], features[0], features[1])
 
     def _reading(self, seen: Seen, model: nn.Module | None) -> Reading:
-        old, context = self._before, self._context
+        old = self._before
         whole = np.isin(seen.forget.labels, self._emptied)
         figures: dict[str, float | None] = {}
         passes = self._cost + (self._rows if model is not None else 0)
@@ -378,11 +414,8 @@ class AdaptiveRun:
         if whole.any():
             figures["recognised"] = recognised = float(seen.forget.correct[whole].mean())
             # While more is recognised, the features still show the class.
-            if model is not None and context.original is not None and recognised <= 0.1:
-                emptied = context.forget.select(np.flatnonzero(whole).tolist())
-                models = {"before": context.original, "after": model}
-                figures["restored"] = restored_metric(models, emptied, self._retain).after
-                passes += math.ceil(2 * (len(emptied) + len(self._retain)) / 3)
+            if model is not None and recognised <= 0.1:
+                figures["restored"] = self._restored(seen, whole)
         return Reading(
             retained=float(seen.retain.correct.mean()),
             retained_lost=_lost(old.retain, seen.retain),
@@ -393,6 +426,16 @@ class AdaptiveRun:
             passes=passes,
             **figures,
         )
+
+    def _restored(self, seen: Seen, whole: np.ndarray) -> float | None:
+        """Return the share of whole classes that the original's last layer recognises in the features of this look."""
+        if self._head is None or seen.forget_features is None:
+            return None
+        assert seen.retain_features is not None
+        assert self._before.retain_features is not None
+        labels = torch.from_numpy(seen.forget.labels[whole])
+        asked = seen.forget_features[torch.from_numpy(whole)]
+        return restored_share(self._head, labels, asked, seen.retain_features, self._before.retain_features)
 
     def _shared(self, reading: Reading) -> Reading:
         """Return the first process's reading."""
@@ -452,15 +495,28 @@ def _soft(margins: np.ndarray) -> np.ndarray:
     return np.asarray(0.5 * (1 + np.tanh(margins / (2 * width))))
 
 
+@contextmanager
+def _last_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a model's last linear layer receives, a tensor for each forward pass; nothing without a layer."""
+    seen: list[Tensor] = []
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for layer in layers[-1:]]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _divided(retain: ImageSource, generator: torch.Generator) -> tuple[ImageSource, ImageSource]:
-    """Divide D_r at random into a tenth, at most `_WATCHED`, and the rest."""
+    """Divide D_r at random into a tenth, at most `_UNSEEN_WATCHED`, and the rest."""
     order = torch.randperm(len(retain), generator=generator)
-    size = max(1, min(_WATCHED, len(retain) // 10))
+    size = max(1, min(_UNSEEN_WATCHED, len(retain) // 10))
     return retain.select(order[:size]), retain.select(order[size:])
 
 
-def _sample(images: ImageSource, generator: torch.Generator) -> ImageSource:
-    """Return at most `_WATCHED` images, drawn at random."""
-    if len(images) <= _WATCHED:
+def _sample(images: ImageSource, most: int, generator: torch.Generator) -> ImageSource:
+    """Return at most so many images, drawn at random."""
+    if len(images) <= most:
         return images
-    return images.select(torch.randperm(len(images), generator=generator)[:_WATCHED])
+    return images.select(torch.randperm(len(images), generator=generator)[:most])

@@ -1,5 +1,6 @@
 """The adaptive recipe: what the controller decides from numbers, and what a run of it keeps."""
 
+import copy
 import math
 
 import numpy as np
@@ -11,13 +12,16 @@ from salun_core.cli.output import round_line
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
 from salun_core.errors import UsageError
+from salun_core.evaluation.classifier import restored_metric
 from salun_core.evaluation.evidence import EpochRecord, Reading
 from salun_core.evaluation.membership import matched_area
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.gate import load_policy
 from salun_core.methods.classification import METHODS, FileCheckpoint, UnlearnConfig, method_config, unlearn
-from salun_core.methods.classification.adaptive import Controller, End, Limits, _lost, aim_at, targets_of
+from salun_core.methods.classification.adaptive import AdaptiveRun, Controller, End, Limits, _lost, aim_at, targets_of
+from salun_core.methods.classification.method import ClassifierContext
 from salun_core.methods.config import FIXED_SETTINGS
+from salun_core.methods.distributed import SINGLE_PROCESS
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
@@ -315,6 +319,51 @@ def test_a_whole_class_is_not_recognised_afterwards(trained):
     kept = images.select([index for index in range(240) if index not in set(gone)])
     accuracy = [outputs_of(model, kept).correct.mean() for model in (trained, result.model)]
     assert accuracy[1] >= accuracy[0] - 0.02
+    # The features are seen in the same passes as the outputs.
+    last = [record.reading for record in result.history if record.reading.kept][-1]
+    assert last.restored == restored_metric({"before": trained, "after": result.model}, images.select(gone), kept).after
+    looked = 80 + 160 + 200  # of the held-out images, those of the kept classes
+    assert last.passes == 80 + 256 + -(-looked // 3)
+
+
+def adaptive_run(trained, gone, train=240, **config):
+    images, model = drawn(train, 1), copy.deepcopy(trained)
+    forget, retain = images.select(gone), images.select([index for index in range(train) if index not in set(gone)])
+    settings = method_config("salun", {"recipe": "adaptive", **config})
+    context = ClassifierContext(forget, retain, 3, settings, model, trained, held_out=drawn(30, 2))
+    steered = AdaptiveRun(context, SINGLE_PROCESS)
+    steered.begin([])
+    return steered, model
+
+
+@pytest.mark.parametrize(
+    ("train", "batch_size", "samples", "steps"),
+    [
+        (30, 64, 8 * 22 + 2 * 8, 24),  # tiny data: at most eight passes, in batches of 8
+        (240, 64, 256 + 3 * 8, 35),
+        (240, 4, 256 + 3 * 8, 70),  # batches of the configuration are never enlarged
+        (1008, 64, 1000 + 12 * 8, 36),
+        (4808, 64, 4800 + 60 * 8, 83),
+    ],
+)
+def test_a_round_is_one_pass_in_enough_steps(trained, train, batch_size, samples, steps):
+    steered, _ = adaptive_run(trained, range(8), train, batch_size=batch_size)
+    (phase,) = steered.phases(0, torch.Generator().manual_seed(0))
+    assert (phase.samples, phase.steps) == (samples, steps)
+
+
+def test_a_class_that_only_the_last_layer_hides_is_still_trained_on(trained):
+    """A bias of the last layer hides a class at once; the features must forget it."""
+    gone = [index for index in range(240) if index % 3 == 2]
+    steered, model = adaptive_run(trained, gone)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
+    rows = (steered._nearest == 0).nonzero().flatten()  # whose wanted class is the one that is always answered
+    assert len(rows)
+    forgotten = steered._context.forget.select(rows).images
+    steered._loss(model.eval(), forgotten, 3 + rows).backward()
+    assert model.hidden.weight.grad.abs().sum() > 0
 
 
 def test_a_run_that_only_does_harm_returns_the_original(trained):
@@ -337,7 +386,7 @@ class BrokenOffError(Exception):
 
 def test_a_resumed_run_gives_the_same_bits(trained, tmp_path):
     # rounds that are undone, then rounds that are kept
-    harmful = {"recipe": "adaptive", "learning_rate": 0.1, "batch_size": 16}
+    harmful = {"recipe": "adaptive", "learning_rate": 0.03, "batch_size": 16}
     whole = run(trained, config=harmful)
     kept = [record.reading.kept for record in whole.history]
     assert kept[:4] == [False, False, False, True]  # updating batch norm, then frozen
