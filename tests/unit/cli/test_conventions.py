@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def listed(salun, monkeypatch):
     given = {"id": "r-1", "model_line": "faces", "target": {"kind": "samples", "ids": ["a"]}}
     submit_all(Ledger(store, utc_clock), [Submission.model_validate(given)], "ana")
     monkeypatch.setenv("SALUN_STORE_URI", "s3://abc")
+    # A module that is first imported while the function is replaced would keep the replacement in later tests.
+    importlib.import_module("salun_core.certificates.verify")
     monkeypatch.setattr("salun_core.storage.open_store", lambda uri: store)
     return salun
 
