@@ -107,7 +107,7 @@ def test_no_package_replaces_what_ships(tmp_path, monkeypatch):
     with package(tmp_path, monkeypatch, "salun-lab,salun-bad"):
         assert all(get_method(METHODS, name) is row for name, row in METHODS.items())
         assert parse_optional_metrics("lira") == {"lira": 8}
-        with pytest.raises(UsageError, match="metric RA of salun-bad cannot be used: an evaluation measures one"):
+        with pytest.raises(UsageError, match="metric RA of salun-bad cannot be used: a built-in metric has this name"):
             parse_optional_metrics("RA")
 
 
