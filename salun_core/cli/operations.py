@@ -206,6 +206,7 @@ def _purge_document(report: PurgeReport) -> dict[str, Any]:
         "skipped": len(report.skipped),
         "damaged_lines": list(report.damaged),
         "addenda": list(report.addenda),
+        "cached": report.cached,
         "held": list(planned.held),
         "shared": list(planned.shared),
         "unknown": list(planned.unknown),
@@ -251,6 +252,7 @@ def _by_kind(report: PurgeReport) -> list[tuple[object, ...]]:
 def _remaining(report: PurgeReport) -> Iterator[tuple[str, int]]:
     planned = report.plan
     yield "certificates that got an addendum", len(report.addenda)
+    yield "blocks of the data that were deleted from SALUN_DATA_CACHE", report.cached
     yield "left for the next purge because a model line changed or was at work", len(report.skipped)
     yield "model lines whose HEAD lacks files, so that superseded weights stay", len(report.damaged)
     yield "superseded and held", len(planned.held)

@@ -90,7 +90,7 @@ def _table(
         start = ends[number - 1] if number else 0
         rows = where[start : ends[number]]
         places = None if shard.kind in ("tar", "images") else rows["place"]
-        read = _reader(shard, file, rows, names[start : ends[number]])
+        read = _reader(shard, file, rows, (names[start : ends[number]], hashes[start : ends[number]]))
         shards.append(Shard(file.name, len(rows), read, places=places))
     table = Table(
         ids=names,
@@ -128,11 +128,18 @@ def _others(layout: Layout, read_all: Callable[[], Table]) -> Table:
 
 
 def _reader(
-    shard: ShardFile, file: _File, rows: np.ndarray, ids: Texts
+    shard: ShardFile, file: _File, rows: np.ndarray, known: tuple[Texts, np.ndarray]
 ) -> Callable[[Sequence[int]], Iterator[Payload]]:
-    """Return what reads rows of a shard by their positions in the index."""
-    if isinstance(file, StoredFolder) or shard.kind == "images":
-        return lambda wanted: _images(file, [str(ids[row]).removeprefix(shard.prefix) for row in wanted])
+    """Return what reads rows of a shard by their positions in the index; `known` has their ids and digests."""
+    ids, hashes = known
+    if isinstance(file, StoredFolder):
+        return lambda wanted: _images(
+            file,
+            [_name(ids[row], shard) for row in wanted],
+            [f"row {hashes[row].tobytes().hex()}" for row in wanted],
+        )
+    if shard.kind == "images":
+        return lambda wanted: _local_images(file, [_name(ids[row], shard) for row in wanted])
     if shard.kind == "tar":
         spans = np.stack([rows["place"], rows["size"]], axis=1)
         return lambda wanted: read_spans(file, spans, wanted)
@@ -140,21 +147,28 @@ def _reader(
     return lambda wanted: read(file, shard.column, shard.rows, rows["place"][list(wanted)].tolist())
 
 
-def _images(folder: _File, names: Sequence[str]) -> Iterator[bytes]:
+def _name(sample: str, shard: ShardFile) -> str:
+    """Return the path of an image in its folder."""
+    name = sample.removeprefix(shard.prefix)
+    if unsafe(name):
+        raise DataError("an id leads out of the data", repr(name[:200]), _REMEDY, public="an id of the data is bad")
+    return name
+
+
+def _local_images(folder: _File, names: Sequence[str]) -> Iterator[bytes]:
+    assert isinstance(folder, Path)
     for name in names:
-        if unsafe(name):
-            raise DataError("an id leads out of the data", repr(name[:200]), _REMEDY, public="an id of the data is bad")
-    if not isinstance(folder, StoredFolder):
-        assert isinstance(folder, Path)
-        for name in names:
-            check_inside(folder, name)
-            yield from read_images(folder, [name], [0])
-        return
+        check_inside(folder, name)
+        yield from read_images(folder, [name], [0])
+
+
+def _images(folder: StoredFolder, names: Sequence[str], identities: Sequence[str]) -> Iterator[bytes]:
+    """Yield images of a store; the next ones are requested while one is in use."""
     waiting: deque[Future[bytes]] = deque()
     with ThreadPoolExecutor(_AHEAD) as pool:
         try:
-            for name in names:
-                waiting.append(pool.submit(folder.read, name, MAX_IMAGE_BYTES))
+            for name, identity in zip(names, identities, strict=True):
+                waiting.append(pool.submit(folder.read, name, MAX_IMAGE_BYTES, identity))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft().result()
             while waiting:

@@ -1,19 +1,121 @@
 """Files of the data in S3: read by ranges, and optionally kept as blocks in a folder that pods share.
 
 What the readers of Parquet, tar and images use of a file is what `Path` has: `name`, `stat().st_size` and `open`.
+
+The cache is a folder, such as a volume that the pods of a run mount, with one folder for each four hours. It holds
+images of people who are to be forgotten: a block is in it for at most twelve hours, and a purge empties it. A block is
+written under a temporary name and renamed. What can happen:
+
+- A process dies while it writes: the temporary file stays until the folder of its four hours is deleted.
+- Two processes write the same block: both write a file of their own with the same bytes, and the last rename wins.
+- A folder is deleted while a block is read from it or written into it: the open file stays readable, and a write fails,
+  which only means that the next reader asks the store again. So does a full disk.
+- A block is damaged: it begins with its SHA-256. One that does not match is deleted and read from the store.
+- The clocks of two machines differ: a block lives for a longer or a shorter time, by that difference.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from salun_core.digest import sha256_bytes
 from salun_core.errors import DataError
 from salun_core.storage import FileStore, open_store
+from salun_core.storage.local_files import disk_error
 
+CACHE_VARIABLE = "SALUN_DATA_CACHE"
+_PERIOD = 4 * 3600  # seconds whose blocks are in one folder
+_PERIODS = 3  # that are kept, the current one included
 _REMEDY = "do not change the data during a run, and run it again"
+
+
+class BlockCache:
+    """Bytes that were read from a store, in a folder.
+
+    Args:
+        folder: it exists.
+        clock: returns seconds since 1970.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
+        self._folder, self._clock = folder, clock
+
+    @classmethod
+    def from_environment(cls) -> BlockCache | None:
+        """Return the cache in the folder that `SALUN_DATA_CACHE` names, without what is too old; None if it is not set.
+
+        Raises:
+            StoreError: the folder cannot be created.
+        """
+        name = os.environ.get(CACHE_VARIABLE, "").strip()
+        if not name:
+            return None
+        try:
+            Path(name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(f"cannot use the folder of {CACHE_VARIABLE}", Path(name), error) from error
+        cache = cls(Path(name))
+        cache.expire()
+        return cache
+
+    def read(self, identity: str, fetch: Callable[[], bytes]) -> bytes:
+        """Return a block, from the folder or else from the store.
+
+        Args:
+            identity: what the block is: the same text always means the same bytes.
+            fetch: reads it from the store.
+        """
+        name, now = f"{sha256_bytes(identity.encode())}.block", self._now
+        for period in range(now, now - _PERIODS, -1):
+            path = self._folder / str(period) / name
+            with suppress(OSError):
+                stored = path.read_bytes()
+                if hashlib.sha256(stored[32:]).digest() == stored[:32]:
+                    return stored[32:]
+                path.unlink()
+        data = fetch()
+        with suppress(OSError):
+            self._write(self._folder / str(now), name, data)
+        return data
+
+    def _write(self, folder: Path, name: str, data: bytes) -> None:
+        folder.mkdir(exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(data).digest() + data)
+            Path(part).chmod(0o640)  # pods of one group may run as different users
+            Path(part).replace(folder / name)
+        except OSError:
+            Path(part).unlink(missing_ok=True)
+            raise
+
+    @property
+    def _now(self) -> int:
+        return int(self._clock() // _PERIOD)
+
+    def expire(self, keep: int = _PERIODS) -> int:
+        """Delete blocks that are too old, and return how many.
+
+        Args:
+            keep: periods of four hours that stay, the current one included; 0 empties the cache.
+        """
+        oldest, count = self._now - keep, 0
+        for folder in self._folder.iterdir():
+            if folder.name.isdecimal() and folder.is_dir() and (not keep or int(folder.name) <= oldest):
+                count += sum(1 for _ in folder.glob("*.block"))
+                shutil.rmtree(folder, ignore_errors=True)
+        return count
 
 
 class _Size(NamedTuple):
@@ -29,13 +131,14 @@ class StoredFile:
         key: its key.
         size: in bytes, as listed.
         etag: as listed; an object that was replaced since is an error.
-        cache: keeps blocks; None reads from the store only.
+        cache: keeps what was read; None reads from the store only.
     """
 
     store: FileStore
     key: str
     size: int
     etag: str
+    cache: BlockCache | None = None
 
     @property
     def name(self) -> str:
@@ -61,6 +164,12 @@ class StoredFile:
         length = min(length, self.size - start)
         if length <= 0:
             return b""
+        if self.cache is None:
+            return self._fetch(start, length)
+        identity = f"{self.store.uri}/{self.key}\n{self.etag}\n{self.size}\n{start}\n{length}"
+        return self.cache.read(identity, lambda: self._fetch(start, length))
+
+    def _fetch(self, start: int, length: int) -> bytes:
         data = self.store.read_range(self.key, start, length, self.etag)
         if data is None or len(data) != length:
             raise DataError(f"{self.name} changed", "it was replaced or deleted in the store", _REMEDY)
@@ -74,28 +183,38 @@ class StoredFolder:
     Args:
         store: where they are.
         prefix: what their keys begin with, without the `/`.
+        cache: keeps what was read; None reads from the store only.
     """
 
     store: FileStore
     prefix: str
+    cache: BlockCache | None = None
 
     @classmethod
     def of(cls, uri: str, name: str) -> StoredFolder:
         """Return a folder of a source, or the source itself if the name is empty."""
         store, prefix = _opened(uri)
-        return cls(store, "/".join(filter(None, (prefix, name))))
+        return cls(store, "/".join(filter(None, (prefix, name))), BlockCache.from_environment())
 
     @property
     def name(self) -> str:
         """The last part of the prefix."""
         return self.prefix.rpartition("/")[2]
 
-    def read(self, name: str, limit: int) -> bytes:
+    def read(self, name: str, limit: int, identity: str) -> bytes:
         """Return an object.
 
+        Args:
+            name: relative to the prefix.
+            limit: its largest size in bytes.
+            identity: the digest of its content, by which it is cached.
+
         Raises:
-            DataError: it does not exist, or is larger than the limit in bytes.
+            DataError: it does not exist, or is too large.
         """
+        return self.cache.read(identity, lambda: self._fetch(name, limit)) if self.cache else self._fetch(name, limit)
+
+    def _fetch(self, name: str, limit: int) -> bytes:
         data = self.store.read_start("/".join(filter(None, (self.prefix, name))), limit + 1)
         remedy, public = "replace it, or take it out of the data", "an image of the data cannot be read"
         if data is None:
@@ -119,14 +238,14 @@ def stored_files(uri: str) -> dict[str, StoredFile]:
         StoreError: the store is unreachable.
     """
     store, prefix = _opened(uri)
-    found = {}
+    found, cache = {}, BlockCache.from_environment()
     for entry in store.list(prefix):
         if prefix and entry.key != prefix and not entry.key.startswith(f"{prefix}/"):
             continue
         if entry.key.startswith("/") or ".." in PurePosixPath(entry.key).parts:
             raise DataError("a data object has an unsafe key", repr(entry.key), "rename it")
         name = entry.key[len(prefix) :].removeprefix("/") if prefix else entry.key
-        found[name] = StoredFile(store, entry.key, entry.size, entry.etag)
+        found[name] = StoredFile(store, entry.key, entry.size, entry.etag, cache)
     return found
 
 

@@ -91,6 +91,7 @@ class PurgeReport:
         skipped: deletions that wait for the next purge, because a model line changed, was at work, or lacks a file.
         addenda: requests whose certificate got an addendum.
         damaged: model lines whose HEAD lacks a file; their superseded weights stay.
+        cached: blocks of the data that were deleted from the cache of this machine.
     """
 
     dry_run: bool
@@ -99,6 +100,7 @@ class PurgeReport:
     skipped: Sequence[Deletion] = ()
     addenda: Sequence[str] = ()
     damaged: Sequence[str] = ()
+    cached: int = 0
 
     @property
     def total(self) -> Erased:

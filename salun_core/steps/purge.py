@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from salun_core.data.stored import BlockCache
 from salun_core.retention.purge import PurgeReport, purge
 from salun_core.retention.rules import RetentionRules
 from salun_core.storage import open_pipeline_root, open_store
@@ -29,6 +31,8 @@ def purge_store(
 ) -> PurgeReport:
     """Purge a store, and log and measure it as a step; see `retention.purge.purge`.
 
+    A cache of data (`SALUN_DATA_CACHE`) is emptied, if this machine has one.
+
     Args:
         store_uri: `s3://bucket/prefix`.
         rules: how long things are kept; by default the longest allowed.
@@ -42,4 +46,6 @@ def purge_store(
     with observed("purge", ALL_LINES, run):
         root = open_pipeline_root(pipeline_root) if pipeline_root else None
         store, options = open_store(store_uri), {"old_artifacts": old_artifacts, "dry_run": dry_run}
-        return purge(store, rules, root, **options, signer=signer, clock=clock)
+        cache = None if dry_run else BlockCache.from_environment()
+        cached = cache.expire(keep=0) if cache else 0  # first: it depends on nothing in the store
+        return replace(purge(store, rules, root, **options, signer=signer, clock=clock), cached=cached)

@@ -15,12 +15,15 @@ from PIL import Image
 from salun_core.data import DataSpec, by_index, load_data, loading, resolve_forget, stored
 from salun_core.data.index import INDEXED_ROWS, WHERE, Layout, layout_of
 from salun_core.data.split import SPLIT, SplitManifest, read_split
-from salun_core.data.stored import StoredFile
+from salun_core.data.stored import CACHE_VARIABLE, BlockCache, StoredFile
 from salun_core.data.stream import StreamedImages
 from salun_core.data.table import Encoded, Origin, Shard, Table, Texts
 from salun_core.data.targets import ClassTarget, SamplesTarget, SubjectTarget
 from salun_core.errors import DataError, IntegrityError, UsageError
 from salun_core.requests.resolve import TableResolver
+from salun_core.retention.purge import PurgeReport
+from salun_core.retention.rules import DeletionPlan
+from salun_core.steps import purge
 from salun_core.tasks import task_named
 from tests.support.memory_store import MemoryFiles
 
@@ -425,3 +428,70 @@ def test_an_object_that_is_replaced_during_a_run_is_an_error(monkeypatch, tmp_pa
     store.delete("data/part-1.parquet")
     with pytest.raises(DataError, match=r"^part-1\.parquet is missing"):
         load_data(spec, split)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def blocks(cache):
+    return sorted(path for path in cache.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("write", [parquet, images])
+def test_a_cache_saves_the_second_reading(monkeypatch, tmp_path, bucket, cache, write):
+    write(tmp_path / "data")
+    uploaded(bucket, tmp_path / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        whole, split = trained(patch, tmp_path, DataSpec(source="s3://bucket/data"))
+    some = split.ids("train")[:4]
+    assert torch.equal(load_data(whole.spec, split).pixels(some), whole.pixels(some))
+    assert blocks(cache)
+    assert all(path.stat().st_mode & 0o007 == 0 for path in blocks(cache))
+    for method in ("read_range", "read_start"):
+        monkeypatch.setattr(bucket, method, lambda *_: pytest.fail("the store was read"))
+    assert torch.equal(load_data(whole.spec, split).pixels(some), whole.pixels(some))
+
+
+def test_a_cache_is_checked_and_forgets_after_twelve_hours(tmp_path):
+    now = [1_000_000.0]
+    cache, read = BlockCache(tmp_path, lambda: now[0]), []
+
+    def fetch():
+        read.append(now[0])
+        return b"some images"
+
+    def reads():
+        before = len(read)
+        assert cache.read("a block", fetch) == b"some images"
+        return len(read) - before
+
+    assert (reads(), reads()) == (1, 0)
+    flipped(blocks(tmp_path)[0], 40)
+    assert (reads(), reads()) == (1, 0)  # a damaged block is replaced
+    begun = now[0] // (4 * 3600) * 4 * 3600
+    now[0] = begun + 12 * 3600 - 1
+    assert reads() == 0
+    assert cache.expire() == 0
+    now[0] += 1
+    assert cache.expire() == 1
+    assert not blocks(tmp_path)
+    assert reads() == 1
+    (tmp_path / "somebody else's").mkdir()
+    assert cache.expire(keep=0) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["somebody else's"]
+    shutil.rmtree(tmp_path)
+    assert (reads(), reads()) == (1, 1)  # nothing can be kept, and everything can be read
+
+
+def test_a_purge_empties_the_cache(monkeypatch, cache):
+    cache.mkdir()
+    BlockCache(cache).read("an image of somebody", lambda: b"pixels")
+    monkeypatch.setattr(purge, "open_store", lambda _: None)
+    monkeypatch.setattr(purge, "purge", lambda *_, **options: PurgeReport(options["dry_run"], DeletionPlan([])))
+    assert purge.purge_store("s3://bucket/store", dry_run=True).cached == 0
+    assert len(blocks(cache)) == 1
+    assert purge.purge_store("s3://bucket/store").cached == 1
+    assert not blocks(cache)
