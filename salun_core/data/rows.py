@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +32,8 @@ PARTS = ("train", "validation", "test")  # by the number in the column `part`
 _FORMAT, _INDEXED = "salun.split/v2", "salun.split/v3"
 _KEY = b"salun"  # of the file's metadata
 _HEX = np.frombuffer(b"".join(b"%02x" % byte for byte in range(256)), dtype=np.uint16)
-_CACHED = 2  # groups of a file that stay decoded: two mappings may be iterated over side by side
+_CACHED = 2  # groups of a large file that stay decoded: two mappings may be iterated over side by side
+_KEPT_BYTES = 250_000_000  # of groups that all stay decoded, which saves reading them for each operation
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,12 @@ class Group:
 
     def __len__(self) -> int:
         return len(self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory it takes."""
+        arrays = (self.ids, self.parts, self.digests, self.where, self.subjects)
+        return sum(array.nbytes for array in arrays if array is not None)
 
     def select(self, index: np.ndarray | slice) -> Group:
         """Return the rows at these positions, or those that a mask is true for."""
@@ -205,6 +212,12 @@ class Columns:
                 raise ValueError(fault)
             last = group.ids[-1].as_py()
         return columns
+
+    @cached_property
+    def beyond_plane_zero(self) -> bool:
+        """Whether an id has a character above U+FFFF, which UTF-8 begins with a byte from 0xF0 on."""
+        groups = map(self.read, range(len(self.starts)))
+        return any(bool((string_buffers(group.ids)[0] >= 0xF0).any()) for group in groups)
 
     def group_of(self, name: str) -> int:
         """Return the number of the group that holds an id if any does; -1 if it is before the first one."""
@@ -372,8 +385,10 @@ class Rows(Mapping[str, str]):
         """Yield the rows in RFC 8785's order, by UTF-16, which is another one if an id has a character above U+FFFF."""
         import pyarrow
 
-        if not any(bool((string_buffers(group.ids)[0] >= 0xF0).any()) for group in self.groups()):
-            yield from self.groups()
+        if not self.columns.beyond_plane_zero:
+            for number in range(len(self.columns.starts)):
+                group = self.columns.read(number)
+                yield Group(group.ids, group.parts, group.digests).select(self.mask(number, group))
             return
         pairs = sorted(self.items(), key=lambda pair: pair[0].encode("utf-16-be"))
         for start in range(0, len(pairs), GROUP_ROWS):
@@ -545,7 +560,7 @@ def _opened(source: Path | bytes, name: str) -> tuple[str, list[Rows]]:
     cautious = pyarrow.parquet.ParquetFile(
         file, metadata=opened.metadata, read_dictionary=texts, page_checksum_verification=True
     )
-    starts, counts, last = [], np.zeros(len(PARTS), np.int64), None
+    starts, counts, last, kept, size = [], np.zeros(len(PARTS), np.int64), None, list[Group](), 0
     for number in range(opened.metadata.num_row_groups):
         group = _checked(cautious, number, name, layout)
         fault = order_fault(last, group)
@@ -554,13 +569,15 @@ def _opened(source: Path | bytes, name: str) -> tuple[str, list[Rows]]:
         starts.append(group.ids[0].as_py())
         last = group.ids[-1].as_py()
         counts += np.bincount(group.parts, minlength=len(PARTS))
+        size += group.nbytes
+        kept = [*kept, group] if size <= _KEPT_BYTES else []
 
     @lru_cache(_CACHED)
     def read(number: int) -> Group:
         with _intact(name):
             return _as_group(opened.read_row_group(number, use_threads=False))
 
-    columns = Columns(starts, counts.tolist(), read, layout)
+    columns = Columns(starts, counts.tolist(), kept.__getitem__ if kept else read, layout)
     return dataset_digest, [Rows(columns, number) for number in range(len(PARTS))]
 
 

@@ -18,6 +18,7 @@ from salun_core.digest import canonical_json, canonical_texts, hex_digests
 from salun_core.errors import DataError, IntegrityError
 
 _PIECE = 1 << 16  # rows whose JSON is made at once
+_FEW = 20  # times as many texts are searched for the names, instead of the other way round
 Payload = bytes | np.ndarray  # an encoded image, or pixels uint8 [H, W, C]
 
 
@@ -386,8 +387,12 @@ class Texts(Sequence[Any]):
             if len(names) == 1:
                 return np.array([-1])
             return np.concatenate([self.find([name]) for name in names])
-        places = pyarrow.compute.index_in(wanted, value_set=self._array)
-        return np.asarray(places.fill_null(-1).to_numpy(), np.int64)
+        if len(names) * _FEW > len(self):
+            places = pyarrow.compute.index_in(wanted, value_set=self._array)
+            return np.asarray(places.fill_null(-1).to_numpy(), np.int64)
+        hits = np.flatnonzero(pyarrow.compute.is_in(self._array, value_set=wanted).to_numpy())
+        found = dict(zip(Texts(self._array.take(pyarrow.array(hits))), hits.tolist(), strict=True))
+        return np.array([found.get(name, -1) for name in names], np.int64)
 
 
 def row_hash(label: int, payload: Payload) -> bytes:

@@ -28,9 +28,13 @@ ODD = ['a"b', "back\\slash", "tab\t", "nul\0", "\x7f", "é", "\uffee", "\U0001f6
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
-    """Groups of 64 rows and a megabyte at most, so that small splits have several, and small bombs are bombs."""
+    """Groups of 64 rows and a megabyte at most, so that small splits have several, and small bombs are bombs.
+
+    Their files count as large ones, whose groups do not stay in memory.
+    """
     monkeypatch.setattr(rows_module, "GROUP_ROWS", 64)
     monkeypatch.setattr(rows_module, "EXPANDED_BYTES", 1_000_000)
+    monkeypatch.setattr(rows_module, "_KEPT_BYTES", 0)
 
 
 def of(names, seed=0):
