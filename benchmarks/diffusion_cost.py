@@ -17,15 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 from benchmarks.diffusion_flops import arithmetic, batch_of, context_of, denoiser_of, our_step, table, usual_step
+from salun_core.device_memory import LiveBytes
 from salun_core.diffusion.architectures import build_architecture
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.diffusion.sampling import Sampler, samples
@@ -66,36 +64,6 @@ def mask_at_full_size() -> dict[str, float]:
         "peak, MB": peak / 1024,
         "loads equal": float(same),
     }
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are created inside it and still live, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = 0, 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        """Run an operation and count the tensors that it creates."""
-        made = func(*args, **(kwargs or {}))
-        for item in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(item, Tensor):
-                self._note(item.untyped_storage())
-        return made
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
 
 
 def small_unet() -> nn.Module:

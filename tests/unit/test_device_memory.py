@@ -1,5 +1,6 @@
 """Batches are halved when the device has no room for them, and the error says what was tried."""
 
+import copy
 import weakref
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from salun_core.data.images import ImageSet
-from salun_core.device_memory import explained, fitting
+from salun_core.device_memory import LiveBytes, TrainingMemory, explained, fitting
 from salun_core.diffusion.latents import decoder, latents_of
 from salun_core.diffusion.sampling import samples
 from salun_core.errors import DeviceMemoryError, ModelError
@@ -180,3 +181,48 @@ def test_the_autoencoder_fits_its_batches():
     torch.testing.assert_close(found_mean, mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found_std, std, rtol=1e-4, atol=1e-5)
     assert (decoder(vae)(latents).int() - decoded.int()).abs().max() <= 1
+
+
+@pytest.fixture(scope="module")
+def small():
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 32))
+
+
+def squares(network, count):
+    return network(torch.zeros(count, 3, 8, 8)).square().mean()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_a_predicted_pass_has_the_bytes_of_a_real_one(small, count):
+    network = copy.deepcopy(small)
+    with LiveBytes(network.parameters()) as counted:
+        squares(network, count).backward()
+    predicted = TrainingMemory.of(small, squares, "float32").scoring(count)
+    weights = 4 * sum(parameter.numel() for parameter in network.parameters())
+    assert predicted - weights == pytest.approx(counted.peak, rel=0.02)
+
+
+def test_a_prediction_leaves_the_network_alone(small):
+    before = [parameter.clone() for parameter in small.parameters()]
+    TrainingMemory.of(small, squares, "bf16")
+    assert all(torch.equal(a, b) for a, b in zip(before, small.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in small.parameters())
+
+
+def test_a_network_that_no_machine_has_room_for_is_predicted():
+    side = 1_000_000
+    network = nn.Linear(side, side, bias=False, device="meta")
+    memory = TrainingMemory.of(network, lambda layer, count: layer(torch.zeros(count, side)).sum(), "float32")
+    assert memory.parameters == side**2
+    assert memory.step(1, "adam") == pytest.approx(21 * side**2, rel=1e-3)
+
+
+def test_each_setting_adds_its_bytes_per_weight():
+    memory = TrainingMemory(100, [(400, 8), (0, 80)])
+    assert (memory.scoring(1), memory.scoring(10)) == (400 + 408, 400 + 800)
+    assert memory.step(1, "adam") == 100 * (4 + 4 + 8 + 1) + 408
+    assert memory.step(10, "adam", offload=True) == 100 * (4 + 1) + 800
+    assert memory.step(1, "adam", gpu=True) == 100 * (4 + 4 + 8 + 1) + 800
+    assert memory.step(1, "sgd", momentum=0, masked=False) == 100 * (4 + 4) + 408
+    assert memory.step(1, "adamw", offload=True, frozen_copies=1) == 100 * (4 + 4 + 1) + 408
+    assert TrainingMemory(100, [(0, 8)]).step(1, "adam", offload=True) == 100 * (4 + 1 + 4)  # gradients at the step
