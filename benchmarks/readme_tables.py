@@ -21,7 +21,16 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
     "docs/research/study.md": ("study", "study-cost"),
-    "docs/research/speed.md": ("masked-step", "speed", "speed-machines", "splits", "streaming", "retain-fraction"),
+    "docs/research/speed.md": (
+        "masked-step",
+        "speed",
+        "speed-machines",
+        "splits",
+        "streaming",
+        "retain-fraction",
+        "full-size",
+        "cards",
+    ),
 }
 STUDY = {  # suites of the classification study, by the heading of their column; the last three are older
     "digits, random 10 %": "digits-random10-cpu",
@@ -190,6 +199,8 @@ def tables() -> dict[str, str]:
         "splits": split_table(documents["splits"]),
         "streaming": streaming_table(documents["streaming"]),
         "retain-fraction": fraction_table(documents["retain-fraction"]),
+        "full-size": full_size_table(documents["full-size"]),
+        "cards": cards_table(documents["full-size"]),
     }
 
 
@@ -218,6 +229,38 @@ def fraction_table(document: dict[str, Any]) -> str:
         ]
         passes = statistics.mean(item["passes"] for item in figures)
         lines.append(f"| {row['request']} | {row['fraction']:g} | {' | '.join(cells)} | {passes:,.0f} |")
+    return "\n".join(lines)
+
+
+def full_size_table(document: dict[str, Any]) -> str:
+    """Render what the steps of models of full size took, and the ratio of the measured to the predicted peak."""
+    lines = ["| model | step | CPU s | peak, GB | predicted, GB | ratio |", "|---|---|--:|--:|--:|--:|"]
+    for part in document["parts"].values():
+        for action in ("mask", "unlearn", "frozen"):
+            cost = part.get("measured", {}).get(action)
+            if cost is None:
+                continue
+            cells = [f"{cost['cpu_s']:.0f}", f"{cost['peak'] / 1e9:.2f}", MISSING, MISSING]
+            if action in part["predicted"]:
+                predicted = part["predicted"][action] + cost["imported"]
+                cells[2:] = [f"{predicted / 1e9:.2f}", f"{cost['peak'] / predicted:.2f}"]
+            lines.append(f"| {part['title']} | {action} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cards_table(document: dict[str, Any]) -> str:
+    """Render how many examples fit the memory of a card at once."""
+    parts = [part for part in document["parts"].values() if "cards" in part]
+    cards = list(parts[0]["cards"][0]["fits"])
+    lines = [
+        "| model | settings | scoring 1, GB | step with 1, GB | " + " | ".join(f"{card} GB" for card in cards) + " |",
+        "|---|---|--:|--:|" + "--:|" * len(cards),
+    ]
+    for part in parts:
+        for row in part["cards"]:
+            sizes = " | ".join(f"{row['one'][name] / 1e9:.1f}" for name in ("mask", "step"))
+            fits = " | ".join(f"{found['mask']} / {found['step']}" for found in row["fits"].values())
+            lines.append(f"| {part['title']} | {row['settings']} | {sizes} | {fits} |")
     return "\n".join(lines)
 
 

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
+from salun_core.device_memory import LiveBytes, TrainingMemory
 from salun_core.errors import StoreError
 from salun_core.methods.diffusion import diffusion_config, unlearn_denoiser
 from salun_core.methods.diffusion.saliency import denoising_scores
 from salun_core.methods.offload import OffloadedOptimizer, Shelf, offloaded, put_away
 from salun_core.saliency import SaliencyMask, masked_optimizer
-from tests.support.tiny_denoisers import lab, shapes_of
+from tests.support.tiny_denoisers import LENGTH, WIDTH, lab, shapes_of
 
 OPTIMIZERS = {
     "sgd": lambda parameters: SGD(parameters, lr=0.1),
@@ -155,3 +156,18 @@ def test_scores_have_the_same_bits_with_gradient_checkpointing(text):
     )
     assert all(torch.equal(plain[name], again[name]) for name in plain)
     assert not denoiser.network.is_gradient_checkpointing
+
+
+def denoising(network, count):
+    noisy, times = torch.zeros(count, 1, 8, 8), torch.zeros(count, dtype=torch.int64)
+    return network(noisy, times, torch.zeros(count, LENGTH, WIDTH), return_dict=False)[0].square().mean()
+
+
+@pytest.mark.parametrize("changes", [{}, {"offload": "disk"}])
+def test_the_memory_of_a_run_is_as_predicted(text, changes):
+    memory = TrainingMemory.of(text[0].network, denoising, "float32")
+    predicted = memory.step(2 * QUICK["batch_size"], "adam", offload="offload" in changes)
+    with LiveBytes(text[0].network.parameters()) as counted:
+        run(text, **changes)
+    original = 0 if "offload" in changes else 4 * memory.parameters  # it was there before
+    assert predicted == pytest.approx(counted.peak + original, rel=0.15)
