@@ -561,7 +561,9 @@ def _opened(source: Path | bytes, name: str) -> tuple[str, list[Rows]]:
         file, metadata=opened.metadata, read_dictionary=texts, page_checksum_verification=True
     )
     starts, counts, last, kept, size = [], np.zeros(len(PARTS), np.int64), None, list[Group](), 0
-    for number in range(opened.metadata.num_row_groups):
+    groups = range(opened.metadata.num_row_groups)
+    small = claimed_bytes(opened.metadata, groups) <= _KEPT_BYTES
+    for number in groups:
         group = _checked(cautious, number, name, layout)
         fault = order_fault(last, group)
         if fault:
@@ -570,7 +572,7 @@ def _opened(source: Path | bytes, name: str) -> tuple[str, list[Rows]]:
         last = group.ids[-1].as_py()
         counts += np.bincount(group.parts, minlength=len(PARTS))
         size += group.nbytes
-        kept = [*kept, group] if size <= _KEPT_BYTES else []
+        kept = [*kept, group] if small and size <= _KEPT_BYTES else []
 
     @lru_cache(_CACHED)
     def read(number: int) -> Group:
