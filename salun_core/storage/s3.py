@@ -285,7 +285,7 @@ class S3Store:
         def read() -> bytes | None:
             range_ = f"bytes={start}-{start + size - 1}"
             answer = self._client.get_object(Bucket=self._bucket, Key=full, Range=range_)
-            if "ETag" not in answer:  # the headers broke off
+            if not answer.get("ETag", "").endswith('"'):  # the headers broke off
                 raise ReadTimeoutError(endpoint_url=self.endpoint, error="the answer broke off")
             if answer["ETag"] != etag:  # not every store knows the condition If-Match for reading
                 answer["Body"].close()

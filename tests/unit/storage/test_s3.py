@@ -148,6 +148,15 @@ def test_the_start_of_an_object_is_read(store):
     assert store.read_start("none", 4) is None
 
 
+def test_ranges_are_of_one_state_of_an_object(store):
+    etag = store.put_new("long", b"0123456789")
+    assert [store.read_range("long", *span, etag) for span in ((0, 3), (4, 2), (8, 99))] == [b"012", b"45", b"89"]
+    assert store.read_range("none", 0, 1, etag) is None
+    store.put_if("long", b"0123", etag)
+    assert store.read_range("long", 0, 3, etag) is None
+    assert store.read_range("long", 8, 1, etag) is None  # behind its end
+
+
 @pytest.mark.parametrize("size", [0, 1, 40 * 1024 * 1024 + 17], ids=["empty", "byte", "parts"])
 def test_files_are_uploaded_and_downloaded_complete(store, tmp_path, size):
     source, target = tmp_path / "source", tmp_path / "target"
@@ -217,11 +226,14 @@ CUT = {
     "date": b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nETag: "x"\r\nLast-Modified: Thu, 0',
     "rest": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n",
     "body": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab",
+    "etag": b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nETag: "5d41',
     "empty": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nDate: now\r\n\r\n",
 }
+HELLO = '"5d41402abc4b2a76b9719d911017c592"'  # the etag of b"hello"
 READS = {
     "get": lambda store, _: store.get("docs/a").data == b"hello",
     "start": lambda store, _: store.read_start("docs/a", 2) == b"he",
+    "range": lambda store, _: store.read_range("docs/a", 1, 3, HELLO) == b"ell",
     "list": lambda store, _: [entry.key for entry in store.list("docs/")] == ["docs/a"],
     "versions": lambda store, _: [item.key for item in stored_keys(store, "docs/")] == ["docs/a"],
     "download": lambda store, path: store.download("docs/a", path) or path.read_bytes() == b"hello",
@@ -229,7 +241,11 @@ READS = {
 }
 
 
-ONCE = {*((act, "name") for act in READS), *(("versions", cut) for cut in CUT if cut != "empty")}
+ONCE = {
+    *((act, "name") for act in READS),
+    *(("range", cut) for cut in ("etag", "rest", "empty")),
+    *(("versions", cut) for cut in CUT if cut != "empty"),
+}
 
 
 @pytest.mark.parametrize(("act", "cut"), sorted(ONCE))
