@@ -8,6 +8,7 @@ in a process of its own by the code of the pods (`salun_core.pods`), with one th
 
 - rows: how many images the data set has; 72 % of them are in training
 - forgotten: how many of those a request names; a number below 1 is a share
+- unlearning trains for one epoch, on all forgotten images and on 5,000 retained ones
 - CPU s: processor time of the process, with Python and its imports, which the row *imports* shows alone
 - peak: the largest resident memory of the process
 - read: the bodies of all answers of the S3 server
@@ -50,6 +51,7 @@ TRAINING = {"epochs": 1, "batch_size": 256, "learning_rate": 0.05, "device": "cp
 METHOD, DENSITY = "salun", 0.5
 POLICY = {"name": "cost", "rules": [{"metric": "RA", "op": ">=", "value": 0, "reason": "every model is published"}]}
 CONFIG = {"recipe": "fixed", "epochs": 1, "batch_size": 256, "learning_rate": 0.001, "device": "cpu"}
+RETAINED = 5_000  # images of D_r that the epoch trains on, for each number of rows
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 
 
@@ -110,9 +112,16 @@ class Case:
         return str(self.folder / name)
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The settings of the method."""
+        trained = 0.72 * self.size
+        kept = trained - (self.forgotten if self.forgotten >= 1 else self.forgotten * trained)
+        return {**CONFIG, "retain_fraction": min(1.0, RETAINED / kept)}
+
+    @property
     def form(self) -> dict[str, Any]:
         """The parameters of a run."""
-        recipe = {"method": METHOD, "density": DENSITY, "method_config": json.dumps(CONFIG)}
+        recipe = {"method": METHOD, "density": DENSITY, "method_config": json.dumps(self.config)}
         places = {"store_uri": self.store, "model_line": self.line, "policy_uri": self.policy}
         return {**recipe, **places, "forget_manifest_uri": self.file("forget")}
 
@@ -162,14 +171,14 @@ def step(name: str) -> Callable[[Case], None]:
         from salun_core.pods.pod import Pod
         from salun_core.pods.reference import Kind, Reference, write_reference
 
-        pod, file = Pod(case.store, case.line, case.run), case.file
+        pod, file, config = Pod(case.store, case.line, case.run), case.file, json.dumps(case.config)
         made: Reference
         if name == "fetch":
             made = steps.fetch_model(pod, case.form).inputs
         elif name == "mask":
-            made = steps.compute_mask(pod, file("fetch"), METHOD, DENSITY, json.dumps(CONFIG))
+            made = steps.compute_mask(pod, file("fetch"), METHOD, DENSITY, config)
         elif name == "unlearn":
-            made = steps.unlearn(pod, file("mask"), METHOD, json.dumps(CONFIG), 0)
+            made = steps.unlearn(pod, file("mask"), METHOD, config, 0)
         elif name == "evaluate":
             made, _ = steps.evaluate(pod, file("unlearn"), file("report.html"))
         else:
@@ -191,7 +200,7 @@ def sweep(case: Case) -> None:
 
     (target,), store = read_targets(Path(case.file("forget"))), open_store(case.store)
     Ledger(store, utc_clock).submit(f"r-{case.run}", case.line, target)
-    settings = [word for name, value in CONFIG.items() for word in ("--set", f"{name}={value}")]
+    settings = [word for name, value in case.config.items() for word in ("--set", f"{name}={value}")]
     options = ["--store", case.store, "--line", case.line, "--method", METHOD, "--work-dir", case.file("sweep")]
     options += ["--policy-uri", case.policy]
     before = require_head(store, case.line).version
