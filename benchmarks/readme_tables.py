@@ -26,7 +26,8 @@ PAGES = {
         "speed",
         "speed-machines",
         "splits",
-        "streaming",
+        "scale",
+        "scale-whole",
         "retain-fraction",
         "full-size",
         "cards",
@@ -41,7 +42,7 @@ STUDY = {  # suites of the classification study, by the heading of their column;
     "CIFAR-10, random 50 %": "cifar10-random50-cpu",
     "CIFAR-10, class": "cifar10-class-cpu",
 }
-SOURCES = {"memory": "in memory", "stream": "streamed"}
+SWEPT = 20  # images that the request of a sweep names, in benchmarks/scale.py
 ADAPTIVE, PUBLISHED = "SalUn, adaptive recipe", "SalUn, published recipe"
 COSTS = {  # rows of the table of costs: what is shown; older results lack some of them, newer ones others
     "SalUn": "SalUn, searched",
@@ -104,7 +105,7 @@ def study_table(documents: dict[str, Any]) -> str:
     unmeasured = [title for title, results in suites.items() if results.floor is None]
     lines = ["| average gap, points | " + " | ".join(STUDY) + " |", "|---" + "|--:" * len(STUDY) + "|"]
     for name in ["original", *([] if len(unmeasured) == len(suites) else ["Retrain"]), *methods]:
-        cells = []
+        cells: list[str] = []
         for title in suites:
             values = list(gaps[title].get(name, {}).values())
             if not values or (name == "Retrain" and title in unmeasured):
@@ -197,24 +198,62 @@ def tables() -> dict[str, str]:
         "speed": speed_table(documents),
         "speed-machines": machines(documents),
         "splits": split_table(documents["splits"]),
-        "streaming": streaming_table(documents["streaming"]),
+        "scale": scale_table(documents["scale"]),
+        "scale-whole": scale_whole(documents["scale"]),
         "retain-fraction": fraction_table(documents["retain-fraction"]),
         "full-size": full_size_table(documents["full-size"]),
         "cards": cards_table(documents["full-size"]),
     }
 
 
-def streaming_table(document: dict[str, Any]) -> str:
-    """Render what training and forgetting cost from both sources of images."""
+def _scaled(document: dict[str, Any]) -> tuple[list[int], dict[tuple[int, float], dict[str, Any]]]:
+    """Return the numbers of rows that were measured, and the costs by rows and forgotten images."""
+    costs = {(row["rows"], row["forgotten"]): row["costs"] for row in document["rows"]}
+    return sorted({rows for rows, _ in costs}), costs
+
+
+def _forgotten(count: float) -> str:
+    return f"{count:,.0f}" if count >= 1 else f"{count:.0%}".replace("%", " %")
+
+
+def scale_table(document: dict[str, Any]) -> str:
+    """Render what each step costs by the number of rows, and how it grows over the last tenfold."""
+    sizes, costs = _scaled(document)
+    shown = [f"{size:,}" for size in sizes]
     lines = [
-        "| rows | images | train, CPU s | peak, MB | forget 20, CPU s | peak, MB |",
-        "|--:|---|--:|--:|--:|--:|",
+        f"| step | forgotten | CPU s, {shown[0]} rows | "
+        + " | ".join([*shown[1:], "growth", f"peak, MB, {shown[0]} rows", *shown[1:]])
+        + f" | read, MB, {shown[0]} rows | "
+        + " | ".join(shown[1:])
+        + " |",
+        "|---|--:" + "|--:" * (3 * len(sizes) + 1) + "|",
     ]
-    for row in document["rows"]:
-        for source, costs in sorted(row["costs"].items()):
-            found = [costs.get(action) for action in ("train", "forget")]
-            cells = [f"{cost['cpu_s']:.0f} | {cost['peak_mb']:.0f}" if cost else " | " for cost in found]
-            lines.append(f"| {row['rows']:,} | {SOURCES[source]} | {' | '.join(cells)} |")
+    forgotten = sorted({count for _, count in costs if count not in (0, SWEPT)}, key=lambda count: (count < 1, count))
+    for step in ("fetch", "mask", "unlearn", "evaluate", "publish"):
+        for count in forgotten:
+            found = [costs.get((size, count), {}).get(step) for size in sizes]
+            last = found[-2:]
+            growth = f"{last[1]['cpu_s'] / last[0]['cpu_s']:.1f} x" if all(last) and len(last) == 2 else MISSING
+            cells = [f"{cost['cpu_s']:.1f}" if cost else MISSING for cost in found] + [growth]
+            cells += [f"{cost['peak_mb']:.0f}" if cost else MISSING for cost in found]
+            cells += [f"{cost['read_mb']:.1f}" if cost else MISSING for cost in found]
+            lines.append(f"| {step} | {_forgotten(count)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scale_whole(document: dict[str, Any]) -> str:
+    """Render what Python's imports, a training and a whole sweep cost by the number of rows."""
+    sizes, costs = _scaled(document)
+    shown = {"imports": (0, "imports alone"), "train": (0, "training"), "sweep": (SWEPT, f"sweep, {SWEPT} forgotten")}
+    names = " | ".join(f"{title}, CPU s | peak, MB | read, MB" for _, title in shown.values())
+    lines = [f"| rows | {names} |", "|--:" + "|--:" * 3 * len(shown) + "|"]
+    for size in sizes:
+        cells: list[str] = []
+        for name, (count, _) in shown.items():
+            cost = costs.get((size, count), {}).get(name)
+            values = (f"{cost['cpu_s']:.1f}", f"{cost['peak_mb']:.0f}", f"{cost['read_mb']:.1f}") if cost else None
+            cells += values or (MISSING,) * 3
+        lines.append(f"| {size:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
