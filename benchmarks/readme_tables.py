@@ -232,8 +232,8 @@ def scale_table(document: dict[str, Any]) -> str:
     for step in ("fetch", "mask", "unlearn", "evaluate", "publish"):
         for count in forgotten:
             found = [costs.get((size, count), {}).get(step) for size in sizes]
-            last = found[-2:]
-            growth = f"{last[1]['cpu_s'] / last[0]['cpu_s']:.1f} x" if all(last) and len(last) == 2 else MISSING
+            last = [cost["cpu_s"] for cost in found[-2:] if cost]
+            growth = f"{last[1] / last[0]:.1f} x" if len(last) == 2 else MISSING
             cells = [f"{cost['cpu_s']:.1f}" if cost else MISSING for cost in found] + [growth]
             cells += [f"{cost['peak_mb']:.0f}" if cost else MISSING for cost in found]
             cells += [f"{cost['read_mb']:.1f}" if cost else MISSING for cost in found]

@@ -16,7 +16,7 @@ in a process of its own by the code of the pods (`salun_core.pods`), with one th
 A sweep is `salun sweep --now` for one request of 20 images. The gate has a policy that every model passes: the cost is
 measured, and not what was forgotten. The work folder keeps data, models and the store, so that
 `--work DIR` measures single steps again without making them. Writes benchmarks/results/scale.json, which keeps the
-rows that were not measured. `make generated` makes the tables in docs/research/speed.md from it.
+rows of earlier calls. `make generated` makes the tables in docs/research/speed.md from it.
 """
 
 from __future__ import annotations
@@ -282,14 +282,14 @@ def measure(sizes: Sequence[int], forgotten: Sequence[float], sweeps: bool, work
             yield {"rows": size, "forgotten": SWEPT, "costs": {"sweep": measured("sweep", case)}}
 
 
-def written(rows: Sequence[dict[str, Any]]) -> None:
-    """Write the results, with those of earlier calls that were not measured now."""
+def write(measured: dict[str, Any]) -> None:
+    """Write a row to the results, which keep the rows of earlier calls."""
     import pyarrow
     import torch
 
     known: dict[tuple[int, float], dict[str, Any]] = {}
     kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-    for row in [*kept, *rows]:
+    for row in [*kept, measured]:
         known.setdefault((row["rows"], row["forgotten"]), {}).update(row["costs"])
     document = {
         **{"machine": machine(), "torch": torch.__version__, "pyarrow": pyarrow.__version__},
@@ -320,9 +320,9 @@ def main() -> None:
         (work / "policy.json").write_text(json.dumps(POLICY), encoding="utf-8")
         with embedded_s3(work / "s3", keep_account=True) as server:
             os.environ.update(server.environ | {"SALUN_SIGNING_KEY": str(key)})
-            rows = list(measure(given.sizes, given.forget, not given.no_sweep, work))
-    if given.write:
-        written(rows)
+            for row in measure(given.sizes, given.forget, not given.no_sweep, work):
+                if given.write:
+                    write(row)
 
 
 if __name__ == "__main__":
