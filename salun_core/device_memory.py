@@ -94,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
         """Run an operation and count the tensors that it creates."""
         made = func(*args, **(kwargs or {}))
         for item in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(item, Tensor):
+            if isinstance(item, Tensor) and item.device.type != "meta":  # simulated tensors claim to be on the CPU
                 self._note(item.untyped_storage())
         return made
 

@@ -90,7 +90,7 @@ def _each_gradient(
             if len(inputs):
                 # The size of a part depends on nothing but the images: other summands would have other bits, and so
                 # would the mask.
-                size = max(1, VALUES_AT_ONCE * len(inputs) // inputs.numel())
+                size = min(len(inputs), max(1, VALUES_AT_ONCE * len(inputs) // inputs.numel()))
                 with explained(f"{size} samples, which must be scored at once, do not fit", _MORE_MEMORY):
                     for part, labels in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
                         (loss_fn(model(part), labels) * len(part)).backward()  # type: ignore[no-untyped-call]
