@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from tests.reliability import journal
 from tests.reliability.plan import Plan
 from tests.support import toy_line as toy
 
-HEAVY = {"torch", "sklearn", "pyarrow", "matplotlib"}
 _AGAIN = 16
 _TRIES = 6
 T = TypeVar("T")
@@ -42,8 +40,6 @@ def work(plan: Plan, number: int, address: str | None = None) -> None:
     os.environ.update(plan.environ)
     _hurry(plan.backoff)
     worker, dice = Worker(plan, number, address), random.Random()
-    if found := HEAVY & set(sys.modules):
-        journal.write(plan.journal, kind="error", error=f"a worker imports {', '.join(sorted(found))}")
     while plan.goes_on():
         with worker.noted():
             worker.file()

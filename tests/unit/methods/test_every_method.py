@@ -152,7 +152,7 @@ def test_the_documentation_names_every_method_and_setting():
         for key in sorted({*row.defaults, *row.reads} - DRAWS_RETAIN):
             value = getattr(method_config(method), key)
             assert f"`{key}: {f'{value:g}' if isinstance(value, float) else value}`" in section, (method, key)
-    drawing = text.split("- These methods read it:")[1].split(". R in the table")[0]
+    drawing = text.split("- These methods have the setting:")[1].split(". In the [table")[0]
     assert sorted(drawing.replace("`", "").replace(",", "").split()) == sorted(
         name for name, row in METHODS.items() if row.reads >= DRAWS_RETAIN
     )
