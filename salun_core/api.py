@@ -301,7 +301,8 @@ def evaluate(
             where = f"{_device(other)} and {_device(network)}"
             raise ModelError(f"the model {name} is on another device", where, "move one of them with .to()")
     named = {"forget": forget, "retain": retain, "test": test}
-    splits = Splits(**{name: _images(before, network, name, data) for name, data in named.items()})
+    found = {name: _images(before, network, name, data) for name, data in named.items()}
+    splits = Splits(found["forget"], found["retain"], found["test"])
     if classes is None and isinstance(before, LoadedModel):
         classes = before.card.classes
     names = list(classes) if classes is not None else [str(index) for index in range(_outputs(network, splits.forget))]
