@@ -36,6 +36,8 @@ from salun_core.storage.local_files import disk_error
 CACHE_VARIABLE = "SALUN_DATA_CACHE"
 _PERIOD = 4 * 3600  # seconds whose blocks are in one folder
 _PERIODS = 3  # that are kept, the current one included
+_NEAR, _IN_A_ROW = 64 << 10, 4  # bytes between reads that follow each other; reads before the first one ahead
+_MOST_AHEAD = 4 << 20  # bytes of a request beyond those of its read
 _REMEDY = "do not change the data during a run, and run it again"
 
 
@@ -257,10 +259,19 @@ def for_arrow(file: Path | StoredFile) -> Any:  # noqa: ANN401 - pyarrow has no 
 
 
 class _Ranges(io.RawIOBase):
-    """A stored file as a file object: each read is one request."""
+    """A stored file as a file object.
+
+    Each read is one request, of exactly its bytes, as long as reads are far apart. After four reads that follow each
+    other, such as those of many groups of a Parquet file, a request asks for more at once, and the next one for twice
+    as much: a request costs milliseconds of processor time. What is read in vain is at most about as much as was
+    needed. With a cache nothing is read ahead, because another reader would ask for other ranges.
+    """
 
     def __init__(self, file: StoredFile) -> None:
         self._file, self._place = file, 0
+        self._held, self._from = b"", 0  # the bytes of the last request, and where they begin
+        self._end, self._row = 0, 0  # where the last read ended, and how many reads followed each other until then
+        self._ahead = 0  # how much the last request read ahead
 
     def readable(self) -> bool:
         return True
@@ -276,8 +287,16 @@ class _Ranges(io.RawIOBase):
         return self._place
 
     def read(self, size: int = -1) -> bytes:
-        data = self._file.read(self._place, self._file.size if size is None or size < 0 else size)
-        self._place += len(data)
+        start = self._place
+        left = max(0, self._file.size - start)
+        size = left if size is None or size < 0 else min(size, left)
+        self._row = self._row + 1 if 0 < self._end <= start <= self._end + _NEAR else 0
+        if not self._from <= start <= start + size <= self._from + len(self._held):
+            follows = self._row >= _IN_A_ROW and self._file.cache is None
+            self._ahead = min(_MOST_AHEAD, max(size, 2 * self._ahead)) if follows else 0
+            self._held, self._from = self._file.read(start, size + self._ahead), start
+        data = self._held[start - self._from :][:size]
+        self._place = self._end = start + size
         return data
 
     def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - a buffer

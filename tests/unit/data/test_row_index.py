@@ -403,6 +403,34 @@ def test_rows_are_read_from_a_store_by_ranges(tmp_path, bucket, ranges, write):
     assert torch.equal(data.images("train").pixels([2, 1]), whole.pixels([split.ids("train")[i] for i in (2, 1)]))
 
 
+def test_reads_that_follow_each_other_share_requests(bucket, ranges):
+    content = bytes(range(256)) * 4000
+    bucket.put_new("data/one", content)
+    file = stored.stored_files("s3://bucket/data")["one"]
+    with file.open() as opened:
+        for start in range(0, 1_000_000, 1_000):
+            opened.seek(start)
+            assert opened.read(900) == content[start : start + 900]
+    needed, read = 900_000, sum(length for _, _, length in ranges)
+    assert len(ranges) < 30
+    assert read < 2.3 * needed
+    assert [length for _, _, length in ranges][:4] == [900] * 4
+
+    del ranges[:]
+    far = [800_000, 0, 400_000, 100_000, 700_000, 200_000]
+    with file.open() as opened:
+        for start in far:
+            opened.seek(start)
+            assert opened.read(900) == content[start : start + 900]
+        opened.seek(len(content) - 10)
+        assert opened.read() == content[-10:]
+        assert opened.read() == b""
+    assert [(start, length) for _, start, length in ranges] == [
+        *((start, 900) for start in far),
+        (len(content) - 10, 10),
+    ]
+
+
 @pytest.mark.s3
 def test_a_single_object_is_a_source(monkeypatch, tmp_path, store):
     parquet(tmp_path / "data")
