@@ -15,8 +15,8 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,8 +26,10 @@ from salun_core.data.decode import another_size, channels_of, decode_one
 from salun_core.data.images import ImageSource, Normalisation, Part, drawn_batches, not_joined
 from salun_core.data.table import Encoded, Payload, Table
 from salun_core.errors import StoreError
+from salun_core.storage.local_files import temporary_files
 from salun_core.telemetry.progress import tracked
 
+_on_disk = partial(temporary_files, "cannot keep decoded images")
 _CHUNK_ROWS = 256  # rows that a thread decodes at once, and their bytes in the file
 _CHUNK_BYTES = 8 << 20
 _AHEAD = 2  # batches that are read while another one is in use
@@ -168,19 +170,6 @@ class DecodedRows:
 
 def _read(payloads: Sequence[Payload], rows: Sequence[int]) -> Iterator[Payload]:
     return payloads.read(rows) if isinstance(payloads, Encoded) else (payloads[row] for row in rows)
-
-
-@contextmanager
-def _on_disk() -> Iterator[None]:
-    """Report a full or broken disk of temporary files."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            "cannot keep decoded images",
-            f"{tempfile.gettempdir()}: {error.strerror or error}",
-            "free some space there, or set TMPDIR to a folder on a larger disk",
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from salun_core.errors import StoreError
+from salun_core.storage.local_files import temporary_files
 
 Place = Literal["none", "cpu", "disk"]
 """`none`: everything stays on the device; `cpu`: in main memory; `disk`: in the folder of temporary files."""
@@ -98,6 +100,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 _SHELVED = object()
+_on_disk = partial(
+    temporary_files,
+    "cannot offload to the disk",
+    "free some space there, set TMPDIR to a folder on a larger disk, or set offload: cpu",
+)
 
 
 class OffloadedOptimizer:
@@ -203,16 +210,3 @@ def put_away(module: nn.Module, place: Place) -> Iterator[None]:
     finally:
         for parameter, where in device.items():
             parameter.data = shelf.get(parameter, where)
-
-
-@contextmanager
-def _on_disk() -> Iterator[None]:
-    """Report a full or broken disk of temporary files."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            "cannot offload to the disk",
-            f"{tempfile.gettempdir()}: {error.strerror or error}",
-            "free some space there, set TMPDIR to a folder on a larger disk, or set offload: cpu",
-        ) from error

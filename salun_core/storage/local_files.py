@@ -30,6 +30,25 @@ def disk_error(what: str, path: Path, error: OSError) -> StoreError:
 
 
 @contextmanager
+def temporary_files(
+    what: str, remedy: str = "free some space there, or set TMPDIR to a folder on a larger disk"
+) -> Iterator[None]:
+    """Report a full or broken disk of temporary files while the block runs.
+
+    Args:
+        what: what could not be done.
+        remedy: what to do about it.
+
+    Raises:
+        StoreError: the system reported an error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(what, f"{tempfile.gettempdir()}: {error.strerror or error}", remedy) from error
+
+
+@contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
     """Yield a new folder for temporary files, which is deleted afterwards.
 

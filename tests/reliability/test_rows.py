@@ -1,10 +1,21 @@
 """Reliability at quick size: `make reliability` runs the same at full size."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.reliability import faults, rows
 
 pytestmark = pytest.mark.s3
+
+
+HEAVY = {"torch", "sklearn", "pyarrow", "matplotlib"}
+
+
+def test_a_worker_needs_nothing_heavy():
+    code = f"import sys, tests.reliability.worker; print(*{HEAVY!r} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
 def holds(figures):
