@@ -47,7 +47,7 @@ def run_all(
     Args:
         form: the parameters.
         folder: working folder; each step writes to it.
-        say: called with the name of each step before it starts.
+        say: called with the name of each step before it starts, and with the reason why the adaptive recipe ended.
         run: id of the run; a new one by default.
         on_trial: called after each trial of a search.
 
@@ -90,7 +90,9 @@ def run_steps(
     compute_mask(context, recipe, mask)
     say("unlearn")
     tuning = TuningOptions(form.tune_budget, form.policy_uri, on_trial) if form.tune else None
-    run_unlearning(context, recipe, mask, after, tuning=tuning)
+    result = run_unlearning(context, recipe, mask, after, tuning=tuning)
+    if result.ended:
+        say(f"unlearn ended: {result.ended}")
     say("evaluate")
     measured = evaluate(
         context,
