@@ -1,4 +1,4 @@
-"""A chain of real artifacts, each made by the component before."""
+"""A chain of real artifacts, each made by the component before; made once, and copied for each test that goes on."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from salun_core.storage import open_store
 from salun_core.storage.s3 import S3Store
 from salun_core.tasks import register_model
 from tests.support.api_server import account, kubernetes
+from tests.support.made_once import made_once
 
 __all__ = ["account", "kubernetes"]
 
@@ -86,12 +87,56 @@ def run(s3_server, digits_model, tmp_path):
     return new_run(digits_model, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def chain(s3_server, digits_model, tmp_path_factory):
-    """A run whose first four components have worked."""
-    made = new_run(digits_model, tmp_path_factory.mktemp("chain"))
+FACTS = "run.json"
+KINDS = {"report": dsl.HTML, "metrics": dsl.Metrics, "classification": dsl.ClassificationMetrics}
+
+
+def work(model: Path, folder: Path) -> None:
+    """Let the first four components of a run work; leave its artifacts in a folder, with what copies need to know."""
+    made = new_run(model, folder)
     assert made.fetch()[0] == 0
     made.mask()
     made.unlearn()
     made.evaluate()
-    return made
+    shown = {name: item.metadata for name, item in made.made.items()}
+    facts = {"store": made.store.uri, "parent": made.parent, "forgotten": made.forgotten, "shown": shown}
+    (folder / FACTS).write_text(json.dumps(facts))
+
+
+def copy_of(made: Path, folder: Path) -> Run:
+    """Return a copy of a run on a fresh store of its own.
+
+    Its artifacts name the new store. Only the frozen forget set is still read from the old one, because the pinned
+    inputs, whose digest is keyed, have its address.
+    """
+    facts = json.loads((made / FACTS).read_text())
+    before, store = open_store(facts["store"]), open_store(f"s3://salun/{secrets.token_hex(8)}")
+    for entry in before.list(""):
+        store.put_new(entry.key, before.get(entry.key).data)
+    run = Run(store, facts["parent"], f"{store.uri}/forget.json", facts["forgotten"], folder)
+    for name, metadata in facts["shown"].items():
+        if (made / name).is_file():
+            (folder / name).write_text((made / name).read_text("utf-8").replace(before.uri, store.uri), "utf-8")
+        run.artifact(name, KINDS.get(name, dsl.Artifact)).metadata |= {
+            key: value.replace(before.uri, store.uri) if isinstance(value, str) else value
+            for key, value in metadata.items()
+        }
+    return run
+
+
+@pytest.fixture(scope="session")
+def four_steps(s3_server, digits_model, tmp_path_factory):
+    """The folder of a run whose first four components have worked, for all workers."""
+    return made_once(tmp_path_factory, "four-steps", lambda folder: work(digits_model, folder))
+
+
+@pytest.fixture
+def worked(four_steps, tmp_path):
+    """A run whose first four components have worked; it holds its line."""
+    return copy_of(four_steps, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def chain(four_steps, tmp_path_factory):
+    """The same for tests that only look at it."""
+    return copy_of(four_steps, tmp_path_factory.mktemp("chain"))

@@ -20,28 +20,31 @@ from tests.support.certified import OTHER, evidence_of
 from tests.support.toy_line import LINE, begin, claim_next, sweep_context, target
 
 pytestmark = pytest.mark.s3
-FINISHED = "dsl.PipelineTaskFinalStatus('SUCCEEDED', 'job', 'exit-handler-1', None, None)"
-STEPS = {
-    "purge_store": "component.python_func(STORE, run_id=RUN)",
-    "settle_requests": f"component.python_func(**ADDRESS, final_status={FINISHED})",
-    "conclude": "component.python_func(**ADDRESS)",
-}
-
-
-def run_step(store, name):
-    """Run a step in a process of its own, as a pod does; return which heavy modules it imported."""
-    program = f"""
-import atexit, sys
+PROGRAM = """
+import sys
 from kfp import dsl
-from components.{name} import {name} as component
-STORE, RUN = {store.uri!r}, "run-1"
-ADDRESS = dict(store_uri=STORE, model_line={LINE!r}, run_id=RUN)
-atexit.register(lambda: print(sorted({{"torch", "PIL", "scipy"}} & set(sys.modules))))
-{STEPS[name]}
+from components import conclude, purge_store, settle_requests
+ADDRESS = dict(store_uri={store!r}, model_line={line!r}, run_id="run-1")
+FINISHED = dsl.PipelineTaskFinalStatus("SUCCEEDED", "job", "exit-handler-1", None, None)
+
+def imported(step):
+    print(step, sorted({{"torch", "PIL", "scipy"}} & set(sys.modules)))
+
+purge_store.purge_store.python_func({store!r}, run_id="run-1")
+imported("purge_store")
+settle_requests.settle_requests.python_func(**ADDRESS, final_status=FINISHED)
+imported("settle_requests")
+conclude.conclude.python_func(**ADDRESS)
+imported("conclude")
 """
+
+
+def steps_in_a_new_process(store):
+    """Run the steps in a process of their own, as a pod does; return which heavy modules each has imported."""
+    program = PROGRAM.format(store=store.uri, line=LINE)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    return [line for line in done.stdout.splitlines() if line.endswith("]")]
 
 
 def publish_judged(store, runs):
@@ -70,8 +73,7 @@ def test_the_steps_around_a_run_do_not_import_torch(store, tmp_path, monkeypatch
     context = sweep_context(store)
     assert claim_next(context, "run-1").requests == 1
     version = publish_judged(store, context.runs)
-    for name in STEPS:
-        assert run_step(store, name) == "[]", name
+    assert steps_in_a_new_process(store) == ["purge_store []", "settle_requests []", "conclude []"]
     outcome = read_outcome(store, "run-1")
     assert (outcome.state, outcome.version, outcome.completed) == ("published", version, 1)
     assert json.loads(store.get(certificate_key("r-1")).data)["signatures"]

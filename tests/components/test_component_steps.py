@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from salun_core.requests.schema import Status
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.outcome import read_outcome
 from salun_core.storage.keys import certificate_key, run_key
-from salun_core.storage.leases import acquire, holder_of, release
+from salun_core.storage.leases import acquire, holder_of
 from salun_core.storage.s3 import S3Store
 from salun_core.tasks.run_facts import read_run_facts
 from salun_core.times import utc_clock
@@ -153,9 +154,8 @@ def test_the_mask_is_made_in_as_many_processes_as_given(run, monkeypatch):
     assert run.reference("mask").kind is Kind.MASK
 
 
-def test_a_changed_file_is_refused(run):
-    run.fetch()
-    run.mask()
+def test_a_changed_file_is_refused(worked):
+    run = worked
     reference = run.reference("mask")
     key = reference.uri.removeprefix(f"{run.store.uri}/") + "/mask.safetensors"
     run.store.delete(key)
@@ -205,7 +205,8 @@ def test_no_sample_can_be_tried_out_with_what_kubeflow_keeps(chain, tmp_path):
     files = [path for path in after.iterdir() if path.name != "model.safetensors"]  # its digest needs the training
     known = {pinned["forget_digest"], *map(sha256_file, (*files, evidence))}
     assert sha256_file(after / "split.parquet") in known
-    kept = "".join(Path(item.path).read_text("utf-8") for item in chain.made.values() if Path(item.path).is_file())
+    kept = json.dumps([item.metadata for item in chain.made.values()])
+    kept += "".join(Path(item.path).read_text("utf-8") for item in chain.made.values() if Path(item.path).is_file())
     assert chain.parent in kept
     assert [digest for digest in known if digest in kept] == []
 
@@ -220,21 +221,6 @@ def test_a_step_after_a_verdict_passes_on(run, monkeypatch):
     assert run.made["metrics"].metadata == {}
     assert "No report" in Path(run.made["report"].path).read_text(encoding="utf-8")
     assert ended(run).step == "fetch_model"
-
-
-def test_each_step_downloads_each_model_once(run, monkeypatch):
-    """The model before by every step that computes, the model after by the two that judge it; fetch takes neither."""
-    downloaded = []
-    monkeypatch.setattr(S3Store, "download", counting(S3Store.download, downloaded))
-    for step in (run.fetch, run.mask, run.unlearn, run.evaluate, lambda: gate(run)):
-        downloaded.append("step")
-        step()
-    digests = {read_version(run.store, LINE, run.parent).files["model.safetensors"].sha256: "before"}
-    names = [digests.get(key.rpartition("/")[2], key.split("/")[-1]) for key in downloaded]
-    weights = [name for name in names if name in ("step", "before", "model.safetensors")]
-    fetch, mask, unlearn = ["step"], ["step", "before"], ["step", "before"]
-    judges = ["step", "before", "model.safetensors"]
-    assert weights == [*fetch, *mask, *unlearn, *judges, *judges]
 
 
 def counting(download, downloaded):
@@ -255,40 +241,34 @@ def gate(run, **changes):
     return run.reference("decision"), *(Path(item.path).read_text(encoding="utf-8") for item in made[1:])
 
 
-def test_a_refused_gate_is_an_outcome_with_its_report(chain, tmp_path, capfd):
+def test_a_refused_gate_is_an_outcome_with_its_report(worked, tmp_path, capfd):
     strict = tmp_path / "strict.json"
     rule = {"metric": "TA", "op": ">=", "value": 1.0, "reason": "no model is perfect"}
     strict.write_text(json.dumps({"format": "salun.policy/v1", "name": "strict", "rules": [rule]}))
-    release(chain.store, LINE, chain.name)
-    refused = chain.__class__(**{**vars(chain), "name": "run-2", "folder": tmp_path, "made": {}})
-    refused.fetch()
-    refused.mask()
-    refused.unlearn()
-    refused.evaluate()
-    decision, report, summary = gate(refused, policy_uri=str(strict))
+    decision, report, summary = gate(worked, policy_uri=str(strict))
     assert (decision.kind, decision.facts["state"]) == (Kind.NOTHING, "refused")
-    assert read_head(chain.store, LINE)[0].version == chain.parent
-    outcome = ended(refused)
+    assert read_head(worked.store, LINE)[0].version == worked.parent
+    outcome = ended(worked)
     assert (outcome.state, outcome.code, outcome.step) == ("refused", 3, "gate_publish")
-    assert outcome.report == f"{chain.store.uri}/runs/run-2/report.html"
-    assert chain.store.get(run_key("run-2", "report.html")).data.decode() == report
+    assert outcome.report == f"{worked.store.uri}/runs/run-1/report.html"
+    assert worked.store.get(run_key("run-1", "report.html")).data.decode() == report
     assert "| **fails** |" in summary
     told = "no model is perfect (TA"
-    code, last = concluded(refused, capfd)
+    code, last = concluded(worked, capfd)
     assert code == 3
     for text in (outcome.text, summary, report, last):
         assert told in text.replace("&gt;", ">")
     for text in (outcome.next, summary, report, last):
         assert "--tune" in text
-    assert holder_of(chain.store, LINE) is None
+    assert holder_of(worked.store, LINE) is None
+    assert gate(worked)[1] == report  # the pod was lost, and the policy is another one now
+    assert ended(worked).state == "refused"
+    assert read_head(worked.store, LINE)[0].version == worked.parent
 
 
-def test_gate_publish_publishes_and_may_be_repeated(run, capfd):
+def test_gate_publish_publishes_and_may_be_repeated(worked, capfd):
     """One test, because each part changes the line for the next one."""
-    run.fetch()
-    run.mask()
-    run.unlearn()
-    run.evaluate()
+    run = worked
     decision, report, summary = gate(run)
     version = decision.facts["version"]
     assert (read_head(run.store, LINE)[0].version, ended(run).version) == (version, version)
@@ -304,24 +284,30 @@ def test_gate_publish_publishes_and_may_be_repeated(run, capfd):
     assert gate(run)[0].facts["version"] == version  # the pod was lost after publishing
     assert len(ancestry(run.store, LINE)) == 2
 
-    files = Scratch(run.store, "run-1").get(run.reference("after"), run.folder / "copy")
-    fields = {"line": LINE, "parent": version, "method": "retrain", "lineage": {"trained_on": 1}}
-    names = ("model.safetensors", "model.json", "split.parquet")
-    newest = publish(run.store, fields, {name: files / name for name in names})[0].version
+    newest = publish_on_top(run, version, "retrain")
     assert gate(run)[0].facts["version"] == version  # and another version was published on top
     assert read_head(run.store, LINE)[0].version == newest
 
+    run.store.delete(run_key("run-1", "outcome.json"))  # killed before its outcome: only the version names the run,
+    settle_requests.python_func(**run.address, final_status=FAILED)  # which has no record without requests
+    assert (ended(run).state, ended(run).version) == ("published", version)
 
-def test_a_stale_parent_is_an_outcome(run, capfd):
-    run.fetch()
-    run.mask()
-    run.unlearn()
-    run.evaluate()
-    files = Scratch(run.store, "run-1").get(run.reference("after"), run.folder / "copy")
-    fields = {"line": LINE, "parent": run.parent, "method": "import", "lineage": {"trained_on": 1}}
-    publish(run.store, fields, {name: files / name for name in ("model.safetensors", "model.json", "split.parquet")})
-    assert gate(run)[0].facts["state"] == "stale_parent"
-    assert concluded(run, capfd)[0] == 4
+
+def publish_on_top(run, parent, method):
+    """Publish another version of the line, with the files that the run made; return it."""
+    files = Scratch(run.store, run.name).get(run.reference("after"), run.folder / "copy")
+    fields = {"line": LINE, "parent": parent, "method": method, "lineage": {"trained_on": 1}}
+    names = ("model.safetensors", "model.json", "split.parquet")
+    return publish(run.store, fields, {name: files / name for name in names})[0].version
+
+
+def test_a_stale_parent_is_an_outcome(worked, capfd):
+    newer = publish_on_top(worked, worked.parent, "import")
+    assert gate(worked)[0].facts["state"] == "stale_parent"
+    code, line = concluded(worked, capfd)
+    assert (code, "stale parent" in line) == (4, True)
+    assert read_head(worked.store, LINE)[0].version == newer
+    assert len(ancestry(worked.store, LINE)) == 2
 
 
 @pytest.fixture
@@ -379,16 +365,22 @@ def test_claim_without_a_signing_key_claims_nothing(run, monkeypatch):
     assert Ledger(run.store, utc_clock).status("r-1") is Status.QUEUED
 
 
-def test_the_gate_step_settles_the_requests(run, signed):
-    ledger = Ledger(run.store, utc_clock)
+def test_a_run_settles_its_requests_and_downloads_each_model_once_a_step(run, signed, monkeypatch):
+    """The model before by every step that computes, the model after by the two that judge it; fetch takes neither."""
+    ledger, downloaded = Ledger(run.store, utc_clock), []
     ledger.submit("r-1", LINE, ClassTarget(class_id=3))
     found = claim(run, method_config=QUICK)
     assert (found["requests"], found["config"]) == (1, QUICK)
-    run.fetch(forget_manifest_uri=found["forget"])
-    run.mask()
-    run.unlearn()
-    run.evaluate()
-    gate(run)
+    monkeypatch.setattr(S3Store, "download", counting(S3Store.download, downloaded))
+    fetch = partial(run.fetch, forget_manifest_uri=found["forget"])
+    for step in (fetch, run.mask, run.unlearn, run.evaluate, partial(gate, run)):
+        downloaded.append("step")
+        step()
+    digests = {read_version(run.store, LINE, run.parent).files["model.safetensors"].sha256: "before"}
+    names = [digests.get(key.rpartition("/")[2], key.split("/")[-1]) for key in downloaded]
+    computing, judging = ["step", "before"], ["step", "before", "model.safetensors"]
+    weights = [name for name in names if name in judging]
+    assert weights == ["step", *computing, *computing, *judging, *judging]
     assert ledger.status("r-1") is Status.COMPLETED
     assert run.store.get(certificate_key("r-1")) is not None
     assert (ended(run).state, ended(run).completed) == ("published", 1)
@@ -430,12 +422,9 @@ def test_the_exit_handler_takes_the_reason_from_the_workflow(run, kubernetes):
     assert outcome.next.startswith("give more memory in the run form")
 
 
-def test_a_retry_of_the_gate_after_the_exit_handler_works_no_more(run, capfd):
+def test_a_retry_of_the_gate_after_the_exit_handler_works_no_more(worked, capfd):
     """Its files are gone by then, and its outcome stays."""
-    run.fetch()
-    run.mask()
-    run.unlearn()
-    run.evaluate()  # killed in the next step
+    run = worked  # killed in the next step
     settle_requests.python_func(**run.address, final_status=FAILED)
     decision, report, summary = gate(run)
     assert (decision.kind, decision.facts["state"]) == (Kind.NOTHING, "killed")
@@ -443,18 +432,6 @@ def test_a_retry_of_the_gate_after_the_exit_handler_works_no_more(run, capfd):
     assert "killed" in summary
     assert read_head(run.store, LINE)[0].version == run.parent
     assert concluded(run, capfd)[0] == 1
-
-
-def test_the_exit_handler_finds_what_a_killed_gate_published(run):
-    """Of a run without requests, which has no record: only the version names it."""
-    run.fetch()
-    run.mask()
-    run.unlearn()
-    run.evaluate()
-    decision, *_ = gate(run)
-    run.store.delete(run_key("run-1", "outcome.json"))
-    settle_requests.python_func(**run.address, final_status=FAILED)
-    assert (ended(run).state, ended(run).version) == ("published", decision.facts["version"])
 
 
 def test_the_exit_handler_of_a_line_that_does_not_exist_ends_well(run):

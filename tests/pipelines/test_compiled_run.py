@@ -1,6 +1,7 @@
 """The shipped file, run step by step in processes of their own, on a real store.
 
-A gate that refuses is met in the deletion sweep (test_sweep_run.py), which runs the same steps.
+A gate that refuses is met in the deletion sweep (test_sweep_run.py), which runs the same steps; a stale parent in
+tests/components/test_component_steps.py.
 """
 
 import base64
@@ -21,8 +22,7 @@ from salun_core.config import load
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.gate import GateDecision
-from salun_core.registry.lookup import ancestry, read_version
-from salun_core.registry.versions import publish
+from salun_core.registry.lookup import read_version
 from tests.pipelines.leaks import artifacts, leaks, references
 
 pytestmark = [pytest.mark.s3, pytest.mark.e2e]
@@ -125,23 +125,6 @@ def test_a_leak_would_be_found(trained, tmp_path, digits_model):
     assert [text.split(":")[0] for text in leaks(run, trained.forgotten, [weights])] == [
         f"steps/a/b/{name}" for name in ("one", "three", "two")
     ]
-
-
-def test_stale_parent_is_red(trained, tmp_path, digits_model):
-    moved = []
-
-    def publish_another(line):
-        """While this run works, another one publishes."""
-        if "compute-mask" in line:
-            files = {name: digits_model / name for name in ("model.safetensors", "model.json", "split.parquet")}
-            fields = {"line": "digits", "parent": trained.parent, "method": "retrain", "lineage": {"trained_on": 1}}
-            moved.append(publish(trained.store, fields, files)[0].version)
-
-    run = trained.run(tmp_path, publish_another)
-    assert run.exit_code == 4
-    assert "stale parent" in run.error
-    assert trained.head == moved[0]
-    assert len(ancestry(trained.store, "digits")) == 2
 
 
 def test_wrong_line_is_a_usage_error(trained, tmp_path):
