@@ -121,6 +121,14 @@ def compile_command(
         str,
         typer.Option(envvar="SALUN_SHARED_MEMORY", metavar="SIZE", help="Limit of /dev/shm of the steps that compute."),
     ] = "",
+    data_cache: Annotated[
+        str,
+        typer.Option(
+            envvar="SALUN_DATA_CACHE_CLAIM",
+            metavar="CLAIM",
+            help="PersistentVolumeClaim in which the steps cache what they read of the data. Default: no cache.",
+        ),
+    ] = "",
 ) -> None:
     """Compile the pipelines and check the result.
 
@@ -137,18 +145,12 @@ def compile_command(
     salun-sharded-mask-cpu.yaml is in step
     """  # noqa: D301
     from pipelines import compile as compiling
-    from pipelines.pod_user import leave_uid_to_cluster
-    from pipelines.shared_memory import limit_shared_memory, read_shared_memory
-    from pipelines.step_secrets import give_secrets, read_secrets
 
-    secrets, size, stale = read_secrets(s3_secrets), read_shared_memory(shared_memory), False
+    stale = False
     for package in compiling.compile_all():
         if cpu and not package.name.endswith(compiling.CPU_SUFFIX):
             continue
-        give_secrets(package.platform, secrets)
-        if not fixed_uid:
-            leave_uid_to_cluster(package.platform)
-        limit_shared_memory(package.platform, size)
+        packages.fit_to_cluster(package, s3_secrets, shared_memory, data_cache, fixed_uid=fixed_uid)
         path = native / package.path.name if native else package.path
         text = packages.native_text(package, namespace) if native else package.text
         fault = packages.drift(path, text)

@@ -15,9 +15,15 @@ import yaml
 
 from pipelines.pod_user import VARIABLE as FIXED_UID
 from pipelines.pod_user import leave_uid_to_cluster, read_fixed_uid
-from pipelines.shared_memory import VARIABLE as SHARED_MEMORY
-from pipelines.shared_memory import limit_shared_memory, read_shared_memory
 from pipelines.step_secrets import VARIABLE, give_secrets, read_secrets
+from pipelines.volumes import (
+    CACHE_CLAIM,
+    SHARED_MEMORY,
+    limit_shared_memory,
+    mount_data_cache,
+    read_cache_claim,
+    read_shared_memory,
+)
 from salun_core.digest import digest_json
 from salun_core.errors import UsageError, unknown_name
 
@@ -126,8 +132,8 @@ def load_package(name: str, image: str | None = None) -> Package:
     Args:
         name: with or without the prefix: unlearning, deletion-sweep, or one of them with -cpu.
         image: of every step; else `SALUN_IMAGE`, else the image in the file. `SALUN_S3_SECRETS` names the Secret of
-            each step, `SALUN_FIXED_UID=no` leaves the uid of the pods to the cluster, and `SALUN_SHARED_MEMORY` limits
-            the shared memory of those that compute.
+            each step, `SALUN_FIXED_UID=no` leaves the uid of the pods to the cluster, `SALUN_SHARED_MEMORY` limits the
+            shared memory of those that compute, and `SALUN_DATA_CACHE_CLAIM` mounts a cache of the data.
 
     Returns:
         The package.
@@ -142,11 +148,30 @@ def load_package(name: str, image: str | None = None) -> Package:
     if wanted := image or os.environ.get("SALUN_IMAGE"):
         for executor in package.spec["deploymentSpec"]["executors"].values():
             executor["container"]["image"] = wanted
-    give_secrets(package.platform, read_secrets(os.environ.get(VARIABLE, "")))
-    if not read_fixed_uid(os.environ.get(FIXED_UID, "")):
-        leave_uid_to_cluster(package.platform)
-    limit_shared_memory(package.platform, read_shared_memory(os.environ.get(SHARED_MEMORY, "")))
+    given = {name: os.environ.get(name, "") for name in (VARIABLE, SHARED_MEMORY, CACHE_CLAIM)}
+    fixed_uid = read_fixed_uid(os.environ.get(FIXED_UID, ""))
+    fit_to_cluster(package, given[VARIABLE], given[SHARED_MEMORY], given[CACHE_CLAIM], fixed_uid=fixed_uid)
     return package
+
+
+def fit_to_cluster(package: Package, secrets: str, shared_memory: str, cache_claim: str, *, fixed_uid: bool) -> None:
+    """Change what the pods of a pipeline take from the cluster; this makes another version of the pipeline.
+
+    Args:
+        package: the compiled pipeline; it is changed.
+        secrets: Secrets of single steps, as `STEP=SECRET,...`; empty for the common one.
+        shared_memory: limit of /dev/shm of the steps that compute; empty for none.
+        cache_claim: PersistentVolumeClaim of the cache of the data; empty for no cache.
+        fixed_uid: whether the pods name the image's uid.
+
+    Raises:
+        UsageError: one of the values cannot be read.
+    """
+    give_secrets(package.platform, read_secrets(secrets))
+    if not fixed_uid:
+        leave_uid_to_cluster(package.platform)
+    limit_shared_memory(package.platform, read_shared_memory(shared_memory))
+    mount_data_cache(package.spec, package.platform, read_cache_claim(cache_claim))
 
 
 def read_package(path: Path) -> Package:

@@ -25,7 +25,8 @@ ROLES = {
     "purge_store": "purger",
 }
 """The role whose rights each step needs."""
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+"""Names that Kubernetes allows for a Secret and for most other objects."""
 _EXECUTOR = re.compile(r"exec-(.+?)(?:-\d+)?")
 
 
@@ -46,7 +47,7 @@ def read_secrets(text: str) -> dict[str, str]:
         step, given, name = (part.strip() for part in pair.partition("="))
         if step not in ROLES:
             raise unknown_name("step", step, ROLES)
-        if not given or not _NAME.fullmatch(name) or step in found:
+        if not given or not NAME.fullmatch(name) or step in found:
             why = f"{step} is given twice" if step in found else f"{name!r} is not a valid name of a Secret"
             raise UsageError(f"{VARIABLE} cannot be read", why, f"write {step}={SECRET}-{ROLES[step]}")
         found[step] = name
@@ -61,8 +62,17 @@ def give_secrets(platform: Mapping[str, Any], secrets: Mapping[str, str]) -> Non
         secrets: from `read_secrets`; a step that is missing keeps its Secret.
     """
     for executor, pod in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].items():
-        step = _EXECUTOR.fullmatch(executor)
-        name = secrets.get(step[1].replace("-", "_")) if step else None
+        name = secrets.get(step_of(executor))
         for source in pod.get("secretAsEnv", []) if name else []:
             source["secretName"] = name
             source["secretNameParameter"] = {"runtimeValue": {"constant": name}}
+
+
+def step_of(executor: str) -> str:
+    """Return the step of an executor of a compiled pipeline, such as `conclude` of `exec-conclude-2`; empty for others.
+
+    Args:
+        executor: its key in either document.
+    """
+    found = _EXECUTOR.fullmatch(executor)
+    return found[1].replace("-", "_") if found else ""

@@ -3,11 +3,13 @@
 What the readers of Parquet, tar and images use of a file is what `Path` has: `name`, `stat().st_size` and `open`.
 
 The cache is a folder, such as a volume that the pods of a run mount, with one folder for each four hours. It holds
-images of people who are to be forgotten: a block is in it for at most twelve hours, and a purge empties it. A block is
-written under a temporary name and renamed. What can happen:
+images of people who are to be forgotten, in clear. Only its user may read it, a block is in it for at most twelve
+hours, and a purge empties it. A block is written under a temporary name and renamed. What can happen:
 
 - A process dies while it writes: the temporary file stays until the folder of its four hours is deleted.
 - Two processes write the same block: both write a file of their own with the same bytes, and the last rename wins.
+- A purge empties the folder while another process writes a block: the block may stay, for at most twelve hours.
+- Another user wrote a block: it is read from the store. A purge that may not delete it fails.
 - A folder is deleted while a block is read from it or written into it: the open file stays readable, and a write fails,
   which only means that the next reader asks the store again. So does a full disk.
 - A block is damaged: it begins with its SHA-256. One that does not match is deleted and read from the store.
@@ -16,6 +18,7 @@ written under a temporary name and renamed. What can happen:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -57,17 +60,17 @@ class BlockCache:
         """Return the cache in the folder that `SALUN_DATA_CACHE` names, without what is too old; None if it is not set.
 
         Raises:
-            StoreError: the folder cannot be created.
+            StoreError: the folder cannot be created or listed.
         """
         name = os.environ.get(CACHE_VARIABLE, "").strip()
         if not name:
             return None
+        cache = cls(Path(name))
         try:
-            Path(name).mkdir(parents=True, exist_ok=True)
+            Path(name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            cache.expire()
         except OSError as error:
             raise disk_error(f"cannot use the folder of {CACHE_VARIABLE}", Path(name), error) from error
-        cache = cls(Path(name))
-        cache.expire()
         return cache
 
     def read(self, identity: str, fetch: Callable[[], bytes]) -> bytes:
@@ -91,12 +94,11 @@ class BlockCache:
         return data
 
     def _write(self, folder: Path, name: str, data: bytes) -> None:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=folder, suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(data).digest() + data)
-            Path(part).chmod(0o640)  # pods of one group may run as different users
             Path(part).replace(folder / name)
         except OSError:
             Path(part).unlink(missing_ok=True)
@@ -111,12 +113,21 @@ class BlockCache:
 
         Args:
             keep: periods of four hours that stay, the current one included; 0 empties the cache.
+
+        Raises:
+            StoreError: the cache cannot be emptied. Blocks that are merely too old are left to their user.
         """
         oldest, count = self._now - keep, 0
+        faults: list[BaseException] = []
         for folder in self._folder.iterdir():
             if folder.name.isdecimal() and folder.is_dir() and (not keep or int(folder.name) <= oldest):
                 count += sum(1 for _ in folder.glob("*.block"))
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder, onerror=lambda _function, _path, found: faults.append(found[1]))
+        # A file that is missing was deleted by another process, and a folder that is not empty has a new block.
+        usual = (errno.ENOENT, errno.ENOTEMPTY)
+        denied = [fault for fault in faults if isinstance(fault, OSError) and fault.errno not in usual]
+        if denied and not keep:
+            raise disk_error("the cache of the data cannot be emptied", self._folder, denied[0])
         return count
 
 

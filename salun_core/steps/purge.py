@@ -42,10 +42,16 @@ def purge_store(
         signer: the key that signs addenda.
         clock: returns the time now.
         run: id of the run that the step belongs to, if any.
+
+    Raises:
+        StoreError: the cache cannot be emptied; the store was purged nevertheless.
     """
     with observed("purge", ALL_LINES, run):
         root = open_pipeline_root(pipeline_root) if pipeline_root else None
         store, options = open_store(store_uri), {"old_artifacts": old_artifacts, "dry_run": dry_run}
-        cache = None if dry_run else BlockCache.from_environment()
-        cached = cache.expire(keep=0) if cache else 0  # first: it depends on nothing in the store
-        return replace(purge(store, rules, root, **options, signer=signer, clock=clock), cached=cached)
+        try:  # neither of both waits for the other to succeed
+            cache = None if dry_run else BlockCache.from_environment()
+            cached = cache.expire(keep=0) if cache else 0
+        finally:
+            report = purge(store, rules, root, **options, signer=signer, clock=clock)
+        return replace(report, cached=cached)

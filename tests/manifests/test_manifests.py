@@ -10,6 +10,8 @@ import yaml
 
 from pipelines.packages import Package, load_package
 from pipelines.parameters import read_parameters
+from pipelines.resources import USER
+from pipelines.volumes import CACHE_CLAIM, CACHE_FOLDER, CACHE_MOUNT
 from tests.manifests.tree import (
     LOADER,
     MANIFESTS,
@@ -40,6 +42,7 @@ REFERENCES = {
     "secretRef": "Secret",
     "secretKeyRef": "Secret",
     "secret": "Secret",
+    "persistentVolumeClaim": "PersistentVolumeClaim",
 }
 
 
@@ -152,7 +155,7 @@ def test_everything_that_is_referenced_exists():
         for node in walk(found.document.get("spec", {})):
             for field, kind in REFERENCES.items():
                 if isinstance(node.get(field), dict):
-                    asked = node[field].get("name") or node[field].get("secretName")
+                    asked = next(node[field][key] for key in ("name", "secretName", "claimName") if key in node[field])
                     assert (kind, asked) in there, f"{found} asks for {kind} {asked}"
             if "serviceAccountName" in node:
                 assert ("ServiceAccount", node["serviceAccountName"]) in there, found
@@ -325,3 +328,14 @@ def test_the_steps_find_their_config_and_their_keys(path):
         assert {("Secret", name) for name in mounted} <= THE_USERS
         labels = executor["podMetadata"]["labels"]
         assert labels["app.kubernetes.io/part-of"] == "salun"  # the Pushgateway's policy lets these in
+
+
+def test_the_job_of_the_cache_creates_the_folder_that_the_steps_use():
+    job = Found(MANIFESTS, named("Job", "salun-data-cache", everything()))
+    (container,), (mount,) = containers(job), containers(job)[0]["volumeMounts"]
+    assert (mount["mountPath"], container["command"][-1]) == (CACHE_MOUNT, CACHE_FOLDER)
+    context = pod(job)["spec"]["securityContext"]
+    assert {context[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {USER}
+    claim = named("PersistentVolumeClaim", "salun-data-cache", everything())
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]  # the shards of a mask may run on several nodes
+    assert config()[CACHE_CLAIM] == ""

@@ -19,7 +19,7 @@ from tests.support.compiled_once import compiled_once
 __all__ = ["compiled_once"]
 
 FIXED = {"runAsUser", "runAsGroup", "fsGroup"}
-FOLDERS = (".", "dev", "trainer")  # those with workloads
+FOLDERS = (".", "dev", "trainer", "data-cache")  # those with workloads
 
 
 def without_uid(document):

@@ -46,7 +46,7 @@ def test_a_pod_is_restricted(found):
     assert not spec.keys() & {"hostNetwork", "hostPID", "hostIPC", "hostUsers"}
     assert all(volume.keys() - {"name"} <= VOLUMES for volume in spec["volumes"])
     assert spec["enableServiceLinks"] is False
-    written = {volume["name"] for volume in spec["volumes"] if "emptyDir" in volume}
+    written = {volume["name"] for volume in spec["volumes"] if {"emptyDir", "persistentVolumeClaim"} & volume.keys()}
     mounts = [mount for item in containers(found) for mount in item["volumeMounts"]]
     assert all(mount.get("readOnly") or mount["name"] in written for mount in mounts)
 

@@ -1,6 +1,8 @@
 """The row index of a split: only the rows that are needed are read, and whatever changed is found."""
 
+import errno
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -19,7 +21,7 @@ from salun_core.data.stored import CACHE_VARIABLE, BlockCache, StoredFile
 from salun_core.data.stream import StreamedImages
 from salun_core.data.table import Encoded, Origin, Shard, Table, Texts
 from salun_core.data.targets import ClassTarget, SamplesTarget, SubjectTarget
-from salun_core.errors import DataError, IntegrityError, UsageError
+from salun_core.errors import DataError, IntegrityError, StoreError, UsageError
 from salun_core.requests.resolve import TableResolver
 from salun_core.retention.purge import PurgeReport
 from salun_core.retention.rules import DeletionPlan
@@ -477,7 +479,8 @@ def test_a_cache_saves_the_second_reading(monkeypatch, tmp_path, bucket, cache, 
     some = split.ids("train")[:4]
     assert torch.equal(load_data(whole.spec, split).pixels(some), whole.pixels(some))
     assert blocks(cache)
-    assert all(path.stat().st_mode & 0o007 == 0 for path in blocks(cache))
+    assert {path.stat().st_mode & 0o777 for path in blocks(cache)} == {0o600}  # images of people, in clear
+    assert {path.stat().st_mode & 0o777 for path in (cache, *(path.parent for path in blocks(cache)))} == {0o700}
     for method in ("read_range", "read_start"):
         monkeypatch.setattr(bucket, method, lambda *_: pytest.fail("the store was read"))
     assert torch.equal(load_data(whole.spec, split).pixels(some), whole.pixels(some))
@@ -512,6 +515,49 @@ def test_a_cache_is_checked_and_forgets_after_twelve_hours(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["somebody else's"]
     shutil.rmtree(tmp_path)
     assert (reads(), reads()) == (1, 1)  # nothing can be kept, and everything can be read
+
+
+def denied(path, **_):
+    """What the system answers a user who may not delete a file; root may delete any."""
+    raise PermissionError(errno.EACCES, "Permission denied", path)
+
+
+def test_a_purge_that_cannot_empty_the_cache_fails(monkeypatch, cache):
+    cache.mkdir()
+    BlockCache(cache).read("an image of somebody", lambda: b"pixels")
+    monkeypatch.setattr(os, "unlink", denied)
+    assert BlockCache(cache).expire() == 0
+    monkeypatch.setattr(purge, "open_store", lambda _: None)
+    purged = []
+    monkeypatch.setattr(purge, "purge", lambda *_, **__: purged.append("the store"))
+    with pytest.raises(StoreError, match=r"^the cache of the data cannot be emptied: .*: Permission denied"):
+        purge.purge_store("s3://bucket/store")
+    assert purged == ["the store"]
+
+
+def test_a_block_that_another_process_deletes_or_writes_does_not_stop_a_purge(monkeypatch, cache):
+    cache.mkdir()
+    BlockCache(cache).read("an image of somebody", lambda: b"pixels")
+    (folder,) = cache.iterdir()
+    unlink, removed = os.unlink, []
+
+    def beside(path, *args, **options):
+        unlink(path, *args, **options)
+        removed.append(path)
+        if len(removed) == 1:
+            (folder / "new.block").write_bytes(b"")  # a step works on
+        unlink(path, *args, **options)  # another purge was faster: FileNotFoundError
+
+    monkeypatch.setattr(os, "unlink", beside)
+    assert BlockCache(cache).expire(keep=0) == 1
+    assert [path.name for path in blocks(cache)] == ["new.block"]
+
+
+def test_a_folder_of_another_user_is_an_error(monkeypatch, cache):
+    cache.mkdir()
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(StoreError, match=rf"^cannot use the folder of {CACHE_VARIABLE}: "):
+        BlockCache.from_environment()
 
 
 def test_a_purge_empties_the_cache(monkeypatch, cache):
