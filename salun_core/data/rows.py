@@ -347,14 +347,27 @@ class Rows(Mapping[str, str]):
 
     def find(self, names: Iterable[str]) -> dict[str, str]:
         """Return the digests of those names that are in this part, sorted; each group is read at most once."""
-        wanted = sorted(set(filter(_is_text, names)))
         found: dict[str, str] = {}
+        for hit in self._hits(names):
+            found.update(zip(hit.ids.to_pylist(), hex_digests(hit.digests.tobytes()), strict=True))
+        return found
+
+    def only(self, names: Iterable[str]) -> Rows:
+        """Return those names that are in this part, with their index, as columns of their own in memory."""
+        groups = list(self._hits(names))
+        counts = [sum(map(len, groups)) if part == self._part else 0 for part in range(len(PARTS))]
+        starts = [group.ids[0].as_py() for group in groups]
+        return Rows(Columns(starts, counts, groups.__getitem__, self.columns.layout), self._part)
+
+    def _hits(self, names: Iterable[str]) -> Iterator[Group]:
+        """Yield the rows of some names by group, without empty groups; each group is read at most once."""
+        wanted = sorted(set(filter(_is_text, names)))
         for number in sorted({number for name in wanted if (number := self.columns.group_of(name)) >= 0}):
             group = self.columns.read(number)
             hits = group.contained(self.columns.inside(wanted, number))
             hit = group.select(hits & self.mask(number, group))
-            found.update(zip(hit.ids.to_pylist(), hex_digests(hit.digests.tobytes()), strict=True))
-        return found
+            if len(hit):
+                yield hit
 
     def without(self, names: Iterable[str]) -> Rows:
         """Return this part without some ids, as the same columns and a list of removals; other names are ignored."""

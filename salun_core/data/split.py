@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Never, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -16,11 +16,11 @@ from salun_core.data.index import Layout, layout_of, where_of
 from salun_core.data.rows import PARTS, Columns, Rows, joined, open_rows, write_rows
 from salun_core.data.spec import DataSpec
 from salun_core.data.table import Table
-from salun_core.digest import canonical_json
+from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import DataError, IntegrityError, UsageError
 from salun_core.registry.lookup import Version, read_file
 from salun_core.storage.blobs import fetch_blob
-from salun_core.storage.documents import parse_stored
+from salun_core.storage.documents import Digest, parse_stored
 from salun_core.storage.local_files import temporary_folder
 from salun_core.storage.objects import FileStore
 
@@ -81,6 +81,25 @@ class SplitManifest(Document):
             test=self.test,
         )
 
+    def excerpt(self, ids: Collection[str]) -> SplitExcerpt:
+        """Return the rows of a forget set, for steps that need no others.
+
+        Args:
+            ids: sample ids; those outside the training split are ignored.
+        """
+        train = self.train.only(ids)
+        return SplitExcerpt(
+            dataset_digest=self.dataset_digest,
+            train=train,
+            validation=Rows(train.columns, PARTS.index("validation")),
+            test=Rows(train.columns, PARTS.index("test")),
+            pinned=PinnedSplit(digest=self.digest, kept_digest=self.without(ids).digest),
+        )
+
+    def rows_digest(self, ids: Collection[str]) -> str:
+        """Return the SHA-256 of the canonical JSON of `{id: row digest}` of some training samples."""
+        return digest_json(self.train.find(ids))
+
     def write(self, path: Path) -> None:
         """Write the split as Parquet. The file has no trace of what `without` removed."""
         write_rows(path, self.dataset_digest, [self.train, self.validation, self.test])
@@ -103,6 +122,61 @@ class SplitManifest(Document):
             )
 
 
+class PinnedSplit(Document):
+    """The digests of a split, before and after a run, as the first step of the run found them."""
+
+    digest: Digest = Field(description="of the split of the model before")
+    kept_digest: Digest = Field(description="of that split without the forget set")
+
+
+class SplitExcerpt(SplitManifest):
+    """The forget set's rows of a split, which stand for it in steps that need no others.
+
+    The first step of a run reads and verifies the whole split, and makes the excerpt. Later steps read a few kilobytes
+    instead of all rows. Whatever needs the other rows is an error.
+    """
+
+    pinned: PinnedSplit = Field(description="digests of the whole split")
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the whole split."""
+        return self.pinned.digest
+
+    def ids(self, split: SplitName) -> Never:
+        """Refuse: an excerpt has no whole part."""
+        raise self._partial()
+
+    def excerpt(self, ids: Collection[str]) -> Never:
+        """Refuse: the digests of another excerpt are not known."""
+        raise self._partial()
+
+    def without(self, ids: Collection[str]) -> SplitExcerpt:
+        """Return the split without the whole forget set, of which only the digest is known.
+
+        Raises:
+            IntegrityError: the ids are not those of the excerpt.
+        """
+        self.require(ids)
+        kept = PinnedSplit(digest=self.pinned.kept_digest, kept_digest=self.pinned.kept_digest)
+        fields = {"validation": self.validation, "test": self.test, "dataset_digest": self.dataset_digest}
+        return SplitExcerpt(**fields, train=self.train.without(ids), pinned=kept)
+
+    def require(self, ids: Collection[str]) -> None:
+        """Check that the excerpt has the rows of a forget set, and no others.
+
+        Raises:
+            IntegrityError: it does not.
+        """
+        if len(self.train.find(ids)) != len(set(ids)) or len(self.train) != len(set(ids)):
+            raise IntegrityError(
+                "the rows of the run are not those of its forget set", "the file was changed", "submit a new run"
+            )
+
+    def _partial(self) -> IntegrityError:
+        return IntegrityError("a step needs the whole split", "it has the forget set's rows alone", "report this error")
+
+
 def _compared(rows: Rows, table: Table) -> tuple[int, int]:
     """Return how many rows a table lacks, and how many differ in it."""
     missing = changed = 0
@@ -123,6 +197,16 @@ def read_split(folder: Path) -> SplitManifest:
     """
     name = split_name([name for name in (SPLIT, OLD_SPLIT) if (folder / name).is_file()])
     return load(SplitManifest, folder / name) if name == OLD_SPLIT else _of_parquet(folder / name, str(folder / name))
+
+
+def read_excerpt(path: Path, pinned: PinnedSplit) -> SplitExcerpt:
+    """Read an excerpt that `SplitExcerpt.write` wrote.
+
+    Raises:
+        IntegrityError: the file is damaged.
+    """
+    dataset, (train, validation, test) = open_rows(path, path.name)
+    return SplitExcerpt(dataset_digest=dataset, train=train, validation=validation, test=test, pinned=pinned)
 
 
 def stored_split(store: FileStore, version: Version) -> SplitManifest:

@@ -13,7 +13,7 @@ import os
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -166,6 +166,19 @@ class DecodedRows:
                     done = os.pwrite(self._file, data, offset)
                     data, offset = data[done:], offset + done
         self._decoded[rows] = True
+
+
+def decode_together(sources: Iterable[ImageSource]) -> None:
+    """Decode what the next passes over some sources need in one pass, so that each file is read once.
+
+    Images in memory need nothing.
+    """
+    rows: dict[DecodedRows, list[np.ndarray]] = {}
+    for source in sources:
+        if isinstance(source, StreamedImages):
+            rows.setdefault(source.decoded, []).append(source.rows)
+    for decoded, parts in rows.items():
+        decoded.decode(np.concatenate(parts))
 
 
 def _read(payloads: Sequence[Payload], rows: Sequence[int]) -> Iterator[Payload]:

@@ -173,8 +173,12 @@ def _swap(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_model(folder: Path) -> LoadedModel:
+def load_model(folder: Path, split: SplitManifest | None = None) -> LoadedModel:
     """Read and check a model folder.
+
+    Args:
+        folder: the model folder.
+        split: the split that the card must name; the folder's own is then not read. None reads it.
 
     Raises:
         UsageError: the folder is not a model folder.
@@ -182,7 +186,7 @@ def load_model(folder: Path) -> LoadedModel:
         IntegrityError: a file is damaged, or the card belongs to another split.
     """
     card = load_card(ModelCard, folder)
-    split = read_split(folder)
+    split = read_split(folder) if split is None else split
     check_digest("the split in the model folder", card.split_digest, split.digest)
     model = build_classifier(card.architecture, len(card.classes), card.channels, card.height)
     load_weights(model, read_weights(folder / WEIGHTS))

@@ -262,11 +262,12 @@ class LoadedDiffusion:
         return self.components.network
 
 
-def load_diffusion(folder: Path) -> LoadedDiffusion:
+def load_diffusion(folder: Path, split: SplitManifest | None = None) -> LoadedDiffusion:
     """Read and check the model folder of a diffusion model. Nothing is downloaded, and no code in it is run.
 
     Args:
         folder: a diffusers folder with `model.json` and its split.
+        split: the split that the card must name; the folder's own is then not read. None reads it.
 
     Raises:
         UsageError: the folder is of another kind, lacks a component, or has pickled weights.
@@ -274,7 +275,7 @@ def load_diffusion(folder: Path) -> LoadedDiffusion:
         IntegrityError: a file is damaged, or the card belongs to another split.
     """
     card = load_card(DiffusionCard, folder)
-    split = read_split(folder)
+    split = read_split(folder) if split is None else split
     check_digest("the split in the model folder", card.split_digest, split.digest)
     found = read_diffusers(folder)
     if type(found.network).__name__ != card.architecture:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -167,12 +167,13 @@ class Scratch:
         """Return whether the run has any files: settling deletes them, and so does a purge."""
         return any(True for _ in self._store.list(scratch_prefix(self._run)))
 
-    def get(self, reference: Reference, folder: Path) -> Path:
+    def get(self, reference: Reference, folder: Path, without: Collection[str] = ()) -> Path:
         """Download the files of a reference into a folder, and verify them.
 
         Args:
             reference: of this run.
             folder: where to; it is created.
+            without: names of files to leave out.
 
         Returns:
             The folder.
@@ -188,6 +189,8 @@ class Scratch:
         place = reference.uri.removeprefix(self._prefix)
         key = self._key() or b""  # without a key the files are gone too
         for name, entry in reference.files.items():
+            if name in without:
+                continue
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             self._store.download(scratch_key(self._run, f"{place}/{name}"), path)

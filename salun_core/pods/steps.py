@@ -20,7 +20,7 @@ from salun_core.certificates.keys import load_signing_key
 from salun_core.config import Document, load
 from salun_core.data import load_data
 from salun_core.data.forget_set import ForgetSet, require_partial
-from salun_core.data.split import SplitManifest, stored_split
+from salun_core.data.split import SPLIT, PinnedSplit, SplitManifest, stored_split
 from salun_core.digest import check_digest, sha256_bytes
 from salun_core.errors import DeviceMemoryError, RunSettledError, SalunError, StoreError, UsageError
 from salun_core.evaluation import Evidence
@@ -28,6 +28,7 @@ from salun_core.evaluation.evidence import EVALUATED
 from salun_core.gate import GateDecision
 from salun_core.methods.method import get_method
 from salun_core.methods.recipe import parse_recipe
+from salun_core.models.card import Card
 from salun_core.pods.ends import counts_of, published_outcome, verdict_of
 from salun_core.pods.pod import Hold, Pod, end_process, in_step, nothing, patiently
 from salun_core.pods.reference import Fact, Kind, Reference
@@ -74,6 +75,7 @@ from salun_core.telemetry.observe import observed
 from salun_core.times import utc_clock
 
 INPUTS_FILE, MASK_FILE, SUMS_FILE = "inputs.json", "mask.safetensors", "sums.safetensors"
+EXCERPT_FILE = "forget.parquet"
 
 
 class PinnedInputs(Document):
@@ -89,6 +91,9 @@ class PinnedInputs(Document):
     forget_uri: str = Field(description="address of the resolved forget set")
     forget_digest: Digest = Field(description="its digest")
     salt: str = Field(description="random, in hex")
+    split: PinnedSplit | None = Field(
+        default=None, description="digests of the split; with them, `forget.parquet` has the forget set's rows of it"
+    )
 
 
 @dataclass(frozen=True)
@@ -197,7 +202,8 @@ def fetch_model(pod: Pod, given: Mapping[str, Any], shards: int = 1, *, publishe
         with observed("fetch_model", pod.model_line, pod.run):
             head = require_head(pod.store, pod.model_line)
             version = Version(head.version, read_version(pod.store, pod.model_line, head.version))
-            forget_set, split = _resolve(pod, version, form.forget_manifest_uri)
+            card = card_of(pod.store, version)
+            forget_set, split = _resolve(pod, version, card, form.forget_manifest_uri)
             uri = _freeze(pod, forget_set)
             pinned = PinnedInputs(
                 line=pod.model_line,
@@ -206,11 +212,16 @@ def fetch_model(pod: Pod, given: Mapping[str, Any], shards: int = 1, *, publishe
                 forget_digest=forget_set.digest,
                 salt=secrets.token_hex(16),
             )
-            path = folder / INPUTS_FILE
-            path.write_text(pinned.model_dump_json(), encoding="utf-8")
+            made = folder / "inputs"
+            made.mkdir()
+            if split.layout is not None and task_named(card.task).excerpts:
+                excerpt = split.excerpt(forget_set.samples)
+                excerpt.write(made / EXCERPT_FILE)
+                pinned = pinned.model_copy(update={"split": excerpt.pinned})
+            (made / INPUTS_FILE).write_text(pinned.model_dump_json(exclude_none=True), encoding="utf-8")
             facts = {"forget_samples": len(forget_set.ids), "train_samples": len(split.train)}
             origin = {"model_line": pod.model_line, "version": head.version}
-            return pod.scratch.put(Kind.INPUTS, path, facts={**origin, **facts})
+            return pod.scratch.put(Kind.INPUTS, made, facts={**origin, **facts})
 
     inputs = in_step(pod, "fetch_model", (), work, hold=Hold.NONE)
     outcome = patiently(pod, "fetch_model", lambda: read_outcome(pod.store, pod.run))
@@ -219,13 +230,12 @@ def fetch_model(pod: Pod, given: Mapping[str, Any], shards: int = 1, *, publishe
     return Fetched(inputs, code, [] if code else [str(shard) for shard in Shard.all(shards)])
 
 
-def _resolve(pod: Pod, version: Version, uri: str) -> tuple[ForgetSet, SplitManifest]:
+def _resolve(pod: Pod, version: Version, card: Card, uri: str) -> tuple[ForgetSet, SplitManifest]:
     """Resolve a forget set against the split of a version, with its data but without its weights."""
     record = RunLog(pod.store, utc_clock).read(pod.run)
     if record is not None:  # the claim froze it: nobody may have changed it since
         check_digest("the forget set of the run", record.forget_sha256, sha256_bytes(read_bytes(uri)))
-    found, card = read_forget(uri), card_of(pod.store, version)
-    split = stored_split(pod.store, version)
+    found, split = read_forget(uri), stored_split(pod.store, version)
     if isinstance(found, ForgetSet):
         check_digest("the split of the forget set", split.digest, found.split_digest)
     else:
@@ -246,14 +256,24 @@ def _pinned(pod: Pod, given: Reference, folder: Path) -> PinnedInputs:
     return parse_stored(PinnedInputs, path.read_bytes(), INPUTS_FILE)
 
 
-def _open(pod: Pod, given: Reference, folder: Path) -> tuple[RunContext, PinnedInputs]:
-    """Download the model before and the pinned inputs of a run, both verified."""
+def _open(pod: Pod, given: Reference, folder: Path, *, whole: bool = False) -> tuple[RunContext, PinnedInputs]:
+    """Download the model before and the pinned inputs of a run, both verified.
+
+    Args:
+        pod: the run.
+        given: a reference of the run.
+        folder: where to.
+        whole: whether the step needs the whole split, and not only the forget set's rows.
+    """
     pinned = _pinned(pod, given, folder)
     forget_set = read_forget(pinned.forget_uri)
     digest = forget_set.digest if isinstance(forget_set, ForgetSet) else ""
     check_digest("the forget set of the run", pinned.forget_digest, digest)
-    fetch_version(pod.store, pod.model_line, pinned.parent, folder / "before")
-    return RunContext(folder / "before", pinned.forget_uri, pod.model_line, pod.store_uri, pod.run), pinned
+    excerpt = folder / "inputs" / EXCERPT_FILE
+    part = not whole and pinned.split is not None and excerpt.is_file()
+    fetch_version(pod.store, pod.model_line, pinned.parent, folder / "before", {SPLIT} if part else ())
+    context = RunContext(folder / "before", pinned.forget_uri, pod.model_line, pod.store_uri, pod.run)
+    return replace(context, pinned=pinned.split, excerpt=excerpt if part else None), pinned
 
 
 def _mask_file(pod: Pod, given: Reference, folder: Path) -> Path | None:
@@ -369,7 +389,7 @@ def unlearn(
     def work(folder: Path, given: list[Reference]) -> Reference:
         recipe = parse_recipe(method, 1.0, method_config, seed)  # the mask carries the density
         count = 1 if tuning else _count(processes)
-        context, _ = _open(pod, given[0], folder)
+        context, _ = _open(pod, given[0], folder, whole=True)
         after = folder / "after"
         in_processes(count, run_unlearning, context, recipe, _mask_file(pod, given[0], folder), after, tuning=tuning)
         made = read_run_facts(after, recipe.method)
@@ -408,8 +428,9 @@ def evaluate(
     def work(folder: Path, given: list[Reference]) -> Reference:
         nonlocal evidence
         count = _count(processes)
-        context, _ = _open(pod, given[0], folder)
-        candidate = pod.scratch.get(given[0].find(Kind.MODEL), folder / "after")
+        context, pinned = _open(pod, given[0], folder, whole=True)
+        known = (SPLIT,) if pinned.split else ()  # it follows from the split before; the gate reads and verifies it
+        candidate = pod.scratch.get(given[0].find(Kind.MODEL), folder / "after", known)
         in_processes(
             count,
             evaluate_step,

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,14 +236,17 @@ def roll_back(store: ObjectStore, line: str, version: str, expected: str) -> Hea
     return moved
 
 
-def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> VersionManifest:
-    """Download all files of a version into a folder, which appears complete and verified or not at all.
+def fetch_version(
+    store: FileStore, line: str, digest: str, folder: Path, without: Collection[str] = ()
+) -> VersionManifest:
+    """Download the files of a version into a folder, which appears complete and verified or not at all.
 
     Args:
         store: where from.
         line: the model line.
         digest: the version.
         folder: a folder that does not exist, is empty, or already holds this version.
+        without: names of files to leave out.
 
     Raises:
         UsageError: the version does not exist, its files were purged, or the folder holds other files.
@@ -252,7 +255,7 @@ def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> Ver
     """
     manifest = read_version(store, line, digest)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if _holds(folder, manifest):
+        if _holds(folder, {name: entry.sha256 for name, entry in manifest.files.items() if name not in without}):
             return manifest
         raise UsageError(f"{folder} is not empty", "it holds other files", "choose another folder, or empty it")
     check_not_purged(store, line, digest)
@@ -261,6 +264,8 @@ def fetch_version(store: FileStore, line: str, digest: str, folder: Path) -> Ver
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
         try:
             for name, entry in manifest.files.items():
+                if name in without:
+                    continue
                 path = part / check_relative_name(name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fetch_blob(store, entry.sha256, path, entry.size)
@@ -288,13 +293,13 @@ def check_not_purged(store: ObjectStore, line: str, digest: str) -> None:
         )
 
 
-def _holds(folder: Path, manifest: VersionManifest) -> bool:
-    """Return whether a folder holds exactly the files of a version."""
+def _holds(folder: Path, digests: Mapping[str, str]) -> bool:
+    """Return whether a folder holds exactly these files: name -> SHA-256."""
     if not folder.is_dir():
         return False
     found = list_tree(folder)
     return (
         not found.strange
-        and found.files == manifest.files.keys()
-        and all(sha256_file(folder / name) == entry.sha256 for name, entry in manifest.files.items())
+        and found.files == digests.keys()
+        and all(sha256_file(folder / name) == digest for name, digest in digests.items())
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from salun_core.data import LoadedData
+from salun_core.data.split import OLD_SPLIT, SPLIT, PinnedSplit, read_excerpt
 from salun_core.digest import check_digest, sha256_file
 from salun_core.errors import SalunError, UsageError
 from salun_core.evaluation import Evidence
@@ -17,6 +18,7 @@ from salun_core.gate import LEVELS, GateDecision
 from salun_core.methods.distributed import ProcessGroup, joined
 from salun_core.storage import FileStore, open_store
 from salun_core.storage.leases import read_lease, renew
+from salun_core.storage.local_files import list_tree
 from salun_core.sweeps.runs import RunLog, RunStatus
 from salun_core.tasks import open_inputs, task_of
 from salun_core.tasks.task import Inputs, Model, Task
@@ -48,6 +50,8 @@ class RunContext:
         data: data set spec, if the data are in another place than the model card says.
         device: auto, cpu, cuda or cuda:N.
         loaded: data that this process has read already; used if they are those of the model.
+        pinned: digests of the split that the first step of the run found; compared with those of the inputs.
+        excerpt: file with the rows of the forget set, for a step that needs no others; `before` then has no split.
     """
 
     before: Path
@@ -58,6 +62,8 @@ class RunContext:
     data: str | None = None
     device: str = "auto"
     loaded: LoadedData | None = field(default=None, repr=False, compare=False)
+    pinned: PinnedSplit | None = None
+    excerpt: Path | None = None
     _candidates: dict[Path, tuple[dict[str, str], Model]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -73,7 +79,12 @@ class RunContext:
     @cached_property
     def inputs(self) -> Inputs[Any]:
         """The original model, its data and the forget set, all checked; see `open_inputs` for the errors."""
-        return open_inputs(self.before, self.forget_manifest_uri, self.data, self.loaded)
+        excerpt = read_excerpt(self.excerpt, self.pinned) if self.excerpt and self.pinned else None
+        inputs = open_inputs(self.before, self.forget_manifest_uri, self.data, self.loaded, excerpt)
+        if self.pinned is not None:  # vacuous for an excerpt: the steps that have the whole split compare
+            check_digest("the split that the run began with", self.pinned.digest, inputs.split.digest)
+            check_digest("the split that the run keeps", self.pinned.kept_digest, inputs.kept_split.digest)
+        return inputs
 
     def require_claimed(self, policy: str | None = None) -> None:
         """Check that the run still has the inputs that its record names; without a ledger there is nothing to check.
@@ -98,6 +109,9 @@ class RunContext:
     def candidate(self, after: Path) -> Model:
         """Return the model after. It is loaded again only if its files changed: their digests are always checked.
 
+        In a run with a pinned split, the folder may lack its split. The card must then name the split before without
+        the forget set. Such a folder can be evaluated and not published.
+
         Args:
             after: folder of the unlearned model.
 
@@ -113,10 +127,11 @@ class RunContext:
                 f"the model before is a {self.task.description}",
                 "compare models of one kind",
             )
-        digests = {name: sha256_file(path) for name, path in task.version_files(after).items() if path.is_file()}
+        digests = {name: sha256_file(after / name) for name in sorted(list_tree(after).files)}
         known = self._candidates.get(after)
         if known is None or known[0] != digests:
-            self._candidates[after] = known = digests, task.load(after)
+            absent = self.pinned is not None and not digests.keys() & {SPLIT, OLD_SPLIT}
+            self._candidates[after] = known = digests, task.load(after, self.inputs.kept_split if absent else None)
         return known[1]
 
     def advance(self, to: RunStatus, step: str) -> None:

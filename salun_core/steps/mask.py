@@ -16,7 +16,7 @@ from salun_core.saliency import SaliencyMask
 from salun_core.saliency.scores import Shard
 from salun_core.saliency.shard_file import ShardHeader, merge_shards, write_shard
 from salun_core.steps.context import RunContext, method_label
-from salun_core.tasks.masks import make_mask
+from salun_core.tasks.masks import make_mask, mask_facts
 
 
 def compute_mask(context: RunContext, recipe: Recipe, out: Path, random_seed: int | None = None) -> SaliencyMask:
@@ -53,7 +53,7 @@ def compute_mask(context: RunContext, recipe: Recipe, out: Path, random_seed: in
             mask = SaliencyMask.full({name: tuple(parameter.shape) for name, parameter in parameters})
         else:
             mask = make_mask(task, inputs, recipe.method, config, recipe.density, device, random_seed, group)
-        mask = mask.with_facts({**inputs.digests, "seconds": f"{time.perf_counter() - started:.3f}"})
+        mask = mask.with_facts({**mask_facts(inputs), "seconds": f"{time.perf_counter() - started:.3f}"})
         if group.main:
             mask.save(out)
         metrics.record("salun_mask_density_ratio", mask.density, method=method_label(recipe.method))
@@ -107,9 +107,8 @@ def merge_scores(context: RunContext, shards: Sequence[Path], density: float, ou
         IntegrityError: a shard is damaged, or of another model or forget set.
     """
     with context.observed("compute_mask") as metrics:
-        digests = context.inputs.digests
-        scores, facts = merge_shards(shards, digests)
-        mask = SaliencyMask.from_scores(scores, density).with_facts({**digests, **facts})
+        scores, facts = merge_shards(shards, context.inputs.digests)
+        mask = SaliencyMask.from_scores(scores, density).with_facts({**mask_facts(context.inputs), **facts})
         mask.save(out)
         metrics.record("salun_mask_density_ratio", mask.density, method="salun")
         return mask

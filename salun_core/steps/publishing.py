@@ -9,7 +9,7 @@ from pathlib import Path
 
 from salun_core.config import load
 from salun_core.digest import check_digest
-from salun_core.errors import ConflictError
+from salun_core.errors import ConflictError, IntegrityError
 from salun_core.evaluation import Evidence
 from salun_core.gate import Expected, GateDecision, decide
 from salun_core.registry.lookup import Version, ancestry, read_file, read_version
@@ -121,6 +121,10 @@ def gate_and_publish(
         measured = with_origin(store, line, parent, load(Evidence, evidence))
         candidate = context.candidate(after)
         check_digest("the split of the model after", inputs.kept_split.digest, candidate.split.digest)
+        if left := len(candidate.split.train.find(inputs.forget_set.samples)):  # whatever the digest was said to be
+            raise IntegrityError(
+                "the split of the model after names forgotten samples", f"{left} of them", "submit a new run"
+            )
         used = used_mask(after, mask, measured.run, inputs)
         expected = Expected(
             before=inputs.original.digest,

@@ -10,7 +10,7 @@ from salun_core.config import parse, read_document
 from salun_core.data import ForgetSet, LoadedData, load_data, resolve_forget
 from salun_core.data.forget_set import require_partial
 from salun_core.data.spec import relocated_spec
-from salun_core.data.split import SplitManifest
+from salun_core.data.split import SplitExcerpt, SplitManifest
 from salun_core.data.table import Table
 from salun_core.data.targets import Target
 from salun_core.digest import check_digest
@@ -67,7 +67,13 @@ def task_of(folder: Path) -> Task[Any]:
     return task_named(read_card(folder).task)
 
 
-def open_inputs(model: Path, forget: str, data: str | None = None, loaded: LoadedData | None = None) -> Inputs[Any]:
+def open_inputs(
+    model: Path,
+    forget: str,
+    data: str | None = None,
+    loaded: LoadedData | None = None,
+    excerpt: SplitExcerpt | None = None,
+) -> Inputs[Any]:
     """Load and check the inputs of a step.
 
     Args:
@@ -75,6 +81,7 @@ def open_inputs(model: Path, forget: str, data: str | None = None, loaded: Loade
         forget: address of the forget targets or of a resolved forget set.
         data: data set spec, if the data are not at the location on the model card.
         loaded: data that were read before; they are not read again if they are those of the model.
+        excerpt: what the step needs of the model's split, whose file is then not read.
 
     Returns:
         Inputs of the model's task; images are decoded on first use.
@@ -85,7 +92,7 @@ def open_inputs(model: Path, forget: str, data: str | None = None, loaded: Loade
         IntegrityError: the data or the forget set belong to another split.
     """
     task = task_of(model)
-    return inputs_of(task, task.load(model), read_forget(forget), data, loaded)
+    return inputs_of(task, task.load(model, excerpt), read_forget(forget), data, loaded)
 
 
 def inputs_of(
@@ -112,7 +119,10 @@ def inputs_of(
         check_digest("the split of the forget set", split.digest, forget_set.split_digest)
     else:
         forget_set = resolve_targets(task, forget_set, loaded.table if loaded else None, split)
-    require_partial(forget_set, split)
+    if isinstance(split, SplitExcerpt):  # who made it saw the whole split, and checked that something is kept
+        split.require(forget_set.samples)
+    else:
+        require_partial(forget_set, split)
     inputs: Inputs[Any] = task.inputs(original, loaded, forget_set)
     return inputs
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from salun_core.data.split import SplitExcerpt
 from salun_core.digest import check_digest
 from salun_core.errors import IntegrityError
 from salun_core.evaluation.evidence import RunFacts
@@ -19,6 +20,9 @@ from salun_core.tasks.task import Inputs, InputsT, ModelT, Task
 
 TUNED_MASK = "mask.safetensors"
 """Mask file in the model folder of a tuned run."""
+
+FORGET_ROWS = "forget_rows_digest"
+"""Fact of a mask that was made without the whole split: the digest of the rows of its forget set."""
 
 _AGREEMENT = 1e-3  # share of the sparser mask that may lie outside the denser one, for rounding on another machine
 
@@ -61,6 +65,17 @@ def make_mask(
     return mask.within(shapes)
 
 
+def mask_facts(inputs: Inputs[Any]) -> dict[str, str]:
+    """Return what a mask was made from, to be kept in its file.
+
+    A step with an excerpt has not seen the whole split. So it adds the rows that it used, and `read_mask`, in a step
+    that has, compares them.
+    """
+    if not isinstance(inputs.split, SplitExcerpt):
+        return inputs.digests
+    return {**inputs.digests, FORGET_ROWS: inputs.split.rows_digest(inputs.forget_set.samples)}
+
+
 def was_scored(mask: SaliencyMask) -> bool:
     """Whether a mask was made from scores, which cost passes over the forget set."""
     return mask.facts.get("scores", "none") not in ("none", "random")
@@ -76,6 +91,8 @@ def read_mask(path: Path | None, inputs: Inputs[ModelT]) -> SaliencyMask | None:
     if path is None:
         return None
     mask = SaliencyMask.load(path)
+    if (rows := mask.facts.get(FORGET_ROWS)) is not None:
+        check_digest("the rows that the mask was made of", inputs.split.rows_digest(inputs.forget_set.samples), rows)
     for name, digest in inputs.digests.items():
         what = name.removesuffix("_digest").replace("_", " ")
         check_digest(f"the {what} of the mask", mask.facts.get(name, ""), digest)

@@ -269,8 +269,17 @@ class Task(Protocol[InputsT]):
         """Whether it has metrics that are off by default."""
         ...
 
-    def load(self, folder: Path) -> Model:
+    @property
+    def excerpts(self) -> bool:
+        """Whether mask and publication of large data need only the forget set's rows of the split: a `SplitExcerpt`."""
+        ...
+
+    def load(self, folder: Path, split: SplitManifest | None = None) -> Model:
         """Read a model folder and check all of it.
+
+        Args:
+            folder: the model folder.
+            split: the split that its card must name; the folder's own is then not read. None reads it.
 
         Raises:
             UsageError: the folder is not a model folder of this task.

@@ -39,8 +39,8 @@ class ToyCard(Card):
 class ToyModel:
     """A toy that was read from its folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.card, self.split = load_card(ToyCard, folder), read_split(folder)
+    def __init__(self, folder: Path, split: SplitManifest | None = None) -> None:
+        self.card, self.split = load_card(ToyCard, folder), split or read_split(folder)
         self.network = autoencoder(0)
         load_weights(self.network, read_weights(folder / WEIGHTS))
         self.digest = sha256_file(folder / WEIGHTS)
@@ -90,6 +90,7 @@ class ToyTask:
     card_type = ToyCard
     methods = {name: Method(config_type=LoopConfig, needs_mask=name == "ascent") for name in ("ascent", "retrain")}
     optional_metrics = False
+    excerpts = False
     load = staticmethod(ToyModel)
     inputs = staticmethod(Inputs)
 

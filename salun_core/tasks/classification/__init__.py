@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from salun_core.data import ForgetSet, ImageSource, LoadedData
-from salun_core.data.split import split_name
+from salun_core.data.split import SplitManifest, split_name
 from salun_core.data.targets import ConceptTarget, Target
 from salun_core.device_memory import explained
 from salun_core.errors import UsageError
@@ -52,10 +52,11 @@ class ClassificationTask:
     card_type = ModelCard
     methods = METHODS
     optional_metrics = True
+    excerpts = True
 
-    def load(self, folder: Path) -> LoadedModel:
+    def load(self, folder: Path, split: SplitManifest | None = None) -> LoadedModel:
         """Read a model folder and check all of it."""
-        return load_model(folder)
+        return load_model(folder, split)
 
     def inputs(self, original: LoadedModel, data: LoadedData | None, forget_set: ForgetSet) -> ClassifierInputs:
         """Combine a classifier, its data and a forget set."""

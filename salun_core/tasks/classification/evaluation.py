@@ -9,6 +9,7 @@ from torch import nn
 
 from salun_core import plugins
 from salun_core.data import ImageSource
+from salun_core.data.stream import decode_together
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence, Splits, evaluate_classifier
 from salun_core.evaluation.classifier import split_outputs, with_populations
@@ -86,6 +87,8 @@ def compared(
     reference, facts = reference_model(task, inputs, options, candidate.facts)
     forget, retain, test = (images.to(options.device) for images in (inputs.forget, inputs.retain, inputs.test))
     splits = Splits(forget, retain, test).sampled(options.samples, inputs.measured(candidate, None))
+    if options.group.size == 1:  # of several processes, each decodes its own shares
+        decode_together([splits.forget, splits.retain, splits.test])
     named = {"before": inputs.original.model, "after": candidate.model.model} | (
         {"reference": reference.eval()} if reference else {}
     )

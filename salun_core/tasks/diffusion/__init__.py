@@ -11,7 +11,7 @@ import torch
 
 from salun_core.data import ForgetSet, LoadedData
 from salun_core.data.forget_set import kind_of, not_kept, restored
-from salun_core.data.split import split_name
+from salun_core.data.split import SplitManifest, split_name
 from salun_core.data.targets import RedactedTarget, Target
 from salun_core.device_memory import explained
 from salun_core.diffusion.denoiser import Denoiser, selected_parameters
@@ -51,10 +51,11 @@ class DiffusionTask:
     card_type = DiffusionCard
     methods = METHODS
     optional_metrics = False
+    excerpts = False
 
-    def load(self, folder: Path) -> LoadedDiffusion:
+    def load(self, folder: Path, split: SplitManifest | None = None) -> LoadedDiffusion:
         """Read a model folder and check all of it."""
-        return load_diffusion(folder)
+        return load_diffusion(folder, split)
 
     def inputs(self, original: LoadedDiffusion, data: LoadedData | None, forget_set: ForgetSet) -> DiffusionInputs:
         """Combine a diffusion model, its data, if any, and a forget set."""

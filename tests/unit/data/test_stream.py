@@ -19,6 +19,7 @@ from salun_core.data import DataSpec, ImageSet, load_data, stream
 from salun_core.data.images import Normalisation
 from salun_core.data.readers import read_table
 from salun_core.data.stream import StreamedImages
+from salun_core.data.table import Encoded
 from salun_core.data.targets import SamplesTarget
 from salun_core.errors import DataError, IntegrityError, StoreError, UsageError
 from salun_core.evaluation import Splits
@@ -193,6 +194,19 @@ def test_an_evaluation_of_samples_decodes_them_and_the_forget_set(monkeypatch, s
     found = split_outputs(model, whole.sampled(12, measured))
     assert {name: len(outputs) for name, outputs in found.items()} == {"forget": 5, "retain": 12, "test": 12}
     assert int(train.decoded._decoded.sum()) == 5 + 12 + 12
+
+
+def test_what_the_next_passes_need_is_read_in_one(monkeypatch, shards):
+    data = streamed(monkeypatch, shards, size=8)
+    train = data.images("train", Normalisation((0.5,) * 3, (0.2,) * 3))
+    some, test = train.select(range(5)), data.images("test", train.normalisation)
+    memory = load_data(DataSpec(source=str(shards), **SPEC)).images("test", train.normalisation)
+    read, reads = Encoded.read, []
+    monkeypatch.setattr(Encoded, "read", lambda payloads, rows: reads.append(len(rows)) or read(payloads, rows))
+    stream.decode_together([some, memory, test])
+    assert reads == [5 + len(test)]
+    assert [len(labels) for images in (some, test) for _, labels in images.batches(99)] == [5, len(test)]
+    assert reads == [5 + len(test)]
 
 
 @pytest.mark.parametrize("method", ["random_label", "scrub", "sfr_on", "amun", "msg"])
