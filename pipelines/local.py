@@ -31,6 +31,7 @@ import yaml
 
 from pipelines.forked_steps import Nursery
 from pipelines.packages import read_package
+from pipelines.volumes import CACHE_VARIABLE
 from salun_core.errors import SalunError, UsageError, exit_code_of
 from salun_core.pods.reference import read_reference
 from salun_core.registry.lookup import Version, read_file, read_version
@@ -305,7 +306,8 @@ def for_this_machine(text: str, run: str, environ: Mapping[str, str]) -> str:
     """Return a compiled pipeline with the changes that a run on this machine needs.
 
     Its steps are not retried, because somebody waits for the first answer. A variable of the environment wins over
-    one that names a place in the image. The id of the run is unique; that of kfp.local has only eight digits.
+    one that names a place in the image. No volume is mounted, so no cache of the data is kept in its folder. The id
+    of the run is unique; that of kfp.local has only eight digits.
 
     Args:
         text: the compiled pipeline.
@@ -321,7 +323,7 @@ def for_this_machine(text: str, run: str, environ: Mapping[str, str]) -> str:
     for executor in spec["deploymentSpec"]["executors"].values():
         container = executor["container"]
         if given := container.pop("env", None):
-            container["env"] = [item for item in given if item["name"] not in environ]
+            container["env"] = [item for item in given if item["name"] not in {*environ, CACHE_VARIABLE}]
     return yaml.safe_dump_all(documents)
 
 

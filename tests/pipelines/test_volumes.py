@@ -5,6 +5,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.local import for_this_machine
 from pipelines.packages import load_package, shipped
 from pipelines.step_secrets import step_of
 from pipelines.volumes import CACHE_STEPS, CACHE_VARIABLE, limit_shared_memory, read_cache_claim, read_shared_memory
@@ -131,6 +132,14 @@ def test_only_the_mount_and_the_variable_differ(monkeypatch):
     for item in after.spec["deploymentSpec"]["executors"].values():
         item["container"]["env"] = [pair for pair in item["container"]["env"] if pair["name"] != CACHE_VARIABLE]
     assert (after.spec, after.platform) == (before.spec, before.platform)
+
+
+def test_a_run_on_this_machine_has_neither_the_volume_nor_its_folder(monkeypatch):
+    """Else it would leave images in a folder of this machine that no purge of the cluster empties."""
+    monkeypatch.setenv("SALUN_DATA_CACHE_CLAIM", "my-cache")
+    text = for_this_machine(load_package("unlearning-cpu").text, "run-1", {})
+    assert "pvcMount" in text  # kfp.local ignores volumes
+    assert CACHE_VARIABLE not in text
 
 
 def test_the_steps_read_the_variable():
