@@ -27,7 +27,7 @@ settings.load_profile("salun")
 _FOREIGN = ("AWS_PROFILE", "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE")
 _TRAINED = {"lab", "digits_model"}
 _TESTS = Path(__file__).resolve().parent
-_WITH_PICTURES = tuple(_TESTS / "unit" / name for name in ("report", "bench"))
+_WITH_PICTURES = _TESTS / "unit" / "report"
 _shared = pytest.StashKey[ExitStack]()
 _server_key = pytest.StashKey[object]()
 
@@ -119,8 +119,7 @@ def _one_thread():
 @pytest.fixture(autouse=True, scope="module")
 def _pictures(request):
     """Draw the pictures of reports only in tests that look at them."""
-    looks = any(request.path.is_relative_to(folder) for folder in _WITH_PICTURES)
-    with nullcontext() if looks else pictures.left_out():
+    with nullcontext() if request.path.is_relative_to(_WITH_PICTURES) else pictures.left_out():
         yield
 
 

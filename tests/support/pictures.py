@@ -1,7 +1,7 @@
 """Leaves out the pictures of reports in tests that do not look at them: to draw takes longer than all else in a run.
 
 `tests/conftest.py` imports this module before any other can bind `draw`. A command that a test starts as a process,
-such as the demo or those of the tutorials, draws them.
+such as the demo or those of the tutorials, draws them. The picture of a suite is always drawn: there is one per suite.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ _wanted = True
 
 
 def _if_wanted(name: str, width: float, height: float, paint: Callable[[Any], str]) -> str:
-    return _draw(name, width, height, paint) if _wanted else '<svg role="img"></svg>'
+    of_report = paint.__module__ == plots.__name__
+    return _draw(name, width, height, paint) if _wanted or not of_report else '<svg role="img"></svg>'
 
 
 plots.draw = _if_wanted
@@ -25,10 +26,23 @@ plots.draw = _if_wanted
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """Draw no picture meanwhile."""
+    """Draw no picture of a report meanwhile."""
+    with _set(wanted=False):
+        yield
+
+
+@contextmanager
+def drawn() -> Iterator[None]:
+    """Draw all pictures meanwhile, also inside `left_out`."""
+    with _set(wanted=True):
+        yield
+
+
+@contextmanager
+def _set(*, wanted: bool) -> Iterator[None]:
     global _wanted
-    _wanted = False
+    before, _wanted = _wanted, wanted
     try:
         yield
     finally:
-        _wanted = True
+        _wanted = before

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 
 from salun_core.bench.plan import SuiteRun
 from salun_core.bench.suite import load_suite
+from tests.support.made_once import made_once
 
 SUITE = {
     "format": "salun.suite/v1",
@@ -57,13 +60,22 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 @pytest.fixture(scope="session")
 def resumed(plan, tmp_path_factory):
-    """The folder of the run, what it held when it was killed, and what the second run came to."""
+    """The folder of the run, what it held when it was killed, and what the second run came to.
+
+    One worker makes it for all, and each has a copy: tests lock it, and write tables into it.
+    """
+    made = made_once(tmp_path_factory, "bench-resumed", lambda folder: _run_twice(plan, folder))
+    out = shutil.copytree(made / "out", tmp_path_factory.mktemp("bench") / "out")
+    return out, *pickle.loads((made / "outcome").read_bytes())  # noqa: S301 - written below
+
+
+def _run_twice(plan: SuiteRun, folder: Path) -> None:
     import torch
 
     from salun_core.bench.runner import run_suite
 
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("bench")
+    out = folder / "out"
 
     def die(_name):
         raise KeyboardInterrupt
@@ -74,4 +86,4 @@ def resumed(plan, tmp_path_factory):
     (out / "work" / "rl-0").mkdir(parents=True)  # as SIGKILL leaves it
     (out / "work" / "rl-0" / "evidence.json").write_text("{")
     outcome = run_suite(plan, out, lambda text: None)
-    return out, killed, outcome
+    (folder / "outcome").write_bytes(pickle.dumps((killed, outcome)))

@@ -14,6 +14,7 @@ from salun_core.evaluation.evidence import Curve, Evidence, Metric
 from salun_core.gate import decide
 from salun_core.report import ReportContext, render_report, write_report
 from salun_core.report.render import MAX_BYTES
+from tests.support import pictures
 
 VOID = {"meta", "br", "path", "use", "rect", "img", "link", "input", "hr"}
 FORBIDDEN = {
@@ -81,9 +82,17 @@ def metric_rows(page):
     return [row for row in page.rows[start + 1 :] if row[0] != "Check"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _pictures():
+    """Draw the pictures of two pages only: those of `text` are looked at, and those of the largest page count."""
+    with pictures.left_out():
+        yield
+
+
 @pytest.fixture(scope="session")
 def text(evidence, decision, context):
-    return render_report(evidence, decision, context)
+    with pictures.drawn():
+        return render_report(evidence, decision, context)
 
 
 @pytest.fixture(scope="session")
@@ -257,7 +266,7 @@ def test_the_page_has_provenance_lineage_and_debt(text, page, evidence, context)
 
 
 @pytest.mark.slow
-def test_another_process_writes_the_same_bytes(evidence, decision, context, tmp_path):
+def test_another_process_writes_the_same_bytes(text, evidence, decision, context, tmp_path):
     program = (
         "import sys, pathlib\n"
         "from salun_core.evaluation.evidence import Evidence\n"
@@ -271,7 +280,7 @@ def test_another_process_writes_the_same_bytes(evidence, decision, context, tmp_
         (tmp_path / name).write_text(document.model_dump_json())
     environment = {**os.environ, "PYTHONHASHSEED": "1", "SOURCE_DATE_EPOCH": "1", "TZ": "UTC+1"}
     subprocess.run([sys.executable, "-c", program, str(tmp_path), "other"], env=environment, check=True)
-    assert (tmp_path / "other").read_text() == render_report(evidence, decision, context)
+    assert (tmp_path / "other").read_text() == text
 
 
 OPTIONAL = {
@@ -344,7 +353,8 @@ def test_a_huge_evidence_still_fits(evidence, decision, context):
             ),
         }
     )
-    text = render_report(huge, decision, context)
+    with pictures.drawn():
+        text = render_report(huge, decision, context)
     assert len(text.encode()) < MAX_BYTES
     assert "The 40 classes that changed most of 1000." in text
     assert json.loads(Page(text).texts["pre"][-1])["evidence"]["per_class"][999]["name"] == "class 999"
