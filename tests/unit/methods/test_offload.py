@@ -163,9 +163,13 @@ def denoising(network, count):
     return network(noisy, times, torch.zeros(count, LENGTH, WIDTH), return_dict=False)[0].square().mean()
 
 
+@pytest.fixture(scope="module")
+def memory(text):
+    return TrainingMemory.of(text[0].network, denoising, "float32")
+
+
 @pytest.mark.parametrize("changes", [{}, {"offload": "disk"}])
-def test_the_memory_of_a_run_is_as_predicted(text, changes):
-    memory = TrainingMemory.of(text[0].network, denoising, "float32")
+def test_the_memory_of_a_run_is_as_predicted(text, memory, changes):
     predicted = memory.step(2 * QUICK["batch_size"], "adam", offload="offload" in changes)
     with LiveBytes(text[0].network.parameters()) as counted:
         run(text, **changes)
