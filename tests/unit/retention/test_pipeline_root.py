@@ -70,8 +70,8 @@ def artifact(run, task, output, pipeline="salun-unlearning"):
 class Root:
     """The pipeline root of a Kubeflow in a bucket that keeps versions."""
 
-    def __init__(self):
-        client = make_client()
+    def __init__(self, make_client):
+        self.make_client, client = make_client, make_client()
         self.bucket = f"mlpipeline-{secrets.token_hex(4)}"
         client.create_bucket(Bucket=self.bucket)
         client.put_bucket_versioning(Bucket=self.bucket, VersioningConfiguration={"Status": "Enabled"})
@@ -123,8 +123,13 @@ class Root:
 
 
 @pytest.fixture
-def root(s3_server):
-    return Root()
+def root(memory_s3):
+    return Root(memory_s3.client)
+
+
+@pytest.fixture
+def real_root(s3_server):
+    return Root(make_client)
 
 
 def foreign(root, run):
@@ -147,8 +152,8 @@ def foreign(root, run):
     return set(keys)
 
 
-@pytest.mark.s3
-def test_old_artifacts_are_found_by_what_they_are_and_references_are_not(root):
+def test_old_artifacts_are_found_by_what_they_are_and_references_are_not(real_root):
+    root = real_root
     run = uid()
     root.old_run(run)
     root.put(artifact(run, "score-shard", "sums", "salun-sharded-mask-cpu"), WEIGHTS)
@@ -178,7 +183,6 @@ def test_old_artifacts_are_found_by_what_they_are_and_references_are_not(root):
     assert {item.size for item in root.found() if item.kind == UNFINISHED} == {len(WEIGHTS)}
 
 
-@pytest.mark.s3
 def test_a_root_with_references_measures_reports_and_other_teams_is_clean(root):
     run = uid()
     foreign(root, run)
@@ -190,7 +194,6 @@ def test_a_root_with_references_measures_reports_and_other_teams_is_clean(root):
     assert scan_pipeline_root(root.store, NOW) == RootScan([], harmless=8, others=10)
 
 
-@pytest.mark.s3
 def test_bytes_that_a_delete_or_a_reference_only_hides_are_found(root):
     run = uid()
     root.put(hidden := artifact(run, "compute-mask", "mask"), MASK, MASK)
@@ -201,9 +204,8 @@ def test_bytes_that_a_delete_or_a_reference_only_hides_are_found(root):
     assert root.rows() == [("compute-mask", "mask", "mask", 2), ("unlearn", "unlearned", "model", 2)]
 
 
-@pytest.mark.s3
-def test_all_pages_are_read(root):
-    client = make_client()
+def test_all_pages_are_read(real_root):
+    root, client = real_root, make_client()
 
     def shorten(params, **_):
         params["MaxKeys"] = 2
@@ -285,7 +287,6 @@ class Known:
 OF_KUBEFLOW = "weights and masks under the pipeline root"
 
 
-@pytest.mark.s3
 def test_exactly_what_was_found_is_removed_at_once_and_certified(root, store):
     known, unknown = Known(store).start().publish(), uid()
     store.put_new(scratch := names.scratch_key(known.run, "forget.json"), b"of today: not an artifact of Kubeflow")
@@ -314,7 +315,6 @@ def test_exactly_what_was_found_is_removed_at_once_and_certified(root, store):
     assert (again.plan.deletions, again.addenda) == ([], [])
 
 
-@pytest.mark.s3
 def test_runs_at_work_keep_their_artifacts(root, store):
     """A lease tells of a run without a log; a log without an end counts for a day."""
     working = Known(store, "one").start(NOW - timedelta(hours=17))
@@ -331,7 +331,6 @@ def test_runs_at_work_keep_their_artifacts(root, store):
     assert {item.place.run for item in root.found()} == {holding}
 
 
-@pytest.mark.s3
 def test_a_certificate_is_extended_only_when_nothing_of_its_run_is_left(root, store):
     """An output with a name of its own counts too. It is written late here, and the next call finds it."""
     known = Known(store).start().publish()
@@ -339,9 +338,9 @@ def test_a_certificate_is_extended_only_when_nothing_of_its_run_is_left(root, st
     late = artifact(known.run, "evaluate", "scores")
 
     def write_late(**_):
-        make_client().put_object(Bucket=root.bucket, Key=f"v2/artifacts/{late}", Body=WEIGHTS)
+        root.make_client().put_object(Bucket=root.bucket, Key=f"v2/artifacts/{late}", Body=WEIGHTS)
 
-    fragile = make_client()
+    fragile = root.make_client()
     fragile.meta.events.register("before-call.s3.DeleteObject", write_late)
     whole, root.store = root.store, S3Store(root.bucket, "v2/artifacts", client=fragile)
     known.purge(root)
@@ -352,7 +351,6 @@ def test_a_certificate_is_extended_only_when_nothing_of_its_run_is_left(root, st
     assert OF_KUBEFLOW in known.addenda()
 
 
-@pytest.mark.s3
 def test_a_purge_that_is_killed_between_two_keys_goes_on(root, store):
     known = Known(store).start().publish()
     stays = root.old_run(known.run)
@@ -363,7 +361,7 @@ def test_a_purge_that_is_killed_between_two_keys_goes_on(root, store):
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    fragile = make_client()
+    fragile = root.make_client()
     fragile.meta.events.register("before-call.s3.DeleteObject", die)
     before = len(root.keys())
     whole, root.store = root.store, S3Store(root.bucket, "v2/artifacts", client=fragile)
@@ -375,7 +373,6 @@ def test_a_purge_that_is_killed_between_two_keys_goes_on(root, store):
     assert root.keys() == stays
 
 
-@pytest.mark.s3
 def test_old_artifacts_need_a_root(store):
     with pytest.raises(UsageError, match="give --pipeline-root"):
         purge(store, old_artifacts=True, signer=SIGNER)
@@ -386,8 +383,8 @@ def test_a_root_has_no_query():
         open_pipeline_root("s3://mlpipeline/v2/artifacts?region=eu-central-1")
 
 
-@pytest.mark.s3
-def test_kubeflows_store_may_have_another_address_and_other_keys(root, monkeypatch):
+def test_kubeflows_store_may_have_another_address_and_other_keys(real_root, monkeypatch):
+    root = real_root
     ours = open_store(root.uri).endpoint
     monkeypatch.setenv("SALUN_S3_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("SALUN_S3_ACCESS_KEY_ID", "ours")

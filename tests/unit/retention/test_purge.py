@@ -1,4 +1,7 @@
-"""Purging a real store whose bucket keeps versions: what goes is gone, what stays is whole, a kill loses nothing."""
+"""Purging a store whose bucket keeps versions: what goes is gone, what stays is whole, a kill loses nothing.
+
+The first test runs on the real server, the others on the one in memory.
+"""
 
 import json
 import secrets
@@ -26,11 +29,10 @@ from salun_core.storage import keys as names
 from salun_core.storage import open_store
 from salun_core.storage.erase import stored_keys, versions_of
 from salun_core.storage.leases import acquire, release
-from salun_core.storage.s3 import S3Store, make_client
+from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.runs import RunLog, RunMember, RunRecord, RunStatus
 from tests.support.folder_model import UNET, contents, write_folder
 
-pytestmark = pytest.mark.s3
 START = datetime.now(UTC).replace(microsecond=0)
 SIGNER = Ed25519PrivateKey.generate()
 
@@ -39,9 +41,13 @@ def after(**delta):
     return lambda: START + timedelta(**delta)
 
 
-@pytest.fixture(scope="session")
-def bucket(s3_server):
+@pytest.fixture
+def bucket(memory_s3):
     """A bucket that keeps versions."""
+    return new_bucket()
+
+
+def new_bucket():
     client = open_store("s3://salun").native[0]
     name = f"purge-{secrets.token_hex(4)}"
     client.create_bucket(Bucket=name)
@@ -142,7 +148,8 @@ def line(bucket, tmp_path):
     return Line(bucket, tmp_path / "line")
 
 
-def test_a_purge_deletes_its_plan_and_keeps_the_rest_complete(line, tmp_path):
+def test_a_purge_deletes_its_plan_and_keeps_the_rest_complete(s3_server, tmp_path):
+    line = Line(new_bucket(), tmp_path / "line")
     hold_version(line.store, "faces", line.versions[1], "ana", "audit", after(days=1))
     assert len(line.traces(0)) == 3  # weights twice
     before = line.everything()
@@ -262,7 +269,7 @@ class KilledError(BaseException):
     """Ends a purge as a kill would: nothing may catch it."""
 
 
-def test_a_purge_killed_after_each_write_ends_the_same(line, bucket, tmp_path, monkeypatch):
+def test_a_purge_killed_after_each_write_ends_the_same(line, bucket, memory_s3, tmp_path, monkeypatch):
     """Each attempt may write once, and more only where that brought it no further; a twin is purged without a kill."""
     twin = Line(bucket, tmp_path / "twin")
     assert twin.versions == line.versions
@@ -275,7 +282,7 @@ def test_a_purge_killed_after_each_write_ends_the_same(line, bucket, tmp_path, m
         if len(calls) > allowed and threading.current_thread() is threading.main_thread():  # else it would hang
             raise KilledError
 
-    fragile = S3Store(bucket, line.uri.partition(f"s3://{bucket}/")[2], client=make_client())
+    fragile = S3Store(bucket, line.uri.partition(f"s3://{bucket}/")[2], client=memory_s3.client())
     for name in ("DeleteObject", "PutObject", "AbortMultipartUpload"):
         fragile.native[0].meta.events.register(f"before-call.s3.{name}", die)
     monkeypatch.setattr(line, "store", fragile)

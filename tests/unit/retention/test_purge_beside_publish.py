@@ -1,4 +1,7 @@
-"""A purge and a publish at once: whichever of the two stalls, and wherever, HEAD keeps all its files."""
+"""A purge and a publish at once: whichever of the two stalls, and wherever, HEAD keeps all its files.
+
+The store is in memory: these tests send thousands of requests, and none of them looks at what S3 is.
+"""
 
 import secrets
 from contextlib import contextmanager
@@ -20,10 +23,9 @@ from salun_core.storage import keys as names
 from salun_core.storage import open_store
 from salun_core.storage.erase import erase, stored_keys
 from salun_core.storage.leases import acquire, release
-from salun_core.storage.s3 import S3Store, make_client
+from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.rollback import rollback
 
-pytestmark = pytest.mark.s3
 START = datetime.now(UTC).replace(microsecond=0)
 WEIGHTS, EVIDENCE = "model.safetensors", "evidence.json"
 
@@ -39,7 +41,8 @@ class KilledError(BaseException):
 class Line:
     """A model line whose next version was staged by a run that died; the run's next attempt makes the same bytes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, server, folder: Path) -> None:
+        self.server = server
         self.store = open_store(f"s3://salun/{secrets.token_hex(6)}")
         self.folder, self.number, self.head = folder, 0, None
         self.publish()
@@ -88,8 +91,8 @@ class Line:
 
 
 @pytest.fixture
-def line(s3_server, tmp_path):
-    return Line(tmp_path / "line")
+def line(memory_s3, tmp_path):
+    return Line(memory_s3, tmp_path / "line")
 
 
 @contextmanager
@@ -98,7 +101,7 @@ def watched(line, meanwhile=None, moment=""):
 
     A moment is an operation of S3 and the folder of its key, such as `DeleteObject blobs`, and which of them it is.
     """
-    client, sent = make_client(), []
+    client, sent = line.server.client(), []
     bucket, _, prefix = line.store.uri.removeprefix("s3://").partition("/")
 
     def seen(params, model, **_):
