@@ -101,11 +101,17 @@ def s3_server(request):
 
 
 @pytest.fixture
-def store(s3_server):
+def real_store(s3_server):
     """An empty store: a fresh prefix of the session's bucket."""
     from salun_core.storage import open_store
 
     return open_store(f"s3://salun/{secrets.token_hex(8)}")
+
+
+@pytest.fixture
+def store(real_store):
+    """The same; some folders have one in memory instead (`tests/support/memory_s3.py`)."""
+    return real_store
 
 
 @pytest.fixture(autouse=True)

@@ -31,8 +31,6 @@ from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a 
 from tests.support.folder_model import write_folder
 from tests.support.toy_line import run_record
 
-pytestmark = pytest.mark.s3
-
 
 @dataclass
 class World:

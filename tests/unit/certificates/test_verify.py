@@ -49,7 +49,6 @@ def verify(folder):
     return verify_certificate(folder / "certificate.json", folder / "model")
 
 
-@pytest.mark.s3
 def test_a_fetched_version_with_folders_verifies(store, tmp_path, monkeypatch):
     monkeypatch.delenv("SALUN_VERIFY_KEY", raising=False)
     files = write_folder(tmp_path / "made")

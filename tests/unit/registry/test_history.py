@@ -1,13 +1,9 @@
-import pytest
-
 from salun_core.registry.history import history
 from salun_core.registry.holds import VersionDisposal, record_disposal
 from salun_core.registry.versions import publish, publish_head, stage_version
 from salun_core.storage.keys import blob_key, delta_key
 from salun_core.times import utc_now
 from tests.support.folder_model import TEXT, UNET, VAE, write_folder
-
-pytestmark = pytest.mark.s3
 
 
 def kept(store):

@@ -15,8 +15,6 @@ from salun_core.registry.holds import (
 )
 from salun_core.registry.versions import publish
 
-pytestmark = pytest.mark.s3
-
 
 @pytest.fixture
 def version(store, tmp_path):

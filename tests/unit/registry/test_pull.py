@@ -1,4 +1,4 @@
-"""`salun model pull`: a version as a folder, on a real server, with cuts, full disks and rivals."""
+"""`salun model pull`: a version as a folder, with cuts, full disks and rivals."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ from tests.support.folder_model import TEXT, UNET, VAE, contents, write_folder
 from tests.unit.certificates.test_tampering import FIXTURE
 from tests.unit.storage.test_s3 import impatient, prefix_of, upstream
 
-pytestmark = pytest.mark.s3
 FIELDS = {"line": "sd", "method": "train"}
 
 
 @pytest.fixture
 def published(store, tmp_path):
+    return publish_child(store, tmp_path)
+
+
+def publish_child(store, tmp_path):
     """A line with a sparse child; returns (digest, manifest, folder of its files)."""
     before, after = write_folder(tmp_path / "made" / "before"), write_folder(tmp_path / "made" / "after", 4000)
     head, _ = publish(store, FIELDS, before)
@@ -65,8 +68,9 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_sparse_version_arrives_whole(store, published, tmp_path):
-    digest, manifest, made = published
+def test_a_sparse_version_arrives_whole(real_store, tmp_path):
+    store = real_store
+    digest, manifest, made = publish_child(store, tmp_path)
     seen = []
     done = pull(store, "sd", digest, tmp_path / "deep" / "out", lambda *counts: seen.append(counts))
     assert contents(tmp_path / "deep" / "out") == contents(made)
@@ -109,8 +113,9 @@ def test_a_lost_connection_leaves_no_destination_and_the_next_call_continues(sto
     assert names(tmp_path) == ["made", "out"]
 
 
-def test_a_real_cut_is_one_error(store, published, tmp_path):
-    digest, *_ = published
+def test_a_real_cut_is_one_error(real_store, tmp_path):
+    store = real_store
+    digest, *_ = publish_child(store, tmp_path)
 
     def fault(line):
         return LOST if "blobs" in line and line.startswith("GET") and "list-type" not in line else None
@@ -240,8 +245,9 @@ def _race(uri, digest, out, barrier, results):
         results.put("refused")
 
 
-def test_racing_processes_end_in_one_right_folder(store, published, tmp_path):
-    digest, _, made = published
+def test_racing_processes_end_in_one_right_folder(real_store, tmp_path):
+    store = real_store
+    digest, _, made = publish_child(store, tmp_path)
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(4), context.Queue()
     racers = [
@@ -310,7 +316,8 @@ def test_verify_takes_what_pull_wrote_and_names_the_command_when_a_file_differs(
         assert "salun model pull faces@605a85542c9e --out DIR" in refused.stderr
 
 
-def test_a_killed_command_is_continued_by_the_next_one(store, tmp_path, s3_server, salun_path):
+def test_a_killed_command_is_continued_by_the_next_one(real_store, tmp_path, salun_path):
+    store = real_store
     files = {"model.safetensors": tmp_path / "big", "model.json": tmp_path / "small"}
     (tmp_path / "big").write_bytes(os.urandom(48 << 20))
     (tmp_path / "small").write_text("{}")
@@ -331,8 +338,9 @@ def test_a_killed_command_is_continued_by_the_next_one(store, tmp_path, s3_serve
     assert names(tmp_path) == ["big", "out", "small"]
 
 
-def test_a_terminal_sees_the_progress(store, published, tmp_path, salun_path):
-    digest, *_ = published
+def test_a_terminal_sees_the_progress(real_store, tmp_path, salun_path):
+    store = real_store
+    digest, *_ = publish_child(store, tmp_path)
     controller, terminal = pty.openpty()
     command = [salun_path, "model", "pull", "sd", "--out", "out", "--store", store.uri]
     environ = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}

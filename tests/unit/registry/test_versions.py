@@ -1,8 +1,7 @@
 import json
+import multiprocessing
+import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,8 +16,6 @@ from salun_core.storage import keys as names
 from salun_core.storage.blobs import put_blob
 from salun_core.storage.s3 import S3Store
 from tests.support.folder_model import UNET, contents, write_folder
-
-pytestmark = pytest.mark.s3
 
 
 @pytest.fixture
@@ -159,7 +156,8 @@ def test_a_second_process_may_publish_the_same_version(store, model):
     assert [version.digest for version in ancestry(store, "mnist")][1:] == [later, mine, head.version]
 
 
-def test_one_of_eight_children_of_a_parent_wins(store, model):
+def test_one_of_eight_children_of_a_parent_wins(real_store, model):
+    store = real_store
     head = first(store, model)
     staged = [stage_version(store, child_of(head, f"run-{n}"), model(f"child-{n}"))[0] for n in range(8)]
     barrier = threading.Barrier(8)
@@ -424,39 +422,46 @@ def test_the_manifest_round_trips_and_keeps_its_digest():
     assert manifest.digest == "195af624fe18d382a44aa20d744a33f99634438bfe632acab2863e547457e801"
 
 
-KILLED = """
-    import os, pathlib, signal, sys
-    from salun_core.storage.s3 import S3Store
-    from salun_core.registry.versions import publish
+class Fragile(S3Store):
+    """A store whose process is killed before one of its writes."""
 
-    class Fragile(S3Store):
-        step = 0
-        def killed(self, write, *arguments):
-            Fragile.step += 1
-            if Fragile.step == int(sys.argv[1]):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return write(*arguments)
-        def upload(self, path, key):
-            return self.killed(super().upload, path, key)
-        def put_new(self, key, data):
-            return self.killed(super().put_new, key, data)
-        def put_if(self, key, data, etag):
-            return self.killed(super().put_if, key, data, etag)
+    def __init__(self, prefix, step):
+        super().__init__("salun", prefix)
+        self._left = step
 
-    store = Fragile("salun", sys.argv[2])
-    files = {path.name: path for path in pathlib.Path(sys.argv[4]).iterdir()}
-    publish(store, {"line": "mnist", "method": "salun", "parent": sys.argv[3], "run": "run-2"}, files)
-"""
+    def _kill(self):
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def upload(self, path, key):
+        self._kill()
+        super().upload(path, key)
+
+    def put_new(self, key, data):
+        self._kill()
+        return super().put_new(key, data)
+
+    def put_if(self, key, data, etag):
+        self._kill()
+        return super().put_if(key, data, etag)
 
 
-def test_a_kill_after_any_write_leaves_nothing_visible(store, model):
+def publish_and_die(prefix, fields, files, step):
+    publish(Fragile(prefix, step), fields, files)
+
+
+def test_a_kill_after_any_write_leaves_nothing_visible(real_store, model):
     """Steps: two blobs, the manifest, HEAD; the last run is not killed and finishes the work."""
+    store, prefix = real_store, real_store.uri.removeprefix("s3://salun/")
     head = first(store, model)
 
     def run(text, step):
-        folder = next(iter(model(text).values())).parent
-        arguments = [str(step), store.uri.removeprefix("s3://salun/"), head.version, str(folder)]
-        return subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), *arguments], check=False).returncode
+        given = (prefix, child_of(head, "run-2"), model(text), step)
+        child = multiprocessing.get_context("fork").Process(target=publish_and_die, args=given)
+        child.start()
+        child.join(60)
+        return child.exitcode
 
     for step in range(1, 5):
         assert run(f"killed-{step}", step) == -signal.SIGKILL

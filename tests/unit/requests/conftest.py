@@ -1,8 +1,13 @@
+"""Stores are in memory, except in tests that start processes or let threads race."""
+
 from datetime import UTC, datetime
 
 import pytest
 
 from tests.support.manual_clock import ManualClock
+from tests.support.memory_s3 import memory_s3, store
+
+__all__ = ["memory_s3", "store"]
 
 
 @pytest.fixture

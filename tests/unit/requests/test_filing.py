@@ -25,8 +25,6 @@ from salun_core.tasks import register_model
 from salun_core.tasks.classification.training import train_model
 from salun_core.times import utc_clock
 
-pytestmark = pytest.mark.s3
-
 
 @pytest.fixture(scope="module")
 def signs(tmp_path_factory):
@@ -50,6 +48,10 @@ def signs(tmp_path_factory):
 @pytest.fixture
 def line(store, signs, monkeypatch):
     monkeypatch.setenv("SALUN_STORE_URI", store.uri)
+    return begin(store, signs)
+
+
+def begin(store, signs):
     register_model(store, "signs", signs.root / "model", "train", len(signs.data.split.train))
     return store
 
@@ -227,7 +229,8 @@ def _on_terminal(salun, store, answer, *args):
     return process.wait(60), shown.decode()
 
 
-def test_a_terminal_is_asked_before_anything_is_stored(line, salun_path):
+def test_a_terminal_is_asked_before_anything_is_stored(real_store, signs, salun_path):
+    line = begin(real_store, signs)
     code, shown = _on_terminal(salun_path, line, "n\n", "--class-name", "2")
     assert (code, "File 1 request? [y/N]" in shown, "nothing was filed" in shown) == (1, True, True), shown
     assert shown.index("class 1: 2") < shown.index("File 1 request?")

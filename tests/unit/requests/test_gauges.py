@@ -25,7 +25,6 @@ from salun_core.requests.schema import Outcome, Status, is_overdue
 from salun_core.storage.keys import event_key, head_key, index_key, version_key
 from tests.support.manual_clock import ManualClock
 
-pytestmark = pytest.mark.s3
 TARGET = SubjectTarget(subject_ref="person-07")
 
 
@@ -295,10 +294,10 @@ def test_once_prints_what_a_scrape_would_get(store, run):
     assert '"metric": "salun_requests_overdue"' in as_json.stdout
 
 
-def test_sigterm_ends_the_command(store):
+def test_sigterm_ends_the_command(real_store):
     command = [sys.executable, "-c", "from salun_core.cli.app import main; main()"]
     process = subprocess.Popen(
-        [*command, "exporter", "--port", "0", "--store", store.uri],
+        [*command, "exporter", "--port", "0", "--store", real_store.uri],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

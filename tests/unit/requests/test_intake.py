@@ -91,7 +91,6 @@ class TestRead:
         assert "secret" not in str(caught.value)
 
 
-@pytest.mark.s3
 class TestSubmitAll:
     def test_many_are_filed_in_order_and_each_is_reported(self, ledger):
         many = read_submissions(dump([{**ONE, "id": f"r-{number}"} for number in range(20)]), "file")

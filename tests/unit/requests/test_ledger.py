@@ -1,9 +1,7 @@
 import contextlib
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -15,9 +13,9 @@ from salun_core.digest import sha256_bytes
 from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
+from salun_core.storage import split_uri
 from salun_core.storage.keys import event_key, request_key
-
-pytestmark = pytest.mark.s3
+from salun_core.storage.s3 import S3Store
 
 TARGET = SamplesTarget(ids=["img-1", "img-2"])
 
@@ -35,6 +33,20 @@ def keys(store):
 def overwrite(store, key, data):
     store.delete(key)
     store.put_new(key, data)
+
+
+class Dying(S3Store):
+    """A store whose process is killed after it has written a request."""
+
+    def put_new(self, key, data):
+        etag = super().put_new(key, data)
+        if key.startswith("requests/"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return etag
+
+
+def file_and_die(uri, clock):
+    Ledger(Dying(*split_uri(uri)), clock).submit("r-1", "faces", TARGET)
 
 
 def walk(ledger, *ways, request="r-1"):
@@ -109,7 +121,8 @@ class TestSubmit:
             ledger.submit("r-1", bad, TARGET)
         assert keys(store) == []
 
-    def test_concurrent_equal_submits_give_one_request_and_one_receipt(self, store, clock):
+    def test_concurrent_equal_submits_give_one_request_and_one_receipt(self, real_store, clock):
+        store = real_store
         gate = threading.Barrier(8)
 
         def file(number):
@@ -122,7 +135,8 @@ class TestSubmit:
         assert receipts == [receipts[0]] * 8
         assert len(keys(store)) == 3
 
-    def test_one_of_concurrent_different_submits_wins(self, store, clock):
+    def test_one_of_concurrent_different_submits_wins(self, real_store, clock):
+        store = real_store
         gate = threading.Barrier(8)
 
         def file(number):
@@ -137,27 +151,12 @@ class TestSubmit:
         assert won == [sha256_bytes(store.get(request_key("r-1")).data)]
         assert Ledger(store, clock).status("r-1") is Status.QUEUED
 
-    def test_the_next_submit_completes_one_killed_before_its_event(self, ledger, clock, store):
-        script = """
-            import os, signal, sys
-            from datetime import UTC, datetime
-            from salun_core.data.targets import SamplesTarget
-            from salun_core.requests.ledger import Ledger
-            from salun_core.storage import split_uri
-            from salun_core.storage.s3 import S3Store
-
-            class Dying(S3Store):
-                def put_new(self, key, data):
-                    etag = super().put_new(key, data)
-                    if key.startswith("requests/"):
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return etag
-
-            clock = lambda: datetime(2026, 1, 31, 9, tzinfo=UTC)
-            Ledger(Dying(*split_uri(sys.argv[1])), clock).submit("r-1", "faces", SamplesTarget(ids=["img-1", "img-2"]))
-        """
-        command = [sys.executable, "-c", textwrap.dedent(script), store.uri]
-        assert subprocess.run(command, env=os.environ, timeout=120).returncode == -signal.SIGKILL
+    def test_the_next_submit_completes_one_killed_before_its_event(self, real_store, clock):
+        store, ledger = real_store, Ledger(real_store, clock)
+        child = multiprocessing.get_context("fork").Process(target=file_and_die, args=(store.uri, clock))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
         assert keys(store) == ["index/queued/faces/1769850000.000001.r-1", "requests/r-1/request.json"]
         assert ledger.status("r-1") is Status.RECEIVED
         assert [state.status for state in ledger.list()] == [Status.RECEIVED]
@@ -258,8 +257,10 @@ class TestMove:
         with pytest.raises(UsageError, match="outcome"):
             filed.move("r-1", Transition(Status.COMPLETED, "sweep", "published"))
 
-    def test_racing_movers_have_one_winner_for_each_event(self, filed, store, clock):
+    def test_racing_movers_have_one_winner_for_each_event(self, real_store, clock):
         """Also with equal transitions: same actor, time and statuses; the store must not treat them as one write."""
+        store, filed = real_store, Ledger(real_store, clock)
+        filed.submit("r-1", "faces", TARGET)
         rounds, workers = 3, 6
         gate = threading.Barrier(workers)
 

@@ -135,9 +135,8 @@ def test_an_unknown_or_damaged_request_is_refused(store, clock):
         redact_request(store, "r-1", keep_hashes=True)
 
 
-@pytest.mark.s3
-def test_concurrent_redactions_give_one_document(request, clock):
-    store = request.getfixturevalue("s3_store")
+def test_concurrent_redactions_give_one_document(real_store, clock):
+    store = real_store
     Ledger(store, clock).submit("r-1", "faces", TARGETS["samples"])
     gate = threading.Barrier(3)
 
@@ -148,15 +147,6 @@ def test_concurrent_redactions_give_one_document(request, clock):
     with ThreadPoolExecutor(3) as pool:
         assert sorted(pool.map(redact, range(3))) == [False, False, True]
     assert len(Ledger(store, clock).get("r-1").target.hashes) == 2
-
-
-@pytest.fixture
-def s3_store(s3_server):
-    import secrets
-
-    from salun_core.storage import open_store
-
-    return open_store(f"s3://salun/{secrets.token_hex(8)}")
 
 
 @pytest.mark.parametrize(

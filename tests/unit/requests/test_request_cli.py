@@ -14,8 +14,6 @@ from salun_core.requests.schema import Outcome, Status
 from salun_core.times import utc_clock
 from tests.support.card_line import CLASSES, begin_classifier, begin_text_to_image, classifier_card
 
-pytestmark = pytest.mark.s3
-
 VERBS = ["submit", "show", "list", "hold", "release", "cancel", "retry", "reopen", "reindex"]
 FILE = ["submit", "--id", "r-1", "--line", "faces"]
 SAMPLES = [*FILE, "--samples", "secret-1,secret-2"]
@@ -228,11 +226,12 @@ class TestSubmit:
         assert "To fix it: " in refused(2, *arguments)
         assert [*store.list("requests/"), *store.list("index/")] == []
 
-    def test_a_terminal_shows_progress(self, store, tmp_path, salun_path):
+    def test_a_terminal_shows_progress(self, real_store, tmp_path, salun_path):
         """On a real pseudo-terminal; elsewhere standard error stays empty."""
+        store = real_store
         begin_classifier(store, "faces")
         file = tmp_path / "requests.json"
-        file.write_text(json.dumps([entry(number) for number in range(100)]))
+        file.write_text(json.dumps([entry(number) for number in range(20)]))
         script = """
             import os, pty, sys
             sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))
@@ -242,7 +241,7 @@ class TestSubmit:
         shown = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
         assert shown.returncode == 0, shown.stdout
         assert "filing requests" in shown.stdout
-        assert "100/100" in shown.stdout
+        assert "20/20" in shown.stdout
         quiet = subprocess.run(call, capture_output=True, text=True, check=True, timeout=120)
         assert quiet.stderr == ""
 

@@ -18,7 +18,6 @@ from salun_core.tasks import TASKS
 from salun_core.times import utc_clock
 from tests.support import toy_line as toy
 
-pytestmark = pytest.mark.s3
 EMPTY = SplitManifest(dataset_digest="0" * 64, train={}, validation={}, test={})
 
 

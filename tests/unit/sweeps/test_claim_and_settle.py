@@ -24,7 +24,6 @@ from salun_core.times import utc_clock
 from tests.support import toy_line as toy
 from tests.unit.test_refusal import evidence
 
-pytestmark = pytest.mark.s3
 LINE = toy.LINE
 
 
@@ -32,6 +31,18 @@ LINE = toy.LINE
 def context(store):
     toy.begin(store)
     return toy.sweep_context(store)
+
+
+@pytest.fixture
+def lease_ended(context, memory_s3):
+    """Moves the server's clock past the end of a lease of a second."""
+
+    def wait():
+        assert holder_of(context.store, LINE) is not None
+        memory_s3.ahead += timedelta(seconds=5)
+        assert holder_of(context.store, LINE) is None
+
+    return wait
 
 
 def submit(context, *numbers, name=None, received=None):
@@ -207,24 +218,24 @@ def test_repeating_a_claim_gives_the_same_batch(context):
     assert statuses(context, *requests) == [Status.IN_PROGRESS] * 2
 
 
-def test_a_run_without_a_verdict_is_queued_again_and_a_dead_run_is_recovered(context):
+def test_a_run_without_a_verdict_is_queued_again_and_a_dead_run_is_recovered(context, lease_ended):
     request = submit(context, 1)
     toy.claim_next(context, "run-1", lease_seconds=1)
     settled = settle(context, LINE, "run-1")
     assert (settled.status, settled.queued) == ("failed", [request])
     toy.claim_next(context, "run-2", lease_seconds=1)
-    wait_for_the_lease(context)
+    lease_ended()
     claimed, _ = run_once(context, "run-3")
     assert list(claimed.recovered) == [request]
     assert context.ledger.state(request).last.attempt == 3
     assert statuses(context, request) == [Status.COMPLETED]
 
 
-def test_the_next_sweep_completes_a_run_that_published_and_died(context):
+def test_the_next_sweep_completes_a_run_that_published_and_died(context, lease_ended):
     request = submit(context, 1)
     claimed = toy.claim_next(context, "run-1", lease_seconds=1)
     version = toy.erase(context, claimed.record)
-    wait_for_the_lease(context)
+    lease_ended()
     after, _ = run_once(context, "run-2")
     assert (after.record, list(after.recovered)) == (None, [request])
     last = context.ledger.state(request).last
@@ -254,13 +265,13 @@ def test_the_next_claim_finds_a_late_publish(context):
     assert json.loads(context.store.get(certificate_key(request)).data)["version"] == version
 
 
-def test_a_version_that_forgot_another_set_certifies_nothing_and_blocks_nothing(context):
+def test_a_version_that_forgot_another_set_certifies_nothing_and_blocks_nothing(context, lease_ended):
     """Somebody replaced the frozen forget set of a run that died after HEAD had moved."""
     request = submit(context, 1)
     claimed = toy.claim_next(context, "run-1", lease_seconds=1)
     gone = {toy.sample(7)}
     toy.publish(context.store, LINE, claimed.record.parent, gone, "run-1", 1, forget_set_digest="0" * 64)
-    wait_for_the_lease(context)
+    lease_ended()
     other = submit(context, 2)
     after, settled = run_once(context, "run-2")
     assert list(after.recovered) == [request]
@@ -357,10 +368,10 @@ def test_the_cause_of_a_refusal_decides_the_next_recipe(context):
     assert context.ledger.state(request).last.outcome is Outcome.RETRAINED
 
 
-def test_a_run_that_is_killed_after_the_refusal_is_settled_by_its_cause(context):
+def test_a_run_that_is_killed_after_the_refusal_is_settled_by_its_cause(context, lease_ended):
     request = submit(context, 5)
     refuse(context, "run-1", "over_forgotten", lease_seconds=1)
-    wait_for_the_lease(context)
+    lease_ended()
     claimed = toy.claim_next(context, "run-2", **BY_CAUSE)  # it settles run-1 first, and has another configuration
     assert (list(claimed.recovered), claimed.record.rung, claimed.record.density) == ([request], 3, 0.4)
 
@@ -436,12 +447,3 @@ def test_a_held_request_is_not_claimed(context):
     context.ledger.hold(held, "ana", "identity in doubt")
     run_once(context, "run-1")
     assert statuses(context, held, free) == [Status.ON_HOLD, Status.COMPLETED]
-
-
-def wait_for_the_lease(context):
-    import time
-
-    deadline = time.monotonic() + 30
-    while holder_of(context.store, LINE) is not None:
-        assert time.monotonic() < deadline
-        time.sleep(0.3)

@@ -24,7 +24,6 @@ from salun_core.tasks import TASKS
 from salun_core.times import utc_clock
 from tests.support import toy_line as toy
 
-pytestmark = pytest.mark.s3
 FOLDERS = [str(number) for number in range(1, 11)]  # the digit 3 lies in the folder 4
 
 
