@@ -8,14 +8,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import yaml
 from kfp import compiler
 
 from components._image import IMAGE
 from pipelines import deletion_sweep, sharded_mask, unlearning
 from pipelines.form import PLACEMENT, component_faults
 from pipelines.ir_lint import lint, values
-from pipelines.packages import Package
+from pipelines.packages import Package, load_documents
 from salun_core.errors import IntegrityError
 from salun_core.telemetry.push import PIPELINE_VARIABLE
 
@@ -67,7 +66,7 @@ def compile_pipeline(pipeline: Any, name: str) -> Package:  # noqa: ANN401 - kfp
         compiler.Compiler().compile(pipeline, str(path))
         text = path.read_text(encoding="utf-8")
     header = "\n".join(line.rstrip() for line in text.splitlines() if line.startswith("#"))
-    spec, platform = yaml.safe_load_all(text)
+    spec, platform = load_documents(text)
     _declare_inputs(spec, platform)
     _label_metrics(spec, name)
     return Package(spec, platform, header)

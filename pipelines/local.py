@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from pipelines.forked_steps import Nursery
-from pipelines.packages import read_package
+from pipelines.packages import load_documents, read_package
 from pipelines.volumes import CACHE_VARIABLE
 from salun_core.errors import SalunError, UsageError, exit_code_of
 from salun_core.pods.reference import read_reference
@@ -51,6 +51,7 @@ _ERROR = re.compile(
     r"^\s*(?:salun_core\.errors\.)?(\w*(?:Error|Exception|Interrupt)): (.+)$"
 )  # the last line of a step
 _GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _JOB_ID = "{{$.pipeline_job_uuid}}"  # dsl.PIPELINE_JOB_ID_PLACEHOLDER
 
 
@@ -314,7 +315,7 @@ def for_this_machine(text: str, run: str, environ: Mapping[str, str]) -> str:
         run: id of the run.
         environ: the environment of the steps.
     """
-    documents: list[dict[str, Any]] = list(yaml.safe_load_all(text.replace(_JOB_ID, run)))
+    documents = load_documents(text.replace(_JOB_ID, run))
     spec = documents[0]
     for component in [spec["root"], *spec["components"].values()]:
         for task in component.get("dag", {}).get("tasks", {}).values():
@@ -324,7 +325,7 @@ def for_this_machine(text: str, run: str, environ: Mapping[str, str]) -> str:
         container = executor["container"]
         if given := container.pop("env", None):
             container["env"] = [item for item in given if item["name"] not in {*environ, CACHE_VARIABLE}]
-    return yaml.safe_dump_all(documents)
+    return str(yaml.dump_all(documents, Dumper=_DUMPER))
 
 
 def _rename_condition(task: Mapping[str, Any]) -> None:

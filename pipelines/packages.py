@@ -181,7 +181,7 @@ def read_package(path: Path) -> Package:
         UsageError: it cannot be read, or it is not a compiled pipeline.
     """
     try:
-        spec, platform = _load(path.read_text(encoding="utf-8"))
+        spec, platform = load_documents(path.read_text(encoding="utf-8"))
         _ = spec["deploymentSpec"]["executors"].values(), spec["root"]["inputDefinitions"]["parameters"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"cannot read {path}", f"not a compiled pipeline: {error}", "`make generated`") from error
@@ -226,7 +226,7 @@ def drift(path: Path, text: str) -> str | None:
     if not path.is_file():
         return f"{path.name} does not exist"
     there, wanted = (
-        _load(re.sub(r"^ *sdkVersion: .*\n", "", one, flags=re.MULTILINE))
+        load_documents(re.sub(r"^ *sdkVersion: .*\n", "", one, flags=re.MULTILINE))
         for one in (path.read_text(encoding="utf-8"), text)
     )
     return None if there == wanted else f"{path.name} is out of step with its source"
@@ -259,7 +259,8 @@ def _as_struct(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _load(text: str) -> list[dict[str, Any]]:
+def load_documents(text: str) -> list[dict[str, Any]]:
+    """Return the documents of a YAML text, which holds mappings only."""
     return list(yaml.load_all(text, _LOADER))  # noqa: S506 - a safe one
 
 

@@ -17,9 +17,9 @@ from hypothesis import settings
 
 from salun_core.errors import StoreError
 from tests.support import pictures
-from tests.support.forked import forked_processes, salun_path
+from tests.support.forked import forked_processes, forked_runs, python_path, salun_path
 
-__all__ = ["forked_processes", "salun_path"]
+__all__ = ["forked_processes", "forked_runs", "python_path", "salun_path"]
 
 settings.register_profile("salun", deadline=None, derandomize=os.environ.get("CI") == "true")  # CI: the same examples
 settings.load_profile("salun")

@@ -80,7 +80,7 @@ def hits(pairs):
     return sorted(name for name, body in pairs if any(mark in body or mark in name.encode() for mark in marks))
 
 
-def test_nothing_that_was_named_is_found_after_settling(store, line, tmp_path, monkeypatch, capfd):
+def test_nothing_that_was_named_is_found_after_settling(store, line, tmp_path, monkeypatch, capfd, forked_runs):
     keys = create_key(tmp_path / "keys" / "salun")
     monkeypatch.setenv("SALUN_SIGNING_KEY", str(keys.private))
     policy = tmp_path / "policy.yaml"

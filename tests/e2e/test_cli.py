@@ -54,7 +54,7 @@ def _needs_a_server(s3_server):
 
 def test_the_demo_runs_the_compiled_pipeline_and_the_commands_that_it_names_next_work(tmp_path, salun_path):
     work = tmp_path / "work"
-    first = _run(tmp_path, "demo", "--work-dir", work)
+    first = _run(tmp_path, "demo", "--work-dir", work, program=[salun_path])
     assert first.returncode == 0, first.stdout + first.stderr
     assert "running the compiled pipeline with kfp.local" in first.stderr
     assert "PASSED" in first.stdout
@@ -71,7 +71,7 @@ def _name(line):
 
 
 def _look_into_the_store(tmp_path, work, printed, salun):
-    served = _start(tmp_path, "demo", "--serve", "--work-dir", work)
+    served = _start(tmp_path, "demo", "--serve", "--work-dir", work, program=[salun])
     try:
         _wait_for(served, "is served until Ctrl-C")
         lines = (work / "s3.env").read_text().replace("'", "").splitlines()
@@ -96,8 +96,8 @@ def _look_into_the_store(tmp_path, work, printed, salun):
     assert _left_behind(tmp_path) == []
 
 
-def _start(folder, *args):
-    command = [*SALUN, *map(str, args)]
+def _start(folder, *args, program=SALUN):
+    command = [*program, *map(str, args)]
     return subprocess.Popen(
         command, cwd=folder, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,

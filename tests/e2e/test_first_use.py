@@ -30,10 +30,13 @@ def printed(transcript):
         yield command, "".join(f"{line}\n" for line in rest.splitlines() if line and not line.startswith("check: "))
 
 
-def test_every_check_of_a_first_user_holds_and_the_page_shows_what_is_printed(tmp_path, s3_server, salun_path):
+def test_every_check_of_a_first_user_holds_and_the_page_shows_what_is_printed(
+    tmp_path, s3_server, salun_path, python_path
+):
     pytest.importorskip("onnxruntime")
     port = free_ports(None)["s3.port"]
-    path = os.pathsep.join([str(salun_path.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    programs = salun_path, python_path, Path(sys.executable)
+    path = os.pathsep.join([*(str(program.parent) for program in programs), os.environ["PATH"]])
     environ = {**os.environ, "PATH": path, "PORT": str(port), "TMPDIR": str(tmp_path)}
     done = subprocess.run([SCRIPT], env=environ, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

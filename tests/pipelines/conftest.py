@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipelines.local import LocalRun, run_compiled
-from pipelines.packages import COMPILED
+from pipelines.packages import COMPILED, load_documents
 from salun_core.models import load_model
 from salun_core.registry.lookup import read_head
 from salun_core.storage.s3 import S3Store
@@ -61,9 +61,15 @@ def messages(run):
     return [json.loads(line) for line in lines if line.startswith("{") and '"event": ' in line]
 
 
+@functools.lru_cache
+def _as_json(name):
+    text = (COMPILED / f"{name}.yaml").read_text(encoding="utf-8")
+    return json.dumps(load_documents(text))
+
+
 def read(name):
-    """Spec and platform of a pipeline that ships."""
-    return list(yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text(encoding="utf-8")))
+    """Spec and platform of a pipeline that ships; the file is parsed once for all tests."""
+    return json.loads(_as_json(name))
 
 
 @pytest.fixture

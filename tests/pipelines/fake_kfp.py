@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import email
 import email.policy
+import functools
 import json
 import re
 import socket
@@ -228,10 +229,7 @@ class FakeKubeflow:
         header = f"Content-Type: {handler.headers['Content-Type']}\r\n\r\n".encode()
         message = email.message_from_bytes(header + body, policy=email.policy.HTTP)
         (part,) = [part for part in message.iter_parts() if part.get_param("name", header="content-disposition")]
-        spec, platform = yaml.load_all(part.get_payload(decode=True), yaml.CSafeLoader)
-        json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
-        json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
-        document = _through_struct({"pipeline_spec": spec, "platform_spec": platform})
+        document = json.loads(_checked(part.get_payload(decode=True)))
         item = {"pipeline_id": query["pipelineid"], "display_name": query["name"], "pipeline_spec": document}
         item["name"] = f"{pipeline['name']}-{query['name']}" if self.native else query["name"]
         item["description"] = query.get("description", "")
@@ -391,6 +389,15 @@ class FakeKubeflow:
         scope = [name for name in ("experiment_id", "namespace") if query.get(name) and name in item]
         named = all(item[one["key"]] == one["string_value"] for one in predicates)
         return named and all(item[name] == query[name] for name in scope)
+
+
+@functools.lru_cache
+def _checked(package):
+    """The JSON text of an uploaded file, if its documents have KFP's published types; most tests upload the same."""
+    spec, platform = yaml.load_all(package, yaml.CSafeLoader)
+    json_format.ParseDict(spec, pipeline_spec_pb2.PipelineSpec())
+    json_format.ParseDict(platform, pipeline_spec_pb2.PlatformSpec())
+    return json.dumps(_through_struct({"pipeline_spec": spec, "platform_spec": platform}))
 
 
 def _through_struct(document):

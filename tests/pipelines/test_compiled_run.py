@@ -47,7 +47,7 @@ def test_green_run(trained, tmp_path):
             keys = [entry.key for entry in trained.store.list("scratch/") if entry.key.endswith(".safetensors")]
             secret.update({key.split("/")[2]: trained.store.get(key).data for key in keys})
 
-    run = trained.run(tmp_path, listen, forked=False)  # as pods do; all other tests of runs have forked steps
+    run = trained.run(tmp_path, listen, forked=False)  # as pods do; in other tests steps and runs are forks
     published(trained, run, said)
     left_its_documents(run)
     handed_its_figures_to_kubeflow(run)
@@ -127,7 +127,7 @@ def test_a_leak_would_be_found(trained, tmp_path, digits_model):
     ]
 
 
-def test_wrong_line_is_a_usage_error(trained, tmp_path):
+def test_wrong_line_is_a_usage_error(trained, tmp_path, forked_runs):
     arguments = trained.arguments(model_line="digitz")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
     result = CliRunner().invoke(app, ["run", *options, "--work-dir", str(tmp_path), "--json"])

@@ -1,5 +1,6 @@
 """The shipped files are what the source compiles to, in every environment."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from pipelines import compile as compiling
@@ -85,14 +85,15 @@ def test_a_defect_stops_the_compiler(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in packages.shipped() if name.endswith("-cpu")])
 def test_pipeline_for_clusters_without_accelerators(name):
     text = (packages.COMPILED / f"salun-{name}.yaml").read_text(encoding="utf-8")
-    spec, _ = yaml.safe_load_all(text)
+    spec, _ = packages.load_documents(text)
     assert "gpu" not in text.lower()
     assert "accelerator" not in text
     assert spec["pipelineInfo"]["name"] == f"salun-{name}"
 
 
 def test_local_runs_differ_from_the_file_by_retries_and_the_id_alone(documents):
-    spec, platform = yaml.safe_load_all(for_this_machine(yaml.safe_dump_all(documents), "run-1", {}))
+    text = "\n---\n".join(map(json.dumps, documents))
+    spec, platform = packages.load_documents(for_this_machine(text, "run-1", {}))
     dags = [documents[0]["root"], *(item for item in documents[0]["components"].values() if "dag" in item)]
     found = [task for dag in dags for task in dag["dag"]["tasks"].values()]
     assert sum("retryPolicy" in task for task in found) == 6
@@ -111,7 +112,7 @@ def test_local_runs_differ_from_the_file_by_retries_and_the_id_alone(documents):
 def test_signing_key_of_the_environment_wins_on_this_machine():
     text = (packages.COMPILED / "salun-deletion-sweep.yaml").read_text(encoding="utf-8")
     for environ, kept in (({}, True), ({"SALUN_SIGNING_KEY": "key.pem"}, False)):
-        spec = next(yaml.safe_load_all(for_this_machine(text, "run-1", environ)))
+        spec = packages.load_documents(for_this_machine(text, "run-1", environ))[0]
         for step in ("exec-claim-requests", "exec-settle-requests"):
             given = {item["name"] for item in spec["deploymentSpec"]["executors"][step]["container"]["env"]}
             assert given == {"SALUN_PIPELINE", *(["SALUN_SIGNING_KEY"] if kept else [])}
@@ -120,7 +121,7 @@ def test_signing_key_of_the_environment_wins_on_this_machine():
 def test_condition_on_a_named_output_is_rewritten_for_this_machine():
     """kfp.local silently skips a task that depends on an output with another name than `Output`."""
     text = (packages.COMPILED / "salun-deletion-sweep.yaml").read_text(encoding="utf-8")
-    spec = next(yaml.safe_load_all(for_this_machine(text, "run-1", {})))
+    spec = packages.load_documents(for_this_machine(text, "run-1", {}))[0]
     (group,) = [item for name, item in spec["components"].items() if name.startswith("comp-exit-handler")]
     conditions = [
         task["triggerPolicy"]["condition"] for task in group["dag"]["tasks"].values() if "triggerPolicy" in task

@@ -4,7 +4,6 @@ import itertools
 import re
 
 import pytest
-import yaml
 
 from components._image import IMAGE
 from pipelines.form import PLACEMENT
@@ -12,6 +11,7 @@ from pipelines.ir_lint import lint
 from pipelines.packages import COMPILED
 from salun_core.storage.s3_settings import VARIABLES
 from salun_core.telemetry.metrics import check_label
+from tests.pipelines.conftest import read
 
 GPU_STEPS = {"exec-compute-mask", "exec-unlearn", "exec-evaluate"}
 ENDS = {"conclude", "conclude-2"}
@@ -64,8 +64,7 @@ def component(documents, start):
 
 def test_shipped_pipelines_have_no_defect(each):
     assert lint(*each, IMAGE) == []
-    name = f"{each[0]['pipelineInfo']['name']}-cpu.yaml"
-    without = yaml.safe_load_all((COMPILED / name).read_text(encoding="utf-8"))
+    without = read(f"{each[0]['pipelineInfo']['name']}-cpu")
     assert lint(*without, IMAGE, [name for name in PLACEMENT if name not in ACCELERATORS]) == []
 
 
@@ -375,7 +374,7 @@ def test_mask_and_unlearning_run_one_process_per_gpu(each):
         if name in ("compute-mask", "unlearn"):
             count = {"componentInputParameter": "pipelinechannel--gpu_count"}
             assert task["inputs"]["parameters"]["processes"] == count
-    without = list(yaml.safe_load_all((COMPILED / f"{name_of(each)}-cpu.yaml").read_text(encoding="utf-8")))
+    without = read(f"{name_of(each)}-cpu")
     assert not [name for name, task in all_tasks(without).items() if "processes" in task["inputs"]["parameters"]]
 
 
@@ -383,7 +382,7 @@ def test_mask_and_unlearning_run_one_process_per_gpu(each):
 def test_every_step_gets_the_pipeline_name_and_the_run_id(each, variant):
     """By the name that its metrics carry: of the pipeline that was started, not of one nested in it."""
     name = f"{name_of(each)}{variant}"
-    documents = list(yaml.safe_load_all((COMPILED / f"{name}.yaml").read_text(encoding="utf-8")))
+    documents = read(name)
     check_label("pipeline", name)
     for executor in executors(documents).values():
         assert {"name": "SALUN_PIPELINE", "value": name} in executor["container"]["env"]

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
@@ -24,6 +23,7 @@ from salun_core.errors import SalunError, UsageError
 from salun_core.steps.outcome import new_outcome, write_outcome
 from salun_core.steps.run_form import DeletionSweepForm
 from tests.pipelines.fake_kfp import FakeKubeflow, RefusedError
+from tests.support.forked import forked_module
 
 ROOT = Path(__file__).resolve().parents[2]
 FORM = ("--model-line", "digits", "--store-uri", "s3://salun/demo")
@@ -457,16 +457,14 @@ def test_waiting_times_out(fake):
 def test_the_run_continues_after_a_signal(fake, sign):
     looked = threading.Event()
     fake.script = [lambda server, item: looked.set()]
-    command = [sys.executable, "-m", "pipelines", "submit", *FORM, "--poll", "30"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
-    try:
+    with forked_module("pipelines", "submit", *FORM, "--poll", "30") as (process, errors):
         assert looked.wait(60)
-        process.send_signal(sign)
-        _, said = process.communicate(timeout=30)
-    finally:
-        process.kill()
+        os.kill(process.pid, sign)
+        said = errors.read()
+        process.join(30)
+        code = process.exitcode
     (item,) = fake.runs.values()
-    assert process.returncode == 128 + sign
+    assert code == 128 + sign
     assert said.splitlines()[-1] == f"The run continues: {UI}/#/runs/details/{item['run_id']}"
     assert item["state"] == "PENDING"
 
@@ -545,16 +543,19 @@ def test_the_next_update_completes_an_interrupted_one(fake, method, path):
 
 def test_an_update_that_is_killed_leaves_the_new_one_enabled(fake):
     schedule()
-    words = [sys.executable, "-m", "pipelines", "schedule", *FORM, "--seed", "2", "--cron", quiet_cron()]
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    dead = threading.Event()
 
     def killed():
         process.kill()
-        process.wait(30)
+        process.join(30)
+        dead.set()
         raise RefusedError(503, "the request never arrived")
 
     fake.before_delete = killed
-    assert process.wait(60) == -signal.SIGKILL
+    with forked_module("pipelines", "schedule", *FORM, "--seed", "2", "--cron", quiet_cron()) as (process, _):
+        assert dead.wait(60)
+        code = process.exitcode
+    assert code == -signal.SIGKILL
     assert [item["status"] for item in fake.schedules.values()] == ["ENABLED"] * 2
     fake.before_delete = lambda: None
     assert schedule("--seed", "2", "--cron", quiet_cron())[1].startswith("updated")

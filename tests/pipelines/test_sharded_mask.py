@@ -2,8 +2,6 @@
 
 import json
 
-import yaml
-
 from pipelines.local import run_compiled
 from pipelines.packages import COMPILED
 from salun_core.methods.recipe import Recipe
@@ -11,20 +9,20 @@ from salun_core.pods.reference import Scratch, read_reference
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask
-from tests.pipelines.conftest import messages
+from tests.pipelines.conftest import messages, read
 
 SHIPPED = COMPILED / "salun-sharded-mask-cpu.yaml"
 
 
 def test_no_retry_inside_the_loop():
     """Retries inside a loop are an open defect of Kubeflow: issue 13897."""
-    spec = next(yaml.safe_load_all(SHIPPED.read_text(encoding="utf-8")))
+    spec, _ = read(SHIPPED.stem)
     (loop,) = [item for name, item in spec["components"].items() if name.startswith("comp-for-loop")]
     (shard,) = loop["dag"]["tasks"].values()
     assert "retryPolicy" not in shard
 
 
-def test_sharded_mask_equals_the_mask_of_one_process(trained, digits_model, tmp_path, monkeypatch):
+def test_sharded_mask_equals_the_mask_of_one_process(trained, digits_model, tmp_path, monkeypatch, forked_runs):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     forget = json.dumps({"kind": "samples", "ids": sorted(train_ids(digits_model))[:600]})
     trained.store.put_new("many.json", forget.encode())

@@ -25,7 +25,7 @@ from salun_core.times import utc_clock
 from tests.pipelines.conftest import messages
 from tests.pipelines.leaks import leaks
 
-pytestmark = [pytest.mark.s3, pytest.mark.e2e]
+pytestmark = [pytest.mark.s3, pytest.mark.e2e, pytest.mark.usefixtures("forked_runs")]
 SWEEP = COMPILED / "salun-deletion-sweep-cpu.yaml"
 INNER = ["fetch-model", "compute-mask", "unlearn", "evaluate", "gate-publish"]
 LAST = ["conclude", "settle-requests"]

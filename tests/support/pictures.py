@@ -1,7 +1,8 @@
 """Leaves out the pictures of reports in tests that do not look at them: to draw takes longer than all else in a run.
 
-`tests/conftest.py` imports this module before any other can bind `draw`. A command that a test starts as a process,
-such as the demo or those of the tutorials, draws them. The picture of a suite is always drawn: there is one per suite.
+`tests/conftest.py` imports this module before any other can bind `draw`, and so does the process that others are forked
+from. A new interpreter, such as those that run the demo's pipeline, draws them. The picture of a suite is always drawn:
+there is one per suite.
 """
 
 from __future__ import annotations
