@@ -46,12 +46,21 @@ def _states(work):
     return requests, methods, scratch
 
 
+def digits(folder, count):
+    """Return the data spec of some of the digits."""
+    path = folder / f"digits-{count}.yaml"
+    path.write_text(json.dumps({"source": "digits", "train_limit": count, "test_limit": count // 2}))
+    return path
+
+
 NAMES = ("samples-a", "samples-b", "class", "person", "nothing")
 
 
-def test_the_demo_erases_in_one_batch_certifies_each_and_a_second_one_adds_a_line(demo, tmp_path):
+def test_the_demo_erases_in_one_batch_certifies_each_and_a_second_one_that_is_refused_adds_a_line(
+    demo, tmp_path, monkeypatch
+):
     work = tmp_path / "work"
-    first = demo("--work-dir", work, "--json")
+    first = demo("--work-dir", work, "--data", digits(tmp_path, 700), "--json")
     assert first.exit_code == 0, first.stderr
     told = json.loads(first.stdout)
     assert told["passed"]
@@ -67,27 +76,18 @@ def test_the_demo_erases_in_one_batch_certifies_each_and_a_second_one_adds_a_lin
     assert 'salun_requests{status="completed"} 5.0' in (work / "metrics.txt").read_text()
     assert not (work / "s3.env").exists()
 
-    again = demo("--work-dir", work, "--keep", "--epochs", "1", "--json")
-    assert again.exit_code in (0, 3), again.stderr
-    requests, methods, scratch = _states(work)
-    assert {requests[f"demo-{name}"] for name in NAMES} == {"completed"}
-    assert methods["demo"] == ["salun", "train"]
-    assert methods["demo-2"][-1] == "train"
-    assert scratch == []
-
-
-def test_a_refusal_is_exit_3_and_queues_the_requests_again(demo, tmp_path, monkeypatch):
     policy = {"name": "strict", "rules": [{"metric": "RA", "op": ">=", "value": 1.1, "reason": "more than all"}]}
     (tmp_path / "policy.yaml").write_text(json.dumps(policy))
     strict = functools.partial(classifier.DeletionSweepForm, policy_uri=str(tmp_path / "policy.yaml"))
     monkeypatch.setattr(classifier, "DeletionSweepForm", strict)
-    result = demo("--work-dir", "work", "--epochs", "2")
-    assert result.exit_code == 3
-    assert "REFUSED: more than all (RA " in result.stdout
-    requests, methods, _ = _states(tmp_path / "work")
-    left = {name: status for name, status in requests.items() if name != "demo-nothing"}
-    assert (set(left.values()), requests["demo-nothing"]) == ({"queued"}, "completed")
-    assert methods == {"demo": ["train"]}
+    again = demo("--work-dir", work, "--keep", "--data", digits(tmp_path, 200), "--epochs", "1")
+    assert again.exit_code == 3, again.stderr
+    assert "REFUSED: more than all (RA " in again.stdout
+    requests, methods, scratch = _states(work)
+    assert {requests.pop(f"demo-{name}") for name in NAMES} == {"completed"}
+    assert requests == {f"demo-2-{name}": "queued" for name in NAMES} | {"demo-2-nothing": "completed"}
+    assert methods == {"demo": ["salun", "train"], "demo-2": ["train"]}
+    assert scratch == []
 
 
 def test_a_failed_run_queues_the_requests_again(demo, tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_failed_run_queues_the_requests_again(demo, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("salun_core.steps.sweep.run_steps", broken)
-    result = demo("--work-dir", "work", "--epochs", "1")
+    result = demo("--work-dir", "work", "--data", digits(tmp_path, 200), "--epochs", "1")
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
     requests = _states(tmp_path / "work")[0]

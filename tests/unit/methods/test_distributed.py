@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from datetime import timedelta
 
@@ -367,11 +366,11 @@ def test_the_weight_of_a_share_is_its_number_of_images():
     assert ProcessGroup(2, 3).share(pixels[:2], labels[:2]).weight == 0
 
 
-def salun(folder, *args):
-    """Run the command as a user would, on one thread a process."""
+def salun(program, folder, *args):
+    """Run the command as a user would, on one thread a process; its joined processes are new interpreters."""
     hidden = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PUSHGATEWAY_URL", "SALUN_STORE_URI"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "salun_core.cli", "--json", *map(str, args)]
+    command = [program, "--json", *map(str, args)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -409,8 +408,9 @@ def test_the_evaluation_in_two_processes_is_that_of_one(ranks, work, tmp_path):
 
 
 @pytest.mark.e2e
-def test_the_command_in_two_processes_makes_the_same_mask_and_prints_once(work, digits_model):
-    done = salun(work, "mask", "--model", digits_model, "--forget", "forget.json", "--out", "two", "--processes", 2)
+def test_the_command_in_two_processes_makes_the_same_mask_and_prints_once(work, digits_model, salun_path):
+    words = ["--model", digits_model, "--forget", "forget.json", "--out", "two", "--processes", 2]
+    done = salun(salun_path, work, "mask", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["digest"] == SaliencyMask.load(work / "mask").digest
     assert SaliencyMask.load(work / "two").digest == SaliencyMask.load(work / "mask").digest

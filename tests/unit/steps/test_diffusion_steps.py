@@ -22,6 +22,7 @@ from salun_core.saliency.scores import Shard
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
 from salun_core.steps.mask import compute_mask, score_shard
+from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.run import run_all
 from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
 from salun_core.steps.sweep import sweep_once
@@ -57,19 +58,24 @@ def sd(tmp_path_factory, digits_model):
     return tiny_stable_diffusion(tmp_path_factory.mktemp("sd") / "model", digits_model)
 
 
-def unlearned(model, forget, folder, method="salun", **overrides):
-    """Mask, unlearn, evaluate; return the evidence and the folder of the new model."""
-    config = {**QUICK, **overrides}
+def unlearned(model, forget, folder, **overrides):
+    """Mask and unlearn; return the context, the mask and the folder of the new model."""
     mask, after = folder / "mask.safetensors", folder / "after"
-    recipe, context = Recipe(method=method, method_config=config), RunContext(model, forget, device="cpu")
+    recipe, context = Recipe(method_config={**QUICK, **overrides}), RunContext(model, forget, device="cpu")
     compute_mask(context, recipe, mask)
     run_unlearning(context, recipe, mask, after)
+    return context, mask, after
+
+
+def measured(model, forget, folder, **overrides):
+    """Mask, unlearn, evaluate; return the evidence and the folder of the new model."""
+    context, mask, after = unlearned(model, forget, folder, **overrides)
     return evaluate(context, after, folder / "evidence.json", folder / "report.html", mask=mask), after
 
 
 def test_a_class_of_a_ddpm(ddpm, tmp_path):
     forget = target_file(tmp_path, kind="class", class_id=CLASS)
-    evidence, after = unlearned(ddpm, forget, tmp_path)
+    evidence, after = measured(ddpm, forget, tmp_path)
     before, candidate = load_diffusion(ddpm), load_diffusion(after)
     assert evidence.integrity.frozen_changed == 0
     assert 0 < evidence.integrity.weights_changed <= round(0.5 * evidence.integrity.weights)
@@ -85,7 +91,7 @@ def test_a_class_of_a_ddpm(ddpm, tmp_path):
 
 def test_a_concept_of_a_stable_diffusion(sd, tmp_path):
     forget = target_file(tmp_path, kind="concept", images=8, **CONCEPT)
-    evidence, after = unlearned(sd, forget, tmp_path, selection="xattn")
+    evidence, after = measured(sd, forget, tmp_path, selection="xattn")
     mask = SaliencyMask.load(tmp_path / "mask.safetensors")
     touched = {name for name, share in mask.density_by_parameter().items() if share}
     assert touched
@@ -118,12 +124,11 @@ def test_the_mask_and_the_training_see_the_same_generated_images(sd, tmp_path):
 
 def test_a_change_of_another_component_is_refused(sd, tmp_path):
     forget = target_file(tmp_path, kind="class", class_id=CLASS)
-    _, after = unlearned(sd, forget, tmp_path)
+    context, mask, after = unlearned(sd, forget, tmp_path)
     settings = after / "scheduler" / "scheduler_config.json"
     settings.write_text(settings.read_text().replace('"num_train_timesteps": 1000', '"num_train_timesteps": 999'))
-    context, paths = RunContext(sd, forget), (after, tmp_path / "e.json", tmp_path / "r.html")
     with pytest.raises(ModelError, match="more than the denoiser"):
-        evaluate(context, *paths, mask=tmp_path / "mask.safetensors")
+        evaluate(context, after, tmp_path / "e.json", tmp_path / "r.html", mask=mask)
 
 
 def test_an_attack_is_measured_where_the_card_asks_for_it(sd, tmp_path):
@@ -133,7 +138,7 @@ def test_an_attack_is_measured_where_the_card_asks_for_it(sd, tmp_path):
     card = json.loads((tmp_path / "model" / "model.json").read_text())
     card["evaluation"]["attack_steps"] = 2
     (tmp_path / "model" / "model.json").write_text(json.dumps(card))
-    evidence, _ = unlearned(tmp_path / "model", target_file(tmp_path, kind="class", class_id=CLASS), tmp_path)
+    evidence, _ = measured(tmp_path / "model", target_file(tmp_path, kind="class", class_id=CLASS), tmp_path)
     attack, plain = evidence.metrics["attack_success"], evidence.metrics["unattacked_success"]
     for metric in (attack, plain):  # of the model before and after
         assert metric.n == 4
@@ -194,8 +199,11 @@ def test_a_run_publishes_only_what_the_gate_passes(sd, store, tmp_path):
     with pytest.raises(GateRefusedError):
         run_all(UnlearningForm(**settings), tmp_path / "refused", run="run-refused")
     parent = read_head(store, "sd")[0].version
-    made = run_all(UnlearningForm(**settings, policy_uri=f"{store.uri}/policy.json"), tmp_path / "run", run="run-1")
-    old, new = (read_version(store, "sd", digest) for digest in (parent, made.published.version))
+    run, mild = tmp_path / "refused", f"{store.uri}/policy.json"
+    here = RunContext(run / "before", settings["forget_manifest_uri"], "sd", store.uri)
+    paths = run / "after", run / "evidence.json", tmp_path / "report.html"
+    made = gate_and_publish(here, *paths, parent=parent, policy_uri=mild, mask=run / "mask.safetensors")
+    old, new = (read_version(store, "sd", digest) for digest in (parent, made.version))
     changed = {name for name, entry in new.files.items() if name in old.files and entry != old.files[name]}
     assert changed == {"model.json", "split.parquet", "unet/diffusion_pytorch_model.safetensors"}
     assert (new.parent, new.method) == (parent, "salun")

@@ -139,7 +139,7 @@ def test_a_search_refuses_a_mask_that_is_not_of_its_scores(bench, tmp_path):
     path = tmp_path / "mask"
     masked(bench, 0.3, path, random_seed=1)
     with pytest.raises(IntegrityError, match="contradicts the mask of the mask step"):
-        tuned(bench, tmp_path / "out", TuningOptions("8e"), mask=path)
+        tuned(bench, tmp_path / "out", TuningOptions("4e"), mask=path)
     assert not (tmp_path / "out").exists()
 
 

@@ -160,20 +160,19 @@ def test_bad_sets_are_refused():
 # --- SalUn, random labelling, fine-tuning, retraining, ascent
 
 
-@pytest.mark.parametrize("kind", ["text", "class", "flow"])
 @pytest.mark.parametrize(
-    "optimizer",
+    ("kind", "optimizer"),
     [
-        {"optimizer": "adam", "weight_decay": 0.1},
-        {"optimizer": "adamw", "weight_decay": 0.1},
-        {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1},
+        ("text", {"optimizer": "adam"}),
+        ("text", {"optimizer": "sgd", "momentum": 0.9}),
+        ("class", {"optimizer": "adamw"}),
+        ("flow", {"optimizer": "adam"}),
     ],
-    ids=lambda item: item["optimizer"],
 )
 def test_weights_outside_the_mask_keep_their_bits(kind, optimizer):
     denoiser, sets = lab(kind)
     mask = mask_of(denoiser, sets, 0.3)
-    result = run("salun", denoiser, sets, mask=mask, config={**optimizer, "learning_rate": 1e-2})
+    result = run("salun", denoiser, sets, mask=mask, config={**optimizer, "weight_decay": 0.1, "learning_rate": 1e-2})
     after = dict(result.model.named_parameters())
     moved = total = 0
     for name, before in denoiser.network.named_parameters():
