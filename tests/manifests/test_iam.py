@@ -151,6 +151,8 @@ def server(tmp_path_factory):
         _wait(clients["admin"])
         clients["admin"].put_bucket_versioning(Bucket=BUCKET, VersioningConfiguration={"Status": "Enabled"})
         yield clients
+        for client in clients.values():
+            client.close()  # the server waits for open connections, before it is killed after 20 seconds
     finally:
         weed.stop(process, ports)
 
@@ -290,8 +292,10 @@ def test_the_steps_of_each_role_do_their_work(settles, number, stores, tmp_path)
     for role in ("fetcher", "worker", "evaluator", "publisher"):  # each step downloads the model before once
         version = lookup.resolve(mine[role], line)[1]
         versions.fetch_version(mine[role], line, version, tmp_path / f"before-{role}")
-    large = tmp_path / "large"
-    large.write_bytes(bytes(33 * 2**20))  # in parts
+    sizes = {"small": 1, "large": 33 * 2**20}  # the large one goes in parts
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    done = {*ROLES} if settles == "settler" else set()  # with the publisher, each of the others sends a large file
     handed_on = "forget.json"
     for role, status in (
         ("fetcher", RunStatus.CLAIMED),
@@ -305,7 +309,9 @@ def test_the_steps_of_each_role_do_their_work(settles, number, stores, tmp_path)
         mine[role].download(names.scratch_key(run, handed_on), tmp_path / "before")
         if role != "publisher":
             handed_on = f"{role}-{status}"
-            mine[role].upload(large, names.scratch_key(run, handed_on))
+            account = "sweeper" if settles == "sweeper" else role
+            mine[role].upload(tmp_path / ("small" if account in done else "large"), names.scratch_key(run, handed_on))
+            done.add(account)
         if role != "fetcher":
             RunLog(mine[role], lambda: NOW).advance(run, status, role, "goes on")
     files["model.json"].write_text('{"after": true}')

@@ -1,4 +1,7 @@
-"""A small trained model with all that the verbs make of it, and a runner that leaves no settings behind."""
+"""A small trained model with all that the verbs make of it, and a runner that leaves no settings behind.
+
+Stores are in memory, except in tests that ask for `real_store`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ import torch
 
 from salun_core.errors import SalunError
 from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
+from tests.support.made_once import made_once
+from tests.support.memory_s3 import memory_s3, store
+
+__all__ = ["memory_s3", "store"]
 
 
 @pytest.fixture
@@ -63,9 +70,13 @@ def _made(*args):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
+    return World(made_once(tmp_path_factory, "world", _make_world))
+
+
+def _make_world(folder):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    here = World(tmp_path_factory.mktemp("world"))
+    here = World(folder)
     here.forget_json.write_text(json.dumps({"kind": "class", "class_id": 3}))
     _made("train", "--data", "digits", "--arch", "resnet8", "--epochs", 10, "--out", here.base)
     _made("mask", "--model", here.base, "--forget", here.forget_json, "--out", here.mask_st)
@@ -74,7 +85,6 @@ def world(tmp_path_factory):
     paths = ("--before", here.base, "--after", here.after, "--out", here.evidence_json, "--report", here.report_html)
     _made("evaluate", *paths, *common)
     torch.set_num_threads(threads)
-    return here
 
 
 @pytest.fixture

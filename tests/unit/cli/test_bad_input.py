@@ -311,9 +311,9 @@ class TestStore:
 
     @pytest.mark.usefixtures("untouched")
     @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-    def test_wrong_credentials(self, salun, world, line, monkeypatch, name):
+    def test_wrong_credentials(self, salun, world, real_store, monkeypatch, name):
         monkeypatch.setenv(name, "wrong")
-        args = ("--model", "digits", "--store", line.uri, "--forget", world.forget_json, "--out", "m")
+        args = ("--model", "digits", "--store", real_store.uri, "--forget", world.forget_json, "--out", "m")
         assert "AWS_SECRET_ACCESS_KEY" in one_line(salun("mask", *args), 1)
 
     def test_doctor_says_that_the_store_is_down(self, salun, s3_server, monkeypatch):

@@ -98,7 +98,8 @@ def _anywhere(lines):
     return [line for line in lines if not line.strip().startswith("container engine")]
 
 
-def test_the_examples_follow_each_other(salun, store, monkeypatch, tmp_path):
+def test_the_examples_follow_each_other(salun, real_store, monkeypatch, tmp_path):
+    store = real_store
     monkeypatch.setenv("SALUN_STORE_URI", store.uri)
     (tmp_path / "forget.yaml").write_text("{kind: class, class_id: 3}")
     assert "# forget.yaml: {kind: class, class_id: 3}\n" in EXAMPLES["mask"]

@@ -11,7 +11,6 @@ from salun_core.registry.versions import publish
 from salun_core.retention.rules import RetentionRules
 from salun_core.storage import open_store
 
-pytestmark = pytest.mark.s3
 RUN = "5f0c2b0e-6a4f-4a38-9d0c-7a8f9c1d2e3f"
 
 

@@ -111,7 +111,6 @@ def test_the_gate_refuses_a_metric_with_a_typo_and_names_the_nearest(salun, worl
     assert json.loads((tmp_path / "d.json").read_text())["passed"] is False
 
 
-@pytest.mark.s3
 def test_a_run_that_finds_no_setting_ends_as_the_gate_refuses(salun, world, store, digits_line, tmp_path):
     rule = {"metric": "RA", "op": ">=", "value": 1.5, "reason": "nobody can"}
     (tmp_path / "strict.json").write_text(json.dumps({"name": "strict", "rules": [rule]}))

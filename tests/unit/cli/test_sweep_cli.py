@@ -32,7 +32,6 @@ from salun_core.sweeps.settle import Settled
 from salun_core.times import utc_clock
 from tests.unit.test_refusal import evidence
 
-pytestmark = pytest.mark.s3
 EXAMPLE = load_examples()["sweep"].splitlines()
 RULE = {"metric": "attack_auc", "op": "<=", "value": 0.5, "reason": "forgotten samples must look unseen"}
 

@@ -131,10 +131,10 @@ def test_request_is_a_group_of_the_command(salun, store, digits_line):
     assert [row["id"] for row in listed] == ["r-1"]
 
 
-def test_doctor_puts_the_store_to_the_test(salun, store):
-    checks = {item["name"]: item for item in _json(salun("doctor", "--store", store.uri, "--json"))}
+def test_doctor_puts_the_store_to_the_test(salun, real_store):
+    checks = {item["name"]: item for item in _json(salun("doctor", "--store", real_store.uri, "--json"))}
     assert checks["store"]["state"] == "ok"
-    assert checks["store"]["detail"].startswith(store.uri)
+    assert checks["store"]["detail"].startswith(real_store.uri)
     assert {"python", "torch", "device", "threads", "disk", "kfp", "embedded S3", "container engine"} <= checks.keys()
 
 
@@ -230,12 +230,12 @@ def test_json_and_debug_may_stand_anywhere(salun):
     assert "Traceback" in salun("mask", "--debug", "--model", "no", "--forget", "no", "--out", "m").stderr
 
 
-def test_debug_logs_no_request_that_could_be_replayed(salun, store, monkeypatch):
+def test_debug_logs_no_request_that_could_be_replayed(salun, real_store, monkeypatch):
     from salun_core.storage.keys import head_key
 
-    store.put_new(head_key("broken"), b"no JSON")
+    real_store.put_new(head_key("broken"), b"no JSON")
     monkeypatch.setattr(logging.getLogger("botocore"), "level", logging.DEBUG)  # as with boto3.set_stream_logger
-    result = salun("model", "history", "broken", "--debug", "--store", store.uri)
+    result = salun("model", "history", "broken", "--debug", "--store", real_store.uri)
     assert result.exit_code == 5
     assert "Traceback" in result.stderr
     for text in ("Signature=", "Authorization", "AWS4-HMAC-SHA256", "botocore."):

@@ -17,7 +17,6 @@ from salun_core.retention.inventory import VersionState, classify_versions, scan
 from salun_core.sweeps.rollback import rollback
 from salun_core.times import utc_clock
 
-pytestmark = pytest.mark.s3
 CARD = {"task": "classification", "architecture": "resnet8", "classes": ["cat", "dog"]}
 CARD |= {"channels": 3, "height": 32, "width": 32}
 METRICS = {"UA": {"before": 0.0, "after": 0.9, "n": 40}, "RA": {"before": 1.0, "after": 0.98, "n": 400}}

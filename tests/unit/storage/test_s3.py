@@ -5,6 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from io import BytesIO
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import boto3.session
@@ -423,11 +424,15 @@ def test_a_409_is_retried(store):
     assert store.get("doc").etag == etag
 
 
-def test_endless_409_is_given_up(store):
+def test_endless_409_is_given_up(store, monkeypatch):
+    waits = []
+    monkeypatch.setattr("salun_core.storage.s3.time", SimpleNamespace(sleep=waits.append))
     with FaultProxy(upstream(store), lambda line: RACE if line.startswith("PUT") else None) as proxy:
         with pytest.raises(StoreError, match="409"):
             S3Store("salun", prefix_of(store), proxy.endpoint).put_if("doc", b"one", '"x"')
         assert 2 <= proxy.faults <= 10
+    assert len(waits) == proxy.faults
+    assert 3 < sum(waits) < 10
 
 
 def every_call(store, tmp_path):
