@@ -206,9 +206,8 @@ def test_a_run_that_died_is_settled_by_hand(sweep, ledger, store):
         (("--once", "--method", "salum"), "did you mean 'salun'"),
     ],
 )
-def test_wrong_usage(salun, monkeypatch, args, message):
-    monkeypatch.setenv("SALUN_STORE_URI", "s3://salun/none")
-    result = salun("sweep", "--line", "digits", "--store", "s3://salun/none", *args)
+def test_wrong_usage(salun, store, args, message):
+    result = salun("sweep", "--line", "digits", "--store", store.uri, *args)
     assert result.exit_code == 2
     assert message in result.stderr
 
