@@ -9,6 +9,7 @@ a few megabytes from a file, because every operation needs one group at a time.
 from __future__ import annotations
 
 import json
+from binascii import hexlify
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,6 @@ GROUP_ROWS = 1 << 16  # three to five megabytes in memory; a file has so many in
 PARTS = ("train", "validation", "test")  # by the number in the column `part`
 _FORMAT, _INDEXED = "salun.split/v2", "salun.split/v3"
 _KEY = b"salun"  # of the file's metadata
-_HEX = np.frombuffer(b"".join(b"%02x" % byte for byte in range(256)), dtype=np.uint16)
 _CACHED = 2  # groups of a large file that stay decoded: two mappings may be iterated over side by side
 _KEPT_BYTES = 250_000_000  # of groups that all stay decoded, which saves reading them for each operation
 
@@ -104,7 +104,7 @@ class Group:
         mask = pyarrow.compute.is_in(self.ids, pyarrow.array(names, pyarrow.string()))
         return cast(np.ndarray, mask.to_numpy(zero_copy_only=False))
 
-    def json(self) -> bytes:
+    def json(self) -> bytes | memoryview:
         """Return the rows as members of a JSON object, in canonical form (RFC 8785), joined by commas."""
         import pyarrow
         import pyarrow.compute
@@ -116,7 +116,7 @@ class Group:
         texts = hex_texts(self.digests)
         members = pyarrow.compute.binary_join_element_wise('"', self.ids, '":"', texts, '",', "")
         data, offsets = string_buffers(members)
-        return data[:-1].tobytes()
+        return data[:-1].data
 
 
 def string_buffers(array: Any) -> tuple[np.ndarray, np.ndarray]:  # noqa: ANN401 - pyarrow has no types
@@ -135,7 +135,7 @@ def hex_texts(digests: np.ndarray) -> Any:  # noqa: ANN401 - pyarrow has no type
 
     offsets = np.arange(len(digests) + 1, dtype=np.int32) * 64
     return pyarrow.StringArray.from_buffers(
-        len(digests), pyarrow.py_buffer(offsets), pyarrow.py_buffer(_HEX[digests].tobytes())
+        len(digests), pyarrow.py_buffer(offsets), pyarrow.py_buffer(hexlify(digests.tobytes()))
     )
 
 
@@ -384,13 +384,15 @@ class Rows(Mapping[str, str]):
         names = pyarrow.chunked_array([group.ids for group in groups])
         return cast(list[str], names.take(pyarrow.array(digest_order(digests))).to_pylist())
 
-    def json(self) -> Iterator[bytes]:
+    def json(self) -> Iterator[bytes | memoryview]:
         """Yield the canonical JSON (RFC 8785) of this part in pieces."""
         yield b"{"
         empty = True
         for group in self._canonical_groups():
             if len(group):
-                yield (b"" if empty else b",") + group.json()
+                if not empty:
+                    yield b","
+                yield group.json()
                 empty = False
         yield b"}"
 
