@@ -44,13 +44,10 @@ STUDY = {  # suites of the classification study, by the heading of their column;
 }
 SWEPT = 20  # images that the request of a sweep names, in benchmarks/scale.py
 ADAPTIVE, PUBLISHED = "SalUn, adaptive recipe", "SalUn, published recipe"
-COSTS = {  # rows of the table of costs: what is shown; older results lack some of them, newer ones others
+COSTS = {  # rows of the table of costs: what is shown
     "SalUn": "SalUn, searched",
     "search over methods": "search over methods",
-    "SalUn, a third of the published passes": "SalUn, a third of the published passes, searched",
     ADAPTIVE: "SalUn, adaptive recipe, the default",
-    "SalUn, quick recipe": "SalUn, quick recipe, 3 epochs",
-    "SalUn, default recipe": "SalUn, fixed recipe at its defaults, 5 epochs",
     PUBLISHED: "SalUn, published recipe, 10 epochs",
 }
 COMPARED = {  # by the name of the results: the script that writes them
@@ -97,7 +94,7 @@ def study_table(documents: dict[str, Any]) -> str:
     gaps = {title: {row.name: gaps_of(row) for row in results.rows} for title, results in suites.items()}
     rows = [row for results in suites.values() for row in results.rows]
     searched = dict.fromkeys(row.name for row in rows if any(item.chosen for item in row.figures))
-    methods = [*(name for name in searched if "third" not in name), ADAPTIVE]
+    methods = [*searched, ADAPTIVE]
     best = {
         title: best_rows({name: gaps[title].get(name, {}) for name in methods}, results.floor)
         for title, results in suites.items()
