@@ -5,7 +5,8 @@ one process, the nursery, imports them while the pipeline is loaded. It then for
 executes the compiled component as the command in the pipeline says. A child shares nothing with other steps: what it
 changes in its memory is its own.
 
-The nursery has one thread, starts no computation and touches no accelerator, so that a fork of it is safe.
+The nursery starts no thread and no computation and touches no accelerator, so that a fork of it is safe. Libraries that
+start threads at their import, OpenBLAS and pyarrow's jemalloc, prepare these for forks themselves.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ PRELOADED = (
     "salun_core.pods.steps",
     "salun_core.pods.summary",
     "torch.utils.data",
+    "pyarrow.compute",
+    "pyarrow.parquet",
+    "jinja2",
     "sklearn.datasets",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",

@@ -1,6 +1,6 @@
 """Starts processes as forks of one that has imported torch and the command, which takes a new interpreter seconds.
 
-Each test worker has at most one such server, which only imports: it has one thread, so that a fork of it is safe. A
+Each test worker has at most one such server, which only imports: it starts no thread, so that a fork of it is safe. A
 few tests start the command as a user does, and its joined processes as new interpreters: those of
 `tests/unit/methods/test_distributed.py`, `tests/e2e/test_cli.py`, `tests/unit/cli/test_interrupts.py` and
 `tests/pipelines/test_compiled_run.py`.
@@ -40,7 +40,11 @@ CONTEXT.set_forkserver_preload(
         "pipelines.runs",
         "pipelines.schedules",
         "matplotlib.backends.backend_agg",
+        "jinja2",
+        "pyarrow.compute",
+        "pyarrow.parquet",
         "sklearn.datasets",
+        "sklearn.linear_model",
         "torch._dynamo",  # any optimizer imports it
         "torch.distributed",
         "torch.distributed.elastic.multiprocessing",
