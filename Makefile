@@ -62,6 +62,7 @@ in-step: setup
 	$(BIN)/python -m pipelines compile --check
 	$(BIN)/python .ci/generated.py --check
 	$(BIN)/python benchmarks/readme_tables.py --check
+	$(BIN)/python benchmarks/adaptive.py --check
 	$(BIN)/python -m benchmarks.deviations --render-only --check
 	$(BIN)/salun bench render --into docs/research/results.md --check
 

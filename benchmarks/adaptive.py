@@ -8,7 +8,8 @@ Each net is trained in the script, in at most a few minutes on one core, and eac
 net is written in the layout of a public repository and imported from its file. Digits have noise, so that the nets
 memorise what they cannot generalise. Accuracies, AUC and the gate are measured on test data, which no method sees.
 It prints the table; with --write it also writes benchmarks/results/adaptive.json and the table in
-docs/research/adaptive.md. `--results FILE` continues a file of an earlier call, `--nets FOLDER` keeps the trained nets.
+docs/research/adaptive.md; --check compares both. `--results FILE` continues a file of an earlier call, `--nets FOLDER`
+keeps the trained nets.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -335,7 +337,15 @@ def main() -> None:
     parser.add_argument("--nets", type=Path, help="folder for the trained nets")
     parser.add_argument("--results", type=Path, help="file of results to continue")
     parser.add_argument("--write", action="store_true", help="write the results and the page")
+    parser.add_argument("--check", action="store_true", help="measure nothing; exit with 1 if the page is another one")
     given = parser.parse_args()
+    if given.check:
+        if PAGE.read_text() != _filled(json.loads(RESULTS.read_text())):
+            sys.exit(
+                "docs/research/adaptive.md does not have the table of benchmarks/results/adaptive.json: "
+                "run this script with --results and that file, and --write"
+            )
+        return
     torch.set_num_threads(1)
     policy, available = load_policy("classifier"), specs(given.data)
     results: dict[str, Any] = json.loads(given.results.read_text()) if given.results and given.results.exists() else {}
@@ -352,12 +362,16 @@ def main() -> None:
             )
             if given.results:
                 given.results.write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    print(text)
+    print(table(results))
     if given.write:
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        page = PAGE.read_text()
-        PAGE.write_text(re.sub("(<!-- table -->).*(<!-- /table -->)", rf"\1\n{text}\n\2", page, flags=re.S))
+        PAGE.write_text(_filled(results))
+
+
+def _filled(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page with the table of these results."""
+    table_between = rf"\1\n{table(results)}\n\2"
+    return re.sub("(<!-- table -->).*(<!-- /table -->)", table_between, PAGE.read_text(), flags=re.S)
 
 
 if __name__ == "__main__":

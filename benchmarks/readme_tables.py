@@ -10,17 +10,20 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from salun_core.bench.page import AGAINST
-from salun_core.bench.results import Results, best_rows, gaps_of
+from salun_core.bench.results import ResultRow, Results, best_rows, gaps_of
+from salun_core.methods.recipe import AUTO_METHOD
 from salun_core.report.wording import MISSING
+from salun_core.tuning.space import Space
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
-    "docs/research/study.md": ("study", "study-cost"),
+    "docs/research/study.md": ("study", "study-starts", "study-cost"),
     "docs/research/speed.md": (
         "masked-step",
         "speed",
@@ -33,7 +36,7 @@ PAGES = {
         "cards",
     ),
 }
-STUDY = {  # suites of the classification study, by the heading of their column; the last three are older
+STUDY = {  # suites of the classification study, by the heading of their column
     "digits, random 10 %": "digits-random10-cpu",
     "digits, class": "digits-class-cpu",
     "photographs, class": "imagenette-class-cpu",
@@ -86,7 +89,7 @@ def _rows(documents: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def study_table(documents: dict[str, Any]) -> str:
-    """Render the average gap by suite: of retraining itself, of each method with a search, and of the default recipe.
+    """Render the average gap by suite: of retraining itself, of each method with a search, and of recipes as written.
 
     The smallest is bold, together with the rows that are tied with it. Below the table stands why, if nothing is.
     """
@@ -94,7 +97,7 @@ def study_table(documents: dict[str, Any]) -> str:
     gaps = {title: {row.name: gaps_of(row) for row in results.rows} for title, results in suites.items()}
     rows = [row for results in suites.values() for row in results.rows]
     searched = dict.fromkeys(row.name for row in rows if any(item.chosen for item in row.figures))
-    methods = [*searched, ADAPTIVE]
+    methods = [*searched, *(name for name in (ADAPTIVE, PUBLISHED) if any(row.name == name for row in rows))]
     best = {
         title: best_rows({name: gaps[title].get(name, {}) for name in methods}, results.floor)
         for title, results in suites.items()
@@ -116,6 +119,42 @@ def study_table(documents: dict[str, Any]) -> str:
         there = " there" if where else ""
         lines += ["", f"No floor was measured{where}, so nothing is bold{there}: each seed has one retrained model."]
     return "\n".join(lines)
+
+
+def starts_table(documents: dict[str, Any]) -> str:
+    """Render how many searches selected a point that is tried in every run, whatever the model.
+
+    That is the method's defaults. For the search over methods it is their mirror image, too. Epochs are not compared,
+    because they are measured anyway.
+    """
+    lines = ["| fixed points among the selected settings | " + " | ".join([*STUDY, "all"]) + " |"]
+    lines.append("|---" + "|--:" * (len(STUDY) + 1) + "|")
+    suites = [Results.model_validate(documents[stem]) for stem in STUDY.values()]
+    for title, over_methods in (("searches of one method", False), ("search over methods", True)):
+        counts = [
+            [
+                _is_fixed_point(row, item.chosen)
+                for row in results.rows
+                if (row.method == AUTO_METHOD) == over_methods
+                for item in row.figures
+                if item.chosen
+            ]
+            for results in suites
+        ]
+        counts.append([found for one in counts for found in one])
+        lines.append(f"| {title} | " + " | ".join(f"{sum(one)} of {len(one)}" for one in counts) + " |")
+    return "\n".join(lines)
+
+
+def _is_fixed_point(row: ResultRow, chosen: Mapping[str, Any]) -> bool:
+    method = chosen.get("method", row.method)
+    space = Space.of(method, row.config, row.density)
+    points = [space.start(), *([space.mirror()] if row.method == AUTO_METHOD else [])]
+    values = {name: values.index(chosen[name]) for name, values in space.choices.items()}
+    values |= {name: chosen[name] for name in space.ranges}
+    if len(space.densities) > 1:
+        values["density"] = space.densities.index(chosen["density"])
+    return any(all(f"{point[name]:.3g}" == f"{value:.3g}" for name, value in values.items()) for point in points)
 
 
 def cost_of_gap(documents: dict[str, Any]) -> str:
@@ -190,6 +229,7 @@ def tables() -> dict[str, str]:
     documents = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     return {
         "study": study_table(documents),
+        "study-starts": starts_table(documents),
         "study-cost": cost_of_gap(documents),
         "masked-step": cost_table(documents["masked-step"], documents["mask"]),
         "speed": speed_table(documents),

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from benchmarks.readme_tables import STUDY, study_table
+from benchmarks.readme_tables import STUDY, starts_table, study_table
 from salun_core.bench.page import filled, read_results, results_json, section, table, write_page
 from salun_core.bench.plot import plot
 from salun_core.bench.results import Figures, ResultRow, Results, best_rows
@@ -192,3 +192,30 @@ def test_results_with_one_reference_have_no_floor_and_nothing_bold():
     mixed = documents | {list(STUDY.values())[-1]: compared(*CLOSE, floor=[0.1, 0.1, 0.1]).model_dump(mode="json")}
     row = next(line for line in study_table(mixed).splitlines() if line.startswith("| Retrain against Retrain |"))
     assert row == f"| Retrain against Retrain |{' – |' * (len(STUDY) - 1)} 0.10 ± 0.00 |"
+
+
+def test_selected_settings_that_every_search_tries_first_are_counted():
+    default = {"batch_norm": "freeze", "density": 0.5, "learning_rate": 0.003, "order": "sequential"}
+    mirror = {"batch_norm": "update", "density": 0.1, "learning_rate": 0.015, "order": "mixed"}
+    found = {"batch_norm": "freeze", "density": 0.5, "learning_rate": 0.0031, "order": "sequential"}
+
+    def row(name, method, *chosen):
+        items = [figures(seed, 0.0, 1.0, 1.0).model_copy(update={"chosen": one}) for seed, one in enumerate(chosen)]
+        return ResultRow(name=name, method=method, figures=items)
+
+    of = {"method": "salun"}
+    rows = [
+        row("SalUn", "salun", default | {"epochs": 2.0}, mirror | {"epochs": 5.0}, found | {"epochs": 5.0}),
+        row(
+            "search",
+            "auto",
+            of | default | {"epochs": 5.0},
+            of | mirror | {"epochs": 5.0},
+            of | found | {"epochs": 5.0},
+        ),
+        row("as written", "salun"),
+    ]
+    documents = dict.fromkeys(STUDY.values(), RESULTS.model_copy(update={"rows": rows}).model_dump(mode="json"))
+    one, several = starts_table(documents).splitlines()[2:]
+    assert one == f"| searches of one method |{' 1 of 3 |' * len(STUDY)} {len(STUDY)} of {3 * len(STUDY)} |"
+    assert several == f"| search over methods |{' 2 of 3 |' * len(STUDY)} {2 * len(STUDY)} of {3 * len(STUDY)} |"
