@@ -101,7 +101,11 @@ def _contradicted(rule: Rule, ends: tuple[float | None, float | None], threshold
 
 
 def _cause(rule: Rule, evidence: Evidence, margin: float | None, threshold: float | None) -> Cause:
-    """Return why a rule failed: from what its metric measures, and the side of the threshold that the value is on."""
+    """Return why a rule failed: from what its metric measures, and the side of the threshold that the value is on.
+
+    A metric that is not known to measure forgetting counts as damage, also one of a plug-in that is not an attack. So a
+    cause that is unclear never leads to a stronger recipe. `targets` of the rule tell nothing: they select requests.
+    """
     metric = evidence.metrics.get(rule.metric)
     if metric is not None and metric.n < rule.min_n and metric.n:
         return Cause.TOO_FEW_SAMPLES
@@ -113,7 +117,7 @@ def _cause(rule: Rule, evidence: Evidence, margin: float | None, threshold: floa
     if value is not None and _MARGINS[rule.op](value, threshold, rule.tolerance or 0.0) >= -_TOLERANCE:
         return Cause.TOO_FEW_SAMPLES  # the value holds, and only the end of its interval does not
     if more_is_forgotten is None:
-        return Cause.NOT_FORGOTTEN if rule.targets else Cause.DAMAGED
+        return Cause.DAMAGED
     if (area := evidence.metrics.get(SIDE_OF.get(rule.metric, ""))) is not None and area.after is not None:
         return Cause.OVER_FORGOTTEN if area.after < 0.5 else Cause.NOT_FORGOTTEN
     source = rule.relative_to

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from salun_core.config import Document
 from salun_core.errors import UsageError
+from salun_core.gate import Cause
 
 _FORM = re.compile(r"(\d+(?:\.\d+)?)(s|m|h|e|)")
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -87,6 +88,7 @@ class TrialRecord(Document):
     figures: dict[str, float] = Field(default={}, description="of its best model, on held-out data in place of test")
     distance: float | None = Field(default=None, description="what the search makes small; 0 is indistinguishable")
     refused: list[str] = Field(default=[], description="rules of the policy that its best model broke")
+    causes: list[Cause] = Field(default=[], description="why each of these rules failed; earlier releases wrote none")
     passes: int = Field(ge=0, description="sample passes of the trial, its measurements included")
     seconds: float = Field(ge=0, description="wall clock")
 

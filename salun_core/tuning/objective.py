@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
@@ -14,6 +14,7 @@ from salun_core.evaluation.evidence import Metric
 from salun_core.evaluation.membership import forgetting_metrics, match_classes, matched_area
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.evaluation.statistics import kolmogorov_smirnov, mean_metric, share_metric
+from salun_core.gate import Cause
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,12 @@ class ConstraintResult:
     Args:
         reasons: broken rules; empty if all rules hold.
         shortfall: sum of the distances to the broken thresholds, as ratios.
+        causes: why each of these rules failed, in the same order.
     """
 
     reasons: list[str]
     shortfall: float = 0.0
+    causes: list[Cause] = field(default_factory=list)
 
 
 Constraint = Callable[[Mapping[str, Metric]], ConstraintResult]

@@ -126,11 +126,15 @@ class Tuned:
     not_tried: list[str]
 
     @property
-    def broken(self) -> str:
-        """The rules that the closest trial breaks, if no trial was chosen."""
+    def nearest(self) -> TrialRecord | None:
+        """The trial that breaks the fewest rules; None if none gave a model whose outputs are numbers."""
         measured = [trial for trial in self.trials if trial.distance is not None]
-        nearest = min(measured, key=lambda trial: (len(trial.refused), trial.distance or 0.0), default=None)
-        return "; ".join(nearest.refused) if nearest else "every trial failed or was ended before it had a model"
+        return min(measured, key=lambda trial: (len(trial.refused), trial.distance or 0.0), default=None)
+
+    @property
+    def broken(self) -> str:
+        """The rules that the nearest trial breaks, if no trial was chosen."""
+        return "; ".join(self.nearest.refused) if self.nearest else "every trial diverged"
 
 
 def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
@@ -459,6 +463,7 @@ def _record(run: Run, trial: Trial) -> TrialRecord:
         "figures": best.figures if best else {},
         "distance": best.distance if best and finite else None,
         "refused": best.refused if best else [],
+        "causes": best.causes if best else [],
         "passes": run.passes,
         "seconds": run.seconds,
     }

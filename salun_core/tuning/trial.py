@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from salun_core.data.images import ImageSource
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import EpochRecord
+from salun_core.gate import Cause
 from salun_core.methods.classification import UnlearnConfig, unlearn
 from salun_core.saliency import SaliencyMask
 from salun_core.tuning.objective import Constraint, Reading, Sets, distance, figures_of, metrics_of
@@ -33,6 +34,7 @@ class Measurement:
         distance: the objective; infinite if an output is not finite.
         refused: rules of the policy that it breaks.
         value: value to minimise: the distance, plus more than 1 if a rule is broken.
+        causes: why each of these rules failed, in the same order.
     """
 
     epoch: int
@@ -41,6 +43,7 @@ class Measurement:
     distance: float
     refused: list[str]
     value: float
+    causes: list[Cause] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,12 @@ class CandidateEvaluator:
         candidate.load_state_dict(state)
         after = self.sets.read(candidate)
         if not after.finite:
-            return Measurement(epoch, state, {}, float("inf"), ["an output is not a number"], 10.0)
+            return Measurement(epoch, state, {}, float("inf"), ["an output is not a number"], 10.0, [Cause.DAMAGED])
         metrics = metrics_of(self.before, after)
         checked, far = self.constraint(metrics), distance(self.before, after)
         value = far + (1 + checked.shortfall if checked.reasons else 0.0)
-        return Measurement(epoch, state, figures_of(metrics, after), far, checked.reasons, value)
+        figures = figures_of(metrics, after)
+        return Measurement(epoch, state, figures, far, checked.reasons, value, checked.causes)
 
 
 class Stopped(Exception):  # noqa: N818 - control flow, not an error

@@ -7,10 +7,21 @@ import pytest
 from salun_core.config import parse
 from salun_core.errors import GateRefusedError
 from salun_core.evaluation import Evidence, Metric
-from salun_core.evaluation.evidence import Forgotten, Integrity, Measured, RunFacts, TuningFacts
+from salun_core.evaluation.evidence import (
+    METRIC_NAMES,
+    MORE_IS_FORGOTTEN,
+    Forgotten,
+    Integrity,
+    Measured,
+    RunFacts,
+    TuningFacts,
+)
 from salun_core.gate import Cause, Expected, GateDecision, Policy, decide, load_policy
 from salun_core.steps.outcome import RunState, new_outcome
 from salun_core.storage.keys import run_key
+from salun_core.tasks.classification.tuning import PolicyConstraint, _refusal
+from salun_core.tuning import Tuned
+from salun_core.tuning.budget import TrialRecord
 
 GOOD = {
     "RA": Metric(before=0.99, after=0.99, n=900),
@@ -101,8 +112,8 @@ CAUSES = [
         {"metric": "UA", "op": ">=", "relative_to": {"metric": "UA", "state": "before", "offset": 0.5}},
         "not_measured",
     ),
-    # a metric of a plug-in: a rule for some kinds of target is about what was forgotten
-    (OWN, {"metric": "own", "op": "<=", "value": 0, "targets": ["samples"]}, "not_forgotten"),
+    # a metric of a plug-in: which way its values go is unknown, and a stronger recipe could do more damage
+    (OWN, {"metric": "own", "op": "<=", "value": 0, "targets": ["samples"]}, "damaged"),
     (OWN, {"metric": "own", "op": "<=", "value": 0}, "damaged"),
 ]
 
@@ -113,6 +124,15 @@ def test_the_cause_follows_from_the_metric_and_the_side_of_the_threshold(metrics
     assert refusal.cause == cause
     assert "the rule in words" in refusal.words
     assert refusal.next
+
+
+@pytest.mark.parametrize("metric", sorted(set(METRIC_NAMES) - set(MORE_IS_FORGOTTEN)))
+@pytest.mark.parametrize("op", ["<=", ">="])
+def test_what_had_to_be_kept_is_damaged_whatever_kinds_its_rule_is_for(metric, op):
+    """`targets` says for which requests a rule holds, not what its metric measures."""
+    found = {metric: Metric(before=0.99, after=0.3, n=900)}
+    rule = {"metric": metric, "op": op, "value": {"<=": 0.2, ">=": 0.98}[op], "targets": ["samples"]}
+    assert only(decide(evidence(**found), policy(rule))).cause is Cause.DAMAGED
 
 
 @pytest.mark.parametrize(
@@ -156,6 +176,43 @@ def test_a_metric_that_is_off_by_default_names_its_option(metric, option):
 def test_a_lacking_reference_names_its_option():
     rule = {"metric": "TA", "op": ">=", "relative_to": {"metric": "TA", "state": "reference"}}
     assert "--retrain-reference" in only(decide(evidence(), policy(rule))).next
+
+
+def searched(rules, *trials):
+    """Return the decision after a search whose trials had these metrics; a trial without metrics diverged."""
+    constraint = PolicyConstraint(policy(*rules), evidence().forgotten)
+    records = []
+    for number, metrics in enumerate(trials):
+        found = constraint({**GOOD, **metrics}) if metrics is not None else None
+        measured = {"refused": found.reasons, "causes": found.causes, "distance": 0.1} if found else {}
+        state, epochs = ("finished", 1) if found else ("failed", 0)
+        fields = {"number": number, "settings": {}, "epochs": epochs, "epochs_run": 1, "passes": 1, "seconds": 1.0}
+        records.append(TrialRecord.model_validate({**fields, **measured, "state": state}))
+    return _refusal(constraint, Tuned(records, 1, 1.0, None, []))
+
+
+RA = {"metric": "RA", "op": ">=", "value": 0.95}
+AREA = {"metric": "attack_auc", "op": "inside", "value": 0.5, "tolerance": 0.1}
+SEARCHED = [
+    ([RA], [{"RA": Metric(before=0.99, after=0.4, n=900)}], {"damaged"}),
+    ([{**RA, "targets": ["samples"]}], [{"RA": Metric(before=0.99, after=0.4, n=900)}], {"damaged"}),
+    ([{"metric": "UA_samples", "op": ">=", "value": 0.9}], [{}], {"not_forgotten"}),
+    ([{"metric": "UA_samples", "op": "<=", "value": 0.2}], [{"UA_samples": GOOD["RA"]}], {"over_forgotten"}),
+    ([AREA], [{"attack_auc": Metric(before=0.8, after=0.1, n=50, low=0.0, high=0.2)}], {"over_forgotten"}),
+    # all rules of the nearest trial count, and no rule of another one
+    ([{"metric": "UA_samples", "op": ">=", "value": 0.9}, {**RA, "value": 1.0}], [{}], {"not_forgotten", "damaged"}),
+    ([RA, AREA], [{"RA": GOOD["UA_samples"], "attack_auc": GOOD["RA"]}, {"RA": GOOD["UA_samples"]}], {"damaged"}),
+    ([RA], [None, None], {"damaged"}),
+    ([{"metric": "UA_samples", "op": ">=", "value": 0.9}], [None, {}], {"not_forgotten"}),
+]
+
+
+@pytest.mark.parametrize(("rules", "trials", "causes"), SEARCHED)
+def test_a_search_without_a_setting_has_the_causes_of_its_nearest_trial(rules, trials, causes):
+    decision = searched(rules, *trials)
+    assert {refusal.cause for refusal in decision.refusals} == causes
+    assert not decision.passed
+    assert decision.next.startswith("give a larger --tune-budget")
 
 
 BOTH = ({"metric": "attack_auc", "op": "<=", "value": 0.5}, {"metric": "RA", "op": ">=", "value": 1.0})

@@ -18,8 +18,6 @@ from salun_core.errors import DataError, GateRefusedError, ModelError
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import (
     EVALUATED,
-    METRIC_NAMES,
-    MORE_IS_FORGOTTEN,
     Forgotten,
     Integrity,
     Measured,
@@ -115,23 +113,26 @@ def search(
 
 
 def _refusal(constraint: PolicyConstraint, tuned: Tuned) -> GateDecision:
-    """Return a decision in the form of the gate's, so that a sweep tries its next recipe."""
-    metric = tuned.broken.partition(" ")[0]
-    refusal = Refusal(
-        words=f"none of {len(tuned.trials)} settings satisfies the policy",
-        figures=f"the closest one breaks {tuned.broken}",
-        cause=Cause.DAMAGED if metric in METRIC_NAMES and metric not in MORE_IS_FORGOTTEN else Cause.NOT_FORGOTTEN,
-        next=_AFTER_SEARCH,
-    )
-    wanted = "a setting within the policy"
-    verdict = Verdict(rule="tuning", threshold=wanted, passed=False, reason=tuned.broken, refusal=refusal)
+    """Return a decision in the form of the gate's, so that a sweep tries its next recipe.
+
+    It has the causes of all rules that the nearest trial breaks. If every trial diverged, the search did damage.
+    """
+    nearest = tuned.nearest
+    broken = zip(nearest.refused, nearest.causes, strict=True) if nearest else [(tuned.broken, Cause.DAMAGED)]
+    words = f"none of {len(tuned.trials)} settings satisfies the policy"
+    verdicts = []
+    for why, cause in broken:
+        figures = f"the closest one breaks {why}" if nearest else why
+        refusal = Refusal(words=words, figures=figures, cause=cause, next=_AFTER_SEARCH)
+        wanted = "a setting within the policy"
+        verdicts.append(Verdict(rule="tuning", threshold=wanted, passed=False, reason=why, refusal=refusal))
     return GateDecision(
         passed=False,
         policy=constraint.name,
         policy_digest=constraint.digest,
         evidence_digest=constraint.evidence({}).digest,
-        summary=f"tuning: none of {len(tuned.trials)} settings satisfies the policy: {tuned.broken}",
-        verdicts=[verdict],
+        summary=f"tuning: {words}: {tuned.broken}",
+        verdicts=verdicts,
     )
 
 
@@ -205,7 +206,8 @@ class PolicyConstraint:
             if verdict.metric in metrics and verdict.margin is not None and not verdict.passed
         ]
         reasons = [f"{item.rule} {item.threshold.split(' ', 1)[-1]}: {item.actual:.4f}" for item in verdicts]
-        return ConstraintResult(reasons, sum(-(item.margin or 0.0) for item in verdicts))
+        causes = [item.refusal.cause for item in verdicts if item.refusal]  # a failed rule has a refusal
+        return ConstraintResult(reasons, sum(-(item.margin or 0.0) for item in verdicts), causes)
 
     def unmeasured(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the metrics that the policy's rules for this kind of forget set need and a trial does not measure."""

@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import save
 
 from salun_core.evaluation.evidence import EpochRecord
+from salun_core.gate import Cause
 from salun_core.methods.classification import method_config
+from salun_core.tuning.objective import ConstraintResult, Sets
 from salun_core.tuning.space import GROWING
-from salun_core.tuning.trial import EpochCallback, Measurement, Stopped, run_trial
+from salun_core.tuning.trial import CandidateEvaluator, EpochCallback, Measurement, Stopped, run_trial
 from tests.support.by_hand import image_set, net
 
 
@@ -59,6 +61,15 @@ def test_the_last_epoch_is_no_early_end():
 
 def test_the_search_may_end_it_at_any_other_epoch():
     assert epochs_of([3.0, 2.0, 1.0], 3, lambda found: found.epoch < 2)[1] == 2
+
+
+def test_an_output_that_is_not_a_number_is_damage():
+    model, sets = net(), Sets(image_set(9, 1), image_set(20, 2), image_set(20, 3))
+    evaluator = CandidateEvaluator(model, sets, sets.read(model), lambda metrics: ConstraintResult([]))
+    nan = {name: value * torch.nan for name, value in model.state_dict().items()}
+    found = evaluator.measure(1, nan)
+    assert (found.refused, found.causes) == (["an output is not a number"], [Cause.DAMAGED])
+    assert evaluator.measure(1, model.state_dict()).causes == []
 
 
 class Counting(Told):
