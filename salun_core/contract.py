@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import json
 import math
 import os
+import re
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Literal, NamedTuple
@@ -42,9 +45,23 @@ State = Literal["holds", "fails", "does not apply"]
 _CONTRAST = 0.05  # classes are near each other, so that a method that moves images across a border soon does
 _TOLERANCE = 0.99  # of the passes that ran; a batch in which some samples need no gradient is counted in full here
 _EPOCHS, _DENSITY, _RATE = 3, 0.3, 1e-3  # few weights and small steps: it is about mechanics, not about forgetting
-_OF_THE_SYSTEM = ("/proc/", "/sys/", "/dev/")  # what Python and torch may open at the first use of a function
+_OF_THE_SYSTEM = ("/proc/", "/sys/", "/dev/", "/etc/", "/usr/share/zoneinfo/")  # libraries open these at first use
+_SHARED_MEMORY = "/dev/shm/"  # noqa: S108 - refused
 _OF_PYTHON = ("stdlib", "platstdlib", "purelib", "platlib")
-_REACHING = {"open", "socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}
+_SUFFIXES = "|".join(map(re.escape, importlib.machinery.all_suffixes()))
+_CODE = re.compile(rf".*(\.pyc\.\d+|{_SUFFIXES})")  # NAME.pyc.NUMBER: what Python compiled, while it writes it
+_IMPORT_SYSTEM = ("<frozen importlib", "<frozen zipimport")
+_REACHING = {
+    "open",
+    "socket.connect",
+    "socket.sendto",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "sqlite3.connect",
+}
+_REQUEST, _ANSWER, _STATE = "request.json", "answer.json", "state"  # files of the process that resumes a run
 
 
 @dataclass(frozen=True)
@@ -104,30 +121,48 @@ def _kind_of(found: object) -> Kind:
     return next((kind for row, kind in rows if isinstance(found, row)), "architecture")
 
 
-def check_plugin(offer: Offer) -> list[Check]:
-    """Check one plug-in, which must be allowed.
+def check_plugins(name: str) -> list[Check]:
+    """Check the plug-ins that a name means. It allows them in this process, and runs their code.
 
     Args:
-        offer: the plug-in.
+        name: of a distribution, of a plug-in, or of an object.
 
     Returns:
-        One result for each check. A plug-in that cannot be loaded or run has no further ones.
+        One result for each check, by plug-in. A plug-in that cannot be loaded or run has no further ones.
+
+    Raises:
+        UsageError: no package offers the name, or the object cannot be loaded.
     """
+    plugins.allow(name)
+    with _reaching() as imported:  # before the first plug-in is loaded: its module may do anything when it is imported
+        offers = chosen(name)
+        loads = [_load(offer) for offer in offers]
+    found = []
+    for offer, loaded in zip(offers, loads, strict=True):
+        found += [loaded, *(_checks_of(offer, imported) if loaded.state == "holds" else ())]
+    return found
+
+
+def _load(offer: Offer) -> Check:
+    plugins.allow(offer)
     try:
         if fault := fault_of(offer):
-            return [Check(offer.name, "loads", "fails", fault)]
+            return Check(offer.name, "loads", "fails", fault)
         plugins.load(offer.kind, offer.name)
         (record,) = plugins.loaded(offer.kind, offer.name)
     except SalunError as error:
-        return [Check(offer.name, "loads", "fails", str(error))]
-    loads = Check(offer.name, "loads", "holds", record.words)
+        return Check(offer.name, "loads", "fails", str(error))
+    return Check(offer.name, "loads", "holds", record.words)
+
+
+def _checks_of(offer: Offer, imported: Sequence[_Reach]) -> list[Check]:
     checks = {"method": _method, "metric": _measure, "attack": _measure, "architecture": _architecture}
     try:
-        return [loads, *checks[offer.kind](offer)]
+        return checks[offer.kind](offer, imported)
     except SalunError as error:
-        return [loads, Check(offer.name, "runs", "fails", str(error))]
+        return [Check(offer.name, "runs", "fails", str(error))]
     except Exception as error:  # noqa: BLE001 - any code
-        return [loads, Check(offer.name, "runs", "fails", _raised(error))]
+        return [Check(offer.name, "runs", "fails", _raised(error))]
 
 
 def _checks(offer: Offer, *results: tuple[str, Callable[[], str | None]]) -> list[Check]:
@@ -155,13 +190,13 @@ def _require(condition: bool, fault: str) -> None:  # noqa: FBT001 - reads like 
 
 
 class _Lab(NamedTuple):
-    """One kind of model to unlearn: its network, its sets as tensors, and a run of a method."""
+    """What a method is run on, the same in each process: its network, its sets as tensors, its mask, and a run."""
 
     network: nn.Module
     tensors: Sequence[Tensor]
     run: Callable[..., UnlearnResult]
     epochs: int
-    needs_mask: bool
+    mask: SaliencyMask | None
 
 
 class _BrokenOffError(Exception):
@@ -173,17 +208,17 @@ class _MethodRun:
     """A whole run of a method, and what it is compared with.
 
     Args:
+        name: of the method.
         lab: the model and its sets.
-        mask: of the run; None for a method without a mask.
         result: of the run.
         passes: what the network ran, as the method's kind counts it.
-        reached: files, connections and processes that the run reached for.
+        reached: other data, connections and processes that its module reached for when it was imported, or the run.
         before: digest of the original model.
         inputs: copies of the sets.
     """
 
+    name: str
     lab: _Lab
-    mask: SaliencyMask | None
     result: UnlearnResult
     passes: float
     reached: list[str]
@@ -191,7 +226,7 @@ class _MethodRun:
     inputs: list[Tensor]
 
     def deterministic(self) -> str:
-        same = model_digest(self.lab.run(self.mask).model) == model_digest(self.result.model)
+        same = model_digest(self.lab.run().model) == model_digest(self.result.model)
         _require(same, "two runs with one seed gave different weights: draw all numbers from the generator")
         return "two runs with one seed gave equal weights"
 
@@ -201,32 +236,49 @@ class _MethodRun:
         _require(_equal(self.inputs, self.lab.tensors), "it changed images or labels in place: copy them first")
         return "model and images are as before"
 
+    def changes(self) -> str:
+        mask = self.lab.mask
+        moved = self._moved(self.lab.run(weight_decay=0.0)).items()  # a decay changes weights without any gradient
+        count = sum(int((changed & mask.tensor(name) if mask else changed).sum()) for name, changed in moved)
+        where = " in the mask" if mask else ""
+        _require(count > 0, f"it changed no weight{where}: its loss needs a gradient, or its edit an effect")
+        return f"{count} weights{where} changed"
+
     def frozen(self) -> str | None:
-        if self.mask is None:
+        if (mask := self.lab.mask) is None:
             return None
-        state, old, mask = self.result.model.state_dict(), self.lab.network.state_dict(), self.mask
-        moved = sum(int((_bits(state[n]) != _bits(old[n]))[~mask.tensor(n)].sum()) for n in mask.shapes)
+        moved = sum(int(changed[~mask.tensor(name)].sum()) for name, changed in self._moved(self.result).items())
         _require(moved == 0, f"{moved} weights outside the mask changed: change weights by the optimiser only")
         return f"{_count(mask.shapes) - mask.k} weights outside the mask kept their bits"
 
+    def _moved(self, result: UnlearnResult) -> dict[str, Tensor]:
+        """Return where the bits of each parameter changed."""
+        state = result.model.state_dict()
+        return {name: _bits(state[name]) != _bits(old) for name, old in self.lab.network.named_parameters()}
+
     def resumes(self) -> str | None:
+        """Kill a run here, and resume it in another process: what a module keeps in this one does not help it."""
         if not self.result.history:
             return None
-        lab, epochs, stop = self.lab, list[int](), self.lab.epochs - 1
+        lab, stop = self.lab, self.lab.epochs - 1
 
         def kill(record: EpochRecord) -> None:
             if record.epoch == stop:
                 raise _BrokenOffError
 
         with TemporaryDirectory(prefix="salun-contract-") as folder:
-            store = FileCheckpoint(Path(folder) / "state")
             with suppress(_BrokenOffError):
-                lab.run(self.mask, store, kill)
-            resumed = lab.run(self.mask, store, lambda record: epochs.append(record.epoch))
-        _require(epochs == [lab.epochs], f"after a kill in epoch {lab.epochs} it ran the epochs {epochs}")
-        same = model_digest(resumed.model) == model_digest(self.result.model)
-        _require(same, "a run that was killed and resumed gave other weights: keep no state between epochs")
-        return f"killed after epoch {stop} of {lab.epochs} and resumed: equal weights"
+                lab.run(FileCheckpoint(Path(folder) / _STATE), kill)
+            resumed = _resumed_elsewhere(self.name, Path(folder))
+        _require(not resumed.fault, f"a run that was killed could not be resumed in another process: {resumed.fault}")
+        _require(
+            resumed.epochs == [lab.epochs], f"after a kill in epoch {lab.epochs} it ran the epochs {resumed.epochs}"
+        )
+        _require(
+            resumed.digest == model_digest(self.result.model),
+            "a run that was killed and resumed in another process gave other weights: keep no state outside the model",
+        )
+        return f"killed after epoch {stop} of {lab.epochs} and resumed in another process: equal weights"
 
     def counts(self) -> str:
         declared, ran = self.result.passes, self.passes
@@ -237,34 +289,95 @@ class _MethodRun:
         return f"declares {declared} passes, ran {ran:.0f}"
 
     def reads_nothing(self) -> str:
-        reached = ", ".join(self.reached[:3])
-        _require(not reached, f"it reached for {reached}: use the images of the context only")
-        return "opened no file and no connection: it sees what it is given, no test data"
+        return _no_other(self.reached)
 
 
-def _method(offer: Offer) -> list[Check]:
-    row = plugins.load("method", offer.name)
-    if isinstance(row, ClassifierMethod):
-        lab = _classifier_lab(offer.name)
-    elif isinstance(row, DiffusionMethod):
-        lab = _denoiser_lab(offer.name)
-    else:
-        raise plugins.wrong_type("method", offer.name, row, "a ClassifierMethod or a DiffusionMethod")
-    shapes = {name: tuple(parameter.shape) for name, parameter in lab.network.named_parameters()}
-    mask = SaliencyMask.random(shapes, _DENSITY, 0) if lab.needs_mask else None
+def _method(offer: Offer, imported: Sequence[_Reach]) -> list[Check]:
+    lab = _lab(offer.name)
     before, inputs = model_digest(lab.network), [tensor.clone() for tensor in lab.tensors]
     with _reaching() as reached, _counted(lab.network) as cost:
-        first = lab.run(mask)
-    run = _MethodRun(lab, mask, first, cost.passes, reached, before, inputs)
+        first = lab.run()
+    other = _other_data(offer, [*imported, *reached])
+    run = _MethodRun(offer.name, lab, first, cost.passes, other, before, inputs)
     return _checks(
         offer,
         ("equal seeds, equal weights", run.deterministic),
         ("inputs stay as they are", run.keeps_inputs),
+        ("changes weights", run.changes),
         ("frozen bits", run.frozen),
         ("resume after a kill", run.resumes),
         ("cost counted", run.counts),
         ("no test data", run.reads_nothing),
     )
+
+
+def _lab(name: str) -> _Lab:
+    row = plugins.load("method", name)
+    if isinstance(row, ClassifierMethod):
+        return _classifier_lab(name)
+    if isinstance(row, DiffusionMethod):
+        return _denoiser_lab(name)
+    raise plugins.wrong_type("method", name, row, "a ClassifierMethod or a DiffusionMethod")
+
+
+def _mask(network: nn.Module, needed: bool) -> SaliencyMask | None:  # noqa: FBT001 - of a method's row
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    return SaliencyMask.random(shapes, _DENSITY, 0) if needed else None
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """What a process that resumed a run found.
+
+    Args:
+        epochs: that it ran.
+        digest: of the weights.
+        fault: why it could not; then there is no digest.
+    """
+
+    epochs: list[int]
+    digest: str
+    fault: str
+
+
+def _resumed_elsewhere(name: str, folder: Path) -> _Resumed:
+    """Resume a run in a new interpreter, with the module path and the number of threads of this one.
+
+    Args:
+        name: of the method.
+        folder: with the state of the run; the request and the answer lie in it, too, because the plug-in may write to
+            standard output.
+    """
+    request = {"name": name, "path": sys.path, "threads": torch.get_num_threads()}
+    (folder / _REQUEST).write_text(json.dumps(request), "utf-8")
+    done = subprocess.run(  # noqa: S603 - this interpreter and this module
+        [sys.executable, "-m", "salun_core.contract", str(folder)],
+        env={**os.environ, "PYTHONSAFEPATH": "1"},  # the working folder hides no installed module
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        return _Resumed(**json.loads((folder / _ANSWER).read_text("utf-8")))
+    except FileNotFoundError:
+        last = " ".join(done.stderr.splitlines()[-1:])
+        return _Resumed([], "", f"it ended with code {done.returncode}. {last}".strip())
+
+
+def _resume(folder: Path) -> None:
+    """Resume a run, in a process that has not run the method before, and write the answer."""
+    request, epochs = json.loads((folder / _REQUEST).read_text("utf-8")), list[int]()
+    sys.path[:] = request["path"]
+    torch.set_num_threads(request["threads"])  # the order of sums, and so the bits, depend on it
+    try:
+        store = FileCheckpoint(folder / _STATE)
+        found = _lab(request["name"]).run(store, lambda record: epochs.append(record.epoch))
+        answer = _Resumed(epochs, model_digest(found.model), "")
+    except SalunError as error:
+        answer = _Resumed(epochs, "", str(error))
+    except Exception as error:  # noqa: BLE001 - any code
+        answer = _Resumed(epochs, "", _raised(error))
+    (folder / _ANSWER).write_text(json.dumps(asdict(answer)), "utf-8")
 
 
 def _equal(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
@@ -309,8 +422,10 @@ def _classifier_lab(name: str) -> _Lab:
     settings = {} if row.edit else {"epochs": _EPOCHS, "learning_rate": _RATE}
     config = resolve_config(classification.METHODS, name, {"batch_size": 8, "device": "cpu", **settings})
 
+    mask = _mask(network, row.needs_mask)
+
     def run(
-        mask: SaliencyMask | None, checkpoint: CheckpointStore | None = None, on_epoch: OnEpoch | None = None
+        checkpoint: CheckpointStore | None = None, on_epoch: OnEpoch | None = None, **changes: float
     ) -> UnlearnResult:
         return classification.unlearn(
             network,
@@ -318,14 +433,14 @@ def _classifier_lab(name: str) -> _Lab:
             forget=forget,
             retain=retain,
             held_out=held_out,
-            config=config,
+            config=config.model_copy(update=changes),
             mask=mask,
             checkpoint=checkpoint,
             on_epoch=on_epoch,
         )
 
     tensors = [tensor for images in (forget, retain, held_out) for tensor in _tensors(images)]
-    return _Lab(network, tensors, run, config.epochs, row.needs_mask)
+    return _Lab(network, tensors, run, config.epochs, mask)
 
 
 def _denoiser_lab(name: str) -> _Lab:
@@ -364,18 +479,21 @@ def _denoiser_lab(name: str) -> _Lab:
     settings = {} if row.edit else {"epochs": _EPOCHS, "steps": _EPOCHS, "batch_size": 4}
     config = resolve_config(diffusion.METHODS, name, {"device": "cpu", "precision": "float32", **settings})
 
+    mask = _mask(unet, row.needs_mask)
+
     def run(
-        mask: SaliencyMask | None, checkpoint: CheckpointStore | None = None, on_epoch: OnEpoch | None = None
+        checkpoint: CheckpointStore | None = None, on_epoch: OnEpoch | None = None, **changes: float
     ) -> UnlearnResult:
+        changed = config.model_copy(update=changes)
         return diffusion.unlearn_denoiser(
-            denoiser, sets, name, config=config, mask=mask, checkpoint=checkpoint, on_epoch=on_epoch
+            denoiser, sets, name, config=changed, mask=mask, checkpoint=checkpoint, on_epoch=on_epoch
         )
 
     tensors = sets.forget.mean, sets.forget.condition, sets.retain.mean, sets.retain.condition
-    return _Lab(unet, tensors, run, config.epochs, row.needs_mask)
+    return _Lab(unet, tensors, run, config.epochs, mask)
 
 
-def _measure(offer: Offer) -> list[Check]:
+def _measure(offer: Offer, imported: Sequence[_Reach]) -> list[Check]:
     row = plugins.load(offer.kind, offer.name)
     expected = AddedMetric if offer.kind == "metric" else AddedAttack
     if not isinstance(row, expected):
@@ -397,6 +515,7 @@ def _measure(offer: Offer) -> list[Check]:
 
     with _reaching() as reached:
         first = measured(subject)
+    other = _other_data(offer, [*imported, *reached])
 
     def value() -> str:
         _require(first.n > 0, "n is 0: say how many samples are behind the value")
@@ -419,17 +538,13 @@ def _measure(offer: Offer) -> list[Check]:
         _require(found is not None, "it has no value for a retrained model, which a policy may compare with")
         return f"reference {found:.4f}"
 
-    def reads_nothing() -> str:
-        _require(not reached, f"it reached for {', '.join(reached[:3])}: use what it is given")
-        return "opened no file and no connection"
-
     return _checks(
         offer,
         ("a value", value),
         ("equal seeds, equal values", repeats),
         ("inputs stay as they are", keeps_inputs),
         ("measures a retrained model", reference),
-        ("no other data", reads_nothing),
+        ("no other data", lambda: _no_other(other)),
     )
 
 
@@ -440,13 +555,15 @@ def _tensors(images: ImageSet) -> tuple[Tensor, Tensor]:
 _INPUTS = ((3, 32), (1, 28), (1, 8), (3, 224))  # channels and side of images to try
 
 
-def _architecture(offer: Offer) -> list[Check]:
+def _architecture(offer: Offer, imported: Sequence[_Reach]) -> list[Check]:
     def built(classes: int = 3) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return build_classifier(offer.name, classes)
 
-    network = built()
+    with _reaching() as reached:
+        network = built()
+    other = _other_data(offer, [*imported, *reached])
 
     def logits() -> str:
         for channels, side in _INPUTS:
@@ -481,6 +598,7 @@ def _architecture(offer: Offer) -> list[Check]:
         ("equal seeds, equal weights", repeats),
         ("parameters are trained", trains),
         ("any number of classes", classes),
+        ("no other data", lambda: _no_other(other)),
     )
 
 
@@ -528,42 +646,105 @@ def _counted(network: nn.Module) -> Iterator[_Cost]:
         handle.remove()
 
 
-_watching: list[list[str]] = []  # an audit hook cannot be removed, so that it watches only while this has a list
+class _Reach(NamedTuple):
+    """Something that code reached for: a file, a connection, a process.
+
+    Args:
+        event: Python's audit event.
+        path: of a file, without symbolic links.
+        importing: whether Python's import system opened it.
+    """
+
+    event: str
+    path: str
+    importing: bool
+
+
+_watching: list[list[_Reach]] = []  # an audit hook cannot be removed, so that it watches only while this has a list
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watching or event not in _REACHING:
         return
-    target = arguments[0] if event == "open" and arguments else event
-    if isinstance(target, bytes):
-        target = os.fsdecode(target)
-    if not isinstance(target, str | os.PathLike):
-        return  # a number of a file that is open already
-    path = str(os.fspath(target))
-    code = path in sys.path or path.endswith((*importlib.machinery.all_suffixes(), ".pyc"))
-    if event != "open" or not (code or path.startswith((*_OF_THE_SYSTEM, *_installed()))):
-        _watching[-1].append(path)
-
-
-def _installed() -> list[str]:
-    """Return the folders of Python and of installed packages."""
-    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    return [f"{path}/" for path in (*(sysconfig.get_path(name) for name in _OF_PYTHON), *packages)]
+    if event != "open":
+        _watching[-1].append(_Reach(event, "", importing=False))
+    elif isinstance(arguments[0], str | bytes | os.PathLike):  # not the number of a file that is open already
+        caller = sys._getframe().f_back
+        importing = caller is not None and caller.f_code.co_filename.startswith(_IMPORT_SYSTEM)
+        path = os.path.realpath(os.fsdecode(arguments[0]))  # now: the working folder may change
+        _watching[-1].append(_Reach(event, path, importing))
 
 
 _hooked: list[bool] = []
 
 
 @contextmanager
-def _reaching() -> Iterator[list[str]]:
-    """Collect the files, connections and processes that the block reaches for, apart from those of Python itself."""
+def _reaching() -> Iterator[list[_Reach]]:
+    """Collect the files, connections and processes that the block reaches for."""
     if not _hooked:
         sys.addaudithook(_audit)
         _hooked.append(True)
     gettempdir()  # its first call writes a file
-    found: list[str] = []
+    found: list[_Reach] = []
     _watching.append(found)
     try:
         yield found
     finally:
         _watching.remove(found)
+
+
+def _other_data(offer: Offer, reached: Sequence[_Reach]) -> list[str]:
+    """Return what a plug-in may not reach for, each once.
+
+    It may import code from anywhere, and read what installed packages bring, such as tables and certificates. In its
+    own package it may read code only, because the digest of a plug-in covers no data. All else may be test data: files
+    elsewhere, connections and processes.
+    """
+    own = [os.path.realpath(folder) for folder in _folders_of(offer.target.partition(":")[0].partition(".")[0])]
+    modules = {os.path.realpath(found) for module in [*sys.modules.values()] if (found := _file_of(module))}
+    archives, installed = {os.path.realpath(path) for path in sys.path}, _installed()
+
+    def fits(reach: _Reach) -> bool:
+        path = reach.path
+        if reach.event != "open":
+            return False
+        if path in archives or os.path.dirname(path).endswith((".dist-info", ".egg-info")):
+            return True  # whoever looks for the version of a package opens these
+        mine = _is_in(path, own)
+        # The digest reads the plug-in's own code, and a warning quotes a line of any module.
+        if _CODE.fullmatch(path) and (reach.importing or path in modules or mine):
+            return True
+        of_system = path.startswith(_OF_THE_SYSTEM) and not path.startswith(_SHARED_MEMORY)
+        return of_system or (_is_in(path, installed) and not mine)
+
+    return list(dict.fromkeys(reach.path or reach.event for reach in reached if not fits(reach)))
+
+
+def _no_other(reached: Sequence[str]) -> str:
+    _require(not reached, f"it reached for {', '.join(reached[:3])}: use only what it is given")
+    return "opened no other data and no connection"
+
+
+def _folders_of(package: str) -> Sequence[str]:
+    """Return the folders of a package that is loaded; none for a module of one file."""
+    return list(getattr(sys.modules.get(package), "__path__", ()))
+
+
+def _file_of(module: object) -> str | None:
+    found = getattr(module, "__file__", None)
+    return found if isinstance(found, str) else None
+
+
+def _is_in(path: str, folders: Sequence[str]) -> bool:
+    return any(path.startswith(f"{folder}/") for folder in folders)
+
+
+def _installed() -> list[str]:
+    """Return the folders of Python and of installed packages: `pip install --target` makes some, too."""
+    packages = [path for path in sys.path if any(Path(path).glob("*.dist-info"))]
+    of_python = (sysconfig.get_path(name) for name in _OF_PYTHON)
+    return [os.path.realpath(path) for path in (*of_python, *packages)]
+
+
+if __name__ == "__main__":
+    _resume(Path(sys.argv[1]))

@@ -51,13 +51,9 @@ def check(
 
     This runs its code, even if SALUN_PLUGINS does not list it.
     """
-    from salun_core.contract import check_plugin, chosen
+    from salun_core.contract import check_plugins
 
-    plugins.allow(name)
-    found = []
-    for offer in chosen(name):
-        plugins.allow(offer)
-        found += check_plugin(offer)
+    found = check_plugins(name)
     rows = [asdict(one) for one in found]
     emit(rows, lambda: print_table(list(rows[0]), [list(row.values()) for row in rows]))
     if failed := [one for one in found if one.state == "fails"]:

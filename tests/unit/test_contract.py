@@ -2,9 +2,10 @@
 
 import pytest
 
-from salun_core import plugins
-from salun_core.contract import check_plugin, chosen
-from tests.support.plugins import package
+from salun_core.contract import check_plugins
+from tests.support.plugins import package, write_metadata
+
+pytestmark = pytest.mark.usefixtures("forked_runs")  # the process that resumes a run
 
 HEAD = """
 import random, pathlib
@@ -44,6 +45,53 @@ FAULTS = {
         "X = row(lambda m, i, l: classification_loss(m, i, l) + 0 * len(open('test.npz', 'w+').read()))",
         {"no test data"},
     ),
+    "a cache that another process fills otherwise": (
+        "cache = {}\ndef loss(m, i, l):\n"
+        "    first = cache.setdefault('weights', [p.detach().clone() for p in m.parameters()])\n"
+        "    pull = sum(((p - q) ** 2).sum() for p, q in zip(m.parameters(), first))\n"
+        "    return classification_loss(m, i, l) + pull\nX = row(loss)",
+        {"resume after a kill"},
+    ),
+    "a value of the first epoch that another process lacks": (
+        "def phases(context, generator):\n    context.epoch or state.append(1)\n    state[0]\n"
+        "    return [context.phase('retain', context.retain)]\nX = ClassifierMethod(phases)",
+        {"resume after a kill"},
+    ),
+    "a process that ends when it resumes": (
+        "import os\ndef phases(context, generator):\n    context.epoch or state.append(1)\n    state or os._exit(3)\n"
+        "    return [context.phase('retain', context.retain)]\nX = ClassifierMethod(phases)",
+        {"resume after a kill"},
+    ),
+    "weights that stay as they are": (
+        "X = row(lambda m, i, l: 0 * classification_loss(m, i, l))",
+        {"changes weights"},
+    ),
+    "masked weights that stay as they are": (
+        "X = row(lambda m, i, l: 0 * classification_loss(m, i, l), needs_mask=True)",
+        {"changes weights"},
+    ),
+    "data that it reads at import": (
+        "open('test.npz', 'w+').read()\nX = row(classification_loss)",
+        {"no test data"},
+    ),
+    "data with the name of code": (
+        "open('test.py', 'w+').read()\nX = row(classification_loss)",
+        {"no test data"},
+    ),
+    "a connection at import": (
+        "import contextlib, socket\nwith contextlib.suppress(OSError), socket.socket() as s:\n"
+        "    s.connect(('127.0.0.1', 9))\nX = row(classification_loss)",
+        {"no test data"},
+    ),
+    "a metric that reads data at import": (
+        "open('test.npz', 'w+').read()\nX = AddedMetric(lambda s, seed: Metric.of(dict.fromkeys(s.models, 0.5), 3))",
+        {"no other data"},
+    ),
+    "a network with weights from a file": (
+        "def X(num_classes):\n    open('test.npz', 'w+').read()\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, num_classes))",
+        {"no other data"},
+    ),
     "images changed in place": (
         "def begin(context):\n    context.retain.images.add_(1)\n    return context\n"
         "X = row(classification_loss, begin=begin)",
@@ -80,41 +128,69 @@ FAULTS = {
 }
 
 
-def results(reference):
-    plugins.allow(reference)
-    (offer,) = chosen(reference)
-    return check_plugin(offer)
-
-
 @pytest.mark.parametrize(("code", "failing"), FAULTS.values(), ids=FAULTS)
 def test_each_fault_fails_its_check(tmp_path, monkeypatch, code, failing):
     (tmp_path / "faulty.py").write_text(HEAD + code)
     monkeypatch.chdir(tmp_path)
     with package(tmp_path, monkeypatch):
-        found = results("faulty:X")
+        found = check_plugins("faulty:X")
     failed = {check.check[:16] for check in found if check.state == "fails"}
     assert failed == {name[:16] for name in failing}, found
     assert all(check.found for check in found if check.state == "fails")
 
 
+OWN = """
+import importlib.metadata, linecache
+from pathlib import Path
+from salun_core.evaluation.evidence import Metric
+from salun_core.evaluation.optional_metrics import AddedMetric
+from own.more import VALUE
+
+importlib.metadata.version("own")
+linecache.getlines(__file__)
+X = AddedMetric(lambda s, seed: Metric.of(dict.fromkeys(s.models, VALUE), 3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "state"),
+    [("packages/own/more.py", "holds"), ("packages/other/data.json", "holds"), ("packages/own/data.json", "fails"),
+     ("data.json", "fails")],
+)  # fmt: skip
+def test_a_package_may_read_code_and_what_other_packages_bring(tmp_path, monkeypatch, data, state):
+    """As `pip install --target` lays packages out."""
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    for folder in ("own", "other"):
+        (tmp_path / "packages" / folder).mkdir(parents=True)
+    write_metadata(tmp_path / "packages", "own", "1.0", {})
+    (tmp_path / data).write_text("VALUE = 0.5")
+    (tmp_path / "packages" / "own" / "more.py").write_text("VALUE = 0.5")
+    (tmp_path / "packages" / "own" / "__init__.py").write_text(f"{OWN}Path({str(tmp_path / data)!r}).read_text()")
+    with package(tmp_path / "packages", monkeypatch):
+        (verdict,) = [check for check in check_plugins("own:X") if check.check == "no other data"]
+    assert (verdict.state, data in verdict.found) == (state, state == "fails")
+    assert (tmp_path / "packages" / "own" / "__pycache__").is_dir()  # importing wrote files
+
+
 @pytest.mark.parametrize("name", ["salun", "scrub", "lotus", "influence", "boundary_expanding", "retrain"])
 def test_methods_that_ship_hold_the_contract(monkeypatch, name):
     monkeypatch.setenv("SALUN_PLUGINS", "")
-    found = results(f"salun_core.methods.classification.{name}:METHOD")
+    found = check_plugins(f"salun_core.methods.classification.{name}:METHOD")
     assert [check for check in found if check.state == "fails"] == []
-    assert len(found) == 7
+    assert len(found) == 8
 
 
 @pytest.mark.slow
 def test_a_diffusion_method_holds_the_contract(monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.setenv("SALUN_PLUGINS", "")
-    found = results("salun_core.methods.diffusion.salun:METHOD")
+    found = check_plugins("salun_core.methods.diffusion.salun:METHOD")
     assert {check.check: check.state for check in found} == dict.fromkeys(
         [
             "loads",
             "equal seeds, equal weights",
             "inputs stay as they are",
+            "changes weights",
             "frozen bits",
             "resume after a kill",
             "cost counted",

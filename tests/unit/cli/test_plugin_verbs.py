@@ -33,6 +33,7 @@ def test_plug_ins_are_listed_without_running_them(salun, example, monkeypatch, t
     assert states["salun-example", "pocket"] == "allowed"
 
 
+@pytest.mark.usefixtures("forked_runs")
 def test_the_example_holds_the_contract(salun, example, monkeypatch):
     monkeypatch.setenv("SALUN_PLUGINS", "")  # the command itself allows what it is told to run
     found = salun("plugin", "check", "salun-example", "--json")
