@@ -14,6 +14,7 @@ from salun_core.config import parse
 from salun_core.errors import UsageError, unknown_name
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.config import FIXED_SETTINGS, LoopConfig
+from salun_core.methods.recipe import Recipe
 from salun_core.saliency import SaliencyMask
 
 C = TypeVar("C", bound=LoopConfig)
@@ -123,6 +124,11 @@ class Method(Generic[C]):
     def ways(self) -> tuple[object, ...]:
         """The functions of which exactly one is given: those of a training and of a closed-form edit."""
         return ()
+
+    def with_more_weights(self, recipe: Recipe) -> list[Recipe]:
+        """Return a recipe halfway to all weights, and one with all of them; none if the density is not read or is 1."""
+        densities = dict.fromkeys((recipe.density, (1 + recipe.density) / 2, 1.0)) if self.needs_mask else {}
+        return [recipe.model_copy(update={"density": density}) for density in densities][1:]
 
     def check_mask(self, name: str, mask: SaliencyMask | None) -> None:
         """Check that a mask is given if and only if the method needs one.

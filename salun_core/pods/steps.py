@@ -137,7 +137,7 @@ def claim(pod: Pod, given: Mapping[str, Any], summary: str) -> Claimed:
         form = read_form(DeletionSweepForm, given)
         recipe, limits = form.recipe, form.model_dump(include={"policy_uri", *BatchLimits.model_fields})
         check_form(form, in_pods=False)
-        policy = sweep_policy(pod.store_uri, pod.model_line, recipe, **limits)
+        policy = sweep_policy(pod.store_uri, pod.model_line, recipe, tune=form.tune, **limits)
         if not form.dry_run:
             load_signing_key()  # a missing key must end the run now, not after hours of work
         found = claim_requests(pod.store_uri, pod.model_line, pod.run, policy, dry_run=form.dry_run)

@@ -39,20 +39,28 @@ _PROBED = probe_key("passed.json")
 _PROBE_LASTS = timedelta(days=7)
 
 
-def sweep_policy(store_uri: str, line: str, recipe: Recipe, **settings: Any) -> SweepPolicy:  # noqa: ANN401 - as below
+def sweep_policy(
+    store_uri: str,
+    line: str,
+    recipe: Recipe,
+    *,
+    tune: bool = False,
+    **settings: Any,  # noqa: ANN401 - as below
+) -> SweepPolicy:
     """Return the policy of a sweep: the escalation of a recipe, and other settings.
 
     Args:
         store_uri: `s3://bucket/prefix`.
         line: the model line; its task escalates the recipe.
         recipe: the first recipe.
+        tune: whether the runs search for settings.
         settings: of `SweepPolicy`.
 
     Raises:
         UsageError: a setting is out of range, or the method or its configuration is wrong.
         IntegrityError: HEAD or its card is damaged.
     """
-    recipes = task_of_line(open_store(store_uri), line).escalation(recipe)
+    recipes = task_of_line(open_store(store_uri), line).escalation(recipe, tune=tune)
     digest = policy_digest(settings.get("policy_uri", AUTO))
     return parse(SweepPolicy, {**dict(recipes), "policy_digest": digest, **settings}, "the policy of the sweep")
 

@@ -208,7 +208,7 @@ def _check_plugins(form: RecipeForm, asked: Mapping[str, int]) -> None:
 
 def _sweep_policy(form: DeletionSweepForm, task: Task[Any]) -> None:
     limits = form.model_dump(include=set(SweepPolicy.model_fields))
-    parse(SweepPolicy, {**dict(task.escalation(form.recipe)), **limits}, "the policy of the sweep")
+    parse(SweepPolicy, {**dict(task.escalation(form.recipe, tune=form.tune)), **limits}, "the policy of the sweep")
 
 
 def _check_shards(given: int | list[str]) -> None:

@@ -35,7 +35,7 @@ def policy_of(form: DeletionSweepForm) -> SweepPolicy:
         UsageError: the method or its configuration is wrong.
     """
     limits = form.model_dump(include={"policy_uri", *BatchLimits.model_fields})
-    return sweep_policy(form.store_uri, form.model_line, form.recipe, **limits)
+    return sweep_policy(form.store_uri, form.model_line, form.recipe, tune=form.tune, **limits)
 
 
 @dataclass(frozen=True)

@@ -371,8 +371,14 @@ class Task(Protocol[InputsT]):
         """Return the files of a version by name: weights, card and split."""
         ...
 
-    def escalation(self, recipe: Recipe) -> Escalation:
+    def escalation(self, recipe: Recipe, *, tune: bool = False) -> Escalation:
         """Return the recipes of a sweep: the requested one, stronger and gentler ones, and other methods.
+
+        Each differs from the others in a setting that its method reads, so that no refused work is repeated.
+
+        Args:
+            recipe: the requested one.
+            tune: whether each run searches for the settings that its recipe does not fix, and for the density.
 
         Raises:
             UsageError: the method or its configuration is wrong.

@@ -162,5 +162,5 @@ class ToyTask:
     def version_files(self, folder):
         return {name: folder / name for name in (WEIGHTS, CARD, SPLIT)}
 
-    def escalation(self, recipe):
+    def escalation(self, recipe, *, tune=False):
         return Escalation(recipes=[recipe, Recipe(method="retrain", density=1.0, seed=recipe.seed)])

@@ -23,7 +23,7 @@ from torch import Tensor
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionMethod, ExampleSets
-from salun_core.methods.diffusion.unified_concept_editing import apply, correction, editable
+from salun_core.methods.diffusion.unified_concept_editing import READS, apply, correction, editable
 
 
 @torch.no_grad()
@@ -74,4 +74,4 @@ def adversarial_tokens(tokens: Tensor, change: Tensor, gram: Tensor, strength: f
     return torch.linalg.solve(system, change.T @ gram @ tokens.double().cpu().T).T  # type: ignore[no-any-return]
 
 
-METHOD = DiffusionMethod(edit=edit, reads=frozenset({"adversarial_rounds", "adversarial_strength"}))
+METHOD = DiffusionMethod(edit=edit, reads=READS | {"adversarial_rounds", "adversarial_strength"})

@@ -143,4 +143,7 @@ def _by_text(
         yield names, torch.cat(read[names[0]])
 
 
-METHOD = DiffusionMethod(edit=edit)
+READS = frozenset({"edit_strength", "preserve_strength"})
+"""What a method reads that edits by `correction`."""
+
+METHOD = DiffusionMethod(edit=edit, reads=READS)

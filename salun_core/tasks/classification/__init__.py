@@ -178,40 +178,47 @@ class ClassificationTask:
         """Return weights, card and split."""
         return {name: folder / name for name in (WEIGHTS, CARD, split_name(os.listdir(folder)))}
 
-    def escalation(self, recipe: Recipe) -> Escalation:
+    def escalation(self, recipe: Recipe, *, tune: bool = False) -> Escalation:
         """Return the requested recipe, a stronger one, one with more weights, and a full retraining.
 
         The gentler ones have a third and a tenth of the rate. The others are the adaptive recipe, which undoes
         what did harm, and SFR-on, which kept the most of D_r in the study; after the adaptive recipe SFR-on and SCRUB.
         What is stronger than the adaptive recipe is a fixed one: it has no limits to what a round may cost. A
         retraining has no strength: only that of the model card follows.
+
+        Each recipe differs from the others in a setting that is read: only a method with a mask reads the density, and
+        not if a search tries all densities. A closed form has strengths only if it reads a setting for them, and not if
+        a search tries its values.
         """
         retraining = Recipe(method="retrain", density=1.0, seed=recipe.seed)
         if recipe.leaves_method_open:  # its search has tried methods and strengths
             return Escalation(recipes=[recipe, retraining])
-        config = method_config(recipe.method, recipe.method_config)
+        config, row = method_config(recipe.method, recipe.method_config), get_method(METHODS, recipe.method)
         adapts = config.recipe == "adaptive"
-        if get_method(METHODS, recipe.method).fresh_start:
+        if row.fresh_start:
             return Escalation(recipes=[recipe, retraining] if recipe.method_config else [recipe])
-        name = "influence_strength" if recipe.method == "influence" else "learning_rate"
+        name = "influence_strength" if row.edit else "learning_rate"
 
-        def changed(factor: float, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - of the configuration
-            return {**recipe.method_config, name: float(f"{factor * getattr(config, name):.4g}"), **more}
+        def changed(factor: float, **more: Any) -> Recipe:  # noqa: ANN401 - of the configuration
+            setting = {name: float(f"{factor * getattr(config, name):.4g}")}
+            return recipe.model_copy(update={"method_config": {**recipe.method_config, **setting, **more}})
 
-        stronger = changed(3, epochs=2 * config.epochs, **({"recipe": "fixed"} if adapts else {}))
-        named = {"recipe": "adaptive"} if adapts else {}  # else its rate would mean the fixed one
+        stronger, gentler = [], []
+        if row.edit is None:
+            strong = changed(3, epochs=2 * config.epochs, **({"recipe": "fixed"} if adapts else {}))
+            searched = tune and self.check_tuning(strong.method, strong.method_config)
+            stronger = [strong, *([] if searched else row.with_more_weights(strong)[:1])]
+            named = {"recipe": "adaptive"} if adapts else {}  # else its rate would mean the fixed one
+            gentler = [changed(factor, **named) for factor in (1 / 3, 0.1)]
+        elif name in row.reads and not tune:
+            stronger, gentler = [changed(3)], [changed(factor) for factor in (1 / 3, 0.1)]
         machine = {key: value for key, value in recipe.method_config.items() if key in {"device", "batch_size"}}
         adaptive = Recipe(method="salun", method_config={"recipe": "adaptive", **machine}, seed=recipe.seed)
         methods = ["sfr_on", "scrub"] if adapts else [] if recipe.method == "sfr_on" else ["sfr_on"]
         drawn = {key: value for key, value in recipe.method_config.items() if key == "retain_fraction"}
         others = [Recipe(method=name, method_config={**machine, **drawn}, seed=recipe.seed) for name in methods]
         return Escalation(
-            recipes=[
-                recipe,
-                recipe.model_copy(update={"method_config": stronger}),
-                recipe.model_copy(update={"method_config": stronger, "density": min(1.0, (1 + recipe.density) / 2)}),
-                retraining,
-            ],
-            gentler=[recipe.model_copy(update={"method_config": changed(factor, **named)}) for factor in (1 / 3, 0.1)],
+            recipes=[recipe, *stronger, retraining],
+            gentler=gentler,
             others=others if adapts else [adaptive, *others],
         )

@@ -24,7 +24,7 @@ from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.saliency import denoising_scores
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.methods.loop import OnEpoch
-from salun_core.methods.method import UnlearnResult
+from salun_core.methods.method import UnlearnResult, get_method
 from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models.card import CARD, DiffusionCard
 from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion, model_files, save_diffusion
@@ -164,26 +164,37 @@ class DiffusionTask:
         """Return the index, all components, card and split."""
         return {name: folder / name for name in sorted([*model_files(folder), CARD, split_name(os.listdir(folder))])}
 
-    def escalation(self, recipe: Recipe) -> Escalation:
+    def escalation(self, recipe: Recipe, *, tune: bool = False) -> Escalation:
         """Return the requested recipe, a stronger one, one with more weights, and one that selects all weights.
 
-        The gentler ones have a third and a tenth of the rate, or ten and a hundred times what `uce` preserves. The
-        other method is SalUn, unless it was the first. A sweep does not retrain a diffusion model, because that may
-        take weeks.
+        The gentler ones have a third and a tenth of the rate. The other method is SalUn, unless it was the first. A
+        sweep does not retrain a diffusion model, because that may take weeks; no recipe follows a requested retraining.
+
+        Each recipe differs from the others in a setting that is read. Only a method with a mask has recipes with more
+        weights. A closed form reads neither steps nor rate: both weights of what it preserves are divided by ten and a
+        hundred, or multiplied for gentler recipes; one of them alone would leave the other as the limit. One that does
+        not read `edit_strength` has one strength.
         """
-        config = diffusion_config(recipe.method, recipe.method_config)
-        stronger = {**recipe.method_config, "steps": 2 * config.steps, "learning_rate": 2 * config.learning_rate}
-        densities = (recipe.density, min(1.0, (1 + recipe.density) / 2), 1.0)
-        heavier = [{"method_config": stronger, "density": density} for density in densities]
-        name, gentler = "learning_rate", (1 / 3, 0.1)
-        if recipe.method in {"uce", "rece"}:
-            name, gentler = "edit_strength", (10.0, 100.0)
-        settings = [
-            {**recipe.method_config, name: float(f"{factor * getattr(config, name):.4g}")} for factor in gentler
-        ]
+        config, row = diffusion_config(recipe.method, recipe.method_config), get_method(METHODS, recipe.method)
+        if row.fresh_start:
+            return Escalation(recipes=[recipe])
+
+        def changed(**factors: float) -> Recipe:
+            settings = {name: float(f"{factor * getattr(config, name):.4g}") for name, factor in factors.items()}
+            return recipe.model_copy(update={"method_config": {**recipe.method_config, **settings}})
+
+        stronger, gentler = [], []
+        if row.edit is None:
+            rate = {"steps": 2 * config.steps, "learning_rate": 2 * config.learning_rate}
+            strong = recipe.model_copy(update={"method_config": {**recipe.method_config, **rate}})
+            stronger = [strong, *row.with_more_weights(strong)]
+            gentler = [changed(learning_rate=factor) for factor in (1 / 3, 0.1)]
+        elif "edit_strength" in row.reads:
+            names, ways = sorted(row.reads & {"edit_strength", "preserve_strength"}), ((0.1, 0.01), (10, 100))
+            stronger, gentler = ([changed(**dict.fromkeys(names, factor)) for factor in way] for way in ways)
         machine = {key: value for key, value in recipe.method_config.items() if key in {"device", "batch_size"}}
         return Escalation(
-            recipes=[recipe, *(recipe.model_copy(update=change) for change in heavier)],
-            gentler=[recipe.model_copy(update={"method_config": changed}) for changed in settings],
+            recipes=[recipe, *stronger],
+            gentler=gentler,
             others=[] if recipe.method == "salun" else [Recipe(method_config=machine, seed=recipe.seed)],
         )

@@ -254,7 +254,9 @@ def test_a_sweep_of_a_diffusion_line_frees_every_weight_at_last():
 def test_what_is_gentler_depends_on_the_method():
     for method in ("rece", "uce"):
         kept = TASKS["diffusion"].escalation(Recipe(method=method, method_config={"batch_size": 4}))
-        assert [recipe.method_config["edit_strength"] for recipe in kept.gentler] == [1.0, 10.0]
+        for name in ("edit_strength", "preserve_strength"):
+            assert [recipe.method_config[name] for recipe in kept.gentler] == [1.0, 10.0]
+            assert [recipe.method_config.get(name) for recipe in kept.recipes] == [None, 0.01, 0.001]
     assert [(recipe.method, recipe.method_config) for recipe in kept.others] == [("salun", {"batch_size": 4})]
     edited = TASKS["classification"].escalation(Recipe(method="influence"))
     assert [recipe.method_config["influence_strength"] for recipe in edited.gentler] == [5.0, 1.5]
