@@ -1,8 +1,14 @@
 """The example plug-in as a user has it: `salun plugin`, a run of its method, its metrics, and the gate on them."""
 
+import importlib.metadata
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
+from packaging.version import Version
 
 from salun_core.cli.app import load_examples
 from salun_core.gate import load_policy
@@ -46,6 +52,36 @@ def test_the_example_holds_the_contract(salun, example, monkeypatch):
     assert _shape(shown) == _shape(_parsed(load_examples()["plugin check"])[1])
     refused = salun("plugin", "check", "unifrom")
     assert (refused.exit_code, "did you mean 'uniform'" in refused.stderr) == (2, True)
+
+
+def version_of(name):
+    """Return the version of a package; 0 if it is not installed."""
+    try:
+        return Version(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Version("0")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(version_of("pip") == Version("0"), reason="pip is not installed")
+@pytest.mark.skipif(version_of("setuptools") < Version("77"), reason="setuptools 77 or later is not installed")
+def test_the_example_installed_by_pip_holds_the_contract(tmp_path):
+    """In new processes, as an author does it. The other tests write the metadata of the package themselves."""
+    source, folder = shutil.copytree(EXAMPLE, tmp_path / "source"), tmp_path / "plugins"  # building writes there
+    pip = ["-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--target", folder, source]
+    environ = {name: value for name, value in os.environ.items() if name != "SALUN_PLUGINS"}
+    path = os.pathsep.join(filter(None, [environ.get("PYTHONPATH"), str(folder)]))
+    check = ["-m", "salun_core.cli", "plugin", "check", "salun-example", "--json"]
+    for command, variables in ((pip, environ), (check, {**environ, "PYTHONPATH": path})):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["state"] for row in rows} == {"holds"}
+    found = {row["plugin"]: row["found"] for row in rows if row["check"] == "loads"}
+    assert found.keys() == {"uniform", "confidence", "entropy_area", "pocket"}
+    assert all("(salun-example 1.0, sha256 " in words for words in found.values())
 
 
 def test_a_plug_in_that_breaks_the_contract_ends_with_code_1(salun, monkeypatch, tmp_path):
