@@ -69,7 +69,8 @@ OWN: Mapping[str, Plain] = {
     "salun": {"epochs": EPOCHS, **FIXED},
     "salun_lotus": {"recipe": "fixed", "batch_norm": "update"},
 }
-MOST_REFERENCES = 3  # of a seed
+REFERENCES = 3  # retrained models of a seed
+MOST_ADDED = 5  # rates beyond the grid
 
 
 # Masks -----------------------------------------------------------------------------------------------------------
@@ -361,7 +362,6 @@ class Regime:
         memorised: forget the tenth of the training images that is memorised most, instead of the suite's forget set.
         replaced: parts of the suite's size that differ; a source `noisy-digits` is written by this script.
         seeds: of base, draw and method.
-        references: retrained models of each seed that are trained; others count if they exist.
     """
 
     title: str
@@ -371,7 +371,6 @@ class Regime:
     memorised: bool = False
     replaced: Mapping[str, Any] = field(default_factory=dict)
     seeds: Sequence[int] = (0, 1, 2)
-    references: int = 3
 
 
 DIGITS, NOISE = "noisy-digits", 60.0  # of 255: the net memorises what it cannot generalise
@@ -395,9 +394,8 @@ REGIMES: Mapping[str, Regime] = {
         memorised=True,
         replaced=OF_DIGITS,
         seeds=FIVE,
-        references=1,
     ),
-    "cifar10-random10": Regime("CIFAR-10, random 10 %", "cifar10-random10", "cifar10", references=1),
+    "cifar10-random10": Regime("CIFAR-10, random 10 %", "cifar10-random10", "cifar10"),
     "cifar10-memorised": Regime(
         "CIFAR-10, the 10 % most memorised", "cifar10-random10", "cifar10", base_of="cifar10-random10", memorised=True
     ),
@@ -436,7 +434,6 @@ class Part:
         rates: the grid of learning rates, ascending.
         kinds: masks, the reference of all differences first.
         method: of the training.
-        added: rates that may be added beyond the grid, each by the grid's factor, to reach the references' UA.
     """
 
     regime: str
@@ -445,7 +442,6 @@ class Part:
     rates: Sequence[float]
     kinds: Sequence[str]
     method: str = "salun"
-    added: int = 2
 
     @property
     def title(self) -> str:
@@ -454,14 +450,14 @@ class Part:
         return f"{REGIMES[self.regime].title}: density {self.density:g}{method}"
 
 
-MAIN = ("saliency", "layers", "random", "retained", "wrong", "least", "none")
+MAIN = ("saliency", "layers", "random", "retained", "least", "none", "wrong")
 PAIRS = tuple(name for kind in ("change", "epochs", "apart", "channels") for name in (kind, f"{kind}-layers"))
 PARTS: Sequence[Part] = (
-    Part("digits-random10", "half", 0.5, (0.0025, 0.005, 0.01), MAIN),
-    Part("cifar10-random10", "half", 0.5, (0.02, 0.04), ("saliency", "layers", "random", "none", "retained"), added=1),
-    Part("digits-random10", "candidates", 0.5, (0.005, 0.01), PAIRS, added=1),
-    Part("digits-random10", "sparse", 0.1, (0.005, 0.01), ("saliency", "layers", "random")),
-    Part("digits-random10", "lotus", 0.5, (0.00333, 0.0111), ("saliency", "layers"), "salun_lotus"),
+    Part("digits-random10", "half", 0.5, (0.00125, 0.0025, 0.005, 0.01, 0.02), MAIN),
+    Part("cifar10-random10", "half", 0.5, (0.01, 0.02, 0.04), MAIN),
+    Part("digits-random10", "candidates", 0.5, (0.005, 0.01), PAIRS),
+    Part("digits-random10", "sparse", 0.1, (0.0025, 0.005, 0.01, 0.02), ("saliency", "layers", "random")),
+    Part("digits-random10", "lotus", 0.5, (0.00111, 0.00333, 0.0111), ("saliency", "layers"), "salun_lotus"),
     Part("digits-memorised", "half", 0.5, (0.005, 0.01), ("saliency", "layers")),
     Part("cifar10-random10", "candidates", 0.5, (0.02, 0.04), PAIRS),
     Part("faces-subject", "half", 0.5, (0.01, 0.02), MAIN),
@@ -637,15 +633,14 @@ def prepared(name: str, seed: int, out: Path, data: Path | None) -> Seed:
         source = out / regime.base_of
         shutil.copytree(source / f"base-{seed}", whole / f"base-{seed}", dirs_exist_ok=True)
         shutil.copyfile(source / f"base-{seed}.json", whole / f"base-{seed}.json")
-    size = size.model_copy(update={"references": regime.references})
+    size = size.model_copy(update={"references": REFERENCES})
     if regime.memorised:
         size = size.model_copy(update={"forget": most_memorised(whole / f"base-{seed}", whole, place)})
     run = SuiteRun(suite.model_copy(update={"sizes": {"cpu": size}}), "cpu", folder, place)
     ready = Preparation(run, whole, lambda text: print(f"  {text}", flush=True) if "building" in text else None).ready(
         seed
     )
-    names = [reference_name(seed, number) for number in range(MOST_REFERENCES)]
-    references = [whole / name for name in names if (whole / f"{name}.json").is_file()]
+    references = [whole / reference_name(seed, number) for number in range(REFERENCES)]
     inputs = open_inputs(ready.base, str(ready.forget), place)
     assert isinstance(inputs, ClassifierInputs)
     return Seed(inputs, seed, references)
@@ -710,7 +705,7 @@ def rates_of(part: Part, kind: str, seed: int, wanted: float, found: Mapping[str
     if len(part.rates) < 2 or wanted > 0.99:  # a whole class: UA saturates at 1
         return
     rates, factor = list(part.rates), part.rates[1] / part.rates[0]
-    for _ in range(part.added):
+    for _ in range(MOST_ADDED):
         values = [found[cell_key(part, kind, rate, seed)]["UA"] for rate in rates]
         if min(values) <= wanted <= max(values):
             return
@@ -743,6 +738,11 @@ class Row:
     rates: Mapping[int, float]
     energy: float
     passes: float
+
+    @property
+    def at_equal_ua(self) -> dict[int, float]:
+        """Gap at the reference's UA, by seed."""
+        return {seed: item["gap"] for seed, item in self.matched.items()}
 
 
 def matched_figures(cells: Mapping[float, Plain], wanted: float) -> tuple[Plain, bool]:
@@ -806,12 +806,10 @@ def cells_of(part: Part, kind: str, seed: int, found: Mapping[str, Plain]) -> di
 
 
 def floor_of(regime: str, found: Mapping[str, Plain]) -> dict[int, float]:
-    """Return by seed the mean gap of each reference to the others; seeds with one reference have no floor."""
+    """Return by seed the mean gap of each reference to the others."""
     result = {}
     for seed in REGIMES[regime].seeds:
         items = found[seed_key(regime, seed)]["references"]
-        if len(items) < 2:
-            continue
         result[seed] = statistics.mean(gap(item, [other for other in items if other is not item]) for item in items)
     return result
 
@@ -831,10 +829,23 @@ def told_apart(gaps: Mapping[int, float], reference: Mapping[int, float], floor:
     return mean is not None and interval is not None and abs(mean) > floor and interval[0] * interval[1] > 0
 
 
+def half_width(gaps: Mapping[int, float], reference: Mapping[int, float]) -> float:
+    """Return half the length of a difference's paired 95 % interval."""
+    interval = difference(gaps, reference)[1]
+    assert interval is not None
+    return (interval[1] - interval[0]) / 2
+
+
 def spread(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation; the value alone if there is one."""
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    """Return mean ± standard deviation."""
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def edges(row: Row, rates: Sequence[float]) -> str:
+    """Return at how many seeds the tuned rate is the lowest or the highest of the grid."""
+    chosen = list(row.rates.values())
+    counts = {"low": chosen.count(rates[0]), "high": chosen.count(rates[-1])}
+    return ", ".join(f"{count} {edge}" for edge, count in counts.items() if count) or "–"
 
 
 def control_of(kind: str, kinds: Sequence[str]) -> str | None:
@@ -855,14 +866,15 @@ def table(part: Part, found: Mapping[str, Plain]) -> str | None:
     beside = "its control" if pairs else "SalUn's"
     titles = ["mask", "energy, %", "passes", *(f"gap at {rate:g}" for rate in part.rates)]
     titles += ["RA / TA / MIA at equal UA", "gap at equal UA", f"minus {beside}"]
-    titles += ["gap at the tuned rate", f"minus {beside}"]
+    titles += ["gap at the tuned rate", f"minus {beside}", "edge picks"]
     lines = ["| " + " | ".join(titles) + " |", "|---" + "|--:" * (len(titles) - 1) + "|"]
     lines.append(_fixed_row("model before", part, found, "before"))
     lines.append(_fixed_row("Retrain against Retrain", part, found, "references", by_seed))
+    widths: dict[str, list[float]] = {"at equal UA": [], "at the tuned rate": []}
     for kind, row in rows.items():
         other = control_of(kind, part.kinds)
         other = other if other in rows else None
-        at_ua = {seed: item["gap"] for seed, item in row.matched.items()}
+        at_ua = row.at_equal_ua
         means = [100 * statistics.mean(item[name] for item in row.matched.values()) for name in METRICS[1:]]
         cells = [KINDS[kind][0], f"{100 * row.energy:.0f}", f"{row.passes:,.0f}"]
         for rate in part.rates:
@@ -871,17 +883,29 @@ def table(part: Part, found: Mapping[str, Plain]) -> str | None:
             cells.append(f"**{mean}**" if apart_here else mean)
         cells += [" / ".join(f"{value:.1f}" for value in means)]
         cells += [spread(list(at_ua.values())) + ("*" if row.nearest else "")]
-        cells += [
-            "–"
-            if other is None
-            else compared(at_ua, {seed: item["gap"] for seed, item in rows[other].matched.items()}, floor)
-        ]
+        cells += ["–" if other is None else compared(at_ua, rows[other].at_equal_ua, floor)]
         cells += [spread(list(row.tuned.values()))]
         cells += ["–" if other is None else compared(row.tuned, rows[other].tuned, floor)]
+        cells += [edges(row, part.rates)]
         lines.append("| " + " | ".join(cells) + " |")
-    if any(row.nearest for row in rows.values()):
-        lines += ["", "\\* At some seed no rate brackets the UA of the retrained models: the nearest rate counts."]
+        if other is not None:
+            widths["at equal UA"].append(half_width(at_ua, rows[other].at_equal_ua))
+            widths["at the tuned rate"].append(half_width(row.tuned, rows[other].tuned))
+    far = [
+        f"{len(row.nearest)} of {len(by_seed)} seeds ({KINDS[kind][0]})" for kind, row in rows.items() if row.nearest
+    ]
+    if far:
+        reason = "The nearest rate counts, because no rate brackets the UA of the retrained models"
+        lines += ["", f"\\* {reason}: {', '.join(far)}."]
+    if len(rows) > 1:
+        ranges = [f"{_between(values)} points {where}" for where, values in widths.items()]
+        lines += ["", f"Half-widths of the intervals: {', '.join(ranges)}."]
     return "\n".join(lines)
+
+
+def _between(values: Sequence[float]) -> str:
+    """Return the smallest and the largest value, or the only one."""
+    return " to ".join(f"{value:.2f}" for value in sorted({min(values), max(values)}))
 
 
 def _fixed_row(
@@ -893,11 +917,10 @@ def _fixed_row(
     for seed in REGIMES[part.regime].seeds:
         known = found[seed_key(part.regime, seed)]
         models += known["references"] if which == "references" else [known["before"]]
-        if gaps is None or seed in gaps:
-            own.append(gaps[seed] if gaps else gap(known["before"], known["references"]))
+        own.append(gaps[seed] if gaps else gap(known["before"], known["references"]))
     ua, *means = (100 * statistics.mean(item[metric] for item in models) for metric in METRICS)
     shown = " / ".join(f"{value:.1f}" for value in means)
-    cells = [name, "–", "–", *("–" for _ in part.rates), f"{shown} (UA {ua:.1f})", spread(own), "–", "–", "–"]
+    cells = [name, "–", "–", *("–" for _ in part.rates), f"{shown} (UA {ua:.1f})", spread(own), *["–"] * 4]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -919,15 +942,15 @@ def tables(found: Mapping[str, Plain], parts: Sequence[Part] = PARTS) -> str:
 def picture(found: Mapping[str, Plain]) -> str:
     """Draw average gap against UA for each complete regime: one line per mask, one dot per rate, means of the seeds."""
     colours = ("after", "retain", "forget", "test", "reference", "before", "ink")
-    parts = [part for part in PARTS if part.name == "half" and rows_of(part, found) is not None]
+    parts = {part: rows for part in PARTS if part.name == "half" and (rows := rows_of(part, found))}
 
     def paint(figure: Any) -> str:  # noqa: ANN401 - matplotlib is imported where it is needed
         axes = figure.subplots(1, max(1, len(parts)), squeeze=False)[0]
-        for axis, part in zip(axes, parts, strict=False):
+        for axis, (part, rows) in zip(axes, parts.items(), strict=False):
             seeds = REGIMES[part.regime].seeds
             known = [found[seed_key(part.regime, seed)] for seed in seeds]
             for kind, colour in zip(MAIN, colours, strict=True):
-                if kind not in part.kinds:
+                if kind not in rows:
                     continue
                 items = {rate: [found[cell_key(part, kind, rate, seed)] for seed in seeds] for rate in part.rates}
                 across = [100 * statistics.mean(item["UA"] for item in row) for row in items.values()]

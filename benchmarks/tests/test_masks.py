@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -137,13 +138,21 @@ def test_figures_at_equal_ua_lie_between_two_rates_or_are_those_of_the_nearest()
     assert found["rate"] == 0.04
 
 
-@pytest.mark.parametrize(("slope", "added"), [(10, []), (5, [0.04]), (2, [0.04, 0.08]), (1, [0.04, 0.08])])
+@pytest.mark.parametrize(("slope", "added"), [(10, []), (5, [0.04]), (2, [0.04, 0.08]), (1, [0.04, 0.08, 0.16])])
 def test_rates_are_added_until_the_ua_of_the_references_lies_between_two(slope, added):
     found, rates = {}, []
     for rate in masks.rates_of(PART, "random", 0, 0.15, found):
         rates.append(rate)
         found[masks.cell_key(PART, "random", rate, 0)] = cell(slope * rate)
     assert rates == [0.01, 0.02, *added]
+
+
+def test_rates_are_added_only_so_often():
+    found, rates = {}, []
+    for rate in masks.rates_of(PART, "random", 0, 0.15, found):
+        rates.append(rate)
+        found[masks.cell_key(PART, "random", rate, 0)] = cell(0.0)
+    assert len(rates) == len(PART.rates) + masks.MOST_ADDED
 
 
 def test_a_cell_is_measured_once_and_found_by_the_next_process(tmp_path):
@@ -176,6 +185,29 @@ def test_the_table_has_only_complete_masks_and_marks_what_lies_outside_the_floor
     assert "random, uniform" not in masks.table(PART, near)
     assert masks.tables(near, [PART]).endswith(f"### Not measured\n\n- {PART.title}: random, uniform")
     assert masks.tables({}, [PART]) == f"### Not measured\n\n- {PART.title}: all masks"
+
+
+def test_the_table_counts_edge_picks_and_seeds_without_equal_ua_and_has_the_width_of_the_intervals():
+    found = invented({"saliency": [3.0, 3.1, 3.0, 3.1, 3.0], "random": [3.5, 3.6, 3.5, 3.6, 3.5]})
+    found[masks.cell_key(PART, "random", 0.02, 0)]["objective"] = -1.0  # the others prefer the lower rate
+    found[masks.cell_key(PART, "random", 0.01, 4)]["UA"] = 0.12  # the references have 0.1
+    lines = masks.table(PART, found).splitlines()
+    rows = {line.split(" | ")[0]: line for line in lines}
+    assert rows["| SalUn's mask"].endswith("| 5 low |")
+    assert rows["| random, uniform"].endswith("| 4 low, 1 high |")
+    assert lines[-3].endswith(": 1 of 5 seeds (random, uniform).")
+    interval = re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", rows["| random, uniform"])
+    width = float(re.match(r"Half-widths of the intervals: ([\d.]+) points", lines[-1])[1])
+    assert width == pytest.approx((float(interval[2]) - float(interval[1])) / 2, abs=0.011)
+
+
+def test_every_interval_of_the_prose_is_in_a_table():
+    page = masks.PAGE.read_text()
+    start, end = page.index("<!-- masks -->"), page.index("<!-- /masks -->")
+    prose, tables = (" ".join(text.split()) for text in (page[:start] + page[end:], page[start:end]))
+    quoted = re.findall(r"([+-]?[\d.]+)(?: points)? (\[-?[\d.]+, -?[\d.]+\])", prose)
+    assert len(quoted) > 10
+    assert [pair for pair in quoted if " ".join(pair) not in tables] == []
 
 
 def test_digits_are_the_same_in_each_run(tmp_path):
