@@ -38,6 +38,7 @@ PAGES = {
 }
 STUDY = {  # suites of the classification study, by the heading of their column
     "digits, random 10 %": "digits-random10-cpu",
+    "digits, random 50 %": "digits-random50-cpu",
     "digits, class": "digits-class-cpu",
     "photographs, class": "imagenette-class-cpu",
     "faces, person": "faces-subject-cpu",
