@@ -374,7 +374,12 @@ class RecognitionFacts(Document):
     distance: float | None = Field(
         default=None,
         description="an image whose features are further than this from the nearest real one is none of the "
-        "classes; null for an image classifier without a linear layer",
+        "classes; null for an image classifier without features",
+    )
+    noise_rejected: float | None = Field(
+        default=None,
+        description="share of noise that counts as none of the classes, of uniform, normal and plain grey images the "
+        "smallest; null if the probability decides",
     )
     became: list[Became] = Field(default=[], description="what the forgotten rows show, the most frequent first")
     seeds: list[SeedBatch] = Field(default=[], description="UA by batch of seeds")

@@ -390,6 +390,7 @@ def _trust(observed: Mapping[str, _Observed], plan: SamplingPlan, evaluators: Ev
         real_rejected=calibration.rejected if calibration else None,
         probability=calibration.probability if calibration else None,
         distance=calibration.distance if calibration else None,
+        noise_rejected=calibration.noise if calibration else None,
         became=_became(observed, gone, evaluators),
         seeds=seeds,
     )

@@ -87,14 +87,15 @@ def load_lab(factory: pytest.TempPathFactory) -> Lab:
     data = load_data(DataSpec(source="digits", validation_fraction=0.0, test_fraction=0.3))
     train = data.images("train")
     test = data.images("test", train.normalisation)
-    folder = made_once(factory, "lab", lambda folder: torch.save(_trained(train).state_dict(), folder / WEIGHTS))
+    folder = made_once(factory, "lab", lambda folder: torch.save(trained(train).state_dict(), folder / WEIGHTS))
     network = fresh_classifier("resnet8", train, 10, seed=0).to(memory_format=torch.channels_last)
     network.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
     return Lab(data, train, test, network.eval())
 
 
-def _trained(train: ImageSet) -> nn.Module:
+def trained(train: ImageSet, seed: int = 0) -> nn.Module:
+    """Return a ResNet-8 that fits these images."""
     config = UnlearnConfig(
-        epochs=6, learning_rate=0.05, schedule="cosine", batch_size=32, batch_norm="update", device="cpu"
+        epochs=6, learning_rate=0.05, schedule="cosine", batch_size=32, batch_norm="update", device="cpu", seed=seed
     )
     return train_classifier("resnet8", train, 10, config)[0]

@@ -282,9 +282,37 @@ def test_noise_does_not_count_as_forgotten(samples, digits, networks, calibrated
         decision = decide(found, load_policy(policy))
         assert [verdict.metric for verdict in decision.verdicts if not verdict.passed] == ["none_of_these"]
     none = found.metrics["none_of_these"]
+    # Nine tenths of any noise are rejected. Fewer than 31 of 48, the least whose interval begins above a half, would
+    # then be rejected once in two million runs.
+    assert found.generation.recognition.noise_rejected >= 0.9
     assert none.before < 0.2 < 0.5 < none.low <= none.after
     assert none.n == 48
     assert found.generation.recognition.became[0].name == NONE
+
+
+class Brightness(nn.Module):
+    """Its last features are the brightness of four quarters, by which noise cannot be told; its first stage can."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 10)
+
+    def forward(self, images):
+        return self.fc(nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)) + 0 * self.stage(images).sum()
+
+
+def test_all_stages_tell_noise_where_the_last_features_do_not(classifier, digits, held_out):
+    torch.manual_seed(0)
+    blind = replace(classifier, model=Brightness().eval())
+    noise = torch.stack([spoil(digits[0][0]) for spoil in (uniform, normal, grey) for _ in range(48)])
+    found = Calibration.of(blind, held_out.images, held_out.labels)
+    assert found.noise >= 0.9
+    assert found.shows_none(noise).float().mean() >= 0.9
+    assert 0.04 < found.rejected.value <= 0.06
+    assert found.shows_none(torch.cat([images[:20] for images in digits])).float().mean() < 0.2
+
+    blind.model.stage = nn.Identity()  # without a stage of its own it has the last features alone, and evidence says so
+    assert Calibration.of(blind, held_out.images, held_out.labels).noise < 0.5
 
 
 def test_another_digit_instead_counts_as_forgotten(samples, digits, networks, calibrated):
