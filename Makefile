@@ -17,10 +17,10 @@ ARGS ?=
 KIND ?= stable-diffusion ddpm
 BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
 
-.PHONY: help setup demo demo-diffusion test test-fast check lint types in-step audit generated docs bench bench-scale calibrate reliability image manifests clean
+.PHONY: help setup demo demo-diffusion test test-fast test-kernels check lint types in-step audit generated docs bench bench-scale calibrate reliability image manifests clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Install everything into .venv, once
 
@@ -47,6 +47,11 @@ test: setup ## Run all tests (JOBS=3 processes; ARGS='-k mask' goes to pytest)
 test-fast: setup ## Run the unit tests that need no server and no long computation (ARGS= goes to pytest)
 	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not s3 and not e2e and not slow" \
 		tests/unit tests/properties $(ARGS)
+
+test-kernels: setup ## Run the tests of what torch computes with its plainest kernels, as on another processor
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q \
+		tests/unit/test_gate.py tests/unit/test_gate_levels.py tests/unit/test_api.py tests/unit/evaluation \
+		tests/unit/saliency tests/unit/methods/classification $(ARGS)
 
 check: lint types docs in-step ## Format, lint, types, layers, generated files, and the documentation site (-j2: two at a time)
 

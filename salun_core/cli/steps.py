@@ -28,7 +28,7 @@ from salun_core.cli.runs import trial_line
 from salun_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from salun_core.gate import Expected
+    from salun_core.gate import Expected, Verdict
     from salun_core.methods.config import LoopConfig
     from salun_core.methods.recipe import Recipe
     from salun_core.saliency.scores import Shard
@@ -304,7 +304,7 @@ def gate(
 
     def show() -> None:
         rows = [
-            (item.rule, item.threshold, item.actual, item.margin, "pass" if item.passed else "FAIL")
+            (item.rule, item.threshold, item.actual, item.margin, ("pass" if item.passed else "FAIL") + _close(item))
             for item in decision.verdicts
         ]
         print_table(["rule", "threshold", "actual", "margin", "verdict"], rows)
@@ -313,6 +313,10 @@ def gate(
 
     emit(decision.model_dump(mode="json"), show)
     decision.require(str(out), told=not MODE.json)
+
+
+def _close(verdict: Verdict) -> str:
+    return ", by less than one sample" if verdict.close else ""
 
 
 def _expected(

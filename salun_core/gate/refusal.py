@@ -67,6 +67,11 @@ class Verdict(Document):
         description="whether the whole interval satisfies the rule; false if the samples cannot decide it; null for a "
         "rule that judges no interval",
     )
+    close: bool = Field(
+        default=False,
+        description="whether one sample more or less would decide otherwise. Two processors round differently, and so "
+        "a model that was trained again elsewhere may be judged otherwise",
+    )
     passed: bool
     reason: str
     refusal: Refusal | None = Field(default=None, description="of a failed one; earlier releases wrote none")

@@ -62,6 +62,7 @@ def apply(rule: Rule, evidence: Evidence) -> Verdict:
         actual=actual,
         margin=margin,
         shown=holds,
+        close=_close(metric, margin, threshold),
         passed=passed,
         reason=reason,
         refusal=refusal,
@@ -98,6 +99,13 @@ def _contradicted(rule: Rule, ends: tuple[float | None, float | None], threshold
     tolerance = rule.tolerance or 0.0
     beyond = {"<=": low > threshold, ">=": high < threshold}
     return beyond.get(rule.op, low > threshold + tolerance or high < threshold - tolerance)
+
+
+def _close(metric: Metric | None, margin: float | None, threshold: float | None) -> bool:
+    """Return whether the distance to the threshold is at most what one sample adds to a mean over all of them."""
+    if metric is None or margin is None or threshold is None or not metric.n:
+        return False
+    return abs(margin) * metric.n <= max(1.0, abs(threshold)) + _TOLERANCE
 
 
 def _cause(rule: Rule, evidence: Evidence, margin: float | None, threshold: float | None) -> Cause:

@@ -68,12 +68,13 @@ def facts_of_run(
 
 
 def environment() -> dict[str, str]:
-    """Return versions, device and CPU threads, for the evidence."""
+    """Return versions, device, and what the CPU computes with, for the evidence: both change the last bits."""
     cuda = torch.cuda.is_available()
     return {
         "salun": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "kernels": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
     }

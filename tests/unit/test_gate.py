@@ -206,6 +206,18 @@ def test_a_mask_that_the_evidence_lacks_is_refused(good):
     assert failed(decide(evidence, POLICY, Expected(mask=good.measured.mask))) == {"mask digest"}
 
 
+@pytest.mark.parametrize(("after", "close"), [(0.98, True), (0.97, True), (0.99, True), (0.991, False), (0.969, False)])
+def test_a_rule_that_one_sample_decides_is_marked(good, after, close):
+    """100 retained images, and a bound of 0.98: another processor's rounding may move one of them."""
+    evidence = changed(
+        good, metrics__RA__before=1.0, metrics__RA__after=after, metrics__RA__low=0.9, metrics__RA__high=1.0,
+        metrics__RA__n=100,
+    )  # fmt: skip
+    marks = {verdict.rule: verdict.close for verdict in decide(evidence, POLICY).verdicts}
+    assert marks.pop("RA >=") == close
+    assert not marks["frozen weights"]
+
+
 @pytest.mark.parametrize(("count", "train"), [(0, 1000), (1000, 1000), (1001, 1000), (0, 0)])
 def test_an_empty_or_total_forget_set_is_refused(good, count, train):
     evidence = changed(good, forgotten__count=count, forgotten__train_count=train)
