@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
-from salun_core.errors import UsageError
+from salun_core.errors import IntegrityError, UsageError
 from salun_core.registry.lookup import Version, ancestry, read_file, read_version, resolve
 from salun_core.registry.manifest import weight_files
 from salun_core.registry.versions import check_not_purged
-from salun_core.storage import FileStore, open_store
+from salun_core.storage import ObjectStore, open_store
 from salun_core.storage.blobs import fetch_blob
-from salun_core.storage.delta import BLOCK, Raw, TensorFile
 from salun_core.storage.local_files import list_tree
 
 _FLOATS: Mapping[str, type[np.floating[Any]]] = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+_WIDTHS = {  # bytes of an element; others are compared byte by byte
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+}
+_BLOCK = 1 << 20  # elements that are compared at once
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,19 @@ class ModelDifference:
 
 
 @dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a file: type, shape, and its elements as unsigned integers, so that NaNs and signed zeros count."""
+
+    dtype: str
+    shape: Sequence[int]
+    bits: NDArray[np.unsignedinteger]
+
+    def like(self, other: _Tensor | None) -> bool:
+        """Return whether another tensor has the same type and shape."""
+        return other is not None and (self.dtype, self.shape) == (other.dtype, other.shape)
+
+
+@dataclass(frozen=True)
 class _Side:
     """A model to compare: its name, its weight files by name, and its line and digest if it is a version."""
 
@@ -152,15 +172,16 @@ def _compare_files(a: Mapping[str, Path], b: Mapping[str, Path]) -> tuple[list[L
         if name not in a or name not in b:
             (gone if name in a else new).append(name)
             continue
-        with TensorFile(a[name]) as old, TensorFile(b[name]) as fresh:
-            for tensor, span in fresh.spans.items():
-                if not span.like(old.spans.get(tensor)):
-                    new.append(prefix + tensor)
-                    continue
-                sums = layers.setdefault(prefix + (tensor.rpartition(".")[0] or tensor), [0, 0, 0.0, 0.0])
-                for part, value in enumerate(_tensor_sums(old, fresh, tensor)):
-                    sums[part] += value
-            gone += [prefix + t for t, span in old.spans.items() if not span.like(fresh.spans.get(t))]
+        old, fresh = _read_tensors(a[name]), _read_tensors(b[name])
+        for tensor, found in fresh.items():
+            before = old.get(tensor)
+            if before is None or not found.like(before):
+                new.append(prefix + tensor)
+                continue
+            sums = layers.setdefault(prefix + (tensor.rpartition(".")[0] or tensor), [0, 0, 0.0, 0.0])
+            for part, value in enumerate(_tensor_sums(before, found)):
+                sums[part] += value
+        gone += [prefix + tensor for tensor, found in old.items() if not found.like(fresh.get(tensor))]
     rows = [
         LayerDifference(layer, int(count), int(changed), _ratio(moved, norm))
         for layer, (count, changed, moved, norm) in layers.items()
@@ -168,32 +189,48 @@ def _compare_files(a: Mapping[str, Path], b: Mapping[str, Path]) -> tuple[list[L
     return rows, gone, new
 
 
+def _read_tensors(path: Path) -> dict[str, _Tensor]:
+    """Return the tensors of a safetensors file in the order of their bytes, which are mapped and not read.
+
+    numpy has no types for some of them, such as BF16, so `safe_open` only checks that header and size fit.
+    """
+    try:
+        with safe_open(str(path), framework="numpy"):
+            pass
+    except (SafetensorError, ValueError) as error:
+        raise IntegrityError(f"weight file {path.name} is damaged", str(error), "restore it from a copy") from error
+    data = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, end = entry["data_offsets"]
+        bits = data[start + first : start + end].view(f"<u{_WIDTHS.get(entry['dtype'], 1)}")
+        found[name] = _Tensor(entry["dtype"], entry["shape"], bits)
+    return found
+
+
 def _ratio(moved: float, norm: float) -> float | None:
     ratio = float(np.sqrt(moved / norm)) if norm > 0 else float("nan")
     return ratio if np.isfinite(ratio) else None
 
 
-def _tensor_sums(old: TensorFile, new: TensorFile, name: str) -> tuple[int, int, float, float]:
+def _tensor_sums(old: _Tensor, new: _Tensor) -> tuple[int, int, float, float]:
     """Return the number of elements, of those that differ, and the squared norms of the difference and of the old."""
     changed, moved, norm = 0, 0.0, 0.0
-    kind = _FLOATS.get(new.spans[name].dtype)
-    for before, after in _pairs(old, new, name):
+    kind = _FLOATS.get(new.dtype)
+    for start in range(0, new.bits.size, _BLOCK):
+        before, after = (tensor.bits[start : start + _BLOCK] for tensor in (old, new))
         changed += int(np.count_nonzero(before != after))
         if kind is not None:
             first, second = before.view(kind).astype(np.float64), after.view(kind).astype(np.float64)
             moved += float(np.square(second - first).sum())
             norm += float(np.square(first).sum())
-    return new.spans[name].elements, changed, moved, norm
+    return new.bits.size, changed, moved, norm
 
 
-def _pairs(old: TensorFile, new: TensorFile, name: str) -> Iterator[tuple[Raw, Raw]]:
-    span = new.spans[name]
-    for start in range(0, span.elements, BLOCK):
-        count = min(BLOCK, span.elements - start)
-        yield old.read(name, span.width, start, count), new.read(name, span.width, start, count)
-
-
-def _steps(store: FileStore, line: str, a: str, b: str, requests_of: Callable[[str], Sequence[str]]) -> list[Step]:
+def _steps(store: ObjectStore, line: str, a: str, b: str, requests_of: Callable[[str], Sequence[str]]) -> list[Step]:
     """Return what only one of two versions of a line has in its ancestry, the oldest first."""
     first, second = ancestry(store, line, a), ancestry(store, line, b)
     common = {item.digest for item in first} & {item.digest for item in second}
@@ -207,7 +244,7 @@ def _steps(store: FileStore, line: str, a: str, b: str, requests_of: Callable[[s
     return sorted(found, key=lambda step: step.version.manifest.created_at)
 
 
-def _metrics(store: FileStore, item: Version) -> dict[str, Any]:
+def _metrics(store: ObjectStore, item: Version) -> dict[str, Any]:
     """Return the metrics in the evidence of a version; empty if it was not unlearned."""
     if "evidence.json" not in item.manifest.files:
         return {}

@@ -1,4 +1,4 @@
-"""The history of a model line: what each version erased, how its weights are stored, who holds it, what was undone."""
+"""The history of a model line: what each version erased, whether it has its weights, who holds it, what was undone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from salun_core.registry.holds import holds, read_disposal
 from salun_core.registry.lookup import Version, ancestry, manifests, require_head
 from salun_core.registry.manifest import weight_files
 from salun_core.registry.rollbacks import VersionRollback, read_rollback
-from salun_core.storage import FileStore
-from salun_core.storage.blobs import blob_size, stored_size
+from salun_core.storage import ObjectStore
+from salun_core.storage.blobs import blob_size
 
-Kept = Literal["whole", "sparse", "purged", "missing"]
+Kept = Literal["whole", "purged", "missing"]
 State = Literal["HEAD", "earlier", "undone"]
 
 
@@ -26,7 +26,7 @@ class VersionSummary:
         state: in use, an ancestor of the one in use, or undone by a rollback.
         undone: the record of that rollback; None if it was made before such records existed.
         requests: how many deletion requests its run erased; None if no recorded run made it.
-        kept: how its weights are stored.
+        kept: whether its weights are stored.
         held_by: who keeps it from being purged, and why; None if nobody does.
         alarm: whether a full training is recommended.
     """
@@ -41,12 +41,12 @@ class VersionSummary:
 
     @property
     def size(self) -> int:
-        """Size of its files in bytes, when they are whole."""
+        """Size of its files in bytes."""
         return sum(entry.size for entry in self.version.manifest.files.values())
 
 
 def history(
-    store: FileStore,
+    store: ObjectStore,
     line: str,
     requests_of: Callable[[str], int | None],
     was_published: Callable[[str], bool] = lambda run: False,
@@ -81,7 +81,7 @@ def history(
 
 
 def _undone(
-    store: FileStore, line: str, past: Sequence[Version], was_published: Callable[[str], bool]
+    store: ObjectStore, line: str, past: Sequence[Version], was_published: Callable[[str], bool]
 ) -> Iterator[tuple[Version, VersionRollback | None]]:
     """Yield the versions outside the ancestry of HEAD that were HEAD once, with the record of the rollback.
 
@@ -108,11 +108,8 @@ def _above(
         yield row
 
 
-def _kept(store: FileStore, line: str, item: Version) -> Kept:
+def _kept(store: ObjectStore, line: str, item: Version) -> Kept:
     files = item.manifest.files
-    digests = [files[name].sha256 for name in weight_files(files)]
-    if all(blob_size(store, digest) is not None for digest in digests):
+    if all(blob_size(store, files[name].sha256) is not None for name in weight_files(files)):
         return "whole"
-    if read_disposal(store, line, item.digest) is not None:
-        return "purged"
-    return "sparse" if all(stored_size(store, digest) is not None for digest in digests) else "missing"
+    return "missing" if read_disposal(store, line, item.digest) is None else "purged"

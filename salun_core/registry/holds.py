@@ -15,7 +15,7 @@ from salun_core.errors import ConflictError, UsageError
 from salun_core.registry.lookup import missing_files, read_version
 from salun_core.storage.documents import Count, Digest, FileName, LineId, ShortText, Text, UtcTime, parse_stored
 from salun_core.storage.keys import version_disposal_key, version_hold_key, version_holds_prefix
-from salun_core.storage.objects import FileStore, ObjectStore
+from salun_core.storage.objects import ObjectStore
 
 
 class VersionHold(Document):
@@ -46,7 +46,7 @@ D = TypeVar("D", bound=Document)
 
 
 def hold_version(
-    store: FileStore, line: str, digest: str, by: str, reason: str, clock: Callable[[], datetime]
+    store: ObjectStore, line: str, digest: str, by: str, reason: str, clock: Callable[[], datetime]
 ) -> VersionHold:
     """Keep a version from being purged; an existing hold stays as it is.
 

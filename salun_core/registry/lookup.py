@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from salun_core.digest import check_digest, is_digest, sha256_bytes
 from salun_core.errors import IntegrityError, UsageError, unknown_name
 from salun_core.registry.manifest import Head, VersionManifest
+from salun_core.storage.blobs import blob_size
 from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import blob_key, check_id, head_key, version_key, versions_prefix
-from salun_core.storage.objects import FileStore, ObjectStore
+from salun_core.storage.objects import ObjectStore
 
 _MIN_PREFIX = 6
 
@@ -192,23 +193,6 @@ def ancestry(store: ObjectStore, line: str, start: str | None = None) -> list[Ve
     return versions
 
 
-def missing_files(store: FileStore, manifest: VersionManifest) -> list[str]:
-    """Return the names of a version's files that are not stored with their size, or whose delta lacks its base.
-
-    Args:
-        store: where.
-        manifest: of the version.
-
-    Returns:
-        The names, sorted.
-    """
-    from salun_core.storage.blobs import stored_size  # it loads numpy, which commands that only look up do without
-
-    def stored(name: str) -> bool:
-        entry = manifest.files[name]
-        try:
-            return stored_size(store, entry.sha256) == entry.size
-        except IntegrityError:
-            return False
-
-    return [name for name in sorted(manifest.files) if not stored(name)]
+def missing_files(store: ObjectStore, manifest: VersionManifest) -> list[str]:
+    """Return the names of a version's files that are not stored with their size, sorted."""
+    return [name for name, entry in sorted(manifest.files.items()) if blob_size(store, entry.sha256) != entry.size]

@@ -63,7 +63,7 @@ class _Meter:
         self._whole = self._part = self._limit = 0
 
     def begin(self, size: int) -> None:
-        """A file of this many bytes follows; a version's difference may be smaller than the file."""
+        """A file of this many bytes follows."""
         with self._lock:
             self._whole, self._part, self._limit = self._whole + self._limit, 0, size
             self._report(self._whole, self._total)
@@ -82,7 +82,7 @@ def pull(
     out: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pulled:
-    """Download the files of a version that a folder does not have yet; differences are made whole.
+    """Download the files of a version that a folder does not have yet.
 
     Args:
         store: where from.
@@ -97,7 +97,7 @@ def pull(
     Raises:
         UsageError: the version does not exist, its files were purged, or the folder holds other files.
         ConflictError: another process downloads the version into this folder.
-        IntegrityError: a file does not match its digest, or the base of a difference is missing.
+        IntegrityError: a file does not match its digest.
         StoreError: a file is missing, the disk is full, or the connection was lost; the next call continues.
     """
     manifest = read_version(store, line, digest)

@@ -34,7 +34,7 @@ from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.registry.holds import read_disposal
 from salun_core.registry.lookup import Version, ancestry, missing_files, read_head, read_version
 from salun_core.registry.manifest import Head, VersionManifest
-from salun_core.storage.blobs import FULL_COPY_EVERY, fetch_blob, put_blob, put_sparse
+from salun_core.storage.blobs import fetch_blob, put_blob
 from salun_core.storage.keys import check_relative_name, head_key, version_key
 from salun_core.storage.local_files import disk_error, list_tree
 from salun_core.storage.objects import FileStore, ObjectStore
@@ -42,11 +42,7 @@ from salun_core.times import utc_now
 
 
 def stage_version(
-    store: FileStore,
-    fields: Mapping[str, Any],
-    files: Mapping[str, Path],
-    base: Mapping[str, Path] | None = None,
-    full_every: int = FULL_COPY_EVERY,
+    store: FileStore, fields: Mapping[str, Any], files: Mapping[str, Path]
 ) -> tuple[str, VersionManifest]:
     """Upload the files of a version, then its manifest; it stays invisible until it is published.
 
@@ -54,29 +50,20 @@ def stage_version(
         store: where to.
         fields: the fields of `VersionManifest` except `files`; `created_at` is now by default.
         files: name, with `/` between folders -> file.
-        base: local copies of the parent's files, by name; a file with one is stored as its difference to it.
-        full_every: so many versions share one full copy; 1 stores each whole.
 
     Returns:
         The digest of the version, and its manifest.
 
     Raises:
         UsageError: a field or a file name is wrong; nothing was uploaded.
-        IntegrityError: a file in `base` is not the parent's.
         StoreError: a file cannot be read, or the store is unreachable or refuses the credentials.
     """
     fields = {"created_at": utc_now(), **fields}
     for name in files:
         check_relative_name(name)
     blank = {name: {"sha256": "0" * 64, "size": 0} for name in files}
-    planned = parse(VersionManifest, {**fields, "files": blank}, "version manifest")
-    parent = read_version(store, planned.line, planned.parent) if base and planned.parent else None
-    blobs = {}
-    for name, path in files.items():
-        if base and parent and name in base and name in parent.files:
-            blobs[name] = put_sparse(store, path, base[name], parent.files[name].sha256, full_every)
-        else:
-            blobs[name] = put_blob(store, path)
+    parse(VersionManifest, {**fields, "files": blank}, "version manifest")
+    blobs = {name: put_blob(store, path) for name, path in files.items()}
     entries = {name: {"sha256": blob.sha256, "size": blob.size} for name, blob in blobs.items()}
     manifest = parse(VersionManifest, {**fields, "files": entries}, "version manifest")
     store.put_new(version_key(manifest.line, manifest.digest), manifest.canonical())
@@ -104,7 +91,7 @@ def publish_head(
     Raises:
         ConflictError: HEAD is not the parent (any more).
         UsageError: the version does not exist, or was made from another parent.
-        IntegrityError: a file of the version, or the base of a delta, is missing or has another size.
+        IntegrityError: a file of the version is missing or has another size.
     """
     manifest = read_version(store, line, version)
     if manifest.parent != parent:
@@ -130,7 +117,7 @@ def _next_head(line: str, version: str, sequence: int, run: str | None) -> Head:
 
 
 def _complete(store: FileStore, manifest: VersionManifest, files: Mapping[str, Path] | None) -> None:
-    """Check that a version's files and manifest are stored, and upload again what is not, whole.
+    """Check that a version's files and manifest are stored, and upload again what is not.
 
     Before the swap: the manifest is written, so a purge that looks from now on keeps its files; this finds what one
     deleted before it looked. After the swap: a publisher that was suspended before the swap, until a purge took its
@@ -250,7 +237,7 @@ def fetch_version(
 
     Raises:
         UsageError: the version does not exist, its files were purged, or the folder holds other files.
-        IntegrityError: a file does not match its digest, or the base of a delta is missing.
+        IntegrityError: a file does not match its digest.
         StoreError: a file is missing, or the disk is full.
     """
     manifest = read_version(store, line, digest)

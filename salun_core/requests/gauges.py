@@ -17,8 +17,9 @@ from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.index import IndexEntry, entries
 from salun_core.requests.reading import read_last
 from salun_core.requests.schema import SETTLED, RequestEvent, Status, status_after
+from salun_core.storage.blobs import blob_size
 from salun_core.storage.documents import parse_stored
-from salun_core.storage.keys import blob_key, delta_key, event_key
+from salun_core.storage.keys import event_key
 from salun_core.storage.objects import ObjectStore
 from salun_core.telemetry.logs import get_logger
 from salun_core.times import Clock, as_utc, due_after_one_month
@@ -112,8 +113,7 @@ class GaugeReader:
     """Takes snapshots; between two of them it caches what is expensive to list and what never changes.
 
     It lists the open statuses each time; the settled requests, the names of the model lines and the stored files every
-    `rarely`. Files are listed and not read, because the exporter must not see weights. So a delta whose base is missing
-    counts as stored.
+    `rarely`. Files are listed and not read, because the exporter must not see weights.
 
     Args:
         store: where ledger and model lines are stored.
@@ -176,8 +176,7 @@ class GaugeReader:
         )
         self._superseded = frozenset((entry.request, entry.n) for entry in found if entry.request in both - unsettled)
         self._known_lines = frozenset(lines(self._store))
-        listed = [entry.key for folder in ("blobs/", "deltas/") for entry in self._store.list(folder)]
-        self._stored = frozenset(key.rpartition("/")[2] for key in listed)
+        self._stored = frozenset(entry.key.rpartition("/")[2] for entry in self._store.list("blobs/"))
 
     def _count_levels(self, completed: Iterable[tuple[str, int]]) -> None:
         """Count completed requests by level. An event never changes, so it is read once.
@@ -230,15 +229,13 @@ class GaugeReader:
 
     def _check_stored(self, manifest: VersionManifest) -> None:
         for name, entry in manifest.files.items():
-            if entry.sha256 in self._stored:
-                continue
-            if any(next(self._store.list(key(entry.sha256)), None) for key in (blob_key, delta_key)):
-                continue  # uploaded since the listing
-            raise IntegrityError(
-                f"{name} of {manifest.line}@{manifest.digest[:12]} is not in the store",
-                "it was deleted after the version was published",
-                "restore it from a copy, or roll the line back: `salun model rollback`",
-            )
+            # A file that the listing lacks may have been uploaded since.
+            if entry.sha256 not in self._stored and blob_size(self._store, entry.sha256) is None:
+                raise IntegrityError(
+                    f"{name} of {manifest.line}@{manifest.digest[:12]} is not in the store",
+                    "it was deleted after the version was published",
+                    "restore it from a copy, or roll the line back: `salun model rollback`",
+                )
 
     def _line(self, head: Head, known: Mapping[tuple[str, str], VersionManifest]) -> LineGauges:
         """Return the gauges of a line; a manifest never changes, so it is read once.

@@ -15,7 +15,6 @@ from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.reading import read_all
 from salun_core.requests.schema import Outcome, RequestState, Status
 from salun_core.retention.pipeline_root import DEEPEST, UUID
-from salun_core.storage.blobs import delta_facts
 from salun_core.storage.erase import StoredKey, Upload, stored_keys, unfinished_uploads, upload_bytes
 from salun_core.storage.keys import kind_of_key
 from salun_core.storage.leases import holder_of, read_lease
@@ -96,7 +95,6 @@ class StoreInventory:
         keys: everything in the store, sorted.
         heads: HEAD of each line.
         manifests: every version that has a manifest, by line and digest.
-        bases: for each file that is stored as a delta, the file that it is based on.
         holders: the run that holds the lease of a line.
         unreturned: runs whose lease ended, and was neither given back nor taken; they may wait for a node.
         runs: by id.
@@ -109,7 +107,6 @@ class StoreInventory:
     keys: Sequence[StoredKey] = ()
     heads: Mapping[str, Head] = field(default_factory=dict)
     manifests: Mapping[tuple[str, str], VersionManifest] = field(default_factory=dict)
-    bases: Mapping[str, str] = field(default_factory=dict)
     holders: Mapping[str, str] = field(default_factory=dict)
     unreturned: frozenset[str] = frozenset()
     runs: Mapping[str, RunSummary] = field(default_factory=dict)
@@ -198,7 +195,7 @@ def scan_store(store: S3Store, now: datetime, pipeline_root: S3Store | None = No
         pipeline_root: where Kubeflow stores the artifacts of the runs.
 
     Raises:
-        IntegrityError: a manifest, delta, lease or request is damaged, so it is unknown what is still needed.
+        IntegrityError: a manifest, lease or request is damaged, so it is unknown what is still needed.
         StoreError: the store is unreachable or refuses the credentials.
     """
     # HEADs come first: a manifest is written before HEAD names it, so the listing has the manifest of each HEAD.
@@ -218,13 +215,11 @@ def scan_store(store: S3Store, now: datetime, pipeline_root: S3Store | None = No
     } | _scan_runs(store, live)
     holders = {line: holder_of(store, line) for line in values("lease", "line")}
     leases = [read_lease(store, line) for line in values("lease", "line")]
-    deltas = in_parallel(lambda digest: delta_facts(store, digest), values("delta", "digest"))
     artifacts, foreign = scan_artifacts(pipeline_root, runs) if pipeline_root else ({}, 0)
     return StoreInventory(
         keys=keys,
         heads={line: head[0] for line, head in heads.items() if head},
         manifests=manifests,
-        bases={item.sha256: item.base for item in deltas if item},
         holders={line: holder for line, holder in holders.items() if holder},
         unreturned=frozenset(lease.holder for lease in leases if lease and not lease.released),
         runs=runs,

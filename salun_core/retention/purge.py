@@ -3,12 +3,10 @@
 The order, and what a kill leaves at each point:
 
 1. Scan and plan. Nothing has changed.
-2. Deltas whose base is deleted become whole files. Killed before the delta is deleted, both forms exist; the whole
-   one is read, and the next purge deletes the delta.
-3. Files are erased, with all their S3 versions. Killed in between, the next plan names what is left. A version's
+2. Files are erased, with all their S3 versions. Killed in between, the next plan names what is left. A version's
    `disposed.json` is written after the last of its files is gone; killed before that, the next plan names the
    version again with no files left, and the record is written then.
-4. The store is listed again, and addenda are issued for what is gone (see `addenda`).
+3. The store is listed again, and addenda are issued for what is gone (see `addenda`).
 
 While it works, versions may be staged, published, held or rolled back to. Two of them share a file if their bytes are
 equal, and an attempt that is repeated makes equal bytes: a file that no version needs at the scan may be HEAD's a
@@ -27,7 +25,7 @@ made it, so that two purges never share one. A kill leaves:
 
 - after the copy: both exist. The next purge names the file again, and the copy is garbage after `orphan_hours`.
 - after the erasure: only the copy exists. If a version needs the file, the next purge brings it back before it plans.
-  Else the copy counts as a form of the file, and is deleted with it; no record is written before that.
+  Else the copy counts as the file, and is deleted with it; no record is written before that.
 - after the copy came back: both exist, as above.
 
 What remains is a publisher that is suspended between its look and the swap of HEAD for so long that its lease ends and
@@ -41,7 +39,7 @@ files there (else superseded weights are the last copy that a line has).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
@@ -61,9 +59,8 @@ from salun_core.retention.inventory import (
 )
 from salun_core.retention.pipeline_root import scan_pipeline_root
 from salun_core.retention.rules import Deletion, DeletionKind, DeletionPlan, RetentionRules, plan, plan_old_artifacts
-from salun_core.storage.blobs import materialise
 from salun_core.storage.erase import Erased, abort, erase, erase_old, stored_keys
-from salun_core.storage.keys import blob_key, delta_key, kind_of_key, lease_key, trash_key
+from salun_core.storage.keys import blob_key, kind_of_key, lease_key, trash_key
 from salun_core.storage.leases import holder_of
 from salun_core.telemetry.logs import get_logger
 from salun_core.times import Clock, as_utc, utc_clock
@@ -75,7 +72,6 @@ if TYPE_CHECKING:
 
 _ACTOR = "purge"
 _BY_LINES = {DeletionKind.WEIGHTS, DeletionKind.STAGED, DeletionKind.ORPHAN}
-_FORMS: Mapping[str, Callable[..., str]] = {"blob": blob_key, "delta": delta_key}  # of a file, by the kind of its key
 PATIENCE = timedelta(days=7)
 """How long staged versions and orphans wait while any run holds a lease: in a large store, some run always does."""
 
@@ -136,14 +132,13 @@ def purge(
     Raises:
         UsageError: a certificate needs an addendum and there is no key, or old artifacts must go and there is no root;
             nothing was deleted.
-        IntegrityError: an object is damaged, so it is unknown what is still needed; nothing was deleted. Or a delta
-            could not be made whole; then its base stays.
+        IntegrityError: an object is damaged, so it is unknown what is still needed; nothing was deleted.
         StoreError: the store is unreachable or refuses the credentials.
     """
     now = as_utc(clock())
     before = _line_objects(store)
     inventory = scan_store(store, now, root)
-    while not dry_run and _bring_back(store, inventory):  # again: a delta that came back may need its base
+    if not dry_run and _bring_back(store, inventory):
         inventory = scan_store(store, now, root)
     found = scan_pipeline_root(_required(root), now).kept if old_artifacts else None
     planned = (
@@ -240,11 +235,12 @@ class _Disposal:
                 self._put_back(copies)
                 return None
             kind, values = kind_of_key(key)
-            if kind not in _FORMS and copies:  # the manifest: it goes only if nothing came between
+            if kind == "blob":
+                copy = trash_key(values["digest"], self._name)
+                if self._store.copy(key, copy):
+                    copies[key] = copy
+            elif copies:  # the manifest: it goes only if nothing came between
                 self._drop(copies)
-            copy = trash_key(values["digest"], f"{self._name}.{kind}") if kind in _FORMS else ""
-            if copy and self._store.copy(key, copy):
-                copies[key] = copy
             removed += erase(self._store, key)
         if copies and self._changed():
             self._put_back(copies)
@@ -285,32 +281,21 @@ class _Disposal:
 
 def _bring_back(store: S3Store, inventory: StoreInventory) -> bool:
     """Bring back the files that a killed purge erased although a version needs them; return whether there were any."""
-
-    def stored(kind: str) -> set[str]:
-        return {values["digest"] for item, values in inventory.all_keys.get(kind, ()) if item.live}
-
     needed = {
         digest
         for item in classify_versions(inventory)
         if item.state is not VersionState.SUPERSEDED or item.id in inventory.held
         for digest in item.digests
     }
-    whole, todo = stored("blob"), needed
-    while todo := {inventory.bases[digest] for digest in todo - whole if digest in inventory.bases} - needed:
-        needed |= todo
-    missing, found = needed - whole - stored("delta"), False
+    stored = {values["digest"] for item, values in inventory.all_keys.get("blob", ()) if item.live}
+    found = False
     for item, values in inventory.all_keys.get("trash", ()):
-        digest, form = values["digest"], values["name"].rpartition(".")[2]
-        if item.live and digest in missing and form in _FORMS:
-            found |= store.copy(item.key, _FORMS[form](digest))
+        if item.live and values["digest"] in needed - stored:
+            found |= store.copy(item.key, blob_key(values["digest"]))
     return found
 
 
 def _delete(item: Deletion, store: S3Store) -> Erased:
-    if item.kind is DeletionKind.MATERIALISE:
-        (digest,) = item.keys
-        materialise(store, digest)
-        return erase(store, delta_key(digest))  # materialise deletes it, a bucket with versions only hides it
     if item.request is not None:
         redact_request(store, item.request, keep_hashes=item.keep_hashes)
         return erase_old(store, item.keys[0])

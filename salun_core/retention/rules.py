@@ -66,7 +66,6 @@ class DeletionKind(StrEnum):
     OUTCOME = "outcome"
     REQUEST = "request's target"
     UPLOAD = "unfinished upload"
-    MATERIALISE = "make whole"
     WEIGHTS = "superseded weights"
     STAGED = "unpublished version"
     ORPHAN = "orphan"
@@ -229,8 +228,7 @@ def find_garbage(
         needed |= {item.manifest.files[name].sha256 for name in names}
     files = _Files(inventory, [*superseded, *unpublished], needed, now - recent)
     weights, shared = files.superseded_weights(superseded)
-    deletions = [*weights, *files.unpublished(unpublished), *files.orphans()]
-    return [*files.made_whole(deletions), *deletions], held, shared
+    return [*weights, *files.unpublished(unpublished), *files.orphans()], held, shared
 
 
 def _may_be_published(inventory: StoreInventory, item: ClassifiedVersion, now: datetime, recent: timedelta) -> bool:
@@ -264,7 +262,7 @@ class _Files:
     ) -> None:
         self._inventory, self._leaving, self._recent = inventory, leaving, recent
         self._stored: dict[str, list[StoredKey]] = {}
-        for kind in ("blob", "delta", "trash"):
+        for kind in ("blob", "trash"):
             for item, values in inventory.all_keys.get(kind, ()):
                 self._stored.setdefault(values["digest"], []).append(item)
         known = {digest for item in leaving for digest in item.digests}
@@ -280,7 +278,7 @@ class _Files:
         return kind_of_key(item.key)[0] == "trash" and item.modified > self._recent
 
     def _take(self, digests: Iterable[str]) -> list[StoredKey]:
-        """Return the stored forms of files that no earlier deletion of this plan has."""
+        """Return the keys of files, copies in the trash too, that no earlier deletion of this plan has."""
         fresh = [digest for digest in dict.fromkeys(digests) if digest not in self._taken]
         self._taken.update(fresh)
         return [item for digest in fresh for item in self._stored.get(digest, ())]
@@ -313,33 +311,22 @@ class _Files:
             yield Deletion.of(DeletionKind.STAGED, keys, reason, **fields)
 
     def orphans(self) -> Iterator[Deletion]:
-        """Yield the deletions of files that no version has, and of second copies of those that stay."""
+        """Yield the deletions of files that no version has, and of old copies of those that stay."""
         for digest, items in sorted(self._stored.items()):
             if digest in self._stay:
-                yield from self._second_copies(items)
+                yield from self._old_copies(items)
             # A version that was purged before may have left a file: another version needed it then, or it was put back.
             elif all(item.id in self._inventory.disposed for item in self._leaving if digest in item.digests):
                 since = max(item.modified for item in items)
                 yield Deletion.of(DeletionKind.ORPHAN, items, "no version needs it", since=since)
 
-    def _second_copies(self, items: list[StoredKey]) -> Iterator[Deletion]:
-        """Yield the forms of a file other than the one that is read; never its only one."""
-        live = {kind_of_key(item.key)[0]: item for item in items if item.live}
-        read = live.get("blob", live.get("delta"))
-        for item in items if read else ():
-            if item is not read and not self._in_use(item):
-                yield Deletion.of(DeletionKind.ORPHAN, [item], "the file is stored in another form")
-
-    def made_whole(self, deletions: Sequence[Deletion]) -> Iterator[Deletion]:
-        """Yield the deltas that must become whole files first, because the file that they are based on is deleted."""
-        erased = {kind_of_key(key)[1].get("digest") for item in deletions for key in item.keys}
-        for digest in sorted(self._stay):
-            items = self._stored.get(digest, [])
-            whole = any(kind_of_key(item.key)[0] == "blob" and item.live for item in items)
-            if digest in self._inventory.bases and self._inventory.bases[digest] in erased and not whole:
-                size = sum(item.size for item in items)
-                reason = "the file that it is a difference to is deleted"
-                yield Deletion(DeletionKind.MATERIALISE, (digest,), size, reason)
+    def _old_copies(self, items: list[StoredKey]) -> Iterator[Deletion]:
+        """Yield the copies in the trash of a file that is stored; a copy may be all that is left of another."""
+        kinds = [(kind_of_key(item.key)[0], item) for item in items]
+        if any(kind == "blob" and item.live for kind, item in kinds):
+            for kind, item in kinds:
+                if kind == "trash" and not self._in_use(item):
+                    yield Deletion.of(DeletionKind.ORPHAN, [item], "a killed purge left it, and the file is stored")
 
 
 def _run_files(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Iterator[Deletion]:

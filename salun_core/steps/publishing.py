@@ -13,14 +13,13 @@ from salun_core.errors import ConflictError, IntegrityError
 from salun_core.evaluation import Evidence
 from salun_core.gate import Expected, GateDecision, decide
 from salun_core.registry.lookup import Version, ancestry, read_file, read_version
-from salun_core.registry.manifest import Lineage, VersionManifest, weight_files, weights_digest
+from salun_core.registry.manifest import Lineage, VersionManifest, weights_digest
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.report import Ancestor, ReportContext, write_report
 from salun_core.steps.context import RunContext, record_assurance, record_evidence
 from salun_core.steps.evaluation import write_evidence
 from salun_core.steps.outcome import DECISION, EVIDENCE, REPORT
 from salun_core.storage import FileStore
-from salun_core.storage.blobs import full_copy_every
 from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import run_key
 from salun_core.storage.local_files import write_whole
@@ -233,7 +232,6 @@ def _publish(
         "retrained": retrained,
         "lineage": lineage,
     }
-    base = {name: path for name in weight_files(files) if (path := context.before / name).is_file()}
-    version, _ = stage_version(context.store, fields, files, base, full_copy_every())
+    version, _ = stage_version(context.store, fields, files)
     publish_head(context.store, context.model_line, version, parent, context.run or None, files)
     return version

@@ -228,7 +228,6 @@ version_disposal_key = KeyTemplate("lines/{line}/versions/{digest}/disposed.json
 version_rollback_key = KeyTemplate("lines/{line}/versions/{digest}/rolled-back.json")
 version_hold_key = KeyTemplate("holds/{line}/{digest}.json")
 blob_key = KeyTemplate("blobs/sha256/{digest}")
-delta_key = KeyTemplate("deltas/sha256/{digest}")  # by the digest of the file that the delta rebuilds
 request_key = KeyTemplate("requests/{request}/request.json")
 event_key = KeyTemplate("requests/{request}/events/{number}.json")
 index_key = KeyTemplate("index/{status}/{line}/{second}.{number}.{request}")  # received at, last event, request
@@ -256,7 +255,6 @@ LAYOUT: Mapping[str, KeyTemplate] = {
     "rollback": version_rollback_key,
     "hold": version_hold_key,
     "blob": blob_key,
-    "delta": delta_key,
     "request": request_key,
     "event": event_key,
     "index": index_key,

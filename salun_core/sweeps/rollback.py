@@ -27,7 +27,7 @@ from salun_core.registry.rollbacks import VersionRollback, new_rollback, record_
 from salun_core.registry.versions import roll_back, undone_by
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome, Status
-from salun_core.storage import FileStore, open_store
+from salun_core.storage import ObjectStore, open_store
 from salun_core.sweeps.heartbeat import line_held
 from salun_core.sweeps.runs import RunLog, new_run_id
 from salun_core.telemetry.logs import get_logger
@@ -116,7 +116,7 @@ def rollback(
 
 
 def _revoke(
-    store: FileStore,
+    store: ObjectStore,
     runs: RunLog,
     undone: Iterable[tuple[Version, VersionRollback]],
     reopened: Sequence[str],
@@ -132,7 +132,7 @@ def _revoke(
         get_logger().warning("not_revoked", error=type(error).__name__)
 
 
-def _check_complete(store: FileStore, line: str, version: str) -> None:
+def _check_complete(store: ObjectStore, line: str, version: str) -> None:
     manifest = read_version(store, line, version)
     gone = missing_files(store, manifest)
     if gone:

@@ -46,7 +46,6 @@ KEYS = {
     "disposed": names.version_disposal_key("faces", A),
     "rollback": names.version_rollback_key("faces", A),
     "blob": names.blob_key(A),
-    "delta": names.delta_key(A),
     "request": names.request_key("r-1"),
     "event": names.event_key("r-1", 1),
     "record": names.run_key("run-1", "run.json"),
@@ -63,19 +62,17 @@ KEYS = {
     "hold": names.version_hold_key("faces", A),
     "index": names.index_key("queued", "faces", 1, 1, "r-1"),
     "work": names.work_key(A),
-    "trash": names.trash_key(A, "0123456789abcdef.blob"),
+    "trash": names.trash_key(A, "0123456789abcdef"),
     "probe": "probe/passed.json",
     "stranger": "policies/mine.yaml",
 }
 RUN = {"record", "outcome", "mark", "report", "run event", "mask", "candidate"}
 LINE = {"head", "manifest", "disposed", "rollback"}
-WEIGHTS = {"blob", "delta"}
 _AT_WORK = {"run event", "lease", "outcome"}
 _SETTLED = _AT_WORK | {"request", "event", "index", "certificate", "addendum", "work"}
-_PUBLISHED = {"head", "manifest", *WEIGHTS, "report"}
+_PUBLISHED = {"head", "manifest", "blob", "report"}
 _GONE = {
     "blob",
-    "delta",
     "mask",
     "candidate",
     "outcome",
@@ -89,16 +86,16 @@ _GONE = {
 READ = {
     "submitter": {"request", "event", "index", "outcome"},
     "claimer": {*KEYS} - {"hold", "trash", "stranger"},
-    "fetcher": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
-    "worker": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
-    "evaluator": {*LINE, *WEIGHTS, *RUN, "scratch", "lease"},
+    "fetcher": {*LINE, "blob", *RUN, "scratch", "lease"},
+    "worker": {*LINE, "blob", *RUN, "scratch", "lease"},
+    "evaluator": {*LINE, "blob", *RUN, "scratch", "lease"},
     "publisher": {*KEYS} - {"hold", "trash", "probe", "stranger"},
     "sweeper": {*KEYS} - {"hold", "trash", "stranger"},
-    "settler": {*KEYS} - {"hold", "delta", "trash", "probe", "stranger"},
+    "settler": {*KEYS} - {"hold", "trash", "probe", "stranger"},
     "purger": {*KEYS} - {"scratch", "index", "work", "probe", "stranger"},
     "exporter": {"head", "manifest", "event"},
     "auditor": {*LINE, *RUN, "event", "certificate", "addendum"},
-    "operator": {*LINE, *WEIGHTS, *RUN, "request", "event", "index", "lease", "hold"},
+    "operator": {*LINE, "blob", *RUN, "request", "event", "index", "lease", "hold"},
 }
 WRITE = {
     "submitter": {"request", "event", "index"},
@@ -109,7 +106,7 @@ WRITE = {
     "publisher": _SETTLED | _PUBLISHED,
     "sweeper": _SETTLED | _PUBLISHED | {"record", "scratch", "probe"},
     "settler": _SETTLED,
-    "purger": {"blob", "delta", "trash", "request", "mark", "disposed", "addendum"},
+    "purger": {"blob", "trash", "request", "mark", "disposed", "addendum"},
     "exporter": set(),
     "auditor": set(),
     "operator": {"head", "rollback", "event", "index", "lease", "hold"},
@@ -234,7 +231,7 @@ def test_a_role_lists_what_it_reads(role, server):
     """Without the right to list, S3 answers 403 for a key that is missing, and our readers rely on the 404."""
     listed = {folder for folder in FOLDERS if allowed(server[role].list_objects_v2, Prefix=f"{folder}/")}
     read = {KEYS[kind].split("/")[0] for kind in READ[role]}
-    more = {"purger": {*FOLDERS}, "exporter": {"index", "blobs", "deltas"}}  # keys are all that it needs of these
+    more = {"purger": {*FOLDERS}, "exporter": {"index", "blobs"}}  # keys are all that it needs of these
     assert listed == read | more.get(role, set())
     assert allowed(server[role].list_objects_v2, Prefix="") == (role == "purger")
     assert allowed(server[role].list_object_versions, Prefix="requests/") == (role == "purger")

@@ -400,7 +400,7 @@ def test_pods_are_confined_and_configured(each):
         assert "PUSHGATEWAY_URL" in str(pod["configMapAsEnv"])
         assert pod["configMapAsEnv"][0]["optional"] is True
         assert pod["podMetadata"]["labels"]["app.kubernetes.io/part-of"] == "salun"
-        assert {"SALUN_FULL_COPY_EVERY", "SALUN_COMMIT", "SALUN_IMAGE_DIGEST"} <= keys_of(pod)
+        assert {"SALUN_COMMIT", "SALUN_IMAGE_DIGEST"} <= keys_of(pod)
         assert pod["tolerations"][0]["tolerationJson"]["componentInputParameter"].endswith("tolerations")
 
 

@@ -490,7 +490,6 @@ BUILDERS = {
     partial(names.index_key, "queued", "faces", 1, 1): "index/queued/faces/",
     lambda text: names.version_hold_key(text, A): "holds/",
     names.blob_key: "blobs/sha256/",
-    names.delta_key: "deltas/sha256/",
 }
 
 

@@ -20,13 +20,13 @@ import pytest
 from salun_core.errors import ConflictError, IntegrityError, StoreError, StoreUnreachableError, UsageError
 from salun_core.registry.holds import VersionDisposal, record_disposal
 from salun_core.registry.pull import pull
-from salun_core.registry.versions import publish, publish_head, stage_version
+from salun_core.registry.versions import publish
 from salun_core.storage.keys import blob_key
 from salun_core.storage.s3 import S3Store
 from salun_core.times import utc_now
 from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
 from tests.support.fault_proxy import LOST, FaultProxy
-from tests.support.folder_model import TEXT, UNET, VAE, contents, write_folder
+from tests.support.folder_model import UNET, contents, write_folder
 from tests.unit.certificates.test_tampering import FIXTURE
 from tests.unit.storage.test_s3 import impatient, prefix_of, upstream
 
@@ -39,14 +39,12 @@ def published(store, tmp_path):
 
 
 def publish_child(store, tmp_path):
-    """A line with a sparse child; returns (digest, manifest, folder of its files)."""
+    """A line with a child; returns (digest, manifest, folder of its files)."""
     before, after = write_folder(tmp_path / "made" / "before"), write_folder(tmp_path / "made" / "after", 4000)
     head, _ = publish(store, FIELDS, before)
     child = {"line": "sd", "method": "salun", "parent": head.version}
-    digest, manifest = stage_version(store, child, after, {name: before[name] for name in (UNET, VAE, TEXT)})
-    publish_head(store, "sd", digest, head.version, None)
-    assert list(store.list("deltas/")) != []
-    return digest, manifest, tmp_path / "made" / "after"
+    head, manifest = publish(store, child, after)
+    return head.version, manifest, tmp_path / "made" / "after"
 
 
 class Failing(S3Store):
@@ -68,7 +66,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_sparse_version_arrives_whole(real_store, tmp_path):
+def test_a_version_arrives_whole(real_store, tmp_path):
     store = real_store
     digest, manifest, made = publish_child(store, tmp_path)
     seen = []
@@ -134,8 +132,8 @@ def test_a_kill_leaves_what_the_next_call_cleans(store, published, tmp_path):
     shutil.copytree(made, work)
     (work / UNET).write_bytes(b"half")
     (work / "unet" / ".model.safetensors.0123.unverified").write_bytes(b"half")
-    (work / ".delta.x").mkdir()
-    (work / ".delta.x" / "delta").write_bytes(b"half")
+    (work / ".x").mkdir()
+    (work / ".x" / "left").write_bytes(b"half")
     (work / "model.json").unlink()
     (work / "model.json").symlink_to("/etc/hostname")
     done = pull(store, "sd", digest, tmp_path / "out")

@@ -67,7 +67,7 @@ def files(folder, number):
 
 
 class Line:
-    """Three versions, the last two stored as differences; run-2 made the second and erased request `r-1`."""
+    """Three versions; run-2 made the second and erased request `r-1`."""
 
     def __init__(self, bucket, folder):
         self.store = open_store(f"s3://{bucket}/{secrets.token_hex(6)}")
@@ -96,8 +96,7 @@ class Line:
         parent = self.versions[-1] if self.versions else None
         fields = {"line": "faces", "method": "salun", "parent": parent, "run": f"run-{number + 1}"}
         fields["created_at"] = (START - timedelta(hours=30 - number)).isoformat()
-        base = {"model.safetensors": self.files[number - 1]["model.safetensors"]} if parent else None
-        digest, _ = stage_version(self.store, fields, self.files[number], base=base)
+        digest, _ = stage_version(self.store, fields, self.files[number])
         publish_head(self.store, "faces", digest, parent, None)
         self.versions.append(digest)
 
@@ -134,8 +133,7 @@ class Line:
     def traces(self, number):
         """Every S3 version of a version's weights and of its list of samples."""
         digests = [self.digest(number), self.digest(number, "split.parquet")]
-        keys = [build(digest) for digest in digests for build in (names.blob_key, names.delta_key)]
-        return [item for key in keys for item in versions_of(self.store, key)]
+        return [item for digest in digests for item in versions_of(self.store, names.blob_key(digest))]
 
     def addenda(self):
         keys = [item.key for item in self.store.list("addenda/r-1/")]
@@ -214,16 +212,11 @@ def test_old_weights_of_a_model_with_folders_are_purged(bucket, tmp_path):
         parent = versions[-1] if versions else None
         fields = {"line": "sd", "method": "salun", "parent": parent}
         fields["created_at"] = (START - timedelta(hours=30 - number)).isoformat()
-        versions.append(stage_version(store, fields, made, model[0] if parent else None)[0])
+        versions.append(stage_version(store, fields, made)[0])
         publish_head(store, "sd", versions[-1], parent, None)
-    first, head = (read_version(store, "sd", digest) for digest in versions)
-    assert versions_of(store, names.delta_key(head.files[UNET].sha256))
+    first = read_version(store, "sd", versions[0])
     report = purge(store, clock=after(days=40))
-    assert [item.kind for item, _ in report.erased] == [
-        DeletionKind.MATERIALISE,
-        DeletionKind.WEIGHTS,
-        DeletionKind.HISTORY,
-    ]
+    assert [item.kind for item, _ in report.erased] == [DeletionKind.WEIGHTS, DeletionKind.HISTORY]
     assert read_disposal(store, "sd", versions[0]).files == [UNET]  # all else is HEAD's too
     assert versions_of(store, names.blob_key(first.files[UNET].sha256)) == []
     fetch_version(store, "sd", versions[1], tmp_path / "out")

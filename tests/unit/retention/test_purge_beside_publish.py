@@ -65,8 +65,7 @@ class Line:
     def stage(self, minute, store=None):
         fields = {"line": "faces", "method": "salun", "parent": self.head, "run": f"run-{self.number}"}
         fields["created_at"] = (START - timedelta(days=2) + timedelta(hours=self.number, minutes=minute)).isoformat()
-        base = {WEIGHTS: self._files(self.number - 1)[WEIGHTS]} if self.head else None
-        return stage_version(store or self.store, fields, self.files, base)[0]
+        return stage_version(store or self.store, fields, self.files)[0]
 
     def publish(self, store=None):
         """Do what an attempt does, from its first upload to its last check."""
@@ -129,7 +128,7 @@ def test_a_publish_passes_a_purge_that_stalls_anywhere(line, tmp_path):
     """Before each request of the purge, the run's next attempt goes from its first upload to its last check."""
     line.stage(0)
     found = moments(line, line.purge)
-    assert {"CopyObject trash 0", "DeleteObject blobs 0", "DeleteObject deltas 0", "DeleteObject lines 0"} <= {*found}
+    assert {"CopyObject trash 0", "DeleteObject blobs 0", "DeleteObject lines 0"} <= {*found}
     line.publish()
     waited = 0
     for number, moment in enumerate(found):
@@ -267,6 +266,5 @@ def test_the_exporter_counts_a_line_whose_head_lacks_a_file(line):
     assert reader.take().unreadable == 0
     line.publish()
     assert reader.take().unreadable == 0
-    delta = names.delta_key(read_version(line.store, "faces", line.head).files[WEIGHTS].sha256)
-    erase(line.store, delta)
+    erase(line.store, names.blob_key(read_version(line.store, "faces", line.head).files[WEIGHTS].sha256))
     assert reader.take().unreadable == 1

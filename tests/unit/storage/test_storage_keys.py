@@ -215,7 +215,6 @@ def test_every_built_key_is_recognised():
         names.version_rollback_key("l", digest),
         names.version_hold_key("l", digest),
         names.blob_key(digest),
-        names.delta_key(digest),
         names.request_key("r"),
         names.event_key("r", 1),
         names.run_key("r", "run.json"),
