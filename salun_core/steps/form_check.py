@@ -14,7 +14,7 @@ from salun_core.evaluation.optional_metrics import parse_optional_metrics, requi
 from salun_core.gate import shipped_policies
 from salun_core.registry.lookup import Version, read_head, read_version, require_head
 from salun_core.steps.claim import card_of, task_of_line
-from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, RunForm, ShardedMaskForm, UnlearningForm
+from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, RunForm, UnlearningForm
 from salun_core.storage import open_store, split_uri
 from salun_core.storage.keys import check_id
 from salun_core.sweeps.policy import SweepPolicy
@@ -89,10 +89,8 @@ def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None) 
         task = faults.of("model_line", _task, form, reads=True)
         if task is not None and isinstance(form, RecipeForm):
             faults.of("the evaluation of the line", _check_evaluators, form, in_pods, reads=True)
-    if isinstance(form, UnlearningForm | ShardedMaskForm):
+    if isinstance(form, UnlearningForm):
         _check_forget(faults, form.forget_manifest_uri, task, in_pods)
-    if isinstance(form, ShardedMaskForm):
-        faults.of("shards", _check_shards, form.shards)
     if isinstance(form, RecipeForm):
         _check_policy(faults, form.policy_uri, in_pods)
         _check_recipe(faults, form, task)
@@ -209,12 +207,6 @@ def _check_plugins(form: RecipeForm, asked: Mapping[str, int]) -> None:
 def _sweep_policy(form: DeletionSweepForm, task: Task[Any]) -> None:
     limits = form.model_dump(include=set(SweepPolicy.model_fields))
     parse(SweepPolicy, {**dict(task.escalation(form.recipe, tune=form.tune)), **limits}, "the policy of the sweep")
-
-
-def _check_shards(given: int | list[str]) -> None:
-    count = given if isinstance(given, int) else len(given)
-    if count < 1:
-        raise UsageError(f"shards is {count}", "at least one shard scores the forget set", "give 1 or more")
 
 
 def _only_here(name: str, uri: str, remedy: str) -> UsageError:

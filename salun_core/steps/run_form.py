@@ -102,14 +102,6 @@ class DeletionSweepForm(BatchLimits, RecipeForm):
     )
 
 
-class ShardedMaskForm(RunForm):
-    """The parameters of a mask that is computed in shards: those of the pipeline salun-sharded-mask."""
-
-    forget_manifest_uri: str = _FORGET
-    shards: int = Field(default=1, ge=1, le=256, description="Number of pods that share the scores.")
-    density: float = _DENSITY
-
-
 F = TypeVar("F", bound=RunForm)
 
 
