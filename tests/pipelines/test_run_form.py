@@ -21,7 +21,7 @@ from salun_core.cli.app import app
 from salun_core.config import parse
 from salun_core.errors import IntegrityError, UsageError
 from salun_core.evaluation.evidence import EVALUATED
-from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RecipeForm, UnlearningForm
+from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RunForm, UnlearningForm
 from salun_core.sweeps.policy import BatchLimits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ def test_each_pipeline_has_the_fields_of_its_form(name):
 
 
 def test_the_form_repeats_how_many_images_are_measured():
-    assert RecipeForm.model_fields["evaluation_samples"].default == str(EVALUATED)
+    assert RunForm.model_fields["evaluation_samples"].default == str(EVALUATED)
 
 
 def test_no_default_of_a_component_differs():
@@ -114,12 +114,12 @@ REQUIRED = {"model_line": "digits", "store_uri": "s3://salun"}
 
 
 def test_a_former_name_is_read_and_reported(capsys):
-    assert RecipeForm(**REQUIRED, also="probe").extra_metrics == "probe"
+    assert RunForm(**REQUIRED, also="probe").extra_metrics == "probe"
     assert capsys.readouterr().err == (
         "Warning: `also` is now called `extra_metrics`. The next release drops the old name.\n"
     )
     with pytest.raises(ValidationError, match="also"):
-        RecipeForm(**REQUIRED, also="probe", extra_metrics="kl")
+        RunForm(**REQUIRED, also="probe", extra_metrics="kl")
 
 
 @pytest.mark.parametrize(
