@@ -155,7 +155,7 @@ def test_saliency_is_not_divided_because_its_bits_would_change(net, images):
 def test_generated_images_and_latents_do_not_depend_on_the_batch():
     diffusers = pytest.importorskip("diffusers")
     from salun_core.diffusion.sampling import Sampler
-    from tests.support.tiny_denoisers import class_table, class_unet
+    from tests.support.tiny_diffusion import class_table, class_unet
 
     denoiser, table = class_unet(), class_table()
     settings = {"steps": 2, "guidance_scale": 3.0, "batch_size": 8}
