@@ -174,7 +174,7 @@ def step(name: str) -> Callable[[Case], None]:
         pod, file, config = Pod(case.store, case.line, case.run), case.file, json.dumps(case.config)
         made: Reference
         if name == "fetch":
-            made = steps.fetch_model(pod, case.form).inputs
+            made = steps.fetch_model(pod, case.form)[0]
         elif name == "mask":
             made = steps.compute_mask(pod, file("fetch"), METHOD, DENSITY, config)
         elif name == "unlearn":

@@ -50,7 +50,7 @@ Token = Annotated[
 ]
 Pipeline = Annotated[
     str,
-    typer.Option(help="unlearning, deletion-sweep, deletion-sweep-compact or sharded-mask, or one of them with -cpu."),
+    typer.Option(help="unlearning, deletion-sweep or deletion-sweep-compact, or one of them with -cpu."),
 ]
 Image = Annotated[
     str | None, typer.Option(envvar="SALUN_IMAGE", help="Image of every step. Default: the compiled one.")
@@ -141,8 +141,6 @@ def compile_command(
     salun-unlearning-cpu.yaml is in step
     salun-deletion-sweep.yaml is in step
     salun-deletion-sweep-cpu.yaml is in step
-    salun-sharded-mask.yaml is in step
-    salun-sharded-mask-cpu.yaml is in step
     """  # noqa: D301
     from pipelines import compile as compiling
 

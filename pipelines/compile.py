@@ -11,7 +11,7 @@ from typing import Any
 from kfp import compiler
 
 from components._image import IMAGE
-from pipelines import deletion_sweep, sharded_mask, unlearning
+from pipelines import deletion_sweep, unlearning
 from pipelines.form import PLACEMENT, component_faults
 from pipelines.ir_lint import lint, values
 from pipelines.packages import Package, load_documents
@@ -27,8 +27,8 @@ def compile_all() -> list[Package]:
     """Compile every pipeline that ships.
 
     Returns:
-        The unlearning pipeline, the deletion sweep in many pods and in one, and the sharded mask, each followed by its
-        variant for clusters without accelerators.
+        The unlearning pipeline and the deletion sweep in many pods and in one, each followed by its variant for
+        clusters without accelerators.
 
     Raises:
         IntegrityError: a compiled pipeline has defects, or a default of a component is not that of the run form; all
@@ -40,7 +40,6 @@ def compile_all() -> list[Package]:
         (unlearning.unlearning, unlearning.NAME),
         (deletion_sweep.deletion_sweep, deletion_sweep.NAME),
         (deletion_sweep.deletion_sweep_compact, deletion_sweep.COMPACT),
-        (sharded_mask.sharded_mask, sharded_mask.NAME),
     )
     compiled = [compile_pipeline(*source) for source in sources]
     found = [variant for item in compiled for variant in (item, without_accelerator(item))]

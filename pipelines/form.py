@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 import components
 from pipelines.callers import without_source_lines
 from salun_core.config import Document
-from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RunForm, ShardedMaskForm, UnlearningForm
+from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RunForm, UnlearningForm
 
 # Not zero: Kubernetes takes a limit of 0 for none.
 _QUANTITY = r"^([1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*)(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
@@ -111,7 +111,7 @@ def component_faults() -> Iterator[str]:
 
     The source of a component runs alone in a container, so that its defaults must be literals in its signature.
     """
-    forms = (UnlearningForm, DeletionSweepForm, ShardedMaskForm)
+    forms = (UnlearningForm, DeletionSweepForm)
     wanted = {name: _parameter(name, field).default for form in forms for name, field in _fields(form)}
     for module in pkgutil.iter_modules(components.__path__):
         if module.ispkg:

@@ -15,12 +15,11 @@ from pydantic import FiniteFloat, Json, TypeAdapter, ValidationError
 from pipelines.packages import Package
 from salun_core.config import parse, parse_text
 from salun_core.errors import UsageError
-from salun_core.steps.run_form import DeletionSweepForm, RunForm, ShardedMaskForm, UnlearningForm
+from salun_core.steps.run_form import DeletionSweepForm, RunForm, UnlearningForm
 
 FORMS: dict[str, type[RunForm]] = {
     "salun-unlearning": UnlearningForm,
     "salun-deletion-sweep": DeletionSweepForm,
-    "salun-sharded-mask": ShardedMaskForm,
 }
 """The run form of each pipeline; those of its variants begin with the same name."""
 

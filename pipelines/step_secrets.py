@@ -14,8 +14,6 @@ ROLES = {
     "claim_requests": "claimer",
     "fetch_model": "fetcher",
     "compute_mask": "worker",
-    "score_shard": "worker",
-    "merge_scores": "worker",
     "unlearn": "worker",
     "evaluate": "evaluator",
     "gate_publish": "publisher",

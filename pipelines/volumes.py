@@ -19,8 +19,8 @@ CACHE_MOUNT = "/cache"
 CACHE_VARIABLE = "SALUN_DATA_CACHE"  # which a step reads; the module that reads it imports torch
 CACHE_FOLDER = f"{CACHE_MOUNT}/salun"  # not the mount itself, which may hold lost+found and belong to root
 CACHE_STEPS = frozenset({
-    "claim_requests", "fetch_model", "compute_mask", "score_shard", "merge_scores", "unlearn", "evaluate",
-    "gate_publish", "sweep_compact",  # these load the data
+    "claim_requests", "fetch_model", "compute_mask", "unlearn", "evaluate", "gate_publish",
+    "sweep_compact",  # these load the data
     "purge_store",  # it empties the cache
 })  # fmt: skip
 """Steps that mount the cache. The last steps of a run do not, so that a lost volume never keeps a run from settling."""

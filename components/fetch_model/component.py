@@ -1,6 +1,6 @@
 """Step 1 as a component."""
 
-from typing import List, NamedTuple  # noqa: UP035 - kfp knows the type by this name
+from typing import NamedTuple
 
 from kfp import dsl
 
@@ -25,9 +25,7 @@ def fetch_model(
     extra_metrics: str = "",
     also: str = "",
     evaluation_samples: str = "20000",
-    shards: int = 1,
-    publishes: bool = True,
-) -> NamedTuple("Outputs", [("code", int), ("shards", List[str])]):  # type: ignore[valid-type]  # noqa: UP006
+) -> NamedTuple("Outputs", [("code", int)]):  # type: ignore[valid-type]
     """Check the run form, and fix what the run works on: HEAD of the model line, and the samples to forget.
 
     Args:
@@ -47,18 +45,15 @@ def fetch_model(
         extra_metrics: Extra metrics of the evaluation.
         also: Former name of extra_metrics, for recurring runs; the next release drops it.
         evaluation_samples: Most retained and most test images that the evaluation measures, or all.
-        shards: Number of pods that share the scores.
-        publishes: Whether the run publishes a version, and so takes the lease of the model line.
 
     Returns:
         code: 0, or the exit code of the run's outcome if it cannot start.
-        shards: The shards, such as 1/2 and 2/2.
     """
     given = dict(locals())
     from salun_core.pods import steps
     from salun_core.pods.pod import Pod
     from salun_core.pods.reference import write_reference
 
-    found = steps.fetch_model(Pod(store_uri, model_line, run_id), given, shards, publishes=publishes)
-    inputs.metadata.update(write_reference(found.inputs, inputs.path))
-    return found.code, found.shards
+    found, code = steps.fetch_model(Pod(store_uri, model_line, run_id), given)
+    inputs.metadata.update(write_reference(found, inputs.path))
+    return (code,)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from salun_core.gate import Expected, Verdict
     from salun_core.methods.config import LoopConfig
     from salun_core.methods.recipe import Recipe
-    from salun_core.saliency.scores import Shard
 
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes that share the work; one per GPU.")]
 EvidenceFile = Annotated[Path, typer.Option("--evidence", help="Evidence file, from `salun evaluate`.")]
@@ -41,12 +40,9 @@ def mask(
     model: Model,
     forget: Forget,
     out: Annotated[Path, typer.Option(help="Mask file to write (.safetensors).")],
-    shards: Annotated[list[Path] | None, typer.Argument(help="Files of all shards, for --merge.")] = None,
     density: Annotated[float, form_option("density")] = DEFAULTS.density,
     data: Data = None,
     random_seed: Annotated[int | None, typer.Option(min=0, help="Draw a random mask, as a control.")] = None,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Score shard I of N and write its sums.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Add up the shards and write the mask.")] = False,
     settings: Settings = [],
     processes: Processes = 1,
     device: Device = "auto",
@@ -59,11 +55,10 @@ def mask(
     """
     from salun_core.methods.method import resolve_config
     from salun_core.steps.context import RunContext
-    from salun_core.steps.mask import compute_mask, merge_scores, score_shard
+    from salun_core.steps.mask import compute_mask
     from salun_core.tasks.resolve import model_folder
 
-    files, recipe = shards or [], _recipe("salun", density, read_settings(settings))
-    part = _shard(shard, merge, files, processes, random_seed)
+    recipe = _recipe("salun", density, read_settings(settings))
     if processes > 1 and not dry_run:
         _launch(processes)
         return
@@ -73,27 +68,10 @@ def mask(
             resolve_config(context.task.methods, recipe.method, recipe.method_config)
             emit_plan("mask", {"would_write": out, **context.inputs.sizes, "density": density})
             return
-        if part is not None:
-            header = score_shard(context, part, out)
-            samples = len(part.samples(header.samples))
-            emit_facts({"shard": out, "number": str(part), "samples": samples, "of": header.samples})
-            return
-        made = merge_scores(context, files, density, out) if merge else compute_mask(context, recipe, out, random_seed)
+        made = compute_mask(context, recipe, out, random_seed)
     if _is_first_process():
         facts = {"salient": made.k, "weights": made.weights, "density": made.density, "scores": made.facts["scores"]}
         emit_facts({"mask": out, **facts, "digest": made.digest})
-
-
-def _shard(shard: str | None, merge: bool, files: list[Path], processes: int, random_seed: int | None) -> Shard | None:
-    """Check the options that exclude each other, and return the shard to score, if one was named."""
-    from salun_core.saliency.scores import Shard
-
-    ways = [shard is not None, merge, processes > 1]
-    if sum(ways) > 1 or (random_seed is not None and (shard is not None or merge)):
-        raise UsageError("these options cannot be used together", "--shard, --merge, --processes", "give one of them")
-    if bool(files) != merge:
-        raise UsageError("--merge and the files of shards go together", "one is missing", "write --merge shard-*")
-    return None if shard is None else Shard.parse(shard)
 
 
 def unlearn(

@@ -375,7 +375,7 @@ def save_diffusion(
 ) -> str:
     """Write a model folder with a new denoiser, atomically; an existing model folder is replaced.
 
-    All other components are copied byte for byte. The files of new weights keep their names, shards, order and types;
+    All other components are copied byte for byte. New weights keep the names, order and types of their files;
     the same weights give the same bytes.
 
     Args:
@@ -429,7 +429,7 @@ def _part_files(original: Path, network: nn.Module) -> dict[str, Callable[[Path]
         raise ModelError(
             f"the {original.name} does not fit the folder", "its tensors have other names", "start from the same model"
         )
-    return {f"{original.name}/{path.name}": partial(_write_shard, state, names, path) for path, names in layout.items()}
+    return {f"{original.name}/{path.name}": partial(_write_file, state, names, path) for path, names in layout.items()}
 
 
 def _known_as(stored: str, state: Mapping[str, torch.Tensor]) -> str | None:
@@ -442,7 +442,7 @@ def _known_as(stored: str, state: Mapping[str, torch.Tensor]) -> str | None:
     return None if stored.endswith(".position_ids") else stored.removeprefix("text_model.")
 
 
-def _write_shard(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None], like: Path, target: Path) -> None:
+def _write_file(state: Mapping[str, torch.Tensor], names: Mapping[str, str | None], like: Path, target: Path) -> None:
     with safe_open(str(like), framework="pt") as file:
         metadata = file.metadata()
         tensors = {}

@@ -41,7 +41,6 @@ class Kind(StrEnum):
 
     INPUTS = "inputs"
     MASK = "mask"
-    SUMS = "sums"
     MODEL = "model"
     EVIDENCE = "evidence"
     DECISION = "decision"

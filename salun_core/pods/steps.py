@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,14 +36,11 @@ from salun_core.pods.summary import empty_report, markdown
 from salun_core.registry.lookup import Version, read_version, require_head
 from salun_core.registry.versions import fetch_version
 from salun_core.saliency import SaliencyMask
-from salun_core.saliency.scores import Shard
 from salun_core.steps.claim import card_of, claim_requests, sweep_policy
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate_together as evaluate_step
 from salun_core.steps.form_check import check_form
 from salun_core.steps.mask import compute_mask as mask_step
-from salun_core.steps.mask import merge_scores as merge_step
-from salun_core.steps.mask import score_shard as shard_step
 from salun_core.steps.outcome import (
     DECISION,
     EVIDENCE,
@@ -74,7 +71,7 @@ from salun_core.tasks.task import TuningOptions
 from salun_core.telemetry.observe import observed
 from salun_core.times import utc_clock
 
-INPUTS_FILE, MASK_FILE, SUMS_FILE = "inputs.json", "mask.safetensors", "sums.safetensors"
+INPUTS_FILE, MASK_FILE = "inputs.json", "mask.safetensors"
 EXCERPT_FILE = "forget.parquet"
 
 
@@ -167,22 +164,7 @@ def _idle_outcome(pod: Pod, found: Claim) -> OutcomeRecord:
     return pod.outcome(state, text, step="claim_requests", code=0, completed=done, failed=len(found.refused))
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """What the first step of a run returns.
-
-    Args:
-        inputs: what the run works on.
-        code: 0, or the exit code of the outcome if the run cannot start.
-        shards: the shards, such as 1/2 and 2/2.
-    """
-
-    inputs: Reference
-    code: int = 0
-    shards: Sequence[str] = ()
-
-
-def fetch_model(pod: Pod, given: Mapping[str, Any], shards: int = 1, *, publishes: bool = True) -> Fetched:
+def fetch_model(pod: Pod, given: Mapping[str, Any]) -> tuple[Reference, int]:
     """Fix what a run works on: the HEAD of its model line, and the samples that its forget set names in it.
 
     No weights are moved: each later step downloads them once, and verifies them.
@@ -190,15 +172,15 @@ def fetch_model(pod: Pod, given: Mapping[str, Any], shards: int = 1, *, publishe
     Args:
         pod: the run.
         given: the run form as the component got it; it is checked before anything is done.
-        shards: into how many shards the scores are divided.
-        publishes: whether the run publishes, and so takes the lease of the line.
+
+    Returns:
+        What the run works on; and 0, or the exit code of the outcome if the run cannot start.
     """
 
     def work(folder: Path, _given: list[Reference]) -> Reference:
         form = read_form(UnlearningForm, given)
         check_form(form, in_pods=False)
-        if publishes:
-            hold_line(pod.store, pod.model_line, pod.run)
+        hold_line(pod.store, pod.model_line, pod.run)
         with observed("fetch_model", pod.model_line, pod.run):
             head = require_head(pod.store, pod.model_line)
             version = Version(head.version, read_version(pod.store, pod.model_line, head.version))
@@ -226,8 +208,7 @@ def fetch_model(pod: Pod, given: Mapping[str, Any], shards: int = 1, *, publishe
     inputs = in_step(pod, "fetch_model", (), work, hold=Hold.NONE)
     outcome = patiently(pod, "fetch_model", lambda: read_outcome(pod.store, pod.run))
     outcome = outcome if inputs.kind is Kind.NOTHING else None
-    code = outcome.code or 1 if outcome else 0
-    return Fetched(inputs, code, [] if code else [str(shard) for shard in Shard.all(shards)])
+    return inputs, outcome.code or 1 if outcome else 0
 
 
 def _resolve(pod: Pod, version: Version, card: Card, uri: str) -> tuple[ForgetSet, SplitManifest]:
@@ -318,51 +299,6 @@ def compute_mask(
         return pod.scratch.put(Kind.MASK, out, given, facts)
 
     return in_step(pod, "compute_mask", (inputs,), work)
-
-
-def score_shard(pod: Pod, inputs: str, shard: str) -> Reference:
-    """Sum the gradients of one shard of the forget set.
-
-    Args:
-        pod: the run.
-        inputs: file of the artifact of `fetch_model`.
-        shard: number of the shard and of all shards, such as 2/8.
-    """
-
-    def work(folder: Path, given: list[Reference]) -> Reference:
-        context, _ = _open(pod, given[0], folder)
-        header = shard_step(context, Shard.parse(shard), folder / SUMS_FILE)
-        facts: dict[str, Fact] = {"shard": shard, "samples": header.samples, "seconds": header.seconds}
-        return pod.scratch.put(Kind.SUMS, folder / SUMS_FILE, given, facts)
-
-    return in_step(pod, "score_shard", (inputs,), work, hold=Hold.NONE)
-
-
-def merge_scores(pod: Pod, shards: Sequence[str], density: float) -> Reference:
-    """Add up the shards and make the mask, which equals that of one process.
-
-    Args:
-        pod: the run.
-        shards: files of the artifacts of `score_shard`.
-        density: share of the weights to keep salient.
-    """
-
-    def work(folder: Path, given: list[Reference]) -> Reference:
-        context, _ = _open(pod, given[0], folder)
-        sums = [
-            pod.scratch.get(item.find(Kind.SUMS), folder / f"sums-{number}") / SUMS_FILE
-            for number, item in enumerate(given)
-        ]
-        mask = merge_step(context, sums, density, folder / MASK_FILE)
-        inputs = given[0].find(Kind.INPUTS)
-        made = pod.scratch.put(
-            Kind.MASK, folder / MASK_FILE, [inputs], {"density": mask.density, "weights": mask.weights}
-        )
-        text = f"the mask is at {made.uri}; a purge deletes it a day after"
-        write_outcome(pod.store, pod.outcome(RunState.COMPLETED, text, step="merge_scores"))
-        return made
-
-    return in_step(pod, "merge_scores", shards, work, hold=Hold.NONE)
 
 
 def unlearn(

@@ -1,4 +1,4 @@
-"""Saliency scores: |d mean loss over the forget set / d weight|, computed at once or in shards."""
+"""Saliency scores: |d mean loss over the forget set / d weight|, computed by one process or by several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def saliency_scores(
     loss_fn: LossFn,
     *,
     samples: int | None = None,
-    shard: Shard | None = None,
+    part: Slice | None = None,
 ) -> dict[str, Tensor]:
     """Score every parameter by the magnitude of the forgetting loss's gradient (SalUn, eq. 4).
 
@@ -33,34 +33,34 @@ def saliency_scores(
     and the sum does not depend on the number of processes. The call puts the model into eval mode and then
     restores its modes, gradients and `requires_grad` flags.
 
-    Several processes in a process group can share the work. Each passes the batches of its own shard, and all get the
+    Several processes in a process group can share the work. Each passes the batches of its own slice, and all get the
     scores of the whole forget set. The scores are bit-identical to those of one process if every process computes its
     batches identically (see `repeatable`).
 
     Args:
         model: the original model θ_o, unchanged by the call; the same in every process.
-        batches: the forget set D_f once, as (inputs, targets) on the model's device. With a shard: its samples only,
+        batches: the forget set D_f once, as (inputs, targets) on the model's device. With a slice: its samples only,
             in batches of `CHUNK`.
         loss_fn: (model output, targets) -> mean loss over the batch, a scalar.
-        samples: number of samples of the whole forget set; required with a shard.
-        shard: (rank, number of processes) of this process; None if one process scores everything.
+        samples: number of samples of the whole forget set; required with a slice.
+        part: the slice of this process; None if one process scores everything.
 
     Returns:
         Non-negative tensors of the parameters' shapes, by name in the model's order. A parameter that the loss does
-        not reach scores 0. If the weights are sharded, this process's slices.
+        not reach scores 0. If the weights are sharded, only what this process holds of them.
 
     Raises:
-        DataError: there is no batch, or the batches do not match the shard.
+        DataError: there is no batch, or the batches do not match the slice.
         ModelError: the model has no parameters, or a gradient is NaN or infinite.
 
     Source:
         Fan et al., "SalUn", ICLR 2024, section 4, equation (4).
     """
-    if shard is not None and shard.count > 1:
+    if part is not None and part.count > 1:
         if samples is None:
-            raise UsageError("a shard is scored without `samples`", "its share of the whole is not known", "give it")
-        sums = score_shard(model, batches, loss_fn, samples, shard)
-        return gathered(sums, shard, list(model.named_parameters())).scores()
+            raise UsageError("a slice is scored without `samples`", "its share of the whole is not known", "give it")
+        sums = score_slice(model, batches, loss_fn, samples, part)
+        return gathered(sums, part, list(model.named_parameters())).scores()
     sums = PartialSums()
 
     def add(size: int, gradients: Sums) -> None:
@@ -160,68 +160,31 @@ VALUES_AT_ONCE = CHUNK * 3 * 64 * 64
 A whole chunk of 224 x 224 pixels would need 20 to 40 GB of activations. Another number changes the bits of the scores
 of larger images.
 """
-MAX_SHARDS = 256
-"""Most shards of a division: each is a pod of a pipeline, and by then its start costs more than its chunks."""
 Node = tuple[int, int]
 Sums = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One of several shares of a forget set: a contiguous range of chunks.
+class Slice:
+    """The part of a forget set that one of several processes scores: a contiguous range of chunks.
 
     Args:
-        index: index of the shard, from 0.
-        count: number of shards.
+        index: rank of the process, from 0.
+        count: number of processes.
     """
 
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """Parse a shard such as `2/8`, the second of eight.
-
-        Raises:
-            UsageError: the text has another form, or there are too many shards.
-        """
-        number, slash, count = text.partition("/")
-        if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise UsageError(
-                f"{text!r} is not a shard", "it must have the form NUMBER/COUNT, counted from 1", "write 1/8 to 8/8"
-            )
-        return cls.all(int(count))[int(number) - 1]
-
-    @classmethod
-    def all(cls, count: int) -> list[Shard]:
-        """Return all shards of a division, in order; their texts are `1/3`, `2/3` and `3/3` for a count of 3.
-
-        Raises:
-            UsageError: the count is below 1 or above `MAX_SHARDS`.
-        """
-        if not 1 <= count <= MAX_SHARDS:
-            raise UsageError(
-                f"a forget set cannot be divided into {count} shards",
-                f"the number of shards is from 1 to {MAX_SHARDS}",
-                "give as many as there are pods or machines to score them",
-            )
-        return [cls(index, count) for index in range(count)]
-
-    def __str__(self) -> str:
-        return f"{self.index + 1}/{self.count}"
+    index: int
+    count: int
 
     def chunks(self, samples: int) -> range:
-        """Return this shard's range of chunks of a set with `samples` samples; it may be empty."""
+        """Return this slice's range of chunks of a set with `samples` samples; it may be empty."""
         total = chunks_of(samples)
         return range(self.index * total // self.count, (self.index + 1) * total // self.count)
 
     def samples(self, samples: int) -> range:
-        """Return the positions of this shard's samples in the forget set."""
+        """Return the positions of this slice's samples in the forget set."""
         chunks = self.chunks(samples)
         return range(chunks.start * CHUNK, min(chunks.stop * CHUNK, samples))
-
-
-WHOLE = Shard()
 
 
 def chunks_of(samples: int) -> int:
@@ -295,7 +258,7 @@ class PartialSums:
                 *_, left, right = sorted(self.nodes, key=lambda node: node[1] << node[0])
                 self.nodes[left] = _added(self.nodes[left], self.nodes.pop(right))
         elif set(self.nodes) != {self.root}:
-            raise UsageError("the saliency is not complete", "some of its shards are missing", "add all shards")
+            raise UsageError("the saliency is not complete", "some of its chunks are missing", "add all chunks")
         _, sums = self.nodes.popitem()
         return {name: mean_magnitude(name, value, self.samples) for name, value in sums.items()}
 
@@ -304,58 +267,58 @@ def _added(left: Sums, right: Sums) -> Sums:
     return {name: value.add_(right[name]) for name, value in left.items()}
 
 
-def layout(samples: int, shard: Shard) -> list[Node]:
-    """Return the nodes that remain after the sums of a shard, in the order of their chunks."""
+def layout(samples: int, part: Slice) -> list[Node]:
+    """Return the nodes that remain after the sums of a slice, in the order of their chunks."""
     empty = PartialSums(samples)
-    for number in shard.chunks(samples):
+    for number in part.chunks(samples):
         empty.add((0, number), {})
     return sorted(empty.nodes, key=lambda node: node[1] << node[0])
 
 
-def score_shard(
+def score_slice(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     loss_fn: LossFn,
     samples: int,
-    shard: Shard,
+    part: Slice,
 ) -> PartialSums:
-    """Sum the gradients of one shard of the forget set.
+    """Sum the gradients of one slice of the forget set.
 
     Args:
         model: the original model θ_o; it is restored afterwards.
-        batches: the shard's samples (`shard.samples`) in the set's order, in batches of `CHUNK`.
+        batches: the slice's samples (`part.samples`) in the set's order, in batches of `CHUNK`.
         loss_fn: (model output, targets) -> mean loss over the batch, a scalar.
         samples: number of samples of the whole forget set.
-        shard: the shard to score.
+        part: the slice to score.
 
     Returns:
-        The sums over the shard's chunks; without nodes if the shard is empty.
+        The sums over the slice's chunks; without nodes if the slice is empty.
 
     Raises:
-        DataError: the batches do not match the shard's chunks.
+        DataError: the batches do not match the slice's chunks.
         ModelError: the model has no parameters.
     """
-    sums, left = PartialSums(samples), list(shard.chunks(samples))
+    sums, left = PartialSums(samples), list(part.chunks(samples))
 
     def add(size: int, gradients: Sums) -> None:
         if not left:
-            raise _other_chunks(shard, samples, "there are more batches than chunks")
+            raise _other_chunks(part, samples, "there are more batches than chunks")
         number = left.pop(0)
         expected = min(CHUNK, samples - number * CHUNK)
         if size != expected:
-            raise _other_chunks(shard, samples, f"chunk {number + 1} has {expected} samples, its batch has {size}")
+            raise _other_chunks(part, samples, f"chunk {number + 1} has {expected} samples, its batch has {size}")
         sums.add((0, number), gradients)
 
     _each_gradient(model, batches, loss_fn, add)
     if left:
-        raise _other_chunks(shard, samples, f"chunk {left[0] + 1} has no batch")
+        raise _other_chunks(part, samples, f"chunk {left[0] + 1} has no batch")
     return sums
 
 
-def _other_chunks(shard: Shard, samples: int, why: str) -> DataError:
-    mine = shard.samples(samples)
+def _other_chunks(part: Slice, samples: int, why: str) -> DataError:
+    mine = part.samples(samples)
     return DataError(
-        f"the batches are not the chunks of shard {shard}",
+        f"the batches are not the chunks of slice {part.index + 1} of {part.count}",
         why,
         f"give the samples {mine.start} to {mine.stop} of {samples}, in order and in batches of {CHUNK}",
     )
@@ -366,8 +329,8 @@ def repeatable() -> Iterator[None]:
     """Compute with one CPU thread and deterministic kernels, so that a batch has the same gradient everywhere.
 
     The number of CPU threads determines how a sum is split, and processes that share a machine have fewer threads each
-    than one process alone. Wrap the scoring in this context to get the same bits for any number of threads, processes
-    and shards; it costs the speed of the other threads.
+    than one process alone. Wrap the scoring in this context to get the same bits for any number of threads and
+    processes; it costs the speed of the other threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -378,21 +341,21 @@ def repeatable() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def gathered(own: PartialSums, shard: Shard, parameters: Sequence[tuple[str, nn.Parameter]]) -> PartialSums:
+def gathered(own: PartialSums, part: Slice, parameters: Sequence[tuple[str, nn.Parameter]]) -> PartialSums:
     """Combine the sums of all processes: every rank sends its nodes in turn, and all add them in the same order.
 
     Args:
-        own: sums of this process's shard.
-        shard: (rank, number of processes).
+        own: sums of this process's slice.
+        part: the slice of this process.
         parameters: names, shapes and device of the sums.
 
     Returns:
         The sums over all chunks.
     """
     whole = PartialSums(own.samples)
-    for source in range(shard.count):
-        for node in layout(own.samples, Shard(source, shard.count)):
-            sums = own.nodes[node] if source == shard.index else _room(parameters)
+    for source in range(part.count):
+        for node in layout(own.samples, Slice(source, part.count)):
+            sums = own.nodes[node] if source == part.index else _room(parameters)
             for value in sums.values():
                 dist.broadcast(value, source)
             whole.add(node, sums)

@@ -14,7 +14,7 @@ from salun_core.evaluation.optional_metrics import parse_optional_metrics, requi
 from salun_core.gate import shipped_policies
 from salun_core.registry.lookup import Version, read_head, read_version, require_head
 from salun_core.steps.claim import card_of, task_of_line
-from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, RunForm, ShardedMaskForm, UnlearningForm
+from salun_core.steps.run_form import DeletionSweepForm, RunForm, UnlearningForm
 from salun_core.storage import open_store, split_uri
 from salun_core.storage.keys import check_id
 from salun_core.sweeps.policy import SweepPolicy
@@ -87,15 +87,12 @@ def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None) 
     named = faults.of("model_line", check_id, "model line", form.model_line) is not None
     if addressed and named:
         task = faults.of("model_line", _task, form, reads=True)
-        if task is not None and isinstance(form, RecipeForm):
+        if task is not None:
             faults.of("the evaluation of the line", _check_evaluators, form, in_pods, reads=True)
-    if isinstance(form, UnlearningForm | ShardedMaskForm):
+    if isinstance(form, UnlearningForm):
         _check_forget(faults, form.forget_manifest_uri, task, in_pods)
-    if isinstance(form, ShardedMaskForm):
-        faults.of("shards", _check_shards, form.shards)
-    if isinstance(form, RecipeForm):
-        _check_policy(faults, form.policy_uri, in_pods)
-        _check_recipe(faults, form, task)
+    _check_policy(faults, form.policy_uri, in_pods)
+    _check_recipe(faults, form, task)
     if isinstance(form, DeletionSweepForm) and form.pipeline_root:
         faults.of("pipeline_root", split_uri, form.pipeline_root)
     faults.finish()
@@ -109,7 +106,7 @@ def _task(form: RunForm) -> Task[Any]:
     return task_of_line(store, form.model_line)
 
 
-def _check_evaluators(form: RecipeForm, in_pods: bool) -> None:
+def _check_evaluators(form: RunForm, in_pods: bool) -> None:
     """Refuse a line whose image classifier, extractor or CLIP model cannot be found: the run would fail at its end."""
     store = open_store(form.store_uri)
     head = read_head(store, form.model_line)
@@ -145,7 +142,7 @@ def _check_policy(faults: _Faults, uri: str, in_pods: bool) -> None:
     faults.of("policy_uri", check_policy, uri, reads=uri.startswith(_S3))
 
 
-def _check_recipe(faults: _Faults, form: RecipeForm, task: Task[Any] | None) -> None:
+def _check_recipe(faults: _Faults, form: RunForm, task: Task[Any] | None) -> None:
     """Check the method, its configuration, the search and the extra metrics.
 
     Without the task of the line a method counts if any task has it.
@@ -174,7 +171,7 @@ def _check_recipe(faults: _Faults, form: RecipeForm, task: Task[Any] | None) -> 
         faults.of("the policy of the sweep", _sweep_policy, form, task)
 
 
-def _resolve(form: RecipeForm, task: Task[Any] | None) -> None:
+def _resolve(form: RunForm, task: Task[Any] | None) -> None:
     having = [one for one in TASKS.values() if form.method in one.methods] if task is None else [task]
     faults = []
     for one in having or TASKS.values():
@@ -187,7 +184,7 @@ def _resolve(form: RecipeForm, task: Task[Any] | None) -> None:
     raise faults[0]
 
 
-def _check_plugins(form: RecipeForm, asked: Mapping[str, int]) -> None:
+def _check_plugins(form: RunForm, asked: Mapping[str, int]) -> None:
     """Refuse a plug-in that the policy does not allow, before it costs a run. They were loaded by the checks before."""
     used = [
         *plugins.loaded("method", *methods_of(form.method)),
@@ -209,12 +206,6 @@ def _check_plugins(form: RecipeForm, asked: Mapping[str, int]) -> None:
 def _sweep_policy(form: DeletionSweepForm, task: Task[Any]) -> None:
     limits = form.model_dump(include=set(SweepPolicy.model_fields))
     parse(SweepPolicy, {**dict(task.escalation(form.recipe, tune=form.tune)), **limits}, "the policy of the sweep")
-
-
-def _check_shards(given: int | list[str]) -> None:
-    count = given if isinstance(given, int) else len(given)
-    if count < 1:
-        raise UsageError(f"shards is {count}", "at least one shard scores the forget set", "give 1 or more")
 
 
 def _only_here(name: str, uri: str, remedy: str) -> UsageError:

@@ -1,20 +1,14 @@
-"""Step 2: score the weights on the forget set and write the mask; whole, or in shards that are merged."""
+"""Step 2: score the weights on the forget set and write the mask."""
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from salun_core.methods.config import pick_device
 from salun_core.methods.method import resolve_config
 from salun_core.methods.recipe import Recipe
 from salun_core.saliency import SaliencyMask
-from salun_core.saliency.scores import Shard
-from salun_core.saliency.shard_file import ShardHeader, merge_shards, write_shard
 from salun_core.steps.context import RunContext, method_label
 from salun_core.tasks.masks import make_mask, mask_facts
 
@@ -58,63 +52,3 @@ def compute_mask(context: RunContext, recipe: Recipe, out: Path, random_seed: in
             mask.save(out)
         metrics.record("salun_mask_density_ratio", mask.density, method=method_label(recipe.method))
         return mask
-
-
-def score_shard(context: RunContext, shard: Shard, out: Path) -> ShardHeader:
-    """Score one shard of the forget set and write its sums, to be merged into a mask.
-
-    Args:
-        context: model, forget set, device.
-        shard: which one of how many.
-        out: file to write.
-
-    Returns:
-        The file's header.
-    """
-    with context.observed("compute_mask"):
-        started = time.perf_counter()
-        inputs, device = context.inputs, pick_device(context.device)
-        sums = context.task.score_shard(inputs, shard, device)
-        shapes = {name: list(parameter.shape) for name, parameter in inputs.original.network.named_parameters()}
-        header = ShardHeader(
-            index=shard.index,
-            count=shard.count,
-            samples=sums.samples,
-            shapes=shapes,
-            order=list(shapes),
-            **inputs.digests,
-            engine=_engine(device),
-            seconds=time.perf_counter() - started,
-        )
-        write_shard(out, sums, header)
-        return header
-
-
-def merge_scores(context: RunContext, shards: Sequence[Path], density: float, out: Path) -> SaliencyMask:
-    """Add up the shards of a saliency and write the mask: the same bits as of one process alone.
-
-    Args:
-        context: model and forget set.
-        shards: the files of all shards, in any order.
-        density: share of weights to keep salient, in (0, 1].
-        out: file to write.
-
-    Returns:
-        The mask.
-
-    Raises:
-        UsageError: a shard is missing or given twice.
-        IntegrityError: a shard is damaged, or of another model or forget set.
-    """
-    with context.observed("compute_mask") as metrics:
-        scores, facts = merge_shards(shards, context.inputs.digests)
-        mask = SaliencyMask.from_scores(scores, density).with_facts({**mask_facts(context.inputs), **facts})
-        mask.save(out)
-        metrics.record("salun_mask_density_ratio", mask.density, method="salun")
-        return mask
-
-
-def _engine(device: torch.device) -> str:
-    """Describe what determines the last bits of a chunk's gradient."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return f"torch {torch.__version__}, {name}"

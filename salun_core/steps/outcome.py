@@ -43,7 +43,6 @@ class RunState(StrEnum):
     WRONG_INPUT = "wrong_input"
     DAMAGED = "damaged"
     SETTLED_BEFORE = "settled_before"
-    COMPLETED = "completed"
     FAILED = "failed"
     KILLED = "killed"
 
@@ -58,7 +57,6 @@ EXIT_CODES: Mapping[RunState, int] = {
     RunState.WRONG_INPUT: 2,
     RunState.DAMAGED: 5,
     RunState.SETTLED_BEFORE: 4,
-    RunState.COMPLETED: 0,
     RunState.FAILED: 1,
     RunState.KILLED: 1,
 }

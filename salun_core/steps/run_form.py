@@ -19,26 +19,21 @@ from salun_core.sweeps.policy import BatchLimits
 OLD_NAMES = {"also": "extra_metrics"}
 """Former names of fields. Documents, options and pipelines still take them; the next release drops them."""
 
-_FORGET = Field(description="Address of the forget set: a frozen manifest, a forget target or a list of targets.")
-_DENSITY = Field(default=0.5, gt=0, le=1, description="Share of the weights that may change, above 0 and at most 1.")
-
 
 class RunForm(Document):
-    """The parameters of every pipeline."""
+    """The parameters that a run and a sweep share."""
 
     model_line: str = Field(description="Name of the model line; the run starts from its HEAD.")
     store_uri: str = Field(description="The object store of model lines and requests, as s3://bucket/prefix.")
-
-
-class RecipeForm(RunForm):
-    """The parameters that a run and a sweep share."""
 
     method: str = Field(
         default="salun",
         description="The unlearning method. With tune also auto, or several names separated by commas: the search "
         "chooses one. In a sweep, the cause of a refusal decides which recipe comes next.",
     )
-    density: float = _DENSITY
+    density: float = Field(
+        default=0.5, gt=0, le=1, description="Share of the weights that may change, above 0 and at most 1."
+    )
     policy_uri: str = Field(
         default="auto",
         description="The gate policy: auto (by the kind of model), a shipped policy, a file or an s3:// address.",
@@ -84,13 +79,15 @@ class RecipeForm(RunForm):
         return with_current_names(data, OLD_NAMES)
 
 
-class UnlearningForm(RecipeForm):
+class UnlearningForm(RunForm):
     """The parameters of one unlearning run: those of the pipeline salun-unlearning, and of `run.yaml`."""
 
-    forget_manifest_uri: str = _FORGET
+    forget_manifest_uri: str = Field(
+        description="Address of the forget set: a frozen manifest, a forget target or a list of targets."
+    )
 
 
-class DeletionSweepForm(BatchLimits, RecipeForm):
+class DeletionSweepForm(BatchLimits, RunForm):
     """The parameters of a sweep: those of the pipeline salun-deletion-sweep."""
 
     dry_run: bool = Field(
@@ -100,14 +97,6 @@ class DeletionSweepForm(BatchLimits, RecipeForm):
         default="",
         description="Where Kubeflow stores artifacts, such as s3://mlpipeline/v2/artifacts, to purge them too.",
     )
-
-
-class ShardedMaskForm(RunForm):
-    """The parameters of a mask that is computed in shards: those of the pipeline salun-sharded-mask."""
-
-    forget_manifest_uri: str = _FORGET
-    shards: int = Field(default=1, ge=1, le=256, description="Number of pods that share the scores.")
-    density: float = _DENSITY
 
 
 F = TypeVar("F", bound=RunForm)

@@ -14,7 +14,7 @@ from salun_core.steps.claim import claim_requests, sweep_policy
 from salun_core.steps.form_check import check_form
 from salun_core.steps.purge import purge_store
 from salun_core.steps.run import RunOutcome, run_steps
-from salun_core.steps.run_form import DeletionSweepForm, RecipeForm, UnlearningForm
+from salun_core.steps.run_form import DeletionSweepForm, RunForm, UnlearningForm
 from salun_core.steps.settle import settle_requests
 from salun_core.storage import open_store
 from salun_core.sweeps.claim import Claim
@@ -98,7 +98,7 @@ def sweep_once(
         outcome, error, purged = None, None, None
         try:
             if claimed.record:
-                common = form.model_dump(include=set(RecipeForm.model_fields)) | claimed.recipe.model_dump()
+                common = form.model_dump(include=set(RunForm.model_fields)) | claimed.recipe.model_dump()
                 settings = UnlearningForm(**common, forget_manifest_uri=claimed.forget_uri)
                 check_form(settings, in_pods=False)  # the recipe may be another one by now
                 with lease_renewed(open_store(form.store_uri), form.model_line, run):

@@ -27,7 +27,6 @@ from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models.card import Card
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
-from salun_core.saliency.scores import PartialSums, Shard
 from salun_core.tasks.resolve import AUTO
 from salun_core.tuning.search import OnTrial
 
@@ -306,14 +305,6 @@ class Task(Protocol[InputsT]):
 
     def score(self, inputs: InputsT, config: Config, device: torch.device, group: ProcessGroup) -> Scores:
         """Score the selected parameters on the forget set; all processes get the same scores."""
-        ...
-
-    def score_shard(self, inputs: InputsT, shard: Shard, device: torch.device) -> PartialSums:
-        """Sum the gradients of one shard of the forget set.
-
-        Raises:
-            UsageError: the task does not support shards.
-        """
         ...
 
     def unlearn(

@@ -137,7 +137,7 @@ METHOD_LABELS = (
 LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
     "pipeline": tuple(
         f"salun-{name}{suffix}"
-        for name in ("unlearning", "deletion-sweep", "deletion-sweep-compact", "sharded-mask")
+        for name in ("unlearning", "deletion-sweep", "deletion-sweep-compact")
         for suffix in ("", "-cpu")
     ),
     "step": (

@@ -77,7 +77,7 @@ class Run:
     def fetch(self):
         form = {"store_uri": self.pod.store_uri, "model_line": LINE, "method_config": QUICK}
         form["forget_manifest_uri"] = str(self.file("forget"))
-        return self.keep("fetch", steps.fetch_model(self.pod, form).inputs)
+        return self.keep("fetch", steps.fetch_model(self.pod, form)[0])
 
     def mask(self):
         return self.keep("mask", steps.compute_mask(self.pod, str(self.file("fetch")), "salun", 0.5, QUICK))

@@ -30,7 +30,7 @@ def body_lines(function):
 
 
 def test_all_steps_are_there():
-    others = {"score_shard", "merge_scores", "claim_requests", "settle_requests", "purge_store"}
+    others = {"claim_requests", "settle_requests", "purge_store"}
     assert {*RUN, *others, "conclude", "sweep_compact"} == set(NAMES)
 
 

@@ -74,11 +74,11 @@ def test_the_first_step_refuses_a_method_that_the_image_does_not_allow(run, exam
     """A parameter of the run names code; the variable that allows it is in the image, which no parameter changes."""
     monkeypatch.setenv("SALUN_PLUGINS", "")
     policy = with_policy(run, ["salun-example"])
-    assert run.fetch(method="uniform", policy_uri=policy) == (2, [])
+    assert run.fetch(method="uniform", policy_uri=policy) == (2,)
     assert "method uniform is not allowed" in read_outcome(run.store, run.name).text
 
 
 def test_the_first_step_refuses_a_method_that_the_policy_does_not_list(run, example):
-    assert run.fetch(method="uniform") == (2, [])
+    assert run.fetch(method="uniform") == (2,)
     assert "policy classifier does not allow the method uniform" in read_outcome(run.store, run.name).text
     assert json.dumps(run.reference("inputs").kind) == '"nothing"'

@@ -65,11 +65,6 @@ def test_fetch_model_fixes_head_and_moves_no_weights(chain):
     assert not [entry.key for entry in chain.store.list("scratch/run-1/inputs/") if entry.size > 2000]
 
 
-def test_fetch_model_names_the_shards(run):
-    assert run.fetch(shards=3, publishes=False) == (0, ["1/3", "2/3", "3/3"])
-    assert holder_of(run.store, LINE) is None
-
-
 WRONG = {
     "an unknown method": ({"method": "salum"}, "salum"),
     "a method's unknown setting": ({"method_config": '{"epochz": 2}'}, "epochz"),
@@ -83,8 +78,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("changes", "named"), WRONG.values(), ids=WRONG)
 def test_the_first_step_refuses_wrong_input_with_an_outcome(run, capfd, changes, named):
-    code, shards = run.fetch(**changes)
-    assert (code, shards) == (2, [])
+    assert run.fetch(**changes) == (2,)
     assert ended(run).state == "wrong_input"
     assert named in ended(run).text
     assert run.reference("inputs").kind is Kind.NOTHING

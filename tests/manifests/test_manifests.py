@@ -337,5 +337,5 @@ def test_the_job_of_the_cache_creates_the_folder_that_the_steps_use():
     context = pod(job)["spec"]["securityContext"]
     assert {context[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {USER}
     claim = named("PersistentVolumeClaim", "salun-data-cache", everything())
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]  # the shards of a mask may run on several nodes
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]  # the steps of a run may run on several nodes
     assert config()[CACHE_CLAIM] == ""

@@ -84,9 +84,7 @@ def sweep():
     return read("salun-deletion-sweep")
 
 
-@pytest.fixture(
-    params=["salun-unlearning", "salun-deletion-sweep", "salun-deletion-sweep-compact", "salun-sharded-mask"]
-)
+@pytest.fixture(params=["salun-unlearning", "salun-deletion-sweep", "salun-deletion-sweep-compact"])
 def each(request):
     """Spec and platform of each pipeline that ships."""
     return read(request.param)

@@ -33,7 +33,7 @@ def copied(tmp_path, monkeypatch):
 def test_files_are_in_step():
     result = CliRunner().invoke(app, ["compile", "--check"])
     assert result.exit_code == 0, result.output
-    shipped = ("salun-unlearning", "salun-deletion-sweep", "salun-deletion-sweep-compact", "salun-sharded-mask")
+    shipped = ("salun-unlearning", "salun-deletion-sweep", "salun-deletion-sweep-compact")
     names = [name for one in shipped for name in (one, f"{one}-cpu")]
     assert result.stdout == "".join(f"{name}.yaml is in step\n" for name in names)
 
@@ -62,9 +62,7 @@ def test_missing_file_is_drift(copied):
     (copied / "salun-unlearning-cpu.yaml").unlink()
     result = CliRunner().invoke(app, ["compile", "--check", "--cpu"])
     assert result.exit_code == 1
-    in_step = "".join(
-        f"salun-{name}-cpu.yaml is in step\n" for name in ("deletion-sweep", "deletion-sweep-compact", "sharded-mask")
-    )
+    in_step = "".join(f"salun-{name}-cpu.yaml is in step\n" for name in ("deletion-sweep", "deletion-sweep-compact"))
     assert result.stdout == f"salun-unlearning-cpu.yaml does not exist\n{in_step}"
 
 

@@ -25,7 +25,6 @@ STEPS = {
         "settle-requests",
         *ENDS,
     },
-    "salun-sharded-mask": {"fetch-model", "score-shard", "merge-scores", *ENDS},
     "salun-deletion-sweep-compact": {"sweep-compact", "settle-requests", "purge-store", "conclude"},
 }
 STEPS["salun-deletion-sweep"] = STEPS["salun-unlearning"] | {"claim-requests", "purge-store"}
@@ -33,7 +32,6 @@ COMPUTING = {
     "salun-unlearning": GPU_STEPS,
     "salun-deletion-sweep": GPU_STEPS,
     "salun-deletion-sweep-compact": {"exec-sweep-compact"},
-    "salun-sharded-mask": {"exec-score-shard"},
 }
 SMALL = {"claim-requests", "fetch-model", "settle-requests", "purge-store", *ENDS}
 ACCELERATORS = ("gpu_count", "accelerator")
@@ -265,7 +263,6 @@ def test_run_form_explains_every_parameter(each):
         "salun-unlearning": {"forget_manifest_uri", *RECIPE},
         "salun-deletion-sweep": {"pipeline_root", *BATCH, *RECIPE},
         "salun-deletion-sweep-compact": {"pipeline_root", *BATCH, *RECIPE},
-        "salun-sharded-mask": {"forget_manifest_uri", "shards", "density"},
     }
     assert set(parameters) == {"model_line", "store_uri", *PLACEMENT} | own[name_of(each)]
     assert [name for name, parameter in parameters.items() if not parameter.get("description")] == []
@@ -327,7 +324,6 @@ def test_the_groups_of_the_graph_have_names(each):
             "salun-unlearning": {"unlearning", "the line is free", "the run cannot start"},
             "salun-deletion-sweep": {"sweep", "something is due", "the sweep cannot start"},
             "salun-deletion-sweep-compact": {"sweep", "the outcome is bad"},
-            "salun-sharded-mask": {"the input is right", "shards", "the run cannot start"},
         }[name_of(each)]
     )
 
@@ -439,9 +435,8 @@ def keys_of(pod):
 def test_steps_are_retried_with_back_off(each):
     steps = [task for name, task in all_tasks(each).items() if f"exec-{name}" in executors(each)]
     assert len(steps) == len(executors(each))
-    in_a_loop = name_of(each) == "salun-sharded-mask"  # where retries are an open fault of Kubeflow's
     tried_once = {task["componentRef"]["name"].removeprefix("comp-") for task in steps if "retryPolicy" not in task}
-    assert tried_once - ENDS == ({"score-shard"} if in_a_loop else set())
+    assert tried_once <= ENDS
     for task in steps:
         assert task.get("retryPolicy", {}).get("backoffDuration", "30s") == "30s"
 

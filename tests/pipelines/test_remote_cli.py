@@ -79,17 +79,17 @@ def to(state, **tasks):
 def test_register_is_idempotent_and_names_the_digest(fake):
     code, first, _ = run("register")
     assert code == 0
-    assert first.count("uploaded") == len(packages.shipped()) == 8
+    assert first.count("uploaded") == len(packages.shipped()) == 6
     names = sorted(version["display_name"] for version in fake.versions.values())
     assert SWEEP.version in names
     assert all(
-        re.fullmatch(r"salun-(unlearning|deletion-sweep|deletion-sweep-compact|sharded-mask)(-cpu)?-[0-9a-f]{12}", name)
+        re.fullmatch(r"salun-(unlearning|deletion-sweep|deletion-sweep-compact)(-cpu)?-[0-9a-f]{12}", name)
         for name in names
     )
     code, second, _ = run("register")
     assert code == 0
     assert second == first.replace("uploaded ", "was there")
-    assert (len(fake.pipelines), len(fake.versions)) == (8, 8)
+    assert (len(fake.pipelines), len(fake.versions)) == (6, 6)
 
 
 def test_all_pipelines_are_registered_at_once(fake):
@@ -885,6 +885,6 @@ def test_help_lists_the_parameters_of_the_default_pipeline(verb):
     assert [name for name in shown if f"--{name.replace('_', '-')}" not in out] == []
 
 
-@pytest.mark.parametrize("name", ["unlearning", "deletion-sweep", "sharded-mask"])
+@pytest.mark.parametrize("name", ["unlearning", "deletion-sweep"])
 def test_the_fields_of_the_run_form_are_documented(name):
     assert form_table(load_package(name)) in (ROOT / "docs" / "reference" / "run-form.md").read_text(encoding="utf-8")

@@ -21,8 +21,7 @@ from salun_core.cli.app import app
 from salun_core.config import parse
 from salun_core.errors import IntegrityError, UsageError
 from salun_core.evaluation.evidence import EVALUATED
-from salun_core.saliency.scores import MAX_SHARDS
-from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RecipeForm, ShardedMaskForm, UnlearningForm
+from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RunForm, UnlearningForm
 from salun_core.sweeps.policy import BatchLimits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +29,6 @@ PIPELINES = {
     "unlearning": UnlearningForm,
     "deletion-sweep": DeletionSweepForm,
     "deletion-sweep-compact": DeletionSweepForm,
-    "sharded-mask": ShardedMaskForm,
 }
 TYPES = {str: "STRING", int: "NUMBER_INTEGER", float: "NUMBER_DOUBLE", bool: "BOOLEAN", list[str]: "LIST"}
 
@@ -52,14 +50,8 @@ def test_each_pipeline_has_the_fields_of_its_form(name):
         assert field.is_required() or found["defaultValue"] == text(field.default)
 
 
-def test_the_bound_of_shards_is_that_of_the_scores():
-    """The form imports no torch, so it repeats the number."""
-    (bound,) = [item.le for item in ShardedMaskForm.model_fields["shards"].metadata if hasattr(item, "le")]
-    assert bound == MAX_SHARDS
-
-
 def test_the_form_repeats_how_many_images_are_measured():
-    assert RecipeForm.model_fields["evaluation_samples"].default == str(EVALUATED)
+    assert RunForm.model_fields["evaluation_samples"].default == str(EVALUATED)
 
 
 def test_no_default_of_a_component_differs():
@@ -122,12 +114,12 @@ REQUIRED = {"model_line": "digits", "store_uri": "s3://salun"}
 
 
 def test_a_former_name_is_read_and_reported(capsys):
-    assert RecipeForm(**REQUIRED, also="probe").extra_metrics == "probe"
+    assert RunForm(**REQUIRED, also="probe").extra_metrics == "probe"
     assert capsys.readouterr().err == (
         "Warning: `also` is now called `extra_metrics`. The next release drops the old name.\n"
     )
     with pytest.raises(ValidationError, match="also"):
-        RecipeForm(**REQUIRED, also="probe", extra_metrics="kl")
+        RunForm(**REQUIRED, also="probe", extra_metrics="kl")
 
 
 @pytest.mark.parametrize(

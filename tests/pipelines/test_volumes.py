@@ -16,7 +16,6 @@ COMPUTING = {
     "unlearning": {"compute-mask", "unlearn", "evaluate"},
     "deletion-sweep": {"compute-mask", "unlearn", "evaluate"},
     "deletion-sweep-compact": {"sweep-compact"},
-    "sharded-mask": {"score-shard"},
 }
 
 

@@ -311,7 +311,7 @@ def _claim(run: Run, place: Path) -> None:
 def _fetch(run: Run, place: Path) -> None:
     found = run.claimed
     recipe = {name: getattr(found, name) for name in ("method", "density", "method_config", "forget_manifest_uri")}
-    write_reference(pod_steps.fetch_model(run.pod, {**run.form(), **recipe}).inputs, place / "made")
+    write_reference(pod_steps.fetch_model(run.pod, {**run.form(), **recipe})[0], place / "made")
 
 
 def _mask(run: Run, place: Path) -> None:

@@ -109,9 +109,6 @@ class ToyTask:
         forget, _ = self.sets(inputs)
         return Scores(saliency_scores(inputs.original.network, [(forget, forget)], nn.functional.mse_loss), {})
 
-    def score_shard(self, inputs, shard, device):
-        raise UsageError("a toy is scored as a whole", "it is small", "leave out --shard")
-
     def unlearn(self, inputs, method, config, mask=None, checkpoint=None, on_epoch=None, group=None):
         self.methods[method].check_mask(method, mask)
         forget, retain = self.sets(inputs)

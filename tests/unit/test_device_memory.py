@@ -15,7 +15,7 @@ from salun_core.errors import DeviceMemoryError, ModelError
 from salun_core.evaluation.image_classifier import ImageClassifier
 from salun_core.evaluation.outputs import outputs_of, penultimate_features
 from salun_core.saliency import saliency_scores
-from salun_core.saliency.scores import CHUNK, Shard, score_shard
+from salun_core.saliency.scores import CHUNK, Slice, score_slice
 from tests.support.full_device import limited
 
 
@@ -147,7 +147,7 @@ def test_saliency_is_not_divided_because_its_bits_would_change(net, images):
     with pytest.raises(DeviceMemoryError, match="256 samples, which must be.*compute the mask on a CPU"):
         saliency_scores(net, images.batches(CHUNK), nn.functional.cross_entropy)
     with pytest.raises(DeviceMemoryError, match="256 samples, which must be scored at once"):
-        score_shard(net, images.batches(CHUNK), nn.functional.cross_entropy, 300, Shard())
+        score_slice(net, images.batches(CHUNK), nn.functional.cross_entropy, 300, Slice(0, 1))
     assert all(parameter.grad is None for parameter in net.parameters())
     assert net.training
 
@@ -155,7 +155,7 @@ def test_saliency_is_not_divided_because_its_bits_would_change(net, images):
 def test_generated_images_and_latents_do_not_depend_on_the_batch():
     diffusers = pytest.importorskip("diffusers")
     from salun_core.diffusion.sampling import Sampler
-    from tests.support.tiny_denoisers import class_table, class_unet
+    from tests.support.tiny_diffusion import class_table, class_unet
 
     denoiser, table = class_unet(), class_table()
     settings = {"steps": 2, "guidance_scale": 3.0, "batch_size": 8}

@@ -30,7 +30,7 @@ from salun_core.models import LoadedModel, ModelCard, load_model, save_model
 from salun_core.models.checkpoint import CARD, WEIGHTS
 from salun_core.saliency import SaliencyMask, saliency_scores
 from salun_core.saliency import scores as saliency
-from salun_core.saliency.scores import CHUNK, PartialSums, Shard
+from salun_core.saliency.scores import CHUNK, Slice
 from salun_core.tasks.classification.evaluation import compared, evaluate
 from salun_core.tasks.classification.inputs import ClassifierInputs
 from salun_core.tasks.classification.tuning import search
@@ -83,11 +83,11 @@ class ClassificationTask:
         """
         if config.sharding == "fsdp":
             return Scores(self._sharded_scores(inputs, device, group), {})
-        shard, samples = Shard(group.rank, group.size), len(inputs.forget)
-        mine = inputs.forget.select(shard.samples(samples)).to(device)
+        part, samples = Slice(group.rank, group.size), len(inputs.forget)
+        mine = inputs.forget.select(part.samples(samples)).to(device)
         network = inputs.original.model.to(device)
         with saliency.repeatable():
-            scores = saliency_scores(network, _chunks(mine), cross_entropy, samples=samples, shard=shard)
+            scores = saliency_scores(network, _chunks(mine), cross_entropy, samples=samples, part=part)
         return Scores(scores, {})
 
     def _sharded_scores(
@@ -100,14 +100,6 @@ class ClassificationTask:
                 network, _chunks(inputs.forget.to(device)), lambda *batch: cross_entropy(*batch) * counts
             )
         return collected_scores(network, slices)
-
-    @explained()
-    def score_shard(self, inputs: ClassifierInputs, shard: Shard, device: torch.device) -> PartialSums:
-        """Sum the gradients of one shard of D_f, bit-identical to a computation in one process."""
-        samples, network = len(inputs.forget), inputs.original.model.to(device)
-        mine = inputs.forget.select(shard.samples(samples)).to(device)
-        with saliency.repeatable():
-            return saliency.score_shard(network, _chunks(mine), cross_entropy, samples, shard)
 
     @explained()
     def unlearn(

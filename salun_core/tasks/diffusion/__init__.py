@@ -29,7 +29,6 @@ from salun_core.methods.recipe import Escalation, Recipe
 from salun_core.models.card import CARD, DiffusionCard
 from salun_core.models.diffusers_folder import LoadedDiffusion, load_diffusion, model_files, save_diffusion
 from salun_core.saliency import SaliencyMask
-from salun_core.saliency.scores import PartialSums, Shard
 from salun_core.tasks.diffusion.evaluation import evaluate
 from salun_core.tasks.diffusion.examples import build_example_sets
 from salun_core.tasks.diffusion.inputs import DiffusionInputs
@@ -91,14 +90,6 @@ class DiffusionTask:
             "times": config.saliency_times,
         }
         return Scores(denoising_scores(_encoded_denoiser(inputs, config, device), sets, config, group), facts)
-
-    def score_shard(self, inputs: DiffusionInputs, shard: Shard, device: torch.device) -> PartialSums:
-        """Reject shards: noise and times are drawn for the forget set as a whole."""
-        raise UsageError(
-            "a diffusion model is not scored in shards",
-            "its noise and times are drawn for the forget set as a whole",
-            "compute the mask as a whole: with `salun mask` or the pipeline salun-unlearning",
-        )
 
     @explained()
     def unlearn(

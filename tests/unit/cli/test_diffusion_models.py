@@ -25,7 +25,7 @@ from salun_core.models.card import DiffusionEvaluation
 from salun_core.registry.lookup import read_version, resolve
 from tests.support.card_line import classifier_card
 from tests.support.memory_store import MemoryFiles
-from tests.support.tiny_families import save_raw
+from tests.support.tiny_diffusion import save_raw
 
 SHORT = ["steps=2", "epochs=1", "batch_size=8", "channels=[8,16]", "head_channels=4", "device=cpu"]
 

@@ -18,7 +18,7 @@ from salun_core.evaluation.outputs import outputs_of
 from salun_core.methods.classification import unlearn
 from salun_core.tasks.classification import _chunks
 from salun_core.telemetry.progress import report, shown_by, tracked
-from tests.support.tiny_denoisers import class_table, class_unet
+from tests.support.tiny_diffusion import class_table, class_unet
 from tests.unit.diffusion.test_sampling import ddim
 
 

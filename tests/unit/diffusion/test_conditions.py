@@ -5,7 +5,7 @@ import torch
 
 from salun_core.diffusion.conditions import ConditionTable
 from salun_core.errors import DataError, UsageError
-from tests.support.tiny_denoisers import LENGTH, NULL, class_table, text_table
+from tests.support.tiny_diffusion import LENGTH, NULL, class_table, text_table
 
 
 def test_rows_are_looked_up_by_index_and_by_name():

@@ -6,7 +6,7 @@ from torch import nn
 
 from salun_core.diffusion.denoiser import Denoiser, require_finite
 from salun_core.errors import ModelError, UsageError
-from tests.support.tiny_denoisers import (
+from tests.support.tiny_diffusion import (
     batches,
     class_unet,
     digits_sets,

@@ -16,7 +16,7 @@ from salun_core.diffusion.sampling import images
 from salun_core.errors import ModelError, UsageError
 from salun_core.models.card import DiffusionEvaluation
 from salun_core.models.diffusers_folder import load_diffusion
-from tests.support.tiny_families import CLASS_TOLD, CLASSES, FAMILIES, SIDE, save_model_folder
+from tests.support.tiny_diffusion import CLASS_TOLD, CLASSES, FAMILIES, SIDE, save_model_folder
 
 
 @pytest.fixture(scope="module")

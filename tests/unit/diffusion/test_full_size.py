@@ -20,7 +20,7 @@ from salun_core.diffusion.denoiser import Denoiser  # noqa: E402
 from salun_core.diffusion.process import Process  # noqa: E402
 from salun_core.errors import UsageError  # noqa: E402
 from salun_core.saliency import SaliencyMask  # noqa: E402
-from tests.support.tiny_denoisers import selection_mask, shapes_of  # noqa: E402
+from tests.support.tiny_diffusion import selection_mask, shapes_of  # noqa: E402
 
 TEXT_UNETS = {"sd-1.4-unet": 859_520_964, "sd-2.1-unet": 865_910_724, "sdxl-unet": 2_567_463_684}
 OTHERS = {"sd-1.4-vae": 83_653_863, "sd-1.4-text-encoder": 123_060_480, "ddpm-cifar10-unet": 35_746_307 + 11 * 512}

@@ -7,7 +7,7 @@ import torch
 
 from salun_core.diffusion.examples import Examples, endless, noised
 from salun_core.errors import DataError, ModelError
-from tests.support.tiny_denoisers import text_unet
+from tests.support.tiny_diffusion import text_unet
 
 SHAPE = (2, 4, 4)
 

@@ -6,7 +6,7 @@ import torch
 
 from salun_core.diffusion.sampling import Sampler, images, samples, starting_noise, to_bytes
 from salun_core.errors import ModelError, UsageError
-from tests.support.tiny_denoisers import NULL, class_table, class_unet, lab, text_unet
+from tests.support.tiny_diffusion import NULL, class_table, class_unet, lab, text_unet
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -12,7 +12,7 @@ from salun_core.diffusion.families import family_of
 from salun_core.diffusion.latents import cached
 from salun_core.errors import UsageError
 from salun_core.models.diffusers_folder import load_diffusion
-from tests.support.tiny_families import LENGTH, PROMPTS, SIDE, save_model_folder
+from tests.support.tiny_diffusion import PROMPTS, SIDE, TEXT_LENGTH, save_model_folder
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_empty_prompts_are_refused(loaded, prompts):
 
 
 def test_truncated_prompts_are_logged(loaded, capsys):
-    long = " ".join(["image"] * LENGTH)
+    long = " ".join(["image"] * TEXT_LENGTH)
     assert truncated_prompts(loaded.components, [*PROMPTS, long]) == [long]
     encode_prompts(loaded.components, [long], SIDE, SIDE)
     assert "cut off" in capsys.readouterr().err

@@ -28,10 +28,10 @@ from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, joined
 from salun_core.methods.recipe import Recipe
 from salun_core.models import load_model
 from salun_core.saliency import SaliencyMask, saliency_scores
-from salun_core.saliency.scores import CHUNK, Shard, repeatable
+from salun_core.saliency.scores import CHUNK, Slice, repeatable
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate, evaluate_together
-from salun_core.steps.mask import compute_mask, merge_scores, score_shard
+from salun_core.steps.mask import compute_mask
 from salun_core.steps.unlearning import run_unlearning
 from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture
 from tests.support.full_device import limited
@@ -71,9 +71,9 @@ def mask_of(model):
 
 
 def scores_in(group):
-    shard, forget = Shard(group.rank, group.size), images(SAMPLES, 1)
-    mine = forget.select(shard.samples(SAMPLES)).batches(CHUNK)
-    return saliency_scores(network(), mine, cross_entropy, samples=SAMPLES, shard=shard)
+    part, forget = Slice(group.rank, group.size), images(SAMPLES, 1)
+    mine = forget.select(part.samples(SAMPLES)).batches(CHUNK)
+    return saliency_scores(network(), mine, cross_entropy, samples=SAMPLES, part=part)
 
 
 def unlearned_in(group, checkpoint=None, seed=2, limit=None, **config):
@@ -229,9 +229,6 @@ def work(tmp_path_factory, digits_model):
     (folder / "forget.json").write_text(json.dumps({"kind": "samples", "ids": ids}))
     context = RunContext(digits_model, str(folder / "forget.json"), device="cpu")
     compute_mask(context, Recipe(), folder / "mask")
-    for index in range(2):
-        score_shard(context, Shard(index, 2), folder / f"shard-{index}")
-    merge_scores(context, [folder / "shard-1", folder / "shard-0"], 0.5, folder / "merged")
     return folder
 
 
@@ -372,13 +369,6 @@ def salun(program, folder, *args):
     environment = {name: value for name, value in os.environ.items() if name not in hidden} | {"OMP_NUM_THREADS": "1"}
     command = [program, "--json", *map(str, args)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def test_merged_shards_are_the_mask_of_one_process(work):
-    alone, merged = (SaliencyMask.load(work / name) for name in ("mask", "merged"))
-    assert merged.digest == alone.digest
-    for fact in ("model_digest", "forget_set_digest", "threshold"):
-        assert merged.facts[fact] == alone.facts[fact]
 
 
 def test_the_step_in_two_processes_is_written_by_the_first(ranks, work):

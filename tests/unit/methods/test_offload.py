@@ -14,7 +14,7 @@ from salun_core.methods.diffusion import diffusion_config, unlearn_denoiser
 from salun_core.methods.diffusion.saliency import denoising_scores
 from salun_core.methods.offload import OffloadedOptimizer, Shelf, offloaded, put_away
 from salun_core.saliency import SaliencyMask, masked_optimizer
-from tests.support.tiny_denoisers import LENGTH, WIDTH, lab, shapes_of
+from tests.support.tiny_diffusion import LENGTH, WIDTH, lab, shapes_of
 
 OPTIMIZERS = {
     "sgd": lambda parameters: SGD(parameters, lr=0.1),

@@ -148,7 +148,7 @@ DIFFUSION = ("salun", "random_label", "finetune", "gradient_ascent", "forget_me_
 def test_a_denoiser_takes_the_same_steps_in_parts(method):
     pytest.importorskip("diffusers")
     from salun_core.methods.diffusion import unlearn_denoiser
-    from tests.support.tiny_denoisers import digits_sets, lab, selection_mask, text_table, text_unet
+    from tests.support.tiny_diffusion import digits_sets, lab, selection_mask, text_table, text_unet
 
     def run(limit):
         denoiser, sets = lab("text") if method != "forget_me_not" else (text_unet(), digits_sets(text_table()))

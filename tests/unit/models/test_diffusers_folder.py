@@ -14,7 +14,7 @@ from salun_core.data.split import SPLIT, read_split
 from salun_core.digest import digest_json, sha256_file
 from salun_core.errors import IntegrityError, ModelError, UsageError
 from salun_core.models.diffusers_folder import folder_digest, load_diffusion, model_files, save_diffusion
-from tests.support.tiny_families import edit_json, save_model_folder
+from tests.support.tiny_diffusion import edit_json, save_model_folder
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

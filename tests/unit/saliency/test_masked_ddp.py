@@ -1,4 +1,4 @@
-"""Data parallelism: two processes, gloo, each with its own shard of the data."""
+"""Data parallelism: two processes, gloo, each with its own share of the data."""
 
 import pytest
 import torch

@@ -18,10 +18,9 @@ from salun_core.registry.versions import fetch_version
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import Outcome
 from salun_core.saliency import SaliencyMask
-from salun_core.saliency.scores import Shard
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate
-from salun_core.steps.mask import compute_mask, score_shard
+from salun_core.steps.mask import compute_mask
 from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.run import run_all
 from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
@@ -307,12 +306,3 @@ def test_the_rows_are_classes_then_prompts_each_once(sd, tmp_path):
     rows = rows_of(load_diffusion(sd).card, open_inputs(sd, forget).forget_set)
     assert rows.classes == 10
     assert rows.names[10:] == ["a handwritten three", "a five"]
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_diffusion_model_is_not_scored_in_shards(ddpm, tmp_path, count):
-    context = RunContext(ddpm, target_file(tmp_path, kind="class", class_id=CLASS), device="cpu")
-    for shard in Shard.all(count):
-        with pytest.raises(UsageError, match=r"drawn for the forget set as a whole.*compute the mask as a whole"):
-            score_shard(context, shard, tmp_path / "shard")
-    assert not (tmp_path / "shard").exists()

@@ -7,13 +7,12 @@ import pytest
 from salun_core.errors import IntegrityError, StoreError, UsageError
 from salun_core.models import load_model
 from salun_core.steps.form_check import check_form
-from salun_core.steps.run_form import DeletionSweepForm, ShardedMaskForm, UnlearningForm
+from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm
 from salun_core.tasks import register_model
 from tests.support.card_line import begin_classifier, begin_text_to_image, classifier_card
 from tests.support.memory_store import MemoryFiles
 
 ADDRESS = "s3://salun/nowhere"
-SHARDS = 2 if ShardedMaskForm.model_fields["shards"].annotation is int else ["1/2", "2/2"]
 
 
 @pytest.fixture
@@ -62,7 +61,6 @@ def faults(form, *, in_pods=True):
         (sweep(model_line="Digits!"), "model line 'Digits!' is not a valid id"),
         (sweep(pipeline_root="minio://x"), "minio"),
         (unlearning(forget_manifest_uri="forget.json"), "forget_manifest_uri is forget.json: a pod cannot read a file"),
-        (ShardedMaskForm(model_line="d", store_uri=ADDRESS, forget_manifest_uri="f.json", shards=SHARDS), "f.json"),
     ],
 )
 def test_a_fault_is_found_without_the_store(no_store, form, text):
@@ -121,8 +119,6 @@ def test_a_form_without_faults_passes(line):
     said = []
     check_form(unlearning(store_uri=line.uri, forget_manifest_uri=target), in_pods=True, skipped=said.append)
     check_form(sweep(store_uri=line.uri, tune=True, extra_metrics="lira=4"), in_pods=True, skipped=said.append)
-    mask = ShardedMaskForm(model_line="digits", store_uri=line.uri, forget_manifest_uri=target, shards=SHARDS)
-    check_form(mask, in_pods=True, skipped=said.append)
     assert said == []
 
 

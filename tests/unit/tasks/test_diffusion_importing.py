@@ -12,7 +12,7 @@ from salun_core.digest import sha256_file
 from salun_core.errors import UsageError
 from salun_core.models.diffusers_folder import load_diffusion, model_files
 from salun_core.tasks.diffusion.importing import import_diffusion
-from tests.support.tiny_families import CLASSES, SIDE, edit_json, save_raw
+from tests.support.tiny_diffusion import CLASSES, SIDE, edit_json, save_raw
 
 pytestmark = pytest.mark.slow
 UNET = "unet/diffusion_pytorch_model"

@@ -13,7 +13,7 @@ from salun_core.methods.diffusion.unified_concept_editing import projections
 from salun_core.methods.method import resolve_config
 from salun_core.methods.recipe import Recipe, Role
 from salun_core.tasks import TASKS
-from tests.support.tiny_denoisers import lab
+from tests.support.tiny_diffusion import lab
 
 METHODS = [(task, method) for task in ("classification", "diffusion") for method in TASKS[task].methods]
 

@@ -37,8 +37,8 @@ from salun_core.tasks.diffusion.evaluation import measure, require_same_parts
 from salun_core.tasks.diffusion.examples import build_example_sets
 from salun_core.tasks.diffusion.importing import import_diffusion
 from salun_core.tasks.task import Candidate
+from tests.support.tiny_diffusion import CLASSES, PROMPTS, edit_json, save_model_folder, save_raw
 from tests.support.tiny_diffusion_models import PERMISSIVE, target_file
-from tests.support.tiny_families import CLASSES, PROMPTS, edit_json, save_model_folder, save_raw
 
 pytestmark = pytest.mark.slow
 

@@ -250,13 +250,18 @@ def test_an_unknown_method_becomes_other(gateway, scrape, monkeypatch):
 def test_the_pipeline_label_names_the_running_pipeline(gateway, scrape, monkeypatch, capsys):
     """What the compiled pipelines set; outside of them it is the unlearning."""
     monkeypatch.setenv("PUSHGATEWAY_URL", gateway)
-    for value in ("", "salun-sharded-mask", "salun-deletion-sweep-cpu"):
+    for value in ("", "salun-deletion-sweep", "salun-deletion-sweep-cpu"):
         monkeypatch.setenv("SALUN_PIPELINE", value)
         assert StepMetrics().push("compute_mask", "labelled")
     assert StepMetrics().push("compute_mask", "labelled", pipeline="salun-unlearning-cpu")
     labels = [dict(labels) for (name, labels) in scrape()[0] if name == "salun_build_info"]
     found = {label["pipeline"] for label in labels if label["model"] == "labelled"}
-    assert found == {"salun-unlearning", "salun-sharded-mask", "salun-deletion-sweep-cpu", "salun-unlearning-cpu"}
+    assert found == {
+        "salun-unlearning",
+        "salun-deletion-sweep",
+        "salun-deletion-sweep-cpu",
+        "salun-unlearning-cpu",
+    }
     capsys.readouterr()
     monkeypatch.setenv("SALUN_PIPELINE", "salun-unlearning-x7k2p")
     assert StepMetrics().push("compute_mask", "labelled") is False

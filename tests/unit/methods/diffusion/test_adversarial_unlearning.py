@@ -14,9 +14,19 @@ from salun_core.methods.diffusion import METHODS, DiffusionContext, diffusion_co
 from salun_core.methods.diffusion.adversarial_unlearning import attack, loss
 from salun_core.methods.diffusion.erased_stable_diffusion import partly_denoised, path
 from salun_core.models.checkpoint import model_digest
-from tests.support.tiny_denoisers import LENGTH, NULL, WIDTH, batches, digits_sets, lab, text_table, text_unet
-from tests.support.tiny_families import PROMPTS, text_components
-from tests.support.tiny_families import WIDTH as TEXT_WIDTH
+from tests.support.tiny_diffusion import (
+    LENGTH,
+    NULL,
+    PROMPTS,
+    TEXT_WIDTH,
+    WIDTH,
+    batches,
+    digits_sets,
+    lab,
+    text_components,
+    text_table,
+    text_unet,
+)
 
 pytest.importorskip("diffusers")
 

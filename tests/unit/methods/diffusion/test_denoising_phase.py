@@ -7,7 +7,7 @@ from salun_core.errors import UsageError
 from salun_core.methods.diffusion import METHODS, DiffusionContext, diffusion_config
 from salun_core.methods.diffusion.method import DiffusionMethod, denoising_phase
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
-from tests.support.tiny_denoisers import lab
+from tests.support.tiny_diffusion import lab
 
 pytest.importorskip("diffusers")
 

@@ -11,7 +11,7 @@ from salun_core.errors import DataError, UsageError
 from salun_core.methods.diffusion import diffusion_config
 from salun_core.methods.diffusion.saliency import denoising_scores
 from salun_core.saliency import SaliencyMask
-from tests.support.tiny_denoisers import denoiser_mask, lab, selection_mask, shapes_of
+from tests.support.tiny_diffusion import denoiser_mask, lab, selection_mask, shapes_of
 
 pytest.importorskip("diffusers")
 

@@ -17,7 +17,7 @@ from salun_core.methods.diffusion.forget_me_not import attention_energy, attenti
 from salun_core.methods.diffusion.saliency import denoising_scores
 from salun_core.methods.diffusion.unified_concept_editing import correction, matched_tokens, projections
 from salun_core.models.checkpoint import model_digest
-from tests.support.tiny_denoisers import (
+from tests.support.tiny_diffusion import (
     LENGTH,
     NULL,
     WIDTH,

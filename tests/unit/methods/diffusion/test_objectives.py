@@ -18,7 +18,7 @@ from salun_core.methods.diffusion.objectives import (
     relabel_loss,
     retain_weight,
 )
-from tests.support.tiny_denoisers import NULL, batches, lab
+from tests.support.tiny_diffusion import NULL, batches, lab
 
 pytest.importorskip("diffusers")
 

@@ -15,7 +15,7 @@ from salun_core.methods.diffusion import METHODS, DiffusionContext, diffusion_co
 from salun_core.methods.diffusion.erased_stable_diffusion import partly_denoised, path
 from salun_core.methods.diffusion.stereo import Attacks, erasing_loss, invert, robust_loss
 from salun_core.models.checkpoint import model_digest
-from tests.support.tiny_denoisers import LENGTH, NULL, WIDTH, batches, digits_sets, lab, text_table, text_unet
+from tests.support.tiny_diffusion import LENGTH, NULL, WIDTH, batches, digits_sets, lab, text_table, text_unet
 
 pytest.importorskip("diffusers")
 
