@@ -20,11 +20,10 @@ from salun_core.errors import SalunError
 from salun_core.telemetry.push import URL_VARIABLE
 
 if TYPE_CHECKING:
-    from salun_core.data.split import SplitManifest
     from salun_core.data.table import Table
     from salun_core.gate import Policy
-    from salun_core.models.card import Card
     from salun_core.storage import FileStore
+    from salun_core.tasks.line import OpenLine
 
 _PACKAGES = ("torch", "torchvision", "timm", "safetensors", "scikit-learn", "boto3", "pyarrow", "matplotlib")
 _DISK_GIB = 2
@@ -175,14 +174,6 @@ class Project:
     extra_metrics: str = ""
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A model line as it was read."""
-
-    card: Card
-    split: SplitManifest
-
-
 def check_project(store_uri: str | None, project: Project, store_works: bool) -> Iterator[Check]:
     """Check a line, its data, its policy, the signing key, and each kind of request that can be filed for the line.
 
@@ -218,27 +209,24 @@ def _failed(name: str, error: SalunError) -> Check:
     return _check(name, False, ": ".join(filter(None, (error.what, error.why))), error.remedy)
 
 
-def _line_of(store: FileStore | None, name: str) -> tuple[_Line | None, Check]:
-    from salun_core.data.split import stored_split
-    from salun_core.registry.lookup import Version, read_version, resolve
-    from salun_core.steps.claim import card_of
+def _line_of(store: FileStore | None, name: str) -> tuple[OpenLine | None, Check]:
+    from salun_core.registry.lookup import resolve
+    from salun_core.tasks.line import OpenLine
 
     if not name:
         return None, _check("line", False, "not set", "give --line, or `line:` in salun.yaml", required=False)
     if store is None:
         return None, _check("line", False, f"{name}: the store cannot be read", "see the check of the store")
     try:
-        line, digest = resolve(store, name)
-        version = Version(digest, read_version(store, line, digest))
-        card = card_of(store, version)
-        split = stored_split(store, version)
+        line = OpenLine(store, *resolve(store, name))
+        card, _ = line.card, line.split  # a damaged split is a fault of the line, not of its data
     except SalunError as error:
         return None, _failed("line", error)
     classes = f", {len(card.classes)} classes" if card.classes else ""
-    return _Line(card, split), _check("line", True, f"{line}@{digest[:12]}: {card.architecture}{classes}")
+    return line, _check("line", True, f"{line.name}@{line.digest[:12]}: {card.architecture}{classes}")
 
 
-def _data(line: _Line | None, moved: str) -> tuple[Table | None, Check]:
+def _data(line: OpenLine | None, moved: str) -> tuple[Table | None, Check]:
     """Read the data of the line, or those that are named if there is no line."""
     from salun_core.data import load_data
     from salun_core.data.spec import load_spec, relocated_spec
@@ -267,7 +255,7 @@ def _data(line: _Line | None, moved: str) -> tuple[Table | None, Check]:
     return loaded.table, _check("data", True, f"{spec.source}: {counts}{same}")
 
 
-def _policy(uri: str, line: _Line | None) -> tuple[Policy | None, Check]:
+def _policy(uri: str, line: OpenLine | None) -> tuple[Policy | None, Check]:
     from salun_core.tasks.resolve import AUTO, check_policy, policy_for
 
     try:
@@ -295,7 +283,7 @@ def _signing_key() -> Check:
 
 
 def _request(
-    kind: str, line: _Line, table: Table | None, policy: Policy | None, store: FileStore | None, extra_metrics: str
+    kind: str, line: OpenLine, table: Table | None, policy: Policy | None, store: FileStore | None, extra_metrics: str
 ) -> Check:
     """Check whether a request of a kind could be erased from a line and pass its policy."""
     from salun_core.evaluation.optional_metrics import parse_optional_metrics

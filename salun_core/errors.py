@@ -114,6 +114,10 @@ class StoreError(SalunError):
     """The object store is unreachable, unsafe, or refuses the credentials (exit 1)."""
 
 
+class StoreDeniedError(StoreError):
+    """The object store does not allow this account to do that (exit 1)."""
+
+
 class StoreUnreachableError(StoreError):
     """The object store does not answer, or is busy: the same call may succeed later (exit 1)."""
 

@@ -20,7 +20,7 @@ from salun_core.certificates.keys import load_signing_key
 from salun_core.config import Document, load
 from salun_core.data import load_data
 from salun_core.data.forget_set import ForgetSet, require_partial
-from salun_core.data.split import SPLIT, PinnedSplit, SplitManifest, stored_split
+from salun_core.data.split import SPLIT, PinnedSplit
 from salun_core.digest import check_digest, sha256_bytes
 from salun_core.errors import DeviceMemoryError, RunSettledError, SalunError, StoreError, UsageError
 from salun_core.evaluation import Evidence
@@ -28,15 +28,13 @@ from salun_core.evaluation.evidence import EVALUATED
 from salun_core.gate import GateDecision
 from salun_core.methods.method import get_method
 from salun_core.methods.recipe import parse_recipe
-from salun_core.models.card import Card
 from salun_core.pods.ends import counts_of, published_outcome, verdict_of
 from salun_core.pods.pod import Hold, Pod, end_process, in_step, nothing, patiently
 from salun_core.pods.reference import Fact, Kind, Reference
 from salun_core.pods.summary import empty_report, markdown
-from salun_core.registry.lookup import Version, read_version, require_head
 from salun_core.registry.versions import fetch_version
 from salun_core.saliency import SaliencyMask
-from salun_core.steps.claim import card_of, claim_requests, sweep_policy
+from salun_core.steps.claim import claim_requests
 from salun_core.steps.context import RunContext
 from salun_core.steps.evaluation import evaluate_together as evaluate_step
 from salun_core.steps.form_check import check_form
@@ -55,16 +53,16 @@ from salun_core.steps.processes import in_processes
 from salun_core.steps.publishing import gate_and_publish
 from salun_core.steps.run_form import DeletionSweepForm, UnlearningForm, read_form
 from salun_core.steps.settle import settle_requests
-from salun_core.steps.sweep import sweep_once
+from salun_core.steps.sweep import policy_of, sweep_once
 from salun_core.steps.unlearning import run_unlearning
 from salun_core.storage.documents import Digest, LineId, parse_stored
 from salun_core.storage.keys import run_key, scratch_key
 from salun_core.sweeps.claim import Claim, Skipped
 from salun_core.sweeps.heartbeat import hold_line
-from salun_core.sweeps.policy import BatchLimits
 from salun_core.sweeps.runs import RunLog
 from salun_core.sweeps.settle import Settled
-from salun_core.tasks import resolve_targets, task_named
+from salun_core.tasks import resolve_targets
+from salun_core.tasks.line import OpenLine
 from salun_core.tasks.resolve import read_bytes, read_forget
 from salun_core.tasks.run_facts import read_run_facts
 from salun_core.tasks.task import TuningOptions
@@ -132,12 +130,12 @@ def claim(pod: Pod, given: Mapping[str, Any], summary: str) -> Claimed:
     def work(_folder: Path, _given: list[Reference]) -> Reference:
         nonlocal claimed
         form = read_form(DeletionSweepForm, given)
-        recipe, limits = form.recipe, form.model_dump(include={"policy_uri", *BatchLimits.model_fields})
-        check_form(form, in_pods=False)
-        policy = sweep_policy(pod.store_uri, pod.model_line, recipe, tune=form.tune, **limits)
+        line = OpenLine(pod.store, pod.model_line)
+        check_form(form, in_pods=False, line=line)
+        policy = policy_of(form, line)
         if not form.dry_run:
             load_signing_key()  # a missing key must end the run now, not after hours of work
-        found = claim_requests(pod.store_uri, pod.model_line, pod.run, policy, dry_run=form.dry_run)
+        found = claim_requests(pod.store, line, pod.run, policy, dry_run=form.dry_run)
         config = json.dumps(found.recipe.method_config, sort_keys=True)
         claimed = Claimed(
             found.requests, found.forget_uri, found.recipe.method, found.recipe.density, config, found.reason
@@ -178,31 +176,29 @@ def fetch_model(pod: Pod, given: Mapping[str, Any]) -> tuple[Reference, int]:
     """
 
     def work(folder: Path, _given: list[Reference]) -> Reference:
-        form = read_form(UnlearningForm, given)
-        check_form(form, in_pods=False)
+        form, line = read_form(UnlearningForm, given), OpenLine(pod.store, pod.model_line)
+        check_form(form, in_pods=False, line=line)
         hold_line(pod.store, pod.model_line, pod.run)
         with observed("fetch_model", pod.model_line, pod.run):
-            head = require_head(pod.store, pod.model_line)
-            version = Version(head.version, read_version(pod.store, pod.model_line, head.version))
-            card = card_of(pod.store, version)
-            forget_set, split = _resolve(pod, version, card, form.forget_manifest_uri)
+            line = line.again()  # a run that held the line until now may have published since the form was checked
+            forget_set, split = _resolve(pod, line, form.forget_manifest_uri), line.split
             uri = _freeze(pod, forget_set)
             pinned = PinnedInputs(
                 line=pod.model_line,
-                parent=head.version,
+                parent=line.digest,
                 forget_uri=uri,
                 forget_digest=forget_set.digest,
                 salt=secrets.token_hex(16),
             )
             made = folder / "inputs"
             made.mkdir()
-            if split.layout is not None and task_named(card.task).excerpts:
+            if split.layout is not None and line.task.excerpts:
                 excerpt = split.excerpt(forget_set.samples)
                 excerpt.write(made / EXCERPT_FILE)
                 pinned = pinned.model_copy(update={"split": excerpt.pinned})
             (made / INPUTS_FILE).write_text(pinned.model_dump_json(exclude_none=True), encoding="utf-8")
             facts = {"forget_samples": len(forget_set.ids), "train_samples": len(split.train)}
-            origin = {"model_line": pod.model_line, "version": head.version}
+            origin = {"model_line": pod.model_line, "version": line.digest}
             return pod.scratch.put(Kind.INPUTS, made, facts={**origin, **facts})
 
     inputs = in_step(pod, "fetch_model", (), work, hold=Hold.NONE)
@@ -211,19 +207,19 @@ def fetch_model(pod: Pod, given: Mapping[str, Any]) -> tuple[Reference, int]:
     return inputs, outcome.code or 1 if outcome else 0
 
 
-def _resolve(pod: Pod, version: Version, card: Card, uri: str) -> tuple[ForgetSet, SplitManifest]:
+def _resolve(pod: Pod, line: OpenLine, uri: str) -> ForgetSet:
     """Resolve a forget set against the split of a version, with its data but without its weights."""
     record = RunLog(pod.store, utc_clock).read(pod.run)
     if record is not None:  # the claim froze it: nobody may have changed it since
         check_digest("the forget set of the run", record.forget_sha256, sha256_bytes(read_bytes(uri)))
-    found, split = read_forget(uri), stored_split(pod.store, version)
+    found, split = read_forget(uri), line.split
     if isinstance(found, ForgetSet):
         check_digest("the split of the forget set", split.digest, found.split_digest)
     else:
-        table = load_data(card.data, split).table if card.data is not None else None
-        found = resolve_targets(task_named(card.task), found, table, split)
+        table = load_data(line.card.data, split).table if line.card.data is not None else None
+        found = resolve_targets(line.task, found, table, split)
     require_partial(found, split)
-    return found, split
+    return found
 
 
 def _freeze(pod: Pod, forget_set: ForgetSet) -> str:
@@ -288,8 +284,8 @@ def compute_mask(
         (first,) = given
         recipe, count = parse_recipe(method, density, method_config), _count(processes)
         version = _pinned(pod, first, folder).parent  # the facts of an artifact are for people, and not verified
-        card = card_of(pod.store, Version(version, read_version(pod.store, pod.model_line, version)))
-        if recipe.leaves_method_open or not get_method(task_named(card.task).methods, recipe.method).needs_mask:
+        task = OpenLine(pod.store, pod.model_line, version).task
+        if recipe.leaves_method_open or not get_method(task.methods, recipe.method).needs_mask:
             return Reference(kind=Kind.MASK, facts={"method": recipe.method, "needed": "no"}, made_from=given)
         context, _ = _open(pod, first, folder)
         out = folder / MASK_FILE

@@ -48,12 +48,14 @@ def require_head(store: ObjectStore, line: str) -> Head:
     """
     found = read_head(store, line)
     if found is None:
-        raise UsageError(
-            f"model line {line} has no HEAD",
-            "no version was published",
-            "import or train a model: `salun model import`",
-        )
+        raise no_head(line)
     return found[0]
+
+
+def no_head(line: str) -> UsageError:
+    """Return the error for a line without HEAD."""
+    remedy = "import or train a model: `salun model import`"
+    return UsageError(f"model line {line} has no HEAD", "no version was published", remedy)
 
 
 def read_version(store: ObjectStore, line: str, digest: str) -> VersionManifest:

@@ -1,7 +1,8 @@
 """Files deletion requests after a check against the model line: what each one names is known before it is stored.
 
 The check reads HEAD of the line, its card and its split, and the data set if this machine can read it. A sweep checks
-everything again against the version that it erases from, because HEAD and the data may change in between.
+everything again against the version that it erases from, because HEAD and the data may change in between. Card and
+split are stored as the weights are, so an account without the right to read models files what only the sweep checks.
 
 Each request is filed, then put on hold if the data lack a name of it:
 
@@ -11,7 +12,6 @@ Each request is filed, then put on hold if the data lack a name of it:
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,24 +24,23 @@ from salun_core.config import Document
 from salun_core.data import load_data
 from salun_core.data.classes import find_class
 from salun_core.data.forget_set import kind_of
-from salun_core.data.split import stored_split
 from salun_core.data.table import Table
 from salun_core.data.targets import ClassTarget, ConceptTarget, SamplesTarget, Target
 from salun_core.digest import check_digest
-from salun_core.errors import ConflictError, SalunError, StoreError, UsageError
-from salun_core.models.card import CARD
-from salun_core.registry.lookup import Version, lines, read_file, read_head, read_version, unknown_line
+from salun_core.errors import ConflictError, SalunError, StoreDeniedError, StoreError, UsageError
+from salun_core.registry.lookup import lines, unknown_line
 from salun_core.requests.intake import Filed, submit_all
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.resolve import TableResolver, unmatched
 from salun_core.requests.schema import Review, Status, Submission, summarise
 from salun_core.storage.objects import FileStore
-from salun_core.tasks import parse_card, task_named
 from salun_core.tasks.ingredients import Measurement, missing_ingredients
+from salun_core.tasks.line import OpenLine
 from salun_core.tasks.resolve import AUTO, fetched, policy_for
 from salun_core.times import Clock, utc_clock
 
 _SHOWN = 5  # faults in one message
+_DENIED = "this account may not read the model, so the sweep checks it"
 
 
 class Match(Document):
@@ -57,7 +56,7 @@ class Match(Document):
     subjects: int | None = Field(default=None, description="persons that the samples belong to; null if unknown")
     in_training: int | None = Field(default=None, description="samples that the version was trained on")
     unknown: int = Field(default=0, description="names that the data do not have: it is held for review")
-    unchecked: str | None = Field(default=None, description="why it was not looked up in the data")
+    unchecked: str | None = Field(default=None, description="why the data, or the model too, were not looked at")
     warnings: list[str] = Field(default=[], description="what will be missing when it is erased")
 
 
@@ -80,7 +79,7 @@ def file_requests(
         submissions: the requests.
         actor: who files them.
         check_data: whether to look up the targets in the data. None reads local data and does not download any; True
-            fails if the data cannot be read.
+            fails if the data, or what the check needs of the model, cannot be read.
         policy_uri: the gate policy that a sweep will apply; a line that lacks what it needs gets a warning.
         confirm: called with what the requests name, before anything is written; False files nothing.
         done: called after each request.
@@ -170,20 +169,22 @@ class _Line:
     """HEAD of a model line with its data, for matching requests."""
 
     def __init__(self, store: FileStore, line: str, check_data: bool | None, policy_uri: str) -> None:
-        head = read_head(store, line)
-        if head is None:
+        self._line, self._check_data, self._denied = OpenLine(store, line), check_data, False
+        if self._line.head is None:
             raise unknown_line(line, lines(store))
-        version = Version(head[0].version, read_version(store, line, head[0].version))
-        self._store, self._version, self._check_data = store, version.digest, check_data
-        self._card: Any = parse_card(json.loads(read_file(store, version, CARD)))
-        self._split = stored_split(store, version)
-        self._task = task_named(self._card.task)
-        self._policy = policy_for(policy_uri, self._card)
+        try:
+            card, _ = self._line.card, self._line.split
+        except StoreDeniedError:
+            if check_data:
+                raise
+            self._denied = True
+        else:
+            self._policy = policy_for(policy_uri, card)
 
     @cached_property
     def _data(self) -> tuple[Table | None, str | None]:
         """The rows of the data set; None with the reason if they were not read."""
-        spec = self._card.data
+        spec = self._line.card.data
         if spec is None:
             return None, "the model came without data"
         if self._check_data is False:
@@ -192,7 +193,7 @@ class _Line:
         if remote and self._check_data is None:
             return None, "the data are in S3, and --check-data was not given"
         try:
-            return load_data(spec, self._split).table, None
+            return load_data(spec, self._line.split).table, None
         except (SalunError, OSError) as error:
             if self._check_data:
                 raise
@@ -218,21 +219,18 @@ class _Line:
             UsageError: the target does not fit the line.
             IntegrityError: it belongs to another data set, or its manifest does not match its digest.
         """
-        target = fetched(item.target)
-        self._task.check_targets([target])
+        fields: dict[str, Any] = {"id": item.id, "model_line": item.model_line, "version": self._line.digest}
+        if self._denied:
+            return Match(**fields, names=summarise(item.target), unchecked=_DENIED)
+        target, classes = fetched(item.target), self._line.card.classes
+        self._line.task.check_targets([target])
         table, unchecked = self._data
-        fields: dict[str, Any] = {
-            "id": item.id,
-            "model_line": item.model_line,
-            "version": self._version,
-            "names": summarise(target),
-            "warnings": self._warnings(target),
-        }
+        fields |= {"names": summarise(target), "warnings": self._warnings(target)}
         if isinstance(target, ConceptTarget):
             return Match(**fields)
-        if isinstance(target, ClassTarget) and self._card.classes:
-            index = find_class(target, self._card.classes)
-            fields |= {"class_name": self._card.classes[index], "class_index": index}
+        if isinstance(target, ClassTarget) and classes:
+            index = find_class(target, classes)
+            fields |= {"class_name": classes[index], "class_index": index}
         if table is None:
             return Match(**fields, unchecked=unchecked, **self._of_split(target))
         return Match(**fields, **self._of_data(target, table))
@@ -241,15 +239,15 @@ class _Line:
         """Return what the split alone says: which of the ids were trained on."""
         digest = getattr(target, "dataset_digest", None)
         if digest is not None:
-            check_digest("the data set of a forget target", digest, self._split.dataset_digest)
+            check_digest("the data set of a forget target", digest, self._line.split.dataset_digest)
         if not isinstance(target, SamplesTarget):
             return {}
-        return {"in_training": len(self._split.train.find(target.ids or ()))}
+        return {"in_training": len(self._line.split.train.find(target.ids or ()))}
 
     def _of_data(self, target: Target, table: Table) -> dict[str, Any]:
-        found, unknown = TableResolver(table, self._split, self._task).look_up(target)
-        trained = self._split.train.find(found)
-        if trained and len(trained) >= len(self._split.train):
+        found, unknown = TableResolver(table, self._line.split, self._line.task).look_up(target)
+        trained = self._line.split.train.find(found)
+        if trained and len(trained) >= len(self._line.split.train):
             raise UsageError(
                 "the request names all of the training data", "no model would be left", "delete the model line instead"
             )
@@ -259,9 +257,8 @@ class _Line:
 
     def _warnings(self, target: Target) -> list[str]:
         prompts = target.prompts if isinstance(target, ConceptTarget) else ()
-        return list(
-            map(str, missing_ingredients(self._card, self._policy, Measurement(kind_of(target), prompts), self._store))
-        )
+        measured = Measurement(kind_of(target), prompts)
+        return list(map(str, missing_ingredients(self._line.card, self._policy, measured, self._line.store)))
 
 
 def counted(matches: Sequence[Match]) -> Counter[str]:

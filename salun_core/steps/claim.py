@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from salun_core.certificates.issue import ModelCertifier
 from salun_core.config import parse
 from salun_core.data import LoadedData, load_data
-from salun_core.data.split import stored_split
-from salun_core.errors import ConflictError, UsageError
+from salun_core.errors import ConflictError
 from salun_core.methods.recipe import Recipe
-from salun_core.models.card import CARD, Card
-from salun_core.registry.lookup import Version, read_file, read_head, read_version
 from salun_core.requests.resolve import Resolver, TableResolver
-from salun_core.storage import FileStore, open_store
-from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import probe_key
-from salun_core.storage.objects import ObjectStore
 from salun_core.storage.probe import require_safe
 from salun_core.sweeps.claim import Claim, Skipped, claim, preview
 from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.policy import SweepPolicy
 from salun_core.tasks import task_named
+from salun_core.tasks.line import OpenLine
 from salun_core.tasks.resolve import AUTO, fetched, policy_digest
 from salun_core.tasks.task import Task
 from salun_core.telemetry.observe import observed
@@ -40,8 +34,7 @@ _PROBE_LASTS = timedelta(days=7)
 
 
 def sweep_policy(
-    store_uri: str,
-    line: str,
+    line: OpenLine,
     recipe: Recipe,
     *,
     tune: bool = False,
@@ -50,7 +43,6 @@ def sweep_policy(
     """Return the policy of a sweep: the escalation of a recipe, and other settings.
 
     Args:
-        store_uri: `s3://bucket/prefix`.
         line: the model line; its task escalates the recipe.
         recipe: the first recipe.
         tune: whether the runs search for settings.
@@ -60,40 +52,23 @@ def sweep_policy(
         UsageError: a setting is out of range, or the method or its configuration is wrong.
         IntegrityError: HEAD or its card is damaged.
     """
-    recipes = task_of_line(open_store(store_uri), line).escalation(recipe, tune=tune)
+    recipes = task_to_sweep(line).escalation(recipe, tune=tune)
     digest = policy_digest(settings.get("policy_uri", AUTO))
     return parse(SweepPolicy, {**dict(recipes), "policy_digest": digest, **settings}, "the policy of the sweep")
 
 
-def task_of_line(store: ObjectStore, line: str) -> Task[Any]:
-    """Return the task of the model at HEAD of a line; classification for a line without HEAD.
+def task_to_sweep(line: OpenLine) -> Task[Any]:
+    """Return the task of a line; classification for a line without HEAD, which has nothing to claim.
 
     Raises:
         IntegrityError: HEAD or its card is damaged.
     """
-    head = read_head(store, line)
-    if head is None:
-        return task_named("classification")
-    version = Version(head[0].version, read_version(store, line, head[0].version))
-    return task_named(card_of(store, version).task)
-
-
-def card_of(store: ObjectStore, version: Version) -> Card:
-    """Read the card of a version.
-
-    Raises:
-        IntegrityError: it is gone or damaged.
-    """
-    data = read_file(store, version, CARD)
-    kind: type[Card] = Card
-    with suppress(UsageError, ValueError, AttributeError, RecursionError):  # the parser reports what is wrong
-        kind = task_named(json.loads(data).get("task", "classification")).card_type
-    return parse_stored(kind, data, CARD)
+    return task_named("classification") if line.head is None else line.task
 
 
 def claim_requests(
-    store_uri: str,
-    model_line: str,
+    store: S3Store,
+    line: OpenLine,
     run: str,
     policy: SweepPolicy,
     *,
@@ -104,8 +79,8 @@ def claim_requests(
     """Claim a batch for a run; see `sweeps.claim.claim`.
 
     Args:
-        store_uri: `s3://bucket/prefix`.
-        model_line: name of the line.
+        store: the store of the line.
+        line: the line, as it was read for the policy.
         run: id of the run.
         policy: of the sweep.
         dry_run: describe in `reason` what would be claimed, and write nothing.
@@ -119,13 +94,12 @@ def claim_requests(
         StoreError: the store's conditional writes are not safe.
         UsageError: no such line, or no signing key although a certificate is due.
     """
-    with observed("claim_requests", model_line, run) as metrics:
-        store = open_store(store_uri)
+    with observed("claim_requests", line.name, run) as metrics:
         context = SweepContext(store, clock, ModelCertifier(store))
         if dry_run:
-            return preview(context, model_line, policy)
+            return preview(context, line.name, policy)
         probe_once(store)
-        found = claim(context, model_line, run, policy, lambda version: resolver_of(store, version, on_data))
+        found = claim(context, line, run, policy, lambda opened: resolver_of(opened, on_data))
         for reason in Skipped:
             metrics.record("salun_sweep_skipped", float(found.skipped is reason), reason=reason)
         metrics.record("salun_sweep_skipped_due", found.due)
@@ -152,22 +126,17 @@ def probe_once(store: S3Store) -> None:
         return
 
 
-def resolver_of(
-    store: FileStore, version: Version, on_data: Callable[[LoadedData], object] = lambda loaded: None
-) -> Resolver:
+def resolver_of(line: OpenLine, on_data: Callable[[LoadedData], object] = lambda loaded: None) -> Resolver:
     """Build the resolver for a version: its split manifest, and the rows of its data set, if it came with one.
 
     Args:
-        store: of the version.
-        version: digest and manifest.
+        line: the line at the version.
         on_data: called with the data set.
 
     Raises:
         IntegrityError: a file of the version is gone or damaged, or the data are not what it was trained on.
     """
-    card = card_of(store, version)
-    split = stored_split(store, version)
-    data = load_data(card.data, split) if card.data is not None else None
+    data = load_data(line.card.data, line.split) if line.card.data is not None else None
     if data is not None:
         on_data(data)
-    return TableResolver(data.table if data is not None else None, split, task_named(card.task), fetched)
+    return TableResolver(data.table if data is not None else None, line.split, line.task, fetched)

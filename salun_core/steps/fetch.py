@@ -33,7 +33,7 @@ def fetch_model(context: RunContext) -> Fetched:
         IntegrityError: a stored file or the data do not match their digests, or the forget set is not the claimed one.
     """
     with context.observed("fetch_model"):
-        head = require_head(context.store, context.model_line)
+        head = require_head(context.store, context.model_line)  # under the lease: a run before may have moved it
         fetch_version(context.store, context.model_line, head.version, context.before)
         context.require_claimed()
         return Fetched(head.version, len(context.inputs.forget_set.ids), len(context.inputs.split.train))

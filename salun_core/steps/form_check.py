@@ -12,14 +12,14 @@ from salun_core.errors import StoreError, UsageError, reported_as
 from salun_core.evaluation.evidence import most_evaluated
 from salun_core.evaluation.optional_metrics import parse_optional_metrics, require_reference
 from salun_core.gate import shipped_policies
-from salun_core.registry.lookup import Version, read_head, read_version, require_head
-from salun_core.steps.claim import card_of, task_of_line
+from salun_core.steps.claim import task_to_sweep
 from salun_core.steps.run_form import DeletionSweepForm, RunForm, UnlearningForm
 from salun_core.storage import open_store, split_uri
 from salun_core.storage.keys import check_id
 from salun_core.sweeps.policy import SweepPolicy
 from salun_core.tasks import TASKS
 from salun_core.tasks.ingredients import absent_evaluators
+from salun_core.tasks.line import OpenLine
 from salun_core.tasks.resolve import AUTO, check_policy, read_forget, read_policy_early
 from salun_core.tasks.task import Task, check_recipe
 from salun_core.tuning import parse_budget
@@ -63,7 +63,7 @@ class _Faults:
             self._skipped(f"not checked here: {', '.join(self.unread)}, because {self.reason.what}: {self.reason.why}")
 
 
-def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None) -> None:
+def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None, line: OpenLine | None = None) -> None:
     """Check every parameter of a run before any work.
 
     Values out of range are refused when the form is parsed. This checks what the values name: the store's address, the
@@ -75,6 +75,7 @@ def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None) 
         in_pods: whether the steps run in pods, which cannot read a file of this machine.
         skipped: called with one line that names what was not checked because the store cannot be read from here. By
             default that is an error.
+        line: the line of the form, if the caller goes on with what was read of it.
 
     Raises:
         UsageError: a parameter is wrong; several faults are listed in one message.
@@ -86,9 +87,10 @@ def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None) 
     addressed = faults.of("store_uri", split_uri, form.store_uri) is not None
     named = faults.of("model_line", check_id, "model line", form.model_line) is not None
     if addressed and named:
-        task = faults.of("model_line", _task, form, reads=True)
-        if task is not None:
-            faults.of("the evaluation of the line", _check_evaluators, form, in_pods, reads=True)
+        line = line or OpenLine(open_store(form.store_uri), form.model_line)
+        task = faults.of("model_line", _task, form, line, reads=True)
+        if task is not None and line.head is not None:
+            faults.of("the evaluation of the line", _check_evaluators, line, in_pods, reads=True)
     if isinstance(form, UnlearningForm):
         _check_forget(faults, form.forget_manifest_uri, task, in_pods)
     _check_policy(faults, form.policy_uri, in_pods)
@@ -98,24 +100,16 @@ def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None) 
     faults.finish()
 
 
-def _task(form: RunForm) -> Task[Any]:
+def _task(form: RunForm, line: OpenLine) -> Task[Any]:
     """Return the task of the line; only a sweep may find a line without HEAD, which has nothing to claim."""
-    store = open_store(form.store_uri)
-    if not isinstance(form, DeletionSweepForm):
-        require_head(store, form.model_line)
-    return task_of_line(store, form.model_line)
+    return task_to_sweep(line) if isinstance(form, DeletionSweepForm) else line.task
 
 
-def _check_evaluators(form: RunForm, in_pods: bool) -> None:
+def _check_evaluators(line: OpenLine, in_pods: bool) -> None:
     """Refuse a line whose image classifier, extractor or CLIP model cannot be found: the run would fail at its end."""
-    store = open_store(form.store_uri)
-    head = read_head(store, form.model_line)
-    if head is None:
-        return
-    card = card_of(store, Version(head[0].version, read_version(store, form.model_line, head[0].version)))
-    absent = absent_evaluators(card, store, in_pods=in_pods)
+    absent = absent_evaluators(line.card, line.store, in_pods=in_pods)
     if absent:
-        why = f"the evaluation of model line {form.model_line} needs it"
+        why = f"the evaluation of model line {line.name} needs it"
         raise UsageError("; ".join(item.why for item in absent), why, "; ".join(item.remedy for item in absent))
 
 

@@ -22,20 +22,21 @@ from salun_core.sweeps.heartbeat import lease_renewed
 from salun_core.sweeps.policy import BatchLimits, SweepPolicy
 from salun_core.sweeps.runs import new_run_id
 from salun_core.sweeps.settle import Settled
+from salun_core.tasks.line import OpenLine
 from salun_core.telemetry.logs import get_logger, run_bound
 from salun_core.tuning.search import OnTrial
 
 Say = Callable[[str], None]
 
 
-def policy_of(form: DeletionSweepForm) -> SweepPolicy:
-    """Return the policy of a sweep in one process.
+def policy_of(form: DeletionSweepForm, line: OpenLine) -> SweepPolicy:
+    """Return the policy of a sweep of the form's line.
 
     Raises:
         UsageError: the method or its configuration is wrong.
     """
     limits = form.model_dump(include={"policy_uri", *BatchLimits.model_fields})
-    return sweep_policy(form.store_uri, form.model_line, form.recipe, tune=form.tune, **limits)
+    return sweep_policy(line, form.recipe, tune=form.tune, **limits)
 
 
 @dataclass(frozen=True)
@@ -87,21 +88,24 @@ def sweep_once(
     """
     run = run or new_run_id()
     with run_bound(run):
-        policy = policy_of(form)
-        check_form(form, in_pods=False)
+        store = open_store(form.store_uri)
+        line = OpenLine(store, form.model_line)
+        policy = policy_of(form, line)
+        check_form(form, in_pods=False, line=line)
         say("claim_requests")
         if form.dry_run:
-            return SweepOutcome(run, claim_requests(form.store_uri, form.model_line, run, policy, dry_run=True))
+            return SweepOutcome(run, claim_requests(store, line, run, policy, dry_run=True))
         signer = load_signing_key()  # a missing key must end the sweep now, not after the run
         data: list[LoadedData] = []  # read and checked by the claim: the run does not do it again
-        claimed = claim_requests(form.store_uri, form.model_line, run, policy, on_data=data.append)
+        claimed = claim_requests(store, line, run, policy, on_data=data.append)
         outcome, error, purged = None, None, None
         try:
             if claimed.record:
                 common = form.model_dump(include=set(RunForm.model_fields)) | claimed.recipe.model_dump()
                 settings = UnlearningForm(**common, forget_manifest_uri=claimed.forget_uri)
-                check_form(settings, in_pods=False)  # the recipe may be another one by now
-                with lease_renewed(open_store(form.store_uri), form.model_line, run):
+                # The recipe may be another one by now. HEAD is not read for that: it is what the claim found.
+                check_form(settings, in_pods=False, line=line.at(claimed.record.parent))
+                with lease_renewed(store, form.model_line, run):
                     outcome = run_steps(settings, folder, say, run, on_trial, data[-1] if data else None)
         except SalunError as ended:
             error = ended

@@ -20,7 +20,14 @@ from botocore.exceptions import ConnectionError as UnreachableError
 from botocore.parsers import ResponseParserError
 from s3transfer.exceptions import RetriesExceededError
 
-from salun_core.errors import ConflictError, IntegrityError, SalunError, StoreError, StoreUnreachableError
+from salun_core.errors import (
+    ConflictError,
+    IntegrityError,
+    SalunError,
+    StoreDeniedError,
+    StoreError,
+    StoreUnreachableError,
+)
 from salun_core.storage.s3_settings import both_keys, variable
 
 _NO_ANSWER = (HTTPClientError, UnreachableError)
@@ -118,7 +125,8 @@ def _refusal(what: str, error: ClientError) -> StoreError:
     code, status = code_of(error), status_of(error)
     if code in _REASONS:
         why, remedy = _REASONS[code]
-        return StoreError(what, f"{why} ({code})", _named(remedy))
+        kind = StoreDeniedError if code == "AccessDenied" else StoreError
+        return kind(what, f"{why} ({code})", _named(remedy))
     if status >= 500 or code in {"SlowDown", "Throttling", "RequestTimeout"}:
         remedy = "run it again; check the store's log if it lasts"
         return StoreUnreachableError(what, f"the store is busy or broken ({status} {code})", remedy)

@@ -32,13 +32,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from salun_core.config import parse
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import AmbiguousTargetError, ConflictError, LineHeldError, RunSettledError, SalunError
 from salun_core.gate import Cause
 from salun_core.methods.recipe import Recipe
-from salun_core.registry.lookup import Version, read_version, require_head
 from salun_core.requests.index import IndexEntry, read_entries
 from salun_core.requests.ledger import Transition
 from salun_core.requests.resolve import AMBIGUOUS, Resolved, Resolver, unmatched
@@ -51,6 +51,9 @@ from salun_core.sweeps.policy import SweepPolicy, due_when, last_resort, next_le
 from salun_core.sweeps.runs import ENDED, RunMember, RunRecord
 from salun_core.sweeps.settle import complete, decision_about, in_progress, published_by, recover
 from salun_core.times import as_utc
+
+if TYPE_CHECKING:
+    from salun_core.tasks.line import OpenLine
 
 FORGET_FILE = "forget.json"
 _NO_REQUEST = "no request waits"
@@ -118,7 +121,7 @@ def preview(context: SweepContext, line: str, policy: SweepPolicy) -> Claim:
 
 
 def claim(
-    context: SweepContext, line: str, run: str, policy: SweepPolicy, resolver_of: Callable[[Version], Resolver]
+    context: SweepContext, line: OpenLine, run: str, policy: SweepPolicy, resolver_of: Callable[[OpenLine], Resolver]
 ) -> Claim:
     """Claim the next batch of a model line for a run.
 
@@ -127,7 +130,7 @@ def claim(
         line: the model line.
         run: id of the run.
         policy: of the sweep.
-        resolver_of: builds the resolver for the line's HEAD; called only when a batch is due.
+        resolver_of: builds the resolver for the line at HEAD; called only when a batch is due.
 
     Returns:
         The batch, or why there is none. Repeating the call for the same run gives the same batch.
@@ -137,25 +140,24 @@ def claim(
         UsageError: the line has no HEAD.
     """
     try:
-        lease = hold_line(context.store, line, run, policy.lease_seconds)
+        lease = hold_line(context.store, line.name, run, policy.lease_seconds)
     except LineHeldError as error:
-        waiting = context.ledger.entries(Status.QUEUED, line)
+        waiting = context.ledger.entries(Status.QUEUED, line.name)
         due = len(waiting) if _why_due(context, waiting, policy) else 0
         return Claim.nothing(policy, f"{error.what}: {error.why}", Skipped.LINE_HELD, due)
     with beating(context.store, lease):
         record = context.runs.read(run)
         if record is not None:
             return _claimed_before(context, record, policy)
-        recovered = recover(context, line, run)
-        states, reason, skipped = _next_batch(context, line, run, policy)
+        recovered = recover(context, line.name, run)
+        states, reason, skipped = _next_batch(context, line.name, run, policy)
         found = replace(Claim.nothing(policy, reason, skipped), recovered=recovered)
         if skipped is Skipped.NOT_DUE:
-            found = replace(found, due_at=_due_at(context.ledger.entries(Status.QUEUED, line), policy))
+            found = replace(found, due_at=_due_at(context.ledger.entries(Status.QUEUED, line.name), policy))
         if not states:
             return found
-        head = require_head(context.store, line)
-        version = Version(head.version, read_version(context.store, line, head.version))
-        return _Batch(context, line, run, policy, lease.epoch, version, resolver_of(version)).claim(states, found)
+        line = line.again()  # a run that held the line before may have published since the policy was made
+        return _Batch(context, line, run, policy, lease.epoch, resolver_of(line)).claim(states, found)
 
 
 def _claimed_before(context: SweepContext, record: RunRecord, policy: SweepPolicy) -> Claim:
@@ -238,11 +240,10 @@ class _Batch:
     """
 
     context: SweepContext
-    line: str
+    line: OpenLine
     run: str
     policy: SweepPolicy
     epoch: int
-    version: Version
     resolver: Resolver
     nothing: list[_Item] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -255,7 +256,7 @@ class _Batch:
         for state, resolved in self.nothing:
             item = self._take(state, resolved)
             if item is not None:
-                complete(self.context, item[0], _member(*item), self.version, None)
+                complete(self.context, item[0], _member(*item), self.line.version, None)
         settled = tuple(state.request.id for state, _ in self.nothing)
         found = replace(found, nothing_to_erase=settled, refused=tuple(self.refused), held=tuple(self.held))
         if not taken:
@@ -373,8 +374,8 @@ class _Batch:
         level, tried = self._level(ids, samples, level, dict(before))
         fields = {
             "run": self.run,
-            "line": self.line,
-            "parent": self.version.digest,
+            "line": self.line.name,
+            "parent": self.line.digest,
             "epoch": self.epoch,
             "created_at": as_utc(self.context.clock()).isoformat(),
             **self.policy.all_recipes[level].model_dump(),
@@ -430,8 +431,8 @@ class _Batch:
     def _work(self, ids: Sequence[str], level: int) -> str:
         recipe = self.policy.all_recipes[level]
         work = {
-            "line": self.line,
-            "parent": self.version.digest,
+            "line": self.line.name,
+            "parent": self.line.digest,
             "forget": ids,
             "recipe": recipe.model_dump(mode="json", exclude={"seed"}),
             "seed": recipe.seed,

@@ -11,18 +11,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from salun_core.config import parse_text
 from salun_core.errors import SalunError, StoreError, UsageError
 from salun_core.evaluation.evidence import METRIC_NAMES
 from salun_core.evaluation.image_classifier import FEWEST_REAL
 from salun_core.evaluation.optional_metrics import METRICS_OF
 from salun_core.evaluation.statistics import wilson_interval
 from salun_core.gate import Policy, Rule
-from salun_core.models.card import CARD, Card, DiffusionCard, DiffusionEvaluation
-from salun_core.registry.lookup import Version, read_file, read_version, resolve
-from salun_core.storage.objects import ObjectStore
-from salun_core.tasks import parse_card, read_card
+from salun_core.models.card import Card, DiffusionCard, DiffusionEvaluation
+from salun_core.registry.lookup import resolve
+from salun_core.storage.objects import FileStore
+from salun_core.tasks import read_card
 from salun_core.tasks.diffusion.inputs import harmless_prompts, label_of
+from salun_core.tasks.line import OpenLine
 
 GATED_KINDS = ("class", "samples", "subject", "concept")
 """Kinds of targets that a policy distinguishes; a random share counts as samples."""
@@ -85,7 +85,7 @@ class Measurement:
 
 
 def missing_ingredients(
-    card: Card, policy: Policy, measurement: Measurement, store: ObjectStore | None = None
+    card: Card, policy: Policy, measurement: Measurement, store: FileStore | None = None
 ) -> list[Missing]:
     """Return what a line lacks to pass a policy, whatever an unlearning run does.
 
@@ -120,7 +120,7 @@ def missing_ingredients(
 
 
 def ingredients_of_line(
-    card: Card, policy: Policy, store: ObjectStore | None = None, measurement: Measurement | None = None
+    card: Card, policy: Policy, store: FileStore | None = None, measurement: Measurement | None = None
 ) -> list[Missing]:
     """Return what a line lacks for the kinds of targets that it can forget; each thing once.
 
@@ -188,7 +188,7 @@ def _of_classifier(measurement: Measurement) -> Iterator[_Cause]:
         yield _Cause(("UA_samples",), "a class has no single samples", "give that rule `targets: [samples, subject]`")
 
 
-def _of_images(card: DiffusionCard, measurement: Measurement, store: ObjectStore | None) -> Iterator[_Cause]:
+def _of_images(card: DiffusionCard, measurement: Measurement, store: FileStore | None) -> Iterator[_Cause]:
     settings = card.evaluation
     yield from _recognition(card, measurement, store)
     yield from _distances(card)
@@ -211,7 +211,7 @@ def _of_images(card: DiffusionCard, measurement: Measurement, store: ObjectStore
     yield _Cause(others, "it is a metric of classifiers", "choose a policy of diffusion models")
 
 
-def _recognition(card: DiffusionCard, measurement: Measurement, store: ObjectStore | None) -> Iterator[_Cause]:
+def _recognition(card: DiffusionCard, measurement: Measurement, store: FileStore | None) -> Iterator[_Cause]:
     """Yield what an image classifier lacks to recognise what is generated."""
     of_judge = (*_JUDGED, "none_of_these", *(_DISTANCES if card.evaluation.extractor == "judge" else ()))
     known, faults = _judge(card.evaluation.judge, store)
@@ -242,7 +242,7 @@ def _distances(card: DiffusionCard) -> Iterator[_Cause]:
         yield _Cause(("none_of_these",), why, f"{_AGAIN} --evaluation real_images=1000")
 
 
-def absent_evaluators(card: Card, store: ObjectStore, *, in_pods: bool) -> list[Missing]:
+def absent_evaluators(card: Card, store: FileStore, *, in_pods: bool) -> list[Missing]:
     """Return what the card of a model names for its evaluation and what cannot be found: a run would fail at its end.
 
     Args:
@@ -265,7 +265,7 @@ def absent_evaluators(card: Card, store: ObjectStore, *, in_pods: bool) -> list[
 _JUDGE_REMEDY = "give one with --judge when the model is trained or imported"
 
 
-def _judge(name: str | None, store: ObjectStore | None) -> tuple[Sequence[str] | None, list[tuple[str, str, bool]]]:
+def _judge(name: str | None, store: FileStore | None) -> tuple[Sequence[str] | None, list[tuple[str, str, bool]]]:
     """Return the classes of the image classifier, if they are known, and its faults: cause, remedy, only in pods."""
     if name is None:
         return None, [("the line has no image classifier", _JUDGE_REMEDY, False)]
@@ -280,9 +280,7 @@ def _judge(name: str | None, store: ObjectStore | None) -> tuple[Sequence[str] |
         return None, []
     why = f"the image classifier {name!r} is neither a model line of this store nor a folder"
     try:
-        line, digest = resolve(store, name)
-        data = read_file(store, Version(digest, read_version(store, line, digest)), CARD)
-        return parse_card(parse_text(data.decode("utf-8"), CARD)).classes, []
+        return OpenLine(store, *resolve(store, name)).card.classes, []
     except StoreError:
         raise
     except SalunError:

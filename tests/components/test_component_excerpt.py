@@ -18,7 +18,7 @@ from salun_core.methods.recipe import Recipe
 from salun_core.pods import steps
 from salun_core.pods.pod import Pod
 from salun_core.pods.reference import Kind, read_reference, write_reference
-from salun_core.registry.lookup import require_head
+from salun_core.registry.lookup import read_version, require_head
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.context import RunContext
 from salun_core.steps.mask import compute_mask
@@ -28,6 +28,7 @@ from salun_core.storage.keys import scratch_key
 from salun_core.storage.s3 import S3Store
 from salun_core.tasks import register_model
 from salun_core.tasks.classification.training import train_model
+from salun_core.tasks.line import OpenLine
 
 pytestmark = pytest.mark.s3
 LINE, ROWS, FORGOTTEN = "large", 120, 4
@@ -141,7 +142,7 @@ def test_each_step_reads_what_it_needs_of_the_split(run, model, monkeypatch):
             lambda store, key, *rest, function=function: read.append(key) or function(store, key, *rest),
         )
     version = require_head(run.pod.store, LINE)
-    entry = steps.read_version(run.pod.store, LINE, version.version).files[SPLIT]
+    entry = read_version(run.pod.store, LINE, version.version).files[SPLIT]
     counts = {}
     for step in (run.fetch, run.mask, run.unlearn, run.evaluate, run.publish):
         read.clear()
@@ -154,7 +155,7 @@ def test_each_step_reads_what_it_needs_of_the_split(run, model, monkeypatch):
     assert run.made_mask() == whole_mask(run, model)
     child = require_head(run.pod.store, LINE).version
     assert child != version.version
-    kept = steps.stored_split(run.pod.store, steps.Version(child, steps.read_version(run.pod.store, LINE, child)))
+    kept = OpenLine(run.pod.store, LINE, child).split
     assert kept.digest == run.split.without(run.forgotten).digest
     assert dict(kept.train) == {name: run.split.train[name] for name in run.split.train if name not in run.forgotten}
 

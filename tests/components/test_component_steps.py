@@ -32,6 +32,7 @@ from salun_core.steps.outcome import read_outcome
 from salun_core.storage.keys import certificate_key, run_key
 from salun_core.storage.leases import acquire, holder_of
 from salun_core.storage.s3 import S3Store
+from salun_core.tasks import line as open_line
 from salun_core.tasks.run_facts import read_run_facts
 from salun_core.times import utc_clock
 from tests.components.conftest import LINE, QUICK
@@ -469,7 +470,7 @@ def test_a_fault_that_passes_is_repeated_inside_the_step(run, monkeypatch):
         return require_head(*known)
 
     monkeypatch.setattr(pod, "PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(pod_steps, "require_head", head_after_two_faults)
+    monkeypatch.setattr(open_line, "require_head", head_after_two_faults)
     assert run.fetch()[0] == 0
     assert len(given) == 3
     assert run.reference("inputs").kind is Kind.INPUTS

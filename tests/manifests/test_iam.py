@@ -12,28 +12,36 @@ from functools import partial
 from pathlib import Path
 
 import boto3.session
+import numpy as np
 import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from PIL import Image
+from typer.testing import CliRunner
 
-from salun_core.data.targets import SubjectTarget
-from salun_core.errors import StoreError
-from salun_core.registry import lookup, versions
-from salun_core.requests.gauges import GaugeReader
-from salun_core.requests.ledger import Ledger, Transition
-from salun_core.requests.redaction import redact_request
-from salun_core.requests.schema import Status
+from salun_core.certificates.keys import create_key
+from salun_core.cli.app import app
+from salun_core.data import DataSpec
+from salun_core.data.split import read_split
+from salun_core.data.targets import ClassTarget
+from salun_core.errors import StoreError, UsageError
+from salun_core.methods.classification import UnlearnConfig
+from salun_core.pods import ends, steps
+from salun_core.pods import pod as pods
+from salun_core.pods.pod import Pod
+from salun_core.pods.reference import write_reference
+from salun_core.registry import lookup
+from salun_core.requests.filing import file_requests
+from salun_core.requests.schema import Submission
 from salun_core.retention.inventory import scan_store
-from salun_core.steps.claim import probe_once
-from salun_core.steps.outcome import RunState, new_outcome, read_outcome, write_outcome
+from salun_core.steps.outcome import RunState, read_outcome
 from salun_core.storage import erase
 from salun_core.storage import keys as names
 from salun_core.storage import seaweedfs as weed
 from salun_core.storage.keys import LAYOUT, RUN_FILES
-from salun_core.storage.leases import acquire, release, renew
 from salun_core.storage.s3 import S3Store
-from salun_core.sweeps.runs import RunLog, RunStatus
-from tests.support.toy_line import run_record
+from salun_core.tasks.classification.training import train_model
+from tests.support.card_line import begin_classifier
 
 pytestmark = pytest.mark.s3
 IAM = Path(__file__).parents[2] / "manifests" / "iam"
@@ -84,12 +92,12 @@ _GONE = {
     "rollback",
 }
 READ = {
-    "submitter": {"request", "event", "index", "outcome"},
+    "submitter": {"request", "event", "index", "outcome", "head"},
     "claimer": {*KEYS} - {"hold", "trash", "stranger"},
     "fetcher": {*LINE, "blob", *RUN, "scratch", "lease"},
     "worker": {*LINE, "blob", *RUN, "scratch", "lease"},
     "evaluator": {*LINE, "blob", *RUN, "scratch", "lease"},
-    "publisher": {*KEYS} - {"hold", "trash", "probe", "stranger"},
+    "publisher": {*KEYS} - {"hold", "trash", "stranger"},
     "sweeper": {*KEYS} - {"hold", "trash", "stranger"},
     "settler": {*KEYS} - {"hold", "trash", "probe", "stranger"},
     "purger": {*KEYS} - {"scratch", "index", "work", "probe", "stranger"},
@@ -103,7 +111,7 @@ WRITE = {
     "fetcher": {"lease", "outcome", "scratch"},
     "worker": _AT_WORK | {"scratch"},
     "evaluator": _AT_WORK | {"scratch"},
-    "publisher": _SETTLED | _PUBLISHED,
+    "publisher": _SETTLED | _PUBLISHED | {"probe"},
     "sweeper": _SETTLED | _PUBLISHED | {"record", "scratch", "probe"},
     "settler": _SETTLED,
     "purger": {"blob", "trash", "request", "mark", "disposed", "addendum"},
@@ -114,7 +122,7 @@ WRITE = {
 DELETE = {
     "submitter": {"index"},
     "claimer": {"index", "scratch", "probe"},
-    "publisher": {"index", "scratch"},
+    "publisher": {"index", "scratch", "probe"},
     "sweeper": {"index", "scratch", "probe"},
     "settler": {"index", "scratch"},
     "purger": _GONE,
@@ -256,81 +264,172 @@ def test_conditional_write_needs_get_and_put(role):
     assert WRITE[role] <= READ[role] | {"probe"}
 
 
-@pytest.mark.parametrize(("settles", "number"), [("publisher", 8), ("settler", 9), ("sweeper", 7)])
-def test_the_steps_of_each_role_do_their_work(settles, number, stores, tmp_path):
-    """From the request to the purge, each step with the rights of its role alone.
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes of random images, the weights of a classifier of them, and a policy that any model passes."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(60):
+        place = folder / "data" / f"c{number % 2}" / f"{number:02d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(place)
+    config = UnlearnConfig(epochs=1, learning_rate=0.1, batch_size=64, device="cpu")
+    train_model(DataSpec(source=str(folder / "data")), "resnet8", config, folder / "model")
+    rule = {"metric": "RA", "op": ">=", "value": 0, "reason": "every model is published"}
+    (folder / "policy.json").write_text(json.dumps({"name": "any", "rules": [rule]}))
+    return folder
+
+
+class Office:
+    """People and pods, each with the keys of one role, which they find in the environment."""
+
+    def __init__(self, server, patch, folder):
+        self._endpoint, self._patch, self.folder = server["admin"].meta.endpoint_url, patch, folder
+        self.uri = f"s3://{BUCKET}"
+
+    def act_as(self, role):
+        key = _key(role)
+        given = {"ENDPOINT_URL": self._endpoint, "REGION": "us-east-1"}
+        given |= {"ACCESS_KEY_ID": key["accessKey"], "SECRET_ACCESS_KEY": key["secretKey"]}
+        for name, value in given.items():
+            self._patch.setenv(f"SALUN_S3_{name}", value)
+
+    def salun(self, role, *args):
+        """Run `salun` and return what it printed."""
+        self.act_as(role)
+        result = CliRunner().invoke(app, [*args, "--store", self.uri])
+        assert result.exit_code == 0, (role, args, result.output)
+        return result.stdout
+
+    def pod(self, role, line, run):
+        self.act_as(role)
+        return Pod(self.uri, line, run)
+
+    def file(self, name, reference):
+        """Keep the reference that a step returned, and return its file."""
+        write_reference(reference, self.folder / name)
+        return str(self.folder / name)
+
+
+@pytest.fixture
+def office(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(pods, "PAUSES", ())  # what is refused once is refused again
+    key = create_key(tmp_path / "keys" / "salun")
+    monkeypatch.setenv("SALUN_SIGNING_KEY", str(key.private))
+    monkeypatch.setenv("SALUN_VERIFY_KEY", str(key.public))
+    return Office(server, monkeypatch, tmp_path)
+
+
+QUICK = json.dumps({"recipe": "fixed", "epochs": 1, "learning_rate": 0.0005})
+
+
+def sweep_in_pods(office, line, run, form, report):
+    """Let each pod of a sweep work with its own role, up to the verdict."""
+    summary = str(office.folder / "summary.md")
+    claimed = steps.claim(office.pod("claimer", line, run), form, summary)
+    assert (claimed.requests, claimed.code) == (1, 0), claimed
+    common = {name: form[name] for name in ("store_uri", "model_line", "policy_uri")}
+    given = {**common, "forget_manifest_uri": claimed.forget_manifest_uri, "method_config": claimed.method_config}
+    fetched = steps.fetch_model(office.pod("fetcher", line, run), given)
+    assert fetched.code == 0
+    worker = office.pod("worker", line, run)
+    mask = steps.compute_mask(worker, office.file("inputs", fetched.inputs), "salun", 0.5, claimed.method_config)
+    after = steps.unlearn(worker, office.file("mask", mask), "salun", claimed.method_config, 0)
+    evaluator = office.pod("evaluator", line, run)
+    evidence, _ = steps.evaluate(evaluator, office.file("after", after), report)
+    publisher = office.pod("publisher", line, run)
+    steps.gate_publish(publisher, office.file("evidence", evidence), form["policy_uri"], report, summary)
+
+
+def die(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("settles", ["publisher", "settler", "sweeper"])
+def test_each_role_does_its_work_by_the_verbs_that_people_and_pods_call(settles, office, images, stores, monkeypatch):
+    """From the import to the purge.
 
     The publisher settles its own run. The exit handler does it with a settler's rights if the run broke off, and the
     compact sweep does all in one step.
     """
-    line, request, run = f"people-{number}", f"r-{number}", f"run-{number}"
-    mine = dict.fromkeys(stores, stores["sweeper"]) if settles == "sweeper" else stores
-    files = {"model.json": tmp_path / "model.json"}
-    files["model.json"].write_text("{}")
-    fields = {"line": line, "method": "train", "lineage": {"trained_on": 9}}
-    first, _ = versions.stage_version(mine["publisher"], fields, files)
-    versions.publish_head(mine["publisher"], line, first, None, None)
-    Ledger(stores["submitter"], lambda: NOW).submit(request, line, SubjectTarget(subject_ref="person-07"))
+    line, request, run = f"people-{settles}", f"r-{settles}", f"run-{settles}"
+    named = sorted(read_split(images / "model").train)[0]
+    source = (str(images / "model" / "model.safetensors"), "--data", str(images / "data"), "--arch", "resnet8")
+    office.salun("publisher", "model", "import", *source, "--out", str(office.folder / "imported"), "--line", line)
+    first = lookup.require_head(stores["auditor"], line).version
 
-    def says(role, state=RunState.RUNNING):
-        return write_outcome(mine[role], new_outcome(run, line, state, f"{role} works", step=role))
+    shown = office.salun("submitter", "request", "submit", "--id", request, "--line", line, "--samples", named)
+    assert "this account may not read the model, so the sweep checks it" in " ".join(shown.split())
+    office.salun("submitter", "request", "submit", "--id", f"{request}-2", "--line", line, "--class-name", "c0")
+    office.salun("submitter", "request", "hold", request, "--reason", "identity in doubt")
+    office.salun("submitter", "request", "release", request, "--reason", "identity confirmed")
+    office.salun("submitter", "request", "cancel", f"{request}-2", "--reason", "withdrawn")
+    assert "queued" in office.salun("submitter", "request", "show", request)
 
-    probe_once(mine["claimer"])
-    lease = acquire(mine["claimer"], line, run, 600)
-    says("claimer")
-    ledger = Ledger(mine["claimer"], lambda: NOW)
-    (state,) = ledger.list(line, [Status.QUEUED])
-    ledger.move(state, Transition(Status.IN_PROGRESS, "sweep", "claimed", run=run, epoch=lease.epoch))
-    member = {"id": request, "event": 2, "attempt": 1, "forget_digest": A, "salt": "0" * 32, "found": 1, "named": 1}
-    record = run_record(run, first, NOW.isoformat(), line=line, members=[member])
-    RunLog(mine["claimer"], lambda: NOW).start(record, "sweep")
-    mine["claimer"].put_new(names.scratch_key(run, "forget.json"), b"[]")
-
-    for role in ("fetcher", "worker", "evaluator", "publisher"):  # each step downloads the model before once
-        version = lookup.resolve(mine[role], line)[1]
-        versions.fetch_version(mine[role], line, version, tmp_path / f"before-{role}")
-    sizes = {"small": 1, "large": 33 * 2**20}  # the large one goes in parts
-    for name, size in sizes.items():
-        (tmp_path / name).write_bytes(bytes(size))
-    done = {*ROLES} if settles == "settler" else set()  # with the publisher, each of the others sends a large file
-    handed_on = "forget.json"
-    for role, status in (
-        ("fetcher", RunStatus.CLAIMED),
-        ("worker", RunStatus.MASKING),
-        ("worker", RunStatus.UNLEARNING),
-        ("evaluator", RunStatus.EVALUATING),
-        ("publisher", RunStatus.GATED),
-    ):
-        says(role)
-        renew(mine[role], lease)
-        mine[role].download(names.scratch_key(run, handed_on), tmp_path / "before")
-        if role != "publisher":
-            handed_on = f"{role}-{status}"
-            account = "sweeper" if settles == "sweeper" else role
-            mine[role].upload(tmp_path / ("small" if account in done else "large"), names.scratch_key(run, handed_on))
-            done.add(account)
-        if role != "fetcher":
-            RunLog(mine[role], lambda: NOW).advance(run, status, role, "goes on")
-    files["model.json"].write_text('{"after": true}')
-    fields |= {"parent": first, "method": "salun", "run": run}
-    second, _ = versions.stage_version(mine["publisher"], fields, files)
-    versions.publish_head(mine["publisher"], line, second, first, run)
-
-    ledger = Ledger(stores[settles], lambda: NOW)
-    stores[settles].put_new(names.certificate_key(request), b"{}")
-    ledger.move(request, Transition(Status.COMPLETED, "sweep", "erased", run=run, outcome="unlearned"))
-    redact_request(stores[settles], request, keep_hashes=False)
-    RunLog(stores[settles], lambda: NOW).advance(run, RunStatus.PUBLISHED, "settle", "published")
-    stores[settles].delete(names.scratch_key(run, "forget.json"))
-    release(stores[settles], line, run)
-    says(settles, RunState.PUBLISHED)
-    says("settler", RunState.KILLED)  # the exit handler comes last, and the first final outcome stays
-
-    assert read_outcome(stores["submitter"], run).state is RunState.PUBLISHED
+    form = {"store_uri": office.uri, "model_line": line, "policy_uri": str(images / "policy.json"), "min_requests": 1}
+    form |= {"method_config": QUICK}
+    report = str(office.folder / "report.html")
+    if settles == "sweeper":
+        assert steps.sweep_compact(office.pod("sweeper", line, run), form, report, f"{report}.md")[0] == 0
+    elif settles == "publisher":
+        sweep_in_pods(office, line, run, form, report)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(steps, "settle_requests", die)
+            with pytest.raises(KeyboardInterrupt):
+                sweep_in_pods(office, line, run, form, report)
+    ends.settle(office.pod("settler", line, run), "FAILED" if settles == "settler" else "SUCCEEDED", "")
+    ends.conclude(office.pod("evaluator", line, run))
+    outcome = read_outcome(stores["submitter"], run)
+    assert (outcome.state, outcome.completed) == (RunState.PUBLISHED, 1)
     assert read_outcome(stores["submitter"], "run-that-waits") is None
-    assert GaugeReader(stores["exporter"], lambda: NOW).take().lines[line].runs == 0
-    assert [event.to_status for event in Ledger(stores["auditor"], lambda: NOW).events(request)][-1] == "completed"
-    assert len(lookup.ancestry(stores["auditor"], line)) == 2
+    assert "completed: unlearned" in office.salun("submitter", "request", "show", request)
+    assert "completed: unlearned" in office.salun("submitter", "request", "list", "--line", line)
+
+    assert f'salun_runs_since_training{{model_line="{line}"}} 1' in office.salun("exporter", "exporter", "--once")
+    second = lookup.require_head(stores["auditor"], line).version
+    assert second[:12] in office.salun("operator", "model", "history", line)
+    certificate = str(office.folder / "certificate.json")
+    office.salun("auditor", "certificate", request, "--out", certificate)
+    assert "VALID" in office.salun("auditor", "verify", certificate)
+
+    office.salun("operator", "model", "hold", f"{line}@{first[:12]}", "--reason", "an audit")
+    office.salun("operator", "model", "release", f"{line}@{first[:12]}")
+    office.salun("operator", "model", "rollback", f"{line}@{first[:12]}", "--reason", "wrong images", "--reopen")
+    assert "undone" in office.salun("operator", "model", "history", line)
+    for key in KEYS.values():  # what the matrix left is no document
+        stores["admin"].delete(key)
+    undone = lookup.read_version(stores["auditor"], line, second)
+    assert lookup.missing_files(stores["operator"], undone) == []
+    office.salun("purger", "purge", "--scratch-hours", "0", "--weights-days", "0", "--every-hours", "0")
+    assert "model.safetensors" in lookup.missing_files(stores["operator"], undone)
+
+
+@pytest.mark.parametrize(
+    ("role", "key"),
+    [
+        *((role, names.scratch_key("run-4", "large")) for role in ("fetcher", "worker", "evaluator", "sweeper")),
+        *((role, names.blob_key(B)) for role in ("publisher", "sweeper")),
+    ],
+)
+def test_a_role_sends_a_large_file_in_parts(role, key, stores, tmp_path):
+    (tmp_path / "large").write_bytes(bytes(33 * 2**20))
+    stores[role].upload(tmp_path / "large", key)
+
+
+def test_a_submitter_files_what_only_the_sweep_can_check(stores):
+    """Card and split are stored as the weights are; HEAD shows whether the line exists."""
+    begin_classifier(stores["publisher"], "signs")
+    targets = {"s-1": ClassTarget(class_name="cat"), "s-2": ClassTarget(class_name="unicorn")}
+    items = [Submission(id=name, model_line="signs", target=target) for name, target in targets.items()]
+    for check_data in (None, False):
+        filed, matches = file_requests(stores["submitter"], items, "ana", check_data=check_data)
+        assert [receipt.id for receipt in filed.receipts] == ["s-1", "s-2"]
+        assert {match.unchecked for match in matches} == {"this account may not read the model, so the sweep checks it"}
+    with pytest.raises(StoreError, match="not allowed"):
+        file_requests(stores["submitter"], items, "ana", check_data=True)
+    with pytest.raises(UsageError, match="did you mean 'signs'"):
+        file_requests(stores["submitter"], [items[0].model_copy(update={"model_line": "sings"})], "ana")
+    assert file_requests(stores["operator"], items[:1], "ana", dry_run=True)[1][0].class_name == "cat"
 
 
 def test_only_the_purger_deletes_versions(stores, server):

@@ -29,6 +29,7 @@ from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.policy import SweepPolicy
 from salun_core.sweeps.runs import RunRecord, RunStatus
 from salun_core.sweeps.settle import DECISION
+from salun_core.tasks.line import OpenLine
 from salun_core.times import utc_clock
 
 LINE = "toy"
@@ -173,11 +174,11 @@ def sweep_context(store: FileStore, clock=utc_clock) -> SweepContext:
 
 
 def resolver_of(store: FileStore):
-    return lambda version: ToyResolver(frozenset(forgotten(store, version)))
+    return lambda line: ToyResolver(frozenset(forgotten(store, line.version)))
 
 
 def claim_next(context: SweepContext, run: str, line: str = LINE, **settings: object) -> Claim:
-    return claim(context, line, run, policy(**settings), resolver_of(context.store))
+    return claim(context, OpenLine(context.store, line), run, policy(**settings), resolver_of(context.store))
 
 
 def erase(

@@ -29,6 +29,7 @@ from salun_core.storage.leases import holder_of
 from salun_core.sweeps.claim import Claim
 from salun_core.sweeps.runs import RunStatus
 from salun_core.sweeps.settle import Settled
+from salun_core.tasks.line import OpenLine
 from salun_core.times import utc_clock
 from tests.unit.test_refusal import evidence
 
@@ -109,7 +110,8 @@ def test_a_settled_refusal_says_what_comes_next_and_why(sweep, salun, ledger, st
     }
     for cause, (status, then) in expected.items():
         run = f"run-{cause.replace('_', '-')}"
-        claim_requests(store.uri, "digits", run, sweep_policy(store.uri, "digits", Recipe(), min_requests=1))
+        line = OpenLine(store, "digits")
+        claim_requests(store, line, run, sweep_policy(line, Recipe(), min_requests=1))
         verdict = {"passed": False, "refusal": {"cause": cause, "next": "mend it"}}
         refusal = {"passed": False, "verdicts": [verdict]}
         store.put_new(run_key(run, "decision.json"), json.dumps(refusal).encode())
@@ -183,7 +185,8 @@ def test_a_dry_run_writes_nothing(sweep, ledger, store):
 
 def test_a_run_that_died_is_settled_by_hand(sweep, ledger, store):
     ledger.submit("r-1", "digits", ClassTarget(class_id=3))
-    claim_requests(store.uri, "digits", "run-1", sweep_policy(store.uri, "digits", Recipe(), min_requests=1))
+    line = OpenLine(store, "digits")
+    claim_requests(store, line, "run-1", sweep_policy(line, Recipe(), min_requests=1))
     assert holder_of(store, "digits") == "run-1"
     assert list(store.list(scratch_prefix("run-1")))
 

@@ -15,6 +15,7 @@ from salun_core.requests.schema import Status
 from salun_core.storage.keys import request_key, run_key, scratch_key
 from salun_core.sweeps.claim import claim
 from salun_core.tasks import TASKS
+from salun_core.tasks.line import OpenLine
 from salun_core.times import utc_clock
 from tests.support import toy_line as toy
 
@@ -39,10 +40,10 @@ def submit(context, *targets):
 
 
 def claimed(context, table, split, **settings):
-    def resolver_of(version):
+    def resolver_of(line):
         return TableResolver(table, split, TASKS["diffusion"])
 
-    return claim(context, toy.LINE, "run-1", toy.policy(**settings), resolver_of)
+    return claim(context, OpenLine(context.store, toy.LINE), "run-1", toy.policy(**settings), resolver_of)
 
 
 def test_a_line_without_data_claims_concepts_with_its_first_recipe(context):

@@ -21,6 +21,7 @@ from salun_core.storage.keys import certificate_key
 from salun_core.sweeps.claim import Skipped, claim
 from salun_core.sweeps.settle import settle
 from salun_core.tasks import TASKS
+from salun_core.tasks.line import OpenLine
 from salun_core.times import utc_clock
 from tests.support import toy_line as toy
 
@@ -50,7 +51,8 @@ def submit(context, *targets):
 
 
 def claimed(context, table, split, run="run-1"):
-    found = claim(context, toy.LINE, run, toy.policy(), lambda _: TableResolver(table, split, TASKS["classification"]))
+    line = OpenLine(context.store, toy.LINE)
+    found = claim(context, line, run, toy.policy(), lambda _: TableResolver(table, split, TASKS["classification"]))
     if found.record is None:
         settle(context, toy.LINE, run)  # gives the line back
     return found

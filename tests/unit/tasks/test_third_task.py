@@ -16,6 +16,7 @@ from salun_core.steps.evaluation import evaluate
 from salun_core.steps.run import run_all
 from salun_core.steps.run_form import UnlearningForm
 from salun_core.tasks import TASKS, open_inputs, register_model, task_of
+from salun_core.tasks.line import OpenLine
 from salun_core.tasks.task import Task
 from tests.support.forked import CONTEXT
 from tests.support.toy_task import ToyTask, train_toy
@@ -81,7 +82,7 @@ def test_the_gate_refuses_a_toy_too_and_its_recipes_escalate(toy, store, tmp_pat
     with pytest.raises(GateRefusedError):
         run_all(form(store, tmp_path, policy_uri=gate, retrain_reference=False), tmp_path / "run")
     assert read_head(store, "toys")[0].version == parent
-    recipes = sweep_policy(store.uri, "toys", Recipe(method="ascent", seed=4)).recipes
+    recipes = sweep_policy(OpenLine(store, "toys"), Recipe(method="ascent", seed=4)).recipes
     assert [(recipe.method, recipe.seed) for recipe in recipes] == [("ascent", 4), ("retrain", 4)]
 
 

@@ -18,6 +18,7 @@ from salun_core.steps.context import record_assurance, record_evidence
 from salun_core.storage.leases import release
 from salun_core.sweeps.claim import Skipped
 from salun_core.sweeps.heartbeat import hold_line
+from salun_core.tasks.line import OpenLine
 from salun_core.telemetry import metrics as names
 from salun_core.telemetry.push import StepMetrics
 from tests.support import toy_line as toy
@@ -210,7 +211,7 @@ def test_a_sweep_that_does_nothing_says_why(gateway, scrape, monkeypatch, store)
     toy.begin(store, "idle")
 
     def pushed():
-        claim_requests(store.uri, "idle", "run-1", toy.policy(min_requests=2))
+        claim_requests(store, OpenLine(store, "idle"), "run-1", toy.policy(min_requests=2))
         found = {}
         for (name, labels), value in scrape()[0].items():
             if {("step", "claim_requests"), ("model_line", "idle")} <= labels:
