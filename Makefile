@@ -41,8 +41,8 @@ demo-diffusion: setup ## Run the demo for diffusion models; ten minutes each (KI
 	@.ci/datasets --require
 	@set -e; for kind in $(KIND); do $(BIN)/python -m examples.demo --diffusion --kind $$kind --work-dir .salun/demo-$$kind; done
 
-test: setup ## Run all tests (JOBS=3 processes; ARGS='-k mask' goes to pytest)
-	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+test: setup ## Run all tests but those of reliability (JOBS=3 processes; ARGS='-k mask' goes to pytest)
+	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --ignore=tests/reliability $(ARGS)
 
 test-fast: setup ## Run the unit tests that need no server and no long computation (ARGS= goes to pytest)
 	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not s3 and not e2e and not slow" \
@@ -94,7 +94,8 @@ bench-scale: setup ## Measure every step by the number of rows, up to a million;
 calibrate: setup ## Measure how often the gate is right, and write docs/research/calibration.md; minutes (ARGS= goes to it)
 	$(BIN)/salun calibrate --workers 2 --results benchmarks/results/calibration.json --into docs/research/calibration.md $(ARGS)
 
-reliability: setup ## Measure kills, lost replies and late workers, and write docs/research/reliability.md (ARGS= goes to it)
+reliability: setup ## Nightly: test and measure kills, lost replies, late workers; write docs/research/reliability.md (ARGS=)
+	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q tests/reliability
 	@$(BIN)/python -m tests.reliability $(ARGS)
 
 manifests: setup ## Check manifests/: schemas, kubectl, the restricted profile, the documented commands
