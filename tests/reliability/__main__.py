@@ -48,7 +48,7 @@ OF_PYTEST = {
 HEAD = """# Reliability
 
 This page reports measurements: how the deletion ledger behaves when processes are killed, replies are lost and clocks
-are wrong. `make reliability` runs all rows again and rewrites this page. `make test` runs them at a smaller size.
+are wrong. `make reliability` runs all rows, first at a small size as tests, and rewrites this page.
 
 A toy model is used: its weights are the set of samples that it has forgotten, so an auditor can check every sample in
 every version. Everything else is real: an S3 server, the ledger, leases, claiming, publishing and settling, separate
