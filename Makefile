@@ -15,7 +15,7 @@ JOBS ?= 3
 FOR_TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 ARGS ?=
 KIND ?= stable-diffusion ddpm
-BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
+BENCHMARKS ?= mask masked_step masked_epoch loading attack
 
 .PHONY: help setup demo demo-diffusion test test-fast check lint types in-step audit generated docs bench bench-scale calibrate reliability image manifests clean
 
@@ -46,7 +46,7 @@ test: setup ## Run all tests (JOBS=3 processes; ARGS='-k mask' goes to pytest)
 
 test-fast: setup ## Run the unit tests that need no server and no long computation (ARGS= goes to pytest)
 	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not s3 and not e2e and not slow" \
-		tests/unit tests/properties $(ARGS)
+		tests/unit tests/lab tests/properties $(ARGS)
 
 check: lint types docs in-step ## Format, lint, types, layers, generated files, and the documentation site (-j2: two at a time)
 
@@ -61,9 +61,9 @@ types: setup
 in-step: setup
 	$(BIN)/python -m pipelines compile --check
 	$(BIN)/python .ci/generated.py --check
-	$(BIN)/python benchmarks/readme_tables.py --check
-	$(BIN)/python benchmarks/adaptive.py --check
-	$(BIN)/python -m benchmarks.deviations --render-only --check
+	$(BIN)/python -m lab.studies.readme_tables --check
+	$(BIN)/python -m lab.studies.adaptive --check
+	$(BIN)/python -m lab.studies.deviations --render-only --check
 	$(BIN)/salun bench render --into docs/research/results.md --check
 
 audit: setup ## Check the installed packages for known vulnerabilities (ARGS='--ignore-vuln ID')
@@ -72,8 +72,8 @@ audit: setup ## Check the installed packages for known vulnerabilities (ARGS='--
 generated: setup ## Rewrite the generated files: compiled pipelines, references, schemas, component READMEs
 	$(BIN)/python -m pipelines compile
 	$(BIN)/python .ci/generated.py
-	$(BIN)/python benchmarks/readme_tables.py
-	$(BIN)/python -m benchmarks.deviations --render-only
+	$(BIN)/python -m lab.studies.readme_tables
+	$(BIN)/python -m lab.studies.deviations --render-only
 	$(BIN)/salun bench render --into docs/research/results.md
 
 docs: setup ## Build the documentation site into build/site; fails on a broken link
@@ -81,13 +81,13 @@ docs: setup ## Build the documentation site into build/site; fails on a broken l
 	@echo "build/site/index.html"
 
 bench: setup ## Compare the speed of mask, step, epoch, loading and attack with the usual procedure (BENCHMARKS= selects others)
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m lab.studies.$$script; done
 
 bench-scale: setup ## Measure every step by the number of rows, up to a million; an hour (ARGS='--sizes 10000' measures less)
-	$(BIN)/python -m benchmarks.scale --write $(ARGS)
+	$(BIN)/python -m lab.studies.scale --write $(ARGS)
 
 calibrate: setup ## Measure how often the gate is right, and write docs/research/calibration.md; minutes (ARGS= goes to it)
-	$(BIN)/salun calibrate --workers 2 --results benchmarks/results/calibration.json --into docs/research/calibration.md $(ARGS)
+	$(BIN)/salun calibrate --workers 2 --results lab/results/calibration.json --into docs/research/calibration.md $(ARGS)
 
 reliability: setup ## Measure kills, lost replies and late workers, and write docs/research/reliability.md (ARGS= goes to it)
 	@$(BIN)/python -m tests.reliability $(ARGS)
@@ -99,6 +99,6 @@ image: setup ## Build the container image, run both pipelines in it, test the ma
 	.ci/image
 
 clean: ## Remove .venv and everything that was generated here
-	rm -rf .venv .salun build dist *.egg-info local_outputs benchmarks/out \
+	rm -rf .venv .salun build dist *.egg-info local_outputs lab/out \
 		.pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

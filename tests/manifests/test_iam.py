@@ -16,6 +16,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from lab import seaweedfs as weed
 from salun_core.data.targets import SubjectTarget
 from salun_core.errors import StoreError
 from salun_core.registry import lookup, versions
@@ -28,7 +29,6 @@ from salun_core.steps.claim import probe_once
 from salun_core.steps.outcome import RunState, new_outcome, read_outcome, write_outcome
 from salun_core.storage import erase
 from salun_core.storage import keys as names
-from salun_core.storage import seaweedfs as weed
 from salun_core.storage.keys import LAYOUT, RUN_FILES
 from salun_core.storage.leases import acquire, release, renew
 from salun_core.storage.s3 import S3Store
