@@ -51,6 +51,7 @@ RUN --mount=type=bind,from=pip,target=/pip \
     $pip install -r run.txt -r kfp.txt -r diffusion.txt; \
     /opt/tools/bin/pip install wheel -r tools.txt
 COPY LICENSE README.md ./
+# Without lab/: the verbs of the laboratory are absent here.
 COPY salun_core salun_core
 RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /dist . \
     && /opt/tools/bin/pip --python /opt/venv/bin/python install --no-deps --no-index /dist/*.whl

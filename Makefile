@@ -15,7 +15,7 @@ JOBS ?= 3
 FOR_TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 ARGS ?=
 KIND ?= stable-diffusion ddpm
-BENCHMARKS ?= $(addprefix benchmarks/,mask.py masked_step.py masked_epoch.py loading.py attack.py)
+BENCHMARKS ?= mask masked_step masked_epoch loading attack
 
 .PHONY: help setup demo demo-diffusion test test-fast test-kernels check lint types in-step audit generated docs bench bench-scale calibrate reliability image manifests clean
 
@@ -46,7 +46,7 @@ test: setup ## Run all tests but those of reliability (JOBS=3 processes; ARGS='-
 
 test-fast: setup ## Run the unit tests that need no server and no long computation (ARGS= goes to pytest)
 	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q -m "not s3 and not e2e and not slow" \
-		tests/unit tests/properties $(ARGS)
+		tests/unit tests/lab tests/properties $(ARGS)
 
 test-kernels: setup ## Run the tests of what torch computes with its plainest kernels, as on another processor
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q \
@@ -66,9 +66,9 @@ types: setup
 in-step: setup
 	$(BIN)/python -m pipelines compile --check
 	$(BIN)/python .ci/generated.py --check
-	$(BIN)/python benchmarks/readme_tables.py --check
-	$(BIN)/python benchmarks/adaptive.py --check
-	$(BIN)/python -m benchmarks.deviations --render-only --check
+	$(BIN)/python -m lab.studies.readme_tables --check
+	$(BIN)/python -m lab.studies.adaptive --check
+	$(BIN)/python -m lab.studies.deviations --render-only --check
 	$(BIN)/salun bench render --into docs/research/results.md --check
 
 audit: setup ## Check the installed packages for known vulnerabilities (ARGS='--ignore-vuln ID')
@@ -77,8 +77,8 @@ audit: setup ## Check the installed packages for known vulnerabilities (ARGS='--
 generated: setup ## Rewrite the generated files: compiled pipelines, references, schemas, component READMEs
 	$(BIN)/python -m pipelines compile
 	$(BIN)/python .ci/generated.py
-	$(BIN)/python benchmarks/readme_tables.py
-	$(BIN)/python -m benchmarks.deviations --render-only
+	$(BIN)/python -m lab.studies.readme_tables
+	$(BIN)/python -m lab.studies.deviations --render-only
 	$(BIN)/salun bench render --into docs/research/results.md
 
 docs: setup ## Build the documentation site into build/site; fails on a broken link
@@ -86,13 +86,13 @@ docs: setup ## Build the documentation site into build/site; fails on a broken l
 	@echo "build/site/index.html"
 
 bench: setup ## Compare the speed of mask, step, epoch, loading and attack with the usual procedure (BENCHMARKS= selects others)
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python -m lab.studies.$$script; done
 
 bench-scale: setup ## Measure every step by the number of rows, up to a million; an hour (ARGS='--sizes 10000' measures less)
-	$(BIN)/python -m benchmarks.scale --write $(ARGS)
+	$(BIN)/python -m lab.studies.scale --write $(ARGS)
 
 calibrate: setup ## Measure how often the gate is right, and write docs/research/calibration.md; minutes (ARGS= goes to it)
-	$(BIN)/salun calibrate --workers 2 --results benchmarks/results/calibration.json --into docs/research/calibration.md $(ARGS)
+	$(BIN)/salun calibrate --workers 2 --results lab/results/calibration.json --into docs/research/calibration.md $(ARGS)
 
 reliability: setup ## Nightly: test and measure kills, lost replies, late workers; write docs/research/reliability.md (ARGS=)
 	$(FOR_TESTS) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q tests/reliability
@@ -105,6 +105,6 @@ image: setup ## Build the container image, run both pipelines in it, test the ma
 	.ci/image
 
 clean: ## Remove .venv and everything that was generated here
-	rm -rf .venv .salun build dist *.egg-info local_outputs benchmarks/out \
+	rm -rf .venv .salun build dist *.egg-info local_outputs lab/out \
 		.pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

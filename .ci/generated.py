@@ -29,8 +29,8 @@ FORMATS = Path("docs/reference/formats")
 PIPELINES = ("unlearning", "deletion-sweep", "deletion-sweep-compact")
 SCHEMAS = {
     "audit": "salun_core.audit.statement:AuditEvidence",
-    "bench": "salun_core.bench.results:Results",
-    "calibration": "salun_core.calibration.table:Calibration",
+    "bench": "lab.bench.results:Results",
+    "calibration": "lab.calibration.table:Calibration",
     "certificate": "salun_core.certificates.statement:ErasureCertificate",
     "decision": "salun_core.gate:GateDecision",
     "disposal": "salun_core.certificates.statement:DisposalAddendum",
@@ -49,7 +49,7 @@ SCHEMAS = {
     "run": "salun_core.steps.run_form:UnlearningForm",
     "run-inputs": "salun_core.pods.steps:PinnedInputs",
     "split": "salun_core.data.split:SplitManifest",
-    "suite": "salun_core.bench.suite:Suite",
+    "suite": "lab.bench.suite:Suite",
     "sweep": "salun_core.steps.run_form:DeletionSweepForm",
     "tuning": "salun_core.tuning.budget:TuningLog",
     "version": "salun_core.registry.versions:VersionManifest",

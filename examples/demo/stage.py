@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lab.seaweedfs import embedded_s3
 from salun_core.certificates.keys import SIGNING_VARIABLE, VERIFY_VARIABLE, create_key
 from salun_core.certificates.verify import verify_certificate
 from salun_core.config import load
@@ -34,7 +35,6 @@ from salun_core.storage import FileStore, open_store
 from salun_core.storage.blobs import fetch_blob
 from salun_core.storage.keys import certificate_key
 from salun_core.storage.local_files import write_whole
-from salun_core.storage.seaweedfs import embedded_s3
 from salun_core.sweeps.rollback import rollback
 from salun_core.tasks import register_model
 from salun_core.telemetry.exporter import Exporter, serving

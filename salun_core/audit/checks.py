@@ -1,8 +1,8 @@
 """The tests of an audit: outputs of the models in, findings with interval, threshold and verdict out.
 
 Each test compares a 95 % interval with what is required. It passes if the whole interval is within, fails if no part
-of it is, and is undecided otherwise. `benchmarks/audit.py` measures how often retrained models pass and forgeries fail;
-the thresholds come from there.
+of it is, and is undecided otherwise. The thresholds come from `lab/studies/audit.py`, which measures how often
+retrained models pass and forgeries fail.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -14,7 +15,6 @@ from typer.core import TyperCommand, TyperGroup
 from salun_core import __version__
 from salun_core.cli import (
     audit,
-    bench,
     certificates,
     listing,
     models,
@@ -24,11 +24,11 @@ from salun_core.cli import (
     runs,
     settings,
     steps,
-    stores,
     versions,
 )
 from salun_core.cli.failures import interruptible, reported
 from salun_core.cli.output import MODE, bars, echo, progress, silence_logs
+from salun_core.cli.verbs import UNPARSED, WITHOUT_SETTINGS, added_verbs
 from salun_core.config import report_old_name
 from salun_core.errors import EXIT_CODES, SalunError
 from salun_core.steps.run_form import OLD_NAMES
@@ -38,7 +38,8 @@ _EVERYWHERE = (
     ("--debug", "Print tracebacks and SalUn's log lines."),
 )
 _CONFIG = ("--config", "Settings file. Default: salun.yaml in the working folder, if it exists.")
-_NO_SETTINGS = ("demo", "demo-diffusion", "init", "store")  # they need none, or write it
+_ADDED_GROUPS, _ADDED = added_verbs()
+_NO_SETTINGS = {"init", *(verb.split()[0] for verb, function in _ADDED.items() if function in WITHOUT_SETTINGS)}
 _OTHER_NAMES = {("model", "import-diffusers"): "import", ("request", "status"): "show"}
 _HELP = "salun.help"  # whether help is asked for, which must work with a faulty settings file
 _EXAMPLE = re.compile(r"^## (?P<verb>.+)\n\n```console\n(?P<lines>(?:.*\n)+?)```$", re.MULTILINE)
@@ -46,9 +47,10 @@ _EXAMPLE = re.compile(r"^## (?P<verb>.+)\n\n```console\n(?P<lines>(?:.*\n)+?)```
 
 @cache
 def load_examples() -> dict[str, str]:
-    """Return the example of each verb from examples.md, which is read when a help is shown."""
-    text = Path(__file__).with_name("examples.md").read_text(encoding="utf-8")
-    return {found["verb"]: found["lines"].rstrip() for found in _EXAMPLE.finditer(text)}
+    """Return the example of each verb. The files are read when a help is shown: examples.md next to each module."""
+    modules = {__file__, *(inspect.getfile(function) for function in _ADDED.values())}
+    texts = [path.read_text(encoding="utf-8") for path in {Path(name).with_name("examples.md") for name in modules}]
+    return {found["verb"]: found["lines"].rstrip() for text in texts for found in _EXAMPLE.finditer(text)}
 
 
 class Verb(TyperCommand):
@@ -194,20 +196,17 @@ def _apply_settings(context: typer.Context, config: Path | None) -> None:
 
 
 _GROUPS: dict[str, tuple[type[TyperGroup], str]] = {
-    "bench": (bench.BenchGroup, "Compare unlearning methods on benchmark suites."),
     "model": (TyperGroup, "Import models, and manage the versions of a model line."),
     "train": (models.TrainGroup, "Train a classifier, or a small diffusion model."),
     "ls": (TyperGroup, "List the names of methods, models and data."),
     "plugin": (TyperGroup, "List the plug-ins of other packages, and check them."),
     "request": (TyperGroup, "File, show and change deletion requests."),
-    "store": (TyperGroup, "Run your own object store."),
     "key": (TyperGroup, "Create the keys that sign and verify certificates."),
+    **{name: (kind, inspect.getdoc(kind) or "") for name, kind in _ADDED_GROUPS.items()},
 }
 _VERBS: dict[str, Callable[..., None]] = {
     "init": settings.init,
     "doctor": operations.doctor,
-    "demo": operations.demo,
-    "demo-diffusion": operations.demo_diffusion,
     "mask": steps.mask,
     "unlearn": steps.unlearn,
     "evaluate": steps.evaluate,
@@ -220,9 +219,6 @@ _VERBS: dict[str, Callable[..., None]] = {
     "certificate": certificates.certificate,
     "audit": audit.audit,
     "purge": operations.purge,
-    "bench run": bench.run,
-    "bench render": bench.render,
-    "calibrate": bench.calibrate,
     "model hold": models.hold,
     "model release": models.release,
     "model import": models.import_model,
@@ -234,13 +230,10 @@ _VERBS: dict[str, Callable[..., None]] = {
     "model history": versions.history,
     "model rollback": models.rollback,
     "train classifier": models.train_classifier,
-    "train ddpm": models.train_ddpm,
-    "train stable-diffusion": models.train_stable_diffusion,
     "ls methods": listing.methods,
     "ls models": listing.models,
     "ls data": listing.data,
     "plugin list": plugins.list_plugins,
-    "plugin check": plugins.check,
     "request submit": requests.submit,
     "request show": requests.show,
     "request list": requests.list_requests,
@@ -251,11 +244,9 @@ _VERBS: dict[str, Callable[..., None]] = {
     "request retry": requests.retry,
     "request reopen": requests.reopen,
     "key create": certificates.create_key,
-    "store serve": stores.serve,
+    **_ADDED,
 }
-
-
-_FREE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}  # of the demos
+_FREE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def _add_verbs() -> None:
@@ -265,7 +256,9 @@ def _add_verbs() -> None:
         app.add_typer(groups[name], name=name)
     for verb, function in _VERBS.items():
         group, _, name = verb.rpartition(" ")
-        free = _FREE if verb.startswith("demo") else None
+        if group not in groups:  # its class could not be loaded
+            app.add_typer(groups.setdefault(group, typer.Typer()), name=group)
+        free = _FREE if function in UNPARSED else None
         groups[group].command(name, cls=Verb, epilog=verb, context_settings=free)(function)
 
 

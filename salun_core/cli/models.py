@@ -18,7 +18,7 @@ from salun_core.errors import ConflictError, UsageError
 if TYPE_CHECKING:
     from salun_core.data import DataSpec
     from salun_core.errors import StateMismatchError
-    from salun_core.models.card import Card, DiffusionCard, DiffusionEvaluation
+    from salun_core.models.card import Card, DiffusionEvaluation
     from salun_core.tasks.diffusion.importing import MadeDiffusion
 
 CLASSIFIER = "classifier"
@@ -45,7 +45,7 @@ Version = Annotated[str, typer.Argument(metavar="LINE@VERSION", help="The versio
 
 
 @dataclass(frozen=True)
-class _Destination:
+class Destination:
     """Where a new model goes.
 
     Args:
@@ -196,7 +196,7 @@ def train_classifier(
 
     named = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     config = training_config({**named, **read_settings(settings)})
-    spec, to = load_spec(data), _Destination(out, line, store, policy)
+    spec, to = load_spec(data), Destination(out, line, store, policy)
     plugins.allow(arch)
     if dry_run:
         to.plan("train", spec, arch)
@@ -267,7 +267,7 @@ def import_model(
     of_diffusion |= {"--trainable-text-encoder": trainable_text_encoder}
     if (path / INDEX).is_file() or hub or (not path.exists() and _is_hub_name(source)):
         _refuse_options("a diffusion model", {**of_classifiers, "--dry-run": dry_run})
-        to = _Destination(_required(out), line, store, policy)
+        to = Destination(_required(out), line, store, policy)
         _import_diffusion(source, to, data, prompt, (judge, evaluation), names, hub, trainable_text_encoder)
         return
     _refuse_options("a classifier", of_diffusion)
@@ -309,7 +309,7 @@ def _import_classifier(
             "a classifier is kept with its split, so that each later step knows its training samples",
             "give --data, or --dry-run to see what the checkpoint is",
         )
-    spec, to = load_spec(data), None if dry_run and out is None else _Destination(_required(out), *target)
+    spec, to = load_spec(data), None if dry_run and out is None else Destination(_required(out), *target)
     if to:
         to.check()
     made = import_model(path, spec, arch, None if dry_run else out, mean, std, names, key)
@@ -362,80 +362,9 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         raise UsageError(f"{option} {text!r} is not a list of numbers", str(error), "write 0.49,0.48,0.45") from error
 
 
-def _train_diffusion(kind: str, about: str) -> Callable[..., None]:
-    """Return the verb that trains one kind of diffusion model."""
-
-    def train(
-        data: OwnData,
-        out: Out,
-        seed: Seed = 0,
-        settings: Settings = [],
-        judge: Judge = None,
-        evaluation: Evaluation = [],
-        checkpoints: Annotated[Path | None, typer.Option(help="Folder for states to resume from.")] = None,
-        line: Line = None,
-        store: OptionalStore = None,
-        policy: Policy = "auto",
-        dry_run: DryRun = False,
-    ) -> None:
-        from salun_core.checkout import load_example
-        from salun_core.data import load_spec
-        from salun_core.tasks import register_model
-
-        example = load_example("small_diffusion")
-        recipe = example.resolve_recipe(kind, {"seed": seed, **read_settings(settings)})
-        spec, to = load_spec(data), _Destination(out, line, store, policy)
-        settings_of_images = _evaluation(judge, evaluation, example.KINDS[kind][1])
-        planned = _planned_card(kind, spec, settings_of_images)
-        if dry_run:
-            to.warn(planned)
-            to.plan(f"train {kind}", spec)
-            return
-        to.check()
-        settings_of_images = to.with_judge(settings_of_images)
-        warnings = to.warn(planned.model_copy(update={"evaluation": settings_of_images}))
-        with epoch_progress(f"train {kind}", recipe.epochs) as on_epoch:
-            made = example.train(spec, recipe, out, settings_of_images, checkpoints, on_epoch)
-        to.finish(register_model, "train", _made(made), warnings)
-
-    train.__doc__ = about
-    return train
-
-
-def _planned_card(kind: str, spec: DataSpec, evaluation: DiffusionEvaluation) -> DiffusionCard:
-    """Return as much of the card of a model that will be trained as says what it will lack."""
-    from salun_core.data import load_data
-    from salun_core.models.card import DiffusionCard
-
-    return DiffusionCard(
-        task="class-conditional" if kind == "ddpm" else "text-to-image",
-        architecture=kind,
-        classes=list(load_data(spec).table.classes),
-        channels=1,
-        height=1,
-        width=1,
-        data=spec,
-        dataset_digest="",
-        split_digest="",
-        evaluation=evaluation,
-    )
-
-
-train_ddpm = _train_diffusion(
-    "ddpm",
-    "Train a small class-conditional DDPM.\n\n"
-    "It trains from fresh weights, writes a model folder, and needs a checkout of the repository.",
-)
-train_stable_diffusion = _train_diffusion(
-    "stable-diffusion",
-    "Train a small Stable Diffusion.\n\n"
-    "It trains from fresh weights, writes a model folder, and needs a checkout of the repository.",
-)
-
-
 def _import_diffusion(
     source: str,
-    to: _Destination,
+    to: Destination,
     data: str | None,
     prompt: str | None,
     judged: tuple[str | None, list[str]],
@@ -448,15 +377,16 @@ def _import_diffusion(
     from salun_core.tasks import register_model
     from salun_core.tasks.diffusion import importing
 
-    settings, spec = _evaluation(*judged, DiffusionEvaluation()), load_spec(data) if data else None
+    settings, spec = read_evaluation(*judged, DiffusionEvaluation()), load_spec(data) if data else None
     to.check()
     settings = to.with_judge(settings)
     prompt = prompt or "an image of a {label}"
     made = importing.import_diffusion(source, spec, to.out, prompt, settings, names, hub, trainable)
-    to.finish(register_model, "import", {"layout": "diffusers", **_made(made)})
+    to.finish(register_model, "import", {"layout": "diffusers", **made_facts(made)})
 
 
-def _evaluation(judge: str | None, settings: list[str], defaults: DiffusionEvaluation) -> DiffusionEvaluation:
+def read_evaluation(judge: str | None, settings: list[str], defaults: DiffusionEvaluation) -> DiffusionEvaluation:
+    """Return how the images of a model are evaluated: the defaults with what --judge and --evaluation give."""
     from salun_core.config import parse
     from salun_core.models.card import DiffusionEvaluation
 
@@ -464,7 +394,8 @@ def _evaluation(judge: str | None, settings: list[str], defaults: DiffusionEvalu
     return parse(DiffusionEvaluation, {**defaults.model_dump(), **given}, "--evaluation")
 
 
-def _made(made: MadeDiffusion) -> dict[str, object]:
+def made_facts(made: MadeDiffusion) -> dict[str, object]:
+    """Return what is printed about a diffusion model that was trained or imported."""
     loss = {"loss": made.loss} if made.loss is not None else {}
     return {"digest": made.digest, "parameters": made.parameters, **loss}
 

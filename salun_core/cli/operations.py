@@ -1,15 +1,14 @@
-"""`salun doctor`, `exporter`, `purge` and `demo`: check an installation, monitor it, clean it up, and try it out."""
+"""`salun doctor`, `exporter` and `purge`: check an installation, monitor it, and clean it up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from salun_core.checkout import load_example
 from salun_core.cli.options import Data, OptionalStore, Store
 from salun_core.cli.output import MODE, echo, emit, print_table
 from salun_core.errors import SalunError
@@ -260,30 +259,3 @@ def _remaining(report: PurgeReport) -> Iterator[tuple[str, int]]:
     yield "unknown keys, not deleted", len(planned.unknown)
     yield "runs at work, whose artifacts were not deleted", len(planned.active)
     yield "unknown runs under the pipeline root, not deleted", planned.foreign_runs
-
-
-def demo(context: typer.Context) -> None:
-    """Run the whole process on small real images.
-
-    It starts a store, trains a model, files deletion requests, runs two sweeps, and writes certificates and a report.
-    This runs `python -m examples.demo` of the checkout and takes its options: see `salun demo --help`.
-    """
-    _run_demo(context.args)
-
-
-def demo_diffusion(context: typer.Context) -> None:
-    """Run the whole process on small diffusion models.
-
-    It trains a small Stable Diffusion or DDPM, files a deletion request, runs a sweep, and writes images and a
-    certificate. This runs `python -m examples.demo --diffusion` of the checkout and takes its options, such as `--kind
-    ddpm`.
-    """
-    _run_demo(["--diffusion", *context.args])
-
-
-def _run_demo(arguments: Sequence[str]) -> None:
-    app = load_example("demo.__main__").app
-    shared = [f"--{name}" for name in ("json", "debug") if getattr(MODE, name)]
-    code = app([*arguments, *shared], prog_name="salun demo", standalone_mode=False)
-    if code:
-        raise typer.Exit(code)

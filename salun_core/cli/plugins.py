@@ -1,15 +1,13 @@
-"""`salun plugin`: list the plug-ins of other packages, and check them against the contract."""
+"""`salun plugin list`: the plug-ins of other packages."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
-
-import typer
 
 from salun_core import plugins
 from salun_core.cli.output import emit, print_table, progress
 from salun_core.errors import SalunError
+from salun_core.plugins import Kind, Offer
 
 
 def list_plugins() -> None:
@@ -17,8 +15,6 @@ def list_plugins() -> None:
 
     It shows whether they may be loaded, and does not run their code.
     """
-    from salun_core.contract import fault_of
-
     rows = []
     for offer in (offer for kind in plugins.GROUPS for offer in plugins.offers(kind)):
         state = fault_of(offer) or ("allowed" if plugins.is_allowed(offer) else "not allowed")
@@ -42,23 +38,26 @@ def list_plugins() -> None:
     emit(rows, lambda: print_table(columns, cells) if rows else progress("no installed package offers a plug-in"))
 
 
-def check(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A package with plug-ins, the name of a plug-in, or package:object.")
-    ],
-) -> None:
-    """Check a package, or one of its plug-ins, against the contract.
+def shipped_names(kind: Kind) -> set[str]:
+    """Return the names of what ships, which no plug-in can have."""
+    from salun_core.evaluation.evidence import METRIC_NAMES
+    from salun_core.evaluation.optional_metrics import NAMES
+    from salun_core.methods import classification, diffusion
+    from salun_core.models.architectures import CLASSIFIERS
 
-    This runs its code, even if SALUN_PLUGINS does not list it.
-    """
-    from salun_core.contract import check_plugins
+    return {
+        "method": {*classification.METHODS, *diffusion.METHODS},
+        "metric": {*NAMES, *METRIC_NAMES},
+        "attack": {*NAMES, *METRIC_NAMES},
+        "architecture": set(CLASSIFIERS),
+    }[kind]
 
-    found = check_plugins(name)
-    rows = [asdict(one) for one in found]
-    emit(rows, lambda: print_table(list(rows[0]), [list(row.values()) for row in rows]))
-    if failed := [one for one in found if one.state == "fails"]:
-        raise SalunError(
-            f"{name} does not satisfy the contract",
-            f"{len(failed)} of {len(found)} checks fail, the first one: {failed[0].plugin}, {failed[0].check}",
-            "correct the code of the plug-in, and check it again",
-        )
+
+def fault_of(offer: Offer) -> str:
+    """Return why a plug-in cannot be reached by its name, without loading it; empty if it can."""
+    if offer.name in shipped_names(offer.kind):
+        return f"hidden: {offer.name} ships; rename the entry point"
+    same = [other for other in plugins.offers(offer.kind) if other.name == offer.name and other != offer]
+    if same:
+        return f"ambiguous: {same[0].distribution} offers it, too; uninstall one of them"
+    return "" if plugins.is_reference(offer.target) else f"{offer.target!r} is not package:object; correct it"

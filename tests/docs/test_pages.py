@@ -72,11 +72,11 @@ def test_every_link_outside_the_site_leads_to_a_file(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_that_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
-    tops = "salun_core|components|pipelines|manifests|benchmarks|examples|tests|docs"
+    tops = "salun_core|components|pipelines|manifests|lab|examples|tests|docs"
     for name in re.findall(rf"`((?:{tops})/[\w./-]*)`", text):
         assert (ROOT / name).exists() or name in MADE or re.search("[A-Z]{4}", name), name  # NAME: any
     for name in re.findall(r"`([a-z_]+/[\w/]+\.py)`", text):  # as seen from the core
-        assert any((base / name).exists() for base in (ROOT, ROOT / "salun_core", ROOT / "tests")), name
+        assert any((base / name).exists() for base in (ROOT, ROOT / "salun_core", ROOT / "lab", ROOT / "tests")), name
     for name in re.findall(r"\b(test_\w+\.py)`", text):
         assert next((ROOT / "tests").rglob(name), None), name
 

@@ -1,4 +1,4 @@
-"""The first hour with a model and data of one's own: benchmarks/first_use.sh in an empty folder, and its page."""
+"""The first hour with a model and data of one's own: lab/studies/first_use.sh in an empty folder, and its page."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from salun_core.storage.seaweedfs import free_ports
+from lab.seaweedfs import free_ports
 from tests.docs.pages import DOCS, ROOT, console, matches
 from tests.docs.test_tutorials import VARIES, plain
 
-SCRIPT = ROOT / "benchmarks" / "first_use.sh"
+SCRIPT = ROOT / "lab" / "studies" / "first_use.sh"
 PAGE = DOCS / "tutorials" / "own-model.md"
 # Also keys, process ids, percentages and the folder of the reader.
 DIFFERS = re.compile(rf"\b[0-9a-f]{{20}}\b|\b[0-9a-f]{{40}}\b|\bpid +\d+|\d+%|/\S+/store/\.env|{VARIES.pattern}")

@@ -21,10 +21,10 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from lab.seaweedfs import free_ports
 from salun_core.data.targets import ClassTarget
 from salun_core.requests.ledger import Ledger
 from salun_core.storage import open_store
-from salun_core.storage.seaweedfs import free_ports
 from salun_core.tasks import register_model
 from salun_core.times import utc_clock
 from tests.manifests.tree import MANIFESTS, containers, default, everything, named, pod, read

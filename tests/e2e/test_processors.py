@@ -1,6 +1,6 @@
 """Two people on two processors come to the same verdict: torch's kernels for three instruction sets, on one machine."""
 
-from benchmarks import processors
+from lab.studies import processors
 
 
 def test_the_default_is_judged_alike_with_any_kernels():

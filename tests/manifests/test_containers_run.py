@@ -16,8 +16,8 @@ import boto3.session
 import pytest
 from botocore.exceptions import ClientError
 
+from lab import seaweedfs as weed
 from salun_core.errors import StoreError
-from salun_core.storage import seaweedfs as weed
 from tests.manifests.tree import ROOT, containers, default, everything, named, workloads
 
 

@@ -19,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from PIL import Image
 from typer.testing import CliRunner
 
+from lab import seaweedfs as weed
 from salun_core.certificates.keys import create_key
 from salun_core.cli.app import app
 from salun_core.data import DataSpec
@@ -37,7 +38,6 @@ from salun_core.retention.inventory import scan_store
 from salun_core.steps.outcome import RunState, read_outcome
 from salun_core.storage import erase
 from salun_core.storage import keys as names
-from salun_core.storage import seaweedfs as weed
 from salun_core.storage.keys import LAYOUT, RUN_FILES
 from salun_core.storage.s3 import S3Store
 from salun_core.tasks.classification.training import train_model

@@ -4,7 +4,7 @@
 
 A toy model line replaces the model: its weights are the set of samples that it has forgotten. Everything else is real:
 the S3 server, the ledger, leases, publishing, the processes and their SIGKILLs. Prints a table, and writes
-benchmarks/results/reliability.json and docs/research/reliability.md; with --only the other rows are unchanged.
+lab/results/reliability.json and docs/research/reliability.md; with --only the other rows are unchanged.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from salun_core.storage.seaweedfs import embedded_s3, find_binary
+from lab.seaweedfs import embedded_s3, find_binary
 from tests.reliability import faults, rows
 from tests.reliability.figures import Figures
 from tests.reliability.trials import killed_runs
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "reliability.json"
+RESULTS = ROOT / "lab" / "results" / "reliability.json"
 PAGE = ROOT / "docs" / "research" / "reliability.md"
 MEMORY = "memory"
 OF_PYTEST = {

@@ -11,14 +11,8 @@ pytest.importorskip("transformers", reason="the `diffusion` extra is not install
 import typer
 from typer.testing import CliRunner
 
-from salun_core.cli.models import (
-    TrainGroup,
-    _Destination,
-    import_model,
-    train_classifier,
-    train_ddpm,
-    train_stable_diffusion,
-)
+from lab.cli.training import train_ddpm, train_stable_diffusion
+from salun_core.cli.models import Destination, TrainGroup, import_model, train_classifier
 from salun_core.data.split import SPLIT, SplitManifest
 from salun_core.errors import ConflictError, UsageError
 from salun_core.models.card import DiffusionEvaluation
@@ -58,7 +52,7 @@ def test_ddpm_is_trained(app, tmp_path):
 
 
 def test_what_the_line_will_lack_is_said_before_training(app, tmp_path, monkeypatch):
-    monkeypatch.setattr("salun_core.checkout.load_example", _stopped_example)
+    monkeypatch.setattr("lab.checkout.load_example", _stopped_example)
     arguments = ["train", "ddpm", "--data", "digits", "--out", tmp_path / "m", "--evaluation", "images_per_class=20"]
     found = _run(app, *arguments)
     assert found.exception.args == ("training began",)
@@ -103,7 +97,7 @@ def test_an_image_classifier_in_a_folder_is_published_with_the_line(judge_folder
     store = MemoryFiles()
     monkeypatch.setattr("salun_core.storage.open_store", lambda uri: store)
     asked = DiffusionEvaluation(judge=str(judge_folder))
-    to = _Destination(judge_folder.parent / "m", "ddpm", "s3://abc")
+    to = Destination(judge_folder.parent / "m", "ddpm", "s3://abc")
     named = to.with_judge(asked).judge
     line, digest = resolve(store, named)
     assert (line, read_version(store, line, digest).lineage.trained_on) == ("ddpm-judge", 1)
@@ -111,7 +105,7 @@ def test_an_image_classifier_in_a_folder_is_published_with_the_line(judge_folder
     (judge_folder / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(ConflictError, match="model line ddpm-judge exists already"):
         to.with_judge(asked)
-    assert _Destination(judge_folder.parent, None, None).with_judge(asked) == asked
+    assert Destination(judge_folder.parent, None, None).with_judge(asked) == asked
 
 
 def test_dry_run_writes_nothing(app, tmp_path):

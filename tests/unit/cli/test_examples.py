@@ -43,7 +43,7 @@ REQUESTS = [f"request {verb}" for verb in ("submit", "show", "list", "reindex", 
 REQUESTS += [f"request {verb}" for verb in ("retry", "reopen", "cancel")]
 RETENTION = ["model hold", "model release", "purge"]
 DIFFUSION = ["train ddpm", "train stable-diffusion"]
-ELSEWHERE = {  # e2e, unit/bench, test_calibration.py, test_sweep_cli.py, test_plugin_verbs.py, unit/audit, below
+ELSEWHERE = {  # e2e, lab/bench, test_calibration.py, test_sweep_cli.py, test_plugin_verbs.py, unit/audit, below
     *("plugin list", "plugin check"),
     *("demo", "demo-diffusion"),
     *("bench run", "bench render", "calibrate"),

@@ -192,7 +192,7 @@ def test_a_dry_run_of_run_publishes_nothing(salun, world, store):
 
 
 def test_the_demo_needs_a_checkout(salun, tmp_path, monkeypatch):
-    monkeypatch.setattr("salun_core.checkout._CHECKOUT", tmp_path)
+    monkeypatch.setattr("lab.checkout._CHECKOUT", tmp_path)
     refused = salun("demo-diffusion", "--kind", "ddpm")
     assert refused.exit_code == 2
     assert "the example demo is not installed: examples are part of the source repository only" in refused.stderr

@@ -8,8 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from lab.seaweedfs import find_binary
 from salun_core.errors import StoreError
-from salun_core.storage.seaweedfs import find_binary
 
 NOTEBOOK = Path(__file__).parents[3] / "examples" / "own_model.ipynb"
 

@@ -1,1 +1,0 @@
-"""The effect of each difference from the published code, measured here: `python -m benchmarks.deviations`."""

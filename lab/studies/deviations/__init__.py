@@ -1,0 +1,1 @@
+"""The effect of each difference from the published code, measured here: `python -m lab.studies.deviations`."""
