@@ -329,10 +329,10 @@ def sweep_in_pods(office, line, run, form, report):
     assert (claimed.requests, claimed.code) == (1, 0), claimed
     common = {name: form[name] for name in ("store_uri", "model_line", "policy_uri")}
     given = {**common, "forget_manifest_uri": claimed.forget_manifest_uri, "method_config": claimed.method_config}
-    fetched = steps.fetch_model(office.pod("fetcher", line, run), given)
-    assert fetched.code == 0
+    inputs, code = steps.fetch_model(office.pod("fetcher", line, run), given)
+    assert code == 0
     worker = office.pod("worker", line, run)
-    mask = steps.compute_mask(worker, office.file("inputs", fetched.inputs), "salun", 0.5, claimed.method_config)
+    mask = steps.compute_mask(worker, office.file("inputs", inputs), "salun", 0.5, claimed.method_config)
     after = steps.unlearn(worker, office.file("mask", mask), "salun", claimed.method_config, 0)
     evaluator = office.pod("evaluator", line, run)
     evidence, _ = steps.evaluate(evaluator, office.file("after", after), report)
