@@ -23,7 +23,6 @@ def fetch_model(
     tune: bool = False,
     tune_budget: str = "20e",
     extra_metrics: str = "",
-    also: str = "",
     evaluation_samples: str = "20000",
     shards: int = 1,
     publishes: bool = True,
@@ -45,7 +44,6 @@ def fetch_model(
         tune: Whether settings and density are searched for.
         tune_budget: Budget of the search.
         extra_metrics: Extra metrics of the evaluation.
-        also: Former name of extra_metrics, for recurring runs; the next release drops it.
         evaluation_samples: Most retained and most test images that the evaluation measures, or all.
         shards: Number of pods that share the scores.
         publishes: Whether the run publishes a version, and so takes the lease of the model line.

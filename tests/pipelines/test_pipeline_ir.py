@@ -253,7 +253,6 @@ RECIPE = {
     "tune",
     "tune_budget",
     "extra_metrics",
-    "also",
     "evaluation_samples",
 }
 BATCH = {"min_requests", "max_requests", "max_wait_hours", "max_forget_fraction", "dry_run"}
