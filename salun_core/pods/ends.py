@@ -31,7 +31,7 @@ _UNKNOWN = Cause(
 )
 
 
-def purge(store_uri: str, pipeline_root: str, run: str, *, dry_run: bool) -> tuple[int, str]:
+def purge(store_uri: str, run: str, *, dry_run: bool) -> tuple[int, str]:
     """Purge a store, and return how many objects were deleted and what was wrong.
 
     A purge that must not delete (no signing key, a damaged document) does not stop the sweep beside it: erasing goes
@@ -39,7 +39,7 @@ def purge(store_uri: str, pipeline_root: str, run: str, *, dry_run: bool) -> tup
     """
     try:
         key = find_signing_key()
-        report = purge_step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run)
+        report = purge_step(store_uri, dry_run=dry_run, signer=key, run=run)
     except SalunError as error:
         told = str(error.for_pods())
         print(f"Error: {told}", file=sys.stderr, flush=True)

@@ -88,10 +88,6 @@ class DeletionSweepForm(BatchLimits, RecipeForm):
     dry_run: bool = Field(
         default=False, description="Report what would be claimed and how much would be purged, and write nothing."
     )
-    pipeline_root: str = Field(
-        default="",
-        description="Where Kubeflow stores artifacts, such as s3://mlpipeline/v2/artifacts, to purge them too.",
-    )
 
 
 class ShardedMaskForm(RunForm):

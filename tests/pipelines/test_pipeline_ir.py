@@ -262,8 +262,8 @@ def test_run_form_explains_every_parameter(each):
     parameters = each[0]["root"]["inputDefinitions"]["parameters"]
     own = {
         "salun-unlearning": {"forget_manifest_uri", *RECIPE},
-        "salun-deletion-sweep": {"pipeline_root", *BATCH, *RECIPE},
-        "salun-deletion-sweep-compact": {"pipeline_root", *BATCH, *RECIPE},
+        "salun-deletion-sweep": {*BATCH, *RECIPE},
+        "salun-deletion-sweep-compact": {*BATCH, *RECIPE},
         "salun-sharded-mask": {"forget_manifest_uri", "shards", "density"},
     }
     assert set(parameters) == {"model_line", "store_uri", *PLACEMENT} | own[name_of(each)]

@@ -72,7 +72,7 @@ class World:
     def purge(self):
         """Issue what a purge issues when it has deleted everything that was due."""
         inventory = scan_store(self.store, utc_clock())
-        issue_addenda(self.store, inventory, inventory.keys, None, KEY, utc_clock())
+        issue_addenda(self.store, inventory, inventory.keys, KEY, utc_clock())
 
 
 @pytest.fixture

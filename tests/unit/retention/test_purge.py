@@ -163,7 +163,7 @@ def test_a_purge_deletes_its_plan_and_keeps_the_rest_complete(s3_server, tmp_pat
     report = line.purge()
     assert report.skipped == []
     assert [item for item, _ in report.erased] == dry.plan.deletions
-    assert {item.kind for item, _ in report.erased} == {*DeletionKind} - {DeletionKind.ARTIFACT, DeletionKind.STAGED}
+    assert {item.kind for item, _ in report.erased} == {*DeletionKind} - {DeletionKind.STAGED}
     assert line.traces(0) == []
     assert line.fetched(2, tmp_path / "head") == line.original(2)
     assert line.fetched(1, tmp_path / "held") == line.original(1)
@@ -232,30 +232,17 @@ def test_old_weights_of_a_model_with_folders_are_purged(bucket, tmp_path):
         fetch_version(store, "sd", versions[0], tmp_path / "gone")
 
 
-def kubeflow(line):
-    """A pipeline root with what Kubeflow kept of run-2 and of a run that is not ours."""
-    root = open_store(f"{line.uri}-root/v2/artifacts")
-    client, of, prefix = root.native
-    ours, other = (f"{run}/0b0c2b0e-6a4f-4a38-9d0c-7a8f9c1d2e3f/" for run in ("salun/run-2/unlearn", "x/run-99/train"))
-    for key in ("unlearned/model.safetensors", "mask", "report", "evidence", "mask"):
-        client.put_object(Bucket=of, Key=f"{prefix}{ours}{key}", Body=b"x")
-    root.put_new(f"{other}model", b"not ours")
-    return root, {f"{ours}report", f"{other}model"}
-
-
 def test_deletions_are_added_to_the_certificate_and_the_target_is_redacted(line):
-    key, (root, stays) = names.request_key("r-1"), kubeflow(line)
+    key = names.request_key("r-1")
     assert line.purge(clock=after(days=1)).addenda == []  # the mask is still there
     target = Ledger(line.store, after()).get("r-1").target
     assert isinstance(target, RedactedTarget)
     assert len(target.hashes) == 1
     assert len(versions_of(line.store, key)) == 1
-    report = line.purge(root=root)
+    report = line.purge()
     assert report.addenda == ["r-1"]
-    assert {item.key for item in stored_keys(root)} == stays
-    assert report.plan.foreign_runs == 1
-    store, artifacts = ["forget data of the run", "masks in the store"], "weights and masks under the pipeline root"
-    assert line.addenda() == [*store, artifacts, "weights of the superseded version"]
+    store = ["forget data of the run", "masks in the store"]
+    assert line.addenda() == [*store, "weights of the superseded version"]
     report = line.purge()
     assert (report.addenda, [item.kind for item in report.plan.deletions]) == ([], [DeletionKind.REQUEST])
     assert Ledger(line.store, after()).get("r-1").target.hashes == []  # no version knows it any more
