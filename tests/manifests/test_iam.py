@@ -33,6 +33,7 @@ from salun_core.storage.keys import LAYOUT, RUN_FILES
 from salun_core.storage.leases import acquire, release, renew
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.runs import RunLog, RunStatus
+from tests.support.decisions import PROCEDURE
 from tests.support.toy_line import run_record
 
 pytestmark = pytest.mark.s3
@@ -321,7 +322,9 @@ def test_the_steps_of_each_role_do_their_work(settles, number, stores, tmp_path)
 
     ledger = Ledger(stores[settles], lambda: NOW)
     stores[settles].put_new(names.certificate_key(request), b"{}")
-    ledger.move(request, Transition(Status.COMPLETED, "sweep", "erased", run=run, outcome="unlearned"))
+    ledger.move(
+        request, Transition(Status.COMPLETED, "sweep", "erased", run=run, outcome="unlearned", assurance=PROCEDURE)
+    )
     redact_request(stores[settles], request, keep_hashes=False)
     RunLog(stores[settles], lambda: NOW).advance(run, RunStatus.PUBLISHED, "settle", "published")
     stores[settles].delete(names.scratch_key(run, "forget.json"))

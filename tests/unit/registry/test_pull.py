@@ -306,7 +306,7 @@ def test_verify_takes_what_pull_wrote_and_names_the_command_when_a_file_differs(
     assert verified.exit_code == 0, verified.stderr
     assert "all 3 files of" in verified.stdout
     for spoil in (
-        lambda: (tmp_path / "out" / "split.json").write_text("{}"),
+        lambda: (tmp_path / "out" / "split.parquet").write_text("{}"),
         lambda: (tmp_path / "out" / "empty").mkdir(),
         lambda: shutil.rmtree(tmp_path / "out"),
     ):

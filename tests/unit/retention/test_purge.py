@@ -31,6 +31,7 @@ from salun_core.storage.erase import stored_keys, versions_of
 from salun_core.storage.leases import acquire, release
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.runs import RunLog, RunMember, RunRecord, RunStatus
+from tests.support.decisions import PROCEDURE
 from tests.support.folder_model import UNET, contents, write_folder
 
 START = datetime.now(UTC).replace(microsecond=0)
@@ -110,10 +111,16 @@ class Line:
         ).model_dump()
         fields = {"run": "run-2", "line": "faces", "parent": self.versions[0], "epoch": 1, "method": "salun"}
         fields |= {"density": 0.5, "created_at": START.isoformat(), "work_key": "0" * 64, "members": [member]}
+        fields |= {"levels": [{"role": "retrain"}], "max_attempts": 1}
         log.start(RunRecord(**fields, forget_sha256="f" * 64, forget_count=1, train_count=9), "sweep")
         log.advance("run-2", RunStatus.PUBLISHED, "sweep", "published")
         self.store.put_new(names.certificate_key("r-1"), b"a certificate")
-        ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED))
+        ledger.move(
+            "r-1",
+            Transition(
+                Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED, assurance=PROCEDURE
+            ),
+        )
 
     def digest(self, number, name="model.safetensors"):
         return read_version(self.store, "faces", self.versions[number]).files[name].sha256
@@ -298,8 +305,8 @@ def test_a_purge_killed_after_each_write_ends_the_same(line, bucket, memory_s3, 
 def test_a_hold_during_the_purge_is_respected_and_a_damaged_manifest_stops_it(line, monkeypatch, tmp_path):
     real = step.scan_store
 
-    def meddled(store, now, root):
-        inventory = real(store, now, root)
+    def meddled(store, now):
+        inventory = real(store, now)
         hold_version(line.store, "faces", line.versions[0], "ana", "held meanwhile", after())
         return inventory
 
