@@ -30,7 +30,7 @@ from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.policy import SweepPolicy
 from salun_core.sweeps.runs import RunRecord, RunStatus
 from salun_core.times import utc_clock
-from tests.support.decisions import passed
+from tests.support.decisions import passed, refused
 
 LINE = "toy"
 MODEL = "forgotten.json"
@@ -200,7 +200,7 @@ def erase(
         context.runs.advance(record.run, status, "toy", "goes on")
     parent = Version(record.parent, read_version(store, record.line, record.parent))
     if ids & poison and not (at_last and record.rung == len(RECIPES) - 1):
-        store.put_new(run_key(record.run, DECISION), json.dumps({"passed": False}).encode())
+        store.put_new(run_key(record.run, DECISION), refused().model_dump_json().encode())
         return None
     context.runs.advance(record.run, RunStatus.GATED, "toy", "passed")
     gone = forgotten(store, parent) | ids

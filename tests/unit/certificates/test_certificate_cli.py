@@ -164,11 +164,11 @@ def test_addenda_are_listed_and_written_next_to_the_certificate(salun, store, mo
     assert [(item["addendum"], item["current"], item["file"]) for item in listed] == [
         ("disposal-0123456789ab.json", True, None)
     ]
-    assert listed[0]["done"][0]["what"] == "superseded weights"
+    assert listed[0]["done"][0]["what"] == "weights of the superseded version"
     Path("out").mkdir()
     written = salun("certificate", "r-1", "--out", "out/c.json", "--addenda")
     assert written.exit_code == 0, written.stderr
-    assert "superseded weights" in written.stdout
+    assert "weights of the superseded version" in written.stdout
     added = Path("out/c.disposal-0123456789ab.json")
     assert added.read_bytes() == disposal
     assert f"salun verify out/c.json --addendum {added}" in written.stdout
