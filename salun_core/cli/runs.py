@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def trial_line(record: TrialRecord) -> str:
     """Return one trial of a search in one line."""
-    settings = [record.method] if record.method else []
+    settings = [record.method]
     settings += [
         f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in record.settings.items()
     ]

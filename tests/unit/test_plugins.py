@@ -269,7 +269,7 @@ def test_a_certificate_names_the_plug_ins():
     assert b"plugins" not in plain.canonical()
     facts, documents = input_of()
     evidence = documents.evidence.model_copy(update={"plugins": [RECORD]})
-    decided = decide(evidence, policy(plugins=["salun-fade"])).model_dump(mode="json")
+    decided = decide(evidence, policy(plugins=["salun-fade"]))
     documents = judged(evidence).__class__(documents.split_digest, evidence, decided)
     statement = build_statement(facts, documents, "0" * 64)
     assert ("plug-in", RECORD.words) in _summary(statement.predicate)

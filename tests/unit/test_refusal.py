@@ -186,7 +186,8 @@ def searched(rules, *trials):
         found = constraint({**GOOD, **metrics}) if metrics is not None else None
         measured = {"refused": found.reasons, "causes": found.causes, "distance": 0.1} if found else {}
         state, epochs = ("finished", 1) if found else ("failed", 0)
-        fields = {"number": number, "settings": {}, "epochs": epochs, "epochs_run": 1, "passes": 1, "seconds": 1.0}
+        fields = {"number": number, "method": "salun", "settings": {}, "epochs": epochs, "epochs_run": 1}
+        fields |= {"passes": 1, "seconds": 1.0}
         records.append(TrialRecord.model_validate({**fields, **measured, "state": state}))
     return _refusal(constraint, Tuned(records, 1, 1.0, None, []))
 

@@ -313,7 +313,7 @@ def test_verify_takes_what_pull_wrote_and_names_the_command_when_a_file_differs(
         spoil()
         refused = invoke(*args)
         assert refused.exit_code in (2, 5)
-        assert "salun model pull faces@605a85542c9e --out DIR" in refused.stderr
+        assert "salun model pull faces@d9147cc9ced9 --out DIR" in refused.stderr
 
 
 def test_a_killed_command_is_continued_by_the_next_one(real_store, tmp_path, salun_path):
