@@ -253,7 +253,7 @@ def test_a_table_has_the_digest_of_its_json(monkeypatch):
         _ = bad.digest
 
 
-def test_a_random_share_is_that_of_earlier_releases():
+def test_a_random_share_takes_the_least_digests():
     target = RandomTarget(fraction=0.13, seed=7)
     names = sorted(NAMES, key=lambda name: sha256_bytes(f"7\0{name}".encode()))
     assert target.draw(NAMES) == sorted(names[:130])
