@@ -22,8 +22,7 @@ def _claim_form(form: Any) -> dict[str, Any]:  # noqa: ANN401
 
 
 def _purge(form: Any) -> None:  # noqa: ANN401
-    place = {"store_uri": form.store_uri, "pipeline_root": form.pipeline_root, "dry_run": form.dry_run}
-    purged = purge_store(run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **place)
+    purged = purge_store(store_uri=form.store_uri, run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, dry_run=form.dry_run)
     configure(with_signing_key(purged), form, hours=2, size=Size.SMALL)
 
 

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 import components
 from pipelines.callers import without_source_lines
 from salun_core.config import Document
-from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RunForm, UnlearningForm
+from salun_core.steps.run_form import DeletionSweepForm, RunForm, UnlearningForm
 
 # Not zero: Kubernetes takes a limit of 0 for none.
 _QUANTITY = r"^([1-9][0-9]*(\.[0-9]+)?|0\.[0-9]*[1-9][0-9]*)(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
@@ -87,13 +87,8 @@ def _with_parameters(function: Callable[..., Any], form: type[RunForm]) -> Calla
 
 
 def _fields(form: type[RunForm]) -> list[tuple[str, FieldInfo]]:
-    """Return the fields of a pipeline: those of its form, their former names, and the placement."""
-    fields = dict(form.model_fields)
-    for old, new in OLD_NAMES.items():
-        if new in fields:
-            about = f"Former name of {new}, for recurring runs; the next release drops it."
-            fields[old] = FieldInfo(annotation=str, default="", description=about)
-    return list({**fields, **PlacementForm.model_fields}.items())
+    """Return the fields of a pipeline: those of its form, and the placement."""
+    return list({**form.model_fields, **PlacementForm.model_fields}.items())
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:

@@ -33,16 +33,16 @@ from pipelines.forked_steps import Nursery
 from pipelines.packages import load_documents, read_package
 from pipelines.volumes import CACHE_VARIABLE
 from salun_core.errors import SalunError, UsageError, exit_code_of
+from salun_core.gate import DECISION
 from salun_core.pods.reference import read_reference
 from salun_core.registry.lookup import Version, read_file, read_version
-from salun_core.steps.outcome import OutcomeRecord, read_outcome
+from salun_core.steps.outcome import EVIDENCE, REPORT, OutcomeRecord, read_outcome
 from salun_core.storage import open_store
 from salun_core.storage.keys import run_key
 from salun_core.storage.s3 import S3Store
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "run.log"
-EVIDENCE, DECISION, REPORT = "evidence.json", "decision.json", "report.html"
 REPORTS = ("gate-publish/report", "sweep-compact/report", "evaluate/report")  # the last one has no verdict
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STEP = re.compile(r"- Executing task '([a-z0-9-]+)'$")

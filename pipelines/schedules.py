@@ -55,8 +55,8 @@ def put_schedule(api: Api, job: Job, cron: str, progress: Callable[[str], None] 
     - after a deletion whose reply was lost: the new one.
 
     The same holds for a schedule with a slot every minute, which has no quiet moment: the update takes place
-    nevertheless. A slot that the old one holds back because its run still works is dropped with it. Releases before
-    this one could leave a new one that is disabled; the next call enables it, and deletes the old ones afterwards.
+    nevertheless. A slot that the old one holds back because its run still works is dropped with it. If the schedule
+    exists and is disabled, it is enabled, and the old ones are deleted afterwards.
 
     Args:
         api: where to.

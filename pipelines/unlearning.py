@@ -13,7 +13,7 @@ from components.settle_requests import settle_requests
 from components.unlearn import unlearn
 from pipelines.form import pipeline
 from pipelines.resources import Size, configure, with_signing_key
-from salun_core.steps.run_form import OLD_NAMES, RunForm, UnlearningForm
+from salun_core.steps.run_form import RunForm, UnlearningForm
 
 NAME = "salun-unlearning"
 SETTLE_RETRIES = 8  # the net must hold: the requests wait until a run is settled
@@ -26,7 +26,7 @@ def run_address(form: Any) -> dict[str, Any]:  # noqa: ANN401 - kfp's channels h
 
 def recipe_of(form: Any) -> dict[str, Any]:  # noqa: ANN401
     """Return the parameters of the recipe, which the first step checks."""
-    names = [name for name in (*RunForm.model_fields, *OLD_NAMES) if name not in ("store_uri", "model_line")]
+    names = [name for name in RunForm.model_fields if name not in ("store_uri", "model_line")]
     return {name: getattr(form, name) for name in names}
 
 
@@ -56,7 +56,6 @@ def after_fetch(form: Any, fetched: Any, **recipe: Any) -> None:  # noqa: ANN401
         unlearned=unlearned.outputs["unlearned"],
         retrain_reference=form.retrain_reference,
         extra_metrics=form.extra_metrics,
-        also=form.also,
         evaluation_samples=form.evaluation_samples,
         processes=form.gpu_count,
         **run,

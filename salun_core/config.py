@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -87,26 +86,6 @@ class Document(BaseModel):
 
 
 D = TypeVar("D", bound=BaseModel)
-
-
-def report_old_name(old: str, new: str) -> None:
-    """Print on standard error that an option or a key has a new name."""
-    print(f"Warning: {old} is now called {new}. The next release drops the old name.", file=sys.stderr)
-
-
-def with_current_names(data: Any, names: Mapping[str, str]) -> Any:  # noqa: ANN401 - what a document holds
-    """Return a document with its current keys in place of former ones; each former one is reported.
-
-    Args:
-        data: the document; only a mapping is changed.
-        names: current name by former name. A document that has both keeps both, and is refused as unknown.
-    """
-    if not isinstance(data, Mapping):
-        return data
-    former = {old: new for old, new in names.items() if old in data and new not in data}
-    for old, new in former.items():
-        report_old_name(f"`{old}`", f"`{new}`")
-    return {former.get(key, key): value for key, value in data.items()}
 
 
 def parse(kind: type[D], data: Any, source: str) -> D:  # noqa: ANN401 - any YAML or JSON value

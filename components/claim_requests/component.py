@@ -22,7 +22,6 @@ def claim_requests(
     tune: bool = False,
     tune_budget: str = "20e",
     extra_metrics: str = "",
-    also: str = "",
     evaluation_samples: str = "20000",
     min_requests: int = 16,
     max_requests: int = 64,
@@ -60,7 +59,6 @@ def claim_requests(
         tune: Whether settings and density are searched for.
         tune_budget: Budget of the search.
         extra_metrics: Extra metrics of the evaluation.
-        also: Former name of extra_metrics, for recurring runs; the next release drops it.
         evaluation_samples: Most retained and most test images that the evaluation measures, or all.
         min_requests: A batch of this many requests is due at once.
         max_requests: Maximum number of requests in one run.

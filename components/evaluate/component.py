@@ -17,7 +17,6 @@ def evaluate(
     report: dsl.Output[dsl.HTML],
     retrain_reference: bool = False,
     extra_metrics: str = "",
-    also: str = "",
     evaluation_samples: str = "20000",
     processes: str = "1",
 ) -> None:
@@ -34,7 +33,6 @@ def evaluate(
         report: The figures and plots, without a verdict.
         retrain_reference: Also train a model from scratch without the forget set, and compare with it.
         extra_metrics: Extra metrics, such as lira=16,relearn,probe,decile,seeds=3; with a reference also kl,tow.
-        also: Former name of extra_metrics, for recurring runs; the next release drops it.
         evaluation_samples: Most retained images, and most test images, that are measured; of more, a sample; or all.
         processes: Processes that share the outputs of a classifier, and the training of a reference, in this container.
     """
@@ -42,7 +40,7 @@ def evaluate(
     from salun_core.pods.pod import Pod
     from salun_core.pods.reference import write_reference
 
-    pod, measured = Pod(store_uri, model_line, run_id), {"extra_metrics": extra_metrics or also}
+    pod, measured = Pod(store_uri, model_line, run_id), {"extra_metrics": extra_metrics}
     measured |= {"evaluation_samples": evaluation_samples, "processes": processes}
     made, found = steps.evaluate(pod, unlearned.path, report.path, retrain_reference=retrain_reference, **measured)
     evidence.metadata.update(write_reference(made, evidence.path))

@@ -6,14 +6,13 @@ from components._image import component
 
 
 @component
-def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False, run_id: str = "") -> NamedTuple(  # type: ignore[valid-type]
+def purge_store(store_uri: str, dry_run: bool = False, run_id: str = "") -> NamedTuple(  # type: ignore[valid-type]
     "Outputs", [("deleted", int), ("problem", str)]
 ):
     """Delete expired forget sets, masks, superseded weights and orphans, and add addenda to the certificates.
 
     Args:
         store_uri: The object store that holds the model lines and the requests, as s3://bucket/prefix.
-        pipeline_root: Where Kubeflow stores artifacts, such as s3://mlpipeline/v2/artifacts, to purge them too.
         dry_run: Count what would be deleted, and delete nothing.
         run_id: Id of the run, for the log.
 
@@ -23,4 +22,4 @@ def purge_store(store_uri: str, pipeline_root: str = "", dry_run: bool = False, 
     """
     from salun_core.pods import ends
 
-    return tuple(ends.purge(store_uri, pipeline_root, run_id, dry_run=dry_run))
+    return tuple(ends.purge(store_uri, run_id, dry_run=dry_run))

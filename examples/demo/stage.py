@@ -21,14 +21,14 @@ from salun_core.config import load
 from salun_core.data.targets import Target
 from salun_core.errors import ConflictError, GateRefusedError, SalunError, UsageError
 from salun_core.evaluation import Evidence
-from salun_core.gate import GateDecision
+from salun_core.gate import DECISION, GateDecision
 from salun_core.methods.loop import OnEpoch
 from salun_core.registry.lookup import Version, lines, read_head, read_version
 from salun_core.registry.versions import fetch_version
 from salun_core.requests.gauges import GaugeReader
 from salun_core.requests.ledger import Ledger
 from salun_core.requests.schema import RequestState, Status, summarise
-from salun_core.steps.outcome import DECISION, EVIDENCE, REPORT
+from salun_core.steps.outcome import EVIDENCE, REPORT
 from salun_core.steps.run_form import DeletionSweepForm
 from salun_core.steps.sweep import sweep_once
 from salun_core.storage import FileStore, open_store

@@ -356,7 +356,7 @@ def _chosen(log: TuningLog) -> dict[str, Setting]:
     assert log.chosen is not None  # a cell has a model
     trial = log.trials[log.chosen]
     density = {} if trial.density is None else {"density": trial.density}
-    method = {"method": log.chosen_method} if log.chosen_method not in (log.method, None) else {}
+    method = {} if trial.method == log.method else {"method": trial.method}
     return {**method, **trial.settings, **density, "epochs": trial.epochs}
 
 

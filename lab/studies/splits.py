@@ -1,4 +1,4 @@
-"""Measures what a split costs by its number of rows, in Parquet and as the JSON of earlier releases.
+"""Measures what a split costs by its number of rows, in Parquet and as JSON.
 
     python -m lab.studies.splits
 
@@ -11,7 +11,7 @@ unless it writes it. The table shows the processor seconds of the action alone a
 - subtract: the split without 1,000 ids, with its digest
 - membership: which of 1,000 ids are in the split without 1,000 others
 
-The JSON is written and read as earlier releases did it, as one object, up to a million rows. Writes
+The JSON is written and read as one object, up to a million rows. Writes
 lab/results/splits.json, from which `make generated` makes the table in docs/research/speed.md.
 """
 
@@ -33,12 +33,12 @@ import pyarrow
 
 from salun_core.config import unique_keys
 from salun_core.data.rows import GROUP_ROWS, PARTS, Columns, Group, Rows
-from salun_core.data.split import OLD_SPLIT, SPLIT, SplitManifest, read_split
+from salun_core.data.split import SPLIT, SplitManifest, read_split
 from salun_core.digest import digest_json, sha256_bytes
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 ACTIONS = ("write", "read", "resolve", "subtract", "membership")
-JSON_LIMIT = 1_000_000
+JSON, JSON_LIMIT = "split.json", 1_000_000
 FEW = 1_000
 DATA_SET = sha256_bytes(b"")
 
@@ -89,8 +89,8 @@ def parquet_work(action: str, size: int, folder: Path) -> Callable[[], object]:
 
 
 def json_work(action: str, size: int, folder: Path) -> Callable[[], object]:
-    """Return the same action as earlier releases did it, on dictionaries."""
-    path = folder / OLD_SPLIT
+    """Return the same action on dictionaries."""
+    path = folder / JSON
     if action == "write":
         document = generated(size).model_dump(mode="json")
         return lambda: path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
@@ -116,7 +116,7 @@ def child(form: str, action: str, size: int, folder: Path) -> None:
     started = time.process_time()
     work()
     seconds = time.process_time() - started
-    name = SPLIT if form == "parquet" else OLD_SPLIT
+    name = SPLIT if form == "parquet" else JSON
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"cpu_s": seconds, "peak_mb": peak, "bytes": (folder / name).stat().st_size}))
 

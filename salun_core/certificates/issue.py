@@ -20,7 +20,7 @@ import hmac
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -52,7 +52,7 @@ from salun_core.config import parse
 from salun_core.data.forget_set import kind_of
 from salun_core.digest import check_digest, digest_json, sha256_bytes
 from salun_core.errors import ConflictError, GateRefusedError, IntegrityError, UsageError
-from salun_core.gate import Assurance, assurance_of
+from salun_core.gate import DECISION, Assurance, GateDecision
 from salun_core.registry.lookup import Version, read_file
 from salun_core.registry.manifest import weights_digest
 from salun_core.registry.rollbacks import VersionRollback
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from salun_core.evaluation.evidence import Evidence
 
 COMMIT_VARIABLE, IMAGE_VARIABLE = "SALUN_COMMIT", "SALUN_IMAGE_DIGEST"
-_EVIDENCE, _DECISION, _CARD = "evidence.json", "decision.json", "model.json"
+_EVIDENCE, _CARD = "evidence.json", "model.json"
 _DUE_HOURS = {"forget data of the run": 24, "masks": 30 * 24, "weights of the superseded version": 30 * 24}
 _MEASURED = tuple(name for name in CertifiedMetric.model_fields if name != "name")
 _SHORT, _LONG = 128, 500  # lengths of ShortText and Text in the statement
@@ -108,21 +108,21 @@ class CertificateInput:
     frozen_digest: str | None = None
     requests: int | None = None
 
-    def assurance(self, decision: Mapping[str, Any] | None) -> Assurance | None:
+    def assurance(self, decision: GateDecision | None) -> Assurance:
         """Return how sure the outcome is.
 
         Args:
-            decision: the gate's about the version, as plain JSON; None if it was not unlearned.
-
-        Returns:
-            The assurance; None for a version that an earlier release published.
+            decision: the gate's about the version; None if it was not unlearned.
 
         Raises:
-            UsageError: the decision is damaged.
+            IntegrityError: something was erased, and there is no decision.
+            UsageError: the gate refused.
         """
         if self.outcome is Outcome.NOTHING_TO_ERASE:
             return Assurance(level="nothing_to_erase")
-        return assurance_of(decision or {}, kind_of(self.request.target), self.requests)
+        if decision is None:
+            raise _contradiction("something was erased, but the gate's decision is missing")
+        return decision.assurance(kind_of(self.request.target), self.requests)
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,12 @@ class VersionDocuments:
     Args:
         split_digest: of its split manifest.
         evidence: what was measured; None if the version was not unlearned.
-        decision: the gate's, as plain JSON; None if the version was not unlearned.
+        decision: the gate's; None if the version was not unlearned.
     """
 
     split_digest: str
     evidence: Evidence | None = None
-    decision: Mapping[str, Any] | None = None
+    decision: GateDecision | None = None
 
     @classmethod
     def read(cls, store: ObjectStore, version: Version) -> VersionDocuments:
@@ -148,12 +148,12 @@ class VersionDocuments:
         """
         from salun_core.evaluation.evidence import Evidence  # its package loads torch
 
-        names = [name for name in (_EVIDENCE, _DECISION, _CARD) if name in version.manifest.files]
+        names = [name for name in (_EVIDENCE, DECISION, _CARD) if name in version.manifest.files]
         data = {name: read_file(store, version, name) for name in names}
         return cls(
             str(json.loads(data[_CARD])["split_digest"]),
             parse_stored(Evidence, data[_EVIDENCE], _EVIDENCE) if _EVIDENCE in data else None,
-            json.loads(data[_DECISION]) if _DECISION in data else None,
+            parse_stored(GateDecision, data[DECISION], DECISION) if DECISION in data else None,
         )
 
 
@@ -342,9 +342,9 @@ def _check(facts: CertificateInput, documents: VersionDocuments) -> None:
     weights = weights_digest({name: entry.sha256 for name, entry in manifest.files.items()})
     if evidence.measured.after != weights or evidence.run.method != manifest.method:
         raise _contradiction("the evidence was measured on another model than the version's")
-    check_digest("the evidence of the gate's decision", str(decision.get("evidence_digest")), evidence.digest)
-    if decision.get("passed") is not True:
-        why = f"the gate refused the version: {str(decision.get('summary'))[:400]}"
+    check_digest("the evidence of the gate's decision", decision.evidence_digest, evidence.digest)
+    if not decision.passed:
+        why = f"the gate refused the version: {decision.summary[:400]}"
         raise GateRefusedError("nothing is certified", why, "unlearn again until the gate passes")
 
 
@@ -378,20 +378,20 @@ def _procedure(facts: CertificateInput, evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _gate(decision: Mapping[str, Any]) -> dict[str, Any]:
+def _gate(decision: GateDecision) -> dict[str, Any]:
     verdicts = [
         {
-            "rule": _one_line(item["rule"], _SHORT),
-            "threshold": _one_line(item["threshold"], _SHORT),
-            "actual": _finite(item.get("actual")),
-            "shown": item.get("shown"),
-            "passed": item["passed"],
-            "reason": _one_line(item["reason"], _LONG),
+            "rule": _one_line(item.rule, _SHORT),
+            "threshold": _one_line(item.threshold, _SHORT),
+            "actual": _finite(item.actual),
+            "shown": item.shown,
+            "passed": item.passed,
+            "reason": _one_line(item.reason, _LONG),
         }
-        for item in decision["verdicts"]
+        for item in decision.verdicts
     ]
-    names = ("policy_digest", "evidence_digest", "passed")
-    return {"policy": _one_line(decision["policy"], _SHORT), "verdicts": verdicts} | {n: decision[n] for n in names}
+    facts = decision.model_dump(include={"policy_digest", "evidence_digest", "passed"})
+    return {"policy": _one_line(decision.policy, _SHORT), "verdicts": verdicts, **facts}
 
 
 def _disposals(completed_at: str) -> dict[str, Any]:

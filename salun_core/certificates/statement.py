@@ -190,9 +190,7 @@ class Erasure(Document):
     format: Literal["salun.certificate/v1"] = "salun.certificate/v1"
     request: RequestTimes = Field(description="the request")
     outcome: Outcome = Field(description="how it was met")
-    assurance: Assurance | None = Field(
-        default=None, description="how sure that is; absent: issued by an earlier release"
-    )
+    assurance: Assurance = Field(description="how sure that is")
     forgotten: ForgottenSet = Field(description="what was forgotten")
     model: ModelFacts = Field(description="the model version")
     procedure: Procedure | None = Field(default=None, description="how it was made; absent: nothing to erase")
@@ -309,13 +307,13 @@ def contradictions(erasure: Erasure) -> list[str]:
         *(text for text, holds in found.items() if holds),
         *(f"the metric {name} stands twice" for name in sorted(set(names)) if names.count(name) > 1),
         *(f"it passed the gate, and the rule {rule!r} failed" for rule in failed),
-        *(_level_contradictions(erasure, erasure.assurance) if erasure.assurance else ()),
+        *_level_contradictions(erasure),
     ]
 
 
-def _level_contradictions(erasure: Erasure, assurance: Assurance) -> list[str]:
+def _level_contradictions(erasure: Erasure) -> list[str]:
     """Return in what the assurance level does not fit to its figures and to the rest of the certificate."""
-    level, outcome = assurance.level, erasure.outcome
+    assurance, level, outcome = erasure.assurance, erasure.assurance.level, erasure.outcome
     nothing = outcome is Outcome.NOTHING_TO_ERASE
     figures = (assurance.margin, assurance.n, assurance.power, assurance.requests)
     shown = any(verdict.shown for verdict in (erasure.gate.verdicts if erasure.gate else ()))

@@ -29,9 +29,7 @@ from salun_core.cli import (
 from salun_core.cli.failures import interruptible, reported
 from salun_core.cli.output import MODE, bars, echo, progress, silence_logs
 from salun_core.cli.verbs import UNPARSED, WITHOUT_SETTINGS, added_verbs
-from salun_core.config import report_old_name
 from salun_core.errors import EXIT_CODES, SalunError
-from salun_core.steps.run_form import OLD_NAMES
 
 _EVERYWHERE = (
     ("--json", "Print one JSON document and nothing else on standard output."),
@@ -40,7 +38,7 @@ _EVERYWHERE = (
 _CONFIG = ("--config", "Settings file. Default: salun.yaml in the working folder, if it exists.")
 _ADDED_GROUPS, _ADDED = added_verbs()
 _NO_SETTINGS = {"init", *(verb.split()[0] for verb, function in _ADDED.items() if function in WITHOUT_SETTINGS)}
-_OTHER_NAMES = {("model", "import-diffusers"): "import", ("request", "status"): "show"}
+_OTHER_NAMES = {("request", "status"): "show"}
 _HELP = "salun.help"  # whether help is asked for, which must work with a faulty settings file
 _EXAMPLE = re.compile(r"^## (?P<verb>.+)\n\n```console\n(?P<lines>(?:.*\n)+?)```$", re.MULTILINE)
 
@@ -84,13 +82,11 @@ class Root(TyperGroup):
     """The command itself: `--json`, `--debug` and `--config` may stand anywhere; failures are reported in one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401
-        """Move the options that every verb has to the front, and replace former names."""
-        words = [_current_name(word) for word in args]
+        """Move the options that every verb has to the front, and replace second names."""
+        words = list(args)
         for (group, other), name in _OTHER_NAMES.items():
             if other in words[1:6] and words[words.index(other) - 1] == group:
                 words[words.index(other)] = name
-                if other == "import-diffusers":
-                    report_old_name(f"{group} {other}", f"{group} {name}")
         ctx.meta[_HELP] = "--help" in words
         return super().parse_args(ctx, _hoisted(words, self._settings_places(words)))
 
@@ -135,16 +131,6 @@ def _hoisted(words: Sequence[str], settings: Sequence[int]) -> list[str]:
     flags = [name for name, _ in _EVERYWHERE if name in words[:end]]
     rest = [word for place, word in enumerate(words) if place not in settings and (place >= end or word not in flags)]
     return [*flags, *(words[place] for place in settings), *rest]
-
-
-def _current_name(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    new = OLD_NAMES.get(flag.removeprefix("--")) if flag.startswith("--") else None
-    if new is None:
-        return word
-    new = f"--{new.replace('_', '-')}"
-    report_old_name(flag, new)
-    return f"{new}{equals}{value}"
 
 
 app = typer.Typer(

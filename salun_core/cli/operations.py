@@ -15,7 +15,6 @@ from salun_core.errors import SalunError
 
 if TYPE_CHECKING:
     from salun_core.doctor import Check
-    from salun_core.retention.pipeline_root import KeptArtifact
     from salun_core.retention.purge import PurgeReport
 
 
@@ -26,26 +25,12 @@ def doctor(
     data: Data = None,
     policy: Annotated[str, typer.Option("--policy", help="The gate policy of the line.")] = "auto",
     extra_metrics: Annotated[str, typer.Option("--extra-metrics", help="Extra metrics that runs will measure.")] = "",
-    kfp: Annotated[
-        str | None,
-        typer.Option(
-            "--kfp",
-            metavar="ROOT",
-            help="Only look for weights, masks and sample ids under Kubeflow's pipeline root, such as "
-            "s3://mlpipeline/v2/artifacts.",
-        ),
-    ] = None,
 ) -> None:
     """Check this machine, the settings and the store.
 
     The exit code is 1 if a requirement is missing. With a model line, it also checks HEAD, the data, the policy, the
     signing key, and for each kind of request whether such a request could be erased from the line and pass the policy.
-
-    With --kfp it only searches Kubeflow's own store for files of earlier releases. The exit code is 1 if it finds any.
     """
-    if kfp is not None:
-        _check_pipeline_root(kfp)
-        return
     from salun_core.doctor import Project, check_project, run_checks
 
     checks = [_settings(context), *run_checks(store, Path.cwd())]
@@ -84,44 +69,6 @@ def _settings(context: typer.Context) -> Check:
     return Check(name="settings", state="ok", detail=detail)
 
 
-def _check_pipeline_root(uri: str) -> None:
-    from salun_core.retention.pipeline_root import scan_pipeline_root
-    from salun_core.storage import open_pipeline_root
-    from salun_core.times import utc_clock
-
-    root = open_pipeline_root(uri)
-    scan = scan_pipeline_root(root, utc_clock())
-    command = f"salun purge --pipeline-root {root.uri} --old-artifacts"
-    rows = [_artifact_row(item) for item in scan.kept]
-    total = {name: sum(row[name] for row in rows) for name in ("files", "versions", "bytes")}
-    total = {"outputs": len(rows), "runs": len({item.place.run for item in scan.kept}), **total}
-
-    seen = {"harmless_outputs": scan.harmless, "other_objects": scan.others}
-
-    def show() -> None:
-        if not rows:
-            echo(f"{root.uri} has no weights, masks or sample ids of ours")
-            echo(f"{scan.harmless} harmless outputs of ours, {scan.others} objects of others")
-            if not (scan.harmless or scan.others):
-                echo("nothing lies there at all: check that it is Kubeflow's pipeline root")
-            return
-        print_table(list(rows[0]), [list(row.values()) for row in rows])
-        echo("\n" + ", ".join(f"{count} {name}" for name, count in total.items()))
-        echo(f"To list every key: {command} --dry-run\nTo delete them:    {command}")
-
-    emit({"pipeline_root": root.uri, "found": rows, "total": total, **seen, "command": command if rows else ""}, show)
-    if rows:
-        raise typer.Exit(1)
-
-
-def _artifact_row(item: KeptArtifact) -> dict[str, Any]:
-    """Return a row of what was found; never the name of a file, which may be that of a sample."""
-    place = item.place
-    counts = {"files": len(item.keys), "versions": item.versions, "bytes": item.size}
-    names = {"pipeline": place.pipeline, "run": place.run, "task": place.task, "output": place.output}
-    return {**names, "what": item.kind, **counts}
-
-
 def exporter(
     store: Store,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
@@ -151,27 +98,13 @@ def exporter(
 
 def purge(
     store: Store,
-    pipeline_root: Annotated[
-        str | None,
-        typer.Option(
-            envvar="SALUN_PIPELINE_ROOT", help="Kubeflow's store of artifacts, such as s3://mlpipeline/v2/artifacts."
-        ),
-    ] = None,
     scratch_hours: Annotated[int, typer.Option(min=0, max=24, help="Age limit of settled runs' forget data.")] = 24,
     mask_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of masks.")] = 30,
     weights_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of superseded weights.")] = 30,
-    artifact_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of Kubeflow's copies.")] = 7,
     outcome_days: Annotated[int, typer.Option(min=0, max=30, help="Age limit of outcomes of idle sweeps.")] = 7,
     every_hours: Annotated[
         int, typer.Option(min=0, max=24, help="Time between purges; deletes what exceeds a limit before the next one.")
     ] = 12,
-    old_artifacts: Annotated[
-        bool,
-        typer.Option(
-            "--old-artifacts",
-            help="Delete at once what `salun doctor --kfp` finds under the pipeline root, and nothing else.",
-        ),
-    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the keys; delete none.")] = False,
 ) -> None:
     """Delete forget data, masks and superseded weights.
@@ -186,12 +119,10 @@ def purge(
         scratch_hours=scratch_hours,
         mask_days=mask_days,
         weights_days=weights_days,
-        artifact_days=artifact_days,
         outcome_days=outcome_days,
         every_hours=every_hours,
     )
-    key = find_signing_key()
-    report = purge_store(store, rules, pipeline_root, old_artifacts=old_artifacts, dry_run=dry_run, signer=key)
+    report = purge_store(store, rules, dry_run=dry_run, signer=find_signing_key())
     emit(_purge_document(report), lambda: _show_purge(report))
 
 
@@ -209,8 +140,6 @@ def _purge_document(report: PurgeReport) -> dict[str, Any]:
         "held": list(planned.held),
         "shared": list(planned.shared),
         "unknown": list(planned.unknown),
-        "foreign_runs": planned.foreign_runs,
-        "active_runs": list(planned.active),
     }
 
 
@@ -257,5 +186,3 @@ def _remaining(report: PurgeReport) -> Iterator[tuple[str, int]]:
     yield "superseded and held", len(planned.held)
     yield "superseded, with the weights of a version that stays", len(planned.shared)
     yield "unknown keys, not deleted", len(planned.unknown)
-    yield "runs at work, whose artifacts were not deleted", len(planned.active)
-    yield "unknown runs under the pipeline root, not deleted", planned.foreign_runs

@@ -176,7 +176,7 @@ def _concept(text: str, anchor: str | None) -> dict[str, Any]:
 
 
 def _class_id(text: str) -> int | str:
-    """Return a number as such, as earlier releases filed it; 00001 is a name."""
+    """Return a number as such; 00001 is a name."""
     return int(text) if text.isascii() and text.isdecimal() and str(int(text)) == text else text
 
 

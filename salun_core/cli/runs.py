@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def trial_line(record: TrialRecord) -> str:
     """Return one trial of a search in one line."""
-    settings = [record.method] if record.method else []
+    settings = [record.method]
     settings += [
         f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in record.settings.items()
     ]
@@ -52,7 +52,7 @@ def run(
     exit code is also 3 if no setting satisfies the policy.
     """
     from salun_core.config import parse
-    from salun_core.steps.outcome import DECISION
+    from salun_core.gate import DECISION
     from salun_core.steps.run import run_all
     from salun_core.sweeps.runs import new_run_id
 
@@ -95,8 +95,8 @@ def _judged(folder: Path) -> tuple[Evidence, GateDecision] | None:
     """Return evidence and decision of a run that the gate refused; None if a search refused before it."""
     from salun_core.config import load
     from salun_core.evaluation import Evidence
-    from salun_core.gate import GateDecision
-    from salun_core.steps.outcome import DECISION, EVIDENCE
+    from salun_core.gate import DECISION, GateDecision
+    from salun_core.steps.outcome import EVIDENCE
 
     if not (folder / DECISION).is_file():
         return None
@@ -119,7 +119,7 @@ def _show_refused(folder: Path, told: str = "") -> None:
 
     `told` is what was printed before; a next step that is in it is not repeated.
     """
-    from salun_core.steps.outcome import DECISION
+    from salun_core.gate import DECISION
 
     if judged := _judged(folder):
         evidence, decision = judged
@@ -165,7 +165,7 @@ def sweep(
     `--set` overrides settings of the method, such as epochs=3. $SALUN_SIGNING_KEY names the key for certificates.
     """
     from salun_core.config import parse
-    from salun_core.steps.outcome import DECISION
+    from salun_core.gate import DECISION
     from salun_core.steps.sweep import sweep_once
     from salun_core.sweeps.runs import new_run_id
 

@@ -151,7 +151,9 @@ def show(reference: Reference, store: Store) -> None:
     import json
 
     from salun_core.errors import UsageError
+    from salun_core.gate import DECISION
     from salun_core.registry.lookup import read_file, resolve
+    from salun_core.steps.outcome import EVIDENCE
     from salun_core.storage import open_store
 
     opened = open_store(store)
@@ -165,8 +167,9 @@ def show(reference: Reference, store: Store) -> None:
         )
     manifest = found.version.manifest
     record = _runs(opened).read(manifest.run) if manifest.run else None
-    files = {name: json.loads(read_file(opened, found.version, name)) for name in _SHOWN if name in manifest.files}
-    card, evidence, decision = (files.get(name, {}) for name in _SHOWN)
+    shown = ("model.json", EVIDENCE, DECISION)
+    files = {name: json.loads(read_file(opened, found.version, name)) for name in shown if name in manifest.files}
+    card, evidence, decision = (files.get(name, {}) for name in shown)
     document = {
         **_document(found),
         "size": found.size,
@@ -176,9 +179,6 @@ def show(reference: Reference, store: Store) -> None:
         "gate": {name: decision.get(name) for name in ("policy", "passed")} if decision else None,
     }
     emit(document, lambda: _show(found, document))
-
-
-_SHOWN = ("model.json", "evidence.json", "decision.json")
 
 
 def _show(found: VersionSummary, document: dict[str, Any]) -> None:

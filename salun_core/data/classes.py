@@ -55,7 +55,7 @@ def _number(wanted: int | str) -> int | None:
 def _is_name(wanted: int | str, name: str) -> bool:
     """Return whether a value may mean the class of this name.
 
-    A number also means names with leading zeros: earlier releases turned `--class 00001` into the number 1.
+    A number also means names with leading zeros: YAML reads 00001 as the number 1.
     """
     if isinstance(wanted, int):
         return name.isascii() and name.isdecimal() and int(name) == wanted

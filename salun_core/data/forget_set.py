@@ -47,7 +47,7 @@ class ForgetSet(Document):
         return self
 
     def canonical(self) -> bytes:
-        """Return the canonical JSON; later keys are omitted if they are empty, so that older digests stay valid."""
+        """Return the canonical JSON; what only some sets have is omitted if it is empty."""
         unused = {name for name in ("concepts", "of_kind") if not getattr(self, name)}
         return canonical_json(self.model_dump(mode="json", exclude=unused))
 

@@ -11,7 +11,7 @@ from typing import Literal, Never, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from salun_core.config import MAX_DOCUMENT_BYTES, Document, load
+from salun_core.config import MAX_DOCUMENT_BYTES, Document
 from salun_core.data.index import Layout, layout_of, where_of
 from salun_core.data.rows import PARTS, Columns, Rows, joined, open_rows, write_rows
 from salun_core.data.spec import DataSpec
@@ -20,18 +20,18 @@ from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import DataError, IntegrityError, UsageError
 from salun_core.registry.lookup import Version, read_file
 from salun_core.storage.blobs import fetch_blob
-from salun_core.storage.documents import Digest, parse_stored
+from salun_core.storage.documents import Digest
 from salun_core.storage.local_files import temporary_folder
 from salun_core.storage.objects import FileStore
 
 SplitName = Literal["train", "validation", "test"]
-SPLIT, OLD_SPLIT = "split.parquet", "split.json"  # the file in a model folder; the one that earlier releases wrote
+SPLIT = "split.parquet"  # the file in a model folder
 
 
 class SplitManifest(Document):
     """Sample ids with the SHA-256 of each row, by split; every artifact made from it carries its digest.
 
-    Model folders hold it as Parquet, those of earlier releases as this JSON. The digest is the same for both.
+    Model folders hold it as Parquet; the digest is that of this JSON.
     """
 
     format: Literal["salun.split/v1"] = "salun.split/v1"
@@ -192,11 +192,11 @@ def read_split(folder: Path) -> SplitManifest:
     """Read the split of a model folder.
 
     Raises:
-        UsageError: the folder has no split, or a JSON one with faults.
-        IntegrityError: the file is damaged, or the folder has two splits.
+        UsageError: the folder has no split.
+        IntegrityError: the file is damaged.
     """
-    name = split_name([name for name in (SPLIT, OLD_SPLIT) if (folder / name).is_file()])
-    return load(SplitManifest, folder / name) if name == OLD_SPLIT else _of_parquet(folder / name, str(folder / name))
+    require_split([SPLIT] if (folder / SPLIT).is_file() else [])
+    return _of_parquet(folder / SPLIT, str(folder / SPLIT))
 
 
 def read_excerpt(path: Path, pinned: PinnedSplit) -> SplitExcerpt:
@@ -214,33 +214,22 @@ def stored_split(store: FileStore, version: Version) -> SplitManifest:
 
     Raises:
         UsageError: the version has no split.
-        IntegrityError: the file is gone or damaged, or the version has two splits.
+        IntegrityError: the file is gone or damaged.
         StoreError: the store is unreachable, or the disk of temporary files is full.
     """
-    name = split_name(version.manifest.files)
-    entry = version.manifest.files[name]
-    if name == OLD_SPLIT:
-        return parse_stored(SplitManifest, read_file(store, version, name), name)
+    require_split(version.manifest.files)
+    entry = version.manifest.files[SPLIT]
     if entry.size <= MAX_DOCUMENT_BYTES:
-        return _of_parquet(read_file(store, version, name), name)
+        return _of_parquet(read_file(store, version, SPLIT), SPLIT)
     with temporary_folder("salun-split-") as folder:  # an open file stays readable when its name is gone
-        fetch_blob(store, entry.sha256, folder / name, entry.size)
-        return _of_parquet(folder / name, name)
+        fetch_blob(store, entry.sha256, folder / SPLIT, entry.size)
+        return _of_parquet(folder / SPLIT, SPLIT)
 
 
-def split_name(names: Collection[str]) -> str:
-    """Return which of the files of a model is its split.
-
-    Raises:
-        UsageError: none is.
-        IntegrityError: there are two, which may differ.
-    """
-    found = [name for name in (SPLIT, OLD_SPLIT) if name in names]
-    if len(found) > 1:
-        raise IntegrityError("a model has two splits", " and ".join(found), "fetch it again, into a new folder")
-    if not found:
+def require_split(names: Collection[str]) -> None:
+    """Raise UsageError unless the split is among the files of a model."""
+    if SPLIT not in names:
         raise UsageError("a model has no split", f"it lacks {SPLIT}", "fetch it again, or import it with its data")
-    return found[0]
 
 
 def _of_parquet(source: Path | bytes, name: str) -> SplitManifest:

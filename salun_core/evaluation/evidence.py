@@ -61,8 +61,6 @@ EVALUATE_MORE = "measure more images, or all: --evaluation-samples N, or all"
 
 _FEWEST_EVALUATED = 100  # of fewer images, intervals are too wide for any policy
 
-_ADDED_TO_RUNS = ("tuning", "changed_fraction", "plugins", "ended")  # later: digests of older documents leave them out
-
 
 def most_evaluated(text: str) -> int | None:
     """Parse how many images of D_r, and of the test split, an evaluation measures at most.
@@ -88,8 +86,8 @@ def most_evaluated(text: str) -> int | None:
 
 
 def _absent(value: object) -> bool:
-    """Whether a later field is not set; documents without it keep their bytes and digests."""
-    return value is None
+    """Whether a field is not set, and then not written either."""
+    return value is None or value == {}
 
 
 class Metric(Document):
@@ -184,10 +182,13 @@ class Forgotten(Document):
         default=[], description="classes of which nothing is retained, whatever kind of target emptied them"
     )
     in_classes: int | None = Field(
-        default=None, ge=0, description="samples of those classes in the forget set; null in older evidence"
+        default=None,
+        ge=0,
+        exclude_if=_absent,
+        description="samples of those classes in the forget set; absent if they were not counted",
     )
     by_kind: dict[str, KindCount] = Field(
-        default={}, description="the same for each kind, of a forget set of several kinds; empty in older evidence"
+        default={}, exclude_if=_absent, description="the same for each kind; absent if they were not counted"
     )
 
     @property
@@ -202,7 +203,7 @@ class Forgotten(Document):
         samples, whatever named them. The rules of single samples apply only if there are samples of other classes.
 
         Args:
-            kind: one of `kinds`. Older evidence does not tell the kinds apart: both rules then apply to each.
+            kind: one of `kinds`. If they were not counted one by one, both rules apply to each.
         """
         known = self.by_kind.get(kind) or KindCount(count=self.count, in_classes=self.in_classes or 0)
         if kind not in ("samples", "subject") or not known.in_classes:
@@ -220,13 +221,14 @@ class Integrity(Document):
     buffers_changed: int = Field(ge=0, description="buffer values (batch-norm statistics) whose bits differ")
     distance: float | None = Field(
         default=None,
+        exclude_if=_absent,
         description="distance of the weight matrices after from the nearest multiples of those before, relative to "
-        "their length: 0 for the same up to factors, 1 for unrelated ones; null in older evidence, and if the text "
-        "encoder changed",
+        "their length: 0 for the same up to factors, 1 for unrelated ones; absent if the text encoder changed",
     )
     repeated: bool | None = Field(
         default=None,
-        description="whether the evaluation repeated a retraining and came to the same bits; null if it did not try",
+        exclude_if=_absent,
+        description="whether the evaluation repeated a retraining and came to the same bits; absent if it did not try",
     )
 
 
@@ -300,7 +302,9 @@ class EpochRecord(Document):
     parts: int = Field(
         default=1, ge=1, description="parts that a batch was divided into because the device had no room for all of it"
     )
-    reading: Reading | None = Field(default=None, description="of the adaptive recipe, whose rounds are epochs")
+    reading: Reading | None = Field(
+        default=None, exclude_if=_absent, description="of the adaptive recipe, whose rounds are epochs"
+    )
 
 
 class Grid(Document):
@@ -406,11 +410,12 @@ class DiffusionFacts(Document):
         default=None, description="whose features FID and KID compare: `judge:<digest>` or `inception:<digest>`"
     )
     recognition: RecognitionFacts | None = Field(
-        default=None, description="of the image classifier; null without one and in older evidence"
+        default=None, exclude_if=_absent, description="of the image classifier; absent without one"
     )
     real_images: int = Field(default=0, ge=0, description="real images that FID and KID compare with")
     original_images: int | None = Field(
         default=None,
+        exclude_if=_absent,
         description="images of the original model from other seeds: FID and KID compare with them without data",
     )
     clip: str | None = Field(default=None, description="digest of the CLIP model behind the CLIP score")
@@ -448,7 +453,9 @@ class TuningFacts(Document):
     policy_digest: str = Field(description="of the policy whose margins bound the search")
     mask: str | None = Field(default=None, description="digest of the mask that the search computed and used")
     method: str | None = Field(
-        default=None, description="auto, or several methods: what the search chose from; null: it had one method"
+        default=None,
+        exclude_if=_absent,
+        description="auto, or several methods: what the search chose from; absent: it had one method",
     )
 
 
@@ -466,19 +473,26 @@ class RunFacts(Document):
     passes: int | None = Field(default=None, description="sample passes forward and backward, mask and tuning included")
     history: list[EpochRecord] = []
     environment: dict[str, str] = Field(default={}, description="versions, device, processor threads")
-    tuning: TuningFacts | None = Field(default=None, description="of a run whose configuration was searched for")
+    tuning: TuningFacts | None = Field(
+        default=None, exclude_if=_absent, description="of a run whose configuration was searched for"
+    )
     changed_fraction: float | None = Field(
         default=None,
         alias="moved",  # the stored key
         ge=0,
         le=1,
-        description="fraction of weights whose value the run changed; null if it was not measured",
+        exclude_if=_absent,
+        description="fraction of weights whose value the run changed; absent if it was not measured",
     )
     plugins: list[PluginRecord] | None = Field(
-        default=None, description="plug-ins that made the model after: method and architecture; null without any"
+        default=None,
+        exclude_if=_absent,
+        description="plug-ins that made the model after: method and architecture; absent without any",
     )
     ended: str | None = Field(
-        default=None, description="adaptive recipe: what ended it (forgotten, budget, exhausted), in words"
+        default=None,
+        exclude_if=_absent,
+        description="adaptive recipe: what ended it (forgotten, budget, exhausted), in words",
     )
 
 
@@ -497,10 +511,16 @@ class Evidence(Document):
     confusion: list[list[int]] = Field(default=[], description="test split, model after: rows true, columns predicted")
     classes: list[str] = []
     run: RunFacts = RunFacts()
-    generation: DiffusionFacts | None = Field(default=None, description="of a diffusion model: how it was evaluated")
-    further: OptionalMetricFacts | None = Field(default=None, description="optional metrics, if any were requested")
+    generation: DiffusionFacts | None = Field(
+        default=None, exclude_if=_absent, description="of a diffusion model: how it was evaluated"
+    )
+    further: OptionalMetricFacts | None = Field(
+        default=None, exclude_if=_absent, description="optional metrics, if any were requested"
+    )
     plugins: list[PluginRecord] | None = Field(
-        default=None, description="plug-ins that measured: metrics, attacks and the architecture; null without any"
+        default=None,
+        exclude_if=_absent,
+        description="plug-ins that measured: metrics, attacks and the architecture; absent without any",
     )
     sampling: Sampling | None = Field(
         default=None, exclude_if=_absent, description="of a classifier: samples of large splits; absent without any"
@@ -514,25 +534,8 @@ class Evidence(Document):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON; a NaN or an infinity counts as null.
-
-        Fields that later versions added are left out when they are null, so that old decisions still match.
-        """
-        later_fields = ("generation", "further", "plugins")
-        absent: dict[str, Any] = {name: True for name in later_fields if getattr(self, name) is None}
-        lacks: dict[str, Any] = {name: True for name in _ADDED_TO_RUNS if getattr(self.run, name) is None}
-        if not any(record.reading for record in self.run.history):
-            lacks["history"] = {"__all__": {"reading"}}
-        if self.run.tuning is not None and self.run.tuning.method is None:
-            lacks["tuning"] = {"method"}
-        absent["run"] = lacks
-        later = ("recognition", "original_images")
-        if self.generation is not None and (lacking := {n for n in later if getattr(self.generation, n) is None}):
-            absent["generation"] = lacking
-        unused = {"in_classes"} if self.forgotten.in_classes is None else set[str]()
-        absent["forgotten"] = unused | (set() if self.forgotten.by_kind else {"by_kind"})
-        absent["integrity"] = {name for name in ("distance", "repeated") if getattr(self.integrity, name) is None}
-        return digest_json(_without_nan(self.model_dump(mode="json", exclude=absent)))
+        """SHA-256 of the canonical JSON; a NaN or an infinity counts as null."""
+        return digest_json(_without_nan(self.model_dump(mode="json")))
 
 
 def _without_nan(value: Any) -> Any:  # noqa: ANN401 - any JSON value

@@ -4,8 +4,8 @@ Some checks are enforced under every policy: the digests are the expected ones, 
 the model changed, its weights are finite, and the weights outside the mask kept their bits.
 """
 
-from salun_core.gate.decision import Expected, GateDecision, decide
-from salun_core.gate.levels import LEVELS, Assurance, LevelWords, assurance_of
+from salun_core.gate.decision import DECISION, Expected, GateDecision, decide
+from salun_core.gate.levels import LEVELS, Assurance, LevelWords
 from salun_core.gate.policy import (
     Kind,
     Level,
@@ -20,6 +20,7 @@ from salun_core.gate.policy import (
 from salun_core.gate.refusal import Cause, Refusal, Verdict
 
 __all__ = [
+    "DECISION",
     "LEVELS",
     "Assurance",
     "Cause",
@@ -33,7 +34,6 @@ __all__ = [
     "Relative",
     "Rule",
     "Verdict",
-    "assurance_of",
     "decide",
     "default_policy",
     "load_policy",

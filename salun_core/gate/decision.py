@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from salun_core.config import Document
+from salun_core.config import Document, parse
 from salun_core.errors import GateRefusedError
 from salun_core.evaluation.evidence import Evidence
 from salun_core.gate.levels import Assurance, allowed, by_kind, certainty, claimed, level_of
 from salun_core.gate.policy import Level, Policy, Rule
 from salun_core.gate.refusal import ANOTHER, SEARCH, Cause, Refusal, Verdict, check, strength
 from salun_core.gate.rules import apply
+
+DECISION = "decision.json"
+"""Name of the file with the gate's decision: of a version, of a run, and in a working folder."""
 
 _SUMMARY_CHARACTERS = 420  # an outcome takes 500, with what comes before and after
 _STRENGTH = {Cause.NOT_FORGOTTEN, Cause.OVER_FORGOTTEN, Cause.DAMAGED}
@@ -58,9 +61,30 @@ class GateDecision(Document):
     )
     verdicts: list[Verdict]
 
+    @model_validator(mode="after")
+    def _leveled(self) -> GateDecision:
+        if self.passed != (self.level is not None):
+            raise ValueError("a decision that passed needs a `level`, and a refusal has none")
+        return self
+
+    def assurance(self, kind: str = "", requests: int | None = None) -> Assurance:
+        """Return the assurance that a decision that passed gives a request.
+
+        Args:
+            kind: of the request's target; the level of this kind counts if the decision has one, otherwise the run's.
+            requests: how many requests were measured together.
+
+        Raises:
+            UsageError: a figure is out of range, or the gate refused.
+        """
+        names = ("level", "margin", "n", "power")
+        found = self.kinds.get(kind) or self
+        fields = {name: getattr(found, name) for name in names}
+        return parse(Assurance, {**fields, "requests": requests}, "the gate's decision")
+
     @property
     def refusals(self) -> list[Refusal]:
-        """Why each failed rule failed; empty for a decision of an earlier release."""
+        """Why each failed rule failed."""
         return [verdict.refusal for verdict in self.verdicts if verdict.refusal]
 
     @property

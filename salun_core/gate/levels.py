@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from salun_core.config import Document, parse
+from salun_core.config import Document
 from salun_core.evaluation.evidence import Evidence
 from salun_core.gate.policy import Level, Policy, Rule
 from salun_core.gate.refusal import MORE_IMAGES, Cause, Verdict, check
@@ -93,25 +93,6 @@ class Assurance(Document):
     def text(self) -> str:
         """What the level means and what it does not, in one line."""
         return " ".join(LEVELS[self.level])
-
-
-def assurance_of(decision: Mapping[str, Any], kind: str = "", requests: int | None = None) -> Assurance | None:
-    """Return the assurance that a stored decision gives a request.
-
-    Args:
-        decision: the gate's decision, as plain JSON.
-        kind: of the request's target; the level of this kind counts if the decision has one, otherwise the run's.
-        requests: how many requests were measured together.
-
-    Returns:
-        The assurance; None for a decision of an earlier release, which has no level.
-
-    Raises:
-        UsageError: the decision is damaged.
-    """
-    names = ("level", "margin", "n", "power")
-    found = (decision.get("kinds") or {}).get(kind) or {name: decision.get(name) for name in names}
-    return parse(Assurance, {**found, "requests": requests}, "the gate's decision") if found.get("level") else None
 
 
 def claimed(policy: Policy, evidence: Evidence) -> list[Verdict]:

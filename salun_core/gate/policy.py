@@ -113,7 +113,7 @@ class Policy(Document):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the policy's canonical JSON; fields that later versions added count only if they are set."""
+        """SHA-256 of the policy's canonical JSON; optional fields count only if they are set."""
         document = self.model_dump(mode="json")
         if not self.levels:
             del document["levels"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from enum import StrEnum
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from salun_core.config import Document
 from salun_core.evaluation.evidence import Evidence
@@ -74,7 +74,13 @@ class Verdict(Document):
     )
     passed: bool
     reason: str
-    refusal: Refusal | None = Field(default=None, description="of a failed one; earlier releases wrote none")
+    refusal: Refusal | None = Field(default=None, description="of a failed one")
+
+    @model_validator(mode="after")
+    def _reasoned(self) -> Verdict:
+        if self.passed != (self.refusal is None):
+            raise ValueError("a failed verdict needs a `refusal`, and one that passed has none")
+        return self
 
 
 def check(rule: str, passed: bool, threshold: str, reason: str, cause: Cause, then: str) -> Verdict:

@@ -168,7 +168,7 @@ def _next(cause: Cause, rule: Rule, evidence: Evidence) -> str:
         if switch and name not in evidence.metrics:
             return f"measure it: --extra-metrics {switch}; or {other}"
     if rule.metric in METRIC_NAMES and rule.metric not in evidence.metrics and evidence.generation is None:
-        return f"evaluate again, if the evidence is of an earlier release: salun evaluate; or {other}"
+        return f"evaluate again: salun evaluate; or {other}"
     return other
 
 

@@ -57,9 +57,8 @@ class Level(Document):
 class Escalation(Document):
     """The recipes of a sweep. The cause of a refusal decides which one comes next.
 
-    `recipes` alone, as earlier releases had it, keeps its meaning: the first as configured, then stronger ones in order
-    of strength. A recipe with the method `retrain` is a full retraining, the last resort after any cause. Without
-    `gentler` and `others`, damage leads to that retraining, or to a person.
+    A recipe with the method `retrain` is a full retraining, the last resort after any cause. Without `gentler` and
+    `others`, damage leads to that retraining, or to a person.
     """
 
     recipes: list[Recipe] = Field(
@@ -70,7 +69,7 @@ class Escalation(Document):
 
     @property
     def all_recipes(self) -> list[Recipe]:
-        """The recipes by level. Those of `recipes` come first, so that levels of earlier releases stay valid."""
+        """The recipes by level."""
         return [*self.recipes, *self.gentler, *self.others]
 
     @property

@@ -13,10 +13,10 @@ from typing import Any
 
 from salun_core.certificates.keys import find_signing_key
 from salun_core.errors import SalunError
-from salun_core.gate import GateDecision, assurance_of
+from salun_core.gate import DECISION, GateDecision
 from salun_core.pods.pod import Pod, end_process, patiently
 from salun_core.registry.lookup import Version, read_version
-from salun_core.steps.outcome import DECISION, OutcomeRecord, RunState, add_counts, read_outcome, write_outcome
+from salun_core.steps.outcome import OutcomeRecord, RunState, add_counts, read_outcome, write_outcome
 from salun_core.steps.purge import purge_store as purge_step
 from salun_core.steps.settle import settle_requests
 from salun_core.storage.documents import parse_stored
@@ -31,7 +31,7 @@ _UNKNOWN = Cause(
 )
 
 
-def purge(store_uri: str, pipeline_root: str, run: str, *, dry_run: bool) -> tuple[int, str]:
+def purge(store_uri: str, run: str, *, dry_run: bool) -> tuple[int, str]:
     """Purge a store, and return how many objects were deleted and what was wrong.
 
     A purge that must not delete (no signing key, a damaged document) does not stop the sweep beside it: erasing goes
@@ -39,7 +39,7 @@ def purge(store_uri: str, pipeline_root: str, run: str, *, dry_run: bool) -> tup
     """
     try:
         key = find_signing_key()
-        report = purge_step(store_uri, pipeline_root=pipeline_root or None, dry_run=dry_run, signer=key, run=run)
+        report = purge_step(store_uri, dry_run=dry_run, signer=key, run=run)
     except SalunError as error:
         told = str(error.for_pods())
         print(f"Error: {told}", file=sys.stderr, flush=True)
@@ -105,7 +105,7 @@ def verdict_of(pod: Pod, settled: Settled) -> OutcomeRecord | None:
         return published_outcome(pod, version)
     if settled.status is RunStatus.GATE_REFUSED:
         text, advice = "the gate refused the model", "see the report"
-        with suppress(SalunError):  # damaged, or of a release that wrote another format
+        with suppress(SalunError):  # damaged
             key = run_key(pod.run, DECISION)
             stored = pod.store.get(key)
             decision = parse_stored(GateDecision, stored.data, key) if stored else None
@@ -120,7 +120,8 @@ def published_outcome(pod: Pod, version: str) -> OutcomeRecord:
     text, assurance = f"published {pod.model_line}@{version[:12]}", None
     with suppress(SalunError):  # the exit handler must not end by a damaged version: its requests are not settled then
         found = Version(version, read_version(pod.store, pod.model_line, version))
-        assurance = assurance_of(decision_about(pod.store, found) or {})
+        decision = decision_about(pod.store, found)
+        assurance = decision.assurance() if decision else None
     fields: dict[str, Any] = {"assurance": assurance.model_dump(mode="json", exclude_none=True)} if assurance else {}
     fields |= {"step": "gate_publish", "version": version, "report": pod.report_address()}
     return pod.outcome(RunState.PUBLISHED, text, **fields)

@@ -25,7 +25,7 @@ from salun_core.digest import check_digest, sha256_bytes
 from salun_core.errors import DeviceMemoryError, RunSettledError, SalunError, StoreError, UsageError
 from salun_core.evaluation import Evidence
 from salun_core.evaluation.evidence import EVALUATED
-from salun_core.gate import GateDecision
+from salun_core.gate import DECISION, GateDecision
 from salun_core.methods.method import get_method
 from salun_core.methods.recipe import parse_recipe
 from salun_core.pods.ends import counts_of, published_outcome, verdict_of
@@ -40,7 +40,6 @@ from salun_core.steps.evaluation import evaluate_together as evaluate_step
 from salun_core.steps.form_check import check_form
 from salun_core.steps.mask import compute_mask as mask_step
 from salun_core.steps.outcome import (
-    DECISION,
     EVIDENCE,
     REPORT,
     OutcomeRecord,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from salun_core.gate import assurance_of
 from salun_core.report import wording
 from salun_core.report.plots import label
 
@@ -40,25 +39,14 @@ def banner(decision: GateDecision | None, evidence: Evidence) -> Banner:
     checks, failed = len(decision.verdicts), [verdict for verdict in decision.verdicts if not verdict.passed]
     if decision.passed:
         why = f"All {checks} checks of policy “{decision.policy}” hold."
-        assurance = assurance_of(decision.model_dump())
-        reasons = [f"Assurance level {assurance.figures}. {assurance.text}"] if assurance else []
+        assurance = decision.assurance()
+        reasons = [f"Assurance level {assurance.figures}. {assurance.text}"]
         reasons += [f"Requests for {kind}: {found.figures}." for kind, found in decision.kinds.items()]
         return Banner("passed", "PASSED", why, reasons)
     why = f"{len(failed)} of {checks} checks of policy “{decision.policy}” failed. Do not publish the model."
-    generated = evidence.generation is not None
-    reasons = [item.refusal.text if item.refusal else _reason(item, generated) for item in failed]
+    reasons = [refusal.text for refusal in decision.refusals]
     reasons += [f"Next: {decision.next}"] if decision.next else []
     return Banner("refused", "REFUSED", why, reasons or [decision.summary])
-
-
-def _reason(verdict: Verdict, generated: bool) -> str:
-    """Return why a rule failed, for a decision of an earlier release."""
-    name = wording.words(verdict.metric, generated).title if verdict.metric else verdict.rule
-    if verdict.metric is None or verdict.margin is None:
-        return f"{name}: {verdict.reason}"
-    found = wording.number(verdict.metric, verdict.actual)
-    wanted = wording.threshold(verdict.metric, verdict.threshold)
-    return f"{name} is {found}, required {wanted}. The rule: {verdict.reason}."
 
 
 class TableRow(NamedTuple):

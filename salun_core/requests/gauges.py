@@ -29,7 +29,7 @@ OPEN = tuple(status for status in Status if status not in SETTLED)
 TARGET = timedelta(days=7)
 RARELY = timedelta(minutes=10)
 _OVERDUE = "overdue"
-_NOT_STATED, _NOT_READ = "not_stated", "not_read"
+_DAMAGED, _NOT_READ = "damaged", "not_read"
 _EVENTS_AT_ONCE = 500
 Sample = tuple[str, Mapping[str, str], float]
 
@@ -92,7 +92,7 @@ class Snapshot:
         """Yield name, labels and value of each gauge at a Unix time."""
         for status in Status:
             yield "salun_requests", {"status": status.value}, self.counts.get(status, 0)
-        for level in (*LEVELS, _NOT_STATED, _NOT_READ):
+        for level in (*LEVELS, _DAMAGED, _NOT_READ):
             yield "salun_requests_by_level", {"level": level}, self.levels.get(level, 0)
         oldest = 0.0 if self.received is None else max(0.0, now - self.received)
         yield "salun_oldest_request_age_seconds", {}, oldest
@@ -191,10 +191,10 @@ class GaugeReader:
             stored = self._store.get(event_key(*key))
             if stored is None:  # a process put the entry and died before its event
                 continue
-            known[key] = _NOT_STATED
+            known[key] = _DAMAGED
             with suppress(IntegrityError):
                 event = parse_stored(RequestEvent, stored.data, event_key(*key))
-                known[key] = event.assurance.level if event.assurance else _NOT_STATED
+                known[key] = event.assurance.level if event.assurance else _DAMAGED
         self._levels = {key: level for key, level in known.items() if level is not None}
         self._by_level = Counter(level or _NOT_READ for level in known.values())
 

@@ -138,7 +138,7 @@ class Tried(Document):
     """A recipe that the gate refused."""
 
     rung: Annotated[int, Field(ge=0, le=99, strict=True)] = Field(description="its escalation level")
-    causes: list[Cause] = Field(description="why; empty for a decision of an earlier release")
+    causes: list[Cause] = Field(description="why; empty if the decision is missing")
 
 
 class RequestEvent(StoredDocument):
@@ -159,9 +159,7 @@ class RequestEvent(StoredDocument):
     outcome: Outcome | Review | None = Field(
         default=None, description="with `completed` how the request was met; with `on_hold` what a person must review"
     )
-    assurance: Assurance | None = Field(
-        default=None, description="with `completed` how sure the outcome is; events of earlier releases have none"
-    )
+    assurance: Assurance | None = Field(default=None, description="with `completed` how sure the outcome is")
     epoch: Annotated[int, Field(ge=1, strict=True)] | None = Field(
         default=None, description="epoch of the model line's lease that the run held"
     )
@@ -194,8 +192,8 @@ class RequestEvent(StoredDocument):
             raise ValueError("the outcome of an erasure and the status completed need each other")
         if isinstance(self.outcome, Review) and self.to_status is not Status.ON_HOLD:
             raise ValueError("the outcome of a review needs the status on_hold")
-        if self.assurance is not None and self.to_status is not Status.COMPLETED:
-            raise ValueError("an assurance level needs the status completed")
+        if (self.assurance is not None) != (self.to_status is Status.COMPLETED):
+            raise ValueError("an assurance level and the status completed need each other")
         return self
 
 

@@ -1,6 +1,6 @@
 """Addenda to certificates: what a purge deleted is added to the certificate of each request that it concerns.
 
-For each run and stage (data in the store, Kubeflow's artifacts, the superseded weights) with nothing left:
+For each run and stage (data in the store, the superseded weights) with nothing left:
 
 1. `disposed-<stage>.json` is created once. It fixes what the addenda contain and the time in them.
 2. Each certified request of the run gets an addendum, whose key carries the digest of its content.
@@ -14,7 +14,7 @@ files are gone, so no record can claim too much.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -35,7 +35,7 @@ from salun_core.storage.objects import ObjectStore
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-Stage = Literal["data", "artifacts", "weights"]
+Stage = Literal["data", "weights"]
 
 
 class RunDisposal(Document):
@@ -43,7 +43,7 @@ class RunDisposal(Document):
 
     format: Literal["salun.run-disposal/v1"] = "salun.run-disposal/v1"
     run: RunId = Field(description="the run")
-    stage: Stage = Field(description="data: in the store; artifacts: of Kubeflow; weights: of the superseded version")
+    stage: Stage = Field(description="data: in the store; weights: of the superseded version")
     done: list[DisposalDone] = Field(min_length=1, description="what was deleted, as in the addenda")
 
 
@@ -51,7 +51,6 @@ def issue_addenda(
     store: ObjectStore,
     inventory: StoreInventory,
     left: Sequence[StoredKey],
-    artifacts_left: Collection[str] | None,
     signer: Ed25519PrivateKey,
     now: datetime,
 ) -> list[str]:
@@ -61,7 +60,6 @@ def issue_addenda(
         store: where.
         inventory: runs and requests.
         left: what the store holds after the deletions.
-        artifacts_left: runs with weights or masks under the pipeline root; None if the root was not scanned.
         signer: the signing key.
         now: the time, with its time zone.
 
@@ -83,8 +81,6 @@ def issue_addenda(
         if run not in with_data:
             whats = ("forget data of the run", "masks in the store")
             gone["data"] = [DisposalDone(what=what, at=at) for what in whats]
-        if artifacts_left is not None and run not in artifacts_left:
-            gone["artifacts"] = [DisposalDone(what="weights and masks under the pipeline root", at=at)]
         if summary.line and summary.parent and (summary.line, summary.parent) in disposed:
             disposal = read_disposal(store, summary.line, summary.parent)
             assert disposal is not None

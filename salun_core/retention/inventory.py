@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -14,7 +14,6 @@ from salun_core.registry.lookup import lines, read_head, read_version
 from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.reading import read_all
 from salun_core.requests.schema import Outcome, RequestState, Status
-from salun_core.retention.pipeline_root import DEEPEST, UUID
 from salun_core.storage.erase import StoredKey, Upload, stored_keys, unfinished_uploads, upload_bytes
 from salun_core.storage.keys import kind_of_key
 from salun_core.storage.leases import holder_of, read_lease
@@ -27,10 +26,7 @@ ALIVE = timedelta(hours=24)
 """A run without an event for so long, and without a lease, is dead."""
 MAY_WAIT = timedelta(days=7)
 """How long a run may wait for a node: nobody renews its lease, but it is the run's own until another run takes it."""
-PURGED_OUTPUTS = frozenset({"model", "mask", "unlearned", "before", "after", "sums", "evidence"})
-"""Outputs of steps of earlier releases that hold weights, critical weights, or ids of samples; now references."""
 
-ArtifactFiles = Mapping[tuple[str, str], Sequence[StoredKey]]
 KeysByKind = Mapping[str, Sequence[tuple[StoredKey, Mapping[str, str]]]]
 
 
@@ -100,8 +96,6 @@ class StoreInventory:
         runs: by id.
         requests: by id.
         uploads: unfinished multipart uploads, with their bytes.
-        artifacts: files of known runs below Kubeflow's pipeline root, by run and name of the output.
-        foreign_runs: how many unknown runs have files there.
     """
 
     keys: Sequence[StoredKey] = ()
@@ -112,8 +106,6 @@ class StoreInventory:
     runs: Mapping[str, RunSummary] = field(default_factory=dict)
     requests: Mapping[str, RequestSummary] = field(default_factory=dict)
     uploads: Sequence[tuple[Upload, int]] = ()
-    artifacts: ArtifactFiles = field(default_factory=dict)
-    foreign_runs: int = 0
 
     @cached_property
     def all_keys(self) -> KeysByKind:
@@ -186,13 +178,12 @@ class StoreInventory:
         return sorted(completed & self.certificates)
 
 
-def scan_store(store: S3Store, now: datetime, pipeline_root: S3Store | None = None) -> StoreInventory:
+def scan_store(store: S3Store, now: datetime) -> StoreInventory:
     """Read everything that a deletion plan is made from.
 
     Args:
         store: the store of model lines.
         now: the time, with its time zone.
-        pipeline_root: where Kubeflow stores the artifacts of the runs.
 
     Raises:
         IntegrityError: a manifest, lease or request is damaged, so it is unknown what is still needed.
@@ -215,7 +206,6 @@ def scan_store(store: S3Store, now: datetime, pipeline_root: S3Store | None = No
     } | _scan_runs(store, live)
     holders = {line: holder_of(store, line) for line in values("lease", "line")}
     leases = [read_lease(store, line) for line in values("lease", "line")]
-    artifacts, foreign = scan_artifacts(pipeline_root, runs) if pipeline_root else ({}, 0)
     return StoreInventory(
         keys=keys,
         heads={line: head[0] for line, head in heads.items() if head},
@@ -225,8 +215,6 @@ def scan_store(store: S3Store, now: datetime, pipeline_root: S3Store | None = No
         runs=runs,
         requests={state.request.id: _summarise_request(state) for state in read_all(store)},
         uploads=[(upload, upload_bytes(store, upload)) for upload in unfinished_uploads(store, as_utc(now))],
-        artifacts=artifacts,
-        foreign_runs=foreign,
     )
 
 
@@ -267,46 +255,6 @@ def _scan_runs(store: S3Store, live: KeysByKind) -> dict[str, RunSummary]:
 
     names = sorted(files)
     return dict(zip(names, in_parallel(summarise, names), strict=True))
-
-
-def scan_artifacts(root: S3Store, runs: Container[str]) -> tuple[ArtifactFiles, int]:
-    """Return the files of known runs below Kubeflow's pipeline root, and how many other runs have files there.
-
-    Args:
-        root: the pipeline root.
-        runs: the ids of the known runs.
-    """
-    found: dict[tuple[str, str], list[StoredKey]] = {}
-    foreign: set[str] = set()
-    for item in stored_keys(root):
-        if place := parse_artifact(item.key, runs):
-            found.setdefault(place, []).append(item)
-        else:
-            foreign.add("/".join(item.key.split("/")[:2]))  # probably `pipeline/run`
-    return found, len(foreign)
-
-
-def parse_artifact(key: str, runs: Container[str]) -> tuple[str, str] | None:
-    """Return the run and the name of the output that a file belongs to, or None if the run is unknown.
-
-    Args:
-        key: below the pipeline root.
-        runs: the ids of the known runs.
-
-    Example:
-        >>> parse_artifact("salun-unlearning/r-1/unlearn/0b0c2b0e-6a4f-4a38-9d0c-7a8f9c1d2e3f/unlearned/x", {"r-1"})
-        ('r-1', 'unlearned')
-        >>> parse_artifact("salun-unlearning/r-1/compute-mask/mask", {"r-1"})
-        ('r-1', 'mask')
-    """
-    parts = key.split("/")
-    for place, part in enumerate(parts[1:DEEPEST], 1):
-        if part in runs:
-            rest = parts[place + 2 :]
-            if rest and UUID.fullmatch(rest[0]):  # of the task; older releases of Kubeflow leave it out
-                rest = rest[1:]
-            return part, rest[0] if rest else ""
-    return None
 
 
 class VersionState(StrEnum):

@@ -49,16 +49,8 @@ from salun_core.registry.holds import VersionDisposal, record_disposal
 from salun_core.registry.lookup import missing_files
 from salun_core.requests.redaction import redact_request
 from salun_core.retention.addenda import issue_addenda
-from salun_core.retention.inventory import (
-    PURGED_OUTPUTS,
-    StoreInventory,
-    VersionState,
-    classify_versions,
-    scan_artifacts,
-    scan_store,
-)
-from salun_core.retention.pipeline_root import scan_pipeline_root
-from salun_core.retention.rules import Deletion, DeletionKind, DeletionPlan, RetentionRules, plan, plan_old_artifacts
+from salun_core.retention.inventory import StoreInventory, VersionState, classify_versions, scan_store
+from salun_core.retention.rules import Deletion, DeletionKind, DeletionPlan, RetentionRules, plan
 from salun_core.storage.erase import Erased, abort, erase, erase_old, stored_keys
 from salun_core.storage.keys import blob_key, kind_of_key, lease_key, trash_key
 from salun_core.storage.leases import holder_of
@@ -107,9 +99,7 @@ class PurgeReport:
 def purge(
     store: S3Store,
     rules: RetentionRules | None = None,
-    root: S3Store | None = None,
     *,
-    old_artifacts: bool = False,
     dry_run: bool = False,
     signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
@@ -119,9 +109,6 @@ def purge(
     Args:
         store: the store of model lines.
         rules: how long things are kept; by default the longest allowed.
-        root: where Kubeflow stores the artifacts of the runs.
-        old_artifacts: delete at once what earlier releases left below the root (`pipeline_root`), and nothing else;
-            the rules do not apply.
         dry_run: return the plan, and delete nothing.
         signer: the key that signs addenda; required if a request's certificate needs one.
         clock: returns the time now.
@@ -130,20 +117,16 @@ def purge(
         What was done.
 
     Raises:
-        UsageError: a certificate needs an addendum and there is no key, or old artifacts must go and there is no root;
-            nothing was deleted.
+        UsageError: a certificate needs an addendum and there is no key; nothing was deleted.
         IntegrityError: an object is damaged, so it is unknown what is still needed; nothing was deleted.
         StoreError: the store is unreachable or refuses the credentials.
     """
     now = as_utc(clock())
     before = _line_objects(store)
-    inventory = scan_store(store, now, root)
+    inventory = scan_store(store, now)
     if not dry_run and _bring_back(store, inventory):
-        inventory = scan_store(store, now, root)
-    found = scan_pipeline_root(_required(root), now).kept if old_artifacts else None
-    planned = (
-        plan(inventory, rules or RetentionRules(), now) if found is None else plan_old_artifacts(inventory, found, now)
-    )
+        inventory = scan_store(store, now)
+    planned = plan(inventory, rules or RetentionRules(), now)
     if dry_run:
         return PurgeReport(True, planned)
     if signer is None:
@@ -152,9 +135,7 @@ def purge(
     skipped: list[Deletion] = []
     disposal = _Disposal(store, inventory, before, now)
     for item in planned.deletions:
-        target = root if item.kind is DeletionKind.ARTIFACT else store
-        assert target is not None  # without a root the plan names no artifacts
-        removed = disposal.erase(item) if item.kind in _BY_LINES else _delete(item, target)
+        removed = disposal.erase(item) if item.kind in _BY_LINES else _delete(item, store)
         if removed is None:
             skipped.append(item)
             continue
@@ -163,35 +144,16 @@ def purge(
             _record(store, inventory, item, now.isoformat())
     addenda = []
     if signer is not None:
-        left = _runs_left(root, inventory, old_artifacts, now) if root is not None else None
-        addenda = issue_addenda(store, inventory, stored_keys(store), left, signer, now)
+        addenda = issue_addenda(store, inventory, stored_keys(store), signer, now)
     report = PurgeReport(False, planned, erased, skipped, addenda, sorted(disposal.damaged))
     total = report.total
     get_logger().info("purged", keys=total.keys, versions=total.versions, bytes=total.bytes)
     return report
 
 
-def _required(root: S3Store | None) -> S3Store:
-    if root is None:
-        raise UsageError(
-            "nothing was purged",
-            "old artifacts are in Kubeflow's store, and its pipeline root is not set",
-            "give --pipeline-root, such as s3://mlpipeline/v2/artifacts",
-        )
-    return root
-
-
-def _runs_left(root: S3Store, inventory: StoreInventory, old_artifacts: bool, now: datetime) -> set[str]:
-    """List the pipeline root again, and return the known runs of which something is left."""
-    artifacts, _ = scan_artifacts(root, inventory.runs)
-    left = {run for run, name in artifacts if name in PURGED_OUTPUTS}
-    # Outputs of other names are looked at here only: it takes a read of each small file.
-    return left | {item.place.run for item in scan_pipeline_root(root, now).kept} if old_artifacts else left
-
-
 def _check_nothing_to_certify(inventory: StoreInventory, planned: DeletionPlan) -> None:
     """Refuse to delete what an addendum must name if no key can sign it: an unsigned addendum proves nothing."""
-    of_runs = {DeletionKind.SCRATCH, DeletionKind.MASK, DeletionKind.ARTIFACT}
+    of_runs = {DeletionKind.SCRATCH, DeletionKind.MASK}
     runs = {item.run for item in planned.deletions if item.kind in of_runs}
     weights = {(item.line, item.version) for item in planned.deletions if item.kind is DeletionKind.WEIGHTS}
     concerned = [run for run, item in inventory.runs.items() if run in runs or (item.line, item.parent) in weights]

@@ -13,18 +13,11 @@ from pydantic import Field
 from salun_core.config import Document
 from salun_core.registry.manifest import weight_files
 from salun_core.requests.schema import SETTLED, Outcome, Status
-from salun_core.retention.inventory import (
-    PURGED_OUTPUTS,
-    ClassifiedVersion,
-    StoreInventory,
-    VersionState,
-    classify_versions,
-)
-from salun_core.retention.pipeline_root import KeptArtifact
+from salun_core.retention.inventory import ClassifiedVersion, StoreInventory, VersionState, classify_versions
 from salun_core.storage.erase import StoredKey, Upload
 from salun_core.storage.keys import kind_of_key, request_key, version_key
 
-_PURGED_TOO = ("split.parquet", "split.json", "mask.safetensors")  # ids of the training samples, critical weights
+_PURGED_TOO = ("split.parquet", "mask.safetensors")  # ids of the training samples, critical weights
 _HISTORY = ("head", "rollback", "disposed", "hold", "lease", "index", "outcome")
 """Documents that are replaced or deleted while a store is used; a bucket that keeps versions keeps what they were."""
 _WHEN = "%Y-%m-%d %H:%M"
@@ -37,9 +30,6 @@ class RetentionRules(Document):
     mask_days: Annotated[int, Field(ge=0, le=30)] = Field(default=30, description="masks of a settled run")
     weights_days: Annotated[int, Field(ge=0, le=30)] = Field(
         default=30, description="weights and list of training samples of a superseded version"
-    )
-    artifact_days: Annotated[int, Field(ge=0, le=30)] = Field(
-        default=7, description="weights, masks and evidence under Kubeflow's pipeline root"
     )
     orphan_hours: Annotated[int, Field(ge=1, le=720)] = Field(
         default=24, description="files that no version needs, and versions that were never published"
@@ -62,7 +52,6 @@ class DeletionKind(StrEnum):
 
     SCRATCH = "forget data"
     MASK = "mask"
-    ARTIFACT = "pipeline artifact"
     OUTCOME = "outcome"
     REQUEST = "request's target"
     UPLOAD = "unfinished upload"
@@ -78,7 +67,7 @@ class Deletion:
 
     Args:
         kind: what it is.
-        keys: the keys to erase, in this order; for a pipeline artifact below the pipeline root.
+        keys: the keys to erase, in this order.
         size: in bytes, all S3 versions.
         reason: by which rule.
         run: the run that it belongs to.
@@ -120,16 +109,12 @@ class DeletionPlan:
         unknown: keys that SalUn does not write; they stay.
         held: superseded versions that a hold keeps, as `line@digest`.
         shared: superseded versions whose weights belong to a version that stays, too.
-        foreign_runs: unknown runs under the pipeline root; their files stay.
-        active: runs that may still work with files under the pipeline root; these stay.
     """
 
     deletions: Sequence[Deletion]
     unknown: Sequence[str] = ()
     held: Sequence[str] = ()
     shared: Sequence[str] = ()
-    foreign_runs: int = 0
-    active: Sequence[str] = ()
 
 
 def plan(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> DeletionPlan:
@@ -146,7 +131,6 @@ def plan(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Del
     garbage, held, shared = find_garbage(inventory, rules, now)
     deletions = [
         *_run_files(inventory, rules, now),
-        *_artifacts(inventory, rules, now),
         *_outcomes(inventory, rules, now),
         *_targets(inventory),
         *_uploads(inventory, rules, now),
@@ -155,41 +139,7 @@ def plan(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Del
         *_history(inventory, rules, now),
     ]
     unknown = [item.key for item, _ in inventory.all_keys.get("unknown", ()) if item.live]
-    return DeletionPlan(deletions, unknown, held, shared, inventory.foreign_runs)
-
-
-def plan_old_artifacts(inventory: StoreInventory, found: Sequence[KeptArtifact], now: datetime) -> DeletionPlan:
-    """Plan to delete at once what earlier releases left under the pipeline root, and nothing else.
-
-    A run that is at work keeps its files. Whether a run that the store does not know is at work cannot be told: a run
-    from the form had neither a lease nor a log, so its files go, and it fails if it still needs them.
-
-    Args:
-        inventory: what the store holds.
-        found: what lies under the pipeline root.
-        now: the time, with its time zone.
-    """
-    active = sorted(run for run in {item.place.run for item in found} if _at_work(inventory, run, now))
-    deletions = [
-        Deletion(
-            DeletionKind.ARTIFACT,
-            item.keys,
-            item.size,
-            f"{item.kind} in Kubeflow's store",
-            run=item.place.run,
-            upload=item.upload,
-        )
-        for item in found
-        if item.place.run not in active
-    ]
-    return DeletionPlan(deletions, active=active)
-
-
-def _at_work(inventory: StoreInventory, run: str, now: datetime) -> bool:
-    """Return whether a run holds a lease, or has a log without an end whose last event is younger than a day."""
-    summary = inventory.runs.get(run)
-    logged = summary is not None and summary.status is not None
-    return run in inventory.holders.values() or (logged and inventory.finished_at(run, now) is None)
+    return DeletionPlan(deletions, unknown, held, shared)
 
 
 def find_garbage(
@@ -355,15 +305,6 @@ def _over_at(inventory: StoreInventory, run: str, items: Sequence[StoredKey], no
         return inventory.finished_at(run, now)
     newest = max([*(item.modified for item in items), *([summary.at] if summary else [])])
     return newest if now - newest >= inventory.patience(run) else None
-
-
-def _artifacts(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Iterator[Deletion]:
-    days = min(rules.artifact_days, rules.mask_days, rules.weights_days)
-    for (run, name), items in inventory.artifacts.items():
-        over = inventory.finished_at(run, now) if name in PURGED_OUTPUTS else None
-        if over is not None and rules.over(over, now, days=days):
-            reason = f"{name} of a run that is over since {over:{_WHEN}}"
-            yield Deletion.of(DeletionKind.ARTIFACT, items, reason, run=run)
 
 
 def _outcomes(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> Iterator[Deletion]:

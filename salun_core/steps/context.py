@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from salun_core.data import LoadedData
-from salun_core.data.split import OLD_SPLIT, SPLIT, PinnedSplit, read_excerpt
+from salun_core.data.split import SPLIT, PinnedSplit, read_excerpt
 from salun_core.digest import check_digest, sha256_file
 from salun_core.errors import SalunError, UsageError
 from salun_core.evaluation import Evidence
@@ -130,7 +130,7 @@ class RunContext:
         digests = {name: sha256_file(after / name) for name in sorted(list_tree(after).files)}
         known = self._candidates.get(after)
         if known is None or known[0] != digests:
-            absent = self.pinned is not None and not digests.keys() & {SPLIT, OLD_SPLIT}
+            absent = self.pinned is not None and SPLIT not in digests
             self._candidates[after] = known = digests, task.load(after, self.inputs.kept_split if absent else None)
         return known[1]
 

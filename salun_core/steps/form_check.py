@@ -95,8 +95,6 @@ def check_form(form: RunForm, *, in_pods: bool, skipped: Skipped | None = None, 
         _check_forget(faults, form.forget_manifest_uri, task, in_pods)
     _check_policy(faults, form.policy_uri, in_pods)
     _check_recipe(faults, form, task)
-    if isinstance(form, DeletionSweepForm) and form.pipeline_root:
-        faults.of("pipeline_root", split_uri, form.pipeline_root)
     faults.finish()
 
 

@@ -27,7 +27,7 @@ from salun_core.storage.objects import ObjectStore
 from salun_core.times import Clock, as_utc, utc_clock
 
 OUTCOME_FILE = "outcome.json"
-EVIDENCE, DECISION, REPORT = "evidence.json", "decision.json", "report.html"
+EVIDENCE, REPORT = "evidence.json", "report.html"
 """The other files of a run that last, in `runs/RUN/` or with the version that it published."""
 
 

@@ -11,14 +11,14 @@ from salun_core.config import load
 from salun_core.digest import check_digest
 from salun_core.errors import ConflictError, IntegrityError
 from salun_core.evaluation import Evidence
-from salun_core.gate import Expected, GateDecision, decide
+from salun_core.gate import DECISION, Expected, GateDecision, decide
 from salun_core.registry.lookup import Version, ancestry, read_file, read_version
 from salun_core.registry.manifest import Lineage, VersionManifest, weights_digest
 from salun_core.registry.versions import publish_head, stage_version
 from salun_core.report import Ancestor, ReportContext, write_report
 from salun_core.steps.context import RunContext, record_assurance, record_evidence
 from salun_core.steps.evaluation import write_evidence
-from salun_core.steps.outcome import DECISION, EVIDENCE, REPORT
+from salun_core.steps.outcome import EVIDENCE, REPORT
 from salun_core.storage import FileStore
 from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import run_key

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from salun_core.data.stored import BlockCache
 from salun_core.retention.purge import PurgeReport, purge
 from salun_core.retention.rules import RetentionRules
-from salun_core.storage import open_pipeline_root, open_store
+from salun_core.storage import open_store
 from salun_core.telemetry.observe import observed
 from salun_core.times import Clock, utc_clock
 
@@ -21,9 +21,7 @@ ALL_LINES = "all"  # the metrics of this step belong to no single model line
 def purge_store(
     store_uri: str,
     rules: RetentionRules | None = None,
-    pipeline_root: str | None = None,
     *,
-    old_artifacts: bool = False,
     dry_run: bool = False,
     signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
@@ -36,8 +34,6 @@ def purge_store(
     Args:
         store_uri: `s3://bucket/prefix`.
         rules: how long things are kept; by default the longest allowed.
-        pipeline_root: where Kubeflow stores artifacts, as `s3://bucket/prefix`.
-        old_artifacts: delete at once what earlier releases left under the pipeline root, and nothing else.
         dry_run: return the plan, and delete nothing.
         signer: the key that signs addenda.
         clock: returns the time now.
@@ -47,11 +43,10 @@ def purge_store(
         StoreError: the cache cannot be emptied; the store was purged nevertheless.
     """
     with observed("purge", ALL_LINES, run):
-        root = open_pipeline_root(pipeline_root) if pipeline_root else None
-        store, options = open_store(store_uri), {"old_artifacts": old_artifacts, "dry_run": dry_run}
+        store = open_store(store_uri)
         try:  # neither of both waits for the other to succeed
             cache = None if dry_run else BlockCache.from_environment()
             cached = cache.expire(keep=0) if cache else 0
         finally:
-            report = purge(store, rules, root, **options, signer=signer, clock=clock)
+            report = purge(store, rules, dry_run=dry_run, signer=signer, clock=clock)
         return replace(report, cached=cached)

@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from salun_core.config import Document, parse, parse_text, with_current_names
+from salun_core.config import Document, parse, parse_text
 from salun_core.methods.recipe import Recipe
 from salun_core.sweeps.policy import BatchLimits
-
-OLD_NAMES = {"also": "extra_metrics"}
-"""Former names of fields. Documents, options and pipelines still take them; the next release drops them."""
 
 
 class RunForm(Document):
@@ -73,11 +70,6 @@ class RunForm(Document):
         """What the run does; of a sweep, what it tries first."""
         return Recipe(method=self.method, density=self.density, method_config=self.method_config, seed=self.seed)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _take_old_names(cls, data: Any) -> Any:  # noqa: ANN401 - what a document holds
-        return with_current_names(data, OLD_NAMES)
-
 
 class UnlearningForm(RunForm):
     """The parameters of one unlearning run: those of the pipeline salun-unlearning, and of `run.yaml`."""
@@ -93,10 +85,6 @@ class DeletionSweepForm(BatchLimits, RunForm):
     dry_run: bool = Field(
         default=False, description="Report what would be claimed and how much would be purged, and write nothing."
     )
-    pipeline_root: str = Field(
-        default="",
-        description="Where Kubeflow stores artifacts, such as s3://mlpipeline/v2/artifacts, to purge them too.",
-    )
 
 
 F = TypeVar("F", bound=RunForm)
@@ -107,16 +95,12 @@ def read_form(kind: type[F], given: Mapping[str, Any]) -> F:
 
     Args:
         kind: the form.
-        given: values by name; settings of a method are JSON text, former names that are empty do not count, and what
-            the form does not have is left out.
+        given: values by name; settings of a method are JSON text, and what the form does not have is left out.
 
     Raises:
         UsageError: a value is missing or out of range; all are named.
     """
     fields = {name: value for name, value in given.items() if name in kind.model_fields}
-    for old, new in OLD_NAMES.items():
-        if given.get(old) and new in kind.model_fields and not fields.get(new):
-            fields[new] = given[old]
     if isinstance(text := fields.get("method_config"), str):
         fields["method_config"] = parse_text(text, "method_config") if text.strip() else {}
     return parse(kind, fields, "the run form")

@@ -115,5 +115,5 @@ def sweep_once(
             settled = settle_requests(form.store_uri, form.model_line, run)
         if purge_after:
             say("purge")
-            purged = purge_store(form.store_uri, pipeline_root=form.pipeline_root or None, signer=signer)
+            purged = purge_store(form.store_uri, signer=signer)
         return SweepOutcome(run, claimed, settled, outcome, error, purged)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from salun_core.errors import ConflictError, DivergedError, UsageError
-from salun_core.gate import Cause, GateDecision, Refusal, Verdict
+from salun_core.gate import DECISION, Cause, GateDecision, Refusal, Verdict
 from salun_core.methods.checkpoint import FileCheckpoint
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import OnEpoch
@@ -104,7 +104,7 @@ def _keep(context: RunContext, decision: GateDecision) -> None:
     """Store a refusal as the gate stores its own: its cause then decides the sweep's next recipe."""
     if context.store_uri and context.run:
         with suppress(ConflictError):  # an earlier attempt of this step left its own
-            key = run_key(context.run, "decision.json")
+            key = run_key(context.run, DECISION)
             context.store.put_new(key, decision.model_dump_json().encode())
 
 

@@ -247,4 +247,4 @@ def _free(lease: Lease, stored: StoredObject) -> bool:
 
 
 def _bytes(lease: Lease) -> bytes:
-    return lease.model_dump_json(exclude_none=True).encode()  # without a place, earlier releases can read it
+    return lease.model_dump_json(exclude_none=True).encode()

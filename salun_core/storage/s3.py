@@ -19,7 +19,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -66,14 +66,13 @@ _CREDENTIAL_FILES = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS
 T = TypeVar("T")
 
 
-def make_client(endpoint: str | None = None, settings: Mapping[str, str] | None = None) -> S3Client:
+def make_client(endpoint: str | None = None) -> S3Client:
     """Build a client with bounded retries and timeouts.
 
     Args:
         endpoint: URL of the store; by default SALUN_S3_ENDPOINT_URL, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or AWS
             itself. Region and keys come from SALUN_S3_REGION, SALUN_S3_ACCESS_KEY_ID, SALUN_S3_SECRET_ACCESS_KEY and
             SALUN_S3_SESSION_TOKEN; what is not set there comes from boto3's chain (AWS_*, roles, files).
-        settings: to use instead of SALUN_S3_*, by the names in `s3_settings.SETTINGS`.
 
     Raises:
         StoreError: the settings in the environment are wrong.
@@ -85,7 +84,7 @@ def make_client(endpoint: str | None = None, settings: Mapping[str, str] | None 
         max_pool_connections=64,
         response_checksum_validation="when_supported",  # overrides the environment: it catches flipped bits
     )
-    settings = own_settings() if settings is None else settings
+    settings = own_settings()
     endpoint = endpoint or settings.get("ENDPOINT_URL")
     try:
         with translated("cannot set up the S3 client", endpoint or "the store"):
@@ -247,21 +246,19 @@ class S3Store:
         with self.translating("read", key):
             return _read_whole(read)
 
-    def read_start(self, key: str, size: int, version: str = "") -> bytes | None:
+    def read_start(self, key: str, size: int) -> bytes | None:
         """Return the first `size` bytes of an object (all, if it has fewer), or None if it does not exist.
 
         Args:
             key: the key, relative to the prefix.
             size: how many bytes.
-            version: S3's id of the version to read; by default the latest one.
         """
         full = self._full(key)
-        chosen: dict[str, Any] = {"VersionId": version} if version else {}
 
         def read() -> bytes:
             try:
                 range_ = f"bytes=0-{size - 1}"
-                answer = self._client.get_object(Bucket=self._bucket, Key=full, Range=range_, **chosen)
+                answer = self._client.get_object(Bucket=self._bucket, Key=full, Range=range_)
                 return answer["Body"].read()
             except ClientError as error:
                 if code_of(error) == "InvalidRange":  # the object is empty

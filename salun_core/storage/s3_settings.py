@@ -13,46 +13,29 @@ from typing import Any
 from salun_core.errors import StoreError
 
 PREFIX = "SALUN_S3_"
-KFP_PREFIX = "SALUN_KFP_S3_"
-"""Of the variables of Kubeflow's own store, where it has another address or other keys than ours."""
 SETTINGS = ("ENDPOINT_URL", "REGION", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")
 VARIABLES = tuple(f"{PREFIX}{name}" for name in SETTINGS)
 _KEYS = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
 
 
-def own_settings(prefix: str = PREFIX) -> dict[str, str]:
+def own_settings() -> dict[str, str]:
     """Return the settings that our own variables give, by the names in `SETTINGS`; an empty variable gives none.
-
-    Args:
-        prefix: how the names of the variables begin.
 
     Raises:
         StoreError: one of the two keys is set without the other, or a session token without them. It would be
             completed from AWS_*, with a key of another account.
     """
-    found = {name: value for name in SETTINGS if (value := os.environ.get(f"{prefix}{name}", ""))}
+    found = {name: value for name in SETTINGS if (value := os.environ.get(f"{PREFIX}{name}", ""))}
     missing = [name for name in _KEYS if name not in found]
     if missing and {*_KEYS, "SESSION_TOKEN"} & set(found):
         given = next(name for name in (*_KEYS, "SESSION_TOKEN") if name in found)
         raise StoreError(
             "cannot set up the S3 client",
-            f"{prefix}{given} is set, but {' and '.join(prefix + name for name in missing)} "
+            f"{PREFIX}{given} is set, but {' and '.join(PREFIX + name for name in missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not",
-            f"set {both_keys(prefix)}, or unset them to use {'AWS_*' if prefix == PREFIX else 'those of the store'}",
+            f"set {' and '.join(PREFIX + name for name in _KEYS)}, or unset them to use AWS_*",
         )
     return found
-
-
-def kfp_settings() -> dict[str, str]:
-    """Return the settings for Kubeflow's own store: `SALUN_KFP_S3_*`, and for what is not set there those of our store.
-
-    Raises:
-        StoreError: one of the two keys is set without the other.
-    """
-    given, ours = own_settings(KFP_PREFIX), own_settings()
-    if "ACCESS_KEY_ID" in given:  # a token belongs to its keys
-        ours.pop("SESSION_TOKEN", None)
-    return ours | given
 
 
 def session_arguments(settings: Mapping[str, str]) -> dict[str, Any]:
@@ -83,6 +66,6 @@ def variable(name: str) -> str:
     return f"{PREFIX}{name}"
 
 
-def both_keys(prefix: str | None = None) -> str:
-    """Return "X_ACCESS_KEY_ID and X_SECRET_ACCESS_KEY", with the names that are in use, or with a given prefix."""
-    return " and ".join(f"{prefix}{name}" if prefix else variable(name) for name in _KEYS)
+def both_keys() -> str:
+    """Return "X_ACCESS_KEY_ID and X_SECRET_ACCESS_KEY", with the names that are in use."""
+    return " and ".join(variable(name) for name in _KEYS)

@@ -382,7 +382,6 @@ class _Batch:
             "rung": level,
             "group": group,
             "tried": [Tried(rung=number, causes=list(causes)) for number, causes in sorted(tried.items())] or None,
-            "recipes": len(self.policy.all_recipes),
             "levels": self.policy.levels,
             "max_attempts": self.policy.max_attempts,
             "work_key": self._work(ids, level),
@@ -423,9 +422,9 @@ class _Batch:
         if stored is None:
             return None
         try:
-            noted = json.loads(stored.data).get("causes", ())  # earlier releases noted none
+            noted = json.loads(stored.data)["causes"]
             return tuple(cause for cause in Cause if cause in noted)
-        except (ValueError, AttributeError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return ()
 
     def _work(self, ids: Sequence[str], level: int) -> str:

@@ -16,7 +16,6 @@ from salun_core.storage.documents import one_line
 from salun_core.times import due_after_one_month
 
 MAX_ATTEMPTS = 10
-ESCALATION = 4  # recipes of each task; for records that do not hold the number
 LEASE_SECONDS = 600  # every step renews it while it works, so a run that died blocks its line no longer than this
 
 
@@ -132,7 +131,7 @@ class Refused:
     """Why the gate refused a run, from its decision.
 
     Args:
-        causes: of the failed rules; empty for a decision of an earlier release.
+        causes: of the failed rules; empty if the decision is missing.
         advice: what the gate suggests for each cause.
     """
 
@@ -154,12 +153,6 @@ class Refused:
 _TOO_MUCH = frozenset({Cause.DAMAGED, Cause.OVER_FORGOTTEN})
 
 
-def plain_levels(count: int) -> list[Level]:
-    """Return the levels of a plain list of which only the count is known: each stronger, at last a retraining."""
-    levels = [Level(role=Role.STRENGTH, strength=number) for number in range(count)]
-    return [*levels[:-1], Level(role=Role.RETRAIN)] if count > 1 else levels
-
-
 def next_level(levels: Sequence[Level], tried: Mapping[int, Collection[Cause]]) -> int | None:
     """Return the level that follows from all refusals so far, or None if no recipe is left.
 
@@ -170,7 +163,7 @@ def next_level(levels: Sequence[Level], tried: Mapping[int, Collection[Cause]]) 
 
     Args:
         levels: of the escalation.
-        tried: causes by refused level; no cause counts as not forgotten, as in earlier releases.
+        tried: causes by refused level; no cause counts as not forgotten.
     """
     too_weak, too_strong = [], []
     known = {number: causes for number, causes in tried.items() if number < len(levels)}

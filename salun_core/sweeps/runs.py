@@ -24,7 +24,7 @@ from salun_core.storage.documents import Count, Digest, LineId, RunId, ShortText
 from salun_core.storage.keys import run_event_key, run_events_prefix, run_key
 from salun_core.storage.leases import SUBMIT_AGAIN
 from salun_core.storage.objects import ObjectStore
-from salun_core.sweeps.policy import ESCALATION, MAX_ATTEMPTS, Limits, plain_levels
+from salun_core.sweeps.policy import Limits
 from salun_core.times import Clock, as_utc
 
 
@@ -77,20 +77,17 @@ class RunRecord(StoredDocument):
     )
     tried: list[Tried] | None = Field(default=None, description="recipes that were refused for its requests before")
     group: ShortText | None = Field(default=None, description="the half of a refused batch that it is")
-    recipes: Annotated[int, Field(ge=1, le=100, strict=True)] = Field(
-        default=ESCALATION, description="recipes of the escalation that `rung` counts in"
-    )
-    levels: list[Level] | None = Field(
-        default=None, description="what these recipes are for; absent in earlier releases: each stronger, then retrain"
+    levels: list[Level] = Field(
+        min_length=1, max_length=100, description="what the recipes of the escalation are for that `rung` counts in"
     )
     max_attempts: Annotated[int, Field(ge=1, strict=True)] = Field(
-        default=MAX_ATTEMPTS, description="most attempts of a request, before a person decides"
+        description="most attempts of a request, before a person decides"
     )
     work_key: Digest = Field(description="digest of line, parent, forget set and recipe: equal work has an equal key")
     members: list[RunMember] = Field(min_length=1, description="its requests")
     forget_sha256: Digest = Field(description="SHA-256 of the frozen forget set that the run reads")
     policy_digest: Digest | None = Field(
-        default=None, description="SHA-256 of the gate policy that was named; none for `auto` and in older records"
+        default=None, description="SHA-256 of the gate policy that was named; none for `auto`"
     )
     forget_count: Count = Field(description="training samples to forget, of all members together")
     train_count: Count = Field(description="training samples of the parent")
@@ -103,7 +100,7 @@ class RunRecord(StoredDocument):
     @property
     def limits(self) -> Limits:
         """When its requests are given up."""
-        return Limits(tuple(self.levels or plain_levels(self.recipes)), self.max_attempts)
+        return Limits(tuple(self.levels), self.max_attempts)
 
 
 class RunEvent(StoredDocument):

@@ -30,15 +30,15 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 from salun_core.certificates.issue import CertificateInput
 from salun_core.errors import ConflictError, IntegrityError
-from salun_core.gate import Cause
+from salun_core.gate import DECISION, Cause, GateDecision
 from salun_core.registry.lookup import Version, read_file, read_head, read_version
 from salun_core.requests.ledger import Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status
+from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import run_key, scratch_prefix, work_key
 from salun_core.storage.leases import read_lease, release
 from salun_core.storage.objects import ObjectStore
@@ -48,7 +48,6 @@ from salun_core.sweeps.runs import ENDED, RunMember, RunRecord, RunStatus
 from salun_core.telemetry.logs import get_logger
 from salun_core.times import as_utc
 
-DECISION = "decision.json"  # the gate's decision about a refused run
 _REASONS = {
     RunStatus.PUBLISHED: "published",
     RunStatus.GATE_REFUSED: "the gate refused",
@@ -165,7 +164,7 @@ def _settle_recorded(context: SweepContext, record: RunRecord) -> Settled:
         refused = refused or Refused()  # the decision of a run that ended so may be gone
         if status is RunStatus.GATE_REFUSED and refused.review is None:
             note = {"format": "salun.work/v1", "causes": sorted(refused.causes)}
-            with suppress(ConflictError):  # noted before, perhaps with other causes or by an earlier release
+            with suppress(ConflictError):  # noted before, perhaps with other causes
                 context.store.put_new(work_key(record.work_key), json.dumps(note).encode())
         half_held = [state for state in ours if state.status is Status.QUEUED and refused.review]
         plan = _plan(record, status, [*states, *half_held], refused)
@@ -259,28 +258,20 @@ def _next(record: RunRecord, refused: Refused) -> str:
 def refusal_of(context: SweepContext, run: str) -> Refused | None:
     """Return why the gate refused a run, or None if it left no refusal: then the gate did not refuse it.
 
-    It reads only the parts that it needs, so that a decision of another release still counts as a refusal.
+    A damaged decision counts as none, since it must not keep the requests in progress: they are tried again.
     """
-    stored = context.store.get(run_key(run, DECISION))
+    key = run_key(run, DECISION)
+    stored = context.store.get(key)
     try:
-        decision = json.loads(stored.data) if stored else None
-    except ValueError:
+        decision = parse_stored(GateDecision, stored.data, key) if stored else None
+    except IntegrityError:
         return None
-    if not isinstance(decision, dict) or decision.get("passed") is not False:
+    if decision is None or decision.passed:
         return None
-    verdicts = decision.get("verdicts")
-    failed = [
-        item
-        for item in (verdicts if isinstance(verdicts, list) else ())
-        if isinstance(item, dict) and item.get("passed") is False
-    ]
-    if any(item.get("rule") == _FINITE for item in failed):
+    if any(verdict.rule == _FINITE and not verdict.passed for verdict in decision.verdicts):
         return Refused(frozenset({Cause.DAMAGED}))  # the other rules fail since nothing can be measured
-    refusals = [item["refusal"] for item in failed if isinstance(item.get("refusal"), dict)]
-    known = {str(cause): cause for cause in Cause}
-    found = [(known[str(item.get("cause"))], item.get("next")) for item in refusals if str(item.get("cause")) in known]
-    advice = {cause: then for cause, then in reversed(found) if isinstance(then, str)}  # of the first rule
-    return Refused(frozenset(cause for cause, _ in found), advice)
+    advice = {refusal.cause: refusal.next for refusal in reversed(decision.refusals)}  # of the first rule
+    return Refused(frozenset(advice), advice)
 
 
 def _requeue(
@@ -321,19 +312,15 @@ def _hold_for_review(
     return held
 
 
-def decision_about(store: ObjectStore, version: Version) -> Mapping[str, Any] | None:
-    """Return the gate's decision about a version as plain JSON; None if the version has none.
+def decision_about(store: ObjectStore, version: Version) -> GateDecision | None:
+    """Return the gate's decision about a version; None if the version has none.
 
     Raises:
         IntegrityError: it is missing or damaged.
     """
     if DECISION not in version.manifest.files:
         return None
-    try:
-        decision = json.loads(read_file(store, version, DECISION))
-    except ValueError as error:
-        raise IntegrityError(f"{DECISION} is damaged", str(error)[:200], "restore it from a copy") from error
-    return decision if isinstance(decision, dict) else None
+    return parse_stored(GateDecision, read_file(store, version, DECISION), DECISION)
 
 
 def complete(
@@ -342,7 +329,7 @@ def complete(
     member: RunMember,
     version: Version,
     record: RunRecord | None,
-    decision: Mapping[str, Any] | None = None,
+    decision: GateDecision | None = None,
 ) -> None:
     """Certify one request, complete it, and redact it.
 
@@ -352,7 +339,7 @@ def complete(
         member: what the run recorded about it.
         version: the version that has forgotten it, or that was searched.
         record: the run that erased it; None if there was nothing to erase.
-        decision: the gate's about the version, as plain JSON: it has the assurance level.
+        decision: the gate's about the version: it has the assurance level.
 
     Raises:
         SalunError: the certificate cannot be issued; the request stays in progress.

@@ -30,7 +30,7 @@ SPECS = {
         Spec("salun_oldest_request_age_seconds", "Age of the oldest request that is not settled.", "seconds"),
         Spec(
             "salun_requests_by_level",
-            "Completed requests by assurance level; not_stated: completed by release 0.1.0; not_read: not yet read.",
+            "Completed requests by assurance level; damaged: its event cannot be read; not_read: not yet read.",
             "requests",
             ("level",),
         ),
@@ -165,7 +165,7 @@ LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
         "failed",
         "cancelled",
     ),
-    "level": ("retrained", "measured", "procedure", "nothing_to_erase", "not_stated", "not_read"),
+    "level": ("retrained", "measured", "procedure", "nothing_to_erase", "damaged", "not_read"),
     "reason": ("no_requests", "not_due", "line_held"),
     "stage": ("target", "half", "most"),
     "outcome": ("unlearned", "retrained", "nothing_to_erase"),

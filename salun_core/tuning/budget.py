@@ -77,7 +77,7 @@ class TrialRecord(Document):
     """One setting that was tried."""
 
     number: int = Field(ge=0, description="from 0, in the order they were begun")
-    method: str | None = Field(default=None, description="null in earlier releases: the method of the log")
+    method: str = Field(description="the method that it tried")
     settings: dict[str, float | str] = Field(description="settings that were searched for, by name")
     density: float | None = Field(default=None, description="share of salient weights; null for a method without mask")
     epochs: int = Field(ge=0, description="of the best model of the trial; 0 where it made none")
@@ -88,7 +88,7 @@ class TrialRecord(Document):
     figures: dict[str, float] = Field(default={}, description="of its best model, on held-out data in place of test")
     distance: float | None = Field(default=None, description="what the search makes small; 0 is indistinguishable")
     refused: list[str] = Field(default=[], description="rules of the policy that its best model broke")
-    causes: list[Cause] = Field(default=[], description="why each of these rules failed; earlier releases wrote none")
+    causes: list[Cause] = Field(default=[], description="why each of these rules failed")
     passes: int = Field(ge=0, description="sample passes of the trial, its measurements included")
     seconds: float = Field(ge=0, description="wall clock")
 
@@ -98,9 +98,7 @@ class TuningLog(Document):
 
     format: Literal["salun.tuning/v1"] = "salun.tuning/v1"
     method: str = Field(description="as it was requested: one; several with commas; or auto, those of the portfolio")
-    chosen_method: str | None = Field(
-        default=None, description="of the chosen trial; null: refused, or in earlier releases the method of the log"
-    )
+    chosen_method: str | None = Field(default=None, description="of the chosen trial; null: refused")
     not_tried: list[str] = Field(default=[], description="methods that the budget did not suffice for")
     seed: int
     optimiser: str = Field(description="with its version: another may try other settings")

@@ -160,7 +160,7 @@ def test_each_step_reads_what_it_needs_of_the_split(run, model, monkeypatch):
     assert dict(kept.train) == {name: run.split.train[name] for name in run.split.train if name not in run.forgotten}
 
 
-def test_artifacts_of_earlier_releases_have_no_excerpt(run, model):
+def test_steps_read_the_whole_split_without_an_excerpt(run, model):
     run.fetch()
     folder = run.inputs()
     (folder / steps.EXCERPT_FILE).unlink()

@@ -251,7 +251,6 @@ RECIPE = {
     "tune",
     "tune_budget",
     "extra_metrics",
-    "also",
     "evaluation_samples",
 }
 BATCH = {"min_requests", "max_requests", "max_wait_hours", "max_forget_fraction", "dry_run"}
@@ -261,8 +260,8 @@ def test_run_form_explains_every_parameter(each):
     parameters = each[0]["root"]["inputDefinitions"]["parameters"]
     own = {
         "salun-unlearning": {"forget_manifest_uri", *RECIPE},
-        "salun-deletion-sweep": {"pipeline_root", *BATCH, *RECIPE},
-        "salun-deletion-sweep-compact": {"pipeline_root", *BATCH, *RECIPE},
+        "salun-deletion-sweep": {*BATCH, *RECIPE},
+        "salun-deletion-sweep-compact": {*BATCH, *RECIPE},
     }
     assert set(parameters) == {"model_line", "store_uri", *PLACEMENT} | own[name_of(each)]
     assert [name for name, parameter in parameters.items() if not parameter.get("description")] == []

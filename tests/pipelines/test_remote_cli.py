@@ -564,10 +564,10 @@ def test_an_update_that_is_killed_leaves_the_new_one_enabled(fake):
     assert min(fake.enabled) >= 1
 
 
-def test_a_disabled_one_of_an_earlier_release_is_enabled(fake):
+def test_a_disabled_one_is_enabled(fake):
     schedule()
     (item,) = fake.schedules.values()
-    item["status"] = "DISABLED"  # its old one was deleted, and the process killed
+    item["status"] = "DISABLED"
     assert schedule()[1].startswith("updated")
     assert [item["status"] for item in fake.schedules.values()] == ["ENABLED"]
 

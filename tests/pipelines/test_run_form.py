@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from pydantic import ValidationError
 
 from components.evaluate import evaluate
 from components.unlearn import unlearn
@@ -21,7 +20,7 @@ from salun_core.cli.app import app
 from salun_core.config import parse
 from salun_core.errors import IntegrityError, UsageError
 from salun_core.evaluation.evidence import EVALUATED
-from salun_core.steps.run_form import OLD_NAMES, DeletionSweepForm, RunForm, UnlearningForm
+from salun_core.steps.run_form import DeletionSweepForm, RunForm, UnlearningForm
 from salun_core.sweeps.policy import BatchLimits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +39,7 @@ def text(value):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_each_pipeline_has_the_fields_of_its_form(name):
     inputs, form = load_package(name).inputs, PIPELINES[name]
-    old = {former for former, new in OLD_NAMES.items() if new in form.model_fields}
-    assert set(inputs) == {*form.model_fields, *forms.PLACEMENT, *old}
+    assert set(inputs) == {*form.model_fields, *forms.PLACEMENT}
     for field_name, field in form.model_fields.items():
         found = inputs[field_name]
         assert found["description"] == field.description
@@ -108,18 +106,6 @@ def test_a_default_is_written_once_outside_the_components():
             if path.name != "run_form.py":
                 tree = ast.parse(path.read_text(encoding="utf-8"))
                 assert "20e" not in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)], path
-
-
-REQUIRED = {"model_line": "digits", "store_uri": "s3://salun"}
-
-
-def test_a_former_name_is_read_and_reported(capsys):
-    assert RunForm(**REQUIRED, also="probe").extra_metrics == "probe"
-    assert capsys.readouterr().err == (
-        "Warning: `also` is now called `extra_metrics`. The next release drops the old name.\n"
-    )
-    with pytest.raises(ValidationError, match="also"):
-        RunForm(**REQUIRED, also="probe", extra_metrics="kl")
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,8 @@ RUN = {
     "method": "salun",
     "density": 0.5,
     "method_config": {"epochs": 5, "more": {"a": [1, 2]}},
+    "levels": [{"role": "strength"}, {"role": "retrain"}],
+    "max_attempts": 10,
     "work_key": B,
     "members": [{"id": "r-1", "event": 1, "attempt": 1, "forget_digest": A, "salt": "0" * 32, "found": 3, "named": 3}],
     "forget_sha256": "f" * 64,
@@ -100,7 +102,7 @@ FILES = {
     ModelCard: CARD,
     Policy: {"format": "salun.policy/v1", "name": "p", "rules": [RULE, {**RULE, "op": "within", "tolerance": 0.1}]},
     GateDecision: {
-        "passed": True,
+        "passed": False,
         "policy": "p",
         "policy_digest": A,
         "evidence_digest": B,

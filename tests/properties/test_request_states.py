@@ -15,6 +15,7 @@ from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import Outcome, RequestState, Status, is_overdue
 from salun_core.storage.s3 import S3Store
+from tests.support.decisions import PROCEDURE
 from tests.support.memory_store import MemoryStore
 
 pytestmark = pytest.mark.slow
@@ -124,12 +125,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self._move(name, data.draw(st.sampled_from(ways)), allowed=False, state=name)
 
     def _move(self, name, to, allowed, state):
-        outcome = Outcome.UNLEARNED if to == "completed" else None
+        more = {"outcome": Outcome.UNLEARNED, "assurance": PROCEDURE} if to == "completed" else {}
         self._try(
             self.model[name],
             to,
             allowed,
-            lambda: self.ledger.move(state, Transition(Status(to), "sweep", "test", "run-1", outcome)),
+            lambda: self.ledger.move(state, Transition(Status(to), "sweep", "test", "run-1", **more)),
         )
         self.touched = name
 

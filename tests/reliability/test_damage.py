@@ -56,7 +56,7 @@ BLIND = {
     RequestEvent: {"actor", "at", "attempt", "reason", "rung", "writer"},
     RunRecord: set(RunRecord.model_fields)
     - {"format", "run", "method_config", "group"}
-    - {"levels", "policy_digest", "tried"},  # null in this record, and no flip makes a value of null
+    - {"policy_digest", "tried"},  # null in this record, and no flip makes a value of null
     RunEvent: {"actor", "at", "epoch", "reason", "writer"},
     Lease: {"beat", "epoch", "holder", "seconds"},
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import sys
+from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from salun_core.certificates.issue import (
-    CertificateInput,
-    VersionDocuments,
-)
+from salun_core.certificates.issue import CertificateInput, VersionDocuments, certify, issue_addendum
+from salun_core.certificates.keys import public_pem
+from salun_core.certificates.statement import DisposalDone
 from salun_core.data.targets import SubjectTarget
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.evaluation.evidence import Evidence, Forgotten, Integrity, Measured, Metric, RunFacts
@@ -17,6 +18,8 @@ from salun_core.gate import decide, load_policy
 from salun_core.registry.lookup import Version
 from salun_core.registry.manifest import VersionManifest
 from salun_core.requests.schema import DeletionRequest, Outcome
+from salun_core.storage.keys import certificate_key
+from tests.support.memory_store import MemoryStore
 
 CANARIES = ("person-canary-07", "ticket-canary", "sample-canary", "class-canary")
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -83,7 +86,7 @@ def evidence_of(after=WEIGHTS, method="salun"):
 
 def judged(evidence):
     """The documents of a version: its evidence, and the decision that the gate made on it."""
-    return VersionDocuments(OTHER, evidence, decide(evidence, load_policy("classifier")).model_dump(mode="json"))
+    return VersionDocuments(OTHER, evidence, decide(evidence, load_policy("classifier")))
 
 
 def input_of(files=None, outcome=Outcome.UNLEARNED, documents=None, **changed):
@@ -112,3 +115,21 @@ def nothing(**changed):
     """Input about a request that names nothing to erase."""
     fields = {"found": 0, "run": None, "epoch": None, "frozen_digest": None}
     return input_of(outcome=Outcome.NOTHING_TO_ERASE, **{**fields, **changed})
+
+
+def write_fixture(folder):
+    """Write a certificate, an addendum, the public key and the folder `model`, whose files are read from there."""
+    key, store = Ed25519PrivateKey.generate(), MemoryStore()
+    files = {path.name: path.read_bytes() for path in (folder / "model").iterdir()}
+    data = certify(*input_of(files, requests=1), key)
+    store.put_new(certificate_key("r-1"), data)
+    gone = DisposalDone(what="weights of the superseded version", at="2026-03-01T00:00:00+00:00")
+    issue_addendum(store, "r-1", [gone], key)
+    (folder / "certificate.json").write_bytes(data)
+    (addendum,) = store.list("addenda/")
+    (folder / "disposal.json").write_bytes(store.get(addendum.key).data)
+    (folder / "salun.pub").write_bytes(public_pem(key.public_key()))
+
+
+if __name__ == "__main__":
+    write_fixture(Path(sys.argv[1]))

@@ -29,7 +29,7 @@ def write_folder(folder: Path, changed: int = 0) -> dict[str, Path]:
         "tokenizer/vocab.json": {"<|startoftext|>": 0},
         "scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler"},
         "model.json": {"split_digest": "0" * 64},
-        "split.json": ["sample-1", "sample-2"],
+        "split.parquet": ["sample-1", "sample-2"],
     }
     for name, document in documents.items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ from salun_core.certificates.issue import CertificateInput
 from salun_core.data.targets import RedactedTarget, SamplesTarget
 from salun_core.digest import canonical_json, digest_json
 from salun_core.errors import UsageError
+from salun_core.gate import DECISION
 from salun_core.methods.recipe import Recipe
 from salun_core.registry.lookup import Version, read_head, read_version
 from salun_core.registry.versions import publish_head, stage_version
@@ -28,9 +29,9 @@ from salun_core.sweeps.claim import Claim, claim
 from salun_core.sweeps.context import SweepContext
 from salun_core.sweeps.policy import SweepPolicy
 from salun_core.sweeps.runs import RunRecord, RunStatus
-from salun_core.sweeps.settle import DECISION
 from salun_core.tasks.line import OpenLine
 from salun_core.times import utc_clock
+from tests.support.decisions import passed, refused
 
 LINE = "toy"
 MODEL = "forgotten.json"
@@ -84,9 +85,8 @@ def publish(
         path.write_bytes(canonical_json(sorted(gone)))
         files = {MODEL: path}
         if run is not None:  # a decision has the level of the run
-            decision = {"passed": True, "level": "procedure", "margin": 0.1, "n": count, "power": 0.25}
             files[DECISION] = Path(folder) / DECISION
-            files[DECISION].write_bytes(canonical_json(decision))
+            files[DECISION].write_text(passed(margin=0.1, n=count, power=0.25).model_dump_json())
         fields = {
             "line": line,
             "parent": parent,
@@ -166,6 +166,7 @@ def run_record(run: str, parent: str, created_at: str, **changes: object) -> Run
     }
     fields = {"run": run, "line": LINE, "parent": parent, "epoch": 1, "created_at": created_at, "method": "salun"}
     rest = {"density": 0.5, "work_key": "b" * 64, "members": [member], "forget_sha256": "f" * 64}
+    rest |= {"levels": policy().levels, "max_attempts": 10}
     return RunRecord.model_validate({**fields, **rest, "forget_count": 3, "train_count": 20, **changes})
 
 
@@ -200,7 +201,7 @@ def erase(
         context.runs.advance(record.run, status, "toy", "goes on")
     parent = Version(record.parent, read_version(store, record.line, record.parent))
     if ids & poison and not (at_last and record.rung == len(RECIPES) - 1):
-        store.put_new(run_key(record.run, DECISION), json.dumps({"passed": False}).encode())
+        store.put_new(run_key(record.run, DECISION), refused().model_dump_json().encode())
         return None
     context.runs.advance(record.run, RunStatus.GATED, "toy", "passed")
     gone = forgotten(store, parent) | ids

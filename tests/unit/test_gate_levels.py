@@ -395,18 +395,18 @@ def test_unusual_samples_are_compared_with_a_retrained_model_if_there_is_one():
     assert not decided(policy_of(rule), attack_shape=found.model_copy(update={"reference": 0.61})).passed
 
 
-def test_evidence_of_an_earlier_release_is_refused_in_one_line(before, forged):
+def test_evidence_without_a_metric_is_refused_in_one_line(before, forged):
     decision = judged(before, trained(parts(range(5))[1], 7), range(5))
     assert decision.passed, decision.summary
     forget, retain = parts(range(5))
     forgotten = Forgotten(count=5, train_count=len(TRAIN), kinds=["samples"], in_classes=0)
     measured = Measured(before="a", after="b", dataset="c", split="d", forget_set="e")
     evidence = evaluate_classifier(before, trained(retain, 7), Splits(forget, retain, UNSEEN), measured, forgotten)
-    older = {name: item for name, item in evidence.metrics.items() if name != "attack_shape"}
-    refused = decide(evidence.model_copy(update={"metrics": older}), POLICY)
+    fewer = {name: item for name, item in evidence.metrics.items() if name != "attack_shape"}
+    refused = decide(evidence.model_copy(update={"metrics": fewer}), POLICY)
     assert failed(refused) == {"attack_shape"}
     assert "the evidence has no metric attack_shape" in refused.summary
-    assert refused.next.startswith("evaluate again, if the evidence is of an earlier release: salun evaluate")
+    assert refused.next.startswith("evaluate again: salun evaluate")
 
 
 @pytest.mark.parametrize(("reference", "passes"), [(0.94, False), (0.9, False), (0.82, True)])
@@ -562,9 +562,9 @@ def test_a_person_who_is_a_class_needs_a_level_that_is_published_for_both():
 
 
 def test_evidence_that_does_not_tell_the_kinds_apart_shows_no_more_than_all_its_rules():
-    older = MIXED.model_copy(update={"by_kind": {}})
-    assert older.judged_kinds == {"class", "samples", "subject"}
-    kinds = of_batch(SHOWN_AREA, FEW_CLASS, forgotten=older).kinds
+    together = MIXED.model_copy(update={"by_kind": {}})
+    assert together.judged_kinds == {"class", "samples", "subject"}
+    kinds = of_batch(SHOWN_AREA, FEW_CLASS, forgotten=together).kinds
     assert {kind: found.level for kind, found in kinds.items()} == dict.fromkeys(kinds, "procedure")
 
 

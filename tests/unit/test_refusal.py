@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from salun_core.config import parse
-from salun_core.errors import GateRefusedError
+from salun_core.errors import GateRefusedError, IntegrityError
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import (
     METRIC_NAMES,
@@ -18,6 +17,7 @@ from salun_core.evaluation.evidence import (
 )
 from salun_core.gate import Cause, Expected, GateDecision, Policy, decide, load_policy
 from salun_core.steps.outcome import RunState, new_outcome
+from salun_core.storage.documents import parse_stored
 from salun_core.storage.keys import run_key
 from salun_core.tasks.classification.tuning import PolicyConstraint, _refusal
 from salun_core.tuning import Tuned
@@ -186,7 +186,8 @@ def searched(rules, *trials):
         found = constraint({**GOOD, **metrics}) if metrics is not None else None
         measured = {"refused": found.reasons, "causes": found.causes, "distance": 0.1} if found else {}
         state, epochs = ("finished", 1) if found else ("failed", 0)
-        fields = {"number": number, "settings": {}, "epochs": epochs, "epochs_run": 1, "passes": 1, "seconds": 1.0}
+        fields = {"number": number, "method": "salun", "settings": {}, "epochs": epochs, "epochs_run": 1}
+        fields |= {"passes": 1, "seconds": 1.0}
         records.append(TrialRecord.model_validate({**fields, **measured, "state": state}))
     return _refusal(constraint, Tuned(records, 1, 1.0, None, []))
 
@@ -260,14 +261,12 @@ def test_many_failed_rules_fit_into_an_outcome():
     assert new_outcome("run-1", "faces", RunState.REFUSED, text).text == text
 
 
-def test_a_decision_of_an_earlier_release_is_still_read():
+def test_a_decision_without_its_reasons_or_its_level_is_damaged():
     document = json.loads(decide(evidence(), policy(*BOTH)).model_dump_json())
-    for verdict in document["verdicts"]:
-        del verdict["refusal"]
-    old = parse(GateDecision, document, "decision.json")
-    assert (old.refusals, old.next) == ([], "")
-    with pytest.raises(GateRefusedError, match="the rule in words"):
-        old.require()
+    kept = [{name: value for name, value in item.items() if name != "refusal"} for item in document["verdicts"]]
+    for changes in ({"verdicts": kept}, {"passed": True}):
+        with pytest.raises(IntegrityError, match="decision.json"):
+            parse_stored(GateDecision, json.dumps({**document, **changes}).encode(), "decision.json")
 
 
 @pytest.mark.s3

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from salun_core.data import ForgetSet, ImageSource, LoadedData
-from salun_core.data.split import SplitManifest, split_name
+from salun_core.data.split import SPLIT, SplitManifest, require_split
 from salun_core.data.targets import ConceptTarget, Target
 from salun_core.device_memory import explained
 from salun_core.errors import UsageError
@@ -168,7 +168,8 @@ class ClassificationTask:
 
     def version_files(self, folder: Path) -> dict[str, Path]:
         """Return weights, card and split."""
-        return {name: folder / name for name in (WEIGHTS, CARD, split_name(os.listdir(folder)))}
+        require_split(os.listdir(folder))
+        return {name: folder / name for name in (WEIGHTS, CARD, SPLIT)}
 
     def escalation(self, recipe: Recipe, *, tune: bool = False) -> Escalation:
         """Return the requested recipe, a stronger one, one with more weights, and a full retraining.

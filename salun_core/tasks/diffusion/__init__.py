@@ -11,7 +11,7 @@ import torch
 
 from salun_core.data import ForgetSet, LoadedData
 from salun_core.data.forget_set import kind_of, not_kept, restored
-from salun_core.data.split import SplitManifest, split_name
+from salun_core.data.split import SPLIT, SplitManifest, require_split
 from salun_core.data.targets import RedactedTarget, Target
 from salun_core.device_memory import explained
 from salun_core.diffusion.denoiser import Denoiser, selected_parameters
@@ -153,7 +153,8 @@ class DiffusionTask:
 
     def version_files(self, folder: Path) -> dict[str, Path]:
         """Return the index, all components, card and split."""
-        return {name: folder / name for name in sorted([*model_files(folder), CARD, split_name(os.listdir(folder))])}
+        require_split(os.listdir(folder))
+        return {name: folder / name for name in sorted([*model_files(folder), CARD, SPLIT])}
 
     def escalation(self, recipe: Recipe, *, tune: bool = False) -> Escalation:
         """Return the requested recipe, a stronger one, one with more weights, and one that selects all weights.

@@ -38,12 +38,12 @@ def test_the_summary_shows_what_a_reader_needs(salun):
     assert result.exit_code == 0, result.stderr
     for text in (
         "VALID: signed by a trusted key, from salun.pub beside the certificate",
-        "key 44d58a25bbf1c110ab42b0a1dc0d4b74095ca6b0cae4edbe1f879bc251427404",
+        "key 9969baee9f6f47ccaa4328dda63ee8c448d90784d7b63e368050c5ae2491c65d",
         "all 3 files of model",
         "r-1: received 2026-01-31 09:00, due 2026-02-28 09:00, settled 2026-02-03 11:00",
         "3 training samples, of 4",
-        "passed 9 checks of policy classifier",
-        "superseded weights   deleted (addendum)   2026-03-01 00:00",
+        "passed 17 checks of policy classifier",
+        "weights of the superseded version   deleted (addendum)   2026-03-01 00:00",
         "cannot be\nproved",
     ):
         assert text in result.stdout
@@ -55,7 +55,7 @@ def test_without_a_model_it_reports_that_only_the_certificate_was_checked(salun)
     assert result.exit_code == 0
     assert "only the certificate was checked" in result.stdout
     assert "beside the certificate" not in result.stdout
-    assert re.search(r"superseded weights +due +2026-03-05", result.stdout)
+    assert re.search(r"weights of the superseded version +due +2026-03-05", result.stdout)
 
 
 def test_json_is_one_document_with_the_whole_certificate(salun):
@@ -164,11 +164,11 @@ def test_addenda_are_listed_and_written_next_to_the_certificate(salun, store, mo
     assert [(item["addendum"], item["current"], item["file"]) for item in listed] == [
         ("disposal-0123456789ab.json", True, None)
     ]
-    assert listed[0]["done"][0]["what"] == "superseded weights"
+    assert listed[0]["done"][0]["what"] == "weights of the superseded version"
     Path("out").mkdir()
     written = salun("certificate", "r-1", "--out", "out/c.json", "--addenda")
     assert written.exit_code == 0, written.stderr
-    assert "superseded weights" in written.stdout
+    assert "weights of the superseded version" in written.stdout
     added = Path("out/c.disposal-0123456789ab.json")
     assert added.read_bytes() == disposal
     assert f"salun verify out/c.json --addendum {added}" in written.stdout
@@ -231,8 +231,3 @@ def test_nothing_to_erase_is_a_level(salun):
     text, document = _verified(salun, nothing())
     assert "level       nothing to erase\n" in text
     assert document["warnings"] == []
-
-
-def test_a_certificate_of_an_earlier_release_warns_that_it_has_no_level(salun):
-    document = json.loads(salun("verify", "certificate.json", "--json").stdout)
-    assert "no assurance level" in document["warnings"][0]

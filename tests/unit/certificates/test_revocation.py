@@ -28,6 +28,7 @@ from salun_core.sweeps.runs import RunLog
 from salun_core.times import utc_clock
 from tests.support.certified import KEY, evidence_of, input_of, judged, nothing
 from tests.support.commands import _settings_restored, invoke  # noqa: F401 - a fixture, used by every test
+from tests.support.decisions import PROCEDURE
 from tests.support.folder_model import write_folder
 from tests.support.toy_line import run_record
 
@@ -47,7 +48,9 @@ class World:
         """Move a request through the ledger, as a sweep does."""
         self.ledger.submit(request, "faces", SubjectTarget(subject_ref="person-1"))
         self.ledger.move(request, Transition(Status.IN_PROGRESS, "sweep", "claimed", run, epoch=1))
-        self.ledger.move(request, Transition(Status.COMPLETED, "sweep", "published", run, outcome, 1))
+        self.ledger.move(
+            request, Transition(Status.COMPLETED, "sweep", "published", run, outcome, 1, assurance=PROCEDURE)
+        )
 
     def certify(self, request, version, make=input_of):
         manifest = read_version(self.store, "faces", version)
@@ -72,7 +75,7 @@ class World:
     def purge(self):
         """Issue what a purge issues when it has deleted everything that was due."""
         inventory = scan_store(self.store, utc_clock())
-        issue_addenda(self.store, inventory, inventory.keys, None, KEY, utc_clock())
+        issue_addenda(self.store, inventory, inventory.keys, KEY, utc_clock())
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""No byte of a certificate, an addendum or the model can change unnoticed; files of the first version stay valid."""
+"""No byte of a certificate, an addendum or the model can change unnoticed; files of the format stay valid."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refused(data, kind=ErasureCertificate):
     return False
 
 
-def test_the_files_of_the_first_version_stay_valid(copy):
+def test_the_files_of_the_format_stay_valid(copy):
     found = verify_certificate(copy / "certificate.json", copy / "model", addenda=[copy / "disposal.json"])
     assert (found.files, found.certificate.predicate.request.id, len(found.addenda)) == (3, "r-1", 1)
 
@@ -95,11 +95,11 @@ def test_each_changed_byte_of_the_model_is_refused(copy, name):
 def test_all_faults_of_a_model_folder_are_reported_at_once(copy):
     model = copy / "model"
     (model / "model.json").write_bytes(b"{}")
-    (model / "split.json").unlink()
+    (model / "split.parquet").unlink()
     (model / ".hidden").write_bytes(b"")
     with pytest.raises(IntegrityError) as caught:
         verify_certificate(copy / "certificate.json", model)
-    assert "split.json is missing; '.hidden' is not in the certificate; model.json was changed" in str(caught.value)
+    assert "split.parquet is missing; '.hidden' is not in the certificate; model.json was changed" in str(caught.value)
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("model.json")])

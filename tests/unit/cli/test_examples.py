@@ -17,6 +17,7 @@ from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.tasks import register_model
 from salun_core.times import utc_clock
+from tests.support.decisions import PROCEDURE
 
 pytestmark = pytest.mark.slow
 
@@ -126,8 +127,9 @@ def test_the_examples_of_requests(salun, store, monkeypatch, digits_model):
     for verb in REQUESTS:
         if verb in ends:
             ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed"))
-            outcome = Outcome.UNLEARNED if ends[verb] is Status.COMPLETED else None
-            ledger.move("r-1", Transition(ends[verb], "sweep", "ended", outcome=outcome))
+            done = {"outcome": Outcome.UNLEARNED, "assurance": PROCEDURE}
+            more = done if ends[verb] is Status.COMPLETED else {}
+            ledger.move("r-1", Transition(ends[verb], "sweep", "ended", **more))
         _check(salun, verb)
 
 

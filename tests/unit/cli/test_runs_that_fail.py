@@ -128,5 +128,5 @@ def test_a_run_that_finds_no_setting_ends_as_the_gate_refuses(salun, world, stor
     assert "no setting satisfies the policy strict" in line
     assert any(text.startswith("trial 0: ") for text in result.stderr.splitlines())
     assert not (tmp_path / "work" / "after").exists()
-    again = salun("run", "--config", "run.yaml", "--store", store.uri, "--set", "also=lirra=8", "--dry-run")
+    again = salun("run", "--config", "run.yaml", "--store", store.uri, "--set", "extra_metrics=lirra=8", "--dry-run")
     assert "did you mean 'lira'" in last_line(again, 2)

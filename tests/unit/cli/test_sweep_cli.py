@@ -31,6 +31,7 @@ from salun_core.sweeps.runs import RunStatus
 from salun_core.sweeps.settle import Settled
 from salun_core.tasks.line import OpenLine
 from salun_core.times import utc_clock
+from tests.support.decisions import refused
 from tests.unit.test_refusal import evidence
 
 EXAMPLE = load_examples()["sweep"].splitlines()
@@ -112,9 +113,7 @@ def test_a_settled_refusal_says_what_comes_next_and_why(sweep, salun, ledger, st
         run = f"run-{cause.replace('_', '-')}"
         line = OpenLine(store, "digits")
         claim_requests(store, line, run, sweep_policy(line, Recipe(), min_requests=1))
-        verdict = {"passed": False, "refusal": {"cause": cause, "next": "mend it"}}
-        refusal = {"passed": False, "verdicts": [verdict]}
-        store.put_new(run_key(run, "decision.json"), json.dumps(refusal).encode())
+        store.put_new(run_key(run, "decision.json"), refused(cause, then="mend it").model_dump_json().encode())
         settled = sweep("--settle", run)
         assert settled.exit_code == 0, settled.stderr
         assert then in settled.stdout
@@ -130,7 +129,7 @@ def test_a_refused_sweep_shows_figures_causes_and_the_next_commands(sweep, ledge
     measured = evidence()
     decision = decide(measured, Policy.model_validate({"name": "strict", "rules": [RULE]}))
 
-    def refused(form, folder, *_args, **_more):
+    def ended(form, folder, *_args, **_more):
         folder.mkdir()
         write_evidence(folder / "evidence.json", measured)
         write_decision(folder / "decision.json", decision)
@@ -140,7 +139,7 @@ def test_a_refused_sweep_shows_figures_causes_and_the_next_commands(sweep, ledge
         settled = Settled("run-1", RunStatus.GATE_REFUSED, failed=["r-1"])
         return SweepOutcome("run-1", claimed, settled, None, caught.value)
 
-    monkeypatch.setattr("salun_core.steps.sweep.sweep_once", refused)
+    monkeypatch.setattr("salun_core.steps.sweep.sweep_once", ended)
     result = sweep("--once", "--work-dir", tmp_path / "work")
     assert result.exit_code == 3
     for text in (

@@ -76,13 +76,3 @@ def test_measurements_are_checked_before_any_work(salun):
     done = salun("evaluate", *paths, "--extra-metrics", "lira=5")
     assert done.exit_code == 2
     assert "even number of at least 4" in done.stderr
-
-
-@pytest.mark.parametrize("words", [("--also", "lira=5"), ("--also=lira=5",)])
-def test_the_former_name_of_an_option_is_taken_and_reported(salun, words):
-    paths = ("--before", "nowhere", "--after", "nowhere", "--forget", "f", "--out", "e", "--report", "r")
-    done = salun("evaluate", *paths, *words)
-    assert done.exit_code == 2
-    warning, error = done.stderr.splitlines()
-    assert warning == "Warning: --also is now called --extra-metrics. The next release drops the old name."
-    assert "even number of at least 4" in error

@@ -1,4 +1,4 @@
-"""Splits as columns and as Parquet: the same digests as the JSON of earlier releases, removals, and damaged files."""
+"""Splits as columns and as Parquet: the digests of their JSON, removals, and damaged files."""
 
 import json
 import random
@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from salun_core.config import parse
 from salun_core.data import rows as rows_module
 from salun_core.data.rows import PARTS, open_rows
-from salun_core.data.split import OLD_SPLIT, SPLIT, SplitManifest, read_split, split_name, stored_split
+from salun_core.data.split import SPLIT, SplitManifest, read_split, require_split, stored_split
 from salun_core.data.table import Table
 from salun_core.data.targets import RandomTarget
 from salun_core.digest import digest_json, sha256_bytes
@@ -92,26 +93,16 @@ def test_any_split_and_what_is_left_of_it(names, data):
     assert not any(name in left.train for name in gone)
 
 
-def test_json_of_earlier_releases_is_read(tmp_path):
-    parts = of(NAMES)
-    (tmp_path / OLD_SPLIT).write_text(json.dumps({"format": "salun.split/v1", "dataset_digest": SET, **parts}))
-    assert read_split(tmp_path) == made(parts)
-    (tmp_path / SPLIT).write_bytes(b"")
-    with pytest.raises(IntegrityError, match="a model has two splits"):
-        read_split(tmp_path)
-
-
-def test_a_split_of_a_version_is_read_from_the_store_in_both_forms(tmp_path):
+def test_a_split_of_a_version_is_read_from_the_store(tmp_path):
     store, split = MemoryStore(), made(of(NAMES))
     split.write(tmp_path / SPLIT)
-    forms = {SPLIT: (tmp_path / SPLIT).read_bytes(), OLD_SPLIT: split.model_dump_json().encode()}
-    for name, data in forms.items():
-        store.put_new(blob_key(sha256_bytes(data)), data)
-        fields = {"line": "faces", "created_at": "2026-01-01T00:00:00+00:00", "method": "train"}
-        files = {name: {"sha256": sha256_bytes(data), "size": len(data)}}
-        assert stored_split(store, Version("v", VersionManifest(**fields, files=files))) == split
+    data = (tmp_path / SPLIT).read_bytes()
+    store.put_new(blob_key(sha256_bytes(data)), data)
+    fields = {"line": "faces", "created_at": "2026-01-01T00:00:00+00:00", "method": "train"}
+    files = {SPLIT: {"sha256": sha256_bytes(data), "size": len(data)}}
+    assert stored_split(store, Version("v", VersionManifest(**fields, files=files))) == split
     with pytest.raises(UsageError, match="a model has no split"):
-        split_name(["model.json"])
+        require_split(["model.json"])
 
 
 def test_no_trace_of_a_removed_sample_is_in_the_file_of_a_child(tmp_path):
@@ -153,10 +144,9 @@ def test_a_split_stays_readable_when_its_file_is_gone_and_keeps_few_groups_in_me
         ({"train": {"\ud800": SET}, "validation": {}, "test": {}}, "a sample id is not text"),
     ],
 )
-def test_json_with_faults_is_refused(parts, why, tmp_path):
-    (tmp_path / OLD_SPLIT).write_text(json.dumps({"dataset_digest": SET, **parts}))
+def test_rows_with_faults_are_refused(parts, why):
     with pytest.raises(UsageError, match=why):
-        read_split(tmp_path)
+        parse(SplitManifest, {"dataset_digest": SET, **parts}, "a split")
 
 
 GOOD = {"id": ["a", "b", "c"], "part": [0, 1, 2], "sha256": [bytes([number]) * 32 for number in range(3)]}
@@ -263,7 +253,7 @@ def test_a_table_has_the_digest_of_its_json(monkeypatch):
         _ = bad.digest
 
 
-def test_a_random_share_is_that_of_earlier_releases():
+def test_a_random_share_takes_the_least_digests():
     target = RandomTarget(fraction=0.13, seed=7)
     names = sorted(NAMES, key=lambda name: sha256_bytes(f"7\0{name}".encode()))
     assert target.draw(NAMES) == sorted(names[:130])

@@ -110,17 +110,15 @@ def model_correct(model, images):
 def test_the_digest_leaves_out_what_is_absent_and_covers_what_is_there(forgotten_class):
     evidence = forgotten_class[2]
     document = json.loads(evidence.model_dump_json())
-    assert document.pop("generation") is document.pop("further") is document["run"].pop("tuning") is None
-    assert document.pop("plugins") is document["run"].pop("plugins") is document["run"].pop("ended") is None
-    assert document["run"].pop("moved") is document["forgotten"].pop("in_classes") is None
-    assert (document["integrity"].pop("repeated"), document["forgotten"].pop("by_kind")) == (None, {})
+    assert not {"generation", "further", "plugins"} & document.keys()
+    assert not {"tuning", "plugins", "ended", "moved"} & document["run"].keys()
     assert evidence.digest == sha256_bytes(canonical_json(document))
     further = evidence.model_copy(update={"further": OptionalMetricFacts(asked=["probe"], seconds=1.0)})
     facts = TuningFacts(trials=1, budget="20e", passes=1, seconds=1.0, policy_digest="p")
     tuned = evidence.model_copy(update={"run": evidence.run.model_copy(update={"tuning": facts})})
-    old = json.loads(tuned.model_dump_json(include={"run": {"tuning"}}))["run"]["tuning"]
-    assert old.pop("method") is None
-    assert tuned.digest == sha256_bytes(canonical_json({**document, "run": {**document["run"], "tuning": old}}))
+    tuning = json.loads(facts.model_dump_json())
+    assert "method" not in tuning
+    assert tuned.digest == sha256_bytes(canonical_json({**document, "run": {**document["run"], "tuning": tuning}}))
     assert len({evidence.digest, further.digest, tuned.digest}) == 3
 
 

@@ -153,7 +153,7 @@ def test_a_diffusion_folder_is_exported_without_split_and_evidence(tmp_path):
     export_model(tmp_path / "model", "diffusers", tmp_path / "out")
     found, made = contents(tmp_path / "out"), contents(tmp_path / "model")
     assert json.loads(found.pop("salun.json"))["classes"] == ["cat"]
-    assert found == {name: data for name, data in made.items() if name not in {"split.json", "model.json"}}
+    assert found == {name: data for name, data in made.items() if name not in {"split.parquet", "model.json"}}
     with pytest.raises(UsageError, match="choose: diffusers"):
         export_model(tmp_path / "model", "onnx", tmp_path / "m.onnx")
 

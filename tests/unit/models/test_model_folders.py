@@ -11,20 +11,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from salun_core.data.images import Normalisation
-from salun_core.data.split import OLD_SPLIT, SPLIT, SplitManifest, read_split
+from salun_core.data.split import SPLIT, SplitManifest, read_split
 from salun_core.errors import IntegrityError, ModelError, StoreError, UsageError
 from salun_core.models import ModelCard, build_classifier, load_model, save_model
 from salun_core.models.checkpoint import (
     CARD,
     WEIGHTS,
-    document_bytes,
     load_weights,
     model_digest,
     read_weights,
     state_faults,
     write_folder,
 )
-from salun_core.tasks import TASKS
 
 
 @pytest.fixture
@@ -63,18 +61,6 @@ def test_model_card_and_split_are_unchanged_after_a_round_trip(folder, lab, card
     assert torch.equal(loaded.model(inputs), lab.model(inputs))
     assert sorted(item.name for item in folder.iterdir()) == sorted([CARD, SPLIT, WEIGHTS])
     assert folder.stat().st_mode & 0o777 == 0o755
-
-
-def test_a_folder_of_an_earlier_release_is_read_and_registered_as_it_is(folder, lab, card):
-    (folder / OLD_SPLIT).write_bytes(document_bytes(read_split(folder)))
-    (folder / SPLIT).unlink()
-    loaded = load_model(folder)
-    assert loaded.split == lab.data.split
-    assert loaded.split.digest == card.split_digest
-    assert sorted(TASKS["classification"].version_files(folder)) == sorted([CARD, OLD_SPLIT, WEIGHTS])
-    child = loaded.split.without([min(loaded.split.train)])
-    save_model(folder, lab.model, card.model_copy(update={"split_digest": child.digest}), child)
-    assert sorted(TASKS["classification"].version_files(folder)) == sorted([CARD, SPLIT, WEIGHTS])
 
 
 def test_the_digest_does_not_depend_on_the_memory_layout(lab):

@@ -13,17 +13,17 @@ FOLDER = {"model_index.json": A, UNET: B, "unet/config.json": C}
 
 
 def test_a_single_weight_file_gives_the_model_digest():
-    assert weights_digest({"model.safetensors": A, "model.json": B, "split.json": C, "mask.safetensors": C}) == A
+    assert weights_digest({"model.safetensors": A, "model.json": B, "split.parquet": C, "mask.safetensors": C}) == A
 
 
 def test_a_folder_digest_covers_every_file_that_affects_images(tmp_path):
     files = {name: sha256_file(path) for name, path in write_folder(tmp_path).items()}
-    expected = {name: digest for name, digest in files.items() if name not in {"model.json", "split.json"}}
+    expected = {name: digest for name, digest in files.items() if name not in {"model.json", "split.parquet"}}
     text = json.dumps(expected, sort_keys=True, separators=(",", ":"))
     assert weights_digest(files) == hashlib.sha256(text.encode()).hexdigest()
     assert weights_digest(dict(reversed(files.items()))) == weights_digest(files)
     for name in files:
-        beside = name in {"model.json", "split.json"}
+        beside = name in {"model.json", "split.parquet"}
         assert (weights_digest({**files, name: A}) == weights_digest(files)) is beside, name
 
 

@@ -304,14 +304,14 @@ def test_verify_takes_what_pull_wrote_and_names_the_command_when_a_file_differs(
     assert verified.exit_code == 0, verified.stderr
     assert "all 3 files of" in verified.stdout
     for spoil in (
-        lambda: (tmp_path / "out" / "split.json").write_text("{}"),
+        lambda: (tmp_path / "out" / "split.parquet").write_text("{}"),
         lambda: (tmp_path / "out" / "empty").mkdir(),
         lambda: shutil.rmtree(tmp_path / "out"),
     ):
         spoil()
         refused = invoke(*args)
         assert refused.exit_code in (2, 5)
-        assert "salun model pull faces@605a85542c9e --out DIR" in refused.stderr
+        assert "salun model pull faces@d9147cc9ced9 --out DIR" in refused.stderr
 
 
 def test_a_killed_command_is_continued_by_the_next_one(real_store, tmp_path, salun_path):

@@ -23,6 +23,7 @@ from salun_core.requests.gauges import GaugeReader, stages
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status, is_overdue
 from salun_core.storage.keys import event_key, head_key, index_key, version_key
+from tests.support.decisions import PROCEDURE
 from tests.support.manual_clock import ManualClock
 
 TARGET = SubjectTarget(subject_ref="person-07")
@@ -58,7 +59,7 @@ def file(ledger, *ids, line="faces", received=None):
         ledger.submit(request, line, TARGET, received_at=received)
 
 
-def complete(ledger, request, assurance=None):
+def complete(ledger, request, assurance=PROCEDURE):
     ledger.move(request, Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-1"))
     done = Transition(Status.COMPLETED, "sweep", "published", run="run-1", outcome=Outcome.UNLEARNED)
     ledger.move(request, replace(done, assurance=assurance))
@@ -93,16 +94,17 @@ def by_level(snapshot):
 def test_completed_requests_are_counted_by_level_and_each_event_is_read_once(store, ledger, clock, monkeypatch):
     file(ledger, "r-1", "r-2", "r-3", "r-4")
     complete(ledger, "r-1")
+    store.put_if(event_key("r-1", 3), b"{}", store.get(event_key("r-1", 3)).etag)
     complete(ledger, "r-2", Assurance(level="procedure", n=5))
     complete(ledger, "r-3", Assurance(level="measured", n=200))
     counted = Counted(store)
     reader = GaugeReader(counted, clock)
-    assert by_level(reader.take()) == {"not_stated": 1, "procedure": 1, "measured": 1}
+    assert by_level(reader.take()) == {"damaged": 1, "procedure": 1, "measured": 1}
     clock.now += timedelta(hours=1)
     complete(ledger, "r-4", Assurance(level="procedure", n=5))
     ledger.reopen("r-3", "ana", "rolled back")
     counted.read.clear()
-    assert by_level(reader.take()) == {"not_stated": 1, "procedure": 2}
+    assert by_level(reader.take()) == {"damaged": 1, "procedure": 2}
     assert [key for key in counted.read if "/events/" in key] == [event_key("r-4", 3)]
     monkeypatch.setattr("salun_core.requests.gauges._EVENTS_AT_ONCE", 1)
     fresh = GaugeReader(store, clock)
@@ -110,7 +112,7 @@ def test_completed_requests_are_counted_by_level_and_each_event_is_read_once(sto
     for _ in range(2):
         clock.now += timedelta(hours=1)
         last = by_level(fresh.take())
-    assert last == {"not_stated": 1, "procedure": 2}
+    assert last == {"damaged": 1, "procedure": 2}
 
 
 def test_an_empty_store_has_nothing_old_and_nothing_late(store, clock):

@@ -9,6 +9,7 @@ from salun_core.errors import ConflictError, IntegrityError, StoreError
 from salun_core.requests.index import IndexEntry, entries
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
+from tests.support.decisions import PROCEDURE
 from tests.support.memory_store import Killed, MemoryStore
 
 TARGET = SamplesTarget(ids=["secret-1", "secret-2"])
@@ -24,7 +25,9 @@ def submit(ledger, name="r-1", line="faces"):
 
 
 def complete(ledger):
-    ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "published", outcome=Outcome.UNLEARNED))
+    ledger.move(
+        "r-1", Transition(Status.COMPLETED, "sweep", "published", outcome=Outcome.UNLEARNED, assurance=PROCEDURE)
+    )
 
 
 def claim(ledger):

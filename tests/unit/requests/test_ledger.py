@@ -16,6 +16,7 @@ from salun_core.requests.schema import Outcome, Status
 from salun_core.storage import split_uri
 from salun_core.storage.keys import event_key, request_key
 from salun_core.storage.s3 import S3Store
+from tests.support.decisions import PROCEDURE
 
 TARGET = SamplesTarget(ids=["img-1", "img-2"])
 
@@ -52,7 +53,8 @@ def file_and_die(uri, clock):
 def walk(ledger, *ways, request="r-1"):
     for way in ways:
         outcome = Outcome.UNLEARNED if way == "completed" else None
-        ledger.move(request, Transition(Status(way), "sweep", "test", outcome=outcome))
+        assurance = PROCEDURE if way == "completed" else None
+        ledger.move(request, Transition(Status(way), "sweep", "test", outcome=outcome, assurance=assurance))
 
 
 class TestSubmit:
@@ -185,7 +187,10 @@ class TestMove:
         filed.move("r-1", Transition(Status.QUEUED, "sweep", "gate refused", run="run-1"))
         filed.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-2"))
         last = filed.move(
-            "r-1", Transition(Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED)
+            "r-1",
+            Transition(
+                Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED, assurance=PROCEDURE
+            ),
         )
         events = filed.events("r-1")
         assert [event.n for event in events] == [1, 2, 3, 4, 5, 6, 7]

@@ -12,6 +12,7 @@ from salun_core.errors import ConflictError, IntegrityError, UsageError
 from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.redaction import redact_request
 from salun_core.requests.schema import DeletionRequest, Outcome, Status, Submission, summarise
+from tests.support.decisions import PROCEDURE
 from tests.support.memory_store import MemoryStore
 
 KEY = "requests/r-1/request.json"
@@ -117,7 +118,9 @@ def test_a_cancelled_reopened_request_loses_its_hashes(store, clock):
     ledger = Ledger(store, clock)
     ledger.submit("r-1", "faces", TARGETS["samples"])
     ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed"))
-    ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "published", outcome=Outcome.UNLEARNED))
+    ledger.move(
+        "r-1", Transition(Status.COMPLETED, "sweep", "published", outcome=Outcome.UNLEARNED, assurance=PROCEDURE)
+    )
     redact_request(store, "r-1", keep_hashes=True)
     ledger.reopen("r-1", "ana", "rolled back")
     assert len(ledger.get("r-1").target.hashes) == 2

@@ -13,6 +13,7 @@ from salun_core.requests.ledger import Ledger, Transition
 from salun_core.requests.schema import Outcome, Status
 from salun_core.times import utc_clock
 from tests.support.card_line import CLASSES, begin_classifier, begin_text_to_image, classifier_card
+from tests.support.decisions import PROCEDURE
 
 VERBS = ["submit", "show", "list", "hold", "release", "cancel", "retry", "reopen", "reindex"]
 FILE = ["submit", "--id", "r-1", "--line", "faces"]
@@ -250,7 +251,10 @@ class TestShow:
     def test_status_and_transitions(self, run, ledger):
         run(*SAMPLES)
         ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed", run="run-1"))
-        ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "[bold]published[/]", outcome=Outcome.UNLEARNED))
+        ledger.move(
+            "r-1",
+            Transition(Status.COMPLETED, "sweep", "[bold]published[/]", outcome=Outcome.UNLEARNED, assurance=PROCEDURE),
+        )
         text = run("show", "r-1")
         assert text.startswith("r-1: completed: unlearned, due ")
         assert "2 samples" in text
@@ -346,7 +350,8 @@ class TestMoves:
         run(*SAMPLES)
         ledger.move("r-1", Transition(Status.IN_PROGRESS, "sweep", "claimed"))
         outcome = Outcome.RETRAINED if end is Status.COMPLETED else None
-        ledger.move("r-1", Transition(end, "sweep", "ended", outcome=outcome))
+        assurance = PROCEDURE if outcome else None
+        ledger.move("r-1", Transition(end, "sweep", "ended", outcome=outcome, assurance=assurance))
         assert f"{end} -> queued" in run(verb, "r-1", "--reason", "again")
 
     @pytest.mark.parametrize("verb", ["hold", "release", "cancel", "retry", "reopen"])

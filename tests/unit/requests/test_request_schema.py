@@ -16,6 +16,7 @@ from salun_core.requests.schema import (
     summarise,
 )
 from salun_core.times import utc_clock
+from tests.support.decisions import PROCEDURE
 
 ALLOWED = """
 received -> rejected | on_hold | queued | cancelled
@@ -94,6 +95,7 @@ def test_an_invalid_request_is_refused(field, value):
         ({"outcome": "unlearned"}, "outcome"),
         ({"from_status": "in_progress", "to_status": "completed"}, "outcome"),
         ({"from_status": "in_progress", "to_status": "completed", "outcome": "lost"}, "outcome"),
+        ({"from_status": "in_progress", "to_status": "completed", "outcome": "unlearned"}, "assurance level"),
         ({"n": 0}, "n:"),
         ({"n": 1_000_000}, "n:"),
         ({"n": "1"}, "n:"),
@@ -123,8 +125,8 @@ def test_attempts_count_runs_and_restart_when_a_person_queues():
     ways += ["in_progress", "completed", "queued"]
     last, attempts = None, []
     for number, (source, to) in enumerate(zip(ways, ways[1:], strict=False), 1):
-        outcome = Outcome.UNLEARNED if to == "completed" else None
-        last = build_event("r-1", last, Transition(Status(to), "ana", "test", outcome=outcome), utc_clock())
+        more = {"outcome": Outcome.UNLEARNED, "assurance": PROCEDURE} if to == "completed" else {}
+        last = build_event("r-1", last, Transition(Status(to), "ana", "test", **more), utc_clock())
         assert (last.n, last.from_status) == (number, source)
         attempts.append(last.attempt)
     assert attempts == [1, 1, 2, 2, 2, 2, 2, 1, 1, 1, 1]

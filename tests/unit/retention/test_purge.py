@@ -31,6 +31,7 @@ from salun_core.storage.erase import stored_keys, versions_of
 from salun_core.storage.leases import acquire, release
 from salun_core.storage.s3 import S3Store
 from salun_core.sweeps.runs import RunLog, RunMember, RunRecord, RunStatus
+from tests.support.decisions import PROCEDURE
 from tests.support.folder_model import UNET, contents, write_folder
 
 START = datetime.now(UTC).replace(microsecond=0)
@@ -109,10 +110,16 @@ class Line:
         ).model_dump()
         fields = {"run": "run-2", "line": "faces", "parent": self.versions[0], "epoch": 1, "method": "salun"}
         fields |= {"density": 0.5, "created_at": START.isoformat(), "work_key": "0" * 64, "members": [member]}
+        fields |= {"levels": [{"role": "retrain"}], "max_attempts": 1}
         log.start(RunRecord(**fields, forget_sha256="f" * 64, forget_count=1, train_count=9), "sweep")
         log.advance("run-2", RunStatus.PUBLISHED, "sweep", "published")
         self.store.put_new(names.certificate_key("r-1"), b"a certificate")
-        ledger.move("r-1", Transition(Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED))
+        ledger.move(
+            "r-1",
+            Transition(
+                Status.COMPLETED, "sweep", "published", run="run-2", outcome=Outcome.UNLEARNED, assurance=PROCEDURE
+            ),
+        )
 
     def digest(self, number, name="model.safetensors"):
         return read_version(self.store, "faces", self.versions[number]).files[name].sha256
@@ -161,7 +168,7 @@ def test_a_purge_deletes_its_plan_and_keeps_the_rest_complete(s3_server, tmp_pat
     report = line.purge()
     assert report.skipped == []
     assert [item for item, _ in report.erased] == dry.plan.deletions
-    assert {item.kind for item, _ in report.erased} == {*DeletionKind} - {DeletionKind.ARTIFACT, DeletionKind.STAGED}
+    assert {item.kind for item, _ in report.erased} == {*DeletionKind} - {DeletionKind.STAGED}
     assert line.traces(0) == []
     assert line.fetched(2, tmp_path / "head") == line.original(2)
     assert line.fetched(1, tmp_path / "held") == line.original(1)
@@ -225,30 +232,17 @@ def test_old_weights_of_a_model_with_folders_are_purged(bucket, tmp_path):
         fetch_version(store, "sd", versions[0], tmp_path / "gone")
 
 
-def kubeflow(line):
-    """A pipeline root with what Kubeflow kept of run-2 and of a run that is not ours."""
-    root = open_store(f"{line.uri}-root/v2/artifacts")
-    client, of, prefix = root.native
-    ours, other = (f"{run}/0b0c2b0e-6a4f-4a38-9d0c-7a8f9c1d2e3f/" for run in ("salun/run-2/unlearn", "x/run-99/train"))
-    for key in ("unlearned/model.safetensors", "mask", "report", "evidence", "mask"):
-        client.put_object(Bucket=of, Key=f"{prefix}{ours}{key}", Body=b"x")
-    root.put_new(f"{other}model", b"not ours")
-    return root, {f"{ours}report", f"{other}model"}
-
-
 def test_deletions_are_added_to_the_certificate_and_the_target_is_redacted(line):
-    key, (root, stays) = names.request_key("r-1"), kubeflow(line)
+    key = names.request_key("r-1")
     assert line.purge(clock=after(days=1)).addenda == []  # the mask is still there
     target = Ledger(line.store, after()).get("r-1").target
     assert isinstance(target, RedactedTarget)
     assert len(target.hashes) == 1
     assert len(versions_of(line.store, key)) == 1
-    report = line.purge(root=root)
+    report = line.purge()
     assert report.addenda == ["r-1"]
-    assert {item.key for item in stored_keys(root)} == stays
-    assert report.plan.foreign_runs == 1
-    store, artifacts = ["forget data of the run", "masks in the store"], "weights and masks under the pipeline root"
-    assert line.addenda() == [*store, artifacts, "weights of the superseded version"]
+    store = ["forget data of the run", "masks in the store"]
+    assert line.addenda() == [*store, "weights of the superseded version"]
     report = line.purge()
     assert (report.addenda, [item.kind for item in report.plan.deletions]) == ([], [DeletionKind.REQUEST])
     assert Ledger(line.store, after()).get("r-1").target.hashes == []  # no version knows it any more
@@ -304,8 +298,8 @@ def test_a_purge_killed_after_each_write_ends_the_same(line, bucket, memory_s3, 
 def test_a_hold_during_the_purge_is_respected_and_a_damaged_manifest_stops_it(line, monkeypatch, tmp_path):
     real = step.scan_store
 
-    def meddled(store, now, root):
-        inventory = real(store, now, root)
+    def meddled(store, now):
+        inventory = real(store, now)
         hold_version(line.store, "faces", line.versions[0], "ana", "held meanwhile", after())
         return inventory
 

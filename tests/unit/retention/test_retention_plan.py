@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from salun_core.errors import IntegrityError
 from salun_core.registry.manifest import Head, VersionManifest
 from salun_core.requests.schema import Outcome, Status
-from salun_core.retention.inventory import RequestSummary, RunSummary, StoreInventory, parse_artifact
+from salun_core.retention.inventory import RequestSummary, RunSummary, StoreInventory
 from salun_core.retention.rules import DeletionKind, RetentionRules, plan, still_trained_on
 from salun_core.storage import keys as names
 from salun_core.storage.erase import StoredKey, Upload
@@ -37,7 +37,7 @@ class World:
     def __init__(self):
         self.keys, self.heads, self.manifests = [], {}, {}
         self.unreturned = frozenset()
-        self.holders, self.runs, self.requests, self.uploads, self.artifacts = {}, {}, {}, [], {}
+        self.holders, self.runs, self.requests, self.uploads = {}, {}, {}, []
 
     def put(self, key, at=0.0, size=10, live=True, old=0):
         self.keys.append(StoredKey(key, size, day(at), live, old))
@@ -45,7 +45,7 @@ class World:
     def version(self, at, parent=None, weights=None, line="faces", run=None, head=True, split=None, more=None):
         weights = weights or f"weights {line} {at}"
         split = split or f"split of {weights}"
-        texts = {"model.safetensors": weights, "split.json": split, "evidence.json": f"evidence {at}"}
+        texts = {"model.safetensors": weights, "split.parquet": split, "evidence.json": f"evidence {at}"}
         texts |= more or {}
         texts = {name: text for name, text in texts.items() if text}
         entries = {name: {"sha256": sha(text), "size": 10} for name, text in texts.items()}
@@ -70,7 +70,7 @@ class World:
         self.runs[name] = RunSummary(line, parent, tuple(members), status, day(at))
 
     def inventory(self):
-        names_ = ("keys", "heads", "manifests", "holders", "unreturned", "runs", "requests", "uploads", "artifacts")
+        names_ = ("keys", "heads", "manifests", "holders", "unreturned", "runs", "requests", "uploads")
         return StoreInventory(**{name: getattr(self, name) for name in names_})
 
     def plan(self, at, rules=EXACT):
@@ -102,7 +102,7 @@ def test_superseded_weights_are_deleted_after_thirty_days_and_head_stays(world):
     assert world.gone(69.9) == both("weights faces 0")
     assert world.gone(70) == both("weights faces 0") | both("weights faces 5")
     (item,) = world.plan(35).deletions
-    assert (item.line, item.version, item.files) == ("faces", first, ("model.safetensors", "split.json"))
+    assert (item.line, item.version, item.files) == ("faces", first, ("model.safetensors", "split.parquet"))
     assert item.size == 20
     assert "superseded since 2026-01-06" in item.reason
 
@@ -296,7 +296,9 @@ def test_forget_data_of_an_unknown_run_is_deleted_one_day_after_the_last_write(w
 
 
 def test_scratch_files_of_a_run_without_a_record_are_deleted_one_day_after_its_newest_file(world):
-    files = {f"scratch/run-x/{name}" for name in ("model.safetensors", "mask.safetensors", "split.json", "forget.json")}
+    files = {
+        f"scratch/run-x/{name}" for name in ("model.safetensors", "mask.safetensors", "split.parquet", "forget.json")
+    }
     for at, key in enumerate(sorted(files)):
         world.put(key, 1 + at / 10)  # the newest one is of 1.3
     world.put("runs/run-x/outcome.json", 1)
@@ -342,33 +344,6 @@ def test_unknown_keys_are_listed_and_stay(world):
     found = world.plan(1000)
     assert found.deletions == []
     assert sorted(found.unknown) == sorted(unknown)
-
-
-def test_artifacts_with_weights_or_sample_ids_are_deleted_and_reports_stay(world):
-    for name in ("model", "mask", "unlearned", "sums", "evidence", "report", "executor-logs"):
-        world.artifacts["run-1", name] = [StoredKey(f"p/run-1/task/{name}", 5, day(1))]
-    world.run("run-1", 1)
-    assert world.gone(7.9) == set()
-    assert world.gone(8) == {f"p/run-1/task/{name}" for name in ("model", "mask", "unlearned", "sums", "evidence")}
-    assert world.gone(2, rules=RetentionRules(mask_days=1, every_hours=0)) == world.gone(8)
-    world.holders["faces"] = "run-1"
-    assert world.gone(1000) == set()
-
-
-@pytest.mark.parametrize(
-    ("key", "place"),
-    [
-        ("p/r-1/task/0b0c2b0e-6a4f-4a38-9d0c-7a8f9c1d2e3f/model/split.json", ("r-1", "model")),
-        ("p/r-1/task/mask", ("r-1", "mask")),
-        ("namespace/n/pipeline/p/r-1/task/mask", ("r-1", "mask")),
-        ("a/b/c/d/e/r-1/task/mask", None),
-        ("p/r-1/task", ("r-1", "")),
-        ("p/r-2/task/model", None),
-        ("r-1", None),
-    ],
-)
-def test_parse_artifact(key, place):
-    assert parse_artifact(key, {"r-1"}) == place
 
 
 def test_old_unfinished_uploads_are_deleted(world):

@@ -59,7 +59,6 @@ def faults(form, *, in_pods=True):
         (unlearning(method="salun,scrubb", tune=True), "did you mean 'scrub'?"),
         (sweep(store_uri="s3//salun"), "is not"),
         (sweep(model_line="Digits!"), "model line 'Digits!' is not a valid id"),
-        (sweep(pipeline_root="minio://x"), "minio"),
         (unlearning(forget_manifest_uri="forget.json"), "forget_manifest_uri is forget.json: a pod cannot read a file"),
     ],
 )

@@ -10,18 +10,17 @@ import pytest
 
 from salun_core.data.targets import ClassTarget
 from salun_core.errors import ConflictError, RunSettledError
-from salun_core.gate import Assurance, Cause, decide, load_policy
+from salun_core.gate import DECISION, Assurance, Cause, decide, load_policy
 from salun_core.methods.recipe import Recipe
 from salun_core.requests.ledger import Transition
 from salun_core.requests.schema import Outcome, Review, Status, Tried
 from salun_core.storage.keys import certificate_key, run_event_key, run_key, scratch_prefix
 from salun_core.storage.leases import holder_of
 from salun_core.sweeps.claim import Skipped
-from salun_core.sweeps.policy import Limits, plain_levels
-from salun_core.sweeps.runs import RunRecord
-from salun_core.sweeps.settle import DECISION, settle
+from salun_core.sweeps.settle import settle
 from salun_core.times import utc_clock
 from tests.support import toy_line as toy
+from tests.support.decisions import refused
 from tests.unit.test_refusal import evidence
 
 LINE = toy.LINE
@@ -317,12 +316,6 @@ def test_settling_twice_reports_the_status_of_the_log_and_the_same_requests(cont
     assert settle(context, LINE, "run-1") == replace(first, queued=[])  # the request went its way
 
 
-def test_a_record_without_limits_has_those_of_its_release(context):
-    record = toy.run_record("run-1", "c" * 64, "2026-01-31T12:00:00+00:00")
-    stored = record.model_dump(mode="json", exclude={"recipes", "levels", "max_attempts"})
-    assert RunRecord.model_validate(stored).limits == Limits(tuple(plain_levels(4)), attempts=10)
-
-
 def test_the_escalation_of_a_run_is_that_of_its_record(context):
     """The sweep that settles may have other recipes: then the run's own decide what its last one is."""
     request = submit(context, 5)
@@ -341,10 +334,7 @@ BY_CAUSE = {
 def refuse(context, run, *causes, **settings):
     """Claim for a run, and leave the gate's decision as its step does before anything settles the run."""
     claimed = toy.claim_next(context, run, **{**BY_CAUSE, **settings})
-    refusals = [{"cause": cause, "next": f"mend {cause}"} for cause in causes]
-    verdicts = [{"rule": "a rule", "passed": False, "refusal": refusal} for refusal in refusals]
-    decision = {"passed": False, "verdicts": [{"rule": "fine", "passed": True}, *verdicts]}
-    context.store.put_new(run_key(run, DECISION), json.dumps(decision).encode())
+    context.store.put_new(run_key(run, DECISION), refused(*causes).model_dump_json().encode())
     return claimed.record
 
 
@@ -424,7 +414,7 @@ def test_weights_that_are_not_finite_are_damage_although_nothing_can_be_measured
     assert context.ledger.state(request).last.tried == [Tried(rung=0, causes=["damaged"])]
 
 
-def test_a_decision_of_an_earlier_release_leads_to_the_stronger_recipe(context):
+def test_a_refusal_without_a_decision_leads_to_the_stronger_recipe(context):
     request = submit(context, 5)
     claimed = toy.claim_next(context, "run-1", **BY_CAUSE)
     toy.erase(context, claimed.record, frozenset({toy.sample(5)}))

@@ -21,14 +21,13 @@ from salun_core.sweeps.policy import (
     due_when,
     last_resort,
     next_level,
-    plain_levels,
     why_due,
 )
 
 NOW = datetime(2028, 2, 20, 12, tzinfo=UTC)
-LIMITS = Limits(plain_levels(3), attempts=10)
-EARLIER = Refused()  # a decision of an earlier release names no cause
 POLICY = SweepPolicy(recipes=[Recipe(method="salun"), Recipe(method="salun", density=0.75), Recipe(method="retrain")])
+LIMITS = Limits(POLICY.levels, attempts=10)
+NO_CAUSE = Refused()  # the decision is missing
 
 
 def hours(*ages):
@@ -72,7 +71,7 @@ def test_a_batch_is_due_when_a_month_ends_soon():
 
 
 def test_a_refused_batch_is_halved_and_escalated():
-    plan = after_refusal({"a": 1, "b": 1, "c": 2}, "run-1", 0, LIMITS, EARLIER)
+    plan = after_refusal({"a": 1, "b": 1, "c": 2}, "run-1", 0, LIMITS, NO_CAUSE)
     assert {name: (step.group, step.level, step.give_up) for name, step in plan.items()} == {
         "a": ("run-1-a", 1, False),
         "b": ("run-1-a", 1, False),
@@ -81,10 +80,10 @@ def test_a_refused_batch_is_halved_and_escalated():
 
 
 def test_a_request_refused_alone_by_the_last_recipe_fails():
-    (step,) = after_refusal({"a": 3}, "run-1", 2, LIMITS, EARLIER).values()
+    (step,) = after_refusal({"a": 3}, "run-1", 2, LIMITS, NO_CAUSE).values()
     assert step.give_up
     assert step.reason == "the gate refused it alone, and none of 3 recipes is left: a person decides"
-    several = after_refusal({"a": 3, "b": 3}, "run-1", 2, LIMITS, EARLIER)
+    several = after_refusal({"a": 3, "b": 3}, "run-1", 2, LIMITS, NO_CAUSE)
     assert {(step.level, step.give_up) for step in several.values()} == {(2, False)}
 
 
@@ -104,7 +103,7 @@ def test_requests_of_a_stale_run_are_queued_unchanged():
 def test_halving_keeps_every_request_and_ends(size, level, attempt):
     """Every group gets smaller or escalates, so each request is erased or ends alone after a limited number of runs."""
     members = {f"r-{number}": attempt for number in range(size)}
-    plan = after_refusal(members, "run-1", level, LIMITS, EARLIER)
+    plan = after_refusal(members, "run-1", level, LIMITS, NO_CAUSE)
     assert set(plan) == set(members)
     groups: dict[str, int] = {}
     for step in plan.values():
@@ -116,7 +115,7 @@ def test_halving_keeps_every_request_and_ends(size, level, attempt):
 
 def test_attempts_are_limited_for_every_end_of_a_run():
     for plan in (
-        after_refusal({"a": 10}, "run-1", 0, LIMITS, EARLIER),
+        after_refusal({"a": 10}, "run-1", 0, LIMITS, NO_CAUSE),
         after_failure({"a": 10}, "run-1", 0, None, LIMITS),
         after_interruption({"a": 10}, 0, None, "published meanwhile", LIMITS),
     ):
@@ -231,15 +230,12 @@ def test_without_a_retraining_harm_ends_with_a_person_and_never_repeats():
 
 
 def test_a_plain_list_of_recipes_keeps_its_order():
-    """Earlier releases had no other: ever stronger, then a retraining. Damage skips to the retraining."""
+    """Ever stronger, then a retraining. Damage skips to the retraining."""
     levels = POLICY.levels
     assert [(level.role.value, level.strength) for level in levels] == [
         ("strength", 0),
         ("strength", 1),
         ("retrain", 0),
-    ]
-    assert [(level.role, level.strength) for level in plain_levels(3)] == [
-        (level.role, level.strength) for level in levels
     ]
     assert next_level(levels, {0: [FORGOT_LITTLE]}) == 1
     assert next_level(levels, {0: [DAMAGED]}) == 2

@@ -249,10 +249,5 @@ def test_one_line_about_a_faulty_option(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt"]
 
 
-def test_the_old_name_of_the_command_still_works(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(build_classifier("resnet8", 10, 1).state_dict(), "m.pt")
-    result = invoke("model", "import-diffusers", "m.pt", "--dry-run", "--json")
-    assert json.loads(result.stdout)["architecture"] == "resnet8"
-    assert "model import-diffusers is now called model import" in result.stderr
+def test_a_checkpoint_that_is_absent_is_named():
     assert "there is no checkpoint absent.pt" in invoke("model", "import", "absent.pt", "--out", "m").stderr

@@ -84,6 +84,6 @@ def test_a_person_who_is_a_class_is_judged_like_the_class(lab, inputs_of):
     assert decision.passed, decision.summary
 
 
-def test_older_evidence_is_judged_by_its_kinds_alone():
-    older = Forgotten(count=4, train_count=9, kinds=["subject"], classes=[1])
-    assert older.judged_kinds == {"subject"}
+def test_evidence_that_counts_no_classes_is_judged_by_its_kinds_alone():
+    plain = Forgotten(count=4, train_count=9, kinds=["subject"], classes=[1])
+    assert plain.judged_kinds == {"subject"}

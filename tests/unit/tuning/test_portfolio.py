@@ -10,7 +10,7 @@ from salun_core.errors import UsageError
 from salun_core.methods.classification import METHODS, method_config, unlearn
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask, saliency_scores
-from salun_core.tuning import ConstraintResult, Problem, Sets, TuningLog, parse_budget, tune
+from salun_core.tuning import ConstraintResult, Problem, Sets, parse_budget, tune
 from salun_core.tuning.search import _FIRST, _WARMUP, SearchState
 from salun_core.tuning.space import GROWING, PORTFOLIO, methods_of, spaces_of
 from salun_core.tuning.trial import EpochCallback, Measurement, run_trial
@@ -151,13 +151,6 @@ def test_auto_is_the_portfolio_and_a_list_narrows_it():
         spaces_of("salun,scrubb", {})
     with pytest.raises(UsageError, match="does not read retain_weight"):
         spaces_of("neggrad_plus,salun", {"retain_weight": 0.9})
-
-
-def test_a_log_of_an_earlier_release_is_read():
-    trial = {"number": 0, "settings": {}, "epochs": 1, "epochs_run": 1, "state": "finished", "passes": 1, "seconds": 0}
-    log = {"method": "salun", "seed": 0, "optimiser": "optuna", "budget": "20e", "policy": "classifier"}
-    old = TuningLog(**log, policy_digest="", held_out=1, chosen=0, trials=[trial], passes=1, seconds=0)
-    assert (old.chosen_method, old.not_tried, old.trials[0].method) == (None, [], None)
 
 
 @pytest.mark.parametrize(
