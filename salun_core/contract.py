@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from salun_core import plugins
 from salun_core.data.images import ImageSet
 from salun_core.errors import SalunError, UsageError, unknown_name
-from salun_core.evaluation.evidence import METRIC_NAMES, EpochRecord, Metric
-from salun_core.evaluation.optional_metrics import NAMES, AddedAttack, AddedMetric, MeasuredModels, measure_added
+from salun_core.evaluation.evidence import EpochRecord, Metric
+from salun_core.evaluation.metrics import extra_metrics, metric_names
+from salun_core.evaluation.optional_metrics import AddedAttack, AddedMetric, MeasuredModels, measure_added
 from salun_core.methods import classification, diffusion
 from salun_core.methods.checkpoint import CheckpointStore, FileCheckpoint
 from salun_core.methods.classification.method import ClassifierMethod
@@ -85,8 +86,8 @@ def shipped_names(kind: Kind) -> set[str]:
     """Return the names of what ships, which no plug-in can have."""
     return {
         "method": {*classification.METHODS, *diffusion.METHODS},
-        "metric": {*NAMES, *METRIC_NAMES},
-        "attack": {*NAMES, *METRIC_NAMES},
+        "metric": {*extra_metrics(), *metric_names()},
+        "attack": {*extra_metrics(), *metric_names()},
         "architecture": set(CLASSIFIERS),
     }[kind]
 
