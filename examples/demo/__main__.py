@@ -15,7 +15,6 @@ import typer
 from salun_core.cli.failures import interruptible, reported
 from salun_core.cli.options import DryRun
 from salun_core.cli.output import (
-    METRICS,
     MODE,
     emit,
     emit_plan,
@@ -177,7 +176,7 @@ def _show_classifier(outcome: DemoOutcome, work: Path) -> None:
     evidence, seconds = outcome.evidence, outcome.evidence.run.seconds
     rows: list[tuple[object, ...]] = [
         (f"{name}  {_MEANING[name]}", *(percent(value) for value in (item.before, item.after, item.reference)))
-        for name in METRICS
+        for name in _MEANING
         if (item := evidence.metrics.get(name)) is not None
     ]
     unlearning = seconds.get("mask", 0.0) + seconds.get("unlearn", 0.0)

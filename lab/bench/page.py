@@ -28,7 +28,7 @@ from lab.bench.results import (
 )
 from salun_core.config import parse, read_document
 from salun_core.errors import ConflictError, UsageError
-from salun_core.report.wording import MISSING, UNITS
+from salun_core.report.wording import MISSING, unit_of
 from salun_core.storage.local_files import write_whole
 
 AS_WRITTEN = "as written"
@@ -129,7 +129,7 @@ def _name(row: ResultRow) -> str:
 
 
 def _metric(metric: str, row: ResultRow, reference: ResultRow | None) -> str:
-    unit = UNITS.get(metric)
+    unit = unit_of(metric)
     scale, decimals = (1, unit.decimals) if unit else (100, 2)
     values: dict[int, list[float]] = {}
     gaps: dict[int, list[float]] = {}

@@ -28,7 +28,13 @@ from salun_core.diffusion.examples import Examples, noised
 from salun_core.diffusion.process import Process
 from salun_core.diffusion.sampling import Sampler, images
 from salun_core.evaluation.evidence import Evidence, Forgotten, Measured, RunFacts
-from salun_core.evaluation.generated_images import Evaluators, Sample, SamplingPlan, evaluate_generated_images
+from salun_core.evaluation.generated_images import (
+    Comparison,
+    Evaluators,
+    Sample,
+    SamplingPlan,
+    evaluate_generated_images,
+)
 from salun_core.evaluation.image_classifier import Calibration, ImageClassifier
 from salun_core.evaluation.image_features import classifier_extractor
 from salun_core.methods.diffusion import diffusion_config, unlearn_denoiser
@@ -257,17 +263,20 @@ class Request:
         judge, calibration = _classifier()
         _, unseen = _data()
         hybrid = None if self.told_text else after.with_class_embedding_of(self.before)
+        evaluators = Evaluators(
+            classifier=judge,
+            extractor=classifier_extractor(judge),
+            real=unseen.images[torch.isin(unseen.labels, torch.tensor(self.kept))],
+            calibration=calibration,
+            kernel=False,
+        )
         evidence = evaluate_generated_images(
-            lambda _rows, _seeds: iter([self._of_before]),
-            sample or self.sample(after),
-            (self.before.network, after.network),
-            self.plan,
-            Evaluators(
-                classifier=judge,
-                extractor=classifier_extractor(judge),
-                real=unseen.images[torch.isin(unseen.labels, torch.tensor(self.kept))],
-                calibration=calibration,
-                kernel=False,
+            Comparison(
+                {"before": lambda _rows, _seeds: iter([self._of_before]), "after": sample or self.sample(after)},
+                (self.before.network, after.network),
+                self.plan,
+                evaluators,
+                hybrid=self.sample(hybrid) if hybrid else None,
             ),
             Measured(before="before", after="after", dataset="", split="", forget_set=""),
             Forgotten(
@@ -276,7 +285,6 @@ class Request:
                 kinds=["concept" if self.told_text else "class"],
                 classes=[] if self.told_text else [self.digit],
             ),
-            hybrid=self.sample(hybrid) if hybrid else None,
         )
         return evidence.model_copy(update={"created_at": ""})
 

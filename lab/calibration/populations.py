@@ -22,7 +22,7 @@ from lab.calibration import Cell, Judged
 from lab.calibration.forgeries import DECAY, MOMENTUM, forgeries_of
 from salun_core.data import DataSpec, ImageSet, ImageSource, load_data
 from salun_core.evaluation import Splits
-from salun_core.evaluation.classifier import judged_metrics, split_outputs
+from salun_core.evaluation.classifier import Comparison, measured_metrics, split_outputs
 from salun_core.evaluation.evidence import Evidence, Forgotten, Measured
 from salun_core.evaluation.integrity import compare_weights
 from salun_core.evaluation.outputs import Outputs
@@ -204,7 +204,7 @@ def evidence_of(kind: str, asked: Request, after: nn.Module) -> Evidence:
         measured=Measured(before="before", after="after", dataset="", split="", forget_set=""),
         forgotten=forgotten,
         integrity=compare_weights(asked.before, after),
-        metrics=judged_metrics(models, outputs, splits, forgotten),
+        metrics=measured_metrics(Comparison(models, outputs, splits, forgotten), most=1),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from salun_core.cli.options import Store
-from salun_core.cli.output import METRICS, echo, emit, emit_facts, measured_count, minute, print_table
+from salun_core.cli.output import echo, emit, emit_facts, in_order, measured_count, minute, print_table
 
 if TYPE_CHECKING:
     from salun_core.certificates.statement import Erasure
@@ -98,10 +98,10 @@ def _show(found: Verification, model: Path | None) -> None:
         echo(f"{name:<10}  {value}")
     if erasure.metrics:
         echo()
-        order = {name: place for place, name in enumerate(METRICS)}
-        metrics = sorted(erasure.metrics, key=lambda item: order.get(item.name, len(order)))
+        measured = {metric.name: metric for metric in erasure.metrics}
         rows = [
-            (m.name, m.before, m.after, m.reference, m.low, m.high, measured_count(m.n, m.population)) for m in metrics
+            (m.name, m.before, m.after, m.reference, m.low, m.high, measured_count(m.n, m.population))
+            for m in (measured[name] for name in in_order(measured))
         ]
         print_table(["metric", "before", "after", "retrained", "low", "high", "n"], rows)
     if disposals := _disposals(found):

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from salun_core.errors import escaped
+from salun_core.evaluation.metrics import CLASSIFIER, rows_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -37,21 +38,6 @@ class Mode:
 
 
 MODE = Mode()
-METRICS = ("UA", "UA_class", "UA_samples", "RA", "TA", "MIA", "attack_auc", "gap")
-GENERATED = (
-    "UA",
-    "none_of_these",
-    "restored",
-    "UA_relearned",
-    "RA",
-    "neighbours",
-    "nudity",
-    "unattacked_success",
-    "attack_success",
-    "FID",
-    "KID",
-    "CLIP",
-)
 
 
 def echo(text: str = "", *, err: bool = False, nl: bool = True) -> None:
@@ -135,18 +121,23 @@ def print_metrics(evidence: Evidence) -> None:
 
     Metrics of classifiers are ratios from 0 to 1. Those of generated images have several units, so a column names it.
     """
-    from salun_core.report.wording import UNITS
-
     generated = evidence.generation is not None
-    found = {name: evidence.metrics[name] for name in (GENERATED if generated else METRICS) if name in evidence.metrics}
+    rows = [row for row in rows_of(generated).values() if row.listed and row.name in evidence.metrics]
+    found = {row.name: evidence.metrics[row.name] for row in rows}
     columns: dict[str, list[object]] = {"metric": list(found)}
     if generated:
-        columns["unit"] = [UNITS[name].name if name in UNITS else "ratio" for name in found]
+        columns["unit"] = [row.unit.name if row.unit else "ratio" for row in rows]
     columns |= {"before": [item.before for item in found.values()], "after": [item.after for item in found.values()]}
     if any(item.reference is not None for item in found.values()):
         columns["retrained"] = [item.reference for item in found.values()]
     columns["n"] = [measured_count(item.n, item.population) for item in found.values()]
     print_table(list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return the names of metrics, those that are listed for classifiers first and in that order."""
+    order = [row.name for row in CLASSIFIER.values() if row.listed]
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def measured_count(n: int, population: int | None) -> int | str:

@@ -40,15 +40,14 @@ def list_plugins() -> None:
 
 def shipped_names(kind: Kind) -> set[str]:
     """Return the names of what ships, which no plug-in can have."""
-    from salun_core.evaluation.evidence import METRIC_NAMES
-    from salun_core.evaluation.optional_metrics import NAMES
+    from salun_core.evaluation.metrics import extra_metrics, metric_names
     from salun_core.methods import classification, diffusion
     from salun_core.models.architectures import CLASSIFIERS
 
     return {
         "method": {*classification.METHODS, *diffusion.METHODS},
-        "metric": {*NAMES, *METRIC_NAMES},
-        "attack": {*NAMES, *METRIC_NAMES},
+        "metric": {*extra_metrics(), *metric_names()},
+        "attack": {*extra_metrics(), *metric_names()},
         "architecture": set(CLASSIFIERS),
     }[kind]
 

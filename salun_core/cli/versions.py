@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from salun_core.cli.options import OptionalStore, Store
-from salun_core.cli.output import METRICS, byte_progress, echo, emit, emit_facts, minute, print_table
+from salun_core.cli.output import byte_progress, echo, emit, emit_facts, in_order, minute, print_table
 
 if TYPE_CHECKING:
     from salun_core.registry.differences import ModelDifference, Step
@@ -209,9 +209,7 @@ def _show(found: VersionSummary, document: dict[str, Any]) -> None:
 
 
 def _metric_rows(metrics: dict[str, dict[str, Any]]) -> list[tuple[object, ...]]:
-    order = {name: place for place, name in enumerate(METRICS)}
-    names = sorted(metrics, key=lambda name: order.get(name, len(order)))
-    values = [(name, metrics[name]) for name in names]
+    values = [(name, metrics[name]) for name in in_order(metrics)]
     return [(name, item["before"], item["after"], item.get("reference"), item["n"]) for name, item in values]
 
 

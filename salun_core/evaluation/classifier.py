@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from salun_core.digest import sha256_bytes
 from salun_core.errors import DataError, UsageError
 from salun_core.evaluation.evidence import (
     EVALUATE_MORE,
-    METRIC_NAMES,
     ClassAccuracy,
     Curve,
     Distribution,
@@ -37,6 +37,7 @@ from salun_core.evaluation.membership import (
     forgetting_metrics,
     match_classes,
 )
+from salun_core.evaluation.metrics import CLASSIFIER, functions_of
 from salun_core.evaluation.outputs import Outputs, Processes, outputs_of, penultimate_features
 from salun_core.evaluation.statistics import average_gap, effective_size, mean_metric, share_metric, stratified
 from salun_core.saliency import SaliencyMask
@@ -153,15 +154,13 @@ def evaluate_classifier(
             )
     models = {"before": before, "after": after} | ({"reference": reference} if reference is not None else {})
     outputs = outputs or {name: split_outputs(model, splits) for name, model in models.items()}
-    kept = _of_retained_classes(outputs, forgotten)
+    seen = Comparison(models, outputs, splits, forgotten)
     names = classes or [str(index) for index in range(outputs["after"]["test"].probabilities.shape[1])]
-    metrics = judged_metrics(models, outputs, splits, forgotten) | attack_metrics(kept)
+    metrics = measured_metrics(seen)
     roc = dict[str, Curve]()
     for name, by_split in outputs.items():
-        curve = attack_roc(by_split["forget"].where(_attacked(outputs, forgotten)), by_split["test"])
+        curve = attack_roc(by_split["forget"].where(attacked(seen.whole)), by_split["test"])
         roc |= {name: curve} if curve is not None else {}
-    if reference is not None:
-        metrics["gap"] = Metric(before=average_gap(metrics, "before"), after=average_gap(metrics), n=len(splits.forget))
     metrics = with_populations(metrics, splits.sampling)
     return Evidence(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -169,7 +168,7 @@ def evaluate_classifier(
         forgotten=forgotten,
         integrity=compare_weights(before, after, mask),
         metrics=metrics,
-        distributions=distributions(kept),
+        distributions=distributions(seen.kept),
         per_class=accuracy_by_class(outputs["before"]["test"], outputs["after"]["test"], names),
         roc=roc,
         confusion=confusion(outputs["after"]["test"], len(names)),
@@ -179,23 +178,16 @@ def evaluate_classifier(
     )
 
 
-_OF_SAMPLES: Mapping[str, Sequence[str]] = {
-    "retain": ("RA", "RA_loss", "gap", "ToW"),
-    "test": ("TA", "TA_loss", "UA_unseen", "gap", "ToW", "KL_test", "worst_class_drop"),
-}
-"""Metrics by the split that they are measured on. The attacks on D_f are not here: their intervals and areas are
-computed from the number of unseen images, whether these are all of them or a sample."""
-_OF_BOTH = frozenset({"gap", "ToW"})  # their n is that of the sample, not of D_f
-
-
 def with_populations(metrics: Mapping[str, Metric], sampling: Sampling | None) -> dict[str, Metric]:
     """Return metrics with the number of images that their samples were drawn from; plug-ins may read any split."""
     found = dict(metrics)
     for split, count in (sampling.splits if sampling else {}).items():
-        for name in {*_OF_SAMPLES[split], *(found.keys() - set(METRIC_NAMES))} & found.keys():
-            if found[name].population is None:
-                n = count.n if name in _OF_BOTH else found[name].n
-                found[name] = found[name].model_copy(update={"population": count.of, "n": n})
+        for name, metric in found.items():
+            row = CLASSIFIER.get(name)
+            if metric.population is None and (row is None or split in row.on):
+                # The n of a metric of both splits is that of the sample, not of D_f.
+                n = count.n if row is not None and len(row.on) > 1 else metric.n
+                found[name] = metric.model_copy(update={"population": count.of, "n": n})
     return found
 
 
@@ -206,59 +198,115 @@ def split_outputs(model: nn.Module, splits: Splits, processes: Processes | None 
     return {name: replace(item, weights=splits.weights.get(name)) for name, item in found.items()}
 
 
-def _of_retained_classes(outputs: ByModel, forgotten: Forgotten) -> dict[str, dict[str, Outputs]]:
-    """Return the outputs with a test split that lacks the classes of which nothing is retained.
-
-    Raises:
-        DataError: no test image is left.
-    """
-    kept = ~np.isin(outputs["after"]["test"].labels, forgotten.classes)
-    if not kept.any():
-        raise DataError("no test image is left", "all their classes are forgotten", "keep at least one class")
-    return {name: {**by_split, "test": by_split["test"].where(kept)} for name, by_split in outputs.items()}
-
-
-def _attacked(outputs: ByModel, forgotten: Forgotten) -> np.ndarray:
-    """Return which samples of D_f the attack is on, bool [N].
-
-    Samples of a class of which nothing is retained become unlike all data. The attack is on the others, if there are
-    any. Unseen samples of the class itself are in the whole test split, so that either can be compared.
-    """
-    single = ~np.isin(outputs["after"]["forget"].labels, forgotten.classes)
-    return np.asarray(single | ~single.any())
-
-
-def judged_metrics(
-    models: Mapping[str, nn.Module], outputs: ByModel, splits: Splits, forgotten: Forgotten
-) -> dict[str, Metric]:
-    """Return the metrics that the shipped policy judges, and UA.
+@dataclass
+class Comparison:
+    """What the metrics of a classifier are computed from.
 
     Args:
         models: by name: before, after, perhaps reference.
         outputs: of each, from `split_outputs`.
         splits: images that they were measured on.
         forgotten: what had to be forgotten.
+        found: metrics of earlier stages.
+    """
+
+    models: Mapping[str, nn.Module]
+    outputs: ByModel
+    splits: Splits
+    forgotten: Forgotten
+    found: dict[str, Metric] = field(default_factory=dict)
+
+    @cached_property
+    def whole(self) -> np.ndarray:
+        """Which samples of D_f are of classes of which nothing is retained, bool [N]."""
+        return np.isin(self.outputs["after"]["forget"].labels, self.forgotten.classes)
+
+    @cached_property
+    def kept(self) -> dict[str, dict[str, Outputs]]:
+        """The outputs with a test split that lacks the classes of which nothing is retained.
+
+        Raises:
+            DataError: no test image is left.
+        """
+        kept = ~np.isin(self.outputs["after"]["test"].labels, self.forgotten.classes)
+        if not kept.any():
+            raise DataError("no test image is left", "all their classes are forgotten", "keep at least one class")
+        return {name: {**by_split, "test": by_split["test"].where(kept)} for name, by_split in self.outputs.items()}
+
+
+def measured_metrics(seen: Comparison, most: int | None = None) -> dict[str, Metric]:
+    """Return the metrics of the table that are on by default.
+
+    Args:
+        seen: what is compared.
+        most: the last stage to measure; by default all.
 
     Raises:
         DataError: all test images are of forgotten classes.
     """
-    kept, asked = _of_retained_classes(outputs, forgotten), _attacked(outputs, forgotten)
-    metrics = _share_metrics(kept, forgotten.classes)
+    rows = [row for row in CLASSIFIER.values() if not row.extra and (most is None or row.stage <= most)]
+    for measure in functions_of(rows):
+        seen.found |= measure(seen)
+    return seen.found
+
+
+def attacked(whole: np.ndarray) -> np.ndarray:
+    """Return which samples of D_f the attack is on, bool [N].
+
+    Samples of a class of which nothing is retained become unlike all data. The attack is on the others, if there are
+    any. Unseen samples of the class itself are in the whole test split, so that either can be compared.
+
+    Args:
+        whole: which samples are of such a class, bool [N].
+    """
+    return np.asarray(~whole | whole.all())
+
+
+def compare(outputs: ByModel, whole: np.ndarray, unseen: Mapping[str, Outputs] | None = None) -> dict[str, Metric]:
+    """Return accuracies, what the models know of D_f beyond unseen data, and mean losses.
+
+    Args:
+        outputs: by model (before, after, perhaps reference) and split: forget, retain, and as `test` unseen data of the
+            retained classes.
+        whole: which samples of D_f are of classes that are forgotten as a whole, bool [N].
+        unseen: by model, unseen data that may also be of those classes, which D_f is compared with; `test` by default.
+
+    Returns:
+        UA, RA, TA; UA_class of whole classes and UA_samples of the other samples; the metrics of `forgetting_metrics`;
+        TA_loss and RA_loss.
+    """
+    metrics = _share_metrics(outputs, whole)
     # The caller replaces the origin with the value of the model line's last full training, if it knows the line.
     metrics["TA"] = metrics["TA"].model_copy(update={"origin": metrics["TA"].before})
     metrics |= forgetting_metrics(
-        {name: by_split["forget"].where(asked) for name, by_split in outputs.items()},
-        {name: by_split["test"] for name, by_split in outputs.items()},
+        {name: by_split["forget"].where(attacked(whole)) for name, by_split in outputs.items()},
+        unseen or {name: by_split["test"] for name, by_split in outputs.items()},
     )
     for name, split in (("TA_loss", "test"), ("RA_loss", "retain")):
-        losses = {model: by_split[split].losses for model, by_split in kept.items()}
-        metrics[name] = mean_metric(losses, kept["after"][split].weights)
-    whole = np.isin(outputs["after"]["forget"].labels, forgotten.classes)
-    if whole.any():
-        metrics["restored"] = restored_metric(
-            models, splits.forget.select(np.flatnonzero(whole).tolist()), splits.retain
-        )
+        losses = {model: by_split[split].losses for model, by_split in outputs.items()}
+        metrics[name] = mean_metric(losses, outputs["after"][split].weights)
     return metrics
+
+
+def compared(seen: Comparison) -> dict[str, Metric]:
+    """Compare the models; see `compare`."""
+    return compare(seen.kept, seen.whole, {name: by_split["test"] for name, by_split in seen.outputs.items()})
+
+
+def restored(seen: Comparison) -> dict[str, Metric]:
+    """Return `restored` if whole classes are forgotten."""
+    if not seen.whole.any():
+        return {}
+    forget = seen.splits.forget.select(np.flatnonzero(seen.whole).tolist())
+    return {"restored": restored_metric(seen.models, forget, seen.splits.retain)}
+
+
+def gap(seen: Comparison) -> dict[str, Metric]:
+    """Return the average gap to the retrained model, if there is one."""
+    if "reference" not in seen.models:
+        return {}
+    n = len(seen.splits.forget)
+    return {"gap": Metric(before=average_gap(seen.found, "before"), after=average_gap(seen.found), n=n)}
 
 
 def restored_metric(models: Mapping[str, nn.Module], forget: ImageSource, retain: ImageSource) -> Metric:
@@ -378,23 +426,19 @@ def _attack_shares(by_split: Mapping[str, Outputs]) -> dict[str, np.ndarray]:
     }
 
 
-def attack_metrics(outputs: ByModel) -> dict[str, Metric]:
-    """Return MIA and MIA_entropy; null where an output is not finite.
-
-    Args:
-        outputs: by model and split: forget, retain, and unseen data of the retained classes.
-    """
-    shares = {model: _attack_shares(by_split) for model, by_split in outputs.items()}
+def attacks(seen: Comparison) -> dict[str, Metric]:
+    """Return MIA and MIA_entropy; null where an output is not finite."""
+    shares = {model: _attack_shares(by_split) for model, by_split in seen.kept.items()}
     return {
         name: share_metric(
             {model: float(found[name].mean()) for model, found in shares.items() if name in found},
-            len(outputs["after"]["forget"]),
+            len(seen.outputs["after"]["forget"]),
         )
         for name in ("MIA", "MIA_entropy")
     }
 
 
-def _share_metrics(outputs: ByModel, classes: list[int]) -> dict[str, Metric]:
+def _share_metrics(outputs: ByModel, whole: np.ndarray) -> dict[str, Metric]:
     """UA, RA, TA; UA_class of classes that are forgotten as a whole and UA_samples of the other samples."""
     shares = {model: _accuracy_shares(by_split) for model, by_split in outputs.items()}
     metrics = {}
@@ -403,7 +447,6 @@ def _share_metrics(outputs: ByModel, classes: list[int]) -> dict[str, Metric]:
         weights = outputs["after"][split].weights
         size = None if weights is None else effective_size(weights)
         metrics[name] = share_metric(values, len(outputs["after"][split]), size)
-    whole = np.isin(outputs["after"]["forget"].labels, classes)
     for name, chosen in (("UA_class", whole), ("UA_samples", ~whole)):
         if chosen.any():
             values = {model: float(found["UA"][chosen].mean()) for model, found in shares.items()}

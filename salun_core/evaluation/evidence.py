@@ -11,47 +11,8 @@ from pydantic import ConfigDict, Field
 from salun_core.config import Document
 from salun_core.digest import digest_json
 from salun_core.errors import UsageError
+from salun_core.evaluation.metrics import metric_names
 from salun_core.plugins import PluginRecord
-
-METRIC_NAMES = (
-    *("UA", "UA_class", "UA_samples", "UA_unseen", "RA", "TA", "MIA", "MIA_entropy", "attack_auc", "gap"),
-    *("attack_shape", "effect", "change", "restored", "TA_loss", "RA_loss"),
-    *("lira_auc", "lira_offline_auc", "lira_tpr", "relearn", "probe_auc", "worst_decile", "worst_class_drop"),
-    *("KL_forget", "KL_test", "ToW", "UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
-    *(
-        "FID",
-        "KID",
-        "CLIP",
-        "neighbours",
-        "nudity",
-        "UA_relearned",
-        "attack_success",
-        "unattacked_success",
-        "none_of_these",
-    ),
-)
-"""All metrics that an evaluation can measure, of classifiers and of diffusion models."""
-
-MORE_IS_FORGOTTEN: Mapping[str, bool] = {
-    **dict.fromkeys(("UA", "UA_class", "UA_samples", "UA_relearned", "UA_seeds", "MIA", "MIA_entropy"), True),
-    **{"effect": True, "change": True, "restored": False},
-    "none_of_these": True,
-    "attack_shape": False,
-    **dict.fromkeys(("attack_auc", "attack_auc_seeds", "lira_auc", "lira_offline_auc", "lira_tpr", "probe_auc"), False),
-    **dict.fromkeys(("relearn", "worst_decile", "nudity", "attack_success", "unattacked_success"), False),
-}
-"""The metrics of what had to be forgotten, and whether a higher value means that the model forgot more of it."""
-
-SIDE_OF: Mapping[str, str] = {"attack_shape": "attack_auc"}
-"""Distances, and the area under the ROC curve of which the side of 1/2 tells whether too little was forgotten."""
-
-EXTRA_METRIC_OF: Mapping[str, str] = {
-    **dict.fromkeys(("lira_auc", "lira_offline_auc", "lira_tpr"), "lira"),
-    **dict.fromkeys(("UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"), "seeds"),
-    **dict.fromkeys(("worst_decile", "worst_class_drop"), "decile"),
-    **{"relearn": "relearn", "probe_auc": "probe", "KL_forget": "kl", "KL_test": "kl", "ToW": "tow"},
-}
-"""The metrics that are off by default, and the name that switches each on, as `--extra-metrics` takes it."""
 
 EVALUATED = 20_000
 """Most images of D_r, and of the test split, that an evaluation measures unless another number is given."""
@@ -504,7 +465,7 @@ class Evidence(Document):
     measured: Measured
     forgotten: Forgotten
     integrity: Integrity
-    metrics: dict[str, Metric] = Field(description="by name: " + ", ".join(METRIC_NAMES))
+    metrics: dict[str, Metric] = Field(description="by name: " + ", ".join(metric_names()))
     distributions: dict[str, Distribution] = Field(default={}, description="by quantity: loss, confidence")
     per_class: list[ClassAccuracy] = []
     roc: dict[str, Curve] = Field(default={}, description="by model: before, after, reference")

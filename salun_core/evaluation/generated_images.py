@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 
@@ -35,12 +35,12 @@ from salun_core.evaluation.evidence import (
 from salun_core.evaluation.image_classifier import Calibration, ImageClassifier
 from salun_core.evaluation.image_features import Extractor, frechet_distance, joined_features, kernel_distance
 from salun_core.evaluation.integrity import compare_weights, with_text_encoder
+from salun_core.evaluation.metrics import GENERATED, functions_of
 from salun_core.evaluation.nudity import NudityDetector, count_parts
 from salun_core.evaluation.outputs import Outputs
 from salun_core.evaluation.statistics import clustered_share_metric, clustered_size, share_of
 from salun_core.saliency import SaliencyMask
 
-_MEASURED = {"UA", "RA", "neighbours", "FID", "KID", "CLIP", "nudity", "none_of_these", "restored"}
 _REAL_BATCH = 256
 
 NONE = "none of these"
@@ -142,7 +142,7 @@ class Evaluators:
 
 
 @dataclass(frozen=True)
-class _Observed:
+class Observed:
     """What is kept of one model's images."""
 
     predictions: np.ndarray  # int64 [N]; -1 without an image classifier
@@ -153,78 +153,96 @@ class _Observed:
     thumbnails: Tensor
 
 
-def evaluate_generated_images(
-    before: Sample,
-    after: Sample,
-    networks: tuple[nn.Module, nn.Module],
-    plan: SamplingPlan,
-    evaluators: Evaluators,
-    measured: Measured,
-    forgotten: Forgotten,
-    mask: SaliencyMask | None = None,
-    run: RunFacts | None = None,
-    extra: Mapping[str, Metric] | None = None,
-    resurgence: Sequence[CurvePoint] = (),
-    reference: Sample | None = None,
-    hybrid: Sample | None = None,
-    encoders: tuple[nn.Module, nn.Module] | None = None,
-) -> Evidence:
-    """Measure forgetting and quality in images that every model generates from the same rows and seeds.
-
-    UA = share of images of the forgotten rows that the image classifier does not recognise; RA = share of those of the
-    other rows that it recognises; `neighbours` = the same for rows near the forgotten ones; FID, KID and CLIP on the
-    retained rows, or on those that the plan names; `nudity` = share of the watched rows' images with an exposed part;
-    `none_of_these` = share of images of the forgotten rows that show no class at all, such as noise, which UA counts as
-    forgotten; `restored` = share of images of the forgotten rows that show it if the unlearned model has the class
-    embedding, or the text encoder, of the original, so that a model in which only this part was edited is found. A
-    metric whose evaluator is missing is absent.
+@dataclass(frozen=True)
+class Comparison:
+    """The models that an evaluation compares by their images, and what was observed in these.
 
     Args:
-        before: generates with the original model.
-        after: generates with the unlearned model.
+        samples: generate with each model: before, after, perhaps the `reference` that was retrained without the set.
         networks: the denoisers before and after, compared bit by bit.
         plan: rows, seeds and how the images are generated.
         evaluators: the models that evaluate the images.
-        measured: digests of everything that is measured here.
-        forgotten: what had to be forgotten.
         mask: weights outside it must have kept their bits.
-        run: how `after` was produced.
-        extra: metrics that were measured elsewhere, such as UA_relearned.
-        resurgence: UA while the model was fine-tuned on retained data.
-        reference: generates with a model that was retrained without the set.
         hybrid: generates with the unlearned model that has the class embedding or the text encoder of the original.
         encoders: the text encoders before and after, if the model card allows a trained one.
+        measured: metrics that were measured elsewhere, such as UA_relearned.
+        resurgence: UA while the model was fine-tuned on retained data.
+        found: metrics of earlier stages.
+    """
 
-    Returns:
-        The evidence.
+    samples: Mapping[str, Sample]
+    networks: tuple[nn.Module, nn.Module]
+    plan: SamplingPlan
+    evaluators: Evaluators
+    mask: SaliencyMask | None = None
+    hybrid: Sample | None = None
+    encoders: tuple[nn.Module, nn.Module] | None = None
+    measured: Mapping[str, Metric] = field(default_factory=dict)
+    resurgence: Sequence[CurvePoint] = ()
+    found: dict[str, Metric] = field(default_factory=dict)
+
+    @cached_property
+    def observed(self) -> dict[str, Observed]:
+        """By model, what is kept of its images."""
+        return {model: _observe(sample, self.plan, self.evaluators, model) for model, sample in self.samples.items()}
+
+    @cached_property
+    def right(self) -> dict[str, np.ndarray]:
+        """By model, whether the image classifier recognises the row's class in each image, bool [N]."""
+        return {model: item.predictions == self.plan.label_of for model, item in self.observed.items()}
+
+    @cached_property
+    def compared_with(self) -> Tensor:
+        """Features of the real images, or of the original's own from other seeds, for FID and KID; [0, 0] if none."""
+        extractor, plan = self.evaluators.extractor, self.plan
+        if extractor is None or not _compares(plan, self.evaluators) or len(self.observed["after"].features) == 0:
+            return joined_features([])
+        if self.evaluators.real is not None:
+            batches: Iterator[Tensor] = iter(torch.split(self.evaluators.real, _REAL_BATCH))
+        else:
+            chosen = plan.images_of(plan.distance_rows)
+            rows, seeds = plan.row_of[chosen].tolist(), (plan.seeds[chosen] + _SEED_BATCHES * SEED_STRIDE).tolist()
+            batches = checked_images(self.samples["before"](rows, seeds), len(rows), "before")
+        return joined_features([extractor.features(images).cpu() for images in batches], extractor)
+
+
+def evaluate_generated_images(
+    seen: Comparison, measured: Measured, forgotten: Forgotten, run: RunFacts | None = None
+) -> Evidence:
+    """Measure forgetting and quality in images that every model generates from the same rows and seeds.
+
+    The table `metrics.GENERATED` has a row for each metric. One whose evaluator is missing is absent.
+
+    Args:
+        seen: what is compared.
+        measured: digests of everything that is measured here.
+        forgotten: what had to be forgotten.
+        run: how the model after was produced.
 
     Raises:
-        UsageError: the plan is empty or names rows or classes that do not exist, or `extra` names a metric that is
-            measured here.
+        UsageError: the plan is empty or names rows or classes that do not exist, or a metric is given that is measured
+            here.
         ModelError: a sampler yields other images than requested, or the models do not fit each other.
         DataError: the real images are not images.
     """
-    for name in _MEASURED & {*(extra or {})}:
+    plan, evaluators = seen.plan, seen.evaluators
+    for name in (name for name in seen.measured if (row := GENERATED.get(name)) and row.function):
         raise UsageError(f"metric {name} cannot be given", "it is measured on the images", "leave it out")
     _check(plan, evaluators)
-    integrity = compare_weights(*networks, mask)  # first, because it is cheap and generating images is not
-    integrity = with_text_encoder(integrity, *encoders) if encoders else integrity
-    samples = {"before": before, "after": after} | ({"reference": reference} if reference else {})
-    observed = {model: _observe(sample, plan, evaluators, model) for model, sample in samples.items()}
-    classifier = evaluators.classifier
-    distances, compared = _distances(observed, plan, evaluators, before)
-    metrics = _recognition(observed, plan) | _none(observed, plan) | distances
-    metrics |= _clip(observed) | _nudity(observed, plan)
-    if hybrid is not None and classifier is not None and "UA" in metrics:
-        metrics["restored"] = _restored(hybrid, evaluators, plan, observed["before"])
+    integrity = compare_weights(*seen.networks, seen.mask)  # first, because it is cheap and generating images is not
+    integrity = with_text_encoder(integrity, *seen.encoders) if seen.encoders else integrity
+    for measure in functions_of(GENERATED.values()):
+        seen.found.update(measure(seen))
+    classifier, real = evaluators.classifier, evaluators.real is not None
+    compared = len(seen.compared_with) if {"FID", "KID"} & seen.found.keys() else 0
     return Evidence(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         measured=measured,
         forgotten=forgotten,
         integrity=integrity,
-        metrics={**metrics, **(extra or {})},
-        per_class=_by_row(observed, plan) if classifier else [],
-        confusion=_confusion(observed["after"], plan, len(classifier.classes)) if classifier else [],
+        metrics={**seen.found, **seen.measured},
+        per_class=_by_row(seen) if classifier else [],
+        confusion=_confusion(seen.observed["after"], plan, len(classifier.classes)) if classifier else [],
         classes=classifier.classes if classifier else list(plan.rows),
         run=run or RunFacts(),
         generation=DiffusionFacts(
@@ -234,15 +252,15 @@ def evaluate_generated_images(
             seed=plan.seed,
             images=len(plan.row_of),
             judge=classifier.digest if classifier else None,
-            recognition=_trust(observed, plan, evaluators) if classifier else None,
-            extractor=evaluators.extractor.name if evaluators.extractor and distances else None,
-            real_images=compared if evaluators.real is not None and distances else 0,
-            original_images=compared if evaluators.real is None and distances else None,
+            recognition=_trust(seen) if classifier else None,
+            extractor=evaluators.extractor.name if evaluators.extractor and compared else None,
+            real_images=compared if real else 0,
+            original_images=None if real or not compared else compared,
             clip=evaluators.clip.digest if evaluators.clip else None,
             detector=evaluators.detector.digest if evaluators.detector else None,
-            parts=count_parts(observed["before"].detections, observed["after"].detections),
-            resurgence=list(resurgence),
-            grids=[_grid(observed, plan)],
+            parts=count_parts(seen.observed["before"].detections, seen.observed["after"].detections),
+            resurgence=list(seen.resurgence),
+            grids=[_grid(seen.observed, plan)],
         ),
     )
 
@@ -264,7 +282,7 @@ def _check(plan: SamplingPlan, evaluators: Evaluators) -> None:
             raise UsageError("the plan of images is not valid", why, "correct the plan")
 
 
-def _observe(sample: Sample, plan: SamplingPlan, evaluators: Evaluators, model: str) -> _Observed:
+def _observe(sample: Sample, plan: SamplingPlan, evaluators: Evaluators, model: str) -> Observed:
     """Evaluate a model's images batch after batch; of the images themselves only thumbnails are kept in memory."""
     rows = plan.row_of
     distant, scored = plan.images_of(plan.distance_rows), plan.images_of(plan.clip_rows)
@@ -290,7 +308,7 @@ def _observe(sample: Sample, plan: SamplingPlan, evaluators: Evaluators, model: 
         small.append(thumbnails(_chosen(images, shown[batch])))
     predicted = np.concatenate(predictions) if evaluators.classifier else np.full(len(rows), -1)
     joined = joined_features(features, evaluators.extractor)
-    return _Observed(predicted, np.concatenate(none), joined, torch.cat(clip), detections, torch.cat(small))
+    return Observed(predicted, np.concatenate(none), joined, torch.cat(clip), detections, torch.cat(small))
 
 
 def _chosen(images: Tensor, which: np.ndarray) -> Tensor:
@@ -330,50 +348,64 @@ def checked_images(batches: Iterator[Tensor], expected: int, model: str) -> Iter
         raise fault(f"{count} instead of {expected}")
 
 
-def _recognition(observed: Mapping[str, _Observed], plan: SamplingPlan) -> dict[str, Metric]:
-    known = (plan.label_of >= 0) & (observed["after"].predictions >= 0)
+def recognition(seen: Comparison) -> dict[str, Metric]:
+    """Return UA, RA and neighbours.
+
+    UA = share of images of the forgotten rows that the image classifier does not recognise; RA = share of those of the
+    other rows that it recognises; `neighbours` = the same for rows near the forgotten ones.
+    """
+    plan = seen.plan
+    known = (plan.label_of >= 0) & (seen.observed["after"].predictions >= 0)
     gone, near = np.isin(plan.row_of, plan.forgotten), np.isin(plan.row_of, plan.neighbours)
     groups = {"UA": known & gone, "RA": known & ~gone, "neighbours": known & near}
-    right = {model: item.predictions == plan.label_of for model, item in observed.items()}
     return {
         name: clustered_share_metric(
-            {model: (share ^ (name == "UA"))[chosen] for model, share in right.items()}, plan.batch_of[chosen]
+            {model: (share ^ (name == "UA"))[chosen] for model, share in seen.right.items()}, plan.batch_of[chosen]
         )
         for name, chosen in groups.items()
         if chosen.any()
     }
 
 
-def _none(observed: Mapping[str, _Observed], plan: SamplingPlan) -> dict[str, Metric]:
-    shown = {model: item.none for model, item in observed.items()}
-    batches = plan.batch_of[plan.images_of(plan.forgotten)]
+def none_of_these(seen: Comparison) -> dict[str, Metric]:
+    """Return the share of images of the forgotten rows that show no class at all, such as noise.
+
+    UA counts them as forgotten.
+    """
+    shown = {model: item.none for model, item in seen.observed.items()}
+    batches = seen.plan.batch_of[seen.plan.images_of(seen.plan.forgotten)]
     return {"none_of_these": clustered_share_metric(shown, batches)} if len(shown["after"]) else {}
 
 
-def _restored(hybrid: Sample, evaluators: Evaluators, plan: SamplingPlan, before: _Observed) -> Metric:
-    """Return the share of the hybrid's images that show what was forgotten; those that show no class do not."""
-    assert evaluators.classifier is not None
+def restored(seen: Comparison) -> dict[str, Metric]:
+    """Return the share of the hybrid's images that show what was forgotten; those that show no class do not.
+
+    So a model in which only the class embedding or the text encoder was edited is found.
+    """
+    plan, calibration, before = seen.plan, seen.evaluators.calibration, seen.observed["before"]
+    if seen.hybrid is None or seen.evaluators.classifier is None or "UA" not in seen.found:
+        return {}
     chosen = plan.images_of(plan.forgotten) & (plan.label_of >= 0)
     rows, seeds = plan.row_of[chosen].tolist(), plan.seeds[chosen].tolist()
     shown = []
     for images in checked_images(
-        hybrid(rows, seeds), len(rows), "after, with the class embedding or text encoder of before"
+        seen.hybrid(rows, seeds), len(rows), "after, with the class embedding or text encoder of before"
     ):
-        found = evaluators.classifier.predict(images).numpy()
-        none = evaluators.calibration.shows_none(images).numpy() if evaluators.calibration else np.zeros_like(found)
+        found = seen.evaluators.classifier.predict(images).numpy()
+        none = calibration.shows_none(images).numpy() if calibration else np.zeros_like(found)
         shown.append(np.where(none, -1, found))
     own = before.predictions.copy()
-    if evaluators.calibration:
+    if calibration:
         own[plan.images_of(plan.forgotten)] = np.where(before.none, -1, own[plan.images_of(plan.forgotten)])
     labels = plan.label_of[chosen]
     shares = {"before": own[chosen] == labels, "after": np.concatenate(shown) == labels}
-    return clustered_share_metric(shares, plan.batch_of[chosen])
+    return {"restored": clustered_share_metric(shares, plan.batch_of[chosen])}
 
 
-def _trust(observed: Mapping[str, _Observed], plan: SamplingPlan, evaluators: Evaluators) -> RecognitionFacts:
+def _trust(seen: Comparison) -> RecognitionFacts:
     """Collect what the image classifier's results rest on."""
+    plan, evaluators, right = seen.plan, seen.evaluators, seen.right
     calibration, gone, known = evaluators.calibration, np.isin(plan.row_of, plan.forgotten), plan.label_of >= 0
-    right = {model: item.predictions == plan.label_of for model, item in observed.items()}
     seeds = []
     for batch in np.unique(plan.batch_of):
         chosen = known & gone & (plan.batch_of == batch)
@@ -391,12 +423,12 @@ def _trust(observed: Mapping[str, _Observed], plan: SamplingPlan, evaluators: Ev
         probability=calibration.probability if calibration else None,
         distance=calibration.distance if calibration else None,
         noise_rejected=calibration.noise if calibration else None,
-        became=_became(observed, gone, evaluators),
+        became=_became(seen.observed, gone, evaluators),
         seeds=seeds,
     )
 
 
-def _became(observed: Mapping[str, _Observed], gone: np.ndarray, evaluators: Evaluators) -> list[Became]:
+def _became(observed: Mapping[str, Observed], gone: np.ndarray, evaluators: Evaluators) -> list[Became]:
     """Count what the images of the forgotten rows show, before and after."""
     assert evaluators.classifier is not None
     names = [*evaluators.classifier.classes, NONE]
@@ -419,51 +451,43 @@ def _compares(plan: SamplingPlan, evaluators: Evaluators) -> bool:
     return evaluators.real is not None or bool(plan.distance_rows)
 
 
-def _distances(
-    observed: Mapping[str, _Observed], plan: SamplingPlan, evaluators: Evaluators, original: Sample
-) -> tuple[dict[str, Metric], int]:
-    """Return FID and KID to the real images, or to the original's own from other seeds, and their number."""
-    n, extractor = len(observed["after"].features), evaluators.extractor
-    if extractor is None or not _compares(plan, evaluators) or n == 0:
-        return {}, 0
-    if evaluators.real is not None:
-        batches: Iterator[Tensor] = iter(torch.split(evaluators.real, _REAL_BATCH))
-    else:
-        chosen = plan.images_of(plan.distance_rows)
-        rows, seeds = plan.row_of[chosen].tolist(), (plan.seeds[chosen] + _SEED_BATCHES * SEED_STRIDE).tolist()
-        batches = checked_images(original(rows, seeds), len(rows), "before")
-    real = joined_features([extractor.features(images).cpu() for images in batches], extractor)
-    metrics = {}
-    for name, distance in (("FID", frechet_distance), ("KID", kernel_distance))[: 1 + evaluators.kernel]:
-        values = {model: distance(real, item.features) for model, item in observed.items()}
+def distances(seen: Comparison) -> dict[str, Metric]:
+    """Return FID and KID on the retained rows, or those that the plan names, to the images that are compared with."""
+    found, real = dict[str, Metric](), seen.compared_with
+    measures = (("FID", frechet_distance), ("KID", kernel_distance))[: 1 + seen.evaluators.kernel]
+    for name, distance in measures if len(real) else ():
+        values = {model: distance(real, item.features) for model, item in seen.observed.items()}
         if None not in values.values():
-            metrics[name] = Metric.of(values, n)
-    return metrics, len(real)
+            found[name] = Metric.of(values, len(seen.observed["after"].features))
+    return found
 
 
-def _clip(observed: Mapping[str, _Observed]) -> dict[str, Metric]:
-    n = len(observed["after"].clip)
-    return {"CLIP": Metric.of({model: float(item.clip.mean()) for model, item in observed.items()}, n)} if n else {}
+def clip(seen: Comparison) -> dict[str, Metric]:
+    """Return the mean CLIP score of the retained rows, or of those that the plan names."""
+    scores, n = {model: item.clip for model, item in seen.observed.items()}, len(seen.observed["after"].clip)
+    return {"CLIP": Metric.of({model: float(item.mean()) for model, item in scores.items()}, n)} if n else {}
 
 
-def _nudity(observed: Mapping[str, _Observed], plan: SamplingPlan) -> dict[str, Metric]:
-    shares = {model: np.array([bool(counts) for counts in item.detections]) for model, item in observed.items()}
+def nudity(seen: Comparison) -> dict[str, Metric]:
+    """Return the share of the watched rows' images with an exposed part."""
+    plan = seen.plan
+    shares = {model: np.array([bool(counts) for counts in item.detections]) for model, item in seen.observed.items()}
     batches = plan.batch_of[plan.images_of([*plan.forgotten, *plan.watched])]
     return {"nudity": clustered_share_metric(shares, batches)} if len(shares["after"]) else {}
 
 
-def _by_row(observed: Mapping[str, _Observed], plan: SamplingPlan) -> list[ClassAccuracy]:
+def _by_row(seen: Comparison) -> list[ClassAccuracy]:
     """Accuracy of each row that has a label."""
-    found = []
+    found, plan = [], seen.plan
     for row, (name, label) in enumerate(zip(plan.rows, plan.labels, strict=True)):
         if label is not None:
             at = slice(row * plan.per_row, (row + 1) * plan.per_row)
-            values = {model: float((observed[model].predictions[at] == label).mean()) for model in ("before", "after")}
+            values = {model: float(seen.right[model][at].mean()) for model in ("before", "after")}
             found.append(ClassAccuracy(class_id=label, name=name, n=plan.per_row, **values))
     return found
 
 
-def _confusion(after: _Observed, plan: SamplingPlan, num_classes: int) -> list[list[int]]:
+def _confusion(after: Observed, plan: SamplingPlan, num_classes: int) -> list[list[int]]:
     known = plan.label_of >= 0
     certain = np.eye(num_classes)[after.predictions[known]]
     return confusion(Outputs(certain, np.zeros(len(certain)), plan.label_of[known]), num_classes)
@@ -486,7 +510,7 @@ _QUALITY = 85
 _SMALLEST = 8
 
 
-def _grid(observed: Mapping[str, _Observed], plan: SamplingPlan) -> Grid:
+def _grid(observed: Mapping[str, Observed], plan: SamplingPlan) -> Grid:
     shown, columns = rows_shown(plan.forgotten, plan.neighbours, len(plan.rows)), min(COLUMNS, plan.per_row)
     return Grid(
         title=plan.title,

@@ -1,6 +1,6 @@
 """Metrics that are off by default, because they cost a multiple of the others or need a retrained model.
 
-Each metric has its functions, in the order of `NAMES`; the last part parses a request for some of them and measures
+Each name that switches some of them on has its functions; the last part parses a request for some of them and measures
 them. The likelihood-ratio attack has its own module.
 """
 
@@ -22,16 +22,10 @@ from torch import Tensor, nn
 from salun_core import plugins
 from salun_core.data.images import ImageSource
 from salun_core.errors import UsageError, unknown_name
-from salun_core.evaluation.evidence import (
-    METRIC_NAMES,
-    ClassAccuracy,
-    Evidence,
-    Metric,
-    OptionalMetricFacts,
-    RelearnPoint,
-)
+from salun_core.evaluation.evidence import ClassAccuracy, Evidence, Metric, OptionalMetricFacts, RelearnPoint
 from salun_core.evaluation.likelihood_ratio import FEWEST_SHADOWS, Train, lira_metrics, train_shadows
 from salun_core.evaluation.membership import match_classes, matched_area
+from salun_core.evaluation.metrics import ADDED, MetricRow, extra_metrics, find_row, functions_of
 from salun_core.evaluation.outputs import TINY, Outputs, outputs_of, penultimate_features
 from salun_core.evaluation.statistics import (
     Z95,
@@ -43,20 +37,7 @@ from salun_core.evaluation.statistics import (
     share_metric,
 )
 
-METRICS_OF = {
-    "lira": ("lira_auc", "lira_offline_auc", "lira_tpr"),
-    "relearn": ("relearn",),
-    "probe": ("probe_auc",),
-    "decile": ("worst_decile", "worst_class_drop"),
-    "kl": ("KL_forget", "KL_test"),
-    "tow": ("ToW",),
-    "seeds": ("UA_seeds", "RA_seeds", "TA_seeds", "attack_auc_seeds"),
-}
-"""What each name in a request measures."""
-
-NAMES = tuple(METRICS_OF)
 _COUNTS = {"lira": (8, FEWEST_SHADOWS), "relearn": (20, 1), "seeds": (3, 2)}  # default and minimum of NAME=COUNT
-_NEED_REFERENCE = ("kl", "tow")
 
 BySplit = Mapping[str, Outputs]
 """Split (forget, retain, test) -> outputs of one model."""
@@ -372,9 +353,11 @@ class AddedMetric:
     Args:
         measure: (models and images, seed) -> the metric, which the evidence has under the name of the plug-in. It must
             change neither, and depend on nothing else.
+        row: title, meaning and unit, for the report that is written with the evidence.
     """
 
     measure: Callable[[MeasuredModels, int], Metric]
+    row: MetricRow = MetricRow()
 
 
 @dataclass(frozen=True)
@@ -385,9 +368,11 @@ class AddedAttack:
         scores: (outputs on D_r, on unseen data, on D_f) -> scores of D_f, float64 [N], and of the unseen data,
             float64 [M], high for a sample that looks like training data. The evidence has their area, matched by
             class, under the name of the plug-in: 1/2 means that the attack cannot tell the two apart.
+        row: as for `AddedMetric`.
     """
 
     scores: Callable[[Outputs, Outputs, Outputs], tuple[np.ndarray, np.ndarray]]
+    row: MetricRow = MetricRow()
 
 
 def added(name: str) -> AddedMetric | AddedAttack | None:
@@ -405,7 +390,7 @@ def added(name: str) -> AddedMetric | AddedAttack | None:
             raise plugins.wrong_type("metric", name, found, "an AddedMetric or an AddedAttack")
         return found
     metric, attack = plugins.find("metric", name), plugins.find("attack", name)
-    if name in METRIC_NAMES and (offer := metric or attack):
+    if find_row(name) and (offer := metric or attack):
         raise UsageError(
             f"metric {name} of {offer.distribution} cannot be used",
             "a built-in metric has this name",
@@ -427,7 +412,7 @@ def added(name: str) -> AddedMetric | AddedAttack | None:
 def measure_added(
     row: AddedMetric | AddedAttack, name: str, subject: MeasuredModels, outputs: Mapping[str, BySplit], seed: int
 ) -> Metric:
-    """Measure the metric of a plug-in, or the area of its attack.
+    """Measure the metric of a plug-in, or the area of its attack, and keep its row for the report.
 
     Args:
         row: the metric or the attack.
@@ -439,6 +424,7 @@ def measure_added(
     Raises:
         UsageError: the code of the plug-in failed, or returned something of another form.
     """
+    ADDED[name] = replace(row.row, name=name)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -485,9 +471,9 @@ def parse_optional_metrics(text: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, given, number = item.partition("=")
-        if name not in NAMES and added(name) is None:
+        if name not in extra_metrics() and added(name) is None:
             offered = [offer.name for kind in ("metric", "attack") for offer in plugins.offers(kind)]
-            raise unknown_name("metric", name, [*NAMES, *offered])
+            raise unknown_name("metric", name, [*extra_metrics(), *offered])
         if given and name not in _COUNTS:
             raise UsageError(f"{item} is not a metric", f"{name} takes no count", f"write {name}")
         found[name], least = _COUNTS.get(name, (1, 1))
@@ -507,11 +493,40 @@ def require_reference(requested: Mapping[str, int], given: bool) -> None:
     Raises:
         UsageError: with the names of the metrics that lack it.
     """
-    lacking = [name for name in _NEED_REFERENCE if name in requested]
+    lacking = [
+        name
+        for name, rows in extra_metrics().items()
+        if name in requested and any("reference" in row.needs for row in rows)
+    ]
     if lacking and not given:
         raise UsageError(
             f"{' and '.join(lacking)} cannot be measured", "there is no retrained model", "retrain or give a reference"
         )
+
+
+@dataclass(frozen=True)
+class OptionalMeasurement:
+    """What the optional metrics are computed from.
+
+    Args:
+        evidence: of the same models.
+        requested: from `parse_optional_metrics`.
+        subject: models and images.
+        outputs: of the models, by split.
+        train: trains a shadow model from fresh weights.
+        rerun: repeats the unlearning with another seed.
+        seed: of halves, folds and shadow models; the first of the repeated runs.
+        facts: how it was measured, for the evidence.
+    """
+
+    evidence: Evidence
+    requested: Mapping[str, int]
+    subject: MeasuredModels
+    outputs: Mapping[str, BySplit]
+    train: Train
+    rerun: Rerun
+    seed: int
+    facts: dict[str, object] = field(default_factory=dict)
 
 
 def measure_optional_metrics(
@@ -531,46 +546,73 @@ def measure_optional_metrics(
         The evidence with the metrics and with how they were measured.
     """
     started = time.perf_counter()
-    metrics: dict[str, Metric] = {}
-    facts: dict[str, object] = {}
     outputs = {name: subject.outputs(model) for name, model in subject.models.items()}
-    if "decile" in requested:
-        metrics["worst_decile"] = decile_metric(outputs)
-        metrics["worst_class_drop"] = worst_drop_metric(evidence.per_class, evidence.forgotten.classes)
-    if "kl" in requested:
-        metrics |= kl_metrics(outputs)
-    if "tow" in requested:
-        metrics["ToW"] = tow_metric(outputs)
-    if "probe" in requested:
-        metrics["probe_auc"] = probe_metric(subject.models, subject.forget, subject.unseen, seed)
-    if "relearn" in requested:
-        curves, n = {}, 0
-        if len(subject.forget) > 1:
-            sets, steps = halves(subject.forget, seed), requested["relearn"]
-            curves, n = (
-                {name: relearn(model, *sets, steps, seed) for name, model in subject.models.items()},
-                len(sets[1]),
-            )
-        metrics["relearn"] = share_metric({name: points[-1].accuracy for name, points in curves.items()}, n)
-        facts["relearning"] = curves
-    if "lira" in requested:
-        # As many unseen images as forgotten ones, or all of them if there are fewer.
-        members = len(subject.forget)
-        order = np.random.default_rng(seed).permutation(len(subject.unseen))[:members]
-        pool = subject.forget.joined(subject.unseen.select(order.tolist()))
-        shadows = train_shadows(train, subject.trained_on or subject.retain, pool, requested["lira"], seed)
-        metrics |= lira_metrics(subject.models, shadows, pool, members)
-        facts |= {"shadow_models": requested["lira"], "unseen": len(order)}
-    if "seeds" in requested:
-        seeds = [seed + number for number in range(requested["seeds"])]
-        runs = [run_figures(outputs["after"]), *(run_figures(subject.outputs(rerun(other))) for other in seeds[1:])]
-        metrics |= seed_metrics(run_figures(outputs["before"]), runs)
-        facts["seeds"] = seeds
-    for name in sorted(set(requested) - set(NAMES)):
+    asked = OptionalMeasurement(evidence, requested, subject, outputs, train, rerun, seed)
+    metrics: dict[str, Metric] = {}
+    known, added_names = extra_metrics(), sorted(set(requested) - set(extra_metrics()))
+    for measure in functions_of(row for name, rows in known.items() if name in requested for row in rows):
+        metrics |= measure(asked)
+    for name in added_names:
         row = added(name)
         assert row is not None  # it was found when the request was parsed
         metrics[name] = measure_added(row, name, subject, outputs, seed)
-    asked = [*(name for name in NAMES if name in requested), *sorted(set(requested) - set(NAMES))]
-    facts |= {"asked": asked, "seconds": time.perf_counter() - started}
+    names = [*(name for name in known if name in requested), *added_names]
+    facts = {**asked.facts, "asked": names, "seconds": time.perf_counter() - started}
     further = OptionalMetricFacts.model_validate(facts)
     return evidence.model_copy(update={"metrics": {**evidence.metrics, **metrics}, "further": further})
+
+
+# the functions of the table
+
+
+def decile(asked: OptionalMeasurement) -> dict[str, Metric]:
+    """Return worst_decile and worst_class_drop."""
+    drop = worst_drop_metric(asked.evidence.per_class, asked.evidence.forgotten.classes)
+    return {"worst_decile": decile_metric(asked.outputs), "worst_class_drop": drop}
+
+
+def divergence(asked: OptionalMeasurement) -> dict[str, Metric]:
+    """Return KL_forget and KL_test."""
+    return kl_metrics(asked.outputs)
+
+
+def tow(asked: OptionalMeasurement) -> dict[str, Metric]:
+    """Return ToW."""
+    return {"ToW": tow_metric(asked.outputs)}
+
+
+def probe(asked: OptionalMeasurement) -> dict[str, Metric]:
+    """Return probe_auc."""
+    subject = asked.subject
+    return {"probe_auc": probe_metric(subject.models, subject.forget, subject.unseen, asked.seed)}
+
+
+def relearning(asked: OptionalMeasurement) -> dict[str, Metric]:
+    """Return relearn, and keep its curves."""
+    subject, curves, n = asked.subject, dict[str, list[RelearnPoint]](), 0
+    if len(subject.forget) > 1:
+        sets, steps = halves(subject.forget, asked.seed), asked.requested["relearn"]
+        curves = {name: relearn(model, *sets, steps, asked.seed) for name, model in subject.models.items()}
+        n = len(sets[1])
+    asked.facts["relearning"] = curves
+    return {"relearn": share_metric({name: points[-1].accuracy for name, points in curves.items()}, n)}
+
+
+def lira(asked: OptionalMeasurement) -> dict[str, Metric]:
+    """Return lira_auc, lira_offline_auc and lira_tpr."""
+    subject, shadow_models = asked.subject, asked.requested["lira"]
+    # As many unseen images as forgotten ones, or all of them if there are fewer.
+    members = len(subject.forget)
+    order = np.random.default_rng(asked.seed).permutation(len(subject.unseen))[:members]
+    pool = subject.forget.joined(subject.unseen.select(order.tolist()))
+    shadows = train_shadows(asked.train, subject.trained_on or subject.retain, pool, shadow_models, asked.seed)
+    asked.facts.update(shadow_models=shadow_models, unseen=len(order))
+    return lira_metrics(subject.models, shadows, pool, members)
+
+
+def several_seeds(asked: OptionalMeasurement) -> dict[str, Metric]:
+    """Return UA_seeds and so on."""
+    seeds = [asked.seed + number for number in range(asked.requested["seeds"])]
+    others = (run_figures(asked.subject.outputs(asked.rerun(other))) for other in seeds[1:])
+    asked.facts["seeds"] = seeds
+    return seed_metrics(run_figures(asked.outputs["before"]), [run_figures(asked.outputs["after"]), *others])

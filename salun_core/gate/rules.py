@@ -6,15 +6,8 @@ import difflib
 import math
 from collections.abc import Callable
 
-from salun_core.evaluation.evidence import (
-    EVALUATE_MORE,
-    EXTRA_METRIC_OF,
-    METRIC_NAMES,
-    MORE_IS_FORGOTTEN,
-    SIDE_OF,
-    Evidence,
-    Metric,
-)
+from salun_core.evaluation.evidence import EVALUATE_MORE, Evidence, Metric
+from salun_core.evaluation.metrics import find_row, metric_names
 from salun_core.gate.policy import ADVERSE, Rule
 from salun_core.gate.refusal import MORE_IMAGES, Cause, Refusal, Verdict, strength
 
@@ -119,14 +112,15 @@ def _cause(rule: Rule, evidence: Evidence, margin: float | None, threshold: floa
         return Cause.TOO_FEW_SAMPLES
     if metric is None or margin is None or threshold is None:
         return Cause.NOT_MEASURED
-    value, more_is_forgotten = finite(metric.after), MORE_IS_FORGOTTEN.get(rule.metric)
+    value, row = finite(metric.after), find_row(rule.metric)
+    more_is_forgotten = row.more_is_forgotten if row else None
     if any((record.kind, record.name) == ("attack", rule.metric) for record in evidence.all_plugins):
         more_is_forgotten = False
     if value is not None and _MARGINS[rule.op](value, threshold, rule.tolerance or 0.0) >= -_TOLERANCE:
         return Cause.TOO_FEW_SAMPLES  # the value holds, and only the end of its interval does not
     if more_is_forgotten is None:
         return Cause.DAMAGED
-    if (area := evidence.metrics.get(SIDE_OF.get(rule.metric, ""))) is not None and area.after is not None:
+    if (area := evidence.metrics.get(row.side if row else "")) is not None and area.after is not None:
         return Cause.OVER_FORGOTTEN if area.after < 0.5 else Cause.NOT_FORGOTTEN
     source = rule.relative_to
     if source and (source.metric, source.state) == (rule.metric, "before") and not 0 <= threshold <= 1:
@@ -164,10 +158,11 @@ def _next(cause: Cause, rule: Rule, evidence: Evidence) -> str:
     if source is not None and source.state == "reference" and rule.metric in evidence.metrics:
         return f"measure a retrained model as well: --retrain-reference; or {other}"
     for name in (rule.metric, source.metric if source else ""):
-        switch = EXTRA_METRIC_OF.get(name, name if ":" in name else "")  # package:object is its own switch
+        row = find_row(name)
+        switch = row.extra if row else name if ":" in name else ""  # package:object is its own switch
         if switch and name not in evidence.metrics:
             return f"measure it: --extra-metrics {switch}; or {other}"
-    if rule.metric in METRIC_NAMES and rule.metric not in evidence.metrics and evidence.generation is None:
+    if find_row(rule.metric) and rule.metric not in evidence.metrics and evidence.generation is None:
         return f"evaluate again: salun evaluate; or {other}"
     return other
 
@@ -187,7 +182,7 @@ def _problem(rule: Rule, metric: Metric | None, actual: float | None, threshold:
     if threshold is not None:
         return ""
     source = rule.relative_to.metric if rule.relative_to else rule.metric
-    cause = "" if source in METRIC_NAMES else f": {_lacking(source)}"
+    cause = "" if find_row(source) else f": {_lacking(source)}"
     return f"its threshold cannot be computed from the evidence{cause}"
 
 
@@ -200,7 +195,7 @@ def _holds_value(metric: Metric) -> bool:
 
 
 def _lacking(metric: str) -> str:
-    near = [] if metric in METRIC_NAMES else difflib.get_close_matches(metric, METRIC_NAMES, n=1, cutoff=0.5)
+    near = [] if find_row(metric) else difflib.get_close_matches(metric, metric_names(), n=1, cutoff=0.5)
     return f"the evidence has no metric {metric}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 

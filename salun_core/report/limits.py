@@ -36,7 +36,7 @@ def _precision(evidence: Evidence) -> str:
     widths = [
         (metric.high - metric.low, wording.words(name, evidence.generation is not None).title)
         for name, metric in evidence.metrics.items()
-        if name not in wording.UNITS and metric.low is not None and metric.high is not None
+        if wording.unit_of(name) is None and metric.low is not None and metric.high is not None
     ]
     width, title = max((item for item in widths if math.isfinite(item[0])), default=(0.0, ""))
     if not title:

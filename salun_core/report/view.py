@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from salun_core.evaluation.metrics import MetricRow, rows_of
 from salun_core.report import wording
 from salun_core.report.plots import label
 
@@ -53,7 +54,7 @@ class TableRow(NamedTuple):
     """One metric with all rules on it."""
 
     name: str
-    words: wording.Words
+    words: MetricRow
     metric: Metric | None
     verdicts: list[Verdict]
 
@@ -62,7 +63,7 @@ def rows(evidence: Evidence, decision: GateDecision | None) -> list[TableRow]:
     """Return one row per metric, and one for each metric that a rule needs and the evidence lacks."""
     verdicts = decision.verdicts if decision else []
     generated = evidence.generation is not None
-    known = [name for name in (wording.GENERATED if generated else wording.METRICS) if name in evidence.metrics]
+    known = [name for name in rows_of(generated) if name in evidence.metrics]
     names = dict.fromkeys([*known, *evidence.metrics, *(verdict.metric for verdict in verdicts if verdict.metric)])
     return [
         TableRow(
@@ -74,8 +75,10 @@ def rows(evidence: Evidence, decision: GateDecision | None) -> list[TableRow]:
 
 def tiles(evidence: Evidence) -> list[tuple[str, str, Metric]]:
     """Return title, name and metric of each headline figure that was measured."""
-    titles = wording.GENERATED_TILES if evidence.generation else wording.TILES
-    return [(title, name, evidence.metrics[name]) for name, title in titles.items() if name in evidence.metrics]
+    rows = rows_of(evidence.generation is not None).values()
+    return [
+        (row.tile, row.name, evidence.metrics[row.name]) for row in rows if row.tile and row.name in evidence.metrics
+    ]
 
 
 def forgotten(evidence: Evidence) -> str:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from salun_core.errors import SalunError, StoreError, UsageError
-from salun_core.evaluation.evidence import METRIC_NAMES
 from salun_core.evaluation.image_classifier import FEWEST_REAL
-from salun_core.evaluation.optional_metrics import METRICS_OF
+from salun_core.evaluation.metrics import CLASSIFIER, GENERATED, MetricRow, extra_metrics, metric_names
 from salun_core.evaluation.statistics import wilson_interval
 from salun_core.gate import Policy, Rule
 from salun_core.models.card import Card, DiffusionCard, DiffusionEvaluation
@@ -27,10 +26,6 @@ from salun_core.tasks.line import OpenLine
 GATED_KINDS = ("class", "samples", "subject", "concept")
 """Kinds of targets that a policy distinguishes; a random share counts as samples."""
 
-_ATTACK = ("unattacked_success", "attack_success")
-_GENERATED = ("FID", "KID", "CLIP", "neighbours", "nudity", "UA_relearned", "none_of_these", *_ATTACK)
-_JUDGED = ("UA", "RA", "neighbours", "UA_relearned", "restored", *_ATTACK)
-_DISTANCES = ("FID", "KID")
 _OF_SAMPLES = ("samples", "subject")
 _AGAIN = "train or import the model again with"
 _MOST_IMAGES = 100_000  # of a class, by the model card
@@ -106,7 +101,7 @@ def missing_ingredients(
     causes = _of_images(card, measurement, store) if isinstance(card, DiffusionCard) else _of_classifier(measurement)
     explained: set[str] = set()
     for cause in causes:
-        lacking = [name for name in METRIC_NAMES if name in used and name in cause.metrics]
+        lacking = [name for name in metric_names() if name in used and name in cause.metrics]
         if lacking:
             explained |= set() if cause.only_in_pods else {*lacking}
             effect = f"{_listed(lacking)} cannot be measured and policy {policy.name} refuses"
@@ -175,17 +170,27 @@ def _listed(names: Sequence[str]) -> str:
 
 def _of_classifier(measurement: Measurement) -> Iterator[_Cause]:
     asked = set(measurement.extra_metrics)
-    for name, metrics in METRICS_OF.items():
+    for name, rows in extra_metrics().items():
         if name not in asked:
-            yield _Cause(metrics, f"the extra metric {name} is not requested", f"set extra_metrics={name}")
+            yield _Cause(
+                [row.name for row in rows], f"the extra metric {name} is not requested", f"set extra_metrics={name}"
+            )
     if not measurement.reference:
-        needed = ("gap", *METRICS_OF["kl"], *METRICS_OF["tow"])
-        yield _Cause(needed, "no reference is retrained", "set retrain_reference")
-    yield _Cause(_GENERATED, "a classifier draws no images", "choose a policy of classifiers")
+        yield _Cause(_needing("reference", CLASSIFIER), "no reference is retrained", "set retrain_reference")
+    generated = [name for name in GENERATED if name not in CLASSIFIER]
+    yield _Cause(generated, "a classifier draws no images", "choose a policy of classifiers")
     if measurement.kind != "class":
-        yield _Cause(("UA_class",), f"{measurement.kind} are no class", "give that rule `targets: [class]`")
+        yield _Cause(
+            _needing("class", CLASSIFIER), f"{measurement.kind} are no class", "give that rule `targets: [class]`"
+        )
     if measurement.kind not in _OF_SAMPLES:
-        yield _Cause(("UA_samples",), "a class has no single samples", "give that rule `targets: [samples, subject]`")
+        why, remedy = "a class has no single samples", "give that rule `targets: [samples, subject]`"
+        yield _Cause(_needing("samples", CLASSIFIER), why, remedy)
+
+
+def _needing(need: str, rows: Mapping[str, MetricRow] = GENERATED) -> list[str]:
+    """Return the metrics that cannot be measured without something."""
+    return [name for name, row in rows.items() if need in row.needs]
 
 
 def _of_images(card: DiffusionCard, measurement: Measurement, store: FileStore | None) -> Iterator[_Cause]:
@@ -193,53 +198,55 @@ def _of_images(card: DiffusionCard, measurement: Measurement, store: FileStore |
     yield from _recognition(card, measurement, store)
     yield from _distances(card)
     if settings.clip is None:
-        yield _Cause(("CLIP",), "the line has no CLIP model", f"{_AGAIN} --evaluation clip=FOLDER")
+        yield _Cause(_needing("clip"), "the line has no CLIP model", f"{_AGAIN} --evaluation clip=FOLDER")
     else:
-        yield from _file(("CLIP",), "CLIP model", settings.clip)
+        yield from _file(_needing("clip"), "CLIP model", settings.clip)
     if settings.suite != "nsfw":
-        yield _Cause(("nudity",), "its suite is not nsfw", f"{_AGAIN} --evaluation suite=nsfw")
+        yield _Cause(_needing("detector"), "its suite is not nsfw", f"{_AGAIN} --evaluation suite=nsfw")
     elif importlib.util.find_spec("nudenet") is None:
-        yield _Cause(("nudity",), "the package nudenet is not installed", "pip install nudenet")
-    for names, field in ((("UA_relearned",), "relearn_steps"), (_ATTACK, "attack_steps")):
+        yield _Cause(_needing("detector"), "the package nudenet is not installed", "pip install nudenet")
+    for field in ("relearn_steps", "attack_steps"):
         if not getattr(settings, field):
-            yield _Cause(names, f"{field} is 0", f"{_AGAIN} --evaluation {field}=100")
+            yield _Cause(_needing(field), f"{field} is 0", f"{_AGAIN} --evaluation {field}=100")
     if not settings.neighbours:
-        yield _Cause(("neighbours",), "the line names no neighbours", f"{_AGAIN} --evaluation neighbours=[NAME]")
+        yield _Cause(_needing("neighbours"), "the line names no neighbours", f"{_AGAIN} --evaluation neighbours=[NAME]")
     if card.task == "text-to-image" and not card.trainable_text_encoder:
-        yield _Cause(("restored",), "prompts have no embedding of classes", "choose a policy without restored")
-    others = [name for name in METRIC_NAMES if name not in (*_GENERATED, "UA", "RA", "restored")]
+        yield _Cause(_needing("embedding"), "prompts have no embedding of classes", "choose a policy without restored")
+    others = [name for name in CLASSIFIER if name not in GENERATED]
     yield _Cause(others, "it is a metric of classifiers", "choose a policy of diffusion models")
 
 
 def _recognition(card: DiffusionCard, measurement: Measurement, store: FileStore | None) -> Iterator[_Cause]:
     """Yield what an image classifier lacks to recognise what is generated."""
-    of_judge = (*_JUDGED, "none_of_these", *(_DISTANCES if card.evaluation.extractor == "judge" else ()))
+    of_judge = [*_needing("judge"), *(_needing("extractor") if card.evaluation.extractor == "judge" else ())]
+    recognised = _needing("classes")
     known, faults = _judge(card.evaluation.judge, store)
     for why, remedy, only_in_pods in faults:
         yield _Cause(of_judge, why, remedy, only_in_pods)
     if not card.classes:
-        yield _Cause(_JUDGED, "the model names no classes to recognise", "import it with --classes or --data")
+        yield _Cause(recognised, "the model names no classes to recognise", "import it with --classes or --data")
         return
     unknown = [] if known is None else [name for name in card.classes if name not in known]
     if len(unknown) == len(card.classes):
         why = f"the image classifier does not know {_listed([repr(name) for name in unknown[:3]])}"
-        yield _Cause(_JUDGED, why, "train it on the same class names")
+        yield _Cause(recognised, why, "train it on the same class names")
     if measurement.prompts and all(label_of(name, card) is None for name in measurement.prompts):
-        yield _Cause(("UA",), "no prompt of the concept names exactly one class of the model", "name one in a prompt")
+        why = "no prompt of the concept names exactly one class of the model"
+        yield _Cause(_needing("named prompt"), why, "name one in a prompt")
 
 
 def _distances(card: DiffusionCard) -> Iterator[_Cause]:
-    extractor = card.evaluation.extractor
+    extractor, distances = card.evaluation.extractor, _needing("extractor")
     if extractor == "none":
-        yield _Cause(_DISTANCES, "the line has no extractor", f"{_AGAIN} --evaluation extractor=judge")
+        yield _Cause(distances, "the line has no extractor", f"{_AGAIN} --evaluation extractor=judge")
     elif extractor != "judge":
-        yield from _file(_DISTANCES, "extractor", extractor)
+        yield from _file(distances, "extractor", extractor)
     if card.data is None:
-        lost = () if harmless_prompts(card) else _DISTANCES  # nsfw compares with the original's own images
-        yield _Cause((*lost, "none_of_these"), "the model came without data", "import it with --data")
+        lost = [] if harmless_prompts(card) else distances  # nsfw compares with the original's own images
+        yield _Cause([*lost, *_needing("calibration")], "the model came without data", "import it with --data")
     elif card.evaluation.real_images < FEWEST_REAL:
         why = f"real_images is {card.evaluation.real_images}, and the image classifier is calibrated on {FEWEST_REAL}"
-        yield _Cause(("none_of_these",), why, f"{_AGAIN} --evaluation real_images=1000")
+        yield _Cause(_needing("calibration"), why, f"{_AGAIN} --evaluation real_images=1000")
 
 
 def absent_evaluators(card: Card, store: FileStore, *, in_pods: bool) -> list[Missing]:
@@ -320,17 +327,19 @@ def _rows(card: DiffusionCard, metric: str, measurement: Measurement) -> int:
     settings: DiffusionEvaluation = card.evaluation
     forgotten = max(1, len(measurement.prompts))
     kept = len(card.classes) - (measurement.kind == "class")
-    if metric in ("UA", "UA_relearned", "none_of_these", "restored", *_ATTACK):
+    row = GENERATED.get(metric)
+    on = row.on if row else ()
+    if "forgotten" in on:
         return forgotten
-    if metric == "RA":
+    if "kept" in on:
         return kept
-    if metric == "nudity":
+    if "watched" in on:
         from salun_core.evaluation.nudity import PROMPTS
 
         return forgotten + len(settings.prompts or PROMPTS)
-    if metric == "neighbours":
+    if "neighbours" in on:
         return len(settings.neighbours)
-    if (harmless := len(harmless_prompts(card))) and (metric == "CLIP" or card.data is None):
+    if (harmless := len(harmless_prompts(card))) and ("scored" in on or card.data is None):
         return harmless
     if harmless:
         return kept

@@ -15,7 +15,7 @@ from salun_core.data.targets import SamplesTarget, Target, parse_target
 from salun_core.digest import check_digest, sha256_bytes
 from salun_core.errors import IntegrityError, StoreError, UsageError, reported_as, unknown_name
 from salun_core.evaluation import Evidence
-from salun_core.evaluation.evidence import METRIC_NAMES
+from salun_core.evaluation.metrics import metric_names
 from salun_core.gate import Policy, default_policy, load_policy, policy_of_images, shipped_policies
 from salun_core.models.card import Card, DiffusionCard
 from salun_core.registry.lookup import resolve
@@ -110,8 +110,8 @@ def check_policy(uri: str) -> None:
     if uri != AUTO:
         policy = _policy(uri)
         for name in [item.metric for rule in policy.rules for item in (rule, rule.relative_to) if item]:
-            if name not in METRIC_NAMES and not plugins.is_reference(name) and name not in _offered():
-                raise unknown_name(f"metric in policy {policy.name}:", name, METRIC_NAMES)
+            if name not in metric_names() and not plugins.is_reference(name) and name not in _offered():
+                raise unknown_name(f"metric in policy {policy.name}:", name, metric_names())
 
 
 def _offered() -> list[str]:

@@ -10,10 +10,11 @@ import numpy as np
 from torch import nn
 
 from salun_core.data.images import ImageSource
+from salun_core.evaluation.classifier import attacked, compare
 from salun_core.evaluation.evidence import Metric
-from salun_core.evaluation.membership import forgetting_metrics, match_classes, matched_area
+from salun_core.evaluation.membership import match_classes, matched_area
 from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.evaluation.statistics import kolmogorov_smirnov, mean_metric, share_metric
+from salun_core.evaluation.statistics import kolmogorov_smirnov
 from salun_core.gate import Cause
 
 
@@ -82,7 +83,7 @@ class Reading:
     @property
     def single(self) -> Outputs:
         """D_f without whole classes; all of it if there is nothing else, as in the evaluation's attack."""
-        return self.forget.where(~self.whole) if not self.whole.all() else self.forget
+        return self.forget.where(attacked(self.whole))
 
     @property
     def finite(self) -> bool:
@@ -125,21 +126,13 @@ def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
         after: outputs of a candidate.
 
     Returns:
-        UA, UA_class, UA_samples, RA, TA on held-out data, the metrics of `forgetting_metrics`, and the mean losses,
-        with n and 95 % intervals.
+        Those of `evaluation.classifier.compare`, with TA and the attack on held-out data.
     """
-    old = before.shares()
-    found = {
-        name: share_metric({"before": float(old[name].mean()), "after": float(share.mean())}, len(share))
-        for name, share in after.shares().items()
+    outputs = {
+        name: {"forget": seen.forget, "retain": seen.retain, "test": seen.held_out}
+        for name, seen in (("before", before), ("after", after))
     }
-    found["TA"] = found["TA"].model_copy(update={"origin": found["TA"].before})
-    found |= forgetting_metrics(
-        {"before": before.single, "after": after.single}, {"before": before.held_out, "after": after.held_out}
-    )
-    for name, split in (("TA_loss", "held_out"), ("RA_loss", "retain")):
-        found[name] = mean_metric({"before": getattr(before, split).losses, "after": getattr(after, split).losses})
-    return found
+    return compare(outputs, after.whole)
 
 
 def distance(before: Reading, after: Reading) -> float:

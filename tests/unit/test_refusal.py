@@ -7,14 +7,13 @@ import pytest
 from salun_core.errors import GateRefusedError, IntegrityError
 from salun_core.evaluation import Evidence, Metric
 from salun_core.evaluation.evidence import (
-    METRIC_NAMES,
-    MORE_IS_FORGOTTEN,
     Forgotten,
     Integrity,
     Measured,
     RunFacts,
     TuningFacts,
 )
+from salun_core.evaluation.metrics import find_row, metric_names
 from salun_core.gate import Cause, Expected, GateDecision, Policy, decide, load_policy
 from salun_core.steps.outcome import RunState, new_outcome
 from salun_core.storage.documents import parse_stored
@@ -126,7 +125,7 @@ def test_the_cause_follows_from_the_metric_and_the_side_of_the_threshold(metrics
     assert refusal.next
 
 
-@pytest.mark.parametrize("metric", sorted(set(METRIC_NAMES) - set(MORE_IS_FORGOTTEN)))
+@pytest.mark.parametrize("metric", [name for name in metric_names() if find_row(name).more_is_forgotten is None])
 @pytest.mark.parametrize("op", ["<=", ">="])
 def test_what_had_to_be_kept_is_damaged_whatever_kinds_its_rule_is_for(metric, op):
     """`targets` says for which requests a rule holds, not what its metric measures."""

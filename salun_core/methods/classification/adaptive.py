@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from salun_core.data.images import ImageSource
-from salun_core.evaluation.classifier import restored_share
+from salun_core.evaluation.classifier import compare, restored_share
 from salun_core.evaluation.evidence import EpochRecord, Reading
-from salun_core.evaluation.membership import forgetting_metrics, match_classes
+from salun_core.evaluation.membership import match_classes
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.methods.classification.method import ClassifierContext, cross_entropy, dataset_phase
 from salun_core.methods.config import UnlearnConfig
@@ -235,9 +235,14 @@ class Seen:
     retain_features: Tensor | None = None
 
     @property
+    def by_split(self) -> dict[str, Outputs]:
+        """The outputs, as the evaluation names the splits."""
+        return {"forget": self.forget, "retain": self.retain, "test": self.unseen}
+
+    @property
     def finite(self) -> bool:
         """Whether all outputs are numbers."""
-        return all(np.isfinite(item.margins).all() for item in (self.forget, self.retain, self.unseen))
+        return all(np.isfinite(item.margins).all() for item in self.by_split.values())
 
 
 class AdaptiveRun:
@@ -401,15 +406,11 @@ class AdaptiveRun:
         return Seen(outputs[0], outputs[1], outputs[2], features[0], features[1])
 
     def _reading(self, seen: Seen, model: nn.Module | None) -> Reading:
-        old = self._before
         whole = np.isin(seen.forget.labels, self._emptied)
         figures: dict[str, float | None] = {}
         passes = self._cost + (self._rows if model is not None else 0)
         if not whole.all():
-            found = forgetting_metrics(
-                {"before": old.forget.where(~whole), "after": seen.forget.where(~whole)},
-                {"before": old.unseen, "after": seen.unseen},
-            )
+            found = compare({"before": self._before.by_split, "after": seen.by_split}, whole)
             figures |= {"area": found["attack_auc"].after, "change": found["change"].after}
         if whole.any():
             figures["recognised"] = recognised = float(seen.forget.correct[whole].mean())
@@ -418,10 +419,10 @@ class AdaptiveRun:
                 figures["restored"] = self._restored(seen, whole)
         return Reading(
             retained=float(seen.retain.correct.mean()),
-            retained_lost=_lost(old.retain, seen.retain),
+            retained_lost=_lost(self._before.retain, seen.retain),
             retained_loss=float(seen.retain.losses.mean()),
             unseen=float(seen.unseen.correct.mean()),
-            unseen_lost=_lost(old.unseen, seen.unseen),
+            unseen_lost=_lost(self._before.unseen, seen.unseen),
             unseen_loss=float(seen.unseen.losses.mean()),
             passes=passes,
             **figures,

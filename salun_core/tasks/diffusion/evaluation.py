@@ -18,7 +18,7 @@ from salun_core.diffusion.sampling import Sampler
 from salun_core.digest import sha256_file
 from salun_core.errors import ModelError
 from salun_core.evaluation.evidence import Evidence
-from salun_core.evaluation.generated_images import Evaluators, SamplingPlan, evaluate_generated_images
+from salun_core.evaluation.generated_images import Comparison, Evaluators, SamplingPlan, evaluate_generated_images
 from salun_core.evaluation.image_classifier import Calibration, ImageClassifier
 from salun_core.models.card import DiffusionCard
 from salun_core.models.diffusers_folder import TEXT_ENCODER, LoadedDiffusion, model_files
@@ -99,23 +99,21 @@ def measure(
         hybrid = generator.sample(after)  # with the text encoder of the original
     elif evaluators.classifier is not None and (named := after.with_class_embedding_of(before)):
         hybrid = generator.sample(named)
-    evidence = evaluate_generated_images(
-        generator.sample(before),
-        changed.sample(after),
+    samples = {"before": generator.sample(before), "after": changed.sample(after)}
+    encoders = (_text_encoder(inputs.original), _text_encoder(candidate.model)) if card.trainable_text_encoder else None
+    seen = Comparison(
+        samples | ({"reference": generator.sample(retrained)} if retrained else {}),
         (before.network, after.network),
         plan,
         evaluators,
-        inputs.measured(candidate, reference),
-        inputs.forgotten(),
         candidate.mask,
-        candidate.facts,
-        extra=later.metrics,
+        hybrid,
+        encoders,
+        measured=later.metrics,
         resurgence=later.resurgence,
-        reference=generator.sample(retrained) if retrained else None,
-        hybrid=hybrid,
-        encoders=(_text_encoder(inputs.original), _text_encoder(candidate.model))
-        if card.trainable_text_encoder
-        else None,
+    )
+    evidence = evaluate_generated_images(
+        seen, inputs.measured(candidate, reference), inputs.forgotten(), candidate.facts
     )
     assert evidence.generation is not None
     return evidence.model_copy(update={"generation": evidence.generation.model_copy(update={"task": card.task})})

@@ -83,7 +83,7 @@ def test_a_diffusion_line_without_a_classifier_says_so_by_kind(store):
     assert checks["request: samples"].detail.startswith("not possible: a diffusion model forgets")
     concept = checks["request: concept"]
     assert concept.state == "failed"
-    assert "the model came without data, so FID and none_of_these cannot be measured" in concept.detail
+    assert "the model came without data, so none_of_these and FID cannot be measured" in concept.detail
     assert "the image classifier does not know" in concept.detail
 
 

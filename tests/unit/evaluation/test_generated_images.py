@@ -24,6 +24,7 @@ from salun_core.evaluation.generated_images import (
     ROWS,
     SEED_STRIDE,
     SIDE,
+    Comparison,
     Evaluators,
     SamplingPlan,
     checked_images,
@@ -121,18 +122,15 @@ def calibrated(evaluators, classifier, held_out):
 @pytest.fixture(scope="module")
 def evidence(samples, networks, evaluators):
     reference = Digits(samples[0].digits, {3: 2})
-    return evaluate_generated_images(
-        *samples,
+    seen = Comparison(
+        {"before": samples[0], "after": samples[1], "reference": reference},
         networks,
         PLAN,
         evaluators,
-        MEASURED,
-        FORGOTTEN,
-        run=RunFacts(method="salun"),
-        extra={"UA_relearned": Metric(before=0.0, after=0.9, n=10)},
+        measured={"UA_relearned": Metric(before=0.0, after=0.9, n=10)},
         resurgence=[CurvePoint(step=10, ua=0.95)],
-        reference=reference,
     )
+    return evaluate_generated_images(seen, MEASURED, FORGOTTEN, RunFacts(method="salun"))
 
 
 def predictions(classifier, sample):
@@ -240,9 +238,9 @@ def test_the_grids_show_the_same_seeds(evidence, samples):
 
 
 def run(samples, networks, plan=PLAN, evaluators=None, **options):
-    return evaluate_generated_images(
-        *samples, networks, plan, evaluators or Evaluators(), MEASURED, FORGOTTEN, **options
-    )
+    models = dict(zip(("before", "after"), samples, strict=True))
+    seen = Comparison(models, networks, plan, evaluators or Evaluators(), **options)
+    return evaluate_generated_images(seen, MEASURED, FORGOTTEN)
 
 
 def uniform(image):
@@ -578,7 +576,7 @@ def test_other_faults_are_refused(samples, networks, evaluators):
         run(samples, (networks[0], nn.Linear(2, 2)))
     for name in ("UA", "FID"):
         with pytest.raises(UsageError, match=f"metric {name} cannot be given"):
-            run(samples, networks, extra={name: Metric(before=0, after=1, n=1)})
+            run(samples, networks, measured={name: Metric(before=0, after=1, n=1)})
     with pytest.raises(ModelError, match="two sizes"):
         run(samples, networks, evaluators=replace(evaluators, extractor=Changing()))
     with pytest.raises(DataError, match="not a batch of images"):
