@@ -85,7 +85,7 @@ def run_steps(
     )
     say("fetch_model")
     fetched = fetch_model(context)
-    check_recipe(context.task, recipe, tune=form.tune)
+    recipe = check_recipe(context.task, recipe, tune=form.tune)
     say("compute_mask")
     compute_mask(context, recipe, mask)
     say("unlearn")

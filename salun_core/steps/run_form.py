@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import Field, model_validator
 
 from salun_core.config import Document, parse, parse_text, with_current_names
-from salun_core.methods.recipe import Recipe
+from salun_core.methods.recipe import DEFAULT_METHOD, Recipe
 from salun_core.sweeps.policy import BatchLimits
 
 OLD_NAMES = {"also": "extra_metrics"}
@@ -34,9 +34,10 @@ class RecipeForm(RunForm):
     """The parameters that a run and a sweep share."""
 
     method: str = Field(
-        default="salun",
-        description="The unlearning method. With tune also auto, or several names separated by commas: the search "
-        "chooses one. In a sweep, the cause of a refusal decides which recipe comes next.",
+        default=DEFAULT_METHOD,
+        description="The unlearning method. default: salun_adaptive for classifiers, salun for diffusion models. With "
+        "tune also auto, or several names separated by commas: the search chooses one. In a sweep, the cause of a "
+        "refusal decides which recipe comes next.",
     )
     density: float = _DENSITY
     policy_uri: str = Field(

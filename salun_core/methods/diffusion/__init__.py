@@ -42,13 +42,13 @@ from salun_core.methods.diffusion.method import (
 )
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
 from salun_core.methods.loop import OnEpoch, run_loop
-from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config
+from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config, settings_of
 from salun_core.methods.offload import put_away
 from salun_core.methods.sharded import collected, require_several, shard_weights
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
-METHODS: dict[str, DiffusionMethod] = {
+METHODS: dict[str, DiffusionMethod[Any]] = {
     "salun": salun.METHOD,
     "random_label": random_label.METHOD,
     "finetune": finetune.METHOD,
@@ -62,16 +62,20 @@ METHODS: dict[str, DiffusionMethod] = {
     "adv_unlearn": adversarial_unlearning.METHOD,
 }
 
+DEFAULT = "salun"
+"""The method of a run that names none."""
+
 
 def diffusion_config(name: str, overrides: Mapping[str, Any] | None = None) -> DiffusionConfig:
     """Resolve the configuration of a diffusion method; see `salun_core.methods.method.resolve_config`."""
-    return resolve_config(METHODS, name, overrides)
+    config: DiffusionConfig = resolve_config(METHODS, name, overrides)
+    return config
 
 
 def unlearn_denoiser(
     denoiser: Denoiser,
     sets: ExampleSets,
-    method: str = "salun",
+    method: str = DEFAULT,
     *,
     config: DiffusionConfig | Mapping[str, Any] | None = None,
     mask: SaliencyMask | None = None,
@@ -102,8 +106,7 @@ def unlearn_denoiser(
         DataError: the forget or retain set is empty.
         ModelError: the loss became NaN or infinite.
     """
-    row = get_method(METHODS, method)
-    settings = config if isinstance(config, DiffusionConfig) else diffusion_config(method, config)
+    row, settings = get_method(METHODS, method), settings_of(METHODS, method, config)
     row.check_mask(method, mask)
     row.check(method, settings)
     row.check_sharding(method, settings)
@@ -131,7 +134,7 @@ def unlearn_denoiser(
         shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
 
         def loop(
-            context: DiffusionContext, loss: StepLoss, store: CheckpointStore | None, of: str, told: OnEpoch | None
+            context: DiffusionContext[Any], loss: StepLoss, store: CheckpointStore | None, of: str, told: OnEpoch | None
         ) -> list[EpochRecord]:
             phases = [denoising_phase(replace(row, loss=loss), context)]
             return run_loop(trained, lambda *_: phases, settings, mask, store, of, told, group)
@@ -160,7 +163,7 @@ def _check_sets(sets: ExampleSets) -> None:
         )
 
 
-def _start(denoiser: Denoiser, row: DiffusionMethod, config: DiffusionConfig, retained: int) -> nn.Module:
+def _start(denoiser: Denoiser, row: DiffusionMethod[Any], config: DiffusionConfig, retained: int) -> nn.Module:
     """Copy the network, or build it with fresh weights; only the selected parameters are trained."""
     network: Any = copy.deepcopy(denoiser.network)
     if row.fresh_start:
