@@ -264,7 +264,7 @@ class Curve(Document):
 
 
 class Reading(Document):
-    """What the adaptive recipe measured after a round, on images that it draws for this; never on test data.
+    """What `salun_adaptive` measured after a round, on images that it draws for this; never on test data.
 
     Shares and areas are ratios, losses are in nats.
     """
@@ -300,7 +300,7 @@ class EpochRecord(Document):
     parts: int = Field(
         default=1, ge=1, description="parts that a batch was divided into because the device had no room for all of it"
     )
-    reading: Reading | None = Field(default=None, description="of the adaptive recipe, whose rounds are epochs")
+    reading: Reading | None = Field(default=None, description="of a method that measures its rounds, its epochs")
 
 
 class Grid(Document):
@@ -473,7 +473,8 @@ class RunFacts(Document):
         default=None, description="plug-ins that made the model after: method and architecture; null without any"
     )
     ended: str | None = Field(
-        default=None, description="adaptive recipe: what ended it (forgotten, budget, exhausted), in words"
+        default=None,
+        description="what ended it, of a method that measures its rounds: forgotten, budget, exhausted",
     )
 
 

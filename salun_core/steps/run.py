@@ -47,7 +47,7 @@ def run_all(
     Args:
         form: the parameters.
         folder: working folder; each step writes to it.
-        say: called with the name of each step before it starts, and with the reason why the adaptive recipe ended.
+        say: called with the name of each step before it starts, and with the reason of the end of measured rounds.
         run: id of the run; a new one by default.
         on_trial: called after each trial of a search.
 
