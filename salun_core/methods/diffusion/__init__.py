@@ -120,35 +120,46 @@ def unlearn_denoiser(
     text = _text_encoder(sets, settings)
     sets = sets.to(device)
     text = text.to(device) if text else None
-    trained = text.network if text else network
+    original = (denoiser.of(network.eval()) if text else _frozen(denoiser, device)) if row.needs_original else None
+    context = DiffusionContext(denoiser.of(network), original, sets, settings, torch.Generator(), text)
     fingerprint = _fingerprint(denoiser, method, settings, mask, sets) if checkpoint or group.size > 1 else ""
     group.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
     started = time.perf_counter()
-    history: list[EpochRecord] = []
-    if row.edit is not None:
-        with torch.no_grad():
-            row.edit(denoiser.of(network), sets, settings)
-    else:
-        original = (denoiser.of(network.eval()) if text else _frozen(denoiser, device)) if row.needs_original else None
-        context = DiffusionContext(denoiser.of(network), original, sets, settings, torch.Generator(), text)
-        shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
-
-        def loop(
-            context: DiffusionContext[Any], loss: StepLoss, store: CheckpointStore | None, of: str, told: OnEpoch | None
-        ) -> list[EpochRecord]:
-            phases = [denoising_phase(replace(row, loss=loss), context)]
-            return run_loop(trained, lambda *_: phases, settings, mask, store, of, told, group)
-
-        with put_away(denoiser.network, settings.offload):
-            if row.stages is not None:
-                history = row.stages(context, Training(loop, shared, fingerprint, on_epoch, group))
-            else:
-                assert row.loss is not None
-                history = loop(context, row.loss, shared, fingerprint, on_epoch)
+    shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
+    with put_away(denoiser.network, settings.offload):
+        history = _run(row, context, mask, shared, fingerprint, on_epoch, group)
     network = collected(network, denoiser.network, group.main) if shards else network
     network.requires_grad_(True).eval()
     seconds, encoder = time.perf_counter() - started, text.network.requires_grad_(True).eval() if text else None
     return UnlearnResult(network, method, settings, history, seconds, row.cost(settings), text_encoder=encoder)
+
+
+def _run(
+    row: DiffusionMethod[Any],
+    context: DiffusionContext[Any],
+    mask: SaliencyMask | None,
+    checkpoint: CheckpointStore | None,
+    fingerprint: str,
+    on_epoch: OnEpoch | None,
+    group: ProcessGroup,
+) -> list[EpochRecord]:
+    """Edit or train the context's model in place, and return one record per epoch."""
+    if row.edit is not None:
+        with torch.no_grad():
+            row.edit(context.denoiser, context.sets, context.config)
+        return []
+    trained = context.text.network if context.text else context.denoiser.network
+
+    def loop(
+        context: DiffusionContext[Any], loss: StepLoss, store: CheckpointStore | None, of: str, told: OnEpoch | None
+    ) -> list[EpochRecord]:
+        phases = [denoising_phase(replace(row, loss=loss), context)]
+        return run_loop(trained, lambda *_: phases, context.config, mask, store, of, told, group)
+
+    if row.stages is not None:
+        return row.stages(context, Training(loop, checkpoint, fingerprint, on_epoch, group))
+    assert row.loss is not None
+    return loop(context, row.loss, checkpoint, fingerprint, on_epoch)
 
 
 def _check_sets(sets: ExampleSets) -> None:
