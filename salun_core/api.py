@@ -50,7 +50,7 @@ from salun_core.evaluation.evidence import EpochRecord, Forgotten, Measured, Run
 from salun_core.evaluation.outputs import evaluation_mode
 from salun_core.methods import classification
 from salun_core.methods.classification import METHODS, UnlearnConfig, UnlearnResult, method_config
-from salun_core.methods.classification.adaptive import most_passes
+from salun_core.methods.classification.salun_adaptive import AdaptiveConfig, most_passes
 from salun_core.methods.classification.training import fresh_classifier
 from salun_core.methods.method import get_method
 from salun_core.models import LoadedModel, load_model, save_model
@@ -188,7 +188,7 @@ def _scores(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], loss: 
 
 def unlearn(
     model: Model,
-    method: str = "salun",
+    method: str = classification.DEFAULT,
     *,
     forget: Images,
     retain: Images,
@@ -207,12 +207,11 @@ def unlearn(
         method: a key of `METHODS`, or a plug-in that `SALUN_PLUGINS` allows.
         forget: D_f with true labels.
         retain: D_r with true labels.
-        mask: from `mask`, for methods that need one (`salun`, `salun_lotus`); the others refuse one.
+        mask: from `mask`, for methods that need one (`salun_adaptive`, `salun`, `salun_lotus`); the others refuse one.
         held_out: images that the model was not trained on, with true labels; not the test images. `lotus` and
-            `salun_lotus` need them, and the adaptive recipe of `salun` compares with them. Without them it holds back
-            a part of the retain set, which tells it less.
-        config: settings that differ from the method's defaults, such as `{"epochs": 3, "learning_rate": 0.01}`. One
-            that describes a training, as these two do, selects the fixed recipe of `salun`.
+            `salun_lotus` need them, and `salun_adaptive` compares with them. Without them it holds back a part of the
+            retain set, which tells it less.
+        config: settings that differ from the method's defaults, such as `{"epochs": 3, "learning_rate": 0.01}`.
         seed: seed of the order and of all draws; by default that of `config`.
         progress: show a bar.
 
@@ -230,7 +229,7 @@ def unlearn(
     settings = method_config(method, {"device": str(_device(network)), **given})
     gone, kept = _images(model, network, "forget", forget), _images(model, network, "retain", retain)
     card = model.card if isinstance(model, LoadedModel) else None
-    adaptive, spent = settings.recipe == "adaptive", 0
+    adaptive, spent = isinstance(settings, AdaptiveConfig), 0
     epochs = settings.epochs * min(settings.forget_parts, len(gone))
     total = most_passes(settings, len(gone) + len(kept)) if adaptive else epochs
     with explained(), _bar(method, total, progress) as step:

@@ -13,7 +13,7 @@ def claim_requests(
     model_line: str,
     run_id: str,
     summary: dsl.Output[dsl.Markdown],
-    method: str = "salun",
+    method: str = "default",
     density: float = 0.5,
     policy_uri: str = "auto",
     method_config: str = "{}",

@@ -12,7 +12,7 @@ def compute_mask(
     model_line: str,
     run_id: str,
     mask: dsl.Output[dsl.Artifact],
-    method: str = "salun",
+    method: str = "default",
     density: float = 0.5,
     method_config: str = "{}",
     processes: str = "1",

@@ -14,7 +14,7 @@ def fetch_model(
     run_id: str,
     forget_manifest_uri: str,
     inputs: dsl.Output[dsl.Artifact],
-    method: str = "salun",
+    method: str = "default",
     density: float = 0.5,
     policy_uri: str = "auto",
     method_config: str = "{}",

@@ -14,7 +14,7 @@ def sweep_compact(
     classification: dsl.Output[dsl.ClassificationMetrics],
     report: dsl.Output[dsl.HTML],
     summary: dsl.Output[dsl.Markdown],
-    method: str = "salun",
+    method: str = "default",
     density: float = 0.5,
     policy_uri: str = "auto",
     method_config: str = "{}",

@@ -12,7 +12,7 @@ def unlearn(
     model_line: str,
     run_id: str,
     unlearned: dsl.Output[dsl.Artifact],
-    method: str = "salun",
+    method: str = "default",
     method_config: str = "{}",
     seed: int = 0,
     tune: bool = False,
@@ -28,7 +28,7 @@ def unlearn(
         model_line: Name of the model line.
         run_id: Id of the run.
         unlearned: Reference to the model after unlearning, with the facts of its run.
-        method: The unlearning method, such as salun or retrain; with tune also auto, or several with commas.
+        method: The unlearning method, such as salun_adaptive or retrain; with tune also auto, or several with commas.
         method_config: Settings that replace the method's defaults, as JSON text.
         seed: Seed of the random labels, the order of the data and the augmentation.
         tune: Search for the settings that method_config leaves open, and for the density, on validation data.

@@ -11,6 +11,7 @@ from salun_core.evaluation.membership import modified_entropy
 from salun_core.evaluation.optional_metrics import AddedAttack, AddedMetric, MeasuredModels
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.loop import Phase
 
 
@@ -20,7 +21,7 @@ def to_uniform(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return -logits.log_softmax(dim=1).mean()
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[UnlearnConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: forget images become uniform, retain images keep their labels."""
     return [context.phase("forget", context.forget, to_uniform), context.phase("retain", context.retain)]
 

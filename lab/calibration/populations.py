@@ -215,7 +215,7 @@ def unlearned(method: str, asked: Request) -> nn.Module:
     if METHODS[method].needs_mask:
         scores = saliency_scores(asked.before, forget.batches(CHUNK), nn.functional.cross_entropy)
         mask = SaliencyMask.from_scores(scores, DENSITY)
-    config = method_config(method, {"seed": asked.seed, "device": "cpu", "recipe": "fixed"})
+    config = method_config(method, {"seed": asked.seed, "device": "cpu"})
     return unlearn(asked.before, method, forget=forget, retain=retain, config=config, mask=mask).model
 
 

@@ -1,4 +1,4 @@
-"""Measures the adaptive recipe against the fixed one and other methods, on cases that differ in net, data and request.
+"""Measures `salun_adaptive` against `salun` and other methods, on cases that differ in net, data and request.
 
     python -m lab.studies.adaptive                  # the cases on scikit-learn's digits
     python -m lab.studies.adaptive --data FOLDER    # all; FOLDER has cifar10/, imagenette160/ and faces/ as Parquet
@@ -47,8 +47,8 @@ RESULTS, PAGE = ROOT / "lab/results/adaptive.json", ROOT / "docs/research/adapti
 NOISE, CLASS, DENSITY = 60.0, 3, 0.5  # of 255; the class and the share of weights of the mask
 MOST_LOST = 0.02
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "adaptive": ("salun", {"recipe": "adaptive"}),
-    "fixed": ("salun", {"recipe": "fixed"}),
+    "adaptive": ("salun_adaptive", {}),
+    "fixed": ("salun", {}),
     "sfr_on": ("sfr_on", {}),
     "scrub": ("scrub", {}),
 }
@@ -249,7 +249,7 @@ def measured(
     mask = SaliencyMask.from_scores(scores, DENSITY)
     found: dict[str, Any] = {}
     for name, (method, config) in METHODS.items():
-        started, used = time.perf_counter(), mask if method == "salun" else None
+        started, used = time.perf_counter(), mask if "salun" in method else None
         digests = Measured(
             before="b", after="a", dataset="d", split="s", forget_set="f", mask=used.digest if used else None
         )

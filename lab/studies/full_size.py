@@ -83,7 +83,7 @@ class Part:
 
 _UNET = {"device": "cpu", "steps": STEPS, "epochs": 1, "batch_size": 1, "retain_limit": 2, "learning_rate": 1e-5}
 _UNET |= {"precision": "bf16", "gradient_checkpointing": True, "offload": "disk"}
-_CLASSIFIER = {"device": "cpu", "recipe": "fixed", "epochs": 1, "batch_size": 2, "optimizer": "adam"}
+_CLASSIFIER = {"device": "cpu", "epochs": 1, "batch_size": 2, "optimizer": "adam"}
 PARTS = {
     "unet": Part(
         "U-Net of Stable Diffusion 1.x",
@@ -170,13 +170,15 @@ def _context(folder: Path) -> RunContext:
 
 def mask(part: str, folder: Path) -> dict[str, Any]:
     """Compute the mask."""
-    made = compute_mask(_context(folder), Recipe(method_config=PARTS[part].config), folder / "mask.safetensors")
+    made = compute_mask(
+        _context(folder), Recipe(method="salun", method_config=PARTS[part].config), folder / "mask.safetensors"
+    )
     return {"salient": made.k, "weights": made.weights}
 
 
 def unlearn(part: str, folder: Path) -> dict[str, Any]:
     """Take the masked steps, and write the new model."""
-    recipe = Recipe(method_config=PARTS[part].config)
+    recipe = Recipe(method="salun", method_config=PARTS[part].config)
     result = run_unlearning(_context(folder), recipe, folder / "mask.safetensors", folder / "after")
     return {"losses": result.history[-1].losses, "loop_s": result.seconds}
 

@@ -2,7 +2,7 @@
 
     python -m lab.studies.retain_fraction
 
-A ResNet-8 learns scikit-learn's digits and forgets a random tenth, or a class, with SalUn's fixed recipe. Each seed has
+A ResNet-8 learns scikit-learn's digits and forgets a random tenth, or a class, with SalUn. Each seed has
 its own net, forget set and retrained model. The gap is the mean distance of UA, RA, TA and MIA from the retrained
 model's. Takes two minutes of one core. Writes lab/results/retain-fraction.json, from which `make generated`
 makes the table in docs/research/speed.md.
@@ -30,7 +30,7 @@ from salun_core.tasks.classification.training import training_config
 
 FRACTIONS, SEEDS, CLASS, DENSITY = (1.0, 0.5, 0.25, 0.1, 0.02), (0, 1, 2), 8, 0.5
 DATA = {"validation_fraction": 0.15, "test_fraction": 0.2}
-RECIPE: dict[str, Any] = {"recipe": "fixed", "epochs": 10, "learning_rate": 0.01, "order": "mixed", "device": "cpu"}
+RECIPE: dict[str, Any] = {"epochs": 10, "learning_rate": 0.01, "order": "mixed", "device": "cpu"}
 
 
 def drawn(train: ImageSource, request: str, seed: int) -> torch.Tensor:

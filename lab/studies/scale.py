@@ -50,7 +50,7 @@ NETWORK = "lab.studies.scale:small"
 TRAINING = {"epochs": 1, "batch_size": 256, "learning_rate": 0.05, "device": "cpu"}
 METHOD, DENSITY = "salun", 0.5
 POLICY = {"name": "cost", "rules": [{"metric": "RA", "op": ">=", "value": 0, "reason": "every model is published"}]}
-CONFIG = {"recipe": "fixed", "epochs": 1, "batch_size": 256, "learning_rate": 0.001, "device": "cpu"}
+CONFIG = {"epochs": 1, "batch_size": 256, "learning_rate": 0.001, "device": "cpu"}
 RETAINED = 5_000  # images of D_r that the epoch trains on, for each number of rows
 RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
 

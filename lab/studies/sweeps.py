@@ -69,7 +69,8 @@ def run_sweep(model: Path, pipeline: str, due: int, folder: Path) -> tuple[Local
         Ledger(store, utc_clock).submit(f"r-{number}", "digits", target)
     meter = folder / "meter.jsonl"
     os.environ["STEP_METER"] = str(meter)
-    form = {"model_line": "digits", "store_uri": store.uri, "min_requests": 1, "method_config": '{"epochs": 1}'}
+    form = {"model_line": "digits", "store_uri": store.uri, "min_requests": 1}
+    form |= {"method": "salun", "method_config": '{"epochs": 1}'}
     started = time.perf_counter()
     run = run_compiled(COMPILED / f"salun-{pipeline}.yaml", form, folder)
     wall = time.perf_counter() - started

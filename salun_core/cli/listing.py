@@ -18,9 +18,6 @@ _DATA = {
 
 def methods() -> None:
     """List the unlearning methods."""
-    import inspect
-    import sys
-
     from salun_core.methods.method import resolve_config
     from salun_core.tasks import TASKS
 
@@ -28,12 +25,11 @@ def methods() -> None:
     for task in TASKS.values():
         for name, method in task.methods.items():
             config, model = resolve_config(task.methods, name), task.description.removesuffix(" model")
-            home = next(item for item in list(sys.modules.values()) if getattr(item, "METHOD", None) is method)
             steps = getattr(config, "steps", None)
             length = f"{steps} steps" if steps else f"{config.epochs} epochs"
-            row = {"model": model, "method": name, "needs_mask": method.needs_mask, "length": length}
-            about = (inspect.getdoc(home) or "").partition(":")[0]  # the title of its module
-            rows.append({**row, "learning_rate": config.learning_rate, "about": about})
+            row = {"model": model, "method": name, "default": name == task.default_method}
+            row |= {"needs_mask": method.needs_mask, "length": length, "learning_rate": config.learning_rate}
+            rows.append({**row, "about": method.about})
     cells = [[f"{cell:g}" if isinstance(cell, float) else cell for cell in row.values()] for row in rows]
     emit(rows, lambda: print_table(list(rows[0]), cells))
 

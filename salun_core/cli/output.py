@@ -238,7 +238,7 @@ def bars() -> Iterator[None]:
 
 @contextmanager
 def epoch_progress(label: str, total: int) -> Iterator[Callable[[EpochRecord], None]]:
-    """Give the bar of a training a name. Each round of the adaptive recipe gets a line, with --debug each epoch.
+    """Give the bar of a training a name. Each measured round gets a line, with --debug each epoch.
 
     Args:
         label: what is running.
@@ -263,7 +263,7 @@ def epoch_progress(label: str, total: int) -> Iterator[Callable[[EpochRecord], N
 
 
 def round_line(record: EpochRecord) -> str:
-    """Describe a round of the adaptive recipe in one line."""
+    """Describe a measured round in one line."""
     reading = record.reading
     assert reading is not None
     far = [f"AUC {reading.area:.3f}"] if reading.area is not None else []

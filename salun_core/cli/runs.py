@@ -141,9 +141,9 @@ def _plan(form: UnlearningForm) -> None:
     with TemporaryDirectory(prefix="salun-run-") as folder:
         context = RunContext(Path(folder, "before"), form.forget_manifest_uri, form.model_line, form.store_uri)
         found = fetch_model(context)
-        check_recipe(context.task, form.recipe, tune=form.tune)
+        recipe = check_recipe(context.task, form.recipe, tune=form.tune)
     counts = {"forget_samples": found.forget_count, "train_samples": found.train_count}
-    emit_plan("run", {"would_publish": form.model_line, "parent": found.version, "method": form.method, **counts})
+    emit_plan("run", {"would_publish": form.model_line, "parent": found.version, "method": recipe.method, **counts})
 
 
 @with_form(DeletionSweepForm, required=True)

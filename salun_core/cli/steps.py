@@ -29,7 +29,6 @@ from salun_core.errors import UsageError
 
 if TYPE_CHECKING:
     from salun_core.gate import Expected, Verdict
-    from salun_core.methods.config import LoopConfig
     from salun_core.methods.recipe import Recipe
 
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes that share the work; one per GPU.")]
@@ -112,7 +111,7 @@ def unlearn(
 
     overrides = {"seed": seed, **read_settings(settings, config)}
     if tune:
-        _check_tuning(method, overrides, mask, processes, policy)
+        _check_tuning(method, mask, processes, policy)
     if processes > 1 and not dry_run:
         _launch(processes)
         return
@@ -120,14 +119,13 @@ def unlearn(
     with model_folder(model, store) as folder:
         context = RunContext(folder, forget, data=data)
         recipe = _recipe(method, 1.0, overrides, overrides["seed"])  # the mask carries the density
-        check_recipe(context.task, recipe, tune=tune)
-        chosen = not recipe.leaves_method_open
+        recipe = check_recipe(context.task, recipe, tune=tune)
+        chosen, method = not recipe.leaves_method_open, recipe.method
         resolved = resolve_config(context.task.methods, method, overrides) if chosen else None
         epochs = resolved.epochs if resolved else None
         if dry_run:
             read_mask(mask, context.inputs)
-            how = {"method": method} if resolved is None else _how(method, resolved)
-            facts = {"would_write": out, **how, **context.inputs.sizes, "epochs": epochs}
+            facts = {"would_write": out, "method": method, **context.inputs.sizes, "epochs": epochs}
             emit_plan("unlearn", {name: value for name, value in facts.items() if value is not None})
             return
         tuning = TuningOptions(tune_budget, policy, lambda record: progress(trial_line(record))) if tune else None
@@ -136,20 +134,9 @@ def unlearn(
     if first:
         tried = {"learning_rate": result.config.learning_rate, "tried": out / "tuning.json"} if tune else {}
         length = {"rounds" if result.ended else "epochs": len(result.history), "samples_passed": result.passes}
-        facts = {**_how(result.method, result.config), **length, **tried}
+        facts = {"method": result.method, **length, **tried}
         facts |= {"ended": result.ended} if result.ended else {}
         emit_facts({"model": out, **facts, "seconds": round(result.seconds, 3)})
-
-
-def _how(method: str, config: LoopConfig) -> dict[str, str]:
-    """Return the method, and its recipe if it has another one."""
-    from salun_core.methods.classification import METHODS
-    from salun_core.methods.config import UnlearnConfig
-
-    row = METHODS.get(method)
-    if isinstance(config, UnlearnConfig) and row is not None and row.adaptive is not None:
-        return {"method": method, "recipe": config.recipe}
-    return {"method": method}
 
 
 def _recipe(method: str, density: float, settings: dict[str, Any], seed: int = 0) -> Recipe:
@@ -160,8 +147,9 @@ def _recipe(method: str, density: float, settings: dict[str, Any], seed: int = 0
     return parse(Recipe, fields, "the command line")
 
 
-def _check_tuning(method: str, overrides: dict[str, Any], mask: Path | None, processes: int, policy: str) -> None:
+def _check_tuning(method: str, mask: Path | None, processes: int, policy: str) -> None:
     """Refuse, before any work, what a search cannot do."""
+    from salun_core.methods.recipe import DEFAULT_METHOD
     from salun_core.tasks.resolve import check_policy
     from salun_core.tuning.space import spaces_of
 
@@ -171,7 +159,8 @@ def _check_tuning(method: str, overrides: dict[str, Any], mask: Path | None, pro
         )
     if processes > 1:
         raise UsageError("--tune uses one process", "trials run one after the other", "leave out --processes")
-    spaces_of(method, {"recipe": overrides["recipe"]} if "recipe" in overrides else {})
+    if method != DEFAULT_METHOD:
+        spaces_of(method, {})
     check_policy(policy)
 
 

@@ -227,7 +227,7 @@ class Curve(Document):
 
 
 class Reading(Document):
-    """What the adaptive recipe measured after a round, on images that it draws for this; never on test data.
+    """What `salun_adaptive` measured after a round, on images that it draws for this; never on test data.
 
     Shares and areas are ratios, losses are in nats.
     """
@@ -264,7 +264,7 @@ class EpochRecord(Document):
         default=1, ge=1, description="parts that a batch was divided into because the device had no room for all of it"
     )
     reading: Reading | None = Field(
-        default=None, exclude_if=_absent, description="of the adaptive recipe, whose rounds are epochs"
+        default=None, exclude_if=_absent, description="of a method that measures its rounds, its epochs"
     )
 
 
@@ -453,7 +453,7 @@ class RunFacts(Document):
     ended: str | None = Field(
         default=None,
         exclude_if=_absent,
-        description="adaptive recipe: what ended it (forgotten, budget, exhausted), in words",
+        description="what ended it, of a method that measures its rounds: forgotten, budget, exhausted",
     )
 
 

@@ -101,11 +101,11 @@ def strength(evidence: Evidence, *, more: bool) -> str:
         return f"give the search more: --tune-budget (it was {run.tuning.budget}); or --method retrain"
     rate = run.config.get("learning_rate")
     by_hand = f"unlearn with {way} strength"
-    adaptive = run.config.get("recipe") == "adaptive"
+    adaptive = run.method == "salun_adaptive"
     if adaptive and not more:  # its rounds are as gentle as they could be: a lower first rate changes little
         by_hand = ANOTHER
     elif isinstance(rate, float) and math.isfinite(rate) and rate > 0:
-        was = "the recipe was adaptive" if adaptive else f"it was {rate:g}"
-        by_hand += f", such as learning_rate={rate * 2 if more else rate / 2:g} ({was})"
+        setting = f"learning_rate={rate * 2 if more else rate / 2:g}"
+        by_hand += f", such as --method salun with {setting}" if adaptive else f", such as {setting} (it was {rate:g})"
     tunable = evidence.generation is None and run.method != "unknown"
     return f"{SEARCH}; or {by_hand}" if tunable else by_hand

@@ -73,49 +73,10 @@ class LoopConfig(Document):
         return self.learning_rate
 
 
-FIXED_SETTINGS = frozenset(
-    {
-        "epochs",
-        "learning_rate",
-        "schedule",
-        "milestones",
-        "optimizer",
-        "momentum",
-        "nesterov",
-        "weight_decay",
-        "batch_norm",
-        "gradient_clip",
-        "order",
-        "forget_parts",
-        "retain_fraction",
-    }
-)
-"""A user who sets one of these describes a training, so that the recipe is fixed unless he names the other one."""
-
-
 class UnlearnConfig(LoopConfig):
-    """Settings of classifier unlearning. All methods share these fields; each method sets its own defaults."""
+    """What every classifier method can set. A method with settings of its own extends it in its own file."""
 
-    epochs: int = Field(
-        default=5, ge=1, description="passes over the parts that the method trains on; adaptive: what it may cost"
-    )
-    recipe: Literal["adaptive", "fixed"] = Field(
-        default="fixed",
-        description="adaptive: rounds that are measured, and undone if they do harm; fixed: the settings as they are. "
-        "A method that has both is adaptive, unless a setting of the training is given: "
-        + ", ".join(sorted(FIXED_SETTINGS)),
-    )
-    order: Literal["sequential", "mixed"] = Field(
-        default="sequential",
-        description="each epoch all of the forget set, then all of the retain set; or both shuffled together",
-    )
-    retain_fraction: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        exclude_if=lambda value: value == 1.0,  # documents and checkpoints of other runs keep their digests
-        description="share of D_r that an epoch trains on, drawn afresh for each epoch; only what is drawn is decoded",
-    )
+    epochs: int = Field(default=5, ge=1, description="passes over the parts that the method trains on")
     augment: bool = Field(default=True, description="as the data spec says")
     forget_parts: int = Field(
         default=1,
@@ -124,76 +85,27 @@ class UnlearnConfig(LoopConfig):
         description="RUM: parts of D_f, by memorisation, that are forgotten one after the other with `epochs` each",
     )
     seed: int = Field(default=0, ge=0, lt=2**53, description="of order, augmentation and random labels")
-    soft_density: float = Field(
-        default=0.5,
+
+    @property
+    def drawn_share(self) -> float:
+        """Share of D_r that an epoch trains on."""
+        return 1.0
+
+
+class DrawingConfig(UnlearnConfig):
+    """Settings of a method that can train on a draw from D_r in each epoch."""
+
+    retain_fraction: float = Field(
+        default=1.0,
         gt=0,
         le=1,
-        description="salun_soft: share of weights that differ after the first step; it grows to 1",
+        description="share of D_r that an epoch trains on, drawn afresh for each epoch; only what is drawn is decoded",
     )
-    l1_strength: float = Field(
-        default=5e-5, ge=0, allow_inf_nan=False, description="l1_sparse: γ of the first epoch; it falls linearly"
-    )
-    influence_strength: float = Field(
-        default=15.0, gt=0, allow_inf_nan=False, description="influence: α, what the direction is multiplied by"
-    )
-    influence_samples: int = Field(default=1000, ge=1, description="influence: N, single retain images of the Fisher")
-    influence_sweeps: int = Field(
-        default=1, ge=1, description="influence: times that these images are gone through; many give the exact inverse"
-    )
-    influence_damping: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="influence: λ, added to the Fisher's diagonal"
-    )
-    adversarial_step: float = Field(
-        default=0.1, gt=0, le=1, description="boundary_shrink: ε, where pixels go from 0 to 1"
-    )
-    ascent_epochs: int = Field(default=2, ge=1, description="scrub: epochs that begin with ascent on the forget set")
-    distillation_weight: float = Field(
-        default=0.5,
-        ge=0,
-        allow_inf_nan=False,
-        description="scrub: α, of the divergence from the original on the retain set",
-    )
-    label_weight: float = Field(
-        default=1.0, ge=0, allow_inf_nan=False, description="scrub: γ, of the cross-entropy on the retain set"
-    )
-    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False, description="scrub: T, that divides all logits")
-    retain_weight: float = Field(
-        default=0.95, gt=0, lt=1, description="neggrad_plus: α, of the retain loss; the forget loss has 1 - α"
-    )
-    forget_every: int = Field(default=5, ge=1, description="sfr_on: retain steps after each forget step")
-    forget_strength: float = Field(
-        default=25.0, gt=0, allow_inf_nan=False, description="sfr_on: α of the first forget step; it falls as a cosine"
-    )
-    adaptive_power: float = Field(
-        default=0.5, ge=0, allow_inf_nan=False, description="sfr_on: λ; samples count by their loss to the power -λ"
-    )
-    saliency_ratio: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="sfr_on: γ, least ratio of forget to retain Fisher"
-    )
-    slow_rate: float = Field(
-        default=1.0, gt=0, le=1, description="sfr_on: β, how far the weights follow each round of fast steps"
-    )
-    temper_strength: float = Field(
-        default=2.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="lotus, salun_lotus: α, how fast the temperature grows with the accuracy on D_f",
-    )
-    retain_share: float = Field(
-        default=0.3, gt=0, le=1, description="lotus, salun_lotus: share of D_r that the epochs train on"
-    )
-    reset_share: float = Field(
-        default=0.3, gt=0, le=1, description="msg: ρ, share of each layer's weights that are drawn afresh"
-    )
-    kept_gradient: float = Field(
-        default=0.1, ge=0, le=1, description="msg: κ, factor on the gradient of the other weights of these layers"
-    )
-    adversarial_radius: float = Field(
-        default=0.04, gt=0, allow_inf_nan=False, description="amun: first ε of the attack, where pixels go from 0 to 1"
-    )
-    adversarial_steps: int = Field(
-        default=50, ge=1, description="amun: steps of the attack before its radius is doubled"
-    )
+
+    @property
+    def drawn_share(self) -> float:
+        """Share of D_r that an epoch trains on."""
+        return self.retain_fraction
 
 
 def pick_device(name: str) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import nn
 
@@ -13,50 +13,50 @@ from salun_core import plugins
 from salun_core.config import parse
 from salun_core.errors import UsageError, unknown_name
 from salun_core.evaluation.evidence import EpochRecord
-from salun_core.methods.config import FIXED_SETTINGS, LoopConfig
+from salun_core.methods.config import LoopConfig
 from salun_core.methods.recipe import Recipe
 from salun_core.saliency import SaliencyMask
 
 C = TypeVar("C", bound=LoopConfig)
 
 
+Range = tuple[float, float, bool]
+"""Of a setting in a search: lowest, highest, logarithmic."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(Generic[C]):
-    """One row of a table of methods.
+    """One row of a table of methods. Labels, listings, search space and the table of the docs are made from it.
 
     Args:
-        config_type: configuration class.
+        base_config: what the configuration classes of this kind of model extend.
+        config_type: configuration class. Its fields are all that the method reads.
+        about: what it does, in one line.
+        source: publication.
         needs_mask: whether it trains salient weights only.
         needs_original: whether it reads the outputs of the original model.
+        needs: what else it needs, in words.
         fresh_start: whether it starts from fresh weights.
         defaults: overrides of the configuration class's defaults.
-        reads: method-specific settings that this method reads.
-        adaptive: what its adaptive recipe sets; None if it has none.
+        search: ranges of its own settings in a search; the learning rate has one anyway.
+        grows: whether its run of n epochs at a constant rate is a prefix of a longer run, so that one trial of a
+            search measures every length.
         shardable: whether the weights may be sharded over processes: its loss reads them in the model's forward pass
             only, and runs as many passes in each process.
     """
 
+    base_config: ClassVar[type[LoopConfig]] = LoopConfig
     config_type: type[C]
+    about: str = ""
+    source: str = ""
     needs_mask: bool = False
     needs_original: bool = False
+    needs: str = ""
     fresh_start: bool = False
     defaults: Mapping[str, object] = field(default_factory=dict)
-    reads: frozenset[str] = frozenset()
-    adaptive: Mapping[str, object] | None = None
+    search: Mapping[str, Range] = field(default_factory=dict)
+    grows: bool = False
     shardable: bool = False
-
-    def defaults_for(self, overrides: Mapping[str, Any]) -> Mapping[str, object]:
-        """Return the method's defaults under a user's settings, with the recipe that follows from them.
-
-        A method that has an adaptive recipe follows it, unless the settings name a part of a training
-        (`FIXED_SETTINGS`): who sets a learning rate wants that rate. A `recipe` that is given always wins.
-        """
-        if self.adaptive is None:
-            return self.defaults
-        recipe = "fixed" if FIXED_SETTINGS & overrides.keys() else "adaptive"
-        if overrides.get("recipe", recipe) == "fixed":
-            return {**self.defaults, "recipe": "fixed"}
-        return {**self.defaults, **self.adaptive, "recipe": "adaptive"}
 
     def check(self, name: str, config: C) -> None:
         """Check settings that the configuration class cannot check, because they depend on the method.
@@ -69,7 +69,7 @@ class Method(Generic[C]):
         """Reject sharded weights where something needs whole ones.
 
         Raises:
-            UsageError: the method or its recipe does.
+            UsageError: the method or a setting does.
         """
         if config.sharding == "none":
             return
@@ -78,10 +78,6 @@ class Method(Generic[C]):
                 f"{name} cannot shard the weights",
                 "it reads or edits whole weights",
                 "leave `sharding` out, or choose the method salun",
-            )
-        if getattr(config, "recipe", "fixed") == "adaptive":
-            raise UsageError(
-                "the adaptive recipe cannot shard the weights", "it measures whole models", "set recipe: fixed"
             )
         if getattr(config, "forget_parts", 1) > 1:
             raise UsageError(
@@ -96,22 +92,21 @@ class Method(Generic[C]):
                 "leave one of them out",
             )
 
-    def check_row(self, name: str, config_type: type[LoopConfig]) -> None:
+    def check_row(self, name: str) -> None:
         """Check the row of a plug-in; those that ship are checked by tests.
 
         Args:
             name: of the method.
-            config_type: the class that its configuration class must extend.
 
         Raises:
             UsageError: it has no configuration class, or not exactly one way to unlearn.
         """
         own: object = self.config_type
-        if not isinstance(own, type) or not issubclass(own, config_type):
+        if not isinstance(own, type) or not issubclass(own, self.base_config):
             raise UsageError(
                 f"method {name} has no configuration class",
                 f"its config_type is {own!r}",
-                f"set config_type to {config_type.__name__}, or to a class that extends it",
+                f"set config_type to {self.base_config.__name__}, or to a class that extends it",
             )
         if sum(way is not None for way in self.ways) != 1:
             raise UsageError(
@@ -164,7 +159,7 @@ def get_method(methods: Mapping[str, M], name: str) -> M:
     kind = type(next(iter(methods.values())))
     if not isinstance(found, kind):
         raise plugins.wrong_type("method", name, found, f"a {kind.__name__}, for this kind of model")
-    found.check_row(name, next(iter(methods.values())).config_type)
+    found.check_row(name)
     return found
 
 
@@ -177,20 +172,38 @@ def resolve_config(methods: Mapping[str, Method[C]], name: str, overrides: Mappi
         overrides: settings that differ from the method's defaults.
 
     Raises:
-        UsageError: an unknown method or setting, a value out of range (the message lists all faults), or a setting
-            that only other methods read.
+        UsageError: an unknown method or setting, or a value out of range. The message lists all faults and, if a
+            setting is unknown, the settings of the method.
     """
     row = get_method(methods, name)
     given = overrides or {}
-    config = parse(row.config_type, {**row.defaults_for(given), **given}, f"configuration of {name}")
-    if getattr(config, "recipe", "fixed") == "adaptive" and row.adaptive is None:
-        raise UsageError(f"{name} has no adaptive recipe", "only the fixed one", "leave `recipe` out")
+    try:
+        config = parse(row.config_type, {**row.defaults, **given}, f"configuration of {name}")
+    except UsageError as error:
+        if given.keys() <= row.config_type.model_fields.keys():
+            raise
+        known = ", ".join(sorted(row.config_type.model_fields))
+        raise UsageError(error.what, error.why, f"{error.remedy}; the settings of {name} are {known}") from error
     row.check(name, config)
     row.check_sharding(name, config)
-    unread = sorted({key for other in methods.values() for key in other.reads} - row.reads)
-    ignored = [key for key in unread if getattr(config, key) != row.config_type.model_fields[key].default]
-    if ignored:
-        raise UsageError(f"{name} does not read {', '.join(ignored)}", "it would be ignored", "leave it out")
+    return config
+
+
+def settings_of(methods: Mapping[str, Method[C]], name: str, config: C | Mapping[str, Any] | None) -> C:
+    """Return a configuration that is resolved already, or resolve overrides of the method's defaults.
+
+    Raises:
+        UsageError: as for `resolve_config`, or the configuration is of another method.
+    """
+    if config is None or isinstance(config, Mapping):
+        return resolve_config(methods, name, config)
+    kind = get_method(methods, name).config_type
+    if not isinstance(config, kind):
+        raise UsageError(
+            f"{name} takes no {type(config).__name__}",
+            "it lacks settings of the method",
+            f"give a {kind.__name__}, or the settings as a dict",
+        )
     return config
 
 
@@ -206,7 +219,7 @@ class UnlearnResult:
         seconds: wall-clock time of the loop or the edit only.
         passes: samples that went forward and backward; a forward pass alone counts 1/3; the total is rounded up.
         changed_fraction: share of weights whose value differs from the original's, from 0 to 1; None if not measured.
-        ended: what ended a run of the adaptive recipe, in words; None for other recipes.
+        ended: what ended the run, in words, if the method decided that; else None.
         text_encoder: the new text encoder of a diffusion model, in eval mode; None if it was not trained.
     """
 

@@ -12,12 +12,17 @@ from salun_core.config import Document, parse, parse_text
 from salun_core.errors import UsageError
 
 AUTO_METHOD = "auto"
+DEFAULT_METHOD = "default"
+"""Stands for the default method of the model's kind; `salun ls methods` marks it."""
 
 
 class Recipe(Document):
     """The recipe of an unlearning run: one method with its settings, or a choice of methods for a search."""
 
-    method: str = Field(default="salun", description="the unlearning method; for a search also auto, or several")
+    method: str = Field(
+        default=DEFAULT_METHOD,
+        description="the unlearning method; default: that of the kind of model; for a search also auto, or several",
+    )
     density: float = Field(default=0.5, gt=0, le=1, description="share of the weights that may change")
     method_config: dict[str, Any] = Field(default={}, description="settings that differ from the method's defaults")
     seed: int = Field(default=0, ge=0, description="of the run")
@@ -88,7 +93,7 @@ def _level(recipe: Recipe, first: Recipe, role: Role, strength: int) -> Level:
         role, strength = Role.RETRAIN, 0
     changed = {name: value for name, value in recipe.method_config.items() if first.method_config.get(name) != value}
     if role is not Role.STRENGTH:
-        changed = {name: value for name, value in changed.items() if name == "recipe"}
+        changed = {}
     elif recipe.density != first.density:
         changed["density"] = recipe.density
     words = [recipe.method, *(f"{name} {_short(value)}" for name, value in changed.items())]

@@ -64,7 +64,7 @@ from salun_core.tasks import resolve_targets
 from salun_core.tasks.line import OpenLine
 from salun_core.tasks.resolve import read_bytes, read_forget
 from salun_core.tasks.run_facts import read_run_facts
-from salun_core.tasks.task import TuningOptions
+from salun_core.tasks.task import TuningOptions, named
 from salun_core.telemetry.observe import observed
 from salun_core.times import utc_clock
 
@@ -284,6 +284,7 @@ def compute_mask(
         recipe, count = parse_recipe(method, density, method_config), _count(processes)
         version = _pinned(pod, first, folder).parent  # the facts of an artifact are for people, and not verified
         task = OpenLine(pod.store, pod.model_line, version).task
+        recipe = named(task, recipe, tune=True)  # the mask is the same without a search
         if recipe.leaves_method_open or not get_method(task.methods, recipe.method).needs_mask:
             return Reference(kind=Kind.MASK, facts={"method": recipe.method, "needed": "no"}, made_from=given)
         context, _ = _open(pod, first, folder)

@@ -21,7 +21,7 @@ from salun_core.tasks import TASKS
 from salun_core.tasks.ingredients import absent_evaluators
 from salun_core.tasks.line import OpenLine
 from salun_core.tasks.resolve import AUTO, check_policy, read_forget, read_policy_early
-from salun_core.tasks.task import Task, check_recipe
+from salun_core.tasks.task import Task, check_recipe, named
 from salun_core.tuning import parse_budget
 from salun_core.tuning.space import methods_of
 
@@ -158,7 +158,7 @@ def _check_recipe(faults: _Faults, form: RunForm, task: Task[Any] | None) -> Non
             )
         )
     if form.tune:
-        faults.of("tune", task.check_tuning, form.method, form.recipe.overrides)
+        faults.of("tune", task.check_tuning, named(task, form.recipe, tune=True).method, form.recipe.overrides)
     if isinstance(form, DeletionSweepForm):
         faults.of("the policy of the sweep", _sweep_policy, form, task)
 

@@ -11,6 +11,7 @@ from salun_core.methods.recipe import Recipe
 from salun_core.saliency import SaliencyMask
 from salun_core.steps.context import RunContext, method_label
 from salun_core.tasks.masks import make_mask, mask_facts
+from salun_core.tasks.task import named
 
 
 def compute_mask(context: RunContext, recipe: Recipe, out: Path, random_seed: int | None = None) -> SaliencyMask:
@@ -38,6 +39,7 @@ def compute_mask(context: RunContext, recipe: Recipe, out: Path, random_seed: in
     with context.distributed("compute_mask") as (metrics, group):
         started = time.perf_counter()
         task = context.task
+        recipe = named(task, recipe, tune=True)  # the scores are the same without a search
         if not recipe.leaves_method_open:
             config = resolve_config(task.methods, recipe.method, recipe.method_config)
         context.require_same_inputs(group)

@@ -47,7 +47,7 @@ def run_all(
     Args:
         form: the parameters.
         folder: working folder; each step writes to it.
-        say: called with the name of each step before it starts, and with the reason why the adaptive recipe ended.
+        say: called with the name of each step before it starts, and with the reason of the end of measured rounds.
         run: id of the run; a new one by default.
         on_trial: called after each trial of a search.
 
@@ -85,7 +85,7 @@ def run_steps(
     )
     say("fetch_model")
     fetched = fetch_model(context)
-    check_recipe(context.task, recipe, tune=form.tune)
+    recipe = check_recipe(context.task, recipe, tune=form.tune)
     say("compute_mask")
     compute_mask(context, recipe, mask)
     say("unlearn")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from salun_core.config import Document, parse, parse_text
-from salun_core.methods.recipe import Recipe
+from salun_core.methods.recipe import DEFAULT_METHOD, Recipe
 from salun_core.sweeps.policy import BatchLimits
 
 
@@ -24,9 +24,10 @@ class RunForm(Document):
     store_uri: str = Field(description="The object store of model lines and requests, as s3://bucket/prefix.")
 
     method: str = Field(
-        default="salun",
-        description="The unlearning method. With tune also auto, or several names separated by commas: the search "
-        "chooses one. In a sweep, the cause of a refusal decides which recipe comes next.",
+        default=DEFAULT_METHOD,
+        description="The unlearning method. default: salun_adaptive for classifiers, salun for diffusion models. With "
+        "tune also auto, or several names separated by commas: the search chooses one. In a sweep, the cause of a "
+        "refusal decides which recipe comes next.",
     )
     density: float = Field(
         default=0.5, gt=0, le=1, description="Share of the weights that may change, above 0 and at most 1."

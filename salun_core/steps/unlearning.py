@@ -65,7 +65,7 @@ def run_unlearning(
         task, inputs = context.task, context.inputs
         context.require_same_inputs(group)
         given = read_mask(mask, inputs)
-        check_recipe(task, recipe, tune=tuning is not None)
+        recipe = check_recipe(task, recipe, tune=tuning is not None)
         tuned, masked = None, not recipe.leaves_method_open and get_method(task.methods, recipe.method).needs_mask
         given = given if masked else None
         if tuning is not None and _has_settings_to_search(context, recipe, group):

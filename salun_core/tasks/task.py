@@ -23,7 +23,7 @@ from salun_core.methods.config import LoopConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
 from salun_core.methods.loop import OnEpoch
 from salun_core.methods.method import Method, UnlearnResult, resolve_config
-from salun_core.methods.recipe import Escalation, Recipe
+from salun_core.methods.recipe import DEFAULT_METHOD, Escalation, Recipe
 from salun_core.models.card import Card
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
@@ -264,6 +264,11 @@ class Task(Protocol[InputsT]):
         ...
 
     @property
+    def default_method(self) -> str:
+        """Name of the method of a run that names none."""
+        ...
+
+    @property
     def optional_metrics(self) -> bool:
         """Whether it has metrics that are off by default."""
         ...
@@ -377,8 +382,22 @@ class Task(Protocol[InputsT]):
         ...
 
 
-def check_recipe(task: Task[Any], recipe: Recipe, *, tune: bool) -> None:
-    """Check the method of a recipe and its settings, before any work.
+def named(task: Task[Any], recipe: Recipe, *, tune: bool = False) -> Recipe:
+    """Return a recipe that names its method.
+
+    The default of a search is `salun`: a method that chooses its own strength has nothing to search for.
+
+    Args:
+        task: task of the model; it has a default method.
+        recipe: its method may be `default`.
+        tune: whether the settings that are open are searched for.
+    """
+    method = "salun" if tune else task.default_method
+    return recipe.model_copy(update={"method": method}) if recipe.method == DEFAULT_METHOD else recipe
+
+
+def check_recipe(task: Task[Any], recipe: Recipe, *, tune: bool) -> Recipe:
+    """Check the method of a recipe and its settings, before any work, and return it with its method by name.
 
     Args:
         task: task of the model.
@@ -388,6 +407,7 @@ def check_recipe(task: Task[Any], recipe: Recipe, *, tune: bool) -> None:
     Raises:
         UsageError: an unknown method, invalid settings, or a recipe that leaves the method open without a search.
     """
+    recipe = named(task, recipe, tune=tune)
     if not recipe.leaves_method_open:
         resolve_config(task.methods, recipe.method, recipe.overrides)
     elif not tune:
@@ -396,3 +416,4 @@ def check_recipe(task: Task[Any], recipe: Recipe, *, tune: bool) -> None:
         )
     else:
         task.check_tuning(recipe.method, recipe.overrides)
+    return recipe

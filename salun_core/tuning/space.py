@@ -17,26 +17,9 @@ if TYPE_CHECKING:
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 _LEAST, _MOST = 0.1, 50.0  # factors of the method's default rate
 _CHOICES: dict[str, tuple[str, ...]] = {"order": ("sequential", "mixed"), "batch_norm": ("freeze", "update")}
-_ORDERED = frozenset({"salun", "random_label", "salun_soft"})
-
-_OWN: dict[str, dict[str, tuple[float, float, bool]]] = {
-    "salun_soft": {"soft_density": (0.02, 1.0, True)},
-    "l1_sparse": {"l1_strength": (1e-6, 1e-3, True)},
-    "neggrad_plus": {"retain_weight": (0.8, 0.999, False)},
-    "sfr_on": {"forget_strength": (2.5, 250.0, True)},
-    "influence": {"influence_strength": (1.5, 150.0, True)},
-    "lotus": {"temper_strength": (0.5, 16.0, True)},
-    "salun_lotus": {"temper_strength": (0.5, 16.0, True)},
-    "msg": {"reset_share": (0.05, 0.9, False)},
-}
-
-GROWING = frozenset(
-    {"salun", "random_label", "finetune", "gradient_ascent", "boundary_shrink", "neggrad_plus", "scrub"}
-)
-"""Methods whose n-epoch run at a constant rate is a prefix of a longer run: one trial measures every length."""
 
 PORTFOLIO = (
-    "salun",  # the product's own method: few changed weights, among the nearest for random samples and for classes
+    "salun",  # few changed weights, among the nearest for random samples and for classes
     "random_label",  # SalUn without a mask: nearest for a random half, where few weights are not enough
     "scrub",  # keeps the most of D_r: among the nearest for classes and persons
     "sfr_on",  # ascent instead of wrong labels: nearest for a person, and independent of the methods above
@@ -98,22 +81,16 @@ class Space:
         Raises:
             UsageError: an invalid method or configuration, or no setting is left to search for.
         """
-        overrides = {"recipe": "fixed", **overrides}  # each trial is a fixed recipe, also if the default is not
         config, row = method_config(method, overrides), get_method(METHODS, method)
-        if config.recipe != "fixed":
-            raise UsageError(
-                f"the adaptive recipe of {method} is not tuned",
-                "it chooses its own strength",
-                "leave out the tuning, or `recipe: adaptive`",
-            )
-        if row.fresh_start:
-            raise UsageError(f"{method} is not tuned", "it trains fresh weights by its recipe", "leave the tuning out")
+        if row.train or row.fresh_start:
+            why = "it chooses its own strength" if row.train else "it trains fresh weights by its recipe"
+            raise UsageError(f"{method} is not tuned", why, "leave the tuning out, or search the method salun")
         rate = config.learning_rate
         ranges = {} if row.edit else {"learning_rate": (rate * _LEAST, rate * _MOST, True)}
-        ranges = {name: item for name, item in (ranges | _OWN.get(method, {})).items() if name not in overrides}
-        read = {"batch_norm": not row.edit and normalised, "order": method in _ORDERED}
+        ranges = {name: item for name, item in {**ranges, **row.search}.items() if name not in overrides}
+        read = {"batch_norm": not row.edit and normalised, "order": "order" in row.config_type.model_fields}
         choices = {name: values for name, values in _CHOICES.items() if read[name] and name not in overrides}
-        growing = method in GROWING and config.schedule == "constant" and config.forget_parts == 1
+        growing = row.grows and config.schedule == "constant" and config.forget_parts == 1
         densities = (DENSITIES if density is None else (density,)) if row.needs_mask else ()
         if not ranges and not choices and len(densities) < 2 and config.epochs == 1:
             raise UsageError("there is nothing to search for", "all settings are fixed", "leave one of them out")
@@ -196,4 +173,4 @@ def methods_of(method: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in method.split(","))
 
 
-assert set(METHODS) >= GROWING | _ORDERED | set(_OWN) | set(PORTFOLIO)
+assert set(METHODS) >= set(PORTFOLIO)

@@ -53,14 +53,14 @@ class Run:
         return read_reference(self.made[name].path)
 
     def fetch(self, **changes: Any) -> Any:
-        given = {"forget_manifest_uri": self.forget_uri, "method_config": QUICK, **changes}
+        given = {"forget_manifest_uri": self.forget_uri, "method": "salun", "method_config": QUICK, **changes}
         return fetch_model.python_func(**self.address, **given, inputs=self.artifact("inputs"))
 
     def mask(self, **changes: Any) -> None:
         compute_mask.python_func(self.made["inputs"], **self.address, mask=self.artifact("mask"), **changes)
 
     def unlearn(self, **changes: Any) -> None:
-        given = {"method_config": QUICK, **changes}
+        given = {"method": "salun", "method_config": QUICK, **changes}
         unlearn.python_func(self.made["mask"], **self.address, unlearned=self.artifact("after"), **given)
 
     def evaluate(self, **changes: Any) -> None:

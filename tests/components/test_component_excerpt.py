@@ -32,7 +32,7 @@ from salun_core.tasks.line import OpenLine
 
 pytestmark = pytest.mark.s3
 LINE, ROWS, FORGOTTEN = "large", 120, 4
-QUICK = json.dumps({"recipe": "fixed", "epochs": 1, "learning_rate": 0.0005})
+QUICK = json.dumps({"epochs": 1, "learning_rate": 0.0005})
 
 
 @pytest.fixture(scope="module")

@@ -364,7 +364,7 @@ def test_a_run_settles_its_requests_and_downloads_each_model_once_a_step(run, si
     """The model before by every step that computes, the model after by the two that judge it; fetch takes neither."""
     ledger, downloaded = Ledger(run.store, utc_clock), []
     ledger.submit("r-1", LINE, ClassTarget(class_id=3))
-    found = claim(run, method_config=QUICK)
+    found = claim(run, method="salun", method_config=QUICK)
     assert (found["requests"], found["config"]) == (1, QUICK)
     monkeypatch.setattr(S3Store, "download", counting(S3Store.download, downloaded))
     fetch = partial(run.fetch, forget_manifest_uri=found["forget"])
@@ -389,7 +389,7 @@ def test_a_run_settles_its_requests_and_downloads_each_model_once_a_step(run, si
 def test_the_exit_handler_names_the_step_that_was_killed(run, signed):
     ledger = Ledger(run.store, utc_clock)
     ledger.submit("r-1", LINE, ClassTarget(class_id=3))
-    found = claim(run, method_config=QUICK)
+    found = claim(run, method="salun", method_config=QUICK)
     run.fetch(forget_manifest_uri=found["forget"])
     run.mask()  # killed in the next step: nothing writes an outcome
     pod.write_outcome(run.store, pod.new_outcome("run-1", LINE, pod.RunState.RUNNING, "unlearn works", step="unlearn"))
@@ -437,7 +437,7 @@ def test_the_exit_handler_of_a_line_that_does_not_exist_ends_well(run):
 
 def test_a_run_that_another_one_settled_publishes_nothing(run, signed):
     Ledger(run.store, utc_clock).submit("r-1", LINE, ClassTarget(class_id=3))
-    found = claim(run, method_config=QUICK)
+    found = claim(run, method="salun", method_config=QUICK)
     run.fetch(forget_manifest_uri=found["forget"])
     from salun_core.steps.settle import settle_requests as settle
 
@@ -480,7 +480,8 @@ def compact(run, **changes):
     named = {"metrics": dsl.Metrics(), "classification": dsl.ClassificationMetrics()}
     named |= {"report": run.artifact("report", dsl.HTML), "summary": run.artifact("summary", dsl.Markdown)}
     run.made |= named
-    return sweep_compact.python_func(**run.address, **named, **{"min_requests": 1, "method_config": QUICK, **changes})
+    recipe = {"method": "salun", "method_config": QUICK}
+    return sweep_compact.python_func(**run.address, **named, **{"min_requests": 1, **recipe, **changes})
 
 
 def test_the_compact_sweep_does_all_in_one_step(run, signed):

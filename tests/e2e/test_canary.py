@@ -101,6 +101,7 @@ def test_nothing_that_was_named_is_found_after_settling(store, line, tmp_path, m
             "store_uri": store.uri,
             "min_requests": 1,
             "policy_uri": str(policy),
+            "method": "salun",
             "method_config": json.dumps({"epochs": 1, "device": "cpu"}),
             "max_forget_fraction": 0.3,
         },

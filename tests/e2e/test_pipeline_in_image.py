@@ -85,7 +85,7 @@ class Cluster:
         )
         local.init(runner=runner, pipeline_root=str(root))
         text = for_this_machine(load_package(pipeline, IMAGE).text, f"image-{secrets.token_hex(4)}", {})
-        components.load_component_from_text(text)(model_line=LINE, method_config=QUICK, **arguments)
+        components.load_component_from_text(text)(model_line=LINE, method="salun", method_config=QUICK, **arguments)
         return root
 
 

@@ -150,5 +150,7 @@ def test_salun_accepts_the_command(job):
     context = command.make_context(verb, list(options))
     assert str(context.params["mask"]).startswith("/artifacts/")
     assert str(context.params["out"]).startswith("/artifacts/")
-    assert method_config(context.params["method"], read_settings(context.params["settings"])).recipe == "adaptive"
+    assert method_config(context.params["method"], read_settings(context.params["settings"])) == method_config(
+        "salun_adaptive"
+    )
     assert context.params["processes"] == 1  # torchrun starts them

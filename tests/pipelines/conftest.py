@@ -40,7 +40,7 @@ class TrainedLine:
     def arguments(self, **changes: object) -> dict[str, object]:
         quick = json.dumps({"epochs": 1, "learning_rate": 0.0005})
         common = {"model_line": LINE, "store_uri": self.store.uri, "forget_manifest_uri": self.forget_uri}
-        return {**common, "method_config": quick, **changes}
+        return {**common, "method": "salun", "method_config": quick, **changes}
 
     def run(self, folder: Path, say=lambda line: None, *, forked: bool = True, **changes: object) -> LocalRun:
         return run_compiled(SHIPPED, self.arguments(**changes), folder, say, forked=forked)

@@ -46,7 +46,8 @@ class SweptLine:
         return read_head(self.store, "digits")[0].version
 
     def sweep(self, name, **changes):
-        common = {"model_line": "digits", "store_uri": self.store.uri, "min_requests": 1, "method_config": QUICK}
+        common = {"model_line": "digits", "store_uri": self.store.uri, "min_requests": 1}
+        common |= {"method": "salun", "method_config": QUICK}
         return run_compiled(SWEEP, {**common, **changes}, self.folder / name)
 
     def left_nothing_behind(self, run):

@@ -6,7 +6,7 @@ from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
-from salun_core.methods.classification import UnlearnConfig, unlearn
+from salun_core.methods.classification import METHODS, unlearn
 
 RATE = 0.1
 PLAIN = {
@@ -38,7 +38,7 @@ FORGET, RETAIN = pair(7, 1), pair(20, 2)
 
 def run(method, model=None, forget=FORGET, retain=RETAIN, **config):
     extra = {key: config.pop(key) for key in ("checkpoint", "on_epoch", "mask", "held_out") if key in config}
-    settings = UnlearnConfig(**{**PLAIN, **config})
+    settings = METHODS[method].config_type(**{**PLAIN, **config})
     return unlearn(model or linear(), method, forget=forget, retain=retain, config=settings, **extra)
 
 

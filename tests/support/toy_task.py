@@ -89,6 +89,7 @@ class ToyTask:
     card_tasks = ("toy",)
     card_type = ToyCard
     methods = {name: Method(config_type=LoopConfig, needs_mask=name == "ascent") for name in ("ascent", "retrain")}
+    default_method = "ascent"
     optional_metrics = False
     excerpts = False
     load = staticmethod(ToyModel)

@@ -79,7 +79,7 @@ def retain():
 def erased(net, forget, retain):
     chosen = salun.mask(net, forget, **QUIET)
     config = {"epochs": 2, "learning_rate": 0.1, "batch_size": 32}
-    return chosen, salun.unlearn(net, forget=forget, retain=retain, mask=chosen, config=config, **QUIET)
+    return chosen, salun.unlearn(net, "salun", forget=forget, retain=retain, mask=chosen, config=config, **QUIET)
 
 
 ROOT = Path(__file__).parents[2]
@@ -276,7 +276,7 @@ class TestMaskAndUnlearn:
         model = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 8), nn.Linear(8, CLASSES))
         model[1].requires_grad_(False)
         chosen = salun.mask(model, forget, density=0.5, **QUIET)
-        result = salun.unlearn(model, forget=forget, retain=retain, mask=chosen, config={"epochs": 1}, **QUIET)
+        result = salun.unlearn(model, "salun", forget=forget, retain=retain, mask=chosen, config={"epochs": 1}, **QUIET)
 
         assert chosen.k == round(0.5 * (8 * CLASSES + CLASSES))
         assert not chosen.tensor("1.weight").any()
@@ -374,7 +374,7 @@ def saved(digits_model):
     images = salun.sets(model, CLASS)
     chosen = salun.mask(model, images.forget, density=0.5, **QUIET)
     result = salun.unlearn(
-        model, forget=images.forget, retain=images.retain, mask=chosen, config=RECIPE, seed=3, **QUIET
+        model, "salun", forget=images.forget, retain=images.retain, mask=chosen, config=RECIPE, seed=3, **QUIET
     )
     return model, chosen, result
 
@@ -384,7 +384,7 @@ def test_the_default_compares_with_held_out_images(net, forget, retain):
     made = salun.unlearn(net, forget=forget, retain=retain, mask=chosen, held_out=few, **QUIET)
     kept = int((few[1] != 1).sum())  # class 1 is forgotten as a whole
 
-    assert made.config.recipe == "adaptive"
+    assert made.method == "salun_adaptive"
     assert made.ended.endswith(f"compared with {kept} images of the validation split")
 
 

@@ -81,10 +81,10 @@ def test_a_refusal_has_words_figures_cause_and_the_next_step():
         assert "not_forgotten" in text
 
 
-def test_an_adaptive_run_that_was_too_weak_leads_to_the_fixed_recipe_and_one_that_was_too_strong_to_another_method():
-    run = RunFacts(method="salun", config={"recipe": "adaptive", "learning_rate": 0.003})
+def test_an_adaptive_run_that_was_too_weak_leads_to_salun_and_one_that_was_too_strong_to_another_method():
+    run = RunFacts(method="salun_adaptive", config={"learning_rate": 0.003})
     for area, then in (
-        (0.81, "unlearn with more strength, such as learning_rate=0.006 (the recipe was adaptive)"),
+        (0.81, "unlearn with more strength, such as --method salun with learning_rate=0.006"),
         (0.19, "use another method, such as --method retrain"),
     ):
         found = Metric(before=0.99, after=area, n=50, low=area - 0.05, high=area + 0.05)

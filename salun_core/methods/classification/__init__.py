@@ -16,7 +16,6 @@ from torch import nn
 from salun_core.data.images import Images, ImageSet, ImageSource
 from salun_core.digest import digest_json, sha256_bytes
 from salun_core.errors import DataError
-from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore, FileCheckpoint
 from salun_core.methods.classification import (
     amun,
@@ -33,19 +32,19 @@ from salun_core.methods.classification import (
     random_label,
     retrain,
     salun,
+    salun_adaptive,
     salun_lotus,
     salun_soft,
     scrub,
     sfr_on,
 )
-from salun_core.methods.classification.adaptive import AdaptiveRun
-from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, Trained, Training
 from salun_core.methods.classification.rum import expected_cost, forget_in_parts
 from salun_core.methods.classification.training import reinitialised
 from salun_core.methods.config import UnlearnConfig, pick_device
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
 from salun_core.methods.loop import OnEpoch, run_loop
-from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config
+from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config, settings_of
 from salun_core.methods.sharded import collected, is_sharded, require_several, shard_weights
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
@@ -53,7 +52,8 @@ from salun_core.saliency.masked_step import own, own_part
 
 __all__ = ["METHODS", "FileCheckpoint", "UnlearnConfig", "UnlearnResult", "method_config", "pick_device", "unlearn"]
 
-METHODS: dict[str, ClassifierMethod] = {
+METHODS: dict[str, ClassifierMethod[Any]] = {
+    "salun_adaptive": salun_adaptive.METHOD,
     "salun": salun.METHOD,
     "random_label": random_label.METHOD,
     "retrain": retrain.METHOD,
@@ -74,20 +74,24 @@ METHODS: dict[str, ClassifierMethod] = {
     "amun": amun.METHOD,
 }
 
+DEFAULT = "salun_adaptive"
+"""The method of a run that names none: docs/research/study.md has it tied with the best of most suites."""
+
 
 def method_config(name: str, overrides: Mapping[str, Any] | None = None) -> UnlearnConfig:
     """Resolve the configuration of a classifier method; see `salun_core.methods.method.resolve_config`."""
-    return resolve_config(METHODS, name, overrides)
+    config: UnlearnConfig = resolve_config(METHODS, name, overrides)
+    return config
 
 
-def expected_passes(row: ClassifierMethod, context: ClassifierContext) -> int:
+def expected_passes(row: ClassifierMethod[Any], context: ClassifierContext[Any]) -> int:
     """Return the cost of a run in image passes before it begins."""
     return rounded_up(expected_cost(row, context))
 
 
 def unlearn(
     model: nn.Module,
-    method: str = "salun",
+    method: str = DEFAULT,
     *,
     forget: Images,
     retain: Images,
@@ -108,9 +112,9 @@ def unlearn(
         retain: D_r with true labels.
         config: a `UnlearnConfig`, or what differs from the method's defaults.
         mask: for methods that need one; refused by those that do not.
-        held_out: images that the model was not trained on, with true labels; LoTUS and the adaptive recipe measure the
-            model on them. Nothing trains on them, and the test data must not be among them. Without them the adaptive
-            recipe holds back a part of D_r, which tells it less.
+        held_out: images that the model was not trained on, with true labels; LoTUS and `salun_adaptive` measure the
+            model on them. Nothing trains on them, and the test data must not be among them. Without them
+            `salun_adaptive` holds back a part of D_r, which tells it less.
         fresh: builds a model with fresh weights from a seed, for `retrain`; by default the layers of `model` are reset.
         checkpoint: keeps the state after each epoch, and resumes from it.
         on_epoch: called after each epoch.
@@ -126,43 +130,40 @@ def unlearn(
         ModelError: the loss became NaN or infinite.
         IntegrityError: the processes received different inputs, or ended with different weights.
     """
-    row = get_method(METHODS, method)
-    settings = config if isinstance(config, UnlearnConfig) else method_config(method, config)
+    row, settings = get_method(METHODS, method), settings_of(METHODS, method, config)
     row.check_mask(method, mask)
     row.check_sharding(method, settings)
     shards = settings.sharding == "fsdp"
     if shards:
         require_several(group.size)
     device = pick_device(settings.device)
-    sets = ImageSet.of(forget, "forget").to(device), ImageSet.of(retain, "retain").to(device)
     placed = partial(shard_weights if shards else _on, device=device)
-    started = placed(_started(model, row, fresh, fresh_seed(settings.seed, len(sets[1]))))
-    adaptive = settings.recipe == "adaptive"
-    needed = row.needs_original or adaptive
-    original = placed(copy.deepcopy(model).requires_grad_(False)).eval() if needed else None
-    read = held_out is not None and (row.reads_held_out or adaptive)
-    unseen = _of_kept_classes(held_out, sets[1]) if held_out is not None and read else None
-    classes = _checked_classes(started, *sets)
-    context = ClassifierContext(*sets, classes, settings, started, original, held_out=unseen)
+    d_f, d_r = ImageSet.of(forget, "forget").to(device), ImageSet.of(retain, "retain").to(device)
+    unseen = _of_kept_classes(held_out, d_r) if held_out is not None and row.reads_held_out else None
+    original = placed(copy.deepcopy(model).requires_grad_(False)).eval() if row.needs_original else None
+    started = placed(_started(model, row, fresh, fresh_seed(settings.seed, len(d_r))))
+    classes = _checked_classes(started, d_f, d_r)
+    context = ClassifierContext(d_f, d_r, classes, settings, started, original, held_out=unseen)
     fingerprint = _fingerprint(model, method, mask, context) if checkpoint or group.size > 1 else ""
     group.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
+
     begun = time.perf_counter()
     shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
-    given = (shared, fingerprint, on_epoch)
-    ending: str | None = None
-    if adaptive:
-        run = AdaptiveRun(context, group)
-        history = run_loop(started, run.phases, settings, mask, *given, group, run.begin)
-        cost, ending = float(run.passes), run.summary
-    elif settings.forget_parts > 1:
-        history, cost = forget_in_parts(row, context, partial(_run, row, mask, group), *given, group)
-    else:
-        history, ended = _run(row, mask, group, context, *given)
-        cost = row.cost(ended)
+    trained = _runner(row, settings)(context, Training(mask, shared, fingerprint, on_epoch, group))
     seconds = time.perf_counter() - begun
+
     changed = _changed_fraction(model, started, group)
     made = collected(started, model, group.main).eval() if shards else started
-    return UnlearnResult(made, method, settings, history, seconds, rounded_up(cost), changed, ending)
+    passes = rounded_up(trained.cost)
+    return UnlearnResult(made, method, settings, trained.history, seconds, passes, changed, trained.ended)
+
+
+def _runner(row: ClassifierMethod[Any], config: UnlearnConfig) -> Callable[[ClassifierContext[Any], Training], Trained]:
+    """Return what runs a method: itself, its phases on one part of D_f after the other, or once on all of it."""
+    if row.train is not None:
+        return row.train
+    once = partial(_run, row)
+    return partial(forget_in_parts, once) if config.forget_parts > 1 else once
 
 
 def rounded_up(cost: float) -> int:
@@ -170,7 +171,9 @@ def rounded_up(cost: float) -> int:
     return math.ceil(cost - 1e-6)
 
 
-def _started(model: nn.Module, row: ClassifierMethod, fresh: Callable[[int], nn.Module] | None, seed: int) -> nn.Module:
+def _started(
+    model: nn.Module, row: ClassifierMethod[Any], fresh: Callable[[int], nn.Module] | None, seed: int
+) -> nn.Module:
     if not row.fresh_start:
         return copy.deepcopy(model)
     return fresh(seed) if fresh else reinitialised(copy.deepcopy(model), seed)
@@ -186,26 +189,15 @@ def _on(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def _run(
-    row: ClassifierMethod,
-    mask: SaliencyMask | None,
-    group: ProcessGroup,
-    context: ClassifierContext,
-    checkpoint: CheckpointStore | None,
-    fingerprint: str,
-    on_epoch: OnEpoch | None,
-) -> tuple[list[EpochRecord], ClassifierContext]:
-    """Train or edit the context's model in place, and return the context as `begin` extended it.
-
-    The model's architecture is unchanged afterwards.
-    """
-    model = context.model
+def _run(row: ClassifierMethod[Any], context: ClassifierContext[Any], training: Training) -> Trained:
+    """Train or edit the context's model in place. Its architecture is unchanged afterwards."""
+    model, group = context.model, training.group
     assert model is not None
     if row.edit is not None:
         row.edit(context)
         group.synchronise(model)
         model.eval()
-        return [], context
+        return Trained([], row.cost(context))
     phases = row.phases
     assert phases is not None
     shapes = _shapes(model)
@@ -214,16 +206,16 @@ def _run(
         model,
         lambda epoch, generator: phases(replace(begun, epoch=epoch).drawn(generator), generator),
         context.config,
-        mask,
-        checkpoint,
-        fingerprint,
-        on_epoch,
+        training.mask,
+        training.checkpoint,
+        training.fingerprint,
+        training.on_epoch,
         group,
     )
     if row.finish:
         row.finish(model, context.num_classes)
     assert _shapes(model) == shapes
-    return history, begun
+    return Trained(history, row.cost(begun))
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -259,7 +251,7 @@ def _checked_classes(model: nn.Module, forget: ImageSource, retain: ImageSource)
     return num_classes
 
 
-def _fingerprint(model: nn.Module, method: str, mask: SaliencyMask | None, context: ClassifierContext) -> str:
+def _fingerprint(model: nn.Module, method: str, mask: SaliencyMask | None, context: ClassifierContext[Any]) -> str:
     settings = context.config.model_dump(exclude={"device", "sharding"})
     parts: list[Any] = [model_digest(model), method, settings, mask.digest if mask else None]
     held_out = [context.held_out] if context.held_out is not None else []

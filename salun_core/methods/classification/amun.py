@@ -21,17 +21,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from salun_core.data.images import ImageSet, ImageSource, Normalisation
 from salun_core.device_memory import fitting
 from salun_core.methods.classification.method import (
-    DRAWS_RETAIN,
     ClassifierContext,
     ClassifierMethod,
     classification_loss,
     share_step,
 )
+from salun_core.methods.config import DrawingConfig
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import Phase, Step
 
@@ -39,8 +40,17 @@ _STEP = 0.1  # share of ε that a step of the attack moves
 _DOUBLINGS = 16  # from 0.04 to 1,300: no two images of 224 pixels are as far apart
 
 
+class AmunConfig(DrawingConfig):
+    """Settings of the attack."""
+
+    adversarial_radius: float = Field(
+        default=0.04, gt=0, allow_inf_nan=False, description="first ε of the attack, where pixels go from 0 to 1"
+    )
+    adversarial_steps: int = Field(default=50, ge=1, description="steps of the attack before its radius is doubled")
+
+
 @dataclass(frozen=True, kw_only=True)
-class AmunContext(ClassifierContext):
+class AmunContext(ClassifierContext[AmunConfig]):
     """A context with what is computed once.
 
     Args:
@@ -131,7 +141,7 @@ def _unit(images: Tensor) -> Tensor:
     return images / _norm(images)
 
 
-def begin(context: ClassifierContext) -> ClassifierContext:
+def begin(context: ClassifierContext[AmunConfig]) -> ClassifierContext[AmunConfig]:
     """Attack θ_o on D_f; a resumed run repeats the attack, with the same result."""
     config, forget = context.config, context.forget
     assert context.original is not None
@@ -153,7 +163,7 @@ def begin(context: ClassifierContext) -> ClassifierContext:
     )
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[AmunConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: all images and D_A, shuffled together. Augmented, D_A would leave the decision boundary."""
     assert isinstance(context, AmunContext)
     config, adversarial = context.config, context.adversarial
@@ -172,7 +182,7 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [Phase("mixed", known.labels.device, total, -(-total // config.batch_size), draw)]
 
 
-def passes(context: ClassifierContext) -> float:
+def passes(context: ClassifierContext[AmunConfig]) -> float:
     """Return the cost in image passes. Before the attack, its cost is taken as all steps at the first radius."""
     forget, retain, config = context.forget, context.retain, context.config
     partly = int(torch.isin(forget.labels, retain.labels).sum())
@@ -183,9 +193,12 @@ def passes(context: ClassifierContext) -> float:
 
 METHOD = ClassifierMethod(
     phases,
+    config_type=AmunConfig,
+    about="trains on all images and the nearest adversarial examples of D_f",
+    source='Ebrahimpour-Boroojeny et al., "Not All Wrong is Bad", ICML 2025',
     defaults={"learning_rate": 0.01, "batch_norm": "update"},
-    reads=DRAWS_RETAIN | {"adversarial_radius", "adversarial_steps"},
     needs_original=True,
+    needs="D_f as float",
     begin=begin,
     passes=passes,
 )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from salun_core.errors import ModelError
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.loop import Phase
 
 
@@ -37,7 +38,7 @@ def last_linear(model: nn.Module, outputs: int) -> nn.Linear:
     return found[-1]
 
 
-def begin(context: ClassifierContext) -> ClassifierContext:
+def begin(context: ClassifierContext[UnlearnConfig]) -> ClassifierContext[UnlearnConfig]:
     """Add a row to the last layer, in place.
 
     Raises:
@@ -57,7 +58,7 @@ def begin(context: ClassifierContext) -> ClassifierContext:
 
 
 @torch.no_grad()
-def _check_outputs(model: nn.Module, context: ClassifierContext, expected: int) -> None:
+def _check_outputs(model: nn.Module, context: ClassifierContext[UnlearnConfig], expected: int) -> None:
     what, remedy = "the model's last linear layer does not compute its logits", "use another method"
     try:
         outputs = model(next(iter(context.forget.select([0]).batches(1)))[0]).shape[1]
@@ -81,10 +82,18 @@ def _replace(head: nn.Linear, name: str, values: Tensor) -> None:
     setattr(head, name, nn.Parameter(values, requires_grad=old.requires_grad))
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[UnlearnConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f under the label K."""
     new_class = torch.full_like(context.forget.labels, context.num_classes)
     return [context.phase("forget", context.forget.relabelled(new_class))]
 
 
-METHOD = ClassifierMethod(phases, defaults={"learning_rate": 1e-4}, begin=begin, finish=finish)
+METHOD = ClassifierMethod(
+    phases,
+    about="trains D_f towards an additional class, then removes this class",
+    source='Chen et al., "Boundary Unlearning", CVPR 2023',
+    defaults={"learning_rate": 1e-4},
+    needs="a linear head",
+    begin=begin,
+    finish=finish,
+)

@@ -16,11 +16,19 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from salun_core.data.images import Normalisation
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
+from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.loop import Phase
+
+
+class ShrinkConfig(UnlearnConfig):
+    """Length of the step to the boundary."""
+
+    adversarial_step: float = Field(default=0.1, gt=0, le=1, description="ε, where pixels go from 0 to 1")
 
 
 def nearest_wrong_labels(
@@ -56,7 +64,7 @@ def stepped(images: Tensor, direction: Tensor, step: float, normalisation: Norma
     return (images + step / std * direction).maximum(-mean / std).minimum((1 - mean) / std)
 
 
-def loss(context: ClassifierContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def loss(context: ClassifierContext[ShrinkConfig], model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy with the nearest wrong labels."""
     assert context.original is not None
     nearest = nearest_wrong_labels(
@@ -65,20 +73,23 @@ def loss(context: ClassifierContext, model: nn.Module, images: Tensor, labels: T
     return cross_entropy(model(images), nearest)
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[ShrinkConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f."""
     return [context.phase("forget", context.forget, partial(loss, context))]
 
 
-def passes(context: ClassifierContext) -> float:
+def passes(context: ClassifierContext[ShrinkConfig]) -> float:
     """Return the cost in image passes: the model, θ_o for the gradient, and a third of a pass of θ_o for y'."""
     return context.config.epochs * len(context.forget) * 7 / 3
 
 
 METHOD = ClassifierMethod(
     phases,
+    config_type=ShrinkConfig,
+    about="trains D_f towards the nearest wrong class",
+    source="Chen et al., CVPR 2023",
     defaults={"learning_rate": 1e-4},
-    reads=frozenset({"adversarial_step"}),
     needs_original=True,
+    grows=True,
     passes=passes,
 )

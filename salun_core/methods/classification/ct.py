@@ -16,11 +16,12 @@ from torch import nn
 
 from salun_core.errors import ModelError
 from salun_core.methods.classification import finetune
-from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.config import DrawingConfig
 
 
 @torch.no_grad()
-def begin(context: ClassifierContext) -> ClassifierContext:
+def begin(context: ClassifierContext[DrawingConfig]) -> ClassifierContext[DrawingConfig]:
     """Transpose the kernels in place; a resumed run begins at θ_o too.
 
     Raises:
@@ -43,7 +44,10 @@ def begin(context: ClassifierContext) -> ClassifierContext:
 # Batch norm is updated by default: the statistics of θ_o are not those of the transposed kernels.
 METHOD = ClassifierMethod(
     finetune.phases,
+    config_type=DrawingConfig,
+    about="transposes the kernels of convolutions, then trains on D_r",
+    source='the NeurIPS 2023 unlearning challenge; Cadet et al., "Deep Unlearn", 2024',
     defaults={"learning_rate": 0.01, "schedule": "cosine", "batch_norm": "update"},
+    needs="square kernels",
     begin=begin,
-    reads=DRAWS_RETAIN,
 )

@@ -11,13 +11,21 @@ from collections.abc import Sequence
 
 import torch
 
-from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.config import DrawingConfig, UnlearnConfig
 from salun_core.methods.loop import Phase
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[UnlearnConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_r."""
     return [context.phase("retain", context.retain)]
 
 
-METHOD = ClassifierMethod(phases, reads=DRAWS_RETAIN, shardable=True)
+METHOD = ClassifierMethod(
+    phases,
+    config_type=DrawingConfig,
+    about="continues training on D_r",
+    source="Warnecke et al., 2021; Golatkar et al., CVPR 2020",
+    grows=True,
+    shardable=True,
+)

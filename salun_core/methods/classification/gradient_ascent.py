@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, classification_loss
+from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.loop import Phase
 
 
@@ -21,9 +22,16 @@ def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return -classification_loss(model, images, labels)
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[UnlearnConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f with the loss negated."""
     return [context.phase("forget", context.forget, loss)]
 
 
-METHOD = ClassifierMethod(phases, shardable=True, defaults={"learning_rate": 5e-4})
+METHOD = ClassifierMethod(
+    phases,
+    about="ascends the loss of D_f",
+    source="Graves et al., AAAI 2021; Thudi et al., 2022",
+    defaults={"learning_rate": 5e-4},
+    grows=True,
+    shardable=True,
+)

@@ -19,15 +19,32 @@ ICLR 2024, and Jia et al., NeurIPS 2023. Deviations: docs/research/deviations.md
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from salun_core.data.images import ImageSource
 from salun_core.errors import DivergedError
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
+from salun_core.methods.config import UnlearnConfig
 from salun_core.saliency.scores import scoring
 
 
-def edit(context: ClassifierContext) -> None:
+class InfluenceConfig(UnlearnConfig):
+    """Settings of the step and of the Fisher matrix; those of a training are not used."""
+
+    influence_strength: float = Field(
+        default=15.0, gt=0, allow_inf_nan=False, description="α, what the direction is multiplied by"
+    )
+    influence_samples: int = Field(default=1000, ge=1, description="N, single retain images of the Fisher")
+    influence_sweeps: int = Field(
+        default=1, ge=1, description="times that these images are gone through; many give the exact inverse"
+    )
+    influence_damping: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="λ, added to the Fisher's diagonal"
+    )
+
+
+def edit(context: ClassifierContext[InfluenceConfig]) -> None:
     """Compute v, k and θ_u, in place.
 
     Raises:
@@ -46,7 +63,7 @@ def edit(context: ClassifierContext) -> None:
             parameter.add_(values, alpha=config.influence_strength)
 
 
-def removal_gradient(context: ClassifierContext) -> list[Tensor]:
+def removal_gradient(context: ClassifierContext[InfluenceConfig]) -> list[Tensor]:
     """Return v, one tensor per parameter, accumulated in the `.grad` tensors."""
     assert context.model is not None
     n_f, n_r = len(context.forget), len(context.retain)
@@ -57,7 +74,7 @@ def removal_gradient(context: ClassifierContext) -> list[Tensor]:
     return _taken(context.model)
 
 
-def fisher_images(context: ClassifierContext) -> ImageSource:
+def fisher_images(context: ClassifierContext[InfluenceConfig]) -> ImageSource:
     """Draw the N retain images of the Fisher matrix, at most `influence_samples`."""
     generator = torch.Generator().manual_seed(context.config.seed)
     order = torch.randperm(len(context.retain), generator=generator)
@@ -107,7 +124,7 @@ def _taken(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def passes(context: ClassifierContext) -> float:
+def passes(context: ClassifierContext[InfluenceConfig]) -> float:
     """Return the cost in image passes: both sets once, and the Fisher images once per sweep."""
     samples = min(context.config.influence_samples, len(context.retain))
     return len(context.forget) + len(context.retain) + samples * context.config.influence_sweeps
@@ -115,7 +132,11 @@ def passes(context: ClassifierContext) -> float:
 
 METHOD = ClassifierMethod(
     edit=edit,
+    config_type=InfluenceConfig,
+    about="one Newton-like step in closed form",
+    source='Izzo et al., AISTATS 2021; Singh & Alistarh, "WoodFisher", NeurIPS 2020',
     defaults={"epochs": 1},
-    reads=frozenset({"influence_strength", "influence_samples", "influence_sweeps", "influence_damping"}),
+    needs="one vector",
+    search={"influence_strength": (1.5, 150.0, True)},
     passes=passes,
 )

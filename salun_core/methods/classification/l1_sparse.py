@@ -13,18 +13,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from salun_core.methods.classification.method import (
-    DRAWS_RETAIN,
     ClassifierContext,
     ClassifierMethod,
     classification_loss,
 )
+from salun_core.methods.config import DrawingConfig
 from salun_core.methods.loop import Phase
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+class L1SparseConfig(DrawingConfig):
+    """Fine-tuning with γ."""
+
+    l1_strength: float = Field(
+        default=5e-5, ge=0, allow_inf_nan=False, description="γ of the first epoch; it falls linearly"
+    )
+
+
+def phases(context: ClassifierContext[L1SparseConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_r with the penalty of this epoch."""
     gamma = context.config.l1_strength * (1 - context.epoch / context.config.epochs)
 
@@ -35,4 +44,11 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [context.phase("retain", context.retain, loss)]
 
 
-METHOD = ClassifierMethod(phases, defaults={"learning_rate": 0.01}, reads=DRAWS_RETAIN | {"l1_strength"})
+METHOD = ClassifierMethod(
+    phases,
+    config_type=L1SparseConfig,
+    about="continues training on D_r, with a penalty on magnitudes",
+    source='Jia et al., "Model Sparsity Can Simplify Machine Unlearning", NeurIPS 2023',
+    defaults={"learning_rate": 0.01},
+    search={"l1_strength": (1e-6, 1e-3, True)},
+)

@@ -20,20 +20,34 @@ from functools import partial
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from salun_core.data.images import ImageSource
 from salun_core.errors import UsageError
 from salun_core.evaluation.outputs import correct_of
 from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, batches_of, share_step, shares
+from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import Phase, Step
 
 _BELOW = 0.01  # the authors' margin: a run that has forgotten more than this stops
 
 
+class LotusConfig(UnlearnConfig):
+    """Temperature, and the draw from D_r."""
+
+    temper_strength: float = Field(
+        default=2.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="α, how fast the temperature grows with the accuracy on D_f",
+    )
+    retain_share: float = Field(default=0.3, gt=0, le=1, description="share of D_r that the epochs train on")
+
+
 @dataclass(frozen=True, kw_only=True)
-class LotusContext(ClassifierContext):
+class LotusContext(ClassifierContext[LotusConfig]):
     """A context with what is computed once.
 
     Args:
@@ -45,7 +59,7 @@ class LotusContext(ClassifierContext):
     images: ImageSource
 
 
-def begin(context: ClassifierContext) -> ClassifierContext:
+def begin(context: ClassifierContext[LotusConfig]) -> ClassifierContext[LotusConfig]:
     """Measure A and draw from D_r.
 
     Raises:
@@ -58,11 +72,11 @@ def begin(context: ClassifierContext) -> ClassifierContext:
     return LotusContext(**vars(context), unseen=unseen_accuracy(context), images=images)
 
 
-def _draws(context: ClassifierContext) -> int:
+def _draws(context: ClassifierContext[LotusConfig]) -> int:
     return max(1, int(context.config.retain_share * len(context.retain)))
 
 
-def unseen_accuracy(context: ClassifierContext) -> float:
+def unseen_accuracy(context: ClassifierContext[LotusConfig]) -> float:
     """Return A, averaged over the class histogram of D_f.
 
     A class without held-out images gets the accuracy over all of them.
@@ -88,7 +102,7 @@ def unseen_accuracy(context: ClassifierContext) -> float:
 
 
 def tempered_loss(
-    context: ClassifierContext, temperature: float, model: nn.Module, images: Tensor, drawn: Tensor
+    context: ClassifierContext[LotusConfig], temperature: float, model: nn.Module, images: Tensor, drawn: Tensor
 ) -> Tensor:
     """Return the mean cross-entropy with the targets.
 
@@ -108,7 +122,7 @@ def tempered_loss(
     return -(targets * torch.log_softmax(model(images), dim=1)).sum(dim=1).mean()
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[LotusConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch over D_f and the draw of D_r; nothing if D_f is recognised less often than unseen data."""
     assert isinstance(context, LotusContext)
     assert context.model is not None
@@ -128,7 +142,7 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [Phase("mixed", images.labels.device, len(images), batches_of(images, config), draw)]
 
 
-def passes(context: ClassifierContext) -> float:
+def passes(context: ClassifierContext[LotusConfig]) -> float:
     """Return the cost in image passes; the outputs of θ_o and the accuracies count a third.
 
     A run that stops costs less; this is the cost of all epochs.
@@ -140,9 +154,12 @@ def passes(context: ClassifierContext) -> float:
 
 METHOD = ClassifierMethod(
     phases,
+    config_type=LotusConfig,
+    about="trains towards θ_o's own outputs, tempered on D_f",
+    source='Spartalis et al., "LoTUS", CVPR 2025',
     defaults={"epochs": 10, "learning_rate": 1e-4, "optimizer": "adamw", "batch_norm": "update"},
-    reads=frozenset({"temper_strength", "retain_share"}),
     needs_original=True,
+    search={"temper_strength": (0.5, 16.0, True)},
     begin=begin,
     passes=passes,
     reads_held_out=True,

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from salun_core.data.images import ImageSource
 from salun_core.errors import UsageError
+from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods import method
+from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.distributed import ProcessGroup, Share
-from salun_core.methods.loop import Phase, Step
+from salun_core.methods.loop import OnEpoch, Phase, Step
+from salun_core.saliency import SaliencyMask
+
+C = TypeVar("C", bound=UnlearnConfig)
+C_co = TypeVar("C_co", bound=UnlearnConfig, covariant=True)
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, images [B, C, H, W], labels [B]) -> scalar to descend, a mean over the batch."""
@@ -61,10 +67,6 @@ def _on_share(loss: Loss, share: Share, model: nn.Module) -> Tensor:
     return loss(model, share.images, share.labels)
 
 
-DRAWS_RETAIN = frozenset({"retain_fraction"})
-"""What each method reads that trains on the D_r of an epoch's context."""
-
-
 def batches_of(images: ImageSource | int, config: UnlearnConfig) -> int:
     """Return the number of batches of one pass over images, or over so many of them."""
     return -(-(images if isinstance(images, int) else len(images)) // config.batch_size)
@@ -102,7 +104,7 @@ def cycled_count(images: ImageSource, config: UnlearnConfig, batches: int) -> in
 
 
 @dataclass(frozen=True)
-class ClassifierContext:
+class ClassifierContext(Generic[C_co]):
     """Inputs of a method.
 
     Args:
@@ -121,7 +123,7 @@ class ClassifierContext:
     forget: ImageSource
     retain: ImageSource
     num_classes: int
-    config: UnlearnConfig = field(default_factory=UnlearnConfig)
+    config: C_co
     model: nn.Module | None = None
     original: nn.Module | None = None
     salient: Mapping[str, Tensor] = field(default_factory=dict)
@@ -131,7 +133,7 @@ class ClassifierContext:
     @property
     def retain_count(self) -> int:
         """Number of images of D_r in each epoch, at least 1."""
-        return max(1, round(self.config.retain_fraction * len(self.retain)))
+        return max(1, round(self.config.drawn_share * len(self.retain)))
 
     def drawn(self, generator: torch.Generator) -> Self:
         """Return the context with a draw of `retain_count` images of D_r.
@@ -141,7 +143,7 @@ class ClassifierContext:
         Args:
             generator: of the epoch. It is not used if all of D_r is trained on.
         """
-        if self.config.retain_fraction == 1:
+        if self.config.drawn_share == 1:
             return self
         order = torch.randperm(len(self.retain), generator=generator)[: self.retain_count]
         return replace(self, retain=self.retain.select(order.sort().values))
@@ -152,61 +154,87 @@ class ClassifierContext:
 
 
 @dataclass(frozen=True)
-class ClassifierMethod(method.Method[UnlearnConfig]):
-    """One row of `METHODS`: the phases of an epoch, or a closed-form edit.
+class Training:
+    """What a method runs its training with.
+
+    Args:
+        mask: of the weights that may change; None of all.
+        checkpoint: keeps the state of the run; None keeps none.
+        fingerprint: of the run.
+        on_epoch: called after each epoch.
+        group: the processes that share the work.
+    """
+
+    mask: SaliencyMask | None
+    checkpoint: CheckpointStore | None
+    fingerprint: str
+    on_epoch: OnEpoch | None
+    group: ProcessGroup
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a training went.
+
+    Args:
+        history: one record per epoch.
+        cost: in image passes.
+        ended: why it ended, in words, if the method decided that.
+    """
+
+    history: list[EpochRecord]
+    cost: float
+    ended: str | None = None
+
+
+@dataclass(frozen=True)
+class ClassifierMethod(method.Method[C]):
+    """One row of `METHODS`: the phases of an epoch, a training of its own, or a closed-form edit.
 
     Args:
         phases: (context, generator of the epoch) -> the phases of one epoch. The context's D_r is the epoch's own: if
-            the method reads `retain_fraction`, a draw from it.
+            the method's settings are a `DrawingConfig`, a draw from it.
         begin: called before the first epoch and before a resume; changes the model in training or extends the context.
         finish: (model, K): restores the original's architecture after training.
         edit: closed form: changes the model in training once, without epochs.
+        train: trains the context's model in place and decides itself how long; it measures its own strength, so that
+            there is nothing to search for.
         passes: cost of the run in image passes (one image forward and backward); a forward pass alone counts 1/3.
             By default each image of each phase counts once. An epoch has `retain_count` images of D_r.
-        reads_held_out: whether it measures the original on held-out images.
+        reads_held_out: whether it measures the model on held-out images.
     """
 
-    phases: Callable[[ClassifierContext, torch.Generator], Sequence[Phase]] | None = None
-    begin: Callable[[ClassifierContext], ClassifierContext] | None = None
+    base_config = UnlearnConfig
+    phases: Callable[[ClassifierContext[C], torch.Generator], Sequence[Phase]] | None = None
+    begin: Callable[[ClassifierContext[C]], ClassifierContext[C]] | None = None
     finish: Callable[[nn.Module, int], None] | None = None
-    edit: Callable[[ClassifierContext], None] | None = None
-    passes: Callable[[ClassifierContext], float] | None = None
+    edit: Callable[[ClassifierContext[C]], None] | None = None
+    train: Callable[[ClassifierContext[C], Training], Trained] | None = None
+    passes: Callable[[ClassifierContext[C]], float] | None = None
     reads_held_out: bool = False
-    config_type: type[UnlearnConfig] = field(default=UnlearnConfig, kw_only=True)
+    config_type: type[C] = field(default=UnlearnConfig, kw_only=True)  # type: ignore[assignment]
 
     @property
     def ways(self) -> tuple[object, ...]:
-        """The phases of a training, or a closed-form edit."""
-        return self.phases, self.edit
+        """The phases of an epoch, a training of its own, or a closed-form edit."""
+        return self.phases, self.train, self.edit
 
-    def check(self, name: str, config: UnlearnConfig) -> None:
-        """Reject what a method that starts from fresh weights, or the adaptive recipe, cannot do.
+    def check(self, name: str, config: C) -> None:
+        """Reject what fresh weights, or a method with a training of its own, cannot do.
 
         Raises:
             UsageError: batch norm is frozen, but fresh weights have no statistics to freeze; or the forget set is to
-                be divided, but the method does not use it or its recipe is adaptive; or the adaptive recipe is to draw
-                other retained images than its own.
+                be divided, but the method does not train on it, or measures all of it.
         """
         if self.fresh_start and config.batch_norm == "freeze":
             raise UsageError(
                 f"{name} cannot freeze batch norm", "fresh weights have no statistics yet", "set batch_norm: update"
             )
-        if config.recipe == "adaptive" and config.forget_parts > 1:
-            raise UsageError(
-                "the adaptive recipe cannot divide the forget set", "it measures all of it", "set recipe: fixed"
-            )
-        if config.recipe == "adaptive" and config.retain_fraction < 1:
-            raise UsageError(
-                "the adaptive recipe takes no retain_fraction",
-                "each round has a sample of its own: 5,000 retained images, and ten for each one to forget",
-                "leave retain_fraction out, or set recipe: fixed",
-            )
-        if self.fresh_start and config.forget_parts > 1:
-            raise UsageError(
-                f"{name} cannot divide the forget set", "it does not train on it", "leave forget_parts out"
-            )
+        if (self.fresh_start or self.train) and config.forget_parts > 1:
+            why = "it does not train on it" if self.fresh_start else "it measures all of it"
+            raise UsageError(f"{name} cannot divide the forget set", why, "leave forget_parts out")
 
-    def cost(self, context: ClassifierContext) -> float:
+    def cost(self, context: ClassifierContext[C]) -> float:
         """Return the cost of all epochs in image passes; with thirds, if images only go forward."""
         if self.passes:
             return self.passes(context)

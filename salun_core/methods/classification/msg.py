@@ -18,17 +18,30 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from salun_core.data.images import ImageSource
 from salun_core.device_memory import fitting
 from salun_core.errors import ModelError
-from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod, cross_entropy
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
+from salun_core.methods.config import DrawingConfig
 from salun_core.methods.loop import Phase
 from salun_core.saliency.scores import scoring
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class MsgConfig(DrawingConfig):
+    """Which weights are drawn afresh, and how the others are trained."""
+
+    reset_share: float = Field(
+        default=0.3, gt=0, le=1, description="ρ, share of each layer's weights that are drawn afresh"
+    )
+    kept_gradient: float = Field(
+        default=0.1, ge=0, le=1, description="κ, factor on the gradient of the other weights of these layers"
+    )
 
 
 def layers_of(model: nn.Module) -> dict[str, Tensor]:
@@ -45,7 +58,7 @@ def layers_of(model: nn.Module) -> dict[str, Tensor]:
     raise ModelError("the model has no layer to reset", "MSG needs convolutions or linear layers", "use another method")
 
 
-def gradient_difference(context: ClassifierContext) -> dict[str, Tensor]:
+def gradient_difference(context: ClassifierContext[MsgConfig]) -> dict[str, Tensor]:
     """Return g by parameter name, of the layers only."""
     model, config = context.model, context.config
     assert model is not None
@@ -91,7 +104,7 @@ def reset(weights: Mapping[str, Tensor], g: Mapping[str, Tensor], share: float, 
     return drawn
 
 
-def begin(context: ClassifierContext) -> ClassifierContext:
+def begin(context: ClassifierContext[MsgConfig]) -> ClassifierContext[MsgConfig]:
     """Compute g and draw weights afresh; the same in each call, because a resumed run begins at θ_o too."""
     assert context.model is not None
     g = gradient_difference(context)
@@ -99,7 +112,7 @@ def begin(context: ClassifierContext) -> ClassifierContext:
     return replace(context, salient=reset(weights, g, context.config.reset_share, context.config.seed))
 
 
-def loss(context: ClassifierContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def loss(context: ClassifierContext[MsgConfig], model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy; κ is applied by a detached copy of each weight, which leaves the weights as they are."""
     kappa, parameters = context.config.kept_gradient, dict(model.named_parameters())
     scaled = {}
@@ -109,12 +122,12 @@ def loss(context: ClassifierContext, model: nn.Module, images: Tensor, labels: T
     return cross_entropy(functional_call(model, scaled, (images,)), labels)
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[MsgConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_r."""
     return [context.phase("retain", context.retain, partial(loss, context))]
 
 
-def passes(context: ClassifierContext) -> float:
+def passes(context: ClassifierContext[MsgConfig]) -> float:
     """Return the cost in image passes: D_f and D' for g, then D_r in each epoch."""
     drawn = min(len(context.forget), len(context.retain))
     return len(context.forget) + drawn + context.config.epochs * context.retain_count
@@ -122,8 +135,11 @@ def passes(context: ClassifierContext) -> float:
 
 METHOD = ClassifierMethod(
     phases,
+    config_type=MsgConfig,
+    about="resets weights with a small gradient to random values, then trains on D_r",
+    source='the NeurIPS 2023 unlearning challenge; Cadet et al., "Deep Unlearn", 2024',
     defaults={"learning_rate": 0.01, "schedule": "cosine", "batch_norm": "update"},
-    reads=DRAWS_RETAIN | {"reset_share", "kept_gradient"},
+    search={"reset_share": (0.05, 0.9, False)},
     begin=begin,
     passes=passes,
 )

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from salun_core.methods.classification.method import (
-    DRAWS_RETAIN,
     ClassifierContext,
     ClassifierMethod,
     batches_of,
@@ -28,8 +28,17 @@ from salun_core.methods.classification.method import (
     cycled_count,
     shares,
 )
+from salun_core.methods.config import DrawingConfig
 from salun_core.methods.distributed import ProcessGroup, Share
 from salun_core.methods.loop import Phase, Step
+
+
+class NegGradConfig(DrawingConfig):
+    """How the losses of both sets are weighed."""
+
+    retain_weight: float = Field(
+        default=0.95, gt=0, lt=1, description="α, of the retain loss; the forget loss has 1 - α"
+    )
 
 
 def loss(alpha: float, retain: Share, forget: Share, model: nn.Module) -> Tensor:
@@ -48,7 +57,7 @@ def _step(alpha: float, retain: Share, forget: Share, samples: int) -> Step:
     return step
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[NegGradConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: each retain image once, in random order; each retain batch is paired with a forget batch."""
     config, retain = context.config, context.retain
 
@@ -60,12 +69,20 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [Phase("paired", retain.labels.device, len(retain), batches_of(retain, config), draw)]
 
 
-def passes(context: ClassifierContext) -> float:
+def passes(context: ClassifierContext[NegGradConfig]) -> float:
     """Return the cost in image passes: D_r and an equal number of D_f batches per epoch."""
     forget_images = cycled_count(context.forget, context.config, batches_of(context.retain_count, context.config))
     return context.config.epochs * (context.retain_count + forget_images)
 
 
 METHOD = ClassifierMethod(
-    phases, defaults={"gradient_clip": 1.0}, reads=DRAWS_RETAIN | {"retain_weight"}, passes=passes, shardable=True
+    phases,
+    config_type=NegGradConfig,
+    about="descends on D_r and ascends on D_f in each step",
+    source="Kurmanji et al., NeurIPS 2023",
+    defaults={"gradient_clip": 1.0},
+    search={"retain_weight": (0.8, 0.999, False)},
+    grows=True,
+    passes=passes,
+    shardable=True,
 )

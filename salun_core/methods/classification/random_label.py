@@ -11,12 +11,24 @@ Deviations: docs/research/deviations.md, row "wrong labels".
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
+from salun_core.methods.config import DrawingConfig
 from salun_core.methods.loop import Phase
+
+
+class RandomLabelConfig(DrawingConfig):
+    """Settings of random labelling, and of SalUn."""
+
+    order: Literal["sequential", "mixed"] = Field(
+        default="sequential",
+        description="each epoch all of the forget set, then all of the retain set; or both shuffled together",
+    )
 
 
 def wrong_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -34,7 +46,7 @@ def wrong_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -
     return (labels + shift) % num_classes
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[RandomLabelConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: D_f under wrong labels, then D_r; or both shuffled together."""
     wrong = context.forget.relabelled(wrong_labels(context.forget.labels, context.num_classes, generator))
     if context.config.order == "mixed":
@@ -42,4 +54,11 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [context.phase("forget", wrong), context.phase("retain", context.retain)]
 
 
-METHOD = ClassifierMethod(phases, reads=DRAWS_RETAIN, shardable=True)
+METHOD = ClassifierMethod(
+    phases,
+    config_type=RandomLabelConfig,
+    about="trains D_f towards wrong labels, D_r towards its own",
+    source="Golatkar et al., CVPR 2020",
+    grows=True,
+    shardable=True,
+)

@@ -15,6 +15,9 @@ from salun_core.methods.classification.method import ClassifierMethod
 
 METHOD = ClassifierMethod(
     finetune.phases,
+    about="trains fresh weights on D_r: exact",
+    source="Fan et al., ICLR 2024, appendix",
     fresh_start=True,
     defaults={"epochs": 182, "learning_rate": 0.1, "schedule": "step", "batch_norm": "update"},
+    needs="time",
 )

@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,15 +31,11 @@ from torch import Tensor, nn
 from salun_core.data.images import ImageSource
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.evaluation.outputs import outputs_of
-from salun_core.methods.checkpoint import CheckpointStore, StageCheckpoint, opened, require_run
-from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
-from salun_core.methods.distributed import ProcessGroup
-from salun_core.methods.loop import OnEpoch
+from salun_core.methods.checkpoint import StageCheckpoint, opened, require_run
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, Trained, Training
 
-ForgetOnce = Callable[
-    [ClassifierContext, CheckpointStore | None, str, OnEpoch | None], tuple[list[EpochRecord], ClassifierContext]
-]
-"""(context, checkpoint, fingerprint, callback) -> the history of one run of the method, and the context of its end."""
+ForgetOnce = Callable[[ClassifierContext[Any], Training], Trained]
+"""One run of the method on one part."""
 
 
 def partition(model: nn.Module, forget: ImageSource, parts: int) -> list[Tensor]:
@@ -53,7 +50,7 @@ def partition(model: nn.Module, forget: ImageSource, parts: int) -> list[Tensor]
     return [torch.from_numpy(part) for part in np.array_split(order, min(parts, len(forget)))]
 
 
-def _divided(context: ClassifierContext, parts: list[Tensor]) -> Iterator[ClassifierContext]:
+def _divided(context: ClassifierContext[Any], parts: list[Tensor]) -> Iterator[ClassifierContext[Any]]:
     """Yield the context of each part; later parts are retained until it is their turn."""
     for number, part in enumerate(parts):
         later = torch.cat([part.new_empty(0), *parts[number + 1 :]])
@@ -61,36 +58,22 @@ def _divided(context: ClassifierContext, parts: list[Tensor]) -> Iterator[Classi
         yield replace(context, forget=context.forget.select(part), retain=retain)
 
 
-def forget_in_parts(
-    row: ClassifierMethod,
-    context: ClassifierContext,
-    forget_once: ForgetOnce,
-    checkpoint: CheckpointStore | None,
-    fingerprint: str,
-    on_epoch: OnEpoch | None,
-    group: ProcessGroup,
-) -> tuple[list[EpochRecord], float]:
+def forget_in_parts(forget_once: ForgetOnce, context: ClassifierContext[Any], training: Training) -> Trained:
     """Run a method on each part of D_f in turn, and change the context's model in place.
 
     Args:
-        row: the method.
-        context: with D_f, D_r and θ_o as the model.
         forget_once: runs the method.
-        checkpoint: keeps the state after each epoch, and resumes from it.
-        fingerprint: of the run.
-        on_epoch: called after each epoch; epochs are counted over all parts.
-        group: the processes that share the work.
-
-    Returns:
-        One record per epoch of all parts, and the cost in image passes.
+        context: with D_f, D_r and θ_o as the model.
+        training: of the whole run; epochs are counted over all parts.
 
     Raises:
         ConflictError: the checkpoint belongs to another run.
     """
+    checkpoint, fingerprint, on_epoch = training.checkpoint, training.fingerprint, training.on_epoch
     model = context.model
     assert model is not None
     parts = partition(model, context.forget, context.config.forget_parts)
-    group.require_same("parts of the forget set", str([part.tolist() for part in parts]))
+    training.group.require_same("parts of the forget set", str([part.tolist() for part in parts]))
     data = checkpoint.load() if checkpoint else None
     header, tensors = opened(data) if data is not None else ({}, {})
     if header:
@@ -116,18 +99,18 @@ def forget_in_parts(
             if on_epoch:
                 on_epoch(_counted(record, before))
 
-        own = f"{fingerprint} part {number}"
-        records, ended = forget_once(replace(given, original=original), store, own, told)
-        history += [_counted(record, before) for record in records]
-        spent += row.cost(ended)
-    return history, spent
+        own = replace(training, checkpoint=store, fingerprint=f"{fingerprint} part {number}", on_epoch=told)
+        part = forget_once(replace(given, original=original), own)
+        history += [_counted(record, before) for record in part.history]
+        spent += part.cost
+    return Trained(history, spent)
 
 
 def _counted(record: EpochRecord, before: int) -> EpochRecord:
     return record.model_copy(update={"epoch": before + record.epoch})
 
 
-def expected_cost(row: ClassifierMethod, context: ClassifierContext) -> float:
+def expected_cost(row: ClassifierMethod[Any], context: ClassifierContext[Any]) -> float:
     """Return the cost of a run in image passes before it begins: the parts have their sizes, but other images."""
     if context.config.forget_parts == 1:
         return row.cost(context)

@@ -9,9 +9,13 @@ Source: Fan et al., "SalUn", ICLR 2024, equations (3) to (5). Deviations: docs/r
 
 from __future__ import annotations
 
-from salun_core.methods.classification import adaptive, random_label
-from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierMethod
+from dataclasses import replace
 
-METHOD = ClassifierMethod(
-    random_label.phases, needs_mask=True, adaptive=adaptive.DEFAULTS, reads=DRAWS_RETAIN, shardable=True
+from salun_core.methods.classification import random_label
+
+METHOD = replace(
+    random_label.METHOD,
+    about="as `random_label`, salient weights only",
+    source='Fan et al., "SalUn", ICLR 2024, equations (3) to (5)',
+    needs_mask=True,
 )

@@ -16,4 +16,10 @@ from dataclasses import replace
 from salun_core.methods.classification import lotus
 
 # Frozen batch norm, as for SalUn: running statistics of D_f would be a change that the mask does not bound.
-METHOD = replace(lotus.METHOD, needs_mask=True, defaults={**lotus.METHOD.defaults, "batch_norm": "freeze"})
+METHOD = replace(
+    lotus.METHOD,
+    about="as `lotus`, salient weights only",
+    source="Spartalis et al., CVPR 2025, and Fan et al., ICLR 2024",
+    needs_mask=True,
+    defaults={**lotus.METHOD.defaults, "batch_norm": "freeze"},
+)

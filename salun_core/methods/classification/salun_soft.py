@@ -18,13 +18,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from salun_core.methods.classification import random_label
-from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import Phase, Step
 from salun_core.saliency.threshold import as_ordered, kth_largest
+
+
+class SoftConfig(random_label.RandomLabelConfig):
+    """Random labelling, and how many weights may differ."""
+
+    soft_density: float = Field(
+        default=0.5, gt=0, le=1, description="share of weights that differ after the first step; it grows to 1"
+    )
 
 
 @torch.no_grad()
@@ -52,7 +61,7 @@ def shrink(model: nn.Module, original: nn.Module, share: float) -> None:
         parameter.copy_(torch.where(change.abs() <= threshold, before, shrunk))
 
 
-def softened(inner: Phase, context: ClassifierContext, first: int, of_epoch: int) -> Phase:
+def softened(inner: Phase, context: ClassifierContext[SoftConfig], first: int, of_epoch: int) -> Phase:
     """Return a phase of random labelling that applies the soft threshold after each step.
 
     Args:
@@ -75,11 +84,18 @@ def softened(inner: Phase, context: ClassifierContext, first: int, of_epoch: int
     return replace(inner, draw=draw)
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[SoftConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch of random labelling, softened."""
     inner = random_label.phases(context, generator)
     counts = [phase.steps for phase in inner]
     return [softened(phase, context, sum(counts[:index]), sum(counts)) for index, phase in enumerate(inner)]
 
 
-METHOD = ClassifierMethod(phases, reads=DRAWS_RETAIN | {"soft_density"}, needs_original=True)
+METHOD = ClassifierMethod(
+    phases,
+    config_type=SoftConfig,
+    about="as `random_label`, with a soft threshold on the change of each weight",
+    source="Fan et al., ICLR 2024 (soft thresholding)",
+    needs_original=True,
+    search={"soft_density": (0.02, 1.0, True)},
+)

@@ -20,10 +20,28 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from salun_core.methods.classification.method import DRAWS_RETAIN, ClassifierContext, ClassifierMethod, cross_entropy
+from salun_core.methods.classification.method import ClassifierContext, ClassifierMethod, cross_entropy
+from salun_core.methods.config import DrawingConfig
 from salun_core.methods.loop import Phase
+
+
+class ScrubConfig(DrawingConfig):
+    """Length of the ascent, and the weights of the losses."""
+
+    ascent_epochs: int = Field(default=2, ge=1, description="epochs that begin with ascent on the forget set")
+    distillation_weight: float = Field(
+        default=0.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="α, of the divergence from the original on the retain set",
+    )
+    label_weight: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="γ, of the cross-entropy on the retain set"
+    )
+    temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False, description="T, that divides all logits")
 
 
 def divergence(logits: Tensor, original: Tensor, temperature: float) -> Tensor:
@@ -39,33 +57,33 @@ def divergence(logits: Tensor, original: Tensor, temperature: float) -> Tensor:
     return torch.nn.functional.kl_div(new, old, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _from_original(context: ClassifierContext, logits: Tensor, images: Tensor) -> Tensor:
+def _from_original(context: ClassifierContext[ScrubConfig], logits: Tensor, images: Tensor) -> Tensor:
     assert context.original is not None
     with torch.no_grad():
         original = context.original(images)
     return divergence(logits, original, context.config.temperature)
 
 
-def max_loss(context: ClassifierContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def max_loss(context: ClassifierContext[ScrubConfig], model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Return -d on a forget batch."""
     return -_from_original(context, model(images), images)
 
 
-def min_loss(context: ClassifierContext, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def min_loss(context: ClassifierContext[ScrubConfig], model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Return α d + γ CE on a retain batch."""
     logits = model(images)
     alpha, gamma = context.config.distillation_weight, context.config.label_weight
     return alpha * _from_original(context, logits, images) + gamma * cross_entropy(logits, labels)
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[ScrubConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: max steps over D_f in the first epochs, then min steps over D_r."""
     forget = context.phase("forget", context.forget, partial(max_loss, context))
     retain = context.phase("retain", context.retain, partial(min_loss, context))
     return [forget, retain] if context.epoch < context.config.ascent_epochs else [retain]
 
 
-def passes(context: ClassifierContext) -> float:
+def passes(context: ClassifierContext[ScrubConfig]) -> float:
     """Return the cost in image passes; each forward pass of the original counts a third."""
     ascents = min(context.config.ascent_epochs, context.config.epochs)
     return (ascents * len(context.forget) + context.config.epochs * context.retain_count) * 4 / 3
@@ -73,9 +91,12 @@ def passes(context: ClassifierContext) -> float:
 
 METHOD = ClassifierMethod(
     phases,
+    config_type=ScrubConfig,
+    about="moves away from θ_o's outputs on D_f, stays close to them on D_r",
+    source='Kurmanji et al., "Towards Unbounded Machine Unlearning", NeurIPS 2023',
     defaults={"batch_norm": "update"},
-    reads=DRAWS_RETAIN | {"ascent_epochs", "distillation_weight", "label_weight", "temperature"},
     needs_original=True,
+    grows=True,
     shardable=True,
     passes=passes,
 )

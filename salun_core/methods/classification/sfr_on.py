@@ -24,13 +24,13 @@ from functools import partial
 from itertools import islice
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy as sample_losses
 
 from salun_core.data.images import ImageSource
 from salun_core.methods.classification.method import (
-    DRAWS_RETAIN,
     ClassifierContext,
     ClassifierMethod,
     batches_of,
@@ -41,12 +41,31 @@ from salun_core.methods.classification.method import (
     share_step,
     shares,
 )
+from salun_core.methods.config import DrawingConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, Share
 from salun_core.methods.loop import Phase, Step
 from salun_core.saliency.scores import scoring
 
 _EPSILON = 1e-15  # keeps 0 / 0 and 0 >= 0 defined: unused weights are salient
 _RESOLUTION = torch.finfo(torch.float32).eps  # a float32 loss below it is rounding: log(1 + x) knows no smaller x
+
+
+class SfrOnConfig(DrawingConfig):
+    """Settings of the rounds and of the saliency."""
+
+    forget_every: int = Field(default=5, ge=1, description="retain steps after each forget step")
+    forget_strength: float = Field(
+        default=25.0, gt=0, allow_inf_nan=False, description="α of the first forget step; it falls as a cosine"
+    )
+    adaptive_power: float = Field(
+        default=0.5, ge=0, allow_inf_nan=False, description="λ; samples count by their loss to the power -λ"
+    )
+    saliency_ratio: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="γ, least ratio of forget to retain Fisher"
+    )
+    slow_rate: float = Field(
+        default=1.0, gt=0, le=1, description="β, how far the weights follow each round of fast steps"
+    )
 
 
 def fisher_diagonal(model: nn.Module, images: ImageSource, batch_size: int) -> dict[str, Tensor]:
@@ -69,7 +88,7 @@ def fisher_diagonal(model: nn.Module, images: ImageSource, batch_size: int) -> d
     return squares
 
 
-def begin(context: ClassifierContext) -> ClassifierContext:
+def begin(context: ClassifierContext[SfrOnConfig]) -> ClassifierContext[SfrOnConfig]:
     """Return the context with the saliency m of θ_o, which is constant during the run; F_r is of one draw of D_r."""
     config, model = context.config, context.model
     assert model is not None
@@ -101,7 +120,7 @@ def adaptive_ascent(logits: Tensor, labels: Tensor, power: float, group: Process
 
 
 def _forget_loss(
-    context: ClassifierContext, share: Share, alpha: float, group: ProcessGroup, model: nn.Module
+    context: ClassifierContext[SfrOnConfig], share: Share, alpha: float, group: ProcessGroup, model: nn.Module
 ) -> Tensor:
     """Return the loss of a forget step; detached copies of the other weights apply m to the gradient."""
     weights = {
@@ -118,7 +137,7 @@ def _slow_update(model: nn.Module, slow: Sequence[Tensor], beta: float) -> None:
         parameter.copy_(torch.lerp(before, parameter, beta))
 
 
-def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[SfrOnConfig], generator: torch.Generator) -> Sequence[Phase]:
     """Return one epoch: every retain image once, with a forget step before each `forget_every` retain steps."""
     model, config, retain = context.model, context.config, context.retain
     retain_steps = batches_of(retain, config)
@@ -140,7 +159,7 @@ def phases(context: ClassifierContext, generator: torch.Generator) -> Sequence[P
     return [Phase("retain", retain.labels.device, len(retain), steps, draw)]
 
 
-def passes(context: ClassifierContext) -> float:
+def passes(context: ClassifierContext[SfrOnConfig]) -> float:
     """Return the cost in image passes: both sets for m, then D_r and its forget batches in each epoch."""
     config, retained = context.config, context.retain_count
     batches = -(-batches_of(retained, config) // config.forget_every)
@@ -150,8 +169,12 @@ def passes(context: ClassifierContext) -> float:
 
 METHOD = ClassifierMethod(
     phases,
+    config_type=SfrOnConfig,
+    about="salient ascent on D_f between repairs on D_r",
+    source='Huang et al., "Unified Gradient-Based Machine Unlearning with Remain Geometry Enhancement", NeurIPS 2024',
     defaults={"schedule": "cosine", "gradient_clip": 7.0},
-    reads=DRAWS_RETAIN | {"forget_every", "forget_strength", "adaptive_power", "saliency_ratio", "slow_rate"},
+    needs="two vectors",
+    search={"forget_strength": (2.5, 250.0, True)},
     begin=begin,
     passes=passes,
 )

@@ -42,13 +42,13 @@ from salun_core.methods.diffusion.method import (
 )
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup, SharedCheckpoint
 from salun_core.methods.loop import OnEpoch, run_loop
-from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config
+from salun_core.methods.method import UnlearnResult, fresh_seed, get_method, resolve_config, settings_of
 from salun_core.methods.offload import put_away
 from salun_core.methods.sharded import collected, require_several, shard_weights
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 
-METHODS: dict[str, DiffusionMethod] = {
+METHODS: dict[str, DiffusionMethod[Any]] = {
     "salun": salun.METHOD,
     "random_label": random_label.METHOD,
     "finetune": finetune.METHOD,
@@ -62,16 +62,20 @@ METHODS: dict[str, DiffusionMethod] = {
     "adv_unlearn": adversarial_unlearning.METHOD,
 }
 
+DEFAULT = "salun"
+"""The method of a run that names none."""
+
 
 def diffusion_config(name: str, overrides: Mapping[str, Any] | None = None) -> DiffusionConfig:
     """Resolve the configuration of a diffusion method; see `salun_core.methods.method.resolve_config`."""
-    return resolve_config(METHODS, name, overrides)
+    config: DiffusionConfig = resolve_config(METHODS, name, overrides)
+    return config
 
 
 def unlearn_denoiser(
     denoiser: Denoiser,
     sets: ExampleSets,
-    method: str = "salun",
+    method: str = DEFAULT,
     *,
     config: DiffusionConfig | Mapping[str, Any] | None = None,
     mask: SaliencyMask | None = None,
@@ -102,8 +106,7 @@ def unlearn_denoiser(
         DataError: the forget or retain set is empty.
         ModelError: the loss became NaN or infinite.
     """
-    row = get_method(METHODS, method)
-    settings = config if isinstance(config, DiffusionConfig) else diffusion_config(method, config)
+    row, settings = get_method(METHODS, method), settings_of(METHODS, method, config)
     row.check_mask(method, mask)
     row.check(method, settings)
     row.check_sharding(method, settings)
@@ -117,35 +120,46 @@ def unlearn_denoiser(
     text = _text_encoder(sets, settings)
     sets = sets.to(device)
     text = text.to(device) if text else None
-    trained = text.network if text else network
+    original = (denoiser.of(network.eval()) if text else _frozen(denoiser, device)) if row.needs_original else None
+    context = DiffusionContext(denoiser.of(network), original, sets, settings, torch.Generator(), text)
     fingerprint = _fingerprint(denoiser, method, settings, mask, sets) if checkpoint or group.size > 1 else ""
     group.require_same("model, data, mask or configuration", f"{fingerprint} {checkpoint is None}")
     started = time.perf_counter()
-    history: list[EpochRecord] = []
-    if row.edit is not None:
-        with torch.no_grad():
-            row.edit(denoiser.of(network), sets, settings)
-    else:
-        original = (denoiser.of(network.eval()) if text else _frozen(denoiser, device)) if row.needs_original else None
-        context = DiffusionContext(denoiser.of(network), original, sets, settings, torch.Generator(), text)
-        shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
-
-        def loop(
-            context: DiffusionContext, loss: StepLoss, store: CheckpointStore | None, of: str, told: OnEpoch | None
-        ) -> list[EpochRecord]:
-            phases = [denoising_phase(replace(row, loss=loss), context)]
-            return run_loop(trained, lambda *_: phases, settings, mask, store, of, told, group)
-
-        with put_away(denoiser.network, settings.offload):
-            if row.stages is not None:
-                history = row.stages(context, Training(loop, shared, fingerprint, on_epoch, group))
-            else:
-                assert row.loss is not None
-                history = loop(context, row.loss, shared, fingerprint, on_epoch)
+    shared = SharedCheckpoint(checkpoint, group) if checkpoint else None
+    with put_away(denoiser.network, settings.offload):
+        history = _run(row, context, mask, shared, fingerprint, on_epoch, group)
     network = collected(network, denoiser.network, group.main) if shards else network
     network.requires_grad_(True).eval()
     seconds, encoder = time.perf_counter() - started, text.network.requires_grad_(True).eval() if text else None
     return UnlearnResult(network, method, settings, history, seconds, row.cost(settings), text_encoder=encoder)
+
+
+def _run(
+    row: DiffusionMethod[Any],
+    context: DiffusionContext[Any],
+    mask: SaliencyMask | None,
+    checkpoint: CheckpointStore | None,
+    fingerprint: str,
+    on_epoch: OnEpoch | None,
+    group: ProcessGroup,
+) -> list[EpochRecord]:
+    """Edit or train the context's model in place, and return one record per epoch."""
+    if row.edit is not None:
+        with torch.no_grad():
+            row.edit(context.denoiser, context.sets, context.config)
+        return []
+    trained = context.text.network if context.text else context.denoiser.network
+
+    def loop(
+        context: DiffusionContext[Any], loss: StepLoss, store: CheckpointStore | None, of: str, told: OnEpoch | None
+    ) -> list[EpochRecord]:
+        phases = [denoising_phase(replace(row, loss=loss), context)]
+        return run_loop(trained, lambda *_: phases, context.config, mask, store, of, told, group)
+
+    if row.stages is not None:
+        return row.stages(context, Training(loop, checkpoint, fingerprint, on_epoch, group))
+    assert row.loss is not None
+    return loop(context, row.loss, checkpoint, fingerprint, on_epoch)
 
 
 def _check_sets(sets: ExampleSets) -> None:
@@ -160,7 +174,7 @@ def _check_sets(sets: ExampleSets) -> None:
         )
 
 
-def _start(denoiser: Denoiser, row: DiffusionMethod, config: DiffusionConfig, retained: int) -> nn.Module:
+def _start(denoiser: Denoiser, row: DiffusionMethod[Any], config: DiffusionConfig, retained: int) -> nn.Module:
     """Copy the network, or build it with fresh weights; only the selected parameters are trained."""
     network: Any = copy.deepcopy(denoiser.network)
     if row.fresh_start:

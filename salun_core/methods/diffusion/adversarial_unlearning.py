@@ -20,20 +20,32 @@ docs/research/deviations.md, row `adv_unlearn`.
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from salun_core.diffusion.conditions import Conditions
 from salun_core.diffusion.examples import Noised
 from salun_core.methods.diffusion import erased_stable_diffusion
-from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 from salun_core.methods.diffusion.objectives import retain_weight
 
 _TEXT = "encoder_hidden_states"
 
 
-def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
+class AdvUnlearnConfig(erased_stable_diffusion.EsdConfig):
+    """ESD, and the attack in each step."""
+
+    attack_steps: int = Field(default=5, ge=1, description="steps of the attack in each step")
+    attack_rate: float = Field(
+        default=0.1,
+        gt=0,
+        le=1e6,
+        description="length of these steps; with `selection: text` as a share of the embeddings' spread",
+    )
+
+
+def loss(context: DiffusionContext[AdvUnlearnConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return ESD's loss under attacked prompts plus the weighted distance from θ_o on the retain batch.
 
     Raises:
@@ -53,7 +65,7 @@ def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
     return loss_f + retain_weight(context) * mse_loss(predicted, kept)
 
 
-def attack(context: DiffusionContext, batch: Noised, concept: Tensor) -> Conditions:
+def attack(context: DiffusionContext[AdvUnlearnConfig], batch: Noised, concept: Tensor) -> Conditions:
     """Find conditions under which the model in training predicts as the original does for the concept.
 
     Args:
@@ -85,7 +97,7 @@ def attack(context: DiffusionContext, batch: Noised, concept: Tensor) -> Conditi
     return conditions(found)
 
 
-def passes(config: DiffusionConfig) -> float:
+def passes(config: AdvUnlearnConfig) -> float:
     """Return the expected cost in passes: ESD, the steps of the attack, and a retain example with its target."""
     pairs = config.steps * config.batch_size
     repeated = pairs * config.attack_steps / 3 if config.gradient_checkpointing else 0
@@ -94,17 +106,12 @@ def passes(config: DiffusionConfig) -> float:
 
 METHOD = DiffusionMethod(
     loss,
+    config_type=AdvUnlearnConfig,
+    about="`esd` against the prompts that undo it best, with a retain loss",
+    source='Zhang et al., "Defensive Unlearning with Adversarial Training", NeurIPS 2024',
     passes=passes,
     needs_original=True,
+    needs="texts, a null condition",
     trains_text=True,
-    defaults={
-        "selection": "xattn",
-        "steps": 200,
-        "batch_size": 8,
-        "learning_rate": 1e-5,
-        "alpha": 1.0,
-        "attack_steps": 5,
-        "attack_rate": 0.1,
-    },
-    reads=frozenset({"attack_steps", "attack_rate"}),
+    defaults={"selection": "xattn", "steps": 200, "batch_size": 8, "learning_rate": 1e-5, "alpha": 1.0},
 )

@@ -12,7 +12,7 @@ from salun_core.methods.offload import Place
 
 
 class DiffusionConfig(LoopConfig):
-    """Settings of diffusion unlearning. All methods share these fields; each method sets its own defaults."""
+    """What every diffusion method can set. A method with settings of its own extends it in its own file."""
 
     steps: int = Field(default=150, ge=1, description="steps in all, spread over the epochs")
     learning_rate: float = Field(
@@ -70,31 +70,6 @@ class DiffusionConfig(LoopConfig):
         default="none",
         description="where optimiser state and unused weights of the original are during the training: `cpu` is main "
         "memory, `disk` a temporary file. Saves memory of the device, with the same results",
-    )
-    negative_guidance: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="ESD's η")
-    start_steps: int = Field(default=20, ge=2, description="ESD: denoising steps of the samples that it starts from")
-    start_guidance: float = Field(default=3.0, ge=1, allow_inf_nan=False, description="ESD: guidance of these samples")
-    edit_strength: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="UCE's λ, of the old projection")
-    preserve_strength: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="UCE: weight of what is kept")
-    attack_rounds: int = Field(
-        default=2, ge=1, le=100, description="stereo: erasings of the first stage, each with an attack on it"
-    )
-    attack_steps: int = Field(default=200, ge=1, description="stereo: steps of each attack; adv_unlearn: in each step")
-    attack_rate: float = Field(
-        default=0.02,
-        gt=0,
-        le=1e6,
-        description="stereo: learning rate of an attack, of Adam; adv_unlearn: length of its steps, with "
-        "`selection: text` as a share of the spread of the embeddings of tokens",
-    )
-    anchor_guidance: float = Field(
-        default=1.0, ge=0, allow_inf_nan=False, description="stereo: weight of the direction of the anchor"
-    )
-    adversarial_rounds: int = Field(
-        default=3, ge=1, le=100, description="rece: times that adversarial embeddings are found and erased"
-    )
-    adversarial_strength: float = Field(
-        default=0.1, gt=0, allow_inf_nan=False, description="rece: λ, which keeps these embeddings short"
     )
 
     @property

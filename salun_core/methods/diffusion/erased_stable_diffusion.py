@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -27,7 +28,15 @@ from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMetho
 from salun_core.methods.diffusion.objectives import guided
 
 
-def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
+class EsdConfig(DiffusionConfig):
+    """Guidance of the target, and of the samples that the model generates."""
+
+    negative_guidance: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="η")
+    start_steps: int = Field(default=20, ge=2, description="denoising steps of the samples that it starts from")
+    start_guidance: float = Field(default=3.0, ge=1, allow_inf_nan=False, description="guidance of these samples")
+
+
+def loss(context: DiffusionContext[EsdConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return the mean squared distance of the prediction from the negatively guided prediction of θ_o."""
     assert context.original is not None
     table = context.sets.table
@@ -39,7 +48,7 @@ def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
 
 
 @torch.no_grad()
-def partly_denoised(context: DiffusionContext, batch: Noised) -> Noised:
+def partly_denoised(context: DiffusionContext[EsdConfig], batch: Noised) -> Noised:
     """Denoise a batch from pure noise to one random time, with guidance, using the model in training.
 
     Args:
@@ -91,7 +100,7 @@ def ddim_step(denoiser: Denoiser, batch: Noised, predicted: Tensor, time: int, p
     return replace(batch, noisy=moved, times=earlier)
 
 
-def passes(config: DiffusionConfig) -> float:
+def passes(config: EsdConfig) -> float:
     """Return the expected cost in passes: each example, its target, and its sampling to a time that is drawn."""
     sampling = (config.start_steps + 1) / 2 * (1 if config.start_guidance == 1 else 2)
     return config.steps * config.batch_size * (1 + (sampling + 2) / 3)
@@ -99,8 +108,12 @@ def passes(config: DiffusionConfig) -> float:
 
 METHOD = DiffusionMethod(
     loss,
+    config_type=EsdConfig,
+    about="steers the prediction away from the concept, as guidance would",
+    source='Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023',
     passes=passes,
     needs_original=True,
+    needs="a null condition",
     needs_retain=False,
     defaults={"selection": "xattn", "steps": 200, "batch_size": 8, "learning_rate": 1e-5},
 )

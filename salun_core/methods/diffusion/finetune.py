@@ -10,13 +10,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from salun_core.diffusion.examples import Noised
+from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 from salun_core.methods.diffusion.objectives import denoising_loss
 
 
-def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: DiffusionContext[DiffusionConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return the denoising loss of the retain batch."""
     return denoising_loss(context.denoiser, retain, context.sets.table)
 
 
-METHOD = DiffusionMethod(loss, shardable=True, needs_forget=False)
+METHOD = DiffusionMethod(
+    loss,
+    about="continues training on D_r",
+    source="Warnecke et al., 2021; baseline of Fan et al.",
+    shardable=True,
+    needs_forget=False,
+)

@@ -21,10 +21,11 @@ from torch import Tensor
 from salun_core.diffusion.denoiser import Denoiser
 from salun_core.diffusion.examples import Noised
 from salun_core.errors import UsageError
+from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 
 
-def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: DiffusionContext[DiffusionConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return the mean squared attention of the forget batch to the tokens of its concept.
 
     Raises:
@@ -89,5 +90,10 @@ def _probabilities(layer: Any, image: Tensor, text: Tensor, mask: Tensor | None)
 
 
 METHOD = DiffusionMethod(
-    loss, needs_retain=False, defaults={"selection": "xattn", "steps": 50, "batch_size": 8, "learning_rate": 1e-5}
+    loss,
+    about="reduces the attention to the concept's tokens",
+    source='Zhang et al., "Forget-Me-Not", 2023; without its optional textual inversion',
+    needs="cross-attention",
+    needs_retain=False,
+    defaults={"selection": "xattn", "steps": 50, "batch_size": 8, "learning_rate": 1e-5},
 )

@@ -13,13 +13,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from salun_core.diffusion.examples import Noised
+from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 from salun_core.methods.diffusion.objectives import denoising_loss
 
 
-def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: DiffusionContext[DiffusionConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return the negated denoising loss of the forget batch."""
     return -denoising_loss(context.denoiser, forget, context.sets.table)
 
 
-METHOD = DiffusionMethod(loss, shardable=True, needs_retain=False, defaults={"steps": 50, "learning_rate": 1e-5})
+METHOD = DiffusionMethod(
+    loss,
+    about="ascends the denoising loss of D_f",
+    source="Graves et al., AAAI 2021; Thudi et al., 2022",
+    shardable=True,
+    needs_retain=False,
+    defaults={"steps": 50, "learning_rate": 1e-5},
+)

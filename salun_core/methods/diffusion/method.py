@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.distributed import ProcessGroup
 from salun_core.methods.loop import OnEpoch, Phase, Step
+
+C = TypeVar("C", bound=DiffusionConfig)
+C_co = TypeVar("C_co", bound=DiffusionConfig, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class ExampleSets:
 
 
 @dataclass(frozen=True)
-class DiffusionContext:
+class DiffusionContext(Generic[C_co]):
     """Inputs of a loss, shared by all steps.
 
     Args:
@@ -62,7 +66,7 @@ class DiffusionContext:
     denoiser: Denoiser
     original: Denoiser | None
     sets: ExampleSets
-    config: DiffusionConfig
+    config: C_co
     generator: torch.Generator
     text: TextEncoder | None = None
 
@@ -74,17 +78,17 @@ class DiffusionContext:
             return table
         return EncodedTable(table.names, table.rows, table.null, table.tokens, encoder=self.text)
 
-    def of(self, model: nn.Module) -> DiffusionContext:
+    def of(self, model: nn.Module) -> DiffusionContext[C_co]:
         """Return the context with another network in training: of the denoiser, or of the text encoder."""
         if self.text is None:
             return replace(self, denoiser=self.denoiser.of(model))
         return replace(self, text=replace(self.text, network=model))
 
 
-StepLoss = Callable[[DiffusionContext, Noised, Noised], Tensor]
+StepLoss = Callable[[DiffusionContext[Any], Noised, Noised], Tensor]
 """(context, forget batch, retain batch) -> scalar to descend."""
 
-Loop = Callable[[DiffusionContext, StepLoss, CheckpointStore | None, str, OnEpoch | None], list[EpochRecord]]
+Loop = Callable[[DiffusionContext[Any], StepLoss, CheckpointStore | None, str, OnEpoch | None], list[EpochRecord]]
 """(context, loss, checkpoint, fingerprint, callback) -> records of all epochs; trains the context's network."""
 
 
@@ -108,7 +112,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class DiffusionMethod(method.Method[DiffusionConfig]):
+class DiffusionMethod(method.Method[C]):
     """One row of `METHODS`.
 
     Args:
@@ -122,21 +126,22 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
         trains_text: whether it can train the text encoder instead of the denoiser (`selection: text`).
     """
 
-    loss: StepLoss | None = None
-    edit: Callable[[Denoiser, ExampleSets, DiffusionConfig], None] | None = None
-    stages: Callable[[DiffusionContext, Training], list[EpochRecord]] | None = None
+    base_config = DiffusionConfig
+    loss: Callable[[DiffusionContext[C], Noised, Noised], Tensor] | None = None
+    edit: Callable[[Denoiser, ExampleSets, C], None] | None = None
+    stages: Callable[[DiffusionContext[C], Training], list[EpochRecord]] | None = None
     needs_forget: bool = True
     needs_retain: bool = True
-    passes: Callable[[DiffusionConfig], float] | None = None
+    passes: Callable[[C], float] | None = None
     trains_text: bool = False
-    config_type: type[DiffusionConfig] = field(default=DiffusionConfig, kw_only=True)
+    config_type: type[C] = field(default=DiffusionConfig, kw_only=True)  # type: ignore[assignment]
 
     @property
     def ways(self) -> tuple[object, ...]:
         """The loss of a training, a closed-form edit, or the stages of several trainings."""
         return self.loss, self.edit, self.stages
 
-    def check(self, name: str, config: DiffusionConfig) -> None:
+    def check(self, name: str, config: C) -> None:
         """Reject α = 0 for a method with both losses, unless it is forced, and `selection: text` for most methods.
 
         Raises:
@@ -156,7 +161,7 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
                 "give an alpha above 0, or set allow_zero_alpha: true",
             )
 
-    def cost(self, config: DiffusionConfig) -> int:
+    def cost(self, config: C) -> int:
         """Return the cost of a run in passes, rounded up. A closed-form edit costs none."""
         if self.edit:
             return 0
@@ -165,7 +170,7 @@ class DiffusionMethod(method.Method[DiffusionConfig]):
         return math.ceil((self.passes(config) if self.passes else trained) + repeated)
 
 
-def denoising_phase(row: DiffusionMethod, context: DiffusionContext) -> Phase:
+def denoising_phase(row: DiffusionMethod[Any], context: DiffusionContext[Any]) -> Phase:
     """Return the steps of one epoch of a method; each has its own forget batch and retain batch.
 
     Args:
@@ -194,7 +199,7 @@ def denoising_phase(row: DiffusionMethod, context: DiffusionContext) -> Phase:
     return Phase("denoising", device, count * size, count, draw)
 
 
-def _step(loss: StepLoss, context: DiffusionContext, forget: Noised, retain: Noised, weight: float) -> Step:
+def _step(loss: StepLoss, context: DiffusionContext[Any], forget: Noised, retain: Noised, weight: float) -> Step:
     samples = max(len(forget), len(retain))  # equal, unless the method reads one of them only
 
     def halves() -> Sequence[Step]:
@@ -210,11 +215,13 @@ def _step(loss: StepLoss, context: DiffusionContext, forget: Noised, retain: Noi
     return step
 
 
-def _loss_of(loss: StepLoss, context: DiffusionContext, forget: Noised, retain: Noised, model: nn.Module) -> Tensor:
+def _loss_of(
+    loss: StepLoss, context: DiffusionContext[Any], forget: Noised, retain: Noised, model: nn.Module
+) -> Tensor:
     return loss(context.of(model), forget, retain)
 
 
-def _with_null_condition(batch: Noised, context: DiffusionContext, generator: torch.Generator) -> Noised:
+def _with_null_condition(batch: Noised, context: DiffusionContext[Any], generator: torch.Generator) -> Noised:
     """Give a share of the retain examples the null condition, as training for classifier-free guidance does."""
     share, null = context.config.null_share, context.sets.table.null
     if not share or null is None or not len(batch):

@@ -48,7 +48,7 @@ def denoising_loss_with_drop(
     return denoising_loss(denoiser, replace(batch, condition=batch.condition.masked_fill(dropped, table.null)), table)
 
 
-def retain_weight(context: DiffusionContext) -> float:
+def retain_weight(context: DiffusionContext[DiffusionConfig]) -> float:
     """Return α for a forget and a retain loss that are both means over all elements.
 
     The published DDPM code sums the retain loss over pixels and averages the forget loss: its α of 1e-3 equals
@@ -60,7 +60,7 @@ def retain_weight(context: DiffusionContext) -> float:
     return config.alpha
 
 
-def relabel_loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
+def relabel_loss(context: DiffusionContext[DiffusionConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return the loss of random labelling (SalUn, eq. 7).
 
         E||ε_θ(x_t | c') - ε_θ(x_t | c)||² + α E||ε - ε_θ(x_t | c_r)||²,    the first ε_θ a constant

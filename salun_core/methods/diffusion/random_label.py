@@ -10,4 +10,10 @@ from __future__ import annotations
 from salun_core.methods.diffusion.method import DiffusionMethod
 from salun_core.methods.diffusion.objectives import relabel_loss, relabel_passes
 
-METHOD = DiffusionMethod(relabel_loss, shardable=True, passes=relabel_passes)
+METHOD = DiffusionMethod(
+    relabel_loss,
+    about="predicts D_f as under other conditions, D_r as before",
+    source='Fan et al., "SalUn", ICLR 2024, equation (7) without its mask',
+    shardable=True,
+    passes=relabel_passes,
+)

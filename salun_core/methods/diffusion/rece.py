@@ -18,16 +18,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from salun_core.diffusion.denoiser import Denoiser
-from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionMethod, ExampleSets
-from salun_core.methods.diffusion.unified_concept_editing import READS, apply, correction, editable
+from salun_core.methods.diffusion.unified_concept_editing import UceConfig, apply, correction, editable
+
+
+class ReceConfig(UceConfig):
+    """UCE, and the adversarial embeddings."""
+
+    adversarial_rounds: int = Field(
+        default=3, ge=1, le=100, description="times that adversarial embeddings are found and erased"
+    )
+    adversarial_strength: float = Field(
+        default=0.1, gt=0, allow_inf_nan=False, description="λ, which keeps these embeddings short"
+    )
 
 
 @torch.no_grad()
-def edit(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> None:
+def edit(denoiser: Denoiser, sets: ExampleSets, config: ReceConfig) -> None:
     """Edit the network in place; only the key and value weights of cross-attention change.
 
     Args:
@@ -74,4 +85,10 @@ def adversarial_tokens(tokens: Tensor, change: Tensor, gram: Tensor, strength: f
     return torch.linalg.solve(system, change.T @ gram @ tokens.double().cpu().T).T  # type: ignore[no-any-return]
 
 
-METHOD = DiffusionMethod(edit=edit, reads=READS | {"adversarial_rounds", "adversarial_strength"})
+METHOD = DiffusionMethod(
+    edit=edit,
+    config_type=ReceConfig,
+    about="`uce`, and again on the embeddings that bring the concept back",
+    source='Gong et al., "Reliable and Efficient Concept Erasure", ECCV 2024',
+    needs="cross-attention",
+)

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from salun_core.diffusion.examples import Noised
 from salun_core.errors import UsageError
+from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod
 from salun_core.methods.diffusion.objectives import denoising_loss_with_drop
 
 
-def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
+def loss(context: DiffusionContext[DiffusionConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return the denoising loss of the retain batch with a tenth of its conditions dropped.
 
     Raises:
@@ -34,6 +35,9 @@ def loss(context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
 
 METHOD = DiffusionMethod(
     loss,
+    about="trains fresh weights on D_r: exact",
+    source='Fan et al.; dropped conditions: Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022',
+    needs="time",
     needs_forget=False,
     fresh_start=True,
     defaults={

@@ -10,4 +10,11 @@ from __future__ import annotations
 from salun_core.methods.diffusion.method import DiffusionMethod
 from salun_core.methods.diffusion.objectives import relabel_loss, relabel_passes
 
-METHOD = DiffusionMethod(relabel_loss, shardable=True, needs_mask=True, passes=relabel_passes)
+METHOD = DiffusionMethod(
+    relabel_loss,
+    about="as `random_label`, salient weights only",
+    source='Fan et al., "SalUn", ICLR 2024, equations (3), (6), (7)',
+    shardable=True,
+    needs_mask=True,
+    passes=relabel_passes,
+)

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -38,11 +39,23 @@ from salun_core.digest import sha256_bytes
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.methods.checkpoint import CheckpointStore, StageCheckpoint, opened, require_run
 from salun_core.methods.diffusion import erased_stable_diffusion
-from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMethod, ExampleSets, Training
 from salun_core.methods.loop import epoch_generator
 
 _TEXT, _FOUND = "encoder_hidden_states", "found"
+
+
+class StereoConfig(erased_stable_diffusion.EsdConfig):
+    """ESD, and the attacks on it."""
+
+    attack_rounds: int = Field(
+        default=2, ge=1, le=100, description="erasings of the first stage, each with an attack on it"
+    )
+    attack_steps: int = Field(default=200, ge=1, description="steps of each attack")
+    attack_rate: float = Field(default=0.02, gt=0, le=1e6, description="learning rate of an attack, of Adam")
+    anchor_guidance: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="weight of the direction of the anchor"
+    )
 
 
 @dataclass(frozen=True)
@@ -79,13 +92,15 @@ class Attacks:
         return torch.where(attack == 0, conditions, len(self.table) + (attack - 1) * len(self.rows) + place)
 
 
-def erasing_loss(attacks: Attacks, number: int, context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
+def erasing_loss(
+    attacks: Attacks, number: int, context: DiffusionContext[StereoConfig], forget: Noised, retain: Noised
+) -> Tensor:
     """Return the loss of ESD for c_k, with k = `number`."""
     condition = attacks.row(forget.condition, torch.full_like(forget.condition, number))
     return erased_stable_diffusion.loss(context, replace(forget, condition=condition), retain)
 
 
-def robust_loss(attacks: Attacks, context: DiffusionContext, forget: Noised, retain: Noised) -> Tensor:
+def robust_loss(attacks: Attacks, context: DiffusionContext[StereoConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return the mean squared distance of the prediction from the composition of stage 2."""
     assert context.original is not None
     assert forget.pseudo is not None
@@ -107,7 +122,7 @@ def robust_loss(attacks: Attacks, context: DiffusionContext, forget: Noised, ret
     return mse_loss(predicted, target)
 
 
-def invert(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig, generator: torch.Generator) -> Tensor:
+def invert(denoiser: Denoiser, sets: ExampleSets, config: StereoConfig, generator: torch.Generator) -> Tensor:
     """Find embeddings under which a model denoises the forgotten images best.
 
     Args:
@@ -163,7 +178,7 @@ class _Run:
         history: records of the epochs of all erasings before it.
     """
 
-    context: DiffusionContext
+    context: DiffusionContext[StereoConfig]
     training: Training
     found: Tensor
     reached: int = 0
@@ -227,7 +242,7 @@ class _Run:
         return StageCheckpoint(self.training.checkpoint, header, {**begun, _FOUND: self.found}, resumed)
 
 
-def stages(context: DiffusionContext, training: Training) -> list[EpochRecord]:
+def stages(context: DiffusionContext[StereoConfig], training: Training) -> list[EpochRecord]:
     """Run both stages, and change the context's network in place.
 
     Returns:
@@ -248,7 +263,7 @@ def stages(context: DiffusionContext, training: Training) -> list[EpochRecord]:
     return run.history
 
 
-def passes(config: DiffusionConfig) -> float:
+def passes(config: StereoConfig) -> float:
     """Return the expected cost in passes: K runs of ESD, K attacks, and an erasing with K + 1 predictions more."""
     rounds, examples = config.attack_rounds, config.steps * config.batch_size
     attacks = rounds * config.attack_steps * config.batch_size
@@ -259,9 +274,12 @@ def passes(config: DiffusionConfig) -> float:
 
 METHOD = DiffusionMethod(
     stages=stages,
+    config_type=StereoConfig,
+    about="attacks an `esd` until its attacks are known, then erases them all from θ_o at once",
+    source='Srivatsan et al., "STEREO", CVPR 2025',
     passes=passes,
     needs_original=True,
+    needs="texts, a null condition",
     needs_retain=False,
     defaults={"selection": "xattn", "steps": 200, "batch_size": 8, "learning_rate": 1e-5},
-    reads=frozenset({"attack_rounds", "attack_steps", "attack_rate", "anchor_guidance"}),
 )

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from salun_core.diffusion.denoiser import Denoiser
@@ -26,8 +27,15 @@ from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionMethod, ExampleSets
 
 
+class UceConfig(DiffusionConfig):
+    """Weights of what stays; the settings of a training are not used."""
+
+    edit_strength: float = Field(default=0.1, gt=0, allow_inf_nan=False, description="λ, of the old projection")
+    preserve_strength: float = Field(default=0.1, ge=0, allow_inf_nan=False, description="weight of what is kept")
+
+
 @torch.no_grad()
-def edit(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> None:
+def edit(denoiser: Denoiser, sets: ExampleSets, config: UceConfig) -> None:
     """Edit the network in place; only the key and value weights of cross-attention change.
 
     Args:
@@ -44,7 +52,7 @@ def edit(denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig) -> None
 
 
 def editable(
-    denoiser: Denoiser, sets: ExampleSets, config: DiffusionConfig
+    denoiser: Denoiser, sets: ExampleSets, config: UceConfig
 ) -> Iterator[tuple[list[nn.Linear], tuple[Tensor, Tensor, Tensor]]]:
     """Yield the key and value projections that read the same text, with its tokens as of `matched_tokens`.
 
@@ -143,7 +151,10 @@ def _by_text(
         yield names, torch.cat(read[names[0]])
 
 
-READS = frozenset({"edit_strength", "preserve_strength"})
-"""What a method reads that edits by `correction`."""
-
-METHOD = DiffusionMethod(edit=edit, reads=READS)
+METHOD = DiffusionMethod(
+    edit=edit,
+    config_type=UceConfig,
+    about="changes the projections of the concept's tokens, in closed form",
+    source='Gandikota et al., "Unified Concept Editing in Diffusion Models", WACV 2024',
+    needs="cross-attention",
+)

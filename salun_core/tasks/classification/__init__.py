@@ -18,7 +18,7 @@ from salun_core.device_memory import explained
 from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.methods.checkpoint import CheckpointStore
-from salun_core.methods.classification import METHODS, method_config, unlearn
+from salun_core.methods.classification import DEFAULT, METHODS, method_config, unlearn
 from salun_core.methods.classification.training import fresh_classifier
 from salun_core.methods.config import LoopConfig, UnlearnConfig
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
@@ -34,7 +34,7 @@ from salun_core.saliency.scores import CHUNK, Slice
 from salun_core.tasks.classification.evaluation import compared, evaluate
 from salun_core.tasks.classification.inputs import ClassifierInputs
 from salun_core.tasks.classification.tuning import search
-from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions
+from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions, named
 from salun_core.telemetry.progress import tracked
 from salun_core.tuning.space import spaces_of
 
@@ -51,6 +51,7 @@ class ClassificationTask:
     card_tasks = ("classification",)
     card_type = ModelCard
     methods = METHODS
+    default_method = DEFAULT
     optional_metrics = True
     excerpts = True
 
@@ -114,7 +115,6 @@ class ClassificationTask:
     ) -> UnlearnResult:
         """Run one method; `retrain` starts from fresh weights of the card's architecture."""
         card = inputs.original.card
-        measured = get_method(METHODS, method).reads_held_out or config.recipe == "adaptive"
         return unlearn(
             inputs.original.model,
             method,
@@ -122,7 +122,7 @@ class ClassificationTask:
             retain=inputs.retain,
             config=config,
             mask=mask,
-            held_out=inputs.held_out if measured else None,
+            held_out=inputs.held_out if get_method(METHODS, method).reads_held_out else None,
             fresh=lambda seed: fresh_classifier(card.architecture, inputs.retain, len(card.classes), seed),
             checkpoint=checkpoint,
             on_epoch=on_epoch,
@@ -130,10 +130,11 @@ class ClassificationTask:
         )
 
     def check_tuning(self, method: str, overrides: Mapping[str, Any]) -> bool:
-        """Return whether there are settings to search for; the adaptive recipe, if it is named, finds its own."""
-        chosen = not Recipe(method=method).leaves_method_open
-        if chosen and (get_method(METHODS, method).fresh_start or overrides.get("recipe") == "adaptive"):
-            return False
+        """Return whether there are settings to search for; a method that trains by itself finds its own."""
+        if not Recipe(method=method).leaves_method_open:
+            row = get_method(METHODS, method)
+            if row.fresh_start or row.train:
+                return False
         return bool(spaces_of(method, overrides))
 
     @explained()
@@ -174,10 +175,10 @@ class ClassificationTask:
     def escalation(self, recipe: Recipe, *, tune: bool = False) -> Escalation:
         """Return the requested recipe, a stronger one, one with more weights, and a full retraining.
 
-        The gentler ones have a third and a tenth of the rate. The others are the adaptive recipe, which undoes
-        what did harm, and SFR-on, which kept the most of D_r in the study; after the adaptive recipe SFR-on and SCRUB.
-        What is stronger than the adaptive recipe is a fixed one: it has no limits to what a round may cost. A
-        retraining has no strength: only that of the model card follows.
+        The gentler ones have a third and a tenth of the rate. The others are `salun_adaptive`, which undoes what did
+        harm, and SFR-on, which kept the most of D_r in the study; after `salun_adaptive` SFR-on and SCRUB. What is
+        stronger than `salun_adaptive` is `salun`: it has no limits to what a round may cost. A retraining has no
+        strength: only that of the model card follows.
 
         Each recipe differs from the others in a setting that is read: only a method with a mask reads the density, and
         not if a search tries all densities. A closed form has strengths only if it reads a setting for them, and not if
@@ -186,8 +187,9 @@ class ClassificationTask:
         retraining = Recipe(method="retrain", density=1.0, seed=recipe.seed)
         if recipe.leaves_method_open:  # its search has tried methods and strengths
             return Escalation(recipes=[recipe, retraining])
+        recipe = named(self, recipe, tune=tune)
         config, row = method_config(recipe.method, recipe.method_config), get_method(METHODS, recipe.method)
-        adapts = config.recipe == "adaptive"
+        adapts = recipe.method == DEFAULT
         if row.fresh_start:
             return Escalation(recipes=[recipe, retraining] if recipe.method_config else [recipe])
         name = "influence_strength" if row.edit else "learning_rate"
@@ -198,15 +200,15 @@ class ClassificationTask:
 
         stronger, gentler = [], []
         if row.edit is None:
-            strong = changed(3, epochs=2 * config.epochs, **({"recipe": "fixed"} if adapts else {}))
+            strong = changed(3, epochs=2 * config.epochs)
+            strong = strong.model_copy(update={"method": "salun"}) if adapts else strong
             searched = tune and self.check_tuning(strong.method, strong.method_config)
-            stronger = [strong, *([] if searched else row.with_more_weights(strong)[:1])]
-            named = {"recipe": "adaptive"} if adapts else {}  # else its rate would mean the fixed one
-            gentler = [changed(factor, **named) for factor in (1 / 3, 0.1)]
-        elif name in row.reads and not tune:
+            stronger = [strong, *([] if searched else get_method(METHODS, strong.method).with_more_weights(strong)[:1])]
+            gentler = [changed(factor) for factor in (1 / 3, 0.1)]
+        elif name in row.config_type.model_fields and not tune:
             stronger, gentler = [changed(3)], [changed(factor) for factor in (1 / 3, 0.1)]
         machine = {key: value for key, value in recipe.method_config.items() if key in {"device", "batch_size"}}
-        adaptive = Recipe(method="salun", method_config={"recipe": "adaptive", **machine}, seed=recipe.seed)
+        adaptive = Recipe(method=DEFAULT, method_config=machine, seed=recipe.seed)
         methods = ["sfr_on", "scrub"] if adapts else [] if recipe.method == "sfr_on" else ["sfr_on"]
         drawn = {key: value for key, value in recipe.method_config.items() if key == "retain_fraction"}
         others = [Recipe(method=name, method_config={**machine, **drawn}, seed=recipe.seed) for name in methods]

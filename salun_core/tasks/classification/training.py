@@ -63,8 +63,6 @@ def training_config(overrides: Mapping[str, Any] | None = None) -> UnlearnConfig
         raise UsageError(
             "a training cannot freeze batch norm", "fresh weights have no statistics yet", "set batch_norm: update"
         )
-    if config.retain_fraction < 1:
-        raise UsageError("a training takes no retain_fraction", "each epoch trains on all images", "leave it out")
     return config
 
 

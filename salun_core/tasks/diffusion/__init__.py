@@ -19,7 +19,7 @@ from salun_core.errors import UsageError
 from salun_core.evaluation import Evidence
 from salun_core.methods.checkpoint import CheckpointStore
 from salun_core.methods.config import pick_device
-from salun_core.methods.diffusion import METHODS, diffusion_config, unlearn_denoiser
+from salun_core.methods.diffusion import DEFAULT, METHODS, diffusion_config, unlearn_denoiser
 from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.saliency import denoising_scores
 from salun_core.methods.distributed import SINGLE_PROCESS, ProcessGroup
@@ -33,7 +33,7 @@ from salun_core.tasks.diffusion.evaluation import evaluate
 from salun_core.tasks.diffusion.examples import build_example_sets
 from salun_core.tasks.diffusion.inputs import DiffusionInputs
 from salun_core.tasks.reference import reference_model
-from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions
+from salun_core.tasks.task import Candidate, EvaluationOptions, Scores, TunedRun, TuningOptions, named
 
 
 def _encoded_denoiser(inputs: DiffusionInputs, config: DiffusionConfig, device: torch.device) -> Denoiser:
@@ -49,6 +49,7 @@ class DiffusionTask:
     card_tasks = ("class-conditional", "text-to-image")
     card_type = DiffusionCard
     methods = METHODS
+    default_method = DEFAULT
     optional_metrics = False
     excerpts = False
 
@@ -167,6 +168,7 @@ class DiffusionTask:
         hundred, or multiplied for gentler recipes; one of them alone would leave the other as the limit. One that does
         not read `edit_strength` has one strength.
         """
+        recipe = named(self, recipe)
         config, row = diffusion_config(recipe.method, recipe.method_config), get_method(METHODS, recipe.method)
         if row.fresh_start:
             return Escalation(recipes=[recipe])
@@ -181,12 +183,14 @@ class DiffusionTask:
             strong = recipe.model_copy(update={"method_config": {**recipe.method_config, **rate}})
             stronger = [strong, *row.with_more_weights(strong)]
             gentler = [changed(learning_rate=factor) for factor in (1 / 3, 0.1)]
-        elif "edit_strength" in row.reads:
-            names, ways = sorted(row.reads & {"edit_strength", "preserve_strength"}), ((0.1, 0.01), (10, 100))
+        elif names := sorted({"edit_strength", "preserve_strength"} & row.config_type.model_fields.keys()):
+            ways = (0.1, 0.01), (10, 100)
             stronger, gentler = ([changed(**dict.fromkeys(names, factor)) for factor in way] for way in ways)
         machine = {key: value for key, value in recipe.method_config.items() if key in {"device", "batch_size"}}
         return Escalation(
             recipes=[recipe, *stronger],
             gentler=gentler,
-            others=[] if recipe.method == "salun" else [Recipe(method_config=machine, seed=recipe.seed)],
+            others=[]
+            if recipe.method == DEFAULT
+            else [Recipe(method=DEFAULT, method_config=machine, seed=recipe.seed)],
         )

@@ -178,7 +178,9 @@ def test_a_row_counts_its_whole_search_and_the_chosen_run(plan, out, tmp_path):
     settings = {name: value for name, value in item.chosen.items() if name != "density"}
     settings["epochs"] = int(settings["epochs"])
     context, path = context_of(out), tmp_path / "mask.safetensors"
-    recipe = Recipe(density=item.chosen["density"], method_config={**ROWS[0]["config"], **settings}, seed=3)
+    recipe = Recipe(
+        method="salun", density=item.chosen["density"], method_config={**ROWS[0]["config"], **settings}, seed=3
+    )
     compute_mask(context, recipe, path)
     run_unlearning(context, recipe, path, tmp_path / "after")
     assert item.own_passes == load(RunFacts, tmp_path / "after" / "run.json").passes < item.passes
@@ -217,7 +219,7 @@ def test_the_control_at_a_density_equals_the_mask_of_the_mask_step(out, tmp_path
     for density, seed in ((0.05, 1), (0.3, 2)):
         options = TuningOptions("3e", bounded=False, density=density, random_mask_seed=seed, on_chosen=alone.append)
         after = tmp_path / f"after-{seed}"
-        run_unlearning(context, Recipe(method_config={"epochs": 1}), None, after, tuning=options)
+        run_unlearning(context, Recipe(method="salun", method_config={"epochs": 1}), None, after, tuning=options)
         wanted = compute_mask(context, Recipe(density=density), tmp_path / "mask.safetensors", random_seed=seed)
         used = SaliencyMask.load(after / "mask.safetensors")
         assert used == wanted
@@ -337,7 +339,7 @@ def test_what_a_row_sets_is_fixed(out, tmp_path):
 
 
 def test_only_a_suite_can_leave_the_policy_out(out, tmp_path):
-    options, recipe = TuningOptions("3e", "none"), Recipe(method_config={"epochs": 1})
+    options, recipe = TuningOptions("3e", "none"), Recipe(method="salun", method_config={"epochs": 1})
     assert options.bounded
     with pytest.raises(UsageError, match="unknown policy"):
         run_unlearning(context_of(out), recipe, None, tmp_path / "after", tuning=options)

@@ -86,7 +86,7 @@ def test_a_cell_equals_its_requests_in_sequence(plan, out, tmp_path):
     for number in (1, 2, 3):
         mask, after = tmp_path / f"{number}.mask", tmp_path / str(number)
         context = RunContext(model, str(out / f"forget-3-{number}.json"))
-        recipe = Recipe(method_config=AS_WRITTEN["config"], seed=3)
+        recipe = Recipe(method="salun", method_config=AS_WRITTEN["config"], seed=3)
         compute_mask(context, recipe, mask)
         run_unlearning(context, recipe, mask, after)
         model, passes = after, passes + load(RunFacts, after / "run.json").passes

@@ -33,7 +33,7 @@ def last_line(result, code):
 
 @pytest.mark.usefixtures("untouched")
 def test_a_loss_that_is_not_a_number_says_where_and_leaves_no_model(unlearn, world):
-    line = last_line(unlearn("--mask", world.mask_st, "--set", "learning_rate=1e6"), 1)
+    line = last_line(unlearn("--method", "salun", "--mask", world.mask_st, "--set", "learning_rate=1e6"), 1)
     assert "loss of the forget phase is not finite: in epoch 1 of 5" in line
     assert "To fix it: lower the learning rate" in line
 
@@ -41,7 +41,7 @@ def test_a_loss_that_is_not_a_number_says_where_and_leaves_no_model(unlearn, wor
 def test_the_last_good_checkpoint_is_kept_and_gone_on_from(unlearn, world, tmp_path, monkeypatch):
     """Two steps an epoch: the first epoch survives this rate, the second does not."""
     monkeypatch.setenv("SALUN_CHECKPOINT_DIR", str(tmp_path / "kept"))
-    given = "--mask", world.mask_st, "--set", "learning_rate=0.3", "--set", "batch_size=2000"
+    given = "--method", "salun", "--mask", world.mask_st, "--set", "learning_rate=0.3", "--set", "batch_size=2000"
     first = unlearn(*given)
     line = last_line(first, 1)
     epoch = int(re.search(r"phase is not finite: in epoch (\d) of 5", line)[1])

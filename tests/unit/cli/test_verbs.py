@@ -59,7 +59,7 @@ def test_a_method_without_a_mask_needs_none(salun, world, method):
 def test_settings_of_a_file_are_overridden_on_the_command_line(salun, world, tmp_path):
     (tmp_path / "c.yaml").write_text("epochs: 3\nlearning_rate: 0.02\n")
     args = ("--model", world.base, "--forget", world.forget_json, "--mask", world.mask_st, "--out", "new")
-    made = _json(salun("unlearn", *args, "--config", "c.yaml", "--set", "epochs=1", "--json"))
+    made = _json(salun("unlearn", "--method", "salun", *args, "--config", "c.yaml", "--set", "epochs=1", "--json"))
     facts = json.loads((tmp_path / "new" / "run.json").read_text())
     assert made["epochs"] == 1
     assert facts["config"]["learning_rate"] == 0.02
@@ -68,7 +68,7 @@ def test_settings_of_a_file_are_overridden_on_the_command_line(salun, world, tmp
 def test_the_same_seed_gives_the_same_weights(salun, world, tmp_path):
     args = ("--model", world.base, "--forget", world.forget_json, "--mask", world.mask_st, "--set", "epochs=1")
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert salun("unlearn", *args, "--seed", seed, "--out", name).exit_code == 0
+        assert salun("unlearn", "--method", "salun", *args, "--seed", seed, "--out", name).exit_code == 0
     a, b, c = (load_model(tmp_path / name).digest for name in "abc")
     assert a == b != c
 

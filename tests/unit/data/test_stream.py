@@ -133,7 +133,7 @@ def test_all_steps_give_the_same_from_both_sources_and_resume_from_either(monkey
         monkeypatch.setenv(VARIABLE, memory)
         spec, folder = DataSpec(source=str(shards), **SPEC), tmp_path / memory
         made = train_model(spec, "resnet8", training_config({**common, "learning_rate": 0.05}), folder)
-        task, config = task_of(folder), method_config("salun", {**common, "learning_rate": 0.01, "recipe": "fixed"})
+        task, config = task_of(folder), method_config("salun", {**common, "learning_rate": 0.01})
         model = task.load(folder)
         inputs = inputs_of(task, model, [SamplesTarget(ids=model.split.ids("train")[:8])])
         assert isinstance(inputs.forget, StreamedImages if memory == "0" else ImageSet)

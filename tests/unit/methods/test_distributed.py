@@ -76,14 +76,14 @@ def scores_in(group):
     return saliency_scores(network(), mine, cross_entropy, samples=SAMPLES, part=part)
 
 
-def unlearned_in(group, checkpoint=None, seed=2, limit=None, **config):
+def unlearned_in(group, checkpoint=None, seed=2, limit=None, method="salun", **config):
     """17 images to forget: the last batch has one, fewer than there are processes."""
     model = network()
     if limit is not None:
         limited(model, limit)
     return unlearn(
         model,
-        "salun",
+        method,
         forget=images(17, seed),
         retain=images(30, 3),
         config=SGD | config,
@@ -177,7 +177,7 @@ def scenes(group, folder, work):
         yield "scores", scores_in(group)
         yield "freeze", plain(unlearned_in(group))
         yield "update", plain(unlearned_in(group, batch_norm="update"))
-        adaptive = unlearned_in(group, recipe="adaptive", epochs=1)
+        adaptive = unlearned_in(group, method="salun_adaptive", epochs=1)
         yield "adaptive", plain(adaptive) | {"readings": [record.reading.model_dump() for record in adaptive.history]}
         yield "little room", plain(unlearned_in(group, limit=99 if group.main else 3))
         kept = FileCheckpoint(folder / f"checkpoint-{group.rank}")
@@ -195,7 +195,7 @@ def scenes(group, folder, work):
     context = RunContext(work / "model", str(work / "forget.json"))
     recipe = Recipe(method_config={"epochs": 1, "device": "cpu"})
     result = run_unlearning(context, recipe, work / "mask", work / f"after-{group.rank}")
-    sharded = Recipe(method_config={"recipe": "fixed", "sharding": "fsdp"})
+    sharded = Recipe(method="salun", method_config={"sharding": "fsdp"})
     yield "sharded mask", (compute_mask(context, sharded, folder / f"mask-{group.rank}").digest)
     yield "step", (plain(result), (work / f"after-{group.rank}").exists())
     measured = evaluate_together(context, work / "model", folder / f"{group.rank}.json", folder / f"{group.rank}.html")

@@ -100,10 +100,10 @@ def test_blocks_are_elements_of_sequences_with_several_layers():
 @pytest.mark.parametrize(
     ("config", "method", "settings", "message"),
     [
-        (method_config, "salun", {}, "set recipe: fixed"),
+        (method_config, "salun_adaptive", {}, "choose the method salun"),
         (method_config, "influence", {}, "influence cannot shard"),
         (method_config, "retrain", {}, "retrain cannot shard"),
-        (method_config, "salun", {"recipe": "fixed", "forget_parts": 2}, "forget_parts"),
+        (method_config, "salun", {"forget_parts": 2}, "forget_parts"),
         (diffusion_config, "uce", {}, "uce cannot shard"),
         (diffusion_config, "salun", {"offload": "cpu"}, "offload"),
     ],

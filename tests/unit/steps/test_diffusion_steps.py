@@ -259,18 +259,20 @@ def test_what_is_gentler_depends_on_the_method():
     assert [(recipe.method, recipe.method_config) for recipe in kept.others] == [("salun", {"batch_size": 4})]
     edited = TASKS["classification"].escalation(Recipe(method="influence"))
     assert [recipe.method_config["influence_strength"] for recipe in edited.gentler] == [5.0, 1.5]
-    adaptive = ("salun", {"recipe": "adaptive"})
+    adaptive = ("salun_adaptive", {})
     assert [(recipe.method, recipe.method_config) for recipe in edited.others] == [adaptive, ("sfr_on", {})]
-    assert edited.levels[-2].words == 'salun, recipe "adaptive"'
+    assert edited.levels[-2].words == "salun_adaptive"
     found = TASKS["classification"].escalation
     assert [(recipe.method, recipe.method_config) for recipe in found(Recipe(method="sfr_on")).others] == [adaptive]
     steered = found(Recipe())  # the default: adaptive
     assert [recipe.method for recipe in steered.others] == ["sfr_on", "scrub"]
-    assert [recipe.method_config.get("recipe") for recipe in steered.recipes] == [None, "fixed", "fixed", None]
-    assert [recipe.method_config["recipe"] for recipe in steered.gentler] == ["adaptive", "adaptive"]
+    assert [recipe.method for recipe in steered.recipes] == ["salun_adaptive", "salun", "salun", "retrain"]
+    assert [recipe.method for recipe in steered.gentler] == ["salun_adaptive", "salun_adaptive"]
     assert [level.role.value for level in steered.levels[:4]] == ["strength"] * 3 + ["retrain"]
     drawn = {"retain_fraction": 0.1}  # what limits the cost of one method limits that of the others
-    found_drawn = [(recipe.method, recipe.method_config) for recipe in found(Recipe(method_config=drawn)).others]
+    found_drawn = [
+        (recipe.method, recipe.method_config) for recipe in found(Recipe(method="salun", method_config=drawn)).others
+    ]
     assert found_drawn == [adaptive, ("sfr_on", drawn)]
     again = TASKS["classification"].escalation(Recipe(method="retrain", method_config={"epochs": 3}))
     assert [

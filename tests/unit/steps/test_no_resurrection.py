@@ -37,7 +37,7 @@ def settings(store: S3Store, forget: str) -> UnlearningForm:
     policy = Path(forget).with_name("kept.json")  # what is forgotten how well is not the question here
     policy.write_text(json.dumps({"name": "kept", "rules": [{**KEPT, "value": 0.5}]}))
     places = {"model_line": "digits", "forget_manifest_uri": forget, "store_uri": store.uri, "policy_uri": str(policy)}
-    return UnlearningForm.model_validate({**places, "method_config": {"epochs": 2}})
+    return UnlearningForm.model_validate({**places, "method": "salun", "method_config": {"epochs": 2}})
 
 
 def test_a_second_run_does_not_retain_what_the_first_forgot(digits_model: Path, store: S3Store, tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ def test_two_processes_make_the_mask_of_one_and_one_model(work, capfd):
     alone = compute_mask(replace(context, run=""), Recipe(), folder / "alone")
     assert SaliencyMask.load(folder / "mask").digest == alone.digest
 
-    in_processes(2, run_unlearning, context, Recipe(method_config=QUICK), folder / "mask", folder / "after")
+    in_processes(
+        2, run_unlearning, context, Recipe(method="salun", method_config=QUICK), folder / "mask", folder / "after"
+    )
     assert read_run_facts(folder / "after", "salun").environment["processes"] == "2"
     assert load_model(folder / "after").digest != load_model(context.before).digest
     assert os.environ["OMP_NUM_THREADS"] == "1"

@@ -40,6 +40,7 @@ def config(store, digits_line, keys, monkeypatch):
         model_line=digits_line,
         store_uri=store.uri,
         min_requests=1,
+        method="salun",
         method_config={"epochs": 2, "device": "cpu", "batch_size": 32},
     )
 

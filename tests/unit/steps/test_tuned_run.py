@@ -101,7 +101,7 @@ def test_the_mask_is_the_mask_steps_own_at_that_density(bench, tmp_path):
 def test_settings_and_mask_give_the_same_model_without_a_search(bench, tmp_path):
     facts = load(RunFacts, bench / "after" / "run.json")
     settings = {key: value for key, value in facts.config.items() if key != "seed"}
-    recipe = Recipe(method_config=settings, seed=facts.seed)
+    recipe = Recipe(method="salun", method_config=settings, seed=facts.seed)
     run_unlearning(context(bench), recipe, bench / "after" / "mask.safetensors", tmp_path / "again")
     assert load_model(tmp_path / "again").digest == load_model(bench / "after").digest
 
@@ -283,7 +283,7 @@ def test_a_refusal_is_left_for_the_ledger(bench, store, tmp_path):
     here = context(bench, store_uri=store.uri, run="run-2")
     for _ in range(2):
         with pytest.raises(GateRefusedError):
-            _tune(here, Recipe(method_config=SETTINGS, seed=1), None, options)
+            _tune(here, Recipe(method="salun", method_config=SETTINGS, seed=1), None, options)
     decision = json.loads(store.get(run_key("run-2", "decision.json")).data)
     assert decision["passed"] is False
     assert "none of" in decision["summary"]

@@ -29,7 +29,7 @@ QUICK = {"epochs": 1, "device": "cpu", "batch_size": 64}
 @pytest.fixture
 def told(store, digits_line):
     """The parameters that a run and a sweep are told alike."""
-    return {"model_line": digits_line, "store_uri": store.uri, "method_config": QUICK}
+    return {"model_line": digits_line, "store_uri": store.uri, "method": "salun", "method_config": QUICK}
 
 
 def forget_class(tmp_path):

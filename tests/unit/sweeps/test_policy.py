@@ -25,7 +25,13 @@ from salun_core.sweeps.policy import (
 )
 
 NOW = datetime(2028, 2, 20, 12, tzinfo=UTC)
-POLICY = SweepPolicy(recipes=[Recipe(method="salun"), Recipe(method="salun", density=0.75), Recipe(method="retrain")])
+
+
+def salun(**more):
+    return Recipe(method="salun", **more)
+
+
+POLICY = SweepPolicy(recipes=[salun(), salun(density=0.75), Recipe(method="retrain")])
 LIMITS = Limits(POLICY.levels, attempts=10)
 NO_CAUSE = Refused()  # the decision is missing
 
@@ -127,8 +133,13 @@ def test_attempts_are_limited_for_every_end_of_a_run():
 FORGOT_LITTLE, FORGOT_MUCH, DAMAGED = Cause.NOT_FORGOTTEN, Cause.OVER_FORGOTTEN, Cause.DAMAGED
 FEW, UNMEASURED, INTEGRITY = Cause.TOO_FEW_SAMPLES, Cause.NOT_MEASURED, Cause.INTEGRITY
 BY_CAUSE = SweepPolicy(
-    recipes=[Recipe(), Recipe(density=0.6), Recipe(density=0.7), Recipe(method="retrain")],
-    gentler=[Recipe(density=0.4), Recipe(density=0.3)],
+    recipes=[
+        salun(),
+        salun(density=0.6),
+        salun(density=0.7),
+        Recipe(method="retrain"),
+    ],
+    gentler=[salun(density=0.4), salun(density=0.3)],
     others=[Recipe(method="sfr_on")],
 )
 FIRST, STRONGER, STRONGEST, RETRAIN, GENTLER, GENTLEST, OTHER = range(7)
@@ -213,7 +224,10 @@ def test_no_recipe_is_tried_twice_or_stronger_than_one_that_did_harm(answers):
 
 def test_without_a_retraining_harm_ends_with_a_person_and_never_repeats():
     """A diffusion line is not retrained."""
-    policy = SweepPolicy(recipes=[Recipe(), Recipe(density=0.6)], gentler=[Recipe(density=0.4)])
+    policy = SweepPolicy(
+        recipes=[salun(), salun(density=0.6)],
+        gentler=[salun(density=0.4)],
+    )
     limits, harm = Limits(policy.levels), Refused(frozenset({DAMAGED}))
     tried = [Tried(rung=0, causes=[DAMAGED])]
     plan = after_refusal({"a": 2, "b": 2}, "run-2", 2, limits, harm, tried)

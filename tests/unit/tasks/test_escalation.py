@@ -8,8 +8,9 @@ import torch
 from salun_core.errors import UsageError
 from salun_core.methods.diffusion import METHODS as DIFFUSION
 from salun_core.methods.diffusion import unlearn_denoiser
+from salun_core.methods.diffusion.config import DiffusionConfig
 from salun_core.methods.diffusion.method import DiffusionMethod
-from salun_core.methods.diffusion.unified_concept_editing import projections
+from salun_core.methods.diffusion.unified_concept_editing import UceConfig, projections
 from salun_core.methods.method import resolve_config
 from salun_core.methods.recipe import Recipe, Role
 from salun_core.tasks import TASKS
@@ -28,7 +29,7 @@ def work(task, recipe, searched=False):
     """
     row, given = TASKS[task].methods[recipe.method], recipe.method_config
     resolved = resolve_config(TASKS[task].methods, recipe.method, given).model_dump()
-    names = row.reads if row.edit else resolved
+    names = sorted(row.config_type.model_fields.keys() - row.base_config.model_fields.keys()) if row.edit else resolved
     if searched and TASKS[task].check_tuning(recipe.method, given):
         return recipe.method, {name: resolved[name] for name in names if name in given}
     return recipe.method, {name: resolved[name] for name in names}, recipe.density if row.needs_mask else None
@@ -79,8 +80,8 @@ def test_a_stronger_level_of_a_closed_form_changes_more(method):
 
 def test_a_closed_form_of_a_plug_in_has_no_strengths_unless_it_reads_a_known_one(monkeypatch):
     found = {}
-    for name, reads in (("own:EDIT", frozenset()), ("own:UCE", frozenset({"edit_strength"}))):
-        row = DiffusionMethod(edit=lambda denoiser, sets, config: None, reads=reads)
+    for name, kind in (("own:EDIT", DiffusionConfig), ("own:UCE", UceConfig)):
+        row = DiffusionMethod(edit=lambda denoiser, sets, config: None, config_type=kind)
         monkeypatch.setitem(DIFFUSION, name, row)
         levels = TASKS["diffusion"].escalation(Recipe(method=name))
         assert [resolve_config(DIFFUSION, recipe.method, recipe.method_config) for recipe in levels.all_recipes]
@@ -89,5 +90,5 @@ def test_a_closed_form_of_a_plug_in_has_no_strengths_unless_it_reads_a_known_one
 
 
 def test_a_setting_of_the_closed_forms_is_refused_where_it_is_not_read():
-    with pytest.raises(UsageError, match="esd does not read edit_strength"):
+    with pytest.raises(UsageError, match="edit_strength: unknown key"):
         resolve_config(DIFFUSION, "esd", {"edit_strength": 0.5})

@@ -9,8 +9,9 @@ from salun_core.methods.recipe import Recipe
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
 from salun_core.tasks import TASKS
+from salun_core.tasks.task import named
 from salun_core.tuning.search import _study
-from salun_core.tuning.space import DENSITIES, GROWING, Space
+from salun_core.tuning.space import DENSITIES, Space
 from salun_core.tuning.trial import EpochCallback
 from tests.support.by_hand import image_set, net
 
@@ -55,7 +56,7 @@ def test_a_density_that_is_given_stays_and_a_method_without_a_mask_has_none():
 
 
 def test_the_one_start_is_the_method_as_it_is():
-    config, space = method_config("salun", {"recipe": "fixed"}), Space.of("salun", {})
+    config, space = method_config("salun"), Space.of("salun", {})
     start = space.start()
     assert start["learning_rate"] == config.learning_rate
     assert DENSITIES[start["density"]] == Recipe().density
@@ -74,12 +75,12 @@ def test_the_mirror_of_the_start_is_stronger_and_takes_the_other_choices():
     assert Space.of("neggrad_plus", {}).mirror()["retain_weight"] == pytest.approx(0.8 + 0.999 - 0.95)
 
 
-def test_a_search_has_the_fixed_recipe_whatever_the_default_is():
-    space = Space.of("salun", {"device": "cpu"})
-    assert space.config(space.draw(Fixed())).recipe == "fixed"
-    with pytest.raises(UsageError, match="the adaptive recipe of salun is not tuned"):
-        Space.of("salun", {"recipe": "adaptive"})
-    assert not TASKS["classification"].check_tuning("salun", {"recipe": "adaptive"})
+def test_a_method_that_chooses_its_own_strength_is_not_searched_and_the_default_of_a_search_is_another():
+    task = TASKS["classification"]
+    with pytest.raises(UsageError, match="salun_adaptive is not tuned"):
+        Space.of("salun_adaptive", {})
+    assert not task.check_tuning("salun_adaptive", {})
+    assert [named(task, Recipe(), tune=tune).method for tune in (False, True)] == ["salun_adaptive", "salun"]
 
 
 @pytest.mark.parametrize(("factor", "density"), [(5.5, 0.2), (12.0, 0.7), (0.4, 0.9)])
@@ -114,7 +115,7 @@ def test_what_is_set_stays_and_bounds_the_epochs():
     assert (space.config(choice).learning_rate, space.config(choice).epochs) == (0.01, 2)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"retrain"}))
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"retrain", "salun_adaptive"}))
 def test_every_approximate_method_has_a_space_whose_points_are_valid(method):
     space = Space.of(method, {})
     assert space.ranges
@@ -145,7 +146,7 @@ def test_nothing_to_search_for_is_refused():
         Space.of("salun", {"learning_rat": 0.01})
 
 
-@pytest.mark.parametrize("method", sorted(GROWING))
+@pytest.mark.parametrize("method", sorted(name for name, row in METHODS.items() if row.grows))
 def test_a_longer_run_begins_as_a_shorter_one(method):
     """The model after two of three epochs is, to the bit, what a run of two epochs makes."""
     model, forget, retain = net(), image_set(9, 1), image_set(20, 2)

@@ -8,9 +8,8 @@ from safetensors.torch import save
 
 from salun_core.evaluation.evidence import EpochRecord
 from salun_core.gate import Cause
-from salun_core.methods.classification import method_config
+from salun_core.methods.classification import METHODS, method_config
 from salun_core.tuning.objective import ConstraintResult, Sets
-from salun_core.tuning.space import GROWING
 from salun_core.tuning.trial import CandidateEvaluator, EpochCallback, Measurement, Stopped, run_trial
 from tests.support.by_hand import image_set, net
 
@@ -90,8 +89,8 @@ def test_where_epochs_are_no_answers_nothing_ends_a_trial_and_only_its_end_is_me
     evaluator = Counting(net())
     callback = EpochCallback(evaluator, lambda found: True, 4)
     config = method_config(method, {"epochs": 4, "device": "cpu", "batch_size": 8})
-    trial = run_trial(method, config, (image_set(9, 1), image_set(20, 2)), None, callback, method in GROWING)
+    trial = run_trial(method, config, (image_set(9, 1), image_set(20, 2)), None, callback, METHODS[method].grows)
     assert evaluator.epochs == measured
     assert [item.epoch for item in trial.answers] == measured
     assert len(trial.history) == measured[-1]
-    assert trial.state == ("stopped" if method in GROWING else "finished")
+    assert trial.state == ("stopped" if METHODS[method].grows else "finished")

@@ -1,4 +1,4 @@
-"""The adaptive recipe: what the controller decides from numbers, and what a run of it keeps."""
+"""`salun_adaptive`: what the controller decides from numbers, and what a run of it keeps."""
 
 import copy
 import math
@@ -11,16 +11,22 @@ from torch import nn
 from salun_core.cli.output import round_line
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
-from salun_core.errors import UsageError
 from salun_core.evaluation.classifier import restored_metric
 from salun_core.evaluation.evidence import EpochRecord, Reading
 from salun_core.evaluation.membership import matched_area
 from salun_core.evaluation.outputs import Outputs, outputs_of
 from salun_core.gate import load_policy
-from salun_core.methods.classification import METHODS, FileCheckpoint, UnlearnConfig, method_config, unlearn
-from salun_core.methods.classification.adaptive import AdaptiveRun, Controller, End, Limits, _lost, aim_at, targets_of
+from salun_core.methods.classification import FileCheckpoint, method_config, unlearn
 from salun_core.methods.classification.method import ClassifierContext
-from salun_core.methods.config import FIXED_SETTINGS
+from salun_core.methods.classification.salun_adaptive import (
+    AdaptiveRun,
+    Controller,
+    End,
+    Limits,
+    _lost,
+    aim_at,
+    targets_of,
+)
 from salun_core.methods.distributed import SINGLE_PROCESS
 from salun_core.models.checkpoint import model_digest
 from salun_core.saliency import SaliencyMask
@@ -257,23 +263,7 @@ def trained():
     return model.eval()
 
 
-@pytest.mark.parametrize("name", sorted(FIXED_SETTINGS))
-def test_a_setting_of_the_training_selects_the_fixed_recipe(name):
-    given = {name: UnlearnConfig.model_fields[name].default}
-    assert method_config("salun", given) == UnlearnConfig()
-    if name != "forget_parts":
-        assert method_config("salun", given | {"recipe": "adaptive"}).recipe == "adaptive"
-
-
-def test_salun_alone_is_adaptive_and_only_if_nothing_of_the_training_is_set():
-    given = {"device": "cpu", "seed": 3, "batch_size": 8, "augment": False, "precision": "auto"}
-    config = method_config("salun", given)
-    assert (config.recipe, config.order, config.batch_norm) == ("adaptive", "mixed", "update")
-    assert method_config("salun", given | {"recipe": "fixed"}).order == "sequential"
-    assert {name for name in METHODS if method_config(name).recipe == "adaptive"} == {"salun"}
-
-
-def run(model, forget=range(20), method="salun", held_out=True, **extra):
+def run(model, forget=range(20), method="salun_adaptive", held_out=True, **extra):
     images = drawn(240, 1)
     rest = sorted(set(range(240)) - set(forget))
     mask = SaliencyMask.random({name: p.shape for name, p in model.named_parameters()}, 0.5, 0)
@@ -284,7 +274,7 @@ def run(model, forget=range(20), method="salun", held_out=True, **extra):
         forget=images.select(list(forget)),
         retain=images.select(rest),
         held_out=drawn(300, 2) if held_out else None,
-        mask=mask if method == "salun" else None,
+        mask=mask,
         config=config,
         **extra,
     )
@@ -329,7 +319,7 @@ def test_a_whole_class_is_not_recognised_afterwards(trained):
 def adaptive_run(trained, gone, train=240, **config):
     images, model = drawn(train, 1), copy.deepcopy(trained)
     forget, retain = images.select(gone), images.select([index for index in range(train) if index not in set(gone)])
-    settings = method_config("salun", {"recipe": "adaptive", **config})
+    settings = method_config("salun_adaptive", config)
     context = ClassifierContext(forget, retain, 3, settings, model, trained, held_out=drawn(30, 2))
     steered = AdaptiveRun(context, SINGLE_PROCESS)
     steered.begin([])
@@ -368,7 +358,7 @@ def test_a_class_that_only_the_last_layer_hides_is_still_trained_on(trained):
 
 def test_a_run_that_only_does_harm_returns_the_original(trained):
     harmful = {"learning_rate": 1e6, "optimizer": "adam", "weight_decay": 0.0}
-    result = run(trained, config={"recipe": "adaptive", **harmful})
+    result = run(trained, config=harmful)
     assert not any(record.reading.kept for record in result.history)
     assert result.ended.startswith("exhausted")
     for name, value in trained.state_dict().items():
@@ -386,7 +376,7 @@ class BrokenOffError(Exception):
 
 def test_a_resumed_run_gives_the_same_bits(trained, tmp_path):
     # rounds that are undone, then rounds that are kept
-    harmful = {"recipe": "adaptive", "learning_rate": 0.03, "batch_size": 16}
+    harmful = {"learning_rate": 0.03, "batch_size": 16}
     whole = run(trained, config=harmful)
     kept = [record.reading.kept for record in whole.history]
     assert kept[:4] == [False, False, False, True]  # updating batch norm, then frozen
@@ -411,9 +401,4 @@ def test_images_as_pixels_and_batches_of_one(trained):
     mask = SaliencyMask.random({name: p.shape for name, p in trained.named_parameters()}, 0.5, 0)
     config = {"batch_size": 8}
     sets = {"forget": images.select(range(8)), "retain": images.select(range(8, 41)), "held_out": images}
-    assert unlearn(trained, "salun", **sets, mask=mask, config=config).history
-
-
-def test_other_methods_have_no_adaptive_recipe():
-    with pytest.raises(UsageError, match="finetune has no adaptive recipe"):
-        method_config("finetune", {"recipe": "adaptive"})
+    assert unlearn(trained, "salun_adaptive", **sets, mask=mask, config=config).history

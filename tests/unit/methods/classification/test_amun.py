@@ -7,8 +7,8 @@ from torch import nn
 
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
-from salun_core.methods.classification import UnlearnConfig, unlearn
-from salun_core.methods.classification.amun import adversarial_examples, begin, passes, phases
+from salun_core.methods.classification import unlearn
+from salun_core.methods.classification.amun import AmunConfig, adversarial_examples, begin, passes, phases
 from salun_core.methods.classification.method import ClassifierContext
 from tests.support.by_hand import FORGET, PLAIN, RATE, RETAIN, image_set, inputs, linear, net, run, softmax, weights
 
@@ -106,7 +106,7 @@ def test_an_epoch_trains_all_images_and_their_adversarial_examples():
 def test_images_of_a_class_that_is_gone_are_not_trained_under_their_label():
     kept = RETAIN[1] != 1
     forget, retain = (FORGET[0], torch.tensor([1, 1, 1, 0, 2, 1, 1])), (RETAIN[0][kept], RETAIN[1][kept])
-    context = ClassifierContext(ImageSet.of(forget), ImageSet.of(retain), 3, UnlearnConfig(**PLAIN), linear(), linear())
+    context = ClassifierContext(ImageSet.of(forget), ImageSet.of(retain), 3, AmunConfig(**PLAIN), linear(), linear())
     found = begin(context)
     assert sorted(found.partly.labels.tolist()) == [0, 2]
     (phase,) = phases(found, torch.Generator())

@@ -11,8 +11,8 @@ from torch import nn
 from salun_core.data import DataSpec, ImageSet, load_data, resolve_forget
 from salun_core.data.targets import SamplesTarget
 from salun_core.errors import UsageError
-from salun_core.methods.classification import UnlearnConfig, method_config, unlearn
-from salun_core.methods.classification.lotus import begin, phases, unseen_accuracy
+from salun_core.methods.classification import method_config, unlearn
+from salun_core.methods.classification.lotus import LotusConfig, begin, phases, unseen_accuracy
 from salun_core.methods.classification.method import ClassifierContext
 from salun_core.methods.loop import epoch_generator
 from salun_core.models.checkpoint import model_digest
@@ -60,7 +60,7 @@ def step_by_hand(theta, original, share, alpha, unseen, epoch):
 
 
 def run(method="lotus", model=None, mask=None, held_out=HELD_OUT, forget=FORGET, **config):
-    settings = UnlearnConfig(**{**PLAIN, **config})
+    settings = LotusConfig(**{**PLAIN, **config})
     given = {"forget": forget, "retain": RETAIN, "mask": mask, "held_out": held_out}
     return unlearn(model or linear(), method, **given, config=settings)
 
@@ -105,7 +105,7 @@ def test_weights_outside_the_mask_keep_their_bits(optimizer):
 def context(forget=FORGET, held_out=HELD_OUT, model=None):
     sets = ImageSet.of(forget), ImageSet.of(RETAIN)
     unseen = ImageSet.of(held_out) if held_out is not None else None
-    return ClassifierContext(*sets, 3, UnlearnConfig(**PLAIN), model or linear(), linear(), held_out=unseen)
+    return ClassifierContext(*sets, 3, LotusConfig(**PLAIN), model or linear(), linear(), held_out=unseen)
 
 
 def test_the_target_follows_the_classes_of_the_forget_set():
@@ -120,14 +120,14 @@ def test_of_a_class_that_is_gone_nothing_should_be_recognised():
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 0])
     kept = RETAIN[1] != 1
     retain = ImageSet.of((RETAIN[0][kept], RETAIN[1][kept]))
-    given = ClassifierContext(ImageSet.of((FORGET[0], labels)), retain, 3, UnlearnConfig(), linear(), linear())
+    given = ClassifierContext(ImageSet.of((FORGET[0], labels)), retain, 3, LotusConfig(), linear(), linear())
     with pytest.raises(UsageError, match="LoTUS needs held-out images"):
         unseen_accuracy(given)
     one = ClassifierContext(
-        ImageSet.of((FORGET[0], labels)), retain, 3, UnlearnConfig(), linear(), linear(), held_out=ImageSet.of(HELD_OUT)
+        ImageSet.of((FORGET[0], labels)), retain, 3, LotusConfig(), linear(), linear(), held_out=ImageSet.of(HELD_OUT)
     )
     assert unseen_accuracy(one) == pytest.approx(4 / 7 * class_accuracy(weights(linear()), 0))
-    whole = ClassifierContext(ImageSet.of((FORGET[0], labels * 0 + 1)), retain, 3, UnlearnConfig(), linear(), linear())
+    whole = ClassifierContext(ImageSet.of((FORGET[0], labels * 0 + 1)), retain, 3, LotusConfig(), linear(), linear())
     assert unseen_accuracy(whole) == 0
 
 
@@ -139,7 +139,7 @@ def test_a_whole_class_needs_no_held_out_images_and_becomes_uncertain():
     gone = int(labels[0].mode().values)
     forget = FORGET[0][labels[0] == gone], labels[0][labels[0] == gone]
     retain = RETAIN[0][labels[1] != gone], labels[1][labels[1] != gone]
-    config = UnlearnConfig(**{**PLAIN, "epochs": 40, "temper_strength": 8.0, "retain_share": 1.0})
+    config = LotusConfig(**{**PLAIN, "epochs": 40, "temper_strength": 8.0, "retain_share": 1.0})
     found = unlearn(model, "lotus", forget=forget, retain=retain, config=config)
 
     def confidence(network, images):

@@ -11,8 +11,8 @@ from torch.utils.data import TensorDataset
 from salun_core.data import ImageSet
 from salun_core.data.images import Normalisation
 from salun_core.errors import DataError, ModelError, UsageError
-from salun_core.methods.classification import METHODS, UnlearnConfig, method_config, pick_device, unlearn
-from salun_core.methods.classification.random_label import wrong_labels
+from salun_core.methods.classification import METHODS, method_config, pick_device, unlearn
+from salun_core.methods.classification.random_label import RandomLabelConfig, wrong_labels
 from salun_core.methods.loop import epoch_generator
 from salun_core.methods.method import fresh_seed
 from salun_core.models.checkpoint import model_digest
@@ -68,7 +68,7 @@ class Numpy:
 
 
 def run(method, epochs=2, forget=FORGET, retain=RETAIN, model=None, **extra):
-    config = {key: extra.pop(key) for key in list(extra) if key in UnlearnConfig.model_fields}
+    config = {key: extra.pop(key) for key in list(extra) if key in METHODS[method].config_type.model_fields}
     settings = {**STEP, "epochs": epochs, **config}
     return unlearn(model or linear(), method, forget=forget, retain=retain, config=settings, **extra)
 
@@ -339,7 +339,7 @@ def test_values_out_of_range_are_refused(overrides, fault):
 def test_methods_have_their_own_defaults():
     assert method_config("gradient_ascent").learning_rate == 5e-4
     assert method_config("retrain").epochs == 182
-    assert method_config("salun", {"recipe": "fixed"}) == UnlearnConfig()
+    assert method_config("salun") == RandomLabelConfig()
     with pytest.raises(UsageError, match="cannot freeze batch norm"):
         method_config("retrain", {"batch_norm": "freeze"})
 
@@ -353,8 +353,10 @@ def test_missing_devices_are_refused():
 
 
 def test_a_resolved_configuration_is_kept_in_the_result():
-    config = UnlearnConfig(epochs=1, device="cpu")
+    config = method_config("finetune", {"epochs": 1, "device": "cpu"})
     result = unlearn(linear(), "finetune", forget=FORGET, retain=RETAIN, config=config)
     assert (result.config, result.method, len(result.history)) == (config, "finetune", 1)
+    with pytest.raises(UsageError, match="scrub takes no DrawingConfig: .* give a ScrubConfig"):
+        unlearn(linear(), "scrub", forget=FORGET, retain=RETAIN, config=config)
     assert result.seconds > 0
     assert copy.deepcopy(result.history[0]).epoch == 1

@@ -67,7 +67,7 @@ def test_the_threshold_applies_after_every_step_and_falls_to_zero():
 
 def test_full_density_is_random_labelling():
     found = [
-        run(method, net(), image_set(9, 1), image_set(20, 2), batch_size=8, soft_density=1.0)
-        for method in ("salun_soft", "random_label")
+        run(method, net(), image_set(9, 1), image_set(20, 2), batch_size=8, **own)
+        for method, own in (("salun_soft", {"soft_density": 1.0}), ("random_label", {}))
     ]
     assert torch.equal(flat(found[0].model), flat(found[1].model))

@@ -1,4 +1,4 @@
-"""The adaptive recipe: rounds of training that are measured, kept or undone, and repeated until D_f looks unseen.
+"""SalUn with measured rounds: each round of training is kept or undone, until D_f looks unseen.
 
     round          one pass over D_r mixed with D_f, at a rate that falls from its peak to 0 as a cosine, in at least 32
                    steps: small data have smaller batches, because the number of steps decides how far a round moves
@@ -16,8 +16,8 @@ images, and the next one is gentler; else it is kept, and the next one is strong
 The run ends when the aim is met, when the budget is spent, or when no strength helps without harm. Its result is the
 last kept state, so that a run never ends with a state that was found to be damaged.
 
-This is not the recipe of the paper, which is `recipe: fixed`. Deviations: docs/research/deviations.md, row "adaptive
-recipe". Figures: docs/research/adaptive.md.
+It trains salient weights only, as SalUn does, but not towards random labels. Deviations: docs/research/deviations.md,
+row `salun_adaptive`. Figures: docs/research/adaptive.md.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -39,15 +40,19 @@ from salun_core.evaluation.classifier import compare, restored_share
 from salun_core.evaluation.evidence import EpochRecord, Reading
 from salun_core.evaluation.membership import match_classes
 from salun_core.evaluation.outputs import Outputs, outputs_of
-from salun_core.methods.classification.method import ClassifierContext, cross_entropy, dataset_phase
+from salun_core.methods.classification.method import (
+    ClassifierContext,
+    ClassifierMethod,
+    Trained,
+    Training,
+    cross_entropy,
+    dataset_phase,
+)
 from salun_core.methods.config import UnlearnConfig
 from salun_core.methods.distributed import ProcessGroup
-from salun_core.methods.loop import Phase
+from salun_core.methods.loop import Phase, run_loop
 
-DEFAULTS = {"batch_norm": "update", "order": "mixed", "schedule": "cosine"}
-"""What the adaptive recipe sets; the rate is that of the fixed recipe, and the first round begins at twice that."""
-
-_FIRST = 2.0  # times the rate: gentler first rounds moved nothing in any case, and a harmful one is undone
+_FIRST = 2.0  # times `learning_rate`: gentler first rounds moved nothing in any case, and a harmful one is undone
 _RETAINED_WATCHED = 500  # most retained images that a reading measures: a loss of two points is seen, at half the cost
 _UNSEEN_WATCHED = 1000  # most unseen ones: the model is less sure of them, and shares are known to about a point
 _RETAINED = 5_000  # most retained images of a round, and ten for each sample of D_f
@@ -100,6 +105,15 @@ class End(StrEnum):
             End.BUDGET: "the budget is spent",
             End.EXHAUSTED: "every further round costs too much accuracy or changes nothing",
         }[self]
+
+
+class AdaptiveConfig(UnlearnConfig):
+    """What every method can set; a round draws its own images, and has its own schedule."""
+
+    epochs: int = Field(default=5, ge=1, description="passes over all training images that the run may cost")
+    learning_rate: float = Field(
+        default=0.003, gt=0, le=1e6, description="half of the rate at which the first round begins"
+    )
 
 
 def most_passes(config: UnlearnConfig, images: int) -> int:
@@ -257,7 +271,7 @@ class AdaptiveRun:
         group: the processes.
     """
 
-    def __init__(self, context: ClassifierContext, group: ProcessGroup) -> None:
+    def __init__(self, context: ClassifierContext[AdaptiveConfig], group: ProcessGroup) -> None:
         assert context.model is not None
         assert context.original is not None
         self._context, self._group, config = context, group, context.config
@@ -521,3 +535,39 @@ def _sample(images: ImageSource, most: int, generator: torch.Generator) -> Image
     if len(images) <= most:
         return images
     return images.select(torch.randperm(len(images), generator=generator)[:most])
+
+
+def train(context: ClassifierContext[AdaptiveConfig], training: Training) -> Trained:
+    """Run rounds until one of the ends is reached, and change the context's model in place."""
+    assert context.model is not None
+    run, given = AdaptiveRun(context, training.group), training
+    history = run_loop(
+        context.model,
+        run.phases,
+        context.config,
+        given.mask,
+        given.checkpoint,
+        given.fingerprint,
+        given.on_epoch,
+        given.group,
+        run.begin,
+    )
+    return Trained(history, float(run.passes), run.summary)
+
+
+def passes(context: ClassifierContext[AdaptiveConfig]) -> float:
+    """Return the most that the run may cost in image passes."""
+    return most_passes(context.config, len(context.forget) + len(context.retain))
+
+
+METHOD = ClassifierMethod(
+    train=train,
+    config_type=AdaptiveConfig,
+    about="as `salun`, in rounds that are measured and undone if they do harm; it chooses its own strength",
+    source="this project; the mask of Fan et al., ICLR 2024",
+    defaults={"batch_norm": "update"},
+    needs_mask=True,
+    needs_original=True,
+    reads_held_out=True,
+    passes=passes,
+)
