@@ -30,9 +30,9 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "20 images": {"kind": "random", "fraction": 0.0176, "seed": 2},
     "5 images": {"kind": "random", "fraction": 0.0045, "seed": 3},
 }
-RECIPES: Mapping[str, Mapping[str, Any] | None] = {
-    "default": None,
-    "fixed": {"epochs": 2, "learning_rate": 0.003, "batch_size": 32},
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "fixed": {"method": "salun", "config": {"epochs": 2, "learning_rate": 0.003, "batch_size": 32}},
 }
 
 
@@ -64,7 +64,7 @@ def decisions(seed: int, cases: Iterable[str], recipes: Iterable[str]) -> dict[s
                 **sets,
                 held_out=images.held_out,
                 mask=mask,
-                config=RECIPES[recipe],
+                **RECIPES[recipe],
                 seed=seed,
                 progress=False,
             )
