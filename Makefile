@@ -17,7 +17,7 @@ ARGS ?=
 KIND ?= stable-diffusion ddpm
 BENCHMARKS ?= mask masked_step masked_epoch loading attack
 
-.PHONY: help setup demo demo-diffusion test test-fast test-kernels check lint types in-step audit generated docs bench bench-scale calibrate reliability image manifests clean
+.PHONY: help setup demo demo-diffusion test test-fast test-kernels check lint types in-step audit sizes generated docs bench bench-scale calibrate reliability image manifests clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,7 @@ types: setup
 in-step: setup
 	$(BIN)/python -m pipelines compile --check
 	$(BIN)/python .ci/generated.py --check
+	$(BIN)/python .ci/sizes.py --check
 	$(BIN)/python -m lab.studies.readme_tables --check
 	$(BIN)/python -m lab.studies.adaptive --check
 	$(BIN)/python -m lab.studies.deviations --render-only --check
@@ -73,6 +74,9 @@ in-step: setup
 
 audit: setup ## Check the installed packages for known vulnerabilities (ARGS='--ignore-vuln ID')
 	@$(BIN)/python .ci/audit $(ARGS)
+
+sizes: setup ## Print lines, code and modules of each package; `make check` lets them only fall (ARGS=--write)
+	@$(BIN)/python .ci/sizes.py $(ARGS)
 
 generated: setup ## Rewrite the generated files: compiled pipelines, references, schemas, component READMEs
 	$(BIN)/python -m pipelines compile
