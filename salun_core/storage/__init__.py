@@ -14,18 +14,10 @@ __all__ = ["Entry", "FileStore", "ObjectStore", "StoredObject", "open_store", "s
 
 
 def open_store(uri: str) -> S3Store:
-    """Open a store by its address, without sending a request. Stores with the same settings share one client.
+    """Open `s3://bucket` or `s3://bucket/prefix` without a request; stores with the same settings share one client.
 
-    Args:
-        uri: `s3://bucket` or `s3://bucket/prefix`. The endpoint comes from SALUN_S3_ENDPOINT_URL, AWS_ENDPOINT_URL_S3
-            or AWS_ENDPOINT_URL; region and credentials from the other SALUN_S3_* and AWS_* variables.
-
-    Raises:
-        UsageError: the address is not valid; the remedy suggests the nearest valid one.
-
-    Example:
-        >>> open_store("s3://models/production").uri
-        's3://models/production'
+    The endpoint comes from SALUN_S3_ENDPOINT_URL, AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL; region and credentials from
+    the other SALUN_S3_* and AWS_* variables.
     """
     bucket, prefix = split_uri(uri)
     from salun_core.storage.s3 import S3Store, shared_client  # importing boto3 takes 0.2 s

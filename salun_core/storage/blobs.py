@@ -30,11 +30,7 @@ def blob_size(store: ObjectStore, digest: str) -> int | None:
 
 
 def put_blob(store: FileStore, path: Path) -> Blob:
-    """Upload a file under its digest, unless it is stored with the same size.
-
-    Raises:
-        StoreError: the file cannot be read, or the store is unreachable or refuses the credentials.
-    """
+    """Upload a file under its digest, unless it is stored with the same size."""
     try:
         blob = Blob(sha256_file(path), path.stat().st_size)
     except OSError as error:
@@ -53,16 +49,8 @@ def fetch_blob(
 ) -> None:
     """Download a file, which appears only after its bytes were found to match.
 
-    Args:
-        store: where it is stored.
-        digest: its SHA-256.
-        path: the file to write, in an existing folder.
-        size: its size in bytes if known: another size is refused before the download.
-        on_bytes: called with the number of bytes that arrived since the last call, from several threads.
-
-    Raises:
-        IntegrityError: the bytes do not match.
-        StoreError: it is not stored, the disk is full, or the store is unreachable.
+    Another `size` than the given one is refused before the download. `on_bytes` gets the number of bytes that arrived
+    since its last call, from several threads.
     """
     found = blob_size(store, digest) if size is not None else None
     if found not in {None, size}:

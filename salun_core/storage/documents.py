@@ -41,11 +41,7 @@ def _valid_time(text: str) -> str:
 
 
 def valid_tree(names: Collection[str]) -> None:
-    """Check, in a pydantic validator, that files of these names can lie in one folder.
-
-    Raises:
-        ValueError: a name is also the folder of another one.
-    """
+    """Check, in a pydantic validator, that files of these names can lie in one folder: no name is also a folder."""
     _valid(check_tree, names)
 
 
@@ -66,16 +62,7 @@ def one_line(text: str) -> str:
 
 
 def parse_stored(kind: type[D], data: bytes, source: str) -> D:
-    """Read a document that came out of the store.
-
-    Args:
-        kind: its pydantic model.
-        data: its bytes.
-        source: its key, for the message.
-
-    Raises:
-        IntegrityError: it is not JSON, or has faults.
-    """
+    """Read a document that came out of the store; faults raise IntegrityError, which names `source`, its key."""
     try:
         return parse(kind, json.loads(data, object_pairs_hook=unique_keys), source)
     except SalunError as error:

@@ -32,8 +32,6 @@ class StoredVersion:
         version: S3's id of it; empty if the store keeps no versions.
         size: in bytes; 0 for a delete marker.
         modified: the server's time of its writing (UTC).
-        latest: whether a plain read finds it.
-        marker: whether it is a delete marker.
     """
 
     key: str
@@ -87,12 +85,7 @@ class Upload:
 
 
 def versions_under(store: S3Store, prefix: str = "") -> Iterator[StoredVersion]:
-    """Yield every version and delete marker under a prefix, page by page, in the order of the store.
-
-    Args:
-        store: where.
-        prefix: the start of the keys; empty for all.
-    """
+    """Yield every version and delete marker under a prefix (empty for all), page by page, in the order of the store."""
     client, bucket, root = store.native
     pages = client.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=root + prefix)
     with store.translating("list the versions in", prefix):
@@ -120,12 +113,7 @@ def versions_of(store: S3Store, key: str) -> list[StoredVersion]:
 
 
 def stored_keys(store: S3Store, prefix: str = "") -> list[StoredKey]:
-    """Return what is stored under a prefix, sorted by key, including what a plain delete has only hidden.
-
-    Args:
-        store: where.
-        prefix: the start of the keys; empty for all.
-    """
+    """Return what is stored under a prefix, sorted by key, including what a plain delete has only hidden."""
     grouped: dict[str, list[StoredVersion]] = {}
     for item in versions_under(store, prefix):
         grouped.setdefault(item.key, []).append(item)
@@ -145,28 +133,16 @@ def stored_keys(store: S3Store, prefix: str = "") -> list[StoredKey]:
 def erase(store: S3Store, key: str) -> Erased:
     """Delete an object with all its versions and delete markers; a missing object is not an error.
 
-    The latest version goes last, so that a kill in between leaves a key that an ordinary listing still shows.
-
-    Args:
-        store: where.
-        key: exactly this key; longer keys that begin with it stay.
-
-    Returns:
-        What was removed.
+    The latest version goes last, so that a kill in between leaves a key that an ordinary listing still shows. Longer
+    keys that begin with this key stay.
     """
     return _remove(store, sorted(versions_of(store, key), key=lambda item: item.latest))
 
 
 def erase_old(store: S3Store, key: str, before: datetime | None = None) -> Erased:
-    """Delete all versions and delete markers of an object but the latest.
+    """Delete all versions and delete markers of an object but the latest; longer keys that begin with its key stay.
 
-    Args:
-        store: where.
-        key: exactly this key.
-        before: delete only what was replaced or hidden before this time, and then a delete marker with nothing to hide.
-
-    Returns:
-        What was removed.
+    With `before`, only what was replaced or hidden before this time, and then a delete marker with nothing to hide.
     """
     found = versions_of(store, key)
     gone = [item for item, at in _replaced(found) if before is None or at < before]
@@ -185,10 +161,7 @@ def _replaced(items: Iterable[StoredVersion]) -> list[tuple[StoredVersion, datet
 def unfinished_uploads(store: S3Store, older_than: datetime, prefix: str = "") -> list[Upload]:
     """Return the multipart uploads below the store's prefix that began before a time, sorted by key.
 
-    Args:
-        store: where.
-        older_than: with its time zone; a younger upload may still be in progress.
-        prefix: the start of the keys; empty for all.
+    A younger upload may still be in progress.
     """
     client, bucket, root = store.native
     pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=root + prefix)

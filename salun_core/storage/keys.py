@@ -27,14 +27,9 @@ _SCHEME = "s3://"
 
 
 def check_id(kind: str, text: str) -> str:
-    """Return an id unchanged if it is safe in a key.
+    """Return an id unchanged if it is safe in a key: 1 to 63 of `a-z 0-9 . _ -`, the first a letter or digit.
 
-    Args:
-        kind: what it names, such as "model line".
-        text: 1 to 63 of `a-z 0-9 . _ -`, the first a letter or digit.
-
-    Raises:
-        UsageError: it has another form; the remedy suggests the nearest valid id.
+    `kind` is what it names, such as "model line". The UsageError suggests the nearest valid id.
     """
     if _ID.fullmatch(text):
         return text
@@ -47,11 +42,7 @@ def check_id(kind: str, text: str) -> str:
 
 
 def check_file_name(text: str) -> str:
-    """Return a file name unchanged if it is plain: no folder, no leading dot, at most 128 characters.
-
-    Raises:
-        UsageError: it has another form.
-    """
+    """Return a file name unchanged if it is plain: no folder, no leading dot, at most 128 characters."""
     if _FILE.fullmatch(text):
         return text
     raise UsageError(
@@ -64,11 +55,7 @@ def check_file_name(text: str) -> str:
 def check_relative_name(text: str) -> str:
     """Return the name of a file in a folder unchanged if it stays below that folder.
 
-    Args:
-        text: 1 to 4 plain file names joined by `/`, at most 200 characters, such as `unet/config.json`.
-
-    Raises:
-        UsageError: it has another form.
+    It has 1 to 4 plain file names joined by `/` and at most 200 characters, such as `unet/config.json`.
     """
     segments = text.split("/")
     if len(text) <= _MAX_NAME and len(segments) <= MAX_SEGMENTS and all(map(_FILE.fullmatch, segments)):
@@ -81,11 +68,7 @@ def check_relative_name(text: str) -> str:
 
 
 def check_tree(names: Collection[str]) -> None:
-    """Check that files of these relative names can lie in one folder.
-
-    Raises:
-        UsageError: a name is also the folder of another one.
-    """
+    """Check that files of these relative names can lie in one folder: no name is also the folder of another one."""
     parts = (name.split("/") for name in names)
     folders = {"/".join(part[:end]) for part in parts for end in range(1, len(part))}
     both = sorted(folders.intersection(names))
@@ -94,11 +77,7 @@ def check_tree(names: Collection[str]) -> None:
 
 
 def check_key(text: str) -> str:
-    """Return a key unchanged if it has no empty, `.` or `..` segment and no control character.
-
-    Raises:
-        UsageError: it is empty, longer than 1,024 bytes, or has such a segment or character.
-    """
+    """Return a key unchanged if it has at most 1,024 bytes, no empty, `.` or `..` segment and no control character."""
     fits = 0 < len(text.encode(errors="replace")) <= _MAX_KEY_BYTES
     if fits and not _CONTROL.search(text) and not {"", ".", ".."}.intersection(text.split("/")):
         return text
@@ -118,11 +97,7 @@ def _check_digest_text(text: str) -> str:
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Split `s3://bucket/key` into bucket and key; the key may be empty and has no trailing slash.
-
-    Raises:
-        UsageError: it has another form; the remedy suggests the nearest valid one.
-    """
+    """Split `s3://bucket/key` into bucket and key; the key may be empty and has no trailing slash."""
     bucket, _, key = uri[len(_SCHEME) :].partition("/")
     key = key.rstrip("/")
     if not uri.startswith(_SCHEME) or not _BUCKET.fullmatch(bucket):
@@ -186,10 +161,9 @@ _FIELDS: Mapping[str, _Field] = {
 
 
 class KeyTemplate:
-    """One kind of key. A call with the values in braces, in order, checks each of them and returns the key.
+    """One kind of key, as a template with the fields of `_FIELDS` in braces.
 
-    Args:
-        template: the key, with the fields of `_FIELDS` in braces.
+    A call with the values in braces, in order, checks each of them and returns the key.
     """
 
     def __init__(self, template: str) -> None:
@@ -199,12 +173,7 @@ class KeyTemplate:
         self._pattern = re.compile(pattern.format(**groups))
 
     def __call__(self, *values: str | int) -> str:
-        """Return the key of these values.
-
-        Raises:
-            UsageError: a value is not safe in a key.
-            IntegrityError: a digest is not 64 lower-case hex digits.
-        """
+        """Return the key of these values; UsageError or IntegrityError (a digest) if one is not safe in a key."""
         pairs = zip(self._fields, values, strict=True)
         return self._template.format(**{name: _FIELDS[name].make(value) for name, value in pairs})
 
@@ -281,11 +250,7 @@ RUN_FILES: Mapping[str, re.Pattern[str]] = {
 def kind_of_key(key: str) -> tuple[str, Mapping[str, str]]:
     """Return the kind of a key and the values in it; `unknown` for a key that SalUn does not write.
 
-    Example:
-        >>> kind_of_key("scratch/run-1/forget.json")
-        ('scratch', {'run': 'run-1', 'path': 'forget.json'})
-        >>> kind_of_key("holiday/photo.jpg")
-        ('unknown', {})
+    For example, `scratch/run-1/forget.json` gives `("scratch", {"run": "run-1", "path": "forget.json"})`.
     """
     for kind, template in LAYOUT.items():
         if (values := template.match(key)) is not None:

@@ -81,22 +81,13 @@ def unknown_life(lease: Lease) -> Life:
 
 
 def read_lease(store: ObjectStore, line: str) -> Lease | None:
-    """Return a line's lease, held or not, or None if there never was one.
-
-    Raises:
-        IntegrityError: the document is damaged.
-    """
+    """Return a line's lease, held or not, or None if there never was one."""
     found = _read(store, line)
     return found[0] if found else None
 
 
 def holder_of(store: ObjectStore, line: str) -> str | None:
-    """Return the run that holds a line's lease now, by the store's clock, or None.
-
-    Raises:
-        IntegrityError: the document is damaged.
-        StoreError: the store sends no time.
-    """
+    """Return the run that holds a line's lease now, by the store's clock, or None."""
     found = _read(store, line)
     return found[0].holder if found and not _free(*found) else None
 
@@ -109,22 +100,10 @@ def acquire(
     place: Place | None = None,
     life_of: Callable[[Lease], Life] = unknown_life,
 ) -> Lease:
-    """Take the lease of a line, or keep one's own.
+    """Take the lease of a line, or keep one's own; its epoch is higher than that of each earlier holder.
 
-    Args:
-        store: where.
-        line: the model line.
-        holder: the run that wants it.
-        seconds: how long it holds from now on, unless it is renewed.
-        place: where the holder runs.
-        life_of: finds out whether the present holder lives; called only if it holds the line.
-
-    Returns:
-        The lease; its epoch is higher than that of each earlier holder.
-
-    Raises:
-        LineHeldError: another run holds it, or has just taken it.
-        StoreError: the store sends no time, or is unreachable.
+    LineHeldError if another run holds it, or has just taken it. `life_of` finds out whether the present holder lives,
+    and is called only if it holds the line. `seconds` counts from now.
     """
     for _ in range(_TRIES):
         found = _read(store, line)
@@ -173,10 +152,8 @@ def _silence(stored: StoredObject) -> int:
 def renew(store: ObjectStore, lease: Lease) -> Lease:
     """Renew a lease from now on, also one that is late, as long as no other run took it.
 
-    Raises:
-        RunSettledError: another run holds it, or it was given back.
-        StoreError: the store is unreachable.
-        ConflictError: other steps of the run renew it so often that this one never gets on.
+    RunSettledError if another run holds it, or it was given back. ConflictError if other steps of the run renew it so
+    often that this one never succeeds.
     """
     for _ in range(_TRIES):
         found = _read(store, lease.line)
@@ -192,13 +169,7 @@ def renew(store: ObjectStore, lease: Lease) -> Lease:
 
 
 def lost(line: str, holder: str, now: Lease | None) -> RunSettledError:
-    """Return the error of a run that has lost its lease.
-
-    Args:
-        line: the model line.
-        holder: the run.
-        now: the lease as it is now.
-    """
+    """Return the error of a run that has lost its lease; `now` is the lease as it is now."""
     why = "it was given back when the run was settled"
     if now is None or now.holder != holder:
         why = "it was not renewed in time, and " + (f"run {now.holder} took the line over" if now else "is gone")
@@ -206,11 +177,7 @@ def lost(line: str, holder: str, now: Lease | None) -> RunSettledError:
 
 
 def release(store: ObjectStore, line: str, holder: str) -> bool:
-    """Give a lease back; the lease of another run stays.
-
-    Returns:
-        Whether it was held by this run.
-    """
+    """Give a lease back, and return whether this run held it; the lease of another run stays."""
     for _ in range(_TRIES):
         found = _read(store, line)
         if found is None or found[0].holder != holder or found[0].released:

@@ -17,13 +17,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def disk_error(what: str, path: Path, error: OSError) -> StoreError:
-    """Build the error for a local file that cannot be read or written.
-
-    Args:
-        what: what was being done.
-        path: the file or folder.
-        error: the system's error.
-    """
+    """Build the error for a local file that cannot be read or written."""
     full = error.errno in _FULL
     remedy = "free some space there, or choose another folder" if full else "check the path and its permissions"
     return StoreError(what, f"{path}: {error.strerror or type(error).__name__}", remedy)
@@ -33,15 +27,7 @@ def disk_error(what: str, path: Path, error: OSError) -> StoreError:
 def temporary_files(
     what: str, remedy: str = "free some space there, or set TMPDIR to a folder on a larger disk"
 ) -> Iterator[None]:
-    """Report a full or broken disk of temporary files while the block runs.
-
-    Args:
-        what: what could not be done.
-        remedy: what to do about it.
-
-    Raises:
-        StoreError: the system reported an error.
-    """
+    """Report a full or broken disk of temporary files while the block runs, as StoreError."""
     try:
         yield
     except OSError as error:
@@ -52,8 +38,7 @@ def temporary_files(
 def temporary_folder(prefix: str) -> Iterator[Path]:
     """Yield a new folder for temporary files, which is deleted afterwards.
 
-    Raises:
-        StoreError: the disk of temporary files is full; the message names the variable that moves them.
+    If its disk is full, the StoreError names the variable that moves temporary files.
     """
     with tempfile.TemporaryDirectory(prefix=prefix) as name:
         try:
@@ -71,11 +56,7 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file atomically: it has its old content or the new one, also after a kill. Its folder is created.
-
-    Raises:
-        StoreError: it cannot be written; an existing file is unchanged.
-    """
+    """Write a file atomically: it has its old content or the new one, also after a kill. Its folder is created."""
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,9 +91,6 @@ def list_tree(folder: Path) -> Tree:
 
     An empty folder is strange, because no manifest could name it. So is a folder too deep for a file of a version; it
     is not read.
-
-    Raises:
-        OSError: the folder, or a folder in it, cannot be read.
     """
     files: set[str] = set()
     strange: list[str] = []

@@ -49,17 +49,10 @@ class ProbeReport(Document):
 
 
 def probe(store: S3Store) -> ProbeReport:
-    """Test a store's conditional writes, on keys that are deleted afterwards.
+    """Test a store's conditional writes, on keys below its prefix that are deleted afterwards.
 
-    Args:
-        store: the store; it needs the right to write and delete below its prefix.
-
-    Returns:
-        A check for each promise: one winner of 16 racing creates and of 8 racing swaps, a stale etag refused, a
-        fresh one accepted, a missing key refused, and what was written is read and listed.
-
-    Raises:
-        StoreError: the store is unreachable or refuses the credentials.
+    It checks each promise: one winner of 16 racing creates and of 8 racing swaps, a stale etag refused, a fresh one
+    accepted, a missing key refused, and what was written is read and listed.
     """
     begin = time.monotonic()
     folder = probe_key(secrets.token_hex(8))
@@ -75,11 +68,7 @@ def probe(store: S3Store) -> ProbeReport:
 
 
 def require_safe(store: S3Store) -> ProbeReport:
-    """Probe a store, and refuse it unless every promise was kept.
-
-    Raises:
-        StoreError: it is unsafe; the message names each broken promise.
-    """
+    """Probe a store, and refuse it unless every promise was kept; the StoreError names each broken one."""
     report = probe(store)
     if report.safe:
         return report

@@ -67,15 +67,11 @@ T = TypeVar("T")
 
 
 def make_client(endpoint: str | None = None) -> S3Client:
-    """Build a client with bounded retries and timeouts.
+    """Build a client with bounded retries and timeouts, by default for the endpoint that the environment names.
 
-    Args:
-        endpoint: URL of the store; by default SALUN_S3_ENDPOINT_URL, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or AWS
-            itself. Region and keys come from SALUN_S3_REGION, SALUN_S3_ACCESS_KEY_ID, SALUN_S3_SECRET_ACCESS_KEY and
-            SALUN_S3_SESSION_TOKEN; what is not set there comes from boto3's chain (AWS_*, roles, files).
-
-    Raises:
-        StoreError: the settings in the environment are wrong.
+    The endpoint comes from SALUN_S3_ENDPOINT_URL, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, or AWS itself. Region and keys
+    come from SALUN_S3_REGION, SALUN_S3_ACCESS_KEY_ID, SALUN_S3_SECRET_ACCESS_KEY and SALUN_S3_SESSION_TOKEN; what is
+    not set there comes from boto3's chain (AWS_*, roles, files).
     """
     config = Config(
         connect_timeout=5,
@@ -136,12 +132,9 @@ def _is_cut(request: Any, answer: Any) -> bool:  # noqa: ANN401 - as above
 def shared_client() -> S3Client:
     """Return the client of this process for the settings that the environment holds now.
 
-    Building a client takes 50 ms and opens new connections; clients are safe to share between threads. Other
-    settings (endpoint, region, account, proxy) give another client, and so does a forked process: sockets must not
-    be shared with the parent.
-
-    Raises:
-        StoreError: the settings in the environment are wrong.
+    Building a client takes 50 ms and opens new connections; clients are safe to share between threads. Other settings
+    (endpoint, region, account, proxy) give another client, and so does a forked process: sockets must not be shared
+    with the parent.
     """
     return _client_of(os.getpid(), _settings_digest())
 
@@ -166,16 +159,10 @@ def _settings_digest() -> str:
 
 
 class S3Store:
-    """A bucket, or a folder of one, as a `FileStore`.
+    """A bucket, or a folder of one (`prefix`), as a `FileStore`.
 
-    Region and credentials come from the environment, as in `make_client`. Every method raises StoreError if the store
-    is unreachable or refuses the credentials.
-
-    Args:
-        bucket: name of the bucket.
-        prefix: folder that all keys are relative to; empty for the whole bucket.
-        endpoint: URL of the store; by default from the environment.
-        client: the client to use instead of a new one.
+    Region and credentials come from the environment, as in `make_client`, unless a client is given. Every method raises
+    StoreError if the store is unreachable or refuses the credentials.
     """
 
     def __init__(
@@ -214,11 +201,7 @@ class S3Store:
         return f"s3://{self._bucket}/{self._prefix}{key}"
 
     def get(self, key: str) -> StoredObject | None:
-        """Return an object, or None if it does not exist.
-
-        Raises:
-            IntegrityError: the object is too large for a document (64 MiB), or does not match the store's checksum.
-        """
+        """Return an object, or None if it does not exist; IntegrityError if it is larger than 64 MiB or damaged."""
         found = self._fetch(key)
         return found[0] if found else None
 
@@ -247,12 +230,7 @@ class S3Store:
             return _read_whole(read)
 
     def read_start(self, key: str, size: int) -> bytes | None:
-        """Return the first `size` bytes of an object (all, if it has fewer), or None if it does not exist.
-
-        Args:
-            key: the key, relative to the prefix.
-            size: how many bytes.
-        """
+        """Return the first `size` bytes of an object (all, if it has fewer), or None if it does not exist."""
         full = self._full(key)
 
         def read() -> bytes:
@@ -271,11 +249,7 @@ class S3Store:
     def read_range(self, key: str, start: int, size: int, etag: str) -> bytes | None:
         """Return `size` bytes of an object from `start` on; None if it does not exist or has another etag.
 
-        Args:
-            key: the key, relative to the prefix.
-            start: offset in bytes, before the object's end.
-            size: how many bytes, at least one.
-            etag: as `list` gives it.
+        `start` must lie before the object's end, and `size` be at least 1.
         """
         full = self._full(key)
 
@@ -300,17 +274,12 @@ class S3Store:
     def put_new(self, key: str, data: bytes) -> str:
         """Create an object and return its etag; creating it again with the same bytes succeeds.
 
-        Raises:
-            ConflictError: the object exists with other bytes.
+        ConflictError if the object exists with other bytes.
         """
         return self._write(key, data, None)
 
     def put_if(self, key: str, data: bytes, etag: str) -> str:
-        """Replace an object if its etag is still the given one, and return the new etag.
-
-        Raises:
-            ConflictError: the object changed or was deleted.
-        """
+        """Replace an object if its etag is still the given one (else ConflictError), and return the new etag."""
         return self._write(key, data, etag)
 
     def _write(self, key: str, data: bytes, etag: str | None) -> str:
@@ -343,16 +312,8 @@ class S3Store:
     def try_put(self, key: str, data: bytes, etag: str | None = None, writer: str = "") -> str | None:
         """Send one conditional write and return the new etag, or None if its condition was false.
 
-        It does not read the object back: `probe` tests this bare operation.
-
-        Args:
-            key: the key, relative to the prefix.
-            data: the bytes.
-            etag: the etag that the object must have; None if it must not exist.
-            writer: a token stored with the object.
-
-        Raises:
-            StoreError: the store keeps answering 409.
+        It does not read the object back: `probe` tests this bare operation. An etag of None means that the object must
+        not exist; `writer` is a token stored with it.
         """
         full = self._full(key)
         condition: dict[str, Any] = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
@@ -383,11 +344,7 @@ class S3Store:
         )
 
     def list(self, prefix: str) -> Iterator[Entry]:
-        """Yield the objects whose key starts with a prefix, in key order.
-
-        Args:
-            prefix: the start of the keys, relative to the store's prefix; empty for all.
-        """
+        """Yield the objects whose key starts with a prefix (empty for all), in key order."""
         if prefix.rstrip("/"):
             check_key(prefix.rstrip("/"))
         skip = len(self._prefix)
@@ -414,11 +371,7 @@ class S3Store:
                     raise
 
     def upload(self, path: Path, key: str) -> None:
-        """Upload a file, in parts of 16 MiB if it has more than 32 MiB; the store checks the SHA-256 of each part.
-
-        Raises:
-            StoreError: the file cannot be read.
-        """
+        """Upload a file, in parts of 16 MiB if it has more than 32 MiB; the store checks the SHA-256 of each part."""
         full, what = self._full(key), f"cannot upload {path.name} to {self._address(key)}"
         with translated(what, self.endpoint):
             try:
@@ -432,11 +385,7 @@ class S3Store:
                     raise
 
     def copy(self, source: str, target: str) -> bool:
-        """Copy an object within the store, without a download; an object of that key is replaced.
-
-        Returns:
-            Whether the source exists; otherwise nothing was copied.
-        """
+        """Copy an object within the store, replacing the target, and return whether the source exists."""
         origin: CopySourceTypeDef = {"Bucket": self._bucket, "Key": self._full(source)}
         full = self._full(target)
         with self.translating("copy", source):
@@ -457,13 +406,7 @@ class S3Store:
     def download(self, key: str, path: Path, on_bytes: Callable[[int], None] | None = None) -> None:
         """Download to a file, which appears complete or not at all.
 
-        Args:
-            key: the key.
-            path: the file.
-            on_bytes: called with the number of bytes that arrived since the last call, from several threads.
-
-        Raises:
-            StoreError: the object does not exist, or the disk is full.
+        `on_bytes` gets the number of bytes that arrived since its last call, from several threads.
         """
         full, what = self._full(key), f"cannot download {self._address(key)}"
         part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.part")

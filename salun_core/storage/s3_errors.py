@@ -67,11 +67,7 @@ def is_missing(error: ClientError) -> bool:
 
 
 def rows_of(page: Any, name: str) -> list[Any]:  # noqa: ANN401 - a page of boto3, of any listing
-    """Return the rows of one kind in a page of a listing.
-
-    Raises:
-        KeyError: the page is not a listing. It may be empty, but it says whether it is the last one.
-    """
+    """Return the rows of one kind in a page of a listing, which may be empty; KeyError if it is not a listing."""
     page["IsTruncated"]  # noqa: B018
     rows: list[Any] = page.get(name, [])
     return rows
@@ -84,16 +80,7 @@ def is_unclear(error: BaseException | None) -> bool:
 
 @contextmanager
 def translated(what: str, endpoint: str) -> Iterator[None]:
-    """Raise SalUn's errors in place of botocore's.
-
-    Args:
-        what: what was being done, such as "cannot read s3://bucket/key".
-        endpoint: the URL of the store, for the message.
-
-    Raises:
-        StoreError: the store is unreachable, refuses the credentials, or the object does not exist.
-        IntegrityError: the bytes do not match the store's checksum.
-    """
+    """Raise SalUn's errors in place of botocore's; `what` is such as "cannot read s3://bucket/key"."""
     try:
         yield
     # The last two: an answer lacks what it must have, or is no XML. boto3 and s3transfer do not check that.
@@ -141,13 +128,7 @@ def _named(remedy: str) -> str:
 
 
 def conflict(address: str, etag: str | None, *, gone: bool) -> ConflictError:
-    """Build the error for a write whose condition was false.
-
-    Args:
-        address: the object.
-        etag: the etag that it should have had; None if it should not have existed.
-        gone: whether the object does not exist now.
-    """
+    """Build the error for a write whose condition was false; an etag of None means that the object existed already."""
     if etag is None:
         remedy = "read it, and choose another name or keep it"
         return ConflictError(f"{address} exists already", "it holds other content", remedy)

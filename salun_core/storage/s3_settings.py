@@ -21,9 +21,8 @@ _KEYS = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
 def own_settings() -> dict[str, str]:
     """Return the settings that our own variables give, by the names in `SETTINGS`; an empty variable gives none.
 
-    Raises:
-        StoreError: one of the two keys is set without the other, or a session token without them. It would be
-            completed from AWS_*, with a key of another account.
+    StoreError if one of the two keys is set without the other, or a session token without them: boto3 would complete it
+    from AWS_*, with a key of another account.
     """
     found = {name: value for name in SETTINGS if (value := os.environ.get(f"{PREFIX}{name}", ""))}
     missing = [name for name in _KEYS if name not in found]
@@ -52,11 +51,7 @@ def session_arguments(settings: Mapping[str, str]) -> dict[str, Any]:
 
 
 def variable(name: str) -> str:
-    """Return the variable to name in a message about a setting: the one that is in use, or that should be set.
-
-    Args:
-        name: one of `SETTINGS`.
-    """
+    """Return the variable to name in a message about one of `SETTINGS`: the one in use, or the one to set."""
     if not os.environ.get(f"{PREFIX}{name}"):
         for other in (f"AWS_{name}_S3", f"AWS_{name}"):
             if os.environ.get(other):
