@@ -36,7 +36,6 @@ class LayerDifference:
 
     Args:
         name: the layer: the name of its tensors without the last part.
-        values: how many weights and buffer values it has.
         changed: how many have other bits.
         distance: norm of the difference over the norm of the weights in A; None if they are not floats, or all 0.
     """
@@ -49,14 +48,7 @@ class LayerDifference:
 
 @dataclass(frozen=True)
 class Step:
-    """A version that only one of the two has in its ancestry.
-
-    Args:
-        side: which one.
-        version: the version.
-        requests: ids of the requests that its run erased.
-        metrics: what was measured before and after it, from its evidence.
-    """
+    """A version that only one of the two has in its ancestry, with the ids of the requests that its run erased."""
 
     side: Literal["a", "b"]
     version: Version
@@ -69,8 +61,6 @@ class ModelDifference:
     """How two models differ.
 
     Args:
-        a: name of the first one.
-        b: name of the second one.
         layers: all layers that both have, in the order of the files.
         gone: tensors that only A has, or of another type or shape.
         new: tensors that only B has, or of another type or shape.
@@ -118,18 +108,9 @@ class _Side:
 
 
 def compare(store_uri: str | None, a: str, b: str, requests_of: Callable[[str], Sequence[str]]) -> ModelDifference:
-    """Compare two models.
+    """Compare two models, each a `line`, a `line@version` or a model folder; the store may be None for two folders.
 
-    Args:
-        store_uri: the store of versions; None if both are folders.
-        a: `line`, `line@version`, or a model folder.
-        b: the same.
-        requests_of: returns the ids of the requests that a run erased.
-
-    Raises:
-        UsageError: one of them does not exist or has no weights (any more), or a store is needed.
-        IntegrityError: a weight file is damaged.
-        StoreError: the store is unreachable, or the disk is full.
+    UsageError if one of them does not exist or its weights were purged. `requests_of` returns what a run erased.
     """
     with tempfile.TemporaryDirectory(prefix="salun-diff-") as folder:
         sides = [_side(store_uri, text, Path(folder) / name) for text, name in ((a, "a"), (b, "b"))]

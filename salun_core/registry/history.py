@@ -22,13 +22,9 @@ class VersionSummary:
     """One version of a line.
 
     Args:
-        version: its digest and manifest.
-        state: in use, an ancestor of the one in use, or undone by a rollback.
         undone: the record of that rollback; None if it was made before such records existed.
         requests: how many deletion requests its run erased; None if no recorded run made it.
-        kept: whether its weights are stored.
         held_by: who keeps it from being purged, and why; None if nobody does.
-        alarm: whether a full training is recommended.
     """
 
     version: Version
@@ -53,15 +49,8 @@ def history(
 ) -> Sequence[VersionSummary]:
     """Summarise the versions of a line, the newest first; those that a rollback undid stand above the one it restored.
 
-    Args:
-        store: where the line is stored.
-        line: the model line.
-        requests_of: returns how many requests a run erased, or None if the run is not recorded.
-        was_published: returns whether a run published its version; for rollbacks that left no record.
-
-    Raises:
-        UsageError: the line does not exist.
-        IntegrityError: a manifest on the way is damaged or missing.
+    `requests_of` returns how many requests a run erased, or None if it is not recorded. `was_published` is for
+    rollbacks that left no record.
     """
     held = {hold.version: f"{hold.by}: {hold.reason}" for hold in holds(store, line)}
     past = ancestry(store, line)

@@ -51,22 +51,8 @@ def hold_version(
     """Keep a version from being purged; an existing hold stays as it is.
 
     The hold is written first and the files are checked afterwards: a purge that looks later sees the hold and puts back
-    what it deleted, and what one deleted before it looked is missing here (see `retention.purge`).
-
-    Args:
-        store: where the line is stored.
-        line: the model line.
-        digest: the version.
-        by: who wants it kept.
-        reason: why, without personal data.
-        clock: returns the time now.
-
-    Returns:
-        The hold.
-
-    Raises:
-        UsageError: the version does not exist, or a text is not plain.
-        ConflictError: its weights were deleted already, or are being deleted.
+    what it deleted, and what one deleted before it looked is missing here (see `retention.purge`). ConflictError if the
+    weights were deleted already, or are being deleted.
     """
     manifest = read_version(store, line, digest)
     disposal = read_disposal(store, line, digest)
@@ -92,11 +78,7 @@ def hold_version(
 
 
 def release_version(store: ObjectStore, line: str, digest: str) -> VersionHold:
-    """Delete the hold of a version, and return it: the next purge treats the version like any other.
-
-    Raises:
-        UsageError: the version is not held.
-    """
+    """Delete the hold of a version, and return it: the next purge treats the version like any other."""
     hold = _read(store, version_hold_key(line, digest), VersionHold)
     if hold is None:
         held = ", ".join(item.version[:12] for item in holds(store, line)) or "none"
@@ -106,30 +88,18 @@ def release_version(store: ObjectStore, line: str, digest: str) -> VersionHold:
 
 
 def holds(store: ObjectStore, line: str) -> Sequence[VersionHold]:
-    """Return the holds of a line, sorted by version.
-
-    Raises:
-        IntegrityError: a document is damaged.
-    """
+    """Return the holds of a line, sorted by version."""
     found = (_read(store, entry.key, VersionHold) for entry in store.list(version_holds_prefix(line)))
     return [hold for hold in found if hold]
 
 
 def record_disposal(store: ObjectStore, disposal: VersionDisposal) -> VersionDisposal:
-    """Record that files of a version are gone, and return the record; the first record of a version stands.
-
-    Raises:
-        StoreError: the store is unreachable or refuses the credentials.
-    """
+    """Record that files of a version are gone, and return the record; the first record of a version stands."""
     return _create(store, version_disposal_key(disposal.line, disposal.version), disposal)
 
 
 def read_disposal(store: ObjectStore, line: str, digest: str) -> VersionDisposal | None:
-    """Return the record of which files of a version were deleted, or None.
-
-    Raises:
-        IntegrityError: the document is damaged.
-    """
+    """Return the record of which files of a version were deleted, or None."""
     return _read(store, version_disposal_key(line, digest), VersionDisposal)
 
 

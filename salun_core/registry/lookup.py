@@ -25,11 +25,7 @@ class Version:
 
 
 def read_head(store: ObjectStore, line: str) -> tuple[Head, str] | None:
-    """Return HEAD of a line and its etag, or None if the line has no HEAD.
-
-    Raises:
-        IntegrityError: the document is damaged, or belongs to another line.
-    """
+    """Return HEAD of a line and its etag, or None if the line has no HEAD."""
     key = head_key(line)
     stored = store.get(key)
     if stored is None:
@@ -40,12 +36,7 @@ def read_head(store: ObjectStore, line: str) -> tuple[Head, str] | None:
 
 
 def require_head(store: ObjectStore, line: str) -> Head:
-    """Return HEAD of a line.
-
-    Raises:
-        UsageError: the line has none.
-        IntegrityError: the document is damaged, or belongs to another line.
-    """
+    """Return HEAD of a line; UsageError if the line has none."""
     found = read_head(store, line)
     if found is None:
         raise no_head(line)
@@ -61,9 +52,7 @@ def no_head(line: str) -> UsageError:
 def read_version(store: ObjectStore, line: str, digest: str) -> VersionManifest:
     """Return the manifest of a version; its digest is verified before it is parsed.
 
-    Raises:
-        UsageError: the line has no such version.
-        IntegrityError: the manifest does not match its digest.
+    UsageError if the line has no such version.
     """
     key = version_key(line, digest)
     stored = store.get(key)
@@ -81,12 +70,7 @@ def _unknown_version(line: str, version: str) -> UsageError:
 
 
 def unknown_line(line: str, known: Sequence[str]) -> UsageError:
-    """Return the error for a model line that does not exist.
-
-    Args:
-        line: what was given.
-        known: the lines of the store; if there are none, the remedy is to begin one.
-    """
+    """Return the error for a model line that does not exist; if the store has no lines, the remedy is to begin one."""
     if known:
         return unknown_name("model line", line, known)
     remedy = f"begin it: salun model import CHECKPOINT --line {line} --out DIR, or salun train with --line {line}"
@@ -99,16 +83,7 @@ def _check_line(key: str, expected: str, actual: str) -> None:
 
 
 def read_file(store: ObjectStore, version: Version, name: str) -> bytes:
-    """Return a small file of a version, its bytes verified.
-
-    Args:
-        store: where the version is stored.
-        version: its digest and manifest.
-        name: of one of its files.
-
-    Raises:
-        IntegrityError: the file is missing, or does not match its digest.
-    """
+    """Return a small file of a version; IntegrityError if it is missing or does not match its digest."""
     digest, what = version.manifest.files[name].sha256, f"{name} of version {version.digest[:12]}"
     stored = store.get(blob_key(digest))
     if stored is None:
@@ -118,13 +93,9 @@ def read_file(store: ObjectStore, version: Version, name: str) -> bytes:
 
 
 def resolve(store: ObjectStore, reference: str) -> tuple[str, str]:
-    """Resolve `line`, `line@HEAD` or `line@<digest or its first 6 or more digits>`.
+    """Resolve `line`, `line@HEAD` or `line@<digest or its first 6 or more digits>` to the line and the digest.
 
-    Returns:
-        The line and the digest of the version.
-
-    Raises:
-        UsageError: the line (the nearest is named) or version does not exist, or the prefix is ambiguous.
+    UsageError if the prefix is ambiguous, or if the line (the nearest is named) or version does not exist.
     """
     line, _, version = reference.partition("@")
     check_id("model line", line)
@@ -158,26 +129,15 @@ def lines(store: ObjectStore) -> list[str]:
 
 
 def manifests(store: ObjectStore, line: str) -> list[Version]:
-    """Return every version of a line that has a manifest, also those that were undone or never published.
-
-    Raises:
-        IntegrityError: a manifest is damaged.
-    """
+    """Return every version of a line that has a manifest, also those that were undone or never published."""
     found = (version_key.match(entry.key) for entry in store.list(versions_prefix(line)))
     return [Version(item["digest"], read_version(store, line, item["digest"])) for item in found if item]
 
 
 def ancestry(store: ObjectStore, line: str, start: str | None = None) -> list[Version]:
-    """Return a version of a line and its ancestors, the newest first.
+    """Return a version of a line, by default HEAD, and its ancestors, the newest first.
 
-    Args:
-        store: where the line is stored.
-        line: the model line.
-        start: digest of the version; by default HEAD.
-
-    Raises:
-        IntegrityError: a manifest on the way is damaged or missing.
-        UsageError: the line does not exist.
+    IntegrityError if a manifest on the way is damaged or missing; UsageError if the line does not exist.
     """
     digest: str | None = start or resolve(store, line)[1]
     versions: list[Version] = []

@@ -17,11 +17,9 @@ DEBT_LIMIT, RUNS_LIMIT = 0.05, 10
 
 
 def retraining_recommended(debt: float, runs: int) -> bool:
-    """Return whether so much was forgotten since the last full training that another one is recommended.
+    """Return whether a full training is recommended, from what was forgotten since the last one.
 
-    Args:
-        debt: share of the training samples that was forgotten since then.
-        runs: unlearning runs since then.
+    `debt` is the share of the training samples that was forgotten since then, `runs` the number of unlearning runs.
     """
     return debt >= DEBT_LIMIT or runs >= RUNS_LIMIT
 
@@ -105,30 +103,16 @@ SINGLE_WEIGHTS, PIPELINE_INDEX = "model.safetensors", "model_index.json"
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """Return the files of a version that hold weights, sorted: `model.safetensors`, or any in a folder.
-
-    Args:
-        names: of all files, with `/` between folders.
-
-    Example:
-        >>> weight_files(["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "mask.safetensors"])
-        ['unet/diffusion_pytorch_model.safetensors']
-    """
+    """Return the files of a version that hold weights, sorted: `model.safetensors`, or any in a folder."""
     return sorted(name for name in names if name == SINGLE_WEIGHTS or ("/" in name and name.endswith(".safetensors")))
 
 
 def weights_digest(files: Mapping[str, str]) -> str:
-    """Return the digest that identifies a model, from the digests of its files.
+    """Return the digest that identifies a model, from the SHA-256 of its files by name; other files are ignored.
 
     For a single file of weights it is that file's SHA-256. For a diffusers folder it is the SHA-256 of the canonical
     JSON of `{name: SHA-256}` over `model_index.json` and every file in a folder, because scheduler and tokenizer affect
-    the images too.
-
-    Args:
-        files: name, with `/` between folders -> SHA-256 in hex; files that are not the model's are ignored.
-
-    Raises:
-        ModelError: there are no weights, or two models at once.
+    the images too. ModelError if there are no weights, or two models at once.
     """
     weights = weight_files(files)
     single, folders = SINGLE_WEIGHTS in weights, PIPELINE_INDEX in files

@@ -40,14 +40,7 @@ AGAIN = "run the same command again: it continues where it stopped"
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull did.
-
-    Args:
-        manifest: of the version.
-        fetched: how many files were downloaded.
-        present: how many were there already.
-        size: of all files, in bytes.
-    """
+    """What a pull did: how many files it downloaded, how many were present already, and the size of all in bytes."""
 
     manifest: VersionManifest
     fetched: int
@@ -69,7 +62,6 @@ class _Meter:
             self._report(self._whole, self._total)
 
     def __call__(self, count: int) -> None:
-        """So many more bytes arrived."""
         with self._lock:
             self._part += count
             self._report(self._whole + min(self._part, self._limit), self._total)
@@ -82,23 +74,11 @@ def pull(
     out: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pulled:
-    """Download the files of a version that a folder does not have yet.
+    """Download the files of a version that a folder lacks, so that it holds exactly the files of the version.
 
-    Args:
-        store: where from.
-        line: the model line.
-        digest: the version.
-        out: a folder that does not exist, is empty, or holds unchanged files of this version only.
-        on_progress: called with the bytes that arrived and those of all files to download.
-
-    Returns:
-        What was done. The folder holds exactly the files of the version.
-
-    Raises:
-        UsageError: the version does not exist, its files were purged, or the folder holds other files.
-        ConflictError: another process downloads the version into this folder.
-        IntegrityError: a file does not match its digest.
-        StoreError: a file is missing, the disk is full, or the connection was lost; the next call continues.
+    The folder must not exist, be empty, or hold unchanged files of this version only (UsageError). ConflictError if
+    another process downloads into it. After a StoreError the next call continues. `on_progress` gets the bytes that
+    arrived and those of all files to download.
     """
     manifest = read_version(store, line, digest)
     out = Path(os.path.abspath(out))

@@ -33,19 +33,7 @@ class VersionRollback(Document):
 def new_rollback(
     line: str, version: str, to: str, by: str, reason: str, clock: Callable[[], datetime]
 ) -> VersionRollback:
-    """Build the record of a rollback.
-
-    Args:
-        line: the model line.
-        version: digest of the version that is undone.
-        to: digest of the version that becomes HEAD.
-        by: who rolls the line back.
-        reason: why, without personal data.
-        clock: returns the time now.
-
-    Raises:
-        UsageError: a text is not plain.
-    """
+    """Build the record of a rollback from one version (a digest) to another; the reason must hold no personal data."""
     fields = {"line": line, "version": version, "to": to, "by": by, "reason": reason}
     at = clock().astimezone(UTC).isoformat()
     return parse(VersionRollback, {**fields, "at": at}, f"rollback of {line}@{version[:12]}")
@@ -54,9 +42,7 @@ def new_rollback(
 def record_rollback(store: ObjectStore, record: VersionRollback) -> None:
     """Write the record of a rollback; it replaces that of an earlier attempt, which did not move HEAD.
 
-    Raises:
-        UsageError: the version does not exist.
-        ConflictError: another rollback of the line is being recorded.
+    ConflictError if another rollback of the line is being recorded.
     """
     read_version(store, record.line, record.version)
     key, data = version_rollback_key(record.line, record.version), canonical_json(record.model_dump(mode="json"))
@@ -71,11 +57,7 @@ def record_rollback(store: ObjectStore, record: VersionRollback) -> None:
 
 
 def read_rollback(store: ObjectStore, line: str, digest: str) -> VersionRollback | None:
-    """Return the record of the rollback that undid a version, or None.
-
-    Raises:
-        IntegrityError: the document is damaged.
-    """
+    """Return the record of the rollback that undid a version, or None."""
     key = version_rollback_key(line, digest)
     stored = store.get(key)
     return parse_stored(VersionRollback, stored.data, key) if stored else None
@@ -85,10 +67,6 @@ def versions_in_use(store: ObjectStore, line: str) -> frozenset[str] | None:
     """Return the versions that HEAD is made from; None if no version of the line lies outside of them.
 
     The lineage decides, as in `undoing`: a rollback may lack its record.
-
-    Raises:
-        UsageError: the line does not exist.
-        IntegrityError: the lineage is damaged.
     """
     listed = {found["digest"] for entry in store.list(versions_prefix(line)) if (found := version_key.match(entry.key))}
     in_use = frozenset(item.digest for item in ancestry(store, line))
@@ -100,10 +78,6 @@ def undoing(store: ObjectStore, line: str, digest: str) -> str:
 
     The lineage decides: a record without a rollback has no effect, and a version outside of the lineage is not in use
     although no record says why.
-
-    Raises:
-        UsageError: the line does not exist.
-        IntegrityError: the lineage or the record is damaged.
     """
     if digest in {item.digest for item in ancestry(store, line)}:
         return ""

@@ -46,17 +46,8 @@ def stage_version(
 ) -> tuple[str, VersionManifest]:
     """Upload the files of a version, then its manifest; it stays invisible until it is published.
 
-    Args:
-        store: where to.
-        fields: the fields of `VersionManifest` except `files`; `created_at` is now by default.
-        files: name, with `/` between folders -> file.
-
-    Returns:
-        The digest of the version, and its manifest.
-
-    Raises:
-        UsageError: a field or a file name is wrong; nothing was uploaded.
-        StoreError: a file cannot be read, or the store is unreachable or refuses the credentials.
+    `fields` are those of `VersionManifest` except `files`; `created_at` is now by default. UsageError if a field or a
+    file name is wrong; nothing was uploaded then.
     """
     fields = {"created_at": utc_now(), **fields}
     for name in files:
@@ -78,20 +69,10 @@ def publish_head(
     run: str | None,
     files: Mapping[str, Path] | None = None,
 ) -> Head:
-    """Make a staged version the HEAD of its line, if HEAD is still its parent. The call may be repeated.
+    """Make a staged version the HEAD of its line, if HEAD is still its parent (else ConflictError). It may be repeated.
 
-    Args:
-        store: where.
-        line: the model line.
-        version: digest of the staged version.
-        parent: digest of the version it was made from; None for the first of a line.
-        run: the unlearning run that publishes, if any.
-        files: the version's files by name, to upload again what a purge deleted; without them, the call fails then.
-
-    Raises:
-        ConflictError: HEAD is not the parent (any more).
-        UsageError: the version does not exist, or was made from another parent.
-        IntegrityError: a file of the version is missing or has another size.
+    `parent` is None for the first version of a line. `files` are uploaded again if a purge deleted them; without
+    `files` the call fails then.
     """
     manifest = read_version(store, line, version)
     if manifest.parent != parent:
@@ -172,11 +153,7 @@ def _swap(store: ObjectStore, head: Head, parent: str | None, etag: str | None) 
 
 
 def publish(store: FileStore, fields: Mapping[str, Any], files: Mapping[str, Path]) -> tuple[Head, VersionManifest]:
-    """Stage a version and make it HEAD; see `stage_version` and `publish_head`.
-
-    Raises:
-        ConflictError: HEAD is not the parent that `fields` names.
-    """
+    """Stage a version and make it HEAD; ConflictError if HEAD is not the parent that `fields` names."""
     digest, manifest = stage_version(store, fields, files)
     return publish_head(store, manifest.line, digest, manifest.parent, manifest.run, files), manifest
 
@@ -184,8 +161,7 @@ def publish(store: FileStore, fields: Mapping[str, Any], files: Mapping[str, Pat
 def undone_by(store: ObjectStore, line: str, version: str) -> Sequence[Version]:
     """Return the versions that a rollback to an earlier version would undo, the newest first.
 
-    Raises:
-        UsageError: the version is HEAD, or not an ancestor of HEAD.
+    UsageError if the version is HEAD, or not an ancestor of HEAD.
     """
     past = ancestry(store, line)
     place = next((index for index, item in enumerate(past) if item.digest == version), None)
@@ -196,17 +172,9 @@ def undone_by(store: ObjectStore, line: str, version: str) -> Sequence[Version]:
 
 
 def roll_back(store: ObjectStore, line: str, version: str, expected: str) -> Head:
-    """Make an ancestor of HEAD the HEAD again; the caller decides whether that is allowed (`sweeps.rollback`).
+    """Make an ancestor of HEAD the HEAD again; ConflictError unless HEAD is the `expected` version.
 
-    Args:
-        store: where.
-        line: the model line.
-        version: digest of the ancestor.
-        expected: digest of the version that must be HEAD now.
-
-    Raises:
-        ConflictError: another version is HEAD.
-        IntegrityError: the line has no HEAD.
+    The caller decides whether that is allowed (`sweeps.rollback`).
     """
     found = read_head(store, line)
     if found is None:
@@ -228,17 +196,8 @@ def fetch_version(
 ) -> VersionManifest:
     """Download the files of a version into a folder, which appears complete and verified or not at all.
 
-    Args:
-        store: where from.
-        line: the model line.
-        digest: the version.
-        folder: a folder that does not exist, is empty, or already holds this version.
-        without: names of files to leave out.
-
-    Raises:
-        UsageError: the version does not exist, its files were purged, or the folder holds other files.
-        IntegrityError: a file does not match its digest.
-        StoreError: a file is missing, or the disk is full.
+    UsageError if the version was purged, or if the folder holds other files; one that already holds this version is
+    kept.
     """
     manifest = read_version(store, line, digest)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -266,11 +225,7 @@ def fetch_version(
 
 
 def check_not_purged(store: ObjectStore, line: str, digest: str) -> None:
-    """Refuse a version whose weights were deleted.
-
-    Raises:
-        UsageError: a purge deleted them.
-    """
+    """Refuse a version whose weights a purge deleted (UsageError)."""
     disposed = read_disposal(store, line, digest)
     if disposed is not None:
         raise UsageError(
