@@ -72,26 +72,12 @@ def file_requests(
     dry_run: bool = False,
     clock: Clock = utc_clock,
 ) -> tuple[Filed, Sequence[Match]]:
-    """Check deletion requests against their model lines, and file them.
+    """Check deletion requests against their model lines, and file them; a UsageError means that nothing was filed.
 
-    Args:
-        store: where the model lines and requests are stored.
-        submissions: the requests.
-        actor: who files them.
-        check_data: whether to look up the targets in the data. None reads local data and does not download any; True
-            fails if the data, or what the check needs of the model, cannot be read.
-        policy_uri: the gate policy that a sweep will apply; a line that lacks what it needs gets a warning.
-        confirm: called with what the requests name, before anything is written; False files nothing.
-        done: called after each request.
-        dry_run: check everything and write nothing.
-        clock: returns the time.
-
-    Returns:
-        Receipts and refusals, both empty if it was not confirmed; and what each request names.
-
-    Raises:
-        UsageError: a model line does not exist, or a target does not fit it; nothing was filed.
-        StoreError: the store cannot be reached or refuses access.
+    `check_data`: None looks up targets in local data only; True fails if the data, or what the check needs of the
+    model, cannot be read. `confirm` gets what the requests name before anything is written; if it returns False,
+    nothing is filed and the receipts and refusals are empty. A line that lacks what the policy at `policy_uri` needs
+    gets a warning.
     """
     matches = match_requests(store, submissions, check_data, policy_uri)
     if not confirm(matches):
@@ -118,15 +104,7 @@ def match_requests(
 ) -> Sequence[Match]:
     """Return what requests name in their model lines; nothing is written.
 
-    Args:
-        store: where the model lines are stored.
-        submissions: the requests.
-        check_data: as for `file_requests`.
-        policy_uri: as for `file_requests`.
-
-    Raises:
-        UsageError: a model line does not exist, or a target does not fit it; the message counts such requests.
-        IntegrityError: HEAD of a line is damaged, or a target belongs to another data set.
+    The arguments are those of `file_requests`.
     """
     known: dict[str, _Line | SalunError] = {}
     found: list[Match] = []
@@ -213,12 +191,6 @@ class _Line:
         )
 
     def match(self, item: Submission) -> Match:
-        """Return what a request names.
-
-        Raises:
-            UsageError: the target does not fit the line.
-            IntegrityError: it belongs to another data set, or its manifest does not match its digest.
-        """
         fields: dict[str, Any] = {"id": item.id, "model_line": item.model_line, "version": self._line.digest}
         if self._denied:
             return Match(**fields, names=summarise(item.target), unchecked=_DENIED)

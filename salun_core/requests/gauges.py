@@ -37,11 +37,7 @@ Sample = tuple[str, Mapping[str, str], float]
 def stages(received: datetime) -> Mapping[str, datetime]:
     """Return when a request passes the stages of its month.
 
-    Args:
-        received: when it was received.
-
-    Returns:
-        `target` (the internal target of 7 days), `half` and `most` (50 % and 80 % of the month), `overdue`.
+    These are `target` (the internal target of 7 days), `half` and `most` (50 % and 80 % of the month), and `overdue`.
     """
     received = as_utc(received)
     due = due_after_one_month(received)
@@ -73,7 +69,6 @@ class Snapshot:
         received: Unix time at which the oldest unsettled request was received; None if there is none.
         passing: by stage of `stages`, the Unix times at which the unsettled requests pass it, ascending.
         levels: completed requests by assurance level.
-        lines: model lines by name.
         unreadable: number of lines whose HEAD or version is damaged, or lacks a file.
     """
 
@@ -114,11 +109,6 @@ class GaugeReader:
 
     It lists the open statuses each time; the settled requests, the names of the model lines and the stored files every
     `rarely`. Files are listed and not read, because the exporter must not see weights.
-
-    Args:
-        store: where ledger and model lines are stored.
-        clock: returns the time.
-        rarely: maximum age of the count of settled requests.
     """
 
     def __init__(self, store: ObjectStore, clock: Clock, rarely: timedelta = RARELY) -> None:
@@ -135,12 +125,7 @@ class GaugeReader:
         self._unreadable: frozenset[str] = frozenset()
 
     def take(self) -> Snapshot:
-        """Read the store and return a snapshot.
-
-        Raises:
-            StoreError: the store cannot be reached or refuses access.
-            IntegrityError: the index holds a key that is not a valid entry.
-        """
+        """Read the store and return a snapshot; IntegrityError if the index holds a key that is not a valid entry."""
         found = [entry for status in OPEN for entry in entries(self._store, status)]
         now = as_utc(self._clock())
         if self._listed is None or not timedelta(0) <= now - self._listed < self._rarely:
@@ -160,11 +145,7 @@ class GaugeReader:
         )
 
     def _list_settled(self, found: Sequence[IndexEntry]) -> None:
-        """Count the settled requests and list the lines; only entries that a crash left behind stay in memory.
-
-        Args:
-            found: the entries of open statuses.
-        """
+        """Count the settled requests and list the lines; only entries that a crash left behind stay in memory."""
         settled = _newest(entry for status in sorted(SETTLED) for entry in entries(self._store, status))
         both = {entry.request for entry in found}.intersection(entry.request for entry in settled)
         unsettled = {request for request in both if self._is_unsettled(request)}
@@ -179,12 +160,10 @@ class GaugeReader:
         self._stored = frozenset(entry.key.rpartition("/")[2] for entry in self._store.list("blobs/"))
 
     def _count_levels(self, completed: Iterable[tuple[str, int]]) -> None:
-        """Count completed requests by level. An event never changes, so it is read once.
+        """Count completed requests, given with the number of the event that completed each, by level.
 
-        After a start there may be many: a part of them is read each time, so that no refresh takes long.
-
-        Args:
-            completed: request and number of the event that completed it.
+        An event never changes, so it is read once. After a start there may be many: a part of them is read each time,
+        so that no refresh takes long.
         """
         known = {key: self._levels.get(key) for key in completed}
         for key in list(islice((key for key, level in known.items() if level is None), _EVENTS_AT_ONCE)):
@@ -240,8 +219,7 @@ class GaugeReader:
     def _line(self, head: Head, known: Mapping[tuple[str, str], VersionManifest]) -> LineGauges:
         """Return the gauges of a line; a manifest never changes, so it is read once.
 
-        Raises:
-            IntegrityError: the manifest is damaged, or a file of it is not stored.
+        IntegrityError if the manifest is damaged, or a file of it is not stored.
         """
         name = (head.line, head.version)
         manifest = known[name] if name in known else read_version(self._store, *name)

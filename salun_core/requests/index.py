@@ -45,9 +45,6 @@ class IndexEntry:
     """The status of a request since its n-th event.
 
     Args:
-        request: id of the request.
-        line: its model line.
-        status: its status.
         received: when it was received, in whole seconds since 1970.
         n: number of the event that led to the status.
         modified: the server's time when the entry was put (UTC); None if the entry was not listed.
@@ -88,12 +85,7 @@ class IndexEntry:
         return index_key(self.status, self.line, self.received, self.n, self.request)
 
     def put(self, store: ObjectStore, writer: str) -> bool:
-        """Put the entry, and return whether it was not there before.
-
-        Args:
-            store: where to put it.
-            writer: random token of the call, so that two calls write different bytes.
-        """
+        """Put the entry, and return whether it was new; `writer` is random, so that two calls write different bytes."""
         try:
             store.put_new(self.key, writer.encode())
         except ConflictError:
@@ -103,8 +95,7 @@ class IndexEntry:
     def is_stale(self, state: RequestState) -> bool:
         """Return whether the entry can never become right again, so that any process may delete it.
 
-        Args:
-            state: the request as it was read after the entry.
+        `state` must have been read after the entry.
         """
         now, last = IndexEntry.expected(state), state.last.n if state.last else 0
         if (self.line, self.received) != (now.line, now.received):
@@ -114,9 +105,7 @@ class IndexEntry:
     def is_abandoned(self, state: RequestState | None, now: datetime | None) -> bool:
         """Return whether a crash left the entry behind before its event was written.
 
-        Args:
-            state: the request; None if it does not exist.
-            now: a lower bound of the store's time.
+        `now` is a lower bound of the store's time; `state` is None if the request does not exist.
         """
         if self.modified is None or now is None or now - self.modified <= _ABANDONED_AFTER:
             return False
@@ -124,11 +113,7 @@ class IndexEntry:
 
 
 class IndexedWriter:
-    """Writes events together with their index entries.
-
-    Args:
-        store: where to write.
-    """
+    """Writes events together with their index entries."""
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
@@ -136,8 +121,7 @@ class IndexedWriter:
     def reserve(self, request: DeletionRequest, event: RequestEvent) -> tuple[IndexEntry, float]:
         """Put the index entry of an event that will be written next.
 
-        Returns:
-            The entry, and until when it is safe from readers, on this machine's monotonic clock.
+        Returns the entry, and until when it is safe from readers, on this machine's monotonic clock.
         """
         entry = IndexEntry.of(request, event.to_status, event.n)
         return entry, time.monotonic() + _SLOW_SECONDS if entry.put(self._store, event.writer) else 0.0
@@ -145,8 +129,7 @@ class IndexedWriter:
     def write_event(self, event: RequestEvent, reserved: tuple[IndexEntry, float]) -> None:
         """Write an event after its entry was reserved.
 
-        Raises:
-            ConflictError: another process has written an event of this number; the reserved entry is dropped.
+        ConflictError if another process has written an event of this number; the reserved entry is dropped.
         """
         entry, safe_until = reserved
         try:
@@ -165,16 +148,7 @@ class IndexedWriter:
 
 
 def entries(store: ObjectStore, status: Status, line: str | None = None) -> Sequence[IndexEntry]:
-    """Return the entries of a status from one listing, the oldest request first; some may be wrong for a moment.
-
-    Args:
-        store: where they are stored.
-        status: the status.
-        line: only those of this model line.
-
-    Raises:
-        IntegrityError: a key is not a valid entry.
-    """
+    """Return the entries of a status from one listing, the oldest request first; some may be wrong for a moment."""
     found = []
     for row in store.list(index_prefix(status, line or "")):
         entry = IndexEntry.parse(row.key)
@@ -190,14 +164,6 @@ def read_states(store: ObjectStore, statuses: Collection[Status], line: str | No
     """Return the requests of some statuses, the earliest due first.
 
     A request that moves twice during the call may be missed; the next call finds it.
-
-    Args:
-        store: where they are stored.
-        statuses: the statuses.
-        line: only those of this model line.
-
-    Raises:
-        IntegrityError: a document is damaged or missing.
     """
     # Requests without events are indexed as queued. That folder is listed first and last, since most transitions
     # start or end there.
@@ -214,15 +180,8 @@ def read_states(store: ObjectStore, statuses: Collection[Status], line: str | No
 def read_entries(store: ObjectStore, found: Sequence[IndexEntry]) -> Sequence[RequestState]:
     """Return the requests of index entries, each once and in their order; many threads read them.
 
-    The events decide about the status, which may differ from that of the entry. Entries that are stale or abandoned
-    are deleted.
-
-    Args:
-        store: where they are stored.
-        found: the entries.
-
-    Raises:
-        IntegrityError: a document is damaged or missing.
+    The events decide about the status, which may differ from that of the entry. Entries that are stale or abandoned are
+    deleted.
     """
     of: dict[str, set[IndexEntry]] = {}
     for entry in found:
@@ -240,18 +199,9 @@ def read_entries(store: ObjectStore, found: Sequence[IndexEntry]) -> Sequence[Re
 
 
 def reindex(store: ObjectStore) -> int:
-    """Compare the whole index with all requests: put what is missing, delete what is wrong.
+    """Compare the whole index with all requests: put what is missing, delete what is wrong, and return how many.
 
     Only a restored backup needs it. It may run while requests move.
-
-    Args:
-        store: where they are stored.
-
-    Returns:
-        How many entries were put or deleted.
-
-    Raises:
-        IntegrityError: a request or an event is damaged or missing.
     """
     states = {state.request.id: state for state in reading.read_all(store)}
     rows = [row for status in Status for row in store.list(index_prefix(status))]

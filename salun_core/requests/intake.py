@@ -26,15 +26,8 @@ def read_submissions(
 ) -> Sequence[Submission]:
     """Read requests from JSON, YAML (one, or a list) or JSON lines; each is one of ours, or one of OpenDSR.
 
-    Args:
-        text: the document.
-        source: where it came from, for the message.
-        line: the model line of the OpenDSR requests, which name none; other requests are refused then.
-        fallback: the model line of OpenDSR requests if `line` is None; other requests name theirs.
-
-    Raises:
-        UsageError: the text has another format, is empty, or an entry has faults; the message counts the faulty
-            entries and describes the first of them.
+    `line` is the model line of OpenDSR requests, which name none; other requests are refused then. `fallback` is their
+    line if `line` is None; other requests name theirs. A UsageError counts the faulty entries and describes the first.
     """
     entries = _entries(text, source)
     found: list[Submission] = []
@@ -170,18 +163,7 @@ def submit_all(
 ) -> Filed:
     """File many requests at once; one that is refused does not stop the others.
 
-    Args:
-        ledger: where to file them.
-        submissions: the requests.
-        actor: who files them.
-        done: called after each.
-
-    Returns:
-        Receipts and refusals, each in the order of the submissions.
-
-    Raises:
-        StoreError: the store cannot be reached or refuses access; requests that were not begun are left out, and
-            filing all of them again is harmless.
+    Receipts and refusals keep the order of the submissions. After a StoreError, filing all of them again is harmless.
     """
 
     def file(item: Submission) -> Receipt:

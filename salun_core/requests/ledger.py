@@ -58,10 +58,6 @@ class Transition:
     """Where a request moves, and why.
 
     Args:
-        to: the new status.
-        actor: who moves it.
-        reason: why, without personal data.
-        run: the unlearning run that moves it.
         outcome: with `completed` how the request was met; with `on_hold` what a person must review.
         epoch: of the model line's lease that the run holds.
         level: escalation level of the next recipe; None keeps the level of the event before.
@@ -85,20 +81,10 @@ class Transition:
 
 
 def build_event(request_id: str, last: RequestEvent | None, transition: Transition, now: datetime) -> RequestEvent:
-    """Build the event of a transition.
+    """Build the event of a transition; ConflictError if the status of the request does not allow it.
 
     The attempt is 1 at first, one more each time a run returns the request, and 1 again when a person queues it after
     it failed or was completed; the escalation starts again with it, at level 0.
-
-    Args:
-        request_id: the request.
-        last: its last event; None if it has no events yet.
-        transition: where it moves.
-        now: the time.
-
-    Raises:
-        ConflictError: its status does not allow this.
-        UsageError: an argument is not valid.
     """
     source, to = status_after(last), transition.to
     if to not in TRANSITIONS[source]:
@@ -139,10 +125,7 @@ def build_event(request_id: str, last: RequestEvent | None, transition: Transiti
 class Ledger:
     """Files, reads and moves deletion requests.
 
-    Args:
-        store: where they are stored.
-        clock: returns the time.
-        dry_run: check everything and write nothing; the methods return what they would write.
+    In a dry run it checks everything and writes nothing; the methods return what they would write.
     """
 
     def __init__(self, store: ObjectStore, clock: Clock, dry_run: bool = False) -> None:
@@ -160,19 +143,8 @@ class Ledger:
     ) -> Receipt:
         """File a request and queue it; filing the same again gives the same receipt.
 
-        It also completes an earlier call that died between the request and its first event.
-
-        Args:
-            request_id: its id.
-            model_line: the model line to erase from.
-            target: what is to be forgotten.
-            received_at: when the person asked; now unless given.
-            source: where it came from, without personal data.
-            actor: who files it.
-
-        Raises:
-            UsageError: an id is not valid, or the time lies in the future.
-            ConflictError: another request has this id.
+        It also completes an earlier call that died between the request and its first event. `received_at` is when the
+        person asked, by default now. ConflictError if another request has this id.
         """
         now = as_utc(self._clock())
         received = as_utc(received_at) if received_at else now
@@ -228,16 +200,7 @@ class Ledger:
         statuses: Collection[Status] = tuple(Status),
         due_before: datetime | None = None,
     ) -> Sequence[RequestState]:
-        """Return requests, the earliest due first; see `index.read_states`.
-
-        Args:
-            line: only those of this model line.
-            statuses: only those with one of these statuses.
-            due_before: only those due before this time.
-
-        Raises:
-            IntegrityError: a document is damaged or missing.
-        """
+        """Return requests, the earliest due first; see `index.read_states`."""
         limit = as_utc(due_before) if due_before else None
         states = index.read_states(self._store, statuses, line)
         return [state for state in states if limit is None or state.request.due < limit]
@@ -251,18 +214,10 @@ class Ledger:
         return index.reindex(self._store)
 
     def move(self, request: str | RequestState, transition: Transition) -> RequestEvent:
-        """Move a request to another status.
+        """Move a request to another status and return the event; `retry` and `reopen` have their own methods.
 
-        Args:
-            request: its id; or the state that the decision rests on, so that a request that moved since is refused.
-            transition: where it moves; `retry` and `reopen` have their own methods.
-
-        Returns:
-            The event that was written.
-
-        Raises:
-            UsageError: there is no such request, or an argument is not valid.
-            ConflictError: its status does not allow this, or another process moved it meanwhile.
+        Given a state, it refuses a request that moved since that was read. ConflictError if the status does not allow
+        the transition, or another process moved the request meanwhile.
         """
         state = self.state(request) if isinstance(request, str) else request
         verb = _DELIBERATE.get((state.status, transition.to))
@@ -285,13 +240,8 @@ class Ledger:
     def release(self, request_id: str, actor: str, reason: str, known_only: bool = False) -> RequestEvent:
         """Queue a request that is on hold. Raises as `move`.
 
-        A request that was held for review is looked up again by the next sweep, and held again if nothing changed.
-
-        Args:
-            request_id: the request.
-            actor: who releases it.
-            reason: why, without personal data.
-            known_only: erase what the data have, and leave out the names that they do not have.
+        A request that was held for review is looked up again by the next sweep, and held again if nothing changed. With
+        `known_only` the sweep erases what the data have, and leaves out the names that they do not have.
         """
         return self._requeue(request_id, Status.ON_HOLD, actor, reason, known_only)
 

@@ -18,12 +18,7 @@ READERS = 16
 
 
 def read_request(store: ObjectStore, request_id: str) -> DeletionRequest:
-    """Return a request.
-
-    Raises:
-        UsageError: no request has this id; the message names the nearest id.
-        IntegrityError: the document is damaged, or was moved.
-    """
+    """Return a request; UsageError if no request has this id, with the nearest id."""
     stored = store.get(request_key(request_id))
     if stored is None:
         raise unknown_request(store, request_id)
@@ -31,11 +26,7 @@ def read_request(store: ObjectStore, request_id: str) -> DeletionRequest:
 
 
 def parse_request(data: bytes, request_id: str) -> DeletionRequest:
-    """Parse the stored document of a request.
-
-    Raises:
-        IntegrityError: it is damaged, or belongs to another request.
-    """
+    """Parse the stored document of a request; IntegrityError if it is damaged, or belongs to another request."""
     key = request_key(request_id)
     request = parse_stored(DeletionRequest, data, key)
     if request.id != request_id:
@@ -53,11 +44,7 @@ def unknown_request(store: ObjectStore, request_id: str) -> UsageError:
 
 
 def find_state(store: ObjectStore, request_id: str) -> RequestState | None:
-    """Return a request with its last event, or None if no request has this id.
-
-    Raises:
-        IntegrityError: a document is damaged, or an event is missing.
-    """
+    """Return a request with its last event, or None if no request has this id."""
     stored = store.get(request_key(request_id))
     if stored is None:
         return None
@@ -67,12 +54,7 @@ def find_state(store: ObjectStore, request_id: str) -> RequestState | None:
 
 
 def read_state(store: ObjectStore, request_id: str) -> RequestState:
-    """Return a request with its last event.
-
-    Raises:
-        UsageError: no request has this id; the message names the nearest id.
-        IntegrityError: a document is damaged, or an event is missing.
-    """
+    """Return a request with its last event; UsageError if no request has this id."""
     state = find_state(store, request_id)
     if state is None:
         raise unknown_request(store, request_id)
@@ -80,12 +62,7 @@ def read_state(store: ObjectStore, request_id: str) -> RequestState:
 
 
 def read_last(store: ObjectStore, request_id: str) -> RequestEvent | None:
-    """Return the last event of a request, or None if it has no events yet; the request itself is not read.
-
-    Raises:
-        UsageError: no request has this id.
-        IntegrityError: the event is damaged, or an event is missing.
-    """
+    """Return the last event of a request, or None if it has no events yet; the request itself is not read."""
     count = _count_events(store, request_id)
     if count:
         return _read_event(store, request_id, count)
@@ -94,12 +71,7 @@ def read_last(store: ObjectStore, request_id: str) -> RequestEvent | None:
 
 
 def read_events(store: ObjectStore, request_id: str) -> Sequence[RequestEvent]:
-    """Return all events of a request in order.
-
-    Raises:
-        UsageError: no request has this id.
-        IntegrityError: an event is missing, damaged, or does not follow from the one before.
-    """
+    """Return all events in order; IntegrityError if one is missing or does not follow from the one before."""
     count = _count_events(store, request_id)
     if not count:
         read_request(store, request_id)
@@ -117,11 +89,7 @@ def read_events(store: ObjectStore, request_id: str) -> Sequence[RequestEvent]:
 
 
 def read_all(store: ObjectStore) -> Sequence[RequestState]:
-    """Return all requests with their last events, without the index; many threads read them.
-
-    Raises:
-        IntegrityError: a document is damaged or missing.
-    """
+    """Return all requests with their last events, without the index; many threads read them."""
 
     def read(found: tuple[str, int]) -> RequestState:
         request_id, count = found

@@ -15,24 +15,11 @@ _ATTEMPTS = 8
 
 
 def redact_request(store: ObjectStore, request_id: str, keep_hashes: bool, ids: Sequence[str] | None = None) -> bool:
-    """Replace a stored request by its redacted form, which cannot be undone. Repeating it changes nothing.
+    """Replace a settled request by its redacted form, and return whether that changed it; this cannot be undone.
 
-    This is the only change of a request's document. Its receipt stays the same.
-
-    Args:
-        store: where the request is stored.
-        request_id: the request; its caller has settled it.
-        keep_hashes: keep salted hashes, so that a reopened request can be erased again; False deletes those that
-            an earlier redaction kept.
-        ids: the sample ids of a manifest, if the request names one.
-
-    Returns:
-        Whether the document changed.
-
-    Raises:
-        UsageError: no request has this id.
-        IntegrityError: the document is damaged, or was moved.
-        ConflictError: other processes change it again and again.
+    This is the only change of a request's document. Its receipt stays the same. With `keep_hashes`, salted hashes stay
+    so that a reopened request can be erased again; without, also those of an earlier redaction go. `ids` are the sample
+    ids of a manifest, if the request names one.
     """
     key = request_key(request_id)
     for _ in range(_ATTEMPTS):

@@ -46,12 +46,7 @@ class Resolved:
 
 
 def unmatched(unknown: int, trained: int) -> str:
-    """Return the reason of a hold for review, which names nothing that the request does.
-
-    Args:
-        unknown: how many of its names the data do not have.
-        trained: how many samples that it names are in training.
-    """
+    """Return the reason of a hold for review, which names nothing that the request does: only the two counts."""
     some = "one name is" if unknown == 1 else f"{unknown} names are"
     return f"{some} not in the data; of what it names, {trained} are in training"
 
@@ -83,7 +78,6 @@ class TableResolver:
     Args:
         table: the rows of the data set, checked against the split; None if the model came without data.
         split: which of them the version was trained on and has not forgotten.
-        task: of the model; it checks what such a model can forget.
         fetch: replaces a target that names a manifest of ids by one that holds them.
     """
 
@@ -103,12 +97,9 @@ class TableResolver:
         return len(self._split.train)
 
     def resolve(self, request: DeletionRequest) -> Resolved:
-        """Find what a request names; ids and subjects that the data do not have are counted, and are no error.
+        """Find what a request names; ids and subjects that the data do not have are counted and raise no error.
 
-        Raises:
-            AmbiguousTargetError: it names a class by a value that may mean two classes.
-            UsageError: it names an unknown class, or something that such a model cannot forget.
-            IntegrityError: it belongs to another data set.
+        AmbiguousTargetError if it names a class by a value that may mean two classes.
         """
         target = self._target(request)
         found = self._forget_set([target])
@@ -117,12 +108,7 @@ class TableResolver:
         return Resolved(found.ids, found.digest, named, concepts, self._unknown(target))
 
     def look_up(self, target: Target) -> tuple[set[str], int]:
-        """Return the samples of the data that a target names, in training or not, and how many names are unknown.
-
-        Raises:
-            UsageError: it names an unknown class, or concepts.
-            IntegrityError: it belongs to another data set.
-        """
+        """Return the samples of the data that a target names, in training or not, and how many names are unknown."""
         known = self._without_unknown_ids(target)
         assert self._table is not None
         found = set() if known is None else samples_of(known, self._table, self._split)

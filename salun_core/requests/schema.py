@@ -234,23 +234,12 @@ def is_overdue(request: DeletionRequest, status: Status, now: datetime) -> bool:
     """Return whether a request is past its month and not settled.
 
     A hold stops the erasure but not the month; a failed request is not settled.
-
-    Args:
-        request: the request.
-        status: its status.
-        now: the time, with its time zone.
     """
     return status not in SETTLED and as_utc(now) > request.due
 
 
 def summarise(target: Target) -> str:
-    """Describe what a target names, without sample ids, prompts or subject references.
-
-    Example:
-        >>> from salun_core.data.targets import SamplesTarget
-        >>> summarise(SamplesTarget(ids=["a", "b"]))
-        '2 samples'
-    """
+    """Describe what a target names, without sample ids, prompts or subject references: `2 samples`."""
     if isinstance(target, RedactedTarget):
         return f"{_summary(target.of, target.count, target.named)} (redacted)"
     names = target.prompts if isinstance(target, ConceptTarget) else getattr(target, "ids", None) or ()
