@@ -81,9 +81,7 @@ class Claim:
         due_at: when a batch is due at the latest (ISO 8601), if requests wait and none is due.
         due: how many requests wait that are due, if the line is held by another run.
         nothing_to_erase: requests that were completed at once, since nothing that they name was trained on.
-        refused: requests that failed, since what they name does not exist.
         held: requests that were put on hold, since a person must review what they name.
-        recovered: requests of dead runs that were settled first.
     """
 
     recipe: Recipe
@@ -123,21 +121,10 @@ def preview(context: SweepContext, line: str, policy: SweepPolicy) -> Claim:
 def claim(
     context: SweepContext, line: OpenLine, run: str, policy: SweepPolicy, resolver_of: Callable[[OpenLine], Resolver]
 ) -> Claim:
-    """Claim the next batch of a model line for a run.
+    """Claim the next batch of a model line for a run; repeating the call for the same run gives the same batch.
 
-    Args:
-        context: of the sweep.
-        line: the model line.
-        run: id of the run.
-        policy: of the sweep.
-        resolver_of: builds the resolver for the line at HEAD; called only when a batch is due.
-
-    Returns:
-        The batch, or why there is none. Repeating the call for the same run gives the same batch.
-
-    Raises:
-        RunSettledError: the run has ended already; it does not hold the line.
-        UsageError: the line has no HEAD.
+    `resolver_of` builds the resolver for the line at HEAD, and is called only when a batch is due. RunSettledError if
+    the run has ended already; it does not hold the line then.
     """
     try:
         lease = hold_line(context.store, line.name, run, policy.lease_seconds)

@@ -28,14 +28,7 @@ class Certifier(Protocol):
 
 @dataclass(frozen=True)
 class SweepContext:
-    """What a sweep works with.
-
-    Args:
-        store: the store.
-        clock: returns the time.
-        certifier: issues certificates.
-        actor: who moves requests, for the audit log.
-    """
+    """What a sweep works with; `actor` is who moves requests, for the audit log."""
 
     store: FileStore
     clock: Clock

@@ -30,12 +30,7 @@ _AGAIN = "submit a new run"
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a step was killed.
-
-    Args:
-        text: the reason, and what Argo says about the pod.
-        advice: what to do.
-    """
+    """Why a step was killed, with what Argo says about the pod, and what to do."""
 
     text: str
     advice: str
@@ -75,13 +70,9 @@ _CAUSES: tuple[tuple[re.Pattern[str], Cause], ...] = tuple(
 
 
 def why_killed(step: str) -> Cause | None:
-    """Return why a step of this run was killed, as far as its Workflow can be read.
+    """Return why a step of this run was killed, as far as its Workflow can be read; None if unknown. It never raises.
 
-    Args:
-        step: as the outcome names it, such as compute_mask; empty if no step began.
-
-    Returns:
-        The reason; None where nothing is known. It never raises.
+    `step` is as the outcome names it, such as compute_mask; empty if no step began.
     """
     place = here()
     status, body = read_workflow(place) if place else (0, {})

@@ -35,15 +35,7 @@ _BEATS = 3  # renewals before a lease would end
 def hold_line(store: ObjectStore, line: str, run: str, seconds: int = LEASE_SECONDS) -> Lease:
     """Take the lease of a line for a run, or keep it; from a holder that is dead it is taken at once.
 
-    Args:
-        store: where.
-        line: the model line.
-        run: id of the run.
-        seconds: how long it holds after its last renewal.
-
-    Raises:
-        LineHeldError: "line held by RUN".
-        StoreError: the store sends no time, or is unreachable.
+    The lease holds `seconds` after its last renewal. LineHeldError if another run holds the line.
     """
     return acquire(store, line, run, seconds, here(), life_of)
 
@@ -52,9 +44,7 @@ def hold_line(store: ObjectStore, line: str, run: str, seconds: int = LEASE_SECO
 def line_held(store: ObjectStore, line: str, run: str, seconds: int = LEASE_SECONDS) -> Iterator[None]:
     """Hold a line while the block runs, and give it back at its end, however it ends.
 
-    Raises:
-        LineHeldError: "line held by RUN".
-        StoreError: the store sends no time, or is unreachable.
+    LineHeldError if another run holds the line.
     """
     lease = hold_line(store, line, run, seconds)
     try:
@@ -66,16 +56,9 @@ def line_held(store: ObjectStore, line: str, run: str, seconds: int = LEASE_SECO
 
 @contextmanager
 def lease_renewed(store: ObjectStore, line: str, run: str, seconds: int = LEASE_SECONDS) -> Iterator[None]:
-    """Renew the lease of a line at once and then every third of it, while the block runs.
+    """Renew the lease of a line at once and then every third of `seconds`, while the block runs.
 
-    Args:
-        store: where.
-        line: the model line.
-        run: the run, which holds the line.
-        seconds: how long the lease holds after each renewal.
-
-    Raises:
-        RunSettledError: the run does not hold the line any more; the block did not start.
+    RunSettledError if the run does not hold the line any more; the block does not start then.
     """
     lease = read_lease(store, line)
     if lease is None or (lease.holder, lease.released) != (run, False):

@@ -62,13 +62,9 @@ def here() -> Place | None:
 
 
 def life_of(lease: Lease) -> Life:
-    """Return whether the holder of a lease lives, as far as the APIs that can be reached know.
+    """Return whether the holder of a lease lives, as far as the APIs that can be reached know. It never raises.
 
-    Args:
-        lease: as it was read.
-
-    Returns:
-        DEAD only if an API says that the holder's Workflow or run has ended or is gone. It never raises.
+    DEAD only if an API says that the holder's Workflow or run has ended or is gone.
     """
     found = _life_of_workflow(lease.place) if lease.place else Life.UNKNOWN
     if found is Life.UNKNOWN:
@@ -86,14 +82,9 @@ def _cluster() -> str | None:
 
 
 def read_workflow(place: Place) -> tuple[int, Mapping[str, Any]]:
-    """Ask the Kubernetes API for a Workflow of this cluster.
+    """Read a Workflow of this cluster from the Kubernetes API: status and object. It never raises.
 
-    Args:
-        place: of a run.
-
-    Returns:
-        The status and the object that it answers; 0 if there is no answer, or the place is in another cluster. It never
-        raises.
+    The status is 0 if there is no answer, or if the place is in another cluster.
     """
     host, port = os.environ.get("KUBERNETES_SERVICE_HOST", ""), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     if not host or place.cluster != _cluster():

@@ -58,11 +58,7 @@ class SweepPolicy(Escalation, BatchLimits):
 def why_due(received: Sequence[datetime], returned: int, now: datetime, policy: SweepPolicy) -> str | None:
     """Return why a batch is due, or None while it may wait for more requests.
 
-    Args:
-        received: when each waiting request was received (UTC).
-        returned: how many of them an earlier run returned; these do not wait for more.
-        now: the time.
-        policy: of the sweep.
+    `received` are times in UTC; the `returned` ones, from an earlier run, do not wait for more.
     """
     if not received:
         return None
@@ -79,12 +75,7 @@ def why_due(received: Sequence[datetime], returned: int, now: datetime, policy: 
 
 
 def due_when(received: Sequence[datetime], policy: SweepPolicy) -> datetime | None:
-    """Return when a batch is due at the latest, if no further request arrives; None if no request waits.
-
-    Args:
-        received: when each waiting request was received (UTC).
-        policy: of the sweep.
-    """
+    """Return when a batch is due at the latest, if no further request arrives; None if no request waits."""
     if not received:
         return None
     oldest = min(received)
@@ -98,7 +89,6 @@ class Next:
 
     Args:
         give_up: whether it fails, so that a person must decide; else it is queued again.
-        level: escalation level of its next attempt.
         group: the half of the batch that is tried together.
         reason: for the audit log: why, and what comes next.
         review: it is held for a person, who must review this.
@@ -115,12 +105,7 @@ class Next:
 
 @dataclass(frozen=True)
 class Limits:
-    """When the requests of a run are given up; the run's record holds them, so that settling needs no configuration.
-
-    Args:
-        levels: what the recipes of the escalation are for.
-        attempts: most attempts of a request.
-    """
+    """When the requests of a run are given up; the run's record holds them, so that settling needs no configuration."""
 
     levels: Sequence[Level]
     attempts: int = MAX_ATTEMPTS
@@ -128,12 +113,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why the gate refused a run, from its decision.
-
-    Args:
-        causes: of the failed rules; empty if the decision is missing.
-        advice: what the gate suggests for each cause.
-    """
+    """Why the gate refused a run, from its decision; no causes if the decision is missing."""
 
     causes: frozenset[Cause] = frozenset()
     advice: Mapping[Cause, str] | None = None
@@ -156,14 +136,11 @@ _TOO_MUCH = frozenset({Cause.DAMAGED, Cause.OVER_FORGOTTEN})
 def next_level(levels: Sequence[Level], tried: Mapping[int, Collection[Cause]]) -> int | None:
     """Return the level that follows from all refusals so far, or None if no recipe is left.
 
-    Each refusal bounds the strength: what did not forget is too weak, what damaged or forgot too much is too strong.
-    So damage never leads to a stronger recipe, and no strength is tried twice. If no strength lies between the bounds
+    Each refusal bounds the strength: what did not forget is too weak, what damaged or forgot too much is too strong. So
+    damage never leads to a stronger recipe, and no strength is tried twice. If no strength lies between the bounds
     (also since one recipe did both), another method follows, then a full retraining. A method that was only too weak at
-    every strength leads to the retraining directly. There is no way back from another method or from a retraining.
-
-    Args:
-        levels: of the escalation.
-        tried: causes by refused level; no cause counts as not forgotten.
+    every strength leads to the retraining directly. There is no way back from another method or from a retraining. A
+    level in `tried` without a cause counts as not forgotten.
     """
     too_weak, too_strong = [], []
     known = {number: causes for number, causes in tried.items() if number < len(levels)}
@@ -193,10 +170,6 @@ def last_resort(levels: Sequence[Level], tried: Mapping[int, Collection[Cause]])
     """Return the level of a request that exceeds the limits of a run, or that a person retries after all recipes.
 
     It is the retraining, else another method, else the strongest recipe, or the gentlest one if a recipe did harm.
-
-    Args:
-        levels: of the escalation.
-        tried: causes by refused level.
     """
     for role in (Role.RETRAIN, Role.OTHER):
         for number, level in enumerate(levels):
@@ -218,15 +191,8 @@ def after_refusal(
 
     If no recipe can help, all are held for a person. Else the batch is halved, and each half tries the level that
     `next_level` returns. So a request that no recipe can erase ends alone and does not delay the others. If no recipe
-    is left, the halves repeat the last one, unless it did harm; a request that is alone fails.
-
-    Args:
-        members: attempt by request, in the order of the batch.
-        run: the refused run.
-        level: escalation level of the refused recipe.
-        limits: of the run.
-        refused: why the gate refused it.
-        tried: recipes that were refused for these requests before.
+    is left, the halves repeat the last one, unless it did harm; a request that is alone fails. `members` gives the
+    attempt by request, in the order of the batch.
     """
     causes = ", ".join(sorted(refused.causes))
     told = f" ({causes})" if causes else ""
@@ -269,12 +235,7 @@ def after_failure(
 ) -> Mapping[str, Next]:
     """Decide about the requests of a run that ended without a verdict; from the second time on they are halved.
 
-    Args:
-        members: attempt by request, in the order of the batch.
-        run: the run that failed.
-        level: escalation level of its recipe, which is tried again.
-        group: the half that the run was.
-        limits: of the run.
+    `members` gives the attempt by request, in the order of the batch; all try the same level again.
     """
     first = min(members.values(), default=1) == 1
     halves = [(name, attempt, group) for name, attempt in members.items()] if first else _halves(members, run)
@@ -284,15 +245,7 @@ def after_failure(
 def after_interruption(
     members: Mapping[str, int], level: int, group: str | None, reason: str, limits: Limits
 ) -> Mapping[str, Next]:
-    """Decide about the requests of a run that was not at fault: all are tried again unchanged.
-
-    Args:
-        members: attempt by request.
-        level: escalation level of the run's recipe.
-        group: the half that the run was.
-        reason: what interrupted it, for the audit log.
-        limits: of the run.
-    """
+    """Decide about the requests of a run that was not at fault: all are tried again unchanged."""
     return {name: _retry(attempt, level, group, reason, limits) for name, attempt in members.items()}
 
 

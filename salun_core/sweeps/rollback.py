@@ -39,13 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RolledBack:
-    """What a rollback did, or would do.
-
-    Args:
-        head: HEAD afterwards; None after a dry run.
-        undone: the versions that it undid, the newest first.
-        reopened: the requests that are queued again.
-    """
+    """What a rollback did, or would do; `head` is None after a dry run, and `undone` has the newest version first."""
 
     head: Head | None
     undone: Sequence[Version]
@@ -63,25 +57,10 @@ def rollback(
     signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
 ) -> RolledBack:
-    """Make an earlier version of a line its HEAD again.
+    """Make an earlier version of a line its HEAD again; `reference` is `line@version`, an ancestor of HEAD.
 
-    Args:
-        store_uri: `s3://bucket/prefix`.
-        reference: `line@version`, an ancestor of HEAD.
-        actor: who rolls back, for the audit log.
-        reason: why, without personal data.
-        reopen: queue the undone requests again; otherwise a rollback past an erasure is refused.
-        dry_run: return what would be undone, and write nothing.
-        signer: key that signs the revocations of their certificates; without one, the next purge signs them.
-        clock: returns the time.
-
-    Returns:
-        What was done.
-
-    Raises:
-        ConflictError: it would undo an erasure, or a run holds the line's lease.
-        UsageError: there is no such version, or it is not an ancestor of HEAD.
-        IntegrityError: the version's files were purged.
+    ConflictError if a run holds the line's lease, or if it would undo an erasure and `reopen` is not set: that queues
+    the undone requests again. Without a signer, the next purge signs the revocations of their certificates.
     """
     store = open_store(store_uri)
     line, version = resolve(store, reference)
@@ -144,7 +123,6 @@ def _check_complete(store: ObjectStore, line: str, version: str) -> None:
 
 
 def _completed_by(ledger: Ledger, runs: RunLog, undone: Sequence[Version]) -> list[str]:
-    """Return the requests that the runs of some versions completed."""
     found = []
     for item in undone:
         record = runs.read(item.manifest.run) if item.manifest.run else None

@@ -124,33 +124,20 @@ def new_run_id() -> str:
 
 
 class RunLog:
-    """Records runs and their status changes.
-
-    Args:
-        store: where they are stored.
-        clock: returns the time.
-    """
+    """Records runs and their status changes."""
 
     def __init__(self, store: ObjectStore, clock: Clock) -> None:
         self._store, self._clock = store, clock
 
     def start(self, record: RunRecord, actor: str) -> None:
-        """Record a run that claimed its requests; repeating it is harmless.
-
-        Raises:
-            ConflictError: the run has another record.
-        """
+        """Record a run that claimed its requests; repeating it is harmless. ConflictError if it has another record."""
         self._store.put_new(run_key(record.run, "run.json"), record.canonical())
         if self.last(record.run) is None:
             with contextlib.suppress(ConflictError):  # a twin of this call was faster
                 self._append(record, None, RunStatus.CLAIMED, actor, "claimed")
 
     def read(self, run: str) -> RunRecord | None:
-        """Return the record of a run, or None if it claimed nothing.
-
-        Raises:
-            IntegrityError: the document is damaged, or was moved.
-        """
+        """Return the record of a run, or None if it claimed nothing."""
         key = run_key(run, "run.json")
         stored = self._store.get(key)
         if stored is None:
@@ -166,11 +153,7 @@ class RunLog:
         return len(record.members) if record else None
 
     def last(self, run: str) -> RunEvent | None:
-        """Return the last event of a run, or None before its first.
-
-        Raises:
-            IntegrityError: the document is damaged, or an event is missing.
-        """
+        """Return the last event of a run, or None before its first."""
         keys = [entry.key for entry in self._store.list(run_events_prefix(run))]
         if not keys:
             return None
@@ -190,15 +173,10 @@ class RunLog:
         return last.to_status if last else None
 
     def advance(self, run: str, to: RunStatus, actor: str, reason: str) -> RunStatus:
-        """Move a run forward; a run that already has this status or a later one stays unchanged.
+        """Move a run forward and return its status; a run that has this status or a later one stays unchanged.
 
         So a step that is tried again continues where it stopped. A run without a record has no log; none is needed.
-
-        Returns:
-            Its status.
-
-        Raises:
-            RunSettledError: the run has ended with another status.
+        RunSettledError if the run has ended with another status.
         """
         record = self.read(run)
         if record is None:

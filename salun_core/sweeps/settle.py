@@ -63,11 +63,9 @@ class Settled:
     """How a run ended.
 
     Args:
-        run: its id.
         status: its last status; None if it had claimed nothing.
         version: the version that it published.
         completed: requests that it erased.
-        queued: requests that are tried again.
         failed: requests that a person must look at.
         held: requests that are on hold for review, since no recipe can help.
         next: what comes after a refusal, and why.
@@ -86,17 +84,8 @@ class Settled:
 def settle(context: SweepContext, line: str, run: str, *, keep_scratch: bool = False) -> Settled:
     """Settle a run, delete its scratch files, and release the lease. Repeating it gives the same answer.
 
-    Args:
-        context: of the sweep.
-        line: the model line.
-        run: the run; it may have claimed nothing.
-        keep_scratch: leave its scratch files to a later call: the step that settles may be repeated, and reads them.
-
-    Returns:
-        How the run ended, with the requests that are still as it left them.
-
-    Raises:
-        SalunError: a certificate cannot be issued. No request was completed without one; settling again continues.
+    `keep_scratch` leaves the files to a later call: the step that settles may be repeated, and reads them. SalunError
+    if a certificate cannot be issued: no request is completed without one, and settling again continues.
     """
     record = context.runs.read(run)
     settled = _settle_unrecorded(context, line, run) if record is None else _settle_recorded(context, record)
@@ -110,10 +99,8 @@ def recover(context: SweepContext, line: str, run: str) -> list[str]:
     """Settle the dead runs of a line: those with requests in progress, and the one that the lease was taken from.
 
     The caller holds the lease, so no other run is alive. The last holder may have settled its requests and died before
-    it ended its log or deleted its scratch files, which hold what is to be forgotten.
-
-    Returns:
-        The requests that were in progress for other runs.
+    it ended its log or deleted its scratch files, which hold what is to be forgotten. Returns the requests that were in
+    progress for other runs.
     """
     others: dict[str, list[str]] = {}
     for state in in_progress(context, line):
@@ -313,11 +300,7 @@ def _hold_for_review(
 
 
 def decision_about(store: ObjectStore, version: Version) -> GateDecision | None:
-    """Return the gate's decision about a version; None if the version has none.
-
-    Raises:
-        IntegrityError: it is missing or damaged.
-    """
+    """Return the gate's decision about a version; None if the version has none."""
     if DECISION not in version.manifest.files:
         return None
     return parse_stored(GateDecision, read_file(store, version, DECISION), DECISION)
@@ -331,18 +314,9 @@ def complete(
     record: RunRecord | None,
     decision: GateDecision | None = None,
 ) -> None:
-    """Certify one request, complete it, and redact it.
+    """Certify one request, complete it, and redact it; it stays in progress if the certificate cannot be issued.
 
-    Args:
-        context: of the sweep.
-        state: the request, in progress.
-        member: what the run recorded about it.
-        version: the version that has forgotten it, or that was searched.
-        record: the run that erased it; None if there was nothing to erase.
-        decision: the gate's about the version: it has the assurance level.
-
-    Raises:
-        SalunError: the certificate cannot be issued; the request stays in progress.
+    `version` has forgotten it, or was searched: `record` is None if there was nothing to erase.
     """
     outcome, reason = Outcome.NOTHING_TO_ERASE, "nothing that it names was trained on"
     if record is not None:
