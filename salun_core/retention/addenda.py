@@ -54,17 +54,9 @@ def issue_addenda(
     signer: Ed25519PrivateKey,
     now: datetime,
 ) -> list[str]:
-    """Issue the addenda that are due. It may be killed anywhere and called again.
+    """Issue the addenda that are due; it may be killed anywhere and called again.
 
-    Args:
-        store: where.
-        inventory: runs and requests.
-        left: what the store holds after the deletions.
-        signer: the signing key.
-        now: the time, with its time zone.
-
-    Returns:
-        The requests whose certificate got an addendum, sorted.
+    `left` is what the store holds after the deletions. Returns the requests whose certificate got an addendum, sorted.
     """
     from salun_core.certificates.issue import issue_addendum
 

@@ -47,7 +47,6 @@ class RunSummary:
         line: its model line; None if only files of the run are known.
         parent: the version that it started from.
         members: ids of its requests.
-        status: its last status; None if it has no log.
         at: when it reached that status; without a log, when its newest file was written.
         marks: its disposal records, such as `disposed-data`.
     """
@@ -65,8 +64,6 @@ class RequestSummary:
     """A request, without its target.
 
     Args:
-        line: its model line.
-        status: its status.
         at: when it reached that status; None if it has no events yet.
         run: the run that caused the status.
         outcome: how it was completed.
@@ -85,16 +82,13 @@ class RequestSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreInventory:
-    """Everything that a deletion plan is made from.
+    """Everything that a deletion plan is made from; runs and requests by id.
 
     Args:
         keys: everything in the store, sorted.
-        heads: HEAD of each line.
         manifests: every version that has a manifest, by line and digest.
         holders: the run that holds the lease of a line.
         unreturned: runs whose lease ended, and was neither given back nor taken; they may wait for a node.
-        runs: by id.
-        requests: by id.
         uploads: unfinished multipart uploads, with their bytes.
     """
 
@@ -181,13 +175,7 @@ class StoreInventory:
 def scan_store(store: S3Store, now: datetime) -> StoreInventory:
     """Read everything that a deletion plan is made from.
 
-    Args:
-        store: the store of model lines.
-        now: the time, with its time zone.
-
-    Raises:
-        IntegrityError: a manifest, lease or request is damaged, so it is unknown what is still needed.
-        StoreError: the store is unreachable or refuses the credentials.
+    IntegrityError if a manifest, lease or request is damaged, so that it is unknown what is still needed.
     """
     # HEADs come first: a manifest is written before HEAD names it, so the listing has the manifest of each HEAD.
     heads = {line: read_head(store, line) for line in lines(store)}
@@ -270,9 +258,6 @@ class ClassifiedVersion:
     """A version and its state.
 
     Args:
-        line: its model line.
-        digest: its digest.
-        manifest: its manifest.
         state: in use, superseded, or never published.
         since: when it was superseded, or staged.
     """
@@ -295,13 +280,10 @@ class ClassifiedVersion:
 
 
 def classify_versions(inventory: StoreInventory) -> list[ClassifiedVersion]:
-    """Return the state of every version.
+    """Return the state of every version; IntegrityError if a manifest in the ancestry of HEAD is missing.
 
-    A version is superseded when its child in the ancestry of HEAD was staged. A version outside that ancestry counts
-    as published, and so as superseded, only if the line was rolled back once and its run does not contradict.
-
-    Raises:
-        IntegrityError: a manifest in the ancestry of HEAD is missing.
+    A version is superseded when its child in the ancestry of HEAD was staged. A version outside that ancestry counts as
+    published, and so as superseded, only if the line was rolled back once and its run does not contradict.
     """
     lines = sorted({line for line, _ in inventory.manifests} | set(inventory.heads))
     return [item for line in lines for item in _classify_line(inventory, line)]

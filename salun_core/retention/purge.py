@@ -73,8 +73,6 @@ class PurgeReport:
     """What was deleted, or would be.
 
     Args:
-        dry_run: whether nothing was deleted.
-        plan: what had to be deleted, and what stays.
         erased: what was removed, for each deletion that was done.
         skipped: deletions that wait for the next purge, because a model line changed, was at work, or lacks a file.
         addenda: requests whose certificate got an addendum.
@@ -104,22 +102,10 @@ def purge(
     signer: Ed25519PrivateKey | None = None,
     clock: Clock = utc_clock,
 ) -> PurgeReport:
-    """Delete what the rules name, and add it to the certificates of the requests that it concerns.
+    """Delete what the rules name (by default after the longest time allowed), and add it to the certificates concerned.
 
-    Args:
-        store: the store of model lines.
-        rules: how long things are kept; by default the longest allowed.
-        dry_run: return the plan, and delete nothing.
-        signer: the key that signs addenda; required if a request's certificate needs one.
-        clock: returns the time now.
-
-    Returns:
-        What was done.
-
-    Raises:
-        UsageError: a certificate needs an addendum and there is no key; nothing was deleted.
-        IntegrityError: an object is damaged, so it is unknown what is still needed; nothing was deleted.
-        StoreError: the store is unreachable or refuses the credentials.
+    UsageError if a certificate needs an addendum and there is no key; IntegrityError if an object is damaged, so that
+    it is unknown what is still needed. In both cases nothing was deleted.
     """
     now = as_utc(clock())
     before = _line_objects(store)
@@ -174,11 +160,7 @@ def _line_objects(store: S3Store) -> set[tuple[str, str]]:
 class _Disposal:
     """Erases files that no version needs, unless one turns out to need them; see the protocol above.
 
-    Args:
-        store: the store of model lines.
-        inventory: what the store held at the scan.
-        before: the objects of the lines before the scan (`_line_objects`).
-        now: the time of the plan.
+    `before` are the objects of the lines before the scan (`_line_objects`), `now` is the time of the plan.
     """
 
     def __init__(self, store: S3Store, inventory: StoreInventory, before: set[tuple[str, str]], now: datetime) -> None:

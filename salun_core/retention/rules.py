@@ -66,17 +66,11 @@ class Deletion:
     """One thing to delete.
 
     Args:
-        kind: what it is.
         keys: the keys to erase, in this order.
         size: in bytes, all S3 versions.
         reason: by which rule.
-        run: the run that it belongs to.
-        line: the model line.
-        version: digest of the version.
         files: names of the version's files that are deleted.
-        request: the request.
         keep_hashes: for a request: whether hashes of its target must stay.
-        upload: the unfinished upload.
         since: for a staged version or an orphan, since when it is garbage; for replaced documents, before which time
             they were replaced.
     """
@@ -118,16 +112,7 @@ class DeletionPlan:
 
 
 def plan(inventory: StoreInventory, rules: RetentionRules, now: datetime) -> DeletionPlan:
-    """Plan what to delete.
-
-    Args:
-        inventory: what the store holds.
-        rules: how long it may stay.
-        now: the time, with its time zone.
-
-    Raises:
-        IntegrityError: the lineage of a model line is broken, so it is unknown which files are needed.
-    """
+    """Plan what to delete; IntegrityError if a lineage is broken, so that it is unknown which files are needed."""
     garbage, held, shared = find_garbage(inventory, rules, now)
     deletions = [
         *_run_files(inventory, rules, now),
@@ -151,12 +136,8 @@ def find_garbage(
     published, and the evidence of superseded ones. Files are shared between versions (their key is their digest), so
     this is decided for all lines together.
 
-    Returns:
-        The deletions in the order in which to do them; the superseded versions that a hold keeps; and those whose
-        weights belong to a version that stays, too. Both as `line@digest`.
-
-    Raises:
-        IntegrityError: the lineage of a model line is broken.
+    Returns the deletions in the order in which to do them; the superseded versions that a hold keeps; and those whose
+    weights belong to a version that stays, too. Both as `line@digest`.
     """
     recent = timedelta(hours=rules.orphan_hours)
     superseded: list[ClassifiedVersion] = []
@@ -189,11 +170,7 @@ def _may_be_published(inventory: StoreInventory, item: ClassifiedVersion, now: d
 
 
 def purged_files(names: Collection[str]) -> list[str]:
-    """Return the files that are deleted when a version is superseded: weights, training samples, critical weights.
-
-    Args:
-        names: of all its files.
-    """
+    """Return the files that are deleted when a version is superseded: weights, training samples, critical weights."""
     return [*weight_files(names), *(name for name in _PURGED_TOO if name in names)]
 
 
@@ -201,7 +178,6 @@ class _Files:
     """The stored files of all versions, and which of them stay.
 
     Args:
-        inventory: what the store holds.
         leaving: versions of which all or some files are deleted.
         needed: digests of the files that a version needs.
         recent: younger files may be part of a version that is being staged, unless a leaving version has them.
