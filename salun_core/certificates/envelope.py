@@ -46,30 +46,13 @@ def keyid(key: Ed25519PublicKey) -> str:
 
 
 def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
-    """Return what DSSE v1 signs.
-
-    Example:
-        >>> pre_authentication_encoding("http://example.com/HelloWorld", b"hello world")
-        b'DSSEv1 29 http://example.com/HelloWorld 11 hello world'
-    """
+    """Return what DSSE v1 signs: `DSSEv1`, then type and payload, each after its length in bytes, joined by spaces."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
 def sign(payload: bytes, payload_type: str, key: Ed25519PrivateKey) -> bytes:
-    """Sign a payload; the same payload and key give the same bytes.
-
-    Args:
-        payload: canonical JSON.
-        payload_type: its media type.
-        key: the signing key.
-
-    Returns:
-        The envelope in canonical JSON, without a final newline.
-
-    Raises:
-        IntegrityError: the payload is not canonical JSON, or too large.
-    """
+    """Sign canonical JSON and return the envelope; the same payload and key give the same bytes."""
     _check_canonical(payload, "the payload to sign")
     signature = key.sign(pre_authentication_encoding(payload_type, payload))
     data = canonical_json(
@@ -84,19 +67,9 @@ def sign(payload: bytes, payload_type: str, key: Ed25519PrivateKey) -> bytes:
 
 
 def open_envelope(data: bytes, trusted: Iterable[Ed25519PublicKey], payload_type: str = PAYLOAD_TYPE) -> bytes:
-    """Check an envelope and return its payload.
+    """Verify an envelope and return its payload: canonical JSON that one of the trusted keys signed.
 
-    Args:
-        data: the whole file.
-        trusted: the public keys that may have signed it; a key inside the file is never trusted.
-        payload_type: media type that the payload must have.
-
-    Returns:
-        The payload: canonical JSON that one of the trusted keys signed.
-
-    Raises:
-        IntegrityError: the signature is invalid or of another key, or one byte differs from the canonical form.
-        UsageError: no key is trusted.
+    A key inside the file is never trusted. IntegrityError if one byte differs from the canonical form.
     """
     keys = {keyid(key): key for key in trusted}
     if not keys:
@@ -125,11 +98,7 @@ def open_envelope(data: bytes, trusted: Iterable[Ed25519PublicKey], payload_type
 
 
 def claimed_keyid(data: bytes) -> str:
-    """Return the id of the key that an envelope names as its signer, without any verification.
-
-    Raises:
-        IntegrityError: it is not an envelope in canonical form.
-    """
+    """Return the id of the key that an envelope names as its signer, without any verification."""
     return _read(data).signatures[0].keyid
 
 

@@ -77,17 +77,11 @@ class CertificateInput:
     """What a sweep recorded about an erased request. Of the request only its id and times are copied, never its target.
 
     Args:
-        request: the request.
-        outcome: how it was met.
-        completed_at: when, ISO 8601 in UTC.
         version: the version that has forgotten it; nothing to erase: the one that was searched.
         forget_digest: SHA-256 of the request's own resolved forget set, not of its batch.
         salt: of that digest, in hex.
         found: samples of that set; 0 with nothing to erase.
         named: samples of the data set that the request names, in training or not.
-        attempt: attempt of the request, from 1.
-        level: escalation level of the recipe, from 0.
-        run: the unlearning run; None with nothing to erase.
         epoch: of the model line's lease.
         frozen_digest: SHA-256 of the frozen forget set that the run read.
         requests: how many requests the run erased together; None with nothing to erase.
@@ -109,14 +103,9 @@ class CertificateInput:
     requests: int | None = None
 
     def assurance(self, decision: GateDecision | None) -> Assurance:
-        """Return how sure the outcome is.
+        """Return how sure the outcome is; UsageError if the gate refused.
 
-        Args:
-            decision: the gate's about the version; None if it was not unlearned.
-
-        Raises:
-            IntegrityError: something was erased, and there is no decision.
-            UsageError: the gate refused.
+        The decision is None if the version was not unlearned.
         """
         if self.outcome is Outcome.NOTHING_TO_ERASE:
             return Assurance(level="nothing_to_erase")
@@ -127,13 +116,7 @@ class CertificateInput:
 
 @dataclass(frozen=True)
 class VersionDocuments:
-    """What certificates quote from the files of a version.
-
-    Args:
-        split_digest: of its split manifest.
-        evidence: what was measured; None if the version was not unlearned.
-        decision: the gate's; None if the version was not unlearned.
-    """
+    """What certificates quote from the files of a version; evidence and decision are None if it was not unlearned."""
 
     split_digest: str
     evidence: Evidence | None = None
@@ -141,11 +124,7 @@ class VersionDocuments:
 
     @classmethod
     def read(cls, store: ObjectStore, version: Version) -> VersionDocuments:
-        """Read them, checked against the version's manifest.
-
-        Raises:
-            IntegrityError: a file is missing or damaged.
-        """
+        """Read them, checked against the version's manifest."""
         from salun_core.evaluation.evidence import Evidence  # its package loads torch
 
         names = [name for name in (_EVIDENCE, DECISION, _CARD) if name in version.manifest.files]
@@ -158,12 +137,7 @@ class VersionDocuments:
 
 
 class ModelCertifier:
-    """Issues certificates about versions of a model line, signed with the key that the environment names.
-
-    Args:
-        store: the store of versions and certificates.
-        key: file of the signing key; by default the one that $SALUN_SIGNING_KEY names.
-    """
+    """Issues certificates about versions of a model line; the default key is the file that $SALUN_SIGNING_KEY names."""
 
     def __init__(self, store: ObjectStore, key: Path | None = None) -> None:
         self._store, self._key = store, key
@@ -183,24 +157,10 @@ class ModelCertifier:
 
 
 def issue(store: ObjectStore, facts: CertificateInput, documents: VersionDocuments, signer: Ed25519PrivateKey) -> str:
-    """Write the certificate of a request; the call may be repeated.
+    """Write the certificate of a request and return the SHA-256 of its file; the call may be repeated.
 
     A certificate that this key signed for the same version and outcome is kept. Any other is copied to the addenda
     first, and the new one names it as superseded.
-
-    Args:
-        store: where certificates are stored.
-        facts: what the sweep recorded.
-        documents: of the version.
-        signer: the signing key.
-
-    Returns:
-        The SHA-256 of the certificate's file.
-
-    Raises:
-        IntegrityError: the input contradicts itself, or the stored certificate is damaged.
-        GateRefusedError: the gate refused the version.
-        ConflictError: other processes wrote the certificate again and again.
     """
     key = certificate_key(facts.request.id)
     for _ in range(_ATTEMPTS):
@@ -248,19 +208,9 @@ def certify(
 def build_statement(
     facts: CertificateInput, documents: VersionDocuments, signer: str, supersedes: str | None = None
 ) -> ErasureCertificate:
-    """Build the statement of a certificate.
+    """Build the statement of a certificate; nothing is certified if the gate refused (GateRefusedError).
 
-    Args:
-        facts: what the sweep recorded.
-        documents: of the version.
-        signer: id of the key that will sign it.
-        supersedes: SHA-256 of an earlier certificate of the request.
-
-    Raises:
-        IntegrityError: the input is not of one version, one run and one outcome.
-        GateRefusedError: the gate refused; nothing is certified.
-        ModelError: the version's files are not one model.
-        UsageError: a value is missing or of the wrong form.
+    IntegrityError unless the input is of one version, one run and one outcome. `signer` is the id of a key.
     """
     _check(facts, documents)
     manifest = facts.version.manifest
@@ -355,9 +305,7 @@ def _contradiction(why: str) -> IntegrityError:
 def salted_digest(salt: str, digest: str) -> str:
     """Return the digest of a forget set as a certificate shows it: HMAC-SHA256 of its 64 hex digits.
 
-    Args:
-        salt: the key, in hex.
-        digest: SHA-256 of the request's own resolved `ForgetSet`.
+    The salt, the key of the HMAC, is in hex.
     """
     return hmac.new(bytes.fromhex(salt), digest.encode(), hashlib.sha256).hexdigest()
 
@@ -414,24 +362,11 @@ def _finite(value: float | None) -> float | None:
 
 
 def revoke(store: ObjectStore, rollback: VersionRollback, requests: Iterable[str], signer: Ed25519PrivateKey) -> int:
-    """Add a revocation to each certificate about a version that a rollback undid; the call may be repeated.
+    """Add a revocation to each certificate about a version that a rollback undid, and return their number.
 
     A revocation is written after HEAD has moved, so that none exists for a version in use. A process that dies between
     the two leaves certificates without a revocation: `salun verify --store` refuses them by the lineage and the record
     of the rollback, and the next purge with a key calls this again. The same input gives the same bytes and key.
-
-    Args:
-        store: where certificates are stored.
-        rollback: its record.
-        requests: those that may have a certificate about the version.
-        signer: the signing key.
-
-    Returns:
-        The number of certificates that are revoked.
-
-    Raises:
-        IntegrityError: a certificate is damaged.
-        StoreError: the store cannot be reached, or the credentials may not write addenda.
     """
     revoked = 0
     for request in requests:
@@ -466,20 +401,9 @@ def certificate_copies(store: ObjectStore, request: str) -> list[str]:
 
 
 def issue_addendum(store: ObjectStore, request_id: str, done: Sequence[DisposalDone], signer: Ed25519PrivateKey) -> str:
-    """Add to a request's certificate what was deleted since; the same input gives the same addendum.
+    """Add to a request's certificate what was deleted since, and return the SHA-256 of the addendum's file.
 
-    Args:
-        store: where certificates are stored.
-        request_id: the request.
-        done: what was deleted, and when.
-        signer: the signing key.
-
-    Returns:
-        The SHA-256 of the addendum's file.
-
-    Raises:
-        UsageError: the request has no certificate, or `done` is empty.
-        ConflictError: an addendum of that name holds other bytes.
+    The same input gives the same addendum. UsageError if the request has no certificate.
     """
     stored = store.get(certificate_key(request_id))
     if stored is None:

@@ -51,11 +51,7 @@ class TrustedKeys:
 def create_key(place: Path) -> CreatedKey:
     """Create a signing key: `place`.pem for the signer (mode 0600), `place`.pub for those who verify.
 
-    Args:
-        place: folder and name; the folder is created.
-
-    Raises:
-        UsageError: one of the files exists, or cannot be written.
+    An existing file is never replaced (UsageError).
     """
     private, public = place.with_name(f"{place.name}.pem"), place.with_name(f"{place.name}.pub")
     for path in (private, public):  # before anything is written, so that no half of a pair is left
@@ -88,13 +84,9 @@ def _exists(path: Path) -> UsageError:
 
 
 def load_signing_key(path: Path | None = None) -> Ed25519PrivateKey:
-    """Read the private key that signs certificates.
+    """Read the private key that signs certificates, by default from the file that `SALUN_SIGNING_KEY` names.
 
-    Args:
-        path: its file; by default the file that `SALUN_SIGNING_KEY` names.
-
-    Raises:
-        UsageError: no file is named, every user may read it, or it holds no unencrypted ed25519 key in PKCS8 PEM.
+    UsageError if every user may read the file, or if it holds no unencrypted ed25519 key in PKCS8 PEM.
     """
     named = path or _signing_path()
     data = _read(named, private=True)
@@ -136,11 +128,7 @@ def _signing_path() -> Path:
 
 
 def load_public_key(path: Path) -> Ed25519PublicKey:
-    """Read a public key.
-
-    Raises:
-        UsageError: the file cannot be read, or holds no ed25519 public key in PEM.
-    """
+    """Read an ed25519 public key in PEM."""
     data = _read(path, private=False)
     if _PRIVATE_MARK in data:
         raise UsageError(f"{path} holds a private key", "only the public key is needed here", "name the .pub file")
@@ -154,15 +142,10 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
 
 
 def load_trusted_keys(paths: Sequence[Path], certificate: Path) -> TrustedKeys:
-    """Read the public keys that may have signed a certificate.
+    """Read the public keys that may have signed a certificate; no key inside it is trusted.
 
-    Args:
-        paths: files that the caller named. If there are none, those in `SALUN_VERIFY_KEY` (separated by colons) count;
-            if that is empty, the file `salun.pub` next to the certificate.
-        certificate: the certificate's file; no key inside it is trusted.
-
-    Raises:
-        UsageError: no key is named, or one cannot be read.
+    Without paths, the files in `SALUN_VERIFY_KEY` (separated by colons) count; if that is empty, `salun.pub` next to
+    the certificate.
     """
     named, source = list(paths), "--key"
     if not named:
@@ -196,18 +179,7 @@ def _read(path: Path, *, private: bool) -> bytes:
 
 
 def read_small(path: Path, limit: int) -> tuple[bytes, int]:
-    """Read a small file whole.
-
-    Args:
-        path: a regular file, or a link to one.
-        limit: maximum size in bytes.
-
-    Returns:
-        Its content, cut after `limit` + 1 bytes, and its mode.
-
-    Raises:
-        UsageError: it cannot be read, or is not a regular file.
-    """
+    """Read a regular file, and return its content, cut after `limit` + 1 bytes, and its mode."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a named pipe would wait for a writer
         with os.fdopen(descriptor, "rb") as file:

@@ -312,7 +312,6 @@ def contradictions(erasure: Erasure) -> list[str]:
 
 
 def _level_contradictions(erasure: Erasure) -> list[str]:
-    """Return in what the assurance level does not fit to its figures and to the rest of the certificate."""
     assurance, level, outcome = erasure.assurance, erasure.assurance.level, erasure.outcome
     nothing = outcome is Outcome.NOTHING_TO_ERASE
     figures = (assurance.margin, assurance.n, assurance.power, assurance.requests)
@@ -341,18 +340,9 @@ def sign_statement(
 
 
 def open_statement(kind: type[S], data: bytes, trusted: Iterable[Ed25519PublicKey], source: str) -> S:
-    """Check a signed file and return what it states.
+    """Verify a signed file and return what it states; `source` names the file in messages.
 
-    Args:
-        kind: `ErasureCertificate`, `DisposalAddendum` or `RevocationAddendum`.
-        data: the whole file.
-        trusted: the public keys that may have signed it.
-        source: where it came from, for the message.
-
-    Raises:
-        IntegrityError: it is damaged, of another signer, of another kind, of a later version of the format, or
-            contradicts itself.
-        UsageError: no key is trusted.
+    IntegrityError if it is damaged, of another signer or kind, of a later version of the format, or contradicts itself.
     """
     payload = open_envelope(data, trusted)
     try:
@@ -369,16 +359,7 @@ def open_statement(kind: type[S], data: bytes, trusted: Iterable[Ed25519PublicKe
 
 
 def read_unverified(kind: type[S], data: bytes, source: str) -> S:
-    """Return what a signed file states, for a listing. Its signature is not checked: see `open_statement`.
-
-    Args:
-        kind: `ErasureCertificate`, `DisposalAddendum` or `RevocationAddendum`.
-        data: the whole file.
-        source: where it came from, for the message.
-
-    Raises:
-        IntegrityError: it is damaged, or of another kind.
-    """
+    """Return what a signed file states, for a listing. Its signature is not checked: see `open_statement`."""
     try:
         return parse(kind, json.loads(base64.b64decode(json.loads(data)["payload"], validate=True)), source)
     except SalunError as error:

@@ -38,12 +38,9 @@ class Verification:
     """The result of a verification in which every check passed.
 
     Args:
-        certificate: what the file states.
-        sha256: of the certificate's file.
         keyid: of the trusted key that signed it.
         key_source: where that key came from.
         files: number of files of the model folder that were compared; None if no folder was given.
-        addenda: what the addenda state.
         superseded_by: SHA-256 of the certificate of the request that the store has now, if it is another one.
         in_store: whether the store was asked.
     """
@@ -65,25 +62,10 @@ def verify_certificate(
     addenda: Sequence[Path] = (),
     store_uri: str | None = None,
 ) -> Verification:
-    """Verify a certificate with files on this machine, and on request against the store that it comes from.
+    """Verify a certificate with files on this machine and, with `store_uri`, against the store that it comes from.
 
-    Offline, a later rollback of the version is known only from a revocation among the addenda.
-
-    Args:
-        path: the certificate's file.
-        model: the model folder to compare with it; its weights are not loaded.
-        keys: public keys of the trusted signers; for the default see `load_trusted_keys`.
-        addenda: files that were added to the certificate later.
-        store_uri: store in which the version must still be in use, and the request completed; None: offline.
-
-    Returns:
-        The certificate, and what was compared.
-
-    Raises:
-        UsageError: a file cannot be read, or no key is trusted.
-        IntegrityError: a byte of the certificate, of an addendum or of the model differs, the signer is not trusted,
-            the certificate contradicts itself, or it is not valid any more.
-        StoreError: the store cannot be reached.
+    Offline, a later rollback of the version is known only from a revocation among the addenda. The weights of the model
+    folder are not loaded.
     """
     trusted = load_trusted_keys(keys, path)
     data = _read(path)
@@ -127,11 +109,8 @@ def _revoked(path: Path, certificate: ErasureCertificate, revocation: Revocation
 def _check_in_store(path: Path, store: ObjectStore, certificate: ErasureCertificate, sha256: str) -> str | None:
     """Check that a certificate still holds in its store: version in use, not revoked, request completed.
 
-    Whatever cannot be read or is not there refuses. The lineage of HEAD decides, so that a rollback is seen although
-    nobody signed a revocation.
-
-    Returns:
-        The SHA-256 of the request's current certificate, if it is another one.
+    Anything that cannot be read or is missing refuses. The lineage of HEAD decides, so that a rollback is seen although
+    nobody signed a revocation. Returns the SHA-256 of the request's current certificate, if it is another one.
     """
     request, model = certificate.predicate.request.id, certificate.predicate.model
     current, copy = store.get(certificate_key(request)), addendum_key(request, f"certificate-{sha256[:12]}.json")
@@ -160,12 +139,7 @@ def _check_in_store(path: Path, store: ObjectStore, certificate: ErasureCertific
 
 
 def undoing_of(store: ObjectStore, request_id: str) -> str:
-    """Return how the version in a request's certificate was undone; empty if it is in use or nothing was certified.
-
-    Raises:
-        IntegrityError: the certificate, the lineage or the record of the rollback is damaged.
-        StoreError: the store cannot be reached, or the credentials may not read certificates.
-    """
+    """Return how the version in a request's certificate was undone; empty if it is in use or nothing was certified."""
     stored = store.get(key := certificate_key(request_id))
     if stored is None:
         return ""
@@ -175,14 +149,9 @@ def undoing_of(store: ObjectStore, request_id: str) -> str:
 
 
 def undone_of(store: ObjectStore, line: str, request_ids: Iterable[str]) -> list[str]:
-    """Return the completed requests of a line whose erasure is undone; `undoing_of` says how.
+    """Return the completed requests of a line whose erasure is undone; `undoing_of` returns how.
 
     It reads the certificates only if a version of the line is not in the lineage of HEAD.
-
-    Raises:
-        UsageError: the line does not exist.
-        IntegrityError: a certificate or the lineage is damaged.
-        StoreError: the store cannot be reached, or the credentials may not read certificates.
     """
     in_use = versions_in_use(store, line)
     if in_use is None:
@@ -196,12 +165,7 @@ def undone_of(store: ObjectStore, line: str, request_ids: Iterable[str]) -> list
 
 
 def fetch_certificate(store_uri: str, request_id: str, out: Path) -> str:
-    """Write a request's certificate to a file, byte for byte, and return its SHA-256. It is not verified.
-
-    Raises:
-        UsageError: the request has no certificate.
-        StoreError: the store cannot be reached, or the file cannot be written.
-    """
+    """Write a request's certificate to a file, byte for byte, and return its SHA-256. It is not verified."""
     data = _stored(store_uri, request_id)
     write_whole(out, data)
     return sha256_bytes(data)
@@ -228,8 +192,6 @@ class StoredAddendum:
     """A later addition to a certificate, as it is in the store; its signature was not verified.
 
     Args:
-        name: its file name.
-        data: its bytes.
         certificate: SHA-256 of the certificate that it belongs to.
         done: what was deleted, and when.
         revocation: why the certificate is not valid any more; None: it is about disposals.
@@ -243,12 +205,7 @@ class StoredAddendum:
 
 
 def fetch_addenda(store_uri: str, request_id: str) -> list[StoredAddendum]:
-    """Return the addenda of a request's certificates, those of superseded certificates included. None is verified.
-
-    Raises:
-        IntegrityError: one of them is damaged.
-        StoreError: the store cannot be reached.
-    """
+    """Return the addenda of a request's certificates, those of superseded certificates included. None is verified."""
     return fetch_addenda_of(open_store(store_uri), request_id)
 
 
