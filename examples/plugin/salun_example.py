@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from salun_core.evaluation.evidence import Metric
 from salun_core.evaluation.membership import modified_entropy
@@ -21,7 +20,7 @@ def to_uniform(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return -logits.log_softmax(dim=1).mean()
 
 
-def phases(context: ClassifierContext[UnlearnConfig], generator: torch.Generator) -> Sequence[Phase]:
+def phases(context: ClassifierContext[UnlearnConfig], generator: Generator) -> Sequence[Phase]:
     """Return one epoch: forget images become uniform, retain images keep their labels."""
     return [context.phase("forget", context.forget, to_uniform), context.phase("retain", context.retain)]
 

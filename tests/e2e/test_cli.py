@@ -79,7 +79,7 @@ def _look_into_the_store(tmp_path, work, printed, salun):
         assert (work / "s3.env").stat().st_mode & 0o077 == 0
         told = _run(tmp_path, "model", "history", "demo", "--json", program=[salun], **environ)
         assert [(item["method"], item["requests"]) for item in json.loads(told.stdout)] == [
-            ("salun", 4),
+            ("salun_adaptive", 4),
             ("train", None),
         ]
         listed = _run(tmp_path, "request", "list", "--json", program=[salun], **environ)

@@ -106,7 +106,7 @@ def test_a_refusal_says_why():
 def test_a_settled_refusal_says_what_comes_next_and_why(sweep, salun, ledger, store):
     ledger.submit("r-1", "digits", ClassTarget(class_id=3))
     expected = {
-        "damaged": ("queued", 'next: a gentler recipe (salun, learning_rate 0.001, recipe "adaptive")'),
+        "damaged": ("queued", "next: a gentler recipe (salun_adaptive, learning_rate 0.001)"),
         "not_measured": ("on_hold: not_measured", "held for review; next: mend it"),
     }
     for cause, (status, then) in expected.items():

@@ -86,7 +86,7 @@ def test_the_demo_erases_in_one_batch_certifies_each_and_a_second_one_that_is_re
     requests, methods, scratch = _states(work)
     assert {requests.pop(f"demo-{name}") for name in NAMES} == {"completed"}
     assert requests == {f"demo-2-{name}": "queued" for name in NAMES} | {"demo-2-nothing": "completed"}
-    assert methods == {"demo": ["salun", "train"], "demo-2": ["train"]}
+    assert methods == {"demo": ["salun_adaptive", "train"], "demo-2": ["train"]}
     assert scratch == []
 
 

@@ -77,7 +77,7 @@ def test_it_forgets_and_publishes(notebook, tmp_path, monkeypatch):
     assert found["passed"]
     assert found["dropped"]
     assert found["report"]
-    assert {f"{name} {'━' * 30}" for name in ("mask", "salun", "publish")} <= _bars(notebook)
+    assert {f"{name} {'━' * 30}" for name in ("mask", "salun_adaptive", "publish")} <= _bars(notebook)
 
 
 def _bars(notebook):
