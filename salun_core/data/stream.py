@@ -166,13 +166,7 @@ def _read(payloads: Sequence[Payload], rows: Sequence[int]) -> Iterator[Payload]
 class StreamedImages:
     """Labelled images of one split in a file: an `ImageSource`.
 
-    Args:
-        decoded: the rows of the whole table.
-        rows: those of the split, int64 [N].
-        labels: int64 [N].
-        normalisation: applied in batches.
-        augment: `none`, `crop` or `crop-flip`.
-        ids: sample ids.
+    `decoded` holds the rows of the whole table; `rows` are those of the split, int64 [N], and so are the labels.
     """
 
     decoded: DecodedRows

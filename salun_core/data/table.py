@@ -47,14 +47,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows that are read together, such as those of one file.
+    """Rows that are read together, such as those of one file; `read` maps places, in ascending order, to payloads.
 
-    Args:
-        name: of the file, for messages.
-        rows: how many it has.
-        read: places in it, in ascending order -> their payloads.
-        origin: what it is read from; None if that is memory.
-        places: number of each row in the file, if others lie between them.
+    `origin` is None if they are read from memory. `places` has the number of each row in the file, if others lie
+    between them.
     """
 
     name: str

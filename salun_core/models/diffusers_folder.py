@@ -188,15 +188,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Components:
-    """The loaded components of a diffusers folder.
+    """The loaded components of a diffusers folder, in eval mode, and the digest of its files (see `weights_digest`).
 
-    Args:
-        folder: the folder.
-        pipeline: class of its pipeline.
-        parts: components by name (`unet` or `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`, ...), in
-            eval mode.
-        settings: other settings of the pipeline, from the index.
-        digest: digest of all its files (see `weights_digest`).
+    `parts` has them by name: `unet` or `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler` and so on.
+    `settings` are other settings of the pipeline, from the index.
     """
 
     folder: Path

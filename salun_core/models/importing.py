@@ -47,14 +47,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of a foreign classifier.
+    """Tensors of a foreign classifier by name, on the CPU, without the prefix.
 
-    Args:
-        name: of the file, for messages.
-        state: tensors by name, on the CPU, without the prefix.
-        wrapper: keys that the tensors were under, such as `state_dict`.
-        prefix: what all names began with, such as `module.`.
-        facts: what the file or folder says about the model.
+    `wrapper` has the keys that the tensors were under, such as `state_dict`, and `prefix` is what all names began with,
+    such as `module.`.
     """
 
     name: str

@@ -32,17 +32,13 @@ _CLOSE = 0.5  # share of an architecture's tensors below which a layout is not w
 
 @dataclass(frozen=True)
 class Recognised:
-    """A foreign classifier in terms of an architecture here.
+    """A foreign classifier in terms of an architecture here; `state` has the architecture's names.
 
     Args:
-        layout: where the layout comes from.
-        architecture: a name for `build_classifier`.
         num_classes: number of outputs; 0 if the tensors do not show it.
-        state: tensors by the architecture's names.
         added: number of batch counters that were missing, which begin at 0.
         widened: number of half-precision tensors that became float32.
         parameters: number of values.
-        facts: what the file or folder says about the model.
     """
 
     layout: str
