@@ -68,11 +68,7 @@ def _load_yaml(text: str, source: str) -> Any:  # noqa: ANN401 - any YAML value
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object, as an `object_pairs_hook` that refuses repeated keys: readers resolve them differently.
-
-    Raises:
-        UsageError: a key occurs twice.
-    """
+    """Build a JSON object, as an `object_pairs_hook` that rejects repeated keys: readers resolve them differently."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise UsageError("a document is ambiguous", _TWICE, "leave one of them")
@@ -89,18 +85,10 @@ D = TypeVar("D", bound=BaseModel)
 
 
 def parse(kind: type[D], data: Any, source: str) -> D:  # noqa: ANN401 - any YAML or JSON value
-    """Build a document from plain data.
+    """Build a document from plain data; `source` is where they came from, for the message.
 
-    Args:
-        kind: the pydantic model.
-        data: what YAML or JSON gave.
-        source: where it came from, for the message.
-
-    Returns:
-        The validated document.
-
-    Raises:
-        UsageError: with every fault, and the nearest known key for each unknown one; or nested over 64 levels deep.
+    Raises UsageError with every fault, and the nearest known key for each unknown one, or if nested over 64 levels
+    deep.
     """
     _check_depth(data, source)
     try:
@@ -148,11 +136,7 @@ def _keys_below(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
 
 
 def read_document(path: Path) -> Any:  # noqa: ANN401 - any YAML or JSON value
-    """Read a YAML or JSON file as plain data.
-
-    Raises:
-        UsageError: the file is missing, too large or not YAML/JSON.
-    """
+    """Read a YAML or JSON file as plain data; a file that is too large raises UsageError."""
     try:
         if path.stat().st_size > MAX_DOCUMENT_BYTES:
             raise UsageError(
@@ -169,8 +153,7 @@ def read_document(path: Path) -> Any:  # noqa: ANN401 - any YAML or JSON value
 def parse_text(text: str, source: str) -> Any:  # noqa: ANN401 - any YAML or JSON value
     """Parse JSON, or YAML of at most 4 MiB if it is not JSON.
 
-    Raises:
-        UsageError: it is neither, or nested too deep, or holds a number that is too long.
+    Raises UsageError for deep nesting or a number that is too long, too.
     """
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
@@ -191,9 +174,5 @@ def parse_text(text: str, source: str) -> Any:  # noqa: ANN401 - any YAML or JSO
 
 
 def load(kind: type[D], path: Path) -> D:
-    """Read a file and build a document from it.
-
-    Raises:
-        UsageError: the file cannot be read or has faults (all are listed).
-    """
+    """Read a file and build a document from it; UsageError lists all faults."""
     return parse(kind, read_document(path), str(path))

@@ -32,16 +32,8 @@ _MORE = "use a device with more memory, stop other programs on it, or compute on
 def fitting(work: Callable[[int], T], size: int, least: int = 1) -> tuple[T, int]:
     """Do work in batches of a size, and all of it again in batches of half that size if the device has no room.
 
-    Args:
-        work: takes the batch size, and starts from the beginning in each call.
-        size: batch size to begin with.
-        least: batch size that is not halved again.
-
-    Returns:
-        (result, batch size that fits).
-
-    Raises:
-        DeviceMemoryError: a batch of `least` does not fit either.
+    `work` takes the batch size and starts from the beginning in each call. Returns (result, batch size that fits).
+    Raises DeviceMemoryError if a batch of `least` does not fit.
     """
     while True:
         try:
@@ -57,15 +49,7 @@ def fitting(work: Callable[[int], T], size: int, least: int = 1) -> tuple[T, int
 
 @contextmanager
 def explained(why: str = "", remedy: str = f"set a smaller batch_size, or {_MORE}") -> Iterator[None]:
-    """Turn a device that is out of memory into an error with cause and remedy; also usable as a decorator.
-
-    Args:
-        why: what did not fit, if it is known.
-        remedy: what to change.
-
-    Raises:
-        DeviceMemoryError: the block ran out of memory on the device.
-    """
+    """Raise a lack of memory on the device as DeviceMemoryError with cause and remedy; also a decorator."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -80,8 +64,7 @@ def _no_room(error: torch.OutOfMemoryError, why: str, remedy: str) -> DeviceMemo
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are created inside it and still live, and their peak.
 
-    Args:
-        known: tensors that are not counted, nor are their views.
+    Tensors in `known`, and their views, are not counted.
     """
 
     def __init__(self, known: Iterator[Tensor] | None = None) -> None:
@@ -130,9 +113,7 @@ class TrainingMemory:
     Not in it: Python and its libraries, the context and the workspaces of a GPU, the encoders of a diffusion model, the
     images, and what an allocator loses to fragments.
 
-    Args:
-        parameters: P.
-        moments: (fixed_t, each_t); only those that are the peak of some n.
+    `parameters` is P. `moments` has (fixed_t, each_t) only of moments that are the peak of some n.
     """
 
     parameters: int
@@ -144,27 +125,15 @@ class TrainingMemory:
     ) -> TrainingMemory:
         """Simulate passes with two and with three examples; no value is computed, and no memory is needed.
 
-        Args:
-            network: the model, on any device, also meta; with gradient checkpointing if the training has it.
-            loss: (network, number of examples) -> scalar loss. It creates its inputs itself, on the CPU.
-            precision: of the passes.
-
-        Example:
-            >>> layer = nn.Linear(1000, 1000, device="meta")
-            >>> memory = TrainingMemory.of(layer, lambda net, n: net(torch.zeros(n, 1000)).square().mean(), "float32")
-            >>> memory.parameters, round(memory.step(1, optimizer="adam") / memory.parameters)
-            (1001000, 21)
+        The network may be on any device, also meta, with gradient checkpointing if the training has it. `loss` maps
+        (network, number of examples) to a scalar; it creates its inputs itself, on the CPU.
         """
         two, three = (_simulated(network, loss, count, precision == "bf16") for count in (2, 3))
         lines = {(3 * low - 2 * high, high - low) for low, high in zip(two, three, strict=True)}
         return cls(sum(parameter.numel() for parameter in network.parameters()), _upper(lines))
 
     def scoring(self, examples: int) -> int:
-        """Return the peak of scoring.
-
-        Args:
-            examples: that go through the network at once.
-        """
+        """Return the peak of scoring in bytes; `examples` go through the network at once."""
         return 4 * self.parameters + self._passes(examples)
 
     def step(
@@ -178,16 +147,11 @@ class TrainingMemory:
         masked: bool = True,
         gpu: bool = False,
     ) -> int:
-        """Return the peak of a training step.
+        """Return the peak of a training step in bytes.
 
-        Args:
-            examples: that go through the network at once: for `salun`, forget and retain examples together.
-            optimizer: as configured.
-            momentum: of sgd.
-            offload: whether state and original are outside the device.
-            frozen_copies: copies of the network that the method keeps, such as 1 for `esd`.
-            masked: whether there is a mask.
-            gpu: whether the device is a GPU.
+        `examples` go through the network at once: for `salun`, forget and retain examples together. `offload` means
+        that state and original are outside the device; `frozen_copies` are copies of the network that the method keeps,
+        such as 1 for `esd`.
         """
         state = {"sgd": 4 if momentum else 0}.get(optimizer, 8)
         fixed = 4 * (1 + frozen_copies) + masked + (0 if offload else 4 + state)

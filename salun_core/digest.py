@@ -34,11 +34,7 @@ def hmac_file(path: Path, key: bytes) -> str:
 
 
 def canonical_json(document: Any) -> bytes:  # noqa: ANN401 - any JSON value
-    """Return the canonical form (RFC 8785) of a JSON document.
-
-    Raises:
-        IntegrityError: the document holds something that JSON cannot say (NaN, infinity, a set).
-    """
+    """Return the canonical form (RFC 8785) of a JSON document; raises IntegrityError for NaN, infinity or a set."""
     try:
         return rfc8785.dumps(document)
     except (rfc8785.CanonicalizationError, UnicodeEncodeError) as error:
@@ -50,8 +46,7 @@ def canonical_json(document: Any) -> bytes:  # noqa: ANN401 - any JSON value
 def canonical_texts(rows: list[list[str | int]]) -> bytes:
     """Return the canonical form (RFC 8785) of rows of texts and small integers, four times as fast as for any JSON.
 
-    Raises:
-        IntegrityError: a text stands for bytes that are not UTF-8.
+    Raises IntegrityError if a text stands for bytes that are not UTF-8.
     """
     try:
         return json.dumps(rows, separators=(",", ":"), ensure_ascii=False).encode()
@@ -76,11 +71,7 @@ def is_digest(text: str) -> bool:
 
 
 def check_digest(what: str, expected: str, actual: str) -> None:
-    """Compare two digests.
-
-    Raises:
-        IntegrityError: they differ.
-    """
+    """Raise IntegrityError if two digests differ."""
     if expected != actual:
         raise IntegrityError(
             f"{what} does not match its digest",

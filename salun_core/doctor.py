@@ -35,14 +35,7 @@ State = Literal["ok", "absent", "failed"]
 
 
 class Check(Document):
-    """The result of one check.
-
-    Args:
-        name: what was checked.
-        state: `absent` if it is optional and missing; `failed` if a run would fail.
-        detail: what was found.
-        remedy: how to fix it.
-    """
+    """The result of one check: `absent` if it is optional and missing, `failed` if a run would fail."""
 
     name: str
     state: State
@@ -51,14 +44,9 @@ class Check(Document):
 
 
 def run_checks(store_uri: str | None, folder: Path) -> Iterator[Check]:
-    """Check this machine and what the environment names.
+    """Check this machine and what the environment names; `folder` is where runs would write.
 
-    Args:
-        store_uri: the store to probe; the probe writes below a key of its own and deletes it again.
-        folder: where runs would write.
-
-    Yields:
-        One check after the other.
+    The probe of the store writes below a key of its own and deletes it again.
     """
     old = sys.version_info < (3, 11)
     yield _check("python", not old, platform.python_version(), "install Python 3.11 or newer")
@@ -157,13 +145,9 @@ def _line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Project:
-    """What a user works on; empty: not set.
+    """What a user works on; an empty field is not set.
 
-    Args:
-        line: the model line.
-        data: the data, if they are not where the model card says.
-        policy: the gate policy: `auto`, a name, a file or an address.
-        extra_metrics: the extra metrics that runs measure.
+    `policy` is `auto`, a name, a file or an address, and `data` is set if the data are not where the model card says.
     """
 
     line: str = ""
@@ -175,15 +159,8 @@ class Project:
 def check_project(store_uri: str | None, project: Project, store_works: bool) -> Iterator[Check]:
     """Check a line, its data, its policy, the signing key, and each kind of request that can be filed for the line.
 
-    Nothing is written, and data in S3 are not downloaded.
-
-    Args:
-        store_uri: the store of the line.
-        project: what to check.
-        store_works: whether the store passed its check; else it is not asked again.
-
-    Yields:
-        One check after the other.
+    Nothing is written, and data in S3 are not downloaded. If the store failed its check (`store_works` is False), it is
+    not used again.
     """
     store = _opened(store_uri) if store_uri and store_works else None
     line, check = _line_of(store, project.line)

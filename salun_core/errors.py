@@ -30,9 +30,7 @@ _UNSAFE = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u202a-\\u202e\\u206
 def escaped(text: str, keep: str = "\n\t") -> str:
     r"""Return a text for a terminal: what could control it is written as in JSON, such as `\u001b` for Escape.
 
-    Args:
-        text: may hold names, paths and reasons of users and data.
-        keep: characters that stay as they are.
+    Characters in `keep` stay as they are.
     """
     return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text)
 
@@ -88,14 +86,7 @@ class ModelError(SalunError):
 
 
 class StateMismatchError(ModelError):
-    """Weights that do not fit an architecture (exit 1).
-
-    Args:
-        what: see `SalunError`.
-        why: the differences by group.
-        remedy: see `SalunError`.
-        details: every difference, by kind.
-    """
+    """Weights that do not fit an architecture (exit 1); `details` has every difference, by kind."""
 
     def __init__(self, what: str, why: str, remedy: str, details: Mapping[str, Sequence[str]]) -> None:
         super().__init__(what, why, remedy)
@@ -170,13 +161,7 @@ def exit_code_of(name: str) -> int | None:
 
 
 def unknown_name(kind: str, name: str, options: Iterable[str]) -> UsageError:
-    """Return the error for a name that does not exist, with the nearest match.
-
-    Args:
-        kind: what it should name, such as "method".
-        name: what was given.
-        options: the names that exist.
-    """
+    """Return the error for a name that does not exist, with the nearest match; `kind` is its type, such as "method"."""
     known = sorted(options)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     remedy = f"did you mean {near[0]!r}? " if near else ""

@@ -71,12 +71,8 @@ class PluginRecord(Document):
 class Offer:
     """A plug-in that was found and not loaded.
 
-    Args:
-        kind: what it is.
-        name: of the entry point, or `package:object`.
-        target: the object, as `package:object`.
-        distribution: the installed package that offers it; empty if none does.
-        version: of that package.
+    `name` is that of the entry point, or `package:object`; `target` is the object, as `package:object`. `distribution`
+    is empty if no installed package offers it.
     """
 
     kind: Kind
@@ -91,11 +87,7 @@ class Offer:
         return self.target if is_reference(self.name) else self.distribution
 
     def record(self) -> PluginRecord:
-        """Return the record of the plug-in; its files are read, and nothing is imported.
-
-        Raises:
-            UsageError: its package does not exist or has no source files.
-        """
+        """Return the record of the plug-in; its files are read, and nothing is imported."""
         return PluginRecord(
             kind=self.kind,
             name=self.name,
@@ -133,11 +125,7 @@ def _offers(kind: Kind, _path: tuple[str, ...]) -> tuple[Offer, ...]:
 
 
 def find(kind: Kind, name: str) -> Offer | None:
-    """Return the plug-in of a name without loading it; None if no package offers it.
-
-    Raises:
-        UsageError: several packages offer the name.
-    """
+    """Return the plug-in of a name without loading it; None if no package offers it, UsageError if several do."""
     if is_reference(name):
         return Offer(kind, name, name, *_distribution_of(name.partition(":")[0].partition(".")[0]))
     found = [offer for offer in offers(kind) if offer.name == name]
@@ -163,11 +151,8 @@ def _distribution_of(package: str) -> tuple[str, str]:
 def load(kind: Kind, name: str) -> Any:  # noqa: ANN401 - what a plug-in is, its user checks
     """Import a plug-in and return its object; None if no package offers the name.
 
-    The caller looks a name up among what ships first.
-
-    Raises:
-        UsageError: it is not allowed, or it cannot be imported.
-        IntegrityError: its files have another digest than the one that is allowed.
+    The caller looks a name up among what ships first. Raises UsageError if the plug-in is not allowed, and
+    IntegrityError if its files have another digest than the allowed one.
     """
     offer = find(kind, name)
     if offer is None:
@@ -188,9 +173,8 @@ def loaded(kind: Kind, *names: str) -> list[PluginRecord]:
 def allow(plugin: str | Offer) -> None:
     """Allow a plug-in in this process and its children, for a user who named it to have it run.
 
-    Args:
-        plugin: what was found, or a name; only `package:object` changes anything, as other names may be those of what
-            ships. A plug-in that is listed with a digest stays so.
+    Of names, only `package:object` changes anything, as others may be those of what ships. A plug-in that is listed
+    with a digest stays so.
     """
     item = plugin.entry if isinstance(plugin, Offer) else plugin
     named = isinstance(plugin, Offer) or is_reference(plugin)
@@ -204,11 +188,7 @@ def allowed() -> list[str]:
 
 
 def records(item: str) -> list[PluginRecord]:
-    """Return the records of what an item of `SALUN_PLUGINS` names, without loading it; empty if no package offers it.
-
-    Raises:
-        UsageError: a package does not exist or has no source files.
-    """
+    """Return the records of what an item of `SALUN_PLUGINS` names, without loading it; may be empty."""
     name = item.partition(_PIN)[0]
     if is_reference(name):
         with importable_folder():
@@ -228,9 +208,7 @@ def _listed(offer: Offer) -> list[str]:
 def _allowed_record(offer: Offer, known: PluginRecord | None) -> PluginRecord:
     """Refuse a plug-in that is not listed; return its record, which is made before any of its code runs.
 
-    Args:
-        offer: the plug-in.
-        known: its record if it is loaded: what counts are the files at that time.
+    For a loaded plug-in, `known` is its record: what counts are the files at that time.
     """
     listed = _listed(offer)
     if not listed:
@@ -272,13 +250,8 @@ def _normal(distribution: str) -> str:
 def source_digest(package: str) -> str:
     """Return the SHA-256 of the files of a top-level package from which Python imports.
 
-    It is the digest of the canonical JSON object of their SHA-256 by path. Nothing is imported.
-
-    Args:
-        package: dotted name of a module; its first part counts.
-
-    Raises:
-        UsageError: the package does not exist, or it has no files.
+    It is the digest of the canonical JSON object of their SHA-256 by path. Only the first part of the dotted name
+    counts. Nothing is imported.
     """
     top = package.partition(".")[0]
     try:
@@ -342,14 +315,7 @@ def _broken(package: str, error: BaseException) -> UsageError:
 
 
 def wrong_type(kind: Kind, name: str, found: object, expected: str) -> UsageError:
-    """Return the error for a plug-in whose object is not what its kind needs.
-
-    Args:
-        kind: what it should be.
-        name: of the plug-in.
-        found: the object.
-        expected: what it should be, for the remedy.
-    """
+    """Return the error for a plug-in whose object is not what its kind needs; the remedy is to "make it" `expected`."""
     return UsageError(
         f"{kind} {name} cannot be used", f"its object is of the type {type(found).__name__}", f"make it {expected}"
     )

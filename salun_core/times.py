@@ -23,26 +23,14 @@ def utc_now() -> str:
 
 
 def as_utc(moment: datetime) -> datetime:
-    """Return a time in UTC.
-
-    Raises:
-        UsageError: it has no time zone.
-    """
+    """Return a time in UTC; raises UsageError if it has no time zone."""
     if moment.tzinfo is None:
         raise UsageError(f"the time {moment.isoformat()} has no time zone", "", "add one, such as +00:00 or Z")
     return moment.astimezone(UTC)
 
 
 def parse_moment(text: str) -> datetime:
-    """Read a date or time in ISO 8601; without a time zone it is in UTC, and a date is its midnight.
-
-    Raises:
-        UsageError: it is neither.
-
-    Example:
-        >>> parse_moment("2026-01-31").isoformat()
-        '2026-01-31T00:00:00+00:00'
-    """
+    """Read a date or time in ISO 8601; without a time zone it is in UTC, and a date is its midnight."""
     try:
         moment = datetime.fromisoformat(text)
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
@@ -53,22 +41,10 @@ def parse_moment(text: str) -> datetime:
 
 
 def due_after_one_month(received: datetime) -> datetime:
-    """Return the end of the month that GDPR Art. 12(3) gives.
+    """Return the end of the month that GDPR Art. 12(3) gives, in UTC.
 
-    It is the same day and time in the next month, or the last day of that month if it is shorter.
-
-    Args:
-        received: when the request was received.
-
-    Returns:
-        The time it is due, in UTC.
-
-    Raises:
-        UsageError: it has no time zone, or lies at the end of the calendar.
-
-    Example:
-        >>> due_after_one_month(parse_moment("2028-01-31")).date().isoformat()
-        '2028-02-29'
+    It is the same day and time in the next month, or the last day of that month if it is shorter. Raises UsageError if
+    `received` has no time zone or lies at the end of the calendar.
     """
     received = as_utc(received)
     year, month = (received.year + 1, 1) if received.month == 12 else (received.year, received.month + 1)

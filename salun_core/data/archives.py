@@ -29,15 +29,6 @@ def read_archives(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Tab
 
     Each sample has one image and its label: a number or a class name in NAME.cls, or `label_column` of NAME.json, which
     may have `subject_column` too. Other members are ignored.
-
-    Args:
-        spec: classes and columns.
-        path: a file, or a folder of files.
-        files: files of the folder to read; default: all.
-
-    Raises:
-        DataError: a file is damaged or has an unsafe name or a link, a sample lacks its image or its label or occurs
-            twice, or a label is not a class.
     """
     files = files or (sorted(path.glob("*.tar")) if path.is_dir() else [path])
     places: dict[str, str] = {}
@@ -138,11 +129,7 @@ def _sample(
 
 
 def read_spans(file: Path | StoredFile, spans: np.ndarray, places: Sequence[int]) -> Iterator[bytes]:
-    """Yield the images at some places of an archive, of which `spans` [N, 2] has offsets and sizes in bytes.
-
-    Raises:
-        DataError: the file is missing, or ends before an image does.
-    """
+    """Yield the images at some places of an archive; `spans` [N, 2] has their offsets and sizes in bytes."""
     with _readable(file), file.open("rb") as content:
         for place in places:
             offset, size = spans[place].tolist()

@@ -28,22 +28,11 @@ _REMEDY = "restore the data as they were when the model was trained"
 
 
 def indexed_table(spec: DataSpec, split: SplitManifest, read_all: Callable[[], Table]) -> Table | None:
-    """Build the rows of a split from its index, without reading an image.
+    """Build the rows of a split from its index, in the order of the files, without reading an image.
 
-    The files of the data must be there, with the sizes of the index. What is in them is compared with the digests of
-    the split row by row, when a row is read.
-
-    Args:
-        spec: where the data are.
-        split: the rows.
-        read_all: reads the whole data, for names that the split does not have.
-
-    Returns:
-        The table in the order of the files; None if the split has no index, or one that does not fit the spec, or if
-        the source has none of its files: the data are packed in another way and must be read as a whole.
-
-    Raises:
-        DataError: a file is missing or has another size.
+    Only the sizes of the files are checked here; each row is compared with its digest when it is read. Returns None if
+    the split has no index, the index does not fit the spec, or the source has none of its files: then all data must be
+    read.
     """
     layout = split.layout
     if layout is None or not layout.fits(spec):
@@ -148,7 +137,6 @@ def _reader(
 
 
 def _name(sample: str, shard: ShardFile) -> str:
-    """Return the path of an image in its folder."""
     name = sample.removeprefix(shard.prefix)
     if unsafe(name):
         raise DataError("an id leads out of the data", repr(name[:200]), _REMEDY, public="an id of the data is bad")

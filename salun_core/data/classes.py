@@ -12,16 +12,7 @@ if TYPE_CHECKING:
 
 
 def find_class(target: ClassTarget, classes: Sequence[str]) -> int:
-    """Return the index of the class that a target names.
-
-    Args:
-        target: it has a `class_name`, a `class_index`, or a `class_id` that may be either.
-        classes: the class names by index.
-
-    Raises:
-        AmbiguousTargetError: `class_id` is the name of one class and the index of another one.
-        UsageError: no class has this name or index.
-    """
+    """Return the index of the class that a target names; raises AmbiguousTargetError if `class_id` fits two classes."""
     if target.class_index is not None:
         return _indexed(target.class_index, classes)
     if target.class_name is not None:

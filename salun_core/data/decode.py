@@ -25,16 +25,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "PPM", "WEBP", "TIFF", "GIF")  # others may sta
 
 
 def fits_memory(spec: DataSpec, count: int, encoded: int, first: Callable[[], Payload]) -> bool:
-    """Return whether images are to be kept in memory: encoded and decoded they fit `SALUN_IMAGE_MEMORY`.
+    """Return whether images fit `SALUN_IMAGE_MEMORY`, encoded (`encoded` bytes) and decoded together.
 
-    Args:
-        spec: size, channels and limits.
-        count: number of images.
-        encoded: their encoded size in bytes.
-        first: returns the first payload; it is called if the spec does not give the size.
-
-    Raises:
-        UsageError: the variable is not a number of gigabytes.
+    `first` returns the first payload; it is called only if the spec does not give the size.
     """
     text = os.environ.get(MEMORY_VARIABLE, "").strip()
     try:
@@ -64,19 +57,10 @@ def _pixels(spec: DataSpec, first: Callable[[], Payload]) -> int:
 
 
 def decode(payloads: Sequence[Payload], ids: Sequence[str], size: int | None, channels: int | None) -> Tensor:
-    """Decode images into one tensor.
+    """Decode images into uint8 [N, channels, H, W] in channels-last layout, which crops and convolutions read fastest.
 
-    Args:
-        payloads: N encoded images or pixel arrays.
-        ids: sample ids, for error messages.
-        size: side in pixels; the short side is resized to it, and the centre is cropped. None requires equal sizes.
-        channels: 1 or 3; None uses the number of channels of the first image.
-
-    Returns:
-        uint8 [N, channels, height, width] in channels-last layout, which crops and convolutions read fastest.
-
-    Raises:
-        DataError: an image is corrupt, or the sizes differ.
+    The short side is resized to `size` pixels and the centre is cropped; None requires images of equal sizes.
+    `channels` is 1 or 3; None uses the first image's.
     """
     if not payloads:
         raise DataError("there are no images", "the selection is empty", "check the data set and its limits")

@@ -23,11 +23,8 @@ _Row = tuple[str, int]  # sample id, which is the path in its folder, and label
 def read_folder(spec: DataSpec, folder: Path) -> Table:
     """Read a folder of class folders (ImageFolder); ids are the paths relative to it.
 
-    Nothing is left out silently: a file named like an image that cannot be read is refused. So is a link that leads out
-    of the folder, because whoever may put files there must not read others with the rights of this process.
-
-    Raises:
-        DataError: the path is not a folder, has no class folder or no image, or an image cannot be read.
+    Nothing is left out silently: a file that is named like an image and cannot be read is an error. So is a link out of
+    the folder, because a user who may add files to it must not read others with the rights of this process.
     """
     if not folder.is_dir():
         raise DataError(
@@ -60,11 +57,7 @@ def _images(folder: Path, place: Path) -> Iterator[str]:
 
 
 def check_inside(folder: Path, sample: str) -> None:
-    """Check that a path in a folder is in no place outside of it.
-
-    Raises:
-        DataError: it leads out of the folder.
-    """
+    """Raise DataError if a path leads out of the folder."""
     if not Path(os.path.realpath(folder / sample)).is_relative_to(os.path.realpath(folder)):
         raise DataError(
             f"{sample} leads out of the data",
@@ -85,11 +78,7 @@ def _table(spec: DataSpec, folder: Path, rows: Sequence[_Row], classes: Sequence
 
 
 def read_images(folder: Path, ids: Sequence[str], places: Sequence[int]) -> Iterator[bytes]:
-    """Yield the images of some ids, which are paths in a folder.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """Yield the images at some places of `ids`, which are paths in a folder."""
     return (_read_image(folder / ids[place], ids[place]) for place in places)
 
 
@@ -123,15 +112,8 @@ def read_tiny_imagenet(spec: DataSpec, folder: Path) -> Table:
     """Read both parts; ids are `train/WNID/images/NAME` and `test/images/NAME`.
 
     Classes are in the order of their WordNet ids, as in image folders. The first word in `words.txt` names a class, or
-    its WordNet id if the file is missing or two classes share the word.
-
-    Args:
-        spec: its `classes` selects the classes to read, by WordNet id or name; default: all.
-        folder: holds `wnids.txt`, `train/` and `val/`.
-
-    Raises:
-        DataError: a part is missing or has no images, or an annotation is damaged.
-        UsageError: an unknown class.
+    its WordNet id if the file is missing or two classes share the word. `classes` of the spec selects the classes to
+    read, by WordNet id or name.
     """
     wnids = sorted(set(_lines(folder / _WNIDS)))
     names = _class_names(folder, wnids)
@@ -169,7 +151,6 @@ def _rows(part: Path, images: Sequence[tuple[Path, str]], wnids: Sequence[str]) 
 
 
 def _class_names(folder: Path, wnids: Sequence[str]) -> dict[str, str]:
-    """Return the class names by WordNet id."""
     rows = [line.split("\t", 1) for line in _lines(folder / _WORDS)] if (folder / _WORDS).is_file() else []
     words = {row[0]: row[1].split(",")[0].strip() for row in rows if len(row) == 2}
     first = [words.get(wnid, "") for wnid in wnids]

@@ -64,21 +64,10 @@ class ForgetSet(Document):
 
 
 def resolve_forget(targets: Sequence[Target], table: Table | None, split: SplitManifest) -> ForgetSet:
-    """Resolve targets to the union of their training samples and concepts.
+    """Resolve targets to the union of their training samples and concepts; it may be empty.
 
-    `tasks.resolve_targets` first checks that the kind of model can forget the targets.
-
-    Args:
-        targets: at least one; `manifest_uri` must already be fetched into `ids`.
-        table: rows of the data set; None for a model without data.
-        split: the split of the model's training; empty for a model without data.
-
-    Returns:
-        The forget set; it may be empty if no named sample is in the training split.
-
-    Raises:
-        UsageError: an id or class is not in the data; a redacted target has no hashes.
-        IntegrityError: a target belongs to another data set.
+    The caller has fetched `manifest_uri` into `ids`, and `tasks.resolve_targets` has checked that the kind of model can
+    forget the targets. A model without data has no table and an empty split.
     """
     targets = [restored(target) for target in targets]
     concepts = {target.pseudo_id: target for target in targets if isinstance(target, ConceptTarget)}
@@ -101,11 +90,7 @@ def resolve_forget(targets: Sequence[Target], table: Table | None, split: SplitM
 
 
 def require_partial(forget: ForgetSet, split: SplitManifest) -> None:
-    """Check that forget set and retain set are not empty; a forget set of concepts alone retains all samples.
-
-    Raises:
-        DataError: the forget set is empty, or is the whole training split.
-    """
+    """Raise DataError if the forget set is empty or is the whole training split; concepts alone retain all samples."""
     if not forget.ids:
         empty = f"class {', '.join(map(str, forget.classes))} has no images" if forget.classes else "no named sample is"
         raise DataError(
@@ -155,12 +140,7 @@ def _of_data(
 
 
 def samples_of(target: Target, table: Table, split: SplitManifest) -> set[str]:
-    """Return the samples of the data that a target other than a concept names, in training or not.
-
-    Raises:
-        UsageError: an id or class is not in the data; a redacted target has no hashes.
-        IntegrityError: the target belongs to another data set.
-    """
+    """Return the samples of the data that a target other than a concept names, in training or not."""
     if isinstance(target, RandomTarget):
         return set(target.draw(split.train))
     if isinstance(target, SubjectTarget):

@@ -180,13 +180,7 @@ def drawn_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of a source; see `ImageSource.batches`.
 
-    Args:
-        source: its labels, normalisation and augmentation.
-        read: indices of the images to read of each batch -> the images as stored, on the labels' device.
-        size: as for `batches`.
-        generator: as for `batches`.
-        augment: as for `batches`.
-        part: as for `batches`.
+    `read` maps the indices of the images to read of each batch to the images as stored, on the labels' device.
     """
     order = torch.arange(len(source)) if generator is None else torch.randperm(len(source), generator=generator)
     whole = torch.split(order.to(source.labels.device), size)
@@ -222,19 +216,12 @@ class ImageSet:
 
     @classmethod
     def of(cls, data: Images, name: str = "image") -> ImageSource:
-        """Accept an image source, a pair (images, labels), a torch data set, or a data loader.
+        """Accept an image source, a pair (images [N, ...], class ids [N]), a torch data set, or a data loader.
 
         A data set is read once, in its order, and kept in memory. So is the data set of a loader, with the loader's
         `collate_fn` and workers: its `shuffle`, `batch_size` and `drop_last` have no effect. A loader of an
-        `IterableDataset` is read as it comes. Random transforms of the data set are drawn once, in this call.
-
-        Args:
-            data: the images; tensors are images [N, ...] and class ids [N].
-            name: what the set is called in messages.
-
-        Raises:
-            DataError: the data are not images with class ids, or their numbers differ.
-            UsageError: the loader has a sampler that may repeat samples or leave some out.
+        `IterableDataset` is read as it comes; a sampler that may repeat or omit samples is an error. Random transforms
+        are drawn once, in this call.
         """
         if isinstance(data, ImageSource):
             return data
@@ -275,11 +262,7 @@ class ImageSet:
         return replace(self, normalisation=normalisation)
 
     def joined(self, other: ImageSource) -> ImageSet:
-        """Return this set followed by another.
-
-        Raises:
-            DataError: the sets differ in type, size or normalisation, or the other one is not in memory.
-        """
+        """Return this set followed by another one that is in memory and has the same type, size and normalisation."""
         if not isinstance(other, ImageSet):
             raise not_joined("one is in memory, the other in a file")
         kinds = {(item.images.dtype, item.images.shape[1:], item.normalisation) for item in (self, other)}
@@ -399,15 +382,10 @@ def _pair(batch: Any, name: str) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - wha
 
 
 def random_crop(images: Tensor, generator: torch.Generator, of: tuple[int, slice] | None = None) -> Tensor:
-    """Pad by 4 and crop each image at its own random position, all at once on the device.
+    """Pad images [N, C, H, W] by 4 and crop each at its own random position, all at once on the device.
 
-    Args:
-        images: [N, C, H, W].
-        generator: a CPU generator.
-        of: size of the batch that positions are drawn for, and which of it these images are; None for all.
-
-    Returns:
-        A tensor of the same shape.
+    The generator is a CPU generator. `of` is the size of the batch that positions are drawn for and the slice of it
+    that the images are; None means all.
     """
     count, channels, height, width = images.shape
     padded = torch.nn.functional.pad(images.permute(0, 2, 3, 1), (0, 0) + (_PADDING,) * 4).contiguous()
@@ -441,22 +419,11 @@ def _taken(images: Tensor, index: Tensor) -> Tensor:
 
 
 def fitted(images: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """Convert images to the channels and the size of a model's input.
+    """Convert uint8 images [B, C, H, W] to the channels and the size of a model's input.
 
     RGB becomes luma for one channel; grey is repeated for three channels. Images of another size are resized (bilinear,
-    with antialiasing) to cover the new size, then centre-cropped, like training images during decoding.
-
-    Args:
-        images: uint8 [B, C, H, W].
-        channels: 1, 3 or the number of channels of the images.
-        height: target height in pixels.
-        width: target width in pixels.
-
-    Returns:
-        uint8 [B, channels, height, width]; the same tensor if the images fit already.
-
-    Raises:
-        DataError: the tensor does not hold images, or its channels cannot be converted.
+    with antialiasing) to cover the new size, then centre-cropped, like training images during decoding. Images that fit
+    already are returned as they are.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         found = f"{images.dtype} of shape {list(images.shape)}"

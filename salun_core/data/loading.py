@@ -54,17 +54,10 @@ class LoadedData:
         return not fits_memory(self.spec, len(self.table), size, lambda: payloads[0])
 
     def images(self, name: SplitName, normalisation: Normalisation | None = None) -> ImageSource:
-        """Return the images of one split: decoded in memory, or streamed if the data are larger than memory.
+        """Return the images of one split in the order of `SplitManifest.ids`.
 
-        Args:
-            name: train, validation or test.
-            normalisation: normalisation of the model; None computes it from this split.
-
-        Returns:
-            The images in the order of `SplitManifest.ids`.
-
-        Raises:
-            DataError: an image is corrupt, or sizes differ. Streamed images raise it when they are first read.
+        They are decoded in memory, or streamed if the data are larger than memory; streamed images raise DataError when
+        they are first read. Without a `normalisation`, it is computed from this split.
         """
         return self.images_of(self.split.ids(name), normalisation)
 
@@ -92,9 +85,7 @@ class LoadedData:
     def pixels(self, ids: Sequence[str]) -> Tensor:
         """Decode samples by id, in the given order, to uint8 [N, C, H, W] in memory.
 
-        Raises:
-            DataError: an image is corrupt, or sizes differ.
-            IntegrityError: an image that is read from a file now is not the one that the split was made of.
+        Raises IntegrityError if an image that is read from a file now is not the one that the split was made of.
         """
         payloads, rows = self.table.payloads, self.table.rows_of(ids).tolist()
         if isinstance(payloads, Encoded):
@@ -109,9 +100,7 @@ class LoadedData:
     def forget(self, forget: ForgetSet, normalisation: Normalisation | None = None) -> ImageSource:
         """Return the images of a forget set in the order of the training split, and read no others.
 
-        Raises:
-            IntegrityError: the forget set was resolved against another split.
-            DataError: the forget set contains a sample that is not in the training split.
+        Raises IntegrityError if the forget set was resolved against another split.
         """
         check_digest("the split of the forget set", self.split.digest, forget.split_digest)
         found = self.split.train.find(forget.ids)
@@ -126,19 +115,9 @@ class LoadedData:
 
 
 def load_data(spec: DataSpec, split: SplitManifest | None = None) -> LoadedData:
-    """Read a data set and check it against its split; create the split if none is given.
+    """Read a data set, still encoded, and check it against its split; create a new split if none is given.
 
-    Args:
-        spec: source, columns and split.
-        split: the manifest of the model's training; None creates a new split.
-
-    Returns:
-        The rows, still encoded, with their split.
-
-    Raises:
-        UsageError: the source does not exist.
-        DataError: the data cannot be read.
-        IntegrityError: the data differ from the split manifest.
+    Raises IntegrityError if the data differ from the split.
     """
     if split is not None and (table := indexed_table(spec, split, lambda: _read_all(spec))) is not None:
         return LoadedData(spec, table, split)

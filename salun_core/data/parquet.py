@@ -36,13 +36,6 @@ def arrow_table(files: Sequence[Path], columns: Sequence[str] | None = None) -> 
     A few hundred bytes can describe gigabytes: zeros that were compressed, or one value that every row repeats. So a
     file is measured in two steps, by what its footer says before anything is read, and by what its dictionaries would
     become before a value is copied.
-
-    Args:
-        files: parquet files.
-        columns: those to read; default: all.
-
-    Raises:
-        DataError: a file is damaged or expands too far, or the columns of the files differ.
     """
     import pyarrow
     import pyarrow.parquet
@@ -67,14 +60,7 @@ def arrow_table(files: Sequence[Path], columns: Sequence[str] | None = None) -> 
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Report pyarrow's exceptions as a fault of a file.
-
-    Args:
-        name: of the file, for the message.
-
-    Raises:
-        DataError: an exception of pyarrow or of the system.
-    """
+    """Raise exceptions of pyarrow and of the system as DataError about the named file."""
     import pyarrow
 
     try:
@@ -86,13 +72,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def claimed_bytes(metadata: Any, groups: Iterable[int], columns: Sequence[str] | None = None) -> int:  # noqa: ANN401
-    """Return how many bytes row groups hold by the file's own footer, and what their rows take as Python objects.
-
-    Args:
-        metadata: pyarrow's, of the file.
-        groups: numbers of row groups.
-        columns: those that count; default: all.
-    """
+    """Return how many bytes row groups hold by the file's own footer, and what their rows take as Python objects."""
     total = 0
     for group in groups:
         total += metadata.row_group(group).num_rows * _ROW_BYTES
@@ -133,13 +113,8 @@ def _check_expansion(file: _File, size: int, limit: int) -> None:
 def read_parquet(spec: DataSpec, path: Path, files: Sequence[Path] = ()) -> Table:
     """Read parquet with an image and a label column; ids are the images' paths, or row numbers.
 
-    Args:
-        spec: names the columns; a missing default column falls back to `img` or `fine_label`.
-        path: a file, or a folder of files.
-        files: files of the folder to read; default: all.
-
-    Raises:
-        DataError: a file is damaged, a column is missing, or a label is not a class.
+    A default column that is missing falls back to `img` or `fine_label`. `files` limits which files of a folder are
+    read.
     """
     import pyarrow.parquet
 
@@ -187,11 +162,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_saved(spec: DataSpec, folder: Path) -> Table:
-    """Read the Arrow files of a data set that was saved with `Dataset.save_to_disk`; columns as for parquet.
-
-    Raises:
-        DataError: a file is missing or damaged, a column is missing, or a label is not a class.
-    """
+    """Read the Arrow files of a data set that was saved with `Dataset.save_to_disk`; columns as for parquet."""
     state = read_document(folder / _STATE)
     listed = state.get("_data_files") if isinstance(state, dict) else None
     named = [str(item.get("filename")) for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
@@ -234,8 +205,7 @@ def _arrow_batches(file: _File) -> Iterator[Any]:
 def read_arrow(file: _File, column: str, rows: int, places: Sequence[int]) -> Iterator[Payload]:
     """Yield the images in some rows of an Arrow stream, given in ascending order; it is read from its start.
 
-    Raises:
-        DataError: the file is missing or damaged, expands too far, or has another number of rows than before.
+    Raises DataError if the file is missing or damaged, expands too far, or has another number of rows than before.
     """
     start = 0
     for batch in _arrow_batches(file):
@@ -275,10 +245,8 @@ def _stored(spec: DataSpec, files: Sequence[Path], column: str) -> tuple[Encoded
 def read_rows(file: _File, column: str, rows: int, places: Sequence[int]) -> Iterator[Payload]:
     """Yield the images in some rows of a file, given in ascending order; one small batch is in memory at a time.
 
-    The footer is read, and of the column the groups that have these rows.
-
-    Raises:
-        DataError: the file is missing or damaged, expands too far, or has another number of rows than before.
+    It reads the footer, and only the row groups of the column that have these rows. Raises DataError as `read_arrow`
+    does.
     """
     import pyarrow.parquet
 
@@ -392,14 +360,7 @@ def _without_bytes(index: int, path: _File) -> DataError:
 
 
 def subjects_of(spec: DataSpec) -> dict[str, str]:
-    """Return the person in each image by sample id; empty if the spec names no metadata.
-
-    Args:
-        spec: its `metadata` is a table (.csv or .parquet) with `file_name` and `subject_column`.
-
-    Raises:
-        DataError: the table cannot be read, or lacks a column.
-    """
+    """Return the person in each image by sample id; empty if the spec names no metadata."""
     if spec.metadata is None or spec.subject_column is None:
         return {}
     path = Path(spec.metadata)

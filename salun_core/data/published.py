@@ -46,18 +46,11 @@ def read_fashion_mnist(spec: DataSpec, train: bool) -> Table:
 
 
 def fashion_mnist(root: str | None, train: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Read the arrays of Fashion-MNIST: 60,000 training or 10,000 test images of clothes (Xiao et al. 2017).
+    """Read Fashion-MNIST (Xiao et al. 2017): images uint8 [N, height, width], and labels uint8 [N] below 10.
 
-    Args:
-        root: the folder of the files; None searches `$SALUN_DATASETS/fashion-mnist`, then `.salun/datasets` in the
-            working directory, then the folder of Debian's package.
-        train: True for the training part, False for the test part.
-
-    Returns:
-        Images uint8 [N, height, width], and labels uint8 [N], below 10.
-
-    Raises:
-        DataError: the files are missing, or one of them is damaged.
+    The training part has 60,000 images of clothes, the test part 10,000. If `root` is None, it searches
+    `$SALUN_DATASETS/fashion-mnist`, then `.salun/datasets` in the working directory, then the folder of Debian's
+    package.
     """
     files = _fashion_mnist_files(root)
     image_file, label_file = _IDX_FILES[:2] if train else _IDX_FILES[2:]
@@ -73,17 +66,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     """Read an idx file of unsigned bytes: two zero bytes, the type, the number of axes, their lengths, the values.
 
     torchvision's reader unpacks a whole file before it looks at the header, and checks with assertions. This one never
-    unpacks more than the header declares.
-
-    Args:
-        path: the file; compressed if it ends in `.gz`.
-        axes: expected number of axes.
-
-    Returns:
-        The array, uint8, read-only.
-
-    Raises:
-        DataError: the file is not an idx file, or is truncated, too long, too large or empty.
+    unpacks more than the header declares. The array is read-only; files that end in `.gz` are compressed.
     """
     name = path.name
     try:
@@ -134,16 +117,7 @@ _REMEDY = "put its files under `root`, as torchvision lays them out; nothing is 
 
 
 def read_torchvision(spec: DataSpec, train: bool) -> Table:
-    """Read a torchvision data set from its files under `root`; nothing is downloaded.
-
-    Args:
-        spec: its `source` names the data set, its `root` the folder.
-        train: True for the training part, False for the test part.
-
-    Raises:
-        UsageError: torchvision has no data set with this name.
-        DataError: its files are missing or damaged, or a label is not the id of a class.
-    """
+    """Read a torchvision data set from its files under `root` of the spec; nothing is downloaded."""
     import torchvision
 
     name = spec.source.removeprefix("torchvision:")

@@ -20,19 +20,9 @@ _BY_NAME = {"digits": read_digits, "fashion-mnist": read_fashion_mnist}
 
 
 def read_table(spec: DataSpec, source: Path | None, train: bool) -> Table:
-    """Read the rows of a source.
+    """Read the rows of a source, with encoded images; rows of a folder with its own split carry their part.
 
-    Args:
-        spec: column names and classes.
-        source: a local folder or file; None for a source that `spec` names.
-        train: whether to read the training part, for sources with their own split.
-
-    Returns:
-        The rows, with encoded images. Rows of a folder with its own split carry their part.
-
-    Raises:
-        UsageError: the path does not exist.
-        DataError: the data cannot be read.
+    `source` is None for a source that `spec` names. `train` selects the part of sources with their own split.
     """
     if source is None:
         return _BY_NAME.get(spec.source, read_torchvision)(spec, train)

@@ -163,16 +163,10 @@ class Columns:
         digests: np.ndarray,
         index: tuple[Layout, np.ndarray, Sequence[str | None] | None] | None = None,
     ) -> Columns:
-        """Sort rows by id and hold them in memory.
+        """Sort rows by id and hold them in memory; raises ValueError if an id occurs twice or is not text.
 
-        Args:
-            ids: unique ids.
-            parts: int8 [N], places in `PARTS`.
-            digests: uint8 [N, 32].
-            index: layout, `WHERE` [N], and the person of each row, if any is known.
-
-        Raises:
-            ValueError: an id occurs twice, or is not text.
+        `parts` is int8 [N] with places in `PARTS`, and `digests` uint8 [N, 32]. `index` has the layout, `WHERE` [N],
+        and the person of each row, if any is known.
         """
         import pyarrow
         import pyarrow.compute
@@ -233,9 +227,7 @@ class Columns:
 def order_fault(last: str | None, group: Group) -> str:
     """Return what is wrong with the order of a group's ids, in words; empty if they are unique and sorted.
 
-    Args:
-        last: the last id of the group before; None for the first group.
-        group: the next group.
+    `last` is the last id of the group before; None for the first group.
     """
     import pyarrow.compute
 
@@ -261,10 +253,8 @@ class _Items(ItemsView[str, str]):
 class Rows(Mapping[str, str]):
     """One part of a split: sample id -> SHA-256 of its row, sorted by id.
 
-    Args:
-        columns: the rows of all parts.
-        part: place in `PARTS`.
-        removed: sorted ids of this part that were forgotten: the mapping does not have them.
+    `columns` holds the rows of all parts; `part` is a place in `PARTS`. The mapping lacks the sorted ids in `removed`,
+    which were forgotten.
     """
 
     def __init__(self, columns: Columns, part: int, removed: Sequence[str] = ()) -> None:
@@ -272,11 +262,7 @@ class Rows(Mapping[str, str]):
 
     @classmethod
     def of(cls, rows: Mapping[str, str]) -> Rows:
-        """Hold a mapping as columns.
-
-        Raises:
-            ValueError: a digest is not a SHA-256, or an id is not text.
-        """
+        """Hold a mapping as columns; raises ValueError if a digest is not a SHA-256 or an id is not text."""
         if not all(is_digest(digest) for digest in rows.values()):
             raise ValueError("a row digest is not a SHA-256 in lower-case hex")
         digests = np.frombuffer(bytes.fromhex("".join(rows.values())), dtype=np.uint8).reshape(-1, 32)
@@ -432,13 +418,9 @@ def digest_order(digests: np.ndarray) -> np.ndarray:
 
 
 def joined(parts: Sequence[Rows]) -> list[Rows]:
-    """Return parts that share their columns, which need not be in memory if they do already.
+    """Return parts, in the order of `PARTS`, that share their columns; if they do already, nothing is read.
 
-    Args:
-        parts: in the order of `PARTS`.
-
-    Raises:
-        ValueError: an id is in two parts.
+    Raises ValueError if an id is in two parts.
     """
     if all(rows.columns is parts[0].columns for rows in parts):
         return list(parts)
@@ -469,10 +451,8 @@ def _schema(indexed: bool = False, subjects: bool = False) -> Any:  # noqa: ANN4
 def write_rows(path: Path, dataset_digest: str, parts: Sequence[Rows]) -> None:
     """Write the rows of a split to a Parquet file. The same rows give the same file, whatever was removed before.
 
-    Args:
-        path: the file to write; it is replaced at the end, because the rows may be read from it.
-        dataset_digest: kept in its metadata.
-        parts: in the order of `PARTS`, with the same columns.
+    The parts are in the order of `PARTS` and share their columns. The file is replaced at the end, because the rows may
+    be read from it.
     """
     import pyarrow
     import pyarrow.parquet
@@ -511,11 +491,7 @@ def write_rows(path: Path, dataset_digest: str, parts: Sequence[Rows]) -> None:
 
 
 def whole(parts: Sequence[Rows]) -> Iterator[Group]:
-    """Yield the rows of all parts in groups of `GROUP_ROWS`, the last one smaller.
-
-    Args:
-        parts: in the order of `PARTS`, with the same columns.
-    """
+    """Yield the rows of all parts, in the order of `PARTS`, in groups of `GROUP_ROWS`, the last one smaller."""
     columns, waiting = parts[0].columns, []
     for number in range(len(columns.starts)):
         group = columns.read(number)
@@ -531,21 +507,12 @@ def whole(parts: Sequence[Rows]) -> Iterator[Group]:
 
 
 def open_rows(source: Path | bytes, name: str) -> tuple[str, list[Rows]]:
-    """Open the Parquet file of a split and check every row of it. Groups are read again when they are needed.
+    """Open the Parquet file of a split, check every row, and return the data set's digest and the parts.
 
     The file is read, not mapped: mapped pages would count as memory of the process, and a file that is cut while it is
-    in use would kill the process instead of raising an error.
-
-    Args:
-        source: the file, which may be deleted while it is in use; or its bytes.
-        name: for messages.
-
-    Returns:
-        The digest of the data set, and the parts in the order of `PARTS`.
-
-    Raises:
-        IntegrityError: the file is damaged, of another schema, or larger in memory than a split can be; its ids are
-            not unique or not sorted.
+    in use would kill the process instead of raising an error. Groups are read again when they are needed; the file may
+    be deleted meanwhile. Raises IntegrityError if it is damaged, too large in memory, or has ids that repeat or are not
+    sorted.
     """
     with _intact(name):
         return _opened(source, name)

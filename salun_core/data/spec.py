@@ -51,16 +51,10 @@ class DataSpec(Document):
 
 
 def load_spec(text: str) -> DataSpec:
-    """Read a data set spec from a value of the command line.
+    """Read a data set spec from a value of the command line; an error lists all faults of a file.
 
-    Args:
-        text: a YAML or JSON file, a data folder, a parquet file, a name of `BUILTIN`, `torchvision:NAME` or s3:// URI.
-
-    Returns:
-        The spec.
-
-    Raises:
-        UsageError: the file has faults (all are listed), or the data do not exist.
+    The text is a YAML or JSON file, a data folder, a parquet file, a name of `BUILTIN`, `torchvision:NAME` or an s3://
+    URI.
     """
     path = Path(text)
     if path.suffix in {".yaml", ".yml", ".json"}:
@@ -77,12 +71,7 @@ def load_spec(text: str) -> DataSpec:
 
 
 def relocated_spec(spec: DataSpec, data: str | None) -> DataSpec:
-    """Return a model's data spec; if the data were moved, only the paths come from the new spec.
-
-    Args:
-        spec: data spec of the model card.
-        data: a command-line spec; None if the data were not moved.
-    """
+    """Return a model's data spec; if the data were moved, only the paths come from the spec `data`."""
     if data is None:
         return spec
     moved = load_spec(data)
@@ -105,12 +94,7 @@ def _of_folder(path: Path) -> DataSpec:
 
 
 def relative_to(spec: DataSpec, folder: Path) -> DataSpec:
-    """Return the spec with its local paths resolved against a folder.
-
-    Args:
-        spec: spec with paths relative to its file.
-        folder: folder of that file.
-    """
+    """Return the spec with its local paths, which are relative to `folder`, resolved."""
 
     def absolute(text: str | None) -> str | None:
         if text is None or text in BUILTIN or text.startswith(("torchvision:", "s3://")):

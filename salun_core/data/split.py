@@ -71,8 +71,7 @@ class SplitManifest(Document):
     def without(self, ids: Collection[str]) -> SplitManifest:
         """Return the split without these forgotten training samples, so that no later run retains them.
 
-        Args:
-            ids: sample ids; those outside the training split are ignored.
+        Ids outside the training split are ignored.
         """
         return SplitManifest(
             dataset_digest=self.dataset_digest,
@@ -84,8 +83,7 @@ class SplitManifest(Document):
     def excerpt(self, ids: Collection[str]) -> SplitExcerpt:
         """Return the rows of a forget set, for steps that need no others.
 
-        Args:
-            ids: sample ids; those outside the training split are ignored.
+        Ids outside the training split are ignored.
         """
         train = self.train.only(ids)
         return SplitExcerpt(
@@ -105,11 +103,7 @@ class SplitManifest(Document):
         write_rows(path, self.dataset_digest, [self.train, self.validation, self.test])
 
     def check(self, table: Table) -> None:
-        """Check that the data match those of the split.
-
-        Raises:
-            IntegrityError: a sample is missing, or its bytes or label changed.
-        """
+        """Raise IntegrityError if the data lack a sample of the split, or its bytes or label changed."""
         found = [_compared(rows, table) for rows in (self.train, self.validation, self.test)]
         missing, changed = (sum(counts) for counts in zip(*found, strict=True))
         if missing or changed:
@@ -152,22 +146,14 @@ class SplitExcerpt(SplitManifest):
         raise self._partial()
 
     def without(self, ids: Collection[str]) -> SplitExcerpt:
-        """Return the split without the whole forget set, of which only the digest is known.
-
-        Raises:
-            IntegrityError: the ids are not those of the excerpt.
-        """
+        """Return the split without the whole forget set, of which only the digest is known."""
         self.require(ids)
         kept = PinnedSplit(digest=self.pinned.kept_digest, kept_digest=self.pinned.kept_digest)
         fields = {"validation": self.validation, "test": self.test, "dataset_digest": self.dataset_digest}
         return SplitExcerpt(**fields, train=self.train.without(ids), pinned=kept)
 
     def require(self, ids: Collection[str]) -> None:
-        """Check that the excerpt has the rows of a forget set, and no others.
-
-        Raises:
-            IntegrityError: it does not.
-        """
+        """Raise IntegrityError unless the excerpt has exactly the rows of a forget set."""
         if len(self.train.find(ids)) != len(set(ids)) or len(self.train) != len(set(ids)):
             raise IntegrityError(
                 "the rows of the run are not those of its forget set", "the file was changed", "submit a new run"
@@ -189,22 +175,13 @@ def _compared(rows: Rows, table: Table) -> tuple[int, int]:
 
 
 def read_split(folder: Path) -> SplitManifest:
-    """Read the split of a model folder.
-
-    Raises:
-        UsageError: the folder has no split.
-        IntegrityError: the file is damaged.
-    """
+    """Read the split of a model folder; raises IntegrityError if the file is damaged."""
     require_split([SPLIT] if (folder / SPLIT).is_file() else [])
     return _of_parquet(folder / SPLIT, str(folder / SPLIT))
 
 
 def read_excerpt(path: Path, pinned: PinnedSplit) -> SplitExcerpt:
-    """Read an excerpt that `SplitExcerpt.write` wrote.
-
-    Raises:
-        IntegrityError: the file is damaged.
-    """
+    """Read an excerpt that `SplitExcerpt.write` wrote; raises IntegrityError if the file is damaged."""
     dataset, (train, validation, test) = open_rows(path, path.name)
     return SplitExcerpt(dataset_digest=dataset, train=train, validation=validation, test=test, pinned=pinned)
 
@@ -212,10 +189,7 @@ def read_excerpt(path: Path, pinned: PinnedSplit) -> SplitExcerpt:
 def stored_split(store: FileStore, version: Version) -> SplitManifest:
     """Read the split of a version in the store; one that is larger than a document is read from a temporary file.
 
-    Raises:
-        UsageError: the version has no split.
-        IntegrityError: the file is gone or damaged.
-        StoreError: the store is unreachable, or the disk of temporary files is full.
+    Raises IntegrityError if the file is gone or damaged.
     """
     require_split(version.manifest.files)
     entry = version.manifest.files[SPLIT]
@@ -238,19 +212,7 @@ def _of_parquet(source: Path | bytes, name: str) -> SplitManifest:
 
 
 def make_split(table: Table, spec: DataSpec) -> SplitManifest:
-    """Split a table into train, validation and test, each stratified by class.
-
-    Args:
-        table: all rows.
-        spec: fractions, limits and seed.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        DataError: a split would be empty.
-        UsageError: ids are not unique.
-    """
+    """Split a table into train, validation and test, each stratified by class; an empty one raises DataError."""
     if len(set(table.ids)) != len(table):
         raise UsageError("sample ids are not unique", "two rows share one", "rename one of the images")
     rng = np.random.default_rng(spec.split_seed)

@@ -45,23 +45,14 @@ _REMEDY = "do not change the data during a run, and run it again"
 
 
 class BlockCache:
-    """Bytes that were read from a store, in a folder.
-
-    Args:
-        folder: it exists.
-        clock: returns seconds since 1970.
-    """
+    """Bytes that were read from a store, in an existing folder; `clock` returns seconds since 1970."""
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time) -> None:
         self._folder, self._clock = folder, clock
 
     @classmethod
     def from_environment(cls) -> BlockCache | None:
-        """Return the cache in the folder that `SALUN_DATA_CACHE` names, without what is too old; None if it is not set.
-
-        Raises:
-            StoreError: the folder cannot be created or listed.
-        """
+        """Return the cache in the folder that `SALUN_DATA_CACHE` names, without expired blocks; None if not set."""
         name = os.environ.get(CACHE_VARIABLE, "").strip()
         if not name:
             return None
@@ -74,12 +65,7 @@ class BlockCache:
         return cache
 
     def read(self, identity: str, fetch: Callable[[], bytes]) -> bytes:
-        """Return a block, from the folder or else from the store.
-
-        Args:
-            identity: what the block is: the same text always means the same bytes.
-            fetch: reads it from the store.
-        """
+        """Return a block from the folder, or else from `fetch`; the same identity always means the same bytes."""
         name, now = f"{sha256_bytes(identity.encode())}.block", self._now
         for period in range(now, now - _PERIODS, -1):
             path = self._folder / str(period) / name
@@ -109,13 +95,10 @@ class BlockCache:
         return int(self._clock() // _PERIOD)
 
     def expire(self, keep: int = _PERIODS) -> int:
-        """Delete blocks that are too old, and return how many.
+        """Delete expired blocks and return how many.
 
-        Args:
-            keep: periods of four hours that stay, the current one included; 0 empties the cache.
-
-        Raises:
-            StoreError: the cache cannot be emptied. Blocks that are merely too old are left to their user.
+        `keep` is the number of four-hour periods that stay, the current one included. 0 empties the cache, and raises
+        StoreError if that fails. Blocks that are merely too old are left if they cannot be deleted.
         """
         oldest, count = self._now - keep, 0
         faults: list[BaseException] = []
@@ -137,14 +120,9 @@ class _Size(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredFile:
-    """An object that is read by ranges, all of them of one state of it.
+    """An object that is read by ranges. One that was replaced since it was listed (by its `etag`) is an error.
 
-    Args:
-        store: where it is.
-        key: its key.
-        size: in bytes, as listed.
-        etag: as listed; an object that was replaced since is an error.
-        cache: keeps what was read; None reads from the store only.
+    A `cache` of None reads from the store only.
     """
 
     store: FileStore
@@ -168,12 +146,7 @@ class StoredFile:
         return _Ranges(self)
 
     def read(self, start: int, length: int) -> bytes:
-        """Return some bytes; fewer at its end.
-
-        Raises:
-            DataError: it was replaced or deleted since it was listed.
-            StoreError: the store is unreachable.
-        """
+        """Return some bytes, fewer at the end; raises DataError if the object was replaced or deleted."""
         length = min(length, self.size - start)
         if length <= 0:
             return b""
@@ -191,12 +164,9 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class StoredFolder:
-    """Objects that are read whole, by their names.
+    """Objects that are read whole, by their names below a prefix that has no final `/`.
 
-    Args:
-        store: where they are.
-        prefix: what their keys begin with, without the `/`.
-        cache: keeps what was read; None reads from the store only.
+    A `cache` of None reads from the store only.
     """
 
     store: FileStore
@@ -215,16 +185,7 @@ class StoredFolder:
         return self.prefix.rpartition("/")[2]
 
     def read(self, name: str, limit: int, identity: str) -> bytes:
-        """Return an object.
-
-        Args:
-            name: relative to the prefix.
-            limit: its largest size in bytes.
-            identity: the digest of its content, by which it is cached.
-
-        Raises:
-            DataError: it does not exist, or is too large.
-        """
+        """Return an object of at most `limit` bytes; `identity` is the digest of its content, by which it is cached."""
         return self.cache.read(identity, lambda: self._fetch(name, limit)) if self.cache else self._fetch(name, limit)
 
     def _fetch(self, name: str, limit: int) -> bytes:
@@ -244,11 +205,9 @@ def _opened(uri: str) -> tuple[FileStore, str]:
 
 
 def stored_files(uri: str) -> dict[str, StoredFile]:
-    """List the objects of a source by their names relative to it; that of a single object is empty.
+    """List the objects of a source by their names relative to it; the name of a single object is empty.
 
-    Raises:
-        DataError: a key may lead out of a folder.
-        StoreError: the store is unreachable.
+    Raises DataError if a key may lead out of a folder.
     """
     store, prefix = _opened(uri)
     found, cache = {}, BlockCache.from_environment()
@@ -273,9 +232,9 @@ class _Ranges(io.RawIOBase):
     """A stored file as a file object.
 
     Each read is one request, of exactly its bytes, as long as reads are far apart. After four reads that follow each
-    other, such as those of many groups of a Parquet file, a request asks for more at once, and the next one for twice
-    as much: a request costs milliseconds of processor time. What is read in vain is at most about as much as was
-    needed. With a cache nothing is read ahead, because another reader would ask for other ranges.
+    other, such as those of many groups of a Parquet file, a request fetches more at once, and the next one twice as
+    much: a request costs milliseconds of processor time. The unused bytes are at most about as many as the used ones.
+    With a cache nothing is read ahead, because another reader would request other ranges.
     """
 
     def __init__(self, file: StoredFile) -> None:

@@ -48,17 +48,7 @@ class DecodedRows:
 
     Each row has its place in the file, which is sparse: rows that nobody needs take no space. If the process dies at
     any point, the file is gone. If a row cannot be decoded, the rows before it stay valid, and the next pass that needs
-    it fails again.
-
-    Args:
-        table: its payloads are read when a row is first needed, and compared with its digests.
-        size: side in pixels; see `decode`.
-        channels: 1 or 3; None uses the number of channels of the first image.
-        first: the row whose decoded size all others must have.
-
-    Raises:
-        DataError: the first row is corrupt.
-        StoreError: the folder of temporary files cannot be written.
+    it fails again. All rows must have the decoded size of the row `first`; `size` and `channels` are as for `decode`.
     """
 
     def __init__(self, table: Table, size: int | None, channels: int | None, first: int) -> None:
@@ -76,15 +66,9 @@ class DecodedRows:
         weakref.finalize(self, file.close)
 
     def decode(self, rows: np.ndarray) -> None:
-        """Decode those of some rows that are not in the file yet.
+        """Decode those of some rows (int64 [N], in any order) that are not in the file yet.
 
-        Args:
-            rows: int64 [N], in any order.
-
-        Raises:
-            DataError: a row is corrupt or has another size, or its file cannot be read.
-            IntegrityError: a row changed since the data were loaded.
-            StoreError: the disk of temporary files is full.
+        Raises IntegrityError if a row changed since the data were loaded.
         """
         missing = np.unique(rows[~self._decoded[rows]])
         workers = torch.get_num_threads()  # Pillow releases the interpreter lock while it decodes
@@ -104,14 +88,7 @@ class DecodedRows:
                     future.cancel()
 
     def read(self, rows: np.ndarray) -> Tensor:
-        """Return decoded rows.
-
-        Args:
-            rows: int64 [B], decoded before.
-
-        Returns:
-            uint8 [B, C, H, W] in channels-last layout, as `decode` returns them.
-        """
+        """Return rows (int64 [B]) that were decoded before, as uint8 [B, C, H, W] in channels-last layout."""
         if not self._decoded[rows].all():  # a hole in the file would read as black pixels
             raise AssertionError("rows are read before they are decoded")
         pixels = np.empty((len(rows), self._bytes), dtype=np.uint8)
@@ -189,13 +166,7 @@ def _read(payloads: Sequence[Payload], rows: Sequence[int]) -> Iterator[Payload]
 class StreamedImages:
     """Labelled images of one split in a file: an `ImageSource`.
 
-    Args:
-        decoded: the rows of the whole table.
-        rows: those of the split, int64 [N].
-        labels: int64 [N].
-        normalisation: applied in batches.
-        augment: `none`, `crop` or `crop-flip`.
-        ids: sample ids.
+    `decoded` holds the rows of the whole table; `rows` are those of the split, int64 [N], and so are the labels.
     """
 
     decoded: DecodedRows
@@ -232,11 +203,7 @@ class StreamedImages:
         return replace(self, normalisation=normalisation)
 
     def joined(self, other: ImageSource) -> StreamedImages:
-        """Return this set followed by another of the same data.
-
-        Raises:
-            DataError: the other set is in memory, of other data, or normalised in another way.
-        """
+        """Return this set followed by another one that streams the same data with the same normalisation."""
         if not isinstance(other, StreamedImages) or other.decoded is not self.decoded:
             raise not_joined("their pixels are not in the same file")
         if other.normalisation != self.normalisation:

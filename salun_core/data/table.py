@@ -47,14 +47,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows that are read together, such as those of one file.
+    """Rows that are read together, such as those of one file; `read` maps places, in ascending order, to payloads.
 
-    Args:
-        name: of the file, for messages.
-        rows: how many it has.
-        read: places in it, in ascending order -> their payloads.
-        origin: what it is read from; None if that is memory.
-        places: number of each row in the file, if others lie between them.
+    `origin` is None if they are read from memory. `places` has the number of each row in the file, if others lie
+    between them.
     """
 
     name: str
@@ -68,9 +64,7 @@ class Shard:
 class Encoded(Sequence[Payload]):
     """Payloads that stay where they are and are read when they are needed.
 
-    Args:
-        shards: in the order of the rows.
-        held: what must exist as long as the rows, such as a temporary folder.
+    `held` must exist as long as the rows, such as a temporary folder.
     """
 
     shards: Sequence[Shard]
@@ -201,11 +195,7 @@ class Table:
         return f"{self.ids[row]}{place}"
 
     def check_row(self, row: int, payload: Payload) -> None:
-        """Check that a row that was read later than the table has the digest that it is known by.
-
-        Raises:
-            IntegrityError: it has another one.
-        """
+        """Raise IntegrityError if a row that was read later than the table has another digest."""
         if row_hash(self.labels[row], payload) != self.row_hashes[row].tobytes():
             raise IntegrityError(
                 f"image {self.name_of(row)} changed",
@@ -288,11 +278,7 @@ class Table:
         return self.ids[place], self.row_hashes[place].tobytes(), self.labels[place]
 
     def joined(self, test: Table) -> Table:
-        """Return a table with this one as the training part and another as the test part.
-
-        Raises:
-            DataError: the classes differ, or one table already has a test part.
-        """
+        """Return a table with this one as the training part and another as the test part; classes must be equal."""
         if "test" in (*self.parts, *test.parts):
             raise DataError(
                 "the data have two test sets",
@@ -343,11 +329,7 @@ class _Unknown(Sequence[None]):
 
 
 class Texts(Sequence[Any]):
-    """Texts in arrow's columns, which take a tenth of the memory of Python's; null is None.
-
-    Args:
-        array: arrow strings in chunks [N].
-    """
+    """Texts in arrow's columns (strings in chunks, [N]), which take a tenth of the memory of Python's; null is None."""
 
     def __init__(self, array: Any) -> None:  # noqa: ANN401 - pyarrow has no types
         self._array = array
@@ -402,16 +384,9 @@ def row_hash(label: int, payload: Payload) -> bytes:
 
 
 def check_labels(labels: Sequence[int], num_classes: int, name: str, shown: Sequence[object] = ()) -> None:
-    """Check that every label is the id of a class.
+    """Raise DataError for the first label that is not from 0 to `num_classes` - 1.
 
-    Args:
-        labels: class ids.
-        num_classes: exclusive upper bound of the ids; the lower bound is 0.
-        name: name of the source, for the message.
-        shown: labels as the source stores them, for the message; default: `labels`.
-
-    Raises:
-        DataError: a label is out of range; the message names the first one.
+    `shown` has the labels as the source stores them, for the message; default: `labels`.
     """
     bad = [index for index, label in enumerate(labels) if not 0 <= label < num_classes]
     if bad:

@@ -193,21 +193,13 @@ _KINDS: dict[str, type[Document]] = {
 
 
 def read_targets(path: Path) -> list[Target]:
-    """Read one forget target, or a list of them, from YAML or JSON.
-
-    Raises:
-        UsageError: the file is missing or has faults.
-    """
+    """Read one forget target, or a list of them, from YAML or JSON."""
     document = read_document(path)
     return [parse_target(item, str(path)) for item in (document if isinstance(document, list) else [document])]
 
 
 def parse_target(data: Any, source: str) -> Target:  # noqa: ANN401 - plain data from YAML or JSON
-    """Build a forget target from plain data.
-
-    Raises:
-        UsageError: an unknown kind (with the nearest match) or faults.
-    """
+    """Build a forget target from plain data; the error for an unknown kind names the nearest match."""
     kind = data.get("kind") if isinstance(data, dict) else None
     if not isinstance(kind, str):
         raise UsageError(f"{source} is not a forget target", "it has no `kind`", f"use one of {', '.join(_KINDS)}")
@@ -220,12 +212,8 @@ def redact(target: Target, salt: str | None, ids: Sequence[str] | None = None) -
     """Return the redacted form of a target, which may be stored after its request is settled.
 
     Only sample ids and subjects are hashed. A class or a random share does not identify a person and is kept. Prompts
-    are dropped: they do not identify samples.
-
-    Args:
-        target: the target; a redacted one loses its hashes if `salt` is None.
-        salt: key of the hashes, 32 random hex digits; None keeps no hashes.
-        ids: sample ids of the target's manifest, if it names one.
+    are dropped: they do not identify samples. `salt` is the key of the hashes, 32 random hex digits; None keeps no
+    hashes. `ids` are the sample ids of the target's manifest, if it names one.
     """
     if isinstance(target, RedactedTarget):
         return target if salt else target.model_copy(update={"salt": None, "hashes": []})
@@ -253,10 +241,7 @@ def _hashes(of: str, names: Iterable[str], salt: str | None) -> list[str]:
 def hash_of(of: str, name: str, salt: str) -> str:
     """Return the hash that replaces a name in a redacted target: HMAC-SHA256 of `<of> NUL <name>`, in hex.
 
-    Args:
-        of: the kind of the target.
-        name: a sample id or a subject reference.
-        salt: the key, in hex.
+    `of` is the kind of the target, and the salt is the key, in hex.
     """
     data = f"{of}\0{name}".encode("utf-8", "surrogatepass")  # ids may be file names that are not UTF-8
     return hmac.new(bytes.fromhex(salt), data, hashlib.sha256).hexdigest()

@@ -70,12 +70,8 @@ class GateDecision(Document):
     def assurance(self, kind: str = "", requests: int | None = None) -> Assurance:
         """Return the assurance that a decision that passed gives a request.
 
-        Args:
-            kind: of the request's target; the level of this kind counts if the decision has one, otherwise the run's.
-            requests: how many requests were measured together.
-
-        Raises:
-            UsageError: a figure is out of range, or the gate refused.
+        If `kind`, the kind of the request's target, has a level in the decision, it counts; otherwise the run's does.
+        `requests` is how many requests were measured together. Raises UsageError if the gate refused.
         """
         names = ("level", "margin", "n", "power")
         found = self.kinds.get(kind) or self
@@ -102,14 +98,10 @@ class GateDecision(Document):
         return f"{sum(not verdict.passed for verdict in self.verdicts)} of {len(self.verdicts)} checks failed"
 
     def require(self, where: str = "", *, told: bool = False) -> None:
-        """Raise unless the gate passed.
+        """Raise GateRefusedError, with the reasons of all failed verdicts and what to do, unless the gate passed.
 
-        Args:
-            where: path or address of the file with the decision, for the message.
-            told: whether the reasons and the next step have been printed; the message then leaves them out.
-
-        Raises:
-            GateRefusedError: with the reasons of all failed verdicts, and what to do.
+        `where` is the path or address of the file with the decision, for the message. If the reasons and the next step
+        have been printed already (`told`), the message leaves them out.
         """
         if not self.passed:
             why = self.counts if told else self.summary

@@ -101,14 +101,11 @@ def claimed(policy: Policy, evidence: Evidence) -> list[Verdict]:
     Either the evaluation repeated the training and came to the same bits, or nothing that it measured contradicts the
     claim: the weights do not continue those before, the outputs are others, and the lower end of the attack's interval
     is within the margin of unseen data, or of a reference. Being less familiar is no contradiction, because a model
-    that never saw the data can find them harder than other data.
+    that never saw the data can find them harder than other data. The policy's equivalence test of the attack sets the
+    margin; without one it is 0.1.
 
-    Args:
-        policy: its equivalence test of the attack sets the margin; without one, 0.1.
-        evidence: of the run.
-
-    Returns:
-        One verdict if it was repeated, otherwise three, or one for a model that draws images; none for another method.
+    Returns one verdict if the training was repeated, otherwise three, or one for a model that draws images; none for
+    another method.
     """
     if evidence.run.method != "retrain":
         return []

@@ -158,12 +158,7 @@ def default_policy(evidence: Evidence) -> str:
 
 
 def policy_of_images(task: str, nudity: bool) -> str:
-    """Return the name of the shipped policy of a diffusion model.
-
-    Args:
-        task: class-conditional or text-to-image.
-        nudity: whether its images are searched for nudity.
-    """
+    """Return the name of the shipped policy of a diffusion model; `task` is class-conditional or text-to-image."""
     if task == "class-conditional":
         return "ddpm"
     return "nsfw" if nudity else "stable-diffusion"

@@ -29,21 +29,12 @@ CLASSIFIERS: dict[str, Builder] = {
 
 
 def build_classifier(architecture: str, num_classes: int, channels: int = 3, size: int | None = None) -> nn.Module:
-    """Build a classifier with fresh weights; nothing is downloaded.
+    """Build a classifier with fresh weights, in train mode; nothing is downloaded.
 
-    Args:
-        architecture: a key of `CLASSIFIERS`, `torchvision:NAME`, `timm:NAME`, a timm name without prefix, or
-            `package:callable` or the name of a plug-in, which the operator must allow (`salun_core.plugins`).
-        num_classes: number of outputs, at least 2.
-        channels: number of image channels.
-        size: image side in pixels, for architectures of a fixed size.
-
-    Returns:
-        The module, in train mode.
-
-    Raises:
-        UsageError: an unknown name (the message suggests the nearest match), or a plug-in that is not allowed.
-        ModelError: the architecture does not support these numbers.
+    The architecture is a key of `CLASSIFIERS`, `torchvision:NAME`, `timm:NAME`, a timm name without prefix, or
+    `package:callable` or the name of a plug-in, which the operator must allow (`salun_core.plugins`). `size` is the
+    image side in pixels, for architectures of a fixed size. Raises UsageError for an unknown name, and ModelError if
+    the architecture does not support these numbers.
     """
     if num_classes < 2:
         raise ModelError(f"{num_classes} classes are too few", "a classifier needs two or more", "check the data")

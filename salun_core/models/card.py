@@ -104,24 +104,12 @@ CardT = TypeVar("CardT", bound=Card)
 
 
 def load_card(kind: type[CardT], folder: Path) -> CardT:
-    """Read the card of a model folder.
-
-    Args:
-        kind: expected class of the card.
-        folder: the model folder.
-
-    Raises:
-        UsageError: the folder has no card, or the card has faults or is of another kind of model.
-    """
+    """Read the card of a model folder; raises UsageError if it is missing, faulty or of another kind of model."""
     require_card(folder)
     return load(kind, folder / CARD)
 
 
 def require_card(folder: Path) -> None:
-    """Check that a folder has a model card.
-
-    Raises:
-        UsageError: the folder has no card.
-    """
+    """Raise UsageError if a folder has no model card."""
     if not (folder / CARD).is_file():
         raise UsageError(f"{folder} is not a model folder", f"it has no {CARD}", "make one with `salun model import`")

@@ -32,14 +32,7 @@ WEIGHTS, CARD = "model.safetensors", "model.json"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A classifier with its card, its split and the digest of its weights.
-
-    Args:
-        model: in eval mode, channels-last.
-        card: its model card.
-        split: split of the model's training.
-        digest: SHA-256 of `model.safetensors`.
-    """
+    """A classifier in eval mode, channels-last, with its card, its split and the SHA-256 of its `model.safetensors`."""
 
     model: nn.Module
     card: ModelCard
@@ -57,11 +50,7 @@ class LoadedModel:
         return Normalisation(tuple(self.card.mean), tuple(self.card.std))
 
     def check_images(self, shape: Sequence[int], num_classes: int) -> None:
-        """Check that images of a shape [C, H, W] and a number of classes fit the model.
-
-        Raises:
-            ModelError: the images or the classes do not fit.
-        """
+        """Raise ModelError if images of a shape [C, H, W] or a number of classes do not fit the model."""
         expected = (self.card.channels, self.card.height, self.card.width)
         if tuple(shape) != expected:
             found = " x ".join(map(str, shape))
@@ -95,21 +84,9 @@ def save_model(
     split: SplitManifest,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> str:
-    """Write a model folder atomically; an existing model folder is replaced.
+    """Write a model folder atomically and return the digest of the weights; an existing model folder is replaced.
 
-    Args:
-        folder: the folder to write.
-        model: model whose weights are written.
-        card: must contain the split's digest.
-        split: written to the same folder.
-        extra_files: other files by name.
-
-    Returns:
-        The digest of the weights.
-
-    Raises:
-        StoreError: the folder cannot be written.
-        UsageError: the folder holds something that is not a model.
+    The card must contain the split's digest. Raises UsageError if the folder holds something that is not a model.
     """
     check_digest("the split of the model card", split.digest, card.split_digest)
     data = weights_bytes(model)
@@ -127,16 +104,9 @@ def write_folder(folder: Path, files: Files) -> None:
     """Write files into a new folder, which then replaces an older model folder.
 
     The files are written to a hidden folder on the same disk, which is renamed at the end. A process that dies earlier
-    leaves the hidden folder and no half-written model. One that dies between the two renames of a replacement leaves
-    no folder under the name; both models are then in hidden folders next to it.
-
-    Args:
-        folder: the folder to write.
-        files: its files.
-
-    Raises:
-        StoreError: the folder cannot be written.
-        UsageError: the folder holds something that is not a model.
+    leaves the hidden folder and no half-written model. One that dies between the two renames of a replacement leaves no
+    folder under the name; both models are then in hidden folders next to it. Raises UsageError if the folder holds
+    something that is not a model.
     """
     if folder.exists() and not (folder / CARD).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty", "it holds something that is not a model", "give a new folder")
@@ -174,16 +144,10 @@ def _swap(new: Path, folder: Path) -> None:
 
 
 def load_model(folder: Path, split: SplitManifest | None = None) -> LoadedModel:
-    """Read and check a model folder.
+    """Read and check a model folder, with its own split or the given one, which the card must name.
 
-    Args:
-        folder: the model folder.
-        split: the split that the card must name; the folder's own is then not read. None reads it.
-
-    Raises:
-        UsageError: the folder is not a model folder.
-        ModelError: names, shapes or types of the weights differ from the architecture's.
-        IntegrityError: a file is damaged, or the card belongs to another split.
+    Raises ModelError if names, shapes or types of the weights differ from the architecture's, and IntegrityError if a
+    file is damaged or the card belongs to another split.
     """
     card = load_card(ModelCard, folder)
     split = read_split(folder) if split is None else split
@@ -195,12 +159,7 @@ def load_model(folder: Path, split: SplitManifest | None = None) -> LoadedModel:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file.
-
-    Raises:
-        UsageError: the file does not exist.
-        IntegrityError: the file is damaged.
-    """
+    """Read the tensors of a safetensors file; raises IntegrityError if it is damaged."""
     if not path.is_file():
         raise UsageError(f"there are no weights {path}", "the file does not exist", "check the model folder")
     try:
@@ -213,10 +172,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors into a model; names, shapes and types must be equal.
+    """Copy tensors into a model; names, shapes and types must match.
 
-    Raises:
-        StateMismatchError: names, shapes or types differ; the message lists the differences by group.
+    StateMismatchError lists the differences by group.
     """
     faults = state_faults(model.state_dict(), state)
     if faults:
@@ -238,11 +196,7 @@ def shown_faults(faults: Sequence[str]) -> str:
 class StateFaults:
     """Differences between the tensors that an architecture needs and those that a checkpoint has.
 
-    Args:
-        expected: number of tensors of the architecture.
-        missing: names that the checkpoint lacks.
-        unexpected: names that the architecture lacks.
-        different: tensors of another shape or type, in words.
+    `different` describes tensors of another shape or type in words.
     """
 
     expected: int
@@ -273,11 +227,7 @@ class StateFaults:
 def grouped(names: Sequence[str], limit: int = 4) -> str:
     """Return names in groups, short enough for one message: `layer4.*.conv3.weight (3), head.* (2)`.
 
-    Numbers become `*`. If that leaves more groups than the limit, names are grouped by their first part.
-
-    Args:
-        names: names of tensors.
-        limit: number of groups that are shown.
+    Numbers become `*`. If that leaves more groups than `limit`, names are grouped by their first part.
     """
     groups = Counter(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names)
     if len(groups) > limit:

@@ -80,13 +80,7 @@ _CONVERT_FILE = (
 
 @dataclass(frozen=True)
 class FolderPlan:
-    """Loading plan of a folder.
-
-    Args:
-        pipeline: class of the pipeline.
-        components: class by component name, sorted by name.
-        settings: settings of the pipeline.
-    """
+    """Loading plan of a folder: its pipeline's class and settings, and the class of each component, sorted by name."""
 
     pipeline: str
     components: Mapping[str, str]
@@ -94,24 +88,15 @@ class FolderPlan:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Reject a single file of pickled weights; the message contains the conversion command.
-
-    Raises:
-        UsageError: the file is pickled.
-    """
+    """Reject a single file of pickled weights; the message contains the conversion command."""
     if path.suffix in _PICKLED:
         raise _pickled(path.name, _CONVERT_FILE)
 
 
 def check_folder(folder: Path) -> FolderPlan:
-    """Check a diffusers folder and return its loading plan.
+    """Check a diffusers folder (with a `model_index.json`) and return its loading plan.
 
-    Args:
-        folder: contains `model_index.json`.
-
-    Raises:
-        UsageError: the folder is not a diffusers folder, lacks a component, or has pickled weights, code or links.
-        ModelError: the class of a component is not supported.
+    Pickled weights, code, links and classes that are not supported are errors.
     """
     refuse_pickle(folder)
     if not (folder / INDEX).is_file():
@@ -203,15 +188,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Components:
-    """The loaded components of a diffusers folder.
+    """The loaded components of a diffusers folder, in eval mode, and the digest of its files (see `weights_digest`).
 
-    Args:
-        folder: the folder.
-        pipeline: class of its pipeline.
-        parts: components by name (`unet` or `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler`, ...), in
-            eval mode.
-        settings: other settings of the pipeline, from the index.
-        digest: digest of all its files (see `weights_digest`).
+    `parts` has them by name: `unet` or `transformer`, `vae`, `text_encoder`, `tokenizer`, `scheduler` and so on.
+    `settings` are other settings of the pipeline, from the index.
     """
 
     folder: Path
@@ -239,13 +219,7 @@ class Components:
 
 @dataclass(frozen=True)
 class LoadedDiffusion:
-    """A diffusion model with its card and its split.
-
-    Args:
-        components: loaded components.
-        card: its model card.
-        split: split of the model's training; empty for a model without data.
-    """
+    """A diffusion model with its card and its split, which is empty for a model without data."""
 
     components: Components
     card: DiffusionCard
@@ -265,14 +239,8 @@ class LoadedDiffusion:
 def load_diffusion(folder: Path, split: SplitManifest | None = None) -> LoadedDiffusion:
     """Read and check the model folder of a diffusion model. Nothing is downloaded, and no code in it is run.
 
-    Args:
-        folder: a diffusers folder with `model.json` and its split.
-        split: the split that the card must name; the folder's own is then not read. None reads it.
-
-    Raises:
-        UsageError: the folder is of another kind, lacks a component, or has pickled weights.
-        ModelError: a class is not supported, weights do not fit their configuration or hold NaN.
-        IntegrityError: a file is damaged, or the card belongs to another split.
+    The card must name the given split, or the folder's own if `split` is None. Weights with NaN or another shape than
+    their configuration are errors.
     """
     card = load_card(DiffusionCard, folder)
     split = read_split(folder) if split is None else split
@@ -373,28 +341,11 @@ def save_diffusion(
     extra_files: Mapping[str, bytes] | None = None,
     text_encoder: nn.Module | None = None,
 ) -> str:
-    """Write a model folder with a new denoiser, atomically; an existing model folder is replaced.
+    """Write a model folder with a new denoiser, atomically, and return the digest of the new model.
 
-    All other components are copied byte for byte. New weights keep the names, order and types of their files;
-    the same weights give the same bytes.
-
-    Args:
-        folder: the folder to write.
-        original: the model that the denoiser derives from.
-        network: the new denoiser.
-        card: must contain the split's digest.
-        split: written to the same folder.
-        extra_files: other files by name.
-        text_encoder: the new text encoder, if a method trained it.
-
-    Returns:
-        The digest of the new model.
-
-    Raises:
-        ModelError: the denoiser or the text encoder has another architecture, or the original's card does not allow a
-            trained text encoder.
-        StoreError: the folder cannot be written.
-        UsageError: the folder holds something that is not a model.
+    An existing model folder is replaced. All other components are copied byte for byte from `original`. New weights
+    keep the names, order and types of their files; the same weights give the same bytes. The card must contain the
+    split's digest. A trained text encoder is written only if the original's card allows it.
     """
     parts = original.components
     files = {**copies(parts.folder), **_part_files(parts.folder / parts.denoiser_name, network)}

@@ -34,18 +34,10 @@ LABELS = "salun.json"
 def export_model(folder: Path, to: str, out: Path) -> dict[str, object]:
     """Write the model of a folder in another format.
 
-    Args:
-        folder: the model folder.
-        to: `torch`, `safetensors`, `onnx`, `torch-export`, `timm`, or for diffusion models `diffusers`.
-        out: the file to write; for `timm` and `diffusers` a new folder.
-
-    Returns:
-        What was written: format, size and, where it was checked, the largest difference of a logit.
-
-    Raises:
-        UsageError: the format is unknown or does not fit the model, or packages are missing.
-        ModelError: the exported file computes something else than the model.
-        StoreError: the file cannot be written; a file that was there is unchanged.
+    Returns the format, the size and, where it was checked, the largest difference of a logit. `to` is `torch`,
+    `safetensors`, `onnx`, `torch-export`, `timm`, or for diffusion models `diffusers`. `out` is a file; for `timm` and
+    `diffusers` a new folder. Raises ModelError if the exported file computes something else than the model; a file that
+    was there is unchanged if the write fails.
     """
     if to not in {*_FORMATS, "diffusers"}:
         raise unknown_name("format", to, [*_FORMATS, "diffusers"])

@@ -32,14 +32,8 @@ _SAVE = "save only its state_dict() and try again"
 class Facts:
     """What a file or folder says about its model; None or empty if it says nothing.
 
-    Args:
-        origin: the document that says so.
-        architecture: name of the architecture.
-        config: configuration of a transformers model.
-        classes: class names by id.
-        mean: mean of the normalisation, by channel.
-        std: standard deviation of the same normalisation.
-        size: side of the images in pixels.
+    `origin` is the document that says so, `mean` and `std` are the normalisation by channel, `size` is in pixels, and
+    `config` is the configuration of a transformers model.
     """
 
     origin: str = ""
@@ -53,14 +47,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of a foreign classifier.
+    """Tensors of a foreign classifier by name, on the CPU, without the prefix.
 
-    Args:
-        name: of the file, for messages.
-        state: tensors by name, on the CPU, without the prefix.
-        wrapper: keys that the tensors were under, such as `state_dict`.
-        prefix: what all names began with, such as `module.`.
-        facts: what the file or folder says about the model.
+    `wrapper` has the keys that the tensors were under, such as `state_dict`, and `prefix` is what all names began with,
+    such as `module.`.
     """
 
     name: str
@@ -73,17 +63,9 @@ class Checkpoint:
 def read_checkpoint(path: Path, key: str | None = None) -> Checkpoint:
     """Read the tensors of a foreign classifier without running code from it.
 
-    Wrappers such as `state_dict` are opened, and a prefix that all names share, such as `module.`, is removed. Names do
-    not change otherwise.
-
-    Args:
-        path: a `.safetensors` or torch file, or a folder with one and perhaps a `config.json` of timm or transformers.
-        key: the wrapper to open, if a file has several.
-
-    Raises:
-        UsageError: the path does not exist, has another suffix, or is a folder without weights.
-        ModelError: the file holds more than tensors, no tensors, or several models.
-        IntegrityError: a safetensors file is damaged.
+    Wrappers such as `state_dict` are opened (`key` selects one if a file has several), and a prefix that all names
+    share, such as `module.`, is removed. Names do not change otherwise. The path is a `.safetensors` or torch file, or
+    a folder with one and perhaps a `config.json` of timm or transformers.
     """
     if path.is_dir():
         weights = _weights_of(path)
@@ -313,8 +295,7 @@ def _facts_of_timm(config: Mapping[str, Any]) -> Facts:
 def _facts_of_preprocessor(folder: Path) -> Facts:
     """Read the normalisation and the size of transformers' image processor.
 
-    Raises:
-        ModelError: pixels are scaled in a way that a mean and a deviation cannot express here.
+    Raises ModelError if pixels are scaled in a way that a mean and a deviation cannot express here.
     """
     given = _mapping(folder / PREPROCESSOR)
     factor = given.get("rescale_factor", 1 / 255)
@@ -365,14 +346,7 @@ def _numbers(value: Any) -> list[float]:  # noqa: ANN401 - of a document
 
 
 def read_class_names(text: str) -> list[str]:
-    """Read class names by id: a file with one name a line, a JSON list or `id2label`, or names separated by commas.
-
-    Args:
-        text: a path, or the names.
-
-    Raises:
-        UsageError: the file cannot be read, has no names, or has a name twice.
-    """
+    """Read class names by id: a file with one name a line, a JSON list or `id2label`, or names separated by commas."""
     path = Path(text)
     if not path.is_file():
         names = [name.strip() for name in text.split(",") if name.strip()]

@@ -32,17 +32,13 @@ _CLOSE = 0.5  # share of an architecture's tensors below which a layout is not w
 
 @dataclass(frozen=True)
 class Recognised:
-    """A foreign classifier in terms of an architecture here.
+    """A foreign classifier in terms of an architecture here; `state` has the architecture's names.
 
     Args:
-        layout: where the layout comes from.
-        architecture: a name for `build_classifier`.
         num_classes: number of outputs; 0 if the tensors do not show it.
-        state: tensors by the architecture's names.
         added: number of batch counters that were missing, which begin at 0.
         widened: number of half-precision tensors that became float32.
         parameters: number of values.
-        facts: what the file or folder says about the model.
     """
 
     layout: str
@@ -57,14 +53,9 @@ class Recognised:
 
 @dataclass(frozen=True)
 class _Reading:
-    """One way to read a checkpoint.
+    """One way to read a checkpoint; `state` has the names that the architecture should have.
 
-    Args:
-        layout: where the layout comes from.
-        architecture: a name for `build_classifier`.
-        state: tensors by the names that the architecture should have.
-        facts: what the file or folder says about the model.
-        twin: another architecture with the same tensors that computes something else.
+    `twin` is another architecture with the same tensors that computes something else.
     """
 
     layout: str
@@ -77,16 +68,10 @@ class _Reading:
 def recognise(checkpoint: Checkpoint, architecture: str | None, channels: int | None, size: int | None) -> Recognised:
     """Find the architecture whose tensors a checkpoint has.
 
-    Args:
-        checkpoint: what was read.
-        architecture: the only name to try; None tries what the file says and the layouts that are known.
-        channels: number of image channels; None takes it from the tensors.
-        size: side of the images in pixels, if it is known.
-
-    Raises:
-        StateMismatchError: no architecture fits; the message names the closest one, and what is missing and unexpected.
-        ModelError: several architectures fit that compute different things, or values are NaN or infinite.
-        UsageError: an unknown architecture.
+    `architecture` is the only name to try; None tries what the file says and the known layouts. `channels` None takes
+    the number of image channels from the tensors. StateMismatchError names the closest architecture and its missing and
+    unexpected tensors; ModelError means that architectures that compute different things fit, or a value is NaN or
+    infinite.
     """
     channels, size = channels or channels_of(checkpoint.state), size or size_of(checkpoint)
     named = architecture or checkpoint.facts.architecture
@@ -429,8 +414,7 @@ _FAMILIES: tuple[tuple[str, tuple[str, ...], _Names], ...] = (
 def _of_transformers(checkpoint: Checkpoint) -> Mapping[str, Tensor] | None:
     """Return the tensors of a transformers classifier by the names of timm or torchvision; None if it is not one.
 
-    Raises:
-        ModelError: the kind of model, or a setting of it, has no equal there.
+    Raises ModelError if the kind of model, or a setting of it, has no equal there.
     """
     config = checkpoint.facts.config
     kinds = config.get("architectures")

@@ -12,10 +12,6 @@ class PaddedShortcut(nn.Module):
     """The shortcut without weights (He et al., 2016, option A): every second pixel, and channels of zeros.
 
     Half of the new channels come before those of the input and half after them, as in published checkpoints.
-
-    Args:
-        inputs: number of input channels.
-        outputs: number of output channels.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -56,12 +52,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A residual network for small images: a 3 x 3 stem without pooling, stages that halve the size.
 
-    Args:
-        widths: number of channels of each stage.
-        blocks: number of residual blocks of each stage.
-        num_classes: number of outputs.
-        channels: number of image channels.
-        padded: whether shortcuts are padded with zeros instead of convolved.
+    `widths` and `blocks` give the channels and the number of residual blocks of each stage. If `padded`, shortcuts are
+    padded with zeros instead of convolved.
     """
 
     def __init__(

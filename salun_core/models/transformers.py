@@ -23,16 +23,7 @@ _SWIN_COARSE = 128  # from this size on, Swin-T uses its published patch of 4 pi
 
 
 def vit_tiny(num_classes: int, channels: int, size: int | None = None) -> nn.Module:
-    """Build ViT-Tiny: 12 layers, width 192, 5.4 M parameters at 32 pixels.
-
-    Args:
-        num_classes: number of outputs.
-        channels: number of image channels.
-        size: image side in pixels; None means 224.
-
-    Raises:
-        ModelError: no patch fits the size.
-    """
+    """Build ViT-Tiny: 12 layers, width 192, 5.4 M parameters at 32 pixels; `size` is in pixels, and None means 224."""
     size = size or PUBLISHED_SIZE
     return _timm("vit_tiny_patch16_224", num_classes, channels, size, patch_size=vit_patch(size))
 
@@ -40,13 +31,7 @@ def vit_tiny(num_classes: int, channels: int, size: int | None = None) -> nn.Mod
 def swin_t(num_classes: int, channels: int, size: int | None = None) -> nn.Module:
     """Build Swin-T: stages of 2, 2, 6 and 2 layers, widths 96 to 768, 27.5 M parameters.
 
-    Args:
-        num_classes: number of outputs.
-        channels: number of image channels.
-        size: image side in pixels; None means 224.
-
-    Raises:
-        ModelError: the size is odd.
+    `size` is in pixels and even; None means 224.
     """
     size = size or PUBLISHED_SIZE
     patch, window = swin_patch_and_window(size)
@@ -57,8 +42,7 @@ def swin_t(num_classes: int, channels: int, size: int | None = None) -> nn.Modul
 def vit_patch(size: int) -> int:
     """Return the patch side: the smallest divisor of the size, at least 4, that gives at most 14 x 14 patches.
 
-    Raises:
-        ModelError: the only such divisor is the size itself.
+    Raises ModelError if the only such divisor is the size itself.
     """
     patch = next(side for side in range(4, size + 4) if size % side == 0 and size // side <= _GRID or side >= size)
     if patch >= size:
@@ -70,9 +54,7 @@ def swin_patch_and_window(size: int) -> tuple[int, int]:
     """Return the patch side in pixels, and the side of an attention window in patches.
 
     The window is the largest, up to 7, that divides the grids of the first three stages, so that nothing is padded.
-
-    Raises:
-        ModelError: the patch does not divide the size.
+    Raises ModelError if the patch does not divide the size.
     """
     patch = 4 if size >= _SWIN_COARSE else 2
     if size % patch:

@@ -14,12 +14,8 @@ class VGG(nn.Module):
     """Stages of 3 x 3 convolutions with batch norm, each followed by a pooling that halves the size; one linear layer.
 
     The output of the last stage is averaged to one pixel. Convolutions have a bias, and layers are named `features.N`
-    and `classifier`, because published CIFAR checkpoints of this network have both.
-
-    Args:
-        stages: number of output channels of each convolution, by stage.
-        num_classes: number of outputs.
-        channels: number of image channels.
+    and `classifier`, because published CIFAR checkpoints of this network have both. `stages` lists the output channels
+    of each convolution, by stage.
     """
 
     def __init__(self, stages: tuple[tuple[int, ...], ...], num_classes: int, channels: int) -> None:
@@ -36,25 +32,14 @@ class VGG(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, channels, H, W] to logits [B, num_classes].
-
-        Raises:
-            ModelError: the images are smaller than 32 pixels.
-        """
+        """Map images [B, channels, H, W] of at least 32 pixels to logits [B, num_classes]."""
         require_size(min(images.shape[2:]))
         logits: Tensor = self.classifier(self.features(images).mean(dim=(2, 3)))
         return logits
 
 
 def require_size(size: int) -> None:
-    """Check that images are large enough.
-
-    Args:
-        size: shorter side in pixels.
-
-    Raises:
-        ModelError: the images are smaller than 32 pixels.
-    """
+    """Raise ModelError if the shorter side of the images is below 32 pixels."""
     if size < MIN_SIZE:
         raise ModelError(
             f"vgg16_bn cannot be built for images of {size} pixels",
@@ -73,11 +58,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def vgg16_bn(num_classes: int, channels: int, size: int | None = None) -> VGG:
-    """Build VGG-16 with batch norm: 13 convolutions and one linear layer, 14.7 M parameters.
-
-    Raises:
-        ModelError: the images are smaller than 32 pixels.
-    """
+    """Build VGG-16 with batch norm: 13 convolutions and one linear layer, 14.7 M parameters; at least 32 pixels."""
     if size is not None:
         require_size(size)
     return VGG(STAGES, num_classes, channels)

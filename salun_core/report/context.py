@@ -30,15 +30,10 @@ class ReportContext(Document):
     created_at: str = Field(description="ISO 8601 in UTC; the only clock in the report")
 
     def debt(self, forgotten: int, train_count: int, method: str) -> Lineage | None:
-        """Return the line's debt after this run.
+        """Return the line's debt after this run, or None if the lineage is unknown.
 
-        Args:
-            forgotten: samples that this run forgot.
-            train_count: samples in the training split before this run.
-            method: of this run; `retrain` clears the debt.
-
-        Returns:
-            The debt, or None if the lineage is unknown. The first version counts as fully trained.
+        `train_count` is the size of the training split before this run. The method `retrain` clears the debt. The first
+        version counts as fully trained.
         """
         if not self.lineage:
             return None

@@ -55,11 +55,7 @@ class Picture(NamedTuple):
 
 
 def pictures(grids: Sequence[Grid]) -> list[Picture]:
-    """Return the grids to show; one that cannot be embedded has a `problem` and no images.
-
-    Args:
-        grids: images of both models from the same seeds; grids beyond `MAX_GRIDS` are left out.
-    """
+    """Return the grids to show, at most `MAX_GRIDS`; one that cannot be embedded has a `problem` and no images."""
     found = [_picture(grid) for grid in grids[:MAX_GRIDS]]
     rest = len(grids) - MAX_GRIDS
     if rest > 0:
@@ -87,11 +83,7 @@ def _picture(grid: Grid) -> Picture:
 def check_image(uri: str) -> tuple[tuple[int, int], str]:
     """Check that a URI is a complete PNG or JPEG in base64, and no larger than a page can hold.
 
-    Args:
-        uri: `data:image/png;base64,...` or `data:image/jpeg;base64,...`; nothing else is ever loaded.
-
-    Returns:
-        (width, height) in pixels and "", or zeros and the problem.
+    Nothing else is ever loaded. Returns (width, height) in pixels and "", or zeros and the problem.
     """
     match = _URI.match(uri)
     if match is None:
@@ -120,11 +112,7 @@ def _size(data: bytes, kind: str) -> tuple[int, int]:
 
 
 def without_images(document: dict[str, Any]) -> dict[str, Any]:
-    """Return evidence as JSON with each image replaced by its size and digest, because the page shows it already.
-
-    Args:
-        document: the evidence; it is not changed.
-    """
+    """Return a copy of evidence as JSON; a size and digest replace each image, which the page already shows."""
     made = document.get("generation")
     if not made:
         return document

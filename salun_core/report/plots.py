@@ -76,16 +76,10 @@ _TAG = re.compile(r"<[^>]+>")  # matplotlib escapes `>` in text, so that a class
 
 
 def draw(name: str, width: float, height: float, paint: Callable[[Figure], str]) -> str:
-    """Draw one picture.
+    """Draw one picture of a size in inches: an `<svg>` element with `role="img"` and the alternative text as its label.
 
-    Args:
-        name: unique in the page; it makes the ids of two pictures differ.
-        width: in inches.
-        height: in inches.
-        paint: puts the axes on the figure and returns the alternative text.
-
-    Returns:
-        An `<svg>` element with `role="img"` and the alternative text as its label.
+    `name` is unique in the page, so that the ids of two pictures differ. `paint` puts the axes on the figure and
+    returns the alternative text.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -128,15 +122,7 @@ def label(text: str, limit: int = 22) -> str:
 
 
 def distributions(quantity: str, data: Distribution) -> str:
-    """Draw the histograms of the splits before, after and for the reference, side by side.
-
-    Args:
-        quantity: what is counted, such as `loss`.
-        data: common bins and the counts by split and model.
-
-    Returns:
-        The SVG element.
-    """
+    """Draw the histograms of a quantity of the splits before, after and for the reference, side by side."""
     states = [state for state in STATES if any(_counts(series, state) for series in data.splits.values())]
     highest = max(
         (share for state in states for split in data.splits.values() for share in shares(_counts(split, state))),
@@ -176,8 +162,7 @@ def shares(counts: Sequence[int]) -> list[float]:
 def overlap(data: Distribution, state: str, first: str = "forget", second: str = "test") -> float | None:
     """Return the area that two splits' histograms share: 1 if they cannot be told apart, else less.
 
-    Returns:
-        The sum over bins of the smaller share, or None if a split has no counts.
+    It is the sum over bins of the smaller share, or None if a split has no counts.
     """
     pair = [_counts(data.splits[split], state) if split in data.splits else [] for split in (first, second)]
     if not all(sum(counts) for counts in pair):
@@ -247,15 +232,9 @@ def _median(edges: Sequence[float], counts: Sequence[int]) -> str:
 def class_accuracy(
     rows: Sequence[ClassAccuracy], forgotten: Sequence[int] = (), quantity: str = "test accuracy"
 ) -> str:
-    """Draw each class's accuracy before and after, joined by a line; forgotten classes are marked.
+    """Draw each class's accuracy (a ratio) before and after, joined by a line; forgotten classes are marked.
 
-    Args:
-        rows: accuracy by class, as ratios; the `MAX_CLASSES` that changed most are drawn.
-        forgotten: ids of classes that were forgotten as a whole.
-        quantity: what the accuracy is of.
-
-    Returns:
-        The SVG element.
+    Only the `MAX_CLASSES` that changed most are drawn.
     """
     measured = [row for row in rows if change(row) is not None]
     most = sorted(measured, key=lambda row: -abs(change(row) or 0.0))[:MAX_CLASSES]
@@ -299,14 +278,7 @@ def _extremes(values: Mapping[str, float], what: str) -> str:
 
 
 def roc(curves: Mapping[str, Curve]) -> str:
-    """Draw the ROC of the membership attack for each model.
-
-    Args:
-        curves: by model: before, after, reference; more than `MAX_ROC_POINTS` points are thinned.
-
-    Returns:
-        The SVG element.
-    """
+    """Draw the ROC of the membership attack for each model; more than `MAX_ROC_POINTS` points are thinned."""
     shown = {state: curves[state] for state in STATES if state in curves}
 
     def paint(figure: Figure) -> str:
@@ -333,15 +305,7 @@ def thin(points: Sequence[T], limit: int) -> list[T]:
 
 
 def mask_density(by_parameter: Mapping[str, float], overall: float | None) -> str:
-    """Draw the share of salient weights of each parameter, in the model's order, grouped by top-level block.
-
-    Args:
-        by_parameter: density by parameter name, as ratios.
-        overall: density of the whole mask.
-
-    Returns:
-        The SVG element.
-    """
+    """Draw the share of salient weights of each parameter, in the model's order, grouped by top-level block."""
     values = list(by_parameter.values())
     blocks = [name.split(".", 1)[0] for name in by_parameter]
     starts = [place for place in range(len(blocks)) if place == 0 or blocks[place] != blocks[place - 1]]
@@ -375,14 +339,7 @@ def _spread(places: Sequence[int], gap: float) -> list[int]:
 
 
 def training(history: Sequence[EpochRecord]) -> str:
-    """Draw the mean loss of each phase of every epoch.
-
-    Args:
-        history: one record per epoch.
-
-    Returns:
-        The SVG element.
-    """
+    """Draw the mean loss of each phase of every epoch."""
     phases = sorted({phase for record in history for phase in record.losses})
 
     def paint(figure: Figure) -> str:
@@ -403,11 +360,7 @@ def training(history: Sequence[EpochRecord]) -> str:
 def resurgence(points: Sequence[CurvePoint]) -> str:
     """Draw UA against the steps of fine-tuning on retained data: a curve that falls shows the class coming back.
 
-    Args:
-        points: at least one with a finite UA, in any order.
-
-    Returns:
-        The SVG element.
+    At least one point must have a finite UA; the order does not matter.
     """
     drawn = sorted((point.step, point.ua) for point in points if math.isfinite(point.ua))
 

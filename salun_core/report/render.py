@@ -44,18 +44,10 @@ _NUMBERS = re.compile(r"\[[\s\d.,e+-]+\]")  # a list of numbers reads better on 
 
 
 def render_report(evidence: Evidence, decision: GateDecision | None, context: ReportContext) -> str:
-    """Render the report as one self-contained HTML page.
+    """Render the report as one self-contained HTML page; the same input gives the same bytes.
 
-    Args:
-        evidence: what was measured; a missing part is left out with a line that names it.
-        decision: the gate's decision, or None without one.
-        context: model line, lineage, and the command that repeats the run.
-
-    Returns:
-        The page, at most `MAX_BYTES` in UTF-8, the same bytes for the same input.
-
-    Raises:
-        SalunError: the page would be larger than that.
+    A part that was not measured is left out with a line that names it. Raises SalunError if the page would be larger
+    than `MAX_BYTES` in UTF-8.
     """
     values = _values(evidence, decision, context)
     page = _template().render(**values, data=_json(evidence, decision))
@@ -69,18 +61,7 @@ def render_report(evidence: Evidence, decision: GateDecision | None, context: Re
 
 
 def write_report(path: Path, evidence: Evidence, decision: GateDecision | None, context: ReportContext) -> None:
-    """Render the report into a file; the file is complete or does not exist.
-
-    Args:
-        path: of the file; an existing one is replaced.
-        evidence: as for `render_report`.
-        decision: as for `render_report`.
-        context: as for `render_report`.
-
-    Raises:
-        StoreError: the file cannot be written.
-        SalunError: the page would be too large.
-    """
+    """Render the report into a file, replacing an existing one; the file is complete or does not exist."""
     write_whole(path, render_report(evidence, decision, context).encode("utf-8"))
 
 
@@ -152,7 +133,6 @@ def _pictures(evidence: Evidence) -> dict[str, Any]:
 
 
 def _draw(evidence: Evidence) -> dict[str, Any]:
-    """Draw each picture."""
     from markupsafe import Markup
 
     run, made = evidence.run, evidence.generation

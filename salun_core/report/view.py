@@ -26,12 +26,7 @@ class Banner(NamedTuple):
 
 
 def banner(decision: GateDecision | None, evidence: Evidence) -> Banner:
-    """Return the banner: passed, refused, or no decision.
-
-    Args:
-        decision: the gate's decision, if there is one; one on other evidence counts as a refusal.
-        evidence: that the report shows.
-    """
+    """Return the banner: passed, refused, or no decision; a decision on other evidence counts as a refusal."""
     if decision is None:
         return Banner("open", "NO DECISION", "These are measurements only: no gate decision was given.", [])
     if decision.evidence_digest != evidence.digest:

@@ -31,10 +31,8 @@ def unit_of(metric: str | None) -> Unit | None:
 def number(metric: str | None, value: float | None, sign: str = "") -> str:
     """Return a value as the page shows it: a percentage, or in the metric's unit.
 
-    Args:
-        metric: its name; None for a plain ratio.
-        value: a dash if it is missing or not finite.
-        sign: `+` for a margin, which is in percentage points.
+    A value that is missing or not finite is a dash. `metric` is None for a plain ratio; the sign `+` marks a margin,
+    which is in percentage points.
     """
     if value is None or not math.isfinite(value):
         return MISSING

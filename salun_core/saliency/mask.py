@@ -42,19 +42,8 @@ class SaliencyMask:
         """Keep the share `density` of all weights with the highest scores, globally and exactly (SalUn, eq. 3).
 
         k = round(density * weights), at least 1. Ties at the threshold go to the lower index, counted over the
-        parameters in the order of `scores`.
-
-        Args:
-            scores: from `saliency_scores`; magnitudes are compared.
-            density: in (0, 1].
-            facts: provenance to store in the file.
-
-        Returns:
-            The mask.
-
-        Raises:
-            UsageError: the density is outside (0, 1].
-            ModelError: there are no scores, or a score is NaN or infinite.
+        parameters in the order of `scores`. Magnitudes are compared; `facts` is the provenance in the file. Raises
+        UsageError unless the density is in (0, 1], and ModelError for no scores, NaN or infinity.
         """
         total = _count({name: tuple(score.shape) for name, score in scores.items()})
         k = _salient_count(density, total)
@@ -85,13 +74,7 @@ class SaliencyMask:
     def random(cls, scores_or_shapes: Scores | Shapes, density: float, seed: int) -> SaliencyMask:
         """Draw a uniform random mask with as many weights as `from_scores` keeps, as a control for saliency.
 
-        Args:
-            scores_or_shapes: tensors or shapes by parameter name.
-            density: in (0, 1].
-            seed: seed of the draw; the same seed gives the same mask on every device.
-
-        Returns:
-            The mask.
+        The same seed gives the same mask on every device.
         """
         shapes = {name: tuple(getattr(item, "shape", item)) for name, item in scores_or_shapes.items()}
         total = _count(shapes)
@@ -117,11 +100,7 @@ class SaliencyMask:
         return SaliencyMask(self.shapes, self.bits, self.k, {**self.facts, **facts})
 
     def within(self, shapes: Shapes) -> SaliencyMask:
-        """Extend this mask to more parameters, in their order; the added ones are frozen.
-
-        Args:
-            shapes: shapes by parameter name, including the parameters of this mask.
-        """
+        """Extend this mask to all parameters in `shapes`, in their order; the added ones are frozen."""
         bits = {
             name: self.bits[name] if name in self.bits else np.zeros(-(-math.prod(shape) // 8), dtype=np.uint8)
             for name, shape in shapes.items()
@@ -161,11 +140,7 @@ class SaliencyMask:
         return {name: self.tensor(name) for name in self.shapes}
 
     def check_fits(self, shapes: Shapes) -> None:
-        """Check that the mask belongs to a model with these parameters.
-
-        Raises:
-            ModelError: names or shapes differ; the message lists them.
-        """
+        """Raise ModelError, which lists the differences, unless names and shapes match those of the model."""
         differing = [
             name for name in [*shapes, *self.shapes] if tuple(shapes.get(name, (-1,))) != self.shapes.get(name, (-2,))
         ]
@@ -178,11 +153,7 @@ class SaliencyMask:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write the mask as safetensors (packed bits, metadata) atomically.
-
-        Raises:
-            StoreError: the file cannot be written.
-        """
+        """Write the mask as safetensors (packed bits, metadata) atomically."""
         mask_file.write(
             Path(path),
             self.shapes,
@@ -192,12 +163,7 @@ class SaliencyMask:
 
     @classmethod
     def load(cls, path: str | Path) -> SaliencyMask:
-        """Read a mask and check it: format, sizes, padding bits and the number of salient weights.
-
-        Raises:
-            UsageError: the file does not exist.
-            IntegrityError: the file is not a mask, or is damaged.
-        """
+        """Read a mask and check it: format, sizes, padding bits and the number of salient weights."""
         shapes, bits, k, facts = mask_file.read(Path(path))
         return cls(shapes, bits, k, facts)
 

@@ -23,11 +23,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def content_digest(shapes: Shapes, bits: Mapping[str, np.ndarray]) -> str:
-    """Return the SHA-256 over names, shapes and packed bits, in hex.
-
-    Raises:
-        IntegrityError: a size is too large for canonical JSON.
-    """
+    """Return the SHA-256 over names, shapes and packed bits, in hex."""
     hasher = hashlib.sha256(canonical_json({name: list(shape) for name, shape in shapes.items()}))
     for name in sorted(bits):
         hasher.update(bits[name].tobytes())
@@ -35,17 +31,7 @@ def content_digest(shapes: Shapes, bits: Mapping[str, np.ndarray]) -> str:
 
 
 def write(path: Path, shapes: Shapes, bits: Mapping[str, np.ndarray], facts: Mapping[str, str]) -> None:
-    """Write a mask file atomically.
-
-    Args:
-        path: the file to write.
-        shapes: parameter shapes by name, in the model's order, which the metadata preserve.
-        bits: packed bits of each parameter, uint8.
-        facts: other metadata; keys and values are text.
-
-    Raises:
-        StoreError: the file cannot be written.
-    """
+    """Write a mask file atomically; the metadata preserve the order of `shapes`, and `bits` are packed, uint8."""
     metadata = {
         **facts,
         "format": FORMAT,
@@ -56,14 +42,9 @@ def write(path: Path, shapes: Shapes, bits: Mapping[str, np.ndarray], facts: Map
 
 
 def read(path: Path) -> tuple[Shapes, dict[str, np.ndarray], int, dict[str, str]]:
-    """Read and check a mask file.
+    """Read and check a mask file; return (shapes, bits, k, facts).
 
-    Returns:
-        (shapes, bits, k, facts).
-
-    Raises:
-        UsageError: the file does not exist.
-        IntegrityError: the file is not a mask, or is damaged.
+    Raises IntegrityError if it is not a mask or is damaged.
     """
     if not path.is_file():
         raise UsageError(f"there is no mask {path}", "the file does not exist", "compute one with `salun mask`")

@@ -32,23 +32,13 @@ _BITS = {
 
 
 def masked_optimizer(torch_optimizer: O, model: nn.Module, mask: SaliencyMask) -> O:
-    """Make an optimizer leave every weight outside the mask bit-identical.
+    """Make an optimizer (SGD, Adam or AdamW) leave every weight outside the mask bit-identical.
 
     The optimizer is changed in place and returned. It still works with schedulers, gradient scalers and data
     parallelism. Its `weight_decay` moves to the group key `masked_weight_decay` and acts inside the mask only. A step
-    changes `.grad` (mask, weight decay): zero it before the next backward pass.
-
-    Args:
-        torch_optimizer: SGD (momentum, nesterov, weight decay), Adam or AdamW over parameters of `model`.
-        model: provides the parameter names.
-        mask: a mask of exactly the model's parameters.
-
-    Returns:
-        The same optimizer.
-
-    Raises:
-        UsageError: the optimizer type is not supported, or the optimizer already has a mask.
-        ModelError: the mask does not fit the model, or the optimizer has parameters that are not in the model.
+    changes `.grad` (mask, weight decay): zero it before the next backward pass. The mask has exactly the model's
+    parameters. Raises UsageError if the optimizer is of another type or already has a mask, and ModelError if the
+    parameters do not fit.
     """
     if type(torch_optimizer) not in (SGD, Adam, AdamW):
         kind = type(torch_optimizer).__name__
@@ -86,11 +76,9 @@ def own(tensor: Tensor) -> Tensor:
 
 
 def own_part(whole: Tensor, like: Tensor) -> Tensor:
-    """Return the part of a whole tensor that this process's slice of a sharded one covers.
+    """Return the part of a whole tensor, the same in all processes, that this process's slice of a sharded one covers.
 
-    Args:
-        whole: the same in all processes.
-        like: of the same shape; if it is not sharded, `whole` is returned.
+    If `like`, of the same shape, is not sharded, `whole` is returned.
     """
     mesh = getattr(like, "device_mesh", None)
     if mesh is None:

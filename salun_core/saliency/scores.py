@@ -30,28 +30,18 @@ def saliency_scores(
 
     The gradient is of the mean over samples, so a short last batch does not weigh more than the others. The gradients
     of the batches are added in pairs, then the pairs in pairs, and so on (`PartialSums`): rounding errors stay small,
-    and the sum does not depend on the number of processes. The call puts the model into eval mode and then
-    restores its modes, gradients and `requires_grad` flags.
+    and the sum does not depend on the number of processes. The call puts the model into eval mode and then restores its
+    modes, gradients and `requires_grad` flags.
 
-    Several processes in a process group can share the work. Each passes the batches of its own slice, and all get the
-    scores of the whole forget set. The scores are bit-identical to those of one process if every process computes its
-    batches identically (see `repeatable`).
+    Several processes in a process group can share the work. Each passes the batches of its own slice `part`, in batches
+    of `CHUNK`, with the number of `samples` of the whole forget set, and all get the scores of the whole forget set.
+    The scores are bit-identical to those of one process if every process computes its batches identically (see
+    `repeatable`).
 
-    Args:
-        model: the original model θ_o, unchanged by the call; the same in every process.
-        batches: the forget set D_f once, as (inputs, targets) on the model's device. With a slice: its samples only,
-            in batches of `CHUNK`.
-        loss_fn: (model output, targets) -> mean loss over the batch, a scalar.
-        samples: number of samples of the whole forget set; required with a slice.
-        part: the slice of this process; None if one process scores everything.
-
-    Returns:
-        Non-negative tensors of the parameters' shapes, by name in the model's order. A parameter that the loss does
-        not reach scores 0. If the weights are sharded, only what this process holds of them.
-
-    Raises:
-        DataError: there is no batch, or the batches do not match the slice.
-        ModelError: the model has no parameters, or a gradient is NaN or infinite.
+    `batches` yields (inputs, targets) on the model's device, and `loss_fn` returns the mean loss over a batch. The
+    scores are non-negative tensors of the parameters' shapes, in the model's order; a parameter that the loss does not
+    reach scores 0. If the weights are sharded, they cover only what this process holds. Raises ModelError if a gradient
+    is NaN or infinite, and DataError if there is no batch or the batches do not match the slice.
 
     Source:
         Fan et al., "SalUn", ICLR 2024, section 4, equation (4).
@@ -106,18 +96,9 @@ def _taken(parameter: nn.Parameter) -> Tensor:
 
 
 def mean_magnitude(name: str, gradient: Tensor, total: int) -> Tensor:
-    """Convert the gradient of a sum over samples to the score, in place.
+    """Convert the gradient of a loss summed over `total` samples to |gradient / total|, in place.
 
-    Args:
-        name: name of the parameter.
-        gradient: gradient of the summed loss, of the parameter's shape.
-        total: number of samples.
-
-    Returns:
-        The same tensor, |gradient / total|.
-
-    Raises:
-        ModelError: the score contains NaN or infinity.
+    Raises ModelError if it contains NaN or infinity.
     """
     score = gradient.div_(total).abs_()
     if not bool(torch.isfinite(score).all()):
@@ -131,11 +112,7 @@ def mean_magnitude(name: str, gradient: Tensor, total: int) -> Tensor:
 
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode with all gradients enabled and cleared, and restore its state afterwards.
-
-    Args:
-        model: model to differentiate.
-    """
+    """Put a model into eval mode with all gradients enabled and cleared, and restore its state afterwards."""
     modes = {module: module.training for module in model.modules()}
     kept = {parameter: (parameter.grad, parameter.requires_grad) for parameter in model.parameters()}
     try:
@@ -166,12 +143,7 @@ Sums = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of a forget set that one of several processes scores: a contiguous range of chunks.
-
-    Args:
-        index: rank of the process, from 0.
-        count: number of processes.
-    """
+    """The part of a forget set that one of several processes scores: a contiguous range of chunks."""
 
     index: int
     count: int
@@ -188,11 +160,7 @@ class Slice:
 
 
 def chunks_of(samples: int) -> int:
-    """Return the number of chunks.
-
-    Raises:
-        DataError: there are no samples.
-    """
+    """Return the number of chunks, at least one; raises DataError if there are no samples."""
     if samples < 1:
         raise DataError("forget set is empty", "there is nothing to score", "name at least one sample to forget")
     return -(-samples // CHUNK)
@@ -224,11 +192,9 @@ class PartialSums:
         return None if self.total is None else ((chunks_of(self.total) - 1).bit_length(), 0)
 
     def add(self, node: Node, sums: Sums) -> None:
-        """Insert the sums of one node and add all complete pairs; the object takes ownership of the tensors.
+        """Insert the contiguous sums of one node (level, index) and add all complete pairs.
 
-        Args:
-            node: (level, index); it must not overlap with a node that was inserted before.
-            sums: contiguous tensors by parameter name.
+        The object takes ownership of the tensors. The node must not overlap with a node that was inserted before.
         """
         while node != self.root:
             level, index = node
@@ -245,10 +211,7 @@ class PartialSums:
     def scores(self) -> dict[str, Tensor]:
         """Return the scores, |mean gradient|, by parameter name; the call consumes the sums.
 
-        Raises:
-            DataError: there are no chunks.
-            UsageError: some chunks are missing.
-            ModelError: a score is NaN or infinite.
+        Raises UsageError if some chunks are missing, and ModelError if a score is NaN or infinite.
         """
         if self.total is None:
             if not self.nodes:
@@ -282,21 +245,11 @@ def score_slice(
     samples: int,
     part: Slice,
 ) -> PartialSums:
-    """Sum the gradients of one slice of the forget set.
+    """Sum the gradients of one slice of the forget set; the model is restored afterwards.
 
-    Args:
-        model: the original model θ_o; it is restored afterwards.
-        batches: the slice's samples (`part.samples`) in the set's order, in batches of `CHUNK`.
-        loss_fn: (model output, targets) -> mean loss over the batch, a scalar.
-        samples: number of samples of the whole forget set.
-        part: the slice to score.
-
-    Returns:
-        The sums over the slice's chunks; without nodes if the slice is empty.
-
-    Raises:
-        DataError: the batches do not match the slice's chunks.
-        ModelError: the model has no parameters.
+    The batches have `part.samples` in the set's order, in batches of `CHUNK`; `samples` counts the whole forget set.
+    `loss_fn` returns the mean loss of a batch. The result has no nodes if the slice is empty. Raises DataError if the
+    batches do not match the slice's chunks.
     """
     sums, left = PartialSums(samples), list(part.chunks(samples))
 
@@ -342,16 +295,7 @@ def repeatable() -> Iterator[None]:
 
 
 def gathered(own: PartialSums, part: Slice, parameters: Sequence[tuple[str, nn.Parameter]]) -> PartialSums:
-    """Combine the sums of all processes: every rank sends its nodes in turn, and all add them in the same order.
-
-    Args:
-        own: sums of this process's slice.
-        part: the slice of this process.
-        parameters: names, shapes and device of the sums.
-
-    Returns:
-        The sums over all chunks.
-    """
+    """Combine the sums of all processes: every rank sends its nodes in turn, and all add them in the same order."""
     whole = PartialSums(own.samples)
     for source in range(part.count):
         for node in layout(own.samples, Slice(source, part.count)):

@@ -16,14 +16,10 @@ _DIGIT = 16  # bits; two passes for float32, and a histogram of 65,536 bins take
 
 
 def as_ordered(values: Tensor) -> Tensor:
-    """Return the magnitudes of a floating-point tensor as integers in the same order.
+    """Return the magnitudes of a floating-point tensor as flat integers in the same order.
 
-    Args:
-        values: floating point, any shape.
-
-    Returns:
-        Flat int32 (for float32 and narrower) or int64 (for float64) of the same number of elements. It shares the
-        memory of contiguous values without a sign: the scores of a large model are not copied.
+    They are int32 for float32 and narrower, int64 for float64. They share the memory of contiguous values without a
+    sign: the scores of a large model are not copied.
     """
     wide, integer = (torch.float64, torch.int64) if values.dtype == torch.float64 else (torch.float32, torch.int32)
     bits = values.detach().to(wide).flatten().view(integer)
@@ -33,14 +29,9 @@ def as_ordered(values: Tensor) -> Tensor:
 
 
 def kth_largest(ordered: Sequence[Tensor], k: int) -> tuple[int, int]:
-    """Find the k-th largest element of several integer tensors.
+    """Return (value, ties): the k-th largest of tensors from `as_ordered`, and how many of the k largest equal it.
 
-    Args:
-        ordered: flat tensors from `as_ordered`, all of one dtype.
-        k: from 1 to the number of elements.
-
-    Returns:
-        (value, ties): the k-th largest, and the number of elements equal to it among the k largest.
+    The tensors have one dtype, and k is from 1 to the number of elements.
     """
     candidates = [values for values in ordered if values.numel()]
     bits = 64 if candidates[0].dtype == torch.int64 else 32

@@ -55,13 +55,10 @@ class _Refresh:
 
 
 class Exporter(Collector):
-    """Refreshes a snapshot and serves it; if a refresh fails, the last snapshot stays.
+    """Refreshes a snapshot every `interval` seconds and serves it; if a refresh fails, the last snapshot stays.
 
-    Args:
-        take: takes a snapshot; every exception it raises counts as a failed refresh.
-        interval: seconds between two refreshes.
-        clock: returns Unix time in seconds.
-        timer: returns a time that never goes back, in seconds.
+    Every exception of `take` counts as a failed refresh. `clock` returns Unix time, and `timer` a monotonic time, in
+    seconds.
     """
 
     def __init__(
@@ -78,12 +75,7 @@ class Exporter(Collector):
         self.registry.register(self)
 
     def refresh(self) -> None:
-        """Take a snapshot and serve it from now on.
-
-        Raises:
-            Exception: taking it failed; the last snapshot stays.
-            UsageError: a metric is not in `SPECS`, or a label is outside its closed set.
-        """
+        """Take a snapshot and serve it from now on; if that raises, the last snapshot stays."""
         started = self._timer()
         snapshot = self._take()
         now, ended = self._clock(), self._timer()
@@ -204,18 +196,9 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def serving(exporter: Exporter, host: str = "127.0.0.1", port: int = PORT) -> Iterator[str]:
-    """Refresh and serve while the block runs.
+    """Refresh and serve while the block runs; yields the URL of the metrics.
 
-    Args:
-        exporter: what is served.
-        host: the address to listen on; `0.0.0.0` or `::` for all.
-        port: the port; 0 for a free one.
-
-    Yields:
-        The URL of the metrics.
-
-    Raises:
-        UsageError: the address or port cannot be used.
+    The host `0.0.0.0` or `::` listens on all addresses, and port 0 takes a free one.
     """
     try:
         server = _Server(host, port, _handler(exporter))

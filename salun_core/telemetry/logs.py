@@ -71,8 +71,7 @@ def is_denied(key: str) -> bool:
 def redact(value: Any) -> Any:  # noqa: ANN401 - any logged value
     """Return a copy of a value with denied keys and secrets in texts masked, at any depth.
 
-    Args:
-        value: text, number, mapping, sequence or any object; an object is replaced by its `repr`.
+    An object that is no text, number, mapping or sequence is replaced by its `repr`.
     """
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -96,16 +95,10 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 
 def configure_logging(json: bool | None = None, level: str = "info", libraries: bool = True) -> None:
-    """Set up the logs of this process.
+    """Set up the logs of this process; libraries log warnings and errors only.
 
-    Args:
-        json: write JSON lines, or readable ones; by default `SALUN_LOG` decides (`json` or `text`), and if it is not
-            set, readable lines are written to a terminal.
-        level: `debug`, `info`, `warning` or `error`; libraries log warnings and errors only.
-        libraries: also handle what libraries log; False leaves Python's own loggers as the program set them.
-
-    Raises:
-        UsageError: an unknown level.
+    `json` None lets `SALUN_LOG` decide (`json` or `text`); if it is not set, a terminal gets readable lines. With
+    `libraries` False, Python's own loggers stay as the program set them.
     """
     if level.lower() not in LEVELS:
         raise unknown_name("log level", level, LEVELS)
@@ -156,10 +149,8 @@ def described(error: BaseException) -> dict[str, str]:
 def run_bound(run_id: str | None) -> Iterator[None]:
     """Put a run's id on every line that is logged inside the block, also by libraries.
 
-    Threads started in the block do not inherit it; start them with `contextvars.copy_context`.
-
-    Args:
-        run_id: the id; if empty or None, the id of an outer block or of `SALUN_RUN_ID` stays.
+    Threads started in the block do not inherit it; start them with `contextvars.copy_context`. If the id is empty or
+    None, that of an outer block or of `SALUN_RUN_ID` stays.
     """
     with structlog.contextvars.bound_contextvars(**({"run": run_id} if run_id else {})):
         yield

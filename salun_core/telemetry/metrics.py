@@ -146,15 +146,9 @@ LABELS: dict[str, tuple[str, ...] | re.Pattern[str]] = {
 
 
 def check_metric(name: str, labels: Mapping[str, str], given_later: str = "") -> None:
-    """Refuse a metric that is not in `SPECS`, or that has other labels or values than its own.
+    """Raise UsageError for a metric that is not in `SPECS`, or that has other labels or values than its own.
 
-    Args:
-        name: of the metric.
-        labels: its labels and their values.
-        given_later: a label that is added when the metric is pushed.
-
-    Raises:
-        UsageError: it is not a metric of this project.
+    `given_later` is a label that is added when the metric is pushed.
     """
     if name not in SPECS:
         raise unknown_name("metric", name, SPECS)
@@ -166,11 +160,7 @@ def check_metric(name: str, labels: Mapping[str, str], given_later: str = "") ->
 
 
 def check_label(name: str, value: str) -> None:
-    """Refuse a label whose values could grow without bound.
-
-    Raises:
-        UsageError: the name is unknown, or the value is not in its closed set.
-    """
+    """Raise UsageError for an unknown label, or a value outside its closed set, which could grow without bound."""
     if name not in LABELS:
         raise unknown_name("metric label", name, LABELS)
     allowed = LABELS[name]

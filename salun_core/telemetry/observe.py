@@ -11,16 +11,7 @@ from salun_core.telemetry.push import StepMetrics
 
 @contextmanager
 def observed(step: str, model_line: str, run: str = "") -> Iterator[StepMetrics]:
-    """Observe one step.
-
-    Args:
-        step: its name.
-        model_line: the model line that it works on.
-        run: id of the run that it belongs to; every log line meanwhile carries it.
-
-    Yields:
-        The step's metrics, to record values in.
-    """
+    """Observe one step and yield its metrics, to record values in; its log lines carry the id of the run."""
     with run_bound(run or None):
         metrics, log = StepMetrics(), get_logger()
         log.info("step_started", step=step, model_line=model_line)

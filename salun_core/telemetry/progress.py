@@ -29,13 +29,9 @@ def shown_by(show: Show) -> Iterator[None]:
 
 
 def report(work: str, done: int, total: int, note: str = "") -> None:
-    """Report how far a work is; it has ended when all parts are done.
+    """Report how far a work, such as `images`, is; it has ended when all parts are done.
 
-    Args:
-        work: its name, such as `images`.
-        done: parts done.
-        total: parts in all.
-        note: what else is known, such as the loss.
+    `note` is what else is known, such as the loss.
     """
     show = _SHOW.get()
     if show is not None:
@@ -43,13 +39,7 @@ def report(work: str, done: int, total: int, note: str = "") -> None:
 
 
 def tracked(parts: Iterable[T], work: str, total: int) -> Iterator[T]:
-    """Yield the parts of a work and report each one that is done; a work that is given up has ended, too.
-
-    Args:
-        parts: what to yield.
-        work: its name.
-        total: number of parts.
-    """
+    """Yield the parts of a work and report each one that is done; a work that is given up has ended, too."""
     report(work, 0, total)
     try:
         for done, part in enumerate(parts, start=1):

@@ -19,11 +19,9 @@ PIPELINE = "salun-unlearning"  # of a step that runs outside of a pipeline
 
 
 class StepMetrics:
-    """Values of one short-lived step, pushed together at its end.
+    """Values of one short-lived step, pushed together at its end; its duration counts from construction.
 
-    Args:
-        clock: returns Unix time in seconds.
-        timer: returns a time that never goes back, in seconds; the step's duration counts from construction.
+    `clock` returns Unix time, and `timer` a monotonic time, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time, timer: Callable[[], float] = time.monotonic) -> None:
@@ -31,35 +29,20 @@ class StepMetrics:
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
 
     def record(self, name: str, value: float | None, **labels: str) -> None:
-        """Set a metric's value.
+        """Set a metric's value, in its unit; None, NaN and infinity are left out.
 
-        Args:
-            name: one of `SPECS`.
-            value: in the metric's unit; None, NaN and infinity are left out.
-            labels: all labels of the metric but `model_line`, which `push` adds.
-
-        Raises:
-            UsageError: an unknown name or label, a missing label, or a value outside its closed set.
+        `labels` are all labels of the metric but `model_line`, which `push` adds.
         """
         check_metric(name, labels, given_later="model_line")
         if value is not None and math.isfinite(value):
             self._values[name, tuple(sorted(labels.items()))] = float(value)
 
     def push(self, step: str, model_line: str, pipeline: str | None = None, succeeded: bool = True) -> bool:
-        """Push everything to the Pushgateway that `PUSHGATEWAY_URL` names.
+        """Push everything to the Pushgateway that `PUSHGATEWAY_URL` names, and return whether it took it.
 
         A success replaces the whole group {pipeline, step, model}. A failure replaces only what it measured, so that
-        the time of the last success stays.
-
-        Args:
-            step: name of the step.
-            model_line: name of the model line.
-            pipeline: name of the pipeline; by default `SALUN_PIPELINE`, which each compiled pipeline sets.
-            succeeded: whether the step succeeded.
-
-        Returns:
-            Whether the gateway took it; also False if no gateway is configured. It never raises, because metrics are
-            not worth failing a run for; a failure is logged as a warning.
+        the time of the last success stays. `pipeline` defaults to `SALUN_PIPELINE`, which each compiled pipeline sets.
+        It never raises, because metrics are not worth failing a run for; a failure is logged as a warning.
         """
         url = os.environ.get(URL_VARIABLE, "").strip()
         if not url:
