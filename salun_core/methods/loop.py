@@ -161,7 +161,7 @@ def run_loop(
 
     If the device has no room for a batch, its gradient is added up from halves of it, then from quarters, and so on:
     the same steps with other last bits, as with several processes. With `batch_norm: update`, each part is normalised
-    by its own statistics, and an attempt that failed has updated the running ones too. The records of the epochs tell
+    by its own statistics, and an attempt that failed has updated the running ones too. The records of the epochs have
     the number of parts.
 
     `steered` replaces `epochs` and `schedule` of the configuration. An epoch that is not kept, or that diverges, is

@@ -107,8 +107,8 @@ def unlearn(
 
     `forget` and `retain` have true labels, as `ImageSet.of` accepts them, and `config` may be what differs from the
     method's defaults. `held_out` are images that the model was not trained on, on which LoTUS and `salun_adaptive`
-    measure it. The test data must not be among them. Without them `salun_adaptive` holds back a part of D_r, which
-    tells it less. `fresh` builds a model from a seed, for `retrain`; by default the layers of `model` are reset. All
+    measure it. The test data must not be among them. Without them `salun_adaptive` holds back a part of D_r, which is
+    less informative. `fresh` builds a model from a seed, for `retrain`; by default the layers of `model` are reset. All
     processes of the `group` get the same model. With `sharding: fsdp` the first one gets it in main memory, and the
     others get it without weights.
     """
