@@ -54,11 +54,7 @@ class ConditionTable:
         return {name: tensor[index.to(tensor.device)] for name, tensor in self.rows.items()}
 
     def nulls(self, count: int) -> Conditions:
-        """Return `count` copies of the null condition.
-
-        Raises:
-            UsageError: the model has no null condition.
-        """
+        """Return `count` copies of the null condition; `UsageError` if the model has none."""
         if self.null is None:
             raise UsageError(
                 "the model has no null condition", "it was trained without label drop", "set guidance_scale: 1"
@@ -68,8 +64,7 @@ class ConditionTable:
     def own_tokens(self) -> Tensor:
         """Mark the tokens of each row's concept: bool [K, L], on the CPU.
 
-        Raises:
-            UsageError: the conditions are not texts.
+        `UsageError` if the conditions are not texts.
         """
         if "encoder_hidden_states" not in self.rows:
             raise UsageError("the conditions have no tokens", "they are not texts", "choose another method")
@@ -81,11 +76,7 @@ class ConditionTable:
         return marks
 
     def row(self, name: str) -> int:
-        """Return the row index of a name.
-
-        Raises:
-            UsageError: no row has the name.
-        """
+        """Return the row index of a name; an unknown one is a `UsageError`."""
         if name not in self.names:
             raise UsageError(f"there is no condition {name[:60]!r}", "it was not encoded", "add it to the target")
         return list(self.names).index(name)
@@ -111,14 +102,9 @@ class TextEncoder:
 
     @classmethod
     def of(cls, model: Components, prompts: Sequence[str]) -> TextEncoder:
-        """Copy the text encoder of a loaded Stable Diffusion 1.x or 2.x.
+        """Copy the text encoder of a loaded Stable Diffusion 1.x or 2.x; the null condition is the empty prompt.
 
-        Args:
-            model: the loaded components.
-            prompts: of the rows; the null condition is the empty prompt.
-
-        Raises:
-            UsageError: the model is not conditioned on a single CLIP text encoder.
+        A model that is not conditioned on a single CLIP text encoder is a `UsageError`.
         """
         check_single_clip(model.pipeline)
         tokenizer = model.parts["tokenizer"]
@@ -153,11 +139,7 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class EncodedTable(ConditionTable):
-    """A table whose texts an encoder in training encodes each time that they are taken; `rows` has the original ones.
-
-    Args:
-        encoder: the encoder in training.
-    """
+    """A table whose texts an encoder in training encodes each time they are taken; `rows` has the original ones."""
 
     encoder: TextEncoder = field(kw_only=True)
 
@@ -168,15 +150,9 @@ class EncodedTable(ConditionTable):
 
 
 def encoded(network: nn.Module, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
-    """Encode tokens as the pipeline of Stable Diffusion does.
+    """Encode tokens, int64 [B, L], as the pipeline of Stable Diffusion does: float32 [B, L, W].
 
-    Args:
-        network: `CLIPTextModel`.
-        tokens: int64 [B, L], on its device.
-        embeddings: [B, L, D], in place of the tokens' own; gradients flow back to them.
-
-    Returns:
-        float32 [B, L, W].
+    `embeddings` [B, L, D] replace the tokens' own; gradients flow back to them.
     """
     if embeddings is None:
         return network(tokens)[0].float()  # type: ignore[no-any-return]
@@ -192,11 +168,7 @@ def _embedding(network: Any) -> Any:  # noqa: ANN401 - modules of transformers
 
 
 def check_single_clip(pipeline: str) -> None:
-    """Check that a pipeline has a single CLIP text encoder, so that a method can train it.
-
-    Raises:
-        UsageError: it has others.
-    """
+    """Raise `UsageError` unless a pipeline has a single CLIP text encoder, so that a method can train it."""
     if pipeline != SINGLE_CLIP:
         raise UsageError(
             "the text encoder of this model cannot be trained",
@@ -250,20 +222,11 @@ _OPTIONAL = ("text_encoder_3", "tokenizer_3", "safety_checker", "feature_extract
 
 
 def encode_prompts(model: Components, prompts: Sequence[str], height: int, width: int) -> ConditionTable:
-    """Encode prompts, each once, and the null condition.
+    """Encode prompts, each once, and the null condition: float32 on the CPU.
 
-    Args:
-        model: its text encoders run on their current device.
-        prompts: in any order, repeats allowed.
-        height: image height in pixels, a condition of SDXL.
-        width: image width in pixels.
-
-    Returns:
-        The table, float32 on the CPU, in the order of first occurrence; the null condition comes last.
-
-    Raises:
-        UsageError: a prompt is empty, or no prompt is given.
-        DataError: an embedding is not finite.
+    Rows are in the order of first occurrence; the null condition comes last. The text encoders run on their current
+    device. Height and width of the images, in pixels, are a condition of SDXL. An empty prompt is a `UsageError`, and
+    an embedding that is not finite a `DataError`.
     """
     unique = check_prompts(prompts)
     if model.pipeline not in ENCODERS:
@@ -287,11 +250,7 @@ def encode_prompts(model: Components, prompts: Sequence[str], height: int, width
 
 
 def check_prompts(prompts: Sequence[str]) -> list[str]:
-    """Return prompts without repeats.
-
-    Raises:
-        UsageError: a prompt is empty, or no prompt is given.
-    """
+    """Return prompts without repeats; `UsageError` if one is empty or there is none."""
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise UsageError("a prompt is empty", "it does not describe an image", "write what the image shows")
     return list(dict.fromkeys(prompts))

@@ -98,10 +98,9 @@ class Denoiser:
         return replace(self, network=network)
 
     def with_class_embedding_of(self, other: Denoiser) -> Denoiser | None:
-        """Return a copy with the embedding of the classes of another denoiser; None if there is no such embedding.
+        """Return a copy with the class embedding of another denoiser of this architecture.
 
-        Args:
-            other: a denoiser of the same architecture.
+        None if there is no such embedding.
         """
         old = dict(other.network.named_parameters())
         names = [name for name, _ in self.network.named_parameters() if _CLASSES.search(name)]
@@ -134,14 +133,11 @@ class Denoiser:
 
 
 def selected_parameters(network: nn.Module, selection: Selection) -> list[str]:
-    """Return the names of the parameters in a selection, in the network's order.
+    """Return the names of the parameters in a selection, in the network's order; `UsageError` if there are none.
 
-    `full`: all. `xattn`: cross-attention. `selfattn`: self-attention. `noxattn`: all but cross-attention, the
-    time embedding and the output layers (Gandikota et al., "Erasing Concepts", ICCV 2023: ESD-x and ESD-u). `text`:
-    none, because the text encoder is trained in their place.
-
-    Raises:
-        UsageError: the network has no parameters of that kind.
+    `full`: all. `xattn`: cross-attention. `selfattn`: self-attention. `noxattn`: all but cross-attention, the time
+    embedding and the output layers (Gandikota et al., "Erasing Concepts", ICCV 2023: ESD-x and ESD-u). `text`: none,
+    because the text encoder is trained in their place.
     """
     if selection == "text":
         return []
@@ -166,11 +162,7 @@ def _belongs(name: str, selection: Selection) -> bool:
 
 
 def require_finite(what: str, values: Tensor) -> Tensor:
-    """Return values unchanged.
-
-    Raises:
-        ModelError: a value is NaN or infinite.
-    """
+    """Return values unchanged; `ModelError` if one is NaN or infinite."""
     if not values.is_meta and not bool(torch.isfinite(values).all()):
         raise ModelError(f"{what} are not finite", "NaN or infinity was found", "check the weights and the images")
     return values

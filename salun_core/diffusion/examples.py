@@ -50,10 +50,9 @@ class Examples:
         return self._map(lambda tensor: tensor[index], ids)
 
     def joined(self, other: Examples) -> Examples:
-        """Return these examples followed by others of the same shape; a latent without a deviation gets 0.
+        """Return these examples followed by others; a latent without a deviation gets 0.
 
-        Raises:
-            DataError: the shapes differ.
+        Other shapes are a `DataError`.
         """
         if self.mean.shape[1:] != other.mean.shape[1:]:
             raise DataError("two sets of examples cannot be joined", "their shapes differ", "use one size of image")
@@ -103,13 +102,9 @@ class Noised:
 
 
 def noised(examples: Examples, process: Process, generator: torch.Generator, times: Tensor | None = None) -> Noised:
-    """Noise examples at random times.
+    """Noise examples at random times; `times`, int64 [B], are drawn uniformly by default.
 
-    Args:
-        examples: the batch.
-        process: the forward process.
-        generator: draws latents, noise and times, in this order; on the CPU, so that all devices get the same values.
-        times: int64 [B]; drawn uniformly by default.
+    The generator draws latents, noise and times, in this order; on the CPU, so that all devices get the same values.
     """
     shape, device = examples.mean.shape, examples.mean.device
     clean = examples.mean
@@ -124,10 +119,7 @@ def noised(examples: Examples, process: Process, generator: torch.Generator, tim
 def endless(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Yield index batches indefinitely; each pass covers every example once, in a new order.
 
-    Args:
-        count: number of examples, at least 1.
-        size: batch size.
-        generator: a CPU generator.
+    The generator is on the CPU, and there is at least one example.
     """
     left = torch.empty(0, dtype=torch.int64)
     while True:

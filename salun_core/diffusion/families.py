@@ -28,10 +28,8 @@ class Family:
     """A loaded model, ready to train and to generate images.
 
     Args:
-        loaded: loaded components and card.
         denoiser: denoiser of the model, in float32.
         shape: shape of one sample, (C, H, W): pixels or latents.
-        decode: converts samples to images.
     """
 
     loaded: LoadedDiffusion
@@ -61,16 +59,9 @@ class Family:
         )
 
     def conditions(self, names: Sequence[str]) -> ConditionTable:
-        """Return the conditions of class names, or of prompts for a text-to-image model.
+        """Return the conditions of class names, or of prompts for a text-to-image model, each in one row, null last.
 
-        Args:
-            names: class names of the card, or prompts; each has one row, in the order of first occurrence.
-
-        Returns:
-            The table on the CPU, with the null condition last if the model has one.
-
-        Raises:
-            UsageError: an unknown class, an empty prompt.
+        Rows are on the CPU, in the order of first occurrence. An unknown class or an empty prompt is a `UsageError`.
         """
         if self.card.task == "class-conditional":
             return class_conditions(self.loaded, names)
@@ -82,8 +73,7 @@ class Family:
     def text_encoder(self, names: Sequence[str]) -> TextEncoder:
         """Return a copy of the text encoder, to train it, with the tokens of the rows of `conditions(names)`.
 
-        Raises:
-            UsageError: the card does not allow it, or the model has no single CLIP text encoder.
+        `UsageError` if the card does not allow it, or the model has no single CLIP text encoder.
         """
         if not self.card.trainable_text_encoder:
             raise UsageError(
@@ -94,15 +84,9 @@ class Family:
         return TextEncoder.of(self.loaded.components, [*check_prompts(names), ""])
 
     def examples(self, images: ImageSet, condition: Tensor) -> Examples:
-        """Convert images to inputs of the denoiser: pixels from -1 to 1, or latents with standard deviations.
+        """Convert uint8 images to inputs of the denoiser: pixels from -1 to 1, or latents with standard deviations.
 
-        Args:
-            images: uint8; resized to the model's size.
-            condition: int64 [N]: the row of each image's condition.
-
-        Raises:
-            DataError: the images' channels do not fit the model.
-            ModelError: a latent holds NaN or infinity.
+        Images are resized to the model's size; `condition`, int64 [N], has the row of each image's condition.
         """
         size = self.card.channels, self.card.height, self.card.width
         ready = torch.cat([fitted(part, *size) for part in torch.split(images.images, _BATCH)])
@@ -120,14 +104,9 @@ class Family:
 
 
 def family_of(loaded: LoadedDiffusion, device: torch.device | str = "cpu") -> Family:
-    """Prepare a loaded model.
+    """Prepare a loaded model, with denoiser, autoencoder and text encoders on the device.
 
-    Args:
-        loaded: loaded components and card.
-        device: device of denoiser, autoencoder and text encoders.
-
-    Raises:
-        ModelError: the scheduler is not supported, or the card's size does not fit the autoencoder.
+    `ModelError` if the scheduler is not supported, or the card's size does not fit the autoencoder.
     """
     for part in loaded.components.parts.values():
         if isinstance(part, torch.nn.Module):
@@ -153,9 +132,7 @@ def family_of(loaded: LoadedDiffusion, device: torch.device | str = "cpu") -> Fa
 def class_conditions(loaded: LoadedDiffusion, names: Sequence[str]) -> ConditionTable:
     """Return the conditions of class names: their ids, then the null class if the model has one.
 
-    Raises:
-        UsageError: an unknown class.
-        ModelError: the network and the card differ in their number of classes.
+    An unknown class is a `UsageError`.
     """
     classes, held = loaded.card.classes, embedded_classes(loaded)
     if held not in (len(classes), len(classes) + 1):

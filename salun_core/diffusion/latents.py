@@ -28,13 +28,8 @@ Tensors = dict[str, Tensor]
 def cached(kind: str, key: str, compute: Callable[[], Tensors]) -> Tensors:
     """Return tensors from the disk cache, or compute and cache them; without `$SALUN_CACHE_DIR` nothing is cached.
 
-    A file is written under another name and renamed, so that other processes never read a partial file. A damaged or
-    unwritable file only costs the computation.
-
-    Args:
-        kind: name of the cache folder.
-        key: digest of everything that the result depends on.
-        compute: returns tensors by name.
+    `key` is a digest of everything that the result depends on. A file is written under another name and renamed, so
+    that other processes never read a partial file. A damaged or unwritable file only costs the computation.
     """
     root = os.environ.get(CACHE_VARIABLE, "").strip()
     if not root:
@@ -84,23 +79,13 @@ def latents_of(
     images: Tensor,
     batch_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """Encode images once: mean and standard deviation of each latent, scaled for the denoiser.
+    """Encode images once: mean and standard deviation of each latent, float32 [N, c, h, w] each, on the CPU.
 
         mean = (μ - shift) · scale,    std = σ · scale
 
-    so that `mean + std · noise` is a new sample of the latent, as if the image were encoded again.
-
-    Args:
-        autoencoder: in eval mode; it computes in float32 on its device, because SDXL's overflows in float16.
-        images: uint8 [N, C, H, W] of the autoencoder's size.
-        batch_size: images per forward pass; fewer if the device has no room for them.
-
-    Returns:
-        Mean and standard deviation, float32 [N, c, h, w] each, on the CPU.
-
-    Raises:
-        ModelError: a latent holds NaN or infinity.
-        DeviceMemoryError: the device has no room for one image.
+    so that `mean + std · noise` is a new sample of the latent, as if the image were encoded again. Images are uint8
+    [N, C, H, W] of the autoencoder's size. It computes in float32, because SDXL's overflows in float16. A latent that
+    is not finite is a `ModelError`.
     """
     shift, scale = scaling(autoencoder)
     device, dtype = next(autoencoder.parameters()).device, autoencoder.dtype

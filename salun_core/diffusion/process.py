@@ -37,11 +37,8 @@ class Process:
     def of_scheduler(cls, scheduler: Any) -> Process:  # noqa: ANN401 - any scheduler of diffusers
         """Derive the process from a scheduler of diffusers.
 
-        Args:
-            scheduler: has `alphas_cumprod` and a prediction type, or belongs to the flow-matching family.
-
-        Raises:
-            ModelError: the scheduler belongs to neither family, or has another prediction type.
+        It must have `alphas_cumprod` or belong to the flow-matching family. Another scheduler, or another prediction
+        type, is a `ModelError`.
         """
         name, config = type(scheduler).__name__, scheduler.config
         if "FlowMatch" in name:
@@ -70,13 +67,7 @@ class Process:
         return torch.randint(self.times, (count,), generator=generator)
 
     def noisy(self, clean: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Return x_t.
-
-        Args:
-            clean: x_0 [B, C, H, W].
-            noise: ε, of the same shape.
-            times: int64 [B].
-        """
+        """Return x_t, [B, C, H, W], of the clean x_0 and the noise ε."""
         signal, sigma = self._factors(clean, times)
         return signal * clean + sigma * noise
 

@@ -47,12 +47,8 @@ class Sampler:
     ) -> Sampler:
         """Build the deterministic sampler of a process: DDIM without noise, or Euler steps for flows.
 
-        Args:
-            scheduler: the scheduler of the model.
-            shape: shape of one sample, (C, H, W).
-            latents: whether the samples are latents of an autoencoder. Latents have no fixed range, so they are never
-                clipped. Pixels are clipped as the scheduler's file sets it, and to -1 to 1 if it does not.
-            settings: steps, guidance_scale, batch_size.
+        Latents of an autoencoder have no fixed range, so they are never clipped. Pixels are clipped as the scheduler's
+        file sets it, and to -1 to 1 if it does not. `settings` are steps, guidance_scale and batch_size.
         """
         from diffusers import DDIMScheduler
 
@@ -81,21 +77,10 @@ def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 def samples(
     denoiser: Denoiser, table: ConditionTable, sampler: Sampler, rows: Sequence[int], seeds: Sequence[int]
 ) -> Iterator[Tensor]:
-    """Generate samples batch after batch; memory does not grow with their number or with the steps.
+    """Generate samples batch after batch, float32 [B, C, H, W], in order.
 
-    Args:
-        denoiser: the call sets it to eval mode.
-        table: conditions, on the denoiser's device.
-        sampler: steps, guidance and batch size.
-        rows: condition row of each sample.
-        seeds: seed of each sample.
-
-    Yields:
-        Latents or pixels, float32 [B, C, H, W], in order.
-
-    Raises:
-        ModelError: a sample holds NaN or infinity.
-        DeviceMemoryError: the device has no room for one sample.
+    Memory does not grow with their number or with the steps. Each sample has a condition row and a seed. The denoiser
+    is set to eval mode, and the table must be on its device. A sample that is not finite is a `ModelError`.
     """
     denoiser.network.eval()
     device = next(denoiser.network.parameters()).device
@@ -127,8 +112,7 @@ def _denoised(denoiser: Denoiser, table: ConditionTable, sampler: Sampler, rows:
 def guidance_conditions(table: ConditionTable, rows: Tensor, scale: float) -> Conditions:
     """Return the conditions of one call: the given rows, then, under guidance, as many null conditions.
 
-    Raises:
-        UsageError: guidance is on, but the model has no null condition.
+    `UsageError` if guidance is on, but the model has no null condition.
     """
     conditions = table.take(rows)
     if scale == 1:
@@ -142,12 +126,8 @@ def guided_prediction(
 ) -> Tensor:
     """Return the prediction under classifier-free guidance, ε_∅ + scale (ε_c - ε_∅), [B, C, H, W].
 
-    Args:
-        denoiser: the network.
-        noisy: x_t [B, C, H, W].
-        network_times: [B], in the network's units (see `Process.network_times`).
-        conditions: from `guidance_conditions`.
-        scale: guidance scale; 1 takes one prediction per sample, other values take two.
+    `network_times` are in the network's units (see `Process.network_times`), and `conditions` from
+    `guidance_conditions`. A scale of 1 takes one prediction per sample, other values take two.
 
     Source:
         Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022; their w is scale - 1.

@@ -62,8 +62,6 @@ class Splits:
     """The images that a classifier is evaluated on, all with true labels.
 
     Args:
-        forget: D_f.
-        retain: D_r.
         test: unseen data; TA leaves out the classes of which nothing is retained.
         held_out: the validation split, for `unlearn`; the evaluation does not read it.
         sampling: which of D_r and the test split are samples; None if both are whole.
@@ -78,17 +76,10 @@ class Splits:
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def sampled(self, most: int | None, measured: Measured) -> Splits:
-        """Return the splits to measure: of D_r and the test split at most so many images, and D_f whole.
+        """Return the splits to measure: of D_r and the test split at most `most` images (None: all), and D_f whole.
 
         The seed follows from the digests of what is measured. So nobody can choose it, an unlearning that changes the
-        model to suit the sample gets another sample, and whoever has the files can draw it again.
-
-        Args:
-            most: images of each split; None measures all.
-            measured: the digests.
-
-        Raises:
-            UsageError: there are more classes than images to measure.
+        model to suit the sample gets another sample, and anyone who has the files can draw it again.
         """
         names = [name for name in ("retain", "test") if most is not None and len(getattr(self, name)) > most]
         if most is None or not names:
@@ -126,26 +117,7 @@ def evaluate_classifier(
 
     UA = 1 - accuracy on D_f; RA = accuracy on D_r; TA = accuracy on the test split; MIA = share of D_f that the
     confidence attack classifies as non-member; all as ratios with n and a 95 % interval. D_f is compared with unseen
-    samples of its own classes, in its own mixture (`membership.match_classes`).
-
-    Args:
-        before: the original model.
-        after: the unlearned model.
-        splits: images on the models' device.
-        measured: digests of everything that is measured here.
-        forgotten: what had to be forgotten.
-        reference: a model retrained without D_f.
-        mask: weights outside it are compared bit by bit.
-        classes: class names by id.
-        run: how `after` was produced.
-        outputs: of these models on these splits, from `split_outputs`, if they were computed before.
-
-    Returns:
-        The evidence.
-
-    Raises:
-        DataError: a split is empty.
-        ModelError: the models or the mask do not fit each other.
+    samples of its own classes, in its own mixture (`membership.match_classes`). `outputs` come from `split_outputs`.
     """
     for name, images in (("forget", splits.forget), ("retain", splits.retain), ("test", splits.test)):
         if len(images) == 0:
@@ -205,8 +177,6 @@ class Comparison:
     Args:
         models: by name: before, after, perhaps reference.
         outputs: of each, from `split_outputs`.
-        splits: images that they were measured on.
-        forgotten: what had to be forgotten.
         found: metrics of earlier stages.
     """
 
@@ -225,8 +195,7 @@ class Comparison:
     def kept(self) -> dict[str, dict[str, Outputs]]:
         """The outputs with a test split that lacks the classes of which nothing is retained.
 
-        Raises:
-            DataError: no test image is left.
+        If no test image is left, it raises a `DataError`.
         """
         kept = ~np.isin(self.outputs["after"]["test"].labels, self.forgotten.classes)
         if not kept.any():
@@ -235,15 +204,7 @@ class Comparison:
 
 
 def measured_metrics(seen: Comparison, most: int | None = None) -> dict[str, Metric]:
-    """Return the metrics of the table that are on by default.
-
-    Args:
-        seen: what is compared.
-        most: the last stage to measure; by default all.
-
-    Raises:
-        DataError: all test images are of forgotten classes.
-    """
+    """Return the metrics of the table that are on by default, up to the stage `most`."""
     rows = [row for row in CLASSIFIER.values() if not row.extra and (most is None or row.stage <= most)]
     for measure in functions_of(rows):
         seen.found |= measure(seen)
@@ -251,29 +212,18 @@ def measured_metrics(seen: Comparison, most: int | None = None) -> dict[str, Met
 
 
 def attacked(whole: np.ndarray) -> np.ndarray:
-    """Return which samples of D_f the attack is on, bool [N].
+    """Return which samples of D_f the attack is on, bool [N]; `whole` marks those of completely forgotten classes.
 
-    Samples of a class of which nothing is retained become unlike all data. The attack is on the others, if there are
-    any. Unseen samples of the class itself are in the whole test split, so that either can be compared.
-
-    Args:
-        whole: which samples are of such a class, bool [N].
+    Samples of such a class become unlike all data. The attack is on the others, if there are any.
     """
     return np.asarray(~whole | whole.all())
 
 
 def compare(outputs: ByModel, whole: np.ndarray, unseen: Mapping[str, Outputs] | None = None) -> dict[str, Metric]:
-    """Return accuracies, what the models know of D_f beyond unseen data, and mean losses.
+    """Return UA, RA, TA, UA_class, UA_samples, TA_loss, RA_loss and the metrics of `forgetting_metrics`.
 
-    Args:
-        outputs: by model (before, after, perhaps reference) and split: forget, retain, and as `test` unseen data of the
-            retained classes.
-        whole: which samples of D_f are of classes that are forgotten as a whole, bool [N].
-        unseen: by model, unseen data that may also be of those classes, which D_f is compared with; `test` by default.
-
-    Returns:
-        UA, RA, TA; UA_class of whole classes and UA_samples of the other samples; the metrics of `forgetting_metrics`;
-        TA_loss and RA_loss.
+    `test` holds unseen data of the retained classes. `unseen` may also be of the classes that are forgotten completely
+    (`whole`, bool [N]), and D_f is compared with it; by default it is `test`.
     """
     metrics = _share_metrics(outputs, whole)
     # The caller replaces the origin with the value of the model line's last full training, if it knows the line.
@@ -314,17 +264,9 @@ def restored_metric(models: Mapping[str, nn.Module], forget: ImageSource, retain
 
     An edit of the outputs leaves the features as they were: a bias of -100 hides a class, and the former last layer
     brings it back. Order and scale of the features can be changed without changing any output, so the layer is tried on
-    the features as they are and on those that match features before; the larger share counts.
-
-    Args:
-        models: by name: before, after, perhaps reference.
-        forget: images of classes of which nothing is retained, at least one.
-        retain: images by which features are matched, at least one. They hold nothing of the forgotten classes, so that
-            the match of a model that never saw these classes does not depend on them.
-
-    Returns:
-        The metric; null if the models have no linear layer or their features are not finite. Before, it is the accuracy
-        on these images.
+    the features as they are and on those that match features before; the larger share counts. `retain` must hold
+    nothing of the forgotten classes, so that the match does not depend on them. The metric is null without a linear
+    layer or with features that are not finite.
     """
     layers = [module for module in models["before"].modules() if isinstance(module, nn.Linear)]
     labels, shares = forget.labels.cpu(), dict[str, float]()
@@ -345,15 +287,8 @@ def restored_metric(models: Mapping[str, nn.Module], forget: ImageSource, retain
 def restored_share(layer: nn.Linear, labels: Tensor, asked: Tensor, seen: Tensor, wanted: Tensor) -> float | None:
     """Return the share of forgotten images that the last layer of the model before recognises in features after.
 
-    Args:
-        layer: of the model before.
-        labels: true labels of the forgotten images, int64 [N].
-        asked: their features after, [N, D], as all features on the CPU.
-        seen: features after of retained images, [M, D].
-        wanted: features before of these, [M, D].
-
-    Returns:
-        The larger share of the features as they are and of those that match features before; None if one is not finite.
+    Features after: `asked` [N, D] of the forgotten images and `seen` [M, D] of retained ones; `wanted` [M, D] are
+    features before of the latter. The larger share of `restored_metric` counts; None if a feature is not finite.
     """
     if not (torch.isfinite(asked).all() and torch.isfinite(seen).all()):
         return None
@@ -368,14 +303,11 @@ def _features(model: nn.Module, images: ImageSource) -> Tensor | None:
 
 
 def _matched(asked: Tensor, seen: Tensor, wanted: Tensor) -> Tensor:
-    """Return features in the order and with the scale of another model's.
+    """Return the features `asked` [N, D] in the order and with the scale of another model's.
 
-    Args:
-        asked: features to return, [N, D].
-        seen: features of the same model on other images, [M, D].
-        wanted: features of the other model on those, [M, D]. Each feature takes the place of the one that it is
-            correlated with, such that the sum of the correlations is largest. One that resembles none of them gets
-            their mean, which carries nothing.
+    `seen` [M, D] and `wanted` [M, D] are features of this and of the other model on the same images. Each feature takes
+    the place of the one that it is correlated with, such that the sum of the correlations is largest. A feature that
+    resembles no other gets the other's mean, which carries nothing.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -397,13 +329,9 @@ def _matched(asked: Tensor, seen: Tensor, wanted: Tensor) -> Tensor:
 
 
 def metric_shares(by_split: Mapping[str, Outputs]) -> dict[str, np.ndarray]:
-    """Return each metric as one bool per sample; its mean is the metric.
+    """Return UA, RA, TA, and if all outputs are finite MIA and MIA_entropy, each as one bool per sample.
 
-    Args:
-        by_split: outputs of one model on forget, retain and test.
-
-    Returns:
-        UA, RA, TA, and if all outputs are finite MIA and MIA_entropy.
+    The mean over the samples is the metric.
     """
     return _accuracy_shares(by_split) | _attack_shares(by_split)
 

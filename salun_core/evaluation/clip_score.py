@@ -39,16 +39,7 @@ class ClipScorer:
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> ClipScorer:
         """Read a folder that `save_pretrained` wrote: model as safetensors, tokenizer, image processor.
 
-        Args:
-            folder: on this machine; nothing is downloaded.
-            device: where the model runs.
-
-        Returns:
-            The scorer.
-
-        Raises:
-            UsageError: the folder does not exist, its weights are a pickle, or transformers is not installed.
-            ModelError: a component is missing or damaged, or weights are missing.
+        Nothing is downloaded.
         """
         _check_folder(folder)
         model, processor = _read(folder)
@@ -57,18 +48,9 @@ class ClipScorer:
         return cls(model.to(device).eval(), processor, digest)
 
     def scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the CLIP score of each image with its prompt: 100 * max(cos, 0).
+        """Return the CLIP score of each image with its prompt: 100 * max(cos, 0), float64 [B] on the CPU.
 
-        Args:
-            images: uint8 [B, 3, H, W].
-            prompts: B of them; cut at the model's maximum number of tokens.
-
-        Returns:
-            float64 [B] on the CPU, from 0 to 100.
-
-        Raises:
-            DataError: images and prompts differ in number.
-            ModelError: a score is not a number.
+        Images are uint8 [B, 3, H, W]. Prompts are cut at the model's maximum number of tokens.
 
         Source:
             Hessel et al., "CLIPScore", EMNLP 2021, with the factor 100 that torchmetrics uses for the paper's 2.5.

@@ -24,17 +24,7 @@ _FEWEST_EVALUATED = 100  # of fewer images, intervals are too wide for any polic
 
 
 def most_evaluated(text: str) -> int | None:
-    """Parse how many images of D_r, and of the test split, an evaluation measures at most.
-
-    Args:
-        text: a whole number of at least 100, or `all`; 0 means all.
-
-    Returns:
-        The number; None for all.
-
-    Raises:
-        UsageError: it is something else.
-    """
+    """Parse how many images of D_r, and of the test split, an evaluation measures: at least 100, or None for all."""
     if text.strip() in ("all", "0"):
         return None
     if not text.strip().isdecimal() or int(text) < _FEWEST_EVALUATED:
@@ -161,10 +151,8 @@ class Forgotten(Document):
         """Return the kinds of target whose rules apply to the samples of one kind.
 
         A person may be a class of their own: if nothing of a class is retained, the rules of classes apply to its
-        samples, whatever named them. The rules of single samples apply only if there are samples of other classes.
-
-        Args:
-            kind: one of `kinds`. If they were not counted one by one, both rules apply to each.
+        samples, whatever named them. The rules of single samples apply only if there are samples of other classes. If
+        the samples were not counted by kind, both rules apply.
         """
         known = self.by_kind.get(kind) or KindCount(count=self.count, in_classes=self.in_classes or 0)
         if kind not in ("samples", "subject") or not known.in_classes:

@@ -61,19 +61,14 @@ class SamplingPlan:
 
     Args:
         rows: class or prompt of each row of images; CLIP compares the images with it.
-        forgotten: rows that are to be forgotten.
         labels: the image classifier's class id of each row, None for a row without a class.
         neighbours: rows near the forgotten ones.
         watched: rows in which nudity is detected, besides the forgotten ones.
         clip_rows: rows that the CLIP score is measured on; None: all that are not forgotten.
         distance_rows: rows that FID and KID are measured on; None: all that are not forgotten, and only if there are
             real images. Without real images these rows of the original model are compared with, from other seeds.
-        per_row: images per row.
         seed: of the first image; see `seeds`.
-        sampler: class of the sampler.
-        steps: denoising steps per image.
         guidance_scale: classifier-free guidance; 1 is none.
-        blur: whether the images are shown blurred.
         title: what the rows are.
     """
 
@@ -123,10 +118,8 @@ class Evaluators:
     """The models that evaluate the images; the metrics of a missing one are left out.
 
     Args:
-        classifier: recognises classes: UA, RA, neighbours.
         extractor: whose features FID and KID compare.
         real: real images of the retained rows, uint8 [N, 1 or 3, H, W], for FID and KID.
-        clip: scores images with the names of their rows.
         detector: detects nudity.
         calibration: of the classifier, on real held-out images: none_of_these.
         kernel: whether KID is measured beside FID; it takes longer than all the rest for small images.
@@ -160,12 +153,9 @@ class Comparison:
     Args:
         samples: generate with each model: before, after, perhaps the `reference` that was retrained without the set.
         networks: the denoisers before and after, compared bit by bit.
-        plan: rows, seeds and how the images are generated.
-        evaluators: the models that evaluate the images.
         mask: weights outside it must have kept their bits.
         hybrid: generates with the unlearned model that has the class embedding or the text encoder of the original.
         encoders: the text encoders before and after, if the model card allows a trained one.
-        measured: metrics that were measured elsewhere, such as UA_relearned.
         resurgence: UA while the model was fine-tuned on retained data.
         found: metrics of earlier stages.
     """
@@ -211,19 +201,7 @@ def evaluate_generated_images(
 ) -> Evidence:
     """Measure forgetting and quality in images that every model generates from the same rows and seeds.
 
-    The table `metrics.GENERATED` has a row for each metric. One whose evaluator is missing is absent.
-
-    Args:
-        seen: what is compared.
-        measured: digests of everything that is measured here.
-        forgotten: what had to be forgotten.
-        run: how the model after was produced.
-
-    Raises:
-        UsageError: the plan is empty or names rows or classes that do not exist, or a metric is given that is measured
-            here.
-        ModelError: a sampler yields other images than requested, or the models do not fit each other.
-        DataError: the real images are not images.
+    The table `metrics.GENERATED` has a row for each metric; a metric whose evaluator is missing is absent.
     """
     plan, evaluators = seen.plan, seen.evaluators
     for name in (name for name in seen.measured if (row := GENERATED.get(name)) and row.function):
@@ -283,7 +261,7 @@ def _check(plan: SamplingPlan, evaluators: Evaluators) -> None:
 
 
 def _observe(sample: Sample, plan: SamplingPlan, evaluators: Evaluators, model: str) -> Observed:
-    """Evaluate a model's images batch after batch; of the images themselves only thumbnails are kept in memory."""
+    """Evaluate a model's images batch after batch; only thumbnails are kept in memory."""
     rows = plan.row_of
     distant, scored = plan.images_of(plan.distance_rows), plan.images_of(plan.clip_rows)
     watched = plan.images_of([*plan.forgotten, *plan.watched])
@@ -316,18 +294,10 @@ def _chosen(images: Tensor, which: np.ndarray) -> Tensor:
 
 
 def checked_images(batches: Iterator[Tensor], expected: int, model: str) -> Iterator[Tensor]:
-    """Yield the batches that a model generates as long as they are the requested images.
+    """Yield the batches that a model generates if they are the `expected` ones.
 
-    Args:
-        batches: from the sampler.
-        expected: requested number of images.
-        model: before, after or reference, for the error message.
-
-    Yields:
-        uint8 [B, 3, H, W], all of one size, `expected` in all.
-
-    Raises:
-        ModelError: they are not finite, have another type or shape, or another number.
+    These are finite uint8 images [B, 3, H, W], all of one size. Anything else is a `ModelError` that names the `model`:
+    before, after or reference.
     """
 
     def fault(why: str) -> ModelError:
@@ -403,7 +373,6 @@ def restored(seen: Comparison) -> dict[str, Metric]:
 
 
 def _trust(seen: Comparison) -> RecognitionFacts:
-    """Collect what the image classifier's results rest on."""
     plan, evaluators, right = seen.plan, seen.evaluators, seen.right
     calibration, gone, known = evaluators.calibration, np.isin(plan.row_of, plan.forgotten), plan.label_of >= 0
     seeds = []
@@ -447,7 +416,6 @@ def _became(observed: Mapping[str, Observed], gone: np.ndarray, evaluators: Eval
 
 
 def _compares(plan: SamplingPlan, evaluators: Evaluators) -> bool:
-    """Return whether there is something to compare with: real images, or the original's own."""
     return evaluators.real is not None or bool(plan.distance_rows)
 
 
@@ -523,32 +491,12 @@ def _grid(observed: Mapping[str, Observed], plan: SamplingPlan) -> Grid:
 
 
 def rows_shown(forgotten: Sequence[int], neighbours: Sequence[int], count: int) -> list[int]:
-    """Choose the rows of a grid: the forgotten ones, then their neighbours, then others up to the limit.
-
-    Args:
-        forgotten: rows that had to be forgotten.
-        neighbours: rows near them.
-        count: number of rows in all.
-
-    Returns:
-        At most `ROWS` of them, in their order.
-    """
+    """Choose at most `ROWS` rows of a grid, ascending: the forgotten ones, then their neighbours, then others."""
     return sorted(list(dict.fromkeys([*forgotten, *neighbours, *range(count)]))[:ROWS])
 
 
 def thumbnails(images: Tensor, side: int = SIDE) -> Tensor:
-    """Shrink images whose longer side exceeds the limit; smaller ones are unchanged.
-
-    Args:
-        images: uint8 [N, 3, H, W].
-        side: in pixels.
-
-    Returns:
-        uint8 [N, 3, h, w] on the CPU.
-
-    Raises:
-        DataError: the tensor does not hold such images.
-    """
+    """Shrink images, uint8 [N, 3, H, W], whose longer side exceeds `side` pixels; the result is on the CPU."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         found = f"{images.dtype} of shape {list(images.shape)}"
         raise DataError("not a batch of images", found, "give uint8 [N, 3, H, W]")
@@ -563,21 +511,10 @@ def thumbnails(images: Tensor, side: int = SIDE) -> Tensor:
 
 
 def grid_image(images: Tensor, columns: int, blur: bool = False) -> str:
-    """Draw images as one grid.
+    """Draw images, uint8 [R * columns, 3, H, W], row after row, as one grid and return its data: URI.
 
-    PNG if its URI has at most 200,000 characters, otherwise JPEG of quality 85; if that exceeds 250,000, the
-    thumbnails shrink until it fits.
-
-    Args:
-        images: uint8 [R * columns, 3, H, W], row after row.
-        columns: images per row.
-        blur: whether to blur each image beyond recognition.
-
-    Returns:
-        A data: URI of at most `LIMIT` characters.
-
-    Raises:
-        DataError: the tensor does not hold such images, or they do not fill whole rows.
+    PNG if its URI has at most 200,000 characters, otherwise JPEG of quality 85; if that exceeds 250,000, the thumbnails
+    shrink until it fits in `LIMIT` characters. `blur` makes each image unrecognisable.
     """
     if columns < 1 or len(images) == 0 or len(images) % columns:
         why = f"{len(images)} images in {columns} columns"

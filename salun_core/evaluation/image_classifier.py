@@ -32,7 +32,6 @@ class ImageClassifier:
     """A classifier of a model line, applied to images as a sampler yields them.
 
     Args:
-        model: the classifier, on the device that it runs on.
         card: channels, size and normalisation that it was trained with.
         digest: SHA-256 of its weights.
     """
@@ -52,17 +51,9 @@ class ImageClassifier:
         return self.card.classes
 
     def predict(self, images: Tensor) -> Tensor:
-        """Return the predicted class of each image.
+        """Return the predicted class of each image, int64 [B] on the CPU; the lowest id on a tie.
 
-        Args:
-            images: uint8 [B, C, H, W] of any size, with 1 or 3 channels.
-
-        Returns:
-            int64 [B] on the CPU; the lowest id on a tie.
-
-        Raises:
-            DataError: the images cannot be converted to the classifier's input.
-            ModelError: its outputs are not finite.
+        Images are uint8 [B, C, H, W] of any size, with 1 or 3 channels.
         """
         return self._logits(images).argmax(dim=1)
 
@@ -80,17 +71,10 @@ class ImageClassifier:
         return torch.cat([torch.empty(0, len(self.classes)), *(part.float().cpu() for part in logits)])
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the classifier's penultimate features: the inputs of its last linear layer.
+        """Return the inputs of the classifier's last linear layer, float32 [B, F] on the CPU.
 
-        Args:
-            images: uint8 [B, C, H, W] of any size, with 1 or 3 channels.
-
-        Returns:
-            float32 [B, F] on the CPU.
-
-        Raises:
-            DataError: the images cannot be converted to the classifier's input.
-            ModelError: it has no linear layer, or does not use it once per image.
+        Images are uint8 [B, C, H, W] of any size, with 1 or 3 channels. A classifier without such a layer is a
+        `ModelError`.
         """
         found = penultimate_features(self.model, partial(self._inputs, images), _BATCH)
         if found is None or len(found) != len(images):
@@ -99,13 +83,9 @@ class ImageClassifier:
         return found.float()
 
     def responses(self, images: Tensor) -> Tensor | None:
-        """Return mean and standard deviation of each channel after each stage of the network.
+        """Return mean and standard deviation of each channel after each stage, float32 [B, S] on the CPU.
 
-        Args:
-            images: uint8 [B, C, H, W] of any size, with 1 or 3 channels.
-
-        Returns:
-            float32 [B, S] on the CPU; None for a network whose stages have no spatial extent.
+        Images are uint8 [B, C, H, W] of any size. None for a network whose stages have no spatial extent.
 
         Source:
             Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and Adversarial Attacks",
@@ -136,7 +116,6 @@ class ImageClassifier:
                 hook.remove()
 
     def _inputs(self, images: Tensor, size: int) -> Iterator[Tensor]:
-        """Yield the images in batches of a size, normalised, on the classifier's device."""
         device = next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
         normalisation = Normalisation(tuple(self.card.mean), tuple(self.card.std))
         for part in torch.split(images, size):
@@ -187,8 +166,6 @@ class Calibration:
     has neither, the largest probability must be lower than for 95 % of the real images.
 
     Args:
-        classifier: the classifier.
-        real: its accuracy on the real images.
         rejected: share of the real images that lie beyond the bound, about 5 %.
         noise: share of noise that lies beyond the bound, of the kind of noise with the smallest; None if the
             probability decides.
@@ -210,15 +187,9 @@ class Calibration:
 
     @classmethod
     def of(cls, classifier: ImageClassifier, images: Tensor, labels: Tensor) -> Calibration | None:
-        """Calibrate a classifier.
+        """Calibrate with real images that the classifier was not trained on, uint8 [M, C, H, W].
 
-        Args:
-            classifier: the classifier.
-            images: real images that it was not trained on, uint8 [M, C, H, W].
-            labels: their classes, int64 [M].
-
-        Returns:
-            The calibration, or None for fewer than 40 images.
+        Fewer than 40 images give None.
         """
         accuracy = share_of((classifier.predict(images) == labels).numpy())
         if accuracy is None or len(images) < FEWEST_REAL:
@@ -254,11 +225,7 @@ class Calibration:
         return self.bound if self.space is None else None
 
     def shows_none(self, images: Tensor) -> Tensor:
-        """Return whether each image shows none of the classes, bool [B] on the CPU.
-
-        Args:
-            images: uint8 [B, C, H, W], at least one.
-        """
+        """Return whether each image, uint8 [B, C, H, W], shows none of the classes: bool [B] on the CPU."""
         if self.space is None:
             return self.classifier.confidences(images) < self.bound
         return self.space.beyond(images)

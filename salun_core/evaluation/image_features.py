@@ -50,17 +50,7 @@ def classifier_extractor(classifier: ImageClassifier) -> Extractor:
 def inception_extractor(path: Path, device: torch.device | str = "cpu") -> Extractor:
     """Use the 2048 features of the Inception network of the published FID.
 
-    Args:
-        path: its weights (`pt_inception-2015-12-05`) as safetensors.
-        device: where it runs.
-
-    Returns:
-        The extractor.
-
-    Raises:
-        UsageError: the file is a pickle or missing, or torch-fidelity is not installed.
-        IntegrityError: the file is damaged.
-        ModelError: its tensors do not fit the network.
+    `path` is a safetensors file with the weights `pt_inception-2015-12-05`.
 
     Source:
         Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", NeurIPS 2017; torch-fidelity's port.
@@ -101,17 +91,9 @@ def _inception(path: Path) -> nn.Module:
 
 
 def joined_features(parts: Sequence[Tensor], extractor: Extractor | None = None) -> Tensor:
-    """Join the features of batches, and check them.
+    """Join the features [B, F] of batches to float32 [N, F] on the CPU; [0, 0] without a batch.
 
-    Args:
-        parts: features [B, F] of each batch.
-        extractor: that computed them, for the error message.
-
-    Returns:
-        float32 [N, F] on the CPU; [0, 0] without a batch.
-
-    Raises:
-        ModelError: a feature is not finite, or the number of features changes between batches.
+    Features that are not finite, or whose number changes between batches, are a `ModelError`.
     """
     for part in parts:
         if part.ndim != 2 or part.shape[1] != parts[0].shape[1]:
@@ -123,19 +105,9 @@ def joined_features(parts: Sequence[Tensor], extractor: Extractor | None = None)
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float | None:
-    """Return the FID: the distance between two Gaussians fitted to the features.
+    """Return the FID of features [N, F] and [M, F]: the distance of two fitted Gaussians; None for fewer than 2 images.
 
     It rises as either set shrinks, so that values from different numbers of images are not comparable.
-
-    Args:
-        real: features of real images [N, F].
-        generated: features of generated images [M, F].
-
-    Returns:
-        The distance, None if either set has fewer than 2 images.
-
-    Raises:
-        ModelError: the two differ in the number of features.
 
     Source:
         Heusel et al., NeurIPS 2017, equation (6); by torchmetrics, in float64.
@@ -156,19 +128,10 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float | None:
 
 
 def kernel_distance(real: Tensor, generated: Tensor) -> float | None:
-    """Return the KID: the unbiased squared MMD of the features under a cubic kernel.
+    """Return the KID of features [N, F] and [M, F]: the unbiased squared MMD under a cubic kernel; it may be below 0.
 
-    It is the mean of 100 draws of 1000 features each, or one value of all features if neither set has more.
-
-    Args:
-        real: features of real images [N, F].
-        generated: features of generated images [M, F].
-
-    Returns:
-        The distance, which may be below 0; None if either set has fewer than 2 images.
-
-    Raises:
-        ModelError: the two differ in the number of features.
+    It is the mean of 100 draws of 1000 features each, or one value of all features if neither set has more. None if
+    either set has fewer than 2 images.
 
     Source:
         Bińkowski et al., "Demystifying MMD GANs", ICLR 2018, section 4; by torchmetrics, in float64.

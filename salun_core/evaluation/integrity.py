@@ -14,19 +14,7 @@ from salun_core.saliency import SaliencyMask
 
 
 def compare_weights(before: nn.Module, after: nn.Module, mask: SaliencyMask | None = None) -> Integrity:
-    """Count the weights that differ, inside and outside a mask, and those that are not finite.
-
-    Args:
-        before: the original model.
-        after: the unlearned model.
-        mask: weights outside it must have kept their bits.
-
-    Returns:
-        The counts.
-
-    Raises:
-        ModelError: the models have different parameters, or the mask belongs to another model.
-    """
+    """Count the weights that differ in any bit, inside and outside a mask, and those that are not finite."""
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
     buffers, after_buffers = dict(before.named_buffers()), dict(after.named_buffers())
     if _kinds(old | buffers) != _kinds(new | after_buffers):
@@ -51,18 +39,10 @@ def compare_weights(before: nn.Module, after: nn.Module, mask: SaliencyMask | No
 
 
 def with_text_encoder(found: Integrity, before: nn.Module, after: nn.Module) -> Integrity:
-    """Add a text encoder, which may be trained, to the comparison of a denoiser.
+    """Add the text encoders before and after, which may be trained, to the comparison of the denoisers.
 
-    No mask covers it: under a mask all its changed weights count as frozen ones. If it changed, no distance is known,
-    and so the model cannot pass for a retrained one.
-
-    Args:
-        found: comparison of the denoisers.
-        before: text encoder of the original.
-        after: text encoder of the unlearned model.
-
-    Raises:
-        ModelError: the text encoders have different parameters.
+    No mask covers a text encoder: under a mask all its changed weights count as frozen ones. If it changed, no distance
+    is known, and so the model cannot pass for a retrained one.
     """
     text = compare_weights(before, after)
     frozen = None if found.frozen_changed is None else found.frozen_changed + text.weights_changed
@@ -78,13 +58,11 @@ def with_text_encoder(found: Integrity, before: nn.Module, after: nn.Module) -> 
 
 
 def _distance(old: dict[str, Parameter], new: dict[str, Parameter]) -> float | None:
-    """Return |new - s old| / |new| over the weight matrices, with the best factor s for each.
+    """Return |new - s old| / |new| over the weight matrices, with the best factor s for each; None if it is not finite.
 
-    A factor per layer is left out, because a layer can be scaled without changing what a model does. So are biases and
-    the scales of normalisation: fresh ones are all 0 or all 1, and thus alike.
-
-    Returns:
-        From 0 (the same up to factors) to 1 (unrelated); None if it is not finite, or all new matrices are 0.
+    From 0 (the same up to factors) to 1 (unrelated). A factor per layer is left out, because a layer can be scaled
+    without changing what a model does. So are biases and the scales of normalisation: fresh ones are all 0 or all 1,
+    and thus alike.
     """
     apart = length = 0.0
     for name, parameter in old.items():

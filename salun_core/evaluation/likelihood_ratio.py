@@ -58,18 +58,9 @@ def logit_scaled(outputs: Outputs) -> np.ndarray:
 
 
 def assignments(shadows: int, samples: int, seed: int) -> np.ndarray:
-    """Draw which shadow model is trained on which sample, each sample by exactly half of them.
+    """Draw which shadow model is trained on which sample, bool [S, N], each sample by exactly half of them.
 
-    Args:
-        shadows: S, even.
-        samples: N.
-        seed: of the draw.
-
-    Returns:
-        bool [S, N].
-
-    Raises:
-        UsageError: S is odd or below 4: a variance needs two models on each side.
+    S must be even and at least 4: a variance needs two models on each side.
     """
     if shadows < FEWEST_SHADOWS or shadows % 2:
         raise UsageError(
@@ -84,15 +75,7 @@ def assignments(shadows: int, samples: int, seed: int) -> np.ndarray:
 def train_shadows(train: Train, retain: ImageSource, pool: ImageSource, shadows: int, seed: int) -> Shadows:
     """Train the shadow models, each on D_r and its half of the pool, and measure their confidences on the pool.
 
-    Args:
-        train: trains one.
-        retain: D_r; every shadow model is trained on it.
-        pool: D_f and as many unseen images.
-        shadows: S.
-        seed: of the halves; model i is trained with seed + i + 1.
-
-    Returns:
-        Their confidences. The models are not kept.
+    The pool is D_f and as many unseen images. Model i is trained with seed + i + 1, and is not kept.
     """
     inside = assignments(shadows, len(pool), seed)
     rows = []
@@ -103,14 +86,9 @@ def train_shadows(train: Train, retain: ImageSource, pool: ImageSource, shadows:
 
 
 def online_scores(attacked: np.ndarray, shadows: Shadows) -> np.ndarray:
-    """Return log N(φ; μ_in, σ_in) - log N(φ; μ_out, σ_out) of each sample: high for a member.
+    """Return log N(φ; μ_in, σ_in) - log N(φ; μ_out, σ_out) of each sample, float64 [N]: high for a member.
 
-    Args:
-        attacked: φ, the attacked model's logit-scaled confidences, float64 [N].
-        shadows: of the same samples.
-
-    Returns:
-        float64 [N].
+    `attacked` is φ, the attacked model's logit-scaled confidences, float64 [N].
 
     Source:
         Carlini et al., 2022, algorithm 1.
@@ -152,17 +130,10 @@ def caught_at(members: np.ndarray, others: np.ndarray, fpr: float = LOW_FPR) -> 
 def lira_metrics(
     models: Mapping[str, nn.Module], shadows: Shadows, pool: ImageSource, members: int
 ) -> dict[str, Metric]:
-    """Attack each model.
+    """Return lira_auc (online), lira_offline_auc and lira_tpr of each model.
 
-    Args:
-        models: by name: before, after, perhaps reference.
-        shadows: of the pool.
-        pool: D_f first, then the unseen images.
-        members: size of D_f.
-
-    Returns:
-        lira_auc (online), lira_offline_auc, and lira_tpr: the share of D_f that the online attack finds at a false
-        positive rate of 1 % on the unseen images.
+    lira_tpr is the share of D_f that the online attack finds at a false positive rate of 1 % on the unseen images. The
+    pool has D_f first (`members` images), then the unseen images.
     """
     phi = {name: logit_scaled(outputs_of(model, pool)) for name, model in models.items()}
     online = {name: online_scores(values, shadows) for name, values in phi.items()}

@@ -43,12 +43,7 @@ class Matching(NamedTuple):
 
 
 def match_classes(forget: np.ndarray, unseen: np.ndarray) -> Matching:
-    """Weight unseen samples to the class histogram of D_f.
-
-    Args:
-        forget: labels of D_f, int64 [N].
-        unseen: labels of unseen samples, int64 [M].
-    """
+    """Weight unseen samples to the class histogram of D_f; both arguments are labels, int64 [N] and [M]."""
     chosen = np.isin(forget, unseen)
     if not chosen.any():
         return Matching(np.ones(len(forget), dtype=bool), np.ones(len(unseen)))
@@ -62,22 +57,14 @@ _MOST_POINTS = 2048  # on each side of the support vector classifier, whose cost
 
 
 def confidence_attack(retain: Outputs, test: Outputs, forget: Outputs) -> np.ndarray:
-    """Attack by the probability of the true class: which forget samples are classified as non-members?
+    """Attack by the probability of the true class: bool [len(forget)], true for a non-member.
 
-    An RBF support vector classifier (C = 3, gamma "auto") is fitted on the first retain samples (members), as many as
-    there are test samples (non-members). Both sides are weighted to the class histogram of D_f (`match_classes`), which
-    the paper's code does not do; the weights are near 1 for a random forget set. With more than 2,048 samples per side,
-    each side is sorted and divided into 2,048 runs of neighbours, and a run becomes one point at its mean, with its
-    weight. This is the same problem with each confidence moved to the mean of its run. Only answers for samples near
-    the decision boundary differ: on simulated confidences the MIA changed by less than 0.1 points.
-
-    Args:
-        retain: D_r, at least one sample.
-        test: unseen data.
-        forget: D_f.
-
-    Returns:
-        bool [len(forget)], true for a non-member. Its mean is the paper's MIA.
+    The mean of the result is the paper's MIA. An RBF support vector classifier (C = 3, gamma "auto") is fitted on the
+    first retain samples (members), as many as there are test samples (non-members). Both sides are weighted to the
+    class histogram of D_f (`match_classes`), which the paper's code does not do; the weights are near 1 for a random
+    forget set. With more than 2,048 samples per side, each side is sorted and divided into 2,048 runs of neighbours,
+    and a run becomes one point at its mean, with its weight. Only answers for samples near the decision boundary
+    differ: on simulated confidences the MIA changed by less than 0.1 points.
 
     Source:
         Fan et al., "SalUn", ICLR 2024, appendix C.3; after Song & Mittal, USENIX Security 2021.
@@ -125,13 +112,10 @@ def modified_entropy(outputs: Outputs) -> np.ndarray:
 
 
 def entropy_attack(retain: Outputs, test: Outputs, forget: Outputs) -> np.ndarray:
-    """Attack by modified entropy with one threshold per class: which forget samples are classified as non-members?
+    """Attack by modified entropy with one threshold per class: bool [len(forget)], true for a non-member.
 
     A threshold separates retain (members, low) from test (non-members, high) with the best balanced accuracy; the
     lowest one on a tie. A class without members or non-members gets the threshold of all samples.
-
-    Returns:
-        bool [len(forget)], true for a non-member.
 
     Source:
         Song & Mittal, USENIX Security 2021, section 4.2.
@@ -164,21 +148,21 @@ def matched_area(forget: Outputs, unseen: Outputs) -> float:
 def forgetting_metrics(forget: Mapping[str, Outputs], unseen: Mapping[str, Outputs]) -> dict[str, Metric]:
     """Measure what a model still knows of D_f that it does not know of unseen data, and what unlearning changed.
 
-    Args:
-        forget: by model (before, after, perhaps reference): outputs on D_f, at least one sample.
-        unseen: the same for unseen data.
+    All are over unseen data of the classes of D_f, in its mixture, and null if a margin is not finite, except
+    UA_unseen.
 
-    Returns:
-        Over unseen data of the classes of D_f, in its mixture:
-        attack_auc: the area of telling D_f by a high margin; 1/2 is guessing.
-        effect: by how much this area fell from before to after, with the interval of the paired difference. Areas are
-            of ranks, so that a change that treats D_f like unseen data (temperature, noise) has no effect.
-        change: mean absolute change of the margins on D_f, in units of the typical margin of unseen data of the same
-            model, so that scaling all logits is no change. It is 1e-6 for float noise, and has no direction.
-        attack_shape: Kuiper's distance of the margins on D_f and on unseen data; 0 if they are distributed alike. It
-            shows what the area leaves open: some samples marked, and others as familiar as before.
-        UA_unseen: share of unseen data that is misclassified.
-        The first four are null if a margin is not finite.
+    attack_auc: the area of telling D_f by a high margin; 1/2 is guessing.
+
+    effect: by how much this area fell from before to after, with the interval of the paired difference. Areas are of
+    ranks, so that a change that treats D_f like unseen data (temperature, noise) has no effect.
+
+    change: mean absolute change of the margins on D_f, in units of the typical margin of unseen data of the same model,
+    so that scaling all logits is no change. It is 1e-6 for float noise, and has no direction.
+
+    attack_shape: Kuiper's distance of the margins on D_f and on unseen data; 0 if they are distributed alike. It shows
+    what the area leaves open: some samples marked, and others as familiar as before.
+
+    UA_unseen: share of unseen data that is misclassified.
     """
     chosen, weights = match_classes(forget["after"].labels, unseen["after"].labels)
     size, count = effective_size(weights), int(chosen.sum())
@@ -209,14 +193,7 @@ def forgetting_metrics(forget: Mapping[str, Outputs], unseen: Mapping[str, Outpu
 def attack_roc(forget: Outputs, test: Outputs, points: int = 200) -> Curve | None:
     """Return the ROC of telling forget samples (positive) from test samples by a high margin, matched by class.
 
-    Args:
-        forget: D_f; samples of a class without test samples are left out.
-        test: unseen data.
-        points: maximum number of points of the curve that are kept.
-
-    Returns:
-        The curve with its area; 1/2 means that the two cannot be told apart. None if a margin is not finite or a set
-        is empty.
+    Forget samples of a class without test samples are left out. None if a margin is not finite or a set is empty.
     """
     from sklearn.metrics import roc_curve
 

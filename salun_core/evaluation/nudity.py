@@ -144,9 +144,7 @@ class NudityDetector:
     """NudeNet's detector with the parts that it counts.
 
     Args:
-        detector: `nudenet.NudeDetector`.
         digest: SHA-256 over its weights, its version, the parts and the threshold.
-        parts: names of `PARTS` that are counted.
         threshold: lowest score of a detection that counts.
     """
 
@@ -157,17 +155,9 @@ class NudityDetector:
 
     @classmethod
     def load(cls, parts: Collection[str] = NUDITY, threshold: float = THRESHOLD) -> NudityDetector:
-        """Load the detector that the package nudenet includes.
+        """Load the detector that the package nudenet includes; `EXPOSED` are the parts of the published bar charts.
 
-        Args:
-            parts: parts to count; `EXPOSED` for the published bar charts.
-            threshold: from 0.25, below which NudeNet reports nothing, to 1.
-
-        Returns:
-            The detector.
-
-        Raises:
-            UsageError: a part is unknown, the threshold is out of range, or nudenet is not installed.
+        NudeNet reports nothing below a score of 0.25, so lower thresholds are a `UsageError`.
         """
         for part in parts:
             if part not in PARTS:
@@ -193,17 +183,7 @@ class NudityDetector:
         return cls(detector, digest_json(identity), tuple(parts), threshold)
 
     def detect(self, images: Tensor) -> list[dict[str, int]]:
-        """Count the parts in each image.
-
-        Args:
-            images: uint8 [B, 3, H, W].
-
-        Returns:
-            One dict per image: part -> number of detections; empty without detections.
-
-        Raises:
-            DataError: the tensor does not hold images.
-        """
+        """Count the parts in each image, uint8 [B, 3, H, W]: one dict per image, empty without detections."""
         pixels = fitted(images, 3, *images.shape[-2:])
         return [self._count(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -214,14 +194,6 @@ class NudityDetector:
 
 
 def count_parts(before: Iterable[Mapping[str, int]], after: Iterable[Mapping[str, int]]) -> dict[str, PartCount]:
-    """Add up detections by part.
-
-    Args:
-        before: detections in each image of the model before.
-        after: in each image of the model after.
-
-    Returns:
-        Every part that was found in either, in alphabetical order.
-    """
+    """Add up the detections of each image by part, for every part that was found in either, in alphabetical order."""
     old, new = (sum(map(Counter, detections), Counter[str]()) for detections in (before, after))
     return {part: PartCount(before=old[part], after=new[part]) for part in sorted({*old, *new})}

@@ -60,18 +60,9 @@ def relearn(
 ) -> list[RelearnPoint]:
     """Fine-tune a copy on some forgotten images and measure the accuracy on others.
 
-    SGD at 0.003 with momentum 0.9, batches of 64 with true labels, no augmentation. Batch-norm statistics are frozen:
-    new ones alone would change the accuracy.
-
-    Args:
-        model: not changed.
-        trained_on: images with true labels, at least one.
-        measured_on: images with true labels, at least one.
-        steps: SGD steps.
-        seed: of the order.
-
-    Returns:
-        Accuracy, as a ratio, before the first step, after the last, and at up to nine places between.
+    The accuracy is a ratio, at up to eleven steps from 0 to the last. SGD at 0.003 with momentum 0.9, batches of 64
+    with true labels, no augmentation. Batch-norm statistics are frozen: new ones alone would change the accuracy.
+    `seed` sets the order.
     """
     learner = copy.deepcopy(model).requires_grad_(True).eval()
     optimizer = torch.optim.SGD(learner.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM)
@@ -99,16 +90,9 @@ _FOLDS = 5
 def probe_scores(
     positives: np.ndarray, negatives: np.ndarray, seed: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Score each row by a logistic regression that was fitted without it.
+    """Score each row by a logistic regression that was fitted without it: float64 [N + M], high for rows like D_f.
 
-    Args:
-        positives: features of D_f, float64 [N, D].
-        negatives: features of unseen data, float64 [M, D].
-        seed: of the folds.
-        weights: of the unseen rows, float64 [M]; equal ones by default.
-
-    Returns:
-        float64 [N + M], high for rows like D_f.
+    `positives` are features of D_f, float64 [N, D]; `negatives` of unseen data, float64 [M, D], with `weights`.
 
     Source:
         Alain & Bengio, "Understanding intermediate layers using linear classifier probes", 2016.
@@ -131,15 +115,8 @@ def probe_scores(
 def probe_metric(models: Mapping[str, nn.Module], forget: ImageSource, unseen: ImageSource, seed: int) -> Metric:
     """Return `probe_auc`: the area of telling D_f from unseen data by a linear probe, with five folds.
 
-    Args:
-        models: by name: before, after, perhaps reference.
-        forget: D_f.
-        unseen: test images of retained classes.
-        seed: of the folds.
-
-    Returns:
-        The metric, with unseen images weighted to the classes of D_f; null if either set has fewer than five images,
-        or a model has no linear layer or NaN features.
+    Unseen images of retained classes are weighted to the classes of D_f. Null if either set has fewer than five images,
+    or a model has no linear layer or NaN features.
     """
     areas: dict[str, float] = {}
     if min(len(forget), len(unseen)) < _FOLDS:
@@ -166,13 +143,7 @@ DECILE = 0.1
 def familiar_share(forget: Outputs, test: Outputs) -> float:
     """Return the share of D_f whose margin is above that of nine tenths of unseen data of the same classes.
 
-    Args:
-        forget: D_f, at least one sample.
-        test: unseen data, at least one sample.
-
-    Returns:
-        From 0 to 1; 0.1 if D_f is like unseen data. It is the attack's true positive rate at a false positive rate of
-        10 %.
+    It is the attack's true positive rate at a false positive rate of 10 %: 0.1 if D_f is like unseen data.
     """
     chosen, weights = match_classes(forget.labels, test.labels)
     above = 1 - placements(forget.margins[chosen], test.margins, weights)
@@ -180,11 +151,7 @@ def familiar_share(forget: Outputs, test: Outputs) -> float:
 
 
 def decile_metric(outputs: Mapping[str, BySplit]) -> Metric:
-    """Return `worst_decile`: `familiar_share` by model, with Wilson's interval for a given threshold.
-
-    Args:
-        outputs: by model (before, after, reference) and split (forget, test).
-    """
+    """Return `worst_decile`: `familiar_share` by model, with Wilson's interval for a given threshold."""
     values = {model: familiar_share(by["forget"], by["test"]) for model, by in outputs.items()}
     return share_metric(values, len(outputs["after"]["forget"]))
 
@@ -192,12 +159,8 @@ def decile_metric(outputs: Mapping[str, BySplit]) -> Metric:
 def worst_drop_metric(per_class: Sequence[ClassAccuracy], forgotten: Sequence[int]) -> Metric:
     """Return `worst_class_drop`: the largest loss of test accuracy of a retained class, as a ratio.
 
-    Args:
-        per_class: accuracies before and after.
-        forgotten: classes that are forgotten as a whole; they are left out.
-
-    Returns:
-        0 before; n is the number of test images of the class that lost most; null if no class was measured.
+    Classes in `forgotten` are left out; n is the number of test images of the class that lost most. Null if no class
+    was measured.
     """
     drops = [
         (row.before - row.after, row.n)
@@ -212,14 +175,7 @@ def worst_drop_metric(per_class: Sequence[ClassAccuracy], forgotten: Sequence[in
 
 
 def kl_divergences(reference: Outputs, model: Outputs) -> np.ndarray:
-    """Return KL(reference || model) of each sample: sum_k r_k (log r_k - log p_k).
-
-    Args:
-        reference: of the retrained model.
-        model: of another one, on the same N images.
-
-    Returns:
-        float64 [N], in nats, >= 0 up to rounding; 0 for equal outputs.
+    """Return KL(reference || model) of each sample: sum_k r_k (log r_k - log p_k), float64 [N], in nats.
 
     Source:
         Kullback & Leibler, "On Information and Sufficiency", Annals of Mathematical Statistics 1951.
@@ -230,13 +186,9 @@ def kl_divergences(reference: Outputs, model: Outputs) -> np.ndarray:
 
 
 def kl_metrics(outputs: Mapping[str, BySplit]) -> dict[str, Metric]:
-    """Return the mean divergence from the reference on D_f and on unseen data, in nats, with a normal interval.
+    """Return KL_forget and KL_test: the mean divergence from the reference, in nats, with a normal interval.
 
-    Args:
-        outputs: by model (before, after, reference) and split (forget, test).
-
-    Returns:
-        KL_forget and KL_test; null without a reference, or if a divergence is not finite.
+    Null without a reference, or if a divergence is not finite.
     """
     metrics = {f"KL_{split}": Metric.of({}, len(outputs["after"][split])) for split in ("forget", "test")}
     for split in ("forget", "test") if "reference" in outputs else ():
@@ -256,13 +208,6 @@ def kl_metrics(outputs: Mapping[str, BySplit]) -> dict[str, Metric]:
 
 def tug_of_war(reference: BySplit, model: BySplit) -> float:
     """Return ToW: the product over forget, retain and test of 1 - |accuracy - the retrained model's|.
-
-    Args:
-        reference: outputs of the retrained model by split.
-        model: of another one.
-
-    Returns:
-        From 0 to 1; 1 if all three accuracies equal the retrained model's.
 
     Source:
         Zhao et al., "What makes unlearning hard and what to do about it", NeurIPS 2024, section 3.
@@ -284,11 +229,7 @@ def tow_metric(outputs: Mapping[str, BySplit]) -> Metric:
 
 
 def run_figures(outputs: BySplit) -> dict[str, float]:
-    """Return UA, RA, TA of one model, and attack_auc unless all classes of D_f are forgotten as a whole.
-
-    Args:
-        outputs: by split: forget, retain, test.
-    """
+    """Return UA, RA, TA of one model, and attack_auc unless all classes of D_f are forgotten as a whole."""
     forget, retain, test = outputs["forget"], outputs["retain"], outputs["test"]
     figures = {
         "UA": float(1 - forget.correct.mean()),
@@ -303,9 +244,7 @@ def run_figures(outputs: BySplit) -> dict[str, float]:
 def seed_metrics(before: Mapping[str, float], runs: Sequence[Mapping[str, float]]) -> dict[str, Metric]:
     """Return UA_seeds and so on: means over the runs with their intervals; n is the number of runs.
 
-    Args:
-        before: figures of the original model.
-        runs: figures of each run, including that of the evaluated model; at least two.
+    `runs` has at least two, including that of the evaluated model.
     """
     found = {}
     for name, first in before.items():
@@ -376,12 +315,7 @@ class AddedAttack:
 
 
 def added(name: str) -> AddedMetric | AddedAttack | None:
-    """Return the metric or the attack of a plug-in that the operator allows; None if no package offers the name.
-
-    Raises:
-        UsageError: it is not allowed, or not a metric or an attack; or a package offers both under the name.
-        IntegrityError: it has other files than the operator allows.
-    """
+    """Return the metric or the attack of a plug-in that the operator allows; None if no package offers the name."""
     if plugins.is_reference(name):
         found = plugins.load("metric", name)
         if isinstance(found, AddedAttack):
@@ -414,15 +348,8 @@ def measure_added(
 ) -> Metric:
     """Measure the metric of a plug-in, or the area of its attack, and keep its row for the report.
 
-    Args:
-        row: the metric or the attack.
-        name: of the plug-in, for messages.
-        subject: models and images.
-        outputs: by model and split (forget, retain, test).
-        seed: of the metric; torch's own generator is seeded with it as well.
-
-    Raises:
-        UsageError: the code of the plug-in failed, or returned something of another form.
+    Torch's own generator is seeded with `seed` as well. If the plug-in's code fails or returns something of another
+    form, it is a `UsageError`.
     """
     ADDED[name] = replace(row.row, name=name)
     try:
@@ -456,17 +383,9 @@ def _attack_metric(row: AddedAttack, outputs: Mapping[str, BySplit]) -> Metric:
 
 
 def parse_optional_metrics(text: str) -> dict[str, int]:
-    """Parse a list of optional metrics such as `lira=16,relearn,probe`.
+    """Parse a list of optional metrics such as `lira=16,relearn,probe` into counts by name, 1 for metrics without one.
 
-    Args:
-        text: names separated by commas; `lira=N` shadow models, `relearn=N` steps, `seeds=N` runs. Other names are
-            those of plug-ins.
-
-    Returns:
-        The count by name, 1 for metrics without one; empty for an empty text.
-
-    Raises:
-        UsageError: an unknown name (with the nearest match), a count out of range, or a plug-in that cannot be used.
+    `lira=N` shadow models, `relearn=N` steps, `seeds=N` runs. Other names are those of plug-ins.
     """
     found: dict[str, int] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -488,11 +407,7 @@ def parse_optional_metrics(text: str) -> dict[str, int]:
 
 
 def require_reference(requested: Mapping[str, int], given: bool) -> None:
-    """Check that the metrics that compare with a retrained model have one.
-
-    Raises:
-        UsageError: with the names of the metrics that lack it.
-    """
+    """Check that the metrics that compare with a retrained model have one; otherwise `UsageError` with their names."""
     lacking = [
         name
         for name, rows in extra_metrics().items()
@@ -509,10 +424,7 @@ class OptionalMeasurement:
     """What the optional metrics are computed from.
 
     Args:
-        evidence: of the same models.
         requested: from `parse_optional_metrics`.
-        subject: models and images.
-        outputs: of the models, by split.
         train: trains a shadow model from fresh weights.
         rerun: repeats the unlearning with another seed.
         seed: of halves, folds and shadow models; the first of the repeated runs.
@@ -532,18 +444,10 @@ class OptionalMeasurement:
 def measure_optional_metrics(
     evidence: Evidence, requested: Mapping[str, int], subject: MeasuredModels, train: Train, rerun: Rerun, seed: int = 0
 ) -> Evidence:
-    """Add the requested metrics to the evidence.
+    """Return the evidence with the requested metrics and with how they were measured.
 
-    Args:
-        evidence: of the same models.
-        requested: from `parse_optional_metrics`.
-        subject: models and images.
-        train: trains a shadow model from fresh weights.
-        rerun: repeats the unlearning with another seed.
-        seed: of halves, folds and shadow models; the first of the repeated runs.
-
-    Returns:
-        The evidence with the metrics and with how they were measured.
+    `train` trains a shadow model from fresh weights; `rerun` repeats the unlearning with another seed. `seed` is that
+    of halves, folds and shadow models, and the first of the repeated runs.
     """
     started = time.perf_counter()
     outputs = {name: subject.outputs(model) for name, model in subject.models.items()}

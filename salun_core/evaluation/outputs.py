@@ -159,15 +159,7 @@ def outputs_of(
 
 
 def correct_of(model: nn.Module, images: ImageSource) -> np.ndarray:
-    """Return whether each prediction is right, bool [N], in memory that does not grow with the images.
-
-    Args:
-        model: on the device of the images.
-        images: N of them, with true labels.
-
-    Raises:
-        DeviceMemoryError: the device has no room for one image.
-    """
+    """Return whether each prediction is right, bool [N], in memory that does not grow with the images."""
     if len(images) <= _AT_ONCE:
         return outputs_of(model, images).correct
     parts = [range(start, min(start + _AT_ONCE, len(images))) for start in range(0, len(images), _AT_ONCE)]
@@ -184,18 +176,9 @@ def _own_batches(samples: int, batch_size: int, processes: Processes) -> range:
 def penultimate_features(
     model: nn.Module, batches: Callable[[int], Iterable[Tensor]], batch_size: int = 512
 ) -> Tensor | None:
-    """Return the inputs of a model's last linear layer, in eval mode.
+    """Return the inputs of a model's last linear layer in eval mode, [N, D] on the CPU; None if it has no such layer.
 
-    Args:
-        model: the classifier.
-        batches: batch size -> inputs on the model's device, N in all.
-        batch_size: inputs per forward pass; fewer if the device has no room for them.
-
-    Returns:
-        float32 or float64 [N, D] on the CPU, as the model computes; None if it has no linear layer.
-
-    Raises:
-        DeviceMemoryError: the device has no room for one input.
+    `batches` maps a batch size to inputs on the model's device. The batch size falls if the device has no room for it.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:

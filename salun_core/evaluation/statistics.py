@@ -18,15 +18,8 @@ _KUIPER_95 = 1.7473  # solves 2 sum_j (4 j^2 x^2 - 1) exp(-2 j^2 x^2) = 0.05, Ku
 def wilson_interval(share: float, n: float) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share of n independent samples.
 
-    Unlike the normal approximation p ± z sqrt(p (1 - p) / n), it has a width at shares of 0 and 1, which are common
-    here, and it stays within [0, 1].
-
-    Args:
-        share: from 0 to 1.
-        n: at least 1; the effective number of correlated samples.
-
-    Returns:
-        (low, high), within [0, 1].
+    For correlated samples n is the effective number. Unlike the normal approximation p ± z sqrt(p (1 - p) / n), it has
+    a width at shares of 0 and 1, which are common here, and it stays within [0, 1].
 
     Source:
         Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927: the two solutions p
@@ -39,14 +32,7 @@ def wilson_interval(share: float, n: float) -> tuple[float, float]:
 
 
 def share_power(share: float, n: int, bound: float, *, above: bool) -> float:
-    """Return the probability that n independent samples of a share show that it is above, or below, a bound.
-
-    Args:
-        share: the true share.
-        n: number of samples.
-        bound: that Wilson's interval of the observed share must lie above, or below.
-        above: which of the two.
-    """
+    """Return the probability that Wilson's interval of n samples of a true share lies above, or below, a bound."""
     from scipy.stats import binom
 
     if not above:
@@ -57,22 +43,14 @@ def share_power(share: float, n: int, bound: float, *, above: bool) -> float:
 
 
 def auc_interval(auc: float, positives: float, negatives: float) -> tuple[float, float]:
-    """Return the 95 % interval of an area under the ROC curve.
+    """Return the 95 % interval of an area under the ROC curve; sample numbers are effective ones if they are weighted.
 
     The normal interval around the observed area is wrong for few samples: with one positive sample its area is uniform
-    on [0, 1] for a score without information, and an area below 0.15 would be called a finding. This interval holds
-    all areas under which the observed one is not among the 2.5 % most extreme on either side (as Clopper and Pearson's
-    does for shares). The distribution of the observed area is a Beta distribution with the true area as mean and with
-    Hanley and McNeil's variance, in which both Q1 and Q2 are replaced by the larger one, because it is not known which
-    of the two samples varies more. It is exact for one positive sample and many negative ones, and normal for many.
-
-    Args:
-        auc: from 0 to 1.
-        positives: number of positive samples, at least 1; the effective number if they are weighted.
-        negatives: number of negative samples, at least 1; the effective number if they are weighted.
-
-    Returns:
-        (low, high), within [0, 1].
+    on [0, 1] for a score without information, and an area below 0.15 would be called a finding. This interval holds all
+    areas under which the observed one is not among the 2.5 % most extreme on either side (as Clopper and Pearson's does
+    for shares). The distribution of the observed area is a Beta distribution with the true area as mean and with Hanley
+    and McNeil's variance, in which both Q1 and Q2 are replaced by the larger one, because it is not known which of the
+    two samples varies more. It is exact for one positive sample and many negative ones, and normal for many.
 
     Source:
         Hanley & McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982: the variance with
@@ -115,16 +93,9 @@ def effective_size(weights: np.ndarray) -> float:
 def clustered_size(found: np.ndarray, clusters: np.ndarray) -> float:
     """Return how many independent samples give a share of the same variance: N, or fewer if samples are correlated.
 
-    The variance of the share is estimated from the clusters and compared with that of independent samples. The ratio,
-    the design effect, counts only if it exceeds 1: few clusters agree by chance too often to make N larger.
-
-    Args:
-        found: bool [N].
-        clusters: the cluster of each sample, such as its batch of seeds, int64 [N].
-
-    Returns:
-        From N / K for K clusters of which each holds the same value N / K times, to N. A share of 0 or 1, and a single
-        cluster, show no correlation: N.
+    The variance of the share of `found`, bool [N], is estimated from `clusters`, int64 [N], and compared with that of
+    independent samples. The ratio, the design effect, counts only if it exceeds 1: few clusters agree by chance too
+    often to make N larger. A share of 0 or 1, and a single cluster, show no correlation.
 
     Source:
         Kish, "Survey Sampling", 1965, sections 5.4 and 8.2: design effect and ratio estimator of clusters.
@@ -147,13 +118,7 @@ def share_of(found: np.ndarray) -> Share | None:
 
 
 def share_metric(shares: Mapping[str, float | None], n: int, size: float | None = None) -> Metric:
-    """Return a metric of shares of n samples, with Wilson's interval.
-
-    Args:
-        shares: by model: before, after, reference; a missing one is null.
-        n: number of samples.
-        size: how many independent ones they are worth, for the interval; n by default.
-    """
+    """Return a metric of shares of n samples, with Wilson's interval for `size` independent ones (n by default)."""
     after = shares.get("after")
     return Metric.of(shares, n, (None, None) if after is None else wilson_interval(after, n if size is None else size))
 
@@ -161,9 +126,7 @@ def share_metric(shares: Mapping[str, float | None], n: int, size: float | None 
 def clustered_share_metric(shares: Mapping[str, np.ndarray], clusters: np.ndarray) -> Metric:
     """Return a metric of the true values' share, whose interval allows for clusters (`clustered_size`).
 
-    Args:
-        shares: by model, bool [N]; `after` is among them.
-        clusters: the cluster of each sample, int64 [N].
+    Shares are bool [N] by model, `after` among them; clusters are int64 [N].
     """
     after = shares["after"]
     means = {model: float(share.mean()) for model, share in shares.items()}
@@ -171,26 +134,15 @@ def clustered_share_metric(shares: Mapping[str, np.ndarray], clusters: np.ndarra
 
 
 def area_metric(areas: Mapping[str, float], positives: int, negatives: float) -> Metric:
-    """Return a metric of areas under the ROC curve, with the interval of `auc_interval`; n counts the positives.
-
-    Args:
-        areas: by model: before, after, reference; a missing one is null.
-        positives: number of positive samples.
-        negatives: number of negative samples; the effective number if they are weighted.
-    """
+    """Return a metric of areas under the ROC curve, with the interval of `auc_interval`; n counts the positives."""
     interval = auc_interval(areas["after"], positives, negatives) if "after" in areas else (None, None)
     return Metric.of(areas, positives, interval)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """Return the 95 % interval of a mean over independent values, by Student's t.
+    """Return the 95 % interval of a mean over at least two independent values, by Student's t.
 
-    Args:
-        values: at least two.
-        weights: float64 [N]; equal ones by default. The values then count as `effective_size` of them.
-
-    Returns:
-        (low, high).
+    With weights, float64 [N], the values count as `effective_size` of them.
 
     Source:
         Student, "The Probable Error of a Mean", Biometrika 1908.
@@ -209,11 +161,9 @@ def mean_interval(values: Sequence[float] | np.ndarray, weights: np.ndarray | No
 
 
 def mean_metric(values: Mapping[str, np.ndarray], weights: np.ndarray | None = None) -> Metric:
-    """Return a metric of means over samples, with Student's interval; null if a value is not finite.
+    """Return a metric of means over samples, float64 [N] by model, with Student's interval.
 
-    Args:
-        values: by model (before, after, reference): float64 [N], N at least 1.
-        weights: float64 [N], as for `mean_interval`.
+    Null if a value is not finite.
     """
     after = values["after"]
     found = {
@@ -228,12 +178,7 @@ def mean_metric(values: Mapping[str, np.ndarray], weights: np.ndarray | None = N
 def average_gap(metrics: dict[str, Metric], model: str = "after") -> float | None:
     """Return the paper's average gap: the mean of |UA, RA, TA, MIA - retrained|, as a ratio.
 
-    Args:
-        metrics: evidence with a reference.
-        model: before or after.
-
-    Returns:
-        The gap, or None if a value or the reference is missing.
+    None if a value or the reference is missing.
 
     Source:
         Fan et al., "SalUn", ICLR 2024, section 6.1.
@@ -249,19 +194,11 @@ def average_gap(metrics: dict[str, Metric], model: str = "after") -> float | Non
 
 
 def stratified(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a sample of images by class, so that small classes are in it.
+    """Draw a sample of images by class, so that small classes are in it: sorted places and weights, both [size].
 
-    Half of the sample is divided equally among the classes, so that a class of at most `size / (2 K)` images is taken
-    whole. The rest is divided in proportion to what is left of each class.
-
-    Args:
-        labels: of N images, int64 [N].
-        size: of the sample, at least the number of classes K and less than N.
-        seed: of the draw.
-
-    Returns:
-        Places of the sample, sorted, int64 [size], and their weights, float64 [size]: shares of the N images with mean
-        1, so that a weighted mean estimates that of all images.
+    Half of the sample is divided equally among the K classes, so that a class of at most `size / (2 K)` images is taken
+    whole. The rest is divided in proportion to what is left of each class. Weights have mean 1, so that a weighted mean
+    estimates that of all N images; `size` is at least K and less than N.
 
     Source:
         Cochran, "Sampling Techniques", 1977, chapter 5.
@@ -284,15 +221,9 @@ def stratified(labels: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np
 
 
 def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Return the largest distance of two empirical distribution functions.
+    """Return the largest distance of two empirical distribution functions, from 0 (the same values) to 1 (no overlap).
 
-    Args:
-        first: values, float64 [N], N at least 1.
-        second: values, float64 [M], M at least 1.
-        weights: of the second values, float64 [M], at least one above 0; equal ones by default.
-
-    Returns:
-        D from 0 (the same values) to 1 (no overlap).
+    Values are float64 [N] and [M], at least one each; `weights` are those of the second ones.
 
     Source:
         Smirnov, "Table for Estimating the Goodness of Fit of Empirical Distributions", Annals of Mathematical
@@ -303,18 +234,11 @@ def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray, weights: np.ndarra
 
 
 def kuiper(first: np.ndarray, second: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Return the largest distance of two empirical distribution functions upwards plus that downwards.
+    """Return the largest distance of two empirical distribution functions upwards plus that downwards, from 0 to 1.
 
     Unlike Kolmogorov and Smirnov's distance, it is as sensitive to a change of the spread as to a shift: values that
-    lie in the middle of the others, or on both sides of them, differ upwards and downwards.
-
-    Args:
-        first: values, float64 [N], N at least 1.
-        second: values, float64 [M], M at least 1.
-        weights: of the second values, float64 [M], at least one above 0; equal ones by default.
-
-    Returns:
-        V from 0 (the same values) to 1 (no overlap).
+    lie in the middle of the others, or on both sides of them, differ upwards and downwards. `weights` are those of the
+    second values.
 
     Source:
         Kuiper, "Tests concerning random points on a circle", Indagationes Mathematicae 1960.
@@ -325,18 +249,11 @@ def kuiper(first: np.ndarray, second: np.ndarray, weights: np.ndarray | None = N
 
 
 def kuiper_interval(distance: float, n: int, m: float) -> tuple[float, float]:
-    """Return the 95 % interval of Kuiper's distance of the distributions that two samples are from.
+    """Return the 95 % interval of Kuiper's distance of the distributions that two samples of n and m values are from.
 
     The distance is a seminorm, so that the observed and the true one differ by at most the distance of the errors of
-    both distribution functions. Its 95 % quantile is taken for equal distributions.
-
-    Args:
-        distance: between the samples.
-        n: values of the first sample, at least 1.
-        m: values of the second one, at least 1; the effective number if they are weighted.
-
-    Returns:
-        (low, high), within [0, 1].
+    both distribution functions. Its 95 % quantile is taken for equal distributions. `m` is the effective number if the
+    values are weighted.
 
     Source:
         Stephens, "Use of the Kolmogorov-Smirnov, Cramér-von Mises and Related Statistics Without Extensive Tables",
@@ -359,15 +276,9 @@ def _shares_below(
 
 
 def placements(positives: np.ndarray, negatives: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the share of the negatives that each positive scores higher than, a tie counted half.
+    """Return the share of the negatives that each positive scores higher than, a tie counted half: float64 [N].
 
-    Args:
-        positives: scores, float64 [N].
-        negatives: scores, float64 [M], M at least 1.
-        weights: of the negatives, float64 [M], at least one above 0; equal ones by default.
-
-    Returns:
-        float64 [N], from 0 to 1. Their mean is the area under the ROC curve.
+    Their mean is the area under the ROC curve. `weights` are those of the negatives.
 
     Source:
         Hanley & Hajian-Tilaki, "Sampling variability of nonparametric estimates of the areas under receiver operating
@@ -380,15 +291,8 @@ def placements(positives: np.ndarray, negatives: np.ndarray, weights: np.ndarray
 def rank_area(positives: np.ndarray, negatives: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Return the area under the ROC curve: the probability that a positive scores higher, a tie counted half.
 
-    Computed from shares of pairs, so that it does not depend on the order of the samples.
-
-    Args:
-        positives: scores, float64 [N], N at least 1.
-        negatives: scores, float64 [M], M at least 1.
-        weights: of the negatives, float64 [M], at least one above 0; equal ones by default.
-
-    Returns:
-        From 0 to 1; 1/2 if the score carries no information.
+    Computed from shares of pairs, so that it does not depend on the order of the samples. `weights` are those of the
+    negatives.
 
     Source:
         Mann & Whitney, "On a Test of Whether one of Two Random Variables is Stochastically Larger than the Other",
@@ -402,16 +306,9 @@ def area_change(
 ) -> tuple[float, tuple[float, float]]:
     """Return by how much the area under the ROC curve fell between two scores of the same samples.
 
-    The interval is of the paired difference, so that what both scores have in common cancels.
-
-    Args:
-        before: scores of N positives and M negatives, float64.
-        after: other scores of the same samples.
-        weights: of the negatives, float64 [M]; equal ones by default.
-
-    Returns:
-        The area before minus the area after, and its 95 % interval: Student's, with N - 1 degrees of freedom, and
-        (-1, 1) for one positive, which has no variance.
+    The second value is its 95 % interval. Each pair holds the scores of N positives and M negatives. The interval is of
+    the paired difference, so that what both scores have in common cancels: Student's with N - 1 degrees of freedom, and
+    (-1, 1) for one positive, which has no variance.
 
     Source:
         DeLong, DeLong & Clarke-Pearson, "Comparing the Areas under Two or More Correlated Receiver Operating

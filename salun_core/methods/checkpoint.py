@@ -49,24 +49,13 @@ class FileCheckpoint:
         return self.path.read_bytes() if self.path.is_file() else None
 
     def save(self, data: bytes) -> None:
-        """Replace the file atomically.
-
-        Raises:
-            StoreError: the file cannot be written.
-        """
+        """Replace the file atomically; an error of the disk is a `StoreError`."""
         write_whole(self.path, data)
 
 
 @dataclass(frozen=True)
 class StageCheckpoint:
-    """The checkpoint of a loop that is one stage of a run.
-
-    Args:
-        inner: stores it together with the rest.
-        header: number of the stage, fingerprint of the run, and what is known of the stages before.
-        start: tensors that the stage began with.
-        resumed: state of the loop in an earlier process, or None.
-    """
+    """The checkpoint of a loop that is one stage of a run."""
 
     inner: CheckpointStore
     header: Mapping[str, Any]
@@ -97,17 +86,9 @@ class StageCheckpoint:
 def snapshot(
     fingerprint: str, model: nn.Module, optimizer: Optimizer, history: Sequence[EpochRecord], kept: bool = True
 ) -> bytes:
-    """Serialise the state of a loop. Sharded tensors are collected one by one; every process must take part.
+    """Serialise the state of a loop to a safetensors document; empty if `kept` is false.
 
-    Args:
-        fingerprint: fingerprint of the run.
-        model: model whose weights and buffers are stored.
-        optimizer: optimiser whose moments and parameter groups are stored.
-        history: one record per completed epoch.
-        kept: whether this process needs the document.
-
-    Returns:
-        A safetensors document; empty if it is not needed.
+    Sharded tensors are collected one by one, so every process must take part.
     """
     state = optimizer.state_dict()
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
@@ -130,11 +111,7 @@ def snapshot(
 
 
 def sealed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """Serialise a header, which becomes JSON, and tensors with a digest over both.
-
-    Returns:
-        A safetensors document.
-    """
+    """Serialise a header, which becomes JSON, and tensors to a safetensors document with a digest over both."""
     text = json.dumps({"format": FORMAT, **header})
     document = {**tensors, _HEADER: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in document.items()}
@@ -151,14 +128,9 @@ def _digest(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimizer: Optimizer) -> list[EpochRecord]:
-    """Load the latest state into a model and its optimiser.
+    """Load the latest state into a model and its optimiser, and return the history; empty without a checkpoint.
 
-    Returns:
-        The history of the finished epochs; empty without a checkpoint.
-
-    Raises:
-        ConflictError: the checkpoint belongs to another run.
-        IntegrityError: the checkpoint is damaged.
+    The checkpoint of another run is a `ConflictError`, a damaged one an `IntegrityError`.
     """
     data = store.load()
     if data is None:
@@ -174,11 +146,7 @@ def restore(store: CheckpointStore, fingerprint: str, model: nn.Module, optimize
 
 
 def require_run(header: Mapping[str, Any], fingerprint: str) -> None:
-    """Check that a checkpoint belongs to a run.
-
-    Raises:
-        ConflictError: it belongs to another run.
-    """
+    """Raise `ConflictError` if a checkpoint belongs to another run."""
     if header["fingerprint"] != fingerprint:
         raise ConflictError(
             "the checkpoint belongs to another run",
@@ -188,11 +156,7 @@ def require_run(header: Mapping[str, Any], fingerprint: str) -> None:
 
 
 def opened(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the header and the tensors of a document that `sealed` wrote.
-
-    Raises:
-        IntegrityError: it is damaged, or of another format.
-    """
+    """Read the header and the tensors of a document that `sealed` wrote; a damaged one is an `IntegrityError`."""
     try:
         tensors = deserialise(data)
         digest = tensors.pop(_DIGEST)

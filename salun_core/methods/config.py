@@ -109,12 +109,9 @@ class DrawingConfig(UnlearnConfig):
 
 
 def pick_device(name: str) -> torch.device:
-    """Resolve `auto`, `cpu`, `cuda` or `cuda:N` to an available device.
+    """Resolve `auto`, `cpu`, `cuda` or `cuda:N` to an available device; `UsageError` if it is not available.
 
     If torchrun started several processes on a machine, `auto` and `cuda` give each its own GPU.
-
-    Raises:
-        UsageError: the device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -80,12 +80,7 @@ class Share:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that share the work, and which of them this one is.
-
-    Args:
-        rank: index of this process, from 0.
-        size: number of processes.
-    """
+    """The processes that share the work, and which of them this one is."""
 
     rank: int = 0
     size: int = 1
@@ -94,8 +89,7 @@ class ProcessGroup:
     def from_environment(cls) -> ProcessGroup:
         """Read the variables of torchrun; without them there is a single process.
 
-        Raises:
-            UsageError: RANK or WORLD_SIZE is not a number, or they contradict each other.
+        `UsageError` if RANK and WORLD_SIZE are not numbers, or contradict each other.
         """
         rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
@@ -127,13 +121,7 @@ class ProcessGroup:
         return self.share_of(images[mine], labels[mine], len(labels))
 
     def share_of(self, images: Tensor, labels: Tensor, batch: int) -> Share:
-        """Return the share that consists of what `part` selected from a batch.
-
-        Args:
-            images: [B', C, H, W], those of this process.
-            labels: [B'].
-            batch: B, the number of images of the whole batch.
-        """
+        """Return the share that consists of what `part` selected from a batch of `batch` images."""
         count = len(labels) if self.rank < batch else 0
         return Share(images, labels, count, count / batch if batch else 1.0, batch)
 
@@ -165,8 +153,7 @@ class ProcessGroup:
     def gathered(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes in the order of their ranks, in every process.
 
-        Args:
-            rows: [N', K] on the CPU, of this process; K is the same in all that have any rows.
+        Rows are [N', K] on the CPU; K is the same in all processes that have rows.
         """
         if self.size == 1:
             return rows
@@ -195,12 +182,9 @@ class ProcessGroup:
 
     @torch.no_grad()
     def synchronise(self, model: nn.Module) -> None:
-        """Average the running statistics of batch norm, and check that all processes hold the same weights.
+        """Average the running statistics of batch norm; `IntegrityError` if the processes hold different weights.
 
         Slices of sharded weights are not compared: no two processes hold the same one.
-
-        Raises:
-            IntegrityError: the weights differ.
         """
         if self.size == 1:
             return
@@ -217,12 +201,7 @@ class ProcessGroup:
     def require_same(self, what: str, text: str) -> None:
         """Check that all processes hold the same text, such as a digest.
 
-        Args:
-            what: name of it for the message.
-            text: is compared.
-
-        Raises:
-            IntegrityError: the texts differ; every process raises it.
+        If not, every process raises an `IntegrityError`; `what` names it in the message.
         """
         if self.size == 1:
             return
@@ -240,12 +219,7 @@ SINGLE_PROCESS = ProcessGroup()
 
 @dataclass(frozen=True)
 class SharedCheckpoint:
-    """A checkpoint that the first process writes and all processes resume from.
-
-    Args:
-        inner: the store; only the first process uses it.
-        group: the processes.
-    """
+    """A checkpoint that only the first process writes and reads, and all processes resume from."""
 
     inner: CheckpointStore
     group: ProcessGroup
@@ -264,12 +238,7 @@ class SharedCheckpoint:
 def joined(group: ProcessGroup, timeout: timedelta = TIMEOUT) -> Iterator[None]:
     """Join the group of processes while the block runs; nothing to do for a single process or if it has joined.
 
-    Args:
-        group: from `ProcessGroup.from_environment`.
-        timeout: how long one collective call may wait for the other processes.
-
-    Raises:
-        PeerError: another process failed or timed out.
+    `timeout` is how long one collective call may wait. If another process fails or times out, it raises a `PeerError`.
     """
     if group.size == 1 or dist.is_initialized():
         yield

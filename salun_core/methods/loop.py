@@ -112,10 +112,6 @@ class _Loop:
     """What all steps of a run share.
 
     Args:
-        model: the model in training.
-        optimizer: its optimiser, with the mask applied.
-        config: configuration of the run.
-        group: the processes that share the batches.
         fits: batch size that the device has room for at once; it falls, and never rises again.
         parts: largest number of parts that a batch was divided into.
         steering: sets the rate of each epoch; None follows the configuration.
@@ -156,36 +152,22 @@ def run_loop(
     group: ProcessGroup = SINGLE_PROCESS,
     steered: Steered | None = None,
 ) -> list[EpochRecord]:
-    """Train a model in place.
+    """Train a model in place, and return one record per epoch, including those before a resume.
 
-    All randomness of an epoch comes from generators seeded by (seed, epoch), so a resumed run needs no random state.
+    All randomness of an epoch comes from generators seeded by (seed, epoch), so a resumed run needs no random state. If
+    the loss or a weight becomes NaN or infinite (`DivergedError`), the last good checkpoint is kept. Weights outside
+    the `mask` stay bit-identical. The `fingerprint` identifies the run; a checkpoint of another one is a
+    `ConflictError`.
 
     If the device has no room for a batch, its gradient is added up from halves of it, then from quarters, and so on:
     the same steps with other last bits, as with several processes. With `batch_norm: update`, each part is normalised
-    by its own statistics, and an attempt that failed has updated the running ones too. The records of the epochs tell
+    by its own statistics, and an attempt that failed has updated the running ones too. The records of the epochs have
     the number of parts.
 
-    Args:
-        model: on the device of the phases' tensors.
-        phases_of_epoch: returns the phases of an epoch.
-        config: learning rates, optimiser, batch norm.
-        mask: weights outside it stay bit-identical.
-        checkpoint: stores the state after each epoch; the loop resumes from it.
-        fingerprint: identifies the run; a checkpoint of another run is rejected.
-        on_epoch: called after each epoch.
-        group: the processes that share the batches, and the rank of this one.
-        steered: steers the run, instead of `epochs` and `schedule` of the configuration. An epoch that is not kept is
-            undone before the checkpoint is written: model and optimiser have the state of the last kept one, and the
-            record of the epoch stays. So a run that is killed before the checkpoint repeats the epoch, and one that is
-            killed after it goes on from the restored state. An epoch that diverges is undone, too.
-
-    Returns:
-        One record per epoch, including epochs before a resume.
-
-    Raises:
-        DivergedError: the loss or a weight became NaN or infinite; the last good checkpoint is kept.
-        ConflictError: the checkpoint belongs to another run.
-        DeviceMemoryError: the device has no room for a batch of one, or for a step that cannot be divided.
+    `steered` replaces `epochs` and `schedule` of the configuration. An epoch that is not kept, or that diverges, is
+    undone before the checkpoint is written: model and optimiser have the state of the last kept one, and the record of
+    the epoch stays. So a run that is killed before the checkpoint repeats the epoch, and one that is killed after it
+    goes on from the restored state.
     """
     optimizer = _optimizer(model, config)
     if mask is not None:
@@ -324,12 +306,9 @@ def _run_phase(loop: _Loop, phase: Phase, generator: torch.Generator, position: 
 
 
 def _set_gradient(loop: _Loop, step: Step, device: torch.device) -> Tensor:
-    """Compute the gradient of a step's weighted loss, in parts if the device has no room for it at once.
+    """Compute the gradient of a step's weighted loss, in parts if needed, and return the sum of its samples' losses.
 
     It ends before any exchange with the other processes, which have room of their own.
-
-    Returns:
-        Sum of the losses of its samples, a scalar.
     """
     size = loop.config.batch_size
 

@@ -66,11 +66,7 @@ class Method(Generic[C]):
         """
 
     def check_sharding(self, name: str, config: LoopConfig) -> None:
-        """Reject sharded weights where something needs whole ones.
-
-        Raises:
-            UsageError: the method or a setting does.
-        """
+        """Raise `UsageError` if the weights are sharded but the method or a setting needs whole ones."""
         if config.sharding == "none":
             return
         if not self.shardable:
@@ -93,13 +89,9 @@ class Method(Generic[C]):
             )
 
     def check_row(self, name: str) -> None:
-        """Check the row of a plug-in; those that ship are checked by tests.
+        """Raise `UsageError` if a plug-in's row lacks a configuration class, or has not exactly one way to unlearn.
 
-        Args:
-            name: of the method.
-
-        Raises:
-            UsageError: it has no configuration class, or not exactly one way to unlearn.
+        The rows that ship are checked by tests.
         """
         own: object = self.config_type
         if not isinstance(own, type) or not issubclass(own, self.base_config):
@@ -126,11 +118,7 @@ class Method(Generic[C]):
         return [recipe.model_copy(update={"density": density}) for density in densities][1:]
 
     def check_mask(self, name: str, mask: SaliencyMask | None) -> None:
-        """Check that a mask is given if and only if the method needs one.
-
-        Raises:
-            UsageError: the mask is missing, or would be ignored.
-        """
+        """Raise `UsageError` unless a mask is given if and only if the method needs one."""
         if self.needs_mask and mask is None:
             remedy = "compute one with `salun mask`, in Python with `salun_core.mask`"
             raise UsageError(f"{name} needs a mask", "it trains salient weights only", remedy)
@@ -146,10 +134,8 @@ M = TypeVar("M", bound=Method[Any])
 def get_method(methods: Mapping[str, M], name: str) -> M:
     """Return a method of a table by name, or the method of a plug-in that the operator allows.
 
-    Raises:
-        UsageError: there is no such method (the message suggests the nearest match), or the plug-in is not allowed or
-            is not a method of this kind of model.
-        IntegrityError: the plug-in has other files than the operator allows.
+    An unknown name is a `UsageError` that suggests the nearest match; a plug-in with other files is an
+    `IntegrityError`.
     """
     if name in methods:
         return methods[name]
@@ -166,14 +152,7 @@ def get_method(methods: Mapping[str, M], name: str) -> M:
 def resolve_config(methods: Mapping[str, Method[C]], name: str, overrides: Mapping[str, Any] | None = None) -> C:
     """Resolve a method's configuration: its own defaults, then the user's overrides.
 
-    Args:
-        methods: the method table.
-        name: name of the method.
-        overrides: settings that differ from the method's defaults.
-
-    Raises:
-        UsageError: an unknown method or setting, or a value out of range. The message lists all faults and, if a
-            setting is unknown, the settings of the method.
+    The `UsageError` lists all faults and, if a setting is unknown, the settings of the method.
     """
     row = get_method(methods, name)
     given = overrides or {}
@@ -192,8 +171,7 @@ def resolve_config(methods: Mapping[str, Method[C]], name: str, overrides: Mappi
 def settings_of(methods: Mapping[str, Method[C]], name: str, config: C | Mapping[str, Any] | None) -> C:
     """Return a configuration that is resolved already, or resolve overrides of the method's defaults.
 
-    Raises:
-        UsageError: as for `resolve_config`, or the configuration is of another method.
+    A configuration of another method is a `UsageError`.
     """
     if config is None or isinstance(config, Mapping):
         return resolve_config(methods, name, config)
@@ -235,14 +213,10 @@ class UnlearnResult:
 
 
 def fresh_seed(seed: int, retained: int) -> int:
-    """Return the seed of the fresh weights of a retraining.
+    """Return the seed of the fresh weights of a retraining from the run's and the number of samples in D_r.
 
-    They differ from the first weights of a training with an equal seed, and from those of an earlier retraining of the
-    same line. Otherwise the weights at the end could not show that they do not continue those before
-    (`Integrity.distance`).
-
-    Args:
-        seed: of the run.
-        retained: number of samples in D_r; each retraining of a line retains fewer.
+    Each retraining of a line retains fewer, so the weights differ from the first weights of a training with an equal
+    seed, and from those of an earlier retraining of the same line. Otherwise the weights at the end could not show that
+    they do not continue those before (`Integrity.distance`).
     """
     return int.from_bytes(hashlib.sha256(f"retrain {seed} {retained}".encode()).digest()[:4])

@@ -32,14 +32,7 @@ Place = Literal["none", "cpu", "disk"]
 
 
 class Shelf:
-    """Tensors of one process, by key, in main memory or in a file.
-
-    Args:
-        place: `cpu` or `disk`.
-
-    Raises:
-        StoreError: the folder of temporary files cannot be written.
-    """
+    """Tensors of one process, by key, in main memory or in a file; a full or read-only disk is a `StoreError`."""
 
     def __init__(self, place: Place) -> None:
         self._file: int | None = None
@@ -54,11 +47,7 @@ class Shelf:
             weakref.finalize(self, file.close)
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Keep a tensor; one that was put under the same key before, of the same shape and type, is replaced.
-
-        Raises:
-            StoreError: the disk of temporary files is full.
-        """
+        """Keep a tensor; one that was put under the same key before, of the same shape and type, is replaced."""
         tensor = tensor.detach()
         if self._file is None or not tensor.numel():
             self._kept[key] = tensor.cpu(), -1
@@ -74,11 +63,7 @@ class Shelf:
         self._kept[key] = form, start
 
     def get(self, key: Hashable, device: torch.device) -> Tensor:
-        """Return a tensor that was put, with its bits and its memory layout, on a device.
-
-        Raises:
-            StoreError: the file cannot be read.
-        """
+        """Return a tensor that was put, with its bits and its memory layout, on a device."""
         form, start = self._kept[key]
         if start < 0:
             return form.to(device)
@@ -111,10 +96,6 @@ class OffloadedOptimizer:
     """A torch optimiser that has the state of one parameter at a time on the device.
 
     It offers what the training loop and its checkpoints use. `state_dict` collects the state of all parameters.
-
-    Args:
-        optimizer: SGD, Adam or AdamW, with its mask, if any.
-        place: `cpu` or `disk`.
     """
 
     def __init__(self, optimizer: Optimizer, place: Place) -> None:
@@ -190,12 +171,7 @@ def offloaded(optimizer: Optimizer, place: Place) -> Optimizer:
 def put_away(module: nn.Module, place: Place) -> Iterator[None]:
     """Free the memory of a module's parameters while the block runs; afterwards they have the same bits as before.
 
-    Args:
-        module: not used in the block.
-        place: where its parameters are; `none` leaves them where they are.
-
-    Raises:
-        StoreError: the disk of temporary files is full.
+    The module must not be used in the block; a full disk of temporary files is a `StoreError`.
     """
     if place == "none":
         yield

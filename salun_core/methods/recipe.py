@@ -105,17 +105,7 @@ def _short(value: object) -> str:
 
 
 def parse_recipe(method: str, density: float, method_config: str, seed: int = 0) -> Recipe:
-    """Build a recipe from the parameters of a run form.
-
-    Args:
-        method: the unlearning method.
-        density: share of the weights that may change.
-        method_config: settings as a JSON object; may be empty.
-        seed: seed of the run.
-
-    Raises:
-        UsageError: `method_config` is not a JSON object, or a value is out of range.
-    """
+    """Build a recipe from the parameters of a run form; `method_config` is a JSON object or empty."""
     settings = parse_text(method_config, "method_config") if method_config.strip() else {}
     if not isinstance(settings, dict):
         raise UsageError(

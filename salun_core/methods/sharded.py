@@ -42,16 +42,10 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def shard_weights(model: nn.Module, device: torch.device) -> nn.Module:
-    """Shard a model's weights over all processes, in place; each keeps its slices on its device.
+    """Shard a model's weights over all processes, in place, to `DTensor`s; each keeps its slices on its device.
 
-    Blocks move to the device one after the other, so the whole model need not fit.
-
-    Args:
-        model: the same in all processes, in main memory.
-        device: of the slices and of all computation.
-
-    Returns:
-        The same model. Its parameters are `DTensor`s.
+    The model must be the same in all processes, in main memory. Blocks move to the device one after the other, so the
+    whole model need not fit.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -110,15 +104,8 @@ def load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def collected(model: nn.Module, like: nn.Module, main: bool) -> nn.Module:
     """Return a sharded model as a whole, in main memory of the first process; every process must call it.
 
-    One tensor at a time is whole on the device.
-
-    Args:
-        model: sharded.
-        like: a module of the same architecture that is not sharded.
-        main: whether this is the first process.
-
-    Returns:
-        The model; in all processes but the first one it is on the meta device and has no weights.
+    One tensor at a time is whole on the device. `like` is a module of the same architecture that is not sharded. The
+    other processes get a model on the meta device, without weights.
     """
     target = copy.deepcopy(like).to("cpu" if main else "meta")
     named = target.state_dict()
@@ -130,22 +117,16 @@ def collected(model: nn.Module, like: nn.Module, main: bool) -> nn.Module:
 
 
 def collected_scores(model: nn.Module, slices: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return scores as a whole, in main memory of every process; every process must call it.
+    """Return scores as a whole from slices by parameter name, in main memory of every process.
 
-    Args:
-        model: the sharded model that was scored.
-        slices: this process's slices, by parameter name.
+    Every process must call it.
     """
     parameters = dict(model.named_parameters())
     return {name: whole(_as_slice(value, parameters[name])).cpu() for name, value in slices.items()}
 
 
 def require_several(size: int) -> None:
-    """Check that there are processes to shard over.
-
-    Raises:
-        UsageError: there is one.
-    """
+    """Raise `UsageError` if there is one process only: there is nothing to shard over."""
     if size == 1:
         raise UsageError(
             "one process cannot shard the weights",
@@ -155,17 +136,11 @@ def require_several(size: int) -> None:
 
 
 def bytes_per_process(model: nn.Module, size: int, optimizer: str = "adam", masked: bool = True) -> int:
-    """Return the memory that one of several processes needs for a training step, without activations.
+    """Return the memory in bytes that one of several processes needs for a training step, without activations.
 
     Slices of float32 weights, gradients and moments, one byte of the mask for each weight, and what is collected at
     once: the weights outside all blocks, those of two blocks, because one is collected while another one computes, and
-    the gradients of one.
-
-    Args:
-        model: not sharded; it may be on the meta device.
-        size: number of processes; 1 for a training without sharding.
-        optimizer: sgd (with momentum), adam or adamw.
-        masked: whether there is a mask.
+    the gradients of one. The model may be on the meta device; a `size` of 1 is a training without sharding.
     """
     each = 4 * (2 + _STATE[optimizer]) + masked
     slices = sum(-(-len(item) // size) * item[0].numel() if item.dim() else 1 for item in _weights(model))

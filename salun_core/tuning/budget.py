@@ -47,17 +47,9 @@ class Budget:
 
 
 def parse_budget(text: str, images: int) -> Budget:
-    """Parse a budget.
+    """Parse a budget: `200000` passes; `90s`, `15m` or `2h`; or `20e`, twenty epochs over the `images` of D_f and D_r.
 
-    Args:
-        text: `200000` passes; `90s`, `15m` or `2h` of wall clock; or `20e`, twenty epochs over all training images.
-        images: number of images in D_f and D_r together.
-
-    Returns:
-        The budget. Only budgets in passes or epochs give the same settings on every machine.
-
-    Raises:
-        UsageError: the text has another form, or the budget is zero.
+    Only budgets in passes or epochs give the same settings on every machine.
     """
     match = _FORM.fullmatch(text.strip())
     amount = float(match[1]) if match else 0.0

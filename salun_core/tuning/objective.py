@@ -121,12 +121,7 @@ class Reading:
 def metrics_of(before: Reading, after: Reading) -> dict[str, Metric]:
     """Return the metrics that policy rules use, by their names in the evidence.
 
-    Args:
-        before: outputs of the original model.
-        after: outputs of a candidate.
-
-    Returns:
-        Those of `evaluation.classifier.compare`, with TA and the attack on held-out data.
+    They are those of `evaluation.classifier.compare`; TA and the attack are on held-out data.
     """
     outputs = {
         name: {"forget": seen.forget, "retain": seen.retain, "test": seen.held_out}
@@ -139,24 +134,20 @@ def distance(before: Reading, after: Reading) -> float:
     """Return the value that the search minimises: the reported gap, with estimates in place of a retrained model.
 
     The mean of four terms with equal weights, as in `average_gap`: UA, attack, RA and TA. D_f is compared with held-out
-    data that are weighted to its class histogram.
+    data that are weighted to its class histogram. It is 0 if forgotten and unseen data cannot be told apart and no
+    accuracy was lost. All outputs must be finite.
 
     UA: the distance to the share of held-out data that the original misclassifies. The candidate's own share would
     excuse a candidate that is wrong everywhere. For complete classes, including those of one person, the accuracy on
     them, which is 0 for a model that never saw them.
+
     Attack: the mean of |2 AUC - 1| and the Kolmogorov-Smirnov distance of the margins of D_f and of held-out data, both
     of the candidate. For complete classes the AUC itself, which is near 0 for a model that never saw them.
+
     RA, TA: the decrease. If only complete classes are forgotten, an increase of TA is subtracted, because the other
     classes are easier to tell apart without them.
 
     A forget set with both kinds has the mean of both in the first two terms.
-
-    Args:
-        before: outputs of the original model.
-        after: outputs of a candidate; all of them are finite.
-
-    Returns:
-        0 if forgotten and unseen data cannot be told apart and no accuracy was lost.
     """
     old, new = before.shares(), after.shares()
     lost = {name: float(old[name].mean() - new[name].mean()) for name in ("RA", "TA")}

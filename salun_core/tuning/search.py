@@ -50,15 +50,10 @@ class Problem:
     """Inputs of a search.
 
     Args:
-        model: the original, on the images' device; unchanged.
-        method: as it was requested.
         spaces: the methods and their search spaces, in the order in which they are tried.
-        images: D_f and D_r.
         sets: images for the measurement of trials.
-        constraint: checks metrics against the policy.
         scores: saliency by parameter name, source of the masks of all densities; None for methods without a mask,
             and for random masks.
-        budget: maximum cost.
         seed: seed of the optimiser.
         spent: passes already spent on the scores.
         random_seed: seed of random masks that replace the saliency masks, for a comparison.
@@ -97,9 +92,7 @@ class Chosen:
     """The best trial that the policy allows.
 
     Args:
-        number: number of the trial.
         result: its model, configuration and history; seconds and passes of the whole search.
-        mask: mask of its training.
     """
 
     number: int
@@ -113,8 +106,6 @@ class Tuned:
 
     Args:
         trials: all trials, at least one.
-        passes: passes of all trials.
-        seconds: wall-clock time.
         chosen: the best trial; None if the policy allows none.
         not_tried: methods that the budget did not suffice for.
     """
@@ -138,13 +129,7 @@ class Tuned:
 
 
 def passes_of(problem: Problem, choice: Choice, epochs: int) -> int:
-    """Return the cost of a run with this number of epochs, in image passes.
-
-    Args:
-        problem: provides the images.
-        choice: method and settings of the run.
-        epochs: number of epochs; 0 costs nothing.
-    """
+    """Return the cost of a run with this number of epochs, in image passes; 0 epochs cost nothing."""
     if epochs == 0:
         return 0
     config = problem.config(choice).model_copy(update={"epochs": epochs})
@@ -161,18 +146,8 @@ def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
     """Search for the best model that satisfies the policy until the budget is spent.
 
     The result is the model of the chosen trial, without further training. Unlearning with the chosen method, settings
-    and mask gives the same weights.
-
-    Args:
-        problem: inputs of the search.
-        on_trial: called after each trial, and again after a trial that went on.
-
-    Returns:
-        All trials and the chosen one.
-
-    Raises:
-        UsageError: the budget is too small for one trial.
-        SalunError: Optuna is not installed.
+    and mask gives the same weights. `on_trial` is called after each trial, and again after a trial that went on. A
+    budget that is too small for one trial is a `UsageError`.
     """
     begun = time.perf_counter()
     before = problem.sets.read(problem.model)
@@ -190,18 +165,12 @@ def tune(problem: Problem, on_trial: OnTrial | None = None) -> Tuned:
 
 
 def _halve(contenders: Sequence[Contender]) -> list[Contender]:
-    """Drop the worse half of the methods after each round, until one is left.
+    """Drop the worse half of the methods after each round, until one is left, and return it.
 
     In the first round each method runs its defaults for a few epochs. The rest of the budget is divided equally between
     the rounds that follow, the last method's included. Within a round the methods take turns, and a trial that was
-    interrupted goes on first.
-
-    Args:
-        contenders: in the order of the portfolio, which decides where values are equal and which methods are tried if
-            the budget does not suffice for all.
-
-    Returns:
-        The method that is left.
+    interrupted goes on first. The order of the contenders decides where values are equal, and which are tried if the
+    budget does not suffice for all.
     """
     state = contenders[0].state
     left: list[Contender] = []
@@ -237,13 +206,9 @@ class Run:
     """A trial that is running, was interrupted, or has not begun yet.
 
     Args:
-        suggestion: of the optimiser.
-        choice: method, settings and most epochs.
-        callback: measures each epoch and keeps the state of the loop.
         number: of the trial in the log; None before it begins.
         passes: spent so far.
         seconds: wall clock so far.
-        interrupted: whether it can go on.
         value: the smallest so far.
     """
 
@@ -262,8 +227,6 @@ class Contender:
     """One method of a search with the trials that an optimiser proposes.
 
     Args:
-        state: of the whole search.
-        space: the method and its search space.
         best: the smallest value so far.
         run: the trial that comes next, if it is known.
     """
@@ -299,8 +262,7 @@ class Contender:
     def cost(self, limit: int | None) -> int:
         """Return the passes that the next trial costs up to an epoch, without those that it has spent.
 
-        Args:
-            limit: the epoch; None is the last. A method whose last model alone is an answer always runs to its end.
+        `limit` is the epoch; None is the last. A method whose last model alone is an answer always runs to its end.
         """
         choice, reading = self.next_run().choice, self.state.problem.sets.passes
         whole = limit is None or not self.space.growing
@@ -309,13 +271,9 @@ class Contender:
         return passes_of(self.state.problem, choice, epochs) + readings * reading - self.next_run().passes
 
     def step(self, limit: int | None = None) -> bool:
-        """Run the next trial, or let an interrupted one go on.
+        """Run the next trial, or let an interrupted one go on, up to the epoch `limit`; None never interrupts.
 
-        Args:
-            limit: the epoch after which it is interrupted; None never does.
-
-        Returns:
-            False if the budget does not allow its next epoch; nothing was run then.
+        False if the budget does not allow its next epoch; nothing was run then.
         """
         state, run = self.state, self.next_run()
         if not state.affords(self.cost(len(run.callback.history) + 1)):
@@ -351,14 +309,9 @@ class SearchState:
     """Trials so far, and the best of them.
 
     Args:
-        problem: inputs of the search.
-        evaluator: measures candidates.
         passes: passes spent so far.
-        on_trial: called after each trial.
-        trials: all trials so far.
         best: the best allowed candidate with its configuration, history and choice; only its weights are kept in
             memory.
-        best_number: number of its trial.
         compares: whether trials of several methods are compared.
         least: the smallest value of all epochs so far.
     """
@@ -390,12 +343,9 @@ class SearchState:
         return values[-1] - pace * (callback.last - len(values)) > self.least
 
     def run(self, run: Run, limit: int | None, growing: bool) -> Trial:
-        """Run one trial, or let it go on, and record it.
+        """Run one trial, or let it go on, until the epoch `limit` (None: never interrupted), and record it.
 
-        Args:
-            run: the trial.
-            limit: the epoch after which it is interrupted; None never does.
-            growing: whether each epoch of it is an answer.
+        `growing` is whether each epoch of it is an answer.
         """
         problem, choice, callback = self.problem, run.choice, run.callback
         config, reading = problem.config(choice), problem.sets.passes

@@ -70,16 +70,10 @@ class Space:
     def of(
         cls, method: str, overrides: Mapping[str, Any], density: float | None = None, normalised: bool = True
     ) -> Space:
-        """Build the search space of a method.
+        """Build the search space of a method; `overrides` is what the user has set, its `epochs` the most to run.
 
-        Args:
-            method: a name of `METHODS`.
-            overrides: what the user has set; `epochs` there is the most to run.
-            density: of the mask, if it is not to be searched for.
-            normalised: whether the model has batch-norm layers; without them there is nothing to choose.
-
-        Raises:
-            UsageError: an invalid method or configuration, or no setting is left to search for.
+        `density` is that of the mask if it is not to be searched for. Without batch-norm layers (`normalised`) there is
+        nothing to choose for them. If no setting is left to search for, it raises a `UsageError`.
         """
         config, row = method_config(method, overrides), get_method(METHODS, method)
         if row.train or row.fresh_start:
@@ -151,14 +145,8 @@ def spaces_of(
 ) -> list[Space]:
     """Return the search spaces of all methods that a recipe leaves open; see `Space.of`.
 
-    Args:
-        method: a method, several with commas between them, or `auto` for those of `PORTFOLIO`.
-        overrides: what the user has set; each of the methods must read it.
-        density: of the masks, if it is not to be searched for.
-        normalised: whether the model has batch-norm layers.
-
-    Raises:
-        UsageError: as for `Space.of`, or a method is named twice.
+    `method` is one method, several with commas between them, or `auto` for those of `PORTFOLIO`. Each must read all
+    `overrides`; a method that is named twice is a `UsageError`.
     """
     names = methods_of(method)
     if len(set(names)) < len(names):

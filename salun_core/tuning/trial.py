@@ -52,9 +52,6 @@ class CandidateEvaluator:
 
     Args:
         model: the original, on the device; the candidates are loaded into copies of it.
-        sets: images for the measurement.
-        before: outputs of the original on the sets.
-        constraint: checks metrics against the policy.
     """
 
     model: nn.Module
@@ -122,10 +119,9 @@ class EpochCallback:
         self.state = {name.removeprefix(_PREFIX): tensors[name] for name in tensors if name.startswith(_PREFIX)}
 
     def look(self, record: EpochRecord) -> None:
-        """Measure the epoch; end the trial if the search stops it or after `PATIENCE` epochs without improvement.
+        """Measure the epoch; raise `Stopped` if the trial ends before its last epoch.
 
-        Raises:
-            Stopped: the trial ends before its last epoch.
+        The search ends it, or `PATIENCE` epochs pass without improvement.
         """
         self.history.append(record)
         found = self.evaluator.measure(record.epoch, self.state)
@@ -140,9 +136,7 @@ class Trial:
 
     Args:
         answers: the trial's candidates; empty if it failed or stopped before the first one.
-        history: one record per epoch.
         state: finished, stopped or failed.
-        seconds: wall-clock time.
     """
 
     answers: list[Measurement]
@@ -165,20 +159,11 @@ def run_trial(
     growing: bool,
     held_out: ImageSource | None = None,
 ) -> Trial:
-    """Run one setting.
+    """Run one setting; a non-finite loss gives a failed trial, not an error.
 
-    Args:
-        method: name of the method.
-        config: resolved configuration.
-        images: D_f and D_r.
-        mask: mask, for a method that needs one.
-        callback: measures each epoch.
-        growing: whether each epoch's model is a candidate. Otherwise only the last model is measured, because an
-            earlier one is not the result of a shorter run and does not predict the last one.
-        held_out: for a method that measures the original on it.
-
-    Returns:
-        The result. A non-finite loss gives a failed trial, not an error.
+    `growing` is whether each epoch's model is a candidate. Otherwise only the last model is measured, because an
+    earlier one is not the result of a shorter run and does not predict the last one. `images` are D_f and D_r;
+    `held_out` is for a method that measures the original on it.
     """
     started = time.perf_counter()
     forget, retain = images

@@ -103,32 +103,14 @@ def unlearn(
     on_epoch: OnEpoch | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> UnlearnResult:
-    """Make a model forget a set of images.
+    """Return a new model that forgot a set of images, with its history; the original stays unchanged.
 
-    Args:
-        model: the original; the call copies it and leaves it unchanged.
-        method: a key of `METHODS`.
-        forget: D_f with true labels, as `ImageSet.of` accepts it.
-        retain: D_r with true labels.
-        config: a `UnlearnConfig`, or what differs from the method's defaults.
-        mask: for methods that need one; refused by those that do not.
-        held_out: images that the model was not trained on, with true labels; LoTUS and `salun_adaptive` measure the
-            model on them. Nothing trains on them, and the test data must not be among them. Without them
-            `salun_adaptive` holds back a part of D_r, which tells it less.
-        fresh: builds a model with fresh weights from a seed, for `retrain`; by default the layers of `model` are reset.
-        checkpoint: keeps the state after each epoch, and resumes from it.
-        on_epoch: called after each epoch.
-        group: the processes that share the work, and which of them this one is; all get the same model. With
-            `sharding: fsdp` the first one gets it in main memory, and the others get it without weights.
-
-    Returns:
-        The new model with its history.
-
-    Raises:
-        UsageError: an unknown method, an invalid configuration, or a mask that is missing or not supported.
-        DataError: the forget or retain set is empty, or labels are out of range.
-        ModelError: the loss became NaN or infinite.
-        IntegrityError: the processes received different inputs, or ended with different weights.
+    `forget` and `retain` have true labels, as `ImageSet.of` accepts them, and `config` may be what differs from the
+    method's defaults. `held_out` are images that the model was not trained on, on which LoTUS and `salun_adaptive`
+    measure it. The test data must not be among them. Without them `salun_adaptive` holds back a part of D_r, which is
+    less informative. `fresh` builds a model from a seed, for `retrain`; by default the layers of `model` are reset. All
+    processes of the `group` get the same model. With `sharding: fsdp` the first one gets it in main memory, and the
+    others get it without weights.
     """
     row, settings = get_method(METHODS, method), settings_of(METHODS, method, config)
     row.check_mask(method, mask)

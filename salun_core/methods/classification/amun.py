@@ -81,17 +81,10 @@ def adversarial_examples(
     steps: int,
     normalisation: Normalisation | None,
 ) -> _Found:
-    """Return the nearest images that θ_o misclassifies.
+    """Return the nearest images that θ_o (in eval mode, frozen) misclassifies; `images` are normalised [B, C, H, W].
 
-    An image that is not misclassified at any radius gets the most probable wrong label.
-
-    Args:
-        original: θ_o in eval mode, frozen.
-        images: [B, C, H, W], normalised.
-        labels: true, int64 [B].
-        radius: first ε.
-        steps: of the attack at each ε.
-        normalisation: normalisation of the images; None if unknown.
+    An image that is not misclassified at any radius gets the most probable wrong label. `radius` is the first ε, and
+    `steps` are those of the attack at each ε.
     """
     mean, std = (
         images.new_tensor(values).view(1, -1, 1, 1)

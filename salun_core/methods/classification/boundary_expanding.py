@@ -23,11 +23,7 @@ from salun_core.methods.loop import Phase
 
 
 def last_linear(model: nn.Module, outputs: int) -> nn.Linear:
-    """Return the last linear layer with the given number of outputs.
-
-    Raises:
-        ModelError: the model has no such layer.
-    """
+    """Return the last linear layer with this number of outputs; `ModelError` if the model has none."""
     found = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == outputs]
     if not found:
         raise ModelError(
@@ -39,11 +35,7 @@ def last_linear(model: nn.Module, outputs: int) -> nn.Linear:
 
 
 def begin(context: ClassifierContext[UnlearnConfig]) -> ClassifierContext[UnlearnConfig]:
-    """Add a row to the last layer, in place.
-
-    Raises:
-        ModelError: the model's number of outputs does not grow with the row.
-    """
+    """Add a row to the last layer, in place; `ModelError` if the number of outputs does not grow with it."""
     assert context.model is not None
     head = last_linear(context.model, context.num_classes)
     bound = 1 / math.sqrt(head.in_features)

@@ -34,17 +34,9 @@ class ShrinkConfig(UnlearnConfig):
 def nearest_wrong_labels(
     original: nn.Module, images: Tensor, labels: Tensor, step: float, normalisation: Normalisation | None
 ) -> Tensor:
-    """Return y': the label after one step of the fast gradient sign method, the true one excluded.
+    """Return y', int64 [B]: the label after one step of the fast gradient sign method, the true one excluded.
 
-    Args:
-        original: θ_o in eval mode.
-        images: [B, C, H, W], normalised.
-        labels: true, int64 [B].
-        step: ε, in pixels from 0 to 1.
-        normalisation: normalisation of the images; None if unknown.
-
-    Returns:
-        int64 [B], different from `labels` everywhere.
+    Images are normalised [B, C, H, W]; `step` is ε, in pixels from 0 to 1. `normalisation` is None if unknown.
     """
     inputs = images.detach().requires_grad_(True)
     (slope,) = torch.autograd.grad(cross_entropy(original(inputs), labels), inputs)

@@ -24,8 +24,7 @@ from salun_core.methods.config import DrawingConfig
 def begin(context: ClassifierContext[DrawingConfig]) -> ClassifierContext[DrawingConfig]:
     """Transpose the kernels in place; a resumed run begins at θ_o too.
 
-    Raises:
-        ModelError: the model has no kernel that a transposition changes.
+    A model without a kernel that a transposition changes is a `ModelError`.
     """
     assert context.model is not None
     kernels = [m.weight for m in context.model.modules() if isinstance(m, nn.Conv2d)]

@@ -45,11 +45,7 @@ class InfluenceConfig(UnlearnConfig):
 
 
 def edit(context: ClassifierContext[InfluenceConfig]) -> None:
-    """Compute v, k and θ_u, in place.
-
-    Raises:
-        DivergedError: the direction is not finite.
-    """
+    """Compute v, k and θ_u, in place; `DivergedError` if the direction is not finite."""
     assert context.model is not None
     config, model = context.config, context.model
     with scoring(model):
@@ -84,17 +80,9 @@ def fisher_images(context: ClassifierContext[InfluenceConfig]) -> ImageSource:
 def inverse_product(
     model: nn.Module, images: ImageSource, vector: list[Tensor], *, damping: float, sweeps: int
 ) -> list[Tensor]:
-    """Return k = (λ I + 1/N Σ g g^T)^-1 v.
+    """Return k = (λ I + 1/N Σ g g^T)^-1 v, one tensor per parameter; `vector` is v and is overwritten.
 
-    Args:
-        model: in eval mode; all parameters require gradients, and all `.grad` are None.
-        images: the N images of the Fisher matrix.
-        vector: v, one tensor per parameter; it is overwritten.
-        damping: λ.
-        sweeps: passes over the images.
-
-    Returns:
-        One tensor per parameter.
+    The model is in eval mode, all parameters require gradients, and all `.grad` are None. `damping` is λ.
     """
     n = len(images)
     k = [values.div_(damping) for values in vector]
@@ -115,7 +103,6 @@ def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
 
 
 def _taken(model: nn.Module) -> list[Tensor]:
-    """Return the gradients and clear them from the model."""
     found = [
         torch.zeros_like(parameter, requires_grad=False) if parameter.grad is None else parameter.grad.detach()
         for parameter in model.parameters()

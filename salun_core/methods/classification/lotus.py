@@ -60,11 +60,7 @@ class LotusContext(ClassifierContext[LotusConfig]):
 
 
 def begin(context: ClassifierContext[LotusConfig]) -> ClassifierContext[LotusConfig]:
-    """Measure A and draw from D_r.
-
-    Raises:
-        UsageError: there are no held-out images to measure A on.
-    """
+    """Measure A and draw from D_r; without held-out images that A needs, it raises a `UsageError`."""
     generator = torch.Generator().manual_seed(context.config.seed)
     drawn = context.retain.select(torch.randperm(len(context.retain), generator=generator)[: _draws(context)])
     tempered, sharpened = torch.ones_like(context.forget.labels), torch.zeros_like(drawn.labels)
@@ -79,10 +75,8 @@ def _draws(context: ClassifierContext[LotusConfig]) -> int:
 def unseen_accuracy(context: ClassifierContext[LotusConfig]) -> float:
     """Return A, averaged over the class histogram of D_f.
 
-    A class without held-out images gets the accuracy over all of them.
-
-    Raises:
-        UsageError: D_f has classes that are retained in part, and there are no held-out images.
+    A class without held-out images gets the accuracy over all of them. Without any held-out images D_f may only have
+    complete classes; otherwise it raises a `UsageError`.
     """
     forgotten = context.forget.labels.cpu().numpy()
     partly = np.isin(forgotten, context.retain.labels.cpu().numpy())
@@ -106,12 +100,7 @@ def tempered_loss(
 ) -> Tensor:
     """Return the mean cross-entropy with the targets.
 
-    Args:
-        context: provides θ_o.
-        temperature: T.
-        model: θ.
-        images: [B, C, H, W].
-        drawn: 1 for an image of D_f and 0 for one of D_r, then g: [B, 1 + K].
+    `drawn` [B, 1 + K] has 1 for an image of D_f and 0 for one of D_r, then g; `temperature` is T.
     """
     assert context.original is not None
     forgotten, noise = drawn[:, :1].bool(), drawn[:, 1:]
@@ -143,9 +132,9 @@ def phases(context: ClassifierContext[LotusConfig], generator: torch.Generator) 
 
 
 def passes(context: ClassifierContext[LotusConfig]) -> float:
-    """Return the cost in image passes; the outputs of θ_o and the accuracies count a third.
+    """Return the cost of all epochs in image passes; a run that stops costs less.
 
-    A run that stops costs less; this is the cost of all epochs.
+    The outputs of θ_o and the accuracies count a third.
     """
     held_out = len(context.held_out) if context.held_out is not None else 0
     forget, draws = len(context.forget), _draws(context)

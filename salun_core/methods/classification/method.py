@@ -77,11 +77,7 @@ def shares(
 ) -> Iterator[Share]:
     """Yield this process's part of each batch of one pass; it reads no other images.
 
-    Args:
-        images: the images, the same in all processes.
-        config: batch size and augmentation.
-        generator: of the epoch; all processes use it in the same way.
-        group: the processes.
+    All processes use the generator of the epoch in the same way.
     """
     left = len(images)
     for inputs, labels in images.batches(config.batch_size, generator, config.augment, group.part):
@@ -155,15 +151,7 @@ class ClassifierContext(Generic[C_co]):
 
 @dataclass(frozen=True)
 class Training:
-    """What a method runs its training with.
-
-    Args:
-        mask: of the weights that may change; None of all.
-        checkpoint: keeps the state of the run; None keeps none.
-        fingerprint: of the run.
-        on_epoch: called after each epoch.
-        group: the processes that share the work.
-    """
+    """What a method runs its training with."""
 
     mask: SaliencyMask | None
     checkpoint: CheckpointStore | None
@@ -177,7 +165,6 @@ class Trained:
     """How a training went.
 
     Args:
-        history: one record per epoch.
         cost: in image passes.
         ended: why it ended, in words, if the method decided that.
     """

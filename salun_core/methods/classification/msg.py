@@ -47,8 +47,7 @@ class MsgConfig(DrawingConfig):
 def layers_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of the convolutions by parameter name, or those of the linear layers.
 
-    Raises:
-        ModelError: the model has neither.
+    A model with neither is a `ModelError`.
     """
     for kind in (_CONVOLUTIONS, nn.Linear):
         layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kind)]
@@ -78,16 +77,9 @@ def gradient_difference(context: ClassifierContext[MsgConfig]) -> dict[str, Tens
 
 @torch.no_grad()
 def reset(weights: Mapping[str, Tensor], g: Mapping[str, Tensor], share: float, seed: int) -> dict[str, Tensor]:
-    """Draw weights afresh, in place.
+    """Draw new weights in place, and return which ones were drawn, as boolean masks by name.
 
-    Args:
-        weights: of the layers, by name.
-        g: gradient difference of each.
-        share: ρ.
-        seed: of the draw.
-
-    Returns:
-        The weights that were drawn, as boolean masks by name.
+    `g` is the gradient difference of each layer; `share` is ρ.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = {}

@@ -32,16 +32,7 @@ class RandomLabelConfig(DrawingConfig):
 
 
 def wrong_labels(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Draw a wrong label for each label, uniform over the other classes.
-
-    Args:
-        labels: int64 [N], from 0 to num_classes - 1.
-        num_classes: K, at least 2.
-        generator: a CPU generator.
-
-    Returns:
-        int64 [N], different from `labels` everywhere.
-    """
+    """Draw a wrong label for each label, int64 [N], uniform over the other classes, with a CPU generator."""
     shift = torch.randint(1, num_classes, (len(labels),), generator=generator).to(labels.device)
     return (labels + shift) % num_classes
 

@@ -41,10 +41,7 @@ ForgetOnce = Callable[[ClassifierContext[Any], Training], Trained]
 def partition(model: nn.Module, forget: ImageSource, parts: int) -> list[Tensor]:
     """Return the indices of each part of D_f, int64; equal memorisation keeps the order of D_f.
 
-    Args:
-        model: θ_o.
-        forget: D_f.
-        parts: n; fewer if D_f has fewer images.
+    There are fewer parts if D_f has fewer images.
     """
     order = np.argsort(outputs_of(model, forget).losses, kind="stable")
     return [torch.from_numpy(part) for part in np.array_split(order, min(parts, len(forget)))]
@@ -61,13 +58,7 @@ def _divided(context: ClassifierContext[Any], parts: list[Tensor]) -> Iterator[C
 def forget_in_parts(forget_once: ForgetOnce, context: ClassifierContext[Any], training: Training) -> Trained:
     """Run a method on each part of D_f in turn, and change the context's model in place.
 
-    Args:
-        forget_once: runs the method.
-        context: with D_f, D_r and θ_o as the model.
-        training: of the whole run; epochs are counted over all parts.
-
-    Raises:
-        ConflictError: the checkpoint belongs to another run.
+    Epochs are counted over all parts. The checkpoint of another run is a `ConflictError`.
     """
     checkpoint, fingerprint, on_epoch = training.checkpoint, training.fingerprint, training.on_epoch
     model = context.model

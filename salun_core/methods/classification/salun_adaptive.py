@@ -122,15 +122,11 @@ def most_passes(config: UnlearnConfig, images: int) -> int:
 
 
 def aim_at(before: float | None, unseen: bool) -> float:
-    """Return the area to aim at.
+    """Return the area to aim at; `before` is the area of the original, None if only whole classes are forgotten.
 
     Unseen images give 1/2. If the original already tells little, the area must fall all the same, by 0.05 but not below
     0.45. Without unseen images D_f is compared with retained ones, which are as familiar as D_f was: D_f must fall
     behind them by 0.15, a usual distance of training and unseen images.
-
-    Args:
-        before: the area of the original; None if only whole classes are forgotten.
-        unseen: whether it was measured on unseen images.
     """
     if before is None:
         return 0.5
@@ -148,14 +144,10 @@ class Controller:
     order, give the same state: that is how a run resumes.
 
     Args:
-        before: reading of the original.
         peak: learning rate at the start of the first round.
         budget: most passes.
-        aim: area to aim at.
-        limits: what a round may cost.
         frozen: whether batch norm keeps its running statistics. Updated ones make training robust, but of few images,
             or without a large class, they can do harm at any rate: after two such rounds they stay as they are.
-        ended: why the run ended; None while it runs.
         spent: passes so far, the reading of the original included.
     """
 
@@ -264,11 +256,6 @@ class AdaptiveRun:
 
     Every process draws the same rounds from the same seed. The first process measures, and the others take over its
     numbers, so that rounding on other hardware cannot lead to another decision.
-
-    Args:
-        context: D_f, D_r, configuration, the original, the model in training, and held-out images of the kept classes.
-            Without them a part of D_r is held back, which then is not trained on.
-        group: the processes.
     """
 
     def __init__(self, context: ClassifierContext[AdaptiveConfig], group: ProcessGroup) -> None:
@@ -377,12 +364,7 @@ class AdaptiveRun:
         return mean
 
     def judge(self, model: nn.Module, finite: bool) -> Reading:
-        """Measure the model after a round and decide about it.
-
-        Args:
-            model: in training.
-            finite: whether the round ended with finite losses and weights.
-        """
+        """Measure the model after a round and decide about it; `finite` covers its losses and weights."""
         seen = self._look(model) if finite else None
         reading = self._reading(seen, model) if seen is not None and seen.finite else self._nothing()
         reading = self.controller.take(self._shared(reading))
@@ -453,7 +435,6 @@ class AdaptiveRun:
         return restored_share(self._head, labels, asked, seen.retain_features, self._before.retain_features)
 
     def _shared(self, reading: Reading) -> Reading:
-        """Return the first process's reading."""
         return Reading.model_validate_json(self._group.first(reading.model_dump_json().encode()) or b"")
 
     def _set_targets(self, seen: Seen) -> None:
@@ -469,18 +450,10 @@ class AdaptiveRun:
 
 
 def targets_of(forget: Outputs, unseen: Outputs, aim: float) -> np.ndarray:
-    """Return the margin that each sample of D_f would have if the set looked like unseen images of the same classes.
+    """Return the margin of each sample of D_f if the set looked like unseen images of the same classes, float64 [N].
 
     Ranks are kept, so that each sample moves as little as possible. The sample at the share u of D_f gets the weighted
-    quantile 2 a u of the unseen margins: the area of telling the two sets is then a.
-
-    Args:
-        forget: outputs on samples of D_f, N of them.
-        unseen: outputs on unseen images, at least one.
-        aim: a, at most 1/2.
-
-    Returns:
-        float64 [N].
+    quantile 2 a u of the unseen margins: the area of telling the two sets is then a, the `aim`, at most 1/2.
     """
     weights = match_classes(forget.labels, unseen.labels).weights
     order = np.argsort(unseen.margins, kind="stable")

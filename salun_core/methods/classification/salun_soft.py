@@ -40,10 +40,7 @@ class SoftConfig(random_label.RandomLabelConfig):
 def shrink(model: nn.Module, original: nn.Module, share: float) -> None:
     """Apply the soft threshold to the changes of all weights, in place.
 
-    Args:
-        model: θ.
-        original: θ_o, on the same device.
-        share: q in [0, 1): share of the weights that return to θ_o; weights with a change of exactly t return too.
+    The share q in [0, 1) of the weights returns to θ_o; weights with a change of exactly t return too.
     """
     pairs = list(zip(model.parameters(), original.parameters(), strict=True))
     total = sum(parameter.numel() for parameter, _ in pairs)
@@ -64,11 +61,7 @@ def shrink(model: nn.Module, original: nn.Module, share: float) -> None:
 def softened(inner: Phase, context: ClassifierContext[SoftConfig], first: int, of_epoch: int) -> Phase:
     """Return a phase of random labelling that applies the soft threshold after each step.
 
-    Args:
-        inner: the random-labelling phase.
-        context: provides the model and the original.
-        first: number of steps of this epoch before the phase.
-        of_epoch: number of steps of the whole epoch.
+    `first` steps of the epoch precede the phase; `of_epoch` is the number of all its steps.
     """
     model, original, config = context.model, context.original, context.config
 

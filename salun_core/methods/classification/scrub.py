@@ -45,13 +45,7 @@ class ScrubConfig(DrawingConfig):
 
 
 def divergence(logits: Tensor, original: Tensor, temperature: float) -> Tensor:
-    """Return d, averaged over the batch.
-
-    Args:
-        logits: f_θ(x), [B, K].
-        original: f_θo(x), [B, K].
-        temperature: T.
-    """
+    """Return d of logits [B, K], averaged over the batch."""
     new = torch.log_softmax(logits / temperature, dim=1)
     old = torch.log_softmax(original / temperature, dim=1)
     return torch.nn.functional.kl_div(new, old, reduction="batchmean", log_target=True) * temperature**2

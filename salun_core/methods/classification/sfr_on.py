@@ -71,12 +71,8 @@ class SfrOnConfig(DrawingConfig):
 def fisher_diagonal(model: nn.Module, images: ImageSource, batch_size: int) -> dict[str, Tensor]:
     """Return F by parameter name: squared gradients of summed batch losses, divided by the number of images.
 
-    This estimates the diagonal if the gradients of single images are independent with mean 0.
-
-    Args:
-        model: in eval mode; all parameters require gradients.
-        images: D_f or D_r with true labels.
-        batch_size: 1 gives the empirical Fisher diagonal itself.
+    This estimates the diagonal if the gradients of single images are independent with mean 0; a batch size of 1 gives
+    the diagonal itself. The model is in eval mode.
     """
     squares = {name: torch.zeros_like(p, requires_grad=False) for name, p in model.named_parameters()}
     for inputs, labels in images.batches(batch_size):
@@ -101,17 +97,11 @@ def begin(context: ClassifierContext[SfrOnConfig]) -> ClassifierContext[SfrOnCon
 
 
 def adaptive_ascent(logits: Tensor, labels: Tensor, power: float, group: ProcessGroup = SINGLE_PROCESS) -> Tensor:
-    """Return -Σ c ℓ / Σ c.
+    """Return -Σ c ℓ / Σ c; `power` is λ, and each process of the group gets its own summand.
 
     A sample that the model is sure of has a loss of 0 in float32, and no gradient. If it counted with the weight that
-    the equation gives a vanishing loss, its weight alone would be Σ c, and the rest of the batch would not move. So
-    its weight is 0. A batch of such samples gives 0.
-
-    Args:
-        logits: [B, K].
-        labels: int64 [B].
-        power: λ.
-        group: the processes that share the batch; each gets its own summand.
+    the equation gives a vanishing loss, its weight alone would be Σ c, and the rest of the batch would not move. So its
+    weight is 0. A batch of such samples gives 0.
     """
     losses = sample_losses(logits, labels, reduction="none")
     weights = losses.detach().clamp_min(_RESOLUTION) ** -power * (losses.detach() >= _RESOLUTION)

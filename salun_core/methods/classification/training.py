@@ -16,17 +16,9 @@ from salun_core.models.architectures import build_classifier
 
 
 def reinitialised(model: nn.Module, seed: int) -> nn.Module:
-    """Reinitialise every layer of a model in place, as torch initialises new layers.
+    """Reinitialise every layer of a model in place, as torch initialises new layers, and return the model.
 
-    Args:
-        model: each module with its own parameters must have `reset_parameters`.
-        seed: seed of the new weights.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ModelError: a module has parameters but no `reset_parameters`.
+    A module that has parameters but no `reset_parameters` is a `ModelError`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -57,18 +49,9 @@ def train_classifier(
     checkpoint: CheckpointStore | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[nn.Module, list[EpochRecord]]:
-    """Train a classifier.
+    """Train a classifier and return it in eval mode with one record per epoch.
 
-    Args:
-        architecture: a name for `build_classifier`.
-        images: the training split.
-        num_classes: number of outputs.
-        config: loop configuration; `batch_norm` must be `update`.
-        checkpoint: stores the state after each epoch; an interrupted training resumes from it.
-        on_epoch: called after each epoch.
-
-    Returns:
-        The model in eval mode, and one record per epoch.
+    `batch_norm` of the configuration must be `update`. An interrupted training resumes from the checkpoint.
     """
     device = pick_device(config.device)
     model = fresh_classifier(architecture, images, num_classes, config.seed)

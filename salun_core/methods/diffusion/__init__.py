@@ -83,28 +83,11 @@ def unlearn_denoiser(
     on_epoch: OnEpoch | None = None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> UnlearnResult:
-    """Make a diffusion model forget.
+    """Return a new network that forgot, with its history; the original stays unchanged.
 
-    Args:
-        denoiser: the original; the call copies its network and leaves it unchanged. With `offload` its weights are
-            away while the copy is trained.
-        sets: examples to forget and to retain; with `selection: text`, also the text encoder.
-        method: a key of `METHODS`.
-        config: a `DiffusionConfig`, or overrides of the method's defaults.
-        mask: required by methods that use one; other methods reject it.
-        checkpoint: stores the state after each epoch; an interrupted run resumes from it.
-        on_epoch: called after each epoch.
-        group: the processes that share the work, and the rank of this one.
-
-    Returns:
-        The new network with its history. With `selection: text` the network is the original's, and the text encoder is
-        new.
-
-    Raises:
-        UsageError: an unknown method, an invalid configuration, a mask that is missing or not supported, or no text
-            encoder to train.
-        DataError: the forget or retain set is empty.
-        ModelError: the loss became NaN or infinite.
+    `config` may be what differs from the method's defaults. With `offload` the original's weights are away while the
+    copy is trained. With `selection: text` the sets need the text encoder, the network is the original's, and the text
+    encoder is new.
     """
     row, settings = get_method(METHODS, method), settings_of(METHODS, method, config)
     row.check_mask(method, mask)

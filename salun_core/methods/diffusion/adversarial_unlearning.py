@@ -48,8 +48,7 @@ class AdvUnlearnConfig(erased_stable_diffusion.EsdConfig):
 def loss(context: DiffusionContext[AdvUnlearnConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return ESD's loss under attacked prompts plus the weighted distance from θ_o on the retain batch.
 
-    Raises:
-        UsageError: the conditions are not texts, or there is no null condition.
+    `UsageError` if the conditions are not texts, or there is no null condition.
     """
     assert context.original is not None
     denoiser, original, table = context.denoiser, context.original, context.sets.table  # the table of the original
@@ -66,18 +65,10 @@ def loss(context: DiffusionContext[AdvUnlearnConfig], forget: Noised, retain: No
 
 
 def attack(context: DiffusionContext[AdvUnlearnConfig], batch: Noised, concept: Tensor) -> Conditions:
-    """Find conditions under which the model in training predicts as the original does for the concept.
+    """Find conditions under which the model in training predicts as the original does for the concept, ε_o(x_t, c).
 
-    Args:
-        context: provides the denoiser, the table or text encoder, and the steps and rate of the attack.
-        batch: x_t and c.
-        concept: ε_o(x_t, c).
-
-    Returns:
-        The conditions of the batch with c* as text; with gradients for a text encoder in training.
-
-    Raises:
-        UsageError: the conditions are not texts.
+    The result has c* as text, with gradients for a text encoder in training. `UsageError` if the conditions are not
+    texts.
     """
     table, config, text = context.sets.table, context.config, context.text
     rows, place = torch.unique(batch.condition, return_inverse=True)

@@ -51,15 +51,7 @@ def loss(context: DiffusionContext[EsdConfig], forget: Noised, retain: Noised) -
 def partly_denoised(context: DiffusionContext[EsdConfig], batch: Noised) -> Noised:
     """Denoise a batch from pure noise to one random time, with guidance, using the model in training.
 
-    Args:
-        context: provides the denoiser, conditions, `start_steps` and `start_guidance`.
-        batch: its noise and conditions are used, [B, ...].
-
-    Returns:
-        The batch at that time; its target does not change.
-
-    Raises:
-        UsageError: the model has no null condition.
+    Its noise and conditions are used, [B, ...], and its target does not change. `UsageError` without a null condition.
     """
     denoiser, config = context.denoiser, context.config
     process, scale = denoiser.process, config.start_guidance
@@ -82,12 +74,7 @@ def path(times: int, end: int, steps: int) -> list[int]:
 def ddim_step(denoiser: Denoiser, batch: Noised, predicted: Tensor, time: int, pixels: bool) -> Noised:
     """Step to an earlier time without new noise; for a flow this is an Euler step.
 
-    Args:
-        denoiser: provides the process.
-        batch: x_t with its times.
-        predicted: the network's prediction for it, [B, C, H, W].
-        time: the earlier time.
-        pixels: whether samples are pixels, which are clipped to -1 to 1.
+    `predicted` is the network's prediction [B, C, H, W]. Samples that are `pixels` are clipped to -1 to 1.
 
     Source:
         Song et al., "Denoising Diffusion Implicit Models", ICLR 2021, equation (12) with σ = 0.

@@ -28,8 +28,7 @@ from salun_core.methods.diffusion.method import DiffusionContext, DiffusionMetho
 def loss(context: DiffusionContext[DiffusionConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return the mean squared attention of the forget batch to the tokens of its concept.
 
-    Raises:
-        UsageError: the network has no cross-attention, or gradient checkpointing is on.
+    `UsageError` if the network has no cross-attention, or gradient checkpointing is on.
     """
     if context.config.gradient_checkpointing:
         raise UsageError(
@@ -45,12 +44,7 @@ def loss(context: DiffusionContext[DiffusionConfig], forget: Noised, retain: Noi
 
 
 def attention_energy(probabilities: Tensor, marks: Tensor) -> Tensor:
-    """Return the mean square of the marked probabilities, a scalar.
-
-    Args:
-        probabilities: [B, heads, queries, L]; each row sums to 1.
-        marks: bool [B, L].
-    """
+    """Return the mean square of the probabilities [B, heads, queries, L] that `marks`, bool [B, L], selects."""
     chosen = marks[:, None, None, :].expand_as(probabilities)
     return probabilities.square()[chosen].mean()
 
@@ -59,11 +53,7 @@ def attention_energy(probabilities: Tensor, marks: Tensor) -> Tensor:
 def attention_maps(denoiser: Denoiser) -> Iterator[list[Tensor]]:
     """Collect the attention of each cross-attention layer during forward passes; the network does not change.
 
-    Yields:
-        A list that grows by [B, heads, queries, L] per layer.
-
-    Raises:
-        UsageError: the network has no cross-attention.
+    The list grows by [B, heads, queries, L] per layer. `UsageError` if the network has no cross-attention.
     """
     found: list[Tensor] = []
 

@@ -98,10 +98,6 @@ class Training:
 
     Args:
         loop: one training with all steps of the configuration.
-        checkpoint: keeps the state of the run; None keeps none.
-        fingerprint: of the run.
-        on_epoch: called after each epoch.
-        group: the processes that share the work.
     """
 
     loop: Loop
@@ -171,12 +167,7 @@ class DiffusionMethod(method.Method[C]):
 
 
 def denoising_phase(row: DiffusionMethod[Any], context: DiffusionContext[Any]) -> Phase:
-    """Return the steps of one epoch of a method; each has its own forget batch and retain batch.
-
-    Args:
-        row: the method.
-        context: provides the denoiser, examples and configuration.
-    """
+    """Return the steps of one epoch of a method; each has its own forget batch and retain batch."""
     sets, config, process = context.sets, context.config, context.denoiser.process
     size, count, device = config.batch_size, config.steps // config.epochs, sets.retain.mean.device
     loss = row.loss

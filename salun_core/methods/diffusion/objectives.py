@@ -17,13 +17,7 @@ from salun_core.methods.diffusion.method import DiffusionContext
 
 
 def denoising_loss(denoiser: Denoiser, batch: Noised, table: ConditionTable) -> Tensor:
-    """Mean squared error of the prediction under its own condition: E||ε - ε_θ(x_t | c)||² (SalUn, eq. 6).
-
-    Args:
-        denoiser: ε_θ.
-        batch: x_t with times, targets and rows of c.
-        table: the conditions.
-    """
+    """Mean squared error of the prediction under its own condition: E||ε - ε_θ(x_t | c)||² (SalUn, eq. 6)."""
     return mse_loss(denoiser.predict(batch.noisy, batch.times, table.take(batch.condition)), batch.target)
 
 
@@ -32,12 +26,7 @@ def denoising_loss_with_drop(
 ) -> Tensor:
     """`denoising_loss` with a share of the conditions dropped, so that the network learns the null condition too.
 
-    Args:
-        denoiser: ε_θ.
-        batch: x_t with times, targets and rows of c.
-        table: the conditions; without a null condition nothing is dropped.
-        generator: a CPU generator.
-        share: probability of the null condition, from 0 to 1.
+    Without a null condition nothing is dropped. The generator is on the CPU.
 
     Source:
         Ho & Salimans, "Classifier-Free Diffusion Guidance", 2022, algorithm 1.
@@ -66,11 +55,6 @@ def relabel_loss(context: DiffusionContext[DiffusionConfig], forget: Noised, ret
         E||ε_θ(x_t | c') - ε_θ(x_t | c)||² + α E||ε - ε_θ(x_t | c_r)||²,    the first ε_θ a constant
 
     One forward pass serves both predictions that need gradients; the target is computed without gradients.
-
-    Args:
-        context: provides the denoiser, conditions and α.
-        forget: D_f with c and c'.
-        retain: D_r.
     """
     denoiser, table = context.denoiser, context.sets.table
     assert forget.pseudo is not None

@@ -41,13 +41,7 @@ class ReceConfig(UceConfig):
 def edit(denoiser: Denoiser, sets: ExampleSets, config: ReceConfig) -> None:
     """Edit the network in place; only the key and value weights of cross-attention change.
 
-    Args:
-        denoiser: the network to change.
-        sets: forgotten conditions, their anchors, and all conditions.
-        config: λ and p of UCE, the number of rounds, λ of the embeddings.
-
-    Raises:
-        UsageError: the network has no cross-attention.
+    A network without cross-attention is a `UsageError`.
     """
     for layers, (old, new, kept) in editable(denoiser, sets, config):
         gram = gram_of(layer.weight for layer in layers)
@@ -70,16 +64,9 @@ def gram_of(weights: Iterable[Tensor]) -> Tensor:
 
 
 def adversarial_tokens(tokens: Tensor, change: Tensor, gram: Tensor, strength: float) -> Tensor:
-    """Return the embeddings whose projections by W_o T are nearest to those of the tokens by W_o.
+    """Return c'_e, float64 [n, d]: the embeddings whose projections by W_o T are nearest to those of the tokens by W_o.
 
-    Args:
-        tokens: c_e, [n, d].
-        change: T, float64 [d, d].
-        gram: G, float64 [d, d].
-        strength: λ.
-
-    Returns:
-        c'_e, float64 [n, d].
+    `tokens` are c_e [n, d]; `change` is T and `gram` is G, float64 [d, d]; `strength` is λ.
     """
     system = change.T @ gram @ change + strength * torch.eye(len(gram), dtype=torch.float64)
     return torch.linalg.solve(system, change.T @ gram @ tokens.double().cpu().T).T  # type: ignore[no-any-return]

@@ -21,8 +21,7 @@ from salun_core.methods.diffusion.objectives import denoising_loss_with_drop
 def loss(context: DiffusionContext[DiffusionConfig], forget: Noised, retain: Noised) -> Tensor:
     """Return the denoising loss of the retain batch with a tenth of its conditions dropped.
 
-    Raises:
-        UsageError: `selection` covers only part of the network; the rest would stay random.
+    `UsageError` if `selection` covers only part of the network: the rest would stay random.
     """
     if context.config.selection != "full":
         raise UsageError(

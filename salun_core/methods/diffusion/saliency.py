@@ -29,22 +29,10 @@ def denoising_scores(
 ) -> dict[str, Tensor]:
     """Score the selected parameters by the magnitude of the denoising loss's gradient over the forget set.
 
-    The gradient of the mean over samples, passes and times accumulates in `.grad`, without a second copy.
-
-    Args:
-        denoiser: θ_o, on the device of the sets; the call does not change it.
-        sets: D_f with its conditions.
-        config: batch size, passes, distribution of times, selection, seed, and what saves memory and changes no bit:
-            gradient checkpointing and sharding.
-        group: the processes that the weights are sharded over; all get the scores, in main memory.
-
-    Returns:
-        Non-negative tensors of the parameters' shapes, by name in the network's order; selected parameters only.
-
-    Raises:
-        DataError: the forget set is empty.
-        ModelError: a gradient is NaN or infinite.
-        UsageError: the selection is empty.
+    The result has non-negative tensors of the parameters' shapes, by name in the network's order. The gradient of the
+    mean over samples, passes and times accumulates in `.grad`, without a second copy. The denoiser is unchanged
+    afterwards. All processes of the group get the scores, in main memory. A gradient that is not finite is a
+    `ModelError`.
 
     Source:
         Fan et al., "SalUn", ICLR 2024, equations (4) and (6).

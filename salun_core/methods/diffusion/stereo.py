@@ -63,7 +63,6 @@ class Attacks:
     """The conditions of a run and those that attacks found.
 
     Args:
-        table: the conditions of the run.
         rows: int64 [R], the forgotten conditions, on the CPU.
         found: [k, R, L, W], their embeddings from each attack.
     """
@@ -82,11 +81,9 @@ class Attacks:
         return ConditionTable([*self.table.names, *names], rows, self.table.null)
 
     def row(self, conditions: Tensor, attack: Tensor) -> Tensor:
-        """Return the rows of c_k in the extended table.
+        """Return the rows of c_k in the extended table for forgotten conditions and attacks k, int64 [B].
 
-        Args:
-            conditions: int64 [B], forgotten conditions.
-            attack: int64 [B], k; 0 is the condition itself.
+        k = 0 is the condition itself.
         """
         place = torch.searchsorted(self.rows.to(conditions.device), conditions)
         return torch.where(attack == 0, conditions, len(self.table) + (attack - 1) * len(self.rows) + place)
@@ -123,19 +120,10 @@ def robust_loss(attacks: Attacks, context: DiffusionContext[StereoConfig], forge
 
 
 def invert(denoiser: Denoiser, sets: ExampleSets, config: StereoConfig, generator: torch.Generator) -> Tensor:
-    """Find embeddings under which a model denoises the forgotten images best.
+    """Find embeddings [R, L, W] under which a model denoises the forgotten images best, by ascending condition.
 
-    Args:
-        denoiser: θ_k; unchanged by the call.
-        sets: D_f and the conditions.
-        config: steps, rate and batch size.
-        generator: a CPU generator.
-
-    Returns:
-        [R, L, W] by forgotten condition, ascending.
-
-    Raises:
-        UsageError: the conditions are not texts, or there is no null condition.
+    The denoiser θ_k is unchanged by the call, and the generator is on the CPU. `UsageError` if the conditions are not
+    texts, or there is no null condition.
     """
     table, rows = sets.table, forgotten(sets).to(sets.forget.condition.device)
     text = table.rows[_TEXT]
@@ -170,9 +158,6 @@ class _Run:
     """The state of a run.
 
     Args:
-        context: with θ and θ_o.
-        training: runs each erasing.
-        found: embeddings of the attacks so far.
         reached: erasing to begin or to resume with.
         resumed: state of its loop in an earlier process, or None.
         history: records of the epochs of all erasings before it.
@@ -243,14 +228,10 @@ class _Run:
 
 
 def stages(context: DiffusionContext[StereoConfig], training: Training) -> list[EpochRecord]:
-    """Run both stages, and change the context's network in place.
+    """Run both stages on the context's network in place, and return one record per epoch of all erasings.
 
-    Returns:
-        One record per epoch of all erasings.
-
-    Raises:
-        UsageError: the conditions are not texts, or there is no null condition.
-        ConflictError: the checkpoint belongs to another run.
+    `UsageError` if the conditions are not texts, or there is no null condition; `ConflictError` if the checkpoint
+    belongs to another run.
     """
     table, rounds = context.sets.table, context.config.attack_rounds
     table.own_tokens()  # refuses classes before any work

@@ -38,13 +38,7 @@ class UceConfig(DiffusionConfig):
 def edit(denoiser: Denoiser, sets: ExampleSets, config: UceConfig) -> None:
     """Edit the network in place; only the key and value weights of cross-attention change.
 
-    Args:
-        denoiser: the network to change.
-        sets: forgotten conditions, their anchors, and all conditions.
-        config: λ and p; the batch size bounds the memory.
-
-    Raises:
-        UsageError: the network has no cross-attention.
+    The batch size bounds the memory. A network without cross-attention is a `UsageError`.
     """
     for layers, (old, new, kept) in editable(denoiser, sets, config):
         change = correction(old, new, kept, config.edit_strength, config.preserve_strength)
@@ -56,8 +50,7 @@ def editable(
 ) -> Iterator[tuple[list[nn.Linear], tuple[Tensor, Tensor, Tensor]]]:
     """Yield the key and value projections that read the same text, with its tokens as of `matched_tokens`.
 
-    Raises:
-        UsageError: the network has no cross-attention.
+    A network without cross-attention is a `UsageError`.
     """
     layers = projections(denoiser)
     for names, texts in _by_text(denoiser, sets, config.batch_size, layers):
@@ -67,12 +60,7 @@ def editable(
 
 
 def apply(layers: Iterable[nn.Linear], change: Tensor) -> None:
-    """Set W = W_o T in place.
-
-    Args:
-        layers: their weights are W_o.
-        change: T, float64 [d, d], on the CPU.
-    """
+    """Set W = W_o T in place; T is `change`, float64 [d, d], on the CPU."""
     for layer in layers:
         layer.weight.copy_(layer.weight.double().cpu() @ change)
 
@@ -87,15 +75,10 @@ def projections(denoiser: Denoiser) -> dict[str, nn.Linear]:
 
 
 def matched_tokens(texts: Tensor, sets: ExampleSets, first: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Match the tokens of the forgotten conditions with those of their anchors.
+    """Match the tokens of the forgotten conditions with those of their anchors: c_e [n, d], c_a [n, d].
 
-    Args:
-        texts: [K, L, d], the inputs of the projections.
-        sets: pairs of forgotten condition and anchor; repeats count once.
-        first: first matched position by row.
-
-    Returns:
-        c_e [n, d], c_a [n, d], and the tokens to preserve [m, d].
+    The third value has the tokens to preserve [m, d]. `texts` [K, L, d] are the inputs of the projections, and `first`
+    is the first matched position by row. Repeated pairs count once.
     """
     assert sets.forget.pseudo is not None
     length = texts.shape[1]
@@ -113,12 +96,7 @@ def matched_tokens(texts: Tensor, sets: ExampleSets, first: Sequence[int]) -> tu
 def correction(old: Tensor, new: Tensor, kept: Tensor, strength: float, preserve: float) -> Tensor:
     """Return D of W = W_o (I + D), float64 [d, d], on the CPU.
 
-    Args:
-        old: c_e, [n, d].
-        new: c_a, [n, d].
-        kept: c_k, [m, d].
-        strength: λ.
-        preserve: p.
+    `old` is c_e [n, d], `new` c_a [n, d], `kept` c_k [m, d], `strength` λ and `preserve` p.
     """
     old, new, kept = (tokens.double().cpu() for tokens in (old, new, kept))
     gram = old.T @ old + preserve * (kept.T @ kept) + strength * torch.eye(old.shape[1], dtype=torch.float64)
