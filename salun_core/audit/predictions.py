@@ -59,13 +59,9 @@ class Audited:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The rows of one file.
+    """The rows of one file, in the order of its unique ids.
 
-    Args:
-        source: the file.
-        ids: of the samples, unique.
-        outputs: in the order of the ids.
-        member: whether a shadow model was trained on each sample; None if the file does not say.
+    `member` is whether a shadow model was trained on each sample, None if the file does not contain it.
     """
 
     source: Path
@@ -242,18 +238,9 @@ def audited_predictions(
 ) -> Audited:
     """Read predictions of all models on the same samples.
 
-    Args:
-        before: of the original model.
-        after: of the model that is audited.
-        forget: the forget set: a text file with one id a line, or a target in YAML or JSON. A class target is all
-            samples of the class that are not held out.
-        held_out: samples that no model was trained on: a text file, or a target.
-        references: of retrained models.
-        shadows: of shadow models, with the column `member`.
-
-    Raises:
-        UsageError: a file does not exist, or no held-out samples are named.
-        DataError: a file has faults, or the files are not about the same samples and classes.
+    `forget` is a text file with one id a line, or a target in YAML or JSON; a class target is all samples of the class
+    that are not held out. `held_out` are samples that no model was trained on (UsageError without them). Shadow models
+    need the column `member`. DataError if the files are not about the same samples and classes.
     """
     if held_out is None:
         why = "without samples that no model was trained on there is nothing to compare the forget set with"
@@ -368,11 +355,7 @@ def _chosen_with_kind(path: Path, rows: Predictions, apart: set[str], name: str 
 
 
 def read_ids(path: Path) -> list[SamplesTarget | ClassTarget]:
-    """Read a text file with one id a line, or targets of samples and classes in YAML or JSON.
-
-    Raises:
-        UsageError: the file cannot be read, has faults, or names something else.
-    """
+    """Read a text file with one id a line, or targets of samples and classes in YAML or JSON; UsageError for others."""
     if path.suffix in {".yaml", ".yml", ".json"}:
         found = []
         for target in read_targets(path):
@@ -408,11 +391,7 @@ def _shadows(files: Sequence[Predictions], pool: Sequence[str]) -> Shadows:
 
 
 def checked_shadows(shadows: Shadows) -> Shadows:
-    """Check that each sample was left out by at least two shadow models.
-
-    Raises:
-        DataError: a sample was not.
-    """
+    """Check that each sample was left out by at least two shadow models; DataError if not."""
     left_out = (~shadows.inside).sum(axis=0)
     if left_out.min() < FEWEST_SHADOWS:
         count = int((left_out < FEWEST_SHADOWS).sum())
