@@ -34,18 +34,7 @@ BySet = Mapping[str, Outputs]
 
 @dataclass(frozen=True)
 class Audited:
-    """What is measured.
-
-    Args:
-        before: outputs of the original model.
-        after: outputs of the model that is audited.
-        references: outputs of models that were retrained without the forget set.
-        shadows: confidences of shadow models on D_f, then on unseen samples.
-        emptied: classes that were forgotten as a whole.
-        retained: number of samples that are neither forgotten nor held out.
-        networks: the models themselves, for the restoration tests; None if only predictions are known.
-        digests: role -> file -> SHA-256, of everything that was read.
-    """
+    """What is measured."""
 
     before: BySet
     after: BySet
@@ -76,19 +65,12 @@ def is_predictions(name: str) -> bool:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read a file of predictions.
+    """Read a file of predictions: Parquet, CSV or npz.
 
-    Args:
-        path: Parquet or CSV with the columns `id`, `label` and either `logit_0`, `logit_1`, ... or `probability_0`,
-            ...; Parquet may also have one list column `logits` or `probabilities`. Or an npz with the arrays `id`,
-            `label` and `logits` or `probabilities`. `member` (0 or 1) is for shadow models.
-
-    Returns:
-        The rows.
-
-    Raises:
-        UsageError: the file does not exist, or has another suffix.
-        DataError: a column is missing, an id occurs twice, a label is not a class, or a value is not finite.
+    The columns are `id`, `label` and either `logit_0`, `logit_1`, ... or `probability_0`, ...; Parquet may also have
+    one list column `logits` or `probabilities`. An npz has the arrays `id`, `label` and `logits` or `probabilities`.
+    `member` (0 or 1) is for shadow models. DataError: a column is missing, an id occurs twice, a label is not a class,
+    or a value is not finite.
     """
     if not path.is_file():
         raise UsageError(f"there are no predictions {path}", "the file does not exist", "check the path")

@@ -147,9 +147,8 @@ def _judged(label: int | None, ours: Sequence[str], names: Sequence[str]) -> int
 def held_out_images(inputs: DiffusionInputs) -> tuple[Tensor, list[int], int] | None:
     """Return held-out images of the model's size, their classes, and how many are of classes to keep.
 
-    None without data.
-
-    uint8 [N, C, H, W], first those to keep. Of either part there are at most as many as the model card sets.
+    None without data. uint8 [N, C, H, W], first those to keep. Of either part there are at most as many as the model
+    card sets.
     """
     data, card = inputs.data, inputs.card
     if data is None:
